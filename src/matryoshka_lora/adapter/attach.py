@@ -1,0 +1,215 @@
+"""Attach a nesting to a PEFT LoRA adapter, or say why that cannot work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import layer as lora
+from torch import Tensor, nn
+
+from matryoshka_lora.adapter.factors import get_parameters, has_adapter
+from matryoshka_lora.adapter.layers import SUBCLASSES
+from matryoshka_lora.adapter.state import Inference, NestedState
+from matryoshka_lora.adapter.variant import Gate, NestedVariant
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.rules import Rule
+
+# By exact class: PEFT's other layers ignore a variant in forward (AWQ, AQLM, EETQ, Megatron, ...) or in merge (torchao,
+# INC), and a subclass may do anything. By name, because importing PEFT's bitsandbytes layers imports bitsandbytes.
+_SUPPORTED = {
+    *(
+        f"peft.tuners.lora.layer.{name}"
+        for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "ParamWrapper")
+    ),
+    *(f"peft.tuners.lora.bnb.{name}" for name in ("Linear4bit", "Linear8bitLt")),
+    *(f"{kind.__module__}.{kind.__name__}" for kind in SUBCLASSES.values()),
+}
+
+# These start from factors that are only right when p is the constant s_R.
+_INITS_THAT_ASSUME_A_SCALE = ("pissa", "corda", "olora", "lora_ga", "loftq")
+
+
+def nested_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
+    """The LoRA layers that hold an adapter, by their names in the base model."""
+    for name, module in model.named_modules():
+        if has_adapter(module, adapter):
+            yield name.removeprefix("base_model.model."), module
+
+
+def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
+    """Put a `NestedVariant` into every LoRA layer of an adapter, then make sure that each kind of layer obeys it.
+
+    Raises:
+        MatryoshkaError: Something about the model or the adapter cannot be nested. The model is left as it was.
+    """
+    layers = _checked_layers(model, state, adapter)
+    before = [(module, type(module), module.lora_variant.get(adapter)) for _, module in layers]
+    try:
+        for _, module in layers:
+            module.__class__ = SUBCLASSES.get(type(module), type(module))
+            module.lora_variant[adapter] = NestedVariant(state, module, adapter)
+        probed: set[tuple[type, type]] = set()
+        for name, module in layers:
+            kind = (type(module), type(module.get_base_layer()))
+            if kind not in probed:
+                probed.add(kind)
+                _probe(name, module, adapter)
+    except BaseException:
+        for module, original, variant in before:
+            module.__class__ = original
+            module.lora_variant.pop(adapter, None)
+            if variant is not None:
+                module.lora_variant[adapter] = variant
+        raise
+
+
+def check_config(config: Any, state: NestedState) -> None:
+    """Whether a PEFT config and a nesting describe the same adapter.
+
+    Raises:
+        MatryoshkaError: They contradict each other, or the config asks for something that cannot be nested.
+    """
+    nesting = state.nesting
+    if type(config) is not LoraConfig:
+        raise MatryoshkaError(f"only a LoRA adapter can be nested, not {type(config).__name__}: use peft.LoraConfig")
+    if config.r != nesting.max_rank:
+        raise MatryoshkaError(
+            f"LoraConfig says r={config.r}, but the largest nested rank is {nesting.max_rank}: columns beyond it would "
+            f"never be trained. Write LoraConfig(r={nesting.max_rank}, ...) or end the ranks with {config.r}"
+        )
+    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    if not math.isclose(scale, nesting.scale(nesting.max_rank), rel_tol=1e-9):
+        raise MatryoshkaError(
+            f"LoraConfig's lora_alpha={config.lora_alpha:g} and use_rslora={config.use_rslora} scale the adapter by "
+            f"{scale:g}, but the nesting's scale at rank {config.r} is {nesting.scale(config.r):g}. Write "
+            f"LoraConfig(r={config.r}, lora_alpha={nesting.lora_alpha:g}), or {_suggest(config)}"
+        )
+    for field in ("rank_pattern", "alpha_pattern"):
+        if getattr(config, field, None):
+            raise MatryoshkaError(f"{field} gives layers ranks or scales of their own: remove it, then use set_rank")
+    if config.lora_bias:
+        raise MatryoshkaError("lora_bias=True adds a bias that belongs to no rank: set it to False")
+    if getattr(config, "ensure_weight_tying", False):
+        raise MatryoshkaError(
+            "ensure_weight_tying shares factors between layers, which cannot be reordered: turn it off"
+        )
+    init = str(config.init_lora_weights)
+    if init.startswith(_INITS_THAT_ASSUME_A_SCALE):
+        raise MatryoshkaError(f"init_lora_weights={init!r} assumes plain LoRA's scale: use True or 'gaussian'")
+
+
+def _suggest(config: Any) -> str:
+    scaling = "sqrt" if config.use_rslora else "rank"
+    return f"Nesting(ranks, scaling={scaling!r}, alpha={config.lora_alpha:g})"
+
+
+def _checked_layers(model: Any, state: NestedState, adapter: str) -> list[tuple[str, Any]]:
+    if not isinstance(model, PeftModel):
+        raise MatryoshkaError(
+            f"nest() takes a PEFT model, not {type(model).__name__}: "
+            "call peft.get_peft_model(model, LoraConfig(...)) first"
+        )
+    if adapter not in model.peft_config:
+        raise MatryoshkaError(f"the model has no adapter {adapter!r}; its adapters are {', '.join(model.peft_config)}")
+    check_config(model.peft_config[adapter], state)
+    if state.inference not in get_args(Inference):
+        raise MatryoshkaError(f"inference is {state.inference!r}; write 'prefix' or 'keep'")
+    if state.inference == "keep" and not state.rule.fixed:
+        raise MatryoshkaError(f"rule {state.rule.name!r} has no fixed diagonal to keep: write inference='prefix'")
+    layers = list(nested_layers(model, adapter))
+    if not layers:
+        raise MatryoshkaError(f"adapter {adapter!r} has no LoRA layer in this model")
+    seen: dict[int, str] = {}
+    for name, module in layers:
+        reason = _why_not(module, state.rule, adapter, name)
+        shared = seen.setdefault(id(get_parameters(module, adapter)[0]), name)
+        if shared != name:
+            reason = f"it shares its factors with layer {shared}"
+        if reason:
+            raise MatryoshkaError(f"layer {name} cannot be nested: {reason}")
+    return layers
+
+
+def _why_not(module: Any, rule: Rule, adapter: str, name: str) -> str | None:
+    variant = module.lora_variant.get(adapter)
+    if variant is not None and not isinstance(variant, NestedVariant):
+        return f"{type(variant).__name__} (DoRA or another LoRA variant) holds PEFT's only slot for variants"
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    if kind not in _SUPPORTED:
+        return (
+            f"{kind} takes no LoRA variant in all its paths; the kinds "
+            "that work are Linear, Embedding, convolutions, bitsandbytes 4-bit and 8-bit, and target_parameters"
+        )
+    if module.merged:
+        return "an adapter is merged into it: call unmerge_adapter() first"
+    parameters = get_parameters(module, adapter)
+    if any(p.is_meta for p in parameters):
+        return "its adapter has no data yet (device meta): load the weights first"
+    if getattr(module.get_base_layer(), "groups", 1) > 1:
+        return "a grouped convolution ties columns of B to groups of outputs, so no prefix of columns is an adapter"
+    if isinstance(module, lora.ParamWrapper) and (rule.per_row or rule.name == "dylora-frozen"):
+        return f"target_parameters give one delta to all rows and all columns; rule {rule.name!r} needs them apart"
+    if rule.per_row and ".experts." in f".{name}.":
+        return f"tokens that are routed to experts have left their rows; rule {rule.name!r} needs them"
+    return None
+
+
+def _probe(name: str, module: Any, adapter: str) -> None:
+    """See by behaviour that the layer obeys its diagonal: NaN must reach the output, and zeros must leave the base's.
+
+    NaN shows it even while B is all zeros, so no weight is touched.
+    """
+    variant: NestedVariant = module.lora_variant[adapter]
+    rank = variant.state.nesting.max_rank
+    active, disabled = module._active_adapter, module._disable_adapters
+    module._active_adapter, module._disable_adapters = [adapter], False
+    try:
+        with torch.no_grad():
+            variant.override = Gate.on(variant.device, torch.full((rank,), math.nan))
+            obeys = bool(_output(module, adapter).isnan().all())
+            variant.override = Gate.on(variant.device, torch.zeros(rank))
+            obeys = obeys and torch.equal(*_with_and_without(module, adapter))
+    finally:
+        variant.override = None
+        module._active_adapter, module._disable_adapters = active, disabled
+    if not obeys:
+        raise MatryoshkaError(
+            f"layer {name} ({type(module).__name__} on {type(module.get_base_layer()).__name__}) does not obey a LoRA "
+            "variant in this version of PEFT: leave it out of target_modules"
+        )
+
+
+def _output(module: Any, adapter: str) -> Tensor:
+    if isinstance(module, lora.ParamWrapper):  # its forward takes whatever its module takes; p only enters the delta
+        delta: Tensor = module.get_delta_weight(adapter)
+        if module.num_experts > 1 and hasattr(lora.ParamWrapper, "get_delta_factors"):
+            left, right, scale = module.get_delta_factors(adapter)
+            delta = delta + left @ right * scale
+        return delta
+    output: Tensor = module(_sample(module, adapter))
+    return output
+
+
+def _with_and_without(module: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    output = _output(module, adapter)
+    if isinstance(module, lora.ParamWrapper):
+        return output, torch.zeros_like(output)
+    return output, module.base_layer(_sample(module, adapter))
+
+
+def _sample(module: Any, adapter: str) -> Tensor:
+    """The smallest input that the layer takes."""
+    base = module.get_base_layer()
+    device = get_parameters(module, adapter)[0].device
+    if isinstance(module, lora.Embedding):
+        return torch.zeros(1, 1, dtype=torch.long, device=device)
+    weight = base.weight
+    dtype = weight.dtype if weight.is_floating_point() else getattr(base, "compute_dtype", None) or torch.float32
+    if isinstance(module, lora._ConvNd):
+        size = [d * (k - 1) + 1 for d, k in zip(base.dilation, base.kernel_size, strict=True)]
+        return torch.ones(1, base.in_channels, *size, dtype=dtype, device=device)
+    return torch.ones(1, 1, module.in_features, dtype=dtype, device=device)

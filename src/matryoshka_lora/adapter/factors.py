@@ -1,0 +1,55 @@
+"""The factors of each kind of PEFT LoRA layer, seen as matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import _ConvNd as ConvNd
+from peft.tuners.lora.layer import Embedding as LoraEmbedding
+from torch import Tensor
+
+
+def has_adapter(module: Any, adapter: str) -> bool:
+    """Whether a module is a LoRA layer that holds this adapter."""
+    return isinstance(module, LoraLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A)
+
+
+def get_parameters(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """The parameters that PEFT trains: A and B of one adapter, in PEFT's own layout."""
+    if adapter in module.lora_embedding_A:
+        return module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+    return module.lora_A[adapter].weight, module.lora_B[adapter].weight
+
+
+def get_factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """A of shape (R, in) and B of shape (out, R); with a leading dimension for experts. Views where possible."""
+    A, B = get_parameters(module, adapter)
+    return as_matrices(A, B, module.r[adapter])
+
+
+def as_matrices(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """PEFT's parameters as matrices: kernels of convolutions are flattened, experts become a leading dimension."""
+    experts = A.shape[0] // rank
+    if experts > 1:  # PEFT's layout: A is (experts * R, in), B is (out, R * experts) with the expert running fastest
+        return A.view(experts, rank, -1), B.view(B.shape[0], rank, experts).permute(2, 0, 1)
+    return A.flatten(1), B.flatten(1)
+
+
+def as_parameters(A: Tensor, B: Tensor, shape_A: torch.Size, shape_B: torch.Size) -> tuple[Tensor, Tensor]:
+    """The inverse of `as_matrices`, for parameters of these shapes; the rank may be smaller than it was."""
+    if A.ndim == 3:
+        return A.reshape(-1, A.shape[-1]), B.permute(1, 2, 0).reshape(B.shape[1], -1)
+    return A.reshape(-1, *shape_A[1:]), B.reshape(shape_B[0], -1, *shape_B[2:])
+
+
+def to_weight(module: LoraLayer, product: Tensor) -> Tensor:
+    """``B A`` of shape (out, in), or (experts, out, in), in the layout of the base layer's weight."""
+    if isinstance(module, LoraEmbedding):
+        return product.T
+    if isinstance(module, ConvNd):
+        return product.reshape(module.get_base_layer().weight.shape)
+    if isinstance(module, ParamWrapper) and product.ndim == 3:
+        return product if module._did_swap_in_out_features else product.mT
+    return product.T if getattr(module, "fan_in_fan_out", False) else product

@@ -1,0 +1,11 @@
+"""The one exception that is meant for the person at the keyboard."""
+
+from __future__ import annotations
+
+
+class MatryoshkaError(ValueError):
+    """Something a user can put right: the message names the fault and what to write instead.
+
+    Every check of this package raises it before anything is changed, on disk or in a model. The command line prints
+    it without a traceback.
+    """

@@ -1,0 +1,130 @@
+"""Nested ranks, their scales and the diagonal P: the arithmetic of the method, which knows no model.
+
+Notation, as everywhere in this package: an adapter adds ``B diag(p) A x`` to a frozen layer, with ``A`` of shape
+``(R, in)`` and ``B`` of shape ``(out, R)``. The nested ranks are ``r_1 < ... < r_n = R``. The adapter of rank ``r`` is
+the prefix ``scale(r) * B[:, :r] A[:r]``.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from matryoshka_lora.errors import MatryoshkaError
+
+Scaling = Literal["none", "rank", "sqrt"]
+
+
+@dataclass(frozen=True)
+class Nesting:
+    """The ranks at which one adapter can be deployed, and the scale of each.
+
+    Args:
+        ranks: Positive, strictly increasing integers; the last one is ``R``, the rank that is trained.
+        scaling: The scale ``s_r`` of rank ``r``: ``"none"`` is 1, ``"rank"`` is ``alpha / r`` (LoRA, arXiv 2106.09685),
+            ``"sqrt"`` is ``alpha / sqrt(r)`` (rsLoRA, arXiv 2312.03732).
+        alpha: The numerator of the scale; ``"none"`` has none.
+
+    Raises:
+        MatryoshkaError: The ranks, the scaling or alpha make no nesting; the message says what to write instead.
+    """
+
+    ranks: tuple[int, ...]
+    scaling: Scaling = "none"
+    alpha: float = 1.0
+
+    def __init__(self, ranks: Iterable[int], scaling: Scaling = "none", alpha: float = 1.0) -> None:
+        object.__setattr__(self, "ranks", _checked_ranks(ranks))
+        if scaling not in get_args(Scaling):
+            raise MatryoshkaError(f"scaling is {scaling!r}; write one of {', '.join(map(repr, get_args(Scaling)))}")
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+            raise MatryoshkaError(f"alpha is {alpha!r}; write a positive number, for example 1.0")
+        if scaling == "none" and alpha != 1:
+            warnings.warn(f"scaling 'none' has no alpha: {alpha:g} is not used; did you mean 'rank'?", stacklevel=2)
+        object.__setattr__(self, "scaling", scaling)
+        object.__setattr__(self, "alpha", float(alpha))
+
+    @classmethod
+    def powers_of_two(cls, max_rank: int, scaling: Scaling = "none", alpha: float = 1.0) -> Nesting:
+        """The paper's default ranks: 1, 2, 4, ... up to ``max_rank``, which is always the last one."""
+        _check_rank(max_rank)
+        below = (2**k for k in range(max_rank.bit_length()) if 2**k < max_rank)
+        return cls((*below, max_rank), scaling, alpha)
+
+    @property
+    def max_rank(self) -> int:
+        """``R``, the rank of the trained factors."""
+        return self.ranks[-1]
+
+    @property
+    def lora_alpha(self) -> float:
+        """What ``LoraConfig(r=R, lora_alpha=...)`` must say so that PEFT's own scale is ``scale(R)``."""
+        return self.scale(self.max_rank) * self.max_rank
+
+    def scale(self, rank: int) -> float:
+        """``s_r``, the factor before ``B[:, :r] A[:r]``, for any rank from 1 to ``R``."""
+        _check_rank(rank, self.max_rank)
+        if self.scaling == "none":
+            return 1.0
+        return self.alpha / (rank if self.scaling == "rank" else math.sqrt(rank))
+
+    def prefix(self, rank: int) -> Tensor:
+        """The diagonal that deploys ``rank``: ``s_r`` on its first ``rank`` entries, 0 after. Shape (R,), float64."""
+        scale = self.scale(rank)
+        diagonal = torch.zeros(self.max_rank, dtype=torch.float64)
+        diagonal[:rank] = scale
+        return diagonal
+
+    def diagonal(self) -> Tensor:
+        """The paper's P (arXiv 2605.07850): ``p_i = sum of s_r over the nested r >= i``. Shape (R,), float64.
+
+        It is the sum of all prefixes, so one forward with P trains them all at once.
+        """
+        return torch.stack([self.prefix(rank) for rank in self.ranks]).sum(dim=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; ``Nesting.from_dict`` gives an equal object back."""
+        return {"ranks": list(self.ranks), "scaling": self.scaling, "alpha": self.alpha}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Nesting:
+        """The inverse of `to_dict`.
+
+        Raises:
+            MatryoshkaError: A key is missing or unknown, or the values make no nesting.
+        """
+        if not isinstance(data, Mapping) or "ranks" not in data or not set(data) <= {"ranks", "scaling", "alpha"}:
+            raise MatryoshkaError(f"a nesting has the keys ranks, scaling and alpha, not {data!r}")
+        return cls(**data)
+
+
+def _checked_ranks(ranks: Iterable[int]) -> tuple[int, ...]:
+    if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Iterable):
+        raise MatryoshkaError(f"ranks is {ranks!r}; write a list of integers, for example [1, 2, 4, 8]")
+    given = tuple(ranks)
+    if not given:
+        raise MatryoshkaError("ranks is empty; write at least one, for example [8]")
+    for rank in given:
+        _check_rank(rank)
+    listed = tuple(int(rank) for rank in given)  # NumPy's integers are not JSON
+    increasing = sorted(set(listed))
+    if list(listed) != increasing:
+        raise MatryoshkaError(f"ranks must increase strictly; write {increasing} instead of {list(listed)}")
+    return listed
+
+
+def _check_rank(rank: Any, max_rank: int | None = None) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, Integral):
+        raise MatryoshkaError(f"rank {rank!r} is not an integer; write a whole number such as 4")
+    rank = int(rank)
+    if rank < 1:
+        raise MatryoshkaError(f"rank {rank} is not positive; the smallest rank is 1")
+    if max_rank is not None and rank > max_rank:
+        raise MatryoshkaError(f"rank {rank} is above the largest rank {max_rank}; choose one from 1 to {max_rank}")
