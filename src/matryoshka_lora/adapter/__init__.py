@@ -1,7 +1,8 @@
 """Life inside PEFT: a nested adapter is an ordinary LoRA adapter with a diagonal between its factors."""
 
-from matryoshka_lora.adapter.adapter import NestedAdapter, nest
-from matryoshka_lora.adapter.checkpoint import export_adapter, load, read_adapter
+from matryoshka_lora.adapter.load import load
+from matryoshka_lora.adapter.nested import NestedAdapter, nest
 from matryoshka_lora.adapter.sidecar import read_sidecar
+from matryoshka_lora.adapter.storage import export_adapter, read_adapter
 
 __all__ = ["NestedAdapter", "export_adapter", "load", "nest", "read_adapter", "read_sidecar"]

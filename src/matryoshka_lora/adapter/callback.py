@@ -12,10 +12,10 @@ from matryoshka_lora.adapter.sidecar import write_sidecar
 from matryoshka_lora.errors import MatryoshkaError
 
 if TYPE_CHECKING:
-    from matryoshka_lora.adapter.adapter import NestedAdapter
+    from matryoshka_lora.adapter.nested import NestedAdapter
 
 
-class NestingCallback(TrainerCallback):  # type: ignore[misc]
+class NestingCallback(TrainerCallback):
     """Draws the ranks of each optimizer step, and puts the sidecar into each checkpoint as its last file.
 
     The draw depends on the seed and on ``state.global_step``, which the Trainer restores: nothing else has to be saved

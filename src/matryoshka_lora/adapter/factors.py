@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import Embedding as LoraEmbedding
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.lora.layer import _ConvNd as ConvNd
-from peft.tuners.lora.layer import Embedding as LoraEmbedding
 from torch import Tensor
 
 

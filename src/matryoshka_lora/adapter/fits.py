@@ -36,7 +36,7 @@ def check_fits(base_model: nn.Module, config: LoraConfig, tensors: Mapping[str, 
     foreign = sorted(set(modules) - targets - by_parameter)
     if foreign:
         raise MatryoshkaError(
-            f"{path} has factors for layer {foreign[0]}, which is no target in this model ({len(foreign)} such layers): "
+            f"{path} has factors for layer {foreign[0]}, which is no target in this model ({len(foreign)} such): "
             f"it was trained on another base model{_named(config)}"
         )
     for key in sorted(set(tensors) - factors):

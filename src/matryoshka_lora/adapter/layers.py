@@ -15,7 +15,7 @@ from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
 
 
-class NestedParamWrapper(ParamWrapper):  # type: ignore[misc]
+class NestedParamWrapper(ParamWrapper):
     """LoRA on a bare parameter, such as a stack of experts: its delta is the only place where p can stand."""
 
     _merging = False
@@ -60,7 +60,7 @@ class NestedParamWrapper(ParamWrapper):  # type: ignore[misc]
             self._merging = False
 
 
-class NestedEmbedding(Embedding):  # type: ignore[misc]
+class NestedEmbedding(Embedding):
     """LoRA on an embedding, whose batches of mixed adapters would apply the raw factors."""
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from matryoshka_lora.adapter.attach import attach, nested_layers
 from matryoshka_lora.adapter.factors import as_parameters, get_factors, get_parameters
 from matryoshka_lora.adapter.state import Inference, NestedState
+from matryoshka_lora.adapter.storage import export_rank, save_adapter
 from matryoshka_lora.adapter.variant import Gate, NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.nesting import Nesting
@@ -288,8 +289,6 @@ class NestedAdapter:
         Raises:
             MatryoshkaError: The path cannot be written, or a weight is not finite.
         """
-        from matryoshka_lora.adapter.checkpoint import save_adapter
-
         save_adapter(self.model, self.name, self.state, path)
 
     def export(self, path: str | PathLike[str], rank: int) -> None:
@@ -298,8 +297,6 @@ class NestedAdapter:
         Raises:
             MatryoshkaError: The rank was not trained, the path cannot be written, or a weight is not finite.
         """
-        from matryoshka_lora.adapter.checkpoint import export_rank
-
         export_rank(self.model, self.name, self.state, path, rank)
 
     def _begin(self) -> None:

