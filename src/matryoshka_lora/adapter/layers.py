@@ -1,4 +1,7 @@
-"""Two of PEFT's layers ignore variants in one of their paths; these subclasses close the gap.
+"""PEFT's layers where its slot for variants is not enough.
+
+Two ignore variants in one of their paths. For the third, a linear layer in training, the variant would come too late:
+the base layer's product and the update are one operation in `matryoshka_lora.ops`.
 
 `nest` makes an existing layer an instance of the subclass, as torch's own parametrizations do. A layer without a nested
 adapter behaves as before.
@@ -8,11 +11,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.lora.layer import Embedding, ParamWrapper
-from torch import Tensor
+import torch
+from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
+from torch import Tensor, nn
 
 from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.ops import low_rank_linear
 
 
 class NestedParamWrapper(ParamWrapper):
@@ -74,4 +79,57 @@ class NestedEmbedding(Embedding):
         return result
 
 
-SUBCLASSES: dict[type, type] = {ParamWrapper: NestedParamWrapper, Embedding: NestedEmbedding}
+class NestedLinear(Linear):
+    """LoRA on a linear layer: trains in one fused operation where nothing stands in its way.
+
+    Elsewhere (quantised or sharded weights, autocast, compiled code, several active adapters, dropout, hooks, eval
+    mode) PEFT's own forward runs, with the variant.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._by_variant(x, *args, **kwargs)
+        variant = self._fusable_variant(x)
+        if variant is None:
+            return self._by_variant(x)
+        (adapter,) = self.active_adapters
+        gate = variant.checked_gate(self)
+        return low_rank_linear(
+            x,
+            self.base_layer.weight,
+            self.base_layer.bias,
+            self.lora_A[adapter].weight,
+            self.lora_B[adapter].weight,
+            gate.for_rows(x.shape[0], has_tokens=x.ndim > 2) * self._factor(variant, gate, adapter),
+        )
+
+    def _by_variant(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = super().forward(x, *args, **kwargs)
+        return result
+
+    def _factor(self, variant: NestedVariant, gate: Any, adapter: str) -> Tensor | float:
+        ratio = variant.ratio(self, adapter)
+        return ratio if gate.scale is None else gate.scale * ratio
+
+    def _fusable_variant(self, x: Tensor) -> NestedVariant | None:
+        if self.disable_adapters or self.merged or torch.is_autocast_enabled(x.device.type):
+            return None
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        variant = self.lora_variant.get(active[0]) if len(self.active_adapters) == len(active) == 1 else None
+        if not isinstance(variant, NestedVariant) or variant.learn is not None:
+            return None
+        base, A, B = self.base_layer, self.lora_A[active[0]], self.lora_B[active[0]]
+        if not isinstance(self.lora_dropout[active[0]], nn.Identity):
+            return None
+        plain = type(base) is nn.Linear and all(_is_plain(module) for module in (base, A, B))
+        frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
+        return variant if plain and frozen and base.weight.dtype == x.dtype else None
+
+
+def _is_plain(module: Any) -> bool:
+    """Ordinary tensors on no hooks: a sharded module gathers its weights in hooks, or holds DTensors."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in vars(module) and type(module.weight) is nn.Parameter
+
+
+SUBCLASSES: dict[type, type] = {Linear: NestedLinear, ParamWrapper: NestedParamWrapper, Embedding: NestedEmbedding}

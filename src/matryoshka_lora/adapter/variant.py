@@ -36,21 +36,20 @@ class Gate(NamedTuple):
     def apply(self, hidden: Tensor, spatial: int = 0) -> Tensor:
         """``hidden`` times the diagonal on its rank dimension, which ``spatial`` dimensions follow."""
         tail = (1,) * spatial
-        diagonal = self.diagonal.to(hidden.device, hidden.dtype)
-        if diagonal.ndim == 1:
-            return hidden * diagonal.view(-1, *tail)
+        if self.diagonal.ndim == 1:
+            return hidden * self.diagonal.to(hidden.device, hidden.dtype).view(-1, *tail)
         between = (1,) * (hidden.ndim - 2 - spatial)
-        rows = self._for_rows(diagonal, hidden.shape[0], has_tokens=bool(between or spatial))
+        rows = self.for_rows(hidden.shape[0], has_tokens=bool(between or spatial)).to(hidden.device, hidden.dtype)
         return hidden * rows.view(hidden.shape[0], *between, -1, *tail)
 
-    def _for_rows(self, diagonal: Tensor, rows: int, has_tokens: bool) -> Tensor:
-        """One diagonal for each row of the batch.
+    def for_rows(self, rows: int, has_tokens: bool) -> Tensor:
+        """The one diagonal of all rows, or one for each row of the batch.
 
         Beam search and several returned sequences repeat each row in place. Rows that were packed, or routed to
         experts, are no longer rows: they must not be served by accident.
         """
-        given = diagonal.shape[0]
-        if rows == given:
+        diagonal, given = self.diagonal, self.diagonal.shape[0]
+        if diagonal.ndim == 1 or rows == given:
             return diagonal
         if self.allow_fewer and rows < given:
             return diagonal[:rows]
@@ -105,13 +104,18 @@ class NestedVariant(LoraVariant):
             )
         return self.training
 
+    def checked_gate(self, module: nn.Module) -> Gate:
+        """The gate for a forward of the layer that has this variant."""
+        gate = self.gate(module.training)
+        self._check_recomputation(module, gate)
+        return gate
+
     def ratio(self, module: LoraLayer, adapter: str) -> float:
         """What PEFT's scaling functions have multiplied the adapter by since it was attached."""
         return float(module.scaling[adapter]) / self.attached_scaling
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        gate = self.gate(module.training)
-        self._check_recomputation(module, gate)
+        gate = self.checked_gate(module)
         if active_adapter in module.lora_embedding_A:
             update = self._embedding_update(module, active_adapter, x, gate)
         else:

@@ -1,0 +1,190 @@
+"""What people see of an evaluation: a table, a picture, a file, a sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from matryoshka_lora.aurac import aurac
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.evaluate.curve import Curve, Evaluation
+from matryoshka_lora.files import replace_directory
+
+EVALUATION_NAME = "evaluation.json"
+PICTURE_NAME = "curve.png"
+
+# Okabe and Ito's colours, which differ for every kind of colour vision; a marker of its own tells each curve in grey.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+_MARKERS = ("o", "s", "D", "^", "v", "P")
+
+
+def write_evaluation(evaluation: Evaluation, folder: str | PathLike[str]) -> None:
+    """Write ``evaluation.json`` and ``curve.png`` into a folder; its other files stay.
+
+    Raises:
+        MatryoshkaError: The folder cannot be written.
+    """
+    with replace_directory(folder) as unfinished:
+        text = json.dumps(evaluation.to_dict(), indent=2, allow_nan=False) + "\n"
+        (unfinished / EVALUATION_NAME).write_text(text, encoding="utf-8")
+        draw(evaluation, unfinished / PICTURE_NAME)
+
+
+def accuracy_table(evaluation: Evaluation) -> Table:
+    """The accuracy of every curve at every rank, in percent, and what sums a curve up."""
+    found, ranks = _table(evaluation, "Accuracy in % at each rank", ("AURAC", "linear", "mean", "gap"))
+    found.caption = (
+        f"base model without adapter: {_percent(evaluation.base.accuracy)}\n"
+        "AURAC: mean height of the curve over log2(rank); linear: over the rank\n"
+        "gap: from the largest rank down to the worst one"
+    )
+    for name, curve in evaluation.curves.items():
+        by_rank = dict(zip(curve.ranks, map(_percent, curve.accuracy), strict=True))
+        summary = (*curve.aurac.values(), curve.mean_accuracy, curve.worst_rank_gap)
+        found.add_row(name, *(by_rank.get(rank, "") for rank in ranks), *map(_percent, summary))
+    return found
+
+
+def loss_table(evaluation: Evaluation) -> Table:
+    """The held-out loss of every curve at every rank, in nats per token."""
+    found, ranks = _table(evaluation, "Held-out loss in nats", ())
+    found.caption = f"base model without adapter: {evaluation.base.loss:.3f}"
+    for name, curve in evaluation.curves.items():
+        by_rank = {rank: f"{loss:.3f}" for rank, loss in zip(curve.ranks, curve.loss, strict=True)}
+        found.add_row(name, *(by_rank.get(rank, "") for rank in ranks))
+    return found
+
+
+def print_tables(evaluation: Evaluation) -> None:
+    """Print both tables, as wide as they need to be."""
+    console = Console(highlight=False)
+    for made in (accuracy_table(evaluation), loss_table(evaluation)):
+        console.print(made, width=max(console.width, console.measure(made).minimum))
+
+
+def compare(first: Curve, second: Curve) -> tuple[float, float]:
+    """How much more AURAC (log2) the first curve has than the second, and the standard error of that.
+
+    Both are measured on the same questions, so the error is that of the mean of each question's own difference: AURAC
+    is linear in the accuracies. It is about other questions of this kind, and says nothing of other training seeds.
+
+    Raises:
+        MatryoshkaError: The curves have other ranks or another number of questions.
+    """
+    questions = {len(scores.correct) for curve in (first, second) for scores in curve.scores}
+    if first.ranks != second.ranks or len(questions) != 1:
+        raise MatryoshkaError("only curves over the same ranks and the same questions can be compared")
+    differences = [a - b for a, b in zip(_by_question(first), _by_question(second), strict=True)]
+    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+    return fmean(differences), error
+
+
+def reading(evaluation: Evaluation) -> str:
+    """What the numbers say, in a sentence: the best curve, and whether it is more than chance."""
+    ordered = sorted(evaluation.curves.items(), key=lambda item: item[1].aurac["log2"], reverse=True)
+    (best, curve), *others = ordered
+    if not others:
+        return f"{best} has AURAC {_percent(curve.aurac['log2'])} %."
+    equal: list[str] = []
+    beaten: list[str] = []
+    for name, other in others:
+        difference, error = compare(curve, other)
+        text = f"{name} ({100 * difference:+.1f} ± {200 * error:.1f})"
+        (beaten if difference > 2 * error else equal).append(text)
+    parts = [f"{best} has the highest AURAC (log2), {_percent(curve.aurac['log2'])} %"]
+    if beaten:
+        parts.append(f"clearly above {', '.join(beaten)}")
+    if equal:
+        parts.append(f"no more than chance above {', '.join(equal)}")
+    return (
+        f"{'; '.join(parts)}. In brackets: by how many points, ± two standard errors over the {evaluation.items} "
+        "questions; one training run each, so another seed may differ by more."
+    )
+
+
+def draw(evaluation: Evaluation, path: Path) -> None:
+    """Draw accuracy and loss against rank as a picture of 1600 x 760 pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.2, h_pad=0.15)
+    figure = Figure(figsize=(16, 7.6), dpi=100, layout=layout)
+    FigureCanvasAgg(figure)
+    figure.suptitle(
+        f"{evaluation.task}: one adapter, every rank   ({evaluation.model}, {evaluation.items} {evaluation.split} "
+        "questions)",
+        fontsize=18,
+    )
+    panels: Any = figure.subplots(1, 2)
+    curves = evaluation.curves.items()
+    accuracies = [(name, curve.ranks, [100 * a for a in curve.accuracy]) for name, curve in curves]
+    error = 50 / math.sqrt(evaluation.items)
+    title = f"Accuracy (%), higher is better; standard error up to {error:.1f}"
+    _panel(panels[0], title, accuracies, 100 * evaluation.base.accuracy)
+    panels[0].set_ylim(bottom=min(0.0, panels[0].get_ylim()[0]))
+    losses = [(name, curve.ranks, curve.loss) for name, curve in curves]
+    _panel(panels[1], "Held-out loss (nats per token), lower is better", losses, evaluation.base.loss)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize=15, frameon=False)
+    figure.savefig(path)
+
+
+def _table(evaluation: Evaluation, title: str, summary: Sequence[str]) -> tuple[Table, list[int]]:
+    ranks = sorted({rank for curve in evaluation.curves.values() for rank in curve.ranks})
+    found = Table(
+        title=f"{title}: {evaluation.items} questions of {evaluation.task} ({evaluation.split})",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE,
+        padding=0,
+        pad_edge=False,
+    )
+    found.add_column("", no_wrap=True)
+    for heading in (*map(str, ranks), *summary):
+        found.add_column(heading, justify="right", no_wrap=True)
+    return found, ranks
+
+
+def _panel(axes: Any, title: str, curves: Sequence[tuple[str, Sequence[int], Sequence[float]]], base: float) -> None:
+    for number, (name, ranks, values) in enumerate(curves):
+        axes.plot(
+            ranks,
+            values,
+            label=name,
+            color=_COLOURS[number % len(_COLOURS)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            linewidth=2.5,
+            # Where curves meet, the markers of the first still show behind those of the last.
+            markersize=14 - 1.5 * (number % len(_MARKERS)),
+            markeredgecolor="white",
+        )
+    axes.axhline(base, color="#555555", linestyle="--", linewidth=2, label="base model")
+    ranks = sorted({rank for _, ranks, _ in curves for rank in ranks})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, [str(rank) for rank in ranks])
+    axes.tick_params(labelsize=14)
+    axes.minorticks_off()
+    axes.set_xlabel("rank at which the adapter is used", fontsize=15)
+    axes.set_title(title, fontsize=16, loc="left")
+    axes.grid(color="#DDDDDD", linewidth=1)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _by_question(curve: Curve) -> list[float]:
+    rows = zip(*(scores.correct for scores in curve.scores), strict=True)
+    return [aurac([float(correct) for correct in row], curve.ranks) for row in rows]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"

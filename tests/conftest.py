@@ -1,0 +1,136 @@
+"""Small real models for every test, built in code; one thread, no network."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import oracle
+import torch
+from hypothesis import HealthCheck, settings
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from matryoshka_lora import NestedAdapter, Nesting, nest
+
+torch.set_num_threads(1)
+# Derandomised: a red test must be red again on the next run.
+settings.register_profile(
+    "tests", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
+
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A Llama of two layers with random weights, the same ones for the same seed; fp32, eval mode."""
+    config = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,  # large enough for the tokens to depend on the adapter
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**config, **changes})).eval()
+
+
+def randomize(model: nn.Module, seed: int = 1, size: float = 0.3) -> None:
+    """Fill the factors of every adapter with normal numbers, so that B is not zero as at the start of training."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * size
+            parameter.data.copy_(values)
+
+
+def lora_config(nesting: Nesting, **changes: Any) -> LoraConfig:
+    """The LoraConfig that a nesting asks for, on all linear layers of a Llama unless told otherwise."""
+    options = {"r": nesting.max_rank, "lora_alpha": nesting.lora_alpha, "target_modules": LINEAR_LAYERS}
+    return LoraConfig(**{**options, **changes})
+
+
+def nested_llama(
+    nesting: Nesting,
+    rule: str = "matryoshka",
+    inference: Any = "prefix",
+    seed: int = 0,
+    layers: int = 2,
+    **lora: Any,
+) -> NestedAdapter:
+    """A tiny Llama with a nested adapter of random factors, in eval mode."""
+    model = get_peft_model(tiny_llama(seed, num_hidden_layers=layers), lora_config(nesting, **lora))
+    randomize(model)
+    return nest(model.eval(), nesting, rule=rule, inference=inference)
+
+
+@dataclass
+class NestedLayer:
+    """One nested layer in fp64 and its oracle.
+
+    Attributes:
+        kind: Its oracle.
+        adapter: The handle.
+        layer: PEFT's LoRA layer.
+    """
+
+    kind: oracle.Kind
+    adapter: NestedAdapter
+    layer: Any
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The parameters that PEFT trains."""
+        if "default" in self.layer.lora_embedding_A:
+            return self.layer.lora_embedding_A["default"], self.layer.lora_embedding_B["default"]
+        return self.layer.lora_A["default"].weight, self.layer.lora_B["default"].weight
+
+    def expected(self, p: Tensor, x: Tensor) -> Tensor:
+        """The oracle's output, with the layer's factors in its graph."""
+        return self.kind.forward(self.layer.get_base_layer(), *self.factors, p, x)
+
+
+class OneLayer(nn.Module):
+    """The smallest model that PEFT takes."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def one_layer(kind: str, nesting: Nesting, seed: int = 0, dtype: torch.dtype = torch.float64, **lora: Any) -> PeftModel:
+    """A PEFT model of one layer with random factors, not nested."""
+    torch.manual_seed(seed)
+    changes = {"target_modules": ["layer"], "fan_in_fan_out": kind == "Conv1D"}
+    config = lora_config(nesting, **{**changes, **lora})
+    model = get_peft_model(OneLayer(oracle.KINDS[kind].build()).to(dtype), config)
+    randomize(model, seed)
+    return model
+
+
+def nested_layer(
+    kind: str,
+    nesting: Nesting,
+    rule: str = "matryoshka",
+    inference: Any = "prefix",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    **lora: Any,
+) -> NestedLayer:
+    """One nested layer with random factors, in training mode."""
+    adapter = nest(one_layer(kind, nesting, seed, dtype, **lora), nesting, rule, inference, seed=seed)
+    return NestedLayer(oracle.KINDS[kind], adapter, adapter.model.base_model.model.layer)

@@ -1,0 +1,618 @@
+"""One layer in fp64 against the formula: every kind, every rule, every rank; then slices, merges, quantised and MoE."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import torch.utils.checkpoint
+from conftest import NestedLayer, OneLayer, lora_config, nested_layer, randomize, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
+from torch import Tensor, nn
+
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
+from matryoshka_lora.rules import RULES
+
+KINDS = list(oracle.KINDS)
+ROWS = 5
+RULE_NAMES = list(RULES)
+
+
+@st.composite
+def nestings(draw: st.DrawFn, max_rank: int = 12) -> Nesting:
+    ranks = sorted(draw(st.sets(st.integers(1, max_rank), min_size=1, max_size=5)))
+    scaling = draw(st.sampled_from(["none", "rank", "sqrt"]))
+    return Nesting(ranks, scaling, 1.0 if scaling == "none" else draw(st.floats(0.2, 20)))
+
+
+def named(nesting: Nesting) -> tuple[Any, str, float]:
+    """What the oracle takes."""
+    return nesting.ranks, nesting.scaling, nesting.alpha
+
+
+def deployed_p(nesting: Nesting, rank: int, inference: str) -> Tensor:
+    ranks, scaling, alpha = named(nesting)
+    return (oracle.kept_p if inference == "keep" else oracle.prefix_p)(ranks, rank, scaling, alpha)
+
+
+def close(actual: Tensor, expected: Tensor) -> bool:
+    """Equal to 1e-12 of the largest entry."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype == torch.float64
+    actual, expected = actual.detach(), expected.detach()
+    return bool((actual - expected).abs().max() <= 1e-12 * max(1.0, float(expected.abs().max())))
+
+
+def perturbed(p: Tensor) -> Tensor:
+    """A p that is wrong by little in a single place, for negative controls."""
+    wrong = p.clone()
+    wrong[..., -1] = wrong[..., -1] * (1 + 1e-5) + 1e-5
+    return wrong
+
+
+def random_input(nested: NestedLayer, rows: int = ROWS) -> Tensor:
+    x = nested.kind.batch(rows)
+    return x.requires_grad_() if x.is_floating_point() else x
+
+
+def with_gradients(output: Tensor, nested: NestedLayer, x: Tensor) -> dict[str, Tensor]:
+    """The output and the gradients of a random linear function of it."""
+    A, B = nested.factors
+    inputs = {"A": A, "B": B, **({"x": x} if x.requires_grad else {})}
+    torch.manual_seed(99)
+    grads = torch.autograd.grad(output, list(inputs.values()), torch.randn_like(output))
+    return {"y": output.detach(), **dict(zip(inputs, grads, strict=True))}
+
+
+def same(nested: NestedLayer, p: Tensor, x: Tensor, learn: Tensor | None = None) -> bool:
+    """Whether output and gradients of the layer are those of the oracle for p."""
+    actual = with_gradients(nested.layer(x), nested, x)
+    expected = with_gradients(nested.expected(p, x), nested, x)
+    if learn is not None:
+        R = len(learn)
+        expected["A"] = expected["A"] * learn.view(R, *(1,) * (expected["A"].ndim - 1))
+        expected["B"] = expected["B"] * learn.view(1, R, *(1,) * (expected["B"].ndim - 2))
+    return all(close(actual[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@settings(max_examples=8)
+@given(nesting=nestings(), seed=st.integers(0, 10**6), step=st.integers(0, 10**6))
+def test_training_equals_the_formula(kind: str, rule: str, nesting: Nesting, seed: int, step: int) -> None:
+    nested = nested_layer(kind, nesting, rule, seed=seed)
+    nested.adapter.draw(step, rows=ROWS)
+    drawn = RULES[rule].draw(nesting, seed, step, ROWS)
+    x = random_input(nested)
+    assert same(nested, drawn.diagonal, x, drawn.learn)
+    assert not same(nested, perturbed(drawn.diagonal), x, drawn.learn)
+    if rule == "matryoshka":
+        assert same(nested, oracle.trained_p(*named(nesting)), x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("inference", ["prefix", "keep"])
+@settings(max_examples=5)
+@given(nesting=nestings(), seed=st.integers(0, 10**6))
+def test_every_deployed_rank_equals_the_formula(kind: str, inference: Any, nesting: Nesting, seed: int) -> None:
+    nested = nested_layer(kind, nesting, "matryoshka", inference, seed)
+    nested.adapter.model.eval()
+    x = random_input(nested)
+    assert nested.adapter.rank == nesting.max_rank
+    for rank in (None, *nesting.ranks, nesting.ranks[0]):
+        if rank is not None:
+            nested.adapter.set_rank(rank)
+        p = deployed_p(nesting, rank or nesting.max_rank, inference)
+        assert same(nested, p, x)
+        assert not same(nested, perturbed(p), x)
+    # The rank is that of eval mode: training goes by the rule.
+    nested.adapter.model.train()
+    assert same(nested, oracle.trained_p(*named(nesting)), x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [False, True])
+@settings(max_examples=4)
+@given(nesting=nestings(), seed=st.integers(0, 10**6), inference=st.sampled_from(["prefix", "keep"]), data=st.data())
+def test_a_rank_per_row_equals_the_formula(
+    kind: str, training: bool, nesting: Nesting, seed: int, inference: Any, data: st.DataObject
+) -> None:
+    nested = nested_layer(kind, nesting, "matryoshka", inference, seed)
+    nested.adapter.model.train(training)
+    ranks = data.draw(st.lists(st.sampled_from(nesting.ranks), min_size=ROWS, max_size=ROWS))
+    p = torch.stack([deployed_p(nesting, rank, inference) for rank in ranks])
+    x = random_input(nested)
+    with nested.adapter.rows(ranks):
+        assert same(nested, p, x)
+        assert not same(nested, perturbed(p), x)
+        if len(set(ranks)) > 1:
+            assert not same(nested, p.roll(1, dims=0), x)
+    after = oracle.trained_p(*named(nesting)) if training else deployed_p(nesting, nesting.max_rank, inference)
+    assert same(nested, after, x)
+
+
+def test_gradients_by_hand() -> None:
+    """``dA = diag(p) B^T G x^T`` and ``dB = G x^T A^T diag(p)``."""
+    nesting = Nesting([1, 3, 4], "sqrt", 2.0)
+    nested = nested_layer("Linear-2d-input", nesting)
+    A, B = nested.factors
+    x, G = nested.kind.batch(ROWS), torch.randn(ROWS, 10, dtype=torch.float64)
+    nested.layer(x).backward(G)
+    D = torch.diag(oracle.trained_p(*named(nesting)))
+    assert close(A.grad, D @ B.T @ G.T @ x)
+    assert close(B.grad, G.T @ x @ A.T @ D)
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Embedding", "Conv2d"])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_gradcheck(kind: str, per_row: bool) -> None:
+    nested = nested_layer(kind, Nesting([1, 2, 3], "rank", 2.0))
+    names = [name for name, parameter in nested.layer.named_parameters() if parameter.requires_grad]
+    factors = [dict(nested.layer.named_parameters())[name].detach().clone().requires_grad_() for name in names]
+    x = random_input(nested, 3)
+
+    def function(x: Tensor, *factors: Tensor) -> Tensor:
+        return torch.func.functional_call(nested.layer, dict(zip(names, factors, strict=True)), (x,))
+
+    assert len(names) == 2
+    if per_row:
+        with nested.adapter.rows([2, 3, 1]):
+            assert torch.autograd.gradcheck(function, (x, *factors))
+    else:
+        assert torch.autograd.gradcheck(function, (x, *factors))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_columns_receive_exactly_nothing(kind: str) -> None:
+    nesting = Nesting([2, 6])
+    nested = nested_layer(kind, nesting, "dylora-frozen")
+    x = random_input(nested)
+    seen = set()
+    for step in range(12):
+        nested.adapter.draw(step)
+        drawn = RULES["dylora-frozen"].draw(nesting, 0, step)
+        b = int(drawn.diagonal.count_nonzero())
+        seen.add(b)
+        grads = with_gradients(nested.layer(x), nested, x)
+        dA, dB = grads["A"].flatten(1), grads["B"].flatten(1)
+        others = [i for i in range(6) if i != b - 1]
+        assert dA[others].count_nonzero() == 0
+        assert dB[:, others].count_nonzero() == 0
+        assert dA[b - 1].abs().max() > 1e-3
+        assert dB[:, b - 1].abs().max() > 1e-3
+        if "x" in grads:  # the input's gradient passes through all b columns
+            free = with_gradients(nested.expected(drawn.diagonal, x), nested, x)
+            assert close(grads["x"], free["x"])
+    assert len(seen) > 2
+
+
+def test_one_optimizer_step_moves_only_the_drawn_column() -> None:
+    nested = nested_layer("Linear", Nesting([1, 4]), "dylora-frozen")
+    A, B = nested.factors
+    before = A.detach().clone(), B.detach().clone()
+    nested.adapter.draw(3)
+    b = int(RULES["dylora-frozen"].draw(Nesting([1, 4]), 0, 3).diagonal.count_nonzero())
+    nested.layer(nested.kind.batch(2)).square().sum().backward()
+    torch.optim.SGD([A, B], lr=0.1).step()
+    assert (before[0] != A).any(dim=1).nonzero().flatten().tolist() == [b - 1]
+    assert (before[1] != B).any(dim=0).nonzero().flatten().tolist() == [b - 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=12)
+@given(
+    nesting=nestings(),
+    seed=st.integers(0, 10**6),
+    inference=st.sampled_from(["prefix", "keep"]),
+    safe=st.booleans(),
+    data=st.data(),
+)
+def test_slice_mask_export_and_merge_are_one(
+    kind: str, nesting: Nesting, seed: int, inference: Any, safe: bool, data: st.DataObject
+) -> None:
+    nested = nested_layer(kind, nesting, "matryoshka", inference, seed)
+    adapter, layer = nested.adapter, nested.layer
+    base = copy.deepcopy(layer.get_base_layer())
+    rank = data.draw(st.sampled_from(nesting.ranks))
+    x = nested.kind.batch(ROWS)
+    adapter.model.eval()
+    adapter.set_rank(rank)
+    with torch.no_grad():
+        masked = layer(x)
+        A, B = nested.factors
+        p = deployed_p(nesting, rank, inference)
+        sliced = nested.kind.forward(base, A[:rank], B[:, :rank], p[:rank], x)
+        assert close(masked, sliced)
+
+        with tempfile.TemporaryDirectory() as folder:
+            adapter.export(folder, rank)
+            plain = PeftModel.from_pretrained(OneLayer(copy.deepcopy(base)), folder).eval()
+        exported = plain.base_model.model.layer
+        assert type(exported).__module__.startswith("peft.")
+        assert exported.r["default"] == rank
+        assert exported.lora_variant == {}
+        assert close(exported(x), masked)
+
+        adapter.merge(rank) if not safe else adapter.model.merge_adapter(safe_merge=True)
+        assert close(layer.base_layer(x), masked)
+        assert close(layer(x), masked)
+        assert close(layer.base_layer.weight, base.weight + nested.kind.delta(base, A, B, p))
+        adapter.unmerge()
+        assert close(layer.base_layer.weight, base.weight)
+        assert close(layer(x), masked)
+        assert not close(layer.base_layer(x), masked)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=5)
+@given(nesting=nestings(), seed=st.integers(0, 10**6))
+def test_full_rank_is_plain_peft_to_the_last_bit(kind: str, dtype: torch.dtype, nesting: Nesting, seed: int) -> None:
+    """Eval mode with no rank chosen, and the exported slice, are what PEFT alone computes."""
+    nested = nested_layer(kind, nesting, seed=seed, dtype=dtype)
+    base = copy.deepcopy(nested.layer.get_base_layer())
+    plain: Any = get_peft_model(OneLayer(base), copy.deepcopy(nested.adapter.model.peft_config["default"]))
+    plain.load_state_dict(nested.adapter.model.state_dict())
+    x = nested.kind.batch(ROWS)
+    x = x.to(dtype) if x.is_floating_point() else x
+    nested.adapter.model.eval()
+    assert torch.equal(nested.layer(x), plain.eval().base_model.model.layer(x))
+    with tempfile.TemporaryDirectory() as folder:
+        nested.adapter.export(folder, nesting.max_rank)
+        exported: Any = PeftModel.from_pretrained(OneLayer(copy.deepcopy(base)), folder).eval()
+    assert torch.equal(exported.base_model.model.layer(x), nested.layer(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_takes_each_rank_in_turn(kind: str) -> None:
+    nesting = Nesting([1, 3, 6], "rank", 4.0)
+    nested = nested_layer(kind, nesting, inference="keep")
+    adapter, layer = nested.adapter, nested.layer
+    before = layer.base_layer.weight.detach().clone()
+    for rank in (1, 6, 3):
+        adapter.merge(rank)  # in training mode too, merging is of the deployed rank
+        delta = nested.kind.delta(layer.base_layer, *nested.factors, deployed_p(nesting, rank, "keep"))
+        assert close(layer.base_layer.weight.detach(), before + delta.detach())
+        adapter.unmerge()
+        assert close(layer.base_layer.weight.detach(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Embedding", "Conv2d"])
+def test_half_precision_bases_agree_to_their_rounding(kind: str, dtype: torch.dtype) -> None:
+    """Adapters in fp32, as PEFT makes them, on a base of another dtype."""
+    nesting = Nesting([1, 2, 4], "sqrt")
+    nested = nested_layer(kind, nesting, dtype=dtype)
+    A, B = nested.factors
+    assert A.dtype == B.dtype == torch.float32
+    adapter = nested.adapter
+    adapter.model.eval()
+    x = nested.kind.batch(ROWS)
+    x = x.to(dtype) if x.is_floating_point() else x
+    with torch.no_grad():
+        for rank in nesting.ranks:
+            adapter.set_rank(rank)
+            p = oracle.prefix_p(*named(nesting)[:1], rank, "sqrt")
+            base = copy.deepcopy(nested.layer.get_base_layer()).double()
+            exact = nested.kind.forward(base, A.double(), B.double(), p, x.double() if x.is_floating_point() else x)
+            size = torch.finfo(dtype).eps * exact.abs().max()
+            output = nested.layer(x)
+            assert output.dtype == dtype
+            assert (output.double() - exact).abs().max() < 4 * size
+            adapter.merge(rank)
+            assert (nested.layer(x).double() - exact).abs().max() < 16 * size
+            adapter.unmerge()
+
+
+# Quantised layers.
+
+
+def quantized_llama(folder: Path, bits: int) -> nn.Module:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    tiny_llama(num_hidden_layers=1, intermediate_size=128).save_pretrained(folder)
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if bits == 4:
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    return LlamaForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**options), dtype=torch.float32, device_map="cpu"
+    )
+
+
+def nested_quantized(folder: Path, bits: int, nesting: Nesting, inference: Any, training: bool) -> NestedAdapter:
+    model = get_peft_model(quantized_llama(folder, bits), lora_config(nesting))
+    randomize(model, size=0.1)
+    model.train(training)
+    return nest(model, nesting, inference=inference)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("inference", ["prefix", "keep"])
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_quantized_layers_compute_the_formula(bits: int, inference: Any, tmp_path: Path) -> None:
+    nesting = Nesting([1, 2, 6], "sqrt", 3.0)
+    adapter = nested_quantized(tmp_path / "base", bits, nesting, inference, training=False)
+    model: Any = adapter.model
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    assert type(layer).__name__ == ("Linear4bit" if bits == 4 else "Linear8bitLt")
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.manual_seed(0)
+    x, ids = torch.randn(3, 4, 64), torch.randint(3, 96, (3, 8))
+
+    def check(p: Tensor) -> None:
+        expected = (x.double() @ A.double().T * p @ B.double().T).float()
+        torch.testing.assert_close(layer(x) - layer.base_layer(x), expected, rtol=1e-4, atol=1e-4)
+
+    with torch.no_grad():
+        for rank in nesting.ranks:
+            adapter.set_rank(rank)
+            check(deployed_p(nesting, rank, inference))
+        with adapter.rows([6, 1, 2]):
+            check(torch.stack([deployed_p(nesting, rank, inference) for rank in (6, 1, 2)])[:, None])
+        model.train()
+        check(oracle.trained_p(*named(nesting)))
+        model.eval()
+
+        adapter.export(tmp_path / "slice", 2)
+        plain = PeftModel.from_pretrained(quantized_llama(tmp_path / "base", bits), tmp_path / "slice").eval()
+        adapter.set_rank(2)
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-3, atol=1e-3)
+        adapter.set_rank(6)
+        assert (model(ids).logits - plain(ids).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_layers_train(bits: int, tmp_path: Path) -> None:
+    nesting = Nesting([1, 2, 6], "sqrt", 3.0)
+    adapter = nested_quantized(tmp_path, bits, nesting, "prefix", training=True)
+    layer: Any = adapter.model.base_model.model.model.layers[0].mlp.up_proj
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x, G = torch.randn(3, 4, 64), torch.randn(3, 4, 128)
+    layer(x).backward(G)
+    p = oracle.trained_p(*named(nesting)).float()
+    expected_A = torch.einsum("r,or,bto,bti->ri", p, B, G, x)
+    expected_B = torch.einsum("bto,bti,ri,r->or", G, x, A, p)
+    torch.testing.assert_close(A.grad, expected_A.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(B.grad, expected_B.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("after", ["training-nest", "nest", "forward"])
+@pytest.mark.filterwarnings("ignore:Merge lora module", "ignore:Unmerge lora module", "ignore:MatMul8bitLt")
+def test_quantized_layers_merge_to_their_rounding_or_not_at_all(bits: int, after: str, tmp_path: Path) -> None:
+    """After a forward in eval mode bitsandbytes packs 4-bit weights for the CPU, and dequantises them wrongly."""
+    nesting = Nesting([1, 2, 6], "sqrt", 3.0)
+    adapter = nested_quantized(tmp_path, bits, nesting, "keep", training=after == "training-nest")
+    model: Any = adapter.model.eval()
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    exact = dict(tiny_llama(num_hidden_layers=1, intermediate_size=128).named_modules())
+    names = {id(m): name.removeprefix("base_model.model.") for name, m in model.named_modules()}
+    if after == "forward":
+        with torch.no_grad():
+            model(torch.randint(3, 96, (2, 5)))
+
+    def computed(layer: Any) -> Tensor:
+        """What the base layer multiplies by."""
+        with torch.no_grad():
+            return layer.base_layer(torch.eye(layer.in_features)).T
+
+    try:
+        adapter.merge(2)
+    except MatryoshkaError:
+        merged = False
+    else:
+        merged = True
+    for layer in layers:
+        A, B = (getattr(layer, f"lora_{f}")["default"].weight.detach() for f in "AB")
+        weight = exact[names[id(layer)]].weight.detach()
+        delta = (B * oracle.kept_p([1, 2, 6], 2, "sqrt", 3.0).float()) @ A
+        assert delta.norm() > 0.2 * weight.norm()
+        target = weight + delta if merged else weight
+        assert (computed(layer) - target).norm() < 0.18 * target.norm()
+    if merged:
+        adapter.unmerge()
+        for layer in layers:
+            weight = exact[names[id(layer)]].weight.detach()
+            assert (computed(layer) - weight).norm() < 0.3 * weight.norm()
+
+
+# Experts: LoRA on bare parameters.
+
+
+def moe(layout: str) -> nn.Module:
+    from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    common: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 12,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "num_experts_per_tok": 2,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(0)
+    if layout == "out-in":
+        config = Qwen3MoeConfig(**common, moe_intermediate_size=12, num_experts=3)
+        model = Qwen3MoeForCausalLM(config)
+    else:
+        model = GptOssForCausalLM(GptOssConfig(**common, num_local_experts=3))
+        for name, parameter in model.named_parameters():  # some of its parameters are created without values
+            if "experts" in name or "sinks" in name:
+                nn.init.normal_(parameter, std=0.2)
+    model.set_experts_implementation("eager")
+    return model.double().eval()
+
+
+EXPERTS = ["gate_up_proj", "down_proj"]
+
+
+def nested_moe(layout: str, nesting: Nesting, **options: Any) -> NestedAdapter:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = lora_config(
+            nesting, target_modules=["q_proj"], target_parameters=[f"mlp.experts.{name}" for name in EXPERTS]
+        )
+        model = get_peft_model(moe(layout), config, autocast_adapter_dtype=False)
+    randomize(model)
+    return nest(model.eval(), nesting, **options)
+
+
+def expert_wrappers(model: nn.Module) -> dict[str, Any]:
+    """PEFT's wrapper of each parameter of the experts, by the parameter's name."""
+    return {m.parameter_name: m for m in model.modules() if hasattr(m, "parameter_name")}
+
+
+def expert_call(experts: nn.Module) -> Tensor:
+    torch.manual_seed(1)
+    hidden = torch.randn(7, 16, dtype=torch.float64)
+    chosen = torch.stack([torch.randperm(3)[:2] for _ in range(7)])
+    weights = torch.rand(7, 2, dtype=torch.float64)
+    return experts(hidden, chosen, weights)
+
+
+def expected_experts(model: nn.Module, p: Tensor, layout: str) -> Tensor:
+    """The experts' output with their dense deltas added, differentiable in the factors."""
+    wrappers = expert_wrappers(model)
+    base = wrappers["gate_up_proj"].get_base_layer()
+    weights = {
+        name: getattr(base, name).detach()
+        + oracle.expert_delta(
+            wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight, p, 3, layout == "in-out"
+        )
+        for name, wrapper in wrappers.items()
+    }
+
+    class Call(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = base
+
+        def forward(self) -> Tensor:
+            return expert_call(self.experts)
+
+    return torch.func.functional_call(Call(), {f"experts.{k}": v for k, v in weights.items()}, ())
+
+
+@pytest.mark.parametrize("layout", ["out-in", "in-out"])
+@pytest.mark.parametrize("inference", ["prefix", "keep"])
+def test_experts_equal_the_formula(layout: str, inference: Any) -> None:
+    nesting = Nesting([1, 2, 4], "sqrt", 3.0)
+    adapter = nested_moe(layout, nesting, inference=inference)
+    model: Any = adapter.model
+    experts = model.base_model.model.model.layers[0].mlp.experts
+    assert set(expert_wrappers(model)) == set(EXPERTS)
+    with torch.no_grad():
+        for rank in nesting.ranks:
+            adapter.set_rank(rank)
+            p = deployed_p(nesting, rank, inference)
+            assert close(expert_call(experts), expected_experts(model, p, layout))
+            assert not close(expert_call(experts), expected_experts(model, perturbed(p), layout))
+    model.train()
+    p = oracle.trained_p(*named(nesting))
+    factors = [q for wrapper in expert_wrappers(model).values() for q in wrapper.parameters() if q.requires_grad]
+    assert len(factors) >= 4
+    actual, expected = expert_call(experts), expected_experts(model, p, layout)
+    assert close(actual.detach(), expected.detach())
+    G = torch.randn_like(actual)
+    factors = [
+        getattr(wrapper, f"lora_{f}")["default"].weight for wrapper in expert_wrappers(model).values() for f in "AB"
+    ]
+    for a, e in zip(torch.autograd.grad(actual, factors, G), torch.autograd.grad(expected, factors, G), strict=True):
+        assert a.abs().max() > 1e-3
+        assert close(a, e)
+
+
+@pytest.mark.parametrize("layout", ["out-in", "in-out"])
+@pytest.mark.parametrize("rule", ["dylora", "dylora-all", "lora"])
+def test_experts_train_by_the_rule(layout: str, rule: str) -> None:
+    nesting = Nesting([1, 2, 4], "rank", 3.0)
+    adapter = nested_moe(layout, nesting, rule=rule)
+    adapter.model.train()
+    model: Any = adapter.model
+    for step in range(4):
+        adapter.draw(step)
+        p = RULES[rule].draw(nesting, 0, step).diagonal
+        actual = expert_call(model.base_model.model.model.layers[0].mlp.experts)
+        assert close(actual.detach(), expected_experts(model, p, layout).detach())
+
+
+@pytest.mark.parametrize("layout", ["out-in", "in-out"])
+@pytest.mark.parametrize("inference", ["prefix", "keep"])
+def test_experts_slice_mask_export_and_merge_are_one(layout: str, inference: Any, tmp_path: Path) -> None:
+    nesting = Nesting([1, 3, 4], "rank", 3.0)
+    adapter = nested_moe(layout, nesting, inference=inference)
+    model: Any = adapter.model
+    experts = model.base_model.model.model.layers[0].mlp.experts
+    stacks = {name: getattr(expert_wrappers(model)["down_proj"].get_base_layer(), name) for name in EXPERTS}
+    before = {name: stack.detach().clone() for name, stack in stacks.items()}
+    with torch.no_grad():
+        for rank in nesting.ranks:
+            adapter.set_rank(rank)
+            masked = expert_call(experts)
+            adapter.export(tmp_path / str(rank), rank)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                plain: Any = PeftModel.from_pretrained(moe(layout), tmp_path / str(rank), autocast_adapter_dtype=False)
+            assert close(expert_call(plain.eval().base_model.model.model.layers[0].mlp.experts), masked)
+            p = deployed_p(nesting, rank, inference)
+            adapter.merge(rank)
+            for name, wrapper in expert_wrappers(model).items():
+                A, B = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
+                delta = oracle.expert_delta(A, B, p, 3, layout == "in-out")
+                assert close(getattr(wrapper.get_base_layer(), name), before[name] + delta)
+            assert close(expert_call(experts), masked)
+            adapter.unmerge()
+            for name in EXPERTS:
+                assert close(getattr(expert_wrappers(model)["down_proj"].get_base_layer(), name), before[name])
+            assert close(expert_call(experts), masked)
+
+
+@pytest.mark.parametrize("layout", ["out-in", "in-out"])
+def test_unmerging_experts_takes_out_what_was_put_in(layout: str) -> None:
+    adapter = nested_moe(layout, Nesting([1, 4]))
+    wrapper = expert_wrappers(adapter.model)["down_proj"]
+    before = wrapper.get_param().detach().clone()
+    with rescale_adapter_scale(adapter.model, multiplier=0.5):
+        adapter.merge(1)
+        delta = oracle.expert_delta(
+            wrapper.lora_A["default"].weight,
+            wrapper.lora_B["default"].weight,
+            oracle.prefix_p([1, 4], 1) * 0.5,
+            3,
+            layout == "in-out",
+        )
+        assert close(wrapper.get_param(), before + delta)
+    adapter.unmerge()
+    assert close(wrapper.get_param(), before)
+
+
+@pytest.mark.parametrize("layout", ["out-in", "in-out"])
+def test_a_new_draw_before_the_checkpointed_backward_of_experts_is_never_silently_wrong(layout: str) -> None:
+    adapter = nested_moe(layout, Nesting([1, 2, 4]), rule="dylora")
+    model: Any = adapter.model.train()
+    experts = model.base_model.model.model.layers[0].mlp.experts
+    factor = expert_wrappers(model)["down_proj"].lora_B["default"].weight
+    ranks = [int(RULES["dylora"].draw(Nesting([1, 2, 4]), 0, step).diagonal.count_nonzero()) for step in range(9)]
+    other = next(step for step, rank in enumerate(ranks) if rank != ranks[0])
+    adapter.draw(0)
+    (expected,) = torch.autograd.grad(expert_call(experts).square().sum(), factor)
+    output = torch.utils.checkpoint.checkpoint(lambda: expert_call(experts), use_reentrant=False).square().sum()
+    adapter.draw(other)
+    try:
+        (actual,) = torch.autograd.grad(output, factor)
+    except MatryoshkaError:
+        return
+    assert close(actual, expected)

@@ -1,0 +1,921 @@
+"""What PEFT does with an adapter goes on working when it is nested, and what cannot work is refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from conftest import OneLayer, lora_config, nested_layer, nested_llama, one_layer, randomize, tiny_llama
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora.config import KasaConfig, VeloraConfig
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
+from matryoshka_lora.adapter.variant import NestedVariant
+from matryoshka_lora.rules import RULES
+
+NESTING = Nesting([1, 2, 4, 8], "sqrt", 2.0)
+
+
+def tokens(rows: int = 3, length: int = 6, seed: int = 5) -> Tensor:
+    return torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        return model(tokens() if ids is None else ids).logits
+
+
+def prefix(nesting: Nesting, rank: int) -> Tensor:
+    return oracle.prefix_p(nesting.ranks, rank, nesting.scaling, nesting.alpha)
+
+
+def p_of(nesting: Nesting) -> Tensor:
+    return oracle.trained_p(nesting.ranks, nesting.scaling, nesting.alpha)
+
+
+def plain_llama(**lora: Any) -> PeftModel:
+    """The model of `nested_llama(NESTING)` without nesting."""
+    model = get_peft_model(tiny_llama(), lora_config(NESTING, **lora))
+    randomize(model)
+    return model.eval()
+
+
+# What the rest of PEFT sees.
+
+
+def test_nesting_leaves_config_parameters_and_keys_as_they_were() -> None:
+    model, plain = plain_llama(), plain_llama()
+    config = model.peft_config["default"].to_dict()
+    trainable = [(name, p.shape) for name, p in model.named_parameters() if p.requires_grad]
+    nest(model, NESTING)
+    assert type(model.peft_config["default"]) is LoraConfig
+    assert model.peft_config["default"].to_dict() == config
+    assert [(name, p.shape) for name, p in model.named_parameters() if p.requires_grad] == trainable
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
+    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in model.state_dict().items())
+    assert model.get_model_status().enabled
+    assert not model.training
+
+
+@pytest.mark.parametrize("inference", ["prefix", "keep"])
+def test_no_rank_chosen_is_full_rank_is_plain_peft(inference: Any, tmp_path: Path) -> None:
+    adapter = nested_llama(NESTING, inference=inference)
+    unchosen = logits(adapter.model)
+    adapter.set_rank(8)
+    assert torch.equal(logits(adapter.model), unchosen)
+    adapter.save(tmp_path / "saved")
+    adapter.export(tmp_path / "slice", 8)
+    saved = logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "saved"))
+    exported = logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "slice"))
+    assert torch.equal(saved, exported)
+    if inference == "prefix":
+        assert torch.equal(saved, unchosen)
+        assert torch.equal(logits(plain_llama()), unchosen)
+    else:  # P is folded into B, which rounds
+        torch.testing.assert_close(saved, unchosen, rtol=1e-4, atol=1e-4)
+        assert (logits(plain_llama()) - unchosen).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("rank", NESTING.ranks)
+def test_every_rank_of_a_model_is_the_folded_one(rank: int) -> None:
+    adapter = nested_llama(NESTING)
+    adapter.set_rank(rank)
+    folded = oracle.fold(tiny_llama(), get_peft_model_state_dict(adapter.model), prefix(NESTING, rank))
+    torch.testing.assert_close(logits(adapter.model), logits(folded), rtol=1e-3, atol=1e-3)
+    adapter.set_rank(1 if rank > 1 else 2)
+    assert (logits(adapter.model) - logits(folded)).abs().max() > 0.05
+
+
+def test_peft_saves_and_loads_around_the_nesting(tmp_path: Path) -> None:
+    """PEFT's own functions see the raw factors; what they put there is used at once."""
+    adapter = nested_llama(NESTING)
+    adapter.model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits(adapter.model))
+    other = plain_llama()
+    randomize(other, seed=7)
+    set_peft_model_state_dict(adapter.model, get_peft_model_state_dict(other))
+    assert torch.equal(logits(adapter.model), logits(other))
+    adapter.set_rank(2)
+    assert not torch.equal(logits(adapter.model), logits(other))
+
+
+def test_disable_adapter_is_the_base_model() -> None:
+    adapter = nested_llama(NESTING)
+    base = logits(tiny_llama())
+    before = logits(adapter.model)
+    with adapter.model.disable_adapter():
+        assert torch.equal(logits(adapter.model), base)
+    assert torch.equal(logits(adapter.model), before)
+    assert not torch.equal(before, base)
+
+
+@pytest.mark.parametrize("inference", ["prefix", "keep"])
+@pytest.mark.parametrize("rank", [1, 4, 8])
+def test_merge_and_unload_gives_a_plain_model_of_that_rank(inference: Any, rank: int) -> None:
+    adapter = nested_llama(NESTING, inference=inference)
+    adapter.set_rank(rank)
+    expected = logits(adapter.model)
+    merged = adapter.model.merge_and_unload()
+    assert type(merged) is type(tiny_llama())
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_merge_and_unmerge_by_the_handle_and_by_peft() -> None:
+    adapter = nested_llama(NESTING)
+    model: Any = adapter.model
+    full = logits(model)
+    base = {name: p.clone() for name, p in model.named_parameters() if "base_layer" in name}
+    for rank in (2, 8):
+        adapter.set_rank(rank)
+        expected = logits(model)
+        adapter.merge(rank)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+        adapter.unmerge()
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model), full, rtol=1e-3, atol=1e-3)
+    with model.disable_adapter():  # PEFT unmerges for it
+        torch.testing.assert_close(logits(model), logits(tiny_llama()), rtol=1e-3, atol=1e-3)
+    for name, before in base.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name], before, rtol=0, atol=1e-5)
+
+
+def test_unload_gives_the_base_model_back() -> None:
+    adapter = nested_llama(NESTING)
+    assert torch.equal(logits(adapter.model.unload()), logits(tiny_llama()))
+
+
+def test_generate_is_that_of_the_exported_slice(tmp_path: Path) -> None:
+    adapter = nested_llama(NESTING)
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    said = {}
+    for rank in NESTING.ranks:
+        adapter.set_rank(rank)
+        adapter.export(tmp_path / str(rank), rank)
+        plain = PeftModel.from_pretrained(tiny_llama(), tmp_path / str(rank))
+        said[rank] = adapter.model.generate(input_ids=tokens(), **options)
+        assert torch.equal(said[rank], plain.generate(input_ids=tokens(), **options))
+    assert not torch.equal(said[1], said[8])
+
+
+# Several adapters.
+
+
+def two_adapters(rule: str = "matryoshka") -> tuple[NestedAdapter, Any]:
+    """A nested adapter and a plain one of rank 3."""
+    adapter = nested_llama(NESTING, rule)
+    adapter.model.add_adapter("plain", LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "up_proj"]))
+    generator = torch.Generator().manual_seed(9)
+    for name, parameter in adapter.model.named_parameters():
+        if ".plain." in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return adapter, adapter.model.eval()
+
+
+def test_a_plain_adapter_beside_a_nested_one_stays_plain() -> None:
+    adapter, model = two_adapters()
+    nested_only = logits(model)
+    folded = oracle.fold(
+        tiny_llama(), get_peft_model_state_dict(model, adapter_name="plain"), torch.full((3,), 2.0).double()
+    )
+    model.set_adapter("plain")
+    torch.testing.assert_close(logits(model), logits(folded), rtol=1e-3, atol=1e-3)
+    adapter.set_rank(1)  # an adapter may be set while another is active
+    torch.testing.assert_close(logits(model), logits(folded), rtol=1e-3, atol=1e-3)
+    model.set_adapter("default")
+    assert not torch.equal(logits(model), nested_only)
+    adapter.set_rank(8)
+    assert torch.equal(logits(model), nested_only)
+
+
+def test_both_adapters_at_once_add_up() -> None:
+    adapter, model = two_adapters()
+    model.base_model.set_adapter(["default", "plain"])
+    adapter.set_rank(2)
+    folded = oracle.fold(tiny_llama(), get_peft_model_state_dict(model, adapter_name="default"), prefix(NESTING, 2))
+    folded = oracle.fold(folded, get_peft_model_state_dict(model, adapter_name="plain"), torch.full((3,), 2.0).double())
+    torch.testing.assert_close(logits(model), logits(folded), rtol=1e-3, atol=1e-3)
+    before = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-3)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-3)
+
+
+def test_merge_merges_only_the_nested_adapter() -> None:
+    adapter, model = two_adapters()
+    adapter.set_rank(2)
+    expected = logits(model)
+    adapter.merge(2)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.merged_adapters == ["default"]
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+    adapter.unmerge()
+
+
+def test_two_nested_adapters_have_ranks_of_their_own() -> None:
+    first = nested_llama(NESTING)
+    other = Nesting([3, 5], "rank", 4.0)
+    model: Any = first.model
+    model.add_adapter("second", lora_config(other, target_modules=["v_proj", "down_proj"]))
+    randomize(model, seed=4)
+    second = nest(model, other, rule="dylora", adapter="second")
+    assert second.nesting == other
+    assert first.nesting == NESTING
+    assert NestedAdapter(model, "second").rule.name == "dylora"
+    assert first.rule.name == "matryoshka"
+    model.base_model.set_adapter(["default", "second"])
+    model.eval()
+    tensors = [get_peft_model_state_dict(model, adapter_name=name) for name in ("default", "second")]
+    for ranks in ((1, 3), (8, 3), (8, 5), (2, 5)):
+        first.set_rank(ranks[0])
+        second.set_rank(ranks[1])
+        assert (first.rank, second.rank) == ranks
+        folded = oracle.fold(tiny_llama(), tensors[0], prefix(NESTING, ranks[0]))
+        folded = oracle.fold(folded, tensors[1], prefix(other, ranks[1]))
+        torch.testing.assert_close(logits(model), logits(folded), rtol=1e-3, atol=1e-3)
+    with pytest.raises(MatryoshkaError, match="trained ranks are 3, 5"):
+        second.set_rank(1)
+    first.reorder()
+    assert not second.reordered
+    torch.testing.assert_close(get_peft_model_state_dict(model, adapter_name="second"), tensors[1], rtol=0, atol=0)
+
+
+def test_a_deleted_adapter_is_gone_and_the_others_stay() -> None:
+    adapter, model = two_adapters()
+    model.set_adapter("plain")
+    plain = logits(model)
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), plain)
+    with pytest.raises(MatryoshkaError, match="no nested adapter 'default': call nest\\(\\) or load\\(\\) first"):
+        adapter.set_rank(1)
+    # The name may be used again, and means a plain adapter until it is nested.
+    model.add_adapter("default", lora_config(NESTING))
+    with pytest.raises(MatryoshkaError, match="no nested adapter 'default'"):
+        NestedAdapter(model)
+    randomize(model)
+    nest(model, NESTING).set_rank(1)
+
+
+def test_deleting_a_plain_adapter_leaves_the_nested_one() -> None:
+    adapter, model = two_adapters()
+    adapter.set_rank(4)
+    before = logits(model)
+    model.delete_adapter("plain")
+    assert torch.equal(logits(model), before)
+
+
+def test_an_adapter_may_be_nested_again_by_another_rule() -> None:
+    nested = nested_layer("Linear", NESTING, "lora")
+    again = nest(nested.adapter.model, NESTING, "matryoshka", "keep")
+    x = nested.kind.batch(2)
+    torch.testing.assert_close(nested.layer(x), nested.expected(p_of(NESTING), x), rtol=1e-12, atol=1e-12)
+    assert nested.adapter.rule.name == again.rule.name == "matryoshka"
+
+
+# Scale.
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Embedding", "Conv2d"])
+@pytest.mark.parametrize("training", [False, True])
+def test_pefts_scaling_functions_multiply_the_nested_adapter(kind: str, training: bool) -> None:
+    nested = nested_layer(kind, NESTING)
+    nested.adapter.model.train(training)
+    nested.adapter.set_rank(2)
+    p = p_of(NESTING) if training else prefix(NESTING, 2)
+    x = nested.kind.batch(3)
+    layer = nested.layer
+
+    def is_scaled_by(factor: float) -> None:
+        torch.testing.assert_close(layer(x), nested.expected(p * factor, x), rtol=1e-12, atol=1e-12)
+
+    is_scaled_by(1)
+    layer.set_scale("default", 0.25)
+    is_scaled_by(0.25)
+    if kind != "Embedding":  # PEFT's scale_layer passes over embeddings
+        layer.scale_layer(3.0)
+        is_scaled_by(0.75)
+        layer.unscale_layer(3.0)
+        is_scaled_by(0.25)
+        layer.unscale_layer()
+        is_scaled_by(1)
+    layer.set_scale("default", 1)
+    with rescale_adapter_scale(nested.adapter.model, multiplier=0.5):
+        is_scaled_by(0.5)
+        with nested.adapter.rows([1, 8, 2]):
+            rows = torch.stack([prefix(NESTING, rank) for rank in (1, 8, 2)])
+            torch.testing.assert_close(layer(x), nested.expected(rows * 0.5, x), rtol=1e-12, atol=1e-12)
+        before = layer.base_layer.weight.detach().clone()
+        nested.adapter.merge(4)
+        delta = nested.kind.delta(layer.base_layer, *nested.factors, prefix(NESTING, 4) * 0.5)
+        torch.testing.assert_close(layer.base_layer.weight.detach(), before + delta.detach(), rtol=1e-12, atol=1e-12)
+    nested.adapter.unmerge()  # takes out what was put in, though the scale is another now
+    torch.testing.assert_close(layer.base_layer.weight.detach(), before, rtol=1e-12, atol=1e-12)
+    nested.adapter.set_rank(2)
+    is_scaled_by(1)
+
+
+def test_a_scale_of_zero_turns_it_off() -> None:
+    nested = nested_layer("Linear", NESTING)
+    x = nested.kind.batch(2)
+    with rescale_adapter_scale(nested.adapter.model, multiplier=0.0):
+        torch.testing.assert_close(nested.layer(x), nested.layer.base_layer(x), rtol=0, atol=0)
+
+
+# Batches of mixed adapters.
+
+
+def test_adapter_names_mix_nested_plain_and_base() -> None:
+    adapter, model = two_adapters()
+    adapter.set_rank(2)
+    alone = {"__base__": logits(tiny_llama())}
+    for name in ("default", "plain"):
+        model.set_adapter(name)
+        alone[name] = logits(model)
+    names = ["default", "__base__", "plain"]
+    with torch.no_grad():
+        mixed = model(tokens(), adapter_names=names).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-3, atol=1e-3)
+    assert (alone["default"][0] - alone["plain"][0]).abs().max() > 0.1
+
+
+def test_adapter_names_are_refused_where_an_embedding_is_nested() -> None:
+    adapter = nested_llama(NESTING, target_modules=["embed_tokens", "q_proj"])
+    model: Any = adapter.model
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["embed_tokens"]))
+    with pytest.raises(MatryoshkaError, match=r"no LoRA variant to an embedding in a batch of .*: export"):
+        model(tokens(2), adapter_names=["default", "plain"])
+    model(tokens(2), adapter_names=["plain", "__base__"])
+
+
+# Training details.
+
+
+def test_dropout_acts_on_the_adapters_input_while_training() -> None:
+    nested = nested_layer("Linear", NESTING, lora_dropout=0.5)
+    x = nested.kind.batch(4)
+    A, B = nested.factors
+    torch.manual_seed(3)
+    actual = nested.layer(x)
+    torch.manual_seed(3)
+    dropped = nn.functional.dropout(x, 0.5)
+    expected = nested.layer.base_layer(x) + dropped @ A.T * p_of(NESTING) @ B.T
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(actual, nested.expected(p_of(NESTING), x))
+    nested.adapter.model.eval()
+    torch.testing.assert_close(nested.layer(x), nested.expected(prefix(NESTING, 8), x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["dylora", "dylora-all", "dylora-frozen", "stratified"])
+def test_training_before_the_first_draw_is_an_error(rule: str) -> None:
+    adapter = nested_llama(NESTING, rule)
+    logits(adapter.model)  # evaluation needs no draw
+    adapter.model.train()
+    with pytest.raises(MatryoshkaError, match=rf"{rule}.* nothing was drawn: give adapter.callback\(\).*adapter.draw"):
+        adapter.model(tokens())
+    if rule == "stratified":
+        with pytest.raises(MatryoshkaError, match="say how many rows"):
+            adapter.draw(0)
+    adapter.draw(0, rows=3)
+    adapter.model(tokens())
+
+
+def test_autocast_bf16_is_plain_peft_to_the_last_bit_and_trains_in_fp32() -> None:
+    adapter, plain = nested_llama(NESTING), plain_llama()
+    exact = logits(adapter.model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(logits(adapter.model), logits(plain))
+        assert (logits(adapter.model) - exact).norm() < 0.05 * exact.norm()
+        adapter.set_rank(1)
+        assert (logits(adapter.model) - exact).norm() > 0.1 * exact.norm()
+        adapter.model.train()
+        adapter.model(tokens()).logits.float().square().mean().backward()
+    grads = {name: p.grad for name, p in adapter.model.named_parameters() if p.requires_grad}
+    assert all(grad is not None and grad.dtype == torch.float32 and grad.norm() > 0 for grad in grads.values())
+
+
+@pytest.mark.parametrize("rule", ["matryoshka", "stratified"])
+def test_autocast_agrees_with_the_formula_to_bf16(rule: str) -> None:
+    nested = nested_layer("Linear", NESTING, rule, dtype=torch.float32)
+    nested.adapter.draw(0, rows=4)
+    x = nested.kind.batch(4).float()
+    p = RULES[rule].draw(NESTING, 0, 0, 4).diagonal
+    expected = nested.expected(p.float(), x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = nested.layer(x)
+    assert (output - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+def test_a_few_steps_train_like_the_formula() -> None:
+    """AdamW on the layer and on the oracle's dense form: the same factors in the end."""
+    nested = nested_layer("Linear", NESTING, "stratified")
+    theirs = [factor.detach().clone().requires_grad_() for factor in nested.factors]
+    ours_optimizer = torch.optim.AdamW(nested.factors, lr=0.01)
+    their_optimizer = torch.optim.AdamW(theirs, lr=0.01)
+    for step in range(5):
+        x, target = nested.kind.batch(6), torch.randn(6, 3, 10, dtype=torch.float64)
+        nested.adapter.draw(step, rows=6)
+        p = RULES["stratified"].draw(NESTING, 0, step, 6).diagonal
+        base = nested.layer.get_base_layer()
+        for optimizer, output in (
+            (ours_optimizer, nested.layer(x)),
+            (their_optimizer, nested.kind.forward(base, *theirs, p, x)),
+        ):
+            optimizer.zero_grad()
+            (output - target).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(list(nested.factors), theirs, rtol=1e-9, atol=1e-9)
+
+
+# torch.compile.
+
+
+@pytest.fixture
+def no_recompilation() -> Any:
+    torch._dynamo.reset()
+    yield torch._dynamo.config.patch(error_on_recompile=True)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("target_modules", [["q_proj", "up_proj", "down_proj"], ["embed_tokens", "o_proj"]], ids=str)
+def test_compiled_in_one_graph_and_not_again_for_another_rank(no_recompilation: Any, target_modules: Any) -> None:
+    adapter = nested_llama(NESTING, layers=1, target_modules=target_modules)
+    compiled = torch.compile(adapter.model, backend="aot_eager", fullgraph=True, dynamic=False)
+    seen = []
+    with no_recompilation:
+        for rank in (8, 1, 4, 2, 8):
+            adapter.set_rank(rank)
+            seen.append(logits(compiled))
+            torch.testing.assert_close(seen[-1], logits(adapter.model), rtol=1e-4, atol=1e-4)
+        adapter.set_rank({"o_proj|q_proj": 2})
+        torch.testing.assert_close(logits(compiled), logits(adapter.model), rtol=1e-4, atol=1e-4)
+    assert (seen[0] - seen[1]).abs().max() > 0.05
+
+
+def test_compiled_rows_do_not_recompile_for_other_ranks(no_recompilation: Any) -> None:
+    adapter = nested_llama(NESTING, layers=1)
+    compiled = torch.compile(adapter.model, backend="aot_eager", fullgraph=True, dynamic=False)
+    with no_recompilation:
+        for ranks in ([1, 2, 4], [8, 8, 1], [2, 4, 8]):
+            with adapter.rows(ranks):
+                torch.testing.assert_close(logits(compiled), logits(adapter.model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["matryoshka", "dylora", "stratified"])
+def test_compiled_training_does_not_recompile_for_another_draw(no_recompilation: Any, rule: str) -> None:
+    adapter = nested_llama(NESTING, rule, layers=1)
+    adapter.model.train()
+    compiled = torch.compile(adapter.model, backend="aot_eager", fullgraph=True, dynamic=False)
+    with no_recompilation:
+        for step in range(4):
+            adapter.draw(step, rows=3)
+            grads = []
+            for model in (compiled, adapter.model):
+                model(tokens()).logits.square().mean().backward()
+                grads.append({n: p.grad.clone() for n, p in adapter.model.named_parameters() if p.grad is not None})
+                adapter.model.zero_grad()
+            for name, grad in grads[0].items():
+                torch.testing.assert_close(grad, grads[1][name], rtol=1e-3, atol=1e-5)
+
+
+# Copies.
+
+
+def by_deepcopy(model: Any) -> Any:
+    return copy.deepcopy(model)
+
+
+def by_pickle(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+def by_torch_save(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [by_deepcopy, by_pickle, by_torch_save])
+@pytest.mark.parametrize("rule", ["matryoshka", "stratified"])
+def test_a_copy_is_independent(duplicate: Callable[[Any], Any], rule: str) -> None:
+    adapter = nested_llama(NESTING, rule, target_modules=["embed_tokens", "q_proj", "up_proj"])
+    adapter.set_rank(4)
+    if rule == "stratified":
+        adapter.draw(0, rows=3)
+    before = logits(adapter.model)
+    clone = NestedAdapter(duplicate(adapter.model))
+    assert torch.equal(logits(clone.model), before)
+    assert (clone.nesting, clone.rule.name, clone.rank) == (NESTING, rule, 4)
+    clone.set_rank(1)
+    assert adapter.rank == 4
+    assert torch.equal(logits(adapter.model), before)
+    assert not torch.equal(logits(clone.model), before)
+    clone.reorder()
+    assert not adapter.reordered
+    with adapter.rows([1, 2, 8]):
+        assert logits(clone.model, tokens(2)).shape[0] == 2
+    adapter.model.train()
+    clone.model.train()
+    assert not torch.equal(logits(adapter.model), logits(clone.model))
+
+
+def test_the_handle_may_be_made_again_and_copied() -> None:
+    adapter = nested_llama(NESTING)
+    NestedAdapter(adapter.model).set_rank(2)
+    assert adapter.rank == 2
+    clone = copy.deepcopy(adapter)
+    clone.set_rank(8)
+    assert adapter.rank == 2
+
+
+# Moving and casting.
+
+
+@pytest.mark.parametrize("kind", list(oracle.KINDS))
+def test_cast_to_fp64_after_nesting_it_is_exact(kind: str) -> None:
+    """The diagonal must not have been kept in the fp32 of the moment when it was nested."""
+    nesting = Nesting([1, 2, 5], "sqrt", 3.0)  # scales that fp32 does not hold
+    nested = nested_layer(kind, nesting, dtype=torch.float32)
+    nested.adapter.model.double()
+    randomize(nested.adapter.model)
+    x = nested.kind.batch(3)
+    torch.testing.assert_close(nested.layer(x), nested.expected(p_of(nesting), x), rtol=1e-12, atol=1e-12)
+    with nested.adapter.rows([5, 1, 2]):
+        p = torch.stack([prefix(nesting, rank) for rank in (5, 1, 2)])
+        torch.testing.assert_close(nested.layer(x), nested.expected(p, x), rtol=1e-12, atol=1e-12)
+    nested.adapter.model.eval()
+    for rank in nesting.ranks:
+        nested.adapter.set_rank(rank)
+        torch.testing.assert_close(nested.layer(x), nested.expected(prefix(nesting, rank), x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cast_to_half_precision_after_nesting_it_is_plain_peft(dtype: torch.dtype) -> None:
+    adapter, plain = nested_llama(NESTING), plain_llama()
+    adapter.model.to(dtype)
+    plain.to(dtype)
+    assert torch.equal(logits(adapter.model), logits(plain))
+    with adapter.rows([1, 2, 8]):
+        assert logits(adapter.model).dtype == dtype
+    adapter.model.train()
+    assert logits(adapter.model).dtype == dtype
+
+
+def test_moved_to_meta_and_back_it_still_runs() -> None:
+    """The only other device that every machine has."""
+    adapter = nested_llama(NESTING)
+    model = adapter.model.to("meta")
+    assert model(tokens().to("meta")).logits.device.type == "meta"
+    adapter.set_rank(2)
+    assert model(tokens().to("meta")).logits.device.type == "meta"
+    with adapter.rows([1, 2, 8]):
+        assert model(tokens().to("meta")).logits.device.type == "meta"
+
+
+# Inference mode of the handle.
+
+
+def test_inference_may_be_set_while_the_factors_are_raw() -> None:
+    nested = nested_layer("Linear", NESTING)
+    nested.adapter.model.eval()
+    nested.adapter.set_rank(4)
+    x = nested.kind.batch(2)
+    for inference, p in (("keep", oracle.kept_p([1, 2, 4, 8], 4, "sqrt", 2.0)), ("prefix", prefix(NESTING, 4))):
+        nested.adapter.inference = inference  # type: ignore[assignment]
+        assert nested.adapter.inference == inference
+        torch.testing.assert_close(nested.layer(x), nested.expected(p, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "message"),
+    [
+        ("matryoshka", "kept", "inference is 'kept'; write 'prefix' or 'keep'"),
+        ("dylora", "keep", "rule 'dylora' has no fixed diagonal to keep: write 'prefix'"),
+        ("stratified", "keep", "rule 'stratified' has no fixed diagonal to keep: write 'prefix'"),
+    ],
+)
+def test_a_wrong_inference_is_refused(rule: str, value: Any, message: str) -> None:
+    adapter = nested_layer("Linear", NESTING, rule).adapter
+    with pytest.raises(MatryoshkaError, match=message):
+        adapter.inference = value
+    assert adapter.inference == "prefix"
+
+
+def test_inference_of_a_merged_adapter_is_fixed() -> None:
+    adapter = nested_layer("Linear", NESTING).adapter
+    adapter.merge(1)
+    with pytest.raises(MatryoshkaError, match="merged into the base weights: unmerge it to change its inference"):
+        adapter.inference = "keep"
+
+
+# What nest() refuses. Each message names the fault and the way out, and the model is as it was.
+
+
+def refused(model: Any, message: str, x: Tensor | None = None, nesting: Any = NESTING, **options: Any) -> None:
+    """nest() raises, and the model computes, holds and is made of what it was before."""
+
+    def run() -> Tensor | None:
+        if x is None:
+            return None
+        with torch.no_grad():
+            torch.manual_seed(0)
+            output = model(x)
+        return getattr(output, "logits", output)
+
+    before = run(), {k: v.clone() for k, v in model.state_dict().items()}, [type(m) for m in model.modules()]
+    variants = [dict(m.lora_variant) for m in model.modules() if hasattr(m, "lora_variant")]
+    training = [m.training for m in model.modules()]
+    with pytest.raises(MatryoshkaError, match=message):
+        nest(model, nesting, **options)
+    assert [type(m) for m in model.modules()] == before[2]
+    assert [m.training for m in model.modules()] == training
+    assert [dict(m.lora_variant) for m in model.modules() if hasattr(m, "lora_variant")] == variants
+    assert all(torch.equal(v, before[1][k]) for k, v in model.state_dict().items())
+    after = run()
+    assert (after is None) == (before[0] is None)
+    if after is not None:
+        assert torch.equal(after, before[0])
+    with pytest.raises(MatryoshkaError, match="no nested adapter"):
+        NestedAdapter(model)
+
+
+def llama_with(config: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(tiny_llama(num_hidden_layers=1), config).eval()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 16}, r"r=16, but the largest nested rank is 8.* Write LoraConfig\(r=8, ...\) or end the ranks with 16"),
+        ({"r": 4}, "r=4, but the largest nested rank is 8"),
+        ({"lora_alpha": 16}, r"lora_alpha=16 .* by 2, but the nesting's scale at rank 8 is 0.707.*lora_alpha=5.65685"),
+        ({"use_rslora": True}, r"use_rslora=True .*Nesting\(ranks, scaling='sqrt', alpha=5.65685\)"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern gives layers ranks or scales of their own: remove it"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern gives layers ranks or scales of their own"),
+        (
+            {"init_lora_weights": "pissa"},
+            "init_lora_weights='pissa' assumes plain LoRA's scale: use True or",
+        ),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' assumes"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' assumes"),
+        ({"use_dora": True}, r"q_proj cannot be nested: DoraLinearVariant .*holds PEFT's only slot"),
+        ({"alora_invocation_tokens": [5, 6]}, "q_proj cannot be nested: ALoraLinearVariant"),
+        ({"init_lora_weights": "mica"}, "q_proj cannot be nested: MiCALinearVariant"),
+        ({"kasa_config": KasaConfig()}, "q_proj cannot be nested: KasaLinearVariant"),
+        ({"velora_config": VeloraConfig()}, "q_proj cannot be nested: VeloraLinearVariant"),
+    ],
+    ids=str,
+)
+def test_configs_that_contradict_the_nesting(changes: dict[str, Any], message: str) -> None:
+    model = llama_with(lora_config(NESTING, **{"target_modules": ["q_proj", "up_proj"], **changes}))
+    refused(model, message, tokens())
+
+
+def test_a_bias_that_belongs_to_no_rank() -> None:
+    refused(one_layer("Linear", NESTING, lora_bias=True), "lora_bias=True adds a bias that belongs to no rank")
+
+
+@pytest.mark.parametrize("scaling", ["rank", "sqrt"])
+def test_pefts_own_way_to_write_the_scale_is_taken(scaling: Any) -> None:
+    """``lora_alpha=16, use_rslora=...`` is the same adapter as the nesting with alpha=16."""
+    nesting = Nesting([1, 8], scaling, 16)
+    model = one_layer("Linear", nesting, lora_alpha=16, use_rslora=scaling == "sqrt")
+    x = oracle.KINDS["Linear"].batch(2)
+    before = model.eval()(x)
+    nest(model, nesting)
+    torch.testing.assert_close(model(x), before, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [tiny_llama, lambda: nn.Linear(2, 2), lambda: None],
+)
+def test_only_a_peft_model(model: Callable[[], Any]) -> None:
+    with pytest.raises(MatryoshkaError, match=r"nest\(\) takes a PEFT model, not .*: call peft.get_peft_model"):
+        nest(model(), NESTING)
+
+
+def test_only_a_nesting() -> None:
+    with pytest.raises(MatryoshkaError, match=r"nesting is \[1, 2\]; write Nesting\(\[1, 2, 4, 8\]\)"):
+        nest(plain_llama(), [1, 2])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (
+            lambda: AdaLoraConfig(init_r=8, target_r=4, total_step=10, lora_alpha=6, target_modules=["q_proj"]),
+            "AdaLora",
+        ),
+        (lambda: IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3"),
+    ],
+)
+def test_only_lora(config: Callable[[], Any], name: str) -> None:
+    refused(llama_with(config()), f"only a LoRA adapter can be nested, not {name}Config: use peft.LoraConfig", tokens())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adapter": "other"}, "the model has no adapter 'other'; its adapters are default"),
+        ({"rule": "matroska"}, "no rule 'matroska'; did you mean 'matryoshka'"),
+        ({"rule": None}, "no rule None; .*the rules are lora, matryoshka"),
+        ({"inference": "kept"}, "inference is 'kept'; write 'prefix' or 'keep'"),
+        ({"rule": "dylora", "inference": "keep"}, "rule 'dylora' has no fixed diagonal to keep"),
+        ({"rule": "dylora-all", "inference": "keep"}, "rule 'dylora-all' has no fixed diagonal to keep"),
+        ({"rule": "stratified", "inference": "keep"}, "rule 'stratified' has no fixed diagonal to keep"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    refused(plain_llama(), message, tokens(), **options)
+
+
+def test_a_merged_adapter() -> None:
+    model = plain_llama()
+    model.merge_adapter()
+    refused(model, r"cannot be nested: an adapter is merged into it: call unmerge_adapter\(\) first", tokens())
+    model.unmerge_adapter()
+    nest(model, NESTING)
+
+
+class Net(nn.Module):
+    def __init__(self, layer: nn.Module, *inputs: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_a_grouped_convolution() -> None:
+    model = get_peft_model(Net(nn.Conv2d(8, 8, 3, groups=2)), lora_config(NESTING, target_modules=["layer"]))
+    refused(model, "layer cannot be nested: a grouped convolution ties columns of B", torch.randn(1, 8, 5, 5))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.Conv2d(3, 8, 3, padding="same", dilation=2),
+        lambda: nn.Conv1d(3, 8, 3, dilation=2),
+        lambda: nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"),
+    ],
+    ids=["dilated", "dilated-unpadded", "circular"],
+)
+def test_a_convolution_that_peft_does_not_follow(layer: Callable[[], nn.Module]) -> None:
+    """PEFT's lora_A has neither dilation nor padding mode: what it merges is not what it computes."""
+    model = get_peft_model(Net(layer()), lora_config(NESTING, target_modules=["layer"]))
+    refused(model, "layer cannot be nested: .*(dilat|padding)")
+
+
+def test_multihead_attention() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.MultiheadAttention(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x, x, x)[0]
+
+    model = get_peft_model(Attention(), lora_config(NESTING, target_modules=["layer"]))
+    refused(model, "layer.* cannot be nested: .*MultiheadAttention takes no LoRA variant", torch.randn(2, 1, 8))
+
+
+@pytest.mark.parametrize("rule", ["stratified", "dylora-frozen"])
+def test_target_parameters_have_no_rows_and_no_columns_of_their_own(rule: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = lora_config(NESTING, target_modules=[], target_parameters=["layer.weight"])
+        model = get_peft_model(Net(nn.Linear(6, 6)), config)
+    refused(model, f"target_parameters give one delta to all rows .*; rule '{rule}'", torch.randn(2, 6), rule=rule)
+
+
+def test_shared_factors() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.second = nn.Linear(4, 4)
+
+    model: Any = get_peft_model(Twice(), lora_config(NESTING, target_modules=["first", "second"]))
+    model.base_model.model.second.lora_A = model.base_model.model.first.lora_A
+    refused(model, "layer second cannot be nested: it shares its factors with layer first")
+
+
+def test_weights_that_are_not_loaded_yet() -> None:
+    model = get_peft_model(Net(nn.Linear(4, 4)), lora_config(NESTING, target_modules=["layer"]), low_cpu_mem_usage=True)
+    with pytest.raises(MatryoshkaError, match=r"no data yet \(device meta\): load the weights first"):
+        nest(model, NESTING)
+
+
+class IgnoresVariants(LoraLinear):
+    """A layer that goes its own way in forward, as PEFT's AWQ, AQLM and others do."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = self.base_layer(x)
+        return output + self.lora_B["default"](self.lora_A["default"](x)) * self.scaling["default"]
+
+
+class IgnoresTheAdapter(LoraLinear):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = self.base_layer(x)
+        return output
+
+
+class AddsSomething(LoraLinear):
+    """NaN reaches the output, but zeros do not leave the base layer's."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = super().forward(x, *args, **kwargs)
+        return output + 1
+
+
+class SkipsAToken(LoraLinear):
+    """Only a part of the output obeys."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = super().forward(x, *args, **kwargs).clone()
+        output[..., 0] = self.base_layer(x)[..., 0]
+        return output
+
+
+def disguised(impostor: type) -> Any:
+    """The same class by the name of one that is known to work."""
+    return type("Linear", (impostor,), {"__module__": "peft.tuners.lora.layer"})
+
+
+@pytest.mark.parametrize("impostor", [IgnoresVariants, IgnoresTheAdapter, AddsSomething, SkipsAToken])
+def test_a_layer_that_does_not_obey_is_caught_by_its_behaviour(impostor: type) -> None:
+    model = plain_llama()
+    layer: Any = model.base_model.model.model.layers[1].mlp.up_proj
+    layer.__class__ = impostor
+    refused(model, "up_proj cannot be nested: .*takes no LoRA variant in all its paths", tokens())
+    # Even under the name of a layer that is known to work.
+    layer.__class__ = disguised(impostor)
+    refused(model, r"layers\.1\.mlp\.up_proj .*does not obey a LoRA variant.*leave it out of target_modules", tokens())
+    layer.__class__ = LoraLinear
+    nest(model, NESTING)
+
+
+def test_a_refusal_leaves_an_earlier_nesting_in_place() -> None:
+    adapter = nested_llama(NESTING)
+    adapter.set_rank(2)
+    before = logits(adapter.model)
+    with pytest.raises(MatryoshkaError):
+        nest(adapter.model, Nesting([1, 2, 4, 8], "rank"))
+    layer: Any = adapter.model.base_model.model.model.layers[1].mlp.up_proj
+    layer.__class__ = disguised(IgnoresVariants)
+    with pytest.raises(MatryoshkaError, match="does not obey"):
+        nest(adapter.model, NESTING, rule="lora")
+    layer.__class__ = LoraLinear
+    assert adapter.rule.name == "matryoshka"
+    assert adapter.rank == 2
+    assert torch.equal(logits(adapter.model), before)
+
+
+def test_an_adapter_that_is_not_active_can_be_nested() -> None:
+    model = plain_llama()
+    model.add_adapter("second", lora_config(NESTING))
+    model.set_adapter("second")
+    before = logits(model)
+    adapter = nest(model, NESTING, adapter="default")
+    assert model.active_adapter == "second"
+    assert torch.equal(logits(model), before)
+    assert [type(v) for m in model.modules() for v in getattr(m, "lora_variant", {}).values()] == [NestedVariant] * 14
+    model.set_adapter("default")
+    adapter.set_rank(1)
+    assert not torch.equal(logits(model), before)
+
+
+def test_nesting_works_where_adapters_are_disabled_at_the_time() -> None:
+    model = plain_llama()
+    with model.disable_adapter():
+        nest(model, NESTING)
+        assert torch.equal(logits(model), logits(tiny_llama()))
+    assert torch.equal(logits(model), logits(plain_llama()))
+
+
+def test_gradients_are_not_touched_by_nesting() -> None:
+    model = OneLayer(nn.Linear(4, 4))
+    peft_model = get_peft_model(model, lora_config(NESTING, target_modules=["layer"]))
+    peft_model(torch.ones(1, 4)).sum().backward()
+    grads = [p.grad.clone() for p in peft_model.parameters() if p.grad is not None]
+    nest(peft_model, NESTING)
+    after = [p.grad for p in peft_model.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(after, grads, strict=True))

@@ -1,0 +1,573 @@
+"""One rank per row of the batch, and one rank per layer: each equals what it would be on its own."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import torch.utils.checkpoint
+from conftest import lora_config, nested_layer, nested_llama, randomize, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
+
+NESTING = Nesting([1, 2, 4, 8], "sqrt", 2.0)
+RANKS = [1, 8, 2, 8, 4]
+
+
+@pytest.fixture(scope="module")
+def adapter() -> NestedAdapter:
+    """A nested Llama; tests leave it as they found it."""
+    return nested_llama(NESTING)
+
+
+@pytest.fixture(autouse=True)
+def unchanged(adapter: NestedAdapter) -> Iterator[None]:
+    adapter.model.eval()
+    adapter.set_rank(8)
+    yield
+    adapter.model.eval()
+    adapter.model.zero_grad()
+
+
+def tokens(rows: int, length: int = 7, seed: int = 3) -> Tensor:
+    return torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def one_by_one(adapter: NestedAdapter, ids: Tensor, ranks: list[int]) -> Tensor:
+    outputs = []
+    for row, rank in zip(ids, ranks, strict=True):
+        adapter.set_rank(rank)
+        outputs.append(adapter.model(row[None]).logits)
+    adapter.set_rank(8)
+    return torch.cat(outputs)
+
+
+@settings(max_examples=10)
+@given(
+    ranks=st.lists(st.sampled_from(NESTING.ranks), min_size=1, max_size=6),
+    inference=st.sampled_from(["prefix", "keep"]),
+)
+def test_forward_equals_the_rows_one_by_one(adapter: NestedAdapter, ranks: list[int], inference: Any) -> None:
+    adapter.inference = inference
+    ids = tokens(len(ranks))
+    with torch.no_grad():
+        with adapter.rows(ranks):
+            mixed = adapter.model(ids).logits
+        alone = one_by_one(adapter, ids, ranks)
+        other = one_by_one(adapter, ids, [1 if rank == 8 else 8 for rank in ranks])
+    adapter.inference = "prefix"
+    torch.testing.assert_close(mixed, alone, rtol=1e-4, atol=1e-4)
+    assert ((mixed - other).abs().amax(dim=(1, 2)) > 0.1).all()
+
+
+def loss(logits: Tensor) -> Tensor:
+    return logits.float().square().mean(dim=(1, 2)).sum()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    model.zero_grad()
+    assert grads
+    return grads
+
+
+def relative_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert actual.keys() == expected.keys()
+    return max(float((actual[k] - expected[k]).norm() / expected[k].norm()) for k in expected if expected[k].norm() > 0)
+
+
+def test_gradients_equal_the_sum_over_the_rows(adapter: NestedAdapter) -> None:
+    ids = tokens(len(RANKS))
+    with adapter.rows(RANKS):
+        loss(adapter.model(ids).logits).backward()
+    mixed = gradients(adapter.model)
+    loss(one_by_one(adapter, ids, RANKS)).backward()
+    assert relative_error(mixed, gradients(adapter.model)) < 1e-4
+    loss(one_by_one(adapter, ids, [*RANKS[::-1][:4], 1])).backward()
+    assert relative_error(mixed, gradients(adapter.model)) > 1e-2
+
+
+def test_columns_beyond_every_rows_rank_get_no_gradient(adapter: NestedAdapter) -> None:
+    adapter.model.train()
+    with adapter.rows([1, 2]):
+        loss(adapter.model(tokens(2)).logits).backward()
+    for name, grad in gradients(adapter.model).items():
+        beyond = grad[2:] if "lora_A" in name else grad[:, 2:]
+        within = grad[:2] if "lora_A" in name else grad[:, :2]
+        assert beyond.count_nonzero() == 0
+        assert within.count_nonzero() > 0
+
+
+# Generation. Left-padded prompts of different lengths, as batches of prompts are.
+
+LENGTHS = [4, 9, 6, 3, 7]
+
+
+def prompts() -> list[Tensor]:
+    return [tokens(1, length, seed=length)[0] for length in LENGTHS]
+
+
+def padded(rows: list[Tensor]) -> dict[str, Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.stack([nn.functional.pad(row, (width - len(row), 0)) for row in rows])
+    mask = torch.stack([nn.functional.pad(torch.ones_like(row), (width - len(row), 0)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(adapter: NestedAdapter, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+    """The new tokens only."""
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
+    output = adapter.model.generate(**inputs, **settings)
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
+def test_generation_equals_the_rows_one_by_one(adapter: NestedAdapter, options: dict[str, Any]) -> None:
+    with adapter.rows(RANKS):
+        mixed = generate(adapter, padded(prompts()), **options)
+    alone = []
+    for row, rank in zip(prompts(), RANKS, strict=True):
+        adapter.set_rank(rank)
+        alone.append(generate(adapter, padded([row]), **options))
+    assert torch.equal(mixed, torch.cat(alone))
+    # The ranks do matter for what is said.
+    adapter.set_rank(8)
+    full = generate(adapter, padded(prompts()), **options)
+    differs = (full != mixed).any(dim=1).view(len(RANKS), -1).any(dim=1)
+    assert differs.tolist() == [rank != 8 for rank in RANKS]
+
+
+def test_sampled_sequences_of_a_row_share_its_rank(adapter: NestedAdapter) -> None:
+    """With top_k=1 sampling is greedy, so each returned sequence must be the greedy one of its row."""
+    with adapter.rows(RANKS):
+        greedy = generate(adapter, padded(prompts()))
+        sampled = generate(adapter, padded(prompts()), do_sample=True, top_k=1, num_return_sequences=3)
+    assert torch.equal(sampled, greedy.repeat_interleave(3, dim=0))
+
+
+# What is not a batch of rows is refused.
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5])
+def test_another_number_of_rows_is_refused(adapter: NestedAdapter, rows: int) -> None:
+    with (
+        adapter.rows([1, 2, 8]),
+        pytest.raises(MatryoshkaError, match=f"3 rows have a rank, but a layer got {rows} rows: give one rank"),
+    ):
+        adapter.model(tokens(rows))
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Embedding", "Conv1d", "Conv2d"])
+def test_flattened_rows_are_refused_by_each_kind_of_layer(kind: str) -> None:
+    nested = nested_layer(kind, Nesting([1, 2]))
+    x = nested.kind.batch(2)
+    with nested.adapter.rows([1, 2]):
+        if kind in ("Linear", "Embedding"):
+            for flat in (x.flatten(0, 1), x.flatten(0, 1)[None]):
+                with pytest.raises(MatryoshkaError, match=r"2 rows have a rank.* turn packing and padding_free off"):
+                    nested.layer(flat)
+        else:
+            with pytest.raises(MatryoshkaError, match="2 rows have a rank"):
+                nested.layer(x[:1])
+
+
+@pytest.mark.parametrize("kind", ["Linear-2d-input", "Conv1d", "Conv2d"])
+def test_an_input_without_a_batch_is_refused(kind: str) -> None:
+    """Its leading dimension is R after A, which must not be taken for a batch of R rows."""
+    nested = nested_layer(kind, Nesting([1, 2]))
+    with nested.adapter.rows([1, 2]), pytest.raises(MatryoshkaError, match="rows"):
+        nested.layer(nested.kind.batch(1)[0])
+
+
+def test_a_packed_batch_is_refused(adapter: NestedAdapter) -> None:
+    with adapter.rows([1, 2]), pytest.raises(MatryoshkaError, match="Packed, padding-free or flattened"):
+        adapter.model(tokens(1, 14), position_ids=torch.arange(7).repeat(2)[None])
+
+
+def test_training_draws_may_be_longer_but_not_shorter_than_the_batch() -> None:
+    nested = nested_layer("Linear", NESTING, "stratified")
+    nested.adapter.draw(0, rows=4)
+    nested.layer(nested.kind.batch(3))  # the last batch of an epoch
+    for rows in (5, 8):
+        with pytest.raises(MatryoshkaError, match=f"4 rows have a rank, but a layer got {rows} rows"):
+            nested.layer(nested.kind.batch(rows))
+
+
+class Routed(nn.Module):
+    """Experts as a list of layers, each of which gets some tokens of all rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.head = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        first = tokens[:, 0] > 0
+        out = torch.empty_like(tokens)
+        out[first], out[~first] = self.experts[0](tokens[first]), self.experts[1](tokens[~first])
+        return self.head(out.view_as(x))
+
+
+def routed(targets: str, rule: str = "matryoshka") -> NestedAdapter:
+    nesting = Nesting([1, 2])
+    model = get_peft_model(Routed(), lora_config(nesting, target_modules=targets))
+    randomize(model)
+    return nest(model, nesting, rule)
+
+
+def test_rows_with_experts_are_refused_at_once() -> None:
+    adapter = routed(r".*experts\.\d|.*head")
+    before = adapter.model(torch.ones(2, 3, 6))
+    with (
+        pytest.raises(MatryoshkaError, match=r"tokens of experts\.0 are routed to experts.*: use set_rank"),
+        adapter.rows([1, 2]),
+    ):
+        pytest.fail("the context must not open")
+    assert torch.equal(adapter.model(torch.ones(2, 3, 6)), before)
+    with pytest.raises(MatryoshkaError, match=r"experts\.0 cannot be nested: tokens that are routed.*'stratified'"):
+        routed(r".*experts\.\d", "stratified")
+    head_only = routed(".*head")
+    with head_only.rows([1, 2]):
+        head_only.model(torch.ones(2, 3, 6))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([], "rows\\(\\) needs one rank for each row of the batch; the list is empty"),
+        ([1, 3], "rank 3 was not trained; the trained ranks are 1, 2, 4, 8"),
+        ([1, 16], "rank 16 is above the largest rank 8"),
+        ([1, 2.0], "rank 2.0 is not an integer"),
+        ([0], "rank 0 is not positive"),
+    ],
+)
+def test_wrong_ranks_are_refused(adapter: NestedAdapter, ranks: list[Any], message: str) -> None:
+    with pytest.raises(MatryoshkaError, match=message), adapter.rows(ranks):
+        pytest.fail("the context must not open")
+
+
+def test_any_sequence_of_integers_is_taken(adapter: NestedAdapter) -> None:
+    import numpy as np
+
+    with torch.no_grad():
+        with adapter.rows(RANKS):
+            expected = adapter.model(tokens(5)).logits
+        for ranks in (tuple(RANKS), np.array(RANKS)):
+            with adapter.rows(ranks):
+                assert torch.equal(adapter.model(tokens(5)).logits, expected)
+
+
+def test_the_context_ends_however_it_is_left(adapter: NestedAdapter) -> None:
+    ids = tokens(2)
+    with torch.no_grad():
+        before = adapter.model(ids).logits
+        with pytest.raises(RuntimeError, match="mine"), adapter.rows([1, 2]):
+            raise RuntimeError("mine")
+        assert torch.equal(adapter.model(ids).logits, before)
+        with adapter.rows([1, 2]):
+            outer = adapter.model(ids).logits
+            with adapter.rows([2, 1]):
+                assert not torch.equal(adapter.model(ids).logits, outer)
+            assert torch.equal(adapter.model(ids).logits, outer)
+            adapter.set_rank(4)  # of effect once the context ends
+            assert torch.equal(adapter.model(ids).logits, outer)
+        adapter.set_rank(8)
+        assert torch.equal(adapter.model(ids).logits, before)
+        assert not torch.equal(outer, before)
+
+
+def test_a_merged_adapter_has_no_rows(adapter: NestedAdapter) -> None:
+    adapter.merge(8)
+    try:
+        with pytest.raises(MatryoshkaError, match="merged into the base weights: unmerge it to give each row a rank"):
+            adapter.rows([1, 2]).__enter__()
+    finally:
+        adapter.unmerge()
+
+
+# Gradient checkpointing runs the forward again inside backward.
+
+
+def checkpointed(adapter: NestedAdapter, reentrant: bool) -> nn.Module:
+    adapter.model.train()
+    adapter.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    adapter.model.enable_input_require_grads()
+    return adapter.model
+
+
+@pytest.fixture
+def own() -> NestedAdapter:
+    """An adapter of the test's own, since checkpointing leaves hooks behind."""
+    return nested_llama(NESTING)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_gradients_inside_the_context_are_right(own: NestedAdapter, reentrant: bool) -> None:
+    ids = tokens(len(RANKS))
+    own.model.train()
+    with own.rows(RANKS):
+        loss(own.model(ids).logits).backward()
+    expected = gradients(own.model)
+    model = checkpointed(own, reentrant)
+    assert model.base_model.model.is_gradient_checkpointing
+    with own.rows(RANKS):
+        loss(model(ids).logits).backward()
+        assert relative_error(gradients(model), expected) < 1e-5
+        loss(model(ids).logits).backward()  # a second one in the same context
+    assert relative_error(gradients(model), expected) < 1e-5
+    with own.rows(RANKS[::-1]):
+        loss(model(ids).logits).backward()
+    assert relative_error(gradients(model), expected) > 1e-2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_backward_outside_the_context_is_refused(own: NestedAdapter, reentrant: bool) -> None:
+    model = checkpointed(own, reentrant)
+    with own.rows(RANKS):
+        output = loss(model(tokens(len(RANKS))).logits)
+    with pytest.raises(MatryoshkaError, match=r"other ranks than its forward had: .*call backward\(\) inside"):
+        output.backward()
+    # Nothing is left behind: the next step is right.
+    model.zero_grad()
+    loss(model(tokens(2)).logits).backward()
+    after = gradients(model)
+    model.base_model.model.gradient_checkpointing_disable()
+    loss(model(tokens(2)).logits).backward()
+    assert relative_error(after, gradients(model)) < 1e-5
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_backward_in_another_context_is_refused(own: NestedAdapter, reentrant: bool) -> None:
+    model = checkpointed(own, reentrant)
+    with own.rows([1, 2]):
+        output = loss(model(tokens(2)).logits)
+    with own.rows([8, 4]), pytest.raises(MatryoshkaError, match="other ranks than its forward had"):
+        output.backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_backward_through_two_contexts_is_never_silently_wrong(
+    own: NestedAdapter, reentrant: bool
+) -> None:
+    """Two forwards with different ranks, then one backward: the right gradient, or an error."""
+
+    def both() -> Tensor:
+        with own.rows([1, 2]):
+            first = loss(own.model(tokens(2)).logits)
+        with own.rows([8, 4]):
+            return first + loss(own.model(tokens(2, seed=4)).logits)
+
+    own.model.train()
+    both().backward()
+    expected = gradients(own.model)
+    checkpointed(own, reentrant)
+    with own.rows([1, 2]):
+        first = loss(own.model(tokens(2)).logits)
+    with own.rows([8, 4]):
+        total = first + loss(own.model(tokens(2, seed=4)).logits)
+        try:
+            total.backward()
+        except MatryoshkaError:
+            return
+    assert relative_error(gradients(own.model), expected) < 1e-4
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("rule", ["matryoshka", "dylora", "dylora-frozen", "stratified"])
+def test_checkpointing_changes_no_rules_gradient(rule: str, reentrant: bool) -> None:
+    ids = tokens(4)
+    adapter = nested_llama(NESTING, rule)
+    adapter.model.train()
+    expected = []
+    for step in range(2):
+        adapter.draw(step, rows=4)
+        loss(adapter.model(ids).logits).backward()
+        expected.append(gradients(adapter.model))
+    model = checkpointed(adapter, reentrant)
+    for step in range(2):
+        adapter.draw(step, rows=4)
+        loss(model(ids).logits).backward()
+        assert relative_error(gradients(model), expected[step]) < 1e-5
+
+
+def test_a_new_draw_before_a_checkpointed_backward_is_refused() -> None:
+    adapter = nested_llama(NESTING, "stratified")
+    model = checkpointed(adapter, False)
+    adapter.draw(0, rows=2)
+    output = loss(model(tokens(2)).logits)
+    adapter.draw(1, rows=2)
+    with pytest.raises(MatryoshkaError, match="other ranks than its forward had"):
+        output.backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_by_hand_in_eval_mode_is_never_silently_wrong(reentrant: bool) -> None:
+    nested = nested_layer("Linear", Nesting([1, 4]))
+    nested.adapter.model.eval()
+    x = nested.kind.batch(2).requires_grad_()
+    A, _ = nested.factors
+
+    with nested.adapter.rows([1, 4]):
+        nested.layer(x).square().sum().backward()
+        expected, A.grad = A.grad, None
+        output = torch.utils.checkpoint.checkpoint(nested.layer, x, use_reentrant=reentrant).square().sum()
+    try:
+        output.backward()
+    except (MatryoshkaError, torch.utils.checkpoint.CheckpointError):
+        return
+    torch.testing.assert_close(A.grad, expected)
+
+
+def test_without_checkpointing_backward_may_come_later(own: NestedAdapter) -> None:
+    own.model.train()
+    with own.rows(RANKS):
+        loss(own.model(tokens(5)).logits).backward()
+        expected = gradients(own.model)
+        output = loss(own.model(tokens(5)).logits)
+    output.backward()
+    assert relative_error(gradients(own.model), expected) == 0
+
+
+# One rank per layer.
+
+
+def by_hand(mapping: dict[str, int]) -> Any:
+    """p for a layer's name: that of the first pattern that ends it, else of the largest rank."""
+
+    def p(name: str) -> Tensor:
+        found = [rank for end, rank in mapping.items() if re.search(rf"(^|\.){end}$", name)]
+        return oracle.prefix_p(NESTING.ranks, found[0] if found else 8, "sqrt", 2.0)
+
+    return p
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        {"q_proj": 1},
+        {"q_proj": 1, "mlp.up_proj": 2},
+        {r"layers\.0\..*": 2, "down_proj": 4},
+        {r"layers\.1\.self_attn\.(q|k)_proj": 1, r"self_attn\.\w+": 4, ".*": 2},
+        {"model.layers.0.mlp.gate_proj": 1},
+    ],
+    ids=str,
+)
+def test_a_rank_per_layer_equals_zeroed_columns(adapter: NestedAdapter, mapping: dict[str, int]) -> None:
+    ids = tokens(3)
+    tensors = get_peft_model_state_dict(adapter.model)
+    base = tiny_llama()
+    with torch.no_grad():
+        adapter.set_rank(mapping)
+        expected = oracle.fold(base, tensors, by_hand(mapping))(ids).logits
+        torch.testing.assert_close(adapter.model(ids).logits, expected, rtol=1e-3, atol=1e-3)
+        full = oracle.fold(base, tensors, by_hand({}))(ids).logits
+        assert (full - expected).abs().max() > 0.05
+        ranks = adapter.rank
+        if mapping.keys() == {"q_proj"}:
+            assert isinstance(ranks, dict)
+            assert ranks["model.layers.1.self_attn.q_proj"] == 1
+            assert ranks["model.layers.1.self_attn.k_proj"] == 8
+        adapter.set_rank({"down_proj": 2})  # the others keep theirs
+        again = adapter.rank
+        assert isinstance(again, dict)
+        before = ranks if isinstance(ranks, dict) else dict.fromkeys(again, ranks)
+        assert again == {name: 2 if name.endswith("down_proj") else rank for name, rank in before.items()}
+        adapter.set_rank(8)
+        assert adapter.rank == 8
+        torch.testing.assert_close(adapter.model(ids).logits, full, rtol=1e-3, atol=1e-3)
+
+
+def test_a_rank_per_layer_is_merged_as_it_is(adapter: NestedAdapter) -> None:
+    ids = tokens(3)
+    with torch.no_grad():
+        adapter.set_rank({"q_proj": 1, "up_proj": 2})
+        expected = adapter.model(ids).logits
+        adapter.model.merge_adapter()
+        torch.testing.assert_close(adapter.model(ids).logits, expected, rtol=1e-3, atol=1e-3)
+        adapter.unmerge()
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"q_porj": 1}, "no layer's name ends in 'q_porj'; layers are named like model.layers.0"),
+        ({"proj": 1}, "no layer's name ends in 'proj'"),  # only whole parts of a name count
+        ({"q_proj": 1, "lm_head": 2}, "no layer's name ends in 'lm_head'"),
+        ({"q_proj": 3}, "rank 3 was not trained; the trained ranks are 1, 2, 4, 8"),
+        ({"q_proj": 1, "k_proj": 9}, "rank 9 is above the largest rank 8"),
+        ({"q_proj": True}, "rank True is not an integer"),
+        ({"q_(proj": 1}, r"q_\(proj"),  # no regular expression
+    ],
+    ids=str,
+)
+def test_a_wrong_mapping_is_refused_and_changes_nothing(
+    adapter: NestedAdapter, mapping: dict[str, int], message: str
+) -> None:
+    adapter.set_rank({"v_proj": 4})
+    before = adapter.rank
+    with pytest.raises(MatryoshkaError, match=message):
+        adapter.set_rank(mapping)
+    assert adapter.rank == before
+
+
+def test_a_pattern_behind_one_that_takes_all_its_layers_is_not_called_missing(adapter: NestedAdapter) -> None:
+    """The first match counts, so 'q_proj' never applies; layers of that name do exist all the same."""
+    with pytest.raises(MatryoshkaError) as error:
+        adapter.set_rank({".*_proj": 4, "q_proj": 1})
+    assert "no layer's name ends in 'q_proj'" not in str(error.value)
+    assert adapter.rank == 8
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (3, "rank 3 was not trained; the trained ranks are 1, 2, 4, 8. After reorder"),
+        (16, "rank 16 is above the largest rank 8"),
+        (0, "rank 0 is not positive"),
+        (1.0, r"rank 1\.0 is not an integer"),
+        (None, "rank None is not an integer"),
+        ("q_proj", "rank 'q_proj' is not an integer"),
+    ],
+)
+def test_a_wrong_rank_is_refused_and_changes_nothing(adapter: NestedAdapter, rank: Any, message: str) -> None:
+    with torch.no_grad():
+        adapter.set_rank(2)
+        before = adapter.model(tokens(1)).logits
+        with pytest.raises(MatryoshkaError, match=message):
+            adapter.set_rank(rank)
+        assert adapter.rank == 2
+        assert torch.equal(adapter.model(tokens(1)).logits, before)
+
+
+def test_the_rank_of_a_merged_adapter_is_fixed(adapter: NestedAdapter) -> None:
+    adapter.merge(2)
+    try:
+        for change in (lambda: adapter.set_rank(4), lambda: adapter.merge(4)):
+            with pytest.raises(MatryoshkaError, match="merged into the base weights: unmerge it to change its rank"):
+                change()
+    finally:
+        adapter.unmerge()
+    adapter.set_rank(4)
+
+
+def test_rows_are_refused_where_a_parameter_is_targeted() -> None:
+    """target_parameters give all rows one delta."""
+    nesting = Nesting([1, 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = lora_config(nesting, target_modules=[], target_parameters=["head.weight"])
+        adapter = nest(get_peft_model(Routed(), config), nesting)
+    x = torch.ones(2, 3, 6)
+    adapter.model(x)
+    with adapter.rows([1, 2]), pytest.raises(MatryoshkaError, match="'weight' is a parameter that all rows share"):
+        adapter.model(x)
