@@ -383,7 +383,7 @@ SIDECAR_DAMAGES: dict[str, tuple[Damage, str]] = {
             sidecar(nesting={"ranks": [1, 10**15], "scaling": "none", "alpha": 1.0}, trained_ranks=[1, 10**15]),
             config(r=10**15, lora_alpha=10**15),
         ),
-        "q_proj.*shape",
+        "proj.*shape",
     ),
     "scaling unknown": (sidecar(nesting={"scaling": "cube"}), "scaling is 'cube'"),
     "scaling contradicts": (sidecar(nesting={"scaling": "rank"}), "lora_alpha"),
@@ -542,7 +542,7 @@ MODEL_DAMAGES: dict[str, tuple[Damage, str]] = {
         r"model\.norm",
     ),
     "a bias is missing": (both(with_modules(bias="all"), drop("k_proj.bias")), r"k_proj.*bias"),
-    "a bias of a target is missing": (both(with_modules(bias="lora_only"), drop("q_proj.bias")), r"q_proj.*bias"),
+    "a bias of a target is missing": (both(with_modules(bias="lora_only"), drop("q_proj.base_layer.bias")), r"q_proj.*bias"),
     "a bias has another shape": (both(with_modules(bias="all"), reshape("k_proj.bias")), r"k_proj.*bias"),
     # A load that took these would overwrite weights of the base model.
     "a base weight beside biases": (

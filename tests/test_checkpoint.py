@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, export_adapter, load, nest, read_sidecar
 
@@ -320,6 +320,21 @@ def test_it_comes_back_beside_another_adapter_too(tmp_path: Path, extra: str) ->
     loaded = load(first, tmp_path / "a", adapter="second")
     loaded.model.set_adapter("second")
     assert_same(at_every_rank(loaded), at_every_rank(saved))
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_a_checkpoint_of_the_trainer_comes_back(tmp_path: Path, extra: str) -> None:
+    """The Trainer lets PEFT write the files, which adds what it deems needed; the callback adds the sidecar."""
+    saved, tied = with_extra(extra), extra.startswith("tied")
+    folder = tmp_path / "checkpoint-1"
+    saved.model.save_pretrained(folder)
+    state = TrainerState(global_step=1, is_world_process_zero=True)
+    saved.callback().on_save(TrainingArguments(str(tmp_path), use_cpu=True), state, TrainerControl())
+    loaded = load(base_with_biases(tied), folder, trainable=True)
+    assert_same(at_every_rank(loaded), at_every_rank(saved))
+    export_adapter(folder, tmp_path / "3", 3)
+    sliced = PeftModel.from_pretrained(base_with_biases(tied), tmp_path / "3").eval()
+    assert_same({3: logits(sliced)}, {3: at_every_rank(saved)[3]}, tolerance=1e-5)
 
 
 def test_what_can_be_nested_can_be_loaded_again(tmp_path: Path) -> None:

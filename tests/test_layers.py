@@ -171,6 +171,135 @@ def test_gradcheck(kind: str, per_row: bool) -> None:
         assert torch.autograd.gradcheck(function, (x, *factors))
 
 
+# In training a linear layer and its update may be one operation; PEFT's own forward must give the same.
+
+LINEAR = ["Linear", "Linear-no-bias", "Linear-2d-input"]
+
+
+def is_fused(output: Tensor) -> bool:
+    return "LowRank" in type(output.grad_fn).__name__
+
+
+@pytest.mark.parametrize("kind", LINEAR)
+@pytest.mark.parametrize("per_row", [False, True])
+def test_fused_and_not_fused_are_one(kind: str, per_row: bool) -> None:
+    nesting = Nesting([1, 3, 6], "sqrt", 2.0)
+    nested = nested_layer(kind, nesting, "stratified" if per_row else "matryoshka")
+    nested.adapter.draw(0, rows=ROWS)
+    x = random_input(nested)
+    assert is_fused(nested.layer(x))
+    fused = with_gradients(nested.layer(x), nested, x)
+    seen = []
+    hook = nested.layer.lora_A["default"].register_forward_hook(lambda *_: seen.append(1))
+    plain = with_gradients(nested.layer(x), nested, x)
+    assert seen == [1]  # hooks of the factors are called, as FSDP's must be
+    hook.remove()
+    assert all(close(fused[key], plain[key]) for key in plain)
+    with torch.no_grad():
+        assert close(nested.layer(x), fused["y"])
+    nested.layer.set_scale("default", 0.5)
+    assert is_fused(nested.layer(x))
+    p = RULES["stratified" if per_row else "matryoshka"].draw(nesting, 0, 0, ROWS).diagonal
+    assert same(nested, p * 0.5, x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [True, False])
+def test_an_empty_batch_passes(kind: str, training: bool) -> None:
+    """A list of experts gives an empty one to an expert that no token is routed to."""
+    nested = nested_layer(kind, Nesting([1, 4]))
+    nested.adapter.model.train(training)
+    x = nested.kind.batch(1)[:0]
+    output = nested.layer(x)
+    assert output.shape == nested.layer.base_layer(x).shape
+    output.sum().backward()
+    assert all(factor.grad.count_nonzero() == 0 for factor in nested.factors)
+
+
+@pytest.mark.parametrize("kind", LINEAR)
+def test_unusual_strides_and_gradients(kind: str) -> None:
+    nested = nested_layer(kind, Nesting([1, 4]))
+    p = oracle.trained_p([1, 4])
+    wide = torch.randn(*nested.kind.batch(ROWS).shape, 2, dtype=torch.float64)
+    x = wide[..., 0].requires_grad_()
+    assert not x.is_contiguous()
+    assert same(nested, p, x)
+    # A gradient of stride 0.
+    ours = torch.autograd.grad(nested.layer(x).sum(), [x, *nested.factors])
+    theirs = torch.autograd.grad(nested.expected(p, x).sum(), [x, *nested.factors])
+    assert all(close(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives(kind: str) -> None:
+    """Gradient penalties and Hessian products, which PEFT's layers allow."""
+    nested = nested_layer(kind, Nesting([1, 4]))
+    x = random_input(nested)
+    inputs = [*nested.factors, *([x] if x.requires_grad else [])]
+    seconds = []
+    for output in (nested.layer(x), nested.expected(oracle.trained_p([1, 4]), x)):
+        first = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
+    assert all(close(a, b) for a, b in zip(*seconds, strict=True))
+
+
+@pytest.mark.parametrize("what", ["weight", "bias", "only A", "only B"])
+def test_whatever_else_is_trainable_gets_its_gradient(what: str) -> None:
+    nested = nested_layer("Linear", Nesting([1, 4]))
+    A, B = nested.factors
+    base = nested.layer.base_layer
+    trained = {"weight": base.weight, "bias": base.bias, "only A": A, "only B": B}[what]
+    if what.startswith("only"):
+        A.requires_grad_(what == "only A")
+        B.requires_grad_(what == "only B")
+    trained.requires_grad_()
+    x, G = nested.kind.batch(ROWS), torch.randn(ROWS, 3, 10, dtype=torch.float64)
+    (actual,) = torch.autograd.grad(nested.layer(x), trained, G)
+    D = torch.diag(oracle.trained_p([1, 4]))
+    flat_x, flat_G = x.flatten(0, 1), G.flatten(0, 1)
+    expected = {
+        "weight": flat_G.T @ flat_x,
+        "bias": flat_G.sum(dim=0),
+        "only A": D @ B.T @ flat_G.T @ flat_x,
+        "only B": flat_G.T @ flat_x @ A.T @ D,
+    }[what]
+    assert close(actual, expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_vmap_over_a_layer(training: bool) -> None:
+    nested = nested_layer("Linear", Nesting([1, 4]))
+    nested.adapter.model.train(training)
+    x = nested.kind.batch(ROWS)
+    assert close(torch.vmap(nested.layer)(x), nested.layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Embedding", "Conv2d"])
+@pytest.mark.parametrize("rule", ["matryoshka", "stratified"])
+def test_training_on_a_half_precision_base_agrees_to_its_rounding(kind: str, dtype: torch.dtype, rule: str) -> None:
+    nesting = Nesting([1, 2, 4], "sqrt")
+    nested = nested_layer(kind, nesting, rule, dtype=dtype)
+    A, B = nested.factors
+    assert A.dtype == B.dtype == torch.float32
+    nested.adapter.draw(0, rows=ROWS)
+    p = RULES[rule].draw(nesting, 0, 0, ROWS).diagonal
+    x = nested.kind.batch(ROWS)
+    x = x.to(dtype) if x.is_floating_point() else x
+    output = nested.layer(x)
+    assert output.dtype == dtype
+    G = torch.randn_like(output)
+    exact_x = x.double() if x.is_floating_point() else x
+    exact_A, exact_B = (factor.detach().double().requires_grad_() for factor in (A, B))
+    base = copy.deepcopy(nested.layer.get_base_layer()).double()
+    exact = nested.kind.forward(base, exact_A, exact_B, p, exact_x)
+    ours = [output, *torch.autograd.grad(output, (A, B), G)]
+    theirs = [exact, *torch.autograd.grad(exact, (exact_A, exact_B), G.double())]
+    assert ours[1].dtype == ours[2].dtype == torch.float32
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert (actual.double() - expected).abs().max() < 8 * torch.finfo(dtype).eps * expected.abs().max()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_frozen_columns_receive_exactly_nothing(kind: str) -> None:
     nesting = Nesting([2, 6])
@@ -402,9 +531,12 @@ def test_quantized_layers_merge_to_their_rounding_or_not_at_all(bits: int, after
             model(torch.randint(3, 96, (2, 5)))
 
     def computed(layer: Any) -> Tensor:
-        """What the base layer multiplies by."""
+        """What the base layer multiplies by; in training mode, as that packs nothing."""
+        layer.base_layer.train()
         with torch.no_grad():
-            return layer.base_layer(torch.eye(layer.in_features)).T
+            weight = layer.base_layer(torch.eye(layer.in_features)).T
+        layer.base_layer.eval()
+        return weight
 
     try:
         adapter.merge(2)
@@ -424,6 +556,23 @@ def test_quantized_layers_merge_to_their_rounding_or_not_at_all(bits: int, after
         for layer in layers:
             weight = exact[names[id(layer)]].weight.detach()
             assert (computed(layer) - weight).norm() < 0.3 * weight.norm()
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora module", "ignore:Unmerge lora module")
+def test_a_forward_between_merge_and_unmerge_spoils_no_4_bit_weight(tmp_path: Path) -> None:
+    adapter = nested_quantized(tmp_path, 4, Nesting([1, 2]), "prefix", training=True)
+    model: Any = adapter.model.eval()
+    ids = torch.randint(3, 96, (2, 5))
+    adapter.merge(1)
+    with torch.no_grad():
+        merged = model(ids).logits
+        try:
+            adapter.unmerge()
+        except MatryoshkaError:
+            assert torch.equal(model(ids).logits, merged)
+        else:
+            adapter.set_rank(1)
+            assert (model(ids).logits - merged).norm() < 0.5 * merged.norm()
 
 
 # Experts: LoRA on bare parameters.
@@ -578,6 +727,17 @@ def test_experts_slice_mask_export_and_merge_are_one(layout: str, inference: Any
             for name in EXPERTS:
                 assert close(getattr(expert_wrappers(model)["down_proj"].get_base_layer(), name), before[name])
             assert close(expert_call(experts), masked)
+
+
+def test_experts_have_no_rows() -> None:
+    adapter = nested_moe("out-in", Nesting([1, 4]))
+    before = expert_call(adapter.model.base_model.model.model.layers[0].mlp.experts)
+    with pytest.raises(MatryoshkaError, match=r"tokens of .*mlp\.experts.* are routed to experts.*: use set_rank"):
+        adapter.rows([1, 4]).__enter__()
+    assert close(expert_call(adapter.model.base_model.model.model.layers[0].mlp.experts), before)
+    for rule in ("stratified", "dylora-frozen"):
+        with pytest.raises(MatryoshkaError, match=f"target_parameters give one delta .*; rule '{rule}' needs them"):
+            nested_moe("out-in", Nesting([1, 4]), rule=rule)
 
 
 @pytest.mark.parametrize("layout", ["out-in", "in-out"])

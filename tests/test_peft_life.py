@@ -880,10 +880,11 @@ def test_a_refusal_leaves_an_earlier_nesting_in_place() -> None:
     with pytest.raises(MatryoshkaError):
         nest(adapter.model, Nesting([1, 2, 4, 8], "rank"))
     layer: Any = adapter.model.base_model.model.model.layers[1].mlp.up_proj
+    original = type(layer)
     layer.__class__ = disguised(IgnoresVariants)
     with pytest.raises(MatryoshkaError, match="does not obey"):
         nest(adapter.model, NESTING, rule="lora")
-    layer.__class__ = LoraLinear
+    layer.__class__ = original
     assert adapter.rule.name == "matryoshka"
     assert adapter.rank == 2
     assert torch.equal(logits(adapter.model), before)

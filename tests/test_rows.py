@@ -181,9 +181,11 @@ def test_flattened_rows_are_refused_by_each_kind_of_layer(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Linear-2d-input", "Conv1d", "Conv2d"])
-def test_an_input_without_a_batch_is_refused(kind: str) -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_an_input_without_a_batch_is_refused(kind: str, training: bool) -> None:
     """Its leading dimension is R after A, which must not be taken for a batch of R rows."""
     nested = nested_layer(kind, Nesting([1, 2]))
+    nested.adapter.model.train(training)
     with nested.adapter.rows([1, 2]), pytest.raises(MatryoshkaError, match="rows"):
         nested.layer(nested.kind.batch(1)[0])
 
@@ -233,12 +235,12 @@ def test_rows_with_experts_are_refused_at_once() -> None:
         adapter.rows([1, 2]),
     ):
         pytest.fail("the context must not open")
-    assert torch.equal(adapter.model(torch.ones(2, 3, 6)), before)
+    assert torch.equal(adapter.model(x), before)
     with pytest.raises(MatryoshkaError, match=r"experts\.0 cannot be nested: tokens that are routed.*'stratified'"):
         routed(r".*experts\.\d", "stratified")
     head_only = routed(".*head")
     with head_only.rows([1, 2]):
-        head_only.model(torch.ones(2, 3, 6))
+        head_only.model(x)
 
 
 @pytest.mark.parametrize(

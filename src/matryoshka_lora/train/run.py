@@ -118,14 +118,14 @@ def _trainer(
     data: Dataset,
     eval_data: Dataset | None,
 ) -> SFTTrainer:
-    from trl import SFTTrainer
+    from matryoshka_lora.train.trainer import CompletionTrainer  # TRL is slow to import
 
     revision = (arguments.model_init_kwargs or {}).get("revision")
     more = {} if revision is None else {"revision": revision}
     tokenizer = load_tokenizer(config.model, config.trust_remote_code, **more)
     _check_template(data, tokenizer, arguments)
     try:
-        trainer = SFTTrainer(
+        trainer = CompletionTrainer(
             model=adapter.model,
             args=arguments,
             train_dataset=data,
