@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from matryoshka_lora import MatryoshkaError
 from matryoshka_lora.tasks import HELD_OUT, Task, get_task
 
-# chain_sum repeats every fourth question; coin_flip has a handful in all.
+# Of number_sequence every third question is a repetition, of chain_sum every twentieth.
 NAMES = ["family_relationships", "chain_sum", "gsm_symbolic", "number_sequence"]
 
 
@@ -23,13 +23,13 @@ def questions(task: Task, split: str, size: int) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 3000), size=st.integers(1, 1500))
 def test_splits_are_disjoint_without_repetition(name: str, seed: int, size: int) -> None:
     task = get_task(name, seed=seed)
     train = questions(task, "train", size)
-    validation, test = questions(task, "validation", 500), questions(task, "test", 500)
-    for split, wanted in ((train, size), (validation, 500), (test, 500)):
+    validation, test = questions(task, "validation", 400), questions(task, "test", 400)
+    for split, wanted in ((train, size), (validation, 400), (test, 400)):
         assert len(set(split)) == len(split) == wanted
     assert not set(train) & set(validation)
     assert not set(train) & set(test)
@@ -42,7 +42,7 @@ def test_train_avoids_even_the_held_out_questions_that_nobody_asked_for(name: st
     other = get_task(name, seed=7)
     for split in ("validation", "test"):
         everything = questions(other, split, len(other._held_out[split]))
-        assert HELD_OUT / 2 < len(everything) <= HELD_OUT
+        assert HELD_OUT / 3 < len(everything) <= HELD_OUT
         assert not train & set(everything)
 
 

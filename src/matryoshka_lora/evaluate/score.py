@@ -116,7 +116,8 @@ def _score_batch(model: Any, batch: list[Tokens], generation: GenerationConfig) 
             input_ids=contexts[:, :-1],
             attention_mask=mask[:, :-1],
             position_ids=positions[:, :-1],
-            logits_to_keep=1,
+            # An index and not the number 1, for which torch would copy a frozen output layer once for each row.
+            logits_to_keep=torch.tensor([-1], device=model.device),
             **{cache_name: cache},
         )
     # The last token of the prompt predicts the first of the completion. It is also where generation starts.

@@ -1,0 +1,184 @@
+"""What a training step costs, as a multiple of the frozen model alone.
+
+    make bench-train
+    python benchmarks/train_step.py --dtype bf16 --rank 32 --repeats 5
+
+The floor is the frozen base model: forward, and backward through its activations only. Every variant adds its adapter to
+all linear layers of the same weights and does the same: 8 rows of 128 tokens, to the logits, and back from one fixed
+gradient of the logits, so that no variant can gain or lose by its loss. Time is CPU time of one thread; the variants take
+turns in one process, and each figure is the median of the ratios to the floor's run of the same turn. Saved bytes are the
+distinct storages that autograd keeps between forward and backward, parameters left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from matryoshka_lora import Nesting, nest
+from matryoshka_lora.files import write_text
+from matryoshka_lora.models import DTYPES, load_model
+
+ROWS, TOKENS = 8, 128
+RANKS = (8, 32, 128, 256)
+RULES = ("matryoshka", "stratified", "dylora")
+
+
+class Published(nn.Module):
+    """The paper's form, from its formula: ``W x + B (P A) x``, where ``A P`` is made anew in each forward."""
+
+    def __init__(self, base: nn.Linear, rank: int, p: Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self.A = nn.Parameter(torch.randn(base.in_features, rank) / rank**0.5)
+        self.B = nn.Parameter(torch.zeros(rank, base.out_features))
+        self.register_buffer("p", p.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return (y + x.to(self.A.dtype) @ (self.A * self.p) @ self.B).to(y.dtype)
+
+
+def share(model: nn.Module) -> Any:
+    """A copy of the modules on the same weights."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def with_peft(base: nn.Module, nesting: Nesting) -> Any:
+    rank = nesting.max_rank
+    return get_peft_model(share(base), LoraConfig(r=rank, lora_alpha=nesting.lora_alpha, target_modules="all-linear"))
+
+
+def nested(base: nn.Module, nesting: Nesting, rule: str) -> Any:
+    model = with_peft(base, nesting)
+    nest(model, nesting, rule).draw(0, rows=ROWS)
+    return model
+
+
+def published(base: nn.Module, nesting: Nesting) -> Any:
+    model = share(base)
+    for _, module in list(model.named_modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and child is not model.get_output_embeddings():
+                setattr(module, name, Published(child, nesting.max_rank, nesting.diagonal()))
+    return model
+
+
+def variants(base: nn.Module, rank: int) -> dict[str, tuple[Any, Callable[[], Any]]]:
+    nesting = Nesting.powers_of_two(rank)
+    plain, peft = nullcontext, with_peft(base, nesting)
+    found: dict[str, tuple[Any, Callable[[], Any]]] = {
+        "floor": (share(base), plain),
+        "peft": (peft, plain),
+        "peft-autocast": (peft, lambda: torch.autocast("cpu", torch.bfloat16)),
+        "published": (published(base, nesting), plain),
+    }
+    return found | {rule: (nested(base, nesting, rule), plain) for rule in RULES}
+
+
+def measure(base: nn.Module, rank: int, repeats: int) -> dict[str, dict[str, Any]]:
+    torch.manual_seed(0)
+    ids = torch.randint(0, base.config.vocab_size, (ROWS, TOKENS))
+    inputs = base.get_input_embeddings()(ids).detach().requires_grad_()
+    gradient: Tensor | None = None
+
+    def forward(model: Any) -> Tensor:
+        logits: Tensor = model(inputs_embeds=inputs, use_cache=False).logits
+        return logits
+
+    models = variants(base, rank)
+    saved: dict[str, int] = {}
+    for name, (model, context) in models.items():
+        model.train()
+        storages: dict[int, int] = {}
+        weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        kept = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:  # noqa: B023  # called within this turn of the loop
+                storages[storage.data_ptr()] = storage.nbytes()  # noqa: B023
+                kept.append(tensor)  # noqa: B023  # so that no address is used twice
+            return tensor
+
+        with context(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits = forward(model)
+        saved[name] = sum(storages.values())
+        if gradient is None:
+            gradient = torch.randn_like(logits) / logits.numel()
+
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(repeats + 1):
+        for name, (model, context) in models.items():
+            start = time.process_time()
+            with context():
+                logits = forward(model)
+            logits.backward(gradient.to(logits.dtype))
+            if turn:  # the first one warms up
+                times[name].append(time.process_time() - start)
+            for parameter in (*model.parameters(), inputs):
+                parameter.grad = None
+    report = {}
+    for name, seconds in times.items():
+        ratios = [a / b for a, b in zip(seconds, times["floor"], strict=True)]
+        report[name] = {
+            "time": round(statistics.median(ratios), 3),
+            "saved": round(saved[name] / saved["floor"], 3),
+            "time_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
+            "seconds": round(statistics.median(seconds), 3),
+            "saved_mib": round(saved[name] / 2**20, 1),
+        }
+    return report
+
+
+def machine() -> str:
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return f"{cpu}, one thread, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: both")
+    parser.add_argument("--rank", type=int, help=f"default: {', '.join(map(str, RANKS))}")
+    parser.add_argument("--repeats", type=int, default=5, help="counted turns (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON for each cell")
+    parser.add_argument("--out", type=Path, help="also write all cells and the machine to this JSON file")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    cells = []
+    for dtype in [args.dtype] if args.dtype else ["bf16", "fp32"]:
+        base = load_model(dtype=DTYPES[dtype]).requires_grad_(False)
+        for rank in [args.rank] if args.rank else RANKS:
+            cell = {"dtype": dtype, "rank": rank, "variants": measure(base, rank, args.repeats)}
+            cells.append(cell)
+            print(json.dumps(cell) if args.json else _table(cell), flush=True)
+            if args.out:
+                write_text(args.out, json.dumps({"machine": machine(), "cells": cells}, indent=1) + "\n")
+
+
+def _table(cell: dict[str, Any]) -> str:
+    lines = [f"\n{cell['dtype']}, R = {cell['rank']}, {ROWS} x {TOKENS} tokens", f"{'':14}   time (min-max)       saved"]
+    for name, found in cell["variants"].items():
+        low, high = found["time_min_max"]
+        lines.append(f"{name:14} {found['time']:6.2f} ({low:.2f}-{high:.2f})   {found['saved']:8.2f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""``matryoshka demo``: train once, deploy at any rank, on this machine and without network."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from matryoshka_lora.adapter import NestedAdapter
+    from matryoshka_lora.evaluate import Evaluation
+    from matryoshka_lora.tasks import Example, Task
+    from matryoshka_lora.train import TrainConfig
+
+TASK = "family_relationships"
+MAX_RANK = 32
+EXPORTED_RANK = 4
+BATCH_SIZE = 12
+LEARNING_RATES = {"matryoshka": 3e-3, "lora": 2e-3}
+INFERENCES = {"matryoshka": ("prefix", "keep"), "lora": ("prefix",)}
+CHECKED_QUESTIONS = 8
+ANSWER_TOKENS = 12
+
+# Run in a process of its own, in which our package cannot be imported.
+PLAIN_PEFT = """
+import json, sys
+sys.modules["matryoshka_lora"] = None
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+base, adapter, logits_file = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+model = PeftModel.from_pretrained(model, adapter).eval()
+answers, logits = [], []
+for ids in json.load(sys.stdin):
+    prompt = torch.tensor([ids])
+    with torch.no_grad():
+        logits.append(model(input_ids=prompt).logits[0, -1].float())
+        answer = model.generate(input_ids=prompt, do_sample=False, max_new_tokens=ANSWER_TOKENS)
+    answers.append(answer[0, len(ids):].tolist())
+save_file({"logits": torch.stack(logits)}, logits_file)
+print(json.dumps(answers))
+""".replace("ANSWER_TOKENS", str(ANSWER_TOKENS))
+
+THREE_LINES = f"""\
+    from matryoshka_lora import Nesting, nest
+    adapter = nest(peft_model, Nesting.powers_of_two({MAX_RANK}))   # of LoraConfig(r={MAX_RANK}, lora_alpha={MAX_RANK})
+    trainer.add_callback(adapter.callback())
+"""
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each adapter.")] = 80,
+    items: Annotated[int, typer.Option(min=2, help="Test questions.")] = 100,
+) -> None:
+    """Train one adapter for every rank, beside plain LoRA, and draw what each rank is worth.
+
+    The model is SmolLM2-135M, the questions are about family relationships; both come inside packages, so no network
+    is needed. Takes about ten minutes on two cores. A run that was stopped goes on at the next adapter.
+
+    Example: matryoshka demo --out runs/demo
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    began = time.monotonic()
+    typer.echo(
+        f"Trains two adapters of rank {MAX_RANK} on {TASK}, {steps} steps each (about two minutes each on two cores),\n"
+        f"then answers {items} test questions with 5 x 6 versions of them (about five minutes). Writes to {out}/."
+    )
+    from matryoshka_lora.evaluate import print_tables, reading, write_evaluation
+    from matryoshka_lora.files import check_writable
+    from matryoshka_lora.models import load_tokenizer
+    from matryoshka_lora.tasks import get_task
+    from matryoshka_lora.train import train
+
+    check_writable(out)
+    task = get_task(TASK)
+    questions, tokenizer = task.examples("test", items), load_tokenizer()
+    adapters = {}
+    for number, rule in enumerate(LEARNING_RATES, start=1):
+        _say(began, f"{number}/4  Training: rule {rule}")
+        adapters[rule] = train(_config(rule, steps, out))
+
+    _say(began, f"3/4  Evaluating {items} test questions")
+    evaluation = _evaluate(adapters, tokenizer, task, questions)
+    write_evaluation(evaluation, out)
+    nested = adapters["matryoshka"]
+    nested.save(out / "adapter")
+    nested.export(out / f"rank-{EXPORTED_RANK}", EXPORTED_RANK)
+
+    _say(began, f"4/4  Loading rank {EXPORTED_RANK} with plain PEFT, in a process without this package")
+    verdict = _check_export(nested, tokenizer, questions[:CHECKED_QUESTIONS], out / f"rank-{EXPORTED_RANK}")
+
+    _say(began, "Done\n")
+    print_tables(evaluation)
+    typer.echo(f"\n{reading(evaluation)}\n\n{verdict}\n")
+    typer.echo(
+        f"{out}/curve.png        every rank in one picture\n"
+        f"{out}/evaluation.json  the numbers\n"
+        f"{out}/adapter/         the reordered matryoshka adapter, for any rank from 1 to {MAX_RANK}\n"
+        f"{out}/rank-{EXPORTED_RANK}/          rank {EXPORTED_RANK} of it as a plain LoRA adapter\n\n"
+        f"In a training script of your own, before trainer.train():\n{THREE_LINES}"
+        "and after it: adapter.reorder(); adapter.save(path)\n\n"
+        f"Next: matryoshka eval {out}/adapter --task {TASK} --ranks 3,6,12"
+    )
+
+
+def _config(rule: str, steps: int, out: Path) -> TrainConfig:
+    from matryoshka_lora.train import make_config
+
+    return make_config(
+        {
+            "data": {"task": TASK, "size": steps * BATCH_SIZE},
+            # Not reordered, so that the curves can show what reordering does.
+            "nesting": {"rule": rule, "reorder": False},
+            "lora": {"r": MAX_RANK, "target_modules": "all-linear"},
+            "output_dir": str(out / f"train-{rule}"),
+            "max_steps": steps,
+            "per_device_train_batch_size": BATCH_SIZE,
+            "learning_rate": LEARNING_RATES[rule],
+            "logging_steps": 10,
+            "save_strategy": "no",
+        }
+    )
+
+
+def _evaluate(
+    adapters: dict[str, NestedAdapter], tokenizer: PreTrainedTokenizerBase, task: Task, questions: Sequence[Example]
+) -> Evaluation:
+    """All curves; the adapters are reordered afterwards."""
+    from matryoshka_lora.evaluate import Evaluation, evaluate_base, evaluate_ranks
+    from matryoshka_lora.models import EMBEDDED
+
+    base = evaluate_base(adapters["matryoshka"], tokenizer, task, questions)
+    evaluation = Evaluation(TASK, "test", EMBEDDED, "bfloat16", base)
+    for rule, adapter in adapters.items():
+        for inference in INFERENCES[rule]:
+            adapter.inference = inference  # type: ignore[assignment]
+            name = f"{rule}-{inference}"
+            evaluation.curves[name] = evaluate_ranks(adapter, tokenizer, task, questions, name=name)
+        adapter.reorder()
+        name = f"{rule}-reordered"
+        evaluation.curves[name] = evaluate_ranks(adapter, tokenizer, task, questions, name=name)
+    return evaluation
+
+
+def _check_export(
+    adapter: NestedAdapter, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Example], exported: Path
+) -> str:
+    """Compare the exported rank as plain PEFT loads it with the same rank here, and say what came out."""
+    import tempfile
+
+    from safetensors.torch import load_file
+
+    from matryoshka_lora.errors import MatryoshkaError
+    from matryoshka_lora.evaluate.questions import tokenize
+    from matryoshka_lora.models import _embedded_folder
+
+    prompts = [tokenize(tokenizer, question).prompt for question in questions]
+    answers, logits = _answer(adapter, prompts)
+    with tempfile.TemporaryDirectory() as folder:
+        logits_file = Path(folder) / "logits.safetensors"
+        process = subprocess.run(
+            [sys.executable, "-c", PLAIN_PEFT, str(_embedded_folder()), str(exported), str(logits_file)],
+            input=json.dumps(prompts),
+            capture_output=True,
+            text=True,
+        )
+        if process.returncode:
+            raise MatryoshkaError(f"plain PEFT could not load {exported}:\n{process.stderr[-2000:]}")
+        plain_answers: list[list[int]] = json.loads(process.stdout.splitlines()[-1])
+        plain_logits = load_file(logits_file)["logits"]
+    same = sum(ours == theirs for ours, theirs in zip(answers, plain_answers, strict=True))
+    for question, answer in list(zip(questions, plain_answers, strict=True))[:3]:
+        text = tokenizer.decode(answer, skip_special_tokens=True).strip()
+        typer.echo(f"  {question.prompt.splitlines()[-1]}\n    plain PEFT: {text}   (right: {question.completion})")
+    difference = (logits - plain_logits).abs().max().item()
+    return (
+        f"Plain PEFT, without this package, gives the same answer to {same} of {len(questions)} questions from the "
+        f"exported rank {EXPORTED_RANK}; the largest difference of a logit is {difference:.3g}."
+    )
+
+
+def _answer(adapter: NestedAdapter, prompts: Sequence[list[int]]) -> tuple[list[list[int]], Tensor]:
+    """Greedy answers at the exported rank, and the logits after each prompt, shape (prompts, vocabulary)."""
+    import torch
+
+    adapter.set_rank(EXPORTED_RANK)
+    adapter.model.eval()
+    answers: list[list[int]] = []
+    logits: list[Any] = []
+    for ids in prompts:
+        prompt = torch.tensor([ids])
+        with torch.no_grad():
+            logits.append(adapter.model(input_ids=prompt).logits[0, -1].float())
+            answer = adapter.model.generate(input_ids=prompt, do_sample=False, max_new_tokens=ANSWER_TOKENS)
+        answers.append(answer[0, len(ids) :].tolist())
+    return answers, torch.stack(logits)
+
+
+def _say(began: float, text: str) -> None:
+    minutes, seconds = divmod(int(time.monotonic() - began), 60)
+    typer.echo(f"\n[{minutes}:{seconds:02}] {text}")

@@ -1,0 +1,48 @@
+"""``matryoshka``: the verbs, and how their errors look."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+import typer
+
+from matryoshka_lora.cli.demo import demo
+from matryoshka_lora.cli.eval import evaluate
+from matryoshka_lora.cli.export import export
+from matryoshka_lora.cli.train import train
+from matryoshka_lora.errors import MatryoshkaError
+
+app = typer.Typer(
+    name="matryoshka",
+    help="Train one LoRA adapter, deploy it at any rank. Start with: matryoshka demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train)
+app.command("eval")(evaluate)
+app.command("export")(export)
+app.command("demo")(demo)
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 an error that the message explains, 2 wrong usage."""
+    _quiet_libraries()
+    try:
+        app()
+    except MatryoshkaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("error: stopped from the keyboard", file=sys.stderr)
+        sys.exit(1)
+
+
+def _quiet_libraries() -> None:
+    # What they warn of is about their own next versions, and nothing that a user of this command can change.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
