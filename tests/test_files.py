@@ -55,7 +55,8 @@ def test_an_existing_directory_keeps_its_other_files(tmp_path: Path) -> None:
         (folder / "sub" / "x").write_text("new")
     found = content(tmp_path)
     assert found.pop("checkpoint-3/nesting.json") == "old"
-    assert len(found) == 4 and set(found.values()) == {"new"}
+    assert len(found) == 4
+    assert set(found.values()) == {"new"}
 
 
 def test_new_weights_never_lie_beside_an_old_description(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +93,8 @@ def test_a_failure_while_moving_is_undone(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(MatryoshkaError, match="the file is in use"), replace_directory(tmp_path) as folder:
         fill(folder, "new")
     found = content(tmp_path)
-    assert len(found) == 3 and set(found.values()) == {"old"}
+    assert len(found) == 3
+    assert set(found.values()) == {"old"}
 
 
 def test_a_slice_over_a_nested_adapter_leaves_no_old_sidecar(tmp_path: Path) -> None:
@@ -110,10 +112,16 @@ def test_an_error_in_the_block_changes_nothing(tmp_path: Path, exists: bool) -> 
         target.mkdir()
         fill(target, "old")
     before = content(tmp_path)
-    with pytest.raises(RuntimeError, match="mine"), replace_directory(target) as folder:
-        fill(folder, "new")
-        raise RuntimeError("mine")
-    assert content(tmp_path) == before and target.exists() == exists
+
+    def fail() -> None:
+        with replace_directory(target) as folder:
+            fill(folder, "new")
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        fail()
+    assert content(tmp_path) == before
+    assert target.exists() == exists
 
 
 def test_a_failure_to_read_elsewhere_is_not_called_a_failure_to_write(tmp_path: Path) -> None:
@@ -124,9 +132,14 @@ def test_a_failure_to_read_elsewhere_is_not_called_a_failure_to_write(tmp_path: 
 def test_a_folder_in_the_way_of_a_file_is_found_before_anything_moves(tmp_path: Path) -> None:
     fill(tmp_path, "old")
     (tmp_path / "zzz").mkdir()
-    with pytest.raises(MatryoshkaError, match="zzz is a folder"), replace_directory(tmp_path) as folder:
-        fill(folder, "new")
-        (folder / "zzz").write_text("new")
+
+    def write() -> None:
+        with replace_directory(tmp_path) as folder:
+            fill(folder, "new")
+            (folder / "zzz").write_text("new")
+
+    with pytest.raises(MatryoshkaError, match="zzz is a folder"):
+        write()
     assert set(content(tmp_path).values()) == {"old"}
 
 
@@ -135,14 +148,15 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with replace_directory(tmp_path / "link") as folder:
         fill(folder, "new")
-    assert (tmp_path / "link").is_symlink() and len(content(tmp_path / "real")) == 3
+    assert (tmp_path / "link").is_symlink()
+    assert len(content(tmp_path / "real")) == 3
 
 
 def test_a_file_where_a_folder_is_needed(tmp_path: Path) -> None:
     file = tmp_path / "taken"
     file.write_text("precious")
     for target in (file, file / "below"):
-        with pytest.raises(MatryoshkaError, match="cannot write .*taken.*Not a directory; a file stands"):
+        with pytest.raises(MatryoshkaError, match=r"cannot write .*taken.*Not a directory; a file stands"):
             check_writable(target)
         with pytest.raises(MatryoshkaError, match="a file stands"), replace_directory(target):
             pytest.fail("the block must not run")
@@ -158,7 +172,7 @@ def test_check_writable_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody may write")
 def test_a_place_where_nobody_may_write() -> None:
-    with pytest.raises(MatryoshkaError, match="cannot write /proc/adapter: .*; choose "):
+    with pytest.raises(MatryoshkaError, match=r"cannot write /proc/adapter: .*; choose "):
         check_writable("/proc/adapter")
     with (
         pytest.raises(MatryoshkaError, match="cannot write /proc/adapter: "),

@@ -48,7 +48,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 @contextmanager
 def replace_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield an empty folder to write to; when the block ends without an error, its files take their place in ``target``.
+    """Yield an empty folder; when the block ends without an error, its files take their place in ``target``.
 
     A target that does not exist yet appears at once, complete. In one that exists, files of the same name are
     replaced and all others stay. There, the old ``adapter_config.json`` and ``nesting.json`` go first and the new ones

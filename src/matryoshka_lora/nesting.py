@@ -54,9 +54,9 @@ class Nesting:
     @classmethod
     def powers_of_two(cls, max_rank: int, scaling: Scaling = "none", alpha: float = 1.0) -> Nesting:
         """The paper's default ranks: 1, 2, 4, ... up to ``max_rank``, which is always the last one."""
-        _check_rank(max_rank)
-        below = (2**k for k in range(max_rank.bit_length()) if 2**k < max_rank)
-        return cls((*below, max_rank), scaling, alpha)
+        top = _checked_rank(max_rank)
+        below = (2**k for k in range(top.bit_length()) if 2**k < top)
+        return cls((*below, top), scaling, alpha)
 
     @property
     def max_rank(self) -> int:
@@ -70,7 +70,7 @@ class Nesting:
 
     def scale(self, rank: int) -> float:
         """``s_r``, the factor before ``B[:, :r] A[:r]``, for any rank from 1 to ``R``."""
-        _check_rank(rank, self.max_rank)
+        rank = _checked_rank(rank, self.max_rank)
         if self.scaling == "none":
             return 1.0
         return self.alpha / (rank if self.scaling == "rank" else math.sqrt(rank))
@@ -111,20 +111,19 @@ def _checked_ranks(ranks: Iterable[int]) -> tuple[int, ...]:
     given = tuple(ranks)
     if not given:
         raise MatryoshkaError("ranks is empty; write at least one, for example [8]")
-    for rank in given:
-        _check_rank(rank)
-    listed = tuple(int(rank) for rank in given)  # NumPy's integers are not JSON
+    listed = tuple(_checked_rank(rank) for rank in given)
     increasing = sorted(set(listed))
     if list(listed) != increasing:
         raise MatryoshkaError(f"ranks must increase strictly; write {increasing} instead of {list(listed)}")
     return listed
 
 
-def _check_rank(rank: Any, max_rank: int | None = None) -> None:
+def _checked_rank(rank: Any, max_rank: int | None = None) -> int:
     if isinstance(rank, bool) or not isinstance(rank, Integral):
         raise MatryoshkaError(f"rank {rank!r} is not an integer; write a whole number such as 4")
-    rank = int(rank)
-    if rank < 1:
-        raise MatryoshkaError(f"rank {rank} is not positive; the smallest rank is 1")
-    if max_rank is not None and rank > max_rank:
-        raise MatryoshkaError(f"rank {rank} is above the largest rank {max_rank}; choose one from 1 to {max_rank}")
+    checked = int(rank)  # NumPy's integers are not JSON
+    if checked < 1:
+        raise MatryoshkaError(f"rank {checked} is not positive; the smallest rank is 1")
+    if max_rank is not None and checked > max_rank:
+        raise MatryoshkaError(f"rank {checked} is above the largest rank {max_rank}; choose one from 1 to {max_rank}")
+    return checked

@@ -46,17 +46,23 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B
 
 
 class _LowRankLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, p: Tensor) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, p: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
         hidden = (tokens @ A.to(x.dtype).t()).mul_(_per_token(p, x, tokens))
         output = linear(tokens, weight, bias)
         output.addmm_(hidden, B.to(x.dtype).t())
-        ctx.save_for_backward(x, weight, A, B, p)
-        return output.view(*x.shape[:-1], -1)
+        return output.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, A, B, p = inputs
+        ctx.save_for_backward(x, weight, A, B, p)
+
+    # Only differentiable operations, for second derivatives.
+    @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         x, weight, A, B, p = ctx.saved_tensors
         tokens = x.reshape(-1, x.shape[-1])
@@ -72,4 +78,4 @@ class _LowRankLinear(torch.autograd.Function):
 def _per_token(p: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
     # Not in half precision: a rounded p would be a wrong scale for a whole column, in training only.
     p = p.to(torch.promote_types(x.dtype, torch.float32))
-    return p if p.ndim == 1 else p.repeat_interleave(len(tokens) // len(p), dim=0)
+    return p if p.ndim == 1 else p.repeat_interleave(len(tokens) // max(len(p), 1), dim=0)

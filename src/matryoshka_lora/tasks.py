@@ -81,13 +81,13 @@ class Task:
             raise MatryoshkaError(f"split is {split!r}; write one of {', '.join(map(repr, get_args(Split)))}")
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise MatryoshkaError(f"size is {size!r}; write how many questions are wanted, for example 200")
-        found = self._train(size) if split == "train" else self._held_out[split]
+        found = self._distinct(split, size)
         if len(found) < size:
             raise MatryoshkaError(
                 f"task {self.name!r} has {len(found)} different questions for {split}, not {size}: "
                 f"write size {len(found)} or less, or give it settings that make more"
             )
-        return [self._example(entry) for entry in list(found.values())[:size]]
+        return [self._example(entry) for entry in found.values()]
 
     def is_correct(self, answer: str, example: Example) -> bool:
         """Whether the generator's verifier gives an answer its full score; False for anything that it cannot read."""
@@ -101,28 +101,31 @@ class Task:
     def _verifier(self) -> Any:
         return self._generator(first_seed=0, count=1)
 
-    @cached_property
-    def _held_out(self) -> dict[str, dict[str, Mapping[str, Any]]]:
-        test: dict[str, Mapping[str, Any]] = {}
-        validation: dict[str, Mapping[str, Any]] = {}
-        for question, entry in self._items(0, HELD_OUT):
-            test.setdefault(question, entry)
-        for question, entry in self._items(_STRETCH, HELD_OUT):
-            if question not in test:
-                validation.setdefault(question, entry)
-        return {"test": test, "validation": validation}
-
-    def _train(self, size: int) -> dict[str, Mapping[str, Any]]:
-        held_out = {question for questions in self._held_out.values() for question in questions}
+    def _distinct(self, split: Split, size: int) -> dict[str, Mapping[str, Any]]:
+        """Up to ``size`` different questions of a split, in order."""
+        if split == "train":
+            # A generator with few questions would be searched for ever.
+            first_seed, tries = (2 + self.seed) * _STRETCH, min(_STRETCH, 20 * size + HELD_OUT)
+            taken = self._all_of_test | self._all_of_validation
+        elif split == "validation":
+            first_seed, tries, taken = _STRETCH, HELD_OUT, self._all_of_test
+        else:
+            first_seed, tries, taken = 0, HELD_OUT, frozenset()
         found: dict[str, Mapping[str, Any]] = {}
-        # A generator with few questions would be searched for ever.
-        tries = min(_STRETCH, 20 * size + HELD_OUT)
-        for question, entry in self._items((2 + self.seed) * _STRETCH, tries):
-            if question not in held_out:
+        for question, entry in self._items(first_seed, tries):
+            if question not in taken:
                 found.setdefault(question, entry)
             if len(found) == size:
                 break
         return found
+
+    @cached_property
+    def _all_of_test(self) -> frozenset[str]:
+        return frozenset(self._distinct("test", HELD_OUT))
+
+    @cached_property
+    def _all_of_validation(self) -> frozenset[str]:
+        return frozenset(self._distinct("validation", HELD_OUT))
 
     def _items(self, first_seed: int, count: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if self.name in _NEED_A_HASH_SEED and os.environ.get("PYTHONHASHSEED", "random") == "random":

@@ -151,6 +151,9 @@ def _why_not(module: Any, rule: Rule, adapter: str, name: str) -> str | None:
         return "its adapter has no data yet (device meta): load the weights first"
     if getattr(module.get_base_layer(), "groups", 1) > 1:
         return "a grouped convolution ties columns of B to groups of outputs, so no prefix of columns is an adapter"
+    dilated = any(d != 1 for d in getattr(module.get_base_layer(), "dilation", ()))
+    if dilated or getattr(module.get_base_layer(), "padding_mode", "zeros") != "zeros":
+        return "PEFT's A follows neither the dilation nor the padding mode of a convolution"
     if isinstance(module, lora.ParamWrapper) and (rule.per_row or rule.name == "dylora-frozen"):
         return f"target_parameters give one delta to all rows and all columns; rule {rule.name!r} needs them apart"
     if rule.per_row and ".experts." in f".{name}.":
@@ -212,4 +215,5 @@ def _sample(module: Any, adapter: str) -> Tensor:
     if isinstance(module, lora._ConvNd):
         size = [d * (k - 1) + 1 for d, k in zip(base.dilation, base.kernel_size, strict=True)]
         return torch.ones(1, base.in_channels, *size, dtype=dtype, device=device)
-    return torch.ones(1, 1, module.in_features, dtype=dtype, device=device)
+    # With a gradient, because bitsandbytes repacks 4-bit weights for a CPU at the first input without one.
+    return torch.ones(1, 1, module.in_features, dtype=dtype, device=device).requires_grad_()

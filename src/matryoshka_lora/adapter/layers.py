@@ -23,14 +23,16 @@ from matryoshka_lora.ops import low_rank_linear
 class NestedParamWrapper(ParamWrapper):
     """LoRA on a bare parameter, such as a stack of experts: its delta is the only place where p can stand."""
 
-    _merging = False
+    _merging = _unmerging = False
 
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
         variant = self.lora_variant.get(adapter_name)
         if not isinstance(variant, NestedVariant):
             delta: Tensor = super().get_delta_weight(adapter_name, *args, **kwargs)
             return delta
-        gate = variant.deployed if self._merging else variant.gate(self.training)
+        if self._merging or self._unmerging:
+            return variant.merged_delta(self, adapter_name, again=self._unmerging).to(self.get_param().dtype)
+        gate = variant.checked_gate(self)
         if gate.diagonal.ndim > 1:
             raise MatryoshkaError(
                 f"{self.parameter_name!r} is a parameter that all rows share (target_parameters): it cannot have a "
@@ -43,7 +45,7 @@ class NestedParamWrapper(ParamWrapper):
         variant = self.lora_variant.get(adapter_name)
         if not isinstance(variant, NestedVariant):
             return factors
-        gate = variant.gate(self.training)
+        gate = variant.checked_gate(self)
         if gate.diagonal.ndim > 1:
             self.get_delta_weight(adapter_name)  # raises the reason
         left, right, _ = factors
@@ -58,11 +60,11 @@ class NestedParamWrapper(ParamWrapper):
             self._merging = False
 
     def unmerge(self) -> None:
-        self._merging = True
+        self._unmerging = True
         try:
             super().unmerge()
         finally:
-            self._merging = False
+            self._unmerging = False
 
 
 class NestedEmbedding(Embedding):
@@ -100,7 +102,7 @@ class NestedLinear(Linear):
             self.base_layer.bias,
             self.lora_A[adapter].weight,
             self.lora_B[adapter].weight,
-            gate.for_rows(x.shape[0], has_tokens=x.ndim > 2) * self._factor(variant, gate, adapter),
+            gate.for_rows(x.shape) * self._factor(variant, gate, adapter),
         )
 
     def _by_variant(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -16,7 +16,7 @@ from matryoshka_lora.adapter.attach import attach, nested_layers
 from matryoshka_lora.adapter.factors import as_parameters, get_factors, get_parameters
 from matryoshka_lora.adapter.state import Inference, NestedState
 from matryoshka_lora.adapter.storage import export_rank, save_adapter
-from matryoshka_lora.adapter.variant import Gate, NestedVariant
+from matryoshka_lora.adapter.variant import Gate, NestedVariant, check_mergeable
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.reorder import reorder_factors
@@ -164,17 +164,14 @@ class NestedAdapter:
             state.check_rank(value)
         self._check_unmerged("change its rank")
         layers = list(self._layers())
+        for pattern in patterns:
+            if not any(_matches(pattern, name) for name, _, _ in layers):
+                raise MatryoshkaError(f"no layer's name ends in {pattern!r}; layers are named like {layers[0][0]}")
         chosen: list[tuple[NestedVariant, int]] = []
-        unused = set(patterns)
         for name, _, variant in layers:
-            match = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)
+            match = next((pattern for pattern in patterns if _matches(pattern, name)), None)
             if match is not None:
-                unused.discard(match)
                 chosen.append((variant, patterns[match]))
-        if unused:
-            raise MatryoshkaError(
-                f"no layer's name ends in {sorted(unused)[0]!r}; layers are named like {layers[0][0]}"
-            )
         for variant, value in chosen:
             variant.set_rank(value)
 
@@ -190,6 +187,7 @@ class NestedAdapter:
                 number of rows.
         """
         state = self.state
+        ranks = list(ranks)
         for rank in ranks:
             state.check_rank(rank)
         if not ranks:
@@ -201,12 +199,14 @@ class NestedAdapter:
         before = [variant.override for variant in variants]
         gates = self._gates(diagonal)
         for variant in variants:
-            variant.override = gates[variant.device]
+            variant.enter(gates[variant.device])
         try:
             yield
         finally:
+            base = self.model.get_base_model()
+            checkpointing = bool(getattr(base, "is_gradient_checkpointing", False)) and torch.is_grad_enabled()
             for variant, override in zip(variants, before, strict=True):
-                variant.override = override
+                variant.leave(override, checkpointing)
 
     def draw(self, step: int, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> None:
         """Apply the rule's draw for an optimizer step. `callback` does it in a Hugging Face Trainer.
@@ -226,8 +226,7 @@ class NestedAdapter:
             diagonal = diagonal[index * rows : (index + 1) * rows]
         gates = self._gates(diagonal, allow_fewer=True)
         for variant in self._variants():
-            variant.training = gates[variant.device]
-            variant.learn = drawn.learn
+            variant.begin_step(gates[variant.device], drawn.learn)
 
     def callback(self) -> TrainerCallback:
         """For ``Trainer(callbacks=[...])``: draws the ranks of each step and completes every checkpoint."""
@@ -274,10 +273,12 @@ class NestedAdapter:
         ``model.merge_and_unload()`` after `set_rank` gives a plain model instead.
         """
         self.set_rank(rank)
+        self._check_mergeable()
         self.model.merge_adapter(adapter_names=[self.name])
 
     def unmerge(self) -> None:
         """Undo `merge`."""
+        self._check_mergeable()
         self.model.unmerge_adapter()
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -312,7 +313,18 @@ class NestedAdapter:
         if any(self.name in module.merged_adapters for _, module, _ in self._layers()):
             raise MatryoshkaError(f"adapter {self.name!r} is merged into the base weights: unmerge it to {what}")
 
+    def _check_mergeable(self) -> None:
+        for _, module, _ in self._layers():
+            check_mergeable(module)
+
     def _check_routing(self) -> None:
         for name, _, _ in self._layers():
             if ".experts." in f".{name}.":
                 raise MatryoshkaError(f"tokens of {name} are routed to experts and have left their rows: use set_rank")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except re.error as error:
+        raise MatryoshkaError(f"{pattern!r} is no regular expression: {error}") from error

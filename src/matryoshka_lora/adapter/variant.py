@@ -39,20 +39,22 @@ class Gate(NamedTuple):
         if self.diagonal.ndim == 1:
             return hidden * self.diagonal.to(hidden.device, hidden.dtype).view(-1, *tail)
         between = (1,) * (hidden.ndim - 2 - spatial)
-        rows = self.for_rows(hidden.shape[0], has_tokens=bool(between or spatial)).to(hidden.device, hidden.dtype)
+        rows = self.for_rows(hidden.shape, spatial).to(hidden.device, hidden.dtype)
         return hidden * rows.view(hidden.shape[0], *between, -1, *tail)
 
-    def for_rows(self, rows: int, has_tokens: bool) -> Tensor:
-        """The one diagonal of all rows, or one for each row of the batch.
+    def for_rows(self, shape: torch.Size, spatial: int = 0) -> Tensor:
+        """The one diagonal of all rows, or one for each row of a batch of this shape.
 
         Beam search and several returned sequences repeat each row in place. Rows that were packed, or routed to
         experts, are no longer rows: they must not be served by accident.
         """
         diagonal, given = self.diagonal, self.diagonal.shape[0]
-        if diagonal.ndim == 1 or rows == given:
+        rows = shape[0] if len(shape) >= 2 + spatial else 1  # else the input has no batch dimension
+        if diagonal.ndim == 1 or rows == given == shape[0]:
             return diagonal
-        if self.allow_fewer and rows < given:
+        if self.allow_fewer and rows < given and len(shape) >= 2 + spatial:
             return diagonal[:rows]
+        has_tokens = len(shape) > 2 or spatial > 0
         if has_tokens and not self.allow_fewer and rows % given == 0:
             return diagonal.repeat_interleave(rows // given, dim=0)
         raise MatryoshkaError(
@@ -85,7 +87,8 @@ class NestedVariant(LoraVariant):
         self.rank: int
         self.set_rank(state.nesting.max_rank)
         self._merged: Tensor | None = None
-        self._forward_gate: Gate | None = None
+        self._forward_gates: dict[bool, Gate] = {}  # of the last forward in training and in eval mode
+        self._recomputed = False
 
     def set_rank(self, rank: int) -> None:
         self.rank = rank
@@ -116,14 +119,16 @@ class NestedVariant(LoraVariant):
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         gate = self.checked_gate(module)
-        if active_adapter in module.lora_embedding_A:
-            update = self._embedding_update(module, active_adapter, x, gate)
-        else:
-            update = self._update(module, active_adapter, x, gate)
+        is_embedding = active_adapter in module.lora_embedding_A
+        update = (self._embedded if is_embedding else self._update)(module, active_adapter, x, gate)
         if gate.scale is not None:
             update = update * gate.scale
         ratio = self.ratio(module, active_adapter)
-        return result + (update if ratio == 1 else update * ratio)
+        if ratio != 1:
+            update = update * ratio
+        # Gemma's embeddings multiply their output; the update belongs inside that factor.
+        embed_scale = module._get_embed_scale() if is_embedding and hasattr(module, "_get_embed_scale") else None
+        return result + (update if embed_scale is None else update * embed_scale.to(update.dtype))
 
     def _update(self, module: Any, adapter: str, x: Tensor, gate: Gate) -> Tensor:
         lora_A, lora_B = module.lora_A[adapter], module.lora_B[adapter]
@@ -131,14 +136,11 @@ class NestedVariant(LoraVariant):
         hidden = _call(lora_A, module.lora_dropout[adapter](x), self._learning(lora_A.weight, dim=0))
         return _call(lora_B, gate.apply(hidden, spatial), self._learning(lora_B.weight, dim=1))
 
-    def _embedding_update(self, module: Any, adapter: str, x: Tensor, gate: Gate) -> Tensor:
+    def _embedded(self, module: Any, adapter: str, x: Tensor, gate: Gate) -> Tensor:
         A, B = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
         learning_A, learning_B = self._learning(A, dim=0), self._learning(B, dim=1)
         hidden = module._embed(x, (A if learning_A is None else learning_A).T)
-        update = gate.apply(hidden) @ (B if learning_B is None else learning_B).T
-        # Gemma's embeddings multiply their output; the update belongs inside that factor.
-        embed_scale = module._get_embed_scale() if hasattr(module, "_get_embed_scale") else None
-        return update if embed_scale is None else update * embed_scale.to(update.dtype)
+        return gate.apply(hidden) @ (B if learning_B is None else learning_B).T
 
     def _learning(self, weight: Tensor, dim: int) -> Tensor | None:
         """The weight with gradient in the learning rows or columns only; None where all of it learns."""
@@ -149,15 +151,34 @@ class NestedVariant(LoraVariant):
 
     def _check_recomputation(self, module: nn.Module, gate: Gate) -> None:
         """Gradient checkpointing runs the forward again inside backward: it must see the same diagonal."""
-        if torch.compiler.is_compiling() or not module.training:
+        if torch.compiler.is_compiling():
             return
         if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
-            self._forward_gate = gate
-        elif self._forward_gate is not gate:
+            self._forward_gates[module.training] = gate
+            return
+        self._recomputed = True
+        if self.state.orphaned or self._forward_gates.get(module.training) is not gate:
+            self.state.orphaned = False
             raise MatryoshkaError(
                 "gradient checkpointing recomputes a layer with other ranks than its forward had: "
                 "call backward() inside the same `with adapter.rows(...)` as the forward"
             )
+
+    def begin_step(self, gate: Gate, learn: Tensor | None) -> None:
+        """Train with this gate from now on."""
+        self.training, self.learn = gate, learn
+        self._forward_gates.clear()
+        self.state.orphaned = False
+
+    def enter(self, gate: Gate) -> None:
+        """Let a gate stand before all others."""
+        self.override, self._recomputed = gate, False
+
+    def leave(self, before: Gate | None, checkpointing: bool) -> None:
+        """Undo `enter`. A checkpointed forward without its backward is remembered: it cannot be run again rightly."""
+        gate, self.override = self.override, before
+        if checkpointing and self._forward_gates.get(True) is gate and not self._recomputed:
+            self.state.orphaned = True
 
     def delta(self, module: LoraLayer, adapter: str, gate: Gate) -> Tensor:
         """``B diag(p) A`` in the shape of the base layer's weight, in the dtype of the factors."""
@@ -167,19 +188,34 @@ class NestedVariant(LoraVariant):
         product = (B.to(work) * gate.diagonal.to(B.device, work)) @ A.to(work) * scale
         return to_weight(module, product).to(A.dtype)
 
+    def merged_delta(self, module: LoraLayer, adapter: str, again: bool = False) -> Tensor:
+        """What merging adds; ``again`` gives what was added, though rank or scale may have changed since."""
+        if not again or self._merged is None:
+            self._merged = self.delta(module, adapter, self.deployed)
+        return self._merged
+
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        self._merged = self.delta(module, active_adapter, self.deployed)
-        return _add(module, orig_weight, self._merged)
+        check_mergeable(module)
+        return _add(module, orig_weight, self.merged_delta(module, active_adapter))
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         orig_weight.data = self.merge_safe(module, active_adapter, orig_weight.data)
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        # What was merged is taken out again, though rank or scale may have changed since.
-        merged, self._merged = self._merged, None
-        if merged is None:
-            merged = self.delta(module, active_adapter, self.deployed)
-        return _add(module, orig_weight, -merged)
+        check_mergeable(module)
+        delta, self._merged = self.merged_delta(module, active_adapter, again=True), None
+        return _add(module, orig_weight, -delta)
+
+
+def check_mergeable(module: LoraLayer) -> None:
+    """Raises MatryoshkaError where the base weight is in a layout that PEFT would misread."""
+    state = getattr(getattr(module.get_base_layer(), "weight", None), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        raise MatryoshkaError(
+            "bitsandbytes has repacked its 4-bit weights for this CPU, and PEFT would merge into or out of garbage: "
+            "merge before the first forward in eval mode, or export the rank and merge it into a model that is not "
+            "quantised"
+        )
 
 
 def _call(layer: nn.Module, x: Tensor, weight: Tensor | None) -> Tensor:

@@ -181,14 +181,19 @@ def _scored(progress: Progress, what: str, run: Callable[..., Scores]) -> Scores
         scores = run(on_batch=lambda rows: progress.advance(bar, rows))
     except MatryoshkaError as error:
         raise MatryoshkaError(f"{what}: {error}") from error
-    progress.console.print(f"  {what}: loss {scores.loss:.3f}, accuracy {scores.accuracy:.1%}", highlight=False)
+    progress.console.print(
+        f"  {what}: loss {scores.loss:.3f}, accuracy {scores.accuracy:.1%}", highlight=False, markup=False
+    )
     return scores
 
 
 @contextmanager
 def _progress(questions: int) -> Iterator[Progress]:
+    console = Console(stderr=True)
     columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} questions"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
+    # Where nobody watches, the lines that are printed after each rank are enough.
+    options: dict[str, Any] = {"console": console, "transient": True, "disable": not console.is_terminal}
+    with Progress(*columns, TimeRemainingColumn(), **options) as progress:
         progress.add_task("", total=questions)
         yield progress
 

@@ -11,8 +11,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from matryoshka_lora.aurac import aurac
 from matryoshka_lora.errors import MatryoshkaError
@@ -39,36 +40,37 @@ def write_evaluation(evaluation: Evaluation, folder: str | PathLike[str]) -> Non
         draw(evaluation, unfinished / PICTURE_NAME)
 
 
-def accuracy_table(evaluation: Evaluation) -> Table:
+def accuracy_table(evaluation: Evaluation) -> Group:
     """The accuracy of every curve at every rank, in percent, and what sums a curve up."""
-    found, ranks = _table(evaluation, "Accuracy in % at each rank", ("AURAC", "linear", "mean", "gap"))
-    found.caption = (
-        f"base model without adapter: {_percent(evaluation.base.accuracy)}\n"
-        "AURAC: mean height of the curve over log2(rank); linear: over the rank\n"
-        "gap: from the largest rank down to the worst one"
-    )
+    found, ranks = _table(evaluation, ("AURAC", "linear", "mean", "gap"))
     for name, curve in evaluation.curves.items():
         by_rank = dict(zip(curve.ranks, map(_percent, curve.accuracy), strict=True))
         summary = (*curve.aurac.values(), curve.mean_accuracy, curve.worst_rank_gap)
         found.add_row(name, *(by_rank.get(rank, "") for rank in ranks), *map(_percent, summary))
-    return found
+    return Group(
+        Text(f"Accuracy in % at each rank; {evaluation.items} questions of {evaluation.task} ({evaluation.split})"),
+        found,
+        f"base model without adapter: {_percent(evaluation.base.accuracy)}",
+        "AURAC: mean height of the curve over log2(rank); linear: over the rank",
+        "gap: from the largest rank down to the worst one",
+    )
 
 
-def loss_table(evaluation: Evaluation) -> Table:
+def loss_table(evaluation: Evaluation) -> Group:
     """The held-out loss of every curve at every rank, in nats per token."""
-    found, ranks = _table(evaluation, "Held-out loss in nats", ())
-    found.caption = f"base model without adapter: {evaluation.base.loss:.3f}"
+    found, ranks = _table(evaluation, ())
     for name, curve in evaluation.curves.items():
         by_rank = {rank: f"{loss:.3f}" for rank, loss in zip(curve.ranks, curve.loss, strict=True)}
         found.add_row(name, *(by_rank.get(rank, "") for rank in ranks))
-    return found
+    base = f"base model without adapter: {evaluation.base.loss:.3f}"
+    return Group("Held-out loss at each rank, in nats per token", found, base)
 
 
 def print_tables(evaluation: Evaluation) -> None:
     """Print both tables, as wide as they need to be."""
-    console = Console(highlight=False)
     for made in (accuracy_table(evaluation), loss_table(evaluation)):
-        console.print(made, width=max(console.width, console.measure(made).minimum))
+        needed = Console(width=1000).measure(made).minimum
+        Console(width=max(Console().width, needed), highlight=False).print(made, "")
 
 
 def compare(first: Curve, second: Curve) -> tuple[float, float]:
@@ -139,16 +141,9 @@ def draw(evaluation: Evaluation, path: Path) -> None:
     figure.savefig(path)
 
 
-def _table(evaluation: Evaluation, title: str, summary: Sequence[str]) -> tuple[Table, list[int]]:
+def _table(evaluation: Evaluation, summary: Sequence[str]) -> tuple[Table, list[int]]:
     ranks = sorted({rank for curve in evaluation.curves.values() for rank in curve.ranks})
-    found = Table(
-        title=f"{title}: {evaluation.items} questions of {evaluation.task} ({evaluation.split})",
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE,
-        padding=0,
-        pad_edge=False,
-    )
+    found = Table(box=SIMPLE, padding=0, pad_edge=False)
     found.add_column("", no_wrap=True)
     for heading in (*map(str, ranks), *summary):
         found.add_column(heading, justify="right", no_wrap=True)
