@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from matryoshka_lora.cli.demo import METHODS, TASK, demo_config
+from matryoshka_lora.cli.demo import LEARNING_RATES, STEPS, TASK, demo_config
 from matryoshka_lora.evaluate import evaluate_ranks
 from matryoshka_lora.files import write_text
 from matryoshka_lora.models import load_tokenizer
@@ -29,13 +29,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/learning-rates"))
     parser.add_argument("--items", type=int, default=200, help="validation questions (default: 200)")
     args = parser.parse_args()
-    for method in METHODS:
+    for method in LEARNING_RATES:
         for rate in RATES:
             file = args.out / f"{method}-{rate:g}.json"
             if not file.exists():
                 write_text(file, json.dumps(measure(method, rate, args.out / f"{method}-{rate:g}", args.items)))
     print("\nMean validation loss over the ranks, then the loss of each rank:")
-    for method in METHODS:
+    for method in LEARNING_RATES:
         for rate in RATES:
             curve = json.loads((args.out / f"{method}-{rate:g}.json").read_text())
             losses = "  ".join(f"{loss:.3f}" for loss in curve["loss"])
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def measure(method: str, rate: float, folder: Path, items: int) -> dict[str, Any]:
-    adapter = train(demo_config(method, folder, learning_rate=rate))
+    adapter = train(demo_config(method, STEPS, folder, rate))
     adapter.reorder()
     task, tokenizer = get_task(TASK), load_tokenizer()
     questions = task.examples("validation", items)

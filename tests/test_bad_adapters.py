@@ -43,7 +43,7 @@ A, B = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"
 # A message names the way out: what to do, or that the adapter is for another model.
 WAY_OUT = re.compile(
     r"\b(copy|write|save|train|choose|use|give|upgrade|remove|set|load|call|install|take|turn|unmerge|leave)\b"
-    r"|another base model|smallest rank is|trained ranks are|rules are|are named like|not one of",
+    r"|another base model|regular expression|smallest rank is|trained ranks are|rules are|are named like|not one of",
     re.IGNORECASE,
 )
 

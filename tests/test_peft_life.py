@@ -218,11 +218,36 @@ def test_merge_merges_only_the_nested_adapter() -> None:
     adapter, model = two_adapters()
     adapter.set_rank(2)
     expected = logits(model)
+    model.base_model.set_adapter(["default", "plain"])  # the other one is active too
     adapter.merge(2)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert layer.merged_adapters == ["default"]
     torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
     adapter.unmerge()
+
+
+@pytest.mark.parametrize("kind", list(oracle.KINDS))
+def test_disabled_merged_and_second_adapters_count_in_training_too(kind: str) -> None:
+    nested = nested_layer(kind, NESTING)
+    model, layer = nested.adapter.model, nested.layer
+    x = nested.kind.batch(3)
+    base = layer.base_layer(x)
+    with model.disable_adapter():
+        torch.testing.assert_close(layer(x), base, rtol=0, atol=0)
+    nested.adapter.merge(2)
+    torch.testing.assert_close(layer(x), nested.kind.apply(layer.base_layer, layer.base_layer.weight, x))
+    nested.adapter.unmerge()
+    torch.testing.assert_close(layer(x), nested.expected(p_of(NESTING), x), rtol=1e-12, atol=1e-12)
+    model.add_adapter("plain", lora_config(NESTING, target_modules=["layer"], fan_in_fan_out=kind == "Conv1D"))
+    model.double()
+    randomize(model, seed=3)
+    model.base_model.set_adapter(["default", "plain"])
+    both = layer(x) - base
+    model.base_model.set_adapter(["plain"])
+    plain = layer(x) - base
+    model.base_model.set_adapter(["default"])
+    torch.testing.assert_close(both, plain + (layer(x) - base), rtol=1e-10, atol=1e-10)
+    assert plain.abs().max() > 1e-3
 
 
 def test_two_nested_adapters_have_ranks_of_their_own() -> None:

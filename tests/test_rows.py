@@ -18,6 +18,7 @@ from peft import get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
+from matryoshka_lora.rules import RULES
 
 NESTING = Nesting([1, 2, 4, 8], "sqrt", 2.0)
 RANKS = [1, 8, 2, 8, 4]
@@ -411,6 +412,83 @@ def test_a_new_draw_before_a_checkpointed_backward_is_refused() -> None:
     adapter.draw(1, rows=2)
     with pytest.raises(MatryoshkaError, match="other ranks than its forward had"):
         output.backward()
+
+
+def accumulated(adapter: NestedAdapter, call: Any) -> None:
+    """A backward in the first context, another forward there, and the backward of that one in the second context."""
+    with adapter.rows([1, 2]):
+        call(0).backward()
+        first = call(1)
+    with adapter.rows([8, 4]):
+        (first + call(2)).backward()
+
+
+def drawn_twice(adapter: NestedAdapter, call: Any) -> None:
+    """A sandwich of ranks by hand: two draws, then one backward."""
+    adapter.draw(0)
+    first = call(0)
+    adapter.draw(1)
+    (first + call(1)).backward()
+
+
+def one_context_after_another(adapter: NestedAdapter, call: Any) -> None:
+    with adapter.rows([1, 2]):
+        first = call(0)
+    with adapter.rows([8, 4]):
+        (first + call(1)).backward()
+
+
+def never_backward(adapter: NestedAdapter, call: Any) -> None:
+    """A loss that is only looked at; what follows is in order."""
+    with adapter.rows([1, 2]):
+        call(0)
+    with adapter.rows([8, 4]):
+        call(1).backward()
+
+
+def inner_context(adapter: NestedAdapter, call: Any) -> None:
+    """Each backward in the context of its forward, one context within the other."""
+    with adapter.rows([1, 2]):
+        first = call(0)
+        with adapter.rows([8, 4]):
+            call(1).backward()
+        first.backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("way", [accumulated, drawn_twice, one_context_after_another, never_backward, inner_context])
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_checkpointing_is_never_silently_wrong(way: Any, reentrant: bool, by_hand: bool) -> None:
+    """By torch's own function, as in models that are not of transformers, and by transformers'."""
+    if by_hand:
+        nested = nested_layer("Linear", NESTING, "dylora", seed=1)
+        adapter, inputs = nested.adapter, [nested.kind.batch(2).requires_grad_() for _ in range(3)]
+    else:
+        adapter = nested_llama(NESTING, "dylora", layers=1)
+        adapter.model.train()
+    ranks = {int((RULES["dylora"].draw(NESTING, adapter.state.seed, step).diagonal > 0).sum()) for step in (0, 1)}
+    assert len(ranks) == 2
+    adapter.draw(0)
+
+    def plain(i: int) -> Tensor:
+        return nested.layer(inputs[i]).square().sum() if by_hand else loss(adapter.model(tokens(2, seed=i)).logits)
+
+    def checkpoint(i: int) -> Tensor:
+        if not by_hand:
+            return plain(i)
+        return torch.utils.checkpoint.checkpoint(nested.layer, inputs[i], use_reentrant=reentrant).square().sum()
+
+    way(adapter, plain)
+    expected = gradients(adapter.model)
+    if not by_hand:
+        checkpointed(adapter, reentrant)
+    in_order = way in (never_backward, inner_context)
+    try:
+        way(adapter, checkpoint)
+    except (MatryoshkaError, torch.utils.checkpoint.CheckpointError):
+        assert not in_order, "an error where nothing was wrong"
+        return
+    assert relative_error(gradients(adapter.model), expected) < 1e-4
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -48,8 +48,8 @@ def test_defaults() -> None:
 def test_every_field_of_the_libraries_is_known() -> None:
     for field in dataclasses.fields(SFTConfig):
         if field.init and field.default is not dataclasses.MISSING and field.name != "trust_remote_code":
-            config = make_config({"data": "chain_sum", field.name: field.default})
-            assert config.training[field.name] == field.default
+            config = make_config({"data": "chain_sum", "use_cpu": True, field.name: field.default})
+            assert config.training[field.name] == field.default, field.name
     for field in dataclasses.fields(LoraConfig):
         if field.init and field.default is not dataclasses.MISSING and field.name not in ("r", "lora_alpha"):
             value = getattr(field.default, "value", field.default)

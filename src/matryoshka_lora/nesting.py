@@ -8,6 +8,7 @@ the prefix ``scale(r) * B[:, :r] A[:r]``.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Nesting:
         object.__setattr__(self, "ranks", _checked_ranks(ranks))
         if scaling not in get_args(Scaling):
             raise MatryoshkaError(f"scaling is {scaling!r}; write one of {', '.join(map(repr, get_args(Scaling)))}")
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= sys.float_info.max:
             raise MatryoshkaError(f"alpha is {alpha!r}; write a positive number, for example 1.0")
         if scaling == "none" and alpha != 1:
             warnings.warn(f"scaling 'none' has no alpha: {alpha:g} is not used; did you mean 'rank'?", stacklevel=2)

@@ -132,7 +132,7 @@ def get_rule(name: str) -> Rule:
     Raises:
         MatryoshkaError: There is none; the message lists them.
     """
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         close = get_close_matches(str(name), RULES, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise MatryoshkaError(f"there is no rule {name!r}; {hint}the rules are {', '.join(RULES)}")

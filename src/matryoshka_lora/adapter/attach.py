@@ -74,8 +74,17 @@ def check_config(config: Any, state: NestedState) -> None:
         MatryoshkaError: They contradict each other, or the config asks for something that cannot be nested.
     """
     nesting = state.nesting
+    if state.inference not in get_args(Inference):
+        raise MatryoshkaError(f"inference is {state.inference!r}; write 'prefix' or 'keep'")
+    if state.inference == "keep" and not state.rule.fixed:
+        raise MatryoshkaError(f"rule {state.rule.name!r} has no fixed diagonal to keep: write inference='prefix'")
     if type(config) is not LoraConfig:
         raise MatryoshkaError(f"only a LoRA adapter can be nested, not {type(config).__name__}: use peft.LoraConfig")
+    if type(config.r) is not int or type(config.lora_alpha) not in (int, float):
+        raise MatryoshkaError(
+            f"LoraConfig's r={config.r!r} and lora_alpha={config.lora_alpha!r} must be an integer and a number: write "
+            f"LoraConfig(r={nesting.max_rank}, lora_alpha={nesting.lora_alpha:g})"
+        )
     if config.r != nesting.max_rank:
         raise MatryoshkaError(
             f"LoraConfig says r={config.r}, but the largest nested rank is {nesting.max_rank}: columns beyond it would "
@@ -91,6 +100,12 @@ def check_config(config: Any, state: NestedState) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         if getattr(config, field, None):
             raise MatryoshkaError(f"{field} gives layers ranks or scales of their own: remove it, then use set_rank")
+    if getattr(config, "layer_replication", None):
+        raise MatryoshkaError(
+            "layer_replication is not supported: replicate the layers in the base model, then leave it out"
+        )
+    if config.bias not in ("none", "all", "lora_only"):
+        raise MatryoshkaError(f"bias is {config.bias!r}; write 'none', 'all' or 'lora_only'")
     if config.lora_bias:
         raise MatryoshkaError("lora_bias=True adds a bias that belongs to no rank: set it to False")
     if getattr(config, "ensure_weight_tying", False):
@@ -116,10 +131,6 @@ def _checked_layers(model: Any, state: NestedState, adapter: str) -> list[tuple[
     if adapter not in model.peft_config:
         raise MatryoshkaError(f"the model has no adapter {adapter!r}; its adapters are {', '.join(model.peft_config)}")
     check_config(model.peft_config[adapter], state)
-    if state.inference not in get_args(Inference):
-        raise MatryoshkaError(f"inference is {state.inference!r}; write 'prefix' or 'keep'")
-    if state.inference == "keep" and not state.rule.fixed:
-        raise MatryoshkaError(f"rule {state.rule.name!r} has no fixed diagonal to keep: write inference='prefix'")
     layers = list(nested_layers(model, adapter))
     if not layers:
         raise MatryoshkaError(f"adapter {adapter!r} has no LoRA layer in this model")

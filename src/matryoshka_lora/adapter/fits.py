@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.slicing import factor_keys
@@ -24,9 +24,14 @@ def check_fits(base_model: nn.Module, config: LoraConfig, tensors: Mapping[str, 
     modules = {name.removeprefix(_PREFIX): (key_A, key_B) for name, key_A, key_B in factor_keys(tensors)}
     parameters = {_owner(target) for target in config.target_parameters or ()}
     by_parameter = {name for name in modules if any(_ends_in(name.replace(".base_layer", ""), p) for p in parameters)}
-    factors = {key for keys in modules.values() for key in keys}
-
-    targets = {name for name, _ in base_model.named_modules() if name and check_target_module_exists(config, name)}
+    inside = {
+        f"{name}." for name, module in base_model.named_modules() if isinstance(module, BaseTunerLayer)
+    }  # what PEFT has put into a layer is no target
+    targets = {
+        name
+        for name, _ in base_model.named_modules()
+        if name and not any(name.startswith(prefix) for prefix in inside) and check_target_module_exists(config, name)
+    }
     missing = sorted(targets - set(modules))
     if missing:
         raise MatryoshkaError(
@@ -39,16 +44,13 @@ def check_fits(base_model: nn.Module, config: LoraConfig, tensors: Mapping[str, 
             f"{path} has factors for layer {foreign[0]}, which is no target in this model ({len(foreign)} such): "
             f"it was trained on another base model{_named(config)}"
         )
-    for key in sorted(set(tensors) - factors):
-        if ".lora_" in key or not (config.modules_to_save or config.trainable_token_indices or config.bias != "none"):
-            raise MatryoshkaError(
-                f"{path} holds tensor {key}, which belongs to no layer: the file is damaged or not ours"
-            )
     for name, (key_A, key_B) in modules.items():
         if key_B not in tensors:
             raise MatryoshkaError(f"{path} lacks tensor {key_B}: the file is incomplete, copy the adapter again")
         if name not in by_parameter:
             module = base_model.get_submodule(name)
+            if isinstance(module, BaseTunerLayer):
+                module = module.get_base_layer()
             _check_shapes(name, module, config, tensors[key_A], tensors[key_B], path)
 
 

@@ -49,8 +49,8 @@ class NestedParamWrapper(ParamWrapper):
         if gate.diagonal.ndim > 1:
             self.get_delta_weight(adapter_name)  # raises the reason
         left, right, _ = factors
-        diagonal = gate.diagonal if gate.scale is None else gate.diagonal * gate.scale
-        return left * diagonal.to(left.device, left.dtype), right, variant.ratio(self, adapter_name)
+        scale = variant.ratio(self, adapter_name) * (1.0 if gate.scale is None else gate.scale.item())
+        return left * gate.diagonal.to(left.device, left.dtype), right, scale
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         self._merging = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -39,7 +40,7 @@ def read_sidecar(path: str | Path) -> NestedState:
         MatryoshkaError: There is none, it is damaged, or a newer version of this package wrote it.
     """
     file = Path(path) / SIDECAR_NAME
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):
         raise MatryoshkaError(f"{path} is not a directory: give the directory that holds adapter_config.json")
     if not file.is_file():
         raise MatryoshkaError(
@@ -55,7 +56,7 @@ def read_sidecar(path: str | Path) -> NestedState:
     except (OSError, ValueError, RecursionError) as error:
         raise MatryoshkaError(f"{file} cannot be read as a sidecar: {error}. Copy the adapter again") from error
     version = data.get("format_version")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise MatryoshkaError(f"{file} names no format version: it is damaged or not ours. Copy the adapter again")
     if version > FORMAT_VERSION:
         raise MatryoshkaError(
@@ -71,13 +72,15 @@ def _state(data: dict[str, Any], file: Path) -> NestedState:
         raise MatryoshkaError(f"{file}: keys are missing or unknown: {', '.join(wrong)}. Copy the adapter again")
     for key, allowed in (("inference", get_args(Inference)), ("form", get_args(Form))):
         if data[key] not in allowed:
-            raise MatryoshkaError(f"{file}: {key} is {data[key]!r}, not one of {', '.join(allowed)}")
+            raise MatryoshkaError(
+                f"{file}: {key} is {data[key]!r}, not one of {', '.join(allowed)}. Copy the adapter again"
+            )
     if isinstance(data["seed"], bool) or not isinstance(data["seed"], int):
-        raise MatryoshkaError(f"{file}: seed is {data['seed']!r}, not an integer")
+        raise MatryoshkaError(f"{file}: seed is {data['seed']!r}, not an integer. Copy the adapter again")
     try:
         nesting, rule = Nesting.from_dict(data["nesting"]), get_rule(data["rule"])
     except MatryoshkaError as error:
-        raise MatryoshkaError(f"{file}: {error}") from error
+        raise MatryoshkaError(f"{file}: {error}. Copy the adapter again") from error
     if data["trained_ranks"] != list(rule.trained_ranks(nesting)):
         raise MatryoshkaError(f"{file}: trained_ranks contradicts the nesting and the rule. Copy the adapter again")
     return NestedState(nesting, rule, data["inference"], data["seed"], data["form"])

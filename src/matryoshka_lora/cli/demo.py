@@ -26,6 +26,8 @@ TASK = "family_relationships"
 MAX_RANK = 32
 EXPORTED_RANK = 4
 BATCH_SIZE = 12
+STEPS = 80
+# The minima of validation loss in benchmarks/learning_rates.py.
 LEARNING_RATES = {"matryoshka": 3e-3, "lora": 2e-3}
 INFERENCES = {"matryoshka": ("prefix", "keep"), "lora": ("prefix",)}
 CHECKED_QUESTIONS = 8
@@ -63,7 +65,7 @@ THREE_LINES = f"""\
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each adapter.")] = 80,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each adapter.")] = STEPS,
     items: Annotated[int, typer.Option(min=2, help="Test questions.")] = 100,
 ) -> None:
     """Train one adapter for every rank, beside plain LoRA, and draw what each rank is worth.
@@ -91,7 +93,7 @@ def demo(
     adapters = {}
     for number, rule in enumerate(LEARNING_RATES, start=1):
         _say(began, f"{number}/4  Training: rule {rule}")
-        adapters[rule] = train(_config(rule, steps, out))
+        adapters[rule] = train(demo_config(rule, steps, out / f"train-{rule}", LEARNING_RATES[rule]))
 
     _say(began, f"3/4  Evaluating {items} test questions")
     evaluation = _evaluate(adapters, tokenizer, task, questions)
@@ -117,7 +119,8 @@ def demo(
     )
 
 
-def _config(rule: str, steps: int, out: Path) -> TrainConfig:
+def demo_config(rule: str, steps: int, folder: Path, learning_rate: float) -> TrainConfig:
+    """The training config of one of the demo's adapters."""
     from matryoshka_lora.train import make_config
 
     return make_config(
@@ -126,10 +129,10 @@ def _config(rule: str, steps: int, out: Path) -> TrainConfig:
             # Not reordered, so that the curves can show what reordering does.
             "nesting": {"rule": rule, "reorder": False},
             "lora": {"r": MAX_RANK, "target_modules": "all-linear"},
-            "output_dir": str(out / f"train-{rule}"),
+            "output_dir": str(folder),
             "max_steps": steps,
             "per_device_train_batch_size": BATCH_SIZE,
-            "learning_rate": LEARNING_RATES[rule],
+            "learning_rate": learning_rate,
             "logging_steps": 10,
             "save_strategy": "no",
         }

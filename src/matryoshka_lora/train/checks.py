@@ -131,8 +131,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in get_args(hint))
     if origin is typing.Literal:
-        # PEFT lists some values of which it takes more, such as 'pissa_niter_16'.
-        return value in get_args(hint) or isinstance(value, str)
+        # PEFT writes a pattern among the values: 'pissa_niter_[number of iters]'.
+        patterns = [arg.partition("[")[0] for arg in get_args(hint) if isinstance(arg, str) and "[" in arg]
+        return value in get_args(hint) or (isinstance(value, str) and value.startswith(tuple(patterns)))
     kind = origin or hint
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
