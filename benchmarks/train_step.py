@@ -173,7 +173,10 @@ def main() -> None:
 
 
 def _table(cell: dict[str, Any]) -> str:
-    lines = [f"\n{cell['dtype']}, R = {cell['rank']}, {ROWS} x {TOKENS} tokens", f"{'':14}   time (min-max)       saved"]
+    lines = [
+        f"\n{cell['dtype']}, R = {cell['rank']}, {ROWS} x {TOKENS} tokens",
+        f"{'':14}   time (min-max)       saved",
+    ]
     for name, found in cell["variants"].items():
         low, high = found["time_min_max"]
         lines.append(f"{name:14} {found['time']:6.2f} ({low:.2f}-{high:.2f})   {found['saved']:8.2f}")

@@ -300,6 +300,28 @@ def test_training_on_a_half_precision_base_agrees_to_its_rounding(kind: str, dty
         assert (actual.double() - expected).abs().max() < 8 * torch.finfo(dtype).eps * expected.abs().max()
 
 
+def test_p_is_not_rounded_to_the_precision_of_the_base() -> None:
+    """In bf16 each product rounds, one way or the other; a rounded p would be off by the same for every token."""
+    nesting = Nesting([1, 2], "sqrt", 1.83)
+    nested = nested_layer("Linear", nesting, dtype=torch.bfloat16)
+    p = oracle.trained_p(*named(nesting))
+    assert ((p.bfloat16().double() - p).abs() > 3e-4 * p).all()
+    A, B = nested.factors
+    with torch.no_grad():
+        nested.layer.base_layer.weight.zero_()
+        nested.layer.base_layer.bias.zero_()
+        for column in range(2):
+            A.zero_()
+            B.zero_()
+            A[column, 0] = B[0, column] = 1
+            x = torch.randn(4096, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+            with torch.enable_grad():
+                output = nested.layer(x)
+            assert is_fused(output)
+            y, x_0 = output[:, 0].double(), x[:, 0].double()
+            assert float((y @ x_0) / (x_0 @ x_0)) == pytest.approx(float(p[column]), rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_frozen_columns_receive_exactly_nothing(kind: str) -> None:
     nesting = Nesting([2, 6])

@@ -461,7 +461,7 @@ def inner_context(adapter: NestedAdapter, call: Any) -> None:
 def test_checkpointing_is_never_silently_wrong(way: Any, reentrant: bool, by_hand: bool) -> None:
     """By torch's own function, as in models that are not of transformers, and by transformers'."""
     if by_hand:
-        nested = nested_layer("Linear", NESTING, "dylora", seed=1)
+        nested = nested_layer("Linear", NESTING, "dylora")
         adapter, inputs = nested.adapter, [nested.kind.batch(2).requires_grad_() for _ in range(3)]
     else:
         adapter = nested_llama(NESTING, "dylora", layers=1)

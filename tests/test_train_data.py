@@ -194,8 +194,8 @@ def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: st
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(MatryoshkaError, match="there is no file"):
         load_data(str(tmp_path / "a.jsonl"))
+    (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(MatryoshkaError, match="cannot read"):
-        (tmp_path / "folder.jsonl").mkdir()
         load_data(str(tmp_path / "folder.jsonl"))
 
 

@@ -1,10 +1,16 @@
 """Train one LoRA adapter, deploy it at any rank (MatryoshkaLoRA, arXiv 2605.07850)."""
 
-from matryoshka_lora.adapter import NestedAdapter, export_adapter, load, nest, read_sidecar
-from matryoshka_lora.aurac import aurac
-from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.nesting import Nesting
-from matryoshka_lora.reorder import reorder_factors
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matryoshka_lora.adapter import NestedAdapter, export_adapter, load, nest, read_sidecar
+    from matryoshka_lora.metrics import aurac
+    from matryoshka_lora.errors import MatryoshkaError
+    from matryoshka_lora.nesting import Nesting
+    from matryoshka_lora.reorder import reorder_factors
 
 __all__ = [
     "MatryoshkaError",
@@ -18,3 +24,24 @@ __all__ = [
     "reorder_factors",
 ]
 __version__ = "0.1.0"
+
+# Imported at first use, so that `matryoshka --help` does not wait for torch and PEFT.
+_MODULES = {
+    "MatryoshkaError": "errors",
+    "NestedAdapter": "adapter",
+    "Nesting": "nesting",
+    "aurac": "metrics",
+    "export_adapter": "adapter",
+    "load": "adapter",
+    "nest": "adapter",
+    "read_sidecar": "adapter",
+    "reorder_factors": "reorder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value

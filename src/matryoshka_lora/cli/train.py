@@ -33,5 +33,8 @@ def train(
     except KeyboardInterrupt as error:
         raise MatryoshkaError("stopped; the same command goes on from the newest checkpoint") from error
     if os.environ.get("RANK", "0") == "0":
-        task = checked.data.get("task", "family_relationships")
-        typer.echo(f"Next: matryoshka eval {checked.output_dir} --task {task}")
+        if "task" in checked.data:
+            held_out = f"--task {checked.data['task']}"
+        else:
+            held_out = f"--data {checked.data.get('path') or checked.data['dataset']} (better: rows held out from it)"
+        typer.echo(f"Next: matryoshka eval {checked.output_dir} {held_out}")

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter import NestedAdapter
-from matryoshka_lora.aurac import aurac
+from matryoshka_lora.metrics import aurac
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluate.questions import Judge, Question
 from matryoshka_lora.evaluate.score import BATCH_SIZE, Scores, score
@@ -54,7 +54,7 @@ class Curve:
 
     @property
     def aurac(self) -> dict[str, float]:
-        """The area under the rank-accuracy curve over both axes, 0 to 1; see `matryoshka_lora.aurac`."""
+        """The area under the rank-accuracy curve over both axes, 0 to 1; see `matryoshka_lora.metrics`."""
         return {"log2": aurac(self.accuracy, self.ranks), "linear": aurac(self.accuracy, self.ranks, axis="linear")}
 
     @property

@@ -1,0 +1,190 @@
+"""The command line: what it prints, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import lora_config, randomize
+from peft import PeftModel, get_peft_model
+from tiny_chat import save_tiny_chat
+from transformers import AutoModelForCausalLM
+
+from matryoshka_lora import Nesting, nest
+from matryoshka_lora.cli.main import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command in this process: exit status, stdout, stderr."""
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["matryoshka", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        code = stopped.value.code
+        return code if isinstance(code, int) else 0, captured.out, captured.err
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_chat(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved adapter of ranks 1, 2, 4 with random factors, as trained."""
+    nesting = Nesting([1, 2, 4])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora_config(nesting))
+    randomize(model)
+    folder = tmp_path_factory.mktemp("adapter")
+    nest(model, nesting).save(folder)
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"question": f"{i} + 1", "answer": str(i + 1)}) for i in range(6)]
+    file.write_text("\n".join(lines))
+    return file
+
+
+def assert_explained(result: tuple[int, str, str], *parts: str) -> None:
+    code, _, err = result
+    assert code == 1
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err
+
+
+def test_help_names_every_verb(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    for verb in ("train", "eval", "export", "demo"):
+        assert f" {verb} " in out
+        code, text, _ = run(verb, "--help")
+        assert code == 0
+        assert f"Example: matryoshka {verb} " in text
+
+
+def test_help_waits_for_no_library() -> None:
+    code = "import sys, matryoshka_lora.cli.main; print({'torch', 'transformers', 'peft', 'trl'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "matryoshka_lora", "export", "absent", "--rank", "1", "-o", "out"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert_explained((result.returncode, result.stdout, result.stderr), "absent is not a directory")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fly"],
+        ["train"],
+        ["export", "x", "--rank", "four", "-o", "y"],
+        ["export", "x", "--rank", "4"],
+        ["eval", "x"],
+        ["eval", "x", "--task", "t", "--data", "d.jsonl"],
+        ["eval", "x", "--task", "t", "--ranks", "1;2"],
+        ["eval", "x", "--task", "t", "--ranks", "2,1"],
+        ["eval", "x", "--task", "t", "--split", "train"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_status_2(run: Run, arguments: list[str]) -> None:
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "Traceback" not in err
+
+
+def test_export_writes_what_plain_peft_reads(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+    code, out, _ = run("export", adapter, "--rank", 2, "-o", tmp_path / "two")
+    assert code == 0
+    assert "PeftModel.from_pretrained" in out.splitlines()[-1]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "two")
+    assert model.peft_config["default"].r == 2
+
+
+def test_export_explains_what_it_cannot_do(run: Run, adapter: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("precious")
+    assert_explained(run("export", adapter, "--rank", 3, "-o", tmp_path / "out"), "rank 3 was not trained", "1, 2, 4")
+    assert_explained(run("export", adapter, "--rank", 0, "-o", tmp_path / "out"), "rank 0 is not positive")
+    assert_explained(run("export", adapter, "--rank", 8, "-o", tmp_path / "out"), "above the largest rank 4")
+    assert_explained(run("export", tmp_path, "--rank", 1, "-o", tmp_path / "out"), "not a nested adapter")
+    assert_explained(run("export", adapter, "--rank", 2, "-o", file), "a file stands where a folder is needed")
+    assert file.read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_eval_of_a_file(run: Run, adapter: Path, rows: Path, tmp_path: Path) -> None:
+    out_folder = tmp_path / "out"
+    code, out, _ = run("eval", adapter, "--data", rows, "--items", 4, "--dtype", "fp32", "-o", out_folder)
+    assert code == 0
+    assert f"Next, as rank 1 is the smallest within 2 points of the best: matryoshka export {adapter}" in out
+    data = json.loads((out_folder / "evaluation.json").read_text())
+    assert data["task"] == str(rows)
+    assert data["items"] == 4
+    assert data["dtype"] == "float32"
+    assert data["curves"]["matryoshka-prefix"]["ranks"] == [1, 2, 4]
+    assert (out_folder / "curve.png").stat().st_size > 10_000
+
+
+def test_eval_of_a_task_at_chosen_ranks(run: Run, adapter: Path, tmp_path: Path) -> None:
+    options = ("--task", "chain_sum", "--items", 3, "--ranks", "1,4", "--split", "validation", "-o", tmp_path)
+    code, out, _ = run("eval", adapter, *options)
+    assert code == 0
+    assert "3 questions of chain_sum (validation)" in out
+    data = json.loads((tmp_path / "evaluation.json").read_text())
+    assert data["split"] == "validation"
+    assert data["curves"]["matryoshka-prefix"]["ranks"] == [1, 4]
+
+
+def test_eval_explains_what_it_cannot_do(run: Run, adapter: Path, rows: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("precious")
+    assert_explained(run("eval", adapter, "--data", rows, "--ranks", "1,3"), "rank 3 was not trained")
+    assert_explained(run("eval", adapter, "--task", "chain_sun"), "did you mean", "chain_sum")
+    assert_explained(run("eval", adapter, "--data", "chain_sum"), "write --task chain_sum")
+    assert_explained(run("eval", adapter, "--data", tmp_path / "no.jsonl"), "there is no file")
+    assert_explained(run("eval", adapter, "--data", rows, "-o", file), "a file stands where a folder is needed")
+    assert_explained(run("eval", adapter, "--data", rows, "--model", tmp_path), "cannot load the model")
+    assert_explained(run("eval", tmp_path, "--data", rows), "not a nested adapter")
+    assert file.read_text() == "precious"
+    assert not (adapter / "evaluation").exists()
+
+
+def test_train_takes_overrides_and_says_what_is_next(run: Run, base: Path, rows: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model: {base}\ndata: {rows}\ndtype: fp32\nmax_steps: 2\nper_device_train_batch_size: 2\n")
+    out_folder = tmp_path / "run"
+    code, out, _ = run("train", config, "lora.r=4", f"output_dir={out_folder}", "use_cpu=true", "disable_tqdm=true")
+    assert code == 0
+    assert out.splitlines()[-1].startswith(f"Next: matryoshka eval {out_folder} --data {rows}")
+    assert json.loads((out_folder / "adapter_config.json").read_text())["r"] == 4
+    assert json.loads((out_folder / "nesting.json").read_text())["nesting"]["ranks"] == [1, 2, 4]
+
+
+def test_train_explains_what_it_cannot_do(run: Run, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("data: family_relationships\nlearning_rat: 1e-3\n")
+    assert_explained(run("train", config), str(config), "learning_rat", "learning_rate")
+    assert_explained(run("train", tmp_path / "absent.yaml"), "absent.yaml")
+    config.write_text("data: family_relationships\n")
+    assert_explained(run("train", config, "lora.r"), "write key=value, for example lora.r=8")

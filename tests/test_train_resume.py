@@ -1,0 +1,89 @@
+"""Killed with SIGKILL in mid-training and started again: the adapter is the one of a run that was never stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_chat import save_tiny_chat
+
+# 22 rows in batches of 4: an epoch is 6 batches, the last of 2 rows, which make 3 optimizer steps of 2 batches. So the
+# kill falls into the third epoch and the checkpoint before it into the second.
+CONFIG = """
+model: {model}
+dtype: fp32
+data: {{task: chain_sum, size: 22}}
+output_dir: {output}
+max_steps: 11
+per_device_train_batch_size: 4
+gradient_accumulation_steps: 2
+learning_rate: 1e-2
+lr_scheduler_type: cosine
+save_steps: 5
+logging_steps: 1
+disable_tqdm: true
+lora: {{r: 8, lora_dropout: 0.1}}
+nesting: {{rule: {rule}}}
+"""
+
+# SIGKILL comes between the two batches of an optimizer step.
+PROGRAM = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from matryoshka_lora.adapter.callback import NestingCallback
+from matryoshka_lora.train import load_config, train
+
+def on_substep_end(self, args, state, control, **kwargs):
+    if state.global_step == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+NestingCallback.on_substep_end = on_substep_end
+train(load_config(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_chat(tmp_path_factory.mktemp("model"))
+
+
+def run(config: Path, kill_at: int = -1) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(config), str(kill_at)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def write_config(folder: Path, model: Path, rule: str, name: str) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(CONFIG.format(model=model, output=folder / name, rule=rule))
+    return path
+
+
+@pytest.mark.parametrize("rule", ["matryoshka", "dylora", "stratified"])
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, model: Path, rule: str) -> None:
+    whole, cut = (write_config(tmp_path, model, rule, name) for name in ("whole", "cut"))
+
+    uninterrupted = run(whole)
+    assert uninterrupted.returncode == 0, uninterrupted.stderr
+    killed = run(cut, kill_at=8)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    checkpoints = sorted(path.name for path in (tmp_path / "cut").glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-5"]
+    assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
+    resumed = run(cut)
+    assert resumed.returncode == 0, resumed.stderr
+
+    assert f"Going on from {tmp_path / 'cut' / 'checkpoint-5'}, after 5 steps" in resumed.stdout
+    for file in ("adapter_model.safetensors", "nesting.json", "checkpoint-11/adapter_model.safetensors"):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    # Not because nothing was learnt, nor because every run ends in the same place.
+    trained = (tmp_path / "whole" / "checkpoint-10" / "adapter_model.safetensors").read_bytes()
+    assert trained != (tmp_path / "whole" / "checkpoint-11" / "adapter_model.safetensors").read_bytes()

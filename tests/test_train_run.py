@@ -1,0 +1,286 @@
+"""`train`: what it leaves behind, what it trains on, and what it refuses to overwrite."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_llama
+from safetensors.torch import load_file
+from tiny_chat import save_tiny_chat, tiny_tokenizer
+
+from matryoshka_lora import MatryoshkaError, read_sidecar
+from matryoshka_lora.train import TrainConfig, load_config, make_config, train
+from matryoshka_lora.train.data import load_data
+from matryoshka_lora.train.resume import plan
+from matryoshka_lora.train.run import _trainer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_chat(tmp_path_factory.mktemp("model"))
+
+
+def config_of(model: Path, output: Path, **changes: Any) -> TrainConfig:
+    settings = {
+        "model": str(model),
+        "dtype": "fp32",
+        "data": {"task": "chain_sum", "size": 20},
+        "output_dir": str(output),
+        "max_steps": 4,
+        "save_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "lora": {"r": 4},
+    }
+    return make_config({**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("finished") / "run"
+    train(config_of(model, output))
+    return output
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_what_a_run_leaves(model: Path, finished: Path) -> None:
+    sidecar = read_sidecar(finished)
+    assert (sidecar.rule.name, sidecar.nesting.ranks, sidecar.form) == ("matryoshka", (1, 2, 4), "reordered")
+    weights = load_file(finished / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert sorted(path.name for path in finished.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert read_sidecar(finished / "checkpoint-2").form == "raw"
+    assert not list(finished.glob("*.writing")) + list(finished.glob(".*"))
+
+
+def test_the_written_config_is_complete_and_repeats_the_run(model: Path, finished: Path, tmp_path: Path) -> None:
+    written = yaml.safe_load((finished / "train.yaml").read_text())
+    assert written["lora"] == {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 4}
+    assert written["nesting"]["ranks"] == [1, 2, 4]
+    again = tmp_path / "again"
+    train(load_config(finished / "train.yaml", [f"output_dir={again}"]))
+    name = "adapter_model.safetensors"
+    assert (again / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_finished_run_is_not_trained_again(model: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    adapter = train(config_of(model, finished, logging_steps=3))
+    assert "nothing to train" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    assert adapter.reordered
+    assert adapter.ranks == (1, 2, 3, 4)
+    assert adapter.rank == 4
+
+
+def test_a_finished_run_can_be_made_longer(model: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config_of(model, copied, max_steps=6))
+    assert f"Going on from {copied / 'checkpoint-4'}, after 4 steps" in capsys.readouterr().out
+    assert json.loads((copied / "trainer_state.json").read_text())["global_step"] == 6
+    assert plan(config_of(model, copied, max_steps=6)).finished
+
+
+@pytest.mark.parametrize("steps_per_epoch", [5, 4])
+def test_a_run_killed_while_it_saved_the_adapter_trains_no_further(
+    model: Path, tmp_path: Path, steps_per_epoch: int
+) -> None:
+    # transformers' Trainer takes one more step when it resumes from the last one within an epoch.
+    data = {"task": "chain_sum", "size": 4 * steps_per_epoch}
+    config = config_of(model, tmp_path / "run", data=data, lr_scheduler_type="constant")
+    train(config)
+    weights = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    for name in ("trainer_state.json", "nesting.json", "adapter_model.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    train(config)
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == weights
+    assert not (tmp_path / "run" / "checkpoint-5").exists()
+
+
+def test_a_run_of_fewer_steps_is_refused(model: Path, copied: Path) -> None:
+    before = (copied / "train.yaml").read_bytes(), (copied / "trainer_state.json").read_bytes()
+    with pytest.raises(MatryoshkaError, match="holds a run of 4 steps, and the config asks for 3"):
+        train(config_of(model, copied, max_steps=3))
+    assert ((copied / "train.yaml").read_bytes(), (copied / "trainer_state.json").read_bytes()) == before
+
+
+@pytest.mark.parametrize("damage", ["no state", "half a state", "short optimizer", "short weights"])
+def test_an_incomplete_checkpoint_is_skipped(
+    model: Path, copied: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copied / "trainer_state.json").unlink()
+    checkpoint = copied / "checkpoint-4"
+    file = {"short optimizer": "optimizer.pt", "short weights": "adapter_model.safetensors"}.get(
+        damage, "trainer_state.json"
+    )
+    content = (checkpoint / file).read_bytes()
+    (checkpoint / file).unlink()
+    if damage != "no state":
+        (checkpoint / file).write_bytes(content[: len(content) // 2])
+    assert plan(config_of(model, copied)).checkpoint == copied / "checkpoint-2"
+    assert f"{checkpoint} was not written to its end" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 1e-3}, "learning_rate was 0.01 and is now 0.001"),
+        ({"data": {"task": "chain_sum", "size": 21}}, "data.size was 20 and is now 21"),
+        ({"lora": {"r": 8}}, "lora.r was 4 and is now 8"),
+        ({"nesting": {"rule": "dylora"}}, "nesting.rule was matryoshka and is now dylora"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps was not set and is now 2"),
+    ],
+)
+def test_another_run_in_the_folder_is_refused(
+    model: Path, finished: Path, changes: dict[str, Any], message: str
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(MatryoshkaError) as caught:
+        train(config_of(model, finished, **changes))
+    assert message in str(caught.value)
+    assert "Choose another output_dir" in str(caught.value)
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_foreign_adapter_or_checkpoint_is_not_overwritten(model: Path, copied: Path) -> None:
+    (copied / "train.yaml").unlink()
+    with pytest.raises(MatryoshkaError, match="holds checkpoints of another program"):
+        train(config_of(model, copied))
+    for path in [*copied.glob("checkpoint-*")]:
+        shutil.rmtree(path)
+    (copied / "trainer_state.json").unlink()
+    with pytest.raises(MatryoshkaError, match="holds an adapter that this run did not make"):
+        train(config_of(model, copied))
+    with pytest.raises(MatryoshkaError, match="is no complete checkpoint"):
+        train(config_of(model, copied, resume_from_checkpoint=str(copied / "checkpoint-9")))
+
+
+def test_a_named_checkpoint(model: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = str(finished / "checkpoint-2")
+    train(config_of(model, tmp_path / "run", resume_from_checkpoint=named))
+    assert "after 2 steps" in capsys.readouterr().out
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_without_reordering(model: Path, tmp_path: Path) -> None:
+    adapter = train(config_of(model, tmp_path / "run", nesting={"reorder": False}))
+    assert not adapter.reordered
+    assert adapter.ranks == (1, 2, 4)
+    assert read_sidecar(tmp_path / "run").form != "reordered"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "bf16"},
+        {"dtype": "bf16", "bf16": True, "use_cpu": True},
+        {"dtype": "fp16", "use_cpu": True},
+        {"quantization": "nf4", "dtype": "bf16"},
+        {"quantization": "int8", "dtype": "bf16"},
+        {"gradient_checkpointing": True},
+        {"packing": True},
+        {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True},
+    ],
+    ids=str,
+)
+def test_adapters_train_in_float32_under_any_setting(model: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    if "quantization" in changes:
+        pytest.importorskip("bitsandbytes")
+    if changes.get("packing"):
+        changes = {**changes, "max_length": 128}
+    config = config_of(model, tmp_path / "run", max_steps=2, **changes)
+    adapter = train(config)
+    factors = {name: p for name, p in adapter.model.named_parameters() if "lora_" in name}
+    assert {p.dtype for p in factors.values()} == {torch.float32}
+    # No more than float32 can hold in its last places is a sign of a cast to a half dtype on the way.
+    raw = load_file(tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors")
+    assert any((value != value.bfloat16().float()).any() for value in raw.values())
+    assert "_original_forward" not in vars(adapter.model)
+    assert not adapter.model.training
+
+
+def test_packing_is_refused_where_rows_have_ranks(model: Path, tmp_path: Path) -> None:
+    config = config_of(model, tmp_path / "run", packing=True, nesting={"rule": "stratified"})
+    with pytest.raises(MatryoshkaError, match="set packing=False or take another rule"):
+        train(config)
+    assert not (tmp_path / "run" / "train.yaml").exists()
+
+
+def batches(config: TrainConfig) -> Any:
+    from peft import get_peft_model
+
+    from matryoshka_lora import nest
+
+    peft_model = get_peft_model(tiny_llama(vocab_size=len(tiny_tokenizer())), config.lora_config())
+    adapter = nest(peft_model, config.nesting, config.rule)
+    trainer = _trainer(adapter, config, config.sft_config(), load_data(config.data), None)
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def test_the_answer_and_its_end_are_trained_and_nothing_else(model: Path, tmp_path: Path) -> None:
+    # The token that ends a turn also pads: its label must survive in the answer and be ignored in the padding.
+    tokenizer = tiny_tokenizer()
+    batch = batches(config_of(model, tmp_path / "run"))
+    lengths = batch["attention_mask"].sum(dim=1)
+    assert len(set(lengths.tolist())) > 1, "the rows must need padding"
+    for ids, labels, length in zip(batch["input_ids"], batch["labels"], lengths, strict=True):
+        trained = labels != -100
+        assert not trained[length:].any()
+        text = tokenizer.convert_ids_to_tokens(ids[:length])
+        answer = tokenizer.convert_ids_to_tokens(labels[trained])
+        assert answer[-1] == "</s>"
+        assert "".join(text).endswith("<s>assistant\n" + "".join(answer))
+        assert "".join(answer[:-1]).lstrip("-").isdigit()
+        assert labels[length - 1] == tokenizer.eos_token_id
+
+
+def test_plain_text_gets_no_template(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "1+1=", "completion": "2"}\n')
+    batch = batches(config_of(model, tmp_path / "run", data=str(path)))
+    assert tiny_tokenizer().convert_ids_to_tokens(batch["input_ids"][0]) == ["1", "+", "1", "=", "2", "</s>"]
+    assert batch["labels"][0].tolist()[:4] == [-100] * 4
+
+
+def test_rows_without_room_for_an_answer(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"prompt": "x" * n, "completion": "y"} for n in (2, 3, 30)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    batches(config_of(model, tmp_path / "run", data=str(path), max_length=20))
+    assert "1 of 3 rows have no token to train on within max_length 20" in capsys.readouterr().out
+    with pytest.raises(MatryoshkaError, match="no row leaves a token to train on within max_length 2"):
+        batches(config_of(model, tmp_path / "run", data=str(path), max_length=2))
+
+
+def test_chat_needs_a_template(model: Path, tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(model, tmp_path / "bare"))
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(MatryoshkaError, match="has no chat template"):
+        train(config_of(bare, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_cannot_be_written(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(MatryoshkaError, match="cannot write"):
+        train(config_of(model, tmp_path / "file" / "run"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_diverged_training_leaves_no_adapter(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(MatryoshkaError, match="lower the learning rate"):
+        train(config_of(model, tmp_path / "run", learning_rate=1e30, max_grad_norm=0.0, save_strategy="no"))
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
