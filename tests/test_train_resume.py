@@ -52,10 +52,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_chat(tmp_path_factory.mktemp("model"))
 
 
-def run(config: Path, kill_at: int = -1) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def start(config: Path, kill_at: int = -1) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(config), str(kill_at)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
@@ -71,17 +72,18 @@ def write_config(folder: Path, model: Path, rule: str, name: str) -> Path:
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, model: Path, rule: str) -> None:
     whole, cut = (write_config(tmp_path, model, rule, name) for name in ("whole", "cut"))
 
-    uninterrupted = run(whole)
-    assert uninterrupted.returncode == 0, uninterrupted.stderr
-    killed = run(cut, kill_at=8)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    uninterrupted, killed = start(whole), start(cut, kill_at=8)
+    for process, code in ((uninterrupted, 0), (killed, -signal.SIGKILL)):
+        _, errors = process.communicate()
+        assert process.returncode == code, errors
     checkpoints = sorted(path.name for path in (tmp_path / "cut").glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-5"]
     assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
-    resumed = run(cut)
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = start(cut)
+    output, errors = resumed.communicate()
+    assert resumed.returncode == 0, errors
 
-    assert f"Going on from {tmp_path / 'cut' / 'checkpoint-5'}, after 5 steps" in resumed.stdout
+    assert f"Going on from {tmp_path / 'cut' / 'checkpoint-5'}, after 5 steps" in output
     for file in ("adapter_model.safetensors", "nesting.json", "checkpoint-11/adapter_model.safetensors"):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
     # Not because nothing was learnt, nor because every run ends in the same place.

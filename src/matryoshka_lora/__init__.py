@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matryoshka_lora.adapter import NestedAdapter, export_adapter, load, nest, read_sidecar
-    from matryoshka_lora.metrics import aurac
     from matryoshka_lora.errors import MatryoshkaError
+    from matryoshka_lora.metrics import aurac
     from matryoshka_lora.nesting import Nesting
     from matryoshka_lora.reorder import reorder_factors
 

@@ -11,7 +11,7 @@ from matryoshka_lora.evaluate.report import (
     reading,
     write_evaluation,
 )
-from matryoshka_lora.evaluate.score import Scores, score
+from matryoshka_lora.evaluate.scoring import Scores, score
 
 __all__ = [
     "Curve",

@@ -17,10 +17,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter import NestedAdapter
-from matryoshka_lora.metrics import aurac
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluate.questions import Judge, Question
-from matryoshka_lora.evaluate.score import BATCH_SIZE, Scores, score
+from matryoshka_lora.evaluate.scoring import BATCH_SIZE, Scores, score
+from matryoshka_lora.metrics import aurac
 from matryoshka_lora.nesting import Nesting
 
 _PACKAGES = ("matryoshka-lora", "torch", "transformers", "peft", "reasoning-gym")

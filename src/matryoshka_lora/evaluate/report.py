@@ -15,10 +15,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from matryoshka_lora.metrics import aurac
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluate.curve import Curve, Evaluation
 from matryoshka_lora.files import replace_directory
+from matryoshka_lora.metrics import aurac
 
 EVALUATION_NAME = "evaluation.json"
 PICTURE_NAME = "curve.png"
