@@ -717,14 +717,20 @@ def test_a_bias_that_belongs_to_no_rank() -> None:
 
 
 @pytest.mark.parametrize("scaling", ["rank", "sqrt"])
-def test_pefts_own_way_to_write_the_scale_is_taken(scaling: Any) -> None:
+def test_pefts_own_way_to_write_the_scale_is_taken(scaling: Any, tmp_path: Path) -> None:
     """``lora_alpha=16, use_rslora=...`` is the same adapter as the nesting with alpha=16."""
     nesting = Nesting([1, 8], scaling, 16)
     model = one_layer("Linear", nesting, lora_alpha=16, use_rslora=scaling == "sqrt")
     x = oracle.KINDS["Linear"].batch(2)
     before = model.eval()(x)
-    nest(model, nesting)
+    adapter = nest(model, nesting)
     torch.testing.assert_close(model(x), before, rtol=1e-14, atol=1e-14)
+    adapter.set_rank(1)
+    adapter.export(tmp_path, 1)
+    base = copy.deepcopy(model.base_model.model.layer.base_layer)
+    plain = PeftModel.from_pretrained(OneLayer(base), tmp_path)
+    assert not plain.peft_config["default"].use_rslora  # which some engines ignore
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize(

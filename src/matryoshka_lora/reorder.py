@@ -22,7 +22,7 @@ def reorder_factors(A: Tensor, B: Tensor, p: Tensor | None = None, scale: float 
     Returns:
         ``A'``, ``B'`` with the shapes and dtype of A and B, and the singular values of the product, shape (..., R),
         float64, decreasing. The singular values are shared evenly between both factors; the sign is fixed, so that
-        reordering twice changes nothing.
+        reordering twice changes nothing but the rows of A that belong to directions without size.
     """
     rank = A.shape[-2]
     # float64, because a product of two fp32 factors has more digits than fp32 and the SVD of a near-degenerate core

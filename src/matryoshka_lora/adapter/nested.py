@@ -199,14 +199,12 @@ class NestedAdapter:
         before = [variant.override for variant in variants]
         gates = self._gates(diagonal)
         for variant in variants:
-            variant.enter(gates[variant.device])
+            variant.stand_before(gates[variant.device])
         try:
             yield
         finally:
-            base = self.model.get_base_model()
-            checkpointing = bool(getattr(base, "is_gradient_checkpointing", False)) and torch.is_grad_enabled()
             for variant, override in zip(variants, before, strict=True):
-                variant.leave(override, checkpointing)
+                variant.stand_before(override)
 
     def draw(self, step: int, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> None:
         """Apply the rule's draw for an optimizer step. `callback` does it in a Hugging Face Trainer.

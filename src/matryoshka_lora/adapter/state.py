@@ -29,7 +29,6 @@ class NestedState:
         form: What A and B are. ``"raw"``: as they are trained, p stands outside. ``"folded"``: p has been multiplied
             into B. ``"reordered"``: the SVD of what was trained. In the last two every prefix has the one scale
             ``s_R`` that plain PEFT gives to the whole adapter.
-        orphaned: A `rows` context was left between a checkpointed forward and its backward, which can only be wrong.
     """
 
     nesting: Nesting
@@ -37,7 +36,6 @@ class NestedState:
     inference: Inference = "prefix"
     seed: int = 0
     form: Form = "raw"
-    orphaned: bool = False
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -85,14 +85,15 @@ class NestedVariant(LoraVariant):
         self.override: Gate | None = None
         self.deployed: Gate
         self.rank: int
+        # Since which node of autograd's graph which gates applied.
+        self._history: list[tuple[int, tuple[Gate | None, Gate | None]]] = []
         self.set_rank(state.nesting.max_rank)
         self._merged: Tensor | None = None
-        self._forward_gates: dict[bool, Gate] = {}  # of the last forward in training and in eval mode
-        self._recomputed = False
 
     def set_rank(self, rank: int) -> None:
         self.rank = rank
         self.deployed = Gate.on(self.device, self.state.mask(rank), self.state.scale(rank))
+        self._remember()
 
     def gate(self, training: bool) -> Gate:
         """The diagonal that applies now."""
@@ -151,34 +152,33 @@ class NestedVariant(LoraVariant):
 
     def _check_recomputation(self, module: nn.Module, gate: Gate) -> None:
         """Gradient checkpointing runs the forward again inside backward: it must see the same diagonal."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # not inside a backward pass
             return
-        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
-            self._forward_gates[module.training] = gate
-            return
-        self._recomputed = True
-        if self.state.orphaned or self._forward_gates.get(module.training) is not gate:
-            self.state.orphaned = False
+        node = torch._C._current_autograd_node()
+        then = self._gates_at(-1 if node is None else node._sequence_nr())
+        if then is not None and then[module.training] is not gate:
             raise MatryoshkaError(
                 "gradient checkpointing recomputes a layer with other ranks than its forward had: "
                 "call backward() inside the same `with adapter.rows(...)` as the forward"
             )
 
+    def _gates_at(self, number: int) -> tuple[Gate | None, Gate | None] | None:
+        """The gates of eval and of training mode that applied when autograd made its node of that number."""
+        return next((gates for since, gates in reversed(self._history) if since <= number), None)
+
+    def _remember(self) -> None:
+        gates = (self.override or self.deployed, self.override or self.training)
+        self._history = [*self._history[-31:], (_next_number(), gates)]
+
     def begin_step(self, gate: Gate, learn: Tensor | None) -> None:
         """Train with this gate from now on."""
         self.training, self.learn = gate, learn
-        self._forward_gates.clear()
-        self.state.orphaned = False
+        self._remember()
 
-    def enter(self, gate: Gate) -> None:
-        """Let a gate stand before all others."""
-        self.override, self._recomputed = gate, False
-
-    def leave(self, before: Gate | None, checkpointing: bool) -> None:
-        """Undo `enter`. A checkpointed forward without its backward is remembered: it cannot be run again rightly."""
-        gate, self.override = self.override, before
-        if checkpointing and self._forward_gates.get(True) is gate and not self._recomputed:
-            self.state.orphaned = True
+    def stand_before(self, gate: Gate | None) -> None:
+        """Let a gate stand before the rule's and the chosen rank's; None ends it."""
+        self.override = gate
+        self._remember()
 
     def delta(self, module: LoraLayer, adapter: str, gate: Gate) -> Tensor:
         """``B diag(p) A`` in the shape of the base layer's weight, in the dtype of the factors."""
@@ -205,6 +205,12 @@ class NestedVariant(LoraVariant):
         check_mergeable(module)
         delta, self._merged = self.merged_delta(module, active_adapter, again=True), None
         return _add(module, orig_weight, -delta)
+
+
+def _next_number() -> int:
+    """Of the next node that autograd makes: they are numbered in the order of the forward pass."""
+    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return number
 
 
 def check_mergeable(module: LoraLayer) -> None:

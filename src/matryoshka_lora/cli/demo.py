@@ -28,7 +28,7 @@ EXPORTED_RANK = 4
 BATCH_SIZE = 12
 STEPS = 80
 # The minima of validation loss in benchmarks/learning_rates.py.
-LEARNING_RATES = {"matryoshka": 3e-3, "lora": 2e-3}
+LEARNING_RATES = {"matryoshka": 2e-3, "lora": 2e-3}
 INFERENCES = {"matryoshka": ("prefix", "keep"), "lora": ("prefix",)}
 CHECKED_QUESTIONS = 8
 ANSWER_TOKENS = 12
