@@ -88,7 +88,7 @@ class NestedVariant(LoraVariant):
         # Since which node of autograd's graph which gates applied.
         self._history: list[tuple[int, tuple[Gate | None, Gate | None]]] = []
         self.set_rank(state.nesting.max_rank)
-        self._merged: Tensor | None = None
+        self._merged: tuple[Gate, float] | None = None
 
     def set_rank(self, rank: int) -> None:
         self.rank = rank
@@ -180,19 +180,20 @@ class NestedVariant(LoraVariant):
         self.override = gate
         self._remember()
 
-    def delta(self, module: LoraLayer, adapter: str, gate: Gate) -> Tensor:
+    def delta(self, module: LoraLayer, adapter: str, gate: Gate, ratio: float | None = None) -> Tensor:
         """``B diag(p) A`` in the shape of the base layer's weight, in the dtype of the factors."""
         A, B = get_factors(module, adapter)
         work = torch.promote_types(A.dtype, torch.float32)  # half precision products are slow and coarse on CPUs
-        scale = self.ratio(module, adapter) * (1.0 if gate.scale is None else gate.scale.item())
+        ratio = self.ratio(module, adapter) if ratio is None else ratio
+        scale = ratio * (1.0 if gate.scale is None else gate.scale.item())
         product = (B.to(work) * gate.diagonal.to(B.device, work)) @ A.to(work) * scale
         return to_weight(module, product).to(A.dtype)
 
     def merged_delta(self, module: LoraLayer, adapter: str, again: bool = False) -> Tensor:
         """What merging adds; ``again`` gives what was added, though rank or scale may have changed since."""
         if not again or self._merged is None:
-            self._merged = self.delta(module, adapter, self.deployed)
-        return self._merged
+            self._merged = (self.deployed, self.ratio(module, adapter))
+        return self.delta(module, adapter, *self._merged)
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         check_mergeable(module)
