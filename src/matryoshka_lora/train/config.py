@@ -39,6 +39,7 @@ _TRAINING_DEFAULTS: dict[str, Any] = {
     "save_steps": 0.1,  # a fraction: ten checkpoints, so that a killed run loses little
     "save_total_limit": 2,
     "report_to": "none",
+    "disable_tqdm": False,  # else whoever quiets transformers' log loses the progress bar
     "seed": 42,
 }
 
