@@ -81,7 +81,6 @@ def demo(
         f"Trains two adapters of rank {MAX_RANK} on {TASK}, {steps} steps each (about two minutes each on two cores),\n"
         f"then answers {items} test questions with 5 x 6 versions of them (about five minutes). Writes to {out}/."
     )
-    from matryoshka_lora.errors import MatryoshkaError
     from matryoshka_lora.evaluate import print_tables, reading, write_evaluation
     from matryoshka_lora.files import check_writable
     from matryoshka_lora.models import load_tokenizer
