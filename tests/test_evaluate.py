@@ -324,10 +324,20 @@ def test_two_curves_are_compared_question_by_question() -> None:
         compare(better, made_curve([5, 5, 5], of=11))
 
 
+def test_losses_are_compared_question_by_question() -> None:
+    # Three questions of two tokens each; the second curve is worse by 0.5 in the loss of the first and last.
+    low = replace(made_scores([True] * 3), nll=(1.0, 2.0, 3.0), loss=1.0)
+    high = replace(low, nll=(2.0, 2.0, 4.0), loss=8 / 6)
+    difference, error = compare(Curve((1, 2), (high, high)), Curve((1, 2), (low, low)), by="loss")
+    assert difference == pytest.approx(high.loss - low.loss)
+    assert error == pytest.approx(math.sqrt(1 / 12) / math.sqrt(3))
+
+
 def test_the_reading_follows_the_numbers() -> None:
     best, close, far = made_curve([80] * 3, of=100), made_curve([79] * 3, of=100), made_curve([10] * 3, of=100)
-    text = reading(made_evaluation(far=far, best=best, close=close))
-    assert text.startswith("best has the highest AURAC (log2), 80.0 %")
-    assert "clearly above far (+70.0" in text
-    assert "no more than chance above close (+1.0 ± 2.0)" in text
+    low = Curve(far.ranks, tuple(replace(scores, nll=(1.0,) * 100, loss=0.5) for scores in far.scores))
+    text = reading(made_evaluation(far=low, best=best, close=close))
+    assert "By accuracy, best is best, with AURAC (log2) 80.0 %: ahead of far (+70.0 ± 9.2)" in text
+    assert "not surely ahead of close (+1.0 ± 2.0)" in text
+    assert "By loss, far is best, with 0.500 in the mean over the ranks: ahead of best (-0.500 ± 0.000)" in text
     assert reading(made_evaluation(far=far)) == "far has AURAC 10.0 %."

@@ -62,7 +62,7 @@ def load_model(
     """
     if quantization is not None:
         kwargs["quantization_config"] = _quantization_config(quantization, dtype)
-    source = _embedded_folder() if name == EMBEDDED else name
+    source = embedded_folder() if name == EMBEDDED else name
     with _explained("model", name), _quiet(name == EMBEDDED):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs
@@ -82,7 +82,7 @@ def load_tokenizer(name: str = EMBEDDED, trust_remote_code: bool = False, **kwar
     Raises:
         MatryoshkaError: The tokenizer cannot be found, downloaded or read; the message says what to do.
     """
-    source = _embedded_folder() if name == EMBEDDED else name
+    source = embedded_folder() if name == EMBEDDED else name
     with _explained("tokenizer", name):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source, trust_remote_code=trust_remote_code, **kwargs
@@ -111,7 +111,7 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesC
     )
 
 
-def _embedded_folder() -> Path:
+def embedded_folder() -> Path:
     """The embedded model as safetensors, converted once from its GGUF file.
 
     The 4-bit weights are kept in bfloat16, from which float32 and float16 are cast, so that every dtype computes with
@@ -190,7 +190,7 @@ def _explained(what: str, name: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         if name == EMBEDDED:
-            way_out = f"Delete {_embedded_folder()} and try again: it will be made anew."
+            way_out = f"Delete {embedded_folder()} and try again: it will be made anew."
         else:
             way_out = (
                 "Give a folder that holds a transformers model, the id of a model on the Hugging Face hub, or "

@@ -3,7 +3,7 @@
 ``y = x W^T + bias + (x A^T) diag(p) B^T``, with W and the bias frozen. What makes it cheap:
 
 * A and B are cast to the dtype of x, never x to theirs.
-* p scales the R-wide activation, or is folded into B where all rows share it; never the output.
+* p scales the R-wide activation, never the output.
 * Both products are added in place, into the output and into the gradient of x (``addmm``).
 * Only x is saved for the backward pass. ``x A^T`` costs R multiplications for each number of x and is made again.
 """
@@ -41,7 +41,8 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B
     Returns:
         Shape (rows, ..., out), dtype of x.
     """
-    output: Tensor = _LowRankLinear.apply(x, weight, bias, A, B, p)  # type: ignore[no-untyped-call]  # as torch declares it
+    # torch declares `apply` without types.
+    output: Tensor = _LowRankLinear.apply(x, weight, bias, A, B, p)  # type: ignore[no-untyped-call]
     return output
 
 

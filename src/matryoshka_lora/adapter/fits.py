@@ -45,8 +45,6 @@ def check_fits(base_model: nn.Module, config: LoraConfig, tensors: Mapping[str, 
             f"it was trained on another base model{_named(config)}"
         )
     for name, (key_A, key_B) in modules.items():
-        if key_B not in tensors:
-            raise MatryoshkaError(f"{path} lacks tensor {key_B}: the file is incomplete, copy the adapter again")
         if name not in by_parameter:
             module = base_model.get_submodule(name)
             if isinstance(module, BaseTunerLayer):

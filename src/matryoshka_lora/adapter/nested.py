@@ -179,8 +179,8 @@ class NestedAdapter:
     def rows(self, ranks: Sequence[int]) -> Iterator[None]:
         """A context in which row j of every batch has rank ``ranks[j]``: in forward, in backward and in ``generate``.
 
-        Beams and several returned sequences of a row share its rank. A backward pass belongs inside the context: with
-        gradient checkpointing it runs the forward again.
+        In ``generate``, beams and several returned sequences of a row share its rank. A backward pass belongs inside the
+        context: with gradient checkpointing it runs the forward again.
 
         Raises:
             MatryoshkaError: A rank was not trained, the adapter is merged, or (from the forward) the batch has another
@@ -283,7 +283,8 @@ class NestedAdapter:
         """Write the adapter: PEFT's files and a sidecar with the nesting.
 
         PEFT without this package reads it as the full-rank adapter in the chosen inference mode; `load` reads every
-        rank. The files are written beside the target and moved.
+        rank. The files are written beside the target and moved. PEFT's own ``save_pretrained`` writes the factors as
+        they are trained, without the sidecar: with ``inference="keep"`` that is another function, until `reorder`.
 
         Raises:
             MatryoshkaError: The path cannot be written, or a weight is not finite.

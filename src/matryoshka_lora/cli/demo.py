@@ -81,6 +81,7 @@ def demo(
         f"Trains two adapters of rank {MAX_RANK} on {TASK}, {steps} steps each (about two minutes each on two cores),\n"
         f"then answers {items} test questions with 5 x 6 versions of them (about five minutes). Writes to {out}/."
     )
+    from matryoshka_lora.errors import MatryoshkaError
     from matryoshka_lora.evaluate import print_tables, reading, write_evaluation
     from matryoshka_lora.files import check_writable
     from matryoshka_lora.models import load_tokenizer
@@ -93,7 +94,10 @@ def demo(
     adapters = {}
     for number, rule in enumerate(LEARNING_RATES, start=1):
         _say(began, f"{number}/4  Training: rule {rule}")
-        adapters[rule] = train(demo_config(rule, steps, out / f"train-{rule}", LEARNING_RATES[rule]))
+        try:
+            adapters[rule] = train(demo_config(rule, steps, out / f"train-{rule}", LEARNING_RATES[rule]))
+        except MatryoshkaError as error:
+            raise MatryoshkaError(f"{error}\nFor the demo: delete {out}, or give another folder with --out") from error
 
     _say(began, f"3/4  Evaluating {items} test questions")
     evaluation = _evaluate(adapters, tokenizer, task, questions)
@@ -169,7 +173,7 @@ def _check_export(out: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequ
     from matryoshka_lora.adapter import load
     from matryoshka_lora.errors import MatryoshkaError
     from matryoshka_lora.evaluate.questions import tokenize
-    from matryoshka_lora.models import EMBEDDED, _embedded_folder, load_model
+    from matryoshka_lora.models import EMBEDDED, embedded_folder, load_model
 
     exported = out / f"rank-{EXPORTED_RANK}"
     prompts = [tokenize(tokenizer, question).prompt for question in questions]
@@ -179,7 +183,7 @@ def _check_export(out: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequ
     with tempfile.TemporaryDirectory() as folder:
         logits_file = Path(folder) / "logits.safetensors"
         process = subprocess.run(
-            [sys.executable, "-c", PLAIN_PEFT, str(_embedded_folder()), str(exported), str(logits_file)],
+            [sys.executable, "-c", PLAIN_PEFT, str(embedded_folder()), str(exported), str(logits_file)],
             input=json.dumps(prompts),
             capture_output=True,
             text=True,

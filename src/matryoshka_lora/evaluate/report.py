@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE
 from rich.console import Console, Group
@@ -73,8 +73,8 @@ def print_tables(evaluation: Evaluation) -> None:
         Console(width=max(Console().width, needed), highlight=False).print(made, "")
 
 
-def compare(first: Curve, second: Curve) -> tuple[float, float]:
-    """How much more AURAC (log2) the first curve has than the second, and the standard error of that.
+def compare(first: Curve, second: Curve, by: Literal["aurac", "loss"] = "aurac") -> tuple[float, float]:
+    """How much more AURAC (log2), or mean loss over the ranks, the first curve has, and the standard error of that.
 
     Both are measured on the same questions, so the error is that of the mean of each question's own difference: AURAC
     is linear in the accuracies. It is about other questions of this kind, and says nothing of other training seeds.
@@ -85,31 +85,29 @@ def compare(first: Curve, second: Curve) -> tuple[float, float]:
     questions = {len(scores.correct) for curve in (first, second) for scores in curve.scores}
     if first.ranks != second.ranks or len(questions) != 1:
         raise MatryoshkaError("only curves over the same ranks and the same questions can be compared")
-    differences = [a - b for a, b in zip(_by_question(first), _by_question(second), strict=True)]
+    values = _aurac_by_question if by == "aurac" else _loss_by_question
+    differences = [a - b for a, b in zip(values(first), values(second), strict=True)]
     error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
     return fmean(differences), error
 
 
 def reading(evaluation: Evaluation) -> str:
-    """What the numbers say, in a sentence: the best curve, and whether it is more than chance."""
-    ordered = sorted(evaluation.curves.items(), key=lambda item: item[1].aurac["log2"], reverse=True)
-    (best, curve), *others = ordered
-    if not others:
-        return f"{best} has AURAC {_percent(curve.aurac['log2'])} %."
-    equal: list[str] = []
-    beaten: list[str] = []
-    for name, other in others:
-        difference, error = compare(curve, other)
-        text = f"{name} ({100 * difference:+.1f} ± {200 * error:.1f})"
-        (beaten if difference > 2 * error else equal).append(text)
-    parts = [f"{best} has the highest AURAC (log2), {_percent(curve.aurac['log2'])} %"]
-    if beaten:
-        parts.append(f"clearly above {', '.join(beaten)}")
-    if equal:
-        parts.append(f"no more than chance above {', '.join(equal)}")
+    """What the numbers say, in words: the best curve by accuracy and by loss, and whether it is more than chance."""
+    curves = evaluation.curves
+    if len(curves) == 1:
+        (name, curve) = next(iter(curves.items()))
+        return f"{name} has AURAC {_percent(curve.aurac['log2'])} %."
+    best = max(curves, key=lambda name: curves[name].aurac["log2"])
+    lowest = min(curves, key=lambda name: fmean(curves[name].loss))
+    accuracy = {name: compare(curves[best], curve) for name, curve in curves.items() if name != best}
+    loss = {name: compare(curves[lowest], curve, by="loss") for name, curve in curves.items() if name != lowest}
     return (
-        f"{'; '.join(parts)}. In brackets: by how many points, ± two standard errors over the {evaluation.items} "
-        "questions; one training run each, so another seed may differ by more."
+        f"By accuracy, {best} is best, with AURAC (log2) {_percent(curves[best].aurac['log2'])} %: "
+        f"{_against(accuracy, 100, '.1f')}.\n"
+        f"By loss, {lowest} is best, with {fmean(curves[lowest].loss):.3f} in the mean over the ranks: "
+        f"{_against(loss, 1, '.3f')}.\n"
+        f"In brackets: the difference, ± two standard errors over the {evaluation.items} questions. One training run "
+        "each: another seed may change more."
     )
 
 
@@ -118,6 +116,7 @@ def draw(evaluation: Evaluation, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import LogLocator
 
     layout = ConstrainedLayoutEngine(w_pad=0.2, h_pad=0.15)
     figure = Figure(figsize=(16, 7.6), dpi=100, layout=layout)
@@ -135,7 +134,12 @@ def draw(evaluation: Evaluation, path: Path) -> None:
     _panel(panels[0], title, accuracies, 100 * evaluation.base.accuracy)
     panels[0].set_ylim(bottom=min(0.0, panels[0].get_ylim()[0]))
     losses = [(name, curve.ranks, curve.loss) for name, curve in curves]
-    _panel(panels[1], "Held-out loss (nats per token), lower is better", losses, evaluation.base.loss)
+    _panel(panels[1], "Held-out loss (nats per token, log scale), lower is better", losses, evaluation.base.loss)
+    # The base model's loss is often ten times that of the best ranks, whose differences would vanish.
+    panels[1].set_yscale("log")
+    panels[1].yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    panels[1].yaxis.set_major_formatter("{x:g}")
+    panels[1].minorticks_off()
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize=15, frameon=False)
     figure.savefig(path)
@@ -176,9 +180,23 @@ def _panel(axes: Any, title: str, curves: Sequence[tuple[str, Sequence[int], Seq
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _by_question(curve: Curve) -> list[float]:
+def _aurac_by_question(curve: Curve) -> list[float]:
     rows = zip(*(scores.correct for scores in curve.scores), strict=True)
     return [aurac([float(correct) for correct in row], curve.ranks) for row in rows]
+
+
+def _loss_by_question(curve: Curve) -> list[float]:
+    """Each question's part of the loss, scaled so that their mean is the mean loss over the ranks."""
+    tokens = curve.scores[0].tokens / len(curve.scores[0].nll)
+    return [fmean(row) / tokens for row in zip(*(scores.nll for scores in curve.scores), strict=True)]
+
+
+def _against(differences: dict[str, tuple[float, float]], unit: float, digits: str) -> str:
+    groups: dict[str, list[str]] = {"ahead of": [], "not surely ahead of": []}
+    for name, (difference, error) in sorted(differences.items(), key=lambda item: abs(item[1][0])):
+        group = groups["ahead of" if abs(difference) > 2 * error else "not surely ahead of"]
+        group.append(f"{name} ({unit * difference:+{digits}} ± {2 * unit * error:{digits}})")
+    return "; ".join(f"{words} {', '.join(names)}" for words, names in groups.items() if names)
 
 
 def _percent(share: float) -> str:

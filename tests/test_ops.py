@@ -1,0 +1,80 @@
+"""The fused operation against its plain twin, and both against an fp64 evaluation of the formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from matryoshka_lora.ops import low_rank_linear, low_rank_linear_reference
+
+ROWS, TOKENS, IN, OUT, RANK = 3, 5, 7, 6, 4
+
+
+def case(dtype: torch.dtype, per_row: bool, bias: bool, factor_dtype: torch.dtype | None = None) -> list[Tensor | None]:
+    torch.manual_seed(0)
+    factors = factor_dtype or dtype
+    x = torch.randn(ROWS, TOKENS, IN, dtype=dtype, requires_grad=True)
+    A = torch.randn(RANK, IN, dtype=factors, requires_grad=True)
+    B = torch.randn(OUT, RANK, dtype=factors, requires_grad=True)
+    weight = torch.randn(OUT, IN, dtype=dtype)
+    p = torch.rand((ROWS, RANK) if per_row else RANK, dtype=torch.float64) + 0.1
+    return [x, weight, torch.randn(OUT, dtype=dtype) if bias else None, A, B, p]
+
+
+def outputs(function: object, arguments: list[Tensor | None]) -> list[Tensor]:
+    x, _, _, A, B, _ = arguments
+    y = function(*arguments)  # type: ignore[operator]
+    return [y, *torch.autograd.grad(y.square().sum(), [x, A, B])]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("per_row", [True, False])
+def test_gradcheck(per_row: bool, bias: bool) -> None:
+    x, weight, b, A, B, p = case(torch.float64, per_row, bias)
+    assert torch.autograd.gradcheck(lambda x, A, B: low_rank_linear(x, weight, b, A, B, p), (x, A, B))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.booleans(), st.booleans(), st.booleans())
+def test_it_is_its_twin(per_row: bool, bias: bool, flat: bool) -> None:
+    arguments = case(torch.float64, per_row, bias)
+    if flat and not per_row:
+        arguments[0] = arguments[0].detach().flatten(0, 1).requires_grad_()
+    for ours, plain in zip(
+        outputs(low_rank_linear, arguments), outputs(low_rank_linear_reference, arguments), strict=True
+    ):
+        assert (ours - plain).norm() <= 1e-12 * plain.norm()
+
+
+def test_another_diagonal_is_seen() -> None:
+    arguments = case(torch.float64, per_row=False, bias=False)
+    other = [*arguments[:5], arguments[5] * torch.tensor([1.0, 1.0, 1.0, 1.001])]
+    for ours, wrong in zip(outputs(low_rank_linear, arguments), outputs(low_rank_linear_reference, other), strict=True):
+        assert (ours - wrong).norm() > 1e-6 * wrong.norm()
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+def test_half_precision_is_no_further_from_the_formula_than_its_twin(per_row: bool) -> None:
+    """bf16 activations beside fp32 factors, as in training."""
+    arguments = case(torch.bfloat16, per_row, bias=True, factor_dtype=torch.float32)
+    exact = [a.detach().double().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else None for a in arguments]
+    found = outputs(low_rank_linear, arguments)
+    assert [tensor.dtype for tensor in found] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    for ours, plain, right in zip(
+        found, outputs(low_rank_linear_reference, arguments), outputs(low_rank_linear_reference, exact), strict=True
+    ):
+        error, twin = ((a.double() - right).norm() / right.norm() for a in (ours, plain))
+        assert error < 0.02
+        assert error < 1.5 * twin
+
+
+def test_only_x_is_saved() -> None:
+    arguments = case(torch.float32, per_row=False, bias=True)
+    known = {a.untyped_storage().data_ptr() for a in arguments if a is not None}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        low_rank_linear(*arguments)  # type: ignore[arg-type]
+    assert {a.untyped_storage().data_ptr() for a in saved} <= known
