@@ -179,8 +179,8 @@ class NestedAdapter:
     def rows(self, ranks: Sequence[int]) -> Iterator[None]:
         """A context in which row j of every batch has rank ``ranks[j]``: in forward, in backward and in ``generate``.
 
-        In ``generate``, beams and several returned sequences of a row share its rank. A backward pass belongs inside the
-        context: with gradient checkpointing it runs the forward again.
+        In ``generate``, beams and several returned sequences of a row share its rank. A backward pass belongs inside
+        the context: with gradient checkpointing it runs the forward again.
 
         Raises:
             MatryoshkaError: A rank was not trained, the adapter is merged, or (from the forward) the batch has another
