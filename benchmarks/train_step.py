@@ -111,7 +111,7 @@ def measure(base: nn.Module, rank: int, repeats: int) -> dict[str, dict[str, Any
             if storage.data_ptr() not in weights:  # noqa: B023  # called within this turn of the loop
                 storages[storage.data_ptr()] = storage.nbytes()  # noqa: B023
                 kept.append(tensor)  # noqa: B023  # so that no address is used twice
-            return tensor
+            return tensor.detach()  # an output that saves itself would never be freed
 
         with context(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             logits = forward(model)
@@ -157,14 +157,17 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help=f"default: {', '.join(map(str, RANKS))}")
     parser.add_argument("--repeats", type=int, default=5, help="counted turns (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each cell")
-    parser.add_argument("--out", type=Path, help="also write all cells and the machine to this JSON file")
+    parser.add_argument("--out", type=Path, help="also write the cells to this JSON file, and leave out those that it has")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    cells = []
+    cells = json.loads(args.out.read_text())["cells"] if args.out and args.out.exists() else []
+    done = {(cell["dtype"], cell["rank"]) for cell in cells}
     for dtype in [args.dtype] if args.dtype else ["bf16", "fp32"]:
         base = load_model(dtype=DTYPES[dtype]).requires_grad_(False)
         for rank in [args.rank] if args.rank else RANKS:
+            if (dtype, rank) in done:
+                continue
             cell = {"dtype": dtype, "rank": rank, "variants": measure(base, rank, args.repeats)}
             cells.append(cell)
             print(json.dumps(cell) if args.json else _table(cell), flush=True)

@@ -68,7 +68,7 @@ def test_half_precision_is_no_further_from_the_formula_than_its_twin(per_row: bo
     ):
         error, twin = ((a.double() - right).norm() / right.norm() for a in (ours, plain))
         assert error < 0.02
-        assert error < 1.5 * twin
+        assert error < 2 * twin
 
 
 def test_only_x_is_saved() -> None:

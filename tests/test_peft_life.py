@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -506,6 +507,23 @@ def test_compiled_training_does_not_recompile_for_another_draw(no_recompilation:
     compiled = torch.compile(adapter.model, backend="aot_eager", fullgraph=True, dynamic=False)
     with no_recompilation:
         for step in range(4):
+            adapter.draw(step, rows=3)
+            grads = []
+            for model in (compiled, adapter.model):
+                model(tokens()).logits.square().mean().backward()
+                grads.append({n: p.grad.clone() for n, p in adapter.model.named_parameters() if p.grad is not None})
+                adapter.model.zero_grad()
+            for name, grad in grads[0].items():
+                torch.testing.assert_close(grad, grads[1][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on CPUs")
+def test_inductor_trains_in_one_graph_and_switches_ranks(no_recompilation: Any) -> None:
+    adapter = nested_llama(NESTING, "dylora", layers=1, target_modules=["q_proj", "down_proj"])
+    adapter.model.train()
+    compiled = torch.compile(adapter.model, fullgraph=True, dynamic=False)
+    with no_recompilation:
+        for step in range(3):
             adapter.draw(step, rows=3)
             grads = []
             for model in (compiled, adapter.model):

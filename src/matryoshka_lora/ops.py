@@ -23,7 +23,7 @@ def low_rank_linear_reference(
     """The plain twin of `low_rank_linear`: the formula, differentiated by autograd."""
     if p.ndim == 2:
         p = p.view(p.shape[0], *(1,) * (x.ndim - 2), p.shape[1])
-    hidden = linear(x, A.to(x.dtype)) * p.to(x.dtype)
+    hidden = (linear(x, A.to(x.dtype)) * _full_precision(p, x)).to(x.dtype)
     return linear(x, weight, bias) + linear(hidden, B.to(x.dtype))
 
 
@@ -76,7 +76,11 @@ class _LowRankLinear(torch.autograd.Function):
         return grad_x, None, None, grad_A.to(A.dtype), grad_B.to(B.dtype), None
 
 
+def _full_precision(p: Tensor, x: Tensor) -> Tensor:
+    # Half precision would round p, a wrong scale for a whole column, in training only.
+    return p.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _per_token(p: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
-    # Not in half precision: a rounded p would be a wrong scale for a whole column, in training only.
-    p = p.to(torch.promote_types(x.dtype, torch.float32))
+    p = _full_precision(p, x)
     return p if p.ndim == 1 else p.repeat_interleave(len(tokens) // max(len(p), 1), dim=0)

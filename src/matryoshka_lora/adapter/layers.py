@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.ops import low_rank_linear
+from matryoshka_lora.ops import low_rank_linear, low_rank_linear_reference
 
 
 class NestedParamWrapper(ParamWrapper):
@@ -84,19 +84,21 @@ class NestedEmbedding(Embedding):
 class NestedLinear(Linear):
     """LoRA on a linear layer: trains in one fused operation where nothing stands in its way.
 
-    Elsewhere (quantised or sharded weights, autocast, compiled code, several active adapters, dropout, hooks, eval
-    mode) PEFT's own forward runs, with the variant.
+    Elsewhere (quantised or sharded weights, autocast, several active adapters, dropout, hooks, eval mode) PEFT's own
+    forward runs, with the variant.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if args or kwargs or not self.training or not torch.is_grad_enabled():
             return self._by_variant(x, *args, **kwargs)
         variant = self._fusable_variant(x)
         if variant is None:
             return self._by_variant(x)
         (adapter,) = self.active_adapters
         gate = variant.checked_gate(self)
-        return low_rank_linear(
+        # A compiler fuses the plain formula, and chooses what to save, by itself.
+        update = low_rank_linear_reference if torch.compiler.is_compiling() else low_rank_linear
+        return update(
             x,
             self.base_layer.weight,
             self.base_layer.bias,

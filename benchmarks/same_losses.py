@@ -1,0 +1,97 @@
+"""Does the fused step train what PEFT's own step trains?
+
+    python benchmarks/same_losses.py --out runs/same-losses
+
+Trains SmolLM2-135M on `family_relationships` with a loop of its own: plain PEFT LoRA, and a nested adapter whose rule
+is `lora`, the same function by our operation; R = 32, AdamW, the same first weights and the same batches. In fp32 their
+losses must agree step by step. In bf16 roundings differ, so the mean loss of the last ten steps is compared with how
+much it differs between seeds. The rule `matryoshka` is another function and is printed beside them. Finished runs are
+kept in the output folder and skipped when the script is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from matryoshka_lora import Nesting, nest
+from matryoshka_lora.files import write_text
+from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
+from matryoshka_lora.tasks import get_task
+
+RANK, RATE, LAST = 32, 2e-3, 10
+# dtype, rows of a batch, seeds, variants: fp32 costs several times bf16, and there one seed and few rows are enough.
+PLAN = (("fp32", 4, (0,), ("peft", "lora")), ("bf16", 12, (0, 1, 2), ("peft", "lora", "matryoshka")))
+
+
+def batches(rows: int, steps: int) -> Iterator[dict[str, Tensor]]:
+    tokenizer = load_tokenizer()
+    examples = get_task("family_relationships").examples("train", rows * steps)
+    for start in range(0, len(examples), rows):
+        tokens, labels = [], []
+        for example in examples[start : start + rows]:
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": example.prompt}], add_generation_prompt=True, return_dict=False
+            )
+            answer = tokenizer(example.completion + tokenizer.eos_token)["input_ids"]
+            tokens.append(prompt + answer)
+            labels.append([-100] * len(prompt) + answer)
+        width = max(map(len, tokens))
+        yield {
+            "input_ids": torch.tensor([row + [0] * (width - len(row)) for row in tokens]),
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in tokens]),
+            "labels": torch.tensor([row + [-100] * (width - len(row)) for row in labels]),
+        }
+
+
+def losses(dtype: str, rows: int, seed: int, variant: str, steps: int) -> list[float]:
+    base = load_model(dtype=DTYPES[dtype])
+    torch.manual_seed(seed)
+    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"))
+    adapter = None if variant == "peft" else nest(model, Nesting.powers_of_two(RANK), variant)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    model.train()
+    found = []
+    for step, batch in enumerate(batches(rows, steps)):
+        if adapter is not None:
+            adapter.draw(step, rows=rows)
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+        print(f"{dtype} {variant} seed {seed}: step {step + 1} of {steps}, loss {found[-1]:.4f}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/same-losses"))
+    parser.add_argument("--steps", type=int, default=50, help="of each run (default: 50)")
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)
+    runs: dict[tuple[str, str], list[list[float]]] = {}
+    for dtype, rows, seeds, variants in PLAN:
+        for seed in seeds:
+            for variant in variants:
+                file = args.out / f"{dtype}-{variant}-{seed}.json"
+                if not file.exists():
+                    write_text(file, json.dumps(losses(dtype, rows, seed, variant, args.steps)) + "\n")
+                runs.setdefault((dtype, variant), []).append(json.loads(file.read_text()))
+    pairs = zip(runs["fp32", "peft"][0], runs["fp32", "lora"][0], strict=True)
+    print(f"\nfp32: largest difference of a step's loss from PEFT's: {max(abs(a - b) for a, b in pairs):.1e}")
+    for variant in PLAN[1][3]:
+        ends = [statistics.mean(run[-LAST:]) for run in runs["bf16", variant]]
+        each = ", ".join(f"{end:.4f}" for end in ends)
+        print(f"bf16 {variant:10}: mean loss of the last {LAST} steps, by seed: {each}; spread {statistics.stdev(ends):.4f}")
+
+
+if __name__ == "__main__":
+    main()
