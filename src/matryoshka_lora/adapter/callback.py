@@ -36,6 +36,11 @@ class NestingCallback(TrainerCallback):
                     f"{option}=True joins the rows of a batch, and rule {self.adapter.rule.name!r} gives each row a "
                     f"rank of its own: set {option}=False or take another rule"
                 )
+        if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+            raise MatryoshkaError(
+                f"train_sampling_strategy 'batch_rebalance' gives batches different numbers of rows, and rule "
+                f"{self.adapter.rule.name!r} draws the ranks of all rows of a step: take 'group_by_length'"
+            )
         if args.n_gpu > 1:
             raise MatryoshkaError(
                 "nn.DataParallel splits the rows of a batch over devices: start with `accelerate launch`"

@@ -9,6 +9,7 @@ from peft.tuners.lora.layer import Embedding as LoraEmbedding
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.lora.layer import _ConvNd as ConvNd
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def has_adapter(module: Any, adapter: str) -> bool:
@@ -26,7 +27,19 @@ def get_parameters(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
 def get_factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """A of shape (R, in) and B of shape (out, R); with a leading dimension for experts. Views where possible."""
     A, B = get_parameters(module, adapter)
-    return as_matrices(A, B, module.r[adapter])
+    return as_matrices(gathered(A), gathered(B), module.r[adapter])
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP2 has spread over the processes, all of which must ask; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Write a whole value, the same one in every process, into a parameter that may be spread over them."""
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value.to(parameter), parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
 
 
 def as_matrices(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:

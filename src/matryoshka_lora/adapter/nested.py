@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from matryoshka_lora.adapter.attach import attach, nested_layers
-from matryoshka_lora.adapter.factors import as_parameters, get_factors, get_parameters
+from matryoshka_lora.adapter.factors import as_parameters, assign, get_factors, get_parameters
 from matryoshka_lora.adapter.state import Inference, NestedState
 from matryoshka_lora.adapter.storage import export_rank, save_adapter
 from matryoshka_lora.adapter.variant import Gate, NestedVariant, check_mergeable
@@ -237,7 +237,7 @@ class NestedAdapter:
 
         The full-rank function of training is unchanged, and every prefix becomes the closest matrix of its rank. From
         then on any rank from 1 to R may be chosen, ``inference`` makes no difference, and training would go on as
-        plain LoRA.
+        plain LoRA. Under torch.distributed every process calls it.
 
         Returns:
             Each layer's singular values, decreasing, shape (R,) or (experts, R), float64.
@@ -249,7 +249,7 @@ class NestedAdapter:
         state = self.state
         p, scale = state.trained_diagonal(), state.nesting.scale(state.nesting.max_rank)
         for name, module, _ in self._layers():
-            if not all(bool(f.isfinite().all()) for f in get_parameters(module, self.name)):
+            if not all(bool(f.isfinite().all()) for f in get_factors(module, self.name)):
                 raise MatryoshkaError(f"layer {name} holds NaN or infinity: training diverged; lower the learning rate")
         spectra = {}
         with torch.no_grad():
@@ -258,7 +258,7 @@ class NestedAdapter:
                 A, B, spectra[name] = reorder_factors(*get_factors(module, self.name), p, scale)
                 new = as_parameters(A, B, parameters[0].shape, parameters[1].shape)
                 for parameter, value in zip(parameters, new, strict=True):
-                    parameter.copy_(value)
+                    assign(parameter, value)
         state.form = "reordered"
         for variant in self._variants():
             variant.set_rank(variant.rank)
@@ -279,25 +279,35 @@ class NestedAdapter:
         self._check_mergeable()
         self.model.unmerge_adapter()
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: str | PathLike[str], is_main_process: bool | None = None) -> None:
         """Write the adapter: PEFT's files and a sidecar with the nesting.
 
         PEFT without this package reads it as the full-rank adapter in the chosen inference mode; `load` reads every
         rank. The files are written beside the target and moved. PEFT's own ``save_pretrained`` writes the factors as
         they are trained, without the sidecar: with ``inference="keep"`` that is another function, until `reorder`.
 
+        Args:
+            path: The directory to write.
+            is_main_process: Whether this process writes; None is yes for the first of torch.distributed, or the only
+                one. Where FSDP2 has sharded the adapter, every process must call.
+
         Raises:
             MatryoshkaError: The path cannot be written, or a weight is not finite.
         """
-        save_adapter(self.model, self.name, self.state, path)
+        save_adapter(self.model, self.name, self.state, path, is_main_process)
 
-    def export(self, path: str | PathLike[str], rank: int) -> None:
+    def export(self, path: str | PathLike[str], rank: int, is_main_process: bool | None = None) -> None:
         """Write one rank as an ordinary LoRA adapter, for PEFT or any engine that serves PEFT's files.
+
+        Args:
+            path: The directory to write.
+            rank: One of `ranks`.
+            is_main_process: As for `save`.
 
         Raises:
             MatryoshkaError: The rank was not trained, the path cannot be written, or a weight is not finite.
         """
-        export_rank(self.model, self.name, self.state, path, rank)
+        export_rank(self.model, self.name, self.state, path, rank, is_main_process)
 
     def _begin(self) -> None:
         state = self.state

@@ -14,9 +14,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, distributed
 
 from matryoshka_lora.adapter.attach import check_config
+from matryoshka_lora.adapter.factors import gathered
 from matryoshka_lora.adapter.sidecar import read_sidecar, write_sidecar
 from matryoshka_lora.adapter.slicing import factor_keys, slice_config, slice_tensors
 from matryoshka_lora.adapter.state import NestedState
@@ -40,10 +41,14 @@ _OTHER_METHODS = (
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def save_adapter(model: PeftModel, adapter: str, state: NestedState, path: str | PathLike[str]) -> None:
+def save_adapter(
+    model: PeftModel, adapter: str, state: NestedState, path: str | PathLike[str], is_main_process: bool | None = None
+) -> None:
     """See `NestedAdapter.save`."""
     rank = state.nesting.max_rank
     tensors = slice_tensors(_state_dict(model, adapter), state, rank)
+    if not _writes(is_main_process):
+        return
     config = copy.deepcopy(model.peft_config[adapter])
     config.inference_mode = True
     folded = state.form == "raw" and state.inference == "keep"
@@ -52,9 +57,18 @@ def save_adapter(model: PeftModel, adapter: str, state: NestedState, path: str |
         write_sidecar(folder, state, "folded" if folded else state.form)
 
 
-def export_rank(model: PeftModel, adapter: str, state: NestedState, path: str | PathLike[str], rank: int) -> None:
+def export_rank(
+    model: PeftModel,
+    adapter: str,
+    state: NestedState,
+    path: str | PathLike[str],
+    rank: int,
+    is_main_process: bool | None = None,
+) -> None:
     """See `NestedAdapter.export`."""
-    _export(_state_dict(model, adapter), model.peft_config[adapter], state, path, rank)
+    tensors = _state_dict(model, adapter)
+    if _writes(is_main_process):
+        _export(tensors, model.peft_config[adapter], state, path, rank)
 
 
 def export_adapter(source: str | PathLike[str], path: str | PathLike[str], rank: int) -> None:
@@ -143,9 +157,16 @@ def _check_factors(tensors: Mapping[str, Tensor], config: LoraConfig, where: str
 
 def _state_dict(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     # The base model's embeddings are not part of the adapter, though PEFT would add them when they are a target.
-    tensors: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    found: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    tensors = {key: gathered(tensor.detach()) for key, tensor in found.items()}
     _check_finite(tensors, f"adapter {adapter!r}")
-    return {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+    return {key: tensor.cpu() for key, tensor in tensors.items()}
+
+
+def _writes(is_main_process: bool | None) -> bool:
+    if is_main_process is not None:
+        return is_main_process
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

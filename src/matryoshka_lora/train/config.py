@@ -114,6 +114,7 @@ class TrainConfig:
         given = dict(self.training)
         given.pop("resume_from_checkpoint", None)
         given.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+        given.setdefault("ddp_find_unused_parameters", False)  # every rule uses every factor at every step
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of names that we set, or TRL does

@@ -11,6 +11,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.train.checks import read_yaml
 from matryoshka_lora.train.config import TrainConfig
@@ -25,7 +28,7 @@ _LENGTH = ("max_steps", "num_train_epochs")
 # What may differ between a run and its continuation, since it changes no weight.
 _HARMLESS = (
     *("logging_", "log_", "report_to", "run_name", "project", "trackio_", "disable_tqdm"),
-    *("save_", "push_to_hub", "hub_", "output_dir", "resume_from_checkpoint"),
+    *("ddp_", "save_", "push_to_hub", "hub_", "output_dir", "resume_from_checkpoint"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
 )
 
@@ -45,11 +48,26 @@ class Plan:
     @property
     def step(self) -> int:
         """The optimizer steps that are done."""
-        return 0 if self.checkpoint is None else _steps_done(self.checkpoint)
+        return 0 if self.checkpoint is None else int(_read_state(self.checkpoint)["global_step"])
 
 
-def plan(config: TrainConfig) -> Plan:
+class ProcessCount(TrainerCallback, ExportableState):
+    """Lets the Trainer write into each checkpoint how many processes trained it."""
+
+    def __init__(self, num_processes: int = 1) -> None:
+        self.num_processes = num_processes
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes."""
+        return {"args": {"num_processes": self.num_processes}, "attributes": {}}
+
+
+def plan(config: TrainConfig, num_processes: int = 1) -> Plan:
     """What there is to do in a config's folder, which is only looked at.
+
+    Args:
+        config: Of this run.
+        num_processes: That train together now.
 
     Raises:
         MatryoshkaError: It holds another run, or something that this run would overwrite.
@@ -61,7 +79,7 @@ def plan(config: TrainConfig) -> Plan:
             raise MatryoshkaError(
                 f"resume_from_checkpoint {named} is no complete checkpoint; leave it out to go on from the newest one"
             )
-        return Plan(checkpoint=Path(named))
+        return _going_on(Path(named), num_processes)
     has_ended = (output / FINISHED_NAME).is_file()
     checkpoint = None if config.training.get("save_only_model") else _last_checkpoint(output)
     if not has_ended and checkpoint is None:
@@ -83,6 +101,16 @@ def plan(config: TrainConfig) -> Plan:
         raise MatryoshkaError(
             f"{output} holds a finished run without checkpoints to go on from: choose another output_dir"
         )
+    return _going_on(checkpoint, num_processes)
+
+
+def _going_on(checkpoint: Path, num_processes: int) -> Plan:
+    before = _process_count(_read_state(checkpoint))
+    if before != num_processes:
+        raise MatryoshkaError(
+            f"{before} process(es) trained {checkpoint}, and now there are {num_processes}: each step would see "
+            "another batch. Start as many as before, or choose another output_dir"
+        )
     return Plan(checkpoint=checkpoint)
 
 
@@ -96,20 +124,30 @@ def _last_checkpoint(output: Path) -> Path | None:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    # The Trainer writes trainer_state.json last, in place: if it can be read, all other files were written.
-    # What a power cut leaves of those shows in their own formats.
+    # The Trainer writes trainer_state.json last, in place: if it can be read, the main process wrote all other files.
+    # Every process writes its random numbers by itself. What a power cut leaves of them shows in their own formats.
     try:
-        _steps_done(checkpoint)
+        state = _read_state(checkpoint)
+        count = _process_count(state)
+        names = ["rng_state.pth"] if count == 1 else [f"rng_state_{index}.pth" for index in range(count)]
         for weights in checkpoint.glob("*.safetensors"):
             with safe_open(weights, "pt"):
                 pass
-    except (OSError, ValueError, KeyError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return False
-    return all(zipfile.is_zipfile(file) for file in checkpoint.iterdir() if file.suffix in (".pt", ".pth"))
+    files = [file for file in checkpoint.rglob("*") if file.suffix in (".pt", ".pth", ".bin")]
+    return all((checkpoint / name).is_file() for name in names) and all(map(zipfile.is_zipfile, files))
 
 
-def _steps_done(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    int(state["global_step"])
+    return state
+
+
+def _process_count(state: Mapping[str, Any]) -> int:
+    saved = state.get("stateful_callbacks", {}).get(ProcessCount.__name__)
+    return 1 if saved is None else int(saved["args"]["num_processes"])
 
 
 def _differences(config: TrainConfig) -> dict[str, str]:

@@ -20,7 +20,8 @@ from matryoshka_lora.files import check_writable, write_text
 from matryoshka_lora.models import DTYPES, EMBEDDED, load_model, load_tokenizer
 from matryoshka_lora.train.config import TrainConfig
 from matryoshka_lora.train.data import load_data
-from matryoshka_lora.train.resume import CONFIG_NAME, FINISHED_NAME, Plan, plan
+from matryoshka_lora.train.processes import check_joined, on_main, one_voice
+from matryoshka_lora.train.resume import CONFIG_NAME, FINISHED_NAME, Plan, ProcessCount, plan
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,6 +36,9 @@ def train(config: TrainConfig) -> NestedAdapter:
     already holds checkpoints of the same run, training goes on from the newest complete one, exactly as if it had
     never stopped: weights, optimizer, scheduler, random numbers and drawn ranks. A finished run is not trained again.
 
+    Under ``accelerate launch`` every process calls it. They train on shares of each batch, the first one writes, and
+    the folder is that of one process.
+
     Args:
         config: From `load_config` or `make_config`.
 
@@ -46,9 +50,14 @@ def train(config: TrainConfig) -> NestedAdapter:
             has been overwritten then.
     """
     arguments = config.sft_config()
+    check_joined(arguments)
+    with one_voice(arguments):
+        return _train(config, arguments)
+
+
+def _train(config: TrainConfig, arguments: SFTConfig) -> NestedAdapter:
     output = config.output_dir
-    check_writable(output)
-    found = plan(config)
+    found = on_main(lambda: _look(config, arguments))
     if found.finished:
         _say(arguments, f"{output} holds the finished adapter of this config: nothing to train")
         return load(_load_model(config, arguments), output)
@@ -64,11 +73,15 @@ def train(config: TrainConfig) -> NestedAdapter:
         trainer.accelerator.unwrap_model(peft_model, keep_fp32_wrapper=False).eval()
         if config.reorder:
             adapter.reorder()
-        if arguments.process_index == 0:
-            adapter.save(output)
-            write_text(output / FINISHED_NAME, json.dumps(asdict(trainer.state), indent=2) + "\n")
+        adapter.save(output)
+        on_main(lambda: write_text(output / FINISHED_NAME, json.dumps(asdict(trainer.state), indent=2) + "\n"))
     _say(arguments, f"The adapter is in {output}")
     return adapter
+
+
+def _look(config: TrainConfig, arguments: SFTConfig) -> Plan:
+    check_writable(config.output_dir)
+    return plan(config, arguments.world_size)
 
 
 def _load_model(config: TrainConfig, arguments: SFTConfig) -> PreTrainedModel:
@@ -95,18 +108,22 @@ class _Begin(TrainerCallback):
                 f"{output} holds a run of {state.global_step} steps, and the config asks for {state.max_steps}: "
                 "choose another output_dir"
             )
-        if args.process_index == 0:
-            (output / FINISHED_NAME).unlink(missing_ok=True)
-            write_text(output / CONFIG_NAME, f"# {_versions()}\n{self.config.to_yaml()}")
+        on_main(self._write)
         # The Trainer would go on past the last step when it resumes from there within an epoch.
         if state.global_step == state.max_steps:
             raise _AllStepsDoneError
+
+    def _write(self) -> None:
+        output = self.config.output_dir
+        (output / FINISHED_NAME).unlink(missing_ok=True)
+        write_text(output / CONFIG_NAME, f"# {_versions()}\n{self.config.to_yaml()}")
 
 
 def _run(trainer: SFTTrainer, config: TrainConfig, found: Plan) -> None:
     if found.checkpoint is not None:
         _say(trainer.args, f"Going on from {found.checkpoint}, after {found.step} steps")
     trainer.add_callback(_Begin(config))
+    trainer.add_callback(ProcessCount(trainer.args.world_size))
     with suppress(_AllStepsDoneError):
         trainer.train(resume_from_checkpoint=None if found.checkpoint is None else str(found.checkpoint))
 
