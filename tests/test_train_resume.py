@@ -28,6 +28,7 @@ logging_steps: 1
 disable_tqdm: true
 lora: {{r: 8, lora_dropout: 0.1}}
 nesting: {{rule: {rule}}}
+train_sampling_strategy: {sampling}
 """
 
 # SIGKILL comes between the two batches of an optimizer step.
@@ -62,15 +63,17 @@ def start(config: Path, kill_at: int = -1) -> subprocess.Popen[str]:
     )
 
 
-def write_config(folder: Path, model: Path, rule: str, name: str) -> Path:
+def write_config(folder: Path, model: Path, rule: str, sampling: str, name: str) -> Path:
     path = folder / f"{name}.yaml"
-    path.write_text(CONFIG.format(model=model, output=folder / name, rule=rule))
+    path.write_text(CONFIG.format(model=model, output=folder / name, rule=rule, sampling=sampling))
     return path
 
 
-@pytest.mark.parametrize("rule", ["matryoshka", "dylora", "stratified"])
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, model: Path, rule: str) -> None:
-    whole, cut = (write_config(tmp_path, model, rule, name) for name in ("whole", "cut"))
+@pytest.mark.parametrize(
+    ("rule", "sampling"), [("matryoshka", "random"), ("dylora", "random"), ("stratified", "group_by_length")]
+)
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, model: Path, rule: str, sampling: str) -> None:
+    whole, cut = (write_config(tmp_path, model, rule, sampling, name) for name in ("whole", "cut"))
 
     uninterrupted, killed = start(whole), start(cut, kill_at=8)
     for process, code in ((uninterrupted, 0), (killed, -signal.SIGKILL)):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 

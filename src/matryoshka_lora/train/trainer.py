@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer`, with a loss that skips what has no label on CPUs too, and an order of rows that can be resumed."""
+"""TRL's `SFTTrainer`, with a loss that skips what has no label on CPUs too, and batches of like lengths that resume."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from trl import SFTTrainer
 
 
 class EpochSampler(Sampler[int]):
-    """A random sampler whose order is a function of the seed and the number of the epoch, and of nothing else.
+    """A `LengthGroupedSampler` whose order is a function of the seed and the number of the epoch, and of nothing else.
 
-    So it is the same in every process, and in a run that goes on from a checkpoint. transformers 5.24 with accelerate
-    1.15 gives the lengths' order neither, and the random order not to several processes that go on within an epoch.
+    So every process has the same, and a run that goes on from a checkpoint has that of the run that never stopped. With
+    transformers 5.24 the order depends on all random numbers that were drawn before, such as those of dropout, which
+    no other process draws and no checkpoint in mid-epoch can give back.
 
     Args:
-        sampler: Draws from its ``generator``.
+        sampler: What orders the rows.
         seed: Any integer.
-        epoch: The number of the epoch that begins.
+        epoch: Gives the number of the epoch that begins.
     """
 
-    def __init__(self, sampler: Any, seed: int, epoch: Callable[[], int]) -> None:
+    def __init__(self, sampler: LengthGroupedSampler, seed: int, epoch: Callable[[], int]) -> None:
         self.sampler, self.seed, self.epoch = sampler, seed, epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -35,7 +36,7 @@ class EpochSampler(Sampler[int]):
 
 
 class CompletionTrainer(SFTTrainer):
-    """An `SFTTrainer` that computes logits only where a token of some row has a label, and resumes exactly.
+    """An `SFTTrainer` that computes logits only where a token of some row has a label.
 
     With Triton, TRL's fused head does so by itself. Without it, TRL 1.16 scores every position of every row, which on a
     CPU is a third of a step when only short answers have labels. Where TRL's loss is more than the mean negative log
@@ -65,10 +66,9 @@ class CompletionTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
-        if not hasattr(sampler, "generator"):
+        if not isinstance(sampler, LengthGroupedSampler):
             return sampler
-        if isinstance(sampler, LengthGroupedSampler):
-            sampler.batch_size *= self.args.world_size  # rows of a like length for all processes of a step
+        sampler.batch_size *= self.args.world_size  # as one process would group the rows of a step
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         # Before a step of an epoch its number is the whole part of the Trainer's epoch.
         return EpochSampler(sampler, seed, lambda: int(self.state.epoch or 0))
