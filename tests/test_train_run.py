@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import tiny_llama
+from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny_chat import save_tiny_chat, tiny_tokenizer
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, set_seed
+from trl import SFTTrainer
 
-from matryoshka_lora import MatryoshkaError, read_sidecar
+from matryoshka_lora import MatryoshkaError, NestedAdapter, nest, read_sidecar
 from matryoshka_lora.train import TrainConfig, load_config, make_config, train
 from matryoshka_lora.train.data import load_data
 from matryoshka_lora.train.resume import plan
@@ -219,15 +223,64 @@ def test_packing_is_refused_where_rows_have_ranks(model: Path, tmp_path: Path) -
     assert not (tmp_path / "run" / "train.yaml").exists()
 
 
+def untrained(config: TrainConfig) -> SFTTrainer:
+    """The trainer of a config before its first step, with the factors that `train` starts from."""
+    set_seed(config.seed)
+    peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(config.model), config.lora_config())
+    adapter = nest(peft_model, config.nesting, config.rule, seed=config.rank_seed)
+    return _trainer(adapter, config, config.sft_config(), load_data(config.data), None)
+
+
 def batches(config: TrainConfig) -> Any:
-    from peft import get_peft_model
+    return next(iter(untrained(config).get_train_dataloader()))
 
-    from matryoshka_lora import nest
 
-    peft_model = get_peft_model(tiny_llama(vocab_size=len(tiny_tokenizer())), config.lora_config())
-    adapter = nest(peft_model, config.nesting, config.rule)
-    trainer = _trainer(adapter, config, config.sft_config(), load_data(config.data), None)
-    return next(iter(trainer.get_train_dataloader()))
+def test_batches_of_like_lengths(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f"{json.dumps({'prompt': 'x' * n, 'completion': 'y'})}\n" for n in range(1, 65)))
+    padding = {}
+    for sampling in ("random", "group_by_length"):
+        config = config_of(model, tmp_path / "run", data=str(path), train_sampling_strategy=sampling)
+        lengths = [batch["attention_mask"].sum(dim=1) for batch in untrained(config).get_train_dataloader()]
+        assert sorted(torch.cat(lengths).tolist()) == list(range(3, 67))
+        padding[sampling] = sum(int((batch.max() - batch).sum()) for batch in lengths)
+    assert padding["group_by_length"] < padding["random"] / 2
+
+
+def test_batches_of_different_numbers_of_rows_are_refused_where_rows_have_ranks(model: Path, tmp_path: Path) -> None:
+    changes = {"train_sampling_strategy": "batch_rebalance", "nesting": {"rule": "stratified"}}
+    with pytest.raises(MatryoshkaError, match="draws the ranks of all rows of a step: take 'group_by_length'"):
+        train(config_of(model, tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "train.yaml").exists()
+
+
+def test_accumulated_and_checkpointed_batches_share_the_ranks_of_their_step(model: Path, tmp_path: Path) -> None:
+    changes = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "nesting": {"rule": "stratified"}}
+    config = config_of(model, tmp_path / "run", max_steps=1, **changes)
+    train(config)
+    (logged,) = (
+        entry["grad_norm"]
+        for entry in json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+        if "grad_norm" in entry
+    )
+
+    plain = {**changes, "gradient_checkpointing": False}
+    trainer = untrained(config_of(model, tmp_path / "other", max_steps=1, **plain))
+    step = list(islice(trainer.get_train_dataloader(), 2))
+    trained = sum(int((batch["labels"] != -100).sum()) for batch in step)
+
+    def norm(draw: int) -> float:
+        NestedAdapter(trainer.model).draw(draw, rows=4)
+        trainer.model.train().zero_grad()
+        for batch in step:
+            logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            labels = batch["labels"][:, 1:].flatten()
+            (cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="sum") / trained).backward()
+        gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        return float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+
+    assert norm(draw=0) == pytest.approx(logged, rel=1e-4)
+    assert norm(draw=1) != pytest.approx(logged, rel=1e-2)
 
 
 def test_the_answer_and_its_end_are_trained_and_nothing_else(model: Path, tmp_path: Path) -> None:
