@@ -18,7 +18,7 @@ $(VENV)/.demo: pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,demo,quantized,dev]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,demo,quantized,deepspeed,dev]'
 	touch $@
 
 demo: $(VENV)/.demo ## train one adapter, see every rank, export one (under 15 minutes on 2 cores)

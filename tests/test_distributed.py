@@ -205,3 +205,11 @@ def test_processes_that_do_not_find_each_other(model: Path, tmp_path: Path, monk
     with pytest.raises(MatryoshkaError, match=r"2 processes were launched, .* write use_cpu: true"):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_zero_3_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(write_config(tmp_path, model, 4, "random"))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")  # as `accelerate launch` sets it
+    with pytest.raises(MatryoshkaError, match="write zero_stage: 2, or launch with FSDP2"):
+        train(config)
+    assert not (tmp_path / "run").exists()

@@ -145,7 +145,8 @@ def load_config(path: str | PathLike[str], overrides: Iterable[str] = ()) -> Tra
 
     The top level has ``model``, ``dtype``, ``quantization``, ``trust_remote_code``, ``data``, ``eval_data``, the
     sections ``lora`` (fields of ``peft.LoraConfig``) and ``nesting`` (``ranks``, ``scaling``, ``alpha``, ``rule``,
-    ``inference``, ``seed``, ``reorder``), and any field of ``trl.SFTConfig``.
+    ``inference``, ``seed``, ``reorder``), and any field of ``trl.SFTConfig``. Among those, ``train_sampling_strategy:
+    group_by_length`` puts rows of a like length into a batch, which saves padding.
 
     Args:
         path: A YAML file.

@@ -11,6 +11,7 @@ import datasets
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import ParallelMode
 from transformers.utils import logging as transformers_logging
 
@@ -20,18 +21,23 @@ Result = TypeVar("Result")
 
 
 def check_joined(arguments: TrainingArguments) -> None:
-    """Make sure that the processes of one launch train together.
+    """Make sure that the processes of one launch train together, and in a way that is known to work.
 
     Without a GPU, and unless told to use CPUs, accelerate takes each of them for a run of its own.
 
     Raises:
-        MatryoshkaError: They do not; the message says what to add.
+        MatryoshkaError: They do not; the message says what to write instead.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and arguments.parallel_mode != ParallelMode.DISTRIBUTED:
         raise MatryoshkaError(
             f"{launched} processes were launched, and accelerate finds no accelerator to join them on: write "
             "use_cpu: true to train on CPUs, or launch one process"
+        )
+    if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        raise MatryoshkaError(
+            "DeepSpeed ZeRO-3 takes the weights apart before the adapter is attached: write zero_stage: 2, or launch "
+            "with FSDP2, which shares out the base model too"
         )
 
 
