@@ -157,7 +157,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help=f"default: {', '.join(map(str, RANKS))}")
     parser.add_argument("--repeats", type=int, default=5, help="counted turns (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each cell")
-    parser.add_argument("--out", type=Path, help="also write the cells to this JSON file, and leave out those that it has")
+    parser.add_argument(
+        "--out", type=Path, help="also write the cells to this JSON file, and leave out those that it has"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)

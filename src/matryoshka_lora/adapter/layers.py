@@ -104,7 +104,7 @@ class NestedLinear(Linear):
             self.base_layer.bias,
             self.lora_A[adapter].weight,
             self.lora_B[adapter].weight,
-            gate.for_rows(x.shape) * self._factor(variant, gate, adapter),
+            gate.for_rows(x.shape).to(x.device) * self._factor(variant, gate, adapter),
         )
 
     def _by_variant(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -315,6 +315,8 @@ class NestedAdapter:
             self.draw(step=0)
 
     def _gates(self, diagonal: Tensor, allow_fewer: bool = False) -> dict[torch.device, Gate]:
+        for _, module, variant in self._layers():  # the model may have been moved since the last time
+            variant.device = get_parameters(module, self.name)[0].device
         devices = {variant.device for variant in self._variants()}
         return {device: Gate.on(device, diagonal, allow_fewer=allow_fewer) for device in devices}
 
