@@ -54,8 +54,6 @@ def main() -> None:
                 values = [cells[dtype, rank][variant][key] for rank in there]
                 ours = name.startswith("ours")
                 style = {"marker": "o", "linewidth": 2} if ours else {"marker": "s", "linestyle": "--"}
-                    {"marker": "o", "linewidth": 2} if name.startswith("ours") else {"marker": "s", "linestyle": "--"}
-                )
                 ax.plot(there, values, label=name, markersize=4, **style)
             ax.axhline(1, color="gray", linewidth=1)
             ax.set_xscale("log", base=2)

@@ -90,9 +90,8 @@ def main() -> None:
     for variant in PLAN[1][3]:
         ends = [statistics.mean(run[-LAST:]) for run in runs["bf16", variant]]
         each = ", ".join(f"{end:.4f}" for end in ends)
-        print(
-            f"bf16 {variant:10}: mean loss of the last {LAST} steps, by seed: {each}; spread {statistics.stdev(ends):.4f}"
-        )
+        spread = statistics.stdev(ends)
+        print(f"bf16 {variant:10}: mean loss of the last {LAST} steps, by seed: {each}; spread {spread:.4f}")
 
 
 if __name__ == "__main__":
