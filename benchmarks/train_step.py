@@ -7,7 +7,7 @@ The floor is the frozen base model: forward, and backward through its activation
 to all linear layers of the same weights and does the same: 8 rows of 128 tokens, to the logits, and back from one fixed
 gradient of the logits, so that no variant can gain or lose by its loss. Time is CPU time of one thread; the variants
 take turns in one process, and each figure is the median of the ratios to the floor's run of the same turn. Saved bytes
-are the distinct storages that autograd keeps between forward and backward, parameters left out.
+are the distinct storages that autograd's graph keeps between forward and backward, parameters left out.
 """
 
 from __future__ import annotations
@@ -88,6 +88,26 @@ def variants(base: nn.Module, rank: int) -> dict[str, tuple[Any, Callable[[], An
     return found | {rule: (nested(base, nesting, rule), plain) for rule in RULES}
 
 
+def kept_by_autograd(output: Tensor) -> list[Tensor]:
+    """Every tensor that the backward pass of an output will need.
+
+    Read from autograd's graph: hooks on saved tensors would make our operation, which sees them, save otherwise.
+    """
+    kept, seen, nodes = [], set(), [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        kept += getattr(node, "saved_tensors", ())
+        for name in dir(node):
+            if name.startswith("_saved_"):
+                value = getattr(node, name)
+                kept += value if isinstance(value, (list, tuple)) else [value]
+    return [tensor for tensor in kept if isinstance(tensor, Tensor)]
+
+
 def measure(base: nn.Module, rank: int, repeats: int) -> dict[str, dict[str, Any]]:
     torch.manual_seed(0)
     ids = torch.randint(0, base.config.vocab_size, (ROWS, TOKENS))
@@ -102,20 +122,11 @@ def measure(base: nn.Module, rank: int, repeats: int) -> dict[str, dict[str, Any
     saved: dict[str, int] = {}
     for name, (model, context) in models.items():
         model.train()
-        storages: dict[int, int] = {}
-        weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-        kept = []
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:  # noqa: B023  # called within this turn of the loop
-                storages[storage.data_ptr()] = storage.nbytes()  # noqa: B023
-                kept.append(tensor)  # noqa: B023  # so that no address is used twice
-            return tensor.detach()  # an output that saves itself would never be freed
-
-        with context(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        parameters = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        with context():
             logits = forward(model)
-        saved[name] = sum(storages.values())
+        found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept_by_autograd(logits)}
+        saved[name] = sum(nbytes for address, nbytes in found.items() if address not in parameters)
         if gradient is None:
             gradient = torch.randn_like(logits) / logits.numel()
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from matryoshka_lora.ops import low_rank_linear, low_rank_linear_reference
 
@@ -71,10 +72,63 @@ def test_half_precision_is_no_further_from_the_formula_than_its_twin(per_row: bo
         assert error < 2 * twin
 
 
-def test_only_x_is_saved() -> None:
+def saved_by(output: Tensor) -> set[int]:
+    """The addresses of what a node of autograd keeps, without hooks."""
+    return {t.untyped_storage().data_ptr() for t in output.grad_fn.saved_tensors if t is not None}  # type: ignore[union-attr]
+
+
+def test_under_hooks_only_x_is_saved() -> None:
     arguments = case(torch.float32, per_row=False, bias=True)
     known = {a.untyped_storage().data_ptr() for a in arguments if a is not None}
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         low_rank_linear(*arguments)  # type: ignore[arg-type]
     assert {a.untyped_storage().data_ptr() for a in saved} <= known
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("per_row", [True, False])
+def test_a_product_is_not_saved_but_made_again(per_row: bool, dtype: torch.dtype) -> None:
+    """The input of a gated MLP's last layer: autograd keeps both factors for their own gradients."""
+    _, weight, bias, A, B, p = case(dtype, per_row, bias=True, factor_dtype=torch.float32)
+    found = []
+    for as_product in (True, False):
+        torch.manual_seed(1)
+        gate, up = (torch.randn(ROWS, TOKENS, IN, dtype=dtype, requires_grad=True) for _ in range(2))
+        x = torch.nn.functional.silu(gate) * up
+        y = low_rank_linear(x if as_product else x.view_as(x), weight, bias, A, B, p)
+        assert (x.untyped_storage().data_ptr() in saved_by(y)) != as_product
+        found.append(torch.autograd.grad(y.float().square().sum(), [gate, up, A, B]))
+    for ours, plain in zip(*found, strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_a_product_with_a_constant_is_saved() -> None:
+    """Autograd keeps the constant alone: x cannot be made from it."""
+    x, weight, bias, A, B, p = case(torch.float64, per_row=False, bias=True)
+    scaled = x * torch.full((), 2.0, dtype=torch.float64)
+    assert scaled.untyped_storage().data_ptr() in saved_by(low_rank_linear(scaled, weight, bias, A, B, p))
+
+
+def test_second_derivatives_through_a_product() -> None:
+    _, weight, bias, A, B, p = case(torch.float64, per_row=False, bias=True)
+    gate, up = (torch.randn(ROWS, TOKENS, IN, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def function(gate: Tensor, up: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return low_rank_linear(gate.sigmoid() * up, weight, bias, A, B, p)
+
+    assert torch.autograd.gradgradcheck(function, (gate, up, A, B))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_a_product(use_reentrant: bool) -> None:
+    _, weight, bias, A, B, p = case(torch.float64, per_row=False, bias=True)
+    gate, up = (torch.randn(ROWS, TOKENS, IN, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def function(gate: Tensor, up: Tensor) -> Tensor:
+        return low_rank_linear(gate.sigmoid() * up, weight, bias, A, B, p)
+
+    plain = torch.autograd.grad(function(gate, up).square().sum(), [gate, up, A, B])
+    checkpoint(function, gate, up, use_reentrant=use_reentrant).square().sum().backward()
+    for expected, tensor in zip(plain, (gate, up, A, B), strict=True):
+        assert torch.equal(expected, tensor.grad)

@@ -5,7 +5,8 @@
 * A and B are cast to the dtype of x, never x to theirs.
 * p scales the R-wide activation, never the output.
 * Both products are added in place, into the output and into the gradient of x (``addmm``).
-* Only x is saved for the backward pass. ``x A^T`` costs R multiplications for each number of x and is made again.
+* For the backward pass ``(x A^T) diag(p)`` is saved, which is small, and x. Where x is the product of two tensors that
+  autograd keeps anyway, as in the gated MLP of a Llama, x is not saved but multiplied again.
 """
 
 from __future__ import annotations
@@ -41,39 +42,76 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B
     Returns:
         Shape (rows, ..., out), dtype of x.
     """
+    # Hooks on saved tensors mean checkpointing or offloading: save little, and ask them for nothing before its time.
+    saves_freely = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    left, right = _kept_product(x) if saves_freely else (None, None)
     # torch declares `apply` without types.
-    output: Tensor = _LowRankLinear.apply(x, weight, bias, A, B, p)  # type: ignore[no-untyped-call]
+    output: Tensor
+    output, _ = _LowRankLinear.apply(x, weight, bias, A, B, p, left, right, saves_freely)  # type: ignore[no-untyped-call]
     return output
+
+
+def _kept_product(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Two tensors whose product is x and which autograd keeps for it, or None twice."""
+    node = x.grad_fn
+    if type(node).__name__ != "MulBackward0":
+        return None, None
+    left, right = node._saved_self, node._saved_other  # type: ignore[union-attr]
+    alike = all(t is not None and (t.shape, t.dtype) == (x.shape, x.dtype) for t in (left, right))
+    return (left, right) if alike else (None, None)
 
 
 class _LowRankLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, p: Tensor) -> Tensor:
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        p: Tensor,
+        left: Tensor | None,
+        right: Tensor | None,
+        save_hidden: bool,
+    ) -> tuple[Tensor, Tensor]:
         tokens = x.reshape(-1, x.shape[-1])
-        hidden = (tokens @ A.to(x.dtype).t()).mul_(_per_token(p, x, tokens))
+        hidden = _hidden(tokens, A, _per_token(p, x, tokens))
         output = linear(tokens, weight, bias)
         output.addmm_(hidden, B.to(x.dtype).t())
-        return output.view(*x.shape[:-1], weight.shape[0])
+        return output.view(*x.shape[:-1], weight.shape[0]), hidden
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, A, B, p = inputs
-        ctx.save_for_backward(x, weight, A, B, p)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _, A, B, p, left, right, save_hidden = inputs
+        ctx.save_for_backward(
+            x if left is None else None, left, right, weight, A, B, p, output[1] if save_hidden else None
+        )
+        ctx.set_materialize_grads(False)
 
-    # Only differentiable operations, for second derivatives.
+    # Only differentiable operations, for second derivatives; in those alone, the hidden activation has a gradient.
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
-        x, weight, A, B, p = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor | None, more_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, left, right, weight, A, B, p, hidden = ctx.saved_tensors
+        x = left * right if x is None else x
         tokens = x.reshape(-1, x.shape[-1])
+        scale, A_, B_ = _per_token(p, x, tokens), A.to(x.dtype), B.to(x.dtype)
+        if hidden is None:
+            hidden = _hidden(tokens, A, scale)
+        if grad_output is None:
+            grad_output = hidden.new_zeros(*x.shape[:-1], weight.shape[0])
         grad = grad_output.reshape(-1, grad_output.shape[-1])
-        left, scale = A.to(x.dtype), _per_token(p, x, tokens)
-        grad_hidden = (grad @ B.to(x.dtype)).mul_(scale)
+        grad_hidden = grad @ B_ if more_hidden is None else grad @ B_ + more_hidden
+        grad_hidden = grad_hidden.mul_(scale)
         grad_A = grad_hidden.t() @ tokens
-        grad_B = grad.t() @ (tokens @ left.t()).mul_(scale)
-        grad_x = (grad @ weight).addmm_(grad_hidden, left).view(x.shape) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, grad_A.to(A.dtype), grad_B.to(B.dtype), None
+        grad_B = grad.t() @ hidden
+        grad_x = (grad @ weight).addmm_(grad_hidden, A_).view(x.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, grad_A.to(A.dtype), grad_B.to(B.dtype), None, None, None, None
+
+
+def _hidden(tokens: Tensor, A: Tensor, scale: Tensor) -> Tensor:
+    return (tokens @ A.to(tokens.dtype).t()).mul_(scale)
 
 
 def _full_precision(p: Tensor, x: Tensor) -> Tensor:
