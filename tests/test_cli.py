@@ -73,7 +73,7 @@ def assert_explained(result: tuple[int, str, str], *parts: str) -> None:
 def test_help_names_every_verb(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for verb in ("train", "eval", "export", "demo"):
+    for verb in ("train", "eval", "reorder", "info", "export", "push", "demo"):
         assert f" {verb} " in out
         code, text, _ = run(verb, "--help")
         assert code == 0

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matryoshka_lora.adapter import NestedAdapter, export_adapter, load, nest, read_sidecar
+    from matryoshka_lora.deploy.reorder import reorder_adapter
     from matryoshka_lora.errors import MatryoshkaError
     from matryoshka_lora.metrics import aurac
     from matryoshka_lora.nesting import Nesting
@@ -21,6 +22,7 @@ __all__ = [
     "load",
     "nest",
     "read_sidecar",
+    "reorder_adapter",
     "reorder_factors",
 ]
 __version__ = "0.1.0"
@@ -35,6 +37,7 @@ _MODULES = {
     "load": "adapter",
     "nest": "adapter",
     "read_sidecar": "adapter",
+    "reorder_adapter": "deploy.reorder",
     "reorder_factors": "reorder",
 }
 

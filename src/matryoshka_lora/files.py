@@ -19,12 +19,28 @@ from safetensors import SafetensorError
 
 from matryoshka_lora.errors import MatryoshkaError
 
+SPECTRA_NAME = "spectra.safetensors"
+"""The singular values of a reordered adapter, beside its weights."""
+
 # What says how to read the other files of an adapter's folder.
-_DESCRIPTIONS = ("adapter_config.json", "nesting.json")
+_DESCRIPTIONS = ("adapter_config.json", "nesting.json", SPECTRA_NAME)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 text file, all or nothing; missing parent folders are made.
+
+    Raises:
+        MatryoshkaError: The file cannot be written; what was there is unchanged.
+    """
+    with replace_file(path) as temporary, open(temporary, "x", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+
+
+@contextmanager
+def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a name for a new file; when the block ends without an error, the file takes the place of ``path``.
+
+    Missing parent folders are made.
 
     Raises:
         MatryoshkaError: The file cannot be written; what was there is unchanged.
@@ -35,15 +51,15 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        try:
-            with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+    try:
+        with _explained(target, only_in=target.parent):
+            yield temporary
+        with _explained(target):
+            _flush_file(temporary)
             os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _flush_folder(target.parent)
+            _flush_folder(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

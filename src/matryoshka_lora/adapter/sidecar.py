@@ -44,8 +44,8 @@ def read_sidecar(path: str | Path) -> NestedState:
         raise MatryoshkaError(f"{path} is not a directory: give the directory that holds adapter_config.json")
     if not file.is_file():
         raise MatryoshkaError(
-            f"{path} holds no {SIDECAR_NAME}, so it is not a nested adapter. Adapters become nested by training them "
-            "with `matryoshka train` or nest(), and are written with their sidecar by NestedAdapter.save()"
+            f"{path} holds no {SIDECAR_NAME}, so it is not a nested adapter. Any LoRA adapter becomes one by "
+            "`matryoshka reorder`, or is one when it is trained with `matryoshka train` or nest() and written by save()"
         )
     try:
         if file.stat().st_size > _MAX_BYTES:

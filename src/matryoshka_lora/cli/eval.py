@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+
     from matryoshka_lora.adapter import NestedAdapter
     from matryoshka_lora.evaluate.questions import Judge, Question
 
@@ -76,7 +78,7 @@ def evaluate(
         state.check_rank(rank)
     check_writable(folder)
     judge, questions = _questions(task, data, split.value, items)
-    name = model or _base_model(config.base_model_name_or_path, adapter)
+    name = base_name(model, config, adapter)
 
     base = load_model(name, DTYPES[dtype.value])
     if torch.accelerator.is_available():
@@ -124,12 +126,14 @@ def _questions(task: str | None, data: str | None, split: str, items: int) -> tu
     return ExactMatch(str(data)), rows_from(load_data({**parsed, "size": items}), str(data))
 
 
-def _base_model(name: str | None, adapter: Path) -> str:
+def base_name(given: str | None, config: LoraConfig, adapter: Path) -> str:
+    """The base model that was asked for, or that the adapter names."""
     from matryoshka_lora.errors import MatryoshkaError
 
+    name = given or config.base_model_name_or_path
     if not name:
         raise MatryoshkaError(f"{adapter} does not say which base model it belongs to; give it with --model")
-    return name
+    return str(name)
 
 
 def _label(adapter: NestedAdapter) -> str:

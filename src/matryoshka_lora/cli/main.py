@@ -12,6 +12,9 @@ import typer
 from matryoshka_lora.cli.demo import demo
 from matryoshka_lora.cli.eval import evaluate
 from matryoshka_lora.cli.export import export
+from matryoshka_lora.cli.info import info
+from matryoshka_lora.cli.push import push
+from matryoshka_lora.cli.reorder import reorder
 from matryoshka_lora.cli.train import train
 from matryoshka_lora.errors import MatryoshkaError
 
@@ -24,7 +27,10 @@ app = typer.Typer(
 )
 app.command("train")(train)
 app.command("eval")(evaluate)
+app.command("reorder")(reorder)
+app.command("info")(info)
 app.command("export")(export)
+app.command("push")(push)
 app.command("demo")(demo)
 
 

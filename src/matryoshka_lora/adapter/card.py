@@ -1,0 +1,151 @@
+"""The model card: README.md beside an adapter, made of what is in its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from matryoshka_lora.adapter.state import NestedState
+from matryoshka_lora.files import write_text
+
+CARD_NAME = "README.md"
+EVALUATION = Path("evaluation")
+"""Where `matryoshka eval` writes, below the adapter."""
+
+_MARK = (
+    "<!-- Written by matryoshka-lora, and again whenever the adapter is saved: delete this line to keep your own. -->"
+)
+_MAX_BYTES = 1 << 24
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def write_card(folder: Path, config: LoraConfig, state: NestedState | None, home: Path | None = None) -> None:
+    """Write the model card of an adapter, unless there is one that somebody has written.
+
+    Args:
+        folder: Where to write it.
+        config: The adapter's.
+        state: Its nesting; None for one rank that was cut out.
+        home: Where the card will be, with the recipe (``train.yaml``) and the evaluation; None means ``folder``.
+    """
+    place = folder if home is None else home
+    existing = place / CARD_NAME
+    if existing.is_file() and _MARK not in _read(existing):
+        return
+    write_text(folder / CARD_NAME, make_card(config, state, place))
+
+
+def make_card(config: LoraConfig, state: NestedState | None, home: Path) -> str:
+    """The text of the card, in Markdown with the Hugging Face hub's header."""
+    base = config.base_model_name_or_path or ""
+    # A folder's name on the machine that trained is of no use to others, and none of their business.
+    named = base if _HUB_ID.fullmatch(base) and not os.path.exists(base) else ""
+    title = "A LoRA adapter for every rank" if state else f"A LoRA adapter of rank {config.r}"
+    parts = [_header(named), _MARK, f"# {title}", _what(config, state, named)]
+    parts += [_curve(home), _recipe(home), _use(config, state, named or "BASE_MODEL")]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _header(base: str) -> str:
+    lines = ["---", "library_name: peft", "tags:", "- lora", "- matryoshka-lora"]
+    return "\n".join([*lines, *([f"base_model: {base}"] if base else []), "---"])
+
+
+def _what(config: LoraConfig, state: NestedState | None, base: str) -> str:
+    of = f" for `{base}`" if base else ""
+    if state is None:
+        return (
+            f"An ordinary LoRA adapter{of}, as PEFT, vLLM and others read it: r={config.r}, "
+            f"lora_alpha={config.lora_alpha:g}. It was cut out of a nested adapter by "
+            "[matryoshka-lora](https://arxiv.org/abs/2605.07850)."
+        )
+    ranks = state.ranks
+    names = f"any rank from 1 to {ranks[-1]}" if state.form == "reordered" else f"rank {', '.join(map(str, ranks))}"
+    how = {
+        "reordered": "Its factors were reordered, so each prefix of columns is the best adapter of its rank.",
+        "folded": "The diagonal of training is folded into its factors.",
+        "raw": f"Rank r is its first r columns, scaled by {state.nesting.scaling!r}.",
+    }[state.form]
+    return (
+        f"One adapter{of} that may be used at {names} ([MatryoshkaLoRA](https://arxiv.org/abs/2605.07850), rule "
+        f"`{state.rule.name}`). {how} PEFT reads this folder as the adapter of rank {config.r}."
+    )
+
+
+def _curve(home: Path) -> str:
+    """Table and picture of its evaluation, if there is one."""
+    try:
+        data = json.loads(_read(home / EVALUATION / "evaluation.json"))
+        table = "\n".join(_rows(data))
+        heading = f"On {int(data['items'])} {data['split']} questions of `{data['task']}`, by rank:"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ""
+    picture = EVALUATION / "curve.png"
+    image = f"\n\n![Loss and accuracy at every rank]({picture.as_posix()})" if (home / picture).is_file() else ""
+    return f"## How good each rank is\n\n{heading}\n\n{table}{image}"
+
+
+def _rows(data: dict[str, Any]) -> Iterator[str]:
+    ranks = sorted({rank for curve in data["curves"].values() for rank in curve["ranks"]})
+    yield f"| loss (accuracy) | {' | '.join(map(str, ranks))} |"
+    yield f"|---|{'---|' * len(ranks)}"
+    for name, curve in data["curves"].items():
+        found = dict(zip(curve["ranks"], zip(curve["loss"], curve["accuracy"], strict=True), strict=True))
+        cells = [f"{found[r][0]:.3f} ({100 * found[r][1]:.0f} %)" if r in found else "" for r in ranks]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def _recipe(home: Path) -> str:
+    """The training config, without the places of this machine."""
+    try:
+        lines = _read(home / "train.yaml").splitlines()
+    except (OSError, ValueError):
+        return ""
+    kept = "\n".join(line for line in lines if not re.match(r"\s*(output_dir|logging_dir|run_name)\s*:", line))
+    return f"## How it was trained\n\n```yaml\n{kept.replace('```', '')}\n```"
+
+
+def _use(config: LoraConfig, state: NestedState | None, base: str) -> str:
+    peft = f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS_FOLDER")
+```"""
+    if state is None:
+        return f"## How to use it\n\n{peft}"
+    some = state.ranks[len(state.ranks) // 4]
+    return f"""## How to use each rank
+
+```python
+from matryoshka_lora import load  # pip install matryoshka-lora
+from transformers import AutoModelForCausalLM
+
+adapter = load(AutoModelForCausalLM.from_pretrained("{base}"), "THIS_FOLDER", rank={some})
+adapter.set_rank({config.r})  # costs nothing, between any two calls
+```
+
+PEFT, full rank only:
+
+{peft}
+
+One rank as an ordinary adapter for PEFT, all of them for vLLM, one for llama.cpp:
+
+```sh
+matryoshka export THIS_FOLDER --rank {some} -o rank-{some}
+matryoshka export THIS_FOLDER --format ladder -o ladder  # its README has the vllm serve command
+matryoshka export THIS_FOLDER --rank {some} --format gguf -o rank-{some}.gguf
+llama-cli -m BASE.gguf --lora rank-{some}.gguf
+```"""
+
+
+def _read(path: Path) -> str:
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path} is too large")
+    return path.read_text(encoding="utf-8")

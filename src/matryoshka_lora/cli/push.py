@@ -1,0 +1,25 @@
+"""``matryoshka push``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def push(
+    adapter: Annotated[Path, typer.Argument(help="A folder with a LoRA adapter.", show_default=False)],
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see a repository that is made.")] = False,
+) -> None:
+    """Upload an adapter with its model card and evaluation to the Hugging Face hub.
+
+    Checkpoints and logs beside it are not sent.
+
+    Example: matryoshka push runs/demo/adapter me/family-any-rank
+    """
+    from matryoshka_lora.deploy.push import push_adapter
+
+    address = push_adapter(adapter, repository, private=not public)
+    typer.echo(f"Uploaded: {address}")

@@ -1,0 +1,75 @@
+"""``matryoshka reorder``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from matryoshka_lora.cli.eval import Dtype, base_name
+
+
+class MetricName(str, Enum):
+    """The names of `matryoshka_lora.deploy.spectra.Metric`, which is slow to import."""
+
+    frobenius = "frobenius"
+    activations = "activations"
+    loss = "loss"
+
+
+def reorder(
+    adapter: Annotated[
+        Path, typer.Argument(help="A folder with any LoRA adapter that PEFT has written.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", show_default=False)],
+    metric: Annotated[
+        MetricName, typer.Option(help="In what sense each prefix is the best of its rank.")
+    ] = MetricName.frobenius,
+    data: Annotated[
+        str | None,
+        typer.Option(help="For activations and loss: a task, a file, or a hub dataset.", show_default=False),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows of it.")] = 128,
+    model: Annotated[str | None, typer.Option(help="The base model.", show_default="what the adapter names")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the base model.")] = Dtype.bf16,
+) -> None:
+    """Make any LoRA adapter nested: the function stays, and every prefix becomes the best adapter of its rank.
+
+    frobenius needs no data and no base model. activations changes each layer's outputs least, and loss the training
+    loss; both run the base model over some rows of the training data, or of data like it.
+
+    Example: matryoshka reorder runs/some-lora -o nested --metric loss --data my.jsonl
+    """
+    if (metric is MetricName.frobenius) != (data is None):
+        raise typer.BadParameter(
+            f"--metric {metric.value} needs --data, for example --data my.jsonl"
+            if data is None
+            else "--data is for --metric activations and --metric loss; name one of them"
+        )
+
+    from tqdm import tqdm
+
+    from matryoshka_lora.adapter.source import open_adapter
+    from matryoshka_lora.deploy.reorder import reorder_adapter
+    from matryoshka_lora.files import check_writable
+
+    opened = open_adapter(adapter)
+    check_writable(out)
+    if data is None:
+        with tqdm(total=len(opened.layers), desc="reordering", unit=" layers", disable=None) as bar:
+            reorder_adapter(adapter, out, on_layer=bar.update)
+    else:
+        from matryoshka_lora.deploy.calibrate import calibration_rows, reorder_with_data
+        from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
+
+        questions = calibration_rows(data, rows)
+        name = base_name(model, opened.config, adapter)
+        base, tokenizer = load_model(name, DTYPES[dtype.value]), load_tokenizer(name)
+        with tqdm(total=len(questions), desc="calibrating", unit=" rows", disable=None) as bar:
+            reorder_with_data(adapter, out, metric.value, base, tokenizer, questions, on_batch=bar.update)
+    typer.echo(
+        f"{out} is nested: PEFT reads it as the adapter that {adapter} is, and any rank from 1 to {opened.rank} may be "
+        f"used. Next: matryoshka info {out}, or matryoshka export {out} --budget 0.25 -o small"
+    )

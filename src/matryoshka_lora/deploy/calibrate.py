@@ -1,0 +1,206 @@
+"""What a calibration set does to each layer of a reordered adapter: the moments that the metrics need."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from matryoshka_lora.adapter import NestedAdapter, load
+from matryoshka_lora.adapter.factors import get_parameters
+from matryoshka_lora.adapter.source import open_adapter
+from matryoshka_lora.deploy.reorder import Moments, reorder_adapter, reweigh_adapter
+from matryoshka_lora.deploy.spectra import Metric, Spectra
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.evaluate.questions import Question, Tokens, rows_from, tokenize
+from matryoshka_lora.tasks import get_task
+from matryoshka_lora.train.data import load_data, parse_data
+
+ROWS = 128
+"""Rows of a calibration set, unless told otherwise."""
+
+BATCH_SIZE = 8
+
+
+def measure_moments(
+    adapter: NestedAdapter,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Question],
+    gradients: bool,
+    on_batch: Callable[[int], object] | None = None,
+) -> dict[str, Moments]:
+    """The second moments at each layer's factors, over the tokens of some rows, at the adapter's full rank.
+
+    Args:
+        adapter: Loaded with ``trainable=True`` from what `matryoshka_lora.deploy.reorder.reorder_adapter` has written,
+            in float32.
+        tokenizer: The base model's.
+        rows: Prompts with completions. The loss is that of the completions' tokens.
+        gradients: False gives the moments of ``A x`` over all tokens, for the metric ``activations``. True gives the
+            two for ``loss``: those of ``A x`` and of ``B^T dL/dy``, each token weighted by the squared size of the
+            other. That is one step of the power iteration to the nearest Kronecker product of the Fisher matrix,
+            where K-FAC would take them for independent; a token without gradient then counts for nothing.
+        on_batch: Called with the number of rows done, after each batch.
+
+    Returns:
+        By layer. Layers that have no factor modules (embeddings, stacks of experts) are left out, as are those that
+        no token reached.
+
+    Raises:
+        MatryoshkaError: There are no rows, one of them has no answer, or a moment is not finite.
+    """
+    if not rows:
+        raise MatryoshkaError("there are no rows to calibrate on; give at least one")
+    questions = sorted((tokenize(tokenizer, row) for row in rows), key=lambda q: len(q.context) + len(q.completion))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    probes = {
+        name: _Probe(module, adapter.name, gradients)
+        for name, module, _ in adapter._layers()
+        if _has(module, adapter.name)
+    }
+    adapter.model.eval()
+    with ExitStack() as hooks, torch.set_grad_enabled(gradients):
+        for probe in probes.values():
+            hooks.enter_context(probe)
+        for start in range(0, len(questions), BATCH_SIZE):
+            batch = questions[start : start + BATCH_SIZE]
+            _run(adapter.model, batch, pad, list(probes.values()), gradients)
+            adapter.model.zero_grad(set_to_none=True)
+            if on_batch is not None:
+                on_batch(len(batch))
+    found = {name: probe.moments() for name, probe in probes.items() if probe.tokens}
+    for name, moments in found.items():
+        if not all(bool(m.isfinite().all()) for m in (moments.inner, moments.outer) if m is not None):
+            raise MatryoshkaError(
+                f"layer {name} computes NaN or infinity on the calibration set: take a base model in bf16 or fp32"
+            )
+    return found
+
+
+def calibration_rows(data: str, count: int) -> Sequence[Question]:
+    """The first rows of a built-in task's training split, of a file or of a hub dataset.
+
+    Raises:
+        MatryoshkaError: The data cannot be found or read, or its rows have no answers.
+    """
+    parsed = parse_data(data)
+    if "task" in parsed:
+        return get_task(parsed["task"]).examples("train", count)
+    return rows_from(load_data({**parsed, "size": count}), data)
+
+
+def reorder_with_data(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    metric: Metric,
+    base_model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Question],
+    on_batch: Callable[[int], object] | None = None,
+) -> Spectra:
+    """Reorder an adapter by ``activations`` or ``loss``: see `matryoshka_lora.deploy.reorder`.
+
+    Args:
+        source: The directory of any LoRA adapter that PEFT has written.
+        target: The directory to write.
+        metric: ``"activations"`` or ``"loss"``.
+        base_model: What it was trained on. The adapter is loaded onto it.
+        tokenizer: Of the base model.
+        rows: A hundred or so of the training data, or of data like it.
+        on_batch: Called with the number of rows done, after each batch.
+
+    Returns:
+        The singular values of each layer in the metric.
+
+    Raises:
+        MatryoshkaError: The adapter is damaged or does not fit the model, or the target cannot be written.
+    """
+    dtype = open_adapter(source).dtype
+    with tempfile.TemporaryDirectory() as folder:
+        # In float32, since what is written here is only read again.
+        reorder_adapter(source, folder, dtype=torch.float32)
+        adapter = load(base_model, folder, trainable=True)
+        moments = measure_moments(adapter, tokenizer, rows, metric == "loss", on_batch)
+        return reweigh_adapter(folder, target, metric, moments, dtype=dtype)
+
+
+def _has(module: Any, adapter: str) -> bool:
+    return adapter in module.lora_A and isinstance(module.lora_A[adapter], nn.Module) and hasattr(module, "base_layer")
+
+
+class _Probe:
+    """Adds up the moments of one layer while it is entered."""
+
+    def __init__(self, module: Any, adapter: str, gradients: bool) -> None:
+        self.factor = module.lora_A[adapter]
+        rank = get_parameters(module, adapter)[1].shape[1]
+        self.inner = torch.zeros(rank, rank, dtype=torch.float64)
+        self.outer = torch.zeros(rank, rank, dtype=torch.float64) if gradients else None
+        self.tokens = 0
+        self.mask: Tensor | None = None
+        self._hook: Any = None
+
+    def __enter__(self) -> None:
+        self._hook = self.factor.register_forward_hook(self._forward)
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def moments(self) -> Moments:
+        return Moments(self.inner, self.outer)
+
+    def _forward(self, module: nn.Module, inputs: Any, hidden: Tensor) -> None:
+        if self.outer is None:
+            self._add(self._kept(hidden), None)
+        else:
+            hidden.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: self._add(self._kept(hidden), self._kept(gradient))
+            )
+
+    def _kept(self, hidden: Tensor) -> Tensor:
+        """One row per token, shape (tokens, R), without padding where the layer still has the batch's rows."""
+        hidden = hidden.detach()
+        if self.mask is not None and hidden.shape[:-1] == self.mask.shape:
+            return hidden[self.mask].float()
+        if hidden.ndim > 3:  # convolutions: the rank is the second dimension
+            hidden = hidden.movedim(1, -1)
+        return hidden.reshape(-1, hidden.shape[-1]).float()
+
+    def _add(self, hidden: Tensor, gradient: Tensor | None) -> None:
+        self.tokens += len(hidden)
+        if gradient is None:
+            self.inner += (hidden.T @ hidden).double().cpu()
+            return
+        # Scaled before they are squared: a gradient of one token among many is small.
+        weight_in, weight_out = gradient.norm(dim=1, keepdim=True), hidden.norm(dim=1, keepdim=True)
+        left, right = hidden * weight_in, gradient * weight_out
+        self.inner += (left.T @ left).double().cpu()
+        self.outer += (right.T @ right).double().cpu()
+
+
+def _run(model: Any, batch: list[Tokens], pad: int, probes: list[_Probe], gradients: bool) -> None:
+    rows = [question.context + question.completion for question in batch]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=model.device)
+    position = torch.arange(longest, device=model.device)
+    mask = torch.stack([position < len(row) for row in rows])
+    for probe in probes:
+        probe.mask = mask
+    answers = [(position >= len(q.context)) & (position < len(row)) for q, row in zip(batch, rows, strict=True)]
+    is_answer = torch.stack(answers)[:, 1:]
+    kept = is_answer.any(dim=0).nonzero().squeeze(1)
+    # For the moments of activations one position is enough: the layers below are computed in full.
+    logits = model(
+        input_ids=ids, attention_mask=mask.long(), use_cache=False, logits_to_keep=kept if gradients else kept[:1]
+    ).logits
+    if gradients:
+        targets = ids[:, 1:].masked_fill(~is_answer, -100)[:, kept]
+        loss = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+        loss.backward()  # type: ignore[no-untyped-call]

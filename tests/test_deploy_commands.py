@@ -1,0 +1,338 @@
+"""reorder, info, export and push on the command line, the card beside an adapter, and the calibration behind them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from conftest import LINEAR_LAYERS, nested_llama, randomize
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_strangers import IDS, output
+from tiny_chat import save_tiny_chat
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from matryoshka_lora import MatryoshkaError, Nesting, load
+from matryoshka_lora.adapter.card import write_card
+from matryoshka_lora.adapter.source import open_adapter
+from matryoshka_lora.cli.main import app
+from matryoshka_lora.deploy.calibrate import measure_moments
+from matryoshka_lora.deploy.info import describe
+from matryoshka_lora.deploy.push import push_adapter
+from matryoshka_lora.deploy.reorder import reorder_adapter
+from matryoshka_lora.deploy.spectra import read_spectra
+from matryoshka_lora.evaluate.questions import Row
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(capsys: Any) -> Run:
+    def command(*arguments: object) -> str:
+        app([str(argument) for argument in arguments], standalone_mode=False)
+        return capsys.readouterr().out
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_chat(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=8, lora_alpha=8, target_modules=LINEAR_LAYERS)
+    )
+    randomize(model)
+    model.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"prompt": f"{i} + {i} = ", "completion": str(2 * i)} for i in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def nested(plain: Path) -> Path:
+    reorder_adapter(plain, plain.parent / "nested")
+    return plain.parent / "nested"
+
+
+# reorder
+
+
+@pytest.mark.parametrize("metric", ["frobenius", "activations", "loss"])
+def test_reorder(run: Run, base: Path, plain: Path, data: Path, tmp_path: Path, metric: str) -> None:
+    more = [] if metric == "frobenius" else ["--metric", metric, "--data", data, "--rows", 20, "--dtype", "fp32"]
+    out = run("reorder", plain, "-o", tmp_path / "out", *more)
+    assert "Next: matryoshka info" in out
+    assert read_spectra(open_adapter(tmp_path / "out")).metric == metric
+    before, after = (
+        output(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path))
+        for path in (plain, tmp_path / "out")
+    )
+    assert (after - before).norm() < 1e-5 * before.norm()
+
+
+def test_reorder_says_which_option_is_missing(run: Run, plain: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="needs --data"):
+        run("reorder", plain, "-o", tmp_path / "x", "--metric", "loss")
+    with pytest.raises(typer.BadParameter, match="--data is for"):
+        run("reorder", plain, "-o", tmp_path / "x", "--data", data)
+    assert not (tmp_path / "x").exists()
+
+
+def test_moments_are_those_of_the_hidden_activations_and_their_gradients(base: Path, nested: Path) -> None:
+    """Against one row at a time, without padding, with autograd's own gradients of a factor's output."""
+    adapter = load(AutoModelForCausalLM.from_pretrained(base), nested, trainable=True)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = [Row("a" * n, "bc" * n) for n in (1, 3, 8)]
+    activations = measure_moments(adapter, tokenizer, rows, gradients=False)
+    weighted = measure_moments(adapter, tokenizer, rows, gradients=True)
+
+    layer = "model.layers.1.self_attn.v_proj"
+    factor = adapter.model.base_model.model.get_submodule(layer).lora_A["default"]
+    kept: list[Any] = []
+    handle = factor.register_forward_hook(lambda module, inputs, hidden: kept.append(hidden) or hidden.retain_grad())
+    inner, left, right = (torch.zeros(8, 8, dtype=torch.float64) for _ in range(3))
+    for row in rows:
+        ids = tokenizer(row.prompt + row.completion + tokenizer.eos_token)["input_ids"]
+        logits = adapter.model.eval()(input_ids=torch.tensor([ids])).logits[0]
+        start = len(tokenizer(row.prompt)["input_ids"])
+        torch.nn.functional.cross_entropy(logits[start - 1 : -1], torch.tensor(ids[start:]), reduction="sum").backward()
+        hidden, gradient = kept[-1][0].detach().double(), kept[-1].grad[0].double()
+        for h, g in zip(hidden, gradient, strict=True):
+            inner += torch.outer(h, h)
+            left += torch.outer(h, h) * g.dot(g)
+            right += torch.outer(g, g) * h.dot(h)
+    handle.remove()
+    torch.testing.assert_close(activations[layer].inner, inner, rtol=1e-4, atol=1e-6 * float(inner.max()))
+    assert activations[layer].outer is None
+    torch.testing.assert_close(weighted[layer].inner, left, rtol=1e-3, atol=1e-5 * float(left.abs().max()))
+    assert weighted[layer].outer is not None
+    torch.testing.assert_close(weighted[layer].outer, right, rtol=1e-3, atol=1e-5 * float(right.abs().max()))
+    assert len(weighted) == len(open_adapter(nested).layers)
+
+
+# info
+
+
+def test_info_needs_no_base_model(run: Run, plain: Path, nested: Path, tmp_path: Path) -> None:
+    out = run("info", plain)
+    assert "a plain LoRA adapter" in out
+    assert f"Next: matryoshka reorder {plain}" in out
+    out = run("info", nested, "--plot", tmp_path / "decay.png")
+    assert "reordered by frobenius: any rank may be used" in out
+    assert (tmp_path / "decay.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(typer.BadParameter, match="ends in"):
+        run("info", nested, "--plot", tmp_path / "decay")
+
+
+def test_info_counts_what_an_export_has(plain: Path, nested: Path) -> None:
+    described, before = describe(nested), describe(plain)
+    tensors = sum(p.numel() for x in described.adapter.layers for p in described.adapter.factors(x))
+    assert described.parameters(8) == tensors
+    assert described.parameters(2) * 4 == tensors
+    assert described.size(8) == 4 * tensors
+    assert described.kept(8) == pytest.approx(1)
+    assert 0 < described.kept(1) < described.kept(2) < 1
+    # A plain adapter's own singular values are those that reordering finds.
+    for name, values in before.spectra.values.items():
+        torch.testing.assert_close(values, described.spectra.values[name], rtol=1e-4, atol=1e-6)
+
+
+def test_info_tells_the_forms_apart(tmp_path: Path) -> None:
+    adapter = nested_llama(Nesting([1, 4]), inference="prefix")
+    adapter.save(tmp_path / "raw")
+    assert "as it was trained, inference prefix" in describe(tmp_path / "raw").kind
+    adapter.inference = "keep"
+    adapter.save(tmp_path / "folded")
+    assert "its diagonal folded in" in describe(tmp_path / "folded").kind
+
+
+# export
+
+
+FORMATS = {
+    "peft": (["--rank", 2], "two"),
+    "budget": (["--budget", 0.3], "two"),
+    "padded": (["--budget", 0.3, "--pad"], "two"),
+    "merged": (["--rank", 2, "--format", "merged"], "two"),
+    "gguf": (["--rank", 2, "--format", "gguf"], "two.gguf"),
+    "ladder": (["--format", "ladder"], "two"),
+    "directions": (["--format", "directions"], "two"),
+}
+
+
+@pytest.mark.parametrize("case", FORMATS)
+def test_export_verifies_before_it_announces(run: Run, nested: Path, tmp_path: Path, case: str) -> None:
+    options, name = FORMATS[case]
+    out = run("export", nested, *options, "-o", tmp_path / name)
+    *_, verified, announced = out.splitlines()
+    assert verified.startswith("Verified: ")
+    assert announced.startswith(f"{tmp_path / name} is ")
+    assert "Next: " in announced
+    assert (tmp_path / name).exists()
+
+
+def test_export_says_when_it_cannot_verify(run: Run, nested: Path, tmp_path: Path) -> None:
+    out = run("export", nested, "--rank", 2, "-o", tmp_path / "a", "--model", tmp_path / "absent")
+    assert "Not verified: the base model" in out
+    assert "Not verified, as you asked." in run("export", nested, "--rank", 2, "-o", tmp_path / "b", "--no-verify")
+    with pytest.raises(MatryoshkaError, match="needs the base model"):
+        run("export", nested, "--rank", 2, "--format", "merged", "-o", tmp_path / "c", "--model", tmp_path / "absent")
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--rank", 2, "--budget", 0.5],
+        ["--rank", 2, "--pad"],
+        ["--budget", 0.5, "--format", "ladder"],
+    ],
+    ids=str,
+)
+def test_export_refuses_what_contradicts_itself(run: Run, nested: Path, tmp_path: Path, options: list[Any]) -> None:
+    with pytest.raises(typer.BadParameter):
+        run("export", nested, *options, "-o", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+# The card
+
+
+def test_the_card_has_the_header_the_curve_the_recipe_and_how_to_load(nested: Path, tmp_path: Path) -> None:
+    adapter = nested_llama(Nesting([1, 2, 8]))
+    adapter.reorder()
+    home = tmp_path / "run"
+    (home / "evaluation").mkdir(parents=True)
+    curve = {"ranks": [1, 8], "loss": [2.5, 0.25], "accuracy": [0.1, 0.9]}
+    evaluation = {"task": "sums", "split": "test", "items": 40, "curves": {"matryoshka-reordered": curve}}
+    (home / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
+    (home / "evaluation" / "curve.png").write_bytes(b"x")
+    (home / "train.yaml").write_text("learning_rate: 0.002\noutput_dir: /home/somebody/secret\n")
+    adapter.save(home)
+    card = (home / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: peft\n")
+    assert "| matryoshka-reordered | 2.500 (10 %) | 0.250 (90 %) |" in card
+    assert "![Loss and accuracy at every rank](evaluation/curve.png)" in card
+    assert "learning_rate: 0.002" in card
+    assert "somebody" not in card
+    for way in ("from matryoshka_lora import load", "PeftModel.from_pretrained", "vllm serve", "llama-cli"):
+        assert way in card
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"curves": {"a": 5}, "items": 1}', "[" * 100_000])
+def test_a_damaged_evaluation_leaves_a_card_without_curve(tmp_path: Path, content: str) -> None:
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "evaluation.json").write_text(content)
+    nested_llama(Nesting([1, 8])).save(tmp_path)
+    assert "How good each rank is" not in (tmp_path / "README.md").read_text()
+
+
+def test_a_card_that_somebody_wrote_stays(tmp_path: Path) -> None:
+    adapter = nested_llama(Nesting([1, 8]))
+    adapter.save(tmp_path)
+    ours = (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("# Mine\n")
+    adapter.save(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+    (tmp_path / "README.md").write_text(ours + "old")
+    adapter.save(tmp_path)
+    assert (tmp_path / "README.md").read_text() == ours
+
+
+def test_a_folder_of_this_machine_is_named_in_no_card(nested: Path, base: Path) -> None:
+    assert str(base) not in (nested / "README.md").read_text()
+    opened = open_adapter(nested)
+    opened.config.base_model_name_or_path = "owner/model"
+    write_card(nested, opened.config, opened.state)
+    assert "base_model: owner/model\n" in (nested / "README.md").read_text()
+
+
+# push
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as an upload of small files needs; what was sent is kept in the server."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((self.path, body))  # type: ignore[attr-defined]
+        if self.path.endswith("/api/repos/create"):
+            self._answer({"url": f"{self.server.address}/me/any-rank", "id": "me/any-rank", "name": "me/any-rank"})  # type: ignore[attr-defined]
+        elif "preupload" in self.path:
+            files = json.loads(body)["files"]
+            self._answer(
+                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+            )
+        else:
+            self._answer(
+                {"commitUrl": f"{self.server.address}/me/any-rank/commit/1", "commitOid": "1", "success": True}
+            )  # type: ignore[attr-defined]
+
+    def do_GET(self) -> None:
+        self._answer({"id": "me/any-rank", "sha": "0", "siblings": []})
+
+    def _answer(self, content: Any) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.requests, server.address = [], f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    yield server
+    server.shutdown()
+
+
+def test_push_sends_the_adapter_and_nothing_else(nested: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_xxx")
+    (nested / "checkpoint-5").mkdir(exist_ok=True)
+    (nested / "checkpoint-5" / "optimizer.pt").write_bytes(b"x")
+    (nested / "secret.txt").write_text("secret")
+    address = push_adapter(nested, "me/any-rank", endpoint=hub.address)
+    assert address.startswith(hub.address)
+    (commit,) = [body for path, body in hub.requests if "/commit/" in path]
+    sent = {json.loads(line)["value"].get("path") for line in commit.splitlines() if line}
+    assert sent - {None} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "nesting.json",
+        "spectra.safetensors",
+    }
+
+
+def test_push_explains_a_hub_that_cannot_be_reached(nested: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(MatryoshkaError, match=r"cannot push to 'me/any-rank'.*hf auth login"):
+        push_adapter(nested, "me/any-rank", endpoint="http://127.0.0.1:9")
+
+
+def test_the_tokens_of_the_test_are_the_model_s(base: Path) -> None:
+    assert int(IDS.max()) < AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().num_embeddings

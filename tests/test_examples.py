@@ -1,0 +1,88 @@
+"""Each example runs as a user would run it, with few steps."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str, *arguments: object) -> str:
+    command = [sys.executable, EXAMPLES / name, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the TRL script leaves."""
+    folder = tmp_path_factory.mktemp("examples") / "trl"
+    assert "any rank from 1 to 32" in run("train_with_trl.py", "--steps", 2, "--out", folder)
+    return folder
+
+
+def test_every_example_is_listed_and_tested() -> None:
+    listed = (EXAMPLES / "README.md").read_text()
+    tests = Path(__file__).read_text()
+    for file in EXAMPLES.iterdir():
+        if file.name not in ("README.md", "__pycache__"):
+            assert f"({file.name})" in listed
+            assert f'"{file.name}"' in tests
+
+
+def test_the_trl_script_has_three_lines_more(adapter: Path) -> None:
+    source = (EXAMPLES / "train_with_trl.py").read_text()
+    assert [f"  # {i}" in source for i in (1, 2, 3, 4)] == [True, True, True, False]
+    assert (adapter / "README.md").read_text().startswith("---\nlibrary_name: peft")
+
+
+def test_a_stranger_s_adapter(tmp_path: Path) -> None:
+    out = run("reorder_a_stranger.py", "--steps", 2, "--rows", 4, "--items", 2, "--out", tmp_path / "s")
+    assert [line for line in out.splitlines() if line.startswith('{"rank": ')][-1].startswith('{"rank": 32')
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_qlora(tmp_path: Path) -> None:
+    out = run("qlora.py", "--steps", 1, "--out", tmp_path / "qlora")
+    assert "rank 16: the largest logit is" in out
+
+
+def test_a_rank_per_request(adapter: Path) -> None:
+    out = run("rank_per_request.py", "--adapter", adapter)
+    differences = [float(line.rpartition(" ")[2]) for line in out.splitlines()]
+    assert len(differences) == 3
+    assert max(differences) < 1e-3
+
+
+def test_a_device(adapter: Path) -> None:
+    out = run("device.py", "--adapter", adapter, "--rank", 4)
+    assert "1,221,120 numbers were read" in out
+    assert float(out.split("differ by ")[1].split()[0]) < 1e-3
+
+
+def test_a_ladder_for_vllm(adapter: Path, tmp_path: Path) -> None:
+    """The command is made, and not run: there is no vLLM for CPUs on the package index."""
+    bash = shutil.which("bash")
+    assert bash
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = [bash, str(EXAMPLES / "serve_with_vllm.sh"), str(adapter), str(tmp_path / "ladder")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "vllm serve smollm2-135m --enable-lora --max-lora-rank 32" in result.stdout.splitlines()[-1]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="make test-deploy builds llama.cpp")
+def test_llama_cpp(adapter: Path) -> None:
+    out = run("serve_with_llama_cpp.py", "--adapter", adapter, "--rank", 8)
+    assert "Verified: the largest difference" in out

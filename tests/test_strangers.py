@@ -1,0 +1,241 @@
+"""Adapters that plain PEFT has written become nested, file to file."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import LINEAR_LAYERS, randomize, tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from matryoshka_lora import MatryoshkaError, Nesting, load, nest
+from matryoshka_lora.adapter.source import open_adapter
+from matryoshka_lora.deploy.reorder import Moments, reorder_adapter, reweigh_adapter
+from matryoshka_lora.deploy.spectra import read_spectra
+
+IDS = torch.arange(3, 27).reshape(2, 12)
+WEIGHTS = "adapter_model.safetensors"
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "lora_alpha": 3},
+    "alpha": {"lora_alpha": 11},
+    "patterns": {
+        "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 12},
+        "alpha_pattern": {"q_proj": 5, r"layers.\d.mlp.up_proj": 1},
+    },
+    "embedding": {"target_modules": ["embed_tokens", "q_proj", "lm_head"]},
+    "saved module": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    "a regular expression": {"target_modules": r".*\.layers\.0\.(self_attn|mlp)\.(q|up)_proj"},
+    "wider than a layer": {"r": 40, "target_modules": ["k_proj"]},
+}
+
+
+def plain_adapter(folder: Path, base: Any = None, **changes: Any) -> Any:
+    """An adapter that knows nothing of us, and its model."""
+    options = {"r": 8, "lora_alpha": 8, "target_modules": LINEAR_LAYERS, **changes}
+    model = get_peft_model(tiny_llama() if base is None else base, LoraConfig(**options))
+    randomize(model)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def output(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def deltas(model: Any) -> dict[str, Tensor]:
+    """The dense delta of each layer, by PEFT itself."""
+    with torch.no_grad():
+        return {
+            name.removeprefix("base_model.model."): module.get_delta_weight("default").double()
+            for name, module in model.named_modules()
+            if hasattr(module, "get_delta_weight")
+        }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_peft_reads_the_same_function_and_every_prefix_is_best(tmp_path: Path, kind: str) -> None:
+    before = plain_adapter(tmp_path / "plain", **KINDS[kind])
+    wanted, dense = output(before), deltas(before)
+    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
+
+    after = PeftModel.from_pretrained(tiny_llama(), tmp_path / "nested")
+    assert (output(after) - wanted).norm() < 1e-5 * wanted.norm()
+    for name, delta in deltas(after).items():
+        assert (delta - dense[name]).norm() < 1e-5 * dense[name].norm(), name
+
+    adapter = load(tiny_llama(), tmp_path / "nested")
+    top = adapter.nesting.max_rank
+    assert top == max([KINDS[kind].get("r", 8), *KINDS[kind].get("rank_pattern", {}).values()])
+    assert adapter.ranks == tuple(range(1, top + 1))
+    for rank in (1, 3, top):
+        adapter.export(tmp_path / "slice", rank)
+        sliced = deltas(PeftModel.from_pretrained(tiny_llama(), tmp_path / "slice"))
+        for name, delta in dense.items():
+            values = np.linalg.svd(delta.numpy(), compute_uv=False)
+            best = np.sqrt((values[rank:] ** 2).sum())
+            assert float((sliced[name] - delta).norm()) <= best + 1e-5 * values[0], (name, rank)
+
+
+def test_the_dtype_is_kept(tmp_path: Path) -> None:
+    plain_adapter(tmp_path / "plain")
+    tensors = {key: tensor.bfloat16() for key, tensor in load_file(tmp_path / "plain" / WEIGHTS).items()}
+    save_file(tensors, tmp_path / "plain" / WEIGHTS, {"format": "pt"})
+    wanted = output(PeftModel.from_pretrained(tiny_llama(), tmp_path / "plain"))
+    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "nested" / WEIGHTS).values()} == {torch.bfloat16}
+    found = output(PeftModel.from_pretrained(tiny_llama(), tmp_path / "nested"))
+    assert (found - wanted).norm() < 0.05 * (wanted - output(tiny_llama())).norm()
+
+
+def test_shards(tmp_path: Path) -> None:
+    before = plain_adapter(tmp_path / "plain")
+    tensors = sorted(load_file(tmp_path / "plain" / WEIGHTS).items())
+    names = [f"adapter_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    for i, name in enumerate(names):
+        save_file(dict(tensors[i::3]), tmp_path / "plain" / name, {"format": "pt"})
+    index = {"weight_map": {key: names[i % 3] for i, (key, _) in enumerate(tensors)}}
+    (tmp_path / "plain" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    (tmp_path / "plain" / WEIGHTS).unlink()
+    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
+    found, wanted = output(PeftModel.from_pretrained(tiny_llama(), tmp_path / "nested")), output(before)
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_experts(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=4,
+        )
+    )
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    before = plain_adapter(
+        tmp_path / "plain", copy.deepcopy(base), target_modules=["q_proj"], target_parameters=targets
+    )
+    wanted = output(before)
+    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
+    found = output(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "nested"))
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
+    spectra = read_spectra(open_adapter(tmp_path / "nested"))
+    assert sorted(values.shape for values in spectra.values.values()) == [(4, 8), (4, 8), (8,)]
+
+
+@pytest.mark.parametrize("inference", ["prefix", "keep"])
+@pytest.mark.parametrize("scaling", ["none", "sqrt"])
+def test_one_of_ours_that_was_not_reordered_yet(tmp_path: Path, inference: Any, scaling: Any) -> None:
+    nesting = Nesting([1, 3, 6], scaling, alpha=1.0 if scaling == "none" else 1.7)
+    config = LoraConfig(r=6, lora_alpha=nesting.lora_alpha, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(tiny_llama(), config)
+    randomize(model)
+    adapter = nest(model, nesting, inference=inference)
+    adapter.save(tmp_path / "trained")
+    reorder_adapter(tmp_path / "trained", tmp_path / "files")
+    adapter.reorder()
+    adapter.save(tmp_path / "memory")
+    for file in ("files", "memory"):
+        assert json.loads((tmp_path / file / "nesting.json").read_text())["nesting"] == nesting.to_dict()
+    one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("files", "memory"))
+    assert one.keys() == other.keys()
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=1e-5)
+
+
+def test_reordering_again_by_moments_keeps_the_function(tmp_path: Path) -> None:
+    before = plain_adapter(tmp_path / "plain", target_modules=["q_proj", "up_proj", "embed_tokens"])
+    reorder_adapter(tmp_path / "plain", tmp_path / "first")
+    generator = torch.Generator().manual_seed(0)
+    moments = {}
+    for layer in open_adapter(tmp_path / "first").layers:
+        if "embed" not in layer.name:
+            hidden, gradients = (torch.randn(50, 8, generator=generator).double() for _ in range(2))
+            moments[layer.name] = Moments(hidden.T @ hidden, gradients.T @ gradients)
+    spectra = reweigh_adapter(tmp_path / "first", tmp_path / "second", "loss", moments)
+    found, wanted = output(PeftModel.from_pretrained(tiny_llama(), tmp_path / "second")), output(before)
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
+    again = read_spectra(open_adapter(tmp_path / "second"))
+    assert again.metric == "loss"
+    for name, values in spectra.values.items():
+        torch.testing.assert_close(again.values[name], values, rtol=1e-6, atol=0)
+    # The embedding has no moments and is as it was.
+    first, second = (load_file(tmp_path / name / WEIGHTS) for name in ("first", "second"))
+    for key in first:
+        assert torch.equal(first[key], second[key]) == ("embed" in key)
+
+
+def test_memory_is_bounded_by_a_layer(tmp_path: Path) -> None:
+    """24 layers of 2 MB: the process may not need as much as half of them beyond what one of them needs."""
+    tensors = {}
+    for i in range(24):
+        name = f"base_model.model.layers.{i}.q_proj"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(64, 4096)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(4096, 64)
+    for name, count in (("one", 2), ("all", 48)):
+        LoraConfig(r=64, lora_alpha=64, target_modules=["q_proj"]).save_pretrained(tmp_path / name)
+        save_file(dict(list(tensors.items())[:count]), tmp_path / name / WEIGHTS, {"format": "pt"})
+    # Memory that the system cannot drop and read again: anonymous pages, looked at after each layer.
+    code = (
+        "import sys, re; from matryoshka_lora.deploy.reorder import reorder_adapter\n"
+        "most = 0\n"
+        "def look(*_):\n"
+        "    global most\n"
+        "    most = max(most, int(re.search(r'RssAnon:\\s*(\\d+)', open('/proc/self/status').read())[1]))\n"
+        "reorder_adapter(sys.argv[1], sys.argv[2], on_layer=look); print(most)"
+    )
+    most = {}
+    for name in ("one", "all"):
+        command = [sys.executable, "-c", code, str(tmp_path / name), str(tmp_path / f"{name}-nested")]
+        most[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert most["all"] - most["one"] < 24_000
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA": ({"use_dora": True}, "use_dora"),
+    "another method": ({"peft_type": "LOHA"}, "LOHA|LoRA"),
+    "PiSSA": ({"init_lora_weights": "pissa"}, "pissa.*path_initial_model_for_weight_conversion"),
+    "a bias": ({"lora_bias": True}, "lora_bias"),
+    "replicated layers": ({"layer_replication": [[0, 1]]}, "layer_replication"),
+    "rank 0": ({"rank_pattern": {"q_proj": 0}}, "positive integer"),
+    "another rank": ({"rank_pattern": {"q_proj": 4}}, r"q_proj have shapes .* rank 4"),
+    "alpha NaN": ({"lora_alpha": float("nan")}, "lora_alpha"),
+    "alpha 0": ({"alpha_pattern": {"q_proj": 0}}, "lora_alpha"),
+    "a pattern that takes for ever": ({"rank_pattern": {"(a+)+b": 4}}, "for ever"),
+    "experts with ranks of their own": ({"target_parameters": ["x"], "rank_pattern": {"x": 8}}, "target_parameters"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_nested_is_refused_with_the_reason(tmp_path: Path, case: str) -> None:
+    changes, message = REFUSED[case]
+    plain_adapter(tmp_path / "plain")
+    file = tmp_path / "plain" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(MatryoshkaError, match=message):
+        reorder_adapter(tmp_path / "plain", tmp_path / "nested")
+    assert not (tmp_path / "nested").exists()
+
+
+def test_the_adapter_itself_is_not_written_over(tmp_path: Path) -> None:
+    plain_adapter(tmp_path / "plain")
+    before = (tmp_path / "plain" / WEIGHTS).read_bytes()
+    with pytest.raises(MatryoshkaError, match="the adapter itself"):
+        reorder_adapter(tmp_path / "plain", tmp_path / "plain")
+    assert (tmp_path / "plain" / WEIGHTS).read_bytes() == before
