@@ -84,15 +84,15 @@ class NestedEmbedding(Embedding):
 class NestedLinear(Linear):
     """LoRA on a linear layer: trains in one fused operation where nothing stands in its way.
 
-    Elsewhere (quantised or sharded weights, autocast, several active adapters, dropout, hooks, eval mode) PEFT's own
-    forward runs, with the variant.
+    Elsewhere (quantised or sharded weights, autocast, several active adapters, dropout, hooks, eval mode unless its
+    rows need not be exact) PEFT's own forward runs, with the variant.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not self.training or not torch.is_grad_enabled():
+        if args or kwargs or self.training != torch.is_grad_enabled():
             return self._by_variant(x, *args, **kwargs)
         variant = self._fusable_variant(x)
-        if variant is None:
+        if variant is None or (not self.training and variant.gate(training=False).exact):
             return self._by_variant(x)
         (adapter,) = self.active_adapters
         gate = variant.checked_gate(self)
@@ -123,7 +123,7 @@ class NestedLinear(Linear):
         if not isinstance(variant, NestedVariant) or variant.learn is not None:
             return None
         base, A, B = self.base_layer, self.lora_A[active[0]], self.lora_B[active[0]]
-        if not isinstance(self.lora_dropout[active[0]], nn.Identity):
+        if self.training and not isinstance(self.lora_dropout[active[0]], nn.Identity):
             return None
         plain = type(base) is nn.Linear and all(_is_plain(module) for module in (base, A, B))
         frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)

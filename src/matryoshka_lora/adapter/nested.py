@@ -176,11 +176,17 @@ class NestedAdapter:
             variant.set_rank(value)
 
     @contextmanager
-    def rows(self, ranks: Sequence[int]) -> Iterator[None]:
+    def rows(self, ranks: Sequence[int], exact: bool = True) -> Iterator[None]:
         """A context in which row j of every batch has rank ``ranks[j]``: in forward, in backward and in ``generate``.
 
         In ``generate``, beams and several returned sequences of a row share its rank. A backward pass belongs inside
         the context: with gradient checkpointing it runs the forward again.
+
+        Args:
+            ranks: One for each row. Rank 0 is the base model without the adapter.
+            exact: Whether eval mode computes as PEFT does, in the dtype of the factors. False computes the update of
+                plain linear layers in the dtype of the activations, which beside a bfloat16 base is much faster and
+                rounds otherwise; it makes no difference where both dtypes are the same.
 
         Raises:
             MatryoshkaError: A rank was not trained, the adapter is merged, or (from the forward) the batch has another
@@ -189,15 +195,17 @@ class NestedAdapter:
         state = self.state
         ranks = list(ranks)
         for rank in ranks:
-            state.check_rank(rank)
+            if rank != 0 or isinstance(rank, bool):
+                state.check_rank(rank)
         if not ranks:
             raise MatryoshkaError("rows() needs one rank for each row of the batch; the list is empty")
         self._check_unmerged("give each row a rank")
-        diagonal = torch.stack([state.mask(rank) * state.scale(rank) for rank in ranks])
+        diagonals = {rank: state.mask(rank) * (state.scale(rank) if rank else 0.0) for rank in set(ranks)}
+        diagonal = torch.stack([diagonals[rank] for rank in ranks])
         self._check_routing()
         variants = self._variants()
         before = [variant.override for variant in variants]
-        gates = self._gates(diagonal)
+        gates = self._gates(diagonal, exact=exact)
         for variant in variants:
             variant.stand_before(gates[variant.device])
         try:
@@ -314,11 +322,11 @@ class NestedAdapter:
         if state.rule.fixed or state.form != "raw":
             self.draw(step=0)
 
-    def _gates(self, diagonal: Tensor, allow_fewer: bool = False) -> dict[torch.device, Gate]:
+    def _gates(self, diagonal: Tensor, allow_fewer: bool = False, exact: bool = True) -> dict[torch.device, Gate]:
         for _, module, variant in self._layers():  # the model may have been moved since the last time
             variant.device = get_parameters(module, self.name)[0].device
         devices = {variant.device for variant in self._variants()}
-        return {device: Gate.on(device, diagonal, allow_fewer=allow_fewer) for device in devices}
+        return {device: Gate.on(device, diagonal, None, allow_fewer, exact) for device in devices}
 
     def _check_unmerged(self, what: str) -> None:
         if any(self.name in module.merged_adapters for _, module, _ in self._layers()):

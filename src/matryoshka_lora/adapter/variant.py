@@ -20,18 +20,26 @@ class Gate(NamedTuple):
     PEFT multiplies it too, so that a deployed prefix is PEFT's result to the last bit. Both are tensors, so that
     compiled code needs no recompilation when they change; they are replaced and never written in place, so that a
     backward pass still finds the values of its forward. With ``allow_fewer``, a batch may have fewer rows than the
-    diagonal, as the last one of an epoch does.
+    diagonal, as the last one of an epoch does. Without ``exact``, eval mode may compute in the activations' dtype.
     """
 
     diagonal: Tensor
     scale: Tensor | None = None
     allow_fewer: bool = False
+    exact: bool = True
 
     @classmethod
-    def on(cls, device: torch.device, diagonal: Tensor, scale: float | None = None, allow_fewer: bool = False) -> Gate:
+    def on(
+        cls,
+        device: torch.device,
+        diagonal: Tensor,
+        scale: float | None = None,
+        allow_fewer: bool = False,
+        exact: bool = True,
+    ) -> Gate:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         scaled = None if scale is None else torch.tensor(scale, dtype=dtype, device=device)
-        return cls(diagonal.to(device, dtype), scaled, allow_fewer)
+        return cls(diagonal.to(device, dtype), scaled, allow_fewer, exact)
 
     def apply(self, hidden: Tensor, spatial: int = 0) -> Tensor:
         """``hidden`` times the diagonal on its rank dimension, which ``spatial`` dimensions follow."""
