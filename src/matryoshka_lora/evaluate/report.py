@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from statistics import fmean, stdev
@@ -145,6 +145,62 @@ def draw(evaluation: Evaluation, path: Path) -> None:
     figure.savefig(path)
 
 
+def print_tasks(evaluation: Mapping[str, Any]) -> None:
+    """Print each task's first metric at every rank, with its standard error; ``evaluation`` is the file's content."""
+    found = Table(box=SIMPLE, padding=0, pad_edge=False, collapse_padding=True)
+    for heading in ("rank", *evaluation["tasks"]):
+        found.add_column(heading, justify="right", no_wrap=True)
+    firsts = [task["metrics"][task["metric"]] for task in evaluation["tasks"].values()]
+    base = [_with_error(first["base"]["value"], first["base"]["stderr"]) if first["base"] else "" for first in firsts]
+    found.add_row("none", *base)
+    for number, rank in enumerate(evaluation["ranks"]):
+        found.add_row(str(rank), *(_with_error(first["value"][number], first["stderr"][number]) for first in firsts))
+    tasks = evaluation["tasks"].items()
+    lines = [f"  {name}: {task['metric']}, {task['items']} questions, {_shots(task)}" for name, task in tasks]
+    made = Group(
+        Text(f"{evaluation['adapter']['name']} on {evaluation['model']} ({evaluation['dtype']}, {evaluation['mode']})"),
+        found,
+        *map(Text, lines),
+        Text("  ± is one standard error over the questions"),
+    )
+    needed = Console(width=1000).measure(made).minimum
+    Console(width=max(Console().width, needed), highlight=False).print(made, "")
+
+
+def draw_tasks(evaluation: Mapping[str, Any], path: Path) -> None:
+    """Draw each task's first metric against rank, with its standard error; 1600 x 760 pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 7.6), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots()
+    ranks = evaluation["ranks"]
+    for number, (name, task) in enumerate(evaluation["tasks"].items()):
+        first, colour = task["metrics"][task["metric"]], _COLOURS[number % len(_COLOURS)]
+        values = [math.nan if value is None else value for value in first["value"]]
+        style = {"color": colour, "marker": _MARKERS[number % len(_MARKERS)], "linewidth": 2.5, "markersize": 12}
+        label = f"{name} ({task['metric']})"
+        axes.errorbar(ranks, values, [error or 0 for error in first["stderr"]], label=label, capsize=4, **style)
+        if first["base"] is not None and first["base"]["value"] is not None:
+            axes.axhline(first["base"]["value"], color=colour, linestyle="--", linewidth=1.5)
+    about = evaluation["adapter"]["name"], evaluation["model"]
+    _finish(axes, ranks, f"{about[0]} on {about[1]}: bars are standard errors, dashes the base model")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=15, frameon=False)
+    figure.savefig(path)
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "?"
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+
+
+def _shots(task: Mapping[str, Any]) -> str:
+    return f"{task['num_fewshot'] or 0} shots"
+
+
 def _table(evaluation: Evaluation, summary: Sequence[str]) -> tuple[Table, list[int]]:
     ranks = sorted({rank for curve in evaluation.curves.values() for rank in curve.ranks})
     found = Table(box=SIMPLE, padding=0, pad_edge=False)
@@ -168,7 +224,10 @@ def _panel(axes: Any, title: str, curves: Sequence[tuple[str, Sequence[int], Seq
             markeredgecolor="white",
         )
     axes.axhline(base, color="#555555", linestyle="--", linewidth=2, label="base model")
-    ranks = sorted({rank for _, ranks, _ in curves for rank in ranks})
+    _finish(axes, sorted({rank for _, ranks, _ in curves for rank in ranks}), title)
+
+
+def _finish(axes: Any, ranks: Sequence[int], title: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.tick_params(labelsize=14)
