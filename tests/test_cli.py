@@ -104,6 +104,8 @@ def test_the_package_runs_as_a_module() -> None:
         ["eval", "x", "--task", "t", "--ranks", "1;2"],
         ["eval", "x", "--task", "t", "--ranks", "2,1"],
         ["eval", "x", "--task", "t", "--split", "train"],
+        ["eval", "x", "--tasks", "t", "--batch-size", "many"],
+        ["eval", "x", "--tasks", "t", "--num-fewshot", "-1"],
     ],
     ids=" ".join,
 )
@@ -135,25 +137,37 @@ def test_export_explains_what_it_cannot_do(run: Run, adapter: Path, tmp_path: Pa
 
 def test_eval_of_a_file(run: Run, adapter: Path, rows: Path, tmp_path: Path) -> None:
     out_folder = tmp_path / "out"
-    code, out, _ = run("eval", adapter, "--data", rows, "--items", 4, "--dtype", "fp32", "-o", out_folder)
+    code, out, _ = run("eval", adapter, "--data", rows, "--limit", 4, "--dtype", "fp32", "-o", out_folder)
     assert code == 0
-    assert f"Next, as rank 1 is the smallest within 2 points of the best: matryoshka export {adapter}" in out
+    assert f"matryoshka export {adapter}" in out.splitlines()[-1]
     data = json.loads((out_folder / "evaluation.json").read_text())
-    assert data["task"] == str(rows)
-    assert data["items"] == 4
+    assert data["format"] == 2
     assert data["dtype"] == "float32"
-    assert data["curves"]["matryoshka-prefix"]["ranks"] == [1, 2, 4]
+    assert data["ranks"] == [1, 2, 4]
+    assert data["bytes"][2] == 4 * data["bytes"][0] > 0
+    assert all(latency > 0 for latency in data["latency_ms"])
+    task = data["tasks"][str(rows)]
+    assert (task["kind"], task["items"], task["metric"]) == ("file", 4, "accuracy,none")
+    loss = task["metrics"]["loss,none"]
+    assert len(set(loss["value"])) == 3
+    assert loss["base"]["value"] > 0
+    lines = [json.loads(line) for line in (out_folder / "examples.jsonl").read_text().splitlines()]
+    assert len(lines) == 4
+    assert set(lines[0]["answers"]) == {"0", "1", "2", "4"}
     assert (out_folder / "curve.png").stat().st_size > 10_000
 
 
-def test_eval_of_a_task_at_chosen_ranks(run: Run, adapter: Path, tmp_path: Path) -> None:
-    options = ("--task", "chain_sum", "--items", 3, "--ranks", "1,4", "--split", "validation", "-o", tmp_path)
+def test_eval_of_tasks_at_chosen_ranks(run: Run, adapter: Path, tmp_path: Path) -> None:
+    names = "chain_sum,family_relationships"
+    options = ("--tasks", names, "--limit", 3, "--ranks", "1,4", "--split", "validation", "-o", tmp_path)
     code, out, _ = run("eval", adapter, *options)
     assert code == 0
-    assert "3 questions of chain_sum (validation)" in out
+    assert "chain_sum: accuracy,none, 3 questions, 0 shots" in out
     data = json.loads((tmp_path / "evaluation.json").read_text())
-    assert data["split"] == "validation"
-    assert data["curves"]["matryoshka-prefix"]["ranks"] == [1, 4]
+    assert data["settings"]["split"] == "validation"
+    assert data["ranks"] == [1, 4]
+    assert list(data["tasks"]) == names.split(",")
+    assert_explained(run("eval", adapter, *options, "--dtype", "fp32"), "holds answers of another dtype", "--out")
 
 
 def test_eval_explains_what_it_cannot_do(run: Run, adapter: Path, rows: Path, tmp_path: Path) -> None:
@@ -161,10 +175,13 @@ def test_eval_explains_what_it_cannot_do(run: Run, adapter: Path, rows: Path, tm
     file.write_text("precious")
     assert_explained(run("eval", adapter, "--data", rows, "--ranks", "1,3"), "rank 3 was not trained")
     assert_explained(run("eval", adapter, "--task", "chain_sun"), "did you mean", "chain_sum")
-    assert_explained(run("eval", adapter, "--data", "chain_sum"), "write --task chain_sum")
+    assert_explained(run("eval", adapter, "--data", "chain_sum"), "write --tasks chain_sum")
     assert_explained(run("eval", adapter, "--data", tmp_path / "no.jsonl"), "there is no file")
     assert_explained(run("eval", adapter, "--data", rows, "-o", file), "a file stands where a folder is needed")
-    assert_explained(run("eval", adapter, "--data", rows, "--model", tmp_path), "cannot load the model")
+    assert_explained(run("eval", adapter, "--data", rows, "--model", tmp_path), "cannot load the tokenizer")
+    assert_explained(run("eval", adapter, "--tasks", "chain_sum,chain_sum"), "write each name once")
+    assert_explained(run("eval", adapter, "--tasks", "chain_sum", "--num-fewshot", 3), "asked without shots")
+    assert_explained(run("eval", adapter, "--tasks", "no.yaml"), "there is no file no.yaml")
     assert_explained(run("eval", tmp_path, "--data", rows), "not a nested adapter")
     assert file.read_text() == "precious"
     assert not (adapter / "evaluation").exists()

@@ -162,7 +162,7 @@ class Engine:
             MatryoshkaError: A rank was not trained, or a request is empty or longer than the model's context.
         """
         of = self._ranks(ranks, len(requests))
-        pairs = [self._pair(context, continuation) for context, continuation in requests]
+        pairs = [self.encode_pair(context, continuation) for context, continuation in requests]
         for number, (context, continuation) in enumerate(pairs):
             if not context or not continuation:
                 raise MatryoshkaError(
@@ -268,7 +268,8 @@ class Engine:
     def _tokens(self, text: Text) -> Tokens:
         return self.encode(text) if isinstance(text, str) else tuple(text)
 
-    def _pair(self, context: Text, continuation: Text) -> tuple[Tokens, Tokens]:
+    def encode_pair(self, context: Text, continuation: Text) -> tuple[Tokens, Tokens]:
+        """Tokens of a context and of what follows it; two texts are tokenized as one and cut."""
         if isinstance(context, str) and isinstance(continuation, str):
             before = self.encode(context)
             return before, self.encode(context + continuation)[len(before) :]

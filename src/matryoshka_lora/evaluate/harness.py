@@ -67,10 +67,16 @@ class RanksLM(HFLM):  # type: ignore[misc, unused-ignore]
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return found
 
+    def answer_loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Of `QuestionsTask`: a context and the answer that training sees after it."""
+        return self._likelihoods([self.engine.encode_pair(*request.args) for request in requests])
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], *args: Any, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        pairs = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        return self._likelihoods([(tuple(context), tuple(continuation)) for _, context, continuation in requests])
+
+    def _likelihoods(self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[tuple[float, bool]]:
         keys = [request_key("loglikelihood", context, continuation) for context, continuation in pairs]
 
         def ask(wanted: list[tuple[int, int]], put: Callable[[int, Any], object]) -> None:

@@ -21,6 +21,9 @@ EXTRA_TOKENS = 8
 class QuestionsTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]
     """A task of the harness without shots, with the metrics ``accuracy`` and ``loss`` (nats per token).
 
+    The loss is over the tokens that training sees. Its requests are not the harness's ``loglikelihood``, which moves
+    white space from the end of a context to the continuation.
+
     Args:
         judge: Tells right answers from wrong ones.
         questions: At least one.
@@ -72,7 +75,7 @@ class QuestionsTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]
         settings = dict(self.config.generation_kwargs)
         return [
             Instance("generate_until", doc, (doc["prompt"], settings), 0, **kwargs),
-            Instance("loglikelihood", doc, (doc["context"], doc["completion"]), 1, **kwargs),
+            Instance("answer_loglikelihood", doc, (doc["context"], doc["completion"]), 1, **kwargs),
         ]
 
     def _judged(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:

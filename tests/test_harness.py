@@ -1,0 +1,479 @@
+"""The harness's numbers for all ranks, against its own HF backend on plain PEFT adapters of each rank."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import lm_eval.evaluator
+import pytest
+import yaml
+from conftest import lora_config, randomize
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from peft import PeftModel, get_peft_model
+from tiny_chat import save_tiny_chat
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
+from matryoshka_lora.evaluate import selection
+from matryoshka_lora.evaluate.engine import Engine
+from matryoshka_lora.evaluate.harness import judge
+from matryoshka_lora.evaluate.questions import ExactMatch, Row
+from matryoshka_lora.evaluate.questions_task import QuestionsTask
+from matryoshka_lora.evaluate.results import Results
+from matryoshka_lora.evaluate.scoring import score
+from matryoshka_lora.evaluate.selection import Preset, Selected, select
+from matryoshka_lora.evaluate.store import Store, request_key
+
+RANKS = (1, 2, 4)
+HARNESS_TASKS = Path(lm_eval.__file__).parent / "tasks"
+WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "sun", "moon", "star"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model on disk, with a context that holds few-shot prompts of one token a character."""
+    folder = save_tiny_chat(tmp_path_factory.mktemp("base"))
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = 4096
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path) -> NestedAdapter:
+    nesting = Nesting(RANKS)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora_config(nesting))
+    randomize(model, size=1.0)
+    return nest(model.eval(), nesting)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base: Path) -> Any:
+    return AutoTokenizer.from_pretrained(base)
+
+
+@pytest.fixture(scope="module")
+def slices(base: Path, adapter: NestedAdapter, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """What the harness is given for each rank: plain PEFT on an exported adapter."""
+    folder, found = tmp_path_factory.mktemp("slices"), {}
+    for rank in RANKS:
+        adapter.export(folder / str(rank), rank)
+        found[rank] = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / str(rank)).eval()
+    return found
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def write_task(folder: Path, name: str, rows: list[dict[str, Any]], **config: Any) -> str:
+    files = {"test": write_rows(folder / f"{name}-test.jsonl", rows)}
+    files["train"] = write_rows(folder / f"{name}-train.jsonl", rows[::-1][:8])
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+    shots = {"fewshot_split": "train", "training_split": "train"}
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump({"task": name, **data, **shots, "metadata": {"version": 1}, **config}))
+    return str(file)
+
+
+def local_copy(folder: Path, task: str, rows: list[dict[str, Any]], splits: dict[str, str]) -> str:
+    """A task as the harness ships it, on local files of the same schema."""
+    source = HARNESS_TASKS / {"arc_challenge": "arc/arc_easy.yaml"}.get(task, f"{task}/{task}.yaml")
+    lines = source.read_text().splitlines()
+    lines = [line for line in lines if not line.startswith(("dataset_path", "dataset_name", "task:"))]
+    files = {split: write_rows(folder / f"{task}-{split}.jsonl", rows) for split in splits.values()}
+    lines += [f"task: {task}", "dataset_path: json", f"dataset_kwargs: {json.dumps({'data_files': files})}"]
+    (folder / f"{task}.yaml").write_text("\n".join(lines) + "\n")
+    if (source.parent / "utils.py").exists():
+        (folder / "utils.py").write_text((source.parent / "utils.py").read_text())
+    return str(folder / f"{task}.yaml")
+
+
+def gsm8k(count: int) -> list[dict[str, str]]:
+    return [{"question": f"{i} apples and {i + 1}?", "answer": f"{i}+{i + 1} #### {2 * i + 1}"} for i in range(count)]
+
+
+def arc(count: int) -> list[dict[str, Any]]:
+    draw = random.Random(0)
+    found = []
+    for i in range(count):
+        choices = {"text": draw.sample(WORDS, 4), "label": ["A", "B", "C", "D"]}
+        found.append({"id": str(i), "question": f"Which is {i}?", "choices": choices, "answerKey": draw.choice("ABCD")})
+    return found
+
+
+def hellaswag(count: int) -> list[dict[str, Any]]:
+    draw = random.Random(1)
+    return [
+        {
+            "activity_label": draw.choice(WORDS),
+            "ctx_a": f"The {draw.choice(WORDS)} goes {i}.",
+            "ctx_b": "then it",
+            "endings": [f"{draw.choice(WORDS)} {word}." for word in draw.sample(WORDS, 4)],
+            "label": str(draw.randrange(4)),
+            "split": "x",
+            "ind": i,
+            "split_type": "x",
+            "source_id": "x",
+            "ctx": "",
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Preset]:
+    """The paper's protocol, on local files of the schemas of the hub's datasets."""
+    files = {
+        "gsm8k": local_copy(tmp_path, "gsm8k", gsm8k(10), {"a": "train", "b": "test"}),
+        "arc_challenge": local_copy(tmp_path, "arc_challenge", arc(30), {"a": "train", "b": "validation", "c": "test"}),
+        "hellaswag": local_copy(tmp_path, "hellaswag", hellaswag(14), {"a": "train", "b": "validation"}),
+    }
+    assert {preset.task for preset in selection.PRESETS.values()} == set(files)
+    local = {
+        name: Preset(files[preset.task], preset.num_fewshot, preset.metric)
+        for name, preset in selection.PRESETS.items()
+    }
+    monkeypatch.setattr(selection, "PRESETS", local)
+    return local
+
+
+def by_the_harness(model: Any, tokenizer: Any, selected: Selected, limit: int | None, batch_size: int = 3) -> Any:
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # It describes the machine with pip and git, for seconds.
+    lm_eval.evaluator.add_env_info = lambda results: None
+    backend = HFLM(model, tokenizer=tokenizer, batch_size=batch_size)
+    return simple_evaluate(backend, tasks=list(selected.tasks), num_fewshot=selected.num_fewshot, limit=limit)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """The same prompts, texts, choices and metrics, and log-likelihoods within 1e-3."""
+    for name, rows in expected["samples"].items():
+        for mine, theirs in zip(found["samples"][name], rows, strict=True):
+            assert mine["arguments"] == theirs["arguments"]
+            for answer, other in zip(mine["resps"], theirs["resps"], strict=True):
+                if isinstance(other[0], tuple):
+                    assert answer[0][0] == pytest.approx(other[0][0], abs=1e-3)
+                    assert answer[0][1] == other[0][1]
+                else:
+                    assert answer[0] == (pytest.approx(other[0], abs=1e-3) if isinstance(other[0], float) else other[0])
+        for key, value in expected["results"][name].items():
+            assert found["results"][name][key] == (pytest.approx(value) if isinstance(value, float) else value)
+
+
+@pytest.mark.parametrize("name", list(selection.PRESETS))
+def test_the_papers_protocol_is_the_harness_own(
+    name: str, presets: Any, adapter: NestedAdapter, tokenizer: Any, slices: dict[int, Any]
+) -> None:
+    shots = presets[name].num_fewshot
+    limit = 3 if shots > 8 else 5
+    selected = select(name, tokenizer)
+    judged = judge(Engine(adapter, tokenizer), selected.tasks, RANKS, Store(None, {}), selected.num_fewshot, limit)
+    for rank in RANKS:
+        again = select(name, tokenizer)
+        expected = by_the_harness(slices[rank], tokenizer, again, limit)
+        assert next(iter(expected["n-shot"].values())) == shots
+        assert_same(judged.results[rank], expected)
+    results = Results({}, RANKS)
+    results.add(selected, judged)
+    assert results.tasks[name]["metric"] == presets[name].metric
+    assert results.tasks[name]["num_fewshot"] == shots
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling", "one-token choices", "generate"])
+def test_every_kind_of_request(
+    kind: str, tmp_path: Path, adapter: NestedAdapter, tokenizer: Any, slices: dict[int, Any]
+) -> None:
+    rows = [{"text": " ".join(WORDS[i:]), "label": i % 2} for i in range(6)]
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    config: dict[str, dict[str, Any]] = {
+        "loglikelihood": {
+            "doc_to_text": "Say",
+            "doc_to_target": " {{text}}",
+            "metric_list": [{"metric": "acc", **mean}],
+        },
+        "loglikelihood_rolling": {
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}],
+        },
+        "one-token choices": {
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{text}} ",  # the harness moves the space to the choice
+            "doc_to_target": "label",
+            "doc_to_choice": ["A", "B"],
+            "target_delimiter": "",
+            "metric_list": [{"metric": "acc", **mean}],
+        },
+        "generate": {
+            "output_type": "generate_until",
+            "doc_to_text": "<s>{{text}}",  # begins with the tokenizer's own first token
+            "doc_to_target": "x",
+            "generation_kwargs": {"until": ["e", "</s>"], "max_gen_toks": 20},
+            "metric_list": [{"metric": "exact_match", **mean}],
+        },
+    }
+    settings = {"output_type": kind, **config[kind]}
+    file = write_task(tmp_path, "mine", rows, **settings)
+    judged = judge(Engine(adapter, tokenizer), select(file, tokenizer).tasks, RANKS, Store(None, {}), None)
+    for rank in RANKS:
+        assert_same(judged.results[rank], by_the_harness(slices[rank], tokenizer, select(file, tokenizer), None))
+
+
+def test_our_own_questions_are_judged_as_before(adapter: NestedAdapter, tokenizer: Any) -> None:
+    """Accuracy and loss of a file's rows are those of `score`, which is tested against TRL."""
+    rows = [
+        Row([{"role": "user", "content": f"{i}?"}], [{"role": "assistant", "content": f"{i} is {i + 1}"}])
+        for i in range(5)
+    ]
+    answers = Engine(adapter, tokenizer).generate(
+        [tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True) for row in rows], 4, 20
+    )
+    rows[0] = Row(rows[0].prompt, [{"role": "assistant", "content": answers[0][:6].strip() or "x"}])
+    judged = judge(
+        Engine(adapter, tokenizer), [QuestionsTask(ExactMatch("mine"), rows, tokenizer)], [0, *RANKS], Store(None, {})
+    )
+    for rank in RANKS:
+        adapter.set_rank(rank)
+        expected = score(adapter.model, tokenizer, ExactMatch("mine"), rows)
+        found = judged.results[rank]["results"]["mine"]
+        assert found["loss,none"] == pytest.approx(expected.loss, abs=1e-4)
+        assert found["accuracy,none"] == expected.accuracy
+        texts = [row["resps"][0][0] for row in judged.results[rank]["samples"]["mine"]]
+        assert texts == list(expected.answers)
+    with adapter.model.disable_adapter():
+        expected = score(adapter.model, tokenizer, ExactMatch("mine"), rows)
+    assert judged.results[0]["results"]["mine"]["loss,none"] == pytest.approx(expected.loss, abs=1e-4)
+
+
+def test_fixed_shots_are_the_same_for_every_question(presets: Any, adapter: NestedAdapter, tokenizer: Any) -> None:
+    def prompts(fixed: bool) -> list[str]:
+        chosen = select("gsm8k-3shot", tokenizer, fixed_shots=fixed)
+        judged = judge(Engine(adapter, tokenizer), chosen.tasks, [1], Store(None, {}), chosen.num_fewshot, 4)
+        return [row["arguments"][0][0] for row in next(iter(judged.results[1]["samples"].values()))]
+
+    begin = {prompt.rpartition("\n\n")[0] for prompt in prompts(fixed=True)}
+    assert len(begin) == 1
+    assert begin.pop().count("Question:") == 3
+    assert len({prompt.rpartition("\n\n")[0] for prompt in prompts(fixed=False)}) > 1
+
+
+def test_answers_are_given_once_and_found_again(tmp_path: Path, presets: Any, adapter: Any, tokenizer: Any) -> None:
+    file, asked = tmp_path / "answers.jsonl", []
+
+    class Counting(Engine):
+        def generate(self, prompts: Any, *args: Any, **kwargs: Any) -> list[str]:
+            asked.append(len(prompts))
+            return super().generate(prompts, *args, **kwargs)
+
+    def run() -> Any:
+        chosen = select("gsm8k-3shot", tokenizer)
+        store = Store(file, {"model": "m"})
+        try:
+            return judge(Counting(adapter, tokenizer), chosen.tasks, RANKS, store, chosen.num_fewshot, 4)
+        finally:
+            store.close()
+
+    first = run()
+    assert asked == [4 * len(RANKS)]
+    lines = file.read_text().splitlines()
+    assert len(lines) == 1 + 4 * len(RANKS)
+    file.write_text("\n".join(lines[:6]) + "\n" + lines[6][:20])  # killed in the middle of a line
+    second = run()
+    assert asked == [12, 7]
+    assert first.prompts == second.prompts
+    assert {r: x["results"] for r, x in first.results.items()} == {r: x["results"] for r, x in second.results.items()}
+    keys = [(entry["key"], entry["rank"]) for entry in map(json.loads, file.read_text().splitlines()[1:])]
+    assert len(keys) == len(set(keys)) == 12
+    run()
+    assert asked == [12, 7]
+
+
+def test_a_store_that_cannot_be_used(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    store = Store(file, {"adapter": "a", "dtype": "float32"})
+    store.put(request_key("x"), 1, "y")
+    with pytest.raises(MatryoshkaError, match="another evaluation is writing"):
+        Store(file, {"adapter": "a", "dtype": "float32"})
+    store.close()
+    with pytest.raises(MatryoshkaError, match="holds answers of another adapter: give another folder"):
+        Store(file, {"adapter": "b", "dtype": "float32"})
+    again = Store(file, {"adapter": "a", "dtype": "float32"})
+    assert again[request_key("x"), 1] == "y"
+    again.close()
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], "{", lines[1]]) + "\n")
+    with pytest.raises(MatryoshkaError, match=r"line 2 of .* is damaged"):
+        Store(file, {"adapter": "a", "dtype": "float32"})
+    file.write_text("torn")
+    store = Store(file, {"adapter": "b"})
+    assert len(store) == 0
+    store.close()
+
+
+def test_tasks_that_cannot_be_run(tmp_path: Path, adapter: NestedAdapter, tokenizer: Any) -> None:
+    rows = [{"text": word} for word in WORDS]
+    base = {"output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "x"}
+    mean = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+
+    def task(name: str, rows: list[dict[str, Any]] = rows, **config: Any) -> str:
+        settings = {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 5}, **config}
+        return write_task(tmp_path, name, rows, **base, metric_list=mean, **settings)
+
+    def run(file: str, shots: int | None = None) -> None:
+        judge(Engine(adapter, tokenizer), select(file, tokenizer, shots).tasks, [1], Store(None, {}), shots)
+
+    with pytest.raises(MatryoshkaError, match=r"there is no file no\.yaml"):
+        run("no.yaml")
+    with pytest.raises(MatryoshkaError, match="has 8 examples for 9 shots"):
+        run(task("shots"), 9)
+    with pytest.raises(MatryoshkaError, match="defined without shots"):
+        run(task("none", num_fewshot=0), 2)
+    with pytest.raises(MatryoshkaError, match="num-fewshot is -1"):
+        run(task("minus"), -1)
+    with pytest.raises(MatryoshkaError, match="its data file is empty"):
+        run(task("empty", rows=[]))
+    with pytest.raises(MatryoshkaError, match="decodes greedily"):
+        run(task("sampling", generation_kwargs={"do_sample": True, "until": ["x"]}))
+    with pytest.raises(MatryoshkaError, match="generation settings that the engine does not know: top_k"):
+        run(task("unknown", generation_kwargs={"top_k": 3, "until": ["x"]}))
+    with pytest.raises(MatryoshkaError, match=r"is too long.*few-shot"):
+        run(task("long", generation_kwargs={"max_gen_toks": 5000, "until": ["x"]}))
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("task: broken\ndataset_path: json\n")
+    with pytest.raises(MatryoshkaError, match=r"task .* cannot be loaded"):
+        run(str(broken))
+
+
+def without_latency(text: str) -> list[str]:
+    """The lines but for those of the one list that is measured anew each time."""
+    head, _, tail = text.partition('"latency_ms"')
+    return [head, tail.partition("]")[2]]
+
+
+def test_a_killed_evaluation_goes_on(base: Path, adapter: NestedAdapter, tmp_path: Path) -> None:
+    """SIGKILL in the middle, in a process of its own; then the same command again."""
+    saved = tmp_path / "adapter"
+    adapter.save(saved)
+    file = write_task(
+        tmp_path,
+        "mine",
+        [{"text": f"{i} {word}"} for i in range(6) for word in WORDS],
+        output_type="generate_until",
+        doc_to_text="{{text}}",
+        doc_to_target="x",
+        generation_kwargs={"until": ["~~"], "max_gen_toks": 60},
+        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    )
+
+    def command(out: str) -> list[str]:
+        options = ["--tasks", file, "--dtype", "fp32", "--batch-size", "8", "--model", str(base)]
+        return [sys.executable, "-m", "matryoshka_lora", "eval", str(saved), *options, "-o", str(tmp_path / out)]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    answers = tmp_path / "killed" / "answers.jsonl"
+    process = subprocess.Popen(command("killed"), env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and (not answers.exists() or answers.read_bytes().count(b"\n") < 20):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = answers.read_bytes().count(b"\n") - 1
+    assert 19 <= kept < 6 * 12 * 4
+    assert not (tmp_path / "killed" / "evaluation.json").exists()
+    second = subprocess.run(command("killed"), env=environment, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert f"{kept} answers are there already" in second.stderr
+    keys = [(entry["key"], entry["rank"]) for entry in map(json.loads, answers.read_text().splitlines()[1:])]
+    assert len(keys) == len(set(keys)) == 6 * 12 * 4
+    subprocess.run(command("whole"), env=environment, check=True, capture_output=True)
+    for name in ("evaluation.json", "examples.jsonl"):
+        one, other = (without_latency((tmp_path / out / name).read_text()) for out in ("killed", "whole"))
+        assert one == other
+
+
+@pytest.mark.slow
+def test_the_real_model_answers_as_the_harness_does(tmp_path: Path) -> None:
+    """SmolLM2 in float32, three tasks, few questions, at three ranks."""
+    import torch
+
+    from matryoshka_lora.models import embedded_folder, load_model, load_tokenizer
+
+    tokenizer = load_tokenizer()
+    nesting = Nesting([1, 8, 32])
+    peft = get_peft_model(load_model(dtype=torch.float32), lora_config(nesting))
+    randomize(peft, size=0.02)
+    adapter = nest(peft.eval(), nesting)
+    draw = random.Random(5)
+    choices = [
+        {
+            "text": f"The {word} is",
+            "choices": [f" {a} and {b}" for a, b in zip(draw.sample(WORDS, 4), WORDS, strict=False)],
+        }
+        for word in WORDS[:4]
+    ]
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    files = [
+        write_task(
+            tmp_path,
+            name,
+            choices,
+            doc_to_text="Say what you see. {{text}}",
+            metadata={"version": 1},
+            **settings,
+        )
+        for name, settings in {
+            "choice": {
+                "output_type": "multiple_choice",
+                "doc_to_choice": "choices",
+                "doc_to_target": 0,
+                "target_delimiter": "",
+                "num_fewshot": 2,
+                "fewshot_config": {"sampler": "first_n"},
+                "metric_list": [{"metric": "acc", **mean}],
+            },
+            "words": {
+                "output_type": "generate_until",
+                "doc_to_target": "x",
+                "generation_kwargs": {"until": ["\n"], "max_gen_toks": 16},
+                "metric_list": [{"metric": "exact_match", **mean}],
+            },
+            "sentence": {
+                "output_type": "loglikelihood",
+                "doc_to_target": "{{choices[0]}}",
+                "target_delimiter": "",
+                "metric_list": [{"metric": "acc", **mean}],
+            },
+        }.items()
+    ]
+    found = [
+        judge(Engine(adapter, tokenizer), select(f, tokenizer).tasks, nesting.ranks, Store(None, {})) for f in files
+    ]
+    for rank in nesting.ranks:
+        adapter.export(tmp_path / str(rank), rank)
+        plain = AutoModelForCausalLM.from_pretrained(embedded_folder(), dtype=torch.float32)
+        model = PeftModel.from_pretrained(plain, tmp_path / str(rank)).eval()
+        for file, judged in zip(files, found, strict=True):
+            assert_same(judged.results[rank], by_the_harness(model, tokenizer, select(file, tokenizer), None, 4))
+
+
+def test_the_package_imports_without_the_harness() -> None:
+    code = (
+        "import sys; sys.modules['lm_eval'] = None; import matryoshka_lora.evaluate, matryoshka_lora.cli.main\n"
+        "from matryoshka_lora import MatryoshkaError\n"
+        "try:\n    import matryoshka_lora.evaluate.harness\n"
+        "except MatryoshkaError as error:\n    print(error)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'matryoshka-lora[eval]'" in found.stdout
