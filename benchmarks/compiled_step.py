@@ -1,6 +1,6 @@
 """What torch.compile (inductor) makes of a training step: time to compile, time of a step, recompilations.
 
-    python benchmarks/compiled_step.py --layers 6
+    python benchmarks/compiled_step.py --layers 2
 
 The first layers of SmolLM2-135M in bf16, R = 32, 8 rows of 128 tokens, one thread, compiled as one graph: a graph break
 is an error. After the first step the rule draws other ranks, and a recompilation is an error too. Times are CPU time;
@@ -56,7 +56,7 @@ def measure(model: Any, inputs: Tensor) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=6, help="of SmolLM2's 30 (default: 6)")
+    parser.add_argument("--layers", type=int, default=2, help="of SmolLM2's 30 (default: 2)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
