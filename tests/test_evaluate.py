@@ -14,7 +14,7 @@ import torch
 from conftest import nested_llama, tiny_llama
 from datasets import Dataset
 from tiny_chat import tiny_tokenizer
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting
 from matryoshka_lora.evaluate import (
@@ -45,9 +45,14 @@ ROWS = [
 TEXTS = [Row("1 + 1 = ", "2"), Row("the capital of France is ", "Paris"), Row("z", "z z z")]
 
 
-def chat_model() -> LlamaForCausalLM:
-    """fp64, so that only a wrong computation makes a difference; wide weights, so that answers vary."""
-    return tiny_llama(vocab_size=len(tiny_tokenizer()), max_position_embeddings=512).double()
+def chat_model() -> Any:
+    """An adapter at its full rank as a plain model: fp64, so that only a wrong computation makes a difference."""
+    return chat_adapter().model
+
+
+def only(model: Any, *arguments: Any, **options: Any) -> Scores:
+    """The scores at the largest rank."""
+    return score(NestedAdapter(model), *arguments, ranks=[4], **options)[0]
 
 
 def chat_adapter(rule: str = "matryoshka") -> NestedAdapter:
@@ -84,14 +89,13 @@ def test_a_padded_batch_scores_like_each_question_alone(tokenizer: Any, rows: li
     model = chat_model()
     nll, answers = one_by_one(model, tokenizer, rows)
     done: list[int] = []
-    found = score(model, tokenizer, EXACT, rows, batch_size, on_batch=done.append)
+    found = only(model, tokenizer, EXACT, rows, batch_size=batch_size, on_result=lambda: done.append(1))
     torch.testing.assert_close(torch.tensor(found.nll), torch.tensor(nll), rtol=1e-5, atol=1e-5)
     assert list(found.answers) == answers
     assert len(set(answers)) > 1
     assert found.tokens == sum(len(tokenize(tokenizer, row).completion) for row in rows)
     assert found.loss == pytest.approx(sum(nll) / found.tokens, rel=1e-5)
-    assert sum(done) == len(rows)
-    assert max(done) <= batch_size
+    assert sum(done) == 2 * len(rows)
 
 
 def test_a_template_that_opens_answers_otherwise_than_it_writes_them(tokenizer: Any) -> None:
@@ -101,10 +105,10 @@ def test_a_template_that_opens_answers_otherwise_than_it_writes_them(tokenizer: 
     assert tokens.prompt == tokens.context + thinking("<think>")["input_ids"]
     model = chat_model()
     nll, answers = one_by_one(model, thinking, ROWS)
-    found = score(model, thinking, EXACT, ROWS)
+    found = only(model, thinking, EXACT, ROWS)
     torch.testing.assert_close(torch.tensor(found.nll), torch.tensor(nll), rtol=1e-5, atol=1e-5)
     assert list(found.answers) == answers
-    assert found.nll == score(model, tokenizer, EXACT, ROWS).nll
+    assert found.nll == only(model, tokenizer, EXACT, ROWS).nll
 
 
 @pytest.mark.parametrize("rows", [ROWS, TEXTS], ids=["chat", "text"])
@@ -122,7 +126,7 @@ def test_tokens_and_loss_are_those_of_trl(tokenizer: Any, rows: list[Row], tmp_p
         assert tokens.context + tokens.completion == list(trained["input_ids"])
         assert [-100] * len(tokens.context) + tokens.completion == list(trained["labels"])
     loss = trainer.evaluate()["eval_loss"]
-    assert score(model, tokenizer, EXACT, rows).loss == pytest.approx(loss, rel=1e-4)
+    assert only(model, tokenizer, EXACT, rows).loss == pytest.approx(loss, rel=1e-4)
 
 
 def test_an_answer_ends_where_the_references_end(tokenizer: Any) -> None:
@@ -130,24 +134,25 @@ def test_an_answer_ends_where_the_references_end(tokenizer: Any) -> None:
     other = tiny_tokenizer()
     other.add_special_tokens({"eos_token": "<s>"})
     model = chat_model()
-    stopped = score(model, other, EXACT, ROWS).answers
-    assert stopped == score(model, tokenizer, EXACT, ROWS).answers
+    stopped = only(model, other, EXACT, ROWS).answers
+    assert stopped == only(model, tokenizer, EXACT, ROWS).answers
 
 
 def test_a_models_own_generation_settings_do_not_bend_the_answers(tokenizer: Any) -> None:
     model = chat_model()
-    plain = score(model, tokenizer, EXACT, ROWS).answers
-    model.generation_config.repetition_penalty = 5.0
-    model.generation_config.do_sample = True
-    model.generation_config.temperature = 9.0
-    assert score(model, tokenizer, EXACT, ROWS).answers == plain
+    plain = only(model, tokenizer, EXACT, ROWS).answers
+    settings = model.get_base_model().generation_config
+    settings.repetition_penalty = 5.0
+    settings.do_sample = True
+    settings.temperature = 9.0
+    assert only(model, tokenizer, EXACT, ROWS).answers == plain
 
 
 def test_the_mode_of_every_module_is_restored(tokenizer: Any) -> None:
     model = chat_model()
-    model.model.layers[1].train()
+    model.get_base_model().model.layers[1].train()
     before = [module.training for module in model.modules()]
-    score(model, tokenizer, EXACT, ROWS)
+    only(model, tokenizer, EXACT, ROWS)
     assert [module.training for module in model.modules()] == before
     assert any(before)
     assert not all(before)
@@ -165,15 +170,15 @@ def test_a_built_in_task_is_asked_as_chat_and_judged_by_its_verifier(tokenizer: 
 def test_questions_that_cannot_be_scored(tokenizer: Any) -> None:
     model = chat_model()
     with pytest.raises(MatryoshkaError, match="no questions"):
-        score(model, tokenizer, EXACT, [])
+        only(model, tokenizer, EXACT, [])
     with pytest.raises(MatryoshkaError, match="batch_size is 0; write 1 or more"):
-        score(model, tokenizer, EXACT, ROWS, batch_size=0)
+        only(model, tokenizer, EXACT, ROWS, batch_size=0)
     with pytest.raises(MatryoshkaError, match="empty prompt"):
-        score(model, tokenizer, EXACT, [Row("", "x")])
+        only(model, tokenizer, EXACT, [Row("", "x")])
     bare = tiny_tokenizer()
     bare.chat_template = None
     with pytest.raises(MatryoshkaError, match="no chat template"):
-        score(model, bare, EXACT, ROWS)
+        only(model, bare, EXACT, ROWS)
 
 
 def test_rows_of_a_file() -> None:
@@ -195,14 +200,16 @@ def test_rows_of_a_file() -> None:
 
 def test_a_curve_is_the_score_at_each_rank_and_the_rank_is_restored(tokenizer: Any) -> None:
     adapter = chat_adapter()
-    expected = []
-    for rank in (1, 2, 4):
-        adapter.set_rank(rank)
-        expected.append(score(adapter.model, tokenizer, EXACT, ROWS))
     adapter.set_rank(2)
     curve = evaluate_ranks(adapter, tokenizer, EXACT, ROWS)
     assert curve.ranks == (1, 2, 4)
-    assert curve.scores == tuple(expected)
+    assert adapter.rank == 2
+    for rank, scores in zip(curve.ranks, curve.scores, strict=True):
+        adapter.set_rank(rank)
+        nll, answers = one_by_one(adapter.model, tokenizer, ROWS)
+        torch.testing.assert_close(torch.tensor(scores.nll), torch.tensor(nll), rtol=1e-5, atol=1e-5)
+        assert list(scores.answers) == answers
+    adapter.set_rank(2)
     assert len(set(curve.loss)) == 3
     assert adapter.rank == 2
 
@@ -238,9 +245,10 @@ def test_a_loss_that_is_not_finite_names_the_rank(tokenizer: Any) -> None:
 def test_the_base_model_is_scored_without_the_adapter(tokenizer: Any) -> None:
     adapter = chat_adapter()
     found = evaluate_base(adapter, tokenizer, EXACT, ROWS)
-    base = tiny_llama(seed=3).double()
-    assert found == score(base, tokenizer, EXACT, ROWS)
-    assert found.loss != score(adapter.model, tokenizer, EXACT, ROWS).loss
+    nll, answers = one_by_one(tiny_llama(seed=3).double(), tokenizer, ROWS)
+    torch.testing.assert_close(torch.tensor(found.nll), torch.tensor(nll), rtol=1e-5, atol=1e-5)
+    assert list(found.answers) == answers
+    assert found.loss != only(adapter.model, tokenizer, EXACT, ROWS).loss
 
 
 def made_scores(correct: list[bool], loss: float = 1.0) -> Scores:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import platform
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from statistics import fmean
 from typing import Any
@@ -19,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from matryoshka_lora.adapter import NestedAdapter
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluate.questions import Judge, Question
-from matryoshka_lora.evaluate.scoring import BATCH_SIZE, Scores, score
+from matryoshka_lora.evaluate.scoring import Scores, score
 from matryoshka_lora.metrics import aurac
 from matryoshka_lora.nesting import Nesting
 
@@ -129,10 +126,10 @@ def evaluate_ranks(
     task: Judge,
     examples: Sequence[Question],
     ranks: Sequence[int] | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     name: str | None = None,
 ) -> Curve:
-    """Held-out loss and greedy accuracy of an adapter at each rank; shows its progress on stderr.
+    """Held-out loss and greedy accuracy of an adapter at each rank, all in one; shows its progress on stderr.
 
     Args:
         adapter: Its rank and mode are the same afterwards.
@@ -140,26 +137,14 @@ def evaluate_ranks(
         task: Judges the answers.
         examples: The questions.
         ranks: Strictly increasing; None means those of the nesting.
-        batch_size: Questions that run together.
+        batch_size: The most rows that generate together; None measures how many fit.
         name: What the adapter is called on the screen.
 
     Raises:
         MatryoshkaError: A rank cannot be chosen, or a loss is not finite; the message names the rank.
     """
     chosen = Nesting(adapter.nesting.ranks if ranks is None else ranks).ranks
-    for rank in chosen:
-        adapter.state.check_rank(rank)
-    run = partial(score, adapter.model, tokenizer, task, examples, batch_size)
-    before, found = adapter.rank, []
-    try:
-        with _progress(len(chosen) * len(examples)) as progress:
-            for rank in chosen:
-                adapter.set_rank(rank)
-                found.append(_scored(progress, f"{name or adapter.name}, rank {rank}", run))
-    finally:
-        exact = {re.escape(layer): rank for layer, rank in before.items()} if isinstance(before, dict) else before
-        adapter.set_rank(exact)
-    return Curve(chosen, tuple(found))
+    return Curve(chosen, tuple(_scored(adapter, tokenizer, task, examples, chosen, batch_size, name or adapter.name)))
 
 
 def evaluate_base(
@@ -167,35 +152,37 @@ def evaluate_base(
     tokenizer: PreTrainedTokenizerBase,
     task: Judge,
     examples: Sequence[Question],
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> Scores:
-    """The scores of the base model without the adapter, which is switched off meanwhile."""
-    with adapter.model.disable_adapter(), _progress(len(examples)) as progress:
-        return _scored(progress, "base model", partial(score, adapter.model, tokenizer, task, examples, batch_size))
+    """The scores of the base model without the adapter."""
+    return _scored(adapter, tokenizer, task, examples, (0,), batch_size, "base model")[0]
 
 
-def _scored(progress: Progress, what: str, run: Callable[..., Scores]) -> Scores:
-    bar = progress.task_ids[0]
-    progress.update(bar, description=what)
-    try:
-        scores = run(on_batch=lambda rows: progress.advance(bar, rows))
-    except MatryoshkaError as error:
-        raise MatryoshkaError(f"{what}: {error}") from error
-    progress.console.print(
-        f"  {what}: loss {scores.loss:.3f}, accuracy {scores.accuracy:.1%}", highlight=False, markup=False
-    )
-    return scores
-
-
-@contextmanager
-def _progress(questions: int) -> Iterator[Progress]:
+def _scored(
+    adapter: NestedAdapter,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Judge,
+    examples: Sequence[Question],
+    ranks: Sequence[int],
+    batch_size: int | None,
+    name: str,
+) -> list[Scores]:
     console = Console(stderr=True)
-    columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} questions"))
-    # Where nobody watches, the lines that are printed after each rank are enough.
+    columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} answers"))
+    # Where nobody watches, the lines that are printed for each rank are enough.
     options: dict[str, Any] = {"console": console, "transient": True, "disable": not console.is_terminal}
     with Progress(*columns, TimeRemainingColumn(), **options) as progress:
-        progress.add_task("", total=questions)
-        yield progress
+        bar = progress.add_task(name, total=2 * len(ranks) * len(examples))
+        try:
+            found = score(adapter, tokenizer, task, examples, ranks, batch_size, lambda: progress.advance(bar))
+        except MatryoshkaError as error:
+            raise MatryoshkaError(f"{name}, {error}") from error
+    for rank, scores in zip(ranks, found, strict=True):
+        what = f"{name}, rank {rank}" if rank else name
+        console.print(
+            f"  {what}: loss {scores.loss:.3f}, accuracy {scores.accuracy:.1%}", highlight=False, markup=False
+        )
+    return found
 
 
 def _versions() -> dict[str, str]:

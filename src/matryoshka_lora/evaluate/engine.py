@@ -200,9 +200,10 @@ class Engine:
         ranks: int | Sequence[int],
         max_new_tokens: int = 256,
         until: Sequence[str] = (),
+        repetition_penalty: float = 1.0,
         on_result: Callable[[int, str], object] | None = None,
     ) -> list[str]:
-        """The greedy answer to each prompt.
+        """The greedy answer to each prompt; of the model's generation config, only the end tokens count.
 
         An answer ends before the first text of ``until``, at a token that ends a turn, or after ``max_new_tokens``. A
         text of ``until`` may be a special token.
@@ -212,6 +213,7 @@ class Engine:
             ranks: One for all prompts, or one for each. 0 is the base model.
             max_new_tokens: The most tokens of an answer.
             until: Texts that end an answer; they do not belong to it.
+            repetition_penalty: As in transformers; 1 is none.
             on_result: Called with a prompt's place and answer as soon as it is known, in any order.
 
         Returns:
@@ -224,7 +226,6 @@ class Engine:
         of = self._ranks(ranks, len(prompts))
         if max_new_tokens < 1:
             raise MatryoshkaError(f"max_new_tokens is {max_new_tokens}; write 1 or more")
-        self._check_greedy()
         encoded = [self._tokens(prompt) for prompt in prompts]
         for number, tokens in enumerate(encoded):
             if not tokens:
@@ -234,7 +235,7 @@ class Engine:
         special = {text: self.tokenizer.convert_tokens_to_ids(text) for text in self.tokenizer.all_special_tokens}
         ends = self.end_tokens | {special[text] for text in until if text in special}
         texts = tuple(text for text in until if text and text not in special)
-        limits = Limits(max_new_tokens, texts, ends, self.tokenizer)
+        limits = Limits(max_new_tokens, texts, ends, self.tokenizer, repetition_penalty)
         found: list[str | None] = [None] * len(prompts)
 
         def put(number: int, answer: str) -> None:
@@ -281,16 +282,6 @@ class Engine:
                 f"request {number} is too long: {what} {length} tokens, and the model's context has "
                 f"{self.max_length}. Use fewer or shorter few-shot examples, or a model with a longer context"
             )
-
-    def _check_greedy(self) -> None:
-        config = self._model.generation_config
-        for name, neutral in (("repetition_penalty", 1.0), ("no_repeat_ngram_size", 0), ("suppress_tokens", None)):
-            value = getattr(config, name, None)
-            if value not in (None, neutral):
-                raise MatryoshkaError(
-                    f"the model's generation config sets {name} to {value}, and the engine decodes greedily without "
-                    f"it: set model.generation_config.{name} = {neutral} to say that this is what you want"
-                )
 
     @contextmanager
     def _runner(self) -> Iterator[Runner]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
 
 from matryoshka_lora.evaluate.attention import Decode, KeyValues, Prefill, places
 from matryoshka_lora.evaluate.packing import Tokens, batches
@@ -40,12 +40,14 @@ class Limits:
         until: Texts that end it and do not belong to it.
         end_tokens: Tokens that end it.
         tokenizer: Turns tokens to text.
+        repetition_penalty: On tokens of the prompt and of the answer; 1 is none.
     """
 
     max_new_tokens: int
     until: tuple[str, ...]
     end_tokens: frozenset[int]
     tokenizer: PreTrainedTokenizerBase
+    repetition_penalty: float = 1.0
 
     def text(self, made: Sequence[int]) -> str:
         """The answer that these tokens are, cut before the first text that ends it."""
@@ -196,6 +198,12 @@ def _advance(
 
 def _write(batch: _Batch, logits: Tensor, limits: Limits, put: Callable[[int, str], object]) -> None:
     """Add the most likely token to each answer that is not over."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if limits.repetition_penalty != 1:
+        penalty = RepetitionPenaltyLogitsProcessor(limits.repetition_penalty)
+        for row, answer in enumerate(batch.answers):
+            seen = torch.tensor([[*answer.prompt.tokens, *answer.made]], device=logits.device)
+            logits[row, -1:] = penalty(seen, logits[row, -1:])
     for answer, token in zip(batch.answers, logits[:, -1].argmax(dim=-1).tolist(), strict=True):
         if answer.over:
             continue

@@ -94,9 +94,10 @@ class RanksLM(HFLM):  # type: ignore[misc, unused-ignore]
         for number, request in enumerate(requests):
             by_settings[_settings(request, self.max_gen_toks, eos)].append(number)
         answers: list[str] = [""] * len(requests)
+        penalty = _repetition_penalty(self.model.generation_config)
         for (most, until), numbers in by_settings.items():
             tokens = [self.engine.encode(prompts[number]) for number in numbers]
-            keys = [request_key("generate", each, most, until) for each in tokens]
+            keys = [request_key("generate", each, most, until, penalty) for each in tokens]
 
             def ask(
                 wanted: list[tuple[int, int]],
@@ -106,7 +107,7 @@ class RanksLM(HFLM):  # type: ignore[misc, unused-ignore]
                 until: tuple[str, ...] = until,
             ) -> None:
                 of = [rank for _, rank in wanted]
-                self.engine.generate([tokens[number] for number, _ in wanted], of, most, until, on_result=put)
+                self.engine.generate([tokens[number] for number, _ in wanted], of, most, until, penalty, on_result=put)
 
             for number, answer in zip(numbers, self._answers(keys, ask), strict=True):
                 answers[number] = answer
@@ -222,6 +223,18 @@ def _evaluated(lm: RanksLM, tasks: Sequence[Task], num_fewshot: int | None, limi
 
 def _names(tasks: Sequence[Task]) -> str:
     return ", ".join(str(task.config.task) for task in tasks)
+
+
+def _repetition_penalty(config: Any) -> float:
+    """transformers obeys a model's own generation config in greedy decoding too, and so does the harness's backend."""
+    for name, neutral in (("no_repeat_ngram_size", 0), ("suppress_tokens", None), ("num_beams", 1)):
+        value = getattr(config, name, None)
+        if value not in (None, neutral):
+            raise MatryoshkaError(
+                f"the model's generation config sets {name} to {value}, which the engine does not know: take it out "
+                "of its generation_config.json"
+            )
+    return float(getattr(config, "repetition_penalty", None) or 1.0)
 
 
 def _settings(request: Any, default: int, eos: str) -> tuple[int, tuple[str, ...]]:

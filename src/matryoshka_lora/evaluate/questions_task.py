@@ -12,10 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluate.questions import Judge, Question
+from matryoshka_lora.evaluate.scoring import EXTRA_TOKENS
 from matryoshka_lora.tasks import Example
-
-EXTRA_TOKENS = 8
-"""How many tokens more than the longest reference answer a model may write."""
 
 
 class QuestionsTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]
