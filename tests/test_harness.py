@@ -20,6 +20,7 @@ import yaml
 from conftest import lora_config, randomize
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from peft import PeftModel, get_peft_model
 from tiny_chat import save_tiny_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -155,7 +156,9 @@ def by_the_harness(model: Any, tokenizer: Any, selected: Selected, limit: int | 
     # It describes the machine with pip and git, for seconds.
     lm_eval.evaluator.add_env_info = lambda results: None
     backend = HFLM(model, tokenizer=tokenizer, batch_size=batch_size)
-    return simple_evaluate(backend, tasks=list(selected.tasks), num_fewshot=selected.num_fewshot, limit=limit)
+    manager = TaskManager(include_defaults=False)  # else it reads thousands of files
+    options = {"num_fewshot": selected.num_fewshot, "limit": limit, "task_manager": manager}
+    return simple_evaluate(backend, tasks=list(selected.tasks), **options)
 
 
 def assert_same(found: Any, expected: Any) -> None:
