@@ -252,7 +252,7 @@ def test_rows_with_experts_are_refused_at_once() -> None:
         ([1, 3], "rank 3 was not trained; the trained ranks are 1, 2, 4, 8"),
         ([1, 16], "rank 16 is above the largest rank 8"),
         ([1, 2.0], "rank 2.0 is not an integer"),
-        ([0], "rank 0 is not positive"),
+        ([-1], "rank -1 is not positive"),
     ],
 )
 def test_wrong_ranks_are_refused(adapter: NestedAdapter, ranks: list[Any], message: str) -> None:
