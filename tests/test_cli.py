@@ -73,7 +73,7 @@ def assert_explained(result: tuple[int, str, str], *parts: str) -> None:
 def test_help_names_every_verb(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for verb in ("train", "eval", "reorder", "info", "export", "push", "demo"):
+    for verb in ("train", "eval", "reorder", "info", "export", "push", "select", "demo"):
         assert f" {verb} " in out
         code, text, _ = run(verb, "--help")
         assert code == 0
@@ -100,6 +100,11 @@ def test_the_package_runs_as_a_module() -> None:
         ["export", "x", "--rank", "four", "-o", "y"],
         ["export", "x", "--rank", "4"],
         ["eval", "x"],
+        ["select", "x"],
+        ["select", "x", "--within", "1"],
+        ["select", "x", "--within", "-1%"],
+        ["select", "x", "--within", "101%"],
+        ["select", "x", "--max-bytes", "0"],
         ["eval", "x", "--task", "t", "--data", "d.jsonl"],
         ["eval", "x", "--task", "t", "--ranks", "1;2"],
         ["eval", "x", "--task", "t", "--ranks", "2,1"],

@@ -88,8 +88,8 @@ def evaluate(
     """Measure an adapter at every rank, and the base model without it, for about the price of two ranks.
 
     All ranks run in one batch, and lm-evaluation-harness judges: its tasks, its prompts, its metrics. Prints a table,
-    and writes evaluation.json, examples.jsonl and curve.png. An evaluation that was killed goes on where it was when
-    the same command is given again.
+    and writes evaluation.json, examples.jsonl, curve.png and report.html. An evaluation that was killed goes on where
+    it was when the same command is given again.
 
     Example: matryoshka eval runs/demo/adapter --tasks family_relationships,arc_challenge-25shot --ranks 1,4,32
     """
@@ -196,8 +196,9 @@ def _selected(
 def _write(results: Results, folder: Path) -> None:
     import json
 
+    from matryoshka_lora.evaluate.page import PAGE_NAME, page
+    from matryoshka_lora.evaluate.reading import EVALUATION_NAME, EXAMPLES_NAME
     from matryoshka_lora.evaluate.report import PICTURE_NAME, draw_tasks
-    from matryoshka_lora.evaluate.results import EVALUATION_NAME, EXAMPLES_NAME
     from matryoshka_lora.files import replace_directory
 
     with replace_directory(folder) as unfinished:
@@ -205,13 +206,14 @@ def _write(results: Results, folder: Path) -> None:
         (unfinished / EVALUATION_NAME).write_text(text, encoding="utf-8")
         (unfinished / EXAMPLES_NAME).write_text(results.example_lines(), encoding="utf-8")
         draw_tasks(results.to_dict(), unfinished / PICTURE_NAME)
+        (unfinished / PAGE_NAME).write_text(page(results.to_dict(), results.examples), encoding="utf-8")
 
 
 def _say_what_was_found(results: Results, adapter: Path, folder: Path) -> None:
     from matryoshka_lora.evaluate.report import print_tasks
 
     print_tasks(results.to_dict())
-    typer.echo(f"Written to {folder}: evaluation.json, examples.jsonl and curve.png")
+    typer.echo(f"Written to {folder}: evaluation.json, examples.jsonl, curve.png and report.html")
     first = next(iter(results.tasks.values()))
     values = first["metrics"][first["metric"]]["value"]
     # Two points are within the error of a few hundred questions.

@@ -15,6 +15,7 @@ from matryoshka_lora.cli.export import export
 from matryoshka_lora.cli.info import info
 from matryoshka_lora.cli.push import push
 from matryoshka_lora.cli.reorder import reorder
+from matryoshka_lora.cli.select import select
 from matryoshka_lora.cli.train import train
 from matryoshka_lora.errors import MatryoshkaError
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command("train")(train)
 app.command("eval")(evaluate)
+app.command("select")(select)
 app.command("reorder")(reorder)
 app.command("info")(info)
 app.command("export")(export)

@@ -17,10 +17,10 @@ from rich.text import Text
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluate.curve import Curve, Evaluation
+from matryoshka_lora.evaluate.reading import EVALUATION_NAME
 from matryoshka_lora.files import replace_directory
 from matryoshka_lora.metrics import aurac
 
-EVALUATION_NAME = "evaluation.json"
 PICTURE_NAME = "curve.png"
 
 # Okabe and Ito's colours, which differ for every kind of colour vision; a marker of its own tells each curve in grey.

@@ -53,8 +53,6 @@ from matryoshka_lora.evaluate.harness import SEEDS, Judged
 from matryoshka_lora.evaluate.selection import Selected
 from matryoshka_lora.metrics import aurac
 
-EVALUATION_NAME = "evaluation.json"
-EXAMPLES_NAME = "examples.jsonl"
 ANSWERS_NAME = "answers.jsonl"
 
 _PROMPT_CHARACTERS = 2000
