@@ -102,5 +102,6 @@ def score(
 def _ends(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Tokens]) -> list[str]:
     """The special tokens that end the reference answers: some templates end a turn with another than the tokenizer."""
     special = set(tokenizer.all_special_ids)
-    ends = {next((token for token in question.completion if token in special), None) for question in questions}
-    return [str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(ends - {None})]
+    first = (next((token for token in question.completion if token in special), None) for question in questions)
+    ends = {token for token in first if token is not None}
+    return [str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(ends)]
