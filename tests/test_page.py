@@ -133,6 +133,8 @@ def test_a_rank_is_explained_under_the_pointer_and_with_the_keyboard(browser: An
     show(browser, file)
     tip = browser.find_element(By.ID, "tip")
     assert not tip.is_displayed()
+    texts = [text.text for text in browser.find_elements(By.CSS_SELECTOR, "#chart text")]
+    assert texts[:4] == ["0.2", "0.4", "0.6", "0.8"]
     points = browser.find_elements(By.CSS_SELECTOR, ".point")
     assert [point.get_attribute("data-rank") for point in points] == ["1", "2", "4", "8"]
     ActionChains(browser).move_to_element(points[2].find_element(By.TAG_NAME, "circle")).perform()
@@ -189,6 +191,7 @@ def test_it_fits_a_phone_and_a_desk(browser: Any, file: Path, tmp_path: Path, wi
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(15, 20, 25)"}[scheme]
+    # To look at: pytest keeps the folders of its last runs.
     browser.save_screenshot(str(tmp_path / f"{width}-{scheme}.png"))
 
 
