@@ -42,8 +42,7 @@ reorder_with_data(args.adapter, args.out / "nested", "loss", load_model(), token
 
 adapter, task = load(load_model(), args.out / "nested"), get_task("family_relationships")
 questions = task.examples("test", args.items)
-for rank in adapter.nesting.ranks:
-    adapter.set_rank(rank)
-    scores = score(adapter.model, tokenizer, task, questions)
+ranks = adapter.nesting.ranks
+for rank, scores in zip(ranks, score(adapter, tokenizer, task, questions, ranks), strict=True):
     print(json.dumps({"rank": rank, "loss": round(scores.loss, 3), "accuracy": scores.accuracy}))
 print(f"Next: matryoshka export {args.out / 'nested'} --budget 0.1 -o small")

@@ -26,10 +26,12 @@ def train(
     from matryoshka_lora.errors import MatryoshkaError
     from matryoshka_lora.train import load_config
     from matryoshka_lora.train import train as run
+    from matryoshka_lora.train.processes import leave
 
     checked = load_config(config, overrides or [])
     try:
         run(checked)
+        leave()
     except KeyboardInterrupt as error:
         raise MatryoshkaError("stopped; the same command goes on from the newest checkpoint") from error
     if os.environ.get("RANK", "0") == "0":

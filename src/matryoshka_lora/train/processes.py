@@ -67,6 +67,13 @@ def on_main(work: Callable[[], Result]) -> Result:
     return result  # type: ignore[no-any-return]
 
 
+def leave() -> None:
+    """End the group of processes, when nothing is left to do: its threads can abort a process that exits with them."""
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
 @contextmanager
 def one_voice(arguments: TrainingArguments) -> Iterator[None]:
     """Progress bars in the main process only."""
