@@ -177,6 +177,22 @@ def test_eval_of_tasks_at_chosen_ranks(run: Run, adapter: Path, tmp_path: Path) 
     assert "holds answers of another dtype: give another folder with --out" in err
 
 
+def test_what_was_finished_before_an_error_is_kept(run: Run, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "x"}))
+    (tmp_path / "long.yaml").write_text(
+        "task: long\ndataset_path: json\noutput_type: generate_until\ntest_split: test\ndoc_to_text: '{{text}}'\n"
+        f"doc_to_target: y\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
+        "generation_kwargs: {until: [x], max_gen_toks: 9999}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    options = ("--tasks", f"chain_sum,{tmp_path / 'long.yaml'}", "--limit", 2, "-o", tmp_path / "out")
+    code, _, err = run("eval", adapter, *options)
+    assert code == 1
+    assert "prompt and 9999 new tokens need 10000 tokens, and the model's context has 512" in err
+    assert "Traceback" not in err
+    assert list(json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]) == ["chain_sum"]
+
+
 def test_eval_explains_what_it_cannot_do(run: Run, adapter: Path, rows: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("precious")
