@@ -37,4 +37,12 @@ if "ACCELERATE_USE_DEEPSPEED" in os.environ:
     deepspeed.ops.__compatible_ops__ = {}
 
 sys.argv.insert(1, "train")
-main()
+code: Any = 0
+try:
+    main()
+except SystemExit as done:
+    code = done.code
+# Threads of FSDP2 on CPUs, which accelerate does not offer, now and then abort a process that is exiting.
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code if isinstance(code, int) else 0 if code is None else 1)
