@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from train_step import ROWS, TOKENS, nested, share, with_peft
+from train_step import ROWS, RULES, TOKENS, nested, share, with_peft
 
 from matryoshka_lora import Nesting
 from matryoshka_lora.adapter import NestedAdapter
@@ -35,9 +35,8 @@ def step(model: Any, inputs: Tensor) -> float:
     return seconds
 
 
-def measure(model: Any, inputs: Tensor) -> dict[str, float]:
+def measure(model: Any, inputs: Tensor, adapter: NestedAdapter | None) -> dict[str, float]:
     model.train()
-    adapter = NestedAdapter(model) if any("NestedLinear" in type(m).__name__ for m in model.modules()) else None
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
     start = time.perf_counter()
@@ -66,12 +65,11 @@ def main() -> None:
     nesting = Nesting.powers_of_two(RANK)
     inputs = base.get_input_embeddings()(torch.randint(0, base.config.vocab_size, (ROWS, TOKENS))).detach()
     inputs.requires_grad_()
-    for name, model in (
-        ("floor", share(base)),
-        ("peft", with_peft(base, nesting)),
-        *((rule, nested(base, nesting, rule)) for rule in ("matryoshka", "stratified", "dylora")),
-    ):
-        print(json.dumps({"variant": name, **measure(model, inputs)}), flush=True)
+    models = {"floor": share(base), "peft": with_peft(base, nesting)}
+    models |= {rule: nested(base, nesting, rule) for rule in RULES}
+    for name, model in models.items():
+        adapter = NestedAdapter(model) if name in RULES else None
+        print(json.dumps({"variant": name, **measure(model, inputs, adapter)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import io
 import json
 import logging
 import os
-import platform
 import random
 import statistics
 import tempfile
@@ -39,6 +38,7 @@ import yaml
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
+from train_step import machine
 
 from matryoshka_lora import NestedAdapter, Nesting, nest
 from matryoshka_lora.evaluate.engine import Engine
@@ -277,12 +277,6 @@ def mean_tokens(tokenizer: Any, found: dict[int, list[Any]]) -> float | None:
     """Of the generated answers."""
     texts = [row[0] for rows in found.values() for row in rows if isinstance(row[0], str)]
     return round(statistics.fmean(len(tokenizer(text)["input_ids"]) for text in texts), 1) if texts else None
-
-
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    return f"{cpu}, one thread, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
 def main() -> None:

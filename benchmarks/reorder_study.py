@@ -32,7 +32,7 @@ from matryoshka_lora.deploy.calibrate import reorder_with_data
 from matryoshka_lora.deploy.reorder import reorder_adapter
 from matryoshka_lora.deploy.spectra import read_spectra
 from matryoshka_lora.deploy.verify import use_ranks
-from matryoshka_lora.evaluate.questions import tokenize
+from matryoshka_lora.evaluate.questions import pad_rows, tokenize
 from matryoshka_lora.files import write_text
 from matryoshka_lora.models import embedded_folder, load_model, load_tokenizer
 from matryoshka_lora.tasks import Example, get_task
@@ -154,14 +154,8 @@ def held_out_loss(model: Any, tokenizer: PreTrainedTokenizerBase, questions: Seq
     total, tokens = 0.0, 0
     for start in range(0, len(rows), 20):
         batch = rows[start : start + 20]
-        longest = max(len(q.context) + len(q.completion) for q in batch)
-        ids = torch.full((len(batch), longest), tokenizer.pad_token_id)
-        targets = torch.full((len(batch), longest), -100)
-        for i, q in enumerate(batch):
-            length = len(q.context) + len(q.completion)
-            ids[i, :length] = torch.tensor(q.context + q.completion)
-            targets[i, len(q.context) : length] = torch.tensor(q.completion)
-        targets = targets[:, 1:]
+        ids, _, is_answer = pad_rows(batch, tokenizer.pad_token_id)
+        targets = ids.masked_fill(~is_answer, -100)[:, 1:]
         kept = (targets != -100).any(dim=0).nonzero().squeeze(1)
         logits = model(input_ids=ids, logits_to_keep=kept).logits
         total += cross_entropy(logits.float().flatten(0, 1), targets[:, kept].flatten(), reduction="sum").item()

@@ -23,6 +23,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from matryoshka_lora import Nesting, nest
+from matryoshka_lora.evaluate.questions import pad_rows, tokenize
 from matryoshka_lora.files import write_text
 from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
 from matryoshka_lora.tasks import get_task
@@ -35,21 +36,11 @@ PLAN = (("fp32", 4, (0,), ("peft", "lora")), ("bf16", 12, (0, 1, 2), ("peft", "l
 def batches(rows: int, steps: int, answers_only: bool) -> Iterator[dict[str, Tensor]]:
     tokenizer = load_tokenizer()
     examples = get_task("family_relationships").examples("train", rows * steps)
-    for start in range(0, len(examples), rows):
-        tokens, labels = [], []
-        for example in examples[start : start + rows]:
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": example.prompt}], add_generation_prompt=True, return_dict=False
-            )
-            answer = tokenizer(example.completion + tokenizer.eos_token)["input_ids"]
-            tokens.append(prompt + answer)
-            labels.append(([-100] * len(prompt) if answers_only else prompt) + answer)
-        width = max(map(len, tokens))
-        yield {
-            "input_ids": torch.tensor([row + [0] * (width - len(row)) for row in tokens]),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in tokens]),
-            "labels": torch.tensor([row + [-100] * (width - len(row)) for row in labels]),
-        }
+    questions = [tokenize(tokenizer, example) for example in examples]
+    for start in range(0, len(questions), rows):
+        ids, is_token, is_answer = pad_rows(questions[start : start + rows], tokenizer.pad_token_id)
+        labels = ids.masked_fill(~(is_answer if answers_only else is_token), -100)
+        yield {"input_ids": ids, "attention_mask": is_token.long(), "labels": labels}
 
 
 def losses(dtype: str, rows: int, seed: int, variant: str, steps: int) -> list[float]:

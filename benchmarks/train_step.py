@@ -155,10 +155,10 @@ def measure(base: nn.Module, rank: int, repeats: int) -> dict[str, dict[str, Any
 
 
 def machine() -> str:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
     return f"{cpu}, one thread, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 

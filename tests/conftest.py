@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from matryoshka_lora import NestedAdapter, Nesting, nest
 
@@ -44,6 +44,23 @@ def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     }
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**{**config, **changes})).eval()
+
+
+def tiny_mixtral(seed: int = 0, **changes: Any) -> MixtralForCausalLM:
+    """A Mixtral of two layers and three experts with random weights; fp32, eval mode."""
+    config = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(seed)
+    return MixtralForCausalLM(MixtralConfig(**{**config, **changes})).eval()
 
 
 def randomize(model: nn.Module, seed: int = 1, size: float = 0.3) -> None:

@@ -22,13 +22,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import lora_config, nested_llama, randomize, tiny_llama
+from conftest import lora_config, nested_llama, randomize, tiny_llama, tiny_mixtral
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, export_adapter, load, nest
 from matryoshka_lora.cli.main import main as command
@@ -638,27 +638,11 @@ def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
         load(model, tmp_path)
 
 
-def tiny_mixtral(experts: int = 3, width: int = 24) -> nn.Module:
-    torch.manual_seed(0)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=96,
-            hidden_size=32,
-            intermediate_size=width,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=experts,
-            num_experts_per_tok=2,
-        )
-    ).eval()
-
-
 @pytest.mark.parametrize(("experts", "width"), [(4, 24), (2, 24), (3, 40)])
 def test_other_experts_are_refused(tmp_path: Path, experts: int, width: int) -> None:
     targets = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     nest(get_peft_model(tiny_mixtral(), lora_config(NESTING, **targets)).eval(), NESTING).save(tmp_path)
-    model = tiny_mixtral(experts, width)
+    model = tiny_mixtral(num_local_experts=experts, intermediate_size=width)
     with refused("experts.*(shape|size)", tmp_path, model):
         load(model, tmp_path)
 

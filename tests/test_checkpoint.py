@@ -12,12 +12,12 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from conftest import OneLayer, lora_config, nested_llama, randomize, tiny_llama
+from conftest import OneLayer, lora_config, nested_llama, randomize, tiny_llama, tiny_mixtral
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, export_adapter, load, nest, read_sidecar
 
@@ -211,22 +211,6 @@ MOE_TARGETS = {
     "experts": {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     "experts-and-attention": {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["experts.down_proj"]},
 }
-
-
-def tiny_mixtral() -> MixtralForCausalLM:
-    config = MixtralConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=3,
-        num_experts_per_tok=2,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(0)
-    return MixtralForCausalLM(config).eval()
 
 
 def nested_mixtral(form: str, seed: int = 1, **targets: Any) -> NestedAdapter:

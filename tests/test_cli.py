@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -160,6 +161,22 @@ def test_eval_of_a_file(run: Run, adapter: Path, rows: Path, tmp_path: Path) -> 
     assert len(lines) == 4
     assert set(lines[0]["answers"]) == {"0", "1", "2", "4"}
     assert (out_folder / "curve.png").stat().st_size > 10_000
+    assert json.dumps(data["adapter"]["sha256"]) in (out_folder / "report.html").read_text()
+    assert out.splitlines()[-1].startswith(f"Next: matryoshka select {out_folder} --within 1%, then ")
+    code, out, _ = run("select", out_folder, "--within", "1%")
+    assert code == 0
+    assert "question by question" in out
+    assert f"Next: matryoshka export {adapter} --rank " in out
+
+
+def test_the_card_shows_an_evaluation_beside_the_adapter(run: Run, adapter: Path, rows: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(adapter, tmp_path / "copy")
+    assert "How good each rank is" not in (copied / "README.md").read_text()
+    code, _, _ = run("eval", copied, "--data", rows, "--limit", 2, "--ranks", "1,4", "--dtype", "fp32")
+    assert code == 0
+    card = (copied / "README.md").read_text()
+    assert f"| {rows}: accuracy,none, 2 questions | " in card
+    assert "![Every task at every rank](evaluation/curve.png)" in card
 
 
 def test_eval_of_tasks_at_chosen_ranks(run: Run, adapter: Path, tmp_path: Path) -> None:

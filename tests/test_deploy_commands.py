@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import an_evaluation
 import pytest
 import torch
 import typer
@@ -220,24 +221,33 @@ def test_the_card_has_the_header_the_curve_the_recipe_and_how_to_load(nested: Pa
     adapter = nested_llama(Nesting([1, 2, 8]))
     adapter.reorder()
     home = tmp_path / "run"
-    (home / "evaluation").mkdir(parents=True)
-    curve = {"ranks": [1, 8], "loss": [2.5, 0.25], "accuracy": [0.1, 0.9]}
-    evaluation = {"task": "sums", "split": "test", "items": 40, "curves": {"matryoshka-reordered": curve}}
-    (home / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
+    an_evaluation.write(home / "evaluation", None)
     (home / "evaluation" / "curve.png").write_bytes(b"x")
     (home / "train.yaml").write_text("learning_rate: 0.002\noutput_dir: /home/somebody/secret\n")
     adapter.save(home)
     card = (home / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: peft\n")
-    assert "| matryoshka-reordered | 2.500 (10 %) | 0.250 (90 %) |" in card
-    assert "![Loss and accuracy at every rank](evaluation/curve.png)" in card
+    # Of 60 questions, rank 1 answers every third and rank 8 all but three.
+    assert "| | 1 | 2 | 4 | 8 |" in card
+    assert "| family: acc,none, 60 questions | 0.333 ± 0.061 | 0.667 ± 0.061 | 0.933 ± 0.032 | 0.950 ± 0.028 |" in card
+    assert "![Every task at every rank](evaluation/curve.png)" in card
     assert "learning_rate: 0.002" in card
     assert "somebody" not in card
     for way in ("from matryoshka_lora import load", "PeftModel.from_pretrained", "vllm serve", "llama-cli"):
         assert way in card
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"curves": {"a": 5}, "items": 1}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"ranks": [1], "tasks": {"a": 5}}',
+        '{"ranks": [1], "tasks": {"a": {"metrics": {}}}}',
+        "[" * 100_000,
+    ],
+)
 def test_a_damaged_evaluation_leaves_a_card_without_curve(tmp_path: Path, content: str) -> None:
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "evaluation.json").write_text(content)

@@ -101,6 +101,7 @@ def launch(engine: str, config: Path, *overrides: str, **environment: str) -> su
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{engine}.yaml")]
     command += ["--num_processes", "2", "--main_process_port", "0", str(HERE / "launched.py"), str(config)]
     given = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    given["PYTHONFAULTHANDLER"] = "1"  # so that a process that aborts says where it was
     if engine == "fsdp2":
         given["ACCELERATE_TORCH_DEVICE"] = "cpu"
     return subprocess.run(
@@ -141,7 +142,7 @@ def test_two_processes_train_as_one_though_one_of_them_was_killed(
     assert plan(settings, num_processes=2).checkpoint == checkpoint
 
     resumed = launch(name, config, *engine.overrides)
-    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     for said in (f"Going on from {checkpoint}, after 4 steps", f"The adapter is in {run}", "Next: matryoshka eval"):
         assert resumed.stdout.count(said) == 1, resumed.stdout
 

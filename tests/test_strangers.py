@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LINEAR_LAYERS, randomize, tiny_llama
+from conftest import LINEAR_LAYERS, randomize, tiny_llama, tiny_mixtral
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from matryoshka_lora import MatryoshkaError, Nesting, load, nest
 from matryoshka_lora.adapter.source import open_adapter
@@ -115,18 +114,7 @@ def test_shards(tmp_path: Path) -> None:
 
 
 def test_experts(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    base = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=96,
-            hidden_size=32,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_local_experts=4,
-        )
-    )
+    base = tiny_mixtral(num_hidden_layers=1, num_key_value_heads=2, num_local_experts=4)
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     before = plain_adapter(
         tmp_path / "plain", copy.deepcopy(base), target_modules=["q_proj"], target_parameters=targets

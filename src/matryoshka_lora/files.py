@@ -22,6 +22,12 @@ from matryoshka_lora.errors import MatryoshkaError
 SPECTRA_NAME = "spectra.safetensors"
 """The singular values of a reordered adapter, beside its weights."""
 
+EVALUATION_FOLDER = "evaluation"
+"""Where `matryoshka eval` writes, below the adapter."""
+
+EVALUATION_NAME = "evaluation.json"
+PICTURE_NAME = "curve.png"
+
 # What says how to read the other files of an adapter's folder.
 _DESCRIPTIONS = ("adapter_config.json", "nesting.json", SPECTRA_NAME)
 

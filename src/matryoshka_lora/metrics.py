@@ -40,3 +40,10 @@ def aurac(accuracies: Sequence[float], ranks: Sequence[int], axis: Literal["log2
     x = [math.log2(r) if axis == "log2" else float(r) for r in points]
     area = sum((x[i + 1] - x[i]) * (accuracies[i] + accuracies[i + 1]) / 2 for i in range(len(x) - 1))
     return area / (x[-1] - x[0])
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    """A metric as people read it, with its standard error where there is one; ``"?"`` where there is no value."""
+    if value is None:
+        return "?"
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"

@@ -30,7 +30,7 @@ _SUPPORTED = {
 }
 
 # These start from factors that are only right when p is the constant s_R.
-_INITS_THAT_ASSUME_A_SCALE = ("pissa", "corda", "olora", "lora_ga", "loftq")
+INITS_THAT_ASSUME_A_SCALE = ("pissa", "corda", "olora", "lora_ga", "loftq")
 
 
 def nested_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
@@ -113,7 +113,7 @@ def check_config(config: Any, state: NestedState) -> None:
             "ensure_weight_tying shares factors between layers, which cannot be reordered: turn it off"
         )
     init = str(config.init_lora_weights)
-    if init.startswith(_INITS_THAT_ASSUME_A_SCALE):
+    if init.startswith(INITS_THAT_ASSUME_A_SCALE):
         raise MatryoshkaError(f"init_lora_weights={init!r} assumes plain LoRA's scale: use True or 'gaussian'")
 
 

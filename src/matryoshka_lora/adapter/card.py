@@ -12,11 +12,10 @@ from typing import Any
 from peft import LoraConfig
 
 from matryoshka_lora.adapter.state import NestedState
-from matryoshka_lora.files import write_text
+from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, PICTURE_NAME, write_text
+from matryoshka_lora.metrics import with_error
 
 CARD_NAME = "README.md"
-EVALUATION = Path("evaluation")
-"""Where `matryoshka eval` writes, below the adapter."""
 
 _MARK = (
     "<!-- Written by matryoshka-lora, and again whenever the adapter is saved: delete this line to keep your own. -->"
@@ -79,26 +78,24 @@ def _what(config: LoraConfig, state: NestedState | None, base: str) -> str:
 
 
 def _curve(home: Path) -> str:
-    """Table and picture of its evaluation, if there is one."""
+    """Table and picture of its evaluation, if `matryoshka eval` has written one."""
     try:
-        data = json.loads(_read(home / EVALUATION / "evaluation.json"))
-        table = "\n".join(_rows(data))
-        heading = f"On {int(data['items'])} {data['split']} questions of `{data['task']}`, by rank:"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        table = "\n".join(_rows(json.loads(_read(home / EVALUATION_FOLDER / EVALUATION_NAME))))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return ""
-    picture = EVALUATION / "curve.png"
-    image = f"\n\n![Loss and accuracy at every rank]({picture.as_posix()})" if (home / picture).is_file() else ""
-    return f"## How good each rank is\n\n{heading}\n\n{table}{image}"
+    picture = f"{EVALUATION_FOLDER}/{PICTURE_NAME}"
+    image = f"\n\n![Every task at every rank]({picture})" if (home / picture).is_file() else ""
+    return f"## How good each rank is\n\nBy rank, ± one standard error over the questions:\n\n{table}{image}"
 
 
 def _rows(data: dict[str, Any]) -> Iterator[str]:
-    ranks = sorted({rank for curve in data["curves"].values() for rank in curve["ranks"]})
-    yield f"| loss (accuracy) | {' | '.join(map(str, ranks))} |"
+    ranks = data["ranks"]
+    yield f"| | {' | '.join(str(int(rank)) for rank in ranks)} |"
     yield f"|---|{'---|' * len(ranks)}"
-    for name, curve in data["curves"].items():
-        found = dict(zip(curve["ranks"], zip(curve["loss"], curve["accuracy"], strict=True), strict=True))
-        cells = [f"{found[r][0]:.3f} ({100 * found[r][1]:.0f} %)" if r in found else "" for r in ranks]
-        yield f"| {name} | {' | '.join(cells)} |"
+    for name, task in data["tasks"].items():
+        first = task["metrics"][task["metric"]]
+        cells = [with_error(*pair) for pair in zip(first["value"], first["stderr"], strict=True)]
+        yield f"| {name}: {task['metric']}, {int(task['items'])} questions | {' | '.join(cells)} |"
 
 
 def _recipe(home: Path) -> str:

@@ -203,15 +203,14 @@ class NestedAdapter:
         diagonals = {rank: state.mask(rank) * (state.scale(rank) if rank else 0.0) for rank in set(ranks)}
         diagonal = torch.stack([diagonals[rank] for rank in ranks])
         self._check_routing()
-        variants = self._variants()
-        before = [variant.override for variant in variants]
-        gates = self._gates(diagonal, exact=exact)
-        for variant in variants:
-            variant.stand_before(gates[variant.device])
+        gated = self._gated(diagonal, exact=exact)
+        before = [variant.override for variant, _ in gated]
+        for variant, gate in gated:
+            variant.stand_before(gate)
         try:
             yield
         finally:
-            for variant, override in zip(variants, before, strict=True):
+            for (variant, _), override in zip(gated, before, strict=True):
                 variant.stand_before(override)
 
     def draw(self, step: int, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> None:
@@ -230,9 +229,8 @@ class NestedAdapter:
         diagonal = drawn.diagonal
         if diagonal.ndim > 1 and rows is not None:
             diagonal = diagonal[index * rows : (index + 1) * rows]
-        gates = self._gates(diagonal, allow_fewer=True)
-        for variant in self._variants():
-            variant.begin_step(gates[variant.device], drawn.learn)
+        for variant, gate in self._gated(diagonal, allow_fewer=True):
+            variant.begin_step(gate, drawn.learn)
 
     def callback(self) -> TrainerCallback:
         """For ``Trainer(callbacks=[...])``: draws the ranks of each step and completes every checkpoint."""
@@ -322,11 +320,18 @@ class NestedAdapter:
         if state.rule.fixed or state.form != "raw":
             self.draw(step=0)
 
-    def _gates(self, diagonal: Tensor, allow_fewer: bool = False, exact: bool = True) -> dict[torch.device, Gate]:
-        for _, module, variant in self._layers():  # the model may have been moved since the last time
-            variant.device = get_parameters(module, self.name)[0].device
-        devices = {variant.device for variant in self._variants()}
-        return {device: Gate.on(device, diagonal, None, allow_fewer, exact) for device in devices}
+    def _gated(
+        self, diagonal: Tensor, allow_fewer: bool = False, exact: bool = True
+    ) -> list[tuple[NestedVariant, Gate]]:
+        """Every layer's variant with a gate where its factors are now: a Trainer moves the model after `nest`."""
+        made: dict[torch.device, Gate] = {}
+        found = []
+        for _, module, variant in self._layers():
+            device = get_parameters(module, self.name)[0].device
+            if device not in made:
+                made[device] = Gate.on(device, diagonal, None, allow_fewer, exact)
+            found.append((variant, made[device]))
+        return found
 
     def _check_unmerged(self, what: str) -> None:
         if any(self.name in module.merged_adapters for _, module, _ in self._layers()):

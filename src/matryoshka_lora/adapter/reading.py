@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from matryoshka_lora.adapter.attach import check_config
 from matryoshka_lora.adapter.directions import DIRECTIONS_NAME, read_directions, truncate
 from matryoshka_lora.adapter.sidecar import read_sidecar
-from matryoshka_lora.adapter.slicing import check_layer_name, factor_keys, shorten_tensors
+from matryoshka_lora.adapter.slicing import check_layer_name, factor_keys, layer_name, shorten_tensors
 from matryoshka_lora.adapter.state import NestedState
 from matryoshka_lora.errors import MatryoshkaError
 
@@ -67,18 +67,26 @@ def read_adapter(
     else:
         tensors = _read_weights(weights)
         if config.r < whole:
-            _check_factors(tensors, whole, config, f"{weights}")
+            _check_rank(tensors, whole, config, f"{weights}")
             tensors = shorten_tensors(tensors, whole, config.r)
     check_finite(tensors, f"{weights}")
-    _check_factors(tensors, config.r, config, f"{weights}")
+    _check_rank(tensors, config.r, config, f"{weights}")
     return state, config, tensors
+
+
+def _check_rank(tensors: Mapping[str, Tensor], rank: int, config: LoraConfig, where: str) -> None:
+    check_factors({key: tensor.shape for key, tensor in tensors.items()}, lambda _: rank, config, where)
+
+
+def no_weights(folder: Path) -> MatryoshkaError:
+    """The error for a folder without weights that can be read."""
+    pickled = f" ({WEIGHTS_NAME} is a pickle, which can run code when it is read)" * (folder / WEIGHTS_NAME).exists()
+    return MatryoshkaError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}{pickled}: copy or save the adapter again")
 
 
 def _read_weights(weights: Path) -> dict[str, Tensor]:
     if not weights.is_file():
-        pickle = weights.with_name(WEIGHTS_NAME)
-        pickled = f" ({WEIGHTS_NAME} is a pickle, which can run code when it is read)" * pickle.exists()
-        raise MatryoshkaError(f"{weights.parent} holds no {weights.name}{pickled}: copy or save the adapter again")
+        raise no_weights(weights.parent)
     try:
         tensors: dict[str, Tensor] = load_file(weights)
     except (SafetensorError, OSError, ValueError) as error:
@@ -135,31 +143,44 @@ def _patterns(config: Any) -> Iterator[str]:
         yield from (key for key in getattr(config, field, None) or () if isinstance(key, str))
 
 
-def _check_factors(tensors: Mapping[str, Tensor], rank: int, config: LoraConfig, where: str) -> None:
-    """Each layer has both of its factors, both have R columns, and nothing else is called a factor."""
+def check_factors(
+    shapes: Mapping[str, Sequence[int]], rank_of: Callable[[str], int], config: LoraConfig, where: str
+) -> list[tuple[str, str, str]]:
+    """Each layer has both of its factors, both have its rank, and nothing else is called a factor.
+
+    Args:
+        shapes: Of all tensors, by key.
+        rank_of: The rank of a layer, by its name in the base model.
+        config: PEFT's.
+        where: What is checked, for the message.
+
+    Returns:
+        What `factor_keys` gives.
+    """
     again = "The file is damaged or not ours: copy the adapter again"
-    factors = set()
-    for module, key_A, key_B in factor_keys(tensors):
-        factors |= {key_A, key_B}
+    found = list(factor_keys(shapes))
+    for module, key_A, key_B in found:
         check_layer_name(module, where)
-        if key_B not in tensors:
+        if key_B not in shapes:
             raise MatryoshkaError(f"{where} lacks tensor {key_B}. {again}")
-        A, B = tensors[key_A], tensors[key_B]
-        columns = B.shape[1] if B.ndim > 1 else 0
-        rows = A.shape[0] if A.ndim > 1 else 0
+        shape_A, shape_B, rank = shapes[key_A], shapes[key_B], rank_of(layer_name(module))
+        columns = shape_B[1] if len(shape_B) > 1 else 0
+        rows = shape_A[0] if len(shape_A) > 1 else 0
         # One expert has R of both; a stack of them has the same multiple of R.
         whole = rows % rank == 0 if config.target_parameters else rows == rank
-        if not rows or not whole or columns != rows:
+        if not (whole and rows and columns == rows and all(shape_A) and all(shape_B)):
             raise MatryoshkaError(
-                f"{where}: A and B of layer {module} have shapes {list(A.shape)} and {list(B.shape)}, which are not "
+                f"{where}: A and B of layer {module} have shapes {list(shape_A)} and {list(shape_B)}, which are not "
                 f"of rank {rank}. {again}"
             )
-    if not factors:
+    if not found:
         raise MatryoshkaError(f"{where} holds no factors. {again}")
     others = config.modules_to_save or config.trainable_token_indices or config.bias != "none"
-    for key in sorted(tensors.keys() - factors):
+    factors = {key for _, *keys in found for key in keys}
+    for key in sorted(shapes.keys() - factors):
         if ".lora_" in key or not (others or key.endswith(".base_layer.weight")):
             raise MatryoshkaError(f"{where} holds tensor {key}, which belongs to no layer. {again}")
+    return found
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Size, Tensor
 
+from matryoshka_lora.adapter.attach import INITS_THAT_ASSUME_A_SCALE
 from matryoshka_lora.adapter.directions import DIRECTIONS_NAME
 from matryoshka_lora.adapter.factors import as_matrices
-from matryoshka_lora.adapter.reading import check_finite, read_adapter, read_config
+from matryoshka_lora.adapter.reading import check_factors, check_finite, no_weights, read_adapter, read_config
 from matryoshka_lora.adapter.sidecar import SIDECAR_NAME
-from matryoshka_lora.adapter.slicing import check_layer_name, factor_keys
+from matryoshka_lora.adapter.slicing import layer_name
 from matryoshka_lora.adapter.state import NestedState
 from matryoshka_lora.errors import MatryoshkaError
 
@@ -145,14 +146,13 @@ def open_adapter(path: str | PathLike[str]) -> LoraFiles:
     layers = tuple(sorted(_layers(shapes, config, folder), key=lambda layer: layer.name))
     factors = {key for layer in layers for key in (layer.key_A, layer.key_B)}
     others = tuple(sorted(key for key in shapes if key not in factors))
-    _check_others(others, config, folder)
     size = sum(file.stat().st_size for file in paths)
     return LoraFiles(folder, config, state, layers, others, size, files)
 
 
 def _check_kind(config: LoraConfig, folder: Path) -> None:
     init = str(config.init_lora_weights)
-    if init.startswith(("pissa", "corda", "olora", "lora_ga", "loftq")):
+    if init.startswith(INITS_THAT_ASSUME_A_SCALE):
         raise MatryoshkaError(
             f"{folder} was trained with init_lora_weights={init!r}, which also changed the base model: save it in PEFT "
             "with path_initial_model_for_weight_conversion, which makes a plain LoRA adapter of it"
@@ -180,8 +180,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [whole]
     if index.is_file():
         return _shards(index)
-    pickled = f" ({WEIGHTS_NAME} is a pickle, which can run code when it is read)" * (folder / WEIGHTS_NAME).exists()
-    raise MatryoshkaError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}{pickled}: copy or save the adapter again")
+    raise no_weights(folder)
 
 
 def _shards(index: Path) -> list[Path]:
@@ -201,35 +200,15 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _layers(shapes: Mapping[str, Size], config: LoraConfig, folder: Path) -> Iterator[Layer]:
-    found = False
-    for module, key_A, key_B in factor_keys(shapes):
-        found = True
-        check_layer_name(module, str(folder))
-        if key_B not in shapes:
-            raise MatryoshkaError(f"{folder} lacks tensor {key_B}. {_AGAIN}")
-        name = module.removeprefix("base_model.model.")
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+    def rank_of(name: str) -> int:
+        return int(config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r))
+
+    for module, key_A, key_B in check_factors(shapes, rank_of, config, str(folder)):
+        name = layer_name(module)
+        rank = rank_of(name)
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
-        shape_A, shape_B = shapes[key_A], shapes[key_B]
-        rows = shape_A[0] if len(shape_A) > 1 else 0
-        columns = shape_B[1] if len(shape_B) > 1 else 0
-        whole = rows % rank == 0 if config.target_parameters else rows == rank
-        if not whole or rows == 0 or columns != rows or not shape_A.numel() or not shape_B.numel():
-            raise MatryoshkaError(
-                f"{folder}: A and B of layer {name} have shapes {list(shape_A)} and {list(shape_B)}, which are not of "
-                f"rank {rank}. {_AGAIN}"
-            )
         scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        yield Layer(name, key_A, key_B, shape_A, shape_B, rank, scale, rows // rank)
-    if not found:
-        raise MatryoshkaError(f"{folder} holds no factors. {_AGAIN}")
-
-
-def _check_others(others: tuple[str, ...], config: LoraConfig, folder: Path) -> None:
-    allowed = config.modules_to_save or config.trainable_token_indices or config.bias != "none"
-    for key in others:
-        if ".lora_" in key or not (allowed or key.endswith(".base_layer.weight")):
-            raise MatryoshkaError(f"{folder} holds tensor {key}, which belongs to no layer. {_AGAIN}")
+        yield Layer(name, key_A, key_B, shapes[key_A], shapes[key_B], rank, scale, shapes[key_A][0] // rank)
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from matryoshka_lora.files import EVALUATION_FOLDER
+
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +87,7 @@ def evaluate(
         Path | None, typer.Option("--out", "-o", help="The folder to write.", show_default="ADAPTER/evaluation")
     ] = None,
 ) -> None:
-    """Measure an adapter at every rank, and the base model without it, for about the price of two ranks.
+    """Measure an adapter at every rank, and the base model without it, in one pass.
 
     All ranks run in one batch, and lm-evaluation-harness judges: its tasks, its prompts, its metrics. Prints a table,
     and writes evaluation.json, examples.jsonl, curve.png and report.html. An evaluation that was killed goes on where
@@ -99,17 +101,20 @@ def evaluate(
         )
     wanted = None if ranks is None or ranks == "all" else _parse_ranks(ranks)
     rows = _parse_batch_size(batch_size)
-    folder = out or adapter / "evaluation"
+    folder = out or adapter / EVALUATION_FOLDER
     # The harness draws a bar for each of its steps at each rank.
     os.environ.setdefault("TQDM_DISABLE", "1")
 
     import torch
 
     from matryoshka_lora.adapter import load, read_adapter
+    from matryoshka_lora.adapter.card import write_card
     from matryoshka_lora.evaluate.cost import adapter_bytes, token_latency
+    from matryoshka_lora.evaluate.curve import versions
     from matryoshka_lora.evaluate.engine import Engine
     from matryoshka_lora.evaluate.harness import judge
-    from matryoshka_lora.evaluate.results import ANSWERS_NAME, Results, versions, weights_hash
+    from matryoshka_lora.evaluate.report import print_tasks
+    from matryoshka_lora.evaluate.results import ANSWERS_NAME, Results, weights_hash
     from matryoshka_lora.evaluate.store import Store
     from matryoshka_lora.files import check_writable
     from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
@@ -161,7 +166,13 @@ def evaluate(
             _write(results, folder)
     finally:
         store.close()
-    _say_what_was_found(results, adapter, folder)
+    if out is None:
+        write_card(adapter, config, state)  # which shows the evaluation beside it
+    print_tasks(results.to_dict())
+    typer.echo(f"Written to {folder}: evaluation.json, examples.jsonl, curve.png and report.html")
+    which = f" --task {next(iter(results.tasks))}" if len(results.tasks) > 1 else ""
+    export = f"matryoshka export {adapter} --rank RANK -o {adapter.name}-rank-RANK"
+    typer.echo(f"Next: matryoshka select {folder} --within 1%{which}, then {export}")
 
 
 def _selected(
@@ -197,9 +208,9 @@ def _write(results: Results, folder: Path) -> None:
     import json
 
     from matryoshka_lora.evaluate.page import PAGE_NAME, page
-    from matryoshka_lora.evaluate.reading import EVALUATION_NAME, EXAMPLES_NAME
-    from matryoshka_lora.evaluate.report import PICTURE_NAME, draw_tasks
-    from matryoshka_lora.files import replace_directory
+    from matryoshka_lora.evaluate.reading import EXAMPLES_NAME
+    from matryoshka_lora.evaluate.report import draw_tasks
+    from matryoshka_lora.files import EVALUATION_NAME, PICTURE_NAME, replace_directory
 
     with replace_directory(folder) as unfinished:
         text = json.dumps(results.to_dict(), indent=2, allow_nan=False) + "\n"
@@ -207,21 +218,6 @@ def _write(results: Results, folder: Path) -> None:
         (unfinished / EXAMPLES_NAME).write_text(results.example_lines(), encoding="utf-8")
         draw_tasks(results.to_dict(), unfinished / PICTURE_NAME)
         (unfinished / PAGE_NAME).write_text(page(results.to_dict(), results.examples), encoding="utf-8")
-
-
-def _say_what_was_found(results: Results, adapter: Path, folder: Path) -> None:
-    from matryoshka_lora.evaluate.report import print_tasks
-
-    print_tasks(results.to_dict())
-    typer.echo(f"Written to {folder}: evaluation.json, examples.jsonl, curve.png and report.html")
-    first = next(iter(results.tasks.values()))
-    values = first["metrics"][first["metric"]]["value"]
-    # Two points are within the error of a few hundred questions.
-    rank = next(rank for rank, found in zip(results.ranks, values, strict=True) if found >= max(values) - 0.02)
-    typer.echo(
-        f"Next, as rank {rank} is the smallest within 2 points of the best on {next(iter(results.tasks))}: "
-        f"matryoshka export {adapter} --rank {rank} -o {adapter.name}-rank-{rank}"
-    )
 
 
 @contextmanager

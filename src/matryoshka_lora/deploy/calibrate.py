@@ -19,7 +19,7 @@ from matryoshka_lora.adapter.source import open_adapter
 from matryoshka_lora.deploy.reorder import Moments, reorder_adapter, reweigh_adapter
 from matryoshka_lora.deploy.spectra import Metric, Spectra
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.evaluate.questions import Question, Tokens, rows_from, tokenize
+from matryoshka_lora.evaluate.questions import Question, Tokens, pad_rows, rows_from, tokenize
 from matryoshka_lora.tasks import get_task
 from matryoshka_lora.train.data import load_data, parse_data
 
@@ -186,15 +186,10 @@ class _Probe:
 
 
 def _run(model: Any, batch: list[Tokens], pad: int, probes: list[_Probe], gradients: bool) -> None:
-    rows = [question.context + question.completion for question in batch]
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=model.device)
-    position = torch.arange(longest, device=model.device)
-    mask = torch.stack([position < len(row) for row in rows])
+    ids, mask, is_answer = pad_rows(batch, pad, model.device)
     for probe in probes:
         probe.mask = mask
-    answers = [(position >= len(q.context)) & (position < len(row)) for q, row in zip(batch, rows, strict=True)]
-    is_answer = torch.stack(answers)[:, 1:]
+    is_answer = is_answer[:, 1:]
     kept = is_answer.any(dim=0).nonzero().squeeze(1)
     # For the moments of activations one position is enough: the layers below are computed in full.
     logits = model(

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from matryoshka_lora.adapter.card import CARD_NAME, EVALUATION, write_card
+from matryoshka_lora.adapter.card import CARD_NAME, write_card
 from matryoshka_lora.adapter.directions import DIRECTIONS_NAME
 from matryoshka_lora.adapter.source import open_adapter
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import SPECTRA_NAME
+from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, PICTURE_NAME, SPECTRA_NAME
 
 # Checkpoints, optimizer states and logs beside the adapter stay at home.
 _FILES = (
@@ -22,8 +22,8 @@ _FILES = (
     DIRECTIONS_NAME,
     SPECTRA_NAME,
     "nesting.json",
-    f"{EVALUATION.as_posix()}/evaluation.json",
-    f"{EVALUATION.as_posix()}/curve.png",
+    f"{EVALUATION_FOLDER}/{EVALUATION_NAME}",
+    f"{EVALUATION_FOLDER}/{PICTURE_NAME}",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import tempfile
 import time
@@ -39,6 +40,8 @@ def token_latency(adapter: NestedAdapter, ranks: Sequence[int]) -> list[float]:
             names[rank] = f"latency_{rank}"
             adapter.export(f"{folder}/{rank}", rank)
             model.load_adapter(f"{folder}/{rank}", names[rank], torch_device=str(model.device))
+    # transformers 5.24 has renamed it.
+    key = "cache" if "cache" in inspect.signature(model.get_base_model().forward).parameters else "past_key_values"
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     ids = torch.arange(64, device=model.device)[None] % model.config.get_text_config().vocab_size
@@ -50,8 +53,7 @@ def token_latency(adapter: NestedAdapter, ranks: Sequence[int]) -> list[float]:
                 model.set_adapter(names[rank])
                 if rank not in caches:
                     out = model(input_ids=ids, use_cache=True)
-                    caches[rank] = out.cache if hasattr(out, "cache") else out.past_key_values
-                key = "cache" if "cache" in _parameters(model) else "past_key_values"
+                    caches[rank] = getattr(out, key)
                 begin = time.perf_counter()
                 model(input_ids=ids[:, -1:], use_cache=True, **{key: caches[rank]})
                 if turn > 1:
@@ -63,9 +65,3 @@ def token_latency(adapter: NestedAdapter, ranks: Sequence[int]) -> list[float]:
         for module, training in modes:
             module.training = training
     return [round(statistics.median(times[rank]), 3) for rank in ranks]
-
-
-def _parameters(model: Any) -> Any:
-    import inspect
-
-    return inspect.signature(model.get_base_model().forward).parameters

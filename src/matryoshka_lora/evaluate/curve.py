@@ -20,7 +20,7 @@ from matryoshka_lora.evaluate.scoring import Scores, score
 from matryoshka_lora.metrics import aurac
 from matryoshka_lora.nesting import Nesting
 
-_PACKAGES = ("matryoshka-lora", "torch", "transformers", "peft", "reasoning-gym")
+_PACKAGES = ("matryoshka-lora", "torch", "transformers", "peft", "lm_eval", "datasets", "reasoning-gym")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Evaluation:
             "dtype": self.dtype,
             "base": {"loss": self.base.loss, "accuracy": self.base.accuracy},
             "curves": {name: curve.to_dict() for name, curve in self.curves.items()},
-            "versions": _versions(),
+            "versions": versions(),
         }
 
 
@@ -185,11 +185,12 @@ def _scored(
     return found
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that answers and numbers depend on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
-        except PackageNotFoundError:  # reasoning-gym, where a file is evaluated
+        except PackageNotFoundError:  # an extra that is not needed for every evaluation
             continue
     return found

@@ -12,7 +12,7 @@ SHARE = 0.5
 """Of the free memory; the rest is for other processes and for what is not counted here."""
 
 _EFFICIENT = {"cpu": (2048, 128)}
-"""Tokens of a prefill and rows of a decode step above which nothing is gained: measured on one core."""
+"""Tokens of a prefill and rows of a decode step above which nothing was gained, by trial on one core."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.errors import MatryoshkaError
@@ -100,26 +102,52 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, question: Question) -> Tokens:
     Raises:
         MatryoshkaError: The tokenizer has no chat template, or the prompt or the answer is empty.
     """
-    prompt, completion = question.prompt, question.completion
-    if isinstance(question, Example):
-        prompt = [{"role": "user", "content": question.prompt}]
-        completion = [{"role": "assistant", "content": question.completion}]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        end = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
+    prompt, completion = as_trained(tokenizer, question)
+    if isinstance(prompt, str):
         prompt_ids = tokenizer(prompt)["input_ids"]
-        whole = tokenizer(prompt + completion + end)["input_ids"]
+        whole = tokenizer(prompt + completion)["input_ids"]
     else:
-        if not tokenizer.chat_template:
-            raise MatryoshkaError(
-                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template and the questions are chat: take "
-                "an instruction-tuned model, or data with prompt and completion as text"
-            )
         prompt_ids = _template(tokenizer, prompt, add_generation_prompt=True)
         whole = _template(tokenizer, [*prompt, *completion])
     length = _common_prefix(prompt_ids, whole)
     if length == 0 or length == len(whole):
         raise MatryoshkaError(f"a question has an empty {'prompt' if length == 0 else 'answer'}: {question!r:.200}")
     return Tokens(context=whole[:length], completion=whole[length:], prompt=prompt_ids)
+
+
+def as_trained(tokenizer: PreTrainedTokenizerBase, question: Question) -> tuple[Any, Any]:
+    """Prompt and completion as TRL trains on them: two lists of chat messages, or two texts, the second one ended.
+
+    Raises:
+        MatryoshkaError: They are chat, and the tokenizer has no chat template.
+    """
+    prompt, completion = question.prompt, question.completion
+    if isinstance(question, Example):
+        prompt = [{"role": "user", "content": question.prompt}]
+        completion = [{"role": "assistant", "content": question.completion}]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt, completion + ("" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token)
+    if not tokenizer.chat_template:
+        raise MatryoshkaError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template and the questions are chat: take "
+            "an instruction-tuned model, or data with prompt and completion as text"
+        )
+    return prompt, completion
+
+
+def pad_rows(rows: Sequence[Tokens], pad: int, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Contexts with their completions as one batch, padded on the right.
+
+    Returns:
+        The tokens, shape (rows, tokens); which of them are no padding; and which belong to a completion.
+    """
+    whole = [row.context + row.completion for row in rows]
+    longest = max(map(len, whole))
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in whole], device=device)
+    position = torch.arange(longest, device=device)
+    is_token = torch.stack([position < len(row) for row in whole])
+    is_answer = torch.stack([is_token[i] & (position >= len(row.context)) for i, row in enumerate(rows)])
+    return ids, is_token, is_answer
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) -> list[int]:

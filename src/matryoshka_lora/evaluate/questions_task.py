@@ -11,9 +11,8 @@ from lm_eval.api.task import ConfigurableTask
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.evaluate.questions import Judge, Question
+from matryoshka_lora.evaluate.questions import Judge, Question, as_trained
 from matryoshka_lora.evaluate.scoring import EXTRA_TOKENS
-from matryoshka_lora.tasks import Example
 
 
 class QuestionsTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]
@@ -88,18 +87,9 @@ def _per_token(items: Sequence[tuple[float, int]]) -> float:
 
 def _texts(tokenizer: PreTrainedTokenizerBase, question: Question) -> tuple[str, str, str]:
     """What generation starts from, and the same text as training sees it, cut in context and completion."""
-    prompt, completion = question.prompt, question.completion
-    if isinstance(question, Example):
-        prompt = [{"role": "user", "content": question.prompt}]
-        completion = [{"role": "assistant", "content": question.completion}]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        end = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
-        return prompt, prompt, completion + end
-    if not tokenizer.chat_template:
-        raise MatryoshkaError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template and the questions are chat: take "
-            "an instruction-tuned model, or data with prompt and completion as text"
-        )
+    prompt, completion = as_trained(tokenizer, question)
+    if isinstance(prompt, str):
+        return prompt, prompt, completion
     asked: str = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     whole: str = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
     shorter = min(len(asked), len(whole))

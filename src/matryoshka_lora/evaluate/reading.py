@@ -11,8 +11,8 @@ from typing import Any
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluate.select import Measured
+from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME
 
-EVALUATION_NAME = "evaluation.json"
 EXAMPLES_NAME = "examples.jsonl"
 
 
@@ -25,7 +25,7 @@ def find_evaluation(path: str | PathLike[str]) -> Path:
     given = Path(path)
     if given.is_file():
         return given
-    for found in (given / EVALUATION_NAME, given / "evaluation" / EVALUATION_NAME):
+    for found in (given / EVALUATION_NAME, given / EVALUATION_FOLDER / EVALUATION_NAME):
         if found.is_file():
             return found
     if (given / "adapter_config.json").is_file():

@@ -17,11 +17,8 @@ from rich.text import Text
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluate.curve import Curve, Evaluation
-from matryoshka_lora.evaluate.reading import EVALUATION_NAME
-from matryoshka_lora.files import replace_directory
-from matryoshka_lora.metrics import aurac
-
-PICTURE_NAME = "curve.png"
+from matryoshka_lora.files import EVALUATION_NAME, PICTURE_NAME, replace_directory
+from matryoshka_lora.metrics import aurac, with_error
 
 # Okabe and Ito's colours, which differ for every kind of colour vision; a marker of its own tells each curve in grey.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
@@ -151,10 +148,10 @@ def print_tasks(evaluation: Mapping[str, Any]) -> None:
     for heading in ("rank", *evaluation["tasks"]):
         found.add_column(heading, justify="right", no_wrap=True)
     firsts = [task["metrics"][task["metric"]] for task in evaluation["tasks"].values()]
-    base = [_with_error(first["base"]["value"], first["base"]["stderr"]) if first["base"] else "" for first in firsts]
+    base = [with_error(first["base"]["value"], first["base"]["stderr"]) if first["base"] else "" for first in firsts]
     found.add_row("none", *base)
     for number, rank in enumerate(evaluation["ranks"]):
-        found.add_row(str(rank), *(_with_error(first["value"][number], first["stderr"][number]) for first in firsts))
+        found.add_row(str(rank), *(with_error(first["value"][number], first["stderr"][number]) for first in firsts))
     tasks = evaluation["tasks"].items()
     lines = [f"  {name}: {task['metric']}, {task['items']} questions, {_shots(task)}" for name, task in tasks]
     made = Group(
@@ -189,12 +186,6 @@ def draw_tasks(evaluation: Mapping[str, Any], path: Path) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=15, frameon=False)
     figure.savefig(path)
-
-
-def _with_error(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "?"
-    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 
 def _shots(task: Mapping[str, Any]) -> str:

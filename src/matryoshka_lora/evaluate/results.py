@@ -40,11 +40,9 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -134,17 +132,6 @@ def weights_hash(adapter: Path) -> str:
         found.update(file.name.encode())
         found.update(file.read_bytes())
     return found.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that answers and numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("matryoshka-lora", "torch", "transformers", "peft", "lm_eval", "datasets", "reasoning-gym"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # reasoning-gym, where no built-in task is asked
-            continue
-    return found
 
 
 def _number(value: Any) -> float | None:

@@ -68,7 +68,7 @@ def on_main(work: Callable[[], Result]) -> Result:
 
 
 def leave() -> None:
-    """End the group of processes, when nothing is left to do: its threads can abort a process that exits with them."""
+    """End the group of processes when nothing is left to do, as torch asks of those that exit."""
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()
