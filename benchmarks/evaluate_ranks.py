@@ -2,6 +2,7 @@
 
     make bench-eval
     python benchmarks/evaluate_ranks.py --items 100 --tasks choice-5shot --json
+    python benchmarks/evaluate_ranks.py --table docs/evaluate_ranks.json
 
 Both sides answer the same tasks of the harness, made here from reasoning-gym as local YAML and JSONL, and are judged by
 the same code of the harness. The harness's HF backend gets each rank as a plain PEFT adapter, exported before, and the
@@ -11,8 +12,11 @@ factors (seed 0) that are small enough for the model to go on writing sentences;
 Time is CPU time of one thread without loading models, from the prompts to the metrics. The harness at the largest
 rank and the engine take turns, and the medians of these turns are reported; the harness at the other ranks runs once
 each. "identical" is about a float32 run of both on the same questions (on the first ones with --compared): whether
-every choice and every text is equal at every rank. Choices that were closer than 1e-4 are listed by name in the file
+every choice and every text is equal at every rank. Choices that were closer than 1e-4 are listed by name in the files
 of --out, and do not count.
+
+Each task and dtype is one file in the folder of --out. What is there is not measured again, so that a run that was
+stopped goes on, and two processes may take a task each.
 """
 
 from __future__ import annotations
@@ -55,17 +59,18 @@ TUNED_ON = 32
 TIE = 1e-4
 
 FAMILY = "family_relationships"
+SMALL_FAMILY = {"name": FAMILY, "max_family_size": 4}  # about as long as a question of ARC
 SUMS = {"name": "chain_sum", "min_terms": 6, "max_terms": 6, "min_digits": 2, "max_digits": 2}
 
-# Shots are the first examples, the same ones for every question, as in mmlu and gsm8k_cot.
+# Shots are the first examples, the same ones for every question, as in mmlu and gsm8k_cot. Without shots nothing is
+# shared between the prompts of different questions, which is the harder case.
 TASKS: dict[str, dict[str, Any]] = {
     "choice-5shot": {"data": "choice", "num_fewshot": 5},
     "choice-0shot": {"data": "choice", "num_fewshot": 0},
     "generate-long": {"data": "long", "num_fewshot": 3},
-    "generate-short": {"data": "short", "num_fewshot": 3},
-    # Without shots nothing is shared between prompts: what batching alone is worth.
+    "generate-short": {"data": "short", "num_fewshot": 0},
     "generate-long-0shot": {"data": "long", "num_fewshot": 0},
-    "generate-short-0shot": {"data": "short", "num_fewshot": 0},
+    "generate-short-3shot": {"data": "short", "num_fewshot": 3},
 }
 REQUIRED = ("choice-5shot", "choice-0shot", "generate-long", "generate-short")
 
@@ -101,7 +106,7 @@ def short(example: Example, number: int) -> dict[str, Any]:
 
 
 MAKERS: dict[str, tuple[Any, Callable[[Example, int], dict[str, Any]]]] = {
-    "choice": (FAMILY, choice),
+    "choice": (SMALL_FAMILY, choice),
     "long": (SUMS, long),
     "short": (FAMILY, short),
 }
@@ -286,7 +291,8 @@ def main() -> None:
     parser.add_argument("--compared", type=int, help="how many of them are compared in float32 (default: all)")
     parser.add_argument("--repeats", type=int, default=3, help="turns in bfloat16 (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each task")
-    parser.add_argument("--out", type=Path, help="also write all that was measured to this JSON file")
+    parser.add_argument("--out", type=Path, default=Path("runs/evaluate_ranks"), help="the folder of finished parts")
+    parser.add_argument("--table", type=Path, help="gather the parts of these tasks into this JSON file")
     args = parser.parse_args()
     names: Sequence[str] = args.tasks.split(",")
     unknown = sorted(set(names) - set(TASKS))
@@ -295,25 +301,29 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    report: dict[str, Any] = {
-        "machine": machine(),
-        "items": args.items,
-        "compared": args.compared or args.items,
-        "ranks": list(NESTING.ranks),
-        "tasks": {},
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        files = write_tasks(Path(folder), args.items)
-        some = write_tasks(Path(folder) / "compared", args.compared or args.items)
-        for name in names:
-            fast = measure(Contest("bf16", Path(folder)), files[name], args.repeats)
-            exact = measure(Contest("fp32", Path(folder)), some[name], 1)
-            report["tasks"][name] = {"bf16": fast, "fp32": exact}
-            times = {key: fast[key] for key in ("harness_one_rank", "harness_all_ranks", "ours_all_ranks")}
-            line = {"task": name, **times, "identical": not exact["differ"]}
-            print(json.dumps(line) if args.json else _text(name, fast, exact), flush=True)
-            if args.out:
-                write_text(args.out, json.dumps(report, indent=1) + "\n")
+    tasks = {}
+    for name in names:
+        fast = part(args.out, name, "bf16", args.items, args.repeats)
+        exact = part(args.out, name, "fp32", args.compared or args.items, 1)
+        tasks[name] = {"bf16": fast, "fp32": exact}
+        times = {key: fast[key] for key in ("harness_one_rank", "harness_all_ranks", "ours_all_ranks")}
+        line = {"task": name, **times, "identical": not exact["differ"]}
+        print(json.dumps(line) if args.json else _text(name, fast, exact), flush=True)
+    if args.table:
+        write_text(args.table, json.dumps({"ranks": list(NESTING.ranks), "tasks": tasks}, indent=1) + "\n")
+
+
+def part(out: Path, name: str, dtype: str, items: int, repeats: int) -> dict[str, Any]:
+    """One task in one dtype, from its file where it was measured before."""
+    file = out / f"{name}-{dtype}-{items}.json"
+    if not file.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            task = write_tasks(Path(folder), items)[name]
+            measured = measure(Contest(dtype, Path(folder)), task, repeats)
+        found = {"machine": machine(), "items": items, "turns": repeats, **measured}
+        write_text(file, json.dumps(found, indent=1) + "\n")
+    read: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return read
 
 
 def _text(name: str, fast: dict[str, Any], exact: dict[str, Any]) -> str:
@@ -321,8 +331,8 @@ def _text(name: str, fast: dict[str, Any], exact: dict[str, Any]) -> str:
     for found in (fast, exact):
         ratio = found["ours_all_ranks"] / found["harness_one_rank"]
         lines.append(
-            f"  {found['dtype']}: harness {found['harness_one_rank']:.1f} s for one rank (batches of "
-            f"{found['harness_batch_size']}), {found['harness_all_ranks']:.1f} s for six; engine "
+            f"  {found['dtype']}, {found['items']} questions: harness {found['harness_one_rank']:.1f} s for one rank "
+            f"(batches of {found['harness_batch_size']}), {found['harness_all_ranks']:.1f} s for six; engine "
             f"{found['ours_all_ranks']:.1f} s for six: {ratio:.2f} times one rank. {len(found['differ'])} of "
             f"{found['answers']} answers differ, {len(found['ties'])} ties, log-likelihoods by at most "
             f"{found['largest_logprob_difference']:.1e}"
