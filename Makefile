@@ -16,12 +16,12 @@ help: ## this list
 $(VENV)/.demo: pyproject.toml
 	@echo "Setting up $(VENV) (about two minutes once packages are downloaded) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,eval,demo]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,eval,study,demo]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(EMBEDDED)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,eval,demo,quantized,deepspeed,dev]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,eval,study,demo,quantized,deepspeed,dev]'
 	touch $@
 
 $(VENV)/.deploy: $(VENV)/.test

@@ -8,7 +8,7 @@ a distributed run draws the same.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -84,6 +84,28 @@ def _matryoshka(nesting: Nesting, generator: random.Random, rows: int | None) ->
     return Draw(nesting.diagonal())
 
 
+def _mean(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
+    return Draw(nesting.diagonal() / len(nesting.ranks))
+
+
+def _reversed(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
+    return Draw(nesting.diagonal().flip(0))
+
+
+def _shuffled(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
+    # One order for all runs: the diagonal is part of what was trained, and must be found again without the seed.
+    order = torch.randperm(nesting.max_rank, generator=torch.Generator().manual_seed(0))
+    return Draw(nesting.diagonal()[order])
+
+
+def _geometric(decay: float) -> Callable[[Nesting, random.Random, int | None], Draw]:
+    def at_step(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
+        falling = decay ** torch.arange(nesting.max_rank, dtype=torch.float64)
+        return Draw(falling / falling.mean() * nesting.scale(nesting.max_rank))
+
+    return at_step
+
+
 def _dylora(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
     return Draw(nesting.prefix(generator.choice(nesting.ranks)))
 
@@ -99,11 +121,15 @@ def _dylora_frozen(nesting: Nesting, generator: random.Random, rows: int | None)
 
 def _stratified(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
     assert rows is not None  # Rule.draw checks it
-    # Each rank as often as every other; the remainder is drawn without repetition, so no two counts differ by over 1.
-    whole, rest = divmod(rows, len(nesting.ranks))
-    ranks = [*nesting.ranks] * whole + generator.sample(nesting.ranks, rest)
-    generator.shuffle(ranks)
-    return Draw(torch.stack([nesting.prefix(rank) for rank in ranks]))
+    return Draw(torch.stack([nesting.prefix(rank) for rank in stratified_ranks(nesting.ranks, rows, generator)]))
+
+
+def stratified_ranks(ranks: Sequence[int], rows: int, generator: random.Random) -> list[int]:
+    """A rank for each row: each as often as every other, so that no two counts differ by over 1, in random order."""
+    whole, rest = divmod(rows, len(ranks))
+    drawn = [*ranks] * whole + generator.sample(ranks, rest)
+    generator.shuffle(drawn)
+    return drawn
 
 
 RULES: dict[str, Rule] = {
@@ -121,6 +147,14 @@ RULES: dict[str, Rule] = {
         ),
         Rule(
             "stratified", "each row of the batch at a rank of its own, every rank as often", _stratified, per_row=True
+        ),
+        # Ablations of P, for studies.
+        Rule("mean", "P divided by the number of nested ranks", _mean, fixed=True),
+        Rule("reversed", "P in reversed order", _reversed, fixed=True),
+        Rule("random", "P in a random order", _shuffled, fixed=True),
+        *(
+            Rule(f"geometric-{decay:g}", f"a diagonal that falls by {decay:g} a column", _geometric(decay), fixed=True)
+            for decay in (0.97, 0.9, 0.8)
         ),
     )
 }

@@ -200,9 +200,14 @@ class NestedAdapter:
         if not ranks:
             raise MatryoshkaError("rows() needs one rank for each row of the batch; the list is empty")
         self._check_unmerged("give each row a rank")
-        diagonals = {rank: state.mask(rank) * (state.scale(rank) if rank else 0.0) for rank in set(ranks)}
-        diagonal = torch.stack([diagonals[rank] for rank in ranks])
         self._check_routing()
+        diagonals = {rank: state.mask(rank) * (state.scale(rank) if rank else 0.0) for rank in set(ranks)}
+        with self._standing(torch.stack([diagonals[rank] for rank in ranks]), exact):
+            yield
+
+    @contextmanager
+    def _standing(self, diagonal: Tensor, exact: bool) -> Iterator[None]:
+        """A context in which this diagonal, (R,) or (rows, R), stands in every layer, in training and in eval mode."""
         gated = self._gated(diagonal, exact=exact)
         before = [variant.override for variant, _ in gated]
         for variant, gate in gated:

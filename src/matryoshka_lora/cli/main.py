@@ -9,6 +9,7 @@ import warnings
 
 import typer
 
+from matryoshka_lora.cli.compare import compare
 from matryoshka_lora.cli.demo import demo
 from matryoshka_lora.cli.eval import evaluate
 from matryoshka_lora.cli.export import export
@@ -33,6 +34,7 @@ app.command("reorder")(reorder)
 app.command("info")(info)
 app.command("export")(export)
 app.command("push")(push)
+app.command("compare")(compare)
 app.command("demo")(demo)
 
 

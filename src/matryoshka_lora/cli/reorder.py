@@ -17,6 +17,7 @@ class MetricName(str, Enum):
     frobenius = "frobenius"
     activations = "activations"
     loss = "loss"
+    learned = "learned"
 
 
 def reorder(
@@ -29,7 +30,7 @@ def reorder(
     ] = MetricName.frobenius,
     data: Annotated[
         str | None,
-        typer.Option(help="For activations and loss: a task, a file, or a hub dataset.", show_default=False),
+        typer.Option(help="For all but frobenius: a task, a file, or a hub dataset.", show_default=False),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="How many rows of it.")] = 128,
     model: Annotated[str | None, typer.Option(help="The base model.", show_default="what the adapter names")] = None,
@@ -38,15 +39,16 @@ def reorder(
     """Make any LoRA adapter nested: the function stays, and every prefix becomes the best adapter of its rank.
 
     frobenius needs no data and no base model. activations changes each layer's outputs least, and loss the training
-    loss; both run the base model over some rows of the training data, or of data like it.
+    loss; learned descends the loss of the prefixes themselves for a few steps. These three run the base model over some
+    rows of the training data, or of data like it.
 
-    Example: matryoshka reorder runs/some-lora -o nested --metric loss --data my.jsonl
+    Example: matryoshka reorder runs/some-lora -o nested --metric learned --data my.jsonl
     """
     if (metric is MetricName.frobenius) != (data is None):
         raise typer.BadParameter(
             f"--metric {metric.value} needs --data, for example --data my.jsonl"
             if data is None
-            else "--data is for --metric activations and --metric loss; name one of them"
+            else "--data is for --metric activations, loss and learned; name one of them"
         )
 
     from tqdm import tqdm
@@ -61,13 +63,15 @@ def reorder(
         with tqdm(total=len(opened.layers), desc="reordering", unit=" layers", disable=None) as bar:
             reorder_adapter(adapter, out, on_layer=bar.update)
     else:
-        from matryoshka_lora.deploy.calibrate import calibration_rows, reorder_with_data
+        from matryoshka_lora.adapter.order import STEPS
+        from matryoshka_lora.deploy.calibrate import BATCH_SIZE, calibration_rows, reorder_with_data
         from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
 
         questions = calibration_rows(data, rows)
         name = base_name(model, opened.config, adapter)
         base, tokenizer = load_model(name, DTYPES[dtype.value]), load_tokenizer(name)
-        with tqdm(total=len(questions), desc="calibrating", unit=" rows", disable=None) as bar:
+        taken = STEPS * BATCH_SIZE if metric is MetricName.learned else len(questions)
+        with tqdm(total=taken, desc="calibrating", unit=" rows", disable=None) as bar:
             reorder_with_data(adapter, out, metric.value, base, tokenizer, questions, on_batch=bar.update)
     typer.echo(
         f"{out} is nested: PEFT reads it as the adapter that {adapter} is, and any rank from 1 to {opened.rank} may be "

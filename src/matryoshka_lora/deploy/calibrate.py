@@ -1,11 +1,14 @@
-"""What a calibration set does to each layer of a reordered adapter: the moments that the metrics need."""
+"""What a calibration set says about each layer of a reordered adapter: moments for the metrics, or the order itself."""
 
 from __future__ import annotations
 
 import os
+import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -15,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter import NestedAdapter, load
 from matryoshka_lora.adapter.factors import get_parameters
+from matryoshka_lora.adapter.order import STEPS, learn_order
 from matryoshka_lora.adapter.source import open_adapter
-from matryoshka_lora.deploy.reorder import Moments, reorder_adapter, reweigh_adapter
+from matryoshka_lora.deploy.reorder import Moments, reorder_adapter, reweigh_adapter, rewrite_learned
 from matryoshka_lora.deploy.spectra import Metric, Spectra
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluate.questions import Question, Tokens, pad_rows, rows_from, tokenize
@@ -84,6 +88,46 @@ def measure_moments(
     return found
 
 
+def learn_order_from(
+    adapter: NestedAdapter,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Question],
+    steps: int = STEPS,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+    on_batch: Callable[[int], object] | None = None,
+) -> None:
+    """Order an adapter's directions by the loss of its prefixes on some rows: `matryoshka_lora.adapter.order`.
+
+    Args:
+        adapter: Trainable. Its order changes in place, its full-rank function does not.
+        tokenizer: The base model's.
+        rows: Prompts with completions; where they are fewer than ``steps`` batches, they come again.
+        steps: How many batches are taken.
+        batch_size: Rows of a batch.
+        seed: Of the order of the rows, and of their ranks.
+        on_batch: Called with the number of rows done, after each batch.
+
+    Raises:
+        MatryoshkaError: There are no rows, one of them has no answer, or a loss is not finite.
+    """
+    if not rows:
+        raise MatryoshkaError("there are no rows to calibrate on; give at least one")
+    questions = [tokenize(tokenizer, row) for row in rows]
+    random.Random(seed).shuffle(questions)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    endless = cycle(questions)
+
+    def batches() -> Iterator[tuple[int, Callable[[], Tensor]]]:
+        for _ in range(steps):
+            batch = pad_rows(list(islice(endless, batch_size)), pad, adapter.model.device)
+            yield batch_size, partial(_loss, adapter.model, *batch, "mean")
+            if on_batch is not None:
+                on_batch(batch_size)
+
+    learn_order(adapter, batches(), steps, seed=seed)
+
+
 def calibration_rows(data: str, count: int) -> Sequence[Question]:
     """The first rows of a built-in task's training split, of a file or of a hub dataset.
 
@@ -105,19 +149,19 @@ def reorder_with_data(
     rows: Sequence[Question],
     on_batch: Callable[[int], object] | None = None,
 ) -> Spectra:
-    """Reorder an adapter by ``activations`` or ``loss``: see `matryoshka_lora.deploy.reorder`.
+    """Reorder an adapter by ``activations``, ``loss`` or ``learned``: see `matryoshka_lora.deploy.reorder`.
 
     Args:
         source: The directory of any LoRA adapter that PEFT has written.
         target: The directory to write.
-        metric: ``"activations"`` or ``"loss"``.
+        metric: ``"activations"``, ``"loss"`` or ``"learned"``.
         base_model: What it was trained on. The adapter is loaded onto it.
         tokenizer: Of the base model.
         rows: A hundred or so of the training data, or of data like it.
         on_batch: Called with the number of rows done, after each batch.
 
     Returns:
-        The singular values of each layer in the metric.
+        The singular values of each layer in the metric; for ``learned``, those of ``frobenius``.
 
     Raises:
         MatryoshkaError: The adapter is damaged or does not fit the model, or the target cannot be written.
@@ -125,8 +169,12 @@ def reorder_with_data(
     dtype = open_adapter(source).dtype
     with tempfile.TemporaryDirectory() as folder:
         # In float32, since what is written here is only read again.
-        reorder_adapter(source, folder, dtype=torch.float32)
+        spectra = reorder_adapter(source, folder, dtype=torch.float32)
         adapter = load(base_model, folder, trainable=True)
+        if metric == "learned":
+            learn_order_from(adapter, tokenizer, rows, on_batch=on_batch)
+            adapter.save(folder)
+            return rewrite_learned(folder, target, spectra, dtype)
         moments = measure_moments(adapter, tokenizer, rows, metric == "loss", on_batch)
         return reweigh_adapter(folder, target, metric, moments, dtype=dtype)
 
@@ -189,13 +237,16 @@ def _run(model: Any, batch: list[Tokens], pad: int, probes: list[_Probe], gradie
     ids, mask, is_answer = pad_rows(batch, pad, model.device)
     for probe in probes:
         probe.mask = mask
+    if gradients:
+        _loss(model, ids, mask, is_answer, "sum").backward()  # type: ignore[no-untyped-call]
+    else:  # one position is enough: the layers below are computed in full
+        model(input_ids=ids, attention_mask=mask.long(), use_cache=False, logits_to_keep=1)
+
+
+def _loss(model: Any, ids: Tensor, mask: Tensor, is_answer: Tensor, reduction: str) -> Tensor:
+    """Of the completions' tokens; logits only where a row has one."""
     is_answer = is_answer[:, 1:]
     kept = is_answer.any(dim=0).nonzero().squeeze(1)
-    # For the moments of activations one position is enough: the layers below are computed in full.
-    logits = model(
-        input_ids=ids, attention_mask=mask.long(), use_cache=False, logits_to_keep=kept if gradients else kept[:1]
-    ).logits
-    if gradients:
-        targets = ids[:, 1:].masked_fill(~is_answer, -100)[:, kept]
-        loss = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
-        loss.backward()  # type: ignore[no-untyped-call]
+    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False, logits_to_keep=kept).logits
+    targets = ids[:, 1:].masked_fill(~is_answer, -100)[:, kept]
+    return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)

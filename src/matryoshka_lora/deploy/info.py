@@ -97,7 +97,9 @@ class Description:
         if adapter.others:
             yield f"  besides     {len(adapter.others)} tensors that are no factors, such as {adapter.others[0]}"
         yield ""
-        yield f"  {'rank':>5} {'parameters':>12} {'size':>10}   kept ({self.spectra.metric})"
+        # A learned order has no metric: its prefixes keep other things than the most of the squared values.
+        kept_by = "frobenius, at most" if self.spectra.metric == "learned" else self.spectra.metric
+        yield f"  {'rank':>5} {'parameters':>12} {'size':>10}   kept ({kept_by})"
         for rank in self.ranks():
             kept = f"{100 * self.kept(rank):.1f} %"
             yield f"  {rank:>5} {self.parameters(rank):>12,} {_bytes(self.size(rank)):>10}   {kept}"

@@ -1,11 +1,12 @@
 """Any LoRA adapter, file to file, into a nested one whose every prefix is the best of its rank.
 
-Best in one of three metrics, for a layer with factors B A, inputs x and loss L:
+Best in one of four senses, for a layer with factors B A, inputs x and loss L:
 
 * ``frobenius``: the prefix D' with the smallest ``|B A - D'|``. Needs no data and no base model.
 * ``activations``: the smallest ``E |(B A - D') x|^2``: the output of the layer changes least.
 * ``loss``: the smallest ``|G^1/2 (B A - D') C^1/2|`` with the second moments C of x and G of ``dL/dy``, each token
   weighted by the other's size: to second order, and as far as a Kronecker product can say it, the loss changes least.
+* ``learned``: the prefixes' own losses on data, descended step by step over all orders that keep ``B A`` as it is.
 """
 
 from __future__ import annotations
@@ -129,6 +130,29 @@ def reweigh_adapter(
         return A, B, s * scale
 
     return _rewrite(opened, Path(target), state, config, metric, reweigh, on_layer, dtype)
+
+
+def rewrite_learned(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], spectra: Spectra, dtype: torch.dtype | None = None
+) -> Spectra:
+    """Write what `matryoshka_lora.adapter.order` has ordered, which has no singular values of its own.
+
+    Args:
+        source: The directory of the ordered adapter.
+        target: The directory to write.
+        spectra: The singular values of its updates, which say how much rank each layer needs.
+        dtype: Of the result; None keeps the source's.
+
+    Returns:
+        The spectra, under the name ``learned``.
+    """
+    opened = open_adapter(source)
+    state, config = _reordered(opened)
+
+    def keep(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+        return *opened.factors(layer), spectra.values[layer.name]
+
+    return _rewrite(opened, Path(target), state, config, "learned", keep, None, dtype)
 
 
 def _reordered(opened: LoraFiles) -> tuple[NestedState, LoraConfig]:

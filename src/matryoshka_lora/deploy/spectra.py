@@ -17,7 +17,7 @@ from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import SPECTRA_NAME
 from matryoshka_lora.reorder import reorder_factors
 
-Metric = Literal["frobenius", "activations", "loss"]
+Metric = Literal["frobenius", "activations", "loss", "learned"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Spectra:
     """Singular values by layer.
 
     Attributes:
-        metric: In which they are measured; see `matryoshka_lora.deploy.reorder`.
+        metric: In which they are measured; see `matryoshka_lora.deploy.reorder`. ``learned`` has no metric: the values
+            are those of ``frobenius``, and say how much rank a layer needs, not what its prefixes keep.
         values: By the layer's name, shape (R,) or (experts, R), float64, decreasing.
     """
 

@@ -1,0 +1,111 @@
+"""``matryoshka compare``."""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from matryoshka_lora.study.config import Study
+
+
+class Launcher(str, Enum):
+    """The names of `matryoshka_lora.study.work.Launcher`."""
+
+    local = "local"
+    ray = "ray"
+
+
+def compare(
+    study: Annotated[Path, typer.Argument(help="A study as a YAML file, such as configs/study.yaml.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The folder of runs and report.", show_default="runs/NAME")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at once; each has the study's number of threads.")] = 1,
+    launcher: Annotated[Launcher, typer.Option(help="Processes of this machine, or a Ray cluster.")] = Launcher.local,
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin no run after so long.", show_default="until all are done")
+    ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Run nothing; report what is there.")] = False,
+) -> None:
+    """Compare ways of training an adapter for every rank: a grid of methods, tasks, learning rates and seeds.
+
+    Each method's learning rate is chosen on validation data with a seed of its own; test data are looked at with the
+    chosen rates only. Every finished run is a file, so a study that was stopped goes on when the same command is given
+    again, and several machines may share its folder. Writes study.md, study.html and study.png.
+
+    Example: matryoshka compare configs/study.yaml --out runs/study --workers 2
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+    from matryoshka_lora.study.config import load_study
+    from matryoshka_lora.study.plan import load_runs, missing_jobs
+    from matryoshka_lora.study.work import run_study
+
+    checked = load_study(study)
+    folder = out or Path("runs") / study.stem
+    if report:
+        runs = load_runs(checked, folder)
+    else:
+        with _Progress() as show:
+            runs = run_study(checked, folder, workers, launcher.value, show, None if minutes is None else 60 * minutes)
+    left = len(missing_jobs(checked, runs))
+    if _report(checked, runs, folder):
+        typer.echo(f"The report is in {folder}: study.md, study.html, study.png")
+    if left:
+        typer.echo(f"{len(runs)} runs are there, {left} or more are missing. Next: the same command again")
+
+
+def _report(study: Study, runs: Any, folder: Path) -> bool:
+    from matryoshka_lora.study.plan import rates, results, units
+    from matryoshka_lora.study.report import write_report
+
+    found = list(results(study, runs))
+    if not found:
+        typer.echo("No method has a test run yet: there is nothing to report.")
+        return False
+    chosen: dict[str, dict[str, str]] = {}
+    for method in study.methods:
+        for task in study.tasks:
+            states = [rates(study, runs, unit) for unit in units(study, method, task)]
+            chosen.setdefault(method, {})[task] = "; ".join(
+                "?" if s.chosen is None else f"{s.chosen:g} of {min(s.losses):g} to {max(s.losses):g}" for s in states
+            )
+    training = ", ".join(f"{key} {value}" for key, value in study.training.items())
+    about = {
+        "model": f"{study.model}, {study.dtype}, all linear layers, R = {study.rank}",
+        "training": f"{training}; each built-in question once",
+        "questions": ", ".join(f"{count} of {split}" for split, count in study.items.items()),
+        "learning rates": f"grid from {', '.join(f'{rate:g}' for rate in study.learning_rates)} on validation data, "
+        f"seed {study.rate_seed}, grown until its edge is not the best",
+        "versions": ", ".join(f"{name} {found}" for name, found in next(iter(runs.values())).versions.items()),
+    }
+    named = study.winner if any(result.method == study.winner for result in found) else None
+    write_report(found, folder, title=study.title, about=about, chosen=chosen, winner=named)
+    return True
+
+
+class _Progress:
+    """A bar of the runs that are known; more become known as learning rates are chosen."""
+
+    def __enter__(self) -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} runs"))
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self.bar.start()
+        self.task = self.bar.add_task("comparing", total=None)
+        return self.show
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, done: int, running: int, missing: int) -> None:
+        self.bar.update(self.task, completed=done, total=done + running + missing, description=f"{running} running")

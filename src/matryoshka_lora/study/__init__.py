@@ -1,0 +1,1 @@
+"""The comparison of methods: a grid of recipes, tasks, learning rates and seeds, and what it says."""

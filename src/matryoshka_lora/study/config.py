@@ -1,0 +1,230 @@
+"""A study as its YAML file says it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.evaluate.questions import Row, rows_from
+from matryoshka_lora.models import EMBEDDED
+from matryoshka_lora.nesting import Nesting
+from matryoshka_lora.study.recipes import EACH, RECIPES, parse_method
+from matryoshka_lora.tasks import get_task
+from matryoshka_lora.train.checks import check_keys, read_yaml
+from matryoshka_lora.train.config import TrainConfig, make_config
+from matryoshka_lora.train.data import load_data, parse_data
+
+_KEYS = (
+    *("title", "model", "dtype", "rank", "tasks", "methods", "winner", "seeds", "learning_rates", "training", "items"),
+    "threads",
+)
+_SPLITS = ("train", "validation", "test")
+_ITEMS = {"validation": 50, "test": 100}
+_TRAINING: dict[str, Any] = {"max_steps": 80, "per_device_train_batch_size": 12}
+_FIXED = ("learning_rate", "seed", "output_dir", "data", "lora", "nesting", "model", "dtype")
+
+
+@dataclass(frozen=True)
+class StudyTask:
+    """Where a study's questions come from.
+
+    Attributes:
+        name: In tables and file names.
+        source: ``{"task": ..., **settings}`` for a built-in task, or a data source for each split.
+    """
+
+    name: str
+    source: Mapping[str, Any]
+
+    def rows(self, split: str, count: int | None, seed: int = 0) -> list[Row]:
+        """Questions with their answers; the seed chooses those of a built-in task's training split.
+
+        A built-in question is plain text that ends with "Answer:", without chat template.
+
+        Raises:
+            MatryoshkaError: There are not so many, or a file cannot be read.
+        """
+        if "task" not in self.source:
+            data = parse_data(self.source[split])
+            return rows_from(load_data(data if count is None else {**data, "size": count}), str(self.source[split]))
+        spec = {"name" if key == "task" else key: value for key, value in self.source.items()}
+        examples = get_task(spec, seed).examples(split, count or 1000)  # type: ignore[arg-type]
+        return [Row(f"{example.prompt}\nAnswer:", f" {example.completion}") for example in examples]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A checked study.
+
+    Attributes:
+        title: Of the report.
+        model: The base model's name.
+        dtype: Its dtype.
+        rank: R; the nested ranks are the powers of two up to it.
+        tasks: By name.
+        methods: ``recipe/cut``, or ``lora-each``.
+        winner: The method that the others are tested against, named before the runs; None takes the best.
+        seeds: Of the runs that are measured on test data.
+        learning_rates: The grid that every method begins with, ascending. Where its best rate is at the edge, the
+            grid grows there by its own factor.
+        rate_seed: The seed of the grid's runs, which see validation data only.
+        training: Fields of a training config, the same for every recipe.
+        items: Questions of each split.
+        threads: Of one run, which changes the rounding of its numbers.
+    """
+
+    title: str
+    model: str
+    dtype: str
+    rank: int
+    tasks: Mapping[str, StudyTask]
+    methods: tuple[str, ...]
+    winner: str | None
+    seeds: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    rate_seed: int
+    training: Mapping[str, Any]
+    items: Mapping[str, int]
+    threads: int
+
+    def nesting(self, rank: int) -> tuple[int, ...]:
+        """The nested ranks of a run: all up to R, or for a LoRA of one rank that alone."""
+        return Nesting.powers_of_two(self.rank).ranks if rank == self.rank else (rank,)
+
+    @property
+    def train_rows(self) -> int:
+        """Of one run: each is seen once, where there are so many."""
+        steps, accumulated = self.training["max_steps"], self.training.get("gradient_accumulation_steps", 1)
+        return int(steps * self.training["per_device_train_batch_size"] * accumulated)
+
+    def train_config(
+        self, recipe: str, rank: int, learning_rate: float, seed: int, data: Any, output_dir: str
+    ) -> TrainConfig:
+        """The training config of a run."""
+        return make_config(
+            {
+                "model": self.model,
+                "dtype": self.dtype,
+                "logging_strategy": "no",
+                "save_strategy": "no",
+                **self.training,
+                "data": data,
+                "nesting": {**RECIPES[recipe].nesting, "ranks": list(self.nesting(rank)), "reorder": False},
+                "learning_rate": learning_rate,
+                "seed": seed,
+                "output_dir": output_dir,
+            }
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What every run's numbers depend on besides its job: a run with others belongs to another study."""
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "training": dict(self.training),
+            "items": dict(self.items),
+            "threads": self.threads,
+        }
+
+
+def load_study(path: str | PathLike[str]) -> Study:
+    """Read a study.
+
+    Its keys: ``title``, ``model``, ``dtype``, ``rank``, ``tasks`` (name to ``{task: ...}`` or to ``{train: ...,
+    validation: ..., test: ...}``), ``methods``, ``winner``, ``seeds``, ``learning_rates`` (``{grid: [...], seed: n}``),
+    ``training`` (fields of ``trl.SFTConfig``), ``items`` and ``threads``.
+
+    Raises:
+        MatryoshkaError: The file cannot be read, or something in it is wrong.
+    """
+    try:
+        return make_study(read_yaml(path))
+    except MatryoshkaError as error:
+        raise MatryoshkaError(f"{path}: {error}") from error
+
+
+def make_study(given: Mapping[str, Any]) -> Study:
+    """Check a study given as a mapping of the YAML file's form.
+
+    Raises:
+        MatryoshkaError: A key or value is wrong; the message says which.
+    """
+    check_keys(given, _KEYS)
+    for key in ("tasks", "methods"):
+        if not given.get(key):
+            raise MatryoshkaError(f"{key} is missing; a study needs tasks and methods")
+    methods = tuple(dict.fromkeys(given["methods"]))
+    for method in methods:
+        if method != EACH:
+            parse_method(method)
+    winner = given.get("winner")
+    if winner is not None and winner not in methods:
+        raise MatryoshkaError(f"winner is {winner!r}, which is none of the methods")
+    rates = given.get("learning_rates") or {}
+    check_keys(rates, ("grid", "seed"), "learning_rates")
+    training = {**_TRAINING, **(given.get("training") or {})}
+    for key in _FIXED:
+        if key in training:
+            raise MatryoshkaError(f"training.{key} is the study's to set: leave it out")
+    items = {**_ITEMS, **(given.get("items") or {})}
+    check_keys(items, tuple(_ITEMS), "items")
+    made = Study(
+        title=str(given.get("title", "A comparison of methods")),
+        model=given.get("model", EMBEDDED),
+        dtype=given.get("dtype", "bf16"),
+        rank=Nesting((given.get("rank", 32),)).max_rank,
+        tasks={str(name): _task(str(name), source) for name, source in dict(given["tasks"]).items()},
+        methods=methods,
+        winner=winner,
+        seeds=_seeds("seeds", given.get("seeds", [0, 1, 2, 3, 4])),
+        learning_rates=_rates(rates.get("grid", [1e-3, 2e-3, 4e-3])),
+        rate_seed=_seeds("learning_rates.seed", [rates.get("seed", 100)])[0],
+        training=training,
+        items={split: _count(f"items.{split}", count) for split, count in items.items()},
+        threads=_count("threads", given.get("threads", 1)),
+    )
+    if made.rate_seed in made.seeds:
+        raise MatryoshkaError(
+            f"learning_rates.seed {made.rate_seed} is one of seeds: rates are chosen on runs that are not counted"
+        )
+    first = parse_method(next(m for m in methods if m != EACH))[0] if methods != (EACH,) else "lora"
+    made.train_config(first, made.rank, made.learning_rates[0], 0, "chain_sum", "unused")  # finds wrong arguments now
+    return made
+
+
+def _task(name: str, source: Any) -> StudyTask:
+    if not isinstance(source, Mapping) or ("task" in source) == all(split in source for split in _SPLITS):
+        raise MatryoshkaError(
+            f"tasks.{name} is {source!r}; write {{task: chain_sum}}, or {{train: a.jsonl, validation: b.jsonl, test: "
+            "c.jsonl}"
+        )
+    if "task" in source:
+        get_task({"name" if key == "task" else key: value for key, value in source.items()})
+    else:
+        check_keys(source, _SPLITS, f"tasks.{name}")
+        for split in _SPLITS:
+            parse_data(source[split], split)
+    return StudyTask(name, dict(source))
+
+
+def _rates(given: Any) -> tuple[float, ...]:
+    good = isinstance(given, list) and len(given) > 1 and all(isinstance(r, (int, float)) and r > 0 for r in given)
+    if not good or sorted(set(given)) != given:
+        raise MatryoshkaError(f"learning_rates.grid is {given!r}; write at least two ascending rates")
+    return tuple(map(float, given))
+
+
+def _seeds(name: str, given: Any) -> tuple[int, ...]:
+    good = isinstance(given, list) and given and all(type(seed) is int and seed >= 0 for seed in given)
+    if not good or len(set(given)) != len(given):
+        raise MatryoshkaError(f"{name} is {given!r}; write different whole numbers from 0 on")
+    return tuple(given)
+
+
+def _count(name: str, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise MatryoshkaError(f"{name} is {value!r}; write a positive whole number")
+    return value

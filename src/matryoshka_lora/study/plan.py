@@ -1,0 +1,165 @@
+"""What is still to be run, as a function of the runs that are there: learning rates first, then the test runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.study.config import Study
+from matryoshka_lora.study.recipes import EACH, RECIPES, parse_method
+from matryoshka_lora.study.records import Curve, Job, Result, Run
+
+MOST_RATES = 9
+"""Rates that are tried for one method: a grid that still has its best at the edge then is given up."""
+
+
+class Unit(NamedTuple):
+    """What has a learning rate of its own: a recipe, with one cut, on one task, at one R."""
+
+    recipe: str
+    cut: str
+    task: str
+    rank: int
+
+
+def units(study: Study, method: str, task: str) -> list[Unit]:
+    """The training runs behind one curve."""
+    if method == EACH:
+        return [Unit("lora", "prefix", task, rank) for rank in study.nesting(study.rank)]
+    return [Unit(*parse_method(method), task, study.rank)]
+
+
+def cuts(study: Study, job: Job) -> list[str]:
+    """The cuts of a job that the study asks for, in the order of the recipe."""
+    wanted = {u.cut for m in study.methods for u in units(study, m, job.task) if (u.recipe, u.rank) == _of(job)}
+    return [cut for cut in RECIPES[job.recipe].cuts if cut in wanted]
+
+
+def _of(job: Job) -> tuple[str, int]:
+    return job.recipe, job.rank
+
+
+def load_runs(study: Study, folder: Path) -> dict[Job, Run]:
+    """The finished runs of a folder that the study can use: with its settings, and all cuts that it asks for.
+
+    Raises:
+        MatryoshkaError: A file is damaged, or was made with other settings.
+    """
+    found = {}
+    for split in ("validation", "test"):
+        for path in sorted((folder / split).glob("*/*.json")):
+            run = Run.read(path)
+            if run.job.task not in study.tasks or run.job.recipe not in RECIPES:
+                continue
+            if run.settings != study.settings():
+                different = [key for key, value in study.settings().items() if run.settings.get(key) != value]
+                raise MatryoshkaError(
+                    f"{path} was run with another {', '.join(different) or 'setting'} than this study has: take "
+                    "another folder with --out, or give the study the settings of its runs"
+                )
+            if not run.curves or set(cuts(study, run.job)) <= set(run.curves):
+                found[run.job] = run
+    return found
+
+
+class Rates(NamedTuple):
+    """The state of a unit's learning rates.
+
+    Attributes:
+        missing: Jobs that must be run before more is known.
+        losses: By rate, the mean validation loss over the ranks; infinite where training diverged.
+        chosen: The rate with the lowest, when it is known.
+    """
+
+    missing: list[Job]
+    losses: dict[float, float]
+    chosen: float | None
+
+
+def rates(study: Study, runs: Mapping[Job, Run], unit: Unit) -> Rates:
+    """How far the choice of a unit's learning rate is."""
+    tried = sorted(study.learning_rates)
+    down, up = tried[1] / tried[0], tried[-1] / tried[-2]
+    while True:
+        jobs = {rate: Job(unit.recipe, unit.task, unit.rank, rate, study.rate_seed, "validation") for rate in tried}
+        losses = {rate: _loss(runs[job], unit.cut) for rate, job in jobs.items() if job in runs}
+        missing = [job for job in jobs.values() if job not in runs]
+        if missing:
+            return Rates(missing, losses, None)
+        best = min(tried, key=lambda rate: losses[rate])
+        edge = best in (tried[0], tried[-1])
+        if not edge or len(tried) >= MOST_RATES:
+            return Rates([], losses, best)
+        tried = [_rounded(tried[0] / down), *tried] if best == tried[0] else [*tried, _rounded(tried[-1] * up)]
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
+
+
+def _loss(run: Run, cut: str) -> float:
+    return fmean(run.curves[cut].loss) if cut in run.curves else math.inf
+
+
+def missing_jobs(study: Study, runs: Mapping[Job, Run]) -> list[Job]:
+    """What can be run now: nothing of it waits for anything else.
+
+    In the order in which it should be run, so that a study that is stopped early says something: task by task, and
+    within one the seeds of all methods whose rate is known after the rates that are not.
+    """
+    found: dict[Job, None] = {}
+    for task in study.tasks:
+        tests: dict[Job, None] = {}
+        for method in study.methods:
+            for unit in units(study, method, task):
+                state = rates(study, runs, unit)
+                found |= dict.fromkeys(state.missing)
+                if state.chosen is not None:
+                    for seed in study.seeds:
+                        job = Job(unit.recipe, task, unit.rank, state.chosen, seed, "test")
+                        if job not in runs:
+                            tests[job] = None
+        found |= dict.fromkeys(sorted(tests, key=lambda job: job.seed))
+    return list(found)
+
+
+def results(study: Study, runs: Mapping[Job, Run]) -> Iterator[Result]:
+    """Every curve whose runs are all there."""
+    for method in study.methods:
+        for task in study.tasks:
+            parts = [(unit, rates(study, runs, unit).chosen) for unit in units(study, method, task)]
+            for seed in study.seeds:
+                found = []
+                for unit, rate in parts:
+                    job = Job(unit.recipe, task, unit.rank, rate or math.nan, seed, "test")
+                    run = runs.get(job)
+                    if run is not None and unit.cut in run.curves:
+                        found.append((unit, run))
+                if len(found) == len(parts):
+                    yield _result(method, task, seed, found)
+
+
+def _result(method: str, task: str, seed: int, parts: Collection[tuple[Unit, Run]]) -> Result:
+    points = [
+        (rank, run.curves[unit.cut].loss[number], run.curves[unit.cut].accuracy[number], run)
+        for unit, run in parts
+        for number, rank in enumerate(run.ranks)
+        if method != EACH or rank == unit.rank
+    ]
+    curve = Curve(tuple(loss for _, loss, _, _ in points), tuple(accuracy for _, _, accuracy, _ in points))
+    costs = [(run.cost, run.cost["cuts"][unit.cut]) for unit, run in parts]
+    return Result(
+        method=method,
+        task=task,
+        seed=seed,
+        ranks=tuple(rank for rank, _, _, _ in points),
+        curve=curve,
+        learning_rates=tuple(run.job.learning_rate for _, _, _, run in points),
+        tokens=sum(cost["tokens"] + cut["tokens"] for cost, cut in costs),
+        seconds=sum(cost["seconds"] + cut["seconds"] for cost, cut in costs),
+        parameters=sum(cost["parameters"] for cost, _ in costs),
+    )

@@ -1,0 +1,69 @@
+"""How the study's adapters are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from matryoshka_lora.errors import MatryoshkaError
+
+EACH = "lora-each"
+"""LoRA trained at each rank by itself: the gold standard, at the price of a run for each rank."""
+
+_REORDERED = ("frobenius", "activations", "loss", "learned", "learned-40")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way of training.
+
+    Attributes:
+        summary: One sentence for reports.
+        nesting: The section ``nesting`` of a training config, without the ranks.
+        cuts: The ways in which its adapters may be deployed; names of `matryoshka_lora.study.cuts.CUTS`.
+    """
+
+    summary: str
+    nesting: Mapping[str, Any] = field(default_factory=dict)
+    cuts: tuple[str, ...] = ("prefix", *_REORDERED)
+
+
+def _p(rule: str, summary: str, **nesting: Any) -> Recipe:
+    return Recipe(summary, {"rule": rule, **nesting}, ("prefix", "keep", *_REORDERED))
+
+
+RECIPES: dict[str, Recipe] = {
+    "lora": Recipe("plain LoRA at R, scale 1", {"rule": "lora"}),
+    "rslora": Recipe("LoRA at R with rsLoRA's scale, 16 / sqrt(R)", {"rule": "lora", "scaling": "sqrt", "alpha": 16.0}),
+    "matryoshka": _p("matryoshka", "the paper's P, scaling none"),
+    "matryoshka-sqrt": _p("matryoshka", "the paper's P, scaling 1 / sqrt(r)", scaling="sqrt"),
+    "matryoshka-rank": _p("matryoshka", "the paper's P, scaling 1 / r", scaling="rank"),
+    "dylora": Recipe("one nested rank for each step, as the MatryoshkaLoRA paper runs DyLoRA", {"rule": "dylora"}),
+    "dylora-all": Recipe("DyLoRA: one rank of 1..R for each step", {"rule": "dylora-all"}),
+    "dylora-frozen": Recipe("DyLoRA's frozen mode: only that rank's own column learns", {"rule": "dylora-frozen"}),
+    "stratified": Recipe("each row of a batch at a nested rank of its own", {"rule": "stratified"}),
+    "p-mean": _p("mean", "P divided by the number of ranks"),
+    "p-reversed": _p("reversed", "P with its order reversed"),
+    "p-random": _p("random", "P in a random order"),
+    "p-geometric-0.97": _p("geometric-0.97", "a diagonal that falls by 0.97 from column to column"),
+    "p-geometric-0.9": _p("geometric-0.9", "a diagonal that falls by 0.9 from column to column"),
+    "p-geometric-0.8": _p("geometric-0.8", "a diagonal that falls by 0.8 from column to column"),
+}
+
+
+def parse_method(name: str) -> tuple[str, str]:
+    """The recipe and the cut of ``recipe/cut``.
+
+    Raises:
+        MatryoshkaError: There is no such recipe, or it has no such cut; the message names the nearest.
+    """
+    recipe, slash, cut = str(name).partition("/")
+    if recipe not in RECIPES or not slash:
+        known = [EACH, *(f"{recipe}/{cut}" for recipe in RECIPES for cut in RECIPES[recipe].cuts)]
+        close = get_close_matches(str(name), known, n=3) or [EACH, "lora/frobenius"]
+        raise MatryoshkaError(f"there is no method {name!r}; did you mean {' or '.join(close)}?")
+    if cut not in RECIPES[recipe].cuts:
+        raise MatryoshkaError(f"recipe {recipe!r} has no cut {cut!r}; it has {', '.join(RECIPES[recipe].cuts)}")
+    return recipe, cut

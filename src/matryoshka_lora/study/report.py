@@ -1,0 +1,336 @@
+"""What people read of a study: tables as Markdown and as a page, and a picture."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from html import escape
+from operator import attrgetter
+from os import PathLike
+from statistics import fmean
+
+from matryoshka_lora.files import replace_directory
+from matryoshka_lora.study import stats
+from matryoshka_lora.study.plot import draw, legible
+from matryoshka_lora.study.recipes import EACH
+from matryoshka_lora.study.records import Result
+from matryoshka_lora.study.stats import Estimate, Value
+
+_PICTURE = "study.png"
+_PICTURE_TEXT = "Accuracy and loss of each task against rank"
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ margin: 0 auto; max-width: 76rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif; color: #222 }}
+h1, h2, h3 {{ line-height: 1.2; overflow-wrap: anywhere }} h2 {{ border-top: 1px solid #ccc; padding-top: 1rem }}
+p {{ max-width: 48rem }} .wide {{ overflow-x: auto; margin: 1rem 0 }} img {{ width: 100%; min-width: 40rem }}
+table {{ border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }}
+th, td {{ padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }}
+th:first-child {{ position: sticky; left: 0; background: #fff; max-width: 40vw; overflow-wrap: anywhere }}
+.n {{ text-align: right; white-space: nowrap }}
+</style></head>
+<body>
+{body}
+</body></html>
+"""
+_WORDS = [
+    "± is half the width of a two-sided 95 % t interval over the seeds. It says how much another seed may change, and "
+    "nothing of other tasks, questions or models. About one interval in twenty misses, and there are many here. A "
+    "number without ± comes from one seed.",
+    "AURAC is the mean height of the accuracy over the ranks, along log2(rank) or along the rank; gap is the accuracy "
+    "at the largest rank minus that at the worst one. Accuracies are in %, losses in nats per token. "
+    f"{EACH} is LoRA trained at each rank by itself.",
+]
+_NO_REFERENCE = f"There is no {EACH} with the same seeds to compare with."
+_POOLED = (
+    "Each pair of a task and a seed counts once. The interval takes the pairs for independent and says nothing of "
+    "tasks that are not here; in the loss, a task with larger losses weighs more."
+)
+
+
+@dataclass(frozen=True)
+class _Table:
+    heading: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def numeric(self) -> list[bool]:
+        """Which columns hold nothing but numbers; the first one names the rows."""
+        number = re.compile(r"([-+]?\d[\d,.]*( ± [\d.]+)?)?")
+        return [n > 0 and all(number.fullmatch(row[n]) for row in self.rows) for n in range(len(self.heading))]
+
+
+# A heading with its level, a table, the picture's name or a paragraph.
+_Block = tuple[int, str] | _Table | str
+
+
+def write_report(
+    results: Sequence[Result],
+    folder: str | PathLike[str],
+    *,
+    title: str,
+    about: Mapping[str, str],
+    chosen: Mapping[str, Mapping[str, str]],
+    winner: str | None = None,
+    rivals: Sequence[str] | None = None,
+) -> None:
+    """Write ``study.md``, ``study.html``, which needs no other file, and ``study.png``; all of them or none.
+
+    Args:
+        results: Every curve there is, of a whole study or of a part of it.
+        folder: Made if need be; its other files stay.
+        title: Of the report and of the picture.
+        about: What the results do not say of themselves, by a word for it: model, items, hardware, versions.
+        chosen: Learning rates as text, by recipe and task.
+        winner: The method to test, if it was named before the data were seen; else `stats.best`.
+        rivals: The methods to test it against; all others without them.
+
+    Raises:
+        MatryoshkaError: The results cannot be compared, a name is not in them, or the folder cannot be written.
+    """
+    blocks = [(1, title), *_blocks(results, about, chosen, winner, rivals)]
+    with replace_directory(folder) as unfinished:
+        draw(results, unfinished / _PICTURE, title=title, methods=legible(results, winner))
+        page = _page(title, blocks, (unfinished / _PICTURE).read_bytes())
+        (unfinished / "study.html").write_text(page, encoding="utf-8", newline="\n")
+        (unfinished / "study.md").write_text(_markdown(blocks), encoding="utf-8", newline="\n")
+
+
+def tables(
+    results: Sequence[Result],
+    *,
+    title: str,
+    about: Mapping[str, str],
+    chosen: Mapping[str, Mapping[str, str]],
+    winner: str | None = None,
+    rivals: Sequence[str] | None = None,
+) -> str:
+    """The text of ``study.md``; arguments and errors are those of `write_report`."""
+    return _markdown([(1, title), *_blocks(results, about, chosen, winner, rivals)])
+
+
+def _blocks(
+    results: Sequence[Result],
+    about: Mapping[str, str],
+    chosen: Mapping[str, Mapping[str, str]],
+    winner: str | None,
+    rivals: Sequence[str] | None,
+) -> list[_Block]:
+    stats.check(results)
+    tasks = sorted({result.task for result in results})
+    rates = [(name, *(found.get(task, "") for task in tasks)) for name, found in chosen.items()]
+    return [
+        *_what(results, about, winner),
+        *(block for task in tasks for block in _curves(results, task)),
+        *_costs(results),
+        *_full_rank(results, tasks),
+        *_each_rank(results, tasks),
+        *_tests(results, winner, rivals),
+        (2, "Learning rates"),
+        _Table(("trained as", *tasks), rates) if rates else "None were given.",
+    ]
+
+
+def _what(results: Sequence[Result], about: Mapping[str, str], winner: str | None) -> list[_Block]:
+    methods, drawn = sorted(stats.ranking(results)), legible(results, winner)
+    tasks = sorted({result.task for result in results})
+    seeds = {task: {result.seed for result in results if result.task == task} for task in tasks}
+    counts = ", ".join(f"{len(seeds[task])} of {task}" for task in tasks)
+    rows = [*about.items(), ("methods", ", ".join(methods)), ("seeds", counts)]
+    blocks: list[_Block] = [(2, "What was compared"), _Table(("study", ""), rows), *_WORDS]
+    done = {(result.method, result.task, result.seed) for result in results}
+    missing = [
+        f"{method} on {task} ({lacking} of {len(seeds[task])} seeds)"
+        for method in sorted({*methods, EACH})
+        for task in tasks
+        if (lacking := sum((method, task, seed) not in done for seed in seeds[task]))
+    ]
+    if missing:
+        blocks.append(f"This study is partial. Not run, or diverged: {', '.join(missing)}.")
+    if single := [task for task in tasks if len(seeds[task]) == 1]:
+        blocks.append(f"One seed only, and so no interval: {', '.join(single)}.")
+    if len(drawn) < len(methods):
+        blocks.append(f"The picture has {len(drawn)} of the {len(methods)} methods: {', '.join(drawn)}.")
+    return [*blocks, _PICTURE]
+
+
+def _curves(results: Sequence[Result], task: str) -> list[_Block]:
+    accuracy = _at_ranks(results, task, stats.accuracy_at)
+    accuracy |= {"AURAC log2": stats.aurac_log2, "linear": stats.aurac_linear, "gap": stats.worst_rank_gap}
+    loss = _at_ranks(results, task, stats.loss_at) | {"mean": stats.mean_loss}
+    blocks: list[_Block] = [(2, f"Task {task}"), "Accuracy at each rank, best AURAC (log2) first:"]
+    return [*blocks, _grid(results, accuracy, _percent, task), "Loss at each rank:", _grid(results, loss, _nats, task)]
+
+
+def _costs(results: Sequence[Result]) -> list[_Block]:
+    names = ("tokens", "seconds", "parameters")
+    methods = stats.ranking(results)
+    found = {method: [stats.values(results, method, attrgetter(name)) for name in names] for method in methods}
+    means = {method: [fmean(cost.values()) for cost in costs] for method, costs in found.items()}
+    # The cheapest cut, as training is the same for all.
+    plain = min((method for method in methods if method.startswith("lora/")), key=means.__getitem__, default=None)
+    rows = []
+    for method, costs in found.items():
+        row = [method, str(len(costs[0]))]
+        for mine, theirs, cost in zip(costs, found[plain or method], means[method], strict=True):
+            common = mine.keys() & theirs.keys()
+            total = sum(theirs[pair] for pair in common)
+            times = f"{sum(mine[pair] for pair in common) / total:.2f}" if plain and total else ""
+            row += [f"{cost:,.0f}", times]
+        rows.append(row)
+    text = "Mean cost of one curve over tasks and seeds: all the training runs that it takes, and the cut; "
+    text += f"times is the multiple of {plain}, on what both have done." if plain else "there is no lora/ to divide by."
+    return [(2, "Cost"), text, _Table(("method", "curves", *(h for name in names for h in (name, "times"))), rows)]
+
+
+def _full_rank(results: Sequence[Result], tasks: Sequence[str]) -> list[_Block]:
+    rows = []
+    for method, task in ((m, t) for t in tasks for m in _compared(results, t)):
+        accuracy = stats.mean(results, method, stats.accuracy_at(), task, EACH)
+        loss = stats.mean(results, method, stats.loss_at(), task, EACH)
+        reading = f"accuracy {_reading(accuracy)}, loss {_reading(loss)}"
+        rows.append((method, task, _n(accuracy), _points(accuracy), _more(loss), reading))
+    text = (
+        f"Method minus {EACH} at the largest rank, accuracy in points of % and loss in nats, paired by seed. An "
+        "interval wholly on the worse side contradicts, for that task, that the method loses nothing there. One that "
+        "holds zero is undecided: its worse end is what may still be lost."
+    )
+    table = _Table(("method", "task", "seeds", "accuracy", "loss", "reading"), rows)
+    return [(2, "At the largest rank against LoRA trained at it"), *([text, table] if rows else [_NO_REFERENCE])]
+
+
+def _each_rank(results: Sequence[Result], tasks: Sequence[str]) -> list[_Block]:
+    text = f"Method minus {EACH} at the same rank, accuracy in points of % and loss in nats, paired by seed."
+    blocks: list[_Block] = [(2, "At every rank against LoRA trained at that rank"), text]
+    for task in [*tasks, None] if len(tasks) > 1 else tasks:
+        blocks += [(3, f"Task {task}") if task else (3, "All tasks"), *([] if task else [_POOLED])]
+        accuracy, loss = (_at_ranks(results, task, value) for value in (stats.accuracy_at, stats.loss_at))
+        if _compared(results, task):
+            blocks += ["Accuracy, more is better:", _grid(results, accuracy, _points, task, EACH)]
+            blocks += ["Loss, less is better:", _grid(results, loss, _more, task, EACH)]
+        else:
+            blocks.append(_NO_REFERENCE)
+    return blocks
+
+
+def _tests(results: Sequence[Result], winner: str | None, rivals: Sequence[str] | None) -> list[_Block]:
+    blocks: list[_Block] = [(2, "One method against the others, over all tasks")]
+    method = winner or stats.best(results)
+    others = [name for name in (stats.ranking(results) if rivals is None else rivals) if name != method]
+    if method is None or not others:
+        return [*blocks, "This takes two methods, and one to test that has results on every task or is named."]
+    how = "named by whoever made this report" if winner else "picked here, for its AURAC (log2) in these very data"
+    blocks += [
+        f"{method} minus each rival, paired by task and seed. {_POOLED} p is that of a two-sided sign-flip permutation "
+        "test, which takes the sign of each pair, whatever its task, for a fair coin if the methods are equal. Holm "
+        "corrects p for the number of rivals.",
+        f"{method} was {how}. A method that is picked by the data it is tested on looks better there, in difference "
+        "and in p, than it is; one that was named before does not.",
+    ]
+    for text, value, form in (
+        ("AURAC (log2) in points of %, more is better:", stats.aurac_log2, _points),
+        ("Mean loss over the ranks in nats per token, less is better:", stats.mean_loss, _more),
+    ):
+        found = stats.compare(results, method, others, value)
+        rows = [(c.rival, _n(c.difference), form(c.difference), _p(c.p), _p(c.holm)) for c in found]
+        blocks += [text, _Table(("rival", "pairs", "difference", "p", "Holm p"), rows)]
+    if fewest := min((c.difference.n for c in found if c.difference), default=0):
+        blocks.append(f"With {fewest} pairs, the fewest here, no p can be below {_p(2.0 ** (1 - fewest))}.")
+    return blocks
+
+
+def _compared(results: Sequence[Result], task: str | None) -> list[str]:
+    """The methods, best first, that have a task and seed in common with the reference."""
+    order = [method for method in stats.ranking(results, task) if method != EACH]
+    return [method for method in order if stats.differences(results, method, EACH, stats.mean_loss, task)]
+
+
+def _at_ranks(results: Sequence[Result], task: str | None, value: Callable[[int], Value]) -> dict[str, Value]:
+    ranks = {rank for result in results if task in (None, result.task) for rank in result.ranks}
+    return {str(rank): value(rank) for rank in sorted(ranks)}
+
+
+def _grid(
+    results: Sequence[Result],
+    columns: Mapping[str, Value],
+    form: partial[str],
+    task: str | None,
+    minus: str | None = None,
+) -> _Table:
+    rows = []
+    for method in _compared(results, task) if minus else stats.ranking(results, task):
+        found = [stats.mean(results, method, value, task, minus) for value in columns.values()]
+        rows.append((method, str(max(cell.n for cell in found if cell)), *map(form, found)))
+    return _Table(("method", "seeds" if task else "pairs", *columns), rows)
+
+
+def _number(found: Estimate | None, unit: float, digits: int, sign: str = "") -> str:
+    if found is None:
+        return ""
+    # Adding zero turns -0.0 into 0.0.
+    text = f"{round(unit * found.mean, digits) + 0.0:{sign}.{digits}f}"
+    return text if found.half_width is None else f"{text} ± {unit * found.half_width:.{digits}f}"
+
+
+_percent = partial(_number, unit=100, digits=1)
+_points = partial(_number, unit=100, digits=1, sign="+")
+_nats = partial(_number, unit=1, digits=3)
+_more = partial(_number, unit=1, digits=3, sign="+")
+
+
+def _n(found: Estimate | None) -> str:
+    return str(found.n if found else 0)
+
+
+def _p(p: float | None) -> str:
+    return "" if p is None else f"{p:.5f}"
+
+
+def _reading(found: Estimate | None) -> str:
+    if found is None or found.sign is None:
+        return "of one seed"
+    return ("undecided" if found.half_width else "the same", "higher", "lower")[found.sign]
+
+
+def _markdown(blocks: Sequence[_Block]) -> str:
+    def plain(text: str) -> str:
+        return re.sub(r"([\\`*<|~\[\]])", r"\\\1", " ".join(text.split()))
+
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(map(plain, cells))} |"
+
+    found = []
+    for block in blocks:
+        if isinstance(block, tuple):
+            found.append(f"{'#' * block[0]} {plain(block[1])}")
+        elif isinstance(block, _Table):
+            ruler = line(["---:" if right else "---" for right in block.numeric()])
+            found.append("\n".join([line(block.heading), ruler, *map(line, block.rows)]))
+        else:
+            found.append(f"![{_PICTURE_TEXT}]({_PICTURE})" if block == _PICTURE else plain(block))
+    return "\n\n".join(found) + "\n"
+
+
+def _page(title: str, blocks: Sequence[_Block], picture: bytes) -> str:
+    def line(cells: Sequence[str], numeric: Sequence[bool], tag: str) -> str:
+        tags = ["th", *[tag] * (len(cells) - 1)]
+        found = zip(tags, (' class="n"' if right else "" for right in numeric), map(escape, cells), strict=True)
+        return f"<tr>{''.join(f'<{tag}{style}>{cell}</{tag}>' for tag, style, cell in found)}</tr>"
+
+    image = f'<img alt="{_PICTURE_TEXT}" src="data:image/png;base64,{base64.b64encode(picture).decode("ascii")}">'
+    found = []
+    for block in blocks:
+        if isinstance(block, tuple):
+            found.append(f"<h{block[0]}>{escape(block[1])}</h{block[0]}>")
+        elif isinstance(block, _Table):
+            head = line(block.heading, block.numeric(), "th")
+            rows = "\n".join(line(row, block.numeric(), "td") for row in block.rows)
+            table = f"<table>\n<thead>{head}</thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
+            found.append(f'<div class="wide">{table}</div>')
+        else:
+            found.append(f'<div class="wide">{image}</div>' if block == _PICTURE else f"<p>{escape(block)}</p>")
+    return _PAGE.format(title=escape(title), body="\n".join(found))

@@ -1,0 +1,140 @@
+"""One training run of a study, and what it is worth at every rank in every cut."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from transformers import PreTrainedTokenizerBase
+
+from matryoshka_lora.adapter import NestedAdapter
+from matryoshka_lora.adapter.factors import get_parameters
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.evaluate.curve import versions
+from matryoshka_lora.evaluate.engine import Engine
+from matryoshka_lora.evaluate.questions import Row, tokenize
+from matryoshka_lora.files import write_text
+from matryoshka_lora.models import load_tokenizer
+from matryoshka_lora.study.config import Study
+from matryoshka_lora.study.cuts import CUTS, Trained, learned_steps
+from matryoshka_lora.study.plan import cuts
+from matryoshka_lora.study.records import Curve, Job, Run
+from matryoshka_lora.train import train
+
+
+def run_once(study: Study, job: Job, folder: Path) -> bool:
+    """Do a job and write its file, unless another process, of this study or of another one, is at it.
+
+    Returns:
+        Whether the job was done here.
+
+    Raises:
+        MatryoshkaError: It cannot be done, or its file cannot be written.
+    """
+    lock = folder / ".locks" / job.path(Path()).as_posix().replace("/", "-")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            path = job.path(folder)
+            if not path.exists() or _lacks(study, Run.read(path)):
+                run_job(study, job).write(folder)
+            return True
+    except Timeout:
+        return False
+
+
+def _lacks(study: Study, run: Run) -> bool:
+    return bool(run.curves) and not set(cuts(study, run.job)) <= set(run.curves)
+
+
+def run_job(study: Study, job: Job) -> Run:
+    """Train, then cut and measure on the job's split. A run that diverges has no curves."""
+    torch.set_num_threads(study.threads)
+    torch.set_flush_denormal(True)
+    task, tokenizer = study.tasks[job.task], load_tokenizer(study.model)
+    rows = task.rows("train", study.train_rows if "task" in task.source else None, job.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "train.jsonl"
+        write_text(data, "".join(json.dumps({"prompt": r.prompt, "completion": r.completion}) + "\n" for r in rows))
+        config = study.train_config(
+            job.recipe, job.rank, job.learning_rate, job.seed, str(data), str(Path(folder) / "run")
+        )
+        curves: dict[str, Curve] = {}
+        cost: dict[str, Any] = {"tokens": _tokens(study, tokenizer, rows, study.train_rows), "cuts": {}}
+        begin = time.perf_counter()
+        try:
+            with _silent():
+                adapter = train(config)
+        except MatryoshkaError as error:
+            if "NaN" not in str(error):
+                raise
+            cost |= {"seconds": time.perf_counter() - begin, "parameters": 0}
+            return Run(job, study.nesting(job.rank), {}, cost, study.settings(), versions())
+    cost["seconds"] = round(time.perf_counter() - begin, 2)
+    cost["parameters"] = _require_gradients(adapter)
+    batch = study.train_rows // study.training["max_steps"]
+    trained = Trained(adapter, tokenizer, rows, batch, job.seed)
+    held_out = task.rows(job.split, study.items[job.split])
+    wanted = cuts(study, job)
+    for name, cut in CUTS.items():
+        if name not in wanted:
+            continue
+        begin = time.perf_counter()
+        cut(trained)
+        seconds = round(time.perf_counter() - begin, 2)
+        more = _tokens(study, tokenizer, rows, learned_steps(name) * batch)
+        cost["cuts"][name] = {"tokens": more, "seconds": seconds}
+        curves[name] = measure(adapter, tokenizer, held_out, study.nesting(job.rank))
+    finite = all(math.isfinite(loss) for curve in curves.values() for loss in curve.loss)
+    return Run(job, study.nesting(job.rank), curves if finite else {}, cost, study.settings(), versions())
+
+
+def measure(
+    adapter: NestedAdapter, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], ranks: Sequence[int]
+) -> Curve:
+    """Loss and accuracy at each rank from one pass: an answer counts if greedy decoding would write all of it."""
+    questions = [tokenize(tokenizer, row) for row in rows]
+    requests = [(question.context, question.completion) for question in questions]
+    of = [rank for rank in ranks for _ in questions]
+    found = Engine(adapter, tokenizer).loglikelihood(requests * len(ranks), of)
+    tokens = sum(len(question.completion) for question in questions)
+    by_rank = [found[n * len(rows) : (n + 1) * len(rows)] for n in range(len(ranks))]
+    return Curve(
+        tuple(round(-sum(one.logprob for one in some) / tokens, 6) for some in by_rank),
+        tuple(round(sum(one.greedy for one in some) / len(some), 6) for some in by_rank),
+    )
+
+
+def _tokens(study: Study, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], count: int) -> int:
+    """How many tokens so many rows have, without padding."""
+    lengths = [len(q.context) + len(q.completion) for q in (tokenize(tokenizer, row) for row in rows)]
+    return round(sum(lengths) / len(lengths) * count)
+
+
+def _require_gradients(adapter: NestedAdapter) -> int:
+    """Of all factors, as a cut may need them; returns how many numbers they have."""
+    parameters = [p for _, module, _ in adapter._layers() for p in get_parameters(module, adapter.name)]
+    for parameter in parameters:
+        parameter.requires_grad_()
+    return sum(parameter.numel() for parameter in parameters)
+
+
+@contextmanager
+def _silent() -> Any:
+    """Without the Trainer's lines and bars: many runs share one screen."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    with redirect_stdout(StringIO()):
+        yield
