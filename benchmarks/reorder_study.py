@@ -45,7 +45,7 @@ RANKS = (1, 2, 4, 8, 16)
 BUDGETS = (1, 2, 4, 8)
 """As the uniform rank that has as many parameters."""
 CALIBRATION_ROWS = 128
-METRICS = ("frobenius", "activations", "loss")
+METRICS = ("frobenius", "activations", "loss", "learned")
 BUDGETED = ("frobenius", "loss")
 PEFT = "convert_to_lora"
 

@@ -75,7 +75,7 @@ def nested(plain: Path) -> Path:
 # reorder
 
 
-@pytest.mark.parametrize("metric", ["frobenius", "activations", "loss"])
+@pytest.mark.parametrize("metric", ["frobenius", "activations", "loss", "learned"])
 def test_reorder(run: Run, base: Path, plain: Path, data: Path, tmp_path: Path, metric: str) -> None:
     more = [] if metric == "frobenius" else ["--metric", metric, "--data", data, "--rows", 20, "--dtype", "fp32"]
     out = run("reorder", plain, "-o", tmp_path / "out", *more)

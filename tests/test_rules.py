@@ -20,6 +20,7 @@ from matryoshka_lora.rules import RULES, Rule, get_rule
 
 NESTING = Nesting([1, 2, 4, 8], "sqrt", 2.0)
 ALL = list(RULES)
+ABLATIONS = ["mean", "reversed", "random", "geometric-0.97", "geometric-0.9", "geometric-0.8"]
 
 nestings = st.builds(
     Nesting,
@@ -48,7 +49,8 @@ def chi_square(counts: Counter[int], values: Any) -> float:
 
 
 def test_these_are_the_rules() -> None:
-    assert ALL == ["lora", "matryoshka", "dylora", "dylora-all", "dylora-frozen", "stratified"]
+    assert ALL[:6] == ["lora", "matryoshka", "dylora", "dylora-all", "dylora-frozen", "stratified"]
+    assert ALL[6:] == ABLATIONS
     assert all(get_rule(name).name == name for name in ALL)
 
 
@@ -179,8 +181,26 @@ def test_trained_ranks_and_diagonal(rule: Rule) -> None:
     nesting = Nesting([2, 5], "rank", 3.0)
     every = rule.name in ("dylora-all", "dylora-frozen")
     assert rule.trained_ranks(nesting) == (tuple(range(1, 6)) if every else (2, 5))
-    expected = oracle.trained_p([2, 5], "rank", 3.0) if rule.name == "matryoshka" else prefix(nesting, 5)
+    if rule.name in ABLATIONS:
+        expected = rule.draw(nesting, 7, 7).diagonal  # whose values the next test knows
+    else:
+        expected = oracle.trained_p([2, 5], "rank", 3.0) if rule.name == "matryoshka" else prefix(nesting, 5)
     torch.testing.assert_close(rule.trained_diagonal(nesting), expected, rtol=1e-14, atol=0)
+
+
+def test_ablations_of_p() -> None:
+    nesting = Nesting([1, 2, 4])  # P is 3, 2, 1, 1
+    found = {name: get_rule(name).draw(nesting, 0, 0).diagonal.tolist() for name in ABLATIONS}
+    assert found["mean"] == pytest.approx([1, 2 / 3, 1 / 3, 1 / 3])
+    assert found["reversed"] == [1, 1, 2, 3]
+    assert sorted(found["random"]) == [1, 1, 2, 3]
+    wide = get_rule("random").draw(Nesting.powers_of_two(16), 0, 0).diagonal.diff()
+    assert (wide < 0).any()
+    assert (wide > 0).any()
+    for decay in (0.97, 0.9, 0.8):
+        p = found[f"geometric-{decay:g}"]
+        assert sum(p) == pytest.approx(4)  # on average the scale of plain LoRA
+        assert [b / a for a, b in pairwise(p)] == pytest.approx([decay] * 3)
 
 
 @pytest.mark.parametrize(

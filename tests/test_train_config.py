@@ -37,12 +37,18 @@ def test_defaults() -> None:
     assert (config.model, config.dtype, config.quantization) == ("smollm2-135m", "bf16", None)
     assert not config.trust_remote_code
     assert config.nesting == Nesting.powers_of_two(32)
-    assert (config.rule, config.inference, config.reorder, config.rank_seed) == ("matryoshka", "prefix", True, 42)
+    assert (config.rule, config.inference, config.reorder, config.rank_seed) == ("matryoshka", "prefix", "learned", 42)
     lora = config.lora_config()
     assert (lora.r, lora.lora_alpha, lora.target_modules, lora.task_type) == (32, 32, "all-linear", "CAUSAL_LM")
     sft = config.sft_config()
     assert (sft.bf16, sft.fp16, sft.report_to, sft.seed) == (False, False, [], 42)
     assert not sft.activation_checkpointing
+
+
+def test_the_paper_s_recipe_is_one_word() -> None:
+    config = make_config({"data": "chain_sum", "recipe": "paper"})
+    assert (config.rule, config.inference, config.reorder) == ("matryoshka", "prefix", False)
+    assert make_config(config.to_dict()) == config
 
 
 def test_every_field_of_the_libraries_is_known() -> None:
@@ -122,7 +128,12 @@ def test_lora_and_nesting_agree(lora: Any, nesting: Any, expected: Nesting, alph
         ({"nesting": {"scaling": "log"}}, "scaling is 'log'"),
         ({"nesting": {"rule": "matrioshka"}}, "did you mean 'matryoshka'"),
         ({"nesting": {"inference": "p"}}, "nesting.inference is 'p'; write one of prefix, keep"),
-        ({"nesting": {"reorder": "no"}}, "nesting.reorder is 'no'; write true or false"),
+        ({"recipe": "papers"}, "recipe is 'papers'; write one of default, paper"),
+        (
+            {"recipe": "paper", "nesting": {"reorder": "svd"}},
+            "recipe 'paper' says nesting.reorder: False, and the config says svd: leave one of them out",
+        ),
+        ({"nesting": {"reorder": "no"}}, "nesting.reorder is 'no'; write svd, learned or false"),
         ({"nesting": {"seed": 1.5}}, "nesting.seed is 1.5; write an integer"),
         ({"lora": {"r": 8}, "nesting": {"ranks": [1, 4]}}, "lora.r is 8, but the largest of nesting.ranks is 4"),
         ({"lora": {"r": 0}}, "rank 0 is not positive"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,60 +17,79 @@ from matryoshka_lora.order import OrderOptimizer
 from matryoshka_lora.rules import stratified_ranks
 
 STEPS = 20
-"""Batches that the order is learned from, unless told otherwise."""
+"""Of the order, unless told otherwise."""
 
 LEARNING_RATE = 0.03
 """By trial on validation data: docs/study.md."""
 
 
+class Part(NamedTuple):
+    """A part of the rows of a step, as many as fit into memory together.
+
+    Attributes:
+        rows: How many.
+        weight: Of its loss in that of the step, in any unit: the number of its answers' tokens, for a mean over tokens.
+        loss: Computes its mean loss with the adapter's model in training mode.
+    """
+
+    rows: int
+    weight: float
+    loss: Callable[[], Tensor]
+
+
 def learn_order(
     adapter: NestedAdapter,
-    batches: Iterable[tuple[int, Callable[[], Tensor]]],
-    steps: int,
+    steps: Iterable[Sequence[Part]],
+    count: int,
     learning_rate: float = LEARNING_RATE,
     seed: int = 0,
 ) -> None:
     """Order each layer's directions by what the loss of its prefixes says, beginning from `NestedAdapter.reorder`.
 
-    The full-rank function stays as it is, to rounding; see `matryoshka_lora.order`. Each row of a batch has a nested
-    rank below R, every rank as often as the others; where rows are no longer rows (routed experts), a batch has one.
+    The full-rank function stays as it is, to rounding; see `matryoshka_lora.order`. Each row of a step has a nested
+    rank below R, every rank as often as the others; where rows are no longer rows (routed experts), a step has one.
 
     Args:
         adapter: Raw or reordered; it is reordered first. Its factors must require gradients.
-        batches: For each step, how many rows the batch has, and a function that computes its mean loss with the
-            adapter's model in training mode.
-        steps: How many batches are taken; the learning rate falls to 0 over them.
+        steps: The rows of each step, in parts.
+        count: How many steps are taken, of at least so many; the learning rate falls to 0 over them.
         learning_rate: Of `OrderOptimizer`.
         seed: Of the ranks.
 
     Raises:
         MatryoshkaError: There is no nested rank below R, or the loss is not finite. The order is then as it was.
     """
-    ranks = adapter.nesting.ranks[:-1]
+    *ranks, _ = adapter.nesting.ranks
     if not ranks:
         raise MatryoshkaError("an adapter with one nested rank has no order to learn: give it smaller ranks too")
     if not adapter.reordered:
         adapter.reorder()
+    state, training = adapter.state, adapter.model.training
     modules = [module for _, module, _ in adapter._layers()]
-    optimizer = OrderOptimizer([get_factors(module, adapter.name) for module in modules], learning_rate)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer.adam, 1.0, 0.0, total_iters=steps)
-    generator, training = random.Random(f"order {seed}"), adapter.model.training
+    factors = [get_factors(module, adapter.name) for module in modules]
+    optimizer = OrderOptimizer(factors, adapter.nesting.ranks, learning_rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer.adam, 1.0, 0.0, total_iters=count)
+    generator = random.Random(f"order {seed}")
     routed = any(".experts." in f".{name}." for name, _, _ in adapter._layers())
     adapter.model.train()
     adapter.model.zero_grad(set_to_none=True)
     try:
-        for _, (rows, loss) in zip(range(steps), batches, strict=False):
-            drawn = [generator.choice(ranks)] if routed else stratified_ranks(ranks, rows, generator)
-            diagonal = torch.stack([adapter.state.mask(rank) * adapter.state.scale(rank) for rank in drawn])
-            with adapter._standing(diagonal[0] if routed else diagonal, exact=False):
-                value = loss()
-                if not bool(value.isfinite()):
-                    raise MatryoshkaError(f"the loss is {value.item()}: the model computes NaN or infinity")
-                value.backward()  # type: ignore[no-untyped-call]
+        for parts in islice(steps, count):
+            rows, weight = sum(part.rows for part in parts), sum(part.weight for part in parts)
+            drawn = [generator.choice(ranks)] * rows if routed else stratified_ranks(ranks, rows, generator)
+            for part in parts:
+                mine, drawn = drawn[: part.rows], drawn[part.rows :]
+                diagonal = torch.stack([state.mask(rank) * state.scale(rank) for rank in mine])
+                with adapter._standing(diagonal[0] if routed else diagonal, exact=False):
+                    value = part.loss()
+                    if not bool(value.isfinite()):
+                        raise MatryoshkaError(f"the loss is {value.item()}: the model computes NaN or infinity")
+                    (value * (part.weight / weight)).backward()  # type: ignore[no-untyped-call]
             optimizer.step([_gradients(module, adapter.name) for module in modules])
             schedule.step()
             _put(modules, adapter.name, optimizer.pairs)
             adapter.model.zero_grad(set_to_none=True)
+        _put(modules, adapter.name, optimizer.finished())
     except BaseException:
         _put(modules, adapter.name, optimizer.start)
         raise

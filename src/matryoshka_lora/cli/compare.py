@@ -21,7 +21,7 @@ class Launcher(str, Enum):
 
 
 def compare(
-    study: Annotated[Path, typer.Argument(help="A study as a YAML file, such as configs/study.yaml.")],
+    study: Annotated[Path, typer.Argument(help="A study as a YAML file, such as configs/studies/headline.yaml.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The folder of runs and report.", show_default="runs/NAME")
     ] = None,
@@ -38,7 +38,7 @@ def compare(
     chosen rates only. Every finished run is a file, so a study that was stopped goes on when the same command is given
     again, and several machines may share its folder. Writes study.md, study.html and study.png.
 
-    Example: matryoshka compare configs/study.yaml --out runs/study --workers 2
+    Example: matryoshka compare configs/studies/headline.yaml --out runs/study --workers 2
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -58,7 +58,8 @@ def compare(
     if _report(checked, runs, folder):
         typer.echo(f"The report is in {folder}: study.md, study.html, study.png")
     if left:
-        typer.echo(f"{len(runs)} runs are there, {left} or more are missing. Next: the same command again")
+        again = "without --report" if report else "again"
+        typer.echo(f"{len(runs)} runs are there, {left} or more are missing. Next: the same command {again}")
 
 
 def _report(study: Study, runs: Any, folder: Path) -> bool:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter import NestedAdapter, load
 from matryoshka_lora.adapter.factors import get_parameters
-from matryoshka_lora.adapter.order import STEPS, learn_order
+from matryoshka_lora.adapter.order import STEPS, Part, learn_order
 from matryoshka_lora.adapter.source import open_adapter
 from matryoshka_lora.deploy.reorder import Moments, reorder_adapter, reweigh_adapter, rewrite_learned
 from matryoshka_lora.deploy.spectra import Metric, Spectra
@@ -118,10 +118,10 @@ def learn_order_from(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     endless = cycle(questions)
 
-    def batches() -> Iterator[tuple[int, Callable[[], Tensor]]]:
+    def batches() -> Iterator[list[Part]]:
         for _ in range(steps):
             batch = pad_rows(list(islice(endless, batch_size)), pad, adapter.model.device)
-            yield batch_size, partial(_loss, adapter.model, *batch, "mean")
+            yield [Part(batch_size, 1.0, partial(_loss, adapter.model, *batch, "mean"))]
             if on_batch is not None:
                 on_batch(batch_size)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -13,7 +15,7 @@ from matryoshka_lora.models import EMBEDDED
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.study.recipes import EACH, RECIPES, parse_method
 from matryoshka_lora.tasks import get_task
-from matryoshka_lora.train.checks import check_keys, read_yaml
+from matryoshka_lora.train.checks import check_keys, names, read_yaml
 from matryoshka_lora.train.config import TrainConfig, make_config
 from matryoshka_lora.train.data import load_data, parse_data
 
@@ -25,6 +27,7 @@ _SPLITS = ("train", "validation", "test")
 _ITEMS = {"validation": 50, "test": 100}
 _TRAINING: dict[str, Any] = {"max_steps": 80, "per_device_train_batch_size": 12}
 _FIXED = ("learning_rate", "seed", "output_dir", "data", "lora", "nesting", "model", "dtype")
+_COUNTS = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,11 @@ class StudyTask:
             MatryoshkaError: There are not so many, or a file cannot be read.
         """
         if "task" not in self.source:
-            data = parse_data(self.source[split])
-            return rows_from(load_data(data if count is None else {**data, "size": count}), str(self.source[split]))
+            data, source = parse_data(self.source[split], split), str(self.source[split])
+            rows = rows_from(load_data(data if count is None else {**data, "size": count}), source)
+            if count is not None and len(rows) < count:
+                raise MatryoshkaError(f"{source} has {len(rows)} rows, not {count}: give more, or lower items.{split}")
+            return rows
         spec = {"name" if key == "task" else key: value for key, value in self.source.items()}
         examples = get_task(spec, seed).examples(split, count or 1000)  # type: ignore[arg-type]
         return [Row(f"{example.prompt}\nAnswer:", f" {example.completion}") for example in examples]
@@ -119,9 +125,10 @@ class Study:
             }
         )
 
-    def settings(self) -> dict[str, Any]:
-        """What every run's numbers depend on besides its job: a run with others belongs to another study."""
+    def settings(self, task: str) -> dict[str, Any]:
+        """What the numbers of a task's runs depend on besides their jobs: runs with others are of another study."""
         return {
+            "source": dict(self.tasks[task].source),
             "model": self.model,
             "dtype": self.dtype,
             "training": dict(self.training),
@@ -152,11 +159,18 @@ def make_study(given: Mapping[str, Any]) -> Study:
     Raises:
         MatryoshkaError: A key or value is wrong; the message says which.
     """
+    from trl import SFTConfig
+
     check_keys(given, _KEYS)
     for key in ("tasks", "methods"):
         if not given.get(key):
             raise MatryoshkaError(f"{key} is missing; a study needs tasks and methods")
-    methods = tuple(dict.fromkeys(given["methods"]))
+    for key in ("tasks", "training", "items"):
+        if not isinstance(given.get(key) or {}, Mapping):
+            raise MatryoshkaError(f"{key} is {given[key]!r}; write a mapping of keys to values")
+    if not isinstance(given["methods"], list):
+        raise MatryoshkaError(f"methods is {given['methods']!r}; write a list, for example [lora/frobenius, lora-each]")
+    methods = tuple(dict.fromkeys(map(str, given["methods"])))
     for method in methods:
         if method != EACH:
             parse_method(method)
@@ -169,6 +183,9 @@ def make_study(given: Mapping[str, Any]) -> Study:
     for key in _FIXED:
         if key in training:
             raise MatryoshkaError(f"training.{key} is the study's to set: leave it out")
+    check_keys(training, (*names(SFTConfig), "quantization", "trust_remote_code"), "training")
+    for key in _COUNTS:
+        _count(f"training.{key}", training.get(key, 1))
     items = {**_ITEMS, **(given.get("items") or {})}
     check_keys(items, tuple(_ITEMS), "items")
     made = Study(
@@ -179,9 +196,9 @@ def make_study(given: Mapping[str, Any]) -> Study:
         tasks={str(name): _task(str(name), source) for name, source in dict(given["tasks"]).items()},
         methods=methods,
         winner=winner,
-        seeds=_seeds("seeds", given.get("seeds", [0, 1, 2, 3, 4])),
+        seeds=_seeds(given.get("seeds", [0, 1, 2, 3, 4])),
         learning_rates=_rates(rates.get("grid", [1e-3, 2e-3, 4e-3])),
-        rate_seed=_seeds("learning_rates.seed", [rates.get("seed", 100)])[0],
+        rate_seed=_seed(rates.get("seed", 100)),
         training=training,
         items={split: _count(f"items.{split}", count) for split, count in items.items()},
         threads=_count("threads", given.get("threads", 1)),
@@ -196,32 +213,43 @@ def make_study(given: Mapping[str, Any]) -> Study:
 
 
 def _task(name: str, source: Any) -> StudyTask:
+    if not re.fullmatch(r"\w[\w .-]*", name):
+        raise MatryoshkaError(f"tasks has {name!r}, which cannot name a folder: write letters, digits, - and _")
     if not isinstance(source, Mapping) or ("task" in source) == all(split in source for split in _SPLITS):
         raise MatryoshkaError(
             f"tasks.{name} is {source!r}; write {{task: chain_sum}}, or {{train: a.jsonl, validation: b.jsonl, test: "
             "c.jsonl}"
         )
-    if "task" in source:
-        get_task({"name" if key == "task" else key: value for key, value in source.items()})
-    else:
-        check_keys(source, _SPLITS, f"tasks.{name}")
-        for split in _SPLITS:
-            parse_data(source[split], split)
+    try:
+        if "task" in source:
+            get_task({"name" if key == "task" else key: value for key, value in source.items()})
+        else:
+            check_keys(source, _SPLITS)
+            for split in _SPLITS:
+                parse_data(source[split], split)
+    except MatryoshkaError as error:
+        raise MatryoshkaError(f"tasks.{name}: {error}") from error
     return StudyTask(name, dict(source))
 
 
 def _rates(given: Any) -> tuple[float, ...]:
-    good = isinstance(given, list) and len(given) > 1 and all(isinstance(r, (int, float)) and r > 0 for r in given)
-    if not good or sorted(set(given)) != given:
+    good = isinstance(given, list) and len(given) > 1 and all(type(rate) in (int, float) for rate in given)
+    if not good or not all(0 < rate < math.inf for rate in given) or sorted(set(given)) != given:
         raise MatryoshkaError(f"learning_rates.grid is {given!r}; write at least two ascending rates")
     return tuple(map(float, given))
 
 
-def _seeds(name: str, given: Any) -> tuple[int, ...]:
+def _seeds(given: Any) -> tuple[int, ...]:
     good = isinstance(given, list) and given and all(type(seed) is int and seed >= 0 for seed in given)
     if not good or len(set(given)) != len(given):
-        raise MatryoshkaError(f"{name} is {given!r}; write different whole numbers from 0 on")
+        raise MatryoshkaError(f"seeds is {given!r}; write different whole numbers from 0 on")
     return tuple(given)
+
+
+def _seed(given: Any) -> int:
+    if type(given) is not int or given < 0:
+        raise MatryoshkaError(f"learning_rates.seed is {given!r}; write a whole number from 0 on")
+    return given
 
 
 def _count(name: str, value: Any) -> int:

@@ -36,7 +36,7 @@ def units(study: Study, method: str, task: str) -> list[Unit]:
 def cuts(study: Study, job: Job) -> list[str]:
     """The cuts of a job that the study asks for, in the order of the recipe."""
     wanted = {u.cut for m in study.methods for u in units(study, m, job.task) if (u.recipe, u.rank) == _of(job)}
-    return [cut for cut in RECIPES[job.recipe].cuts if cut in wanted]
+    return [cut for cut in RECIPES[job.recipe].cuts if cut in wanted] if wanted else []
 
 
 def _of(job: Job) -> tuple[str, int]:
@@ -44,24 +44,27 @@ def _of(job: Job) -> tuple[str, int]:
 
 
 def load_runs(study: Study, folder: Path) -> dict[Job, Run]:
-    """The finished runs of a folder that the study can use: with its settings, and all cuts that it asks for.
+    """The finished runs of a folder that the study can use: with all cuts that it asks for.
 
     Raises:
-        MatryoshkaError: A file is damaged, or was made with other settings.
+        MatryoshkaError: A file is damaged, or is one of the study's jobs with other settings or other ranks.
     """
     found = {}
     for split in ("validation", "test"):
         for path in sorted((folder / split).glob("*/*.json")):
             run = Run.read(path)
-            if run.job.task not in study.tasks or run.job.recipe not in RECIPES:
+            if run.job.task not in study.tasks or not (wanted := cuts(study, run.job)):
                 continue
-            if run.settings != study.settings():
-                different = [key for key, value in study.settings().items() if run.settings.get(key) != value]
+            settings = study.settings(run.job.task)  # a run that an older version wrote may lack some
+            different = [key for key, value in run.settings.items() if settings.get(key) != value]
+            if run.ranks != study.nesting(run.job.rank):
+                different.append("rank")
+            if different:
                 raise MatryoshkaError(
-                    f"{path} was run with another {', '.join(different) or 'setting'} than this study has: take "
-                    "another folder with --out, or give the study the settings of its runs"
+                    f"{path} was run with another {', '.join(different)} than this study has: take another folder "
+                    "with --out, or give the study the settings of its runs"
                 )
-            if not run.curves or set(cuts(study, run.job)) <= set(run.curves):
+            if not run.curves or set(wanted) <= set(run.curves):
                 found[run.job] = run
     return found
 

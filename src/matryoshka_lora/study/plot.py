@@ -47,7 +47,7 @@ def draw(results: Sequence[Result], path: Path, *, title: str, methods: Sequence
     tasks = sorted({result.task for result in results})
     figure = Figure(figsize=(16, 2 + 5.5 * len(tasks)), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.2, h_pad=0.15))
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=18)
+    figure.suptitle(f"{title}   (bars: 95 % intervals over the seeds)", fontsize=18)
     panels: Any = figure.subplots(len(tasks), 2, squeeze=False)
     shown: dict[str, Any] = {}
     for (left, right), task in zip(panels, tasks, strict=True):
@@ -58,7 +58,7 @@ def draw(results: Sequence[Result], path: Path, *, title: str, methods: Sequence
             x = [rank * 2 ** (0.05 * (methods.index(method) - (len(methods) - 1) / 2)) for rank in ranks]
             for axes, value, unit in ((left, accuracy_at, 100), (right, loss_at, 1)):
                 curve = [point for rank in ranks if (point := mean(results, method, value(rank), task))]
-                means = [unit * point.mean for point in curve]
+                means = [max(unit * point.mean, _LEAST_LOSS) for point in curve]
                 bars = [unit * (point.half_width or 0) for point in curve]
                 shown[method] = axes.errorbar(x, means, bars, **styles[method])
         _finish(left, ranks, f"{task}: accuracy (%), higher is better")
@@ -95,9 +95,10 @@ def _scale(left: Any, right: Any, results: Sequence[Result]) -> None:
     """Limits by the curves: intervals of two seeds can be wide, and may end at the frame."""
     from matplotlib.ticker import LogLocator
 
-    low, high = left.get_ylim()
-    left.set_ylim(max(low, -3), min(high, 103))
+    accuracies = [100 * share for result in results for share in result.curve.accuracy]
     losses = [max(loss, _LEAST_LOSS) for result in results for loss in result.curve.loss]
+    low, high = left.get_ylim()
+    left.set_ylim(max(low, min(accuracies) - 10), min(high, max(accuracies) + 10))
     right.set_yscale("log", nonpositive="clip")
     right.set_ylim(min(losses) / 1.3, max(losses) * 1.3)
     right.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))

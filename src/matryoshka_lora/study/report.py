@@ -169,7 +169,7 @@ def _curves(results: Sequence[Result], task: str) -> list[_Block]:
 def _costs(results: Sequence[Result]) -> list[_Block]:
     names = ("tokens", "seconds", "parameters")
     methods = stats.ranking(results)
-    found = {method: [stats.values(results, method, attrgetter(name)) for name in names] for method in methods}
+    found = {m: [stats.values(results, m, attrgetter(name)) for name in names] for m in methods}
     means = {method: [fmean(cost.values()) for cost in costs] for method, costs in found.items()}
     # The cheapest cut, as training is the same for all.
     plain = min((method for method in methods if method.startswith("lora/")), key=means.__getitem__, default=None)
@@ -179,8 +179,7 @@ def _costs(results: Sequence[Result]) -> list[_Block]:
         for mine, theirs, cost in zip(costs, found[plain or method], means[method], strict=True):
             common = mine.keys() & theirs.keys()
             total = sum(theirs[pair] for pair in common)
-            times = f"{sum(mine[pair] for pair in common) / total:.2f}" if plain and total else ""
-            row += [f"{cost:,.0f}", times]
+            row += [f"{cost:,.0f}", f"{sum(mine[pair] for pair in common) / total:.2f}" if plain and total else ""]
         rows.append(row)
     text = "Mean cost of one curve over tasks and seeds: all the training runs that it takes, and the cut; "
     text += f"times is the multiple of {plain}, on what both have done." if plain else "there is no lora/ to divide by."
@@ -205,15 +204,13 @@ def _full_rank(results: Sequence[Result], tasks: Sequence[str]) -> list[_Block]:
 
 def _each_rank(results: Sequence[Result], tasks: Sequence[str]) -> list[_Block]:
     text = f"Method minus {EACH} at the same rank, accuracy in points of % and loss in nats, paired by seed."
-    blocks: list[_Block] = [(2, "At every rank against LoRA trained at that rank"), text]
-    for task in [*tasks, None] if len(tasks) > 1 else tasks:
-        blocks += [(3, f"Task {task}") if task else (3, "All tasks"), *([] if task else [_POOLED])]
+    scopes = [task for task in ([*tasks, None] if len(tasks) > 1 else tasks) if _compared(results, task)]
+    blocks: list[_Block] = [(2, "At every rank against LoRA trained at that rank"), text if scopes else _NO_REFERENCE]
+    for task in scopes:
         accuracy, loss = (_at_ranks(results, task, value) for value in (stats.accuracy_at, stats.loss_at))
-        if _compared(results, task):
-            blocks += ["Accuracy, more is better:", _grid(results, accuracy, _points, task, EACH)]
-            blocks += ["Loss, less is better:", _grid(results, loss, _more, task, EACH)]
-        else:
-            blocks.append(_NO_REFERENCE)
+        blocks += [(3, f"Task {task}")] if task else [(3, "All tasks"), _POOLED]
+        blocks += ["Accuracy, more is better:", _grid(results, accuracy, _points, task, EACH)]
+        blocks += ["Loss, less is better:", _grid(results, loss, _more, task, EACH)]
     return blocks
 
 
@@ -255,15 +252,12 @@ def _at_ranks(results: Sequence[Result], task: str | None, value: Callable[[int]
 
 
 def _grid(
-    results: Sequence[Result],
-    columns: Mapping[str, Value],
-    form: partial[str],
-    task: str | None,
-    minus: str | None = None,
+    results: Sequence[Result], columns: Mapping[str, Value], form: partial[str], task: str | None, minus: str = ""
 ) -> _Table:
     rows = []
     for method in _compared(results, task) if minus else stats.ranking(results, task):
         found = [stats.mean(results, method, value, task, minus) for value in columns.values()]
+        # Tasks may differ in their ranks: the count is that of the rank with most.
         rows.append((method, str(max(cell.n for cell in found if cell)), *map(form, found)))
     return _Table(("method", "seeds" if task else "pairs", *columns), rows)
 

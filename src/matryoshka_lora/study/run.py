@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -44,24 +44,36 @@ def run_once(study: Study, job: Job, folder: Path) -> bool:
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=0):
-            path = job.path(folder)
-            if not path.exists() or _lacks(study, Run.read(path)):
-                run_job(study, job).write(folder)
+            path, also = job.path(folder), set[str]()
+            if path.exists():
+                run = Run.read(path)
+                if run.job != job:
+                    raise MatryoshkaError(f"{path} holds the run of another job: delete it to run it again")
+                also = set(run.curves)  # another study may need them
+                if not run.curves or set(cuts(study, job)) <= also:
+                    return True
+            run_job(study, job, also).write(folder)
             return True
     except Timeout:
         return False
 
 
-def _lacks(study: Study, run: Run) -> bool:
-    return bool(run.curves) and not set(cuts(study, run.job)) <= set(run.curves)
+def run_job(study: Study, job: Job, also: Collection[str] = ()) -> Run:
+    """Train, then cut and measure on the job's split. A run that diverges has no curves.
 
+    Args:
+        study: Of the job.
+        job: What to do.
+        also: Cuts besides those that the study asks for.
 
-def run_job(study: Study, job: Job) -> Run:
-    """Train, then cut and measure on the job's split. A run that diverges has no curves."""
+    Raises:
+        MatryoshkaError: It cannot be done.
+    """
     torch.set_num_threads(study.threads)
     torch.set_flush_denormal(True)
     task, tokenizer = study.tasks[job.task], load_tokenizer(study.model)
     rows = task.rows("train", study.train_rows if "task" in task.source else None, job.seed)
+    held_out = task.rows(job.split, study.items[job.split])
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "train.jsonl"
         write_text(data, "".join(json.dumps({"prompt": r.prompt, "completion": r.completion}) + "\n" for r in rows))
@@ -70,32 +82,30 @@ def run_job(study: Study, job: Job) -> Run:
         )
         curves: dict[str, Curve] = {}
         cost: dict[str, Any] = {"tokens": _tokens(study, tokenizer, rows, study.train_rows), "cuts": {}}
+        cost |= {"seconds": 0.0, "parameters": 0}
+        wanted = {*cuts(study, job), *also}
         begin = time.perf_counter()
         try:
             with _silent():
                 adapter = train(config)
+            cost["seconds"] = round(time.perf_counter() - begin, 2)
+            cost["parameters"] = _require_gradients(adapter)
+            batch = study.train_rows // study.training["max_steps"]
+            trained = Trained(adapter, tokenizer, rows, batch, job.seed)
+            for name in [name for name in CUTS if name in wanted]:
+                begin = time.perf_counter()
+                CUTS[name](trained)
+                seconds = round(time.perf_counter() - begin, 2)
+                more = _tokens(study, tokenizer, rows, learned_steps(name) * batch)
+                cost["cuts"][name] = {"tokens": more, "seconds": seconds}
+                curves[name] = measure(adapter, tokenizer, held_out, study.nesting(job.rank))
         except MatryoshkaError as error:
             if "NaN" not in str(error):
                 raise
-            cost |= {"seconds": time.perf_counter() - begin, "parameters": 0}
-            return Run(job, study.nesting(job.rank), {}, cost, study.settings(), versions())
-    cost["seconds"] = round(time.perf_counter() - begin, 2)
-    cost["parameters"] = _require_gradients(adapter)
-    batch = study.train_rows // study.training["max_steps"]
-    trained = Trained(adapter, tokenizer, rows, batch, job.seed)
-    held_out = task.rows(job.split, study.items[job.split])
-    wanted = cuts(study, job)
-    for name, cut in CUTS.items():
-        if name not in wanted:
-            continue
-        begin = time.perf_counter()
-        cut(trained)
-        seconds = round(time.perf_counter() - begin, 2)
-        more = _tokens(study, tokenizer, rows, learned_steps(name) * batch)
-        cost["cuts"][name] = {"tokens": more, "seconds": seconds}
-        curves[name] = measure(adapter, tokenizer, held_out, study.nesting(job.rank))
+            cost["seconds"] = cost["seconds"] or round(time.perf_counter() - begin, 2)
+            curves = {}
     finite = all(math.isfinite(loss) for curve in curves.values() for loss in curve.loss)
-    return Run(job, study.nesting(job.rank), curves if finite else {}, cost, study.settings(), versions())
+    return Run(job, study.nesting(job.rank), curves if finite else {}, cost, study.settings(job.task), versions())
 
 
 def measure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -48,7 +49,7 @@ def run_study(
         The finished runs, by job.
 
     Raises:
-        MatryoshkaError: A job cannot be done. The others are finished and kept.
+        MatryoshkaError: A job cannot be done. Those that run beside it are finished and kept; no more are begun.
     """
     check_writable(folder)
     end = time.monotonic() + (float("inf") if seconds is None else seconds)
@@ -75,6 +76,9 @@ def run_study(
                 job = running.pop(future)
                 error = future.exception()
                 if error is not None:
+                    error = (
+                        getattr(error, "cause", None) or error
+                    )  # Ray puts its own around it, with a traceback as text
                     failed.append(f"{job.path(folder)}: {error}")
                 elif not future.result():
                     elsewhere[job] = time.monotonic() + _POLL
@@ -97,8 +101,20 @@ def _pool(launcher: Launcher, workers: int) -> Iterator[Submit]:
         return
     context = multiprocessing.get_context("spawn")
     os.environ.setdefault("TQDM_DISABLE", "1")  # read by the workers
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         yield lambda study, job, folder: pool.submit(_job, study, job, folder)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next job for ever, with a model in memory."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
@@ -109,7 +125,10 @@ def _ray_pool(workers: int) -> Iterator[Submit]:
         raise MatryoshkaError("launcher 'ray' needs Ray: pip install ray") from error
     begun = not ray.is_initialized()
     if begun:
-        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+        try:
+            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+        except ValueError:  # a cluster is there, and has CPUs of its own
+            ray.init(log_to_driver=False)
     remote: Any = ray.remote(num_cpus=1)(_job)
     try:
         yield lambda study, job, folder: remote.remote(study, job, folder.absolute()).future()

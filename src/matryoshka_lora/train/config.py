@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 
@@ -23,11 +23,19 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from trl import SFTConfig
 
+Reorder = Literal["svd", "learned", False]
+
 DEFAULT_RANK = 32
 EVAL_SIZE = 200
 """Questions of a built-in task to evaluate on while training, where ``eval_data`` says nothing."""
 
 _OURS = ("model", "dtype", "quantization", "trust_remote_code", "data", "eval_data", "lora", "nesting")
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"rule": "matryoshka", "inference": "prefix", "reorder": False},
+}
+"""What ``recipe`` stands for in section ``nesting``: ``paper`` is that of arXiv 2605.07850, to the letter."""
+
 _NESTING = ("ranks", "scaling", "alpha", "rule", "inference", "seed", "reorder")
 
 # Where TRL's own defaults do not suit an adapter in float32 on a base that is already in the dtype to compute with.
@@ -60,7 +68,8 @@ class TrainConfig:
         rule: The training rule's name.
         inference: ``"prefix"`` or ``"keep"``.
         rank_seed: The seed of the ranks that the rule draws.
-        reorder: Whether the adapter is reordered after training.
+        reorder: How the adapter is reordered after training: ``"svd"``, ``"learned"`` on a little more of the training
+            data, or False, not at all.
         training: Fields of ``trl.SFTConfig``.
     """
 
@@ -75,7 +84,7 @@ class TrainConfig:
     rule: str
     inference: Any
     rank_seed: int
-    reorder: bool
+    reorder: Reorder
     training: dict[str, Any]
 
     @property
@@ -143,9 +152,10 @@ class TrainConfig:
 def load_config(path: str | PathLike[str], overrides: Iterable[str] = ()) -> TrainConfig:
     """Read a training config.
 
-    The top level has ``model``, ``dtype``, ``quantization``, ``trust_remote_code``, ``data``, ``eval_data``, the
-    sections ``lora`` (fields of ``peft.LoraConfig``) and ``nesting`` (``ranks``, ``scaling``, ``alpha``, ``rule``,
-    ``inference``, ``seed``, ``reorder``), and any field of ``trl.SFTConfig``. Among those, ``train_sampling_strategy:
+    The top level has ``model``, ``dtype``, ``quantization``, ``trust_remote_code``, ``data``, ``eval_data``,
+    ``recipe`` (``default`` or ``paper``, which is short for entries of ``nesting``), the sections ``lora`` (fields of
+    ``peft.LoraConfig``) and ``nesting`` (``ranks``, ``scaling``, ``alpha``, ``rule``, ``inference``, ``seed``,
+    ``reorder``), and any field of ``trl.SFTConfig``. Among those, ``train_sampling_strategy:
     group_by_length`` puts rows of a like length into a batch, which saves padding.
 
     Args:
@@ -174,15 +184,16 @@ def make_config(config: Mapping[str, Any]) -> TrainConfig:
     from peft import LoraConfig
     from trl import SFTConfig
 
-    sections = {"": (*_OURS, *names(SFTConfig)), "lora": names(LoraConfig), "nesting": _NESTING}
+    sections = {"": (*_OURS, "recipe", *names(SFTConfig)), "lora": names(LoraConfig), "nesting": _NESTING}
     lora, nesting = config.get("lora") or {}, config.get("nesting") or {}
     for section, given in (("", config), ("lora", lora), ("nesting", nesting)):
         check_keys(
             given, sections[section], section, {name: keys for name, keys in sections.items() if name != section}
         )
+    nesting = _with_recipe(config.get("recipe", "default"), nesting)
     if config.get("data") is None:
         raise MatryoshkaError("data is missing; write for example data: family_relationships, or data: my.jsonl")
-    arguments = {key: value for key, value in config.items() if key not in _OURS}
+    arguments = {key: value for key, value in config.items() if key not in (*_OURS, "recipe")}
     check_types(arguments, SFTConfig)
     check_types(lora, LoraConfig, "lora", {"r": int | None, "lora_alpha": float | None})
     dtype = _one_of("dtype", config.get("dtype", "bf16"), tuple(DTYPES))
@@ -200,7 +211,7 @@ def make_config(config: Mapping[str, Any]) -> TrainConfig:
         rule=get_rule(nesting.get("rule", "matryoshka")).name,
         inference=_one_of("nesting.inference", nesting.get("inference", "prefix"), ("prefix", "keep")),
         rank_seed=_integer("nesting.seed", nesting.get("seed", training["seed"])),
-        reorder=_flag("nesting.reorder", nesting.get("reorder", True)),
+        reorder=_reorder(nesting.get("reorder", "learned"), ranks),
         training=training,
     )
     made.lora_config()
@@ -226,6 +237,17 @@ def _override(config: dict[str, Any], override: str) -> None:
         config[section] = {} if below is None else below
         config = config[section]
     config[key] = value
+
+
+def _with_recipe(name: Any, nesting: Mapping[str, Any]) -> dict[str, Any]:
+    fixed = RECIPES[_one_of("recipe", name, tuple(RECIPES))]
+    for key, value in fixed.items():
+        if nesting.get(key, value) != value:
+            raise MatryoshkaError(
+                f"recipe {name!r} says nesting.{key}: {value}, and the config says {nesting[key]}: leave one of "
+                "them out"
+            )
+    return {**fixed, **nesting}
 
 
 def _nesting(nesting: Mapping[str, Any], lora: Mapping[str, Any]) -> Nesting:
@@ -278,6 +300,15 @@ def _eval_data(config: Mapping[str, Any], training: Mapping[str, Any]) -> dict[s
     if "task" not in data:
         raise MatryoshkaError("eval_strategy needs eval_data: write what to evaluate on while training")
     return {**data, "split": "validation", "size": EVAL_SIZE}
+
+
+def _reorder(value: Any, nesting: Nesting) -> Reorder:
+    if value is False:
+        return False
+    if value not in ("svd", "learned"):
+        raise MatryoshkaError(f"nesting.reorder is {value!r}; write svd, learned or false")
+    # One rank alone has no order to learn; its SVD is the same function.
+    return "svd" if len(nesting.ranks) == 1 else typing.cast(Reorder, value)
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:

@@ -20,6 +20,7 @@ from matryoshka_lora.files import check_writable, write_text
 from matryoshka_lora.models import DTYPES, EMBEDDED, load_model, load_tokenizer
 from matryoshka_lora.train.config import TrainConfig
 from matryoshka_lora.train.data import load_data
+from matryoshka_lora.train.order import learn_from_trainer
 from matryoshka_lora.train.processes import check_joined, on_main, one_voice
 from matryoshka_lora.train.resume import CONFIG_NAME, FINISHED_NAME, Plan, ProcessCount, plan
 
@@ -71,8 +72,10 @@ def _train(config: TrainConfig, arguments: SFTConfig) -> NestedAdapter:
         _run(trainer, config, found)
         # Without autocast around it, which the Trainer adds for bf16 and fp16, the model is the caller's again.
         trainer.accelerator.unwrap_model(peft_model, keep_fp32_wrapper=False).eval()
-        if config.reorder:
+        if config.reorder == "svd":
             adapter.reorder()
+        elif config.reorder == "learned":
+            learn_from_trainer(adapter, trainer, config.seed)
         adapter.save(output)
         on_main(lambda: write_text(output / FINISHED_NAME, json.dumps(asdict(trainer.state), indent=2) + "\n"))
     _say(arguments, f"The adapter is in {output}")

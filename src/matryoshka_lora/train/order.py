@@ -1,0 +1,56 @@
+"""Learn the order of a trained adapter's directions from what its Trainer trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from matryoshka_lora.adapter import NestedAdapter
+from matryoshka_lora.adapter.order import STEPS, Part, learn_order
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer
+
+ROWS = 12
+"""Of a step; two for each of the lower ranks of powers of two up to 64."""
+
+
+def learn_from_trainer(adapter: NestedAdapter, trainer: SFTTrainer, seed: int) -> None:
+    """Call `learn_order` with rows, collator, loss and precision of a Trainer that is done.
+
+    Under torch.distributed every process takes the same rows, so that all of them learn the same order.
+
+    Args:
+        adapter: What was trained; its model is no longer wrapped.
+        trainer: Its Trainer.
+        seed: Of the order of the rows, and of their ranks.
+    """
+    quiet = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+    steps = tqdm(_steps(adapter, trainer, seed), desc="learning the order", total=STEPS, disable=quiet)
+    learn_order(adapter, steps, STEPS, seed=seed)
+
+
+def _steps(adapter: NestedAdapter, trainer: SFTTrainer, seed: int) -> Iterator[list[Part]]:
+    rows: Any = trainer.train_dataset
+    endless = cycle(torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist())
+    size = trainer.args.per_device_train_batch_size
+    for _ in range(STEPS):
+        step = list(islice(endless, ROWS))
+        chunks = [step[start : start + size] for start in range(0, ROWS, size)]
+        batches = [trainer._prepare_inputs(trainer.data_collator([rows[i] for i in chunk])) for chunk in chunks]
+        yield [
+            Part(len(batch["input_ids"]), int((batch["labels"] != -100).sum()), partial(_loss, adapter, trainer, batch))
+            for batch in batches
+        ]
+
+
+def _loss(adapter: NestedAdapter, trainer: SFTTrainer, inputs: dict[str, Any]) -> Tensor:
+    with trainer.compute_loss_context_manager():
+        loss: Tensor = trainer.compute_loss(adapter.model, dict(inputs))
+    return loss

@@ -1,0 +1,208 @@
+"""Learning the order of directions: the product never changes, and the prefixes lose less."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import nested_layer, nested_llama, randomize, tiny_mixtral
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
+from matryoshka_lora.adapter.factors import get_factors
+from matryoshka_lora.adapter.order import Part, learn_order
+from matryoshka_lora.order import OrderOptimizer
+
+NESTING = Nesting([1, 2, 4, 8])
+
+
+def factors(rank: int, experts: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lead = (experts,) if experts else ()
+    A = torch.randn(*lead, rank, 9, generator=generator, dtype=torch.float64)
+    return A, torch.randn(*lead, 7, rank, generator=generator, dtype=torch.float64)
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 6), st.integers(0, 3), st.integers(0, 10**6), st.floats(1e-4, 0.3))
+def test_the_product_never_changes(rank: int, experts: int, seed: int, rate: float) -> None:
+    A, B = factors(rank, experts, seed)
+    optimizer = OrderOptimizer([(A, B)], range(1, rank + 1), rate)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for _ in range(5):
+        gradients = [torch.randn(f.shape, generator=generator, dtype=f.dtype) for f in (A, B)]
+        optimizer.step([(gradients[0], gradients[1])])
+    ((new_A, new_B),) = optimizer.pairs
+    assert rank == 1 or not torch.allclose(new_A, A)
+    torch.testing.assert_close(new_B @ new_A, B @ A, rtol=1e-9, atol=1e-9)
+
+
+def test_the_first_step_goes_down_the_gradient_of_the_order() -> None:
+    """Adam's first step is the sign of the gradient; autograd differentiates exp(D) at D = 0 for the oracle."""
+    A, B = factors(4, 0, 0)
+    target = torch.randn(7, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def loss(A: Tensor, B: Tensor) -> Tensor:
+        return sum(((B[:, :r] @ A[:r] - target) ** 2).sum() for r in (1, 3))  # type: ignore[return-value]
+
+    D = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)
+    loss(torch.matrix_exp(D) @ A, B @ torch.matrix_exp(-D)).backward()
+    leaf_A, leaf_B = A.clone().requires_grad_(), B.clone().requires_grad_()
+    loss(leaf_A, leaf_B).backward()
+    optimizer = OrderOptimizer([(A, B)], [1, 3, 4], 1e-3)
+    optimizer.step([(leaf_A.grad, leaf_B.grad)])  # type: ignore[list-item]
+    assert D.grad is not None
+    # Directions 2 and 3 may mix as they like: no prefix of the loss sees it.
+    block = torch.tensor([0, 1, 1, 2])
+    assert D.grad[block[:, None] == block].abs().max() < 1e-9 * D.grad.abs().max()
+    wanted = torch.matrix_exp(-1e-3 * D.grad.sign() * (block[:, None] != block)) @ A
+    torch.testing.assert_close(optimizer.pairs[0][0], wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_it_finds_the_prefix_that_the_svd_misses() -> None:
+    """A loss that asks for the smaller of two directions first: the order turns, and the whole stays."""
+    A, B = torch.eye(2, 5).double() * 2, torch.eye(5, 2).double()
+    A[1] /= 4
+    wanted = B[:, 1:] @ A[1:]
+    A[0, 1] = B[1, 0] = 0.1  # exactly at right angles, the gradient would be zero
+    optimizer, product = OrderOptimizer([(A, B)], [1, 2], 0.05), B @ A
+    for _ in range(200):
+        leaves = [f.clone().requires_grad_() for f in optimizer.pairs[0]]
+        ((leaves[1][:, :1] @ leaves[0][:1] - wanted) ** 2).sum().backward()
+        optimizer.step([(leaves[0].grad, leaves[1].grad)])  # type: ignore[list-item]
+    A, B = optimizer.pairs[0]
+    assert ((B[:, :1] @ A[:1] - wanted) ** 2).sum() < 0.05 * (wanted**2).sum()
+    torch.testing.assert_close(B @ A, product)
+
+
+def test_ranks_between_nested_ones_are_the_best_of_their_block() -> None:
+    A, B = factors(6, 0, 1)
+    optimizer = OrderOptimizer([(A, B)], [2, 6], 0.1)
+    generator = torch.Generator().manual_seed(2)
+    optimizer.step([tuple(torch.randn(f.shape, generator=generator).double() for f in (A, B))])  # type: ignore[list-item]
+    ((now_A, now_B),), ((A, B),) = optimizer.pairs, optimizer.finished()
+    for rank in (2, 6):
+        torch.testing.assert_close(B[:, :rank] @ A[:rank], now_B[:, :rank] @ now_A[:rank])
+    block = now_B[:, 2:] @ now_A[2:]
+    values = torch.linalg.svdvals(block)
+    for rank in (3, 4, 5):
+        left = block - B[:, 2:rank] @ A[2:rank]
+        torch.testing.assert_close(left.norm(), values[rank - 2 :].norm(), rtol=1e-9, atol=1e-9)
+
+
+def some_batches(adapter: NestedAdapter, count: int, rows: int = 6) -> Iterator[list[Part]]:
+    """Random tokens; what follows them is learned."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 90, (rows, 12), generator=generator)
+    for _ in range(count):
+        yield [Part(rows, 1.0, lambda: adapter.model(input_ids=ids, labels=ids).loss)]
+
+
+def losses(adapter: NestedAdapter) -> list[float]:
+    ((part,),) = some_batches(adapter, 1)
+    found = []
+    with torch.no_grad():
+        for rank in NESTING.ranks:
+            adapter.set_rank(rank)
+            found.append(part.loss().item())
+    return found
+
+
+def test_prefixes_lose_less_and_the_whole_stays() -> None:
+    adapter = nested_llama(NESTING, "lora")
+    ids = torch.arange(3, 60)[None]
+    adapter.reorder()
+    whole = adapter.model(input_ids=ids).logits.detach()
+    before = losses(adapter)
+    learn_order(adapter, some_batches(adapter, 30), 30)
+    after = losses(adapter)
+    adapter.set_rank(8)
+    # The whole drifts by the rounding of its float32 factors alone.
+    assert (adapter.model(input_ids=ids).logits - whole).norm() < 1e-5 * whole.norm()
+    assert abs(after[-1] - before[-1]) < 1e-4
+    assert all(new < old - 0.02 for new, old in zip(after[:-1], before[:-1], strict=True))
+
+
+def test_a_step_in_parts_is_the_step() -> None:
+    """Six rows at once, or four and two, weighted by their tokens."""
+    ids = torch.randint(3, 90, (6, 12), generator=torch.Generator().manual_seed(0))
+    found = []
+    for sizes in ((6,), (4, 2)):
+        adapter = nested_llama(NESTING, "lora")
+
+        def part(start: int, rows: int, adapter: NestedAdapter = adapter) -> Part:
+            some = ids[start : start + rows]
+            return Part(rows, some.numel(), lambda: adapter.model(input_ids=some, labels=some).loss)
+
+        learn_order(adapter, [[part(sum(sizes[:n]), size) for n, size in enumerate(sizes)]] * 3, 3)
+        adapter.set_rank(2)
+        with torch.no_grad():
+            found.append(adapter.model(input_ids=ids).logits)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-2)
+
+
+def test_a_raw_adapter_is_reordered_first() -> None:
+    one, other = nested_llama(NESTING, "matryoshka"), nested_llama(NESTING, "matryoshka")
+    one.reorder()
+    for adapter in (one, other):
+        learn_order(adapter, some_batches(adapter, 3), 3)
+        assert adapter.reordered
+        assert not adapter.model.training
+    for (_, a, _), (_, b, _) in zip(one._layers(), other._layers(), strict=True):
+        for x, y in zip(get_factors(a, "default"), get_factors(b, "default"), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_order() -> None:
+    adapter = nested_llama(NESTING, "lora")
+    adapter.reorder()
+    before = [f.clone() for _, m, _ in adapter._layers() for f in get_factors(m, "default")]
+    (good,) = some_batches(adapter, 1)
+    bad = [good[0]._replace(loss=lambda: good[0].loss() * float("nan"))]
+    with pytest.raises(MatryoshkaError, match="NaN or infinity"):
+        learn_order(adapter, iter([good, good, bad]), 3)
+    after = [f for _, m, _ in adapter._layers() for f in get_factors(m, "default")]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_one_rank_has_no_order() -> None:
+    adapter = nested_llama(Nesting([8]), "lora")
+    with pytest.raises(MatryoshkaError, match="one nested rank"):
+        learn_order(adapter, some_batches(adapter, 1), 1)
+
+
+def test_experts_that_tokens_are_routed_to_have_one_rank_a_batch() -> None:
+    config = LoraConfig(r=8, lora_alpha=8, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    model = get_peft_model(tiny_mixtral(), config)
+    randomize(model)
+    adapter = nest(model, NESTING, "lora")
+    adapter.reorder()
+    adapter.model.eval()
+    before = losses(adapter)
+    learn_order(adapter, some_batches(adapter, 30), 30)
+    after = losses(adapter)
+    assert abs(after[-1] - before[-1]) < 1e-3
+    assert sum(after[:-1]) < sum(before[:-1]) - 0.02
+
+
+@pytest.mark.parametrize("kind", ["Embedding", "Conv2d", "Conv1D", "Linear"])
+def test_other_kinds_of_layers(kind: str) -> None:
+    layer = nested_layer(kind, Nesting([1, 2, 4]), "lora")
+    layer.adapter.reorder()
+    x = layer.kind.batch(5)
+    with torch.no_grad(), layer.adapter.rows([4] * 5):
+        whole = layer.adapter.model(x)
+    target = torch.randn(whole.shape, generator=torch.Generator().manual_seed(0), dtype=whole.dtype)
+
+    def loss() -> Tensor:
+        return ((layer.adapter.model(x) - target) ** 2).mean()
+
+    before = [f.clone() for f in layer.factors]
+    learn_order(layer.adapter, ([Part(5, 1.0, loss)] for _ in range(4)), 4)
+    assert not torch.equal(layer.factors[0], before[0])
+    with torch.no_grad(), layer.adapter.rows([4] * 5):
+        torch.testing.assert_close(layer.adapter.model(x), whole, rtol=1e-9, atol=1e-9)
