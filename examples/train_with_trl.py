@@ -10,7 +10,7 @@ import argparse
 from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
-from matryoshka_lora import Nesting, nest
+from matryoshka_lora import Nesting, learn_from_trainer, nest
 from matryoshka_lora.models import load_model, load_tokenizer
 from matryoshka_lora.train.data import load_data
 
@@ -43,7 +43,7 @@ trainer = SFTTrainer(
 )
 trainer.train()
 
-adapter.reorder()
+learn_from_trainer(adapter, trainer)  # or, in a second and without data, adapter.reorder()
 adapter.save(args.out)  # 3
 
 print(f"{args.out} serves any rank from 1 to 32. Next: matryoshka info {args.out}")

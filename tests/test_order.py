@@ -169,6 +169,16 @@ def test_a_loss_that_is_not_finite_leaves_the_order() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def test_frozen_factors_learn_and_stay_frozen() -> None:
+    adapter = nested_llama(NESTING, "lora")
+    adapter.reorder()
+    adapter.model.requires_grad_(False)
+    before = losses(adapter)
+    learn_order(adapter, some_batches(adapter, 10), 10)
+    assert losses(adapter)[0] < before[0]
+    assert not any(parameter.requires_grad for parameter in adapter.model.parameters())
+
+
 def test_one_rank_has_no_order() -> None:
     adapter = nested_llama(Nesting([8]), "lora")
     with pytest.raises(MatryoshkaError, match="one nested rank"):

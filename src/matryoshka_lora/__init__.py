@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matryoshka_lora.metrics import aurac
     from matryoshka_lora.nesting import Nesting
     from matryoshka_lora.reorder import reorder_factors
+    from matryoshka_lora.train.order import learn_from_trainer
 
 __all__ = [
     "MatryoshkaError",
@@ -19,6 +20,7 @@ __all__ = [
     "Nesting",
     "aurac",
     "export_adapter",
+    "learn_from_trainer",
     "load",
     "nest",
     "read_sidecar",
@@ -34,6 +36,7 @@ _MODULES = {
     "Nesting": "nesting",
     "aurac": "metrics",
     "export_adapter": "adapter",
+    "learn_from_trainer": "train.order",
     "load": "adapter",
     "nest": "adapter",
     "read_sidecar": "adapter",

@@ -50,7 +50,7 @@ def learn_order(
     rank below R, every rank as often as the others; where rows are no longer rows (routed experts), a step has one.
 
     Args:
-        adapter: Raw or reordered; it is reordered first. Its factors must require gradients.
+        adapter: Raw or reordered; it is reordered first. Frozen factors are frozen again afterwards.
         steps: The rows of each step, in parts.
         count: How many steps are taken, of at least so many; the learning rate falls to 0 over them.
         learning_rate: Of `OrderOptimizer`.
@@ -71,9 +71,12 @@ def learn_order(
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer.adam, 1.0, 0.0, total_iters=count)
     generator = random.Random(f"order {seed}")
     routed = any(".experts." in f".{name}." for name, _, _ in adapter._layers())
+    frozen = [p for module in modules for p in get_parameters(module, adapter.name) if not p.requires_grad]
     adapter.model.train()
     adapter.model.zero_grad(set_to_none=True)
     try:
+        for parameter in frozen:
+            parameter.requires_grad_()
         for parts in islice(steps, count):
             rows, weight = sum(part.rows for part in parts), sum(part.weight for part in parts)
             drawn = [generator.choice(ranks)] * rows if routed else stratified_ranks(ranks, rows, generator)
@@ -94,6 +97,8 @@ def learn_order(
         _put(modules, adapter.name, optimizer.start)
         raise
     finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         adapter.model.train(training)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.study.config import Study
-from matryoshka_lora.study.recipes import EACH, RECIPES, parse_method
+from matryoshka_lora.study.recipes import EACH_RECIPES, RECIPES, parse_method
 from matryoshka_lora.study.records import Curve, Job, Result, Run
 
 MOST_RATES = 9
@@ -18,25 +18,35 @@ MOST_RATES = 9
 
 
 class Unit(NamedTuple):
-    """What has a learning rate of its own: a recipe, with one cut, on one task, at one R."""
+    """What has a learning rate of its own: a recipe, with one cut, on one task, at one R.
+
+    ``alone`` says that only R counts, as for an adapter that is trained for one rank; else all nested ranks do.
+    """
 
     recipe: str
     cut: str
     task: str
     rank: int
+    alone: bool = False
 
 
 def units(study: Study, method: str, task: str) -> list[Unit]:
     """The training runs behind one curve."""
-    if method == EACH:
-        return [Unit("lora", "prefix", task, rank) for rank in study.nesting(study.rank)]
-    return [Unit(*parse_method(method), task, study.rank)]
+    recipe, cut = parse_method(method)
+    if method in EACH_RECIPES:
+        return [Unit(recipe, cut, task, rank, alone=True) for rank in study.nesting(study.rank)]
+    return [Unit(recipe, cut, task, study.rank)]
 
 
 def cuts(study: Study, job: Job) -> list[str]:
     """The cuts of a job that the study asks for, in the order of the recipe."""
     wanted = {u.cut for m in study.methods for u in units(study, m, job.task) if (u.recipe, u.rank) == _of(job)}
     return [cut for cut in RECIPES[job.recipe].cuts if cut in wanted] if wanted else []
+
+
+def measured_ranks(study: Study, job: Job) -> tuple[int, ...]:
+    """At which a job's adapter is measured."""
+    return (job.rank,) if RECIPES[job.recipe].one_rank else study.nesting(job.rank)
 
 
 def _of(job: Job) -> tuple[str, int]:
@@ -57,7 +67,7 @@ def load_runs(study: Study, folder: Path) -> dict[Job, Run]:
                 continue
             settings = study.settings(run.job.task)  # a run that an older version wrote may lack some
             different = [key for key, value in run.settings.items() if settings.get(key) != value]
-            if run.ranks != study.nesting(run.job.rank):
+            if run.ranks != measured_ranks(study, run.job):
                 different.append("rank")
             if different:
                 raise MatryoshkaError(
@@ -89,7 +99,7 @@ def rates(study: Study, runs: Mapping[Job, Run], unit: Unit) -> Rates:
     down, up = tried[1] / tried[0], tried[-1] / tried[-2]
     while True:
         jobs = {rate: Job(unit.recipe, unit.task, unit.rank, rate, study.rate_seed, "validation") for rate in tried}
-        losses = {rate: _loss(runs[job], unit.cut) for rate, job in jobs.items() if job in runs}
+        losses = {rate: _loss(runs[job], unit) for rate, job in jobs.items() if job in runs}
         missing = [job for job in jobs.values() if job not in runs]
         if missing:
             return Rates(missing, losses, None)
@@ -104,8 +114,11 @@ def _rounded(rate: float) -> float:
     return float(f"{rate:.3g}")
 
 
-def _loss(run: Run, cut: str) -> float:
-    return fmean(run.curves[cut].loss) if cut in run.curves else math.inf
+def _loss(run: Run, unit: Unit) -> float:
+    if unit.cut not in run.curves:
+        return math.inf
+    losses = run.curves[unit.cut].loss
+    return losses[-1] if unit.alone else fmean(losses)
 
 
 def missing_jobs(study: Study, runs: Mapping[Job, Run]) -> list[Job]:
@@ -151,7 +164,7 @@ def _result(method: str, task: str, seed: int, parts: Collection[tuple[Unit, Run
         (rank, run.curves[unit.cut].loss[number], run.curves[unit.cut].accuracy[number], run)
         for unit, run in parts
         for number, rank in enumerate(run.ranks)
-        if method != EACH or rank == unit.rank
+        if method not in EACH_RECIPES or rank == unit.rank
     ]
     curve = Curve(tuple(loss for _, loss, _, _ in points), tuple(accuracy for _, _, accuracy, _ in points))
     costs = [(run.cost, run.cost["cuts"][unit.cut]) for unit, run in parts]

@@ -12,6 +12,9 @@ from matryoshka_lora.errors import MatryoshkaError
 EACH = "lora-each"
 """LoRA trained at each rank by itself: the gold standard, at the price of a run for each rank."""
 
+EACH_RECIPES = {EACH: "lora", "adalora-each": "adalora"}
+"""The methods that train an adapter for each rank by itself, and the recipe of each."""
+
 _REORDERED = ("frobenius", "activations", "loss", "learned", "learned-40")
 
 
@@ -23,11 +26,19 @@ class Recipe:
         summary: One sentence for reports.
         nesting: The section ``nesting`` of a training config, without the ranks.
         cuts: The ways in which its adapters may be deployed; names of `matryoshka_lora.study.cuts.CUTS`.
+        objective: What is minimised, where it is not the loss under the rule's diagonal: a name of
+            `matryoshka_lora.study.objectives.TRAINERS`, or ``"adalora"``.
     """
 
     summary: str
     nesting: Mapping[str, Any] = field(default_factory=dict)
     cuts: tuple[str, ...] = ("prefix", *_REORDERED)
+    objective: str | None = None
+
+    @property
+    def one_rank(self) -> bool:
+        """Whether its adapters are made for one rank, and have no curve of their own."""
+        return self.objective == "adalora"
 
 
 def _p(rule: str, summary: str, **nesting: Any) -> Recipe:
@@ -50,18 +61,31 @@ RECIPES: dict[str, Recipe] = {
     "p-geometric-0.97": _p("geometric-0.97", "a diagonal that falls by 0.97 from column to column"),
     "p-geometric-0.9": _p("geometric-0.9", "a diagonal that falls by 0.9 from column to column"),
     "p-geometric-0.8": _p("geometric-0.8", "a diagonal that falls by 0.8 from column to column"),
+    "p-learned": Recipe(
+        "a diagonal for each layer that begins as P, learns, and is kept in B", {"rule": "lora"}, objective="p-learned"
+    ),
+    "sum": Recipe("the mean of the losses of all nested ranks at each step", {"rule": "lora"}, objective="sum"),
+    "sandwich": Recipe(
+        "the largest, the smallest and a random nested rank at each step, the largest teaching the others",
+        {"rule": "lora"},
+        objective="sandwich",
+    ),
+    "adalora": Recipe("PEFT's AdaLoRA down to r of 1.5 r, scale 1", {"rule": "lora"}, ("prefix",), "adalora"),
 }
 
 
 def parse_method(name: str) -> tuple[str, str]:
-    """The recipe and the cut of ``recipe/cut``.
+    """The recipe and the cut of ``recipe/cut``, or of a method of `EACH_RECIPES`.
 
     Raises:
         MatryoshkaError: There is no such recipe, or it has no such cut; the message names the nearest.
     """
+    if name in EACH_RECIPES:
+        return EACH_RECIPES[name], "prefix"
     recipe, slash, cut = str(name).partition("/")
-    if recipe not in RECIPES or not slash:
-        known = [EACH, *(f"{recipe}/{cut}" for recipe in RECIPES for cut in RECIPES[recipe].cuts)]
+    if recipe not in RECIPES or RECIPES[recipe].one_rank or not slash:
+        whole = {name: recipe for name, recipe in RECIPES.items() if not recipe.one_rank}
+        known = [*EACH_RECIPES, *(f"{recipe}/{cut}" for recipe in whole for cut in whole[recipe].cuts)]
         close = get_close_matches(str(name), known, n=3) or [EACH, "lora/frobenius"]
         raise MatryoshkaError(f"there is no method {name!r}; did you mean {' or '.join(close)}?")
     if cut not in RECIPES[recipe].cuts:

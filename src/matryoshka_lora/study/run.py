@@ -6,6 +6,7 @@ import json
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Collection, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
@@ -17,18 +18,21 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter import NestedAdapter
-from matryoshka_lora.adapter.factors import get_parameters
+from matryoshka_lora.adapter.factors import get_factors, get_parameters
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluate.curve import versions
 from matryoshka_lora.evaluate.engine import Engine
 from matryoshka_lora.evaluate.questions import Row, tokenize
 from matryoshka_lora.files import write_text
 from matryoshka_lora.models import load_tokenizer
+from matryoshka_lora.study.adalora import train_adalora
 from matryoshka_lora.study.config import Study
 from matryoshka_lora.study.cuts import CUTS, Trained, learned_steps
-from matryoshka_lora.study.plan import cuts
+from matryoshka_lora.study.objectives import TRAINERS, check_plain, copies
+from matryoshka_lora.study.plan import cuts, measured_ranks
+from matryoshka_lora.study.recipes import RECIPES
 from matryoshka_lora.study.records import Curve, Job, Run
-from matryoshka_lora.train import train
+from matryoshka_lora.train import TrainConfig, train
 
 
 def run_once(study: Study, job: Job, folder: Path) -> bool:
@@ -70,8 +74,7 @@ def run_job(study: Study, job: Job, also: Collection[str] = ()) -> Run:
         MatryoshkaError: It cannot be done.
     """
     torch.set_num_threads(study.threads)
-    torch.set_flush_denormal(True)
-    task, tokenizer = study.tasks[job.task], load_tokenizer(study.model)
+    task, tokenizer, objective = study.tasks[job.task], load_tokenizer(study.model), RECIPES[job.recipe].objective
     rows = task.rows("train", study.train_rows if "task" in task.source else None, job.seed)
     held_out = task.rows(job.split, study.items[job.split])
     with tempfile.TemporaryDirectory() as folder:
@@ -81,13 +84,14 @@ def run_job(study: Study, job: Job, also: Collection[str] = ()) -> Run:
             job.recipe, job.rank, job.learning_rate, job.seed, str(data), str(Path(folder) / "run")
         )
         curves: dict[str, Curve] = {}
-        cost: dict[str, Any] = {"tokens": _tokens(study, tokenizer, rows, study.train_rows), "cuts": {}}
+        passes = copies(objective, config.nesting.ranks)
+        cost: dict[str, Any] = {"tokens": passes * _tokens(study, tokenizer, rows, study.train_rows), "cuts": {}}
         cost |= {"seconds": 0.0, "parameters": 0}
         wanted = {*cuts(study, job), *also}
         begin = time.perf_counter()
         try:
             with _silent():
-                adapter = train(config)
+                adapter = _train(config, objective)
             cost["seconds"] = round(time.perf_counter() - begin, 2)
             cost["parameters"] = _require_gradients(adapter)
             batch = study.train_rows // study.training["max_steps"]
@@ -98,14 +102,21 @@ def run_job(study: Study, job: Job, also: Collection[str] = ()) -> Run:
                 seconds = round(time.perf_counter() - begin, 2)
                 more = _tokens(study, tokenizer, rows, learned_steps(name) * batch)
                 cost["cuts"][name] = {"tokens": more, "seconds": seconds}
-                curves[name] = measure(adapter, tokenizer, held_out, study.nesting(job.rank))
+                curves[name] = measure(adapter, tokenizer, held_out, adapter.nesting.ranks)
         except MatryoshkaError as error:
             if "NaN" not in str(error):
                 raise
             cost["seconds"] = cost["seconds"] or round(time.perf_counter() - begin, 2)
             curves = {}
     finite = all(math.isfinite(loss) for curve in curves.values() for loss in curve.loss)
-    return Run(job, study.nesting(job.rank), curves if finite else {}, cost, study.settings(job.task), versions())
+    return Run(job, measured_ranks(study, job), curves if finite else {}, cost, study.settings(job.task), versions())
+
+
+def _train(config: TrainConfig, objective: str | None) -> NestedAdapter:
+    if objective is None:
+        return train(config)
+    check_plain(config)
+    return train_adalora(config) if objective == "adalora" else train(config, TRAINERS[objective])
 
 
 def measure(
@@ -131,11 +142,14 @@ def _tokens(study: Study, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row
 
 
 def _require_gradients(adapter: NestedAdapter) -> int:
-    """Of all factors, as a cut may need them; returns how many numbers they have."""
-    parameters = [p for _, module, _ in adapter._layers() for p in get_parameters(module, adapter.name)]
-    for parameter in parameters:
-        parameter.requires_grad_()
-    return sum(parameter.numel() for parameter in parameters)
+    """Of all factors, as a cut may need them; returns how many numbers they have, without padding of zeros."""
+    count = 0
+    for _, module, _ in adapter._layers():
+        for parameter in get_parameters(module, adapter.name):
+            parameter.requires_grad_()
+        A, B = get_factors(module, adapter.name)
+        count += int(A.any(dim=-1).sum()) * (A.shape[-1] + B.shape[-2])
+    return count
 
 
 @contextmanager
@@ -146,5 +160,6 @@ def _silent() -> Any:
 
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
-    with redirect_stdout(StringIO()):
+    with redirect_stdout(StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
         yield

@@ -12,7 +12,7 @@ from scipy import stats
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.metrics import aurac
-from matryoshka_lora.study.recipes import EACH
+from matryoshka_lora.study.recipes import EACH_RECIPES
 from matryoshka_lora.study.records import Result
 
 Value = Callable[[Result], float | None]
@@ -195,6 +195,8 @@ def ranking(results: Sequence[Result], task: str | None = None) -> list[str]:
 
 
 def best(results: Sequence[Result]) -> str | None:
-    """The first of `ranking` that has every task and is not `EACH`, if there is one."""
+    """The first of `ranking` that has every task and trains once for all ranks, if there is one."""
     done, tasks = {(result.method, result.task) for result in results}, {result.task for result in results}
-    return next((m for m in ranking(results) if m != EACH and all((m, task) in done for task in tasks)), None)
+    return next(
+        (m for m in ranking(results) if m not in EACH_RECIPES and all((m, task) in done for task in tasks)), None
+    )

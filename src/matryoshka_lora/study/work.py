@@ -88,8 +88,11 @@ def run_study(
 
 
 def _job(study: Study, job: Job, folder: Path) -> bool:
-    from matryoshka_lora.study.run import run_once  # in the worker, which alone needs torch and the model
+    import torch  # in the worker, which alone needs it and the model
 
+    from matryoshka_lora.study.run import run_once
+
+    torch.set_flush_denormal(True)  # tiny numbers take a CPU many times as long
     return run_once(study, job, folder)
 
 

@@ -21,15 +21,20 @@ ROWS = 12
 """Of a step; two for each of the lower ranks of powers of two up to 64."""
 
 
-def learn_from_trainer(adapter: NestedAdapter, trainer: SFTTrainer, seed: int) -> None:
-    """Call `learn_order` with rows, collator, loss and precision of a Trainer that is done.
+def learn_from_trainer(adapter: NestedAdapter, trainer: SFTTrainer, seed: int = 0) -> None:
+    """Reorder a trained adapter and learn its order from the rows that its Trainer trained on: 20 steps of 12 rows.
 
-    Under torch.distributed every process takes the same rows, so that all of them learn the same order.
+    At full rank the adapter stays what it is; see `matryoshka_lora.adapter.order`. Collator, loss and precision are the
+    Trainer's. Under torch.distributed every process takes the same rows, so that all of them learn the same order.
 
     Args:
         adapter: What was trained; its model is no longer wrapped.
-        trainer: Its Trainer.
+        trainer: TRL's ``SFTTrainer``, after ``train()``.
         seed: Of the order of the rows, and of their ranks.
+
+    Raises:
+        MatryoshkaError: There is no nested rank below R, or a loss is not finite. The adapter is reordered by its SVD
+            then.
     """
     quiet = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
     steps = tqdm(_steps(adapter, trainer, seed), desc="learning the order", total=STEPS, disable=quiet)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer
 
 
-def train(config: TrainConfig) -> NestedAdapter:
+def train(config: TrainConfig, trainer_class: type[SFTTrainer] | None = None) -> NestedAdapter:
     """Train a nested adapter and save it in ``config.output_dir``.
 
     The folder then holds the adapter, ``train.yaml`` (the config with everything filled in) and the checkpoints. If it
@@ -42,6 +42,7 @@ def train(config: TrainConfig) -> NestedAdapter:
 
     Args:
         config: From `load_config` or `make_config`.
+        trainer_class: What trains, for another objective; None is `matryoshka_lora.train.trainer.CompletionTrainer`.
 
     Returns:
         The adapter at its largest rank, reordered unless the config says otherwise.
@@ -53,10 +54,10 @@ def train(config: TrainConfig) -> NestedAdapter:
     arguments = config.sft_config()
     check_joined(arguments)
     with one_voice(arguments):
-        return _train(config, arguments)
+        return _train(config, arguments, trainer_class)
 
 
-def _train(config: TrainConfig, arguments: SFTConfig) -> NestedAdapter:
+def _train(config: TrainConfig, arguments: SFTConfig, trainer_class: type[SFTTrainer] | None) -> NestedAdapter:
     output = config.output_dir
     found = on_main(lambda: _look(config, arguments))
     if found.finished:
@@ -68,7 +69,7 @@ def _train(config: TrainConfig, arguments: SFTConfig) -> NestedAdapter:
         set_seed(config.seed)
         peft_model = get_peft_model(_load_model(config, arguments), config.lora_config())
         adapter = nest(peft_model, config.nesting, config.rule, config.inference, seed=config.rank_seed)
-        trainer = _trainer(adapter, config, arguments, data, eval_data)
+        trainer = _trainer(adapter, config, arguments, data, eval_data, trainer_class)
         _run(trainer, config, found)
         # Without autocast around it, which the Trainer adds for bf16 and fp16, the model is the caller's again.
         trainer.accelerator.unwrap_model(peft_model, keep_fp32_wrapper=False).eval()
@@ -137,6 +138,7 @@ def _trainer(
     arguments: SFTConfig,
     data: Dataset,
     eval_data: Dataset | None,
+    trainer_class: type[SFTTrainer] | None = None,
 ) -> SFTTrainer:
     from matryoshka_lora.train.trainer import CompletionTrainer  # TRL is slow to import
 
@@ -145,7 +147,7 @@ def _trainer(
     tokenizer = load_tokenizer(config.model, config.trust_remote_code, **more)
     _check_template(data, tokenizer, arguments)
     try:
-        trainer = CompletionTrainer(
+        trainer = (trainer_class or CompletionTrainer)(
             model=adapter.model,
             args=arguments,
             train_dataset=data,
