@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns in bfloat16 (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each task")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluate_ranks"), help="the folder of finished parts")
-    parser.add_argument("--table", type=Path, help="gather the parts of these tasks into this JSON file")
+    parser.add_argument("--table", type=Path, help="put the parts of these tasks into this JSON file")
     args = parser.parse_args()
     names: Sequence[str] = args.tasks.split(",")
     unknown = sorted(set(names) - set(TASKS))
@@ -310,7 +310,9 @@ def main() -> None:
         line = {"task": name, **times, "identical": not exact["differ"]}
         print(json.dumps(line) if args.json else _text(name, fast, exact), flush=True)
     if args.table:
-        write_text(args.table, json.dumps({"ranks": list(NESTING.ranks), "tasks": tasks}, indent=1) + "\n")
+        before = json.loads(args.table.read_text(encoding="utf-8"))["tasks"] if args.table.exists() else {}
+        report = {"ranks": list(NESTING.ranks), "tasks": {**before, **tasks}}
+        write_text(args.table, json.dumps(report, indent=1) + "\n")
 
 
 def part(out: Path, name: str, dtype: str, items: int, repeats: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from reorder_study import CALIBRATION_ROWS, TASKS, held_out_loss, make_adapter
+from reorder_study import TASKS, held_out_loss, make_adapter
 from torch import Tensor
 
 from matryoshka_lora.adapter import load
@@ -47,7 +47,7 @@ def main() -> None:
         folder = args.out / f"{task}-0"
         ordered = make_adapter(task, 0, folder, "frobenius")
         questions = get_task(task).examples("validation", args.items)
-        rows = get_task(task, 0).examples("train", CALIBRATION_ROWS)
+        rows = get_task(task, 0).examples("train", calibrate.ROWS["loss"])
 
         def losses(path: Path) -> str:
             adapter, found = load(load_model(), path), []

@@ -2,10 +2,11 @@
 
     python benchmarks/reorder_study.py --out runs/reorder-study
 
-For each task and seed: trains an adapter with ``plain_lora.py`` (no code of ours), reorders it in each metric with 128
-questions of the *training* split, cuts it with PEFT's ``convert_to_lora``, and measures the loss on held-out questions
-at each rank, and at each budget with ranks per layer. One JSON file per run; what is there is not computed again.
-``--table docs/reorder-study.json`` gathers them into one file and prints the tables of docs/reorder.md.
+For each task and seed: trains an adapter with ``plain_lora.py`` (no code of ours), reorders it in each metric with
+questions of the *training* split (128; 240 for ``learned``), cuts it with PEFT's ``convert_to_lora``, and measures the
+loss on held-out questions at each rank, and at each budget with ranks per layer. One JSON file per part of a run; what
+is there is not computed again. ``--table docs/reorder-study.json`` gathers the parts that are there into one file and
+prints the tables of docs/reorder.md.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from matryoshka_lora.adapter import load
 from matryoshka_lora.adapter.source import open_adapter
 from matryoshka_lora.deploy.budget import choose_ranks
-from matryoshka_lora.deploy.calibrate import reorder_with_data
+from matryoshka_lora.deploy.calibrate import ROWS, reorder_with_data
 from matryoshka_lora.deploy.reorder import reorder_adapter
 from matryoshka_lora.deploy.spectra import read_spectra
 from matryoshka_lora.deploy.verify import use_ranks
@@ -44,7 +45,6 @@ MAX_RANK, STEPS, BATCH_SIZE = 32, 80, 12
 RANKS = (1, 2, 4, 8, 16)
 BUDGETS = (1, 2, 4, 8)
 """As the uniform rank that has as many parameters."""
-CALIBRATION_ROWS = 128
 METRICS = ("frobenius", "activations", "loss", "learned")
 BUDGETED = ("frobenius", "loss")
 PEFT = "convert_to_lora"
@@ -97,7 +97,7 @@ def make_adapter(task: str, seed: int, folder: Path, metric: str) -> Path:
         if metric == "frobenius":
             reorder_adapter(plain, target)
         else:
-            rows = get_task(task, seed).examples("train", CALIBRATION_ROWS)
+            rows = get_task(task, seed).examples("train", ROWS[metric])
             reorder_with_data(plain, target, metric, load_model(), load_tokenizer(), rows)  # type: ignore[arg-type]
     return target
 
@@ -124,7 +124,8 @@ def measure(task: str, seed: int, folder: Path, part: str, split: Any, items: in
 def gather(folder: Path, name: str, split: str, items: int) -> dict[str, Any]:
     """One run's parts."""
     task, _, seed = name.rpartition("-")
-    parts = {part: json.loads((folder / f"{split}-{part}.json").read_text()) for part in (PEFT, *METRICS)}
+    files = {part: folder / f"{split}-{part}.json" for part in (PEFT, *METRICS)}
+    parts = {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
     return {"task": task, "seed": int(seed), "split": split, "items": items, "ranks": RANKS, **parts}
 
 
@@ -171,7 +172,7 @@ def print_tables(runs: Sequence[dict[str, Any]]) -> None:
         print(f"| rank | {' | '.join(map(str, RANKS))} |\n|---|{'---|' * len(RANKS)}")
         print(_row("`convert_to_lora`", [run[PEFT]["uniform"] for run in mine]))
         for metric in METRICS:
-            print(_row(f"`{metric}`", [run[metric]["uniform"] for run in mine]))
+            print(_row(f"`{metric}`", [run[metric]["uniform"] for run in mine if metric in run]))
         for metric in BUDGETED:
             print(_row(f"ranks per layer, `{metric}`", [run[metric]["budget"] for run in mine]))
         for metric in METRICS:
@@ -182,13 +183,13 @@ def print_tables(runs: Sequence[dict[str, Any]]) -> None:
 
 def _minus(runs: Sequence[dict[str, Any]], one: tuple[str, str], other: tuple[str, str]) -> list[list[float]]:
     """Differences run by run, since a seed moves both."""
-    pairs = [(run[one[0]][one[1]], run[other[0]][other[1]]) for run in runs]
+    pairs = [(run[one[0]][one[1]], run[other[0]][other[1]]) for run in runs if one[0] in run]
     return [[a - b for a, b in zip(*pair, strict=False)] for pair in pairs]
 
 
 def _row(name: str, values: Sequence[Sequence[float]]) -> str:
-    cells = [f"{fmean(v):.3f} ± {stdev(v):.3f}" for v in zip(*values, strict=True)]
-    return f"| {name} | {' | '.join(cells + [''] * (len(RANKS) - len(cells)))} |"
+    cells = [f"{fmean(v):.3f} ± {stdev(v):.3f}" if len(v) > 1 else f"{v[0]:.3f}" for v in zip(*values, strict=True)]
+    return f"| {name} ({len(values)}) | {' | '.join(cells + [''] * (len(RANKS) - len(cells)))} |"
 
 
 if __name__ == "__main__":

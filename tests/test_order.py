@@ -118,7 +118,7 @@ def test_prefixes_lose_less_and_the_whole_stays() -> None:
     adapter.reorder()
     whole = adapter.model(input_ids=ids).logits.detach()
     before = losses(adapter)
-    learn_order(adapter, some_batches(adapter, 30), 30)
+    learn_order(adapter, some_batches(adapter, 30), 30, learning_rate=0.03)
     after = losses(adapter)
     adapter.set_rank(8)
     # The whole drifts by the rounding of its float32 factors alone.
@@ -174,7 +174,7 @@ def test_frozen_factors_learn_and_stay_frozen() -> None:
     adapter.reorder()
     adapter.model.requires_grad_(False)
     before = losses(adapter)
-    learn_order(adapter, some_batches(adapter, 10), 10)
+    learn_order(adapter, some_batches(adapter, 10), 10, learning_rate=0.03)
     assert losses(adapter)[0] < before[0]
     assert not any(parameter.requires_grad for parameter in adapter.model.parameters())
 
@@ -193,7 +193,7 @@ def test_experts_that_tokens_are_routed_to_have_one_rank_a_batch() -> None:
     adapter.reorder()
     adapter.model.eval()
     before = losses(adapter)
-    learn_order(adapter, some_batches(adapter, 30), 30)
+    learn_order(adapter, some_batches(adapter, 30), 30, learning_rate=0.03)
     after = losses(adapter)
     assert abs(after[-1] - before[-1]) < 1e-3
     assert sum(after[:-1]) < sum(before[:-1]) - 0.02

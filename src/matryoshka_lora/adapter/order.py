@@ -19,8 +19,12 @@ from matryoshka_lora.rules import stratified_ranks
 STEPS = 20
 """Of the order, unless told otherwise."""
 
-LEARNING_RATE = 0.03
-"""By trial on validation data: docs/study.md."""
+ROWS = 12
+"""Of a step; two for each of the lower ranks of powers of two up to 64. Better new ones at each step: few rows that
+come again are learned by heart, at the cost of the ranks between."""
+
+LEARNING_RATE = 0.01
+"""By trial on validation data: benchmarks/order_choices.py, docs/reorder.md."""
 
 
 class Part(NamedTuple):

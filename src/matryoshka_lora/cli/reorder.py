@@ -32,7 +32,9 @@ def reorder(
         str | None,
         typer.Option(help="For all but frobenius: a task, a file, or a hub dataset.", show_default=False),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows of it.")] = 128,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="How many rows of it.", show_default="128; 240 for learned")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The base model.", show_default="what the adapter names")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the base model.")] = Dtype.bf16,
 ) -> None:
@@ -63,14 +65,14 @@ def reorder(
         with tqdm(total=len(opened.layers), desc="reordering", unit=" layers", disable=None) as bar:
             reorder_adapter(adapter, out, on_layer=bar.update)
     else:
-        from matryoshka_lora.adapter.order import STEPS
-        from matryoshka_lora.deploy.calibrate import BATCH_SIZE, calibration_rows, reorder_with_data
+        from matryoshka_lora.adapter import order
+        from matryoshka_lora.deploy.calibrate import ROWS, calibration_rows, reorder_with_data
         from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
 
-        questions = calibration_rows(data, rows)
+        questions = calibration_rows(data, rows or ROWS[metric.value])
         name = base_name(model, opened.config, adapter)
         base, tokenizer = load_model(name, DTYPES[dtype.value]), load_tokenizer(name)
-        taken = STEPS * BATCH_SIZE if metric is MetricName.learned else len(questions)
+        taken = order.STEPS * order.ROWS if metric is MetricName.learned else len(questions)
         with tqdm(total=taken, desc="calibrating", unit=" rows", disable=None) as bar:
             reorder_with_data(adapter, out, metric.value, base, tokenizer, questions, on_batch=bar.update)
     typer.echo(

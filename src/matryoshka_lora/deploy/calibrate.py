@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from matryoshka_lora.adapter import NestedAdapter, load
+from matryoshka_lora.adapter import NestedAdapter, load, order
 from matryoshka_lora.adapter.factors import get_parameters
-from matryoshka_lora.adapter.order import STEPS, Part, learn_order
 from matryoshka_lora.adapter.source import open_adapter
 from matryoshka_lora.deploy.reorder import Moments, reorder_adapter, reweigh_adapter, rewrite_learned
 from matryoshka_lora.deploy.spectra import Metric, Spectra
@@ -27,8 +26,8 @@ from matryoshka_lora.evaluate.questions import Question, Tokens, pad_rows, rows_
 from matryoshka_lora.tasks import get_task
 from matryoshka_lora.train.data import load_data, parse_data
 
-ROWS = 128
-"""Rows of a calibration set, unless told otherwise."""
+ROWS = {"activations": 128, "loss": 128, "learned": order.STEPS * order.ROWS}
+"""Rows of a calibration set, by metric, unless told otherwise."""
 
 BATCH_SIZE = 8
 
@@ -92,8 +91,9 @@ def learn_order_from(
     adapter: NestedAdapter,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Question],
-    steps: int = STEPS,
-    batch_size: int = BATCH_SIZE,
+    steps: int = order.STEPS,
+    batch_size: int = order.ROWS,
+    learning_rate: float = order.LEARNING_RATE,
     seed: int = 0,
     on_batch: Callable[[int], object] | None = None,
 ) -> None:
@@ -105,6 +105,7 @@ def learn_order_from(
         rows: Prompts with completions; where they are fewer than ``steps`` batches, they come again.
         steps: How many batches are taken.
         batch_size: Rows of a batch.
+        learning_rate: Of the order.
         seed: Of the order of the rows, and of their ranks.
         on_batch: Called with the number of rows done, after each batch.
 
@@ -118,14 +119,14 @@ def learn_order_from(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     endless = cycle(questions)
 
-    def batches() -> Iterator[list[Part]]:
+    def batches() -> Iterator[list[order.Part]]:
         for _ in range(steps):
             batch = pad_rows(list(islice(endless, batch_size)), pad, adapter.model.device)
-            yield [Part(batch_size, 1.0, partial(_loss, adapter.model, *batch, "mean"))]
+            yield [order.Part(batch_size, 1.0, partial(_loss, adapter.model, *batch, "mean"))]
             if on_batch is not None:
                 on_batch(batch_size)
 
-    learn_order(adapter, batches(), steps, seed=seed)
+    order.learn_order(adapter, batches(), steps, learning_rate, seed)
 
 
 def calibration_rows(data: str, count: int) -> Sequence[Question]:

@@ -48,7 +48,7 @@ class Trained:
     def reweigh(self, gradients: bool) -> None:
         """Order the directions by second moments, as ``matryoshka reorder --metric`` does with 128 rows."""
         self.svd()
-        moments = measure_moments(self.adapter, self.tokenizer, self.rows[:ROWS], gradients)
+        moments = measure_moments(self.adapter, self.tokenizer, self.rows[: ROWS["loss"]], gradients)
         with torch.no_grad():
             for name, module, _ in self.adapter._layers():
                 A, B = get_factors(module, self.adapter.name)

@@ -12,13 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from matryoshka_lora.adapter import NestedAdapter
-from matryoshka_lora.adapter.order import STEPS, Part, learn_order
+from matryoshka_lora.adapter.order import ROWS, STEPS, Part, learn_order
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
-
-ROWS = 12
-"""Of a step; two for each of the lower ranks of powers of two up to 64."""
 
 
 def learn_from_trainer(adapter: NestedAdapter, trainer: SFTTrainer, seed: int = 0) -> None:
