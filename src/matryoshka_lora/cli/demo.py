@@ -29,6 +29,7 @@ BATCH_SIZE = 12
 STEPS = 80
 # The minima of validation loss in benchmarks/learning_rates.py.
 LEARNING_RATES = {"matryoshka": 2e-3, "lora": 2e-3}
+INFERENCES = {"matryoshka": ("prefix", "keep"), "lora": ("prefix",)}
 CHECKED_QUESTIONS = 8
 ANSWER_TOKENS = 12
 
@@ -99,7 +100,7 @@ def demo(
             raise MatryoshkaError(f"{error}\nFor the demo: delete {out}, or give another folder with --out") from error
 
     _say(began, f"3/4  Evaluating {items} test questions")
-    evaluation = _evaluate(adapters, tokenizer, task, questions, task.examples("train", steps * BATCH_SIZE))
+    evaluation = _evaluate(adapters, tokenizer, task, questions)
     write_evaluation(evaluation, out)
     nested = adapters["matryoshka"]
     nested.save(out / "adapter")
@@ -114,10 +115,10 @@ def demo(
     typer.echo(
         f"{out}/curve.png        every rank in one picture\n"
         f"{out}/evaluation.json  the numbers\n"
-        f"{out}/adapter/         the matryoshka adapter with learned order, for any rank from 1 to {MAX_RANK}\n"
+        f"{out}/adapter/         the reordered matryoshka adapter, for any rank from 1 to {MAX_RANK}\n"
         f"{out}/rank-{EXPORTED_RANK}/          rank {EXPORTED_RANK} of it as a plain LoRA adapter\n\n"
         f"In a training script of your own, before trainer.train():\n{THREE_LINES}"
-        "and after it: adapter.reorder(); adapter.save(path); `matryoshka train` learns the order as well\n\n"
+        "and after it: adapter.reorder(); adapter.save(path)\n\n"
         f"Next: matryoshka eval {out}/adapter --task {TASK} --ranks 3,6,12"
     )
 
@@ -143,30 +144,22 @@ def demo_config(rule: str, steps: int, folder: Path, learning_rate: float) -> Tr
 
 
 def _evaluate(
-    adapters: dict[str, NestedAdapter],
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    questions: Sequence[Example],
-    rows: Sequence[Example],
+    adapters: dict[str, NestedAdapter], tokenizer: PreTrainedTokenizerBase, task: Task, questions: Sequence[Example]
 ) -> Evaluation:
-    """All curves; the order of the adapters is learned afterwards, from the training rows."""
-    from matryoshka_lora.deploy.calibrate import learn_order_from
+    """All curves; the adapters are reordered afterwards."""
     from matryoshka_lora.evaluate import Evaluation, evaluate_base, evaluate_ranks
     from matryoshka_lora.models import EMBEDDED
 
     base = evaluate_base(adapters["matryoshka"], tokenizer, task, questions)
     evaluation = Evaluation(TASK, "test", EMBEDDED, "bfloat16", base)
-
-    def curve(adapter: NestedAdapter, name: str) -> None:
-        evaluation.curves[name] = evaluate_ranks(adapter, tokenizer, task, questions, name=name)
-
     for rule, adapter in adapters.items():
-        if rule == "matryoshka":
-            curve(adapter, "matryoshka-prefix")  # the paper's inference
+        for inference in INFERENCES[rule]:
+            adapter.inference = inference  # type: ignore[assignment]
+            name = f"{rule}-{inference}"
+            evaluation.curves[name] = evaluate_ranks(adapter, tokenizer, task, questions, name=name)
         adapter.reorder()
-        curve(adapter, f"{rule}-svd")
-        learn_order_from(adapter, tokenizer, rows, batch_size=BATCH_SIZE)
-        curve(adapter, f"{rule}-learned")
+        name = f"{rule}-reordered"
+        evaluation.curves[name] = evaluate_ranks(adapter, tokenizer, task, questions, name=name)
     return evaluation
 
 
