@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +80,9 @@ def learn_order(
     try:
         for parameter in frozen:
             parameter.requires_grad_()
-        for parts in islice(steps, count):
+        for number, parts in enumerate(steps):
+            if number == count:
+                break
             rows, weight = sum(part.rows for part in parts), sum(part.weight for part in parts)
             drawn = [generator.choice(ranks)] * rows if routed else stratified_ranks(ranks, rows, generator)
             for part in parts:
