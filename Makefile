@@ -43,7 +43,7 @@ bench-train: $(VENV)/.test ## what a training step costs, as a multiple of the f
 	$(BIN)/python benchmarks/train_step.py --out runs/train_step.json
 
 bench-eval: $(VENV)/.test ## all ranks with the engine against lm-evaluation-harness, once and for each rank
-	$(BIN)/python benchmarks/evaluate_ranks.py
+	$(BIN)/python benchmarks/evaluate_ranks.py --compared 50
 
 lint: $(VENV)/.test ## ruff, mypy --strict, the import contract
 	$(BIN)/ruff check .
