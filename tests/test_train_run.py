@@ -23,6 +23,7 @@ from matryoshka_lora.train import TrainConfig, load_config, make_config, train
 from matryoshka_lora.train.data import load_data
 from matryoshka_lora.train.resume import plan
 from matryoshka_lora.train.run import _trainer
+from matryoshka_lora.train.trainer import CompletionTrainer
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +185,37 @@ def test_without_reordering(model: Path, tmp_path: Path) -> None:
     assert not adapter.reordered
     assert adapter.ranks == (1, 2, 4)
     assert read_sidecar(tmp_path / "run").form != "reordered"
+
+
+class BreaksAfterwards(CompletionTrainer):
+    """Computes NaN once all steps are done, as a base in float16 may on rows that it had not seen so."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("nan") if self.state.global_step == self.state.max_steps else loss
+
+
+def test_what_was_trained_is_kept_where_its_order_cannot_be_learned(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config_of(model, tmp_path / "broken"), BreaksAfterwards)
+    train(config_of(model, tmp_path / "svd", nesting={"reorder": "svd"}))
+    assert "The order was not learned, and is that of the SVD: the loss is nan" in capsys.readouterr().out
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "svd" / name).read_bytes()
+
+
+def test_a_learned_order_keeps_the_full_rank(model: Path, finished: Path, tmp_path: Path) -> None:
+    train(config_of(model, tmp_path / "svd", nesting={"reorder": "svd"}))
+    learned, svd = (load_file(folder / "adapter_model.safetensors") for folder in (finished, tmp_path / "svd"))
+    moved = 0
+    for key in (key for key in svd if "lora_A" in key):
+        pairs = [(t[key.replace("lora_A", "lora_B")], t[key]) for t in (learned, svd)]
+        whole = [B @ A for B, A in pairs]
+        assert (whole[0] - whole[1]).norm() < 1e-5 * whole[1].norm()
+        first = [B[:, :1] @ A[:1] for B, A in pairs]
+        moved += bool((first[0] - first[1]).norm() > 1e-3 * first[1].norm())
+    assert moved > 5
 
 
 @pytest.mark.parametrize(

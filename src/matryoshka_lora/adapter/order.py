@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 from matryoshka_lora.adapter.factors import as_matrices, as_parameters, assign, gathered, get_factors, get_parameters
@@ -50,7 +51,8 @@ def learn_order(
     """Order each layer's directions by what the loss of its prefixes says, beginning from `NestedAdapter.reorder`.
 
     The full-rank function stays as it is, to rounding; see `matryoshka_lora.order`. Each row of a step has a nested
-    rank below R, every rank as often as the others; where rows are no longer rows (routed experts), a step has one.
+    rank below R, every rank as often as the others; where rows are no longer rows (routed experts, bare
+    parameters), a step has one.
 
     Args:
         adapter: Raw or reordered; it is reordered first. Frozen factors are frozen again afterwards.
@@ -73,7 +75,7 @@ def learn_order(
     optimizer = OrderOptimizer(factors, adapter.nesting.ranks, learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer.adam, 1.0, 0.0, total_iters=count)
     generator = random.Random(f"order {seed}")
-    routed = any(".experts." in f".{name}." for name, _, _ in adapter._layers())
+    routed = any(".experts." in f".{name}." or isinstance(m, ParamWrapper) for name, m, _ in adapter._layers())
     frozen = [p for module in modules for p in get_parameters(module, adapter.name) if not p.requires_grad]
     adapter.model.train()
     adapter.model.zero_grad(set_to_none=True)

@@ -73,10 +73,13 @@ def _train(config: TrainConfig, arguments: SFTConfig, trainer_class: type[SFTTra
         _run(trainer, config, found)
         # Without autocast around it, which the Trainer adds for bf16 and fp16, the model is the caller's again.
         trainer.accelerator.unwrap_model(peft_model, keep_fp32_wrapper=False).eval()
-        if config.reorder == "svd":
+        if config.reorder:
             adapter.reorder()
-        elif config.reorder == "learned":
-            learn_from_trainer(adapter, trainer, config.seed)
+        if config.reorder == "learned":
+            try:
+                learn_from_trainer(adapter, trainer, config.seed)
+            except MatryoshkaError as error:  # what was trained is not lost for that
+                _say(arguments, f"The order was not learned, and is that of the SVD: {error}")
         adapter.save(output)
         on_main(lambda: write_text(output / FINISHED_NAME, json.dumps(asdict(trainer.state), indent=2) + "\n"))
     _say(arguments, f"The adapter is in {output}")
