@@ -98,7 +98,7 @@ def test_no_cut_of_lora_changes_its_full_rank(all_cuts: dict[str, Run]) -> None:
     for cut, curve in curves.items():
         assert curve.loss[-1] == pytest.approx(curves["prefix"].loss[-1], abs=1e-4), cut
     # At rank 1 they are five different adapters.
-    assert len({round(curve.loss[0], 4) for curve in curves.values()}) == 5
+    assert len({curve.loss[0] for curve in curves.values()}) == 5
     assert curves["frobenius"].loss[0] < curves["prefix"].loss[0]
 
 
