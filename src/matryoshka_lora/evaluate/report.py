@@ -182,7 +182,7 @@ def draw_tasks(evaluation: Mapping[str, Any], path: Path) -> None:
         if first["base"] is not None and first["base"]["value"] is not None:
             axes.axhline(first["base"]["value"], color=colour, linestyle="--", linewidth=1.5)
     about = evaluation["adapter"]["name"], evaluation["model"]
-    _finish(axes, ranks, f"{about[0]} on {about[1]}: bars are standard errors, dashes the base model")
+    rank_axis(axes, ranks, f"{about[0]} on {about[1]}: bars are standard errors, dashes the base model")
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=15, frameon=False)
     figure.savefig(path)
@@ -215,10 +215,11 @@ def _panel(axes: Any, title: str, curves: Sequence[tuple[str, Sequence[int], Seq
             markeredgecolor="white",
         )
     axes.axhline(base, color="#555555", linestyle="--", linewidth=2, label="base model")
-    _finish(axes, sorted({rank for _, ranks, _ in curves for rank in ranks}), title)
+    rank_axis(axes, sorted({rank for _, ranks, _ in curves for rank in ranks}), title)
 
 
-def _finish(axes: Any, ranks: Sequence[int], title: str) -> None:
+def rank_axis(axes: Any, ranks: Sequence[int], title: str) -> None:
+    """Give matplotlib's axes their title, a grid, and a horizontal axis of these ranks, by powers of two."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.tick_params(labelsize=14)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.evaluate.report import rank_axis
 from matryoshka_lora.study.recipes import EACH
 from matryoshka_lora.study.records import Result
 from matryoshka_lora.study.stats import accuracy_at, loss_at, mean, ranking
@@ -61,8 +62,8 @@ def draw(results: Sequence[Result], path: Path, *, title: str, methods: Sequence
                 means = [max(unit * point.mean, _LEAST_LOSS) for point in curve]
                 bars = [unit * (point.half_width or 0) for point in curve]
                 shown[method] = axes.errorbar(x, means, bars, **styles[method])
-        _finish(left, ranks, f"{task}: accuracy (%), higher is better")
-        _finish(right, ranks, f"{task}: loss (nats per token, log scale), lower is better")
+        rank_axis(left, ranks, f"{task}: accuracy (%), higher is better")
+        rank_axis(right, ranks, f"{task}: loss (nats per token, log scale), lower is better")
         _scale(left, right, [result for result in results if result.task == task and result.method in methods])
     names = [method for method in methods if method in shown]
     lines = [shown[name] for name in names]
@@ -104,15 +105,3 @@ def _scale(left: Any, right: Any, results: Sequence[Result]) -> None:
     right.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     right.yaxis.set_major_formatter("{x:g}")
     right.minorticks_off()
-
-
-def _finish(axes: Any, ranks: Sequence[int], title: str) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ranks, [str(rank) for rank in ranks])
-    axes.tick_params(labelsize=14)
-    axes.minorticks_off()
-    axes.set_xlabel("rank at which the adapter is used", fontsize=15)
-    axes.set_title(title, fontsize=16, loc="left")
-    axes.grid(color="#DDDDDD", linewidth=1)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
