@@ -1,8 +1,8 @@
 """Make the study's classification task from WordNet 3.0: given a noun's gloss, name its class, one of 25.
 
-The classes are WordNet's lexicographer files ("animal", "feeling", "shape", ...), without the one that holds the tops of
-the hierarchy. 16 glosses of each class are for training, 2 for validation, 4 for test. Sister terms have almost the same
-gloss, so no gloss is taken that shares half of its words with one that is taken already. The files are in the
+The classes are WordNet's lexicographer files ("animal", "feeling", "shape", ...), without the one that holds the tops
+of the hierarchy. 16 glosses of each class are for training, 2 for validation, 4 for test. Sister terms have almost the
+same gloss, so no gloss is taken that shares half of its words with one that is taken already. The files are in the
 repository; this script is how they were made, from Debian's package wordnet-base:
 
     python benchmarks/wordnet_task.py /usr/share/wordnet/data.noun configs/studies/wordnet

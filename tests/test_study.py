@@ -49,7 +49,10 @@ def test_the_studies_of_this_repository(path: Path) -> None:
     assert list(study.tasks) == list(written["tasks"])
     assert study.winner == written.get("winner")
     assert set(written["training"].items()) <= set(study.training.items())
-    assert study.train_rows == written["training"]["max_steps"] * written["training"]["per_device_train_batch_size"]
+    assert (
+        study.train_rows("lora")
+        == written["training"]["max_steps"] * written["training"]["per_device_train_batch_size"]
+    )
 
 
 def test_there_are_studies_in_this_repository() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 from html.parser import HTMLParser
 from itertools import product
@@ -19,7 +20,7 @@ from matplotlib.image import imread
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.study import stats
 from matryoshka_lora.study.plot import draw, legible
-from matryoshka_lora.study.records import Curve, Result
+from matryoshka_lora.study.records import Curve, Result, Tried
 from matryoshka_lora.study.report import tables, write_report
 
 # 97.5 % quantiles of Student's t by degrees of freedom, from a printed table.
@@ -61,7 +62,11 @@ def study() -> list[Result]:
 
 
 def written(results: list[Result], **others: Any) -> str:
-    return tables(results, **{"title": "Study", "about": {}, "chosen": {}} | others)
+    return tables(results, **{"title": "Study", "about": {}, "tried": ()} | others)
+
+
+def rates_of(method: str, task: str, losses: dict[float, float]) -> Tried:
+    return Tried(method, task, 8, losses, min(losses, key=losses.__getitem__))
 
 
 def section(text: str, heading: str) -> str:
@@ -265,7 +270,7 @@ def test_results_that_cannot_be_compared_are_refused(results: list[Result], mess
     with pytest.raises(MatryoshkaError, match=message):
         stats.check(results)
     with pytest.raises(MatryoshkaError, match=message):
-        write_report(results, tmp_path / "report", title="Study", about={}, chosen={})
+        write_report(results, tmp_path / "report", title="Study", about={}, tried=())
     assert not (tmp_path / "report").exists()
 
 
@@ -391,7 +396,7 @@ def test_a_winner_and_rivals_can_be_named() -> None:
 @pytest.mark.parametrize("wrong", [{"winner": "nestd/prefix"}, {"rivals": ["nestd/prefix"]}])
 def test_wrong_names_write_nothing(wrong: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(MatryoshkaError, match="no method 'nestd/prefix'; it has lora-each, lora/prefix, nested/prefix"):
-        write_report(study(), tmp_path / "report", title="Study", about={}, chosen={}, **wrong)
+        write_report(study(), tmp_path / "report", title="Study", about={}, tried=(), **wrong)
     assert not (tmp_path / "report").exists()
 
 
@@ -429,21 +434,47 @@ def test_a_study_without_the_reference_says_so() -> None:
 def test_one_method_has_nothing_to_be_tested_against(only: str, tmp_path: Path) -> None:
     results = [r for r in study() if r.method == only]
     assert section(written(results), TESTS).strip().startswith("This takes two methods")
-    write_report(results, tmp_path, title="Study", about={}, chosen={})
+    write_report(results, tmp_path, title="Study", about={}, tried=())
     assert (tmp_path / "study.png").stat().st_size > 10_000
 
 
 def test_rows_about_the_study_and_its_learning_rates() -> None:
-    chosen = {"lora": {"sums": "0.002", "words": "0.001"}, "nested": {"words": "0.004"}}
-    text = written(study(), about={"model": "tiny", "items": "200 per task"}, chosen=chosen)
+    tried = [
+        rates_of("nested/prefix", "sums", {1e-3: 0.8, 2e-3: 0.7, 4e-3: math.inf}),
+        Tried("lora-each", "words", 2, {5e-4: 0.91}, None),
+    ]
+    text = written(study(), about={"model": "tiny", "items": "200 per task"}, tried=tried)
     what = section(text, "## What was compared")
     assert row(what, "items") == ["items", "200 per task"]
     assert row(what, "methods") == ["methods", "lora-each, lora/prefix, nested/prefix"]
     assert row(what, "seeds") == ["seeds", "2 of sums, 2 of words"]
     rates = section(text, "## Learning rates")
-    assert row(rates, "trained as") == ["trained as", "sums", "words"]
-    assert row(rates, "lora") == ["lora", "0.002", "0.001"]
-    assert row(rates, "nested") == ["nested", "", "0.004"]
+    assert row(rates, "method") == ["method", "task", "R", "chosen", "0.0005", "0.001", "0.002", "0.004"]
+    assert row(rates, "nested/prefix") == ["nested/prefix", "sums", "8", "0.002", "", "0.800", "0.700", "diverged"]
+    assert row(rates, "lora-each") == ["lora-each", "words", "2", "", "0.910", "", "", ""]
+
+
+def test_the_method_to_test_is_nominated_on_validation_data() -> None:
+    """By the geometric mean: easy/prefix is a little worse where losses are large, much better where they are not."""
+    results = [
+        flat(method, 0.5, task)
+        for method in ("easy/prefix", "hard/prefix", "half/prefix", "lora-each")
+        for task in ("sums", "words")
+    ]
+    losses = {"easy/prefix": (2.0, 0.1), "hard/prefix": (1.5, 0.2), "lora-each": (0.1, 0.1)}
+    tried = [
+        rates_of(method, task, {1e-3: loss, 2e-3: 9.0})
+        for method, pair in losses.items()
+        for task, loss in zip(("sums", "words"), pair, strict=True)
+    ]
+    tried += [rates_of("half/prefix", "sums", {1e-3: 0.01}), Tried("half/prefix", "words", 8, {1e-3: 0.01}, None)]
+    assert stats.nominate(results, tried) == "easy/prefix"
+    assert "easy/prefix was picked on validation data" in section(written(results, tried=tried), TESTS)
+    diverged = [rates_of(one.method, one.task, {1e-3: math.inf}) for one in tried]
+    assert stats.nominate(results, diverged) is None
+    assert "easy/prefix was picked here, for its AURAC" in section(written(results, tried=diverged), TESTS)
+    named = section(written(results, tried=tried, winner="hard/prefix"), TESTS)
+    assert "hard/prefix was named by" in named
 
 
 # The files.
@@ -485,7 +516,11 @@ HOSTILE = "<script>alert(1)</script> | `x` **b** {title} &amp; [a](b)\nnext"
 
 
 def test_the_files_say_the_same(tmp_path: Path) -> None:
-    given: dict[str, Any] = {"title": "Study", "about": {"model": "tiny"}, "chosen": {"lora": {"sums": "0.002"}}}
+    given: dict[str, Any] = {
+        "title": "Study",
+        "about": {"model": "tiny"},
+        "tried": [rates_of("nested/prefix", "sums", {1e-3: 0.8, 2e-3: 0.7})],
+    }
     (tmp_path / "other.txt").write_text("stays")
     write_report(study(), tmp_path, **given)
     assert {path.name for path in tmp_path.iterdir()} == {"other.txt", "study.md", "study.html", "study.png"}
@@ -501,7 +536,7 @@ def test_the_files_say_the_same(tmp_path: Path) -> None:
 
 
 def test_the_page_needs_no_other_file_and_fits_a_phone(tmp_path: Path) -> None:
-    write_report(study(), tmp_path, title="Study", about={}, chosen={})
+    write_report(study(), tmp_path, title="Study", about={}, tried=())
     text = (tmp_path / "study.html").read_text(encoding="utf-8")
     page = Page(text)
     assert ("meta", "content", "width=device-width, initial-scale=1") in page.attributes
@@ -517,7 +552,13 @@ def test_the_page_needs_no_other_file_and_fits_a_phone(tmp_path: Path) -> None:
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     results = [*study(), flat(HOSTILE, 0.5, "sums")]
-    write_report(results, tmp_path, title=HOSTILE, about={HOSTILE: HOSTILE}, chosen={HOSTILE: {"sums": HOSTILE}})
+    write_report(
+        results,
+        tmp_path,
+        title=HOSTILE,
+        about={HOSTILE: HOSTILE},
+        tried=[Tried(HOSTILE, HOSTILE, 8, {1e-3: 1.0}, None)],
+    )
     page = Page((tmp_path / "study.html").read_text(encoding="utf-8"))
     for tag in ("title", "h1"):
         assert "".join(words for found, words in page.texts if found == tag) == HOSTILE
@@ -535,7 +576,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(MatryoshkaError, match="cannot write"):
-        write_report(study(), tmp_path / "file", title="Study", about={}, chosen={})
+        write_report(study(), tmp_path / "file", title="Study", about={}, tried=())
     assert (tmp_path / "file").read_text() == "x"
 
 

@@ -22,18 +22,19 @@ from peft import PeftModel
 from tiny_chat import save_tiny_chat, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from matryoshka_lora import MatryoshkaError
+from matryoshka_lora import MatryoshkaError, NestedAdapter
 from matryoshka_lora.cli.main import main
 from matryoshka_lora.evaluate.questions import Row
 from matryoshka_lora.models import load_tokenizer
 from matryoshka_lora.study.config import Study, make_study
+from matryoshka_lora.study.cuts import Trained
 from matryoshka_lora.study.plan import load_runs, missing_jobs, results
 from matryoshka_lora.study.records import Job, Run
 from matryoshka_lora.study.run import measure, run_job, run_once
 from matryoshka_lora.study.work import run_study
 from matryoshka_lora.train import train
 
-CUTS = ("prefix", "keep", "frobenius", "activations", "loss", "learned")
+CUTS = ("prefix", "keep", "frobenius", "activations", "loss", "para", "learned")
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +98,8 @@ def test_no_cut_of_lora_changes_its_full_rank(all_cuts: dict[str, Run]) -> None:
     assert all_cuts["lora"].ranks == (1, 2, 4)
     for cut, curve in curves.items():
         assert curve.loss[-1] == pytest.approx(curves["prefix"].loss[-1], abs=1e-4), cut
-    # At rank 1 they are five different adapters.
-    assert len({curve.loss[0] for curve in curves.values()}) == 5
+    # At rank 1 they are six different adapters.
+    assert len({curve.loss[0] for curve in curves.values()}) == 6
     assert curves["frobenius"].loss[0] < curves["prefix"].loss[0]
 
 
@@ -125,12 +126,51 @@ def test_what_a_run_costs(model: Path, all_cuts: dict[str, Run]) -> None:
     tokens = sum(len(row.prompt) + len(row.completion) + 1 for row in rows)  # one a character, and the end
     assert run.cost["tokens"] == tokens
     assert {cut: cost["tokens"] for cut, cost in run.cost["cuts"].items()} == {
-        **dict.fromkeys(("prefix", "frobenius", "activations", "loss"), 0),
+        **dict.fromkeys(("prefix", "frobenius", "activations", "loss", "para"), 0),
         "learned": round(tokens / 6 * 20 * 2),  # 20 batches of 2
     }
     layer = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 96), (64, 96), (96, 64)]
     assert run.cost["parameters"] == 2 * sum(4 * (inside + outside) for inside, outside in layer)
     assert run.cost["seconds"] > 0
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_para_keeps_the_largest_per_parameter_of_all_layers(model: Path, tmp_path: Path, share: float) -> None:
+    study = study_of(model)
+    adapter = train(study.train_config("lora", 4, 3e-2, 0, "chain_sum", str(tmp_path / "run")))
+    for parameter in adapter.model.parameters():
+        parameter.requires_grad_(False)
+    products = {name: B @ A for name, (A, B) in factors_of(adapter).items()}
+    Trained(adapter, load_tokenizer(str(model)), [], 2, 0).keep_budget(share)
+    kept, dropped, used, whole = [], [], 0, 0
+    for name, (A, B) in factors_of(adapter).items():
+        U, values, V = torch.linalg.svd(products[name], full_matrices=False)
+        width = A.shape[1] + B.shape[0]
+        rank = int(B.any(dim=0).sum())
+        torch.testing.assert_close(B @ A, (U[:, :rank] * values[:rank]) @ V[:rank], atol=1e-5, rtol=1e-3)
+        worth = (values[:4].double() ** 2 / width).tolist()
+        kept += worth[:rank]
+        dropped += worth[rank:]
+        used, whole = used + rank * width, whole + 4 * width
+    assert used <= share * whole
+    assert used > share * whole - 160  # the widest direction
+    if share < 1:
+        # A wide direction that no longer fits may give way to a smaller one.
+        assert sum(worth > min(kept) for worth in dropped) <= 2
+
+
+def factors_of(adapter: NestedAdapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {
+        name: (module.lora_A[adapter.name].weight.detach(), module.lora_B[adapter.name].weight.detach())
+        for name, module, _ in adapter._layers()
+    }
+
+
+def test_a_longer_run_takes_more_rows(model: Path) -> None:
+    study = study_of(model, "lora-longer/prefix", training={"max_steps": 4, "per_device_train_batch_size": 2})
+    assert study.steps("lora-longer") == 5
+    longer, plain = (run_job(study, job_of(recipe)).cost["tokens"] for recipe in ("lora-longer", "lora"))
+    assert longer / plain == pytest.approx(1.25, rel=0.1)
 
 
 ANSWERS = ["7", "7", "12", "7", "7"]

@@ -63,20 +63,13 @@ def compare(
 
 
 def _report(study: Study, runs: Any, folder: Path) -> bool:
-    from matryoshka_lora.study.plan import rates, results, units
+    from matryoshka_lora.study.plan import results, tried
     from matryoshka_lora.study.report import write_report
 
     found = list(results(study, runs))
     if not found:
         typer.echo("No method has a test run yet: there is nothing to report.")
         return False
-    chosen: dict[str, dict[str, str]] = {}
-    for method in study.methods:
-        for task in study.tasks:
-            states = [rates(study, runs, unit) for unit in units(study, method, task)]
-            chosen.setdefault(method, {})[task] = "; ".join(
-                "?" if s.chosen is None else f"{s.chosen:g} of {min(s.losses):g} to {max(s.losses):g}" for s in states
-            )
     training = ", ".join(f"{key} {value}" for key, value in study.training.items())
     about = {
         "model": f"{study.model}, {study.dtype}, all linear layers, R = {study.rank}",
@@ -87,7 +80,7 @@ def _report(study: Study, runs: Any, folder: Path) -> bool:
         "versions": ", ".join(f"{name} {found}" for name, found in next(iter(runs.values())).versions.items()),
     }
     named = study.winner if any(result.method == study.winner for result in found) else None
-    write_report(found, folder, title=study.title, about=about, chosen=chosen, winner=named)
+    write_report(found, folder, title=study.title, about=about, tried=tried(study, runs), winner=named)
     return True
 
 

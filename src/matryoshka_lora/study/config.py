@@ -72,7 +72,8 @@ class Study:
         rank: R; the nested ranks are the powers of two up to it.
         tasks: By name.
         methods: ``recipe/cut``, or ``lora-each``.
-        winner: The method that the others are tested against, named before the runs; None takes the best.
+        winner: The method that the others are tested against, named before the runs; None takes the best on validation
+            data.
         seeds: Of the runs that are measured on test data.
         learning_rates: The grid that every method begins with, ascending. Where its best rate is at the edge, the
             grid grows there by its own factor.
@@ -100,11 +101,14 @@ class Study:
         """The nested ranks of a run: all up to R, or for a LoRA of one rank that alone."""
         return Nesting.powers_of_two(self.rank).ranks if rank == self.rank else (rank,)
 
-    @property
-    def train_rows(self) -> int:
+    def steps(self, recipe: str) -> int:
+        """Optimizer steps of one run."""
+        return round(RECIPES[recipe].length * self.training["max_steps"])
+
+    def train_rows(self, recipe: str) -> int:
         """Of one run: each is seen once, where there are so many."""
-        steps, accumulated = self.training["max_steps"], self.training.get("gradient_accumulation_steps", 1)
-        return int(steps * self.training["per_device_train_batch_size"] * accumulated)
+        accumulated = self.training.get("gradient_accumulation_steps", 1)
+        return int(self.steps(recipe) * self.training["per_device_train_batch_size"] * accumulated)
 
     def train_config(
         self, recipe: str, rank: int, learning_rate: float, seed: int, data: Any, output_dir: str
@@ -117,6 +121,7 @@ class Study:
                 "logging_strategy": "no",
                 "save_strategy": "no",
                 **self.training,
+                "max_steps": self.steps(recipe),
                 "data": data,
                 "nesting": {**RECIPES[recipe].nesting, "ranks": list(self.nesting(rank)), "reorder": False},
                 "learning_rate": learning_rate,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter import NestedAdapter
 from matryoshka_lora.adapter.factors import get_factors, get_parameters
+from matryoshka_lora.adapter.source import Layer
+from matryoshka_lora.deploy.budget import choose_ranks
 from matryoshka_lora.deploy.calibrate import ROWS, learn_order_from, measure_moments
+from matryoshka_lora.deploy.spectra import Spectra
 from matryoshka_lora.evaluate.questions import Question
 from matryoshka_lora.reorder import reweigh_factors
 
@@ -56,16 +60,36 @@ class Trained:
                 for factor, value in zip((A, B), reweigh_factors(A, B, found.inner, found.outer), strict=False):
                     factor.copy_(value)
 
+    @torch.no_grad()
+    def keep_budget(self, share: float) -> None:
+        """Zero all but the largest singular values of all layers together, within a share of the parameters."""
+        self.svd()
+        factors = {name: get_parameters(module, self.adapter.name) for name, module, _ in self.adapter._layers()}
+        layers = [Layer(name, "", "", A.shape, B.shape, len(A), 1.0) for name, (A, B) in factors.items()]
+        sizes = {name: A.double().norm(dim=1) * B.double().norm(dim=0) for name, (A, B) in factors.items()}
+        for name, rank in choose_ranks(layers, Spectra("frobenius", sizes), share).ranks.items():
+            factors[name][1][:, rank:] = 0
+
     def _factors(self) -> list[tuple[Tensor, Tensor]]:
         name = self.adapter.name
         return [get_parameters(module, name) for _, module, _ in self.adapter._layers()]
 
 
-def _raw(inference: str) -> Callable[[Trained], None]:
+Cut = Callable[[Trained], "Sequence[Callable[[], None]] | None"]
+"""Puts an adapter into the form whose prefixes are measured. A cut without prefixes returns what makes the adapter of
+each nested rank instead, which is then measured at R."""
+
+
+def _raw(inference: str) -> Cut:
     def cut(trained: Trained) -> None:
         trained.adapter.inference = inference  # type: ignore[assignment]
 
     return cut
+
+
+def _para(trained: Trained) -> Sequence[Callable[[], None]]:
+    ranks = trained.adapter.nesting.ranks
+    return [partial(trained.keep_budget, rank / ranks[-1]) for rank in ranks]
 
 
 _LEARNED = {"learned": 20, "learned-40": 40}
@@ -76,7 +100,7 @@ def learned_steps(cut: str) -> int:
     return _LEARNED.get(cut, 0)
 
 
-def _learned(steps: int) -> Callable[[Trained], None]:
+def _learned(steps: int) -> Cut:
     def cut(trained: Trained) -> None:
         trained.svd()
         learn_order_from(trained.adapter, trained.tokenizer, trained.rows, steps, trained.batch_size, seed=trained.seed)
@@ -84,12 +108,13 @@ def _learned(steps: int) -> Callable[[Trained], None]:
     return cut
 
 
-CUTS: dict[str, Callable[[Trained], None]] = {
+CUTS: dict[str, Cut] = {
     "prefix": _raw("prefix"),
     "keep": _raw("keep"),
     "frobenius": Trained.svd,
     "activations": lambda trained: trained.reweigh(gradients=False),
     "loss": lambda trained: trained.reweigh(gradients=True),
+    "para": _para,
     **{name: _learned(steps) for name, steps in _LEARNED.items()},
 }
 """By name; in this order, since the first two need the factors as they were trained."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.study.config import Study
 from matryoshka_lora.study.recipes import EACH_RECIPES, RECIPES, parse_method
-from matryoshka_lora.study.records import Curve, Job, Result, Run
+from matryoshka_lora.study.records import Curve, Job, Result, Run, Tried
 
 MOST_RATES = 9
 """Rates that are tried for one method: a grid that still has its best at the edge then is given up."""
@@ -141,6 +141,18 @@ def missing_jobs(study: Study, runs: Mapping[Job, Run]) -> list[Job]:
                             tests[job] = None
         found |= dict.fromkeys(sorted(tests, key=lambda job: job.seed))
     return list(found)
+
+
+def tried(study: Study, runs: Mapping[Job, Run]) -> list[Tried]:
+    """The learning rates of every curve that have been tried."""
+    found = []
+    for method in study.methods:
+        for task in study.tasks:
+            for unit in units(study, method, task):
+                state = rates(study, runs, unit)
+                if state.losses:
+                    found.append(Tried(method, task, unit.rank, state.losses, state.chosen))
+    return found
 
 
 def results(study: Study, runs: Mapping[Job, Run]) -> Iterator[Result]:

@@ -15,7 +15,7 @@ EACH = "lora-each"
 EACH_RECIPES = {EACH: "lora", "adalora-each": "adalora"}
 """The methods that train an adapter for each rank by itself, and the recipe of each."""
 
-_REORDERED = ("frobenius", "activations", "loss", "learned", "learned-40")
+_REORDERED = ("frobenius", "activations", "loss", "para", "learned", "learned-40")
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,14 @@ class Recipe:
         cuts: The ways in which its adapters may be deployed; names of `matryoshka_lora.study.cuts.CUTS`.
         objective: What is minimised, where it is not the loss under the rule's diagonal: a name of
             `matryoshka_lora.study.objectives.TRAINERS`, or ``"adalora"``.
+        length: Optimizer steps, as a multiple of the study's.
     """
 
     summary: str
     nesting: Mapping[str, Any] = field(default_factory=dict)
     cuts: tuple[str, ...] = ("prefix", *_REORDERED)
     objective: str | None = None
+    length: float = 1.0
 
     @property
     def one_rank(self) -> bool:
@@ -47,6 +49,9 @@ def _p(rule: str, summary: str, **nesting: Any) -> Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "lora": Recipe("plain LoRA at R, scale 1", {"rule": "lora"}),
+    "lora-longer": Recipe(
+        "plain LoRA with a quarter more steps: those that a learned order takes", {"rule": "lora"}, length=1.25
+    ),
     "rslora": Recipe("LoRA at R with rsLoRA's scale, 16 / sqrt(R)", {"rule": "lora", "scaling": "sqrt", "alpha": 16.0}),
     "matryoshka": _p("matryoshka", "the paper's P, scaling none"),
     "matryoshka-sqrt": _p("matryoshka", "the paper's P, scaling 1 / sqrt(r)", scaling="sqrt"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,3 +128,28 @@ class Result:
     tokens: int
     seconds: float
     parameters: int
+
+
+@dataclass(frozen=True)
+class Tried:
+    """The learning rates that were tried for one method on one task, on validation data.
+
+    Attributes:
+        method: As in `Result`.
+        task: The task's name.
+        rank: R of the adapters.
+        losses: By rate, the mean validation loss over the nested ranks, or for a method with a run for each rank that
+            at its rank; infinite where training diverged.
+        chosen: The rate with the lowest, or None while runs are missing.
+    """
+
+    method: str
+    task: str
+    rank: int
+    losses: Mapping[float, float]
+    chosen: float | None
+
+    @property
+    def loss(self) -> float:
+        """That of the chosen rate; infinite without one."""
+        return math.inf if self.chosen is None else self.losses[self.chosen]

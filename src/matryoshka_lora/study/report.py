@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from matryoshka_lora.files import replace_directory
 from matryoshka_lora.study import stats
 from matryoshka_lora.study.plot import draw, legible
 from matryoshka_lora.study.recipes import EACH
-from matryoshka_lora.study.records import Result
+from matryoshka_lora.study.records import Result, Tried
 from matryoshka_lora.study.stats import Estimate, Value
 
 _PICTURE = "study.png"
@@ -74,7 +75,7 @@ def write_report(
     *,
     title: str,
     about: Mapping[str, str],
-    chosen: Mapping[str, Mapping[str, str]],
+    tried: Sequence[Tried],
     winner: str | None = None,
     rivals: Sequence[str] | None = None,
 ) -> None:
@@ -85,16 +86,17 @@ def write_report(
         folder: Made if need be; its other files stay.
         title: Of the report and of the picture.
         about: What the results do not say of themselves, by a word for it: model, items, hardware, versions.
-        chosen: Learning rates as text, by recipe and task.
-        winner: The method to test, if it was named before the data were seen; else `stats.best`.
+        tried: Learning rates.
+        winner: The method to test, if it was named before the data were seen; else `stats.nominate`, which sees
+            validation data only, or without them `stats.best`.
         rivals: The methods to test it against; all others without them.
 
     Raises:
         MatryoshkaError: The results cannot be compared, a name is not in them, or the folder cannot be written.
     """
-    blocks = [(1, title), *_blocks(results, about, chosen, winner, rivals)]
+    blocks = [(1, title), *_blocks(results, about, tried, winner, rivals)]
     with replace_directory(folder) as unfinished:
-        draw(results, unfinished / _PICTURE, title=title, methods=legible(results, winner))
+        draw(results, unfinished / _PICTURE, title=title, methods=legible(results, _tested(results, tried, winner)))
         page = _page(title, blocks, (unfinished / _PICTURE).read_bytes())
         (unfinished / "study.html").write_text(page, encoding="utf-8", newline="\n")
         (unfinished / "study.md").write_text(_markdown(blocks), encoding="utf-8", newline="\n")
@@ -105,34 +107,36 @@ def tables(
     *,
     title: str,
     about: Mapping[str, str],
-    chosen: Mapping[str, Mapping[str, str]],
+    tried: Sequence[Tried],
     winner: str | None = None,
     rivals: Sequence[str] | None = None,
 ) -> str:
     """The text of ``study.md``; arguments and errors are those of `write_report`."""
-    return _markdown([(1, title), *_blocks(results, about, chosen, winner, rivals)])
+    return _markdown([(1, title), *_blocks(results, about, tried, winner, rivals)])
 
 
 def _blocks(
     results: Sequence[Result],
     about: Mapping[str, str],
-    chosen: Mapping[str, Mapping[str, str]],
+    tried: Sequence[Tried],
     winner: str | None,
     rivals: Sequence[str] | None,
 ) -> list[_Block]:
     stats.check(results)
     tasks = sorted({result.task for result in results})
-    rates = [(name, *(found.get(task, "") for task in tasks)) for name, found in chosen.items()]
     return [
-        *_what(results, about, winner),
+        *_what(results, about, _tested(results, tried, winner)),
         *(block for task in tasks for block in _curves(results, task)),
         *_costs(results),
         *_full_rank(results, tasks),
         *_each_rank(results, tasks),
-        *_tests(results, winner, rivals),
-        (2, "Learning rates"),
-        _Table(("trained as", *tasks), rates) if rates else "None were given.",
+        *_tests(results, tried, winner, rivals),
+        *_rates(tried),
     ]
+
+
+def _tested(results: Sequence[Result], tried: Sequence[Tried], winner: str | None) -> str | None:
+    return winner or stats.nominate(results, tried) or stats.best(results)
 
 
 def _what(results: Sequence[Result], about: Mapping[str, str], winner: str | None) -> list[_Block]:
@@ -214,19 +218,25 @@ def _each_rank(results: Sequence[Result], tasks: Sequence[str]) -> list[_Block]:
     return blocks
 
 
-def _tests(results: Sequence[Result], winner: str | None, rivals: Sequence[str] | None) -> list[_Block]:
+def _tests(
+    results: Sequence[Result], tried: Sequence[Tried], winner: str | None, rivals: Sequence[str] | None
+) -> list[_Block]:
     blocks: list[_Block] = [(2, "One method against the others, over all tasks")]
-    method = winner or stats.best(results)
+    method = _tested(results, tried, winner)
     others = [name for name in (stats.ranking(results) if rivals is None else rivals) if name != method]
     if method is None or not others:
         return [*blocks, "This takes two methods, and one to test that has results on every task or is named."]
-    how = "named by whoever made this report" if winner else "picked here, for its AURAC (log2) in these very data"
+    how = "picked here, for its AURAC (log2) in these very data"
+    if winner:
+        how = "named by whoever made this report"
+    elif stats.nominate(results, tried):
+        how = "picked on validation data: lowest geometric mean, over the tasks, of the loss at its learning rate"
     blocks += [
         f"{method} minus each rival, paired by task and seed. {_POOLED} p is that of a two-sided sign-flip permutation "
         "test, which takes the sign of each pair, whatever its task, for a fair coin if the methods are equal. Holm "
         "corrects p for the number of rivals.",
         f"{method} was {how}. A method that is picked by the data it is tested on looks better there, in difference "
-        "and in p, than it is; one that was named before does not.",
+        "and in p, than it is; one that was named or picked without them does not.",
     ]
     for text, value, form in (
         ("AURAC (log2) in points of %, more is better:", stats.aurac_log2, _points),
@@ -238,6 +248,27 @@ def _tests(results: Sequence[Result], winner: str | None, rivals: Sequence[str] 
     if fewest := min((c.difference.n for c in found if c.difference), default=0):
         blocks.append(f"With {fewest} pairs, the fewest here, no p can be below {_p(2.0 ** (1 - fewest))}.")
     return blocks
+
+
+def _rates(tried: Sequence[Tried]) -> list[_Block]:
+    blocks: list[_Block] = [(2, "Learning rates")]
+    if not tried:
+        return [*blocks, "None were given."]
+    rates = sorted({rate for one in tried for rate in one.losses})
+    rows = []
+    for one in tried:
+        cells = [_nats_or_diverged(one.losses[rate]) if rate in one.losses else "" for rate in rates]
+        rows.append((one.method, one.task, str(one.rank), "" if one.chosen is None else f"{one.chosen:g}", *cells))
+    return [
+        *blocks,
+        f"Validation loss by learning rate, in nats per token: the mean over the ranks, for {EACH} that at its rank. "
+        "Each number is of one run. How fast a row rises beside its best is how sensitive the method is.",
+        _Table(("method", "task", "R", "chosen", *(f"{rate:g}" for rate in rates)), rows),
+    ]
+
+
+def _nats_or_diverged(loss: float) -> str:
+    return f"{loss:.3f}" if math.isfinite(loss) else "diverged"
 
 
 def _compared(results: Sequence[Result], task: str | None) -> list[str]:

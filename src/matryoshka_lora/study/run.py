@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -75,7 +75,8 @@ def run_job(study: Study, job: Job, also: Collection[str] = ()) -> Run:
     """
     torch.set_num_threads(study.threads)
     task, tokenizer, objective = study.tasks[job.task], load_tokenizer(study.model), RECIPES[job.recipe].objective
-    rows = task.rows("train", study.train_rows if "task" in task.source else None, job.seed)
+    used = study.train_rows(job.recipe)
+    rows = task.rows("train", used if "task" in task.source else None, job.seed)
     held_out = task.rows(job.split, study.items[job.split])
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "train.jsonl"
@@ -85,7 +86,7 @@ def run_job(study: Study, job: Job, also: Collection[str] = ()) -> Run:
         )
         curves: dict[str, Curve] = {}
         passes = copies(objective, config.nesting.ranks)
-        cost: dict[str, Any] = {"tokens": passes * _tokens(study, tokenizer, rows, study.train_rows), "cuts": {}}
+        cost: dict[str, Any] = {"tokens": passes * _tokens(study, tokenizer, rows, used), "cuts": {}}
         cost |= {"seconds": 0.0, "parameters": 0}
         wanted = {*cuts(study, job), *also}
         begin = time.perf_counter()
@@ -94,15 +95,15 @@ def run_job(study: Study, job: Job, also: Collection[str] = ()) -> Run:
                 adapter = _train(config, objective)
             cost["seconds"] = round(time.perf_counter() - begin, 2)
             cost["parameters"] = _require_gradients(adapter)
-            batch = study.train_rows // study.training["max_steps"]
+            batch = used // config.training["max_steps"]
             trained = Trained(adapter, tokenizer, rows, batch, job.seed)
             for name in [name for name in CUTS if name in wanted]:
                 begin = time.perf_counter()
-                CUTS[name](trained)
+                each_rank = CUTS[name](trained)
                 seconds = round(time.perf_counter() - begin, 2)
                 more = _tokens(study, tokenizer, rows, learned_steps(name) * batch)
                 cost["cuts"][name] = {"tokens": more, "seconds": seconds}
-                curves[name] = measure(adapter, tokenizer, held_out, adapter.nesting.ranks)
+                curves[name] = _measure(adapter, tokenizer, held_out, each_rank)
         except MatryoshkaError as error:
             if "NaN" not in str(error):
                 raise
@@ -117,6 +118,21 @@ def _train(config: TrainConfig, objective: str | None) -> NestedAdapter:
         return train(config)
     check_plain(config)
     return train_adalora(config) if objective == "adalora" else train(config, TRAINERS[objective])
+
+
+def _measure(
+    adapter: NestedAdapter,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    each_rank: Sequence[Callable[[], None]] | None,
+) -> Curve:
+    if each_rank is None:
+        return measure(adapter, tokenizer, rows, adapter.nesting.ranks)
+    points = []
+    for make in each_rank:
+        make()
+        points.append(measure(adapter, tokenizer, rows, (adapter.nesting.max_rank,)))
+    return Curve(tuple(one.loss[0] for one in points), tuple(one.accuracy[0] for one in points))
 
 
 def measure(

@@ -13,7 +13,7 @@ from scipy import stats
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.metrics import aurac
 from matryoshka_lora.study.recipes import EACH_RECIPES
-from matryoshka_lora.study.records import Result
+from matryoshka_lora.study.records import Result, Tried
 
 Value = Callable[[Result], float | None]
 """A number of one curve; None where the curve has none."""
@@ -200,3 +200,17 @@ def best(results: Sequence[Result]) -> str | None:
     return next(
         (m for m in ranking(results) if m not in EACH_RECIPES and all((m, task) in done for task in tasks)), None
     )
+
+
+def nominate(results: Sequence[Result], tried: Sequence[Tried]) -> str | None:
+    """The method to test, chosen on validation data: the lowest geometric mean over the tasks of `Tried.loss`.
+
+    Of those that `best` may take whose learning rate is known on every task of the results.
+    """
+    tasks = {result.task for result in results}
+    means = {}
+    for method in {result.method for result in results} - set(EACH_RECIPES):
+        losses = {one.task: one.loss for one in tried if one.method == method}
+        if tasks <= losses.keys() and all(math.isfinite(losses[task]) for task in tasks):
+            means[method] = fmean(math.log(max(losses[task], 1e-9)) for task in tasks)
+    return min(sorted(means), key=means.__getitem__, default=None)
