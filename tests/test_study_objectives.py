@@ -27,6 +27,7 @@ from matryoshka_lora.study.plan import Unit, load_runs, missing_jobs, results, u
 from matryoshka_lora.study.records import Curve, Job, Run
 from matryoshka_lora.study.run import run_job, run_once
 from matryoshka_lora.train import TrainConfig, make_config
+from matryoshka_lora.train.trainer import CompletionTrainer
 
 RANKS = (1, 2, 4, 8)
 ROWS = [  # of several lengths, with several labels each and one in the middle
@@ -47,11 +48,11 @@ def base(seed: int = 0) -> Any:
     return tiny_llama(seed, vocab_size=len(tiny_tokenizer()), num_hidden_layers=1).double()
 
 
-def adapter_of(seed: int) -> NestedAdapter:
+def adapter_of(seed: int, rule: str = "lora") -> NestedAdapter:
     config = LoraConfig(r=max(RANKS), lora_alpha=max(RANKS), target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base(), config)
     randomize(model, size=0.1)
-    return nest(model, Nesting(RANKS), rule="lora", seed=seed)
+    return nest(model, Nesting(RANKS), rule=rule, seed=seed)
 
 
 def pairs_of(adapter: NestedAdapter) -> Pairs:
@@ -66,7 +67,7 @@ def trained(name: str, adapter: NestedAdapter, folder: Path, steps: int, **chang
     quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
     options = {"max_steps": steps, "per_device_train_batch_size": len(ROWS), "gradient_checkpointing": False}
     data = Dataset.from_list([{"input_ids": tokens, "labels": labels_of(tokens, n)} for tokens, n in ROWS])
-    trainer = TRAINERS[name](
+    trainer = TRAINERS.get(name, CompletionTrainer)(
         model=adapter.model,
         args=SFTConfig(output_dir=str(folder), bf16=False, **{**plain, **quiet, **options, **changes}),
         train_dataset=data,
@@ -183,6 +184,24 @@ def test_a_learned_diagonal_learns_with_its_factors(tmp_path: Path) -> None:
         logits = adapter.model.eval()(torch.tensor([tokens])).logits[0, prompt - 1 : -1].log_softmax(-1)
     start = sum(len(some) - n for some, n in ROWS[:1])
     torch.testing.assert_close(logits, at_rank(expected, 8)[0].detach()[start : start + len(logits)], rtol=0, atol=1e-5)
+
+
+def test_p_is_a_learning_rate_for_each_column_under_adam(tmp_path: Path) -> None:
+    p = oracle.trained_p(RANKS)
+    found = {}
+    for optimizer in ("adamw_torch", "sgd"):
+        nested, plain = adapter_of(0, "matryoshka"), adapter_of(0)
+        before = pairs_of(nested)
+        with torch.no_grad():
+            for _, module, _ in plain._layers():
+                module.lora_B["default"].weight *= p
+        options = {"optim": optimizer, "adam_epsilon": 1e-300, "learning_rate": 1e-2}
+        with_p = trained("matryoshka", nested, tmp_path / f"p-{optimizer}", 5, **options)
+        rates = trained("p-rates", plain, tmp_path / f"rates-{optimizer}", 5, **options)
+        found[optimizer] = max(float((with_p[name][1] * p - rates[name][1]).abs().max()) for name in before)
+        assert max(float((with_p[name][1] - before[name][1]).abs().max()) for name in before) > 1e-3
+    assert found["adamw_torch"] < 1e-9
+    assert found["sgd"] > 1e-3  # whose steps do depend on the size of the gradients
 
 
 def test_the_ranks_of_a_sandwich_are_a_function_of_seed_and_step() -> None:

@@ -103,7 +103,7 @@ class Study:
 
     def steps(self, recipe: str) -> int:
         """Optimizer steps of one run."""
-        return round(RECIPES[recipe].length * self.training["max_steps"])
+        return int(RECIPES[recipe].length * self.training["max_steps"])
 
     def train_rows(self, recipe: str) -> int:
         """Of one run: each is seen once, where there are so many."""

@@ -110,10 +110,39 @@ class LearnedDiagonalTrainer(CompletionTrainer):
         return handle
 
 
+class ColumnRatesTrainer(CompletionTrainer):
+    """Plain LoRA in which column c of B has p_c times the learning rate, p being the paper's P.
+
+    Adam's steps do not depend on the size of the gradients. So training with P between the factors is, but for Adam's
+    epsilon and for clipped gradients, training without it where ``B diag(p)`` is the B, and its columns move that much
+    faster. This is here to see whether P is anything else.
+    """
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        adapter = NestedAdapter(self.model)
+        factors = [get_factors(module, adapter.name)[1] for _, module, _ in adapter._layers()]
+        rates = adapter.nesting.diagonal().to(factors[0])
+        before: list[Tensor] = []
+
+        def remember(*_: object) -> None:
+            before[:] = [B.detach().clone() for B in factors]
+
+        @torch.no_grad()
+        def rescale(*_: object) -> None:
+            for B, old in zip(factors, before, strict=True):
+                B.copy_(old + rates * (B - old))
+
+        optimizer.register_step_pre_hook(remember)
+        optimizer.register_step_post_hook(rescale)
+        return optimizer
+
+
 TRAINERS: dict[str, type[CompletionTrainer]] = {
     "sum": SumTrainer,
     "sandwich": SandwichTrainer,
     "p-learned": LearnedDiagonalTrainer,
+    "p-rates": ColumnRatesTrainer,
 }
 """By the name of the objective."""
 

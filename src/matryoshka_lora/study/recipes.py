@@ -69,6 +69,9 @@ RECIPES: dict[str, Recipe] = {
     "p-learned": Recipe(
         "a diagonal for each layer that begins as P, learns, and is kept in B", {"rule": "lora"}, objective="p-learned"
     ),
+    "p-rates": Recipe(
+        "P as learning rates: column c of B moves p_c times as far", {"rule": "lora"}, objective="p-rates"
+    ),
     "sum": Recipe("the mean of the losses of all nested ranks at each step", {"rule": "lora"}, objective="sum"),
     "sandwich": Recipe(
         "the largest, the smallest and a random nested rank at each step, the largest teaching the others",
