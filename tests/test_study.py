@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 import string
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,8 @@ from matryoshka_lora.study.records import Curve, Job, Run
 from matryoshka_lora.study.run import run_once
 from matryoshka_lora.tasks import get_task
 
-SHIPPED = sorted((Path(__file__).parents[1] / "configs" / "studies").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 SMALL: dict[str, Any] = {
     "rank": 4,
     "tasks": {"sums": {"task": "chain_sum"}},
@@ -611,3 +613,23 @@ def test_the_rate_of_one_rank_alone_is_chosen_by_that_rank() -> None:
     (whole,), alone = units(study, "lora/prefix", "sums"), units(study, "lora-each", "sums")[-1]
     assert rates(study, runs, whole).chosen == 4e-3
     assert rates(study, runs, alone).chosen == 2e-3
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_no_held_out_question_of_these_studies_is_trained_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    study = load_study(path)
+    for task in study.tasks.values():
+        rows = {split: task.rows(split, study.items[split]) for split in ("validation", "test")}
+        trained = {row.prompt for seed in (*study.seeds, study.rate_seed) for row in task.rows("train", 400, seed)}
+        assert not trained & {row.prompt for found in rows.values() for row in found}
+        assert not {row.prompt for row in rows["validation"]} & {row.prompt for row in rows["test"]}
+        assert {split: len(found) for split, found in rows.items()} == study.items
+
+
+def test_wordnet_has_every_class_as_often() -> None:
+    for split, count in {"train": 16, "validation": 2, "test": 4}.items():
+        lines = (ROOT / "configs" / "studies" / "wordnet" / f"{split}.jsonl").read_text().splitlines()
+        classes = Counter(json.loads(line)["completion"] for line in lines)
+        assert set(classes.values()) == {count}
+        assert len(classes) == 25

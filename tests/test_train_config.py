@@ -276,6 +276,8 @@ def test_yaml(text: str, value: object) -> None:
     assert parse_yaml(text) == value
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/paper/*.yaml")]), ids=lambda path: path.name
+)
 def test_the_examples_are_valid(path: Path) -> None:
     assert isinstance(load_config(path), TrainConfig)

@@ -50,6 +50,15 @@ SCHEMAS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
             }
         ],
     ),
+    "query": (
+        [{"query": "1 + 1?", "response": "2", "type": "GSM_Rephrased"}],
+        [
+            {
+                "prompt": [{"role": "user", "content": "1 + 1?"}],
+                "completion": [{"role": "assistant", "content": "2"}],
+            }
+        ],
+    ),
     "plain text": ([{"text": "Once upon a time."}], [{"text": "Once upon a time."}]),
 }
 
@@ -202,3 +211,21 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_a_hub_dataset_without_network() -> None:
     with pytest.raises(MatryoshkaError, match=r"cannot load split 'train' of the dataset 'no-one/nothing'.*data\.path"):
         load_data("no-one/nothing")
+
+
+@pytest.mark.parametrize("columns", [("question", "answer"), ("query", "response"), ("instruction", "output")])
+def test_a_template_makes_text_of_questions(tmp_path: Path, columns: tuple[str, str]) -> None:
+    rows = [dict(zip(columns, ("What is {x} + 1?", "2"), strict=True))]
+    source = {"path": write(tmp_path / "rows.jsonl", rows), "template": "Question: {prompt} Think.\nAnswer:"}
+    assert list(load_data(source)) == [{"prompt": "Question: What is {x} + 1? Think.\nAnswer:", "completion": " 2"}]
+
+
+def test_a_template_that_cannot_be_filled(tmp_path: Path) -> None:
+    for template in ("Question:", "{prompt} {prompt}", 3):
+        with pytest.raises(MatryoshkaError, match=r"data.template is .*write text with \{prompt\} in it once"):
+            parse_data({"path": "rows.jsonl", "template": template})
+    source = {"path": write(tmp_path / "rows.jsonl", [{"prompt": "1", "completion": "2"}]), "template": "{prompt}"}
+    with pytest.raises(MatryoshkaError, match="has prompt and completion, which a template does not fit"):
+        load_data(source)
+    with pytest.raises(MatryoshkaError, match="data has no key 'templat'; did you mean 'template'"):
+        parse_data({"path": "rows.jsonl", "templat": "{prompt}"})

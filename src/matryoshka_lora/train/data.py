@@ -21,8 +21,8 @@ DEFAULT_SIZE = 1000
 # What each source may be told besides its name; a built-in task also takes its generator's settings.
 _KEYS = {
     "task": ("split", "size", "seed"),
-    "path": ("size",),
-    "dataset": ("config", "revision", "split", "size"),
+    "path": ("size", "template"),
+    "dataset": ("config", "revision", "split", "size", "template"),
 }
 
 # The columns that make a schema, in order of precedence, and how to tell it.
@@ -31,8 +31,12 @@ _SCHEMAS = {
     ("messages",): "messages (chat)",
     ("instruction", "output"): "instruction, output and perhaps input (alpaca)",
     ("question", "answer"): "question and answer",
+    ("query", "response"): "query and response",
     ("text",): "text",
 }
+
+_QUESTIONS = (("instruction", "output"), ("question", "answer"), ("query", "response"))
+"""Schemas of one question and its answer as text, which become chat messages or fill a template."""
 
 
 def parse_data(spec: str | Mapping[str, Any], split: str = "train") -> dict[str, Any]:
@@ -42,7 +46,8 @@ def parse_data(spec: str | Mapping[str, Any], split: str = "train") -> dict[str,
         spec: The name of a built-in task, a ``.jsonl``, ``.json`` or ``.parquet`` file, the id of a hub dataset, or a
             mapping with one of ``task``, ``path`` and ``dataset``. Besides, a mapping may have ``size`` (how many of
             the first rows), for tasks and datasets ``split``, for tasks ``seed`` and the generator's settings, for
-            datasets ``config`` and ``revision``.
+            datasets ``config`` and ``revision``, for files and datasets ``template``: text with ``{prompt}`` in it,
+            such as ``"Question: {prompt} Answer:"``, for base models without a chat template.
         split: Of a task or dataset, where the mapping says nothing.
 
     Raises:
@@ -69,14 +74,20 @@ def parse_data(spec: str | Mapping[str, Any], split: str = "train") -> dict[str,
             close = get_close_matches(str(key), _KEYS[source], n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"with {source} it may have {', '.join(_KEYS[source])}"
             raise MatryoshkaError(f"data has no key {key!r}; {hint}")
+    template = parsed.get("template")
+    if template is not None and (not isinstance(template, str) or template.count("{prompt}") != 1):
+        raise MatryoshkaError(
+            f"data.template is {template!r}; write text with {{prompt}} in it once, such as 'Question: {{prompt}} Answer:'"
+        )
     return {"split": split, **parsed} if source == "dataset" else parsed
 
 
 def load_data(spec: str | Mapping[str, Any]) -> Dataset:
     """The rows to train on, with the columns that TRL's ``SFTTrainer`` knows and no others.
 
-    Tasks, alpaca rows and question/answer rows become one user's and one assistant's message, so that the model's chat
-    template applies and only the answer is trained; ``prompt`` and ``completion`` as text stay text, without template.
+    Tasks, alpaca rows, question/answer rows and query/response rows become one user's and one assistant's message, so
+    that the model's chat template applies and only the answer is trained. With a ``template`` of the source's own they
+    become text, the answer after a space. ``prompt`` and ``completion`` as text stay as they are.
 
     Args:
         spec: As for `parse_data`.
@@ -96,9 +107,9 @@ def load_data(spec: str | Mapping[str, Any]) -> Dataset:
         examples = _task(parsed).examples(parsed["split"], parsed["size"])
         rows = [_as_chat(example.prompt, example.completion) for example in examples]
     elif "path" in parsed:
-        rows = list(_convert(parsed["path"], _read(Path(parsed["path"]).expanduser()), size))
+        rows = list(_convert(parsed["path"], _read(Path(parsed["path"]).expanduser()), size, parsed.get("template")))
     else:
-        rows = list(_convert(f"dataset {parsed['dataset']}", _download(parsed), size))
+        rows = list(_convert(f"dataset {parsed['dataset']}", _download(parsed), size, parsed.get("template")))
     return Dataset.from_list(rows)
 
 
@@ -179,7 +190,9 @@ def _numbered(what: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     return ((f"{what} {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _convert(source: str, rows: Iterable[tuple[str, Any]], size: int | None) -> Iterator[dict[str, Any]]:
+def _convert(
+    source: str, rows: Iterable[tuple[str, Any]], size: int | None, template: str | None
+) -> Iterator[dict[str, Any]]:
     schema: tuple[str, ...] | None = None
     kinds: dict[str, str] = {}
     for count, (place, row) in enumerate(rows):
@@ -194,8 +207,12 @@ def _convert(source: str, rows: Iterable[tuple[str, Any]], size: int | None) -> 
                     f"{source} has the columns {', '.join(map(str, row)) or 'none'}; expected "
                     f"{'; or '.join(_SCHEMAS.values())}"
                 )
+            if template is not None and schema not in _QUESTIONS:
+                raise MatryoshkaError(
+                    f"{source} has {' and '.join(schema)}, which a template does not fit: leave it out"
+                )
         try:
-            converted = _convert_row(schema, row)
+            converted = _convert_row(schema, row, template)
             for name, value in converted.items():
                 if kinds.setdefault(name, type(value).__name__) != type(value).__name__:
                     raise MatryoshkaError(f"{name} is text in some rows and chat messages in others; make them alike")
@@ -206,7 +223,7 @@ def _convert(source: str, rows: Iterable[tuple[str, Any]], size: int | None) -> 
         raise MatryoshkaError(f"{source} has no rows; expected {'; or '.join(_SCHEMAS.values())}")
 
 
-def _convert_row(schema: tuple[str, ...], row: Mapping[str, Any]) -> dict[str, Any]:
+def _convert_row(schema: tuple[str, ...], row: Mapping[str, Any], template: str | None) -> dict[str, Any]:
     if schema == ("messages",):
         converted = {"messages": _messages(row, "messages")}
         if row.get("tools"):
@@ -222,6 +239,8 @@ def _convert_row(schema: tuple[str, ...], row: Mapping[str, Any]) -> dict[str, A
     question, answer = (_text(row, name) for name in schema)
     if "instruction" in schema and row.get("input"):
         question = f"{question}\n\n{_text(row, 'input')}"
+    if template is not None:
+        return {"prompt": template.replace("{prompt}", question), "completion": f" {answer}"}
     return _as_chat(question, answer)
 
 
