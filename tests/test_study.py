@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from matryoshka_lora import MatryoshkaError
 from matryoshka_lora.study.config import Study, load_study, make_study
-from matryoshka_lora.study.plan import MOST_RATES, Unit, load_runs, missing_jobs, rates, results, units
+from matryoshka_lora.study.plan import MOST_RATES, Unit, load_runs, missing_jobs, needed, rates, results, units
 from matryoshka_lora.study.records import Curve, Job, Run
 from matryoshka_lora.study.run import run_once
 from matryoshka_lora.tasks import get_task
@@ -267,6 +267,26 @@ def test_each_rank_of_lora_each_has_a_rate_of_its_own() -> None:
     assert each.ranks == one.ranks == (1, 2, 4)
     assert each.learning_rates == (4e-3, 2e-3, 1e-3)
     assert one.learning_rates == (8e-3,) * 3
+
+
+def test_test_questions_are_asked_of_a_cut_at_its_own_rate_alone(tmp_path: Path) -> None:
+    study = study_of(methods=["lora-each", "lora/frobenius", "lora/prefix"], seeds=[7])
+    best = {"frobenius": 2e-3, "prefix": 4e-3}
+    world = lambda job, cut: 9 + abs(math.log(job.learning_rate / best[cut]))  # noqa: E731
+    runs = finish(study, world)
+    two, four = (Job("lora", "sums", 4, rate, 7, "test") for rate in (2e-3, 4e-3))
+    assert needed(study, runs, two) == ["frobenius"]
+    assert needed(study, runs, four) == ["prefix"]
+    # Before the rates are known, and on validation data, all of them.
+    assert needed(study, {}, four) == ["prefix", "frobenius"]
+    assert needed(study, runs, Job("lora", "sums", 4, 2e-3, 100, "validation")) == ["prefix", "frobenius"]
+    # A run that has no more than that is done.
+    for job, run in runs.items():
+        replace(run, curves={cut: run.curves[cut] for cut in needed(study, runs, job)}).write(tmp_path)
+    assert load_runs(study, tmp_path).keys() == runs.keys()
+    assert {r.method for r in results(study, load_runs(study, tmp_path))} == set(study.methods)
+    replace(runs[two], curves={"prefix": runs[two].curves["prefix"]}).write(tmp_path)
+    assert missing_jobs(study, load_runs(study, tmp_path)) == [two]
 
 
 def test_a_curve_of_lora_each_is_put_together_from_a_run_for_each_rank() -> None:

@@ -44,6 +44,21 @@ def cuts(study: Study, job: Job) -> list[str]:
     return [cut for cut in RECIPES[job.recipe].cuts if cut in wanted] if wanted else []
 
 
+def needed(study: Study, runs: Mapping[Job, Run], job: Job) -> list[str]:
+    """The `cuts` of a job, on test data without those whose learning rate is known to be another."""
+    if job.split == "validation":
+        return cuts(study, job)
+    return [
+        cut
+        for cut in cuts(study, job)
+        if any(
+            (u.recipe, u.rank, u.cut) == (*_of(job), cut) and rates(study, runs, u).chosen in (None, job.learning_rate)
+            for method in study.methods
+            for u in units(study, method, job.task)
+        )
+    ]
+
+
 def measured_ranks(study: Study, job: Job) -> tuple[int, ...]:
     """At which a job's adapter is measured."""
     return (job.rank,) if RECIPES[job.recipe].one_rank else study.nesting(job.rank)
@@ -54,16 +69,16 @@ def _of(job: Job) -> tuple[str, int]:
 
 
 def load_runs(study: Study, folder: Path) -> dict[Job, Run]:
-    """The finished runs of a folder that the study can use: with all cuts that it asks for.
+    """The finished runs of a folder that the study can use: with all cuts that are `needed`.
 
     Raises:
         MatryoshkaError: A file is damaged, or is one of the study's jobs with other settings or other ranks.
     """
-    found = {}
-    for split in ("validation", "test"):
+    found: dict[Job, Run] = {}
+    for split in ("validation", "test"):  # in this order, as the one says what the other needs
         for path in sorted((folder / split).glob("*/*.json")):
             run = Run.read(path)
-            if run.job.task not in study.tasks or not (wanted := cuts(study, run.job)):
+            if run.job.task not in study.tasks or not cuts(study, run.job):
                 continue
             settings = study.settings(run.job.task)  # a run that an older version wrote may lack some
             different = [key for key, value in run.settings.items() if settings.get(key) != value]
@@ -74,7 +89,7 @@ def load_runs(study: Study, folder: Path) -> dict[Job, Run]:
                     f"{path} was run with another {', '.join(different)} than this study has: take another folder "
                     "with --out, or give the study the settings of its runs"
                 )
-            if not run.curves or set(wanted) <= set(run.curves):
+            if not run.curves or set(needed(study, found, run.job)) <= set(run.curves):
                 found[run.job] = run
     return found
 

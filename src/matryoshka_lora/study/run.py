@@ -29,7 +29,7 @@ from matryoshka_lora.study.adalora import train_adalora
 from matryoshka_lora.study.config import Study
 from matryoshka_lora.study.cuts import CUTS, Trained, learned_steps
 from matryoshka_lora.study.objectives import TRAINERS, check_plain, copies
-from matryoshka_lora.study.plan import cuts, measured_ranks
+from matryoshka_lora.study.plan import cuts, load_runs, measured_ranks, needed
 from matryoshka_lora.study.recipes import RECIPES
 from matryoshka_lora.study.records import Curve, Job, Run
 from matryoshka_lora.train import TrainConfig, train
@@ -48,27 +48,27 @@ def run_once(study: Study, job: Job, folder: Path) -> bool:
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=0):
-            path, also = job.path(folder), set[str]()
+            path, wanted = job.path(folder), set(needed(study, load_runs(study, folder), job))
             if path.exists():
                 run = Run.read(path)
                 if run.job != job:
                     raise MatryoshkaError(f"{path} holds the run of another job: delete it to run it again")
-                also = set(run.curves)  # another study may need them
-                if not run.curves or set(cuts(study, job)) <= also:
+                if not run.curves or wanted <= set(run.curves):
                     return True
-            run_job(study, job, also).write(folder)
+                wanted |= set(run.curves)  # another study may need them
+            run_job(study, job, wanted).write(folder)
             return True
     except Timeout:
         return False
 
 
-def run_job(study: Study, job: Job, also: Collection[str] = ()) -> Run:
+def run_job(study: Study, job: Job, wanted: Collection[str] | None = None) -> Run:
     """Train, then cut and measure on the job's split. A run that diverges has no curves.
 
     Args:
         study: Of the job.
         job: What to do.
-        also: Cuts besides those that the study asks for.
+        wanted: Cuts of the recipe; None means all that the study has.
 
     Raises:
         MatryoshkaError: It cannot be done.
@@ -88,7 +88,7 @@ def run_job(study: Study, job: Job, also: Collection[str] = ()) -> Run:
         passes = copies(objective, config.nesting.ranks)
         cost: dict[str, Any] = {"tokens": passes * _tokens(study, tokenizer, rows, used), "cuts": {}}
         cost |= {"seconds": 0.0, "parameters": 0}
-        wanted = {*cuts(study, job), *also}
+        wanted = cuts(study, job) if wanted is None else wanted
         begin = time.perf_counter()
         try:
             with _silent():

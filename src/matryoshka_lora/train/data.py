@@ -77,7 +77,7 @@ def parse_data(spec: str | Mapping[str, Any], split: str = "train") -> dict[str,
     template = parsed.get("template")
     if template is not None and (not isinstance(template, str) or template.count("{prompt}") != 1):
         raise MatryoshkaError(
-            f"data.template is {template!r}; write text with {{prompt}} in it once, such as 'Question: {{prompt}} Answer:'"
+            f"data.template is {template!r}; write text with {{prompt}} in it once, such as 'Q: {{prompt}} A:'"
         )
     return {"split": split, **parsed} if source == "dataset" else parsed
 
