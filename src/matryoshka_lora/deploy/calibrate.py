@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter import NestedAdapter, load, order
@@ -96,6 +96,7 @@ def learn_order_from(
     learning_rate: float = order.LEARNING_RATE,
     seed: int = 0,
     on_batch: Callable[[int], object] | None = None,
+    distil: bool = False,
 ) -> None:
     """Order an adapter's directions by the loss of its prefixes on some rows: `matryoshka_lora.adapter.order`.
 
@@ -108,6 +109,8 @@ def learn_order_from(
         learning_rate: Of the order.
         seed: Of the order of the rows, and of their ranks.
         on_batch: Called with the number of rows done, after each batch.
+        distil: The loss of a prefix is not that of the answers, but its KL divergence from the adapter at full rank
+            where the answers stand.
 
     Raises:
         MatryoshkaError: There are no rows, one of them has no answer, or a loss is not finite.
@@ -122,7 +125,12 @@ def learn_order_from(
     def batches() -> Iterator[list[order.Part]]:
         for _ in range(steps):
             batch = pad_rows(list(islice(endless, batch_size)), pad, adapter.model.device)
-            yield [order.Part(batch_size, 1.0, partial(_loss, adapter.model, *batch, "mean"))]
+            loss = partial(_loss, adapter.model, *batch, "mean")
+            if distil:
+                with torch.no_grad(), adapter.rows([adapter.nesting.max_rank] * batch_size, exact=False):
+                    teacher = _answers(adapter.model, *batch)[0].log_softmax(dim=-1)
+                loss = partial(_divergence, adapter.model, *batch, teacher)
+            yield [order.Part(batch_size, 1.0, loss)]
             if on_batch is not None:
                 on_batch(batch_size)
 
@@ -245,9 +253,20 @@ def _run(model: Any, batch: list[Tokens], pad: int, probes: list[_Probe], gradie
 
 
 def _loss(model: Any, ids: Tensor, mask: Tensor, is_answer: Tensor, reduction: str) -> Tensor:
-    """Of the completions' tokens; logits only where a row has one."""
+    """Of the completions' tokens."""
+    return cross_entropy(*_answers(model, ids, mask, is_answer), reduction=reduction)
+
+
+def _divergence(model: Any, ids: Tensor, mask: Tensor, is_answer: Tensor, teacher: Tensor) -> Tensor:
+    """From the teacher's log probabilities, mean over the completions' tokens."""
+    found = _answers(model, ids, mask, is_answer)[0].log_softmax(dim=-1)
+    return kl_div(found, teacher, reduction="batchmean", log_target=True)
+
+
+def _answers(model: Any, ids: Tensor, mask: Tensor, is_answer: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, float32, that predict the completions' tokens, and these; computed only where a row has one."""
     is_answer = is_answer[:, 1:]
     kept = is_answer.any(dim=0).nonzero().squeeze(1)
     logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False, logits_to_keep=kept).logits
-    targets = ids[:, 1:].masked_fill(~is_answer, -100)[:, kept]
-    return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)
+    here = is_answer[:, kept]
+    return logits[here].float(), ids[:, 1:][:, kept][here]

@@ -18,6 +18,7 @@ from matryoshka_lora.deploy.calibrate import ROWS, learn_order_from, measure_mom
 from matryoshka_lora.deploy.spectra import Spectra
 from matryoshka_lora.evaluate.questions import Question
 from matryoshka_lora.reorder import reweigh_factors
+from matryoshka_lora.study.measure import measure
 
 
 @dataclass
@@ -70,6 +71,20 @@ class Trained:
         for name, rank in choose_ranks(layers, Spectra("frobenius", sizes), share).ranks.items():
             factors[name][1][:, rank:] = 0
 
+    @torch.no_grad()
+    def keep_prefix(self, rank: int, gain: float) -> None:
+        """Zero all but the first singular values of each layer, and multiply these."""
+        self.svd()
+        for _, B in self._factors():
+            B[:, :rank] *= gain
+            B[:, rank:] = 0
+
+    def loss(self) -> float:
+        """On as many training rows as the metric ``loss`` takes, at R."""
+        return measure(self.adapter, self.tokenizer, self.rows[: ROWS["loss"]], (self.adapter.nesting.max_rank,)).loss[
+            0
+        ]
+
     def _factors(self) -> list[tuple[Tensor, Tensor]]:
         name = self.adapter.name
         return [get_parameters(module, name) for _, module, _ in self.adapter._layers()]
@@ -92,7 +107,22 @@ def _para(trained: Trained) -> Sequence[Callable[[], None]]:
     return [partial(trained.keep_budget, rank / ranks[-1]) for rank in ranks]
 
 
-_LEARNED = {"learned": 20, "learned-40": 40}
+_GAINS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
+
+
+def _gains(trained: Trained) -> Sequence[Callable[[], None]]:
+    *ranks, largest = trained.adapter.nesting.ranks
+    found = []
+    for rank in ranks:
+        losses = {}
+        for gain in _GAINS:
+            trained.keep_prefix(rank, gain)
+            losses[gain] = trained.loss()
+        found.append(partial(trained.keep_prefix, rank, min(_GAINS, key=losses.__getitem__)))
+    return [*found, partial(trained.keep_prefix, largest, 1.0)]
+
+
+_LEARNED = {"learned": 20, "learned-40": 40, "distilled": 20}
 
 
 def learned_steps(cut: str) -> int:
@@ -100,10 +130,18 @@ def learned_steps(cut: str) -> int:
     return _LEARNED.get(cut, 0)
 
 
-def _learned(steps: int) -> Cut:
+def _learned(name: str) -> Cut:
     def cut(trained: Trained) -> None:
         trained.svd()
-        learn_order_from(trained.adapter, trained.tokenizer, trained.rows, steps, trained.batch_size, seed=trained.seed)
+        learn_order_from(
+            trained.adapter,
+            trained.tokenizer,
+            trained.rows,
+            _LEARNED[name],
+            trained.batch_size,
+            seed=trained.seed,
+            distil=name == "distilled",
+        )
 
     return cut
 
@@ -115,6 +153,7 @@ CUTS: dict[str, Cut] = {
     "activations": lambda trained: trained.reweigh(gradients=False),
     "loss": lambda trained: trained.reweigh(gradients=True),
     "para": _para,
-    **{name: _learned(steps) for name, steps in _LEARNED.items()},
+    "gains": _gains,
+    **{name: _learned(name) for name in _LEARNED},
 }
 """By name; in this order, since the first two need the factors as they were trained."""

@@ -15,7 +15,7 @@ EACH = "lora-each"
 EACH_RECIPES = {EACH: "lora", "adalora-each": "adalora"}
 """The methods that train an adapter for each rank by itself, and the recipe of each."""
 
-_REORDERED = ("frobenius", "activations", "loss", "para", "learned", "learned-40")
+_REORDERED = ("frobenius", "activations", "loss", "para", "gains", "learned", "learned-40", "distilled")
 
 
 @dataclass(frozen=True)

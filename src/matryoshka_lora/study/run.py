@@ -21,13 +21,13 @@ from matryoshka_lora.adapter import NestedAdapter
 from matryoshka_lora.adapter.factors import get_factors, get_parameters
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluate.curve import versions
-from matryoshka_lora.evaluate.engine import Engine
 from matryoshka_lora.evaluate.questions import Row, tokenize
 from matryoshka_lora.files import write_text
 from matryoshka_lora.models import load_tokenizer
 from matryoshka_lora.study.adalora import train_adalora
 from matryoshka_lora.study.config import Study
 from matryoshka_lora.study.cuts import CUTS, Trained, learned_steps
+from matryoshka_lora.study.measure import measure
 from matryoshka_lora.study.objectives import TRAINERS, check_plain, copies
 from matryoshka_lora.study.plan import cuts, load_runs, measured_ranks, needed
 from matryoshka_lora.study.recipes import RECIPES
@@ -133,22 +133,6 @@ def _measure(
         make()
         points.append(measure(adapter, tokenizer, rows, (adapter.nesting.max_rank,)))
     return Curve(tuple(one.loss[0] for one in points), tuple(one.accuracy[0] for one in points))
-
-
-def measure(
-    adapter: NestedAdapter, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], ranks: Sequence[int]
-) -> Curve:
-    """Loss and accuracy at each rank from one pass: an answer counts if greedy decoding would write all of it."""
-    questions = [tokenize(tokenizer, row) for row in rows]
-    requests = [(question.context, question.completion) for question in questions]
-    of = [rank for rank in ranks for _ in questions]
-    found = Engine(adapter, tokenizer).loglikelihood(requests * len(ranks), of)
-    tokens = sum(len(question.completion) for question in questions)
-    by_rank = [found[n * len(rows) : (n + 1) * len(rows)] for n in range(len(ranks))]
-    return Curve(
-        tuple(round(-sum(one.logprob for one in some) / tokens, 6) for some in by_rank),
-        tuple(round(sum(one.greedy for one in some) / len(some), 6) for some in by_rank),
-    )
 
 
 def _tokens(study: Study, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], count: int) -> int:
