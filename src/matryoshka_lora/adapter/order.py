@@ -16,14 +16,14 @@ from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.order import OrderOptimizer
 from matryoshka_lora.rules import stratified_ranks
 
-STEPS = 20
+STEPS = 40
 """Of the order, unless told otherwise."""
 
 ROWS = 12
 """Of a step; two for each of the lower ranks of powers of two up to 64. Better new ones at each step: few rows that
 come again are learned by heart, at the cost of the ranks between."""
 
-LEARNING_RATE = 0.01
+LEARNING_RATE = 0.02
 """By trial on validation data: benchmarks/order_choices.py, docs/reorder.md."""
 
 

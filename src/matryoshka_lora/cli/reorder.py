@@ -33,7 +33,7 @@ def reorder(
         typer.Option(help="For all but frobenius: a task, a file, or a hub dataset.", show_default=False),
     ] = None,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="How many rows of it.", show_default="128; 240 for learned")
+        int | None, typer.Option(min=1, help="How many rows of it.", show_default="128; 480 for learned")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The base model.", show_default="what the adapter names")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the base model.")] = Dtype.bf16,

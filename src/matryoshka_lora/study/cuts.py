@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter import NestedAdapter
 from matryoshka_lora.adapter.factors import get_factors, get_parameters
+from matryoshka_lora.adapter.order import LEARNING_RATE, STEPS
 from matryoshka_lora.adapter.source import Layer
 from matryoshka_lora.deploy.budget import choose_ranks
 from matryoshka_lora.deploy.calibrate import ROWS, learn_order_from, measure_moments
@@ -122,23 +123,26 @@ def _gains(trained: Trained) -> Sequence[Callable[[], None]]:
     return [*found, partial(trained.keep_prefix, largest, 1.0)]
 
 
-_LEARNED = {"learned": 20, "learned-40": 40, "distilled": 20}
+_LEARNED = {"learned": (STEPS, LEARNING_RATE), "learned-20": (20, 0.01), "distilled": (STEPS, LEARNING_RATE)}
 
 
 def learned_steps(cut: str) -> int:
     """How many batches of training rows a cut takes, forward and backward, after training."""
-    return _LEARNED.get(cut, 0)
+    return _LEARNED.get(cut, (0,))[0]
 
 
 def _learned(name: str) -> Cut:
+    steps, learning_rate = _LEARNED[name]
+
     def cut(trained: Trained) -> None:
         trained.svd()
         learn_order_from(
             trained.adapter,
             trained.tokenizer,
             trained.rows,
-            _LEARNED[name],
+            steps,
             trained.batch_size,
+            learning_rate,
             seed=trained.seed,
             distil=name == "distilled",
         )

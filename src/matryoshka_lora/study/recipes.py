@@ -15,7 +15,7 @@ EACH = "lora-each"
 EACH_RECIPES = {EACH: "lora", "adalora-each": "adalora"}
 """The methods that train an adapter for each rank by itself, and the recipe of each."""
 
-_REORDERED = ("frobenius", "activations", "loss", "para", "gains", "learned", "learned-40", "distilled")
+_REORDERED = ("frobenius", "activations", "loss", "para", "gains", "learned", "learned-20", "distilled")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def _p(rule: str, summary: str, **nesting: Any) -> Recipe:
 RECIPES: dict[str, Recipe] = {
     "lora": Recipe("plain LoRA at R, scale 1", {"rule": "lora"}),
     "lora-longer": Recipe(
-        "plain LoRA with a quarter more steps: those that a learned order takes", {"rule": "lora"}, length=1.25
+        "plain LoRA with half as many steps again: what a learned order takes after 80", {"rule": "lora"}, length=1.5
     ),
     "rslora": Recipe("LoRA at R with rsLoRA's scale, 16 / sqrt(R)", {"rule": "lora", "scaling": "sqrt", "alpha": 16.0}),
     "matryoshka": _p("matryoshka", "the paper's P, scaling none"),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def learn_from_trainer(adapter: NestedAdapter, trainer: SFTTrainer, seed: int = 0) -> None:
-    """Reorder a trained adapter and learn its order from the rows that its Trainer trained on: 20 steps of 12 rows.
+    """Reorder a trained adapter and learn its order from the rows that its Trainer trained on: 40 steps of 12 rows.
 
     At full rank the adapter stays what it is; see `matryoshka_lora.adapter.order`. Collator, loss and precision are the
     Trainer's. Under torch.distributed every process takes the same rows, so that all of them learn the same order.
