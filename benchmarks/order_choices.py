@@ -1,53 +1,130 @@
-"""How `learned` learns its order: rate, steps and rows of a step, on validation data only.
+"""How an order is learned best: rate and number of steps, or a row-wise polish of the factors, on validation data only.
 
-    python benchmarks/order_choices.py --out runs/reorder-study --tasks family_relationships
+    python benchmarks/order_choices.py --task chain_sum    # some 8 minutes on one core; the adapter is kept in --out
 
-Takes the adapters of seed 0 that ``reorder_study.py`` trains, and prints the validation loss at each rank for each
-choice. Its test questions are not looked at here.
+Trains the adapter that the study trains to choose learning rates (P at 1e-3, seed 100), and prints its validation loss
+and accuracy at each rank after each way of spending some steps more on the training rows. Test questions are not looked
+at. A way is written as in `WAYS`: `order` moves M and leaves full rank as it is, `polish` trains the factors, each row
+of a batch at a nested rank of its own, full rank among them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import random
+import tempfile
+import time
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-from reorder_study import RANKS, TASKS, held_out_loss, make_adapter
+from safetensors.torch import load_file, save_file
 
-from matryoshka_lora.adapter import load
+from matryoshka_lora.adapter.factors import get_parameters
 from matryoshka_lora.deploy.calibrate import learn_order_from
-from matryoshka_lora.models import load_model, load_tokenizer
-from matryoshka_lora.tasks import get_task
+from matryoshka_lora.evaluate.questions import pad_rows, tokenize
+from matryoshka_lora.models import load_tokenizer
+from matryoshka_lora.rules import stratified_ranks
+from matryoshka_lora.study.config import Study, load_study
+from matryoshka_lora.study.cuts import Trained
+from matryoshka_lora.study.measure import measure
+from matryoshka_lora.train import train
+from matryoshka_lora.train.trainer import CompletionTrainer
 
-CHOICES = ((0.03, 20, 8, 128), (0.03, 20, 12, 240), (0.01, 20, 12, 240), (0.003, 20, 12, 240), (0.01, 40, 12, 480))
-"""Learning rate, steps, rows of a step, and different rows."""
+WAYS = (
+    *("order 20 0.01", "order 20 0.03", "order 40 0.02", "order 40 0.03", "order 60 0.02"),
+    *("polish 20 0.0003", "polish 40 0.0005", "order 40 0.02, polish 20 0.0003"),
+)
+"""Kind, steps and peak learning rate; several one after the other with commas between."""
+
+SEED, ROWS = 100, 12
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/reorder-study"))
-    parser.add_argument("--items", type=int, default=100, help="validation questions (default: 100)")
-    parser.add_argument("--tasks", default=",".join(TASKS))
-    args = parser.parse_args()
-    tokenizer = load_tokenizer()
-    for task in args.tasks.split(","):
-        ordered = make_adapter(task, 0, args.out / f"{task}-0", "frobenius")
-        questions = get_task(task).examples("validation", args.items)
-        for choice in (None, *CHOICES):
-            adapter = load(load_model(), ordered, trainable=True)
-            if choice is not None:
-                rate, steps, rows, different = choice
-                examples = get_task(task, 0).examples("train", different)
-                learn_order_from(adapter, tokenizer, examples, steps, rows, rate)
-            adapter.model.eval()
-            found = []
-            for rank in RANKS:
-                adapter.set_rank(rank)
-                found.append(held_out_loss(adapter.model, tokenizer, questions))
-            losses = "  ".join(f"{loss:.3f}" for loss in found)
-            print(f"{task:20}  {'svd' if choice is None else choice!s:24}  {losses}", flush=True)
+    parser.add_argument("--task", default="chain_sum", help="one of the study's tasks")
+    parser.add_argument("--items", type=int, default=150, help="validation questions (default: 150)")
+    parser.add_argument("--out", type=Path, default=Path("runs/order-choices"), help="folder of trained factors")
+    parser.add_argument("--way", action="append", help="instead of all: such as 'order 40 0.02'")
+    given = parser.parse_args()
+    study = load_study(Path(__file__).parents[1] / "configs" / "studies" / "headline.yaml")
+    trained = make_adapter(study, given.task, given.out / f"{given.task}.safetensors")
+    held_out = study.tasks[given.task].rows("validation", given.items)
+    for way in ("as it is", *(given.way or WAYS)):
+        begin = time.perf_counter()
+        trained.svd()
+        if way != "as it is":
+            for part in way.split(", "):
+                kind, steps, rate = part.split()
+                spend = polish if kind == "polish" else learn
+                spend(trained, int(steps), float(rate))
+        seconds = time.perf_counter() - begin
+        found = measure(trained.adapter, trained.tokenizer, held_out, trained.adapter.nesting.ranks)
+        losses = " ".join(f"{loss:.3f}" for loss in found.loss)
+        accuracies = " ".join(f"{100 * share:3.0f}" for share in found.accuracy)
+        mean = sum(found.loss) / len(found.loss)
+        print(f"{given.task:20}  {way:32}  {mean:.4f}  {losses}  | {accuracies}  | {seconds:4.0f} s", flush=True)
+
+
+def make_adapter(study: Study, task: str, file: Path) -> Trained:
+    """The adapter as it was trained, from the file where there is one."""
+    rows = study.tasks[task].rows("train", study.train_rows("matryoshka"), SEED)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "train.jsonl"
+        lines = (json.dumps({"prompt": row.prompt, "completion": row.completion}) + "\n" for row in rows)
+        data.write_text("".join(lines))
+        config = study.train_config("matryoshka", study.rank, 1e-3, SEED, str(data), str(Path(folder) / "run"))
+        adapter = train(config, CompletionTrainer if not file.exists() else Untrained)
+    factors = {}
+    for name, module, _ in adapter._layers():
+        for letter, factor in zip("AB", get_parameters(module, adapter.name), strict=True):
+            factors[f"{name}.{letter}"] = factor.requires_grad_()
+    if file.exists():
+        with torch.no_grad():
+            for name, value in load_file(file).items():
+                factors[name].copy_(value)
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: factor.detach().clone() for name, factor in factors.items()}, file.with_suffix(".writing"))
+        file.with_suffix(".writing").rename(file)
+    return Trained(adapter, load_tokenizer(study.model), rows, ROWS, SEED)
+
+
+class Untrained(CompletionTrainer):
+    """Leaves the factors as they begin."""
+
+    def train(self, *args: object, **kwargs: object) -> None:  # type: ignore[override]
+        return None
+
+
+def learn(trained: Trained, steps: int, rate: float) -> None:
+    learn_order_from(trained.adapter, trained.tokenizer, trained.rows, steps, ROWS, rate, seed=SEED)
+
+
+def polish(trained: Trained, steps: int, rate: float) -> None:
+    """Adam on the factors themselves, with rows at all nested ranks; the rate falls to 0."""
+    adapter = trained.adapter
+    questions = [tokenize(trained.tokenizer, row) for row in trained.rows]
+    random.Random(SEED).shuffle(questions)
+    endless, draws = cycle(questions), random.Random(f"polish {SEED}")
+    factors = [factor for _, module, _ in adapter._layers() for factor in get_parameters(module, adapter.name)]
+    optimizer = torch.optim.Adam(factors, rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    pad = trained.tokenizer.pad_token_id
+    adapter.model.train()
+    for _ in range(steps):
+        ids, mask, is_answer = pad_rows(list(islice(endless, ROWS)), pad, adapter.model.device)
+        labels = ids.masked_fill(~is_answer, -100)
+        with adapter.rows(stratified_ranks(adapter.nesting.ranks, ROWS, draws), exact=False):
+            adapter.model(input_ids=ids, attention_mask=mask.long(), labels=labels, use_cache=False).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+    adapter.model.eval()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
     main()

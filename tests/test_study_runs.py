@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from matryoshka_lora.study.config import Study, make_study
 from matryoshka_lora.study.cuts import CUTS, Trained
 from matryoshka_lora.study.measure import measure
 from matryoshka_lora.study.plan import load_runs, missing_jobs, results
-from matryoshka_lora.study.records import Job, Run
+from matryoshka_lora.study.records import Curve, Job, Run
 from matryoshka_lora.study.run import run_job, run_once
 from matryoshka_lora.study.work import run_study
 from matryoshka_lora.train import train
@@ -274,6 +275,16 @@ def test_studies_that_share_a_folder_keep_each_others_cuts(model: Path, tmp_path
         assert set(load_runs(study, tmp_path)[job].curves) == {"prefix", "frobenius"}
         assert run_once(study, job, tmp_path)
     assert job.path(tmp_path).stat().st_mtime_ns == before
+    # A curve that is there is kept, unless other versions have measured it.
+    run = Run.read(job.path(tmp_path))
+    kept = replace(run, curves={**run.curves, "prefix": Curve((9.0,) * 3, (0.0,) * 3)})
+    for found, prefix in ((kept, kept), (replace(kept, versions={"torch": "0.1"}), run)):
+        found.write(tmp_path)
+        assert run_once(study_of(model, "lora/loss"), job, tmp_path)
+        now = Run.read(job.path(tmp_path))
+        assert now.curves["prefix"] == prefix.curves["prefix"]
+        assert now.curves["frobenius"] == run.curves["frobenius"]
+        assert list(now.curves) == list(now.cost["cuts"]) == ["prefix", "frobenius", "loss"]
 
 
 # Whole studies. A job takes a second, a process ten until it has imported everything.

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -49,17 +50,31 @@ def run_once(study: Study, job: Job, folder: Path) -> bool:
     try:
         with FileLock(lock, timeout=0):
             path, wanted = job.path(folder), set(needed(study, load_runs(study, folder), job))
-            if path.exists():
-                run = Run.read(path)
-                if run.job != job:
+            before = Run.read(path) if path.exists() else None
+            if before is not None:
+                if before.job != job:
                     raise MatryoshkaError(f"{path} holds the run of another job: delete it to run it again")
-                if not run.curves or wanted <= set(run.curves):
+                if not before.curves or wanted <= set(before.curves):
                     return True
-                wanted |= set(run.curves)  # another study may need them
-            run_job(study, job, wanted).write(folder)
+                # Another study may need the others; what other versions have measured is measured again.
+                wanted = wanted - set(before.curves) if before.versions == versions() else wanted | set(before.curves)
+            _with_curves_of(before, run_job(study, job, wanted)).write(folder)
             return True
     except Timeout:
         return False
+
+
+def _with_curves_of(before: Run | None, run: Run) -> Run:
+    """A run with the cuts of one of the same job that it has not measured itself."""
+    if before is None or not run.curves:
+        return run
+    names = [name for name in CUTS if name in {**before.curves, **run.curves}]
+    costs = {**before.cost["cuts"], **run.cost["cuts"]}
+    return replace(
+        run,
+        curves={name: {**before.curves, **run.curves}[name] for name in names},
+        cost={**run.cost, "cuts": {name: costs[name] for name in names}},
+    )
 
 
 def run_job(study: Study, job: Job, wanted: Collection[str] | None = None) -> Run:
