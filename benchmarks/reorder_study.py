@@ -3,7 +3,7 @@
     python benchmarks/reorder_study.py --out runs/reorder-study
 
 For each task and seed: trains an adapter with ``plain_lora.py`` (no code of ours), reorders it in each metric with
-questions of the *training* split (128; 240 for ``learned``), cuts it with PEFT's ``convert_to_lora``, and measures the
+questions of the *training* split (128; 480 for ``learned``), cuts it with PEFT's ``convert_to_lora``, and measures the
 loss on held-out questions at each rank, and at each budget with ranks per layer. One JSON file per part of a run; what
 is there is not computed again. ``--table docs/reorder-study.json`` gathers the parts that are there into one file and
 prints the tables of docs/reorder.md.

@@ -426,7 +426,7 @@ def test_a_run_of_adalora_is_measured_at_its_rank_alone(model: Path, tmp_path: P
 
 def test_the_parameters_of_adalora_are_those_that_are_left(model: Path, tmp_path: Path) -> None:
     study, job = study_of(model, "adalora-each", max_steps=6), job_of("adalora", rank=2)
-    rows = study.tasks["sums"].rows("train", study.train_rows, 0)
+    rows = study.tasks["sums"].rows("train", study.train_rows("adalora"), 0)
     data = tmp_path / "rows.jsonl"
     Dataset.from_list([{"prompt": r.prompt, "completion": r.completion} for r in rows]).to_json(data)
     theirs = train_peft(study.train_config("adalora", 2, job.learning_rate, 0, str(data), str(tmp_path)))
