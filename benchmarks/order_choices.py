@@ -11,9 +11,7 @@ of a batch at a nested rank of its own, full rank among them.
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import tempfile
 import time
 from itertools import cycle, islice
 from pathlib import Path
@@ -29,7 +27,8 @@ from matryoshka_lora.rules import stratified_ranks
 from matryoshka_lora.study.config import Study, load_study
 from matryoshka_lora.study.cuts import Trained
 from matryoshka_lora.study.measure import measure
-from matryoshka_lora.train import train
+from matryoshka_lora.study.records import Job
+from matryoshka_lora.study.run import train_job
 from matryoshka_lora.train.trainer import CompletionTrainer
 
 WAYS = (
@@ -69,13 +68,9 @@ def main() -> None:
 
 def make_adapter(study: Study, task: str, file: Path) -> Trained:
     """The adapter as it was trained, from the file where there is one."""
-    rows = study.tasks[task].rows("train", study.train_rows("matryoshka"), SEED)
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "train.jsonl"
-        lines = (json.dumps({"prompt": row.prompt, "completion": row.completion}) + "\n" for row in rows)
-        data.write_text("".join(lines))
-        config = study.train_config("matryoshka", study.rank, 1e-3, SEED, str(data), str(Path(folder) / "run"))
-        adapter = train(config, CompletionTrainer if not file.exists() else Untrained)
+    job = Job("matryoshka", task, study.rank, 1e-3, SEED, "validation")
+    rows = study.train_set(job.recipe, task, SEED)
+    adapter = train_job(study, job, rows, Untrained if file.exists() else None)
     factors = {}
     for name, module, _ in adapter._layers():
         for letter, factor in zip("AB", get_parameters(module, adapter.name), strict=True):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean, stdev
@@ -29,7 +28,8 @@ from matryoshka_lora.reorder import reorder_factors
 from matryoshka_lora.study.config import load_study
 from matryoshka_lora.study.objectives import TRAINERS
 from matryoshka_lora.study.recipes import RECIPES
-from matryoshka_lora.train import train
+from matryoshka_lora.study.records import Job
+from matryoshka_lora.study.run import train_job
 from matryoshka_lora.train.trainer import CompletionTrainer
 
 WAYS = {
@@ -66,15 +66,10 @@ def measure(out: Path, file: Path) -> None:
             kept = out / f"{way.replace(' ', '-')}-{seed}.safetensors"
             if kept.exists():
                 continue
-            with tempfile.TemporaryDirectory() as folder:
-                rows = study.tasks["chain_sum"].rows("train", study.train_rows(recipe), seed)
-                data = Path(folder) / "train.jsonl"
-                lines = (json.dumps({"prompt": row.prompt, "completion": row.completion}) + "\n" for row in rows)
-                data.write_text("".join(lines))
-                config = study.train_config(recipe, 32, rate, seed, str(data), str(Path(folder) / "run"))
-                plain = TRAINERS.get(RECIPES[recipe].objective or "", CompletionTrainer)
-                watching = type("Watching", (Watching, plain), {"gradients": []})
-                adapter = train(config, watching)
+            job = Job(recipe, "chain_sum", 32, rate, seed, "validation")
+            plain = TRAINERS.get(RECIPES[recipe].objective or "", CompletionTrainer)
+            watching = type("Watching", (Watching, plain), {"gradients": []})
+            adapter = train_job(study, job, study.train_set(recipe, "chain_sum", seed), watching)
             p = NESTING.diagonal() if recipe == "matryoshka" else torch.ones(32, dtype=torch.float64)
             found = describe(adapter, p)
             found["gradient"] = torch.stack(watching.gradients).mean(dim=0)

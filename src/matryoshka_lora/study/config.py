@@ -110,6 +110,15 @@ class Study:
         accumulated = self.training.get("gradient_accumulation_steps", 1)
         return int(self.steps(recipe) * self.training["per_device_train_batch_size"] * accumulated)
 
+    def train_set(self, recipe: str, task: str, seed: int) -> list[Row]:
+        """The training rows of one run: of a built-in task as many as it takes, of a file all.
+
+        Raises:
+            MatryoshkaError: There are not so many, or a file cannot be read.
+        """
+        built_in = "task" in self.tasks[task].source
+        return self.tasks[task].rows("train", self.train_rows(recipe) if built_in else None, seed)
+
     def train_config(
         self, recipe: str, rank: int, learning_rate: float, seed: int, data: Any, output_dir: str
     ) -> TrainConfig:

@@ -33,7 +33,8 @@ from matryoshka_lora.study.objectives import TRAINERS, check_plain, copies
 from matryoshka_lora.study.plan import cuts, load_runs, measured_ranks, needed
 from matryoshka_lora.study.recipes import RECIPES
 from matryoshka_lora.study.records import Curve, Job, Run
-from matryoshka_lora.train import TrainConfig, train
+from matryoshka_lora.train import train
+from matryoshka_lora.train.trainer import CompletionTrainer
 
 
 def run_once(study: Study, job: Job, folder: Path) -> bool:
@@ -89,50 +90,61 @@ def run_job(study: Study, job: Job, wanted: Collection[str] | None = None) -> Ru
         MatryoshkaError: It cannot be done.
     """
     torch.set_num_threads(study.threads)
-    task, tokenizer, objective = study.tasks[job.task], load_tokenizer(study.model), RECIPES[job.recipe].objective
-    used = study.train_rows(job.recipe)
-    rows = task.rows("train", used if "task" in task.source else None, job.seed)
-    held_out = task.rows(job.split, study.items[job.split])
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "train.jsonl"
-        write_text(data, "".join(json.dumps({"prompt": r.prompt, "completion": r.completion}) + "\n" for r in rows))
-        config = study.train_config(
-            job.recipe, job.rank, job.learning_rate, job.seed, str(data), str(Path(folder) / "run")
-        )
-        curves: dict[str, Curve] = {}
-        passes = copies(objective, config.nesting.ranks)
-        cost: dict[str, Any] = {"tokens": passes * _tokens(study, tokenizer, rows, used), "cuts": {}}
-        cost |= {"seconds": 0.0, "parameters": 0}
-        wanted = cuts(study, job) if wanted is None else wanted
-        begin = time.perf_counter()
-        try:
-            with _silent():
-                adapter = _train(config, objective)
-            cost["seconds"] = round(time.perf_counter() - begin, 2)
-            cost["parameters"] = _require_gradients(adapter)
-            batch = used // config.training["max_steps"]
-            trained = Trained(adapter, tokenizer, rows, batch, job.seed)
-            for name in [name for name in CUTS if name in wanted]:
-                begin = time.perf_counter()
-                each_rank = CUTS[name](trained)
-                seconds = round(time.perf_counter() - begin, 2)
-                more = _tokens(study, tokenizer, rows, learned_steps(name) * batch)
-                cost["cuts"][name] = {"tokens": more, "seconds": seconds}
-                curves[name] = _measure(adapter, tokenizer, held_out, each_rank)
-        except MatryoshkaError as error:
-            if "NaN" not in str(error):
-                raise
-            cost["seconds"] = cost["seconds"] or round(time.perf_counter() - begin, 2)
-            curves = {}
+    tokenizer, rows = load_tokenizer(study.model), study.train_set(job.recipe, job.task, job.seed)
+    held_out = study.tasks[job.task].rows(job.split, study.items[job.split])
+    used, steps = study.train_rows(job.recipe), study.steps(job.recipe)
+    passes = copies(RECIPES[job.recipe].objective, study.nesting(job.rank))
+    curves: dict[str, Curve] = {}
+    cost: dict[str, Any] = {"tokens": passes * _tokens(tokenizer, rows, used), "cuts": {}}
+    cost |= {"seconds": 0.0, "parameters": 0}
+    wanted = cuts(study, job) if wanted is None else wanted
+    begin = time.perf_counter()
+    try:
+        adapter = train_job(study, job, rows)
+        cost["seconds"] = round(time.perf_counter() - begin, 2)
+        cost["parameters"] = _require_gradients(adapter)
+        trained = Trained(adapter, tokenizer, rows, used // steps, job.seed)
+        for name in [name for name in CUTS if name in wanted]:
+            begin = time.perf_counter()
+            each_rank = CUTS[name](trained)
+            seconds = round(time.perf_counter() - begin, 2)
+            more = _tokens(tokenizer, rows, learned_steps(name) * used // steps)
+            cost["cuts"][name] = {"tokens": more, "seconds": seconds}
+            curves[name] = _measure(adapter, tokenizer, held_out, each_rank)
+    except MatryoshkaError as error:
+        if "NaN" not in str(error):
+            raise
+        cost["seconds"] = cost["seconds"] or round(time.perf_counter() - begin, 2)
+        curves = {}
     finite = all(math.isfinite(loss) for curve in curves.values() for loss in curve.loss)
     return Run(job, measured_ranks(study, job), curves if finite else {}, cost, study.settings(job.task), versions())
 
 
-def _train(config: TrainConfig, objective: str | None) -> NestedAdapter:
-    if objective is None:
-        return train(config)
-    check_plain(config)
-    return train_adalora(config) if objective == "adalora" else train(config, TRAINERS[objective])
+def train_job(
+    study: Study, job: Job, rows: Sequence[Row], trainer_class: type[CompletionTrainer] | None = None
+) -> NestedAdapter:
+    """Train a job's adapter, without a word; its factors are raw and in memory only.
+
+    Args:
+        study: Of the job.
+        job: What to do; its split is not looked at.
+        rows: `Study.train_set`'s.
+        trainer_class: What trains, where it is not the recipe's own.
+
+    Raises:
+        MatryoshkaError: It cannot be done, or the loss is not finite.
+    """
+    objective = RECIPES[job.recipe].objective
+    with tempfile.TemporaryDirectory() as folder, _silent():
+        data = Path(folder) / "train.jsonl"
+        write_text(data, "".join(json.dumps({"prompt": r.prompt, "completion": r.completion}) + "\n" for r in rows))
+        output = str(Path(folder) / "run")
+        config = study.train_config(job.recipe, job.rank, job.learning_rate, job.seed, str(data), output)
+        if objective is not None:
+            check_plain(config)
+        if objective == "adalora":
+            return train_adalora(config)
+        return train(config, trainer_class or TRAINERS.get(objective or ""))
 
 
 def _measure(
@@ -150,7 +162,7 @@ def _measure(
     return Curve(tuple(one.loss[0] for one in points), tuple(one.accuracy[0] for one in points))
 
 
-def _tokens(study: Study, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], count: int) -> int:
+def _tokens(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], count: int) -> int:
     """How many tokens so many rows have, without padding."""
     lengths = [len(q.context) + len(q.completion) for q in (tokenize(tokenizer, row) for row in rows)]
     return round(sum(lengths) / len(lengths) * count)
