@@ -12,7 +12,7 @@ import pytest
 
 from matryoshka_lora import read_sidecar
 
-CURVES = ["matryoshka-prefix", "matryoshka-keep", "matryoshka-reordered", "lora-prefix", "lora-reordered"]
+CURVES = ["matryoshka-prefix", "matryoshka-svd", "matryoshka-learned", "lora-svd", "lora-learned"]
 
 
 @pytest.mark.slow

@@ -29,7 +29,6 @@ BATCH_SIZE = 12
 STEPS = 80
 # The minima of validation loss in benchmarks/learning_rates.py.
 LEARNING_RATES = {"matryoshka": 2e-3, "lora": 2e-3}
-INFERENCES = {"matryoshka": ("prefix", "keep"), "lora": ("prefix",)}
 CHECKED_QUESTIONS = 8
 ANSWER_TOKENS = 12
 
@@ -57,7 +56,7 @@ print(json.dumps(answers))
 """.replace("ANSWER_TOKENS", str(ANSWER_TOKENS))
 
 THREE_LINES = f"""\
-    from matryoshka_lora import Nesting, nest
+    from matryoshka_lora import Nesting, learn_from_trainer, nest
     adapter = nest(peft_model, Nesting.powers_of_two({MAX_RANK}))   # of LoraConfig(r={MAX_RANK}, lora_alpha={MAX_RANK})
     trainer.add_callback(adapter.callback())
 """
@@ -71,7 +70,7 @@ def demo(
     """Train one adapter for every rank, beside plain LoRA, and draw what each rank is worth.
 
     The model is SmolLM2-135M, the questions are about family relationships; both come inside packages, so no network
-    is needed. Takes about ten minutes on two cores. A run that was stopped goes on at the next adapter.
+    is needed. Takes about a quarter of an hour on two cores. A run that was stopped goes on at the next adapter.
 
     Example: matryoshka demo --out runs/demo
     """
@@ -79,7 +78,7 @@ def demo(
     began = time.monotonic()
     typer.echo(
         f"Trains two adapters of rank {MAX_RANK} on {TASK}, {steps} steps each (about two minutes each on two cores),\n"
-        f"then answers {items} test questions with 5 x 6 versions of them (about five minutes). Writes to {out}/."
+        f"then answers {items} test questions with 5 x 6 versions of them (about ten minutes). Writes to {out}/."
     )
     from matryoshka_lora.errors import MatryoshkaError
     from matryoshka_lora.evaluate import print_tables, reading, write_evaluation
@@ -100,7 +99,7 @@ def demo(
             raise MatryoshkaError(f"{error}\nFor the demo: delete {out}, or give another folder with --out") from error
 
     _say(began, f"3/4  Evaluating {items} test questions")
-    evaluation = _evaluate(adapters, tokenizer, task, questions)
+    evaluation = _evaluate(adapters, tokenizer, task, questions, task.examples("train", steps * BATCH_SIZE))
     write_evaluation(evaluation, out)
     nested = adapters["matryoshka"]
     nested.save(out / "adapter")
@@ -115,10 +114,10 @@ def demo(
     typer.echo(
         f"{out}/curve.png        every rank in one picture\n"
         f"{out}/evaluation.json  the numbers\n"
-        f"{out}/adapter/         the reordered matryoshka adapter, for any rank from 1 to {MAX_RANK}\n"
+        f"{out}/adapter/         the matryoshka adapter with learned order, for any rank from 1 to {MAX_RANK}\n"
         f"{out}/rank-{EXPORTED_RANK}/          rank {EXPORTED_RANK} of it as a plain LoRA adapter\n\n"
         f"In a training script of your own, before trainer.train():\n{THREE_LINES}"
-        "and after it: adapter.reorder(); adapter.save(path)\n\n"
+        "and after it: learn_from_trainer(adapter, trainer); adapter.save(path)\n\n"
         f"Next: matryoshka eval {out}/adapter --task {TASK} --ranks 3,6,12"
     )
 
@@ -144,22 +143,30 @@ def demo_config(rule: str, steps: int, folder: Path, learning_rate: float) -> Tr
 
 
 def _evaluate(
-    adapters: dict[str, NestedAdapter], tokenizer: PreTrainedTokenizerBase, task: Task, questions: Sequence[Example]
+    adapters: dict[str, NestedAdapter],
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    questions: Sequence[Example],
+    rows: Sequence[Example],
 ) -> Evaluation:
-    """All curves; the adapters are reordered afterwards."""
+    """All curves; the order of the adapters is learned afterwards, from the training rows."""
+    from matryoshka_lora.deploy.calibrate import learn_order_from
     from matryoshka_lora.evaluate import Evaluation, evaluate_base, evaluate_ranks
     from matryoshka_lora.models import EMBEDDED
 
     base = evaluate_base(adapters["matryoshka"], tokenizer, task, questions)
     evaluation = Evaluation(TASK, "test", EMBEDDED, "bfloat16", base)
-    for rule, adapter in adapters.items():
-        for inference in INFERENCES[rule]:
-            adapter.inference = inference  # type: ignore[assignment]
-            name = f"{rule}-{inference}"
-            evaluation.curves[name] = evaluate_ranks(adapter, tokenizer, task, questions, name=name)
-        adapter.reorder()
-        name = f"{rule}-reordered"
+
+    def curve(adapter: NestedAdapter, name: str) -> None:
         evaluation.curves[name] = evaluate_ranks(adapter, tokenizer, task, questions, name=name)
+
+    for rule, adapter in adapters.items():
+        if rule == "matryoshka":
+            curve(adapter, "matryoshka-prefix")  # the paper's inference
+        adapter.reorder()
+        curve(adapter, f"{rule}-svd")
+        learn_order_from(adapter, tokenizer, rows, batch_size=BATCH_SIZE)
+        curve(adapter, f"{rule}-learned")
     return evaluation
 
 
