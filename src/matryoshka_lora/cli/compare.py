@@ -70,7 +70,7 @@ def _report(study: Study, runs: Any, folder: Path) -> bool:
     if not found:
         typer.echo("No method has a test run yet: there is nothing to report.")
         return False
-    training = ", ".join(f"{key} {value}" for key, value in study.training.items())
+    training = ", ".join(f"{key} {value}" for key, value in study.training.items() if key != "disable_tqdm")
     about = {
         "model": f"{study.model}, {study.dtype}, all linear layers, R = {study.rank}",
         "training": f"{training}; each built-in question once",
