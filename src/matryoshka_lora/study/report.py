@@ -230,7 +230,10 @@ def _tests(
     if winner:
         how = "named by whoever made this report"
     elif stats.nominate(results, tried):
-        how = "picked on validation data: lowest geometric mean, over the tasks, of the loss at its learning rate"
+        how = (
+            "picked on validation data: lowest geometric mean, over the tasks, of the loss at its learning rate, of "
+            "the methods that train as long as the study says"
+        )
     blocks += [
         f"{method} minus each rival, paired by task and seed. {_POOLED} p is that of a two-sided sign-flip permutation "
         "test, which takes the sign of each pair, whatever its task, for a fair coin if the methods are equal. Holm "

@@ -12,7 +12,7 @@ from scipy import stats
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.metrics import aurac
-from matryoshka_lora.study.recipes import EACH_RECIPES
+from matryoshka_lora.study.recipes import EACH_RECIPES, RECIPES
 from matryoshka_lora.study.records import Result, Tried
 
 Value = Callable[[Result], float | None]
@@ -205,11 +205,16 @@ def best(results: Sequence[Result]) -> str | None:
 def nominate(results: Sequence[Result], tried: Sequence[Tried]) -> str | None:
     """The method to test, chosen on validation data: the lowest geometric mean over the tasks of `Tried.loss`.
 
-    Of those that `best` may take whose learning rate is known on every task of the results.
+    Of those that `best` may take whose learning rate is known on every task of the results, without the recipes that
+    train for longer than the study says: these are there to show what the tokens of a cut would do in training, and
+    how long to train is not what a method is asked.
     """
     tasks = {result.task for result in results}
+    longer = {name for name, recipe in RECIPES.items() if recipe.length != 1}
     means = {}
     for method in {result.method for result in results} - set(EACH_RECIPES):
+        if method.partition("/")[0] in longer:
+            continue
         losses = {one.task: one.loss for one in tried if one.method == method}
         if tasks <= losses.keys() and all(math.isfinite(losses[task]) for task in tasks):
             means[method] = fmean(math.log(max(losses[task], 1e-9)) for task in tasks)
