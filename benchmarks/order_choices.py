@@ -43,13 +43,13 @@ SEED, ROWS = 100, 12
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="chain_sum", help="one of the study's tasks")
-    parser.add_argument("--items", type=int, default=150, help="validation questions (default: 150)")
+    parser.add_argument("--items", type=int, default=150, help="validation questions (default: 150; wordnet has 50)")
     parser.add_argument("--out", type=Path, default=Path("runs/order-choices"), help="folder of trained factors")
     parser.add_argument("--way", action="append", help="instead of all: such as 'order 40 0.02'")
     given = parser.parse_args()
     study = load_study(Path(__file__).parents[1] / "configs" / "studies" / "headline.yaml")
-    trained = make_adapter(study, given.task, given.out / f"{given.task}.safetensors")
     held_out = study.tasks[given.task].rows("validation", given.items)
+    trained = make_adapter(study, given.task, given.out / f"{given.task}.safetensors")
     for way in ("as it is", *(given.way or WAYS)):
         begin = time.perf_counter()
         trained.svd()

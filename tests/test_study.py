@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,7 +24,18 @@ from hypothesis import strategies as st
 
 from matryoshka_lora import MatryoshkaError
 from matryoshka_lora.study.config import Study, load_study, make_study
-from matryoshka_lora.study.plan import MOST_RATES, Unit, load_runs, missing_jobs, needed, rates, results, units
+from matryoshka_lora.study.plan import (
+    MOST_RATES,
+    Unit,
+    diverged,
+    load_runs,
+    missing_jobs,
+    needed,
+    rates,
+    results,
+    units,
+)
+from matryoshka_lora.study.recipes import LEARNED, RECIPES, cut_settings, parse_method
 from matryoshka_lora.study.records import Curve, Job, Run
 from matryoshka_lora.study.run import run_once
 from matryoshka_lora.tasks import get_task
@@ -186,7 +199,8 @@ def run_of(study: Study, job: Job, cuts: Iterable[str], world: World) -> Run:
         if loss is not None
     }
     cost = {"tokens": 1, "seconds": 1.0, "parameters": 1, "cuts": {c: {"tokens": 0, "seconds": 0.0} for c in losses}}
-    return Run(job, ranks, curves, cost, study.settings(job.task), {})
+    diverged = tuple(cut for cut, loss in losses.items() if loss is None)
+    return Run(job, ranks, curves, cost, study.settings(job.task, job.recipe), {}, diverged)
 
 
 def all_cuts(study: Study, job: Job) -> list[str]:
@@ -277,8 +291,8 @@ def test_test_questions_are_asked_of_a_cut_at_its_own_rate_alone(tmp_path: Path)
     two, four = (Job("lora", "sums", 4, rate, 7, "test") for rate in (2e-3, 4e-3))
     assert needed(study, runs, two) == ["frobenius"]
     assert needed(study, runs, four) == ["prefix"]
-    # Before the rates are known, and on validation data, all of them.
-    assert needed(study, {}, four) == ["prefix", "frobenius"]
+    # None before the rates are known, and all of them on validation data.
+    assert needed(study, {}, four) == []
     assert needed(study, runs, Job("lora", "sums", 4, 2e-3, 100, "validation")) == ["prefix", "frobenius"]
     # A run that has no more than that is done.
     for job, run in runs.items():
@@ -313,12 +327,16 @@ def test_a_curve_of_lora_each_is_put_together_from_a_run_for_each_rank() -> None
 
 
 def random_world(number: int, diverging: float = 0.15) -> World:
-    """Losses without any order, often equal, so that grids grow at both edges; the same for the same number."""
+    """Losses without any order, often equal, so that grids grow at both edges; the same for the same number.
+
+    A run diverges as a whole, or one of its cuts does.
+    """
 
     def world(job: Job, cut: str) -> float | None:
-        if random.Random(f"{number} {job}").random() < diverging:
+        draw = random.Random(f"{number} {job} {cut}")
+        if min(random.Random(f"{number} {job}").random(), draw.random()) < diverging / 2:
             return None
-        return random.Random(f"{number} {job} {cut}").randint(10, 16) / 2
+        return draw.randint(10, 16) / 2
 
     return world
 
@@ -354,10 +372,10 @@ def expected_jobs(study: Study, world: World) -> tuple[set[Job], dict[Job, list[
                 return math.inf if found is None else found
 
             some, chosen = expected_rates(study.learning_rates, loss)
-            needed = {job_at(rate) for rate in some}
-            validation |= needed
+            choice = {job_at(rate) for rate in some}
+            validation |= choice
             for seed in study.seeds:
-                tests.setdefault(Job(recipe, task, rank, chosen, seed, "test"), []).append(needed)
+                tests.setdefault(Job(recipe, task, rank, chosen, seed, "test"), []).append(choice)
     return validation | set(tests), tests
 
 
@@ -376,11 +394,13 @@ def test_jobs_finish_in_any_order(number: int) -> None:
         assert not set(missing) & set(runs)
         assert set(missing) <= everything
         for job in missing:
-            assert job.split == "validation" or any(needed <= set(runs) for needed in before[job])
+            assert job.split == "validation" or all(choice <= set(runs) for choice in before[job])
         assert [job.task for job in missing] == sorted(job.task for job in missing)
         for job in draw.sample(missing, draw.randint(1, len(missing))):
-            runs[job] = run_of(study, job, all_cuts(study, job), world)
+            runs[job] = run_of(study, job, needed(study, runs, job), world)
     assert set(runs) == everything
+    # What a test run measured when it was due is what is asked of it when all is known.
+    assert all(run.done() == set(needed(study, runs, job)) for job, run in runs.items())
     assert not any(rates(study, runs, Unit("lora", "prefix", "a", rank)).missing for rank in (1, 2, 4))
     gone = draw.choice(sorted(runs, key=str))
     assert missing_jobs(study, {job: run for job, run in runs.items() if job != gone}) == [gone]
@@ -450,7 +470,8 @@ def any_run(draw: st.DrawFn) -> Run:
     curve = st.lists(numbers, min_size=len(ranks), max_size=len(ranks)).map(tuple)
     curves = draw(st.dictionaries(texts, st.builds(Curve, curve, curve), max_size=3))
     settings, cost = (draw(st.dictionaries(st.text(max_size=5), values, max_size=3)) for _ in range(2))
-    return Run(job, ranks, curves, cost, settings, draw(st.dictionaries(texts, texts, max_size=3)))
+    diverged = tuple(draw(st.lists(texts, max_size=2)))
+    return Run(job, ranks, curves, cost, settings, draw(st.dictionaries(texts, texts, max_size=3)), diverged)
 
 
 @given(any_run(), st.data())
@@ -524,17 +545,69 @@ def test_another_format_says_so(tmp_path: Path) -> None:
         ({"items": {"test": 7}}, "items"),
         ({"threads": 2}, "threads"),
         ({"tasks": {"sums": {"task": "chain_sum", "max_terms": 3}}}, "source"),
-        ({"tasks": {"sums": FILES}}, "source"),
+        ({"tasks": {"sums": FILES}}, "source, files"),
         ({"model": "other", "threads": 2}, "model, threads"),
         ({"rank": 8, "methods": ["lora-each"]}, "rank"),
     ],
     ids=str,
 )
-def test_runs_with_other_settings_are_refused(tmp_path: Path, changes: dict[str, Any], name: str) -> None:
+def test_runs_with_other_settings_are_refused(
+    tmp_path: Path, changes: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path)
     path = wrote(tmp_path, study_of())
     with pytest.raises(MatryoshkaError) as caught:
         load_runs(study_of(**changes), tmp_path)
     assert f"{path} was run with another {name} than this study has: take another folder" in str(caught.value)
+
+
+def write_files(folder: Path) -> None:
+    for file in FILES.values():
+        path = folder / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('{"prompt": "1=", "completion": "1"}\n')
+
+
+def test_runs_with_other_rows_or_of_another_recipe_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names are the same: what they name has changed."""
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path)
+    own = lambda: study_of(tasks={"sums": FILES}, methods=["lora/learned"])  # noqa: E731
+    path = wrote(tmp_path, own(), ["learned"])
+    kept = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({**kept, "settings": {**kept["settings"], "cuts": {"learned": cut_settings("learned")}}})
+    )
+    assert len(load_runs(own(), tmp_path)) == 1
+    with monkeypatch.context() as patch:
+        patch.setitem(LEARNED, "learned", (7, 0.5))
+        with pytest.raises(MatryoshkaError, match="was run with another cut learned than"):
+            load_runs(own(), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setitem(RECIPES, "lora", replace(RECIPES["lora"], length=2.0))
+        with pytest.raises(MatryoshkaError, match="was run with another recipe than"):
+            load_runs(own(), tmp_path)
+    (tmp_path / FILES["train"]).write_text('{"prompt": "2=", "completion": "2"}\n')
+    with pytest.raises(MatryoshkaError, match="was run with another files than"):
+        load_runs(own(), tmp_path)
+    (tmp_path / FILES["train"]).unlink()
+    with pytest.raises(MatryoshkaError, match=r"tasks.sums.train: nowhere/train.jsonl: No such file"):
+        load_runs(own(), tmp_path)
+
+
+def test_what_diverged_is_named() -> None:
+    study = study_of(methods=["lora/frobenius", "lora/prefix", "lora-each"])
+
+    def world(job: Job, cut: str) -> float | None:
+        bad = job.split == "test" and job.seed == 1 and (cut == "frobenius" or job.rank == 2)
+        return None if bad else 9 + abs(math.log(job.learning_rate / 2e-3))
+
+    runs = finish(study, world)
+    assert diverged(study, runs) == ["lora/frobenius on sums, seed 1, R = 4", "lora-each on sums, seed 1, R = 2"]
+    assert {(r.method, r.seed) for r in results(study, runs)} == {
+        *(("lora/frobenius", 0), ("lora/prefix", 0), ("lora/prefix", 1), ("lora-each", 0)),
+    }
 
 
 @pytest.mark.parametrize(
@@ -572,10 +645,11 @@ def test_a_run_that_lacks_a_cut_is_due_again(tmp_path: Path) -> None:
     assert job in missing_jobs(study, load_runs(study, tmp_path))
     wrote(tmp_path, study, ["frobenius", "prefix", "loss"])
     assert job not in missing_jobs(study, load_runs(study, tmp_path))
-    # What diverged has no cut at all, and would again.
-    wrote(tmp_path, study, [])
-    assert load_runs(study, tmp_path)[job].curves == {}
-    assert job not in missing_jobs(study, load_runs(study, tmp_path))
+    # What diverged would again.
+    for cuts, lost in (([], ("frobenius", "loss")), (["frobenius"], ("loss",))):
+        wrote(tmp_path, study, cuts, diverged=lost)
+        assert set(load_runs(study, tmp_path)[job].curves) == set(cuts)
+        assert job not in missing_jobs(study, load_runs(study, tmp_path))
 
 
 def test_a_file_with_the_run_of_another_job_is_no_endless_loop(tmp_path: Path) -> None:
@@ -629,7 +703,7 @@ def test_the_rate_of_one_rank_alone_is_chosen_by_that_rank() -> None:
     runs = {}
     for rate, losses in curves.items():
         job = Job("lora", "sums", 4, rate, 100, "validation")
-        runs[job] = Run(job, (1, 2, 4), {"prefix": Curve(losses, losses)}, {}, study.settings("sums"), {})
+        runs[job] = Run(job, (1, 2, 4), {"prefix": Curve(losses, losses)}, {}, study.settings("sums", "lora"), {})
     (whole,), alone = units(study, "lora/prefix", "sums"), units(study, "lora-each", "sums")[-1]
     assert rates(study, runs, whole).chosen == 4e-3
     assert rates(study, runs, alone).chosen == 2e-3
@@ -641,10 +715,33 @@ def test_no_held_out_question_of_these_studies_is_trained_on(path: Path, monkeyp
     study = load_study(path)
     for task in study.tasks.values():
         rows = {split: task.rows(split, study.items[split]) for split in ("validation", "test")}
-        trained = {row.prompt for seed in (*study.seeds, study.rate_seed) for row in task.rows("train", 400, seed)}
+        longest = max((parse_method(method)[0] for method in study.methods), key=study.train_rows)
+        seeds = (*study.seeds, study.rate_seed)
+        trained = {row.prompt for seed in seeds for row in study.train_set(longest, task.name, seed)}
         assert not trained & {row.prompt for found in rows.values() for row in found}
         assert not {row.prompt for row in rows["validation"]} & {row.prompt for row in rows["test"]}
         assert {split: len(found) for split, found in rows.items()} == study.items
+
+
+def test_no_gloss_of_wordnet_shares_half_of_its_words_with_one_of_another_split() -> None:
+    """Sister terms do, and would give their class away."""
+    words = {}
+    for split in FILES:
+        lines = (ROOT / "configs" / "studies" / "wordnet" / f"{split}.jsonl").read_text().splitlines()
+        glosses = [json.loads(line)["prompt"].removeprefix("Definition: ").removesuffix("\nClass:") for line in lines]
+        words[split] = [{word for word in re.findall("[a-z]+", gloss.lower()) if len(word) > 3} for gloss in glosses]
+    for one, other in combinations(words, 2):
+        for mine, theirs in product(words[one], words[other]):
+            assert 2 * len(mine & theirs) < min(len(mine), len(theirs))
+
+
+def test_a_longer_recipe_takes_new_questions_or_the_same_again() -> None:
+    study = study_of()
+    plain, longer, again = (study.train_set(recipe, "sums", 0) for recipe in ("lora", "lora-longer", "lora-again"))
+    assert (len(plain), len(longer)) == (960, 1440)
+    assert longer[:960] == plain == again
+    assert study.steps("lora-longer") == study.steps("lora-again") == 120
+    assert study.train_rows("lora-longer") == study.train_rows("lora-again") == 1440
 
 
 def test_wordnet_has_every_class_as_often() -> None:

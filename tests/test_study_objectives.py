@@ -457,7 +457,7 @@ def test_adalora_is_a_method_of_a_run_for_each_rank(model: Path) -> None:
             cuts = {"prefix": curve, "frobenius": curve}
             cost = {"tokens": 10, "seconds": 1.0, "parameters": job.rank}
             cost |= {"cuts": {cut: {"tokens": 0, "seconds": 0.0} for cut in cuts}}
-            found[job] = Run(job, ranks, cuts, cost, study.settings("sums"), {})
+            found[job] = Run(job, ranks, cuts, cost, study.settings("sums", "adalora"), {})
     each = next(result for result in results(study, found) if result.method == "adalora-each")
     assert (each.ranks, each.curve.accuracy) == ((1, 2, 4), (1 / 8, 2 / 8, 4 / 8))
     assert (each.tokens, each.parameters) == (30, 1 + 2 + 4)

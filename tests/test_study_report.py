@@ -383,7 +383,10 @@ def test_the_winner_is_tested_against_all_others() -> None:
     assert row(accuracy, "lora/prefix")[3:] == ["0.50000", "0.50000"]
     # (-0.1 + 0.05) / 3 and (-0.1 + 0.15) / 3.
     assert row(loss, "lora-each") == ["lora-each", "4", "+0.000 ± 0.031", "1.00000", "1.00000"]
-    assert "With 2 pairs, the fewest here, no p can be below 0.50000." in text
+    assert (
+        "With 2 pairs, the fewest here, no p can be below 0.50000, and the least of the corrected ones not below 1.0"
+        in text
+    )
 
 
 def test_a_winner_and_rivals_can_be_named() -> None:

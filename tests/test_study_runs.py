@@ -249,24 +249,28 @@ def test_loss_and_accuracy_are_those_of_plain_peft(model: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("rate", "steps"),
+    ("rate", "steps", "diverged"),
     [
-        (1e30, 3),  # training itself finds it
-        (1e8, 1),  # the factors are finite, and the model computes NaN when it is cut
+        (1e30, 3, ("frobenius", "loss")),  # training itself finds it
+        (1e8, 1, ("loss",)),  # the factors are finite, and the gradients at the layers' outputs are not
     ],
 )
-def test_a_run_that_diverges_is_done_and_has_no_curves(model: Path, tmp_path: Path, rate: float, steps: int) -> None:
+def test_what_diverges_is_done_and_each_cut_does_alone(
+    model: Path, tmp_path: Path, rate: float, steps: int, diverged: tuple[str, ...]
+) -> None:
     training = {"max_steps": steps, "per_device_train_batch_size": 2, "max_grad_norm": 0.0, "disable_tqdm": True}
-    study, job = study_of(model, "lora/frobenius", "lora/loss", training=training), job_of(rate=rate)
+    study = study_of(model, "lora/frobenius", "lora/loss", training=training)
+    job = job_of(rate=rate, split="validation")
     assert run_once(study, job, tmp_path)
     run = load_runs(study, tmp_path)[job]
-    assert run.curves == {}
+    assert run.diverged == diverged
+    assert run.curves == run_job(study_of(model, "lora/frobenius", training=training), job).curves
     assert job not in missing_jobs(study, {job: run})
 
 
 def test_studies_that_share_a_folder_keep_each_others_cuts(model: Path, tmp_path: Path) -> None:
     one, other = study_of(model, "lora/prefix"), study_of(model, "lora/frobenius")
-    job = job_of()
+    job = job_of(split="validation")
     for study in (one, other):
         assert job not in load_runs(study, tmp_path)
         assert run_once(study, job, tmp_path)

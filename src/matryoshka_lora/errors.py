@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The exceptions that are meant for the person at the keyboard."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class MatryoshkaError(ValueError):
     Every check of this package raises it before anything is changed, on disk or in a model. The command line prints
     it without a traceback.
     """
+
+
+class NotFiniteError(MatryoshkaError):
+    """Numbers are NaN or infinity: training diverged, or the base model's dtype is too narrow for it."""

@@ -17,7 +17,7 @@ from matryoshka_lora.adapter.factors import as_parameters, assign, get_factors, 
 from matryoshka_lora.adapter.state import Inference, NestedState
 from matryoshka_lora.adapter.storage import export_rank, save_adapter
 from matryoshka_lora.adapter.variant import Gate, NestedVariant, check_mergeable
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.reorder import reorder_factors
 from matryoshka_lora.rules import Rule, get_rule
@@ -261,7 +261,7 @@ class NestedAdapter:
         p, scale = state.trained_diagonal(), state.nesting.scale(state.nesting.max_rank)
         for name, module, _ in self._layers():
             if not all(bool(f.isfinite().all()) for f in get_factors(module, self.name)):
-                raise MatryoshkaError(f"layer {name} holds NaN or infinity: training diverged; lower the learning rate")
+                raise NotFiniteError(f"layer {name} holds NaN or infinity: training diverged; lower the learning rate")
         spectra = {}
         with torch.no_grad():
             for name, module, _ in self._layers():

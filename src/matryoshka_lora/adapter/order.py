@@ -12,7 +12,7 @@ from torch import Tensor
 
 from matryoshka_lora.adapter.factors import as_matrices, as_parameters, assign, gathered, get_factors, get_parameters
 from matryoshka_lora.adapter.nested import NestedAdapter
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.order import OrderOptimizer
 from matryoshka_lora.rules import stratified_ranks
 
@@ -93,7 +93,7 @@ def learn_order(
                 with adapter._standing(diagonal[0] if routed else diagonal, exact=False):
                     value = part.loss()
                     if not bool(value.isfinite()):
-                        raise MatryoshkaError(f"the loss is {value.item()}: the model computes NaN or infinity")
+                        raise NotFiniteError(f"the loss is {value.item()}: the model computes NaN or infinity")
                     (value * (part.weight / weight)).backward()  # type: ignore[no-untyped-call]
             optimizer.step([_gradients(module, adapter.name) for module in modules])
             schedule.step()

@@ -20,7 +20,7 @@ from matryoshka_lora.adapter.directions import DIRECTIONS_NAME, read_directions,
 from matryoshka_lora.adapter.sidecar import read_sidecar
 from matryoshka_lora.adapter.slicing import check_layer_name, factor_keys, layer_name, shorten_tensors
 from matryoshka_lora.adapter.state import NestedState
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 
 # PEFT begins to change the base model for some of these before the layers can be looked at.
 _OTHER_METHODS = (
@@ -190,7 +190,7 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
                 f"{where}: {key} has dtype {tensor.dtype}; an adapter is written in fp32, bf16 or fp16. Save it again"
             )
         if not tensor.float().isfinite().all():
-            raise MatryoshkaError(
+            raise NotFiniteError(
                 f"{where}: {key} holds NaN or infinity, so it would destroy every answer. If training diverged, train "
                 "again with a lower learning rate"
             )

@@ -30,6 +30,9 @@ def compare(
     minutes: Annotated[
         float | None, typer.Option(help="Begin no run after so long.", show_default="until all are done")
     ] = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="The folder of runs, which studies may share.", show_default="that of --out")
+    ] = None,
     report: Annotated[bool, typer.Option("--report", help="Run nothing; report what is there.")] = False,
 ) -> None:
     """Compare ways of training an adapter for every rank: a grid of methods, tasks, learning rates and seeds.
@@ -49,21 +52,23 @@ def compare(
 
     checked = load_study(study)
     folder = out or Path("runs") / study.stem
+    seconds = None if minutes is None else 60 * minutes
     if report:
-        runs = load_runs(checked, folder)
+        found = load_runs(checked, runs or folder)
     else:
         with _Progress() as show:
-            runs = run_study(checked, folder, workers, launcher.value, show, None if minutes is None else 60 * minutes)
-    left = len(missing_jobs(checked, runs))
-    if _report(checked, runs, folder):
+            found = run_study(checked, runs or folder, workers, launcher.value, show, seconds)
+    left = len(missing_jobs(checked, found))
+    if _report(checked, found, folder):
         typer.echo(f"The report is in {folder}: study.md, study.html, study.png")
     if left:
         again = "without --report" if report else "again"
-        typer.echo(f"{len(runs)} runs are there, {left} or more are missing. Next: the same command {again}")
+        typer.echo(f"{len(found)} runs are there, {left} or more are missing. Next: the same command {again}")
 
 
 def _report(study: Study, runs: Any, folder: Path) -> bool:
-    from matryoshka_lora.study.plan import results, tried
+    from matryoshka_lora.study.plan import MOST_RATES, diverged, results, tried
+    from matryoshka_lora.study.recipes import RECIPES, parse_method
     from matryoshka_lora.study.report import write_report
 
     found = list(results(study, runs))
@@ -71,14 +76,19 @@ def _report(study: Study, runs: Any, folder: Path) -> bool:
         typer.echo("No method has a test run yet: there is nothing to report.")
         return False
     training = ", ".join(f"{key} {value}" for key, value in study.training.items() if key != "disable_tqdm")
+    recipes = dict.fromkeys(parse_method(method)[0] for method in study.methods)
+    versions = {tuple(sorted(run.versions.items())) for run in runs.values()}
     about = {
         "model": f"{study.model}, {study.dtype}, all linear layers, R = {study.rank}",
         "training": f"{training}; each built-in question once",
         "questions": ", ".join(f"{count} of {split}" for split, count in study.items.items()),
         "learning rates": f"grid from {', '.join(f'{rate:g}' for rate in study.learning_rates)} on validation data, "
-        f"seed {study.rate_seed}, grown until its edge is not the best",
-        "versions": ", ".join(f"{name} {found}" for name, found in next(iter(runs.values())).versions.items()),
+        f"seed {study.rate_seed}, grown until its edge is not the best or {MOST_RATES} are tried",
+        "versions": "; or ".join(", ".join(f"{name} {number}" for name, number in one) for one in sorted(versions)),
+        **{f"recipe {name}": RECIPES[name].summary for name in recipes},
     }
+    if lost := diverged(study, runs):
+        about["diverged on test, not in the means"] = "; ".join(lost)
     named = study.winner if any(result.method == study.winner for result in found) else None
     write_report(found, folder, title=study.title, about=about, tried=tried(study, runs), winner=named)
     return True

@@ -21,7 +21,7 @@ from matryoshka_lora.adapter.factors import get_parameters
 from matryoshka_lora.adapter.source import open_adapter
 from matryoshka_lora.deploy.reorder import Moments, reorder_adapter, reweigh_adapter, rewrite_learned
 from matryoshka_lora.deploy.spectra import Metric, Spectra
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.evaluate.questions import Question, Tokens, pad_rows, rows_from, tokenize
 from matryoshka_lora.tasks import get_task
 from matryoshka_lora.train.data import load_data, parse_data
@@ -81,7 +81,7 @@ def measure_moments(
     found = {name: probe.moments() for name, probe in probes.items() if probe.tokens}
     for name, moments in found.items():
         if not all(bool(m.isfinite().all()) for m in (moments.inner, moments.outer) if m is not None):
-            raise MatryoshkaError(
+            raise NotFiniteError(
                 f"layer {name} computes NaN or infinity on the calibration set: take a base model in bf16 or fp32"
             )
     return found

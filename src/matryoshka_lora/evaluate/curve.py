@@ -20,7 +20,17 @@ from matryoshka_lora.evaluate.scoring import Scores, score
 from matryoshka_lora.metrics import aurac
 from matryoshka_lora.nesting import Nesting
 
-_PACKAGES = ("matryoshka-lora", "torch", "transformers", "peft", "lm_eval", "datasets", "reasoning-gym")
+_PACKAGES = (
+    "matryoshka-lora",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "lm_eval",
+    "datasets",
+    "reasoning-gym",
+)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter import NestedAdapter
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.evaluate.engine import Engine
 from matryoshka_lora.evaluate.questions import Judge, Question, Tokens, tokenize
 
@@ -83,7 +83,7 @@ def score(
         nll = tuple(-likelihood.logprob for likelihood in mine)
         loss = sum(nll) / tokens
         if not math.isfinite(loss):
-            raise MatryoshkaError(
+            raise NotFiniteError(
                 f"rank {rank}: the loss is {loss}: the model computes NaN or infinity. If training diverged, train "
                 "again with a lower learning rate; a float16 base may need bf16 or fp32"
             )

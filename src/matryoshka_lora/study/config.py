@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from matryoshka_lora.errors import MatryoshkaError
@@ -41,6 +44,23 @@ class StudyTask:
 
     name: str
     source: Mapping[str, Any]
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each split that is a local file.
+
+        Raises:
+            MatryoshkaError: There is no such file.
+        """
+        found = {}
+        for split in _SPLITS if "task" not in self.source else ():
+            path = parse_data(self.source[split], split).get("path")
+            if path is not None:
+                try:
+                    found[split] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+                except OSError as error:
+                    raise MatryoshkaError(f"tasks.{self.name}.{split}: {path}: {error.strerror}") from error
+        return found
 
     def rows(self, split: str, count: int | None, seed: int = 0) -> list[Row]:
         """Questions with their answers; the seed chooses those of a built-in task's training split.
@@ -106,18 +126,21 @@ class Study:
         return int(RECIPES[recipe].length * self.training["max_steps"])
 
     def train_rows(self, recipe: str) -> int:
-        """Of one run: each is seen once, where there are so many."""
+        """That one run takes, counting those that it sees again."""
         accumulated = self.training.get("gradient_accumulation_steps", 1)
         return int(self.steps(recipe) * self.training["per_device_train_batch_size"] * accumulated)
 
     def train_set(self, recipe: str, task: str, seed: int) -> list[Row]:
-        """The training rows of one run: of a built-in task as many as it takes, of a file all.
+        """The training rows of one run: of a built-in task as many as it takes, so that each is seen once unless the
+        recipe says otherwise; of a file all.
 
         Raises:
             MatryoshkaError: There are not so many, or a file cannot be read.
         """
-        built_in = "task" in self.tasks[task].source
-        return self.tasks[task].rows("train", self.train_rows(recipe) if built_in else None, seed)
+        taken = self.train_rows(recipe)
+        if not RECIPES[recipe].new_rows:
+            taken = int(taken / RECIPES[recipe].length)
+        return self.tasks[task].rows("train", taken if "task" in self.tasks[task].source else None, seed)
 
     def train_config(
         self, recipe: str, rank: int, learning_rate: float, seed: int, data: Any, output_dir: str
@@ -139,10 +162,12 @@ class Study:
             }
         )
 
-    def settings(self, task: str) -> dict[str, Any]:
-        """What the numbers of a task's runs depend on besides their jobs: runs with others are of another study."""
+    def settings(self, task: str, recipe: str) -> dict[str, Any]:
+        """What the numbers of a run depend on besides its job: runs with others are of another study."""
         return {
             "source": dict(self.tasks[task].source),
+            "files": self.tasks[task].digests,
+            "recipe": RECIPES[recipe].settings(),
             "model": self.model,
             "dtype": self.dtype,
             "training": dict(self.training),

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter import NestedAdapter
 from matryoshka_lora.adapter.factors import get_factors, get_parameters
-from matryoshka_lora.adapter.order import LEARNING_RATE, STEPS
 from matryoshka_lora.adapter.source import Layer
 from matryoshka_lora.deploy.budget import choose_ranks
 from matryoshka_lora.deploy.calibrate import ROWS, learn_order_from, measure_moments
@@ -20,6 +19,7 @@ from matryoshka_lora.deploy.spectra import Spectra
 from matryoshka_lora.evaluate.questions import Question
 from matryoshka_lora.reorder import reweigh_factors
 from matryoshka_lora.study.measure import measure
+from matryoshka_lora.study.recipes import LEARNED
 
 
 @dataclass
@@ -123,16 +123,8 @@ def _gains(trained: Trained) -> Sequence[Callable[[], None]]:
     return [*found, partial(trained.keep_prefix, largest, 1.0)]
 
 
-_LEARNED = {"learned": (STEPS, LEARNING_RATE), "learned-20": (20, 0.01), "distilled": (STEPS, LEARNING_RATE)}
-
-
-def learned_steps(cut: str) -> int:
-    """How many batches of training rows a cut takes, forward and backward, after training."""
-    return _LEARNED.get(cut, (0,))[0]
-
-
 def _learned(name: str) -> Cut:
-    steps, learning_rate = _LEARNED[name]
+    steps, learning_rate = LEARNED[name]
 
     def cut(trained: Trained) -> None:
         trained.svd()
@@ -158,6 +150,6 @@ CUTS: dict[str, Cut] = {
     "loss": lambda trained: trained.reweigh(gradients=True),
     "para": _para,
     "gains": _gains,
-    **{name: _learned(name) for name in _LEARNED},
+    **{name: _learned(name) for name in LEARNED},
 }
 """By name; in this order, since the first two need the factors as they were trained."""

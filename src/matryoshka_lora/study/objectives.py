@@ -115,10 +115,15 @@ class ColumnRatesTrainer(CompletionTrainer):
 
     Adam's steps do not depend on the size of the gradients. So training with P between the factors is, but for Adam's
     epsilon and for clipped gradients, training without it where ``B diag(p)`` is the B, and its columns move that much
-    faster. This is here to see whether P is anything else.
+    faster. This is here to see whether P is anything else. It needs a weight decay of 0, which P leaves alone and a
+    learning rate multiplies.
     """
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.args.weight_decay:
+            raise MatryoshkaError(
+                f"training.weight_decay is {self.args.weight_decay}, which p-rates would multiply by p: leave it out"
+            )
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         adapter = NestedAdapter(self.model)
         factors = [get_factors(module, adapter.name)[1] for _, module, _ in adapter._layers()]

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.study.config import Study
-from matryoshka_lora.study.recipes import EACH_RECIPES, RECIPES, parse_method
+from matryoshka_lora.study.recipes import EACH_RECIPES, RECIPES, cut_settings, parse_method
 from matryoshka_lora.study.records import Curve, Job, Result, Run, Tried
 
 MOST_RATES = 9
-"""Rates that are tried for one method: a grid that still has its best at the edge then is given up."""
+"""Rates that are tried for one method: a grid that still has its best at the edge then grows no further."""
 
 
 class Unit(NamedTuple):
@@ -45,14 +45,14 @@ def cuts(study: Study, job: Job) -> list[str]:
 
 
 def needed(study: Study, runs: Mapping[Job, Run], job: Job) -> list[str]:
-    """The `cuts` of a job, on test data without those whose learning rate is known to be another."""
+    """The `cuts` of a job, on test data those alone whose learning rate is the job's."""
     if job.split == "validation":
         return cuts(study, job)
     return [
         cut
         for cut in cuts(study, job)
         if any(
-            (u.recipe, u.rank, u.cut) == (*_of(job), cut) and rates(study, runs, u).chosen in (None, job.learning_rate)
+            (u.recipe, u.rank, u.cut) == (*_of(job), cut) and rates(study, runs, u).chosen == job.learning_rate
             for method in study.methods
             for u in units(study, method, job.task)
         )
@@ -80,8 +80,10 @@ def load_runs(study: Study, folder: Path) -> dict[Job, Run]:
             run = Run.read(path)
             if run.job.task not in study.tasks or not cuts(study, run.job):
                 continue
-            settings = study.settings(run.job.task)  # a run that an older version wrote may lack some
+            settings = study.settings(run.job.task, run.job.recipe) | {"cuts": run.settings.get("cuts")}
+            # A run that an older version wrote may lack some.
             different = [key for key, value in run.settings.items() if settings.get(key) != value]
+            different += [f"cut {cut}" for cut, how in run.settings.get("cuts", {}).items() if how != cut_settings(cut)]
             if run.ranks != measured_ranks(study, run.job):
                 different.append("rank")
             if different:
@@ -89,7 +91,7 @@ def load_runs(study: Study, folder: Path) -> dict[Job, Run]:
                     f"{path} was run with another {', '.join(different)} than this study has: take another folder "
                     "with --out, or give the study the settings of its runs"
                 )
-            if not run.curves or set(needed(study, found, run.job)) <= set(run.curves):
+            if set(needed(study, found, run.job)) <= run.done():
                 found[run.job] = run
     return found
 
@@ -145,15 +147,17 @@ def missing_jobs(study: Study, runs: Mapping[Job, Run]) -> list[Job]:
     found: dict[Job, None] = {}
     for task in study.tasks:
         tests: dict[Job, None] = {}
-        for method in study.methods:
-            for unit in units(study, method, task):
-                state = rates(study, runs, unit)
-                found |= dict.fromkeys(state.missing)
-                if state.chosen is not None:
-                    for seed in study.seeds:
-                        job = Job(unit.recipe, task, unit.rank, state.chosen, seed, "test")
-                        if job not in runs:
-                            tests[job] = None
+        states = {unit: rates(study, runs, unit) for method in study.methods for unit in units(study, method, task)}
+        for state in states.values():
+            found |= dict.fromkeys(state.missing)
+        # One run serves all cuts that have its rate, so it waits until each has one.
+        unsettled = {(unit.recipe, unit.rank) for unit, state in states.items() if state.chosen is None}
+        for unit, state in states.items():
+            if state.chosen is not None and (unit.recipe, unit.rank) not in unsettled:
+                for seed in study.seeds:
+                    job = Job(unit.recipe, task, unit.rank, state.chosen, seed, "test")
+                    if job not in runs:
+                        tests[job] = None
         found |= dict.fromkeys(sorted(tests, key=lambda job: job.seed))
     return list(found)
 
@@ -167,6 +171,20 @@ def tried(study: Study, runs: Mapping[Job, Run]) -> list[Tried]:
                 state = rates(study, runs, unit)
                 if state.losses:
                     found.append(Tried(method, task, unit.rank, state.losses, state.chosen))
+    return found
+
+
+def diverged(study: Study, runs: Mapping[Job, Run]) -> list[str]:
+    """Test runs that gave no finite number, in words: whoever reads a mean must know that it is without them."""
+    found = []
+    for method in study.methods:
+        for task in study.tasks:
+            for seed in study.seeds:
+                for unit in units(study, method, task):
+                    rate = rates(study, runs, unit).chosen or math.nan
+                    run = runs.get(Job(unit.recipe, task, unit.rank, rate, seed, "test"))
+                    if run is not None and unit.cut in run.diverged:
+                        found.append(f"{method} on {task}, seed {seed}, R = {unit.rank}")
     return found
 
 

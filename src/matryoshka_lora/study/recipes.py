@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from matryoshka_lora.adapter.order import LEARNING_RATE, STEPS
 from matryoshka_lora.errors import MatryoshkaError
 
 EACH = "lora-each"
@@ -15,7 +16,10 @@ EACH = "lora-each"
 EACH_RECIPES = {EACH: "lora", "adalora-each": "adalora"}
 """The methods that train an adapter for each rank by itself, and the recipe of each."""
 
-_REORDERED = ("frobenius", "activations", "loss", "para", "gains", "learned", "learned-20", "distilled")
+LEARNED = {"learned": (STEPS, LEARNING_RATE), "learned-20": (20, 0.01), "distilled": (STEPS, LEARNING_RATE)}
+"""The cuts that take gradient steps after training: how many, and at which rate."""
+
+_REORDERED = ("frobenius", "activations", "loss", "para", "gains", *LEARNED)
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Recipe:
         objective: What is minimised, where it is not the loss under the rule's diagonal: a name of
             `matryoshka_lora.study.objectives.TRAINERS`, or ``"adalora"``.
         length: Optimizer steps, as a multiple of the study's.
+        new_rows: Whether a longer run has more questions of a built-in task; else it sees the same ones again.
     """
 
     summary: str
@@ -36,6 +41,11 @@ class Recipe:
     cuts: tuple[str, ...] = ("prefix", *_REORDERED)
     objective: str | None = None
     length: float = 1.0
+    new_rows: bool = True
+
+    def settings(self) -> dict[str, Any]:
+        """What its numbers depend on."""
+        return {"nesting": dict(self.nesting), "objective": self.objective, "length": self.length}
 
     @property
     def one_rank(self) -> bool:
@@ -50,7 +60,12 @@ def _p(rule: str, summary: str, **nesting: Any) -> Recipe:
 RECIPES: dict[str, Recipe] = {
     "lora": Recipe("plain LoRA at R, scale 1", {"rule": "lora"}),
     "lora-longer": Recipe(
-        "plain LoRA with half as many steps again: what a learned order takes after 80", {"rule": "lora"}, length=1.5
+        "plain LoRA with half as many steps and questions again: the tokens of a learned order",
+        {"rule": "lora"},
+        length=1.5,
+    ),
+    "lora-again": Recipe(
+        "plain LoRA with half as many steps again, on the same questions", {"rule": "lora"}, length=1.5, new_rows=False
     ),
     "rslora": Recipe("LoRA at R with rsLoRA's scale, 16 / sqrt(R)", {"rule": "lora", "scaling": "sqrt", "alpha": 16.0}),
     "matryoshka": _p("matryoshka", "the paper's P, scaling none"),
@@ -80,6 +95,14 @@ RECIPES: dict[str, Recipe] = {
     ),
     "adalora": Recipe("PEFT's AdaLoRA down to r of 1.5 r, scale 1", {"rule": "lora"}, ("prefix",), "adalora"),
 }
+
+
+def cut_settings(cut: str) -> dict[str, float] | None:
+    """What a cut's numbers depend on besides its name; None if nothing does."""
+    if cut not in LEARNED:
+        return None
+    steps, learning_rate = LEARNED[cut]
+    return {"steps": steps, "learning_rate": learning_rate}
 
 
 def parse_method(name: str) -> tuple[str, str]:

@@ -62,6 +62,7 @@ class Run:
         job: What was done.
         ranks: At which the curves are measured.
         curves: By the name of the cut; see `matryoshka_lora.study.cuts`.
+        diverged: The cuts that are no longer finite numbers: all of them, where training diverged.
         cost: ``tokens`` that were trained on, ``seconds`` of training and of each cut (this machine's), ``parameters``
             of the adapter.
         settings: Everything else that the numbers depend on: training arguments, items, model, threads.
@@ -74,6 +75,11 @@ class Run:
     cost: dict[str, Any]
     settings: dict[str, Any]
     versions: dict[str, str]
+    diverged: tuple[str, ...] = ()
+
+    def done(self) -> set[str]:
+        """The cuts that need not be measured again."""
+        return {*self.curves, *self.diverged}
 
     def write(self, folder: Path) -> None:
         """Write the run's file, all or nothing.
@@ -98,7 +104,9 @@ class Run:
                 name: Curve(tuple(curve["loss"]), tuple(curve["accuracy"])) for name, curve in found["curves"].items()
             }
             others = {key: found[key] for key in ("cost", "settings", "versions")}
-            return cls(Job(**found["job"]), tuple(found["ranks"]), curves, **others)
+            return cls(
+                Job(**found["job"]), tuple(found["ranks"]), curves, **others, diverged=tuple(found.get("diverged", ()))
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MatryoshkaError(f"{path} is no run of a study ({error}): delete it to run it again") from error
 

@@ -187,6 +187,7 @@ def _costs(results: Sequence[Result]) -> list[_Block]:
         rows.append(row)
     text = "Mean cost of one curve over tasks and seeds: all the training runs that it takes, and the cut; "
     text += f"times is the multiple of {plain}, on what both have done." if plain else "there is no lora/ to divide by."
+    text += " Tokens are those of gradient steps; a cut that only looks at training rows pays for it in its seconds."
     return [(2, "Cost"), text, _Table(("method", "curves", *(h for name in names for h in (name, "times"))), rows)]
 
 
@@ -249,7 +250,11 @@ def _tests(
         rows = [(c.rival, _n(c.difference), form(c.difference), _p(c.p), _p(c.holm)) for c in found]
         blocks += [text, _Table(("rival", "pairs", "difference", "p", "Holm p"), rows)]
     if fewest := min((c.difference.n for c in found if c.difference), default=0):
-        blocks.append(f"With {fewest} pairs, the fewest here, no p can be below {_p(2.0 ** (1 - fewest))}.")
+        least = 2.0 ** (1 - fewest)
+        blocks.append(
+            f"With {fewest} pairs, the fewest here, no p can be below {_p(least)}, and the least of the corrected ones "
+            f"not below {_p(min(1.0, least * len(others)))}."
+        )
     return blocks
 
 
@@ -264,8 +269,9 @@ def _rates(tried: Sequence[Tried]) -> list[_Block]:
         rows.append((one.method, one.task, str(one.rank), "" if one.chosen is None else f"{one.chosen:g}", *cells))
     return [
         *blocks,
-        f"Validation loss by learning rate, in nats per token: the mean over the ranks, for {EACH} that at its rank. "
-        "Each number is of one run. How fast a row rises beside its best is how sensitive the method is.",
+        "Validation loss by learning rate, in nats per token: the mean over the ranks, or of a method that trains for "
+        "each rank, that at its own. Each number is of one run. How fast a row rises beside its best is how sensitive "
+        "the method is.",
         _Table(("method", "task", "R", "chosen", *(f"{rate:g}" for rate in rates)), rows),
     ]
 

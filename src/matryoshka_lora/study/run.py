@@ -8,7 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -20,18 +20,18 @@ from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter import NestedAdapter
 from matryoshka_lora.adapter.factors import get_factors, get_parameters
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.evaluate.curve import versions
 from matryoshka_lora.evaluate.questions import Row, tokenize
 from matryoshka_lora.files import write_text
 from matryoshka_lora.models import load_tokenizer
 from matryoshka_lora.study.adalora import train_adalora
 from matryoshka_lora.study.config import Study
-from matryoshka_lora.study.cuts import CUTS, Trained, learned_steps
+from matryoshka_lora.study.cuts import CUTS, Trained
 from matryoshka_lora.study.measure import measure
 from matryoshka_lora.study.objectives import TRAINERS, check_plain, copies
 from matryoshka_lora.study.plan import cuts, load_runs, measured_ranks, needed
-from matryoshka_lora.study.recipes import RECIPES
+from matryoshka_lora.study.recipes import LEARNED, RECIPES, cut_settings
 from matryoshka_lora.study.records import Curve, Job, Run
 from matryoshka_lora.train import train
 from matryoshka_lora.train.trainer import CompletionTrainer
@@ -55,10 +55,10 @@ def run_once(study: Study, job: Job, folder: Path) -> bool:
             if before is not None:
                 if before.job != job:
                     raise MatryoshkaError(f"{path} holds the run of another job: delete it to run it again")
-                if not before.curves or wanted <= set(before.curves):
+                if wanted <= before.done():
                     return True
                 # Another study may need the others; what other versions have measured is measured again.
-                wanted = wanted - set(before.curves) if before.versions == versions() else wanted | set(before.curves)
+                wanted = wanted - before.done() if before.versions == versions() else wanted | before.done()
             _with_curves_of(before, run_job(study, job, wanted)).write(folder)
             return True
     except Timeout:
@@ -67,19 +67,22 @@ def run_once(study: Study, job: Job, folder: Path) -> bool:
 
 def _with_curves_of(before: Run | None, run: Run) -> Run:
     """A run with the cuts of one of the same job that it has not measured itself."""
-    if before is None or not run.curves:
+    if before is None:
         return run
     names = [name for name in CUTS if name in {**before.curves, **run.curves}]
     costs = {**before.cost["cuts"], **run.cost["cuts"]}
+    hows = {**before.settings.get("cuts", {}), **run.settings["cuts"]}
     return replace(
         run,
         curves={name: {**before.curves, **run.curves}[name] for name in names},
         cost={**run.cost, "cuts": {name: costs[name] for name in names}},
+        settings={**run.settings, "cuts": {name: hows[name] for name in names if name in hows}},
+        diverged=tuple(name for name in CUTS if name in {*before.diverged, *run.diverged} and name not in names),
     )
 
 
 def run_job(study: Study, job: Job, wanted: Collection[str] | None = None) -> Run:
-    """Train, then cut and measure on the job's split. A run that diverges has no curves.
+    """Train, then cut and measure on the job's split. A run that diverges has no curves, and each cut diverges alone.
 
     Args:
         study: Of the job.
@@ -98,26 +101,28 @@ def run_job(study: Study, job: Job, wanted: Collection[str] | None = None) -> Ru
     cost: dict[str, Any] = {"tokens": passes * _tokens(tokenizer, rows, used), "cuts": {}}
     cost |= {"seconds": 0.0, "parameters": 0}
     wanted = cuts(study, job) if wanted is None else wanted
+    names = [name for name in CUTS if name in wanted]
     begin = time.perf_counter()
-    try:
-        adapter = train_job(study, job, rows)
-        cost["seconds"] = round(time.perf_counter() - begin, 2)
+    with suppress(NotFiniteError):
+        try:
+            adapter = train_job(study, job, rows)
+        finally:
+            cost["seconds"] = round(time.perf_counter() - begin, 2)
         cost["parameters"] = _require_gradients(adapter)
         trained = Trained(adapter, tokenizer, rows, used // steps, job.seed)
-        for name in [name for name in CUTS if name in wanted]:
+        for name in names:
             begin = time.perf_counter()
-            each_rank = CUTS[name](trained)
-            seconds = round(time.perf_counter() - begin, 2)
-            more = _tokens(tokenizer, rows, learned_steps(name) * used // steps)
-            cost["cuts"][name] = {"tokens": more, "seconds": seconds}
-            curves[name] = _measure(adapter, tokenizer, held_out, each_rank)
-    except MatryoshkaError as error:
-        if "NaN" not in str(error):
-            raise
-        cost["seconds"] = cost["seconds"] or round(time.perf_counter() - begin, 2)
-        curves = {}
-    finite = all(math.isfinite(loss) for curve in curves.values() for loss in curve.loss)
-    return Run(job, measured_ranks(study, job), curves if finite else {}, cost, study.settings(job.task), versions())
+            with suppress(NotFiniteError):
+                each_rank = CUTS[name](trained)
+                seconds = round(time.perf_counter() - begin, 2)
+                curve = _measure(adapter, tokenizer, held_out, each_rank)
+                if all(map(math.isfinite, curve.loss)):
+                    more = _tokens(tokenizer, rows, LEARNED.get(name, (0,))[0] * used // steps)
+                    cost["cuts"][name], curves[name] = {"tokens": more, "seconds": seconds}, curve
+    settings = study.settings(job.task, job.recipe)
+    settings["cuts"] = {name: how for name in curves if (how := cut_settings(name)) is not None}
+    diverged = tuple(name for name in names if name not in curves)
+    return Run(job, measured_ranks(study, job), curves, cost, settings, versions(), diverged)
 
 
 def train_job(

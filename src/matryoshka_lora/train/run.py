@@ -184,7 +184,8 @@ def _check_template(data: Dataset, tokenizer: PreTrainedTokenizerBase, arguments
     if is_chat and not tokenizer.chat_template and not arguments.chat_template_path:
         raise MatryoshkaError(
             f"the data is chat, and the tokenizer of {tokenizer.name_or_path!r} has no chat template: take an "
-            "instruction-tuned model, write chat_template_path, give data.template, or prompt and completion as text"
+            "instruction-tuned model, write chat_template_path, or give prompt and completion as text (questions in a "
+            "file or a dataset become text by data.template)"
         )
 
 
