@@ -627,12 +627,13 @@ def test_a_picture_takes_a_loss_of_zero_and_a_single_rank(tmp_path: Path) -> Non
     assert has(tmp_path / "a.png", "#0072B2")
 
 
-def test_a_picture_has_the_reference_the_winner_and_the_best(tmp_path: Path) -> None:
-    results = [flat(f"m{n}/prefix", 0.9 - 0.05 * n) for n in range(10)] + [flat("lora-each", 0.01)]
-    kept = [f"m{n}/prefix" for n in range(6)]
-    assert legible(results) == [*kept, "m6/prefix", "lora-each"]
-    assert legible(results, "m9/prefix") == [*kept, "m9/prefix", "lora-each"]
-    assert f"8 of the 11 methods: {', '.join(kept)}, m9/prefix, lora-each." in written(results, winner="m9/prefix")
+def test_a_picture_has_the_reference_the_winner_and_those_listed_first(tmp_path: Path) -> None:
+    results = [flat(f"m{n}/prefix", 0.9 - 0.05 * n) for n in (9, *range(9))] + [flat("lora-each", 0.01)]
+    kept = [f"m{n}/prefix" for n in range(5)]
+    assert legible(results) == [*kept, "m5/prefix", "m9/prefix", "lora-each"]
+    assert legible(results, "m8/prefix") == [*kept, "m8/prefix", "m9/prefix", "lora-each"]
+    shown = f"8 of the 11 methods: {', '.join(kept)}, m8/prefix, m9/prefix, lora-each."
+    assert shown in written(results, winner="m8/prefix")
     with pytest.raises(MatryoshkaError, match="name 1 to 8"):
         draw(results, tmp_path / "a.png", title="Study", methods=[r.method for r in results])
     with pytest.raises(MatryoshkaError, match="name 1 to 8"):

@@ -72,9 +72,12 @@ def draw(results: Sequence[Result], path: Path, *, title: str, methods: Sequence
 
 
 def legible(results: Sequence[Result], winner: str | None = None) -> list[str]:
-    """Methods for one picture, best first: `EACH`, the winner, and as many others as can be told apart."""
-    order = ranking(results)
-    kept = [name for name in dict.fromkeys((EACH, winner, *order)) if name in order][:MOST_METHODS]
+    """Methods for one picture, best first: `EACH`, the winner, and as many others as can be told apart.
+
+    Those that come first in the results, which have the order of the study's list: whoever wrote it knows which.
+    """
+    order, listed = ranking(results), [result.method for result in results]
+    kept = [name for name in dict.fromkeys((EACH, winner, *listed)) if name in order][:MOST_METHODS]
     return [name for name in order if name in kept]
 
 
