@@ -4,8 +4,9 @@
 
 Trains the adapter that the study trains to choose learning rates (P at 1e-3, seed 100), and prints its validation loss
 and accuracy at each rank after each way of spending some steps more on the training rows. Test questions are not looked
-at. A way is written as in `WAYS`: `order` moves M and leaves full rank as it is, `polish` trains the factors, each row
-of a batch at a nested rank of its own, full rank among them.
+at. A way is written as in `WAYS`: `order` moves M by the loss of the answers and leaves full rank as it is, `distil`
+does the same by the KL divergence from full rank, `polish` trains the factors, each row of a batch at a nested rank of
+its own, full rank among them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from matryoshka_lora.train.trainer import CompletionTrainer
 
 WAYS = (
     *("order 20 0.01", "order 20 0.03", "order 40 0.02", "order 40 0.03", "order 60 0.02"),
+    *("distil 40 0.02", "distil 40 0.01"),
     *("polish 20 0.0003", "polish 40 0.0005", "order 40 0.02, polish 20 0.0003"),
 )
 """Kind, steps and peak learning rate; several one after the other with commas between."""
@@ -56,8 +58,7 @@ def main() -> None:
         if way != "as it is":
             for part in way.split(", "):
                 kind, steps, rate = part.split()
-                spend = polish if kind == "polish" else learn
-                spend(trained, int(steps), float(rate))
+                SPEND[kind](trained, int(steps), float(rate))
         seconds = time.perf_counter() - begin
         found = measure(trained.adapter, trained.tokenizer, held_out, trained.adapter.nesting.ranks)
         losses = " ".join(f"{loss:.3f}" for loss in found.loss)
@@ -97,6 +98,10 @@ def learn(trained: Trained, steps: int, rate: float) -> None:
     learn_order_from(trained.adapter, trained.tokenizer, trained.rows, steps, ROWS, rate, seed=SEED)
 
 
+def distil(trained: Trained, steps: int, rate: float) -> None:
+    learn_order_from(trained.adapter, trained.tokenizer, trained.rows, steps, ROWS, rate, seed=SEED, distil=True)
+
+
 def polish(trained: Trained, steps: int, rate: float) -> None:
     """Adam on the factors themselves, with rows at all nested ranks; the rate falls to 0."""
     adapter = trained.adapter
@@ -118,6 +123,8 @@ def polish(trained: Trained, steps: int, rate: float) -> None:
         optimizer.zero_grad(set_to_none=True)
     adapter.model.eval()
 
+
+SPEND = {"order": learn, "distil": distil, "polish": polish}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
