@@ -484,6 +484,18 @@ def test_the_method_to_test_is_nominated_on_validation_data() -> None:
     assert "hard/prefix was named by" in named
 
 
+def test_every_method_is_compared_with_every_other() -> None:
+    results = [flat("a/x", 0.5 + 0.1 * seed, seed=seed, loss=1.0) for seed in (0, 1)]
+    results += [flat("b/x", 0.4, seed=seed, loss=1.5) for seed in (0, 1)] + [flat("c/x", 0.9, loss=1.0)]
+    text = section(written(results), "## Every method against every other, over all tasks")
+    accuracy, loss = text.split("Mean loss over the ranks")
+    # Differences of 10 and 20 points: sd 7.07, times 12.706 / sqrt(2).
+    assert row(accuracy, "method") == ["method", "c/x", "a/x", "b/x"]
+    assert row(accuracy, "a/x") == ["a/x", "-40.0", "", "+15.0 ± 63.5"]
+    assert row(accuracy, "b/x") == ["b/x", "-50.0", "-15.0 ± 63.5", ""]
+    assert row(loss, "a/x") == ["a/x", "+0.000", "", "-0.500 ± 0.000"]
+
+
 # The files.
 
 

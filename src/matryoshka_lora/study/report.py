@@ -131,6 +131,7 @@ def _blocks(
         *_full_rank(results, tasks),
         *_each_rank(results, tasks),
         *_tests(results, tried, winner, rivals),
+        *_each_other(results),
         *_rates(tried),
     ]
 
@@ -255,6 +256,25 @@ def _tests(
             f"With {fewest} pairs, the fewest here, no p can be below {_p(least)}, and the least of the corrected ones "
             f"not below {_p(min(1.0, least * len(others)))}."
         )
+    return blocks
+
+
+def _each_other(results: Sequence[Result]) -> list[_Block]:
+    """Two methods may differ in one thing alone, such as P or the cut: here is what that is worth."""
+    methods = stats.ranking(results)
+    blocks: list[_Block] = [
+        (2, "Every method against every other, over all tasks"),
+        f"Row minus column, paired by task and seed. {_POOLED} No correction for the number of cells.",
+    ]
+    for text, value, form in (
+        ("AURAC (log2) in points of %, more is better:", stats.aurac_log2, _points),
+        ("Mean loss over the ranks in nats per token, less is better:", stats.mean_loss, _more),
+    ):
+        rows = [
+            (mine, *(form(stats.mean(results, mine, value, None, other)) if mine != other else "" for other in methods))
+            for mine in methods
+        ]
+        blocks += [text, _Table(("method", *methods), rows)]
     return blocks
 
 
