@@ -70,6 +70,12 @@ def test_the_studies_of_this_repository(path: Path) -> None:
     )
 
 
+def test_the_study_in_the_documentation() -> None:
+    text = (ROOT / "docs" / "study.md").read_text().split("```yaml\n")[1].split("```")[0]
+    study = make_study(yaml.safe_load(text))
+    assert (study.rank, list(study.tasks), len(study.methods)) == (32, ["mine"], 4)
+
+
 def test_there_are_studies_in_this_repository() -> None:
     assert SHIPPED
 
