@@ -668,6 +668,12 @@ def test_a_file_with_the_run_of_another_job_is_no_endless_loop(tmp_path: Path) -
         run_once(study, job, tmp_path)
 
 
+def test_no_test_question_is_asked_before_the_rates_are_chosen(tmp_path: Path) -> None:
+    with pytest.raises(MatryoshkaError, match="or not before its rates are chosen"):
+        run_once(study_of(), Job("lora", "sums", 4, 1e-3, 0, "test"), tmp_path)
+    assert not list(tmp_path.glob("test/*/*"))
+
+
 def test_a_run_that_is_there_is_not_run_again(tmp_path: Path) -> None:
     study = study_of(model="there/is/no/such/model")
     path = wrote(tmp_path, study)

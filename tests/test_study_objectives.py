@@ -351,8 +351,8 @@ def study_of(model: Path, *methods: str, **training: Any) -> Study:
     )
 
 
-def job_of(recipe: str, rate: float = 3e-2, rank: int = 4) -> Job:
-    return Job(recipe, "sums", rank, rate, 0, "test")
+def job_of(recipe: str, rate: float = 3e-2, rank: int = 4, split: str = "test") -> Job:
+    return Job(recipe, "sums", rank, rate, 0, split)
 
 
 CUTS = ("prefix", "frobenius", "loss", "learned")
@@ -411,12 +411,12 @@ def test_tokens_of_more_ranks(model: Path) -> None:
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_a_run_of_adalora_is_measured_at_its_rank_alone(model: Path, tmp_path: Path, rank: int) -> None:
-    study, job = study_of(model, "adalora-each", max_steps=6), job_of("adalora", rank=rank)
+    study, job = study_of(model, "adalora-each", max_steps=6), job_of("adalora", rank=rank, split="validation")
     assert run_once(study, job, tmp_path)
     (run,) = load_runs(study, tmp_path).values()
     assert (run.job, run.ranks, list(run.curves)) == (job, (rank,), ["prefix"])
     assert len(run.curves["prefix"].loss) == len(run.curves["prefix"].accuracy) == 1
-    plain = run_job(study_of(model, "lora-each", max_steps=6), job_of("lora", rank=rank))
+    plain = run_job(study_of(model, "lora-each", max_steps=6), job_of("lora", rank=rank, split="validation"))
     assert run.curves["prefix"].loss[0] != plain.curves["prefix"].loss[-1]
     assert run.cost["tokens"] == plain.cost["tokens"]
     # As many directions as LoRA of the rank, wherever they went.

@@ -51,6 +51,8 @@ def run_once(study: Study, job: Job, folder: Path) -> bool:
     try:
         with FileLock(lock, timeout=0):
             path, wanted = job.path(folder), set(needed(study, load_runs(study, folder), job))
+            if not wanted:
+                raise MatryoshkaError(f"{path}: the study asks nothing of this run, or not before its rates are chosen")
             before = Run.read(path) if path.exists() else None
             if before is not None:
                 if before.job != job:
