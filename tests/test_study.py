@@ -37,7 +37,7 @@ from matryoshka_lora.study.plan import (
 )
 from matryoshka_lora.study.recipes import LEARNED, RECIPES, cut_settings, parse_method
 from matryoshka_lora.study.records import Curve, Job, Run
-from matryoshka_lora.study.run import run_once
+from matryoshka_lora.study.run import _with_curves_of, run_once
 from matryoshka_lora.tasks import get_task
 
 ROOT = Path(__file__).parents[1]
@@ -656,6 +656,17 @@ def test_a_run_that_lacks_a_cut_is_due_again(tmp_path: Path) -> None:
         wrote(tmp_path, study, cuts, diverged=lost)
         assert set(load_runs(study, tmp_path)[job].curves) == set(cuts)
         assert job not in missing_jobs(study, load_runs(study, tmp_path))
+
+
+def test_what_is_measured_again_replaces_what_was_there() -> None:
+    study, job = study_of(), Job("lora", "sums", 4, 1e-3, 100, "validation")
+    before = replace(run_of(study, job, ["prefix", "frobenius"], lambda job, cut: 1.5), diverged=("loss",))
+    again = run_of(study, job, ["frobenius", "loss"], lambda job, cut: None if cut == "frobenius" else 2.5)
+    again = replace(again, settings={**again.settings, "cuts": {}})
+    merged = _with_curves_of(before, again)
+    assert list(merged.curves) == list(merged.cost["cuts"]) == ["prefix", "loss"]
+    assert merged.curves == {"prefix": before.curves["prefix"], "loss": again.curves["loss"]}
+    assert merged.diverged == ("frobenius",)
 
 
 def test_a_file_with_the_run_of_another_job_is_no_endless_loop(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def load_runs(study: Study, folder: Path) -> dict[Job, Run]:
             if different:
                 raise MatryoshkaError(
                     f"{path} was run with another {', '.join(different)} than this study has: take another folder "
-                    "with --out, or give the study the settings of its runs"
+                    "with --out or --runs, or give the study the settings of its runs"
                 )
             if set(needed(study, found, run.job)) <= run.done():
                 found[run.job] = run

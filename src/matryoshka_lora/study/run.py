@@ -71,12 +71,13 @@ def _with_curves_of(before: Run | None, run: Run) -> Run:
     """A run with the cuts of one of the same job that it has not measured itself."""
     if before is None:
         return run
-    names = [name for name in CUTS if name in {**before.curves, **run.curves}]
+    curves = {**before.curves, **run.curves}
+    names = [name for name in CUTS if name in curves and name not in run.diverged]
     costs = {**before.cost["cuts"], **run.cost["cuts"]}
     hows = {**before.settings.get("cuts", {}), **run.settings["cuts"]}
     return replace(
         run,
-        curves={name: {**before.curves, **run.curves}[name] for name in names},
+        curves={name: curves[name] for name in names},
         cost={**run.cost, "cuts": {name: costs[name] for name in names}},
         settings={**run.settings, "cuts": {name: hows[name] for name in names if name in hows}},
         diverged=tuple(name for name in CUTS if name in {*before.diverged, *run.diverged} and name not in names),
