@@ -76,11 +76,18 @@ def assert_explained(result: tuple[int, str, str], *parts: str) -> None:
 def test_help_names_every_verb(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for verb in ("train", "eval", "reorder", "info", "export", "push", "select", "demo"):
+    for verb in ("train", "eval", "reorder", "info", "export", "push", "select", "compare", "demo"):
         assert f" {verb} " in out
         code, text, _ = run(verb, "--help")
         assert code == 0
         assert f"Example: matryoshka {verb} " in text
+
+
+def test_a_missing_extra_is_named(run: Run, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    config = tmp_path / "train.yaml"
+    config.write_text(f"data: {rows}\n")
+    assert_explained(run("train", config), "trl", "pip install -e '.[train,eval,study]'")
 
 
 PUBLISHED = {  # the columns of each file's dataset

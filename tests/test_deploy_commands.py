@@ -20,7 +20,7 @@ from tiny_chat import save_tiny_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matryoshka_lora import MatryoshkaError, Nesting, load
-from matryoshka_lora.adapter.card import write_card
+from matryoshka_lora.adapter.card import make_card, write_card
 from matryoshka_lora.adapter.source import open_adapter
 from matryoshka_lora.cli.main import app
 from matryoshka_lora.deploy.calibrate import measure_moments
@@ -29,6 +29,7 @@ from matryoshka_lora.deploy.push import push_adapter
 from matryoshka_lora.deploy.reorder import reorder_adapter
 from matryoshka_lora.deploy.spectra import read_spectra
 from matryoshka_lora.evaluate.questions import Row
+from matryoshka_lora.models import EMBEDDED
 
 Run = Callable[..., str]
 
@@ -273,6 +274,15 @@ def test_a_folder_of_this_machine_is_named_in_no_card(nested: Path, base: Path) 
     opened.config.base_model_name_or_path = "owner/model"
     write_card(nested, opened.config, opened.state)
     assert "base_model: owner/model\n" in (nested / "README.md").read_text()
+
+
+def test_a_card_names_the_embedded_model_as_others_know_it(nested: Path) -> None:
+    opened = open_adapter(nested)
+    opened.config.base_model_name_or_path = EMBEDDED
+    card = make_card(opened.config, opened.state, nested)
+    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" in card
+    assert EMBEDDED not in card.partition("## How it was trained")[0]
+    assert 'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")' in card
 
 
 # push

@@ -48,7 +48,8 @@ def test_the_trl_script_has_three_lines_more(adapter: Path) -> None:
 
 
 def test_a_stranger_s_adapter(tmp_path: Path) -> None:
-    out = run("reorder_a_stranger.py", "--steps", 2, "--rows", 4, "--items", 2, "--out", tmp_path / "s")
+    options = ("--metric", "loss", "--steps", 2, "--rows", 4, "--items", 2)
+    out = run("reorder_a_stranger.py", *options, "--out", tmp_path / "s")
     assert [line for line in out.splitlines() if line.startswith('{"rank": ')][-1].startswith('{"rank": 32')
 
 
@@ -79,7 +80,8 @@ def test_a_ladder_for_vllm(adapter: Path, tmp_path: Path) -> None:
     command = [bash, str(EXAMPLES / "serve_with_vllm.sh"), str(adapter), str(tmp_path / "ladder")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "vllm serve smollm2-135m --enable-lora --max-lora-rank 32" in result.stdout.splitlines()[-1]
+    last = result.stdout.splitlines()[-1]
+    assert "vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --enable-lora --max-lora-rank 32" in last
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="make test-deploy builds llama.cpp")

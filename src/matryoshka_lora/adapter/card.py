@@ -21,6 +21,9 @@ _MARK = (
     "<!-- Written by matryoshka-lora, and again whenever the adapter is saved: delete this line to keep your own. -->"
 )
 _MAX_BYTES = 1 << 24
+HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""What others call a base model whose name is known here only; the embedded one is 4 bits of these weights."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -43,6 +46,7 @@ def write_card(folder: Path, config: LoraConfig, state: NestedState | None, home
 def make_card(config: LoraConfig, state: NestedState | None, home: Path) -> str:
     """The text of the card, in Markdown with the Hugging Face hub's header."""
     base = config.base_model_name_or_path or ""
+    base = HUB_IDS.get(base, base)
     # A folder's name on the machine that trained is of no use to others, and none of their business.
     named = base if _HUB_ID.fullmatch(base) and not os.path.exists(base) else ""
     title = "A LoRA adapter for every rank" if state else f"A LoRA adapter of rank {config.r}"

@@ -43,7 +43,6 @@ def compare(
 
     Example: matryoshka compare configs/studies/headline.yaml --out runs/study --workers 2
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
 
     from matryoshka_lora.study.config import load_study

@@ -27,7 +27,7 @@ MAX_RANK = 32
 EXPORTED_RANK = 4
 BATCH_SIZE = 12
 STEPS = 80
-# The minima of validation loss in benchmarks/learning_rates.py.
+# The better of two rates by validation loss: benchmarks/learning_rates.py.
 LEARNING_RATES = {"matryoshka": 2e-3, "lora": 2e-3}
 CHECKED_QUESTIONS = 8
 ANSWER_TOKENS = 12

@@ -46,6 +46,15 @@ def main() -> None:
     except MatryoshkaError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("matryoshka_lora"):
+            raise
+        print(
+            f"error: this command needs the module {error.name}: install matryoshka-lora with its extras, from its "
+            "repository with pip install -e '.[train,eval,study]'",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         print("error: stopped from the keyboard", file=sys.stderr)
         sys.exit(1)

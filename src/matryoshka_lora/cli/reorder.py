@@ -53,6 +53,7 @@ def reorder(
             else "--data is for --metric activations, loss and learned; name one of them"
         )
 
+    import torch
     from tqdm import tqdm
 
     from matryoshka_lora.adapter.source import open_adapter
@@ -72,6 +73,8 @@ def reorder(
         questions = calibration_rows(data, rows or ROWS[metric.value])
         name = base_name(model, opened.config, adapter)
         base, tokenizer = load_model(name, DTYPES[dtype.value]), load_tokenizer(name)
+        if torch.accelerator.is_available():
+            base.to(torch.accelerator.current_accelerator())
         taken = order.STEPS * order.ROWS if metric is MetricName.learned else len(questions)
         with tqdm(total=taken, desc="calibrating", unit=" rows", disable=None) as bar:
             reorder_with_data(adapter, out, metric.value, base, tokenizer, questions, on_batch=bar.update)

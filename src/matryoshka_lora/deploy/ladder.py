@@ -6,12 +6,15 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from matryoshka_lora.adapter.card import HUB_IDS
+
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for ``--max-lora-rank``."""
 
 
 def serve_command(base: str | None, ranks: Sequence[int], path: Path) -> str:
     """The ``vllm serve`` command for all ranks of a ladder; each is a model of its own name in the API."""
+    base = HUB_IDS.get(base or "", base)
     largest = next((rank for rank in VLLM_RANKS if rank >= max(ranks)), VLLM_RANKS[-1])
     modules = " ".join(f"rank-{rank}={shlex.quote(str(path / f'rank-{rank}'))}" for rank in ranks)
     return (

@@ -53,8 +53,8 @@ class Recipe:
         return self.objective == "adalora"
 
 
-def _p(rule: str, summary: str, **nesting: Any) -> Recipe:
-    return Recipe(summary, {"rule": rule, **nesting}, ("prefix", "keep", *_REORDERED))
+def _p(rule: str, summary: str, length: float = 1.0, **nesting: Any) -> Recipe:
+    return Recipe(summary, {"rule": rule, **nesting}, ("prefix", "keep", *_REORDERED), length=length)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -69,6 +69,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "rslora": Recipe("LoRA at R with rsLoRA's scale, 16 / sqrt(R)", {"rule": "lora", "scaling": "sqrt", "alpha": 16.0}),
     "matryoshka": _p("matryoshka", "the paper's P, scaling none"),
+    "matryoshka-longer": _p("matryoshka", "the paper's P with half as many steps and questions again", 1.5),
     "matryoshka-sqrt": _p("matryoshka", "the paper's P, scaling 1 / sqrt(r)", scaling="sqrt"),
     "matryoshka-rank": _p("matryoshka", "the paper's P, scaling 1 / r", scaling="rank"),
     "dylora": Recipe("one nested rank for each step, as the MatryoshkaLoRA paper runs DyLoRA", {"rule": "dylora"}),

@@ -34,7 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {"rule": "matryoshka", "inference": "prefix", "reorder": False},
 }
-"""What ``recipe`` stands for in section ``nesting``: ``paper`` is that of arXiv 2605.07850, to the letter."""
+"""What ``recipe`` stands for in section ``nesting``: ``paper`` trains and deploys as arXiv 2605.07850 does."""
 
 _NESTING = ("ranks", "scaling", "alpha", "rule", "inference", "seed", "reorder")
 
