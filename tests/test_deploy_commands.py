@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +14,7 @@ import an_evaluation
 import pytest
 import torch
 import typer
-from conftest import LINEAR_LAYERS, nested_llama, randomize
+from conftest import LINEAR_LAYERS, nested_llama, randomize, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_strangers import IDS, output
 from tiny_chat import save_tiny_chat
@@ -74,6 +75,18 @@ def nested(plain: Path) -> Path:
 
 
 # reorder
+
+
+@pytest.mark.parametrize("metric", ["frobenius", "loss", "learned"])
+def test_reorder_does_not_write_over_what_it_reads(
+    run: Run, base: Path, plain: Path, data: Path, tmp_path: Path, metric: str
+) -> None:
+    own = Path(shutil.copytree(plain, tmp_path / "own"))
+    before = {file.name: file.read_bytes() for file in own.iterdir()}
+    options = [] if metric == "frobenius" else ["--metric", metric, "--data", data, "--rows", 2, "--model", base]
+    with pytest.raises(MatryoshkaError, match="is the adapter itself"):
+        run("reorder", own, "-o", own, *options)
+    assert {file.name: file.read_bytes() for file in own.iterdir()} == before
 
 
 @pytest.mark.parametrize("metric", ["frobenius", "activations", "loss", "learned"])
@@ -194,9 +207,17 @@ def test_export_says_when_it_cannot_verify(run: Run, nested: Path, tmp_path: Pat
     out = run("export", nested, "--rank", 2, "-o", tmp_path / "a", "--model", tmp_path / "absent")
     assert "Not verified: the base model" in out
     assert "Not verified, as you asked." in run("export", nested, "--rank", 2, "-o", tmp_path / "b", "--no-verify")
+    merged = ("--format", "merged", "--no-verify")
+    assert "Not verified, as you asked." in run("export", nested, "--rank", 2, *merged, "-o", tmp_path / "d")
+    assert (tmp_path / "d" / "model.safetensors").exists()
     with pytest.raises(MatryoshkaError, match="needs the base model"):
         run("export", nested, "--rank", 2, "--format", "merged", "-o", tmp_path / "c", "--model", tmp_path / "absent")
     assert not (tmp_path / "c").exists()
+
+
+def test_a_ladder_ends_at_the_rank_that_was_asked_for(run: Run, nested: Path, tmp_path: Path) -> None:
+    run("export", nested, "--format", "ladder", "--rank", 3, "-o", tmp_path / "ladder")
+    assert sorted(path.name for path in (tmp_path / "ladder").glob("rank-*")) == ["rank-1", "rank-2", "rank-3"]
 
 
 @pytest.mark.parametrize(
@@ -328,6 +349,16 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     yield server
     server.shutdown()
+
+
+def test_push_writes_no_card_for_an_adapter_of_somebody_else(
+    tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_xxx")
+    get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    (tmp_path / "README.md").unlink(missing_ok=True)
+    push_adapter(tmp_path, "me/any-rank", endpoint=hub.address)
+    assert not (tmp_path / "README.md").exists()
 
 
 def test_push_sends_the_adapter_and_nothing_else(nested: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Size, Tensor
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
 
 from matryoshka_lora import MatryoshkaError, load
+from matryoshka_lora.adapter import read_adapter
 from matryoshka_lora.adapter.source import Layer, open_adapter
 from matryoshka_lora.deploy import export as exports
 from matryoshka_lora.deploy.budget import choose_ranks
@@ -177,6 +179,27 @@ def test_the_adapter_is_not_written_over_by_its_export(nested: Path, kind: str) 
     with pytest.raises(MatryoshkaError, match="the adapter itself"):
         WRITERS[kind](exports.cut(nested, 4), nested)
     assert {file.name: file.read_bytes() for file in nested.iterdir() if file.is_file()} == before
+
+
+def test_an_export_over_another_leaves_nothing_of_it(nested: Path, tmp_path: Path) -> None:
+    """A reader of the folder would else find the old weights, or both."""
+    other = tmp_path / "other"
+    adapter = load(tiny_llama(), nested)
+    with torch.no_grad():
+        for name, parameter in adapter.model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(-2)
+    adapter.save(other)
+    for first, second in ((nested, other), (other, nested)):
+        place = tmp_path / f"over-{first.name}"
+        shutil.copytree(first, place, dirs_exist_ok=True)
+        exports.export_directions(exports.cut(second, 8), place)
+        for found, wanted in zip(read_adapter(place)[2].items(), read_adapter(second)[2].items(), strict=True):
+            assert found[0] == wanted[0]
+            assert found[1].equal(wanted[1])
+        exports.export_peft(exports.cut(first, 8), place, base)
+        assert not (place / "directions.safetensors").exists()
+        assert open_adapter(place).state is None
 
 
 # Merged

@@ -17,21 +17,23 @@ import lm_eval
 import lm_eval.evaluator
 import pytest
 import yaml
-from conftest import lora_config, randomize
+from conftest import lora_config, randomize, tiny_llama
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tiny_chat import save_tiny_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
 from matryoshka_lora.evaluate import selection
+from matryoshka_lora.evaluate.cost import adapter_bytes
 from matryoshka_lora.evaluate.engine import Engine
 from matryoshka_lora.evaluate.harness import judge
 from matryoshka_lora.evaluate.questions import ExactMatch, Row
 from matryoshka_lora.evaluate.questions_task import QuestionsTask
-from matryoshka_lora.evaluate.results import Results
+from matryoshka_lora.evaluate.results import Results, weights_hash
 from matryoshka_lora.evaluate.scoring import score
 from matryoshka_lora.evaluate.selection import Preset, Selected, select
 from matryoshka_lora.evaluate.store import Store, request_key
@@ -301,6 +303,30 @@ def test_answers_are_given_once_and_found_again(tmp_path: Path, presets: Any, ad
     assert len(keys) == len(set(keys)) == 12
     run()
     assert asked == [12, 7]
+
+
+def test_other_files_in_the_folder_do_not_make_it_another_adapter(adapter: NestedAdapter, tmp_path: Path) -> None:
+    """`matryoshka eval A --out A` writes its own there."""
+    adapter.save(tmp_path)
+    before = weights_hash(tmp_path)
+    (tmp_path / "evaluation.json").write_text("{}")
+    assert weights_hash(tmp_path) == before
+    for name in ("adapter_model.safetensors", "adapter_config.json", "nesting.json"):
+        kept = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(kept + b" ")
+        assert weights_hash(tmp_path) != before
+        (tmp_path / name).write_bytes(kept)
+
+
+def test_bytes_are_those_of_the_exported_file_whatever_else_is_on_the_model(tmp_path: Path) -> None:
+    nesting = Nesting([1, 2, 4])
+    model = get_peft_model(tiny_llama(), lora_config(nesting))
+    adapter = nest(model, nesting)
+    model.add_adapter("default_2", lora_config(Nesting([8])))
+    for rank, size in zip((1, 4), adapter_bytes(adapter, (1, 4)), strict=True):
+        adapter.export(tmp_path / str(rank), rank)
+        tensors = load_file(tmp_path / str(rank) / "adapter_model.safetensors").values()
+        assert size == sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 def test_a_store_that_cannot_be_used(tmp_path: Path) -> None:

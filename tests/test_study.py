@@ -598,7 +598,7 @@ def test_runs_with_other_rows_or_of_another_recipe_are_refused(tmp_path: Path, m
     with pytest.raises(MatryoshkaError, match="was run with another files than"):
         load_runs(own(), tmp_path)
     (tmp_path / FILES["train"]).unlink()
-    with pytest.raises(MatryoshkaError, match=r"tasks.sums.train: nowhere/train.jsonl: No such file"):
+    with pytest.raises(MatryoshkaError, match=r"tasks.sums.train: cannot read nowhere/train.jsonl \(No such file"):
         load_runs(own(), tmp_path)
 
 
@@ -633,6 +633,19 @@ def test_runs_are_kept_when_a_study_grows(tmp_path: Path, changes: dict[str, Any
     assert len(load_runs(study_of(**changes), tmp_path)) == 1
 
 
+def test_a_method_that_joins_later_hides_no_result() -> None:
+    study, more = (study_of(methods=["lora/frobenius", "lora-each", *new]) for new in ([], ["lora/loss"]))
+    runs = finish(study, lambda job, cut: 9 + abs(math.log(job.learning_rate / 2e-3)))
+    without = {}
+    for job, run in runs.items():
+        without[job] = replace(run, curves={cut: run.curves[cut] for cut in needed(study, runs, job)})
+    assert list(results(more, without)) == list(results(study, runs))
+    # First its learning rates, whose runs are there for the others.
+    first = missing_jobs(more, without)
+    assert {(job.split, job.rank) for job in first} == {("validation", 4)}
+    assert len(first) == len(study.learning_rates)
+
+
 def test_runs_of_other_studies_in_the_folder_do_not_count(tmp_path: Path) -> None:
     wrote(tmp_path, study_of(threads=3))
     for changes in (
@@ -647,7 +660,6 @@ def test_a_run_that_lacks_a_cut_is_due_again(tmp_path: Path) -> None:
     study = study_of(methods=["lora/frobenius", "lora/loss"])
     job = Job("lora", "sums", 4, 1e-3, 100, "validation")
     wrote(tmp_path, study, ["frobenius"])
-    assert job not in load_runs(study, tmp_path)
     assert job in missing_jobs(study, load_runs(study, tmp_path))
     wrote(tmp_path, study, ["frobenius", "prefix", "loss"])
     assert job not in missing_jobs(study, load_runs(study, tmp_path))
@@ -765,6 +777,34 @@ def test_a_longer_recipe_takes_new_questions_or_the_same_again() -> None:
     assert longer[:960] == plain == again
     assert study.steps("lora-longer") == study.steps("lora-again") == 120
     assert study.train_rows("lora-longer") == study.train_rows("lora-again") == 1440
+    odd = study_of(training={"max_steps": 81})
+    assert odd.train_set("lora-again", "sums", 0) == odd.train_set("lora", "sums", 0)
+
+
+def test_files_are_found_at_home_and_their_digests_are_of_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_files(tmp_path)
+    task = study_of(tasks={"sums": {split: f"~/{file}" for split, file in FILES.items()}}).tasks["sums"]
+    before = task.digests
+    assert len(task.rows("train", None)) == 1
+    (tmp_path / FILES["train"]).write_text('{"prompt": "two", "completion": "2"}\n')
+    after = task.digests
+    assert [split for split in FILES if before[split] != after[split]] == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("methods", "training", "message"),
+    [
+        (["lora/frobenius", "p-rates/frobenius"], {"weight_decay": 0.1}, "training.weight_decay is 0.1, which p-rates"),
+        (["lora/frobenius", "adalora-each"], {"max_steps": 1}, "max_steps is 1, and adalora needs 2"),
+        (["lora/frobenius", "sum/prefix"], {"packing": True}, "training.packing is True, which not every method"),
+    ],
+)
+def test_what_one_recipe_refuses_is_said_before_the_first_run(
+    methods: list[str], training: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(MatryoshkaError, match=message):
+        study_of(methods=methods, training=training)
 
 
 def test_wordnet_has_every_class_as_often() -> None:

@@ -210,7 +210,7 @@ def test_files_and_overrides(tmp_path: Path) -> None:
         ("data: chain_sum\nmax_steps: 1\nmax_steps: 2\n", [], "the key max_steps is there twice"),
         ("data: chain_sum\n", ["max_steps"], "'max_steps' is no override; write key=value"),
         ("data: chain_sum\n", ["max_steps=[1"], "is no YAML"),
-        ("data: chain_sum\n", ["max_steps.x=1"], "no key 'x'"),
+        ("data: chain_sum\n", ["max_steps.x=1"], "max_steps is {'x': 1}; expected an integer"),
         ("data: chain_sum\nmax_steps: 1\n", ["max_steps.x=1"], "max_steps is 1, which has nothing below it"),
         ("data: chain_sum\n", ["lora.rr=1"], "no key 'rr' in section 'lora'"),
     ],
@@ -218,7 +218,7 @@ def test_files_and_overrides(tmp_path: Path) -> None:
 def test_wrong_files_and_overrides(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
     with pytest.raises(MatryoshkaError) as caught:
         load_config(write(tmp_path, text), overrides)
-    assert message in str(caught.value) or "max_steps.x" in overrides[0]
+    assert message in str(caught.value)
 
 
 def test_missing_files(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTTrainer
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, nest, read_sidecar
+from matryoshka_lora import MatryoshkaError, NestedAdapter, learn_from_trainer, nest, read_sidecar
 from matryoshka_lora.train import TrainConfig, load_config, make_config, train
 from matryoshka_lora.train.data import load_data
 from matryoshka_lora.train.resume import plan
@@ -96,6 +96,33 @@ def test_a_finished_run_can_be_made_longer(model: Path, copied: Path, capsys: py
     assert f"Going on from {copied / 'checkpoint-4'}, after 4 steps" in capsys.readouterr().out
     assert json.loads((copied / "trainer_state.json").read_text())["global_step"] == 6
     assert plan(config_of(model, copied, max_steps=6)).finished
+
+
+def test_a_finished_run_can_get_another_order(model: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What comes after the last step is made anew from the last checkpoint, and no step is taken."""
+    learned = load_file(copied / "adapter_model.safetensors")
+    config = config_of(model, copied, nesting={"reorder": "svd"})
+    train(config)
+    assert "after 4 steps" in capsys.readouterr().out
+    svd = load_file(copied / "adapter_model.safetensors")
+    assert plan(config).finished
+    key = next(key for key in svd if "lora_A" in key)
+    pair = key, key.replace("lora_A", "lora_B")
+    assert not svd[key].equal(learned[key])
+    torch.testing.assert_close(*(found[pair[1]] @ found[pair[0]] for found in (svd, learned)))
+    # Orthogonal rows: it is the SVD's order.
+    gram = svd[key] @ svd[key].T
+    assert (gram - gram.diag().diag()).abs().max() < 1e-5 * gram.abs().max()
+
+
+def test_a_stream_has_no_rows_to_learn_an_order_from(model: Path, tmp_path: Path) -> None:
+    config = config_of(model, tmp_path)
+    adapter = nest(get_peft_model(AutoModelForCausalLM.from_pretrained(model), config.lora_config()), config.nesting)
+    rows = load_data(config.data).to_iterable_dataset()
+    trainer = SFTTrainer(adapter.model, config.sft_config(), train_dataset=rows, processing_class=tiny_tokenizer())
+    with pytest.raises(MatryoshkaError, match="the Trainer's data are a stream"):
+        learn_from_trainer(adapter, trainer)
+    assert not adapter.reordered
 
 
 @pytest.mark.parametrize("steps_per_epoch", [5, 4])

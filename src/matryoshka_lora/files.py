@@ -28,7 +28,8 @@ EVALUATION_FOLDER = "evaluation"
 EVALUATION_NAME = "evaluation.json"
 PICTURE_NAME = "curve.png"
 
-# What says how to read the other files of an adapter's folder.
+# An adapter is these together: what holds its weights, and what says how to read them.
+_WEIGHTS = ("adapter_model.safetensors", "directions.safetensors")
 _DESCRIPTIONS = ("adapter_config.json", "nesting.json", SPECTRA_NAME)
 
 
@@ -73,9 +74,10 @@ def replace_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder; when the block ends without an error, its files take their place in ``target``.
 
     A target that does not exist yet appears at once, complete. In one that exists, files of the same name are
-    replaced and all others stay. There, the old ``adapter_config.json`` and ``nesting.json`` go first and the new ones
-    come last: whoever reads in between, or after a power cut, finds an adapter without a description, which is an
-    error, and never weights with the description of others.
+    replaced and all others stay, but for an adapter's own, which go as one: nothing of the old adapter is left beside
+    the new one. There, the old ``adapter_config.json`` and ``nesting.json`` go first and the new ones come last:
+    whoever reads in between, or after a power cut, finds an adapter without a description, which is an error, and never
+    weights with the description of others.
 
     Raises:
         MatryoshkaError: The target is no folder, cannot be written or its disk is full; it is unchanged.
@@ -131,9 +133,11 @@ def _move_into(source: Path, files: list[Path], target: Path) -> None:
         if (target / file).is_dir():
             raise IsADirectoryError(errno.EISDIR, f"{file} is a folder")
         (target / file).parent.mkdir(parents=True, exist_ok=True)
-    # A description that is not written anew goes too: an exported slice has no sidecar.
-    last = [Path(name) for name in _DESCRIPTIONS] if any(str(file) in _DESCRIPTIONS for file in files) else []
-    first = [file for file in files if file not in last]
+    # What is not written anew goes too: an exported slice has no sidecar, a file of directions no PEFT weights.
+    is_adapter = any(str(file) in _DESCRIPTIONS for file in files)
+    last = [Path(name) for name in _DESCRIPTIONS] if is_adapter else []
+    old_weights = [Path(name) for name in _WEIGHTS if is_adapter and Path(name) not in files]
+    first = [*(file for file in files if file not in last), *old_weights]
     aside = source / "replaced"
     try:
         for file in (file for file in last + first if (target / file).exists()):

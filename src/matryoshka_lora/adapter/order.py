@@ -62,7 +62,8 @@ def learn_order(
         seed: Of the ranks.
 
     Raises:
-        MatryoshkaError: There is no nested rank below R, or the loss is not finite. The order is then as it was.
+        MatryoshkaError: There is no nested rank below R, or the loss is not finite. In the second case the
+            order is then the one that it began from: the SVD's, or that of an adapter that was reordered before.
     """
     *ranks, _ = adapter.nesting.ranks
     if not ranks:

@@ -184,6 +184,7 @@ def check_factors(
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises MatryoshkaError, with ``where`` in it, if a tensor has another dtype than adapters have, or holds NaN."""
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise MatryoshkaError(

@@ -37,6 +37,7 @@ class Gate(NamedTuple):
         allow_fewer: bool = False,
         exact: bool = True,
     ) -> Gate:
+        """One whose tensors are on ``device``; the arguments are its attributes."""
         dtype = torch.float32 if device.type == "mps" else torch.float64
         scaled = None if scale is None else torch.tensor(scale, dtype=dtype, device=device)
         return cls(diagonal.to(device, dtype), scaled, allow_fewer, exact)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from enum import Enum
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,7 +80,7 @@ def _report(study: Study, runs: Any, folder: Path) -> bool:
     versions = {tuple(sorted(run.versions.items())) for run in runs.values()}
     about = {
         "model": f"{study.model}, {study.dtype}, all linear layers, R = {study.rank}",
-        "training": f"{training}; each built-in question once",
+        "training": f"{training}; each built-in question once, unless the recipe says otherwise",
         "questions": ", ".join(f"{count} of {split}" for split, count in study.items.items()),
         "learning rates": f"grid from {', '.join(f'{rate:g}' for rate in study.learning_rates)} on validation data, "
         f"seed {study.rate_seed}, grown until its edge is not the best or {MOST_RATES} are tried",
@@ -89,7 +90,9 @@ def _report(study: Study, runs: Any, folder: Path) -> bool:
     if lost := diverged(study, runs):
         about["diverged on test, not in the means"] = "; ".join(lost)
     named = study.winner if any(result.method == study.winner for result in found) else None
-    write_report(found, folder, title=study.title, about=about, tried=tried(study, runs), winner=named)
+    planned = list(product(study.methods, study.tasks, study.seeds))
+    rates = tried(study, runs)
+    write_report(found, folder, title=study.title, about=about, tried=rates, planned=planned, winner=named)
     return True
 
 

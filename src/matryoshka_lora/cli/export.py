@@ -83,7 +83,7 @@ def export(
     elif format is Format.merged and base is not None:
         from matryoshka_lora.models import load_tokenizer
 
-        verified = exports.export_merged(cut, out, base, load_tokenizer(str(name)))
+        verified = exports.export_merged(cut, out, base, load_tokenizer(str(name)), verify)
         following = f'AutoModelForCausalLM.from_pretrained("{out}")'
     elif format is Format.gguf:
         from matryoshka_lora.models import load_config
@@ -91,7 +91,8 @@ def export(
         verified = exports.export_gguf(cut, out, base if verify else None, load_config(str(name)))
         following = f"llama-cli -m BASE.gguf --lora {out}"
     elif format is Format.ladder:
-        ladder = tuple(r for r in state.nesting.ranks if r <= cut.rank and r in state.ranks)
+        below = (r for r in state.nesting.ranks if r < cut.rank and r in state.ranks)
+        ladder = (*below, cut.rank)
         found = exports.export_ladder(cut, ladder, out, base if verify else None)
         verified, what = (
             max(found.values(), key=lambda v: v.difference if v else -1),
@@ -101,7 +102,7 @@ def export(
     else:
         exports.export_directions(cut, out)
         following = f'load(base_model, "{out}", max_rank=4)'
-    typer.echo(_report(verified, base, name, verify, format))
+    typer.echo(_report(verified, name, verify, format))
     typer.echo(f"{out} is {what} of {adapter}, as {format.value}. Next: {following}")
 
 
@@ -128,7 +129,7 @@ def _base(name: str | None) -> Callable[[Any], Any] | None:
     return lambda dtype: load_model(name, dtype or "auto", local_files_only=True)
 
 
-def _report(verified: Any, base: Any, name: str | None, verify: bool, format: Format) -> str:
+def _report(verified: Any, name: str | None, verify: bool, format: Format) -> str:
     if format is Format.directions:
         return "Verified: read back, every number is the same."
     if verified is not None:

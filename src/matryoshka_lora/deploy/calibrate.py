@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from matryoshka_lora.adapter import NestedAdapter, load, order
 from matryoshka_lora.adapter.factors import get_parameters
 from matryoshka_lora.adapter.source import open_adapter
+from matryoshka_lora.adapter.storage import check_apart
 from matryoshka_lora.deploy.reorder import Moments, reorder_adapter, reweigh_adapter, rewrite_learned
 from matryoshka_lora.deploy.spectra import Metric, Spectra
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
@@ -175,6 +176,7 @@ def reorder_with_data(
     Raises:
         MatryoshkaError: The adapter is damaged or does not fit the model, or the target cannot be written.
     """
+    check_apart(source, target)
     dtype = open_adapter(source).dtype
     with tempfile.TemporaryDirectory() as folder:
         # In float32, since what is written here is only read again.

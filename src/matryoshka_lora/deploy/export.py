@@ -98,7 +98,9 @@ def export_peft(what: Cut, path: str | os.PathLike[str], base: Base | None) -> V
         return None if base is None else _compare(what, folder, base)
 
 
-def export_merged(what: Cut, path: str | os.PathLike[str], base: Base, tokenizer: Any = None) -> Verified:
+def export_merged(
+    what: Cut, path: str | os.PathLike[str], base: Base, tokenizer: Any = None, verify: bool = True
+) -> Verified | None:
     """Write the base model with the adapter merged into its weights, in the base model's dtype, as safetensors.
 
     Args:
@@ -106,6 +108,7 @@ def export_merged(what: Cut, path: str | os.PathLike[str], base: Base, tokenizer
         path: The directory to write.
         base: Loads the base model, not quantised.
         tokenizer: Is saved beside it.
+        verify: Whether what was written is loaded again and compared.
 
     Raises:
         MatryoshkaError: As `export_peft`; or the base is quantised, or merging changed none of its weights.
@@ -131,6 +134,8 @@ def export_merged(what: Cut, path: str | os.PathLike[str], base: Base, tokenizer
             tokenizer.save_pretrained(folder)
         kind, dtype = type(merged), merged.dtype
         del merged, model
+        if not verify:
+            return None
         # Computed in float32, so that what is left is the rounding of the merged weights alone.
         wanted, without = nested_logits(load(base(torch.float32), what.source), what.ranks)
         found = probe_logits(kind.from_pretrained(folder, dtype=torch.float32))

@@ -14,6 +14,7 @@ from torch import Tensor
 from matryoshka_lora.adapter.directions import DIRECTIONS_NAME
 from matryoshka_lora.adapter.source import LoraFiles, open_adapter
 from matryoshka_lora.deploy.spectra import Spectra, read_spectra
+from matryoshka_lora.nesting import Nesting
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ class Description:
         """The ranks to tell of: those of the nesting, or powers of two."""
         if self.adapter.state is not None:
             return self.adapter.state.nesting.ranks
-        top = self.adapter.rank
-        return (*(2**k for k in range(top.bit_length()) if 2**k < top), top)
+        return Nesting.powers_of_two(self.adapter.rank).ranks
 
     def decay(self) -> dict[str, Tensor]:
         """The squared singular values of each kind of layer, as shares of their sum: the mean over its layers."""

@@ -30,7 +30,7 @@ _FILES = (
 def push_adapter(
     adapter: str | os.PathLike[str], repository: str, private: bool = True, endpoint: str | None = None
 ) -> str:
-    """Upload an adapter, its card written anew and its evaluation, through huggingface_hub.
+    """Upload an adapter, its card (of a nested one written anew) and its evaluation, through huggingface_hub.
 
     Args:
         adapter: Its directory.
@@ -45,7 +45,8 @@ def push_adapter(
         MatryoshkaError: The adapter is damaged, or the hub refuses; the message says why.
     """
     opened = open_adapter(adapter)
-    write_card(Path(adapter), opened.config, opened.state)
+    if opened.state is not None:  # what is not nested may be anybody's, and has a card of its own or none
+        write_card(Path(adapter), opened.config, opened.state)
     api = HfApi(endpoint=endpoint)
     try:
         made = api.create_repo(repository, private=private, exist_ok=True)

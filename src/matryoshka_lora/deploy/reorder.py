@@ -63,8 +63,8 @@ def reorder_adapter(
     Args:
         source: The directory of a LoRA adapter that PEFT has written: nested or not, in any of its scalings, with
             ranks per layer, in one file or in shards.
-        target: The directory to write: a nested adapter of the largest rank that a layer has, which plain PEFT reads
-            as the same function that the source is.
+        target: The directory to write: a nested adapter of the largest rank that a layer has. Plain PEFT reads it as
+            the function that the source is; of one that was saved as it was trained, as that of training, P and all.
         on_layer: Called after each layer.
         dtype: Of the result; None keeps the source's.
 
@@ -97,7 +97,6 @@ def reweigh_adapter(
     target: str | os.PathLike[str],
     metric: Metric,
     moments: Mapping[str, Moments],
-    on_layer: Progress | None = None,
     dtype: torch.dtype | None = None,
 ) -> Spectra:
     """Reorder what `reorder_adapter` has written once more, by ``activations`` or ``loss``.
@@ -108,7 +107,6 @@ def reweigh_adapter(
         metric: The name of the metric that the moments make.
         moments: By layer, from `matryoshka_lora.deploy.calibrate.measure_moments` of the source. A layer without
             moments stays as it is.
-        on_layer: Called after each layer.
         dtype: Of the result; None keeps the source's.
 
     Returns:
@@ -129,7 +127,7 @@ def reweigh_adapter(
         A, B, s = reweigh_factors(A, B, found.inner, found.outer)
         return A, B, s * scale
 
-    return _rewrite(opened, Path(target), state, config, metric, reweigh, on_layer, dtype)
+    return _rewrite(opened, Path(target), state, config, metric, reweigh, None, dtype)
 
 
 def rewrite_learned(

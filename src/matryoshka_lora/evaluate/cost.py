@@ -12,17 +12,14 @@ from typing import Any
 import torch
 
 from matryoshka_lora.adapter import NestedAdapter
+from matryoshka_lora.adapter.factors import get_parameters
 
 _STEPS = 12
 
 
 def adapter_bytes(adapter: NestedAdapter, ranks: Sequence[int]) -> list[int]:
     """Bytes of the factors of the ordinary adapter that `NestedAdapter.export` writes, for each rank."""
-    factors = [
-        parameter
-        for name, parameter in adapter.model.named_parameters()
-        if "lora_" in name and f".{adapter.name}" in name
-    ]
+    factors = [factor for _, module, _ in adapter._layers() for factor in get_parameters(module, adapter.name)]
     top = adapter.nesting.max_rank
     return [sum(factor.numel() // top * rank * factor.itemsize for factor in factors) for rank in ranks]
 

@@ -170,7 +170,7 @@ def judge(
 
     Args:
         engine: Answers.
-        tasks: As `matryoshka_lora.evaluate.selection.select_tasks` loads them.
+        tasks: As `matryoshka_lora.evaluate.selection.select` loads them.
         ranks: 0 is the base model.
         store: Where answers are kept, and where those of an earlier run are found.
         num_fewshot: As in the harness: None leaves it to the task.

@@ -126,9 +126,10 @@ class Results:
 
 
 def weights_hash(adapter: Path) -> str:
-    """The hash of everything in an adapter's folder that its answers depend on."""
+    """The hash of everything in an adapter's folder that its answers depend on, and of nothing else there."""
     found = sha256()
-    for file in sorted((*adapter.glob("*.safetensors"), *adapter.glob("*.json"))):
+    descriptions = [adapter / name for name in ("adapter_config.json", "nesting.json")]
+    for file in sorted((*adapter.glob("*.safetensors"), *(file for file in descriptions if file.is_file()))):
         found.update(file.name.encode())
         found.update(file.read_bytes())
     return found.hexdigest()

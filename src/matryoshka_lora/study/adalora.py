@@ -14,10 +14,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from matryoshka_lora.adapter import NestedAdapter, nest
 from matryoshka_lora.adapter.factors import get_parameters
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.train.config import TrainConfig
 from matryoshka_lora.train.data import load_data
+from matryoshka_lora.train.run import load_model_of, load_tokenizer_of
 from matryoshka_lora.train.trainer import CompletionTrainer
 
 _NAME = "default"
@@ -36,35 +36,40 @@ def train_adalora(config: TrainConfig) -> NestedAdapter:
 
 def train_peft(config: TrainConfig) -> PeftModel:
     """The first half of `train_adalora`: PEFT's own model, trained."""
-    if config.quantization is not None:
-        raise MatryoshkaError("adalora trains no quantised model: leave training.quantization out")
+    check_adalora(config)
     arguments = config.sft_config()
     adalora = adalora_config(config, arguments.max_steps)
     set_seed(config.seed)
-    more = arguments.model_init_kwargs or {}
-    base = load_model(config.model, DTYPES[config.dtype], None, config.trust_remote_code, **more)
-    model = get_peft_model(base, adalora)
+    model = get_peft_model(load_model_of(config), adalora)
     trainer = AdaLoraTrainer(
         model=model,
         args=arguments,
         train_dataset=load_data(config.data),
-        processing_class=load_tokenizer(config.model, config.trust_remote_code),
+        processing_class=load_tokenizer_of(config),
         callbacks=[_Allocate(model)],
     )
     trainer.train()
     return trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
 
 
+def check_adalora(config: TrainConfig) -> None:
+    """Whether AdaLoRA can be trained by a config.
+
+    Raises:
+        MatryoshkaError: It has too few steps, or a quantised model.
+    """
+    if config.quantization is not None:
+        raise MatryoshkaError("adalora trains no quantised model: leave training.quantization out")
+    steps = config.training.get("max_steps", -1)
+    if steps < 2:
+        raise MatryoshkaError(f"training.max_steps is {steps}, and adalora needs 2 to choose ranks: take more")
+
+
 def adalora_config(config: TrainConfig, steps: int) -> AdaLoraConfig:
     """From 1.5 r down to r, which is the paper's ratio, as are the parts of the schedule.
 
     A tenth of the steps goes before the ranks begin to fall, and the last half leaves them as they are.
-
-    Raises:
-        MatryoshkaError: There are not steps enough.
     """
-    if steps < 2:
-        raise MatryoshkaError(f"training.max_steps is {steps}, and adalora needs 2 to choose ranks: take more")
     rank = config.nesting.max_rank
     start = math.ceil(1.5 * rank)
     return AdaLoraConfig(

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,9 @@ class StudyTask:
     name: str
     source: Mapping[str, Any]
 
-    @cached_property
+    @property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of each split that is a local file.
+        """SHA-256 of each split that is a local file, as it is now.
 
         Raises:
             MatryoshkaError: There is no such file.
@@ -56,10 +56,15 @@ class StudyTask:
         for split in _SPLITS if "task" not in self.source else ():
             path = parse_data(self.source[split], split).get("path")
             if path is not None:
+                file = Path(path).expanduser()
                 try:
-                    found[split] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+                    status = file.stat()
+                    found[split] = _digest(file, status.st_size, status.st_mtime_ns)
                 except OSError as error:
-                    raise MatryoshkaError(f"tasks.{self.name}.{split}: {path}: {error.strerror}") from error
+                    raise MatryoshkaError(
+                        f"tasks.{self.name}.{split}: cannot read {path} ({error.strerror}): write its path from here, "
+                        "or the whole path"
+                    ) from error
         return found
 
     def rows(self, split: str, count: int | None, seed: int = 0) -> list[Row]:
@@ -77,7 +82,7 @@ class StudyTask:
                 raise MatryoshkaError(f"{source} has {len(rows)} rows, not {count}: give more, or lower items.{split}")
             return rows
         spec = {"name" if key == "task" else key: value for key, value in self.source.items()}
-        examples = get_task(spec, seed).examples(split, count or 1000)  # type: ignore[arg-type]
+        examples = get_task(spec, seed).examples(split, count)  # type: ignore[arg-type]
         return [Row(f"{example.prompt}\nAnswer:", f" {example.completion}") for example in examples]
 
 
@@ -137,9 +142,7 @@ class Study:
         Raises:
             MatryoshkaError: There are not so many, or a file cannot be read.
         """
-        taken = self.train_rows(recipe)
-        if not RECIPES[recipe].new_rows:
-            taken = int(taken / RECIPES[recipe].length)
+        taken = self.train_rows(recipe if RECIPES[recipe].new_rows else "lora")
         return self.tasks[task].rows("train", taken if "task" in self.tasks[task].source else None, seed)
 
     def train_config(
@@ -200,6 +203,9 @@ def make_study(given: Mapping[str, Any]) -> Study:
     """
     from trl import SFTConfig
 
+    from matryoshka_lora.study.adalora import check_adalora
+    from matryoshka_lora.study.objectives import check_objective
+
     check_keys(given, _KEYS)
     for key in ("tasks", "methods"):
         if not given.get(key):
@@ -246,9 +252,18 @@ def make_study(given: Mapping[str, Any]) -> Study:
         raise MatryoshkaError(
             f"learning_rates.seed {made.rate_seed} is one of seeds: rates are chosen on runs that are not counted"
         )
-    first = parse_method(next(m for m in methods if m != EACH))[0] if methods != (EACH,) else "lora"
-    made.train_config(first, made.rank, made.learning_rates[0], 0, "chain_sum", "unused")  # finds wrong arguments now
+    for recipe in dict.fromkeys(parse_method(method)[0] for method in methods):  # finds wrong arguments now
+        config = made.train_config(recipe, made.rank, made.learning_rates[0], 0, "chain_sum", "unused")
+        check_objective(RECIPES[recipe].objective, config)
+        if RECIPES[recipe].objective == "adalora":
+            check_adalora(config)
     return made
+
+
+@lru_cache
+def _digest(file: Path, size: int, changed: int) -> str:
+    """Of a file that is asked for at every look at the runs: its size and time say whether it is another."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _task(name: str, source: Any) -> StudyTask:

@@ -58,7 +58,9 @@ class Trained:
         with torch.no_grad():
             for name, module, _ in self.adapter._layers():
                 A, B = get_factors(module, self.adapter.name)
-                found = moments[name]
+                found = moments.get(name)
+                if found is None:  # no token came by, as may be with an expert
+                    continue
                 for factor, value in zip((A, B), reweigh_factors(A, B, found.inner, found.outer), strict=False):
                     factor.copy_(value)
 

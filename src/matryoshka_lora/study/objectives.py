@@ -120,10 +120,6 @@ class ColumnRatesTrainer(CompletionTrainer):
     """
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        if self.args.weight_decay:
-            raise MatryoshkaError(
-                f"training.weight_decay is {self.args.weight_decay}, which p-rates would multiply by p: leave it out"
-            )
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         adapter = NestedAdapter(self.model)
         factors = [get_factors(module, adapter.name)[1] for _, module, _ in adapter._layers()]
@@ -158,13 +154,19 @@ def copies(objective: str | None, ranks: Sequence[int]) -> int:
     return len(trainer.copies(ranks, 0, 0)) if issubclass(trainer, SumTrainer) else 1
 
 
-def check_plain(config: TrainConfig) -> None:
-    """Whether a config leaves the loss and the rows of a batch to the objective.
+def check_objective(objective: str | None, config: TrainConfig) -> None:
+    """Whether an objective can do what a config asks: those that are not the loss itself are made for the plain one.
 
     Raises:
-        MatryoshkaError: It asks for another loss, or joins rows.
+        MatryoshkaError: It asks for another loss, joins rows, or is nothing for this objective.
     """
+    if objective is None:
+        return
     arguments = config.sft_config()
+    if objective == "p-rates" and arguments.weight_decay:
+        raise MatryoshkaError(
+            f"training.weight_decay is {arguments.weight_decay}, which p-rates would multiply by p: leave it out"
+        )
     plain = {"loss_type": "nll", "label_smoothing_factor": 0.0, "packing": False, "padding_free": False}
     for option, value in plain.items():
         if getattr(arguments, option) != value:

@@ -69,31 +69,33 @@ def _of(job: Job) -> tuple[str, int]:
 
 
 def load_runs(study: Study, folder: Path) -> dict[Job, Run]:
-    """The finished runs of a folder that the study can use: with all cuts that are `needed`.
+    """The runs of a folder that are the study's; one may still lack a cut that the study has got since.
 
     Raises:
         MatryoshkaError: A file is damaged, or is one of the study's jobs with other settings or other ranks.
     """
     found: dict[Job, Run] = {}
-    for split in ("validation", "test"):  # in this order, as the one says what the other needs
-        for path in sorted((folder / split).glob("*/*.json")):
-            run = Run.read(path)
-            if run.job.task not in study.tasks or not cuts(study, run.job):
-                continue
-            settings = study.settings(run.job.task, run.job.recipe) | {"cuts": run.settings.get("cuts")}
-            # A run that an older version wrote may lack some.
-            different = [key for key, value in run.settings.items() if settings.get(key) != value]
-            different += [f"cut {cut}" for cut, how in run.settings.get("cuts", {}).items() if how != cut_settings(cut)]
-            if run.ranks != measured_ranks(study, run.job):
-                different.append("rank")
-            if different:
-                raise MatryoshkaError(
-                    f"{path} was run with another {', '.join(different)} than this study has: take another folder "
-                    "with --out or --runs, or give the study the settings of its runs"
-                )
-            if set(needed(study, found, run.job)) <= run.done():
-                found[run.job] = run
+    for path in sorted(path for split in ("validation", "test") for path in (folder / split).glob("*/*.json")):
+        run = Run.read(path)
+        if run.job.task not in study.tasks or not cuts(study, run.job):
+            continue
+        settings = study.settings(run.job.task, run.job.recipe) | {"cuts": run.settings.get("cuts")}
+        # A run that an older version wrote may lack some.
+        different = [key for key, value in run.settings.items() if settings.get(key) != value]
+        different += [f"cut {cut}" for cut, how in run.settings.get("cuts", {}).items() if how != cut_settings(cut)]
+        if run.ranks != measured_ranks(study, run.job):
+            different.append("rank")
+        if different:
+            raise MatryoshkaError(
+                f"{path} was run with another {', '.join(different)} than this study has: take another folder "
+                "with --out or --runs, or give the study the settings of its runs"
+            )
+        found[run.job] = run
     return found
+
+
+def _has(runs: Mapping[Job, Run], job: Job, cut: str) -> bool:
+    return job in runs and cut in runs[job].done()
 
 
 class Rates(NamedTuple):
@@ -116,8 +118,8 @@ def rates(study: Study, runs: Mapping[Job, Run], unit: Unit) -> Rates:
     down, up = tried[1] / tried[0], tried[-1] / tried[-2]
     while True:
         jobs = {rate: Job(unit.recipe, unit.task, unit.rank, rate, study.rate_seed, "validation") for rate in tried}
-        losses = {rate: _loss(runs[job], unit) for rate, job in jobs.items() if job in runs}
-        missing = [job for job in jobs.values() if job not in runs]
+        losses = {rate: _loss(runs[job], unit) for rate, job in jobs.items() if _has(runs, job, unit.cut)}
+        missing = [job for rate, job in jobs.items() if rate not in losses]
         if missing:
             return Rates(missing, losses, None)
         best = min(tried, key=lambda rate: losses[rate])
@@ -156,7 +158,7 @@ def missing_jobs(study: Study, runs: Mapping[Job, Run]) -> list[Job]:
             if state.chosen is not None and (unit.recipe, unit.rank) not in unsettled:
                 for seed in study.seeds:
                     job = Job(unit.recipe, task, unit.rank, state.chosen, seed, "test")
-                    if job not in runs:
+                    if not _has(runs, job, unit.cut):
                         tests[job] = None
         found |= dict.fromkeys(sorted(tests, key=lambda job: job.seed))
     return list(found)

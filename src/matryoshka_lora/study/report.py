@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -68,6 +69,9 @@ class _Table:
 # A heading with its level, a table, the picture's name or a paragraph.
 _Block = tuple[int, str] | _Table | str
 
+Planned = tuple[str, str, int]
+"""A method, a task and a seed."""
+
 
 def write_report(
     results: Sequence[Result],
@@ -76,8 +80,8 @@ def write_report(
     title: str,
     about: Mapping[str, str],
     tried: Sequence[Tried],
+    planned: Collection[Planned] = (),
     winner: str | None = None,
-    rivals: Sequence[str] | None = None,
 ) -> None:
     """Write ``study.md``, ``study.html``, which needs no other file, and ``study.png``; all of them or none.
 
@@ -87,14 +91,14 @@ def write_report(
         title: Of the report and of the picture.
         about: What the results do not say of themselves, by a word for it: model, items, hardware, versions.
         tried: Learning rates.
+        planned: Every method, task and seed of the whole study. What of them has no result is named.
         winner: The method to test, if it was named before the data were seen; else `stats.nominate`, which sees
             validation data only, or without them `stats.best`.
-        rivals: The methods to test it against; all others without them.
 
     Raises:
         MatryoshkaError: The results cannot be compared, a name is not in them, or the folder cannot be written.
     """
-    blocks = [(1, title), *_blocks(results, about, tried, winner, rivals)]
+    blocks = [(1, title), *_blocks(results, about, tried, planned, winner)]
     with replace_directory(folder) as unfinished:
         draw(results, unfinished / _PICTURE, title=title, methods=legible(results, _tested(results, tried, winner)))
         page = _page(title, blocks, (unfinished / _PICTURE).read_bytes())
@@ -108,29 +112,29 @@ def tables(
     title: str,
     about: Mapping[str, str],
     tried: Sequence[Tried],
+    planned: Collection[Planned] = (),
     winner: str | None = None,
-    rivals: Sequence[str] | None = None,
 ) -> str:
     """The text of ``study.md``; arguments and errors are those of `write_report`."""
-    return _markdown([(1, title), *_blocks(results, about, tried, winner, rivals)])
+    return _markdown([(1, title), *_blocks(results, about, tried, planned, winner)])
 
 
 def _blocks(
     results: Sequence[Result],
     about: Mapping[str, str],
     tried: Sequence[Tried],
+    planned: Collection[Planned],
     winner: str | None,
-    rivals: Sequence[str] | None,
 ) -> list[_Block]:
     stats.check(results)
     tasks = sorted({result.task for result in results})
     return [
-        *_what(results, about, _tested(results, tried, winner)),
+        *_what(results, about, planned, _tested(results, tried, winner)),
         *(block for task in tasks for block in _curves(results, task)),
         *_costs(results),
         *_full_rank(results, tasks),
         *_each_rank(results, tasks),
-        *_tests(results, tried, winner, rivals),
+        *_tests(results, tried, winner),
         *_each_other(results),
         *_rates(tried),
     ]
@@ -140,7 +144,9 @@ def _tested(results: Sequence[Result], tried: Sequence[Tried], winner: str | Non
     return winner or stats.nominate(results, tried) or stats.best(results)
 
 
-def _what(results: Sequence[Result], about: Mapping[str, str], winner: str | None) -> list[_Block]:
+def _what(
+    results: Sequence[Result], about: Mapping[str, str], planned: Collection[Planned], winner: str | None
+) -> list[_Block]:
     methods, drawn = sorted(stats.ranking(results)), legible(results, winner)
     tasks = sorted({result.task for result in results})
     seeds = {task: {result.seed for result in results if result.task == task} for task in tasks}
@@ -148,12 +154,9 @@ def _what(results: Sequence[Result], about: Mapping[str, str], winner: str | Non
     rows = [*about.items(), ("methods", ", ".join(methods)), ("seeds", counts)]
     blocks: list[_Block] = [(2, "What was compared"), _Table(("study", ""), rows), *_WORDS]
     done = {(result.method, result.task, result.seed) for result in results}
-    missing = [
-        f"{method} on {task} ({lacking} of {len(seeds[task])} seeds)"
-        for method in sorted({*methods, EACH})
-        for task in tasks
-        if (lacking := sum((method, task, seed) not in done for seed in seeds[task]))
-    ]
+    of = Counter((method, task) for method, task, _ in planned)
+    lacking = Counter((one[0], one[1]) for one in planned if one not in done)
+    missing = [f"{method} on {task} ({lacking[method, task]} of {of[method, task]} seeds)" for method, task in lacking]
     if missing:
         blocks.append(f"This study is partial. Not run, or diverged: {', '.join(missing)}.")
     if single := [task for task in tasks if len(seeds[task]) == 1]:
@@ -220,12 +223,10 @@ def _each_rank(results: Sequence[Result], tasks: Sequence[str]) -> list[_Block]:
     return blocks
 
 
-def _tests(
-    results: Sequence[Result], tried: Sequence[Tried], winner: str | None, rivals: Sequence[str] | None
-) -> list[_Block]:
+def _tests(results: Sequence[Result], tried: Sequence[Tried], winner: str | None) -> list[_Block]:
     blocks: list[_Block] = [(2, "One method against the others, over all tasks")]
     method = _tested(results, tried, winner)
-    others = [name for name in (stats.ranking(results) if rivals is None else rivals) if name != method]
+    others = [name for name in stats.ranking(results) if name != method]
     if method is None or not others:
         return [*blocks, "This takes two methods, and one to test that has results on every task or is named."]
     how = "picked here, for its AURAC (log2) in these very data"

@@ -24,16 +24,16 @@ from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.evaluate.curve import versions
 from matryoshka_lora.evaluate.questions import Row, tokenize
 from matryoshka_lora.files import write_text
-from matryoshka_lora.models import load_tokenizer
 from matryoshka_lora.study.adalora import train_adalora
 from matryoshka_lora.study.config import Study
 from matryoshka_lora.study.cuts import CUTS, Trained
 from matryoshka_lora.study.measure import measure
-from matryoshka_lora.study.objectives import TRAINERS, check_plain, copies
+from matryoshka_lora.study.objectives import TRAINERS, check_objective, copies
 from matryoshka_lora.study.plan import cuts, load_runs, measured_ranks, needed
 from matryoshka_lora.study.recipes import LEARNED, RECIPES, cut_settings
 from matryoshka_lora.study.records import Curve, Job, Run
 from matryoshka_lora.train import train
+from matryoshka_lora.train.run import load_tokenizer_of
 from matryoshka_lora.train.trainer import CompletionTrainer
 
 
@@ -96,7 +96,9 @@ def run_job(study: Study, job: Job, wanted: Collection[str] | None = None) -> Ru
         MatryoshkaError: It cannot be done.
     """
     torch.set_num_threads(study.threads)
-    tokenizer, rows = load_tokenizer(study.model), study.train_set(job.recipe, job.task, job.seed)
+    # The data are of no importance here.
+    config = study.train_config(job.recipe, job.rank, job.learning_rate, job.seed, "chain_sum", "unused")
+    tokenizer, rows = load_tokenizer_of(config), study.train_set(job.recipe, job.task, job.seed)
     held_out = study.tasks[job.task].rows(job.split, study.items[job.split])
     used, steps = study.train_rows(job.recipe), study.steps(job.recipe)
     passes = copies(RECIPES[job.recipe].objective, study.nesting(job.rank))
@@ -148,8 +150,7 @@ def train_job(
         write_text(data, "".join(json.dumps({"prompt": r.prompt, "completion": r.completion}) + "\n" for r in rows))
         output = str(Path(folder) / "run")
         config = study.train_config(job.recipe, job.rank, job.learning_rate, job.seed, str(data), output)
-        if objective is not None:
-            check_plain(config)
+        check_objective(objective, config)
         if objective == "adalora":
             return train_adalora(config)
         return train(config, trainer_class or TRAINERS.get(objective or ""))

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,11 @@ from matryoshka_lora.study.records import Job, Run
 
 Launcher = Literal["local", "ray"]
 Submit = Callable[[Study, Job, Path], "Future[bool]"]
+
+_KILLED = (
+    "a worker was killed from outside, perhaps since memory was short: try fewer --workers. Finished runs are kept, "
+    "and the same command goes on"
+)
 
 _POLL = 5.0
 """Seconds between looks at the folder while other processes have all jobs that are left."""
@@ -66,7 +71,11 @@ def run_study(
                 on_progress(len(runs), len(running), len(missing))
             if now < end and not failed:
                 for job in ready[: workers - len(running)]:
-                    running[submit(study, job, folder)] = job
+                    try:
+                        running[submit(study, job, folder)] = job
+                    except BrokenExecutor:
+                        failed.append(_KILLED)
+                        break
             if not running and (failed or not missing or now >= end):
                 break
             if not running:
@@ -75,7 +84,9 @@ def run_study(
             for future in wait(running, timeout=_POLL, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
                 error = future.exception()
-                if error is not None:
+                if isinstance(error, BrokenExecutor):
+                    failed.append(_KILLED)
+                elif error is not None:
                     error = (
                         getattr(error, "cause", None) or error
                     )  # Ray puts its own around it, with a traceback as text
@@ -83,7 +94,7 @@ def run_study(
                 elif not future.result():
                     elsewhere[job] = time.monotonic() + _POLL
     if failed:
-        raise MatryoshkaError("\n".join(failed))
+        raise MatryoshkaError("\n".join(dict.fromkeys(failed)))
     return runs
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from matryoshka_lora.adapter import NestedAdapter
 from matryoshka_lora.adapter.order import ROWS, STEPS, Part, learn_order
+from matryoshka_lora.errors import MatryoshkaError
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -30,9 +31,14 @@ def learn_from_trainer(adapter: NestedAdapter, trainer: SFTTrainer, seed: int = 
         seed: Of the order of the rows, and of their ranks.
 
     Raises:
-        MatryoshkaError: There is no nested rank below R, or a loss is not finite. The adapter is reordered by its SVD
-            then.
+        MatryoshkaError: The training data are a stream, there is no nested rank below R, or a loss is not finite. The
+            adapter is reordered by its SVD in the last case, and as it was in the others.
     """
+    if not hasattr(trainer.train_dataset, "__len__"):
+        raise MatryoshkaError(
+            "the Trainer's data are a stream, of which no rows can be taken again: call adapter.reorder() for the "
+            "SVD's order, or give the Trainer a dataset that is not streamed"
+        )
     quiet = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
     steps = tqdm(_steps(adapter, trainer, seed), desc="learning the order", total=STEPS, disable=quiet)
     learn_order(adapter, steps, STEPS, seed=seed)

@@ -24,6 +24,9 @@ FINISHED_NAME = "trainer_state.json"
 """The Trainer's last state, written after the adapter: it says that the run is finished."""
 
 _LENGTH = ("max_steps", "num_train_epochs")
+_AFTERWARDS = ("nesting.reorder",)
+"""What changes nothing before the last step: a finished run is finished anew from its last checkpoint."""
+
 # What may differ between a run and its continuation, since it changes no weight.
 _HARMLESS = (
     *("logging_", "log_", "report_to", "run_name", "project", "trackio_", "disable_tqdm"),
@@ -88,7 +91,7 @@ def plan(config: TrainConfig, num_processes: int = 1) -> Plan:
             )
         return Plan()
     different = _differences(config)
-    harmful = [line for key, line in different.items() if key not in _LENGTH]
+    harmful = [line for key, line in different.items() if key not in (*_LENGTH, *_AFTERWARDS)]
     if harmful:
         raise MatryoshkaError(
             f"{output} holds a run with another config: {'; '.join(harmful)}. Choose another output_dir for this one, "

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import get_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
@@ -62,12 +63,12 @@ def _train(config: TrainConfig, arguments: SFTConfig, trainer_class: type[SFTTra
     found = on_main(lambda: _look(config, arguments))
     if found.finished:
         _say(arguments, f"{output} holds the finished adapter of this config: nothing to train")
-        return load(_load_model(config, arguments), output)
+        return load(load_model_of(config), output)
     data = load_data(config.data)
     eval_data = None if config.eval_data is None else load_data(config.eval_data)
     with _quiet(config.model):
         set_seed(config.seed)
-        peft_model = get_peft_model(_load_model(config, arguments), config.lora_config())
+        peft_model = get_peft_model(load_model_of(config), config.lora_config())
         adapter = nest(peft_model, config.nesting, config.rule, config.inference, seed=config.rank_seed)
         trainer = _trainer(adapter, config, arguments, data, eval_data, trainer_class)
         _run(trainer, config, found)
@@ -78,7 +79,7 @@ def _train(config: TrainConfig, arguments: SFTConfig, trainer_class: type[SFTTra
         if config.reorder == "learned":
             try:
                 learn_from_trainer(adapter, trainer, config.seed)
-            except MatryoshkaError as error:  # what was trained is not lost for that
+            except (MatryoshkaError, torch.OutOfMemoryError) as error:  # what was trained is not lost for that
                 _say(arguments, f"The order was not learned, and is that of the SVD: {error}")
         adapter.save(output)
         on_main(lambda: write_text(output / FINISHED_NAME, json.dumps(asdict(trainer.state), indent=2) + "\n"))
@@ -91,9 +92,25 @@ def _look(config: TrainConfig, arguments: SFTConfig) -> Plan:
     return plan(config, arguments.world_size)
 
 
-def _load_model(config: TrainConfig, arguments: SFTConfig) -> PreTrainedModel:
-    more = arguments.model_init_kwargs or {}
+def load_model_of(config: TrainConfig) -> PreTrainedModel:
+    """The base model of a config, as `train` loads it.
+
+    Raises:
+        MatryoshkaError: It cannot be loaded.
+    """
+    more = config.sft_config().model_init_kwargs or {}
     return load_model(config.model, DTYPES[config.dtype], config.quantization, config.trust_remote_code, **more)
+
+
+def load_tokenizer_of(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a config's base model, of the same revision.
+
+    Raises:
+        MatryoshkaError: It cannot be loaded.
+    """
+    revision = (config.sft_config().model_init_kwargs or {}).get("revision")
+    more = {} if revision is None else {"revision": revision}
+    return load_tokenizer(config.model, config.trust_remote_code, **more)
 
 
 class _AllStepsDoneError(Exception):
@@ -145,9 +162,7 @@ def _trainer(
 ) -> SFTTrainer:
     from matryoshka_lora.train.trainer import CompletionTrainer  # TRL is slow to import
 
-    revision = (arguments.model_init_kwargs or {}).get("revision")
-    more = {} if revision is None else {"revision": revision}
-    tokenizer = load_tokenizer(config.model, config.trust_remote_code, **more)
+    tokenizer = load_tokenizer_of(config)
     _check_template(data, tokenizer, arguments)
     try:
         trainer = (trainer_class or CompletionTrainer)(
