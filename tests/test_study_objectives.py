@@ -485,6 +485,6 @@ def test_wrong_methods(model: Path, methods: list[str], message: str) -> None:
 )
 @pytest.mark.parametrize("method", ["sum/prefix", "sandwich/prefix", "p-learned/prefix", "adalora-each"])
 def test_what_the_rivals_cannot_do(model: Path, training: dict[str, Any], method: str) -> None:
-    study = study_of(model, method, **training)
+    """It is said when the study is read."""
     with pytest.raises(MatryoshkaError, match=f"training.{next(iter(training))} is .*, which not every method can do"):
-        run_job(study, job_of("adalora" if method == "adalora-each" else method.split("/")[0]))
+        study_of(model, method, **training)
