@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from enum import Enum
 from itertools import product
 from pathlib import Path
@@ -44,8 +43,6 @@ def compare(
 
     Example: matryoshka compare configs/studies/headline.yaml --out runs/study --workers 2
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")
-
     from matryoshka_lora.study.config import load_study
     from matryoshka_lora.study.plan import load_runs, missing_jobs
     from matryoshka_lora.study.work import run_study
