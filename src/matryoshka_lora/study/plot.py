@@ -62,8 +62,10 @@ def draw(results: Sequence[Result], path: Path, *, title: str, methods: Sequence
                 means = [max(unit * point.mean, _LEAST_LOSS) for point in curve]
                 bars = [unit * (point.half_width or 0) for point in curve]
                 shown[method] = axes.errorbar(x, means, bars, **styles[method])
-        rank_axis(left, ranks, f"{task}: accuracy (%), higher is better")
-        rank_axis(right, ranks, f"{task}: loss (nats per token, log scale), lower is better")
+        rank_axis(left, ranks, f"{task}: accuracy, higher is better")
+        rank_axis(right, ranks, f"{task}: loss, lower is better")
+        left.set_ylabel("% of the questions", fontsize=15)
+        right.set_ylabel("nats per token, log scale", fontsize=15)
         _scale(left, right, [result for result in results if result.task == task and result.method in methods])
     names = [method for method in methods if method in shown]
     lines = [shown[name] for name in names]
