@@ -15,6 +15,7 @@ from matryoshka_lora.train import make_config, train
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=40)
+parser.add_argument("--reorder", choices=("learned", "svd"), default="learned", help="svd takes a second")
 parser.add_argument("--out", default="runs/qlora")
 args = parser.parse_args()
 
@@ -24,6 +25,7 @@ adapter = train(
             "quantization": "nf4",
             "data": {"task": "family_relationships", "size": 4 * args.steps},
             "lora": {"r": 16},
+            "nesting": {"reorder": args.reorder},
             "output_dir": args.out,
             "max_steps": args.steps,
             "per_device_train_batch_size": 4,

@@ -16,6 +16,7 @@ from matryoshka_lora.train.data import load_data
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=80)
+parser.add_argument("--order-steps", type=int, default=40)
 parser.add_argument("--out", default="runs/trl")
 args = parser.parse_args()
 
@@ -43,7 +44,7 @@ trainer = SFTTrainer(
 )
 trainer.train()
 
-learn_from_trainer(adapter, trainer)  # or, in a second and without data, adapter.reorder()
+learn_from_trainer(adapter, trainer, args.order_steps)  # or, in a second and without data, adapter.reorder()
 adapter.save(args.out)  # 3
 
 print(f"{args.out} serves any rank from 1 to 32. Next: matryoshka info {args.out}")

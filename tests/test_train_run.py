@@ -122,6 +122,8 @@ def test_a_stream_has_no_rows_to_learn_an_order_from(model: Path, tmp_path: Path
     trainer = SFTTrainer(adapter.model, config.sft_config(), train_dataset=rows, processing_class=tiny_tokenizer())
     with pytest.raises(MatryoshkaError, match="the Trainer's data are a stream"):
         learn_from_trainer(adapter, trainer)
+    with pytest.raises(MatryoshkaError, match="an order cannot be learned in 0 steps"):
+        learn_from_trainer(adapter, trainer, 0)
     assert not adapter.reordered
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from trl import SFTTrainer
 
 
-def learn_from_trainer(adapter: NestedAdapter, trainer: SFTTrainer, seed: int = 0) -> None:
-    """Reorder a trained adapter and learn its order from the rows that its Trainer trained on: 40 steps of 12 rows.
+def learn_from_trainer(adapter: NestedAdapter, trainer: SFTTrainer, steps: int = STEPS, seed: int = 0) -> None:
+    """Reorder a trained adapter and learn its order from the rows that its Trainer trained on, 12 of them a step.
 
     At full rank the adapter stays what it is; see `matryoshka_lora.adapter.order`. Collator, loss and precision are the
     Trainer's. Under torch.distributed every process takes the same rows, so that all of them learn the same order.
@@ -28,27 +28,30 @@ def learn_from_trainer(adapter: NestedAdapter, trainer: SFTTrainer, seed: int = 
     Args:
         adapter: What was trained; its model is no longer wrapped.
         trainer: TRL's ``SFTTrainer``, after ``train()``.
+        steps: How many; 1 or more.
         seed: Of the order of the rows, and of their ranks.
 
     Raises:
-        MatryoshkaError: The training data are a stream, there is no nested rank below R, or a loss is not finite. The
-            adapter is reordered by its SVD in the last case, and as it was in the others.
+        MatryoshkaError: The training data are a stream, there are no steps, there is no nested rank below R, or a loss
+            is not finite. The adapter is reordered by its SVD in the last case, and as it was in the others.
     """
+    if steps < 1:
+        raise MatryoshkaError(f"an order cannot be learned in {steps} steps: take 1 or more, or call adapter.reorder()")
     if not hasattr(trainer.train_dataset, "__len__"):
         raise MatryoshkaError(
             "the Trainer's data are a stream, of which no rows can be taken again: call adapter.reorder() for the "
             "SVD's order, or give the Trainer a dataset that is not streamed"
         )
     quiet = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
-    steps = tqdm(_steps(adapter, trainer, seed), desc="learning the order", total=STEPS, disable=quiet)
-    learn_order(adapter, steps, STEPS, seed=seed)
+    batches = tqdm(_steps(adapter, trainer, steps, seed), desc="learning the order", total=steps, disable=quiet)
+    learn_order(adapter, batches, steps, seed=seed)
 
 
-def _steps(adapter: NestedAdapter, trainer: SFTTrainer, seed: int) -> Iterator[list[Part]]:
+def _steps(adapter: NestedAdapter, trainer: SFTTrainer, count: int, seed: int) -> Iterator[list[Part]]:
     rows: Any = trainer.train_dataset
     endless = cycle(torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist())
     size = trainer.args.per_device_train_batch_size
-    for _ in range(STEPS):
+    for _ in range(count):
         step = list(islice(endless, ROWS))
         chunks = [step[start : start + size] for start in range(0, ROWS, size)]
         batches = [trainer._prepare_inputs(trainer.data_collator([rows[i] for i in chunk])) for chunk in chunks]

@@ -78,7 +78,7 @@ def _train(config: TrainConfig, arguments: SFTConfig, trainer_class: type[SFTTra
             adapter.reorder()
         if config.reorder == "learned":
             try:
-                learn_from_trainer(adapter, trainer, config.seed)
+                learn_from_trainer(adapter, trainer, seed=config.seed)
             except (MatryoshkaError, torch.OutOfMemoryError) as error:  # what was trained is not lost for that
                 _say(arguments, f"The order was not learned, and is that of the SVD: {error}")
         adapter.save(output)
