@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matryoshka_lora import MatryoshkaError
+from matryoshka_lora.cli.compare import compare
 from matryoshka_lora.study.config import Study, load_study, make_study
 from matryoshka_lora.study.plan import (
     MOST_RATES,
@@ -41,6 +42,7 @@ from matryoshka_lora.study.run import _with_curves_of, run_once
 from matryoshka_lora.tasks import get_task
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs" / "study"
 SHIPPED = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 SMALL: dict[str, Any] = {
     "rank": 4,
@@ -74,6 +76,29 @@ def test_the_study_in_the_documentation() -> None:
     text = (ROOT / "docs" / "study.md").read_text().split("```yaml\n")[1].split("```")[0]
     study = make_study(yaml.safe_load(text))
     assert (study.rank, list(study.tasks), len(study.methods)) == (32, ["mine"], 4)
+
+
+REPORTS = {
+    path.parent: "headline" if path.parent.name == "study" else path.parent.name for path in DOCS.rglob("study.md")
+}
+
+
+@pytest.mark.parametrize("folder", REPORTS, ids=REPORTS.get)
+def test_the_reports_are_what_their_runs_say(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # to which the files of a study are relative
+    study = ROOT / "configs" / "studies" / f"{REPORTS[folder]}.yaml"
+    compare(study, out=tmp_path, runs=DOCS, report=True)
+    assert (tmp_path / "study.md").read_text() == (folder / "study.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/study.md"])
+def test_the_numbers_of_the_documentation_are_those_of_a_report(name: str) -> None:
+    """Those with an interval, to the last digit; words may say the sign."""
+    reports = " ".join((folder / "study.md").read_text() for folder in REPORTS)
+    text = (ROOT / name).read_text()
+    found = re.findall(r"[-+]?\d+\.\d+ ± \d+\.\d+", text)
+    assert len(found) > 20
+    assert [number for number in found if not re.search(rf"[-+ ]{re.escape(number)} ", reports)] == []
 
 
 def test_there_are_studies_in_this_repository() -> None:

@@ -387,12 +387,15 @@ def test_the_winner_is_tested_against_all_others() -> None:
     assert "nested/prefix was picked here" in text
     accuracy, loss = text.split("Mean loss over the ranks")
     # The first rank weighs 1/6 and the last 1/3: of 10 points at the first, and at the second seed also at the last,
-    # 1.67 and 5.00, twice; sd 1.925, times 3.182 / 2.
-    assert row(accuracy, "lora-each") == ["lora-each", "4", "+3.3 ± 3.1", "0.12500", "0.25000"]
+    # 1.67 and 5.00, twice; sd 1.925, times 3.182 / 2. On each task by itself: sd 2.357, times 12.706 / sqrt(2).
+    by_task = ["+3.3 ± 21.2"] * 2
+    assert row(accuracy, "rival")[-2:] == ["sums", "words"]
+    assert row(accuracy, "lora-each") == ["lora-each", "4", "+3.3 ± 3.1", "0.12500", "0.25000", *by_task]
     assert row(accuracy, "lora/prefix")[1] == "2"
-    assert row(accuracy, "lora/prefix")[3:] == ["0.50000", "0.50000"]
+    assert row(accuracy, "lora/prefix")[3:5] == ["0.50000", "0.50000"]
+    assert row(accuracy, "lora/prefix")[-1] == ""
     # (-0.1 + 0.05) / 3 and (-0.1 + 0.15) / 3.
-    assert row(loss, "lora-each") == ["lora-each", "4", "+0.000 ± 0.031", "1.00000", "1.00000"]
+    assert row(loss, "lora-each") == ["lora-each", "4", "+0.000 ± 0.031", "1.00000", "1.00000", *["+0.000 ± 0.212"] * 2]
     assert (
         "With 2 pairs, the fewest here, no p can be below 0.50000, and the least of the corrected ones not below 1.0"
         in text
@@ -430,7 +433,15 @@ def test_a_single_seed_has_no_intervals() -> None:
     assert row(section(text, "## Task sums"), "lora-each")[2:5] == ["30.0", "50.0", "80.0"]
     assert "±" not in section(text, "## Task sums")
     # Both tasks are two pairs.
-    assert row(section(text, TESTS), "lora-each") == ["lora-each", "2", "+5.0 ± 0.0", "0.50000", "1.00000"]
+    assert row(section(text, TESTS), "lora-each") == [
+        "lora-each",
+        "2",
+        "+5.0 ± 0.0",
+        "0.50000",
+        "1.00000",
+        "+5.0",
+        "+5.0",
+    ]
 
 
 def test_a_study_without_the_reference_says_so() -> None:

@@ -134,7 +134,7 @@ def _blocks(
         *_costs(results),
         *_full_rank(results, tasks),
         *_each_rank(results, tasks),
-        *_tests(results, tried, winner),
+        *_tests(results, tasks, tried, winner),
         *_each_other(results),
         *_rates(tried),
     ]
@@ -230,7 +230,7 @@ def _each_rank(results: Sequence[Result], tasks: Sequence[str]) -> list[_Block]:
     return blocks
 
 
-def _tests(results: Sequence[Result], tried: Sequence[Tried], winner: str | None) -> list[_Block]:
+def _tests(results: Sequence[Result], tasks: Sequence[str], tried: Sequence[Tried], winner: str | None) -> list[_Block]:
     blocks: list[_Block] = [(2, "One method against the others, over all tasks")]
     method = _tested(results, tried, winner)
     others = [name for name in stats.ranking(results) if name != method]
@@ -251,13 +251,20 @@ def _tests(results: Sequence[Result], tried: Sequence[Tried], winner: str | None
         f"{method} was {how}. A method that is picked by the data it is tested on looks better there, in difference "
         "and in p, than it is; one that was named or picked without them does not.",
     ]
+    single = tasks if len(tasks) > 1 else ()
     for text, value, form in (
         ("AURAC (log2) in points of %, more is better:", stats.aurac_log2, _points),
         ("Mean loss over the ranks in nats per token, less is better:", stats.mean_loss, _more),
     ):
         found = stats.compare(results, method, others, value)
-        rows = [(c.rival, _n(c.difference), form(c.difference), _p(c.p), _p(c.holm)) for c in found]
-        blocks += [text, _Table(("rival", "pairs", "difference", "p", "Holm p"), rows)]
+        rows = [
+            (
+                *(c.rival, _n(c.difference), form(c.difference), _p(c.p), _p(c.holm)),
+                *(form(stats.mean(results, method, value, task, c.rival)) for task in single),
+            )
+            for c in found
+        ]
+        blocks += [text, _Table(("rival", "pairs", "difference", "p", "Holm p", *single), rows)]
     if fewest := min((c.difference.n for c in found if c.difference), default=0):
         least = 2.0 ** (1 - fewest)
         blocks.append(
