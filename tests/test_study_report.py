@@ -299,12 +299,12 @@ def test_the_cost_is_a_multiple_of_the_cheapest_cut_of_plain_lora_on_what_both_d
     dear = [result("lora/loss", "sums", seed, (0.1, 0.2, 0.7), seconds=7.0) for seed in (0, 1)]
     text = section(written([*study(), *dear]), "## Cost")
     assert "the multiple of lora/prefix," in text
-    assert row(text, "lora/prefix") == ["lora/prefix", "2", "1,000", "1.00", "5", "1.00", "64", "1.00"]
-    assert row(text, "lora/loss") == ["lora/loss", "2", "1,000", "1.00", "7", "1.40", "64", "1.00"]
-    assert row(text, "lora-each") == ["lora-each", "4", "3,000", "3.00", "10", "2.00", "64", "1.00"]
+    assert row(text, "lora/prefix") == ["lora/prefix", "2", "1,000", "1.00", "5", "1.00", "256", "1.00"]
+    assert row(text, "lora/loss") == ["lora/loss", "2", "1,000", "1.00", "7", "1.40", "256", "1.00"]
+    assert row(text, "lora-each") == ["lora-each", "4", "3,000", "3.00", "10", "2.00", "256", "1.00"]
     without = section(written([r for r in study() if r.method != "lora/prefix"]), "## Cost")
     assert "no lora/" in without
-    assert row(without, "lora-each") == ["lora-each", "4", "3,000", "", "10", "", "64", ""]
+    assert row(without, "lora-each") == ["lora-each", "4", "3,000", "", "10", "", "256", ""]
 
 
 def test_the_multiple_of_the_cost_leaves_out_what_only_one_has_done() -> None:

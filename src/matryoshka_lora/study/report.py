@@ -175,9 +175,13 @@ def _curves(results: Sequence[Result], task: str) -> list[_Block]:
 
 
 def _costs(results: Sequence[Result]) -> list[_Block]:
-    names = ("tokens", "seconds", "parameters")
+    kinds: dict[str, Value] = {
+        "tokens": attrgetter("tokens"),
+        "seconds": attrgetter("seconds"),
+        "bytes": lambda result: 4 * result.parameters,
+    }
     methods = stats.ranking(results)
-    found = {m: [stats.values(results, m, attrgetter(name)) for name in names] for m in methods}
+    found = {m: [stats.values(results, m, value) for value in kinds.values()] for m in methods}
     means = {method: [fmean(cost.values()) for cost in costs] for method, costs in found.items()}
     # The cheapest cut, as training is the same for all.
     plain = min((method for method in methods if method.startswith("lora/")), key=means.__getitem__, default=None)
@@ -192,7 +196,8 @@ def _costs(results: Sequence[Result]) -> list[_Block]:
     text = "Mean cost of one curve over tasks and seeds: all the training runs that it takes, and the cut; "
     text += f"times is the multiple of {plain}, on what both have done." if plain else "there is no lora/ to divide by."
     text += " Tokens are those of gradient steps; a cut that only looks at training rows pays for it in its seconds."
-    return [(2, "Cost"), text, _Table(("method", "curves", *(h for name in names for h in (name, "times"))), rows)]
+    text += " Bytes are those of the factors, which PEFT trains in float32."
+    return [(2, "Cost"), text, _Table(("method", "curves", *(h for kind in kinds for h in (kind, "times"))), rows)]
 
 
 def _full_rank(results: Sequence[Result], tasks: Sequence[str]) -> list[_Block]:
