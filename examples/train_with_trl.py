@@ -44,7 +44,7 @@ trainer = SFTTrainer(
 )
 trainer.train()
 
-learn_from_trainer(adapter, trainer, args.order_steps)  # or, in a second and without data, adapter.reorder()
+learn_from_trainer(adapter, trainer, steps=args.order_steps)  # or, in a second and without data, adapter.reorder()
 adapter.save(args.out)  # 3
 
 print(f"{args.out} serves any rank from 1 to 32. Next: matryoshka info {args.out}")

@@ -351,12 +351,24 @@ def test_every_rank_is_compared_on_each_task_and_on_all() -> None:
     # 0, 10, 0, 10: sd 5.774, times 3.182 / 2.
     assert row(pooled, "nested/prefix") == ["nested/prefix", "4", "+10.0 ± 0.0", "+0.0 ± 0.0", "+5.0 ± 9.2"]
     assert row(pooled, "lora/prefix")[:3] == ["lora/prefix", "2", "-20.0 ± 0.0"]
-    loss = sums.split("Loss, less is better:")[1]
+    loss = sums.split("Loss in nats per token, less is better:")[1]
     # 0.05 and 0.15.
     assert row(loss, "nested/prefix")[2:] == ["-0.100 ± 0.000", "+0.000 ± 0.000", "+0.100 ± 0.635"]
     alone = written([r for r in study() if r.task == "sums"])
     assert "### Task sums" in alone
     assert "All tasks" not in alone
+
+
+def test_a_recipe_is_compared_with_plain_lora_in_the_same_cut() -> None:
+    heading = "## At every rank against plain LoRA in the same cut"
+    text = section(written(study()), heading)
+    # On one task, of which both have two seeds: 30 and 30 points, at the last rank 0 and 10.
+    accuracy, loss = text.split("Loss in nats per token, less is better:")
+    assert row(accuracy, "nested/prefix") == ["nested/prefix", "2", "+30.0 ± 0.0", "+30.0 ± 0.0", "+5.0 ± 63.5"]
+    # 0.05 and 0.15 at the last.
+    assert row(loss, "nested/prefix") == ["nested/prefix", "2", "-1.200 ± 0.000", "-0.700 ± 0.000", "+0.100 ± 0.635"]
+    assert "| lora" not in text
+    assert heading not in written([r for r in study() if r.method != "lora/prefix"])
 
 
 def test_what_rounds_to_zero_has_no_minus() -> None:

@@ -123,8 +123,18 @@ def test_a_stream_has_no_rows_to_learn_an_order_from(model: Path, tmp_path: Path
     with pytest.raises(MatryoshkaError, match="the Trainer's data are a stream"):
         learn_from_trainer(adapter, trainer)
     with pytest.raises(MatryoshkaError, match="an order cannot be learned in 0 steps"):
-        learn_from_trainer(adapter, trainer, 0)
+        learn_from_trainer(adapter, trainer, steps=0)
     assert not adapter.reordered
+
+
+def test_an_order_takes_so_many_steps_of_twelve_rows(model: Path, tmp_path: Path) -> None:
+    trainer, rows = untrained(config_of(model, tmp_path)), []
+    collator = trainer.data_collator
+    trainer.data_collator = lambda examples: (rows.append(len(examples)), collator(examples))[1]
+    adapter = NestedAdapter(trainer.model)
+    learn_from_trainer(adapter, trainer, steps=3)
+    assert adapter.reordered
+    assert rows == [4, 4, 4] * 3
 
 
 @pytest.mark.parametrize("steps_per_epoch", [5, 4])

@@ -134,6 +134,7 @@ def _blocks(
         *_costs(results),
         *_full_rank(results, tasks),
         *_each_rank(results, tasks),
+        *_same_cut(results),
         *_tests(results, tasks, tried, winner),
         *_each_other(results),
         *_rates(tried),
@@ -171,7 +172,9 @@ def _curves(results: Sequence[Result], task: str) -> list[_Block]:
     accuracy |= {"AURAC log2": stats.aurac_log2, "linear": stats.aurac_linear, "gap": stats.worst_rank_gap}
     loss = _at_ranks(results, task, stats.loss_at) | {"mean": stats.mean_loss}
     blocks: list[_Block] = [(2, f"Task {task}"), "Accuracy at each rank, best AURAC (log2) first:"]
-    return [*blocks, _grid(results, accuracy, _percent, task), "Loss at each rank:", _grid(results, loss, _nats, task)]
+    rows = dict.fromkeys(stats.ranking(results, task), "")
+    grids = _grid(results, rows, accuracy, _percent, task), _grid(results, rows, loss, _nats, task)
+    return [*blocks, grids[0], "Loss at each rank:", grids[1]]
 
 
 def _costs(results: Sequence[Result]) -> list[_Block]:
@@ -224,15 +227,37 @@ def _full_rank(results: Sequence[Result], tasks: Sequence[str]) -> list[_Block]:
 
 
 def _each_rank(results: Sequence[Result], tasks: Sequence[str]) -> list[_Block]:
-    text = f"Method minus {EACH} at the same rank, accuracy in points of % and loss in nats, paired by seed."
+    text = f"Method minus {EACH} at the same rank, paired by seed."
     scopes = [task for task in ([*tasks, None] if len(tasks) > 1 else tasks) if _compared(results, task)]
     blocks: list[_Block] = [(2, "At every rank against LoRA trained at that rank"), text if scopes else _NO_REFERENCE]
     for task in scopes:
-        accuracy, loss = (_at_ranks(results, task, value) for value in (stats.accuracy_at, stats.loss_at))
         blocks += [(3, f"Task {task}")] if task else [(3, "All tasks"), _POOLED]
-        blocks += ["Accuracy, more is better:", _grid(results, accuracy, _points, task, EACH)]
-        blocks += ["Loss, less is better:", _grid(results, loss, _more, task, EACH)]
+        blocks += _differences(results, dict.fromkeys(_compared(results, task), EACH), task)
     return blocks
+
+
+def _same_cut(results: Sequence[Result]) -> list[_Block]:
+    """What a recipe is worth by itself: its cuts minus the same cuts of plain LoRA."""
+    methods = stats.ranking(results)
+    pairs = {method: f"lora/{method.partition('/')[2]}" for method in methods if not method.startswith("lora/")}
+    rows = {m: plain for m, plain in pairs.items() if stats.differences(results, m, plain, stats.mean_loss)}
+    if not rows:
+        return []
+    text = (
+        "Method minus LoRA that is trained at the largest rank and cut in the same way, over all tasks: what the "
+        f"recipe adds. {_POOLED} Nothing is corrected for the number of cells."
+    )
+    return [(2, "At every rank against plain LoRA in the same cut"), text, *_differences(results, rows, None)]
+
+
+def _differences(results: Sequence[Result], rows: Mapping[str, str], task: str | None) -> list[_Block]:
+    accuracy, loss = (_at_ranks(results, task, value) for value in (stats.accuracy_at, stats.loss_at))
+    return [
+        "Accuracy in points of %, more is better:",
+        _grid(results, rows, accuracy, _points, task),
+        "Loss in nats per token, less is better:",
+        _grid(results, rows, loss, _more, task),
+    ]
 
 
 def _tests(results: Sequence[Result], tasks: Sequence[str], tried: Sequence[Tried], winner: str | None) -> list[_Block]:
@@ -249,14 +274,18 @@ def _tests(results: Sequence[Result], tasks: Sequence[str], tried: Sequence[Trie
             "picked on validation data: lowest geometric mean, over the tasks, of the loss at its learning rate, of "
             "the methods that train as long as the study says"
         )
+    single = tasks if len(tasks) > 1 else ()
     blocks += [
         f"{method} minus each rival, paired by task and seed. {_POOLED} p is that of a two-sided sign-flip permutation "
         "test, which takes the sign of each pair, whatever its task, for a fair coin if the methods are equal. Holm "
-        "corrects p for the number of rivals.",
+        "corrects p for the number of rivals, in each measure by itself."
+        + (
+            " The last columns are each task by itself, over its seeds: their intervals are not corrected."
+            * bool(single)
+        ),
         f"{method} was {how}. A method that is picked by the data it is tested on looks better there, in difference "
         "and in p, than it is; one that was named or picked without them does not.",
     ]
-    single = tasks if len(tasks) > 1 else ()
     for text, value, form in (
         ("AURAC (log2) in points of %, more is better:", stats.aurac_log2, _points),
         ("Mean loss over the ranks in nats per token, less is better:", stats.mean_loss, _more),
@@ -332,10 +361,15 @@ def _at_ranks(results: Sequence[Result], task: str | None, value: Callable[[int]
 
 
 def _grid(
-    results: Sequence[Result], columns: Mapping[str, Value], form: partial[str], task: str | None, minus: str = ""
+    results: Sequence[Result],
+    methods: Mapping[str, str],
+    columns: Mapping[str, Value],
+    form: partial[str],
+    task: str | None,
 ) -> _Table:
+    """A row for each method: what it has, or where another method is given, what it has more than that one."""
     rows = []
-    for method in _compared(results, task) if minus else stats.ranking(results, task):
+    for method, minus in methods.items():
         found = [stats.mean(results, method, value, task, minus) for value in columns.values()]
         # Tasks may differ in their ranks: the count is that of the rank with most.
         rows.append((method, str(max(cell.n for cell in found if cell)), *map(form, found)))

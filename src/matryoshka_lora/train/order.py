@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trl import SFTTrainer
 
 
-def learn_from_trainer(adapter: NestedAdapter, trainer: SFTTrainer, steps: int = STEPS, seed: int = 0) -> None:
+def learn_from_trainer(adapter: NestedAdapter, trainer: SFTTrainer, *, steps: int = STEPS, seed: int = 0) -> None:
     """Reorder a trained adapter and learn its order from the rows that its Trainer trained on, 12 of them a step.
 
     At full rank the adapter stays what it is; see `matryoshka_lora.adapter.order`. Collator, loss and precision are the
@@ -28,7 +28,7 @@ def learn_from_trainer(adapter: NestedAdapter, trainer: SFTTrainer, steps: int =
     Args:
         adapter: What was trained; its model is no longer wrapped.
         trainer: TRL's ``SFTTrainer``, after ``train()``.
-        steps: How many; 1 or more.
+        steps: How many; the learning rate was chosen for the default.
         seed: Of the order of the rows, and of their ranks.
 
     Raises:
