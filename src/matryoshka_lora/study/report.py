@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-import base64
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from html import escape
 from operator import attrgetter
 from os import PathLike
 from statistics import fmean
 
 from matryoshka_lora.files import replace_directory
 from matryoshka_lora.study import stats
+from matryoshka_lora.study.pages import PICTURE, Block, Table, markdown, page
 from matryoshka_lora.study.plot import draw, legible
 from matryoshka_lora.study.recipes import EACH
 from matryoshka_lora.study.records import Result, Tried
 from matryoshka_lora.study.stats import Estimate, Value
 
-_PICTURE = "study.png"
-_PICTURE_TEXT = "Accuracy and loss of each task against rank"
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ margin: 0 auto; max-width: 76rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif; color: #222 }}
-h1, h2, h3 {{ line-height: 1.2; overflow-wrap: anywhere }} h2 {{ border-top: 1px solid #ccc; padding-top: 1rem }}
-p {{ max-width: 48rem }} .wide {{ overflow-x: auto; margin: 1rem 0 }} img {{ width: 100%; min-width: 40rem }}
-table {{ border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }}
-th, td {{ padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }}
-th:first-child {{ position: sticky; left: 0; background: #fff; max-width: 40vw; overflow-wrap: anywhere }}
-.n {{ text-align: right; white-space: nowrap }}
-</style></head>
-<body>
-{body}
-</body></html>
-"""
 _WORDS = [
     "± is half the width of a two-sided 95 % t interval over the seeds. It says how much another seed may change, and "
     "nothing of other tasks, questions or models. About one interval in twenty misses, and there are many here. A "
@@ -54,20 +32,6 @@ _POOLED = (
     "tasks that are not here; in the loss, a task with larger losses weighs more."
 )
 
-
-@dataclass(frozen=True)
-class _Table:
-    heading: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def numeric(self) -> list[bool]:
-        """Which columns hold nothing but numbers; the first one names the rows."""
-        number = re.compile(r"([-+]?\d[\d,.]*( ± [\d.]+)?)?")
-        return [n > 0 and all(number.fullmatch(row[n]) for row in self.rows) for n in range(len(self.heading))]
-
-
-# A heading with its level, a table, the picture's name or a paragraph.
-_Block = tuple[int, str] | _Table | str
 
 Planned = tuple[str, str, int]
 """A method, a task and a seed."""
@@ -100,10 +64,10 @@ def write_report(
     """
     blocks = [(1, title), *_blocks(results, about, tried, planned, winner)]
     with replace_directory(folder) as unfinished:
-        draw(results, unfinished / _PICTURE, title=title, methods=legible(results, _tested(results, tried, winner)))
-        page = _page(title, blocks, (unfinished / _PICTURE).read_bytes())
-        (unfinished / "study.html").write_text(page, encoding="utf-8", newline="\n")
-        (unfinished / "study.md").write_text(_markdown(blocks), encoding="utf-8", newline="\n")
+        draw(results, unfinished / PICTURE, title=title, methods=legible(results, _tested(results, tried, winner)))
+        text = page(title, blocks, (unfinished / PICTURE).read_bytes())
+        (unfinished / "study.html").write_text(text, encoding="utf-8", newline="\n")
+        (unfinished / "study.md").write_text(markdown(blocks), encoding="utf-8", newline="\n")
 
 
 def tables(
@@ -116,7 +80,7 @@ def tables(
     winner: str | None = None,
 ) -> str:
     """The text of ``study.md``; arguments and errors are those of `write_report`."""
-    return _markdown([(1, title), *_blocks(results, about, tried, planned, winner)])
+    return markdown([(1, title), *_blocks(results, about, tried, planned, winner)])
 
 
 def _blocks(
@@ -125,7 +89,7 @@ def _blocks(
     tried: Sequence[Tried],
     planned: Collection[Planned],
     winner: str | None,
-) -> list[_Block]:
+) -> list[Block]:
     stats.check(results)
     tasks = sorted({result.task for result in results})
     return [
@@ -147,13 +111,13 @@ def _tested(results: Sequence[Result], tried: Sequence[Tried], winner: str | Non
 
 def _what(
     results: Sequence[Result], about: Mapping[str, str], planned: Collection[Planned], winner: str | None
-) -> list[_Block]:
+) -> list[Block]:
     methods, drawn = sorted(stats.ranking(results)), legible(results, winner)
     tasks = sorted({result.task for result in results})
     seeds = {task: {result.seed for result in results if result.task == task} for task in tasks}
     counts = ", ".join(f"{len(seeds[task])} of {task}" for task in tasks)
     rows = [*about.items(), ("methods", ", ".join(methods)), ("seeds", counts)]
-    blocks: list[_Block] = [(2, "What was compared"), _Table(("study", ""), rows), *_WORDS]
+    blocks: list[Block] = [(2, "What was compared"), Table(("study", ""), rows), *_WORDS]
     done = {(result.method, result.task, result.seed) for result in results}
     of = Counter((method, task) for method, task, _ in planned)
     lacking = Counter((one[0], one[1]) for one in planned if one not in done)
@@ -164,20 +128,20 @@ def _what(
         blocks.append(f"One seed only, and so no interval: {', '.join(single)}.")
     if len(drawn) < len(methods):
         blocks.append(f"The picture has {len(drawn)} of the {len(methods)} methods: {', '.join(drawn)}.")
-    return [*blocks, _PICTURE]
+    return [*blocks, PICTURE]
 
 
-def _curves(results: Sequence[Result], task: str) -> list[_Block]:
+def _curves(results: Sequence[Result], task: str) -> list[Block]:
     accuracy = _at_ranks(results, task, stats.accuracy_at)
     accuracy |= {"AURAC log2": stats.aurac_log2, "linear": stats.aurac_linear, "gap": stats.worst_rank_gap}
     loss = _at_ranks(results, task, stats.loss_at) | {"mean": stats.mean_loss}
-    blocks: list[_Block] = [(2, f"Task {task}"), "Accuracy at each rank, best AURAC (log2) first:"]
+    blocks: list[Block] = [(2, f"Task {task}"), "Accuracy at each rank, best AURAC (log2) first:"]
     rows = dict.fromkeys(stats.ranking(results, task), "")
     grids = _grid(results, rows, accuracy, _percent, task), _grid(results, rows, loss, _nats, task)
     return [*blocks, grids[0], "Loss at each rank:", grids[1]]
 
 
-def _costs(results: Sequence[Result]) -> list[_Block]:
+def _costs(results: Sequence[Result]) -> list[Block]:
     kinds: dict[str, Value] = {
         "tokens": attrgetter("tokens"),
         "seconds": attrgetter("seconds"),
@@ -200,10 +164,10 @@ def _costs(results: Sequence[Result]) -> list[_Block]:
     text += f"times is the multiple of {plain}, on what both have done." if plain else "there is no lora/ to divide by."
     text += " Tokens are those of gradient steps; a cut that only looks at training rows pays for it in its seconds."
     text += " Bytes are those of the factors, which PEFT trains in float32."
-    return [(2, "Cost"), text, _Table(("method", "curves", *(h for kind in kinds for h in (kind, "times"))), rows)]
+    return [(2, "Cost"), text, Table(("method", "curves", *(h for kind in kinds for h in (kind, "times"))), rows)]
 
 
-def _full_rank(results: Sequence[Result], tasks: Sequence[str]) -> list[_Block]:
+def _full_rank(results: Sequence[Result], tasks: Sequence[str]) -> list[Block]:
     rows = []
     for task in tasks:
         # A cut of LoRA at R is as good a reference there, if more of its seeds are done: none changes that rank but by
@@ -222,21 +186,21 @@ def _full_rank(results: Sequence[Result], tasks: Sequence[str]) -> list[_Block]:
         "worse side contradicts, for that task, that the method loses nothing there. One that holds zero is undecided: "
         "its worse end is what may still be lost."
     )
-    table = _Table(("method", "task", "minus", "seeds", "accuracy", "loss", "reading"), rows)
+    table = Table(("method", "task", "minus", "seeds", "accuracy", "loss", "reading"), rows)
     return [(2, "At the largest rank against LoRA trained at it"), *([text, table] if rows else [_NO_REFERENCE])]
 
 
-def _each_rank(results: Sequence[Result], tasks: Sequence[str]) -> list[_Block]:
+def _each_rank(results: Sequence[Result], tasks: Sequence[str]) -> list[Block]:
     text = f"Method minus {EACH} at the same rank, paired by seed."
     scopes = [task for task in ([*tasks, None] if len(tasks) > 1 else tasks) if _compared(results, task)]
-    blocks: list[_Block] = [(2, "At every rank against LoRA trained at that rank"), text if scopes else _NO_REFERENCE]
+    blocks: list[Block] = [(2, "At every rank against LoRA trained at that rank"), text if scopes else _NO_REFERENCE]
     for task in scopes:
         blocks += [(3, f"Task {task}")] if task else [(3, "All tasks"), _POOLED]
         blocks += _differences(results, dict.fromkeys(_compared(results, task), EACH), task)
     return blocks
 
 
-def _same_cut(results: Sequence[Result]) -> list[_Block]:
+def _same_cut(results: Sequence[Result]) -> list[Block]:
     """What a recipe is worth by itself: its cuts minus the same cuts of plain LoRA."""
     methods = stats.ranking(results)
     pairs = {method: f"lora/{method.partition('/')[2]}" for method in methods if not method.startswith("lora/")}
@@ -250,7 +214,7 @@ def _same_cut(results: Sequence[Result]) -> list[_Block]:
     return [(2, "At every rank against plain LoRA in the same cut"), text, *_differences(results, rows, None)]
 
 
-def _differences(results: Sequence[Result], rows: Mapping[str, str], task: str | None) -> list[_Block]:
+def _differences(results: Sequence[Result], rows: Mapping[str, str], task: str | None) -> list[Block]:
     accuracy, loss = (_at_ranks(results, task, value) for value in (stats.accuracy_at, stats.loss_at))
     return [
         "Accuracy in points of %, more is better:",
@@ -260,8 +224,8 @@ def _differences(results: Sequence[Result], rows: Mapping[str, str], task: str |
     ]
 
 
-def _tests(results: Sequence[Result], tasks: Sequence[str], tried: Sequence[Tried], winner: str | None) -> list[_Block]:
-    blocks: list[_Block] = [(2, "One method against the others, over all tasks")]
+def _tests(results: Sequence[Result], tasks: Sequence[str], tried: Sequence[Tried], winner: str | None) -> list[Block]:
+    blocks: list[Block] = [(2, "One method against the others, over all tasks")]
     method = _tested(results, tried, winner)
     others = [name for name in stats.ranking(results) if name != method]
     if method is None or not others:
@@ -298,7 +262,7 @@ def _tests(results: Sequence[Result], tasks: Sequence[str], tried: Sequence[Trie
             )
             for c in found
         ]
-        blocks += [text, _Table(("rival", "pairs", "difference", "p", "Holm p", *single), rows)]
+        blocks += [text, Table(("rival", "pairs", "difference", "p", "Holm p", *single), rows)]
     if fewest := min((c.difference.n for c in found if c.difference), default=0):
         least = 2.0 ** (1 - fewest)
         blocks.append(
@@ -308,10 +272,10 @@ def _tests(results: Sequence[Result], tasks: Sequence[str], tried: Sequence[Trie
     return blocks
 
 
-def _each_other(results: Sequence[Result]) -> list[_Block]:
+def _each_other(results: Sequence[Result]) -> list[Block]:
     """Two methods may differ in one thing alone, such as P or the cut: here is what that is worth."""
     methods = stats.ranking(results)
-    blocks: list[_Block] = [
+    blocks: list[Block] = [
         (2, "Every method against every other, over all tasks"),
         f"Row minus column, paired by task and seed. {_POOLED} No correction for the number of cells.",
     ]
@@ -323,12 +287,12 @@ def _each_other(results: Sequence[Result]) -> list[_Block]:
             (mine, *(form(stats.mean(results, mine, value, None, other)) if mine != other else "" for other in methods))
             for mine in methods
         ]
-        blocks += [text, _Table(("method", *methods), rows)]
+        blocks += [text, Table(("method", *methods), rows)]
     return blocks
 
 
-def _rates(tried: Sequence[Tried]) -> list[_Block]:
-    blocks: list[_Block] = [(2, "Learning rates")]
+def _rates(tried: Sequence[Tried]) -> list[Block]:
+    blocks: list[Block] = [(2, "Learning rates")]
     if not tried:
         return [*blocks, "None were given."]
     rates = sorted({rate for one in tried for rate in one.losses})
@@ -341,7 +305,7 @@ def _rates(tried: Sequence[Tried]) -> list[_Block]:
         "Validation loss by learning rate, in nats per token: the mean over the ranks, or of a method that trains for "
         "each rank, that at its own. Each number is of one run. How fast a row rises beside its best is how sensitive "
         "the method is.",
-        _Table(("method", "task", "R", "chosen", *(f"{rate:g}" for rate in rates)), rows),
+        Table(("method", "task", "R", "chosen", *(f"{rate:g}" for rate in rates)), rows),
     ]
 
 
@@ -366,14 +330,14 @@ def _grid(
     columns: Mapping[str, Value],
     form: partial[str],
     task: str | None,
-) -> _Table:
+) -> Table:
     """A row for each method: what it has, or where another method is given, what it has more than that one."""
     rows = []
     for method, minus in methods.items():
         found = [stats.mean(results, method, value, task, minus) for value in columns.values()]
         # Tasks may differ in their ranks: the count is that of the rank with most.
         rows.append((method, str(max(cell.n for cell in found if cell)), *map(form, found)))
-    return _Table(("method", "seeds" if task else "pairs", *columns), rows)
+    return Table(("method", "seeds" if task else "pairs", *columns), rows)
 
 
 def _number(found: Estimate | None, unit: float, digits: int, sign: str = "") -> str:
@@ -402,43 +366,3 @@ def _reading(found: Estimate | None) -> str:
     if found is None or found.sign is None:
         return "of one seed"
     return ("undecided" if found.half_width else "the same", "higher", "lower")[found.sign]
-
-
-def _markdown(blocks: Sequence[_Block]) -> str:
-    def plain(text: str) -> str:
-        return re.sub(r"([\\`*<|~\[\]])", r"\\\1", " ".join(text.split()))
-
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(map(plain, cells))} |"
-
-    found = []
-    for block in blocks:
-        if isinstance(block, tuple):
-            found.append(f"{'#' * block[0]} {plain(block[1])}")
-        elif isinstance(block, _Table):
-            ruler = line(["---:" if right else "---" for right in block.numeric()])
-            found.append("\n".join([line(block.heading), ruler, *map(line, block.rows)]))
-        else:
-            found.append(f"![{_PICTURE_TEXT}]({_PICTURE})" if block == _PICTURE else plain(block))
-    return "\n\n".join(found) + "\n"
-
-
-def _page(title: str, blocks: Sequence[_Block], picture: bytes) -> str:
-    def line(cells: Sequence[str], numeric: Sequence[bool], tag: str) -> str:
-        tags = ["th", *[tag] * (len(cells) - 1)]
-        found = zip(tags, (' class="n"' if right else "" for right in numeric), map(escape, cells), strict=True)
-        return f"<tr>{''.join(f'<{tag}{style}>{cell}</{tag}>' for tag, style, cell in found)}</tr>"
-
-    image = f'<img alt="{_PICTURE_TEXT}" src="data:image/png;base64,{base64.b64encode(picture).decode("ascii")}">'
-    found = []
-    for block in blocks:
-        if isinstance(block, tuple):
-            found.append(f"<h{block[0]}>{escape(block[1])}</h{block[0]}>")
-        elif isinstance(block, _Table):
-            head = line(block.heading, block.numeric(), "th")
-            rows = "\n".join(line(row, block.numeric(), "td") for row in block.rows)
-            table = f"<table>\n<thead>{head}</thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
-            found.append(f'<div class="wide">{table}</div>')
-        else:
-            found.append(f'<div class="wide">{image}</div>' if block == _PICTURE else f"<p>{escape(block)}</p>")
-    return _PAGE.format(title=escape(title), body="\n".join(found))
