@@ -239,21 +239,19 @@ def _tests(results: Sequence[Result], tasks: Sequence[str], tried: Sequence[Trie
             "the methods that train as long as the study says"
         )
     single = tasks if len(tasks) > 1 else ()
+    columns = (
+        " The last columns are each task by itself, over its seeds: their intervals are not corrected."
+        if single
+        else ""
+    )
     blocks += [
         f"{method} minus each rival, paired by task and seed. {_POOLED} p is that of a two-sided sign-flip permutation "
         "test, which takes the sign of each pair, whatever its task, for a fair coin if the methods are equal. Holm "
-        "corrects p for the number of rivals, in each measure by itself."
-        + (
-            " The last columns are each task by itself, over its seeds: their intervals are not corrected."
-            * bool(single)
-        ),
+        f"corrects p for the number of rivals, in each measure by itself.{columns}",
         f"{method} was {how}. A method that is picked by the data it is tested on looks better there, in difference "
         "and in p, than it is; one that was named or picked without them does not.",
     ]
-    for text, value, form in (
-        ("AURAC (log2) in points of %, more is better:", stats.aurac_log2, _points),
-        ("Mean loss over the ranks in nats per token, less is better:", stats.mean_loss, _more),
-    ):
+    for text, value, form in _MEASURES:
         found = stats.compare(results, method, others, value)
         rows = [
             (
@@ -279,10 +277,7 @@ def _each_other(results: Sequence[Result]) -> list[Block]:
         (2, "Every method against every other, over all tasks"),
         f"Row minus column, paired by task and seed. {_POOLED} No correction for the number of cells.",
     ]
-    for text, value, form in (
-        ("AURAC (log2) in points of %, more is better:", stats.aurac_log2, _points),
-        ("Mean loss over the ranks in nats per token, less is better:", stats.mean_loss, _more),
-    ):
+    for text, value, form in _MEASURES:
         rows = [
             (mine, *(form(stats.mean(results, mine, value, None, other)) if mine != other else "" for other in methods))
             for mine in methods
@@ -352,6 +347,11 @@ _percent = partial(_number, unit=100, digits=1)
 _points = partial(_number, unit=100, digits=1, sign="+")
 _nats = partial(_number, unit=1, digits=3)
 _more = partial(_number, unit=1, digits=3, sign="+")
+_MEASURES = (
+    ("AURAC (log2) in points of %, more is better:", stats.aurac_log2, _points),
+    ("Mean loss over the ranks in nats per token, less is better:", stats.mean_loss, _more),
+)
+"""What sums a curve up, and how a difference in it is written."""
 
 
 def _n(found: Estimate | None) -> str:
