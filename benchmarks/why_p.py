@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -64,7 +66,11 @@ def measure(out: Path, file: Path) -> None:
     for seed in SEEDS:
         for way, (recipe, rate) in WAYS.items():
             kept = out / f"{way.replace(' ', '-')}-{seed}.safetensors"
+            how = json.dumps(study.settings("chain_sum", recipe), sort_keys=True)
             if kept.exists():
+                with safe_open(kept, "pt") as file:
+                    if file.metadata() != {"settings": how}:
+                        raise SystemExit(f"{kept} was trained with other settings: take another folder with --out")
                 continue
             job = Job(recipe, "chain_sum", 32, rate, seed, "validation")
             plain = TRAINERS.get(RECIPES[recipe].objective or "", CompletionTrainer)
@@ -74,8 +80,9 @@ def measure(out: Path, file: Path) -> None:
             found = describe(adapter, p)
             found["gradient"] = torch.stack(watching.gradients).mean(dim=0)
             out.mkdir(parents=True, exist_ok=True)
-            save_file(found, out / "writing")
-            (out / "writing").rename(kept)
+            writing = out / f"{kept.stem}.{os.getpid()}"
+            save_file(found, writing, {"settings": how})
+            writing.rename(kept)
             print(f"{way}, seed {seed}: done", flush=True)
     write_text(file, json.dumps(summary(out), indent=1) + "\n")
 

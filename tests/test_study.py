@@ -155,6 +155,10 @@ def test_what_a_study_need_not_say() -> None:
         ),
         ({"training": 80}, "training is 80; write a mapping"),
         ({"training": {"learning_rate": 1e-3}}, "training.learning_rate is the study's to set: leave it out"),
+        *(
+            ({"training": {key: 3}}, f"training.{key} has no place in a study, which counts max_steps")
+            for key in ("num_train_epochs", "eval_strategy", "eval_steps", "do_eval")
+        ),
         ({"training": {"seed": 1}}, "training.seed is the study's to set"),
         ({"training": {"max_step": 3}}, "'max_step' in section 'training'; did you mean 'max_steps'"),
         ({"training": {"max_steps": "3"}}, "training.max_steps is '3'; write a positive whole number"),
@@ -285,6 +289,27 @@ def test_a_grid_that_never_ends_is_given_up(sign: int) -> None:
     assert len(found) == MOST_RATES == 9
     assert found[-3:] == [1e-3, 2e-3, 4e-3] if sign == 1 else found[:3] == [1e-3, 2e-3, 4e-3]
     assert rates(study, runs, LORA).chosen == found[0 if sign == 1 else -1]
+
+
+def test_where_every_rate_diverges_none_is_chosen() -> None:
+    """And no seed is trained for it, and other cuts of the same training do not wait for it."""
+    study = study_of(methods=["lora/frobenius", "lora/prefix"])
+    runs = finish(study, lambda job, cut: None if cut == "frobenius" else 1 + abs(math.log(job.learning_rate / 2e-3)))
+    assert len(tried(runs)) == MOST_RATES
+    assert rates(study, runs, LORA).chosen is None
+    assert {result.method for result in results(study, runs)} == {"lora/prefix"}
+    assert {job.learning_rate for job in runs if job.split == "test"} == {2e-3}
+
+
+def test_a_job_whose_rate_is_no_longer_the_best_is_left_alone(tmp_path: Path) -> None:
+    """As when another process has measured a rate again since the job was planned."""
+    study = study_of(model="there/is/no/such/model")
+    for job, run in finish(study, lambda job, cut: 1 + abs(math.log(job.learning_rate / 2e-3))).items():
+        if job.split == "validation":
+            run.write(tmp_path)
+    before = sorted(tmp_path.glob("*/*/*.json"))
+    assert run_once(study, Job("lora", "sums", 4, 1e-3, 0, "test"), tmp_path)
+    assert sorted(tmp_path.glob("*/*/*.json")) == before
 
 
 def test_a_run_that_diverged_is_infinitely_bad() -> None:

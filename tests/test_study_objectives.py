@@ -424,6 +424,19 @@ def test_a_run_of_adalora_is_measured_at_its_rank_alone(model: Path, tmp_path: P
     assert rank * 14 * smallest <= run.cost["parameters"] <= rank * 14 * largest
 
 
+def test_accumulated_gradients_have_the_regularisation_of_adalora_once(model: Path, tmp_path: Path) -> None:
+    """Four micro-batches of one row are the batch of four."""
+    found = []
+    for batch, accumulated in ((4, 1), (1, 4)):
+        training = {"max_steps": 6, "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+        study = study_of(model, "adalora-each", **training)
+        config = study.train_config("adalora", 2, 1e-2, 0, "chain_sum", str(tmp_path / "run"))
+        model_of = train_peft(config)
+        found.append([p.detach().clone() for n, p in model_of.named_parameters() if "lora_" in n])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
 def test_the_parameters_of_adalora_are_those_that_are_left(model: Path, tmp_path: Path) -> None:
     study, job = study_of(model, "adalora-each", max_steps=6), job_of("adalora", rank=2)
     rows = study.tasks["sums"].rows("train", study.train_rows("adalora"), 0)

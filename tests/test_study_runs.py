@@ -36,7 +36,7 @@ from matryoshka_lora.study.run import run_job, run_once
 from matryoshka_lora.study.work import run_study
 from matryoshka_lora.train import train
 
-NAMES = ("prefix", "keep", "frobenius", "activations", "loss", "para", "gains", "learned", "distilled")
+NAMES = ("prefix", "keep", "frobenius", "activations", "loss", "para", "budget", "gains", "learned", "distilled")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_what_a_run_costs(model: Path, all_cuts: dict[str, Run]) -> None:
     tokens = sum(len(row.prompt) + len(row.completion) + 1 for row in rows)  # one a character, and the end
     assert run.cost["tokens"] == tokens
     assert {cut: cost["tokens"] for cut, cost in run.cost["cuts"].items()} == {
-        **dict.fromkeys(("prefix", "frobenius", "activations", "loss", "para", "gains"), 0),
+        **dict.fromkeys(("prefix", "frobenius", "activations", "loss", "para", "budget", "gains"), 0),
         **dict.fromkeys(("learned", "distilled"), round(tokens / 6 * 40 * 2)),  # 40 batches of 2
     }
     layer = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 96), (64, 96), (96, 64)]
@@ -136,29 +136,34 @@ def test_what_a_run_costs(model: Path, all_cuts: dict[str, Run]) -> None:
     assert run.cost["seconds"] > 0
 
 
+@pytest.mark.parametrize("cut", ["para", "budget"])
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
-def test_para_keeps_the_largest_per_parameter_of_all_layers(model: Path, tmp_path: Path, share: float) -> None:
+def test_singular_values_of_all_layers_compete_within_a_budget(
+    model: Path, tmp_path: Path, share: float, cut: str
+) -> None:
+    """For `para` by their size, for `budget` by their square per parameter."""
     study = study_of(model)
     adapter = train(study.train_config("lora", 4, 3e-2, 0, "chain_sum", str(tmp_path / "run")))
     for parameter in adapter.model.parameters():
         parameter.requires_grad_(False)
     products = {name: B @ A for name, (A, B) in factors_of(adapter).items()}
-    Trained(adapter, load_tokenizer(str(model)), [], 2, 0).keep_budget(share)
+    trained = Trained(adapter, load_tokenizer(str(model)), [], 2, 0)
+    (trained.keep_above_threshold if cut == "para" else trained.keep_budget)(share)
     kept, dropped, used, whole = [], [], 0, 0
     for name, (A, B) in factors_of(adapter).items():
         U, values, V = torch.linalg.svd(products[name], full_matrices=False)
         width = A.shape[1] + B.shape[0]
         rank = int(B.any(dim=0).sum())
         torch.testing.assert_close(B @ A, (U[:, :rank] * values[:rank]) @ V[:rank], atol=1e-5, rtol=1e-3)
-        worth = (values[:4].double() ** 2 / width).tolist()
+        worth = (values[:4].double() ** 2 / (1 if cut == "para" else width)).tolist()
         kept += worth[:rank]
         dropped += worth[rank:]
         used, whole = used + rank * width, whole + 4 * width
     assert used <= share * whole
     assert used > share * whole - 160  # the widest direction
     if share < 1:
-        # A wide direction that no longer fits may give way to a smaller one.
-        assert sum(worth > min(kept) for worth in dropped) <= 2
+        # In a budget, a wide direction that no longer fits may give way to a smaller one; a threshold is one for all.
+        assert sum(worth > min(kept) for worth in dropped) <= (0 if cut == "para" else 2)
 
 
 def factors_of(adapter: NestedAdapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -283,7 +288,8 @@ def test_studies_that_share_a_folder_keep_each_others_cuts(model: Path, tmp_path
     # A curve that is there is kept, unless other versions have measured it.
     run = Run.read(job.path(tmp_path))
     kept = replace(run, curves={**run.curves, "prefix": Curve((9.0,) * 3, (0.0,) * 3)})
-    for changed, prefix in ((kept, kept), (replace(kept, versions={"torch": "0.1"}), run)):
+    fewer = replace(kept, versions={"torch": run.versions["torch"]})  # as of a program that named fewer packages
+    for changed, prefix in ((kept, kept), (fewer, kept), (replace(kept, versions={"torch": "0.1"}), run)):
         changed.write(tmp_path)
         assert run_once(study_of(model, "lora/loss"), job, tmp_path)
         now = Run.read(job.path(tmp_path))

@@ -39,6 +39,8 @@ def train_peft(config: TrainConfig) -> PeftModel:
     check_adalora(config)
     arguments = config.sft_config()
     adalora = adalora_config(config, arguments.max_steps)
+    # PEFT adds it to every forward, and the Trainer adds up those of a step.
+    adalora.orth_reg_weight /= arguments.gradient_accumulation_steps
     set_seed(config.seed)
     model = get_peft_model(load_model_of(config), adalora)
     trainer = AdaLoraTrainer(

@@ -30,6 +30,7 @@ _SPLITS = ("train", "validation", "test")
 _ITEMS = {"validation": 50, "test": 100}
 _TRAINING: dict[str, Any] = {"max_steps": 80, "per_device_train_batch_size": 12}
 _FIXED = ("learning_rate", "seed", "output_dir", "data", "lora", "nesting", "model", "dtype")
+_NEVER = ("do_eval", "num_train_epochs")
 _COUNTS = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
@@ -228,6 +229,12 @@ def make_study(given: Mapping[str, Any]) -> Study:
     for key in _FIXED:
         if key in training:
             raise MatryoshkaError(f"training.{key} is the study's to set: leave it out")
+    for key in training:
+        if key in _NEVER or str(key).startswith("eval_"):
+            raise MatryoshkaError(
+                f"training.{key} has no place in a study, which counts max_steps and measures when training has ended: "
+                "leave it out"
+            )
     check_keys(training, (*names(SFTConfig), "quantization", "trust_remote_code"), "training")
     for key in _COUNTS:
         _count(f"training.{key}", training.get(key, 1))

@@ -19,7 +19,7 @@ from matryoshka_lora.deploy.spectra import Spectra
 from matryoshka_lora.evaluate.questions import Question
 from matryoshka_lora.reorder import reweigh_factors
 from matryoshka_lora.study.measure import measure
-from matryoshka_lora.study.recipes import LEARNED
+from matryoshka_lora.study.recipes import GAINS, LEARNED
 
 
 @dataclass
@@ -66,13 +66,34 @@ class Trained:
 
     @torch.no_grad()
     def keep_budget(self, share: float) -> None:
-        """Zero all but the largest singular values of all layers together, within a share of the parameters."""
+        """Keep the singular values with the largest square per parameter, within a share of all layers' parameters.
+
+        As ``matryoshka export --budget`` does.
+        """
         self.svd()
         factors = {name: get_parameters(module, self.adapter.name) for name, module, _ in self.adapter._layers()}
         layers = [Layer(name, "", "", A.shape, B.shape, len(A), 1.0) for name, (A, B) in factors.items()]
         sizes = {name: A.double().norm(dim=1) * B.double().norm(dim=0) for name, (A, B) in factors.items()}
         for name, rank in choose_ranks(layers, Spectra("frobenius", sizes), share).ranks.items():
             factors[name][1][:, rank:] = 0
+
+    @torch.no_grad()
+    def keep_above_threshold(self, share: float) -> None:
+        """Zero the singular values below one threshold for all layers: PARA (arXiv 2604.27796).
+
+        The threshold is the lowest whose directions fit in a share of all layers' parameters.
+        """
+        self.svd()
+        sizes = torch.cat([A.double().norm(dim=1) * B.double().norm(dim=0) for A, B in self._factors()])
+        widths = torch.cat([torch.full((len(A),), A.shape[1] + B.shape[0]) for A, B in self._factors()])
+        order = sizes.argsort(descending=True)
+        fits = widths[order].cumsum(dim=0) <= share * widths.sum() + 1e-6
+        kept = torch.zeros_like(sizes, dtype=torch.bool)
+        kept[order[fits]] = True
+        for (_, B), keep in zip(
+            self._factors(), kept.split_with_sizes([len(A) for A, _ in self._factors()]), strict=True
+        ):
+            B[:, ~keep] = 0
 
     @torch.no_grad()
     def keep_prefix(self, rank: int, gain: float) -> None:
@@ -105,12 +126,12 @@ def _raw(inference: str) -> Cut:
     return cut
 
 
-def _para(trained: Trained) -> Sequence[Callable[[], None]]:
-    ranks = trained.adapter.nesting.ranks
-    return [partial(trained.keep_budget, rank / ranks[-1]) for rank in ranks]
+def _shares(keep: Callable[[Trained, float], None]) -> Cut:
+    def cut(trained: Trained) -> Sequence[Callable[[], None]]:
+        ranks = trained.adapter.nesting.ranks
+        return [partial(keep, trained, rank / ranks[-1]) for rank in ranks]
 
-
-_GAINS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
+    return cut
 
 
 def _gains(trained: Trained) -> Sequence[Callable[[], None]]:
@@ -118,10 +139,10 @@ def _gains(trained: Trained) -> Sequence[Callable[[], None]]:
     found = []
     for rank in ranks:
         losses = {}
-        for gain in _GAINS:
+        for gain in GAINS:
             trained.keep_prefix(rank, gain)
             losses[gain] = trained.loss()
-        found.append(partial(trained.keep_prefix, rank, min(_GAINS, key=losses.__getitem__)))
+        found.append(partial(trained.keep_prefix, rank, min(GAINS, key=losses.__getitem__)))
     return [*found, partial(trained.keep_prefix, largest, 1.0)]
 
 
@@ -150,7 +171,8 @@ CUTS: dict[str, Cut] = {
     "frobenius": Trained.svd,
     "activations": lambda trained: trained.reweigh(gradients=False),
     "loss": lambda trained: trained.reweigh(gradients=True),
-    "para": _para,
+    "para": _shares(Trained.keep_above_threshold),
+    "budget": _shares(Trained.keep_budget),
     "gains": _gains,
     **{name: _learned(name) for name in LEARNED},
 }

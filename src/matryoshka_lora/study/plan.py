@@ -59,6 +59,12 @@ def needed(study: Study, runs: Mapping[Job, Run], job: Job) -> list[str]:
     ]
 
 
+def settled(study: Study, runs: Mapping[Job, Run], job: Job) -> bool:
+    """Whether every cut of a job, of which there is one, has its learning rate."""
+    asked = {u for m in study.methods for u in units(study, m, job.task) if (u.recipe, u.rank) == _of(job)}
+    return bool(asked) and not any(rates(study, runs, unit).missing for unit in asked)
+
+
 def measured_ranks(study: Study, job: Job) -> tuple[int, ...]:
     """At which a job's adapter is measured."""
     return (job.rank,) if RECIPES[job.recipe].one_rank else study.nesting(job.rank)
@@ -104,7 +110,7 @@ class Rates(NamedTuple):
     Attributes:
         missing: Jobs that must be run before more is known.
         losses: By rate, the mean validation loss over the ranks; infinite where training diverged.
-        chosen: The rate with the lowest, when it is known.
+        chosen: The rate with the lowest, when it is known; none where training diverged at every rate.
     """
 
     missing: list[Job]
@@ -125,7 +131,7 @@ def rates(study: Study, runs: Mapping[Job, Run], unit: Unit) -> Rates:
         best = min(tried, key=lambda rate: losses[rate])
         edge = best in (tried[0], tried[-1])
         if not edge or len(tried) >= MOST_RATES:
-            return Rates([], losses, best)
+            return Rates([], losses, best if math.isfinite(losses[best]) else None)
         tried = [_rounded(tried[0] / down), *tried] if best == tried[0] else [*tried, _rounded(tried[-1] * up)]
 
 
@@ -153,7 +159,7 @@ def missing_jobs(study: Study, runs: Mapping[Job, Run]) -> list[Job]:
         for state in states.values():
             found |= dict.fromkeys(state.missing)
         # One run serves all cuts that have its rate, so it waits until each has one.
-        unsettled = {(unit.recipe, unit.rank) for unit, state in states.items() if state.chosen is None}
+        unsettled = {(unit.recipe, unit.rank) for unit, state in states.items() if state.missing}
         for unit, state in states.items():
             if state.chosen is not None and (unit.recipe, unit.rank) not in unsettled:
                 for seed in study.seeds:

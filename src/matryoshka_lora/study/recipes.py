@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from matryoshka_lora.adapter.order import LEARNING_RATE, STEPS
+from matryoshka_lora.deploy.calibrate import ROWS
 from matryoshka_lora.errors import MatryoshkaError
 
 EACH = "lora-each"
@@ -19,7 +20,10 @@ EACH_RECIPES = {EACH: "lora", "adalora-each": "adalora"}
 LEARNED = {"learned": (STEPS, LEARNING_RATE), "learned-20": (20, 0.01), "distilled": (STEPS, LEARNING_RATE)}
 """The cuts that take gradient steps after training: how many, and at which rate."""
 
-_REORDERED = ("frobenius", "activations", "loss", "para", "gains", *LEARNED)
+GAINS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
+"""What the cut ``gains`` tries for each rank."""
+
+_REORDERED = ("frobenius", "activations", "loss", "para", "budget", "gains", *LEARNED)
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Recipe:
 
     def settings(self) -> dict[str, Any]:
         """What its numbers depend on."""
-        return {"nesting": dict(self.nesting), "objective": self.objective, "length": self.length}
+        found = {"nesting": dict(self.nesting), "objective": self.objective, "length": self.length}
+        return found if self.new_rows else {**found, "new_rows": False}
 
     @property
     def one_rank(self) -> bool:
@@ -73,8 +78,15 @@ RECIPES: dict[str, Recipe] = {
     "matryoshka-sqrt": _p("matryoshka", "the paper's P, scaling 1 / sqrt(r)", scaling="sqrt"),
     "matryoshka-rank": _p("matryoshka", "the paper's P, scaling 1 / r", scaling="rank"),
     "dylora": Recipe("one nested rank for each step, as the MatryoshkaLoRA paper runs DyLoRA", {"rule": "dylora"}),
-    "dylora-all": Recipe("DyLoRA: one rank of 1..R for each step", {"rule": "dylora-all"}),
-    "dylora-frozen": Recipe("DyLoRA's frozen mode: only that rank's own column learns", {"rule": "dylora-frozen"}),
+    "dylora-all": Recipe("one rank of 1..R for each step, all at one scale", {"rule": "dylora-all"}),
+    "dylora-alpha": Recipe(
+        "DyLoRA as its inventors run it: one rank b of 1..R for each step, at the scale 16 / b",
+        {"rule": "dylora-all", "scaling": "rank", "alpha": 16.0},
+    ),
+    "dylora-frozen": Recipe(
+        "DyLoRA's frozen mode: the same, and only column b of B and row b of A learn",
+        {"rule": "dylora-frozen", "scaling": "rank", "alpha": 16.0},
+    ),
     "stratified": Recipe("each row of a batch at a nested rank of its own", {"rule": "stratified"}),
     "p-mean": _p("mean", "P divided by the number of ranks"),
     "p-reversed": _p("reversed", "P with its order reversed"),
@@ -98,12 +110,14 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def cut_settings(cut: str) -> dict[str, float] | None:
+def cut_settings(cut: str) -> dict[str, Any] | None:
     """What a cut's numbers depend on besides its name; None if nothing does."""
-    if cut not in LEARNED:
-        return None
-    steps, learning_rate = LEARNED[cut]
-    return {"steps": steps, "learning_rate": learning_rate}
+    if cut in LEARNED:
+        steps, learning_rate = LEARNED[cut]
+        return {"steps": steps, "learning_rate": learning_rate}
+    if cut == "gains":
+        return {"gains": list(GAINS), "rows": ROWS["loss"]}
+    return {"rows": ROWS[cut]} if cut in ("activations", "loss") else None
 
 
 def parse_method(name: str) -> tuple[str, str]:

@@ -124,7 +124,7 @@ class Result:
         learning_rates: What each rank was trained with, chosen on validation data.
         tokens: Trained on, over all runs that the curve took.
         seconds: The same, of training and of making the cut.
-        parameters: Trained, over all runs.
+        parameters: Of the trained adapters, over all runs.
     """
 
     method: str

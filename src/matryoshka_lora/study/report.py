@@ -150,8 +150,12 @@ def _costs(results: Sequence[Result]) -> list[Block]:
     methods = stats.ranking(results)
     found = {m: [stats.values(results, m, value) for value in kinds.values()] for m in methods}
     means = {method: [fmean(cost.values()) for cost in costs] for method, costs in found.items()}
-    # The cheapest cut, as training is the same for all.
-    plain = min((method for method in methods if method.startswith("lora/")), key=means.__getitem__, default=None)
+    # The cheapest cut of those with most curves, as training is the same for all.
+    plain = min(
+        (method for method in methods if method.startswith("lora/")),
+        key=lambda method: (-len(found[method][0]), means[method]),
+        default=None,
+    )
     rows = []
     for method, costs in found.items():
         row = [method, str(len(costs[0]))]
@@ -163,30 +167,24 @@ def _costs(results: Sequence[Result]) -> list[Block]:
     text = "Mean cost of one curve over tasks and seeds: all the training runs that it takes, and the cut; "
     text += f"times is the multiple of {plain}, on what both have done." if plain else "there is no lora/ to divide by."
     text += " Tokens are those of gradient steps; a cut that only looks at training rows pays for it in its seconds."
-    text += " Bytes are those of the factors, which PEFT trains in float32."
+    text += " Bytes are those of the factors that training leaves, in float32."
     return [(2, "Cost"), text, Table(("method", "curves", *(h for kind in kinds for h in (kind, "times"))), rows)]
 
 
 def _full_rank(results: Sequence[Result], tasks: Sequence[str]) -> list[Block]:
     rows = []
     for task in tasks:
-        # A cut of LoRA at R is as good a reference there, if more of its seeds are done: none changes that rank but by
-        # rounding.
-        seeds = Counter(result.method for result in results if result.task == task)
-        cuts = (name for name in sorted(seeds) if name.startswith("lora/"))
-        reference = max((EACH, *cuts), key=seeds.__getitem__)
-        for method in _compared(results, task, reference):
-            accuracy = stats.mean(results, method, stats.accuracy_at(), task, reference)
-            loss = stats.mean(results, method, stats.loss_at(), task, reference)
+        for method in _compared(results, task):
+            accuracy = stats.mean(results, method, stats.accuracy_at(), task, EACH)
+            loss = stats.mean(results, method, stats.loss_at(), task, EACH)
             reading = f"accuracy {_reading(accuracy)}, loss {_reading(loss)}"
-            rows.append((method, task, reference, _n(accuracy), _points(accuracy), _more(loss), reading))
+            rows.append((method, task, _n(accuracy), _points(accuracy), _more(loss), reading))
     text = (
-        "Method minus LoRA at the largest rank, accuracy in points of % and loss in nats, paired by seed. That is "
-        f"{EACH}, or a cut of lora that has more seeds; its cuts differ there by rounding. An interval wholly on the "
-        "worse side contradicts, for that task, that the method loses nothing there. One that holds zero is undecided: "
-        "its worse end is what may still be lost."
+        f"Method minus {EACH} at the largest rank, accuracy in points of % and loss in nats, paired by seed. An "
+        "interval wholly on the worse side contradicts, for that task, that the method loses nothing there. One that "
+        "holds zero is undecided: its worse end is what may still be lost."
     )
-    table = Table(("method", "task", "minus", "seeds", "accuracy", "loss", "reading"), rows)
+    table = Table(("method", "task", "seeds", "accuracy", "loss", "reading"), rows)
     return [(2, "At the largest rank against LoRA trained at it"), *([text, table] if rows else [_NO_REFERENCE])]
 
 
@@ -261,11 +259,12 @@ def _tests(results: Sequence[Result], tasks: Sequence[str], tried: Sequence[Trie
             for c in found
         ]
         blocks += [text, Table(("rival", "pairs", "difference", "p", "Holm p", *single), rows)]
-    if fewest := min((c.difference.n for c in found if c.difference), default=0):
-        least = 2.0 ** (1 - fewest)
+    if pairs := [c.difference.n for c in found if c.difference]:
+        few, most = min(pairs), max(pairs)
+        least = 2.0 ** (1 - most) * len(pairs)
         blocks.append(
-            f"With {fewest} pairs, the fewest here, no p can be below {_p(least)}, and the least of the corrected ones "
-            f"not below {_p(min(1.0, least * len(others)))}."
+            f"Of a rival with {few} pairs, the fewest here, no p can be below {_p(2.0 ** (1 - few))}; of {len(pairs)} "
+            f"corrected ones, with {most} pairs at the most, none below {_p(min(1.0, least))}."
         )
     return blocks
 
@@ -295,6 +294,10 @@ def _rates(tried: Sequence[Tried]) -> list[Block]:
     for one in tried:
         cells = [_nats_or_diverged(one.losses[rate]) if rate in one.losses else "" for rate in rates]
         rows.append((one.method, one.task, str(one.rank), "" if one.chosen is None else f"{one.chosen:g}", *cells))
+    # The grid grows until its best has worse ones on both sides, but not for ever.
+    edge = [f"{one.method} on {one.task}" for one in tried if one.chosen in (min(one.losses), max(one.losses))]
+    if edge:
+        blocks.append(f"The best rate is the last one that was tried, and a better one may lie beyond: {_list(edge)}.")
     return [
         *blocks,
         "Validation loss by learning rate, in nats per token: the mean over the ranks, or of a method that trains for "
@@ -304,14 +307,18 @@ def _rates(tried: Sequence[Tried]) -> list[Block]:
     ]
 
 
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
+
+
 def _nats_or_diverged(loss: float) -> str:
     return f"{loss:.3f}" if math.isfinite(loss) else "diverged"
 
 
-def _compared(results: Sequence[Result], task: str | None, reference: str = EACH) -> list[str]:
-    """The methods, best first, that have a task and seed in common with the reference."""
-    order = [method for method in stats.ranking(results, task) if method != reference]
-    return [method for method in order if stats.differences(results, method, reference, stats.mean_loss, task)]
+def _compared(results: Sequence[Result], task: str | None) -> list[str]:
+    """The methods, best first, that have a task and seed in common with `EACH`."""
+    order = [method for method in stats.ranking(results, task) if method != EACH]
+    return [method for method in order if stats.differences(results, method, EACH, stats.mean_loss, task)]
 
 
 def _at_ranks(results: Sequence[Result], task: str | None, value: Callable[[int], Value]) -> dict[str, Value]:

@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from io import StringIO
@@ -29,7 +29,7 @@ from matryoshka_lora.study.config import Study
 from matryoshka_lora.study.cuts import CUTS, Trained
 from matryoshka_lora.study.measure import measure
 from matryoshka_lora.study.objectives import TRAINERS, check_objective, copies
-from matryoshka_lora.study.plan import cuts, load_runs, measured_ranks, needed
+from matryoshka_lora.study.plan import cuts, load_runs, measured_ranks, needed, settled
 from matryoshka_lora.study.recipes import LEARNED, RECIPES, cut_settings
 from matryoshka_lora.study.records import Curve, Job, Run
 from matryoshka_lora.train import train
@@ -50,7 +50,10 @@ def run_once(study: Study, job: Job, folder: Path) -> bool:
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=0):
-            path, wanted = job.path(folder), set(needed(study, load_runs(study, folder), job))
+            path, runs = job.path(folder), load_runs(study, folder)
+            wanted = set(needed(study, runs, job))
+            if not wanted and settled(study, runs, job):
+                return True  # another process has measured a rate again since the job was planned
             if not wanted:
                 raise MatryoshkaError(f"{path}: the study asks nothing of this run, or not before its rates are chosen")
             before = Run.read(path) if path.exists() else None
@@ -60,7 +63,8 @@ def run_once(study: Study, job: Job, folder: Path) -> bool:
                 if wanted <= before.done():
                     return True
                 # Another study may need the others; what other versions have measured is measured again.
-                wanted = wanted - before.done() if before.versions == versions() else wanted | before.done()
+                same = before.versions.items() <= versions().items()  # an older run names fewer packages
+                wanted = wanted - before.done() if same else wanted | before.done()
             _with_curves_of(before, run_job(study, job, wanted)).write(folder)
             return True
     except Timeout:
@@ -116,14 +120,12 @@ def run_job(study: Study, job: Job, wanted: Collection[str] | None = None) -> Ru
         cost["parameters"] = _require_gradients(adapter)
         trained = Trained(adapter, tokenizer, rows, used // steps, job.seed)
         for name in names:
-            begin = time.perf_counter()
-            with suppress(NotFiniteError):
-                each_rank = CUTS[name](trained)
-                seconds = round(time.perf_counter() - begin, 2)
-                curve = _measure(adapter, tokenizer, held_out, each_rank)
+            # A decomposition of what is not finite has an error of its own.
+            with suppress(NotFiniteError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+                curve, seconds = _cut_and_measure(name, trained, held_out)
                 if all(map(math.isfinite, curve.loss)):
                     more = _tokens(tokenizer, rows, LEARNED.get(name, (0,))[0] * used // steps)
-                    cost["cuts"][name], curves[name] = {"tokens": more, "seconds": seconds}, curve
+                    cost["cuts"][name], curves[name] = {"tokens": more, "seconds": round(seconds, 2)}, curve
     settings = study.settings(job.task, job.recipe)
     settings["cuts"] = {name: how for name in curves if (how := cut_settings(name)) is not None}
     diverged = tuple(name for name in names if name not in curves)
@@ -156,19 +158,20 @@ def train_job(
         return train(config, trainer_class or TRAINERS.get(objective or ""))
 
 
-def _measure(
-    adapter: NestedAdapter,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    each_rank: Sequence[Callable[[], None]] | None,
-) -> Curve:
+def _cut_and_measure(name: str, trained: Trained, rows: Sequence[Row]) -> tuple[Curve, float]:
+    """A cut's curve, and the seconds that the cut took."""
+    adapter, tokenizer, begin = trained.adapter, trained.tokenizer, time.perf_counter()
+    each_rank = CUTS[name](trained)
+    seconds = time.perf_counter() - begin
     if each_rank is None:
-        return measure(adapter, tokenizer, rows, adapter.nesting.ranks)
+        return measure(adapter, tokenizer, rows, adapter.nesting.ranks), seconds
     points = []
     for make in each_rank:
+        begin = time.perf_counter()
         make()
+        seconds += time.perf_counter() - begin
         points.append(measure(adapter, tokenizer, rows, (adapter.nesting.max_rank,)))
-    return Curve(tuple(one.loss[0] for one in points), tuple(one.accuracy[0] for one in points))
+    return Curve(tuple(one.loss[0] for one in points), tuple(one.accuracy[0] for one in points)), seconds
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], count: int) -> int:

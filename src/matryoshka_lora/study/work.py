@@ -61,7 +61,8 @@ def run_study(
     running: dict[Future[bool], Job] = {}
     elsewhere: dict[Job, float] = {}
     failed: list[str] = []
-    with _pool(launcher, workers) as submit:
+    cause: BaseException | None = None
+    with _pool(launcher, workers, study.threads) as submit:
         while True:
             runs = load_runs(study, folder)
             missing = [job for job in missing_jobs(study, runs) if job not in running.values()]
@@ -90,11 +91,14 @@ def run_study(
                     error = (
                         getattr(error, "cause", None) or error
                     )  # Ray puts its own around it, with a traceback as text
-                    failed.append(f"{job.path(folder)}: {error}")
+                    # An error that is not ours may say little without its name.
+                    kind = "" if isinstance(error, MatryoshkaError) else f"{type(error).__name__}: "
+                    failed.append(f"{job.path(folder)}: {kind}{error}")
+                    cause = cause or error
                 elif not future.result():
                     elsewhere[job] = time.monotonic() + _POLL
     if failed:
-        raise MatryoshkaError("\n".join(dict.fromkeys(failed)))
+        raise MatryoshkaError("\n".join(dict.fromkeys(failed))) from cause
     return runs
 
 
@@ -108,9 +112,9 @@ def _job(study: Study, job: Job, folder: Path) -> bool:
 
 
 @contextmanager
-def _pool(launcher: Launcher, workers: int) -> Iterator[Submit]:
+def _pool(launcher: Launcher, workers: int, threads: int) -> Iterator[Submit]:
     if launcher == "ray":
-        with _ray_pool(workers) as submit:
+        with _ray_pool(workers, threads) as submit:
             yield submit
         return
     context = multiprocessing.get_context("spawn")
@@ -132,7 +136,7 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _ray_pool(workers: int) -> Iterator[Submit]:
+def _ray_pool(workers: int, threads: int) -> Iterator[Submit]:
     try:
         import ray
     except ImportError as error:
@@ -140,10 +144,10 @@ def _ray_pool(workers: int) -> Iterator[Submit]:
     begun = not ray.is_initialized()
     if begun:
         try:
-            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+            ray.init(num_cpus=workers * threads, include_dashboard=False, log_to_driver=False)
         except ValueError:  # a cluster is there, and has CPUs of its own
             ray.init(log_to_driver=False)
-    remote: Any = ray.remote(num_cpus=1)(_job)
+    remote: Any = ray.remote(num_cpus=threads)(_job)
     try:
         yield lambda study, job, folder: remote.remote(study, job, folder.absolute()).future()
     finally:
