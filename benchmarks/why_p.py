@@ -1,11 +1,12 @@
 """What the paper's P does to training: gradients and sizes by column, spectra, and whether two runs find the same.
 
-    python benchmarks/why_p.py --out runs/why --json docs/why.json    # some 75 seconds for each of 12 runs
+    python benchmarks/why_p.py --out runs/why --json docs/why.json    # some 75 seconds for each of 15 runs
     python benchmarks/why_p.py --json docs/why.json --table           # the tables again
 
-Four ways of training on chain_sum, three seeds, as the study trains: plain LoRA at two learning rates, P, and P as
-learning rates (plain LoRA whose column c of B moves p_c times as far), which is what P should be under Adam. Every
-finished run is kept, so the command goes on where it was stopped. No question is asked: nothing here is test data.
+Five ways of training on chain_sum, three seeds, as the study trains: plain LoRA at two learning rates, P, P of scaling
+1 / r, and P as learning rates (plain LoRA whose column c of B moves p_c times as far), which is what P should be under
+Adam. Every finished run is kept, so the command goes on where it was stopped. No question is asked, of test data or
+others.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ WAYS = {
     "lora 0.002": ("lora", 2e-3),
     "P 0.001": ("matryoshka", 1e-3),
     "P as rates 0.001": ("p-rates", 1e-3),
+    "P by rank 0.004": ("matryoshka-rank", 4e-3),
 }
 SEEDS = (0, 1, 2)
 NESTING = Nesting.powers_of_two(32)
@@ -65,19 +67,18 @@ def measure(out: Path, file: Path) -> None:
     study = load_study(Path(__file__).parents[1] / "configs" / "studies" / "headline.yaml")
     for seed in SEEDS:
         for way, (recipe, rate) in WAYS.items():
-            kept = out / f"{way.replace(' ', '-')}-{seed}.safetensors"
+            kept = file_of(out, way, seed)
             how = json.dumps(study.settings("chain_sum", recipe), sort_keys=True)
             if kept.exists():
-                with safe_open(kept, "pt") as file:
-                    if file.metadata() != {"settings": how}:
+                with safe_open(kept, "pt") as opened:
+                    if opened.metadata() != {"settings": how}:
                         raise SystemExit(f"{kept} was trained with other settings: take another folder with --out")
                 continue
             job = Job(recipe, "chain_sum", 32, rate, seed, "validation")
             plain = TRAINERS.get(RECIPES[recipe].objective or "", CompletionTrainer)
             watching = type("Watching", (Watching, plain), {"gradients": []})
             adapter = train_job(study, job, study.train_set(recipe, "chain_sum", seed), watching)
-            p = NESTING.diagonal() if recipe == "matryoshka" else torch.ones(32, dtype=torch.float64)
-            found = describe(adapter, p)
+            found = describe(adapter)
             found["gradient"] = torch.stack(watching.gradients).mean(dim=0)
             out.mkdir(parents=True, exist_ok=True)
             writing = out / f"{kept.stem}.{os.getpid()}"
@@ -85,6 +86,11 @@ def measure(out: Path, file: Path) -> None:
             writing.rename(kept)
             print(f"{way}, seed {seed}: done", flush=True)
     write_text(file, json.dumps(summary(out), indent=1) + "\n")
+
+
+def file_of(out: Path, way: str, seed: int) -> Path:
+    """Of a finished run."""
+    return out / f"{way.replace(' ', '-')}-{seed}.safetensors"
 
 
 class Watching(CompletionTrainer):
@@ -100,8 +106,9 @@ class Watching(CompletionTrainer):
 
 
 @torch.no_grad()
-def describe(adapter: Any, p: Tensor) -> dict[str, Tensor]:
+def describe(adapter: Any) -> dict[str, Tensor]:
     """Of a raw adapter: sizes of its columns, spectra, and the leading left singular vectors of every layer."""
+    p = adapter.rule.trained_diagonal(adapter.nesting)
     sizes, spectra, agree, vectors = [], [], [], {}
     for name, module, _ in adapter._layers():
         A, B = (factor.double() for factor in get_parameters(module, adapter.name))
@@ -124,9 +131,7 @@ def overlap(one: Tensor, other: Tensor, rank: int) -> Tensor:
 
 def summary(out: Path) -> dict[str, Any]:
     """The numbers of all runs, by way and seed, and the overlaps between them."""
-    runs = {
-        (way, seed): load_file(out / f"{way.replace(' ', '-')}-{seed}.safetensors") for way in WAYS for seed in SEEDS
-    }
+    runs = {(way, seed): load_file(file_of(out, way, seed)) for way in WAYS for seed in SEEDS}
     found: dict[str, Any] = {"ways": {}, "overlaps": {}}
     for (way, seed), run in runs.items():
         energy = run["spectra"].double().square()
