@@ -99,6 +99,10 @@ def run_job(study: Study, job: Job, wanted: Collection[str] | None = None) -> Ru
     Raises:
         MatryoshkaError: It cannot be done.
     """
+    if torch.cuda.device_count() > 1:
+        raise MatryoshkaError(
+            "the Trainer would give every GPU a batch of its own, and a study counts one: set CUDA_VISIBLE_DEVICES=0"
+        )
     torch.set_num_threads(study.threads)
     # The data are of no importance here.
     config = study.train_config(job.recipe, job.rank, job.learning_rate, job.seed, "chain_sum", "unused")
