@@ -488,6 +488,14 @@ def test_rows_about_the_study_and_its_learning_rates() -> None:
     assert row(rates, "lora-each") == ["lora-each", "words", "2", "", "0.910", "", "", ""]
 
 
+def test_a_rate_at_the_edge_of_what_was_tried_is_named() -> None:
+    inside = rates_of("lora/prefix", "sums", {1e-3: 0.8, 2e-3: 0.7, 4e-3: 0.9})
+    edges = [rates_of("nested/prefix", task, {1e-3: 0.6, 2e-3: 0.7}) for task in ("sums", "words")]
+    beyond = "a better one may lie beyond: nested/prefix on sums, nested/prefix on words."
+    assert beyond in section(written(study(), tried=[inside, *edges]), "## Learning rates")
+    assert "beyond" not in section(written(study(), tried=[inside]), "## Learning rates")
+
+
 def test_the_method_to_test_is_nominated_on_validation_data() -> None:
     """By the geometric mean: easy/prefix is a little worse where losses are large, much better where they are not.
 

@@ -84,15 +84,14 @@ class Trained:
         The threshold is the lowest whose directions fit in a share of all layers' parameters.
         """
         self.svd()
-        sizes = torch.cat([A.double().norm(dim=1) * B.double().norm(dim=0) for A, B in self._factors()])
-        widths = torch.cat([torch.full((len(A),), A.shape[1] + B.shape[0]) for A, B in self._factors()])
+        factors = self._factors()
+        sizes = torch.cat([A.double().norm(dim=1) * B.double().norm(dim=0) for A, B in factors])
+        widths = torch.cat([torch.full((len(A),), A.shape[1] + B.shape[0]) for A, B in factors])
         order = sizes.argsort(descending=True)
         fits = widths[order].cumsum(dim=0) <= share * widths.sum() + 1e-6
         kept = torch.zeros_like(sizes, dtype=torch.bool)
         kept[order[fits]] = True
-        for (_, B), keep in zip(
-            self._factors(), kept.split_with_sizes([len(A) for A, _ in self._factors()]), strict=True
-        ):
+        for (_, B), keep in zip(factors, kept.split_with_sizes([len(A) for A, _ in factors]), strict=True):
             B[:, ~keep] = 0
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ def units(study: Study, method: str, task: str) -> list[Unit]:
 
 def cuts(study: Study, job: Job) -> list[str]:
     """The cuts of a job that the study asks for, in the order of the recipe."""
-    wanted = {u.cut for m in study.methods for u in units(study, m, job.task) if (u.recipe, u.rank) == _of(job)}
+    wanted = {unit.cut for unit in _asked(study, job)}
     return [cut for cut in RECIPES[job.recipe].cuts if cut in wanted] if wanted else []
 
 
@@ -48,20 +48,13 @@ def needed(study: Study, runs: Mapping[Job, Run], job: Job) -> list[str]:
     """The `cuts` of a job, on test data those alone whose learning rate is the job's."""
     if job.split == "validation":
         return cuts(study, job)
-    return [
-        cut
-        for cut in cuts(study, job)
-        if any(
-            (u.recipe, u.rank, u.cut) == (*_of(job), cut) and rates(study, runs, u).chosen == job.learning_rate
-            for method in study.methods
-            for u in units(study, method, job.task)
-        )
-    ]
+    chosen = {unit.cut for unit in _asked(study, job) if rates(study, runs, unit).chosen == job.learning_rate}
+    return [cut for cut in cuts(study, job) if cut in chosen]
 
 
 def settled(study: Study, runs: Mapping[Job, Run], job: Job) -> bool:
     """Whether every cut of a job, of which there is one, has its learning rate."""
-    asked = {u for m in study.methods for u in units(study, m, job.task) if (u.recipe, u.rank) == _of(job)}
+    asked = _asked(study, job)
     return bool(asked) and not any(rates(study, runs, unit).missing for unit in asked)
 
 
@@ -70,8 +63,10 @@ def measured_ranks(study: Study, job: Job) -> tuple[int, ...]:
     return (job.rank,) if RECIPES[job.recipe].one_rank else study.nesting(job.rank)
 
 
-def _of(job: Job) -> tuple[str, int]:
-    return job.recipe, job.rank
+def _asked(study: Study, job: Job) -> set[Unit]:
+    """What of a study a job's training serves."""
+    found = {unit for method in study.methods for unit in units(study, method, job.task)}
+    return {unit for unit in found if (unit.recipe, unit.rank) == (job.recipe, job.rank)}
 
 
 def load_runs(study: Study, folder: Path) -> dict[Job, Run]:

@@ -295,9 +295,9 @@ def _rates(tried: Sequence[Tried]) -> list[Block]:
         cells = [_nats_or_diverged(one.losses[rate]) if rate in one.losses else "" for rate in rates]
         rows.append((one.method, one.task, str(one.rank), "" if one.chosen is None else f"{one.chosen:g}", *cells))
     # The grid grows until its best has worse ones on both sides, but not for ever.
-    edge = [f"{one.method} on {one.task}" for one in tried if one.chosen in (min(one.losses), max(one.losses))]
+    edge = {f"{one.method} on {one.task}": None for one in tried if one.chosen in (min(one.losses), max(one.losses))}
     if edge:
-        blocks.append(f"The best rate is the last one that was tried, and a better one may lie beyond: {_list(edge)}.")
+        blocks.append(f"The best rate is the last that was tried, and a better one may lie beyond: {', '.join(edge)}.")
     return [
         *blocks,
         "Validation loss by learning rate, in nats per token: the mean over the ranks, or of a method that trains for "
@@ -305,10 +305,6 @@ def _rates(tried: Sequence[Tried]) -> list[Block]:
         "the method is.",
         Table(("method", "task", "R", "chosen", *(f"{rate:g}" for rate in rates)), rows),
     ]
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(dict.fromkeys(names))
 
 
 def _nats_or_diverged(loss: float) -> str:
