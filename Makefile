@@ -30,7 +30,7 @@ $(VENV)/.deploy: $(VENV)/.test
 		--no-binary llama-cpp-python $(LLAMA_CPP)
 	touch $@
 
-demo: $(VENV)/.demo ## train one adapter, see every rank, export one (under 15 minutes on 2 cores)
+demo: $(VENV)/.demo ## train an adapter and plain LoRA beside it, see every rank, export one (under 15 minutes on 2 cores)
 	$(BIN)/matryoshka demo --out runs/demo
 
 test: $(VENV)/.test lint ## lint, types, layers and all tests
