@@ -207,6 +207,23 @@ def test_eval_of_a_file(run: Run, adapter: Path, rows: Path, tmp_path: Path) -> 
     assert f"Next: matryoshka export {adapter} --rank " in out
 
 
+def test_eval_has_no_base_model_where_parts_of_it_were_trained(
+    run: Run, base: Path, rows: Path, tmp_path: Path
+) -> None:
+    nesting = Nesting([1, 2, 4])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora_config(nesting, modules_to_save=["norm"]))
+    randomize(model)
+    nest(model, nesting).save(tmp_path / "adapter")
+    code, _, err = run("eval", tmp_path / "adapter", "--data", rows, "--limit", 2, "--dtype", "fp32")
+    assert code == 0
+    assert "and without it" not in err
+    data = json.loads((tmp_path / "adapter" / "evaluation" / "evaluation.json").read_text())
+    loss = data["tasks"][str(rows)]["metrics"]["loss,none"]
+    assert loss["base"] is None
+    assert len(loss["value"]) == 3
+    assert run("select", tmp_path / "adapter", "--within", "1%")[0] == 0
+
+
 def test_the_card_shows_an_evaluation_beside_the_adapter(run: Run, adapter: Path, rows: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(adapter, tmp_path / "copy")
     assert "How good each rank is" not in (copied / "README.md").read_text()

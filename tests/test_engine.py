@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import nested_llama, tiny_llama
+from conftest import lora_config, nested_llama, tiny_llama, tiny_mixtral
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -266,6 +266,14 @@ def test_a_model_whose_rows_cannot_share_a_batch() -> None:
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(MatryoshkaError, match="lm_eval's own hf backend"), row_attention(model):
         pass
+
+
+def test_an_adapter_on_routed_experts_is_refused_before_anything_runs() -> None:
+    nesting = Nesting([1, 2])
+    config = lora_config(nesting, target_modules=[], target_parameters=["experts.down_proj"])
+    adapter = nest(get_peft_model(tiny_mixtral(), config), nesting)
+    with pytest.raises(MatryoshkaError, match="To evaluate, export the ranks and run lm-evaluation-harness on each"):
+        Engine(adapter, tiny_tokenizer())
 
 
 def test_the_attention_is_put_back_after_an_error() -> None:

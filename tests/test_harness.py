@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import lm_eval
 import lm_eval.evaluator
 import pytest
 import yaml
-from conftest import lora_config, randomize, tiny_llama
+from conftest import lora_config, nested_llama, randomize, tiny_llama
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -27,8 +28,9 @@ from tiny_chat import save_tiny_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
+from matryoshka_lora.adapter import read_adapter
 from matryoshka_lora.evaluate import selection
-from matryoshka_lora.evaluate.cost import adapter_bytes
+from matryoshka_lora.evaluate.cost import adapter_bytes, token_latency
 from matryoshka_lora.evaluate.engine import Engine
 from matryoshka_lora.evaluate.harness import judge
 from matryoshka_lora.evaluate.questions import ExactMatch, Row
@@ -323,10 +325,44 @@ def test_bytes_are_those_of_the_exported_file_whatever_else_is_on_the_model(tmp_
     model = get_peft_model(tiny_llama(), lora_config(nesting))
     adapter = nest(model, nesting)
     model.add_adapter("default_2", lora_config(Nesting([8])))
-    for rank, size in zip((1, 4), adapter_bytes(adapter, (1, 4)), strict=True):
+    adapter.save(tmp_path / "all")
+    for rank, size in zip((1, 4), adapter_bytes(read_adapter(tmp_path / "all")[2], 4, (1, 4)), strict=True):
         adapter.export(tmp_path / str(rank), rank)
         tensors = load_file(tmp_path / str(rank) / "adapter_model.safetensors").values()
         assert size == sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
+def test_bytes_are_in_the_dtype_of_the_file(tmp_path: Path) -> None:
+    nested_llama(Nesting([1, 2, 4])).save(tmp_path)
+    tensors = read_adapter(tmp_path)[2]
+    half = {key: tensor.bfloat16() for key, tensor in tensors.items()}
+    assert [2 * size for size in adapter_bytes(half, 4, (1, 3))] == adapter_bytes(tensors, 4, (1, 3))
+
+
+def test_latencies_of_all_ranks_take_no_more_memory_than_two_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = nested_llama(Nesting([1, 2, 4, 8]))
+    adapter.reorder()
+    model, held = adapter.model, []
+    load_adapter = model.load_adapter
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        found = load_adapter(*arguments, **options)
+        held.append(sum(config.r for name, config in model.peft_config.items() if name != adapter.name))
+        return found
+
+    monkeypatch.setattr(model, "load_adapter", watched)
+    assert all(time > 0 for time in token_latency(adapter, range(1, 9)))
+    assert len(held) == 8
+    assert max(held) <= 16
+    assert list(model.peft_config) == [adapter.name]
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn(tokenizer: Any) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "<unk>"  # as Qwen's base models, whose turns end with another token than texts
+    rows = [Row([{"role": "user", "content": "1?"}], [{"role": "assistant", "content": "2"}])]
+    task = QuestionsTask(ExactMatch("mine"), rows, other)
+    assert task.config.generation_kwargs["until"] == ["</s>"]
 
 
 def test_a_store_that_cannot_be_used(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import oracle
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, load, nest
 from matryoshka_lora.rules import RULES
 
 NESTING = Nesting([1, 2, 4, 8], "sqrt", 2.0)
@@ -288,6 +289,27 @@ def test_the_context_ends_however_it_is_left(adapter: NestedAdapter) -> None:
         adapter.set_rank(8)
         assert torch.equal(adapter.model(ids).logits, before)
         assert not torch.equal(outer, before)
+
+
+def test_rows_are_those_of_an_active_adapter(tmp_path: Path) -> None:
+    first = nested_llama(NESTING)
+    first.save(tmp_path)
+    second = load(first.model, tmp_path, adapter="second")
+    with pytest.raises(MatryoshkaError, match=r"'second' is not active, default is: call .*set_adapter\('second'\)"):
+        second.rows([1, 2]).__enter__()
+    second.model.set_adapter("second")
+    with second.rows([1, 2]):
+        second.model(tokens(2))
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["norm"]}, {"bias": "all"}], ids=str)
+def test_rank_zero_is_refused_where_the_base_model_was_trained_too(more: dict[str, Any]) -> None:
+    adapter = nested_llama(NESTING, **more)
+    assert not adapter.has_base
+    with adapter.rows([1, 2]):
+        adapter.model(tokens(2))
+    with pytest.raises(MatryoshkaError, match=rf"rank 0 is not the base model here: {next(iter(more))} changed"):
+        adapter.rows([0, 2]).__enter__()
 
 
 def test_a_merged_adapter_has_no_rows(adapter: NestedAdapter) -> None:

@@ -37,12 +37,25 @@ def test_defaults() -> None:
     assert (config.model, config.dtype, config.quantization) == ("smollm2-135m", "bf16", None)
     assert not config.trust_remote_code
     assert config.nesting == Nesting.powers_of_two(32)
-    assert (config.rule, config.inference, config.reorder, config.rank_seed) == ("matryoshka", "prefix", "learned", 42)
+    assert (config.rule, config.inference, config.reorder, config.rank_seed) == ("matryoshka", "keep", "learned", 42)
     lora = config.lora_config()
     assert (lora.r, lora.lora_alpha, lora.target_modules, lora.task_type) == (32, 32, "all-linear", "CAUSAL_LM")
     sft = config.sft_config()
     assert (sft.bf16, sft.fp16, sft.report_to, sft.seed) == (False, False, [], 42)
     assert not sft.activation_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("nesting", "inference"),
+    [
+        ({"reorder": "svd"}, "keep"),
+        ({"reorder": False}, "prefix"),
+        ({"rule": "stratified"}, "prefix"),  # has no P to keep
+        ({"inference": "prefix"}, "prefix"),
+    ],
+)
+def test_what_is_reordered_keeps_p_while_it_trains(nesting: dict[str, Any], inference: str) -> None:
+    assert make_config({"data": "chain_sum", "nesting": nesting}).inference == inference
 
 
 def test_the_paper_s_recipe_is_one_word() -> None:

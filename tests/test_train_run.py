@@ -69,6 +69,7 @@ def test_what_a_run_leaves(model: Path, finished: Path) -> None:
     assert sorted(path.name for path in finished.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert read_sidecar(finished / "checkpoint-2").form == "raw"
     assert not list(finished.glob("*.writing")) + list(finished.glob(".*"))
+    assert "matryoshka_lora" in (finished / "README.md").read_text()  # and no card of TRL's
 
 
 def test_the_written_config_is_complete_and_repeats_the_run(model: Path, finished: Path, tmp_path: Path) -> None:
@@ -255,6 +256,38 @@ def test_a_learned_order_keeps_the_full_rank(model: Path, finished: Path, tmp_pa
         first = [B[:, :1] @ A[:1] for B, A in pairs]
         moved += bool((first[0] - first[1]).norm() > 1e-3 * first[1].norm())
     assert moved > 5
+
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_data": {"task": "chain_sum", "seed": 9, "size": 8}}
+
+
+@pytest.mark.parametrize("inference", ["by default", "prefix"])
+def test_the_loss_while_training_is_that_of_the_adapter_that_comes_of_it(
+    model: Path, tmp_path: Path, inference: str
+) -> None:
+    nesting = {"reorder": "svd"} | ({} if inference == "by default" else {"inference": inference})
+    config = config_of(model, tmp_path / "run", nesting=nesting, **EVALUATED)
+    adapter = train(config)
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    (told,) = (entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] == 4)
+    data = load_data(config.eval_data)
+    found = _trainer(adapter, config, config.sft_config(), data, data).evaluate()["eval_loss"]
+    # Of the paper's inference it is another function's: P is dropped, and reordering keeps it.
+    assert (told == pytest.approx(found, rel=1e-5)) == (inference == "by default")
+
+
+def test_the_best_checkpoint_is_taken_where_no_step_is_left(model: Path, tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    first, again = (tmp_path / name for name in ("first", "again"))
+    for folder in (first, again):
+        train(config_of(model, folder, nesting={"reorder": "svd"}, **EVALUATED, **best))
+    state = json.loads((first / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"].endswith("checkpoint-2")  # the loss falls: the first is the greatest
+    (again / "trainer_state.json").unlink()  # killed while it was saved
+    (again / "adapter_model.safetensors").unlink()
+    train(config_of(model, again, nesting={"reorder": "svd"}, **EVALUATED, **best))
+    saved = [load_file(folder / "adapter_model.safetensors") for folder in (first, again)]
+    assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
 
 
 @pytest.mark.parametrize(

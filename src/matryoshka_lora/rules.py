@@ -38,7 +38,6 @@ class Rule:
 
     Attributes:
         name: What users write.
-        summary: One sentence for help texts.
         at_step: The draw for a random generator and a number of rows.
         fixed: p never changes, so it is part of what was trained and can be kept at inference.
         per_row: p differs between the rows of a batch.
@@ -46,7 +45,6 @@ class Rule:
     """
 
     name: str
-    summary: str
     at_step: Callable[[Nesting, random.Random, int | None], Draw]
     fixed: bool = False
     per_row: bool = False
@@ -135,27 +133,22 @@ def stratified_ranks(ranks: Sequence[int], rows: int, generator: random.Random) 
 RULES: dict[str, Rule] = {
     rule.name: rule
     for rule in (
-        Rule("lora", "plain LoRA at rank R", _lora, fixed=True),
-        Rule("matryoshka", "the paper's fixed P, the sum of all prefixes (arXiv 2605.07850)", _matryoshka, fixed=True),
-        Rule("dylora", "one nested rank per step for the whole batch, as in the MatryoshkaLoRA paper", _dylora),
-        Rule("dylora-all", "one rank of 1..R per step (DyLoRA, arXiv 2210.07558)", _dylora_all, every_rank=True),
-        Rule(
-            "dylora-frozen",
-            "one rank of 1..R per step; only its own row of A and column of B learn (DyLoRA's frozen mode)",
-            _dylora_frozen,
-            every_rank=True,
-        ),
-        Rule(
-            "stratified", "each row of the batch at a rank of its own, every rank as often", _stratified, per_row=True
-        ),
-        # Ablations of P, for studies.
-        Rule("mean", "P divided by the number of nested ranks", _mean, fixed=True),
-        Rule("reversed", "P in reversed order", _reversed, fixed=True),
-        Rule("random", "P in a random order", _shuffled, fixed=True),
-        *(
-            Rule(f"geometric-{decay:g}", f"a diagonal that falls by {decay:g} a column", _geometric(decay), fixed=True)
-            for decay in (0.97, 0.9, 0.8)
-        ),
+        # Plain LoRA at rank R.
+        Rule("lora", _lora, fixed=True),
+        # The paper's P, the sum of all prefixes (arXiv 2605.07850).
+        Rule("matryoshka", _matryoshka, fixed=True),
+        # One nested rank per step for the whole batch, as in the MatryoshkaLoRA paper.
+        Rule("dylora", _dylora),
+        # One rank of 1..R per step (DyLoRA, arXiv 2210.07558); frozen, only its own row of A and column of B learn.
+        Rule("dylora-all", _dylora_all, every_rank=True),
+        Rule("dylora-frozen", _dylora_frozen, every_rank=True),
+        # Each row of the batch at a rank of its own, every rank as often.
+        Rule("stratified", _stratified, per_row=True),
+        # Ablations of P, for studies: divided by the number of ranks, reversed, shuffled, falling by a factor a column.
+        Rule("mean", _mean, fixed=True),
+        Rule("reversed", _reversed, fixed=True),
+        Rule("random", _shuffled, fixed=True),
+        *(Rule(f"geometric-{decay:g}", _geometric(decay), fixed=True) for decay in (0.97, 0.9, 0.8)),
     )
 }
 

@@ -117,6 +117,12 @@ def check_config(config: Any, state: NestedState) -> None:
         raise MatryoshkaError(f"init_lora_weights={init!r} assumes plain LoRA's scale: use True or 'gaussian'")
 
 
+def trained_besides(config: LoraConfig) -> list[str]:
+    """The fields of a config by which parts of the base model are trained whole, beside the factors."""
+    fields = [field for field in ("modules_to_save", "trainable_token_indices") if getattr(config, field)]
+    return fields if config.bias == "none" else [*fields, "bias"]
+
+
 def _suggest(config: Any) -> str:
     scaling = "sqrt" if config.use_rslora else "rank"
     return f"Nesting(ranks, scaling={scaling!r}, alpha={config.lora_alpha:g})"

@@ -9,10 +9,10 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor
 
-from matryoshka_lora.adapter.attach import attach, nested_layers
+from matryoshka_lora.adapter.attach import attach, nested_layers, trained_besides
 from matryoshka_lora.adapter.factors import as_parameters, assign, get_factors, get_parameters
 from matryoshka_lora.adapter.state import Inference, NestedState
 from matryoshka_lora.adapter.storage import export_rank, save_adapter
@@ -116,6 +116,16 @@ class NestedAdapter:
         return self.state.ranks
 
     @property
+    def has_base(self) -> bool:
+        """Whether rank 0 is the base model. Not where parts of it were trained whole, such as ``modules_to_save``."""
+        return not trained_besides(self._config)
+
+    @property
+    def _config(self) -> LoraConfig:
+        config: LoraConfig = self.model.peft_config[self.name]
+        return config
+
+    @property
     def reordered(self) -> bool:
         """Whether the factors are ordered by `reorder`."""
         return self.state.form == "reordered"
@@ -183,14 +193,14 @@ class NestedAdapter:
         the context: with gradient checkpointing it runs the forward again.
 
         Args:
-            ranks: One for each row. Rank 0 is the base model without the adapter.
+            ranks: One for each row. Rank 0 is the base model without the adapter, see `has_base`.
             exact: Whether eval mode computes as PEFT does, in the dtype of the factors. False computes the update of
                 plain linear layers in the dtype of the activations, which beside a bfloat16 base is much faster and
                 rounds otherwise; it makes no difference where both dtypes are the same.
 
         Raises:
-            MatryoshkaError: A rank was not trained, the adapter is merged, or (from the forward) the batch has another
-                number of rows.
+            MatryoshkaError: A rank was not trained, the adapter is merged or not the active one, or (from the forward)
+                the batch has another number of rows.
         """
         state = self.state
         ranks = list(ranks)
@@ -199,6 +209,11 @@ class NestedAdapter:
                 state.check_rank(rank)
         if not ranks:
             raise MatryoshkaError("rows() needs one rank for each row of the batch; the list is empty")
+        if 0 in ranks and not self.has_base:
+            raise MatryoshkaError(
+                f"rank 0 is not the base model here: {' and '.join(trained_besides(self._config))} changed parts of it "
+                "that no rank takes out. Load the base model by itself"
+            )
         self._check_unmerged("give each row a rank")
         self._check_routing()
         diagonals = {rank: state.mask(rank) * (state.scale(rank) if rank else 0.0) for rank in set(ranks)}
@@ -208,6 +223,11 @@ class NestedAdapter:
     @contextmanager
     def _standing(self, diagonal: Tensor, exact: bool) -> Iterator[None]:
         """A context in which this diagonal, (R,) or (rows, R), stands in every layer, in training and in eval mode."""
+        if self.name not in self.model.active_adapters:
+            raise MatryoshkaError(
+                f"adapter {self.name!r} is not active, {', '.join(self.model.active_adapters)} is: call "
+                f"adapter.model.set_adapter({self.name!r}) first"
+            )
         gated = self._gated(diagonal, exact=exact)
         before = [variant.override for variant, _ in gated]
         for variant, gate in gated:
@@ -349,7 +369,10 @@ class NestedAdapter:
     def _check_routing(self) -> None:
         for name, _, _ in self._layers():
             if ".experts." in f".{name}.":
-                raise MatryoshkaError(f"tokens of {name} are routed to experts and have left their rows: use set_rank")
+                raise MatryoshkaError(
+                    f"tokens of {name} are routed to experts and have left their rows: use set_rank. To evaluate, "
+                    "export the ranks and run lm-evaluation-harness on each"
+                )
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -120,7 +120,7 @@ def evaluate(
     from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
 
     # All that can be wrong is found before the slow part begins.
-    state, config, _ = read_adapter(adapter)
+    state, config, tensors = read_adapter(adapter)
     chosen = wanted or (state.ranks if ranks == "all" else state.nesting.ranks)
     for rank in chosen:
         state.check_rank(rank)
@@ -148,20 +148,22 @@ def evaluate(
         "mode": "fixed-shots" if fixed_shots else "exact",
         "settings": {"num_fewshot": num_fewshot, "limit": limit, "split": split.value},
         "versions": versions(),
-        "bytes": adapter_bytes(nested, chosen),
+        "bytes": adapter_bytes(tensors, state.nesting.max_rank, chosen),
         "latency_ms": token_latency(nested, chosen),
     }
     results = Results(about, chosen)
     subject = {"model": name, "dtype": about["dtype"], "adapter": weights}
     engine = Engine(nested, tokenizer, rows)
-    typer.echo(f"Evaluating {adapter} at {len(chosen)} ranks and without it; answers are kept in {folder}", err=True)
+    asked = [0, *chosen] if nested.has_base else list(chosen)
+    base_too = " and without it" if nested.has_base else ""  # else parts of the base model were trained with it
+    typer.echo(f"Evaluating {adapter} at {len(chosen)} ranks{base_too}; answers are kept in {folder}", err=True)
     store = Store(folder / ANSWERS_NAME, subject)
     try:
         if len(store):
             typer.echo(f"  {len(store)} answers are there already", err=True)
         for task in selected:
             with _progress(task.name) as report:
-                judged = judge(engine, task.tasks, [0, *chosen], store, task.num_fewshot, limit, report)
+                judged = judge(engine, task.tasks, asked, store, task.num_fewshot, limit, report)
             results.add(task, judged)
             _write(results, folder)
     finally:

@@ -6,30 +6,47 @@ import inspect
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from matryoshka_lora.adapter import NestedAdapter
-from matryoshka_lora.adapter.factors import get_parameters
 
 _STEPS = 12
 
 
-def adapter_bytes(adapter: NestedAdapter, ranks: Sequence[int]) -> list[int]:
-    """Bytes of the factors of the ordinary adapter that `NestedAdapter.export` writes, for each rank."""
-    factors = [factor for _, module, _ in adapter._layers() for factor in get_parameters(module, adapter.name)]
-    top = adapter.nesting.max_rank
-    return [sum(factor.numel() // top * rank * factor.itemsize for factor in factors) for rank in ranks]
+def adapter_bytes(tensors: Mapping[str, Tensor], max_rank: int, ranks: Sequence[int]) -> list[int]:
+    """Bytes of the factors of the ordinary adapter that ``matryoshka export`` writes, for each rank.
+
+    Args:
+        tensors: Of the adapter's file, as `matryoshka_lora.adapter.read_adapter` gives them.
+        max_rank: Of that file.
+        ranks: From 1 to ``max_rank``.
+    """
+    factors = [tensor for key, tensor in tensors.items() if ".lora_" in key]
+    return [sum(factor.numel() // max_rank * rank * factor.itemsize for factor in factors) for rank in ranks]
 
 
-@torch.inference_mode()
 def token_latency(adapter: NestedAdapter, ranks: Sequence[int]) -> list[float]:
     """Milliseconds to generate a token with the exported adapter of each rank: one row, after 64 tokens; medians.
 
-    Measured on the machine that evaluates, with PEFT's own layers and transformers' own cache. The ranks take turns.
+    Measured on the machine that evaluates, with PEFT's own layers and transformers' own cache. The ranks take turns, as
+    many of them as are together in memory no more than two adapters of the largest rank.
     """
+    found: list[float] = []
+    turns: list[int] = []
+    for rank in ranks:
+        if turns and sum(turns) + rank > 2 * adapter.nesting.max_rank:
+            found += _in_turns(adapter, turns)
+            turns = []
+        turns.append(rank)
+    return found + (_in_turns(adapter, turns) if turns else [])
+
+
+@torch.inference_mode()
+def _in_turns(adapter: NestedAdapter, ranks: Sequence[int]) -> list[float]:
     model = adapter.model
     with tempfile.TemporaryDirectory() as folder:
         names = {}

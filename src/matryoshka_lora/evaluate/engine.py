@@ -108,7 +108,8 @@ class Engine:
         batch_size: The most rows that generate together; None measures how many fit.
 
     Raises:
-        MatryoshkaError: The batch size is not positive, or the model's attention is of a kind that rows cannot share.
+        MatryoshkaError: The batch size is not positive, the adapter is not active, or the model is of a kind whose rows
+            cannot have ranks of their own.
     """
 
     def __init__(
@@ -117,6 +118,8 @@ class Engine:
         if batch_size is not None and batch_size < 1:
             raise MatryoshkaError(f"batch_size is {batch_size}; write 1 or more")
         self.adapter, self.tokenizer, self.batch_size = adapter, tokenizer, batch_size
+        with adapter.rows([adapter.nesting.max_rank]):
+            pass  # raises where rows cannot have ranks of their own
         self._model: Any = adapter.model.get_base_model()
         with row_attention(self._model):
             pass  # raises where it cannot be

@@ -115,6 +115,14 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, question: Question) -> Tokens:
     return Tokens(context=whole[:length], completion=whole[length:], prompt=prompt_ids)
 
 
+def end_texts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Tokens]) -> list[str]:
+    """The special tokens that end the reference answers: some templates end a turn with another than the tokenizer."""
+    special = set(tokenizer.all_special_ids)
+    first = (next((token for token in question.completion if token in special), None) for question in questions)
+    ends = {token for token in first if token is not None}
+    return [str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(ends)]
+
+
 def as_trained(tokenizer: PreTrainedTokenizerBase, question: Question) -> tuple[Any, Any]:
     """Prompt and completion as TRL trains on them: two lists of chat messages, or two texts, the second one ended.
 

@@ -11,7 +11,7 @@ from lm_eval.api.task import ConfigurableTask
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.evaluate.questions import Judge, Question, as_trained
+from matryoshka_lora.evaluate.questions import Judge, Question, as_trained, end_texts, tokenize
 from matryoshka_lora.evaluate.scoring import EXTRA_TOKENS
 
 
@@ -46,6 +46,7 @@ class QuestionsTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]
             "tokens": lengths,
             "index": list(range(len(rows))),
         }
+        ends = end_texts(tokenizer, [tokenize(tokenizer, question) for question in questions])
         means = [{"metric": "accuracy", "aggregation": "mean", "higher_is_better": True}]
         super().__init__(
             config={
@@ -55,7 +56,7 @@ class QuestionsTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]
                 "doc_to_text": "{{prompt}}",
                 "doc_to_target": "{{completion}}",
                 "output_type": "generate_until",
-                "generation_kwargs": {"until": [], "max_gen_toks": max(lengths) + EXTRA_TOKENS, "do_sample": False},
+                "generation_kwargs": {"until": ends, "max_gen_toks": max(lengths) + EXTRA_TOKENS, "do_sample": False},
                 "process_results": self._judged,
                 "metric_list": [*means, {"metric": "loss", "aggregation": _per_token, "higher_is_better": False}],
                 "num_fewshot": 0,

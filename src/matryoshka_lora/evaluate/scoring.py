@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from matryoshka_lora.adapter import NestedAdapter
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.evaluate.engine import Engine
-from matryoshka_lora.evaluate.questions import Judge, Question, Tokens, tokenize
+from matryoshka_lora.evaluate.questions import Judge, Question, end_texts, tokenize
 
 EXTRA_TOKENS = 8
 """How many tokens more than the longest reference answer a model may write."""
@@ -90,18 +90,10 @@ def score(
         found.append((loss, nll))
     longest = max(len(question.completion) for question in questions) + EXTRA_TOKENS
     prompts = [question.prompt for question in questions] * len(ranks)
-    texts = engine.generate(prompts, of, longest, _ends(tokenizer, questions), on_result=told)
+    texts = engine.generate(prompts, of, longest, end_texts(tokenizer, questions), on_result=told)
     scores = []
     for number, (loss, nll) in enumerate(found):
         answers = tuple(texts[number * len(questions) : (number + 1) * len(questions)])
         correct = tuple(task.is_correct(text, example) for text, example in zip(answers, examples, strict=True))
         scores.append(Scores(loss, sum(correct) / len(correct), tokens, nll, answers, correct))
     return scores
-
-
-def _ends(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Tokens]) -> list[str]:
-    """The special tokens that end the reference answers: some templates end a turn with another than the tokenizer."""
-    special = set(tokenizer.all_special_ids)
-    first = (next((token for token in question.completion if token in special), None) for question in questions)
-    ends = {token for token in first if token is not None}
-    return [str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(ends)]

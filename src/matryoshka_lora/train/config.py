@@ -66,7 +66,7 @@ class TrainConfig:
         lora: Fields of ``peft.LoraConfig``.
         nesting: Ranks and scales.
         rule: The training rule's name.
-        inference: ``"prefix"`` or ``"keep"``.
+        inference: ``"prefix"`` or ``"keep"``; while training, where it is reordered.
         rank_seed: The seed of the ranks that the rule draws.
         reorder: How the adapter is reordered after training: ``"svd"``, ``"learned"`` on a little more of the training
             data, or False, not at all.
@@ -199,6 +199,9 @@ def make_config(config: Mapping[str, Any]) -> TrainConfig:
     dtype = _one_of("dtype", config.get("dtype", "bf16"), tuple(DTYPES))
     training = {**_TRAINING_DEFAULTS, "fp16": dtype == "fp16", **arguments}
     ranks = _nesting(nesting, lora)
+    rule, reorder = get_rule(nesting.get("rule", "matryoshka")), _reorder(nesting.get("reorder", "learned"), ranks)
+    # Reordering keeps P: what is evaluated while training is then the function that comes of it.
+    inference = nesting.get("inference", "keep" if reorder and rule.fixed else "prefix")
     made = TrainConfig(
         model=_text("model", config.get("model", EMBEDDED)),
         dtype=dtype,
@@ -208,10 +211,10 @@ def make_config(config: Mapping[str, Any]) -> TrainConfig:
         eval_data=_eval_data(config, training),
         lora=_lora(lora, ranks),
         nesting=ranks,
-        rule=get_rule(nesting.get("rule", "matryoshka")).name,
-        inference=_one_of("nesting.inference", nesting.get("inference", "prefix"), ("prefix", "keep")),
+        rule=rule.name,
+        inference=_one_of("nesting.inference", inference, ("prefix", "keep")),
         rank_seed=_integer("nesting.seed", nesting.get("seed", training["seed"])),
-        reorder=_reorder(nesting.get("reorder", "learned"), ranks),
+        reorder=reorder,
         training=training,
     )
     made.lora_config()

@@ -24,7 +24,7 @@ FINISHED_NAME = "trainer_state.json"
 """The Trainer's last state, written after the adapter: it says that the run is finished."""
 
 _LENGTH = ("max_steps", "num_train_epochs")
-_AFTERWARDS = ("nesting.reorder",)
+_AFTERWARDS = ("nesting.reorder", "nesting.inference")
 """What changes nothing before the last step: a finished run is finished anew from its last checkpoint."""
 
 # What may differ between a run and its continuation, since it changes no weight.

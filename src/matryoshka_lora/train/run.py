@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -148,8 +148,11 @@ def _run(trainer: SFTTrainer, config: TrainConfig, found: Plan) -> None:
         _say(trainer.args, f"Going on from {found.checkpoint}, after {found.step} steps")
     trainer.add_callback(_Begin(config))
     trainer.add_callback(ProcessCount(trainer.args.world_size))
-    with suppress(_AllStepsDoneError):
+    try:
         trainer.train(resume_from_checkpoint=None if found.checkpoint is None else str(found.checkpoint))
+    except _AllStepsDoneError:
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+            trainer._load_best_model()  # as the Trainer does after its last step
 
 
 def _trainer(

@@ -64,6 +64,9 @@ class CompletionTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes  # DDP averages over the processes what is already a sum
         return loss
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: TRL's at each checkpoint would stand where the adapter's own card belongs."""
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
         if not isinstance(sampler, LengthGroupedSampler):
