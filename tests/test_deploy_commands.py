@@ -17,14 +17,14 @@ import typer
 from conftest import LINEAR_LAYERS, nested_llama, randomize, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_strangers import IDS, output
-from tiny_chat import save_tiny_chat
+from tiny_chat import save_tiny_chat, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from matryoshka_lora import MatryoshkaError, Nesting, load
+from matryoshka_lora import MatryoshkaError, Nesting, load, nest
 from matryoshka_lora.adapter.card import make_card, write_card
 from matryoshka_lora.adapter.source import open_adapter
 from matryoshka_lora.cli.main import app
-from matryoshka_lora.deploy.calibrate import measure_moments
+from matryoshka_lora.deploy.calibrate import learn_order_from, measure_moments
 from matryoshka_lora.deploy.info import describe
 from matryoshka_lora.deploy.push import push_adapter
 from matryoshka_lora.deploy.reorder import reorder_adapter
@@ -140,6 +140,36 @@ def test_moments_are_those_of_the_hidden_activations_and_their_gradients(base: P
     assert weighted[layer].outer is not None
     torch.testing.assert_close(weighted[layer].outer, right, rtol=1e-3, atol=1e-5 * float(right.abs().max()))
     assert len(weighted) == len(open_adapter(nested).layers)
+
+
+@pytest.mark.parametrize("how", ["activations", "loss", "learned"])
+def test_calibration_cuts_rows_to_the_context(tmp_path: Path, how: str) -> None:
+    """At their end, as training does. A prompt that leaves nothing of its answer is named."""
+    tokenizer = tiny_tokenizer()
+    model = get_peft_model(
+        tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=16),
+        LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"]),
+    )
+    adapter = nest(model, Nesting([1, 4]))
+    adapter.reorder()
+    seen: list[list[int]] = []
+    model.get_base_model().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.extend(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
+
+    def calibrate(rows: list[Row]) -> None:
+        if how == "learned":
+            learn_order_from(adapter, tokenizer, rows, steps=1, batch_size=1)
+        else:
+            measure_moments(adapter, tokenizer, rows, gradients=how == "loss")
+
+    calibrate([Row("abc", "d" * 40)])
+    assert seen
+    assert all(row == tokenizer("abc" + "d" * 13)["input_ids"] for row in seen)
+    seen.clear()
+    with pytest.raises(MatryoshkaError, match=r"row 2 .* prompt has 16 tokens.* context has 16"):
+        calibrate([Row("abc", "d"), Row("a" * 16, "d")])
+    assert not seen
 
 
 # info

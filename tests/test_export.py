@@ -235,6 +235,68 @@ def test_a_merge_that_changes_nothing_is_an_error(tmp_path: Path, size: float) -
     assert not (tmp_path / "merged").exists()
 
 
+# What an adapter may do to embeddings
+
+
+@pytest.mark.parametrize("kind", ["peft", "merged", "ladder"])
+def test_an_embedding_that_is_a_target_is_exported(tmp_path: Path, kind: str) -> None:
+    plain_adapter(tmp_path / "plain", target_modules=["embed_tokens", "q_proj"])
+    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
+    verified = WRITERS[kind](exports.cut(tmp_path / "nested", 4), tmp_path / "out")
+    assert all(v.share < 1e-4 for v in (verified.values() if kind == "ladder" else [verified]))
+
+
+EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "head alone": {"target_modules": ["lm_head"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "embedding and saved head": {"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+    "neither": {"target_modules": ["q_proj"]},
+}
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("case", EMBEDDINGS)
+def test_a_merged_model_has_the_adapter_s_embeddings(tmp_path: Path, case: str, tied: bool, verify: bool) -> None:
+    """What is tied in the base model is tied no more where the adapter changes only one of the two."""
+    model = get_peft_model(
+        tiny_llama(tie_word_embeddings=tied), LoraConfig(r=8, lora_alpha=8, **copy.deepcopy(EMBEDDINGS[case]))
+    )
+    randomize(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    wanted = output(model)
+    model.save_pretrained(tmp_path / "plain")
+    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
+    exports.export_merged(
+        exports.cut(tmp_path / "nested", 8),
+        tmp_path / "merged",
+        lambda dtype: tiny_llama(tie_word_embeddings=tied),
+        verify=verify,
+    )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (output(merged) - wanted).norm() < 1e-5 * wanted.norm()
+    is_tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    assert is_tied == merged.config.tie_word_embeddings == (tied and case in ("tokens", "neither"))
+
+
+def test_a_tied_weight_that_no_merge_changes_is_an_error(tmp_path: Path) -> None:
+    plain_adapter(tmp_path / "plain", tiny_llama(tie_word_embeddings=True), target_modules=["lm_head"])
+    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
+    cut = exports.cut(tmp_path / "nested", 8)
+    zero = replace(cut, tensors={key: tensor * (".lora_" not in key) for key, tensor in cut.tensors.items()})
+    with pytest.raises(MatryoshkaError, match="merging changed none of the weights"):
+        exports.export_merged(zero, tmp_path / "merged", lambda dtype: tiny_llama(tie_word_embeddings=True))
+    assert not (tmp_path / "merged").exists()
+
+
 # llama.cpp
 
 

@@ -16,9 +16,11 @@ from conftest import LINEAR_LAYERS, randomize, tiny_llama, tiny_mixtral
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from matryoshka_lora import MatryoshkaError, Nesting, load, nest
 from matryoshka_lora.adapter.source import open_adapter
+from matryoshka_lora.deploy.info import describe
 from matryoshka_lora.deploy.reorder import Moments, reorder_adapter, reweigh_adapter
 from matryoshka_lora.deploy.spectra import read_spectra
 
@@ -219,6 +221,45 @@ def test_what_cannot_be_nested_is_refused_with_the_reason(tmp_path: Path, case: 
     with pytest.raises(MatryoshkaError, match=message):
         reorder_adapter(tmp_path / "plain", tmp_path / "nested")
     assert not (tmp_path / "nested").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["norm"]}, {"trainable_token_indices": [96, 99]}], ids=str)
+def test_added_tokens_are_explained_and_both_ways_out_work(tmp_path: Path, more: dict[str, Any], tied: bool) -> None:
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+
+    def grown() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(100)
+        return model
+
+    def same(adapter: str, base: str) -> bool:
+        reorder_adapter(tmp_path / adapter, tmp_path / "nested")
+        found = output(load(AutoModelForCausalLM.from_pretrained(tmp_path / base), tmp_path / "nested").model)
+        return bool((found - wanted).norm() < 1e-5 * wanted.norm())
+
+    options = {"target_modules": ["q_proj"], **more}
+    wanted = output(plain_adapter(tmp_path / "plain", grown(), **options))
+    reason = "whole embedding.*tokens were added.*trainable_token_indices"
+    if more:  # the file may hold more than factors, so that only a model shows what is too much
+        reorder_adapter(tmp_path / "plain", tmp_path / "nested")
+        with pytest.raises(MatryoshkaError, match=reason):
+            load(grown(), tmp_path / "nested")
+    else:
+        for read in (describe, lambda path: reorder_adapter(path, tmp_path / "nested")):
+            with pytest.raises(MatryoshkaError, match=reason):
+                read(tmp_path / "plain")
+        assert not (tmp_path / "nested").exists()
+
+    model = PeftModel.from_pretrained(grown(), tmp_path / "plain")
+    model.save_pretrained(tmp_path / "kept", save_embedding_layers=False)
+    model.unload().save_pretrained(tmp_path / "grown")
+    assert same("kept", "grown")
+
+    grown().save_pretrained(tmp_path / "saved first")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved first")
+    wanted = output(plain_adapter(tmp_path / "again", model, **options))
+    assert same("again", "saved first")
 
 
 def test_the_adapter_itself_is_not_written_over(tmp_path: Path) -> None:

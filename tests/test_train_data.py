@@ -95,6 +95,16 @@ def test_tools_of_messages_are_kept(tmp_path: Path) -> None:
     assert load_data(write(tmp_path / "a.jsonl", rows)).to_list() == rows
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_tools_are_kept_whatever_row_has_them(tmp_path: Path, first: int) -> None:
+    """None is what TRL takes for no tools."""
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    rows = [{"messages": CHAT}, {"messages": CHAT}]
+    rows[first]["tools"] = tools
+    found = load_data(write(tmp_path / "a.jsonl", rows)).to_list()
+    assert [row["tools"] for row in found] == [row.get("tools") for row in rows]
+
+
 def test_blank_lines_and_other_alphabets(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('\n{"prompt": "é漢", "completion": "🎉"}\n\n', encoding="utf-8")

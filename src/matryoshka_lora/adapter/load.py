@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from matryoshka_lora.adapter.attach import attach
 from matryoshka_lora.adapter.fits import check_fits
 from matryoshka_lora.adapter.nested import NestedAdapter
-from matryoshka_lora.adapter.reading import read_adapter
+from matryoshka_lora.adapter.reading import foreign, read_adapter
 from matryoshka_lora.adapter.undo import undone_on_error
 from matryoshka_lora.errors import MatryoshkaError
 
@@ -101,9 +101,7 @@ def _check_tensors(model: PeftModel, adapter: str, tensors: dict[str, Tensor], p
     for key in sorted(tensors.keys() - expected.keys()):
         # PEFT's own checkpoints carry an embedding that is a target along.
         if not (key.endswith(".base_layer.weight") and key in base and torch.equal(base[key].cpu(), tensors[key])):
-            raise MatryoshkaError(
-                f"{path} holds tensor {key}, which belongs to no part of the adapter: copy the adapter again"
-            )
+            raise foreign(key, path)
     for key, tensor in expected.items():
         if tensor.shape != tensors[key].shape:
             raise MatryoshkaError(

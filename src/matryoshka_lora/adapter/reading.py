@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from matryoshka_lora.adapter.attach import check_config
+from matryoshka_lora.adapter.attach import check_config, trained_besides
 from matryoshka_lora.adapter.directions import DIRECTIONS_NAME, read_directions, truncate
 from matryoshka_lora.adapter.sidecar import read_sidecar
 from matryoshka_lora.adapter.slicing import check_layer_name, factor_keys, layer_name, shorten_tensors
@@ -35,6 +36,9 @@ _OTHER_METHODS = (
     "megatron_config",
 )
 
+
+# Of the layers whose weights PEFT stores when a vocabulary has grown: its own list, and GPT-2's, NeoX's and Falcon's.
+_EMBEDDINGS = {*EMBEDDING_LAYER_NAMES, "wte", "embed_in", "embed_out", "word_embeddings"}
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -175,12 +179,28 @@ def check_factors(
             )
     if not found:
         raise MatryoshkaError(f"{where} holds no factors. {again}")
-    others = config.modules_to_save or config.trainable_token_indices or config.bias != "none"
+    others = trained_besides(config)
     factors = {key for _, *keys in found for key in keys}
     for key in sorted(shapes.keys() - factors):
         if ".lora_" in key or not (others or key.endswith(".base_layer.weight")):
-            raise MatryoshkaError(f"{where} holds tensor {key}, which belongs to no layer. {again}")
+            raise foreign(key, where)
     return found
+
+
+def foreign(key: str, where: str) -> MatryoshkaError:
+    """The error for a tensor that is no part of the adapter."""
+    if ".lora_" not in key and not _EMBEDDINGS.isdisjoint(key.split(".")):
+        return MatryoshkaError(
+            f"{where} holds {key}, a whole embedding, which a nested adapter does not carry: PEFT stores it where "
+            "tokens were added to the model, or where it is a target and not the base model's. Load this adapter with "
+            "PEFT, save it with save_embedding_layers=False, and its base model (unload()) beside it; or train one on "
+            "the enlarged model, saved first, with the new tokens in LoraConfig's trainable_token_indices, which are "
+            "carried"
+        )
+    return MatryoshkaError(
+        f"{where} holds tensor {key}, which belongs to no part of the adapter. The file is damaged or not ours: copy "
+        "the adapter again"
+    )
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

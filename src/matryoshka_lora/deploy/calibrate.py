@@ -7,6 +7,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
 from typing import Any
@@ -58,11 +59,10 @@ def measure_moments(
         no token reached.
 
     Raises:
-        MatryoshkaError: There are no rows, one of them has no answer, or a moment is not finite.
+        MatryoshkaError: There are no rows, one of them has no answer within the model's context, or a moment is not
+            finite.
     """
-    if not rows:
-        raise MatryoshkaError("there are no rows to calibrate on; give at least one")
-    questions = sorted((tokenize(tokenizer, row) for row in rows), key=lambda q: len(q.context) + len(q.completion))
+    questions = sorted(_tokens(adapter, tokenizer, rows), key=lambda q: len(q.context) + len(q.completion))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     probes = {
         name: _Probe(module, adapter.name, gradients)
@@ -114,11 +114,10 @@ def learn_order_from(
             where the answers stand.
 
     Raises:
-        MatryoshkaError: There are no rows, one of them has no answer, or a loss is not finite.
+        MatryoshkaError: There are no rows, one of them has no answer within the model's context, or a loss is not
+            finite.
     """
-    if not rows:
-        raise MatryoshkaError("there are no rows to calibrate on; give at least one")
-    questions = [tokenize(tokenizer, row) for row in rows]
+    questions = _tokens(adapter, tokenizer, rows)
     random.Random(seed).shuffle(questions)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     endless = cycle(questions)
@@ -188,6 +187,23 @@ def reorder_with_data(
             return rewrite_learned(folder, target, spectra, dtype)
         moments = measure_moments(adapter, tokenizer, rows, metric == "loss", on_batch)
         return reweigh_adapter(folder, target, metric, moments, dtype=dtype)
+
+
+def _tokens(adapter: NestedAdapter, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Question]) -> list[Tokens]:
+    """The rows in tokens, those that are longer than the model's context cut at the end, as training cuts them."""
+    if not rows:
+        raise MatryoshkaError("there are no rows to calibrate on; give at least one")
+    questions = [tokenize(tokenizer, row) for row in rows]
+    limit = getattr(adapter.model.get_base_model().config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return questions
+    for number, question in enumerate(questions, start=1):
+        if len(question.context) >= limit:
+            raise MatryoshkaError(
+                f"row {number} has no room for an answer: its prompt has {len(question.context)} tokens, and the "
+                f"model's context has {limit}. Leave it out, or shorten it"
+            )
+    return [replace(q, completion=q.completion[: limit - len(q.context)]) for q in questions]
 
 
 def _has(module: Any, adapter: str) -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import Tensor
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
 
 from matryoshka_lora.adapter import load
 from matryoshka_lora.adapter.directions import write_directions
@@ -120,8 +121,12 @@ def export_merged(
             model = base(None)
             if getattr(model, "is_quantized", False):
                 raise MatryoshkaError("a quantised base model rounds what is merged into it: take one that is not")
-            before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-            merged = PeftModel.from_pretrained(model, slice_folder).merge_and_unload(safe_merge=True)
+            # With tied weights under all of their names: the adapter may leave them untied.
+            named = model.named_parameters(remove_duplicate=False)
+            before = {name: parameter.detach().clone() for name, parameter in named}
+            adapted = PeftModel.from_pretrained(model, slice_folder)
+            _untie(model)
+            merged = adapted.merge_and_unload(safe_merge=True)
         changed = sum(not parameter.equal(before[name]) for name, parameter in merged.named_parameters())
         del before
         if not changed:
@@ -140,6 +145,20 @@ def export_merged(
         wanted, without = nested_logits(load(base(torch.float32), what.source), what.ranks)
         found = probe_logits(kind.from_pretrained(folder, dtype=torch.float32))
         return check(found, wanted, without, dtype, "the merged model")
+
+
+def _untie(model: Any) -> None:
+    """Give the output layer a weight of its own if it shares the embedding's and LoRA is on either of them.
+
+    Merged into the shared weight, the change of one would be in both. PEFT itself unties those of ``modules_to_save``.
+    """
+    inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = inside.weight is getattr(outside, "weight", None)
+    if not is_tied or not any(isinstance(layer, LoraLayer) for layer in (inside, outside)):
+        return
+    outside = outside.get_base_layer() if isinstance(outside, LoraLayer) else outside
+    outside.weight = nn.Parameter(outside.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
 
 
 def export_directions(what: Cut, path: str | os.PathLike[str]) -> None:

@@ -42,7 +42,7 @@ class Verified:
 @torch.no_grad()
 def probe_logits(model: Any) -> Tensor:
     """The logits of 2 x 24 fixed random tokens, shape (2, 24, vocabulary), float32."""
-    size = model.get_input_embeddings().num_embeddings
+    size = model.get_input_embeddings().weight.shape[0]  # PEFT's layer around an embedding has no num_embeddings
     ids = torch.randint(size, (2, 24), generator=torch.Generator().manual_seed(0)).to(model.device)
     logits: Tensor = model.eval()(input_ids=ids).logits.float().cpu()
     return logits

@@ -93,7 +93,8 @@ def load_data(spec: str | Mapping[str, Any]) -> Dataset:
         spec: As for `parse_data`.
 
     Returns:
-        Columns ``prompt`` and ``completion``, ``messages``, or ``text``.
+        Columns ``prompt`` and ``completion``, ``messages`` (with ``tools``, None where a row has none, if any row has
+        some), or ``text``.
 
     Raises:
         MatryoshkaError: The data cannot be found or read, or a row has another form; the message names the file and
@@ -110,6 +111,9 @@ def load_data(spec: str | Mapping[str, Any]) -> Dataset:
         rows = list(_convert(parsed["path"], _read(Path(parsed["path"]).expanduser()), size, parsed.get("template")))
     else:
         rows = list(_convert(f"dataset {parsed['dataset']}", _download(parsed), size, parsed.get("template")))
+    if any("tools" in row for row in rows):
+        for row in rows:  # the columns are those of the first row, whatever the others have
+            row.setdefault("tools", None)
     return Dataset.from_list(rows)
 
 
