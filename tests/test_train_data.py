@@ -90,19 +90,15 @@ def test_a_built_in_task_becomes_chat() -> None:
     assert load_data({"task": "chain_sum", "split": "test", "size": 2}).to_list() != data.to_list()[:2]
 
 
-def test_tools_of_messages_are_kept(tmp_path: Path) -> None:
-    rows = [{"messages": CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]}]
-    assert load_data(write(tmp_path / "a.jsonl", rows)).to_list() == rows
-
-
-@pytest.mark.parametrize("first", [0, 1])
-def test_tools_are_kept_whatever_row_has_them(tmp_path: Path, first: int) -> None:
-    """None is what TRL takes for no tools."""
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    rows = [{"messages": CHAT}, {"messages": CHAT}]
-    rows[first]["tools"] = tools
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_each_row_keeps_its_own_tools(tmp_path: Path, first: int) -> None:
+    """As JSON, which is what TRL reads; None is no tools."""
+    tools = [None, *([{"type": "function", "function": {"name": name, "parameters": {name: 1}}}] for name in "fg")]
+    tools = tools[first:] + tools[:first]
+    rows = [{"messages": CHAT} if own is None else {"messages": CHAT, "tools": own} for own in tools]
     found = load_data(write(tmp_path / "a.jsonl", rows)).to_list()
-    assert [row["tools"] for row in found] == [row.get("tools") for row in rows]
+    assert [row["messages"] for row in found] == [CHAT] * 3
+    assert [row["tools"] and json.loads(row["tools"]) for row in found] == tools
 
 
 def test_blank_lines_and_other_alphabets(tmp_path: Path) -> None:

@@ -404,6 +404,22 @@ def test_the_answer_and_its_end_are_trained_and_nothing_else(model: Path, tmp_pa
         assert labels[length - 1] == tokenizer.eos_token_id
 
 
+def test_each_row_is_trained_with_its_own_tools(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    rows = [{"messages": messages}]
+    rows += [{"messages": messages, "tools": [{"name": name, "parameters": {name: 1}}]} for name in "fg"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = config_of(folder, tmp_path / "run", data=str(tmp_path / "rows.jsonl"))
+    texts = [tokenizer.decode(row["input_ids"]) for row in untrained(config).train_dataset]
+    for row, text in zip(rows, texts, strict=True):
+        tools = row.get("tools")
+        assert text == tokenizer.decode(tokenizer.apply_chat_template(messages, tools=tools)["input_ids"])
+
+
 def test_plain_text_gets_no_template(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "1+1=", "completion": "2"}\n')

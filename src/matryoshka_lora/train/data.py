@@ -93,8 +93,8 @@ def load_data(spec: str | Mapping[str, Any]) -> Dataset:
         spec: As for `parse_data`.
 
     Returns:
-        Columns ``prompt`` and ``completion``, ``messages`` (with ``tools``, None where a row has none, if any row has
-        some), or ``text``.
+        Columns ``prompt`` and ``completion``, ``messages`` (with ``tools`` as JSON text, None where a row has none, if
+        any row has some), or ``text``.
 
     Raises:
         MatryoshkaError: The data cannot be found or read, or a row has another form; the message names the file and
@@ -230,8 +230,9 @@ def _convert(
 def _convert_row(schema: tuple[str, ...], row: Mapping[str, Any], template: str | None) -> dict[str, Any]:
     if schema == ("messages",):
         converted = {"messages": _messages(row, "messages")}
-        if row.get("tools"):
-            converted["tools"] = row["tools"]
+        if tools := row.get("tools"):
+            # As TRL reads them too: in a column of mappings, each tool would get the keys of all others.
+            converted["tools"] = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
         return converted
     if schema == ("prompt", "completion"):
         parts = {name: _messages(row, name) if isinstance(row.get(name), list) else _text(row, name) for name in schema}
