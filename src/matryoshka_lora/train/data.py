@@ -229,7 +229,7 @@ def _convert(
 
 def _convert_row(schema: tuple[str, ...], row: Mapping[str, Any], template: str | None) -> dict[str, Any]:
     if schema == ("messages",):
-        converted = {"messages": _messages(row, "messages")}
+        converted: dict[str, Any] = {"messages": _messages(row, "messages")}
         if tools := row.get("tools"):
             # As TRL reads them too: in a column of mappings, each tool would get the keys of all others.
             converted["tools"] = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
