@@ -2,7 +2,7 @@
 
     python benchmarks/order_choices.py --task chain_sum    # some 8 minutes on one core; the adapter is kept in --out
 
-Trains the adapter that the study trains to choose learning rates (P at 1e-3, seed 100), and prints its validation loss
+Trains the adapter that the study trains to choose learning rates (P, seed 100), and prints its validation loss
 and accuracy at each rank after each way of spending some steps more on the training rows. Test questions are not looked
 at. A way is written as in `WAYS`: `order` moves M by the loss of the answers and leaves full rank as it is, `distil`
 does the same by the KL divergence from full rank, `polish` trains the factors, each row of a batch at a nested rank of
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -46,12 +47,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="chain_sum", help="one of the study's tasks")
     parser.add_argument("--items", type=int, default=150, help="validation questions (default: 150; wordnet has 50)")
+    parser.add_argument("--rank", type=int, default=32, help="R of the adapter (default: 32)")
+    parser.add_argument("--rate", type=float, default=1e-3, help="that it is trained at (default: 1e-3)")
     parser.add_argument("--out", type=Path, default=Path("runs/order-choices"), help="folder of trained factors")
     parser.add_argument("--way", action="append", help="instead of all: such as 'order 40 0.02'")
     given = parser.parse_args()
     study = load_study(Path(__file__).parents[1] / "configs" / "studies" / "headline.yaml")
+    study = replace(study, rank=given.rank)
     held_out = study.tasks[given.task].rows("validation", given.items)
-    trained = make_adapter(study, given.task, given.out / f"{given.task}.safetensors")
+    job = Job("matryoshka", given.task, given.rank, given.rate, SEED, "validation")
+    trained = make_adapter(study, job, given.out / f"{given.task}-r{given.rank}-lr{given.rate:g}.safetensors")
     for way in ("as it is", *(given.way or WAYS)):
         begin = time.perf_counter()
         trained.svd()
@@ -67,10 +72,9 @@ def main() -> None:
         print(f"{given.task:20}  {way:32}  {mean:.4f}  {losses}  | {accuracies}  | {seconds:4.0f} s", flush=True)
 
 
-def make_adapter(study: Study, task: str, file: Path) -> Trained:
+def make_adapter(study: Study, job: Job, file: Path) -> Trained:
     """The adapter as it was trained, from the file where there is one."""
-    job = Job("matryoshka", task, study.rank, 1e-3, SEED, "validation")
-    rows = study.train_set(job.recipe, task, SEED)
+    rows = study.train_set(job.recipe, job.task, SEED)
     adapter = train_job(study, job, rows, Untrained if file.exists() else None)
     factors = {}
     for name, module, _ in adapter._layers():

@@ -24,7 +24,16 @@ ROWS = 12
 come again are learned by heart, at the cost of the ranks between."""
 
 LEARNING_RATE = 0.02
-"""By trial on validation data: benchmarks/order_choices.py, docs/reorder.md."""
+"""At R = 32. By trial on validation data: benchmarks/order_choices.py, docs/reorder.md."""
+
+
+def rate_at(rank: int, learning_rate: float = LEARNING_RATE) -> float:
+    """The rate of an adapter of this R that moves directions as far as ``learning_rate`` does at R = 32.
+
+    A direction becomes a sum over all R of them, and Adam moves every weight of it alike: so 32 / R times the rate. By
+    trial at R = 8 and 128 (docs/reorder.md); below 8 it is that of 8.
+    """
+    return learning_rate * 32 / max(rank, 8)
 
 
 class Part(NamedTuple):
@@ -58,7 +67,7 @@ def learn_order(
         adapter: Raw or reordered; it is reordered first. Frozen factors are frozen again afterwards.
         steps: The rows of each step, in parts.
         count: How many steps are taken, of at least so many; the learning rate falls to 0 over them.
-        learning_rate: Of `OrderOptimizer`.
+        learning_rate: Of `OrderOptimizer` at R = 32; see `rate_at`.
         seed: Of the ranks.
 
     Raises:
@@ -73,7 +82,8 @@ def learn_order(
     state, training = adapter.state, adapter.model.training
     modules = [module for _, module, _ in adapter._layers()]
     factors = [get_factors(module, adapter.name) for module in modules]
-    optimizer = OrderOptimizer(factors, adapter.nesting.ranks, learning_rate)
+    rate = rate_at(adapter.nesting.max_rank, learning_rate)
+    optimizer = OrderOptimizer(factors, adapter.nesting.ranks, rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer.adam, 1.0, 0.0, total_iters=count)
     generator = random.Random(f"order {seed}")
     routed = any(".experts." in f".{name}." or isinstance(m, ParamWrapper) for name, m, _ in adapter._layers())

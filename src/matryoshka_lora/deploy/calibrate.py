@@ -107,7 +107,7 @@ def learn_order_from(
         rows: Prompts with completions; where they are fewer than ``steps`` batches, they come again.
         steps: How many batches are taken.
         batch_size: Rows of a batch.
-        learning_rate: Of the order.
+        learning_rate: Of the order, at R = 32: `matryoshka_lora.adapter.order.rate_at`.
         seed: Of the order of the rows, and of their ranks.
         on_batch: Called with the number of rows done, after each batch.
         distil: The loss of a prefix is not that of the answers, but its KL divergence from the adapter at full rank
