@@ -169,6 +169,21 @@ def test_a_loss_that_is_not_finite_leaves_the_order() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def test_an_order_that_loses_more_is_not_kept() -> None:
+    adapter = nested_llama(NESTING, "lora")
+    adapter.reorder()
+    before = [f.clone() for _, m, _ in adapter._layers() for f in get_factors(m, "default")]
+    ((part,),) = some_batches(adapter, 1)
+    uphill = part._replace(loss=lambda: -part.loss())
+    with pytest.warns(
+        UserWarning, match=r"the learned order is not kept: on its last rows it loses \d.*lower learning"
+    ):
+        learn_order(adapter, [[uphill]] * 9 + [[part]], 10)
+    after = [f for _, m, _ in adapter._layers() for f in get_factors(m, "default")]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not adapter.model.training
+
+
 def test_frozen_factors_learn_and_stay_frozen() -> None:
     adapter = nested_llama(NESTING, "lora")
     adapter.reorder()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -61,7 +62,8 @@ def learn_order(
 
     The full-rank function stays as it is, to rounding; see `matryoshka_lora.order`. Each row of a step has a nested
     rank below R, every rank as often as the others; where rows are no longer rows (routed experts, bare
-    parameters), a step has one.
+    parameters), a step has one. If the learned order loses more than the one that it began from, on the rows of the
+    last step, it is not kept, and a warning says so.
 
     Args:
         adapter: Raw or reordered; it is reordered first. Frozen factors are frozen again afterwards.
@@ -79,7 +81,8 @@ def learn_order(
         raise MatryoshkaError("an adapter with one nested rank has no order to learn: give it smaller ranks too")
     if not adapter.reordered:
         adapter.reorder()
-    state, training = adapter.state, adapter.model.training
+    training = adapter.model.training
+    last: tuple[Sequence[Part], Sequence[int]] | None = None
     modules = [module for _, module, _ in adapter._layers()]
     factors = [get_factors(module, adapter.name) for module in modules]
     rate = rate_at(adapter.nesting.max_rank, learning_rate)
@@ -96,21 +99,28 @@ def learn_order(
         for number, parts in enumerate(steps):
             if number == count:
                 break
-            rows, weight = sum(part.rows for part in parts), sum(part.weight for part in parts)
+            rows = sum(part.rows for part in parts)
             drawn = [generator.choice(ranks)] * rows if routed else stratified_ranks(ranks, rows, generator)
-            for part in parts:
-                mine, drawn = drawn[: part.rows], drawn[part.rows :]
-                diagonal = torch.stack([state.mask(rank) * state.scale(rank) for rank in mine])
-                with adapter._standing(diagonal[0] if routed else diagonal, exact=False):
-                    value = part.loss()
-                    if not bool(value.isfinite()):
-                        raise NotFiniteError(f"the loss is {value.item()}: the model computes NaN or infinity")
-                    (value * (part.weight / weight)).backward()  # type: ignore[no-untyped-call]
+            last = parts, drawn
+            _each_loss(adapter, *last, routed, torch.Tensor.backward)
             optimizer.step([_gradients(module, adapter.name) for module in modules])
             schedule.step()
             _put(modules, adapter.name, optimizer.pairs)
             adapter.model.zero_grad(set_to_none=True)
-        _put(modules, adapter.name, optimizer.finished())
+        before, after = 0.0, 0.0
+        if last is not None:
+            with torch.no_grad():
+                _put(modules, adapter.name, optimizer.start)
+                before = _each_loss(adapter, *last, routed)
+                _put(modules, adapter.name, optimizer.finished())
+                after = _each_loss(adapter, *last, routed)
+        if after > before:
+            _put(modules, adapter.name, optimizer.start)
+            warnings.warn(
+                f"the learned order is not kept: on its last rows it loses {after:.3f}, and the order that it began "
+                f"from {before:.3f}. A lower learning rate may help",
+                stacklevel=2,
+            )
     except BaseException:
         _put(modules, adapter.name, optimizer.start)
         raise
@@ -118,6 +128,27 @@ def learn_order(
         for parameter in frozen:
             parameter.requires_grad_(False)
         adapter.model.train(training)
+
+
+def _each_loss(
+    adapter: NestedAdapter,
+    parts: Sequence[Part],
+    drawn: Sequence[int],
+    routed: bool,
+    use: Callable[[Tensor], object] = lambda loss: None,
+) -> float:
+    """The loss of a step whose rows have these ranks; ``use`` gets the share of each part while its ranks stand."""
+    state, weight, total, begin = adapter.state, sum(part.weight for part in parts), 0.0, 0
+    for part in parts:
+        mine, begin = drawn[begin : begin + part.rows], begin + part.rows
+        diagonal = torch.stack([state.mask(rank) * state.scale(rank) for rank in mine])
+        with adapter._standing(diagonal[0] if routed else diagonal, exact=False):
+            loss = part.loss() * (part.weight / weight)
+            if not bool(loss.isfinite()):
+                raise NotFiniteError(f"the loss is {loss.item()}: the model computes NaN or infinity")
+            use(loss)
+        total += loss.item()
+    return total
 
 
 def _gradients(module: Any, adapter: str) -> tuple[Tensor, Tensor]:
