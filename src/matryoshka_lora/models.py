@@ -113,6 +113,12 @@ def load_tokenizer(name: str = EMBEDDED, trust_remote_code: bool = False, **kwar
     return tokenizer
 
 
+def context_length(model: Any) -> int | None:
+    """The most tokens that a model was made to read, where its config says it."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
 def _quantization_config(quantization: str, dtype: Any) -> BitsAndBytesConfig:
     if quantization not in get_args(Quantization):
         raise MatryoshkaError(f"quantization is {quantization!r}; write 'nf4', 'int8' or none")

@@ -32,7 +32,7 @@ def rate_at(rank: int, learning_rate: float = LEARNING_RATE) -> float:
     """The rate of an adapter of this R that moves directions as far as ``learning_rate`` does at R = 32.
 
     A direction becomes a sum over all R of them, and Adam moves every weight of it alike: so 32 / R times the rate. By
-    trial at R = 8 and 128 (docs/reorder.md); below 8 it is that of 8.
+    trial at R = 4, 8 and 128 (docs/reorder.md); below 8 it is that of 8.
     """
     return learning_rate * 32 / max(rank, 8)
 
@@ -82,7 +82,7 @@ def learn_order(
     if not adapter.reordered:
         adapter.reorder()
     training = adapter.model.training
-    last: tuple[Sequence[Part], Sequence[int]] | None = None
+    last: tuple[Sequence[Part], Sequence[int]] = (), ()
     modules = [module for _, module, _ in adapter._layers()]
     factors = [get_factors(module, adapter.name) for module in modules]
     rate = rate_at(adapter.nesting.max_rank, learning_rate)
@@ -107,13 +107,11 @@ def learn_order(
             schedule.step()
             _put(modules, adapter.name, optimizer.pairs)
             adapter.model.zero_grad(set_to_none=True)
-        before, after = 0.0, 0.0
-        if last is not None:
-            with torch.no_grad():
-                _put(modules, adapter.name, optimizer.start)
-                before = _each_loss(adapter, *last, routed)
-                _put(modules, adapter.name, optimizer.finished())
-                after = _each_loss(adapter, *last, routed)
+        with torch.no_grad():
+            _put(modules, adapter.name, optimizer.start)
+            before = _each_loss(adapter, *last, routed)
+            _put(modules, adapter.name, optimizer.finished())
+            after = _each_loss(adapter, *last, routed)
         if after > before:
             _put(modules, adapter.name, optimizer.start)
             warnings.warn(

@@ -25,6 +25,7 @@ from matryoshka_lora.deploy.reorder import Moments, reorder_adapter, reweigh_ada
 from matryoshka_lora.deploy.spectra import Metric, Spectra
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.evaluate.questions import Question, Tokens, pad_rows, rows_from, tokenize
+from matryoshka_lora.models import context_length
 from matryoshka_lora.tasks import get_task
 from matryoshka_lora.train.data import load_data, parse_data
 
@@ -194,7 +195,7 @@ def _tokens(adapter: NestedAdapter, tokenizer: PreTrainedTokenizerBase, rows: Se
     if not rows:
         raise MatryoshkaError("there are no rows to calibrate on; give at least one")
     questions = [tokenize(tokenizer, row) for row in rows]
-    limit = getattr(adapter.model.get_base_model().config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(adapter.model.get_base_model())
     if limit is None:
         return questions
     for number, question in enumerate(questions, start=1):

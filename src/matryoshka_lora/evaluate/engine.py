@@ -25,6 +25,7 @@ from matryoshka_lora.evaluate.generation import Limits, Prompt, generate_rows
 from matryoshka_lora.evaluate.likelihood import Likelihood, Tree, branched, score_trees
 from matryoshka_lora.evaluate.memory import Room, measure_room
 from matryoshka_lora.evaluate.packing import Tokens, batches, families
+from matryoshka_lora.models import context_length
 
 Text = str | Sequence[int]
 """What a request is made of: text, or tokens."""
@@ -127,8 +128,7 @@ class Engine:
     @property
     def max_length(self) -> int | None:
         """The model's context in tokens, where its config says it."""
-        config = self._model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        return context_length(self._model)
 
     @property
     def end_tokens(self) -> frozenset[int]:
