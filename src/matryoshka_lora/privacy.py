@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import PureWindowsPath
 from typing import Any
 
 _TOKEN = re.compile(
@@ -115,9 +115,8 @@ def _without(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _replace(text: str, change: Callable[[str], str]) -> str:
-    """A text with each of its paths changed; one that is a path as a whole may have spaces in it."""
-    posix = PurePosixPath(text)
-    if "\n" not in text and ((posix.is_absolute() and len(posix.parts) > 2) or PureWindowsPath(text).is_absolute()):
+    """A text with each of its paths changed; a line that begins with one is a path, which may have spaces in it."""
+    if "\n" not in text and (_PATH.match(text.encode()) or PureWindowsPath(text).is_absolute()):
         return change(text)
     return _PATH.sub(lambda found: change(found[0].decode()).encode(), text.encode()).decode()
 
