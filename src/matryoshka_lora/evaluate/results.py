@@ -4,7 +4,7 @@
 
     {
       "format": 2,
-      "model": "smollm2-135m", "dtype": "bfloat16",
+      "model": "smollm2-135m", "revision": null, "dtype": "bfloat16",    # of an absolute path, the last part
       "adapter": {"name": "matryoshka-reordered", "path": "...", "rule": "matryoshka", "inference": "prefix",
                   "form": "reordered", "sha256": "of its weights"},
       "mode": "exact",                    # the harness's own prompts; or "fixed-shots"
