@@ -204,7 +204,7 @@ def test_eval_of_a_file(run: Run, adapter: Path, rows: Path, tmp_path: Path) -> 
     code, out, _ = run("select", out_folder, "--within", "1%")
     assert code == 0
     assert "question by question" in out
-    assert f"Next: matryoshka export {adapter} --rank " in out
+    assert f"Next: matryoshka export {adapter.name} --rank " in out
 
 
 def test_eval_has_no_base_model_where_parts_of_it_were_trained(

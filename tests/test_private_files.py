@@ -177,7 +177,7 @@ def test_the_card_names_what_it_may(life: Life) -> None:
 def test_the_next_command_finds_the_adapter(life: Life, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def following(*arguments: object) -> str:
         app(["select", *map(str, arguments), "--within", "100%"], standalone_mode=False)
-        return capsys.readouterr().out.partition("Next: ")[2]
+        return capsys.readouterr().out.partition("\n\n")[2]
 
     assert f"matryoshka export {life.run} --rank 1 -o mine-rank-1" in following(life.run)
     with pytest.MonkeyPatch.context() as patch:
@@ -187,7 +187,7 @@ def test_the_next_command_finds_the_adapter(life: Life, capsys: pytest.CaptureFi
         assert f"matryoshka export {life.run} --rank 1 -o mine-rank-1" in following("evaluation.json")
     elsewhere = following(life.out / "evaluation")
     assert "matryoshka export mine --rank 1 -o mine-rank-1" in elsewhere
-    assert "(mine is the adapter that was evaluated: write the path of its folder)" in elsewhere
+    assert "mine is the name of the adapter that was evaluated: write the path of its folder." in elsewhere
 
 
 # A run goes on

@@ -45,7 +45,8 @@ def find_adapter(file: Path) -> Path:
     Raises:
         MatryoshkaError: The file is no evaluation.
     """
-    named = Path(str(read_evaluation(file).get("adapter", {}).get("path", "ADAPTER")))
+    about = read_evaluation(file).get("adapter")
+    named = Path(str(about.get("path", "ADAPTER"))) if isinstance(about, dict) else Path("ADAPTER")
     around = file.resolve().parent.parent
     if not (around / "adapter_config.json").is_file():
         return named
