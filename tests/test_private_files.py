@@ -190,6 +190,29 @@ def test_the_next_command_finds_the_adapter(life: Life, capsys: pytest.CaptureFi
     assert "mine is the name of the adapter that was evaluated: write the path of its folder." in elsewhere
 
 
+def test_two_files_of_one_name_are_not_one_task(life: Life, tmp_path: Path) -> None:
+    other = Path(shutil.copy(life.task, tmp_path))
+    with pytest.raises(
+        MatryoshkaError, match=r"two tasks are called mine.yaml: evaluate one of them with another --out"
+    ):
+        app(
+            ["eval", str(life.run), "--tasks", f"{life.task},{other}", "-o", str(tmp_path / "out")],
+            standalone_mode=False,
+        )
+
+
+def test_an_evaluation_that_an_older_version_began_goes_on(life: Life, tmp_path: Path) -> None:
+    """Whose answers name the base model by its whole path."""
+    answers = (life.run / "evaluation" / "answers.jsonl").read_text().splitlines()
+    header = json.loads(answers[0])
+    header["subject"]["model"] = str(life.base)
+    (tmp_path / "answers.jsonl").write_text("\n".join([json.dumps(header), *answers[1:]]) + "\n")
+    before = len(answers)
+    small = ("--ranks", "1,4", "--limit", "4", "--dtype", "fp32", "-o", str(tmp_path))
+    app(["eval", str(life.run), "--data", str(life.rows), *small], standalone_mode=False)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == before
+
+
 # A run goes on
 
 

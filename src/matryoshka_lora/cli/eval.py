@@ -158,7 +158,9 @@ def evaluate(
         "latency_ms": token_latency(nested, chosen),
     }
     results = Results(about, chosen)
-    subject = {"model": marked(name), "revision": revision, "dtype": about["dtype"], "adapter": weights}
+    subject = {"model": marked(name), "dtype": about["dtype"], "adapter": weights}
+    if revision is not None:
+        subject["revision"] = revision
     engine = Engine(nested, tokenizer, rows)
     asked = [0, *chosen] if nested.has_base else list(chosen)
     base_too = " and without it" if nested.has_base else ""  # else parts of the base model were trained with it

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_writable
+from matryoshka_lora.privacy import marked
 
 _FORMAT = 1
 
@@ -79,7 +80,7 @@ class Store:
                     self._answers[entry["key"], entry["rank"]] = entry["answer"]
             except (ValueError, KeyError, TypeError) as error:
                 raise MatryoshkaError(f"line {number} of {path} is damaged: {way_out}") from error
-            if number == 1 and entry != header:
+            if number == 1 and marked(entry) != header:  # an older version wrote whole paths
                 found = entry.get("subject", {}) if isinstance(entry, dict) else {}
                 differs = [key for key, value in header["subject"].items() if found.get(key) != value] or ["format"]
                 raise MatryoshkaError(f"{path} holds answers of another {' and '.join(differs)}: {way_out}")

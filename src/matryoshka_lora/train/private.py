@@ -30,10 +30,12 @@ def check_private(config: Mapping[str, Any]) -> None:
                 "log in with `hf auth login` or set HF_TOKEN. A token for the base model may stand in "
                 "model_init_kwargs.token, which is not written"
             )
-    for name in paths_in(config.get("lora")):
+    options = config.get("model_init_kwargs")
+    revision = options.get("revision") if isinstance(options, Mapping) else None
+    for name in paths_in({"lora": config.get("lora"), "model_init_kwargs": {"revision": revision}}):
         raise MatryoshkaError(
-            f"lora{name and '.'}{name} holds an absolute path, and adapter_config.json, where it would stand, goes "
-            "wherever the adapter goes: take it out"
+            f"{name} holds an absolute path, and adapter_config.json, where it would stand, goes wherever the adapter "
+            "goes: take it out"
         )
     for name in marks_in(config):
         raise MatryoshkaError(
