@@ -53,10 +53,17 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B
 
 def _kept_product(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Two tensors whose product is x and which autograd keeps for it, or None twice."""
-    node = x.grad_fn
+    node: Any = x.grad_fn
     if type(node).__name__ != "MulBackward0":
         return None, None
-    left, right = node._saved_self, node._saved_other  # type: ignore[union-attr]
+    saved = (node._raw_saved_self, node._raw_saved_other)
+    # What a hook has packed is for the backward pass to unpack. A torch that does not tell counts as one with hooks.
+    if any(getattr(tensor, "unpack_hook", True) is not None for tensor in saved):
+        return None, None
+    try:
+        left, right = node._saved_self, node._saved_other
+    except RuntimeError:  # freed by a backward pass through x, or changed in place: A and B can do without them
+        return None, None
     alike = all(t is not None and (t.shape, t.dtype) == (x.shape, x.dtype) for t in (left, right))
     return (left, right) if alike else (None, None)
 
