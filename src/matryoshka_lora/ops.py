@@ -24,7 +24,7 @@ def low_rank_linear_reference(
     """The plain twin of `low_rank_linear`: the formula, differentiated by autograd."""
     if p.ndim == 2:
         p = p.view(p.shape[0], *(1,) * (x.ndim - 2), p.shape[1])
-    hidden = (linear(x, A.to(x.dtype)) * _full_precision(p, x)).to(x.dtype)
+    hidden = (linear(x, A.to(x.dtype)) * full_precision(p, x.dtype)).to(x.dtype)
     return linear(x, weight, bias) + linear(hidden, B.to(x.dtype))
 
 
@@ -121,11 +121,11 @@ def _hidden(tokens: Tensor, A: Tensor, scale: Tensor) -> Tensor:
     return (tokens @ A.to(tokens.dtype).t()).mul_(scale)
 
 
-def _full_precision(p: Tensor, x: Tensor) -> Tensor:
-    # Half precision would round p, a wrong scale for a whole column, in training only.
-    return p.to(torch.promote_types(x.dtype, torch.float32))
+def full_precision(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """p for a product with a tensor of this dtype: half precision would round it, a wrong scale for a whole column."""
+    return p.to(torch.promote_types(dtype, torch.float32))
 
 
 def _per_token(p: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
-    p = _full_precision(p, x)
+    p = full_precision(p, x.dtype)
     return p if p.ndim == 1 else p.repeat_interleave(len(tokens) // max(len(p), 1), dim=0)

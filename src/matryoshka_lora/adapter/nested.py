@@ -254,8 +254,8 @@ class NestedAdapter:
         diagonal = drawn.diagonal
         if diagonal.ndim > 1 and rows is not None:
             diagonal = diagonal[index * rows : (index + 1) * rows]
-        for variant, gate in self._gated(diagonal, allow_fewer=True):
-            variant.begin_step(gate, drawn.learn)
+        for variant, gate in self._gated(diagonal, allow_fewer=True, learn=drawn.learn):
+            variant.begin_step(gate)
 
     def callback(self) -> TrainerCallback:
         """For ``Trainer(callbacks=[...])``: draws the ranks of each step and completes every checkpoint."""
@@ -346,7 +346,7 @@ class NestedAdapter:
             self.draw(step=0)
 
     def _gated(
-        self, diagonal: Tensor, allow_fewer: bool = False, exact: bool = True
+        self, diagonal: Tensor, allow_fewer: bool = False, exact: bool = True, learn: Tensor | None = None
     ) -> list[tuple[NestedVariant, Gate]]:
         """Every layer's variant with a gate where its factors are now: a Trainer moves the model after `nest`."""
         made: dict[torch.device, Gate] = {}
@@ -354,7 +354,7 @@ class NestedAdapter:
         for _, module, variant in self._layers():
             device = get_parameters(module, self.name)[0].device
             if device not in made:
-                made[device] = Gate.on(device, diagonal, None, allow_fewer, exact)
+                made[device] = Gate.on(device, diagonal, None, allow_fewer, exact, learn)
             found.append((variant, made[device]))
         return found
 
