@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
-from matryoshka_lora.adapter.factors import get_factors, to_weight
+from matryoshka_lora.adapter.factors import get_factors, get_parameters, to_weight
 from matryoshka_lora.adapter.state import NestedState
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.ops import full_precision
@@ -92,6 +93,30 @@ class Gate:
         )
 
 
+PLACES = ("position_ids", "seq_idx", "cu_seq_lens_q")
+"""The inputs of a model that say where in a row a sequence begins."""
+
+
+def check_rows_apart(inputs: Mapping[str, Any], rule: str) -> None:
+    """Raises MatryoshkaError where the inputs of a model show that several rows were joined into one.
+
+    What does not show: sequences that were joined without telling the model, for which they are one.
+    """
+    positions, index, ends = (inputs.get(name) for name in PLACES)
+    mask = inputs.get("attention_mask")
+    padded = isinstance(mask, Tensor) and not bool(mask.bool().all())  # positions of padding may begin anywhere
+    joined = isinstance(ends, Tensor) and len(ends) > 2
+    for places in (positions, index):
+        if isinstance(places, Tensor) and places.ndim == 2 and len(places) == 1 and not padded:
+            steps = places.diff()
+            joined = joined or bool((steps < 0).any() if places is positions else (steps != 0).any())
+    if joined:
+        raise MatryoshkaError(
+            f"this batch holds several sequences in one row, and rule {rule!r} gives each row a rank of its own: take "
+            "a data collator that pads, set packing and padding_free to False, or take another rule"
+        )
+
+
 class NestedVariant(LoraVariant):
     """Computes ``base(x) + B diag(p) A x`` in one LoRA layer, for one adapter.
 
@@ -106,7 +131,7 @@ class NestedVariant(LoraVariant):
 
     def __init__(self, state: NestedState, module: LoraLayer, adapter: str) -> None:
         self.state = state
-        self.device = get_factors(module, adapter)[0].device
+        self.device = get_parameters(module, adapter)[0].device
         # PEFT's set_scale and scale_layer change module.scaling; their effect is the ratio to what was attached.
         self.attached_scaling = float(module.scaling[adapter])
         self.training: Gate | None = None
@@ -117,6 +142,13 @@ class NestedVariant(LoraVariant):
         self._history: list[tuple[int, tuple[Gate | None, Gate | None]]] = []
         self.set_rank(state.nesting.max_rank)
         self._merged: tuple[Gate, float] | None = None
+
+    def copied(self, state: NestedState, module: LoraLayer, adapter: str) -> NestedVariant:
+        """One for a copy of its factors in the same layer: in training mode as this one is now, else at full rank."""
+        copy = NestedVariant(state, module, adapter)
+        if self.training is not None:
+            copy.begin_step(self.training)
+        return copy
 
     def set_rank(self, rank: int) -> None:
         self.rank = rank
