@@ -41,10 +41,11 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+from trl.experimental.a2po import A2POConfig
 from trl.experimental.sdpo.teacher_sync import PEFTAdapterEMACallback
 from trl.trainer.utils import use_adapter
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, load, nest
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, learn_from_trainer, load, nest
 from matryoshka_lora.rules import RULES
 
 NESTING = Nesting([1, 2, 4], "sqrt", 3.0)
@@ -183,7 +184,8 @@ AT_REST = {
 def test_a_policy_that_does_not_move_is_its_reference(kind: str, rule: str, autocast: bool, tmp_path: Path) -> None:
     """Where ranks are drawn, the reference has the rank of the step."""
     adapter = nested(kind, rule)
-    trainer = trainer_for(kind, adapter.model, tmp_path, adapter, learning_rate=0.0, bf16=autocast)
+    options = {"learning_rate": 0.0, "bf16": autocast, "gradient_checkpointing": autocast}  # both are TRL's defaults
+    trainer = trainer_for(kind, adapter.model, tmp_path, adapter, **options)
     trainer.train()
     for entry in logged(trainer):
         assert {key: entry[key] for key in AT_REST[kind]} == pytest.approx(AT_REST[kind], abs=1e-6)
@@ -401,6 +403,20 @@ def test_a_ratio_to_old_log_probabilities_is_one_before_the_first_step(tmp_path:
     assert len(old) == 4
 
 
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_an_order_is_learned_from_labels(kind: str, tmp_path: Path) -> None:
+    adapter = nested(kind)
+    trainer = trainer_for(kind, adapter.model, tmp_path, adapter, max_steps=1)
+    trainer.train()
+    if kind == "sft":
+        learn_from_trainer(adapter, trainer, steps=1)
+        assert adapter.reordered
+        return
+    with pytest.raises(MatryoshkaError, match=r"have no labels .*adapter\.reorder\(\)"):
+        learn_from_trainer(adapter, trainer)
+    assert not adapter.reordered
+
+
 def begin(adapter: NestedAdapter, arguments: Any, **kwargs: Any) -> None:
     adapter.callback().on_train_begin(arguments, SimpleNamespace(), SimpleNamespace(), **kwargs)
 
@@ -419,6 +435,28 @@ def test_vllm_gets_the_function_that_is_trained(tmp_path: Path) -> None:
         begin(nested(rule="dylora"), arguments)
     arguments.use_vllm = False
     begin(nested(inference="prefix"), arguments)
+
+
+def test_a2po_compares_with_a_copy_in_eval_mode(tmp_path: Path) -> None:
+    arguments = A2POConfig(str(tmp_path), use_cpu=True, bf16=False)
+    begin(nested(), arguments)
+    with pytest.raises(MatryoshkaError, match=r"A2PO's reference .* set adapter\.inference = 'keep'"):
+        begin(nested(inference="prefix"), arguments)
+    with pytest.raises(MatryoshkaError, match="A2PO's reference gets the adapter at its largest: take rule"):
+        begin(nested(rule="dylora"), arguments)
+
+
+def test_a_callback_of_what_is_not_trained(tmp_path: Path) -> None:
+    adapter = nested()
+    other = trainer_for("sft", nested().model, tmp_path, adapter)
+    with pytest.raises(MatryoshkaError, match=r"give it adapter\.model"):
+        other.train()
+    adapter.model.add_adapter("second", lora_config(NESTING, task_type="CAUSAL_LM"))
+    second = nest(adapter.model, NESTING, adapter="second")
+    with pytest.raises(MatryoshkaError, match=r"'second' is not active, default is and would be trained"):
+        trainer_for("sft", adapter.model, tmp_path, second).train()
+    adapter.model.set_adapter("second")
+    trainer_for("sft", adapter.model, tmp_path, second).train()
 
 
 @pytest.mark.parametrize("kind", TRAINERS)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import DataCollatorWithFlattening, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -36,11 +37,13 @@ class NestingCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: Any = None,
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
+        _check_trained(self.adapter, model)
         _check_precomputed(self.adapter, args)
-        _check_vllm(self.adapter, args)
+        _check_given_away(self.adapter, args)
         if self.adapter.state.draws:
             _check_samples(self.adapter, args)
         if self.adapter.state.per_row:
@@ -62,6 +65,18 @@ class NestingCallback(TrainerCallback):
                 if (folder / name).is_dir():
                     write_sidecar(folder / name, copied)
             write_sidecar(folder, self.adapter.state)
+
+
+def _check_trained(adapter: NestedAdapter, model: Any) -> None:
+    """Else another model or adapter would be trained, without its ranks or its P."""
+    layers = [module for _, module in nested_layers(adapter.model, adapter.name)]
+    if isinstance(model, nn.Module) and not any(module is layers[0] for module in model.modules()):
+        raise MatryoshkaError("the Trainer has another model than this callback's adapter: give it adapter.model")
+    if adapter.name not in adapter.model.active_adapters:
+        raise MatryoshkaError(
+            f"adapter {adapter.name!r} is not active, {', '.join(adapter.model.active_adapters)} is and would be "
+            f"trained: call adapter.model.set_adapter({adapter.name!r}) first"
+        )
 
 
 def _check_precomputed(adapter: NestedAdapter, args: TrainingArguments) -> None:
@@ -86,19 +101,23 @@ def _check_precomputed(adapter: NestedAdapter, args: TrainingArguments) -> None:
         )
 
 
-def _check_vllm(adapter: NestedAdapter, args: TrainingArguments) -> None:
-    """TRL merges the adapter for vLLM, as eval mode has it, and trains on what vLLM then says."""
-    if not getattr(args, "use_vllm", hasattr(args, "vllm_server_base_url")):
+def _check_given_away(adapter: NestedAdapter, args: TrainingArguments) -> None:
+    """vLLM and A2PO's reference get the adapter as eval mode has it, and training is compared with what they say."""
+    if getattr(args, "use_vllm", hasattr(args, "vllm_server_base_url")):
+        taker, instead = "vLLM", "set use_vllm=False, or "
+    elif "A2POConfig" in _trl_names(args):
+        taker, instead = "A2PO's reference", ""
+    else:
         return
     if adapter.state.draws:
         raise MatryoshkaError(
-            f"rule {adapter.rule.name!r} trains another rank at each step, and vLLM gets the adapter at its largest: "
-            "set use_vllm=False, or take rule 'matryoshka' or 'lora'"
+            f"rule {adapter.rule.name!r} trains another rank at each step, and {taker} gets the adapter at its "
+            f"largest: {instead}take rule 'matryoshka' or 'lora'"
         )
     if not adapter.state.deploys_what_is_trained or adapter.rank != adapter.nesting.max_rank:
         raise MatryoshkaError(
-            f"vLLM gets the adapter as eval mode has it, rank {adapter.rank} with inference {adapter.inference!r}, and "
-            f"training has another function: set adapter.inference = 'keep' and call "
+            f"{taker} gets the adapter as eval mode has it, rank {adapter.rank} with inference {adapter.inference!r}, "
+            "and training has another function: set adapter.inference = 'keep' and call "
             f"adapter.set_rank({adapter.nesting.max_rank})"
         )
 
@@ -117,10 +136,10 @@ def _check_samples(adapter: NestedAdapter, args: TrainingArguments) -> None:
 def _check_rows(adapter: NestedAdapter, args: TrainingArguments, collator: Any) -> None:
     """Every row of what the model gets must be a row of the batch, with a loss of its own."""
     rule = adapter.rule.name
-    trl = [kind.__name__ for kind in type(args).__mro__ if kind.__module__.partition(".")[0] == "trl"]
-    if trl and trl[0] != "SFTConfig":
+    names = _trl_names(args)
+    if names and names[0] != "SFTConfig":
         raise MatryoshkaError(
-            f"rule {rule!r} gives each row a rank of its own, and the Trainer of {trl[0]} compares rows or makes new "
+            f"rule {rule!r} gives each row a rank of its own, and the Trainer of {names[0]} compares rows or makes new "
             "ones: take another rule, or TRL's SFTTrainer"
         )
     for option in ("packing", "padding_free"):
@@ -146,3 +165,8 @@ def _check_rows(adapter: NestedAdapter, args: TrainingArguments, collator: Any) 
             f"under tensor, context or sequence parallelism several processes have the same rows, and rule {rule!r} "
             "gives the rows of each process ranks of their own: take data parallelism, or another rule"
         )
+
+
+def _trl_names(args: TrainingArguments) -> list[str]:
+    """TRL's classes among those of a Trainer's arguments, the most special one first."""
+    return [kind.__name__ for kind in type(args).__mro__ if kind.__module__.partition(".")[0] == "trl"]
