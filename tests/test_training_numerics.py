@@ -74,6 +74,29 @@ def test_autocast_does_not_round_p(rule: str, training: bool) -> None:
     torch.testing.assert_close(found.double(), p.expand_as(found), rtol=4e-4, atol=0)
 
 
+class Scalars(TorchDispatchMode):
+    """Counts products of a tensor in half precision and one without dimensions, which a GPU rounds to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mul.Tensor and isinstance(args[1], torch.Tensor):
+            self.count += args[0].dtype == torch.bfloat16 and args[0].ndim > 0 and args[1].ndim == 0
+        return func(*args, **(kwargs or {}))
+
+
+def test_autocast_does_not_round_the_scale_of_a_rank() -> None:
+    """No CPU does: the test is of what a GPU would be given."""
+    nested = nested_layer("Linear", NESTING, "matryoshka", "prefix", dtype=torch.float32)
+    nested.adapter.model.eval()
+    nested.adapter.set_rank(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16), Scalars() as scalars:
+        nested.layer(nested.kind.batch(3).float())
+    assert scalars.count == 0
+
+
 class Copies(TorchDispatchMode):
     """Counts the tensors that are copied to another device."""
 

@@ -117,6 +117,7 @@ def trainer_for(kind: str, model: Any, folder: Path, adapter: NestedAdapter | No
         "disable_tqdm": True,
     }
     set_seed(0)
+    evaluated = {"eval_dataset": rows} if "eval_strategy" in changes else {}
     return trainer_class(
         model,
         args=config_class(**{**arguments, **options, **changes}),
@@ -124,6 +125,7 @@ def trainer_for(kind: str, model: Any, folder: Path, adapter: NestedAdapter | No
         processing_class=TOKENIZER,
         callbacks=[] if adapter is None else [adapter.callback()],
         **({"reward_funcs": variety} if options else {}),
+        **evaluated,
     )
 
 
@@ -332,6 +334,56 @@ def test_an_adapter_of_another_name_or_config_stays_plain() -> None:
         tensors = {k.replace(f".{name}.", "."): v for k, v in adapter.model.named_parameters() if f".{name}." in k}
         expected = oracle.fold(base_model(), tensors, torch.full((4,), S_R))(ids).logits
         torch.testing.assert_close(adapter.model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"neftune_noise_alpha": 5.0},
+        {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1},
+        {
+            "load_best_model_at_end": True,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "greater_is_better": True,  # the highest loss, which is not the last one
+        },
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_else_a_trainer_does_is_what_it_does_with_plain_peft(options: dict[str, Any], tmp_path: Path) -> None:
+    found = []
+    for adapter in (nested(), None):
+        model = peft_model() if adapter is None else adapter.model
+        trainer = trainer_for("sft", model, tmp_path / str(adapter is None), adapter, **options)
+        if adapter is None:
+            put_p_between(model, P)
+        set_seed(1)
+        trainer.train()
+        losses = [entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_loss") if key in entry]
+        if "eval_strategy" in options:
+            losses.append(trainer.evaluate()["eval_loss"])
+        if "load_best_model_at_end" in options:
+            assert losses[-1] == pytest.approx(trainer.state.best_metric, abs=1e-6)
+            assert losses[-1] > losses[-2] + 0.01
+        found.append(losses)
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+def test_a_batch_that_was_halved_for_memory(tmp_path: Path) -> None:
+    adapter = nested(rule="stratified")
+
+    def refuse(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        rows = len(kwargs["input_ids"])
+        if rows > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        assert all(len(variant.gate(True).diagonal) == rows for _, _, variant in adapter._layers())
+
+    adapter.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    trainer = trainer_for("sft", adapter.model, tmp_path, adapter, auto_find_batch_size=True)
+    trainer.train()
+    assert trainer.state.train_batch_size == 2
 
 
 # What is refused.

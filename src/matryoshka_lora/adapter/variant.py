@@ -184,8 +184,8 @@ class NestedVariant(LoraVariant):
         gate = self.checked_gate(module, x.device)
         is_embedding = active_adapter in module.lora_embedding_A
         update = (self._embedded if is_embedding else self._update)(module, active_adapter, x, gate)
-        if gate.scale is not None:
-            update = update * gate.scale
+        if gate.scale is not None:  # a GPU would round it to half precision, as CPUs and PEFT's own number are not
+            update = (update.to(torch.promote_types(update.dtype, torch.float32)) * gate.scale).to(update.dtype)
         ratio = self.ratio(module, active_adapter)
         if ratio != 1:
             update = update * ratio
