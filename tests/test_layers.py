@@ -764,7 +764,7 @@ def test_experts_have_no_rows() -> None:
 
 @pytest.mark.parametrize("layout", ["out-in", "in-out"])
 def test_unmerging_experts_takes_out_what_was_put_in(layout: str) -> None:
-    adapter = nested_moe(layout, Nesting([1, 4]))
+    adapter = nested_moe(layout, Nesting([1, 4]), inference="prefix")
     wrapper = expert_wrappers(adapter.model)["down_proj"]
     before = wrapper.get_param().detach().clone()
     with rescale_adapter_scale(adapter.model, multiplier=0.5):
