@@ -14,7 +14,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from conftest import OneLayer, lora_config, nested_layer, nested_llama, one_layer, randomize, tiny_llama
+from conftest import NestedLayer, OneLayer, lora_config, nested_layer, nested_llama, one_layer, randomize, tiny_llama
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora.config import KasaConfig, VeloraConfig
@@ -358,6 +358,25 @@ def test_a_scale_of_zero_turns_it_off() -> None:
     x = nested.kind.batch(2)
     with rescale_adapter_scale(nested.adapter.model, multiplier=0.0):
         torch.testing.assert_close(nested.layer(x), nested.layer.base_layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5])
+def test_a_scale_set_before_nesting_stands(factor: float) -> None:
+    model: Any = one_layer("Linear", NESTING).eval()
+    layer = model.base_model.model.layer
+    x = oracle.KINDS["Linear"].batch(2)
+    full = model(x)
+    layer.scale_layer(factor)
+    scaled = model(x)
+    adapter = nest(model, NESTING)
+    torch.testing.assert_close(model(x), scaled, rtol=1e-14, atol=1e-14)
+    nest(model, NESTING, rule="lora")  # again
+    torch.testing.assert_close(model(x), scaled, rtol=1e-14, atol=1e-14)
+    layer.unscale_layer()
+    torch.testing.assert_close(model(x), full, rtol=1e-14, atol=1e-14)
+    adapter.set_rank(2)
+    expected = NestedLayer(oracle.KINDS["Linear"], adapter, layer).expected(prefix(NESTING, 2), x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
 
 
 # Batches of mixed adapters.

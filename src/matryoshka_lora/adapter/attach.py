@@ -47,11 +47,12 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
         MatryoshkaError: Something about the model or the adapter cannot be nested. The model is left as it was.
     """
     layers = _checked_layers(model, state, adapter)
+    scale = _initial_scale(model.peft_config[adapter])
     before = [(module, type(module), module.lora_variant.get(adapter)) for _, module in layers]
     try:
         for _, module in layers:
             module.__class__ = SUBCLASSES.get(type(module), type(module))
-            module.lora_variant[adapter] = NestedVariant(state, module, adapter)
+            module.lora_variant[adapter] = NestedVariant(state, module, adapter, scale)
         probed: set[tuple[type, type]] = set()
         for name, module in layers:
             kind = (type(module), type(module.get_base_layer()))
@@ -90,7 +91,7 @@ def check_config(config: Any, state: NestedState) -> None:
             f"LoraConfig says r={config.r}, but the largest nested rank is {nesting.max_rank}: columns beyond it would "
             f"never be trained. Write LoraConfig(r={nesting.max_rank}, ...) or end the ranks with {config.r}"
         )
-    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    scale = _initial_scale(config)
     if not math.isclose(scale, nesting.scale(nesting.max_rank), rel_tol=1e-9):
         raise MatryoshkaError(
             f"LoraConfig's lora_alpha={config.lora_alpha:g} and use_rslora={config.use_rslora} scale the adapter by "
@@ -121,6 +122,12 @@ def trained_besides(config: LoraConfig) -> list[str]:
     """The fields of a config by which parts of the base model are trained whole, beside the factors."""
     fields = [field for field in ("modules_to_save", "trainable_token_indices") if getattr(config, field)]
     return fields if config.bias == "none" else [*fields, "bias"]
+
+
+def _initial_scale(config: Any) -> float:
+    """What PEFT multiplies an adapter by before `scale_layer` and its like."""
+    scale: float = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    return scale
 
 
 def _suggest(config: Any) -> str:

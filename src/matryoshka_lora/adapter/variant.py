@@ -85,11 +85,11 @@ class NestedVariant(LoraVariant):
         override: Stands before both while a `rows` context is open.
     """
 
-    def __init__(self, state: NestedState, module: LoraLayer, adapter: str) -> None:
+    def __init__(self, state: NestedState, module: LoraLayer, adapter: str, initial_scale: float) -> None:
         self.state = state
         self.device = get_factors(module, adapter)[0].device
-        # PEFT's set_scale and scale_layer change module.scaling; their effect is the ratio to what was attached.
-        self.attached_scaling = float(module.scaling[adapter])
+        # PEFT's set_scale and scale_layer change module.scaling; their effect is the ratio to what it was at first.
+        self.initial_scale = initial_scale
         self.training: Gate | None = None
         self.learn: Tensor | None = None
         self.override: Gate | None = None
@@ -125,8 +125,8 @@ class NestedVariant(LoraVariant):
         return gate
 
     def ratio(self, module: LoraLayer, adapter: str) -> float:
-        """What PEFT's scaling functions have multiplied the adapter by since it was attached."""
-        return float(module.scaling[adapter]) / self.attached_scaling
+        """What PEFT's scaling functions have multiplied the adapter by."""
+        return float(module.scaling[adapter]) / self.initial_scale
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         gate = self.checked_gate(module)
