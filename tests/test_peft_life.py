@@ -227,6 +227,56 @@ def test_merge_merges_only_the_nested_adapter() -> None:
     adapter.unmerge()
 
 
+@pytest.mark.parametrize("order", [["default", "plain"], ["plain", "default"]], ids=str)
+@pytest.mark.parametrize("kind", list(oracle.KINDS))
+def test_unmerge_takes_out_only_the_nested_adapter(kind: str, order: list[str]) -> None:
+    nested = nested_layer(kind, NESTING)
+    model, layer = nested.adapter.model, nested.layer
+    model.add_adapter("plain", lora_config(NESTING, target_modules=["layer"], fan_in_fan_out=kind == "Conv1D"))
+    model.double()
+    randomize(model, seed=3)
+    weight = layer.base_layer.weight
+    base = weight.detach().clone()
+    model.merge_adapter(adapter_names=["plain"])
+    with_plain = weight.detach().clone()
+    model.unmerge_adapter()
+    for name in order:
+        if name == "default":
+            nested.adapter.merge(2)
+        else:
+            model.merge_adapter(adapter_names=[name])
+    assert layer.merged_adapters == order
+    nested.adapter.unmerge()
+    assert layer.merged_adapters == ["plain"]
+    torch.testing.assert_close(weight.detach(), with_plain, rtol=1e-12, atol=1e-12)
+    assert (with_plain - base).abs().max() > 0.01
+    nested.adapter.unmerge()  # nothing of it is merged
+    assert layer.merged_adapters == ["plain"]
+    model.unmerge_adapter()
+    torch.testing.assert_close(weight.detach(), base, rtol=1e-12, atol=1e-12)
+
+
+def test_unmerge_from_under_another_kind_of_adapter_is_refused() -> None:
+    """DoRA scales the weights that it finds, and with them what was merged before."""
+    nested = nested_layer("Linear", NESTING)
+    model, layer = nested.adapter.model, nested.layer
+    model.add_adapter("dora", lora_config(NESTING, target_modules=["layer"], use_dora=True))
+    model.double()
+    randomize(model, seed=3)
+    nested.adapter.merge(2)
+    model.merge_adapter(adapter_names=["dora"])
+    before = layer.base_layer.weight.detach().clone()
+    with pytest.raises(MatryoshkaError, match=r"'dora' is of another kind and was merged on top of 'default': take both"):
+        nested.adapter.unmerge()
+    assert torch.equal(layer.base_layer.weight, before)
+    assert layer.merged_adapters == ["default", "dora"]
+    model.unmerge_adapter()
+    model.merge_adapter(adapter_names=["dora"])
+    nested.adapter.merge(2)
+    nested.adapter.unmerge()  # from above it
+    assert layer.merged_adapters == ["dora"]
+
+
 @pytest.mark.parametrize("kind", list(oracle.KINDS))
 def test_disabled_merged_and_second_adapters_count_in_training_too(kind: str) -> None:
     nested = nested_layer(kind, NESTING)

@@ -301,14 +301,30 @@ class NestedAdapter:
 
         ``model.merge_and_unload()`` after `set_rank` gives a plain model instead.
         """
-        self.set_rank(rank)
         self._check_mergeable()
+        self.set_rank(rank)
         self.model.merge_adapter(adapter_names=[self.name])
 
     def unmerge(self) -> None:
-        """Undo `merge`."""
+        """Undo `merge`. Other adapters that are merged stay so.
+
+        Raises:
+            MatryoshkaError: An adapter of another kind was merged on top of it.
+        """
         self._check_mergeable()
-        self.model.unmerge_adapter()
+        layers = [module for _, module, _ in self._layers() if self.name in module.merged_adapters]
+        for module in layers:
+            for other in module.merged_adapters[module.merged_adapters.index(self.name) :]:
+                if not isinstance(module.lora_variant.get(other), NestedVariant | None):
+                    raise MatryoshkaError(
+                        f"adapter {other!r} is of another kind and was merged on top of {self.name!r}: take both out "
+                        "with adapter.model.unmerge_adapter()"
+                    )
+        for module in layers:
+            others = [name for name in module.merged_adapters if name != self.name]
+            module.merged_adapters = [self.name]
+            module.unmerge()
+            module.merged_adapters = others
 
     def save(self, path: str | PathLike[str], is_main_process: bool | None = None) -> None:
         """Write the adapter: PEFT's files and a sidecar with the nesting.
