@@ -48,10 +48,12 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
     """
     layers = _checked_layers(model, state, adapter)
     scale = _initial_scale(model.peft_config[adapter])
-    before = [(module, type(module), module.lora_variant.get(adapter)) for _, module in layers]
+    before = [(module, module.lora_variant.get(adapter)) for _, module in layers]
+    classes = [(module, type(module)) for module in (model.base_model, *(module for _, module in layers))]
     try:
+        for module, own in classes:
+            module.__class__ = SUBCLASSES.get(own, own)
         for _, module in layers:
-            module.__class__ = SUBCLASSES.get(type(module), type(module))
             module.lora_variant[adapter] = NestedVariant(state, module, adapter, scale)
         probed: set[tuple[type, type]] = set()
         for name, module in layers:
@@ -60,8 +62,9 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
                 probed.add(kind)
                 _probe(name, module, adapter)
     except BaseException:
-        for module, original, variant in before:
-            module.__class__ = original
+        for module, own in classes:
+            module.__class__ = own
+        for module, variant in before:
             module.lora_variant.pop(adapter, None)
             if variant is not None:
                 module.lora_variant[adapter] = variant

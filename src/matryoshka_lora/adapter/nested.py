@@ -83,17 +83,22 @@ class NestedAdapter:
         self.name = adapter
         self._variants()
 
-    def _layers(self) -> Iterator[tuple[str, Any, NestedVariant]]:
-        for name, module in nested_layers(self.model, self.name):
-            variant = module.lora_variant.get(self.name)
-            if isinstance(variant, NestedVariant):
-                yield name, module, variant
+    def _layers(self) -> list[tuple[str, Any, NestedVariant]]:
+        found = [
+            (name, module, module.lora_variant.get(self.name)) for name, module in nested_layers(self.model, self.name)
+        ]
+        nested = [layer for layer in found if isinstance(layer[2], NestedVariant)]
+        if not nested:
+            raise MatryoshkaError(f"the model has no nested adapter {self.name!r}: call nest() or load() first")
+        if len(nested) < len(found):
+            plain = next(name for name, _, variant in found if not isinstance(variant, NestedVariant))
+            raise MatryoshkaError(
+                f"PEFT has made adapter {self.name!r} anew in layer {plain} after it was nested: call nest() again"
+            )
+        return nested
 
     def _variants(self) -> list[NestedVariant]:
-        variants = [variant for _, _, variant in self._layers()]
-        if not variants:
-            raise MatryoshkaError(f"the model has no nested adapter {self.name!r}: call nest() or load() first")
-        return variants
+        return [variant for _, _, variant in self._layers()]
 
     @property
     def state(self) -> NestedState:

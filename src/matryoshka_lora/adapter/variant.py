@@ -8,7 +8,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
-from matryoshka_lora.adapter.factors import get_factors, to_weight
+from matryoshka_lora.adapter.factors import get_factors, get_parameters, to_weight
 from matryoshka_lora.adapter.state import NestedState
 from matryoshka_lora.errors import MatryoshkaError
 
@@ -100,6 +100,10 @@ class NestedVariant(LoraVariant):
         self.set_rank(state.nesting.max_rank)
         self._merged: tuple[Gate, float] | None = None
 
+    def init(self, module: LoraLayer, *args: Any, **kwargs: Any) -> None:
+        """PEFT makes the adapter anew in a layer: it is a plain one there until it is nested again."""
+        module.lora_variant = {name: variant for name, variant in module.lora_variant.items() if variant is not self}
+
     def set_rank(self, rank: int) -> None:
         self.rank = rank
         self.deployed = Gate.on(self.device, self.state.mask(rank), self.state.scale(rank))
@@ -127,6 +131,20 @@ class NestedVariant(LoraVariant):
     def ratio(self, module: LoraLayer, adapter: str) -> float:
         """What PEFT's scaling functions have multiplied the adapter by."""
         return float(module.scaling[adapter]) / self.initial_scale
+
+    def exported(self, module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor, float]:
+        """A, B and PEFT's scale of an ordinary adapter, filled up with zeros, that computes what eval mode does."""
+        A, B = (factor.detach() for factor in get_parameters(module, adapter))
+        work = torch.promote_types(B.dtype, torch.float32)
+        p = self.deployed.diagonal.to(B.device, work)
+        used = (p != 0).view(-1, *(1,) * (A.ndim - 1))
+        folded = (B.to(work) * p.view(1, -1, *(1,) * (B.ndim - 2))).to(B.dtype)
+        return A * used, folded, self.state.scale(self.rank) * self.ratio(module, adapter)
+
+    def is_plain(self) -> bool:
+        """Whether eval mode computes what PEFT would from the factors alone."""
+        p = self.deployed.diagonal * self.state.scale(self.rank)
+        return bool(torch.isclose(p, torch.full_like(p, self.initial_scale), rtol=1e-9, atol=0).all())
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         gate = self.checked_gate(module)
