@@ -117,7 +117,7 @@ class NestedLinear(Linear):
         if variant is None or (not self.training and variant.gate(training=False).exact):
             return self._by_variant(x)
         (adapter,) = self.active_adapters
-        gate = variant.checked_gate(self)
+        gate = variant.checked_gate(self, x)
         # A compiler fuses the plain formula, and chooses what to save, by itself.
         update = low_rank_linear_reference if torch.compiler.is_compiling() else low_rank_linear
         return update(

@@ -237,8 +237,10 @@ class NestedAdapter:
         before = [variant.override for variant, _ in gated]
         for variant, gate in gated:
             variant.stand_before(gate)
+        rows = self.state.rows
         try:
-            yield
+            with rows.watch(self.model), rows.watching(self.model.get_base_model()):
+                yield
         finally:
             for (variant, _), override in zip(gated, before, strict=True):
                 variant.stand_before(override)
@@ -365,6 +367,8 @@ class NestedAdapter:
         state = self.state
         if state.rule.fixed or state.form != "raw":
             self.draw(step=0)
+        if state.rule.per_row:
+            state.rows.watch(self.model)
 
     def _gated(
         self, diagonal: Tensor, allow_fewer: bool = False, exact: bool = True
