@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import get_parameters, has_adapter
 from matryoshka_lora.adapter.layers import SUBCLASSES
-from matryoshka_lora.adapter.rows import RowCount
+from matryoshka_lora.adapter.rows import PLACES, RowCount, check_rows_apart
 from matryoshka_lora.adapter.state import Inference, NestedState
-from matryoshka_lora.adapter.variant import PLACES, Gate, NestedVariant, check_rows_apart
+from matryoshka_lora.adapter.variant import Gate, NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.rules import Rule
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,30 +99,6 @@ def _wrong_number(given: int, rows: int) -> MatryoshkaError:
         f"{given} rows have a rank, but a layer got {rows} rows: give one rank for each row of the batch. "
         "Packed, padding-free or flattened batches have no rows left; turn packing and padding_free off"
     )
-
-
-PLACES = ("position_ids", "seq_idx", "cu_seq_lens_q")
-"""The inputs of a model that say where in a row a sequence begins."""
-
-
-def check_rows_apart(inputs: Mapping[str, Any], rule: str) -> None:
-    """Raises MatryoshkaError where the inputs of a model show that several rows were joined into one.
-
-    What does not show: sequences that were joined without telling the model, for which they are one.
-    """
-    positions, index, ends = (inputs.get(name) for name in PLACES)
-    mask = inputs.get("attention_mask")
-    padded = isinstance(mask, Tensor) and not bool(mask.bool().all())  # positions of padding may begin anywhere
-    joined = isinstance(ends, Tensor) and len(ends) > 2
-    for places in (positions, index):
-        if isinstance(places, Tensor) and places.ndim == 2 and len(places) == 1 and not padded:
-            steps = places.diff()
-            joined = joined or bool((steps < 0).any() if places is positions else (steps != 0).any())
-    if joined:
-        raise MatryoshkaError(
-            f"this batch holds several sequences in one row, and rule {rule!r} gives each row a rank of its own: take "
-            "a data collator that pads, set packing and padding_free to False, or take another rule"
-        )
 
 
 class NestedVariant(LoraVariant):
