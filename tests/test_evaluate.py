@@ -28,7 +28,7 @@ from matryoshka_lora.evaluate import (
     evaluate_base,
     evaluate_ranks,
     print_tables,
-    reading,
+    in_words,
     rows_from,
     score,
     write_evaluation,
@@ -344,8 +344,8 @@ def test_losses_are_compared_question_by_question() -> None:
 def test_the_reading_follows_the_numbers() -> None:
     best, close, far = made_curve([80] * 3, of=100), made_curve([79] * 3, of=100), made_curve([10] * 3, of=100)
     low = Curve(far.ranks, tuple(replace(scores, nll=(1.0,) * 100, loss=0.5) for scores in far.scores))
-    text = reading(made_evaluation(far=low, best=best, close=close))
+    text = in_words(made_evaluation(far=low, best=best, close=close))
     assert "By accuracy, best is best, with AURAC (log2) 80.0 %: ahead of far (+70.0 ± 9.2)" in text
     assert "not surely ahead of close (+1.0 ± 2.0)" in text
     assert "By loss, far is best, with 0.500 in the mean over the ranks: ahead of best (-0.500 ± 0.000)" in text
-    assert reading(made_evaluation(far=far)) == "far has AURAC 10.0 %."
+    assert in_words(made_evaluation(far=far)) == "far has AURAC 10.0 %."

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from matryoshka_lora.adapter.state import Form, Inference, NestedState
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import write_text
+from matryoshka_lora.files import settle, write_text
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.rules import get_rule
 
@@ -40,6 +40,7 @@ def read_sidecar(path: str | Path) -> NestedState:
         MatryoshkaError: There is none, it is damaged, or a newer version of this package wrote it.
     """
     file = Path(path) / SIDECAR_NAME
+    settle(path)
     if not os.path.isdir(path):
         raise MatryoshkaError(f"{path} is not a directory: give the directory that holds adapter_config.json")
     if not file.is_file():

@@ -81,7 +81,7 @@ def demo(
         f"then answers {items} test questions with 5 x 6 versions of them (about ten minutes). Writes to {out}/."
     )
     from matryoshka_lora.errors import MatryoshkaError
-    from matryoshka_lora.evaluate import print_tables, reading, write_evaluation
+    from matryoshka_lora.evaluate import in_words, print_tables, write_evaluation
     from matryoshka_lora.files import check_writable
     from matryoshka_lora.models import load_tokenizer
     from matryoshka_lora.tasks import get_task
@@ -110,7 +110,7 @@ def demo(
 
     _say(began, "Done\n")
     print_tables(evaluation)
-    typer.echo(f"\n{reading(evaluation)}\n\n{verdict}\n")
+    typer.echo(f"\n{in_words(evaluation)}\n\n{verdict}\n")
     typer.echo(
         f"{out}/curve.png        every rank in one picture\n"
         f"{out}/evaluation.json  the numbers\n"

@@ -34,6 +34,9 @@ def export(
     format: Annotated[Format, typer.Option(help="See above.")] = Format.peft,
     model: Annotated[str | None, typer.Option(help="The base model.", show_default="what the adapter names")] = None,
     verify: Annotated[bool, typer.Option(help="Compare logits, if the base model is on this machine.")] = True,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an adapter, a model or an evaluation that is there.")
+    ] = False,
 ) -> None:
     """Write a rank of a nested adapter in the format that a device or an engine takes.
 
@@ -45,9 +48,10 @@ def export(
     Example: matryoshka export runs/demo/adapter --rank 4 -o rank-4
     """
     from matryoshka_lora.adapter import read_adapter
+    from matryoshka_lora.adapter.storage import check_apart
     from matryoshka_lora.deploy import export as exports
     from matryoshka_lora.errors import MatryoshkaError
-    from matryoshka_lora.files import check_writable
+    from matryoshka_lora.files import check_free, check_writable
 
     whole = format in (Format.ladder, Format.directions)
     if (rank is None) == (budget is None) and not (whole and budget is None):
@@ -59,6 +63,8 @@ def export(
 
     state, config, _ = read_adapter(adapter)
     check_writable(out.parent if format is Format.gguf else out)
+    check_apart(adapter, out)
+    check_free(out, force)
     if budget is not None:
         choice = _choose(adapter, budget)
         ranks, what = choice.ranks, f"{choice.parameters:,} of {choice.total:,} parameters"
@@ -77,30 +83,31 @@ def export(
         )
 
     verified: Any = None
+    checked_on = base if verify else None
     if format is Format.peft:
-        verified = exports.export_peft(cut, out, base if verify else None)
+        verified = exports.export_peft(cut, out, checked_on, overwrite=force)
         following = f'PeftModel.from_pretrained(base_model, "{out}")'
     elif format is Format.merged and base is not None:
         from matryoshka_lora.models import load_tokenizer
 
-        verified = exports.export_merged(cut, out, base, load_tokenizer(str(name)), verify)
+        verified = exports.export_merged(cut, out, base, load_tokenizer(str(name)), verify, overwrite=force)
         following = f'AutoModelForCausalLM.from_pretrained("{out}")'
     elif format is Format.gguf:
         from matryoshka_lora.models import load_config
 
-        verified = exports.export_gguf(cut, out, base if verify else None, load_config(str(name)))
+        verified = exports.export_gguf(cut, out, checked_on, load_config(str(name)), overwrite=force)
         following = f"llama-cli -m BASE.gguf --lora {out}"
     elif format is Format.ladder:
         below = (r for r in state.nesting.ranks if r < cut.rank and r in state.ranks)
         ladder = (*below, cut.rank)
-        found = exports.export_ladder(cut, ladder, out, base if verify else None)
+        found = exports.export_ladder(cut, ladder, out, checked_on, overwrite=force)
         verified, what = (
             max(found.values(), key=lambda v: v.difference if v else -1),
             f"ranks {', '.join(map(str, found))}",
         )
         following = f"see {out / 'README.md'}"
     else:
-        exports.export_directions(cut, out)
+        exports.export_directions(cut, out, overwrite=force)
         following = f'load(base_model, "{out}", max_rank=4)'
     typer.echo(_report(verified, name, verify, format))
     typer.echo(f"{out} is {what} of {adapter}, as {format.value}. Next: {following}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matryoshka_lora.adapter.card import HUB_IDS
+from matryoshka_lora.files import WRITTEN_BY_US
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for ``--max-lora-rank``."""
@@ -26,7 +27,9 @@ def serve_command(base: str | None, ranks: Sequence[int], path: Path) -> str:
 def ladder_readme(base: str | None, ranks: Sequence[int], path: Path) -> str:
     """Markdown."""
     folders = "\n".join(f"* `rank-{rank}`" for rank in ranks)
-    return f"""# One adapter at {len(ranks)} ranks
+    return f"""{WRITTEN_BY_US}: delete this line to keep your own. -->
+
+# One adapter at {len(ranks)} ranks
 
 Each folder is an ordinary LoRA adapter, cut out of the same nested one by matryoshka-lora:
 

@@ -8,7 +8,7 @@ from matryoshka_lora.evaluate.report import (
     draw,
     loss_table,
     print_tables,
-    reading,
+    in_words,
     write_evaluation,
 )
 from matryoshka_lora.evaluate.scoring import Scores, score
@@ -26,7 +26,7 @@ __all__ = [
     "evaluate_ranks",
     "loss_table",
     "print_tables",
-    "reading",
+    "in_words",
     "rows_from",
     "score",
     "write_evaluation",

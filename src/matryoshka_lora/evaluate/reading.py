@@ -11,7 +11,7 @@ from typing import Any
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluate.select import Measured
-from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME
+from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, settle
 
 EXAMPLES_NAME = "examples.jsonl"
 
@@ -23,9 +23,10 @@ def find_evaluation(path: str | PathLike[str]) -> Path:
         MatryoshkaError: There is none.
     """
     given = Path(path)
-    if given.is_file():
-        return given
-    for found in (given / EVALUATION_NAME, given / EVALUATION_FOLDER / EVALUATION_NAME):
+    places = (given, given / EVALUATION_FOLDER) if given.is_dir() else (given.parent,)
+    for place in places:
+        settle(place)
+    for found in (given, *(place / EVALUATION_NAME for place in places if given.is_dir())):
         if found.is_file():
             return found
     if (given / "adapter_config.json").is_file():

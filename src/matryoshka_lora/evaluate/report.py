@@ -88,7 +88,7 @@ def compare(first: Curve, second: Curve, by: Literal["aurac", "loss"] = "aurac")
     return fmean(differences), error
 
 
-def reading(evaluation: Evaluation) -> str:
+def in_words(evaluation: Evaluation) -> str:
     """What the numbers say, in words: the best curve by accuracy and by loss, and whether it is more than chance."""
     curves = evaluation.curves
     if len(curves) == 1:
