@@ -40,9 +40,9 @@ def read_sidecar(path: str | Path) -> NestedState:
         MatryoshkaError: There is none, it is damaged, or a newer version of this package wrote it.
     """
     file = Path(path) / SIDECAR_NAME
-    settle(path)
     if not os.path.isdir(path):
         raise MatryoshkaError(f"{path} is not a directory: give the directory that holds adapter_config.json")
+    settle(path)
     if not file.is_file():
         raise MatryoshkaError(
             f"{path} holds no {SIDECAR_NAME}, so it is not a nested adapter. Any LoRA adapter becomes one by "

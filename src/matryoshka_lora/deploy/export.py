@@ -153,7 +153,8 @@ def export_merged(
         written, kept = type(merged).from_pretrained(folder, dtype="auto").state_dict(), merged.state_dict()
         if written.keys() != kept.keys() or not all(written[key].equal(kept[key]) for key in kept):
             raise MatryoshkaError("the file that was written holds other numbers: check the disk and export again")
-        return check_rounding(probe_logits(merged.float()), *wanted, merged.dtype)
+        dtype = merged.dtype
+        return check_rounding(probe_logits(merged.float()), *wanted, dtype)
 
 
 def _merged(what: Cut, model: Any, verify: bool) -> Any:
@@ -273,7 +274,7 @@ def export_ladder(
         what.state.check_rank(rank)
     if has_own_card(Path(path)):
         raise MatryoshkaError(
-            f"{path} holds a README.md that is not ours, and the ladder needs one: choose another folder"
+            f"{path} holds a {CARD_NAME} that somebody has written, and a ladder needs one: choose another folder"
         )
     steps = [replace(what, ranks=rank) for rank in ranks]
     with output_directory(path, overwrite) as folder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from hashlib import sha256
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,16 @@ def find_evaluation(path: str | PathLike[str]) -> Path:
     if given.is_dir():
         raise MatryoshkaError(f"there is no {EVALUATION_NAME} in {given}; give the folder that matryoshka eval wrote")
     raise MatryoshkaError(f"{given} does not exist; give what matryoshka eval wrote, a file or its folder")
+
+
+def weights_hash(adapter: Path) -> str:
+    """The hash of everything in an adapter's folder that its answers depend on, and of nothing else there."""
+    found = sha256()
+    descriptions = [adapter / name for name in ("adapter_config.json", "nesting.json")]
+    for file in sorted((*adapter.glob("*.safetensors"), *(file for file in descriptions if file.is_file()))):
+        found.update(file.name.encode())
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def read_evaluation(file: Path) -> dict[str, Any]:

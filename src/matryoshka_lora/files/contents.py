@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from matryoshka_lora.errors import MatryoshkaError
@@ -53,17 +53,18 @@ def kinds_in(folder: str | os.PathLike[str]) -> list[str]:
     return [kind for kind, signs in _SIGNS.items() if any(any(Path(folder).glob(sign)) for sign in signs)]
 
 
-def check_free(path: str | os.PathLike[str], overwrite: bool) -> None:
+def check_free(path: str | os.PathLike[str], overwrite: bool, beside: Collection[str] = ()) -> None:
     """Make sure that an output may be written to a place.
 
     Args:
         path: A folder, or a file, that need not exist.
         overwrite: Whether it may replace an adapter, a model, an evaluation or a file.
+        beside: What may be there since the output goes beside it, as `kinds_in` calls it.
 
     Raises:
         MatryoshkaError: It holds something that would be replaced. A training run is never replaced.
     """
-    kinds = kinds_in(path)
+    kinds = [kind for kind in kinds_in(path) if kind not in beside]
     if _RUN in kinds:
         raise MatryoshkaError(
             f"{path} holds a training run, and the result of another command would pass for its adapter: choose "
