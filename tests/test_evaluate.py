@@ -34,7 +34,9 @@ from matryoshka_lora.evaluate import (
     write_evaluation,
 )
 from matryoshka_lora.evaluate.questions import tokenize
+from matryoshka_lora.evaluate.reading import find_evaluation, read_evaluation, read_measured
 from matryoshka_lora.evaluate.scoring import EXTRA_TOKENS
+from matryoshka_lora.evaluate.select import Wish, choose
 from matryoshka_lora.tasks import get_task
 
 EXACT = ExactMatch("words")
@@ -298,6 +300,32 @@ def test_the_file_has_the_agreed_form(tmp_path: Path) -> None:
     png = (tmp_path / "curve.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     assert int.from_bytes(png[16:20], "big") >= 1200
+
+
+def test_select_reads_what_the_demo_writes(tmp_path: Path) -> None:
+    """One of the curves, in the form that `matryoshka eval` gives to its own."""
+    evaluation = made_evaluation(other=made_curve([9, 9, 9]), mine=made_curve([2, 6, 5]))
+    questions = [Row(f"question {number}", "aunt") for number in range(10)]
+    adapter = {"name": "mine", "path": "runs/demo/adapter"}
+    deployed = evaluation.deployed("mine", adapter, sizes=[100, 200, 400], latencies=[1.0, 2.0, 4.0])
+    write_evaluation(evaluation, tmp_path, deployed, evaluation.examples("mine", questions))
+    name, measured = read_measured(find_evaluation(tmp_path))
+    assert (name, measured.metric, measured.items) == ("t", "accuracy,none", 10)
+    assert (measured.ranks, measured.bytes, measured.latency_ms) == ([1, 2, 4], [100, 200, 400], [1.0, 2.0, 4.0])
+    assert measured.values == [0.2, 0.6, 0.5]
+    # The standard error of a share as the harness has it, with n - 1.
+    assert measured.errors == pytest.approx([math.sqrt(p * (1 - p) / 9) for p in measured.values])
+    assert measured.by_question[2] == [1.0] * 6 + [0.0] * 4
+    found = measured.difference(2, 4)
+    assert found is not None
+    assert found.paired
+    assert choose(measured, Wish(max_bytes=200)).rank == 2
+    data = read_evaluation(tmp_path / "evaluation.json")
+    assert list(data["curves"]) == ["other", "mine"]
+    assert data["tasks"]["t"]["metrics"]["loss,none"]["base"] == {"value": 2.0, "stderr": None}
+    lines = [json.loads(line) for line in (tmp_path / "examples.jsonl").read_text().splitlines()]
+    assert lines[0]["prompt"] == "question 0"
+    assert lines[0]["metrics"]["accuracy,none"] == {"0": 1.0, "1": 1.0, "2": 1.0, "4": 1.0}
 
 
 def test_results_that_cannot_be_written_say_so(tmp_path: Path) -> None:

@@ -124,12 +124,13 @@ def demo(
 
 def _check_folder(out: Path) -> None:
     """Refuse a folder that holds another's adapters: those of a demo are beside the runs that it trained."""
-    from matryoshka_lora.files import check_free, check_writable
+    from matryoshka_lora.errors import MatryoshkaError
+    from matryoshka_lora.files import check_writable, kinds_in
 
     check_writable(out)
-    if not (out / "train-matryoshka").is_dir():
-        for folder in (out, out / "adapter", out / f"rank-{EXPORTED_RANK}"):
-            check_free(folder, overwrite=False)
+    for folder in (out, out / "adapter"):
+        if not (out / "train-matryoshka").is_dir() and (kinds := kinds_in(folder)):
+            raise MatryoshkaError(f"{folder} holds {' and '.join(kinds)} that no demo has made: choose another --out")
 
 
 def _write(evaluation: Evaluation, nested: NestedAdapter, questions: Sequence[Example], out: Path) -> None:
