@@ -554,8 +554,8 @@ def test_exporting_from_the_file_is_exporting_from_the_model(tmp_path: Path, for
         saved.reorder()
     saved.save(tmp_path / "a")
     for rank in saved.ranks:
-        saved.export(tmp_path / "model", rank)
-        export_adapter(tmp_path / "a", tmp_path / "file", rank)
+        saved.export(tmp_path / "model", rank, overwrite=True)
+        export_adapter(tmp_path / "a", tmp_path / "file", rank, overwrite=True)
         assert set(fingerprint(tmp_path / "model")) == {WEIGHTS, CONFIG, "README.md"}
         assert fingerprint(tmp_path / "model")[WEIGHTS] == fingerprint(tmp_path / "file")[WEIGHTS]
         assert config_of(tmp_path / "model") == config_of(tmp_path / "file")
@@ -620,7 +620,7 @@ def test_an_adapter_is_saved_over_the_file_that_it_was_loaded_from(tmp_path: Pat
 def test_a_slice_over_a_nested_adapter_is_no_longer_taken_for_one(tmp_path: Path) -> None:
     nested_llama(NESTINGS["none"]).save(tmp_path)
     saved = nested_llama(NESTING)
-    saved.export(tmp_path, 3)
+    saved.export(tmp_path, 3, overwrite=True)
     assert set(fingerprint(tmp_path)) == {WEIGHTS, CONFIG, "README.md"}
     with pytest.raises(MatryoshkaError, match=r"no nesting\.json.*not a nested adapter"):
         load(tiny_llama(), tmp_path)

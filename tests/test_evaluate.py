@@ -27,14 +27,16 @@ from matryoshka_lora.evaluate import (
     compare,
     evaluate_base,
     evaluate_ranks,
+    in_words,
     print_tables,
-    reading,
     rows_from,
     score,
     write_evaluation,
 )
 from matryoshka_lora.evaluate.questions import tokenize
+from matryoshka_lora.evaluate.reading import find_evaluation, read_evaluation, read_measured
 from matryoshka_lora.evaluate.scoring import EXTRA_TOKENS
+from matryoshka_lora.evaluate.select import Wish, choose
 from matryoshka_lora.tasks import get_task
 
 EXACT = ExactMatch("words")
@@ -300,6 +302,32 @@ def test_the_file_has_the_agreed_form(tmp_path: Path) -> None:
     assert int.from_bytes(png[16:20], "big") >= 1200
 
 
+def test_select_reads_what_the_demo_writes(tmp_path: Path) -> None:
+    """One of the curves, in the form that `matryoshka eval` gives to its own."""
+    evaluation = made_evaluation(other=made_curve([9, 9, 9]), mine=made_curve([2, 6, 5]))
+    questions = [Row(f"question {number}", "aunt") for number in range(10)]
+    adapter = {"name": "mine", "path": "runs/demo/adapter"}
+    deployed = evaluation.deployed("mine", adapter, sizes=[100, 200, 400], latencies=[1.0, 2.0, 4.0])
+    write_evaluation(evaluation, tmp_path, deployed, evaluation.examples("mine", questions))
+    name, measured = read_measured(find_evaluation(tmp_path))
+    assert (name, measured.metric, measured.items) == ("t", "accuracy,none", 10)
+    assert (measured.ranks, measured.bytes, measured.latency_ms) == ([1, 2, 4], [100, 200, 400], [1.0, 2.0, 4.0])
+    assert measured.values == [0.2, 0.6, 0.5]
+    # The standard error of a share as the harness has it, with n - 1.
+    assert measured.errors == pytest.approx([math.sqrt(p * (1 - p) / 9) for p in measured.values])
+    assert measured.by_question[2] == [1.0] * 6 + [0.0] * 4
+    found = measured.difference(2, 4)
+    assert found is not None
+    assert found.paired
+    assert choose(measured, Wish(max_bytes=200)).rank == 2
+    data = read_evaluation(tmp_path / "evaluation.json")
+    assert list(data["curves"]) == ["other", "mine"]
+    assert data["tasks"]["t"]["metrics"]["loss,none"]["base"] == {"value": 2.0, "stderr": None}
+    lines = [json.loads(line) for line in (tmp_path / "examples.jsonl").read_text().splitlines()]
+    assert lines[0]["prompt"] == "question 0"
+    assert lines[0]["metrics"]["accuracy,none"] == {"0": 1.0, "1": 1.0, "2": 1.0, "4": 1.0}
+
+
 def test_results_that_cannot_be_written_say_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(MatryoshkaError, match="a file stands where a folder is needed"):
@@ -344,8 +372,8 @@ def test_losses_are_compared_question_by_question() -> None:
 def test_the_reading_follows_the_numbers() -> None:
     best, close, far = made_curve([80] * 3, of=100), made_curve([79] * 3, of=100), made_curve([10] * 3, of=100)
     low = Curve(far.ranks, tuple(replace(scores, nll=(1.0,) * 100, loss=0.5) for scores in far.scores))
-    text = reading(made_evaluation(far=low, best=best, close=close))
+    text = in_words(made_evaluation(far=low, best=best, close=close))
     assert "By accuracy, best is best, with AURAC (log2) 80.0 %: ahead of far (+70.0 ± 9.2)" in text
     assert "not surely ahead of close (+1.0 ± 2.0)" in text
     assert "By loss, far is best, with 0.500 in the mean over the ranks: ahead of best (-0.500 ± 0.000)" in text
-    assert reading(made_evaluation(far=far)) == "far has AURAC 10.0 %."
+    assert in_words(made_evaluation(far=far)) == "far has AURAC 10.0 %."

@@ -35,7 +35,8 @@ from matryoshka_lora.evaluate.engine import Engine
 from matryoshka_lora.evaluate.harness import judge
 from matryoshka_lora.evaluate.questions import ExactMatch, Row
 from matryoshka_lora.evaluate.questions_task import QuestionsTask
-from matryoshka_lora.evaluate.results import Results, weights_hash
+from matryoshka_lora.evaluate.reading import weights_hash
+from matryoshka_lora.evaluate.results import Results
 from matryoshka_lora.evaluate.scoring import score
 from matryoshka_lora.evaluate.selection import Preset, Selected, select
 from matryoshka_lora.evaluate.store import Store, request_key

@@ -344,7 +344,7 @@ class NestedAdapter:
         """Write the adapter: PEFT's files and a sidecar with the nesting.
 
         PEFT without this package reads it as the full-rank adapter in the chosen inference mode; `load` reads every
-        rank. The files are written beside the target and moved. PEFT's own ``save_pretrained`` writes the factors as
+        rank. An adapter that is there is replaced, all or nothing. PEFT's own ``save_pretrained`` writes the factors as
         they are trained, without the sidecar: with ``inference="keep"`` that is another function, until `reorder`.
 
         Args:
@@ -357,18 +357,23 @@ class NestedAdapter:
         """
         save_adapter(self.model, self.name, self.state, path, is_main_process)
 
-    def export(self, path: str | PathLike[str], rank: int, is_main_process: bool | None = None) -> None:
+    def export(
+        self, path: str | PathLike[str], rank: int, is_main_process: bool | None = None, *, overwrite: bool = False
+    ) -> None:
         """Write one rank as an ordinary LoRA adapter, for PEFT or any engine that serves PEFT's files.
 
         Args:
             path: The directory to write.
             rank: One of `ranks`.
             is_main_process: As for `save`.
+            overwrite: Whether the directory may hold an adapter, a model or an evaluation, of which nothing is left
+                then. Without it they are refused.
 
         Raises:
-            MatryoshkaError: The rank was not trained, the path cannot be written, or a weight is not finite.
+            MatryoshkaError: The rank was not trained, the path cannot be written or holds something that may not be
+                overwritten, or a weight is not finite.
         """
-        export_rank(self.model, self.name, self.state, path, rank, is_main_process)
+        export_rank(self.model, self.name, self.state, path, rank, is_main_process, overwrite)
 
     def _begin(self) -> None:
         if not self.state.draws:

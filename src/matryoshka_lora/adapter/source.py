@@ -25,6 +25,7 @@ from matryoshka_lora.adapter.sidecar import SIDECAR_NAME
 from matryoshka_lora.adapter.slicing import layer_name
 from matryoshka_lora.adapter.state import NestedState
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.files import settle
 
 INDEX_NAME = f"{SAFETENSORS_WEIGHTS_NAME}.index.json"
 _MAX_INDEX_BYTES = 1 << 26
@@ -124,6 +125,7 @@ def open_adapter(path: str | PathLike[str]) -> LoraFiles:
     folder = Path(path)
     if not folder.is_dir():
         raise MatryoshkaError(f"{path} is no directory: give the directory that holds adapter_config.json")
+    settle(folder)
     # A nested adapter obeys stricter rules.
     state: NestedState | None = None
     tensors: dict[str, Tensor] = {}

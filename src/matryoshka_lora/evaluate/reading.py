@@ -6,13 +6,14 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from hashlib import sha256
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluate.select import Measured
-from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME
+from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, settle
 
 EXAMPLES_NAME = "examples.jsonl"
 
@@ -24,9 +25,10 @@ def find_evaluation(path: str | PathLike[str]) -> Path:
         MatryoshkaError: There is none.
     """
     given = Path(path)
-    if given.is_file():
-        return given
-    for found in (given / EVALUATION_NAME, given / EVALUATION_FOLDER / EVALUATION_NAME):
+    places = (given, given / EVALUATION_FOLDER) if given.is_dir() else (given.parent,)
+    for place in places:
+        settle(place)
+    for found in (given, *(place / EVALUATION_NAME for place in places if given.is_dir())):
         if found.is_file():
             return found
     if (given / "adapter_config.json").is_file():
@@ -53,6 +55,16 @@ def find_adapter(file: Path) -> Path:
     # In the words that the user has: a relative path where there is one.
     near = Path(os.path.relpath(around))
     return around if os.pardir in near.parts else near
+
+
+def weights_hash(adapter: Path) -> str:
+    """The hash of everything in an adapter's folder that its answers depend on, and of nothing else there."""
+    found = sha256()
+    descriptions = [adapter / name for name in ("adapter_config.json", "nesting.json")]
+    for file in sorted((*adapter.glob("*.safetensors"), *(file for file in descriptions if file.is_file()))):
+        found.update(file.name.encode())
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def read_evaluation(file: Path) -> dict[str, Any]:
