@@ -97,6 +97,13 @@ def check_config(config: Any, state: NestedState) -> None:
             f"{scale:g}, but the nesting's scale at rank {config.r} is {nesting.scale(config.r):g}. Write "
             f"LoraConfig(r={config.r}, lora_alpha={nesting.lora_alpha:g}), or {_suggest(config)}"
         )
+    if any(str(key).removeprefix(r".*\.") in (config.target_parameters or ()) for key in config.rank_pattern or ()):
+        raise MatryoshkaError(
+            "PEFT takes 'all-linear', and names such as gate_proj, up_proj and w1, for this model's routed experts, "
+            "which transformers 5 has stacked, and gives some of them twice the rank. Name the other layers in "
+            "target_modules, as in ['q_proj', 'v_proj'], and the experts in target_parameters, as in "
+            "['experts.gate_up_proj']"
+        )
     for field in ("rank_pattern", "alpha_pattern"):
         if getattr(config, field, None):
             raise MatryoshkaError(f"{field} gives layers ranks or scales of their own: remove it, then use set_rank")

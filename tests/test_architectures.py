@@ -1,0 +1,30 @@
+"""Architectures with mechanisms of their own: what is right, and what is refused with its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import lora_config
+from peft import PeftModel, get_peft_model
+from tiny_architectures import tiny_causal_lm
+
+from matryoshka_lora import MatryoshkaError, Nesting, nest
+
+NESTING = Nesting([1, 2, 4])
+
+
+def peft_model(architecture: str, **changes: Any) -> PeftModel:
+    return get_peft_model(tiny_causal_lm(architecture), lora_config(NESTING, **changes))
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_layers_that_peft_takes_for_experts_are_refused_with_the_way_out(architecture: str) -> None:
+    """PEFT gives some of them twice the rank, in a rank_pattern that the user has not written."""
+    with pytest.raises(MatryoshkaError, match=r"PEFT takes 'all-linear'.*experts.*target_parameters"):
+        nest(peft_model(architecture, target_modules="all-linear"), NESTING)
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+    model = peft_model(architecture, target_modules=["o_proj"], target_parameters=experts)
+    layers = {module.__class__.__name__ for module in model.modules() if hasattr(module, "lora_A")}
+    assert layers == {"Linear", "ParamWrapper"}
+    nest(model, NESTING)
