@@ -28,3 +28,12 @@ def test_layers_that_peft_takes_for_experts_are_refused_with_the_way_out(archite
     layers = {module.__class__.__name__ for module in model.modules() if hasattr(module, "lora_A")}
     assert layers == {"Linear", "ParamWrapper"}
     nest(model, NESTING)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layer"), [("deepseek_v4", "self_attn.o_a_proj"), ("llama4", "feed_forward.router")]
+)
+def test_a_layer_that_is_linear_by_its_class_only_is_refused(architecture: str, layer: str) -> None:
+    """A grouped linear layer, and a router that returns two tensors: PEFT's own forward fails on them."""
+    with pytest.raises(MatryoshkaError, match=rf"{layer}.*leave it out of target_modules"):
+        nest(peft_model(architecture, target_modules="all-linear"), NESTING)

@@ -194,12 +194,15 @@ def _probe(name: str, module: Any, adapter: str) -> None:
     rank = variant.state.nesting.max_rank
     active, disabled = module._active_adapter, module._disable_adapters
     module._active_adapter, module._disable_adapters = [adapter], False
+    error = None
     try:
         with torch.no_grad():
             variant.override = Gate.on(variant.device, torch.full((rank,), math.nan))
             obeys = bool(_output(module, adapter).isnan().all())
             variant.override = Gate.on(variant.device, torch.zeros(rank))
             obeys = obeys and torch.equal(*_with_and_without(module, adapter))
+    except (RuntimeError, TypeError, AttributeError) as failure:  # of a layer that is linear by its class only
+        obeys, error = False, failure
     finally:
         variant.override = None
         module._active_adapter, module._disable_adapters = active, disabled
@@ -207,7 +210,8 @@ def _probe(name: str, module: Any, adapter: str) -> None:
         raise MatryoshkaError(
             f"layer {name} ({type(module).__name__} on {type(module.get_base_layer()).__name__}) does not obey a LoRA "
             "variant in this version of PEFT: leave it out of target_modules"
-        )
+            + (f" (it said {error!r:.200})" if error else "")
+        ) from error
 
 
 def _output(module: Any, adapter: str) -> Tensor:
