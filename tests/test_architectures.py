@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import lora_config
+import torch
+from adapter_checks import difference
+from conftest import lora_config, randomize
+from lm_checks import inputs
 from peft import PeftModel, get_peft_model
 from tiny_architectures import tiny_causal_lm
 
@@ -37,3 +40,21 @@ def test_a_layer_that_is_linear_by_its_class_only_is_refused(architecture: str, 
     """A grouped linear layer, and a router that returns two tensors: PEFT's own forward fails on them."""
     with pytest.raises(MatryoshkaError, match=rf"{layer}.*leave it out of target_modules"):
         nest(peft_model(architecture, target_modules="all-linear"), NESTING)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layer"),
+    [("laguna", "mlp.shared_experts.gate_proj"), ("inkling2_text", "k_proj.sconv.weight_proj")],
+)
+def test_a_layer_whose_factors_peft_could_not_read_again_is_refused(
+    architecture: str, layer: str, tmp_path: Any
+) -> None:
+    model = peft_model(architecture, target_modules="all-linear").eval()
+    with pytest.raises(MatryoshkaError, match=rf"{layer}.*PEFT would lose its factors"):
+        nest(model, NESTING)
+    # That PEFT loses them is seen without this package.
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_causal_lm(architecture), tmp_path).eval()
+    with torch.no_grad():
+        assert difference(again(**inputs(2, 8)).logits, model(**inputs(2, 8)).logits) > 0.01

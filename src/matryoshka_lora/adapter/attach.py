@@ -9,10 +9,13 @@ from typing import Any, get_args
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import layer as lora
+from peft.utils.save_and_load import get_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import get_parameters, has_adapter
 from matryoshka_lora.adapter.layers import SUBCLASSES
+from matryoshka_lora.adapter.slicing import factor_keys
 from matryoshka_lora.adapter.state import Inference, NestedState
 from matryoshka_lora.adapter.variant import Gate, NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
@@ -148,14 +151,27 @@ def _checked_layers(model: Any, state: NestedState, adapter: str) -> list[tuple[
     if not layers:
         raise MatryoshkaError(f"adapter {adapter!r} has no LoRA layer in this model")
     seen: dict[int, str] = {}
+    unreadable = _unreadable(model, adapter)
     for name, module in layers:
         reason = _why_not(module, state.rule, adapter, name)
+        if f"base_model.model.{name}" in unreadable:
+            reason = (
+                "PEFT would lose its factors when it reads them from a file: it renames them as transformers has "
+                "renamed weights of this model. Leave the layer out of target_modules"
+            )
         shared = seen.setdefault(id(get_parameters(module, adapter)[0]), name)
         if shared != name:
             reason = f"it shares its factors with layer {shared}"
         if reason:
             raise MatryoshkaError(f"layer {name} cannot be nested: {reason}")
     return layers
+
+
+def _unreadable(model: PeftModel, adapter: str) -> set[str]:
+    """The layers whose factors PEFT saves under one name and looks for under another."""
+    saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    names = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[adapter], dict(saved), adapter)
+    return {module for module, key_A, key_B in factor_keys(saved) if not {key_A, key_B} <= names.keys()}
 
 
 def _why_not(module: Any, rule: Rule, adapter: str, name: str) -> str | None:
