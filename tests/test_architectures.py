@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_checks import difference
-from conftest import lora_config, randomize
+from conftest import lora_config, randomize, tiny_llama
 from lm_checks import inputs
 from peft import PeftModel, get_peft_model
 from tiny_architectures import tiny_causal_lm
@@ -58,3 +58,36 @@ def test_a_layer_whose_factors_peft_could_not_read_again_is_refused(
     again = PeftModel.from_pretrained(tiny_causal_lm(architecture), tmp_path).eval()
     with torch.no_grad():
         assert difference(again(**inputs(2, 8)).logits, model(**inputs(2, 8)).logits) > 0.01
+
+
+SHARED = {
+    "head": (lambda: tiny_llama(tie_word_embeddings=True), ["lm_head"], "model.embed_tokens"),
+    "embedding": (lambda: tiny_llama(tie_word_embeddings=True), ["embed_tokens"], "lm_head"),
+    "block": (lambda: tiny_causal_lm("zamba"), ["q_proj"], r"model.layers.\d.shared_transf.self_attn.q_proj"),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_merging_into_a_weight_that_layers_share_is_refused(case: str) -> None:
+    """It would change the other layer too."""
+    build, targets, other = SHARED[case]
+    model = get_peft_model(build(), lora_config(NESTING, target_modules=targets))
+    randomize(model)
+    adapter = nest(model.eval(), NESTING)
+    before = [parameter.clone() for parameter in model.parameters()]
+    for merge in (lambda: adapter.merge(2), model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(MatryoshkaError, match=rf"also that of {other}"):
+            merge()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_weight_that_is_shared_no_more_can_be_merged_into() -> None:
+    model = get_peft_model(tiny_llama(tie_word_embeddings=True), lora_config(NESTING, target_modules=["lm_head"]))
+    randomize(model)
+    adapter = nest(model.eval(), NESTING)
+    embedding = model.get_base_model().get_input_embeddings()
+    embedding.weight = torch.nn.Parameter(embedding.weight.detach().clone())
+    with torch.no_grad():
+        expected = model(**inputs(2, 8)).logits
+        adapter.merge(4)
+        assert difference(model(**inputs(2, 8)).logits, expected) < 1e-5

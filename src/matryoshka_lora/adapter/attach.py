@@ -13,7 +13,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor, nn
 
-from matryoshka_lora.adapter.factors import get_parameters, has_adapter
+from matryoshka_lora.adapter.factors import get_parameters, get_weight, has_adapter
 from matryoshka_lora.adapter.layers import SUBCLASSES
 from matryoshka_lora.adapter.slicing import factor_keys
 from matryoshka_lora.adapter.state import Inference, NestedState
@@ -55,6 +55,7 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
         for _, module in layers:
             module.__class__ = SUBCLASSES.get(type(module), type(module))
             module.lora_variant[adapter] = NestedVariant(state, module, adapter)
+        _find_sharing(model, layers, adapter)
         probed: set[tuple[type, type]] = set()
         for name, module in layers:
             kind = (type(module), type(module.get_base_layer()))
@@ -68,6 +69,18 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
             if variant is not None:
                 module.lora_variant[adapter] = variant
         raise
+
+
+def _find_sharing(model: PeftModel, layers: list[tuple[str, Any]], adapter: str) -> None:
+    """Tell each variant which other modules have its layer's base weight, as tied embeddings and shared blocks do."""
+    owners: dict[int, dict[str, nn.Module]] = {}
+    for name, module in model.get_base_model().named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), {})[name.replace(".base_layer", "")] = module
+    for name, module in layers:
+        others = dict(owners.get(id(get_weight(module)), {}))
+        others.pop(name.replace(".base_layer", ""), None)
+        module.lora_variant[adapter].sharing = others
 
 
 def check_config(config: Any, state: NestedState) -> None:
