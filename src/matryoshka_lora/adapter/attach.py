@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import torch
@@ -31,6 +31,9 @@ _SUPPORTED = {
     *(f"peft.tuners.lora.bnb.{name}" for name in ("Linear4bit", "Linear8bitLt")),
     *(f"{kind.__module__}.{kind.__name__}" for kind in SUBCLASSES.values()),
 }
+
+# Of transformers' models, by the type of their config: tokens are dimension 0 of some layers' inputs, rows dimension 1.
+_TOKENS_FIRST = {"fsmt", "led", "longformer", "mlcd", "mlcd_vision_model", "xlnet"}
 
 # These start from factors that are only right when p is the constant s_R.
 INITS_THAT_ASSUME_A_SCALE = ("pissa", "corda", "olora", "lora_ga", "loftq")
@@ -81,6 +84,18 @@ def _find_sharing(model: PeftModel, layers: list[tuple[str, Any]], adapter: str)
         others = dict(owners.get(id(get_weight(module)), {}))
         others.pop(name.replace(".base_layer", ""), None)
         module.lora_variant[adapter].sharing = others
+
+
+def why_no_rows(model: PeftModel, layers: Sequence[str]) -> str | None:
+    """Why the rows of a batch cannot have ranks of their own in some of these layers, if so."""
+    for layer in layers:
+        if ".experts." in f".{layer}.":
+            return f"tokens of {layer} are routed to experts and have left their rows"
+    for name, module in model.get_base_model().named_modules():
+        kind = str(getattr(getattr(module, "config", None), "model_type", None))
+        if kind in _TOKENS_FIRST and any(f".{layer}".startswith(f".{name}") for layer in layers):
+            return f"layers of a {kind} model get tokens in the place of rows"
+    return None
 
 
 def check_config(config: Any, state: NestedState) -> None:
@@ -177,6 +192,9 @@ def _checked_layers(model: Any, state: NestedState, adapter: str) -> list[tuple[
             reason = f"it shares its factors with layer {shared}"
         if reason:
             raise MatryoshkaError(f"layer {name} cannot be nested: {reason}")
+    no_rows = why_no_rows(model, [name for name, _ in layers]) if state.rule.per_row else None
+    if no_rows:
+        raise MatryoshkaError(f"{no_rows}; rule {state.rule.name!r} needs them: take another rule")
     return layers
 
 
@@ -209,8 +227,6 @@ def _why_not(module: Any, rule: Rule, adapter: str, name: str) -> str | None:
         return "PEFT's A follows neither the dilation nor the padding mode of a convolution"
     if isinstance(module, lora.ParamWrapper) and (rule.per_row or rule.name == "dylora-frozen"):
         return f"target_parameters give one delta to all rows and all columns; rule {rule.name!r} needs them apart"
-    if rule.per_row and ".experts." in f".{name}.":
-        return f"tokens that are routed to experts have left their rows; rule {rule.name!r} needs them"
     return None
 
 

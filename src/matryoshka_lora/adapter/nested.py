@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
-from matryoshka_lora.adapter.attach import attach, nested_layers, trained_besides
+from matryoshka_lora.adapter.attach import attach, nested_layers, trained_besides, why_no_rows
 from matryoshka_lora.adapter.factors import as_parameters, assign, get_factors, get_parameters
 from matryoshka_lora.adapter.state import Inference, NestedState
 from matryoshka_lora.adapter.storage import export_rank, save_adapter
@@ -215,7 +215,7 @@ class NestedAdapter:
                 "that no rank takes out. Load the base model by itself"
             )
         self._check_unmerged("give each row a rank")
-        self._check_routing()
+        self._check_rows()
         diagonals = {rank: state.mask(rank) * (state.scale(rank) if rank else 0.0) for rank in set(ranks)}
         with self._standing(torch.stack([diagonals[rank] for rank in ranks]), exact):
             yield
@@ -366,13 +366,12 @@ class NestedAdapter:
         for _, module, variant in self._layers():
             variant.check_mergeable(module)
 
-    def _check_routing(self) -> None:
-        for name, _, _ in self._layers():
-            if ".experts." in f".{name}.":
-                raise MatryoshkaError(
-                    f"tokens of {name} are routed to experts and have left their rows: use set_rank. To evaluate, "
-                    "export the ranks and run lm-evaluation-harness on each"
-                )
+    def _check_rows(self) -> None:
+        reason = why_no_rows(self.model, [name for name, _, _ in self._layers()])
+        if reason:
+            raise MatryoshkaError(
+                f"{reason}: use set_rank. To evaluate, export the ranks and run lm-evaluation-harness on each"
+            )
 
 
 def _matches(pattern: str, name: str) -> bool:

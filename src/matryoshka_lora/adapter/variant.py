@@ -64,8 +64,9 @@ class Gate(NamedTuple):
         if self.allow_fewer and rows < given and len(shape) >= 2 + spatial:
             return diagonal[:rows]
         has_tokens = len(shape) > 2 or spatial > 0
+        tokens_first = has_tokens and spatial == 0 and 1 < given == shape[1]
         # Without gradients only, as in `generate`: a wrong number of rows in a training batch must not pass for beams.
-        if has_tokens and not torch.is_grad_enabled() and rows % given == 0:
+        if has_tokens and not tokens_first and not torch.is_grad_enabled() and rows % given == 0:
             return diagonal.repeat_interleave(rows // given, dim=0)
         raise MatryoshkaError(
             f"{given} rows have a rank, but a layer got {rows} rows: give one rank for each row of the batch. "
