@@ -71,7 +71,10 @@ class Report:
     parts: dict[str, Verdict] = field(default_factory=dict)
 
 
-def check(case: Case, parts: Sequence[str] = ("ranks", "rows", "merge", "reorder", "save")) -> Report:
+PARTS = ("ranks", "rows", "merge", "reorder", "save")
+
+
+def check(case: Case, parts: Sequence[str] = PARTS) -> Report:
     """Check parts of a case, which are its methods; the last two take the adapter to another form."""
     report = Report()
 
@@ -137,8 +140,9 @@ class Case:
     def nest(self) -> None:
         """Every layer that PEFT targets is nested; "all-linear" leaves none out but the output layer."""
         config = LoraConfig(r=NESTING.max_rank, lora_alpha=NESTING.lora_alpha, **copy.deepcopy(dict(self.targets)))
+        model = copy.deepcopy(self.base)
         try:
-            model = get_peft_model(copy.deepcopy(self.base), config)
+            model = get_peft_model(model, config)
         except Exception as error:
             raise NothingToCheckError(f"PEFT: {error}") from error
         self.adapter = nest(model, NESTING)
@@ -174,6 +178,9 @@ class Case:
             if isinstance(module, LoraLinear)
         ]
         loss = self.answer(model).square().mean()
+        if not loss.requires_grad:  # as PEFT's manual says of reversible layers and of gradient checkpointing
+            model.enable_input_require_grads()
+            loss = self.answer(model).square().mean()
         if not bool(loss.isfinite()):
             raise WrongError(f"the loss is {loss.item()}")
         loss.backward()

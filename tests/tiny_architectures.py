@@ -127,6 +127,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "laguna": _BOTH,
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -156,6 +157,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
         "pronunciation_vocab_size": VOCABULARY,
     },
     "smollm3": _BOTH,
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
     # Two occurrences, so that they share one block.
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
@@ -172,6 +174,30 @@ _EXCEPTIONS["qwen4_exp"] = {"text_config": _EXCEPTIONS["qwen4_exp_text"]}
 _PARTS = ("musicgen", "musicgen_melody")
 
 
+# What a config can turn on that the defaults leave off.
+_LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v3, queries of full rank": ("deepseek_v3", {"q_lora_rank": None}),
+    "falcon, ALiBi": ("falcon", {"alibi": True}),
+    "falcon, grouped queries": ("falcon", {"new_decoder_architecture": True}),
+    "falcon, sequential layers": ("falcon", {"parallel_attn": False, "multi_query": False, "num_kv_heads": 4}),
+    "gemma2, eager attention": ("gemma2", {"attn_implementation": "eager"}),
+    "gemma3_text, both directions": ("gemma3_text", {"use_bidirectional_attention": True}),
+    "gpt2, scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
+    "gpt_bigcode, heads of their own": ("gpt_bigcode", {"multi_query": False}),
+    "granite, multipliers": (
+        "granite",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0},
+    ),
+    "llama, tied embeddings": ("llama", {"tie_word_embeddings": True}),
+    "llama, yarn": ("llama", {"rope_parameters": {**_ROPE, "rope_type": "yarn", "factor": 4.0}}),
+    "olmo, clipped": ("olmo", {"clip_qkv": 0.3}),
+    "opt, norms after and narrow embeddings": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    "phi3, long RoPE": ("phi3", {"original_max_position_embeddings": 16, "rope_parameters": _LONG_ROPE}),
+    "stablelm, parallel with norms": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+}
+
+
 def tiny_config(architecture: str, **changes: Any) -> PreTrainedConfig:
     """The config of a tiny model of an architecture, named as in ``MODEL_FOR_CAUSAL_LM_MAPPING_NAMES``."""
     # Some of the names are of models of several parts, of which one writes text and has a config of its own.
@@ -179,12 +205,20 @@ def tiny_config(architecture: str, **changes: Any) -> PreTrainedConfig:
     return kind(**{**_small(kind, _EXCEPTIONS.get(architecture, {})), **changes})
 
 
-def tiny_causal_lm(architecture: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A tiny model with random weights, the same ones for the same seed; fp32, eval mode."""
+def tiny_causal_lm(
+    architecture: str, seed: int = 0, attn_implementation: str | None = None, **changes: Any
+) -> PreTrainedModel:
+    """A tiny model of an architecture or a variant, with random weights, the same ones for the same seed.
+
+    It is in fp32 and in eval mode.
+    """
+    if architecture in VARIANTS:
+        architecture, more = VARIANTS[architecture]
+        return tiny_causal_lm(architecture, seed, **{**more, **changes})
     torch.manual_seed(seed)
     config = tiny_config(architecture, **changes)
     build = _class(architecture)._from_config if architecture in _PARTS else AutoModelForCausalLM.from_config
-    return build(config).eval()
+    return build(config, attn_implementation=attn_implementation).eval()
 
 
 def _class(architecture: str) -> Any:

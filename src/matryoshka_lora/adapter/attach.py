@@ -252,11 +252,13 @@ def _probe(name: str, module: Any, adapter: str) -> None:
         variant.override = None
         module._active_adapter, module._disable_adapters = active, disabled
     if not obeys:
-        raise MatryoshkaError(
-            f"layer {name} ({type(module).__name__} on {type(module.get_base_layer()).__name__}) does not obey a LoRA "
-            "variant in this version of PEFT: leave it out of target_modules"
-            + (f" (it said {error!r:.200})" if error else "")
-        ) from error
+        where = f"layer {name} ({type(module).__name__} on {type(module.get_base_layer()).__name__})"
+        why = (
+            "does not obey a LoRA variant in this version of PEFT"
+            if error is None
+            else f"takes no LoRA: {error!r:.200}"
+        )
+        raise MatryoshkaError(f"{where} {why}; leave it out of target_modules") from error
 
 
 def _output(module: Any, adapter: str) -> Tensor:
