@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from adapter_checks import LENGTH, RANKS, Case, NothingToCheckError, Report, WrongError, check
+from adapter_checks import LENGTH, NESTING, RANKS, Case, NothingToCheckError, Report, WrongError, check
+from peft import LoraConfig, get_peft_model
 from tiny_chat import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from matryoshka_lora import MatryoshkaError, nest
 from matryoshka_lora.evaluate.engine import Engine
 
 NEW = 8
@@ -23,38 +27,51 @@ NEW = 8
 TOKENIZER = tiny_tokenizer()
 END = 2
 
-# PEFT takes layers of these names for routed experts, where transformers 5 has stacked what were layers in version 4,
-# and refuses the last one in a model of Mamba's kind.
-_OTHER_MEANING = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "out_proj"}
+# PEFT takes linear layers of these names for routed experts, where transformers 5 has stacked what were such layers.
+_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 def check_language_model(model: PreTrainedModel) -> dict[str, Report]:
     """Check an adapter on all linear layers, or on some where PEFT cannot have all, and one on stacked experts."""
-    base = _in_double(model)
+    double = _in_double(model)
 
-    def found(targets: dict[str, Any], *more: str) -> Report:
+    def found(base: PreTrainedModel, targets: dict[str, Any], *more: str) -> Report:
         with tempfile.TemporaryDirectory() as folder:
             case = CausalCase(base, targets, Path(folder))
             return check(case, ("ranks", "rows", "generate", *more, "merge", "reorder", "save"))
 
-    reports = {"all-linear": found({"target_modules": "all-linear"}, "engine")}
-    some, experts = named_layers(base), stacked_experts(base)
-    if reports["all-linear"].parts["nest"].state != "right" and some:
-        reports["named"] = found({"target_modules": some}, "engine")
-    if experts:
-        reports["experts"] = found({"target_modules": [], "target_parameters": experts})
+    reports = {"all-linear": found(double, {"target_modules": "all-linear"}, "engine")}
+    if reports["all-linear"].parts["nest"].state != "right":
+        reports["named"] = found(double, {"target_modules": named_layers(model)}, "engine")
+    experts = stacked_experts(model)
+    if experts:  # as they are computed by default
+        reports["experts"] = found(model, {"target_modules": [], "target_parameters": experts})
     return reports
 
 
 def named_layers(model: PreTrainedModel) -> list[str]:
-    """The names of a model's linear layers, each without its path, but for those that PEFT takes for something else."""
+    """The names of linear layers, each without its path, that are left when the ways out of all refusals are taken."""
     output = model.get_output_embeddings()
-    linear = {
-        name.rpartition(".")[2]: module is output
+    names = {
+        name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D)
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not output
     }
-    return sorted(name for name, is_output in linear.items() if not is_output and name not in _OTHER_MEANING)
+    while names:
+        config = LoraConfig(r=NESTING.max_rank, lora_alpha=NESTING.lora_alpha, target_modules=sorted(names))
+        try:
+            nest(get_peft_model(copy.deepcopy(model), config), NESTING)
+        except (MatryoshkaError, ValueError) as refusal:
+            left_out = re.search(
+                r"layer (\S+) .*eave .* out of target_modules|Module '(\w+)' is incompatible", str(refusal)
+            )
+            out = {(left_out[1] or left_out[2]).rpartition(".")[2]} if left_out else _EXPERTS
+            if not names & out:
+                break
+            names -= out
+        else:
+            break
+    return sorted(names)
 
 
 def stacked_experts(model: PreTrainedModel) -> list[str]:
@@ -153,10 +170,13 @@ def tokens(rows: int, length: int) -> Tensor:
 def _in_double(model: PreTrainedModel) -> PreTrainedModel:
     """In float64, unless the model computes in other precisions only."""
     double = copy.deepcopy(model).double()
+    double.set_experts_implementation("eager")  # the others know no float64
     tried = copy.deepcopy(double).train()  # some models keep what they have computed
     try:
         logits = tried(**inputs(2, LENGTH)).logits
         logits.square().mean().backward()
+        with contextlib.suppress(AttributeError, IndexError, TypeError, ValueError):  # no `generate`, in no precision
+            tried.eval().generate(input_ids=tokens(1, 4), max_new_tokens=2, pad_token_id=0)
     except RuntimeError:
         return model
     return double if bool(logits.isfinite().all()) else model

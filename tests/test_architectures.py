@@ -2,19 +2,68 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_checks import difference
+import transformers
+from adapter_checks import RANKS, check, difference, parameters
 from conftest import lora_config, randomize, tiny_llama
-from lm_checks import inputs
+from lm_checks import CausalCase, check_language_model, inputs
 from peft import PeftModel, get_peft_model
-from tiny_architectures import tiny_causal_lm
+from tiny_architectures import ARCHITECTURES, VARIANTS, tiny_causal_lm
 
 from matryoshka_lora import MatryoshkaError, Nesting, nest
 
 NESTING = Nesting([1, 2, 4])
+
+
+# One of each mechanism: what is refused beside the engine. Everything else must be right.
+ALL_LINEAR, EXPERTS = {"all-linear": {"nest"}}, {"experts": {"rows"}}
+REPRESENTATIVE: dict[str, dict[str, set[str]]] = {
+    "llama": {},
+    "gemma2": {},  # windows, softcaps
+    "gpt2": {},  # transposed weights, learned positions
+    "bloom": {},  # ALiBi
+    "gemma3n_text": {},  # keys and values of another layer, changes in place
+    "opt": {"all-linear": {"rows"}},  # flattened tokens
+    "xlnet": {"all-linear": {"rows"}},  # tokens first
+    "recurrent_gemma": {},  # recurrence
+    "zamba": {"all-linear": {"merge"}},  # Mamba, shared blocks
+    "mamba2": {},
+    "deepseek_v3": {**ALL_LINEAR, **EXPERTS},  # latent attention
+    "gpt_oss": EXPERTS,  # attention sinks, experts with biases
+    "qwen3_next": {**ALL_LINEAR, "named": {"rows"}, **EXPERTS},  # linear attention
+}
+
+
+@pytest.mark.parametrize("architecture", REPRESENTATIVE)
+def test_every_part_is_right_or_refused(architecture: str) -> None:
+    """`python benchmarks/architectures.py` does this for all of transformers' architectures."""
+    reports = check_language_model(tiny_causal_lm(architecture))
+    verdicts = {(targets, part): v for targets, report in reports.items() for part, v in report.parts.items()}
+    assert not {key: verdict.why for key, verdict in verdicts.items() if verdict.state == "wrong"}
+    refused = {key for key, verdict in verdicts.items() if verdict.state == "refused" and key[1] != "engine"}
+    assert refused == {(targets, part) for targets, parts in REPRESENTATIVE[architecture].items() for part in parts}
+    assert len(verdicts) >= 9
+
+
+def test_the_checks_see_what_is_wrong(tmp_path: Path) -> None:
+    """Each of them, when one factor is half a percent larger than what plain PEFT was given."""
+    case = CausalCase(tiny_causal_lm("llama").double(), {"target_modules": "all-linear"}, tmp_path)
+    case.nest()
+    case.train()
+    for rank in RANKS:
+        case.plain(rank)
+    for module in case.layers.values():
+        parameters(module)[1].data.mul_(1.005)
+    case.nest = case.train = lambda: None  # done
+    report = check(case, ("ranks", "rows", "engine", "merge"))
+    assert {part: verdict.state for part, verdict in report.parts.items() if part not in ("nest", "train")} == (
+        dict.fromkeys(("ranks", "rows", "engine", "merge"), "wrong")
+    )
 
 
 def peft_model(architecture: str, **changes: Any) -> PeftModel:
@@ -119,3 +168,27 @@ def test_a_layer_with_as_many_tokens_as_rows_first_gets_no_ranks_for_rows() -> N
         pytest.raises(MatryoshkaError, match="2 rows have a rank, but a layer got 8 rows"),
     ):
         adapter.model(torch.randn(8, 2, 16))
+
+
+def test_the_table_of_all_architectures_agrees_with_itself() -> None:
+    """It is written by `python benchmarks/architectures.py`; whether it is fresh is not tested."""
+    page = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text(encoding="utf-8")
+    table, variants = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith("| `")]
+        for part in page.split("## Variants")
+    )
+    said = {
+        word: int(number) for number, word in re.findall(r"^\* (\d+) (are right|are refused|could not)", page, re.M)
+    }
+    total = int(re.search(r"Of the (\d+) architectures", page)[1])
+    usable = [cells for cells in table if cells[2].startswith("right")]
+    assert said == {"are right": len(usable), "are refused": len(table) - len(usable), "could not": total - len(table)}
+    assert f"{sum(cells[3].startswith('right') for cells in usable)} of them also have a rank for each row" in page
+    assert re.search(rf"and {sum(cells[4].startswith('right') for cells in usable)}\s+the engine", page)
+    assert all(re.match(r"right|refused|$", cell) for cells in [*table, *variants] for cell in cells[2:])
+    assert {cells[0].strip("`") for cells in variants} <= set(VARIANTS)
+    reasons = set(re.findall(r"\(#reason-(\d+)\)", page))
+    assert reasons == set(re.findall(r'<a id="reason-(\d+)">', page))
+    if f"transformers {transformers.__version__}," in page:
+        assert {cells[0].strip("`") for cells in table} <= set(ARCHITECTURES)
+        assert total == len(ARCHITECTURES)

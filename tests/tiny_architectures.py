@@ -38,8 +38,8 @@ _NAMES: tuple[tuple[Any, str], ...] = (
         "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_blocks depth "
         "num_encoder_layers num_decoder_layers num_key_value_heads num_kv_heads swa_num_key_value_heads "
         "num_experts_per_tok moe_topk moe_k linear_num_key_heads linear_num_value_heads linear_num_heads index_n_heads "
-        "global_num_key_value_heads num_global_key_value_heads kv_n_heads moe_top_k num_layers_per_stack "
-        "index_topk_blocks",
+        "global_num_key_value_heads num_global_key_value_heads kv_n_heads moe_top_k top_k_experts "
+        "num_layers_per_stack index_topk_blocks",
     ),
     (
         4,
@@ -83,7 +83,7 @@ _NAMES: tuple[tuple[Any, str], ...] = (
     ),
     (0.2, "initializer_range init_std"),  # large enough for the tokens to depend on the adapter
     (5.0, "attn_logit_softcapping final_logit_softcapping"),
-    (True, "use_sliding_window is_decoder enable_moe_block is_moe"),
+    (True, "use_sliding_window is_decoder"),
     (0.0, "attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop dropout activation_dropout"),
 )
 _SIZES = {name: value for value, names in _NAMES for name in names.split()}
@@ -178,11 +178,13 @@ _PARTS = ("musicgen", "musicgen_melody")
 _LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3, queries of full rank": ("deepseek_v3", {"q_lora_rank": None}),
+    "doge, experts": ("doge", {"is_moe": True}),
     "falcon, ALiBi": ("falcon", {"alibi": True}),
     "falcon, grouped queries": ("falcon", {"new_decoder_architecture": True}),
     "falcon, sequential layers": ("falcon", {"parallel_attn": False, "multi_query": False, "num_kv_heads": 4}),
     "gemma2, eager attention": ("gemma2", {"attn_implementation": "eager"}),
     "gemma3_text, both directions": ("gemma3_text", {"use_bidirectional_attention": True}),
+    "gemma4_text, experts": ("gemma4_text", {"enable_moe_block": True}),
     "gpt2, scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
     "gpt_bigcode, heads of their own": ("gpt_bigcode", {"multi_query": False}),
     "granite, multipliers": (
@@ -273,7 +275,7 @@ def _fields(kind: type[PreTrainedConfig]) -> dict[str, Any]:
 
 
 # It has no default.
-_ASSISTANT = {"enable_moe_block": False, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+_ASSISTANT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 _EXCEPTIONS["gemma4_assistant"] = {
     "text_config": {**_small(CONFIG_MAPPING["gemma4_text"], _ASSISTANT), "model_type": "gemma4_text"}
 }
