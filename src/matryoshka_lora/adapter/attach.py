@@ -10,11 +10,14 @@ from typing import Any, get_args
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import layer as lora
+from peft.utils.save_and_load import get_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor, nn
 
-from matryoshka_lora.adapter.factors import get_parameters, has_adapter
+from matryoshka_lora.adapter.factors import get_parameters, get_weight, has_adapter
 from matryoshka_lora.adapter.layers import SUBCLASSES
 from matryoshka_lora.adapter.rows import PLACES, RowCount, check_rows_apart
+from matryoshka_lora.adapter.slicing import factor_keys
 from matryoshka_lora.adapter.state import Inference, NestedState
 from matryoshka_lora.adapter.variant import Gate, NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
@@ -60,6 +63,7 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
             module.__class__ = SUBCLASSES.get(own, own)
         for _, module in layers:
             module.lora_variant[adapter] = NestedVariant(state, module, adapter, scale)
+        _find_sharing(model, layers, adapter)
         probed: set[tuple[type, type]] = set()
         for name, module in layers:
             kind = (type(module), type(module.get_base_layer()))
@@ -118,6 +122,18 @@ def _check_rows(model: PeftModel, inputs: Mapping[str, Any]) -> None:
         return
 
 
+def _find_sharing(model: PeftModel, layers: list[tuple[str, Any]], adapter: str) -> None:
+    """Tell each variant which other modules have its layer's base weight, as tied embeddings and shared blocks do."""
+    owners: dict[int, dict[str, nn.Module]] = {}
+    for name, module in model.get_base_model().named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), {})[name.replace(".base_layer", "")] = module
+    for name, module in layers:
+        others = dict(owners.get(id(get_weight(module)), {}))
+        others.pop(name.replace(".base_layer", ""), None)
+        module.lora_variant[adapter].sharing = others
+
+
 def check_config(config: Any, state: NestedState) -> None:
     """Whether a PEFT config and a nesting describe the same adapter.
 
@@ -147,6 +163,13 @@ def check_config(config: Any, state: NestedState) -> None:
             f"LoraConfig's lora_alpha={config.lora_alpha:g} and use_rslora={config.use_rslora} scale the adapter by "
             f"{scale:g}, but the nesting's scale at rank {config.r} is {nesting.scale(config.r):g}. Write "
             f"LoraConfig(r={config.r}, lora_alpha={nesting.lora_alpha:g}), or {_suggest(config)}"
+        )
+    if any(str(key).removeprefix(r".*\.") in (config.target_parameters or ()) for key in config.rank_pattern or ()):
+        raise MatryoshkaError(
+            "PEFT takes 'all-linear', and names such as gate_proj, up_proj and w1, for this model's routed experts, "
+            "which transformers 5 has stacked, and gives some of them twice the rank. Name the other layers in "
+            "target_modules, as in ['q_proj', 'v_proj'], and the experts in target_parameters, as in "
+            "['experts.gate_up_proj']"
         )
     for field in ("rank_pattern", "alpha_pattern"):
         if getattr(config, field, None):
@@ -198,14 +221,27 @@ def _checked_layers(model: Any, state: NestedState, adapter: str) -> list[tuple[
     if not layers:
         raise MatryoshkaError(f"adapter {adapter!r} has no LoRA layer in this model")
     seen: dict[int, str] = {}
+    unreadable = _unreadable(model, adapter)
     for name, module in layers:
         reason = _why_not(module, state.rule, adapter, name) or _why_not_in(model.get_base_model(), name)
+        if f"base_model.model.{name}" in unreadable:
+            reason = (
+                "PEFT would lose its factors when it reads them from a file: it renames them as transformers has "
+                "renamed weights of this model. Leave the layer out of target_modules"
+            )
         shared = seen.setdefault(id(get_parameters(module, adapter)[0]), name)
         if shared != name:
             reason = f"it shares its factors with layer {shared}"
         if reason:
             raise MatryoshkaError(f"layer {name} cannot be nested: {reason}")
     return layers
+
+
+def _unreadable(model: PeftModel, adapter: str) -> set[str]:
+    """The layers whose factors PEFT saves under one name and looks for under another."""
+    saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    names = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[adapter], dict(saved), adapter)
+    return {module for module, key_A, key_B in factor_keys(saved) if not {key_A, key_B} <= names.keys()}
 
 
 def _why_not(module: Any, rule: Rule, adapter: str, name: str) -> str | None:
@@ -258,20 +294,26 @@ def _probe(name: str, module: Any, adapter: str) -> None:
     rank = variant.state.nesting.max_rank
     active, disabled = module._active_adapter, module._disable_adapters
     module._active_adapter, module._disable_adapters = [adapter], False
+    error = None
     try:
         with torch.no_grad():
             variant.override = Gate.on(variant.device, torch.full((rank,), math.nan))
             obeys = bool(_output(module, adapter).isnan().all())
             variant.override = Gate.on(variant.device, torch.zeros(rank))
             obeys = obeys and torch.equal(*_with_and_without(module, adapter))
+    except (RuntimeError, TypeError, AttributeError) as failure:  # of a layer that is linear by its class only
+        obeys, error = False, failure
     finally:
         variant.override = None
         module._active_adapter, module._disable_adapters = active, disabled
     if not obeys:
-        raise MatryoshkaError(
-            f"layer {name} ({type(module).__name__} on {type(module.get_base_layer()).__name__}) does not obey a LoRA "
-            "variant in this version of PEFT: leave it out of target_modules"
+        where = f"layer {name} ({type(module).__name__} on {type(module.get_base_layer()).__name__})"
+        why = (
+            "does not obey a LoRA variant in this version of PEFT"
+            if error is None
+            else f"takes no LoRA: {error!r:.200}"
         )
+        raise MatryoshkaError(f"{where} {why}; leave it out of target_modules") from error
 
 
 def _output(module: Any, adapter: str) -> Tensor:

@@ -24,6 +24,12 @@ def get_parameters(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     return module.lora_A[adapter].weight, module.lora_B[adapter].weight
 
 
+def get_weight(module: Any) -> Tensor:
+    """The frozen weight that an adapter of this layer changes."""
+    weight: Tensor = module.get_param() if isinstance(module, ParamWrapper) else module.get_base_layer().weight
+    return weight
+
+
 def get_factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """A of shape (R, in) and B of shape (out, R); with a leading dimension for experts. Views where possible."""
     A, B = get_parameters(module, adapter)

@@ -16,7 +16,7 @@ from matryoshka_lora.adapter.attach import attach, nest_copies, nested_layers, t
 from matryoshka_lora.adapter.factors import as_parameters, assign, get_factors, get_parameters
 from matryoshka_lora.adapter.state import Inference, NestedState
 from matryoshka_lora.adapter.storage import export_rank, save_adapter
-from matryoshka_lora.adapter.variant import Gate, NestedVariant, check_mergeable
+from matryoshka_lora.adapter.variant import Gate, NestedVariant
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.reorder import reorder_factors
@@ -399,8 +399,8 @@ class NestedAdapter:
             raise MatryoshkaError(f"adapter {self.name!r} is merged into the base weights: unmerge it to {what}")
 
     def _check_mergeable(self) -> None:
-        for _, module, _ in self._layers():
-            check_mergeable(module)
+        for _, module, variant in self._layers():
+            variant.check_mergeable(module)
 
     def _check_routing(self) -> None:
         for name, _, _ in self._layers():

@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant
 from peft.tuners.lora.layer import _ConvNd as ConvNd
 from torch import Tensor, nn
 
-from matryoshka_lora.adapter.factors import get_factors, get_parameters, to_weight
+from matryoshka_lora.adapter.factors import get_factors, get_parameters, get_weight, to_weight
 from matryoshka_lora.adapter.state import NestedState
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.ops import full_precision
@@ -111,6 +111,7 @@ class NestedVariant(LoraVariant):
         deployed: The chosen rank, used in eval mode and for merging.
         rank: The rank of `deployed`.
         override: Stands before both while a `rows` context is open.
+        sharing: Modules that had the weight of this variant's base layer when it was attached, by their names.
     """
 
     def __init__(self, state: NestedState, module: LoraLayer, adapter: str, initial_scale: float) -> None:
@@ -120,6 +121,7 @@ class NestedVariant(LoraVariant):
         self.initial_scale = initial_scale
         self.training: Gate | None = None
         self.override: Gate | None = None
+        self.sharing: dict[str, nn.Module] = {}
         self.deployed: Gate
         self.rank: int
         self.takes_rows_first = False  # as far as was seen
@@ -287,15 +289,26 @@ class NestedVariant(LoraVariant):
             self._merged = (self.deployed, self.ratio(module, adapter))
         return self.delta(module, adapter, *self._merged)
 
+    def check_mergeable(self, module: LoraLayer) -> None:
+        """Raises MatryoshkaError where another layer would change too, or PEFT would misread the base weight."""
+        _check_layout(module)
+        weight = get_weight(module)
+        for name, other in self.sharing.items():
+            if any(weight is parameter for parameter in other.parameters(recurse=False)):
+                raise MatryoshkaError(
+                    f"the base weight is also that of {name}, which merging would change as well. Use the adapter "
+                    "without merging; or give one of the two layers a copy of the weight, and merge then"
+                )
+
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        check_mergeable(module)
+        self.check_mergeable(module)
         return _add(module, orig_weight, self.merged_delta(module, active_adapter))
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         orig_weight.data = self.merge_safe(module, active_adapter, orig_weight.data)
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        check_mergeable(module)
+        _check_layout(module)
         delta, self._merged = self.merged_delta(module, active_adapter, again=True), None
         return _add(module, orig_weight, -delta)
 
@@ -306,7 +319,7 @@ def _next_number() -> int:
     return number
 
 
-def check_mergeable(module: LoraLayer) -> None:
+def _check_layout(module: LoraLayer) -> None:
     """Raises MatryoshkaError where the base weight is in a layout that PEFT would misread."""
     state = getattr(getattr(module.get_base_layer(), "weight", None), "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
