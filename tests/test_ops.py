@@ -176,6 +176,9 @@ def test_what_a_hook_has_packed_is_not_unpacked_before_the_backward_pass() -> No
         assert unpacked
         unpacked.clear()
     for ours, plain in zip(*found, strict=True):
+        assert (ours - plain).norm() <= 1e-12 * plain.norm()
+
+
 @pytest.mark.parametrize("tokens", [(ROWS, TOKENS), (ROWS,)])
 def test_a_model_may_change_the_output_in_place(tokens: tuple[int, ...]) -> None:
     """As Gemma3n does with the coefficients of its residual streams."""
