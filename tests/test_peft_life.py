@@ -955,8 +955,10 @@ def refused(model: Any, message: str, x: Tensor | None = None, nesting: Any = NE
     before = run(), {k: v.clone() for k, v in model.state_dict().items()}, [type(m) for m in model.modules()]
     variants = [dict(m.lora_variant) for m in model.modules() if hasattr(m, "lora_variant")]
     training = [m.training for m in model.modules()]
+    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
     with pytest.raises(MatryoshkaError, match=message):
         nest(model, nesting, **options)
+    assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == hooks
     assert [type(m) for m in model.modules()] == before[2]
     assert [m.training for m in model.modules()] == training
     assert [dict(m.lora_variant) for m in model.modules() if hasattr(m, "lora_variant")] == variants

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import get_parameters, has_adapter
 from matryoshka_lora.adapter.layers import SUBCLASSES
+from matryoshka_lora.adapter.rows import RowCount
 from matryoshka_lora.adapter.state import Inference, NestedState
 from matryoshka_lora.adapter.variant import Gate, NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
@@ -50,11 +51,14 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
     scale = _initial_scale(model.peft_config[adapter])
     before = [(module, module.lora_variant.get(adapter)) for _, module in layers]
     classes = [(module, type(module)) for module in (model.base_model, *(module for _, module in layers))]
+    counted = vars(model.base_model).get("row_count")
+    rows = RowCount(model) if counted is None else counted
     try:
         for module, own in classes:
             module.__class__ = SUBCLASSES.get(own, own)
+        model.base_model.row_count = rows
         for _, module in layers:
-            module.lora_variant[adapter] = NestedVariant(state, module, adapter, scale)
+            module.lora_variant[adapter] = NestedVariant(state, module, adapter, scale, rows)
         probed: set[tuple[type, type]] = set()
         for name, module in layers:
             kind = (type(module), type(module.get_base_layer()))
@@ -68,6 +72,9 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
             module.lora_variant.pop(adapter, None)
             if variant is not None:
                 module.lora_variant[adapter] = variant
+        if counted is None:
+            rows.remove()
+            vars(model.base_model).pop("row_count", None)
         raise
 
 
@@ -152,7 +159,7 @@ def _checked_layers(model: Any, state: NestedState, adapter: str) -> list[tuple[
         raise MatryoshkaError(f"adapter {adapter!r} has no LoRA layer in this model")
     seen: dict[int, str] = {}
     for name, module in layers:
-        reason = _why_not(module, state.rule, adapter, name)
+        reason = _why_not(module, state.rule, adapter, name) or _why_not_in(model.get_base_model(), name)
         shared = seen.setdefault(id(get_parameters(module, adapter)[0]), name)
         if shared != name:
             reason = f"it shares its factors with layer {shared}"
@@ -185,6 +192,20 @@ def _why_not(module: Any, rule: Rule, adapter: str, name: str) -> str | None:
         return f"target_parameters give one delta to all rows and all columns; rule {rule.name!r} needs them apart"
     if rule.per_row and ".experts." in f".{name}.":
         return f"tokens that are routed to experts have left their rows; rule {rule.name!r} needs them"
+    return None
+
+
+def _why_not_in(base: nn.Module, name: str) -> str | None:
+    """Modules of torch that take the weight of a layer and never call it, so that they pass over the adapter."""
+    parent = base.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return "torch's MultiheadAttention takes its weight without calling it, so that PEFT has no effect"
+    fast = isinstance(parent, nn.TransformerEncoderLayer) and getattr(parent.self_attn, "batch_first", True)
+    if fast and torch.backends.mha.get_fastpath_enabled():
+        return (
+            "torch's TransformerEncoderLayer takes its weight without calling it in eval mode, so that PEFT has no "
+            "effect: call torch.backends.mha.set_fastpath_enabled(False) first"
+        )
     return None
 
 

@@ -237,9 +237,12 @@ class NestedAdapter:
         before = [variant.override for variant, _ in gated]
         for variant, gate in gated:
             variant.stand_before(gate)
+        rows = gated[0][0].rows
+        rows.contexts += not gated[0][1].uniform
         try:
             yield
         finally:
+            rows.contexts -= not gated[0][1].uniform
             for (variant, _), override in zip(gated, before, strict=True):
                 variant.stand_before(override)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant
+from peft.tuners.lora.layer import _ConvNd as ConvNd
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import get_factors, get_parameters, to_weight
+from matryoshka_lora.adapter.rows import RowCount
 from matryoshka_lora.adapter.state import NestedState
 from matryoshka_lora.errors import MatryoshkaError
 
@@ -21,12 +23,14 @@ class Gate(NamedTuple):
     compiled code needs no recompilation when they change; they are replaced and never written in place, so that a
     backward pass still finds the values of its forward. With ``allow_fewer``, a batch may have fewer rows than the
     diagonal, as the last one of an epoch does. Without ``exact``, eval mode may compute in the activations' dtype.
+    ``uniform`` says that all rows have the same diagonal, so that it does not matter which is which.
     """
 
     diagonal: Tensor
     scale: Tensor | None = None
     allow_fewer: bool = False
     exact: bool = True
+    uniform: bool = False
 
     @classmethod
     def on(
@@ -40,7 +44,8 @@ class Gate(NamedTuple):
         """One whose tensors are on ``device``; the arguments are its attributes."""
         dtype = torch.float32 if device.type == "mps" else torch.float64
         scaled = None if scale is None else torch.tensor(scale, dtype=dtype, device=device)
-        return cls(diagonal.to(device, dtype), scaled, allow_fewer, exact)
+        uniform = diagonal.ndim == 1 or bool((diagonal == diagonal[:1]).all())
+        return cls(diagonal.to(device, dtype), scaled, allow_fewer, exact, uniform)
 
     def apply(self, hidden: Tensor, spatial: int = 0) -> Tensor:
         """``hidden`` times the diagonal on its rank dimension, which ``spatial`` dimensions follow."""
@@ -67,10 +72,14 @@ class Gate(NamedTuple):
         # Without gradients only, as in `generate`: a wrong number of rows in a training batch must not pass for beams.
         if has_tokens and not torch.is_grad_enabled() and rows % given == 0:
             return diagonal.repeat_interleave(rows // given, dim=0)
-        raise MatryoshkaError(
-            f"{given} rows have a rank, but a layer got {rows} rows: give one rank for each row of the batch. "
-            "Packed, padding-free or flattened batches have no rows left; turn packing and padding_free off"
-        )
+        raise _wrong_number(given, rows)
+
+
+def _wrong_number(given: int, rows: int) -> MatryoshkaError:
+    return MatryoshkaError(
+        f"{given} rows have a rank, but a layer got {rows} rows: give one rank for each row of the batch. "
+        "Packed, padding-free or flattened batches have no rows left; turn packing and padding_free off"
+    )
 
 
 class NestedVariant(LoraVariant):
@@ -83,10 +92,14 @@ class NestedVariant(LoraVariant):
         deployed: The chosen rank, used in eval mode and for merging.
         rank: The rank of `deployed`.
         override: Stands before both while a `rows` context is open.
+        rows: Counts the rows of the model's calls.
     """
 
-    def __init__(self, state: NestedState, module: LoraLayer, adapter: str, initial_scale: float) -> None:
+    def __init__(
+        self, state: NestedState, module: LoraLayer, adapter: str, initial_scale: float, rows: RowCount
+    ) -> None:
         self.state = state
+        self.rows = rows
         self.device = get_factors(module, adapter)[0].device
         # PEFT's set_scale and scale_layer change module.scaling; their effect is the ratio to what it was at first.
         self.initial_scale = initial_scale
@@ -95,6 +108,8 @@ class NestedVariant(LoraVariant):
         self.override: Gate | None = None
         self.deployed: Gate
         self.rank: int
+        self.takes_rows_first = False  # as far as was seen
+        rows.unproven += 1
         # Since which node of autograd's graph which gates applied.
         self._history: list[tuple[int, tuple[Gate | None, Gate | None]]] = []
         self.set_rank(state.nesting.max_rank)
@@ -122,10 +137,13 @@ class NestedVariant(LoraVariant):
             )
         return self.training
 
-    def checked_gate(self, module: nn.Module) -> Gate:
-        """The gate for a forward of the layer that has this variant."""
+    def checked_gate(self, module: nn.Module, x: Tensor | None = None) -> Gate:
+        """The gate for a forward of the layer that has this variant, on the input x if rows may have ranks there."""
         gate = self.gate(module.training)
         self._check_recomputation(module, gate)
+        # A compiler would compile again for each number of rows; its code has no more than `Gate.for_rows` to go by.
+        if x is not None and not torch.compiler.is_compiling():
+            self._check_rows(module, gate, x)
         return gate
 
     def ratio(self, module: LoraLayer, adapter: str) -> float:
@@ -147,7 +165,7 @@ class NestedVariant(LoraVariant):
         return bool(torch.isclose(p, torch.full_like(p, self.initial_scale), rtol=1e-9, atol=0).all())
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        gate = self.checked_gate(module)
+        gate = self.checked_gate(module, x)
         is_embedding = active_adapter in module.lora_embedding_A
         update = (self._embedded if is_embedding else self._update)(module, active_adapter, x, gate)
         if gate.scale is not None:
@@ -190,6 +208,35 @@ class NestedVariant(LoraVariant):
                 "call backward() inside the same `with adapter.rows(...)` as the forward"
             )
 
+    def _check_rows(self, module: nn.Module, gate: Gate, x: Tensor) -> None:
+        """The first dimension of x must be the rows of the model's call, and no other thing of the same number."""
+        rows, given, first = self.rows.rows, gate.diagonal.shape[0], x.shape[0]
+        per_row = gate.diagonal.ndim > 1
+        if rows is None or (self.takes_rows_first and not per_row):
+            return
+        if per_row and self.rows.exact and rows != given and not gate.allow_fewer:
+            raise _wrong_number(given, rows)
+        others = x.shape[1:] if isinstance(module, Embedding) else x.shape[1:-1]
+        shows = isinstance(module, ConvNd) or (len(others) > 0 and rows not in others)
+        if first == rows and shows and not self.takes_rows_first:
+            self.takes_rows_first = True
+            self.rows.unproven -= 1
+        if gate.uniform:
+            return
+        if first != rows:
+            raise MatryoshkaError(
+                f"the model was called with {rows} rows, and the input of a layer begins with {first} of something "
+                f"else (shape {list(x.shape)}): tokens, windows, images, or a part of the rows. No row has a rank of "
+                "its own there: take set_rank and a rule other than 'stratified', or leave such layers out of "
+                "target_modules"
+            )
+        if rows in others and not self.takes_rows_first:
+            raise MatryoshkaError(
+                f"there are {rows} rows and {rows} of something else in the input of a layer (shape {list(x.shape)}), "
+                "which has not yet shown which of them it takes first: call the model once with another length, for "
+                "example padded by a token"
+            )
+
     def _gates_at(self, number: int) -> tuple[Gate | None, Gate | None] | None:
         """The gates of eval and of training mode that applied when autograd made its node of that number."""
         return next((gates for since, gates in reversed(self._history) if since <= number), None)
@@ -201,6 +248,7 @@ class NestedVariant(LoraVariant):
     def begin_step(self, gate: Gate, learn: Tensor | None) -> None:
         """Train with this gate from now on."""
         self.training, self.learn = gate, learn
+        self.rows.in_training = not gate.uniform
         self._remember()
 
     def stand_before(self, gate: Gate | None) -> None:
