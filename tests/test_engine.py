@@ -79,6 +79,15 @@ def workloads(draw: st.DrawFn) -> list[tuple[list[int], int]]:
     return found
 
 
+def test_the_first_batch_may_have_as_many_rows_as_tokens() -> None:
+    """Its layers were shown before which of them comes first."""
+    adapter = adapter_of()
+    engine = Engine(adapter, TOKENIZER)
+    prompts = [tokens(random.Random(row), 3) for row in range(3)]
+    said = engine.generate(prompts, [1, 2, 4], max_new_tokens=NEW)
+    assert said == [alone(adapter, prompt, rank) for prompt, rank in zip(prompts, (1, 2, 4), strict=True)]
+
+
 @given(workloads(), st.sampled_from([1, 3, None]), st.sampled_from([24, 2048]))
 def test_no_neighbour_changes_an_answer(work: list[tuple[list[int], int]], rows: int | None, room: int) -> None:
     engine = Engine(ADAPTER, TOKENIZER, rows)

@@ -566,6 +566,7 @@ def test_quantized_layers_merge_to_their_rounding_or_not_at_all(bits: int, after
         merged = False
     else:
         merged = True
+    assert adapter.rank == (2 if merged else 6)
     for layer in layers:
         A, B = (getattr(layer, f"lora_{f}")["default"].weight.detach() for f in "AB")
         weight = exact[names[id(layer)]].weight.detach()

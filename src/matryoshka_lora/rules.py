@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from typing import Literal
 
 import torch
@@ -102,12 +103,9 @@ def _shuffled(nesting: Nesting, generator: random.Random, rows: int | None) -> D
     return Draw(nesting.diagonal()[order])
 
 
-def _geometric(decay: float) -> Callable[[Nesting, random.Random, int | None], Draw]:
-    def at_step(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
-        falling = decay ** torch.arange(nesting.max_rank, dtype=torch.float64)
-        return Draw(falling / falling.mean() * nesting.scale(nesting.max_rank))
-
-    return at_step
+def _geometric(decay: float, nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
+    falling = decay ** torch.arange(nesting.max_rank, dtype=torch.float64)
+    return Draw(falling / falling.mean() * nesting.scale(nesting.max_rank))
 
 
 def _dylora(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
@@ -154,7 +152,7 @@ RULES: dict[str, Rule] = {
         Rule("mean", _mean, fixed=True),
         Rule("reversed", _reversed, fixed=True),
         Rule("random", _shuffled, fixed=True),
-        *(Rule(f"geometric-{decay:g}", _geometric(decay), fixed=True) for decay in (0.97, 0.9, 0.8)),
+        *(Rule(f"geometric-{decay:g}", partial(_geometric, decay), fixed=True) for decay in (0.97, 0.9, 0.8)),
     )
 }
 

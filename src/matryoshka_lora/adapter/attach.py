@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import get_parameters, has_adapter
 from matryoshka_lora.adapter.layers import SUBCLASSES
+from matryoshka_lora.adapter.rows import PLACES, RowCount, check_rows_apart
 from matryoshka_lora.adapter.state import Inference, NestedState
-from matryoshka_lora.adapter.variant import PLACES, Gate, NestedVariant, check_rows_apart
+from matryoshka_lora.adapter.variant import Gate, NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.rules import Rule
 
@@ -51,11 +52,17 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
         MatryoshkaError: Something about the model or the adapter cannot be nested. The model is left as it was.
     """
     layers = _checked_layers(model, state, adapter)
-    before = [(module, type(module), module.lora_variant.get(adapter)) for _, module in layers]
+    scale = _initial_scale(model.peft_config[adapter])
+    before = [(module, module.lora_variant.get(adapter)) for _, module in layers]
+    classes = [(module, type(module)) for module in (model.base_model, *(module for _, module in layers))]
+    counted = vars(model.base_model).get("row_count")
+    rows = RowCount(model) if counted is None else counted
     try:
+        for module, own in classes:
+            module.__class__ = SUBCLASSES.get(own, own)
+        model.base_model.row_count = rows
         for _, module in layers:
-            module.__class__ = SUBCLASSES.get(type(module), type(module))
-            module.lora_variant[adapter] = NestedVariant(state, module, adapter)
+            module.lora_variant[adapter] = NestedVariant(state, module, adapter, scale, rows)
         probed: set[tuple[type, type]] = set()
         for name, module in layers:
             kind = (type(module), type(module.get_base_layer()))
@@ -63,11 +70,15 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
                 probed.add(kind)
                 _probe(name, module, adapter)
     except BaseException:
-        for module, original, variant in before:
-            module.__class__ = original
+        for module, own in classes:
+            module.__class__ = own
+        for module, variant in before:
             module.lora_variant.pop(adapter, None)
             if variant is not None:
                 module.lora_variant[adapter] = variant
+        if counted is None:
+            rows.remove()
+            vars(model.base_model).pop("row_count", None)
         raise
     if _before_forward not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_before_forward, with_kwargs=True)
@@ -135,7 +146,7 @@ def check_config(config: Any, state: NestedState) -> None:
             f"LoraConfig says r={config.r}, but the largest nested rank is {nesting.max_rank}: columns beyond it would "
             f"never be trained. Write LoraConfig(r={nesting.max_rank}, ...) or end the ranks with {config.r}"
         )
-    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    scale = _initial_scale(config)
     if not math.isclose(scale, nesting.scale(nesting.max_rank), rel_tol=1e-9):
         raise MatryoshkaError(
             f"LoraConfig's lora_alpha={config.lora_alpha:g} and use_rslora={config.use_rslora} scale the adapter by "
@@ -168,6 +179,12 @@ def trained_besides(config: LoraConfig) -> list[str]:
     return fields if config.bias == "none" else [*fields, "bias"]
 
 
+def _initial_scale(config: Any) -> float:
+    """What PEFT multiplies an adapter by before `scale_layer` and its like."""
+    scale: float = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    return scale
+
+
 def _suggest(config: Any) -> str:
     scaling = "sqrt" if config.use_rslora else "rank"
     return f"Nesting(ranks, scaling={scaling!r}, alpha={config.lora_alpha:g})"
@@ -187,7 +204,7 @@ def _checked_layers(model: Any, state: NestedState, adapter: str) -> list[tuple[
         raise MatryoshkaError(f"adapter {adapter!r} has no LoRA layer in this model")
     seen: dict[int, str] = {}
     for name, module in layers:
-        reason = _why_not(module, state.rule, adapter, name)
+        reason = _why_not(module, state.rule, adapter, name) or _why_not_in(model.get_base_model(), name)
         shared = seen.setdefault(id(get_parameters(module, adapter)[0]), name)
         if shared != name:
             reason = f"it shares its factors with layer {shared}"
@@ -220,6 +237,20 @@ def _why_not(module: Any, rule: Rule, adapter: str, name: str) -> str | None:
         return f"target_parameters give one delta to all rows and all columns; rule {rule.name!r} needs them apart"
     if rule.per_row and ".experts." in f".{name}.":
         return f"tokens that are routed to experts have left their rows; rule {rule.name!r} needs them"
+    return None
+
+
+def _why_not_in(base: nn.Module, name: str) -> str | None:
+    """Modules of torch that take the weight of a layer and never call it, so that they pass over the adapter."""
+    parent = base.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return "torch's MultiheadAttention takes its weight without calling it, so that PEFT has no effect"
+    fast = isinstance(parent, nn.TransformerEncoderLayer) and getattr(parent.self_attn, "batch_first", True)
+    if fast and torch.backends.mha.get_fastpath_enabled():
+        return (
+            "torch's TransformerEncoderLayer takes its weight without calling it in eval mode, so that PEFT has no "
+            "effect: call torch.backends.mha.set_fastpath_enabled(False) first"
+        )
     return None
 
 

@@ -84,17 +84,22 @@ class NestedAdapter:
         self.name = adapter
         self._variants()
 
-    def _layers(self) -> Iterator[tuple[str, Any, NestedVariant]]:
-        for name, module in nested_layers(self.model, self.name):
-            variant = module.lora_variant.get(self.name)
-            if isinstance(variant, NestedVariant):
-                yield name, module, variant
+    def _layers(self) -> list[tuple[str, Any, NestedVariant]]:
+        found = [
+            (name, module, module.lora_variant.get(self.name)) for name, module in nested_layers(self.model, self.name)
+        ]
+        nested = [layer for layer in found if isinstance(layer[2], NestedVariant)]
+        if not nested:
+            raise MatryoshkaError(f"the model has no nested adapter {self.name!r}: call nest() or load() first")
+        if len(nested) < len(found):
+            plain = next(name for name, _, variant in found if not isinstance(variant, NestedVariant))
+            raise MatryoshkaError(
+                f"PEFT has made adapter {self.name!r} anew in layer {plain} after it was nested: call nest() again"
+            )
+        return nested
 
     def _variants(self) -> list[NestedVariant]:
-        variants = [variant for _, _, variant in self._layers()]
-        if not variants:
-            raise MatryoshkaError(f"the model has no nested adapter {self.name!r}: call nest() or load() first")
-        return variants
+        return [variant for _, _, variant in self._layers()]
 
     @property
     def state(self) -> NestedState:
@@ -233,9 +238,12 @@ class NestedAdapter:
         before = [variant.override for variant, _ in gated]
         for variant, gate in gated:
             variant.stand_before(gate)
+        rows = gated[0][0].rows
+        rows.contexts += not gated[0][1].uniform
         try:
             yield
         finally:
+            rows.contexts -= not gated[0][1].uniform
             for (variant, _), override in zip(gated, before, strict=True):
                 variant.stand_before(override)
 
@@ -308,14 +316,30 @@ class NestedAdapter:
 
         ``model.merge_and_unload()`` after `set_rank` gives a plain model instead.
         """
-        self.set_rank(rank)
         self._check_mergeable()
+        self.set_rank(rank)
         self.model.merge_adapter(adapter_names=[self.name])
 
     def unmerge(self) -> None:
-        """Undo `merge`."""
+        """Undo `merge`. Other adapters that are merged stay so.
+
+        Raises:
+            MatryoshkaError: An adapter of another kind was merged on top of it.
+        """
         self._check_mergeable()
-        self.model.unmerge_adapter()
+        layers = [module for _, module, _ in self._layers() if self.name in module.merged_adapters]
+        for module in layers:
+            for other in module.merged_adapters[module.merged_adapters.index(self.name) :]:
+                if not isinstance(module.lora_variant.get(other), NestedVariant | None):
+                    raise MatryoshkaError(
+                        f"adapter {other!r} is of another kind and was merged on top of {self.name!r}: take both out "
+                        "with adapter.model.unmerge_adapter()"
+                    )
+        for module in layers:
+            others = [name for name in module.merged_adapters if name != self.name]
+            module.merged_adapters = [self.name]
+            module.unmerge()
+            module.merged_adapters = others
 
     def save(self, path: str | PathLike[str], is_main_process: bool | None = None) -> None:
         """Write the adapter: PEFT's files and a sidecar with the nesting.

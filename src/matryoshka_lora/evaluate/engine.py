@@ -119,9 +119,10 @@ class Engine:
         if batch_size is not None and batch_size < 1:
             raise MatryoshkaError(f"batch_size is {batch_size}; write 1 or more")
         self.adapter, self.tokenizer, self.batch_size = adapter, tokenizer, batch_size
-        with adapter.rows([adapter.nesting.max_rank]):
-            pass  # raises where rows cannot have ranks of their own
         self._model: Any = adapter.model.get_base_model()
+        # Raises where rows cannot have ranks of their own, and lets the layers see which dimension is the rows.
+        with torch.no_grad(), adapter.rows([adapter.nesting.max_rank] * 2):
+            self._model(input_ids=torch.zeros(2, 3, dtype=torch.long, device=self._model.device), use_cache=False)
         with row_attention(self._model):
             pass  # raises where it cannot be
 
