@@ -58,11 +58,14 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
     scale = _initial_scale(model.peft_config[adapter])
     before = [(module, module.lora_variant.get(adapter)) for _, module in layers]
     classes = [(module, type(module)) for module in (model.base_model, *(module for _, module in layers))]
+    counted = vars(model.base_model).get("row_count")
+    rows = RowCount(model) if counted is None else counted
     try:
         for module, own in classes:
             module.__class__ = SUBCLASSES.get(own, own)
+        model.base_model.row_count = rows
         for _, module in layers:
-            module.lora_variant[adapter] = NestedVariant(state, module, adapter, scale)
+            module.lora_variant[adapter] = NestedVariant(state, module, adapter, scale, rows)
         _find_sharing(model, layers, adapter)
         probed: set[tuple[type, type]] = set()
         for name, module in layers:
@@ -77,6 +80,9 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
             module.lora_variant.pop(adapter, None)
             if variant is not None:
                 module.lora_variant[adapter] = variant
+        if counted is None:
+            rows.remove()
+            vars(model.base_model).pop("row_count", None)
         raise
     if _before_forward not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_before_forward, with_kwargs=True)

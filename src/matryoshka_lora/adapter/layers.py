@@ -21,6 +21,7 @@ from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import get_parameters
+from matryoshka_lora.adapter.rows import RowCount
 from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.ops import full_precision, low_rank_linear, low_rank_linear_reference
@@ -179,7 +180,23 @@ def _check_read(module: LoraLayer, adapter: str) -> None:
 
 @_named_as_its_base
 class NestedLoraModel(LoraModel):
-    """PEFT's LoRA model, whose sums of adapters would be of the raw factors."""
+    """PEFT's LoRA model, whose sums of adapters would be of the raw factors.
+
+    Attributes:
+        row_count: Its hooks leave the base model with the adapters.
+    """
+
+    row_count: RowCount
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        merged: nn.Module = super().merge_and_unload(*args, **kwargs)
+        self.row_count.remove()
+        return merged
+
+    def unload(self) -> nn.Module:
+        base: nn.Module = super().unload()
+        self.row_count.remove()
+        return base
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any

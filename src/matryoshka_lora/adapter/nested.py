@@ -238,11 +238,12 @@ class NestedAdapter:
         before = [variant.override for variant, _ in gated]
         for variant, gate in gated:
             variant.stand_before(gate)
-        rows = self.state.rows
+        rows = gated[0][0].rows
+        rows.contexts += not gated[0][1].uniform
         try:
-            with rows.watch(self.model), rows.watching(self.model.get_base_model()):
-                yield
+            yield
         finally:
+            rows.contexts -= not gated[0][1].uniform
             for (variant, _), override in zip(gated, before, strict=True):
                 variant.stand_before(override)
 

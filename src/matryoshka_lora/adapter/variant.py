@@ -11,6 +11,7 @@ from peft.tuners.lora.layer import _ConvNd as ConvNd
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import get_factors, get_parameters, get_weight, to_weight
+from matryoshka_lora.adapter.rows import RowCount
 from matryoshka_lora.adapter.state import NestedState
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.ops import full_precision
@@ -112,10 +113,14 @@ class NestedVariant(LoraVariant):
         rank: The rank of `deployed`.
         override: Stands before both while a `rows` context is open.
         sharing: Modules that had the weight of this variant's base layer when it was attached, by their names.
+        rows: Counts the rows of the model's calls.
     """
 
-    def __init__(self, state: NestedState, module: LoraLayer, adapter: str, initial_scale: float) -> None:
+    def __init__(
+        self, state: NestedState, module: LoraLayer, adapter: str, initial_scale: float, rows: RowCount
+    ) -> None:
         self.state = state
+        self.rows = rows
         self.device = get_parameters(module, adapter)[0].device
         # PEFT's set_scale and scale_layer change module.scaling; their effect is the ratio to what it was at first.
         self.initial_scale = initial_scale
@@ -125,7 +130,7 @@ class NestedVariant(LoraVariant):
         self.deployed: Gate
         self.rank: int
         self.takes_rows_first = False  # as far as was seen
-        state.rows.unproven += 1
+        rows.unproven += 1
         # Since which node of autograd's graph which gates applied.
         self._history: list[tuple[int, tuple[Gate | None, Gate | None]]] = []
         self.set_rank(state.nesting.max_rank)
@@ -133,7 +138,7 @@ class NestedVariant(LoraVariant):
 
     def copied(self, state: NestedState, module: LoraLayer, adapter: str) -> NestedVariant:
         """One for a copy of its factors in the same layer: in training mode as this one is now, else at full rank."""
-        copy = NestedVariant(state, module, adapter, self.initial_scale)
+        copy = NestedVariant(state, module, adapter, self.initial_scale, self.rows)
         if self.training is not None:
             copy.begin_step(self.training)
         return copy
@@ -167,7 +172,8 @@ class NestedVariant(LoraVariant):
         """
         gate = self.gate(module.training)
         self._check_recomputation(module, gate)
-        if x is not None and gate.diagonal.ndim > 1:
+        # A compiler would compile again for each number of rows; its code has no more than `Gate.for_rows` to go by.
+        if x is not None and not torch.compiler.is_compiling():
             self._check_rows(module, gate, x)
         if self.device != device:
             self.device = device
@@ -230,16 +236,17 @@ class NestedVariant(LoraVariant):
 
     def _check_rows(self, module: nn.Module, gate: Gate, x: Tensor) -> None:
         """The first dimension of x must be the rows of the model's call, and no other thing of the same number."""
-        if torch.compiler.is_compiling() or self.state.rows.rows is None:
+        rows, given, first = self.rows.rows, gate.diagonal.shape[0], x.shape[0]
+        per_row = gate.diagonal.ndim > 1
+        if rows is None or (self.takes_rows_first and not per_row):
             return
-        rows, given, first = self.state.rows.rows, gate.diagonal.shape[0], x.shape[0]
-        if self.state.rows.exact and rows != given and not gate.allow_fewer:
+        if per_row and self.rows.exact and rows != given and not gate.allow_fewer:
             raise _wrong_number(given, rows)
         others = x.shape[1:] if isinstance(module, Embedding) else x.shape[1:-1]
         shows = isinstance(module, ConvNd) or (len(others) > 0 and rows not in others)
         if first == rows and shows and not self.takes_rows_first:
             self.takes_rows_first = True
-            self.state.rows.unproven -= 1
+            self.rows.unproven -= 1
         if gate.uniform:
             return
         if first != rows:
@@ -267,6 +274,7 @@ class NestedVariant(LoraVariant):
     def begin_step(self, gate: Gate) -> None:
         """Train with this gate from now on."""
         self.training = gate
+        self.rows.in_training = not gate.uniform
         self._remember()
 
     def stand_before(self, gate: Gate | None) -> None:
