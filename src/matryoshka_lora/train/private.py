@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from matryoshka_lora.adapter.card import CARD_NAME
@@ -70,6 +69,8 @@ class PrivateCheckpoints(TrainerCallback):
             state.best_model_checkpoint = str(best)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        from transformers.trainer import TRAINING_ARGS_NAME  # slow to import, and here already
+
         if args.should_save:
             folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             for name in (TRAINING_ARGS_NAME, CARD_NAME):
@@ -79,5 +80,7 @@ class PrivateCheckpoints(TrainerCallback):
 
 def write_state(state: TrainerState, folder: Path) -> None:
     """Write the Trainer's state as the Trainer does, but without the path of its best checkpoint."""
+    from transformers.trainer import TRAINER_STATE_NAME
+
     text = json.dumps({**asdict(state), "best_model_checkpoint": None}, indent=2, sort_keys=True)
     write_text(folder / TRAINER_STATE_NAME, text + "\n")
