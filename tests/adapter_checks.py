@@ -135,7 +135,7 @@ class Case:
     def plain(self, rank: int) -> Any:
         """What plain PEFT makes of the exported rank; 0 is the base model."""
         if rank not in self._plain:
-            folder = self.folder / f"rank-{rank}"
+            folder = self.folder / f"{self.adapter.state.form}-rank-{rank}"
             self.adapter.export(folder, rank)
             self._plain[rank] = PeftModel.from_pretrained(copy.deepcopy(self.base), folder).eval()
         return self._plain[rank]

@@ -142,20 +142,15 @@ def test_a_weight_that_is_shared_no_more_can_be_merged_into() -> None:
         assert difference(model(**inputs(2, 8)).logits, expected) < 1e-5
 
 
-def test_a_model_with_tokens_in_the_place_of_rows_is_refused_ranks_for_rows() -> None:
+@pytest.mark.parametrize("length", [2, 7, 8])
+def test_a_model_with_tokens_in_the_place_of_rows_is_refused_ranks_for_rows(length: int) -> None:
     """XLNet's feed-forward layers get (tokens, rows, width): with 8 tokens, 2 rows would pass for 8 beams."""
-    with pytest.raises(MatryoshkaError, match=r"xlnet model get tokens in the place of rows.*take another rule"):
-        nest(peft_model("xlnet", target_modules=["layer_1"]), NESTING, rule="stratified")
-    adapter = nest(peft_model("xlnet", target_modules=["layer_1"]).eval(), NESTING)
-    with pytest.raises(MatryoshkaError, match="xlnet model get tokens in the place of rows: use set_rank"):
-        adapter.rows([1, 4]).__enter__()
-    widths = []
-    adapter.model.get_submodule("base_model.model.transformer.layer.0.ff.layer_1").register_forward_pre_hook(
-        lambda module, given: widths.append(given[0].shape)
-    )
-    with torch.no_grad():
-        adapter.model(**inputs(2, 8))
-    assert widths == [(8, 2, 32)]
+    adapter = nest(peft_model("xlnet", target_modules=["layer_1"]), NESTING, rule="stratified")
+    adapter.draw(0, rows=2)
+    with pytest.raises(MatryoshkaError, match="rows"):
+        adapter.model.train()(**inputs(2, length))
+    with torch.no_grad(), adapter.rows([1, 4]), pytest.raises(MatryoshkaError, match="rows"):
+        adapter.model.eval()(**inputs(2, length))
 
 
 def test_a_layer_with_as_many_tokens_as_rows_first_gets_no_ranks_for_rows() -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from adapter_checks import PARTS, Case, Inputs, check
+from peft import LoraConfig, get_peft_model
 from tiny_architectures import CONTEXT
+from tiny_chat import tiny_tokenizer
 from torch import nn
 from transformers import (
     BertConfig,
@@ -23,6 +25,9 @@ from transformers import (
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
+
+from matryoshka_lora import MatryoshkaError, Nesting, nest
+from matryoshka_lora.evaluate.engine import Engine
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGES = {"image_size": 16, "patch_size": 8}
@@ -131,3 +136,13 @@ def test_every_rank_is_plain_pefts(name: str, tmp_path: Path) -> None:
     found = {part: verdict.state for part, verdict in report.parts.items()}
     assert found == dict.fromkeys(("nest", "train", *PARTS), "right"), report.parts
     assert report.layers > 10
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_engine_evaluates_language_models_only(name: str) -> None:
+    build, targets, _, _ = MODELS[name]
+    nesting = Nesting([1, 2])
+    config = LoraConfig(r=2, lora_alpha=nesting.lora_alpha, target_modules=targets)
+    adapter = nest(get_peft_model(build().eval(), config), nesting)
+    with pytest.raises(MatryoshkaError, match=r"is no causal language model of transformers.*by set_rank"):
+        Engine(adapter, tiny_tokenizer())

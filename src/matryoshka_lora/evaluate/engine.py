@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter import NestedAdapter
 from matryoshka_lora.errors import MatryoshkaError
@@ -131,6 +131,7 @@ class Engine:
             raise MatryoshkaError(f"batch_size is {batch_size}; write 1 or more")
         self.adapter, self.tokenizer, self.batch_size = adapter, tokenizer, batch_size
         self.model: Any = adapter.model.get_base_model()
+        _check_writes_text(self.model)
         # Raises where rows cannot have ranks of their own, and lets the layers see which dimension is the rows.
         with torch.no_grad(), adapter.rows([adapter.nesting.max_rank] * 2):
             self.model(input_ids=torch.zeros(2, 3, dtype=torch.long, device=self.model.device), use_cache=False)
@@ -326,6 +327,16 @@ class Engine:
                 yield Runner(self.adapter, self.model, room, pad, wanted)
         finally:
             hook.remove()
+
+
+def _check_writes_text(model: Any) -> None:
+    """Raises MatryoshkaError for what is no causal language model of transformers."""
+    is_model = isinstance(model, PreTrainedModel)
+    if not is_model or model.get_output_embeddings() is None or model.config.is_encoder_decoder:
+        raise MatryoshkaError(
+            f"{type(model).__name__} is no causal language model of transformers, and the engine evaluates no other: "
+            "choose a rank by set_rank, and evaluate the model as you would without an adapter"
+        )
 
 
 def _by_rank(runner: Runner, prefix: Tokens, members: Sequence[Any]) -> Iterator[tuple[Prefix, list[Any]]]:
