@@ -17,6 +17,7 @@ from typing import Any
 import lm_eval
 import lm_eval.evaluator
 import pytest
+import torch
 import yaml
 from conftest import lora_config, nested_llama, randomize, tiny_llama
 from lm_eval.evaluator import simple_evaluate
@@ -541,3 +542,50 @@ def test_the_package_imports_without_the_harness() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'matryoshka-lora[eval]'" in found.stdout
+
+
+TIED = {
+    "whole-embeddings": {"modules_to_save": ["embed_tokens"]},
+    "whole-head": {"modules_to_save": ["lm_head"]},
+    "lora-on-the-head": {"target_modules": ["q_proj", "v_proj", "lm_head"]},
+    "lora-on-the-embeddings": {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
+    "lora-on-both": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("lora", TIED.values(), ids=TIED)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_tied_embeddings_are_evaluated_as_peft_computes_them_and_left_as_they_were(lora: Any, tokenizer: Any) -> None:
+    nesting = Nesting(RANKS)
+    base = tiny_llama(vocab_size=len(tokenizer), tie_word_embeddings=True, max_position_embeddings=512)
+    base.generation_config.eos_token_id = tokenizer.eos_token_id
+    peft = get_peft_model(base, lora_config(nesting, **lora))
+    randomize(peft)
+    for number, (name, parameter) in enumerate(peft.named_parameters()):
+        if "modules_to_save" in name:
+            torch.manual_seed(number)
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapter = nest(peft.eval(), nesting)
+    weights = {name: (value.data_ptr(), value.clone()) for name, value in adapter.model.state_dict().items()}
+    pad = tokenizer.pad_token
+    rows = [Row(f"{word} is", f" {word[::-1]}") for word in WORDS]
+    asked = [*([0] if adapter.has_base else []), *RANKS]
+    found = judge(
+        Engine(adapter, tokenizer), [QuestionsTask(ExactMatch("mine"), rows, tokenizer)], asked, Store(None, {})
+    )
+    for name, value in adapter.model.state_dict().items():
+        assert value.data_ptr() == weights[name][0]
+        assert torch.equal(value, weights[name][1])
+    assert tokenizer.pad_token == pad
+    for rank in asked:
+        loss = torch.tensor(0.0, dtype=torch.float64)
+        count = 0
+        for row in rows:
+            prompt = tokenizer(row.prompt)["input_ids"]
+            whole = tokenizer(str(row.prompt) + str(row.completion) + tokenizer.eos_token)["input_ids"]
+            with torch.no_grad(), adapter.rows([rank]):
+                logprobs = adapter.model(input_ids=torch.tensor([whole])).logits[0].double().log_softmax(-1)
+            answer = range(len(prompt), len(whole))
+            loss -= sum(logprobs[place - 1, whole[place]] for place in answer)
+            count += len(answer)
+        assert found.results[rank]["results"]["mine"]["loss,none"] == pytest.approx(float(loss / count), abs=1e-4)

@@ -6,12 +6,14 @@ at once; in the others they are there already. So every number is the harness's 
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -53,12 +55,12 @@ class RanksLM(HFLM):  # type: ignore[misc, unused-ignore]
     def __init__(
         self, engine: Engine, ranks: Sequence[int], store: Store, on_progress: OnProgress | None = None
     ) -> None:
-        model = engine.adapter.model
-        modes = [(module, module.training) for module in model.modules()]
+        # What the backend's constructor is given, it changes: it ties weights anew, which PEFT may have untied, and
+        # chooses a pad token. So it gets what it reads of the model, and a copy of the tokenizer.
+        read = SimpleNamespace(config=engine.model.config, device=engine.model.device)
         with _quiet():
-            super().__init__(pretrained=model.get_base_model(), tokenizer=engine.tokenizer, backend="causal")
-        for module, training in modes:  # the backend's constructor puts the model into eval mode
-            module.training = training
+            super().__init__(pretrained=read, tokenizer=copy.deepcopy(engine.tokenizer), backend="causal")
+        self._model = self.pretrained = engine.model
         self.engine, self.ranks, self.store, self.on_progress = engine, tuple(ranks), store, on_progress
         self.current = self.ranks[0]
         self.keys: list[str] = []
