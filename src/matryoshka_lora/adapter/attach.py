@@ -104,8 +104,7 @@ def nest_copies(model: PeftModel, adapter: str) -> dict[str, NestedState]:
             original, copy = module.lora_variant.get(adapter), module.lora_variant.get(name)
             if copy is None and isinstance(original, NestedVariant):
                 # A state of their own, since the adapter may be reordered and its copies are not.
-                state = states.get(name) or replace(original.state, rows=RowCount())
-                copy = original.copied(state, module, name)
+                copy = original.copied(states.get(name) or replace(original.state), module, name)
                 module.lora_variant[name] = copy
             if isinstance(copy, NestedVariant):
                 states[name] = copy.state

@@ -379,8 +379,6 @@ class NestedAdapter:
     def _begin(self) -> None:
         if not self.state.draws:
             self._draw(step=0)
-        if self.state.per_row:
-            self.state.rows.watch(self.model)
 
     def _gated(
         self, diagonal: Tensor, allow_fewer: bool = False, exact: bool = True, learn: Tensor | None = None

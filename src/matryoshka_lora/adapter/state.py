@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from matryoshka_lora.adapter.rows import RowCount
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.rules import Draw, Rule
@@ -30,7 +29,6 @@ class NestedState:
         form: What A and B are. ``"raw"``: as they are trained, p stands outside. ``"folded"``: p has been multiplied
             into B. ``"reordered"``: the SVD of what was trained. In the last two every prefix has the one scale
             ``s_R`` that plain PEFT gives to the whole adapter.
-        rows: Counts the rows of the calls in which each row has a rank of its own.
     """
 
     nesting: Nesting
@@ -38,7 +36,6 @@ class NestedState:
     inference: Inference = "prefix"
     seed: int = 0
     form: Form = "raw"
-    rows: RowCount = field(default_factory=RowCount, compare=False, repr=False)
 
     @property
     def ranks(self) -> tuple[int, ...]:

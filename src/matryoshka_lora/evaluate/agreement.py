@@ -1,14 +1,14 @@
 """Whether the engine gives the answers of the model's own forward: asked once of each model, before it is evaluated.
 
-The engine exchanges a model's attention. Most architectures keep to what transformers says of such an exchange, some do
+The engine exchanges a model's attention. Most architectures keep to what transformers says of such an exchange. Some do
 not, and those would get wrong numbers without a word. So a few short requests are answered in both ways, at the base
-model and two ranks: continuations of contexts that share a prefix, or a row, or that stand in rows of different lengths;
+model and two ranks: continuations of contexts that share a prefix or a row, or that stand in rows of different lengths,
 and tokens that are generated.
 
 Both ways round in the model's dtype, so they are not equal to the bit. How far rounding goes, the model's own forward
 says: it is asked again with all that its modules give as far away as rounding may bring it. Differences are counted in
-the spread of the log-probabilities at a place, so that flat ones do not look alike. A group of requests is judged by its
-median: in half precision, a router that sends a token elsewhere may change one answer much.
+the spread of the log-probabilities at a place, so that flat ones do not look alike. A group of requests is judged by
+its median: in half precision, a router that sends a token elsewhere may change one answer much.
 
 Windows of attention are short while the model is asked, so that short requests are longer than they are. What only long
 requests could show is not covered; `matryoshka_lora.models.rotation_limit` knows of one such thing.

@@ -28,6 +28,7 @@ from matryoshka_lora.evaluate.generation import Limits, Prompt, generate_rows
 from matryoshka_lora.evaluate.likelihood import Likelihood, Tree, branched, score_trees
 from matryoshka_lora.evaluate.memory import Room, measure_room
 from matryoshka_lora.evaluate.packing import Tokens, batches, families
+from matryoshka_lora.evaluate.settings import repetition_penalty as penalty_of
 from matryoshka_lora.models import context_length, evaluation_mode, rotation_limit
 
 Text = str | Sequence[int]
@@ -149,7 +150,7 @@ class Engine:
     @property
     def end_tokens(self) -> frozenset[int]:
         """The tokens that end an answer: the generation config's and the tokenizer's."""
-        configured = self.model.generation_config.eos_token_id
+        configured = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         listed = configured if isinstance(configured, list) else [configured]
         return frozenset(token for token in (*listed, self.tokenizer.eos_token_id) if token is not None)
 
@@ -219,10 +220,10 @@ class Engine:
         ranks: int | Sequence[int],
         max_new_tokens: int = 256,
         until: Sequence[str] = (),
-        repetition_penalty: float = 1.0,
+        repetition_penalty: float | None = None,
         on_result: Callable[[int, str], object] | None = None,
     ) -> list[str]:
-        """The greedy answer to each prompt; of the model's generation config, only the end tokens count.
+        """The greedy answer to each prompt, as transformers gives it by the model's own generation config.
 
         An answer ends before the first text of ``until``, at a token that ends a turn, or after ``max_new_tokens``. A
         text of ``until`` may be a special token.
@@ -232,7 +233,7 @@ class Engine:
             ranks: One for all prompts, or one for each. 0 is the base model.
             max_new_tokens: The most tokens of an answer.
             until: Texts that end an answer; they do not belong to it.
-            repetition_penalty: As in transformers; 1 is none.
+            repetition_penalty: As in transformers; 1 is none, None is the model's own.
             on_result: Called with a prompt's place and answer as soon as it is known, in any order.
 
         Returns:
@@ -240,9 +241,10 @@ class Engine:
 
         Raises:
             MatryoshkaError: A rank was not trained, a prompt is empty, or does not fit the model's context with
-                ``max_new_tokens`` more.
+                ``max_new_tokens`` more, or the model's generation config has settings that the engine does not know.
         """
         of = self._ranks(ranks, len(prompts))
+        penalty = penalty_of(self.model) if repetition_penalty is None else repetition_penalty
         if max_new_tokens < 1:
             raise MatryoshkaError(f"max_new_tokens is {max_new_tokens}; write 1 or more")
         encoded = [self._tokens(prompt) for prompt in prompts]
@@ -254,7 +256,7 @@ class Engine:
         special = {text: self.tokenizer.convert_tokens_to_ids(text) for text in self.tokenizer.all_special_tokens}
         ends = self.end_tokens | {special[text] for text in until if text in special}
         texts = tuple(text for text in until if text and text not in special)
-        limits = Limits(max_new_tokens, texts, ends, self.tokenizer, repetition_penalty)
+        limits = Limits(max_new_tokens, texts, ends, self.tokenizer, penalty)
         found: list[str | None] = [None] * len(prompts)
 
         def put(number: int, made: list[int]) -> None:
