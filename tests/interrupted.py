@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import sys
@@ -45,6 +46,7 @@ def run(action: Callable[[], object], root: Path, number: int | None = None, sto
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        gc.disable()  # which would copy the memory that both processes share
         os.close(reading)
         status = 1
         try:

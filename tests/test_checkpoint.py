@@ -6,6 +6,8 @@ import copy
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -644,3 +646,23 @@ def test_a_slice_is_not_exported_over_its_own_source(tmp_path: Path) -> None:
         with pytest.raises(MatryoshkaError, match="another"):
             export_adapter(tmp_path / "a", target, 3)
         assert fingerprint(tmp_path / "a") == before
+
+
+SAVES = """
+import sys
+from conftest import nested_llama
+from test_checkpoint import NESTING
+
+nested_llama(NESTING).save(sys.argv[1])
+nested_llama(NESTING).export(sys.argv[1] + "-slice", 3)
+"""
+
+
+def test_the_same_adapter_is_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    """Evaluations are known by them. Python's sets have another order in each process."""
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", SAVES, str(tmp_path / seed)]
+        subprocess.run(command, env=environment, cwd=Path(__file__).parent, check=True)
+    for kind in ("", "-slice"):
+        assert fingerprint(tmp_path / f"1{kind}") == fingerprint(tmp_path / f"2{kind}")

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from tiny_chat import save_tiny_chat
 from transformers import AutoModelForCausalLM
 
-from matryoshka_lora import Nesting, nest, read_sidecar
+from matryoshka_lora import Nesting, load, nest, read_sidecar
 from matryoshka_lora.cli.main import main
 from matryoshka_lora.train import load_config
 
@@ -329,6 +329,24 @@ def test_an_evaluation_of_other_weights_is_replaced_only_when_told(
         if name == "evaluation.json":
             forced, fresh = ({**json.loads(text), "latency_ms": None} for text in (forced, fresh))
         assert forced == fresh
+
+
+def test_select_says_that_an_evaluation_is_of_other_weights(
+    run: Run, base: Path, adapter: Path, rows: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    again = load(AutoModelForCausalLM.from_pretrained(base), adapter)
+    again.save(own)
+    assert run("eval", own, "--data", rows, "--limit", 2, "--dtype", "fp32")[0] == 0
+    again.save(own)  # the same weights
+    for place in (own, own / "evaluation", own / "evaluation" / "evaluation.json"):
+        assert run("select", place, "--within", "1%")[0] == 0
+    randomize(again.model, seed=9)
+    again.save(own)
+    for place in (own, own / "evaluation", own / "evaluation" / "evaluation.json"):
+        assert_explained(run("select", place, "--within", "1%"), "was measured on other weights", "--force")
+    assert run("eval", own, "--data", rows, "--limit", 2, "--dtype", "fp32", "--force")[0] == 0
+    assert run("select", own, "--within", "1%")[0] == 0
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 3}', '{"format": 2}', '{"format": 2, "tasks": []}'])

@@ -16,7 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import nested_llama
 
+from matryoshka_lora import Nesting
+from matryoshka_lora.adapter import read_adapter, reading
+from matryoshka_lora.adapter.source import open_adapter
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_writable, replace_directory, replace_file, settle, write_text
 
@@ -416,3 +420,26 @@ def test_a_full_disk_destroys_nothing(tmp_path: Path, exists: bool) -> None:
     assert all("cannot write" in line and "File too large; free some space" in line for line in lines)
     assert str(target) in lines[0]
     assert content(tmp_path) == before
+
+
+def test_a_reader_that_a_writer_overtakes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two adapters of the same shapes: a half of each would be an adapter too."""
+    adapter = nested_llama(Nesting([1, 4]), layers=1, target_modules=["q_proj"])
+    adapter.save(tmp_path)
+    opened = open_adapter(tmp_path)
+    before = read_adapter(tmp_path)[2]
+    assert opened.tensor(opened.layers[0].key_A).equal(before[opened.layers[0].key_A])
+    adapter.reorder()
+    read_config = reading.read_config
+
+    def overtaken(folder: Path) -> Any:
+        adapter.save(folder)
+        return read_config(folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reading, "read_config", overtaken)
+        with pytest.raises(MatryoshkaError, match="was replaced while it was read"):
+            read_adapter(tmp_path)
+    with pytest.raises(MatryoshkaError, match="was replaced while it was read"):
+        opened.tensor(opened.layers[0].key_A)
+    assert read_adapter(tmp_path)[0].form == "reordered"

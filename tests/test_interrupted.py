@@ -8,14 +8,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import an_evaluation
 import interrupted
 import pytest
 import torch
 from conftest import nested_llama, tiny_llama
 
 from matryoshka_lora import Nesting, load
+from matryoshka_lora.cli.eval import write_results
 from matryoshka_lora.deploy import export as exports
 from matryoshka_lora.deploy.reorder import reorder_adapter
+from matryoshka_lora.evaluate.results import Results
+from matryoshka_lora.evaluate.store import Store
 from matryoshka_lora.files import settle, write_text
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
@@ -35,9 +39,18 @@ def left_over(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if ".writing" in path.name]
 
 
-def points(count: int, step: int) -> list[int]:
-    """Every one of the last operations, which put the new files into place, and some of those that write them."""
-    return [number for number in range(1, count + 1) if number > count - 26 or number % step == 0]
+def points(count: int, how: str) -> list[int]:
+    """The last operations put the new files into place: all of them for a kill, else each for one of the two."""
+    step = {"killed": 1, "Ctrl-C": 2, "full disk": 2}[how]
+    late = range(max(1, count - 26) + (how == "Ctrl-C"), count + 1, step)
+    return [*range(1, late[0], 6 * step), *late]
+
+
+def some_results(seed: int) -> Results:
+    examples = an_evaluation.some_examples(questions=10 * seed)
+    data = an_evaluation.evaluation(examples)
+    about = {key: value for key, value in data.items() if key not in ("format", "ranks", "tasks")}
+    return Results(about, data["ranks"], data["tasks"], examples)
 
 
 class World:
@@ -55,7 +68,7 @@ class World:
         one.save(folder / "two")
         self.folder, self.first = folder, load(self.base(), folder / "one")
         self.second = load(self.base(), folder / "two")
-        self.cut = exports.cut(folder / "two", 2)
+        self.cut, self.config = exports.cut(folder / "two", 2), self.base().config
 
     def base(self, dtype: Any = None) -> Any:
         return tiny_llama(num_hidden_layers=1)
@@ -76,6 +89,14 @@ class World:
     def a_ladder(self, folder: Path) -> None:
         exports.export_ladder(exports.cut(self.folder / "one", 4), [1, 4], folder, None)
 
+    def a_file(self, folder: Path) -> None:
+        folder.mkdir()
+        exports.export_gguf(exports.cut(self.folder / "one", 4), folder / "a.gguf", None, self.config)
+
+    def an_evaluation(self, folder: Path) -> None:
+        write_results(some_results(1), folder)
+        (folder / "answers.jsonl").write_text("stays")
+
     def nothing(self, folder: Path) -> None:
         folder.mkdir()
 
@@ -93,15 +114,20 @@ SCENARIOS: dict[str, tuple[Step, Step]] = {
     "peft over a model": (World.a_model, lambda w, out: exports.export_peft(w.cut, out, None, overwrite=True)),
     "directions": (World.an_adapter, lambda w, out: exports.export_directions(w.cut, out, overwrite=True)),
     "ladder": (World.a_ladder, lambda w, out: exports.export_ladder(w.cut, [1, 2], out, None, overwrite=True)),
+    "gguf": (World.a_file, lambda w, out: exports.export_gguf(w.cut, out / "a.gguf", None, w.config, overwrite=True)),
+    "evaluation": (World.an_evaluation, lambda w, out: write_results(some_results(2), out)),
     "reorder": (World.an_adapter, lambda w, out: reorder_adapter(w.folder / "raw", out, overwrite=True)),
 }
 
 
+SLOW = ("evaluation",)  # it draws
+
+
 def check_for_plain_readers(now: Mapping[str, bytes], old: Content, new: Content) -> None:
-    """Who opens ``adapter_config.json`` or ``config.json`` first finds none, or all of one state."""
-    first = "adapter_config.json" if "adapter_config.json" in now else "config.json"
-    weights = {name for name in {*old, *new} if "model" in name}
-    if first in now:
+    """Who opens ``adapter_config.json`` or its like first finds none, or all of one state."""
+    first = next((name for name in ("adapter_config.json", "config.json", "evaluation.json") if name in now), "")
+    weights = {name for name in {*old, *new} if "model" in name or name == "examples.jsonl"}
+    if first:
         states = [{name: state[name] for name in (first, *weights) if name in state} for state in (old, new)]
         assert {name: now[name] for name in (first, *weights) if name in now} in states
 
@@ -118,7 +144,7 @@ def test_the_folder_is_the_old_one_or_the_new_one(world: World, tmp_path: Path, 
     assert old != new
     assert not left_over(out)
     seen = set()
-    for number in points(count, 4 if how == "killed" else 8):
+    for number in points(count, how)[:: 5 if name in SLOW else 1]:
         shutil.rmtree(out)
         shutil.copytree(start, out)
         status = interrupted.run(lambda: write(world, out), out, number, STOPS[how])
@@ -133,8 +159,44 @@ def test_the_folder_is_the_old_one_or_the_new_one(world: World, tmp_path: Path, 
         settle(out)
         assert content(out) in (old, new), number
         seen.add(content(out) == new)
-        if number % 10 == 0:  # the next writer finds nothing in its way, and leaves nothing
+        if how == "killed" and number % 10 == 0:  # the next writer finds nothing in its way, and leaves nothing
             write(world, out)
             assert content(out) == new
             assert not left_over(out)
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize("how", STOPS)
+def test_answers_that_were_given_stay(tmp_path: Path, how: str) -> None:
+    def answer() -> None:
+        store = Store(tmp_path / "answers.jsonl", {"adapter": "a"})
+        for number in range(len(store), len(store) + 3):
+            store.put(str(number), 1, "x")
+        store.close()
+
+    answer()
+    count = interrupted.run(answer, tmp_path)
+    for number in range(1, count + 1):
+        before = (tmp_path / "answers.jsonl").read_text()
+        interrupted.run(answer, tmp_path, number, STOPS[how])
+        assert (tmp_path / "answers.jsonl").read_text().startswith(before)
+        store = Store(tmp_path / "answers.jsonl", {"adapter": "a"})
+        assert len(store) >= before.count("\n") - 1
+        store.close()
+
+
+@pytest.mark.parametrize("how", STOPS)
+def test_a_text_is_the_old_one_or_the_new_one(tmp_path: Path, how: str) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    count = interrupted.run(lambda: write_text(tmp_path / "link", "new"), tmp_path)
+    seen = set()
+    for number in range(1, count + 1):
+        (tmp_path / "real").write_text("old")
+        interrupted.run(lambda: write_text(tmp_path / "link", "new"), tmp_path, number, STOPS[how])
+        assert set(content(tmp_path).values()) <= {b"old", b"new"}
+        assert (tmp_path / "link").is_symlink()
+        seen.add((tmp_path / "real").read_text())
+    assert seen == {"old", "new"}
+    write_text(tmp_path / "link", "new")
+    assert not left_over(tmp_path)

@@ -140,4 +140,13 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfi
         folder / SAFETENSORS_WEIGHTS_NAME,
         {"format": "pt"},
     )
-    config.save_pretrained(folder)
+    write_config(folder, config)
+
+
+def write_config(folder: Path, config: LoraConfig) -> None:
+    """Write PEFT's config into a folder: equal ones are equal bytes, though sets have another order each time."""
+    ordered = copy.copy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(ordered, name, sorted(value))
+    ordered.save_pretrained(folder)

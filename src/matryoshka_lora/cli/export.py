@@ -148,5 +148,5 @@ def _report(verified: Any, name: str | None, verify: bool, format: Format) -> st
     if verified is not None:
         return f"Verified: on {name}, {verified}."
     if not verify:
-        return "Not verified, as you asked."
-    return f"Not verified: the base model {name or ''} is not on this machine. Give its folder with --model"
+        return "Logits were not compared, as you asked."
+    return f"No logits were compared: the base model {name or ''} is not on this machine. Give its folder with --model"

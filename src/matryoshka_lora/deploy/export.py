@@ -23,7 +23,7 @@ from matryoshka_lora.adapter.sidecar import write_sidecar
 from matryoshka_lora.adapter.slicing import Ranks
 from matryoshka_lora.adapter.source import open_adapter
 from matryoshka_lora.adapter.state import NestedState
-from matryoshka_lora.adapter.storage import check_apart, write_adapter, write_slice
+from matryoshka_lora.adapter.storage import check_apart, write_adapter, write_config, write_slice
 from matryoshka_lora.deploy.ladder import ladder_readme
 from matryoshka_lora.deploy.llama_cpp import check_extension, read_gguf, write_gguf
 from matryoshka_lora.deploy.verify import Verified, check, check_layers, check_rounding, nested_logits, probe_logits
@@ -151,8 +151,9 @@ def export_merged(
         if wanted is None:
             return None
         written, kept = type(merged).from_pretrained(folder, dtype="auto").state_dict(), merged.state_dict()
-        if written.keys() != kept.keys() or not all(written[key].equal(kept[key]) for key in kept):
+        if written.keys() != kept.keys() or not all(_same(written[key], kept[key]) for key in kept):
             raise MatryoshkaError("the file that was written holds other numbers: check the disk and export again")
+        del written
         dtype = merged.dtype
         return check_rounding(probe_logits(merged.float()), *wanted, dtype)
 
@@ -168,13 +169,17 @@ def _merged(what: Cut, model: Any, verify: bool) -> Any:
     return adapted.merge_and_unload(safe_merge=True)
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.equal(other)
+
+
 def _round_as(stored: Any, merged: Any) -> None:
     """Give each weight of a merged model the dtype that it had in the base model as it is stored."""
     before, changed = stored.state_dict(), 0
     for name, tensor in merged.state_dict(keep_vars=True).items():
         old = before.get(name)
         rounded = tensor.data.to(stored.dtype if old is None else old.dtype)
-        if not rounded.isfinite().all():
+        if tensor.isfinite().all() and not rounded.isfinite().all():
             raise MatryoshkaError(
                 f"the merged {name} is too large for {rounded.dtype}: take a base model in bf16 or fp32"
             )
@@ -211,7 +216,7 @@ def export_directions(what: Cut, path: str | os.PathLike[str], *, overwrite: boo
     state, config, tensors = read_adapter(what.source, max_rank=what.rank)
     with output_directory(path, overwrite) as folder:
         write_directions(folder, tensors, what.rank)
-        config.save_pretrained(folder)
+        write_config(folder, config)
         write_sidecar(folder, state)
         again = read_adapter(folder)[2]
         if tensors.keys() != again.keys() or not all(tensors[key].equal(again[key]) for key in tensors):

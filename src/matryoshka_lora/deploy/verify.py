@@ -105,8 +105,9 @@ def check_layers(
             share = _distance(wanted, (other_B * layer.scale, other_A))
             if not share <= _TOLERANCE:
                 raise _wrong(f"the update of layer {name} differs by {100 * share:.2g} % of it")
-    if left or others.keys() != set(found.others):
-        raise _wrong(f"it holds {sorted((*left, *others.keys() ^ set(found.others)))[0]} or lacks it")
+    different = sorted((*left, *others.keys() ^ set(found.others)))
+    if different:
+        raise _wrong(f"{different[0]} is in one of the two only")
     for key, tensor in others.items():
         if not found.tensor(key).equal(tensor):
             raise _wrong(f"{key} has other values")

@@ -22,7 +22,7 @@ def find_evaluation(path: str | PathLike[str]) -> Path:
     """The ``evaluation.json`` that a path means: the file, its folder, or an adapter that has been evaluated.
 
     Raises:
-        MatryoshkaError: There is none.
+        MatryoshkaError: There is none, or it is that of other weights than the adapter has that it lies in.
     """
     given = Path(path)
     places = (given, given / EVALUATION_FOLDER) if given.is_dir() else (given.parent,)
@@ -30,6 +30,7 @@ def find_evaluation(path: str | PathLike[str]) -> Path:
         settle(place)
     for found in (given, *(place / EVALUATION_NAME for place in places if given.is_dir())):
         if found.is_file():
+            _check_weights(found)
             return found
     if (given / "adapter_config.json").is_file():
         raise MatryoshkaError(
@@ -41,6 +42,7 @@ def find_evaluation(path: str | PathLike[str]) -> Path:
     raise MatryoshkaError(f"{given} does not exist; give what matryoshka eval wrote, a file or its folder")
 
 
+<<<<<<< ours
 def find_adapter(file: Path) -> Path:
     """The adapter of an ``evaluation.json``: the folder around the evaluation's, or else what the file calls it.
 
@@ -55,6 +57,18 @@ def find_adapter(file: Path) -> Path:
     # In the words that the user has: a relative path where there is one.
     near = Path(os.path.relpath(around))
     return around if os.pardir in near.parts else near
+=======
+def _check_weights(file: Path) -> None:
+    adapter = file.resolve().parent.parent
+    if file.resolve().parent.name != EVALUATION_FOLDER or not (adapter / "adapter_config.json").is_file():
+        return
+    about = read_evaluation(file).get("adapter")
+    measured = about.get("sha256") if isinstance(about, dict) else None
+    if measured is not None and measured != weights_hash(adapter):
+        raise MatryoshkaError(
+            f"{file} was measured on other weights than {adapter} has now: evaluate it again, with --force"
+        )
+>>>>>>> theirs
 
 
 def weights_hash(adapter: Path) -> str:

@@ -14,7 +14,8 @@ program that knows nothing of it finds, until then, the old files, the new ones,
 (``config.json``, ``evaluation.json``): that file is taken before the weights move and put after them, so an old one
 never stands beside new weights, nor a new one beside old weights. For an adapter, it is missing while its weights are
 renamed, and no other file moves in that time. One program writes a folder at a time; a second one waits, and is refused
-after half a minute. What a killed writer has left is removed by the next one.
+after half a minute. What a killed writer has left is removed by the next one. A reader that a writer has overtaken is
+told to read again (`one_state`).
 """
 
 from matryoshka_lora.files.contents import (
@@ -28,8 +29,10 @@ from matryoshka_lora.files.contents import (
     is_ours,
     kinds_in,
 )
+from matryoshka_lora.files.switch import Mark, mark
 from matryoshka_lora.files.writing import (
     check_writable,
+    one_state,
     output_directory,
     replace_directory,
     replace_file,
@@ -44,10 +47,13 @@ __all__ = [
     "PICTURE_NAME",
     "SPECTRA_NAME",
     "WRITTEN_BY_US",
+    "Mark",
     "check_free",
     "check_writable",
     "is_ours",
     "kinds_in",
+    "mark",
+    "one_state",
     "output_directory",
     "replace_directory",
     "replace_file",

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -66,14 +67,13 @@ class Switch:
         switch = cls(
             folder,
             workspace,
-            {file: _mark(source / file) for file in files},
-            {file: _mark(folder / file) for file in old},
+            {file: mark(source / file) for file in files},
+            {file: mark(folder / file) for file in old},
         )
-        text = json.dumps(
-            {name: {file.as_posix(): mark for file, mark in files.items()} for name, files in switch._named.items()}
-        )
+        known = {NEW: switch.new, _OLD: switch.old}
+        named = {key: {file.as_posix(): own for file, own in marks.items()} for key, marks in known.items()}
         draft = workspace / f"{_JOURNAL}.draft"
-        draft.write_text(text, encoding="utf-8")
+        draft.write_text(json.dumps(named), encoding="utf-8")
         flush_file(draft)
         os.replace(draft, workspace / _JOURNAL)
         flush_folder(workspace)
@@ -137,13 +137,8 @@ class Switch:
         (self.workspace / _JOURNAL).unlink(missing_ok=True)
         parents = {parent for file in (*self.new, *self.old) for parent in file.parents if parent.name}
         for parent in sorted(parents, key=lambda parent: -len(parent.parts)):
-            folder = self.folder / parent
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-
-    @property
-    def _named(self) -> dict[str, Mapping[Path, Mark]]:
-        return {NEW: self.new, _OLD: self.old}
+            with suppress(OSError):  # it holds something else, or is gone
+                (self.folder / parent).rmdir()
 
     def _waits(self, file: Path) -> bool:
         """Whether a new file has not been put yet."""
@@ -156,7 +151,7 @@ class Switch:
     def _check_untouched(self) -> None:
         for file in dict.fromkeys((*self.new, *self.old)):
             known = self.old if file not in self.new or self._waits(file) else self.new
-            there = _mark(self.folder / file) if os.path.lexists(self.folder / file) else None
+            there = mark(self.folder / file) if os.path.lexists(self.folder / file) else None
             # An old file may be gone already.
             if there != known.get(file) and (there is not None or known is self.new):
                 raise MatryoshkaError(
@@ -184,6 +179,7 @@ def _turn(file: Path) -> int:
     return 0 if file.name in _READ_BY_US else 1 if file.name in _READ_FIRST else 2
 
 
-def _mark(file: Path) -> Mark:
+def mark(file: Path) -> Mark:
+    """Of a file as it is now."""
     found = file.lstat()
     return found.st_size, found.st_mtime_ns

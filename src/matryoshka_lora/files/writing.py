@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.contents import adapter_files, check_free, output_files
 from matryoshka_lora.files.disk import explained, flush_file, flush_folder
-from matryoshka_lora.files.switch import NEW, Switch, has_journal
+from matryoshka_lora.files.switch import NEW, Mark, Switch, has_journal, mark
 
 PATIENCE = 30.0
 """Seconds that a second writer of one place waits for the first."""
@@ -48,7 +48,7 @@ def replace_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterat
         MatryoshkaError: The file exists and may not, or cannot be written; what was there is unchanged.
     """
     given, target = Path(path), Path(os.path.realpath(path))
-    if any(part.endswith(_WORKSPACE) for part in target.parts):
+    if any(part.startswith(".") and part.endswith(_WORKSPACE) for part in target.parts):
         yield target  # what is unfinished belongs to one writer, who throws it away as a whole
         return
     with explained(given):
@@ -99,9 +99,9 @@ def settle(folder: str | os.PathLike[str]) -> None:
     Raises:
         MatryoshkaError: It cannot be completed, since the files may not be written here or were changed since.
     """
-    place = Path(folder).resolve()
-    if not has_journal(place / _WORKSPACE):
+    if not os.path.isdir(folder) or not has_journal(Path(folder) / _WORKSPACE):
         return
+    place = Path(folder).resolve()
     try:
         with _held(place / _WORKSPACE, Path(folder)):
             pass
@@ -110,6 +110,20 @@ def settle(folder: str | os.PathLike[str]) -> None:
             f"{folder} was being replaced when its writer was stopped. Whoever opens it completes that, and cannot: "
             f"{error}"
         ) from error
+
+
+@contextmanager
+def one_state(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Settle an adapter's folder, and let a block read its files only if nobody replaces them meanwhile.
+
+    Raises:
+        MatryoshkaError: Somebody has, so that what was read may be of two adapters; or as `settle`.
+    """
+    settle(folder)
+    before = _marks(Path(folder))
+    yield
+    if _marks(Path(folder)) != before:
+        raise MatryoshkaError(f"{folder} was replaced while it was read: read it again")
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
@@ -160,6 +174,16 @@ def _replaced(path: Path, check: Callable[[], None], gone: Callable[[Path, Path]
                     begun.undo()
                 raise
             switch.end()
+
+
+def _marks(folder: Path) -> dict[Path, Mark | None]:
+    found: dict[Path, Mark | None] = {}
+    for file in adapter_files(folder) if os.path.isdir(folder) else ():
+        try:
+            found[file] = mark(folder / file)
+        except FileNotFoundError:  # between finding it and looking at it
+            found[file] = None
+    return found
 
 
 def _probe(folder: Path) -> None:
