@@ -161,12 +161,8 @@ def _open(folder: Path) -> LoraFiles:
     layers = tuple(sorted(_layers(shapes, config, folder), key=lambda layer: layer.name))
     factors = {key for layer in layers for key in (layer.key_A, layer.key_B)}
     others = tuple(sorted(key for key in shapes if key not in factors))
-<<<<<<< ours
-    return LoraFiles(folder, config, state, layers, others, tuple(paths), files)
-=======
-    size = sum(file.stat().st_size for file in paths)
-    return LoraFiles(folder, config, state, layers, others, size, files, {file: mark(file) for file in paths})
->>>>>>> theirs
+    marks = {file: mark(file) for file in paths}
+    return LoraFiles(folder, config, state, layers, others, tuple(paths), files, marks)
 
 
 def _check_kind(config: LoraConfig, folder: Path) -> None:

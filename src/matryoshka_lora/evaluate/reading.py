@@ -42,7 +42,6 @@ def find_evaluation(path: str | PathLike[str]) -> Path:
     raise MatryoshkaError(f"{given} does not exist; give what matryoshka eval wrote, a file or its folder")
 
 
-<<<<<<< ours
 def find_adapter(file: Path) -> Path:
     """The adapter of an ``evaluation.json``: the folder around the evaluation's, or else what the file calls it.
 
@@ -57,7 +56,8 @@ def find_adapter(file: Path) -> Path:
     # In the words that the user has: a relative path where there is one.
     near = Path(os.path.relpath(around))
     return around if os.pardir in near.parts else near
-=======
+
+
 def _check_weights(file: Path) -> None:
     adapter = file.resolve().parent.parent
     if file.resolve().parent.name != EVALUATION_FOLDER or not (adapter / "adapter_config.json").is_file():
@@ -68,7 +68,6 @@ def _check_weights(file: Path) -> None:
         raise MatryoshkaError(
             f"{file} was measured on other weights than {adapter} has now: evaluate it again, with --force"
         )
->>>>>>> theirs
 
 
 def weights_hash(adapter: Path) -> str:
