@@ -515,6 +515,21 @@ def test_conversion_by_peft_is_of_the_whole_adapter_or_refused(inference: Any, r
                 read()
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("own", [1, 8])
+def test_an_adapter_of_another_rank_in_its_place_is_refused(own: int, training: bool, tmp_path: Path) -> None:
+    """A diagonal of one number would silently stand before all columns."""
+    hotswap = pytest.importorskip("peft.utils.hotswap")
+    nesting = Nesting([own])
+    other = get_peft_model(tiny_llama(), LoraConfig(r=12, target_modules=["q_proj"]))
+    other.save_pretrained(tmp_path)
+    model = get_peft_model(tiny_llama(), lora_config(nesting, target_modules=["q_proj"]))
+    nest(model.train(training), nesting)
+    hotswap.hotswap_adapter(model, str(tmp_path), "default")
+    with pytest.raises(MatryoshkaError, match=f"nested at rank {own} and has rank 12 now: .*a name of its own"):
+        model(tokens())
+
+
 def test_pefts_names_of_classes_are_kept() -> None:
     """PEFT compares some of them, and prints them all."""
     nested, plain = nested_llama(NESTING, target_modules=["embed_tokens", "q_proj"]).model, plain_llama()

@@ -70,5 +70,6 @@ def to_weight(module: LoraLayer, product: Tensor) -> Tensor:
     if isinstance(module, ConvNd):
         return product.reshape(module.get_base_layer().weight.shape)
     if isinstance(module, ParamWrapper) and product.ndim == 3:
-        return product if module._did_swap_in_out_features else product.mT
+        swapped = getattr(module, "_did_swap_in_out_features", False)  # PEFT 0.18 has no such layers
+        return product if swapped else product.mT
     return product.T if getattr(module, "fan_in_fan_out", False) else product

@@ -158,7 +158,8 @@ class NestedLinear(Linear):
             return None
         plain = type(base) is nn.Linear and all(_is_plain(module) for module in (base, A, B))
         frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
-        return variant if plain and frozen and base.weight.dtype == x.dtype else None
+        fits = base.weight.dtype == x.dtype and len(A.weight) == variant.state.nesting.max_rank
+        return variant if plain and frozen and fits else None
 
 
 def _is_plain(module: Any) -> bool:

@@ -65,6 +65,12 @@ class Gate:
 
     def apply(self, hidden: Tensor, spatial: int = 0) -> Tensor:
         """``hidden`` times the diagonal on its rank dimension, which ``spatial`` dimensions follow."""
+        rank, nested_rank = hidden.shape[-1 - spatial], self.diagonal.shape[-1]
+        if rank != nested_rank:
+            raise MatryoshkaError(
+                f"an adapter was nested at rank {nested_rank} and has rank {rank} now: PEFT has put another one in its "
+                "place (hotswap_adapter). Load that one under a name of its own"
+            )
         p = full_precision(self.for_rows(hidden.shape, spatial), hidden.dtype)
         rows = () if p.ndim == 1 else (hidden.shape[0], *(1,) * (hidden.ndim - 2 - spatial))
         return (hidden * p.view(*rows, -1, *(1,) * spatial)).to(hidden.dtype)
