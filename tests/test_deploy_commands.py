@@ -29,6 +29,7 @@ from matryoshka_lora.deploy.info import describe
 from matryoshka_lora.deploy.push import push_adapter
 from matryoshka_lora.deploy.reorder import reorder_adapter
 from matryoshka_lora.deploy.spectra import read_spectra
+from matryoshka_lora.evaluate.engine import Engine
 from matryoshka_lora.evaluate.questions import Row
 from matryoshka_lora.models import EMBEDDED
 
@@ -140,6 +141,41 @@ def test_moments_are_those_of_the_hidden_activations_and_their_gradients(base: P
     assert weighted[layer].outer is not None
     torch.testing.assert_close(weighted[layer].outer, right, rtol=1e-3, atol=1e-5 * float(right.abs().max()))
     assert len(weighted) == len(open_adapter(nested).layers)
+
+
+def test_the_teacher_of_a_learned_order_has_no_dropout() -> None:
+    tokenizer, nesting, found = tiny_tokenizer(), Nesting([1, 4]), []
+    rows = [Row("a" * n, "bc" * n) for n in (1, 3, 8)]
+    for dropout in (0.0, 0.5):
+        lora = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "up_proj"], lora_dropout=dropout)
+        adapter = nest(get_peft_model(tiny_llama(vocab_size=len(tokenizer)), lora), nesting, "lora")
+        randomize(adapter.model)
+        learn_order_from(adapter, tokenizer, rows, steps=3, batch_size=4, distil=True)
+        found.append([p.detach() for name, p in adapter.model.named_parameters() if "lora_" in name])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", [None, "<pad>"], ids=["none", "unknown-to-the-model"])
+@pytest.mark.parametrize("eos", ["</s>", None])
+def test_a_tokenizer_without_a_pad_token_that_the_model_knows(base: Path, nested: Path, pad: Any, eos: Any) -> None:
+    adapter = load(AutoModelForCausalLM.from_pretrained(base), nested, trainable=True)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    requests = [([5, 6, 7], [8]), ([9], [10, 11])]
+    wanted = Engine(adapter, tokenizer).loglikelihood(requests, 4)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    rows = [Row([{"role": "user", "content": "a" * n}], [{"role": "assistant", "content": "b"}]) for n in (1, 5)]
+    moments = measure_moments(adapter, tokenizer, rows, gradients=False)
+    tokenizer.add_special_tokens({"pad_token": pad} if pad else {})
+    tokenizer.pad_token, tokenizer.eos_token = pad, eos
+    assert tokenizer.pad_token_id == (adapter.model.config.vocab_size if pad else None)
+    engine = Engine(adapter, tokenizer)
+    assert engine.loglikelihood(requests, 4) == wanted
+    assert len(engine.generate([[5, 6, 7], [9]], 4, 3)) == 2
+    again = measure_moments(adapter, tokenizer, rows, gradients=False)
+    for name, found in again.items():
+        torch.testing.assert_close(found.inner, moments[name].inner)
+    learn_order_from(adapter, tokenizer, rows, steps=1, batch_size=2)
 
 
 @pytest.mark.parametrize("how", ["activations", "loss", "learned"])

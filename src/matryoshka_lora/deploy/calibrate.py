@@ -25,7 +25,7 @@ from matryoshka_lora.deploy.reorder import Moments, reorder_adapter, reweigh_ada
 from matryoshka_lora.deploy.spectra import Metric, Spectra
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.evaluate.questions import Question, Tokens, pad_rows, rows_from, tokenize
-from matryoshka_lora.models import context_length
+from matryoshka_lora.models import context_length, pad_token
 from matryoshka_lora.tasks import get_task
 from matryoshka_lora.train.data import load_data, parse_data
 
@@ -64,7 +64,7 @@ def measure_moments(
             finite.
     """
     questions = sorted(_tokens(adapter, tokenizer, rows), key=lambda q: len(q.context) + len(q.completion))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_token(tokenizer, adapter.model)
     probes = {
         name: _Probe(module, adapter.name, gradients)
         for name, module, _ in adapter._layers()
@@ -120,7 +120,7 @@ def learn_order_from(
     """
     questions = _tokens(adapter, tokenizer, rows)
     random.Random(seed).shuffle(questions)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_token(tokenizer, adapter.model)
     endless = cycle(questions)
 
     def batches() -> Iterator[list[order.Part]]:
