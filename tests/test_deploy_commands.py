@@ -143,6 +143,38 @@ def test_moments_are_those_of_the_hidden_activations_and_their_gradients(base: P
     assert len(weighted) == len(open_adapter(nested).layers)
 
 
+class WithoutDoubles(torch.Tensor):
+    """On a device that has no float64, as Apple's, which no test here can run on."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        if func is torch.Tensor.cpu:
+            return found.as_subclass(torch.Tensor)
+        if isinstance(found, WithoutDoubles) and found.dtype == torch.float64:
+            raise TypeError("this device has no float64")
+        return found
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_moments_on_a_device_without_float64(base: Path, nested: Path, gradients: bool) -> None:
+    adapter = load(AutoModelForCausalLM.from_pretrained(base), nested, trainable=True)
+    tokenizer, rows = AutoTokenizer.from_pretrained(base), [Row("abc", "de")]
+    wanted = measure_moments(adapter, tokenizer, rows, gradients)
+    for name, module in adapter.model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(lambda module, inputs, hidden: hidden.as_subclass(WithoutDoubles))
+        if name.endswith("lora_B.default"):
+            module.register_forward_pre_hook(lambda module, inputs: inputs[0].as_subclass(torch.Tensor))
+    found = measure_moments(adapter, tokenizer, rows, gradients)
+    assert found.keys() == wanted.keys()
+    for name, moments in found.items():
+        assert moments.inner.dtype == torch.float64
+        torch.testing.assert_close(moments.inner, wanted[name].inner)
+    with pytest.raises(TypeError, match="no float64"):
+        torch.ones(2).as_subclass(WithoutDoubles).double()
+
+
 def test_the_teacher_of_a_learned_order_has_no_dropout() -> None:
     tokenizer, nesting, found = tiny_tokenizer(), Nesting([1, 4]), []
     rows = [Row("a" * n, "bc" * n) for n in (1, 3, 8)]

@@ -252,13 +252,13 @@ class _Probe:
     def _add(self, hidden: Tensor, gradient: Tensor | None) -> None:
         self.tokens += len(hidden)
         if gradient is None:
-            self.inner += (hidden.T @ hidden).double().cpu()
+            self.inner += (hidden.T @ hidden).cpu().double()  # in this order: some devices have no float64
             return
         # Scaled before they are squared: a gradient of one token among many is small.
         weight_in, weight_out = gradient.norm(dim=1, keepdim=True), hidden.norm(dim=1, keepdim=True)
         left, right = hidden * weight_in, gradient * weight_out
-        self.inner += (left.T @ left).double().cpu()
-        self.outer += (right.T @ right).double().cpu()
+        self.inner += (left.T @ left).cpu().double()
+        self.outer += (right.T @ right).cpu().double()
 
 
 def _run(model: Any, batch: list[Tokens], pad: int, probes: list[_Probe], gradients: bool) -> None:
