@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 
 from matryoshka_lora.adapter import NestedAdapter
+from matryoshka_lora.adapter.modes import evaluation_mode
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluate.exchange import WAY_OUT
 from matryoshka_lora.evaluate.generation import Prompt, read, step
 from matryoshka_lora.evaluate.likelihood import Likelihood, Tree, score_trees
 from matryoshka_lora.evaluate.packing import Tokens
-from matryoshka_lora.models import evaluation_mode
 
 if TYPE_CHECKING:
     from matryoshka_lora.evaluate.engine import Engine, Prefix, Runner
