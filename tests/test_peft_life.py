@@ -1047,6 +1047,24 @@ def test_configs_that_contradict_the_nesting(changes: dict[str, Any], message: s
     refused(model, message, tokens())
 
 
+@pytest.mark.parametrize("rule", ["matryoshka", "dylora", "stratified"])
+def test_columns_that_cancel_out_under_one_scale(rule: str) -> None:
+    """PEFT's orthogonal start is the base model, and a diagonal between its factors would be far from it."""
+    x = oracle.KINDS["Linear"].batch(2)
+    torch.manual_seed(0)
+    model: Any = get_peft_model(
+        OneLayer(oracle.KINDS["Linear"].build()).double(),
+        lora_config(NESTING, target_modules=["layer"], init_lora_weights="orthogonal"),
+    )
+    layer = model.base_model.model.layer
+    torch.testing.assert_close(model(x), layer.base_layer(x), rtol=1e-4, atol=1e-4)
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert (B.double() @ torch.diag(p_of(NESTING)) @ A.double()).abs().max() > 0.01
+    refused(model, "init_lora_weights='orthogonal' starts from columns that cancel out", x, rule=rule)
+    nest(model, NESTING, rule="lora")
+    torch.testing.assert_close(model(x), layer.base_layer(x), rtol=1e-4, atol=1e-4)
+
+
 def test_a_bias_that_belongs_to_no_rank() -> None:
     refused(one_layer("Linear", NESTING, lora_bias=True), "lora_bias=True adds a bias that belongs to no rank")
 
