@@ -195,7 +195,7 @@ def test_a_gguf_file_is_made_for_it(hub: Hub, run: Run, tmp_path: Path) -> None:
         return file.read_bytes()
 
     assert written("named") == written("folder", "--model", hub.folders["v1"])
-    assert written("named") != written("main", "--model", hub.folders["main"])
+    assert written("again") != written("main", "--model", hub.folders["main"])
 
 
 def test_a_card_holds_no_revision_that_is_none(hub: Hub) -> None:

@@ -136,7 +136,14 @@ class Engine:
         _check_writes_text(self.model)
         # Raises where rows cannot have ranks of their own, and lets the layers see which dimension is the rows.
         with torch.no_grad(), adapter.rows([adapter.nesting.max_rank] * 2):
-            self.model(input_ids=torch.zeros(2, 3, dtype=torch.long, device=self.model.device), use_cache=False)
+            ids = torch.zeros(2, 3, dtype=torch.long, device=self.model.device)
+            try:
+                self.model(input_ids=ids, use_cache=False)
+            except MatryoshkaError as error:
+                raise MatryoshkaError(
+                    f"{type(self.model).__name__} cannot be evaluated at several ranks at once: {error}. Way out: "
+                    f"{WAY_OUT}"
+                ) from error
         with row_attention(self.model):
             pass  # raises where it cannot be
         self._token_bytes = 1  # until it is measured
