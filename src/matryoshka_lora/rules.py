@@ -82,28 +82,6 @@ def _matryoshka(nesting: Nesting, generator: random.Random, rows: int | None) ->
     return Draw(nesting.diagonal())
 
 
-def _mean(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
-    return Draw(nesting.diagonal() / len(nesting.ranks))
-
-
-def _reversed(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
-    return Draw(nesting.diagonal().flip(0))
-
-
-def _shuffled(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
-    # One order for all runs: the diagonal is part of what was trained, and must be found again without the seed.
-    order = torch.randperm(nesting.max_rank, generator=torch.Generator().manual_seed(0))
-    return Draw(nesting.diagonal()[order])
-
-
-def _geometric(decay: float) -> Callable[[Nesting, random.Random, int | None], Draw]:
-    def at_step(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
-        falling = decay ** torch.arange(nesting.max_rank, dtype=torch.float64)
-        return Draw(falling / falling.mean() * nesting.scale(nesting.max_rank))
-
-    return at_step
-
-
 def _dylora(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
     return Draw(nesting.prefix(generator.choice(nesting.ranks)))
 
@@ -144,11 +122,6 @@ RULES: dict[str, Rule] = {
         Rule("dylora-frozen", _dylora_frozen, every_rank=True),
         # Each row of the batch at a rank of its own, every rank as often.
         Rule("stratified", _stratified, per_row=True),
-        # Ablations of P, for studies: divided by the number of ranks, reversed, shuffled, falling by a factor a column.
-        Rule("mean", _mean, fixed=True),
-        Rule("reversed", _reversed, fixed=True),
-        Rule("random", _shuffled, fixed=True),
-        *(Rule(f"geometric-{decay:g}", _geometric(decay), fixed=True) for decay in (0.97, 0.9, 0.8)),
     )
 }
 

@@ -1,0 +1,153 @@
+"""The model card: README.md beside an adapter, made of what is in its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, PICTURE_NAME, write_text
+from matryoshka_lora.formats.config import AdapterConfig
+from matryoshka_lora.metrics import with_error
+from matryoshka_lora.state import State
+
+CARD_NAME = "README.md"
+
+_MARK = (
+    "<!-- Written by matryoshka-lora, and again whenever the adapter is saved: delete this line to keep your own. -->"
+)
+_MAX_BYTES = 1 << 24
+HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""What others call a base model whose name is known here only; the embedded one is 4 bits of these weights."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def write_card(folder: Path, config: AdapterConfig, state: State | None, home: Path | None = None) -> None:
+    """Write the model card of an adapter, unless there is one that somebody has written.
+
+    Args:
+        folder: Where to write it.
+        config: The adapter's.
+        state: Its nesting; None for one rank that was cut out.
+        home: Where the card will be, with the recipe (``train.yaml``) and the evaluation; None means ``folder``.
+    """
+    place = folder if home is None else home
+    existing = place / CARD_NAME
+    if existing.is_file() and _MARK not in _read(existing):
+        return
+    write_text(folder / CARD_NAME, make_card(config, state, place))
+
+
+def make_card(config: AdapterConfig, state: State | None, home: Path) -> str:
+    """The text of the card, in Markdown with the Hugging Face hub's header."""
+    base = config.base_model or ""
+    base = HUB_IDS.get(base, base)
+    # A folder's name on the machine that trained is of no use to others, and none of their business.
+    named = base if _HUB_ID.fullmatch(base) and not os.path.exists(base) else ""
+    title = "A LoRA adapter for every rank" if state else f"A LoRA adapter of rank {config.r}"
+    parts = [_header(named), _MARK, f"# {title}", _what(config, state, named)]
+    parts += [_curve(home), _recipe(home), _use(config, state, named or "BASE_MODEL")]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _header(base: str) -> str:
+    lines = ["---", "library_name: peft", "tags:", "- lora", "- matryoshka-lora"]
+    return "\n".join([*lines, *([f"base_model: {base}"] if base else []), "---"])
+
+
+def _what(config: AdapterConfig, state: State | None, base: str) -> str:
+    of = f" for `{base}`" if base else ""
+    if state is None:
+        return (
+            f"An ordinary LoRA adapter{of}, as PEFT, vLLM and others read it: r={config.r}, "
+            f"lora_alpha={config['lora_alpha']:g}. It was cut out of a nested adapter by "
+            "[matryoshka-lora](https://arxiv.org/abs/2605.07850)."
+        )
+    ranks = state.ranks
+    named = f"any rank from 1 to {ranks[-1]}" if state.reordered else f"rank {', '.join(map(str, ranks))}"
+    how = (
+        f"Its factors were reordered (`{state.reordered}`), so that each prefix of columns is a good adapter of its rank."
+        if state.reordered
+        else "Its deployment is the paper's: P is dropped, and rank r is the first r columns as they were trained. Low "
+        "ranks are much worse than those of a reordered adapter."
+    )
+    return (
+        f"One adapter{of} that may be used at {named} ([MatryoshkaLoRA](https://arxiv.org/abs/2605.07850), trained by "
+        f"rule `{state.rule.name}`). {how} PEFT reads this folder as the adapter of rank {config.r}."
+    )
+
+
+def _curve(home: Path) -> str:
+    """Table and picture of its evaluation, if `matryoshka eval` has written one."""
+    try:
+        table = "\n".join(_rows(json.loads(_read(home / EVALUATION_FOLDER / EVALUATION_NAME))))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        return ""
+    picture = f"{EVALUATION_FOLDER}/{PICTURE_NAME}"
+    image = f"\n\n![Every task at every rank]({picture})" if (home / picture).is_file() else ""
+    return f"## How good each rank is\n\nBy rank, ± one standard error over the questions:\n\n{table}{image}"
+
+
+def _rows(data: dict[str, Any]) -> Iterator[str]:
+    ranks = data["ranks"]
+    yield f"| | {' | '.join(str(int(rank)) for rank in ranks)} |"
+    yield f"|---|{'---|' * len(ranks)}"
+    for name, task in data["tasks"].items():
+        first = task["metrics"][task["metric"]]
+        cells = [with_error(*pair) for pair in zip(first["value"], first["stderr"], strict=True)]
+        yield f"| {name}: {task['metric']}, {int(task['items'])} questions | {' | '.join(cells)} |"
+
+
+def _recipe(home: Path) -> str:
+    """The training config, without the places of this machine."""
+    try:
+        lines = _read(home / "train.yaml").splitlines()
+    except (OSError, ValueError):
+        return ""
+    kept = "\n".join(line for line in lines if not re.match(r"\s*(output_dir|logging_dir|run_name)\s*:", line))
+    return f"## How it was trained\n\n```yaml\n{kept.replace('```', '')}\n```"
+
+
+def _use(config: AdapterConfig, state: State | None, base: str) -> str:
+    peft = f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS_FOLDER")
+```"""
+    if state is None:
+        return f"## How to use it\n\n{peft}"
+    some = state.ranks[len(state.ranks) // 4]
+    return f"""## How to use each rank
+
+```python
+from matryoshka_lora import load  # pip install matryoshka-lora
+from transformers import AutoModelForCausalLM
+
+adapter = load(AutoModelForCausalLM.from_pretrained("{base}"), "THIS_FOLDER", rank={some})
+adapter.set_rank({config.r})  # costs nothing, between any two calls
+```
+
+PEFT, full rank only:
+
+{peft}
+
+One rank as an ordinary adapter for PEFT, all of them for vLLM, one for llama.cpp:
+
+```sh
+matryoshka export THIS_FOLDER --rank {some} -o rank-{some}
+matryoshka export THIS_FOLDER --format ladder -o ladder  # its README has the vllm serve command
+matryoshka export THIS_FOLDER --rank {some} --format gguf -o rank-{some}.gguf
+llama-cli -m BASE.gguf --lora rank-{some}.gguf
+```"""
+
+
+def _read(path: Path) -> str:
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path} is too large")
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,117 @@
+"""Write an adapter: PEFT's files, the sidecar, the singular values and the card."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.formats.card import write_card
+from matryoshka_lora.formats.config import AdapterConfig
+from matryoshka_lora.formats.layout import Layer
+from matryoshka_lora.formats.opened import DTYPES, WEIGHTS_NAME, OpenedAdapter
+from matryoshka_lora.formats.sidecar import write_sidecar
+from matryoshka_lora.formats.spectra import Spectra, write_spectra
+
+Ranks = int | Mapping[str, int]
+"""One rank for all layers, or one for each by its name in the base model; 0 leaves a layer out."""
+
+
+def write_adapter(
+    folder: Path, adapter: OpenedAdapter, spectra: Spectra | None = None, home: Path | None = None
+) -> None:
+    """Write an adapter into a folder, one layer in memory at a time.
+
+    Args:
+        folder: Where to write.
+        adapter: What to write. With a nesting, it gets a sidecar.
+        spectra: Its singular values, complete when its last layer was read.
+        home: Where the folder will be, with the recipe and the evaluation that the card shows; None means ``folder``.
+    """
+    write_weights(folder / WEIGHTS_NAME, adapter)
+    adapter.config.write(folder)
+    if adapter.state is not None:
+        write_sidecar(folder, adapter.state)
+    if spectra is not None:
+        write_spectra(folder, spectra)
+    write_card(folder, adapter.config, adapter.state, home)
+
+
+def write_weights(file: Path, adapter: OpenedAdapter) -> None:
+    """Write an adapter's tensors as safetensors, each as it is read, so that one layer is in memory at a time."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    keys = [key for layer in adapter.layers for key in (layer.key_A, layer.key_B)] + list(adapter.others)
+    # "pt" is what transformers asks of a file before it reads it.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key in keys:
+        stored = adapter.stored[key]
+        if stored.dtype is None:
+            adapter.tensor(key)  # raises the reason
+            raise MatryoshkaError(f"{adapter.name}: {key} has a dtype that no adapter has. Save it again")
+        begin, end = end, end + math.prod(stored.shape) * stored.dtype.itemsize
+        header[key] = {"dtype": names[stored.dtype], "shape": list(stored.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "xb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for key in keys:
+            tensor = adapter.tensor(key).detach().cpu().contiguous()
+            opened.write(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def cut(adapter: OpenedAdapter, ranks: Ranks, pad: bool = False) -> OpenedAdapter:
+    """A rank of an adapter that is as it is deployed, as an ordinary LoRA adapter.
+
+    Args:
+        adapter: A nested one.
+        ranks: One, or one for each layer of a reordered adapter.
+        pad: Fill all layers up to the largest of the ranks, with zeros in B.
+
+    Raises:
+        MatryoshkaError: A rank cannot be had, or layers cannot have ranks of their own.
+    """
+    state = adapter.nested
+    if not state.deployed:
+        raise MatryoshkaError(f"{adapter.name} is as it was trained: reorder it first")
+    top = ranks if isinstance(ranks, int) else max(ranks.values())
+    own = dict.fromkeys((layer.name for layer in adapter.layers), ranks) if isinstance(ranks, int) else dict(ranks)
+    for rank in sorted(set(own.values()) - {0}):
+        state.check_rank(rank)
+    scale = float(state.diagonal(top)[0])
+    config = adapter.config.at(top, scale)
+    if not isinstance(ranks, int):
+        config = _with_own_ranks(adapter, config, {name: rank for name, rank in own.items() if rank}, top, scale, pad)
+    whole = {layer.name: layer for layer in adapter.layers}
+    layers = [layer.at(top if pad else own[layer.name], scale) for layer in adapter.layers if own[layer.name]]
+
+    def factors(layer: Layer) -> tuple[Tensor, Tensor]:
+        A, B = adapter.factors(whole[layer.name])
+        A, B = A[..., : layer.rank, :], B[..., : layer.rank]
+        return A, torch.where(torch.arange(layer.rank, device=B.device) < own[layer.name], B, 0)
+
+    return adapter.with_factors(factors, layers, config)
+
+
+def _with_own_ranks(
+    adapter: OpenedAdapter, config: AdapterConfig, ranks: Mapping[str, int], top: int, scale: float, pad: bool
+) -> AdapterConfig:
+    """With a rank for each layer; every layer keeps one scale, so an engine that ignores the patterns scales rightly."""
+    if not adapter.nested.reordered:
+        raise MatryoshkaError(f"{adapter.name} is not reordered, so its layers need one rank: reorder it first")
+    if adapter.config.target_parameters and not pad:
+        raise MatryoshkaError(
+            f"{adapter.name} has target_parameters, for which PEFT knows no ranks by layer: use --pad, or one --rank"
+        )
+    changes: dict[str, object] = {}
+    if not pad:
+        own = {name: rank for name, rank in ranks.items() if rank != top}
+        changes = {"rank_pattern": own, "alpha_pattern": {name: scale * rank for name, rank in own.items()}}
+    if not pad and len(ranks) < len(adapter.layers):
+        changes |= {"target_modules": sorted(ranks), "layers_to_transform": None, "layers_pattern": None}
+    return config.changed(**changes)
