@@ -6,42 +6,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matryoshka_lora.adapter import NestedAdapter, export_adapter, load, nest, read_sidecar
-    from matryoshka_lora.deploy.reorder import reorder_adapter
-    from matryoshka_lora.errors import MatryoshkaError
+    from matryoshka_lora.adapter.load import load
+    from matryoshka_lora.adapter.nested import NestedAdapter, nest
+    from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
     from matryoshka_lora.metrics import aurac
     from matryoshka_lora.nesting import Nesting
-    from matryoshka_lora.reorder import reorder_factors
-    from matryoshka_lora.train.order import learn_from_trainer
 
-__all__ = [
-    "MatryoshkaError",
-    "NestedAdapter",
-    "Nesting",
-    "aurac",
-    "export_adapter",
-    "learn_from_trainer",
-    "load",
-    "nest",
-    "read_sidecar",
-    "reorder_adapter",
-    "reorder_factors",
-]
-__version__ = "0.1.0"
+__all__ = ["MatryoshkaError", "NestedAdapter", "Nesting", "NotFiniteError", "aurac", "load", "nest"]
+__version__ = "0.2.0"
 
 # Imported at first use, so that `matryoshka --help` does not wait for torch and PEFT.
 _MODULES = {
     "MatryoshkaError": "errors",
-    "NestedAdapter": "adapter",
+    "NestedAdapter": "adapter.nested",
     "Nesting": "nesting",
+    "NotFiniteError": "errors",
     "aurac": "metrics",
-    "export_adapter": "adapter",
-    "learn_from_trainer": "train.order",
-    "load": "adapter",
-    "nest": "adapter",
-    "read_sidecar": "adapter",
-    "reorder_adapter": "deploy.reorder",
-    "reorder_factors": "reorder",
+    "load": "adapter.load",
+    "nest": "adapter.nested",
 }
 
 

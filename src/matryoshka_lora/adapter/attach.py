@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
-from matryoshka_lora.adapter.factors import get_parameters, has_adapter
+from matryoshka_lora.adapter.factors import get_parameters
+from matryoshka_lora.adapter.gates import begin, lora_layers
 from matryoshka_lora.adapter.layers import SUBCLASSES
-from matryoshka_lora.adapter.state import Inference, NestedState
+from matryoshka_lora.adapter.saving import with_our_files
 from matryoshka_lora.adapter.variant import Gate, NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.formats.config import check_config
 from matryoshka_lora.rules import Rule
+from matryoshka_lora.state import State
 
 # By exact class: PEFT's other layers ignore a variant in forward (AWQ, AQLM, EETQ, Megatron, ...) or in merge (torchao,
 # INC), and a subclass may do anything. By name, because importing PEFT's bitsandbytes layers imports bitsandbytes.
@@ -29,18 +31,7 @@ _SUPPORTED = {
     *(f"{kind.__module__}.{kind.__name__}" for kind in SUBCLASSES.values()),
 }
 
-# These start from factors that are only right when p is the constant s_R.
-INITS_THAT_ASSUME_A_SCALE = ("pissa", "corda", "olora", "lora_ga", "loftq")
-
-
-def nested_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
-    """The LoRA layers that hold an adapter, by their names in the base model."""
-    for name, module in model.named_modules():
-        if has_adapter(module, adapter):
-            yield name.removeprefix("base_model.model."), module
-
-
-def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
+def attach(model: PeftModel, state: State, adapter: str) -> None:
     """Put a `NestedVariant` into every LoRA layer of an adapter, then make sure that each kind of layer obeys it.
 
     Raises:
@@ -58,6 +49,8 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
             if kind not in probed:
                 probed.add(kind)
                 _probe(name, module, adapter)
+        begin(model, adapter)
+        model.__class__ = with_our_files(type(model))
     except BaseException:
         for module, original, variant in before:
             module.__class__ = original
@@ -67,77 +60,17 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
         raise
 
 
-def check_config(config: Any, state: NestedState) -> None:
-    """Whether a PEFT config and a nesting describe the same adapter.
-
-    Raises:
-        MatryoshkaError: They contradict each other, or the config asks for something that cannot be nested.
-    """
-    nesting = state.nesting
-    if state.inference not in get_args(Inference):
-        raise MatryoshkaError(f"inference is {state.inference!r}; write 'prefix' or 'keep'")
-    if state.inference == "keep" and not state.rule.fixed:
-        raise MatryoshkaError(f"rule {state.rule.name!r} has no fixed diagonal to keep: write inference='prefix'")
-    if type(config) is not LoraConfig:
-        raise MatryoshkaError(f"only a LoRA adapter can be nested, not {type(config).__name__}: use peft.LoraConfig")
-    if type(config.r) is not int or type(config.lora_alpha) not in (int, float):
-        raise MatryoshkaError(
-            f"LoraConfig's r={config.r!r} and lora_alpha={config.lora_alpha!r} must be an integer and a number: write "
-            f"LoraConfig(r={nesting.max_rank}, lora_alpha={nesting.lora_alpha:g})"
-        )
-    if config.r != nesting.max_rank:
-        raise MatryoshkaError(
-            f"LoraConfig says r={config.r}, but the largest nested rank is {nesting.max_rank}: columns beyond it would "
-            f"never be trained. Write LoraConfig(r={nesting.max_rank}, ...) or end the ranks with {config.r}"
-        )
-    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    if not math.isclose(scale, nesting.scale(nesting.max_rank), rel_tol=1e-9):
-        raise MatryoshkaError(
-            f"LoraConfig's lora_alpha={config.lora_alpha:g} and use_rslora={config.use_rslora} scale the adapter by "
-            f"{scale:g}, but the nesting's scale at rank {config.r} is {nesting.scale(config.r):g}. Write "
-            f"LoraConfig(r={config.r}, lora_alpha={nesting.lora_alpha:g}), or {_suggest(config)}"
-        )
+def _checked_layers(model: Any, state: State, adapter: str) -> list[tuple[str, Any]]:
+    config = check_config(model.peft_config[adapter].to_dict(), f"adapter {adapter!r}")
     for field in ("rank_pattern", "alpha_pattern"):
-        if getattr(config, field, None):
+        if config[field]:
             raise MatryoshkaError(f"{field} gives layers ranks or scales of their own: remove it, then use set_rank")
-    if getattr(config, "layer_replication", None):
+    if config.r != state.nesting.max_rank:
         raise MatryoshkaError(
-            "layer_replication is not supported: replicate the layers in the base model, then leave it out"
+            f"LoraConfig has r={config.r}, and the largest nested rank is {state.nesting.max_rank}: end the ranks with "
+            f"{config.r}, or write LoraConfig(r={state.nesting.max_rank}, ...)"
         )
-    if config.bias not in ("none", "all", "lora_only"):
-        raise MatryoshkaError(f"bias is {config.bias!r}; write 'none', 'all' or 'lora_only'")
-    if config.lora_bias:
-        raise MatryoshkaError("lora_bias=True adds a bias that belongs to no rank: set it to False")
-    if getattr(config, "ensure_weight_tying", False):
-        raise MatryoshkaError(
-            "ensure_weight_tying shares factors between layers, which cannot be reordered: turn it off"
-        )
-    init = str(config.init_lora_weights)
-    if init.startswith(INITS_THAT_ASSUME_A_SCALE):
-        raise MatryoshkaError(f"init_lora_weights={init!r} assumes plain LoRA's scale: use True or 'gaussian'")
-
-
-def trained_besides(config: LoraConfig) -> list[str]:
-    """The fields of a config by which parts of the base model are trained whole, beside the factors."""
-    fields = [field for field in ("modules_to_save", "trainable_token_indices") if getattr(config, field)]
-    return fields if config.bias == "none" else [*fields, "bias"]
-
-
-def _suggest(config: Any) -> str:
-    scaling = "sqrt" if config.use_rslora else "rank"
-    return f"Nesting(ranks, scaling={scaling!r}, alpha={config.lora_alpha:g})"
-
-
-def _checked_layers(model: Any, state: NestedState, adapter: str) -> list[tuple[str, Any]]:
-    if not isinstance(model, PeftModel):
-        raise MatryoshkaError(
-            f"nest() takes a PEFT model, not {type(model).__name__}: "
-            "call peft.get_peft_model(model, LoraConfig(...)) first"
-        )
-    if adapter not in model.peft_config:
-        raise MatryoshkaError(f"the model has no adapter {adapter!r}; its adapters are {', '.join(model.peft_config)}")
-    check_config(model.peft_config[adapter], state)
-    layers = list(nested_layers(model, adapter))
+    layers = list(lora_layers(model, adapter))
     if not layers:
         raise MatryoshkaError(f"adapter {adapter!r} has no LoRA layer in this model")
     seen: dict[int, str] = {}

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from matryoshka_lora.adapter.sidecar import write_sidecar
 from matryoshka_lora.errors import MatryoshkaError
 
 if TYPE_CHECKING:
@@ -16,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class NestingCallback(TrainerCallback):
-    """Draws the ranks of each optimizer step, and puts the sidecar into each checkpoint as its last file.
+    """Draws the ranks of each optimizer step.
 
     The draw depends on the seed and on ``state.global_step``, which the Trainer restores: nothing else has to be saved
     for a resumed run to go on as it would have.
@@ -51,8 +48,3 @@ class NestingCallback(TrainerCallback):
     ) -> None:
         rows = state.train_batch_size or args.train_batch_size
         self.adapter.draw(state.global_step, rows=rows, share=(args.process_index, args.world_size))
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            write_sidecar(folder, self.adapter.state)

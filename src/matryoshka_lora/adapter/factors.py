@@ -11,6 +11,8 @@ from peft.tuners.lora.layer import _ConvNd as ConvNd
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from matryoshka_lora.formats.layout import as_matrices
+
 
 def has_adapter(module: Any, adapter: str) -> bool:
     """Whether a module is a LoRA layer that holds this adapter."""
@@ -40,21 +42,6 @@ def assign(parameter: Tensor, value: Tensor) -> None:
     if isinstance(parameter, DTensor):
         value = distribute_tensor(value.to(parameter), parameter.device_mesh, parameter.placements)
     parameter.copy_(value)
-
-
-def as_matrices(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """PEFT's parameters as matrices: kernels of convolutions are flattened, experts become a leading dimension."""
-    experts = A.shape[0] // rank
-    if experts > 1:  # PEFT's layout: A is (experts * R, in), B is (out, R * experts) with the expert running fastest
-        return A.view(experts, rank, -1), B.view(B.shape[0], rank, experts).permute(2, 0, 1)
-    return A.flatten(1), B.flatten(1)
-
-
-def as_parameters(A: Tensor, B: Tensor, shape_A: torch.Size, shape_B: torch.Size) -> tuple[Tensor, Tensor]:
-    """The inverse of `as_matrices`, for parameters of these shapes; the rank may be smaller than it was."""
-    if A.ndim == 3:
-        return A.reshape(-1, A.shape[-1]), B.permute(1, 2, 0).reshape(B.shape[1], -1)
-    return A.reshape(-1, *shape_A[1:]), B.reshape(shape_B[0], -1, *shape_B[2:])
 
 
 def to_weight(module: LoraLayer, product: Tensor) -> Tensor:

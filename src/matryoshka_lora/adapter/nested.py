@@ -9,18 +9,21 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor
 
-from matryoshka_lora.adapter.attach import attach, nested_layers, trained_besides
-from matryoshka_lora.adapter.factors import as_parameters, assign, get_factors, get_parameters
-from matryoshka_lora.adapter.state import Inference, NestedState
-from matryoshka_lora.adapter.storage import export_rank, save_adapter
-from matryoshka_lora.adapter.variant import Gate, NestedVariant, check_mergeable
+from matryoshka_lora.adapter.attach import attach
+from matryoshka_lora.adapter.factors import assign, get_factors, get_parameters
+from matryoshka_lora.adapter.gates import begin, draw, gated, nested_layers
+from matryoshka_lora.adapter.saving import export_rank, opened_from, save_adapter, writes
+from matryoshka_lora.adapter.variant import NestedVariant, check_mergeable
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
-from matryoshka_lora.nesting import Nesting
-from matryoshka_lora.reorder import reorder_factors
+from matryoshka_lora.formats.config import AdapterConfig, check_config
+from matryoshka_lora.formats.layout import as_parameters
+from matryoshka_lora.nesting import Nesting, Scaling
+from matryoshka_lora.reordering.factors import reorder_factors
 from matryoshka_lora.rules import Rule, get_rule
+from matryoshka_lora.state import Deploy, State
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -28,25 +31,35 @@ if TYPE_CHECKING:
 
 def nest(
     peft_model: PeftModel,
-    nesting: Nesting,
+    ranks: Sequence[int] | None = None,
+    scaling: Scaling = "none",
     rule: str | Rule = "matryoshka",
-    inference: Inference = "prefix",
+    deploy: Deploy = "reordered",
     adapter: str = "default",
     seed: int = 0,
 ) -> NestedAdapter:
     """Nest a LoRA adapter: train it by a rule, use it at any rank.
 
     The model stays an ordinary PEFT model with an ordinary ``LoraConfig``; everything else that PEFT does with an
-    adapter goes on working. In training mode the rule's diagonal stands between the factors. In eval mode the adapter
-    has the rank of `NestedAdapter.set_rank`, at first the largest.
+    adapter goes on working. R is the config's ``r``, and the scale of rank R is the config's: ``lora_alpha / r``, or
+    ``lora_alpha / sqrt(r)`` with ``use_rslora``. In training mode the rule's diagonal stands between the factors. In
+    eval mode the adapter has the rank of `NestedAdapter.set_rank`, at first the largest.
+
+    Example::
+
+        model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+        adapter = nest(model)
+        SFTTrainer(model=model, ..., callbacks=[adapter.callback()]).train()
+        adapter.save("my-adapter")
 
     Args:
-        peft_model: From ``peft.get_peft_model`` or ``PeftModel.from_pretrained``. ``LoraConfig`` must say
-            ``r=nesting.max_rank`` and ``lora_alpha=nesting.lora_alpha``.
-        nesting: The ranks and their scales.
+        peft_model: From ``peft.get_peft_model`` or ``PeftModel.from_pretrained``.
+        ranks: The ranks that training prepares, increasing; the last one is R. None: the powers of two up to R.
+        scaling: The scale of a rank r below R. ``"none"``: that of R. ``"rank"``: R / r times that. ``"sqrt"``:
+            sqrt(R / r) times that. See `matryoshka_lora.Nesting`.
         rule: One of `matryoshka_lora.rules.RULES`, or its name.
-        inference: ``"prefix"`` deploys rank r as ``s_r B[:, :r] A[:r]``, as the paper does. ``"keep"`` keeps the fixed
-            diagonal of training (rules ``matryoshka`` and ``lora``).
+        deploy: ``"reordered"``: what is saved serves every rank well. ``"paper"``: factors that were not reordered are
+            saved and used without P, as arXiv 2605.07850 does; low ranks are poor then.
         adapter: PEFT's name of the adapter.
         seed: Of the ranks that the rule draws.
 
@@ -54,13 +67,22 @@ def nest(
         MatryoshkaError: The model, the config or a layer cannot be nested; the message gives the reason and the way
             out, and the model is unchanged.
     """
-    if not isinstance(nesting, Nesting):
-        raise MatryoshkaError(f"nesting is {nesting!r}; write Nesting([1, 2, 4, 8]) or Nesting.powers_of_two(8)")
+    if not isinstance(peft_model, PeftModel):
+        raise MatryoshkaError(
+            f"nest() takes a PEFT model, not {type(peft_model).__name__}: "
+            "call peft.get_peft_model(model, LoraConfig(...)) first"
+        )
+    if adapter not in peft_model.peft_config:
+        known = ", ".join(peft_model.peft_config)
+        raise MatryoshkaError(f"the model has no adapter {adapter!r}; its adapters are {known}")
+    config = check_config(peft_model.peft_config[adapter].to_dict(), f"adapter {adapter!r}")
+    if ranks is None:
+        nesting = Nesting.powers_of_two(config.r, scaling, config.scale)
+    else:
+        nesting = Nesting(ranks, scaling, config.scale)
     chosen = rule if isinstance(rule, Rule) else get_rule(rule)
-    attach(peft_model, NestedState(nesting, chosen, inference, seed), adapter)
-    nested = NestedAdapter(peft_model, adapter)
-    nested._begin()
-    return nested
+    attach(peft_model, State(nesting, chosen, seed, deploy), adapter)
+    return NestedAdapter(peft_model, adapter)
 
 
 class NestedAdapter:
@@ -83,21 +105,19 @@ class NestedAdapter:
         self.name = adapter
         self._variants()
 
-    def _layers(self) -> Iterator[tuple[str, Any, NestedVariant]]:
-        for name, module in nested_layers(self.model, self.name):
-            variant = module.lora_variant.get(self.name)
-            if isinstance(variant, NestedVariant):
-                yield name, module, variant
+    def layers(self) -> Iterator[tuple[str, Any, NestedVariant]]:
+        """Each nested layer: its name in the base model, PEFT's module, and what stands between its factors."""
+        return nested_layers(self.model, self.name)
 
     def _variants(self) -> list[NestedVariant]:
-        variants = [variant for _, _, variant in self._layers()]
+        variants = [variant for _, _, variant in self.layers()]
         if not variants:
             raise MatryoshkaError(f"the model has no nested adapter {self.name!r}: call nest() or load() first")
         return variants
 
     @property
-    def state(self) -> NestedState:
-        """What all layers share: nesting, rule, inference, seed and form."""
+    def state(self) -> State:
+        """What all layers share: nesting, rule, seed, and how it is deployed."""
         return self._variants()[0].state
 
     @property
@@ -118,43 +138,21 @@ class NestedAdapter:
     @property
     def has_base(self) -> bool:
         """Whether rank 0 is the base model. Not where parts of it were trained whole, such as ``modules_to_save``."""
-        return not trained_besides(self._config)
+        return not self._config.trained_besides
 
     @property
-    def _config(self) -> LoraConfig:
-        config: LoraConfig = self.model.peft_config[self.name]
-        return config
+    def _config(self) -> AdapterConfig:
+        return AdapterConfig(self.model.peft_config[self.name].to_dict())
 
     @property
     def reordered(self) -> bool:
         """Whether the factors are ordered by `reorder`."""
-        return self.state.form == "reordered"
-
-    @property
-    def inference(self) -> Inference:
-        """``"prefix"`` or ``"keep"``; may be set while the factors are as they were trained."""
-        return self.state.inference
-
-    @inference.setter
-    def inference(self, value: Inference) -> None:
-        state = self.state
-        if value not in ("prefix", "keep"):
-            raise MatryoshkaError(f"inference is {value!r}; write 'prefix' or 'keep'")
-        if value == "keep" and not state.rule.fixed:
-            raise MatryoshkaError(f"rule {state.rule.name!r} has no fixed diagonal to keep: write 'prefix'")
-        if value != state.inference and state.form == "folded":
-            raise MatryoshkaError(
-                "this adapter was saved with its diagonal folded in: load a training checkpoint instead"
-            )
-        self._check_unmerged("change its inference")
-        state.inference = value
-        for variant in self._variants():
-            variant.set_rank(variant.rank)
+        return self.state.reordered is not None
 
     @property
     def rank(self) -> int | dict[str, int]:
         """The rank in eval mode: one number, or one for each layer where they differ."""
-        ranks = {name: variant.rank for name, _, variant in self._layers()}
+        ranks = {name: variant.rank for name, _, variant in self.layers()}
         return ranks if len(set(ranks.values())) > 1 else next(iter(ranks.values()))
 
     def set_rank(self, rank: int | Mapping[str, int]) -> None:
@@ -173,7 +171,7 @@ class NestedAdapter:
         for value in patterns.values():
             state.check_rank(value)
         self._check_unmerged("change its rank")
-        layers = list(self._layers())
+        layers = list(self.layers())
         for pattern in patterns:
             if not any(_matches(pattern, name) for name, _, _ in layers):
                 raise MatryoshkaError(f"no layer's name ends in {pattern!r}; layers are named like {layers[0][0]}")
@@ -211,31 +209,31 @@ class NestedAdapter:
             raise MatryoshkaError("rows() needs one rank for each row of the batch; the list is empty")
         if 0 in ranks and not self.has_base:
             raise MatryoshkaError(
-                f"rank 0 is not the base model here: {' and '.join(trained_besides(self._config))} changed parts of it "
+                f"rank 0 is not the base model here: {' and '.join(self._config.trained_besides)} changed parts of it "
                 "that no rank takes out. Load the base model by itself"
             )
         self._check_unmerged("give each row a rank")
         self._check_routing()
-        diagonals = {rank: state.mask(rank) * (state.scale(rank) if rank else 0.0) for rank in set(ranks)}
-        with self._standing(torch.stack([diagonals[rank] for rank in ranks]), exact):
+        diagonals = {rank: state.diagonal(rank) for rank in set(ranks)}
+        with self.standing(torch.stack([diagonals[rank] for rank in ranks]), exact):
             yield
 
     @contextmanager
-    def _standing(self, diagonal: Tensor, exact: bool) -> Iterator[None]:
+    def standing(self, diagonal: Tensor, exact: bool = True) -> Iterator[None]:
         """A context in which this diagonal, (R,) or (rows, R), stands in every layer, in training and in eval mode."""
         if self.name not in self.model.active_adapters:
             raise MatryoshkaError(
                 f"adapter {self.name!r} is not active, {', '.join(self.model.active_adapters)} is: call "
                 f"adapter.model.set_adapter({self.name!r}) first"
             )
-        gated = self._gated(diagonal, exact=exact)
-        before = [variant.override for variant, _ in gated]
-        for variant, gate in gated:
+        gates = gated(self.model, self.name, diagonal, exact=exact)
+        before = [variant.override for variant, _ in gates]
+        for variant, gate in gates:
             variant.stand_before(gate)
         try:
             yield
         finally:
-            for (variant, _), override in zip(gated, before, strict=True):
+            for (variant, _), override in zip(gates, before, strict=True):
                 variant.stand_before(override)
 
     def draw(self, step: int, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> None:
@@ -249,13 +247,7 @@ class NestedAdapter:
             rows: The rows of one batch of this process, for a rule with a rank per row.
             share: ``(index, count)`` of the processes: each gets its own part of one draw over all their rows.
         """
-        index, count = share
-        drawn = self.state.draw(step, None if rows is None else rows * count)
-        diagonal = drawn.diagonal
-        if diagonal.ndim > 1 and rows is not None:
-            diagonal = diagonal[index * rows : (index + 1) * rows]
-        for variant, gate in self._gated(diagonal, allow_fewer=True):
-            variant.begin_step(gate, drawn.learn)
+        draw(self.model, self.name, step, rows, share)
 
     def callback(self) -> TrainerCallback:
         """For ``Trainer(callbacks=[...])``: draws the ranks of each step and completes every checkpoint."""
@@ -278,22 +270,20 @@ class NestedAdapter:
         """
         self._check_unmerged("reorder it")
         state = self.state
-        p, scale = state.trained_diagonal(), state.nesting.scale(state.nesting.max_rank)
-        for name, module, _ in self._layers():
+        p, scale = state.trained_diagonal(), state.nesting.scale
+        for name, module, _ in self.layers():
             if not all(bool(f.isfinite().all()) for f in get_factors(module, self.name)):
                 raise NotFiniteError(f"layer {name} holds NaN or infinity: training diverged; lower the learning rate")
         spectra = {}
         with torch.no_grad():
-            for name, module, _ in self._layers():
+            for name, module, _ in self.layers():
                 parameters = get_parameters(module, self.name)
                 A, B, spectra[name] = reorder_factors(*get_factors(module, self.name), p, scale)
                 new = as_parameters(A, B, parameters[0].shape, parameters[1].shape)
                 for parameter, value in zip(parameters, new, strict=True):
                     assign(parameter, value)
-        state.form = "reordered"
-        for variant in self._variants():
-            variant.set_rank(variant.rank)
-        self.draw(step=0)
+        state.reordered, state.deploy = "svd", "reordered"
+        begin(self.model, self.name)
         return spectra
 
     def merge(self, rank: int) -> None:
@@ -311,11 +301,11 @@ class NestedAdapter:
         self.model.unmerge_adapter()
 
     def save(self, path: str | PathLike[str], is_main_process: bool | None = None) -> None:
-        """Write the adapter: PEFT's files and a sidecar with the nesting.
+        """Write the adapter so that every rank is good: PEFT's files, and a sidecar with the nesting.
 
-        PEFT without this package reads it as the full-rank adapter in the chosen inference mode; `load` reads every
-        rank. The files are written beside the target and moved. PEFT's own ``save_pretrained`` writes the factors as
-        they are trained, without the sidecar: with ``inference="keep"`` that is another function, until `reorder`.
+        Factors that were never reordered are written reordered by SVD, with a warning; the adapter in memory stays as
+        it is trained. PEFT without this package reads the folder as the full-rank adapter; `load` reads every rank. The
+        files are written beside the target and moved.
 
         Args:
             path: The directory to write.
@@ -325,49 +315,37 @@ class NestedAdapter:
         Raises:
             MatryoshkaError: The path cannot be written, or a weight is not finite.
         """
-        save_adapter(self.model, self.name, self.state, path, is_main_process)
+        opened = opened_from(self.model, self.name)
+        if writes(is_main_process):
+            save_adapter(opened, path)
 
     def export(self, path: str | PathLike[str], rank: int, is_main_process: bool | None = None) -> None:
         """Write one rank as an ordinary LoRA adapter, for PEFT or any engine that serves PEFT's files.
 
+        Factors that were never reordered are reordered by SVD on the way, with a warning.
+
         Args:
             path: The directory to write.
-            rank: One of `ranks`.
+            rank: From 1 to R.
             is_main_process: As for `save`.
 
         Raises:
-            MatryoshkaError: The rank was not trained, the path cannot be written, or a weight is not finite.
+            MatryoshkaError: There is no such rank, the path cannot be written, or a weight is not finite.
         """
-        export_rank(self.model, self.name, self.state, path, rank, is_main_process)
-
-    def _begin(self) -> None:
-        state = self.state
-        if state.rule.fixed or state.form != "raw":
-            self.draw(step=0)
-
-    def _gated(
-        self, diagonal: Tensor, allow_fewer: bool = False, exact: bool = True
-    ) -> list[tuple[NestedVariant, Gate]]:
-        """Every layer's variant with a gate where its factors are now: a Trainer moves the model after `nest`."""
-        made: dict[torch.device, Gate] = {}
-        found = []
-        for _, module, variant in self._layers():
-            device = get_parameters(module, self.name)[0].device
-            if device not in made:
-                made[device] = Gate.on(device, diagonal, None, allow_fewer, exact)
-            found.append((variant, made[device]))
-        return found
+        opened = opened_from(self.model, self.name)
+        if writes(is_main_process):
+            export_rank(opened, path, rank)
 
     def _check_unmerged(self, what: str) -> None:
-        if any(self.name in module.merged_adapters for _, module, _ in self._layers()):
+        if any(self.name in module.merged_adapters for _, module, _ in self.layers()):
             raise MatryoshkaError(f"adapter {self.name!r} is merged into the base weights: unmerge it to {what}")
 
     def _check_mergeable(self) -> None:
-        for _, module, _ in self._layers():
+        for _, module, _ in self.layers():
             check_mergeable(module)
 
     def _check_routing(self) -> None:
-        for name, _, _ in self._layers():
+        for name, _, _ in self.layers():
             if ".experts." in f".{name}.":
                 raise MatryoshkaError(
                     f"tokens of {name} are routed to experts and have left their rows: use set_rank. To evaluate, "

@@ -9,8 +9,8 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import get_factors, to_weight
-from matryoshka_lora.adapter.state import NestedState
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.state import State, split
 
 
 class Gate(NamedTuple):
@@ -85,7 +85,7 @@ class NestedVariant(LoraVariant):
         override: Stands before both while a `rows` context is open.
     """
 
-    def __init__(self, state: NestedState, module: LoraLayer, adapter: str) -> None:
+    def __init__(self, state: State, module: LoraLayer, adapter: str) -> None:
         self.state = state
         self.device = get_factors(module, adapter)[0].device
         # PEFT's set_scale and scale_layer change module.scaling; their effect is the ratio to what was attached.
@@ -102,7 +102,7 @@ class NestedVariant(LoraVariant):
 
     def set_rank(self, rank: int) -> None:
         self.rank = rank
-        self.deployed = Gate.on(self.device, self.state.mask(rank), self.state.scale(rank))
+        self.deployed = Gate.on(self.device, *split(self.state.diagonal(rank)))
         self._remember()
 
     def gate(self, training: bool) -> Gate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -51,3 +52,21 @@ def reorder_opened(
 
     layers = [layer.at(rank, scale) for layer in adapter.layers]
     return adapter.with_factors(factors, layers, adapter.config.at(rank, scale), state, dtype), spectra
+
+
+def deployed(
+    adapter: OpenedAdapter, on_layer: Callable[[], object] | None = None
+) -> tuple[OpenedAdapter, dict[str, Tensor] | None]:
+    """An adapter as it is saved or exported: what is still as it was trained is reordered by SVD, with a warning.
+
+    Returns:
+        The adapter itself, or a reordered one with the singular values of `reorder_opened`.
+    """
+    if adapter.nested.deployed:
+        return adapter, None
+    warnings.warn(
+        f"{adapter.name} was never reordered: what is written is reordered by SVD, so that every rank is good. What is "
+        "in memory stays as it is trained",
+        stacklevel=2,
+    )
+    return reorder_opened(adapter, on_layer)

@@ -1,0 +1,64 @@
+"""Set what stands between the factors of all layers of an adapter at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from matryoshka_lora.adapter.factors import get_parameters, has_adapter
+from matryoshka_lora.adapter.variant import Gate, NestedVariant
+
+
+def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
+    """The LoRA layers that hold an adapter, nested or not, by their names in the base model."""
+    for name, module in model.named_modules():
+        if has_adapter(module, adapter):
+            yield name.removeprefix("base_model.model."), module
+
+
+def nested_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any, NestedVariant]]:
+    """The layers that hold a nested adapter, each with what stands between its factors."""
+    for name, module in lora_layers(model, adapter):
+        variant = module.lora_variant.get(adapter)
+        if isinstance(variant, NestedVariant):
+            yield name, module, variant
+
+
+def gated(
+    model: nn.Module, adapter: str, diagonal: Tensor, allow_fewer: bool = False, exact: bool = True
+) -> list[tuple[NestedVariant, Gate]]:
+    """Every layer's variant with a gate where its factors are now: a Trainer moves the model after `nest`."""
+    made: dict[torch.device, Gate] = {}
+    found = []
+    for _, module, variant in nested_layers(model, adapter):
+        device = get_parameters(module, adapter)[0].device
+        if device not in made:
+            made[device] = Gate.on(device, diagonal, None, allow_fewer, exact)
+        found.append((variant, made[device]))
+    return found
+
+
+def draw(
+    model: nn.Module, adapter: str, step: int, rows: int | None = None, share: tuple[int, int] = (0, 1)
+) -> None:
+    """Apply the rule's draw for an optimizer step; see `matryoshka_lora.NestedAdapter.draw`."""
+    index, count = share
+    state = next(nested_layers(model, adapter))[2].state
+    drawn = state.draw(step, None if rows is None else rows * count)
+    diagonal = drawn.diagonal
+    if diagonal.ndim > 1 and rows is not None:
+        diagonal = diagonal[index * rows : (index + 1) * rows]
+    for variant, gate in gated(model, adapter, diagonal, allow_fewer=True):
+        variant.begin_step(gate, drawn.learn)
+
+
+def begin(model: nn.Module, adapter: str) -> None:
+    """Apply what the state of an adapter says: its rank in eval mode and, where it is fixed, its diagonal in training."""
+    for _, _, variant in nested_layers(model, adapter):
+        variant.set_rank(variant.rank)
+        state = variant.state
+    if state.rule.fixed or state.reordered:
+        draw(model, adapter, step=0)
