@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matryoshka_lora.adapter.load import load
-    from matryoshka_lora.adapter.nested import NestedAdapter, nest
+    from matryoshka_lora.adapter.handle import NestedAdapter, nest
     from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
     from matryoshka_lora.metrics import aurac
     from matryoshka_lora.nesting import Nesting

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from matryoshka_lora.errors import MatryoshkaError
 
 if TYPE_CHECKING:
-    from matryoshka_lora.adapter.nested import NestedAdapter
+    from matryoshka_lora.adapter.handle import NestedAdapter
 
 
 class NestingCallback(TrainerCallback):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from matryoshka_lora.reorder import reorder_factors
+from matryoshka_lora.reordering.factors import reorder_factors
 
 
 class OrderOptimizer:
