@@ -18,12 +18,12 @@ __version__ = "0.2.0"
 # Imported at first use, so that `matryoshka --help` does not wait for torch and PEFT.
 _MODULES = {
     "MatryoshkaError": "errors",
-    "NestedAdapter": "adapter.nested",
+    "NestedAdapter": "adapter.handle",
     "Nesting": "nesting",
     "NotFiniteError": "errors",
     "aurac": "metrics",
     "load": "adapter.load",
-    "nest": "adapter.nested",
+    "nest": "adapter.handle",
 }
 
 

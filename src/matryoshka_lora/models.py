@@ -113,6 +113,12 @@ def load_tokenizer(name: str = EMBEDDED, trust_remote_code: bool = False, **kwar
     return tokenizer
 
 
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills rows up; where the tokenizer names none, the end of a text, or else token 0."""
+    named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in named if token is not None), 0)
+
+
 def context_length(model: Any) -> int | None:
     """The most tokens that a model was made to read, where its config says it."""
     config = model.config.get_text_config()

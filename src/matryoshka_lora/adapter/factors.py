@@ -32,6 +32,17 @@ def get_factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     return as_matrices(gathered(A), gathered(B), module.r[adapter])
 
 
+def get_gradients(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """The gradients of A and B in the shapes of `get_factors`; zeros where there are none."""
+    A, B = (gathered(torch.zeros_like(f) if f.grad is None else f.grad) for f in get_parameters(module, adapter))
+    return as_matrices(A, B, module.r[adapter])
+
+
+def has_modules(module: Any, adapter: str) -> bool:
+    """Whether A and B are modules of their own, which an input passes through."""
+    return adapter in module.lora_A and not isinstance(module, ParamWrapper)
+
+
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor that FSDP2 has spread over the processes, all of which must ask; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -13,20 +13,20 @@ from peft import PeftModel
 from torch import Tensor
 
 from matryoshka_lora.adapter.attach import attach
-from matryoshka_lora.adapter.factors import assign, get_factors, get_parameters
-from matryoshka_lora.adapter.gates import begin, draw, gated, nested_layers
+from matryoshka_lora.adapter.gates import draw, nested_layers
+from matryoshka_lora.adapter.in_model import InModel
 from matryoshka_lora.adapter.saving import export_rank, opened_from, save_adapter, writes
 from matryoshka_lora.adapter.variant import NestedVariant, check_mergeable
-from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
+from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.config import AdapterConfig, check_config
-from matryoshka_lora.formats.layout import as_parameters
 from matryoshka_lora.nesting import Nesting, Scaling
-from matryoshka_lora.reordering.factors import reorder_factors
+from matryoshka_lora.reordering.reorder import reorder
+from matryoshka_lora.reordering.sources import data_from
 from matryoshka_lora.rules import Rule, get_rule
-from matryoshka_lora.state import Deploy, State
+from matryoshka_lora.state import By, Deploy, State
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 
 def nest(
@@ -215,26 +215,8 @@ class NestedAdapter:
         self._check_unmerged("give each row a rank")
         self._check_routing()
         diagonals = {rank: state.diagonal(rank) for rank in set(ranks)}
-        with self.standing(torch.stack([diagonals[rank] for rank in ranks]), exact):
+        with InModel(self.model, self.name).standing(torch.stack([diagonals[rank] for rank in ranks]), exact):
             yield
-
-    @contextmanager
-    def standing(self, diagonal: Tensor, exact: bool = True) -> Iterator[None]:
-        """A context in which this diagonal, (R,) or (rows, R), stands in every layer, in training and in eval mode."""
-        if self.name not in self.model.active_adapters:
-            raise MatryoshkaError(
-                f"adapter {self.name!r} is not active, {', '.join(self.model.active_adapters)} is: call "
-                f"adapter.model.set_adapter({self.name!r}) first"
-            )
-        gates = gated(self.model, self.name, diagonal, exact=exact)
-        before = [variant.override for variant, _ in gates]
-        for variant, gate in gates:
-            variant.stand_before(gate)
-        try:
-            yield
-        finally:
-            for (variant, _), override in zip(gates, before, strict=True):
-                variant.stand_before(override)
 
     def draw(self, step: int, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> None:
         """Apply the rule's draw for an optimizer step. `callback` does it in a Hugging Face Trainer.
@@ -255,36 +237,40 @@ class NestedAdapter:
 
         return NestingCallback(self)
 
-    def reorder(self) -> dict[str, Tensor]:
-        """Replace each layer's factors by the SVD of what was trained, ``B diag(p) A``.
+    def reorder(
+        self,
+        by: By = "svd",
+        data: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        rows: int | None = None,
+        seed: int = 0,
+    ) -> dict[str, Tensor]:
+        """Put each layer's directions into an order in which every prefix is good.
 
-        The full-rank function of training is unchanged, and every prefix becomes the closest matrix of its rank. From
-        then on any rank from 1 to R may be chosen, ``inference`` makes no difference, and training would go on as
-        plain LoRA. Under torch.distributed every process calls it.
+        The full-rank function of training is unchanged, up to rounding. From then on any rank from 1 to R may be
+        chosen, and training would go on as plain LoRA. Under torch.distributed every process calls it.
+
+        Args:
+            by: ``"svd"``: each prefix is the closest matrix of its rank (Eckart-Young); needs no data.
+                ``"activations"``: it changes each layer's outputs least. ``"loss"``: it changes the loss least, to
+                second order. ``"learned"``: some steps of training find the order by the loss of the prefixes.
+            data: For all but ``"svd"``: the Trainer that has trained the adapter, a dataset, or rows with ``prompt`` and
+                ``completion``.
+            tokenizer: The base model's, where the data are rows.
+            rows: How many rows are used; None is 128, and 480 for ``"learned"``.
+            seed: Of which rows are taken, and of their ranks.
 
         Returns:
-            Each layer's singular values, decreasing, shape (R,) or (experts, R), float64.
+            Each layer's singular values in the sense of ``by``, decreasing, shape (R,) or (experts, R), float64; for
+            ``"learned"``, those of the SVD.
 
         Raises:
-            MatryoshkaError: A factor is not finite, or the adapter is merged. Nothing has been changed then.
+            MatryoshkaError: A factor is not finite, the adapter is merged, or the data do not go with ``by``. The
+                adapter is as it was then, or reordered by SVD where the data were at fault.
         """
         self._check_unmerged("reorder it")
-        state = self.state
-        p, scale = state.trained_diagonal(), state.nesting.scale
-        for name, module, _ in self.layers():
-            if not all(bool(f.isfinite().all()) for f in get_factors(module, self.name)):
-                raise NotFiniteError(f"layer {name} holds NaN or infinity: training diverged; lower the learning rate")
-        spectra = {}
-        with torch.no_grad():
-            for name, module, _ in self.layers():
-                parameters = get_parameters(module, self.name)
-                A, B, spectra[name] = reorder_factors(*get_factors(module, self.name), p, scale)
-                new = as_parameters(A, B, parameters[0].shape, parameters[1].shape)
-                for parameter, value in zip(parameters, new, strict=True):
-                    assign(parameter, value)
-        state.reordered, state.deploy = "svd", "reordered"
-        begin(self.model, self.name)
-        return spectra
+        source = None if data is None else data_from(self.model, data, tokenizer)
+        return reorder(InModel(self.model, self.name), by, source, rows, seed)
 
     def merge(self, rank: int) -> None:
         """Add the adapter at a rank to the base weights, in place. `unmerge` takes it out again.

@@ -1,0 +1,51 @@
+"""Reorder an adapter in a model: one verb, and by what."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from torch import Tensor
+
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
+from matryoshka_lora.reordering.factors import reorder_factors
+from matryoshka_lora.reordering.learned import ROWS, STEPS, learn_order
+from matryoshka_lora.reordering.model import AdapterInModel, Data
+from matryoshka_lora.reordering.moments import reweigh
+from matryoshka_lora.state import By
+
+
+def reorder(
+    adapter: AdapterInModel, by: By = "svd", data: Data | None = None, rows: int | None = None, seed: int = 0
+) -> dict[str, Tensor]:
+    """See `matryoshka_lora.NestedAdapter.reorder`."""
+    check_by(by, data is not None)
+    spectra = _by_svd(adapter)
+    if data is not None and by == "learned":
+        learn_order(adapter, data, STEPS if rows is None else -(-rows // ROWS), seed=seed)
+    elif data is not None:
+        spectra = reweigh(adapter, data, by == "loss", rows, seed)
+    adapter.set_reordered(by)
+    return spectra
+
+
+def check_by(by: str, has_data: bool) -> None:
+    """Raises MatryoshkaError unless ``by`` is a way to reorder, and there are data where it needs some."""
+    if by not in get_args(By):
+        raise MatryoshkaError(f"by is {by!r}; write one of {', '.join(map(repr, get_args(By)))}")
+    if by == "svd" and has_data:
+        raise MatryoshkaError("data are for by='activations', 'loss' and 'learned'; name one of them")
+    if by != "svd" and not has_data:
+        raise MatryoshkaError(f"by={by!r} needs data: a Trainer, a dataset, or rows with prompt and completion")
+
+
+def _by_svd(adapter: AdapterInModel) -> dict[str, Tensor]:
+    state, before = adapter.state, adapter.factors()
+    for name, pair in before.items():
+        if not all(bool(factor.isfinite().all()) for factor in pair):
+            raise NotFiniteError(f"layer {name} holds NaN or infinity: training diverged; lower the learning rate")
+    p, spectra = state.trained_diagonal(), {}
+    for name, pair in before.items():
+        A, B, spectra[name] = reorder_factors(*pair, p, state.nesting.scale)
+        adapter.put_factors({name: (A, B)})
+    adapter.set_reordered("svd")
+    return spectra
