@@ -45,13 +45,13 @@ from peft import LoraConfig, get_peft_model
 from train_step import machine
 
 from matryoshka_lora import NestedAdapter, Nesting, nest
-from matryoshka_lora.evaluate.engine import Engine
-from matryoshka_lora.evaluate.harness import judge
-from matryoshka_lora.evaluate.selection import select
-from matryoshka_lora.evaluate.store import Store
+from matryoshka_lora.engine.engine import Engine
+from matryoshka_lora.evaluation.harness import judge
+from matryoshka_lora.evaluation.selection import select
+from matryoshka_lora.evaluation.store import Store
 from matryoshka_lora.files import write_text
 from matryoshka_lora.models import DTYPES, embedded_folder, load_model, load_tokenizer
-from matryoshka_lora.tasks import Example, get_task
+from matryoshka_lora.data.tasks import Example, get_task
 
 NESTING = Nesting.powers_of_two(32)
 BATCH_SIZES = (8, 32, 96)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka_lora.cli.demo import LEARNING_RATES, STEPS, TASK, demo_config
-from matryoshka_lora.evaluate import evaluate_ranks
+from matryoshka_lora.evaluation import evaluate_ranks
 from matryoshka_lora.files import write_text
 from matryoshka_lora.models import load_tokenizer
-from matryoshka_lora.tasks import get_task
-from matryoshka_lora.train import train
+from matryoshka_lora.data.tasks import get_task
+from matryoshka_lora.training import train
 
 RATES = (1e-3, 2e-3, 3e-3)
 

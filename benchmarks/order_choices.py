@@ -22,16 +22,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from matryoshka_lora.adapter.factors import get_parameters
-from matryoshka_lora.deploy.calibrate import learn_order_from
-from matryoshka_lora.evaluate.questions import pad_rows, tokenize
+from matryoshka_lora.serving.calibrate import learn_order_from
+from matryoshka_lora.data.questions import pad_rows, tokenize
 from matryoshka_lora.models import load_tokenizer
 from matryoshka_lora.rules import stratified_ranks
-from matryoshka_lora.study.config import Study, load_study
-from matryoshka_lora.study.cuts import Trained
-from matryoshka_lora.study.measure import measure
-from matryoshka_lora.study.records import Job
-from matryoshka_lora.study.run import train_job
-from matryoshka_lora.train.trainer import CompletionTrainer
+from research.config import Study, load_study
+from research.cuts import Trained
+from research.measure import measure
+from research.records import Job
+from research.run import train_job
+from matryoshka_lora.training.trainer import CompletionTrainer
 
 WAYS = (
     *("order 20 0.01", "order 20 0.03", "order 40 0.02", "order 40 0.03", "order 60 0.02"),

@@ -36,7 +36,7 @@ def train(variant: str, folder: str) -> None:
 
     from matryoshka_lora import Nesting, nest
     from matryoshka_lora.models import load_model, load_tokenizer
-    from matryoshka_lora.train.trainer import CompletionTrainer
+    from matryoshka_lora.training.trainer import CompletionTrainer
 
     torch.manual_seed(0)
     model = get_peft_model(

@@ -18,10 +18,10 @@ from reorder_study import TASKS, held_out_loss, make_adapter
 from torch import Tensor
 
 from matryoshka_lora.adapter import load
-from matryoshka_lora.deploy import calibrate, reorder
+from matryoshka_lora.serving import calibrate, reorder
 from matryoshka_lora.models import load_model, load_tokenizer
-from matryoshka_lora.reorder import reweigh_factors
-from matryoshka_lora.tasks import get_task
+from matryoshka_lora.reordering.factors import reweigh_factors
+from matryoshka_lora.data.tasks import get_task
 
 RANKS = (1, 2, 4)
 DAMPINGS = (0.01, 0.1, 1.0)

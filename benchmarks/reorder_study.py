@@ -27,17 +27,17 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter import load
-from matryoshka_lora.adapter.source import open_adapter
-from matryoshka_lora.deploy.budget import choose_ranks
-from matryoshka_lora.deploy.calibrate import ROWS, reorder_with_data
-from matryoshka_lora.deploy.reorder import reorder_adapter
-from matryoshka_lora.deploy.spectra import read_spectra
-from matryoshka_lora.deploy.verify import use_ranks
-from matryoshka_lora.evaluate.questions import pad_rows, tokenize
+from matryoshka_lora.formats.opened import open_adapter
+from matryoshka_lora.serving.budget import choose_ranks
+from matryoshka_lora.serving.calibrate import ROWS, reorder_with_data
+from matryoshka_lora.serving.reorder import reorder_adapter
+from matryoshka_lora.formats.spectra import read_spectra
+from matryoshka_lora.serving.verify import use_ranks
+from matryoshka_lora.data.questions import pad_rows, tokenize
 from matryoshka_lora.files import write_text
 from matryoshka_lora.models import embedded_folder, load_model, load_tokenizer
-from matryoshka_lora.tasks import Example, get_task
-from matryoshka_lora.train.data import load_data
+from matryoshka_lora.data.tasks import Example, get_task
+from matryoshka_lora.data.sources import load_data
 
 TASKS = ("family_relationships", "chain_sum")
 SEEDS = (0, 1, 2)

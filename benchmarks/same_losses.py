@@ -23,10 +23,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from matryoshka_lora import Nesting, nest
-from matryoshka_lora.evaluate.questions import pad_rows, tokenize
+from matryoshka_lora.data.questions import pad_rows, tokenize
 from matryoshka_lora.files import write_text
 from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
-from matryoshka_lora.tasks import get_task
+from matryoshka_lora.data.tasks import get_task
 
 RANK, RATE, LAST = 32, 2e-3, 10
 # dtype, rows of a batch, seeds, variants: fp32 costs several times bf16, and there one seed and few rows are enough.

@@ -27,13 +27,13 @@ from torch import Tensor
 from matryoshka_lora.adapter.factors import get_parameters
 from matryoshka_lora.files import write_text
 from matryoshka_lora.nesting import Nesting
-from matryoshka_lora.reorder import reorder_factors
-from matryoshka_lora.study.config import load_study
-from matryoshka_lora.study.objectives import TRAINERS
-from matryoshka_lora.study.recipes import RECIPES
-from matryoshka_lora.study.records import Job
-from matryoshka_lora.study.run import train_job
-from matryoshka_lora.train.trainer import CompletionTrainer
+from matryoshka_lora.reordering.factors import reorder_factors
+from research.config import load_study
+from research.objectives import TRAINERS
+from research.recipes import RECIPES
+from research.records import Job
+from research.run import train_job
+from matryoshka_lora.training.trainer import CompletionTrainer
 
 WAYS = {
     "lora 0.001": ("lora", 1e-3),

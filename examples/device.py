@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from matryoshka_lora import load
-from matryoshka_lora.deploy.export import cut, export_directions
+from matryoshka_lora.serving.export import cut, export_directions
 from matryoshka_lora.models import load_model
 
 parser = argparse.ArgumentParser()

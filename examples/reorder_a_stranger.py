@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 
 from matryoshka_lora.adapter import load
-from matryoshka_lora.deploy.calibrate import ROWS, calibration_rows, reorder_with_data
-from matryoshka_lora.evaluate import score
+from matryoshka_lora.serving.calibrate import ROWS, calibration_rows, reorder_with_data
+from matryoshka_lora.evaluation import score
 from matryoshka_lora.models import EMBEDDED, embedded_folder, load_model, load_tokenizer
-from matryoshka_lora.tasks import get_task
-from matryoshka_lora.train.data import load_data
+from matryoshka_lora.data.tasks import get_task
+from matryoshka_lora.data.sources import load_data
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--adapter", type=Path, help="a LoRA adapter of yours; else one is trained with plain PEFT")

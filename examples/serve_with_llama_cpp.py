@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llama_cpp import Llama
 
-from matryoshka_lora.deploy.export import cut, export_gguf
+from matryoshka_lora.serving.export import cut, export_gguf
 from matryoshka_lora.models import EMBEDDED, embedded_gguf, load_config, load_model
 
 parser = argparse.ArgumentParser()

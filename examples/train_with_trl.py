@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import Nesting, learn_from_trainer, nest
 from matryoshka_lora.models import load_model, load_tokenizer
-from matryoshka_lora.train.data import load_data
+from matryoshka_lora.data.sources import load_data
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=80)

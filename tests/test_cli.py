@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from matryoshka_lora import Nesting, nest, read_sidecar
 from matryoshka_lora.cli.main import main
-from matryoshka_lora.train import load_config
+from matryoshka_lora.training import load_config
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]

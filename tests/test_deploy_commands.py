@@ -21,15 +21,15 @@ from tiny_chat import save_tiny_chat, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matryoshka_lora import MatryoshkaError, Nesting, load, nest
-from matryoshka_lora.adapter.card import make_card, write_card
-from matryoshka_lora.adapter.source import open_adapter
+from matryoshka_lora.formats.card import make_card, write_card
+from matryoshka_lora.formats.opened import open_adapter
 from matryoshka_lora.cli.main import app
-from matryoshka_lora.deploy.calibrate import learn_order_from, measure_moments
-from matryoshka_lora.deploy.info import describe
-from matryoshka_lora.deploy.push import push_adapter
-from matryoshka_lora.deploy.reorder import reorder_adapter
-from matryoshka_lora.deploy.spectra import read_spectra
-from matryoshka_lora.evaluate.questions import Row
+from matryoshka_lora.serving.calibrate import learn_order_from, measure_moments
+from matryoshka_lora.serving.info import describe
+from matryoshka_lora.serving.push import push_adapter
+from matryoshka_lora.serving.reorder import reorder_adapter
+from matryoshka_lora.formats.spectra import read_spectra
+from matryoshka_lora.data.questions import Row
 from matryoshka_lora.models import EMBEDDED
 
 Run = Callable[..., str]

@@ -18,9 +18,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from matryoshka_lora import MatryoshkaError, Nesting, load
 from matryoshka_lora.adapter import read_adapter
-from matryoshka_lora.adapter.directions import DIRECTIONS_NAME
-from matryoshka_lora.deploy import export as exports
-from matryoshka_lora.deploy.reorder import reorder_adapter
+from matryoshka_lora.formats.directions import DIRECTIONS_NAME
+from matryoshka_lora.serving import export as exports
+from matryoshka_lora.serving.reorder import reorder_adapter
 
 
 def pages_in_memory(path: Path) -> int:

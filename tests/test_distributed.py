@@ -23,8 +23,8 @@ from tiny_chat import save_tiny_chat
 from transformers import AutoModelForCausalLM
 
 from matryoshka_lora import MatryoshkaError, read_sidecar
-from matryoshka_lora.train import load_config, train
-from matryoshka_lora.train.resume import plan
+from matryoshka_lora.training import load_config, train
+from matryoshka_lora.training.resume import plan
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "accelerate"

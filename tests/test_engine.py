@@ -17,11 +17,11 @@ from tiny_chat import tiny_tokenizer
 from transformers import AutoModelForCausalLM, Gemma2Config, MambaConfig, Qwen3Config
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
-from matryoshka_lora.evaluate import engine as engine_module
-from matryoshka_lora.evaluate.attention import row_attention
-from matryoshka_lora.evaluate.engine import Engine
-from matryoshka_lora.evaluate.memory import Room, measure_room
-from matryoshka_lora.evaluate.packing import MIN_PREFIX, batches, families
+from matryoshka_lora.evaluation import engine as engine_module
+from matryoshka_lora.engine.attention import row_attention
+from matryoshka_lora.engine.engine import Engine
+from matryoshka_lora.engine.memory import Room, measure_room
+from matryoshka_lora.engine.packing import MIN_PREFIX, batches, families
 
 RANKS = (0, 1, 2, 4)
 TOKENIZER = tiny_tokenizer()

@@ -17,7 +17,7 @@ from tiny_chat import tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting
-from matryoshka_lora.evaluate import (
+from matryoshka_lora.evaluation import (
     Curve,
     Evaluation,
     ExactMatch,
@@ -33,9 +33,9 @@ from matryoshka_lora.evaluate import (
     score,
     write_evaluation,
 )
-from matryoshka_lora.evaluate.questions import tokenize
-from matryoshka_lora.evaluate.scoring import EXTRA_TOKENS
-from matryoshka_lora.tasks import get_task
+from matryoshka_lora.data.questions import tokenize
+from matryoshka_lora.evaluation.scoring import EXTRA_TOKENS
+from matryoshka_lora.data.tasks import get_task
 
 EXACT = ExactMatch("words")
 ROWS = [

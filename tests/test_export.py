@@ -25,13 +25,13 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 
 from matryoshka_lora import MatryoshkaError, load
 from matryoshka_lora.adapter import read_adapter
-from matryoshka_lora.adapter.source import Layer, open_adapter
-from matryoshka_lora.deploy import export as exports
-from matryoshka_lora.deploy.budget import choose_ranks
-from matryoshka_lora.deploy.ladder import VLLM_RANKS
-from matryoshka_lora.deploy.reorder import reorder_adapter
-from matryoshka_lora.deploy.spectra import Spectra, read_spectra
-from matryoshka_lora.deploy.verify import use_ranks
+from matryoshka_lora.formats.opened import Layer, open_adapter
+from matryoshka_lora.serving import export as exports
+from matryoshka_lora.serving.budget import choose_ranks
+from matryoshka_lora.serving.ladder import VLLM_RANKS
+from matryoshka_lora.serving.reorder import reorder_adapter
+from matryoshka_lora.formats.spectra import Spectra, read_spectra
+from matryoshka_lora.serving.verify import use_ranks
 
 SMALL = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 

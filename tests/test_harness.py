@@ -29,16 +29,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
 from matryoshka_lora.adapter import read_adapter
-from matryoshka_lora.evaluate import selection
-from matryoshka_lora.evaluate.cost import adapter_bytes, token_latency
-from matryoshka_lora.evaluate.engine import Engine
-from matryoshka_lora.evaluate.harness import judge
-from matryoshka_lora.evaluate.questions import ExactMatch, Row
-from matryoshka_lora.evaluate.questions_task import QuestionsTask
-from matryoshka_lora.evaluate.results import Results, weights_hash
-from matryoshka_lora.evaluate.scoring import score
-from matryoshka_lora.evaluate.selection import Preset, Selected, select
-from matryoshka_lora.evaluate.store import Store, request_key
+from matryoshka_lora.evaluation import selection
+from matryoshka_lora.evaluation.cost import adapter_bytes, token_latency
+from matryoshka_lora.engine.engine import Engine
+from matryoshka_lora.evaluation.harness import judge
+from matryoshka_lora.data.questions import ExactMatch, Row
+from matryoshka_lora.evaluation.questions_task import QuestionsTask
+from matryoshka_lora.evaluation.results import Results, weights_hash
+from matryoshka_lora.evaluation.scoring import score
+from matryoshka_lora.evaluation.selection import Preset, Selected, select
+from matryoshka_lora.evaluation.store import Store, request_key
 
 RANKS = (1, 2, 4)
 HARNESS_TASKS = Path(lm_eval.__file__).parent / "tasks"
@@ -534,9 +534,9 @@ def test_the_real_model_answers_as_the_harness_does(tmp_path: Path) -> None:
 
 def test_the_package_imports_without_the_harness() -> None:
     code = (
-        "import sys; sys.modules['lm_eval'] = None; import matryoshka_lora.evaluate, matryoshka_lora.cli.main\n"
+        "import sys; sys.modules['lm_eval'] = None; import matryoshka_lora.evaluation, matryoshka_lora.cli.main\n"
         "from matryoshka_lora import MatryoshkaError\n"
-        "try:\n    import matryoshka_lora.evaluate.harness\n"
+        "try:\n    import matryoshka_lora.evaluation.harness\n"
         "except MatryoshkaError as error:\n    print(error)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

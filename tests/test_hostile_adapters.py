@@ -26,9 +26,9 @@ from test_bad_adapters import fingerprint
 from test_strangers import plain_adapter
 
 from matryoshka_lora import MatryoshkaError, Nesting, export_adapter, load
-from matryoshka_lora.deploy import export as exports
-from matryoshka_lora.deploy.info import describe
-from matryoshka_lora.deploy.reorder import reorder_adapter
+from matryoshka_lora.serving import export as exports
+from matryoshka_lora.serving.info import describe
+from matryoshka_lora.serving.reorder import reorder_adapter
 
 CASES = 250
 SECONDS = 20

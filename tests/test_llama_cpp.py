@@ -13,11 +13,11 @@ import torch
 from conftest import LINEAR_LAYERS
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from matryoshka_lora.deploy import export as exports
-from matryoshka_lora.deploy.reorder import reorder_adapter
-from matryoshka_lora.evaluate.questions import tokenize
+from matryoshka_lora.serving import export as exports
+from matryoshka_lora.serving.reorder import reorder_adapter
+from matryoshka_lora.data.questions import tokenize
 from matryoshka_lora.models import embedded_gguf, load_model, load_tokenizer
-from matryoshka_lora.tasks import get_task
+from matryoshka_lora.data.tasks import get_task
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="make test-deploy builds llama.cpp")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
 from matryoshka_lora.adapter.factors import get_factors
 from matryoshka_lora.adapter.order import Part, learn_order
-from matryoshka_lora.order import OrderOptimizer
+from matryoshka_lora.reordering.order import OrderOptimizer
 
 NESTING = Nesting([1, 2, 4, 8])
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from matryoshka_lora.cli.main import main
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.evaluate.reading import read_measured
-from matryoshka_lora.evaluate.select import Choice, Measured, Wish, choose
+from matryoshka_lora.evaluation.reading import read_measured
+from matryoshka_lora.evaluation.select import Choice, Measured, Wish, choose
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from matryoshka_lora import MatryoshkaError, Nesting, load, nest
-from matryoshka_lora.adapter.source import open_adapter
-from matryoshka_lora.deploy.info import describe
-from matryoshka_lora.deploy.reorder import Moments, reorder_adapter, reweigh_adapter
-from matryoshka_lora.deploy.spectra import read_spectra
+from matryoshka_lora.formats.opened import open_adapter
+from matryoshka_lora.serving.info import describe
+from matryoshka_lora.serving.reorder import Moments, reorder_adapter, reweigh_adapter
+from matryoshka_lora.formats.spectra import read_spectra
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 WEIGHTS = "adapter_model.safetensors"
@@ -183,7 +183,7 @@ def test_memory_is_bounded_by_a_layer(tmp_path: Path) -> None:
         save_file(dict(list(tensors.items())[:count]), tmp_path / name / WEIGHTS, {"format": "pt"})
     # Memory that the system cannot drop and read again: anonymous pages, looked at after each layer.
     code = (
-        "import sys, re; from matryoshka_lora.deploy.reorder import reorder_adapter\n"
+        "import sys, re; from matryoshka_lora.serving.reorder import reorder_adapter\n"
         "most = 0\n"
         "def look(*_):\n"
         "    global most\n"

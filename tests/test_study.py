@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 
 from matryoshka_lora import MatryoshkaError
 from matryoshka_lora.cli.compare import compare
-from matryoshka_lora.study.config import Study, load_study, make_study
-from matryoshka_lora.study.plan import (
+from research.config import Study, load_study, make_study
+from research.plan import (
     MOST_RATES,
     Unit,
     diverged,
@@ -36,10 +36,10 @@ from matryoshka_lora.study.plan import (
     results,
     units,
 )
-from matryoshka_lora.study.recipes import LEARNED, RECIPES, cut_settings, parse_method
-from matryoshka_lora.study.records import Curve, Job, Run
-from matryoshka_lora.study.run import _with_curves_of, run_once
-from matryoshka_lora.tasks import get_task
+from research.recipes import LEARNED, RECIPES, cut_settings, parse_method
+from research.records import Curve, Job, Run
+from research.run import _with_curves_of, run_once
+from matryoshka_lora.data.tasks import get_task
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "study"

@@ -20,14 +20,14 @@ from torch.nn import functional
 from trl import SFTConfig
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
-from matryoshka_lora.study.adalora import AdaLoraTrainer, adalora_config, as_lora, train_peft
-from matryoshka_lora.study.config import Study, make_study
-from matryoshka_lora.study.objectives import TRAINERS, SandwichTrainer, SumTrainer
-from matryoshka_lora.study.plan import Unit, load_runs, missing_jobs, results, units
-from matryoshka_lora.study.records import Curve, Job, Run
-from matryoshka_lora.study.run import run_job, run_once
-from matryoshka_lora.train import TrainConfig, make_config
-from matryoshka_lora.train.trainer import CompletionTrainer
+from research.adalora import AdaLoraTrainer, adalora_config, as_lora, train_peft
+from research.config import Study, make_study
+from research.objectives import TRAINERS, SandwichTrainer, SumTrainer
+from research.plan import Unit, load_runs, missing_jobs, results, units
+from research.records import Curve, Job, Run
+from research.run import run_job, run_once
+from matryoshka_lora.training import TrainConfig, make_config
+from matryoshka_lora.training.trainer import CompletionTrainer
 
 RANKS = (1, 2, 4, 8)
 ROWS = [  # of several lengths, with several labels each and one in the middle

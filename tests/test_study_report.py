@@ -18,10 +18,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.study import stats
-from matryoshka_lora.study.plot import draw, legible
-from matryoshka_lora.study.records import Curve, Result, Tried
-from matryoshka_lora.study.report import tables, write_report
+from research import stats
+from research.plot import draw, legible
+from research.records import Curve, Result, Tried
+from research.report import tables, write_report
 
 # 97.5 % quantiles of Student's t by degrees of freedom, from a printed table.
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 14: 2.145, 29: 2.045}

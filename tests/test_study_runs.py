@@ -25,16 +25,16 @@ from transformers import AutoModelForCausalLM
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter
 from matryoshka_lora.cli.main import main
-from matryoshka_lora.evaluate.questions import Row, tokenize
+from matryoshka_lora.data.questions import Row, tokenize
 from matryoshka_lora.models import load_tokenizer
-from matryoshka_lora.study.config import Study, make_study
-from matryoshka_lora.study.cuts import CUTS, Trained
-from matryoshka_lora.study.measure import measure
-from matryoshka_lora.study.plan import load_runs, missing_jobs, results
-from matryoshka_lora.study.records import Curve, Job, Run
-from matryoshka_lora.study.run import run_job, run_once
-from matryoshka_lora.study.work import run_study
-from matryoshka_lora.train import train
+from research.config import Study, make_study
+from research.cuts import CUTS, Trained
+from research.measure import measure
+from research.plan import load_runs, missing_jobs, results
+from research.records import Curve, Job, Run
+from research.run import run_job, run_once
+from research.work import run_study
+from matryoshka_lora.training import train
 
 NAMES = ("prefix", "keep", "frobenius", "activations", "loss", "para", "budget", "gains", "learned", "distilled")
 

@@ -14,8 +14,8 @@ from peft import LoraConfig
 from trl import SFTConfig
 
 from matryoshka_lora import MatryoshkaError, Nesting
-from matryoshka_lora.train import TrainConfig, load_config, make_config
-from matryoshka_lora.train.checks import parse_yaml
+from matryoshka_lora.training import TrainConfig, load_config, make_config
+from matryoshka_lora.training.checks import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 

@@ -37,7 +37,7 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 from matryoshka_lora.adapter.callback import NestingCallback
-from matryoshka_lora.train import load_config, train
+from matryoshka_lora.training import load_config, train
 
 def on_substep_end(self, args, state, control, **kwargs):
     if state.global_step == int(sys.argv[2]):

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTTrainer
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, learn_from_trainer, nest, read_sidecar
-from matryoshka_lora.train import TrainConfig, load_config, make_config, train
-from matryoshka_lora.train.data import load_data
-from matryoshka_lora.train.resume import plan
-from matryoshka_lora.train.run import _trainer
-from matryoshka_lora.train.trainer import CompletionTrainer
+from matryoshka_lora.training import TrainConfig, load_config, make_config, train
+from matryoshka_lora.data.sources import load_data
+from matryoshka_lora.training.resume import plan
+from matryoshka_lora.training.run import _trainer
+from matryoshka_lora.training.trainer import CompletionTrainer
 
 
 @pytest.fixture(scope="module")

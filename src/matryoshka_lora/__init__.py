@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matryoshka_lora.adapter import NestedAdapter, export_adapter, load, nest, read_sidecar
-    from matryoshka_lora.deploy.reorder import reorder_adapter
+    from matryoshka_lora.serving.reorder import reorder_adapter
     from matryoshka_lora.errors import MatryoshkaError
     from matryoshka_lora.metrics import aurac
     from matryoshka_lora.nesting import Nesting
-    from matryoshka_lora.reorder import reorder_factors
-    from matryoshka_lora.train.order import learn_from_trainer
+    from matryoshka_lora.reordering.factors import reorder_factors
+    from matryoshka_lora.training.order import learn_from_trainer
 
 __all__ = [
     "MatryoshkaError",

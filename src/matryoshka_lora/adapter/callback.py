@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from matryoshka_lora.adapter.sidecar import write_sidecar
+from matryoshka_lora.formats.sidecar import write_sidecar
 from matryoshka_lora.errors import MatryoshkaError
 
 if TYPE_CHECKING:
-    from matryoshka_lora.adapter.nested import NestedAdapter
+    from matryoshka_lora.adapter.handle import NestedAdapter
 
 
 class NestingCallback(TrainerCallback):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from matryoshka_lora.adapter.attach import attach
 from matryoshka_lora.adapter.fits import check_fits
-from matryoshka_lora.adapter.nested import NestedAdapter
+from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.adapter.reading import foreign, read_adapter
 from matryoshka_lora.adapter.undo import undone_on_error
 from matryoshka_lora.errors import MatryoshkaError

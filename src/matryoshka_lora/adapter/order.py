@@ -12,9 +12,9 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 from matryoshka_lora.adapter.factors import as_matrices, as_parameters, assign, gathered, get_factors, get_parameters
-from matryoshka_lora.adapter.nested import NestedAdapter
+from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
-from matryoshka_lora.order import OrderOptimizer
+from matryoshka_lora.reordering.order import OrderOptimizer
 from matryoshka_lora.rules import stratified_ranks
 
 STEPS = 40
@@ -60,7 +60,7 @@ def learn_order(
 ) -> None:
     """Order each layer's directions by what the loss of its prefixes says, beginning from `NestedAdapter.reorder`.
 
-    The full-rank function stays as it is, to rounding; see `matryoshka_lora.order`. Each row of a step has a nested
+    The full-rank function stays as it is, to rounding; see `matryoshka_lora.reordering.order`. Each row of a step has a nested
     rank below R, every rank as often as the others; where rows are no longer rows (routed experts, bare
     parameters), a step has one. If the learned order loses more than the one that it began from, on the rows of the
     last step, it is not kept, and a warning says so.

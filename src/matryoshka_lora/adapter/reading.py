@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from matryoshka_lora.adapter.attach import check_config, trained_besides
-from matryoshka_lora.adapter.directions import DIRECTIONS_NAME, read_directions, truncate
-from matryoshka_lora.adapter.sidecar import read_sidecar
+from matryoshka_lora.formats.directions import DIRECTIONS_NAME, read_directions, truncate
+from matryoshka_lora.formats.sidecar import read_sidecar
 from matryoshka_lora.adapter.slicing import check_layer_name, factor_keys, layer_name, shorten_tensors
 from matryoshka_lora.adapter.state import NestedState
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
@@ -49,7 +49,7 @@ def read_adapter(
     """Read and check the files of a nested adapter; touches no model.
 
     Args:
-        path: Its directory, with weights in PEFT's format or as `matryoshka_lora.adapter.directions`.
+        path: Its directory, with weights in PEFT's format or as `matryoshka_lora.formats.directions`.
         max_rank: Read the first directions of a reordered adapter only, as an adapter of that rank.
 
     Raises:

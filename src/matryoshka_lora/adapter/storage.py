@@ -14,10 +14,10 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, distributed
 
-from matryoshka_lora.adapter.card import write_card
+from matryoshka_lora.formats.card import write_card
 from matryoshka_lora.adapter.factors import gathered
 from matryoshka_lora.adapter.reading import check_finite, read_adapter
-from matryoshka_lora.adapter.sidecar import write_sidecar
+from matryoshka_lora.formats.sidecar import write_sidecar
 from matryoshka_lora.adapter.slicing import (
     Ranks,
     slice_config,

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from matryoshka_lora.adapter import NestedAdapter
-    from matryoshka_lora.evaluate import Evaluation
-    from matryoshka_lora.tasks import Example, Task
-    from matryoshka_lora.train import TrainConfig
+    from matryoshka_lora.evaluation import Evaluation
+    from matryoshka_lora.data.tasks import Example, Task
+    from matryoshka_lora.training import TrainConfig
 
 TASK = "family_relationships"
 MAX_RANK = 32
@@ -81,11 +81,11 @@ def demo(
         f"then answers {items} test questions with 5 x 6 versions of them (about ten minutes). Writes to {out}/."
     )
     from matryoshka_lora.errors import MatryoshkaError
-    from matryoshka_lora.evaluate import print_tables, reading, write_evaluation
+    from matryoshka_lora.evaluation import print_tables, reading, write_evaluation
     from matryoshka_lora.files import check_writable
     from matryoshka_lora.models import load_tokenizer
-    from matryoshka_lora.tasks import get_task
-    from matryoshka_lora.train import train
+    from matryoshka_lora.data.tasks import get_task
+    from matryoshka_lora.training import train
 
     check_writable(out)
     task = get_task(TASK)
@@ -124,7 +124,7 @@ def demo(
 
 def demo_config(rule: str, steps: int, folder: Path, learning_rate: float) -> TrainConfig:
     """The training config of one of the demo's adapters."""
-    from matryoshka_lora.train import make_config
+    from matryoshka_lora.training import make_config
 
     return make_config(
         {
@@ -150,8 +150,8 @@ def _evaluate(
     rows: Sequence[Example],
 ) -> Evaluation:
     """All curves; the order of the adapters is learned afterwards, from the training rows."""
-    from matryoshka_lora.deploy.calibrate import learn_order_from
-    from matryoshka_lora.evaluate import Evaluation, evaluate_base, evaluate_ranks
+    from matryoshka_lora.serving.calibrate import learn_order_from
+    from matryoshka_lora.evaluation import Evaluation, evaluate_base, evaluate_ranks
     from matryoshka_lora.models import EMBEDDED
 
     base = evaluate_base(adapters["matryoshka"], tokenizer, task, questions)
@@ -179,7 +179,7 @@ def _check_export(out: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequ
 
     from matryoshka_lora.adapter import load
     from matryoshka_lora.errors import MatryoshkaError
-    from matryoshka_lora.evaluate.questions import tokenize
+    from matryoshka_lora.data.questions import tokenize
     from matryoshka_lora.models import EMBEDDED, embedded_folder, load_model
 
     exported = out / f"rank-{EXPORTED_RANK}"

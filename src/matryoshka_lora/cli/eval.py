@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from matryoshka_lora.adapter import NestedAdapter
-    from matryoshka_lora.evaluate.results import Results
-    from matryoshka_lora.evaluate.selection import Selected
+    from matryoshka_lora.evaluation.results import Results
+    from matryoshka_lora.evaluation.selection import Selected
 
 
 class Split(str, Enum):
@@ -108,14 +108,14 @@ def evaluate(
     import torch
 
     from matryoshka_lora.adapter import load, read_adapter
-    from matryoshka_lora.adapter.card import write_card
-    from matryoshka_lora.evaluate.cost import adapter_bytes, token_latency
-    from matryoshka_lora.evaluate.curve import versions
-    from matryoshka_lora.evaluate.engine import Engine
-    from matryoshka_lora.evaluate.harness import judge
-    from matryoshka_lora.evaluate.report import print_tasks
-    from matryoshka_lora.evaluate.results import ANSWERS_NAME, Results, weights_hash
-    from matryoshka_lora.evaluate.store import Store
+    from matryoshka_lora.formats.card import write_card
+    from matryoshka_lora.evaluation.cost import adapter_bytes, token_latency
+    from matryoshka_lora.evaluation.curve import versions
+    from matryoshka_lora.engine.engine import Engine
+    from matryoshka_lora.evaluation.harness import judge
+    from matryoshka_lora.evaluation.report import print_tasks
+    from matryoshka_lora.evaluation.results import ANSWERS_NAME, Results, weights_hash
+    from matryoshka_lora.evaluation.store import Store
     from matryoshka_lora.files import check_writable
     from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
 
@@ -187,10 +187,10 @@ def _selected(
     fixed_shots: bool,
 ) -> list[Selected]:
     from matryoshka_lora.errors import MatryoshkaError
-    from matryoshka_lora.evaluate.questions import ExactMatch, rows_from
-    from matryoshka_lora.evaluate.questions_task import QuestionsTask
-    from matryoshka_lora.evaluate.selection import BUILT_IN_ITEMS, Selected, select
-    from matryoshka_lora.train.data import load_data, parse_data
+    from matryoshka_lora.data.questions import ExactMatch, rows_from
+    from matryoshka_lora.evaluation.questions_task import QuestionsTask
+    from matryoshka_lora.evaluation.selection import BUILT_IN_ITEMS, Selected, select
+    from matryoshka_lora.data.sources import load_data, parse_data
 
     of: Any = "test" if split == "test" else "validation"
     if tasks is not None:
@@ -209,9 +209,9 @@ def _selected(
 def _write(results: Results, folder: Path) -> None:
     import json
 
-    from matryoshka_lora.evaluate.page import PAGE_NAME, page
-    from matryoshka_lora.evaluate.reading import EXAMPLES_NAME
-    from matryoshka_lora.evaluate.report import draw_tasks
+    from matryoshka_lora.evaluation.page import PAGE_NAME, page
+    from matryoshka_lora.evaluation.reading import EXAMPLES_NAME
+    from matryoshka_lora.evaluation.report import draw_tasks
     from matryoshka_lora.files import EVALUATION_NAME, PICTURE_NAME, replace_directory
 
     with replace_directory(folder) as unfinished:

@@ -45,7 +45,7 @@ def export(
     Example: matryoshka export runs/demo/adapter --rank 4 -o rank-4
     """
     from matryoshka_lora.adapter import read_adapter
-    from matryoshka_lora.deploy import export as exports
+    from matryoshka_lora.serving import export as exports
     from matryoshka_lora.errors import MatryoshkaError
     from matryoshka_lora.files import check_writable
 
@@ -107,9 +107,9 @@ def export(
 
 
 def _choose(adapter: Path, budget: float) -> Any:
-    from matryoshka_lora.adapter.source import open_adapter
-    from matryoshka_lora.deploy.budget import choose_ranks
-    from matryoshka_lora.deploy.spectra import read_spectra
+    from matryoshka_lora.formats.opened import open_adapter
+    from matryoshka_lora.serving.budget import choose_ranks
+    from matryoshka_lora.formats.spectra import read_spectra
 
     opened = open_adapter(adapter)
     return choose_ranks(opened.layers, read_spectra(opened), budget)

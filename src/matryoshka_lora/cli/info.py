@@ -20,8 +20,8 @@ def info(
 
     Example: matryoshka info runs/demo/adapter --plot decay.png
     """
-    from matryoshka_lora.deploy.info import describe
-    from matryoshka_lora.deploy.info import plot as draw
+    from matryoshka_lora.serving.info import describe
+    from matryoshka_lora.serving.info import plot as draw
     from matryoshka_lora.files import replace_file
 
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):

@@ -19,7 +19,7 @@ def push(
 
     Example: matryoshka push runs/demo/adapter me/family-any-rank
     """
-    from matryoshka_lora.deploy.push import push_adapter
+    from matryoshka_lora.serving.push import push_adapter
 
     address = push_adapter(adapter, repository, private=not public)
     typer.echo(f"Uploaded: {address}")

@@ -12,7 +12,7 @@ from matryoshka_lora.cli.eval import Dtype, base_name
 
 
 class MetricName(str, Enum):
-    """The names of `matryoshka_lora.deploy.spectra.Metric`, which is slow to import."""
+    """The names of `matryoshka_lora.formats.spectra.Metric`, which is slow to import."""
 
     frobenius = "frobenius"
     activations = "activations"
@@ -56,8 +56,8 @@ def reorder(
     import torch
     from tqdm import tqdm
 
-    from matryoshka_lora.adapter.source import open_adapter
-    from matryoshka_lora.deploy.reorder import reorder_adapter
+    from matryoshka_lora.formats.opened import open_adapter
+    from matryoshka_lora.serving.reorder import reorder_adapter
     from matryoshka_lora.files import check_writable
 
     opened = open_adapter(adapter)
@@ -67,7 +67,7 @@ def reorder(
             reorder_adapter(adapter, out, on_layer=bar.update)
     else:
         from matryoshka_lora.adapter import order
-        from matryoshka_lora.deploy.calibrate import ROWS, calibration_rows, reorder_with_data
+        from matryoshka_lora.serving.calibrate import ROWS, calibration_rows, reorder_with_data
         from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
 
         questions = calibration_rows(data, rows or ROWS[metric.value])

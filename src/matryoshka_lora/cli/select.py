@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from matryoshka_lora.evaluate.select import Choice, Measured, Wish
+    from matryoshka_lora.evaluation.select import Choice, Measured, Wish
 
 
 def select(
@@ -45,8 +45,8 @@ def select(
     if share is None and max_bytes is None and max_latency is None:
         raise typer.BadParameter("say what the rank must meet: --within 1%, --max-bytes or --max-latency")
 
-    from matryoshka_lora.evaluate.reading import find_evaluation, read_evaluation, read_measured
-    from matryoshka_lora.evaluate.select import Wish, choose
+    from matryoshka_lora.evaluation.reading import find_evaluation, read_evaluation, read_measured
+    from matryoshka_lora.evaluation.select import Wish, choose
 
     file = find_evaluation(evaluation)
     name, measured = read_measured(file, task)

@@ -1,0 +1,318 @@
+"""Scoring and generating for many ranks at once.
+
+All ranks of an adapter share the base weights, so rows of one batch may have different ranks and the base weights are
+read once for all of them. What requests share is computed once for each rank: a prefix (few-shot examples), and the
+context of several continuations. Logits are made where they are needed, and rows that are done leave the batch.
+
+None of this changes an answer beyond the rounding of its dtype: a request's result does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from matryoshka_lora.adapter import NestedAdapter
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.engine.attention import KeyValues, Pass, Prefill, row_attention
+from matryoshka_lora.engine.generation import Limits, Prompt, generate_rows
+from matryoshka_lora.engine.likelihood import Likelihood, Tree, branched, score_trees
+from matryoshka_lora.engine.memory import Room, measure_room
+from matryoshka_lora.engine.packing import Tokens, batches, families
+from matryoshka_lora.models import context_length
+
+Text = str | Sequence[int]
+"""What a request is made of: text, or tokens."""
+
+
+class Prefix(NamedTuple):
+    """A shared prefix, computed.
+
+    Attributes:
+        length: In tokens.
+        keys: Keys and values, one row for each rank; None where the length is 0.
+        row: The row of each rank.
+    """
+
+    length: int
+    keys: KeyValues | None
+    row: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One model, set up for forward passes over rows; made by the engine for the time of one call."""
+
+    adapter: NestedAdapter
+    model: Any
+    room: Room
+    pad: int
+    _wanted: list[Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors of a pass belong."""
+        device: torch.device = self.model.device
+        return device
+
+    def ranks(self, ranks: Sequence[int]) -> Any:
+        """A context in which the rows of a pass have these ranks."""
+        return self.adapter.rows(ranks, exact=False)
+
+    def logits(self, ids: Tensor, positions: Tensor, row_pass: Pass, wanted: Tensor) -> Tensor:
+        """One forward pass.
+
+        Args:
+            ids: New tokens, shape (rows, tokens).
+            positions: Of the new tokens, shape (rows, tokens).
+            row_pass: Its attention.
+            wanted: At which of the new tokens logits are made, shape (rows, k).
+
+        Returns:
+            Shape (rows, k, vocabulary).
+        """
+        self._wanted[:] = [wanted]
+        found: Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=False, row_pass=row_pass).logits
+        return found
+
+    def prefix(self, tokens: Tokens, ranks: Sequence[int]) -> Prefix:
+        """Compute a prefix once for each rank."""
+        row = {rank: number for number, rank in enumerate(ranks)}
+        if not tokens:
+            return Prefix(0, None, row)
+        parts = []
+        at_once = max(1, self.room.prefill_tokens // len(tokens))
+        for start in range(0, len(ranks), at_once):
+            some = list(ranks[start : start + at_once])
+            ids = torch.tensor([tokens] * len(some), device=self.device)
+            positions = torch.arange(len(tokens), device=self.device).expand(len(some), -1)
+            prefill = Prefill(positions, keep=True)
+            with self.ranks(some):
+                self.logits(ids, positions, prefill, positions[:, -1:])
+            assert prefill.new is not None
+            parts.append(prefill.new)
+        return Prefix(len(tokens), KeyValues.concat(parts), row)
+
+
+class Engine:
+    """Scores and generates with one adapter, each request at a rank of its own.
+
+    Args:
+        adapter: Its ranks and mode are the same after every call.
+        tokenizer: The base model's.
+        batch_size: The most rows that generate together; None measures how many fit.
+
+    Raises:
+        MatryoshkaError: The batch size is not positive, the adapter is not active, or the model is of a kind whose rows
+            cannot have ranks of their own.
+    """
+
+    def __init__(
+        self, adapter: NestedAdapter, tokenizer: PreTrainedTokenizerBase, batch_size: int | None = None
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise MatryoshkaError(f"batch_size is {batch_size}; write 1 or more")
+        self.adapter, self.tokenizer, self.batch_size = adapter, tokenizer, batch_size
+        with adapter.rows([adapter.nesting.max_rank]):
+            pass  # raises where rows cannot have ranks of their own
+        self._model: Any = adapter.model.get_base_model()
+        with row_attention(self._model):
+            pass  # raises where it cannot be
+
+    @property
+    def max_length(self) -> int | None:
+        """The model's context in tokens, where its config says it."""
+        return context_length(self._model)
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end an answer: the generation config's and the tokenizer's."""
+        configured = self._model.generation_config.eos_token_id
+        listed = configured if isinstance(configured, list) else [configured]
+        return frozenset(token for token in (*listed, self.tokenizer.eos_token_id) if token is not None)
+
+    def encode(self, text: str) -> Tokens:
+        """Tokens of a text, with the special tokens that the tokenizer adds unless the text begins with one."""
+        bos = self.tokenizer.bos_token
+        options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        return tuple(self.tokenizer(text, **options)["input_ids"])
+
+    def loglikelihood(
+        self,
+        requests: Sequence[tuple[Text, Text]],
+        ranks: int | Sequence[int],
+        on_result: Callable[[int, Likelihood], object] | None = None,
+    ) -> list[Likelihood]:
+        """How likely each continuation is after its context.
+
+        Requests with the same context and rank share its computation.
+
+        Args:
+            requests: Context and continuation, each as text or as tokens, neither of them empty.
+            ranks: One for all requests, or one for each. 0 is the base model.
+            on_result: Called with a request's place and result as soon as it is known, in any order.
+
+        Returns:
+            One result for each request, in their order.
+
+        Raises:
+            MatryoshkaError: A rank was not trained, or a request is empty or longer than the model's context.
+        """
+        of = self._ranks(ranks, len(requests))
+        pairs = [self.encode_pair(context, continuation) for context, continuation in requests]
+        for number, (context, continuation) in enumerate(pairs):
+            if not context or not continuation:
+                raise MatryoshkaError(
+                    f"request {number} has an empty {'continuation' if context else 'context'}: give at least a token"
+                )
+            self._check_length(number, len(context) + len(continuation) - 1, "context and continuation have")
+        trees: dict[tuple[Tokens, int], Tree] = {}
+        for number, ((context, continuation), rank) in enumerate(zip(pairs, of, strict=True)):
+            trees.setdefault((context, rank), Tree(context, rank, [])).branches.append((number, continuation))
+        found: list[Likelihood | None] = [None] * len(requests)
+
+        def put(number: int, result: Likelihood) -> None:
+            found[number] = result
+            if on_result is not None:
+                on_result(number, result)
+
+        contexts = sorted({context for context, _ in trees})
+        by_context: dict[Tokens, list[Tree]] = {}
+        for tree in trees.values():
+            by_context.setdefault(tree.context, []).append(tree)
+        with self._runner() as runner:
+            for family in families(contexts):
+                members = [tree for place in family.members for tree in by_context[contexts[place]]]
+                for prefix, rows in _by_rank(runner, family.prefix, members):
+                    cut = [part for tree in rows for part in branched(tree, prefix.length)]
+                    lengths = [part.length for part in cut]
+                    most = runner.room.prefill_tokens
+                    for batch in batches(lengths, most, most):
+                        score_trees(runner, prefix, [cut[i] for i in batch], put)
+        return [result for result in found if result is not None]
+
+    def generate(
+        self,
+        prompts: Sequence[Text],
+        ranks: int | Sequence[int],
+        max_new_tokens: int = 256,
+        until: Sequence[str] = (),
+        repetition_penalty: float = 1.0,
+        on_result: Callable[[int, str], object] | None = None,
+    ) -> list[str]:
+        """The greedy answer to each prompt; of the model's generation config, only the end tokens count.
+
+        An answer ends before the first text of ``until``, at a token that ends a turn, or after ``max_new_tokens``. A
+        text of ``until`` may be a special token.
+
+        Args:
+            prompts: Text or tokens, not empty.
+            ranks: One for all prompts, or one for each. 0 is the base model.
+            max_new_tokens: The most tokens of an answer.
+            until: Texts that end an answer; they do not belong to it.
+            repetition_penalty: As in transformers; 1 is none.
+            on_result: Called with a prompt's place and answer as soon as it is known, in any order.
+
+        Returns:
+            The answers without special tokens, in the order of the prompts.
+
+        Raises:
+            MatryoshkaError: A rank was not trained, a prompt is empty, or does not fit the model's context with
+                ``max_new_tokens`` more.
+        """
+        of = self._ranks(ranks, len(prompts))
+        if max_new_tokens < 1:
+            raise MatryoshkaError(f"max_new_tokens is {max_new_tokens}; write 1 or more")
+        encoded = [self._tokens(prompt) for prompt in prompts]
+        for number, tokens in enumerate(encoded):
+            if not tokens:
+                raise MatryoshkaError(f"prompt {number} is empty: give at least one token")
+            self._check_length(number, len(tokens) + max_new_tokens, f"prompt and {max_new_tokens} new tokens need")
+        # A special token does not appear in the answer's text: it is looked for among the tokens.
+        special = {text: self.tokenizer.convert_tokens_to_ids(text) for text in self.tokenizer.all_special_tokens}
+        ends = self.end_tokens | {special[text] for text in until if text in special}
+        texts = tuple(text for text in until if text and text not in special)
+        limits = Limits(max_new_tokens, texts, ends, self.tokenizer, repetition_penalty)
+        found: list[str | None] = [None] * len(prompts)
+
+        def put(number: int, answer: str) -> None:
+            found[number] = answer
+            if on_result is not None:
+                on_result(number, answer)
+
+        unique = sorted(set(encoded))
+        at: dict[Tokens, list[int]] = {}
+        for number, tokens in enumerate(encoded):
+            at.setdefault(tokens, []).append(number)
+        with self._runner() as runner:
+            for family in families(unique):
+                members = [
+                    Prompt(number, of[number], tokens)
+                    for tokens in (unique[place] for place in family.members)
+                    for number in at[tokens]
+                ]
+                for prefix, rows in _by_rank(runner, family.prefix, members):
+                    generate_rows(runner, prefix, rows, limits, put)
+        return [answer for answer in found if answer is not None]
+
+    def _ranks(self, ranks: int | Sequence[int], count: int) -> list[int]:
+        listed = [ranks] * count if isinstance(ranks, int) else list(ranks)
+        if len(listed) != count:
+            raise MatryoshkaError(f"{len(listed)} ranks for {count} requests: give one for each, or one for all")
+        for rank in sorted(set(listed) - {0}):
+            self.adapter.state.check_rank(rank)
+        return listed
+
+    def _tokens(self, text: Text) -> Tokens:
+        return self.encode(text) if isinstance(text, str) else tuple(text)
+
+    def encode_pair(self, context: Text, continuation: Text) -> tuple[Tokens, Tokens]:
+        """Tokens of a context and of what follows it; two texts are tokenized as one and cut."""
+        if isinstance(context, str) and isinstance(continuation, str):
+            before = self.encode(context)
+            return before, self.encode(context + continuation)[len(before) :]
+        return self._tokens(context), self._tokens(continuation)
+
+    def _check_length(self, number: int, length: int, what: str) -> None:
+        if self.max_length is not None and length > self.max_length:
+            raise MatryoshkaError(
+                f"request {number} is too long: {what} {length} tokens, and the model's context has "
+                f"{self.max_length}. Use fewer or shorter few-shot examples, or a model with a longer context"
+            )
+
+    @contextmanager
+    def _runner(self) -> Iterator[Runner]:
+        wanted: list[Tensor] = []
+
+        def gather(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden = args[0]
+            index = wanted[0][..., None].expand(-1, -1, hidden.shape[-1])
+            return (hidden.gather(1, index), *args[1:])
+
+        # Before the output layer, so that whatever a model does to its logits afterwards still happens.
+        hook = self._model.get_output_embeddings().register_forward_pre_hook(gather)
+        modes = [(module, module.training) for module in self.adapter.model.modules()]
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        self.adapter.model.eval()
+        try:
+            with torch.inference_mode(), row_attention(self._model):
+                yield Runner(self.adapter, self._model, measure_room(self._model, self.batch_size), pad, wanted)
+        finally:
+            hook.remove()
+            for module, training in modes:
+                module.training = training
+
+
+def _by_rank(runner: Runner, prefix: Tokens, members: Sequence[Any]) -> Iterator[tuple[Prefix, list[Any]]]:
+    """The members of a family with their computed prefix, for as many ranks at a time as have room for it."""
+    ranks = sorted({member.rank for member in members})
+    at_once = max(1, runner.room.cache_tokens // 2 // len(prefix)) if prefix else len(ranks)
+    for start in range(0, len(ranks), at_once):
+        some = ranks[start : start + at_once]
+        yield runner.prefix(prefix, some), [member for member in members if member.rank in some]
