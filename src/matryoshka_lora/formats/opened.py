@@ -69,7 +69,7 @@ class LoraFiles:
         state: The nesting, if it is a nested adapter.
         layers: In the order of their names.
         others: The keys of tensors that are no factors.
-        size: Bytes of all weight files.
+        weights: The files with its tensors.
     """
 
     folder: Path
@@ -77,8 +77,13 @@ class LoraFiles:
     state: NestedState | None
     layers: tuple[Layer, ...]
     others: tuple[str, ...]
-    size: int
+    weights: tuple[Path, ...]
     _files: Mapping[str, Path | Tensor]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weight files."""
+        return sum(file.stat().st_size for file in self.weights)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,8 +151,7 @@ def open_adapter(path: str | PathLike[str]) -> LoraFiles:
     layers = tuple(sorted(_layers(shapes, config, folder), key=lambda layer: layer.name))
     factors = {key for layer in layers for key in (layer.key_A, layer.key_B)}
     others = tuple(sorted(key for key in shapes if key not in factors))
-    size = sum(file.stat().st_size for file in paths)
-    return LoraFiles(folder, config, state, layers, others, size, files)
+    return LoraFiles(folder, config, state, layers, others, tuple(paths), files)
 
 
 def _check_kind(config: LoraConfig, folder: Path) -> None:
