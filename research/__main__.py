@@ -64,6 +64,7 @@ def compare(
 
 
 def _report(study: Study, runs: Any, folder: Path) -> bool:
+    from matryoshka_lora.privacy import shown
     from research.plan import MOST_RATES, diverged, results, tried
     from research.recipes import RECIPES, parse_method
     from research.report import write_report
@@ -72,11 +73,11 @@ def _report(study: Study, runs: Any, folder: Path) -> bool:
     if not found:
         typer.echo("No method has a test run yet: there is nothing to report.")
         return False
-    training = ", ".join(f"{key} {value}" for key, value in study.training.items() if key != "disable_tqdm")
+    training = ", ".join(f"{key} {value}" for key, value in shown(study.training).items() if key != "disable_tqdm")
     recipes = dict.fromkeys(parse_method(method)[0] for method in study.methods)
     versions = {tuple(sorted(run.versions.items())) for run in runs.values()}
     about = {
-        "model": f"{study.model}, {study.dtype}, all linear layers, R = {study.rank}",
+        "model": f"{shown(study.model)}, {study.dtype}, all linear layers, R = {study.rank}",
         "training": f"{training}; each built-in question once, unless the recipe says otherwise",
         "questions": ", ".join(f"{count} of {split}" for split, count in study.items.items()),
         "learning rates": f"grid from {', '.join(f'{rate:g}' for rate in study.learning_rates)} on validation data, "

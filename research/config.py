@@ -16,6 +16,7 @@ from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.data.questions import Row, rows_from
 from matryoshka_lora.models import EMBEDDED
 from matryoshka_lora.nesting import Nesting
+from matryoshka_lora.privacy import marked
 from research.recipes import EACH, RECIPES, parse_method
 from matryoshka_lora.data.tasks import get_task
 from matryoshka_lora.training.checks import check_keys, names, read_yaml
@@ -167,8 +168,11 @@ class Study:
         )
 
     def settings(self, task: str, recipe: str) -> dict[str, Any]:
-        """What the numbers of a run depend on besides its job: runs with others are of another study."""
-        return {
+        """What the numbers of a run depend on besides its job: runs with others are of another study.
+
+        It is written with each run, so it holds no token and no absolute path.
+        """
+        found: dict[str, Any] = {
             "source": dict(self.tasks[task].source),
             "files": self.tasks[task].digests,
             "recipe": RECIPES[recipe].settings(),
@@ -178,6 +182,7 @@ class Study:
             "items": dict(self.items),
             "threads": self.threads,
         }
+        return {key: marked(value) for key, value in found.items()}
 
 
 def load_study(path: str | PathLike[str]) -> Study:

@@ -190,7 +190,7 @@ def test_eval_of_a_file(run: Run, adapter: Path, rows: Path, tmp_path: Path) -> 
     assert data["ranks"] == [1, 2, 4]
     assert data["bytes"][2] == 4 * data["bytes"][0] > 0
     assert all(latency > 0 for latency in data["latency_ms"])
-    task = data["tasks"][str(rows)]
+    task = data["tasks"][rows.name]
     assert (task["kind"], task["items"], task["metric"]) == ("file", 4, "accuracy,none")
     loss = task["metrics"]["loss,none"]
     assert len(set(loss["value"])) == 3
@@ -218,7 +218,7 @@ def test_eval_has_no_base_model_where_parts_of_it_were_trained(
     assert code == 0
     assert "and without it" not in err
     data = json.loads((tmp_path / "adapter" / "evaluation" / "evaluation.json").read_text())
-    loss = data["tasks"][str(rows)]["metrics"]["loss,none"]
+    loss = data["tasks"][rows.name]["metrics"]["loss,none"]
     assert loss["base"] is None
     assert len(loss["value"]) == 3
     assert run("select", tmp_path / "adapter", "--within", "1%")[0] == 0
@@ -230,7 +230,7 @@ def test_the_card_shows_an_evaluation_beside_the_adapter(run: Run, adapter: Path
     code, _, _ = run("eval", copied, "--data", rows, "--limit", 2, "--ranks", "1,4", "--dtype", "fp32")
     assert code == 0
     card = (copied / "README.md").read_text()
-    assert f"| {rows}: accuracy,none, 2 questions | " in card
+    assert f"| {rows.name}: accuracy,none, 2 questions | " in card
     assert "![Every task at every rank](evaluation/curve.png)" in card
 
 

@@ -1,12 +1,10 @@
-"""reorder, info, export and push on the command line, the card beside an adapter, and the calibration behind them."""
+"""reorder, info and export on the command line, the card beside an adapter, and the calibration behind them."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ from matryoshka_lora.formats.opened import open_adapter
 from matryoshka_lora.cli.main import app
 from matryoshka_lora.serving.calibrate import learn_order_from, measure_moments
 from matryoshka_lora.serving.info import describe
-from matryoshka_lora.serving.push import push_adapter
 from matryoshka_lora.serving.reorder import reorder_adapter
 from matryoshka_lora.formats.spectra import read_spectra
 from matryoshka_lora.data.questions import Row
@@ -334,85 +331,6 @@ def test_a_card_names_the_embedded_model_as_others_know_it(nested: Path) -> None
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" in card
     assert EMBEDDED not in card.partition("## How it was trained")[0]
     assert 'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")' in card
-
-
-# push
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as an upload of small files needs; what was sent is kept in the server."""
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.requests.append((self.path, body))  # type: ignore[attr-defined]
-        if self.path.endswith("/api/repos/create"):
-            self._answer({"url": f"{self.server.address}/me/any-rank", "id": "me/any-rank", "name": "me/any-rank"})  # type: ignore[attr-defined]
-        elif "preupload" in self.path:
-            files = json.loads(body)["files"]
-            self._answer(
-                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
-            )
-        else:
-            self._answer(
-                {"commitUrl": f"{self.server.address}/me/any-rank/commit/1", "commitOid": "1", "success": True}
-            )  # type: ignore[attr-defined]
-
-    def do_GET(self) -> None:
-        self._answer({"id": "me/any-rank", "sha": "0", "siblings": []})
-
-    def _answer(self, content: Any) -> None:
-        text = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_: Any) -> None: ...
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.requests, server.address = [], f"http://127.0.0.1:{server.server_address[1]}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    yield server
-    server.shutdown()
-
-
-def test_push_writes_no_card_for_an_adapter_of_somebody_else(
-    tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_xxx")
-    get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    (tmp_path / "README.md").unlink(missing_ok=True)
-    push_adapter(tmp_path, "me/any-rank", endpoint=hub.address)
-    assert not (tmp_path / "README.md").exists()
-
-
-def test_push_sends_the_adapter_and_nothing_else(nested: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_xxx")
-    (nested / "checkpoint-5").mkdir(exist_ok=True)
-    (nested / "checkpoint-5" / "optimizer.pt").write_bytes(b"x")
-    (nested / "secret.txt").write_text("secret")
-    address = push_adapter(nested, "me/any-rank", endpoint=hub.address)
-    assert address.startswith(hub.address)
-    (commit,) = [body for path, body in hub.requests if "/commit/" in path]
-    sent = {json.loads(line)["value"].get("path") for line in commit.splitlines() if line}
-    assert sent - {None} == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "nesting.json",
-        "spectra.safetensors",
-    }
-
-
-def test_push_explains_a_hub_that_cannot_be_reached(nested: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with pytest.raises(MatryoshkaError, match=r"cannot push to 'me/any-rank'.*hf auth login"):
-        push_adapter(nested, "me/any-rank", endpoint="http://127.0.0.1:9")
 
 
 def test_the_tokens_of_the_test_are_the_model_s(base: Path) -> None:

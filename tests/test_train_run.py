@@ -77,7 +77,9 @@ def test_the_written_config_is_complete_and_repeats_the_run(model: Path, finishe
     assert written["lora"] == {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 4}
     assert written["nesting"]["ranks"] == [1, 2, 4]
     again = tmp_path / "again"
-    train(load_config(finished / "train.yaml", [f"output_dir={again}"]))
+    with pytest.raises(MatryoshkaError, match=r"model is a path without its folders.* for example model=/where/it/is"):
+        load_config(finished / "train.yaml")
+    train(load_config(finished / "train.yaml", [f"model={model}", f"output_dir={again}"]))
     name = "adapter_model.safetensors"
     assert (again / name).read_bytes() == (finished / name).read_bytes()
 

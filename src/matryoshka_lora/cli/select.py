@@ -45,7 +45,7 @@ def select(
     if share is None and max_bytes is None and max_latency is None:
         raise typer.BadParameter("say what the rank must meet: --within 1%, --max-bytes or --max-latency")
 
-    from matryoshka_lora.evaluation.reading import find_evaluation, read_evaluation, read_measured
+    from matryoshka_lora.evaluation.reading import find_adapter, find_evaluation, read_measured
     from matryoshka_lora.evaluation.select import Wish, choose
 
     file = find_evaluation(evaluation)
@@ -55,10 +55,10 @@ def select(
     typer.echo(f"{name}: {measured.metric}, {measured.items} questions\n")
     for line in (*_table(measured, choice), "", *_sentences(measured, wish, choice)):
         typer.echo(line)
-    adapter = Path(read_evaluation(file).get("adapter", {}).get("path", "ADAPTER"))
-    typer.echo(
-        f"\nNext: matryoshka export {adapter} --rank {choice.rank} -o {adapter.name}-rank-{choice.rank}",
-    )
+    adapter = find_adapter(file)
+    typer.echo(f"\nNext: matryoshka export {adapter} --rank {choice.rank} -o {adapter.name}-rank-{choice.rank}")
+    if not adapter.is_dir():
+        typer.echo(f"({adapter} is the adapter that was evaluated: write the path of its folder)")
 
 
 def _parse_share(text: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -36,6 +37,21 @@ def find_evaluation(path: str | PathLike[str]) -> Path:
     if given.is_dir():
         raise MatryoshkaError(f"there is no {EVALUATION_NAME} in {given}; give the folder that matryoshka eval wrote")
     raise MatryoshkaError(f"{given} does not exist; give what matryoshka eval wrote, a file or its folder")
+
+
+def find_adapter(file: Path) -> Path:
+    """The adapter of an ``evaluation.json``: the folder around the evaluation's, or else what the file calls it.
+
+    Raises:
+        MatryoshkaError: The file is no evaluation.
+    """
+    named = Path(str(read_evaluation(file).get("adapter", {}).get("path", "ADAPTER")))
+    around = file.resolve().parent.parent
+    if not (around / "adapter_config.json").is_file():
+        return named
+    # In the words that the user has: a relative path where there is one.
+    near = Path(os.path.relpath(around))
+    return around if os.pardir in near.parts else near
 
 
 def read_evaluation(file: Path) -> dict[str, Any]:

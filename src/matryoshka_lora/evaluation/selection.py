@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.questions_task import QuestionsTask
+from matryoshka_lora.privacy import shown
 from matryoshka_lora.data.tasks import get_task, is_task
 
 BUILT_IN_ITEMS = 200
@@ -46,7 +47,7 @@ class Selected:
     """What a name meant.
 
     Attributes:
-        name: As it was given.
+        name: As it was given, or the file's name where that is an absolute path.
         kind: Where the task comes from.
         tasks: The harness's; several where the name is a group's.
         num_fewshot: None leaves it to the task.
@@ -103,7 +104,7 @@ def select(
         _check(task, name, shots)
         if fixed_shots:
             _fix_shots(task)
-    return Selected(name, "harness", found, shots, preset.metric if preset is not None else None)
+    return Selected(shown(name), "harness", found, shots, preset.metric if preset is not None else None)
 
 
 def _is_file(name: str) -> bool:

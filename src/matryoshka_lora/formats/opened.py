@@ -55,7 +55,7 @@ class OpenedAdapter:
         state: The nesting, if it is a nested adapter.
         layers: In the order of their names.
         others: The keys of tensors that are no factors.
-        size: Bytes of all weight files.
+        weights: The files with its tensors; none of an adapter from memory.
         stored: All tensors, by PEFT's keys.
     """
 
@@ -64,8 +64,16 @@ class OpenedAdapter:
     state: State | None
     layers: tuple[Layer, ...]
     others: tuple[str, ...]
-    size: int
+    weights: tuple[Path, ...]
     stored: Mapping[str, Stored]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weight files, or of the tensors in memory."""
+        if self.weights:
+            return sum(file.stat().st_size for file in self.weights)
+        kept = (tensor for tensor in self.stored.values() if tensor.dtype is not None)
+        return sum(tensor.shape.numel() * tensor.dtype.itemsize for tensor in kept if tensor.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -185,8 +193,7 @@ def open_adapter(path: str | os.PathLike[str], max_rank: int | None = None, trai
         rank = config.r if max_rank is None else max_rank
         shorter = first_ranks(config, state, rank)
         tensors = read_directions(directions, config.r, rank)
-        opened = from_memory(str(folder), *shorter, tensors)
-        return replace(opened, size=directions.stat().st_size)
+        return replace(from_memory(str(folder), *shorter, tensors), weights=(directions,))
     else:
         opened = _from_files(folder, config, state, _weight_files(folder))
     return opened if max_rank is None else _shortened(opened, max_rank)
@@ -198,9 +205,8 @@ def from_memory(name: str, config: AdapterConfig, state: State | None, tensors: 
     Raises:
         MatryoshkaError: Config and tensors contradict each other.
     """
-    size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
     stored = {key: Stored(tensor.shape, tensor.dtype, partial(_same, tensor)) for key, tensor in tensors.items()}
-    return _opened(name, config, state, stored, size)
+    return _opened(name, config, state, stored, ())
 
 
 def first_ranks(config: AdapterConfig, state: State, rank: int) -> tuple[AdapterConfig, State]:
@@ -240,7 +246,7 @@ def _from_files(folder: Path, config: AdapterConfig, state: State | None, files:
                     raise MatryoshkaError(f"{folder} holds tensor {key} twice. Copy the adapter again")
                 head = opened.get_slice(key)
                 stored[key] = Stored(Size(head.get_shape()), DTYPES.get(head.get_dtype()), partial(_read, file, key))
-    return _opened(str(folder), config, state, stored, sum(file.stat().st_size for file in files))
+    return _opened(str(folder), config, state, stored, tuple(files))
 
 
 def _read(file: Path, key: str) -> Tensor:
@@ -254,11 +260,11 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _opened(
-    name: str, config: AdapterConfig, state: State | None, stored: Mapping[str, Stored], size: int
+    name: str, config: AdapterConfig, state: State | None, stored: Mapping[str, Stored], weights: tuple[Path, ...]
 ) -> OpenedAdapter:
     layers = find_layers({key: each.shape for key, each in stored.items()}, config, name)
     factors = {key for layer in layers for key in (layer.key_A, layer.key_B)}
-    return OpenedAdapter(name, config, state, layers, tuple(sorted(stored.keys() - factors)), size, stored)
+    return OpenedAdapter(name, config, state, layers, tuple(sorted(stored.keys() - factors)), weights, stored)
 
 
 def check_finite(key: str, tensor: Tensor, where: str) -> None:

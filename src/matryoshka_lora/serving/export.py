@@ -232,7 +232,7 @@ def export_ladder(
             own.mkdir()
             step.write(own)
         found = [None for _ in ranks] if base is None else _compare_all(steps, folders, base)
-        write_text(folder / "README.md", ladder_readme(what.config.base_model_name_or_path, ranks, Path(path)))
+        write_text(folder / "README.md", ladder_readme(what.config, ranks))
     return dict(zip(ranks, found, strict=True))
 
 

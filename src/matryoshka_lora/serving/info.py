@@ -89,7 +89,8 @@ class Description:
         """The text that ``matryoshka info`` prints."""
         adapter = self.adapter
         yield f"{adapter.folder} is {self.kind}"
-        yield f"  base model  {adapter.config.base_model_name_or_path or 'not named'}"
+        revision = f", revision {adapter.config.revision}" if adapter.config.revision else ""
+        yield f"  base model  {adapter.config.base_model_name_or_path or 'not named'}{revision}"
         yield f"  layers      {len(adapter.layers)}: {', '.join(sorted({_kind(x.name) for x in adapter.layers}))}"
         own = sorted({layer.rank for layer in adapter.layers})
         yield f"  rank        {own[0] if len(own) == 1 else f'{own[0]} to {own[-1]}, by layer'}; scale {self.scale}"

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
-from matryoshka_lora.formats.card import HUB_IDS
+from peft import LoraConfig
+
+from matryoshka_lora.formats.card import hub_name, hub_revision
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for ``--max-lora-rank``."""
 
 
-def serve_command(base: str | None, ranks: Sequence[int], path: Path) -> str:
-    """The ``vllm serve`` command for all ranks of a ladder; each is a model of its own name in the API."""
-    base = HUB_IDS.get(base or "", base)
+def serve_command(config: LoraConfig, ranks: Sequence[int]) -> str:
+    """The ``vllm serve`` command for all ranks of a ladder; each is a model of its own name in the API.
+
+    It is for the ladder's own folder: no path of the machine that made it is in it.
+    """
+    base = hub_name(config.base_model_name_or_path) or "BASE_MODEL"
+    revision = f" --revision {hub_revision(config)}" if hub_revision(config) else ""
     largest = next((rank for rank in VLLM_RANKS if rank >= max(ranks)), VLLM_RANKS[-1])
-    modules = " ".join(f"rank-{rank}={shlex.quote(str(path / f'rank-{rank}'))}" for rank in ranks)
+    modules = " ".join(f"rank-{rank}=rank-{rank}" for rank in ranks)
     return (
-        f"vllm serve {shlex.quote(base or 'BASE_MODEL')} --enable-lora --max-lora-rank {largest} "
+        f"vllm serve {base}{revision} --enable-lora --max-lora-rank {largest} "
         f"--max-loras {len(ranks)} --lora-modules {modules}"
     )
 
 
-def ladder_readme(base: str | None, ranks: Sequence[int], path: Path) -> str:
+def ladder_readme(config: LoraConfig, ranks: Sequence[int]) -> str:
     """Markdown."""
+    missing = "" if hub_name(config.base_model_name_or_path) else " (BASE_MODEL is the base model's folder, or its id)"
     folders = "\n".join(f"* `rank-{rank}`" for rank in ranks)
     return f"""# One adapter at {len(ranks)} ranks
 
@@ -32,10 +37,10 @@ Each folder is an ordinary LoRA adapter, cut out of the same nested one by matry
 
 {folders}
 
-vLLM serves them all on one base model, and each request names its rank:
+vLLM serves them all on one base model, and each request names its rank. In this folder{missing}:
 
 ```sh
-{serve_command(base, ranks, path)}
+{serve_command(config, ranks)}
 curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
   -d '{{"model": "rank-{ranks[0]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
 ```

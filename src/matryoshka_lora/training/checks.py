@@ -1,4 +1,4 @@
-"""Reading YAML as people expect it, and checking keys and types against a dataclass."""
+"""Reading YAML as people expect it, with overrides, and checking keys and types against a dataclass."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.data.sources import parse_data
 
 
 class _Loader(yaml.SafeLoader):
@@ -60,6 +61,31 @@ def read_yaml(path: str | PathLike[str]) -> dict[str, Any]:
     if not isinstance(read, dict) or not all(isinstance(key, str) for key in read):
         raise MatryoshkaError(f"the config {path} holds no keys; write for example data: family_relationships")
     return read
+
+
+def apply_override(config: dict[str, Any], override: str) -> None:
+    """Write ``"key=value"`` into a config, where key may have dots and value is YAML.
+
+    Raises:
+        MatryoshkaError: It is none, or its value is no YAML.
+    """
+    name, equals, text = override.partition("=")
+    if not equals or not name.strip():
+        raise MatryoshkaError(f"{override!r} is no override; write key=value, for example lora.r=8")
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise MatryoshkaError(f"the value of {name} is no YAML: {' '.join(str(error).split())}") from error
+    *sections, key = name.strip().split(".")
+    for section in sections:
+        below = config.get(section)
+        if section in ("data", "eval_data") and isinstance(below, str):
+            below = parse_data(below)
+        if below is not None and not isinstance(below, dict):
+            raise MatryoshkaError(f"{override!r}: {section} is {below!r}, which has nothing below it")
+        config[section] = {} if below is None else below
+        config = config[section]
+    config[key] = value
 
 
 def write_yaml(value: Mapping[str, Any]) -> str:

@@ -10,14 +10,14 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import yaml
-
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.models import DTYPES, EMBEDDED, Quantization
 from matryoshka_lora.nesting import Nesting
+from matryoshka_lora.privacy import marked, paths_in
 from matryoshka_lora.rules import get_rule
-from matryoshka_lora.training.checks import check_keys, check_types, names, parse_yaml, read_yaml, write_yaml
+from matryoshka_lora.training.checks import apply_override, check_keys, check_types, names, read_yaml, write_yaml
 from matryoshka_lora.data.sources import parse_data
+from matryoshka_lora.training.private import check_private
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -98,6 +98,23 @@ class TrainConfig:
         seed: int = self.training["seed"]
         return seed
 
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """What else transformers is told when it loads the base model."""
+        options = self.training.get("model_init_kwargs") or {}
+        if not isinstance(options, dict):
+            raise MatryoshkaError("model_init_kwargs is text; write a mapping, for example {revision: main}")
+        return options
+
+    @property
+    def revision(self) -> str | None:
+        """Of the base model; the adapter's config keeps it."""
+        ours, theirs = (options.get("revision") for options in (self.model_options, self.lora))
+        if theirs not in (None, ours) and ours is not None:
+            raise MatryoshkaError(f"model_init_kwargs.revision is {ours!r} and lora.revision {theirs!r}: write one")
+        revision = theirs if ours is None else ours
+        return None if revision is None else str(revision)
+
     def lora_config(self) -> LoraConfig:
         """PEFT's config.
 
@@ -107,28 +124,31 @@ class TrainConfig:
         from peft import LoraConfig
 
         try:
-            return LoraConfig(**self.lora)
+            return LoraConfig(**{**self.lora, "revision": self.revision})
         except (TypeError, ValueError, ImportError) as error:
             raise MatryoshkaError(f"lora: {error}") from error
 
     def sft_config(self) -> SFTConfig:
-        """TRL's config.
+        """TRL's config, without any token.
 
         Raises:
             MatryoshkaError: TRL or transformers refuses a value.
         """
         import torch
-        from trl import SFTConfig
 
-        given = dict(self.training)
-        given.pop("resume_from_checkpoint", None)
+        from matryoshka_lora.training.trainer import Arguments
+
+        options = {key: value for key, value in self.model_options.items() if key != "token"}
+        given = {**self.training, "model_init_kwargs": options or None}
+        for key in ("resume_from_checkpoint", "hub_token"):
+            given.pop(key, None)
         given.setdefault("dataloader_pin_memory", torch.cuda.is_available())
         given.setdefault("ddp_find_unused_parameters", False)  # every rule uses every factor at every step
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of names that we set, or TRL does
-                return SFTConfig(**given)
-        except (TypeError, ValueError, ImportError) as error:
+                return Arguments(**given)
+        except (TypeError, ValueError, ImportError, OSError) as error:
             raise MatryoshkaError(f"transformers refuses a training argument: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,8 +165,13 @@ class TrainConfig:
         return {**ours, **evaluation, "nesting": nesting, **self.training}
 
     def to_yaml(self) -> str:
-        """The YAML text that `load_config` reads as this config."""
-        return write_yaml(self.to_dict())
+        """The YAML text for a run's folder, which `load_config` reads as this config but for what others may not see.
+
+        Tokens are left out, and so is an ``output_dir`` that is an absolute path. Of other absolute paths it has the
+        last part and a hash, which `load_config` refuses: whoever repeats the run writes these again.
+        """
+        hidden = ("output_dir",) if paths_in(self.training["output_dir"]) else ()
+        return write_yaml(marked({key: value for key, value in self.to_dict().items() if key not in hidden}))
 
 
 def load_config(path: str | PathLike[str], overrides: Iterable[str] = ()) -> TrainConfig:
@@ -168,7 +193,7 @@ def load_config(path: str | PathLike[str], overrides: Iterable[str] = ()) -> Tra
     """
     config = read_yaml(path)
     for override in overrides:
-        _override(config, override)
+        apply_override(config, override)
     try:
         return make_config(config)
     except MatryoshkaError as error:
@@ -184,6 +209,7 @@ def make_config(config: Mapping[str, Any]) -> TrainConfig:
     from peft import LoraConfig
     from trl import SFTConfig
 
+    check_private(config)
     sections = {"": (*_OURS, "recipe", *names(SFTConfig)), "lora": names(LoraConfig), "nesting": _NESTING}
     lora, nesting = config.get("lora") or {}, config.get("nesting") or {}
     for section, given in (("", config), ("lora", lora), ("nesting", nesting)):
@@ -220,26 +246,6 @@ def make_config(config: Mapping[str, Any]) -> TrainConfig:
     made.lora_config()
     made.sft_config()
     return made
-
-
-def _override(config: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    if not equals or not name.strip():
-        raise MatryoshkaError(f"{override!r} is no override; write key=value, for example lora.r=8")
-    try:
-        value = parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise MatryoshkaError(f"the value in {override!r} is no YAML: {' '.join(str(error).split())}") from error
-    *sections, key = name.strip().split(".")
-    for section in sections:
-        below = config.get(section)
-        if section in ("data", "eval_data") and isinstance(below, str):
-            below = parse_data(below)
-        if below is not None and not isinstance(below, dict):
-            raise MatryoshkaError(f"{override!r}: {section} is {below!r}, which has nothing below it")
-        config[section] = {} if below is None else below
-        config = config[section]
-    config[key] = value
 
 
 def _with_recipe(name: Any, nesting: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.privacy import marked
 from matryoshka_lora.training.checks import read_yaml
 from matryoshka_lora.training.config import TrainConfig
 
@@ -156,7 +157,7 @@ def _differences(config: TrainConfig) -> dict[str, str]:
     file = config.output_dir / CONFIG_NAME
     if not file.is_file():
         raise MatryoshkaError(f"{config.output_dir} holds checkpoints of another program: choose another output_dir")
-    before, now = _flat(read_yaml(file)), _flat(config.to_dict())
+    before, now = _flat(marked(read_yaml(file))), _flat(marked(config.to_dict()))
     return {
         key: f"{key} was {before.get(key, 'not set')} and is now {now.get(key, 'not set')}"
         for key in [*before, *(key for key in now if key not in before)]

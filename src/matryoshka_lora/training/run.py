@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +20,7 @@ from matryoshka_lora.models import DTYPES, EMBEDDED, load_model, load_tokenizer
 from matryoshka_lora.training.config import TrainConfig
 from matryoshka_lora.data.sources import load_data
 from matryoshka_lora.training.order import learn_from_trainer
+from matryoshka_lora.training.private import PrivateCheckpoints, write_state
 from matryoshka_lora.training.processes import check_joined, on_main, one_voice
 from matryoshka_lora.training.resume import CONFIG_NAME, FINISHED_NAME, Plan, ProcessCount, plan
 
@@ -82,7 +81,7 @@ def _train(config: TrainConfig, arguments: SFTConfig, trainer_class: type[SFTTra
             except (MatryoshkaError, torch.OutOfMemoryError) as error:  # what was trained is not lost for that
                 _say(arguments, f"The order was not learned, and is that of the SVD: {error}")
         adapter.save(output)
-        on_main(lambda: write_text(output / FINISHED_NAME, json.dumps(asdict(trainer.state), indent=2) + "\n"))
+        on_main(lambda: write_state(trainer.state, output))
     _say(arguments, f"The adapter is in {output}")
     return adapter
 
@@ -98,7 +97,7 @@ def load_model_of(config: TrainConfig) -> PreTrainedModel:
     Raises:
         MatryoshkaError: It cannot be loaded.
     """
-    more = config.sft_config().model_init_kwargs or {}
+    more = {**config.model_options, "revision": config.revision}
     return load_model(config.model, DTYPES[config.dtype], config.quantization, config.trust_remote_code, **more)
 
 
@@ -108,9 +107,8 @@ def load_tokenizer_of(config: TrainConfig) -> PreTrainedTokenizerBase:
     Raises:
         MatryoshkaError: It cannot be loaded.
     """
-    revision = (config.sft_config().model_init_kwargs or {}).get("revision")
-    more = {} if revision is None else {"revision": revision}
-    return load_tokenizer(config.model, config.trust_remote_code, **more)
+    more = {key: value for key, value in config.model_options.items() if key in ("token", "cache_dir")}
+    return load_tokenizer(config.model, config.trust_remote_code, config.revision, **more)
 
 
 class _AllStepsDoneError(Exception):
@@ -146,6 +144,8 @@ class _Begin(TrainerCallback):
 def _run(trainer: SFTTrainer, config: TrainConfig, found: Plan) -> None:
     if found.checkpoint is not None:
         _say(trainer.args, f"Going on from {found.checkpoint}, after {found.step} steps")
+    # Before what may end the run at its beginning.
+    trainer.add_callback(PrivateCheckpoints(found.checkpoint.parent if found.checkpoint else config.output_dir))
     trainer.add_callback(_Begin(config))
     trainer.add_callback(ProcessCount(trainer.args.world_size))
     try:

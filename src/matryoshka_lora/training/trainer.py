@@ -1,4 +1,5 @@
-"""TRL's `SFTTrainer`, with a loss that skips what has no label on CPUs too, and batches of like lengths that resume."""
+"""TRL's `SFTTrainer`, with a loss that skips what has no label on CPUs too, batches of like lengths that resume, and
+arguments that may be written into logs."""
 
 from __future__ import annotations
 
@@ -8,7 +9,17 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
+
+from matryoshka_lora.privacy import shown
+
+
+class Arguments(SFTConfig):
+    """TRL's config, whose written forms, such as those in a logger's files, have no token and no absolute path."""
+
+    def to_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = shown(super().to_dict())
+        return found
 
 
 class EpochSampler(Sampler[int]):

@@ -1,0 +1,185 @@
+"""`matryoshka push`: which files are sent to a hub, and what keeps all of them at home."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LINEAR_LAYERS, nested_llama, randomize, tiny_llama
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_hub import sent_files, tiny_hub
+
+from matryoshka_lora import MatryoshkaError, Nesting
+from matryoshka_lora.cli.main import app
+from matryoshka_lora.serving.export import cut, export_directions
+from matryoshka_lora.serving.push import push_adapter
+from matryoshka_lora.serving.reorder import reorder_adapter
+
+TOKEN = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYzAbCdEfGh"
+OWN = {"README.md", "adapter_config.json", "adapter_model.safetensors", "nesting.json"}
+
+
+@pytest.fixture
+def hub() -> Iterator[Any]:
+    with tiny_hub() as server:
+        yield server
+
+
+@pytest.fixture
+def nested(tmp_path: Path) -> Path:
+    """A reordered adapter whose base model has no name."""
+    adapter = nested_llama(Nesting([1, 2, 8]))
+    adapter.save(tmp_path / "raw")
+    reorder_adapter(tmp_path / "raw", tmp_path / "nested")
+    return tmp_path / "nested"
+
+
+def name_base(adapter: Path, base: str) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
+
+
+def test_the_adapter_is_sent_and_nothing_else(nested: Path, hub: Any) -> None:
+    for name in ("checkpoint-5/optimizer.pt", "secret.txt", "train.yaml", "evaluation/examples.jsonl"):
+        (nested / name).parent.mkdir(exist_ok=True)
+        (nested / name).write_text("secret")
+    # A pattern with a star would take these, and their folders: to huggingface_hub, a star also stands for strokes.
+    for name in ("adapter_model_private/a.safetensors", "adapter_model/b.safetensors", "adapter_model_old.safetensors"):
+        (nested / name).parent.mkdir(exist_ok=True)
+        (nested / name).write_bytes(b"secret")
+    # An index that is left over speaks of shards that are not the adapter's.
+    (nested / "adapter_model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "adapter_model_old.safetensors"}}'
+    )
+    assert push_adapter(nested, "me/any-rank", endpoint=hub.address).startswith(hub.address)
+    sent = sent_files(hub)
+    assert set(sent) == {*OWN, "spectra.safetensors"}
+    for name, content in sent.items():
+        assert name == "adapter_config.json" or content == (nested / name).read_bytes()
+    assert json.loads(sent["adapter_config.json"]) == json.loads((nested / "adapter_config.json").read_text())
+
+
+def test_the_evaluation_is_sent_with_its_picture(nested: Path, hub: Any) -> None:
+    (nested / "evaluation").mkdir()
+    (nested / "evaluation" / "evaluation.json").write_text("{}")
+    (nested / "evaluation" / "curve.png").write_bytes(b"\x89PNG\r\n")
+    push_adapter(nested, "me/any-rank", endpoint=hub.address)
+    assert {name for name in sent_files(hub) if "/" in name} == {"evaluation/evaluation.json", "evaluation/curve.png"}
+
+
+def test_shards_are_sent_with_their_index(tmp_path: Path, hub: Any) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=LINEAR_LAYERS))
+    randomize(model)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    names = {file.name for file in tmp_path.glob("adapter_model*")}
+    if len(names) < 3:  # this PEFT writes one file
+        names = split(tmp_path)
+    (tmp_path / "adapter_model-00009-of-00009.safetensors").write_bytes(b"secret")
+    (tmp_path / "README.md").unlink(missing_ok=True)
+    push_adapter(tmp_path, "me/any-rank", endpoint=hub.address)
+    assert set(sent_files(hub)) == {"adapter_config.json", *names}
+    assert not (tmp_path / "README.md").exists(), "an adapter that may be anybody's gets no card of ours"
+
+
+def split(folder: Path) -> set[str]:
+    tensors, names = load_file(folder / "adapter_model.safetensors"), ["one.safetensors", "two.safetensors"]
+    keys = sorted(tensors)
+    parts = dict(zip(names, (keys[:5], keys[5:]), strict=True))
+    for name, part in parts.items():
+        save_file({key: tensors[key] for key in part}, folder / name, {"format": "pt"})
+    index = {"weight_map": {key: name for name, part in parts.items() for key in part}}
+    (folder / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "adapter_model.safetensors").unlink()
+    return {"adapter_model.safetensors.index.json", *names}
+
+
+def test_a_file_of_directions_is_sent(nested: Path, tmp_path: Path, hub: Any) -> None:
+    export_directions(cut(nested, 8), tmp_path / "directions")
+    push_adapter(tmp_path / "directions", "me/any-rank", endpoint=hub.address)
+    assert set(sent_files(hub)) == OWN - {"adapter_model.safetensors"} | {"directions.safetensors"}
+
+
+def picture(words: str) -> bytes:
+    """A PNG of one pixel with a text in it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    pixel = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0\0"))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"tEXt", b"Comment\0" + words.encode()) + pixel + chunk(b"IEND", b"")
+
+
+CARD, EVALUATION, PICTURE = "README.md", "evaluation/evaluation.json", "evaluation/curve.png"
+HIDDEN = {
+    "a token in somebody's card": (CARD, f"# Mine\n\nkey: {TOKEN}\n", "line 3: what looks like a token"),
+    "a path in somebody's card": (CARD, "# Mine\nsee /home/alice/notes\n", "line 2: an absolute path"),
+    "an evaluation of an older version": (EVALUATION, '{\n"path": "/home/alice/run"}', "line 2: an absolute path"),
+    "a picture, a token": (PICTURE, picture(f"by {TOKEN}"), "byte 27: what looks like a token"),
+    "a picture, a path": (PICTURE, picture("in /home/alice/run"), "byte 27: an absolute path"),
+    "tensors": ("spectra.safetensors", None, "line 1: an absolute path"),
+    "a field of the config": ("adapter_config.json", None, "line 5: what looks like a token"),
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+def test_nothing_is_sent_while_a_file_holds_a_secret(nested: Path, hub: Any, case: str) -> None:
+    name, content, where = HIDDEN[case]
+    file = nested / name
+    file.parent.mkdir(exist_ok=True)
+    if case == "tensors":
+        save_file(load_file(file), file, {"metric": "frobenius", "from": "/home/alice/run"})
+    elif case == "a field of the config":
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_mapping": TOKEN}))
+    else:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(MatryoshkaError, match=r"nothing was sent, because of .*Take it out of the file") as caught:
+        push_adapter(nested, "me/any-rank", endpoint=hub.address)
+    assert f"{name}, {where}" in str(caught.value)
+    assert TOKEN not in str(caught.value)
+    assert "alice" not in str(caught.value)
+    assert not hub.requests
+
+
+def test_a_base_model_in_a_folder_needs_its_name_on_the_hub(
+    nested: Path, hub: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny").mkdir()
+    for base in ("/home/alice/models/tiny", "../models/tiny", "models/tiny"):
+        name_base(nested, base)
+        before = {file.name: file.read_bytes() for file in nested.iterdir()}
+        with pytest.raises(MatryoshkaError, match=r"folder of this machine.* --base-model owner/name"):
+            push_adapter(nested, "me/any-rank", endpoint=hub.address)
+        with pytest.raises(MatryoshkaError, match="is no id of a model on the hub"):
+            push_adapter(nested, "me/any-rank", endpoint=hub.address, base_model="/home/alice/models/tiny")
+        assert {file.name: file.read_bytes() for file in nested.iterdir()} == before
+        assert not hub.requests
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+    app(["push", str(nested), "me/any-rank", "--base-model", "someone/tiny"], standalone_mode=False)
+    assert "Uploaded: " in capsys.readouterr().out
+    sent = sent_files(hub)
+    assert json.loads(sent["adapter_config.json"])["base_model_name_or_path"] == "someone/tiny"
+    assert b"base_model: someone/tiny\n" in sent["README.md"]
+    assert b"models/tiny" not in b"".join(sent.values())
+    # Here it is loaded from its folder as before.
+    assert json.loads((nested / "adapter_config.json").read_text())["base_model_name_or_path"] == "models/tiny"
+
+
+def test_a_name_of_the_hub_is_sent_as_it_is(nested: Path, hub: Any) -> None:
+    name_base(nested, "someone/tiny")
+    push_adapter(nested, "me/any-rank", endpoint=hub.address)
+    assert json.loads(sent_files(hub)["adapter_config.json"])["base_model_name_or_path"] == "someone/tiny"
+
+
+def test_a_hub_that_cannot_be_reached(nested: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(MatryoshkaError, match=r"cannot push to 'me/any-rank'.*hf auth login"):
+        push_adapter(nested, "me/any-rank", endpoint="http://127.0.0.1:9")
