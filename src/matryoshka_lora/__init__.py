@@ -8,11 +8,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matryoshka_lora.adapter.load import load
     from matryoshka_lora.adapter.handle import NestedAdapter, nest
+    from matryoshka_lora.evaluation.evaluate import evaluate
+    from matryoshka_lora.evaluation.select import select
+    from matryoshka_lora.serving.export import export
+    from matryoshka_lora.serving.reorder import reorder
     from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
     from matryoshka_lora.metrics import aurac
     from matryoshka_lora.nesting import Nesting
 
-__all__ = ["MatryoshkaError", "NestedAdapter", "Nesting", "NotFiniteError", "aurac", "load", "nest"]
+__all__ = [
+    "MatryoshkaError",
+    "NestedAdapter",
+    "Nesting",
+    "NotFiniteError",
+    "aurac",
+    "evaluate",
+    "export",
+    "load",
+    "nest",
+    "reorder",
+    "select",
+]
 __version__ = "0.2.0"
 
 # Imported at first use, so that `matryoshka --help` does not wait for torch and PEFT.
@@ -22,8 +38,12 @@ _MODULES = {
     "Nesting": "nesting",
     "NotFiniteError": "errors",
     "aurac": "metrics",
+    "evaluate": "evaluation.evaluate",
+    "export": "serving.export",
     "load": "adapter.load",
     "nest": "adapter.handle",
+    "reorder": "serving.reorder",
+    "select": "evaluation.select",
 }
 
 

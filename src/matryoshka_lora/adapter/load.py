@@ -19,7 +19,7 @@ from matryoshka_lora.adapter.undo import undone_on_error
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.config import CONFIG_NAME, AdapterConfig
 from matryoshka_lora.formats.layout import foreign
-from matryoshka_lora.formats.opened import open_adapter
+from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
 
 
 def load(
@@ -49,8 +49,19 @@ def load(
         raise MatryoshkaError(
             f"load() takes the base model, not {type(base_model).__name__}: load it with transformers first"
         )
-    opened = open_adapter(path, max_rank, trained=trainable)
-    state, config, tensors = opened.nested, _peft_config(opened.config, str(path)), opened.tensors()
+    return load_opened(base_model, open_adapter(path, max_rank, trained=trainable), rank, adapter, trainable)
+
+
+def load_opened(
+    base_model: nn.Module,
+    opened: OpenedAdapter,
+    rank: int | Mapping[str, int] | None = None,
+    adapter: str = "default",
+    trainable: bool = False,
+) -> NestedAdapter:
+    """As `load`, of an adapter that is opened already."""
+    path = opened.name
+    state, config, tensors = opened.nested, _peft_config(opened.config, path), opened.tensors()
     for value in rank.values() if isinstance(rank, Mapping) else () if rank is None else (rank,):
         state.check_rank(value)
     existing = base_model if isinstance(base_model, PeftModel) else None
@@ -65,11 +76,11 @@ def load(
     config.inference_mode = not trainable
     try:
         with undone_on_error(base_model):
-            check_fits(existing.get_base_model() if existing is not None else base_model, config, tensors, str(path))
+            check_fits(existing.get_base_model() if existing is not None else base_model, config, tensors, path)
             if existing is not None:
                 existing.add_adapter(adapter, config)
             model = existing if existing is not None else get_peft_model(base_model, config, adapter_name=adapter)
-            tensors = _check_tensors(model, adapter, tensors, str(path))
+            tensors = _check_tensors(model, adapter, tensors, path)
             set_peft_model_state_dict(model, tensors, adapter_name=adapter)
             attach(model, state, adapter)
             nested = NestedAdapter(model, adapter)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from matryoshka_lora.adapter import NestedAdapter
+from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.engine.attention import KeyValues, Pass, Prefill, row_attention
 from matryoshka_lora.engine.generation import Limits, Prompt, generate_rows

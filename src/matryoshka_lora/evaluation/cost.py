@@ -6,27 +6,28 @@ import inspect
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from matryoshka_lora.adapter import NestedAdapter
+from matryoshka_lora.adapter.handle import NestedAdapter
+from matryoshka_lora.formats.opened import OpenedAdapter
 
 _STEPS = 12
 
 
-def adapter_bytes(tensors: Mapping[str, Tensor], max_rank: int, ranks: Sequence[int]) -> list[int]:
+def adapter_bytes(adapter: OpenedAdapter, ranks: Sequence[int]) -> list[int]:
     """Bytes of the factors of the ordinary adapter that ``matryoshka export`` writes, for each rank.
 
     Args:
-        tensors: Of the adapter's file, as `matryoshka_lora.adapter.read_adapter` gives them.
-        max_rank: Of that file.
-        ranks: From 1 to ``max_rank``.
+        adapter: A nested one.
+        ranks: From 1 to R.
     """
-    factors = [tensor for key, tensor in tensors.items() if ".lora_" in key]
-    return [sum(factor.numel() // max_rank * rank * factor.itemsize for factor in factors) for rank in ranks]
+    keys = [key for layer in adapter.layers for key in (layer.key_A, layer.key_B)]
+    stored = [adapter.stored[key] for key in keys]
+    whole = sum(each.shape.numel() * each.dtype.itemsize for each in stored if each.dtype is not None)
+    return [whole * rank // adapter.rank for rank in ranks]
 
 
 def token_latency(adapter: NestedAdapter, ranks: Sequence[int]) -> list[float]:

@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.data.questions import Judge, Question, as_trained, end_texts, tokenize
-from matryoshka_lora.evaluation.scoring import EXTRA_TOKENS
+
+EXTRA_TOKENS = 8
+"""How many tokens more than the longest reference answer a model may write."""
 
 
 class QuestionsTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]

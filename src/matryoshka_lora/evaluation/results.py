@@ -3,10 +3,10 @@
 ::
 
     {
-      "format": 2,
+      "format": 3,
       "model": "smollm2-135m", "dtype": "bfloat16",
-      "adapter": {"name": "matryoshka-reordered", "path": "...", "rule": "matryoshka", "inference": "prefix",
-                  "form": "reordered", "sha256": "of its weights"},
+      "adapter": {"name": "matryoshka, reordered by svd", "path": "...", "rule": "matryoshka", "deploy": "reordered",
+                  "reordered": "svd", "sha256": "of its weights"},
       "mode": "exact",                    # the harness's own prompts; or "fixed-shots"
       "ranks": [1, 2, 4],                 # all lists below have one entry for each
       "bytes": [115200, ...],             # of the exported adapter's factors
@@ -40,30 +40,32 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.evaluation.harness import SEEDS, Judged
-from matryoshka_lora.evaluation.selection import Selected
+from matryoshka_lora.evaluation.choice import Measured
+from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME
 from matryoshka_lora.metrics import aurac
 
-ANSWERS_NAME = "answers.jsonl"
+EXAMPLES_NAME = "examples.jsonl"
+FORMAT = 3
 
+_READABLE = (2, FORMAT)  # 2 is that of version 0.1, whose words for the adapter were others
 _PROMPT_CHARACTERS = 2000
 """Of the end of a prompt are kept for the table of examples: few-shot prompts would fill the disk."""
 
 
 @dataclass
-class Results:
+class Evaluation:
     """What `evaluation.json` and `examples.jsonl` hold; see the module.
 
     Attributes:
         about: Everything that is not a task's.
-        ranks: Without the base model.
+        ranks: Without the base model, increasing.
         tasks: By name.
         examples: The lines of ``examples.jsonl``.
     """
@@ -73,66 +75,204 @@ class Results:
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, selected: Selected, judged: Judged) -> None:
-        """Take over what the harness says of a task, or of all tasks of a group."""
-        for task in selected.tasks:
-            own = str(task.config.task)
-            name = selected.name if len(selected.tasks) == 1 else own
-            self.tasks[name] = self._task(selected, judged, own)
-            self.examples += _examples(name, {rank: found["samples"][own] for rank, found in judged.results.items()})
+    def values(self, task: str | None = None, metric: str | None = None) -> dict[int, float | None]:
+        """A metric at each rank.
+
+        Args:
+            task: May be None where there is only one.
+            metric: None is the task's first one.
+
+        Raises:
+            MatryoshkaError: There is no such task or metric.
+        """
+        found = self.tasks[self.task_name(task)]
+        name = metric or found["metric"]
+        # The harness's names have the filter behind a comma.
+        full = next((key for key in found["metrics"] if name in (key, key.partition(",")[0])), None)
+        if full is None:
+            raise MatryoshkaError(f"there is no metric {name!r}; the metrics are {', '.join(found['metrics'])}")
+        return dict(zip(self.ranks, found["metrics"][full]["value"], strict=True))
+
+    def task_name(self, wanted: str | None = None) -> str:
+        """The name of a task, or of the only one.
+
+        Raises:
+            MatryoshkaError: There is no such task, or there are several and none is named.
+        """
+        names = list(self.tasks)
+        if wanted is None and len(names) == 1:
+            return names[0]
+        if wanted in names:
+            return str(wanted)
+        problem = f"has {len(names)} tasks" if wanted is None else f"has no task {wanted!r}"
+        raise MatryoshkaError(f"the evaluation {problem}; write --task and one of: {', '.join(names)}")
+
+    def measured(self, task: str | None = None) -> Measured:
+        """A task's first metric at every rank, and by question.
+
+        Raises:
+            MatryoshkaError: There is no such task, or there are several and none is named.
+        """
+        name = self.task_name(task)
+        found = self.tasks[name]
+        metric = found["metric"]
+        first = found["metrics"][metric]
+        return Measured(
+            ranks=self.ranks,
+            metric=metric,
+            items=found["items"],
+            values=first["value"],
+            errors=first["stderr"],
+            bytes=self.about["bytes"],
+            latency_ms=self.about["latency_ms"],
+            higher_is_better=first["higher_is_better"],
+            by_question=_by_question(self.examples, name, metric),
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, as the module describes them."""
-        return {"format": 2, **self.about, "ranks": list(self.ranks), "tasks": self.tasks, "seeds": SEEDS}
+        """The content of ``evaluation.json``: plain JSON types, as the module describes them."""
+        return {"format": FORMAT, **self.about, "ranks": list(self.ranks), "tasks": self.tasks}
 
     def example_lines(self) -> str:
         """The text of ``examples.jsonl``."""
         return "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in self.examples)
 
-    def _task(self, selected: Selected, judged: Judged, own: str) -> dict[str, Any]:
-        first = judged.results[self.ranks[0]]
-        by_rank = {rank: found["results"][own] for rank, found in judged.results.items()}
-        metrics: dict[str, Any] = {}
-        for key, value in first["results"][own].items():
-            name, comma, filtered = key.partition(",")
-            if not comma or name.endswith("_stderr") or not isinstance(value, (int, float)):
-                continue
-            error = f"{name}_stderr,{filtered}"
-            of = {rank: (_number(found[key]), _number(found.get(error))) for rank, found in by_rank.items()}
-            metrics[key] = {
-                "higher_is_better": first["higher_is_better"][own].get(name, True),
-                "value": [of[rank][0] for rank in self.ranks],
-                "stderr": [of[rank][1] for rank in self.ranks],
-                "base": dict(zip(("value", "stderr"), of[0], strict=True)) if 0 in of else None,
-            }
-        headline = selected.metric if selected.metric in metrics else next(iter(metrics), None)
-        if headline is None:
-            raise MatryoshkaError(f"task {own} has no metric that is a number")
-        values = metrics[headline]["value"]
-        finite = all(value is not None for value in values)
-        area = (
-            {"log2": aurac(values, self.ranks), "linear": aurac(values, self.ranks, axis="linear")} if finite else None
+
+def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
+    """Read back what ``matryoshka eval`` has written; no model and no harness is loaded for it.
+
+    Args:
+        path: An ``evaluation.json``, its folder, or an adapter that has been evaluated.
+
+    Raises:
+        MatryoshkaError: There is none, or it is damaged.
+    """
+    file = find_evaluation(path)
+    try:
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise MatryoshkaError(f"{file} cannot be read as JSON: {error}") from error
+    is_evaluation = isinstance(data, dict) and "format" in data
+    if not is_evaluation or data["format"] not in _READABLE:
+        what = f"has format {data['format']!r}" if is_evaluation else "is no evaluation"
+        raise MatryoshkaError(f"{file} {what}, and format {FORMAT} is needed; matryoshka eval ADAPTER writes it")
+    about = {key: value for key, value in data.items() if key not in ("format", "ranks", "tasks")}
+    try:
+        evaluation = Evaluation(about, data["ranks"], dict(data["tasks"]), _read_examples(file))
+        for name in evaluation.tasks:
+            evaluation.measured(name)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, MatryoshkaError):
+            raise
+        raise MatryoshkaError(f"{file} is damaged ({error!r}); evaluate the adapter again") from error
+    return evaluation
+
+
+def find_evaluation(path: str | os.PathLike[str]) -> Path:
+    """The ``evaluation.json`` that a path means: the file, its folder, or an adapter that has been evaluated.
+
+    Raises:
+        MatryoshkaError: There is none.
+    """
+    given = Path(path)
+    if given.is_file():
+        return given
+    for found in (given / EVALUATION_NAME, given / EVALUATION_FOLDER / EVALUATION_NAME):
+        if found.is_file():
+            return found
+    if (given / "adapter_config.json").is_file():
+        raise MatryoshkaError(
+            f"{given} is an adapter that was never evaluated, or into another folder; "
+            f"write: matryoshka eval {given} --tasks family_relationships"
         )
-        return {
-            "kind": selected.kind,
-            "items": first["n-samples"][own]["effective"],
-            "num_fewshot": first["n-shot"].get(own),
-            "task_version": first["versions"].get(own),
-            "prompts": judged.prompts,
-            "metric": headline,
-            "aurac": area,
-            "metrics": metrics,
+    if given.is_dir():
+        raise MatryoshkaError(f"there is no {EVALUATION_NAME} in {given}; give the folder that matryoshka eval wrote")
+    raise MatryoshkaError(f"{given} does not exist; give what matryoshka eval wrote, a file or its folder")
+
+
+def find_adapter(path: str | os.PathLike[str]) -> Path:
+    """The adapter of an evaluation: the folder around the evaluation's, or else what the file calls it.
+
+    Raises:
+        MatryoshkaError: There is no evaluation.
+    """
+    file = find_evaluation(path)
+    around = file.resolve().parent.parent
+    if not (around / "adapter_config.json").is_file():
+        return Path(str(read_evaluation(file).about.get("adapter", {}).get("path", "ADAPTER")))
+    # In the words that the user has: a relative path where there is one.
+    near = Path(os.path.relpath(around))
+    return around if os.pardir in near.parts else near
+
+
+def _read_examples(file: Path) -> list[dict[str, Any]]:
+    examples = file.with_name(EXAMPLES_NAME)
+    if not examples.is_file():
+        return []
+    try:
+        with open(examples, encoding="utf-8") as text:
+            return [dict(json.loads(line)) for line in text]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise MatryoshkaError(
+            f"{examples} is damaged ({error!r}); move it away, or evaluate the adapter again"
+        ) from error
+
+
+def _by_question(examples: Sequence[Mapping[str, Any]], task: str, metric: str) -> dict[int, list[float]]:
+    """Each rank's metric of every question; a rank that lacks one is left out."""
+    mine = [example["metrics"].get(metric, {}) for example in examples if example["task"] == task]
+    found: dict[int, list[float]] = {}
+    for values in mine:
+        for rank, value in values.items():
+            if not math.isfinite(value):
+                raise MatryoshkaError(f"{EXAMPLES_NAME} holds {value} for {task}: evaluate the adapter again")
+            found.setdefault(int(rank), []).append(float(value))
+    return {rank: values for rank, values in found.items() if len(values) == len(mine)}
+
+
+def summed(task: str, kind: str, metric: str | None, judged: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """A task's entry in ``evaluation.json``.
+
+    Args:
+        task: The harness's name of it.
+        kind: Where it comes from.
+        metric: What is to be looked at first; None or an unknown one is the first that the harness names.
+        judged: What the harness's ``evaluate`` returned at each rank; 0 is the base model.
+
+    Raises:
+        MatryoshkaError: The task has no metric that is a number.
+    """
+    ranks = sorted(rank for rank in judged if rank)
+    first = judged[ranks[0]]
+    by_rank = {rank: found["results"][task] for rank, found in judged.items()}
+    metrics: dict[str, Any] = {}
+    for key, value in first["results"][task].items():
+        name, comma, filtered = key.partition(",")
+        if not comma or name.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        error = f"{name}_stderr,{filtered}"
+        of = {rank: (_number(found[key]), _number(found.get(error))) for rank, found in by_rank.items()}
+        metrics[key] = {
+            "higher_is_better": first["higher_is_better"][task].get(name, True),
+            "value": [of[rank][0] for rank in ranks],
+            "stderr": [of[rank][1] for rank in ranks],
+            "base": dict(zip(("value", "stderr"), of[0], strict=True)) if 0 in of else None,
         }
-
-
-def weights_hash(adapter: Path) -> str:
-    """The hash of everything in an adapter's folder that its answers depend on, and of nothing else there."""
-    found = sha256()
-    descriptions = [adapter / name for name in ("adapter_config.json", "nesting.json")]
-    for file in sorted((*adapter.glob("*.safetensors"), *(file for file in descriptions if file.is_file()))):
-        found.update(file.name.encode())
-        found.update(file.read_bytes())
-    return found.hexdigest()
+    headline = metric if metric in metrics else next(iter(metrics), None)
+    if headline is None:
+        raise MatryoshkaError(f"task {task} has no metric that is a number")
+    values = metrics[headline]["value"]
+    finite = all(value is not None for value in values)
+    area = {"log2": aurac(values, ranks), "linear": aurac(values, ranks, axis="linear")} if finite else None
+    return {
+        "kind": kind,
+        "items": first["n-samples"][task]["effective"],
+        "num_fewshot": first["n-shot"].get(task),
+        "task_version": first["versions"].get(task),
+        "metric": headline,
+        "aurac": area,
+        "metrics": metrics,
+    }
 
 
 def _number(value: Any) -> float | None:
@@ -141,7 +281,8 @@ def _number(value: Any) -> float | None:
     return float(value) if is_number else None
 
 
-def _examples(name: str, samples: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def examples_of(name: str, samples: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The lines of ``examples.jsonl`` for a task: the harness's samples of all ranks, by question."""
     found: dict[int, dict[str, Any]] = {}
     for rank, rows in samples.items():
         for row in rows:

@@ -13,6 +13,8 @@ from filelock import FileLock, Timeout
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_writable
 
+ANSWERS_NAME = "answers.jsonl"
+
 _FORMAT = 1
 
 

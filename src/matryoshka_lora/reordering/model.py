@@ -69,7 +69,13 @@ class Part(NamedTuple):
 
 
 class Data(Protocol):
-    """Rows to learn from."""
+    """Rows to learn from.
+
+    Attributes:
+        quiet: Whether no progress is shown.
+    """
+
+    quiet: bool
 
     def __len__(self) -> int:
         """How many there are."""

@@ -35,7 +35,7 @@ def reweigh(
     adapter: AdapterInModel,
     data: Data,
     gradients: bool,
-    rows: int | None = None,
+    rows: int = ROWS,
     seed: int = 0,
     on_step: Callable[[], object] = lambda: None,
 ) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ def reweigh(
         adapter: A reordered one.
         data: Rows of the training data, or of data like it.
         gradients: Whether the change of the loss is made small, or that of each layer's outputs.
-        rows: How many are looked at; None is 128, or all where there are fewer.
+        rows: How many are looked at.
         seed: Of which rows are taken.
         on_step: Called after each batch.
 
@@ -73,7 +73,7 @@ def measure_moments(
     adapter: AdapterInModel,
     data: Data,
     gradients: bool,
-    rows: int | None = None,
+    rows: int = ROWS,
     seed: int = 0,
     on_step: Callable[[], object] = lambda: None,
 ) -> dict[str, Moments]:
@@ -87,7 +87,7 @@ def measure_moments(
         adapter: A reordered one.
         data: Rows of the training data, or of data like it.
         gradients: Whether the loss is differentiated.
-        rows: How many are looked at; None is 128, or all where there are fewer.
+        rows: How many are looked at.
         seed: Of which rows are taken.
         on_step: Called after each batch.
 
@@ -98,7 +98,6 @@ def measure_moments(
     Raises:
         MatryoshkaError: A moment is not finite.
     """
-    wanted = min(ROWS, len(data)) if rows is None else rows
     training = adapter.model.training
     frozen = [parameter for parameter in adapter.parameters() if not parameter.requires_grad]
     probes = {name: _Probe(module, gradients) for name, module in adapter.inner_modules().items()}
@@ -110,7 +109,7 @@ def measure_moments(
         with ExitStack() as hooks, torch.set_grad_enabled(gradients), adapter.standing(top):
             for probe in probes.values():
                 hooks.enter_context(probe)
-            for parts in data.steps(-(-wanted // BATCH_ROWS), min(BATCH_ROWS, wanted), seed):
+            for parts in data.steps(-(-rows // BATCH_ROWS), min(BATCH_ROWS, rows), seed):
                 for part in parts:
                     for probe in probes.values():
                         probe.mask = part.mask

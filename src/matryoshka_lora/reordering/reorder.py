@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import get_args
 
 from torch import Tensor
+from tqdm import tqdm
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.reordering.factors import reorder_factors
 from matryoshka_lora.reordering.learned import ROWS, STEPS, learn_order
 from matryoshka_lora.reordering.model import AdapterInModel, Data
-from matryoshka_lora.reordering.moments import reweigh
+from matryoshka_lora.reordering.moments import BATCH_ROWS, reweigh
+from matryoshka_lora.reordering.moments import ROWS as MOMENT_ROWS
 from matryoshka_lora.state import By
 
 
@@ -20,12 +23,24 @@ def reorder(
     """See `matryoshka_lora.NestedAdapter.reorder`."""
     check_by(by, data is not None)
     spectra = _by_svd(adapter)
-    if data is not None and by == "learned":
-        learn_order(adapter, data, STEPS if rows is None else -(-rows // ROWS), seed=seed)
-    elif data is not None:
-        spectra = reweigh(adapter, data, by == "loss", rows, seed)
+    if data is not None:
+        wanted = rows_of(by, data, rows)
+        at_once = ROWS if by == "learned" else BATCH_ROWS
+        # None hides the bar where nobody watches.
+        with tqdm(total=wanted, desc=f"reordering by {by}", unit=" rows", disable=data.quiet or None) as bar:
+            if by == "learned":
+                learn_order(adapter, data, -(-wanted // ROWS), seed=seed, on_step=partial(bar.update, at_once))
+            else:
+                spectra = reweigh(adapter, data, by == "loss", wanted, seed, partial(bar.update, at_once))
     adapter.set_reordered(by)
     return spectra
+
+
+def rows_of(by: By, data: Data, rows: int | None = None) -> int:
+    """How many rows are used, where ``rows`` says nothing: as many as help, by trial (docs/reorder.md)."""
+    if rows is not None:
+        return rows
+    return STEPS * ROWS if by == "learned" else min(MOMENT_ROWS, len(data))
 
 
 def check_by(by: str, has_data: bool) -> None:

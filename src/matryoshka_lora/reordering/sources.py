@@ -64,6 +64,7 @@ class TrainerRows:
                 "Trainer a dataset that is not streamed"
             )
         self.model, self.trainer = model, trainer
+        self.quiet = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
 
     def __len__(self) -> int:
         return len(self.trainer.train_dataset)
@@ -108,7 +109,7 @@ class QuestionRows:
     def __init__(self, model: Any, rows: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> None:
         if not rows:
             raise MatryoshkaError("there are no rows to learn from; give at least one")
-        self.model, self.pad = model, pad_token(tokenizer)
+        self.model, self.pad, self.quiet = model, pad_token(tokenizer), False
         self.rows = _within_context([tokenize(tokenizer, row) for row in rows], context_length(model.get_base_model()))
 
     def __len__(self) -> int:

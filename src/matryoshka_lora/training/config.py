@@ -8,13 +8,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.formats.config import AdapterConfig
 from matryoshka_lora.models import DTYPES, EMBEDDED, Quantization
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.privacy import marked, paths_in
 from matryoshka_lora.rules import get_rule
+from matryoshka_lora.state import By, Deploy
 from matryoshka_lora.training.checks import apply_override, check_keys, check_types, names, read_yaml, write_yaml
 from matryoshka_lora.data.sources import parse_data
 from matryoshka_lora.training.private import check_private
@@ -23,20 +25,12 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from trl import SFTConfig
 
-Reorder = Literal["svd", "learned", False]
-
 DEFAULT_RANK = 32
 EVAL_SIZE = 200
 """Questions of a built-in task to evaluate on while training, where ``eval_data`` says nothing."""
 
 _OURS = ("model", "dtype", "quantization", "trust_remote_code", "data", "eval_data", "lora", "nesting")
-RECIPES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "paper": {"rule": "matryoshka", "inference": "prefix", "reorder": False},
-}
-"""What ``recipe`` stands for in section ``nesting``: ``paper`` trains and deploys as arXiv 2605.07850 does."""
-
-_NESTING = ("ranks", "scaling", "alpha", "rule", "inference", "seed", "reorder")
+_NESTING = ("ranks", "scaling", "rule", "seed", "deploy", "reorder")
 
 # Where TRL's own defaults do not suit an adapter in float32 on a base that is already in the dtype to compute with.
 _TRAINING_DEFAULTS: dict[str, Any] = {
@@ -64,12 +58,12 @@ class TrainConfig:
         data: What `matryoshka_lora.data.sources.parse_data` returns.
         eval_data: The same for evaluation while training, or None.
         lora: Fields of ``peft.LoraConfig``.
-        nesting: Ranks and scales.
+        nesting: Ranks and scales; the scale of the largest rank is that of ``lora``.
         rule: The training rule's name.
-        inference: ``"prefix"`` or ``"keep"``; while training, where it is reordered.
         rank_seed: The seed of the ranks that the rule draws.
-        reorder: How the adapter is reordered after training: ``"svd"``, ``"learned"`` on a little more of the training
-            data, or False, not at all.
+        deploy: ``"reordered"``, or ``"paper"``, which drops P; see `matryoshka_lora.nest`.
+        reorder: What the adapter is reordered by after training, see `matryoshka_lora.NestedAdapter.reorder`; None
+            where the paper's deployment is asked for.
         training: Fields of ``trl.SFTConfig``.
     """
 
@@ -82,9 +76,9 @@ class TrainConfig:
     lora: dict[str, Any]
     nesting: Nesting
     rule: str
-    inference: Any
     rank_seed: int
-    reorder: Reorder
+    deploy: Deploy
+    reorder: By | None
     training: dict[str, Any]
 
     @property
@@ -154,10 +148,11 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values in the form of the YAML file; `make_config` gives an equal config back."""
         nesting = {
-            **self.nesting.to_dict(),
+            "ranks": list(self.nesting.ranks),
+            "scaling": self.nesting.scaling,
             "rule": self.rule,
-            "inference": self.inference,
             "seed": self.rank_seed,
+            "deploy": self.deploy,
             "reorder": self.reorder,
         }
         ours = {key: getattr(self, key) for key in _OURS if key not in ("nesting", "eval_data")}
@@ -178,9 +173,8 @@ def load_config(path: str | PathLike[str], overrides: Iterable[str] = ()) -> Tra
     """Read a training config.
 
     The top level has ``model``, ``dtype``, ``quantization``, ``trust_remote_code``, ``data``, ``eval_data``,
-    ``recipe`` (``default`` or ``paper``, which is short for entries of ``nesting``), the sections ``lora`` (fields of
-    ``peft.LoraConfig``) and ``nesting`` (``ranks``, ``scaling``, ``alpha``, ``rule``, ``inference``, ``seed``,
-    ``reorder``), and any field of ``trl.SFTConfig``. Among those, ``train_sampling_strategy:
+    the sections ``lora`` (fields of ``peft.LoraConfig``) and ``nesting`` (``ranks``, ``scaling``, ``rule``, ``seed``,
+    ``deploy``, ``reorder``), and any field of ``trl.SFTConfig``. Among those, ``train_sampling_strategy:
     group_by_length`` puts rows of a like length into a batch, which saves padding.
 
     Args:
@@ -210,24 +204,22 @@ def make_config(config: Mapping[str, Any]) -> TrainConfig:
     from trl import SFTConfig
 
     check_private(config)
-    sections = {"": (*_OURS, "recipe", *names(SFTConfig)), "lora": names(LoraConfig), "nesting": _NESTING}
+    sections = {"": (*_OURS, *names(SFTConfig)), "lora": names(LoraConfig), "nesting": _NESTING}
     lora, nesting = config.get("lora") or {}, config.get("nesting") or {}
     for section, given in (("", config), ("lora", lora), ("nesting", nesting)):
         check_keys(
             given, sections[section], section, {name: keys for name, keys in sections.items() if name != section}
         )
-    nesting = _with_recipe(config.get("recipe", "default"), nesting)
     if config.get("data") is None:
         raise MatryoshkaError("data is missing; write for example data: family_relationships, or data: my.jsonl")
-    arguments = {key: value for key, value in config.items() if key not in (*_OURS, "recipe")}
+    arguments = {key: value for key, value in config.items() if key not in _OURS}
     check_types(arguments, SFTConfig)
     check_types(lora, LoraConfig, "lora", {"r": int | None, "lora_alpha": float | None})
     dtype = _one_of("dtype", config.get("dtype", "bf16"), tuple(DTYPES))
     training = {**_TRAINING_DEFAULTS, "fp16": dtype == "fp16", **arguments}
-    ranks = _nesting(nesting, lora)
-    rule, reorder = get_rule(nesting.get("rule", "matryoshka")), _reorder(nesting.get("reorder", "learned"), ranks)
-    # Reordering keeps P: what is evaluated while training is then the function that comes of it.
-    inference = nesting.get("inference", "keep" if reorder and rule.fixed else "prefix")
+    lora = _lora(lora, nesting)
+    ranks, rule = _nesting(nesting, lora), get_rule(nesting.get("rule", "matryoshka"))
+    deploy = typing.cast(Deploy, _one_of("nesting.deploy", nesting.get("deploy", "reordered"), get_args(Deploy)))
     made = TrainConfig(
         model=_text("model", config.get("model", EMBEDDED)),
         dtype=dtype,
@@ -235,12 +227,12 @@ def make_config(config: Mapping[str, Any]) -> TrainConfig:
         trust_remote_code=_flag("trust_remote_code", config.get("trust_remote_code", False)),
         data=parse_data(config["data"]),
         eval_data=_eval_data(config, training),
-        lora=_lora(lora, ranks),
+        lora=lora,
         nesting=ranks,
         rule=rule.name,
-        inference=_one_of("nesting.inference", inference, ("prefix", "keep")),
         rank_seed=_integer("nesting.seed", nesting.get("seed", training["seed"])),
-        reorder=reorder,
+        deploy=deploy,
+        reorder=_reorder(nesting.get("reorder"), deploy, ranks),
         training=training,
     )
     made.lora_config()
@@ -248,47 +240,30 @@ def make_config(config: Mapping[str, Any]) -> TrainConfig:
     return made
 
 
-def _with_recipe(name: Any, nesting: Mapping[str, Any]) -> dict[str, Any]:
-    fixed = RECIPES[_one_of("recipe", name, tuple(RECIPES))]
-    for key, value in fixed.items():
-        if nesting.get(key, value) != value:
-            raise MatryoshkaError(
-                f"recipe {name!r} says nesting.{key}: {value}, and the config says {nesting[key]}: leave one of "
-                "them out"
-            )
-    return {**fixed, **nesting}
-
-
 def _nesting(nesting: Mapping[str, Any], lora: Mapping[str, Any]) -> Nesting:
-    scaling, alpha = nesting.get("scaling", "none"), nesting.get("alpha", 1.0)
-    rank = lora.get("r")
+    scaling, scale = nesting.get("scaling", "none"), AdapterConfig(lora).scale
     if nesting.get("ranks") is None:
-        return Nesting.powers_of_two(DEFAULT_RANK if rank is None else rank, scaling, alpha)
-    made = Nesting(nesting["ranks"], scaling, alpha)
-    if rank not in (None, made.max_rank):
+        return Nesting.powers_of_two(lora["r"], scaling, scale)
+    made = Nesting(nesting["ranks"], scaling, scale)
+    if lora["r"] != made.max_rank:
         raise MatryoshkaError(
-            f"lora.r is {rank}, but the largest of nesting.ranks is {made.max_rank}; write the same, or leave "
+            f"lora.r is {lora['r']}, but the largest of nesting.ranks is {made.max_rank}; write the same, or leave "
             "one of them out"
         )
     return made
 
 
-def _lora(given: Mapping[str, Any], nesting: Nesting) -> dict[str, Any]:
-    rank = nesting.max_rank
-    root = rank**0.5 if given.get("use_rslora") else rank
-    alpha = nesting.scale(rank) * root
-    if given.get("lora_alpha") is not None and abs(given["lora_alpha"] - alpha) > 1e-9 * alpha:
-        wanted = "sqrt" if given.get("use_rslora") else "rank"
-        raise MatryoshkaError(
-            f"lora.lora_alpha is {given['lora_alpha']}, but the nesting scales rank {rank} by {nesting.scale(rank):g}, "
-            f"which is lora_alpha {alpha:g}; leave lora.lora_alpha out, or write nesting.scaling: {wanted} and "
-            f"nesting.alpha: {given['lora_alpha']}"
-        )
+def _lora(given: Mapping[str, Any], nesting: Mapping[str, Any]) -> dict[str, Any]:
+    """With what it leaves out: all linear layers, and the alpha that makes the scale 1."""
+    listed = nesting.get("ranks") or [DEFAULT_RANK]
+    rank = given.get("r") or (listed[-1] if isinstance(listed, list) and type(listed[-1]) is int else DEFAULT_RANK)
+    alpha = given.get("lora_alpha")
+    if alpha is None:
+        alpha = rank**0.5 if given.get("use_rslora") else rank
     defaults = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     if given.get("target_parameters"):
         del defaults["target_modules"]
-    whole = int(alpha) if alpha == int(alpha) else alpha
-    return {**defaults, **given, "r": rank, "lora_alpha": whole}
+    return {**defaults, **given, "r": rank, "lora_alpha": alpha}
 
 
 def _quantization(value: Any) -> Quantization | None:
@@ -311,13 +286,14 @@ def _eval_data(config: Mapping[str, Any], training: Mapping[str, Any]) -> dict[s
     return {**data, "split": "validation", "size": EVAL_SIZE}
 
 
-def _reorder(value: Any, nesting: Nesting) -> Reorder:
-    if value is False:
-        return False
-    if value not in ("svd", "learned"):
-        raise MatryoshkaError(f"nesting.reorder is {value!r}; write svd, learned or false")
+def _reorder(value: Any, deploy: Deploy, nesting: Nesting) -> By | None:
+    if deploy == "paper":
+        if value is not None:
+            raise MatryoshkaError("nesting.deploy: paper deploys the factors as they were trained: leave reorder out")
+        return None
+    by = typing.cast(By, _one_of("nesting.reorder", "svd" if value is None else value, get_args(By)))
     # One rank alone has no order to learn; its SVD is the same function.
-    return "svd" if len(nesting.ranks) == 1 else typing.cast(Reorder, value)
+    return "svd" if len(nesting.ranks) == 1 else by
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:

@@ -25,8 +25,11 @@ FINISHED_NAME = "trainer_state.json"
 """The Trainer's last state, written after the adapter: it says that the run is finished."""
 
 _LENGTH = ("max_steps", "num_train_epochs")
-_AFTERWARDS = ("nesting.reorder", "nesting.inference")
+_AFTERWARDS = ("nesting.reorder", "nesting.deploy")
 """What changes nothing before the last step: a finished run is finished anew from its last checkpoint."""
+
+_RETIRED = ("nesting.alpha", "nesting.inference", "recipe")
+"""What version 0.1 wrote; the scale stands in ``lora``, and the others change nothing before the last step."""
 
 # What may differ between a run and its continuation, since it changes no weight.
 _HARMLESS = (
@@ -158,6 +161,7 @@ def _differences(config: TrainConfig) -> dict[str, str]:
     if not file.is_file():
         raise MatryoshkaError(f"{config.output_dir} holds checkpoints of another program: choose another output_dir")
     before, now = _flat(marked(read_yaml(file))), _flat(marked(config.to_dict()))
+    before = {key: value for key, value in before.items() if key not in _RETIRED}
     return {
         key: f"{key} was {before.get(key, 'not set')} and is now {now.get(key, 'not set')}"
         for key in [*before, *(key for key in now if key not in before)]

@@ -13,13 +13,13 @@ import torch
 from peft import get_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from matryoshka_lora.adapter import NestedAdapter, load, nest
+from matryoshka_lora.adapter.handle import NestedAdapter, nest
+from matryoshka_lora.adapter.load import load
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_writable, write_text
 from matryoshka_lora.models import DTYPES, EMBEDDED, load_model, load_tokenizer
 from matryoshka_lora.training.config import TrainConfig
 from matryoshka_lora.data.sources import load_data
-from matryoshka_lora.training.order import learn_from_trainer
 from matryoshka_lora.training.private import PrivateCheckpoints, write_state
 from matryoshka_lora.training.processes import check_joined, on_main, one_voice
 from matryoshka_lora.training.resume import CONFIG_NAME, FINISHED_NAME, Plan, ProcessCount, plan
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer
 
 
-def train(config: TrainConfig, trainer_class: type[SFTTrainer] | None = None) -> NestedAdapter:
+def train(config: TrainConfig) -> NestedAdapter:
     """Train a nested adapter and save it in ``config.output_dir``.
 
     The folder then holds the adapter, ``train.yaml`` (the config with everything filled in) and the checkpoints. If it
@@ -42,7 +42,6 @@ def train(config: TrainConfig, trainer_class: type[SFTTrainer] | None = None) ->
 
     Args:
         config: From `load_config` or `make_config`.
-        trainer_class: What trains, for another objective; None is `matryoshka_lora.training.trainer.CompletionTrainer`.
 
     Returns:
         The adapter at its largest rank, reordered unless the config says otherwise.
@@ -54,10 +53,10 @@ def train(config: TrainConfig, trainer_class: type[SFTTrainer] | None = None) ->
     arguments = config.sft_config()
     check_joined(arguments)
     with one_voice(arguments):
-        return _train(config, arguments, trainer_class)
+        return _train(config, arguments)
 
 
-def _train(config: TrainConfig, arguments: SFTConfig, trainer_class: type[SFTTrainer] | None) -> NestedAdapter:
+def _train(config: TrainConfig, arguments: SFTConfig) -> NestedAdapter:
     output = config.output_dir
     found = on_main(lambda: _look(config, arguments))
     if found.finished:
@@ -68,18 +67,20 @@ def _train(config: TrainConfig, arguments: SFTConfig, trainer_class: type[SFTTra
     with _quiet(config.model):
         set_seed(config.seed)
         peft_model = get_peft_model(load_model_of(config), config.lora_config())
-        adapter = nest(peft_model, config.nesting, config.rule, config.inference, seed=config.rank_seed)
-        trainer = _trainer(adapter, config, arguments, data, eval_data, trainer_class)
+        adapter = nest(
+            peft_model, config.nesting.ranks, config.nesting.scaling, config.rule, config.deploy, seed=config.rank_seed
+        )
+        trainer = _trainer(adapter, config, arguments, data, eval_data)
         _run(trainer, config, found)
         # Without autocast around it, which the Trainer adds for bf16 and fp16, the model is the caller's again.
         trainer.accelerator.unwrap_model(peft_model, keep_fp32_wrapper=False).eval()
         if config.reorder:
-            adapter.reorder()
-        if config.reorder == "learned":
             try:
-                learn_from_trainer(adapter, trainer, seed=config.seed)
+                adapter.reorder(config.reorder, None if config.reorder == "svd" else trainer, seed=config.seed)
             except (MatryoshkaError, torch.OutOfMemoryError) as error:  # what was trained is not lost for that
-                _say(arguments, f"The order was not learned, and is that of the SVD: {error}")
+                if not adapter.reordered:
+                    raise
+                _say(arguments, f"The adapter is reordered by its SVD, and not by {config.reorder}: {error}")
         adapter.save(output)
         on_main(lambda: write_state(trainer.state, output))
     _say(arguments, f"The adapter is in {output}")
@@ -161,14 +162,13 @@ def _trainer(
     arguments: SFTConfig,
     data: Dataset,
     eval_data: Dataset | None,
-    trainer_class: type[SFTTrainer] | None = None,
 ) -> SFTTrainer:
     from matryoshka_lora.training.trainer import CompletionTrainer  # TRL is slow to import
 
     tokenizer = load_tokenizer_of(config)
     _check_template(data, tokenizer, arguments)
     try:
-        trainer = (trainer_class or CompletionTrainer)(
+        trainer = CompletionTrainer(
             model=adapter.model,
             args=arguments,
             train_dataset=data,

@@ -43,7 +43,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Selected:
+class Asked:
     """What a name meant.
 
     Attributes:
@@ -61,14 +61,14 @@ class Selected:
     metric: str | None = None
 
 
-def select(
+def ask(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
     num_fewshot: int | None = None,
     limit: int | None = None,
     split: Literal["test", "validation"] = "test",
     fixed_shots: bool = False,
-) -> Selected:
+) -> Asked:
     """Load the tasks that a name means, with their data.
 
     Args:
@@ -95,7 +95,7 @@ def select(
             raise MatryoshkaError(f"{name} is a built-in task, which is asked without shots: leave --num-fewshot out")
         task = get_task(name)
         questions = task.examples(split, limit or BUILT_IN_ITEMS)
-        return Selected(name, "built-in", [QuestionsTask(task, questions, tokenizer)], None, "accuracy,none")
+        return Asked(name, "built-in", [QuestionsTask(task, questions, tokenizer)], None, "accuracy,none")
     elif name in _manager().all_tasks:
         found = _load(name, name)
     else:
@@ -104,7 +104,7 @@ def select(
         _check(task, name, shots)
         if fixed_shots:
             _fix_shots(task)
-    return Selected(shown(name), "harness", found, shots, preset.metric if preset is not None else None)
+    return Asked(shown(name), "harness", found, shots, preset.metric if preset is not None else None)
 
 
 def _is_file(name: str) -> bool:
