@@ -34,7 +34,7 @@ def info(
             draw(description, picture, plot.suffix[1:])
         typer.echo(f"\nThe picture is {plot}")
     state = description.adapter.state
-    if state is None or state.form != "reordered":
+    if state is None or not state.reordered:
         typer.echo(f"\nNext: matryoshka reorder {adapter} -o nested")
     else:
         typer.echo(

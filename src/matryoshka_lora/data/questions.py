@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.data.tasks import Example
+from matryoshka_lora.data.sources import load_data, parse_data
+from matryoshka_lora.data.tasks import Example, get_task
 
 Messages = list[dict[str, Any]]
 
@@ -75,6 +76,20 @@ def rows_from(data: Iterable[Mapping[str, Any]], source: str) -> list[Row]:
                 "messages that end with the assistant's"
             )
     return rows
+
+
+def rows_of(data: str | Sequence[Mapping[str, Any]], count: int) -> Sequence[Question]:
+    """Up to ``count`` first rows of a built-in task's training split, of a file, of a hub dataset, or of a list.
+
+    Raises:
+        MatryoshkaError: The data cannot be found or read, or its rows have no answers.
+    """
+    if not isinstance(data, str):
+        return rows_from(data, "data")[:count]
+    parsed = parse_data(data)
+    if "task" in parsed:
+        return get_task(parsed["task"]).examples("train", count)
+    return rows_from(load_data({**parsed, "size": count}), data)
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,10 @@ class OpenedAdapter:
         return torch.full((layer.rank,), layer.scale, dtype=torch.float64)
 
 
+    def cast(self, dtype: torch.dtype) -> OpenedAdapter:
+        """The same adapter with factors of another dtype."""
+        return self.with_factors(self.factors, self.layers, self.config, self.state, dtype)
+
     def with_factors(
         self,
         factors: Callable[[Layer], tuple[Tensor, Tensor]],

@@ -24,7 +24,7 @@ def reorder(
     check_by(by, data is not None)
     spectra = _by_svd(adapter)
     if data is not None:
-        wanted = rows_of(by, data, rows)
+        wanted = row_count(by, data, rows)
         at_once = ROWS if by == "learned" else BATCH_ROWS
         # None hides the bar where nobody watches.
         with tqdm(total=wanted, desc=f"reordering by {by}", unit=" rows", disable=data.quiet or None) as bar:
@@ -36,7 +36,7 @@ def reorder(
     return spectra
 
 
-def rows_of(by: By, data: Data, rows: int | None = None) -> int:
+def row_count(by: By, data: Data, rows: int | None = None) -> int:
     """How many rows are used, where ``rows`` says nothing: as many as help, by trial (docs/reorder.md)."""
     if rows is not None:
         return rows

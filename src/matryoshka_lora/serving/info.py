@@ -11,10 +11,10 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from matryoshka_lora.formats.directions import DIRECTIONS_NAME
-from matryoshka_lora.formats.opened import LoraFiles, open_adapter
+from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
 from matryoshka_lora.formats.spectra import Spectra, read_spectra
 from matryoshka_lora.nesting import Nesting
+from matryoshka_lora.reordering.files import reorder_opened
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Description:
         spectra: Its singular values: those that reordering left, or those of the factors.
     """
 
-    adapter: LoraFiles
+    adapter: OpenedAdapter
     spectra: Spectra
 
     @property
@@ -36,14 +36,17 @@ class Description:
         if state is None:
             return "a plain LoRA adapter: `matryoshka reorder` makes it nested"
         rule = f"rule {state.rule.name}, ranks {', '.join(map(str, state.nesting.ranks))}"
-        if state.form == "reordered":
-            where = (
-                "; of this file a device reads only the ranks it needs"
-                * (self.adapter.folder / DIRECTIONS_NAME).exists()
-            )
-            return f"a nested LoRA adapter, reordered by {self.spectra.metric}: any rank may be used ({rule}){where}"
-        form = "its diagonal folded in" if state.form == "folded" else f"inference {state.inference}"
-        return f"a nested LoRA adapter as it was trained, {form} ({rule})"
+        if state.reordered:
+            where = "; of this file a device reads only the ranks it needs" * self.adapter.is_directions
+            return f"a nested LoRA adapter, reordered by {state.reordered}: any rank may be used ({rule}){where}"
+        if state.deploy == "paper":
+            return f"a nested LoRA adapter with the paper's deployment, which drops P: low ranks are poor ({rule})"
+        return f"a nested LoRA adapter as it is trained: `matryoshka reorder` makes every rank good ({rule})"
+
+    @property
+    def sense(self) -> str:
+        """What the singular values measure; those of a learned order are the SVD's."""
+        return (self.adapter.state and self.adapter.state.reordered) or "svd"
 
     @property
     def scale(self) -> str:
@@ -61,7 +64,7 @@ class Description:
 
     def kept(self, rank: int) -> float:
         """The share of the sum of all squared singular values in the first ``rank`` directions, 0 to 1."""
-        squares = [values**2 for values in self.spectra.values.values()]
+        squares = [values**2 for values in self.spectra.values()]
         total = sum(float(s.sum()) for s in squares)
         return sum(float(s[..., :rank].sum()) for s in squares) / total if total else 1.0
 
@@ -74,7 +77,7 @@ class Description:
     def decay(self) -> dict[str, Tensor]:
         """The squared singular values of each kind of layer, as shares of their sum: the mean over its layers."""
         kinds: dict[str, list[Tensor]] = {}
-        for name, values in self.spectra.values.items():
+        for name, values in self.spectra.items():
             for squares in (values**2).reshape(-1, values.shape[-1]):
                 if float(squares.sum()) > 0:
                     kinds.setdefault(_kind(name), []).append(squares / squares.sum())
@@ -88,9 +91,9 @@ class Description:
     def lines(self) -> Iterator[str]:
         """The text that ``matryoshka info`` prints."""
         adapter = self.adapter
-        yield f"{adapter.folder} is {self.kind}"
+        yield f"{adapter.name} is {self.kind}"
         revision = f", revision {adapter.config.revision}" if adapter.config.revision else ""
-        yield f"  base model  {adapter.config.base_model_name_or_path or 'not named'}{revision}"
+        yield f"  base model  {adapter.config.base_model or 'not named'}{revision}"
         yield f"  layers      {len(adapter.layers)}: {', '.join(sorted({_kind(x.name) for x in adapter.layers}))}"
         own = sorted({layer.rank for layer in adapter.layers})
         yield f"  rank        {own[0] if len(own) == 1 else f'{own[0]} to {own[-1]}, by layer'}; scale {self.scale}"
@@ -98,8 +101,7 @@ class Description:
         if adapter.others:
             yield f"  besides     {len(adapter.others)} tensors that are no factors, such as {adapter.others[0]}"
         yield ""
-        # A learned order has no metric: its prefixes keep other things than the most of the squared values.
-        kept_by = "frobenius, at most" if self.spectra.metric == "learned" else self.spectra.metric
+        kept_by = "svd, at most" if self.sense == "learned" else self.sense
         yield f"  {'rank':>5} {'parameters':>12} {'size':>10}   kept ({kept_by})"
         for rank in self.ranks():
             kept = f"{100 * self.kept(rank):.1f} %"
@@ -119,7 +121,12 @@ def describe(path: str | os.PathLike[str]) -> Description:
         MatryoshkaError: It is no LoRA adapter, or damaged.
     """
     adapter = open_adapter(path)
-    return Description(adapter, read_spectra(adapter))
+    spectra = read_spectra(adapter)
+    if spectra is None:
+        computed, spectra = reorder_opened(adapter)
+        for layer in computed.layers:
+            computed.factors(layer)
+    return Description(adapter, spectra)
 
 
 def plot(description: Description, file: IO[bytes], form: str) -> None:
@@ -127,14 +134,14 @@ def plot(description: Description, file: IO[bytes], form: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kinds = list(dict.fromkeys(_kind(name) for name in description.spectra.values))
+    kinds = list(dict.fromkeys(_kind(name) for name in description.spectra))
     columns = min(4, len(kinds))
     rows = -(-len(kinds) // columns)
     figure = Figure(figsize=(4 * columns, 3.2 * rows), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for panel, kind in zip(panels.flat, kinds, strict=False):
-        for name, values in description.spectra.values.items():
+        for name, values in description.spectra.items():
             if _kind(name) == kind:
                 for one in values.reshape(-1, values.shape[-1]):
                     if float(one[0]) > 0:
@@ -146,7 +153,7 @@ def plot(description: Description, file: IO[bytes], form: str) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     for panel in list(panels.flat)[len(kinds) :]:
         panel.set_visible(False)
-    figure.suptitle(f"Singular values ({description.spectra.metric}) of each layer, relative to its first; by rank")
+    figure.suptitle(f"Singular values ({description.sense}) of each layer, relative to its first; by rank")
     figure.savefig(file, format=form)
 
 
