@@ -136,7 +136,7 @@ def base_of(config: AdapterConfig, name: str | None = None, revision: str | None
     """
     named: str | None = config.base_model
     if revision is None and name in (None, named):
-        revision = config["revision"]
+        revision = config.revision
     _check_revision(name or named, revision)
     return name or named, revision
 

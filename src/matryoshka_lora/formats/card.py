@@ -91,7 +91,7 @@ def hub_name(base: str | None) -> str:
 
 def hub_revision(config: AdapterConfig) -> str:
     """The revision of the base model, or "" if the config names none that could be one."""
-    revision = str(config["revision"] or "")
+    revision = str(config.revision or "")
     return revision if _REVISION.fullmatch(revision) else ""
 
 

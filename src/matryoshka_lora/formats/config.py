@@ -64,6 +64,11 @@ class AdapterConfig:
         return self["base_model_name_or_path"] or None
 
     @property
+    def revision(self) -> str | None:
+        """Of the base model on the hub, where the file says it."""
+        return self["revision"] or None
+
+    @property
     def target_parameters(self) -> list[str]:
         """Parameters with LoRA, such as stacks of experts."""
         return list(self["target_parameters"] or ())
