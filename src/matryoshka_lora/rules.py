@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +50,11 @@ class Rule:
     fixed: bool = False
     per_row: bool = False
     every_rank: bool = False
+
+    @property
+    def default_inference(self) -> Literal["keep", "prefix"]:
+        """What is evaluated and merged before an adapter is reordered: at rank R, the function that is trained."""
+        return "keep" if self.fixed else "prefix"
 
     def draw(self, nesting: Nesting, seed: int, step: int, rows: int | None = None) -> Draw:
         """The diagonal for optimizer step ``step``; the same arguments give the same draw, on any machine.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from matryoshka_lora.adapter.factors import get_parameters, has_adapter
 from matryoshka_lora.adapter.layers import SUBCLASSES
 from matryoshka_lora.adapter.state import Inference, NestedState
-from matryoshka_lora.adapter.variant import Gate, NestedVariant
+from matryoshka_lora.adapter.variant import PLACES, Gate, NestedVariant, check_rows_apart
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.rules import Rule
 
@@ -31,6 +32,9 @@ _SUPPORTED = {
 
 # These start from factors that are only right when p is the constant s_R.
 INITS_THAT_ASSUME_A_SCALE = ("pissa", "corda", "olora", "lora_ga", "loftq")
+
+COPIES = ("ref", "teacher")
+"""What TRL names a copy of the adapter that it trains: as it was before training, and its moving average."""
 
 
 def nested_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
@@ -65,6 +69,47 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
             if variant is not None:
                 module.lora_variant[adapter] = variant
         raise
+    if _before_forward not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+
+
+def nest_copies(model: PeftModel, adapter: str) -> dict[str, NestedState]:
+    """Nest the copies that TRL keeps of a nested adapter, as far as they are not, and return their states by name.
+
+    DPO, KTO, GRPO and RLOO measure how far training has gone from adapter "ref"; SDFT and SDPO learn from "teacher".
+    TRL adds both by the nested adapter's own config and fills in its factors. Without p between them, they would be
+    another function than what they are copies of.
+    """
+    config = model.peft_config[adapter]
+    states: dict[str, NestedState] = {}
+    for name in COPIES:
+        if name == adapter or model.peft_config.get(name) != config:
+            continue
+        for _, module in nested_layers(model, name):
+            original, copy = module.lora_variant.get(adapter), module.lora_variant.get(name)
+            if copy is None and isinstance(original, NestedVariant):
+                # A state of their own, since the adapter may be reordered and its copies are not.
+                copy = original.copied(states.get(name) or replace(original.state), module, name)
+                module.lora_variant[name] = copy
+            if isinstance(copy, NestedVariant):
+                states[name] = copy.state
+    return states
+
+
+def _before_forward(model: PeftModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if model.active_adapter in COPIES:
+        for adapter in list(model.peft_config):
+            nest_copies(model, adapter)
+    if model.training and any(kwargs.get(name) is not None for name in PLACES):
+        _check_rows(model, kwargs)
+
+
+def _check_rows(model: PeftModel, inputs: Mapping[str, Any]) -> None:
+    for _, module in nested_layers(model, model.active_adapter):
+        variant = module.lora_variant.get(model.active_adapter)
+        if isinstance(variant, NestedVariant) and variant.state.per_row and len(variant.gate(True).diagonal) > 1:
+            check_rows_apart(inputs, variant.state.rule.name)
+        return
 
 
 def check_config(config: Any, state: NestedState) -> None:

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
-from matryoshka_lora.adapter.attach import attach, nested_layers, trained_besides
+from matryoshka_lora.adapter.attach import attach, nest_copies, nested_layers, trained_besides
 from matryoshka_lora.adapter.factors import as_parameters, assign, get_factors, get_parameters
 from matryoshka_lora.adapter.state import Inference, NestedState
 from matryoshka_lora.adapter.storage import export_rank, save_adapter
@@ -30,7 +30,7 @@ def nest(
     peft_model: PeftModel,
     nesting: Nesting,
     rule: str | Rule = "matryoshka",
-    inference: Inference = "prefix",
+    inference: Inference | None = None,
     adapter: str = "default",
     seed: int = 0,
 ) -> NestedAdapter:
@@ -45,8 +45,9 @@ def nest(
             ``r=nesting.max_rank`` and ``lora_alpha=nesting.lora_alpha``.
         nesting: The ranks and their scales.
         rule: One of `matryoshka_lora.rules.RULES`, or its name.
-        inference: ``"prefix"`` deploys rank r as ``s_r B[:, :r] A[:r]``, as the paper does. ``"keep"`` keeps the fixed
-            diagonal of training (rules ``matryoshka`` and ``lora``).
+        inference: What eval mode computes before `NestedAdapter.reorder`. ``"keep"`` keeps the fixed diagonal of
+            training; ``"prefix"`` makes rank r ``s_r B[:, :r] A[:r]``, as the paper does. None keeps it where the
+            rule has one, so that the largest rank is the function that is trained.
         adapter: PEFT's name of the adapter.
         seed: Of the ranks that the rule draws.
 
@@ -57,7 +58,7 @@ def nest(
     if not isinstance(nesting, Nesting):
         raise MatryoshkaError(f"nesting is {nesting!r}; write Nesting([1, 2, 4, 8]) or Nesting.powers_of_two(8)")
     chosen = rule if isinstance(rule, Rule) else get_rule(rule)
-    attach(peft_model, NestedState(nesting, chosen, inference, seed), adapter)
+    attach(peft_model, NestedState(nesting, chosen, inference or chosen.default_inference, seed), adapter)
     nested = NestedAdapter(peft_model, adapter)
     nested._begin()
     return nested
@@ -249,13 +250,18 @@ class NestedAdapter:
             rows: The rows of one batch of this process, for a rule with a rank per row.
             share: ``(index, count)`` of the processes: each gets its own part of one draw over all their rows.
         """
+        self._draw(step, rows, share)
+        for name in nest_copies(self.model, self.name):
+            NestedAdapter(self.model, name)._draw(step, rows, share)
+
+    def _draw(self, step: int, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> None:
         index, count = share
         drawn = self.state.draw(step, None if rows is None else rows * count)
         diagonal = drawn.diagonal
         if diagonal.ndim > 1 and rows is not None:
             diagonal = diagonal[index * rows : (index + 1) * rows]
-        for variant, gate in self._gated(diagonal, allow_fewer=True):
-            variant.begin_step(gate, drawn.learn)
+        for variant, gate in self._gated(diagonal, allow_fewer=True, learn=drawn.learn):
+            variant.begin_step(gate)
 
     def callback(self) -> TrainerCallback:
         """For ``Trainer(callbacks=[...])``: draws the ranks of each step and completes every checkpoint."""
@@ -277,6 +283,7 @@ class NestedAdapter:
             MatryoshkaError: A factor is not finite, or the adapter is merged. Nothing has been changed then.
         """
         self._check_unmerged("reorder it")
+        nest_copies(self.model, self.name)  # while the factors are what they are copies of
         state = self.state
         p, scale = state.trained_diagonal(), state.nesting.scale(state.nesting.max_rank)
         for name, module, _ in self._layers():
@@ -293,7 +300,7 @@ class NestedAdapter:
         state.form = "reordered"
         for variant in self._variants():
             variant.set_rank(variant.rank)
-        self.draw(step=0)
+        self._draw(step=0)
         return spectra
 
     def merge(self, rank: int) -> None:
@@ -341,12 +348,11 @@ class NestedAdapter:
         export_rank(self.model, self.name, self.state, path, rank, is_main_process)
 
     def _begin(self) -> None:
-        state = self.state
-        if state.rule.fixed or state.form != "raw":
-            self.draw(step=0)
+        if not self.state.draws:
+            self._draw(step=0)
 
     def _gated(
-        self, diagonal: Tensor, allow_fewer: bool = False, exact: bool = True
+        self, diagonal: Tensor, allow_fewer: bool = False, exact: bool = True, learn: Tensor | None = None
     ) -> list[tuple[NestedVariant, Gate]]:
         """Every layer's variant with a gate where its factors are now: a Trainer moves the model after `nest`."""
         made: dict[torch.device, Gate] = {}
@@ -354,7 +360,7 @@ class NestedAdapter:
         for _, module, variant in self._layers():
             device = get_parameters(module, self.name)[0].device
             if device not in made:
-                made[device] = Gate.on(device, diagonal, None, allow_fewer, exact)
+                made[device] = Gate.on(device, diagonal, None, allow_fewer, exact, learn)
             found.append((variant, made[device]))
         return found
 
