@@ -104,7 +104,7 @@ def test_a_second_round_trip_writes_the_same_files(tmp_path: Path, form: str) ->
 def test_the_rule_seed_and_trained_ranks_come_back(tmp_path: Path, rule: str) -> None:
     model = get_peft_model(tiny_llama(), lora_config(NESTING))
     randomize(model)
-    saved = nest(model.eval(), NESTING, rule, seed=71)
+    saved = nest(model.eval(), NESTING, rule, "prefix", seed=71)
     saved.save(tmp_path)
     loaded, sidecar = load(tiny_llama(), tmp_path), read_sidecar(tmp_path)
     assert loaded.rule.name == sidecar.rule.name == rule
@@ -158,7 +158,7 @@ def one_layer(kind: str, seed: int, name: str = "default") -> NestedAdapter:
     config = lora_config(NESTING, target_modules=["layer"], fan_in_fan_out=kind == "Conv1D")
     model = get_peft_model(base_layer(kind), config, adapter_name=name)
     randomize(model, seed)
-    return nest(model.eval(), NESTING, adapter=name)
+    return nest(model.eval(), NESTING, inference="prefix", adapter=name)
 
 
 def base_layer(kind: str) -> nn.Module:
@@ -278,7 +278,7 @@ def with_extra(extra: str) -> NestedAdapter:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    return nest(model.eval(), NESTING)
+    return nest(model.eval(), NESTING, inference="prefix")
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
@@ -341,7 +341,7 @@ def test_what_can_be_nested_can_be_loaded_again(tmp_path: Path) -> None:
 def test_an_adapter_may_have_any_name_that_peft_takes(tmp_path: Path, name: str) -> None:
     model = get_peft_model(tiny_llama(), lora_config(NESTING), adapter_name=name)
     randomize(model)
-    saved = nest(model.eval(), NESTING, adapter=name)
+    saved = nest(model.eval(), NESTING, inference="prefix", adapter=name)
     saved.save(tmp_path / "a")
     assert_same(at_every_rank(load(tiny_llama(), tmp_path / "a")), at_every_rank(saved))
     renamed = load(tiny_llama(), tmp_path / "a", adapter=name)

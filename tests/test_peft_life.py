@@ -70,6 +70,19 @@ def test_nesting_leaves_config_parameters_and_keys_as_they_were() -> None:
     assert not model.training
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_without_a_word_about_it_eval_mode_is_what_is_trained(rule: str) -> None:
+    nested = nested_layer("Linear", NESTING, rule, inference=None)
+    assert nested.adapter.inference == ("keep" if RULES[rule].fixed else "prefix")
+    x = nested.kind.batch(2)
+    nested.adapter.model.eval()
+    expected = nested.expected(RULES[rule].trained_diagonal(NESTING), x)
+    torch.testing.assert_close(nested.layer(x), expected, rtol=1e-12, atol=1e-12)
+    if RULES[rule].fixed:
+        nested.adapter.model.train()
+        torch.testing.assert_close(nested.layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("inference", ["prefix", "keep"])
 def test_no_rank_chosen_is_full_rank_is_plain_peft(inference: Any, tmp_path: Path) -> None:
     adapter = nested_llama(NESTING, inference=inference)
@@ -734,7 +747,7 @@ def test_pefts_own_way_to_write_the_scale_is_taken(scaling: Any, tmp_path: Path)
     model = one_layer("Linear", nesting, lora_alpha=16, use_rslora=scaling == "sqrt")
     x = oracle.KINDS["Linear"].batch(2)
     before = model.eval()(x)
-    adapter = nest(model, nesting)
+    adapter = nest(model, nesting, inference="prefix")
     torch.testing.assert_close(model(x), before, rtol=1e-14, atol=1e-14)
     adapter.set_rank(1)
     adapter.export(tmp_path, 1)
@@ -949,7 +962,7 @@ def test_an_adapter_that_is_not_active_can_be_nested() -> None:
 def test_nesting_works_where_adapters_are_disabled_at_the_time() -> None:
     model = plain_llama()
     with model.disable_adapter():
-        nest(model, NESTING)
+        nest(model, NESTING, inference="prefix")
         assert torch.equal(logits(model), logits(tiny_llama()))
     assert torch.equal(logits(model), logits(plain_llama()))
 

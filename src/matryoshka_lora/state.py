@@ -45,6 +45,21 @@ class State:
         return self.reordered is not None or self.deploy == "paper"
 
     @property
+    def draws(self) -> bool:
+        """Whether training draws another p for each optimizer step."""
+        return not self.reordered and not self.rule.fixed
+
+    @property
+    def per_row(self) -> bool:
+        """Whether training gives each row of a batch a p of its own."""
+        return not self.reordered and self.rule.per_row
+
+    @property
+    def deploys_what_is_trained(self) -> bool:
+        """Whether eval mode at the largest rank computes what training computes there."""
+        return torch.allclose(self.diagonal(self.nesting.max_rank), self.trained_diagonal(), rtol=1e-12)
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         """The ranks that the adapter may be used at."""
         if self.reordered:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import get_parameters
-from matryoshka_lora.adapter.gates import begin, lora_layers
+from matryoshka_lora.adapter.gates import begin, lora_layers, nested_layers
 from matryoshka_lora.adapter.layers import SUBCLASSES
+from matryoshka_lora.adapter.copies import COPIES, nest_copies
 from matryoshka_lora.adapter.saving import with_our_files
-from matryoshka_lora.adapter.variant import Gate, NestedVariant
+from matryoshka_lora.adapter.variant import PLACES, Gate, NestedVariant, check_rows_apart
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.config import check_config
 from matryoshka_lora.rules import Rule
@@ -58,6 +60,23 @@ def attach(model: PeftModel, state: State, adapter: str) -> None:
             if variant is not None:
                 module.lora_variant[adapter] = variant
         raise
+    if _before_forward not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+
+
+def _before_forward(model: PeftModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if model.active_adapter in COPIES:
+        for adapter in list(model.peft_config):
+            nest_copies(model, adapter)
+    if model.training and any(kwargs.get(name) is not None for name in PLACES):
+        _check_rows(model, kwargs)
+
+
+def _check_rows(model: PeftModel, inputs: Mapping[str, Any]) -> None:
+    for _, _, variant in nested_layers(model, model.active_adapter):
+        if variant.state.per_row and len(variant.gate(True).diagonal) > 1:
+            check_rows_apart(inputs, variant.state.rule.name)
+        return
 
 
 def _checked_layers(model: Any, state: State, adapter: str) -> list[tuple[str, Any]]:

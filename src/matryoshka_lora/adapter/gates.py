@@ -28,7 +28,12 @@ def nested_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any, Ne
 
 
 def gated(
-    model: nn.Module, adapter: str, diagonal: Tensor, allow_fewer: bool = False, exact: bool = True
+    model: nn.Module,
+    adapter: str,
+    diagonal: Tensor,
+    allow_fewer: bool = False,
+    exact: bool = True,
+    learn: Tensor | None = None,
 ) -> list[tuple[NestedVariant, Gate]]:
     """Every layer's variant with a gate where its factors are now: a Trainer moves the model after `nest`."""
     made: dict[torch.device, Gate] = {}
@@ -36,7 +41,7 @@ def gated(
     for _, module, variant in nested_layers(model, adapter):
         device = get_parameters(module, adapter)[0].device
         if device not in made:
-            made[device] = Gate.on(device, diagonal, None, allow_fewer, exact)
+            made[device] = Gate.on(device, diagonal, None, allow_fewer, exact, learn)
         found.append((variant, made[device]))
     return found
 
@@ -51,8 +56,8 @@ def draw(
     diagonal = drawn.diagonal
     if diagonal.ndim > 1 and rows is not None:
         diagonal = diagonal[index * rows : (index + 1) * rows]
-    for variant, gate in gated(model, adapter, diagonal, allow_fewer=True):
-        variant.begin_step(gate, drawn.learn)
+    for variant, gate in gated(model, adapter, diagonal, allow_fewer=True, learn=drawn.learn):
+        variant.begin_step(gate)
 
 
 def begin(model: nn.Module, adapter: str) -> None:
@@ -60,5 +65,5 @@ def begin(model: nn.Module, adapter: str) -> None:
     for _, _, variant in nested_layers(model, adapter):
         variant.set_rank(variant.rank)
         state = variant.state
-    if state.rule.fixed or state.reordered:
+    if not state.draws:
         draw(model, adapter, step=0)

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from matryoshka_lora.adapter.attach import attach
+from matryoshka_lora.adapter.copies import nest_copies
 from matryoshka_lora.adapter.gates import draw, nested_layers
 from matryoshka_lora.adapter.in_model import InModel
 from matryoshka_lora.adapter.saving import export_rank, opened_from, save_adapter, writes
@@ -230,6 +231,8 @@ class NestedAdapter:
             share: ``(index, count)`` of the processes: each gets its own part of one draw over all their rows.
         """
         draw(self.model, self.name, step, rows, share)
+        for name in nest_copies(self.model, self.name):
+            draw(self.model, name, step, rows, share)
 
     def callback(self) -> TrainerCallback:
         """For ``Trainer(callbacks=[...])``: draws the ranks of each step and completes every checkpoint."""
@@ -269,6 +272,7 @@ class NestedAdapter:
                 adapter is as it was then, or reordered by SVD where the data were at fault.
         """
         self._check_unmerged("reorder it")
+        nest_copies(self.model, self.name)  # while the factors are what they are copies of
         source = None if data is None else data_from(self.model, data, tokenizer)
         return reorder(InModel(self.model, self.name), by, source, rows, seed)
 

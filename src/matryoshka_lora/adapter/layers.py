@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.ops import low_rank_linear, low_rank_linear_reference
+from matryoshka_lora.ops import full_precision, low_rank_linear, low_rank_linear_reference
 
 
 class NestedParamWrapper(ParamWrapper):
@@ -32,7 +32,7 @@ class NestedParamWrapper(ParamWrapper):
             return delta
         if self._merging or self._unmerging:
             return variant.merged_delta(self, adapter_name, again=self._unmerging).to(self.get_param().dtype)
-        gate = variant.checked_gate(self)
+        gate = variant.checked_gate(self, self.get_param().device)
         if gate.diagonal.ndim > 1:
             raise MatryoshkaError(
                 f"{self.parameter_name!r} is a parameter that all rows share (target_parameters): it cannot have a "
@@ -45,12 +45,12 @@ class NestedParamWrapper(ParamWrapper):
         variant = self.lora_variant.get(adapter_name)
         if not isinstance(variant, NestedVariant):
             return factors
-        gate = variant.checked_gate(self)
+        gate = variant.checked_gate(self, self.get_param().device)
         if gate.diagonal.ndim > 1:
             self.get_delta_weight(adapter_name)  # raises the reason
         left, right, _ = factors
         scale = variant.ratio(self, adapter_name) * (1.0 if gate.scale is None else gate.scale.item())
-        return left * gate.diagonal.to(left.device, left.dtype), right, scale
+        return (left * full_precision(gate.diagonal, left.dtype)).to(left.dtype), right, scale
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         self._merging = True
@@ -89,13 +89,14 @@ class NestedLinear(Linear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or self.training != torch.is_grad_enabled():
+        # In training mode with gradients or without: TRL compares the two, and they must be the same to the last bit.
+        if args or kwargs or (torch.is_grad_enabled() and not self.training):
             return self._by_variant(x, *args, **kwargs)
         variant = self._fusable_variant(x)
         if variant is None or (not self.training and variant.gate(training=False).exact):
             return self._by_variant(x)
         (adapter,) = self.active_adapters
-        gate = variant.checked_gate(self)
+        gate = variant.checked_gate(self, x.device)
         # A compiler fuses the plain formula, and chooses what to save, by itself.
         update = low_rank_linear_reference if torch.compiler.is_compiling() else low_rank_linear
         return update(
@@ -104,7 +105,7 @@ class NestedLinear(Linear):
             self.base_layer.bias,
             self.lora_A[adapter].weight,
             self.lora_B[adapter].weight,
-            gate.for_rows(x.shape).to(x.device) * self._factor(variant, gate, adapter),
+            gate.for_rows(x.shape) * self._factor(variant, gate, adapter),
         )
 
     def _by_variant(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -116,11 +117,13 @@ class NestedLinear(Linear):
         return ratio if gate.scale is None else gate.scale * ratio
 
     def _fusable_variant(self, x: Tensor) -> NestedVariant | None:
-        if self.disable_adapters or self.merged or torch.is_autocast_enabled(x.device.type):
+        kind = x.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if self.disable_adapters or self.merged or autocast:
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
         variant = self.lora_variant.get(active[0]) if len(self.active_adapters) == len(active) == 1 else None
-        if not isinstance(variant, NestedVariant) or variant.learn is not None:
+        if not isinstance(variant, NestedVariant) or variant.gate(self.training).learn is not None:
             return None
         base, A, B = self.base_layer, self.lora_A[active[0]], self.lora_B[active[0]]
         if self.training and not isinstance(self.lora_dropout[active[0]], nn.Identity):

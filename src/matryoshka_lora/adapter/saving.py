@@ -12,6 +12,7 @@ from peft import PeftModel, peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, distributed
 
+from matryoshka_lora.adapter.copies import COPIES, nest_copies
 from matryoshka_lora.adapter.factors import gathered, get_parameters
 from matryoshka_lora.adapter.gates import begin, nested_layers
 from matryoshka_lora.errors import MatryoshkaError
@@ -115,7 +116,8 @@ class _Nested:
             opened = opened_from(model, name, kwargs.get("state_dict"))
             if kwargs.get("is_main_process", True):
                 folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-                trainable = any(get_parameters(m, name)[0].requires_grad for _, m, _ in nested_layers(model, name))
+                # Copies that TRL keeps are compared with what is trained, to the last bit.
+                trainable = name in COPIES or any(get_parameters(m, name)[0].requires_grad for _, m, _ in nested_layers(model, name))
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore" if trainable else "default")
                     save_adapter(opened, folder, keep_trained=trainable)
@@ -127,6 +129,8 @@ class _Nested:
             MatryoshkaError: The folder holds an adapter with another nesting.
         """
         model: Any = self
+        for name in list(model.peft_config) if adapter_name in COPIES else ():
+            nest_copies(model, name)
         state = state_of(model, adapter_name) if adapter_name in model.peft_config else None
         if state is None or not has_sidecar(Path(model_id)):
             return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
-from matryoshka_lora.adapter.factors import get_factors, to_weight
+from matryoshka_lora.adapter.factors import get_factors, get_parameters, to_weight
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.ops import full_precision
 from matryoshka_lora.state import State, split
 
 
-class Gate(NamedTuple):
+@dataclass(eq=False)
+class Gate:
     """A diagonal on the device of its layer.
 
     ``diagonal`` has shape (R,) or (rows, R). ``scale`` is a tensor of no dimensions that multiplies the output, where
@@ -21,35 +25,51 @@ class Gate(NamedTuple):
     compiled code needs no recompilation when they change; they are replaced and never written in place, so that a
     backward pass still finds the values of its forward. With ``allow_fewer``, a batch may have fewer rows than the
     diagonal, as the last one of an epoch does. Without ``exact``, eval mode may compute in the activations' dtype.
+    ``learn`` says which columns of B and rows of A receive a gradient; None means all.
     """
 
     diagonal: Tensor
     scale: Tensor | None = None
     allow_fewer: bool = False
     exact: bool = True
+    learn: Tensor | None = None
+    _moved: Gate | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def on(
         cls,
         device: torch.device,
         diagonal: Tensor,
-        scale: float | None = None,
+        scale: Tensor | float | None = None,
         allow_fewer: bool = False,
         exact: bool = True,
+        learn: Tensor | None = None,
     ) -> Gate:
         """One whose tensors are on ``device``; the arguments are its attributes."""
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        scaled = None if scale is None else torch.tensor(scale, dtype=dtype, device=device)
-        return cls(diagonal.to(device, dtype), scaled, allow_fewer, exact)
+        scaled = None if scale is None else torch.as_tensor(scale, dtype=dtype, device=device)
+        return cls(diagonal.to(device, dtype), scaled, allow_fewer, exact, None if learn is None else learn.to(device))
+
+    def at(self, device: torch.device) -> Gate:
+        """Itself, or its one copy on the device that a layer was moved to after the gate was made."""
+        if self.diagonal.device == device:
+            return self
+        if self._moved is None or self._moved.diagonal.device != device:
+            self._moved = Gate.on(device, self.diagonal, self.scale, self.allow_fewer, self.exact, self.learn)
+        return self._moved
 
     def apply(self, hidden: Tensor, spatial: int = 0) -> Tensor:
         """``hidden`` times the diagonal on its rank dimension, which ``spatial`` dimensions follow."""
-        tail = (1,) * spatial
-        if self.diagonal.ndim == 1:
-            return hidden * self.diagonal.to(hidden.device, hidden.dtype).view(-1, *tail)
-        between = (1,) * (hidden.ndim - 2 - spatial)
-        rows = self.for_rows(hidden.shape, spatial).to(hidden.device, hidden.dtype)
-        return hidden * rows.view(hidden.shape[0], *between, -1, *tail)
+        p = full_precision(self.for_rows(hidden.shape, spatial), hidden.dtype)
+        rows = () if p.ndim == 1 else (hidden.shape[0], *(1,) * (hidden.ndim - 2 - spatial))
+        return (hidden * p.view(*rows, -1, *(1,) * spatial)).to(hidden.dtype)
+
+    def learning(self, weight: Tensor, dim: int) -> Tensor | None:
+        """The weight with gradient in the learning rows or columns only; None where all of it learns."""
+        if self.learn is None or not torch.is_grad_enabled():
+            return None
+        shape = [-1 if d == dim else 1 for d in range(weight.ndim)]
+        return torch.where(self.learn.view(shape), weight, weight.detach())
 
     def for_rows(self, shape: torch.Size, spatial: int = 0) -> Tensor:
         """The one diagonal of all rows, or one for each row of a batch of this shape.
@@ -73,13 +93,37 @@ class Gate(NamedTuple):
         )
 
 
+PLACES = ("position_ids", "seq_idx", "cu_seq_lens_q")
+"""The inputs of a model that say where in a row a sequence begins."""
+
+
+def check_rows_apart(inputs: Mapping[str, Any], rule: str) -> None:
+    """Raises MatryoshkaError where the inputs of a model show that several rows were joined into one.
+
+    What does not show: sequences that were joined without telling the model, for which they are one.
+    """
+    positions, index, ends = (inputs.get(name) for name in PLACES)
+    mask = inputs.get("attention_mask")
+    padded = isinstance(mask, Tensor) and not bool(mask.bool().all())  # positions of padding may begin anywhere
+    joined = isinstance(ends, Tensor) and len(ends) > 2
+    for places in (positions, index):
+        if isinstance(places, Tensor) and places.ndim == 2 and len(places) == 1 and not padded:
+            steps = places.diff()
+            joined = joined or bool((steps < 0).any() if places is positions else (steps != 0).any())
+    if joined:
+        raise MatryoshkaError(
+            f"this batch holds several sequences in one row, and rule {rule!r} gives each row a rank of its own: take "
+            "a data collator that pads, set packing and padding_free to False, or take another rule"
+        )
+
+
 class NestedVariant(LoraVariant):
     """Computes ``base(x) + B diag(p) A x`` in one LoRA layer, for one adapter.
 
     Attributes:
         state: Shared by all layers of the adapter.
+        device: Where its gates are made.
         training: The rule's draw for this optimizer step; None until one was made.
-        learn: Which columns of B and rows of A learn at this step; None means all.
         deployed: The chosen rank, used in eval mode and for merging.
         rank: The rank of `deployed`.
         override: Stands before both while a `rows` context is open.
@@ -87,11 +131,10 @@ class NestedVariant(LoraVariant):
 
     def __init__(self, state: State, module: LoraLayer, adapter: str) -> None:
         self.state = state
-        self.device = get_factors(module, adapter)[0].device
+        self.device = get_parameters(module, adapter)[0].device
         # PEFT's set_scale and scale_layer change module.scaling; their effect is the ratio to what was attached.
         self.attached_scaling = float(module.scaling[adapter])
         self.training: Gate | None = None
-        self.learn: Tensor | None = None
         self.override: Gate | None = None
         self.deployed: Gate
         self.rank: int
@@ -99,6 +142,13 @@ class NestedVariant(LoraVariant):
         self._history: list[tuple[int, tuple[Gate | None, Gate | None]]] = []
         self.set_rank(state.nesting.max_rank)
         self._merged: tuple[Gate, float] | None = None
+
+    def copied(self, state: State, module: LoraLayer, adapter: str) -> NestedVariant:
+        """One for a copy of its factors in the same layer: in training mode as this one is now, else at full rank."""
+        copy = NestedVariant(state, module, adapter)
+        if self.training is not None:
+            copy.begin_step(self.training)
+        return copy
 
     def set_rank(self, rank: int) -> None:
         self.rank = rank
@@ -118,22 +168,24 @@ class NestedVariant(LoraVariant):
             )
         return self.training
 
-    def checked_gate(self, module: nn.Module) -> Gate:
-        """The gate for a forward of the layer that has this variant."""
+    def checked_gate(self, module: nn.Module, device: torch.device) -> Gate:
+        """The gate for a forward of the layer that has this variant, on the device that it computes on."""
         gate = self.gate(module.training)
         self._check_recomputation(module, gate)
-        return gate
+        if self.device != device:
+            self.device = device
+        return gate.at(device)
 
     def ratio(self, module: LoraLayer, adapter: str) -> float:
         """What PEFT's scaling functions have multiplied the adapter by since it was attached."""
         return float(module.scaling[adapter]) / self.attached_scaling
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        gate = self.checked_gate(module)
+        gate = self.checked_gate(module, x.device)
         is_embedding = active_adapter in module.lora_embedding_A
         update = (self._embedded if is_embedding else self._update)(module, active_adapter, x, gate)
-        if gate.scale is not None:
-            update = update * gate.scale
+        if gate.scale is not None:  # a GPU would round it to half precision, as CPUs and PEFT's own number are not
+            update = (update.to(torch.promote_types(update.dtype, torch.float32)) * gate.scale).to(update.dtype)
         ratio = self.ratio(module, active_adapter)
         if ratio != 1:
             update = update * ratio
@@ -144,21 +196,14 @@ class NestedVariant(LoraVariant):
     def _update(self, module: Any, adapter: str, x: Tensor, gate: Gate) -> Tensor:
         lora_A, lora_B = module.lora_A[adapter], module.lora_B[adapter]
         spatial = lora_A.weight.ndim - 2
-        hidden = _call(lora_A, module.lora_dropout[adapter](x), self._learning(lora_A.weight, dim=0))
-        return _call(lora_B, gate.apply(hidden, spatial), self._learning(lora_B.weight, dim=1))
+        hidden = _call(lora_A, module.lora_dropout[adapter](x), gate.learning(lora_A.weight, dim=0))
+        return _call(lora_B, gate.apply(hidden, spatial), gate.learning(lora_B.weight, dim=1))
 
     def _embedded(self, module: Any, adapter: str, x: Tensor, gate: Gate) -> Tensor:
         A, B = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
-        learning_A, learning_B = self._learning(A, dim=0), self._learning(B, dim=1)
+        learning_A, learning_B = gate.learning(A, dim=0), gate.learning(B, dim=1)
         hidden = module._embed(x, (A if learning_A is None else learning_A).T)
         return gate.apply(hidden) @ (B if learning_B is None else learning_B).T
-
-    def _learning(self, weight: Tensor, dim: int) -> Tensor | None:
-        """The weight with gradient in the learning rows or columns only; None where all of it learns."""
-        if self.learn is None or not torch.is_grad_enabled():
-            return None
-        shape = [-1 if d == dim else 1 for d in range(weight.ndim)]
-        return torch.where(self.learn.to(weight.device).view(shape), weight, weight.detach())
 
     def _check_recomputation(self, module: nn.Module, gate: Gate) -> None:
         """Gradient checkpointing runs the forward again inside backward: it must see the same diagonal."""
@@ -180,9 +225,9 @@ class NestedVariant(LoraVariant):
         gates = (self.override or self.deployed, self.override or self.training)
         self._history = [*self._history[-31:], (_next_number(), gates)]
 
-    def begin_step(self, gate: Gate, learn: Tensor | None) -> None:
+    def begin_step(self, gate: Gate) -> None:
         """Train with this gate from now on."""
-        self.training, self.learn = gate, learn
+        self.training = gate
         self._remember()
 
     def stand_before(self, gate: Gate | None) -> None:

@@ -129,8 +129,8 @@ def demo_config(rule: str, steps: int, folder: Path, learning_rate: float) -> Tr
     return make_config(
         {
             "data": {"task": TASK, "size": steps * BATCH_SIZE},
-            # Not reordered, so that the curves can show what reordering does.
-            "nesting": {"rule": rule, "reorder": False},
+            # Not reordered, so that the curves can show what reordering does, and the paper's inference.
+            "nesting": {"rule": rule, "reorder": False, "inference": "prefix"},
             "lora": {"r": MAX_RANK, "target_modules": "all-linear"},
             "output_dir": str(folder),
             "max_steps": steps,
