@@ -160,7 +160,13 @@ class Study:
                 **self.training,
                 "max_steps": self.steps(recipe),
                 "data": data,
-                "nesting": {**RECIPES[recipe].nesting, "ranks": list(self.nesting(rank)), "reorder": False},
+                # As it is trained: each cut of the study says itself what becomes of P.
+                "nesting": {
+                    "inference": "prefix",
+                    **RECIPES[recipe].nesting,
+                    "ranks": list(self.nesting(rank)),
+                    "reorder": False,
+                },
                 "learning_rate": learning_rate,
                 "seed": seed,
                 "output_dir": output_dir,

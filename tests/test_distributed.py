@@ -171,6 +171,18 @@ def test_two_processes_train_as_one_though_one_of_them_was_killed(
         reads_in_plain_peft(model, tmp_path, ["run", "run/checkpoint-9"])
 
 
+def test_two_processes_that_split_each_batch(model: Path, alone: dict[str, Path], tmp_path: Path) -> None:
+    """``per_device_train_batch_size`` then counts the rows of all processes together."""
+    config = write_config(tmp_path, model, 8, "group_by_length")
+    done = launch("ddp", config, "use_cpu=true", "nesting.reorder=false", "accelerator_config={split_batches: true}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = alone["group_by_length"] / "checkpoint-9", tmp_path / "run" / "checkpoint-9"
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    expected, trained = load_file(one / WEIGHTS), load_file(two / WEIGHTS)
+    for key, tensor in trained.items():
+        assert torch.allclose(tensor, expected[key], atol=1e-4), key
+
+
 def reads_in_plain_peft(model: Path, folder: Path, names: list[str]) -> None:
     base = AutoModelForCausalLM.from_pretrained(model).eval()
     ids = torch.arange(3, 51).reshape(4, 12)

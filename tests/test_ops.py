@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -132,3 +134,63 @@ def test_checkpointing_a_product(use_reentrant: bool) -> None:
     checkpoint(function, gate, up, use_reentrant=use_reentrant).square().sum().backward()
     for expected, tensor in zip(plain, (gate, up, A, B), strict=True):
         assert torch.equal(expected, tensor.grad)
+
+
+@pytest.mark.parametrize("how", ["freed", "changed in place"])
+def test_a_product_that_autograd_no_longer_has(how: str) -> None:
+    """The plain formula then still gives the gradients of A and B."""
+    _, weight, bias, A, B, p = case(torch.float64, per_row=False, bias=True)
+    gate, up = (torch.randn(ROWS, TOKENS, IN, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    left = gate.sigmoid()
+    x = left * up
+    if how == "freed":
+        x.sum().backward()
+    else:
+        left.detach().zero_()
+    found = []
+    for function in (low_rank_linear, low_rank_linear_reference):
+        y = function(x, weight, bias, A, B, p)
+        found.append((y, *torch.autograd.grad(y.square().sum(), [A, B])))
+    for ours, plain in zip(*found, strict=True):
+        assert (ours - plain).norm() <= 1e-12 * plain.norm()
+
+
+def test_what_a_hook_has_packed_is_not_unpacked_before_the_backward_pass() -> None:
+    """As TRL's activation offloading does, whose hooks ask for the node that runs backward."""
+    _, weight, bias, A, B, p = case(torch.float64, per_row=False, bias=True)
+    gate, up = (torch.randn(ROWS, TOKENS, IN, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    unpacked = []
+
+    def unpack(tensor: Tensor) -> Tensor:
+        assert torch._C._current_autograd_node() is not None
+        unpacked.append(tensor)
+        return tensor
+
+    found = []
+    for function in (low_rank_linear, low_rank_linear_reference):
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+            x = gate.sigmoid() * up
+        y = function(x, weight, bias, A, B, p)
+        assert not unpacked
+        found.append(torch.autograd.grad(y.square().sum(), [gate, up, A, B]))
+        assert unpacked
+        unpacked.clear()
+    for ours, plain in zip(*found, strict=True):
+        assert (ours - plain).norm() <= 1e-12 * plain.norm()
+
+
+@pytest.mark.parametrize("tokens", [(ROWS, TOKENS), (ROWS,)])
+def test_a_model_may_change_the_output_in_place(tokens: tuple[int, ...]) -> None:
+    """As Gemma3n does with the coefficients of its residual streams."""
+    arguments = case(torch.float64, per_row=False, bias=True)
+    arguments[0] = torch.randn(*tokens, IN, dtype=torch.float64, requires_grad=True)
+
+    def changed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *given: function(*given).mul_(3.0).add_(1.0)
+
+    for ours, plain in zip(
+        outputs(changed(low_rank_linear), arguments),
+        outputs(changed(low_rank_linear_reference), arguments),
+        strict=True,
+    ):
+        assert (ours - plain).norm() <= 1e-12 * plain.norm()

@@ -49,12 +49,12 @@ def test_defaults() -> None:
     ("nesting", "inference"),
     [
         ({"reorder": "svd"}, "keep"),
-        ({"reorder": False}, "prefix"),
+        ({"reorder": False}, "keep"),
         ({"rule": "stratified"}, "prefix"),  # has no P to keep
         ({"inference": "prefix"}, "prefix"),
     ],
 )
-def test_what_is_reordered_keeps_p_while_it_trains(nesting: dict[str, Any], inference: str) -> None:
+def test_p_is_kept_where_there_is_one(nesting: dict[str, Any], inference: str) -> None:
     assert make_config({"data": "chain_sum", "nesting": nesting}).inference == inference
 
 

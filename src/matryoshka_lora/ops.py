@@ -24,7 +24,7 @@ def low_rank_linear_reference(
     """The plain twin of `low_rank_linear`: the formula, differentiated by autograd."""
     if p.ndim == 2:
         p = p.view(p.shape[0], *(1,) * (x.ndim - 2), p.shape[1])
-    hidden = (linear(x, A.to(x.dtype)) * _full_precision(p, x)).to(x.dtype)
+    hidden = (linear(x, A.to(x.dtype)) * full_precision(p, x.dtype)).to(x.dtype)
     return linear(x, weight, bias) + linear(hidden, B.to(x.dtype))
 
 
@@ -53,10 +53,17 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B
 
 def _kept_product(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Two tensors whose product is x and which autograd keeps for it, or None twice."""
-    node = x.grad_fn
+    node: Any = x.grad_fn
     if type(node).__name__ != "MulBackward0":
         return None, None
-    left, right = node._saved_self, node._saved_other  # type: ignore[union-attr]
+    saved = (node._raw_saved_self, node._raw_saved_other)
+    # What a hook has packed is for the backward pass to unpack. A torch that does not tell counts as one with hooks.
+    if any(getattr(tensor, "unpack_hook", True) is not None for tensor in saved):
+        return None, None
+    try:
+        left, right = node._saved_self, node._saved_other
+    except RuntimeError:  # freed by a backward pass through x, or changed in place: A and B can do without them
+        return None, None
     alike = all(t is not None and (t.shape, t.dtype) == (x.shape, x.dtype) for t in (left, right))
     return (left, right) if alike else (None, None)
 
@@ -80,7 +87,8 @@ class _LowRankLinear(torch.autograd.Function):
         hidden = _hidden(tokens, A, _per_token(p, x, tokens))
         output = linear(tokens, weight, bias)
         output.addmm_(hidden, B.to(x.dtype).t())
-        return output.view(*x.shape[:-1], weight.shape[0]), hidden
+        # No view in autograd's eyes, or the model could not change its layer's output in place.
+        return torch.ops.aten._unsafe_view(output, (*x.shape[:-1], weight.shape[0])), hidden
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -114,11 +122,11 @@ def _hidden(tokens: Tensor, A: Tensor, scale: Tensor) -> Tensor:
     return (tokens @ A.to(tokens.dtype).t()).mul_(scale)
 
 
-def _full_precision(p: Tensor, x: Tensor) -> Tensor:
-    # Half precision would round p, a wrong scale for a whole column, in training only.
-    return p.to(torch.promote_types(x.dtype, torch.float32))
+def full_precision(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """p for a product with a tensor of this dtype: half precision would round it, a wrong scale for a whole column."""
+    return p.to(torch.promote_types(dtype, torch.float32))
 
 
 def _per_token(p: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
-    p = _full_precision(p, x)
+    p = full_precision(p, x.dtype)
     return p if p.ndim == 1 else p.repeat_interleave(len(tokens) // max(len(p), 1), dim=0)

@@ -11,6 +11,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +51,11 @@ class Rule:
     fixed: bool = False
     per_row: bool = False
     every_rank: bool = False
+
+    @property
+    def default_inference(self) -> Literal["keep", "prefix"]:
+        """What is evaluated and merged before an adapter is reordered: at rank R, the function that is trained."""
+        return "keep" if self.fixed else "prefix"
 
     def draw(self, nesting: Nesting, seed: int, step: int, rows: int | None = None) -> Draw:
         """The diagonal for optimizer step ``step``; the same arguments give the same draw, on any machine.
@@ -96,12 +103,9 @@ def _shuffled(nesting: Nesting, generator: random.Random, rows: int | None) -> D
     return Draw(nesting.diagonal()[order])
 
 
-def _geometric(decay: float) -> Callable[[Nesting, random.Random, int | None], Draw]:
-    def at_step(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
-        falling = decay ** torch.arange(nesting.max_rank, dtype=torch.float64)
-        return Draw(falling / falling.mean() * nesting.scale(nesting.max_rank))
-
-    return at_step
+def _geometric(decay: float, nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
+    falling = decay ** torch.arange(nesting.max_rank, dtype=torch.float64)
+    return Draw(falling / falling.mean() * nesting.scale(nesting.max_rank))
 
 
 def _dylora(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
@@ -148,7 +152,7 @@ RULES: dict[str, Rule] = {
         Rule("mean", _mean, fixed=True),
         Rule("reversed", _reversed, fixed=True),
         Rule("random", _shuffled, fixed=True),
-        *(Rule(f"geometric-{decay:g}", _geometric(decay), fixed=True) for decay in (0.97, 0.9, 0.8)),
+        *(Rule(f"geometric-{decay:g}", partial(_geometric, decay), fixed=True) for decay in (0.97, 0.9, 0.8)),
     )
 }
 

@@ -1,6 +1,6 @@
 """Life inside PEFT: a nested adapter is an ordinary LoRA adapter with a diagonal between its factors."""
 
-from matryoshka_lora.adapter.load import load
+from matryoshka_lora.adapter.loading import load
 from matryoshka_lora.adapter.handle import NestedAdapter, nest
 from matryoshka_lora.adapter.reading import read_adapter
 from matryoshka_lora.formats.sidecar import read_sidecar

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import layer as lora
+from peft.utils.save_and_load import get_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor, nn
 
-from matryoshka_lora.adapter.factors import get_parameters, has_adapter
+from matryoshka_lora.adapter.factors import get_parameters, get_weight, has_adapter
 from matryoshka_lora.adapter.layers import SUBCLASSES
+from matryoshka_lora.adapter.rows import PLACES, RowCount, check_rows_apart
+from matryoshka_lora.adapter.slicing import factor_keys
 from matryoshka_lora.adapter.state import Inference, NestedState
 from matryoshka_lora.adapter.variant import Gate, NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
@@ -32,6 +37,9 @@ _SUPPORTED = {
 # These start from factors that are only right when p is the constant s_R.
 INITS_THAT_ASSUME_A_SCALE = ("pissa", "corda", "olora", "lora_ga", "loftq")
 
+COPIES = ("ref", "teacher")
+"""What TRL names a copy of the adapter that it trains: as it was before training, and its moving average."""
+
 
 def nested_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
     """The LoRA layers that hold an adapter, by their names in the base model."""
@@ -47,11 +55,18 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
         MatryoshkaError: Something about the model or the adapter cannot be nested. The model is left as it was.
     """
     layers = _checked_layers(model, state, adapter)
-    before = [(module, type(module), module.lora_variant.get(adapter)) for _, module in layers]
+    scale = _initial_scale(model.peft_config[adapter])
+    before = [(module, module.lora_variant.get(adapter)) for _, module in layers]
+    classes = [(module, type(module)) for module in (model.base_model, *(module for _, module in layers))]
+    counted = vars(model.base_model).get("row_count")
+    rows = RowCount(model) if counted is None else counted
     try:
+        for module, own in classes:
+            module.__class__ = SUBCLASSES.get(own, own)
+        model.base_model.row_count = rows
         for _, module in layers:
-            module.__class__ = SUBCLASSES.get(type(module), type(module))
-            module.lora_variant[adapter] = NestedVariant(state, module, adapter)
+            module.lora_variant[adapter] = NestedVariant(state, module, adapter, scale, rows)
+        _find_sharing(model, layers, adapter)
         probed: set[tuple[type, type]] = set()
         for name, module in layers:
             kind = (type(module), type(module.get_base_layer()))
@@ -59,12 +74,69 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
                 probed.add(kind)
                 _probe(name, module, adapter)
     except BaseException:
-        for module, original, variant in before:
-            module.__class__ = original
+        for module, own in classes:
+            module.__class__ = own
+        for module, variant in before:
             module.lora_variant.pop(adapter, None)
             if variant is not None:
                 module.lora_variant[adapter] = variant
+        if counted is None:
+            rows.remove()
+            vars(model.base_model).pop("row_count", None)
         raise
+    if _before_forward not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+
+
+def nest_copies(model: PeftModel, adapter: str) -> dict[str, NestedState]:
+    """Nest the copies that TRL keeps of a nested adapter, as far as they are not, and return their states by name.
+
+    DPO, KTO, GRPO and RLOO measure how far training has gone from adapter "ref"; SDFT and SDPO learn from "teacher".
+    TRL adds both by the nested adapter's own config and fills in its factors. Without p between them, they would be
+    another function than what they are copies of.
+    """
+    config = model.peft_config[adapter]
+    states: dict[str, NestedState] = {}
+    for name in COPIES:
+        if name == adapter or model.peft_config.get(name) != config:
+            continue
+        for _, module in nested_layers(model, name):
+            original, copy = module.lora_variant.get(adapter), module.lora_variant.get(name)
+            if copy is None and isinstance(original, NestedVariant):
+                # A state of their own, since the adapter may be reordered and its copies are not.
+                copy = original.copied(states.get(name) or replace(original.state), module, name)
+                module.lora_variant[name] = copy
+            if isinstance(copy, NestedVariant):
+                states[name] = copy.state
+    return states
+
+
+def _before_forward(model: PeftModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if model.active_adapter in COPIES:
+        for adapter in list(model.peft_config):
+            nest_copies(model, adapter)
+    if model.training and any(kwargs.get(name) is not None for name in PLACES):
+        _check_rows(model, kwargs)
+
+
+def _check_rows(model: PeftModel, inputs: Mapping[str, Any]) -> None:
+    for _, module in nested_layers(model, model.active_adapter):
+        variant = module.lora_variant.get(model.active_adapter)
+        if isinstance(variant, NestedVariant) and variant.state.per_row and len(variant.gate(True).diagonal) > 1:
+            check_rows_apart(inputs, variant.state.rule.name)
+        return
+
+
+def _find_sharing(model: PeftModel, layers: list[tuple[str, Any]], adapter: str) -> None:
+    """Tell each variant which other modules have its layer's base weight, as tied embeddings and shared blocks do."""
+    owners: dict[int, dict[str, nn.Module]] = {}
+    for name, module in model.get_base_model().named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), {})[name.replace(".base_layer", "")] = module
+    for name, module in layers:
+        others = dict(owners.get(id(get_weight(module)), {}))
+        others.pop(name.replace(".base_layer", ""), None)
+        module.lora_variant[adapter].sharing = others
 
 
 def check_config(config: Any, state: NestedState) -> None:
@@ -90,12 +162,19 @@ def check_config(config: Any, state: NestedState) -> None:
             f"LoraConfig says r={config.r}, but the largest nested rank is {nesting.max_rank}: columns beyond it would "
             f"never be trained. Write LoraConfig(r={nesting.max_rank}, ...) or end the ranks with {config.r}"
         )
-    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    scale = _initial_scale(config)
     if not math.isclose(scale, nesting.scale(nesting.max_rank), rel_tol=1e-9):
         raise MatryoshkaError(
             f"LoraConfig's lora_alpha={config.lora_alpha:g} and use_rslora={config.use_rslora} scale the adapter by "
             f"{scale:g}, but the nesting's scale at rank {config.r} is {nesting.scale(config.r):g}. Write "
             f"LoraConfig(r={config.r}, lora_alpha={nesting.lora_alpha:g}), or {_suggest(config)}"
+        )
+    if any(str(key).removeprefix(r".*\.") in (config.target_parameters or ()) for key in config.rank_pattern or ()):
+        raise MatryoshkaError(
+            "PEFT takes 'all-linear', and names such as gate_proj, up_proj and w1, for this model's routed experts, "
+            "which transformers 5 has stacked, and gives some of them twice the rank. Name the other layers in "
+            "target_modules, as in ['q_proj', 'v_proj'], and the experts in target_parameters, as in "
+            "['experts.gate_up_proj']"
         )
     for field in ("rank_pattern", "alpha_pattern"):
         if getattr(config, field, None):
@@ -123,6 +202,12 @@ def trained_besides(config: LoraConfig) -> list[str]:
     return fields if config.bias == "none" else [*fields, "bias"]
 
 
+def _initial_scale(config: Any) -> float:
+    """What PEFT multiplies an adapter by before `scale_layer` and its like."""
+    scale: float = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    return scale
+
+
 def _suggest(config: Any) -> str:
     scaling = "sqrt" if config.use_rslora else "rank"
     return f"Nesting(ranks, scaling={scaling!r}, alpha={config.lora_alpha:g})"
@@ -141,14 +226,27 @@ def _checked_layers(model: Any, state: NestedState, adapter: str) -> list[tuple[
     if not layers:
         raise MatryoshkaError(f"adapter {adapter!r} has no LoRA layer in this model")
     seen: dict[int, str] = {}
+    unreadable = _unreadable(model, adapter)
     for name, module in layers:
-        reason = _why_not(module, state.rule, adapter, name)
+        reason = _why_not(module, state.rule, adapter, name) or _why_not_in(model.get_base_model(), name)
+        if f"base_model.model.{name}" in unreadable:
+            reason = (
+                "PEFT would lose its factors when it reads them from a file: it renames them as transformers has "
+                "renamed weights of this model. Leave the layer out of target_modules"
+            )
         shared = seen.setdefault(id(get_parameters(module, adapter)[0]), name)
         if shared != name:
             reason = f"it shares its factors with layer {shared}"
         if reason:
             raise MatryoshkaError(f"layer {name} cannot be nested: {reason}")
     return layers
+
+
+def _unreadable(model: PeftModel, adapter: str) -> set[str]:
+    """The layers whose factors PEFT saves under one name and looks for under another."""
+    saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    names = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[adapter], dict(saved), adapter)
+    return {module for module, key_A, key_B in factor_keys(saved) if not {key_A, key_B} <= names.keys()}
 
 
 def _why_not(module: Any, rule: Rule, adapter: str, name: str) -> str | None:
@@ -178,6 +276,20 @@ def _why_not(module: Any, rule: Rule, adapter: str, name: str) -> str | None:
     return None
 
 
+def _why_not_in(base: nn.Module, name: str) -> str | None:
+    """Modules of torch that take the weight of a layer and never call it, so that they pass over the adapter."""
+    parent = base.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return "torch's MultiheadAttention takes its weight without calling it, so that PEFT has no effect"
+    fast = isinstance(parent, nn.TransformerEncoderLayer) and getattr(parent.self_attn, "batch_first", True)
+    if fast and torch.backends.mha.get_fastpath_enabled():
+        return (
+            "torch's TransformerEncoderLayer takes its weight without calling it in eval mode, so that PEFT has no "
+            "effect: call torch.backends.mha.set_fastpath_enabled(False) first"
+        )
+    return None
+
+
 def _probe(name: str, module: Any, adapter: str) -> None:
     """See by behaviour that the layer obeys its diagonal: NaN must reach the output, and zeros must leave the base's.
 
@@ -187,20 +299,26 @@ def _probe(name: str, module: Any, adapter: str) -> None:
     rank = variant.state.nesting.max_rank
     active, disabled = module._active_adapter, module._disable_adapters
     module._active_adapter, module._disable_adapters = [adapter], False
+    error = None
     try:
         with torch.no_grad():
             variant.override = Gate.on(variant.device, torch.full((rank,), math.nan))
             obeys = bool(_output(module, adapter).isnan().all())
             variant.override = Gate.on(variant.device, torch.zeros(rank))
             obeys = obeys and torch.equal(*_with_and_without(module, adapter))
+    except (RuntimeError, TypeError, AttributeError) as failure:  # of a layer that is linear by its class only
+        obeys, error = False, failure
     finally:
         variant.override = None
         module._active_adapter, module._disable_adapters = active, disabled
     if not obeys:
-        raise MatryoshkaError(
-            f"layer {name} ({type(module).__name__} on {type(module.get_base_layer()).__name__}) does not obey a LoRA "
-            "variant in this version of PEFT: leave it out of target_modules"
+        where = f"layer {name} ({type(module).__name__} on {type(module.get_base_layer()).__name__})"
+        why = (
+            "does not obey a LoRA variant in this version of PEFT"
+            if error is None
+            else f"takes no LoRA: {error!r:.200}"
         )
+        raise MatryoshkaError(f"{where} {why}; leave it out of target_modules") from error
 
 
 def _output(module: Any, adapter: str) -> Tensor:

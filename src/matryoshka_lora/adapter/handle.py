@@ -12,11 +12,11 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
-from matryoshka_lora.adapter.attach import attach, nested_layers, trained_besides
+from matryoshka_lora.adapter.attach import attach, nest_copies, nested_layers, trained_besides
 from matryoshka_lora.adapter.factors import as_parameters, assign, get_factors, get_parameters
 from matryoshka_lora.adapter.state import Inference, NestedState
 from matryoshka_lora.adapter.storage import export_rank, save_adapter
-from matryoshka_lora.adapter.variant import Gate, NestedVariant, check_mergeable
+from matryoshka_lora.adapter.variant import Gate, NestedVariant
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.reordering.factors import reorder_factors
@@ -30,7 +30,7 @@ def nest(
     peft_model: PeftModel,
     nesting: Nesting,
     rule: str | Rule = "matryoshka",
-    inference: Inference = "prefix",
+    inference: Inference | None = None,
     adapter: str = "default",
     seed: int = 0,
 ) -> NestedAdapter:
@@ -45,8 +45,9 @@ def nest(
             ``r=nesting.max_rank`` and ``lora_alpha=nesting.lora_alpha``.
         nesting: The ranks and their scales.
         rule: One of `matryoshka_lora.rules.RULES`, or its name.
-        inference: ``"prefix"`` deploys rank r as ``s_r B[:, :r] A[:r]``, as the paper does. ``"keep"`` keeps the fixed
-            diagonal of training (rules ``matryoshka`` and ``lora``).
+        inference: What eval mode computes before `NestedAdapter.reorder`. ``"keep"`` keeps the fixed diagonal of
+            training; ``"prefix"`` makes rank r ``s_r B[:, :r] A[:r]``, as the paper does. None keeps it where the
+            rule has one, so that the largest rank is the function that is trained.
         adapter: PEFT's name of the adapter.
         seed: Of the ranks that the rule draws.
 
@@ -57,7 +58,7 @@ def nest(
     if not isinstance(nesting, Nesting):
         raise MatryoshkaError(f"nesting is {nesting!r}; write Nesting([1, 2, 4, 8]) or Nesting.powers_of_two(8)")
     chosen = rule if isinstance(rule, Rule) else get_rule(rule)
-    attach(peft_model, NestedState(nesting, chosen, inference, seed), adapter)
+    attach(peft_model, NestedState(nesting, chosen, inference or chosen.default_inference, seed), adapter)
     nested = NestedAdapter(peft_model, adapter)
     nested._begin()
     return nested
@@ -83,17 +84,22 @@ class NestedAdapter:
         self.name = adapter
         self._variants()
 
-    def _layers(self) -> Iterator[tuple[str, Any, NestedVariant]]:
-        for name, module in nested_layers(self.model, self.name):
-            variant = module.lora_variant.get(self.name)
-            if isinstance(variant, NestedVariant):
-                yield name, module, variant
+    def _layers(self) -> list[tuple[str, Any, NestedVariant]]:
+        found = [
+            (name, module, module.lora_variant.get(self.name)) for name, module in nested_layers(self.model, self.name)
+        ]
+        nested = [layer for layer in found if isinstance(layer[2], NestedVariant)]
+        if not nested:
+            raise MatryoshkaError(f"the model has no nested adapter {self.name!r}: call nest() or load() first")
+        if len(nested) < len(found):
+            plain = next(name for name, _, variant in found if not isinstance(variant, NestedVariant))
+            raise MatryoshkaError(
+                f"PEFT has made adapter {self.name!r} anew in layer {plain} after it was nested: call nest() again"
+            )
+        return nested
 
     def _variants(self) -> list[NestedVariant]:
-        variants = [variant for _, _, variant in self._layers()]
-        if not variants:
-            raise MatryoshkaError(f"the model has no nested adapter {self.name!r}: call nest() or load() first")
-        return variants
+        return [variant for _, _, variant in self._layers()]
 
     @property
     def state(self) -> NestedState:
@@ -232,9 +238,12 @@ class NestedAdapter:
         before = [variant.override for variant, _ in gated]
         for variant, gate in gated:
             variant.stand_before(gate)
+        rows = gated[0][0].rows
+        rows.contexts += not gated[0][1].uniform
         try:
             yield
         finally:
+            rows.contexts -= not gated[0][1].uniform
             for (variant, _), override in zip(gated, before, strict=True):
                 variant.stand_before(override)
 
@@ -249,13 +258,18 @@ class NestedAdapter:
             rows: The rows of one batch of this process, for a rule with a rank per row.
             share: ``(index, count)`` of the processes: each gets its own part of one draw over all their rows.
         """
+        self._draw(step, rows, share)
+        for name in nest_copies(self.model, self.name):
+            NestedAdapter(self.model, name)._draw(step, rows, share)
+
+    def _draw(self, step: int, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> None:
         index, count = share
         drawn = self.state.draw(step, None if rows is None else rows * count)
         diagonal = drawn.diagonal
         if diagonal.ndim > 1 and rows is not None:
             diagonal = diagonal[index * rows : (index + 1) * rows]
-        for variant, gate in self._gated(diagonal, allow_fewer=True):
-            variant.begin_step(gate, drawn.learn)
+        for variant, gate in self._gated(diagonal, allow_fewer=True, learn=drawn.learn):
+            variant.begin_step(gate)
 
     def callback(self) -> TrainerCallback:
         """For ``Trainer(callbacks=[...])``: draws the ranks of each step and completes every checkpoint."""
@@ -277,6 +291,7 @@ class NestedAdapter:
             MatryoshkaError: A factor is not finite, or the adapter is merged. Nothing has been changed then.
         """
         self._check_unmerged("reorder it")
+        nest_copies(self.model, self.name)  # while the factors are what they are copies of
         state = self.state
         p, scale = state.trained_diagonal(), state.nesting.scale(state.nesting.max_rank)
         for name, module, _ in self._layers():
@@ -293,7 +308,7 @@ class NestedAdapter:
         state.form = "reordered"
         for variant in self._variants():
             variant.set_rank(variant.rank)
-        self.draw(step=0)
+        self._draw(step=0)
         return spectra
 
     def merge(self, rank: int) -> None:
@@ -301,20 +316,36 @@ class NestedAdapter:
 
         ``model.merge_and_unload()`` after `set_rank` gives a plain model instead.
         """
-        self.set_rank(rank)
         self._check_mergeable()
+        self.set_rank(rank)
         self.model.merge_adapter(adapter_names=[self.name])
 
     def unmerge(self) -> None:
-        """Undo `merge`."""
+        """Undo `merge`. Other adapters that are merged stay so.
+
+        Raises:
+            MatryoshkaError: An adapter of another kind was merged on top of it.
+        """
         self._check_mergeable()
-        self.model.unmerge_adapter()
+        layers = [module for _, module, _ in self._layers() if self.name in module.merged_adapters]
+        for module in layers:
+            for other in module.merged_adapters[module.merged_adapters.index(self.name) :]:
+                if not isinstance(module.lora_variant.get(other), NestedVariant | None):
+                    raise MatryoshkaError(
+                        f"adapter {other!r} is of another kind and was merged on top of {self.name!r}: take both out "
+                        "with adapter.model.unmerge_adapter()"
+                    )
+        for module in layers:
+            others = [name for name in module.merged_adapters if name != self.name]
+            module.merged_adapters = [self.name]
+            module.unmerge()
+            module.merged_adapters = others
 
     def save(self, path: str | PathLike[str], is_main_process: bool | None = None) -> None:
         """Write the adapter: PEFT's files and a sidecar with the nesting.
 
         PEFT without this package reads it as the full-rank adapter in the chosen inference mode; `load` reads every
-        rank. The files are written beside the target and moved. PEFT's own ``save_pretrained`` writes the factors as
+        rank. An adapter that is there is replaced, all or nothing. PEFT's own ``save_pretrained`` writes the factors as
         they are trained, without the sidecar: with ``inference="keep"`` that is another function, until `reorder`.
 
         Args:
@@ -327,26 +358,30 @@ class NestedAdapter:
         """
         save_adapter(self.model, self.name, self.state, path, is_main_process)
 
-    def export(self, path: str | PathLike[str], rank: int, is_main_process: bool | None = None) -> None:
+    def export(
+        self, path: str | PathLike[str], rank: int, is_main_process: bool | None = None, *, overwrite: bool = False
+    ) -> None:
         """Write one rank as an ordinary LoRA adapter, for PEFT or any engine that serves PEFT's files.
 
         Args:
             path: The directory to write.
             rank: One of `ranks`.
             is_main_process: As for `save`.
+            overwrite: Whether the directory may hold an adapter, a model or an evaluation, of which nothing is left
+                then. Without it they are refused.
 
         Raises:
-            MatryoshkaError: The rank was not trained, the path cannot be written, or a weight is not finite.
+            MatryoshkaError: The rank was not trained, the path cannot be written or holds something that may not be
+                overwritten, or a weight is not finite.
         """
-        export_rank(self.model, self.name, self.state, path, rank, is_main_process)
+        export_rank(self.model, self.name, self.state, path, rank, is_main_process, overwrite)
 
     def _begin(self) -> None:
-        state = self.state
-        if state.rule.fixed or state.form != "raw":
-            self.draw(step=0)
+        if not self.state.draws:
+            self._draw(step=0)
 
     def _gated(
-        self, diagonal: Tensor, allow_fewer: bool = False, exact: bool = True
+        self, diagonal: Tensor, allow_fewer: bool = False, exact: bool = True, learn: Tensor | None = None
     ) -> list[tuple[NestedVariant, Gate]]:
         """Every layer's variant with a gate where its factors are now: a Trainer moves the model after `nest`."""
         made: dict[torch.device, Gate] = {}
@@ -354,7 +389,7 @@ class NestedAdapter:
         for _, module, variant in self._layers():
             device = get_parameters(module, self.name)[0].device
             if device not in made:
-                made[device] = Gate.on(device, diagonal, None, allow_fewer, exact)
+                made[device] = Gate.on(device, diagonal, None, allow_fewer, exact, learn)
             found.append((variant, made[device]))
         return found
 
@@ -363,8 +398,8 @@ class NestedAdapter:
             raise MatryoshkaError(f"adapter {self.name!r} is merged into the base weights: unmerge it to {what}")
 
     def _check_mergeable(self) -> None:
-        for _, module, _ in self._layers():
-            check_mergeable(module)
+        for _, module, variant in self._layers():
+            variant.check_mergeable(module)
 
     def _check_routing(self) -> None:
         for name, _, _ in self._layers():

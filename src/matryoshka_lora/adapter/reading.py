@@ -22,6 +22,7 @@ from matryoshka_lora.formats.sidecar import read_sidecar
 from matryoshka_lora.adapter.slicing import check_layer_name, factor_keys, layer_name, shorten_tensors
 from matryoshka_lora.adapter.state import NestedState
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
+from matryoshka_lora.files import one_state
 
 # PEFT begins to change the base model for some of these before the layers can be looked at.
 _OTHER_METHODS = (
@@ -55,7 +56,11 @@ def read_adapter(
     Raises:
         MatryoshkaError: A file is missing, damaged, contradicts another, or holds a number that is not finite.
     """
-    folder = Path(path)
+    with one_state(path):
+        return _read_adapter(Path(path), max_rank)
+
+
+def _read_adapter(folder: Path, max_rank: int | None) -> tuple[NestedState, LoraConfig, dict[str, Tensor]]:
     state = read_sidecar(folder)
     config = read_config(folder)
     try:

@@ -43,10 +43,10 @@ def slice_tensors(
             adapter's.
         pad: Fill all layers up to the largest of the ranks, with zeros in B.
     """
-    sliced = dict(tensors)
+    sliced, widths = dict(tensors), {} if isinstance(rank, int) else stored_ranks(rank, pad)
     for module, key_A, key_B in factor_keys(tensors):
         own = rank if isinstance(rank, int) else rank[layer_name(module)]
-        filled = own if isinstance(rank, int) or not pad else max(rank.values())
+        filled = widths.get(layer_name(module), own)
         if filled == 0:
             del sliced[key_A], sliced[key_B]
             continue
@@ -57,6 +57,25 @@ def slice_tensors(
         )
         sliced[key_A], sliced[key_B] = (factor.contiguous().clone() for factor in new)
     return sliced
+
+
+def stored_ranks(ranks: Mapping[str, int], pad: bool) -> dict[str, int]:
+    """How many columns each layer has in the file; 0 leaves it out.
+
+    With ``pad`` all have the largest rank. Without, a layer has its own; but one that is left out, and whose name ends
+    like that of another, has a column of zeros, since PEFT would make factors for both and miss those of one.
+    """
+    if pad:
+        return dict.fromkeys(ranks, max(ranks.values()))
+    kept = {name for name, rank in ranks.items() if rank > 0}
+    return {name: rank or int(not kept.isdisjoint(_ends(name))) for name, rank in ranks.items()}
+
+
+def _ends(name: str) -> Iterator[str]:
+    """The parts of a dotted name that begin after one of its dots."""
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
 
 
 def check_layer_name(module: str, where: str) -> None:
@@ -87,20 +106,18 @@ def slice_config(config: LoraConfig, state: NestedState, rank: Ranks, pad: bool 
     ``use_rslora`` is off because some converters ignore it; the scale is in ``lora_alpha``. Where ranks differ, every
     layer has the one scale of a reordered adapter, so an engine that ignores the patterns still scales rightly.
     """
-    given = {} if isinstance(rank, int) else dict(rank)
-    ranks = {name: own for name, own in given.items() if own > 0}
+    ranks = {} if isinstance(rank, int) else stored_ranks(rank, pad)
     top = rank if isinstance(rank, int) else max(ranks.values())
     sliced = copy.deepcopy(config)
     sliced.r = top
     sliced.lora_alpha = state.scale(top) * top
     sliced.use_rslora = False
-    sliced.rank_pattern = {}
-    sliced.alpha_pattern = {}
-    if ranks and not pad:
-        sliced.rank_pattern = {name: own for name, own in ranks.items() if own != top}
-        sliced.alpha_pattern = {name: state.scale(top) * own for name, own in sliced.rank_pattern.items()}
-        if len(ranks) < len(given):
-            sliced.target_modules, sliced.layers_to_transform, sliced.layers_pattern = set(ranks), None, None
+    kept = {name: own for name, own in ranks.items() if own > 0}
+    # PEFT takes these as regular expressions for the end of a name: `fc` would stand for `sub.fc` too.
+    sliced.rank_pattern = {f"^{re.escape(name)}": own for name, own in kept.items() if own != top}
+    sliced.alpha_pattern = {name: state.scale(top) * own for name, own in sliced.rank_pattern.items()}
+    if len(kept) < len(ranks):
+        sliced.target_modules, sliced.layers_to_transform, sliced.layers_pattern = set(kept), None, None
     sliced.init_lora_weights = True
     sliced.inference_mode = True
     return sliced

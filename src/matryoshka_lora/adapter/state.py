@@ -53,6 +53,22 @@ class NestedState:
                 "After reorder() every rank from 1 to the largest works."
             )
 
+    @property
+    def draws(self) -> bool:
+        """Whether training draws another p for each optimizer step."""
+        return self.form == "raw" and not self.rule.fixed
+
+    @property
+    def per_row(self) -> bool:
+        """Whether training gives each row of a batch a p of its own."""
+        return self.form == "raw" and self.rule.per_row
+
+    @property
+    def deploys_what_is_trained(self) -> bool:
+        """Whether eval mode at the largest rank computes what training computes there."""
+        rank = self.nesting.max_rank
+        return torch.allclose(self.mask(rank) * self.scale(rank), self.trained_diagonal(), rtol=1e-12)
+
     def trained_diagonal(self) -> Tensor:
         """The p between A and B in the full-rank function that they compute now, shape (R,), float64."""
         if self.form == "raw":

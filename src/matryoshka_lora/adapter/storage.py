@@ -14,7 +14,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, distributed
 
-from matryoshka_lora.formats.card import write_card
+from matryoshka_lora.formats.card import has_own_card, write_card
 from matryoshka_lora.adapter.factors import gathered
 from matryoshka_lora.adapter.reading import check_finite, read_adapter
 from matryoshka_lora.formats.sidecar import write_sidecar
@@ -25,7 +25,7 @@ from matryoshka_lora.adapter.slicing import (
 )
 from matryoshka_lora.adapter.state import NestedState
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import replace_directory
+from matryoshka_lora.files import output_directory, replace_directory
 
 
 def save_adapter(
@@ -52,37 +52,44 @@ def export_rank(
     path: str | PathLike[str],
     rank: int,
     is_main_process: bool | None = None,
+    overwrite: bool = False,
 ) -> None:
     """See `NestedAdapter.export`."""
     state.check_rank(rank)
     tensors = _state_dict(model, adapter)
     if _writes(is_main_process):
-        with replace_directory(path) as folder:
+        with output_directory(path, overwrite) as folder:
             write_slice(folder, tensors, model.peft_config[adapter], state, rank, home=Path(path))
 
 
-def export_adapter(source: str | PathLike[str], path: str | PathLike[str], rank: int) -> None:
+def export_adapter(
+    source: str | PathLike[str], path: str | PathLike[str], rank: int, *, overwrite: bool = False
+) -> None:
     """Write one rank of a saved adapter as an ordinary LoRA adapter. No base model is loaded.
 
     Args:
         source: A directory written by `NestedAdapter.save`, or a training checkpoint.
         path: The directory to write.
         rank: One of the trained ranks; after `NestedAdapter.reorder` any from 1 to R.
+        overwrite: Whether the directory may hold an adapter, a model or an evaluation, of which nothing is left then.
 
     Raises:
-        MatryoshkaError: The source is damaged or not nested, the rank was not trained, or the path cannot be written.
+        MatryoshkaError: The source is damaged or not nested, the rank was not trained, or the path cannot be written
+            or holds something that may not be overwritten.
     """
     state, config, tensors = read_adapter(source)
     check_apart(source, path)
     state.check_rank(rank)
-    with replace_directory(path) as folder:
+    with output_directory(path, overwrite) as folder:
         write_slice(folder, tensors, config, state, rank, home=Path(path))
 
 
 def check_apart(source: str | PathLike[str], path: str | PathLike[str]) -> None:
     """Raises MatryoshkaError if writing to ``path`` would replace the adapter that is read."""
-    if Path(path).resolve() == Path(source).resolve():
-        raise MatryoshkaError(f"{path} is the adapter itself: its other ranks would be lost. Choose another directory")
+    target, read = Path(path).resolve(), Path(source).resolve()
+    if target == read or (target == read.parent and read.name.startswith("rank-")):
+        what = "is" if target == read else "holds"
+        raise MatryoshkaError(f"{path} {what} the adapter itself, which would be lost: choose another directory")
 
 
 def write_slice(
@@ -103,11 +110,12 @@ def write_slice(
         state: Of the whole adapter.
         rank: One, or one for each layer.
         pad: Give all layers the largest of the ranks.
-        home: Where the folder will be.
+        home: Where the folder will be: a card that somebody has written there stays.
     """
     new = slice_config(config, state, rank, pad)
     write_adapter(folder, slice_tensors(tensors, state, rank, pad), new)
-    write_card(folder, new, None, home)
+    if home is None or not has_own_card(home):
+        write_card(folder, new, None)
 
 
 def _state_dict(model: PeftModel, adapter: str) -> dict[str, Tensor]:
@@ -132,4 +140,13 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfi
         folder / SAFETENSORS_WEIGHTS_NAME,
         {"format": "pt"},
     )
-    config.save_pretrained(folder)
+    write_config(folder, config)
+
+
+def write_config(folder: Path, config: LoraConfig) -> None:
+    """Write PEFT's config into a folder: equal ones are equal bytes, though sets have another order each time."""
+    ordered = copy.copy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(ordered, name, sorted(value))
+    ordered.save_pretrained(folder)

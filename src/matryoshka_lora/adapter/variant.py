@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant
+from peft.tuners.lora.layer import _ConvNd as ConvNd
 from torch import Tensor, nn
 
-from matryoshka_lora.adapter.factors import get_factors, to_weight
+from matryoshka_lora.adapter.factors import get_factors, get_parameters, get_weight, to_weight
+from matryoshka_lora.adapter.rows import RowCount
 from matryoshka_lora.adapter.state import NestedState
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.ops import full_precision
 
 
-class Gate(NamedTuple):
+@dataclass(eq=False)
+class Gate:
     """A diagonal on the device of its layer.
 
     ``diagonal`` has shape (R,) or (rows, R). ``scale`` is a tensor of no dimensions that multiplies the output, where
@@ -21,35 +26,61 @@ class Gate(NamedTuple):
     compiled code needs no recompilation when they change; they are replaced and never written in place, so that a
     backward pass still finds the values of its forward. With ``allow_fewer``, a batch may have fewer rows than the
     diagonal, as the last one of an epoch does. Without ``exact``, eval mode may compute in the activations' dtype.
+    ``learn`` says which columns of B and rows of A receive a gradient; None means all.
+    ``uniform`` says that all rows have the same diagonal, so that it does not matter which is which.
     """
 
     diagonal: Tensor
     scale: Tensor | None = None
     allow_fewer: bool = False
     exact: bool = True
+    learn: Tensor | None = None
+    uniform: bool = False
+    _moved: Gate | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def on(
         cls,
         device: torch.device,
         diagonal: Tensor,
-        scale: float | None = None,
+        scale: Tensor | float | None = None,
         allow_fewer: bool = False,
         exact: bool = True,
+        learn: Tensor | None = None,
     ) -> Gate:
         """One whose tensors are on ``device``; the arguments are its attributes."""
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        scaled = None if scale is None else torch.tensor(scale, dtype=dtype, device=device)
-        return cls(diagonal.to(device, dtype), scaled, allow_fewer, exact)
+        scaled = None if scale is None else torch.as_tensor(scale, dtype=dtype, device=device)
+        learning = None if learn is None else learn.to(device)
+        uniform = diagonal.ndim == 1 or bool((diagonal == diagonal[:1]).all())
+        return cls(diagonal.to(device, dtype), scaled, allow_fewer, exact, learning, uniform)
+
+    def at(self, device: torch.device) -> Gate:
+        """Itself, or its one copy on the device that a layer was moved to after the gate was made."""
+        if self.diagonal.device == device:
+            return self
+        if self._moved is None or self._moved.diagonal.device != device:
+            self._moved = Gate.on(device, self.diagonal, self.scale, self.allow_fewer, self.exact, self.learn)
+        return self._moved
 
     def apply(self, hidden: Tensor, spatial: int = 0) -> Tensor:
         """``hidden`` times the diagonal on its rank dimension, which ``spatial`` dimensions follow."""
-        tail = (1,) * spatial
-        if self.diagonal.ndim == 1:
-            return hidden * self.diagonal.to(hidden.device, hidden.dtype).view(-1, *tail)
-        between = (1,) * (hidden.ndim - 2 - spatial)
-        rows = self.for_rows(hidden.shape, spatial).to(hidden.device, hidden.dtype)
-        return hidden * rows.view(hidden.shape[0], *between, -1, *tail)
+        rank, nested_rank = hidden.shape[-1 - spatial], self.diagonal.shape[-1]
+        if rank != nested_rank:
+            raise MatryoshkaError(
+                f"an adapter was nested at rank {nested_rank} and has rank {rank} now: PEFT has put another one in its "
+                "place (hotswap_adapter). Load that one under a name of its own"
+            )
+        p = full_precision(self.for_rows(hidden.shape, spatial), hidden.dtype)
+        rows = () if p.ndim == 1 else (hidden.shape[0], *(1,) * (hidden.ndim - 2 - spatial))
+        return (hidden * p.view(*rows, -1, *(1,) * spatial)).to(hidden.dtype)
+
+    def learning(self, weight: Tensor, dim: int) -> Tensor | None:
+        """The weight with gradient in the learning rows or columns only; None where all of it learns."""
+        if self.learn is None or not torch.is_grad_enabled():
+            return None
+        shape = [-1 if d == dim else 1 for d in range(weight.ndim)]
+        return torch.where(self.learn.view(shape), weight, weight.detach())
 
     def for_rows(self, shape: torch.Size, spatial: int = 0) -> Tensor:
         """The one diagonal of all rows, or one for each row of a batch of this shape.
@@ -67,10 +98,14 @@ class Gate(NamedTuple):
         # Without gradients only, as in `generate`: a wrong number of rows in a training batch must not pass for beams.
         if has_tokens and not torch.is_grad_enabled() and rows % given == 0:
             return diagonal.repeat_interleave(rows // given, dim=0)
-        raise MatryoshkaError(
-            f"{given} rows have a rank, but a layer got {rows} rows: give one rank for each row of the batch. "
-            "Packed, padding-free or flattened batches have no rows left; turn packing and padding_free off"
-        )
+        raise _wrong_number(given, rows)
+
+
+def _wrong_number(given: int, rows: int) -> MatryoshkaError:
+    return MatryoshkaError(
+        f"{given} rows have a rank, but a layer got {rows} rows: give one rank for each row of the batch. "
+        "Packed, padding-free or flattened batches have no rows left; turn packing and padding_free off"
+    )
 
 
 class NestedVariant(LoraVariant):
@@ -78,27 +113,45 @@ class NestedVariant(LoraVariant):
 
     Attributes:
         state: Shared by all layers of the adapter.
+        device: Where its gates are made.
         training: The rule's draw for this optimizer step; None until one was made.
-        learn: Which columns of B and rows of A learn at this step; None means all.
         deployed: The chosen rank, used in eval mode and for merging.
         rank: The rank of `deployed`.
         override: Stands before both while a `rows` context is open.
+        sharing: Modules that had the weight of this variant's base layer when it was attached, by their names.
+        rows: Counts the rows of the model's calls.
     """
 
-    def __init__(self, state: NestedState, module: LoraLayer, adapter: str) -> None:
+    def __init__(
+        self, state: NestedState, module: LoraLayer, adapter: str, initial_scale: float, rows: RowCount
+    ) -> None:
         self.state = state
-        self.device = get_factors(module, adapter)[0].device
-        # PEFT's set_scale and scale_layer change module.scaling; their effect is the ratio to what was attached.
-        self.attached_scaling = float(module.scaling[adapter])
+        self.rows = rows
+        self.device = get_parameters(module, adapter)[0].device
+        # PEFT's set_scale and scale_layer change module.scaling; their effect is the ratio to what it was at first.
+        self.initial_scale = initial_scale
         self.training: Gate | None = None
-        self.learn: Tensor | None = None
         self.override: Gate | None = None
+        self.sharing: dict[str, nn.Module] = {}
         self.deployed: Gate
         self.rank: int
+        self.takes_rows_first = False  # as far as was seen
+        rows.unproven += 1
         # Since which node of autograd's graph which gates applied.
         self._history: list[tuple[int, tuple[Gate | None, Gate | None]]] = []
         self.set_rank(state.nesting.max_rank)
         self._merged: tuple[Gate, float] | None = None
+
+    def copied(self, state: NestedState, module: LoraLayer, adapter: str) -> NestedVariant:
+        """One for a copy of its factors in the same layer: in training mode as this one is now, else at full rank."""
+        copy = NestedVariant(state, module, adapter, self.initial_scale, self.rows)
+        if self.training is not None:
+            copy.begin_step(self.training)
+        return copy
+
+    def init(self, module: LoraLayer, *args: Any, **kwargs: Any) -> None:
+        """PEFT makes the adapter anew in a layer: it is a plain one there until it is nested again."""
+        module.lora_variant = {name: variant for name, variant in module.lora_variant.items() if variant is not self}
 
     def set_rank(self, rank: int) -> None:
         self.rank = rank
@@ -118,22 +171,44 @@ class NestedVariant(LoraVariant):
             )
         return self.training
 
-    def checked_gate(self, module: nn.Module) -> Gate:
-        """The gate for a forward of the layer that has this variant."""
+    def checked_gate(self, module: nn.Module, device: torch.device, x: Tensor | None = None) -> Gate:
+        """The gate for a forward of the layer, on the device that it computes on.
+
+        With its input x, rows may have ranks of their own there.
+        """
         gate = self.gate(module.training)
         self._check_recomputation(module, gate)
-        return gate
+        # A compiler would compile again for each number of rows; its code has no more than `Gate.for_rows` to go by.
+        if x is not None and not torch.compiler.is_compiling():
+            self._check_rows(module, gate, x)
+        if self.device != device:
+            self.device = device
+        return gate.at(device)
 
     def ratio(self, module: LoraLayer, adapter: str) -> float:
-        """What PEFT's scaling functions have multiplied the adapter by since it was attached."""
-        return float(module.scaling[adapter]) / self.attached_scaling
+        """What PEFT's scaling functions have multiplied the adapter by."""
+        return float(module.scaling[adapter]) / self.initial_scale
+
+    def exported(self, module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor, float]:
+        """A, B and PEFT's scale of an ordinary adapter, filled up with zeros, that computes what eval mode does."""
+        A, B = (factor.detach() for factor in get_parameters(module, adapter))
+        work = torch.promote_types(B.dtype, torch.float32)
+        p = self.deployed.diagonal.to(B.device, work)
+        used = (p != 0).view(-1, *(1,) * (A.ndim - 1))
+        folded = (B.to(work) * p.view(1, -1, *(1,) * (B.ndim - 2))).to(B.dtype)
+        return A * used, folded, self.state.scale(self.rank) * self.ratio(module, adapter)
+
+    def is_plain(self) -> bool:
+        """Whether eval mode computes what PEFT would from the factors alone."""
+        p = self.deployed.diagonal * self.state.scale(self.rank)
+        return bool(torch.isclose(p, torch.full_like(p, self.initial_scale), rtol=1e-9, atol=0).all())
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        gate = self.checked_gate(module)
+        gate = self.checked_gate(module, x.device, x)
         is_embedding = active_adapter in module.lora_embedding_A
         update = (self._embedded if is_embedding else self._update)(module, active_adapter, x, gate)
-        if gate.scale is not None:
-            update = update * gate.scale
+        if gate.scale is not None:  # a GPU would round it to half precision, as CPUs and PEFT's own number are not
+            update = (update.to(torch.promote_types(update.dtype, torch.float32)) * gate.scale).to(update.dtype)
         ratio = self.ratio(module, active_adapter)
         if ratio != 1:
             update = update * ratio
@@ -144,21 +219,14 @@ class NestedVariant(LoraVariant):
     def _update(self, module: Any, adapter: str, x: Tensor, gate: Gate) -> Tensor:
         lora_A, lora_B = module.lora_A[adapter], module.lora_B[adapter]
         spatial = lora_A.weight.ndim - 2
-        hidden = _call(lora_A, module.lora_dropout[adapter](x), self._learning(lora_A.weight, dim=0))
-        return _call(lora_B, gate.apply(hidden, spatial), self._learning(lora_B.weight, dim=1))
+        hidden = _call(lora_A, module.lora_dropout[adapter](x), gate.learning(lora_A.weight, dim=0))
+        return _call(lora_B, gate.apply(hidden, spatial), gate.learning(lora_B.weight, dim=1))
 
     def _embedded(self, module: Any, adapter: str, x: Tensor, gate: Gate) -> Tensor:
         A, B = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
-        learning_A, learning_B = self._learning(A, dim=0), self._learning(B, dim=1)
+        learning_A, learning_B = gate.learning(A, dim=0), gate.learning(B, dim=1)
         hidden = module._embed(x, (A if learning_A is None else learning_A).T)
         return gate.apply(hidden) @ (B if learning_B is None else learning_B).T
-
-    def _learning(self, weight: Tensor, dim: int) -> Tensor | None:
-        """The weight with gradient in the learning rows or columns only; None where all of it learns."""
-        if self.learn is None or not torch.is_grad_enabled():
-            return None
-        shape = [-1 if d == dim else 1 for d in range(weight.ndim)]
-        return torch.where(self.learn.to(weight.device).view(shape), weight, weight.detach())
 
     def _check_recomputation(self, module: nn.Module, gate: Gate) -> None:
         """Gradient checkpointing runs the forward again inside backward: it must see the same diagonal."""
@@ -172,6 +240,35 @@ class NestedVariant(LoraVariant):
                 "call backward() inside the same `with adapter.rows(...)` as the forward"
             )
 
+    def _check_rows(self, module: nn.Module, gate: Gate, x: Tensor) -> None:
+        """The first dimension of x must be the rows of the model's call, and no other thing of the same number."""
+        rows, given, first = self.rows.rows, gate.diagonal.shape[0], x.shape[0]
+        per_row = gate.diagonal.ndim > 1
+        if rows is None or (self.takes_rows_first and not per_row):
+            return
+        if per_row and self.rows.exact and rows != given and not gate.allow_fewer:
+            raise _wrong_number(given, rows)
+        others = x.shape[1:] if isinstance(module, Embedding) else x.shape[1:-1]
+        shows = isinstance(module, ConvNd) or (len(others) > 0 and rows not in others)
+        if first == rows and shows and not self.takes_rows_first:
+            self.takes_rows_first = True
+            self.rows.unproven -= 1
+        if gate.uniform:
+            return
+        if first != rows:
+            raise MatryoshkaError(
+                f"the model was called with {rows} rows, and the input of a layer begins with {first} of something "
+                f"else (shape {list(x.shape)}): tokens, windows, images, or a part of the rows. No row has a rank of "
+                "its own there: take set_rank and a rule other than 'stratified', or leave such layers out of "
+                "target_modules"
+            )
+        if rows in others and not self.takes_rows_first:
+            raise MatryoshkaError(
+                f"there are {rows} rows and {rows} of something else in the input of a layer (shape {list(x.shape)}), "
+                "which has not yet shown which of them it takes first: call the model once with another length, for "
+                "example padded by a token"
+            )
+
     def _gates_at(self, number: int) -> tuple[Gate | None, Gate | None] | None:
         """The gates of eval and of training mode that applied when autograd made its node of that number."""
         return next((gates for since, gates in reversed(self._history) if since <= number), None)
@@ -180,9 +277,10 @@ class NestedVariant(LoraVariant):
         gates = (self.override or self.deployed, self.override or self.training)
         self._history = [*self._history[-31:], (_next_number(), gates)]
 
-    def begin_step(self, gate: Gate, learn: Tensor | None) -> None:
+    def begin_step(self, gate: Gate) -> None:
         """Train with this gate from now on."""
-        self.training, self.learn = gate, learn
+        self.training = gate
+        self.rows.in_training = not gate.uniform
         self._remember()
 
     def stand_before(self, gate: Gate | None) -> None:
@@ -205,15 +303,26 @@ class NestedVariant(LoraVariant):
             self._merged = (self.deployed, self.ratio(module, adapter))
         return self.delta(module, adapter, *self._merged)
 
+    def check_mergeable(self, module: LoraLayer) -> None:
+        """Raises MatryoshkaError where another layer would change too, or PEFT would misread the base weight."""
+        _check_layout(module)
+        weight = get_weight(module)
+        for name, other in self.sharing.items():
+            if any(weight is parameter for parameter in other.parameters(recurse=False)):
+                raise MatryoshkaError(
+                    f"the base weight is also that of {name}, which merging would change as well. Use the adapter "
+                    "without merging; or give one of the two layers a copy of the weight, and merge then"
+                )
+
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        check_mergeable(module)
+        self.check_mergeable(module)
         return _add(module, orig_weight, self.merged_delta(module, active_adapter))
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         orig_weight.data = self.merge_safe(module, active_adapter, orig_weight.data)
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        check_mergeable(module)
+        _check_layout(module)
         delta, self._merged = self.merged_delta(module, active_adapter, again=True), None
         return _add(module, orig_weight, -delta)
 
@@ -224,7 +333,7 @@ def _next_number() -> int:
     return number
 
 
-def check_mergeable(module: LoraLayer) -> None:
+def _check_layout(module: LoraLayer) -> None:
     """Raises MatryoshkaError where the base weight is in a layout that PEFT would misread."""
     state = getattr(getattr(module.get_base_layer(), "weight", None), "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):

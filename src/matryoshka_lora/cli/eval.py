@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedTokenizerBase
 
-    from matryoshka_lora.adapter import NestedAdapter
+    from matryoshka_lora.adapter.state import NestedState
     from matryoshka_lora.evaluation.results import Results
     from matryoshka_lora.evaluation.selection import Selected
 
@@ -90,12 +90,15 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The folder to write.", show_default="ADAPTER/evaluation")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Drop an evaluation of other weights, or at other ranks, that is there.")
+    ] = False,
 ) -> None:
     """Measure an adapter at every rank, and the base model without it, in one pass.
 
     All ranks run in one batch, and lm-evaluation-harness judges: its tasks, its prompts, its metrics. Prints a table,
-    and writes evaluation.json, examples.jsonl, curve.png and report.html. An evaluation that was killed goes on where
-    it was when the same command is given again.
+    and writes evaluation.json, examples.jsonl, curve.png and report.html. Tasks that were evaluated before stay in
+    them. An evaluation that was killed goes on where it was when the same command is given again.
 
     Example: matryoshka eval runs/demo/adapter --tasks family_relationships,arc_challenge-25shot --ranks 1,4,32
     """
@@ -117,10 +120,11 @@ def evaluate(
     from matryoshka_lora.evaluation.curve import versions
     from matryoshka_lora.engine.engine import Engine
     from matryoshka_lora.evaluation.harness import judge
+    from matryoshka_lora.evaluation.reading import weights_hash
     from matryoshka_lora.evaluation.report import print_tasks
-    from matryoshka_lora.evaluation.results import ANSWERS_NAME, Results, weights_hash
+    from matryoshka_lora.evaluation.results import ANSWERS_NAME, Results
     from matryoshka_lora.evaluation.store import Store
-    from matryoshka_lora.files import check_writable
+    from matryoshka_lora.files import EVALUATION, check_free, check_writable
     from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
     from matryoshka_lora.privacy import marked, shown
 
@@ -130,40 +134,45 @@ def evaluate(
     for rank in chosen:
         state.check_rank(rank)
     check_writable(folder)
+    if folder.resolve() != adapter.resolve():
+        check_free(folder, force, beside=[EVALUATION])
     name, revision = base_model(model, revision, config, adapter)
     tokenizer = load_tokenizer(name, revision=revision)
     selected = _selected(tasks, data, tokenizer, num_fewshot, limit, split.value, fixed_shots)
-
-    base = load_model(name, DTYPES[dtype.value], revision=revision)
-    if torch.accelerator.is_available():
-        base.to(torch.accelerator.current_accelerator())
-    nested = load(base, adapter)
     weights = weights_hash(adapter)
-    about = {
+    about: dict[str, Any] = {
         "model": shown(name),
         "revision": revision,
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": str(DTYPES[dtype.value]).removeprefix("torch."),
         "adapter": {
-            "name": _label(nested),
+            "name": _label(state),
             "path": shown(str(adapter)),
-            "rule": nested.rule.name,
-            "inference": nested.inference,
-            "form": nested.state.form,
+            "rule": state.rule.name,
+            "inference": state.inference,
+            "form": state.form,
             "sha256": weights,
         },
         "mode": "fixed-shots" if fixed_shots else "exact",
         "settings": {"num_fewshot": num_fewshot, "limit": limit, "split": split.value},
         "versions": versions(),
         "bytes": adapter_bytes(tensors, state.nesting.max_rank, chosen),
-        "latency_ms": token_latency(nested, chosen),
     }
     results = Results(about, chosen)
-    subject = {"model": marked(name), "revision": revision, "dtype": about["dtype"], "adapter": weights}
+    results.keep(folder, selected, overwrite=force)
+
+    base = load_model(name, DTYPES[dtype.value], revision=revision)
+    if torch.accelerator.is_available():
+        base.to(torch.accelerator.current_accelerator())
+    nested = load(base, adapter)
+    about["latency_ms"] = token_latency(nested, chosen)
+    subject = {"model": marked(name), "dtype": about["dtype"], "adapter": weights}
+    if revision is not None:
+        subject["revision"] = revision
     engine = Engine(nested, tokenizer, rows)
     asked = [0, *chosen] if nested.has_base else list(chosen)
     base_too = " and without it" if nested.has_base else ""  # else parts of the base model were trained with it
     typer.echo(f"Evaluating {adapter} at {len(chosen)} ranks{base_too}; answers are kept in {folder}", err=True)
-    store = Store(folder / ANSWERS_NAME, subject)
+    store = Store(folder / ANSWERS_NAME, subject, anew=force)
     try:
         if len(store):
             typer.echo(f"  {len(store)} answers are there already", err=True)
@@ -171,7 +180,7 @@ def evaluate(
             with _progress(task.name) as report:
                 judged = judge(engine, task.tasks, asked, store, task.num_fewshot, limit, report)
             results.add(task, judged)
-            _write(results, folder)
+            write_results(results, folder)
     finally:
         store.close()
     if out is None:
@@ -217,7 +226,8 @@ def _selected(
     return [Selected(name, "file", [QuestionsTask(ExactMatch(name), rows, tokenizer)], None, "accuracy,none")]
 
 
-def _write(results: Results, folder: Path) -> None:
+def write_results(results: Results, folder: Path) -> None:
+    """Write all that people read of an evaluation into its folder."""
     import json
 
     from matryoshka_lora.evaluation.page import PAGE_NAME, page
@@ -283,5 +293,5 @@ def base_model(model: str | None, revision: str | None, config: LoraConfig, adap
     return name, revision
 
 
-def _label(adapter: NestedAdapter) -> str:
-    return f"{adapter.rule.name}-{'reordered' if adapter.reordered else adapter.inference}"
+def _label(state: NestedState) -> str:
+    return f"{state.rule.name}-{'reordered' if state.form == 'reordered' else state.inference}"

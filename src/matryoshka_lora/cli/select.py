@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,9 +57,10 @@ def select(
     for line in (*_table(measured, choice), "", *_sentences(measured, wish, choice)):
         typer.echo(line)
     adapter = find_adapter(file)
-    typer.echo(f"\nNext: matryoshka export {adapter} --rank {choice.rank} -o {adapter.name}-rank-{choice.rank}")
     if not adapter.is_dir():
-        typer.echo(f"({adapter} is the adapter that was evaluated: write the path of its folder)")
+        typer.echo(f"\n{adapter} is the name of the adapter that was evaluated: write the path of its folder.")
+    new = shlex.quote(f"{adapter.name}-rank-{choice.rank}")
+    typer.echo(f"\nNext: matryoshka export {shlex.quote(str(adapter))} --rank {choice.rank} -o {new}")
 
 
 def _parse_share(text: str) -> float:

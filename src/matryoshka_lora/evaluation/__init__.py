@@ -6,9 +6,9 @@ from matryoshka_lora.evaluation.report import (
     accuracy_table,
     compare,
     draw,
+    in_words,
     loss_table,
     print_tables,
-    reading,
     write_evaluation,
 )
 from matryoshka_lora.evaluation.scoring import Scores, score
@@ -24,9 +24,9 @@ __all__ = [
     "draw",
     "evaluate_base",
     "evaluate_ranks",
+    "in_words",
     "loss_table",
     "print_tables",
-    "reading",
     "rows_from",
     "score",
     "write_evaluation",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +20,9 @@ from matryoshka_lora.data.questions import Judge, Question
 from matryoshka_lora.evaluation.scoring import Scores, score
 from matryoshka_lora.metrics import aurac
 from matryoshka_lora.nesting import Nesting
+
+ACCURACY = "accuracy,none"
+"""What the harness calls the accuracy of a built-in task."""
 
 _PACKAGES = (
     "matryoshka-lora",
@@ -129,6 +133,65 @@ class Evaluation:
             "versions": versions(),
         }
 
+    def deployed(
+        self, name: str, adapter: Mapping[str, Any], sizes: Sequence[int], latencies: Sequence[float]
+    ) -> dict[str, Any]:
+        """One of the curves in the form of `matryoshka_lora.evaluation.results`, which ``matryoshka select`` reads.
+
+        Args:
+            name: Of the curve.
+            adapter: What is said of the adapter that it belongs to.
+            sizes: Bytes at each rank.
+            latencies: Milliseconds for a token at each rank.
+        """
+        curve = self.curves[name]
+        accuracy = {
+            "higher_is_better": True,
+            "value": list(curve.accuracy),
+            "stderr": [_standard_error(scores.correct) for scores in curve.scores],
+            "base": {"value": self.base.accuracy, "stderr": _standard_error(self.base.correct)},
+        }
+        loss = {
+            "higher_is_better": False,
+            "value": list(curve.loss),
+            "stderr": [None for _ in curve.ranks],
+            "base": {"value": self.base.loss, "stderr": None},
+        }
+        task = {
+            "kind": "built-in",
+            "items": self.items,
+            "num_fewshot": 0,
+            "metric": ACCURACY,
+            "aurac": curve.aurac,
+            "metrics": {ACCURACY: accuracy, "loss,none": loss},
+        }
+        return {
+            "format": 2,
+            "adapter": dict(adapter),
+            "mode": "exact",
+            "ranks": list(curve.ranks),
+            "bytes": list(sizes),
+            "latency_ms": list(latencies),
+            "settings": {"num_fewshot": None, "limit": self.items, "split": self.split},
+            "tasks": {self.task: task},
+        }
+
+    def examples(self, name: str, questions: Sequence[Question]) -> list[dict[str, Any]]:
+        """The lines of ``examples.jsonl`` beside `deployed`: each question with its answers, 0 is the base model."""
+        curve = self.curves[name]
+        by_rank = {"0": self.base, **{str(rank): s for rank, s in zip(curve.ranks, curve.scores, strict=True)}}
+        return [
+            {
+                "task": self.task,
+                "doc_id": number,
+                "prompt": str(question.prompt),
+                "target": str(question.completion),
+                "answers": {rank: scores.answers[number] for rank, scores in by_rank.items()},
+                "metrics": {ACCURACY: {rank: float(scores.correct[number]) for rank, scores in by_rank.items()}},
+            }
+            for number, question in enumerate(questions)
+        ]
+
 
 def evaluate_ranks(
     adapter: NestedAdapter,
@@ -193,6 +256,11 @@ def _scored(
             f"  {what}: loss {scores.loss:.3f}, accuracy {scores.accuracy:.1%}", highlight=False, markup=False
         )
     return found
+
+
+def _standard_error(correct: Sequence[bool]) -> float | None:
+    """As the harness has it for a mean."""
+    return stdev(map(float, correct)) / math.sqrt(len(correct)) if len(correct) > 1 else None
 
 
 def versions() -> dict[str, str]:

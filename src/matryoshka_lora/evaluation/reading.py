@@ -6,13 +6,14 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from hashlib import sha256
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.select import Measured
-from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME
+from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, settle
 
 EXAMPLES_NAME = "examples.jsonl"
 
@@ -21,13 +22,15 @@ def find_evaluation(path: str | PathLike[str]) -> Path:
     """The ``evaluation.json`` that a path means: the file, its folder, or an adapter that has been evaluated.
 
     Raises:
-        MatryoshkaError: There is none.
+        MatryoshkaError: There is none, or it is that of other weights than the adapter has that it lies in.
     """
     given = Path(path)
-    if given.is_file():
-        return given
-    for found in (given / EVALUATION_NAME, given / EVALUATION_FOLDER / EVALUATION_NAME):
+    places = (given, given / EVALUATION_FOLDER) if given.is_dir() else (given.parent,)
+    for place in places:
+        settle(place)
+    for found in (given, *(place / EVALUATION_NAME for place in places if given.is_dir())):
         if found.is_file():
+            _check_weights(found)
             return found
     if (given / "adapter_config.json").is_file():
         raise MatryoshkaError(
@@ -45,13 +48,36 @@ def find_adapter(file: Path) -> Path:
     Raises:
         MatryoshkaError: The file is no evaluation.
     """
-    named = Path(str(read_evaluation(file).get("adapter", {}).get("path", "ADAPTER")))
+    about = read_evaluation(file).get("adapter")
+    named = Path(str(about.get("path", "ADAPTER"))) if isinstance(about, dict) else Path("ADAPTER")
     around = file.resolve().parent.parent
     if not (around / "adapter_config.json").is_file():
         return named
     # In the words that the user has: a relative path where there is one.
     near = Path(os.path.relpath(around))
     return around if os.pardir in near.parts else near
+
+
+def _check_weights(file: Path) -> None:
+    adapter = file.resolve().parent.parent
+    if file.resolve().parent.name != EVALUATION_FOLDER or not (adapter / "adapter_config.json").is_file():
+        return
+    about = read_evaluation(file).get("adapter")
+    measured = about.get("sha256") if isinstance(about, dict) else None
+    if measured is not None and measured != weights_hash(adapter):
+        raise MatryoshkaError(
+            f"{file} was measured on other weights than {adapter} has now: evaluate it again, with --force"
+        )
+
+
+def weights_hash(adapter: Path) -> str:
+    """The hash of everything in an adapter's folder that its answers depend on, and of nothing else there."""
+    found = sha256()
+    descriptions = [adapter / name for name in ("adapter_config.json", "nesting.json")]
+    for file in sorted((*adapter.glob("*.safetensors"), *(file for file in descriptions if file.is_file()))):
+        found.update(file.name.encode())
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def read_evaluation(file: Path) -> dict[str, Any]:

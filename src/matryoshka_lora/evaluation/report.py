@@ -17,6 +17,7 @@ from rich.text import Text
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.curve import Curve, Evaluation
+from matryoshka_lora.evaluation.reading import EXAMPLES_NAME
 from matryoshka_lora.files import EVALUATION_NAME, PICTURE_NAME, replace_directory
 from matryoshka_lora.metrics import aurac, with_error
 
@@ -25,15 +26,29 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 
 
-def write_evaluation(evaluation: Evaluation, folder: str | PathLike[str]) -> None:
+def write_evaluation(
+    evaluation: Evaluation,
+    folder: str | PathLike[str],
+    deployed: Mapping[str, Any] | None = None,
+    examples: Sequence[Mapping[str, Any]] = (),
+) -> None:
     """Write ``evaluation.json`` and ``curve.png`` into a folder; its other files stay.
+
+    Args:
+        evaluation: All curves.
+        folder: Where to write.
+        deployed: That curve in the form of ``matryoshka eval``, beside all of them: `Evaluation.deployed`.
+        examples: The lines of ``examples.jsonl`` for it.
 
     Raises:
         MatryoshkaError: The folder cannot be written.
     """
     with replace_directory(folder) as unfinished:
-        text = json.dumps(evaluation.to_dict(), indent=2, allow_nan=False) + "\n"
+        text = json.dumps({**(deployed or {}), **evaluation.to_dict()}, indent=2, allow_nan=False) + "\n"
         (unfinished / EVALUATION_NAME).write_text(text, encoding="utf-8")
+        if examples:
+            lines = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+            (unfinished / EXAMPLES_NAME).write_text(lines, encoding="utf-8")
         draw(evaluation, unfinished / PICTURE_NAME)
 
 
@@ -88,7 +103,7 @@ def compare(first: Curve, second: Curve, by: Literal["aurac", "loss"] = "aurac")
     return fmean(differences), error
 
 
-def reading(evaluation: Evaluation) -> str:
+def in_words(evaluation: Evaluation) -> str:
     """What the numbers say, in words: the best curve by accuracy and by loss, and whether it is more than chance."""
     curves = evaluation.curves
     if len(curves) == 1:

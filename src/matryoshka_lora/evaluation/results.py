@@ -4,7 +4,7 @@
 
     {
       "format": 2,
-      "model": "smollm2-135m", "dtype": "bfloat16",
+      "model": "smollm2-135m", "revision": null, "dtype": "bfloat16",    # of an absolute path, the last part
       "adapter": {"name": "matryoshka-reordered", "path": "...", "rule": "matryoshka", "inference": "prefix",
                   "form": "reordered", "sha256": "of its weights"},
       "mode": "exact",                    # the harness's own prompts; or "fixed-shots"
@@ -27,6 +27,9 @@
       "seeds": {...}, "settings": {"num_fewshot": null, "limit": null}, "versions": {...}
     }
 
+The tasks of several commands stand in one file where adapter, base model, dtype, ranks and mode are the same; a task
+of an earlier command then has ``settings`` and ``versions`` of its own.
+
 Beside it stands ``examples.jsonl``, one line for each question of each task::
 
     {"task": "arc_challenge-25shot", "doc_id": 0, "prompt": "...", "target": "...",
@@ -40,15 +43,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.harness import SEEDS, Judged
+from matryoshka_lora.evaluation.reading import EXAMPLES_NAME, read_evaluation
 from matryoshka_lora.evaluation.selection import Selected
+from matryoshka_lora.files import EVALUATION_NAME, settle
 from matryoshka_lora.metrics import aurac
 
 ANSWERS_NAME = "answers.jsonl"
@@ -75,11 +79,58 @@ class Results:
 
     def add(self, selected: Selected, judged: Judged) -> None:
         """Take over what the harness says of a task, or of all tasks of a group."""
-        for task in selected.tasks:
-            own = str(task.config.task)
-            name = selected.name if len(selected.tasks) == 1 else own
+        for name, own in _names(selected).items():
             self.tasks[name] = self._task(selected, judged, own)
             self.examples += _examples(name, {rank: found["samples"][own] for rank, found in judged.results.items()})
+
+    def keep(self, folder: Path, selected: Sequence[Selected], overwrite: bool) -> None:
+        """Begin with the tasks of the evaluation that is in a folder, but for those that are evaluated again.
+
+        Args:
+            folder: Where the results will be written.
+            selected: What will be added.
+            overwrite: Whether an evaluation that cannot stand beside this one may be dropped.
+
+        Raises:
+            MatryoshkaError: It cannot, and may not be dropped; the message says why.
+        """
+        settle(folder)
+        file = folder / EVALUATION_NAME
+        if not file.is_file():
+            return
+        try:
+            tasks, examples = self._earlier(file, {name for each in selected for name in _names(each)})
+        except MatryoshkaError as error:
+            if not overwrite:
+                raise MatryoshkaError(f"{error}. Give another folder with --out, or drop it with --force") from error
+        else:
+            self.tasks.update(tasks)
+            self.examples += examples
+
+    def _earlier(self, file: Path, again: Collection[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        data = read_evaluation(file)
+        mine = self.to_dict()
+        try:
+            differs = [key for key in ("model", "dtype") if data[key] != mine[key]]
+            differs += ["adapter"] * (data["adapter"].get("sha256") != mine["adapter"]["sha256"])
+            if differs:
+                raise MatryoshkaError(f"{file} is the evaluation of another {' and '.join(differs)}")
+            tasks = {name: task for name, task in data["tasks"].items() if name not in again}
+            differs = [key for key in ("ranks", "mode") if data[key] != mine[key]]
+            if tasks and differs:
+                was = " and ".join(f"{key} {data[key]}" for key in differs)
+                raise MatryoshkaError(f"{file} holds {', '.join(tasks)} with other {' and '.join(differs)}: {was}")
+            for task in tasks.values():
+                for key in ("settings", "versions"):
+                    task.setdefault(key, data.get(key))
+            beside = file.with_name(EXAMPLES_NAME)
+            lines = beside.read_text(encoding="utf-8").splitlines() if beside.is_file() else ()
+            examples = [example for example in map(json.loads, lines) if example["task"] in tasks]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, MatryoshkaError):
+                raise
+            raise MatryoshkaError(f"{file}, or {EXAMPLES_NAME} beside it, is damaged ({error!r:.200})") from error
+        return tasks, examples
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as the module describes them."""
@@ -125,14 +176,10 @@ class Results:
         }
 
 
-def weights_hash(adapter: Path) -> str:
-    """The hash of everything in an adapter's folder that its answers depend on, and of nothing else there."""
-    found = sha256()
-    descriptions = [adapter / name for name in ("adapter_config.json", "nesting.json")]
-    for file in sorted((*adapter.glob("*.safetensors"), *(file for file in descriptions if file.is_file()))):
-        found.update(file.name.encode())
-        found.update(file.read_bytes())
-    return found.hexdigest()
+def _names(selected: Selected) -> dict[str, str]:
+    """What each task is called in the results, and by the harness."""
+    own = [str(task.config.task) for task in selected.tasks]
+    return {selected.name: own[0]} if len(own) == 1 else {name: name for name in own}
 
 
 def _number(value: Any) -> float | None:

@@ -49,8 +49,8 @@ def score(
 ) -> list[Scores]:
     """Held-out loss and greedy accuracy of an adapter at each rank.
 
-    The loss is what TRL's completion-only loss is. An answer ends at the token that ends a reference answer, or after
-    `EXTRA_TOKENS` more tokens than the longest of them.
+    The loss is what TRL's completion-only loss is. An answer is `Engine.generate`'s: it ends at the token that ends a
+    reference answer, or after `EXTRA_TOKENS` more tokens than the longest of them.
 
     Args:
         adapter: Its rank and mode are the same afterwards.

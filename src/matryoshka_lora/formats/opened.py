@@ -25,6 +25,7 @@ from matryoshka_lora.formats.sidecar import SIDECAR_NAME
 from matryoshka_lora.adapter.slicing import layer_name
 from matryoshka_lora.adapter.state import NestedState
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.files import Mark, mark, one_state
 
 INDEX_NAME = f"{SAFETENSORS_WEIGHTS_NAME}.index.json"
 _MAX_INDEX_BYTES = 1 << 26
@@ -79,6 +80,7 @@ class LoraFiles:
     others: tuple[str, ...]
     weights: tuple[Path, ...]
     _files: Mapping[str, Path | Tensor]
+    _marks: Mapping[Path, Mark]
 
     @property
     def size(self) -> int:
@@ -99,12 +101,15 @@ class LoraFiles:
         """One tensor, in its own dtype.
 
         Raises:
-            MatryoshkaError: It holds NaN or infinity, has a dtype that no adapter has, or cannot be read.
+            MatryoshkaError: It holds NaN or infinity, has a dtype that no adapter has, or cannot be read; or its file
+                is not the one that was opened.
         """
         file = self._files[key]
         if isinstance(file, Tensor):
             return file
         with _explained(file), safe_open(file, framework="pt") as opened:
+            if mark(file) != self._marks[file]:
+                raise MatryoshkaError(f"{file} was replaced while it was read: begin again")
             tensor: Tensor = opened.get_tensor(key)
         check_finite({key: tensor}, str(file))
         return tensor
@@ -124,6 +129,11 @@ def open_adapter(path: str | PathLike[str]) -> LoraFiles:
     folder = Path(path)
     if not folder.is_dir():
         raise MatryoshkaError(f"{path} is no directory: give the directory that holds adapter_config.json")
+    with one_state(folder):
+        return _open(folder)
+
+
+def _open(folder: Path) -> LoraFiles:
     # A nested adapter obeys stricter rules.
     state: NestedState | None = None
     tensors: dict[str, Tensor] = {}
@@ -151,7 +161,8 @@ def open_adapter(path: str | PathLike[str]) -> LoraFiles:
     layers = tuple(sorted(_layers(shapes, config, folder), key=lambda layer: layer.name))
     factors = {key for layer in layers for key in (layer.key_A, layer.key_B)}
     others = tuple(sorted(key for key in shapes if key not in factors))
-    return LoraFiles(folder, config, state, layers, others, tuple(paths), files)
+    marks = {file: mark(file) for file in paths}
+    return LoraFiles(folder, config, state, layers, others, tuple(paths), files, marks)
 
 
 def _check_kind(config: LoraConfig, folder: Path) -> None:

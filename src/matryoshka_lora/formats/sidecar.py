@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from matryoshka_lora.adapter.state import Form, Inference, NestedState
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import write_text
+from matryoshka_lora.files import settle, write_text
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.rules import get_rule
 
@@ -42,6 +42,7 @@ def read_sidecar(path: str | Path) -> NestedState:
     file = Path(path) / SIDECAR_NAME
     if not os.path.isdir(path):
         raise MatryoshkaError(f"{path} is not a directory: give the directory that holds adapter_config.json")
+    settle(path)
     if not file.is_file():
         raise MatryoshkaError(
             f"{path} holds no {SIDECAR_NAME}, so it is not a nested adapter. Any LoRA adapter becomes one by "

@@ -25,6 +25,7 @@ from matryoshka_lora.serving.reorder import Moments, reorder_adapter, reweigh_ad
 from matryoshka_lora.formats.spectra import Metric, Spectra
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.data.questions import Question, Tokens, pad_rows, rows_from, tokenize
+from matryoshka_lora.files import check_free
 from matryoshka_lora.models import context_length
 from matryoshka_lora.data.tasks import get_task
 from matryoshka_lora.data.sources import load_data, parse_data
@@ -158,6 +159,8 @@ def reorder_with_data(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Question],
     on_batch: Callable[[int], object] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Spectra:
     """Reorder an adapter by ``activations``, ``loss`` or ``learned``: see `matryoshka_lora.serving.reorder`.
 
@@ -169,6 +172,7 @@ def reorder_with_data(
         tokenizer: Of the base model.
         rows: A hundred or so of the training data, or of data like it.
         on_batch: Called with the number of rows done, after each batch.
+        overwrite: As for `matryoshka_lora.serving.reorder.reorder_adapter`.
 
     Returns:
         The singular values of each layer in the metric; for ``learned``, those of ``frobenius``.
@@ -177,6 +181,7 @@ def reorder_with_data(
         MatryoshkaError: The adapter is damaged or does not fit the model, or the target cannot be written.
     """
     check_apart(source, target)
+    check_free(target, overwrite)
     dtype = open_adapter(source).dtype
     with tempfile.TemporaryDirectory() as folder:
         # In float32, since what is written here is only read again.
@@ -185,9 +190,9 @@ def reorder_with_data(
         if metric == "learned":
             learn_order_from(adapter, tokenizer, rows, on_batch=on_batch)
             adapter.save(folder)
-            return rewrite_learned(folder, target, spectra, dtype)
+            return rewrite_learned(folder, target, spectra, dtype, overwrite=overwrite)
         moments = measure_moments(adapter, tokenizer, rows, metric == "loss", on_batch)
-        return reweigh_adapter(folder, target, metric, moments, dtype=dtype)
+        return reweigh_adapter(folder, target, metric, moments, dtype=dtype, overwrite=overwrite)
 
 
 def _tokens(adapter: NestedAdapter, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Question]) -> list[Tokens]:

@@ -23,15 +23,15 @@ from peft import LoraConfig
 from torch import Size, Tensor
 
 from matryoshka_lora.adapter.attach import check_config
-from matryoshka_lora.formats.card import write_card
+from matryoshka_lora.formats.card import has_own_card, write_card
 from matryoshka_lora.adapter.factors import as_parameters
 from matryoshka_lora.formats.sidecar import write_sidecar
 from matryoshka_lora.formats.opened import Layer, LoraFiles, open_adapter
 from matryoshka_lora.adapter.state import NestedState
-from matryoshka_lora.adapter.storage import write_adapter
+from matryoshka_lora.adapter.storage import check_apart, write_adapter
 from matryoshka_lora.formats.spectra import Metric, Spectra, write_spectra
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import replace_directory
+from matryoshka_lora.files import output_directory
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.reordering.factors import reorder_factors, reweigh_factors
 from matryoshka_lora.rules import get_rule
@@ -57,6 +57,8 @@ def reorder_adapter(
     target: str | os.PathLike[str],
     on_layer: Progress | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Spectra:
     """Reorder by ``frobenius``. One layer is in memory at a time.
 
@@ -67,13 +69,14 @@ def reorder_adapter(
             the function that the source is; of one that was saved as it was trained, as that of training, P and all.
         on_layer: Called after each layer.
         dtype: Of the result; None keeps the source's.
+        overwrite: Whether the target may hold an adapter, a model or an evaluation, of which nothing is left then.
 
     Returns:
         The singular values of each layer's ``s B A``.
 
     Raises:
-        MatryoshkaError: The source is damaged or no LoRA adapter, or the target cannot be written. Nothing has been
-            written then.
+        MatryoshkaError: The source is damaged or no LoRA adapter, or the target cannot be written or holds something
+            that may not be overwritten. Nothing has been written then.
     """
     opened = open_adapter(source)
     state, config = _reordered(opened)
@@ -89,7 +92,7 @@ def reorder_adapter(
         B = torch.nn.functional.pad(B, (0, missing))
         return reorder_factors(A, B, p, scale)
 
-    return _rewrite(opened, Path(target), state, config, "frobenius", reorder, on_layer, dtype)
+    return _rewrite(opened, Path(target), state, config, "frobenius", reorder, on_layer, dtype, overwrite)
 
 
 def reweigh_adapter(
@@ -98,6 +101,8 @@ def reweigh_adapter(
     metric: Metric,
     moments: Mapping[str, Moments],
     dtype: torch.dtype | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Spectra:
     """Reorder what `reorder_adapter` has written once more, by ``activations`` or ``loss``.
 
@@ -108,6 +113,7 @@ def reweigh_adapter(
         moments: By layer, from `matryoshka_lora.serving.calibrate.measure_moments` of the source. A layer without
             moments stays as it is.
         dtype: Of the result; None keeps the source's.
+        overwrite: As for `reorder_adapter`.
 
     Returns:
         The singular values of each layer in the metric; of layers without moments, those of ``frobenius``.
@@ -127,11 +133,16 @@ def reweigh_adapter(
         A, B, s = reweigh_factors(A, B, found.inner, found.outer)
         return A, B, s * scale
 
-    return _rewrite(opened, Path(target), state, config, metric, reweigh, None, dtype)
+    return _rewrite(opened, Path(target), state, config, metric, reweigh, None, dtype, overwrite)
 
 
 def rewrite_learned(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], spectra: Spectra, dtype: torch.dtype | None = None
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    spectra: Spectra,
+    dtype: torch.dtype | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Spectra:
     """Write what `matryoshka_lora.adapter.order` has ordered, which has no singular values of its own.
 
@@ -140,6 +151,7 @@ def rewrite_learned(
         target: The directory to write.
         spectra: The singular values of its updates, which say how much rank each layer needs.
         dtype: Of the result; None keeps the source's.
+        overwrite: As for `reorder_adapter`.
 
     Returns:
         The spectra, under the name ``learned``.
@@ -150,7 +162,7 @@ def rewrite_learned(
     def keep(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         return *opened.factors(layer), spectra.values[layer.name]
 
-    return _rewrite(opened, Path(target), state, config, "learned", keep, None, dtype)
+    return _rewrite(opened, Path(target), state, config, "learned", keep, None, dtype, overwrite)
 
 
 def _reordered(opened: LoraFiles) -> tuple[NestedState, LoraConfig]:
@@ -179,11 +191,11 @@ def _rewrite(
     change: Callable[[Layer], tuple[Tensor, Tensor, Tensor]],
     on_layer: Progress | None,
     dtype: torch.dtype | None,
+    overwrite: bool,
 ) -> Spectra:
-    if target.resolve() == opened.folder.resolve():
-        raise MatryoshkaError(f"{target} is the adapter itself, which is read meanwhile: choose another directory")
+    check_apart(opened.folder, target)
     spectra = {}
-    with replace_directory(target) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with output_directory(target, overwrite) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
         tensors = {key: opened.tensor(key) for key in opened.others}
         for layer in opened.layers:
             A, B, spectra[layer.name] = change(layer)
@@ -197,7 +209,8 @@ def _rewrite(
         found = Spectra(metric, spectra)
         write_spectra(folder, found)
         write_sidecar(folder, state)
-        write_card(folder, config, state, target)
+        if not has_own_card(target):
+            write_card(folder, config, state)
         tensors.clear()
     return found
 

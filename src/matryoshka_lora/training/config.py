@@ -66,7 +66,7 @@ class TrainConfig:
         lora: Fields of ``peft.LoraConfig``.
         nesting: Ranks and scales.
         rule: The training rule's name.
-        inference: ``"prefix"`` or ``"keep"``; while training, where it is reordered.
+        inference: ``"prefix"`` or ``"keep"``, until it is reordered.
         rank_seed: The seed of the ranks that the rule draws.
         reorder: How the adapter is reordered after training: ``"svd"``, ``"learned"`` on a little more of the training
             data, or False, not at all.
@@ -226,8 +226,7 @@ def make_config(config: Mapping[str, Any]) -> TrainConfig:
     training = {**_TRAINING_DEFAULTS, "fp16": dtype == "fp16", **arguments}
     ranks = _nesting(nesting, lora)
     rule, reorder = get_rule(nesting.get("rule", "matryoshka")), _reorder(nesting.get("reorder", "learned"), ranks)
-    # Reordering keeps P: what is evaluated while training is then the function that comes of it.
-    inference = nesting.get("inference", "keep" if reorder and rule.fixed else "prefix")
+    inference = nesting.get("inference", rule.default_inference)
     made = TrainConfig(
         model=_text("model", config.get("model", EMBEDDED)),
         dtype=dtype,

@@ -32,8 +32,9 @@ def learn_from_trainer(adapter: NestedAdapter, trainer: SFTTrainer, *, steps: in
         seed: Of the order of the rows, and of their ranks.
 
     Raises:
-        MatryoshkaError: The training data are a stream, there are no steps, there is no nested rank below R, or a loss
-            is not finite. The adapter is reordered by its SVD in the last case, and as it was in the others.
+        MatryoshkaError: The training data are a stream or have no labels, there are no steps, there is no nested rank
+            below R, or a loss is not finite. The adapter is reordered by its SVD in the last case, and as it was in
+            the others.
     """
     if steps < 1:
         raise MatryoshkaError(f"an order cannot be learned in {steps} steps: take 1 or more, or call adapter.reorder()")
@@ -41,6 +42,11 @@ def learn_from_trainer(adapter: NestedAdapter, trainer: SFTTrainer, *, steps: in
         raise MatryoshkaError(
             "the Trainer's data are a stream, of which no rows can be taken again: call adapter.reorder() for the "
             "SVD's order, or give the Trainer a dataset that is not streamed"
+        )
+    if "labels" not in trainer.data_collator([trainer.train_dataset[0]]):
+        raise MatryoshkaError(
+            f"the rows of {type(trainer).__name__} have no labels by which an order could be learned: call "
+            "adapter.reorder() for the SVD's order"
         )
     quiet = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
     batches = tqdm(_steps(adapter, trainer, steps, seed), desc="learning the order", total=steps, disable=quiet)

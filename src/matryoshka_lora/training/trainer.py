@@ -82,7 +82,8 @@ class CompletionTrainer(SFTTrainer):
         sampler = super()._get_train_sampler(train_dataset)
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
-        sampler.batch_size *= self.args.world_size  # as one process would group the rows of a step
+        if not self.args.accelerator_config.split_batches:
+            sampler.batch_size *= self.args.world_size  # as one process would group the rows of a step
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         # Before a step of an epoch its number is the whole part of the Trainer's epoch.
         return EpochSampler(sampler, seed, lambda: int(self.state.epoch or 0))
