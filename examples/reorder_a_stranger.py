@@ -44,7 +44,7 @@ if trained_here:
 
 nested, tokenizer = args.out / "nested", load_tokenizer(args.model)
 rows = calibration_rows(args.data, args.rows or ROWS[args.metric])
-reorder_with_data(args.adapter, nested, args.metric, load_model(args.model), tokenizer, rows)
+reorder_with_data(args.adapter, nested, args.metric, load_model(args.model), tokenizer, rows, overwrite=True)
 
 if trained_here:
     adapter, task = load(load_model(args.model), nested), get_task("family_relationships")

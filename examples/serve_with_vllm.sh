@@ -6,4 +6,5 @@ set -euo pipefail
 adapter=${1:-runs/demo/adapter}
 out=${2:-runs/ladder}
 matryoshka export "$adapter" --format ladder -o "$out"
+echo "cd $out"
 grep '^vllm serve' "$out/README.md"

@@ -788,8 +788,8 @@ def writers(folder: Path) -> Mapping[str, Callable[[Path], None]]:
     adapter = load(plain_base(), folder)
     return {
         "save": adapter.save,
-        "export": lambda path: adapter.export(path, 3),
-        "export_adapter": lambda path: export_adapter(folder, path, 3),
+        "export": lambda path: adapter.export(path, 3, overwrite=True),
+        "export_adapter": lambda path: export_adapter(folder, path, 3, overwrite=True),
     }
 
 
@@ -921,7 +921,7 @@ def killed_at(call, write, target):
 
 for name, write, exists in (
     ("save-over", new.save, True),
-    ("export-over", lambda path: new.export(path, 3), True),
+    ("export-over", lambda path: new.export(path, 3, overwrite=True), True),
     ("save-new", new.save, False),
 ):
     call, status = 0, -signal.SIGKILL

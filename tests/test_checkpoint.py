@@ -6,6 +6,8 @@ import copy
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -554,8 +556,8 @@ def test_exporting_from_the_file_is_exporting_from_the_model(tmp_path: Path, for
         saved.reorder()
     saved.save(tmp_path / "a")
     for rank in saved.ranks:
-        saved.export(tmp_path / "model", rank)
-        export_adapter(tmp_path / "a", tmp_path / "file", rank)
+        saved.export(tmp_path / "model", rank, overwrite=True)
+        export_adapter(tmp_path / "a", tmp_path / "file", rank, overwrite=True)
         assert set(fingerprint(tmp_path / "model")) == {WEIGHTS, CONFIG, "README.md"}
         assert fingerprint(tmp_path / "model")[WEIGHTS] == fingerprint(tmp_path / "file")[WEIGHTS]
         assert config_of(tmp_path / "model") == config_of(tmp_path / "file")
@@ -620,7 +622,7 @@ def test_an_adapter_is_saved_over_the_file_that_it_was_loaded_from(tmp_path: Pat
 def test_a_slice_over_a_nested_adapter_is_no_longer_taken_for_one(tmp_path: Path) -> None:
     nested_llama(NESTINGS["none"]).save(tmp_path)
     saved = nested_llama(NESTING)
-    saved.export(tmp_path, 3)
+    saved.export(tmp_path, 3, overwrite=True)
     assert set(fingerprint(tmp_path)) == {WEIGHTS, CONFIG, "README.md"}
     with pytest.raises(MatryoshkaError, match=r"no nesting\.json.*not a nested adapter"):
         load(tiny_llama(), tmp_path)
@@ -644,3 +646,23 @@ def test_a_slice_is_not_exported_over_its_own_source(tmp_path: Path) -> None:
         with pytest.raises(MatryoshkaError, match="another"):
             export_adapter(tmp_path / "a", target, 3)
         assert fingerprint(tmp_path / "a") == before
+
+
+SAVES = """
+import sys
+from conftest import nested_llama
+from test_checkpoint import NESTING
+
+nested_llama(NESTING).save(sys.argv[1])
+nested_llama(NESTING).export(sys.argv[1] + "-slice", 3)
+"""
+
+
+def test_the_same_adapter_is_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    """Evaluations are known by them. Python's sets have another order in each process."""
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", SAVES, str(tmp_path / seed)]
+        subprocess.run(command, env=environment, cwd=Path(__file__).parent, check=True)
+    for kind in ("", "-slice"):
+        assert fingerprint(tmp_path / f"1{kind}") == fingerprint(tmp_path / f"2{kind}")

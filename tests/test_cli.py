@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import lora_config, randomize
@@ -15,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from tiny_chat import save_tiny_chat
 from transformers import AutoModelForCausalLM
 
-from matryoshka_lora import Nesting, nest, read_sidecar
+from matryoshka_lora import Nesting, load, nest, read_sidecar
 from matryoshka_lora.cli.main import main
 from matryoshka_lora.training import load_config
 
@@ -62,6 +63,10 @@ def rows(tmp_path: Path) -> Path:
     lines = [json.dumps({"question": f"{i} + 1", "answer": str(i + 1)}) for i in range(6)]
     file.write_text("\n".join(lines))
     return file
+
+
+def fingerprint(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def assert_explained(result: tuple[int, str, str], *parts: str) -> None:
@@ -204,7 +209,7 @@ def test_eval_of_a_file(run: Run, adapter: Path, rows: Path, tmp_path: Path) -> 
     code, out, _ = run("select", out_folder, "--within", "1%")
     assert code == 0
     assert "question by question" in out
-    assert f"Next: matryoshka export {adapter} --rank " in out
+    assert f"Next: matryoshka export {adapter.name} --rank " in out
 
 
 def test_eval_has_no_base_model_where_parts_of_it_were_trained(
@@ -246,7 +251,114 @@ def test_eval_of_tasks_at_chosen_ranks(run: Run, adapter: Path, tmp_path: Path) 
     assert list(data["tasks"]) == names.split(",")
     code, _, err = run("eval", adapter, *options, "--dtype", "fp32")
     assert code == 1
-    assert "holds answers of another dtype: give another folder with --out" in err
+    assert "is the evaluation of another dtype. Give another folder with --out, or drop it with --force" in err
+
+
+def test_a_second_eval_keeps_the_tasks_of_the_first(run: Run, adapter: Path, tmp_path: Path) -> None:
+    def evaluate(tasks: str, limit: int, *more: object) -> tuple[int, str, str]:
+        return run("eval", adapter, "--tasks", tasks, "--limit", limit, "--ranks", "1,4", "-o", tmp_path, *more)
+
+    def read() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        lines = (tmp_path / "examples.jsonl").read_text().splitlines()
+        return json.loads((tmp_path / "evaluation.json").read_text()), list(map(json.loads, lines))
+
+    assert evaluate("chain_sum", 2)[0] == 0
+    first, first_examples = read()
+    assert evaluate("family_relationships", 3, "--split", "validation")[0] == 0
+    second, second_examples = read()
+    kept = second["tasks"]["chain_sum"]
+    assert (kept.pop("settings"), kept.pop("versions")) == (first["settings"], first["versions"])
+    assert kept == first["tasks"]["chain_sum"]
+    assert second["settings"] == {"num_fewshot": None, "limit": 3, "split": "validation"}
+    assert list(second["tasks"]) == ["chain_sum", "family_relationships"]
+    assert second_examples[:2] == first_examples
+    assert [example["task"] for example in second_examples[2:]] == ["family_relationships"] * 3
+    page = (tmp_path / "report.html").read_text()
+    assert all(name in page for name in second["tasks"])
+    assert run("select", tmp_path, "--within", "1%", "--task", "chain_sum")[0] == 0
+
+    # The same task again takes its own place, and no other one's.
+    assert evaluate("chain_sum", 4)[0] == 0
+    third, third_examples = read()
+    assert third["tasks"]["chain_sum"]["items"] == 4
+    assert third["tasks"]["family_relationships"]["settings"] == second["settings"]
+    assert len(third_examples) == 7
+
+    # What has other ranks or another mode cannot stand in the same tables.
+    before = fingerprint(tmp_path)
+    assert_explained(
+        evaluate("chain_sum", 2, "--ranks", "1,2"), "holds family_relationships with other ranks", "[1, 4]", "--force"
+    )
+    assert_explained(evaluate("chain_sum", 2, "--fixed-shots"), "with other mode: mode exact", "--out", "--force")
+    assert fingerprint(tmp_path) == before
+    assert evaluate("chain_sum,family_relationships", 2, "--ranks", "1,2")[0] == 0  # nothing is dropped
+    assert evaluate("chain_sum", 2, "--ranks", "1", "--force")[0] == 0
+    assert list(read()[0]["tasks"]) == ["chain_sum"]
+    assert len(read()[1]) == 2
+
+
+def test_an_evaluation_of_other_weights_is_replaced_only_when_told(
+    run: Run, base: Path, adapter: Path, rows: Path, tmp_path: Path
+) -> None:
+    nesting = Nesting([1, 2, 4])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora_config(nesting))
+    randomize(model, seed=9)
+    own = tmp_path / "own"
+    nest(model, nesting).save(own)
+
+    def evaluate(which: Path, *more: object) -> tuple[int, str, str]:
+        return run("eval", which, "--data", rows, "--limit", 2, "--dtype", "fp32", *more)
+
+    assert evaluate(own)[0] == 0
+    before = fingerprint(own)
+    assert_explained(evaluate(adapter, "-o", own / "evaluation"), "is the evaluation of another adapter", "--force")
+    assert_explained(
+        evaluate(own, "--dtype", "bf16", "-o", own / "evaluation"), "is the evaluation of another dtype", "--force"
+    )
+    assert_explained(evaluate(adapter, "-o", own), "holds an adapter already", "--force")
+    (own / "evaluation" / "evaluation.json").rename(tmp_path / "away")
+    assert_explained(evaluate(adapter, "-o", own / "evaluation"), "holds answers of another adapter", "--force")
+    (tmp_path / "away").rename(own / "evaluation" / "evaluation.json")
+    assert fingerprint(own) == before
+
+    assert evaluate(adapter, "-o", own / "evaluation", "--force")[0] == 0
+    shutil.copytree(own / "evaluation", tmp_path / "forced")
+    assert evaluate(adapter, "-o", tmp_path / "fresh")[0] == 0
+    for name in ("evaluation.json", "examples.jsonl", "answers.jsonl"):
+        forced, fresh = ((tmp_path / folder / name).read_text() for folder in ("forced", "fresh"))
+        if name == "evaluation.json":
+            forced, fresh = ({**json.loads(text), "latency_ms": None} for text in (forced, fresh))
+        assert forced == fresh
+
+
+def test_select_says_that_an_evaluation_is_of_other_weights(
+    run: Run, base: Path, adapter: Path, rows: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    again = load(AutoModelForCausalLM.from_pretrained(base), adapter)
+    again.save(own)
+    assert run("eval", own, "--data", rows, "--limit", 2, "--dtype", "fp32")[0] == 0
+    again.save(own)  # the same weights
+    for place in (own, own / "evaluation", own / "evaluation" / "evaluation.json"):
+        assert run("select", place, "--within", "1%")[0] == 0
+    randomize(again.model, seed=9)
+    again.save(own)
+    for place in (own, own / "evaluation", own / "evaluation" / "evaluation.json"):
+        assert_explained(run("select", place, "--within", "1%"), "was measured on other weights", "--force")
+    assert run("eval", own, "--data", rows, "--limit", 2, "--dtype", "fp32", "--force")[0] == 0
+    assert run("select", own, "--within", "1%")[0] == 0
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 3}', '{"format": 2}', '{"format": 2, "tasks": []}'])
+def test_a_damaged_evaluation_is_not_gone_over_unasked(
+    run: Run, adapter: Path, rows: Path, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "evaluation.json").write_text(text)
+    options = ("eval", adapter, "--data", rows, "--limit", 1, "--ranks", 1, "-o", tmp_path / "out")
+    assert_explained(run(*options), "evaluation.json", "--force")
+    assert (tmp_path / "out" / "evaluation.json").read_text() == text
+    assert run(*options, "--force")[0] == 0
 
 
 def test_what_was_finished_before_an_error_is_kept(run: Run, adapter: Path, tmp_path: Path) -> None:

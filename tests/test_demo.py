@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from matryoshka_lora import read_sidecar
+from matryoshka_lora import MatryoshkaError, read_sidecar
+from matryoshka_lora.cli.main import app
 
 CURVES = ["matryoshka-prefix", "matryoshka-svd", "matryoshka-learned", "lora-svd", "lora-learned"]
 
@@ -37,3 +38,17 @@ def test_the_demo_leaves_what_it_promises(tmp_path: Path) -> None:
     assert "gives the same answer to 2 of 2 questions" in first.stdout
     assert "adapter = nest(peft_model" in first.stdout
     assert first.stdout.splitlines()[-1].startswith("Next: matryoshka eval ")
+    command = [sys.executable, "-m", "matryoshka_lora", "select", str(out), "--max-bytes", "10000000"]
+    chosen = subprocess.run(command, capture_output=True, text=True)
+    assert chosen.returncode == 0, chosen.stderr
+    assert chosen.stdout.startswith("family_relationships: accuracy,none, 2 questions")
+    assert f"Next: matryoshka export {out / 'adapter'} --rank " in chosen.stdout
+
+
+@pytest.mark.parametrize("place", [".", "adapter", "rank-4"])
+def test_the_demo_goes_over_nothing_of_others(tmp_path: Path, place: str) -> None:
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "adapter_config.json").write_text("{}")
+    with pytest.raises(MatryoshkaError, match=r"holds .*adapter.* that no demo has made: choose another --out"):
+        app(["demo", "--out", str(tmp_path)], standalone_mode=False)
+    assert [path.name for path in (tmp_path / place).iterdir()] == ["adapter_config.json"]

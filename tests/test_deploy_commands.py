@@ -232,10 +232,14 @@ def test_export_verifies_before_it_announces(run: Run, nested: Path, tmp_path: P
 
 def test_export_says_when_it_cannot_verify(run: Run, nested: Path, tmp_path: Path) -> None:
     out = run("export", nested, "--rank", 2, "-o", tmp_path / "a", "--model", tmp_path / "absent")
-    assert "Not verified: the base model" in out
-    assert "Not verified, as you asked." in run("export", nested, "--rank", 2, "-o", tmp_path / "b", "--no-verify")
+    assert "No logits were compared: the base model" in out
+    assert "Logits were not compared, as you asked." in run(
+        "export", nested, "--rank", 2, "-o", tmp_path / "b", "--no-verify"
+    )
     merged = ("--format", "merged", "--no-verify")
-    assert "Not verified, as you asked." in run("export", nested, "--rank", 2, *merged, "-o", tmp_path / "d")
+    assert "Logits were not compared, as you asked." in run(
+        "export", nested, "--rank", 2, *merged, "-o", tmp_path / "d"
+    )
     assert (tmp_path / "d" / "model.safetensors").exists()
     with pytest.raises(MatryoshkaError, match="needs the base model"):
         run("export", nested, "--rank", 2, "--format", "merged", "-o", tmp_path / "c", "--model", tmp_path / "absent")

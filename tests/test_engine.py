@@ -9,17 +9,36 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import EXPERTS, GROUPED, LATENT, LONGROPE, SIZES, WIDE, tiny_adapter
 from conftest import lora_config, nested_llama, tiny_llama, tiny_mixtral
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from tiny_chat import tiny_tokenizer
-from transformers import AutoModelForCausalLM, Gemma2Config, MambaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DiffLlamaConfig,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    GptOssConfig,
+    HrmTextConfig,
+    Llama4TextConfig,
+    MambaConfig,
+    MiniCPM3Config,
+    NemotronConfig,
+    Phi3Config,
+    PhimoeConfig,
+    Qwen2MoeConfig,
+    Qwen3Config,
+)
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
 from matryoshka_lora.evaluation import engine as engine_module
-from matryoshka_lora.engine.attention import row_attention
 from matryoshka_lora.engine.engine import Engine
+from matryoshka_lora.engine.exchange import row_attention
 from matryoshka_lora.engine.memory import Room, measure_room
 from matryoshka_lora.engine.packing import MIN_PREFIX, batches, families
 
@@ -79,6 +98,15 @@ def workloads(draw: st.DrawFn) -> list[tuple[list[int], int]]:
     return found
 
 
+def test_the_first_batch_may_have_as_many_rows_as_tokens() -> None:
+    """Its layers were shown before which of them comes first."""
+    adapter = adapter_of()
+    engine = Engine(adapter, TOKENIZER)
+    prompts = [tokens(random.Random(row), 3) for row in range(3)]
+    said = engine.generate(prompts, [1, 2, 4], max_new_tokens=NEW)
+    assert said == [alone(adapter, prompt, rank) for prompt, rank in zip(prompts, (1, 2, 4), strict=True)]
+
+
 @given(workloads(), st.sampled_from([1, 3, None]), st.sampled_from([24, 2048]))
 def test_no_neighbour_changes_an_answer(work: list[tuple[list[int], int]], rows: int | None, room: int) -> None:
     engine = Engine(ADAPTER, TOKENIZER, rows)
@@ -110,8 +138,8 @@ class limited_room:  # noqa: N801  # reads as what it does
         self.tokens = prefill_tokens
 
     def __enter__(self) -> None:
-        def measured(model: Any, batch_size: int | None) -> Room:
-            return replace(measure_room(model, batch_size), prefill_tokens=self.tokens)
+        def measured(model: Any, token_bytes: int, batch_size: int | None) -> Room:
+            return replace(measure_room(model, token_bytes, batch_size), prefill_tokens=self.tokens)
 
         self.patch.setattr(engine_module, "measure_room", measured)
 
@@ -194,41 +222,44 @@ def test_a_kept_diagonal_a_reordered_adapter_and_the_state_afterwards() -> None:
         assert not adapter.model.get_base_model().get_output_embeddings()._forward_pre_hooks
 
 
-GEMMA = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SPARSE = {**EXPERTS, "moe_intermediate_size": 16}
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        Gemma2Config(**GEMMA, sliding_window=8, attn_logit_softcapping=5.0, final_logit_softcapping=9.0),
-        Qwen3Config(**GEMMA),
+        Gemma2Config(**WIDE, sliding_window=8, attn_logit_softcapping=5.0, final_logit_softcapping=9.0),
+        Qwen3Config(**WIDE),
+        DiffLlamaConfig(**GROUPED),
+        HrmTextConfig(
+            **{**SIZES, "initializer_range": 0.05, "num_hidden_layers": 3},
+            H_cycles=1,
+            L_cycles=2,
+            num_layers_per_stack=1,
+        ),
+        PhimoeConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
+        Qwen2MoeConfig(**GROUPED, **SPARSE, use_sliding_window=True, sliding_window=8),
+        Llama4TextConfig(**WIDE, num_local_experts=2, intermediate_size_mlp=48, attention_chunk_size=8),
+        GptOssConfig(**WIDE, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
+        DeepseekV3Config(
+            **SIZES,
+            **LATENT,
+            num_key_value_heads=4,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+        ),
+        MiniCPM3Config(**SIZES, **LATENT, num_key_value_heads=4),
+        NemotronConfig(**GROUPED),
+        Phi3Config(**GROUPED, rope_parameters=dict(LONGROPE), original_max_position_embeddings=48),
     ],
-    ids=["windows-and-softcaps", "query-norms"],
+    ids=lambda config: config.model_type,
 )
 def test_other_architectures(config: Any) -> None:
-    torch.manual_seed(0)
     # The attention with softcaps is exact in transformers' eager form only.
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    nesting = Nesting([1, 2, 4])
-    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=nesting.lora_alpha, target_modules="all-linear"))
-    for name, parameter in peft.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    adapter = nest(peft.eval(), nesting)
-    model.generation_config.eos_token_id = 2
+    adapter = tiny_adapter(config)
     draw = random.Random(3)
     shared = tokens(draw, 20)
     prompts = [[*(shared if n % 2 else ()), *tokens(draw, 3 + n)] for n in range(6)]
@@ -259,6 +290,38 @@ def test_what_cannot_be_answered_is_said_before_anything_runs() -> None:
         Engine(ADAPTER, TOKENIZER, 0)
     assert engine.generate([], 1) == []
     assert engine.loglikelihood([], 1) == []
+
+
+def test_requests_beyond_the_switch_of_longrope_are_refused() -> None:
+    """There, a neighbour's length would change an answer: with transformers' own forward of a padded batch it does."""
+    config = Phi3Config(**GROUPED, rope_parameters=dict(LONGROPE), original_max_position_embeddings=32)
+    adapter = tiny_adapter(config)
+    draw = random.Random(5)
+    engine, short, long = Engine(adapter, TOKENIZER), tokens(draw, 8), tokens(draw, 30)
+    found = engine.loglikelihood([(short, [5]), (long, [6, 7])], 4)
+    assert found[0].logprob == pytest.approx(likelihood_alone(adapter, short, [5], 4)[0], abs=1e-4)
+    assert found[1].logprob == pytest.approx(likelihood_alone(adapter, long, [6, 7], 4)[0], abs=1e-4)
+    with pytest.raises(MatryoshkaError, match=r"have 33 tokens, and from 32 on .*longrope.*export the ranks"):
+        engine.loglikelihood([(short, [5]), (long, [6, 7, 8, 9])], 4)
+    with pytest.raises(MatryoshkaError, match=r"prompt and 3 new tokens need 33 tokens.*longrope"):
+        engine.generate([long], 4, 3)
+    ids = torch.tensor([[*short, *[0] * 25], [*long, 6, 7, 8]])
+    with torch.no_grad():
+        alone_, padded = adapter.model(input_ids=ids[:1, :8]).logits[0, -1], adapter.model(input_ids=ids).logits[0, 7]
+    assert (alone_ - padded).abs().max() > 0.1
+
+
+def test_the_attention_of_each_part_of_a_model_is_put_back() -> None:
+    config = Gemma3Config(text_config=Gemma3TextConfig(**WIDE), vision_config={"num_hidden_layers": 1})
+    config.vision_config._attn_implementation, config.text_config._attn_implementation = "sdpa", "eager"
+    model = Gemma3ForConditionalGeneration(config)
+    before = {name: part.config._attn_implementation for name, part in model.named_modules() if hasattr(part, "config")}
+    assert {"sdpa", "eager"} <= set(before.values())
+    with row_attention(model):
+        pass
+    assert before == {
+        name: part.config._attn_implementation for name, part in model.named_modules() if hasattr(part, "config")
+    }
 
 
 def test_a_model_whose_rows_cannot_share_a_batch() -> None:

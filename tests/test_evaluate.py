@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import nested_llama, tiny_llama
+from conftest import lora_config, nested_llama, randomize, tiny_llama
 from datasets import Dataset
+from peft import get_peft_model
 from tiny_chat import tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
 from matryoshka_lora.evaluation import (
     Curve,
     Evaluation,
@@ -27,20 +28,31 @@ from matryoshka_lora.evaluation import (
     compare,
     evaluate_base,
     evaluate_ranks,
+    in_words,
     print_tables,
-    reading,
     rows_from,
     score,
     write_evaluation,
 )
+from matryoshka_lora.engine.engine import Engine
 from matryoshka_lora.data.questions import tokenize
+from matryoshka_lora.evaluation.reading import find_evaluation, read_evaluation, read_measured
 from matryoshka_lora.evaluation.scoring import EXTRA_TOKENS
+from matryoshka_lora.evaluation.select import Wish, choose
+from matryoshka_lora.models import load_tokenizer
 from matryoshka_lora.data.tasks import get_task
 
 EXACT = ExactMatch("words")
 ROWS = [
     Row([{"role": "user", "content": prompt}], [{"role": "assistant", "content": answer}])
     for prompt, answer in (("a", "no"), ("how much?", "12"), ("which of the three is it?", "b"), ("x y", "yes"))
+]
+MERGED = [
+    Row("Answer: ", "four"),  # SmolLM2 writes " four" as one token
+    Row("say: ", "xy"),
+    Row("z", "z"),  # of the whole's first token, nothing is predicted
+    Row("two\n", "\nlines"),
+    Row("the end ", " of it"),
 ]
 TEXTS = [Row("1 + 1 = ", "2"), Row("the capital of France is ", "Paris"), Row("z", "z z z")]
 
@@ -111,11 +123,28 @@ def test_a_template_that_opens_answers_otherwise_than_it_writes_them(tokenizer: 
     assert found.nll == only(model, tokenizer, EXACT, ROWS).nll
 
 
-@pytest.mark.parametrize("rows", [ROWS, TEXTS], ids=["chat", "text"])
-def test_tokens_and_loss_are_those_of_trl(tokenizer: Any, rows: list[Row], tmp_path: Path) -> None:
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny one, where ": x" is a token: the end of a prompt and the begin of an answer."""
+    merging = tiny_tokenizer()
+    merging.add_tokens([": x", "zz"])
+    return merging
+
+
+@pytest.mark.parametrize("rows", [ROWS, TEXTS, MERGED], ids=["chat", "text", "merged"])
+@pytest.mark.parametrize("name", ["characters", "merging", "smollm2"])
+def test_tokens_and_loss_are_those_of_trl(name: str, rows: list[Row], tmp_path: Path) -> None:
+    """Of `score`, and of the harness's task that ``matryoshka eval`` makes of rows."""
     from trl import SFTConfig, SFTTrainer
 
-    model = chat_model().float()
+    from matryoshka_lora.evaluation.harness import judge
+    from matryoshka_lora.evaluation.questions_task import QuestionsTask
+    from matryoshka_lora.evaluation.store import Store
+
+    tokenizer = {"characters": tiny_tokenizer, "merging": merging_tokenizer, "smollm2": load_tokenizer}[name]()
+    nesting = Nesting([1, 2, 4])
+    model: Any = get_peft_model(tiny_llama(3, vocab_size=len(tokenizer)), lora_config(nesting))
+    randomize(model)
+    adapter = nest(model.eval(), nesting)
     data = Dataset.from_list([{"prompt": row.prompt, "completion": row.completion} for row in rows])
     arguments = SFTConfig(
         output_dir=str(tmp_path), per_device_eval_batch_size=8, report_to="none", bf16=False, use_cpu=True
@@ -124,9 +153,12 @@ def test_tokens_and_loss_are_those_of_trl(tokenizer: Any, rows: list[Row], tmp_p
     for row, trained in zip(rows, trainer.train_dataset, strict=True):
         tokens = tokenize(tokenizer, row)
         assert tokens.context + tokens.completion == list(trained["input_ids"])
-        assert [-100] * len(tokens.context) + tokens.completion == list(trained["labels"])
+        labels = [-100] * len(tokens.context) + tokens.completion
+        assert labels[1:] == list(trained["labels"])[1:]  # nothing predicts the first token
     loss = trainer.evaluate()["eval_loss"]
     assert only(model, tokenizer, EXACT, rows).loss == pytest.approx(loss, rel=1e-4)
+    judged = judge(Engine(adapter, tokenizer), [QuestionsTask(EXACT, rows, tokenizer)], [4], Store(None, {}))
+    assert judged.results[4]["results"]["words"]["loss,none"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_an_answer_ends_where_the_references_end(tokenizer: Any) -> None:
@@ -138,14 +170,21 @@ def test_an_answer_ends_where_the_references_end(tokenizer: Any) -> None:
     assert stopped == only(model, tokenizer, EXACT, ROWS).answers
 
 
-def test_a_models_own_generation_settings_do_not_bend_the_answers(tokenizer: Any) -> None:
+def test_a_models_own_generation_settings_bend_the_answers_as_those_of_transformers(tokenizer: Any) -> None:
     model = chat_model()
     plain = only(model, tokenizer, EXACT, ROWS).answers
     settings = model.get_base_model().generation_config
-    settings.repetition_penalty = 5.0
     settings.do_sample = True
     settings.temperature = 9.0
+    settings.top_p = 0.5
     assert only(model, tokenizer, EXACT, ROWS).answers == plain
+    settings.repetition_penalty = 5.0
+    bent = only(model, tokenizer, EXACT, ROWS).answers
+    assert list(bent) == one_by_one(model, tokenizer, ROWS)[1]
+    assert bent != plain
+    settings.no_repeat_ngram_size = 2
+    with pytest.raises(MatryoshkaError, match=r"generation config sets no_repeat_ngram_size to 2.*generation_config.j"):
+        only(model, tokenizer, EXACT, ROWS)
 
 
 def test_the_mode_of_every_module_is_restored(tokenizer: Any) -> None:
@@ -300,6 +339,32 @@ def test_the_file_has_the_agreed_form(tmp_path: Path) -> None:
     assert int.from_bytes(png[16:20], "big") >= 1200
 
 
+def test_select_reads_what_the_demo_writes(tmp_path: Path) -> None:
+    """One of the curves, in the form that `matryoshka eval` gives to its own."""
+    evaluation = made_evaluation(other=made_curve([9, 9, 9]), mine=made_curve([2, 6, 5]))
+    questions = [Row(f"question {number}", "aunt") for number in range(10)]
+    adapter = {"name": "mine", "path": "runs/demo/adapter"}
+    deployed = evaluation.deployed("mine", adapter, sizes=[100, 200, 400], latencies=[1.0, 2.0, 4.0])
+    write_evaluation(evaluation, tmp_path, deployed, evaluation.examples("mine", questions))
+    name, measured = read_measured(find_evaluation(tmp_path))
+    assert (name, measured.metric, measured.items) == ("t", "accuracy,none", 10)
+    assert (measured.ranks, measured.bytes, measured.latency_ms) == ([1, 2, 4], [100, 200, 400], [1.0, 2.0, 4.0])
+    assert measured.values == [0.2, 0.6, 0.5]
+    # The standard error of a share as the harness has it, with n - 1.
+    assert measured.errors == pytest.approx([math.sqrt(p * (1 - p) / 9) for p in measured.values])
+    assert measured.by_question[2] == [1.0] * 6 + [0.0] * 4
+    found = measured.difference(2, 4)
+    assert found is not None
+    assert found.paired
+    assert choose(measured, Wish(max_bytes=200)).rank == 2
+    data = read_evaluation(tmp_path / "evaluation.json")
+    assert list(data["curves"]) == ["other", "mine"]
+    assert data["tasks"]["t"]["metrics"]["loss,none"]["base"] == {"value": 2.0, "stderr": None}
+    lines = [json.loads(line) for line in (tmp_path / "examples.jsonl").read_text().splitlines()]
+    assert lines[0]["prompt"] == "question 0"
+    assert lines[0]["metrics"]["accuracy,none"] == {"0": 1.0, "1": 1.0, "2": 1.0, "4": 1.0}
+
+
 def test_results_that_cannot_be_written_say_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(MatryoshkaError, match="a file stands where a folder is needed"):
@@ -344,8 +409,8 @@ def test_losses_are_compared_question_by_question() -> None:
 def test_the_reading_follows_the_numbers() -> None:
     best, close, far = made_curve([80] * 3, of=100), made_curve([79] * 3, of=100), made_curve([10] * 3, of=100)
     low = Curve(far.ranks, tuple(replace(scores, nll=(1.0,) * 100, loss=0.5) for scores in far.scores))
-    text = reading(made_evaluation(far=low, best=best, close=close))
+    text = in_words(made_evaluation(far=low, best=best, close=close))
     assert "By accuracy, best is best, with AURAC (log2) 80.0 %: ahead of far (+70.0 ± 9.2)" in text
     assert "not surely ahead of close (+1.0 ± 2.0)" in text
     assert "By loss, far is best, with 0.500 in the mean over the ranks: ahead of best (-0.500 ± 0.000)" in text
-    assert reading(made_evaluation(far=far)) == "far has AURAC 10.0 %."
+    assert in_words(made_evaluation(far=far)) == "far has AURAC 10.0 %."

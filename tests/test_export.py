@@ -8,22 +8,25 @@ import json
 import re
 import shlex
 import shutil
+import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import oracle
 import pytest
 import torch
 from conftest import LINEAR_LAYERS, randomize, tiny_llama
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from safetensors.torch import load_file
 from test_strangers import deltas, output, plain_adapter
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
 
-from matryoshka_lora import MatryoshkaError, load
+from matryoshka_lora import MatryoshkaError, Nesting, load, nest
 from matryoshka_lora.adapter import read_adapter
 from matryoshka_lora.formats.opened import Layer, open_adapter
 from matryoshka_lora.serving import export as exports
@@ -31,7 +34,7 @@ from matryoshka_lora.serving.budget import choose_ranks
 from matryoshka_lora.serving.ladder import VLLM_RANKS
 from matryoshka_lora.serving.reorder import reorder_adapter
 from matryoshka_lora.formats.spectra import Spectra, read_spectra
-from matryoshka_lora.serving.verify import use_ranks
+from matryoshka_lora.serving.verify import probe_logits, use_ranks
 
 SMALL = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 
@@ -139,6 +142,47 @@ def test_plain_peft_reads_ranks_per_layer(nested: Path, tmp_path: Path, budget: 
         assert len(set(choice.ranks.values())) > 2
 
 
+class NamesLikeOthers(nn.Module):
+    """Names that end like others, and one in which another's dot stands for a letter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(6, 5)
+        self.sub = nn.ModuleDict({"fc": nn.Linear(6, 5), "sub": nn.ModuleDict({"fc": nn.Linear(6, 5)})})
+        self.subxfc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) + self.sub["fc"](x) + self.sub["sub"]["fc"](x) + self.subxfc(x)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_ranks_of_layers_whose_names_end_alike(tmp_path: Path, pad: bool) -> None:
+    names = ("fc", "sub.fc", "sub.sub.fc", "subxfc")
+    config = LoraConfig(r=3, lora_alpha=3, target_modules=["fc", "subxfc"])
+    model = get_peft_model(NamesLikeOthers(), config)
+    randomize(model)
+    adapter = nest(model, Nesting([1, 3]))
+    adapter.reorder()
+    adapter.save(tmp_path / "nested")
+    whole = load_file(tmp_path / "nested" / "adapter_model.safetensors")
+    for ranks in list(itertools.product((0, 1, 2, 3), repeat=4))[1::19]:
+        own = dict(zip(names, ranks, strict=True))
+        exports.export_peft(exports.cut(tmp_path / "nested", own, pad), tmp_path / "out", None, overwrite=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            plain = PeftModel.from_pretrained(NamesLikeOthers(), tmp_path / "out")
+        found = deltas(plain)
+        for name, rank in own.items():
+            A, B = (whole[f"base_model.model.{name}.lora_{factor}.weight"].double() for factor in "AB")
+            wanted = B[:, :rank] @ A[:rank]
+            torch.testing.assert_close(found.get(name, torch.zeros(5, 6).double()), wanted, rtol=1e-5, atol=1e-6)
+            stored = plain.get_submodule(f"base_model.model.{name}").r["default"] if name in found else 0
+            # A layer that is left out has a column of zeros where its name ends like one that is not.
+            needless = int(any(own[other] and name.endswith(f".{other}") for other in names))
+            assert stored == (max(ranks) if pad else rank or needless), (ranks, name)
+
+
 def test_ranks_per_layer_need_a_reordered_adapter(tmp_path: Path, nested: Path) -> None:
     adapter = load(tiny_llama(), nested)
     adapter.save(tmp_path / "raw")
@@ -173,6 +217,127 @@ def test_what_computes_something_else_is_not_put_into_place(nested: Path, tmp_pa
     assert (tmp_path / "there" / kind).exists()
 
 
+@dataclass(frozen=True)
+class Wrong(exports.Cut):
+    """A cut that writes another one than it says."""
+
+    other: exports.Cut | None = None
+
+    def write(self, folder: Path, home: Path | None = None) -> None:
+        assert self.other is not None
+        self.other.write(folder, home)
+
+
+def with_tensors(cut: exports.Cut, change: Callable[[str, Tensor], Tensor | None]) -> exports.Cut:
+    changed = {key: change(key, tensor) for key, tensor in cut.tensors.items()}
+    return replace(cut, tensors={key: tensor for key, tensor in changed.items() if tensor is not None})
+
+
+def times(factor: float, layer: str, cut: exports.Cut) -> exports.Cut:
+    return with_tensors(cut, lambda key, t: t * factor if f"{layer}.lora_B" in key else t)
+
+
+def without(layer: str, cut: exports.Cut) -> exports.Cut:
+    return with_tensors(cut, lambda key, t: None if f"{layer}.lora_" in key else t)
+
+
+FAULTS: dict[str, Callable[[exports.Cut], exports.Cut]] = {
+    "a layer left out": lambda cut: without("layers.1.mlp.up_proj", cut),
+    "a layer left out that does little": lambda cut: without("layers.0.self_attn.k_proj", cut),
+    "scaled by 1.1": lambda cut: times(1.1, "_proj", cut),
+    "one layer scaled by 0.9": lambda cut: times(0.9, "layers.1.mlp.up_proj", cut),
+    "a rank less": lambda cut: replace(cut, ranks=3),
+    "a rank more": lambda cut: replace(cut, ranks=5),
+    "its last direction zero": lambda cut: with_tensors(
+        cut, lambda key, t: t * (torch.arange(t.shape[1]) != 3) if "lora_B" in key else t
+    ),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(scope="module")
+def in_dtypes(nested: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
+    """The adapter with factors in each dtype, one of whose layers hardly does anything."""
+    folder = tmp_path_factory.mktemp("dtypes")
+    adapter = load(tiny_llama(), nested)
+    with torch.no_grad():
+        layer = "base_model.model.model.layers.0.self_attn.k_proj"
+        adapter.model.get_parameter(f"{layer}.lora_B.default.weight").mul_(1e-3)
+    adapter.save(folder / "whole")
+    for dtype in DTYPES:
+        reorder_adapter(folder / "whole", folder / str(dtype), dtype=dtype)
+    return {dtype: folder / str(dtype) for dtype in DTYPES}
+
+
+def stored_in(dtype: torch.dtype) -> exports.Base:
+    return lambda asked: tiny_llama().to(dtype).to(asked or dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", WRITERS)
+def test_no_fault_passes_for_rounding(
+    in_dtypes: dict[torch.dtype, Path], tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    """In no dtype of the factors, nor of the base model."""
+
+    def write(cut: exports.Cut) -> Any:
+        if kind == "merged":
+            return exports.export_merged(cut, tmp_path / kind, stored_in(dtype))
+        return WRITERS[kind](cut, tmp_path / kind)
+
+    cut = exports.cut(in_dtypes[dtype], 4)
+    if kind != "ladder":  # of which the ranks are given
+        for name, fault in FAULTS.items():
+            with pytest.raises(MatryoshkaError, match="computes something else"):
+                write(Wrong(**vars(cut), other=fault(cut)))
+            assert list(tmp_path.iterdir()) == [], name
+    verified = write(cut)
+    for found in verified.values() if kind == "ladder" else [verified]:
+        assert found.share < (1e-4 if dtype == torch.float32 else 0.2 if kind == "merged" else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_what_is_reported_of_a_merge_is_what_rounding_does(nested: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    stored = stored_in(dtype)
+    cut = exports.cut(nested, 4)
+    verified = exports.export_merged(cut, tmp_path / "merged", stored)
+    exact = oracle.fold(stored(torch.float32), cut.tensors, oracle.prefix_p([8], 4))
+    rounded = copy.deepcopy(exact).to(dtype)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for name, parameter in merged.named_parameters():
+        # Now and then a sum lies in the middle between two numbers, and the other one is taken.
+        assert (parameter != rounded.get_parameter(name)).float().mean() < 1e-3, name
+    wanted, found, before = (probe_logits(model.float()) for model in (exact, rounded, stored(None)))
+    assert verified is not None
+    assert verified.share == pytest.approx(float((found - wanted).norm() / (wanted - before).norm()), rel=0.02)
+
+
+def test_a_merge_that_rounding_undoes_is_refused(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=4, target_modules=LINEAR_LAYERS))
+    randomize(model, size=0.006)
+    model.save_pretrained(tmp_path / "plain")
+    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
+    cut = exports.cut(tmp_path / "nested", 4)
+    with pytest.raises(MatryoshkaError, match=r"rounding its weights to torch\.bfloat16 takes too much"):
+        exports.export_merged(cut, tmp_path / "merged", stored_in(torch.bfloat16))
+    assert not (tmp_path / "merged").exists()
+    verified = exports.export_merged(cut, tmp_path / "merged", base)
+    assert verified is not None
+    assert verified.share < 1e-2
+
+
+def test_a_merge_that_does_not_fit_its_dtype_is_refused(nested: Path, tmp_path: Path) -> None:
+    def stored(asked: torch.dtype | None) -> Any:
+        model = tiny_llama()
+        model.model.layers[0].mlp.up_proj.weight.data.fill_(65504.0)
+        return model.half().to(asked or torch.float16)
+
+    huge = times(10_000, "up_proj", exports.cut(nested, 4))
+    with pytest.raises(MatryoshkaError, match=r"up_proj\.weight is too large for torch\.float16"):
+        exports.export_merged(huge, tmp_path / "merged", stored, verify=False)
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.mark.parametrize("kind", ["peft", "merged", "ladder"])
 def test_the_adapter_is_not_written_over_by_its_export(nested: Path, kind: str) -> None:
     before = {file.name: file.read_bytes() for file in nested.iterdir() if file.is_file()}
@@ -193,11 +358,11 @@ def test_an_export_over_another_leaves_nothing_of_it(nested: Path, tmp_path: Pat
     for first, second in ((nested, other), (other, nested)):
         place = tmp_path / f"over-{first.name}"
         shutil.copytree(first, place, dirs_exist_ok=True)
-        exports.export_directions(exports.cut(second, 8), place)
+        exports.export_directions(exports.cut(second, 8), place, overwrite=True)
         for found, wanted in zip(read_adapter(place)[2].items(), read_adapter(second)[2].items(), strict=True):
             assert found[0] == wanted[0]
             assert found[1].equal(wanted[1])
-        exports.export_peft(exports.cut(first, 8), place, base)
+        exports.export_peft(exports.cut(first, 8), place, base, overwrite=True)
         assert not (place / "directions.safetensors").exists()
         assert open_adapter(place).state is None
 
@@ -293,7 +458,9 @@ def test_a_tied_weight_that_no_merge_changes_is_an_error(tmp_path: Path) -> None
     cut = exports.cut(tmp_path / "nested", 8)
     zero = replace(cut, tensors={key: tensor * (".lora_" not in key) for key, tensor in cut.tensors.items()})
     with pytest.raises(MatryoshkaError, match="merging changed none of the weights"):
-        exports.export_merged(zero, tmp_path / "merged", lambda dtype: tiny_llama(tie_word_embeddings=True))
+        exports.export_merged(
+            zero, tmp_path / "merged", lambda dtype: tiny_llama(tie_word_embeddings=True), verify=False
+        )
     assert not (tmp_path / "merged").exists()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import lm_eval
 import lm_eval.evaluator
 import pytest
+import torch
 import yaml
 from conftest import lora_config, nested_llama, randomize, tiny_llama
 from lm_eval.evaluator import simple_evaluate
@@ -25,17 +26,19 @@ from lm_eval.tasks import TaskManager
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_chat import save_tiny_chat
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
 from matryoshka_lora.adapter import read_adapter
 from matryoshka_lora.evaluation import selection
+from matryoshka_lora.evaluation import settings as generation_settings
 from matryoshka_lora.evaluation.cost import adapter_bytes, token_latency
 from matryoshka_lora.engine.engine import Engine
 from matryoshka_lora.evaluation.harness import judge
 from matryoshka_lora.data.questions import ExactMatch, Row
 from matryoshka_lora.evaluation.questions_task import QuestionsTask
-from matryoshka_lora.evaluation.results import Results, weights_hash
+from matryoshka_lora.evaluation.reading import weights_hash
+from matryoshka_lora.evaluation.results import Results
 from matryoshka_lora.evaluation.scoring import score
 from matryoshka_lora.evaluation.selection import Preset, Selected, select
 from matryoshka_lora.evaluation.store import Store, request_key
@@ -411,14 +414,100 @@ def test_tasks_that_cannot_be_run(tmp_path: Path, adapter: NestedAdapter, tokeni
         run(task("empty", rows=[]))
     with pytest.raises(MatryoshkaError, match="decodes greedily"):
         run(task("sampling", generation_kwargs={"do_sample": True, "until": ["x"]}))
-    with pytest.raises(MatryoshkaError, match="generation settings that the engine does not know: top_k"):
-        run(task("unknown", generation_kwargs={"top_k": 3, "until": ["x"]}))
+    for name, value in {"num_beams": 2, "no_repeat_ngram_size": 1, "min_new_tokens": 1, "bad_words_ids": [[5]]}.items():
+        with pytest.raises(MatryoshkaError, match=f"task searching sets {name} to .*its generation_kwargs, or export"):
+            run(task("searching", generation_kwargs={name: value, "until": ["x"]}))
+    with pytest.raises(MatryoshkaError, match="task unknown sets topk, which is no setting of greedy decoding"):
+        run(task("unknown", generation_kwargs={"topk": 3, "until": ["x"]}))
     with pytest.raises(MatryoshkaError, match=r"is too long.*few-shot"):
         run(task("long", generation_kwargs={"max_gen_toks": 5000, "until": ["x"]}))
     broken = tmp_path / "broken.yaml"
     broken.write_text("task: broken\ndataset_path: json\n")
     with pytest.raises(MatryoshkaError, match=r"task .* cannot be loaded"):
         run(str(broken))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False, "temperature": 0.7, "top_p": 0.9, "top_k": 3, "num_beams": 1, "no_repeat_ngram_size": 0},
+        {"temperature": 0.0, "length_penalty": 2.0},
+        {"repetition_penalty": 1.7},
+        {"max_new_tokens": 7},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+@pytest.mark.parametrize("own", [{}, {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.3}])
+def test_a_tasks_generation_settings_are_heeded_on_top_of_the_models(
+    settings: dict[str, Any], own: dict[str, Any], base: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    nesting = Nesting(RANKS)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora_config(nesting))
+    randomize(model, size=1.0)
+    adapter = nest(model.eval(), nesting)
+    adapter.export(tmp_path / "4", 4)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "4").eval()
+    for each in (adapter.model.get_base_model(), plain.get_base_model()):
+        each.generation_config.update(**own)
+    file = write_task(
+        tmp_path,
+        "mine",
+        [{"text": word} for word in WORDS[:4]],
+        output_type="generate_until",
+        doc_to_text="{{text}}",
+        doc_to_target="x",
+        generation_kwargs={"until": ["x"], "max_gen_toks": 12, **settings}
+        if "max_new_tokens" not in settings
+        else {"until": ["x"], **settings},
+        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    )
+    judged = judge(Engine(adapter, tokenizer), select(file, tokenizer).tasks, [4], Store(None, {}))
+    assert_same(judged.results[4], by_the_harness(plain, tokenizer, select(file, tokenizer), None, batch_size=1))
+
+
+CHANGING = {
+    "num_beams": 3,
+    "no_repeat_ngram_size": 1,
+    "min_length": 4,
+    "min_new_tokens": 4,
+    "bad_words_ids": [[5]],
+    "suppress_tokens": [5],
+    "begin_suppress_tokens": [5],
+    "forced_eos_token_id": 0,
+    "exponential_decay_length_penalty": (2, 1.1),
+    "sequence_bias": [[[5], 2.0]],
+    "guidance_scale": 1.5,
+    "encoder_repetition_penalty": 1.5,
+    "stop_strings": ["a"],
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_what_would_change_a_greedy_answer_and_is_not_known_is_refused(name: str, tokenizer: Any) -> None:
+    adapter = nested_llama(Nesting([1, 2, 4]))
+    model: Any = adapter.model.get_base_model()
+    model.generation_config.update(**{name: CHANGING[name]})
+    with pytest.raises(MatryoshkaError, match=rf"config sets {name} to .*generation_config\.json, or export"):
+        Engine(adapter, tokenizer).generate([[5, 6]], 4, 4)
+    model.generation_config.update(**{name: GenerationConfig().to_dict()[name]})
+    assert Engine(adapter, tokenizer).generate([[5, 6]], 4, 4)
+
+
+def test_every_setting_of_transformers_is_refused_heeded_or_without_effect() -> None:
+    """A new version of transformers may bring a setting that nobody has looked at."""
+    without_effect = {
+        *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+        *("early_stopping", "length_penalty", "low_memory", "renormalize_logits", "remove_invalid_values"),
+        *("use_mtp", "use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"),
+        *("compile_config", "disable_compile", "continuous_batching_config", "return_dict_in_generate"),
+        *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "transformers_version"),
+        *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+        *("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind"),
+        *("target_lookbehind", "assistant_ensemble_weight", "speculation_type", "_from_model_config"),
+        *("pad_token_id", "bos_token_id", "decoder_start_token_id"),
+    }
+    heeded = {"repetition_penalty", "eos_token_id", "max_length", "max_new_tokens"}
+    assert set(GenerationConfig().to_dict()) - without_effect - heeded <= set(generation_settings._CHANGES)
 
 
 def without_latency(text: str) -> list[str]:
@@ -541,3 +630,50 @@ def test_the_package_imports_without_the_harness() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'matryoshka-lora[eval]'" in found.stdout
+
+
+TIED = {
+    "whole-embeddings": {"modules_to_save": ["embed_tokens"]},
+    "whole-head": {"modules_to_save": ["lm_head"]},
+    "lora-on-the-head": {"target_modules": ["q_proj", "v_proj", "lm_head"]},
+    "lora-on-the-embeddings": {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
+    "lora-on-both": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("lora", TIED.values(), ids=TIED)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_tied_embeddings_are_evaluated_as_peft_computes_them_and_left_as_they_were(lora: Any, tokenizer: Any) -> None:
+    nesting = Nesting(RANKS)
+    base = tiny_llama(vocab_size=len(tokenizer), tie_word_embeddings=True, max_position_embeddings=512)
+    base.generation_config.eos_token_id = tokenizer.eos_token_id
+    peft = get_peft_model(base, lora_config(nesting, **lora))
+    randomize(peft)
+    for number, (name, parameter) in enumerate(peft.named_parameters()):
+        if "modules_to_save" in name:
+            torch.manual_seed(number)
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapter = nest(peft.eval(), nesting)
+    weights = {name: (value.data_ptr(), value.clone()) for name, value in adapter.model.state_dict().items()}
+    pad = tokenizer.pad_token
+    rows = [Row(f"{word} is", f" {word[::-1]}") for word in WORDS]
+    asked = [*([0] if adapter.has_base else []), *RANKS]
+    found = judge(
+        Engine(adapter, tokenizer), [QuestionsTask(ExactMatch("mine"), rows, tokenizer)], asked, Store(None, {})
+    )
+    for name, value in adapter.model.state_dict().items():
+        assert value.data_ptr() == weights[name][0]
+        assert torch.equal(value, weights[name][1])
+    assert tokenizer.pad_token == pad
+    for rank in asked:
+        loss = torch.tensor(0.0, dtype=torch.float64)
+        count = 0
+        for row in rows:
+            prompt = tokenizer(row.prompt)["input_ids"]
+            whole = tokenizer(str(row.prompt) + str(row.completion) + tokenizer.eos_token)["input_ids"]
+            with torch.no_grad(), adapter.rows([rank]):
+                logprobs = adapter.model(input_ids=torch.tensor([whole])).logits[0].double().log_softmax(-1)
+            answer = range(len(prompt), len(whole))
+            loss -= sum(logprobs[place - 1, whole[place]] for place in answer)
+            count += len(answer)
+        assert found.results[rank]["results"]["mine"]["loss,none"] == pytest.approx(float(loss / count), abs=1e-4)

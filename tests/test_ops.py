@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -174,4 +176,21 @@ def test_what_a_hook_has_packed_is_not_unpacked_before_the_backward_pass() -> No
         assert unpacked
         unpacked.clear()
     for ours, plain in zip(*found, strict=True):
+        assert (ours - plain).norm() <= 1e-12 * plain.norm()
+
+
+@pytest.mark.parametrize("tokens", [(ROWS, TOKENS), (ROWS,)])
+def test_a_model_may_change_the_output_in_place(tokens: tuple[int, ...]) -> None:
+    """As Gemma3n does with the coefficients of its residual streams."""
+    arguments = case(torch.float64, per_row=False, bias=True)
+    arguments[0] = torch.randn(*tokens, IN, dtype=torch.float64, requires_grad=True)
+
+    def changed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *given: function(*given).mul_(3.0).add_(1.0)
+
+    for ours, plain in zip(
+        outputs(changed(low_rank_linear), arguments),
+        outputs(changed(low_rank_linear_reference), arguments),
+        strict=True,
+    ):
         assert (ours - plain).norm() <= 1e-12 * plain.norm()

@@ -8,16 +8,18 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import oracle
 import pytest
 import torch
-from conftest import OneLayer, lora_config, nested_layer, nested_llama, one_layer, randomize, tiny_llama
+from conftest import NestedLayer, OneLayer, lora_config, nested_layer, nested_llama, one_layer, randomize, tiny_llama
+from packaging.version import Version
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
-from peft.tuners.lora.config import KasaConfig, VeloraConfig
+from peft.tuners.lora import config as lora_configs
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -240,6 +242,56 @@ def test_merge_merges_only_the_nested_adapter() -> None:
     adapter.unmerge()
 
 
+@pytest.mark.parametrize("order", [["default", "plain"], ["plain", "default"]], ids=str)
+@pytest.mark.parametrize("kind", list(oracle.KINDS))
+def test_unmerge_takes_out_only_the_nested_adapter(kind: str, order: list[str]) -> None:
+    nested = nested_layer(kind, NESTING)
+    model, layer = nested.adapter.model, nested.layer
+    model.add_adapter("plain", lora_config(NESTING, target_modules=["layer"], fan_in_fan_out=kind == "Conv1D"))
+    model.double()
+    randomize(model, seed=3)
+    weight = layer.base_layer.weight
+    base = weight.detach().clone()
+    model.merge_adapter(adapter_names=["plain"])
+    with_plain = weight.detach().clone()
+    model.unmerge_adapter()
+    for name in order:
+        if name == "default":
+            nested.adapter.merge(2)
+        else:
+            model.merge_adapter(adapter_names=[name])
+    assert layer.merged_adapters == order
+    nested.adapter.unmerge()
+    assert layer.merged_adapters == ["plain"]
+    torch.testing.assert_close(weight.detach(), with_plain, rtol=1e-12, atol=1e-12)
+    assert (with_plain - base).abs().max() > 0.01
+    nested.adapter.unmerge()  # nothing of it is merged
+    assert layer.merged_adapters == ["plain"]
+    model.unmerge_adapter()
+    torch.testing.assert_close(weight.detach(), base, rtol=1e-12, atol=1e-12)
+
+
+def test_unmerge_from_under_another_kind_of_adapter_is_refused() -> None:
+    """DoRA scales the weights that it finds, and with them what was merged before."""
+    nested = nested_layer("Linear", NESTING)
+    model, layer = nested.adapter.model, nested.layer
+    model.add_adapter("dora", lora_config(NESTING, target_modules=["layer"], use_dora=True))
+    model.double()
+    randomize(model, seed=3)
+    nested.adapter.merge(2)
+    model.merge_adapter(adapter_names=["dora"])
+    before = layer.base_layer.weight.detach().clone()
+    with pytest.raises(MatryoshkaError, match="'dora' is of another kind and was merged on top of 'default'"):
+        nested.adapter.unmerge()
+    assert torch.equal(layer.base_layer.weight, before)
+    assert layer.merged_adapters == ["default", "dora"]
+    model.unmerge_adapter()
+    model.merge_adapter(adapter_names=["dora"])
+    nested.adapter.merge(2)
+    nested.adapter.unmerge()  # from above it
+    assert layer.merged_adapters == ["dora"]
+
+
 @pytest.mark.parametrize("kind", list(oracle.KINDS))
 def test_disabled_merged_and_second_adapters_count_in_training_too(kind: str) -> None:
     nested = nested_layer(kind, NESTING)
@@ -290,6 +342,224 @@ def test_two_nested_adapters_have_ranks_of_their_own() -> None:
     first.reorder()
     assert not second.reordered
     torch.testing.assert_close(get_peft_model_state_dict(model, adapter_name="second"), tensors[1], rtol=0, atol=0)
+
+
+def test_an_adapter_that_peft_makes_anew_is_plain_until_it_is_nested_again() -> None:
+    """As it does for an adapter name that its layers already have."""
+    adapter = nested_llama(NESTING)
+    base = adapter.model.get_base_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = get_peft_model(base, lora_config(NESTING))
+    randomize(again)
+    with pytest.raises(MatryoshkaError, match="no nested adapter 'default'"):
+        adapter.set_rank(1)
+    with pytest.raises(MatryoshkaError, match="no nested adapter 'default'"):
+        NestedAdapter(again)
+    assert torch.equal(logits(again.eval()), logits(plain_llama()))
+    nest(again, NESTING).set_rank(1)
+    assert not torch.equal(logits(again), logits(plain_llama()))
+
+
+@pytest.mark.parametrize("kind", list(oracle.KINDS))
+def test_each_kind_of_layer_may_be_made_anew(kind: str) -> None:
+    nested = nested_layer(kind, NESTING)
+    made_anew(nested.adapter, ["layer"], fan_in_fan_out=kind == "Conv1D")
+    nested.adapter.model.double()
+    randomize(nested.adapter.model)
+    p = torch.full((8,), NESTING.scale(8), dtype=torch.float64)
+    x = nested.kind.batch(3)
+    torch.testing.assert_close(nested.layer(x), nested.expected(p, x), rtol=1e-12, atol=1e-12)
+
+
+def test_an_adapter_that_is_plain_in_some_layers_is_no_nested_one() -> None:
+    adapter = nested_llama(NESTING)
+    made_anew(adapter, ["1.mlp.up_proj"])
+    for use in (lambda: adapter.set_rank(1), lambda: adapter.draw(0), lambda: NestedAdapter(adapter.model)):
+        with pytest.raises(MatryoshkaError, match=r"'default' anew in layer .*1\.mlp\.up_proj .*: call nest\(\) again"):
+            use()
+    nest(adapter.model, NESTING).set_rank(1)
+
+
+def made_anew(adapter: NestedAdapter, targets: list[str], **lora: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        get_peft_model(adapter.model.get_base_model(), lora_config(NESTING, target_modules=targets, **lora))
+
+
+# PEFT's functions that read the factors.
+
+COMBINATIONS = ["cat", "svd", "linear", "ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd"]
+
+
+def combined(model: Any, combination: str) -> Tensor:
+    density = {"density": 0.6} if combination not in ("cat", "svd", "linear") else {}
+    model.add_weighted_adapter(["default", "plain"], [0.7, -0.4], "both", combination, **density)
+    model.set_adapter("both")
+    return logits(model)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+@pytest.mark.parametrize("inference", ["prefix", "keep"])
+def test_sums_of_adapters_are_those_of_the_exported_rank(combination: str, inference: Any, tmp_path: Path) -> None:
+    """PEFT's result on plain adapters, of which one is an exported rank."""
+    targets = ["embed_tokens", "q_proj", "up_proj"]
+    results = {}
+    for rank in (2, 8):
+        adapter = nested_llama(NESTING, inference=inference, target_modules=targets)
+        model: Any = adapter.model
+        model.add_adapter("plain", lora_config(NESTING, target_modules=targets))
+        randomize(model, seed=7)
+        model.eval()
+        adapter.set_rank(rank)
+        adapter.export(tmp_path / str(rank), rank)
+        before = logits(model)
+        results[rank] = combined(model, combination)
+        model.set_adapter("default")
+        assert torch.equal(logits(model), before)
+        assert adapter.rank == rank
+
+        plain: Any = PeftModel.from_pretrained(tiny_llama(), tmp_path / str(rank))
+        widened(plain, 8)
+        plain.add_adapter("plain", lora_config(NESTING, target_modules=targets))
+        set_peft_model_state_dict(plain, get_peft_model_state_dict(model, adapter_name="plain"), adapter_name="plain")
+        torch.testing.assert_close(results[rank], combined(plain.eval(), combination), rtol=1e-3, atol=1e-3)
+    assert (results[2] - results[8]).abs().max() > 0.01
+
+
+def widened(model: Any, rank: int) -> None:
+    """Columns of zeros, since some of PEFT's sums are of adapters of one rank only."""
+    config = model.peft_config["default"]
+    own, scale = config.r, config.lora_alpha / config.r
+    wide = LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=config.target_modules)
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    model.delete_adapter("default")
+    model.add_adapter("default", wide)
+    padded = {}
+    for key, tensor in tensors.items():
+        A = "lora_A" in key or "embedding_A" in key
+        filling = (0, 0, 0, rank - own) if A else (0, rank - own)
+        padded[key] = nn.functional.pad(tensor, filling)
+    set_peft_model_state_dict(model, padded)
+
+
+def test_a_sum_with_an_rslora_adapter_has_the_scale_of_its_parts() -> None:
+    nesting = Nesting([1, 8], "sqrt", 16)
+    model: Any = one_layer("Linear", nesting, lora_alpha=16, use_rslora=True).eval()
+    nest(model, nesting)
+    x = oracle.KINDS["Linear"].batch(2)
+    layer = model.base_model.model.layer
+    own = layer(x) - layer.base_layer(x)
+    model.add_weighted_adapter(["default"], [1.0], "copy", "linear")
+    assert model.peft_config["default"].use_rslora
+    model.set_adapter("copy")
+    torch.testing.assert_close(layer(x) - layer.base_layer(x), own, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sum_of_an_adapter_with_itself() -> None:
+    nested = nested_layer("Linear", NESTING, inference="keep")
+    model, layer = nested.adapter.model.eval(), nested.layer
+    nested.adapter.set_rank(2)
+    x = nested.kind.batch(2)
+    own = layer(x) - layer.base_layer(x)
+    model.add_weighted_adapter(["default", "default"], [1.0, 2.0], "both", "cat")
+    model.set_adapter("both")
+    torch.testing.assert_close(layer(x) - layer.base_layer(x), 3 * own, rtol=1e-12, atol=1e-12)
+
+
+def test_a_sum_with_a_bare_parameter_is_refused_by_peft() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = lora_config(NESTING, target_modules=[], target_parameters=["layer.weight"])
+        model: Any = get_peft_model(Net(nn.Linear(6, 6)), config)
+    nest(model, NESTING)
+    with pytest.raises(ValueError, match=r"does not support targeting nn\.Parameter"):
+        model.add_weighted_adapter(["default"], [1.0], "copy", "cat")
+
+
+def test_a_sum_that_peft_refuses_changes_nothing() -> None:
+    adapter, model = two_adapters()
+    adapter.set_rank(2)
+    before = logits(model)
+    with pytest.raises(ValueError, match="must have the same r value"):
+        model.add_weighted_adapter(["default", "plain"], [1.0, 1.0], "both", "linear")
+    with pytest.raises(ValueError, match="nobody does not exist"):
+        model.add_weighted_adapter(["default", "nobody"], [1.0, 1.0], "both", "cat")
+    assert torch.equal(logits(model), before)
+    adapter.set_rank(8)
+    assert not torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("inference", ["prefix", "keep"])
+@pytest.mark.parametrize("rank", [2, 8])
+def test_conversion_by_peft_is_of_the_whole_adapter_or_refused(inference: Any, rank: int) -> None:
+    """It reads ``scale * B A``, which is what is computed at full rank without P alone."""
+    convert_to_lora = pytest.importorskip("peft.tuners.lora.conversion").convert_to_lora
+    reduce_intruder_dimension = pytest.importorskip("peft.tuners.lora.intruders").reduce_intruder_dimension
+    nested = nested_layer("Linear", NESTING, inference=inference)
+    nested.adapter.set_rank(rank)
+    reads = [
+        lambda: nested.layer.get_delta_weight("default"),
+        lambda: convert_to_lora(nested.adapter.model, rank=8)[1],
+        lambda: reduce_intruder_dimension(nested.adapter.model, logging_sink=None),
+    ]
+    if rank == 8 and inference == "prefix":
+        delta = nested.kind.delta(nested.layer.base_layer, *nested.factors, prefix(NESTING, 8))
+        torch.testing.assert_close(reads[0](), delta, rtol=1e-12, atol=1e-12)
+        found = reads[1]()
+        A, B = (next(value for key, value in found.items() if f"lora_{f}" in key) for f in "AB")
+        torch.testing.assert_close(B.double() @ A.double(), delta, rtol=1e-4, atol=1e-4)
+    else:
+        for read in reads:
+            with pytest.raises(MatryoshkaError, match=f"used otherwise .rank {rank}, inference '{inference}'.: export"):
+                read()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("own", [1, 8])
+def test_an_adapter_of_another_rank_in_its_place_is_refused(own: int, training: bool, tmp_path: Path) -> None:
+    """A diagonal of one number would silently stand before all columns."""
+    hotswap = pytest.importorskip("peft.utils.hotswap")
+    nesting = Nesting([own])
+    other = get_peft_model(tiny_llama(), LoraConfig(r=12, target_modules=["q_proj"]))
+    other.save_pretrained(tmp_path)
+    model = get_peft_model(tiny_llama(), lora_config(nesting, target_modules=["q_proj"]))
+    nest(model.train(training), nesting)
+    hotswap.hotswap_adapter(model, str(tmp_path), "default")
+    with pytest.raises(MatryoshkaError, match=f"nested at rank {own} and has rank 12 now: .*a name of its own"):
+        model(tokens())
+
+
+def test_pefts_names_of_classes_are_kept() -> None:
+    """PEFT compares some of them, and prints them all."""
+    nested, plain = nested_llama(NESTING, target_modules=["embed_tokens", "q_proj"]).model, plain_llama()
+    assert repr(nested.base_model.model.model.layers[0].self_attn.q_proj).startswith("lora.Linear(")
+    assert repr(nested.base_model.model.model.embed_tokens).startswith("lora.Embedding(")
+    assert [status.module_type for status in nested.get_layer_status()] == ["lora.Embedding"] + ["lora.Linear"] * 2
+    assert nested.get_model_status().adapter_model_type == plain.get_model_status().adapter_model_type == "LoraModel"
+
+
+def test_a_second_adapter_on_a_bare_parameter() -> None:
+    """PEFT finds the wrapper of the first one by the name of its class."""
+    x = torch.randn(2, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = lora_config(NESTING, target_modules=[], target_parameters=["layer.weight"])
+        model: Any = get_peft_model(Net(nn.Linear(6, 6)), config)
+        adapter = nest(model, NESTING, inference="prefix")
+        if Version(version("peft")) < Version("0.20"):
+            pytest.skip("this version of PEFT allows one adapter with target_parameters")
+        model.add_adapter("second", lora_config(NESTING, target_modules=[], target_parameters=["layer.weight"]))
+    randomize(model)
+    second = nest(model.eval(), NESTING, inference="prefix", adapter="second")
+    base = model.base_model.model.layer.base_layer
+    for name, handle in (("default", adapter), ("second", second)):
+        model.set_adapter(name)
+        handle.set_rank(2)
+        wrapper = model.base_model.model.layer
+        A, B = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+        delta = torch.einsum("or,r,ri->oi", B, prefix(NESTING, 2).float(), A)
+        torch.testing.assert_close(model(x), nn.functional.linear(x, base.weight + delta, base.bias))
 
 
 def test_a_deleted_adapter_is_gone_and_the_others_stay() -> None:
@@ -373,6 +643,25 @@ def test_a_scale_of_zero_turns_it_off() -> None:
         torch.testing.assert_close(nested.layer(x), nested.layer.base_layer(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.5])
+def test_a_scale_set_before_nesting_stands(factor: float) -> None:
+    model: Any = one_layer("Linear", NESTING).eval()
+    layer = model.base_model.model.layer
+    x = oracle.KINDS["Linear"].batch(2)
+    full = model(x)
+    layer.scale_layer(factor)
+    scaled = model(x)
+    adapter = nest(model, NESTING, inference="prefix")
+    torch.testing.assert_close(model(x), scaled, rtol=1e-14, atol=1e-14)
+    nest(model, NESTING, "lora", "prefix")  # again
+    torch.testing.assert_close(model(x), scaled, rtol=1e-14, atol=1e-14)
+    layer.unscale_layer()
+    torch.testing.assert_close(model(x), full, rtol=1e-14, atol=1e-14)
+    adapter.set_rank(2)
+    expected = NestedLayer(oracle.KINDS["Linear"], adapter, layer).expected(prefix(NESTING, 2), x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
 # Batches of mixed adapters.
 
 
@@ -391,13 +680,26 @@ def test_adapter_names_mix_nested_plain_and_base() -> None:
     assert (alone["default"][0] - alone["plain"][0]).abs().max() > 0.1
 
 
-def test_adapter_names_are_refused_where_an_embedding_is_nested() -> None:
-    adapter = nested_llama(NESTING, target_modules=["embed_tokens", "q_proj"])
-    model: Any = adapter.model
-    model.add_adapter("plain", LoraConfig(r=2, target_modules=["embed_tokens"]))
-    with pytest.raises(MatryoshkaError, match=r"no LoRA variant to an embedding in a batch of .*: export"):
-        model(tokens(2), adapter_names=["default", "plain"])
-    model(tokens(2), adapter_names=["plain", "__base__"])
+@pytest.mark.parametrize("kind", ["Embedding", "Embedding-scaled", "Linear", "Conv2d"])
+@pytest.mark.parametrize("inference", ["prefix", "keep"])
+def test_each_kind_of_layer_takes_batches_of_mixed_adapters(kind: str, inference: Any) -> None:
+    nested = nested_layer(kind, NESTING, inference=inference)
+    model, layer = nested.adapter.model.eval(), nested.layer
+    model.add_adapter("plain", lora_config(NESTING, target_modules=["layer"]))
+    model.double()
+    randomize(model, seed=3)
+    other = nest(model, NESTING, "lora", adapter="plain")
+    nested.adapter.set_rank(2)
+    other.set_rank(4)
+    x = nested.kind.batch(5)
+    alone = {"__base__": layer.base_layer(x)}
+    for name in ("default", "plain"):
+        model.set_adapter(name)
+        alone[name] = layer(x)
+    names = ["plain", "default", "__base__", "default", "plain"]
+    expected = torch.stack([alone[name][row] for row, name in enumerate(names)])
+    torch.testing.assert_close(layer(x, adapter_names=names), expected, rtol=1e-12, atol=1e-12)
+    assert (alone["default"] - alone["plain"]).abs().max() > 0.01
 
 
 # Training details.
@@ -688,8 +990,10 @@ def refused(model: Any, message: str, x: Tensor | None = None, nesting: Any = NE
     before = run(), {k: v.clone() for k, v in model.state_dict().items()}, [type(m) for m in model.modules()]
     variants = [dict(m.lora_variant) for m in model.modules() if hasattr(m, "lora_variant")]
     training = [m.training for m in model.modules()]
+    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
     with pytest.raises(MatryoshkaError, match=message):
         nest(model, nesting, **options)
+    assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == hooks
     assert [type(m) for m in model.modules()] == before[2]
     assert [m.training for m in model.modules()] == training
     assert [dict(m.lora_variant) for m in model.modules() if hasattr(m, "lora_variant")] == variants
@@ -706,6 +1010,15 @@ def llama_with(config: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_peft_model(tiny_llama(num_hidden_layers=1), config).eval()
+
+
+NEW_VARIANTS: list[tuple[dict[str, Any], str]] = []
+if hasattr(lora_configs, "KasaConfig"):  # since PEFT 0.21
+    NEW_VARIANTS = [
+        ({"init_lora_weights": "mica"}, "q_proj cannot be nested: MiCALinearVariant"),
+        ({"kasa_config": lora_configs.KasaConfig()}, "q_proj cannot be nested: KasaLinearVariant"),
+        ({"velora_config": lora_configs.VeloraConfig()}, "q_proj cannot be nested: VeloraLinearVariant"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -725,9 +1038,7 @@ def llama_with(config: Any) -> Any:
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora' assumes"),
         ({"use_dora": True}, r"q_proj cannot be nested: DoraLinearVariant .*holds PEFT's only slot"),
         ({"alora_invocation_tokens": [5, 6]}, "q_proj cannot be nested: ALoraLinearVariant"),
-        ({"init_lora_weights": "mica"}, "q_proj cannot be nested: MiCALinearVariant"),
-        ({"kasa_config": KasaConfig()}, "q_proj cannot be nested: KasaLinearVariant"),
-        ({"velora_config": VeloraConfig()}, "q_proj cannot be nested: VeloraLinearVariant"),
+        *NEW_VARIANTS,
     ],
     ids=str,
 )

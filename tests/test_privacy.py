@@ -117,6 +117,7 @@ def fields_with_text() -> Iterator[tuple[str, str, Any]]:
     for key in ("dataset", "config", "revision", "split", "template"):
         yield "", "data", {"dataset": "a/b", "template": "{prompt}"} | {key: "MARKER {prompt}"}
     yield "", "data", {"task": "chain_sum", "some_setting": "MARKER"}
+    yield from (("", "model_init_kwargs", {key: "MARKER"}) for key in ("revision", "cache_dir", "subfolder"))
 
 
 FIELDS = list(fields_with_text())

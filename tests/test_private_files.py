@@ -177,7 +177,7 @@ def test_the_card_names_what_it_may(life: Life) -> None:
 def test_the_next_command_finds_the_adapter(life: Life, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def following(*arguments: object) -> str:
         app(["select", *map(str, arguments), "--within", "100%"], standalone_mode=False)
-        return capsys.readouterr().out.partition("Next: ")[2]
+        return capsys.readouterr().out.partition("\n\n")[2]
 
     assert f"matryoshka export {life.run} --rank 1 -o mine-rank-1" in following(life.run)
     with pytest.MonkeyPatch.context() as patch:
@@ -187,7 +187,30 @@ def test_the_next_command_finds_the_adapter(life: Life, capsys: pytest.CaptureFi
         assert f"matryoshka export {life.run} --rank 1 -o mine-rank-1" in following("evaluation.json")
     elsewhere = following(life.out / "evaluation")
     assert "matryoshka export mine --rank 1 -o mine-rank-1" in elsewhere
-    assert "(mine is the adapter that was evaluated: write the path of its folder)" in elsewhere
+    assert "mine is the name of the adapter that was evaluated: write the path of its folder." in elsewhere
+
+
+def test_two_files_of_one_name_are_not_one_task(life: Life, tmp_path: Path) -> None:
+    other = Path(shutil.copy(life.task, tmp_path))
+    with pytest.raises(
+        MatryoshkaError, match=r"two tasks are called mine.yaml: evaluate one of them with another --out"
+    ):
+        app(
+            ["eval", str(life.run), "--tasks", f"{life.task},{other}", "-o", str(tmp_path / "out")],
+            standalone_mode=False,
+        )
+
+
+def test_an_evaluation_that_an_older_version_began_goes_on(life: Life, tmp_path: Path) -> None:
+    """Whose answers name the base model by its whole path."""
+    answers = (life.run / "evaluation" / "answers.jsonl").read_text().splitlines()
+    header = json.loads(answers[0])
+    header["subject"]["model"] = str(life.base)
+    (tmp_path / "answers.jsonl").write_text("\n".join([json.dumps(header), *answers[1:]]) + "\n")
+    before = len(answers)
+    small = ("--ranks", "1,4", "--limit", "4", "--dtype", "fp32", "-o", str(tmp_path))
+    app(["eval", str(life.run), "--data", str(life.rows), *small], standalone_mode=False)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == before
 
 
 # A run goes on
@@ -199,7 +222,7 @@ class Killed(BaseException): ...
 def test_a_run_goes_on_with_another_token_and_with_its_best_checkpoint(life: Life, tmp_path: Path) -> None:
     found = {}
     for name, options in (("whole", {}), ("cut", {"token": TOKEN})):
-        # Of a loss that falls, the first one is the greatest: the best checkpoint is that which is resumed from.
+        # Of a loss that falls, the first one is the greatest: the best checkpoint is not that which is resumed from.
         changes: dict[str, Any] = {
             "learning_rate": 1e-2,
             "greater_is_better": True,
@@ -210,11 +233,11 @@ def test_a_run_goes_on_with_another_token_and_with_its_best_checkpoint(life: Lif
         given = {**life.given, **changes, "output_dir": str(tmp_path / name), "model_init_kwargs": options}
         if name == "cut":
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(NestingCallback, "on_step_begin", kill_at(NestingCallback.on_step_begin, step=3))
+                patch.setattr(NestingCallback, "on_train_end", kill)
                 with pytest.raises(Killed):
                     train(make_config(given))
             given |= {"hub_token": None, "model_init_kwargs": {"token": OTHER}}
-            assert plan(make_config(given)).step == 2
+            assert plan(make_config(given)).step == 4
         train(make_config(given))
         state = json.loads((tmp_path / name / "trainer_state.json").read_text())
         assert state["best_model_checkpoint"] is None
@@ -224,13 +247,8 @@ def test_a_run_goes_on_with_another_token_and_with_its_best_checkpoint(life: Lif
         assert tensor.equal(found["cut"][1][key])
 
 
-def kill_at(method: Any, step: int) -> Any:
-    def on_step_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == step:
-            raise Killed
-        method(self, args, state, control, **kwargs)
-
-    return on_step_begin
+def kill(*_: Any, **__: Any) -> None:
+    raise Killed
 
 
 def test_a_run_of_an_older_version_goes_on(life: Life, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections import Counter
 from itertools import pairwise
@@ -52,6 +53,14 @@ def test_these_are_the_rules() -> None:
     assert ALL[:6] == ["lora", "matryoshka", "dylora", "dylora-all", "dylora-frozen", "stratified"]
     assert ALL[6:] == ABLATIONS
     assert all(get_rule(name).name == name for name in ALL)
+
+
+@pytest.mark.parametrize("rule", ALL)
+def test_a_rule_pickles(rule: str) -> None:
+    """With the model whose layers hold it."""
+    again = pickle.loads(pickle.dumps(get_rule(rule)))
+    assert again.name == rule
+    assert torch.equal(again.draw(NESTING, 3, 5, 4).diagonal, get_rule(rule).draw(NESTING, 3, 5, 4).diagonal)
 
 
 @given(nestings, st.integers(0, 10**6), st.integers(0, 10**9))

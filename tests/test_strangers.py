@@ -82,7 +82,7 @@ def test_plain_peft_reads_the_same_function_and_every_prefix_is_best(tmp_path: P
     assert top == max([KINDS[kind].get("r", 8), *KINDS[kind].get("rank_pattern", {}).values()])
     assert adapter.ranks == tuple(range(1, top + 1))
     for rank in (1, 3, top):
-        adapter.export(tmp_path / "slice", rank)
+        adapter.export(tmp_path / "slice", rank, overwrite=True)
         sliced = deltas(PeftModel.from_pretrained(tiny_llama(), tmp_path / "slice"))
         for name, delta in dense.items():
             values = np.linalg.svd(delta.numpy(), compute_uv=False)
@@ -234,7 +234,7 @@ def test_added_tokens_are_explained_and_both_ways_out_work(tmp_path: Path, more:
         return model
 
     def same(adapter: str, base: str) -> bool:
-        reorder_adapter(tmp_path / adapter, tmp_path / "nested")
+        reorder_adapter(tmp_path / adapter, tmp_path / "nested", overwrite=True)
         found = output(load(AutoModelForCausalLM.from_pretrained(tmp_path / base), tmp_path / "nested").model)
         return bool((found - wanted).norm() < 1e-5 * wanted.norm())
 

@@ -622,8 +622,34 @@ def test_runs_with_other_settings_are_refused(
 def write_files(folder: Path) -> None:
     for file in FILES.values():
         path = folder / file
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('{"prompt": "1=", "completion": "1"}\n')
+
+
+def test_a_run_s_file_holds_no_token_and_no_path_of_the_machine(tmp_path: Path) -> None:
+    """And still tells two places of one name apart."""
+    write_files(tmp_path / "home_of_alice" / "one")
+    write_files(tmp_path / "home_of_alice" / "two")
+    token = "hf_" + "Ab" * 17
+
+    def own(place: str, **options: Any) -> Study:
+        files = {split: str(tmp_path / "home_of_alice" / place / file) for split, file in FILES.items()}
+        training = {"model_init_kwargs": {"cache_dir": "/srv/home_of_alice/cache", **options}, "hub_token": token}
+        return study_of(model="/srv/home_of_alice/tiny", tasks={"sums": files}, training=training)
+
+    path = wrote(tmp_path / "runs", own("one", token=token))
+    written = path.read_text()
+    assert token not in written
+    assert "home_of_alice" not in written
+    assert "train.jsonl" in written
+    assert len(load_runs(own("one", token="hf_" + "xY" * 17), tmp_path / "runs")) == 1
+    with pytest.raises(MatryoshkaError, match="was run with another source than"):
+        load_runs(own("two"), tmp_path / "runs")
+    # An older version wrote whole paths.
+    old = json.loads(written)
+    source = {split: str(tmp_path / "home_of_alice" / "one" / file) for split, file in FILES.items()}
+    path.write_text(json.dumps({**old, "settings": {**old["settings"], "source": source}}))
+    assert len(load_runs(own("one"), tmp_path / "runs")) == 1
 
 
 def test_runs_with_other_rows_or_of_another_recipe_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -488,6 +488,10 @@ def test_the_report_of_a_study_that_is_done(
         assert f"{result.curve.loss[0]:.3f}" in report
     for name in ("study.html", "study.png"):
         assert (alone / name).stat().st_size > 1000
+    # The model is named, and no folder of this machine.
+    assert f" {model.name}, fp32" in report
+    for file in (file for file in alone.rglob("*") if file.is_file()):
+        assert str(model.parent).encode() not in file.read_bytes(), file
 
 
 def test_there_is_nothing_to_report(model: Path, tmp_path: Path, compare: Command) -> None:

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matryoshka_lora.adapter.load import load
+    from matryoshka_lora.adapter.loading import load
     from matryoshka_lora.adapter.handle import NestedAdapter, nest
     from matryoshka_lora.evaluation.evaluate import evaluate
     from matryoshka_lora.evaluation.select import select
@@ -40,7 +40,7 @@ _MODULES = {
     "aurac": "metrics",
     "evaluate": "evaluation.evaluate",
     "export": "serving.export",
-    "load": "adapter.load",
+    "load": "adapter.loading",
     "nest": "adapter.handle",
     "reorder": "serving.reorder",
     "select": "evaluation.select",

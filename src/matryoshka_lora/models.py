@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -162,6 +163,30 @@ def context_length(model: Any) -> int | None:
     """The most tokens that a model was made to read, where its config says it."""
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+def rotation_limit(model: Any) -> int | None:
+    """The most tokens of a row, where longer ones turn all their positions otherwise (longrope); None where none do.
+
+    Such a row changes its neighbours in a batch, and what was computed of it while it was shorter. The frequencies of
+    the type ``dynamic`` change too, but beyond `context_length`.
+    """
+    found = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    by_layer = [found, *(each for each in found.values() if isinstance(each, dict))]
+    limits = [each["original_max_position_embeddings"] for each in by_layer if each.get("rope_type") == "longrope"]
+    return min(limits, default=None)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """A context in which a model is in evaluation mode; each of its modules has its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _quantization_config(quantization: str, dtype: Any) -> BitsAndBytesConfig:

@@ -87,7 +87,8 @@ class _LowRankLinear(torch.autograd.Function):
         hidden = _hidden(tokens, A, _per_token(p, x, tokens))
         output = linear(tokens, weight, bias)
         output.addmm_(hidden, B.to(x.dtype).t())
-        return output.view(*x.shape[:-1], weight.shape[0]), hidden
+        # No view in autograd's eyes, or the model could not change its layer's output in place.
+        return torch.ops.aten._unsafe_view(output, (*x.shape[:-1], weight.shape[0])), hidden
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

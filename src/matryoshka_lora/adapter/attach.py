@@ -9,16 +9,20 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import layer as lora
+from peft.utils.save_and_load import get_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor, nn
 
-from matryoshka_lora.adapter.factors import get_parameters
+from matryoshka_lora.adapter.copies import COPIES, nest_copies
+from matryoshka_lora.adapter.factors import get_parameters, get_weight
 from matryoshka_lora.adapter.gates import begin, lora_layers, nested_layers
 from matryoshka_lora.adapter.layers import SUBCLASSES
-from matryoshka_lora.adapter.copies import COPIES, nest_copies
+from matryoshka_lora.adapter.rows import PLACES, RowCount, check_rows_apart
 from matryoshka_lora.adapter.saving import with_our_files
-from matryoshka_lora.adapter.variant import PLACES, Gate, NestedVariant, check_rows_apart
+from matryoshka_lora.adapter.variant import Gate, NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.formats.config import check_config
+from matryoshka_lora.formats.config import AdapterConfig, check_config
+from matryoshka_lora.formats.layout import factor_keys
 from matryoshka_lora.rules import Rule
 from matryoshka_lora.state import State
 
@@ -40,11 +44,18 @@ def attach(model: PeftModel, state: State, adapter: str) -> None:
         MatryoshkaError: Something about the model or the adapter cannot be nested. The model is left as it was.
     """
     layers = _checked_layers(model, state, adapter)
-    before = [(module, type(module), module.lora_variant.get(adapter)) for _, module in layers]
+    scale = AdapterConfig(model.peft_config[adapter].to_dict()).scale
+    before = [(module, module.lora_variant.get(adapter)) for _, module in layers]
+    classes = [(module, type(module)) for module in (model.base_model, *(module for _, module in layers))]
+    counted = vars(model.base_model).get("row_count")
+    rows = RowCount(model) if counted is None else counted
     try:
+        for module, own in classes:
+            module.__class__ = SUBCLASSES.get(own, own)
+        model.base_model.row_count = rows
         for _, module in layers:
-            module.__class__ = SUBCLASSES.get(type(module), type(module))
-            module.lora_variant[adapter] = NestedVariant(state, module, adapter)
+            module.lora_variant[adapter] = NestedVariant(state, module, adapter, scale, rows)
+        _find_sharing(model, layers, adapter)
         probed: set[tuple[type, type]] = set()
         for name, module in layers:
             kind = (type(module), type(module.get_base_layer()))
@@ -54,11 +65,15 @@ def attach(model: PeftModel, state: State, adapter: str) -> None:
         begin(model, adapter)
         model.__class__ = with_our_files(type(model))
     except BaseException:
-        for module, original, variant in before:
-            module.__class__ = original
+        for module, own in classes:
+            module.__class__ = own
+        for module, variant in before:
             module.lora_variant.pop(adapter, None)
             if variant is not None:
                 module.lora_variant[adapter] = variant
+        if counted is None:
+            rows.remove()
+            vars(model.base_model).pop("row_count", None)
         raise
     if _before_forward not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_before_forward, with_kwargs=True)
@@ -79,8 +94,27 @@ def _check_rows(model: PeftModel, inputs: Mapping[str, Any]) -> None:
         return
 
 
+def _find_sharing(model: PeftModel, layers: list[tuple[str, Any]], adapter: str) -> None:
+    """Tell each variant which other modules have its layer's base weight, as tied embeddings and shared blocks do."""
+    owners: dict[int, dict[str, nn.Module]] = {}
+    for name, module in model.get_base_model().named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), {})[name.replace(".base_layer", "")] = module
+    for name, module in layers:
+        others = dict(owners.get(id(get_weight(module)), {}))
+        others.pop(name.replace(".base_layer", ""), None)
+        module.lora_variant[adapter].sharing = others
+
+
 def _checked_layers(model: Any, state: State, adapter: str) -> list[tuple[str, Any]]:
     config = check_config(model.peft_config[adapter].to_dict(), f"adapter {adapter!r}")
+    if any(str(key).removeprefix(r".*\.") in config.target_parameters for key in config["rank_pattern"] or ()):
+        raise MatryoshkaError(
+            "PEFT takes 'all-linear', and names such as gate_proj, up_proj and w1, for this model's routed experts, "
+            "which transformers 5 has stacked, and gives some of them twice the rank. Name the other layers in "
+            "target_modules, as in ['q_proj', 'v_proj'], and the experts in target_parameters, as in "
+            "['experts.gate_up_proj']"
+        )
     for field in ("rank_pattern", "alpha_pattern"):
         if config[field]:
             raise MatryoshkaError(f"{field} gives layers ranks or scales of their own: remove it, then use set_rank")
@@ -93,14 +127,27 @@ def _checked_layers(model: Any, state: State, adapter: str) -> list[tuple[str, A
     if not layers:
         raise MatryoshkaError(f"adapter {adapter!r} has no LoRA layer in this model")
     seen: dict[int, str] = {}
+    unreadable = _unreadable(model, adapter)
     for name, module in layers:
-        reason = _why_not(module, state.rule, adapter, name)
+        reason = _why_not(module, state.rule, adapter, name) or _why_not_in(model.get_base_model(), name)
+        if f"base_model.model.{name}" in unreadable:
+            reason = (
+                "PEFT would lose its factors when it reads them from a file: it renames them as transformers has "
+                "renamed weights of this model. Leave the layer out of target_modules"
+            )
         shared = seen.setdefault(id(get_parameters(module, adapter)[0]), name)
         if shared != name:
             reason = f"it shares its factors with layer {shared}"
         if reason:
             raise MatryoshkaError(f"layer {name} cannot be nested: {reason}")
     return layers
+
+
+def _unreadable(model: PeftModel, adapter: str) -> set[str]:
+    """The layers whose factors PEFT saves under one name and looks for under another."""
+    saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    names = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[adapter], dict(saved), adapter)
+    return {module for module, key_A, key_B in factor_keys(saved) if not {key_A, key_B} <= names.keys()}
 
 
 def _why_not(module: Any, rule: Rule, adapter: str, name: str) -> str | None:
@@ -130,6 +177,20 @@ def _why_not(module: Any, rule: Rule, adapter: str, name: str) -> str | None:
     return None
 
 
+def _why_not_in(base: nn.Module, name: str) -> str | None:
+    """Modules of torch that take the weight of a layer and never call it, so that they pass over the adapter."""
+    parent = base.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return "torch's MultiheadAttention takes its weight without calling it, so that PEFT has no effect"
+    fast = isinstance(parent, nn.TransformerEncoderLayer) and getattr(parent.self_attn, "batch_first", True)
+    if fast and torch.backends.mha.get_fastpath_enabled():
+        return (
+            "torch's TransformerEncoderLayer takes its weight without calling it in eval mode, so that PEFT has no "
+            "effect: call torch.backends.mha.set_fastpath_enabled(False) first"
+        )
+    return None
+
+
 def _probe(name: str, module: Any, adapter: str) -> None:
     """See by behaviour that the layer obeys its diagonal: NaN must reach the output, and zeros must leave the base's.
 
@@ -139,20 +200,26 @@ def _probe(name: str, module: Any, adapter: str) -> None:
     rank = variant.state.nesting.max_rank
     active, disabled = module._active_adapter, module._disable_adapters
     module._active_adapter, module._disable_adapters = [adapter], False
+    error = None
     try:
         with torch.no_grad():
             variant.override = Gate.on(variant.device, torch.full((rank,), math.nan))
             obeys = bool(_output(module, adapter).isnan().all())
             variant.override = Gate.on(variant.device, torch.zeros(rank))
             obeys = obeys and torch.equal(*_with_and_without(module, adapter))
+    except (RuntimeError, TypeError, AttributeError) as failure:  # of a layer that is linear by its class only
+        obeys, error = False, failure
     finally:
         variant.override = None
         module._active_adapter, module._disable_adapters = active, disabled
     if not obeys:
-        raise MatryoshkaError(
-            f"layer {name} ({type(module).__name__} on {type(module.get_base_layer()).__name__}) does not obey a LoRA "
-            "variant in this version of PEFT: leave it out of target_modules"
+        where = f"layer {name} ({type(module).__name__} on {type(module.get_base_layer()).__name__})"
+        why = (
+            "does not obey a LoRA variant in this version of PEFT"
+            if error is None
+            else f"takes no LoRA: {error!r:.200}"
         )
+        raise MatryoshkaError(f"{where} {why}; leave it out of target_modules") from error
 
 
 def _output(module: Any, adapter: str) -> Tensor:

@@ -26,6 +26,12 @@ def get_parameters(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     return module.lora_A[adapter].weight, module.lora_B[adapter].weight
 
 
+def get_weight(module: Any) -> Tensor:
+    """The frozen weight that an adapter of this layer changes."""
+    weight: Tensor = module.get_param() if isinstance(module, ParamWrapper) else module.get_base_layer().weight
+    return weight
+
+
 def get_factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """A of shape (R, in) and B of shape (out, R); with a leading dimension for experts. Views where possible."""
     A, B = get_parameters(module, adapter)
@@ -62,5 +68,6 @@ def to_weight(module: LoraLayer, product: Tensor) -> Tensor:
     if isinstance(module, ConvNd):
         return product.reshape(module.get_base_layer().weight.shape)
     if isinstance(module, ParamWrapper) and product.ndim == 3:
-        return product if module._did_swap_in_out_features else product.mT
+        swapped = getattr(module, "_did_swap_in_out_features", False)  # PEFT 0.18 has no such layers
+        return product if swapped else product.mT
     return product.T if getattr(module, "fan_in_fan_out", False) else product

@@ -1,4 +1,4 @@
-"""`nest` and the handle that it returns."""
+"""The handle of one nested adapter."""
 
 from __future__ import annotations
 
@@ -12,78 +12,22 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from matryoshka_lora.adapter.attach import attach
 from matryoshka_lora.adapter.copies import nest_copies
-from matryoshka_lora.adapter.gates import draw, nested_layers
+from matryoshka_lora.adapter.gates import draw, lora_layers, nested_layers
 from matryoshka_lora.adapter.in_model import InModel
+from matryoshka_lora.adapter.merging import unmerge
 from matryoshka_lora.adapter.saving import export_rank, opened_from, save_adapter, writes
-from matryoshka_lora.adapter.variant import NestedVariant, check_mergeable
+from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.formats.config import AdapterConfig, check_config
-from matryoshka_lora.nesting import Nesting, Scaling
+from matryoshka_lora.formats.config import AdapterConfig
+from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.reordering.reorder import reorder
 from matryoshka_lora.reordering.sources import data_from
-from matryoshka_lora.rules import Rule, get_rule
-from matryoshka_lora.state import By, Deploy, State
+from matryoshka_lora.rules import Rule
+from matryoshka_lora.state import By, State
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
-
-
-def nest(
-    peft_model: PeftModel,
-    ranks: Sequence[int] | None = None,
-    scaling: Scaling = "none",
-    rule: str | Rule = "matryoshka",
-    deploy: Deploy = "reordered",
-    adapter: str = "default",
-    seed: int = 0,
-) -> NestedAdapter:
-    """Nest a LoRA adapter: train it by a rule, use it at any rank.
-
-    The model stays an ordinary PEFT model with an ordinary ``LoraConfig``; everything else that PEFT does with an
-    adapter goes on working. R is the config's ``r``, and the scale of rank R is the config's: ``lora_alpha / r``, or
-    ``lora_alpha / sqrt(r)`` with ``use_rslora``. In training mode the rule's diagonal stands between the factors. In
-    eval mode the adapter has the rank of `NestedAdapter.set_rank`, at first the largest.
-
-    Example::
-
-        model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-        adapter = nest(model)
-        SFTTrainer(model=model, ..., callbacks=[adapter.callback()]).train()
-        adapter.save("my-adapter")
-
-    Args:
-        peft_model: From ``peft.get_peft_model`` or ``PeftModel.from_pretrained``.
-        ranks: The ranks that training prepares, increasing; the last one is R. None: the powers of two up to R.
-        scaling: The scale of a rank r below R. ``"none"``: that of R. ``"rank"``: R / r times that. ``"sqrt"``:
-            sqrt(R / r) times that. See `matryoshka_lora.Nesting`.
-        rule: One of `matryoshka_lora.rules.RULES`, or its name.
-        deploy: ``"reordered"``: what is saved serves every rank well. ``"paper"``: factors that were not reordered are
-            saved and used without P, as arXiv 2605.07850 does; low ranks are poor then.
-        adapter: PEFT's name of the adapter.
-        seed: Of the ranks that the rule draws.
-
-    Raises:
-        MatryoshkaError: The model, the config or a layer cannot be nested; the message gives the reason and the way
-            out, and the model is unchanged.
-    """
-    if not isinstance(peft_model, PeftModel):
-        raise MatryoshkaError(
-            f"nest() takes a PEFT model, not {type(peft_model).__name__}: "
-            "call peft.get_peft_model(model, LoraConfig(...)) first"
-        )
-    if adapter not in peft_model.peft_config:
-        known = ", ".join(peft_model.peft_config)
-        raise MatryoshkaError(f"the model has no adapter {adapter!r}; its adapters are {known}")
-    config = check_config(peft_model.peft_config[adapter].to_dict(), f"adapter {adapter!r}")
-    if ranks is None:
-        nesting = Nesting.powers_of_two(config.r, scaling, config.scale)
-    else:
-        nesting = Nesting(ranks, scaling, config.scale)
-    chosen = rule if isinstance(rule, Rule) else get_rule(rule)
-    attach(peft_model, State(nesting, chosen, seed, deploy), adapter)
-    return NestedAdapter(peft_model, adapter)
 
 
 class NestedAdapter:
@@ -106,15 +50,24 @@ class NestedAdapter:
         self.name = adapter
         self._variants()
 
-    def layers(self) -> Iterator[tuple[str, Any, NestedVariant]]:
-        """Each nested layer: its name in the base model, PEFT's module, and what stands between its factors."""
-        return nested_layers(self.model, self.name)
+    def layers(self) -> list[tuple[str, Any, NestedVariant]]:
+        """Each nested layer: its name in the base model, PEFT's module, and what stands between its factors.
+
+        Raises:
+            MatryoshkaError: There is none, or PEFT has made the adapter anew in one of them.
+        """
+        nested = list(nested_layers(self.model, self.name))
+        if not nested:
+            raise MatryoshkaError(f"the model has no nested adapter {self.name!r}: call nest() or load() first")
+        plain = {name for name, _ in lora_layers(self.model, self.name)} - {name for name, _, _ in nested}
+        if plain:
+            raise MatryoshkaError(
+                f"PEFT has made adapter {self.name!r} anew in layer {min(plain)} after it was nested: call nest() again"
+            )
+        return nested
 
     def _variants(self) -> list[NestedVariant]:
-        variants = [variant for _, _, variant in self.layers()]
-        if not variants:
-            raise MatryoshkaError(f"the model has no nested adapter {self.name!r}: call nest() or load() first")
-        return variants
+        return [variant for _, _, variant in self.layers()]
 
     @property
     def state(self) -> State:
@@ -281,14 +234,18 @@ class NestedAdapter:
 
         ``model.merge_and_unload()`` after `set_rank` gives a plain model instead.
         """
-        self.set_rank(rank)
         self._check_mergeable()
+        self.set_rank(rank)
         self.model.merge_adapter(adapter_names=[self.name])
 
     def unmerge(self) -> None:
-        """Undo `merge`."""
+        """Undo `merge`. Other adapters that are merged stay so.
+
+        Raises:
+            MatryoshkaError: An adapter of another kind was merged on top of it.
+        """
         self._check_mergeable()
-        self.model.unmerge_adapter()
+        unmerge([module for _, module, _ in self.layers()], self.name)
 
     def save(self, path: str | PathLike[str], is_main_process: bool | None = None) -> None:
         """Write the adapter so that every rank is good: PEFT's files, and a sidecar with the nesting.
@@ -309,7 +266,9 @@ class NestedAdapter:
         if writes(is_main_process):
             save_adapter(opened, path)
 
-    def export(self, path: str | PathLike[str], rank: int, is_main_process: bool | None = None) -> None:
+    def export(
+        self, path: str | PathLike[str], rank: int, is_main_process: bool | None = None, *, overwrite: bool = False
+    ) -> None:
         """Write one rank as an ordinary LoRA adapter, for PEFT or any engine that serves PEFT's files.
 
         Factors that were never reordered are reordered by SVD on the way, with a warning.
@@ -318,21 +277,24 @@ class NestedAdapter:
             path: The directory to write.
             rank: From 1 to R.
             is_main_process: As for `save`.
+            overwrite: Whether the directory may hold an adapter, a model or an evaluation, of which nothing is left
+                then. Without it they are refused.
 
         Raises:
-            MatryoshkaError: There is no such rank, the path cannot be written, or a weight is not finite.
+            MatryoshkaError: There is no such rank, the path cannot be written or holds something that may not be
+                overwritten, or a weight is not finite.
         """
         opened = opened_from(self.model, self.name)
         if writes(is_main_process):
-            export_rank(opened, path, rank)
+            export_rank(opened, path, rank, overwrite)
 
     def _check_unmerged(self, what: str) -> None:
         if any(self.name in module.merged_adapters for _, module, _ in self.layers()):
             raise MatryoshkaError(f"adapter {self.name!r} is merged into the base weights: unmerge it to {what}")
 
     def _check_mergeable(self) -> None:
-        for _, module, _ in self.layers():
-            check_mergeable(module)
+        for _, module, variant in self.layers():
+            variant.check_mergeable(module)
 
     def _check_routing(self) -> None:
         for name, _, _ in self.layers():

@@ -84,8 +84,11 @@ class InModel:
         before = [variant.override for variant, _ in gates]
         for variant, gate in gates:
             variant.stand_before(gate)
+        rows, differ = gates[0][0].rows, not gates[0][1].uniform
+        rows.contexts += differ
         try:
             yield
         finally:
+            rows.contexts -= differ
             for (variant, _), override in zip(gates, before, strict=True):
                 variant.stand_before(override)

@@ -1,25 +1,41 @@
-"""PEFT's layers where its slot for variants is not enough.
+"""PEFT's layers, and its model, where the slot for variants is not enough.
 
-Two ignore variants in one of their paths. For the third, a linear layer in training, the variant would come too late:
-the base layer's product and the update are one operation in `matryoshka_lora.ops`.
+Two layers ignore variants in one of their paths. For the third, a linear layer in training, the variant would come too
+late: the base layer's product and the update are one operation in `matryoshka_lora.ops`. The model combines adapters by
+their factors.
 
-`nest` makes an existing layer an instance of the subclass, as torch's own parametrizations do. A layer without a nested
-adapter behaves as before.
+`nest` makes an existing object an instance of the subclass, as torch's own parametrizations do. Without a nested
+adapter it behaves as before.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
-from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
+from matryoshka_lora.adapter.factors import get_parameters
+from matryoshka_lora.adapter.rows import RowCount
 from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.ops import full_precision, low_rank_linear, low_rank_linear_reference
 
+T = TypeVar("T", bound=type)
 
+
+def _named_as_its_base(kind: T) -> T:
+    """PEFT and what prints its models know some classes by their names."""
+    kind.__name__ = kind.__mro__[1].__name__
+    return kind
+
+
+@_named_as_its_base
 class NestedParamWrapper(ParamWrapper):
     """LoRA on a bare parameter, such as a stack of experts: its delta is the only place where p can stand."""
 
@@ -67,20 +83,27 @@ class NestedParamWrapper(ParamWrapper):
             self._unmerging = False
 
 
+@_named_as_its_base
 class NestedEmbedding(Embedding):
     """LoRA on an embedding, whose batches of mixed adapters would apply the raw factors."""
 
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        _check_read(self, adapter)
+        delta: Tensor = super().get_delta_weight(adapter)
+        return delta
+
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        nested = [name for name in adapter_names if isinstance(self.lora_variant.get(name), NestedVariant)]
-        if nested:
-            raise MatryoshkaError(
-                f"PEFT applies no LoRA variant to an embedding in a batch of mixed adapters, and adapter {nested[0]!r} "
-                "is nested on one: export the rank that you need and load it as an ordinary adapter"
-            )
-        result: Tensor = super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        nested = {name: self.lora_variant.get(name) for name in adapter_names}
+        nested = {name: variant for name, variant in nested.items() if isinstance(variant, NestedVariant)}
+        others = ["__base__" if name in nested else name for name in adapter_names]
+        result: Tensor = super()._mixed_batch_forward(x, *args, adapter_names=others, **kwargs)
+        for name, variant in nested.items():
+            rows = [row for row, given in enumerate(adapter_names) if given == name]
+            result[rows] = variant.forward(self, name, x[rows], result[rows]).to(result.dtype)
         return result
 
 
+@_named_as_its_base
 class NestedLinear(Linear):
     """LoRA on a linear layer: trains in one fused operation where nothing stands in its way.
 
@@ -96,7 +119,7 @@ class NestedLinear(Linear):
         if variant is None or (not self.training and variant.gate(training=False).exact):
             return self._by_variant(x)
         (adapter,) = self.active_adapters
-        gate = variant.checked_gate(self, x.device)
+        gate = variant.checked_gate(self, x.device, x)
         # A compiler fuses the plain formula, and chooses what to save, by itself.
         update = low_rank_linear_reference if torch.compiler.is_compiling() else low_rank_linear
         return update(
@@ -107,6 +130,11 @@ class NestedLinear(Linear):
             self.lora_B[adapter].weight,
             gate.for_rows(x.shape) * self._factor(variant, gate, adapter),
         )
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        _check_read(self, adapter)
+        delta: Tensor = super().get_delta_weight(adapter)
+        return delta
 
     def _by_variant(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = super().forward(x, *args, **kwargs)
@@ -130,7 +158,8 @@ class NestedLinear(Linear):
             return None
         plain = type(base) is nn.Linear and all(_is_plain(module) for module in (base, A, B))
         frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
-        return variant if plain and frozen and base.weight.dtype == x.dtype else None
+        fits = base.weight.dtype == x.dtype and len(A.weight) == variant.state.nesting.max_rank
+        return variant if plain and frozen and fits else None
 
 
 def _is_plain(module: Any) -> bool:
@@ -139,4 +168,72 @@ def _is_plain(module: Any) -> bool:
     return not hooks and "forward" not in vars(module) and type(module.weight) is nn.Parameter
 
 
-SUBCLASSES: dict[type, type] = {Linear: NestedLinear, ParamWrapper: NestedParamWrapper, Embedding: NestedEmbedding}
+def _check_read(module: LoraLayer, adapter: str) -> None:
+    """Refuse PEFT's functions that take the product of the factors for the adapter, where it is not."""
+    variant = module.lora_variant.get(adapter)
+    if isinstance(variant, NestedVariant) and not variant.is_plain():
+        raise MatryoshkaError(
+            f"PEFT would read adapter {adapter!r} at rank {variant.state.nesting.max_rank}, without its diagonal, and "
+            f"it is used otherwise (rank {variant.rank}): export the rank that "
+            "you need with adapter.export() and load that with PEFT"
+        )
+
+
+@_named_as_its_base
+class NestedLoraModel(LoraModel):
+    """PEFT's LoRA model, whose sums of adapters would be of the raw factors.
+
+    Attributes:
+        row_count: Its hooks leave the base model with the adapters.
+    """
+
+    row_count: RowCount
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        merged: nn.Module = super().merge_and_unload(*args, **kwargs)
+        self.row_count.remove()
+        return merged
+
+    def unload(self) -> nn.Module:
+        base: nn.Module = super().unload()
+        self.row_count.remove()
+        return base
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        with _as_plain(self, adapters):
+            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+
+
+@contextmanager
+def _as_plain(model: LoraModel, adapters: Sequence[str]) -> Iterator[None]:
+    """A context in which the nested ones of some adapters are ordinary ones that compute the same in eval mode."""
+    # PEFT itself refuses bare parameters.
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and not isinstance(m, ParamWrapper)]
+    found = [(module, name, module.lora_variant.get(name)) for module in layers for name in dict.fromkeys(adapters)]
+    nested = [(module, name, variant) for module, name, variant in found if isinstance(variant, NestedVariant)]
+    factors = [get_parameters(module, name) for module, name, _ in nested]
+    before = [(A.data, B.data, module.scaling[name]) for (A, B), (module, name, _) in zip(factors, nested, strict=True)]
+    configs = {name: model.peft_config[name] for _, name, _ in nested}
+    try:
+        for (A, B), (module, name, variant) in zip(factors, nested, strict=True):
+            A.data, B.data, module.scaling[name] = variant.exported(module, name)
+            del module.lora_variant[name]
+        for name, config in configs.items():
+            # PEFT copies the first one's config and means the result to have the scale 1: alpha / r, not rsLoRA's.
+            model.peft_config[name] = replace(config, use_rslora=False)
+        yield
+    finally:
+        for (A, B), (module, name, variant), old in zip(factors, nested, before, strict=True):
+            module.lora_variant[name] = variant
+            A.data, B.data, module.scaling[name] = old
+        model.peft_config.update(configs)
+
+
+SUBCLASSES: dict[type, type] = {
+    Linear: NestedLinear,
+    ParamWrapper: NestedParamWrapper,
+    Embedding: NestedEmbedding,
+    LoraModel: NestedLoraModel,
+}

@@ -16,7 +16,7 @@ from matryoshka_lora.adapter.copies import COPIES, nest_copies
 from matryoshka_lora.adapter.factors import gathered, get_parameters
 from matryoshka_lora.adapter.gates import begin, nested_layers
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import replace_directory
+from matryoshka_lora.files import output_directory, replace_directory
 from matryoshka_lora.formats.config import check_config
 from matryoshka_lora.formats.opened import TRAINED_NAME, OpenedAdapter, from_memory, open_adapter
 from matryoshka_lora.formats.sidecar import has_sidecar
@@ -70,15 +70,15 @@ def save_adapter(opened: OpenedAdapter, path: str | os.PathLike[str], keep_train
     """
     ready, spectra = deployed(opened)
     with replace_directory(path) as folder:
-        write_adapter(folder, ready, spectra, Path(path))
+        write_adapter(folder, ready, spectra, Path(path), keeps_files=True)
         if keep_trained and not opened.nested.reordered:
             write_weights(folder / TRAINED_NAME, opened)
 
 
-def export_rank(opened: OpenedAdapter, path: str | os.PathLike[str], rank: int) -> None:
-    """Write one rank of a nested adapter as an ordinary LoRA adapter."""
+def export_rank(opened: OpenedAdapter, path: str | os.PathLike[str], rank: int, overwrite: bool = False) -> None:
+    """Write one rank of a nested adapter as an ordinary LoRA adapter; see `matryoshka_lora.NestedAdapter.export`."""
     small = cut(deployed(opened)[0], rank)
-    with replace_directory(path) as folder:
+    with output_directory(path, overwrite) as folder:
         write_adapter(folder, small, home=Path(path))
 
 

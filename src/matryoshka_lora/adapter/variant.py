@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant
+from peft.tuners.lora.layer import _ConvNd as ConvNd
 from torch import Tensor, nn
 
-from matryoshka_lora.adapter.factors import get_factors, get_parameters, to_weight
+from matryoshka_lora.adapter.factors import get_factors, get_parameters, get_weight, to_weight
+from matryoshka_lora.adapter.rows import RowCount
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.ops import full_precision
 from matryoshka_lora.state import State, split
@@ -26,6 +27,7 @@ class Gate:
     backward pass still finds the values of its forward. With ``allow_fewer``, a batch may have fewer rows than the
     diagonal, as the last one of an epoch does. Without ``exact``, eval mode may compute in the activations' dtype.
     ``learn`` says which columns of B and rows of A receive a gradient; None means all.
+    ``uniform`` says that all rows have the same diagonal, so that it does not matter which is which.
     """
 
     diagonal: Tensor
@@ -33,6 +35,7 @@ class Gate:
     allow_fewer: bool = False
     exact: bool = True
     learn: Tensor | None = None
+    uniform: bool = False
     _moved: Gate | None = field(default=None, init=False, repr=False)
 
     @classmethod
@@ -48,7 +51,9 @@ class Gate:
         """One whose tensors are on ``device``; the arguments are its attributes."""
         dtype = torch.float32 if device.type == "mps" else torch.float64
         scaled = None if scale is None else torch.as_tensor(scale, dtype=dtype, device=device)
-        return cls(diagonal.to(device, dtype), scaled, allow_fewer, exact, None if learn is None else learn.to(device))
+        learning = None if learn is None else learn.to(device)
+        uniform = diagonal.ndim == 1 or bool((diagonal == diagonal[:1]).all())
+        return cls(diagonal.to(device, dtype), scaled, allow_fewer, exact, learning, uniform)
 
     def at(self, device: torch.device) -> Gate:
         """Itself, or its one copy on the device that a layer was moved to after the gate was made."""
@@ -60,6 +65,12 @@ class Gate:
 
     def apply(self, hidden: Tensor, spatial: int = 0) -> Tensor:
         """``hidden`` times the diagonal on its rank dimension, which ``spatial`` dimensions follow."""
+        rank, nested_rank = hidden.shape[-1 - spatial], self.diagonal.shape[-1]
+        if rank != nested_rank:
+            raise MatryoshkaError(
+                f"an adapter was nested at rank {nested_rank} and has rank {rank} now: PEFT has put another one in its "
+                "place (hotswap_adapter). Load that one under a name of its own"
+            )
         p = full_precision(self.for_rows(hidden.shape, spatial), hidden.dtype)
         rows = () if p.ndim == 1 else (hidden.shape[0], *(1,) * (hidden.ndim - 2 - spatial))
         return (hidden * p.view(*rows, -1, *(1,) * spatial)).to(hidden.dtype)
@@ -87,34 +98,14 @@ class Gate:
         # Without gradients only, as in `generate`: a wrong number of rows in a training batch must not pass for beams.
         if has_tokens and not torch.is_grad_enabled() and rows % given == 0:
             return diagonal.repeat_interleave(rows // given, dim=0)
-        raise MatryoshkaError(
-            f"{given} rows have a rank, but a layer got {rows} rows: give one rank for each row of the batch. "
-            "Packed, padding-free or flattened batches have no rows left; turn packing and padding_free off"
-        )
+        raise _wrong_number(given, rows)
 
 
-PLACES = ("position_ids", "seq_idx", "cu_seq_lens_q")
-"""The inputs of a model that say where in a row a sequence begins."""
-
-
-def check_rows_apart(inputs: Mapping[str, Any], rule: str) -> None:
-    """Raises MatryoshkaError where the inputs of a model show that several rows were joined into one.
-
-    What does not show: sequences that were joined without telling the model, for which they are one.
-    """
-    positions, index, ends = (inputs.get(name) for name in PLACES)
-    mask = inputs.get("attention_mask")
-    padded = isinstance(mask, Tensor) and not bool(mask.bool().all())  # positions of padding may begin anywhere
-    joined = isinstance(ends, Tensor) and len(ends) > 2
-    for places in (positions, index):
-        if isinstance(places, Tensor) and places.ndim == 2 and len(places) == 1 and not padded:
-            steps = places.diff()
-            joined = joined or bool((steps < 0).any() if places is positions else (steps != 0).any())
-    if joined:
-        raise MatryoshkaError(
-            f"this batch holds several sequences in one row, and rule {rule!r} gives each row a rank of its own: take "
-            "a data collator that pads, set packing and padding_free to False, or take another rule"
-        )
+def _wrong_number(given: int, rows: int) -> MatryoshkaError:
+    return MatryoshkaError(
+        f"{given} rows have a rank, but a layer got {rows} rows: give one rank for each row of the batch. "
+        "Packed, padding-free or flattened batches have no rows left; turn packing and padding_free off"
+    )
 
 
 class NestedVariant(LoraVariant):
@@ -127,17 +118,25 @@ class NestedVariant(LoraVariant):
         deployed: The chosen rank, used in eval mode and for merging.
         rank: The rank of `deployed`.
         override: Stands before both while a `rows` context is open.
+        sharing: Modules that had the weight of this variant's base layer when it was attached, by their names.
+        rows: Counts the rows of the model's calls.
     """
 
-    def __init__(self, state: State, module: LoraLayer, adapter: str) -> None:
+    def __init__(
+        self, state: State, module: LoraLayer, adapter: str, initial_scale: float, rows: RowCount
+    ) -> None:
         self.state = state
+        self.rows = rows
         self.device = get_parameters(module, adapter)[0].device
-        # PEFT's set_scale and scale_layer change module.scaling; their effect is the ratio to what was attached.
-        self.attached_scaling = float(module.scaling[adapter])
+        # PEFT's set_scale and scale_layer change module.scaling; their effect is the ratio to what it was at first.
+        self.initial_scale = initial_scale
         self.training: Gate | None = None
         self.override: Gate | None = None
+        self.sharing: dict[str, nn.Module] = {}
         self.deployed: Gate
         self.rank: int
+        self.takes_rows_first = False  # as far as was seen
+        rows.unproven += 1
         # Since which node of autograd's graph which gates applied.
         self._history: list[tuple[int, tuple[Gate | None, Gate | None]]] = []
         self.set_rank(state.nesting.max_rank)
@@ -145,10 +144,14 @@ class NestedVariant(LoraVariant):
 
     def copied(self, state: State, module: LoraLayer, adapter: str) -> NestedVariant:
         """One for a copy of its factors in the same layer: in training mode as this one is now, else at full rank."""
-        copy = NestedVariant(state, module, adapter)
+        copy = NestedVariant(state, module, adapter, self.initial_scale, self.rows)
         if self.training is not None:
             copy.begin_step(self.training)
         return copy
+
+    def init(self, module: LoraLayer, *args: Any, **kwargs: Any) -> None:
+        """PEFT makes the adapter anew in a layer: it is a plain one there until it is nested again."""
+        module.lora_variant = {name: variant for name, variant in module.lora_variant.items() if variant is not self}
 
     def set_rank(self, rank: int) -> None:
         self.rank = rank
@@ -168,20 +171,41 @@ class NestedVariant(LoraVariant):
             )
         return self.training
 
-    def checked_gate(self, module: nn.Module, device: torch.device) -> Gate:
-        """The gate for a forward of the layer that has this variant, on the device that it computes on."""
+    def checked_gate(self, module: nn.Module, device: torch.device, x: Tensor | None = None) -> Gate:
+        """The gate for a forward of the layer, on the device that it computes on.
+
+        With its input x, rows may have ranks of their own there.
+        """
         gate = self.gate(module.training)
         self._check_recomputation(module, gate)
+        # A compiler would compile again for each number of rows; its code has no more than `Gate.for_rows` to go by.
+        if x is not None and not torch.compiler.is_compiling():
+            self._check_rows(module, gate, x)
         if self.device != device:
             self.device = device
         return gate.at(device)
 
     def ratio(self, module: LoraLayer, adapter: str) -> float:
-        """What PEFT's scaling functions have multiplied the adapter by since it was attached."""
-        return float(module.scaling[adapter]) / self.attached_scaling
+        """What PEFT's scaling functions have multiplied the adapter by."""
+        return float(module.scaling[adapter]) / self.initial_scale
+
+    def exported(self, module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor, float]:
+        """A, B and PEFT's scale of an ordinary adapter, filled up with zeros, that computes what eval mode does."""
+        A, B = (factor.detach() for factor in get_parameters(module, adapter))
+        work = torch.promote_types(B.dtype, torch.float32)
+        p = self.deployed.diagonal.to(B.device, work)
+        used = (p != 0).view(-1, *(1,) * (A.ndim - 1))
+        folded = (B.to(work) * p.view(1, -1, *(1,) * (B.ndim - 2))).to(B.dtype)
+        scale = 1.0 if self.deployed.scale is None else self.deployed.scale.item()
+        return A * used, folded, scale * self.ratio(module, adapter)
+
+    def is_plain(self) -> bool:
+        """Whether eval mode computes what PEFT would from the factors alone."""
+        p = self.state.diagonal(self.rank)
+        return bool(torch.isclose(p, torch.full_like(p, self.initial_scale), rtol=1e-9, atol=0).all())
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        gate = self.checked_gate(module, x.device)
+        gate = self.checked_gate(module, x.device, x)
         is_embedding = active_adapter in module.lora_embedding_A
         update = (self._embedded if is_embedding else self._update)(module, active_adapter, x, gate)
         if gate.scale is not None:  # a GPU would round it to half precision, as CPUs and PEFT's own number are not
@@ -217,6 +241,35 @@ class NestedVariant(LoraVariant):
                 "call backward() inside the same `with adapter.rows(...)` as the forward"
             )
 
+    def _check_rows(self, module: nn.Module, gate: Gate, x: Tensor) -> None:
+        """The first dimension of x must be the rows of the model's call, and no other thing of the same number."""
+        rows, given, first = self.rows.rows, gate.diagonal.shape[0], x.shape[0]
+        per_row = gate.diagonal.ndim > 1
+        if rows is None or (self.takes_rows_first and not per_row):
+            return
+        if per_row and self.rows.exact and rows != given and not gate.allow_fewer:
+            raise _wrong_number(given, rows)
+        others = x.shape[1:] if isinstance(module, Embedding) else x.shape[1:-1]
+        shows = isinstance(module, ConvNd) or (len(others) > 0 and rows not in others)
+        if first == rows and shows and not self.takes_rows_first:
+            self.takes_rows_first = True
+            self.rows.unproven -= 1
+        if gate.uniform:
+            return
+        if first != rows:
+            raise MatryoshkaError(
+                f"the model was called with {rows} rows, and the input of a layer begins with {first} of something "
+                f"else (shape {list(x.shape)}): tokens, windows, images, or a part of the rows. No row has a rank of "
+                "its own there: take set_rank and a rule other than 'stratified', or leave such layers out of "
+                "target_modules"
+            )
+        if rows in others and not self.takes_rows_first:
+            raise MatryoshkaError(
+                f"there are {rows} rows and {rows} of something else in the input of a layer (shape {list(x.shape)}), "
+                "which has not yet shown which of them it takes first: call the model once with another length, for "
+                "example padded by a token"
+            )
+
     def _gates_at(self, number: int) -> tuple[Gate | None, Gate | None] | None:
         """The gates of eval and of training mode that applied when autograd made its node of that number."""
         return next((gates for since, gates in reversed(self._history) if since <= number), None)
@@ -228,6 +281,7 @@ class NestedVariant(LoraVariant):
     def begin_step(self, gate: Gate) -> None:
         """Train with this gate from now on."""
         self.training = gate
+        self.rows.in_training = not gate.uniform
         self._remember()
 
     def stand_before(self, gate: Gate | None) -> None:
@@ -250,15 +304,26 @@ class NestedVariant(LoraVariant):
             self._merged = (self.deployed, self.ratio(module, adapter))
         return self.delta(module, adapter, *self._merged)
 
+    def check_mergeable(self, module: LoraLayer) -> None:
+        """Raises MatryoshkaError where another layer would change too, or PEFT would misread the base weight."""
+        _check_layout(module)
+        weight = get_weight(module)
+        for name, other in self.sharing.items():
+            if any(weight is parameter for parameter in other.parameters(recurse=False)):
+                raise MatryoshkaError(
+                    f"the base weight is also that of {name}, which merging would change as well. Use the adapter "
+                    "without merging; or give one of the two layers a copy of the weight, and merge then"
+                )
+
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        check_mergeable(module)
+        self.check_mergeable(module)
         return _add(module, orig_weight, self.merged_delta(module, active_adapter))
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         orig_weight.data = self.merge_safe(module, active_adapter, orig_weight.data)
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        check_mergeable(module)
+        _check_layout(module)
         delta, self._merged = self.merged_delta(module, active_adapter, again=True), None
         return _add(module, orig_weight, -delta)
 
@@ -269,7 +334,7 @@ def _next_number() -> int:
     return number
 
 
-def check_mergeable(module: LoraLayer) -> None:
+def _check_layout(module: LoraLayer) -> None:
     """Raises MatryoshkaError where the base weight is in a layout that PEFT would misread."""
     state = getattr(getattr(module.get_base_layer(), "weight", None), "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):

@@ -29,6 +29,7 @@ BATCH_SIZE = 12
 STEPS = 80
 # The better of two rates by validation loss: benchmarks/learning_rates.py.
 LEARNING_RATES = {"matryoshka": 2e-3, "lora": 2e-3}
+DEPLOYED = "matryoshka-learned"
 CHECKED_QUESTIONS = 8
 ANSWER_TOKENS = 12
 
@@ -81,13 +82,12 @@ def demo(
         f"then answers {items} test questions with 5 x 6 versions of them (about ten minutes). Writes to {out}/."
     )
     from matryoshka_lora.errors import MatryoshkaError
-    from matryoshka_lora.evaluation import print_tables, reading, write_evaluation
-    from matryoshka_lora.files import check_writable
+    from matryoshka_lora.evaluation import in_words, print_tables
     from matryoshka_lora.models import load_tokenizer
     from matryoshka_lora.data.tasks import get_task
     from matryoshka_lora.training import train
 
-    check_writable(out)
+    _check_folder(out)
     task = get_task(TASK)
     questions, tokenizer = task.examples("test", items), load_tokenizer()
     adapters = {}
@@ -100,26 +100,59 @@ def demo(
 
     _say(began, f"3/4  Evaluating {items} test questions")
     evaluation = _evaluate(adapters, tokenizer, task, questions, task.examples("train", steps * BATCH_SIZE))
-    write_evaluation(evaluation, out)
     nested = adapters["matryoshka"]
     nested.save(out / "adapter")
-    nested.export(out / f"rank-{EXPORTED_RANK}", EXPORTED_RANK)
+    nested.export(out / f"rank-{EXPORTED_RANK}", EXPORTED_RANK, overwrite=True)
+    _write(evaluation, nested, questions, out)
 
     _say(began, f"4/4  Loading rank {EXPORTED_RANK} with plain PEFT, in a process without this package")
     verdict = _check_export(out, tokenizer, questions[:CHECKED_QUESTIONS])
 
     _say(began, "Done\n")
     print_tables(evaluation)
-    typer.echo(f"\n{reading(evaluation)}\n\n{verdict}\n")
+    typer.echo(f"\n{in_words(evaluation)}\n\n{verdict}\n")
     typer.echo(
         f"{out}/curve.png        every rank in one picture\n"
-        f"{out}/evaluation.json  the numbers\n"
+        f"{out}/evaluation.json  the numbers, and what `matryoshka select {out}` reads\n"
         f"{out}/adapter/         the matryoshka adapter with learned order, for any rank from 1 to {MAX_RANK}\n"
         f"{out}/rank-{EXPORTED_RANK}/          rank {EXPORTED_RANK} of it as a plain LoRA adapter\n\n"
         f"In a training script of your own, before trainer.train():\n{THREE_LINES}"
         "and after it: learn_from_trainer(adapter, trainer); adapter.save(path)\n\n"
         f"Next: matryoshka eval {out}/adapter --task {TASK} --ranks 3,6,12"
     )
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse a folder that holds another's adapters: those of a demo are beside the runs that it trained."""
+    from matryoshka_lora.errors import MatryoshkaError
+    from matryoshka_lora.files import check_writable, kinds_in
+
+    check_writable(out)
+    for folder in (out, out / "adapter"):
+        if not (out / "train-matryoshka").is_dir() and (kinds := kinds_in(folder)):
+            raise MatryoshkaError(f"{folder} holds {' and '.join(kinds)} that no demo has made: choose another --out")
+
+
+def _write(evaluation: Evaluation, nested: NestedAdapter, questions: Sequence[Example], out: Path) -> None:
+    """The curves, and what ``matryoshka select`` reads of the adapter that was saved."""
+    from matryoshka_lora.adapter import read_adapter
+    from matryoshka_lora.evaluation import write_evaluation
+    from matryoshka_lora.evaluation.cost import adapter_bytes, token_latency
+    from matryoshka_lora.evaluation.reading import weights_hash
+
+    state, _, tensors = read_adapter(out / "adapter")
+    ranks = evaluation.curves[DEPLOYED].ranks
+    about = {
+        "name": DEPLOYED,
+        "path": str(out / "adapter"),
+        "rule": state.rule.name,
+        "inference": state.inference,
+        "form": state.form,
+        "sha256": weights_hash(out / "adapter"),
+    }
+    sizes = adapter_bytes(tensors, state.nesting.max_rank, ranks)
+    deployed = evaluation.deployed(DEPLOYED, about, sizes, token_latency(nested, ranks))
+    write_evaluation(evaluation, out, deployed, evaluation.examples(DEPLOYED, questions))
 
 
 def demo_config(rule: str, steps: int, folder: Path, learning_rate: float) -> TrainConfig:

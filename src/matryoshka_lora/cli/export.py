@@ -37,6 +37,9 @@ def export(
         str | None, typer.Option(help="Of the base model on the hub.", show_default="what the adapter names")
     ] = None,
     verify: Annotated[bool, typer.Option(help="Compare logits, if the base model is on this machine.")] = True,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an adapter, a model or an evaluation that is there.")
+    ] = False,
 ) -> None:
     """Write a rank of a nested adapter in the format that a device or an engine takes.
 
@@ -48,9 +51,10 @@ def export(
     Example: matryoshka export runs/demo/adapter --rank 4 -o rank-4
     """
     from matryoshka_lora.adapter import read_adapter
+    from matryoshka_lora.adapter.storage import check_apart
     from matryoshka_lora.serving import export as exports
     from matryoshka_lora.errors import MatryoshkaError
-    from matryoshka_lora.files import check_writable
+    from matryoshka_lora.files import check_free, check_writable
     from matryoshka_lora.models import base_of
 
     whole = format in (Format.ladder, Format.directions)
@@ -63,6 +67,8 @@ def export(
 
     state, config, _ = read_adapter(adapter)
     check_writable(out.parent if format is Format.gguf else out)
+    check_apart(adapter, out)
+    check_free(out, force)
     if budget is not None:
         choice = _choose(adapter, budget)
         ranks, what = choice.ranks, f"{choice.parameters:,} of {choice.total:,} parameters"
@@ -81,31 +87,33 @@ def export(
         )
 
     verified: Any = None
+    checked_on = base if verify else None
     if format is Format.peft:
-        verified = exports.export_peft(cut, out, base if verify else None)
+        verified = exports.export_peft(cut, out, checked_on, overwrite=force)
         following = f'PeftModel.from_pretrained(base_model, "{out}")'
     elif format is Format.merged and base is not None:
         from matryoshka_lora.models import load_tokenizer
 
-        verified = exports.export_merged(cut, out, base, load_tokenizer(str(name), revision=revision), verify)
+        tokenizer = load_tokenizer(str(name), revision=revision)
+        verified = exports.export_merged(cut, out, base, tokenizer, verify, overwrite=force)
         following = f'AutoModelForCausalLM.from_pretrained("{out}")'
     elif format is Format.gguf:
         from matryoshka_lora.models import load_config
 
         base_config = load_config(str(name), revision=revision)
-        verified = exports.export_gguf(cut, out, base if verify else None, base_config)
+        verified = exports.export_gguf(cut, out, checked_on, base_config, overwrite=force)
         following = f"llama-cli -m BASE.gguf --lora {out}"
     elif format is Format.ladder:
         below = (r for r in state.nesting.ranks if r < cut.rank and r in state.ranks)
         ladder = (*below, cut.rank)
-        found = exports.export_ladder(cut, ladder, out, base if verify else None)
+        found = exports.export_ladder(cut, ladder, out, checked_on, overwrite=force)
         verified, what = (
             max(found.values(), key=lambda v: v.difference if v else -1),
             f"ranks {', '.join(map(str, found))}",
         )
         following = f"see {out / 'README.md'}"
     else:
-        exports.export_directions(cut, out)
+        exports.export_directions(cut, out, overwrite=force)
         following = f'load(base_model, "{out}", max_rank=4)'
     typer.echo(_report(verified, name, verify, format))
     typer.echo(f"{out} is {what} of {adapter}, as {format.value}. Next: {following}")
@@ -140,5 +148,5 @@ def _report(verified: Any, name: str | None, verify: bool, format: Format) -> st
     if verified is not None:
         return f"Verified: on {name}, {verified}."
     if not verify:
-        return "Not verified, as you asked."
-    return f"Not verified: the base model {name or ''} is not on this machine. Give its folder with --model"
+        return "Logits were not compared, as you asked."
+    return f"No logits were compared: the base model {name or ''} is not on this machine. Give its folder with --model"

@@ -40,6 +40,9 @@ def reorder(
         str | None, typer.Option(help="Of the base model on the hub.", show_default="what the adapter names")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the base model.")] = Dtype.bf16,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an adapter, a model or an evaluation that is there.")
+    ] = False,
 ) -> None:
     """Make any LoRA adapter nested: the function stays, and every prefix becomes the best adapter of its rank.
 
@@ -60,14 +63,17 @@ def reorder(
     from tqdm import tqdm
 
     from matryoshka_lora.formats.opened import open_adapter
+    from matryoshka_lora.adapter.storage import check_apart
     from matryoshka_lora.serving.reorder import reorder_adapter
-    from matryoshka_lora.files import check_writable
+    from matryoshka_lora.files import check_free, check_writable
 
     opened = open_adapter(adapter)
     check_writable(out)
+    check_apart(adapter, out)
+    check_free(out, force)
     if data is None:
         with tqdm(total=len(opened.layers), desc="reordering", unit=" layers", disable=None) as bar:
-            reorder_adapter(adapter, out, on_layer=bar.update)
+            reorder_adapter(adapter, out, on_layer=bar.update, overwrite=force)
     else:
         from matryoshka_lora.adapter import order
         from matryoshka_lora.serving.calibrate import ROWS, calibration_rows, reorder_with_data
@@ -81,7 +87,9 @@ def reorder(
             base.to(torch.accelerator.current_accelerator())
         taken = order.STEPS * order.ROWS if metric is MetricName.learned else len(questions)
         with tqdm(total=taken, desc="calibrating", unit=" rows", disable=None) as bar:
-            reorder_with_data(adapter, out, metric.value, base, tokenizer, questions, on_batch=bar.update)
+            reorder_with_data(
+                adapter, out, metric.value, base, tokenizer, questions, on_batch=bar.update, overwrite=force
+            )
     typer.echo(
         f"{out} is nested: PEFT reads it as the adapter that {adapter} is, and any rank from 1 to {opened.rank} may be "
         f"used. Next: matryoshka info {out}, or matryoshka export {out} --budget 0.25 -o small"

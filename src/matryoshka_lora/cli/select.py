@@ -55,7 +55,9 @@ def select(
     adapter = find_adapter(evaluation)
     typer.echo(f"\nNext: matryoshka export {adapter} --rank {choice.rank} -o {adapter.name}-rank-{choice.rank}")
     if not adapter.is_dir():
-        typer.echo(f"({adapter} is the adapter that was evaluated: write the path of its folder)")
+        typer.echo(f"\n{adapter} is the name of the adapter that was evaluated: write the path of its folder.")
+    new = shlex.quote(f"{adapter.name}-rank-{choice.rank}")
+    typer.echo(f"\nNext: matryoshka export {shlex.quote(str(adapter))} --rank {choice.rank} -o {new}")
 
 
 def _table(measured: Measured, choice: Choice) -> list[str]:

@@ -100,7 +100,7 @@ class Tokens:
         context: What the model reads, without loss.
         completion: What is predicted from there on, with the end of the turn and what the template puts after it.
         prompt: What generation starts from. The same as ``context``, unless the chat template writes a prompt that is
-            not yet answered differently.
+            not yet answered differently, or the prompt's end and the answer's begin share a token.
     """
 
     context: list[int]
@@ -112,7 +112,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, question: Question) -> Tokens:
     """The tokens of a question and its reference answer, exactly as TRL's ``SFTTrainer`` makes them for training.
 
     A built-in task's question is one user's and one assistant's message. Text is taken without chat template and
-    ends with the tokenizer's end-of-sequence token.
+    ends with the tokenizer's end-of-sequence token. The completion begins where the tokens of the prompt and those of
+    the whole part ways; its first token is never the whole's, which nothing predicts.
 
     Raises:
         MatryoshkaError: The tokenizer has no chat template, or the prompt or the answer is empty.
@@ -124,9 +125,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, question: Question) -> Tokens:
     else:
         prompt_ids = _template(tokenizer, prompt, add_generation_prompt=True)
         whole = _template(tokenizer, [*prompt, *completion])
-    length = _common_prefix(prompt_ids, whole)
-    if length == 0 or length == len(whole):
-        raise MatryoshkaError(f"a question has an empty {'prompt' if length == 0 else 'answer'}: {question!r:.200}")
+    length = max(_common_prefix(prompt_ids, whole), 1)
+    if not prompt_ids or length >= len(whole):
+        raise MatryoshkaError(f"a question has an empty {'answer' if prompt_ids else 'prompt'}: {question!r:.200}")
     return Tokens(context=whole[:length], completion=whole[length:], prompt=prompt_ids)
 
 

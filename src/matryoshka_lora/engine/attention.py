@@ -1,30 +1,25 @@
 """Attention over rows that share a prefix, and the keys and values of rows that are being generated.
 
-transformers hands each layer's queries, keys and values to a function that is registered by name. This one keeps the
-keys and values itself, so that
+A forward pass keeps the keys and values itself, so that
 
 * a prefix that rows of one rank share is stored once for each rank, and at each decode step is read once for all of
   their rows, in one product;
 * rows are padded on the right and the new keys of a row take the place right after its own last one: no row carries
   another row's padding along, and rows can leave or join between two steps;
 * one row can hold a context and several continuations that do not see each other (branches).
+
+Which keys a token sees besides, the architecture says: its own mask function is evaluated where the tokens stand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
-
-from matryoshka_lora.errors import MatryoshkaError
-
-NAME = "matryoshka_rows"
 
 _GROWTH = 32
 """Places for keys are made in steps of this size: a step copies them, and all of a step's places are computed with."""
@@ -32,29 +27,38 @@ _GROWTH = 32
 
 @dataclass
 class KeyValues:
-    """The keys and values of each layer, shape (rows, heads, tokens, width)."""
+    """The keys and values of each call of attention, shape (rows, heads, tokens, width).
 
-    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    A call is known by its number in the forward pass: some models attend several times in a layer, or run a layer
+    several times.
+    """
+
+    calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
         """How many places each row has."""
-        return self.layers[0][0].shape[2] if self.layers else 0
+        return self.calls[0][0].shape[2] if self.calls else 0
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one place of one row."""
+        return sum(each.shape[1] * each.shape[3] * each.itemsize for call in self.calls for each in call)
 
     def select(self, rows: Tensor) -> KeyValues:
         """Copies of these rows, shape of ``rows`` (rows,), in its order."""
-        return KeyValues([(keys[rows], values[rows]) for keys, values in self.layers])
+        return KeyValues([(keys[rows], values[rows]) for keys, values in self.calls])
 
     def grown(self, tokens: int) -> KeyValues:
         """With so many places, the new ones at the end and zero."""
         more = tokens - self.tokens
-        return KeyValues([(pad(k, (0, 0, 0, more)), pad(v, (0, 0, 0, more))) for k, v in self.layers])
+        return KeyValues([(pad(k, (0, 0, 0, more)), pad(v, (0, 0, 0, more))) for k, v in self.calls])
 
     @staticmethod
     def concat(parts: Sequence[KeyValues]) -> KeyValues:
         """All rows of all parts, which have equally many places."""
-        joined = zip(*(part.layers for part in parts), strict=True)
-        return KeyValues([(torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in joined])
+        joined = zip(*(part.calls for part in parts), strict=True)
+        return KeyValues([(torch.cat([k for k, _ in call]), torch.cat([v for _, v in call])) for call in joined])
 
 
 def places(tokens: int) -> int:
@@ -62,20 +66,44 @@ def places(tokens: int) -> int:
     return -(-tokens // _GROWTH) * _GROWTH
 
 
-class Pass(Protocol):
-    """One forward pass: what each layer's attention asks."""
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """What transformers hands to the layers instead of a mask: the function that would have made it.
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
-        """Shapes (rows, heads, tokens, width), fewer heads in k and v. Returns the shape of q."""
+    Attributes:
+        sees: Of row, head, a token's position and a key's position, all tensors: whether the token sees the key.
+    """
+
+    sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+    def at(self, tokens: Tensor, keys: Tensor) -> Tensor:
+        """Whether tokens at these positions see keys at those, for shapes (rows, 1, n, 1) and (1 or rows, 1, 1, m)."""
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None, None, None]
+        return self.sees(rows, torch.zeros_like(rows), tokens, keys)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an architecture says of its attention."""
+    """What an architecture says of its attention.
+
+    Attributes:
+        scale: Of the scores.
+        mask: None where a token sees all that stands before it.
+        softcap: A bound of the scores.
+        sinks: For each head, a score that takes its share and has no value.
+    """
 
     scale: float
-    window: int | None = None
+    mask: Mask | None = None
     softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+class Pass(Protocol):
+    """One forward pass: what each call of attention asks."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
+        """Shapes (rows, heads, tokens, width); k and v may have fewer heads, and v another width. Returns q's heads."""
 
 
 class Prefill:
@@ -101,51 +129,53 @@ class Prefill:
         self.positions, self.branches = positions, branches
         self.prefix, self.owners = prefix, owners
         self.new: KeyValues | None = KeyValues() if keep else None
-        self._masks: dict[int | None, Tensor | None] = {}
+        self._calls = 0
+        self._masks: dict[Mask | None, Tensor | None] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
         if self.new is not None:
-            self.new.layers.append((k, v))
+            self.new.calls.append((k, v))
         if self.prefix is not None:
-            before_k, before_v = self.prefix.layers[layer]
+            before_k, before_v = self.prefix.calls[self._calls]
             k = torch.cat([before_k[self.owners], k], dim=2)
             v = torch.cat([before_v[self.owners], v], dim=2)
-        if settings.window not in self._masks:
-            self._masks[settings.window] = self._mask(k.shape[2], settings.window)
-        mask = self._masks[settings.window]
+        self._calls += 1
+        if settings.mask not in self._masks:
+            self._masks[settings.mask] = self._seen(k.shape[2], settings.mask)
+        seen = self._masks[settings.mask]
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        if settings.softcap is not None:
-            scores = _capped(q @ k.mT * settings.scale, settings.softcap)
-            seen = self._causal(k.shape[2]) if mask is None else mask
-            scores = scores.masked_fill(~seen, float("-inf"))
-            return torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
-        return scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=settings.scale
-        )
+        if settings.softcap is None and settings.sinks is None:
+            causal = seen is None and q.shape[2] > 1
+            return scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, scale=settings.scale)
+        scores = _capped(q @ k.mT * settings.scale, settings.softcap)
+        scores = scores.masked_fill(~(self._causal(k.shape[2]) if seen is None else seen), float("-inf"))
+        return _softmax(scores, None if settings.sinks is None else settings.sinks[:, None, None]) @ v
 
     def _causal(self, keys: int) -> Tensor:
         new = self.positions.shape[1]
         return torch.ones(new, keys, dtype=torch.bool, device=self.positions.device).tril(keys - new)[None, None]
 
-    def _mask(self, keys: int, window: int | None) -> Tensor | None:
+    def _seen(self, keys: int, mask: Mask | None) -> Tensor | None:
         """Which keys each new token sees, shape (1 or rows, 1, tokens, keys); None is causal without a prefix.
 
         Padding stands on the right, where no token of the row sees it.
         """
-        new = self.positions.shape[1]
-        before = keys - new
-        if before == 0 and self.branches is None and (window is None or window >= new):
+        before = keys - self.positions.shape[1]
+        if mask is None and before == 0 and self.branches is None:
             return None
-        seen = self._causal(keys)
+        causal = seen = self._causal(keys)
         if self.branches is not None:
             mine, other = self.branches[:, None, :, None], self.branches[:, None, None, :]
-            alike = pad((other == 0) | (other == mine), (before, 0), value=True)
-            seen = seen & alike
-        if window is not None:
-            first = torch.arange(before, device=seen.device).expand(len(self.positions), -1)
-            at = torch.cat([first, self.positions], dim=1)
-            seen = seen & (self.positions[:, None, :, None] - at[:, None, None, :] < window)
+            seen = seen & pad((other == 0) | (other == mine), (before, 0), value=True)
+        if mask is not None:
+            # Without branches, all rows have the same positions.
+            positions = self.positions if self.branches is not None else self.positions[:1]
+            first = torch.arange(before, device=seen.device).expand(len(positions), -1)
+            at = torch.cat([first, positions], dim=1)
+            seen = seen & mask.at(positions[:, None, :, None], at[:, None, None, :])
+            if before == 0 and torch.equal(seen, causal):
+                return None
         return seen
 
 
@@ -172,44 +202,52 @@ class Decode:
         self.spans = [(rank, first, last) for rank, (first, last) in enumerate(spans) if last > first]
         self._rows = torch.arange(len(lengths), device=lengths.device)
         self._before = 0 if prefix is None else prefix.tokens
-        self._masks: dict[int | None, tuple[Tensor, Tensor | None]] = {}
+        self._calls = 0
+        self._masks: dict[Mask | None, tuple[Tensor, Tensor | None]] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
-        keys, values = self.own.layers[layer]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
+        keys, values = self.own.calls[self._calls]
         keys[self._rows, :, self.lengths] = k[:, :, 0]
         values[self._rows, :, self.lengths] = v[:, :, 0]
         rows, heads, _, width = q.shape
         # The query heads of one key head stand together, so no key is repeated.
         q = q.view(rows, keys.shape[1], heads // keys.shape[1], width) * settings.scale
-        if settings.window not in self._masks:
-            self._masks[settings.window] = self._hidden(keys.shape[2], settings.window)
-        hidden, hidden_before = self._masks[settings.window]
+        sinks = None if settings.sinks is None else settings.sinks.view(keys.shape[1], -1, 1)
+        if settings.mask not in self._masks:
+            self._masks[settings.mask] = self._hidden(keys.shape[2], settings.mask)
+        hidden, hidden_before = self._masks[settings.mask]
         scores = _capped(q @ keys.mT, settings.softcap).masked_fill_(hidden, float("-inf"))
-        wide = torch.promote_types(q.dtype, torch.float32)
         if self.prefix is None:
-            out: Tensor = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype) @ values
-            return out.reshape(rows, heads, 1, width)
-        prefix_keys, prefix_values = self.prefix.layers[layer]
-        before = torch.cat([_grouped(q[a:b], prefix_keys[rank].mT) for rank, a, b in self.spans])
-        before = _capped(before, settings.softcap)
-        if hidden_before is not None:
-            before.masked_fill_(hidden_before, float("-inf"))
-        weights = torch.softmax(torch.cat([before, scores], dim=-1), dim=-1, dtype=wide).to(q.dtype)
-        out = weights[..., self._before :] @ values
-        of_prefix = weights[..., : self._before]
-        out += torch.cat([_grouped(of_prefix[a:b], prefix_values[rank]) for rank, a, b in self.spans])
-        return out.reshape(rows, heads, 1, width)
+            out: Tensor = _softmax(scores, sinks) @ values
+        else:
+            prefix_keys, prefix_values = self.prefix.calls[self._calls]
+            before = torch.cat([_grouped(q[a:b], prefix_keys[rank].mT) for rank, a, b in self.spans])
+            before = _capped(before, settings.softcap)
+            if hidden_before is not None:
+                before.masked_fill_(hidden_before, float("-inf"))
+            weights = _softmax(torch.cat([before, scores], dim=-1), sinks)
+            out = weights[..., self._before :] @ values
+            of_prefix = weights[..., : self._before]
+            out += torch.cat([_grouped(of_prefix[a:b], prefix_values[rank]) for rank, a, b in self.spans])
+        self._calls += 1
+        return out.reshape(rows, heads, 1, -1)
 
-    def _hidden(self, keys: int, window: int | None) -> tuple[Tensor, Tensor | None]:
-        """Which places a row does not see: those after its newest token, and those before the window."""
+    def _hidden(self, keys: int, mask: Mask | None) -> tuple[Tensor, Tensor | None]:
+        """Which places a row does not see: those after its newest token, and those that the mask hides."""
         at = torch.arange(keys, device=self.lengths.device)
-        hidden = at[None, :] > self.lengths[:, None]
-        if window is None:
-            return hidden[:, None, None], None
-        hidden |= self.lengths[:, None] - at[None, :] >= window
-        first = torch.arange(self._before, device=at.device)
-        before = self._before + self.lengths[:, None] - first[None, :] >= window
-        return hidden[:, None, None], before[:, None, None]
+        hidden = at > self.lengths[:, None, None, None]
+        if mask is None:
+            return hidden, None
+        newest = self._before + self.lengths[:, None, None, None]
+        first = torch.arange(self._before, device=at.device)[None, None, None]
+        return hidden | ~mask.at(newest, self._before + at[None, None, None]), ~mask.at(newest, first)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    return weights if sinks is None else weights[..., :-1]
 
 
 def _grouped(rows: Tensor, shared: Tensor) -> Tensor:
@@ -221,54 +259,3 @@ def _grouped(rows: Tensor, shared: Tensor) -> Tensor:
 
 def _capped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
-
-
-def _attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    row_pass: Pass | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    if row_pass is None:
-        raise MatryoshkaError("this attention works only inside the engine; call the model as it was before")
-    for name in ("s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise MatryoshkaError(f"the model's attention has {name}, which the engine does not compute")
-    settings = Settings(
-        scale=module.head_dim**-0.5 if scaling is None else scaling,
-        window=kwargs.get("sliding_window") or None,
-        softcap=kwargs.get("softcap") or None,
-    )
-    out = row_pass.attend(module.layer_idx, query, key, value, settings)
-    return out.transpose(1, 2).contiguous(), None
-
-
-# Without a mask function of this name, transformers makes no mask: passes make their own.
-AttentionInterface.register(NAME, _attention)
-
-
-@contextmanager
-def row_attention(model: PreTrainedModel) -> Any:
-    """A context in which a model's layers attend through the pass that is given to its forward as ``row_pass``.
-
-    Raises:
-        MatryoshkaError: The model has layers of another kind, or an attention that cannot be replaced.
-    """
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds or not getattr(model, "_supports_attention_backend", False):
-        what = f"layers of kind {', '.join(sorted(kinds))}" if kinds else "an attention that cannot be exchanged"
-        raise MatryoshkaError(
-            f"{type(model).__name__} has {what}, so its ranks cannot share a batch: export the ranks "
-            "and evaluate each with lm_eval's own hf backend"
-        )
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

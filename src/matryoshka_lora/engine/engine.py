@@ -5,6 +5,7 @@ read once for all of them. What requests share is computed once for each rank: a
 context of several continuations. Logits are made where they are needed, and rows that are done leave the batch.
 
 None of this changes an answer beyond the rounding of its dtype: a request's result does not depend on its neighbours.
+Models of which that is not true are refused: see `matryoshka_lora.engine.agreement`.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.engine.attention import KeyValues, Pass, Prefill, row_attention
+from matryoshka_lora.engine.agreement import check_agreement
+from matryoshka_lora.engine.attention import KeyValues, Pass, Prefill
+from matryoshka_lora.engine.exchange import WAY_OUT, attending, row_attention
 from matryoshka_lora.engine.generation import Limits, Prompt, generate_rows
 from matryoshka_lora.engine.likelihood import Likelihood, Tree, branched, score_trees
 from matryoshka_lora.engine.memory import Room, measure_room
 from matryoshka_lora.engine.packing import Tokens, batches, families
-from matryoshka_lora.models import context_length
+from matryoshka_lora.engine.settings import repetition_penalty as penalty_of
+from matryoshka_lora.models import context_length, evaluation_mode, rotation_limit
 
 Text = str | Sequence[int]
 """What a request is made of: text, or tokens."""
@@ -78,7 +82,12 @@ class Runner:
             Shape (rows, k, vocabulary).
         """
         self._wanted[:] = [wanted]
-        found: Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=False, row_pass=row_pass).logits
+        with attending(row_pass):
+            # The mask says that rows are rows: by the positions of branches, transformers would take them for packed.
+            mask = torch.ones_like(ids)
+            found: Tensor = self.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+            ).logits
         return found
 
     def prefix(self, tokens: Tokens, ranks: Sequence[int]) -> Prefix:
@@ -108,6 +117,9 @@ class Engine:
         tokenizer: The base model's.
         batch_size: The most rows that generate together; None measures how many fit.
 
+    Attributes:
+        model: The adapter's base model, with the adapter in it.
+
     Raises:
         MatryoshkaError: The batch size is not positive, the adapter is not active, or the model is of a kind whose rows
             cannot have ranks of their own.
@@ -119,21 +131,26 @@ class Engine:
         if batch_size is not None and batch_size < 1:
             raise MatryoshkaError(f"batch_size is {batch_size}; write 1 or more")
         self.adapter, self.tokenizer, self.batch_size = adapter, tokenizer, batch_size
-        with adapter.rows([adapter.nesting.max_rank]):
-            pass  # raises where rows cannot have ranks of their own
-        self._model: Any = adapter.model.get_base_model()
-        with row_attention(self._model):
+        self.model: Any = adapter.model.get_base_model()
+        _check_writes_text(self.model)
+        # Raises where rows cannot have ranks of their own, and lets the layers see which dimension is the rows.
+        with torch.no_grad(), adapter.rows([adapter.nesting.max_rank] * 2):
+            self.model(input_ids=torch.zeros(2, 3, dtype=torch.long, device=self.model.device), use_cache=False)
+        with row_attention(self.model):
             pass  # raises where it cannot be
+        self._token_bytes = 1  # until it is measured
+        self._token_bytes = check_agreement(self)
 
     @property
     def max_length(self) -> int | None:
-        """The model's context in tokens, where its config says it."""
-        return context_length(self._model)
+        """The most tokens of a row, where the model's config says it."""
+        limits = (context_length(self.model), rotation_limit(self.model))
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def end_tokens(self) -> frozenset[int]:
         """The tokens that end an answer: the generation config's and the tokenizer's."""
-        configured = self._model.generation_config.eos_token_id
+        configured = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         listed = configured if isinstance(configured, list) else [configured]
         return frozenset(token for token in (*listed, self.tokenizer.eos_token_id) if token is not None)
 
@@ -186,7 +203,7 @@ class Engine:
         by_context: dict[Tokens, list[Tree]] = {}
         for tree in trees.values():
             by_context.setdefault(tree.context, []).append(tree)
-        with self._runner() as runner:
+        with self.runner() as runner:
             for family in families(contexts):
                 members = [tree for place in family.members for tree in by_context[contexts[place]]]
                 for prefix, rows in _by_rank(runner, family.prefix, members):
@@ -203,10 +220,10 @@ class Engine:
         ranks: int | Sequence[int],
         max_new_tokens: int = 256,
         until: Sequence[str] = (),
-        repetition_penalty: float = 1.0,
+        repetition_penalty: float | None = None,
         on_result: Callable[[int, str], object] | None = None,
     ) -> list[str]:
-        """The greedy answer to each prompt; of the model's generation config, only the end tokens count.
+        """The greedy answer to each prompt, as transformers gives it by the model's own generation config.
 
         An answer ends before the first text of ``until``, at a token that ends a turn, or after ``max_new_tokens``. A
         text of ``until`` may be a special token.
@@ -216,7 +233,7 @@ class Engine:
             ranks: One for all prompts, or one for each. 0 is the base model.
             max_new_tokens: The most tokens of an answer.
             until: Texts that end an answer; they do not belong to it.
-            repetition_penalty: As in transformers; 1 is none.
+            repetition_penalty: As in transformers; 1 is none, None is the model's own.
             on_result: Called with a prompt's place and answer as soon as it is known, in any order.
 
         Returns:
@@ -224,9 +241,10 @@ class Engine:
 
         Raises:
             MatryoshkaError: A rank was not trained, a prompt is empty, or does not fit the model's context with
-                ``max_new_tokens`` more.
+                ``max_new_tokens`` more, or the model's generation config has settings that the engine does not know.
         """
         of = self._ranks(ranks, len(prompts))
+        penalty = penalty_of(self.model) if repetition_penalty is None else repetition_penalty
         if max_new_tokens < 1:
             raise MatryoshkaError(f"max_new_tokens is {max_new_tokens}; write 1 or more")
         encoded = [self._tokens(prompt) for prompt in prompts]
@@ -238,11 +256,11 @@ class Engine:
         special = {text: self.tokenizer.convert_tokens_to_ids(text) for text in self.tokenizer.all_special_tokens}
         ends = self.end_tokens | {special[text] for text in until if text in special}
         texts = tuple(text for text in until if text and text not in special)
-        limits = Limits(max_new_tokens, texts, ends, self.tokenizer, repetition_penalty)
+        limits = Limits(max_new_tokens, texts, ends, self.tokenizer, penalty)
         found: list[str | None] = [None] * len(prompts)
 
-        def put(number: int, answer: str) -> None:
-            found[number] = answer
+        def put(number: int, made: list[int]) -> None:
+            found[number] = answer = limits.text(made)
             if on_result is not None:
                 on_result(number, answer)
 
@@ -250,7 +268,7 @@ class Engine:
         at: dict[Tokens, list[int]] = {}
         for number, tokens in enumerate(encoded):
             at.setdefault(tokens, []).append(number)
-        with self._runner() as runner:
+        with self.runner() as runner:
             for family in families(unique):
                 members = [
                     Prompt(number, of[number], tokens)
@@ -280,14 +298,21 @@ class Engine:
         return self._tokens(context), self._tokens(continuation)
 
     def _check_length(self, number: int, length: int, what: str) -> None:
-        if self.max_length is not None and length > self.max_length:
+        if self.max_length is None or length <= self.max_length:
+            return
+        if self.max_length == rotation_limit(self.model):
             raise MatryoshkaError(
-                f"request {number} is too long: {what} {length} tokens, and the model's context has "
-                f"{self.max_length}. Use fewer or shorter few-shot examples, or a model with a longer context"
+                f"request {number} is too long: {what} {length} tokens, and from {self.max_length} on this model turns "
+                f"all positions of a row otherwise (longrope), so that rows cannot share a batch. Way out: {WAY_OUT}"
             )
+        raise MatryoshkaError(
+            f"request {number} is too long: {what} {length} tokens, and the model's context has "
+            f"{self.max_length}. Use fewer or shorter few-shot examples, or a model with a longer context"
+        )
 
     @contextmanager
-    def _runner(self) -> Iterator[Runner]:
+    def runner(self) -> Iterator[Runner]:
+        """A context for forward passes over rows."""
         wanted: list[Tensor] = []
 
         def gather(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -296,17 +321,24 @@ class Engine:
             return (hidden.gather(1, index), *args[1:])
 
         # Before the output layer, so that whatever a model does to its logits afterwards still happens.
-        hook = self._model.get_output_embeddings().register_forward_pre_hook(gather)
-        modes = [(module, module.training) for module in self.adapter.model.modules()]
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(gather)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        self.adapter.model.eval()
+        room = measure_room(self.model, self._token_bytes, self.batch_size)
         try:
-            with torch.inference_mode(), row_attention(self._model):
-                yield Runner(self.adapter, self._model, measure_room(self._model, self.batch_size), pad, wanted)
+            with torch.inference_mode(), evaluation_mode(self.adapter.model), row_attention(self.model):
+                yield Runner(self.adapter, self.model, room, pad, wanted)
         finally:
             hook.remove()
-            for module, training in modes:
-                module.training = training
+
+
+def _check_writes_text(model: Any) -> None:
+    """Raises MatryoshkaError for what is no causal language model of transformers."""
+    is_model = isinstance(model, PreTrainedModel)
+    if not is_model or model.get_output_embeddings() is None or model.config.is_encoder_decoder:
+        raise MatryoshkaError(
+            f"{type(model).__name__} is no causal language model of transformers, and the engine evaluates no other: "
+            "choose a rank by set_rank, and evaluate the model as you would without an adapter"
+        )
 
 
 def _by_rank(runner: Runner, prefix: Tokens, members: Sequence[Any]) -> Iterator[tuple[Prefix, list[Any]]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -70,15 +71,17 @@ class Limits:
 
 
 @dataclass
-class _Answer:
+class Answer:
+    """The tokens that were made of an answer until now."""
+
     prompt: Prompt
     made: list[int] = field(default_factory=list)
     over: bool = False
 
 
 @dataclass
-class _Batch:
-    """Rows that generate together; rows of one rank stand together.
+class Batch:
+    """Rows that generate together, in the order of their ranks.
 
     Attributes:
         answers: One for each row.
@@ -86,31 +89,36 @@ class _Batch:
         lengths: How many of them are filled, shape (rows,).
     """
 
-    answers: list[_Answer]
+    answers: list[Answer]
     own: KeyValues
     lengths: Tensor
+
+    @property
+    def ranks(self) -> list[int]:
+        """One for each row."""
+        return [answer.prompt.rank for answer in self.answers]
 
     def running(self) -> list[int]:
         """The rows whose answers are not over."""
         return [row for row, answer in enumerate(self.answers) if not answer.over]
 
-    def select(self, rows: Sequence[int]) -> _Batch:
+    def select(self, rows: Sequence[int]) -> Batch:
         """Some of the rows, in any order."""
         index = torch.tensor(rows, dtype=torch.long, device=self.lengths.device)
-        return _Batch([self.answers[row] for row in rows], self.own.select(index), self.lengths[index])
+        return Batch([self.answers[row] for row in rows], self.own.select(index), self.lengths[index])
 
-    def grown(self, tokens: int) -> _Batch:
+    def grown(self, tokens: int) -> Batch:
         """With a place for so many tokens in each row."""
         enough = self.own.tokens >= tokens
-        return self if enough else _Batch(self.answers, self.own.grown(places(tokens)), self.lengths)
+        return self if enough else Batch(self.answers, self.own.grown(places(tokens)), self.lengths)
 
     @staticmethod
-    def joined(parts: Sequence[_Batch]) -> _Batch:
+    def joined(parts: Sequence[Batch]) -> Batch:
         """One batch of all rows that are not over, by rank."""
         tokens = max(part.own.tokens for part in parts)
         grown = [part.grown(tokens) for part in parts]
         same = [part.own.grown(places(tokens)) for part in grown]
-        batch = _Batch(
+        batch = Batch(
             [answer for part in grown for answer in part.answers],
             KeyValues.concat(same),
             torch.cat([part.lengths for part in grown]),
@@ -120,21 +128,24 @@ class _Batch:
 
 
 def generate_rows(
-    runner: Runner, prefix: Prefix, prompts: Sequence[Prompt], limits: Limits, put: Callable[[int, str], object]
+    runner: Runner, prefix: Prefix, prompts: Sequence[Prompt], limits: Limits, put: Callable[[int, list[int]], object]
 ) -> None:
-    """Answer prompts that begin with one prefix."""
+    """Answer prompts that begin with one prefix; ``put`` gets a prompt's number and the tokens of its answer."""
     waiting = sorted(prompts, key=lambda prompt: len(prompt.tokens))  # the longest are let in first, from the end
     longest = places(len(waiting[-1].tokens) - prefix.length + limits.max_new_tokens)
     room = runner.room.cache_tokens - prefix.length * len(prefix.row)
     most = max(1, min(runner.room.rows, room // longest))
-    batch: _Batch | None = None
+    batch: Batch | None = None
     while waiting or batch is not None:
         running = 0 if batch is None else len(batch.running())
         if waiting and running <= _REFILL * most:
             free = min(len(waiting), most - running)
             new, waiting = waiting[len(waiting) - free :], waiting[: len(waiting) - free]
-            parts = _begin(runner, prefix, new, limits, put)
-            batch = _Batch.joined(parts if batch is None else [batch, *parts])
+            parts = []
+            for part, logits in read(runner, prefix, new):
+                _write(part, logits, limits, put)
+                parts.append(part)
+            batch = Batch.joined(parts if batch is None else [batch, *parts])
         elif batch is not None:
             batch = batch.select(batch.running())
         if batch is not None and batch.answers:
@@ -143,11 +154,8 @@ def generate_rows(
             batch = None
 
 
-def _begin(
-    runner: Runner, prefix: Prefix, prompts: Sequence[Prompt], limits: Limits, put: Callable[[int, str], object]
-) -> list[_Batch]:
-    """Read prompts, and write the first token of each answer."""
-    found = []
+def read(runner: Runner, prefix: Prefix, prompts: Sequence[Prompt]) -> Iterator[tuple[Batch, Tensor]]:
+    """Prompts in batches of alike lengths, each with the logits of its answers' first tokens, (rows, 1, vocabulary)."""
     suffixes = [prompt.tokens[prefix.length :] for prompt in prompts]
     for rows in batches(list(map(len, suffixes)), len(prompts), runner.room.prefill_tokens):
         lengths = torch.tensor([len(suffixes[row]) for row in rows], device=runner.device)
@@ -160,43 +168,49 @@ def _begin(
         with runner.ranks(ranks):
             logits = runner.logits(ids.to(runner.device), positions, row_pass, lengths[:, None] - 1)
         assert row_pass.new is not None
-        batch = _Batch([_Answer(prompts[row]) for row in rows], row_pass.new, lengths)
-        _write(batch, logits, limits, put)
-        found.append(batch)
-    return found
+        yield Batch([Answer(prompts[row]) for row in rows], row_pass.new, lengths), logits
+
+
+def step(runner: Runner, prefix: Prefix, batch: Batch) -> Tensor:
+    """Read the newest token of each answer. The rows' ranks stand already.
+
+    Returns:
+        The logits of the next tokens, (rows, 1, vocabulary).
+    """
+    if batch.own.tokens <= int(batch.lengths.max()):
+        batch.own = batch.own.grown(places(batch.own.tokens + 1))
+    ranks = batch.ranks
+    spans = [(bisect_left(ranks, rank), bisect_right(ranks, rank)) for rank in prefix.row]
+    newest = torch.tensor([[answer.made[-1]] for answer in batch.answers], device=runner.device)
+    positions = (prefix.length + batch.lengths)[:, None]
+    row_pass = Decode(batch.own, batch.lengths, prefix.keys, spans)
+    logits = runner.logits(newest, positions, row_pass, torch.zeros_like(newest))
+    # A row that is over stays where it is until it leaves.
+    over = torch.tensor([answer.over for answer in batch.answers], device=runner.device)
+    batch.lengths = batch.lengths + (~over).long()
+    return logits
 
 
 def _advance(
     runner: Runner,
     prefix: Prefix,
-    batch: _Batch,
+    batch: Batch,
     limits: Limits,
-    put: Callable[[int, str], object],
+    put: Callable[[int, list[int]], object],
     refill: float,
 ) -> None:
     """Decode until so many rows are done that the batch should change."""
     rows = len(batch.answers)
-    ranks = [answer.prompt.rank for answer in batch.answers]
-    spans = [(ranks.index(rank), rows - ranks[::-1].index(rank)) if rank in ranks else (0, 0) for rank in prefix.row]
     stay = max((1 - _LEAVE) * rows, refill)
-    with runner.ranks(ranks):
+    with runner.ranks(batch.ranks):
         while True:
             running = batch.running()
             if not running or (len(running) < rows and len(running) <= stay):
                 return
-            if batch.own.tokens <= int(batch.lengths.max()):
-                batch.own = batch.own.grown(places(batch.own.tokens + 1))
-            newest = torch.tensor([[answer.made[-1]] for answer in batch.answers], device=runner.device)
-            positions = (prefix.length + batch.lengths)[:, None]
-            row_pass = Decode(batch.own, batch.lengths, prefix.keys, spans)
-            logits = runner.logits(newest, positions, row_pass, torch.zeros_like(newest))
-            # A row that is over stays where it is until it leaves.
-            over = torch.tensor([answer.over for answer in batch.answers], device=runner.device)
-            batch.lengths = batch.lengths + (~over).long()
-            _write(batch, logits, limits, put)
+            _write(batch, step(runner, prefix, batch), limits, put)
 
 
-def _write(batch: _Batch, logits: Tensor, limits: Limits, put: Callable[[int, str], object]) -> None:
+def _write(batch: Batch, logits: Tensor, limits: Limits, put: Callable[[int, list[int]], object]) -> None:
     """Add the most likely token to each answer that is not over."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if limits.repetition_penalty != 1:
@@ -210,4 +224,4 @@ def _write(batch: _Batch, logits: Tensor, limits: Limits, put: Callable[[int, st
         answer.made.append(token)
         answer.over = limits.over(answer.made)
         if answer.over:
-            put(answer.prompt.number, limits.text(answer.made))
+            put(answer.prompt.number, answer.made)

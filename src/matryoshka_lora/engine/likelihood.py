@@ -66,6 +66,7 @@ def score_trees(
 ) -> None:
     """One forward pass over rows, one for each tree."""
     device, longest = runner.device, max(tree.length for tree in trees)
+    several = any(len(tree.branches) > 1 for tree in trees)
     ids, positions, branches, wanted = [], [], [], []
     # For each asked token: its row, the place of its logits in `wanted`, itself; and the request of each stretch.
     rows: list[int] = []
@@ -89,13 +90,14 @@ def score_trees(
             targets += continuation
         spare = longest - len(tokens)
         ids.append(tokens + [runner.pad] * spare)
-        positions.append([prefix.length + place for place in at] + [0] * spare)
+        # Without branches every row stands at the same positions, padding too.
+        padding = [0] * spare if several else range(len(at), longest)
+        positions.append([prefix.length + place for place in (*at, *padding)])
         branches.append(branch + [0] * spare)
         wanted.append(asked)
     most = max(map(len, wanted))
     wanted = [asked + asked[:1] * (most - len(asked)) for asked in wanted]
     at_positions = torch.tensor(positions, device=device)
-    several = any(len(tree.branches) > 1 for tree in trees)
     row_pass = Prefill(
         at_positions,
         torch.tensor(branches, device=device) if several else None,

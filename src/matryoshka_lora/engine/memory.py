@@ -38,32 +38,25 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def measure_room(model: Any, batch_size: int | None = None) -> Room:
+def measure_room(model: Any, token_bytes: int, batch_size: int | None = None) -> Room:
     """What fits beside a model now.
 
     Args:
         model: A transformers model on its device.
+        token_bytes: Of the keys and values of one token.
         batch_size: Rows that may generate together; None means as many as fit and pay.
     """
     device = model.device
     budget = int(SHARE * free_bytes(device))
     prefill, rows = _EFFICIENT.get(device.type, (32768, 512))
-    cache_bytes = token_bytes(model)
-    prefill = max(1, min(prefill, budget // 2 // (_transient_bytes(model) + cache_bytes)))
-    return Room(prefill, max(1, budget // 2 // cache_bytes), batch_size or rows)
-
-
-def token_bytes(model: Any) -> int:
-    """Bytes of the keys and values of one token in all layers."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
+    prefill = max(1, min(prefill, budget // 2 // (_transient_bytes(model) + token_bytes)))
+    return Room(prefill, max(1, budget // 2 // token_bytes), batch_size or rows)
 
 
 def _transient_bytes(model: Any) -> int:
     """Bytes of what a layer holds of one token at once, and its logits: every token could be asked for."""
     config = model.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    inner = max(inner) if isinstance(inner, list) else inner  # Gemma 3n has one for each layer
     layer = (8 * config.hidden_size + 4 * inner) * max(model.dtype.itemsize, 4)
     return int(layer + 3 * 4 * config.vocab_size)

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter.handle import NestedAdapter
-from matryoshka_lora.adapter.load import load_opened
+from matryoshka_lora.adapter.loading import load_opened
 from matryoshka_lora.adapter.saving import opened_from
 from matryoshka_lora.data.questions import ExactMatch, rows_from
 from matryoshka_lora.data.sources import load_data, parse_data
@@ -31,9 +31,11 @@ from matryoshka_lora.evaluation.results import EXAMPLES_NAME, Evaluation, exampl
 from matryoshka_lora.evaluation.store import ANSWERS_NAME, Store
 from matryoshka_lora.evaluation.tasks import BUILT_IN_ITEMS, Asked, ask
 from matryoshka_lora.files import (
+    EVALUATION,
     EVALUATION_FOLDER,
     EVALUATION_NAME,
     PICTURE_NAME,
+    check_free,
     check_writable,
     replace_directory,
 )
@@ -124,6 +126,8 @@ def evaluate(
     folder = Path(out) if out is not None else None if home is None else home / EVALUATION_FOLDER
     if folder is not None:
         check_writable(folder)
+        if home is None or folder.resolve() != home.resolve():
+            check_free(folder, overwrite, beside=[EVALUATION])
     name, revision = base_of(opened.config, model, revision)
     if tokenizer is None:
         tokenizer = load_tokenizer(_needed(name, opened), revision=revision)
@@ -149,24 +153,24 @@ def evaluate(
         "bytes": adapter_bytes(opened, chosen),
         "latency_ms": token_latency(nested, chosen) if latency else None,
     }
-    evaluation = _beside_earlier(Evaluation(about, chosen), folder, overwrite)
+    evaluation = Evaluation(about, chosen)
+    if folder is not None and (folder / EVALUATION_NAME).is_file():
+        _keep_earlier(evaluation, folder, overwrite)
     engine = Engine(nested, tokenizer, batch_size)
-    subject = {"model": marked(name), "revision": revision, "dtype": about["dtype"], "adapter": about["adapter"]["sha256"]}
-    store = Store(None if folder is None else folder / ANSWERS_NAME, subject)
+    subject = {"model": marked(name), "dtype": about["dtype"], "adapter": about["adapter"]["sha256"]}
+    if revision is not None:
+        subject["revision"] = revision
+    store = Store(None if folder is None else folder / ANSWERS_NAME, subject, anew=overwrite)
     try:
         for task in asked:
             with nullcontext(None) if progress is None else progress(task.name) as report:
-                judged = judge(
-                    engine, task.tasks, ((0,) if nested.has_base else ()) + chosen, store, task.num_fewshot, limit, report
-                )
+                of = ((0,) if nested.has_base else ()) + chosen
+                judged = judge(engine, task.tasks, of, store, task.num_fewshot, limit, report)
             for own in (str(one.config.task) for one in task.tasks):
                 called = task.name if len(task.tasks) == 1 else own
-                evaluation.tasks[called] = {
-                    **summed(own, task.kind, task.metric, judged.results), "prompts": judged.prompts
-                }
+                entry = {**summed(own, task.kind, task.metric, judged.results), "prompts": judged.prompts}
                 samples = {rank: found["samples"][own] for rank, found in judged.results.items()}
-                evaluation.examples = [e for e in evaluation.examples if e["task"] != called]
-                evaluation.examples += examples_of(called, samples)
+                evaluation.add(called, entry, examples_of(called, samples))
             if folder is not None:
                 _write(evaluation, folder)
     finally:
@@ -273,22 +277,15 @@ def _weights_hash(opened: OpenedAdapter) -> str:
     return found.hexdigest()
 
 
-def _beside_earlier(evaluation: Evaluation, folder: Path | None, overwrite: bool) -> Evaluation:
-    """With the tasks of an earlier evaluation of the same adapter at the same ranks."""
-    if folder is None or not (folder / EVALUATION_NAME).is_file():
-        return evaluation
-    earlier = read_evaluation(folder)
-    same = ("model", "revision", "dtype", "mode")
-    mine, theirs = evaluation.about, earlier.about
-    is_same = all(mine[key] == theirs.get(key) for key in same) and list(evaluation.ranks) == list(earlier.ranks)
-    if is_same and mine["adapter"]["sha256"] == theirs["adapter"]["sha256"]:
-        return Evaluation(mine, evaluation.ranks, earlier.tasks, earlier.examples)
-    if not overwrite:
-        raise MatryoshkaError(
-            f"{folder} holds an evaluation of another adapter, base model or list of ranks: give another folder with "
-            "--out, or replace it with --force"
-        )
-    return evaluation
+def _keep_earlier(evaluation: Evaluation, folder: Path, overwrite: bool) -> None:
+    try:
+        evaluation.keep(read_evaluation(folder))
+    except MatryoshkaError as error:
+        if not overwrite:
+            raise MatryoshkaError(
+                f"{folder} holds an evaluation that this one cannot stand beside: {error}. Give another folder with "
+                "--out, or drop it with --force"
+            ) from error
 
 
 def _write(evaluation: Evaluation, folder: Path) -> None:

@@ -6,18 +6,21 @@ at once; in the others they are there already. So every number is the harness's 
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.engine.engine import Engine
+from matryoshka_lora.engine.settings import repetition_penalty
 from matryoshka_lora.evaluation.store import Store, request_key
 
 try:
@@ -53,12 +56,12 @@ class RanksLM(HFLM):  # type: ignore[misc, unused-ignore]
     def __init__(
         self, engine: Engine, ranks: Sequence[int], store: Store, on_progress: OnProgress | None = None
     ) -> None:
-        model = engine.adapter.model
-        modes = [(module, module.training) for module in model.modules()]
+        # What the backend's constructor is given, it changes: it ties weights anew, which PEFT may have untied, and
+        # chooses a pad token. So it gets what it reads of the model, and a copy of the tokenizer.
+        read = SimpleNamespace(config=engine.model.config, device=engine.model.device)
         with _quiet():
-            super().__init__(pretrained=model.get_base_model(), tokenizer=engine.tokenizer, backend="causal")
-        for module, training in modes:  # the backend's constructor puts the model into eval mode
-            module.training = training
+            super().__init__(pretrained=read, tokenizer=copy.deepcopy(engine.tokenizer), backend="causal")
+        self._model = self.pretrained = engine.model
         self.engine, self.ranks, self.store, self.on_progress = engine, tuple(ranks), store, on_progress
         self.current = self.ranks[0]
         self.keys: list[str] = []
@@ -66,10 +69,6 @@ class RanksLM(HFLM):  # type: ignore[misc, unused-ignore]
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return found
-
-    def answer_loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Of `QuestionsTask`: a context and the answer that training sees after it."""
-        return self._likelihoods([self.engine.encode_pair(*request.args) for request in requests])
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], *args: Any, **kwargs: Any
@@ -87,27 +86,35 @@ class RanksLM(HFLM):  # type: ignore[misc, unused-ignore]
         found = self._answers(keys, ask)
         return [(logprob, greedy) for logprob, greedy in found]
 
+    def answer_likelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Of `QuestionsTask`: a context and the answer that training sees after it, as tokens."""
+        return self._likelihoods([(tuple(request.args[1]), tuple(request.args[2])) for request in requests])
+
+    def answer(self, requests: Sequence[Any]) -> list[str]:
+        """Of `QuestionsTask`: an answer to a prompt of tokens."""
+        return self._generated(requests, [tuple(request.args[1]) for request in requests])
+
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        return self._generated(requests, [self.engine.encode(request.args[0]) for request in requests])
+
+    def _generated(self, requests: Sequence[Any], prompts: Sequence[tuple[int, ...]]) -> list[str]:
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        by_settings: dict[tuple[int, tuple[str, ...]], list[int]] = defaultdict(list)
-        prompts = [request.args[0] for request in requests]
+        by_settings: dict[_Settings, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
-            by_settings[_settings(request, self.max_gen_toks, eos)].append(number)
+            by_settings[_settings(request, self.model, self.max_gen_toks, eos)].append(number)
         answers: list[str] = [""] * len(requests)
-        penalty = _repetition_penalty(self.model.generation_config)
-        for (most, until), numbers in by_settings.items():
-            tokens = [self.engine.encode(prompts[number]) for number in numbers]
-            keys = [request_key("generate", each, most, until, penalty) for each in tokens]
+        for settings, numbers in by_settings.items():
+            tokens = [prompts[number] for number in numbers]
+            keys = [request_key("generate", each, *settings) for each in tokens]
 
             def ask(
                 wanted: list[tuple[int, int]],
                 put: Callable[[int, Any], object],
                 tokens: list[tuple[int, ...]] = tokens,
-                most: int = most,
-                until: tuple[str, ...] = until,
+                settings: _Settings = settings,
             ) -> None:
                 of = [rank for _, rank in wanted]
-                self.engine.generate([tokens[number] for number, _ in wanted], of, most, until, penalty, on_result=put)
+                self.engine.generate([tokens[number] for number, _ in wanted], of, *settings, on_result=put)
 
             for number, answer in zip(numbers, self._answers(keys, ask), strict=True):
                 answers[number] = answer
@@ -225,33 +232,25 @@ def _names(tasks: Sequence[Task]) -> str:
     return ", ".join(str(task.config.task) for task in tasks)
 
 
-def _repetition_penalty(config: Any) -> float:
-    """transformers obeys a model's own generation config in greedy decoding too, and so does the harness's backend."""
-    for name, neutral in (("no_repeat_ngram_size", 0), ("suppress_tokens", None), ("num_beams", 1)):
-        value = getattr(config, name, None)
-        if value not in (None, neutral):
-            raise MatryoshkaError(
-                f"the model's generation config sets {name} to {value}, which the engine does not know: take it out "
-                "of its generation_config.json"
-            )
-    return float(getattr(config, "repetition_penalty", None) or 1.0)
+class _Settings(NamedTuple):
+    """Of generation, in the order of `Engine.generate`."""
+
+    most: int
+    until: tuple[str, ...]
+    repetition_penalty: float
 
 
-def _settings(request: Any, default: int, eos: str) -> tuple[int, tuple[str, ...]]:
-    settings = normalize_gen_kwargs(request.args[1], default)
+def _settings(request: Any, model: Any, default: int, eos: str) -> _Settings:
+    """What a task asks for, on top of the model's own generation config, which the harness's backend obeys too."""
+    settings = normalize_gen_kwargs(request.args[-1], default)
     until = handle_stop_sequences(settings.pop("until", None), eos=eos)
     most = settings.pop("max_gen_toks")
-    if settings.pop("do_sample", False) or settings.pop("temperature", 0.0):
+    if settings.pop("do_sample"):
         raise MatryoshkaError(
             f"task {request.task_name} samples its answers, and the engine decodes greedily: set do_sample to false "
             "in its generation_kwargs"
         )
-    settings.pop("num_beams", None) if settings.get("num_beams") == 1 else None
-    if settings:
-        raise MatryoshkaError(
-            f"task {request.task_name} has generation settings that the engine does not know: {', '.join(settings)}"
-        )
-    return most, tuple(until)
+    return _Settings(most, tuple(until), repetition_penalty(model, settings, f"task {request.task_name}"))
 
 
 @contextmanager

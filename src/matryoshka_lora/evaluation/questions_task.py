@@ -20,8 +20,8 @@ EXTRA_TOKENS = 8
 class QuestionsTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]
     """A task of the harness without shots, with the metrics ``accuracy`` and ``loss`` (nats per token).
 
-    The loss is over the tokens that training sees. Its requests are not the harness's ``loglikelihood``, which moves
-    white space from the end of a context to the continuation.
+    Its requests are the tokens of training. The harness's are text, which would be cut into others where a prompt and
+    its answer share one; and its ``loglikelihood`` moves white space from the end of a context to the continuation.
 
     Args:
         judge: Tells right answers from wrong ones.
@@ -36,19 +36,13 @@ class QuestionsTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, judge: Judge, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> None:
         self._judge, self._questions = judge, questions
-        rows = [_texts(tokenizer, question) for question in questions]
-        lengths = [len(tokenizer(completion, add_special_tokens=False)["input_ids"]) for _, _, completion in rows]
-        for number, length in enumerate(lengths):
-            if not rows[number][0] or not length:
-                raise MatryoshkaError(f"{judge.name}: question {number} has an empty prompt or answer")
+        self._tokens = [tokenize(tokenizer, question) for question in questions]
+        longest = max(len(tokens.completion) for tokens in self._tokens)
         data = {
-            "prompt": [prompt for prompt, _, _ in rows],
-            "context": [context for _, context, _ in rows],
-            "completion": [completion for _, _, completion in rows],
-            "tokens": lengths,
-            "index": list(range(len(rows))),
+            "prompt": [tokenizer.decode(tokens.prompt) for tokens in self._tokens],
+            "completion": [tokenizer.decode(tokens.completion) for tokens in self._tokens],
+            "index": list(range(len(questions))),
         }
-        ends = end_texts(tokenizer, [tokenize(tokenizer, question) for question in questions])
         means = [{"metric": "accuracy", "aggregation": "mean", "higher_is_better": True}]
         super().__init__(
             config={
@@ -58,7 +52,11 @@ class QuestionsTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]
                 "doc_to_text": "{{prompt}}",
                 "doc_to_target": "{{completion}}",
                 "output_type": "generate_until",
-                "generation_kwargs": {"until": ends, "max_gen_toks": max(lengths) + EXTRA_TOKENS, "do_sample": False},
+                "generation_kwargs": {
+                    "until": end_texts(tokenizer, self._tokens),
+                    "max_gen_toks": longest + EXTRA_TOKENS,
+                    "do_sample": False,
+                },
                 "process_results": self._judged,
                 "metric_list": [*means, {"metric": "loss", "aggregation": _per_token, "higher_is_better": False}],
                 "num_fewshot": 0,
@@ -70,31 +68,21 @@ class QuestionsTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]
         self.dataset = self.config.custom_dataset()
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
+        """The answer, and its likelihood: `matryoshka_lora.evaluation.harness.RanksLM` knows both kinds."""
         kwargs.pop("apply_chat_template", None)
         kwargs.pop("chat_template", None)
+        tokens, text = self._tokens[doc["index"]], doc["prompt"]
         settings = dict(self.config.generation_kwargs)
         return [
-            Instance("generate_until", doc, (doc["prompt"], settings), 0, **kwargs),
-            Instance("answer_loglikelihood", doc, (doc["context"], doc["completion"]), 1, **kwargs),
+            Instance("answer", doc, (text, tokens.prompt, settings), 0, **kwargs),
+            Instance("answer_likelihood", doc, (text, tokens.context, tokens.completion), 1, **kwargs),
         ]
 
     def _judged(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
         answer, (logprob, _) = results
         right = self._judge.is_correct(answer, self._questions[doc["index"]])
-        return {"accuracy": float(right), "loss": (-logprob, doc["tokens"])}
+        return {"accuracy": float(right), "loss": (-logprob, len(self._tokens[doc["index"]].completion))}
 
 
 def _per_token(items: Sequence[tuple[float, int]]) -> float:
     return sum(loss for loss, _ in items) / sum(tokens for _, tokens in items)
-
-
-def _texts(tokenizer: PreTrainedTokenizerBase, question: Question) -> tuple[str, str, str]:
-    """What generation starts from, and the same text as training sees it, cut in context and completion."""
-    prompt, completion = as_trained(tokenizer, question)
-    if isinstance(prompt, str):
-        return prompt, prompt, completion
-    asked: str = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    whole: str = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-    shorter = min(len(asked), len(whole))
-    shared = next((i for i in range(shorter) if asked[i] != whole[i]), shorter)
-    return asked, whole[:shared], whole[shared:]

@@ -27,6 +27,9 @@
       "seeds": {...}, "settings": {"num_fewshot": null, "limit": null}, "versions": {...}
     }
 
+The tasks of several commands stand in one file where adapter, base model, dtype, ranks and mode are the same; a task
+of an earlier command then has ``settings`` and ``versions`` of its own.
+
 Beside it stands ``examples.jsonl``, one line for each question of each task::
 
     {"task": "arc_challenge-25shot", "doc_id": 0, "prompt": "...", "target": "...",
@@ -48,7 +51,7 @@ from typing import Any
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.choice import Measured
-from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME
+from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, settle
 from matryoshka_lora.metrics import aurac
 
 EXAMPLES_NAME = "examples.jsonl"
@@ -129,6 +132,29 @@ class Evaluation:
             by_question=_by_question(self.examples, name, metric),
         )
 
+    def keep(self, earlier: Evaluation) -> None:
+        """Take over the tasks of an earlier evaluation, with the settings and versions that they had.
+
+        Raises:
+            MatryoshkaError: It is of another adapter, base model or dtype, or at other ranks.
+        """
+        differs = [key for key in ("model", "dtype") if self.about[key] != earlier.about.get(key)]
+        weights = [evaluation.about.get("adapter", {}).get("sha256") for evaluation in (self, earlier)]
+        differs += ["adapter"] * (weights[0] != weights[1])
+        differs += ["mode"] * (self.about["mode"] != earlier.about.get("mode"))
+        differs += ["list of ranks"] * (list(self.ranks) != list(earlier.ranks))
+        if differs:
+            raise MatryoshkaError(f"it is the evaluation of another {' and '.join(differs)}")
+        for name, task in earlier.tasks.items():
+            before = {key: earlier.about.get(key) for key in ("settings", "versions")}
+            self.tasks[name] = {**before, **task}
+        self.examples += earlier.examples
+
+    def add(self, name: str, task: Mapping[str, Any], examples: Sequence[dict[str, Any]]) -> None:
+        """Take over a task, in the place of an earlier one of that name."""
+        self.tasks[name] = dict(task)
+        self.examples = [example for example in self.examples if example["task"] != name] + list(examples)
+
     def to_dict(self) -> dict[str, Any]:
         """The content of ``evaluation.json``: plain JSON types, as the module describes them."""
         return {"format": FORMAT, **self.about, "ranks": list(self.ranks), "tasks": self.tasks}
@@ -175,9 +201,10 @@ def find_evaluation(path: str | os.PathLike[str]) -> Path:
         MatryoshkaError: There is none.
     """
     given = Path(path)
-    if given.is_file():
-        return given
-    for found in (given / EVALUATION_NAME, given / EVALUATION_FOLDER / EVALUATION_NAME):
+    places = (given, given / EVALUATION_FOLDER) if given.is_dir() else (given.parent,)
+    for place in places:
+        settle(place)
+    for found in (given, *(place / EVALUATION_NAME for place in places if given.is_dir())):
         if found.is_file():
             return found
     if (given / "adapter_config.json").is_file():

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_writable
+from matryoshka_lora.privacy import marked
 
 ANSWERS_NAME = "answers.jsonl"
 
@@ -32,12 +33,13 @@ class Store:
     Args:
         path: The file; None keeps the answers in memory only.
         subject: What was asked: the model, the adapter's weights, the dtype. Answers of another subject are refused.
+        anew: Drop them instead.
 
     Raises:
         MatryoshkaError: The file belongs to another subject, is damaged, cannot be written, or another process has it.
     """
 
-    def __init__(self, path: Path | None, subject: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, subject: Mapping[str, Any], anew: bool = False) -> None:
         self._answers: dict[tuple[str, int], Any] = {}
         self._file: TextIO | None = None
         self._lock: FileLock | None = None
@@ -54,15 +56,17 @@ class Store:
                 f"another evaluation is writing {path}: wait for it, or give another folder with --out"
             ) from error
         try:
-            self._open(path, {"format": _FORMAT, "subject": dict(subject)})
+            self._open(path, {"format": _FORMAT, "subject": dict(subject)}, anew)
         except BaseException:
             self._lock.release()
             raise
 
-    def _open(self, path: Path, header: dict[str, Any]) -> None:
+    def _open(self, path: Path, header: dict[str, Any], anew: bool) -> None:
         complete = b""
         if path.exists():
             complete, _, _ = path.read_bytes().rpartition(b"\n")
+        if anew and complete.partition(b"\n")[0] != json.dumps(header).encode():
+            complete = b""
         if complete:
             self._read(path, complete.split(b"\n"), header)
         # What stands after the last end of a line was cut short.
@@ -73,7 +77,7 @@ class Store:
             self._write(header)
 
     def _read(self, path: Path, lines: Sequence[bytes], header: dict[str, Any]) -> None:
-        way_out = f"give another folder with --out, or delete {path} to begin anew"
+        way_out = "give another folder with --out, or begin anew with --force"
         for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line)
@@ -81,7 +85,7 @@ class Store:
                     self._answers[entry["key"], entry["rank"]] = entry["answer"]
             except (ValueError, KeyError, TypeError) as error:
                 raise MatryoshkaError(f"line {number} of {path} is damaged: {way_out}") from error
-            if number == 1 and entry != header:
+            if number == 1 and marked(entry) != header:  # an older version wrote whole paths
                 found = entry.get("subject", {}) if isinstance(entry, dict) else {}
                 differs = [key for key, value in header["subject"].items() if found.get(key) != value] or ["format"]
                 raise MatryoshkaError(f"{path} holds answers of another {' and '.join(differs)}: {way_out}")

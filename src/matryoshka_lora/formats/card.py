@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, PICTURE_NAME, write_text
+from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, PICTURE_NAME, WRITTEN_BY_US, is_ours, write_text
 from matryoshka_lora.formats.config import AdapterConfig
 from matryoshka_lora.metrics import with_error
 from matryoshka_lora.privacy import shown
@@ -19,9 +19,7 @@ from matryoshka_lora.state import State
 
 CARD_NAME = "README.md"
 
-_MARK = (
-    "<!-- Written by matryoshka-lora, and again whenever the adapter is saved: delete this line to keep your own. -->"
-)
+_MARK = f"{WRITTEN_BY_US}, and again whenever the adapter is saved: delete this line to keep your own. -->"
 _MAX_BYTES = 1 << 24
 HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """What others call a base model whose name is known here only; the embedded one is 4 bits of these weights."""
@@ -65,10 +63,15 @@ def write_card(folder: Path, config: AdapterConfig, state: State | None, home: P
         home: Where the card will be, with the recipe (``train.yaml``) and the evaluation; None means ``folder``.
     """
     place = folder if home is None else home
-    existing = place / CARD_NAME
-    if existing.is_file() and _MARK not in _read(existing):
+    if has_own_card(place):
         return
     write_text(folder / CARD_NAME, make_card(config, state, place))
+
+
+def has_own_card(folder: Path) -> bool:
+    """Whether a folder has a card that somebody has written, which stays whatever is written beside it."""
+    card = folder / CARD_NAME
+    return card.is_file() and not is_ours(card)
 
 
 def make_card(config: AdapterConfig, state: State | None, home: Path) -> str:

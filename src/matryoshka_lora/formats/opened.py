@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Size, Tensor
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
+from matryoshka_lora.files import Mark, mark, one_state
 from matryoshka_lora.formats.config import AdapterConfig, read_config
 from matryoshka_lora.formats.directions import DIRECTIONS_NAME, read_directions
 from matryoshka_lora.formats.layout import Layer, find_layers
@@ -106,7 +107,8 @@ class OpenedAdapter:
         """One tensor, in its own dtype.
 
         Raises:
-            MatryoshkaError: It holds NaN or infinity, has a dtype that no adapter has, or cannot be read.
+            MatryoshkaError: It holds NaN or infinity, has a dtype that no adapter has, or cannot be read; or its file
+                is not the one that was opened.
         """
         tensor = self.stored[key].read()
         check_finite(key, tensor, self.name)
@@ -188,6 +190,11 @@ def open_adapter(path: str | os.PathLike[str], max_rank: int | None = None, trai
             ranks; the message gives the reason.
     """
     folder = check_folder(path)
+    with one_state(folder):
+        return _open(folder, max_rank, trained)
+
+
+def _open(folder: Path, max_rank: int | None, trained: bool) -> OpenedAdapter:
     config = read_config(folder)
     state = read_sidecar(folder, config) if has_sidecar(folder) else None
     directions = folder / DIRECTIONS_NAME
@@ -195,12 +202,12 @@ def open_adapter(path: str | os.PathLike[str], max_rank: int | None = None, trai
         opened = _from_files(folder, config, replace(state, reordered=None), [folder / TRAINED_NAME])
     elif directions.is_file() and not (folder / WEIGHTS_NAME).exists() and state is not None:
         rank = config.r if max_rank is None else max_rank
-        shorter = first_ranks(config, state, rank)
+        shorter = _first(config, state, rank)
         tensors = read_directions(directions, config.r, rank)
         return replace(from_memory(str(folder), *shorter, tensors), weights=(directions,))
     else:
         opened = _from_files(folder, config, state, _weight_files(folder))
-    return opened if max_rank is None else _shortened(opened, max_rank)
+    return opened if max_rank is None else first_ranks(opened, max_rank)
 
 
 def from_memory(name: str, config: AdapterConfig, state: State | None, tensors: Mapping[str, Tensor]) -> OpenedAdapter:
@@ -213,7 +220,7 @@ def from_memory(name: str, config: AdapterConfig, state: State | None, tensors: 
     return _opened(name, config, state, stored, ())
 
 
-def first_ranks(config: AdapterConfig, state: State, rank: int) -> tuple[AdapterConfig, State]:
+def _first(config: AdapterConfig, state: State, rank: int) -> tuple[AdapterConfig, State]:
     """Config and nesting of the first ``rank`` directions of a reordered adapter, as an adapter of its own.
 
     Raises:
@@ -230,8 +237,13 @@ def first_ranks(config: AdapterConfig, state: State, rank: int) -> tuple[Adapter
     return config.at(rank, scale), replace(state, nesting=Nesting(ranks, scale=scale))
 
 
-def _shortened(opened: OpenedAdapter, rank: int) -> OpenedAdapter:
-    config, state = first_ranks(opened.config, opened.nested, rank)
+def first_ranks(opened: OpenedAdapter, rank: int) -> OpenedAdapter:
+    """The first ``rank`` directions of a reordered adapter, as a nested adapter of that rank.
+
+    Raises:
+        MatryoshkaError: It is not reordered, or has no such rank.
+    """
+    config, state = _first(opened.config, opened.nested, rank)
     whole = {layer.name: layer for layer in opened.layers}
 
     def factors(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -249,12 +261,14 @@ def _from_files(folder: Path, config: AdapterConfig, state: State | None, files:
                 if key in stored:
                     raise MatryoshkaError(f"{folder} holds tensor {key} twice. Copy the adapter again")
                 head = opened.get_slice(key)
-                stored[key] = Stored(Size(head.get_shape()), DTYPES.get(head.get_dtype()), partial(_read, file, key))
+                stored[key] = Stored(Size(head.get_shape()), DTYPES.get(head.get_dtype()), partial(_read, file, key, mark(file)))
     return _opened(str(folder), config, state, stored, tuple(files))
 
 
-def _read(file: Path, key: str) -> Tensor:
+def _read(file: Path, key: str, known: Mark) -> Tensor:
     with _explained(file), safe_open(file, framework="pt") as opened:
+        if mark(file) != known:
+            raise MatryoshkaError(f"{file} was replaced while it was read: begin again")
         tensor: Tensor = opened.get_tensor(key)
     return tensor
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.formats.card import write_card
+from matryoshka_lora.formats.card import has_own_card, write_card
 from matryoshka_lora.formats.config import AdapterConfig
 from matryoshka_lora.formats.layout import Layer
 from matryoshka_lora.formats.opened import DTYPES, WEIGHTS_NAME, OpenedAdapter
@@ -23,7 +25,11 @@ Ranks = int | Mapping[str, int]
 
 
 def write_adapter(
-    folder: Path, adapter: OpenedAdapter, spectra: Spectra | None = None, home: Path | None = None
+    folder: Path,
+    adapter: OpenedAdapter,
+    spectra: Spectra | None = None,
+    home: Path | None = None,
+    keeps_files: bool = False,
 ) -> None:
     """Write an adapter into a folder, one layer in memory at a time.
 
@@ -31,7 +37,8 @@ def write_adapter(
         folder: Where to write.
         adapter: What to write. With a nesting, it gets a sidecar.
         spectra: Its singular values, complete when its last layer was read.
-        home: Where the folder will be, with the recipe and the evaluation that the card shows; None means ``folder``.
+        home: Where the folder will be: a card that somebody has written there stays.
+        keeps_files: The recipe and the evaluation in ``home`` stay beside the adapter, and its card shows them.
     """
     write_weights(folder / WEIGHTS_NAME, adapter)
     adapter.config.write(folder)
@@ -39,7 +46,35 @@ def write_adapter(
         write_sidecar(folder, adapter.state)
     if spectra is not None:
         write_spectra(folder, spectra)
-    write_card(folder, adapter.config, adapter.state, home)
+    if home is None or not has_own_card(home):
+        write_card(folder, adapter.config, adapter.state, home if keeps_files else None)
+
+
+def check_apart(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Raises MatryoshkaError if writing to ``path`` would replace the adapter that is read."""
+    target, read = Path(path).resolve(), Path(source).resolve()
+    if target == read or (target == read.parent and read.name.startswith("rank-")):
+        what = "is" if target == read else "holds"
+        raise MatryoshkaError(f"{path} {what} the adapter itself, which would be lost: choose another directory")
+
+
+def stored_ranks(ranks: Mapping[str, int], pad: bool) -> dict[str, int]:
+    """How many columns each layer has in the file; 0 leaves it out.
+
+    With ``pad`` all have the largest rank. Without, a layer has its own; but one that is left out, and whose name ends
+    like that of another, has a column of zeros, since PEFT would make factors for both and miss those of one.
+    """
+    if pad:
+        return dict.fromkeys(ranks, max(ranks.values()))
+    kept = {name for name, rank in ranks.items() if rank > 0}
+    return {name: rank or int(not kept.isdisjoint(_ends(name))) for name, rank in ranks.items()}
+
+
+def _ends(name: str) -> Iterator[str]:
+    """The parts of a dotted name that begin after one of its dots."""
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
 
 
 def write_weights(file: Path, adapter: OpenedAdapter) -> None:
@@ -85,10 +120,11 @@ def cut(adapter: OpenedAdapter, ranks: Ranks, pad: bool = False) -> OpenedAdapte
         state.check_rank(rank)
     scale = float(state.diagonal(top)[0])
     config = adapter.config.at(top, scale)
+    widths = own if isinstance(ranks, int) else stored_ranks(own, pad)
     if not isinstance(ranks, int):
-        config = _with_own_ranks(adapter, config, {name: rank for name, rank in own.items() if rank}, top, scale, pad)
+        config = _with_own_ranks(adapter, config, widths, scale, pad)
     whole = {layer.name: layer for layer in adapter.layers}
-    layers = [layer.at(top if pad else own[layer.name], scale) for layer in adapter.layers if own[layer.name]]
+    layers = [layer.at(widths[layer.name], scale) for layer in adapter.layers if widths[layer.name]]
 
     def factors(layer: Layer) -> tuple[Tensor, Tensor]:
         A, B = adapter.factors(whole[layer.name])
@@ -99,7 +135,7 @@ def cut(adapter: OpenedAdapter, ranks: Ranks, pad: bool = False) -> OpenedAdapte
 
 
 def _with_own_ranks(
-    adapter: OpenedAdapter, config: AdapterConfig, ranks: Mapping[str, int], top: int, scale: float, pad: bool
+    adapter: OpenedAdapter, config: AdapterConfig, widths: Mapping[str, int], scale: float, pad: bool
 ) -> AdapterConfig:
     """With a rank for each layer; every layer keeps one scale, so an engine that ignores the patterns scales rightly."""
     if not adapter.nested.reordered:
@@ -108,10 +144,13 @@ def _with_own_ranks(
         raise MatryoshkaError(
             f"{adapter.name} has target_parameters, for which PEFT knows no ranks by layer: use --pad, or one --rank"
         )
-    changes: dict[str, object] = {}
-    if not pad:
-        own = {name: rank for name, rank in ranks.items() if rank != top}
-        changes = {"rank_pattern": own, "alpha_pattern": {name: scale * rank for name, rank in own.items()}}
-    if not pad and len(ranks) < len(adapter.layers):
-        changes |= {"target_modules": sorted(ranks), "layers_to_transform": None, "layers_pattern": None}
+    kept = {name: rank for name, rank in widths.items() if rank}
+    # PEFT takes these as regular expressions for the end of a name: `fc` would stand for `sub.fc` too.
+    own = {f"^{re.escape(name)}": rank for name, rank in kept.items() if rank != config.r}
+    changes: dict[str, object] = {
+        "rank_pattern": own,
+        "alpha_pattern": {name: scale * rank for name, rank in own.items()},
+    }
+    if len(kept) < len(widths):
+        changes |= {"target_modules": sorted(kept), "layers_to_transform": None, "layers_pattern": None}
     return config.changed(**changes)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from matryoshka_lora.formats.opened import Layer
+from matryoshka_lora.formats.layout import Layer
 from matryoshka_lora.formats.spectra import Spectra
 from matryoshka_lora.errors import MatryoshkaError
 
 
 @dataclass(frozen=True)
-class Choice:
+class Chosen:
     """The ranks that were chosen.
 
     Attributes:
@@ -29,7 +29,7 @@ class Choice:
     kept: float
 
 
-def choose_ranks(layers: Sequence[Layer], spectra: Spectra, budget: float) -> Choice:
+def choose_ranks(layers: Sequence[Layer], spectra: Spectra, budget: float) -> Chosen:
     """Keep the directions with the largest squared singular value per parameter, over all layers, within a budget.
 
     That is one threshold for all layers. A direction that no longer fits ends its layer; smaller ones may still fit.
@@ -46,7 +46,7 @@ def choose_ranks(layers: Sequence[Layer], spectra: Spectra, budget: float) -> Ch
         raise MatryoshkaError(f"budget is {budget!r}; write a share of the parameters, for example 0.25")
     gains = {}
     for layer in layers:
-        squares = spectra.values[layer.name] ** 2
+        squares = spectra[layer.name] ** 2
         # All experts of a stack have one rank.
         gains[layer.name] = (squares.sum(dim=0) if squares.ndim > 1 else squares).tolist()
     total = sum(layer.width * layer.rank for layer in layers)
@@ -70,4 +70,4 @@ def choose_ranks(layers: Sequence[Layer], spectra: Spectra, budget: float) -> Ch
         )
     kept = sum(sum(gains[name][:rank]) for name, rank in ranks.items())
     everything = sum(map(sum, gains.values()))
-    return Choice(ranks, whole - left, total, kept / everything if everything else 1.0)
+    return Chosen(ranks, whole - left, total, kept / everything if everything else 1.0)

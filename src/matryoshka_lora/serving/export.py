@@ -1,252 +1,239 @@
-"""Export: an ordinary adapter first, and every other format from it; each is checked before it is put into place."""
+"""`export`: a rank of an adapter in the format that a device or an engine takes."""
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora.layer import LoraLayer
-from torch import Tensor, nn
-
-from matryoshka_lora.adapter import load
-from matryoshka_lora.formats.directions import write_directions
-from matryoshka_lora.adapter.reading import read_adapter
-from matryoshka_lora.formats.sidecar import write_sidecar
-from matryoshka_lora.adapter.slicing import Ranks
-from matryoshka_lora.formats.opened import open_adapter
-from matryoshka_lora.adapter.state import NestedState
-from matryoshka_lora.adapter.storage import check_apart, write_adapter, write_slice
-from matryoshka_lora.serving.ladder import ladder_readme
-from matryoshka_lora.formats.gguf import check_extension, read_gguf, write_gguf
-from matryoshka_lora.serving.verify import Verified, check, nested_logits, probe_logits
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import replace_directory, replace_file, write_text
+from matryoshka_lora.files import check_free, check_writable, output_directory, replace_file, write_text
+from matryoshka_lora.formats.card import CARD_NAME, has_own_card
+from matryoshka_lora.formats.directions import write_directions
+from matryoshka_lora.formats.opened import OpenedAdapter, first_ranks, from_memory, open_adapter
+from matryoshka_lora.formats.sidecar import write_sidecar
+from matryoshka_lora.formats.spectra import Spectra, read_spectra
+from matryoshka_lora.formats.write import Ranks, check_apart, cut, write_adapter
+from matryoshka_lora.reordering.files import deployed, reorder_opened
+from matryoshka_lora.serving.budget import Chosen, choose_ranks
+from matryoshka_lora.serving.compare import check_layers
+from matryoshka_lora.serving.ladder import ladder_readme
 
-Base = Callable[[torch.dtype | None], Any]
-"""Loads the base model, a fresh one at each call, in a dtype; None is the one that it is stored in."""
+if TYPE_CHECKING:
+    from matryoshka_lora.serving.verify import Base, Verified
+
+Format = Literal["peft", "merged", "gguf", "ladder", "directions"]
 
 
 @dataclass(frozen=True)
-class Cut:
-    """What to export: an adapter that was read, and a rank or ranks of it.
+class Exported:
+    """What was written.
 
     Attributes:
-        source: Its directory.
-        ranks: One, or one for each layer.
-        pad: Give all layers the largest of the ranks.
+        path: Where.
+        ranks: One; one for each layer; or those of a ladder.
+        chosen: How a budget was spent, if there was one.
+        base: The base model's name, if the adapter or the caller says it.
+        verified: How far its logits are from the nested adapter's, at most; None where no base model was at hand.
     """
 
-    source: Path
-    state: NestedState
-    config: LoraConfig
-    tensors: dict[str, Tensor]
-    ranks: Ranks
-    pad: bool = False
-
-    @property
-    def rank(self) -> int:
-        """The largest rank of a layer."""
-        return self.ranks if isinstance(self.ranks, int) else max(self.ranks.values())
-
-    def write(self, folder: Path, home: Path | None = None) -> None:
-        """Write it as an ordinary adapter."""
-        write_slice(folder, self.tensors, self.config, self.state, self.ranks, self.pad, home)
+    path: Path
+    ranks: Ranks | Sequence[int]
+    chosen: Chosen | None
+    base: str | None
+    verified: Verified | None
 
 
-def cut(source: str | os.PathLike[str], ranks: Ranks, pad: bool = False) -> Cut:
-    """Read a nested adapter to export a rank of it.
+def export(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    rank: int | None = None,
+    format: Format = "peft",
+    *,
+    budget: float | None = None,
+    pad: bool = False,
+    model: str | None = None,
+    revision: str | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+) -> Exported:
+    """Write a rank of an adapter in the format that a device or an engine takes.
+
+    An adapter that is not nested, or was never reordered, is reordered by SVD on the way. The numbers of each layer are
+    compared with the adapter's before anything is put into place; with the base model on this machine, so are logits.
+
+    Example::
+
+        export("my-adapter", "rank-4", rank=4)
+
+    Args:
+        source: The folder of a LoRA adapter.
+        target: What to write: a folder, or for ``"gguf"`` a file.
+        rank: The rank of every layer. Of a ladder or a file of directions, the largest one; None is R.
+        format: ``"peft"``: an ordinary LoRA adapter. ``"merged"``: the base model with the adapter in its weights.
+            ``"gguf"``: a file for llama.cpp. ``"ladder"``: one ordinary adapter for each nested rank.
+            ``"directions"``: one file of which a device reads only the ranks it needs.
+        budget: In the place of a rank: the share of the parameters; layers get ranks of their own.
+        pad: With a budget: fill up to one rank, for engines that know one.
+        model: The base model; None is what the adapter names.
+        revision: Of the base model on the hub; None is the one that the adapter was trained on.
+        verify: Whether logits are compared, if the base model is on this machine.
+        overwrite: Whether the target may hold an adapter, a model or an evaluation, of which nothing is left then.
 
     Raises:
-        MatryoshkaError: It is damaged or not nested, a rank was not trained, or ranks differ and it is not reordered.
+        MatryoshkaError: The adapter is damaged, has no such rank, or cannot be had in this format; the target cannot be
+            written or holds something that may not be overwritten; or what was made computes something else. Nothing
+            has been written then.
     """
-    state, config, tensors = read_adapter(source)
-    if isinstance(ranks, int):
-        state.check_rank(ranks)
+    out = Path(target)
+    if format not in get_args(Format):
+        raise MatryoshkaError(f"format is {format!r}; write one of {', '.join(map(repr, get_args(Format)))}")
+    _check_wishes(rank, format, budget, pad)
+    opened, spectra = _ready(open_adapter(source))
+    if rank is not None:
+        opened.nested.check_rank(rank)
+    check_apart(source, out)
+    check_free(out, overwrite)
+    check_writable(out.parent if format == "gguf" else out)
+    chosen = None if budget is None else choose_ranks(opened.layers, spectra, budget)
+    ranks: Ranks = chosen.ranks if chosen is not None else rank or opened.nested.nesting.max_rank
+    name, revision, base = _base(opened, model, revision, verify or format in ("merged", "gguf"))
+    if base is None and format in ("merged", "gguf"):
+        raise MatryoshkaError(
+            f"format {format} needs the base model, and {name or 'none'} is not on this machine: give its folder with "
+            "--model"
+        )
+    checked_on, exported = base if verify else None, ranks
+    verified: Verified | None = None
+    if format == "gguf":
+        verified = _gguf(opened, ranks, pad, out, checked_on, str(name), revision, overwrite)
     else:
-        if state.form != "reordered":
-            raise MatryoshkaError(
-                f"{source} is not reordered, so its layers need one rank: use `matryoshka reorder` first"
-            )
-        if config.target_parameters and not pad:
-            raise MatryoshkaError(
-                f"{source} has target_parameters, for which PEFT knows no ranks by layer: use --pad, or one --rank"
-            )
-    return Cut(Path(source), state, config, tensors, ranks, pad)
+        with output_directory(out, overwrite) as folder:
+            if format == "peft":
+                write_adapter(folder, cut(opened, ranks, pad), home=out)
+                verified = _check(opened, [ranks], [folder], checked_on, pad)
+            elif format == "merged" and base is not None:
+                from matryoshka_lora.models import load_tokenizer
+                from matryoshka_lora.serving.merged import write_merged
+
+                tokenizer = load_tokenizer(str(name), revision=revision)
+                verified = write_merged(folder, opened, ranks, base, tokenizer, verify)
+            elif format == "ladder":
+                below = (r for r in opened.nested.nesting.ranks if isinstance(ranks, int) and r < ranks)
+                exported = [*below, ranks]  # type: ignore[list-item]
+                verified = _ladder(opened, exported, folder, out, checked_on)
+            else:
+                _directions(opened, folder, opened.nested.nesting.max_rank if rank is None else rank)
+    return Exported(out, exported, chosen, name, verified)
 
 
-def export_peft(what: Cut, path: str | os.PathLike[str], base: Base | None) -> Verified | None:
-    """Write an ordinary LoRA adapter.
-
-    Args:
-        what: To be exported.
-        path: The directory to write.
-        base: For the check in float32, in which plain PEFT loads the new adapter; None leaves it out.
-
-    Raises:
-        MatryoshkaError: The path cannot be written, or the adapter computes something else. Nothing has been written
-            then.
-    """
-    check_apart(what.source, path)
-    with replace_directory(path) as folder:
-        what.write(folder, Path(path))
-        return None if base is None else _compare(what, folder, base)
+def _check_wishes(rank: int | None, format: Format, budget: float | None, pad: bool) -> None:
+    whole = format in ("ladder", "directions")
+    if (rank is None) == (budget is None) and not (whole and budget is None):
+        raise MatryoshkaError("give either a rank, for example 8, or a budget, for example 0.25")
+    if budget is not None and whole:
+        raise MatryoshkaError(f"format {format} has whole ranks: give a rank, or leave the budget out")
+    if pad and budget is None:
+        raise MatryoshkaError("padding belongs to a budget: with one rank all layers have it anyway")
 
 
-def export_merged(
-    what: Cut, path: str | os.PathLike[str], base: Base, tokenizer: Any = None, verify: bool = True
+def _ready(opened: OpenedAdapter) -> tuple[OpenedAdapter, Spectra]:
+    """The adapter as it is deployed, and its singular values, which a budget needs."""
+    if opened.state is None:
+        new, spectra = reorder_opened(opened)
+        return from_memory(opened.name, new.config, new.state, new.tensors()), spectra
+    ready, computed = deployed(opened)
+    if computed is not None:
+        return from_memory(ready.name, ready.config, ready.state, ready.tensors()), computed
+    found = read_spectra(ready)
+    if found is None:
+        again, found = reorder_opened(ready)
+        for layer in again.layers:
+            again.factors(layer)
+    return ready, found
+
+
+def _base(
+    opened: OpenedAdapter, model: str | None, revision: str | None, wanted: bool
+) -> tuple[str | None, str | None, Base | None]:
+    """Name, revision and loader of the base model; no loader where it is not on this machine, or not wanted."""
+    if not wanted:
+        return model or opened.config.base_model, revision, None
+    from matryoshka_lora.models import base_of, load_config, load_model
+
+    name, revision = base_of(opened.config, model, revision)
+    if not name:
+        return None, None, None
+    try:
+        load_config(name, revision=revision, local_files_only=True)
+    except MatryoshkaError:
+        return name, revision, None
+
+    def load(dtype: Any) -> Any:
+        return load_model(name, dtype or "auto", revision=revision, local_files_only=True)
+
+    return name, revision, load
+
+
+def _check(
+    opened: OpenedAdapter, ranks: Sequence[Ranks], folders: Sequence[Path], base: Base | None, pad: bool = False
 ) -> Verified | None:
-    """Write the base model with the adapter merged into its weights, in the base model's dtype, as safetensors.
+    """Each folder against the nested adapter: its layers, and on a base model the logits. The worst is told."""
+    for each, folder in zip(ranks, folders, strict=True):
+        check_layers(open_adapter(folder), opened, each, pad)
+    if base is None:
+        return None
+    from matryoshka_lora.serving.verify import compare_all
 
-    Args:
-        what: To be exported.
-        path: The directory to write.
-        base: Loads the base model, not quantised.
-        tokenizer: Is saved beside it.
-        verify: Whether what was written is loaded again and compared.
-
-    Raises:
-        MatryoshkaError: As `export_peft`; or the base is quantised, or merging changed none of its weights.
-    """
-    check_apart(what.source, path)
-    with replace_directory(path) as folder:
-        with tempfile.TemporaryDirectory() as slice_folder:
-            what.write(Path(slice_folder))
-            model = base(None)
-            if getattr(model, "is_quantized", False):
-                raise MatryoshkaError("a quantised base model rounds what is merged into it: take one that is not")
-            # With tied weights under all of their names: the adapter may leave them untied.
-            named = model.named_parameters(remove_duplicate=False)
-            before = {name: parameter.detach().clone() for name, parameter in named}
-            adapted = PeftModel.from_pretrained(model, slice_folder)
-            _untie(model)
-            merged = adapted.merge_and_unload(safe_merge=True)
-        changed = sum(not parameter.equal(before[name]) for name, parameter in merged.named_parameters())
-        del before
-        if not changed:
-            raise MatryoshkaError(
-                f"merging changed none of the weights: the adapter is zero, or too small for {merged.dtype}. Merge "
-                "into a base model in fp32"
-            )
-        merged.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        kind, dtype = type(merged), merged.dtype
-        del merged, model
-        if not verify:
-            return None
-        # Computed in float32, so that what is left is the rounding of the merged weights alone.
-        wanted, without = nested_logits(load(base(torch.float32), what.source), what.ranks)
-        found = probe_logits(kind.from_pretrained(folder, dtype=torch.float32))
-        return check(found, wanted, without, dtype, "the merged model")
+    return max(compare_all(opened, ranks, folders, base), key=lambda verified: verified.difference)
 
 
-def _untie(model: Any) -> None:
-    """Give the output layer a weight of its own if it shares the embedding's and LoRA is on either of them.
+def _gguf(
+    opened: OpenedAdapter,
+    ranks: Ranks,
+    pad: bool,
+    out: Path,
+    base: Base | None,
+    name: str,
+    revision: str | None,
+    overwrite: bool,
+) -> Verified | None:
+    """The file is read back, its rows are put into transformers' order again, and that is compared."""
+    from matryoshka_lora.formats.gguf import check_extension, read_gguf, write_gguf
+    from matryoshka_lora.models import load_config
 
-    Merged into the shared weight, the change of one would be in both. PEFT itself unties those of ``modules_to_save``.
-    """
-    inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
-    is_tied = inside.weight is getattr(outside, "weight", None)
-    if not is_tied or not any(isinstance(layer, LoraLayer) for layer in (inside, outside)):
-        return
-    outside = outside.get_base_layer() if isinstance(outside, LoraLayer) else outside
-    outside.weight = nn.Parameter(outside.weight.detach().clone(), requires_grad=False)
-    model.config.tie_word_embeddings = False
-
-
-def export_directions(what: Cut, path: str | os.PathLike[str]) -> None:
-    """Write a file of which a device reads only the ranks that it needs: `matryoshka_lora.formats.directions`.
-
-    Its first rows are compared with the adapter, bit by bit, before it is put into place.
-    """
-    check_apart(what.source, path)
-    state, config, tensors = read_adapter(what.source, max_rank=what.rank)
-    with replace_directory(path) as folder:
-        write_directions(folder, tensors, what.rank)
-        config.save_pretrained(folder)
-        write_sidecar(folder, state)
-        again = read_adapter(folder)[2]
-        if tensors.keys() != again.keys() or not all(tensors[key].equal(again[key]) for key in tensors):
-            raise MatryoshkaError("the file that was written holds other numbers: check the disk and export again")
-
-
-def export_gguf(what: Cut, path: str | os.PathLike[str], base: Base | None, base_config: Any) -> Verified | None:
-    """Write a LoRA adapter for llama.cpp.
-
-    Args:
-        what: To be exported.
-        path: The file to write, named ``*.gguf``.
-        base: For the check: the file is read back, its rows are put into transformers' order again, and plain PEFT
-            loads that. None leaves it out.
-        base_config: The transformers config of the base model.
-
-    Raises:
-        MatryoshkaError: As `export_peft`, or llama.cpp has no place for the architecture or a layer.
-    """
-    check_extension(Path(path))
-    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second, replace_file(path) as file:
-        plain, again = Path(first), Path(second)
-        what.write(plain)
+    check_extension(out)
+    base_config = load_config(name, revision=revision)
+    plain = cut(opened, ranks, pad)
+    with tempfile.TemporaryDirectory() as again, replace_file(out, overwrite) as file:
         write_gguf(plain, file, base_config)
-        if base is None:
-            return None
-        opened = open_adapter(plain)
-        tensors, alpha = read_gguf(file, opened, base_config)
-        config = copy.deepcopy(opened.config)
-        config.lora_alpha, config.alpha_pattern = alpha, dict.fromkeys(config.rank_pattern, alpha)
-        write_adapter(again, tensors, config)
-        return _compare(what, again, base)
+        write_adapter(Path(again), read_gguf(file, plain, base_config))
+        return _check(opened, [ranks], [Path(again)], base, pad)
 
 
-def export_ladder(
-    what: Cut, ranks: Sequence[int], path: str | os.PathLike[str], base: Base | None
-) -> dict[int, Verified | None]:
-    """Write one ordinary adapter for each rank, and a README with the command that serves them all.
-
-    Args:
-        what: The adapter; its own rank is of no importance.
-        ranks: To be written, as ``rank-1``, ``rank-2`` and so on.
-        path: The directory to write.
-        base: For the check of each; None leaves it out.
-
-    Returns:
-        The result of each check.
-
-    Raises:
-        MatryoshkaError: As `export_peft`.
-    """
-    check_apart(what.source, path)
-    for rank in ranks:
-        what.state.check_rank(rank)
-    steps = [replace(what, ranks=rank) for rank in ranks]
-    with replace_directory(path) as folder:
-        folders = [folder / f"rank-{rank}" for rank in ranks]
-        for step, own in zip(steps, folders, strict=True):
-            own.mkdir()
-            step.write(own)
-        found = [None for _ in ranks] if base is None else _compare_all(steps, folders, base)
-        write_text(folder / "README.md", ladder_readme(what.config, ranks))
-    return dict(zip(ranks, found, strict=True))
+def _ladder(opened: OpenedAdapter, ranks: Sequence[int], folder: Path, out: Path, base: Base | None) -> Verified | None:
+    if has_own_card(out):
+        raise MatryoshkaError(
+            f"{out} holds a {CARD_NAME} that somebody has written, and a ladder needs one: choose another folder"
+        )
+    folders = [folder / f"rank-{rank}" for rank in ranks]
+    for rank, own in zip(ranks, folders, strict=True):
+        own.mkdir()
+        write_adapter(own, cut(opened, rank))
+    write_text(folder / CARD_NAME, ladder_readme(opened.config, ranks))
+    return _check(opened, ranks, folders, base)
 
 
-def _compare(what: Cut, folder: Path, base: Base) -> Verified:
-    return _compare_all([what], [folder], base)[0]
-
-
-def _compare_all(cuts: Sequence[Cut], folders: Sequence[Path], base: Base) -> list[Verified]:
-    """Plain PEFT with each folder, on one base model, against the nested adapter at that rank."""
-    adapter = load(base(torch.float32), cuts[0].source)
-    wanted = [nested_logits(adapter, what.ranks) for what in cuts]
-    model, found = adapter.model.unload(), []
-    for folder, (right, without) in zip(folders, wanted, strict=True):
-        plain = PeftModel.from_pretrained(model, str(folder))
-        found.append(check(probe_logits(plain), right, without, torch.float32, "the adapter"))
-        model = plain.unload()
-    return found
+def _directions(opened: OpenedAdapter, folder: Path, rank: int) -> None:
+    """Its first rows are compared with the adapter, bit by bit."""
+    shorter = first_ranks(opened, rank)
+    tensors = shorter.tensors()
+    write_directions(folder, tensors, shorter.rank)
+    shorter.config.write(folder)
+    write_sidecar(folder, shorter.nested)
+    again = open_adapter(folder).tensors()
+    if tensors.keys() != again.keys() or not all(tensors[key].equal(again[key]) for key in tensors):
+        raise MatryoshkaError("the file that was written holds other numbers: check the disk and export again")

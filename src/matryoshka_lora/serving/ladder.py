@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from peft import LoraConfig
 
 from matryoshka_lora.formats.card import hub_name, hub_revision
+from matryoshka_lora.files import WRITTEN_BY_US
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for ``--max-lora-rank``."""
@@ -31,7 +32,9 @@ def ladder_readme(config: LoraConfig, ranks: Sequence[int]) -> str:
     """Markdown."""
     missing = "" if hub_name(config.base_model_name_or_path) else " (BASE_MODEL is the base model's folder, or its id)"
     folders = "\n".join(f"* `rank-{rank}`" for rank in ranks)
-    return f"""# One adapter at {len(ranks)} ranks
+    return f"""{WRITTEN_BY_US}: delete this line to keep your own. -->
+
+# One adapter at {len(ranks)} ranks
 
 Each folder is an ordinary LoRA adapter, cut out of the same nested one by matryoshka-lora:
 

@@ -91,7 +91,7 @@ def _with_data(
     seed: int,
 ) -> tuple[OpenedAdapter, dict[str, Tensor]]:
     # PEFT and transformers are slow to import, and an SVD needs neither.
-    from matryoshka_lora.adapter.load import load_opened
+    from matryoshka_lora.adapter.loading import load_opened
     from matryoshka_lora.adapter.saving import opened_from
     from matryoshka_lora.data.questions import rows_of
     from matryoshka_lora.models import DTYPES, base_of, load_model, load_tokenizer

@@ -1,21 +1,30 @@
-"""See that an exported file computes what the nested adapter computes at that rank."""
+"""See that what was exported computes, on its base model, what the nested adapter computes at that rank."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
-from matryoshka_lora.adapter import NestedAdapter
-from matryoshka_lora.adapter.slicing import Ranks
+from matryoshka_lora.adapter.gates import nested_layers
+from matryoshka_lora.adapter.handle import NestedAdapter
+from matryoshka_lora.adapter.loading import load_opened
 from matryoshka_lora.adapter.variant import Gate
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.formats.opened import OpenedAdapter
+from matryoshka_lora.formats.write import Ranks
+from matryoshka_lora.serving.compare import TOLERANCE, wrong
 
-# As a share of what the adapter changes. Weights that are stored in half precision are rounded when they are merged.
-_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2}
-_HALF_TOLERANCE = 0.5
+Base = Callable[[torch.dtype | None], Any]
+"""Loads the base model, a fresh one at each call, in a dtype; None is the one that it is stored in."""
+
+_MOST_ROUNDING = 0.5
+"""What the rounding of merged weights may take of what the adapter does."""
 
 
 @dataclass(frozen=True)
@@ -61,32 +70,63 @@ def use_ranks(adapter: NestedAdapter, ranks: Ranks) -> None:
     if isinstance(ranks, int):
         adapter.set_rank(ranks)
         return
-    state = adapter.state
-    for name, _, variant in adapter._layers():
-        rank = ranks[name]
-        gate = state.mask(rank) * state.scale(rank) if rank else torch.zeros(state.nesting.max_rank)
-        variant.stand_before(Gate.on(variant.device, gate))
+    for name, _, variant in nested_layers(adapter.model, adapter.name):
+        variant.stand_before(Gate.on(variant.device, adapter.state.diagonal(ranks[name])))
 
 
-def check(found: Tensor, wanted: Tensor, without: Tensor, dtype: torch.dtype, what: str) -> Verified:
+def compare_all(
+    source: OpenedAdapter, ranks: Sequence[Ranks], folders: Sequence[Path], base: Base
+) -> list[Verified]:
+    """Each folder as plain PEFT reads it, on one base model in float32, against the nested adapter at its rank.
+
+    Raises:
+        MatryoshkaError: One computes something else.
+    """
+    adapter = load_opened(base(torch.float32), source)
+    wanted = [nested_logits(adapter, each) for each in ranks]
+    model, found = adapter.model.unload(), []
+    for folder, logits in zip(folders, wanted, strict=True):
+        plain = PeftModel.from_pretrained(model, str(folder))
+        found.append(check(probe_logits(plain), *logits, "the adapter"))
+        model = plain.unload()
+    return found
+
+
+def check(found: Tensor, wanted: Tensor, without: Tensor, what: str) -> Verified:
     """Compare logits.
 
     Args:
         found: Of the export.
         wanted: Of the nested adapter at its rank.
         without: Of the base model.
-        dtype: Of the weights, which says how exact they can be.
         what: Is compared, for the message.
 
     Raises:
         MatryoshkaError: The export computes something else.
     """
-    effect = (wanted - without).norm()
-    share = float((found - wanted).norm() / effect) if effect > 0 else float((found - wanted).norm() > 0)
-    result = Verified(float((found - wanted).abs().max()), share, float(wanted.abs().max()))
-    if not share <= _TOLERANCE.get(dtype, _HALF_TOLERANCE):
+    result = measure(found, wanted, without)
+    if not result.share <= TOLERANCE:
+        raise wrong(f"{result}. Check that the base model is the one that the adapter was trained on", what)
+    return result
+
+
+def check_rounding(found: Tensor, wanted: Tensor, without: Tensor, dtype: torch.dtype) -> Verified:
+    """As `check`, for a model that is known to be what it should be, rounded to a dtype.
+
+    Raises:
+        MatryoshkaError: Too little is left of the adapter.
+    """
+    result = measure(found, wanted, without)
+    if not result.share <= _MOST_ROUNDING:
         raise MatryoshkaError(
-            f"{what} was made and then thrown away, because it computes something else: {result}. Use a base model in "
-            "a finer dtype, and check that it is the one that the adapter was trained on"
+            f"the merged model was made and then thrown away, because rounding its weights to {dtype} takes too much "
+            f"of the adapter: {result}. Use a base model in a finer dtype"
         )
     return result
+
+
+def measure(found: Tensor, wanted: Tensor, without: Tensor) -> Verified:
+    """How far logits are from those that are wanted; the arguments are those of `check`."""
+    effect = (wanted - without).norm()
+    share = float((found - wanted).norm() / effect) if effect > 0 else float((found - wanted).norm() > 0)
+    return Verified(float((found - wanted).abs().max()), share, float(wanted.abs().max()))

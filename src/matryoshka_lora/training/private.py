@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from matryoshka_lora.formats.card import CARD_NAME
@@ -30,10 +29,12 @@ def check_private(config: Mapping[str, Any]) -> None:
                 "log in with `hf auth login` or set HF_TOKEN. A token for the base model may stand in "
                 "model_init_kwargs.token, which is not written"
             )
-    for name in paths_in(config.get("lora")):
+    options = config.get("model_init_kwargs")
+    revision = options.get("revision") if isinstance(options, Mapping) else None
+    for name in paths_in({"lora": config.get("lora"), "model_init_kwargs": {"revision": revision}}):
         raise MatryoshkaError(
-            f"lora{name and '.'}{name} holds an absolute path, and adapter_config.json, where it would stand, goes "
-            "wherever the adapter goes: take it out"
+            f"{name} holds an absolute path, and adapter_config.json, where it would stand, goes wherever the adapter "
+            "goes: take it out"
         )
     for name in marks_in(config):
         raise MatryoshkaError(
@@ -68,6 +69,8 @@ class PrivateCheckpoints(TrainerCallback):
             state.best_model_checkpoint = str(best)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        from transformers.trainer import TRAINING_ARGS_NAME  # slow to import, and here already
+
         if args.should_save:
             folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             for name in (TRAINING_ARGS_NAME, CARD_NAME):
@@ -77,5 +80,7 @@ class PrivateCheckpoints(TrainerCallback):
 
 def write_state(state: TrainerState, folder: Path) -> None:
     """Write the Trainer's state as the Trainer does, but without the path of its best checkpoint."""
+    from transformers.trainer import TRAINER_STATE_NAME
+
     text = json.dumps({**asdict(state), "best_model_checkpoint": None}, indent=2, sort_keys=True)
     write_text(folder / TRAINER_STATE_NAME, text + "\n")

@@ -14,7 +14,7 @@ from peft import get_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from matryoshka_lora.adapter.handle import NestedAdapter, nest
-from matryoshka_lora.adapter.load import load
+from matryoshka_lora.adapter.loading import load
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_writable, write_text
 from matryoshka_lora.models import DTYPES, EMBEDDED, load_model, load_tokenizer
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 def train(config: TrainConfig) -> NestedAdapter:
     """Train a nested adapter and save it in ``config.output_dir``.
 
-    The folder then holds the adapter, ``train.yaml`` (the config with everything filled in) and the checkpoints. If it
-    already holds checkpoints of the same run, training goes on from the newest complete one, exactly as if it had
-    never stopped: weights, optimizer, scheduler, random numbers and drawn ranks. A finished run is not trained again.
+    The folder then holds the adapter, ``train.yaml`` (the config with everything filled in, without tokens and folders)
+    and the checkpoints. If it already holds checkpoints of the same run, training goes on from the newest complete one,
+    exactly as if it had never stopped: weights, optimizer, scheduler, random numbers and drawn ranks. A finished run is
+    not trained again.
 
     Under ``accelerate launch`` every process calls it. They train on shares of each batch, the first one writes, and
     the folder is that of one process.

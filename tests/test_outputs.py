@@ -1,0 +1,182 @@
+"""What is written does not go over another adapter, model or evaluation unasked; and then it leaves nothing of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import an_evaluation
+import pytest
+from conftest import LINEAR_LAYERS, randomize, tiny_llama
+from peft import LoraConfig, get_peft_model
+from test_strangers import output
+from tiny_chat import tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from matryoshka_lora import MatryoshkaError, Nesting, export_adapter, load, nest
+from matryoshka_lora.cli.main import app
+from matryoshka_lora.serving import export as exports
+from matryoshka_lora.serving.reorder import reorder_adapter
+from matryoshka_lora.files import check_free, kinds_in
+
+
+def base(dtype: Any = None) -> Any:
+    return tiny_llama(num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("outputs") / "nested"
+    model = get_peft_model(base(), LoraConfig(r=4, lora_alpha=4, target_modules=LINEAR_LAYERS))
+    randomize(model)
+    adapter = nest(model, Nesting([1, 2, 4]))
+    adapter.reorder()
+    adapter.save(folder)
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+Write = Callable[[Path, Path, bool], object]
+
+NEW: dict[str, Write] = {
+    "peft": lambda nested, out, over: exports.export_peft(exports.cut(nested, 2), out, None, overwrite=over),
+    "merged": lambda nested, out, over: exports.export_merged(
+        exports.cut(nested, 2), out, base, tiny_tokenizer(), verify=False, overwrite=over
+    ),
+    "ladder": lambda nested, out, over: exports.export_ladder(
+        exports.cut(nested, 2), [1, 2], out, None, overwrite=over
+    ),
+    "directions": lambda nested, out, over: exports.export_directions(exports.cut(nested, 4), out, overwrite=over),
+    "reordered": lambda nested, out, over: reorder_adapter(nested, out, overwrite=over),
+    "from a file": lambda nested, out, over: export_adapter(nested, out, 2, overwrite=over),
+    "from a model": lambda nested, out, over: load(base(), nested).export(out, 2, overwrite=over),
+}
+
+
+def evaluated_adapter(nested: Path, out: Path) -> None:
+    reorder_adapter(nested, out)
+    for folder in (out, out / "evaluation"):
+        an_evaluation.write(folder, an_evaluation.some_examples())
+        for name in ("curve.png", "report.html", "answers.jsonl", "answers.jsonl.lock"):
+            (folder / name).write_text("old")
+
+
+def model_in_shards(nested: Path, out: Path) -> None:
+    tiny_llama(seed=7).save_pretrained(out, max_shard_size="100KB")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(out)
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
+
+
+OLD: dict[str, Callable[[Path, Path], object]] = {
+    "adapter": evaluated_adapter,
+    "model": model_in_shards,
+    "ladder": lambda nested, out: exports.export_ladder(exports.cut(nested, 4), [1, 4], out, None),
+    "directions": lambda nested, out: exports.export_directions(exports.cut(nested, 4), out),
+}
+
+
+@pytest.mark.parametrize("old", OLD)
+@pytest.mark.parametrize("new", NEW)
+def test_an_output_replaces_another_only_when_told_and_then_wholly(
+    nested: Path, tmp_path: Path, old: str, new: str
+) -> None:
+    out = tmp_path / "out"
+    NEW[new](nested, out, False)
+    alone = content(out)
+    shutil.rmtree(out)
+
+    OLD[old](nested, out)
+    (out / "notes").mkdir()
+    (out / "notes" / "mine.txt").write_text("mine")
+    before = content(out)
+    with pytest.raises(MatryoshkaError, match=r"out holds .* already: .*--force.*overwrite=True"):
+        NEW[new](nested, out, False)
+    assert content(out) == before
+
+    NEW[new](nested, out, True)
+    assert content(out) == {**alone, "notes/mine.txt": b"mine"}
+    assert not [path for path in out.rglob("*") if path.is_dir() and not any(path.iterdir())]
+    if new == "merged":
+        merged = AutoModelForCausalLM.from_pretrained(out)
+        wanted = load(base(), nested, rank=2)
+        assert (output(merged) - output(wanted.model)).norm() < 1e-5 * output(merged).norm()
+
+
+@pytest.mark.parametrize("new", NEW)
+def test_a_card_that_somebody_wrote_stays(nested: Path, tmp_path: Path, new: str) -> None:
+    """A README.md alone is no reason to refuse, and nobody's to throw away."""
+    (tmp_path / "README.md").write_text("# My project\n")
+    if new == "ladder":
+        with pytest.raises(MatryoshkaError, match=r"README\.md that somebody has written"):
+            NEW[new](nested, tmp_path, True)
+        assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+        return
+    for over in (False, True):
+        NEW[new](nested, tmp_path, over)
+        assert (tmp_path / "README.md").read_text() == "# My project\n"
+
+
+RUNS = {"config": "train.yaml", "state": "trainer_state.json", "checkpoint": "checkpoint-3/trainer_state.json"}
+
+
+@pytest.mark.parametrize("sign", RUNS)
+@pytest.mark.parametrize("new", NEW)
+def test_a_training_run_is_not_replaced(nested: Path, tmp_path: Path, new: str, sign: str) -> None:
+    adapter = load(base(), nested)
+    adapter.save(tmp_path)
+    (tmp_path / RUNS[sign]).parent.mkdir(exist_ok=True)
+    (tmp_path / RUNS[sign]).write_text("{}")
+    before = content(tmp_path)
+    for over in (False, True):
+        with pytest.raises(MatryoshkaError, match=r"holds a training run.*choose another folder"):
+            NEW[new](nested, tmp_path, over)
+    assert content(tmp_path) == before
+    adapter.save(tmp_path)  # which is the run's own verb
+
+
+def test_the_ladder_that_holds_the_adapter_is_not_replaced(nested: Path, tmp_path: Path) -> None:
+    exports.export_ladder(exports.cut(nested, 4), [1, 4], tmp_path, None)
+    for over in (False, True):
+        with pytest.raises(MatryoshkaError, match="holds the adapter itself"):
+            reorder_adapter(tmp_path / "rank-4", tmp_path, overwrite=over)
+
+
+def test_the_commands_ask_too(nested: Path, tmp_path: Path) -> None:
+    def run(*arguments: object) -> None:
+        app([str(argument) for argument in arguments], standalone_mode=False)
+
+    base().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    for name, command in {
+        "reordered": ["reorder", nested],
+        "rank": ["export", nested, "--rank", 2],
+        "merged": ["export", nested, "--rank", 2, "--format", "merged", "--model", tmp_path / "base"],
+        "ladder": ["export", nested, "--format", "ladder"],
+        "directions": ["export", nested, "--format", "directions"],
+        "file.gguf": ["export", nested, "--rank", 2, "--format", "gguf", "--model", tmp_path / "base"],
+    }.items():
+        out = tmp_path / name
+        run(*command, "-o", out)
+        before = content(tmp_path)
+        with pytest.raises(MatryoshkaError, match=rf"{name} (holds|exists).*--force"):
+            run(*command, "-o", out)
+        assert content(tmp_path) == before
+        run(*command, "-o", out, "--force")
+        assert content(tmp_path).keys() == before.keys()
+    with pytest.raises(MatryoshkaError, match="is the adapter itself"):
+        run("export", nested, "--rank", 2, "-o", nested, "--force")
+
+
+def test_what_is_nobody_s_output_is_free(tmp_path: Path) -> None:
+    check_free(tmp_path / "absent", overwrite=False)
+    for name in ("notes.txt", "data.json", "weights.safetensors", "evaluation", "rank-4"):
+        (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).write_text("{}")
+    check_free(tmp_path, overwrite=False)
+    assert kinds_in(tmp_path) == []
