@@ -29,7 +29,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from matryoshka_lora.adapter import NestedAdapter
+from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.engine.exchange import WAY_OUT
 from matryoshka_lora.engine.generation import Prompt, read, step

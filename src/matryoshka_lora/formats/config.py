@@ -184,10 +184,15 @@ def _check_values(config: AdapterConfig, where: str) -> None:
     for alpha in (config["lora_alpha"], *(config["alpha_pattern"] or {}).values()):
         if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
             raise MatryoshkaError(f"{where}: the lora_alpha {alpha!r:.80} is no positive number. {_AGAIN}")
-    lists = ("target_parameters", "modules_to_save")
-    for field, kinds in {"base_model_name_or_path": str, "use_rslora": bool, **dict.fromkeys(lists, (list, set))}.items():
-        if config[field] is not None and not isinstance(config[field], kinds):
-            raise MatryoshkaError(f"{where}: {field} is {config[field]!r:.80}, which PEFT does not write. {_AGAIN}")
+    for field in ("target_parameters", "modules_to_save"):
+        _check_type(config, field, (list, set, tuple), where)
+    _check_type(config, "base_model_name_or_path", (str,), where)
+    _check_type(config, "use_rslora", (bool,), where)
+
+
+def _check_type(config: AdapterConfig, field: str, kinds: tuple[type, ...], where: str) -> None:
+    if config[field] is not None and not isinstance(config[field], kinds):
+        raise MatryoshkaError(f"{where}: {field} is {config[field]!r:.80}, which PEFT does not write. {_AGAIN}")
 
 
 def _unsupported(config: AdapterConfig) -> Iterator[str]:

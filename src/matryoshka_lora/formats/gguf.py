@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from matryoshka_lora.formats.opened import Layer, LoraFiles, open_adapter
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import replace_file
+from matryoshka_lora.formats.layout import Layer
+from matryoshka_lora.formats.opened import OpenedAdapter, from_memory
 
 # transformers' model_type: the architecture in gguf's words, and whether llama.cpp wants the rows of q and k in the
 # order of its own rotary embedding, in which the two halves of a head alternate.
@@ -28,13 +29,13 @@ ARCHITECTURES = {
 }
 
 
-def write_gguf(folder: str | os.PathLike[str], path: str | os.PathLike[str], base: Any) -> None:
+def write_gguf(adapter: OpenedAdapter, path: str | os.PathLike[str], base: Any) -> None:
     """Convert an ordinary LoRA adapter to GGUF, in float32, or float16 if its factors are.
 
     llama.cpp knows one alpha for all layers: where ranks or scales differ, B takes the difference.
 
     Args:
-        folder: Of an adapter that PEFT has written.
+        adapter: An ordinary one, such as `formats.write.cut` makes.
         path: The file to write.
         base: The transformers config of the base model.
 
@@ -42,11 +43,10 @@ def write_gguf(folder: str | os.PathLike[str], path: str | os.PathLike[str], bas
         MatryoshkaError: The architecture or a layer has no place in llama.cpp, or the file cannot be written.
     """
     gguf = _gguf()
-    adapter = open_adapter(folder)
     names = gguf_names(adapter, base)
     if adapter.others:
         raise MatryoshkaError(
-            f"{folder} also holds tensor {adapter.others[0]}, which is no factor: llama.cpp's adapters have no place "
+            f"{adapter.name} also holds tensor {adapter.others[0]}, which is no factor: llama.cpp's adapters have no place "
             "for it. Export --format merged instead"
         )
     with replace_file(path) as temporary:
@@ -67,29 +67,32 @@ def write_gguf(folder: str | os.PathLike[str], path: str | os.PathLike[str], bas
         writer.close()
 
 
-def read_gguf(path: str | os.PathLike[str], adapter: LoraFiles, base: Any) -> tuple[dict[str, Tensor], float]:
-    """Read a GGUF adapter back, into PEFT's keys and the order of transformers' rows.
+def read_gguf(path: str | os.PathLike[str], written: OpenedAdapter, base: Any) -> OpenedAdapter:
+    """Read a GGUF adapter back, in PEFT's keys and the order of transformers' rows.
 
     Args:
         path: The file.
-        adapter: What it was made of, for its keys.
+        written: What it was made of, for its keys and its config.
         base: The transformers config of the base model.
 
     Returns:
-        The tensors, and the alpha that llama.cpp divides by each tensor's rank.
+        An adapter with the file's numbers: llama.cpp divides the file's alpha by the rank of each tensor.
     """
     reader = _gguf().GGUFReader(path)
     found = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}
     alpha = float(reader.fields["adapter.lora.alpha"].contents())
+    names = gguf_names(written, base)
     tensors = {}
-    for layer in adapter.layers:
-        name = gguf_names(adapter, base)[layer.name]
-        tensors[layer.key_A] = found[f"{name}.lora_a"].float()
-        tensors[layer.key_B] = _permuted(found[f"{name}.lora_b"].float(), layer.name, base, back=True)
-    return tensors, alpha
+    for layer in written.layers:
+        tensors[layer.key_A] = found[f"{names[layer.name]}.lora_a"].float()
+        tensors[layer.key_B] = _permuted(found[f"{names[layer.name]}.lora_b"].float(), layer.name, base, back=True)
+    config = written.config.changed(
+        lora_alpha=alpha, use_rslora=False, alpha_pattern=dict.fromkeys(written.config["rank_pattern"] or (), alpha)
+    )
+    return from_memory(str(path), config, None, tensors)
 
 
-def gguf_names(adapter: LoraFiles, base: Any) -> dict[str, str]:
+def gguf_names(adapter: OpenedAdapter, base: Any) -> dict[str, str]:
     """llama.cpp's name of each layer's weight."""
     gguf = _gguf()
     architecture, _ = _architecture(base)

@@ -99,15 +99,16 @@ def export(
     check_free(out, overwrite)
     check_writable(out.parent if format == "gguf" else out)
     chosen = None if budget is None else choose_ranks(opened.layers, spectra, budget)
-    ranks: Ranks = chosen.ranks if chosen is not None else rank or opened.nested.nesting.max_rank
+    ranks: Ranks = chosen.ranks if chosen is not None else rank or opened.rank
     name, revision, base = _base(opened, model, revision, verify or format in ("merged", "gguf"))
     if base is None and format in ("merged", "gguf"):
         raise MatryoshkaError(
             f"format {format} needs the base model, and {name or 'none'} is not on this machine: give its folder with "
             "--model"
         )
-    checked_on, exported = base if verify else None, ranks
+    checked_on = base if verify else None
     verified: Verified | None = None
+    ladder: list[int] = []
     if format == "gguf":
         verified = _gguf(opened, ranks, pad, out, checked_on, str(name), revision, overwrite)
     else:
@@ -122,12 +123,12 @@ def export(
                 tokenizer = load_tokenizer(str(name), revision=revision)
                 verified = write_merged(folder, opened, ranks, base, tokenizer, verify)
             elif format == "ladder":
-                below = (r for r in opened.nested.nesting.ranks if isinstance(ranks, int) and r < ranks)
-                exported = [*below, ranks]  # type: ignore[list-item]
-                verified = _ladder(opened, exported, folder, out, checked_on)
+                top = opened.rank if rank is None else rank
+                ladder = [*(r for r in opened.nested.nesting.ranks if r < top), top]
+                verified = _ladder(opened, ladder, folder, out, checked_on)
             else:
-                _directions(opened, folder, opened.nested.nesting.max_rank if rank is None else rank)
-    return Exported(out, exported, chosen, name, verified)
+                _directions(opened, folder, opened.rank if rank is None else rank)
+    return Exported(out, ladder or ranks, chosen, name, verified)
 
 
 def _check_wishes(rank: int | None, format: Format, budget: float | None, pad: bool) -> None:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peft import LoraConfig
-
-from matryoshka_lora.formats.card import hub_name, hub_revision
 from matryoshka_lora.files import WRITTEN_BY_US
+from matryoshka_lora.formats.card import hub_name, hub_revision
+from matryoshka_lora.formats.config import AdapterConfig
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for ``--max-lora-rank``."""
 
 
-def serve_command(config: LoraConfig, ranks: Sequence[int]) -> str:
+def serve_command(config: AdapterConfig, ranks: Sequence[int]) -> str:
     """The ``vllm serve`` command for all ranks of a ladder; each is a model of its own name in the API.
 
     It is for the ladder's own folder: no path of the machine that made it is in it.
     """
-    base = hub_name(config.base_model_name_or_path) or "BASE_MODEL"
+    base = hub_name(config.base_model) or "BASE_MODEL"
     revision = f" --revision {hub_revision(config)}" if hub_revision(config) else ""
     largest = next((rank for rank in VLLM_RANKS if rank >= max(ranks)), VLLM_RANKS[-1])
     modules = " ".join(f"rank-{rank}=rank-{rank}" for rank in ranks)
@@ -28,9 +27,9 @@ def serve_command(config: LoraConfig, ranks: Sequence[int]) -> str:
     )
 
 
-def ladder_readme(config: LoraConfig, ranks: Sequence[int]) -> str:
+def ladder_readme(config: AdapterConfig, ranks: Sequence[int]) -> str:
     """Markdown."""
-    missing = "" if hub_name(config.base_model_name_or_path) else " (BASE_MODEL is the base model's folder, or its id)"
+    missing = "" if hub_name(config.base_model) else " (BASE_MODEL is the base model's folder, or its id)"
     folders = "\n".join(f"* `rank-{rank}`" for rank in ranks)
     return f"""{WRITTEN_BY_US}: delete this line to keep your own. -->
 

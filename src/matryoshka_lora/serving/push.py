@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from peft import LoraConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from matryoshka_lora.formats.card import CARD_NAME, HUB_ID, hub_name, write_card
-from matryoshka_lora.formats.directions import DIRECTIONS_NAME
-from matryoshka_lora.formats.sidecar import SIDECAR_NAME
-from matryoshka_lora.formats.opened import INDEX_NAME, LoraFiles, open_adapter
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, PICTURE_NAME, SPECTRA_NAME
+from matryoshka_lora.formats.card import CARD_NAME, HUB_ID, hub_name, write_card
+from matryoshka_lora.formats.config import CONFIG_NAME, AdapterConfig
+from matryoshka_lora.formats.directions import DIRECTIONS_NAME
+from matryoshka_lora.formats.opened import INDEX_NAME, WEIGHTS_NAME, OpenedAdapter, open_adapter
+from matryoshka_lora.formats.sidecar import SIDECAR_NAME
 from matryoshka_lora.privacy import find_private
 
 # Checkpoints, configs, examples and logs beside the adapter stay at home.
@@ -35,7 +34,7 @@ _TEXT = re.compile(rb"[\x20-\x7e]{16,}")
 """In a file that is no text: fewer letters in a row stand there by chance."""
 
 
-def push_adapter(
+def push(
     adapter: str | os.PathLike[str],
     repository: str,
     private: bool = True,
@@ -62,7 +61,7 @@ def push_adapter(
     opened = open_adapter(adapter)
     config = _with_base(opened, base_model)
     if opened.state is not None:  # what is not nested may be anybody's, and has a card of its own or none
-        write_card(opened.folder, config, opened.state)
+        write_card(Path(opened.name), config, opened.state)
     operations = files_to_send(opened, config)
     _check_private(operations)
     api = HfApi(endpoint=endpoint)
@@ -79,43 +78,41 @@ def push_adapter(
     return str(commit.commit_url)
 
 
-def files_to_send(adapter: LoraFiles, config: LoraConfig) -> list[CommitOperationAdd]:
+def files_to_send(adapter: OpenedAdapter, config: AdapterConfig) -> list[CommitOperationAdd]:
     """What is sent of an adapter: its own files, each by its name, and no other file of its folder.
 
     Texts are read here: what is looked through is what is sent.
 
     Args:
         adapter: That was opened.
-        config: Says which base model is named.
+        config: As it is sent.
     """
-    found = []
+    folder, found = Path(adapter.name), []
     for name in _BESIDES:
-        file = adapter.folder / name
+        file = folder / name
         if name == CONFIG_NAME:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            content["base_model_name_or_path"] = config.base_model_name_or_path
-            text = json.dumps(content, indent=2, sort_keys=True)
+            text = json.dumps(dict(config.data), indent=2, sort_keys=True)
             found.append(CommitOperationAdd(name, text.encode()))
         elif file.is_file():
             found.append(CommitOperationAdd(name, file if name == SPECTRA_NAME else file.read_bytes()))
-    if adapter.weights[0].name not in (SAFETENSORS_WEIGHTS_NAME, DIRECTIONS_NAME):
-        found.append(CommitOperationAdd(INDEX_NAME, (adapter.folder / INDEX_NAME).read_bytes()))
+    if adapter.weights[0].name not in (WEIGHTS_NAME, DIRECTIONS_NAME):
+        found.append(CommitOperationAdd(INDEX_NAME, (folder / INDEX_NAME).read_bytes()))
     return found + [CommitOperationAdd(file.name, file) for file in adapter.weights]
 
 
-def _with_base(adapter: LoraFiles, base_model: str | None) -> LoraConfig:
+def _with_base(adapter: OpenedAdapter, base_model: str | None) -> AdapterConfig:
     """The adapter's config, with a base model that others know."""
-    config, named = copy.deepcopy(adapter.config), adapter.config.base_model_name_or_path
+    named = adapter.config.base_model
     if base_model is not None:
         if not HUB_ID.fullmatch(base_model):
             raise MatryoshkaError(f"{base_model!r} is no id of a model on the hub: write owner/name")
-        config.base_model_name_or_path = base_model
-    elif named and not hub_name(named):
+        return adapter.config.changed(base_model_name_or_path=base_model)
+    if named and not hub_name(named):
         raise MatryoshkaError(
-            f"{adapter.folder / CONFIG_NAME} names its base model by a folder of this machine, where nobody else finds "
-            "it: say what it is called on the hub, with --base-model owner/name"
+            f"{Path(adapter.name) / CONFIG_NAME} names its base model by a folder of this machine, where nobody else "
+            "finds it: say what it is called on the hub, with --base-model owner/name"
         )
-    return config
+    return adapter.config
 
 
 def _check_private(operations: Sequence[CommitOperationAdd]) -> None:
