@@ -6,8 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matryoshka_lora.adapter.handle import NestedAdapter
     from matryoshka_lora.adapter.loading import load
-    from matryoshka_lora.adapter.handle import NestedAdapter, nest
+    from matryoshka_lora.adapter.nest import nest
     from matryoshka_lora.evaluation.evaluate import evaluate
     from matryoshka_lora.evaluation.select import select
     from matryoshka_lora.serving.export import export
@@ -41,7 +42,7 @@ _MODULES = {
     "evaluate": "evaluation.evaluate",
     "export": "serving.export",
     "load": "adapter.loading",
-    "nest": "adapter.handle",
+    "nest": "adapter.nest",
     "reorder": "serving.reorder",
     "select": "evaluation.select",
 }

@@ -127,7 +127,11 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that fills rows up; where the tokenizer names none, the end of a text, or else token 0."""
     named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((token for token in named if token is not None), 0)
-def base_of(config: AdapterConfig, name: str | None = None, revision: str | None = None) -> tuple[str | None, str | None]:
+
+
+def base_of(
+    config: AdapterConfig, name: str | None = None, revision: str | None = None
+) -> tuple[str | None, str | None]:
     """The base model of an adapter and its revision: what is given, or else what the adapter's config names.
 
     The config's revision is of the model that it names, and of no other.

@@ -37,6 +37,7 @@ _SUPPORTED = {
     *(f"{kind.__module__}.{kind.__name__}" for kind in SUBCLASSES.values()),
 }
 
+
 def attach(model: PeftModel, state: State, adapter: str) -> None:
     """Put a `NestedVariant` into every LoRA layer of an adapter, then make sure that each kind of layer obeys it.
 

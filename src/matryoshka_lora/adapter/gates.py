@@ -46,9 +46,7 @@ def gated(
     return found
 
 
-def draw(
-    model: nn.Module, adapter: str, step: int, rows: int | None = None, share: tuple[int, int] = (0, 1)
-) -> None:
+def draw(model: nn.Module, adapter: str, step: int, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> None:
     """Apply the rule's draw for an optimizer step; see `matryoshka_lora.NestedAdapter.draw`."""
     index, count = share
     state = next(nested_layers(model, adapter))[2].state

@@ -45,9 +45,7 @@ def opened_from(model: PeftModel, adapter: str, state_dict: Mapping[str, Tensor]
     if state is None:
         raise MatryoshkaError(f"the model has no nested adapter {adapter!r}: call nest() or load() first")
     # The base model's embeddings are not part of the adapter, though PEFT would add them when they are a target.
-    found = get_peft_model_state_dict(
-        model, state_dict=state_dict, adapter_name=adapter, save_embedding_layers=False
-    )
+    found = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter, save_embedding_layers=False)
     tensors = {key: gathered(tensor.detach()).cpu() for key, tensor in found.items()}
     config = {key: _plain(value) for key, value in model.peft_config[adapter].to_dict().items()}
     named = config["base_model_name_or_path"] or getattr(model.get_base_model(), "name_or_path", None)
@@ -117,7 +115,9 @@ class _Nested:
             if kwargs.get("is_main_process", True):
                 folder = Path(save_directory) if name == "default" else Path(save_directory) / name
                 # Copies that TRL keeps are compared with what is trained, to the last bit.
-                trainable = name in COPIES or any(get_parameters(m, name)[0].requires_grad for _, m, _ in nested_layers(model, name))
+                trainable = name in COPIES or any(
+                    get_parameters(m, name)[0].requires_grad for _, m, _ in nested_layers(model, name)
+                )
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore" if trainable else "default")
                     save_adapter(opened, folder, keep_trained=trainable)
@@ -160,7 +160,5 @@ def _make(kind: type[PeftModel]) -> type[PeftModel]:
 
 
 _KINDS = {
-    kind: _make(kind)
-    for kind in vars(peft_model).values()
-    if isinstance(kind, type) and issubclass(kind, PeftModel)
+    kind: _make(kind) for kind in vars(peft_model).values() if isinstance(kind, type) and issubclass(kind, PeftModel)
 }

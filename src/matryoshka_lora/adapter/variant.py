@@ -122,9 +122,7 @@ class NestedVariant(LoraVariant):
         rows: Counts the rows of the model's calls.
     """
 
-    def __init__(
-        self, state: State, module: LoraLayer, adapter: str, initial_scale: float, rows: RowCount
-    ) -> None:
+    def __init__(self, state: State, module: LoraLayer, adapter: str, initial_scale: float, rows: RowCount) -> None:
         self.state = state
         self.rows = rows
         self.device = get_parameters(module, adapter)[0].device

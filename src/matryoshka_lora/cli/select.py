@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,7 +54,6 @@ def select(
     for line in (*_table(measured, choice), "", *_sentences(measured, choice)):
         typer.echo(line)
     adapter = find_adapter(evaluation)
-    typer.echo(f"\nNext: matryoshka export {adapter} --rank {choice.rank} -o {adapter.name}-rank-{choice.rank}")
     if not adapter.is_dir():
         typer.echo(f"\n{adapter} is the name of the adapter that was evaluated: write the path of its folder.")
     new = shlex.quote(f"{adapter.name}-rank-{choice.rank}")

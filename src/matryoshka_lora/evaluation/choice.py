@@ -162,7 +162,12 @@ def choose(measured: Measured, wish: Wish) -> Choice:
     rank = min(meeting)
     differences = {other: measured.difference(rank, other) for other in values if other != rank}
     return Choice(
-        wish, rank, best, bound, {other: d for other, d in differences.items() if d}, _is_sure(measured, rank, best, bound)
+        wish,
+        rank,
+        best,
+        bound,
+        {other: d for other, d in differences.items() if d},
+        _is_sure(measured, rank, best, bound),
     )
 
 

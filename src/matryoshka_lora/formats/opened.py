@@ -132,7 +132,6 @@ class OpenedAdapter:
             return self.state.trained_diagonal()
         return torch.full((layer.rank,), layer.scale, dtype=torch.float64)
 
-
     def cast(self, dtype: torch.dtype) -> OpenedAdapter:
         """The same adapter with factors of another dtype."""
         return self.with_factors(self.factors, self.layers, self.config, self.state, dtype)
@@ -261,7 +260,9 @@ def _from_files(folder: Path, config: AdapterConfig, state: State | None, files:
                 if key in stored:
                     raise MatryoshkaError(f"{folder} holds tensor {key} twice. Copy the adapter again")
                 head = opened.get_slice(key)
-                stored[key] = Stored(Size(head.get_shape()), DTYPES.get(head.get_dtype()), partial(_read, file, key, mark(file)))
+                stored[key] = Stored(
+                    Size(head.get_shape()), DTYPES.get(head.get_dtype()), partial(_read, file, key, mark(file))
+                )
     return _opened(str(folder), config, state, stored, tuple(files))
 
 

@@ -68,7 +68,9 @@ def learn_order(
         raise MatryoshkaError(f"an order cannot be learned in {steps} steps: take 1 or more, or reorder by 'svd'")
     training, start = adapter.model.training, adapter.factors()
     names = list(start)
-    optimizer = OrderOptimizer([start[name] for name in names], adapter.state.nesting.ranks, rate_at(top, learning_rate))
+    optimizer = OrderOptimizer(
+        [start[name] for name in names], adapter.state.nesting.ranks, rate_at(top, learning_rate)
+    )
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer.adam, 1.0, 0.0, total_iters=steps)
     generator = random.Random(f"order {seed}")
     frozen = [parameter for parameter in adapter.parameters() if not parameter.requires_grad]

@@ -125,7 +125,9 @@ def measure_moments(
     found = {name: Moments(probe.inner, probe.outer) for name, probe in probes.items() if probe.tokens}
     for name, moments in found.items():
         if not all(bool(moment.isfinite().all()) for moment in moments if moment is not None):
-            raise NotFiniteError(f"layer {name} computes NaN or infinity on the data: take a base model in bf16 or fp32")
+            raise NotFiniteError(
+                f"layer {name} computes NaN or infinity on the data: take a base model in bf16 or fp32"
+            )
     return found
 
 

@@ -74,9 +74,7 @@ def use_ranks(adapter: NestedAdapter, ranks: Ranks) -> None:
         variant.stand_before(Gate.on(variant.device, adapter.state.diagonal(ranks[name])))
 
 
-def compare_all(
-    source: OpenedAdapter, ranks: Sequence[Ranks], folders: Sequence[Path], base: Base
-) -> list[Verified]:
+def compare_all(source: OpenedAdapter, ranks: Sequence[Ranks], folders: Sequence[Path], base: Base) -> list[Verified]:
     """Each folder as plain PEFT reads it, on one base model in float32, against the nested adapter at its rank.
 
     Raises:

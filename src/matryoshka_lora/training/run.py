@@ -13,7 +13,8 @@ import torch
 from peft import get_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from matryoshka_lora.adapter.handle import NestedAdapter, nest
+from matryoshka_lora.adapter.handle import NestedAdapter
+from matryoshka_lora.adapter.nest import nest
 from matryoshka_lora.adapter.loading import load
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_writable, write_text
