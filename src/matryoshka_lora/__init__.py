@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from matryoshka_lora.adapter.handle import NestedAdapter
     from matryoshka_lora.adapter.loading import load
     from matryoshka_lora.adapter.nest import nest
+    from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
     from matryoshka_lora.evaluation.evaluate import evaluate
     from matryoshka_lora.evaluation.select import select
-    from matryoshka_lora.serving.export import export
-    from matryoshka_lora.serving.reorder import reorder
-    from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
     from matryoshka_lora.metrics import aurac
     from matryoshka_lora.nesting import Nesting
+    from matryoshka_lora.serving.export import export
+    from matryoshka_lora.serving.reorder import reorder
 
 __all__ = [
     "MatryoshkaError",

@@ -20,9 +20,9 @@ def info(
 
     Example: matryoshka info runs/demo/adapter --plot decay.png
     """
+    from matryoshka_lora.files import replace_file
     from matryoshka_lora.serving.info import describe
     from matryoshka_lora.serving.info import plot as draw
-    from matryoshka_lora.files import replace_file
 
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise typer.BadParameter(f"--plot is {plot}; give it a name that ends in .png, .svg or .pdf")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.data.sources import load_data, parse_data
 from matryoshka_lora.data.tasks import Example, get_task
+from matryoshka_lora.errors import MatryoshkaError
 
 Messages = list[dict[str, Any]]
 

@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.data.tasks import get_task, is_task, nearest_tasks
+from matryoshka_lora.errors import MatryoshkaError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter.handle import NestedAdapter
-from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.engine.agreement import check_agreement
 from matryoshka_lora.engine.attention import KeyValues, Pass, Prefill
 from matryoshka_lora.engine.exchange import WAY_OUT, attending, row_attention
@@ -29,6 +28,7 @@ from matryoshka_lora.engine.likelihood import Likelihood, Tree, branched, score_
 from matryoshka_lora.engine.memory import Room, measure_room
 from matryoshka_lora.engine.packing import Tokens, batches, families
 from matryoshka_lora.engine.settings import repetition_penalty as penalty_of
+from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.models import context_length, evaluation_mode, rotation_limit
 
 Text = str | Sequence[int]

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
-from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.engine.attention import Mask, Pass, Settings
+from matryoshka_lora.errors import MatryoshkaError
 
 NAME = "matryoshka_rows"
 

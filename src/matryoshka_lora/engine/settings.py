@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.engine.exchange import WAY_OUT
+from matryoshka_lora.errors import MatryoshkaError
 
 _CHANGES: dict[str, Any] = {
     "num_beams": 1,

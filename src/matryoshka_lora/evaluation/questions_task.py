@@ -10,8 +10,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from transformers import PreTrainedTokenizerBase
 
-from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.data.questions import Judge, Question, as_trained, end_texts, tokenize
+from matryoshka_lora.data.questions import Judge, Question, end_texts, tokenize
 
 EXTRA_TOKENS = 8
 """How many tokens more than the longest reference answer a model may write."""

@@ -15,10 +15,10 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
+from matryoshka_lora.data.tasks import get_task, is_task
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.questions_task import QuestionsTask
 from matryoshka_lora.privacy import shown
-from matryoshka_lora.data.tasks import get_task, is_task
 
 BUILT_IN_ITEMS = 200
 """How many questions of a built-in task are asked unless told otherwise."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
+from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.layout import Layer
 from matryoshka_lora.formats.spectra import Spectra
-from matryoshka_lora.errors import MatryoshkaError
 
 
 @dataclass(frozen=True)

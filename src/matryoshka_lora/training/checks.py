@@ -14,8 +14,8 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.data.sources import parse_data
+from matryoshka_lora.errors import MatryoshkaError
 
 
 class _Loader(yaml.SafeLoader):

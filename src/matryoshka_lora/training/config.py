@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from matryoshka_lora.data.sources import parse_data
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.config import AdapterConfig
 from matryoshka_lora.models import DTYPES, EMBEDDED, Quantization
@@ -18,7 +19,6 @@ from matryoshka_lora.privacy import marked, paths_in
 from matryoshka_lora.rules import get_rule
 from matryoshka_lora.state import By, Deploy
 from matryoshka_lora.training.checks import apply_override, check_keys, check_types, names, read_yaml, write_yaml
-from matryoshka_lora.data.sources import parse_data
 from matryoshka_lora.training.private import check_private
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from matryoshka_lora.formats.card import CARD_NAME
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import write_text
+from matryoshka_lora.formats.card import CARD_NAME
 from matryoshka_lora.privacy import marks_in, paths_in, tokens_in
 
 _TOKENS = ("hub_token", "model_init_kwargs.token")

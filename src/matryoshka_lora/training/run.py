@@ -14,13 +14,13 @@ from peft import get_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from matryoshka_lora.adapter.handle import NestedAdapter
-from matryoshka_lora.adapter.nest import nest
 from matryoshka_lora.adapter.loading import load
+from matryoshka_lora.adapter.nest import nest
+from matryoshka_lora.data.sources import load_data
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_writable, write_text
 from matryoshka_lora.models import DTYPES, EMBEDDED, load_model, load_tokenizer
 from matryoshka_lora.training.config import TrainConfig
-from matryoshka_lora.data.sources import load_data
 from matryoshka_lora.training.private import PrivateCheckpoints, write_state
 from matryoshka_lora.training.processes import check_joined, on_main, one_voice
 from matryoshka_lora.training.resume import CONFIG_NAME, FINISHED_NAME, Plan, ProcessCount, plan
