@@ -17,7 +17,6 @@ import torch
 from filelock import FileLock
 from peft import LoraConfig
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -161,6 +160,16 @@ def context_length(model: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
+def pad_token(tokenizer: PreTrainedTokenizerBase, model: Any) -> int:
+    """What fills short rows: the tokenizer's own, or else the end of a text, or else the first token.
+
+    Nothing sees it, but the model must know it: a tokenizer may have a pad token that was never added to the model.
+    """
+    known = model.config.get_text_config().vocab_size
+    found = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in found if token is not None and token < known), 0)
+
+
 def rotation_limit(model: Any) -> int | None:
     """The most tokens of a row, where longer ones turn all their positions otherwise (longrope); None where none do.
 
@@ -171,18 +180,6 @@ def rotation_limit(model: Any) -> int | None:
     by_layer = [found, *(each for each in found.values() if isinstance(each, dict))]
     limits = [each["original_max_position_embeddings"] for each in by_layer if each.get("rope_type") == "longrope"]
     return min(limits, default=None)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """A context in which a model is in evaluation mode; each of its modules has its own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _quantization_config(quantization: str, dtype: Any) -> BitsAndBytesConfig:

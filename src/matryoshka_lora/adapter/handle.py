@@ -58,6 +58,12 @@ def nest(
     if not isinstance(nesting, Nesting):
         raise MatryoshkaError(f"nesting is {nesting!r}; write Nesting([1, 2, 4, 8]) or Nesting.powers_of_two(8)")
     chosen = rule if isinstance(rule, Rule) else get_rule(rule)
+    config = getattr(peft_model, "peft_config", {}).get(adapter)
+    if getattr(config, "init_lora_weights", None) == "orthogonal" and chosen.name != "lora":
+        raise MatryoshkaError(
+            "init_lora_weights='orthogonal' starts from columns that cancel out under one scale only: use True or "
+            f"'gaussian'. An adapter that is trained already is nested by rule 'lora', not {chosen.name!r}"
+        )
     attach(peft_model, NestedState(nesting, chosen, inference or chosen.default_inference, seed), adapter)
     nested = NestedAdapter(peft_model, adapter)
     nested._begin()

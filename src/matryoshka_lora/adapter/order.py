@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import ParamWrapper
-from torch import Tensor
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import as_matrices, as_parameters, assign, gathered, get_factors, get_parameters
+from matryoshka_lora.adapter.modes import evaluation_mode
 from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.reordering.order import OrderOptimizer
@@ -43,7 +45,7 @@ class Part(NamedTuple):
     Attributes:
         rows: How many.
         weight: Of its loss in that of the step, in any unit: the number of its answers' tokens, for a mean over tokens.
-        loss: Computes its mean loss with the adapter's model in training mode.
+        loss: Computes its mean loss.
     """
 
     rows: int
@@ -62,8 +64,9 @@ def learn_order(
 
     The full-rank function stays as it is, to rounding; see `matryoshka_lora.reordering.order`. Each row of a step has a nested
     rank below R, every rank as often as the others; where rows are no longer rows (routed experts, bare
-    parameters), a step has one. If the learned order loses more than the one that it began from, on the rows of the
-    last step, it is not kept, and a warning says so.
+    parameters), a step has one. Dropout is off: an order is for what is deployed, and two orders can be compared only
+    without that noise. If the learned order loses more than the one that it began from, on the rows of the last step,
+    it is not kept, and a warning says so.
 
     Args:
         adapter: Raw or reordered; it is reordered first. Frozen factors are frozen again afterwards.
@@ -81,7 +84,6 @@ def learn_order(
         raise MatryoshkaError("an adapter with one nested rank has no order to learn: give it smaller ranks too")
     if not adapter.reordered:
         adapter.reorder()
-    training = adapter.model.training
     last: tuple[Sequence[Part], Sequence[int]] = (), ()
     modules = [module for _, module, _ in adapter._layers()]
     factors = [get_factors(module, adapter.name) for module in modules]
@@ -91,23 +93,23 @@ def learn_order(
     generator = random.Random(f"order {seed}")
     routed = any(".experts." in f".{name}." or isinstance(m, ParamWrapper) for name, m, _ in adapter._layers())
     frozen = [p for module in modules for p in get_parameters(module, adapter.name) if not p.requires_grad]
-    adapter.model.train()
     adapter.model.zero_grad(set_to_none=True)
     try:
         for parameter in frozen:
             parameter.requires_grad_()
-        for number, parts in enumerate(steps):
-            if number == count:
-                break
-            rows = sum(part.rows for part in parts)
-            drawn = [generator.choice(ranks)] * rows if routed else stratified_ranks(ranks, rows, generator)
-            last = parts, drawn
-            _each_loss(adapter, *last, routed, torch.Tensor.backward)
-            optimizer.step([_gradients(module, adapter.name) for module in modules])
-            schedule.step()
-            _put(modules, adapter.name, optimizer.pairs)
-            adapter.model.zero_grad(set_to_none=True)
-        with torch.no_grad():
+        with _without_dropout(adapter.model):
+            for number, parts in enumerate(steps):
+                if number == count:
+                    break
+                rows = sum(part.rows for part in parts)
+                drawn = [generator.choice(ranks)] * rows if routed else stratified_ranks(ranks, rows, generator)
+                last = parts, drawn
+                _each_loss(adapter, *last, routed, torch.Tensor.backward)
+                optimizer.step([_gradients(module, adapter.name) for module in modules])
+                schedule.step()
+                _put(modules, adapter.name, optimizer.pairs)
+                adapter.model.zero_grad(set_to_none=True)
+        with torch.no_grad(), evaluation_mode(adapter.model):
             _put(modules, adapter.name, optimizer.start)
             before = _each_loss(adapter, *last, routed)
             _put(modules, adapter.name, optimizer.finished())
@@ -125,7 +127,16 @@ def learn_order(
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        adapter.model.train(training)
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """A context in which a model is in evaluation mode, but for the modules that learn, or save memory, in training."""
+    with evaluation_mode(model):
+        for module in model.modules():
+            if isinstance(module, LoraLayer) or getattr(module, "gradient_checkpointing", False):
+                module.training = True  # its own, not that of the modules in it
+        yield
 
 
 def _each_loss(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from matryoshka_lora.evaluation.selection import Selected
 
 
-class Split(str, Enum):
+class Split(StrEnum):
     """The splits that were not trained on."""
 
     test = "test"
     validation = "validation"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """The names of `matryoshka_lora.models.DTYPES`, which is slow to import."""
 
     bf16 = "bf16"

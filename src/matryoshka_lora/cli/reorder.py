@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +11,7 @@ import typer
 from matryoshka_lora.cli.eval import Dtype, base_model
 
 
-class MetricName(str, Enum):
+class MetricName(StrEnum):
     """The names of `matryoshka_lora.formats.spectra.Metric`, which is slow to import."""
 
     frobenius = "frobenius"

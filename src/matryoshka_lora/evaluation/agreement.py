@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 
 from matryoshka_lora.adapter import NestedAdapter
+from matryoshka_lora.adapter.modes import evaluation_mode
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.exchange import WAY_OUT
 from matryoshka_lora.engine.generation import Prompt, read, step
 from matryoshka_lora.engine.likelihood import Likelihood, Tree, score_trees
 from matryoshka_lora.engine.packing import Tokens
-from matryoshka_lora.models import evaluation_mode
 
 if TYPE_CHECKING:
     from matryoshka_lora.engine.engine import Engine, Prefix, Runner
@@ -84,8 +84,9 @@ def check_agreement(engine: Engine) -> int:
         raise
     # What an exchanged attention does to an architecture that is not made for it has no common error.
     except Exception as error:
+        reason = str(error) if isinstance(error, MatryoshkaError) else f"a forward pass of it fails ({error!r})"
         raise MatryoshkaError(
-            f"{type(model).__name__} cannot be evaluated at several ranks at once: {error}. Way out: {WAY_OUT}"
+            f"{type(model).__name__} cannot be evaluated at several ranks at once: {reason}. Way out: {WAY_OUT}"
         ) from error
     if told:
         known[key] = token_bytes

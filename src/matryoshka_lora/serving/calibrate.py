@@ -26,7 +26,7 @@ from matryoshka_lora.formats.spectra import Metric, Spectra
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.data.questions import Question, Tokens, pad_rows, rows_from, tokenize
 from matryoshka_lora.files import check_free
-from matryoshka_lora.models import context_length
+from matryoshka_lora.models import context_length, pad_token
 from matryoshka_lora.data.tasks import get_task
 from matryoshka_lora.data.sources import load_data, parse_data
 
@@ -65,7 +65,7 @@ def measure_moments(
             finite.
     """
     questions = sorted(_tokens(adapter, tokenizer, rows), key=lambda q: len(q.context) + len(q.completion))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_token(tokenizer, adapter.model)
     probes = {
         name: _Probe(module, adapter.name, gradients)
         for name, module, _ in adapter._layers()
@@ -121,7 +121,7 @@ def learn_order_from(
     """
     questions = _tokens(adapter, tokenizer, rows)
     random.Random(seed).shuffle(questions)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_token(tokenizer, adapter.model)
     endless = cycle(questions)
 
     def batches() -> Iterator[list[order.Part]]:
@@ -257,13 +257,13 @@ class _Probe:
     def _add(self, hidden: Tensor, gradient: Tensor | None) -> None:
         self.tokens += len(hidden)
         if gradient is None:
-            self.inner += (hidden.T @ hidden).double().cpu()
+            self.inner += (hidden.T @ hidden).cpu().double()  # in this order: some devices have no float64
             return
         # Scaled before they are squared: a gradient of one token among many is small.
         weight_in, weight_out = gradient.norm(dim=1, keepdim=True), hidden.norm(dim=1, keepdim=True)
         left, right = hidden * weight_in, gradient * weight_out
-        self.inner += (left.T @ left).double().cpu()
-        self.outer += (right.T @ right).double().cpu()
+        self.inner += (left.T @ left).cpu().double()
+        self.outer += (right.T @ right).cpu().double()
 
 
 def _run(model: Any, batch: list[Tokens], pad: int, probes: list[_Probe], gradients: bool) -> None:
