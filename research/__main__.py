@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from research.config import Study
 
 
-class Launcher(str, Enum):
+class Launcher(StrEnum):
     """The names of `research.work.Launcher`."""
 
     local = "local"

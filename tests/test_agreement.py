@@ -80,7 +80,7 @@ def test_what_differs_is_refused(config: Any, dtype: torch.dtype) -> None:
 
 def test_what_does_not_run_is_refused_with_its_reason() -> None:
     with pytest.raises(
-        MatryoshkaError, match=r"DogeForCausalLM cannot be evaluated at several ranks at once: .*'Mask'"
+        MatryoshkaError, match=r"DogeForCausalLM cannot be evaluated at several ranks at once: a forward .*'Mask'"
     ):
         Engine(tiny_adapter(DOGE), TOKENIZER)
     opt = OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32)

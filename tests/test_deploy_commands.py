@@ -26,6 +26,7 @@ from matryoshka_lora.serving.calibrate import learn_order_from, measure_moments
 from matryoshka_lora.serving.info import describe
 from matryoshka_lora.serving.reorder import reorder_adapter
 from matryoshka_lora.formats.spectra import read_spectra
+from matryoshka_lora.engine.engine import Engine
 from matryoshka_lora.data.questions import Row
 from matryoshka_lora.models import EMBEDDED
 
@@ -137,6 +138,73 @@ def test_moments_are_those_of_the_hidden_activations_and_their_gradients(base: P
     assert weighted[layer].outer is not None
     torch.testing.assert_close(weighted[layer].outer, right, rtol=1e-3, atol=1e-5 * float(right.abs().max()))
     assert len(weighted) == len(open_adapter(nested).layers)
+
+
+class WithoutDoubles(torch.Tensor):
+    """On a device that has no float64, as Apple's, which no test here can run on."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        if func is torch.Tensor.cpu:
+            return found.as_subclass(torch.Tensor)
+        if isinstance(found, WithoutDoubles) and found.dtype == torch.float64:
+            raise TypeError("this device has no float64")
+        return found
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_moments_on_a_device_without_float64(base: Path, nested: Path, gradients: bool) -> None:
+    adapter = load(AutoModelForCausalLM.from_pretrained(base), nested, trainable=True)
+    tokenizer, rows = AutoTokenizer.from_pretrained(base), [Row("abc", "de")]
+    wanted = measure_moments(adapter, tokenizer, rows, gradients)
+    for name, module in adapter.model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(lambda module, inputs, hidden: hidden.as_subclass(WithoutDoubles))
+        if name.endswith("lora_B.default"):
+            module.register_forward_pre_hook(lambda module, inputs: inputs[0].as_subclass(torch.Tensor))
+    found = measure_moments(adapter, tokenizer, rows, gradients)
+    assert found.keys() == wanted.keys()
+    for name, moments in found.items():
+        assert moments.inner.dtype == torch.float64
+        torch.testing.assert_close(moments.inner, wanted[name].inner)
+    with pytest.raises(TypeError, match="no float64"):
+        torch.ones(2).as_subclass(WithoutDoubles).double()
+
+
+def test_the_teacher_of_a_learned_order_has_no_dropout() -> None:
+    tokenizer, nesting, found = tiny_tokenizer(), Nesting([1, 4]), []
+    rows = [Row("a" * n, "bc" * n) for n in (1, 3, 8)]
+    for dropout in (0.0, 0.5):
+        lora = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "up_proj"], lora_dropout=dropout)
+        adapter = nest(get_peft_model(tiny_llama(vocab_size=len(tokenizer)), lora), nesting, "lora")
+        randomize(adapter.model)
+        learn_order_from(adapter, tokenizer, rows, steps=3, batch_size=4, distil=True)
+        found.append([p.detach() for name, p in adapter.model.named_parameters() if "lora_" in name])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", [None, "<pad>"], ids=["none", "unknown-to-the-model"])
+@pytest.mark.parametrize("eos", ["</s>", None])
+def test_a_tokenizer_without_a_pad_token_that_the_model_knows(base: Path, nested: Path, pad: Any, eos: Any) -> None:
+    adapter = load(AutoModelForCausalLM.from_pretrained(base), nested, trainable=True)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    requests = [([5, 6, 7], [8]), ([9], [10, 11])]
+    wanted = Engine(adapter, tokenizer).loglikelihood(requests, 4)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    rows = [Row([{"role": "user", "content": "a" * n}], [{"role": "assistant", "content": "b"}]) for n in (1, 5)]
+    moments = measure_moments(adapter, tokenizer, rows, gradients=False)
+    tokenizer.add_special_tokens({"pad_token": pad} if pad else {})
+    tokenizer.pad_token, tokenizer.eos_token = pad, eos
+    assert tokenizer.pad_token_id == (adapter.model.config.vocab_size if pad else None)
+    engine = Engine(adapter, tokenizer)
+    assert engine.loglikelihood(requests, 4) == wanted
+    assert len(engine.generate([[5, 6, 7], [9]], 4, 3)) == 2
+    again = measure_moments(adapter, tokenizer, rows, gradients=False)
+    for name, found in again.items():
+        torch.testing.assert_close(found.inner, moments[name].inner)
+    learn_order_from(adapter, tokenizer, rows, steps=1, batch_size=2)
 
 
 @pytest.mark.parametrize("how", ["activations", "loss", "learned"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -125,6 +126,53 @@ def test_prefixes_lose_less_and_the_whole_stays() -> None:
     assert (adapter.model(input_ids=ids).logits - whole).norm() < 1e-5 * whole.norm()
     assert abs(after[-1] - before[-1]) < 1e-4
     assert all(new < old - 0.02 for new, old in zip(after[:-1], before[:-1], strict=True))
+
+
+def dropping(dropout: float, seed: int = 0) -> NestedAdapter:
+    """With dropout before the factors and in the attention."""
+    adapter = nested_llama(NESTING, "lora", lora_dropout=dropout, seed=seed)
+    for layer in adapter.model.get_base_model().model.layers:
+        layer.self_attn.attention_dropout = dropout
+    adapter.reorder()
+    return adapter
+
+
+def all_factors(adapter: NestedAdapter) -> list[Tensor]:
+    return [f.detach().clone() for _, m, _ in adapter._layers() for f in get_factors(m, adapter.name)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_has_no_part_in_an_order(checkpointing: bool) -> None:
+    found = []
+    for dropout in (0.0, 0.5):
+        adapter = dropping(dropout)
+        model: Any = adapter.model.get_base_model()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        adapter.model.train()
+        model.model.layers[0].eval()
+        modes = [module.training for module in adapter.model.modules()]
+        forwards = []
+        handle = model.model.layers[1].input_layernorm.register_forward_hook(lambda *_, seen=forwards: seen.append(1))
+        learn_order(adapter, some_batches(adapter, 3), 3, learning_rate=0.0075)
+        handle.remove()
+        assert [module.training for module in adapter.model.modules()] == modes
+        assert len(forwards) == 3 * (1 + checkpointing) + 2  # memory is saved as in training
+        found.append(all_factors(adapter))
+    start = all_factors(dropping(0.0))
+    assert not any(torch.allclose(a, b) for a, b in zip(found[0], start, strict=True))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("error:the learned order is not kept")
+def test_dropout_decides_of_no_order() -> None:
+    """Small steps make the prefixes a little better, which the noise of two masks would hide."""
+    for seed in range(6):
+        adapter = dropping(0.1, seed)
+        before = losses(adapter)
+        learn_order(adapter, some_batches(adapter, 4), 4, learning_rate=2e-4)
+        assert sum(losses(adapter)[:-1]) < sum(before[:-1])
 
 
 def test_a_step_in_parts_is_the_step() -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import NestedLayer, OneLayer, lora_config, nested_layer, nested_llama, one_layer, randomize, tiny_llama
 from packaging.version import Version
-from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import config as lora_configs
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -228,6 +228,29 @@ def test_both_adapters_at_once_add_up() -> None:
     torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-3)
     model.unmerge_adapter()
     torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("names", [["default"], ["plain"], ["default", "plain"]], ids=str)
+def test_merge_and_unload_takes_the_adapters_that_are_named(names: list[str]) -> None:
+    adapter, model = two_adapters()
+    adapter.set_rank(2)
+    model.base_model.set_adapter(names)
+    expected = logits(model)
+    merged = model.merge_and_unload(adapter_names=names)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("inference", ["prefix", "keep"])
+def test_a_checkpoint_may_be_loaded_over_a_nested_adapter(inference: Any, tmp_path: Path) -> None:
+    """As a Trainer does when it goes on, or takes the best model in the end."""
+    adapter, other = (nested_llama(NESTING, inference=inference) for _ in range(2))
+    adapter.model.save_pretrained(tmp_path)
+    randomize(other.model, seed=9)
+    other.set_rank(2)
+    other.model.load_adapter(tmp_path, "default")
+    assert other.rank == 2
+    adapter.set_rank(2)
+    assert torch.equal(logits(other.model), logits(adapter.model))
 
 
 def test_merge_merges_only_the_nested_adapter() -> None:
@@ -1047,6 +1070,24 @@ def test_configs_that_contradict_the_nesting(changes: dict[str, Any], message: s
     refused(model, message, tokens())
 
 
+@pytest.mark.parametrize("rule", ["matryoshka", "dylora", "stratified"])
+def test_columns_that_cancel_out_under_one_scale(rule: str) -> None:
+    """PEFT's orthogonal start is the base model, and a diagonal between its factors would be far from it."""
+    x = oracle.KINDS["Linear"].batch(2)
+    torch.manual_seed(0)
+    model: Any = get_peft_model(
+        OneLayer(oracle.KINDS["Linear"].build()).double(),
+        lora_config(NESTING, target_modules=["layer"], init_lora_weights="orthogonal"),
+    )
+    layer = model.base_model.model.layer
+    torch.testing.assert_close(model(x), layer.base_layer(x), rtol=1e-4, atol=1e-4)
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert (B.double() @ torch.diag(p_of(NESTING)) @ A.double()).abs().max() > 0.01
+    refused(model, "init_lora_weights='orthogonal' starts from columns that cancel out", x, rule=rule)
+    nest(model, NESTING, rule="lora")
+    torch.testing.assert_close(model(x), layer.base_layer(x), rtol=1e-4, atol=1e-4)
+
+
 def test_a_bias_that_belongs_to_no_rank() -> None:
     refused(one_layer("Linear", NESTING, lora_bias=True), "lora_bias=True adds a bias that belongs to no rank")
 
@@ -1070,7 +1111,14 @@ def test_pefts_own_way_to_write_the_scale_is_taken(scaling: Any, tmp_path: Path)
 
 @pytest.mark.parametrize(
     "model",
-    [tiny_llama, lambda: nn.Linear(2, 2), lambda: None],
+    [
+        tiny_llama,
+        lambda: nn.Linear(2, 2),
+        lambda: None,
+        lambda: inject_adapter_in_model(lora_config(NESTING), tiny_llama()),
+        lambda: get_peft_model(tiny_llama(), lora_config(NESTING), mixed=True),
+    ],
+    ids=["transformers", "torch", "nothing", "injected", "mixed"],
 )
 def test_only_a_peft_model(model: Callable[[], Any]) -> None:
     with pytest.raises(MatryoshkaError, match=r"nest\(\) takes a PEFT model, not .*: call peft.get_peft_model"):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import randomize
 from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny_chat import save_tiny_chat, tiny_tokenizer
@@ -138,6 +139,21 @@ def test_an_order_takes_so_many_steps_of_twelve_rows(model: Path, tmp_path: Path
     learn_from_trainer(adapter, trainer, steps=3)
     assert adapter.reordered
     assert rows == [1, *[4, 4, 4] * 3]  # the first one shows that there are labels
+
+
+@pytest.mark.filterwarnings("error:the learned order is not kept")
+def test_an_order_is_learned_without_the_dropout_of_the_training(model: Path, tmp_path: Path) -> None:
+    found = []
+    for dropout in (0.0, 0.5):
+        lora = {"r": 4, "lora_dropout": dropout}
+        trainer = untrained(config_of(model, tmp_path, lora=lora, gradient_checkpointing=True))
+        adapter = NestedAdapter(trainer.model)
+        randomize(adapter.model, size=0.1)
+        trainer.model.gradient_checkpointing_enable()
+        learn_from_trainer(adapter, trainer, steps=3)
+        found.append([p.detach().clone() for name, p in adapter.model.named_parameters() if "lora_" in name])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("steps_per_epoch", [5, 4])

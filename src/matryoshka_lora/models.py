@@ -123,12 +123,6 @@ def load_tokenizer(
     return tokenizer
 
 
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills rows up; where the tokenizer names none, the end of a text, or else token 0."""
-    named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in named if token is not None), 0)
-
-
 def base_of(
     config: AdapterConfig, name: str | None = None, revision: str | None = None
 ) -> tuple[str | None, str | None]:
@@ -167,6 +161,16 @@ def context_length(model: Any) -> int | None:
     """The most tokens that a model was made to read, where its config says it."""
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase, model: Any) -> int:
+    """What fills short rows: the tokenizer's own, or else the end of a text, or else the first token.
+
+    Nothing sees it, but the model must know it: a tokenizer may have a pad token that was never added to the model.
+    """
+    known = model.config.get_text_config().vocab_size
+    found = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in found if token is not None and token < known), 0)
 
 
 def rotation_limit(model: Any) -> int | None:

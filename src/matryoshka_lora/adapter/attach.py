@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from matryoshka_lora.adapter.copies import COPIES, nest_copies
 from matryoshka_lora.adapter.factors import get_parameters, get_weight
+from matryoshka_lora.adapter.gate import Gate
 from matryoshka_lora.adapter.gates import begin, lora_layers, nested_layers
 from matryoshka_lora.adapter.layers import SUBCLASSES
 from matryoshka_lora.adapter.rows import PLACES, RowCount, check_rows_apart
 from matryoshka_lora.adapter.saving import with_our_files
-from matryoshka_lora.adapter.variant import Gate, NestedVariant
+from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.config import AdapterConfig, check_config
 from matryoshka_lora.formats.layout import factor_keys

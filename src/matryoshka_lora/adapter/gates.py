@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import get_parameters, has_adapter
-from matryoshka_lora.adapter.variant import Gate, NestedVariant
+from matryoshka_lora.adapter.gate import Gate
+from matryoshka_lora.adapter.variant import NestedVariant
 
 
 def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
@@ -59,7 +60,7 @@ def draw(model: nn.Module, adapter: str, step: int, rows: int | None = None, sha
 
 
 def begin(model: nn.Module, adapter: str) -> None:
-    """Apply what the state of an adapter says: its rank in eval mode and, where it is fixed, its diagonal in training."""
+    """Apply an adapter's state: its rank in eval mode and, where it is fixed, its diagonal in training."""
     for _, _, variant in nested_layers(model, adapter):
         variant.set_rank(variant.rank)
         state = variant.state

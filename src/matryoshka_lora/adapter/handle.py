@@ -210,8 +210,8 @@ class NestedAdapter:
             by: ``"svd"``: each prefix is the closest matrix of its rank (Eckart-Young); needs no data.
                 ``"activations"``: it changes each layer's outputs least. ``"loss"``: it changes the loss least, to
                 second order. ``"learned"``: some steps of training find the order by the loss of the prefixes.
-            data: For all but ``"svd"``: the Trainer that has trained the adapter, a dataset, or rows with ``prompt`` and
-                ``completion``.
+            data: For all but ``"svd"``: the Trainer that has trained the adapter, a dataset, or rows with ``prompt``
+                and ``completion``.
             tokenizer: The base model's, where the data are rows.
             rows: How many rows are used; None is 128, and 480 for ``"learned"``.
             seed: Of which rows are taken, and of their ranks.

@@ -67,5 +67,10 @@ def nest(
     else:
         nesting = Nesting(ranks, scaling, config.scale)
     chosen = rule if isinstance(rule, Rule) else get_rule(rule)
+    if peft_model.peft_config[adapter].init_lora_weights == "orthogonal" and chosen.name != "lora":
+        raise MatryoshkaError(
+            "init_lora_weights='orthogonal' starts from columns that cancel out under one scale only: use True or "
+            f"'gaussian'. An adapter that is trained already is nested by rule 'lora', not {chosen.name!r}"
+        )
     attach(peft_model, State(nesting, chosen, seed, deploy), adapter)
     return NestedAdapter(peft_model, adapter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +13,7 @@ from matryoshka_lora.cli.options import Dtype, Force, Model, Revision
 from matryoshka_lora.files import EVALUATION_FOLDER
 
 
-class Split(str, Enum):
+class Split(StrEnum):
     """The splits that were not trained on."""
 
     test = "test"

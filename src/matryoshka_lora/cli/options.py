@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """The names of `matryoshka_lora.models.DTYPES`, which is slow to import."""
 
     bf16 = "bf16"

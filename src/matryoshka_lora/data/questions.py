@@ -53,7 +53,7 @@ class ExactMatch:
 
 
 def rows_from(data: Iterable[Mapping[str, Any]], source: str) -> list[Row]:
-    """Rows as `matryoshka_lora.data.sources.load_data` gives them, as questions; of a chat, the last answer is asked for.
+    """Rows as `matryoshka_lora.data.sources.load_data` gives them, as questions; of a chat, the last answer is asked.
 
     Args:
         data: Rows with ``prompt`` and ``completion``, or with ``messages``.

@@ -84,8 +84,9 @@ def check_agreement(engine: Engine) -> int:
         raise
     # What an exchanged attention does to an architecture that is not made for it has no common error.
     except Exception as error:
+        reason = str(error) if isinstance(error, MatryoshkaError) else f"a forward pass of it fails ({error!r})"
         raise MatryoshkaError(
-            f"{type(model).__name__} cannot be evaluated at several ranks at once: {error}. Way out: {WAY_OUT}"
+            f"{type(model).__name__} cannot be evaluated at several ranks at once: {reason}. Way out: {WAY_OUT}"
         ) from error
     if told:
         known[key] = token_bytes

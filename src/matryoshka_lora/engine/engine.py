@@ -29,7 +29,7 @@ from matryoshka_lora.engine.memory import Room, measure_room
 from matryoshka_lora.engine.packing import Tokens, batches, families
 from matryoshka_lora.engine.settings import repetition_penalty as penalty_of
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.models import context_length, evaluation_mode, rotation_limit
+from matryoshka_lora.models import context_length, evaluation_mode, pad_token, rotation_limit
 
 Text = str | Sequence[int]
 """What a request is made of: text, or tokens."""
@@ -322,11 +322,10 @@ class Engine:
 
         # Before the output layer, so that whatever a model does to its logits afterwards still happens.
         hook = self.model.get_output_embeddings().register_forward_pre_hook(gather)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         room = measure_room(self.model, self._token_bytes, self.batch_size)
         try:
             with torch.inference_mode(), evaluation_mode(self.adapter.model), row_attention(self.model):
-                yield Runner(self.adapter, self.model, room, pad, wanted)
+                yield Runner(self.adapter, self.model, room, pad_token(self.tokenizer, self.model), wanted)
         finally:
             hook.remove()
 

@@ -273,7 +273,7 @@ def _weights_hash(opened: OpenedAdapter) -> str:
     for key in sorted(opened.stored):
         tensor = opened.tensor(key).detach().cpu().contiguous()
         found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -114,7 +114,7 @@ def _what(config: AdapterConfig, state: State | None, base: str) -> str:
     ranks = state.ranks
     named = f"any rank from 1 to {ranks[-1]}" if state.reordered else f"rank {', '.join(map(str, ranks))}"
     how = (
-        f"Its factors were reordered (`{state.reordered}`), so that each prefix of columns is a good adapter of its rank."
+        f"Its factors were reordered (`{state.reordered}`), so each prefix of columns is a good adapter of its rank."
         if state.reordered
         else "Its deployment is the paper's: P is dropped, and rank r is the first r columns as they were trained. Low "
         "ranks are much worse than those of a reordered adapter."

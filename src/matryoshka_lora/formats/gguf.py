@@ -46,8 +46,8 @@ def write_gguf(adapter: OpenedAdapter, path: str | os.PathLike[str], base: Any) 
     names = gguf_names(adapter, base)
     if adapter.others:
         raise MatryoshkaError(
-            f"{adapter.name} also holds tensor {adapter.others[0]}, which is no factor: llama.cpp's adapters have no place "
-            "for it. Export --format merged instead"
+            f"{adapter.name} also holds tensor {adapter.others[0]}, which is no factor: llama.cpp's adapters have no "
+            "place for it. Export --format merged instead"
         )
     with replace_file(path) as temporary:
         writer = gguf.GGUFWriter(temporary, _architecture(base)[0])

@@ -97,7 +97,7 @@ def write_weights(file: Path, adapter: OpenedAdapter) -> None:
         opened.write(len(text).to_bytes(8, "little") + text)
         for key in keys:
             tensor = adapter.tensor(key).detach().cpu().contiguous()
-            opened.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            opened.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def cut(adapter: OpenedAdapter, ranks: Ranks, pad: bool = False) -> OpenedAdapter:
@@ -137,7 +137,7 @@ def cut(adapter: OpenedAdapter, ranks: Ranks, pad: bool = False) -> OpenedAdapte
 def _with_own_ranks(
     adapter: OpenedAdapter, config: AdapterConfig, widths: Mapping[str, int], scale: float, pad: bool
 ) -> AdapterConfig:
-    """With a rank for each layer; every layer keeps one scale, so an engine that ignores the patterns scales rightly."""
+    """With a rank for each layer. The scale is one, so an engine that ignores the patterns scales rightly."""
     if not adapter.nested.reordered:
         raise MatryoshkaError(f"{adapter.name} is not reordered, so its layers need one rank: reorder it first")
     if adapter.config.target_parameters and not pad:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
+from matryoshka_lora.models import evaluation_mode
 from matryoshka_lora.reordering.model import AdapterInModel, Data, Factors, Part
 from matryoshka_lora.reordering.order import OrderOptimizer
 from matryoshka_lora.rules import stratified_ranks
@@ -46,8 +48,9 @@ def learn_order(
 
     The full-rank function stays as it is, to rounding; see `matryoshka_lora.reordering.order`. Each row of a step has a
     nested rank below R, every rank as often as the others; where rows are no longer rows (routed experts, bare
-    parameters), a step has one. If the learned order loses more than the one that it began from, on the rows of the
-    last step and without dropout, it is not kept, and a warning says so.
+    parameters), a step has one. Dropout is off: an order is for what is deployed, and two orders can be compared only
+    without that noise. If the learned order loses more than the one that it began from, on the rows of the
+    last step, it is not kept, and a warning says so.
 
     Args:
         adapter: A reordered one. Frozen factors are frozen again afterwards.
@@ -66,7 +69,7 @@ def learn_order(
         raise MatryoshkaError("an adapter with one nested rank has no order to learn: give it smaller ranks too")
     if steps < 1:
         raise MatryoshkaError(f"an order cannot be learned in {steps} steps: take 1 or more, or reorder by 'svd'")
-    training, start = adapter.model.training, adapter.factors()
+    start = adapter.factors()
     names = list(start)
     optimizer = OrderOptimizer(
         [start[name] for name in names], adapter.state.nesting.ranks, rate_at(top, learning_rate)
@@ -75,22 +78,23 @@ def learn_order(
     generator = random.Random(f"order {seed}")
     frozen = [parameter for parameter in adapter.parameters() if not parameter.requires_grad]
     last: tuple[Sequence[Part], Sequence[int]] = (), ()
-    adapter.model.train()
     adapter.model.zero_grad(set_to_none=True)
     try:
         for parameter in frozen:
             parameter.requires_grad_()
-        for parts in data.steps(steps, ROWS, seed):
-            rows = sum(part.rows for part in parts)
-            drawn = stratified_ranks(ranks, rows, generator) if adapter.keeps_rows else [generator.choice(ranks)] * rows
-            last = parts, drawn
-            _loss(adapter, *last, torch.Tensor.backward)
-            gradients = adapter.gradients()
-            optimizer.step([gradients[name] for name in names])
-            schedule.step()
-            adapter.put_factors(dict(zip(names, optimizer.pairs, strict=True)))
-            adapter.model.zero_grad(set_to_none=True)
-            on_step()
+        with _without_dropout(adapter.model):
+            for parts in data.steps(steps, ROWS, seed):
+                rows = sum(part.rows for part in parts)
+                alike = [generator.choice(ranks)] * rows
+                drawn = stratified_ranks(ranks, rows, generator) if adapter.keeps_rows else alike
+                last = parts, drawn
+                _loss(adapter, *last, torch.Tensor.backward)
+                gradients = adapter.gradients()
+                optimizer.step([gradients[name] for name in names])
+                schedule.step()
+                adapter.put_factors(dict(zip(names, optimizer.pairs, strict=True)))
+                adapter.model.zero_grad(set_to_none=True)
+                on_step()
         _keep_the_better(adapter, start, dict(zip(names, optimizer.finished(), strict=True)), *last)
     except BaseException:
         adapter.put_factors(start)
@@ -98,18 +102,27 @@ def learn_order(
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        adapter.model.train(training)
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """A context in which a model is in evaluation mode, but for the modules that save memory in training mode."""
+    with evaluation_mode(model):
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True  # its own, not that of the modules in it
+        yield
 
 
 @torch.no_grad()
 def _keep_the_better(
     adapter: AdapterInModel, start: Factors, learned: Factors, parts: Sequence[Part], drawn: Sequence[int]
 ) -> None:
-    adapter.model.eval()  # dropout would give each of the two a mask of its own
-    adapter.put_factors(start)
-    before = _loss(adapter, parts, drawn)
-    adapter.put_factors(learned)
-    after = _loss(adapter, parts, drawn)
+    with evaluation_mode(adapter.model):
+        adapter.put_factors(start)
+        before = _loss(adapter, parts, drawn)
+        adapter.put_factors(learned)
+        after = _loss(adapter, parts, drawn)
     if after > before:
         adapter.put_factors(start)
         warnings.warn(

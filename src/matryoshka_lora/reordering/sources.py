@@ -109,7 +109,7 @@ class QuestionRows:
     def __init__(self, model: Any, rows: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> None:
         if not rows:
             raise MatryoshkaError("there are no rows to learn from; give at least one")
-        self.model, self.pad, self.quiet = model, pad_token(tokenizer), False
+        self.model, self.pad, self.quiet = model, pad_token(tokenizer, model), False
         self.rows = _within_context([tokenize(tokenizer, row) for row in rows], context_length(model.get_base_model()))
 
     def __len__(self) -> int:

@@ -11,10 +11,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from matryoshka_lora.adapter.gate import Gate
 from matryoshka_lora.adapter.gates import nested_layers
 from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.adapter.loading import load_opened
-from matryoshka_lora.adapter.variant import Gate
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.opened import OpenedAdapter
 from matryoshka_lora.formats.write import Ranks

@@ -1,0 +1,47 @@
+"""What pyproject.toml promises about Python and PEFT is what the packages allow."""
+
+import importlib.metadata
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+REQUIREMENTS = {
+    requirement.name: requirement
+    for text in [*PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines)]
+    for requirement in [Requirement(text)]
+}
+
+
+def lowest_python() -> str:
+    (bound,) = SpecifierSet(PROJECT["requires-python"])
+    assert bound.operator == ">="
+    return bound.version
+
+
+def versions_named() -> list[str]:
+    named = [line.rsplit("::", 1)[1].strip() for line in PROJECT["classifiers"] if line.startswith("Programming")]
+    return [version for version in named if "." in version]
+
+
+@pytest.mark.parametrize("name", sorted(REQUIREMENTS))
+def test_every_requirement_can_be_installed_on_the_oldest_python_that_is_promised(name):
+    try:
+        found = importlib.metadata.metadata(name)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{name} is not installed here")
+    needed = found["Requires-Python"]
+    assert needed is None or SpecifierSet(needed).contains(lowest_python()), f"{name} needs Python {needed}"
+    assert REQUIREMENTS[name].specifier.contains(found["Version"], prereleases=True)
+
+
+def test_the_classifiers_begin_with_the_oldest_python_that_is_promised():
+    assert versions_named()[0] == lowest_python()
+
+
+def test_the_next_peft_can_be_installed_beside_this_package():
+    assert REQUIREMENTS["peft"].specifier.contains("0.22.0")
