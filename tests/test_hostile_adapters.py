@@ -22,8 +22,8 @@ import pytest
 import torch
 from conftest import lora_config, nested_llama, tiny_llama
 from safetensors.torch import load_file, save_file
+from strangers import plain_adapter
 from test_bad_adapters import fingerprint
-from test_strangers import plain_adapter
 
 from matryoshka_lora import MatryoshkaError, Nesting, export_adapter, load
 from matryoshka_lora.serving import export as exports

@@ -17,14 +17,14 @@ import torch
 from conftest import tiny_llama
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig
 from safetensors.torch import load_file
-from test_strangers import output
+from strangers import output
 from tiny_chat import TEMPLATE, save_tiny_chat, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matryoshka_lora import MatryoshkaError
+from matryoshka_lora.cli.main import app
 from matryoshka_lora.formats.card import make_card
 from matryoshka_lora.formats.opened import open_adapter
-from matryoshka_lora.cli.main import app
 from matryoshka_lora.models import EMBEDDED, base_of, load_config, load_model, load_tokenizer
 from matryoshka_lora.training import make_config, train
 from matryoshka_lora.training.run import load_model_of, load_tokenizer_of

@@ -12,19 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LINEAR_LAYERS, randomize, tiny_llama, tiny_mixtral
+from conftest import randomize, tiny_llama, tiny_mixtral
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from strangers import deltas, output, plain_adapter
 from transformers import AutoModelForCausalLM
 
 from matryoshka_lora import MatryoshkaError, Nesting, load, nest
 from matryoshka_lora.formats.opened import open_adapter
+from matryoshka_lora.formats.spectra import read_spectra
 from matryoshka_lora.serving.info import describe
 from matryoshka_lora.serving.reorder import Moments, reorder_adapter, reweigh_adapter
-from matryoshka_lora.formats.spectra import read_spectra
 
-IDS = torch.arange(3, 27).reshape(2, 12)
 WEIGHTS = "adapter_model.safetensors"
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -40,30 +39,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "a regular expression": {"target_modules": r".*\.layers\.0\.(self_attn|mlp)\.(q|up)_proj"},
     "wider than a layer": {"r": 40, "target_modules": ["k_proj"]},
 }
-
-
-def plain_adapter(folder: Path, base: Any = None, **changes: Any) -> Any:
-    """An adapter that knows nothing of us, and its model."""
-    options = {"r": 8, "lora_alpha": 8, "target_modules": LINEAR_LAYERS, **changes}
-    model = get_peft_model(tiny_llama() if base is None else base, LoraConfig(**options))
-    randomize(model)
-    model.save_pretrained(folder)
-    return model.eval()
-
-
-def output(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
-
-
-def deltas(model: Any) -> dict[str, Tensor]:
-    """The dense delta of each layer, by PEFT itself."""
-    with torch.no_grad():
-        return {
-            name.removeprefix("base_model.model."): module.get_delta_weight("default").double()
-            for name, module in model.named_modules()
-            if hasattr(module, "get_delta_weight")
-        }
 
 
 @pytest.mark.parametrize("kind", KINDS)
