@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,10 +11,8 @@ from transformers import DataCollatorWithFlattening, TrainerCallback, TrainerCon
 from matryoshka_lora.adapter.copies import nest_copies
 from matryoshka_lora.adapter.factors import get_parameters
 from matryoshka_lora.adapter.gates import lora_layers
+from matryoshka_lora.adapter.in_model import InModel
 from matryoshka_lora.errors import MatryoshkaError
-
-if TYPE_CHECKING:
-    from matryoshka_lora.adapter.handle import NestedAdapter
 
 
 class NestingCallback(TrainerCallback):
@@ -24,7 +22,7 @@ class NestingCallback(TrainerCallback):
     for a resumed run to go on as it would have. What cannot be right is refused before the first step.
     """
 
-    def __init__(self, adapter: NestedAdapter) -> None:
+    def __init__(self, adapter: InModel) -> None:
         self.adapter = adapter
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -57,7 +55,7 @@ class NestingCallback(TrainerCallback):
         self.adapter.draw(state.global_step, rows=rows, share=(args.process_index, args.world_size))
 
 
-def _check_trained(adapter: NestedAdapter, model: Any) -> None:
+def _check_trained(adapter: InModel, model: Any) -> None:
     """Else another model or adapter would be trained, without its ranks or its P."""
     layers = [module for _, module in lora_layers(adapter.model, adapter.name)]
     if isinstance(model, nn.Module) and not any(module is layers[0] for module in model.modules()):
@@ -69,7 +67,7 @@ def _check_trained(adapter: NestedAdapter, model: Any) -> None:
         )
 
 
-def _check_precomputed(adapter: NestedAdapter, args: TrainingArguments) -> None:
+def _check_precomputed(adapter: InModel, args: TrainingArguments) -> None:
     """TRL computes such a reference before the first draw, and keeps it by a hash of its weights, without p."""
     if not getattr(args, "precompute_ref_log_probs", False):
         return
@@ -91,7 +89,7 @@ def _check_precomputed(adapter: NestedAdapter, args: TrainingArguments) -> None:
         )
 
 
-def _check_given_away(adapter: NestedAdapter, args: TrainingArguments) -> None:
+def _check_given_away(adapter: InModel, args: TrainingArguments) -> None:
     """vLLM and A2PO's reference get the adapter as eval mode has it, and training is compared with what they say."""
     if getattr(args, "use_vllm", hasattr(args, "vllm_server_base_url")):
         taker, instead = "vLLM", "set use_vllm=False, or "
@@ -101,31 +99,31 @@ def _check_given_away(adapter: NestedAdapter, args: TrainingArguments) -> None:
         return
     if adapter.state.draws:
         raise MatryoshkaError(
-            f"rule {adapter.rule.name!r} trains another rank at each step, and {taker} gets the adapter at its "
+            f"rule {adapter.state.rule.name!r} trains another rank at each step, and {taker} gets the adapter at its "
             f"largest: {instead}take rule 'matryoshka' or 'lora'"
         )
-    if not adapter.state.deploys_what_is_trained or adapter.rank != adapter.nesting.max_rank:
+    if not adapter.state.deploys_what_is_trained or adapter.rank != adapter.state.nesting.max_rank:
         raise MatryoshkaError(
             f"{taker} gets the adapter as eval mode has it, rank {adapter.rank} with deploy={adapter.state.deploy!r}, "
             "and training has another function: leave deploy out in nest(), and call "
-            f"adapter.set_rank({adapter.nesting.max_rank})"
+            f"adapter.set_rank({adapter.state.nesting.max_rank})"
         )
 
 
-def _check_samples(adapter: NestedAdapter, args: TrainingArguments) -> None:
+def _check_samples(adapter: InModel, args: TrainingArguments) -> None:
     """GRPO, RLOO and their kin compare a text's probability with that at its sampling: both must have one draw."""
     every = getattr(args, "steps_per_generation", None)
     if every is not None and args.gradient_accumulation_steps % (every * getattr(args, "num_iterations", 1)):
         raise MatryoshkaError(
-            f"rule {adapter.rule.name!r} trains another rank at each step, and these texts are sampled for several "
-            "steps: set steps_per_generation to gradient_accumulation_steps and num_iterations to 1, or take rule "
+            f"rule {adapter.state.rule.name!r} trains another rank at each step, and these texts are sampled for "
+            "several steps: set steps_per_generation to gradient_accumulation_steps and num_iterations to 1, or take rule "
             "'matryoshka' or 'lora'"
         )
 
 
-def _check_rows(adapter: NestedAdapter, args: TrainingArguments, collator: Any) -> None:
+def _check_rows(adapter: InModel, args: TrainingArguments, collator: Any) -> None:
     """Every row of what the model gets must be a row of the batch, with a loss of its own."""
-    rule = adapter.rule.name
+    rule = adapter.state.rule.name
     names = _trl_names(args)
     if names and names[0] != "SFTConfig":
         raise MatryoshkaError(

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from matryoshka_lora.adapter.copies import nest_copies
-from matryoshka_lora.adapter.gates import draw, lora_layers, nested_layers
+from matryoshka_lora.adapter.gates import lora_layers, nested_layers
 from matryoshka_lora.adapter.in_model import InModel
 from matryoshka_lora.adapter.merging import unmerge
 from matryoshka_lora.adapter.saving import export_rank, opened_from, save_adapter, writes
@@ -106,8 +106,8 @@ class NestedAdapter:
     @property
     def rank(self) -> int | dict[str, int]:
         """The rank in eval mode: one number, or one for each layer where they differ."""
-        ranks = {name: variant.rank for name, _, variant in self.layers()}
-        return ranks if len(set(ranks.values())) > 1 else next(iter(ranks.values()))
+        self.layers()
+        return InModel(self.model, self.name).rank
 
     def set_rank(self, rank: int | Mapping[str, int]) -> None:
         """Choose the rank in eval mode; costs nothing and may be changed between any two calls.
@@ -183,15 +183,13 @@ class NestedAdapter:
             rows: The rows of one batch of this process, for a rule with a rank per row.
             share: ``(index, count)`` of the processes: each gets its own part of one draw over all their rows.
         """
-        draw(self.model, self.name, step, rows, share)
-        for name in nest_copies(self.model, self.name):
-            draw(self.model, name, step, rows, share)
+        InModel(self.model, self.name).draw(step, rows, share)
 
     def callback(self) -> TrainerCallback:
         """For ``Trainer(callbacks=[...])``: draws the ranks of each step and completes every checkpoint."""
         from matryoshka_lora.adapter.callback import NestingCallback  # transformers' Trainer is slow to import
 
-        return NestingCallback(self)
+        return NestingCallback(InModel(self.model, self.name))
 
     def reorder(
         self,

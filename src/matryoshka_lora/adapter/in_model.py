@@ -10,8 +10,9 @@ from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from matryoshka_lora.adapter.copies import nest_copies
 from matryoshka_lora.adapter.factors import assign, get_factors, get_gradients, get_parameters, has_modules
-from matryoshka_lora.adapter.gates import begin, gated, nested_layers
+from matryoshka_lora.adapter.gates import begin, draw, gated, nested_layers
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.layout import as_parameters
 from matryoshka_lora.state import By, State
@@ -33,6 +34,12 @@ class InModel:
     def state(self) -> State:
         """What all layers share."""
         return next(nested_layers(self.model, self.name))[2].state
+
+    @property
+    def rank(self) -> int | dict[str, int]:
+        """The rank in eval mode: one number, or one for each layer where they differ."""
+        ranks = {name: variant.rank for name, _, variant in nested_layers(self.model, self.name)}
+        return ranks if len(set(ranks.values())) > 1 else next(iter(ranks.values()))
 
     @property
     def keeps_rows(self) -> bool:
@@ -71,6 +78,11 @@ class InModel:
         state = self.state
         state.reordered, state.deploy = by, "reordered"
         begin(self.model, self.name)
+
+    def draw(self, step: int, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> None:
+        """Apply the rule's draw, to the copies that TRL keeps too; see `matryoshka_lora.NestedAdapter.draw`."""
+        for name in (self.name, *nest_copies(self.model, self.name)):
+            draw(self.model, name, step, rows, share)
 
     @contextmanager
     def standing(self, diagonal: Tensor, exact: bool = True) -> Iterator[None]:

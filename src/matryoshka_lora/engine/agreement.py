@@ -23,22 +23,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import product
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.engine.exchange import WAY_OUT
 from matryoshka_lora.engine.generation import Prompt, read, step
 from matryoshka_lora.engine.likelihood import Likelihood, Tree, score_trees
 from matryoshka_lora.engine.packing import Tokens
+from matryoshka_lora.engine.runner import Prefix, Runner, running
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.models import evaluation_mode
-
-if TYPE_CHECKING:
-    from matryoshka_lora.engine.engine import Engine, Prefix, Runner
 
 _WINDOW = 4
 """Tokens of a window of attention while the model is asked."""
@@ -62,8 +61,13 @@ _PRODUCTS = {"highest": torch.float32, "high": torch.float16, "medium": torch.bf
 _agreed: WeakKeyDictionary[Any, dict[Any, int]] = WeakKeyDictionary()
 
 
-def check_agreement(engine: Engine) -> int:
+def check_agreement(adapter: NestedAdapter, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> int:
     """Ask a model both ways, once in a process.
+
+    Args:
+        adapter: Its ranks and mode are the same afterwards.
+        tokenizer: The base model's.
+        limit: The most tokens of a row, if there is a limit.
 
     Returns:
         The bytes of the keys and values of one token.
@@ -71,15 +75,15 @@ def check_agreement(engine: Engine) -> int:
     Raises:
         MatryoshkaError: The answers are not the same, or it cannot be told; the message gives the reason.
     """
-    model = engine.model
+    model: Any = adapter.model.get_base_model()
     layers = tuple(name for name, module in model.named_modules() if hasattr(module, "lora_variant"))
-    key = (engine.adapter.name, layers, model.dtype, model.device)
+    key = (adapter.name, layers, model.dtype, model.device)
     known = _agreed.setdefault(model, {})
     if key in known:
         return known[key]
     try:
         with _short_windows(model):
-            token_bytes, told = _compared(engine)
+            token_bytes, told = _compared(adapter, tokenizer, limit)
     except torch.OutOfMemoryError:
         raise
     # What an exchanged attention does to an architecture that is not made for it has no common error.
@@ -93,12 +97,12 @@ def check_agreement(engine: Engine) -> int:
     return token_bytes
 
 
-def _compared(engine: Engine) -> tuple[int, bool]:
+def _compared(adapter: NestedAdapter, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> tuple[int, bool]:
     """`check_agreement`'s result, and whether there was something to compare."""
-    adapter = engine.adapter
+    model: Any = adapter.model.get_base_model()
     ranks = [*([0] if adapter.has_base else []), *sorted({adapter.ranks[0], adapter.ranks[-1]})]
-    texts = _Texts.drawn(_vocabulary(engine), engine.max_length)
-    with engine.runner() as runner:
+    texts = _Texts.drawn(_vocabulary(model, tokenizer), limit)
+    with running(adapter, tokenizer, token_bytes=1) as runner:
         answers, token_bytes = _answers(runner, texts, ranks)
     own = _Own(adapter, ranks, texts.endings[0])
     rounded: dict[Tokens, list[float]] = defaultdict(list)
@@ -112,7 +116,7 @@ def _compared(engine: Engine) -> tuple[int, bool]:
     noise = max(map(median, rounded.values()))
     if noise > _NOISE:
         raise MatryoshkaError(
-            f"rounding to {str(engine.model.dtype).removeprefix('torch.')} alone changes its log-probabilities by "
+            f"rounding to {str(model.dtype).removeprefix('torch.')} alone changes its log-probabilities by "
             f"{noise:.2g} of their spread, so that nothing can be compared (in float32 it may)"
         )
     allowed = max(_FLOOR, _ALLOWANCE * noise)
@@ -237,10 +241,10 @@ def _written(runner: Runner, prefix: Prefix, requests: Sequence[_Request]) -> It
         yield from zip(of, found.tolist(), strict=True)
 
 
-def _vocabulary(engine: Engine) -> list[int]:
+def _vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that are words, and do not stand for an image or an end."""
-    others = {*engine.tokenizer.all_special_ids, *engine.tokenizer.added_tokens_decoder}
-    return [token for token in range(engine.model.config.get_text_config().vocab_size) if token not in others]
+    others = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return [token for token in range(model.config.get_text_config().vocab_size) if token not in others]
 
 
 def _round_once_more(model: Any, undo: ExitStack) -> None:

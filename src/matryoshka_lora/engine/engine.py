@@ -11,102 +11,25 @@ Models of which that is not true are refused: see `matryoshka_lora.engine.agreem
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.engine.agreement import check_agreement
-from matryoshka_lora.engine.attention import KeyValues, Pass, Prefill
-from matryoshka_lora.engine.exchange import WAY_OUT, attending, row_attention
+from matryoshka_lora.engine.exchange import WAY_OUT, row_attention
 from matryoshka_lora.engine.generation import Limits, Prompt, generate_rows
 from matryoshka_lora.engine.likelihood import Likelihood, Tree, branched, score_trees
-from matryoshka_lora.engine.memory import Room, measure_room
 from matryoshka_lora.engine.packing import Tokens, batches, families
+from matryoshka_lora.engine.runner import Prefix, Runner, running
 from matryoshka_lora.engine.settings import repetition_penalty as penalty_of
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.models import context_length, evaluation_mode, pad_token, rotation_limit
+from matryoshka_lora.models import context_length, rotation_limit
 
 Text = str | Sequence[int]
 """What a request is made of: text, or tokens."""
-
-
-class Prefix(NamedTuple):
-    """A shared prefix, computed.
-
-    Attributes:
-        length: In tokens.
-        keys: Keys and values, one row for each rank; None where the length is 0.
-        row: The row of each rank.
-    """
-
-    length: int
-    keys: KeyValues | None
-    row: dict[int, int]
-
-
-@dataclass(frozen=True)
-class Runner:
-    """One model, set up for forward passes over rows; made by the engine for the time of one call."""
-
-    adapter: NestedAdapter
-    model: Any
-    room: Room
-    pad: int
-    _wanted: list[Tensor]
-
-    @property
-    def device(self) -> torch.device:
-        """Where tensors of a pass belong."""
-        device: torch.device = self.model.device
-        return device
-
-    def ranks(self, ranks: Sequence[int]) -> Any:
-        """A context in which the rows of a pass have these ranks."""
-        return self.adapter.rows(ranks, exact=False)
-
-    def logits(self, ids: Tensor, positions: Tensor, row_pass: Pass, wanted: Tensor) -> Tensor:
-        """One forward pass.
-
-        Args:
-            ids: New tokens, shape (rows, tokens).
-            positions: Of the new tokens, shape (rows, tokens).
-            row_pass: Its attention.
-            wanted: At which of the new tokens logits are made, shape (rows, k).
-
-        Returns:
-            Shape (rows, k, vocabulary).
-        """
-        self._wanted[:] = [wanted]
-        with attending(row_pass):
-            # The mask says that rows are rows: by the positions of branches, transformers would take them for packed.
-            mask = torch.ones_like(ids)
-            found: Tensor = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
-            ).logits
-        return found
-
-    def prefix(self, tokens: Tokens, ranks: Sequence[int]) -> Prefix:
-        """Compute a prefix once for each rank."""
-        row = {rank: number for number, rank in enumerate(ranks)}
-        if not tokens:
-            return Prefix(0, None, row)
-        parts = []
-        at_once = max(1, self.room.prefill_tokens // len(tokens))
-        for start in range(0, len(ranks), at_once):
-            some = list(ranks[start : start + at_once])
-            ids = torch.tensor([tokens] * len(some), device=self.device)
-            positions = torch.arange(len(tokens), device=self.device).expand(len(some), -1)
-            prefill = Prefill(positions, keep=True)
-            with self.ranks(some):
-                self.logits(ids, positions, prefill, positions[:, -1:])
-            assert prefill.new is not None
-            parts.append(prefill.new)
-        return Prefix(len(tokens), KeyValues.concat(parts), row)
 
 
 class Engine:
@@ -138,8 +61,7 @@ class Engine:
             self.model(input_ids=torch.zeros(2, 3, dtype=torch.long, device=self.model.device), use_cache=False)
         with row_attention(self.model):
             pass  # raises where it cannot be
-        self._token_bytes = 1  # until it is measured
-        self._token_bytes = check_agreement(self)
+        self._token_bytes = check_agreement(adapter, tokenizer, self.max_length)
 
     @property
     def max_length(self) -> int | None:
@@ -203,7 +125,7 @@ class Engine:
         by_context: dict[Tokens, list[Tree]] = {}
         for tree in trees.values():
             by_context.setdefault(tree.context, []).append(tree)
-        with self.runner() as runner:
+        with self._running() as runner:
             for family in families(contexts):
                 members = [tree for place in family.members for tree in by_context[contexts[place]]]
                 for prefix, rows in _by_rank(runner, family.prefix, members):
@@ -268,7 +190,7 @@ class Engine:
         at: dict[Tokens, list[int]] = {}
         for number, tokens in enumerate(encoded):
             at.setdefault(tokens, []).append(number)
-        with self.runner() as runner:
+        with self._running() as runner:
             for family in families(unique):
                 members = [
                     Prompt(number, of[number], tokens)
@@ -278,6 +200,9 @@ class Engine:
                 for prefix, rows in _by_rank(runner, family.prefix, members):
                     generate_rows(runner, prefix, rows, limits, put)
         return [answer for answer in found if answer is not None]
+
+    def _running(self) -> AbstractContextManager[Runner]:
+        return running(self.adapter, self.tokenizer, self._token_bytes, self.batch_size)
 
     def _ranks(self, ranks: int | Sequence[int], count: int) -> list[int]:
         listed = [ranks] * count if isinstance(ranks, int) else list(ranks)
@@ -309,25 +234,6 @@ class Engine:
             f"request {number} is too long: {what} {length} tokens, and the model's context has "
             f"{self.max_length}. Use fewer or shorter few-shot examples, or a model with a longer context"
         )
-
-    @contextmanager
-    def runner(self) -> Iterator[Runner]:
-        """A context for forward passes over rows."""
-        wanted: list[Tensor] = []
-
-        def gather(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden = args[0]
-            index = wanted[0][..., None].expand(-1, -1, hidden.shape[-1])
-            return (hidden.gather(1, index), *args[1:])
-
-        # Before the output layer, so that whatever a model does to its logits afterwards still happens.
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(gather)
-        room = measure_room(self.model, self._token_bytes, self.batch_size)
-        try:
-            with torch.inference_mode(), evaluation_mode(self.adapter.model), row_attention(self.model):
-                yield Runner(self.adapter, self.model, room, pad_token(self.tokenizer, self.model), wanted)
-        finally:
-            hook.remove()
 
 
 def _check_writes_text(model: Any) -> None:

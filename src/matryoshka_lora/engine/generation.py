@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from transformers import PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcess
 
 from matryoshka_lora.engine.attention import Decode, KeyValues, Prefill, places
 from matryoshka_lora.engine.packing import Tokens, batches
-
-if TYPE_CHECKING:
-    from matryoshka_lora.engine.engine import Prefix, Runner
+from matryoshka_lora.engine.runner import Prefix, Runner
 
 _LEAVE = 1 / 8
 """The share of rows that must be done before they leave: leaving copies the keys of the rows that stay."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from matryoshka_lora.engine.attention import Prefill
 from matryoshka_lora.engine.packing import Tokens
-
-if TYPE_CHECKING:
-    from matryoshka_lora.engine.engine import Prefix, Runner
+from matryoshka_lora.engine.runner import Prefix, Runner
 
 _BRANCHES = 512
 """Tokens of continuations in one row, above which a row is cut in two: every token's attention reads them all."""
