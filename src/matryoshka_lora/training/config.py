@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 import warnings
 from collections.abc import Iterable, Mapping
@@ -255,11 +256,15 @@ def _nesting(nesting: Mapping[str, Any], lora: Mapping[str, Any]) -> Nesting:
 
 def _lora(given: Mapping[str, Any], nesting: Mapping[str, Any]) -> dict[str, Any]:
     """With what it leaves out: all linear layers, and the alpha that makes the scale 1."""
-    listed = nesting.get("ranks") or [DEFAULT_RANK]
-    rank = given.get("r") or (listed[-1] if isinstance(listed, list) and type(listed[-1]) is int else DEFAULT_RANK)
-    alpha = given.get("lora_alpha")
+    rank, alpha, ranks = given.get("r"), given.get("lora_alpha"), nesting.get("ranks")
+    if rank is None:
+        rank = DEFAULT_RANK if ranks is None else Nesting(ranks).max_rank
+    elif rank < 1:
+        raise MatryoshkaError(f"lora.r is {rank}; write a positive integer")
     if alpha is None:
         alpha = rank**0.5 if given.get("use_rslora") else rank
+    elif not 0 < alpha < math.inf:
+        raise MatryoshkaError(f"lora.lora_alpha is {alpha}; write a positive number")
     defaults = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     if given.get("target_parameters"):
         del defaults["target_modules"]
@@ -291,6 +296,8 @@ def _reorder(value: Any, deploy: Deploy, nesting: Nesting) -> By | None:
         if value is not None:
             raise MatryoshkaError("nesting.deploy: paper deploys the factors as they were trained: leave reorder out")
         return None
+    if value is False:  # what version 0.1 wrote
+        raise MatryoshkaError("nesting.reorder is False; nesting.deploy: paper leaves the factors as they were trained")
     by = typing.cast(By, _one_of("nesting.reorder", "svd" if value is None else value, get_args(By)))
     # One rank alone has no order to learn; its SVD is the same function.
     return "svd" if len(nesting.ranks) == 1 else by
