@@ -14,7 +14,7 @@ import torch
 import typer
 from conftest import LINEAR_LAYERS, nested_llama, randomize, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_strangers import IDS, output
+from strangers import IDS, output
 from tiny_chat import save_tiny_chat, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -13,7 +13,7 @@ import torch
 from conftest import LINEAR_LAYERS, nested_llama, randomize, tiny_llama
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from test_strangers import IDS, output, plain_adapter
+from strangers import IDS, output, plain_adapter
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from matryoshka_lora import MatryoshkaError, Nesting, load

@@ -22,7 +22,7 @@ import torch
 from conftest import LINEAR_LAYERS, randomize, tiny_llama
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file
-from test_strangers import deltas, output, plain_adapter
+from strangers import deltas, output, plain_adapter
 from torch import Size, Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
 

@@ -11,7 +11,7 @@ import an_evaluation
 import pytest
 from conftest import LINEAR_LAYERS, randomize, tiny_llama
 from peft import LoraConfig, get_peft_model
-from test_strangers import output
+from strangers import output
 from tiny_chat import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
