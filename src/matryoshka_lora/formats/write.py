@@ -114,6 +114,8 @@ def cut(adapter: OpenedAdapter, ranks: Ranks, pad: bool = False) -> OpenedAdapte
     state = adapter.nested
     if not state.deployed:
         raise MatryoshkaError(f"{adapter.name} is as it was trained: reorder it first")
+    if not isinstance(ranks, int) and not state.reordered:
+        raise MatryoshkaError(f"{adapter.name} is not reordered, so its layers need one rank: reorder it first")
     top = ranks if isinstance(ranks, int) else max(ranks.values())
     own = dict.fromkeys((layer.name for layer in adapter.layers), ranks) if isinstance(ranks, int) else dict(ranks)
     for rank in sorted(set(own.values()) - {0}):
@@ -138,8 +140,6 @@ def _with_own_ranks(
     adapter: OpenedAdapter, config: AdapterConfig, widths: Mapping[str, int], scale: float, pad: bool
 ) -> AdapterConfig:
     """With a rank for each layer. The scale is one, so an engine that ignores the patterns scales rightly."""
-    if not adapter.nested.reordered:
-        raise MatryoshkaError(f"{adapter.name} is not reordered, so its layers need one rank: reorder it first")
     if adapter.config.target_parameters and not pad:
         raise MatryoshkaError(
             f"{adapter.name} has target_parameters, for which PEFT knows no ranks by layer: use --pad, or one --rank"

@@ -121,7 +121,7 @@ def export(
                 from matryoshka_lora.serving.merged import write_merged
 
                 tokenizer = load_tokenizer(str(name), revision=revision)
-                verified = write_merged(folder, opened, ranks, base, tokenizer, verify)
+                verified = write_merged(folder, opened, ranks, pad, base, tokenizer, verify)
             elif format == "ladder":
                 top = opened.rank if rank is None else rank
                 ladder = [*(r for r in opened.nested.nesting.ranks if r < top), top]

@@ -13,26 +13,29 @@ from torch import Tensor, nn
 
 from matryoshka_lora.adapter.loading import load_opened
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.formats.opened import OpenedAdapter
+from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
 from matryoshka_lora.formats.write import Ranks, cut, write_adapter
+from matryoshka_lora.serving.compare import check_layers
 from matryoshka_lora.serving.verify import Base, Verified, check, check_rounding, nested_logits, probe_logits
 
 
 def write_merged(
-    folder: Path, source: OpenedAdapter, ranks: Ranks, base: Base, tokenizer: Any, verify: bool
+    folder: Path, source: OpenedAdapter, ranks: Ranks, pad: bool, base: Base, tokenizer: Any, verify: bool
 ) -> Verified | None:
     """Write the base model with the adapter merged into its weights, in the base model's dtype.
 
-    They are merged in float32 and then rounded. Before, the model computes what the nested adapter does; the file is
-    then compared with the rounded weights, number by number: what is left is the error that their dtype must have.
+    The update of each layer is compared with the adapter's. It is merged in float32 and then rounded. Before, the model
+    computes what the nested adapter does; the file is then compared with the rounded weights, number by number: what is
+    left is the error that their dtype must have.
 
     Args:
         folder: Where to write.
         source: The nested adapter.
         ranks: One, or one for each layer.
+        pad: See `matryoshka_lora.formats.write.cut`; the merged weights are the same.
         base: Loads the base model, not quantised.
         tokenizer: Is saved beside it.
-        verify: Whether it is compared.
+        verify: Whether logits are compared too, and the file with the model that was written.
 
     Returns:
         What rounding has changed.
@@ -46,7 +49,7 @@ def write_merged(
         raise MatryoshkaError("a quantised base model rounds what is merged into it: take one that is not")
     wide = torch.promote_types(stored.dtype, torch.float32)
     wanted = nested_logits(load_opened(base(wide), source), ranks) if verify else None
-    merged = _merged(source, ranks, base(wide))
+    merged = _merged(source, ranks, pad, base(wide))
     found = probe_logits(merged) if verify else None
     _round_as(stored, merged)
     if found is not None and wanted is not None:
@@ -64,10 +67,11 @@ def write_merged(
     return check_rounding(probe_logits(merged.float()), *wanted, dtype)
 
 
-def _merged(source: OpenedAdapter, ranks: Ranks, model: Any) -> Any:
+def _merged(source: OpenedAdapter, ranks: Ranks, pad: bool, model: Any) -> Any:
     """The base model with the adapter in its weights."""
     with tempfile.TemporaryDirectory() as folder:
-        write_adapter(Path(folder), cut(source, ranks))
+        write_adapter(Path(folder), cut(source, ranks, pad))
+        check_layers(open_adapter(folder), source, ranks, pad)
         adapted = PeftModel.from_pretrained(model, folder)
     _untie(model)
     return adapted.merge_and_unload(safe_merge=True)
