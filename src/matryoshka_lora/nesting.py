@@ -72,6 +72,11 @@ class Nesting:
         share = self.max_rank / _checked_rank(rank, self.max_rank)
         return self.scale * {"none": 1.0, "rank": share, "sqrt": math.sqrt(share)}[self.scaling]
 
+    def is_like(self, other: Nesting) -> bool:
+        """Whether another nesting is the same, up to the rounding that a config's ``lora_alpha`` brings."""
+        ours, theirs = ((nesting.ranks, nesting.scaling) for nesting in (self, other))
+        return ours == theirs and math.isclose(self.scale, other.scale, rel_tol=1e-12)
+
     def prefix(self, rank: int) -> Tensor:
         """The diagonal that deploys ``rank``: ``s_r`` on its first ``rank`` entries, 0 after. Shape (R,), float64."""
         scale = self.scale_at(rank)

@@ -16,9 +16,9 @@ from matryoshka_lora.adapter.copies import COPIES, nest_copies
 from matryoshka_lora.adapter.factors import gathered, get_parameters
 from matryoshka_lora.adapter.gates import begin, nested_layers
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import output_directory, replace_directory
+from matryoshka_lora.files import TRAINED_NAME, output_directory, replace_directory
 from matryoshka_lora.formats.config import check_config
-from matryoshka_lora.formats.opened import TRAINED_NAME, OpenedAdapter, from_memory, open_adapter
+from matryoshka_lora.formats.opened import OpenedAdapter, from_memory, open_adapter
 from matryoshka_lora.formats.sidecar import has_sidecar
 from matryoshka_lora.formats.write import cut, write_adapter, write_weights
 from matryoshka_lora.reordering.files import deployed
@@ -49,7 +49,7 @@ def opened_from(model: PeftModel, adapter: str, state_dict: Mapping[str, Tensor]
     tensors = {key: gathered(tensor.detach()).cpu() for key, tensor in found.items()}
     config = {key: _plain(value) for key, value in model.peft_config[adapter].to_dict().items()}
     named = config["base_model_name_or_path"] or getattr(model.get_base_model(), "name_or_path", None)
-    config["base_model_name_or_path"] = named or None
+    config |= {"base_model_name_or_path": named or None, "inference_mode": True}
     opened = from_memory(f"adapter {adapter!r}", check_config(config, f"adapter {adapter!r}"), state, tensors)
     opened.tensors()  # raises where a number is not finite
     return opened
@@ -69,7 +69,7 @@ def save_adapter(opened: OpenedAdapter, path: str | os.PathLike[str], keep_train
     ready, spectra = deployed(opened)
     with replace_directory(path) as folder:
         write_adapter(folder, ready, spectra, Path(path), keeps_files=True)
-        if keep_trained and not opened.nested.reordered:
+        if keep_trained and not opened.nested.deployed:
             write_weights(folder / TRAINED_NAME, opened)
 
 
@@ -136,7 +136,7 @@ class _Nested:
             return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
         opened = open_adapter(model_id, trained=True)
         found = opened.nested
-        if found.nesting != state.nesting or (not found.reordered and found.rule != state.rule):
+        if not found.nesting.is_like(state.nesting) or (not found.reordered and found.rule != state.rule):
             raise MatryoshkaError(
                 f"{model_id} holds an adapter with another nesting or rule than adapter {adapter_name!r}: load it "
                 "under another name"

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Size, Tensor
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
-from matryoshka_lora.files import Mark, mark, one_state
+from matryoshka_lora.files import TRAINED_NAME, Mark, mark, one_state
 from matryoshka_lora.formats.config import AdapterConfig, read_config
 from matryoshka_lora.formats.directions import DIRECTIONS_NAME, read_directions
 from matryoshka_lora.formats.layout import Layer, find_layers
@@ -26,8 +26,6 @@ from matryoshka_lora.state import State
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
-TRAINED_NAME = "trained.safetensors"
-"""The factors as they are trained, beside those that are deployed: training goes on from them."""
 
 _PICKLE = "adapter_model.bin"
 _MAX_INDEX_BYTES = 1 << 26
