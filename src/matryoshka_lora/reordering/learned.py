@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.models import evaluation_mode
+from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.reordering.model import AdapterInModel, Data, Factors, Part
 from matryoshka_lora.reordering.order import OrderOptimizer
 from matryoshka_lora.rules import stratified_ranks
@@ -36,6 +37,12 @@ def rate_at(rank: int, learning_rate: float = LEARNING_RATE) -> float:
     return learning_rate * 32 / max(rank, 8)
 
 
+def check_ranks(nesting: Nesting) -> None:
+    """Raises MatryoshkaError where there is no nested rank below R, so that there is no order to learn."""
+    if len(nesting.ranks) == 1:
+        raise MatryoshkaError("an adapter with one nested rank has no order to learn: give it smaller ranks too")
+
+
 def learn_order(
     adapter: AdapterInModel,
     data: Data,
@@ -55,7 +62,7 @@ def learn_order(
     Args:
         adapter: A reordered one. Frozen factors are frozen again afterwards.
         data: The rows.
-        steps: How many; the learning rate falls to 0 over them.
+        steps: How many, at least one; the learning rate falls to 0 over them.
         learning_rate: Of `OrderOptimizer` at R = 32; see `rate_at`.
         seed: Of the order of the rows, and of their ranks.
         on_step: Called after each step.
@@ -64,11 +71,8 @@ def learn_order(
         MatryoshkaError: There is no nested rank below R, or the loss is not finite. In the second case the order is
             the one that it began from.
     """
+    check_ranks(adapter.state.nesting)
     *ranks, top = adapter.state.nesting.ranks
-    if not ranks:
-        raise MatryoshkaError("an adapter with one nested rank has no order to learn: give it smaller ranks too")
-    if steps < 1:
-        raise MatryoshkaError(f"an order cannot be learned in {steps} steps: take 1 or more, or reorder by 'svd'")
     start = adapter.factors()
     names = list(start)
     optimizer = OrderOptimizer(

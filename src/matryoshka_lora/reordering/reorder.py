@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.reordering.factors import reorder_factors
-from matryoshka_lora.reordering.learned import ROWS, STEPS, learn_order
+from matryoshka_lora.reordering.learned import ROWS, STEPS, check_ranks, learn_order
 from matryoshka_lora.reordering.model import AdapterInModel, Data
 from matryoshka_lora.reordering.moments import BATCH_ROWS, reweigh
 from matryoshka_lora.reordering.moments import ROWS as MOMENT_ROWS
@@ -22,6 +22,10 @@ def reorder(
 ) -> dict[str, Tensor]:
     """See `matryoshka_lora.NestedAdapter.reorder`."""
     check_by(by, data is not None)
+    if rows is not None and rows < 1:
+        raise MatryoshkaError(f"rows is {rows}; take 1 or more")
+    if by == "learned":
+        check_ranks(adapter.state.nesting)
     spectra = _by_svd(adapter)
     if data is not None:
         wanted = row_count(by, data, rows)

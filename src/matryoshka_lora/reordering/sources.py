@@ -54,7 +54,7 @@ class TrainerRows:
         trainer: After ``train()``.
 
     Raises:
-        MatryoshkaError: Its data are a stream.
+        MatryoshkaError: Its data are a stream, or have no labels.
     """
 
     def __init__(self, model: Any, trainer: Any) -> None:
@@ -62,6 +62,11 @@ class TrainerRows:
             raise MatryoshkaError(
                 "the Trainer's data are a stream, of which no rows can be taken again: reorder by 'svd', or give the "
                 "Trainer a dataset that is not streamed"
+            )
+        if "labels" not in trainer.data_collator([trainer.train_dataset[0]]):
+            raise MatryoshkaError(
+                f"the rows of {type(trainer).__name__} have no labels by which an order could be learned: call "
+                "adapter.reorder() for the SVD's order"
             )
         self.model, self.trainer = model, trainer
         self.quiet = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
