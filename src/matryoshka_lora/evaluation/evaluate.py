@@ -172,7 +172,7 @@ def evaluate(
                 samples = {rank: found["samples"][own] for rank, found in judged.results.items()}
                 evaluation.add(called, entry, examples_of(called, samples))
             if folder is not None:
-                _write(evaluation, folder)
+                write_evaluation(evaluation, folder)
     finally:
         store.close()
     if home is not None and out is None:
@@ -288,7 +288,8 @@ def _keep_earlier(evaluation: Evaluation, folder: Path, overwrite: bool) -> None
             ) from error
 
 
-def _write(evaluation: Evaluation, folder: Path) -> None:
+def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
+    """Write what people and programs read of an evaluation into its folder, all or nothing."""
     with replace_directory(folder) as unfinished:
         text = json.dumps(evaluation.to_dict(), indent=2, allow_nan=False) + "\n"
         (unfinished / EVALUATION_NAME).write_text(text, encoding="utf-8")
