@@ -49,7 +49,7 @@ def learn_order(
     steps: int = STEPS,
     learning_rate: float = LEARNING_RATE,
     seed: int = 0,
-    on_step: Callable[[], object] = lambda: None,
+    on_step: Callable[[int], object] = lambda rows: None,
 ) -> None:
     """Order each layer's directions by what the loss of its prefixes says, beginning from the order that they have.
 
@@ -65,7 +65,7 @@ def learn_order(
         steps: How many, at least one; the learning rate falls to 0 over them.
         learning_rate: Of `OrderOptimizer` at R = 32; see `rate_at`.
         seed: Of the order of the rows, and of their ranks.
-        on_step: Called after each step.
+        on_step: Called with the number of rows of each step, after it.
 
     Raises:
         MatryoshkaError: There is no nested rank below R, or the loss is not finite. In the second case the order is
@@ -87,7 +87,7 @@ def learn_order(
         for parameter in frozen:
             parameter.requires_grad_()
         with _without_dropout(adapter.model):
-            for parts in data.steps(steps, ROWS, seed):
+            for parts in data.steps(steps * ROWS, ROWS, seed):
                 rows = sum(part.rows for part in parts)
                 alike = [generator.choice(ranks)] * rows
                 drawn = stratified_ranks(ranks, rows, generator) if adapter.keeps_rows else alike
@@ -98,7 +98,7 @@ def learn_order(
                 schedule.step()
                 adapter.put_factors(dict(zip(names, optimizer.pairs, strict=True)))
                 adapter.model.zero_grad(set_to_none=True)
-                on_step()
+                on_step(rows)
         _keep_the_better(adapter, start, dict(zip(names, optimizer.finished(), strict=True)), *last)
     except BaseException:
         adapter.put_factors(start)

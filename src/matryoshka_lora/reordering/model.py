@@ -80,5 +80,8 @@ class Data(Protocol):
     def __len__(self) -> int:
         """How many there are."""
 
-    def steps(self, count: int, rows: int, seed: int) -> Iterator[Sequence[Part]]:
-        """``count`` steps of ``rows`` rows each, in a random order that depends on the seed; rows come again."""
+    def steps(self, rows: int, at_once: int, seed: int) -> Iterator[Sequence[Part]]:
+        """So many rows, ``at_once`` in a step; the last step has what is left.
+
+        Their order is random and depends on the seed. A row comes again when all have come.
+        """

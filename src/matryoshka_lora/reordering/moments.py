@@ -37,7 +37,7 @@ def reweigh(
     gradients: bool,
     rows: int = ROWS,
     seed: int = 0,
-    on_step: Callable[[], object] = lambda: None,
+    on_step: Callable[[int], object] = lambda rows: None,
 ) -> dict[str, Tensor]:
     """Reorder a reordered adapter once more, by what its directions do to data; see `reweigh_factors`.
 
@@ -47,7 +47,7 @@ def reweigh(
         gradients: Whether the change of the loss is made small, or that of each layer's outputs.
         rows: How many are looked at.
         seed: Of which rows are taken.
-        on_step: Called after each batch.
+        on_step: Called with the number of rows of each batch, after it.
 
     Returns:
         The singular values in this sense, by layer, float64. A layer that no token reached keeps its order; its values
@@ -75,7 +75,7 @@ def measure_moments(
     gradients: bool,
     rows: int = ROWS,
     seed: int = 0,
-    on_step: Callable[[], object] = lambda: None,
+    on_step: Callable[[int], object] = lambda rows: None,
 ) -> dict[str, Moments]:
     """The second moments at each layer's factors, over the tokens of some rows, at full rank.
 
@@ -89,7 +89,7 @@ def measure_moments(
         gradients: Whether the loss is differentiated.
         rows: How many are looked at.
         seed: Of which rows are taken.
-        on_step: Called after each batch.
+        on_step: Called with the number of rows of each batch, after it.
 
     Returns:
         By layer. Layers that have no factor modules (embeddings, stacks of experts) are left out, as are those that no
@@ -109,7 +109,7 @@ def measure_moments(
         with ExitStack() as hooks, torch.set_grad_enabled(gradients), adapter.standing(top):
             for probe in probes.values():
                 hooks.enter_context(probe)
-            for parts in data.steps(-(-rows // BATCH_ROWS), min(BATCH_ROWS, rows), seed):
+            for parts in data.steps(rows, BATCH_ROWS, seed):
                 for part in parts:
                     for probe in probes.values():
                         probe.mask = part.mask
@@ -117,7 +117,7 @@ def measure_moments(
                     if gradients:
                         loss.backward()  # type: ignore[no-untyped-call]
                     adapter.model.zero_grad(set_to_none=True)
-                on_step()
+                on_step(sum(part.rows for part in parts))
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import get_args
 
 from torch import Tensor
@@ -12,8 +11,8 @@ from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.reordering.factors import reorder_factors
 from matryoshka_lora.reordering.learned import ROWS, STEPS, check_ranks, learn_order
 from matryoshka_lora.reordering.model import AdapterInModel, Data
-from matryoshka_lora.reordering.moments import BATCH_ROWS, reweigh
 from matryoshka_lora.reordering.moments import ROWS as MOMENT_ROWS
+from matryoshka_lora.reordering.moments import reweigh
 from matryoshka_lora.state import By
 
 
@@ -21,21 +20,18 @@ def reorder(
     adapter: AdapterInModel, by: By = "svd", data: Data | None = None, rows: int | None = None, seed: int = 0
 ) -> dict[str, Tensor]:
     """See `matryoshka_lora.NestedAdapter.reorder`."""
-    check_by(by, data is not None)
-    if rows is not None and rows < 1:
-        raise MatryoshkaError(f"rows is {rows}; take 1 or more")
+    check_by(by, data is not None, rows)
     if by == "learned":
         check_ranks(adapter.state.nesting)
     spectra = _by_svd(adapter)
     if data is not None:
         wanted = row_count(by, data, rows)
-        at_once = ROWS if by == "learned" else BATCH_ROWS
         # None hides the bar where nobody watches.
         with tqdm(total=wanted, desc=f"reordering by {by}", unit=" rows", disable=data.quiet or None) as bar:
             if by == "learned":
-                learn_order(adapter, data, -(-wanted // ROWS), seed=seed, on_step=partial(bar.update, at_once))
+                learn_order(adapter, data, -(-wanted // ROWS), seed=seed, on_step=bar.update)
             else:
-                spectra = reweigh(adapter, data, by == "loss", wanted, seed, partial(bar.update, at_once))
+                spectra = reweigh(adapter, data, by == "loss", wanted, seed, bar.update)
     adapter.set_reordered(by)
     return spectra
 
@@ -47,8 +43,10 @@ def row_count(by: By, data: Data, rows: int | None = None) -> int:
     return STEPS * ROWS if by == "learned" else min(MOMENT_ROWS, len(data))
 
 
-def check_by(by: str, has_data: bool) -> None:
+def check_by(by: str, has_data: bool, rows: int | None = None) -> None:
     """Raises MatryoshkaError unless ``by`` is a way to reorder, and there are data where it needs some."""
+    if rows is not None and rows < 1:
+        raise MatryoshkaError(f"rows is {rows}; take 1 or more")
     if by not in get_args(By):
         raise MatryoshkaError(f"by is {by!r}; write one of {', '.join(map(repr, get_args(By)))}")
     if by == "svd" and has_data:

@@ -74,14 +74,13 @@ class TrainerRows:
     def __len__(self) -> int:
         return len(self.trainer.train_dataset)
 
-    def steps(self, count: int, rows: int, seed: int) -> Iterator[list[Part]]:
+    def steps(self, rows: int, at_once: int, seed: int) -> Iterator[list[Part]]:
         """See `matryoshka_lora.reordering.model.Data`."""
         trainer, data = self.trainer, self.trainer.train_dataset
-        endless = cycle(torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist())
+        shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
         size = trainer.args.per_device_train_batch_size
-        for _ in range(count):
-            step = list(islice(endless, rows))
-            chunks = [step[start : start + size] for start in range(0, rows, size)]
+        for step in _steps(shuffled, rows, at_once):
+            chunks = [step[start : start + size] for start in range(0, len(step), size)]
             batches = [trainer._prepare_inputs(trainer.data_collator([data[i] for i in chunk])) for chunk in chunks]
             yield [
                 Part(
@@ -120,14 +119,19 @@ class QuestionRows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def steps(self, count: int, rows: int, seed: int) -> Iterator[list[Part]]:
+    def steps(self, rows: int, at_once: int, seed: int) -> Iterator[list[Part]]:
         """See `matryoshka_lora.reordering.model.Data`."""
         shuffled = list(self.rows)
         random.Random(seed).shuffle(shuffled)
-        endless = cycle(shuffled)
-        for _ in range(count):
-            ids, mask, is_answer = pad_rows(list(islice(endless, rows)), self.pad, self.model.device)
-            yield [Part(rows, int(is_answer.sum()), mask, partial(_answer_loss, self.model, ids, mask, is_answer))]
+        for step in _steps(shuffled, rows, at_once):
+            ids, mask, is_answer = pad_rows(step, self.pad, self.model.device)
+            yield [Part(len(step), int(is_answer.sum()), mask, partial(_answer_loss, self.model, ids, mask, is_answer))]
+
+
+def _steps(shuffled: Sequence[Any], rows: int, at_once: int) -> Iterator[list[Any]]:
+    endless = cycle(shuffled)
+    for begin in range(0, rows, at_once):
+        yield list(islice(endless, min(at_once, rows - begin)))
 
 
 def _within_context(rows: list[Tokens], limit: int | None) -> list[Tokens]:

@@ -67,7 +67,7 @@ def reorder(
     """
     from matryoshka_lora.reordering.reorder import check_by
 
-    check_by(by, data is not None)
+    check_by(by, data is not None, rows)
     opened = open_adapter(source)
     check_writable(target)
     check_apart(source, target)
