@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, get_args
@@ -90,21 +90,6 @@ class Nesting:
         It is the sum of all prefixes, so one forward with P trains them all at once.
         """
         return torch.stack([self.prefix(rank) for rank in self.ranks]).sum(dim=0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; ``Nesting.from_dict`` gives an equal object back."""
-        return {"ranks": list(self.ranks), "scaling": self.scaling, "scale": self.scale}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Nesting:
-        """The inverse of `to_dict`.
-
-        Raises:
-            MatryoshkaError: A key is missing or unknown, or the values make no nesting.
-        """
-        if not isinstance(data, Mapping) or "ranks" not in data or not set(data) <= {"ranks", "scaling", "scale"}:
-            raise MatryoshkaError(f"a nesting has the keys ranks, scaling and scale, not {data!r}")
-        return cls(**data)
 
 
 def _checked_ranks(ranks: Iterable[int]) -> tuple[int, ...]:
