@@ -173,9 +173,9 @@ def _why_not(module: Any, rule: Rule, adapter: str, name: str) -> str | None:
     if dilated or getattr(module.get_base_layer(), "padding_mode", "zeros") != "zeros":
         return "PEFT's A follows neither the dilation nor the padding mode of a convolution"
     if isinstance(module, lora.ParamWrapper) and (rule.per_row or rule.name == "dylora-frozen"):
-        return f"target_parameters give one delta to all rows and all columns; rule {rule.name!r} needs them apart"
+        return f"target_parameters give one delta to all rows and all columns; rule {rule.name!r} needs them apart: take another"
     if rule.per_row and ".experts." in f".{name}.":
-        return f"tokens that are routed to experts have left their rows; rule {rule.name!r} needs them"
+        return f"tokens that are routed to experts have left their rows, and rule {rule.name!r} needs them: take another"
     return None
 
 
