@@ -27,13 +27,17 @@ def scale(scaling: str, whole: float, top: int, rank: int) -> float:
 def trained_p(ranks: Sequence[int], scaling: str = "none", whole: float = 1.0) -> Tensor:
     """P: ``p_i = sum of s_r over the nested r >= i``, entry by entry."""
     columns = range(1, max(ranks) + 1)
-    return torch.tensor([sum(scale(scaling, whole, max(ranks), r) for r in ranks if r >= i) for i in columns], dtype=torch.float64)
+    return torch.tensor(
+        [sum(scale(scaling, whole, max(ranks), r) for r in ranks if r >= i) for i in columns], dtype=torch.float64
+    )
 
 
 def prefix_p(ranks: Sequence[int], rank: int, scaling: str = "none", whole: float = 1.0) -> Tensor:
     """``s_r`` on the first r entries."""
     columns = range(1, max(ranks) + 1)
-    return torch.tensor([scale(scaling, whole, max(ranks), rank) if i <= rank else 0.0 for i in columns], dtype=torch.float64)
+    return torch.tensor(
+        [scale(scaling, whole, max(ranks), rank) if i <= rank else 0.0 for i in columns], dtype=torch.float64
+    )
 
 
 def kept_p(ranks: Sequence[int], rank: int, scaling: str = "none", whole: float = 1.0) -> Tensor:

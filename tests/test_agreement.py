@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from matryoshka_lora import MatryoshkaError
-from matryoshka_lora.evaluation import agreement, exchange
-from matryoshka_lora.evaluation import engine as engine_module
+from matryoshka_lora.engine import agreement, exchange
+from matryoshka_lora.engine import engine as engine_module
 from matryoshka_lora.engine.engine import Engine
 
 TOKENIZER = tiny_tokenizer()

@@ -110,13 +110,6 @@ def _find_sharing(model: PeftModel, layers: list[tuple[str, Any]], adapter: str)
 
 def _checked_layers(model: Any, state: State, adapter: str) -> list[tuple[str, Any]]:
     config = check_config(model.peft_config[adapter].to_dict(), f"adapter {adapter!r}")
-    if any(str(key).removeprefix(r".*\.") in config.target_parameters for key in config["rank_pattern"] or ()):
-        raise MatryoshkaError(
-            "PEFT takes 'all-linear', and names such as gate_proj, up_proj and w1, for this model's routed experts, "
-            "which transformers 5 has stacked, and gives some of them twice the rank. Name the other layers in "
-            "target_modules, as in ['q_proj', 'v_proj'], and the experts in target_parameters, as in "
-            "['experts.gate_up_proj']"
-        )
     for field in ("rank_pattern", "alpha_pattern"):
         if config[field]:
             raise MatryoshkaError(f"{field} gives layers ranks or scales of their own: remove it, then use set_rank")
@@ -173,9 +166,14 @@ def _why_not(module: Any, rule: Rule, adapter: str, name: str) -> str | None:
     if dilated or getattr(module.get_base_layer(), "padding_mode", "zeros") != "zeros":
         return "PEFT's A follows neither the dilation nor the padding mode of a convolution"
     if isinstance(module, lora.ParamWrapper) and (rule.per_row or rule.name == "dylora-frozen"):
-        return f"target_parameters give one delta to all rows and all columns; rule {rule.name!r} needs them apart: take another"
+        return (
+            f"target_parameters give one delta to all rows and all columns; rule {rule.name!r} needs them apart: take "
+            "another"
+        )
     if rule.per_row and ".experts." in f".{name}.":
-        return f"tokens that are routed to experts have left their rows, and rule {rule.name!r} needs them: take another"
+        return (
+            f"tokens that are routed to experts have left their rows, and rule {rule.name!r} needs them: take another"
+        )
     return None
 
 

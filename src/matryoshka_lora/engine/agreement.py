@@ -79,11 +79,22 @@ def check_agreement(adapter: NestedAdapter, tokenizer: PreTrainedTokenizerBase, 
     layers = tuple(name for name, module in model.named_modules() if hasattr(module, "lora_variant"))
     key = (adapter.name, layers, model.dtype, model.device)
     known = _agreed.setdefault(model, {})
+    # Lets the layers see which dimension is the rows.
+    with torch.no_grad(), adapter.rows([adapter.nesting.max_rank] * 2), _explained(model):
+        model(input_ids=torch.zeros(2, 3, dtype=torch.long, device=model.device), use_cache=False)
     if key in known:
         return known[key]
+    with _explained(model), _short_windows(model):
+        token_bytes, told = _compared(adapter, tokenizer, limit)
+    if told:
+        known[key] = token_bytes
+    return token_bytes
+
+
+@contextmanager
+def _explained(model: Any) -> Iterator[None]:
     try:
-        with _short_windows(model):
-            token_bytes, told = _compared(adapter, tokenizer, limit)
+        yield
     except torch.OutOfMemoryError:
         raise
     # What an exchanged attention does to an architecture that is not made for it has no common error.
@@ -92,9 +103,6 @@ def check_agreement(adapter: NestedAdapter, tokenizer: PreTrainedTokenizerBase, 
         raise MatryoshkaError(
             f"{type(model).__name__} cannot be evaluated at several ranks at once: {reason}. Way out: {WAY_OUT}"
         ) from error
-    if told:
-        known[key] = token_bytes
-    return token_bytes
 
 
 def _compared(adapter: NestedAdapter, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> tuple[int, bool]:

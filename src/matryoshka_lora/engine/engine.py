@@ -56,9 +56,6 @@ class Engine:
         self.adapter, self.tokenizer, self.batch_size = adapter, tokenizer, batch_size
         self.model: Any = adapter.model.get_base_model()
         _check_writes_text(self.model)
-        # Raises where rows cannot have ranks of their own, and lets the layers see which dimension is the rows.
-        with torch.no_grad(), adapter.rows([adapter.nesting.max_rank] * 2):
-            self.model(input_ids=torch.zeros(2, 3, dtype=torch.long, device=self.model.device), use_cache=False)
         with row_attention(self.model):
             pass  # raises where it cannot be
         self._token_bytes = check_agreement(adapter, tokenizer, self.max_length)

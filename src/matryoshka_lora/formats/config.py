@@ -215,6 +215,13 @@ def _unsupported(config: AdapterConfig) -> Iterator[str]:
         yield f"bias is {config['bias']!r}; write 'none', 'all' or 'lora_only'"
     if config["ensure_weight_tying"]:
         yield "ensure_weight_tying shares factors between layers, which cannot be reordered: turn it off"
+    if any(str(key).removeprefix(r".*\.") in config.target_parameters for key in config["rank_pattern"] or ()):
+        yield (
+            "PEFT takes 'all-linear', and names such as gate_proj, up_proj and w1, for this model's routed experts, "
+            "which transformers 5 has stacked, and gives some of them twice the rank. Name the other layers in "
+            "target_modules, as in ['q_proj', 'v_proj'], and the experts in target_parameters, as in "
+            "['experts.gate_up_proj']"
+        )
     if config["target_parameters"] and (config["rank_pattern"] or config["alpha_pattern"]):
         yield (
             "target_parameters with ranks or scales of their own are not supported: leave rank_pattern and "
