@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
-from matryoshka_lora.engine import engine as engine_module
+from matryoshka_lora.engine import runner as runner_module
 from matryoshka_lora.engine.engine import Engine
 from matryoshka_lora.engine.exchange import row_attention
 from matryoshka_lora.engine.memory import Room, measure_room
@@ -141,7 +141,7 @@ class limited_room:  # noqa: N801  # reads as what it does
         def measured(model: Any, token_bytes: int, batch_size: int | None) -> Room:
             return replace(measure_room(model, token_bytes, batch_size), prefill_tokens=self.tokens)
 
-        self.patch.setattr(engine_module, "measure_room", measured)
+        self.patch.setattr(runner_module, "measure_room", measured)
 
     def __exit__(self, *_: object) -> None:
         self.patch.undo()
