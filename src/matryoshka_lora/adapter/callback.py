@@ -116,8 +116,8 @@ def _check_samples(adapter: InModel, args: TrainingArguments) -> None:
     if every is not None and args.gradient_accumulation_steps % (every * getattr(args, "num_iterations", 1)):
         raise MatryoshkaError(
             f"rule {adapter.state.rule.name!r} trains another rank at each step, and these texts are sampled for "
-            "several steps: set steps_per_generation to gradient_accumulation_steps and num_iterations to 1, or take rule "
-            "'matryoshka' or 'lora'"
+            "several steps: set steps_per_generation to gradient_accumulation_steps and num_iterations to 1, or take "
+            "rule 'matryoshka' or 'lora'"
         )
 
 
