@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,11 +180,11 @@ def _check_values(config: AdapterConfig, where: str) -> None:
         if not isinstance(config[field] or {}, Mapping):
             raise MatryoshkaError(f"{where}: {field} is {config[field]!r:.80}, not a mapping. {_AGAIN}")
     for rank in (config["r"], *(config["rank_pattern"] or {}).values()):
-        if type(rank) is not int or rank < 1:
-            raise MatryoshkaError(f"{where}: the rank {rank!r:.80} is no positive integer. {_AGAIN}")
+        if type(rank) is not int or not 1 <= rank <= sys.maxsize:
+            raise MatryoshkaError(f"{where}: the rank {rank!r:.80} is no positive integer of 64 bits. {_AGAIN}")
     for alpha in (config["lora_alpha"], *(config["alpha_pattern"] or {}).values()):
-        if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-            raise MatryoshkaError(f"{where}: the lora_alpha {alpha!r:.80} is no positive number. {_AGAIN}")
+        if type(alpha) not in (int, float) or not 0 < alpha <= sys.float_info.max:
+            raise MatryoshkaError(f"{where}: the lora_alpha {alpha!r:.80} is no positive number of 64 bits. {_AGAIN}")
     for field in ("target_parameters", "modules_to_save"):
         _check_type(config, field, (list, set, tuple), where)
     _check_type(config, "base_model_name_or_path", (str,), where)

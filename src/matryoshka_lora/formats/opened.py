@@ -20,7 +20,7 @@ from matryoshka_lora.files import TRAINED_NAME, Mark, mark, one_state
 from matryoshka_lora.formats.config import AdapterConfig, read_config
 from matryoshka_lora.formats.directions import DIRECTIONS_NAME, read_directions
 from matryoshka_lora.formats.layout import Layer, find_layers
-from matryoshka_lora.formats.sidecar import check_folder, has_sidecar, read_sidecar
+from matryoshka_lora.formats.sidecar import SIDECAR_NAME, check_folder, has_sidecar, read_sidecar
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.state import State
 
@@ -98,7 +98,10 @@ class OpenedAdapter:
             MatryoshkaError: It is not a nested adapter.
         """
         if self.state is None:
-            raise MatryoshkaError(f"{self.name} is not a nested adapter: make it one by `matryoshka reorder` first")
+            raise MatryoshkaError(
+                f"{self.name} is not a nested adapter, for it has no {SIDECAR_NAME}: copy that too if it was left "
+                "behind, or make it a nested one by `matryoshka reorder`"
+            )
         return self.state
 
     def tensor(self, key: str) -> Tensor:
@@ -229,7 +232,7 @@ def _first(config: AdapterConfig, state: State, rank: int) -> tuple[AdapterConfi
             "`matryoshka reorder` first"
         )
     state.check_rank(rank)
-    scale = state.nesting.scale
+    rank, scale = int(rank), state.nesting.scale  # NumPy's integers are not JSON
     ranks = (*(r for r in state.nesting.ranks if r < rank), rank)
     return config.at(rank, scale), replace(state, nesting=Nesting(ranks, scale=scale))
 

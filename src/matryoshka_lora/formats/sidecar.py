@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -60,15 +61,10 @@ def read_sidecar(folder: Path, config: AdapterConfig) -> State:
         config: The adapter's, which says what the scale is.
 
     Raises:
-        MatryoshkaError: There is none, it is damaged, it contradicts the config, or a newer version of this package
+        MatryoshkaError: It is damaged, it contradicts the config, or a newer version of this package
             wrote it.
     """
     file = folder / SIDECAR_NAME
-    if not file.is_file():
-        raise MatryoshkaError(
-            f"{folder} holds no {SIDECAR_NAME}, so it is not a nested adapter. Any LoRA adapter becomes one by "
-            "`matryoshka reorder`, or is one when it is trained with `matryoshka train` or nest() and written by save()"
-        )
     try:
         if file.stat().st_size > _MAX_BYTES:
             raise ValueError(f"it has {file.stat().st_size} bytes")
@@ -120,7 +116,7 @@ def _state_1(data: dict[str, Any], config: AdapterConfig) -> State:
     if not isinstance(given, dict) or "ranks" not in given or not set(given) <= allowed:
         raise MatryoshkaError(f"a nesting has the keys ranks, scaling and alpha, not {given!r:.200}")
     scaling, alpha, rule = given.get("scaling", "none"), given.get("alpha", 1.0), get_rule(data["rule"])
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= sys.float_info.max:
         raise MatryoshkaError(f"alpha is {alpha!r:.80}, not a positive number")
     nesting = Nesting(given["ranks"], scaling, config.scale)
     root = {"none": alpha, "rank": nesting.max_rank, "sqrt": math.sqrt(nesting.max_rank)}[scaling]

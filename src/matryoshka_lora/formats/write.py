@@ -114,16 +114,19 @@ def cut(adapter: OpenedAdapter, ranks: Ranks, pad: bool = False) -> OpenedAdapte
     state = adapter.nested
     if not state.deployed:
         raise MatryoshkaError(f"{adapter.name} is as it was trained: reorder it first")
-    if not isinstance(ranks, int) and not state.reordered:
+    differ = isinstance(ranks, Mapping)
+    if differ and not state.reordered:
         raise MatryoshkaError(f"{adapter.name} is not reordered, so its layers need one rank: reorder it first")
-    top = ranks if isinstance(ranks, int) else max(ranks.values())
-    own = dict.fromkeys((layer.name for layer in adapter.layers), ranks) if isinstance(ranks, int) else dict(ranks)
-    for rank in sorted(set(own.values()) - {0}):
-        state.check_rank(rank)
+    own = dict(ranks) if isinstance(ranks, Mapping) else {layer.name: ranks for layer in adapter.layers}
+    for rank in own.values():
+        if rank or not differ:
+            state.check_rank(rank)
+    own = {name: int(rank) for name, rank in own.items()}  # NumPy's integers are not JSON
+    top = max(own.values())
     scale = float(state.diagonal(top)[0])
     config = adapter.config.at(top, scale)
-    widths = own if isinstance(ranks, int) else stored_ranks(own, pad)
-    if not isinstance(ranks, int):
+    widths = stored_ranks(own, pad) if differ else own
+    if differ:
         config = _with_own_ranks(adapter, config, widths, scale, pad)
     whole = {layer.name: layer for layer in adapter.layers}
     layers = [layer.at(widths[layer.name], scale) for layer in adapter.layers if widths[layer.name]]

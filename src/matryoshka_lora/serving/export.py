@@ -95,9 +95,10 @@ def export(
     opened, spectra = _ready(open_adapter(source))
     if rank is not None:
         opened.nested.check_rank(rank)
+        rank = int(rank)  # NumPy's integers are not JSON
     check_apart(source, out)
-    check_free(out, overwrite)
     check_writable(out.parent if format == "gguf" else out)
+    check_free(out, overwrite)
     chosen = None if budget is None else choose_ranks(opened.layers, spectra, budget)
     ranks: Ranks = chosen.ranks if chosen is not None else rank or opened.rank
     name, revision, base = _base(opened, model, revision, verify or format in ("merged", "gguf"))
