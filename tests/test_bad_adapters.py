@@ -161,6 +161,16 @@ def make_folder(name: str) -> Damage:
     return damage
 
 
+def link_to_nothing(name: str) -> Damage:
+    """As a download that was stopped leaves it."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to("nowhere")
+
+    return damage
+
+
 def cut(name: str, size: Callable[[int], int]) -> Damage:
     def damage(folder: Path) -> None:
         content = (folder / name).read_bytes()
@@ -337,6 +347,7 @@ CONFIG_DAMAGES: dict[str, tuple[Damage, str]] = {
 UNREADABLE = rf"{SIDECAR} cannot be read as a sidecar"
 SIDECAR_DAMAGES: dict[str, tuple[Damage, str]] = {
     "a folder": (make_folder(SIDECAR), SIDECAR),
+    "a link to nothing": (link_to_nothing(SIDECAR), SIDECAR),
     "empty": (write_bytes(SIDECAR, b""), UNREADABLE),
     "cut": (cut(SIDECAR, lambda size: size // 2), UNREADABLE),
     "not JSON": (write_bytes(SIDECAR, b"ranks: [1]"), UNREADABLE),
@@ -490,6 +501,8 @@ def test_a_config_that_is_not_there_is_not_looked_for_on_the_hub(folder: Path, m
 
 TRAINED = "trained.safetensors"
 TRAINED_DAMAGES: dict[str, tuple[Damage, str]] = {
+    "a folder": (make_folder(TRAINED), rf"{TRAINED}.*(damaged|cut short)"),
+    "a link to nothing": (link_to_nothing(TRAINED), rf"{TRAINED}.*(damaged|cut short)"),
     "cut": (cut(TRAINED, lambda size: size // 2), rf"{TRAINED}.*(damaged|cut short)"),
     "NaN": (change_tensors(TRAINED, **{A: set_entry(math.nan)}), r"q_proj.*NaN"),
     "B is missing": (change_tensors(TRAINED, **{B: None}), "lora_B"),

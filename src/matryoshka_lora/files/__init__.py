@@ -30,6 +30,7 @@ from matryoshka_lora.files.contents import (
     is_ours,
     kinds_in,
 )
+from matryoshka_lora.files.disk import read_text
 from matryoshka_lora.files.switch import Mark, mark
 from matryoshka_lora.files.writing import (
     check_writable,
@@ -57,6 +58,7 @@ __all__ = [
     "mark",
     "one_state",
     "output_directory",
+    "read_text",
     "replace_directory",
     "replace_file",
     "settle",

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.contents import EVALUATION_NAME, SPECTRA_NAME, TRAINED_NAME
-from matryoshka_lora.files.disk import flush_file, flush_folder
+from matryoshka_lora.files.disk import flush_file, flush_folder, read_text
 
 NEW = "new"
 _OLD = "old"
@@ -91,9 +91,7 @@ class Switch:
             return None
         file = workspace / _JOURNAL
         try:
-            if file.stat().st_size > _MAX_BYTES:
-                raise ValueError(f"it has {file.stat().st_size} bytes")
-            data = json.loads(file.read_text(encoding="utf-8"))
+            data = json.loads(read_text(file, _MAX_BYTES))
             new, old = (
                 {Path(PurePosixPath(name)): (int(size), int(time)) for name, (size, time) in data[key].items()}
                 for key in (NEW, _OLD)

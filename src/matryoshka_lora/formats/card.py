@@ -11,7 +11,15 @@ from typing import Any
 
 import yaml
 
-from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, PICTURE_NAME, WRITTEN_BY_US, is_ours, write_text
+from matryoshka_lora.files import (
+    EVALUATION_FOLDER,
+    EVALUATION_NAME,
+    PICTURE_NAME,
+    WRITTEN_BY_US,
+    is_ours,
+    read_text,
+    write_text,
+)
 from matryoshka_lora.formats.config import AdapterConfig
 from matryoshka_lora.metrics import with_error
 from matryoshka_lora.privacy import shown
@@ -128,7 +136,7 @@ def _what(config: AdapterConfig, state: State | None, base: str) -> str:
 def _curve(home: Path) -> str:
     """Table and picture of its evaluation, if `matryoshka eval` has written one."""
     try:
-        table = "\n".join(_rows(json.loads(_read(home / EVALUATION_FOLDER / EVALUATION_NAME))))
+        table = "\n".join(_rows(json.loads(read_text(home / EVALUATION_FOLDER / EVALUATION_NAME, _MAX_BYTES))))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return ""
     picture = f"{EVALUATION_FOLDER}/{PICTURE_NAME}"
@@ -149,7 +157,7 @@ def _rows(data: dict[str, Any]) -> Iterator[str]:
 def _recipe(home: Path) -> str:
     """Of the training config what `_RECIPE` names."""
     try:
-        text = _read(home / "train.yaml", _MAX_RECIPE_BYTES)
+        text = read_text(home / "train.yaml", _MAX_RECIPE_BYTES)
         config = yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return ""
@@ -215,9 +223,3 @@ matryoshka export THIS_FOLDER --format ladder -o ladder  # its README has the vl
 matryoshka export THIS_FOLDER --rank {some} --format gguf -o rank-{some}.gguf
 llama-cli -m BASE.gguf --lora rank-{some}.gguf
 ```"""
-
-
-def _read(path: Path, most: int = _MAX_BYTES) -> str:
-    if path.stat().st_size > most:
-        raise ValueError(f"{path} is too large")
-    return path.read_text(encoding="utf-8")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.files import read_text
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -134,9 +135,7 @@ def read_config(folder: Path) -> AdapterConfig:
     """
     file = folder / CONFIG_NAME
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"it has {file.stat().st_size} bytes")
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(read_text(file, _MAX_BYTES))
         if not isinstance(data, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:

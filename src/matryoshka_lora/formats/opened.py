@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Size, Tensor
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
-from matryoshka_lora.files import TRAINED_NAME, Mark, mark, one_state
+from matryoshka_lora.files import TRAINED_NAME, Mark, mark, one_state, read_text
 from matryoshka_lora.formats.config import AdapterConfig, read_config
 from matryoshka_lora.formats.directions import DIRECTIONS_NAME, read_directions
 from matryoshka_lora.formats.layout import Layer, find_layers
@@ -198,7 +198,7 @@ def _open(folder: Path, max_rank: int | None, trained: bool) -> OpenedAdapter:
     config = read_config(folder)
     state = read_sidecar(folder, config) if has_sidecar(folder) else None
     directions = folder / DIRECTIONS_NAME
-    if trained and state is not None and (folder / TRAINED_NAME).is_file():
+    if trained and state is not None and os.path.lexists(folder / TRAINED_NAME):
         opened = _from_files(folder, config, replace(state, reordered=None), [folder / TRAINED_NAME])
     elif directions.is_file() and not (folder / WEIGHTS_NAME).exists() and state is not None:
         rank = config.r if max_rank is None else max_rank
@@ -256,7 +256,7 @@ def first_ranks(opened: OpenedAdapter, rank: int) -> OpenedAdapter:
 def _from_files(folder: Path, config: AdapterConfig, state: State | None, files: Sequence[Path]) -> OpenedAdapter:
     stored: dict[str, Stored] = {}
     for file in files:
-        with _explained(file), safe_open(file, framework="pt") as opened:
+        with _explained(file), safe_open(_file(file), framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - it is no mapping
                 if key in stored:
                     raise MatryoshkaError(f"{folder} holds tensor {key} twice. Copy the adapter again")
@@ -265,6 +265,12 @@ def _from_files(folder: Path, config: AdapterConfig, state: State | None, files:
                     Size(head.get_shape()), DTYPES.get(head.get_dtype()), partial(_read, file, key, mark(file))
                 )
     return _opened(str(folder), config, state, stored, tuple(files))
+
+
+def _file(path: Path) -> Path:
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError("there is no such file")
+    return path
 
 
 def _read(file: Path, key: str, known: Mark) -> Tensor:
@@ -312,9 +318,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        if index.stat().st_size > _MAX_INDEX_BYTES:
-            raise ValueError(f"it has {index.stat().st_size} bytes")
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(json.loads(read_text(index, _MAX_INDEX_BYTES))["weight_map"].values())
         if not names or not all(isinstance(name, str) for name in names):
             raise ValueError("weight_map names no files")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import write_text
+from matryoshka_lora.files import read_text, write_text
 from matryoshka_lora.formats.config import CONFIG_NAME, AdapterConfig
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.rules import get_rule
@@ -50,7 +50,7 @@ def write_sidecar(folder: Path, state: State) -> None:
 
 def has_sidecar(folder: Path) -> bool:
     """Whether a folder holds a sidecar, readable or not."""
-    return (folder / SIDECAR_NAME).exists()
+    return os.path.lexists(folder / SIDECAR_NAME)
 
 
 def read_sidecar(folder: Path, config: AdapterConfig) -> State:
@@ -66,9 +66,7 @@ def read_sidecar(folder: Path, config: AdapterConfig) -> State:
     """
     file = folder / SIDECAR_NAME
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"it has {file.stat().st_size} bytes")
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(read_text(file, _MAX_BYTES))
         if not isinstance(data, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
@@ -151,7 +149,6 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
     Raises:
         MatryoshkaError: It is no folder.
     """
-    folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(path):  # to pathlib, no path at all is the folder that one is in
         raise MatryoshkaError(f"{path} is not a directory: give the directory that holds {CONFIG_NAME}")
-    return folder
+    return Path(path)

@@ -32,7 +32,7 @@ def read_spectra(adapter: OpenedAdapter) -> Spectra | None:
         MatryoshkaError: The file is damaged, or belongs to another adapter.
     """
     file = Path(adapter.name) / SPECTRA_NAME
-    if not file.exists():
+    if not file.is_file():
         return None
     again = f"Delete {file}, or reorder the adapter again"
     try:
