@@ -388,11 +388,7 @@ def test_slice_mask_export_and_merge_are_one(
     with torch.no_grad():
         masked = layer(x)
         A, B = nested.factors
-        p = (
-            deployed_p(nesting, rank, "paper")
-            if deploy == "paper"
-            else nesting.scale * (torch.arange(top) < rank).double()
-        )
+        p = deployed_p(nesting, rank, "paper") if deploy == "paper" else reordered_p(nesting, rank)
         sliced = nested.kind.forward(base, A[:rank], B[:, :rank], p[:rank], x)
         assert close(masked, sliced)
 
