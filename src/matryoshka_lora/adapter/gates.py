@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from matryoshka_lora.adapter.factors import get_parameters, has_adapter
 from matryoshka_lora.adapter.gate import Gate
 from matryoshka_lora.adapter.variant import NestedVariant
+from matryoshka_lora.errors import MatryoshkaError
 
 
 def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
@@ -26,6 +27,23 @@ def nested_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any, Ne
         variant = module.lora_variant.get(adapter)
         if isinstance(variant, NestedVariant):
             yield name, module, variant
+
+
+def checked_layers(model: nn.Module, adapter: str) -> list[tuple[str, Any, NestedVariant]]:
+    """All layers of a nested adapter, as `nested_layers`.
+
+    Raises:
+        MatryoshkaError: There is none, or PEFT has made the adapter anew in one of them.
+    """
+    nested = list(nested_layers(model, adapter))
+    if not nested:
+        raise MatryoshkaError(f"the model has no nested adapter {adapter!r}: call nest() or load() first")
+    plain = {name for name, _ in lora_layers(model, adapter)} - {name for name, _, _ in nested}
+    if plain:
+        raise MatryoshkaError(
+            f"PEFT has made adapter {adapter!r} anew in layer {min(plain)} after it was nested: call nest() again"
+        )
+    return nested
 
 
 def gated(

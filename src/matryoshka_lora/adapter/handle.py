@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from matryoshka_lora.adapter.copies import nest_copies
-from matryoshka_lora.adapter.gates import lora_layers, nested_layers
+from matryoshka_lora.adapter.gates import checked_layers
 from matryoshka_lora.adapter.in_model import InModel
 from matryoshka_lora.adapter.merging import unmerge
 from matryoshka_lora.adapter.saving import export_rank, opened_from, save_adapter, writes
@@ -48,7 +48,7 @@ class NestedAdapter:
     def __init__(self, model: PeftModel, adapter: str = "default") -> None:
         self.model = model
         self.name = adapter
-        self._variants()
+        self.layers()
 
     def layers(self) -> list[tuple[str, Any, NestedVariant]]:
         """Each nested layer: its name in the base model, PEFT's module, and what stands between its factors.
@@ -56,23 +56,12 @@ class NestedAdapter:
         Raises:
             MatryoshkaError: There is none, or PEFT has made the adapter anew in one of them.
         """
-        nested = list(nested_layers(self.model, self.name))
-        if not nested:
-            raise MatryoshkaError(f"the model has no nested adapter {self.name!r}: call nest() or load() first")
-        plain = {name for name, _ in lora_layers(self.model, self.name)} - {name for name, _, _ in nested}
-        if plain:
-            raise MatryoshkaError(
-                f"PEFT has made adapter {self.name!r} anew in layer {min(plain)} after it was nested: call nest() again"
-            )
-        return nested
-
-    def _variants(self) -> list[NestedVariant]:
-        return [variant for _, _, variant in self.layers()]
+        return checked_layers(self.model, self.name)
 
     @property
     def state(self) -> State:
         """What all layers share: nesting, rule, seed, and how it is deployed."""
-        return self._variants()[0].state
+        return self.layers()[0][2].state
 
     @property
     def nesting(self) -> Nesting:
@@ -106,7 +95,6 @@ class NestedAdapter:
     @property
     def rank(self) -> int | dict[str, int]:
         """The rank in eval mode: one number, or one for each layer where they differ."""
-        self.layers()
         return InModel(self.model, self.name).rank
 
     def set_rank(self, rank: int | Mapping[str, int]) -> None:

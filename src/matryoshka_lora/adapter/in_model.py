@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from matryoshka_lora.adapter.copies import nest_copies
 from matryoshka_lora.adapter.factors import assign, get_factors, get_gradients, get_parameters, has_modules
-from matryoshka_lora.adapter.gates import begin, draw, gated, nested_layers
+from matryoshka_lora.adapter.gates import begin, checked_layers, draw, gated
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.layout import as_parameters
 from matryoshka_lora.state import By, State
@@ -24,21 +24,24 @@ class InModel:
     Args:
         model: The PEFT model.
         name: The adapter's.
+
+    Raises:
+        MatryoshkaError: There is none, or PEFT has made it anew in a layer. So do `state`, `rank` and `draw`.
     """
 
     def __init__(self, model: PeftModel, name: str) -> None:
         self.model, self.name = model, name
-        self._layers = [(layer, module) for layer, module, _ in nested_layers(model, name)]
+        self._layers = [(layer, module) for layer, module, _ in checked_layers(model, name)]
 
     @property
     def state(self) -> State:
         """What all layers share."""
-        return next(nested_layers(self.model, self.name))[2].state
+        return checked_layers(self.model, self.name)[0][2].state
 
     @property
     def rank(self) -> int | dict[str, int]:
         """The rank in eval mode: one number, or one for each layer where they differ."""
-        ranks = {name: variant.rank for name, _, variant in nested_layers(self.model, self.name)}
+        ranks = {name: variant.rank for name, _, variant in checked_layers(self.model, self.name)}
         return ranks if len(set(ranks.values())) > 1 else next(iter(ranks.values()))
 
     @property
@@ -81,6 +84,7 @@ class InModel:
 
     def draw(self, step: int, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> None:
         """Apply the rule's draw, to the copies that TRL keeps too; see `matryoshka_lora.NestedAdapter.draw`."""
+        checked_layers(self.model, self.name)
         for name in (self.name, *nest_copies(self.model, self.name)):
             draw(self.model, name, step, rows, share)
 

@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 
 from matryoshka_lora.adapter.copies import COPIES, nest_copies
 from matryoshka_lora.adapter.factors import gathered, get_parameters
-from matryoshka_lora.adapter.gates import begin, nested_layers
+from matryoshka_lora.adapter.gates import begin, checked_layers, nested_layers
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import TRAINED_NAME, output_directory, replace_directory
 from matryoshka_lora.formats.config import check_config
@@ -39,11 +39,9 @@ def opened_from(model: PeftModel, adapter: str, state_dict: Mapping[str, Tensor]
         state_dict: The model's, where it was gathered already.
 
     Raises:
-        MatryoshkaError: A weight is not finite.
+        MatryoshkaError: A weight is not finite, or PEFT has made the adapter anew in a layer.
     """
-    state = state_of(model, adapter)
-    if state is None:
-        raise MatryoshkaError(f"the model has no nested adapter {adapter!r}: call nest() or load() first")
+    state = checked_layers(model, adapter)[0][2].state
     # The base model's embeddings are not part of the adapter, though PEFT would add them when they are a target.
     found = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter, save_embedding_layers=False)
     tensors = {key: gathered(tensor.detach()).cpu() for key, tensor in found.items()}
@@ -98,21 +96,36 @@ class _Nested:
     """Mixed into a `PeftModel` by `nest`: its files serve every rank, and training goes on from them."""
 
     def save_pretrained(
-        self, save_directory: str, *args: Any, selected_adapters: Sequence[str] | None = None, **kwargs: Any
+        self,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        **kwargs: Any,
     ) -> None:
         """As PEFT's, but for nested adapters, which are written as `NestedAdapter.save` writes them.
 
         An adapter that can still be trained has the factors as they are trained in a second file beside them.
+
+        Raises:
+            MatryoshkaError: As `NestedAdapter.save`, or a nested adapter is to be written as a pickle.
         """
         model: Any = self
         names = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
         nested = [name for name in names if name in model.peft_config and state_of(model, name)]
         others = [name for name in names if name not in nested]
+        if nested and not safe_serialization:
+            raise MatryoshkaError(
+                f"adapter {nested[0]!r} is nested, and is written as safetensors only: leave safe_serialization out"
+            )
         if others:
-            super().save_pretrained(save_directory, *args, selected_adapters=others, **kwargs)  # type: ignore[misc]
+            super().save_pretrained(  # type: ignore[misc]
+                save_directory, safe_serialization, others, save_embedding_layers, is_main_process, **kwargs
+            )
         for name in nested:
             opened = opened_from(model, name, kwargs.get("state_dict"))
-            if kwargs.get("is_main_process", True):
+            if is_main_process:
                 folder = Path(save_directory) if name == "default" else Path(save_directory) / name
                 # Copies that TRL keeps are compared with what is trained, to the last bit.
                 trainable = name in COPIES or any(
@@ -141,7 +154,9 @@ class _Nested:
                 f"{model_id} holds an adapter with another nesting or rule than adapter {adapter_name!r}: load it "
                 "under another name"
             )
-        result = set_peft_model_state_dict(model, opened.tensors(), adapter_name=adapter_name)
+        tensors = opened.tensors()  # raises what is wrong with them, before anything is changed
+        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
         state.reordered = found.reordered
         begin(model, adapter_name)
         return result
