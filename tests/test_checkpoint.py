@@ -56,7 +56,8 @@ def as_deployed(adapter: NestedAdapter) -> NestedAdapter:
 
 def logits(model: Any, ids: Tensor = IDS) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=ids).logits
+        found: Tensor = model(input_ids=ids).logits
+    return found
 
 
 def at_every_rank(adapter: NestedAdapter, ids: Tensor = IDS) -> dict[int, Tensor]:
@@ -83,7 +84,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / CONFIG).read_text())
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     # PEFT keeps these as a set, whose order is another one in every process.
     if isinstance(config["target_modules"], list):
         config["target_modules"] = sorted(config["target_modules"])
@@ -629,7 +630,7 @@ def test_exporting_from_the_file_is_exporting_from_the_model(tmp_path: Path, for
 
 @pytest.mark.parametrize(("form", "rank"), [("paper", 3), ("trained", 3), ("reordered", 4)])
 def test_a_slice_is_an_ordinary_adapter(tmp_path: Path, form: str, rank: int) -> None:
-    lora = {"lora_alpha": 1.7, "use_rslora": True, "init_lora_weights": "gaussian", "lora_dropout": 0.1}
+    lora: dict[str, Any] = {"lora_alpha": 1.7, "use_rslora": True, "init_lora_weights": "gaussian", "lora_dropout": 0.1}
     in_form(form, nested_llama(NESTING, **lora)).export(tmp_path, rank)
     config = config_of(tmp_path)
     assert config["r"] == rank

@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(model: Path, output: Path, **changes: Any) -> TrainConfig:
-    settings = {
+    settings: dict[str, Any] = {
         "model": str(model),
         "dtype": "fp32",
         "data": {"task": "chain_sum", "size": 20},
@@ -173,9 +173,15 @@ def test_one_rank_is_refused_before_it_is_reordered(model: Path, tmp_path: Path)
 
 
 def test_an_order_takes_so_many_steps_of_twelve_rows(model: Path, tmp_path: Path) -> None:
-    trainer, rows = untrained(config_of(model, tmp_path)), []
+    trainer = untrained(config_of(model, tmp_path))
+    rows: list[int] = []
     collator = trainer.data_collator
-    trainer.data_collator = lambda examples: (rows.append(len(examples)), collator(examples))[1]
+
+    def counting(examples: list[Any]) -> Any:
+        rows.append(len(examples))
+        return collator(examples)
+
+    trainer.data_collator = counting
     adapter = NestedAdapter(trainer.model)
     adapter.reorder("learned", trainer, rows=36)
     assert adapter.state.reordered == "learned"
@@ -310,6 +316,7 @@ def test_the_loss_while_training_is_that_of_the_adapter_that_comes_of_it(model: 
         adapter = train(config)
         history = json.loads((tmp_path / deploy / STATE).read_text())["log_history"]
         (told,) = (entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] == 4)
+        assert config.eval_data is not None
         data = load_data(config.eval_data)
         found = _trainer(adapter, config, config.sft_config(), data, data).evaluate()["eval_loss"]
         assert told == pytest.approx(found, rel=1e-5)
@@ -451,7 +458,7 @@ def test_each_row_is_trained_with_its_own_tools(model: Path, tmp_path: Path) -> 
     tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template
     tokenizer.save_pretrained(folder)
     messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
-    rows = [{"messages": messages}]
+    rows: list[dict[str, Any]] = [{"messages": messages}]
     rows += [{"messages": messages, "tools": [{"name": name, "parameters": {name: 1}}]} for name in "fg"]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = config_of(folder, tmp_path / "run", data=str(tmp_path / "rows.jsonl"))

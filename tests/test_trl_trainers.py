@@ -52,7 +52,7 @@ S_R = 1.5
 NESTING = Nesting([1, 2, 4], "sqrt", S_R)
 P = oracle.trained_p([1, 2, 4], "sqrt", S_R)
 TOKENIZER = tiny_tokenizer()
-ROWS = {
+ROWS: dict[str, list[Any]] = {
     "prompt": [f"{a}+1=" for a in range(8)],
     "chosen": [f"{a + 1}" for a in range(8)],
     "rejected": [f"{a + 3}!" for a in range(8)],
@@ -78,7 +78,7 @@ TRAINERS: dict[str, tuple[Any, Any, list[str], dict[str, Any]]] = {
 
 
 def base_model(kind: str = "sft") -> Any:
-    changes = {"vocab_size": len(TOKENIZER), "num_hidden_layers": 1, "initializer_range": 0.1}
+    changes: dict[str, Any] = {"vocab_size": len(TOKENIZER), "num_hidden_layers": 1, "initializer_range": 0.1}
     ids = {"pad_token_id": TOKENIZER.pad_token_id, "eos_token_id": TOKENIZER.eos_token_id}
     model = tiny_llama(**changes, **ids)
     if kind != "reward":
@@ -170,7 +170,7 @@ def test_each_trainer_logs_what_plain_peft_logs_with_p(kind: str, rule: str, tmp
         torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-4, msg=name)
 
 
-AT_REST = {
+AT_REST: dict[str, dict[str, float]] = {
     "dpo": {"loss": math.log(2), "rewards/margins": 0, "rewards/chosen": 0},
     "kto": {"loss": 0.5, "kl": 0, "rewards/chosen": 0},
     "grpo": {"kl": 0},
@@ -393,7 +393,7 @@ def test_a_batch_that_was_halved_for_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_a_precomputed_reference(kind: str, tmp_path: Path) -> None:
     """Right while B is zero, where every p gives the base model."""
-    options = {"precompute_ref_log_probs": True, "learning_rate": 0.0}
+    options: dict[str, Any] = {"precompute_ref_log_probs": True, "learning_rate": 0.0}
     adapter = nested(kind, zero=True)
     trainer = trainer_for(kind, adapter.model, tmp_path, adapter, **options)
     trainer.train()
