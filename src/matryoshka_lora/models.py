@@ -187,14 +187,23 @@ def rotation_limit(model: Any) -> int | None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """A context in which a model is in evaluation mode; each of its modules has its own mode again afterwards."""
+    """A context in which a model is in evaluation mode; each of its modules has its own mode again afterwards.
+
+    Layers with 4-bit weights are in training mode meanwhile, which computes the same: in evaluation mode, bitsandbytes
+    repacks them for the CPU at the first forward, and they cannot be merged into from then on.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        for module, _ in modes:
+            module.training = _is_4bit(module)
         yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _is_4bit(module: nn.Module) -> bool:
+    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
 
 
 def _quantization_config(quantization: str, dtype: Any) -> BitsAndBytesConfig:

@@ -199,11 +199,12 @@ class _Own:
     def away(self, request: _Request, likelihood: float) -> float:
         """How far another likelihood of the continuation is from the own one, in the spread at its places.
 
-        The spread is the standard deviation over the likelier half of the tokens: some models rule tokens out.
+        The spread is the standard deviation over the likelier half of the tokens: some models rule tokens out. Where
+        all of them are equally likely, there is none, and the difference itself is returned.
         """
         logprobs = self.logprobs(request)
         spread = logprobs.topk(logprobs.shape[-1] // 2).values.std(dim=-1).max().item()
-        return abs(likelihood - self.likelihood(request)) / spread
+        return abs(likelihood - self.likelihood(request)) / (spread or 1.0)
 
 
 def _answers(runner: Runner, texts: _Texts, ranks: Sequence[int]) -> tuple[list[tuple[str, _Request, float]], int]:
