@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from matryoshka_lora.errors import MatryoshkaError
+
 if TYPE_CHECKING:
     from matryoshka_lora.evaluation.choice import Choice, Measured
 
@@ -44,11 +46,16 @@ def select(
     if within is None and max_bytes is None and max_latency is None:
         raise typer.BadParameter("say what the rank must meet: --within 1%, --max-bytes or --max-latency")
 
-    from matryoshka_lora.evaluation.results import find_adapter, read_evaluation
+    from matryoshka_lora.evaluation.reading import find_adapter, read_evaluation
+    from matryoshka_lora.evaluation.select import parse_share
     from matryoshka_lora.evaluation.select import select as choose
 
+    try:
+        share = None if within is None else parse_share(within)
+    except MatryoshkaError as error:
+        raise typer.BadParameter(str(error)) from error
     found = read_evaluation(evaluation)
-    choice = choose(found, within, max_bytes=max_bytes, max_latency=max_latency, task=task)
+    choice = choose(found, share, max_bytes=max_bytes, max_latency=max_latency, task=task)
     name, measured = found.task_name(task), found.measured(task)
     typer.echo(f"{name}: {measured.metric}, {measured.items} questions\n")
     for line in (*_table(measured, choice), "", *_sentences(measured, choice)):

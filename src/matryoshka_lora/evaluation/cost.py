@@ -6,13 +6,16 @@ import inspect
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from matryoshka_lora.adapter.handle import NestedAdapter
+from matryoshka_lora.adapter.saving import export_rank, opened_from
 from matryoshka_lora.formats.opened import OpenedAdapter
+from matryoshka_lora.models import evaluation_mode
 
 _STEPS = 12
 
@@ -49,34 +52,44 @@ def token_latency(adapter: NestedAdapter, ranks: Sequence[int]) -> list[float]:
 @torch.inference_mode()
 def _in_turns(adapter: NestedAdapter, ranks: Sequence[int]) -> list[float]:
     model = adapter.model
-    with tempfile.TemporaryDirectory() as folder:
-        names = {}
-        for rank in ranks:
-            names[rank] = f"latency_{rank}"
-            adapter.export(f"{folder}/{rank}", rank)
-            model.load_adapter(f"{folder}/{rank}", names[rank], torch_device=str(model.device))
+    # PEFT lets an adapter learn that is made the active one.
+    learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    names = {rank: f"latency_{rank}" for rank in ranks}
+    times: dict[int, list[float]] = {rank: [] for rank in ranks}
     # transformers 5.24 has renamed it.
     key = "cache" if "cache" in inspect.signature(model.get_base_model().forward).parameters else "past_key_values"
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     ids = torch.arange(64, device=model.device)[None] % model.config.get_text_config().vocab_size
-    times: dict[int, list[float]] = {rank: [] for rank in ranks}
     try:
-        caches: dict[int, Any] = {}
-        for turn in range(_STEPS):
-            for rank in ranks:
-                model.set_adapter(names[rank])
-                if rank not in caches:
-                    out = model(input_ids=ids, use_cache=True)
-                    caches[rank] = getattr(out, key)
-                begin = time.perf_counter()
-                model(input_ids=ids[:, -1:], use_cache=True, **{key: caches[rank]})
-                if turn > 1:
-                    times[rank].append(1000 * (time.perf_counter() - begin))
+        with evaluation_mode(model):
+            _load_cut(adapter, names)
+            caches: dict[int, Any] = {}
+            for turn in range(_STEPS):
+                for rank in ranks:
+                    model.set_adapter(names[rank])
+                    if rank not in caches:
+                        caches[rank] = getattr(model(input_ids=ids, use_cache=True), key)
+                    begin = time.perf_counter()
+                    model(input_ids=ids[:, -1:], use_cache=True, **{key: caches[rank]})
+                    if turn > 1:
+                        times[rank].append(1000 * (time.perf_counter() - begin))
     finally:
         model.set_adapter(adapter.name)
         for name in names.values():
-            model.delete_adapter(name)
-        for module, training in modes:
-            module.training = training
+            if name in model.peft_config:
+                model.delete_adapter(name)
+        for parameter, learns in learning:
+            parameter.requires_grad = learns
     return [round(statistics.median(times[rank]), 3) for rank in ranks]
+
+
+def _load_cut(adapter: NestedAdapter, names: Mapping[int, str]) -> None:
+    """Put the ordinary adapter of each rank onto the model.
+
+    Time does not depend on the numbers, so factors that were never reordered are cut as they are.
+    """
+    opened = opened_from(adapter.model, adapter.name)
+    columns = replace(opened, state=replace(opened.nested, deploy="paper"))
+    with tempfile.TemporaryDirectory() as folder:
+        for rank, name in names.items():
+            export_rank(columns, f"{folder}/{rank}", rank)
+            adapter.model.load_adapter(f"{folder}/{rank}", name, torch_device=str(adapter.model.device))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +25,9 @@ from matryoshka_lora.evaluation.cost import adapter_bytes, token_latency
 from matryoshka_lora.evaluation.harness import SEEDS, OnProgress, judge
 from matryoshka_lora.evaluation.page import PAGE_NAME, page
 from matryoshka_lora.evaluation.questions_task import QuestionsTask
+from matryoshka_lora.evaluation.reading import read_evaluation
 from matryoshka_lora.evaluation.report import draw_tasks
-from matryoshka_lora.evaluation.results import EXAMPLES_NAME, Evaluation, examples_of, read_evaluation, summed
+from matryoshka_lora.evaluation.results import EXAMPLES_NAME, Evaluation, examples_of, summed
 from matryoshka_lora.evaluation.store import ANSWERS_NAME, Store
 from matryoshka_lora.evaluation.tasks import BUILT_IN_ITEMS, Asked, ask
 from matryoshka_lora.files import (
@@ -40,9 +40,11 @@ from matryoshka_lora.files import (
     replace_directory,
 )
 from matryoshka_lora.formats.card import write_card
+from matryoshka_lora.formats.fingerprint import fingerprint
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
 from matryoshka_lora.models import DTYPES, base_of, load_model, load_tokenizer
 from matryoshka_lora.privacy import marked, shown
+from matryoshka_lora.state import State
 
 Split = Literal["test", "validation"]
 Progress = Callable[[str], AbstractContextManager[OnProgress]]
@@ -87,7 +89,8 @@ def evaluate(
         evaluation.values()  # {1: 0.38, 4: 0.52, 32: 0.61}
 
     Args:
-        adapter: An adapter's folder, or an adapter in memory, whose rank and mode are the same afterwards.
+        adapter: An adapter's folder, or an adapter in memory, which is the same afterwards. It is measured as it is in
+            memory: reorder it first, to measure what `NestedAdapter.save` writes.
         tasks: Names: tasks of lm-evaluation-harness or YAML files of them, its groups, the presets of
             `matryoshka_lora.evaluation.tasks.PRESETS`, or built-in tasks.
         data: Instead of tasks: a file, the id of a hub dataset, or rows with ``prompt`` and ``completion``.
@@ -117,11 +120,7 @@ def evaluate(
         raise MatryoshkaError("give either tasks, for example family_relationships, or data, for example my.jsonl")
     opened = opened_from(adapter.model, adapter.name) if isinstance(adapter, NestedAdapter) else open_adapter(adapter)
     state = opened.nested
-    chosen = tuple(state.ranks if ranks == "all" else ranks or state.nesting.ranks)
-    for rank in chosen:
-        state.check_rank(rank)
-    if list(chosen) != sorted(set(chosen)):
-        raise MatryoshkaError(f"the ranks must increase; write {sorted(set(chosen))}")
+    chosen = _chosen(state, ranks)
     home = None if isinstance(adapter, NestedAdapter) else Path(adapter)
     folder = Path(out) if out is not None else None if home is None else home / EVALUATION_FOLDER
     if folder is not None:
@@ -132,42 +131,46 @@ def evaluate(
     if tokenizer is None:
         tokenizer = load_tokenizer(_needed(name, opened), revision=revision)
     asked = _asked(tasks, data, tokenizer, num_fewshot, limit, split, fixed_shots)
-    nested = adapter if isinstance(adapter, NestedAdapter) else _on_base(opened, _needed(name, opened), revision, dtype)
-
+    if isinstance(adapter, NestedAdapter):
+        model_name, computed = name or type(adapter.model.get_base_model()).__name__, adapter.model.dtype
+    else:
+        model_name, computed = _needed(name, opened), DTYPES[dtype]
     about: dict[str, Any] = {
-        "model": shown(name or type(nested.model.get_base_model()).__name__),
+        "model": shown(model_name),
         "revision": revision,
-        "dtype": str(nested.model.dtype).removeprefix("torch."),
+        "dtype": str(computed).removeprefix("torch."),
         "adapter": {
             "name": _title(opened),
             "path": shown(opened.name),
             "rule": state.rule.name,
             "deploy": state.deploy,
             "reordered": state.reordered,
-            "sha256": _weights_hash(opened),
+            "sha256": fingerprint(opened),
         },
         "mode": "fixed-shots" if fixed_shots else "exact",
         "seeds": SEEDS,
         "settings": {"num_fewshot": num_fewshot, "limit": limit, "split": split},
         "versions": versions(),
         "bytes": adapter_bytes(opened, chosen),
-        "latency_ms": token_latency(nested, chosen) if latency else None,
+        "latency_ms": None,
     }
     evaluation = Evaluation(about, chosen)
     if folder is not None and (folder / EVALUATION_NAME).is_file():
-        _keep_earlier(evaluation, folder, overwrite)
+        _keep_earlier(evaluation, folder, {called for task in asked for called in task.names.values()}, overwrite)
+    nested = adapter if isinstance(adapter, NestedAdapter) else _on_base(opened, model_name, revision, dtype)
     engine = Engine(nested, tokenizer, batch_size)
     subject = {"model": marked(name), "dtype": about["dtype"], "adapter": about["adapter"]["sha256"]}
     if revision is not None:
         subject["revision"] = revision
     store = Store(None if folder is None else folder / ANSWERS_NAME, subject, anew=overwrite)
     try:
+        if latency:
+            about["latency_ms"] = token_latency(nested, chosen)
         for task in asked:
             with nullcontext(None) if progress is None else progress(task.name) as report:
                 of = ((0,) if nested.has_base else ()) + chosen
                 judged = judge(engine, task.tasks, of, store, task.num_fewshot, limit, report)
-            for own in (str(one.config.task) for one in task.tasks):
-                called = task.name if len(task.tasks) == 1 else own
+            for own, called in task.names.items():
                 entry = {**summed(own, task.kind, task.metric, judged.results), "prompts": judged.prompts}
                 samples = {rank: found["samples"][own] for rank, found in judged.results.items()}
                 evaluation.add(called, entry, examples_of(called, samples))
@@ -213,6 +216,19 @@ def bar(name: str) -> Iterator[OnProgress]:
         yield report
 
 
+def _chosen(state: State, ranks: Sequence[int] | Literal["all"] | None) -> tuple[int, ...]:
+    if ranks is None or ranks == "all":
+        return state.ranks if ranks == "all" else state.nesting.ranks
+    for rank in ranks:
+        state.check_rank(rank)
+    chosen = tuple(map(int, ranks))  # NumPy's integers are not JSON
+    if not chosen:
+        raise MatryoshkaError("there are no ranks; give at least one, or None for the nested ones")
+    if list(chosen) != sorted(set(chosen)):
+        raise MatryoshkaError(f"the ranks must increase; write {sorted(set(chosen))}")
+    return chosen
+
+
 def _needed(name: str | None, opened: OpenedAdapter) -> str:
     if not name:
         raise MatryoshkaError(f"{opened.name} does not say which base model it belongs to; give it with --model")
@@ -241,7 +257,7 @@ def _asked(
         if not names or len(set(names)) < len(names):
             raise MatryoshkaError(f"the tasks are {tasks!r}; write each name once, with commas between")
         found = [ask(name, tokenizer, num_fewshot, limit, split, fixed_shots) for name in names]
-        called = [task.name for task in found]
+        called = [name for task in found for name in task.names.values()]
         for name in called:
             if called.count(name) > 1:
                 raise MatryoshkaError(f"two tasks are called {name}: evaluate one of them with another --out")
@@ -258,6 +274,8 @@ def _of_rows(
     rows: Sequence[Mapping[str, Any]], name: str, limit: int | None, tokenizer: PreTrainedTokenizerBase
 ) -> Asked:
     questions = rows_from(rows, name)[:limit]
+    if not questions:
+        raise MatryoshkaError(f"{name} has no rows to ask: give at least one")
     return Asked(name, "file", [QuestionsTask(ExactMatch(name), questions, tokenizer)], None, "accuracy,none")
 
 
@@ -267,19 +285,9 @@ def _title(opened: OpenedAdapter) -> str:
     return f"{state.rule.name}, {how or 'as it is trained'}"
 
 
-def _weights_hash(opened: OpenedAdapter) -> str:
-    """The hash of everything that an adapter's answers depend on."""
-    found = sha256(json.dumps([opened.config.scale, opened.config.r, str(opened.state)]).encode())
-    for key in sorted(opened.stored):
-        tensor = opened.tensor(key).detach().cpu().contiguous()
-        found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
-def _keep_earlier(evaluation: Evaluation, folder: Path, overwrite: bool) -> None:
+def _keep_earlier(evaluation: Evaluation, folder: Path, anew: Collection[str], overwrite: bool) -> None:
     try:
-        evaluation.keep(read_evaluation(folder))
+        evaluation.keep(read_evaluation(folder), but=anew)
     except MatryoshkaError as error:
         if not overwrite:
             raise MatryoshkaError(

@@ -37,7 +37,7 @@ def print_tasks(evaluation: Mapping[str, Any]) -> None:
         *map(Text, lines),
         Text("  ± is one standard error over the questions"),
     )
-    needed = Console(width=1000).measure(made).minimum
+    needed = Console(width=1000).measure(found).maximum
     Console(width=max(Console().width, needed), highlight=False).print(made, "")
 
 

@@ -43,21 +43,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.choice import Measured
-from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, settle
 from matryoshka_lora.metrics import aurac
 
 EXAMPLES_NAME = "examples.jsonl"
 FORMAT = 3
 
-_READABLE = (2, FORMAT)  # 2 is that of version 0.1, whose words for the adapter were others
 _PROMPT_CHARACTERS = 2000
 """Of the end of a prompt are kept for the table of examples: few-shot prompts would fill the disk."""
 
@@ -132,23 +128,31 @@ class Evaluation:
             by_question=_by_question(self.examples, name, metric),
         )
 
-    def keep(self, earlier: Evaluation) -> None:
+    def keep(self, earlier: Evaluation, but: Collection[str] = ()) -> None:
         """Take over the tasks of an earlier evaluation, with the settings and versions that they had.
 
+        Args:
+            earlier: Of the same adapter.
+            but: Tasks of it that are measured anew.
+
         Raises:
-            MatryoshkaError: It is of another adapter, base model or dtype, or at other ranks.
+            MatryoshkaError: It is of another adapter, base model or dtype, or a task that is kept has other ranks.
         """
-        differs = [key for key in ("model", "dtype") if self.about[key] != earlier.about.get(key)]
+        differs = [key for key in ("model", "revision", "dtype") if self.about.get(key) != earlier.about.get(key)]
         weights = [evaluation.about.get("adapter", {}).get("sha256") for evaluation in (self, earlier)]
         differs += ["adapter"] * (weights[0] != weights[1])
-        differs += ["mode"] * (self.about["mode"] != earlier.about.get("mode"))
-        differs += ["list of ranks"] * (list(self.ranks) != list(earlier.ranks))
         if differs:
             raise MatryoshkaError(f"it is the evaluation of another {' and '.join(differs)}")
-        for name, task in earlier.tasks.items():
+        kept = {name: task for name, task in earlier.tasks.items() if name not in but}
+        names = ", ".join(kept)
+        if kept and list(self.ranks) != list(earlier.ranks):
+            raise MatryoshkaError(f"it holds {names} at other ranks, {', '.join(map(str, earlier.ranks))}")
+        if kept and self.about["mode"] != earlier.about.get("mode"):
+            raise MatryoshkaError(f"it holds {names} in another mode, {earlier.about.get('mode')}")
+        for name, task in kept.items():
             before = {key: earlier.about.get(key) for key in ("settings", "versions")}
             self.tasks[name] = {**before, **task}
-        self.examples += earlier.examples
+        self.examples += [example for example in earlier.examples if example["task"] in kept]
 
     def add(self, name: str, task: Mapping[str, Any], examples: Sequence[dict[str, Any]]) -> None:
         """Take over a task, in the place of an earlier one of that name."""
@@ -162,87 +166,6 @@ class Evaluation:
     def example_lines(self) -> str:
         """The text of ``examples.jsonl``."""
         return "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in self.examples)
-
-
-def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
-    """Read back what ``matryoshka eval`` has written; no model and no harness is loaded for it.
-
-    Args:
-        path: An ``evaluation.json``, its folder, or an adapter that has been evaluated.
-
-    Raises:
-        MatryoshkaError: There is none, or it is damaged.
-    """
-    file = find_evaluation(path)
-    try:
-        data: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise MatryoshkaError(f"{file} cannot be read as JSON: {error}") from error
-    is_evaluation = isinstance(data, dict) and "format" in data
-    if not is_evaluation or data["format"] not in _READABLE:
-        what = f"has format {data['format']!r}" if is_evaluation else "is no evaluation"
-        raise MatryoshkaError(f"{file} {what}, and format {FORMAT} is needed; matryoshka eval ADAPTER writes it")
-    about = {key: value for key, value in data.items() if key not in ("format", "ranks", "tasks")}
-    try:
-        evaluation = Evaluation(about, data["ranks"], dict(data["tasks"]), _read_examples(file))
-        for name in evaluation.tasks:
-            evaluation.measured(name)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, MatryoshkaError):
-            raise
-        raise MatryoshkaError(f"{file} is damaged ({error!r}); evaluate the adapter again") from error
-    return evaluation
-
-
-def find_evaluation(path: str | os.PathLike[str]) -> Path:
-    """The ``evaluation.json`` that a path means: the file, its folder, or an adapter that has been evaluated.
-
-    Raises:
-        MatryoshkaError: There is none.
-    """
-    given = Path(path)
-    places = (given, given / EVALUATION_FOLDER) if given.is_dir() else (given.parent,)
-    for place in places:
-        settle(place)
-    for found in (given, *(place / EVALUATION_NAME for place in places if given.is_dir())):
-        if found.is_file():
-            return found
-    if (given / "adapter_config.json").is_file():
-        raise MatryoshkaError(
-            f"{given} is an adapter that was never evaluated, or into another folder; "
-            f"write: matryoshka eval {given} --tasks family_relationships"
-        )
-    if given.is_dir():
-        raise MatryoshkaError(f"there is no {EVALUATION_NAME} in {given}; give the folder that matryoshka eval wrote")
-    raise MatryoshkaError(f"{given} does not exist; give what matryoshka eval wrote, a file or its folder")
-
-
-def find_adapter(path: str | os.PathLike[str]) -> Path:
-    """The adapter of an evaluation: the folder around the evaluation's, or else what the file calls it.
-
-    Raises:
-        MatryoshkaError: There is no evaluation.
-    """
-    file = find_evaluation(path)
-    around = file.resolve().parent.parent
-    if not (around / "adapter_config.json").is_file():
-        return Path(str(read_evaluation(file).about.get("adapter", {}).get("path", "ADAPTER")))
-    # In the words that the user has: a relative path where there is one.
-    near = Path(os.path.relpath(around))
-    return around if os.pardir in near.parts else near
-
-
-def _read_examples(file: Path) -> list[dict[str, Any]]:
-    examples = file.with_name(EXAMPLES_NAME)
-    if not examples.is_file():
-        return []
-    try:
-        with open(examples, encoding="utf-8") as text:
-            return [dict(json.loads(line)) for line in text]
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise MatryoshkaError(
-            f"{examples} is damaged ({error!r}); move it away, or evaluate the adapter again"
-        ) from error
 
 
 def _by_question(examples: Sequence[Mapping[str, Any]], task: str, metric: str) -> dict[int, list[float]]:

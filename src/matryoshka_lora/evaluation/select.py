@@ -7,7 +7,8 @@ import re
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.choice import Choice, Wish, choose
-from matryoshka_lora.evaluation.results import Evaluation, read_evaluation
+from matryoshka_lora.evaluation.reading import read_evaluation
+from matryoshka_lora.evaluation.results import Evaluation
 
 
 def select(
@@ -42,6 +43,8 @@ def select(
     wish = Wish(parse_share(within) if isinstance(within, str) else within, max_bytes, max_latency)
     if wish == Wish():
         raise MatryoshkaError("say what the rank must meet: within, such as 1%, max_bytes or max_latency")
+    if wish.within is not None and not 0 <= wish.within <= 1:
+        raise MatryoshkaError(f"within is {wish.within}; write a share from 0 to 1, such as 0.01, or a text such as 1%")
     return choose(found.measured(task), wish)
 
 

@@ -60,6 +60,12 @@ class Asked:
     num_fewshot: int | None
     metric: str | None = None
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What an evaluation calls each of the tasks, by the harness's name: those of a group have their own."""
+        own = [str(task.config.task) for task in self.tasks]
+        return {each: each if len(own) > 1 else self.name for each in own}
+
 
 def ask(
     name: str,

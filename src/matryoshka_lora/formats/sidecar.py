@@ -36,7 +36,12 @@ _AGAIN = "Copy the adapter again"
 
 def write_sidecar(folder: Path, state: State) -> None:
     """Write the sidecar into a folder."""
-    data = {
+    write_text(folder / SIDECAR_NAME, json.dumps(as_json(state), indent=2) + "\n")
+
+
+def as_json(state: State) -> dict[str, Any]:
+    """The content of a sidecar: plain JSON types."""
+    return {
         "format_version": FORMAT_VERSION,
         "ranks": list(state.nesting.ranks),
         "scaling": state.nesting.scaling,
@@ -45,7 +50,6 @@ def write_sidecar(folder: Path, state: State) -> None:
         "deploy": state.deploy,
         "reordered": state.reordered,
     }
-    write_text(folder / SIDECAR_NAME, json.dumps(data, indent=2) + "\n")
 
 
 def has_sidecar(folder: Path) -> bool:

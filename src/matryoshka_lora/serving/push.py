@@ -15,6 +15,7 @@ from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, PICTURE_NA
 from matryoshka_lora.formats.card import CARD_NAME, HUB_ID, hub_name, write_card
 from matryoshka_lora.formats.config import CONFIG_NAME, AdapterConfig
 from matryoshka_lora.formats.directions import DIRECTIONS_NAME
+from matryoshka_lora.formats.fingerprint import check_measured
 from matryoshka_lora.formats.opened import INDEX_NAME, WEIGHTS_NAME, OpenedAdapter, open_adapter
 from matryoshka_lora.formats.sidecar import SIDECAR_NAME
 from matryoshka_lora.privacy import find_private
@@ -55,10 +56,12 @@ def push(
         The address of the commit.
 
     Raises:
-        MatryoshkaError: The adapter is damaged, names a folder as its base model, or a file holds what looks like a
-            token or an absolute path: nothing has been sent then. Or the hub refuses; the message says why.
+        MatryoshkaError: The adapter is damaged, names a folder as its base model, or has an evaluation of other
+            weights, or a file holds what looks like a token or an absolute path: nothing has been sent then. Or the hub
+            refuses; the message says why.
     """
     opened = open_adapter(adapter)
+    check_measured(Path(opened.name) / EVALUATION_FOLDER / EVALUATION_NAME, opened)
     config = _with_base(opened, base_model)
     if opened.state is not None:  # what is not nested may be anybody's, and has a card of its own or none
         write_card(Path(opened.name), config, opened.state)
