@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,36 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nested(plain: Path) -> Path:
     reorder(plain, plain.parent / "nested")
     return plain.parent / "nested"
+
+
+# What a small device needs not have
+
+
+COMMANDS = {
+    "info": ["info", "{adapter}"],
+    "reorder": ["reorder", "{adapter}", "-o", "{out}"],
+    "peft": ["export", "{adapter}", "--rank", "4", "--no-verify", "-o", "{out}"],
+    "budget": ["export", "{adapter}", "--budget", "0.3", "--no-verify", "-o", "{out}"],
+    "ladder": ["export", "{adapter}", "--format", "ladder", "--no-verify", "-o", "{out}"],
+    "directions": ["export", "{adapter}", "--format", "directions", "-o", "{out}"],
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", "nested"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_needs_no_model_imports_neither_peft_nor_transformers(
+    plain: Path, nested: Path, tmp_path: Path, command: str, kind: str
+) -> None:
+    adapter = plain if kind == "plain" else nested
+    code = (
+        "import sys; from matryoshka_lora.cli.main import app; app(sys.argv[1:], standalone_mode=False)\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'peft', 'transformers'}))"
+    )
+    arguments = [part.format(adapter=adapter, out=tmp_path / "out") for part in COMMANDS[command]]
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "[]"
+    assert command == "info" or (tmp_path / "out").is_dir()
 
 
 # reorder

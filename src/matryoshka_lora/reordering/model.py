@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args
 
 from torch import Tensor, nn
 
+from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.state import By, State
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
@@ -85,3 +86,15 @@ class Data(Protocol):
 
         Their order is random and depends on the seed. A row comes again when all have come.
         """
+
+
+def check_by(by: str, has_data: bool, rows: int | None = None) -> None:
+    """Raises MatryoshkaError unless ``by`` is a way to reorder, and there are data where it needs some."""
+    if rows is not None and rows < 1:
+        raise MatryoshkaError(f"rows is {rows}; take 1 or more")
+    if by not in get_args(By):
+        raise MatryoshkaError(f"by is {by!r}; write one of {', '.join(map(repr, get_args(By)))}")
+    if by == "svd" and has_data:
+        raise MatryoshkaError("data are for by='activations', 'loss' and 'learned'; name one of them")
+    if by != "svd" and not has_data:
+        raise MatryoshkaError(f"by={by!r} needs data: a Trainer, a dataset, or rows with prompt and completion")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from torch import Tensor
 from tqdm import tqdm
 
-from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
+from matryoshka_lora.errors import NotFiniteError
 from matryoshka_lora.reordering.factors import reorder_factors
 from matryoshka_lora.reordering.learned import ROWS, STEPS, check_ranks, learn_order
-from matryoshka_lora.reordering.model import AdapterInModel, Data
+from matryoshka_lora.reordering.model import AdapterInModel, Data, check_by
 from matryoshka_lora.reordering.moments import ROWS as MOMENT_ROWS
 from matryoshka_lora.reordering.moments import reweigh
 from matryoshka_lora.state import By
@@ -41,18 +39,6 @@ def row_count(by: By, data: Data, rows: int | None = None) -> int:
     if rows is not None:
         return rows
     return STEPS * ROWS if by == "learned" else min(MOMENT_ROWS, len(data))
-
-
-def check_by(by: str, has_data: bool, rows: int | None = None) -> None:
-    """Raises MatryoshkaError unless ``by`` is a way to reorder, and there are data where it needs some."""
-    if rows is not None and rows < 1:
-        raise MatryoshkaError(f"rows is {rows}; take 1 or more")
-    if by not in get_args(By):
-        raise MatryoshkaError(f"by is {by!r}; write one of {', '.join(map(repr, get_args(By)))}")
-    if by == "svd" and has_data:
-        raise MatryoshkaError("data are for by='activations', 'loss' and 'learned'; name one of them")
-    if by != "svd" and not has_data:
-        raise MatryoshkaError(f"by={by!r} needs data: a Trainer, a dataset, or rows with prompt and completion")
 
 
 def _by_svd(adapter: AdapterInModel) -> dict[str, Tensor]:

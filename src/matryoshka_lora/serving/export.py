@@ -99,15 +99,17 @@ def export(
     check_apart(source, out)
     check_writable(out.parent if format == "gguf" else out)
     check_free(out, overwrite)
-    chosen = None if budget is None else choose_ranks(opened.layers, spectra, budget)
+    chosen = None if budget is None else choose_ranks(opened.layers, spectra or _spectra(opened), budget)
     ranks: Ranks = chosen.ranks if chosen is not None else rank or opened.rank
-    name, revision, base = _base(opened, model, revision, verify or format in ("merged", "gguf"))
-    if base is None and format in ("merged", "gguf"):
+    # A file of directions is compared with the adapter bit by bit.
+    needs, compares = format in ("merged", "gguf"), verify and format != "directions"
+    name, revision, base = _base(opened, model, revision, needs or compares)
+    if base is None and needs:
         raise MatryoshkaError(
             f"format {format} needs the base model, and {name or 'none'} is not on this machine: give its folder with "
             "--model"
         )
-    checked_on = base if verify else None
+    checked_on = base if compares else None
     verified: Verified | None = None
     ladder: list[int] = []
     if format == "gguf":
@@ -142,20 +144,21 @@ def _check_wishes(rank: int | None, format: Format, budget: float | None, pad: b
         raise MatryoshkaError("padding belongs to a budget: with one rank all layers have it anyway")
 
 
-def _ready(opened: OpenedAdapter) -> tuple[OpenedAdapter, Spectra]:
-    """The adapter as it is deployed, and its singular values, which a budget needs."""
-    if opened.state is None:
-        new, spectra = reorder_opened(opened)
-        return from_memory(opened.name, new.config, new.state, new.tensors()), spectra
-    ready, computed = deployed(opened)
-    if computed is not None:
-        return from_memory(ready.name, ready.config, ready.state, ready.tensors()), computed
-    found = read_spectra(ready)
+def _ready(opened: OpenedAdapter) -> tuple[OpenedAdapter, Spectra | None]:
+    """The adapter as it is deployed, and its singular values if they were computed for that."""
+    new, spectra = reorder_opened(opened) if opened.state is None else deployed(opened)
+    if spectra is None:
+        return new, None
+    return from_memory(new.name, new.config, new.state, new.tensors()), spectra
+
+
+def _spectra(opened: OpenedAdapter) -> Spectra:
+    found = read_spectra(opened)
     if found is None:
-        again, found = reorder_opened(ready)
+        again, found = reorder_opened(opened)
         for layer in again.layers:
             again.factors(layer)
-    return ready, found
+    return found
 
 
 def _base(

@@ -15,6 +15,7 @@ from matryoshka_lora.files import check_writable, output_directory
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
 from matryoshka_lora.formats.write import check_apart, write_adapter
 from matryoshka_lora.reordering.files import reorder_opened
+from matryoshka_lora.reordering.model import check_by
 from matryoshka_lora.state import By
 
 
@@ -65,8 +66,6 @@ def reorder(
         MatryoshkaError: The source is damaged or no LoRA adapter, data and base model do not go with it, or the target
             cannot be written or holds something that may not be overwritten. Nothing has been written then.
     """
-    from matryoshka_lora.reordering.reorder import check_by
-
     check_by(by, data is not None, rows)
     opened = open_adapter(source)
     check_writable(target)
