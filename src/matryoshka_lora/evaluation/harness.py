@@ -177,7 +177,7 @@ def judge(
 
     Args:
         engine: Answers.
-        tasks: As `matryoshka_lora.evaluation.selection.select` loads them.
+        tasks: As `matryoshka_lora.evaluation.tasks.ask` loads them.
         ranks: 0 is the base model.
         store: Where answers are kept, and where those of an earlier run are found.
         num_fewshot: As in the harness: None leaves it to the task.
