@@ -347,6 +347,87 @@ def test_what_peft_wrote_peft_loads_into_a_plain_adapter(form: str, tmp_path: Pa
     torch.testing.assert_close(logits(nested), logits(written.model), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("rule", ["matryoshka", "lora", "dylora"])
+def test_a_plain_adapter_is_loaded_into_a_nested_one_where_it_stays_the_same_function(
+    rule: str, tmp_path: Path
+) -> None:
+    plain = plain_llama()
+    plain.save_pretrained(tmp_path)
+    adapter = nest_as(get_peft_model(tiny_llama(), lora_config(NESTING)).eval(), NESTING, rule)
+    before = logits(adapter.model)
+    if rule == "matryoshka":
+        with pytest.raises(
+            MatryoshkaError, match="P of adapter 'default' would stand between its factors: load it und"
+        ):
+            adapter.model.load_adapter(str(tmp_path), "default")
+        with pytest.raises(MatryoshkaError, match=r"some/adapter .*If it is on the hub, download it first"):
+            adapter.model.load_adapter("some/adapter", "default")
+        assert torch.equal(logits(adapter.model), before)
+    else:
+        adapter.model.load_adapter(str(tmp_path), "default")
+        torch.testing.assert_close(logits(adapter.model), logits(plain), rtol=1e-4, atol=1e-4)
+
+
+def test_pefts_options_of_loading_count_for_a_nested_adapter(tmp_path: Path) -> None:
+    """The names that the model has now, and a folder below."""
+
+    class Renamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.new = nn.Linear(12, 10)
+
+    written = get_peft_model(OneLayer(nn.Linear(12, 10)), lora_config(NESTING, target_modules=["layer"]))
+    randomize(written)
+    nest_as(written, NESTING)
+    written.save_pretrained(str(tmp_path / "below"))
+    model: Any = get_peft_model(Renamed(), lora_config(NESTING, target_modules=["new"]))
+    nest_as(model, NESTING)
+    model.load_adapter(str(tmp_path), "default", subfolder="below", key_mapping={"layer": "new"})
+    old, new = (get_peft_model_state_dict(each) for each in (written, model))
+    torch.testing.assert_close(new, {key.replace("layer", "new"): value for key, value in old.items()}, rtol=0, atol=0)
+
+
+def test_whole_numbers_beside_the_factors_are_written_too(tmp_path: Path) -> None:
+    class WithNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    config = lora_config(NESTING, target_modules=["layer"], modules_to_save=["norm"])
+    model: Any = get_peft_model(WithNorm(), config)
+    nest_as(model, NESTING, deploy="paper")
+    model.base_model.model.norm.modules_to_save["default"].num_batches_tracked.fill_(7)
+    model.save_pretrained(str(tmp_path))
+    for loaded in (PeftModel.from_pretrained(WithNorm(), tmp_path), load(WithNorm(), tmp_path).model):
+        assert loaded.base_model.model.norm.modules_to_save["default"].num_batches_tracked.item() == 7
+
+
+def test_an_adapter_that_peft_cannot_write_is_not_nested() -> None:
+    """As PEFT has it where two adapters train the tokens of different layers."""
+
+    class TwoEmbeddings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.layer = nn.Embedding(5, 4), nn.Embedding(5, 4), nn.Linear(4, 4)
+
+    def config(embedding: str) -> LoraConfig:
+        return lora_config(NESTING, target_modules=["layer"], trainable_token_indices={embedding: [0]})
+
+    model: Any = get_peft_model(TwoEmbeddings(), config("first"))
+    model.add_adapter("other", config("second"))
+    with pytest.raises(KeyError):
+        get_peft_model_state_dict(model, adapter_name="other")
+    with pytest.raises(MatryoshkaError, match=r"PEFT cannot write adapter 'other' to a file .*trainable_token_indices"):
+        nest_as(model, NESTING, adapter="other")
+
+
+def test_a_nested_adapter_is_not_written_with_the_embeddings_of_the_base_model(tmp_path: Path) -> None:
+    model = nested_llama(NESTING).model
+    with pytest.raises(MatryoshkaError, match="embeddings are no part of its files: leave save_embedding_layers out"):
+        model.save_pretrained(str(tmp_path / "a"), save_embedding_layers=True)
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_nested_adapter_is_not_written_as_a_pickle(tmp_path: Path) -> None:
     model = two_adapters()[1]
     with pytest.raises(MatryoshkaError, match="'default' is nested, and is written as safetensors only: leave safe_"):

@@ -60,6 +60,11 @@ class State:
         return torch.allclose(self.diagonal(self.nesting.max_rank), self.trained_diagonal(), rtol=1e-12)
 
     @property
+    def is_plain_at_full_rank(self) -> bool:
+        """Whether plain LoRA of the same factors is the full-rank function that was trained."""
+        return torch.equal(self.trained_diagonal(), self.nesting.prefix(self.nesting.max_rank))
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         """The ranks that the adapter may be used at."""
         if self.reordered:

@@ -140,7 +140,13 @@ def _checked_layers(model: Any, state: State, adapter: str) -> list[tuple[str, A
 
 def _unreadable(model: PeftModel, adapter: str) -> set[str]:
     """The layers whose factors PEFT saves under one name and looks for under another."""
-    saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    try:
+        saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    except KeyError as error:
+        raise MatryoshkaError(
+            f"PEFT cannot write adapter {adapter!r} to a file (it misses {error}), as where two adapters train the "
+            "tokens of different layers: name the same layers in the trainable_token_indices of both"
+        ) from error
     names = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[adapter], dict(saved), adapter)
     return {module for module, key_A, key_B in factor_keys(saved) if not {key_A, key_B} <= names.keys()}
 

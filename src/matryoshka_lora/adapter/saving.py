@@ -6,10 +6,11 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import PeftModel, peft_model
-from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, distributed
 
 from matryoshka_lora.adapter.copies import COPIES, nest_copies
@@ -18,7 +19,7 @@ from matryoshka_lora.adapter.gates import begin, checked_layers, nested_layers
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import TRAINED_NAME, output_directory, replace_directory
 from matryoshka_lora.formats.config import check_config
-from matryoshka_lora.formats.opened import OpenedAdapter, from_memory, open_adapter
+from matryoshka_lora.formats.opened import WEIGHTS_NAME, OpenedAdapter, from_memory, open_adapter
 from matryoshka_lora.formats.sidecar import has_sidecar
 from matryoshka_lora.formats.write import cut, write_adapter, write_weights
 from matryoshka_lora.reordering.files import deployed
@@ -109,12 +110,18 @@ class _Nested:
         An adapter that can still be trained has the factors as they are trained in a second file beside them.
 
         Raises:
-            MatryoshkaError: As `NestedAdapter.save`, or a nested adapter is to be written as a pickle.
+            MatryoshkaError: As `NestedAdapter.save`, or a nested adapter is to be written as a pickle, or with the
+                embeddings of the base model.
         """
         model: Any = self
         names = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
         nested = [name for name in names if name in model.peft_config and state_of(model, name)]
         others = [name for name in names if name not in nested]
+        if nested and save_embedding_layers is True:
+            raise MatryoshkaError(
+                f"adapter {nested[0]!r} is nested, and the base model's embeddings are no part of its files: leave "
+                "save_embedding_layers out, and save the base model for itself"
+            )
         if nested and not safe_serialization:
             raise MatryoshkaError(
                 f"adapter {nested[0]!r} is nested, and is written as safetensors only: leave safe_serialization out"
@@ -139,24 +146,32 @@ class _Nested:
         """As PEFT's. Into a nested adapter it takes the factors as they are trained, where they were written.
 
         Raises:
-            MatryoshkaError: The folder holds an adapter with another nesting.
+            MatryoshkaError: The folder holds an adapter with another nesting, or one without, which would be another
+                function under P.
         """
         model: Any = self
         for name in list(model.peft_config) if adapter_name in COPIES else ():
             nest_copies(model, name)
         state = state_of(model, adapter_name) if adapter_name in model.peft_config else None
-        if state is None or not has_sidecar(Path(model_id)):
+        folder = Path(model_id, kwargs.get("subfolder") or "")
+        if state is None or not has_sidecar(folder):
+            if state is not None and not state.is_plain_at_full_rank:
+                raise MatryoshkaError(
+                    f"{folder} is no folder of a nested adapter, and P of adapter {adapter_name!r} would stand between "
+                    "its factors: load it under another name. If it is on the hub, download it first"
+                )
             return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
-        opened = open_adapter(model_id, trained=True)
+        opened = open_adapter(folder, trained=True)
         found = opened.nested
         if not found.nesting.is_like(state.nesting) or (not found.reordered and found.rule != state.rule):
             raise MatryoshkaError(
-                f"{model_id} holds an adapter with another nesting or rule than adapter {adapter_name!r}: load it "
+                f"{folder} holds an adapter with another nesting or rule than adapter {adapter_name!r}: load it "
                 "under another name"
             )
-        tensors = opened.tensors()  # raises what is wrong with them, before anything is changed
-        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
-        set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
+        with TemporaryDirectory() as scratch:  # where PEFT finds the factors by the name that it knows
+            write_weights(Path(scratch) / WEIGHTS_NAME, opened)
+            options = {**kwargs, "subfolder": None}
+            result = super().load_adapter(scratch, adapter_name, *args, **options)  # type: ignore[misc]
         state.reordered = found.reordered
         begin(model, adapter_name)
         return result

@@ -29,8 +29,14 @@ INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 
 _PICKLE = "adapter_model.bin"
 _MAX_INDEX_BYTES = 1 << 26
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""What safetensors calls the dtypes that an adapter may have."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
+"""What safetensors calls the dtypes that an adapter may have; integers beside the factors only, as in a BatchNorm."""
 
 
 class Stored(NamedTuple):
@@ -295,7 +301,7 @@ def _opened(
 
 def check_finite(key: str, tensor: Tensor, where: str) -> None:
     """Raises MatryoshkaError, with ``where`` in it, if a tensor has another dtype than adapters have, or holds NaN."""
-    if tensor.dtype not in DTYPES.values():
+    if tensor.dtype not in DTYPES.values() or (".lora_" in key and not tensor.is_floating_point()):
         raise MatryoshkaError(
             f"{where}: {key} has dtype {tensor.dtype}; an adapter is written in fp32, bf16 or fp16. Save it again"
         )
