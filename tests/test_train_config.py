@@ -164,6 +164,7 @@ def test_lora_and_nesting_agree(lora: Any, nesting: Any, expected: Nesting, alph
         ({"nesting": {"deploy": "paper", "reorder": "svd"}}, "nesting.deploy: paper deploys the factors as they were"),
         ({"nesting": {"reorder": "no"}}, "nesting.reorder is 'no'; write one of svd, activations, loss, learned"),
         ({"nesting": {"reorder": False}}, "nesting.deploy: paper leaves the factors as they were trained"),
+        ({"nesting": {"reorder": "none"}}, "nesting.deploy: paper leaves the factors as they were trained"),
         ({"nesting": {"alpha": 2.0}}, "no key 'alpha' in section 'nesting'; the keys are ranks, scaling"),
         ({"nesting": {"lora_alpha": 2.0}}, "no key 'lora_alpha' in section 'nesting'; write it in section 'lora'"),
         ({"nesting": {"seed": 1.5}}, "nesting.seed is 1.5; write an integer"),

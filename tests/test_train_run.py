@@ -336,6 +336,9 @@ def test_the_best_checkpoint_is_taken_where_no_step_is_left(model: Path, tmp_pat
     train(config_of(model, again, **EVALUATED, **best))
     saved = [load_file(folder / WEIGHTS) for folder in (first, again)]
     assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
+    # The best one was found by the losses of what is deployed.
+    with pytest.raises(MatryoshkaError, match=r"nesting\.deploy was reordered and is now paper"):
+        train(config_of(model, again, nesting={"deploy": "paper"}, **EVALUATED, **best))
 
 
 @pytest.mark.parametrize(

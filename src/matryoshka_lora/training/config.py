@@ -296,9 +296,12 @@ def _reorder(value: Any, deploy: Deploy, nesting: Nesting) -> By | None:
         if value is not None:
             raise MatryoshkaError("nesting.deploy: paper deploys the factors as they were trained: leave reorder out")
         return None
-    if value is False:  # what version 0.1 wrote
-        raise MatryoshkaError("nesting.reorder is False; nesting.deploy: paper leaves the factors as they were trained")
-    by = typing.cast(By, _one_of("nesting.reorder", "svd" if value is None else value, get_args(By)))
+    by: By = "svd" if value is None else value
+    if by not in get_args(By):
+        raise MatryoshkaError(
+            f"nesting.reorder is {value!r}; write one of {', '.join(get_args(By))}. nesting.deploy: paper leaves the "
+            "factors as they were trained"
+        )
     # One rank alone has no order to learn; its SVD is the same function.
     return "svd" if len(nesting.ranks) == 1 else by
 

@@ -95,7 +95,10 @@ def plan(config: TrainConfig, num_processes: int = 1) -> Plan:
             )
         return Plan()
     different = _differences(config)
-    harmful = [line for key, line in different.items() if key not in (*_LENGTH, *_AFTERWARDS)]
+    # The best checkpoint was chosen by the losses of what is deployed.
+    chosen = ("nesting.deploy",) if config.training.get("load_best_model_at_end") else ()
+    allowed = {*_LENGTH, *_AFTERWARDS}.difference(chosen)
+    harmful = [line for key, line in different.items() if key not in allowed]
     if harmful:
         raise MatryoshkaError(
             f"{output} holds a run with another config: {'; '.join(harmful)}. Choose another output_dir for this one, "
