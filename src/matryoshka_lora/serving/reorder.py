@@ -47,7 +47,7 @@ def reorder(
         source: The folder of a LoRA adapter that PEFT has written: nested or not, in any of its scalings, with ranks
             per layer, in one file or in shards.
         target: The folder to write: a nested adapter of the largest rank that a layer has. Plain PEFT reads it as the
-            function that the source is.
+            function that the source is; of one with the paper's deployment, as that of training, P and all.
         by: In what sense each prefix is good; see `matryoshka_lora.NestedAdapter.reorder`.
         data: For all but ``"svd"``: a built-in task, a file, the id of a hub dataset, or rows with ``prompt`` and
             ``completion``.
