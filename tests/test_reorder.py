@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,11 @@ import torch
 from conftest import NestedLayer, OneLayer, lora_config, nest_as, nested_layer, nested_llama, randomize, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from matryoshka_lora import MatryoshkaError, Nesting
+from matryoshka_lora import MatryoshkaError, Nesting, reorder
 from matryoshka_lora.reordering.factors import reorder_factors
 from matryoshka_lora.rules import RULES
 
@@ -401,3 +404,29 @@ def test_experts(in_first: bool) -> None:
             error = (deltas[e] - after[e]).norm()
             assert error == pytest.approx(float(oracle.best_errors(deltas[e])[rank]), rel=1e-9, abs=1e-7)
             assert error == pytest.approx(float(spectra[e, rank:].norm()), rel=1e-9, abs=1e-7)
+
+
+# From file to file.
+
+
+def test_one_layer_of_a_file_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    """Counted are the tensors that are alive when a layer was computed."""
+    tensors = {}
+    for i in range(12):
+        name = f"base_model.model.layers.{i}.q_proj"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(4, 6_000)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(6_000, 4)
+    LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"]).save_pretrained(tmp_path / "plain")
+    save_file(tensors, tmp_path / "plain" / "adapter_model.safetensors", {"format": "pt"})
+    mine = {id(tensor) for tensor in tensors.values()}
+
+    def alive() -> int:
+        found = [each for each in gc.get_objects() if type(each) is Tensor and id(each) not in mine]
+        return sum(tensor.numel() for tensor in found if tensor.numel() >= 24_000)
+
+    before, seen = alive(), []
+    reorder(tmp_path / "plain", tmp_path / "nested", on_layer=lambda: seen.append(alive() - before))
+    assert len(seen) == 12
+    assert all(seen)  # the count can fail
+    assert max(seen) <= 2 * 48_000  # what is read of a layer, and what is made of it
+    assert alive() == before
