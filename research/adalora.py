@@ -9,73 +9,22 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from matryoshka_lora.adapter import NestedAdapter, nest
-from matryoshka_lora.adapter.factors import get_parameters
-from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.nesting import Nesting
-from matryoshka_lora.training.config import TrainConfig
-from matryoshka_lora.data.sources import load_data
-from matryoshka_lora.training.run import load_model_of, load_tokenizer_of
-from matryoshka_lora.training.trainer import CompletionTrainer
-
-_NAME = "default"
+from matryoshka_lora.training import TrainConfig
+from research.trainers import factors_of
 
 
-def train_adalora(config: TrainConfig) -> NestedAdapter:
-    """Train at the config's largest rank, and turn the result into LoRA, which has that rank on average over layers.
-
-    Nothing is written.
-
-    Raises:
-        MatryoshkaError: The config has too few steps for AdaLoRA, or a quantised model.
-    """
-    return as_lora(train_peft(config), config)
-
-
-def train_peft(config: TrainConfig) -> PeftModel:
-    """The first half of `train_adalora`: PEFT's own model, trained."""
-    check_adalora(config)
-    arguments = config.sft_config()
-    adalora = adalora_config(config, arguments.max_steps)
-    # PEFT adds it to every forward, and the Trainer adds up those of a step.
-    adalora.orth_reg_weight /= arguments.gradient_accumulation_steps
-    set_seed(config.seed)
-    model = get_peft_model(load_model_of(config), adalora)
-    trainer = AdaLoraTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=load_data(config.data),
-        processing_class=load_tokenizer_of(config),
-        callbacks=[_Allocate(model)],
-    )
-    trainer.train()
-    return trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
-
-
-def check_adalora(config: TrainConfig) -> None:
-    """Whether AdaLoRA can be trained by a config.
-
-    Raises:
-        MatryoshkaError: It has too few steps, or a quantised model.
-    """
-    if config.quantization is not None:
-        raise MatryoshkaError("adalora trains no quantised model: leave training.quantization out")
-    steps = config.training.get("max_steps", -1)
-    if steps < 2:
-        raise MatryoshkaError(f"training.max_steps is {steps}, and adalora needs 2 to choose ranks: take more")
-
-
-def adalora_config(config: TrainConfig, steps: int) -> AdaLoraConfig:
+def adalora_config(config: TrainConfig) -> AdaLoraConfig:
     """From 1.5 r down to r, which is the paper's ratio, as are the parts of the schedule.
 
     A tenth of the steps goes before the ranks begin to fall, and the last half leaves them as they are.
     """
-    rank = config.nesting.max_rank
-    start = math.ceil(1.5 * rank)
-    return AdaLoraConfig(
-        **{key: value for key, value in config.lora.items() if key not in ("r", "lora_alpha")},
+    arguments, rank = config.sft_config(), config.lora["r"]
+    start, steps = math.ceil(1.5 * rank), arguments.max_steps
+    adalora = AdaLoraConfig(
+        target_modules=config.lora["target_modules"],
+        task_type=config.lora["task_type"],
         init_r=start,
         target_r=rank,
         lora_alpha=start,  # PEFT divides by init_r: the scale is 1
@@ -84,16 +33,12 @@ def adalora_config(config: TrainConfig, steps: int) -> AdaLoraConfig:
         deltaT=max(1, steps // 500),
         total_step=steps,
     )
+    # PEFT adds it to every forward, and the Trainer adds up those of a step.
+    adalora.orth_reg_weight /= arguments.gradient_accumulation_steps
+    return adalora
 
 
-class AdaLoraTrainer(CompletionTrainer):
-    """Takes the loss that the model gives: PEFT has added the orthogonal regularisation, and TRL's own has it not."""
-
-    def _is_plain_loss(self, inputs: dict[str, Any]) -> bool:
-        return True
-
-
-class _Allocate(TrainerCallback):
+class Allocate(TrainerCallback):
     """Shares out the ranks after each step, while the gradients are still there."""
 
     def __init__(self, model: PeftModel) -> None:
@@ -105,38 +50,31 @@ class _Allocate(TrainerCallback):
         self.model.base_model.update_and_allocate(state.global_step)
 
 
-def as_lora(model: PeftModel, config: TrainConfig) -> NestedAdapter:
-    """The same function as LoRA: ``B diag(E) A`` with E and PEFT's scale in A.
+def as_lora(model: PeftModel) -> PeftModel:
+    """The same function as LoRA of scale 1: ``B diag(E) A`` with E and PEFT's scale in A.
 
     Its one rank is the largest of a layer; layers that have fewer are filled with zeros. AdaLoRA's layers are taken out
     of the model.
 
     Args:
         model: AdaLoRA's, trained.
-        config: Of the training.
     """
-    found = {
-        name: _factors(module)
-        for name, module in model.base_model.model.named_modules()
-        if isinstance(module, AdaLoraLayer)
-    }
+    config = model.peft_config["default"]
+    found = {name: _factors(module) for name, module in model.named_modules() if isinstance(module, AdaLoraLayer)}
     rank = max(1, *(len(A) for A, _ in found.values()))
-    lora = LoraConfig(**{**config.lora, "r": rank, "lora_alpha": rank})
-    adapter = nest(get_peft_model(model.unload(), lora).eval(), Nesting((rank,)), "lora")
+    plain = LoraConfig(r=rank, lora_alpha=rank, target_modules=config.target_modules, task_type=config.task_type)
+    made = get_peft_model(model.unload(), plain).eval()
     with torch.no_grad():
-        for name, module, _ in adapter._layers():
-            for parameter in get_parameters(module, adapter.name):
-                parameter.zero_()
-            A, B = get_parameters(module, adapter.name)
+        for name, (A, B) in factors_of(made).items():
             kept_A, kept_B = found[name]
-            A[: len(kept_A)] = kept_A
-            B[:, : len(kept_A)] = kept_B
-    return adapter
+            A.zero_()[: len(kept_A)] = kept_A
+            B.zero_()[:, : len(kept_A)] = kept_B
+    return made
 
 
 def _factors(layer: AdaLoraLayer) -> tuple[Tensor, Tensor]:
     """A and B of the directions that are not masked."""
-    E = layer.lora_E[_NAME].detach()
+    E = layer.lora_E["default"].detach()
     kept = E.squeeze(1) != 0
-    scale = layer.scaling[_NAME] / (layer.ranknum[_NAME] + 1e-5)  # as in PEFT's forward
-    return (layer.lora_A[_NAME].detach() * E * scale)[kept], layer.lora_B[_NAME].detach()[:, kept]
+    scale = layer.scaling["default"] / (layer.ranknum["default"] + 1e-5)  # as in PEFT's forward
+    return (layer.lora_A["default"].detach() * E * scale)[kept], layer.lora_B["default"].detach()[:, kept]

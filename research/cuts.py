@@ -2,177 +2,149 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from matryoshka_lora.adapter import NestedAdapter
-from matryoshka_lora.adapter.factors import get_factors, get_parameters
-from matryoshka_lora.formats.opened import Layer
-from matryoshka_lora.serving.budget import choose_ranks
-from matryoshka_lora.serving.calibrate import ROWS, learn_order_from, measure_moments
-from matryoshka_lora.formats.spectra import Spectra
-from matryoshka_lora.data.questions import Question
-from matryoshka_lora.reordering.factors import reweigh_factors
+from matryoshka_lora import MatryoshkaError, NestedAdapter, export
 from research.measure import measure
-from research.recipes import GAINS, LEARNED
+from research.recipes import GAINS, MOMENT_ROWS, ORDER_ROWS
+from research.trainers import DistillingTrainer, factors_of
+from research.training import Trained
+
+Cut = Callable[[Trained], Iterator[tuple[NestedAdapter, int]]]
+"""Makes the adapter of each nested rank, one after the other, and says at which rank it is to be used."""
 
 
-@dataclass
-class Trained:
-    """A trained adapter, and what may be used to cut it.
+def _as_trained(deploy: Literal["paper", "reordered"]) -> Cut:
+    """Prefixes with the scale of their rank, or with the P of training."""
 
-    Attributes:
-        adapter: In memory, trainable, with raw factors until `svd`.
-        tokenizer: The base model's.
-        rows: The training rows; nothing held out.
-        batch_size: Of training.
-        seed: Of training.
-    """
+    def cut(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+        adapter = trained.adapter(deploy)
+        for rank in trained.ranks:
+            yield adapter, rank
 
-    adapter: NestedAdapter
-    tokenizer: PreTrainedTokenizerBase
-    rows: Sequence[Question]
-    batch_size: int
-    seed: int
-    _svd: list[tuple[Tensor, Tensor]] | None = None
+    return cut
 
-    def svd(self) -> None:
-        """Put the factors into the order of their SVD, whatever another cut has made of them."""
-        if self._svd is None:
-            self.adapter.reorder()
-            self._svd = [(A.clone(), B.clone()) for A, B in self._factors()]
-        with torch.no_grad():
-            for factors, kept in zip(self._factors(), self._svd, strict=True):
-                for factor, value in zip(factors, kept, strict=True):
-                    factor.copy_(value)
 
-    def reweigh(self, gradients: bool) -> None:
-        """Order the directions by second moments, as ``matryoshka reorder --metric`` does with 128 rows."""
-        self.svd()
-        moments = measure_moments(self.adapter, self.tokenizer, self.rows[: ROWS["loss"]], gradients)
-        with torch.no_grad():
-            for name, module, _ in self.adapter._layers():
-                A, B = get_factors(module, self.adapter.name)
-                found = moments.get(name)
-                if found is None:  # no token came by, as may be with an expert
-                    continue
-                for factor, value in zip((A, B), reweigh_factors(A, B, found.inner, found.outer), strict=False):
-                    factor.copy_(value)
+def _reordered(by: Any) -> Cut:
+    def cut(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+        adapter, rows = trained.adapter(), len(trained.trainer.train_dataset)
+        if by == "svd":
+            adapter.reorder()
+        elif len(trained.ranks) == 1 and by == "learned":
+            adapter.reorder()  # one rank alone has no order
+        else:
+            wanted = ORDER_ROWS if by == "learned" else min(MOMENT_ROWS, rows)
+            adapter.reorder(by, trained.trainer, rows=wanted, seed=trained.seed)
+        for rank in trained.ranks:
+            yield adapter, rank
 
-    @torch.no_grad()
-    def keep_budget(self, share: float) -> None:
-        """Keep the singular values with the largest square per parameter, within a share of all layers' parameters.
+    return cut
 
-        As ``matryoshka export --budget`` does.
-        """
-        self.svd()
-        factors = {name: get_parameters(module, self.adapter.name) for name, module, _ in self.adapter._layers()}
-        layers = [Layer(name, "", "", A.shape, B.shape, len(A), 1.0) for name, (A, B) in factors.items()]
-        sizes = {name: A.double().norm(dim=1) * B.double().norm(dim=0) for name, (A, B) in factors.items()}
-        for name, rank in choose_ranks(layers, Spectra("frobenius", sizes), share).ranks.items():
-            factors[name][1][:, rank:] = 0
 
-    @torch.no_grad()
-    def keep_above_threshold(self, share: float) -> None:
-        """Zero the singular values below one threshold for all layers: PARA (arXiv 2604.27796).
+def _distilled(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    """An order that follows the distribution of the adapter at full rank in place of the answers."""
+    adapter, trainer = trained.adapter(), trained.trainer
+    teaching = DistillingTrainer(
+        model=trained.model,
+        args=trainer.args,
+        train_dataset=trainer.train_dataset,
+        processing_class=trainer.processing_class,
+    )
+    adapter.reorder("learned", teaching, rows=ORDER_ROWS, seed=trained.seed)
+    for rank in trained.ranks:
+        yield adapter, rank
 
-        The threshold is the lowest whose directions fit in a share of all layers' parameters.
-        """
-        self.svd()
-        factors = self._factors()
-        sizes = torch.cat([A.double().norm(dim=1) * B.double().norm(dim=0) for A, B in factors])
-        widths = torch.cat([torch.full((len(A),), A.shape[1] + B.shape[0]) for A, B in factors])
+
+def _para(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    """One threshold for the singular values of all layers, with as many parameters: PARA (arXiv 2604.27796)."""
+    top = trained.ranks[-1]
+    for rank in trained.ranks:
+        adapter = _by_svd(trained)
+        factors = list(factors_of(trained.model).values())
+        sizes = torch.cat([_sizes(A, B) for A, B in factors])
+        widths = torch.cat([torch.full((len(A),), A.shape[1] + B.shape[0]) for A, B in factors]).to(sizes.device)
         order = sizes.argsort(descending=True)
-        fits = widths[order].cumsum(dim=0) <= share * widths.sum() + 1e-6
         kept = torch.zeros_like(sizes, dtype=torch.bool)
-        kept[order[fits]] = True
-        for (_, B), keep in zip(factors, kept.split_with_sizes([len(A) for A, _ in factors]), strict=True):
-            B[:, ~keep] = 0
-
-    @torch.no_grad()
-    def keep_prefix(self, rank: int, gain: float) -> None:
-        """Zero all but the first singular values of each layer, and multiply these."""
-        self.svd()
-        for _, B in self._factors():
-            B[:, :rank] *= gain
-            B[:, rank:] = 0
-
-    def loss(self) -> float:
-        """On as many training rows as the metric ``loss`` takes, at R."""
-        return measure(self.adapter, self.tokenizer, self.rows[: ROWS["loss"]], (self.adapter.nesting.max_rank,)).loss[
-            0
-        ]
-
-    def _factors(self) -> list[tuple[Tensor, Tensor]]:
-        name = self.adapter.name
-        return [get_parameters(module, name) for _, module, _ in self.adapter._layers()]
+        kept[order] = widths[order].cumsum(dim=0) <= rank / top * widths.sum() + 1e-6
+        with torch.no_grad():
+            for (_, B), keep in zip(factors, kept.split([len(A) for A, _ in factors]), strict=True):
+                B[:, ~keep] = 0
+        yield adapter, top
 
 
-Cut = Callable[[Trained], "Sequence[Callable[[], None]] | None"]
-"""Puts an adapter into the form whose prefixes are measured. A cut without prefixes returns what makes the adapter of
-each nested rank instead, which is then measured at R."""
+def _budget(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    """The ranks of each layer that `matryoshka_lora.export` chooses for as many parameters."""
+    top = trained.ranks[-1]
+    for rank in trained.ranks:
+        adapter = _by_svd(trained)
+        with tempfile.TemporaryDirectory() as folder:
+            adapter.save(Path(folder) / "whole")
+            whole, part = Path(folder) / "whole", Path(folder) / "part"
+            chosen = export(whole, part, budget=rank / top, verify=False).chosen
+        assert chosen is not None  # as a budget was given
+        _keep(trained, {name: chosen.ranks[name.removeprefix("base_model.model.")] for name in factors_of(trained.model)})
+        yield adapter, top
 
 
-def _raw(inference: str) -> Cut:
-    def cut(trained: Trained) -> None:
-        trained.adapter.inference = inference  # type: ignore[assignment]
+def _gains(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    """Each prefix times the gain that is best on training rows."""
+    *ranks, top = trained.ranks
+    rows = trained.trainer.train_dataset.select(range(min(MOMENT_ROWS, len(trained.trainer.train_dataset))))
 
-    return cut
+    def scaled(rank: int, gain: float) -> NestedAdapter:
+        adapter = _by_svd(trained)
+        _keep(trained, dict.fromkeys(factors_of(trained.model), rank), gain)
+        return adapter
 
-
-def _shares(keep: Callable[[Trained, float], None]) -> Cut:
-    def cut(trained: Trained) -> Sequence[Callable[[], None]]:
-        ranks = trained.adapter.nesting.ranks
-        return [partial(keep, trained, rank / ranks[-1]) for rank in ranks]
-
-    return cut
-
-
-def _gains(trained: Trained) -> Sequence[Callable[[], None]]:
-    *ranks, largest = trained.adapter.nesting.ranks
-    found = []
     for rank in ranks:
-        losses = {}
-        for gain in GAINS:
-            trained.keep_prefix(rank, gain)
-            losses[gain] = trained.loss()
-        found.append(partial(trained.keep_prefix, rank, min(GAINS, key=losses.__getitem__)))
-    return [*found, partial(trained.keep_prefix, largest, 1.0)]
+        losses = {gain: measure(scaled(rank, gain), trained.trainer, top, rows)[0] for gain in GAINS}
+        yield scaled(rank, min(losses, key=losses.__getitem__)), top
+    yield scaled(top, 1.0), top
 
 
-def _learned(name: str) -> Cut:
-    steps, learning_rate = LEARNED[name]
-
-    def cut(trained: Trained) -> None:
-        trained.svd()
-        learn_order_from(
-            trained.adapter,
-            trained.tokenizer,
-            trained.rows,
-            steps,
-            trained.batch_size,
-            learning_rate,
-            seed=trained.seed,
-            distil=name == "distilled",
-        )
-
-    return cut
+def _of_version_1(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    raise MatryoshkaError(
+        "learned-20 is 20 steps at half the rate, which version 0.1 could set and this one cannot: its recorded runs "
+        "can be reported, and no new ones made"
+    )
 
 
-CUTS: dict[str, Cut] = {
-    "prefix": _raw("prefix"),
-    "keep": _raw("keep"),
-    "frobenius": Trained.svd,
-    "activations": lambda trained: trained.reweigh(gradients=False),
-    "loss": lambda trained: trained.reweigh(gradients=True),
-    "para": _shares(Trained.keep_above_threshold),
-    "budget": _shares(Trained.keep_budget),
+def _by_svd(trained: Trained) -> NestedAdapter:
+    adapter = trained.adapter()
+    adapter.reorder()
+    return adapter
+
+
+def _sizes(A: Tensor, B: Tensor) -> Tensor:
+    """The singular values of a reordered layer, but for its scale."""
+    return A.detach().double().norm(dim=1) * B.detach().double().norm(dim=0)
+
+
+@torch.no_grad()
+def _keep(trained: Trained, ranks: dict[str, int], gain: float = 1.0) -> None:
+    """Zero all but the first directions of each layer, and multiply these."""
+    for name, (_, B) in factors_of(trained.model).items():
+        B[:, : ranks[name]] *= gain
+        B[:, ranks[name] :] = 0
+
+
+MAKERS: dict[str, Cut] = {
+    "prefix": _as_trained("paper"),
+    "keep": _as_trained("reordered"),
+    "svd": _reordered("svd"),
+    "activations": _reordered("activations"),
+    "loss": _reordered("loss"),
+    "para": _para,
+    "budget": _budget,
     "gains": _gains,
-    **{name: _learned(name) for name in LEARNED},
+    "learned": _reordered("learned"),
+    "learned-20": _of_version_1,
+    "distilled": _distilled,
 }
-"""By name; in this order, since the first two need the factors as they were trained."""
+"""By the names of `research.recipes.CUTS`."""

@@ -1,28 +1,33 @@
-"""What an adapter is worth at each rank, on questions with one right answer."""
+"""What an adapter is worth at a rank, on questions with one right answer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import torch
 
-from matryoshka_lora.adapter import NestedAdapter
-from matryoshka_lora.engine.engine import Engine
-from matryoshka_lora.data.questions import Question, tokenize
-from research.records import Curve
+from matryoshka_lora import NestedAdapter
+from research.trainers import AnswerTrainer, answer_logits
 
 
-def measure(
-    adapter: NestedAdapter, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Question], ranks: Sequence[int]
-) -> Curve:
-    """Loss and accuracy at each rank from one pass: an answer counts if greedy decoding would write all of it."""
-    questions = [tokenize(tokenizer, row) for row in rows]
-    requests = [(question.context, question.completion) for question in questions]
-    of = [rank for rank in ranks for _ in questions]
-    found = Engine(adapter, tokenizer).loglikelihood(requests * len(ranks), of)
-    tokens = sum(len(question.completion) for question in questions)
-    by_rank = [found[n * len(rows) : (n + 1) * len(rows)] for n in range(len(ranks))]
-    return Curve(
-        tuple(round(-sum(one.logprob for one in some) / tokens, 6) for some in by_rank),
-        tuple(round(sum(one.greedy for one in some) / len(some), 6) for some in by_rank),
-    )
+@torch.no_grad()
+def measure(adapter: NestedAdapter, trainer: AnswerTrainer, rank: int, data: Any = None) -> tuple[float, float]:
+    """The loss in nats per token of the answers, and the share of questions that greedy decoding answers to the letter.
+
+    Args:
+        adapter: In eval mode.
+        trainer: Makes the batches, with the tokens that training has.
+        rank: Where the adapter is measured.
+        data: Tokenised rows; None is the Trainer's held-out ones.
+    """
+    adapter.set_rank(rank)
+    nats, tokens, right, rows = 0.0, 0, 0, 0
+    for inputs in trainer.get_eval_dataloader(data):
+        here = trainer._prepare_inputs(inputs)
+        logits, targets = answer_logits(adapter.model, here)
+        each = logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
+        row = (here["labels"][:, 1:] != -100).nonzero()[:, 0]
+        wrong = torch.zeros(len(here["labels"]), device=row.device).index_add(0, row, (logits.argmax(-1) != targets).float())
+        nats -= float(each.double().sum())
+        tokens, right, rows = tokens + len(targets), right + int((wrong == 0).sum()), rows + len(wrong)
+    return round(nats / tokens, 6), round(right / rows, 6)

@@ -8,11 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.privacy import marked
-from research.config import Study
-from research.recipes import EACH_RECIPES, RECIPES, cut_settings, parse_method
+from matryoshka_lora import MatryoshkaError
+from research.recipes import CUTS, EACH_RECIPES, RECIPES, parse_method
 from research.records import Curve, Job, Result, Run, Tried
+from research.study import Study
 
 MOST_RATES = 9
 """Rates that are tried for one method: a grid that still has its best at the edge then grows no further."""
@@ -82,9 +81,9 @@ def load_runs(study: Study, folder: Path) -> dict[Job, Run]:
         if run.job.task not in study.tasks or not cuts(study, run.job):
             continue
         settings = study.settings(run.job.task, run.job.recipe) | {"cuts": run.settings.get("cuts")}
-        # A run that an older version wrote may lack some, and have whole paths.
-        different = [key for key, value in run.settings.items() if settings.get(key) != marked(value)]
-        different += [f"cut {cut}" for cut, how in run.settings.get("cuts", {}).items() if how != cut_settings(cut)]
+        # A run that an older version wrote may lack some.
+        different = [key for key, value in run.settings.items() if settings.get(key) != value]
+        different += [f"cut {cut}" for cut, how in run.settings.get("cuts", {}).items() if how != CUTS.get(cut)]
         if run.ranks != measured_ranks(study, run.job):
             different.append("rank")
         if different:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.evaluation.report import rank_axis
+from matryoshka_lora import MatryoshkaError
 from research.recipes import EACH
 from research.records import Result
 from research.stats import accuracy_at, loss_at, mean, ranking
@@ -62,8 +61,8 @@ def draw(results: Sequence[Result], path: Path, *, title: str, methods: Sequence
                 means = [max(unit * point.mean, _LEAST_LOSS) for point in curve]
                 bars = [unit * (point.half_width or 0) for point in curve]
                 shown[method] = axes.errorbar(x, means, bars, **styles[method])
-        rank_axis(left, ranks, f"{task}: accuracy, higher is better")
-        rank_axis(right, ranks, f"{task}: loss, lower is better")
+        _rank_axis(left, ranks, f"{task}: accuracy, higher is better")
+        _rank_axis(right, ranks, f"{task}: loss, lower is better")
         left.set_ylabel("% of the questions", fontsize=15)
         right.set_ylabel("nats per token, log scale", fontsize=15)
         _scale(left, right, [result for result in results if result.task == task and result.method in methods])
@@ -81,6 +80,18 @@ def legible(results: Sequence[Result], winner: str | None = None) -> list[str]:
     order, listed = ranking(results), [result.method for result in results]
     kept = [name for name in dict.fromkeys((EACH, winner, *listed)) if name in order][:MOST_METHODS]
     return [name for name in order if name in kept]
+
+
+def _rank_axis(axes: Any, ranks: Sequence[int], title: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, [str(rank) for rank in ranks])
+    axes.tick_params(labelsize=14)
+    axes.minorticks_off()
+    axes.set_xlabel("rank at which the adapter is used", fontsize=15)
+    axes.set_title(title, fontsize=16, loc="left")
+    axes.grid(color="#DDDDDD", linewidth=1)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _style(number: int) -> Mapping[str, Any]:

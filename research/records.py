@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import write_text
+from matryoshka_lora import MatryoshkaError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Run:
         diverged: The cuts that are no longer finite numbers: all of them, where training diverged.
         cost: ``tokens`` that were trained on, ``seconds`` of training and of each cut (this machine's), ``parameters``
             of the adapter.
-        settings: Everything else that the numbers depend on: training arguments, items, model, threads.
+        settings: Everything else that the numbers depend on: training arguments, items, model, threads, ways of the
+            cuts.
         versions: Of the packages.
     """
 
@@ -98,8 +99,10 @@ class Run:
         """
         try:
             found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if found["format"] != FORMAT:
-                raise ValueError(f"format {found['format']}, and this version reads {FORMAT}")
+            if found["format"] == 1:
+                found = _of_version_1(found)
+            elif found["format"] != FORMAT:
+                raise ValueError(f"format {found['format']}, and this version reads 1 and {FORMAT}")
             curves = {
                 name: Curve(tuple(curve["loss"]), tuple(curve["accuracy"])) for name, curve in found["curves"].items()
             }
@@ -109,6 +112,44 @@ class Run:
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MatryoshkaError(f"{path} is no run of a study ({error}): delete it to run it again") from error
+
+
+def _of_version_1(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A run that version 0.1 has written, in the words of this one.
+
+    What is called ``svd`` was ``frobenius``; the sources of files had a path beside the digest; and an order of 480 rows
+    was one of 40 steps.
+    """
+
+    def renamed(cuts: Mapping[str, Any]) -> dict[str, Any]:
+        return {"svd" if cut == "frobenius" else cut: value for cut, value in cuts.items()}
+
+    settings, cost = dict(found["settings"]), dict(found["cost"])
+    source, files = settings.get("source", {}), settings.get("files")
+    if "task" not in source:
+        settings["source"] = {} if files is None else {split: source[split] for split in source.keys() - files.keys()}
+    order = {"steps": 40, "learning_rate": 0.02}
+    cuts = renamed(settings.get("cuts", {}))
+    settings["cuts"] = {cut: {"rows": 480} if how == order else how for cut, how in cuts.items()}
+    if "cuts" in cost:
+        cost["cuts"] = renamed(cost["cuts"])
+    diverged = ["svd" if cut == "frobenius" else cut for cut in found.get("diverged", ())]
+    return {**found, "settings": settings, "cost": cost, "curves": renamed(found["curves"]), "diverged": diverged}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, all or nothing, with its folders.
+
+    Raises:
+        MatryoshkaError: It cannot be written.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
+        unfinished.replace(path)
+    except OSError as error:
+        raise MatryoshkaError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True)

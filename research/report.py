@@ -7,15 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
-from os import PathLike
+from pathlib import Path
 from statistics import fmean
 
-from matryoshka_lora.files import replace_directory
 from research import stats
 from research.pages import PICTURE, Block, Table, markdown, page
 from research.plot import draw, legible
 from research.recipes import EACH
-from research.records import Result, Tried
+from research.records import Result, Tried, write_text
 from research.stats import Estimate, Value
 
 _WORDS = [
@@ -39,7 +38,7 @@ Planned = tuple[str, str, int]
 
 def write_report(
     results: Sequence[Result],
-    folder: str | PathLike[str],
+    folder: Path,
     *,
     title: str,
     about: Mapping[str, str],
@@ -47,7 +46,7 @@ def write_report(
     planned: Collection[Planned] = (),
     winner: str | None = None,
 ) -> None:
-    """Write ``study.md``, ``study.html``, which needs no other file, and ``study.png``; all of them or none.
+    """Write ``study.md``, ``study.html``, which needs no other file, and ``study.png``.
 
     Args:
         results: Every curve there is, of a whole study or of a part of it.
@@ -63,11 +62,9 @@ def write_report(
         MatryoshkaError: The results cannot be compared, a name is not in them, or the folder cannot be written.
     """
     blocks = [(1, title), *_blocks(results, about, tried, planned, winner)]
-    with replace_directory(folder) as unfinished:
-        draw(results, unfinished / PICTURE, title=title, methods=legible(results, _tested(results, tried, winner)))
-        text = page(title, blocks, (unfinished / PICTURE).read_bytes())
-        (unfinished / "study.html").write_text(text, encoding="utf-8", newline="\n")
-        (unfinished / "study.md").write_text(markdown(blocks), encoding="utf-8", newline="\n")
+    write_text(folder / "study.md", markdown(blocks))
+    draw(results, folder / PICTURE, title=title, methods=legible(results, _tested(results, tried, winner)))
+    write_text(folder / "study.html", page(title, blocks, (folder / PICTURE).read_bytes()))
 
 
 def tables(

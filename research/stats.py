@@ -10,8 +10,7 @@ from statistics import fmean, stdev
 import numpy as np
 from scipy import stats
 
-from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.metrics import aurac
+from matryoshka_lora import MatryoshkaError, aurac
 from research.recipes import EACH_RECIPES, RECIPES
 from research.records import Result, Tried
 
@@ -74,7 +73,7 @@ def check(results: Sequence[Result]) -> None:
 
 
 def aurac_log2(result: Result) -> float:
-    """Area under the accuracy over ``log2(rank)``, a share; see `matryoshka_lora.metrics.aurac`."""
+    """Area under the accuracy over ``log2(rank)``, a share; see `matryoshka_lora.aurac`."""
     return aurac(result.curve.accuracy, result.ranks)
 
 

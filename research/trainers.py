@@ -1,4 +1,7 @@
-"""Rivals that minimise something else than the loss under a rule's diagonal, as Trainers; their rule is ``lora``."""
+"""The Trainers of the study: the loss under a rule's diagonal, and rivals that minimise something else.
+
+The rule of every rival is ``lora``.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,60 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, nll_loss
 from torch.utils.hooks import RemovableHandle
+from trl import SFTTrainer
 
-from matryoshka_lora.adapter import NestedAdapter
-from matryoshka_lora.adapter.factors import get_factors
-from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.training.config import TrainConfig
-from matryoshka_lora.training.trainer import CompletionTrainer
+from matryoshka_lora import MatryoshkaError, NestedAdapter
+from matryoshka_lora.training import TrainConfig
 
 
-class SumTrainer(CompletionTrainer):
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """PEFT's layers that hold a LoRA adapter, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer) and "default" in m.lora_A}
+
+
+def factors_of(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """A and B of every layer that holds a LoRA adapter."""
+    return {name: (m.lora_A["default"].weight, m.lora_B["default"].weight) for name, m in lora_layers(model).items()}
+
+
+class AnswerTrainer(SFTTrainer):
+    """Computes logits only where some row has a label: with short answers the others take a third of a CPU's step."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        targets, positions, others = _answers(inputs)
+        labels = targets.contiguous()
+        options = {"labels": labels, "shift_labels": labels, "num_items_in_batch": num_items_in_batch}
+        return model(**others, use_cache=False, logits_to_keep=positions, **options).loss
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: nothing of a run stays but its numbers."""
+
+
+def _answers(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What follows at the positions where some row has a label, these positions, and the inputs without labels."""
+    targets = inputs["labels"][:, 1:]
+    positions = (targets != -100).any(dim=0).nonzero().squeeze(1)
+    return targets[:, positions], positions, {key: value for key, value in inputs.items() if key != "labels"}
+
+
+def answer_logits(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The logits before every token that has a label, (tokens, vocabulary), and these tokens, row after row."""
+    targets, positions, others = _answers(inputs)
+    logits = model(**others, use_cache=False, logits_to_keep=positions).logits
+    return logits[targets != -100].float(), targets[targets != -100]
+
+
+class SumTrainer(AnswerTrainer):
     """Minimises the mean of the losses of all nested ranks, as Matryoshka representations do (arXiv 2205.13147).
 
     Each batch is repeated in place of several passes: copy k of its rows is at the k-th rank.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.adapter = NestedAdapter(self.model)
 
     @staticmethod
     def copies(ranks: Sequence[int], seed: int, step: int) -> tuple[int, ...]:
@@ -44,12 +81,12 @@ class SumTrainer(CompletionTrainer):
         repeated = {key: torch.cat([value] * len(copies)) for key, value in inputs.items()}
         items = None if num_items_in_batch is None else num_items_in_batch * len(copies)
         # Here and not in compute_loss: gradient checkpointing runs the forward again in backward.
-        with self.adapter.rows([rank for rank in copies for _ in range(rows)]):
+        with NestedAdapter(self.model).rows([rank for rank in copies for _ in range(rows)]):
             loss: Tensor = super().training_step(model, repeated, items)
         return loss
 
     def _copies(self) -> tuple[int, ...]:
-        return self.copies(self.adapter.nesting.ranks, self.adapter.state.seed, self.state.global_step)
+        return self.copies(NestedAdapter(self.model).nesting.ranks, self.args.seed, self.state.global_step)
 
 
 class SandwichTrainer(SumTrainer):
@@ -69,48 +106,43 @@ class SandwichTrainer(SumTrainer):
     ) -> Any:
         if not model.training:  # then there are no copies
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        targets = inputs["labels"][:, 1:]
-        positions = (targets != -100).any(dim=0).nonzero().squeeze(1)
-        others = {key: value for key, value in inputs.items() if key != "labels"}
-        logits = model(**others, use_cache=False, logits_to_keep=positions).logits
-        labelled = targets[:, positions] != -100
+        logits, targets = answer_logits(model, inputs)
         copies = len(self._copies())
-        *smaller, largest = logits[labelled].float().log_softmax(-1).chunk(copies)
-        loss = nll_loss(largest, targets[:, positions][labelled].chunk(copies)[-1], reduction="sum")
+        *smaller, largest = logits.log_softmax(-1).chunk(copies)
+        loss = nll_loss(largest, targets.chunk(copies)[-1], reduction="sum")
         for student in smaller:
             loss = loss + kl_div(student, largest.detach(), reduction="sum", log_target=True)
-        return loss / (labelled.sum() if num_items_in_batch is None else num_items_in_batch)
+        return loss / (len(targets) if num_items_in_batch is None else num_items_in_batch)
 
 
-class LearnedDiagonalTrainer(CompletionTrainer):
+class LearnedDiagonalTrainer(AnswerTrainer):
     """Trains a diagonal for each layer with its factors, from the paper's P on, and folds it into B at the end.
 
     A checkpoint would lack the diagonals.
     """
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        adapter = NestedAdapter(self.model)
-        modules = [module for _, module, _ in adapter._layers()]
+        diagonal = NestedAdapter(self.model).nesting.diagonal()
+        layers = list(lora_layers(self.model).values())
         # The fused layer of training takes p for a constant, and leaves a factor with a hook to PEFT's own forward.
-        hooks = [self._learn(adapter, module) for module in modules]
+        hooks = [self._learn(layer, diagonal) for layer in layers]
         result = super().train(*args, **kwargs)
         with torch.no_grad():
-            for module, hook in zip(modules, hooks, strict=True):
+            for layer, hook in zip(layers, hooks, strict=True):
                 hook.remove()
-                _, B = get_factors(module, adapter.name)
-                B *= module.learned_diagonal
-                del module.learned_diagonal
+                layer.lora_B["default"].weight *= layer.learned_diagonal
+                del layer.learned_diagonal
         return result
 
     @staticmethod
-    def _learn(adapter: NestedAdapter, module: Any) -> RemovableHandle:
-        A = module.lora_A[adapter.name]
-        diagonal = module.learned_diagonal = nn.Parameter(adapter.nesting.diagonal().to(A.weight))
-        handle: RemovableHandle = A.register_forward_hook(lambda _, inputs, hidden: hidden * diagonal)
+    def _learn(layer: Any, diagonal: Tensor) -> RemovableHandle:
+        A = layer.lora_A["default"]
+        learned = layer.learned_diagonal = nn.Parameter(diagonal.to(A.weight))
+        handle: RemovableHandle = A.register_forward_hook(lambda _, inputs, hidden: hidden * learned)
         return handle
 
 
-class ColumnRatesTrainer(CompletionTrainer):
+class ColumnRatesTrainer(AnswerTrainer):
     """Plain LoRA in which column c of B has p_c times the learning rate, p being the paper's P.
 
     Adam's steps do not depend on the size of the gradients. So training with P between the factors is, but for Adam's
@@ -121,9 +153,8 @@ class ColumnRatesTrainer(CompletionTrainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        adapter = NestedAdapter(self.model)
-        factors = [get_factors(module, adapter.name)[1] for _, module, _ in adapter._layers()]
-        rates = adapter.nesting.diagonal().to(factors[0])
+        factors = [B for _, B in factors_of(self.model).values()]
+        rates = NestedAdapter(self.model).nesting.diagonal().to(factors[0])
         before: list[Tensor] = []
 
         def remember(*_: object) -> None:
@@ -139,7 +170,20 @@ class ColumnRatesTrainer(CompletionTrainer):
         return optimizer
 
 
-TRAINERS: dict[str, type[CompletionTrainer]] = {
+class DistillingTrainer(AnswerTrainer):
+    """Its loss is the KL divergence from the adapter at full rank, where the answers stand; it orders directions."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        adapter = NestedAdapter(model)
+        with torch.no_grad(), adapter.rows([adapter.nesting.max_rank] * len(inputs["input_ids"]), exact=False):
+            teacher = answer_logits(model, inputs)[0].log_softmax(-1)
+        student = answer_logits(model, inputs)[0].log_softmax(-1)
+        return kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+TRAINERS: dict[str, type[AnswerTrainer]] = {
     "sum": SumTrainer,
     "sandwich": SandwichTrainer,
     "p-learned": LearnedDiagonalTrainer,
@@ -150,26 +194,26 @@ TRAINERS: dict[str, type[CompletionTrainer]] = {
 
 def copies(objective: str | None, ranks: Sequence[int]) -> int:
     """How often an objective passes each batch through the model at a step."""
-    trainer = TRAINERS.get(objective or "", CompletionTrainer)
+    trainer = TRAINERS.get(objective or "", AnswerTrainer)
     return len(trainer.copies(ranks, 0, 0)) if issubclass(trainer, SumTrainer) else 1
 
 
 def check_objective(objective: str | None, config: TrainConfig) -> None:
-    """Whether an objective can do what a config asks: those that are not the loss itself are made for the plain one.
+    """Whether an objective can do what a config asks: all of them are made for the plain loss of single rows.
 
     Raises:
         MatryoshkaError: It asks for another loss, joins rows, or is nothing for this objective.
     """
-    if objective is None:
-        return
     arguments = config.sft_config()
     if objective == "p-rates" and arguments.weight_decay:
         raise MatryoshkaError(
             f"training.weight_decay is {arguments.weight_decay}, which p-rates would multiply by p: leave it out"
         )
+    if objective == "adalora" and arguments.max_steps < 2:
+        raise MatryoshkaError(f"training.max_steps is {arguments.max_steps}, and adalora needs 2 to choose ranks")
     plain = {"loss_type": "nll", "label_smoothing_factor": 0.0, "packing": False, "padding_free": False}
     for option, value in plain.items():
         if getattr(arguments, option) != value:
             raise MatryoshkaError(
-                f"training.{option} is {getattr(arguments, option)!r}, which not every method can do: leave it out"
+                f"training.{option} is {getattr(arguments, option)!r}, which a study cannot do: leave it out"
             )
