@@ -20,8 +20,8 @@ DESCRIPTION = """Compare ways of training an adapter for every rank: a grid of m
 
 Each method's learning rate is chosen on validation data with a seed of its own; test data are looked at with the chosen
 rates only. Every finished run is a file, so a study that was stopped goes on when the same command is given again. The
-same command in a second process, or on a second machine with the same folder, shares the work. Writes study.md,
-study.html and study.png."""
+same command in a second process, or on a second machine with the same folder, shares the work. Writes study.md
+and study.png."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("study", type=Path, help="a study as a YAML file, such as research/configs/headline.yaml")
     parser.add_argument("--out", type=Path, help="the folder of the report (default: runs/NAME)")
-    parser.add_argument("--runs", type=Path, help="the folder of runs, which studies may share (default: that of --out)")
+    parser.add_argument("--runs", type=Path, help="the folder of runs, which studies may share (default: --out)")
     parser.add_argument("--minutes", type=float, help="begin no run after so long")
     parser.add_argument("--report", action="store_true", help="run nothing; report what is there")
     given = parser.parse_args(arguments)
@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compare(path: Path, out: Path, runs: Path | None = None, minutes: float | None = None, report: bool = False) -> None:
+def compare(
+    path: Path, out: Path, runs: Path | None = None, minutes: float | None = None, report: bool = False
+) -> None:
     """What the command does.
 
     Raises:
@@ -55,7 +57,7 @@ def compare(path: Path, out: Path, runs: Path | None = None, minutes: float | No
     else:
         found = run_study(study, folder, None if minutes is None else 60 * minutes, _show)
     if _report(study, found, out):
-        print(f"The report is in {out}: study.md, study.html, study.png")
+        print(f"The report is in {out}: study.md and study.png")
     if left := len(missing_jobs(study, found)):
         again = "without --report" if report else "again"
         print(f"{len(found)} runs are there, {left} or more are missing. Next: the same command {again}")

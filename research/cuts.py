@@ -73,7 +73,7 @@ def _para(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
         kept = torch.zeros_like(sizes, dtype=torch.bool)
         kept[order] = widths[order].cumsum(dim=0) <= rank / top * widths.sum() + 1e-6
         with torch.no_grad():
-            for (_, B), keep in zip(factors, kept.split([len(A) for A, _ in factors]), strict=True):
+            for (_, B), keep in zip(factors, torch.split(kept, [len(A) for A, _ in factors]), strict=True):
                 B[:, ~keep] = 0
         yield adapter, top
 
@@ -88,7 +88,8 @@ def _budget(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
             whole, part = Path(folder) / "whole", Path(folder) / "part"
             chosen = export(whole, part, budget=rank / top, verify=False).chosen
         assert chosen is not None  # as a budget was given
-        _keep(trained, {name: chosen.ranks[name.removeprefix("base_model.model.")] for name in factors_of(trained.model)})
+        # PEFT's model stands before the names that the package gives to layers.
+        _keep(trained, {f"base_model.model.{name}": kept for name, kept in chosen.ranks.items()})
         yield adapter, top
 
 
@@ -123,7 +124,8 @@ def _by_svd(trained: Trained) -> NestedAdapter:
 
 def _sizes(A: Tensor, B: Tensor) -> Tensor:
     """The singular values of a reordered layer, but for its scale."""
-    return A.detach().double().norm(dim=1) * B.detach().double().norm(dim=0)
+    left, right = A.detach().double(), B.detach().double()
+    return torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(right, dim=0)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ def draw(results: Sequence[Result], path: Path, *, title: str, methods: Sequence
     """Draw each task as a row of two panels, 1600 pixels wide: the methods' means over seeds, bars for the intervals.
 
     Args:
-        results: What `research.stats.check` lets pass.
+        results: Any curves; those of a task have the same ranks.
         path: The PNG's.
         title: Of the whole picture.
         methods: Which to draw, in the legend's order; on a task, those that have results.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from matryoshka_lora import MatryoshkaError
 from research.rules import RULES
+
+Scaling = Literal["none", "rank", "sqrt"]
 
 EACH = "lora-each"
 """LoRA trained at each rank by itself: the gold standard, at the price of a run for each rank."""
@@ -58,7 +60,7 @@ class Recipe:
 
     summary: str
     rule: str = "lora"
-    scaling: str = "none"
+    scaling: Scaling = "none"
     alpha: float | None = None
     objective: str | None = None
     length: float = 1.0
@@ -100,16 +102,16 @@ RECIPES: dict[str, Recipe] = {
     "lora-again": Recipe("plain LoRA with half as many steps again, on the same questions", length=1.5, new_rows=False),
     "rslora": Recipe("LoRA at R with rsLoRA's scale, 16 / sqrt(R)", scaling="sqrt", alpha=16.0),
     "matryoshka": Recipe("the paper's P, scaling none", "matryoshka"),
-    "matryoshka-longer": Recipe(
-        "the paper's P with half as many steps and questions again", "matryoshka", length=1.5
-    ),
+    "matryoshka-longer": Recipe("the paper's P with half as many steps and questions again", "matryoshka", length=1.5),
     "matryoshka-sqrt": Recipe("the paper's P, scaling 1 / sqrt(r)", "matryoshka", "sqrt"),
     "matryoshka-rank": Recipe("the paper's P, scaling 1 / r", "matryoshka", "rank"),
     "dylora": Recipe("one nested rank for each step, as the MatryoshkaLoRA paper runs DyLoRA", "dylora"),
     "dylora-all": Recipe("one rank of 1..R for each step, all at one scale", "dylora-all"),
     "dylora-alpha": Recipe(
         "DyLoRA as its inventors run it: one rank b of 1..R for each step, at the scale 16 / b",
-        *("dylora-all", "rank", 16.0),
+        "dylora-all",
+        "rank",
+        16.0,
     ),
     "dylora-frozen": Recipe(
         "DyLoRA's frozen mode: the same, and only column b of B and row b of A learn", "dylora-frozen", "rank", 16.0

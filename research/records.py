@@ -117,8 +117,7 @@ class Run:
 def _of_version_1(found: Mapping[str, Any]) -> Mapping[str, Any]:
     """A run that version 0.1 has written, in the words of this one.
 
-    What is called ``svd`` was ``frobenius``; the sources of files had a path beside the digest; and an order of 480 rows
-    was one of 40 steps.
+    ``svd`` was called ``frobenius``; files had a path beside the digest; an order of 480 rows was one of 40 steps.
     """
 
     def renamed(cuts: Mapping[str, Any]) -> dict[str, Any]:

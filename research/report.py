@@ -1,4 +1,4 @@
-"""What people read of a study: tables as Markdown and as a page, and a picture."""
+"""What people read of a study: tables and a picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from research import stats
-from research.pages import PICTURE, Block, Table, markdown, page
+from research.pages import PICTURE, Block, Table, markdown
 from research.plot import draw, legible
 from research.recipes import EACH
 from research.records import Result, Tried, write_text
@@ -46,7 +46,7 @@ def write_report(
     planned: Collection[Planned] = (),
     winner: str | None = None,
 ) -> None:
-    """Write ``study.md``, ``study.html``, which needs no other file, and ``study.png``.
+    """Write ``study.md`` and ``study.png``.
 
     Args:
         results: Every curve there is, of a whole study or of a part of it.
@@ -59,12 +59,11 @@ def write_report(
             validation data only, or without them `stats.best`.
 
     Raises:
-        MatryoshkaError: The results cannot be compared, a name is not in them, or the folder cannot be written.
+        MatryoshkaError: A name is not in the results, or the folder cannot be written.
     """
-    blocks = [(1, title), *_blocks(results, about, tried, planned, winner)]
-    write_text(folder / "study.md", markdown(blocks))
+    text = tables(results, title=title, about=about, tried=tried, planned=planned, winner=winner)
+    write_text(folder / "study.md", text)
     draw(results, folder / PICTURE, title=title, methods=legible(results, _tested(results, tried, winner)))
-    write_text(folder / "study.html", page(title, blocks, (folder / PICTURE).read_bytes()))
 
 
 def tables(
@@ -76,20 +75,10 @@ def tables(
     planned: Collection[Planned] = (),
     winner: str | None = None,
 ) -> str:
-    """The text of ``study.md``; arguments and errors are those of `write_report`."""
-    return markdown([(1, title), *_blocks(results, about, tried, planned, winner)])
-
-
-def _blocks(
-    results: Sequence[Result],
-    about: Mapping[str, str],
-    tried: Sequence[Tried],
-    planned: Collection[Planned],
-    winner: str | None,
-) -> list[Block]:
-    stats.check(results)
+    """The text of ``study.md``; arguments are those of `write_report`."""
     tasks = sorted({result.task for result in results})
-    return [
+    blocks: list[Block] = [
+        (1, title),
         *_what(results, about, planned, _tested(results, tried, winner)),
         *(block for task in tasks for block in _curves(results, task)),
         *_costs(results),
@@ -100,6 +89,7 @@ def _blocks(
         *_each_other(results),
         *_rates(tried),
     ]
+    return markdown(blocks)
 
 
 def _tested(results: Sequence[Result], tried: Sequence[Tried], winner: str | None) -> str | None:

@@ -95,8 +95,8 @@ def run_once(study: Study, job: Job, folder: Path) -> bool:
                     return True
                 if before.versions != versions():
                     raise MatryoshkaError(
-                        f"{path} lacks {', '.join(sorted(wanted))} and is of other versions than those here: delete it, "
-                        "or take another folder with --runs"
+                        f"{path} lacks {', '.join(sorted(wanted))} and is of other versions than these: delete it, or "
+                        "take another folder with --runs"
                     )
             run = run_job(study, job, wanted)
             (run if before is None else _joined(before, run)).write(folder)

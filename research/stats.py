@@ -46,32 +46,6 @@ class Comparison:
     holm: float | None
 
 
-def check(results: Sequence[Result]) -> None:
-    """Make sure that the results can be compared with each other.
-
-    Raises:
-        MatryoshkaError: There are none, one is there twice, a task's curves differ in their ranks, or a curve has not
-            one share and one loss for each rank.
-    """
-    if not results:
-        raise MatryoshkaError("there are no results yet; run the study first")
-    seen: set[str] = set()
-    ranks: dict[str, tuple[int, ...]] = {}
-    for result in results:
-        name = f"{result.method} on {result.task}, seed {result.seed}"
-        if name in seen:
-            raise MatryoshkaError(f"{name} is there twice; give each curve once")
-        seen.add(name)
-        if ranks.setdefault(result.task, result.ranks) != result.ranks:
-            raise MatryoshkaError(f"{name} has other ranks than {list(ranks[result.task])}; measure the same")
-        aurac_log2(result)  # the ranks, and a finite accuracy for each
-        loss = result.curve.loss
-        if len(loss) != len(result.ranks) or not all(math.isfinite(nats) and nats >= 0 for nats in loss):
-            raise MatryoshkaError(f"{name} has not one loss of zero or more for each rank: {list(loss)}")
-        if not all(0 <= share <= 1 for share in result.curve.accuracy):
-            raise MatryoshkaError(f"{name} has accuracies that are no shares: {list(result.curve.accuracy)}")
-
-
 def aurac_log2(result: Result) -> float:
     """Area under the accuracy over ``log2(rank)``, a share; see `matryoshka_lora.aurac`."""
     return aurac(result.curve.accuracy, result.ranks)

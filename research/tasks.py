@@ -61,7 +61,8 @@ class Task:
         """
         if self.is_built_in:
             return {"source": dict(self.source), "files": {}}
-        files = {split: _digest_of(self.name, split, path) for split in SPLITS if (path := self._data(split).get("path"))}
+        paths = {split: self._data(split).get("path") for split in SPLITS}
+        files = {split: _digest_of(self.name, split, path) for split, path in paths.items() if path is not None}
         return {"source": {split: self.source[split] for split in SPLITS if split not in files}, "files": files}
 
     def _data(self, split: str) -> dict[str, Any]:

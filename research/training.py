@@ -5,8 +5,9 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,9 @@ def token_count(data: Any, rows: int) -> int:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without the bars of the libraries."""
+    """Without the Trainer's lines and the libraries' bars."""
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
-    with warnings.catch_warnings():
+    with redirect_stdout(StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
         yield

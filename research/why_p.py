@@ -1,12 +1,12 @@
 """What the paper's P does to training: gradients and sizes by column, spectra, and whether two runs find the same.
 
-    python benchmarks/why_p.py --out runs/why --json docs/why.json    # some 75 seconds for each of 15 runs
-    python benchmarks/why_p.py --json docs/why.json --table           # the tables again
+    python -m research.why_p --out runs/why --json runs/why.json          # some 75 seconds for each of 15 runs
+    python -m research.why_p --json research/pages/why.json --table       # the recorded tables again
 
 Five ways of training on chain_sum, three seeds, as the study trains: plain LoRA at two learning rates, P, P of scaling
 1 / r, and P as learning rates (plain LoRA whose column c of B moves p_c times as far), which is what P should be under
 Adam. Every finished run is kept, so the command goes on where it was stopped. No question is asked, of test data or
-others.
+others. The recorded numbers, research/pages/why.json, are of version 0.1.
 """
 
 from __future__ import annotations
@@ -24,16 +24,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from matryoshka_lora.adapter.factors import get_parameters
-from matryoshka_lora.files import write_text
-from matryoshka_lora.nesting import Nesting
-from matryoshka_lora.reordering.factors import reorder_factors
-from research.config import load_study
-from research.objectives import TRAINERS
+from matryoshka_lora import Nesting
 from research.recipes import RECIPES
-from research.records import Job
-from research.run import train_job
-from matryoshka_lora.training.trainer import CompletionTrainer
+from research.records import Job, write_text
+from research.study import load_study
+from research.trainers import TRAINERS, AnswerTrainer, factors_of
+from research.training import Trained, train, training
 
 WAYS = {
     "lora 0.001": ("lora", 1e-3),
@@ -64,7 +60,7 @@ def main() -> None:
 
 def measure(out: Path, file: Path) -> None:
     """Train what is missing, then compare the subspaces."""
-    study = load_study(Path(__file__).parents[1] / "configs" / "studies" / "headline.yaml")
+    study = load_study(Path(__file__).parent / "configs" / "headline.yaml")
     for seed in SEEDS:
         for way, (recipe, rate) in WAYS.items():
             kept = file_of(out, way, seed)
@@ -75,11 +71,13 @@ def measure(out: Path, file: Path) -> None:
                         raise SystemExit(f"{kept} was trained with other settings: take another folder with --out")
                 continue
             job = Job(recipe, "chain_sum", 32, rate, seed, "validation")
-            plain = TRAINERS.get(RECIPES[recipe].objective or "", CompletionTrainer)
-            watching = type("Watching", (Watching, plain), {"gradients": []})
-            adapter = train_job(study, job, study.train_set(recipe, "chain_sum", seed), watching)
-            found = describe(adapter)
-            found["gradient"] = torch.stack(watching.gradients).mean(dim=0)
+            plain = TRAINERS.get(RECIPES[recipe].objective or "", AnswerTrainer)
+            gradients: list[Tensor] = []
+            watching = type("Watching", (Watching, plain), {"gradients": gradients})
+            rows = study.train_set(recipe, "chain_sum", seed)
+            with training(study, job, rows, rows[:1], watching) as trainer:
+                found = describe(train(trainer, study, job))
+            found["gradient"] = torch.stack(gradients).mean(dim=0)
             out.mkdir(parents=True, exist_ok=True)
             writing = out / f"{kept.stem}.{os.getpid()}"
             save_file(found, writing, {"settings": how})
@@ -93,7 +91,7 @@ def file_of(out: Path, way: str, seed: int) -> Path:
     return out / f"{way.replace(' ', '-')}-{seed}.safetensors"
 
 
-class Watching(CompletionTrainer):
+class Watching(AnswerTrainer):
     """Keeps the norms of B's gradient by column, at each step the mean over the layers."""
 
     gradients: list[Tensor]
@@ -106,21 +104,23 @@ class Watching(CompletionTrainer):
 
 
 @torch.no_grad()
-def describe(adapter: Any) -> dict[str, Tensor]:
-    """Of a raw adapter: sizes of its columns, spectra, and the leading left singular vectors of every layer."""
+def describe(trained: Trained) -> dict[str, Tensor]:
+    """Sizes of the columns, spectra, and the leading left singular vectors of every layer, as it was trained."""
+    adapter = trained.adapter()
     p = adapter.rule.trained_diagonal(adapter.nesting)
-    sizes, spectra, agree, vectors = [], [], [], {}
-    for name, module, _ in adapter._layers():
-        A, B = (factor.double() for factor in get_parameters(module, adapter.name))
+    found: dict[str, list[Tensor]] = {"sizes": [], "spectra": [], "agree": []}
+    vectors = {}
+    for name, pair in factors_of(trained.model).items():
+        A, B = (factor.double() for factor in pair)
         B = B * p
-        _, ordered, values = reorder_factors(A, B)
-        U = torch.linalg.qr(ordered)[0]
-        raw = torch.linalg.qr(B)[0]
-        sizes.append(B.norm(dim=0) * A.norm(dim=1))
-        spectra.append(values)
-        agree.append(torch.stack([overlap(raw, U, rank) for rank in NESTING.ranks]))
+        raw, R_B = torch.linalg.qr(B)
+        R_A = torch.linalg.qr(A.T)[1]
+        inner, values, _ = torch.linalg.svd(R_B @ R_A.T)
+        U = raw @ inner
+        found["sizes"].append(B.norm(dim=0) * A.norm(dim=1))
+        found["spectra"].append(values)
+        found["agree"].append(torch.stack([overlap(raw, U, rank) for rank in NESTING.ranks]))
         vectors[f"U.{name}"] = U.float().contiguous()
-    found = {"sizes": sizes, "spectra": spectra, "agree": agree}
     return {key: torch.stack(some).float().contiguous() for key, some in found.items()} | vectors
 
 

@@ -5,7 +5,7 @@ of the hierarchy. 16 glosses of each class are for training, 2 for validation, 4
 same gloss, so no gloss is taken that shares half of its words with one that is taken already. The files are in the
 repository; this script is how they were made, from Debian's package wordnet-base:
 
-    python benchmarks/wordnet_task.py /usr/share/wordnet/data.noun configs/studies/wordnet
+    python -m research.wordnet_task /usr/share/wordnet/data.noun research/configs/wordnet
 """
 
 from __future__ import annotations
