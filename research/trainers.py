@@ -137,7 +137,7 @@ class LearnedDiagonalTrainer(AnswerTrainer):
     @staticmethod
     def _learn(layer: Any, diagonal: Tensor) -> RemovableHandle:
         A = layer.lora_A["default"]
-        learned = layer.learned_diagonal = nn.Parameter(diagonal.to(A.weight))
+        learned = layer.learned_diagonal = nn.Parameter(diagonal.to(A.weight, copy=True))
         handle: RemovableHandle = A.register_forward_hook(lambda _, inputs, hidden: hidden * learned)
         return handle
 

@@ -162,7 +162,7 @@ def test_the_scale_of_a_rank(recipe: str, scales: dict[int, float]) -> None:
         ({"training": {"learning_rate": 1e-3}}, "training.learning_rate has no place in a study"),
         ({"training": {"eval_strategy": "steps"}}, "training.eval_strategy has no place in a study"),
         ({"training": {"hub_token": "secret"}}, "training.hub_token stands in every run's file"),
-        ({"training": {"logging_dir": "/home/me"}}, "training.logging_dir stands in every run's file"),
+        ({"training": {"hub_model_id": "me/mine"}}, "training.hub_model_id stands in every run's file"),
         ({"training": {"max_step": 3}}, "training has no key 'max_step'; did you mean 'max_steps'"),
         ({"training": {"max_steps": "3"}}, "training.max_steps is '3'; write a positive whole number"),
         ({"training": {"lr_scheduler_type": "linnear"}}, "refuses a training argument: .*linnear"),

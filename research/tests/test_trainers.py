@@ -116,7 +116,7 @@ def assert_same(found: Pairs, expected: Pairs, before: Pairs) -> None:
         for one, other, start in zip(found[name], expected[name], before[name], strict=True):
             moved = (other - start).abs().max().item()
             assert moved > 1e-4, name
-            assert float((one - other).abs().max()) < 1e-5 * moved, name
+            assert float((one - other).abs().max().detach()) < 1e-5 * moved, name
 
 
 ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
