@@ -124,8 +124,9 @@ def _by_svd(trained: Trained) -> NestedAdapter:
 
 def _sizes(A: Tensor, B: Tensor) -> Tensor:
     """The singular values of a reordered layer, but for its scale."""
-    left, right = A.detach().double(), B.detach().double()
-    return torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(right, dim=0)
+    left: Tensor = torch.linalg.vector_norm(A.detach().double(), dim=1)
+    right: Tensor = torch.linalg.vector_norm(B.detach().double(), dim=0)
+    return left * right
 
 
 @torch.no_grad()

@@ -132,7 +132,8 @@ class OneLayer(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        output: Tensor = self.layer(x)
+        return output
 
 
 def one_layer(kind: str, nesting: Nesting, seed: int = 0, dtype: torch.dtype = torch.float64, **lora: Any) -> PeftModel:

@@ -7,6 +7,7 @@ that matrix in its forward.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 def scale(scaling: str, whole: float, top: int, rank: int) -> float:
     """s_r, where rank R = ``top`` has the scale ``whole``: that of R, or LoRA's or rsLoRA's for the same alpha."""
-    return {"none": whole, "rank": whole * top / rank, "sqrt": whole * (top / rank) ** 0.5}[scaling]
+    return {"none": whole, "rank": whole * top / rank, "sqrt": whole * math.sqrt(top / rank)}[scaling]
 
 
 def trained_p(ranks: Sequence[int], scaling: str = "none", whole: float = 1.0) -> Tensor:
@@ -125,9 +126,9 @@ def fold(base_model: nn.Module, tensors: Mapping[str, Tensor], p: Tensor | Calla
         if not key.endswith(".lora_A.weight"):
             continue
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        diagonal = p(name) if callable(p) else p
+        diagonal = p if isinstance(p, Tensor) else p(name)
         B = tensors[key.replace(".lora_A.", ".lora_B.")]
-        weight = model.get_submodule(name).weight
+        weight: Any = model.get_submodule(name).weight
         weight.data += torch.einsum("or,r,ri->oi", B.double(), diagonal.double(), A.double()).to(weight.dtype)
     return model
 

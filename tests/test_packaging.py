@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from setuptools import find_packages
 
-PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 REQUIREMENTS = {
     requirement.name: requirement
@@ -45,3 +48,10 @@ def test_the_classifiers_begin_with_the_oldest_python_that_is_promised():
 
 def test_the_next_peft_can_be_installed_beside_this_package():
     assert REQUIREMENTS["peft"].specifier.contains("0.22.0")
+
+
+def test_the_study_is_no_part_of_the_wheel():
+    find = PYPROJECT["tool"]["setuptools"]["packages"]["find"]
+    packages = {name for where in find["where"] for name in find_packages(str(ROOT / where))}
+    assert {name.partition(".")[0] for name in packages} == {"matryoshka_lora"}
+    assert "research" in find_packages(str(ROOT))  # which would be packaged from there

@@ -303,7 +303,8 @@ def test_adalora_is_regularised(tmp_path: Path) -> None:
     def gradient(rows: Tensor) -> Tensor:
         """Of half the mean over 2 * 7 factors of ``|M M^T - 1|``."""
         error = rows @ rows.T - torch.eye(len(rows))
-        return 0.5 / 14 * 2 * error @ rows / torch.linalg.norm(error)
+        size: Tensor = torch.linalg.norm(error)
+        return 0.5 / 14 * 2 * error @ rows / size
 
     for layer, (A, B) in zip(layers, before, strict=True):
         assert gradient(A).abs().max() > 1e-4

@@ -27,7 +27,7 @@ MAX_RANK = 32
 EXPORTED_RANK = 4
 BATCH_SIZE = 12
 STEPS = 80
-# The better of two rates by validation loss: benchmarks/learning_rates.py.
+# The better of two rates by validation loss, with version 0.1.
 LEARNING_RATE = 2e-3
 CHECKED_QUESTIONS = 8
 ANSWER_TOKENS = 12

@@ -25,7 +25,7 @@ ROWS = 12
 come again are learned by heart, at the cost of the ranks between."""
 
 LEARNING_RATE = 0.02
-"""At R = 32. By trial on validation data: benchmarks/order_choices.py, docs/reorder.md."""
+"""At R = 32. By trial on validation data: docs/reorder.md."""
 
 
 def rate_at(rank: int, learning_rate: float = LEARNING_RATE) -> float:

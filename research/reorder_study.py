@@ -1,12 +1,12 @@
 """Strangers' adapters at every rank: the ways of reordering against PEFT's own truncation, and ranks per layer.
 
-    python -m research.strangers --out runs/strangers
+    python -m research.reorder_study --out runs/reorder-study
 
 For each task and seed: trains an adapter with ``benchmarks/plain_lora.py`` (no code of ours), reorders it in each way
 with questions of the *training* split (128; 480 for ``learned``), cuts it with PEFT's ``convert_to_lora``, and measures
 the loss on held-out questions at each rank, and at each budget with ranks per layer. One JSON file for each part of a
 run; what is there is not computed again. ``--table FILE`` gathers the parts into one file and prints the tables of
-docs/reorder.md. The recorded numbers, research/pages/strangers.json, are of version 0.1, in which ``svd`` was called
+docs/reorder.md. The recorded numbers, research/pages/reorder-study.json, are of version 0.1, which called ``svd``
 ``frobenius``.
 """
 
@@ -46,7 +46,7 @@ PEFT = "convert_to_lora"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/strangers"))
+    parser.add_argument("--out", type=Path, default=Path("runs/reorder-study"))
     parser.add_argument("--items", type=int, default=100, help="held-out questions (default: 100)")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--only", help="one run, as task-seed")
