@@ -40,7 +40,8 @@ Run = Callable[..., str]
 def run(capsys: Any) -> Run:
     def command(*arguments: object) -> str:
         app([str(argument) for argument in arguments], standalone_mode=False)
-        return capsys.readouterr().out
+        written: str = capsys.readouterr().out
+        return written
 
     return command
 

@@ -13,7 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 import numpy as np
@@ -33,7 +33,8 @@ from matryoshka_lora.formats.opened import open_adapter
 from matryoshka_lora.training import make_config, train
 
 RANKS = [1, 2, 4]
-R, SCALING, SCALE = 4, "rank", 0.75
+R, SCALE = 4, 0.75
+SCALING: Literal["rank"] = "rank"
 WEIGHTS, TRAINED = "adapter_model.safetensors", "trained.safetensors"
 # Of no layer does llama.cpp turn the rows of these.
 TARGETS = ["v_proj", "down_proj"]
@@ -166,7 +167,8 @@ def in_eval_mode(adapter: NestedAdapter, out: Path) -> Path:
 def loaded_again(adapter: NestedAdapter, out: Path) -> Path:
     """As training would go on from a checkpoint, which is saved before the next step."""
     adapter.model.save_pretrained(out / "checkpoint")
-    again = load(copy.deepcopy(adapter.model).unload(), out / "checkpoint", trainable=True)
+    model: Any = copy.deepcopy(adapter.model)
+    again = load(model.unload(), out / "checkpoint", trainable=True)
     return saved(again, out / "again")
 
 
@@ -296,7 +298,7 @@ SOURCES: dict[str, Callable[[Path, Path], tuple[Factors, str]]] = {
 def test_what_is_made_of_files(base: Path, tmp_path: Path, source: str) -> None:
     folder = tmp_path / "source"
     factors, deploy = SOURCES[source](base, folder)
-    some = {"model": str(base), "verify": False}
+    some: dict[str, Any] = {"model": str(base), "verify": False}
     for rank in RANKS:
         expected = wanted(factors, rank, deploy)
         export(folder, tmp_path / "peft", rank, overwrite=True, **some)

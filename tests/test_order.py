@@ -174,7 +174,7 @@ def test_dropout_has_no_part_in_an_order(checkpointing: bool) -> None:
         adapter.model.train()
         model.model.layers[0].eval()
         modes = [module.training for module in adapter.model.modules()]
-        forwards = []
+        forwards: list[int] = []
         handle = model.model.layers[1].input_layernorm.register_forward_hook(lambda *_, seen=forwards: seen.append(1))
         learn(adapter, some_rows(adapter), 3, learning_rate=0.0075)
         handle.remove()
