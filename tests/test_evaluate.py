@@ -234,9 +234,9 @@ def test_a_built_in_task_is_asked_as_chat_and_judged_by_its_verifier(tokenizer: 
 
 def test_what_cannot_be_evaluated(tokenizer: Any) -> None:
     adapter = chat_adapter()
-    with pytest.raises(MatryoshkaError, match="give either tasks, .* or data"):
+    with pytest.raises(MatryoshkaError, match=r"give either tasks, .* or data"):
         evaluate(adapter)
-    with pytest.raises(MatryoshkaError, match="give either tasks, .* or data"):
+    with pytest.raises(MatryoshkaError, match=r"give either tasks, .* or data"):
         evaluate(adapter, "chain_sum", given(ROWS))
     with pytest.raises(MatryoshkaError, match="data has no rows to ask"):
         measured(adapter, tokenizer, [])
@@ -422,7 +422,7 @@ def test_the_table_shows_every_number_however_narrow_the_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "20")
-    print_tasks(made_evaluation(**{"a_task_of_a_long_name": (0.2, 0.6, 0.5), "another_one": (0.1, None, 1.0)}))
+    print_tasks(made_evaluation(a_task_of_a_long_name=(0.2, 0.6, 0.5), another_one=(0.1, None, 1.0)))
     lines = [re.sub(r"\s+", " ", line).strip() for line in capsys.readouterr().out.splitlines()]
     assert "matryoshka, reordered by svd on m (float32, exact)" in " ".join(lines)
     assert "rank a_task_of_a_long_name another_one" in lines

@@ -299,16 +299,12 @@ def test_a_fingerprint_is_of_what_the_answers_depend_on(adapter: NestedAdapter, 
     weights = load_file(tmp_path / "adapter_model.safetensors")
     next(iter(weights.values()))[0, 0] += 1
     save_file(weights, tmp_path / "other.safetensors")
-    changed = {
-        "adapter_model.safetensors": (tmp_path / "other.safetensors").read_bytes(),
-        "adapter_config.json": json.dumps(
-            json.loads((tmp_path / "adapter_config.json").read_text()) | {"lora_alpha": 8}
-        ),
-        "nesting.json": json.dumps(json.loads((tmp_path / "nesting.json").read_text()) | {"ranks": [2, 4]}),
-    }
+    changed = {"adapter_model.safetensors": (tmp_path / "other.safetensors").read_bytes()}
+    for name, field in {"adapter_config.json": {"lora_alpha": 8}, "nesting.json": {"ranks": [2, 4]}}.items():
+        changed[name] = json.dumps(json.loads((tmp_path / name).read_text()) | field).encode()
     for name, content in changed.items():
         kept = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        (tmp_path / name).write_bytes(content)
         assert fingerprint(open_adapter(tmp_path)) != before
         (tmp_path / name).write_bytes(kept)
     assert fingerprint(open_adapter(tmp_path)) == before
@@ -569,39 +565,31 @@ def test_the_real_model_answers_as_the_harness_does(tmp_path: Path) -> None:
         for word in WORDS[:4]
     ]
     mean = {"aggregation": "mean", "higher_is_better": True}
-    files = [
-        write_task(
-            tmp_path,
-            name,
-            choices,
-            doc_to_text="Say what you see. {{text}}",
-            metadata={"version": 1},
-            **settings,
-        )
-        for name, settings in {
-            "choice": {
-                "output_type": "multiple_choice",
-                "doc_to_choice": "choices",
-                "doc_to_target": 0,
-                "target_delimiter": "",
-                "num_fewshot": 2,
-                "fewshot_config": {"sampler": "first_n"},
-                "metric_list": [{"metric": "acc", **mean}],
-            },
-            "words": {
-                "output_type": "generate_until",
-                "doc_to_target": "x",
-                "generation_kwargs": {"until": ["\n"], "max_gen_toks": 16},
-                "metric_list": [{"metric": "exact_match", **mean}],
-            },
-            "sentence": {
-                "output_type": "loglikelihood",
-                "doc_to_target": "{{choices[0]}}",
-                "target_delimiter": "",
-                "metric_list": [{"metric": "acc", **mean}],
-            },
-        }.items()
-    ]
+    kinds: dict[str, dict[str, Any]] = {
+        "choice": {
+            "output_type": "multiple_choice",
+            "doc_to_choice": "choices",
+            "doc_to_target": 0,
+            "target_delimiter": "",
+            "num_fewshot": 2,
+            "fewshot_config": {"sampler": "first_n"},
+            "metric_list": [{"metric": "acc", **mean}],
+        },
+        "words": {
+            "output_type": "generate_until",
+            "doc_to_target": "x",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 16},
+            "metric_list": [{"metric": "exact_match", **mean}],
+        },
+        "sentence": {
+            "output_type": "loglikelihood",
+            "doc_to_target": "{{choices[0]}}",
+            "target_delimiter": "",
+            "metric_list": [{"metric": "acc", **mean}],
+        },
+    }
+    say = "Say what you see. {{text}}"
+    files = [write_task(tmp_path, name, choices, doc_to_text=say, **settings) for name, settings in kinds.items()]
     found = [judge(Engine(adapter, tokenizer), ask(f, tokenizer).tasks, nesting.ranks, Store(None, {})) for f in files]
     for rank in nesting.ranks:
         adapter.export(tmp_path / str(rank), rank)

@@ -144,7 +144,7 @@ def picture(words: str) -> bytes:
 
 
 CARD, EVALUATION, PICTURE = "README.md", "evaluation/evaluation.json", "evaluation/curve.png"
-HIDDEN = {
+HIDDEN: dict[str, tuple[str, str | bytes | None, str]] = {
     "a token in somebody's card": (CARD, f"# Mine\n\nkey: {TOKEN}\n", "line 3: what looks like a token"),
     "a path in somebody's card": (CARD, "# Mine\nsee /home/alice/notes\n", "line 2: an absolute path"),
     "an evaluation of an older version": (EVALUATION, '{\n"path": "/home/alice/run"}', "line 2: an absolute path"),
@@ -160,12 +160,12 @@ def test_nothing_is_sent_while_a_file_holds_a_secret(nested: Path, hub: Any, cas
     name, content, where = HIDDEN[case]
     file = nested / name
     file.parent.mkdir(exist_ok=True)
-    if case == "tensors":
-        save_file(load_file(file), file, {"from": "/home/alice/run"})
-    elif case == "a field of the config":
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_mapping": TOKEN}))
-    else:
+    if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    elif case == "tensors":
+        save_file(load_file(file), file, {"from": "/home/alice/run"})
+    else:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_mapping": TOKEN}))
     with pytest.raises(MatryoshkaError, match=r"nothing was sent, because of .*Take it out of the file") as caught:
         push(nested, "me/any-rank", endpoint=hub.address)
     assert f"{name}, {where}" in str(caught.value)

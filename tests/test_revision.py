@@ -55,8 +55,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         tokenizer.chat_template = TEMPLATE.replace("\n", f" of {revision}\n")
         tokenizer.save_pretrained(folder)
         # Other heads of the same shape: llama.cpp's order of the rows of q and k depends on them.
-        heads, ours = (4, 2) if revision == "v1" else (2, 1), {"attention_bias": revision == "v1"}
-        ours |= dict(zip(("num_attention_heads", "num_key_value_heads"), heads, strict=True))
+        heads, shared = (4, 2) if revision == "v1" else (2, 1)
+        ours = {"attention_bias": revision == "v1", "num_attention_heads": heads, "num_key_value_heads": shared}
         tiny_llama(seed, vocab_size=len(tokenizer), max_position_embeddings=512, **ours).save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))

@@ -148,7 +148,8 @@ def demo_config(folder: Path, steps: int, dtype: str) -> TrainConfig:
             "per_device_train_batch_size": BATCH_SIZE,
             "learning_rate": LEARNING_RATE,
             "logging_steps": 10,
-            "save_strategy": "no",
+            "save_steps": 20,
+            "save_total_limit": 1,
         }
     )
 
