@@ -26,6 +26,7 @@ from matryoshka_lora.formats.config import AdapterConfig, check_config
 from matryoshka_lora.formats.layout import factor_keys
 from matryoshka_lora.rules import Rule
 from matryoshka_lora.state import State
+from matryoshka_lora.unofficial import is_conv, only_active
 
 # By exact class: PEFT's other layers ignore a variant in forward (AWQ, AQLM, EETQ, Megatron, ...) or in merge (torchao,
 # INC), and a subclass may do anything. By name, because importing PEFT's bitsandbytes layers imports bitsandbytes.
@@ -204,11 +205,9 @@ def _probe(name: str, module: Any, adapter: str) -> None:
     """
     variant: NestedVariant = module.lora_variant[adapter]
     rank = variant.state.nesting.max_rank
-    active, disabled = module._active_adapter, module._disable_adapters
-    module._active_adapter, module._disable_adapters = [adapter], False
     error = None
     try:
-        with torch.no_grad():
+        with torch.no_grad(), only_active(module, adapter):
             variant.override = Gate.on(variant.device, torch.full((rank,), math.nan))
             obeys = bool(_output(module, adapter).isnan().all())
             variant.override = Gate.on(variant.device, torch.zeros(rank))
@@ -217,7 +216,6 @@ def _probe(name: str, module: Any, adapter: str) -> None:
         obeys, error = False, failure
     finally:
         variant.override = None
-        module._active_adapter, module._disable_adapters = active, disabled
     if not obeys:
         where = f"layer {name} ({type(module).__name__} on {type(module.get_base_layer()).__name__})"
         why = (
@@ -254,7 +252,7 @@ def _sample(module: Any, adapter: str) -> Tensor:
         return torch.zeros(1, 1, dtype=torch.long, device=device)
     weight = base.weight
     dtype = weight.dtype if weight.is_floating_point() else getattr(base, "compute_dtype", None) or torch.float32
-    if isinstance(module, lora._ConvNd):
+    if is_conv(module):
         size = [d * (k - 1) + 1 for d, k in zip(base.dilation, base.kernel_size, strict=True)]
         return torch.ones(1, base.in_channels, *size, dtype=dtype, device=device)
     # With a gradient, because bitsandbytes repacks 4-bit weights for a CPU at the first input without one.

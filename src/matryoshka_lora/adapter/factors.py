@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Embedding as LoraEmbedding
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.tuners.lora.layer import _ConvNd as ConvNd
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from matryoshka_lora.formats.layout import as_matrices
+from matryoshka_lora.unofficial import is_conv
 
 
 def has_adapter(module: Any, adapter: str) -> bool:
@@ -65,7 +65,7 @@ def to_weight(module: LoraLayer, product: Tensor) -> Tensor:
     """``B A`` of shape (out, in), or (experts, out, in), in the layout of the base layer's weight."""
     if isinstance(module, LoraEmbedding):
         return product.T
-    if isinstance(module, ConvNd):
+    if is_conv(module):
         return product.reshape(module.get_base_layer().weight.shape)
     if isinstance(module, ParamWrapper) and product.ndim == 3:
         swapped = getattr(module, "_did_swap_in_out_features", False)  # PEFT 0.18 has no such layers

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant
-from peft.tuners.lora.layer import _ConvNd as ConvNd
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import get_factors, get_parameters, get_weight, to_weight
@@ -14,6 +13,7 @@ from matryoshka_lora.adapter.gate import Gate, wrong_number
 from matryoshka_lora.adapter.rows import RowCount
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.state import State, split
+from matryoshka_lora.unofficial import backward_node, embed_scale, embedded, is_conv, next_node
 
 
 class NestedVariant(LoraVariant):
@@ -120,8 +120,8 @@ class NestedVariant(LoraVariant):
         if ratio != 1:
             update = update * ratio
         # Gemma's embeddings multiply their output; the update belongs inside that factor.
-        embed_scale = module._get_embed_scale() if is_embedding and hasattr(module, "_get_embed_scale") else None
-        return result + (update if embed_scale is None else update * embed_scale.to(update.dtype))
+        inside = embed_scale(module) if is_embedding else None
+        return result + (update if inside is None else update * inside.to(update.dtype))
 
     def _update(self, module: Any, adapter: str, x: Tensor, gate: Gate) -> Tensor:
         lora_A, lora_B = module.lora_A[adapter], module.lora_B[adapter]
@@ -132,15 +132,17 @@ class NestedVariant(LoraVariant):
     def _embedded(self, module: Any, adapter: str, x: Tensor, gate: Gate) -> Tensor:
         A, B = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
         learning_A, learning_B = gate.learning(A, dim=0), gate.learning(B, dim=1)
-        hidden = module._embed(x, (A if learning_A is None else learning_A).T)
+        hidden = embedded(module, x, (A if learning_A is None else learning_A).T)
         return gate.apply(hidden) @ (B if learning_B is None else learning_B).T
 
     def _check_recomputation(self, module: nn.Module, gate: Gate) -> None:
         """Gradient checkpointing runs the forward again inside backward: it must see the same diagonal."""
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # not inside a backward pass
+        if torch.compiler.is_compiling():
             return
-        node = torch._C._current_autograd_node()
-        then = self._gates_at(-1 if node is None else node._sequence_nr())
+        node = backward_node()
+        if node is None:
+            return
+        then = self._gates_at(node)
         if then is not None and then[module.training] is not gate:
             raise MatryoshkaError(
                 "gradient checkpointing recomputes a layer with other ranks than its forward had: "
@@ -156,7 +158,7 @@ class NestedVariant(LoraVariant):
         if per_row and self.rows.exact and rows != given and not gate.allow_fewer:
             raise wrong_number(given, rows)
         others = x.shape[1:] if isinstance(module, Embedding) else x.shape[1:-1]
-        shows = isinstance(module, ConvNd) or (len(others) > 0 and rows not in others)
+        shows = is_conv(module) or (len(others) > 0 and rows not in others)
         if first == rows and shows and not self.takes_rows_first:
             self.takes_rows_first = True
             self.rows.unproven -= 1
@@ -182,7 +184,7 @@ class NestedVariant(LoraVariant):
 
     def _remember(self) -> None:
         gates = (self.override or self.deployed, self.override or self.training)
-        self._history = [*self._history[-31:], (_next_number(), gates)]
+        self._history = [*self._history[-31:], (next_node(), gates)]
 
     def begin_step(self, gate: Gate) -> None:
         """Train with this gate from now on."""
@@ -232,12 +234,6 @@ class NestedVariant(LoraVariant):
         _check_layout(module)
         delta, self._merged = self.merged_delta(module, active_adapter, again=True), None
         return _add(module, orig_weight, -delta)
-
-
-def _next_number() -> int:
-    """Of the next node that autograd makes: they are numbered in the order of the forward pass."""
-    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-    return number
 
 
 def _check_layout(module: LoraLayer) -> None:

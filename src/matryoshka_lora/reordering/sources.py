@@ -18,6 +18,7 @@ from matryoshka_lora.data.questions import Question, Tokens, pad_rows, rows_from
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.models import context_length, pad_token
 from matryoshka_lora.reordering.model import Data, Part
+from matryoshka_lora.unofficial import prepared
 
 
 def data_from(model: Any, data: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> Data:
@@ -81,7 +82,7 @@ class TrainerRows:
         size = trainer.args.per_device_train_batch_size
         for step in _steps(shuffled, rows, at_once):
             chunks = [step[start : start + size] for start in range(0, len(step), size)]
-            batches = [trainer._prepare_inputs(trainer.data_collator([data[i] for i in chunk])) for chunk in chunks]
+            batches = [prepared(trainer, trainer.data_collator([data[i] for i in chunk])) for chunk in chunks]
             yield [
                 Part(
                     len(batch["input_ids"]),

@@ -24,6 +24,7 @@ from matryoshka_lora.training.config import TrainConfig
 from matryoshka_lora.training.private import PrivateCheckpoints, write_state
 from matryoshka_lora.training.processes import check_joined, on_main, one_voice
 from matryoshka_lora.training.resume import CONFIG_NAME, FINISHED_NAME, Plan, ProcessCount, plan
+from matryoshka_lora.unofficial import load_best_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -155,7 +156,7 @@ def _run(trainer: SFTTrainer, config: TrainConfig, found: Plan) -> None:
         trainer.train(resume_from_checkpoint=None if found.checkpoint is None else str(found.checkpoint))
     except _AllStepsDoneError:
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
-            trainer._load_best_model()  # as the Trainer does after its last step
+            load_best_model(trainer)  # as the Trainer does after its last step
 
 
 def _trainer(
