@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from itertools import combinations, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,7 +20,7 @@ import matryoshka_lora
 import matryoshka_lora.training
 from matryoshka_lora import MatryoshkaError, Nesting
 from research.__main__ import compare
-from research.plan import MOST_RATES, Unit, load_runs, missing_jobs, needed, rates, results, units
+from research.plan import MOST_RATES, Unit, load_runs, missing_jobs, needed, rates, results
 from research.recipes import RECIPES, parse_method
 from research.records import Curve, Job, Run
 from research.rules import RULES
@@ -258,16 +257,6 @@ def test_the_grid_grows_until_its_best_rate_is_inside(grid: list[float], optimum
     assert {job.learning_rate for job in runs if job.split == "test"} == {rates(study, runs, LORA).chosen}
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_a_grid_that_never_ends_is_given_up(sign: int) -> None:
-    study = study_of()
-    runs = finish(study, lambda job, cut: 90 + sign * math.log(job.learning_rate))
-    found = tried(runs)
-    assert len(found) == MOST_RATES == 9
-    assert found[-3:] == [1e-3, 2e-3, 4e-3] if sign == 1 else found[:3] == [1e-3, 2e-3, 4e-3]
-    assert rates(study, runs, LORA).chosen == found[0 if sign == 1 else -1]
-
-
 def test_where_every_rate_diverges_none_is_chosen() -> None:
     """And no seed is trained for it, and other cuts of the same training do not wait for it."""
     study = study_of(methods=["lora/svd", "lora/prefix"])
@@ -339,20 +328,6 @@ def test_a_curve_of_lora_each_is_put_together_from_a_run_for_each_rank() -> None
 METHODS = ["lora/svd", "matryoshka/keep", "lora-each", "lora/prefix", "matryoshka/learned"]
 
 
-def test_in_which_order_things_are_run() -> None:
-    """A study that is stopped early has whole seeds of one task."""
-    tasks = {"b": {"task": "chain_sum"}, "a": {"task": "chain_sum"}}
-    study = study_of(tasks=tasks, methods=["lora/svd", "matryoshka/prefix"], seeds=[5, 3])
-    runs: dict[Job, Run] = {}
-    order = []
-    while missing := missing_jobs(study, runs):
-        order.append(missing[0])
-        runs[missing[0]] = run_of(study, missing[0], all_cuts(study, missing[0]), lambda job, cut: job.learning_rate)
-    assert [job.task for job in order] == ["b"] * (len(order) // 2) + ["a"] * (len(order) // 2)
-    first = [(job.split, job.seed) for job in order[: len(order) // 2]]
-    assert first == [*[("validation", 100)] * 18, ("test", 3), ("test", 3), ("test", 5), ("test", 5)]
-
-
 # Files.
 
 
@@ -371,6 +346,7 @@ def wrote(folder: Path, study: Study, cuts: Iterable[str] = ("svd",), **changes:
         lambda text: "[]",
         lambda text: "null",
         lambda text: "7",
+        lambda text: text.replace('"format": 2', '"format": 3'),
         lambda text: text.replace('"format": 2, ', ""),
         lambda text: text.replace('"task"', '"tusk"'),
         lambda text: text.replace('"curves": {', '"curves": 3, "other": {'),
@@ -389,13 +365,6 @@ def test_a_file_that_is_no_run(tmp_path: Path, damage: Callable[[str], str]) -> 
         load_runs(study, tmp_path)
     assert str(path) in str(caught.value)
     assert "delete it to run it again" in str(caught.value)
-
-
-def test_another_format_says_so(tmp_path: Path) -> None:
-    path = wrote(tmp_path, study_of())
-    path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
-    with pytest.raises(MatryoshkaError, match="format 3, and this version reads 1 and 2"):
-        load_runs(study_of(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -470,14 +439,6 @@ def test_no_test_question_is_asked_before_the_rates_are_chosen(tmp_path: Path) -
     assert not list(tmp_path.glob("test/*/*"))
 
 
-def test_a_run_that_is_there_is_not_run_again(tmp_path: Path) -> None:
-    study = study_of(model="there/is/no/such/model")
-    path = wrote(tmp_path, study)
-    before = path.stat().st_mtime_ns
-    assert run_once(study, Job("lora", "sums", 4, 1e-3, 100, "validation"), tmp_path)
-    assert path.stat().st_mtime_ns == before
-
-
 def test_a_job_that_another_process_has_is_left_to_it(tmp_path: Path) -> None:
     study, job = study_of(model="there/is/no/such/model"), Job("lora", "sums", 4, 1e-3, 100, "validation")
     path = wrote(tmp_path, study)
@@ -504,19 +465,6 @@ def test_the_mean_over_the_ranks_chooses(tmp_path: Path) -> None:
     assert json.loads(job.path(tmp_path).read_text())["curves"]["svd"]["loss"] == [5.0, 5.0, 0.1]
 
 
-def test_the_rate_of_one_rank_alone_is_chosen_by_that_rank() -> None:
-    """The run at R serves lora/prefix too, whose other ranks say nothing about LoRA trained at R."""
-    study = study_of(methods=["lora/prefix", "lora-each"], learning_rates={"grid": [1e-3, 2e-3, 4e-3], "seed": 100})
-    curves = {1e-3: (0.9, 0.8, 0.5), 2e-3: (0.7, 0.6, 0.4), 4e-3: (0.5, 0.4, 0.6), 8e-3: (0.9, 0.9, 0.9)}
-    runs = {}
-    for rate, losses in curves.items():
-        job = Job("lora", "sums", 4, rate, 100, "validation")
-        runs[job] = Run(job, (1, 2, 4), {"prefix": Curve(losses, losses)}, {}, study.settings("sums", "lora"), {})
-    (whole,), alone = units(study, "lora/prefix", "sums"), units(study, "lora-each", "sums")[-1]
-    assert rates(study, runs, whole).chosen == 4e-3
-    assert rates(study, runs, alone).chosen == 2e-3
-
-
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_no_held_out_question_of_these_studies_is_trained_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -529,18 +477,6 @@ def test_no_held_out_question_of_these_studies_is_trained_on(path: Path, monkeyp
         assert not trained & {row["prompt"] for found in rows.values() for row in found}
         assert not {row["prompt"] for row in rows["validation"]} & {row["prompt"] for row in rows["test"]}
         assert {split: len(found) for split, found in rows.items()} == study.items
-
-
-def test_no_gloss_of_wordnet_shares_half_of_its_words_with_one_of_another_split() -> None:
-    """Sister terms do, and would give their class away."""
-    words = {}
-    for split in FILES:
-        lines = (ROOT / "research" / "configs" / "wordnet" / f"{split}.jsonl").read_text().splitlines()
-        glosses = [json.loads(line)["prompt"].removeprefix("Definition: ").removesuffix("\nClass:") for line in lines]
-        words[split] = [{word for word in re.findall("[a-z]+", gloss.lower()) if len(word) > 3} for gloss in glosses]
-    for one, other in combinations(words, 2):
-        for mine, theirs in product(words[one], words[other]):
-            assert 2 * len(mine & theirs) < min(len(mine), len(theirs))
 
 
 def test_a_longer_recipe_takes_new_questions_or_the_same_again() -> None:

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.colors import to_rgb
-from matplotlib.image import imread
 
 from matryoshka_lora import MatryoshkaError
 from research import stats
@@ -167,18 +165,6 @@ def test_a_comparison_is_pooled_and_corrected_for_the_rivals_that_have_pairs() -
     assert loss.holm == loss.p == approx(2 / 64)
 
 
-def test_the_best_has_every_task_and_is_not_the_reference() -> None:
-    results = [flat("lora-each", 0.9, task) for task in ("x", "y")]
-    results += [flat("easy/prefix", 0.8, "x")]
-    results += [flat("a/prefix", height, "x", seed) for seed, height in enumerate((0.4, 0.4, 0.4, 0.4))]
-    results += [flat("a/prefix", 0.7, "y")]  # the mean of its tasks is 0.55, that of its curves 0.46
-    results += [flat("b/prefix", 0.5, task) for task in ("x", "y")]
-    assert stats.ranking(results) == ["lora-each", "a/prefix", "b/prefix", "easy/prefix"]
-    assert stats.ranking(results, "x") == ["lora-each", "easy/prefix", "b/prefix", "a/prefix"]
-    assert stats.best(results) == "a/prefix"
-    assert stats.best([r for r in results if r.method in ("lora-each", "easy/prefix")]) is None
-
-
 # The report.
 
 
@@ -198,66 +184,6 @@ def test_the_tables_of_a_task_by_hand() -> None:
     # 0.75 and 0.85, mean 2.35 / 3 and 2.45 / 3.
     assert row(loss, "nested/prefix")[1:5] == ["2", "0.800 ± 0.000", "0.800 ± 0.000", "0.800 ± 0.635"]
     assert row(loss, "nested/prefix")[5] == "0.800 ± 0.212"
-
-
-def test_the_cost_is_a_multiple_of_the_cheapest_cut_of_plain_lora_on_what_both_did() -> None:
-    dear = [result("lora/loss", "sums", seed, (0.1, 0.2, 0.7), seconds=7.0) for seed in (0, 1)]
-    text = section(written([*study(), *dear]), "## Cost")
-    assert "the multiple of lora/prefix," in text
-    assert row(text, "lora/prefix") == ["lora/prefix", "2", "1,000", "1.00", "5", "1.00", "256", "1.00"]
-    assert row(text, "lora/loss") == ["lora/loss", "2", "1,000", "1.00", "7", "1.40", "256", "1.00"]
-    assert row(text, "lora-each") == ["lora-each", "4", "3,000", "3.00", "10", "2.00", "256", "1.00"]
-    without = section(written([r for r in study() if r.method != "lora/prefix"]), "## Cost")
-    assert "no lora/" in without
-    assert row(without, "lora-each") == ["lora-each", "4", "3,000", "", "10", "", "256", ""]
-
-
-def test_the_largest_rank_is_read_by_its_interval() -> None:
-    def curves(method: str, *last: tuple[float, float]) -> list[Result]:
-        return [result(method, "sums", s, (0.1, 0.2, a), (2.0, 2.0, nats)) for s, (a, nats) in enumerate(last)]
-
-    results = curves("lora-each", (0.8, 1.0), (0.7, 1.1), (0.75, 1.2))
-    results += curves("worse/prefix", (0.7, 1.5), (0.6, 1.6), (0.64, 1.7))
-    results += curves("same/prefix", (0.8, 1.0), (0.7, 1.1), (0.75, 1.2))
-    results += curves("open/prefix", (0.7, 1.3), (0.8, 1.0), (0.75, 1.2))
-    results += curves("once/prefix", (0.7, 1.3))
-    text = section(written(results), "## At the largest rank against LoRA trained at it")
-    # -10, -10, -11: mean -10.33, sd 0.577, times 4.303 / sqrt(3) is 1.43.
-    worse = ["worse/prefix", "sums", "3", "-10.3 ± 1.4", "+0.500 ± 0.000", "accuracy lower, loss higher"]
-    assert row(text, "worse/prefix") == worse
-    same = ["same/prefix", "sums", "3", "+0.0 ± 0.0", "+0.000 ± 0.000", "accuracy the same, loss the same"]
-    assert row(text, "same/prefix") == same
-    assert row(text, "open/prefix")[-1] == "accuracy undecided, loss undecided"
-    assert row(text, "once/prefix")[2:] == ["1", "-10.0", "+0.300", "accuracy of one seed, loss of one seed"]
-    assert "\n| lora-each |" not in text
-
-
-def test_every_rank_is_compared_on_each_task_and_on_all() -> None:
-    text = section(written(study()), "## At every rank against LoRA trained at that rank")
-    sums, pooled = section(text, "### Task sums"), section(text, "### All tasks")
-    # At the last rank 0 and 10 points.
-    assert row(sums, "nested/prefix") == ["nested/prefix", "2", "+10.0 ± 0.0", "+0.0 ± 0.0", "+5.0 ± 63.5"]
-    # 0, 10, 0, 10: sd 5.774, times 3.182 / 2.
-    assert row(pooled, "nested/prefix") == ["nested/prefix", "4", "+10.0 ± 0.0", "+0.0 ± 0.0", "+5.0 ± 9.2"]
-    assert row(pooled, "lora/prefix")[:3] == ["lora/prefix", "2", "-20.0 ± 0.0"]
-    loss = sums.split("Loss in nats per token, less is better:")[1]
-    # 0.05 and 0.15.
-    assert row(loss, "nested/prefix")[2:] == ["-0.100 ± 0.000", "+0.000 ± 0.000", "+0.100 ± 0.635"]
-    alone = written([r for r in study() if r.task == "sums"])
-    assert "### Task sums" in alone
-    assert "All tasks" not in alone
-
-
-def test_a_recipe_is_compared_with_plain_lora_in_the_same_cut() -> None:
-    heading = "## At every rank against plain LoRA in the same cut"
-    text = section(written(study()), heading)
-    # On one task, of which both have two seeds: 30 and 30 points, at the last rank 0 and 10.
-    accuracy, loss = text.split("Loss in nats per token, less is better:")
-    assert row(accuracy, "nested/prefix") == ["nested/prefix", "2", "+30.0 ± 0.0", "+30.0 ± 0.0", "+5.0 ± 63.5"]
-    # 0.05 and 0.15 at the last.
-    assert row(loss, "nested/prefix") == ["nested/prefix", "2", "-1.200 ± 0.000", "-0.700 ± 0.000", "+0.100 ± 0.635"]
-    assert "| lora" not in text
-    assert heading not in written([r for r in study() if r.method != "lora/prefix"])
 
 
 TESTS = "## One method against the others, over all tasks"
@@ -294,22 +220,6 @@ def test_a_whole_study_does_not_say_that_it_is_partial() -> None:
     ) in written(study(), planned=more)
 
 
-def test_rows_about_the_study_and_its_learning_rates() -> None:
-    tried = [
-        rates_of("nested/prefix", "sums", {1e-3: 0.8, 2e-3: 0.7, 4e-3: math.inf}),
-        Tried("lora-each", "words", 2, {5e-4: 0.91}, None),
-    ]
-    text = written(study(), about={"model": "tiny", "items": "200 per task"}, tried=tried)
-    what = section(text, "## What was compared")
-    assert row(what, "items") == ["items", "200 per task"]
-    assert row(what, "methods") == ["methods", "lora-each, lora/prefix, nested/prefix"]
-    assert row(what, "seeds") == ["seeds", "2 of sums, 2 of words"]
-    rates = section(text, "## Learning rates")
-    assert row(rates, "method") == ["method", "task", "R", "chosen", "0.0005", "0.001", "0.002", "0.004"]
-    assert row(rates, "nested/prefix") == ["nested/prefix", "sums", "8", "0.002", "", "0.800", "0.700", "diverged"]
-    assert row(rates, "lora-each") == ["lora-each", "words", "2", "", "0.910", "", "", ""]
-
-
 def test_the_method_to_test_is_nominated_on_validation_data() -> None:
     """By the geometric mean: easy/prefix is a little worse where losses are large, much better where they are not.
 
@@ -337,18 +247,6 @@ def test_the_method_to_test_is_nominated_on_validation_data() -> None:
     assert "hard/prefix was named by" in named
 
 
-def test_every_method_is_compared_with_every_other() -> None:
-    results = [flat("a/x", 0.5 + 0.1 * seed, seed=seed, loss=1.0) for seed in (0, 1)]
-    results += [flat("b/x", 0.4, seed=seed, loss=1.5) for seed in (0, 1)] + [flat("c/x", 0.9, loss=1.0)]
-    text = section(written(results), "## Every method against every other, over all tasks")
-    accuracy, loss = text.split("Mean loss over the ranks")
-    # Differences of 10 and 20 points: sd 7.07, times 12.706 / sqrt(2).
-    assert row(accuracy, "method") == ["method", "c/x", "a/x", "b/x"]
-    assert row(accuracy, "a/x") == ["a/x", "-40.0", "", "+15.0 ± 63.5"]
-    assert row(accuracy, "b/x") == ["b/x", "-50.0", "-15.0 ± 63.5", ""]
-    assert row(loss, "a/x") == ["a/x", "+0.000", "", "-0.500 ± 0.000"]
-
-
 def test_hostile_text_stays_text() -> None:
     found = markdown([(1, "a | `x` **b** [c](d) <script>\nnext")])
     assert not re.search(r"(?<!\\)[<`*\[|]", found)
@@ -356,25 +254,6 @@ def test_hostile_text_stays_text() -> None:
 
 
 # The picture.
-
-
-def colours(path: Path) -> set[tuple[int, ...]]:
-    pixels = np.round(imread(path)[:, :, :3] * 255).astype(int)
-    return set(map(tuple, pixels.reshape(-1, 3)))
-
-
-def has(path: Path, colour: str) -> bool:
-    return tuple(round(255 * part) for part in to_rgb(colour)) in colours(path)
-
-
-def test_the_picture_has_a_row_for_each_task_and_a_colour_for_each_method(tmp_path: Path) -> None:
-    one, two = tmp_path / "one.png", tmp_path / "two.png"
-    draw([r for r in study() if r.task == "sums"], one, title="Study", methods=["lora-each", "nested/prefix"])
-    draw(study(), two, title="Study", methods=["lora-each", "nested/prefix", "lora/prefix"])
-    assert imread(one).shape[1] == imread(two).shape[1] == 1600
-    assert imread(two).shape[0] > 1.5 * imread(one).shape[0]
-    assert (has(one, "#0072B2"), has(one, "#E69F00")) == (True, False)
-    assert (has(two, "#0072B2"), has(two, "#E69F00")) == (True, True)
 
 
 def test_a_picture_has_the_reference_the_winner_and_those_listed_first(tmp_path: Path) -> None:
