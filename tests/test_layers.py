@@ -30,7 +30,7 @@ RULE_NAMES = list(RULES)
 @st.composite
 def nestings(draw: st.DrawFn, max_rank: int = 12) -> Nesting:
     ranks = sorted(draw(st.sets(st.integers(1, max_rank), min_size=1, max_size=5)))
-    scaling = draw(st.sampled_from(["none", "rank", "sqrt"]))
+    scaling: Any = draw(st.sampled_from(["none", "rank", "sqrt"]))
     return Nesting(ranks, scaling, draw(st.floats(0.2, 4)))
 
 
@@ -154,6 +154,8 @@ def test_gradients_by_hand() -> None:
     x, G = nested.kind.batch(ROWS), torch.randn(ROWS, 10, dtype=torch.float64)
     nested.layer(x).backward(G)
     D = torch.diag(oracle.trained_p(*named(nesting)))
+    assert A.grad is not None
+    assert B.grad is not None
     assert close(A.grad, D @ B.T @ G.T @ x)
     assert close(B.grad, G.T @ x @ A.T @ D)
 
@@ -167,7 +169,8 @@ def test_gradcheck(kind: str, per_row: bool) -> None:
     x = random_input(nested, 3)
 
     def function(x: Tensor, *factors: Tensor) -> Tensor:
-        return torch.func.functional_call(nested.layer, dict(zip(names, factors, strict=True)), (x,))
+        output: Tensor = torch.func.functional_call(nested.layer, dict(zip(names, factors, strict=True)), (x,))
+        return output
 
     assert len(names) == 2
     if per_row:
@@ -219,7 +222,7 @@ def test_an_empty_batch_passes(kind: str, training: bool) -> None:
     output = nested.layer(x)
     assert output.shape == nested.layer.base_layer(x).shape
     output.sum().backward()
-    assert all(factor.grad.count_nonzero() == 0 for factor in nested.factors)
+    assert all(factor.grad is not None and factor.grad.count_nonzero() == 0 for factor in nested.factors)
 
 
 @pytest.mark.parametrize("kind", LINEAR)
@@ -245,7 +248,7 @@ def test_second_derivatives(kind: str) -> None:
     seconds = []
     for output in (nested.layer(x), nested.expected(oracle.trained_p([1, 4]), x)):
         first = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
-        seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
+        seconds.append(torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), inputs))
     assert all(close(a, b) for a, b in zip(*seconds, strict=True))
 
 
@@ -436,8 +439,9 @@ def test_full_rank_is_plain_peft_to_the_last_bit(kind: str, dtype: torch.dtype, 
 def test_a_rank_of_factors_that_were_never_reordered_is_exported_as_the_best_of_its_rank(kind: str) -> None:
     nesting = Nesting([1, 3, 6], "sqrt", 0.8)
     nested = nested_layer(kind, nesting, deploy="reordered")
-    base, before = copy.deepcopy(nested.layer.get_base_layer()), [factor.detach().clone() for factor in nested.factors]
-    trained = nested.kind.delta(base, *before, oracle.trained_p(*named(nesting)))
+    base = copy.deepcopy(nested.layer.get_base_layer())
+    A, B = (factor.detach().clone() for factor in nested.factors)
+    trained = nested.kind.delta(base, A, B, oracle.trained_p(*named(nesting)))
     errors = oracle.best_errors(trained.flatten(1))
     for rank in (1, 2, 3, 6):  # any, since the copy is reordered
         with tempfile.TemporaryDirectory() as folder:
@@ -446,7 +450,7 @@ def test_a_rank_of_factors_that_were_never_reordered_is_exported_as_the_best_of_
         found = plain.base_model.model.layer.get_delta_weight("default")
         assert torch.linalg.matrix_rank(found.flatten(1)) <= rank
         assert float((found - trained).norm()) == pytest.approx(float(errors[rank]), rel=1e-9, abs=1e-12)
-    assert all(map(torch.equal, nested.factors, before))
+    assert all(map(torch.equal, nested.factors, (A, B)))
     x = random_input(nested)
     assert same(nested, oracle.trained_p(*named(nesting)), x)  # training goes on as it was
 
@@ -503,9 +507,10 @@ def quantized_llama(folder: Path, bits: int) -> nn.Module:
     options: dict[str, Any] = {"load_in_8bit": True}
     if bits == 4:
         options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
-    return LlamaForCausalLM.from_pretrained(
+    model: nn.Module = LlamaForCausalLM.from_pretrained(
         folder, quantization_config=BitsAndBytesConfig(**options), dtype=torch.float32, device_map="cpu"
     )
+    return model
 
 
 def nested_quantized(folder: Path, bits: int, nesting: Nesting, deploy: Any, training: bool) -> NestedAdapter:
@@ -586,7 +591,7 @@ def test_quantized_layers_merge_to_their_rounding_or_not_at_all(bits: int, after
         """What the base layer multiplies by; in training mode, as that packs nothing."""
         layer.base_layer.train()
         with torch.no_grad():
-            weight = layer.base_layer(torch.eye(layer.in_features)).T
+            weight: Tensor = layer.base_layer(torch.eye(layer.in_features)).T
         layer.base_layer.eval()
         return weight
 
@@ -655,7 +660,8 @@ def moe(layout: str) -> nn.Module:
             if "experts" in name or "sinks" in name:
                 nn.init.normal_(parameter, std=0.2)
     model.set_experts_implementation("eager")
-    return model.double().eval()
+    double: nn.Module = model.double().eval()
+    return double
 
 
 EXPERTS = ["gate_up_proj", "down_proj"]
@@ -674,7 +680,7 @@ def nested_moe(layout: str, nesting: Nesting, **options: Any) -> NestedAdapter:
 
 def expert_wrappers(model: nn.Module) -> dict[str, Any]:
     """PEFT's wrapper of each parameter of the experts, by the parameter's name."""
-    return {m.parameter_name: m for m in model.modules() if hasattr(m, "parameter_name")}
+    return {str(m.parameter_name): m for m in model.modules() if hasattr(m, "parameter_name")}
 
 
 def in_first(wrapper: Any) -> bool:
@@ -687,7 +693,8 @@ def expert_call(experts: nn.Module) -> Tensor:
     hidden = torch.randn(7, 16, dtype=torch.float64)
     chosen = torch.stack([torch.randperm(3)[:2] for _ in range(7)])
     weights = torch.rand(7, 2, dtype=torch.float64)
-    return experts(hidden, chosen, weights)
+    output: Tensor = experts(hidden, chosen, weights)
+    return output
 
 
 def expected_experts(model: nn.Module, p: Tensor) -> Tensor:
@@ -710,7 +717,8 @@ def expected_experts(model: nn.Module, p: Tensor) -> Tensor:
         def forward(self) -> Tensor:
             return expert_call(self.experts)
 
-    return torch.func.functional_call(Call(), {f"experts.{k}": v for k, v in weights.items()}, ())
+    output: Tensor = torch.func.functional_call(Call(), {f"experts.{k}": v for k, v in weights.items()}, ())
+    return output
 
 
 @pytest.mark.parametrize("layout", ["out-in", "in-out"])

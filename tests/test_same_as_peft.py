@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import randomize
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from matryoshka_lora import nest
 from matryoshka_lora.adapter.layers import NestedLinear
@@ -18,7 +18,7 @@ from matryoshka_lora.models import load_model
 IDS = torch.randint(100, 40000, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-def with_lora(base: nn.Module, nested: bool) -> Any:
+def with_lora(base: Any, nested: bool) -> Any:
     base = copy.deepcopy(base)
     model = get_peft_model(base, LoraConfig(r=32, lora_alpha=32, target_modules="all-linear"))
     if nested:

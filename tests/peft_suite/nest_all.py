@@ -46,7 +46,7 @@ def nest_from_now_on() -> None:
 
 def pytest_configure() -> None:
     """Before the tests are imported."""
-    from tests import testing_utils
+    from tests import testing_utils  # type: ignore[attr-defined]
 
     testing_utils.hub_online_once = lambda model_id: contextlib.nullcontext()  # it would wait for the hub
     if os.environ["PEFT_SUITE_NEST"]:

@@ -18,6 +18,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 FEWEST_NESTED = 1900  # of about 2,140; a nest() that refuses everything would leave PEFT's tests to PEFT
@@ -87,7 +88,7 @@ def tests_of_peft(version: str) -> Path:
     return source
 
 
-def run(source: Path, scratch: Path, nested: bool) -> dict:
+def run(source: Path, scratch: Path, nested: bool) -> dict[str, Any]:
     """Run the selected tests; what the plugin counted."""
     report = scratch / "report.json"
     environment = {
@@ -107,7 +108,8 @@ def run(source: Path, scratch: Path, nested: bool) -> dict:
     )
     if done.returncode not in (0, 1) or not report.is_file():  # 1 is: some tests failed
         sys.exit(f"pytest ended with {done.returncode}")
-    return json.loads(report.read_text())
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
 
 
 def read_expected() -> list[tuple[str, str, str]]:
