@@ -93,7 +93,8 @@ class Snapshot:
 
 def output(model: Any) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=IDS).logits
+        logits: Tensor = model(input_ids=IDS).logits
+    return logits
 
 
 @contextmanager
@@ -103,7 +104,7 @@ def refused(message: str, folder: Path, model: nn.Module | None = None) -> Itera
     with pytest.raises(MatryoshkaError) as caught:
         yield
     assert fingerprint(folder) == files
-    if before is not None:
+    if before is not None and model is not None:
         before.assert_unchanged(model)
     assert re.search(message, str(caught.value), re.IGNORECASE | re.DOTALL), str(caught.value)
     assert WAY_OUT.search(str(caught.value)), f"no way out: {caught.value}"
@@ -129,11 +130,11 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 BASE = tiny_llama()
 
 
-def plain_base() -> nn.Module:
+def plain_base() -> Any:
     return copy.deepcopy(BASE)
 
 
-def base_with_an_adapter() -> nn.Module:
+def base_with_an_adapter() -> Any:
     model = get_peft_model(plain_base(), LoraConfig(r=3, lora_alpha=3, target_modules=["q_proj", "v_proj"]))
     randomize(model, seed=8)
     return model.eval()
@@ -146,7 +147,10 @@ BASES = {"plain": plain_base, "beside-another": base_with_an_adapter}
 
 
 def write_bytes(name: str, content: bytes) -> Damage:
-    return lambda folder: (folder / name).write_bytes(content) and None
+    def damage(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return damage
 
 
 def remove(name: str) -> Damage:
@@ -552,7 +556,7 @@ def with_modules(**extra: Any) -> Callable[[Path], None]:
     return write
 
 
-def biased() -> nn.Module:
+def biased() -> Any:
     return tiny_llama(attention_bias=True)
 
 
@@ -661,7 +665,7 @@ MODEL_DAMAGES: dict[str, tuple[Damage, str]] = {
 }
 
 
-def biased_with_an_adapter() -> nn.Module:
+def biased_with_an_adapter() -> Any:
     model = get_peft_model(biased(), LoraConfig(r=3, lora_alpha=3, target_modules=["q_proj"]))
     randomize(model, seed=8)
     return model.eval()
@@ -684,7 +688,7 @@ def other_llama(**changes: Any) -> Callable[[], nn.Module]:
     return lambda: tiny_llama(**changes)
 
 
-def tiny_gpt2() -> nn.Module:
+def tiny_gpt2() -> Any:
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=64, n_embd=64, n_layer=2, n_head=4)).eval()
 
@@ -806,7 +810,7 @@ def test_a_rank_that_cannot_be_had_is_not_exported(folder: Path, tmp_path: Path,
 
 def test_a_rank_may_be_an_integer_of_numpy(folder: Path, tmp_path: Path) -> None:
     """It is one for torch, and JSON does not know it."""
-    rank = np.int64(3)
+    rank: Any = np.int64(3)
     adapter = load(plain_base(), folder, rank=rank)
     adapter.export(tmp_path / "memory", rank)
     export(folder, tmp_path / "files", rank)
@@ -894,7 +898,7 @@ def test_a_diverged_adapter_is_not_written_over_a_good_one(folder: Path, tmp_pat
             assert fingerprint(tmp_path) == files
 
 
-def writers(folder: Path) -> Mapping[str, Callable[[Path], None]]:
+def writers(folder: Path) -> Mapping[str, Callable[[Path], object]]:
     adapter = load(plain_base(), folder)
     return {
         "save": adapter.save,
@@ -1200,10 +1204,11 @@ def matryoshka(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
     def run(*arguments: Any) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["matryoshka", *map(str, arguments)])
+        status = 0
         try:
-            status = command() or 0
+            command()
         except SystemExit as stop:
-            status = stop.code or 0
+            status = int(stop.code or 0)
         return status, capsys.readouterr().err
 
     return run
