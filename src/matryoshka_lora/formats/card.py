@@ -121,15 +121,17 @@ def _what(config: AdapterConfig, state: State | None, base: str) -> str:
         )
     ranks = state.ranks
     named = f"any rank from 1 to {ranks[-1]}" if state.reordered else f"rank {', '.join(map(str, ranks))}"
-    how = (
-        f"Its factors were reordered (`{state.reordered}`), so each prefix of columns is a good adapter of its rank."
-        if state.reordered
-        else "Its deployment is the paper's: P is dropped, and rank r is the first r columns as they were trained. Low "
-        "ranks are much worse than those of a reordered adapter."
-    )
+    how = "Rank r is the first r columns, as it was trained."
+    if state.reordered:
+        how = f"Its factors were reordered (`{state.reordered}`), so each prefix is a good adapter of its rank."
+    elif state.rule.fixed:
+        how = (
+            "Its deployment is the paper's: P is dropped, and rank r is the first r columns as they were trained. Low "
+            "ranks are much worse than those of a reordered adapter."
+        )
     return (
-        f"One adapter{of} that may be used at {named} ([MatryoshkaLoRA](https://arxiv.org/abs/2605.07850), trained by "
-        f"rule `{state.rule.name}`). {how} PEFT reads this folder as the adapter of rank {config.r}."
+        f"One adapter{of} that may be used at {named} ([MatryoshkaLoRA](https://arxiv.org/abs/2605.07850), rule "
+        f"`{state.rule.name}`). {how} PEFT reads this folder as the adapter of rank {config.r}."
     )
 
 

@@ -16,10 +16,13 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
+
+import yaml
+from safetensors import SafetensorError, safe_open
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import read_text, write_text
+from matryoshka_lora.files import SPECTRA_NAME, read_text, write_text
 from matryoshka_lora.formats.config import CONFIG_NAME, AdapterConfig
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.rules import get_rule
@@ -31,6 +34,7 @@ FORMAT_VERSION = 2
 _MAX_BYTES = 1 << 20  # a sidecar is under a kilobyte; anything large is not one
 _KEYS = {"format_version", "ranks", "scaling", "rule", "seed", "deploy", "reordered"}
 _KEYS_1 = {"format_version", "nesting", "rule", "inference", "seed", "form", "trained_ranks"}
+_STUDY_RULES_1 = ("mean", "reversed", "random", "geometric-0.97", "geometric-0.9", "geometric-0.8")
 _AGAIN = "Copy the adapter again"
 
 
@@ -93,8 +97,13 @@ def read_sidecar(folder: Path, config: AdapterConfig) -> State:
                 f"{folder / CONFIG_NAME} does not go with its sidecar: {field} gives layers ranks or scales of their "
                 f"own. {_AGAIN}"
             )
+    if version == 1 and data["rule"] in _STUDY_RULES_1 and data["form"] == "raw":
+        raise MatryoshkaError(
+            f"{file}: rule {data['rule']!r} was one of version 0.1 for studies, and its P stands in no file. Reorder "
+            "the adapter with matryoshka-lora 0.1 first, which puts P into the factors"
+        )
     try:
-        state = _state(data, config) if version == FORMAT_VERSION else _state_1(data, config)
+        state = _state(data, config) if version == FORMAT_VERSION else _state_1(data, config, folder)
     except MatryoshkaError as error:
         raise MatryoshkaError(f"{file}: {error}. {_AGAIN}") from error
     if state.nesting.max_rank != config.r:
@@ -112,12 +121,14 @@ def _state(data: dict[str, Any], config: AdapterConfig) -> State:
     return State(nesting, get_rule(data["rule"]), _seed(data), data["deploy"], data["reordered"])
 
 
-def _state_1(data: dict[str, Any], config: AdapterConfig) -> State:
+def _state_1(data: dict[str, Any], config: AdapterConfig, folder: Path) -> State:
     """Of a sidecar of version 0.1, whose words were others."""
     given, allowed = data["nesting"], {"ranks", "scaling", "alpha"}
     if not isinstance(given, dict) or "ranks" not in given or not set(given) <= allowed:
         raise MatryoshkaError(f"a nesting has the keys ranks, scaling and alpha, not {given!r:.200}")
-    scaling, alpha, rule = given.get("scaling", "none"), given.get("alpha", 1.0), get_rule(data["rule"])
+    scaling, alpha = given.get("scaling", "none"), given.get("alpha", 1.0)
+    # What is in the factors already is plain LoRA, whatever it was trained by.
+    rule = get_rule("lora" if data["rule"] in _STUDY_RULES_1 else data["rule"])
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= sys.float_info.max:
         raise MatryoshkaError(f"alpha is {alpha!r:.80}, not a positive number")
     nesting = Nesting(given["ranks"], scaling, config.scale)
@@ -135,10 +146,24 @@ def _state_1(data: dict[str, Any], config: AdapterConfig) -> State:
     if data["inference"] == "keep" and not rule.fixed:
         raise MatryoshkaError(f"rule {rule.name!r} has no fixed diagonal that inference 'keep' could keep")
     if data["form"] == "reordered":
-        return State(nesting, rule, _seed(data), reordered="svd")
+        return State(nesting, rule, _seed(data), reordered=_reordered_by_1(folder))
     if data["form"] == "folded":  # P was multiplied into B: what is left between the factors is plain LoRA's scale
         return State(nesting, get_rule("lora"), _seed(data))
     return State(nesting, rule, _seed(data), "paper" if data["inference"] == "prefix" else "reordered")
+
+
+def _reordered_by_1(folder: Path) -> By:
+    """Version 0.1 wrote it beside the singular values; `matryoshka train` wrote none, and named it in its config."""
+    said: Any = None
+    try:
+        if (folder / SPECTRA_NAME).is_file():
+            with safe_open(folder / SPECTRA_NAME, framework="pt") as spectra:
+                said = (spectra.metadata() or {}).get("metric")
+        else:
+            said = yaml.safe_load(read_text(folder / "train.yaml", _MAX_BYTES))["nesting"]["reorder"]
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
+        pass  # whoever needs these files says what is wrong with them
+    return cast(By, said) if said in get_args(By) else "svd"
 
 
 def _seed(data: dict[str, Any]) -> int:

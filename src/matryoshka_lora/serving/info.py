@@ -39,6 +39,8 @@ class Description:
         if state.reordered:
             where = "; of this file a device reads only the ranks it needs" * self.adapter.is_directions
             return f"a nested LoRA adapter, reordered by {state.reordered}: any rank may be used ({rule}){where}"
+        if state.deploy == "paper" and not state.rule.fixed:
+            return f"a nested LoRA adapter, deployed as it is trained: rank r is its first r columns ({rule})"
         if state.deploy == "paper":
             return f"a nested LoRA adapter with the paper's deployment, which drops P: low ranks are poor ({rule})"
         return f"a nested LoRA adapter as it is trained: `matryoshka reorder` makes every rank good ({rule})"

@@ -21,6 +21,7 @@ from matryoshka_lora.rules import get_rule
 from matryoshka_lora.state import By, Deploy
 from matryoshka_lora.training.checks import apply_override, check_keys, check_types, names, read_yaml, write_yaml
 from matryoshka_lora.training.private import check_private
+from matryoshka_lora.training.version_1 import refuse_old_words
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -205,6 +206,7 @@ def make_config(config: Mapping[str, Any]) -> TrainConfig:
     from trl import SFTConfig
 
     check_private(config)
+    refuse_old_words(config)
     sections = {"": (*_OURS, *names(SFTConfig)), "lora": names(LoraConfig), "nesting": _NESTING}
     lora, nesting = config.get("lora") or {}, config.get("nesting") or {}
     for section, given in (("", config), ("lora", lora), ("nesting", nesting)):

@@ -17,6 +17,7 @@ from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.privacy import marked
 from matryoshka_lora.training.checks import read_yaml
 from matryoshka_lora.training.config import TrainConfig
+from matryoshka_lora.training.version_1 import in_new_words
 
 CONFIG_NAME = "train.yaml"
 """The config with everything filled in, written before the first step."""
@@ -27,9 +28,6 @@ FINISHED_NAME = "trainer_state.json"
 _LENGTH = ("max_steps", "num_train_epochs")
 _AFTERWARDS = ("nesting.reorder", "nesting.deploy")
 """What changes nothing before the last step: a finished run is finished anew from its last checkpoint."""
-
-_RETIRED = ("nesting.alpha", "nesting.inference", "recipe")
-"""What version 0.1 wrote; the scale stands in ``lora``, and the others change nothing before the last step."""
 
 # What may differ between a run and its continuation, since it changes no weight.
 _HARMLESS = (
@@ -163,8 +161,7 @@ def _differences(config: TrainConfig) -> dict[str, str]:
     file = config.output_dir / CONFIG_NAME
     if not file.is_file():
         raise MatryoshkaError(f"{config.output_dir} holds checkpoints of another program: choose another output_dir")
-    before, now = _flat(marked(read_yaml(file))), _flat(marked(config.to_dict()))
-    before = {key: value for key, value in before.items() if key not in _RETIRED}
+    before, now = _flat(marked(in_new_words(read_yaml(file)))), _flat(marked(config.to_dict()))
     return {
         key: f"{key} was {before.get(key, 'not set')} and is now {now.get(key, 'not set')}"
         for key in [*before, *(key for key in now if key not in before)]
