@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from an_evaluation import RANKS, some_examples, write
+from an_evaluation import RANKS, example, some_examples, write
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -229,6 +229,14 @@ def test_a_metric_to_be_low_is_chosen_and_shown_as_it_is(run: Run, tmp_path: Pat
     out = run(tmp_path, "--within", "1%")[1]
     assert "Rank 1 is the smallest that is within 1 % of the best (0.333 at rank 1, so at most 0.337)" in out
     assert "+0.333 ± " in out  # rank 2 has a larger value
+
+
+def test_no_difference_has_no_sign_of_a_loss(run: Run, tmp_path: Path) -> None:
+    rows = [example("t", n, {0: 0.0, 1: 0.0, 2: 0.0, 4: float(n > 3), 8: float(n > 3)}) for n in range(9)]
+    write(tmp_path, rows)
+    out = run(tmp_path, "--within", "1%")[1]
+    assert "+0.000 ± 0.000" in out
+    assert "-0.000" not in out
 
 
 def test_several_tasks_need_a_name(run: Run, tmp_path: Path) -> None:

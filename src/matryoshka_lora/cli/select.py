@@ -135,4 +135,5 @@ def _larger(better: float, measured: Measured) -> float:
 def _with_error(value: float | None, error: float | None, sign: str = "") -> str:
     if value is None:
         return "?"
-    return f"{value:{sign}.3f}" + (" ± ?" if error is None else f" ± {error:.3f}")
+    rounded = round(value, 3) + 0.0  # no negative zero
+    return f"{rounded:{sign}.3f}" + (" ± ?" if error is None else f" ± {error:.3f}")
