@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from matryoshka_lora import MatryoshkaError, export, load, reorder, select
+from matryoshka_lora import MatryoshkaError, evaluate, export, load, reorder, select
 from matryoshka_lora.evaluation.page import page
 from matryoshka_lora.evaluation.reading import read_evaluation
 from matryoshka_lora.formats.card import write_card
@@ -233,6 +233,19 @@ def test_an_evaluation_of_other_weights_is_noticed() -> None:
     shutil.copy("activations/adapter_model.safetensors", "loss/adapter_model.safetensors")
     with pytest.raises(MatryoshkaError, match="measured on other weights"):
         select("loss", within=0.1)
+
+
+def test_an_evaluation_is_added_to() -> None:
+    """Its answers are not taken over, and the way out that is named keeps its tasks."""
+    rows = [{"prompt": f"{n} + 1 =", "completion": str(n + 1)} for n in range(2)]
+    options: Any = {"data": rows, "ranks": [1, 2, 4], "dtype": "fp32", "latency": False}
+    with pytest.raises(MatryoshkaError, match=r"answers of another adapter, or of version 0\.1.*--force"):
+        evaluate("loss", **options)
+    assert list(evaluate("loss", **options, overwrite=True).tasks) == ["letters.yaml", "data"]
+    assert list(read_evaluation("loss").tasks) == ["letters.yaml", "data"]
+    assert {str(rank): value for rank, value in read_evaluation("loss").values("letters.yaml").items()} == SAID[
+        "values"
+    ]
 
 
 def test_an_evaluation_is_shown(old: Path) -> None:

@@ -11,7 +11,7 @@ from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.results import EXAMPLES_NAME, FORMAT, Evaluation
 from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, settle
 from matryoshka_lora.formats.config import CONFIG_NAME
-from matryoshka_lora.formats.fingerprint import check_measured
+from matryoshka_lora.formats.fingerprint import check_measured, fingerprint
 from matryoshka_lora.formats.opened import open_adapter
 
 _READABLE = (2, FORMAT)  # 2 is that of version 0.1, whose words for the adapter were others
@@ -35,8 +35,13 @@ def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
     if not is_evaluation or data["format"] not in _READABLE:
         what = f"has format {data['format']!r}" if is_evaluation else "is no evaluation"
         raise MatryoshkaError(f"{file} {what}, and format {FORMAT} is needed; matryoshka eval ADAPTER writes it")
-    _check_weights(file)
     about = {key: value for key, value in data.items() if key not in ("format", "ranks", "tasks")}
+    around = _around(file)
+    if around is not None:
+        adapter = open_adapter(around)
+        check_measured(file, adapter)
+        if isinstance(about.get("adapter"), dict):  # version 0.1 knew it by another hash
+            about["adapter"] = {**about["adapter"], "sha256": fingerprint(adapter)}
     try:
         evaluation = Evaluation(about, data["ranks"], dict(data["tasks"]), _read_examples(file))
         for name in evaluation.tasks:
@@ -93,12 +98,6 @@ def _around(file: Path) -> Path | None:
     folder = file.resolve().parent
     places = (folder, folder.parent) if folder.name == EVALUATION_FOLDER else (folder,)
     return next((place for place in places if (place / CONFIG_NAME).is_file()), None)
-
-
-def _check_weights(file: Path) -> None:
-    around = _around(file)
-    if around is not None:
-        check_measured(file, open_adapter(around))
 
 
 def _read_examples(file: Path) -> list[dict[str, Any]]:

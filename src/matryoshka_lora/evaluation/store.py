@@ -88,7 +88,8 @@ class Store:
             if number == 1 and marked(entry) != header:  # an older version wrote whole paths
                 found = entry.get("subject", {}) if isinstance(entry, dict) else {}
                 differs = [key for key, value in header["subject"].items() if found.get(key) != value] or ["format"]
-                raise MatryoshkaError(f"{path} holds answers of another {' and '.join(differs)}: {way_out}")
+                old = ", or of version 0.1, which knew adapters by another hash" * ("adapter" in differs)
+                raise MatryoshkaError(f"{path} holds answers of another {' and '.join(differs)}{old}: {way_out}")
 
     def _write(self, entry: Mapping[str, Any]) -> None:
         if self._file is not None:
