@@ -244,9 +244,7 @@ def test_rows_with_experts_are_refused_at_once() -> None:
     ):
         pytest.fail("the context must not open")
     assert torch.equal(adapter.model(x), before)
-    with pytest.raises(
-        MatryoshkaError, match=r"experts\.0 cannot be nested: .*'stratified' needs them: take another"
-    ):
+    with pytest.raises(MatryoshkaError, match=r"experts\.0 cannot be nested: .*'stratified' needs them: take another"):
         routed(r".*experts\.\d", "stratified")
     head_only = routed(".*head")
     with head_only.rows([1, 2]):

@@ -1,4 +1,4 @@
-"""The private parts of torch, PEFT and transformers that are used are there, and do what the package takes them to do."""
+"""The private parts of torch, PEFT and transformers do what the package takes them to do."""
 
 from __future__ import annotations
 
