@@ -34,7 +34,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import LlamaForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, load, nest
 from matryoshka_lora.adapter.variant import NestedVariant
@@ -1565,3 +1565,32 @@ def test_gradients_are_not_touched_by_nesting() -> None:
     nest_as(peft_model, NESTING)
     after = [p.grad for p in peft_model.parameters() if p.grad is not None]
     assert all(torch.equal(a, b) for a, b in zip(after, grads, strict=True))
+
+
+def test_a_trained_adapter_that_becomes_another_function_is_named() -> None:
+    model = get_peft_model(tiny_llama(), lora_config(NESTING))
+    randomize(model)
+    with pytest.warns(UserWarning, match="has been trained already, and rule 'matryoshka'"):
+        nest_as(copy.deepcopy(model), NESTING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="adapter 'default' has been trained")
+        nest_as(model, NESTING, "lora")
+        nest_as(get_peft_model(tiny_llama(), lora_config(NESTING)), NESTING)
+
+
+def test_tokens_that_were_added_are_said_to_be_left_out(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(100, mean_resizing=False)
+    adapter = nest(get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])))
+    adapter.reorder()
+    with pytest.warns(UserWarning, match="4 tokens were added to the base model, and their embeddings are not in"):
+        adapter.save(tmp_path / "adapter")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(100, mean_resizing=False)
+    trained = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    adapter = nest(get_peft_model(base, trained))
+    adapter.reorder()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="4 tokens were added")
+        adapter.save(tmp_path / "with-embeddings")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
+import torch
 from peft import PeftModel
 
 from matryoshka_lora.adapter.attach import attach
+from matryoshka_lora.adapter.factors import get_parameters
+from matryoshka_lora.adapter.gates import nested_layers
 from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.config import check_config
@@ -72,5 +76,20 @@ def nest(
             "init_lora_weights='orthogonal' starts from columns that cancel out under one scale only: use True or "
             f"'gaussian'. An adapter that is trained already is nested by rule 'lora', not {chosen.name!r}"
         )
-    attach(peft_model, State(nesting, chosen, seed, deploy), adapter)
+    state = State(nesting, chosen, seed, deploy)
+    attach(peft_model, state, adapter)
+    _warn_if_trained(peft_model, adapter, state)
     return NestedAdapter(peft_model, adapter)
+
+
+def _warn_if_trained(model: PeftModel, adapter: str, state: State) -> None:
+    """A trained adapter goes on as another function where something else than its scale stands between its factors."""
+    if not state.draws and bool((state.trained_diagonal() == state.nesting.scale).all()):
+        return
+    factors = (get_parameters(module, adapter)[1] for _, module, _ in nested_layers(model, adapter))
+    if any(bool(torch.count_nonzero(B.detach())) for B in factors):
+        warnings.warn(
+            f"adapter {adapter!r} has been trained already, and rule {state.rule.name!r} puts another diagonal between "
+            "its factors: it is another function from now on. To go on from what it is, use rule='lora'",
+            stacklevel=3,
+        )

@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import PeftModel, peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from matryoshka_lora.adapter.copies import COPIES, nest_copies
 from matryoshka_lora.adapter.factors import gathered, get_parameters
@@ -22,6 +22,7 @@ from matryoshka_lora.formats.config import check_config
 from matryoshka_lora.formats.opened import WEIGHTS_NAME, OpenedAdapter, from_memory, open_adapter
 from matryoshka_lora.formats.sidecar import has_sidecar
 from matryoshka_lora.formats.write import cut, write_adapter, write_weights
+from matryoshka_lora.models import load_config
 from matryoshka_lora.reordering.files import deployed
 from matryoshka_lora.state import State
 
@@ -51,7 +52,26 @@ def opened_from(model: PeftModel, adapter: str, state_dict: Mapping[str, Tensor]
     config |= {"base_model_name_or_path": named or None, "inference_mode": True}
     opened = from_memory(f"adapter {adapter!r}", check_config(config, f"adapter {adapter!r}"), state, tensors)
     opened.tensors()  # raises where a number is not finite
+    _warn_of_new_tokens(model, named)
     return opened
+
+
+def _warn_of_new_tokens(model: PeftModel, base: str | None) -> None:
+    """Tokens that were added to the base model are in no adapter, unless their embeddings are trained with it."""
+    if not base:
+        return
+    try:
+        embeddings: Any = model.get_base_model().get_input_embeddings()
+        known = load_config(base, local_files_only=True).get_text_config().vocab_size
+    except (MatryoshkaError, AttributeError, NotImplementedError):  # not on this machine, or no language model
+        return
+    # PEFT wraps those that are trained.
+    if type(embeddings) is nn.Embedding and embeddings.num_embeddings > known:
+        warnings.warn(
+            f"{embeddings.num_embeddings - known} tokens were added to the base model, and their embeddings are not in "
+            "the adapter: save the base model too, or train them with modules_to_save or trainable_token_indices",
+            stacklevel=4,
+        )
 
 
 def save_adapter(opened: OpenedAdapter, path: str | os.PathLike[str], keep_trained: bool = False) -> None:
