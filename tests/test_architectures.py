@@ -35,6 +35,7 @@ REPRESENTATIVE: dict[str, dict[str, set[str]]] = {
     "mamba2": {},
     "deepseek_v3": {**ALL_LINEAR, **EXPERTS},  # latent attention
     "gpt_oss": EXPERTS,  # attention sinks, experts with biases
+    "moshi": {},  # a part of its config belongs to no part of the model
     "qwen3_next": {**ALL_LINEAR, "named": {"rows"}, **EXPERTS},  # linear attention
 }
 

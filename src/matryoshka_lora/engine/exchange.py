@@ -74,9 +74,13 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 def _implementations(config: Any) -> str | dict[str, Any]:
-    """The attention of a config and of those in it, as ``set_attn_implementation`` takes it."""
+    """The attention of a config and of those in it, as ``set_attn_implementation`` takes it.
+
+    Parts that have none, for what the model does not use, are left out.
+    """
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     inner = {name: _implementations(part) for name, part in parts.items() if part is not None}
+    inner = {name: found for name, found in inner.items() if found is not None}
     own: str = config._attn_implementation
     return {"": own, **inner} if inner else own
 
