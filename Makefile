@@ -16,12 +16,12 @@ help: ## this list
 $(VENV)/.demo: pyproject.toml
 	@echo "Setting up $(VENV) (about two minutes once packages are downloaded) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,eval,study,demo]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,eval,demo]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(EMBEDDED)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,eval,study,demo,quantized,deepspeed,dev]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,eval,demo,research,quantized,deepspeed,dev]'
 	touch $@
 
 $(VENV)/.deploy: $(VENV)/.test
@@ -30,7 +30,7 @@ $(VENV)/.deploy: $(VENV)/.test
 		--no-binary llama-cpp-python $(LLAMA_CPP)
 	touch $@
 
-demo: $(VENV)/.demo ## train an adapter and plain LoRA beside it, see every rank, export one (under 15 minutes on 2 cores)
+demo: $(VENV)/.demo ## train an adapter, see every rank, read one with plain PEFT (about five minutes on 2 cores)
 	$(BIN)/matryoshka demo --out runs/demo
 
 test: $(VENV)/.test lint ## lint, types, layers and all tests

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import re
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,9 +75,11 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="architectures or variants to check; all if none is named")
     args = parser.parse_args()
     found: dict[str, Found] = {}
-    for name in args.names or [*ARCHITECTURES, *VARIANTS]:
-        found[name] = in_a_process(name)
-        print(line(name, found[name]), flush=True)
+    names = args.names or [*ARCHITECTURES, *VARIANTS]
+    with ThreadPoolExecutor(os.cpu_count()) as processes:
+        for name, one in zip(names, processes.map(in_a_process, names), strict=True):
+            found[name] = one
+            print(line(name, one), flush=True)
     wrong = [f"{name}: {part}: {why}" for name, one in found.items() for part, why in one.wrong.items()]
     if wrong:
         raise SystemExit("\nWrong:\n" + "\n".join(wrong))
@@ -135,8 +139,8 @@ def line(name: str, found: Found) -> str:
 
 _PAGE = """# Architectures
 
-`python benchmarks/architectures.py --out docs/architectures.md` wrote this page in {minutes:.0f} minutes, on one
-thread, with {versions}.
+`python benchmarks/architectures.py --out docs/architectures.md` wrote this page in {minutes:.0f} minutes of one
+core, with {versions}.
 
 Of the {architectures} architectures in transformers' mapping for causal language models:
 

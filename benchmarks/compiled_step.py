@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from train_step import ROWS, RULES, TOKENS, nested, share, with_peft
 
-from matryoshka_lora import Nesting
-from matryoshka_lora.adapter import NestedAdapter
+from matryoshka_lora import NestedAdapter
 from matryoshka_lora.models import load_model
 
 RANK, REPEATS = 32, 7
@@ -62,11 +61,10 @@ def main() -> None:
     base = load_model(dtype=torch.bfloat16).requires_grad_(False)
     base.model.layers = base.model.layers[: args.layers]
     base.config.num_hidden_layers = args.layers
-    nesting = Nesting.powers_of_two(RANK)
     inputs = base.get_input_embeddings()(torch.randint(0, base.config.vocab_size, (ROWS, TOKENS))).detach()
     inputs.requires_grad_()
-    models = {"floor": share(base), "peft": with_peft(base, nesting)}
-    models |= {rule: nested(base, nesting, rule) for rule in RULES}
+    models = {"floor": share(base), "peft": with_peft(base, RANK)}
+    models |= {rule: nested(base, RANK, rule) for rule in RULES}
     for name, model in models.items():
         adapter = NestedAdapter(model) if name in RULES else None
         print(json.dumps({"variant": name, **measure(model, inputs, adapter)}), flush=True)

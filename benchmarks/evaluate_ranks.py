@@ -44,16 +44,16 @@ from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
 from train_step import machine
 
-from matryoshka_lora import NestedAdapter, Nesting, nest
-from matryoshka_lora.evaluate.engine import Engine
-from matryoshka_lora.evaluate.harness import judge
-from matryoshka_lora.evaluate.selection import select
-from matryoshka_lora.evaluate.store import Store
+from matryoshka_lora import NestedAdapter, nest
+from matryoshka_lora.data.tasks import Example, get_task
+from matryoshka_lora.engine.engine import Engine
+from matryoshka_lora.evaluation.harness import judge
+from matryoshka_lora.evaluation.store import Store
+from matryoshka_lora.evaluation.tasks import ask
 from matryoshka_lora.files import write_text
 from matryoshka_lora.models import DTYPES, embedded_folder, load_model, load_tokenizer
-from matryoshka_lora.tasks import Example, get_task
 
-NESTING = Nesting.powers_of_two(32)
+RANKS = (1, 2, 4, 8, 16, 32)
 BATCH_SIZES = (8, 32, 96)
 TUNED_ON = 32
 TIE = 1e-4
@@ -159,14 +159,14 @@ def write_tasks(folder: Path, items: int) -> dict[str, Path]:
 
 def make_adapter(dtype: torch.dtype) -> NestedAdapter:
     """The same factors for each dtype of the base model."""
-    config = LoraConfig(r=32, lora_alpha=NESTING.lora_alpha, target_modules="all-linear")
+    config = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear")
     model = get_peft_model(load_model(dtype=dtype), config)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             size = 0.02 if "lora_A" in name else 0.01
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * size)
-    return nest(model.eval(), NESTING)
+    return nest(model.eval(), deploy="paper")
 
 
 class Contest:
@@ -177,10 +177,10 @@ class Contest:
         self.tokenizer = load_tokenizer()
         self.adapter = make_adapter(DTYPES[dtype])
         self.engine = Engine(self.adapter, self.tokenizer)
-        slices = {rank: str(folder / f"{dtype}-rank-{rank}") for rank in NESTING.ranks}
+        slices = {rank: str(folder / f"{dtype}-rank-{rank}") for rank in RANKS}
         for rank, path in slices.items():
             self.adapter.export(path, rank)
-        first, *others = NESTING.ranks
+        first, *others = RANKS
         options = {"dtype": DTYPES[dtype], "device": "cpu", "batch_size": 1}
         self.backend = HFLM(str(embedded_folder()), peft=slices[first], **options)
         # One model for all ranks, to spare memory: only the active adapter is computed.
@@ -196,22 +196,22 @@ class Contest:
 
     def ours(self, task: Path) -> tuple[float, dict[int, list[Any]]]:
         """Seconds, and each request's answer at each rank."""
-        tasks = select(str(task), self.tokenizer).tasks
+        tasks = ask(str(task), self.tokenizer).tasks
         with tempfile.TemporaryDirectory() as folder:
             store = Store(Path(folder) / "answers.jsonl", {})
             begin = time.process_time()
-            judged = judge(self.engine, tasks, NESTING.ranks, store)
+            judged = judge(self.engine, tasks, RANKS, store)
             seconds = time.process_time() - begin
             store.close()
         return seconds, {rank: answers(found) for rank, found in judged.results.items()}
 
     def best_batch_size(self, task: Path) -> int:
         """At which the harness is fastest on a part of the questions, at the largest rank."""
-        return min(BATCH_SIZES, key=lambda size: self.harness(task, NESTING.max_rank, size, TUNED_ON)[0])
+        return min(BATCH_SIZES, key=lambda size: self.harness(task, RANKS[-1], size, TUNED_ON)[0])
 
 
 def fresh(task: Path, tokenizer: Any) -> dict[str, Any]:
-    found = select(str(task), tokenizer).tasks
+    found = ask(str(task), tokenizer).tasks
     for each in found:
         each.set_fewshot_seed(1234)
     return {"tasks": {each.config.task: each for each in found}, "groups": {}}
@@ -252,7 +252,7 @@ def compare(ours: dict[int, list[Any]], harness: dict[int, list[Any]]) -> dict[s
 def measure(contest: Contest, task: Path, repeats: int) -> dict[str, Any]:
     size = contest.best_batch_size(task)
     one, all_ours = [], []
-    top = NESTING.max_rank
+    top = RANKS[-1]
     theirs: dict[int, list[Any]] = {}
     seconds: dict[int, float] = {}
     mine: dict[int, list[Any]] = {}
@@ -261,7 +261,7 @@ def measure(contest: Contest, task: Path, repeats: int) -> dict[str, Any]:
         all_ours.append(spent)
         spent, theirs[top] = contest.harness(task, top, size)
         one.append(spent)
-    for rank in NESTING.ranks[:-1]:
+    for rank in RANKS[:-1]:
         seconds[rank], theirs[rank] = contest.harness(task, rank, size)
     seconds[top] = statistics.median(one)
     return {
@@ -311,7 +311,7 @@ def main() -> None:
         print(json.dumps(line) if args.json else _text(name, fast, exact), flush=True)
     if args.table:
         before = json.loads(args.table.read_text(encoding="utf-8"))["tasks"] if args.table.exists() else {}
-        report = {"ranks": list(NESTING.ranks), "tasks": {**before, **tasks}}
+        report = {"ranks": list(RANKS), "tasks": {**before, **tasks}}
         write_text(args.table, json.dumps(report, indent=1) + "\n")
 
 

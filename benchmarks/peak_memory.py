@@ -34,9 +34,9 @@ def train(variant: str, folder: str) -> None:
     from peft import LoraConfig, get_peft_model
     from trl import SFTConfig, SFTTrainer
 
-    from matryoshka_lora import Nesting, nest
+    from matryoshka_lora import nest
     from matryoshka_lora.models import load_model, load_tokenizer
-    from matryoshka_lora.train.trainer import CompletionTrainer
+    from matryoshka_lora.training.trainer import CompletionTrainer
 
     torch.manual_seed(0)
     model = get_peft_model(
@@ -44,7 +44,7 @@ def train(variant: str, folder: str) -> None:
     )
     callbacks = []
     if not variant.startswith("peft"):
-        callbacks.append(nest(model, Nesting.powers_of_two(RANK), variant).callback())
+        callbacks.append(nest(model, rule=variant).callback())
     ids = torch.randint(100, 40000, (ROWS * STEPS, TOKENS)).tolist()
     mask = [0] * (TOKENS - LABELLED) + [1] * LABELLED
     trainer = (SFTTrainer if variant == "peft" else CompletionTrainer)(

@@ -22,11 +22,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from matryoshka_lora import Nesting, nest
-from matryoshka_lora.evaluate.questions import pad_rows, tokenize
+from matryoshka_lora import nest
+from matryoshka_lora.data.questions import pad_rows, tokenize
+from matryoshka_lora.data.tasks import get_task
 from matryoshka_lora.files import write_text
 from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
-from matryoshka_lora.tasks import get_task
 
 RANK, RATE, LAST = 32, 2e-3, 10
 # dtype, rows of a batch, seeds, variants: fp32 costs several times bf16, and there one seed and few rows are enough.
@@ -47,7 +47,7 @@ def losses(dtype: str, rows: int, seed: int, variant: str, steps: int) -> list[f
     base = load_model(dtype=DTYPES[dtype])
     torch.manual_seed(seed)
     model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"))
-    adapter = None if variant == "peft" else nest(model, Nesting.powers_of_two(RANK), variant)
+    adapter = None if variant == "peft" else nest(model, rule=variant)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
     model.train()
     found = []

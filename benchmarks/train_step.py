@@ -56,36 +56,35 @@ def share(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def with_peft(base: nn.Module, nesting: Nesting) -> Any:
-    rank = nesting.max_rank
-    return get_peft_model(share(base), LoraConfig(r=rank, lora_alpha=nesting.lora_alpha, target_modules="all-linear"))
+def with_peft(base: nn.Module, rank: int) -> Any:
+    return get_peft_model(share(base), LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
 
 
-def nested(base: nn.Module, nesting: Nesting, rule: str) -> Any:
-    model = with_peft(base, nesting)
-    nest(model, nesting, rule).draw(0, rows=ROWS)
+def nested(base: nn.Module, rank: int, rule: str) -> Any:
+    model = with_peft(base, rank)
+    nest(model, rule=rule).draw(0, rows=ROWS)
     return model
 
 
-def published(base: nn.Module, nesting: Nesting) -> Any:
+def published(base: nn.Module, rank: int) -> Any:
     model = share(base)
+    p = Nesting.powers_of_two(rank).diagonal()
     for _, module in list(model.named_modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and child is not model.get_output_embeddings():
-                setattr(module, name, Published(child, nesting.max_rank, nesting.diagonal()))
+                setattr(module, name, Published(child, rank, p))
     return model
 
 
 def variants(base: nn.Module, rank: int) -> dict[str, tuple[Any, Callable[[], Any]]]:
-    nesting = Nesting.powers_of_two(rank)
-    plain, peft = nullcontext, with_peft(base, nesting)
+    plain, peft = nullcontext, with_peft(base, rank)
     found: dict[str, tuple[Any, Callable[[], Any]]] = {
         "floor": (share(base), plain),
         "peft": (peft, plain),
         "peft-autocast": (peft, lambda: torch.autocast("cpu", torch.bfloat16)),
-        "published": (published(base, nesting), plain),
+        "published": (published(base, rank), plain),
     }
-    return found | {rule: (nested(base, nesting, rule), plain) for rule in RULES}
+    return found | {rule: (nested(base, rank, rule), plain) for rule in RULES}
 
 
 def kept_by_autograd(output: Tensor) -> list[Tensor]:

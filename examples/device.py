@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from matryoshka_lora import load
-from matryoshka_lora.deploy.export import cut, export_directions
+from matryoshka_lora import export, load
 from matryoshka_lora.models import load_model
 
 parser = argparse.ArgumentParser()
@@ -23,7 +22,7 @@ args = parser.parse_args()
 with tempfile.TemporaryDirectory() as folder:
     # On your machine; the same as: matryoshka export ADAPTER --format directions -o FOLDER
     whole = load(load_model(dtype=torch.float32), args.adapter, rank=args.rank)
-    export_directions(cut(args.adapter, whole.nesting.max_rank), folder)
+    export(args.adapter, folder, format="directions")
     size = (Path(folder) / "directions.safetensors").stat().st_size
 
     # On the device: the first rows of one matrix are the adapter of that rank, and nothing else is read.

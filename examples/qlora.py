@@ -11,7 +11,7 @@ import argparse
 
 import torch
 
-from matryoshka_lora.train import make_config, train
+from matryoshka_lora.training import make_config, train
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=40)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from llama_cpp import Llama
 
-from matryoshka_lora.deploy.export import cut, export_gguf
-from matryoshka_lora.models import EMBEDDED, embedded_gguf, load_config, load_model
+from matryoshka_lora import export
+from matryoshka_lora.models import embedded_gguf
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--adapter", type=Path, default=Path("runs/demo/adapter"))
@@ -24,8 +24,8 @@ args = parser.parse_args()
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / f"rank-{args.rank}.gguf"
     # The same as: matryoshka export ADAPTER --rank 8 --format gguf -o rank-8.gguf
-    verified = export_gguf(cut(args.adapter, args.rank), file, lambda dtype: load_model(EMBEDDED, dtype), load_config())
-    print(f"Verified: {verified}")
+    exported = export(args.adapter, file, args.rank, "gguf")
+    print(f"Verified: {exported.verified}")
     model = Llama(str(embedded_gguf()), lora_path=str(file), n_ctx=512, verbose=False)
     question = "Mary is married to John. They have a child called Anne. What is Anne to Mary? Answer in one word."
     answer = model.create_chat_completion([{"role": "user", "content": question}], max_tokens=8, temperature=0)

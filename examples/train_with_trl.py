@@ -10,13 +10,12 @@ import argparse
 from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
-from matryoshka_lora import Nesting, learn_from_trainer, nest
+from matryoshka_lora import nest
+from matryoshka_lora.data.sources import load_data
 from matryoshka_lora.models import load_model, load_tokenizer
-from matryoshka_lora.train.data import load_data
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=80)
-parser.add_argument("--order-steps", type=int, default=40)
 parser.add_argument("--out", default="runs/trl")
 args = parser.parse_args()
 
@@ -24,7 +23,7 @@ base, tokenizer = load_model(), load_tokenizer()
 data = load_data({"task": "family_relationships", "size": 8 * args.steps})
 model = get_peft_model(base, LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
 
-adapter = nest(model, Nesting.powers_of_two(32))  # 1
+adapter = nest(model)  # 1
 
 trainer = SFTTrainer(
     model=model,
@@ -44,7 +43,7 @@ trainer = SFTTrainer(
 )
 trainer.train()
 
-learn_from_trainer(adapter, trainer, steps=args.order_steps)  # or, in a second and without data, adapter.reorder()
+adapter.reorder()  # or, by some more steps of training, adapter.reorder(by="learned", data=trainer)
 adapter.save(args.out)  # 3
 
 print(f"{args.out} serves any rank from 1 to 32. Next: matryoshka info {args.out}")

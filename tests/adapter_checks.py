@@ -135,20 +135,20 @@ class Case:
     def plain(self, rank: int) -> Any:
         """What plain PEFT makes of the exported rank; 0 is the base model."""
         if rank not in self._plain:
-            folder = self.folder / f"{self.adapter.state.form}-rank-{rank}"
+            folder = self.folder / f"{'reordered' if self.adapter.reordered else 'trained'}-rank-{rank}"
             self.adapter.export(folder, rank)
             self._plain[rank] = PeftModel.from_pretrained(copy.deepcopy(self.base), folder).eval()
         return self._plain[rank]
 
     def nest(self) -> None:
         """Every layer that PEFT targets is nested; "all-linear" leaves none out but the output layer."""
-        config = LoraConfig(r=NESTING.max_rank, lora_alpha=NESTING.lora_alpha, **copy.deepcopy(dict(self.targets)))
+        config = LoraConfig(r=NESTING.max_rank, lora_alpha=NESTING.max_rank, **copy.deepcopy(dict(self.targets)))
         model = copy.deepcopy(self.base)
         try:
             model = get_peft_model(model, config)
         except Exception as error:
             raise NothingToCheckError(f"PEFT: {error}") from error
-        self.adapter = nest(model, NESTING)
+        self.adapter = nest(model, RANKS, deploy="paper")
         randomize(model)
         self.layers = {
             name.removeprefix("base_model.model."): module

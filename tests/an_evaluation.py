@@ -39,10 +39,10 @@ def evaluation(examples: Sequence[Mapping[str, Any]], **other: Any) -> dict[str,
             "metrics": {"acc,none": first},
         }
     return {
-        "format": 2,
+        "format": 3,
         "model": "smollm2-135m",
         "dtype": "bfloat16",
-        "adapter": {"name": "matryoshka-prefix", "path": "runs/demo/adapter"},
+        "adapter": {"name": "matryoshka, reordered by svd", "path": "runs/demo/adapter"},
         "mode": "exact",
         "ranks": [*RANKS],
         "bytes": [115_200 * rank for rank in RANKS],

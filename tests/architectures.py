@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from matryoshka_lora import NestedAdapter, Nesting, nest
+from matryoshka_lora import NestedAdapter, nest
 
 SIZES = {
     "vocab_size": 96,
@@ -38,10 +36,8 @@ def tiny_adapter(
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     model.generation_config.eos_token_id = 2
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and part in name]
-    nesting = Nesting([1, 2, 4])
-    options: dict[str, Any] = {"r": 4, "lora_alpha": nesting.lora_alpha}
-    peft = get_peft_model(model.to(dtype), LoraConfig(target_modules=layers, **options))
+    peft = get_peft_model(model.to(dtype), LoraConfig(r=4, lora_alpha=4, target_modules=layers))
     for name, parameter in peft.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.2)
-    return nest(peft.eval(), nesting)
+    return nest(peft.eval(), deploy="paper")

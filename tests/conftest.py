@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from matryoshka_lora import NestedAdapter, Nesting, nest
+from matryoshka_lora.rules import Rule
 
 torch.set_num_threads(1)
 # Derandomised: a red test must be red again on the next run.
@@ -73,15 +74,20 @@ def randomize(model: nn.Module, seed: int = 1, size: float = 0.3) -> None:
 
 
 def lora_config(nesting: Nesting, **changes: Any) -> LoraConfig:
-    """The LoraConfig that a nesting asks for, on all linear layers of a Llama unless told otherwise."""
-    options = {"r": nesting.max_rank, "lora_alpha": nesting.lora_alpha, "target_modules": LINEAR_LAYERS}
-    return LoraConfig(**{**options, **changes})
+    """The LoraConfig of a nesting, on all linear layers of a Llama unless told otherwise."""
+    alpha = nesting.scale * nesting.max_rank
+    return LoraConfig(**{"r": nesting.max_rank, "lora_alpha": alpha, "target_modules": LINEAR_LAYERS, **changes})
+
+
+def nest_as(model: PeftModel, nesting: Nesting, rule: str | Rule = "matryoshka", **more: Any) -> NestedAdapter:
+    """`nest` with the ranks and the scaling of a nesting, whose scale is the config's."""
+    return nest(model, nesting.ranks, nesting.scaling, rule, **more)
 
 
 def nested_llama(
     nesting: Nesting,
     rule: str = "matryoshka",
-    inference: Any = "prefix",
+    deploy: Any = "paper",
     seed: int = 0,
     layers: int = 2,
     **lora: Any,
@@ -89,7 +95,7 @@ def nested_llama(
     """A tiny Llama with a nested adapter of random factors, in eval mode."""
     model = get_peft_model(tiny_llama(seed, num_hidden_layers=layers), lora_config(nesting, **lora))
     randomize(model)
-    return nest(model.eval(), nesting, rule=rule, inference=inference)
+    return nest_as(model.eval(), nesting, rule, deploy=deploy)
 
 
 @dataclass
@@ -126,7 +132,8 @@ class OneLayer(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        output: Tensor = self.layer(x)
+        return output
 
 
 def one_layer(kind: str, nesting: Nesting, seed: int = 0, dtype: torch.dtype = torch.float64, **lora: Any) -> PeftModel:
@@ -143,11 +150,11 @@ def nested_layer(
     kind: str,
     nesting: Nesting,
     rule: str = "matryoshka",
-    inference: Any = "prefix",
+    deploy: Any = "paper",
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
     **lora: Any,
 ) -> NestedLayer:
     """One nested layer with random factors, in training mode."""
-    adapter = nest(one_layer(kind, nesting, seed, dtype, **lora), nesting, rule, inference, seed=seed)
+    adapter = nest_as(one_layer(kind, nesting, seed, dtype, **lora), nesting, rule, deploy=deploy, seed=seed)
     return NestedLayer(oracle.KINDS[kind], adapter, adapter.model.base_model.model.layer)

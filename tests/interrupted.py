@@ -15,6 +15,7 @@ from typing import Any
 from matryoshka_lora import MatryoshkaError
 
 _OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 DONE, STOPPED = 0, 3
 """How a process ends that was not killed: the function returned, or raised what had been put into it."""
@@ -38,7 +39,7 @@ def fill_the_disk() -> None:
 def run(action: Callable[[], object], root: Path, number: int | None = None, stop: Callable[[], None] = kill) -> int:
     """Run a function in a fork of this process, and stop it just before one of its operations below ``root``.
 
-    Operations are those that Python audits with a path, and ``os.fsync``.
+    Operations are those that Python audits with a path, and ``os.fsync``; reading is none, as it changes nothing.
 
     Returns:
         The exit status, or minus the signal. Without a number, how many operations there were.
@@ -76,7 +77,8 @@ def _counted(action: Callable[[], object], root: str, number: int | None, stop: 
             stop()
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        if active and event in _OPERATIONS and arguments and str(arguments[0]).startswith(root):
+        reads = event == "open" and not arguments[2] & _WRITES
+        if active and event in _OPERATIONS and not reads and str(arguments[0]).startswith(root):
             reached()
 
     # What a killed process has written is there: only a power cut would need the disk to be waited for.

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from matryoshka_lora import MatryoshkaError, nest
-from matryoshka_lora.evaluate.engine import Engine
+from matryoshka_lora.engine.engine import Engine
 
 NEW = 8
 """Tokens of an answer."""
@@ -58,9 +58,9 @@ def named_layers(model: PreTrainedModel) -> list[str]:
         if isinstance(module, (nn.Linear, Conv1D)) and module is not output
     }
     while names:
-        config = LoraConfig(r=NESTING.max_rank, lora_alpha=NESTING.lora_alpha, target_modules=sorted(names))
+        config = LoraConfig(r=NESTING.max_rank, lora_alpha=NESTING.max_rank, target_modules=sorted(names))
         try:
-            nest(get_peft_model(copy.deepcopy(model), config), NESTING)
+            nest(get_peft_model(copy.deepcopy(model), config), RANKS)
         except (MatryoshkaError, ValueError) as refusal:
             left_out = re.search(
                 r"layer (\S+) .*eave .* out of target_modules|Module '(\w+)' is incompatible", str(refusal)

@@ -7,6 +7,7 @@ that matrix in its forward.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,27 +20,31 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 
-def scale(scaling: str, alpha: float, rank: int) -> float:
-    """s_r."""
-    return {"none": 1.0, "rank": alpha / rank, "sqrt": alpha / rank**0.5}[scaling]
+def scale(scaling: str, whole: float, top: int, rank: int) -> float:
+    """s_r, where rank R = ``top`` has the scale ``whole``: that of R, or LoRA's or rsLoRA's for the same alpha."""
+    return {"none": whole, "rank": whole * top / rank, "sqrt": whole * math.sqrt(top / rank)}[scaling]
 
 
-def trained_p(ranks: Sequence[int], scaling: str = "none", alpha: float = 1.0) -> Tensor:
+def trained_p(ranks: Sequence[int], scaling: str = "none", whole: float = 1.0) -> Tensor:
     """P: ``p_i = sum of s_r over the nested r >= i``, entry by entry."""
     columns = range(1, max(ranks) + 1)
-    return torch.tensor([sum(scale(scaling, alpha, r) for r in ranks if r >= i) for i in columns], dtype=torch.float64)
+    return torch.tensor(
+        [sum(scale(scaling, whole, max(ranks), r) for r in ranks if r >= i) for i in columns], dtype=torch.float64
+    )
 
 
-def prefix_p(ranks: Sequence[int], rank: int, scaling: str = "none", alpha: float = 1.0) -> Tensor:
+def prefix_p(ranks: Sequence[int], rank: int, scaling: str = "none", whole: float = 1.0) -> Tensor:
     """``s_r`` on the first r entries."""
     columns = range(1, max(ranks) + 1)
-    return torch.tensor([scale(scaling, alpha, rank) if i <= rank else 0.0 for i in columns], dtype=torch.float64)
+    return torch.tensor(
+        [scale(scaling, whole, max(ranks), rank) if i <= rank else 0.0 for i in columns], dtype=torch.float64
+    )
 
 
-def kept_p(ranks: Sequence[int], rank: int, scaling: str = "none", alpha: float = 1.0) -> Tensor:
+def kept_p(ranks: Sequence[int], rank: int, scaling: str = "none", whole: float = 1.0) -> Tensor:
     """P on the first r entries."""
     columns = torch.arange(1, max(ranks) + 1)
-    return torch.where(columns <= rank, trained_p(ranks, scaling, alpha), torch.zeros((), dtype=torch.float64))
+    return torch.where(columns <= rank, trained_p(ranks, scaling, whole), torch.zeros((), dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -121,9 +126,9 @@ def fold(base_model: nn.Module, tensors: Mapping[str, Tensor], p: Tensor | Calla
         if not key.endswith(".lora_A.weight"):
             continue
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        diagonal = p(name) if callable(p) else p
+        diagonal = p if isinstance(p, Tensor) else p(name)
         B = tensors[key.replace(".lora_A.", ".lora_B.")]
-        weight = model.get_submodule(name).weight
+        weight: Any = model.get_submodule(name).weight
         weight.data += torch.einsum("or,r,ri->oi", B.double(), diagonal.double(), A.double()).to(weight.dtype)
     return model
 

@@ -24,6 +24,7 @@ import copy
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -31,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 
-def main(job: dict) -> None:
+def main(job: dict[str, Any]) -> None:
     # As in the tests: the order of a sum depends on the number of threads.
     torch.set_num_threads(1)
     ids = load_file(job["input_ids"])["input_ids"]

@@ -30,9 +30,9 @@ from transformers import (
 )
 
 from matryoshka_lora import MatryoshkaError
-from matryoshka_lora.evaluate import agreement, exchange
-from matryoshka_lora.evaluate import engine as engine_module
-from matryoshka_lora.evaluate.engine import Engine
+from matryoshka_lora.engine import agreement, exchange
+from matryoshka_lora.engine import engine as engine_module
+from matryoshka_lora.engine.engine import Engine
 
 TOKENIZER = tiny_tokenizer()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -179,7 +179,7 @@ def test_a_model_is_asked_once_and_left_as_it_was(monkeypatch: pytest.MonkeyPatc
     before = {name: value.clone() for name, value in model.state_dict().items()}
     asked: list[int] = []
     real = agreement._compared
-    monkeypatch.setattr(agreement, "_compared", lambda engine: asked.append(1) or real(engine))
+    monkeypatch.setattr(agreement, "_compared", lambda *given: asked.append(1) or real(*given))
     for _ in range(3):
         Engine(adapter, TOKENIZER)
     assert asked == [1]
@@ -202,5 +202,5 @@ def test_diverged_weights_are_left_to_who_asks_for_a_loss() -> None:
 
 def test_the_sizes_of_keys_are_those_of_the_model() -> None:
     adapter = tiny_adapter(LlamaConfig(**GROUPED))
-    assert agreement.check_agreement(Engine(adapter, TOKENIZER)) == 2 * 2 * (2 * 8) * 4  # layers, k and v, heads, fp32
+    assert agreement.check_agreement(adapter, TOKENIZER, None) == 2 * 2 * (2 * 8) * 4  # layers, k and v, heads, fp32
     assert tiny_llama().config.head_dim == 16  # the negative control of what is not shared with other tests

@@ -35,6 +35,7 @@ REPRESENTATIVE: dict[str, dict[str, set[str]]] = {
     "mamba2": {},
     "deepseek_v3": {**ALL_LINEAR, **EXPERTS},  # latent attention
     "gpt_oss": EXPERTS,  # attention sinks, experts with biases
+    "moshi": {},  # a part of its config belongs to no part of the model
     "qwen3_next": {**ALL_LINEAR, "named": {"rows"}, **EXPERTS},  # linear attention
 }
 
@@ -74,12 +75,12 @@ def peft_model(architecture: str, **changes: Any) -> PeftModel:
 def test_layers_that_peft_takes_for_experts_are_refused_with_the_way_out(architecture: str) -> None:
     """PEFT gives some of them twice the rank, in a rank_pattern that the user has not written."""
     with pytest.raises(MatryoshkaError, match=r"PEFT takes 'all-linear'.*experts.*target_parameters"):
-        nest(peft_model(architecture, target_modules="all-linear"), NESTING)
+        nest(peft_model(architecture, target_modules="all-linear"))
     experts = ["experts.gate_up_proj", "experts.down_proj"]
     model = peft_model(architecture, target_modules=["o_proj"], target_parameters=experts)
     layers = {module.__class__.__name__ for module in model.modules() if hasattr(module, "lora_A")}
     assert layers == {"Linear", "ParamWrapper"}
-    nest(model, NESTING)
+    nest(model)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_layers_that_peft_takes_for_experts_are_refused_with_the_way_out(archite
 def test_a_layer_that_is_linear_by_its_class_only_is_refused(architecture: str, layer: str) -> None:
     """A grouped linear layer, and a router that returns two tensors: PEFT's own forward fails on them."""
     with pytest.raises(MatryoshkaError, match=rf"{layer}.*leave it out of target_modules"):
-        nest(peft_model(architecture, target_modules="all-linear"), NESTING)
+        nest(peft_model(architecture, target_modules="all-linear"))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_a_layer_whose_factors_peft_could_not_read_again_is_refused(
 ) -> None:
     model = peft_model(architecture, target_modules="all-linear").eval()
     with pytest.raises(MatryoshkaError, match=rf"{layer}.*PEFT would lose its factors"):
-        nest(model, NESTING)
+        nest(model)
     # That PEFT loses them is seen without this package.
     randomize(model)
     model.save_pretrained(tmp_path)
@@ -122,7 +123,7 @@ def test_merging_into_a_weight_that_layers_share_is_refused(case: str) -> None:
     build, targets, other = SHARED[case]
     model = get_peft_model(build(), lora_config(NESTING, target_modules=targets))
     randomize(model)
-    adapter = nest(model.eval(), NESTING)
+    adapter = nest(model.eval())
     before = [parameter.clone() for parameter in model.parameters()]
     for merge in (lambda: adapter.merge(2), model.merge_adapter, model.merge_and_unload):
         with pytest.raises(MatryoshkaError, match=rf"also that of {other}"):
@@ -133,7 +134,7 @@ def test_merging_into_a_weight_that_layers_share_is_refused(case: str) -> None:
 def test_a_weight_that_is_shared_no_more_can_be_merged_into() -> None:
     model = get_peft_model(tiny_llama(tie_word_embeddings=True), lora_config(NESTING, target_modules=["lm_head"]))
     randomize(model)
-    adapter = nest(model.eval(), NESTING)
+    adapter = nest(model.eval())
     embedding = model.get_base_model().get_input_embeddings()
     embedding.weight = torch.nn.Parameter(embedding.weight.detach().clone())
     with torch.no_grad():
@@ -145,7 +146,7 @@ def test_a_weight_that_is_shared_no_more_can_be_merged_into() -> None:
 @pytest.mark.parametrize("length", [2, 7, 8])
 def test_a_model_with_tokens_in_the_place_of_rows_is_refused_ranks_for_rows(length: int) -> None:
     """XLNet's feed-forward layers get (tokens, rows, width): with 8 tokens, 2 rows would pass for 8 beams."""
-    adapter = nest(peft_model("xlnet", target_modules=["layer_1"]), NESTING, rule="stratified")
+    adapter = nest(peft_model("xlnet", target_modules=["layer_1"]), rule="stratified")
     adapter.draw(0, rows=2)
     with pytest.raises(MatryoshkaError, match="rows"):
         adapter.model.train()(**inputs(2, length))
@@ -156,7 +157,7 @@ def test_a_model_with_tokens_in_the_place_of_rows_is_refused_ranks_for_rows(leng
 def test_a_layer_with_as_many_tokens_as_rows_first_gets_no_ranks_for_rows() -> None:
     """As in torch's own transformer layers, which are not named here."""
     encoder = torch.nn.TransformerEncoderLayer(16, 2, 8)
-    adapter = nest(get_peft_model(encoder, lora_config(NESTING, target_modules=["linear1"])).eval(), NESTING)
+    adapter = nest(get_peft_model(encoder, lora_config(NESTING, target_modules=["linear1"])).eval())
     with (
         torch.no_grad(),
         adapter.rows([1, 4]),

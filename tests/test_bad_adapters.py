@@ -5,6 +5,7 @@ Every case goes through `refused`, which compares all files, and all of the base
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -20,9 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import lora_config, nested_llama, randomize, tiny_llama, tiny_mixtral
+from conftest import lora_config, nest_as, nested_llama, randomize, tiny_llama, tiny_mixtral
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -30,11 +32,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, export_adapter, load, nest
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, export, load
 from matryoshka_lora.cli.main import main as command
 
 IDS = torch.arange(3, 27).reshape(2, 12)
-NESTING = Nesting([1, 3, 6], scaling="sqrt", alpha=1.7)
+NESTING = Nesting([1, 3, 6], scaling="sqrt", scale=1.7 / math.sqrt(6))
 TARGETS = ["q_proj", "down_proj"]
 WEIGHTS, CONFIG, SIDECAR = "adapter_model.safetensors", "adapter_config.json", "nesting.json"
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -42,7 +44,7 @@ A, B = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"
 
 # A message names the way out: what to do, or that the adapter is for another model.
 WAY_OUT = re.compile(
-    r"\b(copy|write|save|train|choose|use|give|upgrade|remove|set|load|call|install|take|turn|unmerge|leave)\b"
+    r"\b(copy|make|write|save|train|choose|use|give|upgrade|remove|set|load|call|install|take|turn|unmerge|leave)\b"
     r"|another base model|regular expression|smallest rank is|trained ranks are|rules are|are named like|not one of",
     re.IGNORECASE,
 )
@@ -91,7 +93,8 @@ class Snapshot:
 
 def output(model: Any) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=IDS).logits
+        logits: Tensor = model(input_ids=IDS).logits
+    return logits
 
 
 @contextmanager
@@ -101,7 +104,7 @@ def refused(message: str, folder: Path, model: nn.Module | None = None) -> Itera
     with pytest.raises(MatryoshkaError) as caught:
         yield
     assert fingerprint(folder) == files
-    if before is not None:
+    if before is not None and model is not None:
         before.assert_unchanged(model)
     assert re.search(message, str(caught.value), re.IGNORECASE | re.DOTALL), str(caught.value)
     assert WAY_OUT.search(str(caught.value)), f"no way out: {caught.value}"
@@ -127,11 +130,11 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 BASE = tiny_llama()
 
 
-def plain_base() -> nn.Module:
+def plain_base() -> Any:
     return copy.deepcopy(BASE)
 
 
-def base_with_an_adapter() -> nn.Module:
+def base_with_an_adapter() -> Any:
     model = get_peft_model(plain_base(), LoraConfig(r=3, lora_alpha=3, target_modules=["q_proj", "v_proj"]))
     randomize(model, seed=8)
     return model.eval()
@@ -144,7 +147,10 @@ BASES = {"plain": plain_base, "beside-another": base_with_an_adapter}
 
 
 def write_bytes(name: str, content: bytes) -> Damage:
-    return lambda folder: (folder / name).write_bytes(content) and None
+    def damage(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return damage
 
 
 def remove(name: str) -> Damage:
@@ -155,6 +161,16 @@ def make_folder(name: str) -> Damage:
     def damage(folder: Path) -> None:
         (folder / name).unlink()
         (folder / name).mkdir()
+
+    return damage
+
+
+def link_to_nothing(name: str) -> Damage:
+    """As a download that was stopped leaves it."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to("nowhere")
 
     return damage
 
@@ -184,17 +200,17 @@ def change_json(name: str, **changes: Any) -> Damage:
     return damage
 
 
-def change_tensors(**changes: Any) -> Damage:
+def change_tensors(file: str = WEIGHTS, /, **changes: Any) -> Damage:
     """By key; None removes one and a function is called with it."""
 
     def damage(folder: Path) -> None:
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load_file(folder / file)
         for key, value in changes.items():
             if value is None:
                 del tensors[key]
             else:
                 tensors[key] = value(tensors[key].clone()) if callable(value) else value
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / file)
 
     return damage
 
@@ -308,7 +324,7 @@ CONFIG_DAMAGES: dict[str, tuple[Damage, str]] = {
     "null": (write_bytes(CONFIG, b"null"), NOT_READABLE),
     "an empty object": (write_bytes(CONFIG, b"{}"), CONFIG),
     "deep": (write_bytes(CONFIG, DEEP), NOT_READABLE),
-    "peft_type IA3": (config(peft_type="IA3"), r"LoRA.*not IA3"),
+    "peft_type IA3": (config(peft_type="IA3"), r"IA3.*only LoRA"),
     "peft_type unknown": (config(peft_type="LORAX"), "LORAX"),
     "peft_type missing": (config(peft_type=...), "LoRA|peft_type"),
     "peft_type a list": (config(peft_type=["LORA"]), CONFIG),
@@ -319,12 +335,12 @@ CONFIG_DAMAGES: dict[str, tuple[Damage, str]] = {
     "r is text": (config(r="6"), CONFIG),
     "r is a fraction": (config(r=6.0), CONFIG),
     "r is null": (config(r=None), CONFIG),
-    "lora_alpha contradicts": (config(lora_alpha=16), r"lora_alpha=16.*lora_alpha="),
     "lora_alpha is text": (config(lora_alpha="16"), CONFIG),
     "lora_alpha is null": (config(lora_alpha=None), CONFIG),
     "lora_alpha is NaN": (config(lora_alpha=math.nan), CONFIG),
     "lora_alpha is infinite": (config(lora_alpha=math.inf), CONFIG),
-    "use_rslora contradicts": (config(use_rslora=True), "use_rslora"),
+    "lora_alpha is beyond all floats": (config(lora_alpha=10**400), "lora_alpha 1000"),
+    "r is beyond all integers": (both(config(r=10**400), sidecar(ranks=[10**400])), "rank 1000"),
     "rank_pattern": (config(rank_pattern={"q_proj": 3}), "rank_pattern"),
     "alpha_pattern": (config(alpha_pattern={"q_proj": 3}), "alpha_pattern"),
     "lora_bias": (config(lora_bias=True), "lora_bias"),
@@ -334,8 +350,8 @@ CONFIG_DAMAGES: dict[str, tuple[Damage, str]] = {
 
 UNREADABLE = rf"{SIDECAR} cannot be read as a sidecar"
 SIDECAR_DAMAGES: dict[str, tuple[Damage, str]] = {
-    "missing": (remove(SIDECAR), rf"no {SIDECAR}.*not a nested adapter"),
     "a folder": (make_folder(SIDECAR), SIDECAR),
+    "a link to nothing": (link_to_nothing(SIDECAR), SIDECAR),
     "empty": (write_bytes(SIDECAR, b""), UNREADABLE),
     "cut": (cut(SIDECAR, lambda size: size // 2), UNREADABLE),
     "not JSON": (write_bytes(SIDECAR, b"ranks: [1]"), UNREADABLE),
@@ -343,63 +359,103 @@ SIDECAR_DAMAGES: dict[str, tuple[Damage, str]] = {
     "a list": (write_bytes(SIDECAR, b"[1, 2]"), UNREADABLE),
     "deep": (write_bytes(SIDECAR, DEEP), UNREADABLE),
     "5 MB": (write_bytes(SIDECAR, b" " * 5_000_000), UNREADABLE),
-    "future version": (sidecar(format_version=2), r"version 2.*up to 1.*upgrade"),
-    "far future, other keys": (sidecar(format_version=99, nesting=..., sparkle=1), r"version 99.*upgrade"),
+    "future version": (sidecar(format_version=3), r"version 3.*up to 2.*upgrade"),
+    "far future, other keys": (sidecar(format_version=99, ranks=..., sparkle=1), r"version 99.*upgrade"),
     "version 0": (sidecar(format_version=0), "no format version"),
     "version negative": (sidecar(format_version=-1), "no format version"),
     "version missing": (sidecar(format_version=...), "no format version"),
     "version is text": (sidecar(format_version="1"), "no format version"),
     "version is true": (sidecar(format_version=True), "version"),
     "version is a fraction": (sidecar(format_version=1.5), "no format version"),
+    "version 1, keys of 2": (sidecar(format_version=1), "missing or unknown.*deploy"),
     "unknown key": (sidecar(sparkle=1), "unknown.*sparkle"),
     "missing key": (sidecar(seed=...), "missing.*seed"),
     "unknown rule": (sidecar(rule="matryoska"), r"no rule 'matryoska'.*did you mean 'matryoshka'"),
     "rule is a list": (sidecar(rule=["matryoshka"]), "rule"),
     "rule is an object": (sidecar(rule={}), "rule"),
     "rule is null": (sidecar(rule=None), "rule"),
-    "other rule, other trained ranks": (sidecar(rule="dylora-all"), "trained_ranks"),
-    "rule that keeps nothing": (sidecar(rule="dylora", inference="keep"), "dylora.*(keep|prefix)"),
-    "inference unknown": (sidecar(inference="suffix"), "inference.*suffix"),
-    "inference is a list": (sidecar(inference=["prefix"]), "inference"),
-    "form unknown": (sidecar(form="cooked"), "form.*cooked"),
+    "deploy unknown": (sidecar(deploy="suffix"), "deploy.*suffix"),
+    "deploy is a list": (sidecar(deploy=["paper"]), "deploy"),
+    "reordered unknown": (sidecar(reordered="cooked"), "reordered.*cooked"),
+    "reordered is true": (sidecar(reordered=True), "reordered.*True"),
+    "reordered is a list": (sidecar(reordered=["svd"]), "reordered"),
     "seed is text": (sidecar(seed="7"), "seed"),
     "seed is true": (sidecar(seed=True), "seed"),
-    "nesting is a list": (sidecar(nesting=[1, 3, 6]), "nesting"),
-    "nesting lacks ranks": (sidecar(nesting=[]), "nesting"),
-    "nesting has an unknown key": (sidecar(nesting={"beta": 1}), "nesting.*beta"),
-    "ranks unsorted": (sidecar(nesting={"ranks": [3, 1, 6]}), r"\[1, 3, 6\] instead of \[3, 1, 6\]"),
-    "ranks repeated": (sidecar(nesting={"ranks": [1, 3, 3, 6]}), r"\[1, 3, 6\] instead of \[1, 3, 3, 6\]"),
-    "ranks empty": (sidecar(nesting={"ranks": []}), "ranks is empty"),
-    "ranks text": (sidecar(nesting={"ranks": "1,3,6"}), "ranks is '1,3,6'"),
-    "ranks null": (sidecar(nesting={"ranks": None}), "ranks is None"),
-    "rank 0": (sidecar(nesting={"ranks": [0, 3, 6]}), "rank 0 is not positive"),
-    "rank a fraction": (sidecar(nesting={"ranks": [1.5, 3, 6]}), r"rank 1\.5 is not an integer"),
-    "rank true": (sidecar(nesting={"ranks": [True, 3, 6]}), "rank True is not an integer"),
-    "ranks end elsewhere": (
-        sidecar(nesting={"ranks": [1, 3, 5]}, trained_ranks=[1, 3, 5]),
-        r"r=6.*largest nested rank is 5",
-    ),
+    "ranks are an object": (sidecar(ranks={}), "ranks"),
+    "ranks unsorted": (sidecar(ranks=[3, 1, 6]), r"\[1, 3, 6\] instead of \[3, 1, 6\]"),
+    "ranks repeated": (sidecar(ranks=[1, 3, 3, 6]), r"\[1, 3, 6\] instead of \[1, 3, 3, 6\]"),
+    "ranks empty": (sidecar(ranks=[]), "ranks is empty"),
+    "ranks text": (sidecar(ranks="1,3,6"), "ranks is '1,3,6'"),
+    "ranks null": (sidecar(ranks=None), "ranks is None"),
+    "rank 0": (sidecar(ranks=[0, 3, 6]), "rank 0 is not positive"),
+    "rank a fraction": (sidecar(ranks=[1.5, 3, 6]), r"rank 1\.5 is not an integer"),
+    "rank true": (sidecar(ranks=[True, 3, 6]), "rank True is not an integer"),
+    "ranks end elsewhere": (sidecar(ranks=[1, 3, 5]), r"r=6.*largest nested rank is 5"),
     "a rank beyond all memory": (
-        both(
-            sidecar(nesting={"ranks": [1, 10**15], "scaling": "none", "alpha": 1.0}, trained_ranks=[1, 10**15]),
-            config(r=10**15, lora_alpha=10**15),
-        ),
+        both(sidecar(ranks=[1, 10**15], scaling="none"), config(r=10**15, lora_alpha=10**15)),
         "proj.*shape",
     ),
-    "scaling unknown": (sidecar(nesting={"scaling": "cube"}), "scaling is 'cube'"),
-    "scaling contradicts": (sidecar(nesting={"scaling": "rank"}), "lora_alpha"),
-    "alpha contradicts": (sidecar(nesting={"alpha": 2.0}), "lora_alpha"),
-    "alpha 0": (sidecar(nesting={"alpha": 0}), "alpha is 0"),
-    "alpha NaN": (sidecar(nesting={"alpha": math.nan}), "alpha is nan"),
-    "alpha text": (sidecar(nesting={"alpha": "1"}), "alpha is '1'"),
-    "alpha beyond all floats": (sidecar(nesting={"alpha": 10**400}), "alpha"),
-    "trained_ranks contradict": (sidecar(trained_ranks=[1, 2, 3, 6]), "trained_ranks"),
-    "trained_ranks null": (sidecar(trained_ranks=None), "trained_ranks"),
+    "scaling unknown": (sidecar(scaling="cube"), "scaling is 'cube'"),
+    "scaling is a list": (sidecar(scaling=["sqrt"]), "scaling"),
+}
+
+
+def version_1(**changes: Any) -> Damage:
+    """The sidecar of version 0.1 that says what the new one does, but for the changes."""
+    good = {
+        "format_version": 1,
+        "nesting": {"ranks": [1, 3, 6], "scaling": "sqrt", "alpha": 1.7},
+        "rule": "matryoshka",
+        "inference": "prefix",
+        "seed": 0,
+        "form": "raw",
+        "trained_ranks": [1, 3, 6],
+    }
+    return both(write_bytes(SIDECAR, json.dumps(good).encode()), sidecar(**changes))
+
+
+# What only a sidecar of version 0.1 can say wrong: it had the scale too, and the trained ranks.
+SIDECAR_1_DAMAGES: dict[str, tuple[Damage, str]] = {
+    "keys of 2": (version_1(deploy="paper"), "unknown.*deploy"),
+    "missing key": (version_1(seed=...), "missing.*seed"),
+    "unknown rule": (version_1(rule="matryoska"), r"no rule 'matryoska'.*did you mean 'matryoshka'"),
+    "rule is a list": (version_1(rule=["matryoshka"]), "rule"),
+    "other rule, other trained ranks": (version_1(rule="dylora-all"), "trained_ranks"),
+    "rule that keeps nothing": (version_1(rule="dylora", inference="keep"), "dylora.*keep"),
+    "inference unknown": (version_1(inference="suffix"), "inference.*suffix"),
+    "inference is a list": (version_1(inference=["prefix"]), "inference"),
+    "form unknown": (version_1(form="cooked"), "form.*cooked"),
+    "seed is text": (version_1(seed="7"), "seed"),
+    "nesting is a list": (version_1(nesting=[1, 3, 6]), "nesting"),
+    "nesting lacks ranks": (version_1(nesting=[]), "nesting"),
+    "nesting has an unknown key": (version_1(nesting={"beta": 1}), "nesting.*beta"),
+    "ranks unsorted": (version_1(nesting={"ranks": [3, 1, 6]}), r"\[1, 3, 6\] instead of \[3, 1, 6\]"),
+    "ranks end elsewhere": (
+        version_1(nesting={"ranks": [1, 3, 5], "scaling": "none"}, trained_ranks=[1, 3, 5]),
+        r"scales|r=6.*largest nested rank is 5",
+    ),
+    "scaling unknown": (version_1(nesting={"scaling": "cube"}), "scaling is 'cube'"),
+    "scaling is a list": (version_1(nesting={"scaling": ["sqrt"]}), "scaling"),
+    "scaling contradicts": (version_1(nesting={"scaling": "rank"}), "lora_alpha"),
+    "alpha contradicts": (version_1(nesting={"alpha": 2.0}), "lora_alpha"),
+    "lora_alpha contradicts": (both(version_1(), config(lora_alpha=16)), r"lora_alpha=16"),
+    "use_rslora contradicts": (both(version_1(), config(use_rslora=True)), "use_rslora"),
+    "alpha 0": (version_1(nesting={"alpha": 0}), "alpha is 0"),
+    "alpha NaN": (version_1(nesting={"alpha": math.nan}), "alpha is nan"),
+    "alpha text": (version_1(nesting={"alpha": "1"}), "alpha is '1'"),
+    "alpha beyond all floats": (version_1(nesting={"alpha": 10**400}), "alpha"),
+    "trained_ranks contradict": (version_1(trained_ranks=[1, 2, 3, 6]), "trained_ranks"),
+    "trained_ranks null": (version_1(trained_ranks=None), "trained_ranks"),
 }
 
 FILE_DAMAGES = {
     f"{file}: {name}": damage
-    for file, damages in (("weights", WEIGHT_DAMAGES), ("config", CONFIG_DAMAGES), ("sidecar", SIDECAR_DAMAGES))
+    for file, damages in (
+        ("weights", WEIGHT_DAMAGES),
+        ("config", CONFIG_DAMAGES),
+        ("sidecar", SIDECAR_DAMAGES),
+        ("sidecar of 0.1", SIDECAR_1_DAMAGES),
+    )
     for name, damage in damages.items()
 }
 
@@ -413,19 +469,20 @@ def test_a_damaged_adapter_is_not_loaded(folder: Path, case: str) -> None:
         load(model, folder)
 
 
-@pytest.mark.parametrize("case", FILE_DAMAGES)
+# PEFT alone knows the kinds of tasks, and export does not ask it.
+@pytest.mark.parametrize("case", sorted(FILE_DAMAGES.keys() - {"config: task unknown"}))
 def test_a_damaged_adapter_is_not_exported(folder: Path, tmp_path: Path, case: str) -> None:
     damage, message = FILE_DAMAGES[case]
     damage(folder)
     with refused(message, tmp_path):
-        export_adapter(folder, tmp_path / "out", 3)
+        export(folder, tmp_path / "out", 3)
 
 
 def test_the_undamaged_adapter_is_loaded_and_exported(folder: Path, tmp_path: Path) -> None:
     """Else all of the above would show nothing."""
     load(plain_base(), folder)
     load(base_with_an_adapter(), folder, adapter="second")
-    export_adapter(folder, tmp_path / "out", 3)
+    export(folder, tmp_path / "out", 3)
 
 
 def test_a_config_that_is_not_there_is_not_looked_for_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,6 +503,45 @@ def test_a_config_that_is_not_there_is_not_looked_for_on_the_hub(folder: Path, m
     assert asked == []
 
 
+TRAINED = "trained.safetensors"
+TRAINED_DAMAGES: dict[str, tuple[Damage, str]] = {
+    "a folder": (make_folder(TRAINED), rf"{TRAINED}.*(damaged|cut short)"),
+    "a link to nothing": (link_to_nothing(TRAINED), rf"{TRAINED}.*(damaged|cut short)"),
+    "cut": (cut(TRAINED, lambda size: size // 2), rf"{TRAINED}.*(damaged|cut short)"),
+    "NaN": (change_tensors(TRAINED, **{A: set_entry(math.nan)}), r"q_proj.*NaN"),
+    "B is missing": (change_tensors(TRAINED, **{B: None}), "lora_B"),
+    "A of fewer rows": (change_tensors(TRAINED, **{A: torch.ones(5, 64)}), r"q_proj.*shape"),
+    "a layer is missing": (change_tensors(TRAINED, **{A: None, B: None}), "no factors for layer"),
+}
+
+
+def save_to_train_on(folder: Path) -> None:
+    """The factors as they are trained stand beside those that are deployed, as in a checkpoint."""
+    nested_llama(NESTING, deploy="reordered", target_modules=TARGETS).model.save_pretrained(str(folder))
+    assert (folder / TRAINED).is_file()
+
+
+@pytest.mark.parametrize("case", TRAINED_DAMAGES)
+def test_damaged_factors_as_they_are_trained_are_not_loaded(folder: Path, case: str) -> None:
+    save_to_train_on(folder)
+    load(plain_base(), folder, trainable=True)
+    damage, message = TRAINED_DAMAGES[case]
+    damage(folder)
+    model = plain_base()
+    with refused(message, folder, model):
+        load(model, folder, trainable=True)
+
+
+@pytest.mark.parametrize("how", ["save", "export", "export_files"])
+def test_no_trained_factors_of_an_older_adapter_are_left_beside_a_new_one(
+    folder: Path, tmp_path: Path, how: str
+) -> None:
+    """Else training would go on from those."""
+    save_to_train_on(tmp_path / "old")
+    writers(folder)[how](tmp_path / "old")
+    assert not (tmp_path / "old" / TRAINED).exists()
+
+
 # Contents that only a model shows to be wrong
 
 
@@ -455,12 +551,12 @@ def with_modules(**extra: Any) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         model = get_peft_model(biased(), lora_config(NESTING, target_modules=TARGETS, **extra))
         randomize(model)
-        nest(model.eval(), NESTING).save(folder)
+        nest_as(model.eval(), NESTING, deploy="paper").save(folder)
 
     return write
 
 
-def biased() -> nn.Module:
+def biased() -> Any:
     return tiny_llama(attention_bias=True)
 
 
@@ -569,7 +665,7 @@ MODEL_DAMAGES: dict[str, tuple[Damage, str]] = {
 }
 
 
-def biased_with_an_adapter() -> nn.Module:
+def biased_with_an_adapter() -> Any:
     model = get_peft_model(biased(), LoraConfig(r=3, lora_alpha=3, target_modules=["q_proj"]))
     randomize(model, seed=8)
     return model.eval()
@@ -592,7 +688,7 @@ def other_llama(**changes: Any) -> Callable[[], nn.Module]:
     return lambda: tiny_llama(**changes)
 
 
-def tiny_gpt2() -> nn.Module:
+def tiny_gpt2() -> Any:
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=64, n_embd=64, n_layer=2, n_head=4)).eval()
 
@@ -641,7 +737,8 @@ def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("experts", "width"), [(4, 24), (2, 24), (3, 40)])
 def test_other_experts_are_refused(tmp_path: Path, experts: int, width: int) -> None:
     targets = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-    nest(get_peft_model(tiny_mixtral(), lora_config(NESTING, **targets)).eval(), NESTING).save(tmp_path)
+    model = get_peft_model(tiny_mixtral(), lora_config(NESTING, **targets))
+    nest_as(model.eval(), NESTING, deploy="paper").save(tmp_path)
     model = tiny_mixtral(num_local_experts=experts, intermediate_size=width)
     with refused("experts.*(shape|size)", tmp_path, model):
         load(model, tmp_path)
@@ -705,10 +802,25 @@ def test_a_rank_that_cannot_be_had_is_refused_before_loading(folder: Path, case:
 def test_a_rank_that_cannot_be_had_is_not_exported(folder: Path, tmp_path: Path, case: str) -> None:
     rank, message = ASKED_RANKS[case]
     with refused(message, tmp_path):
-        export_adapter(folder, tmp_path / "out", rank)
+        export(folder, tmp_path / "out", rank)
     adapter = load(plain_base(), folder)
     with refused(message, tmp_path, adapter.model):
         adapter.export(tmp_path / "out", rank)
+
+
+def test_a_rank_may_be_an_integer_of_numpy(folder: Path, tmp_path: Path) -> None:
+    """It is one for torch, and JSON does not know it."""
+    rank: Any = np.int64(3)
+    adapter = load(plain_base(), folder, rank=rank)
+    adapter.export(tmp_path / "memory", rank)
+    export(folder, tmp_path / "files", rank)
+    adapter.reorder()
+    adapter.save(tmp_path / "reordered")
+    for form in ("ladder", "directions"):
+        export(tmp_path / "reordered", tmp_path / form, rank, form)
+    load(plain_base(), tmp_path / "reordered", max_rank=rank).save(tmp_path / "shorter")
+    for name in ("memory", "files", "ladder/rank-3", "directions", "shorter"):
+        assert json.loads((tmp_path / name / CONFIG).read_text())["r"] == 3
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "keys", "training", 5, None])
@@ -759,14 +871,16 @@ def test_a_path_that_is_no_adapter_is_refused(
     with refused("director|folder|path|nesting.json", tmp_path, model):
         load(model, path)
     with refused("director|folder|path|nesting.json", tmp_path):
-        export_adapter(path, tmp_path / "out", 3)
+        export(path, tmp_path / "out", 3)
 
 
-def test_an_ordinary_adapter_is_told_how_to_become_nested(tmp_path: Path) -> None:
-    nested_llama(NESTING).export(tmp_path, 3)
-    model = plain_base()
-    with refused(rf"no {SIDECAR}.*not a nested adapter.*matryoshka train", tmp_path, model):
-        load(model, tmp_path)
+def test_an_ordinary_adapter_is_told_how_to_become_nested(folder: Path, tmp_path: Path) -> None:
+    nested_llama(NESTING).export(tmp_path / "slice", 3)
+    remove(SIDECAR)(folder)
+    for path in (folder, tmp_path / "slice"):
+        model = plain_base()
+        with refused(rf"not a nested adapter.*no {SIDECAR}.*matryoshka reorder", tmp_path, model):
+            load(model, path)
 
 
 # What cannot be written
@@ -784,16 +898,16 @@ def test_a_diverged_adapter_is_not_written_over_a_good_one(folder: Path, tmp_pat
             assert fingerprint(tmp_path) == files
 
 
-def writers(folder: Path) -> Mapping[str, Callable[[Path], None]]:
+def writers(folder: Path) -> Mapping[str, Callable[[Path], object]]:
     adapter = load(plain_base(), folder)
     return {
         "save": adapter.save,
         "export": lambda path: adapter.export(path, 3, overwrite=True),
-        "export_adapter": lambda path: export_adapter(folder, path, 3, overwrite=True),
+        "export_files": lambda path: export(folder, path, 3, overwrite=True),
     }
 
 
-@pytest.mark.parametrize("how", ["save", "export", "export_adapter"])
+@pytest.mark.parametrize("how", ["save", "export", "export_files"])
 def test_a_file_in_the_way(folder: Path, tmp_path: Path, how: str) -> None:
     write = writers(folder)[how]
     (tmp_path / "taken").write_text("precious")
@@ -802,7 +916,7 @@ def test_a_file_in_the_way(folder: Path, tmp_path: Path, how: str) -> None:
             write(target)
 
 
-@pytest.mark.parametrize("how", ["save", "export", "export_adapter"])
+@pytest.mark.parametrize("how", ["save", "export", "export_files"])
 def test_a_folder_in_the_way_of_a_file(folder: Path, tmp_path: Path, how: str) -> None:
     write = writers(folder)[how]
     (tmp_path / "out" / WEIGHTS).mkdir(parents=True)
@@ -811,7 +925,7 @@ def test_a_folder_in_the_way_of_a_file(folder: Path, tmp_path: Path, how: str) -
 
 
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may write everywhere")
-@pytest.mark.parametrize("how", ["save", "export", "export_adapter"])
+@pytest.mark.parametrize("how", ["save", "export", "export_files"])
 def test_a_parent_that_may_not_be_written(folder: Path, tmp_path: Path, how: str) -> None:
     write = writers(folder)[how]
     locked = tmp_path / "locked"
@@ -821,7 +935,7 @@ def test_a_parent_that_may_not_be_written(folder: Path, tmp_path: Path, how: str
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody may write")
-@pytest.mark.parametrize("how", ["save", "export", "export_adapter"])
+@pytest.mark.parametrize("how", ["save", "export", "export_files"])
 def test_a_place_where_nobody_may_write(folder: Path, tmp_path: Path, how: str) -> None:
     write = writers(folder)[how]
     with refused(r"cannot write /proc/adapter.*choose", tmp_path):
@@ -851,7 +965,7 @@ folder = Path(sys.argv[1])
 write = writers(folder / "adapter")
 found = []
 for limit in (0, 100, 3000):
-    for how in ("save", "export", "export_adapter"):
+    for how in ("save", "export", "export_files"):
         for target in ("adapter-old", "new"):
             before = fingerprint(folder)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -1058,7 +1172,7 @@ def test_random_damage_is_refused_or_harmless(
 ) -> None:
     folder = tmp_path_factory.mktemp("random") / "adapter"
     shutil.copytree(saved, folder)
-    content = (saved / file).read_bytes()
+    content, out = (saved / file).read_bytes(), folder.parent / "out"
     before = Snapshot(plain_base())
 
     @settings(max_examples=50, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -1072,6 +1186,9 @@ def test_random_damage_is_refused_or_harmless(
             before.assert_unchanged(model)
         else:
             assert all(bool(tensor.isfinite().all()) for tensor in factors(adapter).values())
+        with contextlib.suppress(MatryoshkaError):
+            export(folder, out, 3, overwrite=True)
+            assert all(bool(tensor.isfinite().all()) for tensor in load_file(out / WEIGHTS).values())
         assert fingerprint(folder) == files
 
     run()
@@ -1087,10 +1204,11 @@ def matryoshka(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
     def run(*arguments: Any) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["matryoshka", *map(str, arguments)])
+        status = 0
         try:
-            status = command() or 0
+            command()
         except SystemExit as stop:
-            status = stop.code or 0
+            status = int(stop.code or 0)
         return status, capsys.readouterr().err
 
     return run
@@ -1102,7 +1220,7 @@ COMMAND_CASES = [
     "weights: B is missing",
     "config: missing",
     "config: r contradicts",
-    "sidecar: missing",
+    "sidecar: unknown rule",
     "sidecar: future version",
     "sidecar: ranks unsorted",
     "sidecar: deep",
@@ -1161,6 +1279,6 @@ def test_the_command_exports_what_is_good(
 ) -> None:
     status, _ = matryoshka("export", folder, "--rank", 3, "-o", tmp_path / "out")
     assert status == 0
-    export_adapter(folder, tmp_path / "expected", 3)
+    export(folder, tmp_path / "expected", 3)
     assert same_tensors(load_file(tmp_path / "out" / WEIGHTS), load_file(tmp_path / "expected" / WEIGHTS))
     assert PeftModel.from_pretrained(plain_base(), tmp_path / "out").peft_config["default"].r == 3

@@ -14,28 +14,50 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from conftest import OneLayer, lora_config, nested_llama, randomize, tiny_llama, tiny_mixtral
+from conftest import OneLayer, lora_config, nest_as, nested_llama, randomize, tiny_llama, tiny_mixtral
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, export_adapter, load, nest, read_sidecar
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, export, load
+from matryoshka_lora.formats.opened import open_adapter
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 NESTINGS = {
     "none": Nesting([1, 2, 4, 8]),
-    "rank": Nesting([2, 3, 5], scaling="rank", alpha=3.0),
-    "sqrt": Nesting([1, 3, 6], scaling="sqrt", alpha=1.7),
+    "rank": Nesting([2, 3, 5], scaling="rank", scale=3.0 / 5),
+    "sqrt": Nesting([1, 3, 6], scaling="sqrt", scale=1.7 / 6**0.5),
 }
 NESTING = NESTINGS["sqrt"]
-WEIGHTS, CONFIG, SIDECAR = "adapter_model.safetensors", "adapter_config.json", "nesting.json"
+WEIGHTS, CONFIG, SIDECAR, CARD = "adapter_model.safetensors", "adapter_config.json", "nesting.json", "README.md"
+SPECTRA, TRAINED = "spectra.safetensors", "trained.safetensors"
+
+FORMS = ("paper", "trained", "reordered")
+"""Saved as it was trained, P dropped; trained, and reordered on the way to the file; reordered in memory."""
+
+
+def in_form(form: str, adapter: NestedAdapter) -> NestedAdapter:
+    """An adapter that was made with deploy="paper", in another form."""
+    if form != "paper":
+        adapter.state.deploy = "reordered"
+    if form == "reordered":
+        adapter.reorder()
+    return adapter
+
+
+def as_deployed(adapter: NestedAdapter) -> NestedAdapter:
+    """What a file of the adapter serves: the adapter itself, or a copy that is reordered by SVD."""
+    served = NestedAdapter(copy.deepcopy(adapter.model), adapter.name)
+    if not served.state.deployed:
+        served.reorder()
+    return served
 
 
 def logits(model: Any, ids: Tensor = IDS) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=ids).logits
+        found: Tensor = model(input_ids=ids).logits
+    return found
 
 
 def at_every_rank(adapter: NestedAdapter, ids: Tensor = IDS) -> dict[int, Tensor]:
@@ -62,7 +84,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / CONFIG).read_text())
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     # PEFT keeps these as a set, whose order is another one in every process.
     if isinstance(config["target_modules"], list):
         config["target_modules"] = sorted(config["target_modules"])
@@ -73,78 +95,91 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("scaling", NESTINGS)
-@pytest.mark.parametrize("form", ["raw", "folded", "reordered"])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_round_trip_keeps_every_rank(tmp_path: Path, form: str, scaling: str) -> None:
-    saved = nested_llama(NESTINGS[scaling], inference="keep" if form == "folded" else "prefix")
-    if form == "reordered":
-        saved.reorder()
+    saved = in_form(form, nested_llama(NESTINGS[scaling]))
     saved.save(tmp_path / "a")
     loaded = load(tiny_llama(), tmp_path / "a")
-    assert loaded.state.form == form
-    assert (loaded.nesting, loaded.rule, loaded.inference) == (saved.nesting, saved.rule, saved.inference)
+    assert (loaded.nesting, loaded.rule, loaded.state.deploy) == (saved.nesting, saved.rule, saved.state.deploy)
     assert loaded.rank == saved.nesting.max_rank
-    assert loaded.reordered is (form == "reordered")
-    # Folding the diagonal into B rounds once more; everything else is the same to the last bit.
-    assert_same(at_every_rank(loaded), at_every_rank(saved), tolerance=1e-5 if form == "folded" else 0.0)
+    assert loaded.state.reordered == (None if form == "paper" else "svd")
+    assert_same(at_every_rank(loaded), at_every_rank(as_deployed(saved)))
 
 
-@pytest.mark.parametrize("form", ["raw", "folded", "reordered"])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_second_round_trip_writes_the_same_files(tmp_path: Path, form: str) -> None:
-    saved = nested_llama(NESTING, inference="keep" if form == "folded" else "prefix")
-    if form == "reordered":
-        saved.reorder()
+    saved = in_form(form, nested_llama(NESTING))
     saved.save(tmp_path / "a")
     load(tiny_llama(), tmp_path / "a").save(tmp_path / "b")
     a, b = fingerprint(tmp_path / "a"), fingerprint(tmp_path / "b")
-    assert set(a) == set(b) == {WEIGHTS, CONFIG, SIDECAR, "README.md"}
+    assert set(a) == set(b) | ({SPECTRA} if form == "trained" else set())
+    assert set(b) == {WEIGHTS, CONFIG, SIDECAR, CARD}
     assert a[WEIGHTS] == b[WEIGHTS]
     assert a[SIDECAR] == b[SIDECAR]
     assert config_of(tmp_path / "a") == config_of(tmp_path / "b")
 
 
+@pytest.mark.parametrize("deploy", ["paper", "reordered"])
 @pytest.mark.parametrize("rule", ["lora", "dylora", "dylora-all", "dylora-frozen", "matryoshka", "stratified"])
-def test_the_rule_seed_and_trained_ranks_come_back(tmp_path: Path, rule: str) -> None:
+def test_the_rule_seed_and_ranks_come_back(tmp_path: Path, rule: str, deploy: Any) -> None:
     model = get_peft_model(tiny_llama(), lora_config(NESTING))
     randomize(model)
-    saved = nest(model.eval(), NESTING, rule, "prefix", seed=71)
+    saved = nest_as(model.eval(), NESTING, rule, deploy=deploy, seed=71)
+    trained = tuple(range(1, 7)) if rule in ("dylora-all", "dylora-frozen") else (1, 3, 6)
+    assert saved.ranks == trained
     saved.save(tmp_path)
-    loaded, sidecar = load(tiny_llama(), tmp_path), read_sidecar(tmp_path)
-    assert loaded.rule.name == sidecar.rule.name == rule
-    assert loaded.state.seed == sidecar.seed == 71
-    assert loaded.ranks == saved.ranks == sidecar.ranks
-    assert loaded.ranks == (tuple(range(1, 7)) if rule in ("dylora-all", "dylora-frozen") else (1, 3, 6))
-    assert_same(at_every_rank(loaded), at_every_rank(saved))
-    for step in range(3):
+    loaded, state = load(tiny_llama(), tmp_path), open_adapter(tmp_path).nested
+    assert loaded.rule.name == state.rule.name == rule
+    assert loaded.state.seed == state.seed == 71
+    assert loaded.ranks == state.ranks == (trained if deploy == "paper" else (1, 2, 3, 4, 5, 6))
+    assert_same(at_every_rank(loaded), at_every_rank(as_deployed(saved)))
+    for step in range(3 if deploy == "paper" else 0):
         drawn, expected = (a.state.draw(step, 4) for a in (loaded, saved))
         assert torch.equal(drawn.diagonal, expected.diagonal)
 
 
-def test_the_inference_of_a_raw_adapter_may_still_be_chosen_after_loading(tmp_path: Path) -> None:
+def test_what_was_never_reordered_is_saved_reordered_and_says_so(tmp_path: Path) -> None:
+    """Plain PEFT then reads the function that was trained, W + B P A, and memory stays as it is trained."""
+    saved = nested_llama(NESTING, deploy="reordered")
+    before, trained = at_every_rank(saved), factors_of(saved)
+    for write in (lambda: saved.save(tmp_path / "a"), lambda: saved.export(tmp_path / "b", 6)):
+        with pytest.warns(UserWarning, match="was never reordered: what is written is reordered by SVD"):
+            write()
+    assert saved.state.reordered is None
+    assert_same(at_every_rank(saved), before)
+    p = oracle.trained_p(NESTING.ranks, "sqrt", NESTING.scale)
+    expected = logits(oracle.fold(tiny_llama(), trained, p))
+    for folder in ("a", "b"):
+        plain = PeftModel.from_pretrained(tiny_llama(), tmp_path / folder).eval()
+        assert_same({6: logits(plain)}, {6: expected}, tolerance=1e-5)
+
+
+def factors_of(adapter: NestedAdapter) -> dict[str, Tensor]:
+    """PEFT's state dict of the factors in memory, by the keys of its files."""
+    return {
+        name.replace(f".{adapter.name}.", "."): parameter.detach().clone()
+        for name, parameter in adapter.model.named_parameters()
+        if f".{adapter.name}." in name and "lora_" in name
+    }
+
+
+def test_the_paper_s_adapter_can_be_reordered_after_loading(tmp_path: Path) -> None:
+    """By what was trained, P and all, though its own ranks have dropped P."""
     saved = nested_llama(NESTING)
     saved.save(tmp_path)
     loaded = load(tiny_llama(), tmp_path)
-    saved.inference = loaded.inference = "keep"
+    p = oracle.trained_p(NESTING.ranks, "sqrt", NESTING.scale)
+    expected = logits(oracle.fold(tiny_llama(), load_file(tmp_path / WEIGHTS), p))
+    for adapter in (saved, loaded):
+        assert (logits(adapter.model) - expected).abs().max() > 1e-2
+        adapter.reorder()
+        assert_same({6: logits(adapter.model)}, {6: expected}, tolerance=1e-5)
     assert_same(at_every_rank(loaded), at_every_rank(saved))
-
-
-def test_a_folded_adapter_says_that_its_inference_is_settled(tmp_path: Path) -> None:
-    nested_llama(NESTING, inference="keep").save(tmp_path)
-    loaded = load(tiny_llama(), tmp_path)
-    with pytest.raises(MatryoshkaError, match=r"folded in.*load a training checkpoint"):
-        loaded.inference = "prefix"
-
-
-def test_a_folded_adapter_can_be_reordered(tmp_path: Path) -> None:
-    saved = nested_llama(NESTING, inference="keep")
-    saved.save(tmp_path)
-    loaded = load(tiny_llama(), tmp_path)
-    saved.reorder()
-    loaded.reorder()
-    assert_same(at_every_rank(loaded), at_every_rank(saved), tolerance=1e-4)
 
 
 def test_rslora_in_the_config_is_read_back(tmp_path: Path) -> None:
     saved = nested_llama(NESTING, lora_alpha=1.7, use_rslora=True)
+    assert saved.nesting.scale == pytest.approx(NESTING.scale)
     saved.save(tmp_path / "a")
     saved.export(tmp_path / "b", 3)
     assert config_of(tmp_path / "a")["use_rslora"] is True
@@ -160,7 +195,7 @@ def one_layer(kind: str, seed: int, name: str = "default") -> NestedAdapter:
     config = lora_config(NESTING, target_modules=["layer"], fan_in_fan_out=kind == "Conv1D")
     model = get_peft_model(base_layer(kind), config, adapter_name=name)
     randomize(model, seed)
-    return nest(model.eval(), NESTING, inference="prefix", adapter=name)
+    return nest_as(model.eval(), NESTING, deploy="paper", adapter=name)
 
 
 def base_layer(kind: str) -> nn.Module:
@@ -192,7 +227,7 @@ def test_each_kind_of_layer_comes_back(tmp_path: Path, kind: str) -> None:
     plain = PeftModel.from_pretrained(base_layer(kind), tmp_path / "a").eval()
     assert torch.equal(plain(x), expected[6])
     for rank in saved.ranks:
-        export_adapter(tmp_path / "a", tmp_path / f"{rank}", rank)
+        export(tmp_path / "a", tmp_path / f"{rank}", rank)
         sliced = PeftModel.from_pretrained(base_layer(kind), tmp_path / f"{rank}").eval()
         assert_same({rank: sliced(x).detach()}, {rank: expected[rank]}, tolerance=1e-6)
 
@@ -215,25 +250,18 @@ MOE_TARGETS = {
 }
 
 
-def nested_mixtral(form: str, seed: int = 1, **targets: Any) -> NestedAdapter:
-    model = get_peft_model(tiny_mixtral(), lora_config(NESTING, task_type="CAUSAL_LM", **targets))
-    randomize(model, seed)
-    adapter = nest(model.eval(), NESTING, inference="keep" if form == "folded" else "prefix")
-    if form == "reordered":
-        adapter.reorder()
-    return adapter
-
-
-@pytest.mark.parametrize("form", ["raw", "folded", "reordered"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("targets", MOE_TARGETS)
 def test_experts_come_back(tmp_path: Path, targets: str, form: str) -> None:
-    saved = nested_mixtral(form, **MOE_TARGETS[targets])
+    model = get_peft_model(tiny_mixtral(), lora_config(NESTING, task_type="CAUSAL_LM", **MOE_TARGETS[targets]))
+    randomize(model)
+    saved = in_form(form, nest_as(model.eval(), NESTING, deploy="paper"))
     saved.save(tmp_path / "a")
     loaded = load(tiny_mixtral(), tmp_path / "a")
-    assert_same(at_every_rank(loaded), at_every_rank(saved), tolerance=1e-5 if form == "folded" else 0.0)
+    assert_same(at_every_rank(loaded), at_every_rank(as_deployed(saved)))
     plain = PeftModel.from_pretrained(tiny_mixtral(), tmp_path / "a").eval()
     assert torch.equal(logits(plain), logits(loaded.model))
-    export_adapter(tmp_path / "a", tmp_path / "3", 3)
+    export(tmp_path / "a", tmp_path / "3", 3)
     sliced = PeftModel.from_pretrained(tiny_mixtral(), tmp_path / "3").eval()
     assert_same({3: logits(sliced)}, {3: at_every_rank(loaded)[3]}, tolerance=1e-5)
 
@@ -272,7 +300,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
 }
 
 
-def with_extra(extra: str) -> NestedAdapter:
+def with_extra(extra: str, deploy: Any = "paper") -> NestedAdapter:
     """An adapter all of whose trained numbers are random, the ones beside the factors too."""
     model = get_peft_model(base_with_biases(extra.startswith("tied")), lora_config(NESTING, **EXTRAS[extra]))
     torch.manual_seed(3)
@@ -280,7 +308,7 @@ def with_extra(extra: str) -> NestedAdapter:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    return nest(model.eval(), NESTING, inference="prefix")
+    return nest_as(model.eval(), NESTING, deploy=deploy)
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
@@ -291,7 +319,7 @@ def test_what_was_trained_beside_the_factors_comes_back(tmp_path: Path, extra: s
     assert torch.equal(logits(plain), logits(saved.model))
     loaded = load(base_with_biases(tied), tmp_path / "a", adapter="mine")
     assert_same(at_every_rank(loaded), at_every_rank(saved))
-    export_adapter(tmp_path / "a", tmp_path / "3", 3)
+    export(tmp_path / "a", tmp_path / "3", 3)
     sliced = PeftModel.from_pretrained(base_with_biases(tied), tmp_path / "3").eval()
     assert_same({3: logits(sliced)}, {3: at_every_rank(saved)[3]}, tolerance=1e-5)
 
@@ -308,19 +336,23 @@ def test_it_comes_back_beside_another_adapter_too(tmp_path: Path, extra: str) ->
     assert_same(at_every_rank(loaded), at_every_rank(saved))
 
 
+@pytest.mark.parametrize("deploy", ["paper", "reordered"])
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_a_checkpoint_of_the_trainer_comes_back(tmp_path: Path, extra: str) -> None:
-    """The Trainer lets PEFT write the files, which adds what it deems needed; the callback adds the sidecar."""
-    saved, tied = with_extra(extra), extra.startswith("tied")
+def test_a_checkpoint_of_the_trainer_comes_back(tmp_path: Path, extra: str, deploy: str) -> None:
+    """The Trainer asks PEFT to write the files. Every rank can be used, and training goes on from the same bits."""
+    saved, tied = with_extra(extra, deploy), extra.startswith("tied")
     folder = tmp_path / "checkpoint-1"
     saved.model.save_pretrained(folder)
-    state = TrainerState(global_step=1, is_world_process_zero=True)
-    saved.callback().on_save(TrainingArguments(str(tmp_path), use_cpu=True), state, TrainerControl())
+    assert (folder / TRAINED).exists() == (deploy == "reordered")
     loaded = load(base_with_biases(tied), folder)
-    assert_same(at_every_rank(loaded), at_every_rank(saved))
-    export_adapter(folder, tmp_path / "3", 3)
+    assert_same(at_every_rank(loaded), at_every_rank(as_deployed(saved)))
+    export(folder, tmp_path / "3", 3)
     sliced = PeftModel.from_pretrained(base_with_biases(tied), tmp_path / "3").eval()
-    assert_same({3: logits(sliced)}, {3: at_every_rank(saved)[3]}, tolerance=1e-5)
+    assert_same({3: logits(sliced)}, {3: at_every_rank(as_deployed(saved))[3]}, tolerance=1e-5)
+    going_on = load(base_with_biases(tied), folder, trainable=True)
+    going_on.model.eval()
+    assert going_on.state == saved.state
+    assert_same(at_every_rank(going_on), at_every_rank(saved))
 
 
 def test_what_can_be_nested_can_be_loaded_again(tmp_path: Path) -> None:
@@ -328,7 +360,7 @@ def test_what_can_be_nested_can_be_loaded_again(tmp_path: Path) -> None:
     model = get_peft_model(tiny_llama(), lora_config(NESTING, layer_replication=[[0, 2], [1, 2]]))
     randomize(model)
     try:
-        saved = nest(model.eval(), NESTING)
+        saved = nest_as(model.eval(), NESTING)
     except MatryoshkaError:
         return
     saved.save(tmp_path)
@@ -343,7 +375,7 @@ def test_what_can_be_nested_can_be_loaded_again(tmp_path: Path) -> None:
 def test_an_adapter_may_have_any_name_that_peft_takes(tmp_path: Path, name: str) -> None:
     model = get_peft_model(tiny_llama(), lora_config(NESTING), adapter_name=name)
     randomize(model)
-    saved = nest(model.eval(), NESTING, inference="prefix", adapter=name)
+    saved = nest_as(model.eval(), NESTING, deploy="paper", adapter=name)
     saved.save(tmp_path / "a")
     assert_same(at_every_rank(load(tiny_llama(), tmp_path / "a")), at_every_rank(saved))
     renamed = load(tiny_llama(), tmp_path / "a", adapter=name)
@@ -358,7 +390,7 @@ def test_paths_of_all_kinds(tmp_path: Path, as_path: Any, monkeypatch: pytest.Mo
     folder = tmp_path / "zwei Wörter" / "a"
     saved = nested_llama(NESTING)
     saved.save(as_path(folder))
-    export_adapter(as_path(folder), as_path(folder.parent / "3"), 3)
+    export(as_path(folder), as_path(folder.parent / "3"), 3)
     assert_same(at_every_rank(load(tiny_llama(), as_path(folder))), at_every_rank(saved))
     assert config_of(folder.parent / "3")["r"] == 3
 
@@ -395,9 +427,9 @@ def test_the_chosen_rank_and_a_merge_do_not_change_what_is_saved(tmp_path: Path)
     assert a[WEIGHTS] == fingerprint(tmp_path / "d")[WEIGHTS]
 
 
-@pytest.mark.parametrize("form", ["raw", "folded"])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_half_precision_base_gets_the_same_fp32_factors(tmp_path: Path, form: str) -> None:
-    saved = nested_llama(NESTING, inference="keep" if form == "folded" else "prefix")
+    saved = in_form(form, nested_llama(NESTING))
     saved.save(tmp_path / "a")
     loaded = load(tiny_llama().bfloat16(), tmp_path / "a")
     loaded.save(tmp_path / "b")
@@ -409,7 +441,7 @@ def test_a_half_precision_base_gets_the_same_fp32_factors(tmp_path: Path, form: 
 def test_half_precision_factors_are_written_as_they_are(tmp_path: Path) -> None:
     model = get_peft_model(tiny_llama().bfloat16(), lora_config(NESTING), autocast_adapter_dtype=False)
     randomize(model)
-    saved = nest(model.eval(), NESTING)
+    saved = nest_as(model.eval(), NESTING, deploy="paper")
     saved.save(tmp_path)
     written = load_file(tmp_path / WEIGHTS)
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
@@ -424,7 +456,7 @@ def test_half_precision_factors_are_written_as_they_are(tmp_path: Path) -> None:
 
 def test_a_second_adapter_leaves_the_first_alone(tmp_path: Path) -> None:
     first = nested_llama(NESTING)
-    second = nested_llama(NESTINGS["none"], inference="keep", target_modules=["q_proj", "up_proj"])
+    second = nested_llama(NESTINGS["none"], target_modules=["q_proj", "up_proj"])
     randomize(second.model, seed=5)
     second.reorder()
     second.save(tmp_path)
@@ -476,10 +508,11 @@ def train_one_step(adapter: NestedAdapter) -> None:
     adapter.model.eval()
 
 
+@pytest.mark.parametrize("deploy", ["paper", "reordered"])
 @pytest.mark.parametrize("rule", ["matryoshka", "dylora", "dylora-frozen", "stratified"])
-def test_training_goes_on_where_it_stopped(tmp_path: Path, rule: str) -> None:
-    saved = nested_llama(NESTING, rule=rule)
-    saved.save(tmp_path)
+def test_training_goes_on_where_it_stopped(tmp_path: Path, rule: str, deploy: str) -> None:
+    saved = nested_llama(NESTING, rule, deploy)
+    saved.model.save_pretrained(tmp_path)
     before = at_every_rank(saved)
     base = tiny_llama()
     loaded = load(base, tmp_path, trainable=True)
@@ -490,6 +523,39 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path, rule: str) -> None:
     assert (after[6] - before[6]).abs().max() > 1e-4
     weights = {name.replace(".base_layer", ""): tensor for name, tensor in base.state_dict().items()}
     assert all(torch.equal(weights[name], tensor) for name, tensor in tiny_llama().state_dict().items())
+
+
+@pytest.mark.parametrize("deploy", ["paper", "reordered"])
+@pytest.mark.parametrize(("r", "alpha"), [(6, 1.7), (5, 16)])
+def test_a_checkpoint_is_read_back_into_the_adapter_that_wrote_it(
+    tmp_path: Path, deploy: str, r: int, alpha: float
+) -> None:
+    """As the Trainer resumes, and takes the best one. 16 / sqrt(5) times 5, over 5, is another number than before."""
+    nesting = Nesting([1, 3, r], "sqrt", alpha / r**0.5)
+    adapter = nested_llama(nesting, deploy=deploy, lora_alpha=alpha, use_rslora=True)
+    before = at_every_rank(adapter)
+    adapter.model.save_pretrained(tmp_path)
+    randomize(adapter.model, seed=5)
+    assert (at_every_rank(adapter)[3] - before[3]).abs().max() > 1e-2
+    adapter.model.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert_same(at_every_rank(adapter), before)
+    other = nested_llama(Nesting([1, 2, r], "sqrt", nesting.scale), lora_alpha=alpha, use_rslora=True)
+    with pytest.raises(MatryoshkaError, match="another nesting or rule"):
+        other.model.load_adapter(str(tmp_path), "default")
+
+
+def test_nothing_is_left_of_the_factors_of_an_older_training(tmp_path: Path) -> None:
+    """Training would go on from them, in the place of the adapter that is there."""
+    nested_llama(NESTING, deploy="reordered").model.save_pretrained(tmp_path)
+    assert (tmp_path / TRAINED).exists()
+    adapter = nested_llama(NESTING, deploy="reordered")
+    randomize(adapter.model, seed=5)
+    adapter.reorder()
+    adapter.save(tmp_path)
+    loaded = load(tiny_llama(), tmp_path, trainable=True)
+    loaded.model.eval()
+    assert loaded.reordered
+    assert_same(at_every_rank(loaded), at_every_rank(adapter))
 
 
 def test_a_second_adapter_can_be_trained(tmp_path: Path) -> None:
@@ -509,34 +575,35 @@ def test_a_second_adapter_can_be_trained(tmp_path: Path) -> None:
 # The files
 
 
-def test_the_files_of_an_adapter(tmp_path: Path) -> None:
-    saved = nested_llama(NESTING, inference="keep")
+@pytest.mark.parametrize("form", FORMS)
+def test_the_files_of_an_adapter(tmp_path: Path, form: str) -> None:
+    saved = in_form(form, nested_llama(NESTING))
     saved.save(tmp_path)
-    assert set(fingerprint(tmp_path)) == {WEIGHTS, CONFIG, SIDECAR, "README.md"}
+    assert set(fingerprint(tmp_path)) == {WEIGHTS, CONFIG, SIDECAR, CARD} | ({SPECTRA} if form == "trained" else set())
     assert json.loads((tmp_path / SIDECAR).read_text()) == {
-        "format_version": 1,
-        "nesting": {"ranks": [1, 3, 6], "scaling": "sqrt", "alpha": 1.7},
+        "format_version": 2,
+        "ranks": [1, 3, 6],
+        "scaling": "sqrt",
         "rule": "matryoshka",
-        "inference": "keep",
         "seed": 0,
-        "form": "folded",
-        "trained_ranks": [1, 3, 6],
+        "deploy": "paper" if form == "paper" else "reordered",
+        "reordered": None if form == "paper" else "svd",
     }
     with safe_open(tmp_path / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert all(key.startswith("base_model.model.model.layers.") for key in file.keys())  # noqa: SIM118
     config = PeftConfig.from_pretrained(str(tmp_path))
-    assert (config.r, config.lora_alpha, config.inference_mode) == (6, NESTING.lora_alpha, True)
+    assert (config.r, config.lora_alpha, config.inference_mode) == (6, pytest.approx(1.7 * 6**0.5), True)
 
 
 def test_saving_changes_neither_model_nor_config(tmp_path: Path) -> None:
-    saved = nested_llama(NESTING, inference="keep", modules_to_save=["norm"])
+    saved = nested_llama(NESTING, deploy="reordered", modules_to_save=["norm"])
     config = copy.deepcopy(saved.model.peft_config["default"])
     weights = {name: tensor.clone() for name, tensor in saved.model.state_dict().items()}
     saved.save(tmp_path / "a")
     saved.export(tmp_path / "b", 3)
     assert saved.model.peft_config["default"] == config
-    assert saved.state.form == "raw"
+    assert (saved.state.deploy, saved.state.reordered) == ("reordered", None)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in saved.model.state_dict().items())
 
 
@@ -544,42 +611,31 @@ def test_reading_changes_no_file(tmp_path: Path) -> None:
     nested_llama(NESTING).save(tmp_path / "a")
     before = fingerprint(tmp_path)
     load(tiny_llama(), tmp_path / "a")
-    read_sidecar(tmp_path / "a")
-    export_adapter(tmp_path / "a", tmp_path / "b", 3)
+    open_adapter(tmp_path / "a").tensors()
+    export(tmp_path / "a", tmp_path / "b", 3)
     assert {name: value for name, value in fingerprint(tmp_path).items() if name.startswith("a/")} == before
 
 
-@pytest.mark.parametrize("form", ["raw", "folded", "reordered"])
+@pytest.mark.parametrize("form", FORMS)
 def test_exporting_from_the_file_is_exporting_from_the_model(tmp_path: Path, form: str) -> None:
-    saved = nested_llama(NESTING, inference="keep" if form == "folded" else "prefix", modules_to_save=["norm"])
-    if form == "reordered":
-        saved.reorder()
+    saved = in_form(form, nested_llama(NESTING, modules_to_save=["norm"]))
     saved.save(tmp_path / "a")
-    for rank in saved.ranks:
+    for rank in NESTING.ranks if form == "paper" else range(1, 7):
         saved.export(tmp_path / "model", rank, overwrite=True)
-        export_adapter(tmp_path / "a", tmp_path / "file", rank, overwrite=True)
-        assert set(fingerprint(tmp_path / "model")) == {WEIGHTS, CONFIG, "README.md"}
+        export(tmp_path / "a", tmp_path / "file", rank, overwrite=True)
+        assert set(fingerprint(tmp_path / "model")) == {WEIGHTS, CONFIG, CARD}
         assert fingerprint(tmp_path / "model")[WEIGHTS] == fingerprint(tmp_path / "file")[WEIGHTS]
         assert config_of(tmp_path / "model") == config_of(tmp_path / "file")
 
 
-@pytest.mark.parametrize(("form", "rank"), [("raw", 3), ("folded", 3), ("reordered", 4)])
+@pytest.mark.parametrize(("form", "rank"), [("paper", 3), ("trained", 3), ("reordered", 4)])
 def test_a_slice_is_an_ordinary_adapter(tmp_path: Path, form: str, rank: int) -> None:
-    saved = nested_llama(
-        NESTING,
-        inference="keep" if form == "folded" else "prefix",
-        lora_alpha=1.7,
-        use_rslora=True,
-        init_lora_weights="gaussian",
-        lora_dropout=0.1,
-    )
-    if form == "reordered":
-        saved.reorder()
-    saved.export(tmp_path, rank)
+    lora: dict[str, Any] = {"lora_alpha": 1.7, "use_rslora": True, "init_lora_weights": "gaussian", "lora_dropout": 0.1}
+    in_form(form, nested_llama(NESTING, **lora)).export(tmp_path, rank)
     config = config_of(tmp_path)
     assert config["r"] == rank
-    # A kept or reordered prefix has the scale of the whole adapter; the paper's has that of its rank.
-    assert config["lora_alpha"] == pytest.approx(rank * NESTING.scale(3 if form == "raw" else 6))
+    # A reordered prefix has the scale of the whole adapter; the paper's has that of its rank.
+    assert config["lora_alpha"] == pytest.approx(rank * 1.7 / (3 if form == "paper" else 6) ** 0.5)
     assert config["use_rslora"] is False
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert config["inference_mode"] is True
@@ -595,14 +651,14 @@ def test_a_slice_is_an_ordinary_adapter(tmp_path: Path, form: str, rank: int) ->
 
 
 def test_an_adapter_is_overwritten_and_its_neighbours_stay(tmp_path: Path) -> None:
-    nested_llama(NESTINGS["none"], inference="keep").save(tmp_path)
-    (tmp_path / "README.md").write_text("mine")
+    nested_llama(NESTINGS["none"], deploy="reordered").save(tmp_path)
+    (tmp_path / CARD).write_text("mine")
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / SIDECAR).write_text("its own")
     saved = nested_llama(NESTING)
     saved.save(tmp_path)
-    assert set(fingerprint(tmp_path)) == {WEIGHTS, CONFIG, SIDECAR, "README.md", f"checkpoint-2/{SIDECAR}"}
-    assert (tmp_path / "README.md").read_text() == "mine"
+    assert set(fingerprint(tmp_path)) == {WEIGHTS, CONFIG, SIDECAR, CARD, f"checkpoint-2/{SIDECAR}"}
+    assert (tmp_path / CARD).read_text() == "mine"
     assert (tmp_path / "checkpoint-2" / SIDECAR).read_text() == "its own"
     assert_same(at_every_rank(load(tiny_llama(), tmp_path)), at_every_rank(saved))
 
@@ -623,8 +679,8 @@ def test_a_slice_over_a_nested_adapter_is_no_longer_taken_for_one(tmp_path: Path
     nested_llama(NESTINGS["none"]).save(tmp_path)
     saved = nested_llama(NESTING)
     saved.export(tmp_path, 3, overwrite=True)
-    assert set(fingerprint(tmp_path)) == {WEIGHTS, CONFIG, "README.md"}
-    with pytest.raises(MatryoshkaError, match=r"no nesting\.json.*not a nested adapter"):
+    assert set(fingerprint(tmp_path)) == {WEIGHTS, CONFIG, CARD}
+    with pytest.raises(MatryoshkaError, match=r"is not a nested adapter, for it has no nesting\.json"):
         load(tiny_llama(), tmp_path)
     sliced = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
     assert_same({3: logits(sliced)}, {3: at_every_rank(saved)[3]}, tolerance=1e-5)
@@ -644,7 +700,7 @@ def test_a_slice_is_not_exported_over_its_own_source(tmp_path: Path) -> None:
     before = fingerprint(tmp_path / "a")
     for target in (tmp_path / "a", tmp_path / "b" / ".." / "a", tmp_path / "link"):
         with pytest.raises(MatryoshkaError, match="another"):
-            export_adapter(tmp_path / "a", target, 3)
+            export(tmp_path / "a", target, 3)
         assert fingerprint(tmp_path / "a") == before
 
 
@@ -654,6 +710,7 @@ from conftest import nested_llama
 from test_checkpoint import NESTING
 
 nested_llama(NESTING).save(sys.argv[1])
+nested_llama(NESTING, deploy="reordered").save(sys.argv[1] + "-reordered")
 nested_llama(NESTING).export(sys.argv[1] + "-slice", 3)
 """
 
@@ -664,5 +721,5 @@ def test_the_same_adapter_is_the_same_bytes_in_every_process(tmp_path: Path) -> 
         environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", SAVES, str(tmp_path / seed)]
         subprocess.run(command, env=environment, cwd=Path(__file__).parent, check=True)
-    for kind in ("", "-slice"):
+    for kind in ("", "-reordered", "-slice"):
         assert fingerprint(tmp_path / f"1{kind}") == fingerprint(tmp_path / f"2{kind}")

@@ -2,47 +2,67 @@
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from matryoshka_lora import MatryoshkaError, read_sidecar
+from matryoshka_lora import MatryoshkaError, select
 from matryoshka_lora.cli.main import app
+from matryoshka_lora.evaluation.reading import read_evaluation
+from matryoshka_lora.formats.opened import open_adapter
 
-CURVES = ["matryoshka-prefix", "matryoshka-svd", "matryoshka-learned", "lora-svd", "lora-learned"]
+RANKS = (1, 2, 4, 8, 16, 32)
+# One thread: two that wait for one another on a busy machine would take many times as long.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_demo_leaves_what_it_promises(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
+def test_the_demo_leaves_what_it_promises_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    out = tmp_path / "the demo"  # a name that a shell needs quotes for
+    adapter, answers = out / "adapter", out / "adapter" / "evaluation" / "answers.jsonl"
     command = [sys.executable, "-m", "matryoshka_lora", "demo", "--out", str(out), "--steps", "1", "--items", "2"]
-    # One thread: two that wait for one another on a busy machine would take many times as long.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert first.returncode == 0, first.stderr[-3000:]
-    data = json.loads((out / "evaluation.json").read_text())
-    assert data["task"] == "family_relationships"
-    assert list(data["curves"]) == CURVES
-    for curve in data["curves"].values():
-        assert curve["ranks"] == [1, 2, 4, 8, 16, 32]
-        assert len(curve["loss"]) == len(curve["accuracy"]) == 6
-    assert (out / "curve.png").stat().st_size > 10_000
-    assert read_sidecar(out / "adapter").form == "reordered"
-    assert json.loads((out / "rank-4" / "adapter_config.json").read_text())["r"] == 4
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    while killed.poll() is None and (not answers.exists() or answers.read_bytes().count(b"\n") < 3):
+        time.sleep(0.1)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    weights = (adapter / "adapter_model.safetensors").read_bytes()
+    before = answers.read_bytes().rpartition(b"\n")[0]
+
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (adapter / "adapter_model.safetensors").read_bytes() == weights
+    assert before.count(b"\n") >= 2
+    assert answers.read_bytes().startswith(before)
+    found = read_evaluation(out / "adapter")
+    assert (list(found.tasks), found.ranks) == (["family_relationships"], list(RANKS))
+    assert found.tasks["family_relationships"]["items"] == 2
+    assert (adapter / "evaluation" / "curve.png").stat().st_size > 10_000
+    opened = open_adapter(adapter)
+    assert (opened.nested.nesting.ranks, opened.nested.reordered) == (RANKS, "svd")
+
+    # What is exported is the first columns; plain PEFT has read them.
+    small = load_file(out / "rank-4" / "adapter_model.safetensors")
+    for key, tensor in load_file(adapter / "adapter_model.safetensors").items():
+        assert tensor[:4].equal(small[key]) if "lora_A" in key else tensor[:, :4].equal(small[key])
     assert not (out / "rank-4" / "nesting.json").exists()
-    assert "gives the same answer to 2 of 2 questions" in first.stdout
-    assert "adapter = nest(peft_model" in first.stdout
-    assert first.stdout.splitlines()[-1].startswith("Next: matryoshka eval ")
-    command = [sys.executable, "-m", "matryoshka_lora", "select", str(out), "--max-bytes", "10000000"]
-    chosen = subprocess.run(command, capture_output=True, text=True)
-    assert chosen.returncode == 0, chosen.stderr
-    assert chosen.stdout.startswith("family_relationships: accuracy,none, 2 questions")
-    assert f"Next: matryoshka export {out / 'adapter'} --rank " in chosen.stdout
+
+    # What it prints: a row for each rank, and what may be pasted.
+    lines = done.stdout.splitlines()
+    rows = [line.split() for line in lines if line.strip().startswith(("none ", *(f"{rank} " for rank in RANKS)))]
+    assert [row[0] for row in rows] == ["none", *map(str, RANKS)]
+    assert "gives the same answer to 8 of 8 questions" in done.stdout
+    assert "adapter = nest(peft_model)" in done.stdout
+    assert lines[-1].startswith(f"Next: matryoshka select '{adapter}' --within 5%, or matryoshka export '{adapter}' ")
+    assert f"matryoshka select '{adapter}'" in lines[-1]
+    assert select(adapter, max_bytes=found.about["bytes"][0]).rank == 1
 
 
 @pytest.mark.parametrize("place", [".", "adapter", "rank-4"])
@@ -52,3 +72,13 @@ def test_the_demo_goes_over_nothing_of_others(tmp_path: Path, place: str) -> Non
     with pytest.raises(MatryoshkaError, match=r"holds .*adapter.* that no demo has made: choose another --out"):
         app(["demo", "--out", str(tmp_path)], standalone_mode=False)
     assert [path.name for path in (tmp_path / place).iterdir()] == ["adapter_config.json"]
+
+
+def test_another_demo_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    """With other steps: the adapter that is there stays."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "train.yaml").write_text("max_steps: 9\n")
+    (tmp_path / "adapter" / "trainer_state.json").write_text("{}")
+    with pytest.raises(MatryoshkaError, match=r"For the demo: delete .*, or give another folder with --out"):
+        app(["demo", "--out", str(tmp_path), "--steps", "1"], standalone_mode=False)
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["train.yaml", "trainer_state.json"]

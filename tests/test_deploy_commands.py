@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,21 +16,22 @@ import torch
 import typer
 from conftest import LINEAR_LAYERS, nested_llama, randomize, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_strangers import IDS, output
+from strangers import IDS, output
 from tiny_chat import save_tiny_chat, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from matryoshka_lora import MatryoshkaError, Nesting, load, nest
-from matryoshka_lora.adapter.card import make_card, write_card
-from matryoshka_lora.adapter.source import open_adapter
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, load, nest, reorder
+from matryoshka_lora.adapter.in_model import InModel
 from matryoshka_lora.cli.main import app
-from matryoshka_lora.deploy.calibrate import learn_order_from, measure_moments
-from matryoshka_lora.deploy.info import describe
-from matryoshka_lora.deploy.reorder import reorder_adapter
-from matryoshka_lora.deploy.spectra import read_spectra
-from matryoshka_lora.evaluate.engine import Engine
-from matryoshka_lora.evaluate.questions import Row
+from matryoshka_lora.data.questions import Row
+from matryoshka_lora.engine.engine import Engine
+from matryoshka_lora.formats.card import make_card
+from matryoshka_lora.formats.opened import open_adapter
+from matryoshka_lora.formats.spectra import read_spectra
 from matryoshka_lora.models import EMBEDDED
+from matryoshka_lora.reordering.moments import Moments, measure_moments
+from matryoshka_lora.reordering.sources import QuestionRows
+from matryoshka_lora.serving.info import describe
 
 Run = Callable[..., str]
 
@@ -37,7 +40,8 @@ Run = Callable[..., str]
 def run(capsys: Any) -> Run:
     def command(*arguments: object) -> str:
         app([str(argument) for argument in arguments], standalone_mode=False)
-        return capsys.readouterr().out
+        written: str = capsys.readouterr().out
+        return written
 
     return command
 
@@ -68,31 +72,66 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def nested(plain: Path) -> Path:
-    reorder_adapter(plain, plain.parent / "nested")
+    reorder(plain, plain.parent / "nested")
     return plain.parent / "nested"
+
+
+# What a small device needs not have
+
+
+COMMANDS = {
+    "info": ["info", "{adapter}"],
+    "reorder": ["reorder", "{adapter}", "-o", "{out}"],
+    "peft": ["export", "{adapter}", "--rank", "4", "--no-verify", "-o", "{out}"],
+    "budget": ["export", "{adapter}", "--budget", "0.3", "--no-verify", "-o", "{out}"],
+    "ladder": ["export", "{adapter}", "--format", "ladder", "--no-verify", "-o", "{out}"],
+    "directions": ["export", "{adapter}", "--format", "directions", "-o", "{out}"],
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", "nested"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_needs_no_model_imports_neither_peft_nor_transformers(
+    plain: Path, nested: Path, tmp_path: Path, command: str, kind: str
+) -> None:
+    adapter = plain if kind == "plain" else nested
+    code = (
+        "import sys; from matryoshka_lora.cli.main import app; app(sys.argv[1:], standalone_mode=False)\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'peft', 'transformers'}))"
+    )
+    arguments = [part.format(adapter=adapter, out=tmp_path / "out") for part in COMMANDS[command]]
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "[]"
+    assert command == "info" or (tmp_path / "out").is_dir()
 
 
 # reorder
 
 
-@pytest.mark.parametrize("metric", ["frobenius", "loss", "learned"])
+@pytest.mark.parametrize("by", ["svd", "loss", "learned"])
 def test_reorder_does_not_write_over_what_it_reads(
-    run: Run, base: Path, plain: Path, data: Path, tmp_path: Path, metric: str
+    run: Run, base: Path, plain: Path, data: Path, tmp_path: Path, by: str
 ) -> None:
     own = Path(shutil.copytree(plain, tmp_path / "own"))
     before = {file.name: file.read_bytes() for file in own.iterdir()}
-    options = [] if metric == "frobenius" else ["--metric", metric, "--data", data, "--rows", 2, "--model", base]
-    with pytest.raises(MatryoshkaError, match="is the adapter itself"):
-        run("reorder", own, "-o", own, *options)
+    options = [] if by == "svd" else ["--by", by, "--data", data, "--rows", 2, "--model", base]
+    for force in ([], ["--force"]):
+        with pytest.raises(MatryoshkaError, match="is the adapter itself"):
+            run("reorder", own, "-o", own, *options, *force)
     assert {file.name: file.read_bytes() for file in own.iterdir()} == before
 
 
-@pytest.mark.parametrize("metric", ["frobenius", "activations", "loss", "learned"])
-def test_reorder(run: Run, base: Path, plain: Path, data: Path, tmp_path: Path, metric: str) -> None:
-    more = [] if metric == "frobenius" else ["--metric", metric, "--data", data, "--rows", 20, "--dtype", "fp32"]
+@pytest.mark.parametrize("by", ["svd", "activations", "loss", "learned"])
+def test_reorder(run: Run, base: Path, plain: Path, data: Path, tmp_path: Path, by: str) -> None:
+    more = [] if by == "svd" else ["--by", by, "--data", data, "--rows", 20, "--dtype", "fp32"]
     out = run("reorder", plain, "-o", tmp_path / "out", *more)
     assert "Next: matryoshka info" in out
-    assert read_spectra(open_adapter(tmp_path / "out")).metric == metric
+    made = open_adapter(tmp_path / "out")
+    assert made.nested.reordered == by
+    spectra = read_spectra(made)
+    assert spectra is not None
+    assert spectra.keys() == {layer.name for layer in made.layers}
     before, after = (
         output(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path))
         for path in (plain, tmp_path / "out")
@@ -101,20 +140,29 @@ def test_reorder(run: Run, base: Path, plain: Path, data: Path, tmp_path: Path, 
 
 
 def test_reorder_says_which_option_is_missing(run: Run, plain: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(typer.BadParameter, match="needs --data"):
-        run("reorder", plain, "-o", tmp_path / "x", "--metric", "loss")
-    with pytest.raises(typer.BadParameter, match="--data is for"):
+    with pytest.raises(MatryoshkaError, match="by='loss' needs data"):
+        run("reorder", plain, "-o", tmp_path / "x", "--by", "loss")
+    with pytest.raises(MatryoshkaError, match="data are for by='activations', 'loss' and 'learned'"):
         run("reorder", plain, "-o", tmp_path / "x", "--data", data)
+    with pytest.raises(MatryoshkaError, match="rows is 0"):
+        reorder(plain, tmp_path / "x", "loss", str(data), rows=0)
     assert not (tmp_path / "x").exists()
+
+
+def moments(adapter: NestedAdapter, tokenizer: Any, rows: list[Row], gradients: bool) -> dict[str, Moments]:
+    """Over each row once."""
+    data = QuestionRows(adapter.model, rows, tokenizer)
+    return measure_moments(InModel(adapter.model, adapter.name), data, gradients, len(rows))
 
 
 def test_moments_are_those_of_the_hidden_activations_and_their_gradients(base: Path, nested: Path) -> None:
     """Against one row at a time, without padding, with autograd's own gradients of a factor's output."""
     adapter = load(AutoModelForCausalLM.from_pretrained(base), nested, trainable=True)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    rows = [Row("a" * n, "bc" * n) for n in (1, 3, 8)]
-    activations = measure_moments(adapter, tokenizer, rows, gradients=False)
-    weighted = measure_moments(adapter, tokenizer, rows, gradients=True)
+    # One more than a batch has.
+    rows = [Row("a" * n, "bc" * n) for n in (1, 3, 8, 2, 4, 5, 6, 7, 9)]
+    activations = moments(adapter, tokenizer, rows, gradients=False)
+    weighted = moments(adapter, tokenizer, rows, gradients=True)
 
     layer = "model.layers.1.self_attn.v_proj"
     factor = adapter.model.base_model.model.get_submodule(layer).lora_A["default"]
@@ -157,32 +205,19 @@ class WithoutDoubles(torch.Tensor):
 def test_moments_on_a_device_without_float64(base: Path, nested: Path, gradients: bool) -> None:
     adapter = load(AutoModelForCausalLM.from_pretrained(base), nested, trainable=True)
     tokenizer, rows = AutoTokenizer.from_pretrained(base), [Row("abc", "de")]
-    wanted = measure_moments(adapter, tokenizer, rows, gradients)
+    wanted = moments(adapter, tokenizer, rows, gradients)
     for name, module in adapter.model.named_modules():
         if name.endswith("lora_A.default"):
             module.register_forward_hook(lambda module, inputs, hidden: hidden.as_subclass(WithoutDoubles))
         if name.endswith("lora_B.default"):
             module.register_forward_pre_hook(lambda module, inputs: inputs[0].as_subclass(torch.Tensor))
-    found = measure_moments(adapter, tokenizer, rows, gradients)
+    found = moments(adapter, tokenizer, rows, gradients)
     assert found.keys() == wanted.keys()
-    for name, moments in found.items():
-        assert moments.inner.dtype == torch.float64
-        torch.testing.assert_close(moments.inner, wanted[name].inner)
+    for name, one in found.items():
+        assert one.inner.dtype == torch.float64
+        torch.testing.assert_close(one.inner, wanted[name].inner)
     with pytest.raises(TypeError, match="no float64"):
         torch.ones(2).as_subclass(WithoutDoubles).double()
-
-
-def test_the_teacher_of_a_learned_order_has_no_dropout() -> None:
-    tokenizer, nesting, found = tiny_tokenizer(), Nesting([1, 4]), []
-    rows = [Row("a" * n, "bc" * n) for n in (1, 3, 8)]
-    for dropout in (0.0, 0.5):
-        lora = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "up_proj"], lora_dropout=dropout)
-        adapter = nest(get_peft_model(tiny_llama(vocab_size=len(tokenizer)), lora), nesting, "lora")
-        randomize(adapter.model)
-        learn_order_from(adapter, tokenizer, rows, steps=3, batch_size=4, distil=True)
-        found.append([p.detach() for name, p in adapter.model.named_parameters() if "lora_" in name])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("pad", [None, "<pad>"], ids=["none", "unknown-to-the-model"])
@@ -194,46 +229,38 @@ def test_a_tokenizer_without_a_pad_token_that_the_model_knows(base: Path, nested
     wanted = Engine(adapter, tokenizer).loglikelihood(requests, 4)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     rows = [Row([{"role": "user", "content": "a" * n}], [{"role": "assistant", "content": "b"}]) for n in (1, 5)]
-    moments = measure_moments(adapter, tokenizer, rows, gradients=False)
+    before = moments(adapter, tokenizer, rows, gradients=False)
     tokenizer.add_special_tokens({"pad_token": pad} if pad else {})
     tokenizer.pad_token, tokenizer.eos_token = pad, eos
     assert tokenizer.pad_token_id == (adapter.model.config.vocab_size if pad else None)
     engine = Engine(adapter, tokenizer)
     assert engine.loglikelihood(requests, 4) == wanted
     assert len(engine.generate([[5, 6, 7], [9]], 4, 3)) == 2
-    again = measure_moments(adapter, tokenizer, rows, gradients=False)
+    again = moments(adapter, tokenizer, rows, gradients=False)
     for name, found in again.items():
-        torch.testing.assert_close(found.inner, moments[name].inner)
-    learn_order_from(adapter, tokenizer, rows, steps=1, batch_size=2)
+        torch.testing.assert_close(found.inner, before[name].inner)
+    adapter.reorder("learned", rows, tokenizer, rows=2)
 
 
-@pytest.mark.parametrize("how", ["activations", "loss", "learned"])
-def test_calibration_cuts_rows_to_the_context(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("by", ["activations", "loss", "learned"])
+def test_rows_are_cut_to_the_context(by: Any) -> None:
     """At their end, as training does. A prompt that leaves nothing of its answer is named."""
     tokenizer = tiny_tokenizer()
     model = get_peft_model(
         tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=16),
         LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"]),
     )
-    adapter = nest(model, Nesting([1, 4]))
-    adapter.reorder()
+    adapter = nest(model, [1, 4])
     seen: list[list[int]] = []
     model.get_base_model().register_forward_pre_hook(
         lambda module, args, kwargs: seen.extend(kwargs["input_ids"].tolist()), with_kwargs=True
     )
-
-    def calibrate(rows: list[Row]) -> None:
-        if how == "learned":
-            learn_order_from(adapter, tokenizer, rows, steps=1, batch_size=1)
-        else:
-            measure_moments(adapter, tokenizer, rows, gradients=how == "loss")
-
-    calibrate([Row("abc", "d" * 40)])
+    adapter.reorder(by, [Row("abc", "d" * 40)], tokenizer, rows=1)
     assert seen
     assert all(row == tokenizer("abc" + "d" * 13)["input_ids"] for row in seen)
     seen.clear()
     with pytest.raises(MatryoshkaError, match=r"row 2 .* prompt has 16 tokens.* context has 16"):
-        calibrate([Row("abc", "d"), Row("a" * 16, "d")])
+        adapter.reorder(by, [Row("abc", "d"), Row("a" * 16, "d")], tokenizer)
     assert not seen
 
 
@@ -245,7 +272,7 @@ def test_info_needs_no_base_model(run: Run, plain: Path, nested: Path, tmp_path:
     assert "a plain LoRA adapter" in out
     assert f"Next: matryoshka reorder {plain}" in out
     out = run("info", nested, "--plot", tmp_path / "decay.png")
-    assert "reordered by frobenius: any rank may be used" in out
+    assert "reordered by svd: any rank may be used" in out
     assert (tmp_path / "decay.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(typer.BadParameter, match="ends in"):
         run("info", nested, "--plot", tmp_path / "decay")
@@ -260,17 +287,19 @@ def test_info_counts_what_an_export_has(plain: Path, nested: Path) -> None:
     assert described.kept(8) == pytest.approx(1)
     assert 0 < described.kept(1) < described.kept(2) < 1
     # A plain adapter's own singular values are those that reordering finds.
-    for name, values in before.spectra.values.items():
-        torch.testing.assert_close(values, described.spectra.values[name], rtol=1e-4, atol=1e-6)
+    for name, values in before.spectra.items():
+        torch.testing.assert_close(values, described.spectra[name], rtol=1e-4, atol=1e-6)
 
 
-def test_info_tells_the_forms_apart(tmp_path: Path) -> None:
-    adapter = nested_llama(Nesting([1, 4]), inference="prefix")
-    adapter.save(tmp_path / "raw")
-    assert "as it was trained, inference prefix" in describe(tmp_path / "raw").kind
-    adapter.inference = "keep"
-    adapter.save(tmp_path / "folded")
-    assert "its diagonal folded in" in describe(tmp_path / "folded").kind
+def test_info_tells_the_deployments_apart(tmp_path: Path) -> None:
+    nested_llama(Nesting([1, 4])).save(tmp_path / "paper")
+    paper = describe(tmp_path / "paper")
+    assert "with the paper's deployment, which drops P: low ranks are poor" in paper.kind
+    nested_llama(Nesting([1, 4]), deploy="reordered").save(tmp_path / "reordered")
+    assert "reordered by svd: any rank may be used" in describe(tmp_path / "reordered").kind
+    # Of factors between which P stood, the values are those of the function that was trained.
+    for name, values in describe(tmp_path / "reordered").spectra.items():
+        torch.testing.assert_close(values, paper.spectra[name], rtol=1e-4, atol=1e-6)
 
 
 # export
@@ -330,7 +359,7 @@ def test_a_ladder_ends_at_the_rank_that_was_asked_for(run: Run, nested: Path, tm
     ids=str,
 )
 def test_export_refuses_what_contradicts_itself(run: Run, nested: Path, tmp_path: Path, options: list[Any]) -> None:
-    with pytest.raises(typer.BadParameter):
+    with pytest.raises(MatryoshkaError, match=r"give |padding belongs to a budget"):
         run("export", nested, *options, "-o", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
@@ -391,15 +420,14 @@ def test_a_card_that_somebody_wrote_stays(tmp_path: Path) -> None:
 def test_a_folder_of_this_machine_is_named_in_no_card(nested: Path, base: Path) -> None:
     assert str(base) not in (nested / "README.md").read_text()
     opened = open_adapter(nested)
-    opened.config.base_model_name_or_path = "owner/model"
-    write_card(nested, opened.config, opened.state)
-    assert "base_model: owner/model\n" in (nested / "README.md").read_text()
+    config = opened.config.changed(base_model_name_or_path="owner/model")
+    assert "base_model: owner/model\n" in make_card(config, opened.state, nested)
 
 
 def test_a_card_names_the_embedded_model_as_others_know_it(nested: Path) -> None:
     opened = open_adapter(nested)
-    opened.config.base_model_name_or_path = EMBEDDED
-    card = make_card(opened.config, opened.state, nested)
+    config = opened.config.changed(base_model_name_or_path=EMBEDDED)
+    card = make_card(config, opened.state, nested)
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" in card
     assert EMBEDDED not in card.partition("## How it was trained")[0]
     assert 'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")' in card

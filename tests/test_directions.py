@@ -13,14 +13,13 @@ import torch
 from conftest import LINEAR_LAYERS, nested_llama, randomize, tiny_llama
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from test_strangers import IDS, output, plain_adapter
+from strangers import IDS, output, plain_adapter
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from matryoshka_lora import MatryoshkaError, Nesting, load
-from matryoshka_lora.adapter import read_adapter
-from matryoshka_lora.adapter.directions import DIRECTIONS_NAME
-from matryoshka_lora.deploy import export as exports
-from matryoshka_lora.deploy.reorder import reorder_adapter
+from matryoshka_lora import MatryoshkaError, Nesting, export, load, reorder
+from matryoshka_lora.formats.directions import DIRECTIONS_NAME
+from matryoshka_lora.formats.opened import open_adapter
+from matryoshka_lora.formats.write import write_adapter
 
 
 def pages_in_memory(path: Path) -> int:
@@ -52,7 +51,6 @@ def forget(path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="counts pages as Linux does")
 def test_rank_4_of_256_touches_under_3_percent_of_the_file(tmp_path: Path) -> None:
     """24 layers of 1536 x 576, as SmolLM2 has them, in float32: 52 MB."""
-    nesting = Nesting.powers_of_two(256)
     names = [f"layers.{i}.up_proj" for i in range(24)]
     config = LoraConfig(r=256, lora_alpha=256, target_modules=["up_proj"])
     tensors = {}
@@ -62,16 +60,16 @@ def test_rank_4_of_256_touches_under_3_percent_of_the_file(tmp_path: Path) -> No
     (tmp_path / "plain").mkdir()
     config.save_pretrained(tmp_path / "plain")
     save_file(tensors, tmp_path / "plain" / "adapter_model.safetensors", {"format": "pt"})
-    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
-    exports.export_directions(exports.cut(tmp_path / "nested", 256), tmp_path / "device")
+    reorder(tmp_path / "plain", tmp_path / "nested")
+    export(tmp_path / "nested", tmp_path / "device", 256, "directions")
 
     file = tmp_path / "device" / DIRECTIONS_NAME
     forget(file)
-    state, config, read = read_adapter(tmp_path / "device", max_rank=4)
+    part = open_adapter(tmp_path / "device", max_rank=4)
+    read = part.tensors()
     touched = pages_in_memory(file)
-    assert state.nesting.ranks == (1, 2, 4)
-    assert state.nesting.scale(4) == nesting.scale(256)
-    assert config.r == 4
+    assert part.nested.nesting == Nesting([1, 2, 4])
+    assert (part.config.r, part.config.scale) == (4, 1.0)
     share = touched / file.stat().st_size
     print(f"rank 4 of 256: {touched:,} of {file.stat().st_size:,} bytes, {100 * share:.2f} %")
     assert 4 / 256 <= share <= 0.03
@@ -79,7 +77,7 @@ def test_rank_4_of_256_touches_under_3_percent_of_the_file(tmp_path: Path) -> No
     # And the count can fail: PEFT's layout is touched all over.
     whole = tmp_path / "nested" / "adapter_model.safetensors"
     forget(whole)
-    _, _, expected = read_adapter(tmp_path / "nested", max_rank=4)
+    expected = open_adapter(tmp_path / "nested", max_rank=4).tensors()
     assert pages_in_memory(whole) > 0.5 * whole.stat().st_size
     assert read.keys() == expected.keys()
     for key, tensor in read.items():
@@ -101,25 +99,25 @@ def test_all_of_it_is_the_adapter(tmp_path: Path, kind: str, dtype: torch.dtype)
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=8, **options))
     randomize(model)
     model.save_pretrained(tmp_path / "plain")
-    reorder_adapter(tmp_path / "plain", tmp_path / "nested", dtype=dtype)
-    exports.export_directions(exports.cut(tmp_path / "nested", 8), tmp_path / "device")
-    _, _, wanted = read_adapter(tmp_path / "nested")
-    _, _, found = read_adapter(tmp_path / "device")
+    reorder(tmp_path / "plain", tmp_path / "float32")
+    (tmp_path / "nested").mkdir()
+    write_adapter(tmp_path / "nested", open_adapter(tmp_path / "float32").cast(dtype))
+    export(tmp_path / "nested", tmp_path / "device", 8, "directions")
+    wanted, found = (open_adapter(tmp_path / name).tensors() for name in ("nested", "device"))
     assert found.keys() == wanted.keys()
     for key, tensor in wanted.items():
         assert torch.equal(found[key], tensor), key
         assert found[key].dtype == tensor.dtype
     for rank in (1, 3, 8):
-        _, _, some = read_adapter(tmp_path / "device", max_rank=rank)
-        _, _, same = read_adapter(tmp_path / "nested", max_rank=rank)
+        some, same = (open_adapter(tmp_path / name, max_rank=rank).tensors() for name in ("device", "nested"))
         assert all(torch.equal(some[key], same[key]) for key in same)
 
 
 @pytest.mark.parametrize("layout", ["nested", "device"])
 def test_a_device_computes_what_the_whole_adapter_does(tmp_path: Path, layout: str) -> None:
     plain_adapter(tmp_path / "plain", lora_alpha=3)
-    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
-    exports.export_directions(exports.cut(tmp_path / "nested", 8), tmp_path / "device")
+    reorder(tmp_path / "plain", tmp_path / "nested")
+    export(tmp_path / "nested", tmp_path / "device", 8, "directions")
     whole = load(tiny_llama(), tmp_path / "nested")
     part = load(tiny_llama(), tmp_path / layout, max_rank=4)
     assert part.ranks == (1, 2, 3, 4)
@@ -133,7 +131,7 @@ def test_a_device_computes_what_the_whole_adapter_does(tmp_path: Path, layout: s
 
 
 def test_scales_survive(tmp_path: Path) -> None:
-    adapter = nested_llama(Nesting([2, 8], "sqrt", 3.0))
+    adapter = nested_llama(Nesting([2, 8], "sqrt", 0.7))
     adapter.reorder()
     adapter.save(tmp_path / "nested")
     part = load(tiny_llama(), tmp_path / "nested", max_rank=3)
@@ -143,12 +141,13 @@ def test_scales_survive(tmp_path: Path) -> None:
 
 def test_peft_s_format_comes_out_again(tmp_path: Path) -> None:
     plain_adapter(tmp_path / "plain")
-    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
-    exports.export_directions(exports.cut(tmp_path / "nested", 6), tmp_path / "device")
-    one = exports.export_peft(exports.cut(tmp_path / "device", 3), tmp_path / "one", lambda dtype: tiny_llama())
-    assert one is not None
-    assert one.share < 1e-4
-    exports.export_peft(exports.cut(tmp_path / "nested", 3), tmp_path / "other", None)
+    reorder(tmp_path / "plain", tmp_path / "nested")
+    export(tmp_path / "nested", tmp_path / "device", 6, "directions")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    one = export(tmp_path / "device", tmp_path / "one", 3, model=str(tmp_path / "base"))
+    assert one.verified is not None
+    assert one.verified.share < 1e-4
+    export(tmp_path / "nested", tmp_path / "other", 3, verify=False)
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "other")]
     assert files[0] == files[1]
 
@@ -176,8 +175,8 @@ def test_an_adapter_as_it_was_trained_is_not_read_in_part(tmp_path: Path) -> Non
 )
 def test_a_layout_that_does_not_fit_is_refused(tmp_path: Path, layout: str) -> None:
     plain_adapter(tmp_path / "plain")
-    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
-    exports.export_directions(exports.cut(tmp_path / "nested", 8), tmp_path / "device")
+    reorder(tmp_path / "plain", tmp_path / "nested")
+    export(tmp_path / "nested", tmp_path / "device", 8, "directions")
     file = tmp_path / "device" / DIRECTIONS_NAME
     content = file.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

@@ -22,9 +22,10 @@ from test_second_process import complaints, distance, read_in_second_process, re
 from tiny_chat import save_tiny_chat
 from transformers import AutoModelForCausalLM
 
-from matryoshka_lora import MatryoshkaError, read_sidecar
-from matryoshka_lora.train import load_config, train
-from matryoshka_lora.train.resume import plan
+from matryoshka_lora import MatryoshkaError
+from matryoshka_lora.formats.opened import open_adapter
+from matryoshka_lora.training import load_config, train
+from matryoshka_lora.training.resume import plan
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "accelerate"
@@ -45,10 +46,10 @@ lr_scheduler_type: cosine
 logging_steps: 1
 disable_tqdm: true
 lora: {{r: 8}}
-nesting: {{rule: stratified}}
+nesting: {{rule: stratified, reorder: learned}}
 train_sampling_strategy: {sampling}
 """
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, TRAINED = "adapter_model.safetensors", "trained.safetensors"
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def test_two_processes_train_as_one_though_one_of_them_was_killed(
     one = alone[engine.sampling]
     assert losses(run) == pytest.approx(losses(one), abs=1e-5)
     assert files(run) == files(one)
-    expected, trained = load_file(one / "checkpoint-9" / WEIGHTS), load_file(run / "checkpoint-9" / WEIGHTS)
+    expected, trained = load_file(one / "checkpoint-9" / TRAINED), load_file(run / "checkpoint-9" / TRAINED)
     assert trained.keys() == expected.keys()
     for key, tensor in trained.items():
         assert tensor.dtype == torch.float32
@@ -164,7 +165,7 @@ def test_two_processes_train_as_one_though_one_of_them_was_killed(
             )
             assert (mine - wanted).norm() < tolerance * wanted.norm(), (key, rank)
     for folder in (".", "checkpoint-9"):
-        assert read_sidecar(run / folder) == read_sidecar(one / folder)
+        assert open_adapter(run / folder).nested == open_adapter(one / folder).nested
     # Not because nothing was learnt.
     assert losses(one)[-1] < losses(one)[0] - 0.2
     if name == "fsdp2":
@@ -174,11 +175,11 @@ def test_two_processes_train_as_one_though_one_of_them_was_killed(
 def test_two_processes_that_split_each_batch(model: Path, alone: dict[str, Path], tmp_path: Path) -> None:
     """``per_device_train_batch_size`` then counts the rows of all processes together."""
     config = write_config(tmp_path, model, 8, "group_by_length")
-    done = launch("ddp", config, "use_cpu=true", "nesting.reorder=false", "accelerator_config={split_batches: true}")
+    done = launch("ddp", config, "use_cpu=true", "nesting.reorder=svd", "accelerator_config={split_batches: true}")
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = alone["group_by_length"] / "checkpoint-9", tmp_path / "run" / "checkpoint-9"
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
-    expected, trained = load_file(one / WEIGHTS), load_file(two / WEIGHTS)
+    expected, trained = load_file(one / TRAINED), load_file(two / TRAINED)
     for key, tensor in trained.items():
         assert torch.allclose(tensor, expected[key], atol=1e-4), key
 

@@ -36,11 +36,11 @@ from transformers import (
 )
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
-from matryoshka_lora.evaluate import engine as engine_module
-from matryoshka_lora.evaluate.engine import Engine
-from matryoshka_lora.evaluate.exchange import row_attention
-from matryoshka_lora.evaluate.memory import Room, measure_room
-from matryoshka_lora.evaluate.packing import MIN_PREFIX, batches, families
+from matryoshka_lora.engine import runner as runner_module
+from matryoshka_lora.engine.engine import Engine
+from matryoshka_lora.engine.exchange import row_attention
+from matryoshka_lora.engine.memory import Room, measure_room
+from matryoshka_lora.engine.packing import MIN_PREFIX, batches, families
 
 RANKS = (0, 1, 2, 4)
 TOKENIZER = tiny_tokenizer()
@@ -141,7 +141,7 @@ class limited_room:  # noqa: N801  # reads as what it does
         def measured(model: Any, token_bytes: int, batch_size: int | None) -> Room:
             return replace(measure_room(model, token_bytes, batch_size), prefill_tokens=self.tokens)
 
-        self.patch.setattr(engine_module, "measure_room", measured)
+        self.patch.setattr(runner_module, "measure_room", measured)
 
     def __exit__(self, *_: object) -> None:
         self.patch.undo()
@@ -208,9 +208,10 @@ def test_text_is_tokenized_and_results_are_told_as_they_come() -> None:
 
 def test_a_kept_diagonal_a_reordered_adapter_and_the_state_afterwards() -> None:
     prompts = [tokens(random.Random(n), 20 + n) for n in range(4)]
-    for prepare in (lambda a: setattr(a, "inference", "keep"), lambda a: a.reorder()):
-        adapter = adapter_of()
-        prepare(adapter)
+    for reorder in (False, True):
+        adapter = adapter_of(deploy="reordered")
+        if reorder:
+            adapter.reorder()
         adapter.set_rank(2)
         adapter.model.train()
         found = Engine(adapter, TOKENIZER).generate(prompts, [1, 2, 4, 4], NEW)
@@ -332,9 +333,8 @@ def test_a_model_whose_rows_cannot_share_a_batch() -> None:
 
 
 def test_an_adapter_on_routed_experts_is_refused_before_anything_runs() -> None:
-    nesting = Nesting([1, 2])
-    config = lora_config(nesting, target_modules=[], target_parameters=["experts.down_proj"])
-    adapter = nest(get_peft_model(tiny_mixtral(), config), nesting)
+    config = lora_config(Nesting([1, 2]), target_modules=[], target_parameters=["experts.down_proj"])
+    adapter = nest(get_peft_model(tiny_mixtral(), config))
     with pytest.raises(MatryoshkaError, match="To evaluate, export the ranks and run lm-evaluation-harness on each"):
         Engine(adapter, tiny_tokenizer())
 

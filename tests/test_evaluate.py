@@ -1,47 +1,37 @@
-"""Scores against one question at a time and against TRL; curves, comparison, table, file and picture."""
+"""`evaluate` against one question at a time and against TRL; what it returns, prints and draws."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
-from dataclasses import replace
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import lora_config, nested_llama, randomize, tiny_llama
+from conftest import lora_config, nest_as, nested_llama, randomize, tiny_llama
 from datasets import Dataset
-from peft import get_peft_model
-from tiny_chat import tiny_tokenizer
-from transformers import PreTrainedTokenizerFast
+from peft import PeftModel, get_peft_model
+from tiny_chat import save_tiny_chat, tiny_tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
-from matryoshka_lora.evaluate import (
-    Curve,
-    Evaluation,
-    ExactMatch,
-    Row,
-    Scores,
-    accuracy_table,
-    compare,
-    evaluate_base,
-    evaluate_ranks,
-    in_words,
-    print_tables,
-    rows_from,
-    score,
-    write_evaluation,
-)
-from matryoshka_lora.evaluate.engine import Engine
-from matryoshka_lora.evaluate.questions import tokenize
-from matryoshka_lora.evaluate.reading import find_evaluation, read_evaluation, read_measured
-from matryoshka_lora.evaluate.scoring import EXTRA_TOKENS
-from matryoshka_lora.evaluate.select import Wish, choose
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError, evaluate, load, select
+from matryoshka_lora.cli.main import app
+from matryoshka_lora.data.questions import ExactMatch, Row, rows_from, tokenize
+from matryoshka_lora.data.tasks import get_task
+from matryoshka_lora.evaluation.evaluate import Progress
+from matryoshka_lora.evaluation.questions_task import EXTRA_TOKENS
+from matryoshka_lora.evaluation.reading import find_adapter, read_evaluation
+from matryoshka_lora.evaluation.report import draw_tasks, print_tasks
+from matryoshka_lora.evaluation.results import Evaluation
 from matryoshka_lora.models import load_tokenizer
-from matryoshka_lora.tasks import get_task
 
+RANKS = (1, 2, 4)
 EXACT = ExactMatch("words")
 ROWS = [
     Row([{"role": "user", "content": prompt}], [{"role": "assistant", "content": answer}])
@@ -57,18 +47,9 @@ MERGED = [
 TEXTS = [Row("1 + 1 = ", "2"), Row("the capital of France is ", "Paris"), Row("z", "z z z")]
 
 
-def chat_model() -> Any:
-    """An adapter at its full rank as a plain model: fp64, so that only a wrong computation makes a difference."""
-    return chat_adapter().model
-
-
-def only(model: Any, *arguments: Any, **options: Any) -> Scores:
-    """The scores at the largest rank."""
-    return score(NestedAdapter(model), *arguments, ranks=[4], **options)[0]
-
-
 def chat_adapter(rule: str = "matryoshka") -> NestedAdapter:
-    adapter = nested_llama(Nesting([1, 2, 4]), rule=rule, seed=3)
+    """In fp64, so that only a wrong computation makes a difference."""
+    adapter = nested_llama(Nesting(RANKS), rule=rule, seed=3)
     adapter.model.double()
     return adapter
 
@@ -78,9 +59,22 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
 
 
-def one_by_one(model: Any, tokenizer: Any, rows: list[Row]) -> tuple[list[float], list[str]]:
-    """Each question alone, without padding, by transformers' own loss and generation."""
-    nll, answers = [], []
+def given(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """As `evaluate` takes them."""
+    return [{"prompt": row.prompt, "completion": row.completion} for row in rows]
+
+
+def measured(adapter: NestedAdapter, tokenizer: Any, rows: Sequence[Row] = ROWS, **options: Any) -> Evaluation:
+    return evaluate(adapter, data=given(rows), tokenizer=tokenizer, **{"latency": False, **options})
+
+
+def answers(evaluation: Evaluation, rank: int = 4) -> list[str]:
+    return [example["answers"][str(rank)] for example in evaluation.examples]
+
+
+def one_by_one(model: Any, tokenizer: Any, rows: Sequence[Row] = ROWS) -> tuple[float, list[str]]:
+    """Each question alone, without padding, by transformers' own loss and generation: loss per token, and answers."""
+    nll, texts, count = 0.0, [], 0
     limit = max(len(tokenize(tokenizer, row).completion) for row in rows) + EXTRA_TOKENS
     for row in rows:
         tokens = tokenize(tokenizer, row)
@@ -88,26 +82,46 @@ def one_by_one(model: Any, tokenizer: Any, rows: list[Row]) -> tuple[list[float]
         labels = ids.clone()
         labels[:, : len(tokens.context)] = -100
         with torch.no_grad():
-            nll.append(model(input_ids=ids, labels=labels).loss.item() * len(tokens.completion))
+            nll += model(input_ids=ids, labels=labels).loss.item() * len(tokens.completion)
+        count += len(tokens.completion)
         prompt = torch.tensor([tokens.prompt])
         out = model.generate(input_ids=prompt, max_new_tokens=limit, do_sample=False, eos_token_id=2, pad_token_id=2)
-        answers.append(tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True))
-    return nll, answers
+        texts.append(tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True))
+    return nll / count, texts
 
 
 @pytest.mark.parametrize("rows", [ROWS, TEXTS], ids=["chat", "text"])
-@pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_a_padded_batch_scores_like_each_question_alone(tokenizer: Any, rows: list[Row], batch_size: int) -> None:
-    model = chat_model()
-    nll, answers = one_by_one(model, tokenizer, rows)
-    done: list[int] = []
-    found = only(model, tokenizer, EXACT, rows, batch_size=batch_size, on_result=lambda: done.append(1))
-    torch.testing.assert_close(torch.tensor(found.nll), torch.tensor(nll), rtol=1e-5, atol=1e-5)
-    assert list(found.answers) == answers
-    assert len(set(answers)) > 1
-    assert found.tokens == sum(len(tokenize(tokenizer, row).completion) for row in rows)
-    assert found.loss == pytest.approx(sum(nll) / found.tokens, rel=1e-5)
-    assert sum(done) == 2 * len(rows)
+@pytest.mark.parametrize("batch_size", [1, 3, None])
+def test_every_rank_is_measured_as_each_question_alone(tokenizer: Any, rows: list[Row], batch_size: int | None) -> None:
+    """And the base model as it is without any adapter."""
+    adapter = chat_adapter()
+    found = measured(adapter, tokenizer, rows, batch_size=batch_size)
+    assert found.ranks == RANKS
+    losses = found.values(metric="loss")
+    for rank in RANKS:
+        adapter.set_rank(rank)
+        loss, texts = one_by_one(adapter.model, tokenizer, rows)
+        assert losses[rank] == pytest.approx(loss, rel=1e-5)
+        assert answers(found, rank) == texts
+    loss, texts = one_by_one(tiny_llama(seed=3).double(), tokenizer, rows)
+    assert found.tasks["data"]["metrics"]["loss,none"]["base"]["value"] == pytest.approx(loss, rel=1e-5)
+    assert answers(found, 0) == texts
+    assert len(set(losses.values()) | {loss}) == 4
+    assert len(set(texts)) > 1
+
+
+def test_accuracy_is_the_share_of_right_answers(tokenizer: Any) -> None:
+    adapter = chat_adapter()
+    right = one_by_one(adapter.model, tokenizer)[1]
+    rows = [Row(row.prompt, [{"role": "assistant", "content": right[n].strip()}]) for n, row in enumerate(ROWS)]
+    rows = [*rows[:1], *ROWS[1:3], *rows[3:]]
+    assert [bool(right[n].strip()) for n in (0, 3)] == [True, True]
+    found = measured(adapter, tokenizer, rows)
+    said = one_by_one(adapter.model, tokenizer, rows)[1]
+    expected = [float(EXACT.is_correct(answer, row)) for answer, row in zip(said, rows, strict=True)]
+    assert 0 < sum(expected) < 4
+    assert found.values()[4] == found.values("data", "accuracy,none")[4] == sum(expected) / 4
+    assert [example["metrics"]["accuracy,none"]["4"] for example in found.examples] == expected
 
 
 def test_a_template_that_opens_answers_otherwise_than_it_writes_them(tokenizer: Any) -> None:
@@ -115,12 +129,12 @@ def test_a_template_that_opens_answers_otherwise_than_it_writes_them(tokenizer: 
     thinking.chat_template = thinking.chat_template.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
     tokens = tokenize(thinking, ROWS[0])
     assert tokens.prompt == tokens.context + thinking("<think>")["input_ids"]
-    model = chat_model()
-    nll, answers = one_by_one(model, thinking, ROWS)
-    found = only(model, thinking, EXACT, ROWS)
-    torch.testing.assert_close(torch.tensor(found.nll), torch.tensor(nll), rtol=1e-5, atol=1e-5)
-    assert list(found.answers) == answers
-    assert found.nll == only(model, tokenizer, EXACT, ROWS).nll
+    adapter = chat_adapter()
+    loss, texts = one_by_one(adapter.model, thinking)
+    found = measured(adapter, thinking)
+    assert found.values(metric="loss")[4] == pytest.approx(loss, rel=1e-5)
+    assert answers(found) == texts
+    assert found.values(metric="loss") == measured(adapter, tokenizer).values(metric="loss")
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
@@ -133,19 +147,14 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("rows", [ROWS, TEXTS, MERGED], ids=["chat", "text", "merged"])
 @pytest.mark.parametrize("name", ["characters", "merging", "smollm2"])
 def test_tokens_and_loss_are_those_of_trl(name: str, rows: list[Row], tmp_path: Path) -> None:
-    """Of `score`, and of the harness's task that ``matryoshka eval`` makes of rows."""
     from trl import SFTConfig, SFTTrainer
 
-    from matryoshka_lora.evaluate.harness import judge
-    from matryoshka_lora.evaluate.questions_task import QuestionsTask
-    from matryoshka_lora.evaluate.store import Store
-
     tokenizer = {"characters": tiny_tokenizer, "merging": merging_tokenizer, "smollm2": load_tokenizer}[name]()
-    nesting = Nesting([1, 2, 4])
+    nesting = Nesting(RANKS)
     model: Any = get_peft_model(tiny_llama(3, vocab_size=len(tokenizer)), lora_config(nesting))
     randomize(model)
-    adapter = nest(model.eval(), nesting)
-    data = Dataset.from_list([{"prompt": row.prompt, "completion": row.completion} for row in rows])
+    adapter = nest_as(model.eval(), nesting)
+    data = Dataset.from_list(given(rows))
     arguments = SFTConfig(
         output_dir=str(tmp_path), per_device_eval_batch_size=8, report_to="none", bf16=False, use_cpu=True
     )
@@ -156,45 +165,62 @@ def test_tokens_and_loss_are_those_of_trl(name: str, rows: list[Row], tmp_path: 
         labels = [-100] * len(tokens.context) + tokens.completion
         assert labels[1:] == list(trained["labels"])[1:]  # nothing predicts the first token
     loss = trainer.evaluate()["eval_loss"]
-    assert only(model, tokenizer, EXACT, rows).loss == pytest.approx(loss, rel=1e-4)
-    judged = judge(Engine(adapter, tokenizer), [QuestionsTask(EXACT, rows, tokenizer)], [4], Store(None, {}))
-    assert judged.results[4]["results"]["words"]["loss,none"] == pytest.approx(loss, rel=1e-4)
+    assert measured(adapter, tokenizer, rows).values(metric="loss")[4] == pytest.approx(loss, rel=1e-4)
 
 
 def test_an_answer_ends_where_the_references_end(tokenizer: Any) -> None:
     """Here a turn ends with another token than the tokenizer's end of sequence."""
     other = tiny_tokenizer()
     other.add_special_tokens({"eos_token": "<s>"})
-    model = chat_model()
-    stopped = only(model, other, EXACT, ROWS).answers
-    assert stopped == only(model, tokenizer, EXACT, ROWS).answers
+    adapter = chat_adapter()
+    assert answers(measured(adapter, other)) == answers(measured(adapter, tokenizer))
 
 
 def test_a_models_own_generation_settings_bend_the_answers_as_those_of_transformers(tokenizer: Any) -> None:
-    model = chat_model()
-    plain = only(model, tokenizer, EXACT, ROWS).answers
-    settings = model.get_base_model().generation_config
+    adapter = chat_adapter()
+    plain = answers(measured(adapter, tokenizer))
+    settings: Any = adapter.model.get_base_model().generation_config
     settings.do_sample = True
     settings.temperature = 9.0
     settings.top_p = 0.5
-    assert only(model, tokenizer, EXACT, ROWS).answers == plain
+    assert answers(measured(adapter, tokenizer)) == plain
     settings.repetition_penalty = 5.0
-    bent = only(model, tokenizer, EXACT, ROWS).answers
-    assert list(bent) == one_by_one(model, tokenizer, ROWS)[1]
+    bent = answers(measured(adapter, tokenizer))
+    assert bent == one_by_one(adapter.model, tokenizer)[1]
     assert bent != plain
     settings.no_repeat_ngram_size = 2
     with pytest.raises(MatryoshkaError, match=r"generation config sets no_repeat_ngram_size to 2.*generation_config.j"):
-        only(model, tokenizer, EXACT, ROWS)
+        measured(adapter, tokenizer)
 
 
-def test_the_mode_of_every_module_is_restored(tokenizer: Any) -> None:
-    model = chat_model()
+@pytest.mark.parametrize("reordered", [False, True])
+def test_an_adapter_in_memory_is_the_same_afterwards(tokenizer: Any, reordered: bool) -> None:
+    """Modes, ranks, what learns, adapters and numbers; and nothing is warned of that nobody has asked for."""
+    adapter = nested_llama(Nesting(RANKS), deploy="reordered", seed=3)
+    model: Any = adapter.model
+    if reordered:
+        adapter.reorder()
     model.get_base_model().model.layers[1].train()
-    before = [module.training for module in model.modules()]
-    only(model, tokenizer, EXACT, ROWS)
-    assert [module.training for module in model.modules()] == before
-    assert any(before)
-    assert not all(before)
+    adapter.set_rank({"layers.1.mlp.up_proj": 1, "v_proj": 2})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "lora_" in name and "layers.0" in name
+
+    def all_of_it() -> Any:
+        modules = [(name, module.training) for name, module in model.named_modules()]
+        parameters = [(name, p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()]
+        return modules, parameters, adapter.rank, list(model.peft_config), model.active_adapter
+
+    before = all_of_it()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = measured(adapter, tokenizer, latency=True)
+    assert all(time > 0 for time in found.about["latency_ms"])
+    after = all_of_it()
+    assert after[0] == before[0]
+    assert len({training for _, training in before[0]}) == 2
+    assert [each[:2] for each in after[1]] == [each[:2] for each in before[1]]
+    assert all(torch.equal(one[2], other[2]) for one, other in zip(after[1], before[1], strict=True))
+    assert after[2:] == before[2:]
 
 
 def test_a_built_in_task_is_asked_as_chat_and_judged_by_its_verifier(tokenizer: Any) -> None:
@@ -206,18 +232,28 @@ def test_a_built_in_task_is_asked_as_chat_and_judged_by_its_verifier(tokenizer: 
     assert tokenizer.decode(tokens.completion).replace(" ", "").startswith(example.completion.replace(" ", ""))
 
 
-def test_questions_that_cannot_be_scored(tokenizer: Any) -> None:
-    model = chat_model()
-    with pytest.raises(MatryoshkaError, match="no questions"):
-        only(model, tokenizer, EXACT, [])
+def test_what_cannot_be_evaluated(tokenizer: Any) -> None:
+    adapter = chat_adapter()
+    with pytest.raises(MatryoshkaError, match=r"give either tasks, .* or data"):
+        evaluate(adapter)
+    with pytest.raises(MatryoshkaError, match=r"give either tasks, .* or data"):
+        evaluate(adapter, "chain_sum", given(ROWS))
+    with pytest.raises(MatryoshkaError, match="data has no rows to ask"):
+        measured(adapter, tokenizer, [])
     with pytest.raises(MatryoshkaError, match="batch_size is 0; write 1 or more"):
-        only(model, tokenizer, EXACT, ROWS, batch_size=0)
+        measured(adapter, tokenizer, batch_size=0)
     with pytest.raises(MatryoshkaError, match="empty prompt"):
-        only(model, tokenizer, EXACT, [Row("", "x")])
+        measured(adapter, tokenizer, [Row("", "x")])
     bare = tiny_tokenizer()
     bare.chat_template = None
     with pytest.raises(MatryoshkaError, match="no chat template"):
-        only(model, bare, EXACT, ROWS)
+        measured(adapter, bare)
+    with pytest.raises(MatryoshkaError, match="there are no ranks"):
+        measured(adapter, tokenizer, ranks=[])
+    with pytest.raises(MatryoshkaError, match=r"the ranks must increase; write \[1, 4\]"):
+        measured(adapter, tokenizer, ranks=[4, 1])
+    with pytest.raises(MatryoshkaError, match="does not say which base model"):
+        evaluate(adapter, data=given(ROWS))
 
 
 def test_rows_of_a_file() -> None:
@@ -237,180 +273,175 @@ def test_rows_of_a_file() -> None:
         rows_from([{"messages": [user, answer], "tools": ["t"]}], "f.jsonl")
 
 
-def test_a_curve_is_the_score_at_each_rank_and_the_rank_is_restored(tokenizer: Any) -> None:
+def test_which_ranks_are_asked(tokenizer: Any) -> None:
     adapter = chat_adapter()
-    adapter.set_rank(2)
-    curve = evaluate_ranks(adapter, tokenizer, EXACT, ROWS)
-    assert curve.ranks == (1, 2, 4)
-    assert adapter.rank == 2
-    for rank, scores in zip(curve.ranks, curve.scores, strict=True):
-        adapter.set_rank(rank)
-        nll, answers = one_by_one(adapter.model, tokenizer, ROWS)
-        torch.testing.assert_close(torch.tensor(scores.nll), torch.tensor(nll), rtol=1e-5, atol=1e-5)
-        assert list(scores.answers) == answers
-    adapter.set_rank(2)
-    assert len(set(curve.loss)) == 3
-    assert adapter.rank == 2
 
+    def never(name: str) -> Any:
+        raise AssertionError(f"{name} was begun")
 
-def test_a_rank_for_each_layer_is_restored(tokenizer: Any) -> None:
-    adapter = chat_adapter()
-    adapter.set_rank({"layers.1.mlp.up_proj": 1, "v_proj": 2})
-    before = adapter.rank
-    evaluate_ranks(adapter, tokenizer, EXACT, ROWS[:1], ranks=[4])
-    assert isinstance(before, dict)
-    assert adapter.rank == before
-
-
-def test_an_untrained_rank_is_refused_before_anything_runs(tokenizer: Any) -> None:
-    adapter = chat_adapter()
+    progress: Progress = never
     with pytest.raises(MatryoshkaError, match="rank 3 was not trained; the trained ranks are 1, 2, 4"):
-        evaluate_ranks(adapter, tokenizer, EXACT, ROWS, ranks=[1, 3])
+        measured(adapter, tokenizer, ranks=[1, 3], progress=progress)
     adapter.reorder()
-    assert evaluate_ranks(adapter, tokenizer, EXACT, ROWS[:1], ranks=[3]).ranks == (3,)
+    assert measured(adapter, tokenizer, ROWS[:1]).ranks == RANKS
+    found = measured(adapter, tokenizer, ROWS[:1], ranks=np.array([3]))
+    assert json.loads(json.dumps(found.to_dict()))["ranks"] == [3]
+    assert measured(adapter, tokenizer, ROWS[:1], ranks="all").ranks == (1, 2, 3, 4)
 
 
-def test_a_loss_that_is_not_finite_names_the_rank(tokenizer: Any) -> None:
-    adapter = chat_adapter()
+def test_limit_takes_the_first_rows(tokenizer: Any) -> None:
+    found = measured(chat_adapter(), tokenizer, limit=3, ranks=[1])
+    assert found.tasks["data"]["items"] == len(found.examples) == 3
+
+
+def test_numbers_that_are_not_finite(tokenizer: Any, tmp_path: Path) -> None:
+    """A weight is refused; a loss has no value, and no rank is chosen by it."""
+    adapter = nested_llama(Nesting(RANKS), seed=3)
+    weights = {name: weight for name, weight in adapter.model.named_parameters() if "layers.0.mlp.down_proj" in name}
+    B = next(weight for name, weight in weights.items() if "lora_B" in name)
     with torch.no_grad():
-        for name, parameter in adapter.model.named_parameters():
-            if "layers.0.mlp.down_proj.lora_B" in name:
-                parameter[:, 3] = math.nan
-    with pytest.raises(MatryoshkaError, match=r"mine, rank 4: the loss is nan.*lower learning rate"):
-        evaluate_ranks(adapter, tokenizer, EXACT, ROWS, ranks=[4], name="mine")
-    assert adapter.rank == 4
+        B[:, 3] = torch.finfo(torch.float32).max
+    found = measured(adapter, tokenizer, out=tmp_path / "out")
+    assert [value is None for value in found.values(metric="loss").values()] == [False, False, True]
+    assert "NaN" not in (tmp_path / "out" / "evaluation.json").read_text()
+    found.tasks["data"]["metric"] = "loss,none"
+    assert select(found, within=1.0).rank in (1, 2)
+    with torch.no_grad():
+        B[:, 3] = math.nan
+    with pytest.raises(NotFiniteError, match=r"down_proj.*holds NaN or infinity"):
+        measured(adapter, tokenizer)
 
 
-def test_the_base_model_is_scored_without_the_adapter(tokenizer: Any) -> None:
-    adapter = chat_adapter()
-    found = evaluate_base(adapter, tokenizer, EXACT, ROWS)
-    nll, answers = one_by_one(tiny_llama(seed=3).double(), tokenizer, ROWS)
-    torch.testing.assert_close(torch.tensor(found.nll), torch.tensor(nll), rtol=1e-5, atol=1e-5)
-    assert list(found.answers) == answers
-    assert found.loss != only(adapter.model, tokenizer, EXACT, ROWS).loss
+# In memory, in a folder, from the command line.
 
 
-def made_scores(correct: list[bool], loss: float = 1.0) -> Scores:
-    n = len(correct)
-    return Scores(loss, sum(correct) / n, 2 * n, (2 * loss,) * n, ("",) * n, tuple(correct))
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_chat(tmp_path_factory.mktemp("base"))
 
 
-def made_curve(shares: list[int], of: int = 10, ranks: tuple[int, ...] = (1, 2, 4)) -> Curve:
-    return Curve(ranks, tuple(made_scores([i < share for i in range(of)]) for share in shares))
+def on_base(base: Path, deploy: Any, size: float = 1.0) -> NestedAdapter:
+    nesting = Nesting(RANKS)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora_config(nesting))
+    randomize(model, size=size)
+    return nest_as(model.eval(), nesting, deploy=deploy)
 
 
-def made_evaluation(**curves: Curve) -> Evaluation:
-    return Evaluation("t", "test", "m", "bfloat16", made_scores([True] + [False] * 9, 2.0), dict(curves))
+def numbers(evaluation: Evaluation) -> Any:
+    """All that is measured, but for the time of a token."""
+    own = ("latency_ms", "adapter")
+    about = {key: value for key, value in evaluation.to_dict().items() if key not in own}
+    return about | {"sha256": evaluation.about["adapter"]["sha256"]}, evaluation.examples
 
 
-def test_the_numbers_that_sum_up_a_curve() -> None:
-    curve = made_curve([2, 6, 5])
-    assert curve.accuracy == (0.2, 0.6, 0.5)
-    assert curve.aurac == pytest.approx({"log2": (0.4 + 0.55) / 2, "linear": (0.4 + 2 * 0.55) / 3})
-    assert curve.mean_accuracy == pytest.approx(1.3 / 3)
-    assert curve.full_accuracy == 0.5
-    assert curve.worst_rank_gap == pytest.approx(0.3)
-    assert made_curve([5, 6, 5]).worst_rank_gap == 0
-    with pytest.raises(MatryoshkaError, match="2 scores for 3 ranks"):
-        Curve((1, 2, 4), curve.scores[:2])
-    with pytest.raises(MatryoshkaError, match="ranks must increase"):
-        replace(curve, ranks=(1, 4, 2))
+@pytest.mark.parametrize("how", ["reordered", "paper"])
+def test_memory_folder_and_command_give_the_same_numbers(base: Path, tmp_path: Path, how: str) -> None:
+    adapter = on_base(base, how)
+    if how == "reordered":
+        adapter.reorder()
+    adapter.save(tmp_path / "adapter")
+    options: dict[str, Any] = {"tasks": "chain_sum", "ranks": [1, 4], "limit": 5}
+    memory = evaluate(adapter, **options)
+    folder = evaluate(tmp_path / "adapter", dtype="fp32", out=tmp_path / "out", **options)
+    assert numbers(memory) == numbers(folder) == numbers(read_evaluation(tmp_path / "out"))
+    command = ["eval", str(tmp_path / "adapter"), "--tasks", "chain_sum", "--ranks", "1,4", "--limit", "5"]
+    app([*command, "--dtype", "fp32"], standalone_mode=False)
+    assert numbers(read_evaluation(tmp_path / "adapter")) == numbers(folder)
+    assert len(set(memory.values(metric="loss").values())) == 2
+    # And those of plain PEFT on an exported rank.
+    adapter.export(tmp_path / "one", 1)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "one").eval()
+    questions: Any = get_task("chain_sum").examples("test", 5)
+    loss = one_by_one(plain, load_tokenizer(str(base)), questions)[0]
+    assert memory.values(metric="loss")[1] == pytest.approx(loss, rel=1e-4)
 
 
-def test_the_file_has_the_agreed_form(tmp_path: Path) -> None:
-    evaluation = made_evaluation(a=made_curve([2, 6, 5]), b=made_curve([1, 1, 1]))
-    (tmp_path / "other").write_text("stays")
-    write_evaluation(evaluation, tmp_path)
-    data = json.loads((tmp_path / "evaluation.json").read_text())
-    assert data["task"] == "t"
-    assert data["items"] == 10
-    assert data["split"] == "test"
-    assert data["base"] == {"loss": 2.0, "accuracy": 0.1}
-    assert list(data["curves"]) == ["a", "b"]
-    curve = data["curves"]["a"]
-    assert curve["ranks"] == [1, 2, 4]
-    assert curve["accuracy"] == [0.2, 0.6, 0.5]
-    assert curve["loss"] == [1.0] * 3
-    assert set(curve["aurac"]) == {"log2", "linear"}
-    assert {"torch", "peft", "python"} <= set(data["versions"])
-    assert (tmp_path / "other").read_text() == "stays"
-    png = (tmp_path / "curve.png").read_bytes()
-    assert png.startswith(b"\x89PNG")
-    assert int.from_bytes(png[16:20], "big") >= 1200
+def test_an_adapter_that_was_not_reordered_is_measured_as_it_is_and_called_so(base: Path, tmp_path: Path) -> None:
+    """P is kept in memory. What is saved is reordered: the same at full rank only."""
+    adapter = on_base(base, "reordered", size=0.3)
+    options: dict[str, Any] = {"tasks": "chain_sum", "limit": 3, "latency": False}
+    memory = evaluate(adapter, **options)
+    with pytest.warns(UserWarning, match="reordered by SVD"):
+        adapter.save(tmp_path)
+    saved = evaluate(tmp_path, dtype="fp32", **options)
+    assert memory.about["adapter"]["name"] == "matryoshka, as it is trained"
+    assert saved.about["adapter"]["name"] == "matryoshka, reordered by svd"
+    of = [evaluation.values(metric="loss") for evaluation in (memory, saved)]
+    assert of[0][4] == pytest.approx(of[1][4], rel=1e-4)
+    assert of[0][1] != pytest.approx(of[1][1], rel=1e-3)
+    assert memory.about["adapter"]["sha256"] != saved.about["adapter"]["sha256"]
 
 
-def test_select_reads_what_the_demo_writes(tmp_path: Path) -> None:
-    """One of the curves, in the form that `matryoshka eval` gives to its own."""
-    evaluation = made_evaluation(other=made_curve([9, 9, 9]), mine=made_curve([2, 6, 5]))
-    questions = [Row(f"question {number}", "aunt") for number in range(10)]
-    adapter = {"name": "mine", "path": "runs/demo/adapter"}
-    deployed = evaluation.deployed("mine", adapter, sizes=[100, 200, 400], latencies=[1.0, 2.0, 4.0])
-    write_evaluation(evaluation, tmp_path, deployed, evaluation.examples("mine", questions))
-    name, measured = read_measured(find_evaluation(tmp_path))
-    assert (name, measured.metric, measured.items) == ("t", "accuracy,none", 10)
-    assert (measured.ranks, measured.bytes, measured.latency_ms) == ([1, 2, 4], [100, 200, 400], [1.0, 2.0, 4.0])
-    assert measured.values == [0.2, 0.6, 0.5]
-    # The standard error of a share as the harness has it, with n - 1.
-    assert measured.errors == pytest.approx([math.sqrt(p * (1 - p) / 9) for p in measured.values])
-    assert measured.by_question[2] == [1.0] * 6 + [0.0] * 4
-    found = measured.difference(2, 4)
-    assert found is not None
-    assert found.paired
-    assert choose(measured, Wish(max_bytes=200)).rank == 2
-    data = read_evaluation(tmp_path / "evaluation.json")
-    assert list(data["curves"]) == ["other", "mine"]
-    assert data["tasks"]["t"]["metrics"]["loss,none"]["base"] == {"value": 2.0, "stderr": None}
-    lines = [json.loads(line) for line in (tmp_path / "examples.jsonl").read_text().splitlines()]
-    assert lines[0]["prompt"] == "question 0"
-    assert lines[0]["metrics"]["accuracy,none"] == {"0": 1.0, "1": 1.0, "2": 1.0, "4": 1.0}
+def test_an_evaluation_is_of_the_adapter_around_it(base: Path, tmp_path: Path) -> None:
+    """Whatever was loaded and saved again in between; and of no other weights."""
+    adapter = on_base(base, "paper")
+    adapter.save(tmp_path)
+    evaluate(tmp_path, "chain_sum", limit=2, ranks=[1, 4], dtype="fp32", latency=False)
+    load(AutoModelForCausalLM.from_pretrained(base), tmp_path).save(tmp_path)
+    assert select(tmp_path, "100%").rank == 1
+    assert find_adapter(tmp_path) == find_adapter(tmp_path / "evaluation" / "evaluation.json") == tmp_path
+    randomize(adapter.model, seed=9)
+    adapter.save(tmp_path)
+    for path in (tmp_path, tmp_path / "evaluation", tmp_path / "evaluation" / "evaluation.json"):
+        with pytest.raises(MatryoshkaError, match=r"was measured on other weights than .* has now.*--force"):
+            select(path, "100%")
+    evaluate(tmp_path, "chain_sum", limit=2, ranks=[1, 4], dtype="fp32", latency=False, overwrite=True)
+    assert select(tmp_path, "100%").rank == 1
 
 
-def test_results_that_cannot_be_written_say_so(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("precious")
-    with pytest.raises(MatryoshkaError, match="a file stands where a folder is needed"):
-        write_evaluation(made_evaluation(a=made_curve([2, 6, 5])), tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "precious"
+def test_the_values_of_a_task(tokenizer: Any) -> None:
+    found = measured(chat_adapter(), tokenizer, ROWS[:2])
+    with pytest.raises(MatryoshkaError, match="has no task 'other'; write --task and one of: data"):
+        found.values("other")
+    with pytest.raises(MatryoshkaError, match=r"no metric 'los'; the metrics are accuracy,none, loss,none"):
+        found.values(metric="los")
+    two = copy.deepcopy(found)
+    two.tasks["more"] = two.tasks["data"]
+    with pytest.raises(MatryoshkaError, match="has 2 tasks; write --task and one of: data, more"):
+        two.values()
+    assert two.values("more") == found.values()
+
+
+# What people see.
+
+
+def made_evaluation(ranks: Sequence[int] = (1, 2, 4), **tasks: Sequence[float | None]) -> dict[str, Any]:
+    """The file's content, with the values of each task."""
+
+    def task(values: Sequence[float | None]) -> dict[str, Any]:
+        errors = [None if value is None else 0.125 for value in values]
+        first = {"value": list(values), "stderr": errors, "higher_is_better": True}
+        metrics = {"acc,none": {**first, "base": {"value": 0.25, "stderr": None}}}
+        return {"metric": "acc,none", "items": 10, "num_fewshot": None, "metrics": metrics}
+
+    about = {"model": "m", "dtype": "float32", "mode": "exact", "adapter": {"name": "matryoshka, reordered by svd"}}
+    return {**about, "ranks": list(ranks), "tasks": {name: task(values) for name, values in tasks.items()}}
 
 
 def test_the_table_shows_every_number_however_narrow_the_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "30")
-    long = made_curve([2, 6, 5])
-    print_tables(made_evaluation(**{"matryoshka-reordered": long, "b": made_curve([10], ranks=(8,))}))
+    monkeypatch.setenv("COLUMNS", "20")
+    print_tasks(made_evaluation(a_task_of_a_long_name=(0.2, 0.6, 0.5), another_one=(0.1, None, 1.0)))
     lines = [re.sub(r"\s+", " ", line).strip() for line in capsys.readouterr().out.splitlines()]
-    assert "matryoshka-reordered 20.0 60.0 50.0 47.5 50.0 43.3 30.0" in lines
-    assert "b 100.0 100.0 100.0 100.0 0.0" in lines
-    assert "matryoshka-reordered 1.000 1.000 1.000" in lines
-    assert accuracy_table(made_evaluation(a=long))
+    assert "matryoshka, reordered by svd on m (float32, exact)" in " ".join(lines)
+    assert "rank a_task_of_a_long_name another_one" in lines
+    rows = [line for line in lines if re.match(r"(none|\d) ", line)]
+    assert [row.split()[0] for row in rows] == ["none", "1", "2", "4"]
+    assert rows[1] == "1 0.200 ± 0.125 0.100 ± 0.125"
+    assert rows[2].startswith("2 0.600 ± 0.125 ")
+    assert rows[3] == "4 0.500 ± 0.125 1.000 ± 0.125"
 
 
-def test_two_curves_are_compared_question_by_question() -> None:
-    better, worse = made_curve([8, 8, 8]), made_curve([5, 5, 5])
-    difference, error = compare(better, worse)
-    assert difference == pytest.approx(0.3)
-    assert error == pytest.approx(math.sqrt(0.3 * 0.7 * 10 / 9) / math.sqrt(10))
-    assert compare(better, better) == (0, 0)
-    with pytest.raises(MatryoshkaError, match="same ranks"):
-        compare(better, made_curve([5, 5], ranks=(1, 2)))
-    with pytest.raises(MatryoshkaError, match="same questions"):
-        compare(better, made_curve([5, 5, 5], of=11))
+def test_the_picture_is_drawn_where_a_rank_has_no_value(tmp_path: Path) -> None:
+    draw_tasks(made_evaluation(a=(0.2, None, 0.5), b=(None, None, None)), tmp_path / "curve.png")
+    png = (tmp_path / "curve.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert int.from_bytes(png[16:20], "big") >= 1200
 
 
-def test_losses_are_compared_question_by_question() -> None:
-    # Three questions of two tokens each; the second curve is worse by 0.5 in the loss of the first and last.
-    low = replace(made_scores([True] * 3), nll=(1.0, 2.0, 3.0), loss=1.0)
-    high = replace(low, nll=(2.0, 2.0, 4.0), loss=8 / 6)
-    difference, error = compare(Curve((1, 2), (high, high)), Curve((1, 2), (low, low)), by="loss")
-    assert difference == pytest.approx(high.loss - low.loss)
-    assert error == pytest.approx(math.sqrt(1 / 12) / math.sqrt(3))
-
-
-def test_the_reading_follows_the_numbers() -> None:
-    best, close, far = made_curve([80] * 3, of=100), made_curve([79] * 3, of=100), made_curve([10] * 3, of=100)
-    low = Curve(far.ranks, tuple(replace(scores, nll=(1.0,) * 100, loss=0.5) for scores in far.scores))
-    text = in_words(made_evaluation(far=low, best=best, close=close))
-    assert "By accuracy, best is best, with AURAC (log2) 80.0 %: ahead of far (+70.0 ± 9.2)" in text
-    assert "not surely ahead of close (+1.0 ± 2.0)" in text
-    assert "By loss, far is best, with 0.500 in the mean over the ranks: ahead of best (-0.500 ± 0.000)" in text
-    assert in_words(made_evaluation(far=far)) == "far has AURAC 10.0 %."
+def test_a_file_in_the_way_stays(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(MatryoshkaError, match="a file stands where a folder is needed"):
+        measured(chat_adapter(), tokenizer, out=tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "precious"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,24 +13,40 @@ from pathlib import Path
 
 import pytest
 
+from matryoshka_lora.formats.opened import open_adapter
+
 pytestmark = pytest.mark.slow
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def run(name: str, *arguments: object) -> str:
     command = [sys.executable, EXAMPLES / name, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+def test_the_python_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    """Its blocks, one after the other."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    (tmp_path / "readme.py").write_text("".join(blocks))
+    result = subprocess.run(
+        [sys.executable, "readme.py"], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert open_adapter(tmp_path / "runs" / "readme" / "adapter").nested.reordered == "svd"
+    assert json.loads((tmp_path / "runs" / "readme" / "rank-4" / "adapter_config.json").read_text())["r"] == 4
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the TRL script leaves."""
     folder = tmp_path_factory.mktemp("examples") / "trl"
-    assert "any rank from 1 to 32" in run("train_with_trl.py", "--steps", 2, "--order-steps", 2, "--out", folder)
+    assert "any rank from 1 to 32" in run("train_with_trl.py", "--steps", 2, "--out", folder)
     return folder
 
 
@@ -48,7 +66,7 @@ def test_the_trl_script_has_three_lines_more(adapter: Path) -> None:
 
 
 def test_a_stranger_s_adapter(tmp_path: Path) -> None:
-    options = ("--metric", "loss", "--steps", 2, "--rows", 4, "--items", 2)
+    options = ("--by", "loss", "--steps", 2, "--rows", 4, "--items", 2)
     out = run("reorder_a_stranger.py", *options, "--out", tmp_path / "s")
     assert [line for line in out.splitlines() if line.startswith('{"rank": ')][-1].startswith('{"rank": 32')
 
@@ -76,7 +94,7 @@ def test_a_ladder_for_vllm(adapter: Path, tmp_path: Path) -> None:
     """The command is made, and not run: there is no vLLM for CPUs on the package index."""
     bash = shutil.which("bash")
     assert bash
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = [bash, str(EXAMPLES / "serve_with_vllm.sh"), str(adapter), str(tmp_path / "ladder")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import re
 import shlex
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,32 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import LINEAR_LAYERS, randomize, tiny_llama
+from conftest import LINEAR_LAYERS, nested_llama, randomize, tiny_llama, tiny_mixtral
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file
-from test_strangers import deltas, output, plain_adapter
+from strangers import deltas, output, plain_adapter
+from tiny_chat import tiny_tokenizer
 from torch import Size, Tensor, nn
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    OlmoConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
-from matryoshka_lora import MatryoshkaError, Nesting, load, nest
-from matryoshka_lora.adapter import read_adapter
-from matryoshka_lora.adapter.source import Layer, open_adapter
-from matryoshka_lora.deploy import export as exports
-from matryoshka_lora.deploy.budget import choose_ranks
-from matryoshka_lora.deploy.ladder import VLLM_RANKS
-from matryoshka_lora.deploy.reorder import reorder_adapter
-from matryoshka_lora.deploy.spectra import Spectra, read_spectra
-from matryoshka_lora.deploy.verify import probe_logits, use_ranks
+from matryoshka_lora import MatryoshkaError, Nesting, export, load, nest, reorder
+from matryoshka_lora.formats.layout import Layer
+from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
+from matryoshka_lora.formats.write import cut, write_adapter
+from matryoshka_lora.serving import export as serving_export
+from matryoshka_lora.serving import merged as serving_merged
+from matryoshka_lora.serving.budget import choose_ranks
+from matryoshka_lora.serving.compare import check_layers
+from matryoshka_lora.serving.export import Exported
+from matryoshka_lora.serving.ladder import VLLM_RANKS
+from matryoshka_lora.serving.verify import probe_logits, use_ranks
 
 SMALL = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 
@@ -52,10 +61,26 @@ def tiny_gemma() -> Any:
 
 
 BASES: dict[str, Callable[[], Any]] = {"llama": tiny_llama, "qwen2": tiny_qwen, "gemma3": tiny_gemma}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def base(dtype: torch.dtype | None = None) -> Any:
-    return tiny_llama() if dtype is None else tiny_llama().to(dtype)
+def saved(model: Any, folder: Path) -> str:
+    """A base model and a tokenizer, as transformers loads them."""
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, str]:
+    """The base model, stored in each dtype."""
+    folder = tmp_path_factory.mktemp("bases")
+    return {dtype: saved(tiny_llama().to(dtype), folder / str(dtype)) for dtype in DTYPES}
+
+
+@pytest.fixture(scope="module")
+def base(bases: dict[torch.dtype, str]) -> str:
+    return bases[torch.float32]
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +93,14 @@ def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if "lora_B" in name:
             parameter.data *= 0.5 ** (number % 5) * torch.logspace(0, -1.5, 8)
     model.save_pretrained(folder / "plain")
-    reorder_adapter(folder / "plain", folder / "nested")
+    reorder(folder / "plain", folder / "nested")
     return folder / "nested"
+
+
+def share(made: Exported) -> float:
+    """How far the logits of an export are from what they should be."""
+    assert made.verified is not None
+    return made.verified.share
 
 
 # Ranks per layer
@@ -85,7 +116,7 @@ def test_layers_of_one_width_get_the_best_of_all_choices(seed: int) -> None:
     layers = [layer(name, 10, 4) for name in "abc"]
     values = {x.name: torch.rand(4, generator=generator, dtype=torch.float64).sort(descending=True)[0] for x in layers}
     for count in range(1, 13):
-        choice = choose_ranks(layers, Spectra("frobenius", values), count / 12)
+        choice = choose_ranks(layers, values, count / 12)
         assert choice.parameters == 10 * count
         best = max(
             sum(float((values[name][:r] ** 2).sum()) for name, r in zip("abc", ranks, strict=True))
@@ -99,30 +130,30 @@ def test_layers_of_one_width_get_the_best_of_all_choices(seed: int) -> None:
 def test_a_wide_layer_must_be_worth_its_parameters() -> None:
     layers = [layer("narrow", 10, 2), layer("wide", 100, 2)]
     values = {"narrow": torch.tensor([1.0, 0.5]).double(), "wide": torch.tensor([1.5, 1.4]).double()}
-    assert choose_ranks(layers, Spectra("loss", values), 0.1).ranks == {"narrow": 2, "wide": 0}
-    assert choose_ranks(layers, Spectra("loss", values), 0.6).ranks == {"narrow": 2, "wide": 1}
-    assert choose_ranks(layers, Spectra("loss", values), 1.0).ranks == {"narrow": 2, "wide": 2}
+    assert choose_ranks(layers, values, 0.1).ranks == {"narrow": 2, "wide": 0}
+    assert choose_ranks(layers, values, 0.6).ranks == {"narrow": 2, "wide": 1}
+    assert choose_ranks(layers, values, 1.0).ranks == {"narrow": 2, "wide": 2}
 
 
 @pytest.mark.parametrize("budget", [0, -0.1, 1.01, float("nan"), True, "0.5"])
 def test_a_budget_is_a_share(budget: Any) -> None:
     with pytest.raises(MatryoshkaError, match="share of the parameters"):
-        choose_ranks([layer("a", 10, 2)], Spectra("loss", {"a": torch.ones(2)}), budget)
+        choose_ranks([layer("a", 10, 2)], {"a": torch.ones(2)}, budget)
 
 
 def test_a_budget_that_fits_nothing() -> None:
     with pytest.raises(MatryoshkaError, match="at least 10"):
-        choose_ranks([layer("a", 10, 4)], Spectra("loss", {"a": torch.ones(4)}), 0.1)
+        choose_ranks([layer("a", 10, 4)], {"a": torch.ones(4)}, 0.1)
 
 
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("budget", [0.06, 0.25, 1.0])
-def test_plain_peft_reads_ranks_per_layer(nested: Path, tmp_path: Path, budget: float, pad: bool) -> None:
-    opened = open_adapter(nested)
-    choice = choose_ranks(opened.layers, read_spectra(opened), budget)
-    verified = exports.export_peft(exports.cut(nested, choice.ranks, pad), tmp_path / "out", base)
-    assert verified is not None
-    assert verified.share < 1e-4
+def test_plain_peft_reads_ranks_per_layer(nested: Path, base: str, tmp_path: Path, budget: float, pad: bool) -> None:
+    made = export(nested, tmp_path / "out", budget=budget, pad=pad, model=base)
+    assert share(made) < 1e-4
+    choice = made.chosen
+    assert choice is not None
+    assert choice.ranks == made.ranks
 
     wanted = load(tiny_llama(), nested)
     use_ranks(wanted, choice.ranks)
@@ -136,7 +167,7 @@ def test_plain_peft_reads_ranks_per_layer(nested: Path, tmp_path: Path, budget: 
         assert sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) == choice.parameters
         assert choice.parameters <= budget * choice.total + 1
     # An engine that ignores the patterns multiplies by the one lora_alpha / r of the config.
-    assert {x.scale for x in found.layers} == {found.config.lora_alpha / found.config.r} == {1.0}
+    assert {x.scale for x in found.layers} == {found.config["lora_alpha"] / found.config.r} == {1.0}
     if budget == 0.06:
         assert 0 in choice.ranks.values()
         assert len(set(choice.ranks.values())) > 2
@@ -162,13 +193,17 @@ def test_ranks_of_layers_whose_names_end_alike(tmp_path: Path, pad: bool) -> Non
     config = LoraConfig(r=3, lora_alpha=3, target_modules=["fc", "subxfc"])
     model = get_peft_model(NamesLikeOthers(), config)
     randomize(model)
-    adapter = nest(model, Nesting([1, 3]))
+    adapter = nest(model, [1, 3])
     adapter.reorder()
     adapter.save(tmp_path / "nested")
+    opened = open_adapter(tmp_path / "nested")
     whole = load_file(tmp_path / "nested" / "adapter_model.safetensors")
     for ranks in list(itertools.product((0, 1, 2, 3), repeat=4))[1::19]:
         own = dict(zip(names, ranks, strict=True))
-        exports.export_peft(exports.cut(tmp_path / "nested", own, pad), tmp_path / "out", None, overwrite=True)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        (tmp_path / "out").mkdir()
+        write_adapter(tmp_path / "out", cut(opened, own, pad))
+        check_layers(open_adapter(tmp_path / "out"), opened, own, pad)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             plain = PeftModel.from_pretrained(NamesLikeOthers(), tmp_path / "out")
@@ -183,186 +218,197 @@ def test_ranks_of_layers_whose_names_end_alike(tmp_path: Path, pad: bool) -> Non
             assert stored == (max(ranks) if pad else rank or needless), (ranks, name)
 
 
-def test_ranks_per_layer_need_a_reordered_adapter(tmp_path: Path, nested: Path) -> None:
-    adapter = load(tiny_llama(), nested)
-    adapter.save(tmp_path / "raw")
-    file = tmp_path / "raw" / "nesting.json"
-    state = json.loads(file.read_text())
-    file.write_text(json.dumps({**state, "form": "raw"}))
-    with pytest.raises(MatryoshkaError, match="matryoshka reorder"):
-        exports.cut(tmp_path / "raw", {"any": 1})
+def test_ranks_per_layer_need_a_reordered_adapter(tmp_path: Path) -> None:
+    nested_llama(Nesting([1, 4])).save(tmp_path / "paper")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(MatryoshkaError, match="is not reordered, so its layers need one rank: reorder it first"):
+        export(tmp_path / "paper", tmp_path / "out", budget=0.5)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", ["peft", "merged"])
+def test_a_budget_of_stacked_experts_is_padded(tmp_path: Path, kind: Any) -> None:
+    own = tiny_mixtral(num_hidden_layers=1)
+    base = saved(own, tmp_path / "base")
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}
+    plain_adapter(tmp_path / "plain", own, **targets)
+    reorder(tmp_path / "plain", tmp_path / "nested")
+    with pytest.raises(MatryoshkaError, match=r"target_parameters, for which PEFT knows no ranks by layer: use --pad"):
+        export(tmp_path / "nested", tmp_path / "out", None, kind, budget=0.3, model=base)
+    made = export(tmp_path / "nested", tmp_path / "out", None, kind, budget=0.3, pad=True, model=base)
+    assert share(made) < 1e-4
+    assert isinstance(made.ranks, dict)
+    assert len(set(made.ranks.values())) > 1
+    wanted = load(tiny_mixtral(num_hidden_layers=1), tmp_path / "nested")
+    use_ranks(wanted, made.ranks)
+    if kind == "merged":
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    else:
+        model = PeftModel.from_pretrained(tiny_mixtral(num_hidden_layers=1), tmp_path / "out")
+    torch.testing.assert_close(output(model), output(wanted.model), rtol=0, atol=1e-4)
 
 
 # A wrong export is thrown away
 
+Fault = Callable[[OpenedAdapter, Any], OpenedAdapter]
 
-WRITERS: dict[str, Callable[[exports.Cut, Path], Any]] = {
-    "peft": lambda cut, path: exports.export_peft(cut, path, base),
-    "merged": lambda cut, path: exports.export_merged(cut, path, base),
-    "out.gguf": lambda cut, path: exports.export_gguf(cut, path, base, base().config),
-    "ladder": lambda cut, path: exports.export_ladder(cut, [2, 8], path, base),
-}
+FORMATS = {"peft": "peft", "merged": "merged", "out.gguf": "gguf", "ladder": "ladder"}
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-def test_what_computes_something_else_is_not_put_into_place(nested: Path, tmp_path: Path, kind: str) -> None:
-    cut = exports.cut(nested, 4)
-    key = next(key for key in cut.tensors if "q_proj.lora_B" in key)
-    wrong = {**cut.tensors, key: -cut.tensors[key].flip(0)}
-    (tmp_path / "there").mkdir()
-    with pytest.raises(MatryoshkaError, match="computes something else"):
-        WRITERS[kind](replace(cut, tensors=wrong), tmp_path / "there" / kind)
-    assert list((tmp_path / "there").iterdir()) == []
-    WRITERS[kind](cut, tmp_path / "there" / kind)
-    assert (tmp_path / "there" / kind).exists()
+def with_fault(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on a fault is in whatever is cut out of an adapter."""
+    for module in (serving_export, serving_merged):
+        monkeypatch.setattr(module, "cut", lambda adapter, ranks, pad=False: fault(adapter, ranks))
 
 
-@dataclass(frozen=True)
-class Wrong(exports.Cut):
-    """A cut that writes another one than it says."""
+def times(factor: float, part: str, adapter: OpenedAdapter) -> OpenedAdapter:
+    """The layers with this in their names scaled."""
 
-    other: exports.Cut | None = None
+    def factors(layer: Layer) -> tuple[Tensor, Tensor]:
+        A, B = adapter.factors(layer)
+        return A, B * (factor if part in layer.name else 1.0)
 
-    def write(self, folder: Path, home: Path | None = None) -> None:
-        assert self.other is not None
-        self.other.write(folder, home)
-
-
-def with_tensors(cut: exports.Cut, change: Callable[[str, Tensor], Tensor | None]) -> exports.Cut:
-    changed = {key: change(key, tensor) for key, tensor in cut.tensors.items()}
-    return replace(cut, tensors={key: tensor for key, tensor in changed.items() if tensor is not None})
+    return adapter.with_factors(factors, adapter.layers, adapter.config, adapter.state)
 
 
-def times(factor: float, layer: str, cut: exports.Cut) -> exports.Cut:
-    return with_tensors(cut, lambda key, t: t * factor if f"{layer}.lora_B" in key else t)
+def without(name: str, adapter: OpenedAdapter) -> OpenedAdapter:
+    left = [layer for layer in adapter.layers if layer.name != name]
+    return adapter.with_factors(adapter.factors, left, adapter.config)
 
 
-def without(layer: str, cut: exports.Cut) -> exports.Cut:
-    return with_tensors(cut, lambda key, t: None if f"{layer}.lora_" in key else t)
+def without_last(adapter: OpenedAdapter) -> OpenedAdapter:
+    def factors(layer: Layer) -> tuple[Tensor, Tensor]:
+        A, B = adapter.factors(layer)
+        return A, B * (torch.arange(layer.rank) < layer.rank - 1)
+
+    return adapter.with_factors(factors, adapter.layers, adapter.config)
 
 
-FAULTS: dict[str, Callable[[exports.Cut], exports.Cut]] = {
-    "a layer left out": lambda cut: without("layers.1.mlp.up_proj", cut),
-    "a layer left out that does little": lambda cut: without("layers.0.self_attn.k_proj", cut),
-    "scaled by 1.1": lambda cut: times(1.1, "_proj", cut),
-    "one layer scaled by 0.9": lambda cut: times(0.9, "layers.1.mlp.up_proj", cut),
-    "a rank less": lambda cut: replace(cut, ranks=3),
-    "a rank more": lambda cut: replace(cut, ranks=5),
-    "its last direction zero": lambda cut: with_tensors(
-        cut, lambda key, t: t * (torch.arange(t.shape[1]) != 3) if "lora_B" in key else t
+def not_targeted(name: str, adapter: OpenedAdapter) -> OpenedAdapter:
+    """Its factors are in the file, and PEFT makes no layer for them."""
+    targets = [layer.name for layer in adapter.layers if layer.name != name]
+    return replace(adapter, config=adapter.config.changed(target_modules=targets))
+
+
+FAULTS: dict[str, Fault] = {
+    "a layer left out": lambda adapter, rank: without("model.layers.1.mlp.up_proj", cut(adapter, rank)),
+    "a layer left out that does little": lambda adapter, rank: without(
+        "model.layers.0.self_attn.k_proj", cut(adapter, rank)
     ),
+    "a layer that is not targeted": lambda adapter, rank: not_targeted(
+        "model.layers.1.mlp.up_proj", cut(adapter, rank)
+    ),
+    "scaled by 1.1": lambda adapter, rank: times(1.1, "_proj", cut(adapter, rank)),
+    "one layer scaled by 0.9": lambda adapter, rank: times(0.9, "layers.1.mlp.up_proj", cut(adapter, rank)),
+    "turned": lambda adapter, rank: times(-1.0, "q_proj", cut(adapter, rank)),
+    "a rank less": lambda adapter, rank: cut(adapter, max(rank - 1, 1)),
+    "a rank more": lambda adapter, rank: cut(adapter, rank + 1),
+    "its last direction zero": lambda adapter, rank: without_last(cut(adapter, rank)),
 }
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(scope="module")
 def in_dtypes(nested: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
     """The adapter with factors in each dtype, one of whose layers hardly does anything."""
     folder = tmp_path_factory.mktemp("dtypes")
-    adapter = load(tiny_llama(), nested)
-    with torch.no_grad():
-        layer = "base_model.model.model.layers.0.self_attn.k_proj"
-        adapter.model.get_parameter(f"{layer}.lora_B.default.weight").mul_(1e-3)
-    adapter.save(folder / "whole")
+    whole = times(1e-3, "layers.0.self_attn.k_proj", open_adapter(nested))
     for dtype in DTYPES:
-        reorder_adapter(folder / "whole", folder / str(dtype), dtype=dtype)
+        (folder / str(dtype)).mkdir()
+        write_adapter(folder / str(dtype), whole.cast(dtype))
     return {dtype: folder / str(dtype) for dtype in DTYPES}
 
 
-def stored_in(dtype: torch.dtype) -> exports.Base:
-    return lambda asked: tiny_llama().to(dtype).to(asked or dtype)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_no_fault_passes_for_rounding(
-    in_dtypes: dict[torch.dtype, Path], tmp_path: Path, kind: str, dtype: torch.dtype
+    in_dtypes: dict[torch.dtype, Path], bases: dict[torch.dtype, str], tmp_path: Path, kind: str, dtype: torch.dtype
 ) -> None:
-    """In no dtype of the factors, nor of the base model."""
+    """In no dtype of the factors, nor of the base model; and a wrong export is not put into place."""
 
-    def write(cut: exports.Cut) -> Any:
-        if kind == "merged":
-            return exports.export_merged(cut, tmp_path / kind, stored_in(dtype))
-        return WRITERS[kind](cut, tmp_path / kind)
+    def write() -> Exported:
+        return export(in_dtypes[dtype], tmp_path / kind, 4, FORMATS[kind], model=bases[dtype])  # type: ignore[arg-type]
 
-    cut = exports.cut(in_dtypes[dtype], 4)
-    if kind != "ladder":  # of which the ranks are given
-        for name, fault in FAULTS.items():
+    for name, fault in FAULTS.items():
+        with pytest.MonkeyPatch.context() as patched:
+            with_fault(fault, patched)
             with pytest.raises(MatryoshkaError, match="computes something else"):
-                write(Wrong(**vars(cut), other=fault(cut)))
-            assert list(tmp_path.iterdir()) == [], name
-    verified = write(cut)
-    for found in verified.values() if kind == "ladder" else [verified]:
-        assert found.share < (1e-4 if dtype == torch.float32 else 0.2 if kind == "merged" else 1e-2)
+                write()
+        assert list(tmp_path.iterdir()) == [], name
+    assert share(write()) < (1e-4 if dtype == torch.float32 else 0.2 if kind == "merged" else 1e-2)
+    assert (tmp_path / kind).exists()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_without_logits_the_layers_are_compared(
+    nested: Path, base: str, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_fault(FAULTS["one layer scaled by 0.9"], monkeypatch)
+    with pytest.raises(MatryoshkaError, match=r"the update of layer model\.layers\.1\.mlp\.up_proj differs by 10 %"):
+        export(nested, tmp_path / kind, 4, FORMATS[kind], model=base, verify=False)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_what_is_reported_of_a_merge_is_what_rounding_does(nested: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    stored = stored_in(dtype)
-    cut = exports.cut(nested, 4)
-    verified = exports.export_merged(cut, tmp_path / "merged", stored)
-    exact = oracle.fold(stored(torch.float32), cut.tensors, oracle.prefix_p([8], 4))
+def test_what_is_reported_of_a_merge_is_what_rounding_does(
+    nested: Path, bases: dict[torch.dtype, str], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    made = export(nested, tmp_path / "merged", 4, "merged", model=bases[dtype])
+    before = tiny_llama().to(dtype).float()
+    exact = oracle.fold(before, cut(open_adapter(nested), 4).tensors(), torch.ones(4))
     rounded = copy.deepcopy(exact).to(dtype)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     for name, parameter in merged.named_parameters():
         # Now and then a sum lies in the middle between two numbers, and the other one is taken.
         assert (parameter != rounded.get_parameter(name)).float().mean() < 1e-3, name
-    wanted, found, before = (probe_logits(model.float()) for model in (exact, rounded, stored(None)))
-    assert verified is not None
-    assert verified.share == pytest.approx(float((found - wanted).norm() / (wanted - before).norm()), rel=0.02)
+    wanted, found, without_it = (probe_logits(model.float()) for model in (exact, rounded, before))
+    assert share(made) == pytest.approx(float((found - wanted).norm() / (wanted - without_it).norm()), rel=0.02)
 
 
-def test_a_merge_that_rounding_undoes_is_refused(tmp_path: Path) -> None:
+def test_a_merge_that_rounding_undoes_is_refused(bases: dict[torch.dtype, str], tmp_path: Path) -> None:
     model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=4, target_modules=LINEAR_LAYERS))
     randomize(model, size=0.006)
     model.save_pretrained(tmp_path / "plain")
-    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
-    cut = exports.cut(tmp_path / "nested", 4)
     with pytest.raises(MatryoshkaError, match=r"rounding its weights to torch\.bfloat16 takes too much"):
-        exports.export_merged(cut, tmp_path / "merged", stored_in(torch.bfloat16))
+        export(tmp_path / "plain", tmp_path / "merged", 4, "merged", model=bases[torch.bfloat16])
     assert not (tmp_path / "merged").exists()
-    verified = exports.export_merged(cut, tmp_path / "merged", base)
-    assert verified is not None
-    assert verified.share < 1e-2
+    made = export(tmp_path / "plain", tmp_path / "merged", 4, "merged", model=bases[torch.float32])
+    assert share(made) < 1e-2
 
 
 def test_a_merge_that_does_not_fit_its_dtype_is_refused(nested: Path, tmp_path: Path) -> None:
-    def stored(asked: torch.dtype | None) -> Any:
-        model = tiny_llama()
-        model.model.layers[0].mlp.up_proj.weight.data.fill_(65504.0)
-        return model.half().to(asked or torch.float16)
-
-    huge = times(10_000, "up_proj", exports.cut(nested, 4))
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(65504.0)
+    (tmp_path / "huge").mkdir()
+    write_adapter(tmp_path / "huge", times(10_000, "up_proj", open_adapter(nested)))
+    base = saved(model.half(), tmp_path / "base")
     with pytest.raises(MatryoshkaError, match=r"up_proj\.weight is too large for torch\.float16"):
-        exports.export_merged(huge, tmp_path / "merged", stored, verify=False)
+        export(tmp_path / "huge", tmp_path / "merged", 4, "merged", model=base, verify=False)
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("kind", ["peft", "merged", "ladder"])
-def test_the_adapter_is_not_written_over_by_its_export(nested: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["peft", "merged", "ladder", "directions"])
+def test_the_adapter_is_not_written_over_by_its_export(nested: Path, base: str, kind: Any) -> None:
     before = {file.name: file.read_bytes() for file in nested.iterdir() if file.is_file()}
-    with pytest.raises(MatryoshkaError, match="the adapter itself"):
-        WRITERS[kind](exports.cut(nested, 4), nested)
+    for overwrite in (False, True):
+        with pytest.raises(MatryoshkaError, match="the adapter itself"):
+            export(nested, nested, 4, kind, model=base, overwrite=overwrite)
     assert {file.name: file.read_bytes() for file in nested.iterdir() if file.is_file()} == before
 
 
-def test_an_export_over_another_leaves_nothing_of_it(nested: Path, tmp_path: Path) -> None:
+def test_an_export_over_another_leaves_nothing_of_it(nested: Path, base: str, tmp_path: Path) -> None:
     """A reader of the folder would else find the old weights, or both."""
     other = tmp_path / "other"
-    adapter = load(tiny_llama(), nested)
-    with torch.no_grad():
-        for name, parameter in adapter.model.named_parameters():
-            if "lora_" in name:
-                parameter.mul_(-2)
-    adapter.save(other)
+    other.mkdir()
+    write_adapter(other, times(-2, "_proj", open_adapter(nested)))
     for first, second in ((nested, other), (other, nested)):
         place = tmp_path / f"over-{first.name}"
         shutil.copytree(first, place, dirs_exist_ok=True)
-        exports.export_directions(exports.cut(second, 8), place, overwrite=True)
-        for found, wanted in zip(read_adapter(place)[2].items(), read_adapter(second)[2].items(), strict=True):
-            assert found[0] == wanted[0]
-            assert found[1].equal(wanted[1])
-        exports.export_peft(exports.cut(first, 8), place, base, overwrite=True)
+        export(second, place, format="directions", overwrite=True)
+        wanted = open_adapter(second).tensors()
+        for key, tensor in open_adapter(place).tensors().items():
+            assert tensor.equal(wanted.pop(key))
+        assert not wanted
+        export(first, place, 8, model=base, overwrite=True)
         assert not (place / "directions.safetensors").exists()
         assert open_adapter(place).state is None
 
@@ -371,32 +417,27 @@ def test_an_export_over_another_leaves_nothing_of_it(nested: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_merged_model_is_a_model_like_any_other(nested: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    def stored(asked: torch.dtype | None) -> Any:
-        return tiny_llama().to(dtype).to(asked or dtype)
-
-    verified = exports.export_merged(exports.cut(nested, 4), tmp_path / "merged", stored)
-    assert verified.share < (1e-4 if dtype == torch.float32 else 0.2)
+def test_a_merged_model_is_a_model_like_any_other(
+    nested: Path, bases: dict[torch.dtype, str], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    made = export(nested, tmp_path / "merged", 4, "merged", model=bases[dtype])
+    assert share(made) < (1e-4 if dtype == torch.float32 else 0.2)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert model.dtype == dtype
     assert not list((tmp_path / "merged").glob("*.bin"))
-    wanted = load(stored(torch.float32), nested, rank=4)
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
+    wanted = load(tiny_llama().to(dtype).float(), nested, rank=4)
     expected, found = output(wanted.model), output(model.float())
     assert (found - expected).norm() < (1e-5 if dtype == torch.float32 else 0.05) * expected.norm()
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-9])
-def test_a_merge_that_changes_nothing_is_an_error(tmp_path: Path, size: float) -> None:
+def test_a_merge_that_changes_nothing_is_an_error(bases: dict[torch.dtype, str], tmp_path: Path, size: float) -> None:
     model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"]))
     randomize(model, size=size**0.5)
     model.save_pretrained(tmp_path / "plain")
-    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
     with pytest.raises(MatryoshkaError, match="merging changed none of the weights"):
-        exports.export_merged(
-            exports.cut(tmp_path / "nested", 2),
-            tmp_path / "merged",
-            lambda dtype: tiny_llama().bfloat16().to(dtype or torch.bfloat16),
-        )
+        export(tmp_path / "plain", tmp_path / "merged", 2, "merged", model=bases[torch.bfloat16])
     assert not (tmp_path / "merged").exists()
 
 
@@ -404,11 +445,9 @@ def test_a_merge_that_changes_nothing_is_an_error(tmp_path: Path, size: float) -
 
 
 @pytest.mark.parametrize("kind", ["peft", "merged", "ladder"])
-def test_an_embedding_that_is_a_target_is_exported(tmp_path: Path, kind: str) -> None:
+def test_an_embedding_that_is_a_target_is_exported(tmp_path: Path, base: str, kind: Any) -> None:
     plain_adapter(tmp_path / "plain", target_modules=["embed_tokens", "q_proj"])
-    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
-    verified = WRITERS[kind](exports.cut(tmp_path / "nested", 4), tmp_path / "out")
-    assert all(v.share < 1e-4 for v in (verified.values() if kind == "ladder" else [verified]))
+    assert share(export(tmp_path / "plain", tmp_path / "out", 4, kind, model=base)) < 1e-4
 
 
 EMBEDDINGS: dict[str, dict[str, Any]] = {
@@ -424,10 +463,18 @@ EMBEDDINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def tied_or_not(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
+    folder = tmp_path_factory.mktemp("tied")
+    return {tied: saved(tiny_llama(tie_word_embeddings=tied), folder / str(tied)) for tied in (True, False)}
+
+
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("case", EMBEDDINGS)
-def test_a_merged_model_has_the_adapter_s_embeddings(tmp_path: Path, case: str, tied: bool, verify: bool) -> None:
+def test_a_merged_model_has_the_adapter_s_embeddings(
+    tied_or_not: dict[bool, str], tmp_path: Path, case: str, tied: bool, verify: bool
+) -> None:
     """What is tied in the base model is tied no more where the adapter changes only one of the two."""
     model = get_peft_model(
         tiny_llama(tie_word_embeddings=tied), LoraConfig(r=8, lora_alpha=8, **copy.deepcopy(EMBEDDINGS[case]))
@@ -439,28 +486,18 @@ def test_a_merged_model_has_the_adapter_s_embeddings(tmp_path: Path, case: str, 
                 parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     wanted = output(model)
     model.save_pretrained(tmp_path / "plain")
-    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
-    exports.export_merged(
-        exports.cut(tmp_path / "nested", 8),
-        tmp_path / "merged",
-        lambda dtype: tiny_llama(tie_word_embeddings=tied),
-        verify=verify,
-    )
+    export(tmp_path / "plain", tmp_path / "merged", 8, "merged", model=tied_or_not[tied], verify=verify)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert (output(merged) - wanted).norm() < 1e-5 * wanted.norm()
     is_tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
     assert is_tied == merged.config.tie_word_embeddings == (tied and case in ("tokens", "neither"))
 
 
-def test_a_tied_weight_that_no_merge_changes_is_an_error(tmp_path: Path) -> None:
-    plain_adapter(tmp_path / "plain", tiny_llama(tie_word_embeddings=True), target_modules=["lm_head"])
-    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
-    cut = exports.cut(tmp_path / "nested", 8)
-    zero = replace(cut, tensors={key: tensor * (".lora_" not in key) for key, tensor in cut.tensors.items()})
+def test_a_tied_weight_that_no_merge_changes_is_an_error(tied_or_not: dict[bool, str], tmp_path: Path) -> None:
+    config = LoraConfig(r=8, lora_alpha=8, target_modules=["lm_head"])  # B is zero at the start
+    get_peft_model(tiny_llama(tie_word_embeddings=True), config).save_pretrained(tmp_path / "plain")
     with pytest.raises(MatryoshkaError, match="merging changed none of the weights"):
-        exports.export_merged(
-            zero, tmp_path / "merged", lambda dtype: tiny_llama(tie_word_embeddings=True), verify=False
-        )
+        export(tmp_path / "plain", tmp_path / "merged", 8, "merged", model=tied_or_not[True], verify=False)
     assert not (tmp_path / "merged").exists()
 
 
@@ -478,17 +515,15 @@ def rotated_rows(B: Tensor, heads: int) -> Tensor:
 @pytest.mark.parametrize("kind", BASES)
 def test_gguf_holds_the_deltas_in_llama_cpp_s_order(tmp_path: Path, kind: str, budget: float | None) -> None:
     own = BASES[kind]()
+    base = saved(own, tmp_path / "base")
     plain_adapter(tmp_path / "plain", copy.deepcopy(own), lora_alpha=5)
-    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
-    opened = open_adapter(tmp_path / "nested")
-    ranks: Any = 4 if budget is None else choose_ranks(opened.layers, read_spectra(opened), budget).ranks
-    cut = exports.cut(tmp_path / "nested", ranks)
-    verified = exports.export_gguf(cut, tmp_path / "out.gguf", lambda dtype: copy.deepcopy(own), own.config)
-    assert verified is not None
-    assert verified.share < 1e-4
+    reorder(tmp_path / "plain", tmp_path / "nested")
+    rank = 4 if budget is None else None
+    made = export(tmp_path / "nested", tmp_path / "out.gguf", rank, "gguf", budget=budget, model=base)
+    assert share(made) < 1e-4
 
-    exports.export_peft(cut, tmp_path / "slice", None)
-    wanted = deltas(PeftModel.from_pretrained(copy.deepcopy(own), tmp_path / "slice"))
+    export(tmp_path / "nested", tmp_path / "one rank", rank, budget=budget, verify=False)
+    wanted = deltas(PeftModel.from_pretrained(copy.deepcopy(own), tmp_path / "one rank"))
     reader = gguf.GGUFReader(tmp_path / "out.gguf")
     assert reader.fields["general.type"].contents() == "adapter"
     assert reader.fields["adapter.type"].contents() == "lora"
@@ -508,32 +543,30 @@ def test_gguf_holds_the_deltas_in_llama_cpp_s_order(tmp_path: Path, kind: str, b
         torch.testing.assert_close(B @ A * alpha / A.shape[0], expected, rtol=0, atol=1e-5)
 
 
-def test_gguf_of_what_llama_cpp_does_not_know(tmp_path: Path, nested: Path) -> None:
-    config = base().config
-    plain_adapter(tmp_path / "plain", target_modules=["embed_tokens", "q_proj"])
-    reorder_adapter(tmp_path / "plain", tmp_path / "embedding")
-    for source, kind, message in ((tmp_path / "embedding", "llama", "embed_tokens"), (nested, "falcon", "'falcon'")):
+def test_gguf_of_what_llama_cpp_does_not_know(tmp_path: Path, nested: Path, base: str) -> None:
+    plain_adapter(tmp_path / "embedding", target_modules=["embed_tokens", "q_proj"])
+    olmo = saved(AutoModelForCausalLM.from_config(OlmoConfig(**SMALL, num_attention_heads=4)), tmp_path / "olmo")
+    for source, model, message in (
+        (tmp_path / "embedding", base, "layer model.embed_tokens has no LoRA in llama.cpp's llama"),
+        (nested, olmo, "models of type 'olmo' cannot be exported to GGUF yet"),
+    ):
         with pytest.raises(MatryoshkaError, match=message):
-            exports.export_gguf(exports.cut(source, 4), tmp_path / "x.gguf", None, _of_type(config, kind))
+            export(source, tmp_path / "x.gguf", 4, "gguf", model=model, verify=False)
     with pytest.raises(MatryoshkaError, match=r"ends in \.gguf"):
-        exports.export_gguf(exports.cut(nested, 4), tmp_path / "folder", None, config)
+        export(nested, tmp_path / "folder", 4, "gguf", model=base)
     assert not list(tmp_path.glob("*.gguf*"))
-
-
-def _of_type(config: Any, kind: str) -> Any:
-    other = copy.deepcopy(config)
-    other.model_type = kind
-    return other
+    assert not (tmp_path / "folder").exists()
 
 
 # The ladder
 
 
-def test_the_ladder_is_one_adapter_for_each_rank_and_a_command(nested: Path, tmp_path: Path) -> None:
-    found = exports.export_ladder(exports.cut(nested, 8), [1, 2, 8], tmp_path / "a ladder", base)
-    assert max(v.share for v in found.values() if v is not None) < 1e-4
+def test_the_ladder_is_one_adapter_for_each_rank_and_a_command(nested: Path, base: str, tmp_path: Path) -> None:
+    made = export(nested, tmp_path / "a ladder", format="ladder", model=base)
+    assert made.ranks == [1, 2, 4, 8]
+    assert share(made) < 1e-4
     whole = load(tiny_llama(), nested)
-    for rank in (1, 2, 8):
+    for rank in (1, 2, 4, 8):
         whole.set_rank(rank)
         model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "a ladder" / f"rank-{rank}")
         assert model.peft_config["default"].r == rank
@@ -545,7 +578,7 @@ def test_the_ladder_is_one_adapter_for_each_rank_and_a_command(nested: Path, tmp
     words = shlex.split(command[0])
     assert words[words.index("--max-lora-rank") + 1] == "8"
     modules = dict(word.split("=", 1) for word in words[words.index("--lora-modules") + 1 :])
-    assert modules == {f"rank-{rank}": f"rank-{rank}" for rank in (1, 2, 8)}
+    assert modules == {f"rank-{rank}": f"rank-{rank}" for rank in (1, 2, 4, 8)}
     assert 8 in VLLM_RANKS
 
 

@@ -19,29 +19,29 @@ import lm_eval.evaluator
 import pytest
 import torch
 import yaml
-from conftest import lora_config, nested_llama, randomize, tiny_llama
+from conftest import lora_config, nest_as, nested_llama, randomize, tiny_llama
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_chat import save_tiny_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
-from matryoshka_lora.adapter import read_adapter
-from matryoshka_lora.evaluate import selection
-from matryoshka_lora.evaluate import settings as generation_settings
-from matryoshka_lora.evaluate.cost import adapter_bytes, token_latency
-from matryoshka_lora.evaluate.engine import Engine
-from matryoshka_lora.evaluate.harness import judge
-from matryoshka_lora.evaluate.questions import ExactMatch, Row
-from matryoshka_lora.evaluate.questions_task import QuestionsTask
-from matryoshka_lora.evaluate.reading import weights_hash
-from matryoshka_lora.evaluate.results import Results
-from matryoshka_lora.evaluate.scoring import score
-from matryoshka_lora.evaluate.selection import Preset, Selected, select
-from matryoshka_lora.evaluate.store import Store, request_key
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting
+from matryoshka_lora.adapter.saving import opened_from
+from matryoshka_lora.data.questions import ExactMatch, Row
+from matryoshka_lora.engine import settings as generation_settings
+from matryoshka_lora.engine.engine import Engine
+from matryoshka_lora.evaluation import tasks
+from matryoshka_lora.evaluation.cost import adapter_bytes, token_latency
+from matryoshka_lora.evaluation.harness import judge
+from matryoshka_lora.evaluation.questions_task import QuestionsTask
+from matryoshka_lora.evaluation.results import summed
+from matryoshka_lora.evaluation.store import Store, request_key
+from matryoshka_lora.evaluation.tasks import Asked, Preset, ask
+from matryoshka_lora.formats.fingerprint import fingerprint
+from matryoshka_lora.formats.opened import open_adapter
 
 RANKS = (1, 2, 4)
 HARNESS_TASKS = Path(lm_eval.__file__).parent / "tasks"
@@ -63,7 +63,7 @@ def adapter(base: Path) -> NestedAdapter:
     nesting = Nesting(RANKS)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora_config(nesting))
     randomize(model, size=1.0)
-    return nest(model.eval(), nesting)
+    return nest_as(model.eval(), nesting, deploy="paper")
 
 
 @pytest.fixture(scope="module")
@@ -149,23 +149,22 @@ def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Preset
         "arc_challenge": local_copy(tmp_path, "arc_challenge", arc(30), {"a": "train", "b": "validation", "c": "test"}),
         "hellaswag": local_copy(tmp_path, "hellaswag", hellaswag(14), {"a": "train", "b": "validation"}),
     }
-    assert {preset.task for preset in selection.PRESETS.values()} == set(files)
+    assert {preset.task for preset in tasks.PRESETS.values()} == set(files)
     local = {
-        name: Preset(files[preset.task], preset.num_fewshot, preset.metric)
-        for name, preset in selection.PRESETS.items()
+        name: Preset(files[preset.task], preset.num_fewshot, preset.metric) for name, preset in tasks.PRESETS.items()
     }
-    monkeypatch.setattr(selection, "PRESETS", local)
+    monkeypatch.setattr(tasks, "PRESETS", local)
     return local
 
 
-def by_the_harness(model: Any, tokenizer: Any, selected: Selected, limit: int | None, batch_size: int = 3) -> Any:
+def by_the_harness(model: Any, tokenizer: Any, asked: Asked, limit: int | None, batch_size: int = 3) -> Any:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # It describes the machine with pip and git, for seconds.
     lm_eval.evaluator.add_env_info = lambda results: None
     backend = HFLM(model, tokenizer=tokenizer, batch_size=batch_size)
     manager = TaskManager(include_defaults=False)  # else it reads thousands of files
-    options = {"num_fewshot": selected.num_fewshot, "limit": limit, "task_manager": manager}
-    return simple_evaluate(backend, tasks=list(selected.tasks), **options)
+    options = {"num_fewshot": asked.num_fewshot, "limit": limit, "task_manager": manager}
+    return simple_evaluate(backend, tasks=list(asked.tasks), **options)
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -183,23 +182,22 @@ def assert_same(found: Any, expected: Any) -> None:
             assert found["results"][name][key] == (pytest.approx(value) if isinstance(value, float) else value)
 
 
-@pytest.mark.parametrize("name", list(selection.PRESETS))
+@pytest.mark.parametrize("name", list(tasks.PRESETS))
 def test_the_papers_protocol_is_the_harness_own(
     name: str, presets: Any, adapter: NestedAdapter, tokenizer: Any, slices: dict[int, Any]
 ) -> None:
     shots = presets[name].num_fewshot
     limit = 3 if shots > 8 else 5
-    selected = select(name, tokenizer)
-    judged = judge(Engine(adapter, tokenizer), selected.tasks, RANKS, Store(None, {}), selected.num_fewshot, limit)
+    asked = ask(name, tokenizer)
+    judged = judge(Engine(adapter, tokenizer), asked.tasks, RANKS, Store(None, {}), asked.num_fewshot, limit)
     for rank in RANKS:
-        again = select(name, tokenizer)
+        again = ask(name, tokenizer)
         expected = by_the_harness(slices[rank], tokenizer, again, limit)
         assert next(iter(expected["n-shot"].values())) == shots
         assert_same(judged.results[rank], expected)
-    results = Results({}, RANKS)
-    results.add(selected, judged)
-    assert results.tasks[name]["metric"] == presets[name].metric
-    assert results.tasks[name]["num_fewshot"] == shots
+    ((own, called),) = asked.names.items()
+    entry = summed(own, asked.kind, asked.metric, judged.results)
+    assert (called, entry["metric"], entry["num_fewshot"]) == (name, presets[name].metric, shots)
 
 
 @pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling", "one-token choices", "generate"])
@@ -237,39 +235,14 @@ def test_every_kind_of_request(
     }
     settings = {"output_type": kind, **config[kind]}
     file = write_task(tmp_path, "mine", rows, **settings)
-    judged = judge(Engine(adapter, tokenizer), select(file, tokenizer).tasks, RANKS, Store(None, {}), None)
+    judged = judge(Engine(adapter, tokenizer), ask(file, tokenizer).tasks, RANKS, Store(None, {}), None)
     for rank in RANKS:
-        assert_same(judged.results[rank], by_the_harness(slices[rank], tokenizer, select(file, tokenizer), None))
-
-
-def test_our_own_questions_are_judged_as_before(adapter: NestedAdapter, tokenizer: Any) -> None:
-    """Accuracy and loss of a file's rows are those of `score`, which is tested against TRL."""
-    rows = [
-        Row([{"role": "user", "content": f"{i}?"}], [{"role": "assistant", "content": f"{i} is {i + 1}"}])
-        for i in range(5)
-    ]
-    answers = Engine(adapter, tokenizer).generate(
-        [tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True) for row in rows], 4, 20
-    )
-    rows[0] = Row(rows[0].prompt, [{"role": "assistant", "content": answers[0][:6].strip() or "x"}])
-    judged = judge(
-        Engine(adapter, tokenizer), [QuestionsTask(ExactMatch("mine"), rows, tokenizer)], [0, *RANKS], Store(None, {})
-    )
-    ranks = (0, *RANKS)
-    scores = score(adapter, tokenizer, ExactMatch("mine"), rows, ranks)
-    expected_at = dict(zip(ranks, scores, strict=True))
-    for rank in ranks:
-        expected = expected_at[rank]
-        found = judged.results[rank]["results"]["mine"]
-        assert found["loss,none"] == pytest.approx(expected.loss, abs=1e-4)
-        assert found["accuracy,none"] == expected.accuracy
-        texts = [row["resps"][0][0] for row in judged.results[rank]["samples"]["mine"]]
-        assert texts == list(expected.answers)
+        assert_same(judged.results[rank], by_the_harness(slices[rank], tokenizer, ask(file, tokenizer), None))
 
 
 def test_fixed_shots_are_the_same_for_every_question(presets: Any, adapter: NestedAdapter, tokenizer: Any) -> None:
     def prompts(fixed: bool) -> list[str]:
-        chosen = select("gsm8k-3shot", tokenizer, fixed_shots=fixed)
+        chosen = ask("gsm8k-3shot", tokenizer, fixed_shots=fixed)
         judged = judge(Engine(adapter, tokenizer), chosen.tasks, [1], Store(None, {}), chosen.num_fewshot, 4)
         return [row["arguments"][0][0] for row in next(iter(judged.results[1]["samples"].values()))]
 
@@ -288,7 +261,7 @@ def test_answers_are_given_once_and_found_again(tmp_path: Path, presets: Any, ad
             return super().generate(prompts, *args, **kwargs)
 
     def run() -> Any:
-        chosen = select("gsm8k-3shot", tokenizer)
+        chosen = ask("gsm8k-3shot", tokenizer)
         store = Store(file, {"model": "m"})
         try:
             return judge(Counting(adapter, tokenizer), chosen.tasks, RANKS, store, chosen.num_fewshot, 4)
@@ -310,36 +283,50 @@ def test_answers_are_given_once_and_found_again(tmp_path: Path, presets: Any, ad
     assert asked == [12, 7]
 
 
-def test_other_files_in_the_folder_do_not_make_it_another_adapter(adapter: NestedAdapter, tmp_path: Path) -> None:
-    """`matryoshka eval A --out A` writes its own there."""
+def test_a_fingerprint_is_of_what_the_answers_depend_on(adapter: NestedAdapter, tmp_path: Path) -> None:
+    """In memory and in a folder, in this process and another; and of no other file of the folder."""
     adapter.save(tmp_path)
-    before = weights_hash(tmp_path)
-    (tmp_path / "evaluation.json").write_text("{}")
-    assert weights_hash(tmp_path) == before
-    for name in ("adapter_model.safetensors", "adapter_config.json", "nesting.json"):
+    before = fingerprint(open_adapter(tmp_path))
+    assert fingerprint(opened_from(adapter.model, adapter.name)) == before
+    code = (
+        "import sys\nfrom matryoshka_lora.formats.fingerprint import fingerprint\n"
+        "from matryoshka_lora.formats.opened import open_adapter\nprint(fingerprint(open_adapter(sys.argv[1])))"
+    )
+    again = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert again.stdout.split()[-1] == before
+    (tmp_path / "evaluation.json").write_text("{}")  # `matryoshka eval A --out A` writes its own there
+    assert fingerprint(open_adapter(tmp_path)) == before
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] += 1
+    save_file(weights, tmp_path / "other.safetensors")
+    changed = {"adapter_model.safetensors": (tmp_path / "other.safetensors").read_bytes()}
+    for name, field in {"adapter_config.json": {"lora_alpha": 8}, "nesting.json": {"ranks": [2, 4]}}.items():
+        changed[name] = json.dumps(json.loads((tmp_path / name).read_text()) | field).encode()
+    for name, content in changed.items():
         kept = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(kept + b" ")
-        assert weights_hash(tmp_path) != before
+        (tmp_path / name).write_bytes(content)
+        assert fingerprint(open_adapter(tmp_path)) != before
         (tmp_path / name).write_bytes(kept)
+    assert fingerprint(open_adapter(tmp_path)) == before
 
 
 def test_bytes_are_those_of_the_exported_file_whatever_else_is_on_the_model(tmp_path: Path) -> None:
     nesting = Nesting([1, 2, 4])
     model = get_peft_model(tiny_llama(), lora_config(nesting))
-    adapter = nest(model, nesting)
+    adapter = nest_as(model, nesting, deploy="paper")
     model.add_adapter("default_2", lora_config(Nesting([8])))
     adapter.save(tmp_path / "all")
-    for rank, size in zip((1, 4), adapter_bytes(read_adapter(tmp_path / "all")[2], 4, (1, 4)), strict=True):
-        adapter.export(tmp_path / str(rank), rank)
-        tensors = load_file(tmp_path / str(rank) / "adapter_model.safetensors").values()
-        assert size == sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    for opened in (open_adapter(tmp_path / "all"), opened_from(model, "default")):
+        for rank, size in zip((1, 4), adapter_bytes(opened, (1, 4)), strict=True):
+            adapter.export(tmp_path / str(rank), rank, overwrite=True)
+            tensors = load_file(tmp_path / str(rank) / "adapter_model.safetensors").values()
+            assert size == sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 def test_bytes_are_in_the_dtype_of_the_file(tmp_path: Path) -> None:
     nested_llama(Nesting([1, 2, 4])).save(tmp_path)
-    tensors = read_adapter(tmp_path)[2]
-    half = {key: tensor.bfloat16() for key, tensor in tensors.items()}
-    assert [2 * size for size in adapter_bytes(half, 4, (1, 3))] == adapter_bytes(tensors, 4, (1, 3))
+    opened = open_adapter(tmp_path)
+    assert [2 * size for size in adapter_bytes(opened.cast(torch.bfloat16), (1, 3))] == adapter_bytes(opened, (1, 3))
 
 
 def test_latencies_of_all_ranks_take_no_more_memory_than_two_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,7 +362,7 @@ def test_a_store_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(MatryoshkaError, match="another evaluation is writing"):
         Store(file, {"adapter": "a", "dtype": "float32"})
     store.close()
-    with pytest.raises(MatryoshkaError, match="holds answers of another adapter: give another folder"):
+    with pytest.raises(MatryoshkaError, match=r"holds answers of another adapter.*: give another folder"):
         Store(file, {"adapter": "b", "dtype": "float32"})
     again = Store(file, {"adapter": "a", "dtype": "float32"})
     assert again[request_key("x"), 1] == "y"
@@ -400,7 +387,7 @@ def test_tasks_that_cannot_be_run(tmp_path: Path, adapter: NestedAdapter, tokeni
         return write_task(tmp_path, name, rows, **base, metric_list=mean, **settings)
 
     def run(file: str, shots: int | None = None) -> None:
-        judge(Engine(adapter, tokenizer), select(file, tokenizer, shots).tasks, [1], Store(None, {}), shots)
+        judge(Engine(adapter, tokenizer), ask(file, tokenizer, shots).tasks, [1], Store(None, {}), shots)
 
     with pytest.raises(MatryoshkaError, match=r"there is no file no\.yaml"):
         run("no.yaml")
@@ -444,7 +431,7 @@ def test_a_tasks_generation_settings_are_heeded_on_top_of_the_models(
     nesting = Nesting(RANKS)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora_config(nesting))
     randomize(model, size=1.0)
-    adapter = nest(model.eval(), nesting)
+    adapter = nest_as(model.eval(), nesting, deploy="paper")
     adapter.export(tmp_path / "4", 4)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "4").eval()
     for each in (adapter.model.get_base_model(), plain.get_base_model()):
@@ -461,8 +448,8 @@ def test_a_tasks_generation_settings_are_heeded_on_top_of_the_models(
         else {"until": ["x"], **settings},
         metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     )
-    judged = judge(Engine(adapter, tokenizer), select(file, tokenizer).tasks, [4], Store(None, {}))
-    assert_same(judged.results[4], by_the_harness(plain, tokenizer, select(file, tokenizer), None, batch_size=1))
+    judged = judge(Engine(adapter, tokenizer), ask(file, tokenizer).tasks, [4], Store(None, {}))
+    assert_same(judged.results[4], by_the_harness(plain, tokenizer, ask(file, tokenizer), None, batch_size=1))
 
 
 CHANGING = {
@@ -542,12 +529,13 @@ def test_a_killed_evaluation_goes_on(base: Path, adapter: NestedAdapter, tmp_pat
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = answers.read_bytes().count(b"\n") - 1
+    before = answers.read_bytes().rpartition(b"\n")[0]
+    kept = before.count(b"\n")
     assert 19 <= kept < 6 * 12 * 4
     assert not (tmp_path / "killed" / "evaluation.json").exists()
     second = subprocess.run(command("killed"), env=environment, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
-    assert f"{kept} answers are there already" in second.stderr
+    assert answers.read_bytes().startswith(before)  # none was asked for again
     keys = [(entry["key"], entry["rank"]) for entry in map(json.loads, answers.read_text().splitlines()[1:])]
     assert len(keys) == len(set(keys)) == 6 * 12 * 4
     subprocess.run(command("whole"), env=environment, check=True, capture_output=True)
@@ -567,7 +555,7 @@ def test_the_real_model_answers_as_the_harness_does(tmp_path: Path) -> None:
     nesting = Nesting([1, 8, 32])
     peft = get_peft_model(load_model(dtype=torch.float32), lora_config(nesting))
     randomize(peft, size=0.02)
-    adapter = nest(peft.eval(), nesting)
+    adapter = nest_as(peft.eval(), nesting, deploy="paper")
     draw = random.Random(5)
     choices = [
         {
@@ -577,55 +565,45 @@ def test_the_real_model_answers_as_the_harness_does(tmp_path: Path) -> None:
         for word in WORDS[:4]
     ]
     mean = {"aggregation": "mean", "higher_is_better": True}
-    files = [
-        write_task(
-            tmp_path,
-            name,
-            choices,
-            doc_to_text="Say what you see. {{text}}",
-            metadata={"version": 1},
-            **settings,
-        )
-        for name, settings in {
-            "choice": {
-                "output_type": "multiple_choice",
-                "doc_to_choice": "choices",
-                "doc_to_target": 0,
-                "target_delimiter": "",
-                "num_fewshot": 2,
-                "fewshot_config": {"sampler": "first_n"},
-                "metric_list": [{"metric": "acc", **mean}],
-            },
-            "words": {
-                "output_type": "generate_until",
-                "doc_to_target": "x",
-                "generation_kwargs": {"until": ["\n"], "max_gen_toks": 16},
-                "metric_list": [{"metric": "exact_match", **mean}],
-            },
-            "sentence": {
-                "output_type": "loglikelihood",
-                "doc_to_target": "{{choices[0]}}",
-                "target_delimiter": "",
-                "metric_list": [{"metric": "acc", **mean}],
-            },
-        }.items()
-    ]
-    found = [
-        judge(Engine(adapter, tokenizer), select(f, tokenizer).tasks, nesting.ranks, Store(None, {})) for f in files
-    ]
+    kinds: dict[str, dict[str, Any]] = {
+        "choice": {
+            "output_type": "multiple_choice",
+            "doc_to_choice": "choices",
+            "doc_to_target": 0,
+            "target_delimiter": "",
+            "num_fewshot": 2,
+            "fewshot_config": {"sampler": "first_n"},
+            "metric_list": [{"metric": "acc", **mean}],
+        },
+        "words": {
+            "output_type": "generate_until",
+            "doc_to_target": "x",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 16},
+            "metric_list": [{"metric": "exact_match", **mean}],
+        },
+        "sentence": {
+            "output_type": "loglikelihood",
+            "doc_to_target": "{{choices[0]}}",
+            "target_delimiter": "",
+            "metric_list": [{"metric": "acc", **mean}],
+        },
+    }
+    say = "Say what you see. {{text}}"
+    files = [write_task(tmp_path, name, choices, doc_to_text=say, **settings) for name, settings in kinds.items()]
+    found = [judge(Engine(adapter, tokenizer), ask(f, tokenizer).tasks, nesting.ranks, Store(None, {})) for f in files]
     for rank in nesting.ranks:
         adapter.export(tmp_path / str(rank), rank)
         plain = AutoModelForCausalLM.from_pretrained(embedded_folder(), dtype=torch.float32)
         model = PeftModel.from_pretrained(plain, tmp_path / str(rank)).eval()
         for file, judged in zip(files, found, strict=True):
-            assert_same(judged.results[rank], by_the_harness(model, tokenizer, select(file, tokenizer), None, 4))
+            assert_same(judged.results[rank], by_the_harness(model, tokenizer, ask(file, tokenizer), None, 4))
 
 
 def test_the_package_imports_without_the_harness() -> None:
     code = (
-        "import sys; sys.modules['lm_eval'] = None; import matryoshka_lora.evaluate, matryoshka_lora.cli.main\n"
+        "import sys; sys.modules['lm_eval'] = None; import matryoshka_lora.evaluation, matryoshka_lora.cli.main\n"
         "from matryoshka_lora import MatryoshkaError\n"
-        "try:\n    import matryoshka_lora.evaluate.harness\n"
+        "try:\n    import matryoshka_lora.evaluation.harness\n"
         "except MatryoshkaError as error:\n    print(error)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -653,7 +631,7 @@ def test_tied_embeddings_are_evaluated_as_peft_computes_them_and_left_as_they_we
         if "modules_to_save" in name:
             torch.manual_seed(number)
             torch.nn.init.normal_(parameter, std=0.2)
-    adapter = nest(peft.eval(), nesting)
+    adapter = nest_as(peft.eval(), nesting, deploy="paper")
     weights = {name: (value.data_ptr(), value.clone()) for name, value in adapter.model.state_dict().items()}
     pad = tokenizer.pad_token
     rows = [Row(f"{word} is", f" {word[::-1]}") for word in WORDS]

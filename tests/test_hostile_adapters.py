@@ -20,15 +20,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import lora_config, nested_llama, tiny_llama
+from conftest import nested_llama, tiny_llama
 from safetensors.torch import load_file, save_file
+from strangers import plain_adapter
 from test_bad_adapters import fingerprint
-from test_strangers import plain_adapter
 
-from matryoshka_lora import MatryoshkaError, Nesting, export_adapter, load
-from matryoshka_lora.deploy import export as exports
-from matryoshka_lora.deploy.info import describe
-from matryoshka_lora.deploy.reorder import reorder_adapter
+from matryoshka_lora import MatryoshkaError, Nesting, export, load, reorder
+from matryoshka_lora.serving.info import describe
 
 CASES = 250
 SECONDS = 20
@@ -126,7 +124,7 @@ def broken_json(folder: Path, draw: random.Random) -> None:
 
 
 def symbolic_link(folder: Path, draw: random.Random) -> None:
-    name = draw.choice([WEIGHTS, CONFIG])
+    name = draw.choice(_names(folder))
     target = draw.choice(["/dev/zero", "/dev/urandom", "/proc/self/environ", "/etc", "nowhere", name, "/dev/stdin"])
     (folder / name).unlink()
     os.symlink(target, folder / name)
@@ -134,7 +132,7 @@ def symbolic_link(folder: Path, draw: random.Random) -> None:
 
 def a_pipe(folder: Path, draw: random.Random) -> None:
     """Whoever opens it waits for ever."""
-    name = draw.choice([WEIGHTS, CONFIG])
+    name = draw.choice(_names(folder))
     (folder / name).unlink()
     os.mkfifo(folder / name)
 
@@ -177,6 +175,10 @@ HARMS: list[Harm] = [
 ]
 
 
+def _names(folder: Path) -> list[str]:
+    return [name for name in (WEIGHTS, CONFIG, SIDECAR) if (folder / name).exists()]
+
+
 def _change_header(folder: Path, draw: random.Random, **changes: Any) -> None:
     content = (folder / WEIGHTS).read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -197,9 +199,9 @@ def _change_json(file: Path, changes: dict[str, Any]) -> None:
 BASE = tiny_llama()
 WAYS_IN: dict[str, Callable[[Path, Path], Any]] = {
     "load": lambda folder, out: load(BASE, folder),
-    "export": lambda folder, out: export_adapter(folder, out, 1),
-    "directions": lambda folder, out: exports.export_directions(exports.cut(folder, 2), out),
-    "reorder": lambda folder, out: reorder_adapter(folder, out),
+    "export": lambda folder, out: export(folder, out, 1),
+    "directions": lambda folder, out: export(folder, out, 2, "directions"),
+    "reorder": lambda folder, out: reorder(folder, out),
     "info": lambda folder, out: describe(folder),
 }
 
@@ -247,8 +249,8 @@ def test_a_hostile_adapter_is_refused(good: dict[str, Path], tmp_path: Path, cas
     harms[0](folder, draw)
     before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
     weights = {name: tensor.clone() for name, tensor in BASE.state_dict().items()}
-    # What has no nesting is refused by the first two for that reason alone.
-    ways = WAYS_IN if kind == "nested" else {name: WAYS_IN[name] for name in ("reorder", "info")}
+    # What has no nesting is refused by `load` for that reason alone.
+    ways = {name: way_in for name, way_in in WAYS_IN.items() if kind == "nested" or name != "load"}
     for name, way_in in ways.items():
         with bounded(), pytest.raises(MatryoshkaError) as caught:
             way_in(folder, tmp_path / "out")
@@ -265,6 +267,5 @@ def test_the_good_ones_are_taken(good: dict[str, Path], tmp_path: Path) -> None:
         with bounded():
             if name != "load":
                 way_in(good["nested"], tmp_path / name)
-    reorder_adapter(good["plain"], tmp_path / "plain")
+    reorder(good["plain"], tmp_path / "plain")
     assert fingerprint(tmp_path / "plain").keys() >= {WEIGHTS, CONFIG, SIDECAR}
-    assert lora_config(Nesting([1, 2, 8])).r == 8

@@ -13,11 +13,10 @@ import torch
 from conftest import LINEAR_LAYERS
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from matryoshka_lora.deploy import export as exports
-from matryoshka_lora.deploy.reorder import reorder_adapter
-from matryoshka_lora.evaluate.questions import tokenize
+from matryoshka_lora import export
+from matryoshka_lora.data.questions import tokenize
+from matryoshka_lora.data.tasks import get_task
 from matryoshka_lora.models import embedded_gguf, load_model, load_tokenizer
-from matryoshka_lora.tasks import get_task
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="make test-deploy builds llama.cpp")
 
@@ -51,10 +50,8 @@ def slice_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder / "plain")
-    reorder_adapter(folder / "plain", folder / "nested")
-    cut = exports.cut(folder / "nested", RANK)
-    exports.export_peft(cut, folder / "peft", None)
-    exports.export_gguf(cut, folder / "rank.gguf", None, load_model().config)
+    export(folder / "plain", folder / "peft", RANK, verify=False)
+    export(folder / "plain", folder / "rank.gguf", RANK, "gguf", verify=False)
     return folder
 
 

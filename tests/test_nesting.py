@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import warnings
 from typing import Any
 
 import numpy as np
 import oracle
 import pytest
 import torch
+from conftest import one_layer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matryoshka_lora import MatryoshkaError, Nesting
+from matryoshka_lora import MatryoshkaError, Nesting, nest
 
 # p on the blocks 1 | 2 | 3-4 | 5-8 | 9-16 | 17-32 | ..., summed by hand from the last to the first.
 TABLE = [
@@ -27,56 +27,48 @@ TABLE = [
 
 rank_lists = st.sets(st.integers(1, 80), min_size=1, max_size=8).map(sorted)
 scalings = st.sampled_from(["none", "rank", "sqrt"])
-alphas = st.floats(1e-3, 1e3)
-
-
-def build(ranks: Any, scaling: Any = "none", alpha: Any = 1.0) -> Nesting:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scaling "none" with an alpha
-        return Nesting(ranks, scaling, alpha)
+scales = st.floats(1e-3, 1e3)
 
 
 @pytest.mark.parametrize(("max_rank", "scaling", "blocks"), TABLE)
 def test_diagonal_is_the_table_of_the_method(max_rank: int, scaling: Any, blocks: list[float]) -> None:
     widths = [1, *(2**k for k in range(len(blocks) - 1))]
     expected = [p for p, width in zip(blocks, widths, strict=True) for _ in range(width)]
-    diagonal = Nesting.powers_of_two(max_rank, scaling).diagonal()
+    paper = {"none": 1.0, "rank": 1 / max_rank, "sqrt": max_rank**-0.5}  # alpha is 1
+    diagonal = Nesting.powers_of_two(max_rank, scaling, paper[scaling]).diagonal()
     assert diagonal.shape == (max_rank,)
     assert diagonal.dtype == torch.float64
     assert diagonal.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-@given(rank_lists, scalings, alphas)
-def test_diagonal_is_the_sum_of_prefixes_and_the_formula(ranks: list[int], scaling: Any, alpha: float) -> None:
-    nesting = build(ranks, scaling, alpha)
-    prefixes = sum(oracle.prefix_p(ranks, r, scaling, alpha) for r in ranks)
+@given(rank_lists, scalings, scales)
+def test_diagonal_is_the_sum_of_prefixes_and_the_formula(ranks: list[int], scaling: Any, whole: float) -> None:
+    nesting = Nesting(ranks, scaling, whole)
+    prefixes = sum(oracle.prefix_p(ranks, r, scaling, whole) for r in ranks)
     torch.testing.assert_close(nesting.diagonal(), prefixes, rtol=1e-12, atol=0)
-    torch.testing.assert_close(nesting.diagonal(), oracle.trained_p(ranks, scaling, alpha), rtol=1e-12, atol=0)
+    torch.testing.assert_close(nesting.diagonal(), oracle.trained_p(ranks, scaling, whole), rtol=1e-12, atol=0)
 
 
-@given(rank_lists, scalings, alphas, st.data())
-def test_prefix_and_scale(ranks: list[int], scaling: Any, alpha: float, data: st.DataObject) -> None:
-    nesting = build(ranks, scaling, alpha)
+@given(rank_lists, scalings, scales, st.data())
+def test_prefix_and_scale(ranks: list[int], scaling: Any, whole: float, data: st.DataObject) -> None:
+    nesting = Nesting(ranks, scaling, whole)
     rank = data.draw(st.integers(1, max(ranks)))
-    assert nesting.scale(rank) == pytest.approx(oracle.scale(scaling, alpha, rank), rel=1e-14)
-    torch.testing.assert_close(nesting.prefix(rank), oracle.prefix_p(ranks, rank, scaling, alpha))
+    assert nesting.scale_at(rank) == pytest.approx(oracle.scale(scaling, whole, max(ranks), rank), rel=1e-14)
+    torch.testing.assert_close(nesting.prefix(rank), oracle.prefix_p(ranks, rank, scaling, whole))
 
 
-@given(rank_lists, scalings, alphas)
-def test_lora_alpha_makes_peft_scale_by_s_r(ranks: list[int], scaling: Any, alpha: float) -> None:
-    nesting = build(ranks, scaling, alpha)
-    assert nesting.lora_alpha / nesting.max_rank == pytest.approx(oracle.scale(scaling, alpha, max(ranks)), rel=1e-14)
+@given(rank_lists, scalings, scales)
+def test_the_largest_rank_has_the_scale_that_is_given(ranks: list[int], scaling: Any, whole: float) -> None:
+    nesting = Nesting(ranks, scaling, whole)
+    assert nesting.scale == nesting.scale_at(max(ranks)) == whole
 
 
-@given(rank_lists, scalings, alphas)
-def test_round_trip_through_json_is_lossless(ranks: list[int], scaling: Any, alpha: float) -> None:
-    nesting = build(ranks, scaling, alpha)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        again = Nesting.from_dict(json.loads(json.dumps(nesting.to_dict())))
-    assert again == nesting
-    assert hash(again) == hash(nesting)
-    assert torch.equal(again.diagonal(), nesting.diagonal())
+@given(st.integers(1, 20), scales, st.booleans())
+def test_the_scale_of_an_adapter_is_what_peft_multiplies_by(rank: int, alpha: float, use_rslora: bool) -> None:
+    model = one_layer("Linear", Nesting([1]), r=rank, lora_alpha=alpha, use_rslora=use_rslora)
+    nesting = nest(model).nesting
+    assert nesting == Nesting.powers_of_two(rank, scale=model.base_model.model.layer.scaling["default"])
+    assert nesting.scale == pytest.approx(alpha / (rank**0.5 if use_rslora else rank), rel=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -91,10 +83,10 @@ def test_powers_of_two_end_in_the_largest_rank(max_rank: int, ranks: tuple[int, 
 def test_numpy_integers_and_any_iterable_are_taken() -> None:
     nesting = Nesting(np.array([1, 4, 8]))
     assert nesting == Nesting(r for r in (1, 4, 8))
-    assert json.loads(json.dumps(nesting.to_dict()))["ranks"] == [1, 4, 8]
+    assert json.loads(json.dumps(nesting.ranks)) == [1, 4, 8]
     assert Nesting.powers_of_two(np.int64(6)) == Nesting([1, 2, 4, 6])
-    assert nesting.scale(np.int32(4)) == 1.0
-    assert Nesting([1, 2], "rank", np.float64(4)).to_dict()["alpha"] == 4.0
+    assert nesting.scale_at(np.int32(4)) == 1.0
+    assert type(Nesting([1, 2], "rank", np.float64(4)).scale) is float
 
 
 def test_a_nesting_is_immutable() -> None:
@@ -141,15 +133,11 @@ def test_an_unknown_scaling_is_refused(scaling: Any) -> None:
         Nesting([1, 2], scaling)
 
 
-@pytest.mark.parametrize("alpha", [0, -1.0, math.nan, math.inf, -math.inf, True, "16", None])
-def test_an_impossible_alpha_is_refused(alpha: Any) -> None:
-    with pytest.raises(MatryoshkaError, match=r"alpha is .*; write a positive number"):
-        Nesting([1, 2], "rank", alpha)
-
-
-def test_an_alpha_that_is_not_used_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="scaling 'none' has no alpha"):
-        Nesting([1, 2], "none", 16)
+@pytest.mark.parametrize("scaling", ["none", "rank", "sqrt"])
+@pytest.mark.parametrize("scale", [0, -1.0, math.nan, math.inf, -math.inf, 10**400, True, "16", None])
+def test_an_impossible_scale_is_refused(scaling: Any, scale: Any) -> None:
+    with pytest.raises(MatryoshkaError, match=r"scale is .*; write a positive number"):
+        Nesting([1, 2], scaling, scale)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +150,7 @@ def test_an_alpha_that_is_not_used_is_warned_of() -> None:
         ("4", "not an integer"),
     ],
 )
-@pytest.mark.parametrize("method", ["scale", "prefix"])
+@pytest.mark.parametrize("method", ["scale_at", "prefix"])
 def test_a_rank_outside_the_nesting_is_refused(method: str, rank: Any, message: str) -> None:
     with pytest.raises(MatryoshkaError, match=message):
         getattr(Nesting([2, 8]), method)(rank)
@@ -172,17 +160,3 @@ def test_a_rank_outside_the_nesting_is_refused(method: str, rank: Any, message: 
 def test_powers_of_two_refuses_what_is_no_rank(max_rank: Any) -> None:
     with pytest.raises(MatryoshkaError, match=r"not positive|not an integer"):
         Nesting.powers_of_two(max_rank)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [{}, {"scaling": "none"}, {"ranks": [1], "rank": 4}, [1, 2], None, {"ranks": [1], "scaling": "none", "beta": 1}],
-)
-def test_from_dict_refuses_other_keys(data: Any) -> None:
-    with pytest.raises(MatryoshkaError, match="a nesting has the keys ranks, scaling and alpha, not"):
-        Nesting.from_dict(data)
-
-
-def test_from_dict_checks_the_values_too() -> None:
-    with pytest.raises(MatryoshkaError, match=r"write \[1, 2\]"):
-        Nesting.from_dict({"ranks": [2, 1], "scaling": "none", "alpha": 1.0})

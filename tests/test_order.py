@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain, islice, repeat
 from typing import Any
 
 import pytest
 import torch
-from conftest import nested_layer, nested_llama, randomize, tiny_mixtral
+from conftest import nest_as, nested_layer, nested_llama, randomize, tiny_llama, tiny_mixtral
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from tiny_chat import tiny_tokenizer
 from torch import Tensor
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
-from matryoshka_lora.adapter.factors import get_factors
-from matryoshka_lora.adapter.order import Part, learn_order
-from matryoshka_lora.order import OrderOptimizer
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting
+from matryoshka_lora.adapter.in_model import InModel
+from matryoshka_lora.data.questions import Row
+from matryoshka_lora.reordering.learned import ROWS, learn_order
+from matryoshka_lora.reordering.model import Part
+from matryoshka_lora.reordering.order import OrderOptimizer
 
 NESTING = Nesting([1, 2, 4, 8])
 
@@ -95,16 +99,38 @@ def test_ranks_between_nested_ones_are_the_best_of_their_block() -> None:
         torch.testing.assert_close(left.norm(), values[rank - 2 :].norm(), rtol=1e-9, atol=1e-9)
 
 
-def some_batches(adapter: NestedAdapter, count: int, rows: int = 6) -> Iterator[list[Part]]:
+class Given:
+    """Data whose steps are given; the last one stands for all that follow."""
+
+    quiet = True
+
+    def __init__(self, *steps: list[Part]) -> None:
+        self._steps = steps
+
+    def __len__(self) -> int:
+        return sum(part.rows for parts in self._steps for part in parts)
+
+    def steps(self, rows: int, at_once: int, seed: int) -> Iterator[list[Part]]:
+        return islice(chain(self._steps, repeat(self._steps[-1])), rows // at_once)
+
+
+def learn(adapter: NestedAdapter, data: Given, steps: int, **more: Any) -> None:
+    learn_order(InModel(adapter.model, adapter.name), data, steps, **more)
+
+
+def some_rows(adapter: NestedAdapter, rows: int = 6) -> Given:
     """Random tokens; what follows them is learned."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 90, (rows, 12), generator=generator)
-    for _ in range(count):
-        yield [Part(rows, 1.0, lambda: adapter.model(input_ids=ids, labels=ids).loss)]
+    ids = torch.randint(3, 90, (rows, 12), generator=torch.Generator().manual_seed(0))
+    return Given([Part(rows, 1.0, None, lambda: adapter.model(input_ids=ids, labels=ids).loss)])
+
+
+def all_factors(adapter: NestedAdapter) -> list[Tensor]:
+    """Copies."""
+    return [factor for pair in InModel(adapter.model, adapter.name).factors().values() for factor in pair]
 
 
 def losses(adapter: NestedAdapter) -> list[float]:
-    ((part,),) = some_batches(adapter, 1)
+    ((part,),) = some_rows(adapter).steps(ROWS, ROWS, 0)
     found = []
     with torch.no_grad():
         for rank in NESTING.ranks:
@@ -119,7 +145,7 @@ def test_prefixes_lose_less_and_the_whole_stays() -> None:
     adapter.reorder()
     whole = adapter.model(input_ids=ids).logits.detach()
     before = losses(adapter)
-    learn_order(adapter, some_batches(adapter, 30), 30, learning_rate=0.0075)
+    learn(adapter, some_rows(adapter), 30, learning_rate=0.0075)
     after = losses(adapter)
     adapter.set_rank(8)
     # The whole drifts by the rounding of its float32 factors alone.
@@ -137,10 +163,6 @@ def dropping(dropout: float, seed: int = 0) -> NestedAdapter:
     return adapter
 
 
-def all_factors(adapter: NestedAdapter) -> list[Tensor]:
-    return [f.detach().clone() for _, m, _ in adapter._layers() for f in get_factors(m, adapter.name)]
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_dropout_has_no_part_in_an_order(checkpointing: bool) -> None:
     found = []
@@ -152,9 +174,9 @@ def test_dropout_has_no_part_in_an_order(checkpointing: bool) -> None:
         adapter.model.train()
         model.model.layers[0].eval()
         modes = [module.training for module in adapter.model.modules()]
-        forwards = []
+        forwards: list[int] = []
         handle = model.model.layers[1].input_layernorm.register_forward_hook(lambda *_, seen=forwards: seen.append(1))
-        learn_order(adapter, some_batches(adapter, 3), 3, learning_rate=0.0075)
+        learn(adapter, some_rows(adapter), 3, learning_rate=0.0075)
         handle.remove()
         assert [module.training for module in adapter.model.modules()] == modes
         assert len(forwards) == 3 * (1 + checkpointing) + 2  # memory is saved as in training
@@ -171,7 +193,7 @@ def test_dropout_decides_of_no_order() -> None:
     for seed in range(6):
         adapter = dropping(0.1, seed)
         before = losses(adapter)
-        learn_order(adapter, some_batches(adapter, 4), 4, learning_rate=2e-4)
+        learn(adapter, some_rows(adapter), 4, learning_rate=2e-4)
         assert sum(losses(adapter)[:-1]) < sum(before[:-1])
 
 
@@ -181,53 +203,68 @@ def test_a_step_in_parts_is_the_step() -> None:
     found = []
     for sizes in ((6,), (4, 2)):
         adapter = nested_llama(NESTING, "lora")
+        adapter.reorder()
 
         def part(start: int, rows: int, adapter: NestedAdapter = adapter) -> Part:
             some = ids[start : start + rows]
-            return Part(rows, some.numel(), lambda: adapter.model(input_ids=some, labels=some).loss)
+            return Part(rows, some.numel(), None, lambda: adapter.model(input_ids=some, labels=some).loss)
 
-        learn_order(adapter, [[part(sum(sizes[:n]), size) for n, size in enumerate(sizes)]] * 3, 3)
+        learn(adapter, Given([part(sum(sizes[:n]), size) for n, size in enumerate(sizes)]), 3)
         adapter.set_rank(2)
         with torch.no_grad():
             found.append(adapter.model(input_ids=ids).logits)
     torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-2)
 
 
-def test_a_raw_adapter_is_reordered_first() -> None:
-    one, other = nested_llama(NESTING, "matryoshka"), nested_llama(NESTING, "matryoshka")
-    one.reorder()
-    for adapter in (one, other):
-        learn_order(adapter, some_batches(adapter, 3), 3)
-        assert adapter.reordered
-        assert not adapter.model.training
-    for (_, a, _), (_, b, _) in zip(one._layers(), other._layers(), strict=True):
-        for x, y in zip(get_factors(a, "default"), get_factors(b, "default"), strict=True):
-            assert torch.equal(x, y)
+def test_factors_as_they_are_trained_are_reordered_first() -> None:
+    """So that the function of training stays; and a learned order begins anew at each call."""
+    tokenizer = tiny_tokenizer()
+    model = get_peft_model(tiny_llama(vocab_size=len(tokenizer)), LoraConfig(r=8, target_modules=["q_proj", "up_proj"]))
+    randomize(model)
+    adapter = nest_as(model, NESTING, "matryoshka", deploy="reordered")
+    ids, rows = torch.arange(3, 60)[None], [Row("a" * n, "bc" * n) for n in range(1, 7)]
+    model.train()
+    with torch.no_grad():
+        trained = model(input_ids=ids).logits
+    found = []
+    for _ in range(2):
+        spectra = adapter.reorder("learned", rows, tokenizer, rows=24)
+        assert adapter.state.reordered == "learned"
+        assert model.training
+        assert all(bool((values.diff() <= 0).all()) for values in spectra.values())
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, trained, rtol=0, atol=1e-4)
+        found.append(all_factors(adapter))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    adapter.reorder()
+    svd = all_factors(adapter)
+    assert not any(torch.allclose(one, other, atol=1e-3) for one, other in zip(found[0], svd, strict=True))
 
 
 def test_a_loss_that_is_not_finite_leaves_the_order() -> None:
     adapter = nested_llama(NESTING, "lora")
     adapter.reorder()
-    before = [f.clone() for _, m, _ in adapter._layers() for f in get_factors(m, "default")]
-    (good,) = some_batches(adapter, 1)
+    before = all_factors(adapter)
+    (good,) = some_rows(adapter).steps(ROWS, ROWS, 0)
     bad = [good[0]._replace(loss=lambda: good[0].loss() * float("nan"))]
     with pytest.raises(MatryoshkaError, match="NaN or infinity"):
-        learn_order(adapter, iter([good, good, bad]), 3)
-    after = [f for _, m, _ in adapter._layers() for f in get_factors(m, "default")]
+        learn(adapter, Given(good, good, bad), 3)
+    after = all_factors(adapter)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_an_order_that_loses_more_is_not_kept() -> None:
     adapter = nested_llama(NESTING, "lora")
     adapter.reorder()
-    before = [f.clone() for _, m, _ in adapter._layers() for f in get_factors(m, "default")]
-    ((part,),) = some_batches(adapter, 1)
+    before = all_factors(adapter)
+    ((part,),) = some_rows(adapter).steps(ROWS, ROWS, 0)
     uphill = part._replace(loss=lambda: -part.loss())
     with pytest.warns(
         UserWarning, match=r"the learned order is not kept: on its last rows it loses \d.*lower learning"
     ):
-        learn_order(adapter, [[uphill]] * 9 + [[part]], 10)
-    after = [f for _, m, _ in adapter._layers() for f in get_factors(m, "default")]
+        learn(adapter, Given(*[[uphill]] * 9, [part]), 10)
+    after = all_factors(adapter)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert not adapter.model.training
 
@@ -237,7 +274,7 @@ def test_frozen_factors_learn_and_stay_frozen() -> None:
     adapter.reorder()
     adapter.model.requires_grad_(False)
     before = losses(adapter)
-    learn_order(adapter, some_batches(adapter, 10), 10, learning_rate=0.0075)
+    learn(adapter, some_rows(adapter), 10, learning_rate=0.0075)
     assert losses(adapter)[0] < before[0]
     assert not any(parameter.requires_grad for parameter in adapter.model.parameters())
 
@@ -250,9 +287,9 @@ def test_a_direction_moves_as_far_whatever_r_is(rank: int) -> None:
         nesting = Nesting.powers_of_two(r)
         adapter = nested_llama(nesting, "lora", target_modules=["gate_proj"])
         adapter.reorder()
-        before = [get_factors(m, "default")[0].clone() for _, m, _ in adapter._layers()]
-        learn_order(adapter, some_batches(adapter, 1), 1, learning_rate=1e-4)
-        after = [get_factors(m, "default")[0] for _, m, _ in adapter._layers()]
+        before = all_factors(adapter)[::2]
+        learn(adapter, some_rows(adapter), 1, learning_rate=1e-4)
+        after = all_factors(adapter)[::2]
         M = [new @ torch.linalg.pinv(old) for new, old in zip(after, before, strict=True)]
         moved.append(sum(float((m[0] - torch.eye(r)[0]).detach().abs().sum()) for m in M))
     assert moved[0] == pytest.approx(32 * 1e-4 * len(M), rel=0.1)
@@ -262,18 +299,18 @@ def test_a_direction_moves_as_far_whatever_r_is(rank: int) -> None:
 def test_one_rank_has_no_order() -> None:
     adapter = nested_llama(Nesting([8]), "lora")
     with pytest.raises(MatryoshkaError, match="one nested rank"):
-        learn_order(adapter, some_batches(adapter, 1), 1)
+        learn(adapter, some_rows(adapter), 1)
 
 
 def test_experts_that_tokens_are_routed_to_have_one_rank_a_batch() -> None:
     config = LoraConfig(r=8, lora_alpha=8, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
     model = get_peft_model(tiny_mixtral(), config)
     randomize(model)
-    adapter = nest(model, NESTING, "lora")
+    adapter = nest_as(model, NESTING, "lora")
     adapter.reorder()
     adapter.model.eval()
     before = losses(adapter)
-    learn_order(adapter, some_batches(adapter, 30), 30, learning_rate=0.0075)
+    learn(adapter, some_rows(adapter), 30, learning_rate=0.0075)
     after = losses(adapter)
     assert abs(after[-1] - before[-1]) < 1e-3
     assert sum(after[:-1]) < sum(before[:-1]) - 0.02
@@ -292,7 +329,7 @@ def test_other_kinds_of_layers(kind: str) -> None:
         return ((layer.adapter.model(x) - target) ** 2).mean()
 
     before = [f.clone() for f in layer.factors]
-    learn_order(layer.adapter, ([Part(5, 1.0, loss)] for _ in range(4)), 4)
+    learn(layer.adapter, Given([Part(5, 1.0, None, loss)]), 4)
     assert not torch.equal(layer.factors[0], before[0])
     with torch.no_grad(), layer.adapter.rows([4] * 5):
         torch.testing.assert_close(layer.adapter.model(x), whole, rtol=1e-9, atol=1e-9)

@@ -26,8 +26,8 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from matryoshka_lora import MatryoshkaError, Nesting, nest
-from matryoshka_lora.evaluate.engine import Engine
+from matryoshka_lora import MatryoshkaError, nest
+from matryoshka_lora.engine.engine import Engine
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGES = {"image_size": 16, "patch_size": 8}
@@ -141,8 +141,6 @@ def test_every_rank_is_plain_pefts(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_engine_evaluates_language_models_only(name: str) -> None:
     build, targets, _, _ = MODELS[name]
-    nesting = Nesting([1, 2])
-    config = LoraConfig(r=2, lora_alpha=nesting.lora_alpha, target_modules=targets)
-    adapter = nest(get_peft_model(build().eval(), config), nesting)
+    adapter = nest(get_peft_model(build().eval(), LoraConfig(r=2, target_modules=targets)))
     with pytest.raises(MatryoshkaError, match=r"is no causal language model of transformers.*by set_rank"):
         Engine(adapter, tiny_tokenizer())

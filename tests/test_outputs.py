@@ -11,30 +11,38 @@ import an_evaluation
 import pytest
 from conftest import LINEAR_LAYERS, randomize, tiny_llama
 from peft import LoraConfig, get_peft_model
-from test_strangers import output
+from strangers import output
 from tiny_chat import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from matryoshka_lora import MatryoshkaError, Nesting, export_adapter, load, nest
+from matryoshka_lora import MatryoshkaError, NestedAdapter, export, load, nest, reorder
 from matryoshka_lora.cli.main import app
-from matryoshka_lora.deploy import export as exports
-from matryoshka_lora.deploy.reorder import reorder_adapter
 from matryoshka_lora.files import check_free, kinds_in
 
 
-def base(dtype: Any = None) -> Any:
-    return tiny_llama(num_hidden_layers=1)
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("outputs") / "base"
+    tiny_llama(num_hidden_layers=1).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("outputs") / "nested"
-    model = get_peft_model(base(), LoraConfig(r=4, lora_alpha=4, target_modules=LINEAR_LAYERS))
+def nested(base: Path) -> Path:
+    """An adapter that names its base model."""
+    folder = base.parent / "nested"
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=LINEAR_LAYERS)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     randomize(model)
-    adapter = nest(model, Nesting([1, 2, 4]))
+    adapter = nest(model)
     adapter.reorder()
     adapter.save(folder)
     return folder
+
+
+def loaded(nested: Path) -> NestedAdapter:
+    return load(tiny_llama(num_hidden_layers=1), nested)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -43,23 +51,23 @@ def content(folder: Path) -> dict[str, bytes]:
 
 Write = Callable[[Path, Path, bool], object]
 
+
+def exporting(rank: int, format: Any) -> Write:
+    return lambda nested, out, over: export(nested, out, rank, format, verify=False, overwrite=over)
+
+
 NEW: dict[str, Write] = {
-    "peft": lambda nested, out, over: exports.export_peft(exports.cut(nested, 2), out, None, overwrite=over),
-    "merged": lambda nested, out, over: exports.export_merged(
-        exports.cut(nested, 2), out, base, tiny_tokenizer(), verify=False, overwrite=over
-    ),
-    "ladder": lambda nested, out, over: exports.export_ladder(
-        exports.cut(nested, 2), [1, 2], out, None, overwrite=over
-    ),
-    "directions": lambda nested, out, over: exports.export_directions(exports.cut(nested, 4), out, overwrite=over),
-    "reordered": lambda nested, out, over: reorder_adapter(nested, out, overwrite=over),
-    "from a file": lambda nested, out, over: export_adapter(nested, out, 2, overwrite=over),
-    "from a model": lambda nested, out, over: load(base(), nested).export(out, 2, overwrite=over),
+    "peft": exporting(2, "peft"),
+    "merged": exporting(2, "merged"),
+    "ladder": exporting(2, "ladder"),
+    "directions": exporting(4, "directions"),
+    "reordered": lambda nested, out, over: reorder(nested, out, overwrite=over),
+    "from a model": lambda nested, out, over: loaded(nested).export(out, 2, overwrite=over),
 }
 
 
 def evaluated_adapter(nested: Path, out: Path) -> None:
-    reorder_adapter(nested, out)
+    reorder(nested, out)
     for folder in (out, out / "evaluation"):
         an_evaluation.write(folder, an_evaluation.some_examples())
         for name in ("curve.png", "report.html", "answers.jsonl", "answers.jsonl.lock"):
@@ -77,8 +85,8 @@ def model_in_shards(nested: Path, out: Path) -> None:
 OLD: dict[str, Callable[[Path, Path], object]] = {
     "adapter": evaluated_adapter,
     "model": model_in_shards,
-    "ladder": lambda nested, out: exports.export_ladder(exports.cut(nested, 4), [1, 4], out, None),
-    "directions": lambda nested, out: exports.export_directions(exports.cut(nested, 4), out),
+    "ladder": lambda nested, out: exporting(4, "ladder")(nested, out, False),
+    "directions": lambda nested, out: exporting(4, "directions")(nested, out, False),
 }
 
 
@@ -105,7 +113,8 @@ def test_an_output_replaces_another_only_when_told_and_then_wholly(
     assert not [path for path in out.rglob("*") if path.is_dir() and not any(path.iterdir())]
     if new == "merged":
         merged = AutoModelForCausalLM.from_pretrained(out)
-        wanted = load(base(), nested, rank=2)
+        wanted = loaded(nested)
+        wanted.set_rank(2)
         assert (output(merged) - output(wanted.model)).norm() < 1e-5 * output(merged).norm()
 
 
@@ -129,7 +138,7 @@ RUNS = {"config": "train.yaml", "state": "trainer_state.json", "checkpoint": "ch
 @pytest.mark.parametrize("sign", RUNS)
 @pytest.mark.parametrize("new", NEW)
 def test_a_training_run_is_not_replaced(nested: Path, tmp_path: Path, new: str, sign: str) -> None:
-    adapter = load(base(), nested)
+    adapter = loaded(nested)
     adapter.save(tmp_path)
     (tmp_path / RUNS[sign]).parent.mkdir(exist_ok=True)
     (tmp_path / RUNS[sign]).write_text("{}")
@@ -142,25 +151,24 @@ def test_a_training_run_is_not_replaced(nested: Path, tmp_path: Path, new: str, 
 
 
 def test_the_ladder_that_holds_the_adapter_is_not_replaced(nested: Path, tmp_path: Path) -> None:
-    exports.export_ladder(exports.cut(nested, 4), [1, 4], tmp_path, None)
+    export(nested, tmp_path, format="ladder", verify=False)
     for over in (False, True):
-        with pytest.raises(MatryoshkaError, match="holds the adapter itself"):
-            reorder_adapter(tmp_path / "rank-4", tmp_path, overwrite=over)
+        for write in (reorder, lambda source, target, **more: export(source, target, 1, **more)):
+            with pytest.raises(MatryoshkaError, match="holds the adapter itself"):
+                write(tmp_path / "rank-4", tmp_path, overwrite=over)
 
 
 def test_the_commands_ask_too(nested: Path, tmp_path: Path) -> None:
     def run(*arguments: object) -> None:
         app([str(argument) for argument in arguments], standalone_mode=False)
 
-    base().save_pretrained(tmp_path / "base")
-    tiny_tokenizer().save_pretrained(tmp_path / "base")
     for name, command in {
         "reordered": ["reorder", nested],
         "rank": ["export", nested, "--rank", 2],
-        "merged": ["export", nested, "--rank", 2, "--format", "merged", "--model", tmp_path / "base"],
+        "merged": ["export", nested, "--rank", 2, "--format", "merged"],
         "ladder": ["export", nested, "--format", "ladder"],
         "directions": ["export", nested, "--format", "directions"],
-        "file.gguf": ["export", nested, "--rank", 2, "--format", "gguf", "--model", tmp_path / "base"],
+        "file.gguf": ["export", nested, "--rank", 2, "--format", "gguf"],
     }.items():
         out = tmp_path / name
         run(*command, "-o", out)

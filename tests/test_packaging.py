@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from setuptools import find_packages  # type: ignore[import-untyped]
 
-PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+import matryoshka_lora
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 REQUIREMENTS = {
     requirement.name: requirement
@@ -29,7 +34,7 @@ def versions_named() -> list[str]:
 
 
 @pytest.mark.parametrize("name", sorted(REQUIREMENTS))
-def test_every_requirement_can_be_installed_on_the_oldest_python_that_is_promised(name):
+def test_every_requirement_can_be_installed_on_the_oldest_python_that_is_promised(name: str) -> None:
     try:
         found = importlib.metadata.metadata(name)
     except importlib.metadata.PackageNotFoundError:
@@ -39,9 +44,28 @@ def test_every_requirement_can_be_installed_on_the_oldest_python_that_is_promise
     assert REQUIREMENTS[name].specifier.contains(found["Version"], prereleases=True)
 
 
-def test_the_classifiers_begin_with_the_oldest_python_that_is_promised():
+def test_the_classifiers_begin_with_the_oldest_python_that_is_promised() -> None:
     assert versions_named()[0] == lowest_python()
 
 
-def test_the_next_peft_can_be_installed_beside_this_package():
+def test_the_version_is_that_of_the_package() -> None:
+    assert PROJECT["version"] == matryoshka_lora.__version__
+
+
+def test_all_rooms_and_what_they_read_are_packed() -> None:
+    package = ROOT / "src/matryoshka_lora"
+    assert all((file.parent / "__init__.py").is_file() for file in package.rglob("*.py"))
+    data = {file.relative_to(package).as_posix() for file in package.rglob("*") if file.is_file()}
+    data = {name for name in data if not name.endswith((".py", ".pyc"))}
+    assert set(PYPROJECT["tool"]["setuptools"]["package-data"]["matryoshka_lora"]) == data
+
+
+def test_the_next_peft_can_be_installed_beside_this_package() -> None:
     assert REQUIREMENTS["peft"].specifier.contains("0.22.0")
+
+
+def test_the_study_is_no_part_of_the_wheel() -> None:
+    find = PYPROJECT["tool"]["setuptools"]["packages"]["find"]
+    packages = {name for where in find["where"] for name in find_packages(str(ROOT / where))}
+    assert {name.partition(".")[0] for name in packages} == {"matryoshka_lora"}
+    assert "research" in find_packages(str(ROOT))  # which would be packaged from there

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from an_evaluation import evaluation, example, some_examples
 
-from matryoshka_lora.evaluate.page import MOST_EXAMPLES, page
+from matryoshka_lora.evaluation.page import MOST_EXAMPLES, page
 from matryoshka_lora.files import write_text
 
 HOSTILE = (
@@ -120,7 +120,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_the_browser_has_nothing_to_complain_of_and_asks_for_nothing(browser: Any, file: Path) -> None:
     show(browser, file)
-    assert browser.title == "matryoshka-prefix at every rank"
+    assert browser.title == "matryoshka, reordered by svd at every rank"
     assert browser.get_log("browser") == []
     assert [url for url in requests(browser) if not url.startswith("data:")] == [file.as_uri()]
 

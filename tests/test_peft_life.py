@@ -15,37 +15,75 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from conftest import NestedLayer, OneLayer, lora_config, nested_layer, nested_llama, one_layer, randomize, tiny_llama
+from conftest import (
+    NestedLayer,
+    OneLayer,
+    lora_config,
+    nest_as,
+    nested_layer,
+    nested_llama,
+    one_layer,
+    randomize,
+    tiny_llama,
+)
 from packaging.version import Version
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import config as lora_configs
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, load, nest
 from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.rules import RULES
 
-NESTING = Nesting([1, 2, 4, 8], "sqrt", 2.0)
+NESTING = Nesting([1, 2, 4, 8], "sqrt", 0.7)
 
 
 def tokens(rows: int = 3, length: int = 6, seed: int = 5) -> Tensor:
     return torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
+def logits(model: Callable[[Tensor], Any], ids: Tensor | None = None) -> Tensor:
     with torch.no_grad():
-        return model(tokens() if ids is None else ids).logits
+        found: Tensor = model(tokens() if ids is None else ids).logits
+    return found
 
 
 def prefix(nesting: Nesting, rank: int) -> Tensor:
-    return oracle.prefix_p(nesting.ranks, rank, nesting.scaling, nesting.alpha)
+    return oracle.prefix_p(nesting.ranks, rank, nesting.scaling, nesting.scale)
 
 
 def p_of(nesting: Nesting) -> Tensor:
-    return oracle.trained_p(nesting.ranks, nesting.scaling, nesting.alpha)
+    return oracle.trained_p(nesting.ranks, nesting.scaling, nesting.scale)
+
+
+def kept(nesting: Nesting, rank: int) -> Tensor:
+    return oracle.kept_p(nesting.ranks, rank, nesting.scaling, nesting.scale)
+
+
+FORMS = ["paper", "kept", "reordered"]
+"""How a rank may be in eval mode: P dropped, P kept since it was not reordered yet, and reordered."""
+
+
+def deploy_of(form: str) -> Any:
+    return "paper" if form == "paper" else "reordered"
+
+
+def in_form(adapter: NestedAdapter, form: str) -> NestedAdapter:
+    if form == "reordered":
+        adapter.reorder()
+    return adapter
+
+
+def p_in_form(form: str, rank: int) -> Tensor:
+    """What stands between the factors at a rank."""
+    if form == "reordered":
+        return prefix(NESTING, 8) * (torch.arange(8) < rank)
+    return prefix(NESTING, rank) if form == "paper" else kept(NESTING, rank)
 
 
 def plain_llama(**lora: Any) -> PeftModel:
@@ -62,7 +100,7 @@ def test_nesting_leaves_config_parameters_and_keys_as_they_were() -> None:
     model, plain = plain_llama(), plain_llama()
     config = model.peft_config["default"].to_dict()
     trainable = [(name, p.shape) for name, p in model.named_parameters() if p.requires_grad]
-    nest(model, NESTING)
+    nest_as(model, NESTING)
     assert type(model.peft_config["default"]) is LoraConfig
     assert model.peft_config["default"].to_dict() == config
     assert [(name, p.shape) for name, p in model.named_parameters() if p.requires_grad] == trainable
@@ -74,20 +112,54 @@ def test_nesting_leaves_config_parameters_and_keys_as_they_were() -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_without_a_word_about_it_eval_mode_is_what_is_trained(rule: str) -> None:
-    nested = nested_layer("Linear", NESTING, rule, inference=None)
-    assert nested.adapter.inference == ("keep" if RULES[rule].fixed else "prefix")
+    model: Any = one_layer("Linear", NESTING)
+    adapter = nest(model, NESTING.ranks, NESTING.scaling, rule)
+    nested = NestedLayer(oracle.KINDS["Linear"], adapter, model.base_model.model.layer)
     x = nested.kind.batch(2)
-    nested.adapter.model.eval()
-    expected = nested.expected(RULES[rule].trained_diagonal(NESTING), x)
-    torch.testing.assert_close(nested.layer(x), expected, rtol=1e-12, atol=1e-12)
+    whole, low = prefix(NESTING, 8), prefix(NESTING, 2)
+    if rule == "matryoshka":
+        whole, low = p_of(NESTING), kept(NESTING, 2)
+    elif rule == "lora":
+        low = whole * (torch.arange(8) < 2)
     if RULES[rule].fixed:
-        nested.adapter.model.train()
-        torch.testing.assert_close(nested.layer(x), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(nested.layer(x), nested.expected(whole, x), rtol=1e-12, atol=1e-12)
+    model.eval()
+    torch.testing.assert_close(nested.layer(x), nested.expected(whole, x), rtol=1e-12, atol=1e-12)
+    adapter.set_rank(2)
+    torch.testing.assert_close(nested.layer(x), nested.expected(low, x), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("inference", ["prefix", "keep"])
-def test_no_rank_chosen_is_full_rank_is_plain_peft(inference: Any, tmp_path: Path) -> None:
-    adapter = nested_llama(NESTING, inference=inference)
+@pytest.mark.parametrize(
+    ("r", "alpha", "rslora", "whole"), [(8, 16, False, 2), (8, 16, True, 16 / 8**0.5), (6, 3, False, 0.5)]
+)
+@pytest.mark.parametrize("scaling", ["none", "rank", "sqrt"])
+def test_the_scale_is_that_of_the_config(r: int, alpha: int, rslora: bool, whole: float, scaling: Any) -> None:
+    """Of rank R; and P is the sum over the powers of two up to R. Nobody has to say either."""
+    model: Any = one_layer("Linear", Nesting([r]), lora_alpha=alpha, use_rslora=rslora)
+    x = oracle.KINDS["Linear"].batch(3)
+    plain = model.eval()(x)
+    adapter = nest(model) if scaling == "none" else nest(model, scaling=scaling)
+    nested = NestedLayer(oracle.KINDS["Linear"], adapter, model.base_model.model.layer)
+    ranks = [1, 2, 4, 8] if r == 8 else [1, 2, 4, 6]
+    assert list(adapter.ranks) == ranks
+    trained = oracle.trained_p(ranks, scaling, whole)
+    for training in (True, False):
+        model.train(training)
+        torch.testing.assert_close(model(x), nested.expected(trained, x), rtol=1e-12, atol=1e-12)
+    nest(model, scaling=scaling, rule="lora")
+    torch.testing.assert_close(model(x), plain, rtol=1e-14, atol=1e-14)
+    adapter = nest(model, scaling=scaling, deploy="paper")
+    torch.testing.assert_close(model(x), plain, rtol=1e-14, atol=1e-14)
+    for rank in ranks:
+        adapter.set_rank(rank)
+        expected = nested.expected(oracle.prefix_p(ranks, rank, scaling, whole), x)
+        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("deploy", ["paper", "reordered"])
+@pytest.mark.filterwarnings("ignore:.*was never reordered")
+def test_no_rank_chosen_is_full_rank_is_plain_peft(deploy: Any, tmp_path: Path) -> None:
+    adapter = nested_llama(NESTING, deploy=deploy)
     unchosen = logits(adapter.model)
     adapter.set_rank(8)
     assert torch.equal(logits(adapter.model), unchosen)
@@ -96,10 +168,10 @@ def test_no_rank_chosen_is_full_rank_is_plain_peft(inference: Any, tmp_path: Pat
     saved = logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "saved"))
     exported = logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "slice"))
     assert torch.equal(saved, exported)
-    if inference == "prefix":
+    if deploy == "paper":
         assert torch.equal(saved, unchosen)
         assert torch.equal(logits(plain_llama()), unchosen)
-    else:  # P is folded into B, which rounds
+    else:  # the SVD rounds
         torch.testing.assert_close(saved, unchosen, rtol=1e-4, atol=1e-4)
         assert (logits(plain_llama()) - unchosen).abs().max() > 0.1
 
@@ -114,12 +186,8 @@ def test_every_rank_of_a_model_is_the_folded_one(rank: int) -> None:
     assert (logits(adapter.model) - logits(folded)).abs().max() > 0.05
 
 
-def test_peft_saves_and_loads_around_the_nesting(tmp_path: Path) -> None:
-    """PEFT's own functions see the raw factors; what they put there is used at once."""
-    adapter = nested_llama(NESTING)
-    adapter.model.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits(adapter.model))
-    other = plain_llama()
+def test_factors_that_peft_puts_there_are_used_at_once() -> None:
+    adapter, other = nested_llama(NESTING), plain_llama()
     randomize(other, seed=7)
     set_peft_model_state_dict(adapter.model, get_peft_model_state_dict(other))
     assert torch.equal(logits(adapter.model), logits(other))
@@ -137,10 +205,10 @@ def test_disable_adapter_is_the_base_model() -> None:
     assert not torch.equal(before, base)
 
 
-@pytest.mark.parametrize("inference", ["prefix", "keep"])
+@pytest.mark.parametrize("deploy", ["paper", "reordered"])
 @pytest.mark.parametrize("rank", [1, 4, 8])
-def test_merge_and_unload_gives_a_plain_model_of_that_rank(inference: Any, rank: int) -> None:
-    adapter = nested_llama(NESTING, inference=inference)
+def test_merge_and_unload_gives_a_plain_model_of_that_rank(deploy: Any, rank: int) -> None:
+    adapter = nested_llama(NESTING, deploy=deploy)
     adapter.set_rank(rank)
     expected = logits(adapter.model)
     merged = adapter.model.merge_and_unload()
@@ -184,6 +252,201 @@ def test_generate_is_that_of_the_exported_slice(tmp_path: Path) -> None:
         said[rank] = adapter.model.generate(input_ids=tokens(), **options)
         assert torch.equal(said[rank], plain.generate(input_ids=tokens(), **options))
     assert not torch.equal(said[1], said[8])
+
+
+# PEFT's own functions that write and read files.
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_peft_writes_what_save_writes(tmp_path: Path) -> None:
+    """And, while the adapter may still be trained, the factors as they are trained in one more file."""
+    adapter = nested_llama(NESTING, deploy="reordered")
+    factors = get_peft_model_state_dict(adapter.model)
+    trained = logits(oracle.fold(tiny_llama(), factors, p_of(NESTING)))
+    with pytest.warns(UserWarning, match="'default' was never reordered"):
+        adapter.save(tmp_path / "save")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter.model.save_pretrained(str(tmp_path / "trainable"))
+    saved, trainable = files_of(tmp_path / "save"), files_of(tmp_path / "trainable")
+    assert set(trainable) - set(saved) == {"trained.safetensors"}
+    assert all(trainable[name] == content for name, content in saved.items())
+    torch.testing.assert_close(load_file(tmp_path / "trainable/trained.safetensors"), factors, rtol=0, atol=0)
+    adapter.model.requires_grad_(False)
+    with pytest.warns(UserWarning, match="'default' was never reordered"):
+        adapter.model.save_pretrained(str(tmp_path / "frozen"))
+    assert files_of(tmp_path / "frozen") == saved
+    # Memory stays as it is trained.
+    assert not adapter.reordered
+    torch.testing.assert_close(get_peft_model_state_dict(adapter.model), factors, rtol=0, atol=0)
+    # A plain model in the same process takes it for what it is to everybody else.
+    plain = PeftModel.from_pretrained(tiny_llama(), tmp_path / "trainable")
+    assert type(plain) is PeftModel
+    torch.testing.assert_close(logits(plain), trained, rtol=1e-3, atol=1e-3)
+    assert (trained - logits(plain_llama())).abs().max() > 0.1
+    assert "Its factors were reordered (`svd`)" in (tmp_path / "trainable/README.md").read_text()
+
+
+def test_peft_writes_the_papers_deployment_as_the_paper_has_it(tmp_path: Path) -> None:
+    adapter = nested_llama(NESTING, deploy="paper")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter.model.save_pretrained(str(tmp_path / "peft"))
+        adapter.save(tmp_path / "save")
+    assert files_of(tmp_path / "peft") == files_of(tmp_path / "save")
+    found = load_file(tmp_path / "peft/adapter_model.safetensors")
+    torch.testing.assert_close(found, get_peft_model_state_dict(adapter.model), rtol=0, atol=0)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "peft")), logits(plain_llama()))
+    loaded = load(tiny_llama(), tmp_path / "peft")
+    for rank in NESTING.ranks:
+        loaded.set_rank(rank)
+        folded = oracle.fold(tiny_llama(), found, prefix(NESTING, rank))
+        torch.testing.assert_close(logits(loaded.model), logits(folded), rtol=1e-3, atol=1e-3)
+    card = (tmp_path / "peft/README.md").read_text()
+    assert "Its deployment is the paper's: P is dropped, and rank r is the first r columns as they were trained" in card
+    assert "Low ranks are much worse than those of a reordered adapter" in card
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("trainable", [True, False])
+def test_what_peft_wrote_peft_loads_into_a_nested_adapter(form: str, trainable: bool, tmp_path: Path) -> None:
+    """As a Trainer does when it goes on, or takes the best model in the end."""
+    written = in_form(nested_llama(NESTING, deploy=deploy_of(form)), form)
+    written.model.save_pretrained(str(tmp_path))
+    other = nest_as(get_peft_model(tiny_llama(), lora_config(NESTING)), NESTING, deploy=deploy_of(form))
+    other.set_rank(2)
+    other.model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT warns where keys are missing
+        found = other.model.load_adapter(str(tmp_path), "default", is_trainable=trainable)
+    assert not found.missing_keys
+    assert not found.unexpected_keys
+    assert other.model.training == trainable  # as PEFT has it
+    assert (other.rank, other.reordered, other.ranks) == (2, written.reordered, written.ranks)
+    for training in (True, False):
+        for rank in written.ranks:
+            for adapter in (written, other):
+                adapter.model.train(training)
+                adapter.set_rank(rank)
+            assert torch.equal(logits(other.model), logits(written.model))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_peft_wrote_peft_loads_into_a_plain_adapter(form: str, tmp_path: Path) -> None:
+    """Into the one that is there, and as another one beside a nested one."""
+    written = in_form(nested_llama(NESTING, deploy=deploy_of(form)), form)
+    written.model.save_pretrained(str(tmp_path))
+    model = get_peft_model(tiny_llama(), lora_config(NESTING))
+    model.load_adapter(str(tmp_path), "default")
+    torch.testing.assert_close(logits(model), logits(written.model), rtol=1e-3, atol=1e-3)
+    nested = nest_as(get_peft_model(tiny_llama(), lora_config(NESTING)), NESTING).model
+    nested.load_adapter(str(tmp_path), "other")
+    nested.set_adapter("other")
+    torch.testing.assert_close(logits(nested), logits(written.model), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rule", ["matryoshka", "lora", "dylora"])
+def test_a_plain_adapter_is_loaded_into_a_nested_one_where_it_stays_the_same_function(
+    rule: str, tmp_path: Path
+) -> None:
+    plain = plain_llama()
+    plain.save_pretrained(tmp_path)
+    adapter = nest_as(get_peft_model(tiny_llama(), lora_config(NESTING)).eval(), NESTING, rule)
+    before = logits(adapter.model)
+    if rule == "matryoshka":
+        with pytest.raises(
+            MatryoshkaError, match="P of adapter 'default' would stand between its factors: load it und"
+        ):
+            adapter.model.load_adapter(str(tmp_path), "default")
+        with pytest.raises(MatryoshkaError, match=r"some/adapter .*If it is on the hub, download it first"):
+            adapter.model.load_adapter("some/adapter", "default")
+        assert torch.equal(logits(adapter.model), before)
+    else:
+        adapter.model.load_adapter(str(tmp_path), "default")
+        torch.testing.assert_close(logits(adapter.model), logits(plain), rtol=1e-4, atol=1e-4)
+
+
+def test_pefts_options_of_loading_count_for_a_nested_adapter(tmp_path: Path) -> None:
+    """The names that the model has now, and a folder below."""
+
+    class Renamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.new = nn.Linear(12, 10)
+
+    written = get_peft_model(OneLayer(nn.Linear(12, 10)), lora_config(NESTING, target_modules=["layer"]))
+    randomize(written)
+    nest_as(written, NESTING)
+    written.save_pretrained(str(tmp_path / "below"))
+    model: Any = get_peft_model(Renamed(), lora_config(NESTING, target_modules=["new"]))
+    nest_as(model, NESTING)
+    model.load_adapter(str(tmp_path), "default", subfolder="below", key_mapping={"layer": "new"})
+    old, new = (get_peft_model_state_dict(each) for each in (written, model))
+    torch.testing.assert_close(new, {key.replace("layer", "new"): value for key, value in old.items()}, rtol=0, atol=0)
+
+
+def test_whole_numbers_beside_the_factors_are_written_too(tmp_path: Path) -> None:
+    class WithNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    config = lora_config(NESTING, target_modules=["layer"], modules_to_save=["norm"])
+    model: Any = get_peft_model(WithNorm(), config)
+    nest_as(model, NESTING, deploy="paper")
+    model.base_model.model.norm.modules_to_save["default"].num_batches_tracked.fill_(7)
+    model.save_pretrained(str(tmp_path))
+    for loaded in (PeftModel.from_pretrained(WithNorm(), tmp_path), load(WithNorm(), tmp_path).model):
+        assert loaded.base_model.model.norm.modules_to_save["default"].num_batches_tracked.item() == 7
+
+
+def test_an_adapter_that_peft_cannot_write_is_not_nested() -> None:
+    """As PEFT has it where two adapters train the tokens of different layers."""
+
+    class TwoEmbeddings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.layer = nn.Embedding(5, 4), nn.Embedding(5, 4), nn.Linear(4, 4)
+
+    def config(embedding: str) -> LoraConfig:
+        return lora_config(NESTING, target_modules=["layer"], trainable_token_indices={embedding: [0]})
+
+    model: Any = get_peft_model(TwoEmbeddings(), config("first"))
+    model.add_adapter("other", config("second"))
+    with pytest.raises(KeyError):
+        get_peft_model_state_dict(model, adapter_name="other")
+    with pytest.raises(MatryoshkaError, match=r"PEFT cannot write adapter 'other' to a file .*trainable_token_indices"):
+        nest_as(model, NESTING, adapter="other")
+
+
+def test_a_nested_adapter_is_not_written_with_the_embeddings_of_the_base_model(tmp_path: Path) -> None:
+    model = nested_llama(NESTING).model
+    with pytest.raises(MatryoshkaError, match="embeddings are no part of its files: leave save_embedding_layers out"):
+        model.save_pretrained(str(tmp_path / "a"), save_embedding_layers=True)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_nested_adapter_is_not_written_as_a_pickle(tmp_path: Path) -> None:
+    model = two_adapters()[1]
+    with pytest.raises(MatryoshkaError, match="'default' is nested, and is written as safetensors only: leave safe_"):
+        model.save_pretrained(str(tmp_path / "both"), safe_serialization=False)
+    assert not (tmp_path / "both").exists()
+    model.save_pretrained(str(tmp_path / "one"), False, ["plain"])  # which is PEFT's own matter
+    assert [file for file in files_of(tmp_path / "one") if "adapter_model" in file] == ["plain/adapter_model.bin"]
+
+
+@pytest.mark.parametrize("names", [["default"], ["plain"], ["plain", "default"]], ids=str)
+def test_peft_writes_the_adapters_that_are_named(names: list[str], tmp_path: Path) -> None:
+    """By position too, as PEFT takes them."""
+    two_adapters()[1].save_pretrained(str(tmp_path), True, names)
+    found = {file for file in files_of(tmp_path) if "adapter_model" in file}
+    places = {"default": "adapter_model.safetensors", "plain": "plain/adapter_model.safetensors"}
+    assert found == {places[name] for name in names}
+    assert (tmp_path / "nesting.json").exists() == ("default" in names)
+    assert not (tmp_path / "plain/nesting.json").exists()
 
 
 # Several adapters.
@@ -238,19 +501,6 @@ def test_merge_and_unload_takes_the_adapters_that_are_named(names: list[str]) ->
     expected = logits(model)
     merged = model.merge_and_unload(adapter_names=names)
     torch.testing.assert_close(logits(merged), expected, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("inference", ["prefix", "keep"])
-def test_a_checkpoint_may_be_loaded_over_a_nested_adapter(inference: Any, tmp_path: Path) -> None:
-    """As a Trainer does when it goes on, or takes the best model in the end."""
-    adapter, other = (nested_llama(NESTING, inference=inference) for _ in range(2))
-    adapter.model.save_pretrained(tmp_path)
-    randomize(other.model, seed=9)
-    other.set_rank(2)
-    other.model.load_adapter(tmp_path, "default")
-    assert other.rank == 2
-    adapter.set_rank(2)
-    assert torch.equal(logits(other.model), logits(adapter.model))
 
 
 def test_merge_merges_only_the_nested_adapter() -> None:
@@ -341,11 +591,11 @@ def test_disabled_merged_and_second_adapters_count_in_training_too(kind: str) ->
 
 def test_two_nested_adapters_have_ranks_of_their_own() -> None:
     first = nested_llama(NESTING)
-    other = Nesting([3, 5], "rank", 4.0)
+    other = Nesting([3, 5], "rank", 0.8)
     model: Any = first.model
     model.add_adapter("second", lora_config(other, target_modules=["v_proj", "down_proj"]))
     randomize(model, seed=4)
-    second = nest(model, other, rule="dylora", adapter="second")
+    second = nest_as(model, other, rule="dylora", adapter="second")
     assert second.nesting == other
     assert first.nesting == NESTING
     assert NestedAdapter(model, "second").rule.name == "dylora"
@@ -380,7 +630,7 @@ def test_an_adapter_that_peft_makes_anew_is_plain_until_it_is_nested_again() -> 
     with pytest.raises(MatryoshkaError, match="no nested adapter 'default'"):
         NestedAdapter(again)
     assert torch.equal(logits(again.eval()), logits(plain_llama()))
-    nest(again, NESTING).set_rank(1)
+    nest_as(again, NESTING).set_rank(1)
     assert not torch.equal(logits(again), logits(plain_llama()))
 
 
@@ -390,18 +640,34 @@ def test_each_kind_of_layer_may_be_made_anew(kind: str) -> None:
     made_anew(nested.adapter, ["layer"], fan_in_fan_out=kind == "Conv1D")
     nested.adapter.model.double()
     randomize(nested.adapter.model)
-    p = torch.full((8,), NESTING.scale(8), dtype=torch.float64)
+    p = torch.full((8,), NESTING.scale, dtype=torch.float64)
     x = nested.kind.batch(3)
     torch.testing.assert_close(nested.layer(x), nested.expected(p, x), rtol=1e-12, atol=1e-12)
 
 
-def test_an_adapter_that_is_plain_in_some_layers_is_no_nested_one() -> None:
-    adapter = nested_llama(NESTING)
+@pytest.mark.parametrize("deploy", ["paper", "reordered"])
+def test_an_adapter_that_is_plain_in_some_layers_is_no_nested_one(deploy: Any, tmp_path: Path) -> None:
+    adapter = nested_llama(NESTING, deploy=deploy)
+    callback = adapter.callback()
     made_anew(adapter, ["1.mlp.up_proj"])
-    for use in (lambda: adapter.set_rank(1), lambda: adapter.draw(0), lambda: NestedAdapter(adapter.model)):
+    uses: list[Callable[[], object]] = [
+        lambda: adapter.set_rank(1),
+        lambda: adapter.rank,
+        lambda: adapter.draw(0),
+        lambda: adapter.rows([1]).__enter__(),
+        lambda: adapter.reorder(),
+        lambda: adapter.callback(),
+        lambda: callback.on_step_begin(TrainingArguments("none"), TrainerState(), TrainerControl()),
+        lambda: adapter.save(tmp_path / "saved"),
+        lambda: adapter.export(tmp_path / "exported", 8),
+        lambda: adapter.model.save_pretrained(str(tmp_path / "by PEFT")),
+        lambda: NestedAdapter(adapter.model),
+    ]
+    for use in uses:
         with pytest.raises(MatryoshkaError, match=r"'default' anew in layer .*1\.mlp\.up_proj .*: call nest\(\) again"):
             use()
-    nest(adapter.model, NESTING).set_rank(1)
+    assert not list(tmp_path.iterdir())
+    nest_as(adapter.model, NESTING).set_rank(1)
 
 
 def made_anew(adapter: NestedAdapter, targets: list[str], **lora: Any) -> None:
@@ -423,53 +689,50 @@ def combined(model: Any, combination: str) -> Tensor:
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS)
-@pytest.mark.parametrize("inference", ["prefix", "keep"])
-def test_sums_of_adapters_are_those_of_the_exported_rank(combination: str, inference: Any, tmp_path: Path) -> None:
-    """PEFT's result on plain adapters, of which one is an exported rank."""
+@pytest.mark.parametrize("form", FORMS)
+def test_sums_of_adapters_are_those_of_ordinary_ones(combination: str, form: str) -> None:
+    """PEFT's result on plain adapters, of which one is what the nested one is at a rank."""
     targets = ["embed_tokens", "q_proj", "up_proj"]
     results = {}
     for rank in (2, 8):
-        adapter = nested_llama(NESTING, inference=inference, target_modules=targets)
+        adapter = in_form(nested_llama(NESTING, deploy=deploy_of(form), target_modules=targets), form)
         model: Any = adapter.model
         model.add_adapter("plain", lora_config(NESTING, target_modules=targets))
-        randomize(model, seed=7)
+        for name, parameter in model.named_parameters():
+            if ".plain." in name:
+                torch.manual_seed(len(name))
+                parameter.data.normal_(std=0.3)
         model.eval()
         adapter.set_rank(rank)
-        adapter.export(tmp_path / str(rank), rank)
         before = logits(model)
         results[rank] = combined(model, combination)
         model.set_adapter("default")
         assert torch.equal(logits(model), before)
         assert adapter.rank == rank
 
-        plain: Any = PeftModel.from_pretrained(tiny_llama(), tmp_path / str(rank))
-        widened(plain, 8)
+        plain = ordinary(adapter, p_in_form(form, rank), targets)
         plain.add_adapter("plain", lora_config(NESTING, target_modules=targets))
         set_peft_model_state_dict(plain, get_peft_model_state_dict(model, adapter_name="plain"), adapter_name="plain")
         torch.testing.assert_close(results[rank], combined(plain.eval(), combination), rtol=1e-3, atol=1e-3)
     assert (results[2] - results[8]).abs().max() > 0.01
 
 
-def widened(model: Any, rank: int) -> None:
-    """Columns of zeros, since some of PEFT's sums are of adapters of one rank only."""
-    config = model.peft_config["default"]
-    own, scale = config.r, config.lora_alpha / config.r
-    wide = LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=config.target_modules)
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    model.delete_adapter("default")
-    model.add_adapter("default", wide)
-    padded = {}
+def ordinary(adapter: NestedAdapter, p: Tensor, targets: list[str]) -> Any:
+    """A plain adapter with p in its B, at the scale of the first column; columns after the rank are zeros."""
+    scale = float(p[0])
+    model: Any = get_peft_model(tiny_llama(), LoraConfig(r=8, lora_alpha=8 * scale, target_modules=targets))
+    tensors = get_peft_model_state_dict(adapter.model, save_embedding_layers=False)
+    share = (p / scale).float()
     for key, tensor in tensors.items():
-        A = "lora_A" in key or "embedding_A" in key
-        filling = (0, 0, 0, rank - own) if A else (0, rank - own)
-        padded[key] = nn.functional.pad(tensor, filling)
-    set_peft_model_state_dict(model, padded)
+        is_A = "lora_A" in key or "embedding_A" in key
+        tensors[key] = tensor * (share > 0)[:, None] if is_A else tensor * share
+    set_peft_model_state_dict(model, tensors)
+    return model
 
 
 def test_a_sum_with_an_rslora_adapter_has_the_scale_of_its_parts() -> None:
-    nesting = Nesting([1, 8], "sqrt", 16)
-    model: Any = one_layer("Linear", nesting, lora_alpha=16, use_rslora=True).eval()
-    nest(model, nesting)
+    model: Any = one_layer("Linear", Nesting([8]), lora_alpha=16, use_rslora=True).eval()
+    nest(model)
     x = oracle.KINDS["Linear"].batch(2)
     layer = model.base_model.model.layer
     own = layer(x) - layer.base_layer(x)
@@ -480,7 +743,7 @@ def test_a_sum_with_an_rslora_adapter_has_the_scale_of_its_parts() -> None:
 
 
 def test_a_sum_of_an_adapter_with_itself() -> None:
-    nested = nested_layer("Linear", NESTING, inference="keep")
+    nested = nested_layer("Linear", NESTING, deploy="reordered")
     model, layer = nested.adapter.model.eval(), nested.layer
     nested.adapter.set_rank(2)
     x = nested.kind.batch(2)
@@ -495,7 +758,7 @@ def test_a_sum_with_a_bare_parameter_is_refused_by_peft() -> None:
         warnings.simplefilter("ignore")
         config = lora_config(NESTING, target_modules=[], target_parameters=["layer.weight"])
         model: Any = get_peft_model(Net(nn.Linear(6, 6)), config)
-    nest(model, NESTING)
+    nest_as(model, NESTING)
     with pytest.raises(ValueError, match=r"does not support targeting nn\.Parameter"):
         model.add_weighted_adapter(["default"], [1.0], "copy", "cat")
 
@@ -513,20 +776,20 @@ def test_a_sum_that_peft_refuses_changes_nothing() -> None:
     assert not torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("inference", ["prefix", "keep"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rank", [2, 8])
-def test_conversion_by_peft_is_of_the_whole_adapter_or_refused(inference: Any, rank: int) -> None:
+def test_conversion_by_peft_is_of_the_whole_adapter_or_refused(form: str, rank: int) -> None:
     """It reads ``scale * B A``, which is what is computed at full rank without P alone."""
     convert_to_lora = pytest.importorskip("peft.tuners.lora.conversion").convert_to_lora
     reduce_intruder_dimension = pytest.importorskip("peft.tuners.lora.intruders").reduce_intruder_dimension
-    nested = nested_layer("Linear", NESTING, inference=inference)
-    nested.adapter.set_rank(rank)
-    reads = [
+    nested = nested_layer("Linear", NESTING, deploy=deploy_of(form))
+    in_form(nested.adapter, form).set_rank(rank)
+    reads: list[Callable[[], Any]] = [
         lambda: nested.layer.get_delta_weight("default"),
         lambda: convert_to_lora(nested.adapter.model, rank=8)[1],
         lambda: reduce_intruder_dimension(nested.adapter.model, logging_sink=None),
     ]
-    if rank == 8 and inference == "prefix":
+    if rank == 8 and form != "kept":
         delta = nested.kind.delta(nested.layer.base_layer, *nested.factors, prefix(NESTING, 8))
         torch.testing.assert_close(reads[0](), delta, rtol=1e-12, atol=1e-12)
         found = reads[1]()
@@ -534,7 +797,7 @@ def test_conversion_by_peft_is_of_the_whole_adapter_or_refused(inference: Any, r
         torch.testing.assert_close(B.double() @ A.double(), delta, rtol=1e-4, atol=1e-4)
     else:
         for read in reads:
-            with pytest.raises(MatryoshkaError, match=f"used otherwise .rank {rank}, inference '{inference}'.: export"):
+            with pytest.raises(MatryoshkaError, match=rf"used otherwise \(rank {rank}\): export"):
                 read()
 
 
@@ -547,7 +810,7 @@ def test_an_adapter_of_another_rank_in_its_place_is_refused(own: int, training: 
     other = get_peft_model(tiny_llama(), LoraConfig(r=12, target_modules=["q_proj"]))
     other.save_pretrained(tmp_path)
     model = get_peft_model(tiny_llama(), lora_config(nesting, target_modules=["q_proj"]))
-    nest(model.train(training), nesting)
+    nest_as(model.train(training), nesting)
     hotswap.hotswap_adapter(model, str(tmp_path), "default")
     with pytest.raises(MatryoshkaError, match=f"nested at rank {own} and has rank 12 now: .*a name of its own"):
         model(tokens())
@@ -569,12 +832,12 @@ def test_a_second_adapter_on_a_bare_parameter() -> None:
         warnings.simplefilter("ignore")
         config = lora_config(NESTING, target_modules=[], target_parameters=["layer.weight"])
         model: Any = get_peft_model(Net(nn.Linear(6, 6)), config)
-        adapter = nest(model, NESTING, inference="prefix")
+        adapter = nest_as(model, NESTING, deploy="paper")
         if Version(version("peft")) < Version("0.20"):
             pytest.skip("this version of PEFT allows one adapter with target_parameters")
         model.add_adapter("second", lora_config(NESTING, target_modules=[], target_parameters=["layer.weight"]))
     randomize(model)
-    second = nest(model.eval(), NESTING, inference="prefix", adapter="second")
+    second = nest_as(model.eval(), NESTING, deploy="paper", adapter="second")
     base = model.base_model.model.layer.base_layer
     for name, handle in (("default", adapter), ("second", second)):
         model.set_adapter(name)
@@ -598,7 +861,7 @@ def test_a_deleted_adapter_is_gone_and_the_others_stay() -> None:
     with pytest.raises(MatryoshkaError, match="no nested adapter 'default'"):
         NestedAdapter(model)
     randomize(model)
-    nest(model, NESTING).set_rank(1)
+    nest_as(model, NESTING).set_rank(1)
 
 
 def test_deleting_a_plain_adapter_leaves_the_nested_one() -> None:
@@ -609,9 +872,19 @@ def test_deleting_a_plain_adapter_leaves_the_nested_one() -> None:
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize(("deploy", "p"), [("reordered", kept(NESTING, 4)), ("paper", prefix(NESTING, 4))])
+def test_an_adapter_may_be_nested_again_to_be_deployed_in_another_way(deploy: Any, p: Tensor) -> None:
+    nested = nested_layer("Linear", NESTING, deploy="paper" if deploy == "reordered" else "reordered")
+    again = nest_as(nested.adapter.model.eval(), NESTING, deploy=deploy)
+    assert nested.adapter.state.deploy == deploy
+    again.set_rank(4)
+    x = nested.kind.batch(2)
+    torch.testing.assert_close(nested.layer(x), nested.expected(p, x), rtol=1e-12, atol=1e-12)
+
+
 def test_an_adapter_may_be_nested_again_by_another_rule() -> None:
     nested = nested_layer("Linear", NESTING, "lora")
-    again = nest(nested.adapter.model, NESTING, "matryoshka", "keep")
+    again = nest_as(nested.adapter.model, NESTING, "matryoshka")
     x = nested.kind.batch(2)
     torch.testing.assert_close(nested.layer(x), nested.expected(p_of(NESTING), x), rtol=1e-12, atol=1e-12)
     assert nested.adapter.rule.name == again.rule.name == "matryoshka"
@@ -674,9 +947,9 @@ def test_a_scale_set_before_nesting_stands(factor: float) -> None:
     full = model(x)
     layer.scale_layer(factor)
     scaled = model(x)
-    adapter = nest(model, NESTING, inference="prefix")
+    adapter = nest_as(model, NESTING, deploy="paper")
     torch.testing.assert_close(model(x), scaled, rtol=1e-14, atol=1e-14)
-    nest(model, NESTING, "lora", "prefix")  # again
+    nest_as(model, NESTING, "lora", deploy="paper")  # again
     torch.testing.assert_close(model(x), scaled, rtol=1e-14, atol=1e-14)
     layer.unscale_layer()
     torch.testing.assert_close(model(x), full, rtol=1e-14, atol=1e-14)
@@ -704,14 +977,14 @@ def test_adapter_names_mix_nested_plain_and_base() -> None:
 
 
 @pytest.mark.parametrize("kind", ["Embedding", "Embedding-scaled", "Linear", "Conv2d"])
-@pytest.mark.parametrize("inference", ["prefix", "keep"])
-def test_each_kind_of_layer_takes_batches_of_mixed_adapters(kind: str, inference: Any) -> None:
-    nested = nested_layer(kind, NESTING, inference=inference)
+@pytest.mark.parametrize("deploy", ["paper", "reordered"])
+def test_each_kind_of_layer_takes_batches_of_mixed_adapters(kind: str, deploy: Any) -> None:
+    nested = nested_layer(kind, NESTING, deploy=deploy)
     model, layer = nested.adapter.model.eval(), nested.layer
     model.add_adapter("plain", lora_config(NESTING, target_modules=["layer"]))
     model.double()
     randomize(model, seed=3)
-    other = nest(model, NESTING, "lora", adapter="plain")
+    other = nest_as(model, NESTING, "lora", adapter="plain")
     nested.adapter.set_rank(2)
     other.set_rank(4)
     x = nested.kind.batch(5)
@@ -786,9 +1059,9 @@ def test_autocast_agrees_with_the_formula_to_bf16(rule: str) -> None:
 def test_a_few_steps_train_like_the_formula() -> None:
     """AdamW on the layer and on the oracle's dense form: the same factors in the end."""
     nested = nested_layer("Linear", NESTING, "stratified")
-    theirs = [factor.detach().clone().requires_grad_() for factor in nested.factors]
+    A, B = (factor.detach().clone().requires_grad_() for factor in nested.factors)
     ours_optimizer = torch.optim.AdamW(nested.factors, lr=0.01)
-    their_optimizer = torch.optim.AdamW(theirs, lr=0.01)
+    their_optimizer = torch.optim.AdamW([A, B], lr=0.01)
     for step in range(5):
         x, target = nested.kind.batch(6), torch.randn(6, 3, 10, dtype=torch.float64)
         nested.adapter.draw(step, rows=6)
@@ -796,12 +1069,12 @@ def test_a_few_steps_train_like_the_formula() -> None:
         base = nested.layer.get_base_layer()
         for optimizer, output in (
             (ours_optimizer, nested.layer(x)),
-            (their_optimizer, nested.kind.forward(base, *theirs, p, x)),
+            (their_optimizer, nested.kind.forward(base, A, B, p, x)),
         ):
             optimizer.zero_grad()
             (output - target).square().mean().backward()
             optimizer.step()
-    torch.testing.assert_close(list(nested.factors), theirs, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(nested.factors, (A, B), rtol=1e-9, atol=1e-9)
 
 
 # torch.compile.
@@ -960,46 +1233,10 @@ def test_moved_to_meta_and_back_it_still_runs() -> None:
         assert model(tokens().to("meta")).logits.device.type == "meta"
 
 
-# Inference mode of the handle.
-
-
-def test_inference_may_be_set_while_the_factors_are_raw() -> None:
-    nested = nested_layer("Linear", NESTING)
-    nested.adapter.model.eval()
-    nested.adapter.set_rank(4)
-    x = nested.kind.batch(2)
-    for inference, p in (("keep", oracle.kept_p([1, 2, 4, 8], 4, "sqrt", 2.0)), ("prefix", prefix(NESTING, 4))):
-        nested.adapter.inference = inference  # type: ignore[assignment]
-        assert nested.adapter.inference == inference
-        torch.testing.assert_close(nested.layer(x), nested.expected(p, x), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("rule", "value", "message"),
-    [
-        ("matryoshka", "kept", "inference is 'kept'; write 'prefix' or 'keep'"),
-        ("dylora", "keep", "rule 'dylora' has no fixed diagonal to keep: write 'prefix'"),
-        ("stratified", "keep", "rule 'stratified' has no fixed diagonal to keep: write 'prefix'"),
-    ],
-)
-def test_a_wrong_inference_is_refused(rule: str, value: Any, message: str) -> None:
-    adapter = nested_layer("Linear", NESTING, rule).adapter
-    with pytest.raises(MatryoshkaError, match=message):
-        adapter.inference = value
-    assert adapter.inference == "prefix"
-
-
-def test_inference_of_a_merged_adapter_is_fixed() -> None:
-    adapter = nested_layer("Linear", NESTING).adapter
-    adapter.merge(1)
-    with pytest.raises(MatryoshkaError, match="merged into the base weights: unmerge it to change its inference"):
-        adapter.inference = "keep"
-
-
 # What nest() refuses. Each message names the fault and the way out, and the model is as it was.
 
 
-def refused(model: Any, message: str, x: Tensor | None = None, nesting: Any = NESTING, **options: Any) -> None:
+def refused(model: Any, message: str, x: Tensor | None = None, **options: Any) -> None:
     """nest() raises, and the model computes, holds and is made of what it was before."""
 
     def run() -> Tensor | None:
@@ -1008,23 +1245,22 @@ def refused(model: Any, message: str, x: Tensor | None = None, nesting: Any = NE
         with torch.no_grad():
             torch.manual_seed(0)
             output = model(x)
-        return getattr(output, "logits", output)
+        found: Tensor = getattr(output, "logits", output)
+        return found
 
     before = run(), {k: v.clone() for k, v in model.state_dict().items()}, [type(m) for m in model.modules()]
     variants = [dict(m.lora_variant) for m in model.modules() if hasattr(m, "lora_variant")]
     training = [m.training for m in model.modules()]
     hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
     with pytest.raises(MatryoshkaError, match=message):
-        nest(model, nesting, **options)
+        nest(model, **{"ranks": NESTING.ranks, "scaling": NESTING.scaling, **options})
     assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == hooks
     assert [type(m) for m in model.modules()] == before[2]
     assert [m.training for m in model.modules()] == training
     assert [dict(m.lora_variant) for m in model.modules() if hasattr(m, "lora_variant")] == variants
     assert all(torch.equal(v, before[1][k]) for k, v in model.state_dict().items())
     after = run()
-    assert (after is None) == (before[0] is None)
-    if after is not None:
-        assert torch.equal(after, before[0])
+    torch.testing.assert_close(after, before[0], rtol=0, atol=0)
     with pytest.raises(MatryoshkaError, match="no nested adapter"):
         NestedAdapter(model)
 
@@ -1038,29 +1274,27 @@ def llama_with(config: Any) -> Any:
 NEW_VARIANTS: list[tuple[dict[str, Any], str]] = []
 if hasattr(lora_configs, "KasaConfig"):  # since PEFT 0.21
     NEW_VARIANTS = [
-        ({"init_lora_weights": "mica"}, "q_proj cannot be nested: MiCALinearVariant"),
-        ({"kasa_config": lora_configs.KasaConfig()}, "q_proj cannot be nested: KasaLinearVariant"),
-        ({"velora_config": lora_configs.VeloraConfig()}, "q_proj cannot be nested: VeloraLinearVariant"),
+        ({"init_lora_weights": "mica"}, "q_proj cannot be nested: MiCALinearVariant .*holds PEFT's only slot"),
+        ({"kasa_config": lora_configs.KasaConfig()}, "kasa_config makes another method of LoRA"),
+        ({"velora_config": lora_configs.VeloraConfig()}, "velora_config makes another method of LoRA"),
     ]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": 16}, r"r=16, but the largest nested rank is 8.* Write LoraConfig\(r=8, ...\) or end the ranks with 16"),
-        ({"r": 4}, "r=4, but the largest nested rank is 8"),
-        ({"lora_alpha": 16}, r"lora_alpha=16 .* by 2, but the nesting's scale at rank 8 is 0.707.*lora_alpha=5.65685"),
-        ({"use_rslora": True}, r"use_rslora=True .*Nesting\(ranks, scaling='sqrt', alpha=5.65685\)"),
+        ({"r": 16}, r"r=16, and the largest nested rank is 8: end the ranks with 16, or write LoraConfig\(r=8, ...\)"),
+        ({"r": 4}, "r=4, and the largest nested rank is 8"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern gives layers ranks or scales of their own: remove it"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern gives layers ranks or scales of their own"),
         (
             {"init_lora_weights": "pissa"},
-            "init_lora_weights='pissa' assumes plain LoRA's scale: use True or",
+            "init_lora_weights='pissa' assumes plain LoRA's scale.*: use True or",
         ),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' assumes"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora' assumes"),
-        ({"use_dora": True}, r"q_proj cannot be nested: DoraLinearVariant .*holds PEFT's only slot"),
-        ({"alora_invocation_tokens": [5, 6]}, "q_proj cannot be nested: ALoraLinearVariant"),
+        ({"use_dora": True}, "use_dora makes another method of LoRA, which has no nested ranks: leave it out"),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens makes another method of LoRA"),
         *NEW_VARIANTS,
     ],
     ids=str,
@@ -1084,7 +1318,7 @@ def test_columns_that_cancel_out_under_one_scale(rule: str) -> None:
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     assert (B.double() @ torch.diag(p_of(NESTING)) @ A.double()).abs().max() > 0.01
     refused(model, "init_lora_weights='orthogonal' starts from columns that cancel out", x, rule=rule)
-    nest(model, NESTING, rule="lora")
+    nest_as(model, NESTING, rule="lora")
     torch.testing.assert_close(model(x), layer.base_layer(x), rtol=1e-4, atol=1e-4)
 
 
@@ -1093,19 +1327,18 @@ def test_a_bias_that_belongs_to_no_rank() -> None:
 
 
 @pytest.mark.parametrize("scaling", ["rank", "sqrt"])
-def test_pefts_own_way_to_write_the_scale_is_taken(scaling: Any, tmp_path: Path) -> None:
-    """``lora_alpha=16, use_rslora=...`` is the same adapter as the nesting with alpha=16."""
-    nesting = Nesting([1, 8], scaling, 16)
-    model = one_layer("Linear", nesting, lora_alpha=16, use_rslora=scaling == "sqrt")
-    x = oracle.KINDS["Linear"].batch(2)
-    before = model.eval()(x)
-    adapter = nest(model, nesting, inference="prefix")
-    torch.testing.assert_close(model(x), before, rtol=1e-14, atol=1e-14)
+def test_a_rank_of_lora_s_own_scaling_is_exported_with_its_scale(scaling: Any, tmp_path: Path) -> None:
+    """``lora_alpha=16, use_rslora=...`` says alpha / r or alpha / sqrt(r), which at rank 1 is 16 in either case."""
+    model: Any = one_layer("Linear", Nesting([8]), lora_alpha=16, use_rslora=scaling == "sqrt").eval()
+    adapter = nest(model, [1, 8], scaling, deploy="paper")
     adapter.set_rank(1)
     adapter.export(tmp_path, 1)
     base = copy.deepcopy(model.base_model.model.layer.base_layer)
     plain = PeftModel.from_pretrained(OneLayer(base), tmp_path)
-    assert not plain.peft_config["default"].use_rslora  # which some engines ignore
+    config = plain.peft_config["default"]
+    assert (config.r, config.lora_alpha) == (1, pytest.approx(16, rel=1e-14))
+    assert not config.use_rslora  # which some engines ignore
+    x = oracle.KINDS["Linear"].batch(2)
     torch.testing.assert_close(plain(x), model(x), rtol=1e-14, atol=1e-14)
 
 
@@ -1122,12 +1355,7 @@ def test_pefts_own_way_to_write_the_scale_is_taken(scaling: Any, tmp_path: Path)
 )
 def test_only_a_peft_model(model: Callable[[], Any]) -> None:
     with pytest.raises(MatryoshkaError, match=r"nest\(\) takes a PEFT model, not .*: call peft.get_peft_model"):
-        nest(model(), NESTING)
-
-
-def test_only_a_nesting() -> None:
-    with pytest.raises(MatryoshkaError, match=r"nesting is \[1, 2\]; write Nesting\(\[1, 2, 4, 8\]\)"):
-        nest(plain_llama(), [1, 2])  # type: ignore[arg-type]
+        nest_as(model(), NESTING)
 
 
 @pytest.mark.parametrize(
@@ -1135,13 +1363,13 @@ def test_only_a_nesting() -> None:
     [
         (
             lambda: AdaLoraConfig(init_r=8, target_r=4, total_step=10, lora_alpha=6, target_modules=["q_proj"]),
-            "AdaLora",
+            "ADALORA",
         ),
         (lambda: IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3"),
     ],
 )
 def test_only_lora(config: Callable[[], Any], name: str) -> None:
-    refused(llama_with(config()), f"only a LoRA adapter can be nested, not {name}Config: use peft.LoraConfig", tokens())
+    refused(llama_with(config()), f"is of type '{name}': only LoRA adapters can be nested", tokens())
 
 
 @pytest.mark.parametrize(
@@ -1150,10 +1378,10 @@ def test_only_lora(config: Callable[[], Any], name: str) -> None:
         ({"adapter": "other"}, "the model has no adapter 'other'; its adapters are default"),
         ({"rule": "matroska"}, "no rule 'matroska'; did you mean 'matryoshka'"),
         ({"rule": None}, "no rule None; .*the rules are lora, matryoshka"),
-        ({"inference": "kept"}, "inference is 'kept'; write 'prefix' or 'keep'"),
-        ({"rule": "dylora", "inference": "keep"}, "rule 'dylora' has no fixed diagonal to keep"),
-        ({"rule": "dylora-all", "inference": "keep"}, "rule 'dylora-all' has no fixed diagonal to keep"),
-        ({"rule": "stratified", "inference": "keep"}, "rule 'stratified' has no fixed diagonal to keep"),
+        ({"deploy": "kept"}, "deploy is 'kept'; write 'reordered' or 'paper'"),
+        ({"ranks": [4, 8, 2]}, r"ranks must increase strictly; write \[2, 4, 8\]"),
+        ({"ranks": NESTING}, r"ranks is Nesting\(.*; write a list of integers"),
+        ({"scaling": "linear"}, "scaling is 'linear'; write one of 'none', 'rank', 'sqrt'"),
     ],
     ids=str,
 )
@@ -1166,7 +1394,7 @@ def test_a_merged_adapter() -> None:
     model.merge_adapter()
     refused(model, r"cannot be nested: an adapter is merged into it: call unmerge_adapter\(\) first", tokens())
     model.unmerge_adapter()
-    nest(model, NESTING)
+    nest_as(model, NESTING)
 
 
 class Net(nn.Module):
@@ -1175,7 +1403,8 @@ class Net(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        output: Tensor = self.layer(x)
+        return output
 
 
 def test_a_grouped_convolution() -> None:
@@ -1205,7 +1434,8 @@ def test_multihead_attention() -> None:
             self.layer = nn.MultiheadAttention(8, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x, x, x)[0]
+            output: Tensor = self.layer(x, x, x)[0]
+            return output
 
     model = get_peft_model(Attention(), lora_config(NESTING, target_modules=["layer"]))
     refused(model, "layer.* cannot be nested: .*MultiheadAttention takes no LoRA variant", torch.randn(2, 1, 8))
@@ -1235,7 +1465,7 @@ def test_shared_factors() -> None:
 def test_weights_that_are_not_loaded_yet() -> None:
     model = get_peft_model(Net(nn.Linear(4, 4)), lora_config(NESTING, target_modules=["layer"]), low_cpu_mem_usage=True)
     with pytest.raises(MatryoshkaError, match=r"no data yet \(device meta\): load the weights first"):
-        nest(model, NESTING)
+        nest_as(model, NESTING)
 
 
 class IgnoresVariants(LoraLinear):
@@ -1243,7 +1473,8 @@ class IgnoresVariants(LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = self.base_layer(x)
-        return output + self.lora_B["default"](self.lora_A["default"](x)) * self.scaling["default"]
+        update: Tensor = self.lora_B["default"](self.lora_A["default"](x)) * self.scaling["default"]
+        return output + update
 
 
 class IgnoresTheAdapter(LoraLinear):
@@ -1264,7 +1495,7 @@ class SkipsAToken(LoraLinear):
     """Only a part of the output obeys."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output = super().forward(x, *args, **kwargs).clone()
+        output: Tensor = super().forward(x, *args, **kwargs).clone()
         output[..., 0] = self.base_layer(x)[..., 0]
         return output
 
@@ -1284,7 +1515,7 @@ def test_a_layer_that_does_not_obey_is_caught_by_its_behaviour(impostor: type) -
     layer.__class__ = disguised(impostor)
     refused(model, r"layers\.1\.mlp\.up_proj .*does not obey a LoRA variant.*leave it out of target_modules", tokens())
     layer.__class__ = LoraLinear
-    nest(model, NESTING)
+    nest_as(model, NESTING)
 
 
 def test_a_refusal_leaves_an_earlier_nesting_in_place() -> None:
@@ -1292,12 +1523,12 @@ def test_a_refusal_leaves_an_earlier_nesting_in_place() -> None:
     adapter.set_rank(2)
     before = logits(adapter.model)
     with pytest.raises(MatryoshkaError):
-        nest(adapter.model, Nesting([1, 2, 4, 8], "rank"))
+        nest(adapter.model, [1, 2, 4])
     layer: Any = adapter.model.base_model.model.model.layers[1].mlp.up_proj
     original = type(layer)
     layer.__class__ = disguised(IgnoresVariants)
     with pytest.raises(MatryoshkaError, match="does not obey"):
-        nest(adapter.model, NESTING, rule="lora")
+        nest_as(adapter.model, NESTING, rule="lora")
     layer.__class__ = original
     assert adapter.rule.name == "matryoshka"
     assert adapter.rank == 2
@@ -1309,7 +1540,7 @@ def test_an_adapter_that_is_not_active_can_be_nested() -> None:
     model.add_adapter("second", lora_config(NESTING))
     model.set_adapter("second")
     before = logits(model)
-    adapter = nest(model, NESTING, adapter="default")
+    adapter = nest_as(model, NESTING, adapter="default")
     assert model.active_adapter == "second"
     assert torch.equal(logits(model), before)
     assert [type(v) for m in model.modules() for v in getattr(m, "lora_variant", {}).values()] == [NestedVariant] * 14
@@ -1321,7 +1552,7 @@ def test_an_adapter_that_is_not_active_can_be_nested() -> None:
 def test_nesting_works_where_adapters_are_disabled_at_the_time() -> None:
     model = plain_llama()
     with model.disable_adapter():
-        nest(model, NESTING, inference="prefix")
+        nest_as(model, NESTING, deploy="paper")
         assert torch.equal(logits(model), logits(tiny_llama()))
     assert torch.equal(logits(model), logits(plain_llama()))
 
@@ -1331,6 +1562,35 @@ def test_gradients_are_not_touched_by_nesting() -> None:
     peft_model = get_peft_model(model, lora_config(NESTING, target_modules=["layer"]))
     peft_model(torch.ones(1, 4)).sum().backward()
     grads = [p.grad.clone() for p in peft_model.parameters() if p.grad is not None]
-    nest(peft_model, NESTING)
+    nest_as(peft_model, NESTING)
     after = [p.grad for p in peft_model.parameters() if p.grad is not None]
     assert all(torch.equal(a, b) for a, b in zip(after, grads, strict=True))
+
+
+def test_a_trained_adapter_that_becomes_another_function_is_named() -> None:
+    model = get_peft_model(tiny_llama(), lora_config(NESTING))
+    randomize(model)
+    with pytest.warns(UserWarning, match="has been trained already, and rule 'matryoshka'"):
+        nest_as(copy.deepcopy(model), NESTING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="adapter 'default' has been trained")
+        nest_as(model, NESTING, "lora")
+        nest_as(get_peft_model(tiny_llama(), lora_config(NESTING)), NESTING)
+
+
+def test_tokens_that_were_added_are_said_to_be_left_out(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(100, mean_resizing=False)
+    adapter = nest(get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])))
+    adapter.reorder()
+    with pytest.warns(UserWarning, match="4 tokens were added to the base model, and their embeddings are not in"):
+        adapter.save(tmp_path / "adapter")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(100, mean_resizing=False)
+    trained = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    adapter = nest(get_peft_model(base, trained))
+    adapter.reorder()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="4 tokens were added")
+        adapter.save(tmp_path / "with-embeddings")

@@ -15,7 +15,7 @@ from trl import SFTConfig
 
 from matryoshka_lora import MatryoshkaError
 from matryoshka_lora.privacy import find_private, marked, shown, tokens_in
-from matryoshka_lora.train import make_config
+from matryoshka_lora.training import make_config
 
 TOKEN, OTHER = ("hf_" + letters * 17 for letters in ("Ab", "xY"))
 PLACE = "home_of_alice"
@@ -109,9 +109,9 @@ def fields_with_text() -> Iterator[tuple[str, str, Any]]:
                 (dict, {"MARKER": 1}),
             )
             yield from ((section, field.name, value) for of, value in values if accepts(hints[field.name], of))
-    ours = ("model", "dtype", "quantization", "trust_remote_code", "data", "eval_data", "recipe", "lora", "nesting")
+    ours = ("model", "dtype", "quantization", "trust_remote_code", "data", "eval_data", "lora", "nesting")
     yield from (("", name, value) for name in ours for value in ("MARKER", {"a": "MARKER"}, {"MARKER": 1}))
-    yield from (("nesting", name, "MARKER") for name in ("ranks", "scaling", "alpha", "rule", "inference", "reorder"))
+    yield from (("nesting", name, "MARKER") for name in ("ranks", "scaling", "rule", "deploy", "reorder"))
     for source in ({"path": "MARKER.jsonl"}, {"path": "a.jsonl", "template": "MARKER {prompt}"}):
         yield "", "data", source
     for key in ("dataset", "config", "revision", "split", "template"):

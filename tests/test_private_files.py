@@ -23,8 +23,8 @@ from tiny_hub import tiny_hub
 from matryoshka_lora import MatryoshkaError
 from matryoshka_lora.adapter.callback import NestingCallback
 from matryoshka_lora.cli.main import app
-from matryoshka_lora.train import make_config, train
-from matryoshka_lora.train.resume import plan
+from matryoshka_lora.training import make_config, train
+from matryoshka_lora.training.resume import plan
 
 # These values stop a training, or are the name of something that has to be there.
 STOPS = {
@@ -115,9 +115,9 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Life:
             where = out / (f"{kind}.gguf" if kind == "gguf" else kind)
             command("export", run, "--rank", "4", "--format", kind, "-o", where)
     command("export", run, "--budget", "0.5", "-o", out / "budget")
-    for metric in ("frobenius", "loss", "learned"):
-        data = () if metric == "frobenius" else ("--data", lived.rows, "--rows", "4")
-        command("reorder", run, "-o", out / metric, "--metric", metric, *data, "--dtype", "fp32")
+    for by in ("svd", "loss", "learned"):
+        data = () if by == "svd" else ("--data", lived.rows, "--rows", "4")
+        command("reorder", run, "-o", out / by, "--by", by, *data, "--dtype", "fp32")
     for kind in ("png", "svg", "pdf"):
         command("info", run, "--plot", out / f"info.{kind}")
     return lived

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import zlib
@@ -15,11 +16,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_hub import sent_files, tiny_hub
 
-from matryoshka_lora import MatryoshkaError, Nesting
+from matryoshka_lora import MatryoshkaError, Nesting, export, reorder
 from matryoshka_lora.cli.main import app
-from matryoshka_lora.deploy.export import cut, export_directions
-from matryoshka_lora.deploy.push import push_adapter
-from matryoshka_lora.deploy.reorder import reorder_adapter
+from matryoshka_lora.formats.fingerprint import check_measured, fingerprint
+from matryoshka_lora.formats.opened import open_adapter
+from matryoshka_lora.serving.push import push
 
 TOKEN = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYzAbCdEfGh"
 OWN = {"README.md", "adapter_config.json", "adapter_model.safetensors", "nesting.json"}
@@ -36,7 +37,7 @@ def nested(tmp_path: Path) -> Path:
     """A reordered adapter whose base model has no name."""
     adapter = nested_llama(Nesting([1, 2, 8]))
     adapter.save(tmp_path / "raw")
-    reorder_adapter(tmp_path / "raw", tmp_path / "nested")
+    reorder(tmp_path / "raw", tmp_path / "nested")
     return tmp_path / "nested"
 
 
@@ -57,7 +58,7 @@ def test_the_adapter_is_sent_and_nothing_else(nested: Path, hub: Any) -> None:
     (nested / "adapter_model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "adapter_model_old.safetensors"}}'
     )
-    assert push_adapter(nested, "me/any-rank", endpoint=hub.address).startswith(hub.address)
+    assert push(nested, "me/any-rank", endpoint=hub.address).startswith(hub.address)
     sent = sent_files(hub)
     assert set(sent) == {*OWN, "spectra.safetensors"}
     for name, content in sent.items():
@@ -69,8 +70,35 @@ def test_the_evaluation_is_sent_with_its_picture(nested: Path, hub: Any) -> None
     (nested / "evaluation").mkdir()
     (nested / "evaluation" / "evaluation.json").write_text("{}")
     (nested / "evaluation" / "curve.png").write_bytes(b"\x89PNG\r\n")
-    push_adapter(nested, "me/any-rank", endpoint=hub.address)
+    push(nested, "me/any-rank", endpoint=hub.address)
     assert {name for name in sent_files(hub) if "/" in name} == {"evaluation/evaluation.json", "evaluation/curve.png"}
+
+
+def test_an_evaluation_of_other_weights_is_not_sent(nested: Path, hub: Any) -> None:
+    (nested / "evaluation").mkdir()
+    file = nested / "evaluation" / "evaluation.json"
+    file.write_text(json.dumps({"format": 3, "adapter": {"sha256": fingerprint(open_adapter(nested))}}))
+    weights = nested / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    save_file({key: 2 * weight for key, weight in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(MatryoshkaError, match=r"evaluation.json was measured on other weights than .*with --force"):
+        push(nested, "me/any-rank", endpoint=hub.address)
+    assert not hub.requests
+    weights.write_bytes(before)
+    push(nested, "me/any-rank", endpoint=hub.address)
+    assert "evaluation/evaluation.json" in sent_files(hub)
+
+
+def test_an_evaluation_of_version_0_1_knows_the_files_that_it_is_of(nested: Path) -> None:
+    """Their bytes, in the order of their names; of the others of the folder, nothing."""
+    names = ["adapter_config.json", "adapter_model.safetensors", "nesting.json", "spectra.safetensors"]
+    found = hashlib.sha256(b"".join(name.encode() + (nested / name).read_bytes() for name in names)).hexdigest()
+    file = nested / "evaluation.json"
+    file.write_text(json.dumps({"format": 2, "adapter": {"sha256": found}}))
+    check_measured(file, open_adapter(nested))
+    (nested / "nesting.json").write_text((nested / "nesting.json").read_text() + " ")
+    with pytest.raises(MatryoshkaError, match="was measured on other weights"):
+        check_measured(file, open_adapter(nested))
 
 
 def test_shards_are_sent_with_their_index(tmp_path: Path, hub: Any) -> None:
@@ -82,7 +110,7 @@ def test_shards_are_sent_with_their_index(tmp_path: Path, hub: Any) -> None:
         names = split(tmp_path)
     (tmp_path / "adapter_model-00009-of-00009.safetensors").write_bytes(b"secret")
     (tmp_path / "README.md").unlink(missing_ok=True)
-    push_adapter(tmp_path, "me/any-rank", endpoint=hub.address)
+    push(tmp_path, "me/any-rank", endpoint=hub.address)
     assert set(sent_files(hub)) == {"adapter_config.json", *names}
     assert not (tmp_path / "README.md").exists(), "an adapter that may be anybody's gets no card of ours"
 
@@ -100,8 +128,8 @@ def split(folder: Path) -> set[str]:
 
 
 def test_a_file_of_directions_is_sent(nested: Path, tmp_path: Path, hub: Any) -> None:
-    export_directions(cut(nested, 8), tmp_path / "directions")
-    push_adapter(tmp_path / "directions", "me/any-rank", endpoint=hub.address)
+    export(nested, tmp_path / "directions", format="directions")
+    push(tmp_path / "directions", "me/any-rank", endpoint=hub.address)
     assert set(sent_files(hub)) == OWN - {"adapter_model.safetensors"} | {"directions.safetensors"}
 
 
@@ -116,7 +144,7 @@ def picture(words: str) -> bytes:
 
 
 CARD, EVALUATION, PICTURE = "README.md", "evaluation/evaluation.json", "evaluation/curve.png"
-HIDDEN = {
+HIDDEN: dict[str, tuple[str, str | bytes | None, str]] = {
     "a token in somebody's card": (CARD, f"# Mine\n\nkey: {TOKEN}\n", "line 3: what looks like a token"),
     "a path in somebody's card": (CARD, "# Mine\nsee /home/alice/notes\n", "line 2: an absolute path"),
     "an evaluation of an older version": (EVALUATION, '{\n"path": "/home/alice/run"}', "line 2: an absolute path"),
@@ -132,14 +160,14 @@ def test_nothing_is_sent_while_a_file_holds_a_secret(nested: Path, hub: Any, cas
     name, content, where = HIDDEN[case]
     file = nested / name
     file.parent.mkdir(exist_ok=True)
-    if case == "tensors":
-        save_file(load_file(file), file, {"metric": "frobenius", "from": "/home/alice/run"})
-    elif case == "a field of the config":
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_mapping": TOKEN}))
-    else:
+    if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    elif case == "tensors":
+        save_file(load_file(file), file, {"from": "/home/alice/run"})
+    else:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_mapping": TOKEN}))
     with pytest.raises(MatryoshkaError, match=r"nothing was sent, because of .*Take it out of the file") as caught:
-        push_adapter(nested, "me/any-rank", endpoint=hub.address)
+        push(nested, "me/any-rank", endpoint=hub.address)
     assert f"{name}, {where}" in str(caught.value)
     assert TOKEN not in str(caught.value)
     assert "alice" not in str(caught.value)
@@ -156,9 +184,9 @@ def test_a_base_model_in_a_folder_needs_its_name_on_the_hub(
         name_base(nested, base)
         before = {file.name: file.read_bytes() for file in nested.iterdir()}
         with pytest.raises(MatryoshkaError, match=r"folder of this machine.* --base-model owner/name"):
-            push_adapter(nested, "me/any-rank", endpoint=hub.address)
+            push(nested, "me/any-rank", endpoint=hub.address)
         with pytest.raises(MatryoshkaError, match="is no id of a model on the hub"):
-            push_adapter(nested, "me/any-rank", endpoint=hub.address, base_model="/home/alice/models/tiny")
+            push(nested, "me/any-rank", endpoint=hub.address, base_model="/home/alice/models/tiny")
         assert {file.name: file.read_bytes() for file in nested.iterdir()} == before
         assert not hub.requests
     monkeypatch.setenv("HF_ENDPOINT", hub.address)
@@ -175,11 +203,11 @@ def test_a_base_model_in_a_folder_needs_its_name_on_the_hub(
 
 def test_a_name_of_the_hub_is_sent_as_it_is(nested: Path, hub: Any) -> None:
     name_base(nested, "someone/tiny")
-    push_adapter(nested, "me/any-rank", endpoint=hub.address)
+    push(nested, "me/any-rank", endpoint=hub.address)
     assert json.loads(sent_files(hub)["adapter_config.json"])["base_model_name_or_path"] == "someone/tiny"
 
 
 def test_a_hub_that_cannot_be_reached(nested: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(MatryoshkaError, match=r"cannot push to 'me/any-rank'.*hf auth login"):
-        push_adapter(nested, "me/any-rank", endpoint="http://127.0.0.1:9")
+        push(nested, "me/any-rank", endpoint="http://127.0.0.1:9")

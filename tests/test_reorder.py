@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import NestedLayer, OneLayer, lora_config, nested_layer, nested_llama, randomize, tiny_llama
+from conftest import NestedLayer, OneLayer, lora_config, nest_as, nested_layer, nested_llama, randomize, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from matryoshka_lora import MatryoshkaError, Nesting, nest, reorder_factors
+from matryoshka_lora import MatryoshkaError, Nesting, reorder
+from matryoshka_lora.reordering.factors import reorder_factors
 from matryoshka_lora.rules import RULES
 
 sizes = st.integers(1, 14)
@@ -171,12 +175,10 @@ KINDS = [kind for kind in oracle.KINDS if kind != "Linear-2d-input"]
 @pytest.mark.parametrize("rule", list(RULES))
 @pytest.mark.parametrize("ranks", [[1, 2, 6], [2, 16]], ids=str)  # the layers are 10 to 12 wide: 16 is wider
 def test_what_was_trained_stays_and_every_rank_is_best(kind: str, rule: str, ranks: list[int]) -> None:
-    nesting = Nesting(ranks, "sqrt", 3.0)
-    R, s_R = nesting.max_rank, oracle.scale("sqrt", 3.0, nesting.max_rank)
+    nesting = Nesting(ranks, "sqrt", 0.75)
+    R, s_R = nesting.max_rank, 0.75
     nested = nested_layer(kind, nesting, rule)
-    trained = oracle.trained_p(ranks, "sqrt", 3.0) if rule == "matryoshka" else oracle.prefix_p(ranks, R, "sqrt", 3.0)
-    if RULES[rule].fixed and rule not in ("matryoshka", "lora"):
-        trained = RULES[rule].draw(nesting, 0, 0).diagonal  # tests/test_rules.py knows its values
+    trained = oracle.trained_p(ranks, "sqrt", s_R) if rule == "matryoshka" else oracle.prefix_p(ranks, R, "sqrt", s_R)
     delta = dense(nested, trained)
     x = nested.kind.batch(3)
     expected = nested.expected(trained, x).detach()
@@ -231,23 +233,18 @@ def test_full_rank_of_a_layer_is_unchanged_in_fp32(kind: str) -> None:
     assert (after - before).norm() < 1e-5 * before.norm()
 
 
-def test_inference_makes_no_difference_afterwards() -> None:
+def test_the_deployment_before_makes_no_difference_afterwards() -> None:
     outputs = []
     x = oracle.KINDS["Linear"].batch(3)
-    for inference in ("prefix", "keep"):
-        nested = nested_layer("Linear", Nesting([1, 2, 6], "sqrt"), inference=inference)
+    for deploy in ("paper", "reordered"):
+        nested = nested_layer("Linear", Nesting([1, 2, 6], "sqrt"), deploy=deploy)
         nested.adapter.model.eval()
-        raw = [(nested.adapter.set_rank(rank), nested.layer(x))[1] for rank in (1, 2, 6)]
+        trained = [(nested.adapter.set_rank(rank), nested.layer(x))[1] for rank in (1, 2, 6)]
         nested.adapter.reorder()
         outputs.append([(nested.adapter.set_rank(rank), nested.layer(x))[1] for rank in range(1, 7)])
-        assert not torch.allclose(raw[0], outputs[-1][0])
-        nested.adapter.set_rank(3)
-        before = nested.layer(x)
-        for other in ("keep", "prefix"):
-            nested.adapter.inference = other
-            assert torch.equal(nested.layer(x), before)
-    for prefix, keep in zip(*outputs, strict=True):
-        assert torch.equal(prefix, keep)
+        assert not torch.allclose(trained[0], outputs[-1][0])
+    for paper, reordered in zip(*outputs, strict=True):
+        assert torch.equal(paper, reordered)
 
 
 @pytest.mark.parametrize("kind", ["Linear", "Embedding", "Conv2d"])
@@ -347,14 +344,14 @@ def test_a_merged_adapter_is_refused() -> None:
 
 
 def test_adapters_in_bf16() -> None:
-    nesting = Nesting([1, 2, 4], "sqrt")
+    nesting = Nesting([1, 2, 4], "sqrt", 0.5)
     model = get_peft_model(tiny_llama().bfloat16(), lora_config(nesting), autocast_adapter_dtype=False)
     randomize(model)
-    adapter = nest(model, nesting)
+    adapter = nest_as(model, nesting)
     layer: Any = model.base_model.model.model.layers[0].mlp.up_proj
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     assert A.dtype == torch.bfloat16
-    delta = B.double() @ torch.diag(oracle.trained_p([1, 2, 4], "sqrt")) @ A.double()
+    delta = B.double() @ torch.diag(oracle.trained_p([1, 2, 4], "sqrt", 0.5)) @ A.double()
     adapter.reorder()
     assert layer.lora_A["default"].weight is A
     assert A.dtype == B.dtype == torch.bfloat16
@@ -384,22 +381,22 @@ def test_experts(in_first: bool) -> None:
             self.experts = Experts()
 
     ranks = [1, 2, 5]
-    nesting = Nesting(ranks, "sqrt", 2.0)
+    nesting = Nesting(ranks, "sqrt", 0.9)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = lora_config(nesting, target_modules=[], target_parameters=["experts.stack"])
         model: Any = get_peft_model(Model(), config)
     randomize(model)
-    adapter = nest(model, nesting)
+    adapter = nest_as(model, nesting)
     wrapper = model.base_model.model.experts
     A, B = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
     assert A.shape == (15, 8)
     assert B.shape == (6, 15)
-    deltas = oracle.expert_delta(A.detach(), B.detach(), oracle.trained_p(ranks, "sqrt", 2.0), 3, in_first)
+    deltas = oracle.expert_delta(A.detach(), B.detach(), oracle.trained_p(ranks, "sqrt", 0.9), 3, in_first)
     spectra = adapter.reorder()["experts"]
     assert spectra.shape == (3, 5)
     assert not torch.allclose(spectra[0], spectra[1])
-    s_R = 2.0 / 5**0.5
+    s_R = 0.9
     for rank in range(1, 6):
         p = (torch.arange(5) < rank).double() * s_R
         after = oracle.expert_delta(A.detach(), B.detach(), p, 3, in_first)
@@ -407,3 +404,29 @@ def test_experts(in_first: bool) -> None:
             error = (deltas[e] - after[e]).norm()
             assert error == pytest.approx(float(oracle.best_errors(deltas[e])[rank]), rel=1e-9, abs=1e-7)
             assert error == pytest.approx(float(spectra[e, rank:].norm()), rel=1e-9, abs=1e-7)
+
+
+# From file to file.
+
+
+def test_one_layer_of_a_file_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    """Counted are the tensors that are alive when a layer was computed."""
+    tensors = {}
+    for i in range(12):
+        name = f"base_model.model.layers.{i}.q_proj"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(4, 6_000)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(6_000, 4)
+    LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"]).save_pretrained(tmp_path / "plain")
+    save_file(tensors, tmp_path / "plain" / "adapter_model.safetensors", {"format": "pt"})
+    mine = {id(tensor) for tensor in tensors.values()}
+
+    def alive() -> int:
+        found = [each for each in gc.get_objects() if type(each) is Tensor and id(each) not in mine]
+        return sum(tensor.numel() for tensor in found if tensor.numel() >= 24_000)
+
+    before, seen = alive(), []
+    reorder(tmp_path / "plain", tmp_path / "nested", on_layer=lambda: seen.append(alive() - before))
+    assert len(seen) == 12
+    assert all(seen)  # the count can fail
+    assert max(seen) <= 2 * 48_000  # what is read of a layer, and what is made of it
+    assert alive() == before

@@ -15,19 +15,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_llama
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig
+from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors.torch import load_file
-from test_strangers import output
+from strangers import output
 from tiny_chat import TEMPLATE, save_tiny_chat, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matryoshka_lora import MatryoshkaError
-from matryoshka_lora.adapter.card import make_card
-from matryoshka_lora.adapter.source import open_adapter
 from matryoshka_lora.cli.main import app
+from matryoshka_lora.formats.card import make_card
+from matryoshka_lora.formats.config import AdapterConfig
+from matryoshka_lora.formats.opened import open_adapter
 from matryoshka_lora.models import EMBEDDED, base_of, load_config, load_model, load_tokenizer
-from matryoshka_lora.train import make_config, train
-from matryoshka_lora.train.run import load_model_of, load_tokenizer_of
+from matryoshka_lora.training import make_config, train
+from matryoshka_lora.training.run import load_model_of, load_tokenizer_of
 
 NAME = "someone/tiny"
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
@@ -54,8 +55,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         tokenizer.chat_template = TEMPLATE.replace("\n", f" of {revision}\n")
         tokenizer.save_pretrained(folder)
         # Other heads of the same shape: llama.cpp's order of the rows of q and k depends on them.
-        heads, ours = (4, 2) if revision == "v1" else (2, 1), {"attention_bias": revision == "v1"}
-        ours |= dict(zip(("num_attention_heads", "num_key_value_heads"), heads, strict=True))
+        heads, shared = (4, 2) if revision == "v1" else (2, 1)
+        ours = {"attention_bias": revision == "v1", "num_attention_heads": heads, "num_key_value_heads": shared}
         tiny_llama(seed, vocab_size=len(tokenizer), max_position_embeddings=512, **ours).save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
@@ -113,13 +114,13 @@ def test_a_folder_has_no_revision(hub: Hub) -> None:
 
 
 def test_whose_revision_it_is() -> None:
-    adapter = LoraConfig(base_model_name_or_path=NAME, revision="v1")
+    adapter = AdapterConfig({"base_model_name_or_path": NAME, "revision": "v1"})
     assert base_of(adapter) == (NAME, "v1")
     assert base_of(adapter, NAME) == (NAME, "v1")
     assert base_of(adapter, "other/model") == ("other/model", None)
     assert base_of(adapter, "other/model", "v2") == ("other/model", "v2")
     assert base_of(adapter, None, "v2") == (NAME, "v2")
-    assert base_of(LoraConfig()) == (None, None)
+    assert base_of(AdapterConfig({})) == (None, None)
 
 
 def evaluated(run: Run, adapter: Path, out: Path, *options: object) -> dict[str, Any]:
@@ -143,13 +144,13 @@ def test_eval_uses_it(hub: Hub, run: Run, tmp_path: Path) -> None:
     assert other["revision"] == "main"
     assert losses(other) == losses(evaluated(run, hub.adapter, tmp_path / "main", "--model", hub.folders["main"]))
     assert losses(other) != losses(found)
-    with pytest.raises(MatryoshkaError, match="holds answers of another revision"):
+    with pytest.raises(MatryoshkaError, match=r"is the evaluation of another revision.*--out"):
         evaluated(run, hub.adapter, tmp_path / "named", "--revision", "main")
 
 
 def test_reorder_uses_it(hub: Hub, run: Run, tmp_path: Path) -> None:
     def weights(name: str, *options: object) -> dict[str, torch.Tensor]:
-        data = ("--metric", "loss", "--data", "chain_sum", "--rows", 8, "--dtype", "fp32")
+        data = ("--by", "loss", "--data", "chain_sum", "--rows", 8, "--dtype", "fp32")
         run("reorder", hub.adapter, "-o", tmp_path / name, *data, *options)
         found: dict[str, torch.Tensor] = load_file(tmp_path / name / "adapter_model.safetensors")
         return found
@@ -194,11 +195,12 @@ def test_a_gguf_file_is_made_for_it(hub: Hub, run: Run, tmp_path: Path) -> None:
         assert "Verified: on " in run("export", hub.adapter, "--rank", 2, "--format", "gguf", "-o", file, *options)
         return file.read_bytes()
 
-    assert written("named") == written("folder", "--model", hub.folders["v1"])
-    assert written("again") != written("main", "--model", hub.folders["main"])
+    named = written("named")
+    assert named == written("folder", "--model", hub.folders["v1"])
+    assert named != written("main", "--model", hub.folders["main"])
 
 
 def test_a_card_holds_no_revision_that_is_none(hub: Hub) -> None:
     opened = open_adapter(hub.adapter)
-    opened.config.revision = '"); import os; os.remove("x'
-    assert "revision=" not in make_card(opened.config, opened.state, hub.adapter / "absent")
+    hostile = opened.config.changed(revision='"); import os; os.remove("x')
+    assert "revision=" not in make_card(hostile, opened.state, hub.adapter / "absent")

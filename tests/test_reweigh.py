@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from matryoshka_lora import reorder_factors
-from matryoshka_lora.reorder import reweigh_factors
+from matryoshka_lora.reordering.factors import reorder_factors, reweigh_factors
 
 sizes = st.integers(1, 12)
 

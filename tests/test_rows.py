@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, load, nest
 from matryoshka_lora.rules import RULES
 
-NESTING = Nesting([1, 2, 4, 8], "sqrt", 2.0)
+NESTING = Nesting([1, 2, 4, 8], "sqrt", 0.7)
 RANKS = [1, 8, 2, 8, 4]
 
 
@@ -44,6 +45,11 @@ def tokens(rows: int, length: int = 7, seed: int = 3) -> Tensor:
     return torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+@functools.cache
+def deployed(deploy: str) -> NestedAdapter:
+    return nested_llama(NESTING, deploy=deploy)
+
+
 def one_by_one(adapter: NestedAdapter, ids: Tensor, ranks: list[int]) -> Tensor:
     outputs = []
     for row, rank in zip(ids, ranks, strict=True):
@@ -56,17 +62,16 @@ def one_by_one(adapter: NestedAdapter, ids: Tensor, ranks: list[int]) -> Tensor:
 @settings(max_examples=10)
 @given(
     ranks=st.lists(st.sampled_from(NESTING.ranks), min_size=1, max_size=6),
-    inference=st.sampled_from(["prefix", "keep"]),
+    deploy=st.sampled_from(["paper", "reordered"]),
 )
-def test_forward_equals_the_rows_one_by_one(adapter: NestedAdapter, ranks: list[int], inference: Any) -> None:
-    adapter.inference = inference
+def test_forward_equals_the_rows_one_by_one(ranks: list[int], deploy: str) -> None:
+    adapter = deployed(deploy)
     ids = tokens(len(ranks))
     with torch.no_grad():
         with adapter.rows(ranks):
             mixed = adapter.model(ids).logits
         alone = one_by_one(adapter, ids, ranks)
         other = one_by_one(adapter, ids, [1 if rank == 8 else 8 for rank in ranks])
-    adapter.inference = "prefix"
     torch.testing.assert_close(mixed, alone, rtol=1e-4, atol=1e-4)
     assert ((mixed - other).abs().amax(dim=(1, 2)) > 0.1).all()
 
@@ -226,7 +231,7 @@ def routed(targets: str, rule: str = "matryoshka") -> NestedAdapter:
     nesting = Nesting([1, 2])
     model = get_peft_model(Routed(), lora_config(nesting, target_modules=targets))
     randomize(model)
-    return nest(model, nesting, rule)
+    return nest(model, nesting.ranks, rule=rule)
 
 
 def test_rows_with_experts_are_refused_at_once() -> None:
@@ -239,7 +244,7 @@ def test_rows_with_experts_are_refused_at_once() -> None:
     ):
         pytest.fail("the context must not open")
     assert torch.equal(adapter.model(x), before)
-    with pytest.raises(MatryoshkaError, match=r"experts\.0 cannot be nested: tokens that are routed.*'stratified' needs them"):
+    with pytest.raises(MatryoshkaError, match=r"experts\.0 cannot be nested: .*'stratified' needs them: take another"):
         routed(r".*experts\.\d", "stratified")
     head_only = routed(".*head")
     with head_only.rows([1, 2]):
@@ -549,7 +554,7 @@ def by_hand(mapping: dict[str, int]) -> Any:
 
     def p(name: str) -> Tensor:
         found = [rank for end, rank in mapping.items() if re.search(rf"(^|\.){end}$", name)]
-        return oracle.prefix_p(NESTING.ranks, found[0] if found else 8, "sqrt", 2.0)
+        return oracle.prefix_p(NESTING.ranks, found[0] if found else 8, "sqrt", 0.7)
 
     return p
 
@@ -672,7 +677,7 @@ def test_rows_are_refused_where_a_parameter_is_targeted() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = lora_config(nesting, target_modules=[], target_parameters=["head.weight"])
-        adapter = nest(get_peft_model(Routed(), config), nesting)
+        adapter = nest(get_peft_model(Routed(), config), nesting.ranks)
     x = torch.ones(2, 3, 6)
     adapter.model(x)
     with adapter.rows([1, 2]), pytest.raises(MatryoshkaError, match="'weight' is a parameter that all rows share"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import lora_config, nested_llama, randomize, tiny_llama, tiny_mixtral
+from conftest import lora_config, nest_as, nested_llama, randomize, tiny_llama, tiny_mixtral
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -30,9 +30,9 @@ from transformers import (
     XLNetModel,
 )
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting
 
-NESTING = Nesting([1, 2, 4], "sqrt", 2.0)
+NESTING = Nesting([1, 2, 4], "sqrt")
 
 
 def longformer() -> Any:
@@ -152,7 +152,7 @@ def nested(build: Callable[[], nn.Module], targets: Any, rule: str = "matryoshka
     torch.manual_seed(0)
     model = get_peft_model(build().eval(), lora_config(NESTING, target_modules=targets))
     randomize(model)
-    return nest(model.eval(), NESTING, rule)
+    return nest_as(model.eval(), NESTING, rule)
 
 
 def ids(rows: int, length: int, seed: int = 3) -> Tensor:
@@ -405,10 +405,10 @@ def test_a_module_that_takes_the_weight_without_calling_the_layer() -> None:
             randomize(model)
             assert torch.equal(call(model), before)
         with pytest.raises(MatryoshkaError, match=message):
-            nest(model, NESTING)
+            nest_as(model, NESTING)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        adapter = nest(model, NESTING)
+        adapter = nest_as(model, NESTING)
         with torch.no_grad():
             full = model(ids(2, 3))
             adapter.set_rank(1)

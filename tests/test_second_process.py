@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import nested_llama, randomize, tiny_llama
-from peft import LoraConfig, get_peft_model
+from conftest import lora_config, nest_as, nested_llama, randomize, tiny_llama
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from matryoshka_lora import NestedAdapter, Nesting, export_adapter, load, nest
+from matryoshka_lora import NestedAdapter, Nesting, export, load
+from matryoshka_lora.state import Deploy
 
 READER = Path(__file__).with_name("plain_peft_reader.py")
 NEW_TOKENS = 8
@@ -27,20 +30,20 @@ NEW_TOKENS = 8
 # R = 6 with "sqrt": the scale is no power of two, so one rounding more or less would be seen.
 NESTINGS = {
     "none": Nesting([1, 2, 4, 8]),
-    "sqrt": Nesting([1, 3, 6], scaling="sqrt", alpha=1.7),
-    "rank": Nesting([2, 3, 5], scaling="rank", alpha=3.0),
+    "sqrt": Nesting([1, 3, 6], scaling="sqrt", scale=1.7 / math.sqrt(6)),
+    "rank": Nesting([2, 3, 5], scaling="rank", scale=0.6),
 }
-# How it is deployed, and the nesting.
+# What is saved, and the nesting. "trained" is reordered on the way to the file, "reordered" was reordered in memory.
 ADAPTERS = {
-    "prefix-none": ("prefix", "none"),
-    "prefix-sqrt": ("prefix", "sqrt"),
-    "keep-none": ("keep", "none"),
-    "keep-rank": ("keep", "rank"),
-    "keep-sqrt": ("keep", "sqrt"),
+    "paper-none": ("paper", "none"),
+    "paper-sqrt": ("paper", "sqrt"),
+    "trained-none": ("trained", "none"),
+    "trained-rank": ("trained", "rank"),
+    "trained-sqrt": ("trained", "sqrt"),
     "reordered-none": ("reordered", "none"),
     "reordered-sqrt": ("reordered", "sqrt"),
 }
-CHECKPOINTS = ("checkpoint-prefix", "checkpoint-keep")
+CHECKPOINTS: dict[str, Deploy] = {"checkpoint-paper": "paper", "checkpoint-trained": "reordered"}
 
 
 @dataclass
@@ -87,12 +90,18 @@ class Reading:
 
 def write_all(adapter: NestedAdapter, folder: Path, name: str, ranks: Sequence[int]) -> list[str]:
     """Save an adapter and export some of its ranks: the even ones from memory, the odd ones from the file."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*was never reordered")
+        return _write_all(adapter, folder, name, ranks)
+
+
+def _write_all(adapter: NestedAdapter, folder: Path, name: str, ranks: Sequence[int]) -> list[str]:
     adapter.save(folder / name)
     names = [name]
     for rank in ranks:
         names.append(f"{name}@{rank}")
         if rank % 2:
-            export_adapter(folder / name, folder / names[-1], rank)
+            export(folder / name, folder / names[-1], rank)
         else:
             adapter.export(folder / names[-1], rank)
     return names
@@ -145,11 +154,11 @@ def read_nested(folder: Path, bases: Mapping[str, Any], ids: Tensor, names: Sequ
     return answers
 
 
-def write_checkpoint(folder: Path, name: str, inference: Any, ids: Tensor) -> None:
+def write_checkpoint(folder: Path, name: str, deploy: Deploy, ids: Tensor) -> None:
     """Train two steps under the Trainer, and keep the checkpoint that it wrote."""
     from transformers import Trainer, TrainingArguments
 
-    adapter = nested_llama(NESTINGS["sqrt"], inference=inference, task_type="CAUSAL_LM")
+    adapter = nested_llama(NESTINGS["sqrt"], deploy=deploy, task_type="CAUSAL_LM")
     arguments = TrainingArguments(
         str(folder / "training" / name),
         max_steps=2,
@@ -163,6 +172,12 @@ def write_checkpoint(folder: Path, name: str, inference: Any, ids: Tensor) -> No
     rows = [{"input_ids": row, "labels": row} for row in ids]
     Trainer(adapter.model, arguments, train_dataset=rows, callbacks=[adapter.callback()]).train()
     (folder / "training" / name / "checkpoint-2").rename(folder / name)
+    adapter.model.eval()
+    save_file(trained_factors(adapter), folder / name / "expected.safetensors")
+
+
+def trained_factors(adapter: NestedAdapter) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in adapter.model.named_parameters() if "lora_" in name}
 
 
 @pytest.fixture(scope="module")
@@ -170,23 +185,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Reading:
     folder = tmp_path_factory.mktemp("tiny")
     ids = torch.arange(3, 27).reshape(2, 12)
     names, memory = [], Answers({}, {})
-    for seed, (name, (inference, nesting)) in enumerate(ADAPTERS.items()):
-        adapter = nested_llama(
-            NESTINGS[nesting], inference="keep" if inference == "keep" else "prefix", task_type="CAUSAL_LM"
-        )
+    for seed, (name, (how, nesting)) in enumerate(ADAPTERS.items()):
+        deploy: Deploy = "paper" if how == "paper" else "reordered"
+        adapter = nested_llama(NESTINGS[nesting], deploy=deploy, task_type="CAUSAL_LM")
         randomize(adapter.model, seed, size=0.2)
-        if inference == "reordered":
+        if how == "reordered":
             adapter.reorder()
-        written = write_all(adapter, folder, name, adapter.ranks)
-        read_memory(adapter, written, ids, memory)
+        # What is reordered on the way has every rank, of which memory knows the largest.
+        ranks = range(1, adapter.nesting.max_rank + 1) if how == "trained" else adapter.ranks
+        written = write_all(adapter, folder, name, ranks)
+        read_memory(adapter, [name] if how == "trained" else written, ids, memory)
         names += written
-    for name in CHECKPOINTS:
-        write_checkpoint(folder, name, name.removeprefix("checkpoint-"), ids)
-        export_adapter(folder / name, folder / f"{name}@3", 3)
+    for name, deploy in CHECKPOINTS.items():
+        write_checkpoint(folder, name, deploy, ids)
+        export(folder / name, folder / f"{name}@3", 3)
         names += [name, f"{name}@3"]
     bases = {"float32": tiny_llama(), "float64": tiny_llama().double()}
-    plain, warnings = read_in_second_process(folder, bases["float32"], list(bases), ids, names)
-    return Reading(folder, ids, memory, read_nested(folder, bases, ids, names), plain, warnings)
+    plain, said = read_in_second_process(folder, bases["float32"], list(bases), ids, names)
+    return Reading(folder, ids, memory, read_nested(folder, bases, ids, names), plain, said)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -205,7 +221,7 @@ def test_the_saved_adapter_is_the_full_rank_adapter_to_the_last_bit(tiny: Readin
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_saving_changed_nothing_that_the_adapter_computes(tiny: Reading, name: str) -> None:
     before, after = tiny.memory.logits[f"float32/{name}"], tiny.nested.logits[f"float32/{name}"]
-    if name.startswith("keep"):  # the diagonal is folded into B, which rounds once more
+    if name.startswith("trained"):  # the SVD rounds
         assert distance(after, before) < 1e-5
     else:
         assert torch.equal(after, before)
@@ -214,12 +230,10 @@ def test_saving_changed_nothing_that_the_adapter_computes(tiny: Reading, name: s
 @pytest.mark.parametrize("name", [*ADAPTERS, *CHECKPOINTS])
 def test_every_slice_answers_as_the_nested_adapter_at_that_rank(tiny: Reading, name: str) -> None:
     for key in tiny.slices(name, "float64"):
-        if name != "checkpoint-keep":  # its diagonal was folded into B in fp32
-            assert (tiny.plain.logits[key] - tiny.nested.logits[key]).abs().max() <= 1e-6
+        assert (tiny.plain.logits[key] - tiny.nested.logits[key]).abs().max() <= 1e-6
         assert torch.equal(tiny.plain.text[key], tiny.nested.text[key])
-    for key in tiny.slices(
-        name
-    ):  # the model's own rounding is of this size: a sum of r terms has another order than of R
+    for key in tiny.slices(name):
+        # The model's own rounding is of this size: a sum of r terms has another order than of R.
         assert distance(tiny.plain.logits[key], tiny.nested.logits[key]) < 1e-5
         assert torch.equal(tiny.plain.text[key], tiny.nested.text[key])
         if key in tiny.memory.logits:
@@ -234,7 +248,7 @@ def test_the_slice_of_the_largest_rank_is_the_saved_adapter(tiny: Reading, name:
 
 def test_a_reordered_adapter_has_a_slice_of_every_rank(tiny: Reading) -> None:
     assert len(tiny.slices("reordered-sqrt")) == 6
-    assert len(tiny.slices("prefix-sqrt")) == 3
+    assert len(tiny.slices("paper-sqrt")) == 3
 
 
 def test_the_comparison_can_fail(tiny: Reading) -> None:
@@ -251,19 +265,20 @@ def test_the_comparison_can_fail(tiny: Reading) -> None:
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_training_checkpoint_is_readable(tiny: Reading, name: str) -> None:
-    """Its factors are raw: plain PEFT sees the paper's prefix of rank R, `load` the inference that was asked for."""
-    plain = tiny.plain.logits[f"float32/{name}"]
-    adapter = load(tiny_llama(), tiny.folder / name)
-    assert adapter.inference == name.removeprefix("checkpoint-")
-    assert not adapter.reordered
-    loaded = tiny.nested.logits[f"float32/{name}"]
-    if adapter.inference == "prefix":
-        assert torch.equal(plain, loaded)
-    else:
-        assert distance(plain, loaded) > 1e-2
-        adapter.inference = "prefix"
-        with torch.no_grad():
-            assert torch.equal(plain, adapter.model(input_ids=tiny.ids).logits)
+    """To plain PEFT, it is what is deployed: of the paper's, rank R without P; of the other, what is trained."""
+    key = f"float32/{name}"
+    assert torch.equal(tiny.plain.logits[key], tiny.nested.logits[key])
+    deployed, trained = (load(tiny_llama(), tiny.folder / name, trainable=trainable) for trainable in (False, True))
+    assert deployed.reordered == (CHECKPOINTS[name] == "reordered")
+    assert not trained.reordered
+    # Training goes on from the very factors, with P between them, and the file that is deployed is their function.
+    expected = load_file(tiny.folder / name / "expected.safetensors")
+    found = trained_factors(trained)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    with torch.no_grad():
+        training = trained.model(input_ids=tiny.ids).logits
+    assert (distance(tiny.plain.logits[key], training) < 1e-5) == (CHECKPOINTS[name] == "reordered")
 
 
 def complaints(said: Sequence[str]) -> list[str]:
@@ -283,18 +298,16 @@ def test_smollm2_in_bf16_reads_the_same_in_both_processes(tmp_path: Path) -> Non
     base = load_model("smollm2-135m", dtype=torch.bfloat16)
     nesting = NESTINGS["sqrt"]
     ids = torch.randint(1000, 20000, (2, 16), generator=torch.Generator().manual_seed(0))
-    config = LoraConfig(
-        r=6, lora_alpha=nesting.lora_alpha, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
-    )
+    config = lora_config(nesting, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
     names = []
-    for inference in ("prefix", "keep"):
-        peft_model = get_peft_model(copy.deepcopy(base), config)
+    for name, deploy in (("paper", "paper"), ("trained", "reordered")):
+        peft_model = get_peft_model(copy.deepcopy(base), copy.deepcopy(config))
         randomize(peft_model, size=0.02)
-        adapter = nest(peft_model.eval(), nesting, inference=inference)
-        names += write_all(adapter, tmp_path, inference, [1, 3])
+        adapter = nest_as(peft_model.eval(), nesting, deploy=deploy)
+        names += write_all(adapter, tmp_path, name, [1, 3])
     adapter.reorder()
     names += write_all(adapter, tmp_path, "reordered", [2, 5])
-    plain, warnings = read_in_second_process(tmp_path, base, ["bfloat16"], ids, names)
+    plain, said = read_in_second_process(tmp_path, base, ["bfloat16"], ids, names)
     nested = read_nested(tmp_path, {"bfloat16": base}, ids, names)
     for name in names:
         key = f"bfloat16/{name}"
@@ -305,4 +318,4 @@ def test_smollm2_in_bf16_reads_the_same_in_both_processes(tmp_path: Path) -> Non
             assert torch.equal(plain.logits[key], nested.logits[key]), name
         assert torch.equal(plain.text[key], nested.text[key]), name
         assert distance(plain.logits[key].float(), plain.logits["bfloat16/base"].float()) > 2**-5, name
-        assert complaints(warnings[key]) == [], name
+        assert complaints(said[key]) == [], name

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from an_evaluation import RANKS, some_examples, write
+from an_evaluation import RANKS, example, some_examples, write
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from matryoshka_lora import MatryoshkaError, select
 from matryoshka_lora.cli.main import main
-from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.evaluate.reading import read_measured
-from matryoshka_lora.evaluate.select import Choice, Measured, Wish, choose
+from matryoshka_lora.evaluation.choice import Choice, Measured, Wish, choose
+from matryoshka_lora.evaluation.reading import read_evaluation
+from matryoshka_lora.evaluation.select import parse_share
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -76,7 +77,7 @@ def test_limits_are_kept_and_the_best_of_what_is_left_is_chosen(measured: Measur
     assume(measured.latency_ms is not None)
     sign = 1 if measured.higher_is_better else -1
     rows = zip(measured.ranks, measured.values, measured.bytes, measured.latency_ms or [], strict=True)
-    left = [(sign * value, -rank) for rank, value, b, ms in rows if b <= size and ms <= time]
+    left = [(sign * value, -rank) for rank, value, b, ms in rows if value is not None and b <= size and ms <= time]
     wish = Wish(max_bytes=size, max_latency=time)
     if left:
         assert choose(measured, wish).rank == -max(left)[1]
@@ -114,7 +115,8 @@ def chosen(measured: Measured, within: float = 0.01) -> Choice:
 def test_without_questions_the_errors_count_as_independent() -> None:
     difference = table([0.5, 0.9], [0.03, 0.04]).difference(2, 1)
     assert difference is not None
-    assert (difference.value, difference.error) == (pytest.approx(0.4), pytest.approx(0.05))
+    assert difference.value == pytest.approx(0.4)
+    assert difference.error == pytest.approx(0.05)
     assert not difference.paired
     assert difference.is_sure
 
@@ -151,15 +153,49 @@ def test_a_rank_without_a_value_is_never_chosen() -> None:
 
 
 def test_the_files_are_read_back_with_their_questions(tmp_path: Path) -> None:
-    name, measured = read_measured(write(tmp_path, some_examples()))
-    assert name == "family"
+    found = read_evaluation(write(tmp_path, some_examples()))
+    assert found.task_name() == "family"
+    measured = found.measured()
     assert set(measured.by_question) == {0, *RANKS}
     difference = measured.difference(4, 8)
     assert difference is not None
     assert difference.paired
     assert difference.value == pytest.approx(-1 / 60)
-    _, alone = read_measured(write(tmp_path / "alone", None))
-    assert not alone.by_question
+    assert not read_evaluation(write(tmp_path / "alone", None)).measured().by_question
+
+
+def test_in_python_it_takes_what_was_returned_or_written(tmp_path: Path) -> None:
+    file = write(tmp_path / "evaluation", some_examples())
+    for given_as in (file, file.parent, str(tmp_path), read_evaluation(file)):
+        choice = select(given_as, within="5%")
+        assert (choice.rank, choice.best) == (4, 8)
+        assert choice == select(given_as, 0.05) == select(given_as, " 5 % ", task="family")
+    assert select(file, max_bytes=300_000).rank == 2
+    assert select(file, max_latency=34.1).rank == 1
+    with pytest.raises(MatryoshkaError, match="say what the rank must meet: within, such as 1%, max_bytes or"):
+        select(file)
+    # Five is no share: whoever writes it means percent.
+    for share in (5, -0.1, math.nan):
+        with pytest.raises(MatryoshkaError, match=r"within is .*; write a share from 0 to 1, such as 0\.01"):
+            select(file, within=share)
+
+
+@pytest.mark.parametrize(("text", "share"), [("1%", 0.01), ("0 %", 0), ("2.5%", 0.025), (".5%", 0.005), ("100%", 1)])
+def test_shares_in_percent(text: str, share: float) -> None:
+    assert parse_share(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("text", ["1", "%", "-1%", "101%", "1%%", "nan%", "0.01", "1,5%"])
+def test_texts_that_are_no_share(text: str) -> None:
+    with pytest.raises(MatryoshkaError, match="write a share of the best value in percent, such as 1%"):
+        parse_share(text)
+
+
+def test_files_of_version_0_1_are_read(tmp_path: Path) -> None:
+    """Format 2, whose words for the adapter were others."""
+    before = {"name": "matryoshka-prefix", "path": "runs/demo/adapter", "inference": "prefix", "form": "raw"}
+    found = read_evaluation(write(tmp_path, some_examples(), format=2, adapter=before))
+    assert choose(found.measured(), Wish(0.05)).rank == 4
 
 
 def test_the_command_chooses_and_gives_its_evidence(run: Run, tmp_path: Path) -> None:
@@ -195,6 +231,14 @@ def test_a_metric_to_be_low_is_chosen_and_shown_as_it_is(run: Run, tmp_path: Pat
     assert "+0.333 ± " in out  # rank 2 has a larger value
 
 
+def test_no_difference_has_no_sign_of_a_loss(run: Run, tmp_path: Path) -> None:
+    rows = [example("t", n, {0: 0.0, 1: 0.0, 2: 0.0, 4: float(n > 3), 8: float(n > 3)}) for n in range(9)]
+    write(tmp_path, rows)
+    out = run(tmp_path, "--within", "1%")[1]
+    assert "+0.000 ± 0.000" in out
+    assert "-0.000" not in out
+
+
 def test_several_tasks_need_a_name(run: Run, tmp_path: Path) -> None:
     write(tmp_path, some_examples("family") + some_examples("arc"))
     assert run(tmp_path, "--within", "5%", "--task", "arc")[1].startswith("arc: acc,none, 60 questions")
@@ -209,9 +253,12 @@ def test_several_tasks_need_a_name(run: Run, tmp_path: Path) -> None:
     [
         ("{", "cannot be read as JSON"),
         ("[]", "is no evaluation"),
-        ('{"format": 1}', "has format 1, and format 2 is needed"),
-        ('{"format": 2, "tasks": {"t": {}}}', "is damaged"),
-        ('{"format": 2, "tasks": []}', "has 0 tasks"),
+        ('{"format": 1}', "has format 1, and format 3 is needed"),
+        ('{"format": 4}', "has format 4, and format 3 is needed"),
+        ('{"format": 3}', "is damaged"),
+        ('{"format": 3, "ranks": [1], "tasks": {"t": {}}}', "is damaged"),
+        ('{"format": 3, "ranks": [1], "tasks": [1]}', "is damaged"),
+        ('{"format": 3, "ranks": [1], "tasks": {}}', "holds no task"),
     ],
 )
 def test_a_file_that_is_no_evaluation(run: Run, tmp_path: Path, content: str, said: str) -> None:

@@ -6,25 +6,27 @@ import copy
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import LINEAR_LAYERS, randomize, tiny_llama, tiny_mixtral
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import nested_llama, tiny_llama, tiny_mixtral
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from strangers import deltas, output, plain_adapter
+from tiny_chat import save_tiny_chat
 from transformers import AutoModelForCausalLM
 
-from matryoshka_lora import MatryoshkaError, Nesting, load, nest
-from matryoshka_lora.adapter.source import open_adapter
-from matryoshka_lora.deploy.info import describe
-from matryoshka_lora.deploy.reorder import Moments, reorder_adapter, reweigh_adapter
-from matryoshka_lora.deploy.spectra import read_spectra
+from matryoshka_lora import MatryoshkaError, Nesting, load, reorder
+from matryoshka_lora.formats.opened import open_adapter
+from matryoshka_lora.formats.spectra import read_spectra
+from matryoshka_lora.nesting import Scaling
+from matryoshka_lora.serving.info import describe
+from matryoshka_lora.state import By, Deploy
 
-IDS = torch.arange(3, 27).reshape(2, 12)
 WEIGHTS = "adapter_model.safetensors"
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -42,35 +44,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def plain_adapter(folder: Path, base: Any = None, **changes: Any) -> Any:
-    """An adapter that knows nothing of us, and its model."""
-    options = {"r": 8, "lora_alpha": 8, "target_modules": LINEAR_LAYERS, **changes}
-    model = get_peft_model(tiny_llama() if base is None else base, LoraConfig(**options))
-    randomize(model)
-    model.save_pretrained(folder)
-    return model.eval()
-
-
-def output(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
-
-
-def deltas(model: Any) -> dict[str, Tensor]:
-    """The dense delta of each layer, by PEFT itself."""
-    with torch.no_grad():
-        return {
-            name.removeprefix("base_model.model."): module.get_delta_weight("default").double()
-            for name, module in model.named_modules()
-            if hasattr(module, "get_delta_weight")
-        }
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_peft_reads_the_same_function_and_every_prefix_is_best(tmp_path: Path, kind: str) -> None:
     before = plain_adapter(tmp_path / "plain", **KINDS[kind])
     wanted, dense = output(before), deltas(before)
-    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
+    reorder(tmp_path / "plain", tmp_path / "nested")
 
     after = PeftModel.from_pretrained(tiny_llama(), tmp_path / "nested")
     assert (output(after) - wanted).norm() < 1e-5 * wanted.norm()
@@ -95,7 +73,7 @@ def test_the_dtype_is_kept(tmp_path: Path) -> None:
     tensors = {key: tensor.bfloat16() for key, tensor in load_file(tmp_path / "plain" / WEIGHTS).items()}
     save_file(tensors, tmp_path / "plain" / WEIGHTS, {"format": "pt"})
     wanted = output(PeftModel.from_pretrained(tiny_llama(), tmp_path / "plain"))
-    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
+    reorder(tmp_path / "plain", tmp_path / "nested")
     assert {tensor.dtype for tensor in load_file(tmp_path / "nested" / WEIGHTS).values()} == {torch.bfloat16}
     found = output(PeftModel.from_pretrained(tiny_llama(), tmp_path / "nested"))
     assert (found - wanted).norm() < 0.05 * (wanted - output(tiny_llama())).norm()
@@ -110,7 +88,7 @@ def test_shards(tmp_path: Path) -> None:
     index = {"weight_map": {key: names[i % 3] for i, (key, _) in enumerate(tensors)}}
     (tmp_path / "plain" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     (tmp_path / "plain" / WEIGHTS).unlink()
-    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
+    reorder(tmp_path / "plain", tmp_path / "nested")
     found, wanted = output(PeftModel.from_pretrained(tiny_llama(), tmp_path / "nested")), output(before)
     assert (found - wanted).norm() < 1e-5 * wanted.norm()
 
@@ -122,53 +100,62 @@ def test_experts(tmp_path: Path) -> None:
         tmp_path / "plain", copy.deepcopy(base), target_modules=["q_proj"], target_parameters=targets
     )
     wanted = output(before)
-    reorder_adapter(tmp_path / "plain", tmp_path / "nested")
+    reorder(tmp_path / "plain", tmp_path / "nested")
     found = output(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "nested"))
     assert (found - wanted).norm() < 1e-5 * wanted.norm()
     spectra = read_spectra(open_adapter(tmp_path / "nested"))
-    assert sorted(values.shape for values in spectra.values.values()) == [(4, 8), (4, 8), (8,)]
+    assert spectra is not None
+    assert sorted(values.shape for values in spectra.values()) == [(4, 8), (4, 8), (8,)]
 
 
-@pytest.mark.parametrize("inference", ["prefix", "keep"])
+@pytest.mark.parametrize("deploy", ["paper", "reordered"])
 @pytest.mark.parametrize("scaling", ["none", "sqrt"])
-def test_one_of_ours_that_was_not_reordered_yet(tmp_path: Path, inference: Any, scaling: Any) -> None:
-    nesting = Nesting([1, 3, 6], scaling, alpha=1.0 if scaling == "none" else 1.7)
-    config = LoraConfig(r=6, lora_alpha=nesting.lora_alpha, target_modules=["q_proj", "down_proj"])
-    model = get_peft_model(tiny_llama(), config)
-    randomize(model)
-    adapter = nest(model, nesting, inference=inference)
-    adapter.save(tmp_path / "trained")
-    reorder_adapter(tmp_path / "trained", tmp_path / "files")
+def test_one_of_ours_that_was_not_reordered_yet(tmp_path: Path, deploy: Deploy, scaling: Scaling) -> None:
+    """Reordered from its file, it is what it is when it was reordered in memory: what was trained, P and all."""
+    nesting = Nesting([1, 3, 6], scaling, scale=0.7)
+    adapter = nested_llama(nesting, deploy=deploy, target_modules=["q_proj", "down_proj"])
+    with pytest.warns(UserWarning, match="never reordered") if deploy == "reordered" else nullcontext():
+        adapter.save(tmp_path / "trained")
+    reorder(tmp_path / "trained", tmp_path / "files")
     adapter.reorder()
     adapter.save(tmp_path / "memory")
     for file in ("files", "memory"):
-        assert json.loads((tmp_path / file / "nesting.json").read_text())["nesting"] == nesting.to_dict()
+        state = open_adapter(tmp_path / file).nested
+        assert (state.nesting.ranks, state.nesting.scaling, state.reordered) == ((1, 3, 6), scaling, "svd")
+        assert state.nesting.scale == pytest.approx(0.7, rel=1e-12)
     one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("files", "memory"))
     assert one.keys() == other.keys()
     for key in one:
         torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=1e-5)
 
 
-def test_reordering_again_by_moments_keeps_the_function(tmp_path: Path) -> None:
-    before = plain_adapter(tmp_path / "plain", target_modules=["q_proj", "up_proj", "embed_tokens"])
-    reorder_adapter(tmp_path / "plain", tmp_path / "first")
-    generator = torch.Generator().manual_seed(0)
-    moments = {}
-    for layer in open_adapter(tmp_path / "first").layers:
-        if "embed" not in layer.name:
-            hidden, gradients = (torch.randn(50, 8, generator=generator).double() for _ in range(2))
-            moments[layer.name] = Moments(hidden.T @ hidden, gradients.T @ gradients)
-    spectra = reweigh_adapter(tmp_path / "first", tmp_path / "second", "loss", moments)
-    found, wanted = output(PeftModel.from_pretrained(tiny_llama(), tmp_path / "second")), output(before)
+ROWS = [{"prompt": f"{n} and {n + 1} make ", "completion": str(2 * n + 1)} for n in range(9)]
+
+
+@pytest.mark.parametrize("by", ["activations", "loss", "learned"])
+def test_reordering_by_data_keeps_the_function(tmp_path: Path, by: By) -> None:
+    base = save_tiny_chat(tmp_path / "base")
+
+    def model() -> Any:
+        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+    before = plain_adapter(tmp_path / "plain", model(), target_modules=["q_proj", "up_proj", "embed_tokens"])
+    reorder(tmp_path / "plain", tmp_path / "first")
+    spectra = reorder(tmp_path / "plain", tmp_path / "second", by, ROWS, model=str(base), dtype="fp32", rows=9)
+    found, wanted = output(PeftModel.from_pretrained(model(), tmp_path / "second")), output(before)
     assert (found - wanted).norm() < 1e-5 * wanted.norm()
-    again = read_spectra(open_adapter(tmp_path / "second"))
-    assert again.metric == "loss"
-    for name, values in spectra.values.items():
-        torch.testing.assert_close(again.values[name], values, rtol=1e-6, atol=0)
-    # The embedding has no moments and is as it was.
+    again = open_adapter(tmp_path / "second")
+    assert again.nested.reordered == by
+    written = read_spectra(again)
+    assert written is not None
+    assert written.keys() == spectra.keys() == {layer.name for layer in again.layers}
+    for name, values in spectra.items():
+        torch.testing.assert_close(written[name], values, rtol=1e-6, atol=0)
     first, second = (load_file(tmp_path / name / WEIGHTS) for name in ("first", "second"))
-    for key in first:
-        assert torch.equal(first[key], second[key]) == ("embed" in key)
+    for key in second:
+        # An embedding has no moments, and is as the SVD has left it.
+        stays = "embed" in key and by != "learned"
+        assert torch.allclose(first[key], second[key], atol=1e-5) == stays, key
 
 
 def test_memory_is_bounded_by_a_layer(tmp_path: Path) -> None:
@@ -183,12 +170,12 @@ def test_memory_is_bounded_by_a_layer(tmp_path: Path) -> None:
         save_file(dict(list(tensors.items())[:count]), tmp_path / name / WEIGHTS, {"format": "pt"})
     # Memory that the system cannot drop and read again: anonymous pages, looked at after each layer.
     code = (
-        "import sys, re; from matryoshka_lora.deploy.reorder import reorder_adapter\n"
+        "import sys, re; from matryoshka_lora.serving.reorder import reorder\n"
         "most = 0\n"
         "def look(*_):\n"
         "    global most\n"
         "    most = max(most, int(re.search(r'RssAnon:\\s*(\\d+)', open('/proc/self/status').read())[1]))\n"
-        "reorder_adapter(sys.argv[1], sys.argv[2], on_layer=look); print(most)"
+        "reorder(sys.argv[1], sys.argv[2], on_layer=look); print(most)"
     )
     most = {}
     for name in ("one", "all"):
@@ -219,7 +206,7 @@ def test_what_cannot_be_nested_is_refused_with_the_reason(tmp_path: Path, case: 
     file = tmp_path / "plain" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with pytest.raises(MatryoshkaError, match=message):
-        reorder_adapter(tmp_path / "plain", tmp_path / "nested")
+        reorder(tmp_path / "plain", tmp_path / "nested")
     assert not (tmp_path / "nested").exists()
 
 
@@ -234,7 +221,7 @@ def test_added_tokens_are_explained_and_both_ways_out_work(tmp_path: Path, more:
         return model
 
     def same(adapter: str, base: str) -> bool:
-        reorder_adapter(tmp_path / adapter, tmp_path / "nested", overwrite=True)
+        reorder(tmp_path / adapter, tmp_path / "nested", overwrite=True)
         found = output(load(AutoModelForCausalLM.from_pretrained(tmp_path / base), tmp_path / "nested").model)
         return bool((found - wanted).norm() < 1e-5 * wanted.norm())
 
@@ -242,11 +229,11 @@ def test_added_tokens_are_explained_and_both_ways_out_work(tmp_path: Path, more:
     wanted = output(plain_adapter(tmp_path / "plain", grown(), **options))
     reason = "whole embedding.*tokens were added.*trainable_token_indices"
     if more:  # the file may hold more than factors, so that only a model shows what is too much
-        reorder_adapter(tmp_path / "plain", tmp_path / "nested")
+        reorder(tmp_path / "plain", tmp_path / "nested")
         with pytest.raises(MatryoshkaError, match=reason):
             load(grown(), tmp_path / "nested")
     else:
-        for read in (describe, lambda path: reorder_adapter(path, tmp_path / "nested")):
+        for read in (describe, lambda path: reorder(path, tmp_path / "nested")):
             with pytest.raises(MatryoshkaError, match=reason):
                 read(tmp_path / "plain")
         assert not (tmp_path / "nested").exists()
@@ -266,5 +253,5 @@ def test_the_adapter_itself_is_not_written_over(tmp_path: Path) -> None:
     plain_adapter(tmp_path / "plain")
     before = (tmp_path / "plain" / WEIGHTS).read_bytes()
     with pytest.raises(MatryoshkaError, match="the adapter itself"):
-        reorder_adapter(tmp_path / "plain", tmp_path / "plain")
+        reorder(tmp_path / "plain", tmp_path / "plain")
     assert (tmp_path / "plain" / WEIGHTS).read_bytes() == before

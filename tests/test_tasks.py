@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matryoshka_lora import MatryoshkaError
-from matryoshka_lora.tasks import HELD_OUT, Task, get_task
+from matryoshka_lora.data.tasks import HELD_OUT, Task, get_task
 
 # Of products every seventh question is a repetition, of chain_sum every twentieth.
 NAMES = ["family_relationships", "chain_sum", "gsm_symbolic", "products"]
@@ -61,7 +61,7 @@ def test_a_smaller_size_is_a_prefix_of_a_larger_one() -> None:
 
 def test_examples_are_the_same_in_another_process() -> None:
     code = (
-        "import json\nfrom matryoshka_lora.tasks import get_task\n"
+        "import json\nfrom matryoshka_lora.data.tasks import get_task\n"
         f"print(json.dumps([[e.prompt, e.completion] for n in {NAMES} for s in ('train', 'validation', 'test')"
         " for e in get_task(n, seed=3).examples(s, 40)]))"
     )

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from conftest import LINEAR_LAYERS, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from trl import SFTConfig
 
-from matryoshka_lora import MatryoshkaError, Nesting
-from matryoshka_lora.train import TrainConfig, load_config, make_config
-from matryoshka_lora.train.checks import parse_yaml
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest, reorder
+from matryoshka_lora.cli.demo import demo_config
+from matryoshka_lora.cli.reorder import reorder as command
+from matryoshka_lora.training import TrainConfig, load_config, make_config
+from matryoshka_lora.training.checks import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +41,7 @@ def test_defaults() -> None:
     assert (config.model, config.dtype, config.quantization) == ("smollm2-135m", "bf16", None)
     assert not config.trust_remote_code
     assert config.nesting == Nesting.powers_of_two(32)
-    assert (config.rule, config.inference, config.reorder, config.rank_seed) == ("matryoshka", "keep", "learned", 42)
+    assert (config.rule, config.deploy, config.reorder, config.rank_seed) == ("matryoshka", "reordered", "svd", 42)
     lora = config.lora_config()
     assert (lora.r, lora.lora_alpha, lora.target_modules, lora.task_type) == (32, 32, "all-linear", "CAUSAL_LM")
     sft = config.sft_config()
@@ -45,23 +49,31 @@ def test_defaults() -> None:
     assert not sft.activation_checkpointing
 
 
-@pytest.mark.parametrize(
-    ("nesting", "inference"),
-    [
-        ({"reorder": "svd"}, "keep"),
-        ({"reorder": False}, "keep"),
-        ({"rule": "stratified"}, "prefix"),  # has no P to keep
-        ({"inference": "prefix"}, "prefix"),
-    ],
-)
-def test_p_is_kept_where_there_is_one(nesting: dict[str, Any], inference: str) -> None:
-    assert make_config({"data": "chain_sum", "nesting": nesting}).inference == inference
+def test_every_door_has_the_same_defaults() -> None:
+    """A function, a file and a command that say nothing make the same adapter."""
+    config = make_config({"data": "chain_sum", "lora": {"r": 12}})
+    adapter = nest(get_peft_model(tiny_llama(), LoraConfig(r=12, lora_alpha=12, target_modules=LINEAR_LAYERS)))
+    state = adapter.state
+    assert (config.nesting, config.rule, config.deploy) == (state.nesting, state.rule.name, state.deploy)
+    assert (state.nesting, state.deploy) == (Nesting([1, 2, 4, 8, 12], "none", 1.0), "reordered")
+    demo = demo_config(Path("demo"), steps=1, dtype="fp32")
+    reordering = [
+        inspect.signature(verb).parameters["by"].default for verb in (NestedAdapter.reorder, reorder, command)
+    ]
+    assert [config.reorder, demo.reorder, *reordering] == ["svd"] * 5
+    assert (demo.nesting, demo.rule, demo.deploy) == (Nesting.powers_of_two(32), config.rule, config.deploy)
 
 
-def test_the_paper_s_recipe_is_one_word() -> None:
-    config = make_config({"data": "chain_sum", "recipe": "paper"})
-    assert (config.rule, config.inference, config.reorder) == ("matryoshka", "prefix", False)
+def test_the_paper_s_deployment_is_one_word() -> None:
+    config = make_config({"data": "chain_sum", "nesting": {"deploy": "paper"}})
+    assert (config.rule, config.deploy, config.reorder) == ("matryoshka", "paper", None)
     assert make_config(config.to_dict()) == config
+
+
+def test_one_rank_has_no_order_to_learn() -> None:
+    nesting = {"ranks": [8], "reorder": "learned"}
+    assert make_config({"data": "chain_sum", "nesting": nesting}).reorder == "svd"
+    assert make_config({"data": "chain_sum", "nesting": {**nesting, "ranks": [4, 8]}}).reorder == "learned"
 
 
 def test_every_field_of_the_libraries_is_known() -> None:
@@ -106,11 +118,17 @@ def test_fp16_trains_with_loss_scaling() -> None:
         ({}, {"ranks": [2, 5]}, Nesting([2, 5]), 5),
         ({"r": 5}, {"ranks": [2, 5]}, Nesting([2, 5]), 5),
         ({"r": 6}, {}, Nesting([1, 2, 4, 6]), 6),
-        ({"r": 16}, {"scaling": "rank", "alpha": 24}, Nesting.powers_of_two(16, "rank", 24), 24),
-        ({"r": 16, "lora_alpha": 24}, {"scaling": "rank", "alpha": 24}, Nesting.powers_of_two(16, "rank", 24), 24),
-        ({"r": 16}, {"scaling": "sqrt"}, Nesting.powers_of_two(16, "sqrt"), 4),
-        ({"r": 16, "use_rslora": True}, {"scaling": "sqrt"}, Nesting.powers_of_two(16, "sqrt"), 1),
-        ({"r": 16, "use_rslora": True, "lora_alpha": 1}, {"scaling": "sqrt"}, Nesting.powers_of_two(16, "sqrt"), 1),
+        ({"r": 16, "lora_alpha": 32}, {}, Nesting.powers_of_two(16, "none", 2.0), 32),
+        ({"r": 16, "lora_alpha": 24}, {"scaling": "rank"}, Nesting.powers_of_two(16, "rank", 1.5), 24),
+        ({"r": 16}, {"scaling": "sqrt"}, Nesting.powers_of_two(16, "sqrt"), 16),
+        ({"r": 16, "lora_alpha": 4}, {"scaling": "sqrt"}, Nesting.powers_of_two(16, "sqrt", 0.25), 4),
+        ({"r": 16, "use_rslora": True}, {"scaling": "sqrt"}, Nesting.powers_of_two(16, "sqrt"), 4),
+        (
+            {"r": 16, "use_rslora": True, "lora_alpha": 1},
+            {"scaling": "sqrt"},
+            Nesting.powers_of_two(16, "sqrt", 0.25),
+            1,
+        ),
     ],
 )
 def test_lora_and_nesting_agree(lora: Any, nesting: Any, expected: Nesting, alpha: float) -> None:
@@ -137,22 +155,28 @@ def test_lora_and_nesting_agree(lora: Any, nesting: Any, expected: Nesting, alph
         ({"nesting": [1, 2]}, "nesting is [1, 2]; write a mapping"),
         ({"nesting": {"ranks": [4, 2]}}, "write [2, 4] instead of [4, 2]"),
         ({"nesting": {"ranks": [0, 2]}}, "rank 0 is not positive"),
+        ({"nesting": {"ranks": [0]}}, "rank 0 is not positive"),
+        ({"nesting": {"ranks": []}}, "ranks is empty"),
         ({"nesting": {"ranks": "1,2"}}, "ranks is '1,2'"),
         ({"nesting": {"scaling": "log"}}, "scaling is 'log'"),
         ({"nesting": {"rule": "matrioshka"}}, "did you mean 'matryoshka'"),
-        ({"nesting": {"inference": "p"}}, "nesting.inference is 'p'; write one of prefix, keep"),
-        ({"recipe": "papers"}, "recipe is 'papers'; write one of default, paper"),
-        (
-            {"recipe": "paper", "nesting": {"reorder": "svd"}},
-            "recipe 'paper' says nesting.reorder: False, and the config says svd: leave one of them out",
-        ),
-        ({"nesting": {"reorder": "no"}}, "nesting.reorder is 'no'; write svd, learned or false"),
+        ({"nesting": {"deploy": "p"}}, "nesting.deploy is 'p'; write one of reordered, paper"),
+        ({"nesting": {"deploy": "paper", "reorder": "svd"}}, "nesting.deploy: paper deploys the factors as they were"),
+        ({"nesting": {"reorder": "no"}}, "nesting.reorder is 'no'; write one of svd, activations, loss, learned"),
+        ({"nesting": {"reorder": False}}, "nesting.deploy: paper leaves the factors as they were trained"),
+        ({"nesting": {"reorder": "none"}}, "nesting.deploy: paper leaves the factors as they were trained"),
+        ({"nesting": {"alpha": 2.0}}, "nesting.alpha is of version 0.1: the scale of the largest rank is"),
+        ({"nesting": {"inference": "keep"}}, "nesting.inference is of version 0.1: leave it out"),
+        ({"recipe": "paper"}, "recipe is of version 0.1: write nesting.deploy: paper"),
+        ({"nesting": {"form": 2.0}}, "no key 'form' in section 'nesting'; the keys are ranks, scaling"),
+        ({"nesting": {"lora_alpha": 2.0}}, "no key 'lora_alpha' in section 'nesting'; write it in section 'lora'"),
         ({"nesting": {"seed": 1.5}}, "nesting.seed is 1.5; write an integer"),
         ({"lora": {"r": 8}, "nesting": {"ranks": [1, 4]}}, "lora.r is 8, but the largest of nesting.ranks is 4"),
-        ({"lora": {"r": 0}}, "rank 0 is not positive"),
+        ({"lora": {"r": 0}}, "lora.r is 0; write a positive integer"),
+        ({"lora": {"r": -4, "use_rslora": True}}, "lora.r is -4; write a positive integer"),
+        ({"lora": {"lora_alpha": 0}}, "lora.lora_alpha is 0; write a positive number"),
+        ({"lora": {"lora_alpha": float("inf")}}, "lora.lora_alpha is inf; write a positive number"),
         ({"lora": {"r": "8"}}, "lora.r is '8'; expected an integer"),
-        ({"lora": {"r": 8, "lora_alpha": 16}}, "nesting.scaling: rank and nesting.alpha: 16"),
-        ({"lora": {"r": 8, "use_rslora": True, "lora_alpha": 16}}, "nesting.scaling: sqrt and nesting.alpha: 16"),
         ({"lora": {"bias": 3}}, "lora.bias is 3; expected none, all, lora_only"),
         ({"lora": {"bias": "some"}}, "bias"),
         ({"dtype": "float32"}, "dtype is 'float32'; write one of bf16, fp32, fp16"),
@@ -249,8 +273,8 @@ def test_missing_files(tmp_path: Path) -> None:
         {
             "data": {"task": "chain_sum", "seed": 2},
             "eval_strategy": "steps",
-            "lora": {"r": 12, "target_modules": ["q_proj", "v_proj"], "use_rslora": True},
-            "nesting": {"ranks": [3, 12], "scaling": "sqrt", "alpha": 7.3, "rule": "stratified", "seed": 5},
+            "lora": {"r": 12, "lora_alpha": 7.3, "target_modules": ["q_proj", "v_proj"], "use_rslora": True},
+            "nesting": {"ranks": [3, 12], "scaling": "sqrt", "rule": "stratified", "seed": 5, "reorder": "learned"},
             "learning_rate": 1e-5,
             "lr_scheduler_kwargs": {"num_cycles": 2},
         },

@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from matryoshka_lora import MatryoshkaError
-from matryoshka_lora.tasks import get_task
-from matryoshka_lora.train.data import DEFAULT_SIZE, load_data, parse_data
+from matryoshka_lora.data.sources import DEFAULT_SIZE, load_data, parse_data
+from matryoshka_lora.data.tasks import get_task
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SCHEMAS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {

@@ -27,7 +27,7 @@ save_steps: 5
 logging_steps: 1
 disable_tqdm: true
 lora: {{r: 8, lora_dropout: 0.1}}
-nesting: {{rule: {rule}}}
+nesting: {{rule: {rule}, reorder: learned}}
 train_sampling_strategy: {sampling}
 """
 
@@ -37,7 +37,7 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 from matryoshka_lora.adapter.callback import NestingCallback
-from matryoshka_lora.train import load_config, train
+from matryoshka_lora.training import load_config, train
 
 def on_substep_end(self, args, state, control, **kwargs):
     if state.global_step == int(sys.argv[2]):
@@ -87,8 +87,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, model: Path, rule
     assert resumed.returncode == 0, errors
 
     assert f"Going on from {tmp_path / 'cut' / 'checkpoint-5'}, after 5 steps" in output
-    for file in ("adapter_model.safetensors", "nesting.json", "checkpoint-11/adapter_model.safetensors"):
+    for file in ("adapter_model.safetensors", "nesting.json", "checkpoint-11/trained.safetensors"):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
     # Not because nothing was learnt, nor because every run ends in the same place.
-    trained = (tmp_path / "whole" / "checkpoint-10" / "adapter_model.safetensors").read_bytes()
-    assert trained != (tmp_path / "whole" / "checkpoint-11" / "adapter_model.safetensors").read_bytes()
+    trained = (tmp_path / "whole" / "checkpoint-10" / "trained.safetensors").read_bytes()
+    assert trained != (tmp_path / "whole" / "checkpoint-11" / "trained.safetensors").read_bytes()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import randomize
+from conftest import nest_as, randomize
 from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny_chat import save_tiny_chat, tiny_tokenizer
@@ -19,12 +19,15 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTTrainer
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, learn_from_trainer, nest, read_sidecar
-from matryoshka_lora.train import TrainConfig, load_config, make_config, train
-from matryoshka_lora.train.data import load_data
-from matryoshka_lora.train.resume import plan
-from matryoshka_lora.train.run import _trainer
-from matryoshka_lora.train.trainer import CompletionTrainer
+from matryoshka_lora import MatryoshkaError, NestedAdapter
+from matryoshka_lora.data.sources import load_data
+from matryoshka_lora.formats.opened import open_adapter
+from matryoshka_lora.training import TrainConfig, load_config, make_config, train
+from matryoshka_lora.training.resume import plan
+from matryoshka_lora.training.run import _trainer
+from matryoshka_lora.training.trainer import CompletionTrainer
+
+WEIGHTS, TRAINED, STATE = "adapter_model.safetensors", "trained.safetensors", "trainer_state.json"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(model: Path, output: Path, **changes: Any) -> TrainConfig:
-    settings = {
+    settings: dict[str, Any] = {
         "model": str(model),
         "dtype": "fp32",
         "data": {"task": "chain_sum", "size": 20},
@@ -62,13 +65,16 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 
 
 def test_what_a_run_leaves(model: Path, finished: Path) -> None:
-    sidecar = read_sidecar(finished)
-    assert (sidecar.rule.name, sidecar.nesting.ranks, sidecar.form) == ("matryoshka", (1, 2, 4), "reordered")
-    weights = load_file(finished / "adapter_model.safetensors")
+    state = open_adapter(finished).nested
+    assert (state.rule.name, state.nesting.ranks, state.reordered) == ("matryoshka", (1, 2, 4), "svd")
+    weights = load_file(finished / WEIGHTS)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert sorted(path.name for path in finished.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    assert read_sidecar(finished / "checkpoint-2").form == "raw"
+    checkpoint = finished / "checkpoint-2"
+    assert open_adapter(checkpoint).nested.reordered == "svd"
+    assert open_adapter(checkpoint, trained=True).nested.reordered is None
+    assert not (finished / TRAINED).exists()
     assert not list(finished.glob("*.writing")) + list(finished.glob(".*"))
     assert "matryoshka_lora" in (finished / "README.md").read_text()  # and no card of TRL's
 
@@ -76,13 +82,13 @@ def test_what_a_run_leaves(model: Path, finished: Path) -> None:
 def test_the_written_config_is_complete_and_repeats_the_run(model: Path, finished: Path, tmp_path: Path) -> None:
     written = yaml.safe_load((finished / "train.yaml").read_text())
     assert written["lora"] == {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 4}
-    assert written["nesting"]["ranks"] == [1, 2, 4]
+    own = {"seed": 42, "deploy": "reordered", "reorder": "svd"}
+    assert written["nesting"] == {"ranks": [1, 2, 4], "scaling": "none", "rule": "matryoshka", **own}
     again = tmp_path / "again"
     with pytest.raises(MatryoshkaError, match=r"model is a path without its folders.* for example model=/where/it/is"):
         load_config(finished / "train.yaml")
     train(load_config(finished / "train.yaml", [f"model={model}", f"output_dir={again}"]))
-    name = "adapter_model.safetensors"
-    assert (again / name).read_bytes() == (finished / name).read_bytes()
+    assert (again / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
 
 
 def test_a_finished_run_is_not_trained_again(model: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,46 +104,87 @@ def test_a_finished_run_is_not_trained_again(model: Path, finished: Path, capsys
 def test_a_finished_run_can_be_made_longer(model: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(config_of(model, copied, max_steps=6))
     assert f"Going on from {copied / 'checkpoint-4'}, after 4 steps" in capsys.readouterr().out
-    assert json.loads((copied / "trainer_state.json").read_text())["global_step"] == 6
+    assert json.loads((copied / STATE).read_text())["global_step"] == 6
     assert plan(config_of(model, copied, max_steps=6)).finished
 
 
-def test_a_finished_run_can_get_another_order(model: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("by", ["activations", "loss", "learned"])
+def test_a_finished_run_can_get_another_order(
+    model: Path, copied: Path, by: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What comes after the last step is made anew from the last checkpoint, and no step is taken."""
-    learned = load_file(copied / "adapter_model.safetensors")
-    config = config_of(model, copied, nesting={"reorder": "svd"})
-    train(config)
+    svd = load_file(copied / WEIGHTS)
+    config = config_of(model, copied, nesting={"reorder": by})
+    assert train(config).state.reordered == by
     assert "after 4 steps" in capsys.readouterr().out
-    svd = load_file(copied / "adapter_model.safetensors")
+    assert open_adapter(copied).nested.reordered == by
     assert plan(config).finished
-    key = next(key for key in svd if "lora_A" in key)
-    pair = key, key.replace("lora_A", "lora_B")
-    assert not svd[key].equal(learned[key])
-    torch.testing.assert_close(*(found[pair[1]] @ found[pair[0]] for found in (svd, learned)))
-    # Orthogonal rows: it is the SVD's order.
-    gram = svd[key] @ svd[key].T
-    assert (gram - gram.diag().diag()).abs().max() < 1e-5 * gram.abs().max()
+    found, moved = load_file(copied / WEIGHTS), 0
+    for key in (key for key in svd if "lora_A" in key):
+        pairs = [(tensors[key.replace("lora_A", "lora_B")], tensors[key]) for tensors in (found, svd)]
+        whole = [B @ A for B, A in pairs]
+        assert (whole[0] - whole[1]).norm() < 1e-5 * whole[1].norm()
+        first = [B[:, :1] @ A[:1] for B, A in pairs]
+        moved += bool((first[0] - first[1]).norm() > 1e-3 * first[1].norm())
+        # Orthogonal rows: before, it was the SVD's order.
+        gram = svd[key] @ svd[key].T
+        assert (gram - gram.diag().diag()).abs().max() < 1e-5 * gram.abs().max()
+    assert moved > 5
+
+
+def test_a_finished_run_can_get_the_paper_s_deployment(model: Path, copied: Path) -> None:
+    trained = load_file(copied / "checkpoint-4" / TRAINED)
+    config = config_of(model, copied, nesting={"deploy": "paper"})
+    adapter = train(config)
+    assert not adapter.reordered
+    assert adapter.ranks == (1, 2, 4)
+    assert plan(config).finished
+    state, saved = open_adapter(copied).nested, load_file(copied / WEIGHTS)
+    assert (state.deploy, state.reordered) == ("paper", None)
+    assert saved.keys() == trained.keys()
+    assert all(saved[key].equal(trained[key]) for key in trained)
 
 
 def test_a_stream_has_no_rows_to_learn_an_order_from(model: Path, tmp_path: Path) -> None:
     config = config_of(model, tmp_path)
-    adapter = nest(get_peft_model(AutoModelForCausalLM.from_pretrained(model), config.lora_config()), config.nesting)
+    adapter = nest_as(get_peft_model(AutoModelForCausalLM.from_pretrained(model), config.lora_config()), config.nesting)
     rows = load_data(config.data).to_iterable_dataset()
     trainer = SFTTrainer(adapter.model, config.sft_config(), train_dataset=rows, processing_class=tiny_tokenizer())
     with pytest.raises(MatryoshkaError, match="the Trainer's data are a stream"):
-        learn_from_trainer(adapter, trainer)
-    with pytest.raises(MatryoshkaError, match="an order cannot be learned in 0 steps"):
-        learn_from_trainer(adapter, trainer, steps=0)
+        adapter.reorder("learned", trainer)
+    assert not adapter.reordered
+
+
+@pytest.mark.parametrize("by", ["activations", "loss", "learned"])
+def test_no_rows_show_no_order(model: Path, tmp_path: Path, by: Any) -> None:
+    trainer = untrained(config_of(model, tmp_path))
+    adapter = NestedAdapter(trainer.model)
+    with pytest.raises(MatryoshkaError, match="rows is 0; take 1 or more"):
+        adapter.reorder(by, trainer, rows=0)
+    assert not adapter.reordered
+
+
+def test_one_rank_is_refused_before_it_is_reordered(model: Path, tmp_path: Path) -> None:
+    trainer = untrained(config_of(model, tmp_path, nesting={"ranks": [4]}))
+    adapter = NestedAdapter(trainer.model)
+    with pytest.raises(MatryoshkaError, match="one nested rank has no order to learn"):
+        adapter.reorder("learned", trainer)
     assert not adapter.reordered
 
 
 def test_an_order_takes_so_many_steps_of_twelve_rows(model: Path, tmp_path: Path) -> None:
-    trainer, rows = untrained(config_of(model, tmp_path)), []
+    trainer = untrained(config_of(model, tmp_path))
+    rows: list[int] = []
     collator = trainer.data_collator
-    trainer.data_collator = lambda examples: (rows.append(len(examples)), collator(examples))[1]
+
+    def counting(examples: list[Any]) -> Any:
+        rows.append(len(examples))
+        return collator(examples)
+
+    trainer.data_collator = counting
     adapter = NestedAdapter(trainer.model)
-    learn_from_trainer(adapter, trainer, steps=3)
-    assert adapter.reordered
+    adapter.reorder("learned", trainer, rows=36)
+    assert adapter.state.reordered == "learned"
     assert rows == [1, *[4, 4, 4] * 3]  # the first one shows that there are labels
 
 
@@ -150,7 +197,7 @@ def test_an_order_is_learned_without_the_dropout_of_the_training(model: Path, tm
         adapter = NestedAdapter(trainer.model)
         randomize(adapter.model, size=0.1)
         trainer.model.gradient_checkpointing_enable()
-        learn_from_trainer(adapter, trainer, steps=3)
+        adapter.reorder("learned", trainer, rows=36)
         found.append([p.detach().clone() for name, p in adapter.model.named_parameters() if "lora_" in name])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
@@ -164,30 +211,28 @@ def test_a_run_killed_while_it_saved_the_adapter_trains_no_further(
     data = {"task": "chain_sum", "size": 4 * steps_per_epoch}
     config = config_of(model, tmp_path / "run", data=data, lr_scheduler_type="constant")
     train(config)
-    weights = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
-    for name in ("trainer_state.json", "nesting.json", "adapter_model.safetensors"):
+    weights = (tmp_path / "run" / WEIGHTS).read_bytes()
+    for name in (STATE, "nesting.json", WEIGHTS):
         (tmp_path / "run" / name).unlink()
     train(config)
-    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == weights
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == weights
     assert not (tmp_path / "run" / "checkpoint-5").exists()
 
 
 def test_a_run_of_fewer_steps_is_refused(model: Path, copied: Path) -> None:
-    before = (copied / "train.yaml").read_bytes(), (copied / "trainer_state.json").read_bytes()
+    before = (copied / "train.yaml").read_bytes(), (copied / STATE).read_bytes()
     with pytest.raises(MatryoshkaError, match="holds a run of 4 steps, and the config asks for 3"):
         train(config_of(model, copied, max_steps=3))
-    assert ((copied / "train.yaml").read_bytes(), (copied / "trainer_state.json").read_bytes()) == before
+    assert ((copied / "train.yaml").read_bytes(), (copied / STATE).read_bytes()) == before
 
 
 @pytest.mark.parametrize("damage", ["no state", "half a state", "short optimizer", "short weights"])
 def test_an_incomplete_checkpoint_is_skipped(
     model: Path, copied: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (copied / "trainer_state.json").unlink()
+    (copied / STATE).unlink()
     checkpoint = copied / "checkpoint-4"
-    file = {"short optimizer": "optimizer.pt", "short weights": "adapter_model.safetensors"}.get(
-        damage, "trainer_state.json"
-    )
+    file = {"short optimizer": "optimizer.pt", "short weights": WEIGHTS}.get(damage, STATE)
     content = (checkpoint / file).read_bytes()
     (checkpoint / file).unlink()
     if damage != "no state":
@@ -223,7 +268,7 @@ def test_a_foreign_adapter_or_checkpoint_is_not_overwritten(model: Path, copied:
         train(config_of(model, copied))
     for path in [*copied.glob("checkpoint-*")]:
         shutil.rmtree(path)
-    (copied / "trainer_state.json").unlink()
+    (copied / STATE).unlink()
     with pytest.raises(MatryoshkaError, match="holds an adapter that this run did not make"):
         train(config_of(model, copied))
     with pytest.raises(MatryoshkaError, match="is no complete checkpoint"):
@@ -234,15 +279,7 @@ def test_a_named_checkpoint(model: Path, finished: Path, tmp_path: Path, capsys:
     named = str(finished / "checkpoint-2")
     train(config_of(model, tmp_path / "run", resume_from_checkpoint=named))
     assert "after 2 steps" in capsys.readouterr().out
-    name = "adapter_model.safetensors"
-    assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
-
-
-def test_without_reordering(model: Path, tmp_path: Path) -> None:
-    adapter = train(config_of(model, tmp_path / "run", nesting={"reorder": False}))
-    assert not adapter.reordered
-    assert adapter.ranks == (1, 2, 4)
-    assert read_sidecar(tmp_path / "run").form != "reordered"
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
 
 
 class BreaksAfterwards(CompletionTrainer):
@@ -253,59 +290,55 @@ class BreaksAfterwards(CompletionTrainer):
         return loss * float("nan") if self.state.global_step == self.state.max_steps else loss
 
 
+@pytest.mark.parametrize("by", ["loss", "learned"])
 def test_what_was_trained_is_kept_where_its_order_cannot_be_learned(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    finished: Path,
+    tmp_path: Path,
+    by: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    train(config_of(model, tmp_path / "broken"), BreaksAfterwards)
-    train(config_of(model, tmp_path / "svd", nesting={"reorder": "svd"}))
-    assert "The order was not learned, and is that of the SVD: the loss is nan" in capsys.readouterr().out
-    name = "adapter_model.safetensors"
-    assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "svd" / name).read_bytes()
-
-
-def test_a_learned_order_keeps_the_full_rank(model: Path, finished: Path, tmp_path: Path) -> None:
-    train(config_of(model, tmp_path / "svd", nesting={"reorder": "svd"}))
-    learned, svd = (load_file(folder / "adapter_model.safetensors") for folder in (finished, tmp_path / "svd"))
-    moved = 0
-    for key in (key for key in svd if "lora_A" in key):
-        pairs = [(t[key.replace("lora_A", "lora_B")], t[key]) for t in (learned, svd)]
-        whole = [B @ A for B, A in pairs]
-        assert (whole[0] - whole[1]).norm() < 1e-5 * whole[1].norm()
-        first = [B[:, :1] @ A[:1] for B, A in pairs]
-        moved += bool((first[0] - first[1]).norm() > 1e-3 * first[1].norm())
-    assert moved > 5
+    monkeypatch.setattr("matryoshka_lora.training.trainer.CompletionTrainer", BreaksAfterwards)
+    train(config_of(model, tmp_path / "broken", nesting={"reorder": by}))
+    assert f"The adapter is reordered by its SVD, and not by {by}: " in capsys.readouterr().out
+    assert open_adapter(tmp_path / "broken").nested.reordered == "svd"
+    assert (tmp_path / "broken" / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
 
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_data": {"task": "chain_sum", "seed": 9, "size": 8}}
 
 
-@pytest.mark.parametrize("inference", ["by default", "prefix"])
-def test_the_loss_while_training_is_that_of_the_adapter_that_comes_of_it(
-    model: Path, tmp_path: Path, inference: str
-) -> None:
-    nesting = {"reorder": "svd"} | ({} if inference == "by default" else {"inference": inference})
-    config = config_of(model, tmp_path / "run", nesting=nesting, **EVALUATED)
-    adapter = train(config)
-    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
-    (told,) = (entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] == 4)
-    data = load_data(config.eval_data)
-    found = _trainer(adapter, config, config.sft_config(), data, data).evaluate()["eval_loss"]
-    # Of the paper's inference it is another function's: P is dropped, and reordering keeps it.
-    assert (told == pytest.approx(found, rel=1e-5)) == (inference == "by default")
+def test_the_loss_while_training_is_that_of_the_adapter_that_comes_of_it(model: Path, tmp_path: Path) -> None:
+    losses = []
+    for deploy in ("reordered", "paper"):
+        config = config_of(model, tmp_path / deploy, nesting={"deploy": deploy}, **EVALUATED)
+        adapter = train(config)
+        history = json.loads((tmp_path / deploy / STATE).read_text())["log_history"]
+        (told,) = (entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] == 4)
+        assert config.eval_data is not None
+        data = load_data(config.eval_data)
+        found = _trainer(adapter, config, config.sft_config(), data, data).evaluate()["eval_loss"]
+        assert told == pytest.approx(found, rel=1e-5)
+        losses.append(told)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)  # the paper's drops P
 
 
 def test_the_best_checkpoint_is_taken_where_no_step_is_left(model: Path, tmp_path: Path) -> None:
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     first, again = (tmp_path / name for name in ("first", "again"))
     for folder in (first, again):
-        train(config_of(model, folder, nesting={"reorder": "svd"}, **EVALUATED, **best))
-    state = json.loads((first / "trainer_state.json").read_text())
+        train(config_of(model, folder, **EVALUATED, **best))
+    state = json.loads((first / STATE).read_text())
     assert state["best_global_step"] == 2  # the loss falls: the first is the greatest
-    (again / "trainer_state.json").unlink()  # killed while it was saved
-    (again / "adapter_model.safetensors").unlink()
-    train(config_of(model, again, nesting={"reorder": "svd"}, **EVALUATED, **best))
-    saved = [load_file(folder / "adapter_model.safetensors") for folder in (first, again)]
+    (again / STATE).unlink()  # killed while it was saved
+    (again / WEIGHTS).unlink()
+    train(config_of(model, again, **EVALUATED, **best))
+    saved = [load_file(folder / WEIGHTS) for folder in (first, again)]
     assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
+    # The best one was found by the losses of what is deployed.
+    with pytest.raises(MatryoshkaError, match=r"nesting\.deploy was reordered and is now paper"):
+        train(config_of(model, again, nesting={"deploy": "paper"}, **EVALUATED, **best))
 
 
 @pytest.mark.parametrize(
@@ -332,7 +365,7 @@ def test_adapters_train_in_float32_under_any_setting(model: Path, tmp_path: Path
     factors = {name: p for name, p in adapter.model.named_parameters() if "lora_" in name}
     assert {p.dtype for p in factors.values()} == {torch.float32}
     # No more than float32 can hold in its last places is a sign of a cast to a half dtype on the way.
-    raw = load_file(tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors")
+    raw = load_file(tmp_path / "run" / "checkpoint-2" / TRAINED)
     assert any((value != value.bfloat16().float()).any() for value in raw.values())
     assert "_original_forward" not in vars(adapter.model)
     assert not adapter.model.training
@@ -349,7 +382,7 @@ def untrained(config: TrainConfig) -> SFTTrainer:
     """The trainer of a config before its first step, with the factors that `train` starts from."""
     set_seed(config.seed)
     peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(config.model), config.lora_config())
-    adapter = nest(peft_model, config.nesting, config.rule, seed=config.rank_seed)
+    adapter = nest_as(peft_model, config.nesting, config.rule, seed=config.rank_seed)
     return _trainer(adapter, config, config.sft_config(), load_data(config.data), None)
 
 
@@ -382,7 +415,7 @@ def test_accumulated_and_checkpointed_batches_share_the_ranks_of_their_step(mode
     train(config)
     (logged,) = (
         entry["grad_norm"]
-        for entry in json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+        for entry in json.loads((tmp_path / "run" / STATE).read_text())["log_history"]
         if "grad_norm" in entry
     )
 
@@ -428,7 +461,7 @@ def test_each_row_is_trained_with_its_own_tools(model: Path, tmp_path: Path) -> 
     tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template
     tokenizer.save_pretrained(folder)
     messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
-    rows = [{"messages": messages}]
+    rows: list[dict[str, Any]] = [{"messages": messages}]
     rows += [{"messages": messages, "tools": [{"name": name, "parameters": {name: 1}}]} for name in "fg"]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = config_of(folder, tmp_path / "run", data=str(tmp_path / "rows.jsonl"))
@@ -474,4 +507,4 @@ def test_an_output_that_cannot_be_written(model: Path, tmp_path: Path) -> None:
 def test_diverged_training_leaves_no_adapter(model: Path, tmp_path: Path) -> None:
     with pytest.raises(MatryoshkaError, match="lower the learning rate"):
         train(config_of(model, tmp_path / "run", learning_rate=1e30, max_grad_norm=0.0, save_strategy="no"))
-    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "run" / WEIGHTS).exists()

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import lora_config, nested_layer, randomize, tiny_llama
+from conftest import lora_config, nest_as, nested_layer, randomize, tiny_llama
 from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from matryoshka_lora import NestedAdapter, Nesting, nest
+from matryoshka_lora import NestedAdapter, Nesting
 from matryoshka_lora.rules import RULES
 
-NESTING = Nesting([1, 2, 4, 8], "sqrt", 2.0)
+NESTING = Nesting([1, 2, 4, 8], "sqrt", 2.0 / 8**0.5)
 IDS = torch.randint(3, 96, (3, 10), generator=torch.Generator().manual_seed(0))
 
 
@@ -21,7 +21,7 @@ def half_precision_llama(rule: str, **lora: Any) -> NestedAdapter:
     """bf16 beside fp32 factors, as training has it; in training mode."""
     model = get_peft_model(tiny_llama().bfloat16(), lora_config(NESTING, **lora))
     randomize(model)
-    adapter = nest(model, NESTING, rule)
+    adapter = nest_as(model, NESTING, rule)
     adapter.draw(0, rows=3)
     adapter.model.train()
     return adapter
@@ -53,8 +53,8 @@ def test_the_same_bits_with_reentrant_checkpointing() -> None:
 @pytest.mark.parametrize(("rule", "training"), [("matryoshka", True), ("stratified", True), ("matryoshka", False)])
 def test_autocast_does_not_round_p(rule: str, training: bool) -> None:
     """Each product is rounded to bf16, up or down by chance; a rounded p would be wrong for its whole column."""
-    nesting = Nesting([1, 3, 4], "rank", 4.0)  # p is 19/3, 7/3, 7/3, 1
-    nested = nested_layer("Linear", nesting, rule, "keep" if rule == "matryoshka" else "prefix", dtype=torch.float32)
+    nesting = Nesting([1, 3, 4], "rank", 1.0)  # p is 19/3, 7/3, 7/3, 1
+    nested = nested_layer("Linear", nesting, rule, "reordered", dtype=torch.float32)
     base = nested.layer.get_base_layer()
     A, B = nested.factors
     with torch.no_grad():
@@ -89,7 +89,7 @@ class Scalars(TorchDispatchMode):
 
 def test_autocast_does_not_round_the_scale_of_a_rank() -> None:
     """No CPU does: the test is of what a GPU would be given."""
-    nested = nested_layer("Linear", NESTING, "matryoshka", "prefix", dtype=torch.float32)
+    nested = nested_layer("Linear", NESTING, "matryoshka", "paper", dtype=torch.float32)
     nested.adapter.model.eval()
     nested.adapter.set_rank(2)
     with torch.autocast("cpu", dtype=torch.bfloat16), Scalars() as scalars:
@@ -116,7 +116,7 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("rule", ["matryoshka", "dylora-frozen"])
 def test_gates_follow_a_model_to_its_device(kind: str, training: bool, rule: str) -> None:
     """They are copied once; a copy in each forward is slow, and cannot be in a CUDA graph."""
-    nested = nested_layer(kind, NESTING, rule, "prefix", dtype=torch.float32)
+    nested = nested_layer(kind, NESTING, rule, "paper", dtype=torch.float32)
     nested.adapter.draw(0)
     nested.adapter.model.train(training).to("meta")
     x = nested.kind.batch(2).to("meta")

@@ -14,7 +14,7 @@ import oracle
 import pytest
 import torch
 from accelerate import ParallelismConfig
-from conftest import lora_config, randomize, tiny_llama
+from conftest import lora_config, nest_as, randomize, tiny_llama
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -45,14 +45,14 @@ from trl.experimental.a2po import A2POConfig
 from trl.experimental.sdpo.teacher_sync import PEFTAdapterEMACallback
 from trl.trainer.utils import use_adapter
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, learn_from_trainer, load, nest
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, load
 from matryoshka_lora.rules import RULES
 
-NESTING = Nesting([1, 2, 4], "sqrt", 3.0)
-P = oracle.trained_p([1, 2, 4], "sqrt", 3.0)
 S_R = 1.5
+NESTING = Nesting([1, 2, 4], "sqrt", S_R)
+P = oracle.trained_p([1, 2, 4], "sqrt", S_R)
 TOKENIZER = tiny_tokenizer()
-ROWS = {
+ROWS: dict[str, list[Any]] = {
     "prompt": [f"{a}+1=" for a in range(8)],
     "chosen": [f"{a + 1}" for a in range(8)],
     "rejected": [f"{a + 3}!" for a in range(8)],
@@ -78,7 +78,7 @@ TRAINERS: dict[str, tuple[Any, Any, list[str], dict[str, Any]]] = {
 
 
 def base_model(kind: str = "sft") -> Any:
-    changes = {"vocab_size": len(TOKENIZER), "num_hidden_layers": 1, "initializer_range": 0.1}
+    changes: dict[str, Any] = {"vocab_size": len(TOKENIZER), "num_hidden_layers": 1, "initializer_range": 0.1}
     ids = {"pad_token_id": TOKENIZER.pad_token_id, "eos_token_id": TOKENIZER.eos_token_id}
     model = tiny_llama(**changes, **ids)
     if kind != "reward":
@@ -97,7 +97,7 @@ def peft_model(kind: str = "sft", zero: bool = False) -> PeftModel:
 
 
 def nested(kind: str = "sft", rule: str = "matryoshka", zero: bool = False, **options: Any) -> NestedAdapter:
-    return nest(peft_model(kind, zero), NESTING, rule, **options)
+    return nest_as(peft_model(kind, zero), NESTING, rule, **options)
 
 
 def trainer_for(kind: str, model: Any, folder: Path, adapter: NestedAdapter | None = None, **changes: Any) -> Any:
@@ -170,7 +170,7 @@ def test_each_trainer_logs_what_plain_peft_logs_with_p(kind: str, rule: str, tmp
         torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-4, msg=name)
 
 
-AT_REST = {
+AT_REST: dict[str, dict[str, float]] = {
     "dpo": {"loss": math.log(2), "rewards/margins": 0, "rewards/chosen": 0},
     "kto": {"loss": 0.5, "kl": 0, "rewards/chosen": 0},
     "grpo": {"kl": 0},
@@ -297,10 +297,11 @@ def test_a_resumed_run_has_the_reference_of_the_run_that_was_stopped(tmp_path: P
     assert whole[3] < whole[0] - 0.01
     # The reference in the checkpoint is a nested adapter as well.
     reference = load(base_model(), checkpoint / "ref")
-    assert (reference.rule.name, reference.nesting, reference.inference) == ("matryoshka", NESTING, "keep")
-    assert torch.equal(next(iter(plain_state(reference).values())), next(iter(plain_state(nested("dpo")).values())))
-    trained = load_file(checkpoint / "adapter_model.safetensors")
-    assert not torch.equal(next(iter(trained.values())), next(iter(plain_state(reference).values())))
+    assert (reference.rule.name, reference.nesting, reference.state.reordered) == ("matryoshka", NESTING, "svd")
+    began, kept = plain_state(nested("dpo")), load_file(checkpoint / "ref" / "trained.safetensors")
+    assert all(torch.equal(kept[key], began[key]) for key in began)
+    trained = load_file(checkpoint / "trained.safetensors")
+    assert not any(torch.equal(trained[key], kept[key]) for key in trained)
 
 
 def test_the_moving_average_of_self_distillation_has_p_too() -> None:
@@ -378,7 +379,7 @@ def test_a_batch_that_was_halved_for_memory(tmp_path: Path) -> None:
         rows = len(kwargs["input_ids"])
         if rows > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        assert all(len(variant.gate(True).diagonal) == rows for _, _, variant in adapter._layers())
+        assert all(len(variant.gate(True).diagonal) == rows for _, _, variant in adapter.layers())
 
     adapter.model.register_forward_pre_hook(refuse, with_kwargs=True)
     trainer = trainer_for("sft", adapter.model, tmp_path, adapter, auto_find_batch_size=True)
@@ -392,7 +393,7 @@ def test_a_batch_that_was_halved_for_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_a_precomputed_reference(kind: str, tmp_path: Path) -> None:
     """Right while B is zero, where every p gives the base model."""
-    options = {"precompute_ref_log_probs": True, "learning_rate": 0.0}
+    options: dict[str, Any] = {"precompute_ref_log_probs": True, "learning_rate": 0.0}
     adapter = nested(kind, zero=True)
     trainer = trainer_for(kind, adapter.model, tmp_path, adapter, **options)
     trainer.train()
@@ -461,11 +462,11 @@ def test_an_order_is_learned_from_labels(kind: str, tmp_path: Path) -> None:
     trainer = trainer_for(kind, adapter.model, tmp_path, adapter, max_steps=1)
     trainer.train()
     if kind == "sft":
-        learn_from_trainer(adapter, trainer, steps=1)
-        assert adapter.reordered
+        adapter.reorder("learned", trainer, rows=12)
+        assert adapter.state.reordered == "learned"
         return
     with pytest.raises(MatryoshkaError, match=r"have no labels .*adapter\.reorder\(\)"):
-        learn_from_trainer(adapter, trainer)
+        adapter.reorder("learned", trainer)
     assert not adapter.reordered
 
 
@@ -481,19 +482,19 @@ def test_vllm_gets_the_function_that_is_trained(tmp_path: Path) -> None:
     adapter.set_rank(2)
     with pytest.raises(MatryoshkaError, match=r"rank 2 .*adapter.set_rank\(4\)"):
         begin(adapter, arguments)
-    with pytest.raises(MatryoshkaError, match=r"set adapter\.inference = 'keep'"):
-        begin(nested(inference="prefix"), arguments)
+    with pytest.raises(MatryoshkaError, match=r"vLLM gets .* with deploy='paper', .* leave deploy out in nest\(\)"):
+        begin(nested(deploy="paper"), arguments)
     with pytest.raises(MatryoshkaError, match=r"rule 'dylora' .* set use_vllm=False"):
         begin(nested(rule="dylora"), arguments)
     arguments.use_vllm = False
-    begin(nested(inference="prefix"), arguments)
+    begin(nested(deploy="paper"), arguments)
 
 
 def test_a2po_compares_with_a_copy_in_eval_mode(tmp_path: Path) -> None:
     arguments = A2POConfig(str(tmp_path), use_cpu=True, bf16=False)
     begin(nested(), arguments)
-    with pytest.raises(MatryoshkaError, match=r"A2PO's reference .* set adapter\.inference = 'keep'"):
-        begin(nested(inference="prefix"), arguments)
+    with pytest.raises(MatryoshkaError, match=r"A2PO's reference gets .* leave deploy out in nest\(\)"):
+        begin(nested(deploy="paper"), arguments)
     with pytest.raises(MatryoshkaError, match="A2PO's reference gets the adapter at its largest: take rule"):
         begin(nested(rule="dylora"), arguments)
 
@@ -504,7 +505,7 @@ def test_a_callback_of_what_is_not_trained(tmp_path: Path) -> None:
     with pytest.raises(MatryoshkaError, match=r"give it adapter\.model"):
         other.train()
     adapter.model.add_adapter("second", lora_config(NESTING, task_type="CAUSAL_LM"))
-    second = nest(adapter.model, NESTING, adapter="second")
+    second = nest_as(adapter.model, NESTING, adapter="second")
     with pytest.raises(MatryoshkaError, match=r"'second' is not active, default is and would be trained"):
         trainer_for("sft", adapter.model, tmp_path, second).train()
     adapter.model.set_adapter("second")
@@ -600,7 +601,7 @@ def test_the_rows_of_a_resumed_run_are_those_of_its_arguments(tmp_path: Path) ->
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=6)
     state: Any = SimpleNamespace(train_batch_size=3, global_step=5)
     adapter.callback().on_step_begin(arguments, state, SimpleNamespace())
-    variant = next(variant for _, _, variant in adapter._layers())
+    variant = next(variant for _, _, variant in adapter.layers())
     assert torch.equal(variant.gate(True).diagonal, RULES["stratified"].draw(NESTING, 0, 5, 6).diagonal)
     arguments.auto_find_batch_size = True  # then the Trainer restores it
     adapter.callback().on_step_begin(arguments, state, SimpleNamespace())

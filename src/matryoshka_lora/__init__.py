@@ -6,42 +6,45 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matryoshka_lora.adapter import NestedAdapter, export_adapter, load, nest, read_sidecar
-    from matryoshka_lora.deploy.reorder import reorder_adapter
-    from matryoshka_lora.errors import MatryoshkaError
+    from matryoshka_lora.adapter.handle import NestedAdapter
+    from matryoshka_lora.adapter.loading import load
+    from matryoshka_lora.adapter.nest import nest
+    from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
+    from matryoshka_lora.evaluation.evaluate import evaluate
+    from matryoshka_lora.evaluation.select import select
     from matryoshka_lora.metrics import aurac
     from matryoshka_lora.nesting import Nesting
-    from matryoshka_lora.reorder import reorder_factors
-    from matryoshka_lora.train.order import learn_from_trainer
+    from matryoshka_lora.serving.export import export
+    from matryoshka_lora.serving.reorder import reorder
 
 __all__ = [
     "MatryoshkaError",
     "NestedAdapter",
     "Nesting",
+    "NotFiniteError",
     "aurac",
-    "export_adapter",
-    "learn_from_trainer",
+    "evaluate",
+    "export",
     "load",
     "nest",
-    "read_sidecar",
-    "reorder_adapter",
-    "reorder_factors",
+    "reorder",
+    "select",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported at first use, so that `matryoshka --help` does not wait for torch and PEFT.
 _MODULES = {
     "MatryoshkaError": "errors",
-    "NestedAdapter": "adapter",
+    "NestedAdapter": "adapter.handle",
     "Nesting": "nesting",
+    "NotFiniteError": "errors",
     "aurac": "metrics",
-    "export_adapter": "adapter",
-    "learn_from_trainer": "train.order",
-    "load": "adapter",
-    "nest": "adapter",
-    "read_sidecar": "adapter",
-    "reorder_adapter": "deploy.reorder",
-    "reorder_factors": "reorder",
+    "evaluate": "evaluation.evaluate",
+    "export": "serving.export",
+    "load": "adapter.loading",
+    "nest": "adapter.nest",
+    "reorder": "serving.reorder",
+    "select": "evaluation.select",
 }
 
 

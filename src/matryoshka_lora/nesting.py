@@ -2,15 +2,14 @@
 
 Notation, as everywhere in this package: an adapter adds ``B diag(p) A x`` to a frozen layer, with ``A`` of shape
 ``(R, in)`` and ``B`` of shape ``(out, R)``. The nested ranks are ``r_1 < ... < r_n = R``. The adapter of rank ``r`` is
-the prefix ``scale(r) * B[:, :r] A[:r]``.
+the prefix ``scale_at(r) * B[:, :r] A[:r]``.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, get_args
@@ -27,58 +26,60 @@ Scaling = Literal["none", "rank", "sqrt"]
 class Nesting:
     """The ranks at which one adapter can be deployed, and the scale of each.
 
+    The scale of the largest rank ``R`` is what PEFT multiplies ``B A`` with: ``lora_alpha / r``, or
+    ``lora_alpha / sqrt(r)`` with ``use_rslora``. The scaling says what the smaller ranks have. The paper's settings
+    (arXiv 2605.07850, alpha = 1) are ``scale=1`` for ``"none"``, ``1 / R`` for ``"rank"``, ``1 / sqrt(R)`` for
+    ``"sqrt"``.
+
     Args:
         ranks: Positive, strictly increasing integers; the last one is ``R``, the rank that is trained.
-        scaling: The scale ``s_r`` of rank ``r``: ``"none"`` is 1, ``"rank"`` is ``alpha / r`` (LoRA, arXiv 2106.09685),
-            ``"sqrt"`` is ``alpha / sqrt(r)`` (rsLoRA, arXiv 2312.03732).
-        alpha: The numerator of the scale; ``"none"`` has none.
+        scaling: The scale of rank ``r``. ``"none"``: ``scale``, the same for all. ``"rank"``: ``scale * R / r``, which
+            is LoRA's alpha / r (arXiv 2106.09685). ``"sqrt"``: ``scale * sqrt(R / r)``, which is rsLoRA's
+            alpha / sqrt(r) (arXiv 2312.03732).
+        scale: The scale of rank ``R``, a positive number.
 
     Raises:
-        MatryoshkaError: The ranks, the scaling or alpha make no nesting; the message says what to write instead.
+        MatryoshkaError: The ranks, the scaling or the scale make no nesting; the message says what to write instead.
     """
 
     ranks: tuple[int, ...]
     scaling: Scaling = "none"
-    alpha: float = 1.0
+    scale: float = 1.0
 
-    def __init__(self, ranks: Iterable[int], scaling: Scaling = "none", alpha: float = 1.0) -> None:
+    def __init__(self, ranks: Iterable[int], scaling: Scaling = "none", scale: float = 1.0) -> None:
         object.__setattr__(self, "ranks", _checked_ranks(ranks))
         if scaling not in get_args(Scaling):
             raise MatryoshkaError(f"scaling is {scaling!r}; write one of {', '.join(map(repr, get_args(Scaling)))}")
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= sys.float_info.max:
-            raise MatryoshkaError(f"alpha is {alpha!r}; write a positive number, for example 1.0")
-        if scaling == "none" and alpha != 1:
-            warnings.warn(f"scaling 'none' has no alpha: {alpha:g} is not used; did you mean 'rank'?", stacklevel=2)
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale <= sys.float_info.max:
+            raise MatryoshkaError(f"scale is {scale!r}; write a positive number, for example 1.0")
         object.__setattr__(self, "scaling", scaling)
-        object.__setattr__(self, "alpha", float(alpha))
+        object.__setattr__(self, "scale", float(scale))
 
     @classmethod
-    def powers_of_two(cls, max_rank: int, scaling: Scaling = "none", alpha: float = 1.0) -> Nesting:
+    def powers_of_two(cls, max_rank: int, scaling: Scaling = "none", scale: float = 1.0) -> Nesting:
         """The paper's default ranks: 1, 2, 4, ... up to ``max_rank``, which is always the last one."""
         top = _checked_rank(max_rank)
         below = (2**k for k in range(top.bit_length()) if 2**k < top)
-        return cls((*below, top), scaling, alpha)
+        return cls((*below, top), scaling, scale)
 
     @property
     def max_rank(self) -> int:
         """``R``, the rank of the trained factors."""
         return self.ranks[-1]
 
-    @property
-    def lora_alpha(self) -> float:
-        """What ``LoraConfig(r=R, lora_alpha=...)`` must say so that PEFT's own scale is ``scale(R)``."""
-        return self.scale(self.max_rank) * self.max_rank
-
-    def scale(self, rank: int) -> float:
+    def scale_at(self, rank: int) -> float:
         """``s_r``, the factor before ``B[:, :r] A[:r]``, for any rank from 1 to ``R``."""
-        rank = _checked_rank(rank, self.max_rank)
-        if self.scaling == "none":
-            return 1.0
-        return self.alpha / (rank if self.scaling == "rank" else math.sqrt(rank))
+        share = self.max_rank / _checked_rank(rank, self.max_rank)
+        return self.scale * {"none": 1.0, "rank": share, "sqrt": math.sqrt(share)}[self.scaling]
+
+    def is_like(self, other: Nesting) -> bool:
+        """Whether another nesting is the same, up to the rounding that a config's ``lora_alpha`` brings."""
+        ours, theirs = ((nesting.ranks, nesting.scaling) for nesting in (self, other))
+        return ours == theirs and math.isclose(self.scale, other.scale, rel_tol=1e-12)
 
     def prefix(self, rank: int) -> Tensor:
         """The diagonal that deploys ``rank``: ``s_r`` on its first ``rank`` entries, 0 after. Shape (R,), float64."""
-        scale = self.scale(rank)
+        scale = self.scale_at(rank)
         diagonal = torch.zeros(self.max_rank, dtype=torch.float64)
         diagonal[:rank] = scale
         return diagonal
@@ -89,21 +90,6 @@ class Nesting:
         It is the sum of all prefixes, so one forward with P trains them all at once.
         """
         return torch.stack([self.prefix(rank) for rank in self.ranks]).sum(dim=0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; ``Nesting.from_dict`` gives an equal object back."""
-        return {"ranks": list(self.ranks), "scaling": self.scaling, "alpha": self.alpha}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Nesting:
-        """The inverse of `to_dict`.
-
-        Raises:
-            MatryoshkaError: A key is missing or unknown, or the values make no nesting.
-        """
-        if not isinstance(data, Mapping) or "ranks" not in data or not set(data) <= {"ranks", "scaling", "alpha"}:
-            raise MatryoshkaError(f"a nesting has the keys ranks, scaling and alpha, not {data!r}")
-        return cls(**data)
 
 
 def _checked_ranks(ranks: Iterable[int]) -> tuple[int, ...]:

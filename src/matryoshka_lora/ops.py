@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from matryoshka_lora.unofficial import kept_product, reshaped, saves_freely
+
 
 def low_rank_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, p: Tensor
@@ -42,30 +44,13 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B
     Returns:
         Shape (rows, ..., out), dtype of x.
     """
-    # Hooks on saved tensors mean checkpointing or offloading: save little, and ask them for nothing before its time.
-    saves_freely = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-    left, right = _kept_product(x) if saves_freely else (None, None)
+    # Under hooks on saved tensors: save little, and ask them for nothing before its time.
+    freely = saves_freely()
+    left, right = kept_product(x) if freely else (None, None)
     # torch declares `apply` without types.
     output: Tensor
-    output, _ = _LowRankLinear.apply(x, weight, bias, A, B, p, left, right, saves_freely)  # type: ignore[no-untyped-call]
+    output, _ = _LowRankLinear.apply(x, weight, bias, A, B, p, left, right, freely)  # type: ignore[no-untyped-call]
     return output
-
-
-def _kept_product(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Two tensors whose product is x and which autograd keeps for it, or None twice."""
-    node: Any = x.grad_fn
-    if type(node).__name__ != "MulBackward0":
-        return None, None
-    saved = (node._raw_saved_self, node._raw_saved_other)
-    # What a hook has packed is for the backward pass to unpack. A torch that does not tell counts as one with hooks.
-    if any(getattr(tensor, "unpack_hook", True) is not None for tensor in saved):
-        return None, None
-    try:
-        left, right = node._saved_self, node._saved_other
-    except RuntimeError:  # freed by a backward pass through x, or changed in place: A and B can do without them
-        return None, None
-    alike = all(t is not None and (t.shape, t.dtype) == (x.shape, x.dtype) for t in (left, right))
-    return (left, right) if alike else (None, None)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -88,7 +73,7 @@ class _LowRankLinear(torch.autograd.Function):
         output = linear(tokens, weight, bias)
         output.addmm_(hidden, B.to(x.dtype).t())
         # No view in autograd's eyes, or the model could not change its layer's output in place.
-        return torch.ops.aten._unsafe_view(output, (*x.shape[:-1], weight.shape[0])), hidden
+        return reshaped(output, (*x.shape[:-1], weight.shape[0])), hidden
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -11,8 +11,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -52,11 +50,6 @@ class Rule:
     per_row: bool = False
     every_rank: bool = False
 
-    @property
-    def default_inference(self) -> Literal["keep", "prefix"]:
-        """What is evaluated and merged before an adapter is reordered: at rank R, the function that is trained."""
-        return "keep" if self.fixed else "prefix"
-
     def draw(self, nesting: Nesting, seed: int, step: int, rows: int | None = None) -> Draw:
         """The diagonal for optimizer step ``step``; the same arguments give the same draw, on any machine.
 
@@ -87,25 +80,6 @@ def _lora(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
 
 def _matryoshka(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
     return Draw(nesting.diagonal())
-
-
-def _mean(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
-    return Draw(nesting.diagonal() / len(nesting.ranks))
-
-
-def _reversed(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
-    return Draw(nesting.diagonal().flip(0))
-
-
-def _shuffled(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
-    # One order for all runs: the diagonal is part of what was trained, and must be found again without the seed.
-    order = torch.randperm(nesting.max_rank, generator=torch.Generator().manual_seed(0))
-    return Draw(nesting.diagonal()[order])
-
-
-def _geometric(decay: float, nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
-    falling = decay ** torch.arange(nesting.max_rank, dtype=torch.float64)
-    return Draw(falling / falling.mean() * nesting.scale(nesting.max_rank))
 
 
 def _dylora(nesting: Nesting, generator: random.Random, rows: int | None) -> Draw:
@@ -148,11 +122,6 @@ RULES: dict[str, Rule] = {
         Rule("dylora-frozen", _dylora_frozen, every_rank=True),
         # Each row of the batch at a rank of its own, every rank as often.
         Rule("stratified", _stratified, per_row=True),
-        # Ablations of P, for studies: divided by the number of ranks, reversed, shuffled, falling by a factor a column.
-        Rule("mean", _mean, fixed=True),
-        Rule("reversed", _reversed, fixed=True),
-        Rule("random", _shuffled, fixed=True),
-        *(Rule(f"geometric-{decay:g}", partial(_geometric, decay), fixed=True) for decay in (0.97, 0.9, 0.8)),
     )
 }
 

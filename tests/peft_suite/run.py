@@ -18,6 +18,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 FEWEST_NESTED = 1900  # of about 2,140; a nest() that refuses everything would leave PEFT's tests to PEFT
@@ -35,7 +36,12 @@ SELECTED = (
     "test_target_parameters.py::TestTargetParameters",
     "test_tuners_utils.py::TestModelAndLayerStatus",
 )
-SLOW = "test_initialization.py::TestHotSwapping::test_hotswap_works[True-"  # compiles
+# Each by the beginning of its name.
+LEFT_OUT = (
+    "test_initialization.py::TestHotSwapping::test_hotswap_works[True-",  # compiles, which is slow
+    # A nested adapter is refused as a pickle.
+    "test_custom_models.py::TestPeftCustomModel::test_save_pretrained_pickle",
+)
 
 
 def main() -> int:
@@ -82,7 +88,7 @@ def tests_of_peft(version: str) -> Path:
     return source
 
 
-def run(source: Path, scratch: Path, nested: bool) -> dict:
+def run(source: Path, scratch: Path, nested: bool) -> dict[str, Any]:
     """Run the selected tests; what the plugin counted."""
     report = scratch / "report.json"
     environment = {
@@ -94,14 +100,16 @@ def run(source: Path, scratch: Path, nested: bool) -> dict:
         "PEFT_SUITE_NEST": "1" if nested else "",
     }
     command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), "--rootdir", str(source)]
+    deselected = [f"--deselect=tests/{test}" for test in LEFT_OUT]
     done = subprocess.run(
-        [*command, "-p", "nest_all", "--deselect", f"tests/{SLOW}", *(f"tests/{test}" for test in SELECTED)],
+        [*command, "-p", "nest_all", *deselected, *(f"tests/{test}" for test in SELECTED)],
         cwd=source,
         env=environment,
     )
     if done.returncode not in (0, 1) or not report.is_file():  # 1 is: some tests failed
         sys.exit(f"pytest ended with {done.returncode}")
-    return json.loads(report.read_text())
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
 
 
 def read_expected() -> list[tuple[str, str, str]]:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import Any, get_args
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import layer as lora
 from peft.utils.save_and_load import get_peft_model_state_dict
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor, nn
 
-from matryoshka_lora.adapter.factors import get_parameters, get_weight, has_adapter
+from matryoshka_lora.adapter.copies import COPIES, nest_copies
+from matryoshka_lora.adapter.factors import get_parameters, get_weight
+from matryoshka_lora.adapter.gate import Gate
+from matryoshka_lora.adapter.gates import begin, lora_layers, nested_layers
 from matryoshka_lora.adapter.layers import SUBCLASSES
 from matryoshka_lora.adapter.rows import PLACES, RowCount, check_rows_apart
-from matryoshka_lora.adapter.slicing import factor_keys
-from matryoshka_lora.adapter.state import Inference, NestedState
-from matryoshka_lora.adapter.variant import Gate, NestedVariant
+from matryoshka_lora.adapter.saving import with_our_files
+from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.formats.config import AdapterConfig, check_config
+from matryoshka_lora.formats.layout import factor_keys
 from matryoshka_lora.rules import Rule
+from matryoshka_lora.state import State
+from matryoshka_lora.unofficial import is_conv, only_active
 
 # By exact class: PEFT's other layers ignore a variant in forward (AWQ, AQLM, EETQ, Megatron, ...) or in merge (torchao,
 # INC), and a subclass may do anything. By name, because importing PEFT's bitsandbytes layers imports bitsandbytes.
@@ -34,28 +39,15 @@ _SUPPORTED = {
     *(f"{kind.__module__}.{kind.__name__}" for kind in SUBCLASSES.values()),
 }
 
-# These start from factors that are only right when p is the constant s_R.
-INITS_THAT_ASSUME_A_SCALE = ("pissa", "corda", "olora", "lora_ga", "loftq")
 
-COPIES = ("ref", "teacher")
-"""What TRL names a copy of the adapter that it trains: as it was before training, and its moving average."""
-
-
-def nested_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
-    """The LoRA layers that hold an adapter, by their names in the base model."""
-    for name, module in model.named_modules():
-        if has_adapter(module, adapter):
-            yield name.removeprefix("base_model.model."), module
-
-
-def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
+def attach(model: PeftModel, state: State, adapter: str) -> None:
     """Put a `NestedVariant` into every LoRA layer of an adapter, then make sure that each kind of layer obeys it.
 
     Raises:
         MatryoshkaError: Something about the model or the adapter cannot be nested. The model is left as it was.
     """
     layers = _checked_layers(model, state, adapter)
-    scale = _initial_scale(model.peft_config[adapter])
+    scale = AdapterConfig(model.peft_config[adapter].to_dict()).scale
     before = [(module, module.lora_variant.get(adapter)) for _, module in layers]
     classes = [(module, type(module)) for module in (model.base_model, *(module for _, module in layers))]
     counted = vars(model.base_model).get("row_count")
@@ -73,6 +65,8 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
             if kind not in probed:
                 probed.add(kind)
                 _probe(name, module, adapter)
+        begin(model, adapter)
+        model.__class__ = with_our_files(type(model))
     except BaseException:
         for module, own in classes:
             module.__class__ = own
@@ -88,29 +82,6 @@ def attach(model: PeftModel, state: NestedState, adapter: str) -> None:
         model.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
 
-def nest_copies(model: PeftModel, adapter: str) -> dict[str, NestedState]:
-    """Nest the copies that TRL keeps of a nested adapter, as far as they are not, and return their states by name.
-
-    DPO, KTO, GRPO and RLOO measure how far training has gone from adapter "ref"; SDFT and SDPO learn from "teacher".
-    TRL adds both by the nested adapter's own config and fills in its factors. Without p between them, they would be
-    another function than what they are copies of.
-    """
-    config = model.peft_config[adapter]
-    states: dict[str, NestedState] = {}
-    for name in COPIES:
-        if name == adapter or model.peft_config.get(name) != config:
-            continue
-        for _, module in nested_layers(model, name):
-            original, copy = module.lora_variant.get(adapter), module.lora_variant.get(name)
-            if copy is None and isinstance(original, NestedVariant):
-                # A state of their own, since the adapter may be reordered and its copies are not.
-                copy = original.copied(states.get(name) or replace(original.state), module, name)
-                module.lora_variant[name] = copy
-            if isinstance(copy, NestedVariant):
-                states[name] = copy.state
-    return states
-
-
 def _before_forward(model: PeftModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     if model.active_adapter in COPIES:
         for adapter in list(model.peft_config):
@@ -120,9 +91,8 @@ def _before_forward(model: PeftModel, args: tuple[Any, ...], kwargs: Mapping[str
 
 
 def _check_rows(model: PeftModel, inputs: Mapping[str, Any]) -> None:
-    for _, module in nested_layers(model, model.active_adapter):
-        variant = module.lora_variant.get(model.active_adapter)
-        if isinstance(variant, NestedVariant) and variant.state.per_row and len(variant.gate(True).diagonal) > 1:
+    for _, _, variant in nested_layers(model, model.active_adapter):
+        if variant.state.per_row and len(variant.gate(True).diagonal) > 1:
             check_rows_apart(inputs, variant.state.rule.name)
         return
 
@@ -139,90 +109,17 @@ def _find_sharing(model: PeftModel, layers: list[tuple[str, Any]], adapter: str)
         module.lora_variant[adapter].sharing = others
 
 
-def check_config(config: Any, state: NestedState) -> None:
-    """Whether a PEFT config and a nesting describe the same adapter.
-
-    Raises:
-        MatryoshkaError: They contradict each other, or the config asks for something that cannot be nested.
-    """
-    nesting = state.nesting
-    if state.inference not in get_args(Inference):
-        raise MatryoshkaError(f"inference is {state.inference!r}; write 'prefix' or 'keep'")
-    if state.inference == "keep" and not state.rule.fixed:
-        raise MatryoshkaError(f"rule {state.rule.name!r} has no fixed diagonal to keep: write inference='prefix'")
-    if type(config) is not LoraConfig:
-        raise MatryoshkaError(f"only a LoRA adapter can be nested, not {type(config).__name__}: use peft.LoraConfig")
-    if type(config.r) is not int or type(config.lora_alpha) not in (int, float):
-        raise MatryoshkaError(
-            f"LoraConfig's r={config.r!r} and lora_alpha={config.lora_alpha!r} must be an integer and a number: write "
-            f"LoraConfig(r={nesting.max_rank}, lora_alpha={nesting.lora_alpha:g})"
-        )
-    if config.r != nesting.max_rank:
-        raise MatryoshkaError(
-            f"LoraConfig says r={config.r}, but the largest nested rank is {nesting.max_rank}: columns beyond it would "
-            f"never be trained. Write LoraConfig(r={nesting.max_rank}, ...) or end the ranks with {config.r}"
-        )
-    scale = _initial_scale(config)
-    if not math.isclose(scale, nesting.scale(nesting.max_rank), rel_tol=1e-9):
-        raise MatryoshkaError(
-            f"LoraConfig's lora_alpha={config.lora_alpha:g} and use_rslora={config.use_rslora} scale the adapter by "
-            f"{scale:g}, but the nesting's scale at rank {config.r} is {nesting.scale(config.r):g}. Write "
-            f"LoraConfig(r={config.r}, lora_alpha={nesting.lora_alpha:g}), or {_suggest(config)}"
-        )
-    if any(str(key).removeprefix(r".*\.") in (config.target_parameters or ()) for key in config.rank_pattern or ()):
-        raise MatryoshkaError(
-            "PEFT takes 'all-linear', and names such as gate_proj, up_proj and w1, for this model's routed experts, "
-            "which transformers 5 has stacked, and gives some of them twice the rank. Name the other layers in "
-            "target_modules, as in ['q_proj', 'v_proj'], and the experts in target_parameters, as in "
-            "['experts.gate_up_proj']"
-        )
+def _checked_layers(model: Any, state: State, adapter: str) -> list[tuple[str, Any]]:
+    config = check_config(model.peft_config[adapter].to_dict(), f"adapter {adapter!r}")
     for field in ("rank_pattern", "alpha_pattern"):
-        if getattr(config, field, None):
+        if config[field]:
             raise MatryoshkaError(f"{field} gives layers ranks or scales of their own: remove it, then use set_rank")
-    if getattr(config, "layer_replication", None):
+    if config.r != state.nesting.max_rank:
         raise MatryoshkaError(
-            "layer_replication is not supported: replicate the layers in the base model, then leave it out"
+            f"LoraConfig has r={config.r}, and the largest nested rank is {state.nesting.max_rank}: end the ranks with "
+            f"{config.r}, or write LoraConfig(r={state.nesting.max_rank}, ...)"
         )
-    if config.bias not in ("none", "all", "lora_only"):
-        raise MatryoshkaError(f"bias is {config.bias!r}; write 'none', 'all' or 'lora_only'")
-    if config.lora_bias:
-        raise MatryoshkaError("lora_bias=True adds a bias that belongs to no rank: set it to False")
-    if getattr(config, "ensure_weight_tying", False):
-        raise MatryoshkaError(
-            "ensure_weight_tying shares factors between layers, which cannot be reordered: turn it off"
-        )
-    init = str(config.init_lora_weights)
-    if init.startswith(INITS_THAT_ASSUME_A_SCALE):
-        raise MatryoshkaError(f"init_lora_weights={init!r} assumes plain LoRA's scale: use True or 'gaussian'")
-
-
-def trained_besides(config: LoraConfig) -> list[str]:
-    """The fields of a config by which parts of the base model are trained whole, beside the factors."""
-    fields = [field for field in ("modules_to_save", "trainable_token_indices") if getattr(config, field)]
-    return fields if config.bias == "none" else [*fields, "bias"]
-
-
-def _initial_scale(config: Any) -> float:
-    """What PEFT multiplies an adapter by before `scale_layer` and its like."""
-    scale: float = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    return scale
-
-
-def _suggest(config: Any) -> str:
-    scaling = "sqrt" if config.use_rslora else "rank"
-    return f"Nesting(ranks, scaling={scaling!r}, alpha={config.lora_alpha:g})"
-
-
-def _checked_layers(model: Any, state: NestedState, adapter: str) -> list[tuple[str, Any]]:
-    if not isinstance(model, PeftModel):
-        raise MatryoshkaError(
-            f"nest() takes a PEFT model, not {type(model).__name__}: "
-            "call peft.get_peft_model(model, LoraConfig(...)) first"
-        )
-    if adapter not in model.peft_config:
-        raise MatryoshkaError(f"the model has no adapter {adapter!r}; its adapters are {', '.join(model.peft_config)}")
-    check_config(model.peft_config[adapter], state)
-    layers = list(nested_layers(model, adapter))
+    layers = list(lora_layers(model, adapter))
     if not layers:
         raise MatryoshkaError(f"adapter {adapter!r} has no LoRA layer in this model")
     seen: dict[int, str] = {}
@@ -244,7 +141,13 @@ def _checked_layers(model: Any, state: NestedState, adapter: str) -> list[tuple[
 
 def _unreadable(model: PeftModel, adapter: str) -> set[str]:
     """The layers whose factors PEFT saves under one name and looks for under another."""
-    saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    try:
+        saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    except KeyError as error:
+        raise MatryoshkaError(
+            f"PEFT cannot write adapter {adapter!r} to a file (it misses {error}), as where two adapters train the "
+            "tokens of different layers: name the same layers in the trainable_token_indices of both"
+        ) from error
     names = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[adapter], dict(saved), adapter)
     return {module for module, key_A, key_B in factor_keys(saved) if not {key_A, key_B} <= names.keys()}
 
@@ -270,9 +173,14 @@ def _why_not(module: Any, rule: Rule, adapter: str, name: str) -> str | None:
     if dilated or getattr(module.get_base_layer(), "padding_mode", "zeros") != "zeros":
         return "PEFT's A follows neither the dilation nor the padding mode of a convolution"
     if isinstance(module, lora.ParamWrapper) and (rule.per_row or rule.name == "dylora-frozen"):
-        return f"target_parameters give one delta to all rows and all columns; rule {rule.name!r} needs them apart"
+        return (
+            f"target_parameters give one delta to all rows and all columns; rule {rule.name!r} needs them apart: take "
+            "another"
+        )
     if rule.per_row and ".experts." in f".{name}.":
-        return f"tokens that are routed to experts have left their rows; rule {rule.name!r} needs them"
+        return (
+            f"tokens that are routed to experts have left their rows, and rule {rule.name!r} needs them: take another"
+        )
     return None
 
 
@@ -297,11 +205,9 @@ def _probe(name: str, module: Any, adapter: str) -> None:
     """
     variant: NestedVariant = module.lora_variant[adapter]
     rank = variant.state.nesting.max_rank
-    active, disabled = module._active_adapter, module._disable_adapters
-    module._active_adapter, module._disable_adapters = [adapter], False
     error = None
     try:
-        with torch.no_grad():
+        with torch.no_grad(), only_active(module, adapter):
             variant.override = Gate.on(variant.device, torch.full((rank,), math.nan))
             obeys = bool(_output(module, adapter).isnan().all())
             variant.override = Gate.on(variant.device, torch.zeros(rank))
@@ -310,7 +216,6 @@ def _probe(name: str, module: Any, adapter: str) -> None:
         obeys, error = False, failure
     finally:
         variant.override = None
-        module._active_adapter, module._disable_adapters = active, disabled
     if not obeys:
         where = f"layer {name} ({type(module).__name__} on {type(module.get_base_layer()).__name__})"
         why = (
@@ -347,7 +252,7 @@ def _sample(module: Any, adapter: str) -> Tensor:
         return torch.zeros(1, 1, dtype=torch.long, device=device)
     weight = base.weight
     dtype = weight.dtype if weight.is_floating_point() else getattr(base, "compute_dtype", None) or torch.float32
-    if isinstance(module, lora._ConvNd):
+    if is_conv(module):
         size = [d * (k - 1) + 1 for d, k in zip(base.dilation, base.kernel_size, strict=True)]
         return torch.ones(1, base.in_channels, *size, dtype=dtype, device=device)
     # With a gradient, because bitsandbytes repacks 4-bit weights for a CPU at the first input without one.

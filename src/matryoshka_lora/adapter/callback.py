@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import DataCollatorWithFlattening, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from matryoshka_lora.adapter.attach import nest_copies, nested_layers
+from matryoshka_lora.adapter.copies import nest_copies
 from matryoshka_lora.adapter.factors import get_parameters
-from matryoshka_lora.adapter.sidecar import write_sidecar
+from matryoshka_lora.adapter.gates import lora_layers
+from matryoshka_lora.adapter.in_model import InModel
 from matryoshka_lora.errors import MatryoshkaError
-
-if TYPE_CHECKING:
-    from matryoshka_lora.adapter.nested import NestedAdapter
 
 
 class NestingCallback(TrainerCallback):
-    """Draws the ranks of each optimizer step, and puts the sidecar into each checkpoint as its last file.
+    """Draws the ranks of each optimizer step.
 
     The draw depends on the seed and on ``state.global_step``, which the Trainer restores: nothing else has to be saved
     for a resumed run to go on as it would have. What cannot be right is refused before the first step.
     """
 
-    def __init__(self, adapter: NestedAdapter) -> None:
+    def __init__(self, adapter: InModel) -> None:
         self.adapter = adapter
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -58,18 +54,10 @@ class NestingCallback(TrainerCallback):
             rows //= args.world_size
         self.adapter.draw(state.global_step, rows=rows, share=(args.process_index, args.world_size))
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            for name, copied in nest_copies(self.adapter.model, self.adapter.name).items():
-                if (folder / name).is_dir():
-                    write_sidecar(folder / name, copied)
-            write_sidecar(folder, self.adapter.state)
 
-
-def _check_trained(adapter: NestedAdapter, model: Any) -> None:
+def _check_trained(adapter: InModel, model: Any) -> None:
     """Else another model or adapter would be trained, without its ranks or its P."""
-    layers = [module for _, module in nested_layers(adapter.model, adapter.name)]
+    layers = [module for _, module in lora_layers(adapter.model, adapter.name)]
     if isinstance(model, nn.Module) and not any(module is layers[0] for module in model.modules()):
         raise MatryoshkaError("the Trainer has another model than this callback's adapter: give it adapter.model")
     if adapter.name not in adapter.model.active_adapters:
@@ -79,17 +67,17 @@ def _check_trained(adapter: NestedAdapter, model: Any) -> None:
         )
 
 
-def _check_precomputed(adapter: NestedAdapter, args: TrainingArguments) -> None:
+def _check_precomputed(adapter: InModel, args: TrainingArguments) -> None:
     """TRL computes such a reference before the first draw, and keeps it by a hash of its weights, without p."""
     if not getattr(args, "precompute_ref_log_probs", False):
         return
     state, reason = adapter.state, None
-    scale = state.nesting.scale(state.nesting.max_rank)
+    scale = state.nesting.scale
     is_plain = not state.draws and bool((state.trained_diagonal() == scale).all())
     for copy in nest_copies(adapter.model, adapter.name):
         if state.draws:
             reason = f"rule {state.rule.name!r} draws the rank of both at each step"
-        for _, module in nested_layers(adapter.model, copy):
+        for _, module in lora_layers(adapter.model, copy):
             A, B = get_parameters(module, copy)
             alike = module.get_base_layer().weight.dtype == A.dtype  # else eval and training mode round otherwise
             if bool(torch.count_nonzero(B)) and not (is_plain and alike):
@@ -101,7 +89,7 @@ def _check_precomputed(adapter: NestedAdapter, args: TrainingArguments) -> None:
         )
 
 
-def _check_given_away(adapter: NestedAdapter, args: TrainingArguments) -> None:
+def _check_given_away(adapter: InModel, args: TrainingArguments) -> None:
     """vLLM and A2PO's reference get the adapter as eval mode has it, and training is compared with what they say."""
     if getattr(args, "use_vllm", hasattr(args, "vllm_server_base_url")):
         taker, instead = "vLLM", "set use_vllm=False, or "
@@ -111,31 +99,31 @@ def _check_given_away(adapter: NestedAdapter, args: TrainingArguments) -> None:
         return
     if adapter.state.draws:
         raise MatryoshkaError(
-            f"rule {adapter.rule.name!r} trains another rank at each step, and {taker} gets the adapter at its "
+            f"rule {adapter.state.rule.name!r} trains another rank at each step, and {taker} gets the adapter at its "
             f"largest: {instead}take rule 'matryoshka' or 'lora'"
         )
-    if not adapter.state.deploys_what_is_trained or adapter.rank != adapter.nesting.max_rank:
+    if not adapter.state.deploys_what_is_trained or adapter.rank != adapter.state.nesting.max_rank:
         raise MatryoshkaError(
-            f"{taker} gets the adapter as eval mode has it, rank {adapter.rank} with inference {adapter.inference!r}, "
-            "and training has another function: set adapter.inference = 'keep' and call "
-            f"adapter.set_rank({adapter.nesting.max_rank})"
+            f"{taker} gets the adapter as eval mode has it, rank {adapter.rank} with deploy={adapter.state.deploy!r}, "
+            "and training has another function: leave deploy out in nest(), and call "
+            f"adapter.set_rank({adapter.state.nesting.max_rank})"
         )
 
 
-def _check_samples(adapter: NestedAdapter, args: TrainingArguments) -> None:
+def _check_samples(adapter: InModel, args: TrainingArguments) -> None:
     """GRPO, RLOO and their kin compare a text's probability with that at its sampling: both must have one draw."""
     every = getattr(args, "steps_per_generation", None)
     if every is not None and args.gradient_accumulation_steps % (every * getattr(args, "num_iterations", 1)):
         raise MatryoshkaError(
-            f"rule {adapter.rule.name!r} trains another rank at each step, and these texts are sampled for several "
-            "steps: set steps_per_generation to gradient_accumulation_steps and num_iterations to 1, or take rule "
-            "'matryoshka' or 'lora'"
+            f"rule {adapter.state.rule.name!r} trains another rank at each step, and these texts are sampled for "
+            "several steps: set steps_per_generation to gradient_accumulation_steps and num_iterations to 1, or take "
+            "rule 'matryoshka' or 'lora'"
         )
 
 
-def _check_rows(adapter: NestedAdapter, args: TrainingArguments, collator: Any) -> None:
+def _check_rows(adapter: InModel, args: TrainingArguments, collator: Any) -> None:
     """Every row of what the model gets must be a row of the batch, with a loss of its own."""
-    rule = adapter.rule.name
+    rule = adapter.state.rule.name
     names = _trl_names(args)
     if names and names[0] != "SFTConfig":
         raise MatryoshkaError(

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Embedding as LoraEmbedding
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.tuners.lora.layer import _ConvNd as ConvNd
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from matryoshka_lora.formats.layout import as_matrices
+from matryoshka_lora.unofficial import is_conv
 
 
 def has_adapter(module: Any, adapter: str) -> bool:
@@ -36,6 +38,17 @@ def get_factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     return as_matrices(gathered(A), gathered(B), module.r[adapter])
 
 
+def get_gradients(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """The gradients of A and B in the shapes of `get_factors`; zeros where there are none."""
+    A, B = (gathered(torch.zeros_like(f) if f.grad is None else f.grad) for f in get_parameters(module, adapter))
+    return as_matrices(A, B, module.r[adapter])
+
+
+def has_modules(module: Any, adapter: str) -> bool:
+    """Whether A and B are modules of their own, which an input passes through."""
+    return adapter in module.lora_A and not isinstance(module, ParamWrapper)
+
+
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor that FSDP2 has spread over the processes, all of which must ask; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -48,26 +61,11 @@ def assign(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
-def as_matrices(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """PEFT's parameters as matrices: kernels of convolutions are flattened, experts become a leading dimension."""
-    experts = A.shape[0] // rank
-    if experts > 1:  # PEFT's layout: A is (experts * R, in), B is (out, R * experts) with the expert running fastest
-        return A.view(experts, rank, -1), B.view(B.shape[0], rank, experts).permute(2, 0, 1)
-    return A.flatten(1), B.flatten(1)
-
-
-def as_parameters(A: Tensor, B: Tensor, shape_A: torch.Size, shape_B: torch.Size) -> tuple[Tensor, Tensor]:
-    """The inverse of `as_matrices`, for parameters of these shapes; the rank may be smaller than it was."""
-    if A.ndim == 3:
-        return A.reshape(-1, A.shape[-1]), B.permute(1, 2, 0).reshape(B.shape[1], -1)
-    return A.reshape(-1, *shape_A[1:]), B.reshape(shape_B[0], -1, *shape_B[2:])
-
-
 def to_weight(module: LoraLayer, product: Tensor) -> Tensor:
     """``B A`` of shape (out, in), or (experts, out, in), in the layout of the base layer's weight."""
     if isinstance(module, LoraEmbedding):
         return product.T
-    if isinstance(module, ConvNd):
+    if is_conv(module):
         return product.reshape(module.get_base_layer().weight.shape)
     if isinstance(module, ParamWrapper) and product.ndim == 3:
         swapped = getattr(module, "_did_swap_in_out_features", False)  # PEFT 0.18 has no such layers

@@ -9,8 +9,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
-from matryoshka_lora.adapter.slicing import factor_keys
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.formats.layout import factor_keys
 
 _PREFIX = "base_model.model."
 

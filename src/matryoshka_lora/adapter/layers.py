@@ -25,6 +25,7 @@ from matryoshka_lora.adapter.rows import RowCount
 from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.ops import full_precision, low_rank_linear, low_rank_linear_reference
+from matryoshka_lora.unofficial import has_hooks
 
 T = TypeVar("T", bound=type)
 
@@ -164,8 +165,7 @@ class NestedLinear(Linear):
 
 def _is_plain(module: Any) -> bool:
     """Ordinary tensors on no hooks: a sharded module gathers its weights in hooks, or holds DTensors."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooks and "forward" not in vars(module) and type(module.weight) is nn.Parameter
+    return not has_hooks(module) and "forward" not in vars(module) and type(module.weight) is nn.Parameter
 
 
 def _check_read(module: LoraLayer, adapter: str) -> None:
@@ -174,7 +174,7 @@ def _check_read(module: LoraLayer, adapter: str) -> None:
     if isinstance(variant, NestedVariant) and not variant.is_plain():
         raise MatryoshkaError(
             f"PEFT would read adapter {adapter!r} at rank {variant.state.nesting.max_rank}, without its diagonal, and "
-            f"it is used otherwise (rank {variant.rank}, inference {variant.state.inference!r}): export the rank that "
+            f"it is used otherwise (rank {variant.rank}): export the rank that "
             "you need with adapter.export() and load that with PEFT"
         )
 

@@ -7,18 +7,19 @@ from os import PathLike
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
-from peft.utils import CONFIG_NAME
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.attach import attach
 from matryoshka_lora.adapter.fits import check_fits
-from matryoshka_lora.adapter.nested import NestedAdapter
-from matryoshka_lora.adapter.reading import foreign, read_adapter
+from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.adapter.undo import undone_on_error
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.formats.config import CONFIG_NAME, AdapterConfig
+from matryoshka_lora.formats.layout import foreign
+from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
 
 
 def load(
@@ -48,7 +49,19 @@ def load(
         raise MatryoshkaError(
             f"load() takes the base model, not {type(base_model).__name__}: load it with transformers first"
         )
-    state, config, tensors = read_adapter(path, max_rank)
+    return load_opened(base_model, open_adapter(path, max_rank, trained=trainable), rank, adapter, trainable)
+
+
+def load_opened(
+    base_model: nn.Module,
+    opened: OpenedAdapter,
+    rank: int | Mapping[str, int] | None = None,
+    adapter: str = "default",
+    trainable: bool = False,
+) -> NestedAdapter:
+    """As `load`, of an adapter that is opened already."""
+    path = opened.name
+    state, config, tensors = opened.nested, _peft_config(opened.config, path), opened.tensors()
     for value in rank.values() if isinstance(rank, Mapping) else () if rank is None else (rank,):
         state.check_rank(value)
     existing = base_model if isinstance(base_model, PeftModel) else None
@@ -63,15 +76,14 @@ def load(
     config.inference_mode = not trainable
     try:
         with undone_on_error(base_model):
-            check_fits(existing.get_base_model() if existing is not None else base_model, config, tensors, str(path))
+            check_fits(existing.get_base_model() if existing is not None else base_model, config, tensors, path)
             if existing is not None:
                 existing.add_adapter(adapter, config)
             model = existing if existing is not None else get_peft_model(base_model, config, adapter_name=adapter)
-            tensors = _check_tensors(model, adapter, tensors, str(path))
+            tensors = _check_tensors(model, adapter, tensors, path)
             set_peft_model_state_dict(model, tensors, adapter_name=adapter)
             attach(model, state, adapter)
             nested = NestedAdapter(model, adapter)
-            nested._begin()
             if rank is not None:
                 nested.set_rank(rank)
     except MatryoshkaError:
@@ -83,6 +95,16 @@ def load(
         ) from error
     model.train(trainable)
     return nested
+
+
+def _peft_config(config: AdapterConfig, path: str) -> LoraConfig:
+    try:
+        made: LoraConfig = LoraConfig.from_peft_type(**config.data)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise MatryoshkaError(
+            f"PEFT does not take the {CONFIG_NAME} of {path}: {error}. Copy the adapter again, or upgrade PEFT"
+        ) from error
+    return made
 
 
 def _check_name(adapter: Any) -> None:

@@ -2,110 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant
-from peft.tuners.lora.layer import _ConvNd as ConvNd
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import get_factors, get_parameters, get_weight, to_weight
+from matryoshka_lora.adapter.gate import Gate, wrong_number
 from matryoshka_lora.adapter.rows import RowCount
-from matryoshka_lora.adapter.state import NestedState
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.ops import full_precision
-
-
-@dataclass(eq=False)
-class Gate:
-    """A diagonal on the device of its layer.
-
-    ``diagonal`` has shape (R,) or (rows, R). ``scale`` is a tensor of no dimensions that multiplies the output, where
-    PEFT multiplies it too, so that a deployed prefix is PEFT's result to the last bit. Both are tensors, so that
-    compiled code needs no recompilation when they change; they are replaced and never written in place, so that a
-    backward pass still finds the values of its forward. With ``allow_fewer``, a batch may have fewer rows than the
-    diagonal, as the last one of an epoch does. Without ``exact``, eval mode may compute in the activations' dtype.
-    ``learn`` says which columns of B and rows of A receive a gradient; None means all.
-    ``uniform`` says that all rows have the same diagonal, so that it does not matter which is which.
-    """
-
-    diagonal: Tensor
-    scale: Tensor | None = None
-    allow_fewer: bool = False
-    exact: bool = True
-    learn: Tensor | None = None
-    uniform: bool = False
-    _moved: Gate | None = field(default=None, init=False, repr=False)
-
-    @classmethod
-    def on(
-        cls,
-        device: torch.device,
-        diagonal: Tensor,
-        scale: Tensor | float | None = None,
-        allow_fewer: bool = False,
-        exact: bool = True,
-        learn: Tensor | None = None,
-    ) -> Gate:
-        """One whose tensors are on ``device``; the arguments are its attributes."""
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        scaled = None if scale is None else torch.as_tensor(scale, dtype=dtype, device=device)
-        learning = None if learn is None else learn.to(device)
-        uniform = diagonal.ndim == 1 or bool((diagonal == diagonal[:1]).all())
-        return cls(diagonal.to(device, dtype), scaled, allow_fewer, exact, learning, uniform)
-
-    def at(self, device: torch.device) -> Gate:
-        """Itself, or its one copy on the device that a layer was moved to after the gate was made."""
-        if self.diagonal.device == device:
-            return self
-        if self._moved is None or self._moved.diagonal.device != device:
-            self._moved = Gate.on(device, self.diagonal, self.scale, self.allow_fewer, self.exact, self.learn)
-        return self._moved
-
-    def apply(self, hidden: Tensor, spatial: int = 0) -> Tensor:
-        """``hidden`` times the diagonal on its rank dimension, which ``spatial`` dimensions follow."""
-        rank, nested_rank = hidden.shape[-1 - spatial], self.diagonal.shape[-1]
-        if rank != nested_rank:
-            raise MatryoshkaError(
-                f"an adapter was nested at rank {nested_rank} and has rank {rank} now: PEFT has put another one in its "
-                "place (hotswap_adapter). Load that one under a name of its own"
-            )
-        p = full_precision(self.for_rows(hidden.shape, spatial), hidden.dtype)
-        rows = () if p.ndim == 1 else (hidden.shape[0], *(1,) * (hidden.ndim - 2 - spatial))
-        return (hidden * p.view(*rows, -1, *(1,) * spatial)).to(hidden.dtype)
-
-    def learning(self, weight: Tensor, dim: int) -> Tensor | None:
-        """The weight with gradient in the learning rows or columns only; None where all of it learns."""
-        if self.learn is None or not torch.is_grad_enabled():
-            return None
-        shape = [-1 if d == dim else 1 for d in range(weight.ndim)]
-        return torch.where(self.learn.view(shape), weight, weight.detach())
-
-    def for_rows(self, shape: torch.Size, spatial: int = 0) -> Tensor:
-        """The one diagonal of all rows, or one for each row of a batch of this shape.
-
-        Beam search and several returned sequences repeat each row in place. Rows that were packed, or routed to
-        experts, are no longer rows: they must not be served by accident.
-        """
-        diagonal, given = self.diagonal, self.diagonal.shape[0]
-        rows = shape[0] if len(shape) >= 2 + spatial else 1  # else the input has no batch dimension
-        if diagonal.ndim == 1 or rows == given == shape[0]:
-            return diagonal
-        if self.allow_fewer and rows < given and len(shape) >= 2 + spatial:
-            return diagonal[:rows]
-        has_tokens = len(shape) > 2 or spatial > 0
-        # Without gradients only, as in `generate`: a wrong number of rows in a training batch must not pass for beams.
-        if has_tokens and not torch.is_grad_enabled() and rows % given == 0:
-            return diagonal.repeat_interleave(rows // given, dim=0)
-        raise _wrong_number(given, rows)
-
-
-def _wrong_number(given: int, rows: int) -> MatryoshkaError:
-    return MatryoshkaError(
-        f"{given} rows have a rank, but a layer got {rows} rows: give one rank for each row of the batch. "
-        "Packed, padding-free or flattened batches have no rows left; turn packing and padding_free off"
-    )
+from matryoshka_lora.state import State, split
+from matryoshka_lora.unofficial import backward_node, embed_scale, embedded, is_conv, next_node
 
 
 class NestedVariant(LoraVariant):
@@ -122,9 +30,7 @@ class NestedVariant(LoraVariant):
         rows: Counts the rows of the model's calls.
     """
 
-    def __init__(
-        self, state: NestedState, module: LoraLayer, adapter: str, initial_scale: float, rows: RowCount
-    ) -> None:
+    def __init__(self, state: State, module: LoraLayer, adapter: str, initial_scale: float, rows: RowCount) -> None:
         self.state = state
         self.rows = rows
         self.device = get_parameters(module, adapter)[0].device
@@ -142,7 +48,7 @@ class NestedVariant(LoraVariant):
         self.set_rank(state.nesting.max_rank)
         self._merged: tuple[Gate, float] | None = None
 
-    def copied(self, state: NestedState, module: LoraLayer, adapter: str) -> NestedVariant:
+    def copied(self, state: State, module: LoraLayer, adapter: str) -> NestedVariant:
         """One for a copy of its factors in the same layer: in training mode as this one is now, else at full rank."""
         copy = NestedVariant(state, module, adapter, self.initial_scale, self.rows)
         if self.training is not None:
@@ -155,7 +61,7 @@ class NestedVariant(LoraVariant):
 
     def set_rank(self, rank: int) -> None:
         self.rank = rank
-        self.deployed = Gate.on(self.device, self.state.mask(rank), self.state.scale(rank))
+        self.deployed = Gate.on(self.device, *split(self.state.diagonal(rank)))
         self._remember()
 
     def gate(self, training: bool) -> Gate:
@@ -196,11 +102,12 @@ class NestedVariant(LoraVariant):
         p = self.deployed.diagonal.to(B.device, work)
         used = (p != 0).view(-1, *(1,) * (A.ndim - 1))
         folded = (B.to(work) * p.view(1, -1, *(1,) * (B.ndim - 2))).to(B.dtype)
-        return A * used, folded, self.state.scale(self.rank) * self.ratio(module, adapter)
+        scale = 1.0 if self.deployed.scale is None else self.deployed.scale.item()
+        return A * used, folded, scale * self.ratio(module, adapter)
 
     def is_plain(self) -> bool:
         """Whether eval mode computes what PEFT would from the factors alone."""
-        p = self.deployed.diagonal * self.state.scale(self.rank)
+        p = self.state.diagonal(self.rank)
         return bool(torch.isclose(p, torch.full_like(p, self.initial_scale), rtol=1e-9, atol=0).all())
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
@@ -213,8 +120,8 @@ class NestedVariant(LoraVariant):
         if ratio != 1:
             update = update * ratio
         # Gemma's embeddings multiply their output; the update belongs inside that factor.
-        embed_scale = module._get_embed_scale() if is_embedding and hasattr(module, "_get_embed_scale") else None
-        return result + (update if embed_scale is None else update * embed_scale.to(update.dtype))
+        inside = embed_scale(module) if is_embedding else None
+        return result + (update if inside is None else update * inside.to(update.dtype))
 
     def _update(self, module: Any, adapter: str, x: Tensor, gate: Gate) -> Tensor:
         lora_A, lora_B = module.lora_A[adapter], module.lora_B[adapter]
@@ -225,15 +132,17 @@ class NestedVariant(LoraVariant):
     def _embedded(self, module: Any, adapter: str, x: Tensor, gate: Gate) -> Tensor:
         A, B = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
         learning_A, learning_B = gate.learning(A, dim=0), gate.learning(B, dim=1)
-        hidden = module._embed(x, (A if learning_A is None else learning_A).T)
+        hidden = embedded(module, x, (A if learning_A is None else learning_A).T)
         return gate.apply(hidden) @ (B if learning_B is None else learning_B).T
 
     def _check_recomputation(self, module: nn.Module, gate: Gate) -> None:
         """Gradient checkpointing runs the forward again inside backward: it must see the same diagonal."""
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # not inside a backward pass
+        if torch.compiler.is_compiling():
             return
-        node = torch._C._current_autograd_node()
-        then = self._gates_at(-1 if node is None else node._sequence_nr())
+        node = backward_node()
+        if node is None:
+            return
+        then = self._gates_at(node)
         if then is not None and then[module.training] is not gate:
             raise MatryoshkaError(
                 "gradient checkpointing recomputes a layer with other ranks than its forward had: "
@@ -247,9 +156,9 @@ class NestedVariant(LoraVariant):
         if rows is None or (self.takes_rows_first and not per_row):
             return
         if per_row and self.rows.exact and rows != given and not gate.allow_fewer:
-            raise _wrong_number(given, rows)
+            raise wrong_number(given, rows)
         others = x.shape[1:] if isinstance(module, Embedding) else x.shape[1:-1]
-        shows = isinstance(module, ConvNd) or (len(others) > 0 and rows not in others)
+        shows = is_conv(module) or (len(others) > 0 and rows not in others)
         if first == rows and shows and not self.takes_rows_first:
             self.takes_rows_first = True
             self.rows.unproven -= 1
@@ -275,7 +184,7 @@ class NestedVariant(LoraVariant):
 
     def _remember(self) -> None:
         gates = (self.override or self.deployed, self.override or self.training)
-        self._history = [*self._history[-31:], (_next_number(), gates)]
+        self._history = [*self._history[-31:], (next_node(), gates)]
 
     def begin_step(self, gate: Gate) -> None:
         """Train with this gate from now on."""
@@ -325,12 +234,6 @@ class NestedVariant(LoraVariant):
         _check_layout(module)
         delta, self._merged = self.merged_delta(module, active_adapter, again=True), None
         return _add(module, orig_weight, -delta)
-
-
-def _next_number() -> int:
-    """Of the next node that autograd makes: they are numbered in the order of the forward pass."""
-    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-    return number
 
 
 def _check_layout(module: LoraLayer) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,19 +18,17 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from matryoshka_lora.adapter import NestedAdapter
-    from matryoshka_lora.evaluate import Evaluation
-    from matryoshka_lora.tasks import Example, Task
-    from matryoshka_lora.train import TrainConfig
+    from matryoshka_lora.adapter.handle import NestedAdapter
+    from matryoshka_lora.data.tasks import Example
+    from matryoshka_lora.training.config import TrainConfig
 
 TASK = "family_relationships"
 MAX_RANK = 32
 EXPORTED_RANK = 4
 BATCH_SIZE = 12
 STEPS = 80
-# The better of two rates by validation loss: benchmarks/learning_rates.py.
-LEARNING_RATES = {"matryoshka": 2e-3, "lora": 2e-3}
-DEPLOYED = "matryoshka-learned"
+# The better of two rates by validation loss, with version 0.1.
+LEARNING_RATE = 2e-3
 CHECKED_QUESTIONS = 8
 ANSWER_TOKENS = 12
 
@@ -56,170 +55,132 @@ save_file({"logits": torch.stack(logits)}, logits_file)
 print(json.dumps(answers))
 """.replace("ANSWER_TOKENS", str(ANSWER_TOKENS))
 
-THREE_LINES = f"""\
-    from matryoshka_lora import Nesting, learn_from_trainer, nest
-    adapter = nest(peft_model, Nesting.powers_of_two({MAX_RANK}))   # of LoraConfig(r={MAX_RANK}, lora_alpha={MAX_RANK})
-    trainer.add_callback(adapter.callback())
+THREE_LINES = """\
+    from matryoshka_lora import nest
+    adapter = nest(peft_model)                    # before the Trainer
+    trainer.add_callback(adapter.callback())      # before trainer.train()
+    adapter.reorder(); adapter.save("my-adapter") # after it
 """
 
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each adapter.")] = STEPS,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = STEPS,
     items: Annotated[int, typer.Option(min=2, help="Test questions.")] = 100,
 ) -> None:
-    """Train one adapter for every rank, beside plain LoRA, and draw what each rank is worth.
+    """Train one adapter, see what each rank of it is worth, and read one rank with plain PEFT.
 
     The model is SmolLM2-135M, the questions are about family relationships; both come inside packages, so no network
-    is needed. Takes about a quarter of an hour on two cores. A run that was stopped goes on at the next adapter.
+    is needed. Takes about five minutes on two cores. A demo that was stopped goes on when it is asked for again.
 
     Example: matryoshka demo --out runs/demo
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws a bar for each of its steps at each rank
     began = time.monotonic()
-    typer.echo(
-        f"Trains two adapters of rank {MAX_RANK} on {TASK}, {steps} steps each (about two minutes each on two cores),\n"
-        f"then answers {items} test questions with 5 x 6 versions of them (about ten minutes). Writes to {out}/."
-    )
     from matryoshka_lora.errors import MatryoshkaError
-    from matryoshka_lora.evaluate import in_words, print_tables
-    from matryoshka_lora.models import load_tokenizer
-    from matryoshka_lora.tasks import get_task
-    from matryoshka_lora.train import train
+    from matryoshka_lora.evaluation.evaluate import bar, evaluate
+    from matryoshka_lora.evaluation.report import print_tasks
+    from matryoshka_lora.serving.export import export
+    from matryoshka_lora.training import train
 
-    _check_folder(out)
-    task = get_task(TASK)
-    questions, tokenizer = task.examples("test", items), load_tokenizer()
-    adapters = {}
-    for number, rule in enumerate(LEARNING_RATES, start=1):
-        _say(began, f"{number}/4  Training: rule {rule}")
-        try:
-            adapters[rule] = train(demo_config(rule, steps, out / f"train-{rule}", LEARNING_RATES[rule]))
-        except MatryoshkaError as error:
-            raise MatryoshkaError(f"{error}\nFor the demo: delete {out}, or give another folder with --out") from error
-
-    _say(began, f"3/4  Evaluating {items} test questions")
-    evaluation = _evaluate(adapters, tokenizer, task, questions, task.examples("train", steps * BATCH_SIZE))
-    nested = adapters["matryoshka"]
-    nested.save(out / "adapter")
-    nested.export(out / f"rank-{EXPORTED_RANK}", EXPORTED_RANK, overwrite=True)
-    _write(evaluation, nested, questions, out)
-
-    _say(began, f"4/4  Loading rank {EXPORTED_RANK} with plain PEFT, in a process without this package")
-    verdict = _check_export(out, tokenizer, questions[:CHECKED_QUESTIONS])
-
+    adapter, exported = out / "adapter", out / f"rank-{EXPORTED_RANK}"
+    _check_folders(out, adapter, exported)
+    dtype = fastest_dtype()
+    typer.echo(
+        f"Trains one adapter of rank {MAX_RANK} on {TASK} for {steps} steps, and asks it {items} test questions\n"
+        f"at every rank. Computes in {dtype}, which is the faster dtype here. Writes to {out}/."
+    )
+    _say(began, "1/3  Training")
+    try:
+        train(demo_config(adapter, steps, dtype))
+    except MatryoshkaError as error:
+        raise MatryoshkaError(f"{error}\nFor the demo: delete {out}, or give another folder with --out") from error
+    _say(began, f"2/3  Asking {items} test questions at every rank, and the base model")
+    evaluation = evaluate(adapter, TASK, dtype=dtype, limit=items, overwrite=True, progress=bar)
+    _say(began, f"3/3  Rank {EXPORTED_RANK} as an ordinary LoRA adapter, read by PEFT without this package")
+    export(adapter, exported, EXPORTED_RANK, verify=False, overwrite=True)
+    verdict = _read_by_plain_peft(adapter, exported)
     _say(began, "Done\n")
-    print_tables(evaluation)
-    typer.echo(f"\n{in_words(evaluation)}\n\n{verdict}\n")
+    print_tasks(evaluation.to_dict())
+    # As they may be pasted into a shell.
+    folder, small = shlex.quote(str(adapter)), shlex.quote(f"{adapter}-small")
     typer.echo(
-        f"{out}/curve.png        every rank in one picture\n"
-        f"{out}/evaluation.json  the numbers, and what `matryoshka select {out}` reads\n"
-        f"{out}/adapter/         the matryoshka adapter with learned order, for any rank from 1 to {MAX_RANK}\n"
-        f"{out}/rank-{EXPORTED_RANK}/          rank {EXPORTED_RANK} of it as a plain LoRA adapter\n\n"
-        f"In a training script of your own, before trainer.train():\n{THREE_LINES}"
-        "and after it: learn_from_trainer(adapter, trainer); adapter.save(path)\n\n"
-        f"Next: matryoshka eval {out}/adapter --task {TASK} --ranks 3,6,12"
+        f"{verdict}\n\n"
+        f"{adapter}             the adapter, for any rank from 1 to {MAX_RANK}\n"
+        f"{adapter}/evaluation  the curve as a picture, the numbers, every answer\n"
+        f"{exported}              rank {EXPORTED_RANK}, an ordinary LoRA adapter\n\n"
+        f"In a training script of your own:\n{THREE_LINES}\n"
+        f"Next: matryoshka select {folder} --within 5%, or matryoshka export {folder} --budget 0.25 -o {small}"
     )
 
 
-def _check_folder(out: Path) -> None:
-    """Refuse a folder that holds another's adapters: those of a demo are beside the runs that it trained."""
-    from matryoshka_lora.errors import MatryoshkaError
-    from matryoshka_lora.files import check_writable, kinds_in
+def fastest_dtype() -> Literal["bf16", "fp32"]:
+    """The dtype in which this machine multiplies a matrix faster: not every processor knows bfloat16."""
+    import torch
 
-    check_writable(out)
-    for folder in (out, out / "adapter"):
-        if not (out / "train-matryoshka").is_dir() and (kinds := kinds_in(folder)):
-            raise MatryoshkaError(f"{folder} holds {' and '.join(kinds)} that no demo has made: choose another --out")
+    if torch.accelerator.is_available():
+        return "bf16"
 
+    def seconds(dtype: torch.dtype) -> float:
+        left, right = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - began)
+        return min(times)
 
-def _write(evaluation: Evaluation, nested: NestedAdapter, questions: Sequence[Example], out: Path) -> None:
-    """The curves, and what ``matryoshka select`` reads of the adapter that was saved."""
-    from matryoshka_lora.adapter import read_adapter
-    from matryoshka_lora.evaluate import write_evaluation
-    from matryoshka_lora.evaluate.cost import adapter_bytes, token_latency
-    from matryoshka_lora.evaluate.reading import weights_hash
-
-    state, _, tensors = read_adapter(out / "adapter")
-    ranks = evaluation.curves[DEPLOYED].ranks
-    about = {
-        "name": DEPLOYED,
-        "path": str(out / "adapter"),
-        "rule": state.rule.name,
-        "inference": state.inference,
-        "form": state.form,
-        "sha256": weights_hash(out / "adapter"),
-    }
-    sizes = adapter_bytes(tensors, state.nesting.max_rank, ranks)
-    deployed = evaluation.deployed(DEPLOYED, about, sizes, token_latency(nested, ranks))
-    write_evaluation(evaluation, out, deployed, evaluation.examples(DEPLOYED, questions))
+    return "bf16" if seconds(torch.bfloat16) <= seconds(torch.float32) else "fp32"
 
 
-def demo_config(rule: str, steps: int, folder: Path, learning_rate: float) -> TrainConfig:
-    """The training config of one of the demo's adapters."""
-    from matryoshka_lora.train import make_config
+def demo_config(folder: Path, steps: int, dtype: str) -> TrainConfig:
+    """The training config of the demo's adapter."""
+    from matryoshka_lora.training import make_config
 
     return make_config(
         {
             "data": {"task": TASK, "size": steps * BATCH_SIZE},
-            # Not reordered, so that the curves can show what reordering does, and the paper's inference.
-            "nesting": {"rule": rule, "reorder": False, "inference": "prefix"},
+            "dtype": dtype,
             "lora": {"r": MAX_RANK, "target_modules": "all-linear"},
             "output_dir": str(folder),
             "max_steps": steps,
             "per_device_train_batch_size": BATCH_SIZE,
-            "learning_rate": learning_rate,
+            "learning_rate": LEARNING_RATE,
             "logging_steps": 10,
-            "save_strategy": "no",
+            "save_steps": 20,
+            "save_total_limit": 1,
         }
     )
 
 
-def _evaluate(
-    adapters: dict[str, NestedAdapter],
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    questions: Sequence[Example],
-    rows: Sequence[Example],
-) -> Evaluation:
-    """All curves; the order of the adapters is learned afterwards, from the training rows."""
-    from matryoshka_lora.deploy.calibrate import learn_order_from
-    from matryoshka_lora.evaluate import Evaluation, evaluate_base, evaluate_ranks
-    from matryoshka_lora.models import EMBEDDED
+def _check_folders(out: Path, adapter: Path, exported: Path) -> None:
+    """Refuse a folder that holds another's adapters."""
+    from matryoshka_lora.errors import MatryoshkaError
+    from matryoshka_lora.files import check_writable, kinds_in
 
-    base = evaluate_base(adapters["matryoshka"], tokenizer, task, questions)
-    evaluation = Evaluation(TASK, "test", EMBEDDED, "bfloat16", base)
-
-    def curve(adapter: NestedAdapter, name: str) -> None:
-        evaluation.curves[name] = evaluate_ranks(adapter, tokenizer, task, questions, name=name)
-
-    for rule, adapter in adapters.items():
-        if rule == "matryoshka":
-            curve(adapter, "matryoshka-prefix")  # the paper's inference
-        adapter.reorder()
-        curve(adapter, f"{rule}-svd")
-        learn_order_from(adapter, tokenizer, rows, batch_size=BATCH_SIZE)
-        curve(adapter, f"{rule}-learned")
-    return evaluation
+    check_writable(out)
+    ours = (adapter / "train.yaml").is_file()
+    for folder in (out, exported) if ours else (out, adapter, exported):
+        if (folder == out or not ours) and (kinds := kinds_in(folder)):
+            raise MatryoshkaError(f"{folder} holds {' and '.join(kinds)} that no demo has made: choose another --out")
 
 
-def _check_export(out: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Example]) -> str:
-    """Compare the exported rank as plain PEFT loads it with that rank of the adapter, and say what came out."""
+def _read_by_plain_peft(adapter: Path, exported: Path) -> str:
+    """Compare the exported rank as plain PEFT reads it with that rank of the adapter, and say what came out."""
     import tempfile
 
     import torch
     from safetensors.torch import load_file
 
-    from matryoshka_lora.adapter import load
+    from matryoshka_lora.adapter.loading import load
+    from matryoshka_lora.data.questions import tokenize
+    from matryoshka_lora.data.tasks import get_task
     from matryoshka_lora.errors import MatryoshkaError
-    from matryoshka_lora.evaluate.questions import tokenize
-    from matryoshka_lora.models import EMBEDDED, embedded_folder, load_model
+    from matryoshka_lora.models import EMBEDDED, embedded_folder, load_model, load_tokenizer
 
-    exported = out / f"rank-{EXPORTED_RANK}"
+    questions, tokenizer = get_task(TASK).examples("test", CHECKED_QUESTIONS), load_tokenizer()
     prompts = [tokenize(tokenizer, question).prompt for question in questions]
-    # In float32: in bfloat16 a difference of rounding would decide where two answers are equally likely.
-    adapter = load(load_model(EMBEDDED, torch.float32), out / "adapter", rank=EXPORTED_RANK)
-    answers, logits = _answer(adapter, prompts)
     with tempfile.TemporaryDirectory() as folder:
         logits_file = Path(folder) / "logits.safetensors"
         process = subprocess.run(
@@ -232,16 +193,22 @@ def _check_export(out: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequ
             raise MatryoshkaError(f"plain PEFT could not load {exported}:\n{process.stderr[-2000:]}")
         plain_answers: list[list[int]] = json.loads(process.stdout.splitlines()[-1])
         plain_logits = load_file(logits_file)["logits"]
+    # In float32: in bfloat16 a difference of rounding would decide where two answers are equally likely.
+    answers, logits = _answer(load(load_model(EMBEDDED, torch.float32), adapter, rank=EXPORTED_RANK), prompts)
+    _show(questions, plain_answers, tokenizer)
     same = sum(ours == theirs for ours, theirs in zip(answers, plain_answers, strict=True))
-    for question, answer in list(zip(questions, plain_answers, strict=True))[:3]:
-        text = tokenizer.decode(answer, skip_special_tokens=True).strip()
-        typer.echo(f"  {question.prompt.splitlines()[-1]}\n    plain PEFT: {text}   (right: {question.completion})")
     difference = (logits - plain_logits).abs().max().item()
     return (
-        f"Plain PEFT, without this package, gives the same answer to {same} of {len(questions)} questions from the "
-        f"exported rank {EXPORTED_RANK} (both in float32); the largest difference of a logit is {difference:.1g}, "
-        f"the largest logit {logits.abs().max().item():.0f}."
+        f"PEFT without this package gives the same answer to {same} of {len(questions)} questions from rank "
+        f"{EXPORTED_RANK}\n(both in float32); the largest difference of a logit is {difference:.1g}, the largest logit "
+        f"{logits.abs().max().item():.0f}."
     )
+
+
+def _show(questions: Sequence[Example], answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> None:
+    for question, answer in list(zip(questions, answers, strict=True))[:3]:
+        text = tokenizer.decode(answer, skip_special_tokens=True).strip()
+        typer.echo(f"  {question.prompt.splitlines()[-1]}\n    PEFT: {text}   (right: {question.completion})")
 
 
 def _answer(adapter: NestedAdapter, prompts: Sequence[list[int]]) -> tuple[list[list[int]], Tensor]:

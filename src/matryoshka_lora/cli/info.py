@@ -20,9 +20,9 @@ def info(
 
     Example: matryoshka info runs/demo/adapter --plot decay.png
     """
-    from matryoshka_lora.deploy.info import describe
-    from matryoshka_lora.deploy.info import plot as draw
     from matryoshka_lora.files import replace_file
+    from matryoshka_lora.serving.info import describe
+    from matryoshka_lora.serving.info import plot as draw
 
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise typer.BadParameter(f"--plot is {plot}; give it a name that ends in .png, .svg or .pdf")
@@ -34,7 +34,7 @@ def info(
             draw(description, picture, plot.suffix[1:])
         typer.echo(f"\nThe picture is {plot}")
     state = description.adapter.state
-    if state is None or state.form != "reordered":
+    if state is None or not state.reordered:
         typer.echo(f"\nNext: matryoshka reorder {adapter} -o nested")
     else:
         typer.echo(

@@ -9,7 +9,6 @@ import warnings
 
 import typer
 
-from matryoshka_lora.cli.compare import compare
 from matryoshka_lora.cli.demo import demo
 from matryoshka_lora.cli.eval import evaluate
 from matryoshka_lora.cli.export import export
@@ -34,7 +33,6 @@ app.command("reorder")(reorder)
 app.command("info")(info)
 app.command("export")(export)
 app.command("push")(push)
-app.command("compare")(compare)
 app.command("demo")(demo)
 
 
@@ -51,7 +49,7 @@ def main() -> None:
             raise
         print(
             f"error: this command needs the module {error.name}: install matryoshka-lora with its extras, from its "
-            "repository with pip install -e '.[train,eval,study]'",
+            "repository with pip install -e '.[train,eval]'",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -27,7 +27,7 @@ def push(
 
     Example: matryoshka push runs/demo/adapter me/family-any-rank
     """
-    from matryoshka_lora.deploy.push import push_adapter
+    from matryoshka_lora.serving.push import push as send
 
-    address = push_adapter(adapter, repository, private=not public, base_model=base_model)
+    address = send(adapter, repository, private=not public, base_model=base_model)
     typer.echo(f"Uploaded: {address}")

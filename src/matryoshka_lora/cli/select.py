@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from matryoshka_lora.errors import MatryoshkaError
+
 if TYPE_CHECKING:
-    from matryoshka_lora.evaluate.select import Choice, Measured, Wish
+    from matryoshka_lora.evaluation.choice import Choice, Measured
 
 
 def select(
@@ -42,32 +43,28 @@ def select(
 
     Example: matryoshka select runs/demo/adapter --within 1%
     """
-    share = None if within is None else _parse_share(within)
-    if share is None and max_bytes is None and max_latency is None:
+    if within is None and max_bytes is None and max_latency is None:
         raise typer.BadParameter("say what the rank must meet: --within 1%, --max-bytes or --max-latency")
 
-    from matryoshka_lora.evaluate.reading import find_adapter, find_evaluation, read_measured
-    from matryoshka_lora.evaluate.select import Wish, choose
+    from matryoshka_lora.evaluation.reading import find_adapter, read_evaluation
+    from matryoshka_lora.evaluation.select import parse_share
+    from matryoshka_lora.evaluation.select import select as choose
 
-    file = find_evaluation(evaluation)
-    name, measured = read_measured(file, task)
-    wish = Wish(share, max_bytes, max_latency)
-    choice = choose(measured, wish)
+    try:
+        share = None if within is None else parse_share(within)
+    except MatryoshkaError as error:
+        raise typer.BadParameter(str(error)) from error
+    found = read_evaluation(evaluation)
+    choice = choose(found, share, max_bytes=max_bytes, max_latency=max_latency, task=task)
+    name, measured = found.task_name(task), found.measured(task)
     typer.echo(f"{name}: {measured.metric}, {measured.items} questions\n")
-    for line in (*_table(measured, choice), "", *_sentences(measured, wish, choice)):
+    for line in (*_table(measured, choice), "", *_sentences(measured, choice)):
         typer.echo(line)
-    adapter = find_adapter(file)
+    adapter = find_adapter(evaluation)
     if not adapter.is_dir():
         typer.echo(f"\n{adapter} is the name of the adapter that was evaluated: write the path of its folder.")
     new = shlex.quote(f"{adapter.name}-rank-{choice.rank}")
     typer.echo(f"\nNext: matryoshka export {shlex.quote(str(adapter))} --rank {choice.rank} -o {new}")
-
-
-def _parse_share(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*%", text.strip())
-    if not found or float(found[1]) > 100:
-        raise typer.BadParameter(f"--within is {text!r}; write a share of the best value in percent, such as 1%")
-    return float(found[1]) / 100
 
 
 def _table(measured: Measured, choice: Choice) -> list[str]:
@@ -89,7 +86,8 @@ def _table(measured: Measured, choice: Choice) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
-def _sentences(measured: Measured, wish: Wish, choice: Choice) -> list[str]:
+def _sentences(measured: Measured, choice: Choice) -> list[str]:
+    wish = choice.wish
     best, value = measured.value(choice.best), measured.value(choice.rank)
     lines = []
     if choice.bound is None:
@@ -137,4 +135,5 @@ def _larger(better: float, measured: Measured) -> float:
 def _with_error(value: float | None, error: float | None, sign: str = "") -> str:
     if value is None:
         return "?"
-    return f"{value:{sign}.3f}" + (" ± ?" if error is None else f" ± {error:.3f}")
+    rounded = round(value, 3) + 0.0  # no negative zero
+    return f"{rounded:{sign}.3f}" + (" ± ?" if error is None else f" ± {error:.3f}")

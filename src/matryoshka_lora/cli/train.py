@@ -24,9 +24,9 @@ def train(
     Example: matryoshka train config.yaml lora.r=8 learning_rate=1e-3
     """
     from matryoshka_lora.errors import MatryoshkaError
-    from matryoshka_lora.train import load_config
-    from matryoshka_lora.train import train as run
-    from matryoshka_lora.train.processes import leave
+    from matryoshka_lora.training import load_config
+    from matryoshka_lora.training import train as run
+    from matryoshka_lora.training.processes import leave
 
     checked = load_config(config, overrides or [])
     try:

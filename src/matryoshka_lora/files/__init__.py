@@ -24,11 +24,13 @@ from matryoshka_lora.files.contents import (
     EVALUATION_NAME,
     PICTURE_NAME,
     SPECTRA_NAME,
+    TRAINED_NAME,
     WRITTEN_BY_US,
     check_free,
     is_ours,
     kinds_in,
 )
+from matryoshka_lora.files.disk import read_text
 from matryoshka_lora.files.switch import Mark, mark
 from matryoshka_lora.files.writing import (
     check_writable,
@@ -46,6 +48,7 @@ __all__ = [
     "EVALUATION_NAME",
     "PICTURE_NAME",
     "SPECTRA_NAME",
+    "TRAINED_NAME",
     "WRITTEN_BY_US",
     "Mark",
     "check_free",
@@ -55,6 +58,7 @@ __all__ = [
     "mark",
     "one_state",
     "output_directory",
+    "read_text",
     "replace_directory",
     "replace_file",
     "settle",

@@ -11,6 +11,9 @@ from matryoshka_lora.errors import MatryoshkaError
 SPECTRA_NAME = "spectra.safetensors"
 """The singular values of a reordered adapter, beside its weights."""
 
+TRAINED_NAME = "trained.safetensors"
+"""The factors as they are trained, beside those that are deployed: training goes on from them."""
+
 EVALUATION_FOLDER = "evaluation"
 """Where `matryoshka eval` writes, below the adapter."""
 
@@ -22,7 +25,7 @@ WRITTEN_BY_US = "<!-- Written by matryoshka-lora"
 
 ADAPTER_FILES = (
     *("adapter_config.json", "adapter_model*.safetensors", "adapter_model.safetensors.index.json"),
-    *("adapter_model.bin", "directions.safetensors", "nesting.json", SPECTRA_NAME),
+    *("adapter_model.bin", "directions.safetensors", "nesting.json", SPECTRA_NAME, TRAINED_NAME),
 )
 _MODEL_FILES = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),

@@ -1,4 +1,4 @@
-"""Flushing to the disk, and what the operating system refuses, in words."""
+"""Reading with a limit, flushing to the disk, and what the operating system refuses, in words."""
 
 from __future__ import annotations
 
@@ -29,6 +29,25 @@ def flush_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_text(path: Path, most: int) -> str:
+    """The UTF-8 text of a file that may be of anybody's making.
+
+    Args:
+        path: The file.
+        most: How many bytes it may have.
+
+    Raises:
+        OSError: It cannot be read, or is no file: a pipe would be waited for, and a device has no end.
+        ValueError: It is larger, or no text.
+    """
+    if not path.is_file():
+        raise FileNotFoundError("there is no such file")
+    size = path.stat().st_size
+    if size > most:
+        raise ValueError(f"it has {size} bytes")
+    return path.read_text(encoding="utf-8")
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files.contents import EVALUATION_NAME, SPECTRA_NAME
-from matryoshka_lora.files.disk import flush_file, flush_folder
+from matryoshka_lora.files.contents import EVALUATION_NAME, SPECTRA_NAME, TRAINED_NAME
+from matryoshka_lora.files.disk import flush_file, flush_folder, read_text
 
 NEW = "new"
 _OLD = "old"
@@ -27,7 +27,7 @@ _MAX_BYTES = 1 << 24
 # Whoever reads a folder opens one of these first, and reads nothing where it is missing.
 _READ_FIRST = ("adapter_config.json", "config.json", EVALUATION_NAME)
 # What this package alone reads, which completes a switch before it reads.
-_READ_BY_US = ("README.md", "nesting.json", SPECTRA_NAME)
+_READ_BY_US = ("README.md", "nesting.json", SPECTRA_NAME, TRAINED_NAME)
 
 Mark = tuple[int, int]
 """By which a file is known again: its size, and when it was written, in nanoseconds."""
@@ -91,9 +91,7 @@ class Switch:
             return None
         file = workspace / _JOURNAL
         try:
-            if file.stat().st_size > _MAX_BYTES:
-                raise ValueError(f"it has {file.stat().st_size} bytes")
-            data = json.loads(file.read_text(encoding="utf-8"))
+            data = json.loads(read_text(file, _MAX_BYTES))
             new, old = (
                 {Path(PurePosixPath(name)): (int(size), int(time)) for name, (size, time) in data[key].items()}
                 for key in (NEW, _OLD)

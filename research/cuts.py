@@ -1,0 +1,153 @@
+"""How a trained adapter of the study is deployed at each rank."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from matryoshka_lora import MatryoshkaError, NestedAdapter, export
+from research.measure import measure
+from research.recipes import GAINS, MOMENT_ROWS, ORDER_ROWS
+from research.trainers import DistillingTrainer, factors_of
+from research.training import Trained
+
+Cut = Callable[[Trained], Iterator[tuple[NestedAdapter, int]]]
+"""Makes the adapter of each nested rank, one after the other, and says at which rank it is to be used."""
+
+
+def _as_trained(deploy: Literal["paper", "reordered"]) -> Cut:
+    """Prefixes with the scale of their rank, or with the P of training."""
+
+    def cut(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+        adapter = trained.adapter(deploy)
+        for rank in trained.ranks:
+            yield adapter, rank
+
+    return cut
+
+
+def _reordered(by: Any) -> Cut:
+    def cut(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+        adapter, rows = trained.adapter(), len(trained.trainer.train_dataset)
+        if by == "svd":
+            adapter.reorder()
+        elif len(trained.ranks) == 1 and by == "learned":
+            adapter.reorder()  # one rank alone has no order
+        else:
+            wanted = ORDER_ROWS if by == "learned" else min(MOMENT_ROWS, rows)
+            adapter.reorder(by, trained.trainer, rows=wanted, seed=trained.seed)
+        for rank in trained.ranks:
+            yield adapter, rank
+
+    return cut
+
+
+def _distilled(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    """An order that follows the distribution of the adapter at full rank in place of the answers."""
+    adapter, trainer = trained.adapter(), trained.trainer
+    teaching = DistillingTrainer(
+        model=trained.model,
+        args=trainer.args,
+        train_dataset=trainer.train_dataset,
+        processing_class=trainer.processing_class,
+    )
+    adapter.reorder("learned", teaching, rows=ORDER_ROWS, seed=trained.seed)
+    for rank in trained.ranks:
+        yield adapter, rank
+
+
+def _para(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    """One threshold for the singular values of all layers, with as many parameters: PARA (arXiv 2604.27796)."""
+    top = trained.ranks[-1]
+    for rank in trained.ranks:
+        adapter = _by_svd(trained)
+        factors = list(factors_of(trained.model).values())
+        sizes = torch.cat([_sizes(A, B) for A, B in factors])
+        widths = torch.cat([torch.full((len(A),), A.shape[1] + B.shape[0]) for A, B in factors]).to(sizes.device)
+        order = sizes.argsort(descending=True)
+        kept = torch.zeros_like(sizes, dtype=torch.bool)
+        kept[order] = widths[order].cumsum(dim=0) <= rank / top * widths.sum() + 1e-6
+        with torch.no_grad():
+            for (_, B), keep in zip(factors, torch.split(kept, [len(A) for A, _ in factors]), strict=True):
+                B[:, ~keep] = 0
+        yield adapter, top
+
+
+def _budget(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    """The ranks of each layer that `matryoshka_lora.export` chooses for as many parameters."""
+    top = trained.ranks[-1]
+    for rank in trained.ranks:
+        adapter = _by_svd(trained)
+        with tempfile.TemporaryDirectory() as folder:
+            adapter.save(Path(folder) / "whole")
+            whole, part = Path(folder) / "whole", Path(folder) / "part"
+            chosen = export(whole, part, budget=rank / top, verify=False).chosen
+        assert chosen is not None  # as a budget was given
+        # PEFT's model stands before the names that the package gives to layers.
+        _keep(trained, {f"base_model.model.{name}": kept for name, kept in chosen.ranks.items()})
+        yield adapter, top
+
+
+def _gains(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    """Each prefix times the gain that is best on training rows."""
+    *ranks, top = trained.ranks
+    rows = trained.trainer.train_dataset.select(range(min(MOMENT_ROWS, len(trained.trainer.train_dataset))))
+
+    def scaled(rank: int, gain: float) -> NestedAdapter:
+        adapter = _by_svd(trained)
+        _keep(trained, dict.fromkeys(factors_of(trained.model), rank), gain)
+        return adapter
+
+    for rank in ranks:
+        losses = {gain: measure(scaled(rank, gain), trained.trainer, top, rows)[0] for gain in GAINS}
+        yield scaled(rank, min(losses, key=losses.__getitem__)), top
+    yield scaled(top, 1.0), top
+
+
+def _of_version_1(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    raise MatryoshkaError(
+        "learned-20 is 20 steps at half the rate, which version 0.1 could set and this one cannot: its recorded runs "
+        "can be reported, and no new ones made"
+    )
+
+
+def _by_svd(trained: Trained) -> NestedAdapter:
+    adapter = trained.adapter()
+    adapter.reorder()
+    return adapter
+
+
+def _sizes(A: Tensor, B: Tensor) -> Tensor:
+    """The singular values of a reordered layer, but for its scale."""
+    left: Tensor = torch.linalg.vector_norm(A.detach().double(), dim=1)
+    right: Tensor = torch.linalg.vector_norm(B.detach().double(), dim=0)
+    return left * right
+
+
+@torch.no_grad()
+def _keep(trained: Trained, ranks: dict[str, int], gain: float = 1.0) -> None:
+    """Zero all but the first directions of each layer, and multiply these."""
+    for name, (_, B) in factors_of(trained.model).items():
+        B[:, : ranks[name]] *= gain
+        B[:, ranks[name] :] = 0
+
+
+MAKERS: dict[str, Cut] = {
+    "prefix": _as_trained("paper"),
+    "keep": _as_trained("reordered"),
+    "svd": _reordered("svd"),
+    "activations": _reordered("activations"),
+    "loss": _reordered("loss"),
+    "para": _para,
+    "budget": _budget,
+    "gains": _gains,
+    "learned": _reordered("learned"),
+    "learned-20": _of_version_1,
+    "distilled": _distilled,
+}
+"""By the names of `research.recipes.CUTS`."""

@@ -1,0 +1,123 @@
+"""The picture of a study: each task's accuracy and loss against rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matryoshka_lora import MatryoshkaError
+from research.recipes import EACH
+from research.records import Result
+from research.stats import accuracy_at, loss_at, mean, ranking
+
+# Okabe and Ito's colours, which differ for every kind of colour vision; a marker of its own tells each curve in grey.
+# The last of both is the reference's where it is drawn.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+
+# A logarithmic axis has no zero.
+_LEAST_LOSS = 1e-6
+
+MOST_METHODS = len(_COLOURS)
+"""Methods that a picture can tell apart."""
+
+
+def draw(results: Sequence[Result], path: Path, *, title: str, methods: Sequence[str]) -> None:
+    """Draw each task as a row of two panels, 1600 pixels wide: the methods' means over seeds, bars for the intervals.
+
+    Args:
+        results: Any curves; those of a task have the same ranks.
+        path: The PNG's.
+        title: Of the whole picture.
+        methods: Which to draw, in the legend's order; on a task, those that have results.
+
+    Raises:
+        MatryoshkaError: These are no methods, or more than `MOST_METHODS`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    if not 0 < len(methods) <= MOST_METHODS:
+        raise MatryoshkaError(f"a picture cannot tell {len(methods)} methods apart; name 1 to {MOST_METHODS}")
+    others = [method for method in methods if method != EACH]
+    styles = {method: _style(number) for number, method in enumerate(others)}
+    styles[EACH] = {**_style(-1), "linestyle": "--"}
+    tasks = sorted({result.task for result in results})
+    figure = Figure(figsize=(16, 2 + 5.5 * len(tasks)), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.2, h_pad=0.15))
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{title}   (bars: 95 % intervals over the seeds)", fontsize=18)
+    panels: Any = figure.subplots(len(tasks), 2, squeeze=False)
+    shown: dict[str, Any] = {}
+    for (left, right), task in zip(panels, tasks, strict=True):
+        ranks = next(result.ranks for result in results if result.task == task)
+        here = {result.method for result in results if result.task == task}
+        for method in (method for method in methods if method in here):
+            # Side by side around the rank, so that bars do not hide each other.
+            x = [rank * 2 ** (0.05 * (methods.index(method) - (len(methods) - 1) / 2)) for rank in ranks]
+            for axes, value, unit in ((left, accuracy_at, 100), (right, loss_at, 1)):
+                curve = [point for rank in ranks if (point := mean(results, method, value(rank), task))]
+                means = [max(unit * point.mean, _LEAST_LOSS) for point in curve]
+                bars = [unit * (point.half_width or 0) for point in curve]
+                shown[method] = axes.errorbar(x, means, bars, **styles[method])
+        _rank_axis(left, ranks, f"{task}: accuracy, higher is better")
+        _rank_axis(right, ranks, f"{task}: loss, lower is better")
+        left.set_ylabel("% of the questions", fontsize=15)
+        right.set_ylabel("nats per token, log scale", fontsize=15)
+        _scale(left, right, [result for result in results if result.task == task and result.method in methods])
+    names = [method for method in methods if method in shown]
+    lines = [shown[name] for name in names]
+    figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 4), fontsize=15, frameon=False)
+    figure.savefig(path)
+
+
+def legible(results: Sequence[Result], winner: str | None = None) -> list[str]:
+    """Methods for one picture, best first: `EACH`, the winner, and as many others as can be told apart.
+
+    Those that come first in the results, which have the order of the study's list: whoever wrote it knows which.
+    """
+    order, listed = ranking(results), [result.method for result in results]
+    kept = [name for name in dict.fromkeys((EACH, winner, *listed)) if name in order][:MOST_METHODS]
+    return [name for name in order if name in kept]
+
+
+def _rank_axis(axes: Any, ranks: Sequence[int], title: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, [str(rank) for rank in ranks])
+    axes.tick_params(labelsize=14)
+    axes.minorticks_off()
+    axes.set_xlabel("rank at which the adapter is used", fontsize=15)
+    axes.set_title(title, fontsize=16, loc="left")
+    axes.grid(color="#DDDDDD", linewidth=1)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _style(number: int) -> Mapping[str, Any]:
+    return {
+        "color": _COLOURS[number],
+        "marker": _MARKERS[number],
+        "linewidth": 2,
+        "markersize": 10,
+        # Yellow is hard to see on white.
+        "markeredgecolor": "#333333",
+        "markeredgewidth": 0.8,
+        "elinewidth": 1.2,
+        "capsize": 3,
+    }
+
+
+def _scale(left: Any, right: Any, results: Sequence[Result]) -> None:
+    """Limits by the curves: intervals of two seeds can be wide, and may end at the frame."""
+    from matplotlib.ticker import LogLocator
+
+    accuracies = [100 * share for result in results for share in result.curve.accuracy]
+    losses = [max(loss, _LEAST_LOSS) for result in results for loss in result.curve.loss]
+    low, high = left.get_ylim()
+    left.set_ylim(max(low, min(accuracies) - 10), min(high, max(accuracies) + 10))
+    right.set_yscale("log", nonpositive="clip")
+    right.set_ylim(min(losses) / 1.3, max(losses) * 1.3)
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    right.yaxis.set_major_formatter("{x:g}")
+    right.minorticks_off()

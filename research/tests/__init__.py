@@ -1,0 +1,1 @@
+"""The study's tests; models and formulas are those of tests/."""

@@ -1,0 +1,1 @@
+"""Rows to train on and questions to ask."""

@@ -1,0 +1,1 @@
+"""Inference of many ranks in one batch."""

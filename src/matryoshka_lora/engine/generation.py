@@ -1,0 +1,225 @@
+"""Greedy decoding of rows that come and go: finished ones leave the batch, waiting ones take their place."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
+
+from matryoshka_lora.engine.attention import Decode, KeyValues, Prefill, places
+from matryoshka_lora.engine.packing import Tokens, batches
+from matryoshka_lora.engine.runner import Prefix, Runner
+
+_LEAVE = 1 / 8
+"""The share of rows that must be done before they leave: leaving copies the keys of the rows that stay."""
+
+_REFILL = 3 / 4
+"""Waiting prompts are let in when so few rows are left of those that may run."""
+
+
+class Prompt(NamedTuple):
+    """A prompt of whole tokens, its place in the list of requests, and its rank."""
+
+    number: int
+    rank: int
+    tokens: Tokens
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where an answer ends.
+
+    Attributes:
+        max_new_tokens: The most tokens.
+        until: Texts that end it and do not belong to it.
+        end_tokens: Tokens that end it.
+        tokenizer: Turns tokens to text.
+        repetition_penalty: On tokens of the prompt and of the answer; 1 is none.
+    """
+
+    max_new_tokens: int
+    until: tuple[str, ...]
+    end_tokens: frozenset[int]
+    tokenizer: PreTrainedTokenizerBase
+    repetition_penalty: float = 1.0
+
+    def text(self, made: Sequence[int]) -> str:
+        """The answer that these tokens are, cut before the first text that ends it."""
+        text: str = self.tokenizer.decode(list(made), skip_special_tokens=True)
+        return text[: min((at for at in map(text.find, self.until) if at >= 0), default=len(text))]
+
+    def over(self, made: Sequence[int]) -> bool:
+        """Whether the newest token ends the answer."""
+        if len(made) >= self.max_new_tokens or made[-1] in self.end_tokens:
+            return True
+        if not self.until:
+            return False
+        # A token has at least one byte: what the newest one completes cannot begin further back.
+        window = max(len(text.encode()) for text in self.until) + 1
+        tail = self.tokenizer.decode(list(made[-window:]), skip_special_tokens=True)
+        if not any(text in tail for text in self.until):
+            return False
+        whole = self.tokenizer.decode(list(made), skip_special_tokens=True)
+        return any(text in whole for text in self.until)
+
+
+@dataclass
+class Answer:
+    """The tokens that were made of an answer until now."""
+
+    prompt: Prompt
+    made: list[int] = field(default_factory=list)
+    over: bool = False
+
+
+@dataclass
+class Batch:
+    """Rows that generate together, in the order of their ranks.
+
+    Attributes:
+        answers: One for each row.
+        own: Keys and values of what each row has after the shared prefix.
+        lengths: How many of them are filled, shape (rows,).
+    """
+
+    answers: list[Answer]
+    own: KeyValues
+    lengths: Tensor
+
+    @property
+    def ranks(self) -> list[int]:
+        """One for each row."""
+        return [answer.prompt.rank for answer in self.answers]
+
+    def running(self) -> list[int]:
+        """The rows whose answers are not over."""
+        return [row for row, answer in enumerate(self.answers) if not answer.over]
+
+    def select(self, rows: Sequence[int]) -> Batch:
+        """Some of the rows, in any order."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.lengths.device)
+        return Batch([self.answers[row] for row in rows], self.own.select(index), self.lengths[index])
+
+    def grown(self, tokens: int) -> Batch:
+        """With a place for so many tokens in each row."""
+        enough = self.own.tokens >= tokens
+        return self if enough else Batch(self.answers, self.own.grown(places(tokens)), self.lengths)
+
+    @staticmethod
+    def joined(parts: Sequence[Batch]) -> Batch:
+        """One batch of all rows that are not over, by rank."""
+        tokens = max(part.own.tokens for part in parts)
+        grown = [part.grown(tokens) for part in parts]
+        same = [part.own.grown(places(tokens)) for part in grown]
+        batch = Batch(
+            [answer for part in grown for answer in part.answers],
+            KeyValues.concat(same),
+            torch.cat([part.lengths for part in grown]),
+        )
+        order = sorted(batch.running(), key=lambda row: batch.answers[row].prompt.rank)
+        return batch if order == list(range(len(batch.answers))) else batch.select(order)
+
+
+def generate_rows(
+    runner: Runner, prefix: Prefix, prompts: Sequence[Prompt], limits: Limits, put: Callable[[int, list[int]], object]
+) -> None:
+    """Answer prompts that begin with one prefix; ``put`` gets a prompt's number and the tokens of its answer."""
+    waiting = sorted(prompts, key=lambda prompt: len(prompt.tokens))  # the longest are let in first, from the end
+    longest = places(len(waiting[-1].tokens) - prefix.length + limits.max_new_tokens)
+    room = runner.room.cache_tokens - prefix.length * len(prefix.row)
+    most = max(1, min(runner.room.rows, room // longest))
+    batch: Batch | None = None
+    while waiting or batch is not None:
+        running = 0 if batch is None else len(batch.running())
+        if waiting and running <= _REFILL * most:
+            free = min(len(waiting), most - running)
+            new, waiting = waiting[len(waiting) - free :], waiting[: len(waiting) - free]
+            parts = []
+            for part, logits in read(runner, prefix, new):
+                _write(part, logits, limits, put)
+                parts.append(part)
+            batch = Batch.joined(parts if batch is None else [batch, *parts])
+        elif batch is not None:
+            batch = batch.select(batch.running())
+        if batch is not None and batch.answers:
+            _advance(runner, prefix, batch, limits, put, _REFILL * most if waiting else 0)
+        else:
+            batch = None
+
+
+def read(runner: Runner, prefix: Prefix, prompts: Sequence[Prompt]) -> Iterator[tuple[Batch, Tensor]]:
+    """Prompts in batches of alike lengths, each with the logits of its answers' first tokens, (rows, 1, vocabulary)."""
+    suffixes = [prompt.tokens[prefix.length :] for prompt in prompts]
+    for rows in batches(list(map(len, suffixes)), len(prompts), runner.room.prefill_tokens):
+        lengths = torch.tensor([len(suffixes[row]) for row in rows], device=runner.device)
+        wide = int(lengths.max())
+        ids = torch.tensor([[*suffixes[row], *[runner.pad] * (wide - len(suffixes[row]))] for row in rows])
+        positions = (prefix.length + torch.arange(wide, device=runner.device)).expand(len(rows), -1)
+        ranks = [prompts[row].rank for row in rows]
+        owners = torch.tensor([prefix.row[rank] for rank in ranks], device=runner.device)
+        row_pass = Prefill(positions, None, prefix.keys, owners, keep=True)
+        with runner.ranks(ranks):
+            logits = runner.logits(ids.to(runner.device), positions, row_pass, lengths[:, None] - 1)
+        assert row_pass.new is not None
+        yield Batch([Answer(prompts[row]) for row in rows], row_pass.new, lengths), logits
+
+
+def step(runner: Runner, prefix: Prefix, batch: Batch) -> Tensor:
+    """Read the newest token of each answer. The rows' ranks stand already.
+
+    Returns:
+        The logits of the next tokens, (rows, 1, vocabulary).
+    """
+    if batch.own.tokens <= int(batch.lengths.max()):
+        batch.own = batch.own.grown(places(batch.own.tokens + 1))
+    ranks = batch.ranks
+    spans = [(bisect_left(ranks, rank), bisect_right(ranks, rank)) for rank in prefix.row]
+    newest = torch.tensor([[answer.made[-1]] for answer in batch.answers], device=runner.device)
+    positions = (prefix.length + batch.lengths)[:, None]
+    row_pass = Decode(batch.own, batch.lengths, prefix.keys, spans)
+    logits = runner.logits(newest, positions, row_pass, torch.zeros_like(newest))
+    # A row that is over stays where it is until it leaves.
+    over = torch.tensor([answer.over for answer in batch.answers], device=runner.device)
+    batch.lengths = batch.lengths + (~over).long()
+    return logits
+
+
+def _advance(
+    runner: Runner,
+    prefix: Prefix,
+    batch: Batch,
+    limits: Limits,
+    put: Callable[[int, list[int]], object],
+    refill: float,
+) -> None:
+    """Decode until so many rows are done that the batch should change."""
+    rows = len(batch.answers)
+    stay = max((1 - _LEAVE) * rows, refill)
+    with runner.ranks(batch.ranks):
+        while True:
+            running = batch.running()
+            if not running or (len(running) < rows and len(running) <= stay):
+                return
+            _write(batch, step(runner, prefix, batch), limits, put)
+
+
+def _write(batch: Batch, logits: Tensor, limits: Limits, put: Callable[[int, list[int]], object]) -> None:
+    """Add the most likely token to each answer that is not over."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if limits.repetition_penalty != 1:
+        penalty = RepetitionPenaltyLogitsProcessor(limits.repetition_penalty)
+        for row, answer in enumerate(batch.answers):
+            seen = torch.tensor([[*answer.prompt.tokens, *answer.made]], device=logits.device)
+            logits[row, -1:] = penalty(seen, logits[row, -1:])
+    for answer, token in zip(batch.answers, logits[:, -1].argmax(dim=-1).tolist(), strict=True):
+        if answer.over:
+            continue
+        answer.made.append(token)
+        answer.over = limits.over(answer.made)
+        if answer.over:
+            put(answer.prompt.number, answer.made)

@@ -1,0 +1,306 @@
+"""`evaluate`: an adapter at every rank, and the base model without it, in one pass."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from matryoshka_lora.adapter.handle import NestedAdapter
+from matryoshka_lora.adapter.loading import load_opened
+from matryoshka_lora.adapter.saving import opened_from
+from matryoshka_lora.data.questions import ExactMatch, rows_from
+from matryoshka_lora.data.sources import load_data, parse_data
+from matryoshka_lora.engine.engine import Engine
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.evaluation.cost import adapter_bytes, token_latency
+from matryoshka_lora.evaluation.harness import SEEDS, OnProgress, judge
+from matryoshka_lora.evaluation.page import PAGE_NAME, page
+from matryoshka_lora.evaluation.questions_task import QuestionsTask
+from matryoshka_lora.evaluation.reading import read_evaluation
+from matryoshka_lora.evaluation.report import draw_tasks
+from matryoshka_lora.evaluation.results import EXAMPLES_NAME, Evaluation, examples_of, summed
+from matryoshka_lora.evaluation.store import ANSWERS_NAME, Store
+from matryoshka_lora.evaluation.tasks import BUILT_IN_ITEMS, Asked, ask
+from matryoshka_lora.files import (
+    EVALUATION,
+    EVALUATION_FOLDER,
+    EVALUATION_NAME,
+    PICTURE_NAME,
+    check_free,
+    check_writable,
+    replace_directory,
+)
+from matryoshka_lora.formats.card import write_card
+from matryoshka_lora.formats.fingerprint import fingerprint
+from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
+from matryoshka_lora.models import DTYPES, base_of, load_model, load_tokenizer
+from matryoshka_lora.privacy import marked, shown
+from matryoshka_lora.state import State
+
+Split = Literal["test", "validation"]
+Progress = Callable[[str], AbstractContextManager[OnProgress]]
+"""Of a task's name: a context that shows how far its answers are."""
+
+_PACKAGES = (
+    *("matryoshka-lora", "torch", "transformers", "peft", "trl", "accelerate", "lm_eval", "datasets"),
+    "reasoning-gym",
+)
+
+
+def evaluate(
+    adapter: NestedAdapter | str | os.PathLike[str],
+    tasks: str | Sequence[str] | None = None,
+    data: str | Sequence[Mapping[str, Any]] | None = None,
+    ranks: Sequence[int] | Literal["all"] | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    model: str | None = None,
+    revision: str | None = None,
+    dtype: Literal["bf16", "fp32", "fp16"] = "bf16",
+    num_fewshot: int | None = None,
+    fixed_shots: bool = False,
+    limit: int | None = None,
+    split: Split = "test",
+    batch_size: int | None = None,
+    latency: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure an adapter at every rank, and the base model without it, in one pass.
+
+    All ranks run in one batch, and lm-evaluation-harness judges: its tasks, its prompts, its metrics. Of an adapter's
+    folder, the evaluation is written to the folder ``evaluation`` in it: ``evaluation.json``, ``examples.jsonl``,
+    ``curve.png`` and ``report.html``. One that was killed goes on where it was when it is asked for again. Tasks of an
+    earlier evaluation of the same adapter stay.
+
+    Example::
+
+        evaluation = evaluate("my-adapter", "family_relationships", ranks=[1, 4, 32])
+        evaluation.values()  # {1: 0.38, 4: 0.52, 32: 0.61}
+
+    Args:
+        adapter: An adapter's folder, or an adapter in memory, which is the same afterwards. It is measured as it is in
+            memory: reorder it first, to measure what `NestedAdapter.save` writes.
+        tasks: Names: tasks of lm-evaluation-harness or YAML files of them, its groups, the presets of
+            `matryoshka_lora.evaluation.tasks.PRESETS`, or built-in tasks.
+        data: Instead of tasks: a file, the id of a hub dataset, or rows with ``prompt`` and ``completion``.
+        ranks: Increasing; None means the nested ones, and ``"all"`` every one that may be chosen.
+        out: The folder to write; None is the adapter's own, or none for an adapter in memory.
+        tokenizer: The base model's; None loads it.
+        model: The base model; None is what the adapter was trained on.
+        revision: Of the base model on the hub; None is the one that the adapter was trained on.
+        dtype: Of the base model, where it is loaded.
+        num_fewshot: Shots of the harness's tasks; None is the task's own.
+        fixed_shots: The same first examples as shots of every question: faster, but not the harness's own prompts.
+        limit: The most questions of a task; None is all, and 200 of a built-in task or of data.
+        split: Of built-in tasks and hub datasets.
+        batch_size: The most rows that generate together; None measures how many fit.
+        latency: Whether the time of a token is measured at each rank.
+        overwrite: Whether an evaluation of another adapter in the folder may be replaced.
+        progress: Shows how far it is.
+
+    Returns:
+        What was written, with the earlier tasks that stay.
+
+    Raises:
+        MatryoshkaError: Adapter, base model and tasks do not go together, a task or its data cannot be had, or the
+            folder cannot be written. All that can be known before the slow part is said before it.
+    """
+    if (tasks is None) == (data is None):
+        raise MatryoshkaError("give either tasks, for example family_relationships, or data, for example my.jsonl")
+    opened = opened_from(adapter.model, adapter.name) if isinstance(adapter, NestedAdapter) else open_adapter(adapter)
+    state = opened.nested
+    chosen = _chosen(state, ranks)
+    home = None if isinstance(adapter, NestedAdapter) else Path(adapter)
+    folder = Path(out) if out is not None else None if home is None else home / EVALUATION_FOLDER
+    if folder is not None:
+        check_writable(folder)
+        if home is None or folder.resolve() != home.resolve():
+            check_free(folder, overwrite, beside=[EVALUATION])
+    name, revision = base_of(opened.config, model, revision)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(_needed(name, opened), revision=revision)
+    asked = _asked(tasks, data, tokenizer, num_fewshot, limit, split, fixed_shots)
+    if isinstance(adapter, NestedAdapter):
+        model_name, computed = name or type(adapter.model.get_base_model()).__name__, adapter.model.dtype
+    else:
+        model_name, computed = _needed(name, opened), DTYPES[dtype]
+    about: dict[str, Any] = {
+        "model": shown(model_name),
+        "revision": revision,
+        "dtype": str(computed).removeprefix("torch."),
+        "adapter": {
+            "name": _title(opened),
+            "path": shown(opened.name),
+            "rule": state.rule.name,
+            "deploy": state.deploy,
+            "reordered": state.reordered,
+            "sha256": fingerprint(opened),
+        },
+        "mode": "fixed-shots" if fixed_shots else "exact",
+        "seeds": SEEDS,
+        "settings": {"num_fewshot": num_fewshot, "limit": limit, "split": split},
+        "versions": versions(),
+        "bytes": adapter_bytes(opened, chosen),
+        "latency_ms": None,
+    }
+    evaluation = Evaluation(about, chosen)
+    if folder is not None and (folder / EVALUATION_NAME).is_file():
+        _keep_earlier(evaluation, folder, {called for task in asked for called in task.names.values()}, overwrite)
+    nested = adapter if isinstance(adapter, NestedAdapter) else _on_base(opened, model_name, revision, dtype)
+    engine = Engine(nested, tokenizer, batch_size)
+    subject = {"model": marked(name), "dtype": about["dtype"], "adapter": about["adapter"]["sha256"]}
+    if revision is not None:
+        subject["revision"] = revision
+    store = Store(None if folder is None else folder / ANSWERS_NAME, subject, anew=overwrite)
+    try:
+        if latency:
+            about["latency_ms"] = token_latency(nested, chosen)
+        for task in asked:
+            with nullcontext(None) if progress is None else progress(task.name) as report:
+                of = ((0,) if nested.has_base else ()) + chosen
+                judged = judge(engine, task.tasks, of, store, task.num_fewshot, limit, report)
+            for own, called in task.names.items():
+                entry = {**summed(own, task.kind, task.metric, judged.results), "prompts": judged.prompts}
+                samples = {rank: found["samples"][own] for rank, found in judged.results.items()}
+                evaluation.add(called, entry, examples_of(called, samples))
+            if folder is not None:
+                write_evaluation(evaluation, folder)
+    finally:
+        store.close()
+    if home is not None and out is None:
+        write_card(home, opened.config, state)  # which shows the evaluation beside it
+    return evaluation
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that answers and numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # an extra that is not needed for every evaluation
+            continue
+    return found
+
+
+@contextmanager
+def bar(name: str) -> Iterator[OnProgress]:
+    """A `Progress` on stderr, where somebody watches."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} answers"))
+    clocks = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress(*columns, *clocks, console=console, disable=not console.is_terminal) as shown_bar:
+        row = None
+
+        def report(done: int, total: int) -> None:
+            nonlocal row
+            # Answers that were there before say nothing of the speed: each kind of request has a bar of its own.
+            if row is None or shown_bar.tasks[row].total != total:
+                row = shown_bar.add_task(name, total=total, completed=done)
+            shown_bar.update(row, completed=done)
+
+        yield report
+
+
+def _chosen(state: State, ranks: Sequence[int] | Literal["all"] | None) -> tuple[int, ...]:
+    if ranks is None or ranks == "all":
+        return state.ranks if ranks == "all" else state.nesting.ranks
+    for rank in ranks:
+        state.check_rank(rank)
+    chosen = tuple(map(int, ranks))  # NumPy's integers are not JSON
+    if not chosen:
+        raise MatryoshkaError("there are no ranks; give at least one, or None for the nested ones")
+    if list(chosen) != sorted(set(chosen)):
+        raise MatryoshkaError(f"the ranks must increase; write {sorted(set(chosen))}")
+    return chosen
+
+
+def _needed(name: str | None, opened: OpenedAdapter) -> str:
+    if not name:
+        raise MatryoshkaError(f"{opened.name} does not say which base model it belongs to; give it with --model")
+    return name
+
+
+def _on_base(opened: OpenedAdapter, name: str, revision: str | None, dtype: str) -> NestedAdapter:
+    base = load_model(name, DTYPES[dtype], revision=revision)
+    if torch.accelerator.is_available():
+        base.to(torch.accelerator.current_accelerator())
+    return load_opened(base, opened)
+
+
+def _asked(
+    tasks: str | Sequence[str] | None,
+    data: str | Sequence[Mapping[str, Any]] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    num_fewshot: int | None,
+    limit: int | None,
+    split: Split,
+    fixed_shots: bool,
+) -> list[Asked]:
+    if tasks is not None:
+        given = tasks.split(",") if isinstance(tasks, str) else tasks
+        names = [name.strip() for name in given if name.strip()]
+        if not names or len(set(names)) < len(names):
+            raise MatryoshkaError(f"the tasks are {tasks!r}; write each name once, with commas between")
+        found = [ask(name, tokenizer, num_fewshot, limit, split, fixed_shots) for name in names]
+        called = [name for task in found for name in task.names.values()]
+        for name in called:
+            if called.count(name) > 1:
+                raise MatryoshkaError(f"two tasks are called {name}: evaluate one of them with another --out")
+        return found
+    if data is not None and not isinstance(data, str):
+        return [_of_rows(data, "data", limit, tokenizer)]
+    parsed = parse_data(data or "", split=split)
+    if "task" in parsed:
+        raise MatryoshkaError(f"{data} is a built-in task; write --tasks {data}")
+    return [_of_rows(load_data({**parsed, "size": limit or BUILT_IN_ITEMS}), shown(str(data)), limit, tokenizer)]
+
+
+def _of_rows(
+    rows: Sequence[Mapping[str, Any]], name: str, limit: int | None, tokenizer: PreTrainedTokenizerBase
+) -> Asked:
+    questions = rows_from(rows, name)[:limit]
+    if not questions:
+        raise MatryoshkaError(f"{name} has no rows to ask: give at least one")
+    return Asked(name, "file", [QuestionsTask(ExactMatch(name), questions, tokenizer)], None, "accuracy,none")
+
+
+def _title(opened: OpenedAdapter) -> str:
+    state = opened.nested
+    how = f"reordered by {state.reordered}" if state.reordered else "the paper's deployment" * (state.deploy == "paper")
+    return f"{state.rule.name}, {how or 'as it is trained'}"
+
+
+def _keep_earlier(evaluation: Evaluation, folder: Path, anew: Collection[str], overwrite: bool) -> None:
+    try:
+        evaluation.keep(read_evaluation(folder), but=anew)
+    except MatryoshkaError as error:
+        if not overwrite:
+            raise MatryoshkaError(
+                f"{folder} holds an evaluation that this one cannot stand beside: {error}. Give another folder with "
+                "--out, or drop it with --force"
+            ) from error
+
+
+def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
+    """Write what people and programs read of an evaluation into its folder, all or nothing."""
+    with replace_directory(folder) as unfinished:
+        text = json.dumps(evaluation.to_dict(), indent=2, allow_nan=False) + "\n"
+        (unfinished / EVALUATION_NAME).write_text(text, encoding="utf-8")
+        (unfinished / EXAMPLES_NAME).write_text(evaluation.example_lines(), encoding="utf-8")
+        draw_tasks(evaluation.to_dict(), unfinished / PICTURE_NAME)
+        (unfinished / PAGE_NAME).write_text(page(evaluation.to_dict(), evaluation.examples), encoding="utf-8")

@@ -1,0 +1,159 @@
+"""Write an adapter: PEFT's files, the sidecar, the singular values and the card."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.formats.card import has_own_card, write_card
+from matryoshka_lora.formats.config import AdapterConfig
+from matryoshka_lora.formats.layout import Layer
+from matryoshka_lora.formats.opened import DTYPES, WEIGHTS_NAME, OpenedAdapter
+from matryoshka_lora.formats.sidecar import write_sidecar
+from matryoshka_lora.formats.spectra import Spectra, write_spectra
+
+Ranks = int | Mapping[str, int]
+"""One rank for all layers, or one for each by its name in the base model; 0 leaves a layer out."""
+
+
+def write_adapter(
+    folder: Path,
+    adapter: OpenedAdapter,
+    spectra: Spectra | None = None,
+    home: Path | None = None,
+    keeps_files: bool = False,
+) -> None:
+    """Write an adapter into a folder, one layer in memory at a time.
+
+    Args:
+        folder: Where to write.
+        adapter: What to write. With a nesting, it gets a sidecar.
+        spectra: Its singular values, complete when its last layer was read.
+        home: Where the folder will be: a card that somebody has written there stays.
+        keeps_files: The recipe and the evaluation in ``home`` stay beside the adapter, and its card shows them.
+    """
+    write_weights(folder / WEIGHTS_NAME, adapter)
+    adapter.config.write(folder)
+    if adapter.state is not None:
+        write_sidecar(folder, adapter.state)
+    if spectra is not None:
+        write_spectra(folder, spectra)
+    if home is None or not has_own_card(home):
+        write_card(folder, adapter.config, adapter.state, home if keeps_files else None)
+
+
+def check_apart(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Raises MatryoshkaError if writing to ``path`` would replace the adapter that is read."""
+    target, read = Path(path).resolve(), Path(source).resolve()
+    if target == read or (target == read.parent and read.name.startswith("rank-")):
+        what = "is" if target == read else "holds"
+        raise MatryoshkaError(f"{path} {what} the adapter itself, which would be lost: choose another directory")
+
+
+def stored_ranks(ranks: Mapping[str, int], pad: bool) -> dict[str, int]:
+    """How many columns each layer has in the file; 0 leaves it out.
+
+    With ``pad`` all have the largest rank. Without, a layer has its own; but one that is left out, and whose name ends
+    like that of another, has a column of zeros, since PEFT would make factors for both and miss those of one.
+    """
+    if pad:
+        return dict.fromkeys(ranks, max(ranks.values()))
+    kept = {name for name, rank in ranks.items() if rank > 0}
+    return {name: rank or int(not kept.isdisjoint(_ends(name))) for name, rank in ranks.items()}
+
+
+def _ends(name: str) -> Iterator[str]:
+    """The parts of a dotted name that begin after one of its dots."""
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
+
+
+def write_weights(file: Path, adapter: OpenedAdapter) -> None:
+    """Write an adapter's tensors as safetensors, each as it is read, so that one layer is in memory at a time."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    keys = [key for layer in adapter.layers for key in (layer.key_A, layer.key_B)] + list(adapter.others)
+    # "pt" is what transformers asks of a file before it reads it.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key in keys:
+        stored = adapter.stored[key]
+        if stored.dtype is None:
+            adapter.tensor(key)  # raises the reason
+            raise MatryoshkaError(f"{adapter.name}: {key} has a dtype that no adapter has. Save it again")
+        begin, end = end, end + math.prod(stored.shape) * stored.dtype.itemsize
+        header[key] = {"dtype": names[stored.dtype], "shape": list(stored.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "xb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for key in keys:
+            tensor = adapter.tensor(key).detach().cpu().contiguous()
+            opened.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def cut(adapter: OpenedAdapter, ranks: Ranks, pad: bool = False) -> OpenedAdapter:
+    """A rank of an adapter that is as it is deployed, as an ordinary LoRA adapter.
+
+    Args:
+        adapter: A nested one.
+        ranks: One, or one for each layer of a reordered adapter.
+        pad: Fill all layers up to the largest of the ranks, with zeros in B.
+
+    Raises:
+        MatryoshkaError: A rank cannot be had, or layers cannot have ranks of their own.
+    """
+    state = adapter.nested
+    if not state.deployed:
+        raise MatryoshkaError(f"{adapter.name} is as it was trained: reorder it first")
+    differ = isinstance(ranks, Mapping)
+    if differ and not state.reordered:
+        raise MatryoshkaError(f"{adapter.name} is not reordered, so its layers need one rank: reorder it first")
+    own = dict(ranks) if isinstance(ranks, Mapping) else {layer.name: ranks for layer in adapter.layers}
+    for rank in own.values():
+        if rank or not differ:
+            state.check_rank(rank)
+    own = {name: int(rank) for name, rank in own.items()}  # NumPy's integers are not JSON
+    top = max(own.values())
+    scale = float(state.diagonal(top)[0])
+    config = adapter.config.at(top, scale)
+    widths = stored_ranks(own, pad) if differ else own
+    if differ:
+        config = _with_own_ranks(adapter, config, widths, scale, pad)
+    whole = {layer.name: layer for layer in adapter.layers}
+    layers = [layer.at(widths[layer.name], scale) for layer in adapter.layers if widths[layer.name]]
+
+    def factors(layer: Layer) -> tuple[Tensor, Tensor]:
+        A, B = adapter.factors(whole[layer.name])
+        A, B = A[..., : layer.rank, :], B[..., : layer.rank]
+        return A, torch.where(torch.arange(layer.rank, device=B.device) < own[layer.name], B, 0)
+
+    return adapter.with_factors(factors, layers, config)
+
+
+def _with_own_ranks(
+    adapter: OpenedAdapter, config: AdapterConfig, widths: Mapping[str, int], scale: float, pad: bool
+) -> AdapterConfig:
+    """With a rank for each layer. The scale is one, so an engine that ignores the patterns scales rightly."""
+    if adapter.config.target_parameters and not pad:
+        raise MatryoshkaError(
+            f"{adapter.name} has target_parameters, for which PEFT knows no ranks by layer: use --pad, or one --rank"
+        )
+    kept = {name: rank for name, rank in widths.items() if rank}
+    # PEFT takes these as regular expressions for the end of a name: `fc` would stand for `sub.fc` too.
+    own = {f"^{re.escape(name)}": rank for name, rank in kept.items() if rank != config.r}
+    changes: dict[str, object] = {
+        "rank_pattern": own,
+        "alpha_pattern": {name: scale * rank for name, rank in own.items()},
+    }
+    if len(kept) < len(widths):
+        changes |= {"target_modules": sorted(kept), "layers_to_transform": None, "layers_pattern": None}
+    return config.changed(**changes)

@@ -1,0 +1,1 @@
+"""Reordering: put an adapter's directions into an order in which every prefix is good."""

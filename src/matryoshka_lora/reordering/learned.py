@@ -1,0 +1,156 @@
+"""Learn the order of a reordered adapter's directions from data (``by="learned"``)."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
+from matryoshka_lora.models import evaluation_mode
+from matryoshka_lora.nesting import Nesting
+from matryoshka_lora.reordering.model import AdapterInModel, Data, Factors, Part
+from matryoshka_lora.reordering.order import OrderOptimizer
+from matryoshka_lora.rules import stratified_ranks
+
+STEPS = 40
+"""Of the order, unless told otherwise."""
+
+ROWS = 12
+"""Of a step; two for each of the lower ranks of powers of two up to 64. Better new ones at each step: few rows that
+come again are learned by heart, at the cost of the ranks between."""
+
+LEARNING_RATE = 0.02
+"""At R = 32. By trial on validation data: docs/reorder.md."""
+
+
+def rate_at(rank: int, learning_rate: float = LEARNING_RATE) -> float:
+    """The rate of an adapter of this R that moves directions as far as ``learning_rate`` does at R = 32.
+
+    A direction becomes a sum over all R of them, and Adam moves every weight of it alike: so 32 / R times the rate. By
+    trial at R = 4, 8 and 128 (docs/reorder.md); below 8 it is that of 8.
+    """
+    return learning_rate * 32 / max(rank, 8)
+
+
+def check_ranks(nesting: Nesting) -> None:
+    """Raises MatryoshkaError where there is no nested rank below R, so that there is no order to learn."""
+    if len(nesting.ranks) == 1:
+        raise MatryoshkaError("an adapter with one nested rank has no order to learn: give it smaller ranks too")
+
+
+def learn_order(
+    adapter: AdapterInModel,
+    data: Data,
+    steps: int = STEPS,
+    learning_rate: float = LEARNING_RATE,
+    seed: int = 0,
+    on_step: Callable[[int], object] = lambda rows: None,
+) -> None:
+    """Order each layer's directions by what the loss of its prefixes says, beginning from the order that they have.
+
+    The full-rank function stays as it is, to rounding; see `matryoshka_lora.reordering.order`. Each row of a step has a
+    nested rank below R, every rank as often as the others; where rows are no longer rows (routed experts, bare
+    parameters), a step has one. Dropout is off: an order is for what is deployed, and two orders can be compared only
+    without that noise. If the learned order loses more than the one that it began from, on the rows of the
+    last step, it is not kept, and a warning says so.
+
+    Args:
+        adapter: A reordered one. Frozen factors are frozen again afterwards.
+        data: The rows.
+        steps: How many, at least one; the learning rate falls to 0 over them.
+        learning_rate: Of `OrderOptimizer` at R = 32; see `rate_at`.
+        seed: Of the order of the rows, and of their ranks.
+        on_step: Called with the number of rows of each step, after it.
+
+    Raises:
+        MatryoshkaError: There is no nested rank below R, or the loss is not finite. In the second case the order is
+            the one that it began from.
+    """
+    check_ranks(adapter.state.nesting)
+    *ranks, top = adapter.state.nesting.ranks
+    start = adapter.factors()
+    names = list(start)
+    optimizer = OrderOptimizer(
+        [start[name] for name in names], adapter.state.nesting.ranks, rate_at(top, learning_rate)
+    )
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer.adam, 1.0, 0.0, total_iters=steps)
+    generator = random.Random(f"order {seed}")
+    frozen = [parameter for parameter in adapter.parameters() if not parameter.requires_grad]
+    last: tuple[Sequence[Part], Sequence[int]] = (), ()
+    adapter.model.zero_grad(set_to_none=True)
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_()
+        with _without_dropout(adapter.model):
+            for parts in data.steps(steps * ROWS, ROWS, seed):
+                rows = sum(part.rows for part in parts)
+                alike = [generator.choice(ranks)] * rows
+                drawn = stratified_ranks(ranks, rows, generator) if adapter.keeps_rows else alike
+                last = parts, drawn
+                _loss(adapter, *last, torch.Tensor.backward)
+                gradients = adapter.gradients()
+                optimizer.step([gradients[name] for name in names])
+                schedule.step()
+                adapter.put_factors(dict(zip(names, optimizer.pairs, strict=True)))
+                adapter.model.zero_grad(set_to_none=True)
+                on_step(rows)
+        _keep_the_better(adapter, start, dict(zip(names, optimizer.finished(), strict=True)), *last)
+    except BaseException:
+        adapter.put_factors(start)
+        raise
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """A context in which a model is in evaluation mode, but for the modules that save memory in training mode."""
+    with evaluation_mode(model):
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True  # its own, not that of the modules in it
+        yield
+
+
+@torch.no_grad()
+def _keep_the_better(
+    adapter: AdapterInModel, start: Factors, learned: Factors, parts: Sequence[Part], drawn: Sequence[int]
+) -> None:
+    with evaluation_mode(adapter.model):
+        adapter.put_factors(start)
+        before = _loss(adapter, parts, drawn)
+        adapter.put_factors(learned)
+        after = _loss(adapter, parts, drawn)
+    if after > before:
+        adapter.put_factors(start)
+        warnings.warn(
+            f"the learned order is not kept: on its last rows it loses {after:.3f}, and the order that it began "
+            f"from {before:.3f}. A lower learning rate may help",
+            stacklevel=3,
+        )
+
+
+def _loss(
+    adapter: AdapterInModel,
+    parts: Sequence[Part],
+    drawn: Sequence[int],
+    use: Callable[[Tensor], object] = lambda loss: None,
+) -> float:
+    """The loss of a step whose rows have these ranks; ``use`` gets the share of each part while its ranks stand."""
+    weight, total, begin = sum(part.weight for part in parts), 0.0, 0
+    for part in parts:
+        mine, begin = drawn[begin : begin + part.rows], begin + part.rows
+        diagonal = torch.stack([adapter.state.diagonal(rank) for rank in mine])
+        with adapter.standing(diagonal if adapter.keeps_rows else diagonal[0], exact=False):
+            loss = part.loss() * (part.weight / weight)
+            if not bool(loss.isfinite()):
+                raise NotFiniteError(f"the loss is {loss.item()}: the model computes NaN or infinity")
+            use(loss)
+        total += loss.item()
+    return total

@@ -1,0 +1,54 @@
+"""Reorder an adapter in a model: one verb, and by what."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from tqdm import tqdm
+
+from matryoshka_lora.errors import NotFiniteError
+from matryoshka_lora.reordering.factors import reorder_factors
+from matryoshka_lora.reordering.learned import ROWS, STEPS, check_ranks, learn_order
+from matryoshka_lora.reordering.model import AdapterInModel, Data, check_by
+from matryoshka_lora.reordering.moments import ROWS as MOMENT_ROWS
+from matryoshka_lora.reordering.moments import reweigh
+from matryoshka_lora.state import By
+
+
+def reorder(
+    adapter: AdapterInModel, by: By = "svd", data: Data | None = None, rows: int | None = None, seed: int = 0
+) -> dict[str, Tensor]:
+    """See `matryoshka_lora.NestedAdapter.reorder`."""
+    check_by(by, data is not None, rows)
+    if by == "learned":
+        check_ranks(adapter.state.nesting)
+    spectra = _by_svd(adapter)
+    if data is not None:
+        wanted = row_count(by, data, rows)
+        # None hides the bar where nobody watches.
+        with tqdm(total=wanted, desc=f"reordering by {by}", unit=" rows", disable=data.quiet or None) as bar:
+            if by == "learned":
+                learn_order(adapter, data, -(-wanted // ROWS), seed=seed, on_step=bar.update)
+            else:
+                spectra = reweigh(adapter, data, by == "loss", wanted, seed, bar.update)
+    adapter.set_reordered(by)
+    return spectra
+
+
+def row_count(by: By, data: Data, rows: int | None = None) -> int:
+    """How many rows are used, where ``rows`` says nothing: as many as help, by trial (docs/reorder.md)."""
+    if rows is not None:
+        return rows
+    return STEPS * ROWS if by == "learned" else min(MOMENT_ROWS, len(data))
+
+
+def _by_svd(adapter: AdapterInModel) -> dict[str, Tensor]:
+    state, before = adapter.state, adapter.factors()
+    for name, pair in before.items():
+        if not all(bool(factor.isfinite().all()) for factor in pair):
+            raise NotFiniteError(f"layer {name} holds NaN or infinity: training diverged; lower the learning rate")
+    p, spectra = state.trained_diagonal(), {}
+    for name, pair in before.items():
+        A, B, spectra[name] = reorder_factors(*pair, p, state.nesting.scale)
+        adapter.put_factors({name: (A, B)})
+    adapter.set_reordered("svd")
+    return spectra

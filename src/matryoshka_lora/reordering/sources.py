@@ -1,0 +1,157 @@
+"""Where the rows come from that an order is learned from: a Trainer, a dataset, or rows of one's own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from matryoshka_lora.data.questions import Question, Tokens, pad_rows, rows_from, tokenize
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.models import context_length, pad_token
+from matryoshka_lora.reordering.model import Data, Part
+from matryoshka_lora.unofficial import prepared
+
+
+def data_from(model: Any, data: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> Data:
+    """What `matryoshka_lora.NestedAdapter.reorder` takes as ``data``.
+
+    Args:
+        model: The PEFT model, not wrapped.
+        data: A Trainer that has trained it; or rows: questions, or mappings with ``prompt`` and ``completion``, or
+            with ``messages``, such as a dataset has.
+        tokenizer: The base model's; a Trainer needs none.
+
+    Raises:
+        MatryoshkaError: It is none of these, or there are no rows.
+    """
+    if isinstance(data, Trainer):
+        return TrainerRows(model, data)
+    if tokenizer is None:
+        raise MatryoshkaError("rows need the base model's tokenizer to be learned from: give tokenizer=")
+    if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
+        raise MatryoshkaError(f"data is {data!r:.80}; give a Trainer, a dataset, or rows with prompt and completion")
+    rows = list(data)
+    if rows and isinstance(rows[0], dict):
+        rows = list(rows_from(rows, "data"))
+    return QuestionRows(model, rows, tokenizer)
+
+
+class TrainerRows:
+    """The rows that a Trainer has trained on, with its collator, loss and precision.
+
+    Under torch.distributed every process takes the same rows, so that all of them learn the same.
+
+    Args:
+        model: The PEFT model, not wrapped.
+        trainer: After ``train()``.
+
+    Raises:
+        MatryoshkaError: Its data are a stream, or have no labels.
+    """
+
+    def __init__(self, model: Any, trainer: Any) -> None:
+        if not hasattr(trainer.train_dataset, "__len__"):
+            raise MatryoshkaError(
+                "the Trainer's data are a stream, of which no rows can be taken again: reorder by 'svd', or give the "
+                "Trainer a dataset that is not streamed"
+            )
+        if "labels" not in trainer.data_collator([trainer.train_dataset[0]]):
+            raise MatryoshkaError(
+                f"the rows of {type(trainer).__name__} have no labels by which an order could be learned: call "
+                "adapter.reorder() for the SVD's order"
+            )
+        self.model, self.trainer = model, trainer
+        self.quiet = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+
+    def __len__(self) -> int:
+        return len(self.trainer.train_dataset)
+
+    def steps(self, rows: int, at_once: int, seed: int) -> Iterator[list[Part]]:
+        """See `matryoshka_lora.reordering.model.Data`."""
+        trainer, data = self.trainer, self.trainer.train_dataset
+        shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+        size = trainer.args.per_device_train_batch_size
+        for step in _steps(shuffled, rows, at_once):
+            chunks = [step[start : start + size] for start in range(0, len(step), size)]
+            batches = [prepared(trainer, trainer.data_collator([data[i] for i in chunk])) for chunk in chunks]
+            yield [
+                Part(
+                    len(batch["input_ids"]),
+                    int((batch["labels"] != -100).sum()),
+                    batch["attention_mask"].bool() if "attention_mask" in batch else None,
+                    partial(self._loss, batch),
+                )
+                for batch in batches
+            ]
+
+    def _loss(self, inputs: dict[str, Any]) -> Tensor:
+        with self.trainer.compute_loss_context_manager():
+            loss: Tensor = self.trainer.compute_loss(self.model, dict(inputs))
+        return loss
+
+
+class QuestionRows:
+    """Questions with their answers; the loss is that of the answers' tokens.
+
+    Args:
+        model: The PEFT model.
+        rows: At least one.
+        tokenizer: The base model's.
+
+    Raises:
+        MatryoshkaError: There are no rows, or one of them has no answer within the model's context.
+    """
+
+    def __init__(self, model: Any, rows: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> None:
+        if not rows:
+            raise MatryoshkaError("there are no rows to learn from; give at least one")
+        self.model, self.pad, self.quiet = model, pad_token(tokenizer, model), False
+        self.rows = _within_context([tokenize(tokenizer, row) for row in rows], context_length(model.get_base_model()))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def steps(self, rows: int, at_once: int, seed: int) -> Iterator[list[Part]]:
+        """See `matryoshka_lora.reordering.model.Data`."""
+        shuffled = list(self.rows)
+        random.Random(seed).shuffle(shuffled)
+        for step in _steps(shuffled, rows, at_once):
+            ids, mask, is_answer = pad_rows(step, self.pad, self.model.device)
+            yield [Part(len(step), int(is_answer.sum()), mask, partial(_answer_loss, self.model, ids, mask, is_answer))]
+
+
+def _steps(shuffled: Sequence[Any], rows: int, at_once: int) -> Iterator[list[Any]]:
+    endless = cycle(shuffled)
+    for begin in range(0, rows, at_once):
+        yield list(islice(endless, min(at_once, rows - begin)))
+
+
+def _within_context(rows: list[Tokens], limit: int | None) -> list[Tokens]:
+    """Rows that are longer than the model's context are cut at the end, as training cuts them."""
+    if limit is None:
+        return rows
+    for number, row in enumerate(rows, start=1):
+        if len(row.context) >= limit:
+            raise MatryoshkaError(
+                f"row {number} has no room for an answer: its prompt has {len(row.context)} tokens, and the model's "
+                f"context has {limit}. Leave it out, or shorten it"
+            )
+    return [replace(row, completion=row.completion[: limit - len(row.context)]) for row in rows]
+
+
+def _answer_loss(model: Any, ids: Tensor, mask: Tensor, is_answer: Tensor) -> Tensor:
+    """The mean over the answers' tokens; logits are computed only where a row has one."""
+    is_answer = is_answer[:, 1:]
+    kept = is_answer.any(dim=0).nonzero().squeeze(1)
+    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False, logits_to_keep=kept).logits
+    here = is_answer[:, kept]
+    return cross_entropy(logits[here].float(), ids[:, 1:][:, kept][here])

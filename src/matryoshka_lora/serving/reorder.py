@@ -1,0 +1,110 @@
+"""`reorder`: any LoRA adapter, file to file, into a nested one whose every prefix is good."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.files import check_writable, output_directory
+from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
+from matryoshka_lora.formats.write import check_apart, write_adapter
+from matryoshka_lora.reordering.files import reorder_opened
+from matryoshka_lora.reordering.model import check_by
+from matryoshka_lora.state import By
+
+
+def reorder(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    by: By = "svd",
+    data: str | Sequence[Mapping[str, Any]] | None = None,
+    *,
+    rows: int | None = None,
+    model: str | None = None,
+    revision: str | None = None,
+    dtype: Literal["bf16", "fp32", "fp16"] = "bf16",
+    seed: int = 0,
+    overwrite: bool = False,
+    on_layer: Callable[[], object] | None = None,
+) -> dict[str, Tensor]:
+    """Make any LoRA adapter nested: the function stays, and every prefix becomes a good adapter of its rank.
+
+    ``"svd"`` needs neither data nor the base model, and has one layer in memory at a time. The others run the base
+    model over some rows of the training data, or of data like it.
+
+    Example::
+
+        reorder("someones-adapter", "nested")
+        reorder("someones-adapter", "nested", by="learned", data="my.jsonl")
+
+    Args:
+        source: The folder of a LoRA adapter that PEFT has written: nested or not, in any of its scalings, with ranks
+            per layer, in one file or in shards.
+        target: The folder to write: a nested adapter of the largest rank that a layer has. Plain PEFT reads it as the
+            function that the source is; of one with the paper's deployment, as that of training, P and all.
+        by: In what sense each prefix is good; see `matryoshka_lora.NestedAdapter.reorder`.
+        data: For all but ``"svd"``: a built-in task, a file, the id of a hub dataset, or rows with ``prompt`` and
+            ``completion``.
+        rows: How many rows are used; None is 128, and 480 for ``"learned"``.
+        model: The base model; None is what the adapter names.
+        revision: Of the base model on the hub; None is the one that the adapter was trained on.
+        dtype: Of the base model.
+        seed: Of which rows are taken, and of their ranks.
+        overwrite: Whether the target may hold an adapter, a model or an evaluation, of which nothing is left then.
+        on_layer: Called after each layer of ``"svd"``.
+
+    Returns:
+        Each layer's singular values in the sense of ``by``; for ``"learned"``, those of the SVD.
+
+    Raises:
+        MatryoshkaError: The source is damaged or no LoRA adapter, data and base model do not go with it, or the target
+            cannot be written or holds something that may not be overwritten. Nothing has been written then.
+    """
+    check_by(by, data is not None, rows)
+    opened = open_adapter(source)
+    check_writable(target)
+    check_apart(source, target)
+    with output_directory(target, overwrite) as folder:
+        if data is None:
+            new, spectra = reorder_opened(opened, on_layer)
+        else:
+            new, spectra = _with_data(opened, by, data, rows, model, revision, dtype, seed)
+        write_adapter(folder, new, spectra, Path(target))
+    return spectra
+
+
+def _with_data(
+    opened: OpenedAdapter,
+    by: By,
+    data: str | Sequence[Mapping[str, Any]],
+    rows: int | None,
+    model: str | None,
+    revision: str | None,
+    dtype: str,
+    seed: int,
+) -> tuple[OpenedAdapter, dict[str, Tensor]]:
+    # PEFT and transformers are slow to import, and an SVD needs neither.
+    from matryoshka_lora.adapter.loading import load_opened
+    from matryoshka_lora.adapter.saving import opened_from
+    from matryoshka_lora.data.questions import rows_of
+    from matryoshka_lora.models import DTYPES, base_of, load_model, load_tokenizer
+    from matryoshka_lora.reordering.learned import ROWS, STEPS
+
+    name, revision = base_of(opened.config, model, revision)
+    if not name:
+        raise MatryoshkaError(f"{opened.name} does not say which base model it belongs to; give it with --model")
+    questions = rows_of(data, rows or STEPS * ROWS)
+    tokenizer = load_tokenizer(name, revision=revision)
+    base = load_model(name, DTYPES[dtype], revision=revision)
+    if torch.accelerator.is_available():
+        base.to(torch.accelerator.current_accelerator())
+    # In float32 while it is changed.
+    adapter = load_opened(base, reorder_opened(opened, dtype=torch.float32)[0], trainable=True)
+    spectra = adapter.reorder(by, questions, tokenizer, rows, seed)
+    return opened_from(adapter.model, adapter.name).cast(opened.dtype), spectra

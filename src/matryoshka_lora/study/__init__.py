@@ -1,1 +1,0 @@
-"""The comparison of methods: a grid of recipes, tasks, learning rates and seeds, and what it says."""

@@ -1,0 +1,39 @@
+"""Adapters that know nothing of this package, and what plain PEFT makes of a model with one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import LINEAR_LAYERS, randomize, tiny_llama
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+IDS = torch.arange(3, 27).reshape(2, 12)
+
+
+def plain_adapter(folder: Path, base: Any = None, **changes: Any) -> Any:
+    """Write an adapter with random factors; returns its model."""
+    options = {"r": 8, "lora_alpha": 8, "target_modules": LINEAR_LAYERS, **changes}
+    model = get_peft_model(tiny_llama() if base is None else base, LoraConfig(**options))
+    randomize(model)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def output(model: Any) -> Tensor:
+    """The logits of a few tokens."""
+    with torch.no_grad():
+        logits: Tensor = model.eval()(input_ids=IDS).logits
+    return logits
+
+
+def deltas(model: Any) -> dict[str, Tensor]:
+    """The dense delta of each layer, by PEFT itself."""
+    with torch.no_grad():
+        return {
+            name.removeprefix("base_model.model."): module.get_delta_weight("default").double()
+            for name, module in model.named_modules()
+            if hasattr(module, "get_delta_weight")
+        }
