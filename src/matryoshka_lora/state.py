@@ -13,7 +13,7 @@ from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.rules import Draw, Rule
 
 Deploy = Literal["reordered", "paper"]
-By = Literal["svd", "activations", "loss", "learned"]
+By = Literal["svd", "activations", "loss", "learned", "trained"]
 
 
 @dataclass

@@ -196,10 +196,13 @@ class NestedAdapter:
             by: ``"svd"``: each prefix is the closest matrix of its rank (Eckart-Young); needs no data.
                 ``"activations"``: it changes each layer's outputs least. ``"loss"``: it changes the loss least, to
                 second order. ``"learned"``: some steps of training find the order by the loss of the prefixes.
+                ``"trained"``: each nested rank is trained by itself for some steps; only here rank R changes, by its
+                smallest directions.
             data: For all but ``"svd"``: the Trainer that has trained the adapter, a dataset, or rows with ``prompt``
                 and ``completion``.
             tokenizer: The base model's, where the data are rows.
-            rows: How many rows are used; None is 128, and 480 for ``"learned"``.
+            rows: How many rows are used; None is 128, 480 for ``"learned"``, and for ``"trained"`` half
+                as many as the Trainer has trained on, or 6400.
             seed: Of which rows are taken, and of their ranks.
 
         Returns:

@@ -19,6 +19,7 @@ class By(StrEnum):
     activations = "activations"
     loss = "loss"
     learned = "learned"
+    trained = "trained"
 
 
 def reorder(
@@ -43,7 +44,8 @@ def reorder(
 
     svd is the best of each rank in every layer by itself; it needs no data and no base model. activations changes each
     layer's outputs least, and loss the training loss. learned takes a few training steps by the loss of the prefixes
-    themselves. These three run the base model over some rows of the training data, or of data like it.
+    themselves. trained gives each rank a training of its own, and changes the function a little. These four run the
+    base model over some rows of the training data, or of data like it.
 
     Example: matryoshka reorder runs/some-lora -o nested --by learned --data my.jsonl
     """

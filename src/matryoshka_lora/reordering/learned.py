@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
 
-from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
+from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.models import evaluation_mode
 from matryoshka_lora.nesting import Nesting
+from matryoshka_lora.reordering.descent import gradients_at, learning, loss_at
 from matryoshka_lora.reordering.model import AdapterInModel, Data, Factors, Part
 from matryoshka_lora.reordering.order import OrderOptimizer
 from matryoshka_lora.rules import stratified_ranks
@@ -38,7 +37,7 @@ def rate_at(rank: int, learning_rate: float = LEARNING_RATE) -> float:
 
 
 def check_ranks(nesting: Nesting) -> None:
-    """Raises MatryoshkaError where there is no nested rank below R, so that there is no order to learn."""
+    """Raises MatryoshkaError where there is no nested rank below R, so that nothing is to be learned."""
     if len(nesting.ranks) == 1:
         raise MatryoshkaError("an adapter with one nested rank has no order to learn: give it smaller ranks too")
 
@@ -80,42 +79,19 @@ def learn_order(
     )
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer.adam, 1.0, 0.0, total_iters=steps)
     generator = random.Random(f"order {seed}")
-    frozen = [parameter for parameter in adapter.parameters() if not parameter.requires_grad]
     last: tuple[Sequence[Part], Sequence[int]] = (), ()
-    adapter.model.zero_grad(set_to_none=True)
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_()
-        with _without_dropout(adapter.model):
-            for parts in data.steps(steps * ROWS, ROWS, seed):
-                rows = sum(part.rows for part in parts)
-                alike = [generator.choice(ranks)] * rows
-                drawn = stratified_ranks(ranks, rows, generator) if adapter.keeps_rows else alike
-                last = parts, drawn
-                _loss(adapter, *last, torch.Tensor.backward)
-                gradients = adapter.gradients()
-                optimizer.step([gradients[name] for name in names])
-                schedule.step()
-                adapter.put_factors(dict(zip(names, optimizer.pairs, strict=True)))
-                adapter.model.zero_grad(set_to_none=True)
-                on_step(rows)
+    with learning(adapter):
+        for parts in data.steps(steps * ROWS, ROWS, seed):
+            rows = sum(part.rows for part in parts)
+            alike = [generator.choice(ranks)] * rows
+            drawn = stratified_ranks(ranks, rows, generator) if adapter.keeps_rows else alike
+            last = parts, drawn
+            gradients = gradients_at(adapter, *last)
+            optimizer.step([gradients[name] for name in names])
+            schedule.step()
+            adapter.put_factors(dict(zip(names, optimizer.pairs, strict=True)))
+            on_step(rows)
         _keep_the_better(adapter, start, dict(zip(names, optimizer.finished(), strict=True)), *last)
-    except BaseException:
-        adapter.put_factors(start)
-        raise
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
-@contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """A context in which a model is in evaluation mode, but for the modules that save memory in training mode."""
-    with evaluation_mode(model):
-        for module in model.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                module.training = True  # its own, not that of the modules in it
-        yield
 
 
 @torch.no_grad()
@@ -124,9 +100,9 @@ def _keep_the_better(
 ) -> None:
     with evaluation_mode(adapter.model):
         adapter.put_factors(start)
-        before = _loss(adapter, parts, drawn)
+        before = loss_at(adapter, parts, drawn)
         adapter.put_factors(learned)
-        after = _loss(adapter, parts, drawn)
+        after = loss_at(adapter, parts, drawn)
     if after > before:
         adapter.put_factors(start)
         warnings.warn(
@@ -134,23 +110,3 @@ def _keep_the_better(
             f"from {before:.3f}. A lower learning rate may help",
             stacklevel=3,
         )
-
-
-def _loss(
-    adapter: AdapterInModel,
-    parts: Sequence[Part],
-    drawn: Sequence[int],
-    use: Callable[[Tensor], object] = lambda loss: None,
-) -> float:
-    """The loss of a step whose rows have these ranks; ``use`` gets the share of each part while its ranks stand."""
-    weight, total, begin = sum(part.weight for part in parts), 0.0, 0
-    for part in parts:
-        mine, begin = drawn[begin : begin + part.rows], begin + part.rows
-        diagonal = torch.stack([adapter.state.diagonal(rank) for rank in mine])
-        with adapter.standing(diagonal if adapter.keeps_rows else diagonal[0], exact=False):
-            loss = part.loss() * (part.weight / weight)
-            if not bool(loss.isfinite()):
-                raise NotFiniteError(f"the loss is {loss.item()}: the model computes NaN or infinity")
-            use(loss)
-        total += loss.item()
-    return total

@@ -74,9 +74,13 @@ class Data(Protocol):
 
     Attributes:
         quiet: Whether no progress is shown.
+        rate: The learning rate that the adapter was trained with, if that is known.
+        seen: How many rows it was trained on, each as often as it came, if that is known.
     """
 
     quiet: bool
+    rate: float | None
+    seen: int | None
 
     def __len__(self) -> int:
         """How many there are."""
@@ -95,6 +99,6 @@ def check_by(by: str, has_data: bool, rows: int | None = None) -> None:
     if by not in get_args(By):
         raise MatryoshkaError(f"by is {by!r}; write one of {', '.join(map(repr, get_args(By)))}")
     if by == "svd" and has_data:
-        raise MatryoshkaError("data are for by='activations', 'loss' and 'learned'; name one of them")
+        raise MatryoshkaError("data are for by='activations', 'loss', 'learned' and 'trained'; name one of them")
     if by != "svd" and not has_data:
         raise MatryoshkaError(f"by={by!r} needs data: a Trainer, a dataset, or rows with prompt and completion")

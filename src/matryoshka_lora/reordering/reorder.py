@@ -11,6 +11,9 @@ from matryoshka_lora.reordering.learned import ROWS, STEPS, check_ranks, learn_o
 from matryoshka_lora.reordering.model import AdapterInModel, Data, check_by
 from matryoshka_lora.reordering.moments import ROWS as MOMENT_ROWS
 from matryoshka_lora.reordering.moments import reweigh
+from matryoshka_lora.reordering.trained import LEARNING_RATE, SHARE, train_ranks
+from matryoshka_lora.reordering.trained import ROWS as TRAINED_ROWS
+from matryoshka_lora.reordering.trained import STEPS as TRAINED_STEPS
 from matryoshka_lora.state import By
 
 
@@ -19,7 +22,7 @@ def reorder(
 ) -> dict[str, Tensor]:
     """See `matryoshka_lora.NestedAdapter.reorder`."""
     check_by(by, data is not None, rows)
-    if by == "learned":
+    if by in ("learned", "trained"):
         check_ranks(adapter.state.nesting)
     spectra = _by_svd(adapter)
     if data is not None:
@@ -28,6 +31,10 @@ def reorder(
         with tqdm(total=wanted, desc=f"reordering by {by}", unit=" rows", disable=data.quiet or None) as bar:
             if by == "learned":
                 learn_order(adapter, data, -(-wanted // ROWS), seed=seed, on_step=bar.update)
+            elif by == "trained":
+                rate = LEARNING_RATE if data.rate is None else data.rate
+                train_ranks(adapter, data, -(-wanted // TRAINED_ROWS), rate, seed, bar.update)
+                spectra = _sizes(adapter)
             else:
                 spectra = reweigh(adapter, data, by == "loss", wanted, seed, bar.update)
     adapter.set_reordered(by)
@@ -38,7 +45,15 @@ def row_count(by: By, data: Data, rows: int | None = None) -> int:
     """How many rows are used, where ``rows`` says nothing: as many as help, by trial (docs/reorder.md)."""
     if rows is not None:
         return rows
+    if by == "trained":
+        return TRAINED_ROWS * TRAINED_STEPS if data.seen is None else max(TRAINED_ROWS, round(data.seen * SHARE))
     return STEPS * ROWS if by == "learned" else min(MOMENT_ROWS, len(data))
+
+
+def _sizes(adapter: AdapterInModel) -> dict[str, Tensor]:
+    """How large each direction is: of orthogonal ones, the singular values."""
+    scale, found = adapter.state.nesting.scale, adapter.factors().items()
+    return {name: A.double().norm(dim=-1) * B.double().norm(dim=-2) * scale for name, (A, B) in found}
 
 
 def _by_svd(adapter: AdapterInModel) -> dict[str, Tensor]:

@@ -71,6 +71,9 @@ class TrainerRows:
             )
         self.model, self.trainer = model, trainer
         self.quiet = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+        self.rate: float | None = trainer.args.learning_rate
+        self.seen: int | None = trainer.state.global_step * trainer.args.train_batch_size * trainer.args.world_size
+        self.seen *= trainer.args.gradient_accumulation_steps
 
     def __len__(self) -> int:
         return len(self.trainer.train_dataset)
@@ -115,6 +118,8 @@ class QuestionRows:
         if not rows:
             raise MatryoshkaError("there are no rows to learn from; give at least one")
         self.model, self.pad, self.quiet = model, pad_token(tokenizer, model), False
+        self.rate: float | None = None
+        self.seen: int | None = None
         self.rows = _within_context([tokenize(tokenizer, row) for row in rows], context_length(model.get_base_model()))
 
     def __len__(self) -> int:

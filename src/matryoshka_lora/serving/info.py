@@ -103,7 +103,7 @@ class Description:
         if adapter.others:
             yield f"  besides     {len(adapter.others)} tensors that are no factors, such as {adapter.others[0]}"
         yield ""
-        kept_by = "svd, at most" if self.sense == "learned" else self.sense
+        kept_by = "svd, at most" if self.sense in ("learned", "trained") else self.sense
         yield f"  {'rank':>5} {'parameters':>12} {'size':>10}   kept ({kept_by})"
         for rank in self.ranks():
             kept = f"{100 * self.kept(rank):.1f} %"

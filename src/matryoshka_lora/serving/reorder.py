@@ -51,7 +51,7 @@ def reorder(
         by: In what sense each prefix is good; see `matryoshka_lora.NestedAdapter.reorder`.
         data: For all but ``"svd"``: a built-in task, a file, the id of a hub dataset, or rows with ``prompt`` and
             ``completion``.
-        rows: How many rows are used; None is 128, and 480 for ``"learned"``.
+        rows: How many rows are used; None is 128, 480 for ``"learned"``, and 6400 for ``"trained"``.
         model: The base model; None is what the adapter names.
         revision: Of the base model on the hub; None is the one that the adapter was trained on.
         dtype: Of the base model.
@@ -94,12 +94,14 @@ def _with_data(
     from matryoshka_lora.adapter.saving import opened_from
     from matryoshka_lora.data.questions import rows_of
     from matryoshka_lora.models import DTYPES, base_of, load_model, load_tokenizer
-    from matryoshka_lora.reordering.learned import ROWS, STEPS
+    from matryoshka_lora.reordering import learned, trained
 
     name, revision = base_of(opened.config, model, revision)
     if not name:
         raise MatryoshkaError(f"{opened.name} does not say which base model it belongs to; give it with --model")
-    questions = rows_of(data, rows or STEPS * ROWS)
+    wanted_by = trained if by == "trained" else learned
+    most = wanted_by.STEPS * wanted_by.ROWS
+    questions = rows_of(data, rows or most)
     tokenizer = load_tokenizer(name, revision=revision)
     base = load_model(name, DTYPES[dtype], revision=revision)
     if torch.accelerator.is_available():

@@ -1,0 +1,167 @@
+"""Train each rank of an adapter by itself (``by="trained"``), one block of directions after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.models import evaluation_mode
+from matryoshka_lora.reordering.descent import gradients_at, learning, loss_at
+from matryoshka_lora.reordering.factors import reorder_factors
+from matryoshka_lora.reordering.learned import check_ranks
+from matryoshka_lora.reordering.model import AdapterInModel, Data, Factors, Part
+
+STEPS = 200
+"""Of all ranks together, where it is not known for how long the adapter was trained."""
+
+SHARE = 0.5
+"""Of the steps of training, where it is known for how long the adapter was trained."""
+
+ROWS = 32
+"""Of a step."""
+
+LEARNING_RATE = 1e-3
+"""Of R, where it is not known with which rate the adapter was trained."""
+
+POWER = 0.4
+"""A block of w directions takes (R / w) to this power times the rate of R: few directions bear larger steps."""
+
+
+def train_ranks(
+    adapter: AdapterInModel,
+    data: Data,
+    steps: int,
+    learning_rate: float = LEARNING_RATE,
+    seed: int = 0,
+    on_step: Callable[[int], object] = lambda rows: None,
+) -> dict[int, int]:
+    """Give each nested rank below R some steps of its own.
+
+    Let D be a layer's update. The ranks are taken in rising order. The block of directions that a rank adds begins as
+    the leading ones of what the earlier blocks leave of D, and is trained alone by the loss of the prefix that ends
+    with it. So each prefix may leave the span of the factors that were trained, and later blocks make up for it. The
+    last block is the leading directions of what is left: rank R loses only the smallest ones.
+
+    The steps are shared out by what each rank loses more than R does, on rows that are only looked at. A trained block
+    that loses more than the one that it began from, on those rows and its last ones, is not kept.
+
+    Args:
+        adapter: A reordered one. Frozen factors are frozen again afterwards.
+        data: The rows.
+        steps: Of all ranks together.
+        learning_rate: That R was trained with; a block's falls to 0 over its steps.
+        seed: Of the order of the rows.
+        on_step: Called after each step with the number of its rows.
+
+    Returns:
+        The steps that each rank below R got.
+
+    Raises:
+        MatryoshkaError: There is no nested rank below R, or the loss is not finite. In the second case the factors are
+            as they were before.
+    """
+    check_ranks(adapter.state.nesting)
+    *ranks, top = adapter.state.nesting.ranks
+    if steps < 1:
+        raise MatryoshkaError(f"ranks cannot be trained in {steps} steps: take 1 or more, or reorder by 'svd'")
+    stream = data.steps((steps + 1) * ROWS, ROWS, seed)
+    whole = adapter.factors()
+    with learning(adapter):
+        looked_at = next(stream)
+        shares = share_out(steps, _losses(adapter, looked_at, (*ranks, top)))
+        done = {name: (A[..., :0, :], B[..., :0]) for name, (A, B) in whole.items()}
+        low = 0
+        for rank in ranks:
+            block: Factors = {name: _rest(whole[name], done[name], rank - low) for name in whole}
+            rate = learning_rate * (top / (rank - low)) ** POWER
+            if shares[rank]:
+                batches = [next(stream) for _ in range(shares[rank])]
+                block = _trained(adapter, whole, done, block, rank, batches, rate, looked_at, on_step)
+            done = {name: _joined(done[name], _ordered(block[name])) for name in whole}
+            low = rank
+        last = {name: _rest(whole[name], done[name], top - low) for name in whole}
+        adapter.put_factors({name: _joined(done[name], last[name]) for name in whole})
+    return shares
+
+
+def share_out(steps: int, losses: dict[int, float]) -> dict[int, int]:
+    """Share steps among all ranks but the last, in proportion to what each loses more than the last.
+
+    The parts are whole numbers whose sum is ``steps``; where no rank loses more, each gets as many.
+    """
+    *ranks, top = losses
+    lacks = [max(losses[rank] - losses[top], 0.0) for rank in ranks]
+    if sum(lacks) <= 0:
+        lacks = [1.0] * len(ranks)
+    ends = [round(steps * sum(lacks[: number + 1]) / sum(lacks)) for number in range(len(ranks))]
+    return {rank: end - begin for rank, begin, end in zip(ranks, (0, *ends), ends, strict=False)}
+
+
+def _losses(adapter: AdapterInModel, parts: Sequence[Part], ranks: Sequence[int]) -> dict[int, float]:
+    rows = sum(part.rows for part in parts)
+    with torch.no_grad(), evaluation_mode(adapter.model):
+        return {rank: loss_at(adapter, parts, [rank] * rows) for rank in ranks}
+
+
+def _trained(
+    adapter: AdapterInModel,
+    whole: Factors,
+    done: Factors,
+    start: Factors,
+    rank: int,
+    batches: Sequence[Sequence[Part]],
+    learning_rate: float,
+    looked_at: Sequence[Part],
+    on_step: Callable[[int], object],
+) -> Factors:
+    """A block of directions, trained by the loss of the prefix that ends with it; or ``start`` if that loses less."""
+    names = list(whole)
+    width = start[names[0]][0].shape[-2]
+    block = {name: tuple(factor.detach().clone().requires_grad_() for factor in start[name]) for name in names}
+    adam = torch.optim.Adam([factor for name in names for factor in block[name]], learning_rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=len(batches))
+
+    def put(pairs: Factors) -> None:
+        adapter.put_factors({name: _filled(whole[name], _joined(done[name], pairs[name])) for name in names})
+
+    def loss(pairs: Factors) -> float:
+        put(pairs)
+        return sum(_losses(adapter, parts, [rank])[rank] for parts in (batches[-1], looked_at))
+
+    for parts in batches:
+        put(block)  # type: ignore[arg-type]
+        gradients = gradients_at(adapter, parts, [rank] * sum(part.rows for part in parts))
+        for name in names:
+            grad_A, grad_B = gradients[name]
+            A, B = block[name]
+            A.grad, B.grad = grad_A[..., rank - width : rank, :].to(A), grad_B[..., rank - width : rank].to(B)
+        adam.step()
+        schedule.step()
+        on_step(sum(part.rows for part in parts))
+    found: Factors = {name: (block[name][0].detach(), block[name][1].detach()) for name in names}
+    return found if loss(found) <= loss(start) else start
+
+
+def _rest(whole: tuple[Tensor, Tensor], done: tuple[Tensor, Tensor], width: int) -> tuple[Tensor, Tensor]:
+    """The leading directions of what the blocks that are done leave of a layer's update."""
+    A, B, _ = reorder_factors(torch.cat([whole[0], done[0]], dim=-2), torch.cat([whole[1], -done[1]], dim=-1))
+    return A[..., :width, :], B[..., :width]
+
+
+def _ordered(block: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A block in the order of its own SVD, so that the ranks between two nested ones become good too."""
+    A, B, _ = reorder_factors(*block)
+    return A, B
+
+
+def _joined(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.cat([first[0], second[0].detach()], dim=-2), torch.cat([first[1], second[1].detach()], dim=-1)
+
+
+def _filled(whole: tuple[Tensor, Tensor], prefix: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The prefix in factors of full rank; what stands behind it takes no part at its rank."""
+    rank = prefix[0].shape[-2]
+    return torch.cat([prefix[0], whole[0][..., rank:, :]], dim=-2), torch.cat([prefix[1], whole[1][..., rank:]], dim=-1)
