@@ -33,7 +33,8 @@ def reorder(
         typer.Option(help="For all but svd: a built-in task, a file, or a hub dataset.", show_default=False),
     ] = None,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="How many rows of it.", show_default="128; 480 for learned")
+        int | None,
+        typer.Option(min=1, help="How many rows of it.", show_default="128; 480 for learned, 6400 for trained"),
     ] = None,
     model: Model = None,
     revision: Revision = None,

@@ -1,0 +1,190 @@
+"""Each rank trained by itself: it loses less, and what no rank trains stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import nest_as, nested_llama, tiny_llama
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from tiny_chat import tiny_tokenizer
+from torch import Tensor
+
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError, load, reorder
+from matryoshka_lora.adapter.in_model import InModel
+from matryoshka_lora.reordering.model import Part
+from matryoshka_lora.reordering.trained import share_out, train_ranks
+
+NESTING = Nesting([1, 2, 4, 8], "none", 0.7)
+ROWS = [{"prompt": f"{name} is", "completion": f" {end}"} for name, end in zip("abcdef", "stuvwx", strict=True)]
+
+
+class Tokens:
+    """Rows of tokens, whose own loss is asked for."""
+
+    quiet, rate, seen = True, None, None
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.ids = torch.randint(4, 90, (8, 6), generator=torch.Generator().manual_seed(1))
+        self.factor = 1.0  # of the loss that gradients are of
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def loss(self) -> Tensor:
+        loss: Tensor = self.model(input_ids=self.ids, labels=self.ids).loss
+        return loss * self.factor if torch.is_grad_enabled() else loss
+
+    def steps(self, rows: int, at_once: int, seed: int) -> Iterator[list[Part]]:
+        for _ in range(-(-rows // at_once)):
+            yield [Part(len(self.ids), 1.0, None, self.loss)]
+
+
+def products(adapter: NestedAdapter, rank: int) -> dict[str, np.ndarray[Any, Any]]:
+    """``s B A`` of the first columns, by layer."""
+    scale, found = adapter.nesting.scale, InModel(adapter.model, adapter.name).factors()
+    return {name: scale * (B[:, :rank] @ A[:rank]).double().numpy() for name, (A, B) in found.items()}
+
+
+def loss_at(adapter: NestedAdapter, data: Tokens, rank: int) -> float:
+    adapter.set_rank(rank)
+    adapter.model.eval()
+    with torch.no_grad():
+        return data.loss().item()
+
+
+@given(st.integers(1, 500), st.lists(st.floats(0, 10), min_size=2, max_size=7))
+def test_steps_are_shared_out_by_what_ranks_lack(steps: int, losses: list[float]) -> None:
+    found = share_out(steps, dict(enumerate(losses)))
+    assert list(found) == list(range(len(losses) - 1))
+    assert sum(found.values()) == steps
+    lacks = [max(loss - losses[-1], 0) for loss in losses[:-1]]
+    if sum(lacks) == 0:
+        lacks = [1.0] * len(lacks)
+    for share, lack in zip(found.values(), lacks, strict=True):
+        assert abs(share - steps * lack / sum(lacks)) <= 1 + 1e-6
+
+
+def test_every_nested_rank_loses_less() -> None:
+    adapter = nested_llama(NESTING, "lora")
+    adapter.reorder()
+    data = Tokens(adapter.model)
+    before = {rank: loss_at(adapter, data, rank) for rank in NESTING.ranks}
+    shares = train_ranks(InModel(adapter.model, "default"), data, 60, 2e-2)
+    assert sum(shares.values()) == 60
+    after = {rank: loss_at(adapter, data, rank) for rank in NESTING.ranks}
+    for rank in NESTING.ranks[:-1]:
+        assert after[rank] < before[rank] - 0.1
+
+
+def test_without_a_rate_it_is_the_svd() -> None:
+    """What a block begins from is the best of what is left: at rate 0, each nested prefix is the closest matrix."""
+    adapter = nested_llama(NESTING, "lora")
+    whole = products(adapter, 8)
+    adapter.reorder()
+    train_ranks(InModel(adapter.model, "default"), Tokens(adapter.model), 8, 0.0)
+    for rank in NESTING.ranks:
+        for name, found in products(adapter, rank).items():
+            u, s, v = np.linalg.svd(whole[name])
+            np.testing.assert_allclose(found, (u[:, :rank] * s[:rank]) @ v[:rank], atol=1e-5)
+
+
+def test_the_last_block_makes_up_for_the_others_as_far_as_it_can() -> None:
+    adapter = nested_llama(NESTING, "lora")
+    whole = products(adapter, 8)
+    adapter.reorder()
+    train_ranks(InModel(adapter.model, "default"), Tokens(adapter.model), 40, 2e-2)
+    below, full = products(adapter, 4), products(adapter, 8)
+    moved = 0.0
+    for name, found in full.items():
+        u, s, v = np.linalg.svd(whole[name] - below[name])
+        np.testing.assert_allclose(found - below[name], (u[:, :4] * s[:4]) @ v[:4], atol=1e-5)
+        best = np.linalg.svd(whole[name])[1][4:]
+        moved = max(moved, float(np.linalg.norm(whole[name] - below[name]) - np.linalg.norm(best)))
+    assert moved > 1e-2  # the prefix is no longer the closest matrix
+
+
+def test_ranks_between_nested_ones_are_the_best_of_their_block() -> None:
+    adapter = nested_llama(NESTING, "lora")
+    adapter.reorder()
+    train_ranks(InModel(adapter.model, "default"), Tokens(adapter.model), 40, 2e-2)
+    three, two, four = (products(adapter, rank) for rank in (3, 2, 4))
+    for name in three:
+        u, s, v = np.linalg.svd(four[name] - two[name])
+        np.testing.assert_allclose(three[name] - two[name], s[0] * np.outer(u[:, 0], v[0]), atol=1e-5)
+
+
+def test_a_block_that_loses_more_is_not_kept() -> None:
+    """The gradients lead upwards."""
+    adapter = nested_llama(NESTING, "lora")
+    adapter.reorder()
+    data = Tokens(adapter.model)
+    data.factor = -1.0
+    before = {rank: products(adapter, rank) for rank in NESTING.ranks}
+    train_ranks(InModel(adapter.model, "default"), data, 20, 2e-2)
+    for rank in NESTING.ranks:
+        for name, found in products(adapter, rank).items():
+            np.testing.assert_allclose(found, before[rank][name], atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_factors() -> None:
+    adapter = nested_llama(NESTING, "lora")
+    adapter.reorder()
+    data = Tokens(adapter.model)
+    before = products(adapter, 8)
+    data.factor = float("nan")
+    with pytest.raises(NotFiniteError, match="the loss is nan"):
+        train_ranks(InModel(adapter.model, "default"), data, 6)
+    for name, found in products(adapter, 8).items():
+        assert (found == before[name]).all()
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_touched() -> None:
+    one = nest_as(get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"])), Nesting([4]), "lora")
+    with pytest.raises(MatryoshkaError, match="give it smaller ranks too"):
+        one.reorder("trained", ROWS, tiny_tokenizer())
+    assert not one.reordered
+    adapter = nested_llama(NESTING, "lora")
+    adapter.reorder()
+    with pytest.raises(MatryoshkaError, match="in 0 steps"):
+        train_ranks(InModel(adapter.model, "default"), Tokens(adapter.model), 0)
+    with pytest.raises(MatryoshkaError, match="needs data"):
+        adapter.reorder("trained")
+
+
+def test_frozen_factors_learn_and_stay_frozen() -> None:
+    adapter = nested_llama(NESTING, "lora")
+    adapter.reorder()
+    for parameter in adapter.model.parameters():
+        parameter.requires_grad_(False)
+    before = products(adapter, 1)
+    train_ranks(InModel(adapter.model, "default"), Tokens(adapter.model), 20, 2e-2)
+    assert not any(parameter.requires_grad for parameter in adapter.model.parameters())
+    assert any((found != before[name]).any() for name, found in products(adapter, 1).items())
+
+
+def test_rows_and_files(tmp_path: Path) -> None:
+    """From memory and from the file, it is saved and loaded as what it is."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    adapter = nested_llama(NESTING, "lora")
+    adapter.save(tmp_path / "adapter")
+    rows = list(islice(cycle(ROWS), 40))
+    spectra = reorder(
+        tmp_path / "adapter", tmp_path / "out", "trained", rows, rows=96, model=str(tmp_path / "base"), dtype="fp32"
+    )
+    loaded = load(tiny_llama(), tmp_path / "out")
+    assert loaded.state.reordered == "trained"
+    for name, found in products(loaded, 8).items():
+        A, B = InModel(loaded.model, "default").factors()[name]
+        sizes = A.double().norm(dim=1) * B.double().norm(dim=0) * NESTING.scale
+        torch.testing.assert_close(spectra[name], sizes, rtol=1e-4, atol=1e-6)
+        assert np.isfinite(found).all()
