@@ -142,7 +142,7 @@ def test_reorder(run: Run, base: Path, plain: Path, data: Path, tmp_path: Path, 
 def test_reorder_says_which_option_is_missing(run: Run, plain: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(MatryoshkaError, match="by='loss' needs data"):
         run("reorder", plain, "-o", tmp_path / "x", "--by", "loss")
-    with pytest.raises(MatryoshkaError, match="data are for by='activations', 'loss' and 'learned'"):
+    with pytest.raises(MatryoshkaError, match="data are for by='activations', 'loss', 'learned' and 'trained'"):
         run("reorder", plain, "-o", tmp_path / "x", "--data", data)
     with pytest.raises(MatryoshkaError, match="rows is 0"):
         reorder(plain, tmp_path / "x", "loss", str(data), rows=0)
