@@ -36,10 +36,11 @@ def _reordered(by: Any) -> Cut:
         adapter, rows = trained.adapter(), len(trained.trainer.train_dataset)
         if by == "svd":
             adapter.reorder()
-        elif len(trained.ranks) == 1 and by == "learned":
+        elif len(trained.ranks) == 1 and by in ("learned", "trained"):
             adapter.reorder()  # one rank alone has no order
         else:
-            wanted = ORDER_ROWS if by == "learned" else min(MOMENT_ROWS, rows)
+            # None is half of what was trained on: `research.recipes.TRAINED_SHARE`.
+            wanted = {"learned": ORDER_ROWS, "trained": None}.get(by, min(MOMENT_ROWS, rows))
             adapter.reorder(by, trained.trainer, rows=wanted, seed=trained.seed)
         for rank in trained.ranks:
             yield adapter, rank
@@ -149,5 +150,6 @@ MAKERS: dict[str, Cut] = {
     "learned": _reordered("learned"),
     "learned-20": _of_version_1,
     "distilled": _distilled,
+    "trained": _reordered("trained"),
 }
 """By the names of `research.recipes.CUTS`."""

@@ -20,6 +20,9 @@ EACH_RECIPES = {EACH: "lora", "adalora-each": "adalora"}
 MOMENT_ROWS, ORDER_ROWS = 128, 480
 """Training rows that a cut looks at, and rows that an order is learned from, which is 40 steps."""
 
+TRAINED_SHARE = 0.5
+"""The rows that ranks are trained on by themselves, as a share of those of training."""
+
 GAINS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
 """What the cut ``gains`` tries for each rank."""
 
@@ -35,11 +38,14 @@ CUTS: dict[str, dict[str, Any] | None] = {
     "learned": {"rows": ORDER_ROWS},
     "learned-20": {"steps": 20, "learning_rate": 0.01},
     "distilled": {"rows": ORDER_ROWS},
+    "trained": {"share": TRAINED_SHARE},
 }
 """The ways in which a trained adapter is deployed, and what the numbers of each depend on; see `research.cuts`."""
 
-LEARNING_CUTS = {"learned": ORDER_ROWS, "distilled": ORDER_ROWS}
-"""The cuts that take gradient steps after training, and their rows."""
+
+def learning_rows(cut: str, train_rows: int) -> int:
+    """The rows of the gradient steps that a cut takes after a training of so many rows."""
+    return {"learned": ORDER_ROWS, "distilled": ORDER_ROWS, "trained": round(TRAINED_SHARE * train_rows)}.get(cut, 0)
 
 
 @dataclass(frozen=True)

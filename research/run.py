@@ -22,7 +22,7 @@ from matryoshka_lora import MatryoshkaError, NotFiniteError
 from research.cuts import MAKERS
 from research.measure import measure
 from research.plan import cuts, load_runs, measured_ranks, missing_jobs, needed, settled
-from research.recipes import CUTS, LEARNING_CUTS, RECIPES
+from research.recipes import CUTS, RECIPES, learning_rows
 from research.records import Curve, Job, Run
 from research.study import Study
 from research.trainers import copies
@@ -123,7 +123,7 @@ def run_job(study: Study, job: Job, wanted: Collection[str] | None = None) -> Ru
     torch.set_num_threads(study.threads)
     torch.set_flush_denormal(True)  # tiny numbers take a CPU many times as long
     rows = study.train_set(job.recipe, job.task, job.seed)
-    held_out = study.tasks[job.task].rows(job.split, study.items[job.split])
+    held_out = study.tasks[job.task].held_out(job.split, study.items[job.split], job.seed)
     wanted = cuts(study, job) if wanted is None else wanted
     names = [name for name in CUTS if name in wanted]
     curves: dict[str, Curve] = {}
@@ -139,7 +139,7 @@ def run_job(study: Study, job: Job, wanted: Collection[str] | None = None) -> Ru
                 # A decomposition of what is not finite has an error of its own.
                 with suppress(NotFiniteError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
                     curves[name], seconds = _cut_and_measure(name, trained)
-                    learned = token_count(trainer.train_dataset, LEARNING_CUTS.get(name, 0))
+                    learned = token_count(trainer.train_dataset, learning_rows(name, study.train_rows(job.recipe)))
                     cost["cuts"][name] = {"tokens": learned, "seconds": round(seconds, 2)}
     settings = study.settings(job.task, job.recipe)
     settings["cuts"] = {name: CUTS[name] for name in curves if CUTS[name] is not None}

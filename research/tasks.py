@@ -12,6 +12,7 @@ from typing import Any
 
 from matryoshka_lora import MatryoshkaError
 from matryoshka_lora.training import load_data, make_config
+from research.facts import facts
 
 SPLITS = ("train", "validation", "test")
 
@@ -25,7 +26,8 @@ class Task:
 
     Attributes:
         name: In tables and file names.
-        source: ``{"task": ..., **settings}`` for a built-in task, or a data source for each split.
+        source: ``{"task": ..., **settings}`` for a built-in task, ``{"facts": 512}`` for the memory task, or a data
+            source for each split.
     """
 
     name: str
@@ -36,6 +38,11 @@ class Task:
         """Whether questions are made, as many as are wanted; those of a file are what they are."""
         return "task" in self.source
 
+    @property
+    def is_memory(self) -> bool:
+        """Whether what is trained is what is asked."""
+        return "facts" in self.source
+
     def rows(self, split: str, count: int | None, seed: int = 0) -> list[Row]:
         """Questions with their answers; the seed chooses those of a built-in task's training split.
 
@@ -44,6 +51,8 @@ class Task:
         Raises:
             MatryoshkaError: There are not so many, or a file cannot be read.
         """
+        if self.is_memory:
+            return list(facts(self.source["facts"], seed)[:count])
         if self.is_built_in:
             chats = load_data({**self.source, "split": split, "size": count, "seed": seed})
             return [_as_text(chat) for chat in chats]
@@ -53,13 +62,21 @@ class Task:
             raise MatryoshkaError(f"{source} has {len(rows)} rows, not {count}: give more, or lower items.{split}")
         return rows
 
+    def held_out(self, split: str, count: int, seed: int) -> list[Row]:
+        """The questions that a run is measured on: the same for every seed, or what this run is to remember.
+
+        Raises:
+            MatryoshkaError: There are not so many, or a file cannot be read.
+        """
+        return self.rows(split, count, seed) if self.is_memory else self.rows(split, count)
+
     def settings(self) -> dict[str, Any]:
         """What numbers on it depend on. A local file is its digest, whatever its place.
 
         Raises:
             MatryoshkaError: There is no such file.
         """
-        if self.is_built_in:
+        if self.is_built_in or self.is_memory:
             return {"source": dict(self.source), "files": {}}
         paths = {split: self._data(split).get("path") for split in SPLITS}
         files = {split: _digest_of(self.name, split, path) for split, path in paths.items() if path is not None}
@@ -77,6 +94,10 @@ def make_task(name: str, source: Any) -> Task:
     """
     if not re.fullmatch(r"\w[\w .-]*", name):
         raise MatryoshkaError(f"tasks has {name!r}, which cannot name a folder: write letters, digits, - and _")
+    if isinstance(source, Mapping) and set(source) == {"facts"}:
+        if isinstance(source["facts"], bool) or not isinstance(source["facts"], int) or source["facts"] < 1:
+            raise MatryoshkaError(f"tasks.{name}.facts is {source['facts']!r}; write a number of facts such as 512")
+        return Task(name, dict(source))
     if not isinstance(source, Mapping) or ("task" in source) == (set(source) == set(SPLITS)):
         raise MatryoshkaError(
             f"tasks.{name} is {source!r}; write {{task: chain_sum}}, or {{train: a.jsonl, validation: b.jsonl, test: "

@@ -26,6 +26,7 @@ from research.records import Curve, Job, Run
 from research.rules import RULES
 from research.run import run_once
 from research.study import Study, load_study, make_study
+from research.tasks import make_task
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "research" / "pages"
@@ -470,6 +471,8 @@ def test_no_held_out_question_of_these_studies_is_trained_on(path: Path, monkeyp
     monkeypatch.chdir(ROOT)
     study = load_study(path)
     for task in study.tasks.values():
+        if task.is_memory:  # which asks what was trained
+            continue
         rows = {split: task.rows(split, study.items[split]) for split in ("validation", "test")}
         longest = max((parse_method(method)[0] for method in study.methods), key=study.train_rows)
         seeds = (*study.seeds, study.rate_seed)
@@ -488,3 +491,13 @@ def test_a_longer_recipe_takes_new_questions_or_the_same_again() -> None:
     assert study.train_rows("lora-longer") == study.train_rows("lora-again") == 1440
     odd = study_of(training={"max_steps": 81})
     assert odd.train_set("lora-again", "sums", 0) == odd.train_set("lora", "sums", 0)
+
+
+def test_a_memory_task_asks_what_its_run_was_trained_on() -> None:
+    task = make_task("facts", {"facts": 20})
+    trained = task.rows("train", None, 3)
+    assert len(trained) == len({row["prompt"] for row in trained}) == 20
+    assert task.held_out("test", 20, 3) == trained
+    assert not {row["prompt"] for row in task.held_out("validation", 20, 100)} & {row["prompt"] for row in trained}
+    with pytest.raises(MatryoshkaError, match=r"tasks\.facts\.facts is 0; write a number of facts"):
+        make_task("facts", {"facts": 0})
