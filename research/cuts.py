@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, export
 from research.measure import measure
-from research.recipes import GAINS, MOMENT_ROWS, ORDER_ROWS
-from research.trainers import DistillingTrainer, factors_of
+from research.recipes import GAINS, MOMENT_ROWS, ORDER_ROWS, SQUEEZE_POWER, squeeze_steps
+from research.trainers import AnswerTrainer, DistillingTrainer, factors_of
 from research.training import Trained
 
 Cut = Callable[[Trained], Iterator[tuple[NestedAdapter, int]]]
@@ -60,6 +61,52 @@ def _distilled(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
     adapter.reorder("learned", teaching, rows=ORDER_ROWS, seed=trained.seed)
     for rank in trained.ranks:
         yield adapter, rank
+
+
+def _squeezed(in_turn: bool) -> Cut:
+    """LoRA-Squeeze (arXiv 2602.10993): cut by SVD to a rank, then train on at that rank; a file for each rank.
+
+    ``in_turn`` begins each rank with what the next larger one has become, as its In-Squeeze does; else each begins
+    with the whole adapter (Cont-Squeeze). A rank gets half the steps of the next smaller one, at the
+    rate that ``trained`` gives to a block of its width.
+    """
+
+    def cut(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+        *ranks, top = trained.ranks
+        found: dict[int, list[Tensor]] = {}
+        for rank, steps in reversed(squeeze_steps(ranks, trained.trainer.args.max_steps).items()):
+            if not in_turn or not found:
+                adapter = _by_svd(trained)
+            else:
+                adapter.reorder()
+            _keep(trained, dict.fromkeys(factors_of(trained.model), rank))
+            args = trained.trainer.args
+            with tempfile.TemporaryDirectory() as folder:
+                trainer = AnswerTrainer(
+                    model=trained.model,
+                    args=replace(
+                        args,
+                        output_dir=folder,
+                        max_steps=steps,
+                        learning_rate=args.learning_rate * (top / rank) ** SQUEEZE_POWER,
+                        seed=args.seed + rank,
+                    ),
+                    train_dataset=trained.trainer.train_dataset,
+                    processing_class=trained.trainer.processing_class,
+                )
+                trainer.train()
+            trained.model.eval()
+            found[rank] = [factor.detach().clone() for pair in factors_of(trained.model).values() for factor in pair]
+        for rank in ranks:
+            adapter = trained.adapter()
+            with torch.no_grad():
+                factors = [factor for pair in factors_of(trained.model).values() for factor in pair]
+                for factor, squeezed in zip(factors, found[rank], strict=True):
+                    factor.copy_(squeezed)
+            yield adapter, top  # what the rank leaves out is zero
+        yield _by_svd(trained), top
+
+    return cut
 
 
 def _para(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
@@ -132,9 +179,10 @@ def _sizes(A: Tensor, B: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _keep(trained: Trained, ranks: dict[str, int], gain: float = 1.0) -> None:
-    """Zero all but the first directions of each layer, and multiply these."""
-    for name, (_, B) in factors_of(trained.model).items():
+    """Zero all but the first directions of each layer, and multiply these. What is zero stays so when trained on."""
+    for name, (A, B) in factors_of(trained.model).items():
         B[:, : ranks[name]] *= gain
+        A[ranks[name] :] = 0
         B[:, ranks[name] :] = 0
 
 
@@ -151,5 +199,10 @@ MAKERS: dict[str, Cut] = {
     "learned-20": _of_version_1,
     "distilled": _distilled,
     "trained": _reordered("trained"),
+    "squeezed": _squeezed(in_turn=False),
+    "squeezed-in-turn": _squeezed(in_turn=True),
 }
 """By the names of `research.recipes.CUTS`."""
+
+SAME_AT_ALL_RANKS = ("prefix", "keep", "svd", "activations", "loss", "learned", "distilled", "trained")
+"""The cuts whose adapter is the same at each rank, so that all ranks can be measured in one pass."""

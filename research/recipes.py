@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -23,6 +24,9 @@ MOMENT_ROWS, ORDER_ROWS = 128, 480
 TRAINED_SHARE = 0.5
 """The rows that ranks are trained on by themselves, as a share of those of training."""
 
+SQUEEZE_POWER = 0.4
+"""Training on at rank r has (R / r) to this power times the rate of R, as the package's `trained` has."""
+
 GAINS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
 """What the cut ``gains`` tries for each rank."""
 
@@ -39,13 +43,25 @@ CUTS: dict[str, dict[str, Any] | None] = {
     "learned-20": {"steps": 20, "learning_rate": 0.01},
     "distilled": {"rows": ORDER_ROWS},
     "trained": {"share": TRAINED_SHARE},
+    "squeezed": {"share": TRAINED_SHARE, "power": SQUEEZE_POWER},
+    "squeezed-in-turn": {"share": TRAINED_SHARE, "power": SQUEEZE_POWER},
 }
 """The ways in which a trained adapter is deployed, and what the numbers of each depend on; see `research.cuts`."""
 
 
 def learning_rows(cut: str, train_rows: int) -> int:
     """The rows of the gradient steps that a cut takes after a training of so many rows."""
-    return {"learned": ORDER_ROWS, "distilled": ORDER_ROWS, "trained": round(TRAINED_SHARE * train_rows)}.get(cut, 0)
+    if cut in ("trained", "squeezed", "squeezed-in-turn"):
+        return round(TRAINED_SHARE * train_rows)
+    return ORDER_ROWS if cut in ("learned", "distilled") else 0
+
+
+def squeeze_steps(ranks: Sequence[int], steps: int) -> dict[int, int]:
+    """How many of the steps after a training of ``steps`` each rank below R gets: half of what the smaller one gets."""
+    parts = [2.0**-number for number in range(len(ranks))]
+    return {
+        rank: max(1, round(TRAINED_SHARE * steps * part / sum(parts))) for rank, part in zip(ranks, parts, strict=True)
+    }
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,14 @@ class Curve:
 
     Attributes:
         loss: Held-out loss at each rank, nats per token of the answers.
-        accuracy: The share of questions whose whole reference answer is what greedy decoding writes, 0 to 1.
+        accuracy: The share of questions whose whole reference answer is what greedy decoding writes, 0 to 1; of
+            choices, the mean of `research.commonsense.choose` over its tasks.
+        parts: Of choices, what `research.commonsense.choose` has found for each task.
     """
 
     loss: tuple[float, ...]
     accuracy: tuple[float, ...]
+    parts: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ class Run:
             elif found["format"] != FORMAT:
                 raise ValueError(f"format {found['format']}, and this version reads 1 and {FORMAT}")
             curves = {
-                name: Curve(tuple(curve["loss"]), tuple(curve["accuracy"])) for name, curve in found["curves"].items()
+                name: Curve(tuple(curve["loss"]), tuple(curve["accuracy"]), curve.get("parts"))
+                for name, curve in found["curves"].items()
             }
             others = {key: found[key] for key in ("cost", "settings", "versions")}
             return cls(

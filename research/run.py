@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from matryoshka_lora import MatryoshkaError, NotFiniteError
-from research.cuts import MAKERS
+from matryoshka_lora import MatryoshkaError, NestedAdapter, NotFiniteError
+from research.commonsense import TASKS, choose, mean_accuracies
+from research.cuts import MAKERS, SAME_AT_ALL_RANKS
 from research.measure import measure
 from research.plan import cuts, load_runs, measured_ranks, missing_jobs, needed, settled
 from research.recipes import CUTS, RECIPES, learning_rows
@@ -138,7 +139,7 @@ def run_job(study: Study, job: Job, wanted: Collection[str] | None = None) -> Ru
             for name in names:
                 # A decomposition of what is not finite has an error of its own.
                 with suppress(NotFiniteError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-                    curves[name], seconds = _cut_and_measure(name, trained)
+                    curves[name], seconds = _cut_and_measure(study, job, name, trained)
                     learned = token_count(trainer.train_dataset, learning_rows(name, study.train_rows(job.recipe)))
                     cost["cuts"][name] = {"tokens": learned, "seconds": round(seconds, 2)}
     settings = study.settings(job.task, job.recipe)
@@ -153,20 +154,41 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def _cut_and_measure(name: str, trained: Trained) -> tuple[Curve, float]:
+def _cut_and_measure(study: Study, job: Job, name: str, trained: Trained) -> tuple[Curve, float]:
     """A cut's curve, and the seconds that the cut took.
 
     Raises:
         NotFiniteError: The cut or its loss is not finite.
     """
-    losses, accuracies, seconds, begin = [], [], 0.0, time.perf_counter()
+    losses, accuracies, chosen, seconds, begin = [], [], [], 0.0, time.perf_counter()
+    folder = study.tasks[job.task].choices
     for adapter, rank in MAKERS[name](trained):
         seconds += time.perf_counter() - begin
         loss, accuracy = measure(adapter, trained.trainer, rank)
         losses.append(loss)
         accuracies.append(accuracy)
+        if folder is not None and job.split == "test" and name not in SAME_AT_ALL_RANKS:
+            chosen.append(_choose(study, job, folder, trained, adapter, [rank]))
         begin = time.perf_counter()
-    return Curve(tuple(losses), tuple(accuracies)), seconds
+    if folder is None or job.split != "test":
+        return Curve(tuple(losses), tuple(accuracies)), seconds
+    if not chosen:
+        chosen = [_choose(study, job, folder, trained, adapter, trained.ranks)]
+    parts = {
+        task: {
+            metric: [chosen[0][task][metric][0], *(value for part in chosen for value in part[task][metric][1:])]
+            for metric in chosen[0][task]
+        }
+        for task in chosen[0]
+    }
+    return Curve(tuple(losses), tuple(mean_accuracies(parts)[1:]), parts), seconds
+
+
+def _choose(
+    study: Study, job: Job, folder: Path, trained: Trained, adapter: NestedAdapter, ranks: Sequence[int]
+) -> dict[str, dict[str, list[float]]]:
+    each = max(1, study.items["test"] // len(TASKS))
+    return choose(adapter, ranks, folder / job.split, each, trained.trainer.processing_class)
 
 
 def _joined(before: Run, run: Run) -> Run:

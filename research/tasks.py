@@ -12,6 +12,7 @@ from typing import Any
 
 from matryoshka_lora import MatryoshkaError
 from matryoshka_lora.training import load_data, make_config
+from research.commonsense import chosen_rows
 from research.facts import facts
 
 SPLITS = ("train", "validation", "test")
@@ -26,8 +27,8 @@ class Task:
 
     Attributes:
         name: In tables and file names.
-        source: ``{"task": ..., **settings}`` for a built-in task, ``{"facts": 512}`` for the memory task, or a data
-            source for each split.
+        source: ``{"task": ..., **settings}`` for a built-in task, ``{"facts": 512}`` for the memory task,
+            ``{"choices": folder}`` for what `research.commonsense` writes, or a data source for each split.
     """
 
     name: str
@@ -43,6 +44,11 @@ class Task:
         """Whether what is trained is what is asked."""
         return "facts" in self.source
 
+    @property
+    def choices(self) -> Path | None:
+        """The folder of `research.commonsense`, where answers are chosen by likelihood and not written."""
+        return Path(self.source["choices"]).expanduser() if "choices" in self.source else None
+
     def rows(self, split: str, count: int | None, seed: int = 0) -> list[Row]:
         """Questions with their answers; the seed chooses those of a built-in task's training split.
 
@@ -56,6 +62,14 @@ class Task:
         if self.is_built_in:
             chats = load_data({**self.source, "split": split, "size": count, "seed": seed})
             return [_as_text(chat) for chat in chats]
+        if self.choices is not None:
+            try:
+                found = chosen_rows(self.choices, split)
+            except OSError as error:
+                raise MatryoshkaError(
+                    f"tasks.{self.name}: cannot read {error.filename}: write it with research.commonsense"
+                ) from error
+            return found[:count]
         data, source = self._data(split), self.source[split]
         rows = [_as_question(row, source) for row in load_data(data if count is None else {**data, "size": count})]
         if count is not None and len(rows) < count:
@@ -78,6 +92,13 @@ class Task:
         """
         if self.is_built_in or self.is_memory:
             return {"source": dict(self.source), "files": {}}
+        if self.choices is not None:
+            paths_of = sorted((self.choices / "train.jsonl", *self.choices.glob("*/*.jsonl")))
+            digests = {
+                path.relative_to(self.choices).as_posix(): _digest_of(self.name, "choices", str(path))
+                for path in paths_of
+            }
+            return {"source": {"choices": "commonsense"}, "files": digests}
         paths = {split: self._data(split).get("path") for split in SPLITS}
         files = {split: _digest_of(self.name, split, path) for split, path in paths.items() if path is not None}
         return {"source": {split: self.source[split] for split in SPLITS if split not in files}, "files": files}
@@ -97,6 +118,8 @@ def make_task(name: str, source: Any) -> Task:
     if isinstance(source, Mapping) and set(source) == {"facts"}:
         if isinstance(source["facts"], bool) or not isinstance(source["facts"], int) or source["facts"] < 1:
             raise MatryoshkaError(f"tasks.{name}.facts is {source['facts']!r}; write a number of facts such as 512")
+        return Task(name, dict(source))
+    if isinstance(source, Mapping) and set(source) == {"choices"} and isinstance(source["choices"], str):
         return Task(name, dict(source))
     if not isinstance(source, Mapping) or ("task" in source) == (set(source) == set(SPLITS)):
         raise MatryoshkaError(

@@ -114,8 +114,8 @@ class Given:
         return islice(chain(self._steps, repeat(self._steps[-1])), rows // at_once)
 
 
-def learn(adapter: NestedAdapter, data: Given, steps: int, **more: Any) -> None:
-    learn_order(InModel(adapter.model, adapter.name), data, steps, **more)
+def learn(adapter: NestedAdapter, data: Given, steps: int, **more: Any) -> bool:
+    return learn_order(InModel(adapter.model, adapter.name), data, steps, **more)
 
 
 def some_rows(adapter: NestedAdapter, rows: int = 6) -> Given:
@@ -261,12 +261,33 @@ def test_an_order_that_loses_more_is_not_kept() -> None:
     ((part,),) = some_rows(adapter).steps(ROWS, ROWS, 0)
     uphill = part._replace(loss=lambda: -part.loss())
     with pytest.warns(
-        UserWarning, match=r"the learned order is not kept: on its last rows it loses \d.*lower learning"
+        UserWarning, match=r"the learned order is not kept: on rows that are only looked at it loses \d.*lower learning"
     ):
-        learn(adapter, Given(*[[uphill]] * 9, [part]), 10)
+        assert not learn(adapter, Given(*[[uphill]] * 10, [part]), 10)
     after = all_factors(adapter)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert not adapter.model.training
+
+
+def test_rows_that_are_only_looked_at_decide() -> None:
+    """They come after those of the steps; an order that loses more on the last of these alone is kept."""
+    adapter = nested_llama(NESTING, "lora")
+    adapter.reorder()
+    ((part,),) = some_rows(adapter).steps(ROWS, ROWS, 0)
+    uphill = part._replace(loss=lambda: -part.loss())
+    assert learn(adapter, Given(*[[part]] * 20, [uphill], [part]), 21, learning_rate=0.0075)
+
+
+def test_what_is_not_kept_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter says how it is ordered: by its SVD. The steps lead uphill here, and are judged downhill."""
+    backward = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(-loss))
+    adapter = nested_llama(NESTING, "lora")
+    tokenizer, rows = tiny_tokenizer(), [Row("a" * n, "bc" * n) for n in range(1, 7)]
+    for by in ("learned", "trained"):
+        with pytest.warns(UserWarning, match="not kept"):
+            adapter.reorder(by, rows, tokenizer, rows=96)
+        assert adapter.state.reordered == "svd"
 
 
 def test_frozen_factors_learn_and_stay_frozen() -> None:

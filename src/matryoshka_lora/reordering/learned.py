@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import islice
+from statistics import fmean
 
 import torch
 
@@ -22,6 +24,10 @@ STEPS = 40
 ROWS = 12
 """Of a step; two for each of the lower ranks of powers of two up to 64. Better new ones at each step: few rows that
 come again are learned by heart, at the cost of the ranks between."""
+
+JUDGED = 4
+"""Steps whose rows are only looked at: on them the learned order must lose less than the one that it began from. The
+rows of one step, which it was learned from, are too few: they have turned down orders that were better on new rows."""
 
 LEARNING_RATE = 0.02
 """At R = 32. By trial on validation data: docs/reorder.md."""
@@ -49,14 +55,14 @@ def learn_order(
     learning_rate: float = LEARNING_RATE,
     seed: int = 0,
     on_step: Callable[[int], object] = lambda rows: None,
-) -> None:
+) -> bool:
     """Order each layer's directions by what the loss of its prefixes says, beginning from the order that they have.
 
     The full-rank function stays as it is, to rounding; see `matryoshka_lora.reordering.order`. Each row of a step has a
     nested rank below R, every rank as often as the others; where rows are no longer rows (routed experts, bare
     parameters), a step has one. Dropout is off: an order is for what is deployed, and two orders can be compared only
-    without that noise. If the learned order loses more than the one that it began from, on the rows of the
-    last step, it is not kept, and a warning says so.
+    without that noise. If the learned order loses more than the one that it began from, on as many rows as `JUDGED`
+    steps have, it is not kept, and a warning says so. These rows are no others' only where there are so many.
 
     Args:
         adapter: A reordered one. Frozen factors are frozen again afterwards.
@@ -65,6 +71,9 @@ def learn_order(
         learning_rate: Of `OrderOptimizer` at R = 32; see `rate_at`.
         seed: Of the order of the rows, and of their ranks.
         on_step: Called with the number of rows of each step, after it.
+
+    Returns:
+        Whether it is kept.
 
     Raises:
         MatryoshkaError: There is no nested rank below R, or the loss is not finite. In the second case the order is
@@ -79,34 +88,43 @@ def learn_order(
     )
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer.adam, 1.0, 0.0, total_iters=steps)
     generator = random.Random(f"order {seed}")
-    last: tuple[Sequence[Part], Sequence[int]] = (), ()
+
+    def with_ranks(parts: Sequence[Part]) -> Drawn:
+        rows = sum(part.rows for part in parts)
+        alike = [generator.choice(ranks)] * rows
+        return parts, stratified_ranks(ranks, rows, generator) if adapter.keeps_rows else alike
+
+    stream = data.steps((steps + JUDGED) * ROWS, ROWS, seed)
     with learning(adapter):
-        for parts in data.steps(steps * ROWS, ROWS, seed):
-            rows = sum(part.rows for part in parts)
-            alike = [generator.choice(ranks)] * rows
-            drawn = stratified_ranks(ranks, rows, generator) if adapter.keeps_rows else alike
-            last = parts, drawn
-            gradients = gradients_at(adapter, *last)
+        for parts in islice(stream, steps):
+            drawn = with_ranks(parts)
+            gradients = gradients_at(adapter, *drawn)
             optimizer.step([gradients[name] for name in names])
             schedule.step()
             adapter.put_factors(dict(zip(names, optimizer.pairs, strict=True)))
-            on_step(rows)
-        _keep_the_better(adapter, start, dict(zip(names, optimizer.finished(), strict=True)), *last)
+            on_step(len(drawn[1]))
+        judged = [with_ranks(parts) for parts in stream]
+        return _keep_the_better(adapter, start, dict(zip(names, optimizer.finished(), strict=True)), judged)
+
+
+Drawn = tuple[Sequence[Part], Sequence[int]]
+"""The rows of a step, and the rank of each."""
 
 
 @torch.no_grad()
-def _keep_the_better(
-    adapter: AdapterInModel, start: Factors, learned: Factors, parts: Sequence[Part], drawn: Sequence[int]
-) -> None:
+def _keep_the_better(adapter: AdapterInModel, start: Factors, learned: Factors, judged: Sequence[Drawn]) -> bool:
+    def loss(factors: Factors) -> float:
+        adapter.put_factors(factors)
+        return fmean(loss_at(adapter, *drawn) for drawn in judged)
+
     with evaluation_mode(adapter.model):
-        adapter.put_factors(start)
-        before = loss_at(adapter, parts, drawn)
-        adapter.put_factors(learned)
-        after = loss_at(adapter, parts, drawn)
-    if after > before:
-        adapter.put_factors(start)
-        warnings.warn(
-            f"the learned order is not kept: on its last rows it loses {after:.3f}, and the order that it began "
-            f"from {before:.3f}. A lower learning rate may help",
-            stacklevel=3,
-        )
+        before, after = loss(start), loss(learned)
+    if after <= before:
+        return True
+    adapter.put_factors(start)
+    warnings.warn(
+        f"the learned order is not kept: on rows that are only looked at it loses {after:.3f}, and the order that it "
+        f"began from {before:.3f}. A lower learning rate may help",
+        stacklevel=3,
+    )
+    return False

@@ -24,20 +24,21 @@ def reorder(
     check_by(by, data is not None, rows)
     if by in ("learned", "trained"):
         check_ranks(adapter.state.nesting)
-    spectra = _by_svd(adapter)
+    spectra, kept = _by_svd(adapter), True
     if data is not None:
         wanted = row_count(by, data, rows)
         # None hides the bar where nobody watches.
         with tqdm(total=wanted, desc=f"reordering by {by}", unit=" rows", disable=data.quiet or None) as bar:
             if by == "learned":
-                learn_order(adapter, data, -(-wanted // ROWS), seed=seed, on_step=bar.update)
+                kept = learn_order(adapter, data, -(-wanted // ROWS), seed=seed, on_step=bar.update)
             elif by == "trained":
                 rate = LEARNING_RATE if data.rate is None else data.rate
-                train_ranks(adapter, data, -(-wanted // TRAINED_ROWS), rate, seed, bar.update)
+                kept = bool(train_ranks(adapter, data, -(-wanted // TRAINED_ROWS), rate, seed, bar.update))
                 spectra = _sizes(adapter)
             else:
                 spectra = reweigh(adapter, data, by == "loss", wanted, seed, bar.update)
-    adapter.set_reordered(by)
+    if kept:
+        adapter.set_reordered(by)
     return spectra
 
 

