@@ -140,7 +140,7 @@ def choose(
     found = evaluate(adapter, files, ranks=list(ranks), limit=each, tokenizer=tokenizer, latency=False)
     parts: dict[str, dict[str, list[float]]] = {}
     for task in TASKS:
-        metrics = found.tasks[f"commonsense_{task}"]["metrics"]
+        metrics = found.tasks[f"{task}.yaml"]["metrics"]
         parts[task] = {
             name: [metrics[f"{name},none"]["base"]["value"], *metrics[f"{name},none"]["value"]]
             for name in ("acc", "acc_norm")
@@ -169,6 +169,7 @@ def write_task(name: str, kept: list[dict[str, Any]], folder: Path) -> None:
         "doc_to_choice": "contexts" if by_context else "continuations",
         "doc_to_target": "{{continuations[0]}}" if by_context else "gold",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        "num_fewshot": 0,
         "metadata": {"version": 1},
     }
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")

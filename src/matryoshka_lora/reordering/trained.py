@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import islice
 from statistics import fmean
 
 import torch
@@ -16,21 +17,30 @@ from matryoshka_lora.reordering.factors import reorder_factors
 from matryoshka_lora.reordering.learned import check_ranks
 from matryoshka_lora.reordering.model import AdapterInModel, Data, Factors, Part
 
-STEPS = 200
+STEPS = 400
 """Of all ranks together, where it is not known for how long the adapter was trained."""
 
 SHARE = 0.5
-"""Of the steps of training, where it is known for how long the adapter was trained."""
+"""Of the rows of training, where it is known for how long the adapter was trained."""
 
-ROWS = 32
-"""Of a step."""
+ROWS = 8
+"""Of a step. Many small steps teach a block more than few large ones."""
+
+JUDGED = 8
+"""Steps whose rows are only looked at, to judge by."""
 
 LEARNING_RATE = 1e-3
 """Of R, where it is not known with which rate the adapter was trained."""
 
-POWER = 0.4
-"""A block of w directions takes (R / w) to this power times the rate of R: few directions bear larger steps."""
+BLOCK_RATE, POWER = 0.5, 0.4
+"""A block of w directions takes ``BLOCK_RATE * (R / w) ** POWER`` times the rate of R: few bear larger steps."""
 
+RATIO = 0.6
+"""The steps of a rank, as a share of those of the next smaller one. Every block must make up for those below it, which
+have left the span of the SVD: a share by what the SVD's ranks lack gives the larger ones too few."""
+
+MAX_NORM = 1.0
+"""Of a block's gradient, which is clipped to it as the Trainer does."""
 
 ROUNDING = 1e-3
 """Nats by which two losses of the same function may differ."""
@@ -51,15 +61,15 @@ def train_ranks(
     with it. So each prefix may leave the span of the factors that were trained, and later blocks make up for it. The
     last block is the leading directions of what is left: rank R loses only the smallest ones.
 
-    The steps are shared out by what each rank loses more than R does, on rows that are only looked at. A trained block
-    that loses more than the one that it began from, on those rows and its last ones, is not kept. Where the ranks do
-    not lose less in the mean than before, nothing is kept; a rank that alone loses more is named in a warning.
+    A trained block that loses more than the one that it began from, on rows that are only looked at, is not kept. Where
+    the ranks do not lose less than before in the mean, nothing is kept. A rank that alone loses more is named in a
+    warning.
 
     Args:
         adapter: A reordered one. Frozen factors are frozen again afterwards.
         data: The rows.
         steps: Of all ranks together.
-        learning_rate: That R was trained with; a block's falls to 0 over its steps.
+        learning_rate: That R was trained with; see `POWER`. A block's falls to 0 over its steps.
         seed: Of the order of the rows.
         on_step: Called after each step with the number of its rows.
 
@@ -74,17 +84,17 @@ def train_ranks(
     *ranks, top = adapter.state.nesting.ranks
     if steps < 1:
         raise MatryoshkaError(f"ranks cannot be trained in {steps} steps: take 1 or more, or reorder by 'svd'")
-    stream = data.steps((steps + 1) * ROWS, ROWS, seed)
+    stream = data.steps((steps + JUDGED) * ROWS, ROWS, seed)
     whole = adapter.factors()
     with learning(adapter):
-        looked_at = next(stream)
+        looked_at = [part for parts in islice(stream, JUDGED) for part in parts]
         before = _losses(adapter, looked_at, (*ranks, top))
-        shares = share_out(steps, before)
+        shares = share_out(steps, ranks)
         done = {name: (A[..., :0, :], B[..., :0]) for name, (A, B) in whole.items()}
         low = 0
         for rank in ranks:
             block: Factors = {name: _rest(whole[name], done[name], rank - low) for name in whole}
-            rate = learning_rate * (top / (rank - low)) ** POWER
+            rate = learning_rate * BLOCK_RATE * (top / (rank - low)) ** POWER
             if shares[rank]:
                 batches = [next(stream) for _ in range(shares[rank])]
                 block = _trained(adapter, whole, done, block, rank, batches, rate, looked_at, on_step)
@@ -110,17 +120,11 @@ def train_ranks(
     return shares
 
 
-def share_out(steps: int, losses: dict[int, float]) -> dict[int, int]:
-    """Share steps among all ranks but the last, in proportion to what each loses more than the last.
-
-    The parts are whole numbers whose sum is ``steps``; where no rank loses more, each gets as many.
-    """
-    *ranks, top = losses
-    lacks = [max(losses[rank] - losses[top], 0.0) for rank in ranks]
-    if sum(lacks) <= 0:
-        lacks = [1.0] * len(ranks)
-    ends = [round(steps * sum(lacks[: number + 1]) / sum(lacks)) for number in range(len(ranks))]
-    return {rank: end - begin for rank, begin, end in zip(ranks, (0, *ends), ends, strict=False)}
+def share_out(steps: int, ranks: Sequence[int]) -> dict[int, int]:
+    """Share steps among ranks, in whole numbers: each gets `RATIO` times those of the one before."""
+    ends = [sum(RATIO**number for number in range(end)) for end in range(len(ranks) + 1)]
+    rounded = [round(steps * end / ends[-1]) for end in ends]
+    return {rank: end - begin for rank, begin, end in zip(ranks, rounded, rounded[1:], strict=False)}
 
 
 def _losses(adapter: AdapterInModel, parts: Sequence[Part], ranks: Sequence[int]) -> dict[int, float]:
@@ -152,7 +156,7 @@ def _trained(
 
     def loss(pairs: Factors) -> float:
         put(pairs)
-        return sum(_losses(adapter, parts, [rank])[rank] for parts in (batches[-1], looked_at))
+        return _losses(adapter, looked_at, [rank])[rank]
 
     for parts in batches:
         put(block)  # type: ignore[arg-type]
@@ -161,6 +165,7 @@ def _trained(
             grad_A, grad_B = gradients[name]
             A, B = block[name]
             A.grad, B.grad = grad_A[..., rank - width : rank, :].to(A), grad_B[..., rank - width : rank].to(B)
+        torch.nn.utils.clip_grad_norm_([factor for name in names for factor in block[name]], MAX_NORM)
         adam.step()
         schedule.step()
         on_step(sum(part.rows for part in parts))
