@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting
 from matryoshka_lora.adapter.saving import opened_from
 from matryoshka_lora.data.questions import ExactMatch, Row
-from matryoshka_lora.engine import settings as generation_settings
+from matryoshka_lora.engine import generation
 from matryoshka_lora.engine.engine import Engine
 from matryoshka_lora.evaluation import tasks
 from matryoshka_lora.evaluation.cost import adapter_bytes, token_latency
@@ -494,7 +494,7 @@ def test_every_setting_of_transformers_is_refused_heeded_or_without_effect() -> 
         *("pad_token_id", "bos_token_id", "decoder_start_token_id"),
     }
     heeded = {"repetition_penalty", "eos_token_id", "max_length", "max_new_tokens"}
-    assert set(GenerationConfig().to_dict()) - without_effect - heeded <= set(generation_settings._CHANGES)
+    assert set(GenerationConfig().to_dict()) - without_effect - heeded <= set(generation._CHANGES)
 
 
 def without_latency(text: str) -> list[str]:

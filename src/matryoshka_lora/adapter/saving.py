@@ -13,9 +13,8 @@ from peft import PeftModel, peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, distributed, nn
 
-from matryoshka_lora.adapter.copies import COPIES, nest_copies
 from matryoshka_lora.adapter.factors import gathered, get_parameters
-from matryoshka_lora.adapter.gates import begin, checked_layers, nested_layers
+from matryoshka_lora.adapter.in_model import COPIES, begin, checked_layers, nest_copies, nested_layers
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import TRAINED_NAME, output_directory, replace_directory
 from matryoshka_lora.formats.config import check_config

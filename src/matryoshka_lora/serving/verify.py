@@ -12,8 +12,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from matryoshka_lora.adapter.gate import Gate
-from matryoshka_lora.adapter.gates import nested_layers
 from matryoshka_lora.adapter.handle import NestedAdapter
+from matryoshka_lora.adapter.in_model import nested_layers
 from matryoshka_lora.adapter.loading import load_opened
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.opened import OpenedAdapter
