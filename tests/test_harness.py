@@ -36,10 +36,9 @@ from matryoshka_lora.engine.engine import Engine
 from matryoshka_lora.evaluation import tasks
 from matryoshka_lora.evaluation.cost import adapter_bytes, token_latency
 from matryoshka_lora.evaluation.harness import judge
-from matryoshka_lora.evaluation.questions_task import QuestionsTask
 from matryoshka_lora.evaluation.results import summed
 from matryoshka_lora.evaluation.store import Store, request_key
-from matryoshka_lora.evaluation.tasks import Asked, Preset, ask
+from matryoshka_lora.evaluation.tasks import Asked, Preset, QuestionsTask, ask
 from matryoshka_lora.formats.fingerprint import fingerprint
 from matryoshka_lora.formats.opened import open_adapter
 

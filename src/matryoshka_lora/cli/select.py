@@ -46,8 +46,7 @@ def select(
     if within is None and max_bytes is None and max_latency is None:
         raise typer.BadParameter("say what the rank must meet: --within 1%, --max-bytes or --max-latency")
 
-    from matryoshka_lora.evaluation.reading import find_adapter, read_evaluation
-    from matryoshka_lora.evaluation.select import parse_share
+    from matryoshka_lora.evaluation.select import find_adapter, parse_share, read_evaluation
     from matryoshka_lora.evaluation.select import select as choose
 
     try:

@@ -23,13 +23,11 @@ from matryoshka_lora.engine.engine import Engine
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.cost import adapter_bytes, token_latency
 from matryoshka_lora.evaluation.harness import SEEDS, OnProgress, judge
-from matryoshka_lora.evaluation.page import PAGE_NAME, page
-from matryoshka_lora.evaluation.questions_task import QuestionsTask
-from matryoshka_lora.evaluation.reading import read_evaluation
-from matryoshka_lora.evaluation.report import draw_tasks
+from matryoshka_lora.evaluation.report import PAGE_NAME, draw_tasks, page
 from matryoshka_lora.evaluation.results import EXAMPLES_NAME, Evaluation, examples_of, summed
+from matryoshka_lora.evaluation.select import read_evaluation
 from matryoshka_lora.evaluation.store import ANSWERS_NAME, Store
-from matryoshka_lora.evaluation.tasks import BUILT_IN_ITEMS, Asked, ask
+from matryoshka_lora.evaluation.tasks import BUILT_IN_ITEMS, Asked, QuestionsTask, ask
 from matryoshka_lora.files import (
     EVALUATION,
     EVALUATION_FOLDER,
