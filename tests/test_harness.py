@@ -39,7 +39,7 @@ from matryoshka_lora.evaluation.harness import judge
 from matryoshka_lora.evaluation.results import summed
 from matryoshka_lora.evaluation.store import Store, request_key
 from matryoshka_lora.evaluation.tasks import Asked, Preset, QuestionsTask, ask
-from matryoshka_lora.formats.fingerprint import fingerprint
+from matryoshka_lora.formats.beside import fingerprint
 from matryoshka_lora.formats.opened import open_adapter
 
 RANKS = (1, 2, 4)
@@ -288,7 +288,7 @@ def test_a_fingerprint_is_of_what_the_answers_depend_on(adapter: NestedAdapter, 
     before = fingerprint(open_adapter(tmp_path))
     assert fingerprint(opened_from(adapter.model, adapter.name)) == before
     code = (
-        "import sys\nfrom matryoshka_lora.formats.fingerprint import fingerprint\n"
+        "import sys\nfrom matryoshka_lora.formats.beside import fingerprint\n"
         "from matryoshka_lora.formats.opened import open_adapter\nprint(fingerprint(open_adapter(sys.argv[1])))"
     )
     again = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)

@@ -37,8 +37,8 @@ from matryoshka_lora.files import (
     check_writable,
     replace_directory,
 )
+from matryoshka_lora.formats.beside import fingerprint
 from matryoshka_lora.formats.card import write_card
-from matryoshka_lora.formats.fingerprint import fingerprint
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
 from matryoshka_lora.models import DTYPES, base_of, load_model, load_tokenizer
 from matryoshka_lora.privacy import marked, shown

@@ -14,7 +14,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from matryoshka_lora.metrics import with_error
+from matryoshka_lora.formats.card import with_error
 
 PAGE_NAME = "report.html"
 
@@ -70,7 +70,7 @@ def draw_tasks(evaluation: Mapping[str, Any], path: Path) -> None:
         if first["base"] is not None and first["base"]["value"] is not None:
             axes.axhline(first["base"]["value"], color=colour, linestyle="--", linewidth=1.5)
     about = evaluation["adapter"]["name"], evaluation["model"]
-    rank_axis(axes, ranks, f"{about[0]} on {about[1]}: bars are standard errors, dashes the base model")
+    _rank_axis(axes, ranks, f"{about[0]} on {about[1]}: bars are standard errors, dashes the base model")
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=15, frameon=False)
     figure.savefig(path)
@@ -80,7 +80,7 @@ def _shots(task: Mapping[str, Any]) -> str:
     return f"{task['num_fewshot'] or 0} shots"
 
 
-def rank_axis(axes: Any, ranks: Sequence[int], title: str) -> None:
+def _rank_axis(axes: Any, ranks: Sequence[int], title: str) -> None:
     """Give matplotlib's axes their title, a grid, and a horizontal axis of these ranks, by powers of two."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(rank) for rank in ranks])

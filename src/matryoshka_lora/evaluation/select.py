@@ -12,8 +12,8 @@ from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.choice import Choice, Wish, choose
 from matryoshka_lora.evaluation.results import EXAMPLES_NAME, FORMAT, Evaluation
 from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, settle
+from matryoshka_lora.formats.beside import check_measured, fingerprint
 from matryoshka_lora.formats.config import CONFIG_NAME
-from matryoshka_lora.formats.fingerprint import check_measured, fingerprint
 from matryoshka_lora.formats.opened import open_adapter
 
 _READABLE = (2, FORMAT)  # 2 is that of version 0.1, whose words for the adapter were others

@@ -11,8 +11,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from matryoshka_lora.formats.beside import Spectra, read_spectra
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
-from matryoshka_lora.formats.spectra import Spectra, read_spectra
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.reordering.files import reorder_opened
 

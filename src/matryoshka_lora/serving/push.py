@@ -12,10 +12,10 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, PICTURE_NAME, SPECTRA_NAME
+from matryoshka_lora.formats.beside import check_measured
 from matryoshka_lora.formats.card import CARD_NAME, HUB_ID, hub_name, write_card
 from matryoshka_lora.formats.config import CONFIG_NAME, AdapterConfig
 from matryoshka_lora.formats.directions import DIRECTIONS_NAME
-from matryoshka_lora.formats.fingerprint import check_measured
 from matryoshka_lora.formats.opened import INDEX_NAME, WEIGHTS_NAME, OpenedAdapter, open_adapter
 from matryoshka_lora.formats.sidecar import SIDECAR_NAME
 from matryoshka_lora.privacy import find_private
