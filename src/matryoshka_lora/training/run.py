@@ -21,9 +21,16 @@ from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_writable, write_text
 from matryoshka_lora.models import DTYPES, EMBEDDED, load_model, load_tokenizer
 from matryoshka_lora.training.config import TrainConfig
-from matryoshka_lora.training.private import PrivateCheckpoints, write_state
 from matryoshka_lora.training.processes import check_joined, on_main, one_voice
-from matryoshka_lora.training.resume import CONFIG_NAME, FINISHED_NAME, Plan, ProcessCount, plan
+from matryoshka_lora.training.resume import (
+    CONFIG_NAME,
+    FINISHED_NAME,
+    Plan,
+    PrivateCheckpoints,
+    ProcessCount,
+    plan,
+    write_state,
+)
 from matryoshka_lora.unofficial import load_best_model
 
 if TYPE_CHECKING:
