@@ -16,7 +16,7 @@ from matryoshka_lora.adapter.factors import assign, get_factors, get_gradients, 
 from matryoshka_lora.adapter.gate import Gate
 from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.formats.layout import as_parameters
+from matryoshka_lora.formats.layout import as_parameters, layer_name
 from matryoshka_lora.state import By, State
 
 COPIES = ("ref", "teacher")
@@ -27,7 +27,7 @@ def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
     """The LoRA layers that hold an adapter, nested or not, by their names in the base model."""
     for name, module in model.named_modules():
         if has_adapter(module, adapter):
-            yield name.removeprefix("base_model.model."), module
+            yield layer_name(name), module
 
 
 def nested_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any, NestedVariant]]:

@@ -18,10 +18,8 @@ from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.adapter.nest import attach
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.config import CONFIG_NAME, AdapterConfig
-from matryoshka_lora.formats.layout import factor_keys, foreign
+from matryoshka_lora.formats.layout import factor_keys, foreign, layer_name
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
-
-_PREFIX = "base_model.model."
 
 
 def load(
@@ -141,7 +139,7 @@ def _check_fits(base_model: nn.Module, config: LoraConfig, tensors: Mapping[str,
     Raises:
         MatryoshkaError: A tensor is missing, is too many, or has another shape than the layer that it is for.
     """
-    modules = {name.removeprefix(_PREFIX): (key_A, key_B) for name, key_A, key_B in factor_keys(tensors)}
+    modules = {layer_name(name): (key_A, key_B) for name, key_A, key_B in factor_keys(tensors)}
     parameters = {_owner(target) for target in config.target_parameters or ()}
     by_parameter = {name for name in modules if any(_ends_in(name.replace(".base_layer", ""), p) for p in parameters)}
     inside = {

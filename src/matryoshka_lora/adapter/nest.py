@@ -23,7 +23,7 @@ from matryoshka_lora.adapter.saving import with_our_files
 from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.config import AdapterConfig, check_config
-from matryoshka_lora.formats.layout import factor_keys
+from matryoshka_lora.formats.layout import factor_keys, layer_name
 from matryoshka_lora.nesting import Nesting, Scaling
 from matryoshka_lora.rules import Rule, get_rule
 from matryoshka_lora.state import Deploy, State
@@ -204,7 +204,7 @@ def _checked_layers(model: Any, state: State, adapter: str) -> list[tuple[str, A
     unreadable = _unreadable(model, adapter)
     for name, module in layers:
         reason = _why_not(module, state.rule, adapter, name) or _why_not_in(model.get_base_model(), name)
-        if f"base_model.model.{name}" in unreadable:
+        if name in unreadable:
             reason = (
                 "PEFT would lose its factors when it reads them from a file: it renames them as transformers has "
                 "renamed weights of this model. Leave the layer out of target_modules"
@@ -227,7 +227,7 @@ def _unreadable(model: PeftModel, adapter: str) -> set[str]:
             "tokens of different layers: name the same layers in the trainable_token_indices of both"
         ) from error
     names = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[adapter], dict(saved), adapter)
-    return {module for module, key_A, key_B in factor_keys(saved) if not {key_A, key_B} <= names.keys()}
+    return {layer_name(module) for module, key_A, key_B in factor_keys(saved) if not {key_A, key_B} <= names.keys()}
 
 
 def _why_not(module: Any, rule: Rule, adapter: str, name: str) -> str | None:

@@ -125,7 +125,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, question: Question) -> Tokens:
     else:
         prompt_ids = _template(tokenizer, prompt, add_generation_prompt=True)
         whole = _template(tokenizer, [*prompt, *completion])
-    length = max(_common_prefix(prompt_ids, whole), 1)
+    length = max(common_prefix(prompt_ids, whole), 1)
     if not prompt_ids or length >= len(whole):
         raise MatryoshkaError(f"a question has an empty {'answer' if prompt_ids else 'prompt'}: {question!r:.200}")
     return Tokens(context=whole[:length], completion=whole[length:], prompt=prompt_ids)
@@ -179,6 +179,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any)
     return ids
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
     shorter = min(len(a), len(b))
     return next((i for i in range(shorter) if a[i] != b[i]), shorter)

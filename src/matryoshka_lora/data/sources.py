@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matryoshka_lora.data.tasks import get_task, is_task, nearest_tasks
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -158,7 +158,7 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
     except MatryoshkaError:
         raise
     except (OSError, ValueError) as error:  # ValueError: JSON, UTF-8 and Arrow
-        raise MatryoshkaError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        raise MatryoshkaError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -182,10 +182,9 @@ def _download(parsed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     try:
         rows = datasets.load_dataset(name, parsed.get("config"), split=split, revision=parsed.get("revision"))
     except Exception as error:  # offline, no such name, config or split, gated: no common class
-        reason = " ".join(str(error).split())
         raise MatryoshkaError(
-            f"cannot load split {split!r} of the dataset {name!r} from the Hugging Face hub: {reason} Check the name "
-            "and the network, or give a file with data.path"
+            f"cannot load split {split!r} of the dataset {name!r} from the Hugging Face hub: {one_line(error)} Check "
+            "the name and the network, or give a file with data.path"
         ) from error
     yield from _numbered("row", rows)
 

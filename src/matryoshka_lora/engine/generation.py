@@ -142,21 +142,14 @@ class Batch:
         index = torch.tensor(rows, dtype=torch.long, device=self.lengths.device)
         return Batch([self.answers[row] for row in rows], self.own.select(index), self.lengths[index])
 
-    def grown(self, tokens: int) -> Batch:
-        """With a place for so many tokens in each row."""
-        enough = self.own.tokens >= tokens
-        return self if enough else Batch(self.answers, self.own.grown(places(tokens)), self.lengths)
-
     @staticmethod
     def joined(parts: Sequence[Batch]) -> Batch:
         """One batch of all rows that are not over, by rank."""
-        tokens = max(part.own.tokens for part in parts)
-        grown = [part.grown(tokens) for part in parts]
-        same = [part.own.grown(places(tokens)) for part in grown]
+        enough = places(max(part.own.tokens for part in parts))
         batch = Batch(
-            [answer for part in grown for answer in part.answers],
-            KeyValues.concat(same),
-            torch.cat([part.lengths for part in grown]),
+            [answer for part in parts for answer in part.answers],
+            KeyValues.concat([part.own.grown(enough) for part in parts]),
+            torch.cat([part.lengths for part in parts]),
         )
         order = sorted(batch.running(), key=lambda row: batch.answers[row].prompt.rank)
         return batch if order == list(range(len(batch.answers))) else batch.select(order)

@@ -10,6 +10,8 @@ from typing import Any
 import psutil
 import torch
 
+from matryoshka_lora.data.questions import common_prefix
+
 SHARE = 0.5
 """Of the free memory; the rest is for other processes and for what is not counted here."""
 
@@ -47,7 +49,7 @@ def families(sequences: Sequence[Tokens]) -> list[Family]:
     order = sorted(range(len(sequences)), key=lambda i: sequences[i])
     # The last token of a sequence is never in a prefix: its logits are wanted.
     shared = [
-        min(_common(sequences[a], sequences[b]), len(sequences[a]) - 1, len(sequences[b]) - 1)
+        min(common_prefix(sequences[a], sequences[b]), len(sequences[a]) - 1, len(sequences[b]) - 1)
         for a, b in pairwise(order)
     ]
     found: list[Family] = []
@@ -85,11 +87,6 @@ def _spared_by(shared: Sequence[int], part: tuple[int, int]) -> int:
 
 def _spared(length: int, count: int) -> int:
     return length * (count - 1) if length >= MIN_PREFIX else 0
-
-
-def _common(a: Tokens, b: Tokens) -> int:
-    shorter = min(len(a), len(b))
-    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
 
 
 def batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> Iterator[list[int]]:

@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter.handle import NestedAdapter
@@ -40,7 +39,7 @@ from matryoshka_lora.files import (
 from matryoshka_lora.formats.beside import fingerprint
 from matryoshka_lora.formats.card import write_card
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
-from matryoshka_lora.models import DTYPES, base_of, load_model, load_tokenizer
+from matryoshka_lora.models import DTYPES, base_of, load_on_accelerator, load_tokenizer, needed_base
 from matryoshka_lora.privacy import marked, shown
 from matryoshka_lora.state import State
 
@@ -127,12 +126,12 @@ def evaluate(
             check_free(folder, overwrite, beside=[EVALUATION])
     name, revision = base_of(opened.config, model, revision)
     if tokenizer is None:
-        tokenizer = load_tokenizer(_needed(name, opened), revision=revision)
+        tokenizer = load_tokenizer(needed_base(name, opened.name), revision=revision)
     asked = _asked(tasks, data, tokenizer, num_fewshot, limit, split, fixed_shots)
     if isinstance(adapter, NestedAdapter):
         model_name, computed = name or type(adapter.model.get_base_model()).__name__, adapter.model.dtype
     else:
-        model_name, computed = _needed(name, opened), DTYPES[dtype]
+        model_name, computed = needed_base(name, opened.name), DTYPES[dtype]
     about: dict[str, Any] = {
         "model": shown(model_name),
         "revision": revision,
@@ -155,7 +154,10 @@ def evaluate(
     evaluation = Evaluation(about, chosen)
     if folder is not None and (folder / EVALUATION_NAME).is_file():
         _keep_earlier(evaluation, folder, {called for task in asked for called in task.names.values()}, overwrite)
-    nested = adapter if isinstance(adapter, NestedAdapter) else _on_base(opened, model_name, revision, dtype)
+    if isinstance(adapter, NestedAdapter):
+        nested = adapter
+    else:
+        nested = load_opened(load_on_accelerator(model_name, computed, revision), opened)
     engine = Engine(nested, tokenizer, batch_size)
     subject = {"model": marked(name), "dtype": about["dtype"], "adapter": about["adapter"]["sha256"]}
     if revision is not None:
@@ -225,19 +227,6 @@ def _chosen(state: State, ranks: Sequence[int] | Literal["all"] | None) -> tuple
     if list(chosen) != sorted(set(chosen)):
         raise MatryoshkaError(f"the ranks must increase; write {sorted(set(chosen))}")
     return chosen
-
-
-def _needed(name: str | None, opened: OpenedAdapter) -> str:
-    if not name:
-        raise MatryoshkaError(f"{opened.name} does not say which base model it belongs to; give it with --model")
-    return name
-
-
-def _on_base(opened: OpenedAdapter, name: str, revision: str | None, dtype: str) -> NestedAdapter:
-    base = load_model(name, DTYPES[dtype], revision=revision)
-    if torch.accelerator.is_available():
-        base.to(torch.accelerator.current_accelerator())
-    return load_opened(base, opened)
 
 
 def _asked(

@@ -21,8 +21,8 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.data.questions import Judge, Question, end_texts, tokenize
-from matryoshka_lora.data.tasks import get_task, is_task
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.data.tasks import get_task, is_task, nearest_tasks
+from matryoshka_lora.errors import MatryoshkaError, one_line
 from matryoshka_lora.privacy import shown
 
 EXTRA_TOKENS = 8
@@ -145,8 +145,8 @@ def _load(spec: str, name: str) -> list[Task]:
     # harness and datasets have no common error.
     except Exception as error:
         raise MatryoshkaError(
-            f"task {name} cannot be loaded: {_short(error)}. Its data comes from the Hugging Face hub or from the "
-            "files that its YAML names: they must be within reach"
+            f"task {name} cannot be loaded: {one_line(error)[:300]}. Its data comes from the Hugging Face hub or from "
+            "the files that its YAML names: they must be within reach"
         ) from error
     if not found:
         raise MatryoshkaError(f"{name} names no task of the harness")
@@ -177,18 +177,12 @@ def _fix_shots(task: Any) -> None:
 
 
 def _unknown(name: str) -> str:
-    from matryoshka_lora.data.tasks import nearest_tasks
-
     close = [*get_close_matches(name, [*PRESETS, *_manager().all_tasks], n=3), *nearest_tasks(name)]
     hint = f"did you mean {' or '.join(close[:3])}? " if close else ""
     return (
         f"there is no task {name!r}: {hint}Names are those of lm-evaluation-harness (lm_eval ls tasks), of its YAML "
         f"files, of the presets ({', '.join(PRESETS)}) and of the built-in tasks (family_relationships and others)"
     )
-
-
-def _short(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 class QuestionsTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_free, check_writable, output_directory, replace_file, write_text
-from matryoshka_lora.formats.beside import Spectra, read_spectra
+from matryoshka_lora.formats.beside import Spectra
 from matryoshka_lora.formats.card import CARD_NAME, has_own_card, ladder_readme
 from matryoshka_lora.formats.directions import write_directions
 from matryoshka_lora.formats.layout import Layer
 from matryoshka_lora.formats.opened import OpenedAdapter, first_ranks, from_memory, open_adapter
 from matryoshka_lora.formats.sidecar import write_sidecar
 from matryoshka_lora.formats.write import Ranks, check_apart, check_layers, cut, write_adapter
-from matryoshka_lora.reordering.files import deployed, reorder_opened
+from matryoshka_lora.reordering.files import deployed, reorder_opened, spectra_of
 
 if TYPE_CHECKING:
     from matryoshka_lora.serving.on_base import Base, Verified
@@ -117,7 +117,7 @@ def export(
     check_apart(source, out)
     check_writable(out.parent if format == "gguf" else out)
     check_free(out, overwrite)
-    chosen = None if budget is None else choose_ranks(opened.layers, spectra or _spectra(opened), budget)
+    chosen = None if budget is None else choose_ranks(opened.layers, spectra or spectra_of(opened), budget)
     ranks: Ranks = chosen.ranks if chosen is not None else rank or opened.rank
     # A file of directions is compared with the adapter bit by bit.
     needs, compares = format in ("merged", "gguf"), verify and format != "directions"
@@ -168,15 +168,6 @@ def _ready(opened: OpenedAdapter) -> tuple[OpenedAdapter, Spectra | None]:
     if spectra is None:
         return new, None
     return from_memory(new.name, new.config, new.state, new.tensors()), spectra
-
-
-def _spectra(opened: OpenedAdapter) -> Spectra:
-    found = read_spectra(opened)
-    if found is None:
-        again, found = reorder_opened(opened)
-        for layer in again.layers:
-            again.factors(layer)
-    return found
 
 
 def _base(

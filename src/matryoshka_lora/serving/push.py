@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, one_line
 from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, PICTURE_NAME, SPECTRA_NAME
 from matryoshka_lora.formats.beside import check_measured
 from matryoshka_lora.formats.card import CARD_NAME, HUB_ID, hub_name, write_card
@@ -74,9 +74,8 @@ def push(
             repo_id=made.repo_id, operations=operations, commit_message="Upload a LoRA adapter for every rank"
         )
     except Exception as error:  # the hub's own errors, and those of whatever HTTP library it uses
-        reason = " ".join(str(error).split())
         raise MatryoshkaError(
-            f"cannot push to {repository!r}: {reason:.500} Log in with `hf auth login`; write owner/name"
+            f"cannot push to {repository!r}: {one_line(error)[:500]} Log in with `hf auth login`; write owner/name"
         ) from error
     return str(commit.commit_url)
 

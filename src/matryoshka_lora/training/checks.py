@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from matryoshka_lora.data.sources import parse_data
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, one_line
 from matryoshka_lora.privacy import marks_in, paths_in, tokens_in
 
 _NOW = {
@@ -85,7 +85,7 @@ def apply_override(config: dict[str, Any], override: str) -> None:
     try:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise MatryoshkaError(f"the value of {name} is no YAML: {' '.join(str(error).split())}") from error
+        raise MatryoshkaError(f"the value of {name} is no YAML: {one_line(error)}") from error
     *sections, key = name.strip().split(".")
     for section in sections:
         below = config.get(section)
