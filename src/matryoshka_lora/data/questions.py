@@ -118,7 +118,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, question: Question) -> Tokens:
     Raises:
         MatryoshkaError: The tokenizer has no chat template, or the prompt or the answer is empty.
     """
-    prompt, completion = as_trained(tokenizer, question)
+    prompt, completion = _as_trained(tokenizer, question)
     if isinstance(prompt, str):
         prompt_ids = tokenizer(prompt)["input_ids"]
         whole = tokenizer(prompt + completion)["input_ids"]
@@ -139,7 +139,7 @@ def end_texts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Tokens]) -
     return [str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(ends)]
 
 
-def as_trained(tokenizer: PreTrainedTokenizerBase, question: Question) -> tuple[Any, Any]:
+def _as_trained(tokenizer: PreTrainedTokenizerBase, question: Question) -> tuple[Any, Any]:
     """Prompt and completion as TRL trains on them: two lists of chat messages, or two texts, the second one ended.
 
     Raises:

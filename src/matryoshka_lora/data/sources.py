@@ -145,12 +145,12 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            yield from _numbered("row", pyarrow.parquet.read_table(path).to_pylist())
+            yield from _numbered(pyarrow.parquet.read_table(path).to_pylist())
         elif path.suffix == ".json":
             rows = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(rows, list):
                 raise MatryoshkaError(f"{path} holds no list: a .json file is a list of rows, a .jsonl one row a line")
-            yield from _numbered("row", rows)
+            yield from _numbered(rows)
         else:
             yield from _read_lines(path)
     except FileNotFoundError as error:
@@ -186,11 +186,11 @@ def _download(parsed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             f"cannot load split {split!r} of the dataset {name!r} from the Hugging Face hub: {one_line(error)} Check "
             "the name and the network, or give a file with data.path"
         ) from error
-    yield from _numbered("row", rows)
+    yield from _numbered(rows)
 
 
-def _numbered(what: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    return ((f"{what} {number}", row) for number, row in enumerate(rows, start=1))
+def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _convert(

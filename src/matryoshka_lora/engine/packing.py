@@ -116,7 +116,7 @@ class Room:
     rows: int
 
 
-def free_bytes(device: torch.device) -> int:
+def _free_bytes(device: torch.device) -> int:
     """What the device can still give to this process."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -133,7 +133,7 @@ def measure_room(model: Any, token_bytes: int, batch_size: int | None = None) ->
         batch_size: Rows that may generate together; None means as many as fit and pay.
     """
     device = model.device
-    budget = int(SHARE * free_bytes(device))
+    budget = int(SHARE * _free_bytes(device))
     prefill, rows = _EFFICIENT.get(device.type, (32768, 512))
     prefill = max(1, min(prefill, budget // 2 // (_transient_bytes(model) + token_bytes)))
     return Room(prefill, max(1, budget // 2 // token_bytes), batch_size or rows)

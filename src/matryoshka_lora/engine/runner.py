@@ -81,7 +81,7 @@ class Runner:
             Shape (rows, k, vocabulary).
         """
         self._wanted[:] = [wanted]
-        with attending(row_pass):
+        with _attending(row_pass):
             # The mask says that rows are rows: by the positions of branches, transformers would take them for packed.
             mask = torch.ones_like(ids)
             found: Tensor = self.model(
@@ -139,7 +139,7 @@ def running(
 
 
 @contextmanager
-def attending(row_pass: Pass) -> Iterator[None]:
+def _attending(row_pass: Pass) -> Iterator[None]:
     """A context in which a model's layers attend through a pass."""
     token = _PASS.set(row_pass)
     try:
@@ -196,7 +196,7 @@ def _implementations(config: Any) -> str | dict[str, Any]:
 
 @contextmanager
 def row_attention(model: PreTrainedModel) -> Iterator[None]:
-    """A context in which a model's layers attend through the pass of `attending`.
+    """A context in which a model's layers attend through the pass of `_attending`.
 
     Raises:
         MatryoshkaError: The model has layers of another kind, or an attention that cannot be replaced.

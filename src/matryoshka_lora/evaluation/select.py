@@ -77,7 +77,7 @@ def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
     Raises:
         MatryoshkaError: There is none, it is damaged, or it is that of other weights than the adapter around it has.
     """
-    file = find_evaluation(path)
+    file = _find_evaluation(path)
     try:
         data: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -106,7 +106,7 @@ def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
     return evaluation
 
 
-def find_evaluation(path: str | os.PathLike[str]) -> Path:
+def _find_evaluation(path: str | os.PathLike[str]) -> Path:
     """The ``evaluation.json`` that a path means: the file, its folder, or an adapter that has been evaluated.
 
     Raises:
@@ -135,7 +135,7 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
     Raises:
         MatryoshkaError: There is no evaluation.
     """
-    file = find_evaluation(path)
+    file = _find_evaluation(path)
     around = _around(file)
     if around is None:
         return Path(str(read_evaluation(file).about.get("adapter", {}).get("path", "ADAPTER")))

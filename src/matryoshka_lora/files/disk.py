@@ -28,7 +28,7 @@ PICTURE_NAME = "curve.png"
 WRITTEN_BY_US = "<!-- Written by matryoshka-lora"
 """How a line begins that marks a README.md as ours; one without it is somebody's own, and is never touched."""
 
-ADAPTER_FILES = (
+_ADAPTER_FILES = (
     *("adapter_config.json", "adapter_model*.safetensors", "adapter_model.safetensors.index.json"),
     *("adapter_model.bin", "directions.safetensors", "nesting.json", SPECTRA_NAME, TRAINED_NAME),
 )
@@ -89,14 +89,14 @@ def check_free(path: str | os.PathLike[str], overwrite: bool, beside: Collection
 
 def adapter_files(folder: Path) -> Iterator[Path]:
     """The files of an adapter in a folder, relative to it."""
-    return _matching(folder, ADAPTER_FILES)
+    return _matching(folder, _ADAPTER_FILES)
 
 
 def output_files(folder: Path) -> Iterator[Path]:
     """The files of all that `kinds_in` knows in a folder, but for a training run; relative to it."""
-    yield from _matching(folder, (*ADAPTER_FILES, *_MODEL_FILES, *_EVALUATION_FILES))
+    yield from _matching(folder, (*_ADAPTER_FILES, *_MODEL_FILES, *_EVALUATION_FILES))
     yield from _matching(folder, (f"{EVALUATION_FOLDER}/{name}" for name in _EVALUATION_FILES))
-    yield from _matching(folder, (f"rank-*/{name}" for name in ADAPTER_FILES))
+    yield from _matching(folder, (f"rank-*/{name}" for name in _ADAPTER_FILES))
     for card in _matching(folder, (_README, f"rank-*/{_README}")):
         if is_ours(folder / card):
             yield card

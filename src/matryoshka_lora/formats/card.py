@@ -102,7 +102,7 @@ def hub_name(base: str | None) -> str:
     return name if HUB_ID.fullmatch(name) and not os.path.exists(name) else ""
 
 
-def hub_revision(config: AdapterConfig) -> str:
+def _hub_revision(config: AdapterConfig) -> str:
     """The revision of the base model, or "" if the config names none that could be one."""
     revision = str(config.revision or "")
     return revision if _REVISION.fullmatch(revision) else ""
@@ -193,7 +193,7 @@ def _is_shallow(value: Any) -> bool:
 
 
 def _use(config: AdapterConfig, state: State | None, base: str) -> str:
-    revision = hub_revision(config)
+    revision = _hub_revision(config)
     given = f', revision="{revision}"' if revision else ""
     loaded = f'AutoModelForCausalLM.from_pretrained("{base}"{given})'
     peft = f"""```python
@@ -242,7 +242,7 @@ def _serve_command(config: AdapterConfig, ranks: Sequence[int]) -> str:
     It is for the ladder's own folder: no path of the machine that made it is in it.
     """
     base = hub_name(config.base_model) or "BASE_MODEL"
-    revision = f" --revision {hub_revision(config)}" if hub_revision(config) else ""
+    revision = f" --revision {_hub_revision(config)}" if _hub_revision(config) else ""
     largest = next((rank for rank in VLLM_RANKS if rank >= max(ranks)), VLLM_RANKS[-1])
     modules = " ".join(f"rank-{rank}=rank-{rank}" for rank in ranks)
     return (
@@ -252,7 +252,7 @@ def _serve_command(config: AdapterConfig, ranks: Sequence[int]) -> str:
 
 
 def ladder_readme(config: AdapterConfig, ranks: Sequence[int]) -> str:
-    """Markdown."""
+    """The README of a ladder, in Markdown: its adapters, and how vLLM and PEFT serve them."""
     missing = "" if hub_name(config.base_model) else " (BASE_MODEL is the base model's folder, or its id)"
     folders = "\n".join(f"* `rank-{rank}`" for rank in ranks)
     return f"""{WRITTEN_BY_US}: delete this line to keep your own. -->

@@ -65,7 +65,7 @@ def push(
     config = _with_base(opened, base_model)
     if opened.state is not None:  # what is not nested may be anybody's, and has a card of its own or none
         write_card(Path(opened.name), config, opened.state)
-    operations = files_to_send(opened, config)
+    operations = _files_to_send(opened, config)
     _check_private(operations)
     api = HfApi(endpoint=endpoint)
     try:
@@ -80,7 +80,7 @@ def push(
     return str(commit.commit_url)
 
 
-def files_to_send(adapter: OpenedAdapter, config: AdapterConfig) -> list[CommitOperationAdd]:
+def _files_to_send(adapter: OpenedAdapter, config: AdapterConfig) -> list[CommitOperationAdd]:
     """What is sent of an adapter: its own files, each by its name, and no other file of its folder.
 
     Texts are read here: what is looked through is what is sent.
