@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from matryoshka_lora import MatryoshkaError, evaluate, export, load, reorder, select
-from matryoshka_lora.evaluation.page import page
-from matryoshka_lora.evaluation.reading import read_evaluation
+from matryoshka_lora.evaluation.report import page
+from matryoshka_lora.evaluation.select import read_evaluation
 from matryoshka_lora.formats.card import write_card
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
 from matryoshka_lora.serving.info import describe

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from matryoshka_lora import MatryoshkaError
-from matryoshka_lora.engine import agreement, exchange
+from matryoshka_lora.engine import agreement, runner
 from matryoshka_lora.engine import engine as engine_module
 from matryoshka_lora.engine.engine import Engine
 
@@ -42,9 +42,9 @@ REFUSED = "cannot be evaluated at several ranks at once: where .*export the rank
 @pytest.fixture
 def attention() -> Iterator[Callable[..., Any]]:
     """The engine's attention, which the test may register anew."""
-    yield exchange._attention
-    AttentionInterface.register(exchange.NAME, exchange._attention)
-    AttentionMaskInterface.register(exchange.NAME, exchange._mask)
+    yield runner._attention
+    AttentionInterface.register(runner.NAME, runner._attention)
+    AttentionMaskInterface.register(runner.NAME, runner._mask)
 
 
 def without(real: Callable[..., Any], name: str) -> None:
@@ -53,7 +53,7 @@ def without(real: Callable[..., Any], name: str) -> None:
     def deaf(module: Any, q: Any, k: Any, v: Any, attention_mask: Any, **kwargs: Any) -> Any:
         return real(module, q, k, v, **{**kwargs, "attention_mask": attention_mask, name: None})
 
-    AttentionInterface.register(exchange.NAME, deaf)
+    AttentionInterface.register(runner.NAME, deaf)
 
 
 DOGE = DogeConfig(**GROUPED, keep_window_size=6)
@@ -97,10 +97,10 @@ def test_an_engine_that_knows_one_attention_for_each_layer_is_caught(
     Engine(adapter, TOKENIZER)
 
     def by_layer(module: Any, *args: Any, **kwargs: Any) -> Any:
-        exchange._PASS.get()._calls = module.layer_idx  # type: ignore[attr-defined]
+        runner._PASS.get()._calls = module.layer_idx  # type: ignore[attr-defined]
         return attention(module, *args, **kwargs)
 
-    AttentionInterface.register(exchange.NAME, by_layer)
+    AttentionInterface.register(runner.NAME, by_layer)
     with pytest.raises(MatryoshkaError, match=REFUSED):
         Engine(tiny_adapter(config, dtype=dtype), TOKENIZER)
 
@@ -122,7 +122,7 @@ def test_an_engine_that_does_not_heed_masks_is_caught(
     if config is not DOGE:
         Engine(tiny_adapter(config, dtype=dtype), TOKENIZER)
     without(attention, "attention_mask")
-    AttentionMaskInterface.register(exchange.NAME, lambda **_: None)
+    AttentionMaskInterface.register(runner.NAME, lambda **_: None)
     with pytest.raises(MatryoshkaError, match=REFUSED):
         Engine(tiny_adapter(config, dtype=dtype), TOKENIZER)
 

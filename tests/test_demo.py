@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from matryoshka_lora import MatryoshkaError, select
 from matryoshka_lora.cli.main import app
-from matryoshka_lora.evaluation.reading import read_evaluation
+from matryoshka_lora.evaluation.select import read_evaluation
 from matryoshka_lora.formats.opened import open_adapter
 
 RANKS = (1, 2, 4, 8, 16, 32)

@@ -25,9 +25,9 @@ from matryoshka_lora.adapter.in_model import InModel
 from matryoshka_lora.cli.main import app
 from matryoshka_lora.data.questions import Row
 from matryoshka_lora.engine.engine import Engine
+from matryoshka_lora.formats.beside import read_spectra
 from matryoshka_lora.formats.card import make_card
 from matryoshka_lora.formats.opened import open_adapter
-from matryoshka_lora.formats.spectra import read_spectra
 from matryoshka_lora.models import EMBEDDED
 from matryoshka_lora.reordering.moments import Moments, measure_moments
 from matryoshka_lora.reordering.sources import QuestionRows

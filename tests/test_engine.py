@@ -38,9 +38,8 @@ from transformers import (
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
 from matryoshka_lora.engine import runner as runner_module
 from matryoshka_lora.engine.engine import Engine
-from matryoshka_lora.engine.exchange import row_attention
-from matryoshka_lora.engine.memory import Room, measure_room
-from matryoshka_lora.engine.packing import MIN_PREFIX, batches, families
+from matryoshka_lora.engine.packing import MIN_PREFIX, Room, batches, families, measure_room
+from matryoshka_lora.engine.runner import row_attention
 
 RANKS = (0, 1, 2, 4)
 TOKENIZER = tiny_tokenizer()

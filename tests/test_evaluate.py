@@ -25,10 +25,10 @@ from matryoshka_lora.cli.main import app
 from matryoshka_lora.data.questions import ExactMatch, Row, rows_from, tokenize
 from matryoshka_lora.data.tasks import get_task
 from matryoshka_lora.evaluation.evaluate import Progress
-from matryoshka_lora.evaluation.questions_task import EXTRA_TOKENS
-from matryoshka_lora.evaluation.reading import find_adapter, read_evaluation
 from matryoshka_lora.evaluation.report import draw_tasks, print_tasks
 from matryoshka_lora.evaluation.results import Evaluation
+from matryoshka_lora.evaluation.select import find_adapter, read_evaluation
+from matryoshka_lora.evaluation.tasks import EXTRA_TOKENS
 from matryoshka_lora.models import load_tokenizer
 
 RANKS = (1, 2, 4)

@@ -34,16 +34,14 @@ from transformers import (
 )
 
 from matryoshka_lora import MatryoshkaError, Nesting, export, load, nest, reorder
+from matryoshka_lora.formats.card import VLLM_RANKS
 from matryoshka_lora.formats.layout import Layer
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
-from matryoshka_lora.formats.write import cut, write_adapter
+from matryoshka_lora.formats.write import check_layers, cut, write_adapter
 from matryoshka_lora.serving import export as serving_export
-from matryoshka_lora.serving import merged as serving_merged
-from matryoshka_lora.serving.budget import choose_ranks
-from matryoshka_lora.serving.compare import check_layers
-from matryoshka_lora.serving.export import Exported
-from matryoshka_lora.serving.ladder import VLLM_RANKS
-from matryoshka_lora.serving.verify import probe_logits, use_ranks
+from matryoshka_lora.serving import on_base
+from matryoshka_lora.serving.export import Exported, choose_ranks
+from matryoshka_lora.serving.on_base import probe_logits, use_ranks
 
 SMALL = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 
@@ -257,7 +255,7 @@ FORMATS = {"peft": "peft", "merged": "merged", "out.gguf": "gguf", "ladder": "la
 
 def with_fault(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on a fault is in whatever is cut out of an adapter."""
-    for module in (serving_export, serving_merged):
+    for module in (serving_export, on_base):
         monkeypatch.setattr(module, "cut", lambda adapter, ranks, pad=False: fault(adapter, ranks))
 
 

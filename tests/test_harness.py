@@ -31,16 +31,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting
 from matryoshka_lora.adapter.saving import opened_from
 from matryoshka_lora.data.questions import ExactMatch, Row
-from matryoshka_lora.engine import settings as generation_settings
+from matryoshka_lora.engine import generation
 from matryoshka_lora.engine.engine import Engine
 from matryoshka_lora.evaluation import tasks
 from matryoshka_lora.evaluation.cost import adapter_bytes, token_latency
 from matryoshka_lora.evaluation.harness import judge
-from matryoshka_lora.evaluation.questions_task import QuestionsTask
 from matryoshka_lora.evaluation.results import summed
 from matryoshka_lora.evaluation.store import Store, request_key
-from matryoshka_lora.evaluation.tasks import Asked, Preset, ask
-from matryoshka_lora.formats.fingerprint import fingerprint
+from matryoshka_lora.evaluation.tasks import Asked, Preset, QuestionsTask, ask
+from matryoshka_lora.formats.beside import fingerprint
 from matryoshka_lora.formats.opened import open_adapter
 
 RANKS = (1, 2, 4)
@@ -289,7 +288,7 @@ def test_a_fingerprint_is_of_what_the_answers_depend_on(adapter: NestedAdapter, 
     before = fingerprint(open_adapter(tmp_path))
     assert fingerprint(opened_from(adapter.model, adapter.name)) == before
     code = (
-        "import sys\nfrom matryoshka_lora.formats.fingerprint import fingerprint\n"
+        "import sys\nfrom matryoshka_lora.formats.beside import fingerprint\n"
         "from matryoshka_lora.formats.opened import open_adapter\nprint(fingerprint(open_adapter(sys.argv[1])))"
     )
     again = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
@@ -494,7 +493,7 @@ def test_every_setting_of_transformers_is_refused_heeded_or_without_effect() -> 
         *("pad_token_id", "bos_token_id", "decoder_start_token_id"),
     }
     heeded = {"repetition_penalty", "eos_token_id", "max_length", "max_new_tokens"}
-    assert set(GenerationConfig().to_dict()) - without_effect - heeded <= set(generation_settings._CHANGES)
+    assert set(GenerationConfig().to_dict()) - without_effect - heeded <= set(generation._CHANGES)
 
 
 def without_latency(text: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from an_evaluation import evaluation, example, some_examples
 
-from matryoshka_lora.evaluation.page import MOST_EXAMPLES, page
+from matryoshka_lora.evaluation.report import MOST_EXAMPLES, page
 from matryoshka_lora.files import write_text
 
 HOSTILE = (

@@ -18,7 +18,7 @@ from tiny_hub import sent_files, tiny_hub
 
 from matryoshka_lora import MatryoshkaError, Nesting, export, reorder
 from matryoshka_lora.cli.main import app
-from matryoshka_lora.formats.fingerprint import check_measured, fingerprint
+from matryoshka_lora.formats.beside import check_measured, fingerprint
 from matryoshka_lora.formats.opened import open_adapter
 from matryoshka_lora.serving.push import push
 

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from matryoshka_lora import MatryoshkaError, select
 from matryoshka_lora.cli.main import main
 from matryoshka_lora.evaluation.choice import Choice, Measured, Wish, choose
-from matryoshka_lora.evaluation.reading import read_evaluation
-from matryoshka_lora.evaluation.select import parse_share
+from matryoshka_lora.evaluation.select import parse_share, read_evaluation
 
 Run = Callable[..., tuple[int, str, str]]
 

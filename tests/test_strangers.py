@@ -21,8 +21,8 @@ from tiny_chat import save_tiny_chat
 from transformers import AutoModelForCausalLM
 
 from matryoshka_lora import MatryoshkaError, Nesting, load, reorder
+from matryoshka_lora.formats.beside import read_spectra
 from matryoshka_lora.formats.opened import open_adapter
-from matryoshka_lora.formats.spectra import read_spectra
 from matryoshka_lora.nesting import Scaling
 from matryoshka_lora.serving.info import describe
 from matryoshka_lora.state import By, Deploy

@@ -17,7 +17,7 @@ from trl import SFTConfig
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest, reorder
 from matryoshka_lora.cli.demo import demo_config
-from matryoshka_lora.cli.reorder import reorder as command
+from matryoshka_lora.cli.verbs import reorder as command
 from matryoshka_lora.training import TrainConfig, load_config, make_config
 from matryoshka_lora.training.checks import parse_yaml
 

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from matryoshka_lora.adapter.nest import nest
     from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
     from matryoshka_lora.evaluation.evaluate import evaluate
+    from matryoshka_lora.evaluation.results import aurac
     from matryoshka_lora.evaluation.select import select
-    from matryoshka_lora.metrics import aurac
     from matryoshka_lora.nesting import Nesting
     from matryoshka_lora.serving.export import export
     from matryoshka_lora.serving.reorder import reorder
@@ -38,7 +38,7 @@ _MODULES = {
     "NestedAdapter": "adapter.handle",
     "Nesting": "nesting",
     "NotFiniteError": "errors",
-    "aurac": "metrics",
+    "aurac": "evaluation.results",
     "evaluate": "evaluation.evaluate",
     "export": "serving.export",
     "load": "adapter.loading",

@@ -1,4 +1,4 @@
-"""The exceptions that are meant for the person at the keyboard."""
+"""The exceptions that are meant for the person at the keyboard, and what others say."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ class MatryoshkaError(ValueError):
 
 class NotFiniteError(MatryoshkaError):
     """Numbers are NaN or infinity: training diverged, or the base model's dtype is too narrow for it."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, one_line
 from matryoshka_lora.files import check_writable, replace_directory
 from matryoshka_lora.formats.config import AdapterConfig
 
@@ -74,6 +74,14 @@ def load_model(
             source, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs
         )
     model.name_or_path = model.config.name_or_path = name
+    return model
+
+
+def load_on_accelerator(name: str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
+    """As `load_model`, on this machine's accelerator where it has one."""
+    model = load_model(name, dtype, revision=revision)
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
     return model
 
 
@@ -138,6 +146,13 @@ def base_of(
         revision = config.revision
     _check_revision(name or named, revision)
     return name or named, revision
+
+
+def needed_base(name: str | None, adapter: str) -> str:
+    """The name of an adapter's base model; raises MatryoshkaError where nobody says it."""
+    if not name:
+        raise MatryoshkaError(f"{adapter} does not say which base model it belongs to; give it with --model")
+    return name
 
 
 def _source(name: str, revision: str | None, kwargs: dict[str, Any]) -> tuple[str | Path, dict[str, Any]]:
@@ -305,7 +320,6 @@ def _explained(what: str, name: str) -> Iterator[None]:
     # A folder without weights, a hub that does not answer, an unknown architecture, code that is not trusted, a
     # missing package, a file cut short: transformers has no common error for these.
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
         if name == EMBEDDED:
             way_out = f"Delete {embedded_folder()} and try again: it will be made anew."
         else:
@@ -313,4 +327,4 @@ def _explained(what: str, name: str) -> Iterator[None]:
                 "Give a folder that holds a transformers model, the id of a model on the Hugging Face hub, or "
                 f"{EMBEDDED!r}, which needs no network."
             )
-        raise MatryoshkaError(f"cannot load the {what} of {name!r}: {reason} {way_out}") from error
+        raise MatryoshkaError(f"cannot load the {what} of {name!r}: {one_line(error)} {way_out}") from error

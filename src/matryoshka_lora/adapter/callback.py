@@ -8,10 +8,8 @@ import torch
 from torch import nn
 from transformers import DataCollatorWithFlattening, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from matryoshka_lora.adapter.copies import nest_copies
 from matryoshka_lora.adapter.factors import get_parameters
-from matryoshka_lora.adapter.gates import lora_layers
-from matryoshka_lora.adapter.in_model import InModel
+from matryoshka_lora.adapter.in_model import InModel, lora_layers, nest_copies
 from matryoshka_lora.errors import MatryoshkaError
 
 

@@ -12,10 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from matryoshka_lora.adapter.copies import nest_copies
-from matryoshka_lora.adapter.gates import checked_layers
-from matryoshka_lora.adapter.in_model import InModel
-from matryoshka_lora.adapter.merging import unmerge
+from matryoshka_lora.adapter.in_model import InModel, checked_layers, nest_copies, unmerge
 from matryoshka_lora.adapter.saving import export_rank, opened_from, save_adapter, writes
 from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.errors import MatryoshkaError

@@ -1,21 +1,121 @@
-"""A nested adapter in a model as `matryoshka_lora.reordering` sees it: factors, gradients, and what stands between."""
+"""One nested adapter in all layers of a model: which hold it, what stands between its factors, how it is reordered."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from matryoshka_lora.adapter.copies import nest_copies
-from matryoshka_lora.adapter.factors import assign, get_factors, get_gradients, get_parameters, has_modules
-from matryoshka_lora.adapter.gates import begin, checked_layers, draw, gated
+from matryoshka_lora.adapter.factors import assign, get_factors, get_gradients, get_parameters, has_adapter, has_modules
+from matryoshka_lora.adapter.gate import Gate
+from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.formats.layout import as_parameters
+from matryoshka_lora.formats.layout import as_parameters, layer_name
 from matryoshka_lora.state import By, State
+
+COPIES = ("ref", "teacher")
+"""What TRL names a copy of the adapter that it trains: as it was before training, and its moving average."""
+
+
+def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
+    """The LoRA layers that hold an adapter, nested or not, by their names in the base model."""
+    for name, module in model.named_modules():
+        if has_adapter(module, adapter):
+            yield layer_name(name), module
+
+
+def nested_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any, NestedVariant]]:
+    """The layers that hold a nested adapter, each with what stands between its factors."""
+    for name, module in lora_layers(model, adapter):
+        variant = module.lora_variant.get(adapter)
+        if isinstance(variant, NestedVariant):
+            yield name, module, variant
+
+
+def checked_layers(model: nn.Module, adapter: str) -> list[tuple[str, Any, NestedVariant]]:
+    """All layers of a nested adapter, as `nested_layers`.
+
+    Raises:
+        MatryoshkaError: There is none, or PEFT has made the adapter anew in one of them.
+    """
+    nested = list(nested_layers(model, adapter))
+    if not nested:
+        raise MatryoshkaError(f"the model has no nested adapter {adapter!r}: call nest() or load() first")
+    plain = {name for name, _ in lora_layers(model, adapter)} - {name for name, _, _ in nested}
+    if plain:
+        raise MatryoshkaError(
+            f"PEFT has made adapter {adapter!r} anew in layer {min(plain)} after it was nested: call nest() again"
+        )
+    return nested
+
+
+def gated(
+    model: nn.Module,
+    adapter: str,
+    diagonal: Tensor,
+    allow_fewer: bool = False,
+    exact: bool = True,
+    learn: Tensor | None = None,
+) -> list[tuple[NestedVariant, Gate]]:
+    """Every layer's variant with a gate where its factors are now: a Trainer moves the model after `nest`."""
+    made: dict[torch.device, Gate] = {}
+    found = []
+    for _, module, variant in nested_layers(model, adapter):
+        device = get_parameters(module, adapter)[0].device
+        if device not in made:
+            made[device] = Gate.on(device, diagonal, None, allow_fewer, exact, learn)
+        found.append((variant, made[device]))
+    return found
+
+
+def draw(model: nn.Module, adapter: str, step: int, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> None:
+    """Apply the rule's draw for an optimizer step; see `matryoshka_lora.NestedAdapter.draw`."""
+    index, count = share
+    state = next(nested_layers(model, adapter))[2].state
+    drawn = state.draw(step, None if rows is None else rows * count)
+    diagonal = drawn.diagonal
+    if diagonal.ndim > 1 and rows is not None:
+        diagonal = diagonal[index * rows : (index + 1) * rows]
+    for variant, gate in gated(model, adapter, diagonal, allow_fewer=True, learn=drawn.learn):
+        variant.begin_step(gate)
+
+
+def begin(model: nn.Module, adapter: str) -> None:
+    """Apply an adapter's state: its rank in eval mode and, where it is fixed, its diagonal in training."""
+    for _, _, variant in nested_layers(model, adapter):
+        variant.set_rank(variant.rank)
+        state = variant.state
+    if not state.draws:
+        draw(model, adapter, step=0)
+
+
+def nest_copies(model: PeftModel, adapter: str) -> dict[str, State]:
+    """Nest the copies that TRL keeps of a nested adapter, as far as they are not, and return their states by name.
+
+    DPO, KTO, GRPO and RLOO measure how far training has gone from adapter "ref"; SDFT and SDPO learn from "teacher".
+    TRL adds both by the nested adapter's own config and fills in its factors. Without p between them, they would be
+    another function than what they are copies of.
+    """
+    config = model.peft_config[adapter]
+    states: dict[str, State] = {}
+    for name in COPIES:
+        if name == adapter or model.peft_config.get(name) != config:
+            continue
+        for _, module in lora_layers(model, name):
+            original, copy = module.lora_variant.get(adapter), module.lora_variant.get(name)
+            if copy is None and isinstance(original, NestedVariant):
+                # A state of their own, since the adapter may be reordered and its copies are not.
+                copy = original.copied(states.get(name) or replace(original.state), module, name)
+                module.lora_variant[name] = copy
+            if isinstance(copy, NestedVariant):
+                states[name] = copy.state
+    return states
 
 
 class InModel:
@@ -108,3 +208,28 @@ class InModel:
             rows.contexts -= differ
             for (variant, _), override in zip(gates, before, strict=True):
                 variant.stand_before(override)
+
+
+def unmerge(layers: Sequence[Any], adapter: str) -> None:
+    """Undo the merge of a nested adapter; PEFT's own ``unmerge_adapter`` would take out all that are merged.
+
+    Args:
+        layers: PEFT's modules that hold the adapter.
+        adapter: Its name.
+
+    Raises:
+        MatryoshkaError: An adapter of another kind was merged on top of it. Nothing has been changed then.
+    """
+    merged = [module for module in layers if adapter in module.merged_adapters]
+    for module in merged:
+        for other in module.merged_adapters[module.merged_adapters.index(adapter) :]:
+            if not isinstance(module.lora_variant.get(other), NestedVariant | None):
+                raise MatryoshkaError(
+                    f"adapter {other!r} is of another kind and was merged on top of {adapter!r}: take both out "
+                    "with adapter.model.unmerge_adapter()"
+                )
+    for module in merged:
+        others = [name for name in module.merged_adapters if name != adapter]
+        module.merged_adapters = [adapter]
+        module.unmerge()
+        module.merged_adapters = others

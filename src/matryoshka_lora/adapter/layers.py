@@ -21,7 +21,7 @@ from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import get_parameters
-from matryoshka_lora.adapter.rows import RowCount
+from matryoshka_lora.adapter.gate import RowCount
 from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.ops import full_precision, low_rank_linear, low_rank_linear_reference

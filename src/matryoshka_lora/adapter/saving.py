@@ -13,9 +13,8 @@ from peft import PeftModel, peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, distributed, nn
 
-from matryoshka_lora.adapter.copies import COPIES, nest_copies
 from matryoshka_lora.adapter.factors import gathered, get_parameters
-from matryoshka_lora.adapter.gates import begin, checked_layers, nested_layers
+from matryoshka_lora.adapter.in_model import COPIES, begin, checked_layers, nest_copies, nested_layers
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import TRAINED_NAME, output_directory, replace_directory
 from matryoshka_lora.formats.config import check_config
@@ -27,7 +26,7 @@ from matryoshka_lora.reordering.files import deployed
 from matryoshka_lora.state import State
 
 
-def state_of(model: Any, adapter: str) -> State | None:
+def _state_of(model: Any, adapter: str) -> State | None:
     """The nesting of an adapter in a model, or None if it is not nested."""
     return next((variant.state for _, _, variant in nested_layers(model, adapter)), None)
 
@@ -135,7 +134,7 @@ class _Nested:
         """
         model: Any = self
         names = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
-        nested = [name for name in names if name in model.peft_config and state_of(model, name)]
+        nested = [name for name in names if name in model.peft_config and _state_of(model, name)]
         others = [name for name in names if name not in nested]
         if nested and save_embedding_layers is True:
             raise MatryoshkaError(
@@ -172,7 +171,7 @@ class _Nested:
         model: Any = self
         for name in list(model.peft_config) if adapter_name in COPIES else ():
             nest_copies(model, name)
-        state = state_of(model, adapter_name) if adapter_name in model.peft_config else None
+        state = _state_of(model, adapter_name) if adapter_name in model.peft_config else None
         folder = Path(model_id, kwargs.get("subfolder") or "")
         if state is None or not has_sidecar(folder):
             if state is not None and not state.is_plain_at_full_rank:

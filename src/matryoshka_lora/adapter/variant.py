@@ -9,8 +9,7 @@ from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import get_factors, get_parameters, get_weight, to_weight
-from matryoshka_lora.adapter.gate import Gate, wrong_number
-from matryoshka_lora.adapter.rows import RowCount
+from matryoshka_lora.adapter.gate import Gate, RowCount, wrong_number
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.state import State, split
 from matryoshka_lora.unofficial import backward_node, embed_scale, embedded, is_conv, next_node

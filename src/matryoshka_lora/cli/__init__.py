@@ -1,1 +1,1 @@
-"""The command line: one verb, one function, one file."""
+"""The command line: each verb is one call of a public function."""

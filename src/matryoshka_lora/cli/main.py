@@ -10,13 +10,8 @@ import warnings
 import typer
 
 from matryoshka_lora.cli.demo import demo
-from matryoshka_lora.cli.eval import evaluate
-from matryoshka_lora.cli.export import export
-from matryoshka_lora.cli.info import info
-from matryoshka_lora.cli.push import push
-from matryoshka_lora.cli.reorder import reorder
-from matryoshka_lora.cli.select import select
-from matryoshka_lora.cli.train import train
+from matryoshka_lora.cli.measure import evaluate, select
+from matryoshka_lora.cli.verbs import export, info, push, reorder, train
 from matryoshka_lora.errors import MatryoshkaError
 
 app = typer.Typer(

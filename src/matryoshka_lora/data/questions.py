@@ -118,14 +118,14 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, question: Question) -> Tokens:
     Raises:
         MatryoshkaError: The tokenizer has no chat template, or the prompt or the answer is empty.
     """
-    prompt, completion = as_trained(tokenizer, question)
+    prompt, completion = _as_trained(tokenizer, question)
     if isinstance(prompt, str):
         prompt_ids = tokenizer(prompt)["input_ids"]
         whole = tokenizer(prompt + completion)["input_ids"]
     else:
         prompt_ids = _template(tokenizer, prompt, add_generation_prompt=True)
         whole = _template(tokenizer, [*prompt, *completion])
-    length = max(_common_prefix(prompt_ids, whole), 1)
+    length = max(common_prefix(prompt_ids, whole), 1)
     if not prompt_ids or length >= len(whole):
         raise MatryoshkaError(f"a question has an empty {'answer' if prompt_ids else 'prompt'}: {question!r:.200}")
     return Tokens(context=whole[:length], completion=whole[length:], prompt=prompt_ids)
@@ -139,7 +139,7 @@ def end_texts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Tokens]) -
     return [str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(ends)]
 
 
-def as_trained(tokenizer: PreTrainedTokenizerBase, question: Question) -> tuple[Any, Any]:
+def _as_trained(tokenizer: PreTrainedTokenizerBase, question: Question) -> tuple[Any, Any]:
     """Prompt and completion as TRL trains on them: two lists of chat messages, or two texts, the second one ended.
 
     Raises:
@@ -179,6 +179,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any)
     return ids
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
     shorter = min(len(a), len(b))
     return next((i for i in range(shorter) if a[i] != b[i]), shorter)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matryoshka_lora.data.tasks import get_task, is_task, nearest_tasks
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -145,12 +145,12 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            yield from _numbered("row", pyarrow.parquet.read_table(path).to_pylist())
+            yield from _numbered(pyarrow.parquet.read_table(path).to_pylist())
         elif path.suffix == ".json":
             rows = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(rows, list):
                 raise MatryoshkaError(f"{path} holds no list: a .json file is a list of rows, a .jsonl one row a line")
-            yield from _numbered("row", rows)
+            yield from _numbered(rows)
         else:
             yield from _read_lines(path)
     except FileNotFoundError as error:
@@ -158,7 +158,7 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
     except MatryoshkaError:
         raise
     except (OSError, ValueError) as error:  # ValueError: JSON, UTF-8 and Arrow
-        raise MatryoshkaError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        raise MatryoshkaError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -182,16 +182,15 @@ def _download(parsed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     try:
         rows = datasets.load_dataset(name, parsed.get("config"), split=split, revision=parsed.get("revision"))
     except Exception as error:  # offline, no such name, config or split, gated: no common class
-        reason = " ".join(str(error).split())
         raise MatryoshkaError(
-            f"cannot load split {split!r} of the dataset {name!r} from the Hugging Face hub: {reason} Check the name "
-            "and the network, or give a file with data.path"
+            f"cannot load split {split!r} of the dataset {name!r} from the Hugging Face hub: {one_line(error)} Check "
+            "the name and the network, or give a file with data.path"
         ) from error
-    yield from _numbered("row", rows)
+    yield from _numbered(rows)
 
 
-def _numbered(what: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    return ((f"{what} {number}", row) for number, row in enumerate(rows, start=1))
+def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _convert(

@@ -24,7 +24,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, one_line
 
 Split = Literal["train", "validation", "test"]
 
@@ -139,7 +139,7 @@ class Task:
                 entry = generator[index]
                 question = entry["question"]
             except Exception as error:  # 106 generators, each with failures of its own
-                raise MatryoshkaError(f"task {self.name!r} cannot make a question: {_reason(error)}") from error
+                raise MatryoshkaError(f"task {self.name!r} cannot make a question: {one_line(error)}") from error
             yield question, entry
 
     def _generator(self, first_seed: int, count: int) -> Any:
@@ -149,7 +149,7 @@ class Task:
             return reasoning_gym.create_dataset(self.name, seed=first_seed, size=count, **self.params)
         except Exception as error:  # mostly the assertions of a config's validate()
             settings = ", ".join(f"{key}={value!r}" for key, value in self.params.items()) or "its own settings"
-            raise MatryoshkaError(f"task {self.name!r} does not run with {settings}: {_reason(error)}") from error
+            raise MatryoshkaError(f"task {self.name!r} does not run with {settings}: {one_line(error)}") from error
 
     def _example(self, entry: Mapping[str, Any]) -> Example:
         answer = entry["answer"]
@@ -204,7 +204,3 @@ def _generators() -> dict[str, Any]:
     except ImportError as error:
         raise MatryoshkaError("the built-in tasks come from reasoning-gym: pip install reasoning-gym") from error
     return {name: config for name, (_, config) in DATASETS.items()}
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

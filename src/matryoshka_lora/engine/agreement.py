@@ -31,11 +31,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter.handle import NestedAdapter
-from matryoshka_lora.engine.exchange import WAY_OUT
 from matryoshka_lora.engine.generation import Prompt, read, step
 from matryoshka_lora.engine.likelihood import Likelihood, Tree, score_trees
 from matryoshka_lora.engine.packing import Tokens
-from matryoshka_lora.engine.runner import Prefix, Runner, running
+from matryoshka_lora.engine.runner import WAY_OUT, Prefix, Runner, running
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.models import evaluation_mode
 

@@ -18,12 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.engine.agreement import check_agreement
-from matryoshka_lora.engine.exchange import WAY_OUT, row_attention
 from matryoshka_lora.engine.generation import Limits, Prompt, generate_rows
+from matryoshka_lora.engine.generation import repetition_penalty as penalty_of
 from matryoshka_lora.engine.likelihood import Likelihood, Tree, branched, score_trees
 from matryoshka_lora.engine.packing import Tokens, batches, families
-from matryoshka_lora.engine.runner import Prefix, Runner, running
-from matryoshka_lora.engine.settings import repetition_penalty as penalty_of
+from matryoshka_lora.engine.runner import WAY_OUT, Prefix, Runner, row_attention, running
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.models import context_length, rotation_limit
 

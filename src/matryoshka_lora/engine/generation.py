@@ -1,19 +1,56 @@
-"""Greedy decoding of rows that come and go: finished ones leave the batch, waiting ones take their place."""
+"""Greedy decoding of rows that come and go: finished ones leave the batch, waiting ones take their place.
+
+Of transformers' generation settings, those that change a greedy answer are heeded or refused: `repetition_penalty`.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
+from transformers import GenerationConfig, PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
 
 from matryoshka_lora.engine.attention import Decode, KeyValues, Prefill, places
 from matryoshka_lora.engine.packing import Tokens, batches
-from matryoshka_lora.engine.runner import Prefix, Runner
+from matryoshka_lora.engine.runner import WAY_OUT, Prefix, Runner
+from matryoshka_lora.errors import MatryoshkaError
+
+_CHANGES: dict[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "guidance_scale": 1,
+    "encoder_repetition_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "diversity_penalty": 0,
+    "bad_words_ids": [],
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "force_words_ids": [],
+    "constraints": [],
+    "sequence_bias": [],
+    "stop_strings": [],
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "watermarking_config": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "max_time": None,
+    "token_healing": None,
+}
+"""Settings that change a greedy answer, with the value that changes nothing; None and False change nothing either. The
+others are heeded, or are about sampling, beams or the way of computing."""
+
+_KNOWN = {*GenerationConfig().to_dict()} - {"eos_token_id", "max_length", "max_new_tokens"}
+"""What a task may set: its end texts and its length have other names."""
 
 _LEAVE = 1 / 8
 """The share of rows that must be done before they leave: leaving copies the keys of the rows that stay."""
@@ -105,21 +142,14 @@ class Batch:
         index = torch.tensor(rows, dtype=torch.long, device=self.lengths.device)
         return Batch([self.answers[row] for row in rows], self.own.select(index), self.lengths[index])
 
-    def grown(self, tokens: int) -> Batch:
-        """With a place for so many tokens in each row."""
-        enough = self.own.tokens >= tokens
-        return self if enough else Batch(self.answers, self.own.grown(places(tokens)), self.lengths)
-
     @staticmethod
     def joined(parts: Sequence[Batch]) -> Batch:
         """One batch of all rows that are not over, by rank."""
-        tokens = max(part.own.tokens for part in parts)
-        grown = [part.grown(tokens) for part in parts]
-        same = [part.own.grown(places(tokens)) for part in grown]
+        enough = places(max(part.own.tokens for part in parts))
         batch = Batch(
-            [answer for part in grown for answer in part.answers],
-            KeyValues.concat(same),
-            torch.cat([part.lengths for part in grown]),
+            [answer for part in parts for answer in part.answers],
+            KeyValues.concat([part.own.grown(enough) for part in parts]),
+            torch.cat([part.lengths for part in parts]),
         )
         order = sorted(batch.running(), key=lambda row: batch.answers[row].prompt.rank)
         return batch if order == list(range(len(batch.answers))) else batch.select(order)
@@ -223,3 +253,32 @@ def _write(batch: Batch, logits: Tensor, limits: Limits, put: Callable[[int, lis
         answer.over = limits.over(answer.made)
         if answer.over:
             put(answer.prompt.number, answer.made)
+
+
+def repetition_penalty(model: Any, given: Mapping[str, Any] | None = None, giver: str = "") -> float:
+    """The repetition penalty of greedy answers: 1 is none.
+
+    Args:
+        model: Its own generation config counts, but for how long an answer may be: who asks for it says that.
+        given: What stands in its place, as transformers' ``generate`` takes it.
+        giver: Whose that is, for messages.
+
+    Raises:
+        MatryoshkaError: Another setting would change the answers.
+    """
+    config, given = getattr(model, "generation_config", None), given or {}
+    own = {} if config is None else {name: value for name, value in config.to_dict().items() if name not in given}
+    _check(own, "the model's generation config", "its generation_config.json")
+    _check(given, giver, "its generation_kwargs")
+    for name in given:
+        if name not in _KNOWN:
+            raise MatryoshkaError(f"{giver} sets {name}, which is no setting of greedy decoding: take it out")
+    return float({**own, **given}.get("repetition_penalty") or 1.0)
+
+
+def _check(settings: Mapping[str, Any], giver: str, place: str) -> None:
+    for name, value in settings.items():
+        if name in _CHANGES and value is not None and value is not False and value != _CHANGES[name]:
+            raise MatryoshkaError(
+                f"{giver} sets {name} to {value}, which the engine does not know: take it out of {place}, or {WAY_OUT}"
+            )

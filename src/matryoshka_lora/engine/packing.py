@@ -1,10 +1,22 @@
-"""Which requests share a prefix, and which run together."""
+"""What runs together: which requests share a prefix, and how many rows and tokens fit into memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
+
+import psutil
+import torch
+
+from matryoshka_lora.data.questions import common_prefix
+
+SHARE = 0.5
+"""Of the free memory; the rest is for other processes and for what is not counted here."""
+
+_EFFICIENT = {"cpu": (2048, 128)}
+"""Tokens of a prefill and rows of a decode step above which nothing was gained, by trial on one core."""
 
 Tokens = tuple[int, ...]
 
@@ -37,7 +49,7 @@ def families(sequences: Sequence[Tokens]) -> list[Family]:
     order = sorted(range(len(sequences)), key=lambda i: sequences[i])
     # The last token of a sequence is never in a prefix: its logits are wanted.
     shared = [
-        min(_common(sequences[a], sequences[b]), len(sequences[a]) - 1, len(sequences[b]) - 1)
+        min(common_prefix(sequences[a], sequences[b]), len(sequences[a]) - 1, len(sequences[b]) - 1)
         for a, b in pairwise(order)
     ]
     found: list[Family] = []
@@ -77,11 +89,6 @@ def _spared(length: int, count: int) -> int:
     return length * (count - 1) if length >= MIN_PREFIX else 0
 
 
-def _common(a: Tokens, b: Tokens) -> int:
-    shorter = min(len(a), len(b))
-    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
-
-
 def batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> Iterator[list[int]]:
     """Places in ``lengths``, longest first, in batches of alike lengths.
 
@@ -92,3 +99,50 @@ def batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> Iterator[
         rows = max(1, min(max_rows, max_tokens // max(lengths[order[0]], 1)))
         yield order[:rows]
         order = order[rows:]
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a batch may hold.
+
+    Attributes:
+        prefill_tokens: New tokens of one forward pass, padding included.
+        cache_tokens: Tokens whose keys and values are kept, over all rows and prefixes.
+        rows: That generate together.
+    """
+
+    prefill_tokens: int
+    cache_tokens: int
+    rows: int
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What the device can still give to this process."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    return int(psutil.virtual_memory().available)
+
+
+def measure_room(model: Any, token_bytes: int, batch_size: int | None = None) -> Room:
+    """What fits beside a model now.
+
+    Args:
+        model: A transformers model on its device.
+        token_bytes: Of the keys and values of one token.
+        batch_size: Rows that may generate together; None means as many as fit and pay.
+    """
+    device = model.device
+    budget = int(SHARE * _free_bytes(device))
+    prefill, rows = _EFFICIENT.get(device.type, (32768, 512))
+    prefill = max(1, min(prefill, budget // 2 // (_transient_bytes(model) + token_bytes)))
+    return Room(prefill, max(1, budget // 2 // token_bytes), batch_size or rows)
+
+
+def _transient_bytes(model: Any) -> int:
+    """Bytes of what a layer holds of one token at once, and its logits: every token could be asked for."""
+    config = model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    inner = max(inner) if isinstance(inner, list) else inner  # Gemma 3n has one for each layer
+    layer = (8 * config.hidden_size + 4 * inner) * max(model.dtype.itemsize, 4)
+    return int(layer + 3 * 4 * config.vocab_size)

@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter.handle import NestedAdapter
@@ -23,13 +22,11 @@ from matryoshka_lora.engine.engine import Engine
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.cost import adapter_bytes, token_latency
 from matryoshka_lora.evaluation.harness import SEEDS, OnProgress, judge
-from matryoshka_lora.evaluation.page import PAGE_NAME, page
-from matryoshka_lora.evaluation.questions_task import QuestionsTask
-from matryoshka_lora.evaluation.reading import read_evaluation
-from matryoshka_lora.evaluation.report import draw_tasks
+from matryoshka_lora.evaluation.report import PAGE_NAME, draw_tasks, page
 from matryoshka_lora.evaluation.results import EXAMPLES_NAME, Evaluation, examples_of, summed
+from matryoshka_lora.evaluation.select import read_evaluation
 from matryoshka_lora.evaluation.store import ANSWERS_NAME, Store
-from matryoshka_lora.evaluation.tasks import BUILT_IN_ITEMS, Asked, ask
+from matryoshka_lora.evaluation.tasks import BUILT_IN_ITEMS, Asked, QuestionsTask, ask
 from matryoshka_lora.files import (
     EVALUATION,
     EVALUATION_FOLDER,
@@ -39,10 +36,10 @@ from matryoshka_lora.files import (
     check_writable,
     replace_directory,
 )
+from matryoshka_lora.formats.beside import fingerprint
 from matryoshka_lora.formats.card import write_card
-from matryoshka_lora.formats.fingerprint import fingerprint
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
-from matryoshka_lora.models import DTYPES, base_of, load_model, load_tokenizer
+from matryoshka_lora.models import DTYPES, base_of, load_on_accelerator, load_tokenizer, needed_base
 from matryoshka_lora.privacy import marked, shown
 from matryoshka_lora.state import State
 
@@ -129,12 +126,12 @@ def evaluate(
             check_free(folder, overwrite, beside=[EVALUATION])
     name, revision = base_of(opened.config, model, revision)
     if tokenizer is None:
-        tokenizer = load_tokenizer(_needed(name, opened), revision=revision)
+        tokenizer = load_tokenizer(needed_base(name, opened.name), revision=revision)
     asked = _asked(tasks, data, tokenizer, num_fewshot, limit, split, fixed_shots)
     if isinstance(adapter, NestedAdapter):
         model_name, computed = name or type(adapter.model.get_base_model()).__name__, adapter.model.dtype
     else:
-        model_name, computed = _needed(name, opened), DTYPES[dtype]
+        model_name, computed = needed_base(name, opened.name), DTYPES[dtype]
     about: dict[str, Any] = {
         "model": shown(model_name),
         "revision": revision,
@@ -157,7 +154,10 @@ def evaluate(
     evaluation = Evaluation(about, chosen)
     if folder is not None and (folder / EVALUATION_NAME).is_file():
         _keep_earlier(evaluation, folder, {called for task in asked for called in task.names.values()}, overwrite)
-    nested = adapter if isinstance(adapter, NestedAdapter) else _on_base(opened, model_name, revision, dtype)
+    if isinstance(adapter, NestedAdapter):
+        nested = adapter
+    else:
+        nested = load_opened(load_on_accelerator(model_name, computed, revision), opened)
     engine = Engine(nested, tokenizer, batch_size)
     subject = {"model": marked(name), "dtype": about["dtype"], "adapter": about["adapter"]["sha256"]}
     if revision is not None:
@@ -227,19 +227,6 @@ def _chosen(state: State, ranks: Sequence[int] | Literal["all"] | None) -> tuple
     if list(chosen) != sorted(set(chosen)):
         raise MatryoshkaError(f"the ranks must increase; write {sorted(set(chosen))}")
     return chosen
-
-
-def _needed(name: str | None, opened: OpenedAdapter) -> str:
-    if not name:
-        raise MatryoshkaError(f"{opened.name} does not say which base model it belongs to; give it with --model")
-    return name
-
-
-def _on_base(opened: OpenedAdapter, name: str, revision: str | None, dtype: str) -> NestedAdapter:
-    base = load_model(name, DTYPES[dtype], revision=revision)
-    if torch.accelerator.is_available():
-        base.to(torch.accelerator.current_accelerator())
-    return load_opened(base, opened)
 
 
 def _asked(

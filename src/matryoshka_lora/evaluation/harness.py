@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from matryoshka_lora.engine.engine import Engine
-from matryoshka_lora.engine.settings import repetition_penalty
+from matryoshka_lora.engine.generation import repetition_penalty
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.store import Store, request_key
 

@@ -1,9 +1,11 @@
-"""What people see of an evaluation: a table and a picture."""
+"""What people see of an evaluation: a table, a picture and a page."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,16 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from matryoshka_lora.metrics import with_error
+from matryoshka_lora.formats.card import with_error
+
+PAGE_NAME = "report.html"
+
+MOST_EXAMPLES = 1000
+"""Of each task: a browser is slow with a file of many megabytes. ``examples.jsonl`` has all."""
+
+_CHARACTERS = 600
+
+_PLACE = "{{evaluation}}"
 
 # Okabe and Ito's colours, which differ for every kind of colour vision; a marker of its own tells each curve in grey.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
@@ -59,7 +70,7 @@ def draw_tasks(evaluation: Mapping[str, Any], path: Path) -> None:
         if first["base"] is not None and first["base"]["value"] is not None:
             axes.axhline(first["base"]["value"], color=colour, linestyle="--", linewidth=1.5)
     about = evaluation["adapter"]["name"], evaluation["model"]
-    rank_axis(axes, ranks, f"{about[0]} on {about[1]}: bars are standard errors, dashes the base model")
+    _rank_axis(axes, ranks, f"{about[0]} on {about[1]}: bars are standard errors, dashes the base model")
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=15, frameon=False)
     figure.savefig(path)
@@ -69,7 +80,7 @@ def _shots(task: Mapping[str, Any]) -> str:
     return f"{task['num_fewshot'] or 0} shots"
 
 
-def rank_axis(axes: Any, ranks: Sequence[int], title: str) -> None:
+def _rank_axis(axes: Any, ranks: Sequence[int], title: str) -> None:
     """Give matplotlib's axes their title, a grid, and a horizontal axis of these ranks, by powers of two."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
@@ -80,3 +91,51 @@ def rank_axis(axes: Any, ranks: Sequence[int], title: str) -> None:
     axes.grid(color="#DDDDDD", linewidth=1)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def page(evaluation: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> str:
+    """The text of ``report.html``.
+
+    Args:
+        evaluation: The content of ``evaluation.json``.
+        examples: The lines of ``examples.jsonl``. Of a task with more than `MOST_EXAMPLES`, those stay that ranks score
+            differently, as far as there is room; prompts and answers are shortened.
+    """
+    by_task: dict[str, list[dict[str, Any]]] = {name: [] for name in evaluation["tasks"]}
+    for example in examples:
+        metric = evaluation["tasks"][example["task"]]["metric"]
+        by_task[example["task"]].append(_short(example, metric))
+    shown = {name: _those_shown(rows) for name, rows in by_task.items()}
+    counts = {name: len(rows) for name, rows in by_task.items()}
+    data = json.dumps(
+        {"evaluation": evaluation, "examples": shown, "all": counts},
+        ensure_ascii=False,
+        allow_nan=False,
+        separators=(",", ":"),
+    )
+    template = (files("matryoshka_lora.evaluation") / "page.html").read_text(encoding="utf-8")
+    # Inside a script element, only "<" can begin something else: "</script>", or "<!--".
+    return template.replace(_PLACE, data.replace("<", "\\u003c"), 1)
+
+
+def _short(example: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    prompt = example["prompt"]
+    return {
+        "id": example["doc_id"],
+        # The question is at the end, after the shots.
+        "prompt": prompt if len(prompt) <= _CHARACTERS else "…" + prompt[-_CHARACTERS:],
+        "target": _cut(example["target"]),
+        "answers": {rank: _cut(answer) for rank, answer in example["answers"].items()},
+        "scores": example["metrics"].get(metric, {}),
+    }
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _CHARACTERS else text[:_CHARACTERS] + "…"
+
+
+def _those_shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def agrees(row: dict[str, Any]) -> bool:
+        return len({score for rank, score in row["scores"].items() if rank != "0"}) <= 1
+
+    return sorted(sorted(rows, key=agrees)[:MOST_EXAMPLES], key=lambda row: row["id"])

@@ -18,7 +18,7 @@ after half a minute. What a killed writer has left is removed by the next one. A
 told to read again (`one_state`).
 """
 
-from matryoshka_lora.files.contents import (
+from matryoshka_lora.files.disk import (
     EVALUATION,
     EVALUATION_FOLDER,
     EVALUATION_NAME,
@@ -29,8 +29,8 @@ from matryoshka_lora.files.contents import (
     check_free,
     is_ours,
     kinds_in,
+    read_text,
 )
-from matryoshka_lora.files.disk import read_text
 from matryoshka_lora.files.switch import Mark, mark
 from matryoshka_lora.files.writing import (
     check_writable,

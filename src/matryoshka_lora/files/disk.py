@@ -1,17 +1,120 @@
-"""Reading with a limit, flushing to the disk, and what the operating system refuses, in words."""
+"""The disk: what a folder holds, reading with a limit, flushing, and what the operating system refuses, in words."""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from matryoshka_lora.errors import MatryoshkaError
+
+SPECTRA_NAME = "spectra.safetensors"
+"""The singular values of a reordered adapter, beside its weights."""
+
+TRAINED_NAME = "trained.safetensors"
+"""The factors as they are trained, beside those that are deployed: training goes on from them."""
+
+EVALUATION_FOLDER = "evaluation"
+"""Where `matryoshka eval` writes, below the adapter."""
+
+EVALUATION_NAME = "evaluation.json"
+PICTURE_NAME = "curve.png"
+
+WRITTEN_BY_US = "<!-- Written by matryoshka-lora"
+"""How a line begins that marks a README.md as ours; one without it is somebody's own, and is never touched."""
+
+_ADAPTER_FILES = (
+    *("adapter_config.json", "adapter_model*.safetensors", "adapter_model.safetensors.index.json"),
+    *("adapter_model.bin", "directions.safetensors", "nesting.json", SPECTRA_NAME, TRAINED_NAME),
+)
+_MODEL_FILES = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json"),
+    *("additional_chat_templates/*", "processor_config.json", "preprocessor_config.json"),
+)
+_EVALUATION_FILES = (
+    *(EVALUATION_NAME, PICTURE_NAME, "examples.jsonl", "report.html", "answers.jsonl", "answers.jsonl.lock"),
+)
+_README = "README.md"
+
+_RUN, EVALUATION = "a training run", "an evaluation"
+
+# What a folder holds, and the files by which that is seen.
+_SIGNS = {
+    _RUN: ("train.yaml", "trainer_state.json", "optimizer.pt", "checkpoint-*/trainer_state.json"),
+    "an adapter": ("adapter_config.json", "adapter_model*", "directions.safetensors", "nesting.json"),
+    "a model": ("config.json", "model*.safetensors", "pytorch_model*.bin"),
+    "adapters of several ranks": ("rank-*/adapter_config.json",),
+    EVALUATION: (EVALUATION_NAME, "answers.jsonl", f"{EVALUATION_FOLDER}/{EVALUATION_NAME}"),
+}
+
+
+def kinds_in(folder: str | os.PathLike[str]) -> list[str]:
+    """What of this package's concern a folder holds, in words; nothing of a folder that does not exist."""
+    return [kind for kind, signs in _SIGNS.items() if any(any(Path(folder).glob(sign)) for sign in signs)]
+
+
+def check_free(path: str | os.PathLike[str], overwrite: bool, beside: Collection[str] = ()) -> None:
+    """Make sure that an output may be written to a place.
+
+    Args:
+        path: A folder, or a file, that need not exist.
+        overwrite: Whether it may replace an adapter, a model, an evaluation or a file.
+        beside: What may be there since the output goes beside it, as `kinds_in` calls it.
+
+    Raises:
+        MatryoshkaError: It holds something that would be replaced. A training run is never replaced.
+    """
+    kinds = [kind for kind in kinds_in(path) if kind not in beside]
+    if _RUN in kinds:
+        raise MatryoshkaError(
+            f"{path} holds a training run, and the result of another command would pass for its adapter: choose "
+            "another folder"
+        )
+    if overwrite or not (kinds or Path(path).is_file()):
+        return
+    there = f"holds {' and '.join(kinds)}" if kinds else "exists"
+    raise MatryoshkaError(
+        f"{path} {there} already: choose another place, or say that it may be replaced, with --force or, in Python, "
+        "overwrite=True"
+    )
+
+
+def adapter_files(folder: Path) -> Iterator[Path]:
+    """The files of an adapter in a folder, relative to it."""
+    return _matching(folder, _ADAPTER_FILES)
+
+
+def output_files(folder: Path) -> Iterator[Path]:
+    """The files of all that `kinds_in` knows in a folder, but for a training run; relative to it."""
+    yield from _matching(folder, (*_ADAPTER_FILES, *_MODEL_FILES, *_EVALUATION_FILES))
+    yield from _matching(folder, (f"{EVALUATION_FOLDER}/{name}" for name in _EVALUATION_FILES))
+    yield from _matching(folder, (f"rank-*/{name}" for name in _ADAPTER_FILES))
+    for card in _matching(folder, (_README, f"rank-*/{_README}")):
+        if is_ours(folder / card):
+            yield card
+
+
+def is_ours(readme: Path) -> bool:
+    """Whether this package has written a README.md, and may write it again."""
+    try:
+        return WRITTEN_BY_US in readme.read_text(encoding="utf-8")
+    except ValueError:  # it is no text
+        return False
+
+
+def _matching(folder: Path, patterns: Iterator[str] | tuple[str, ...]) -> Iterator[Path]:
+    for pattern in patterns:
+        for found in sorted(folder.glob(pattern)):
+            if not found.is_dir() or found.is_symlink():
+                yield found.relative_to(folder)
 
 
 def flush_file(path: Path) -> None:

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files.contents import EVALUATION_NAME, SPECTRA_NAME, TRAINED_NAME
-from matryoshka_lora.files.disk import flush_file, flush_folder, read_text
+from matryoshka_lora.files.disk import EVALUATION_NAME, SPECTRA_NAME, TRAINED_NAME, flush_file, flush_folder, read_text
 
 NEW = "new"
 _OLD = "old"

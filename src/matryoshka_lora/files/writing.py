@@ -13,8 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files.contents import adapter_files, check_free, output_files
-from matryoshka_lora.files.disk import explained, flush_file, flush_folder
+from matryoshka_lora.files.disk import adapter_files, check_free, explained, flush_file, flush_folder, output_files
 from matryoshka_lora.files.switch import NEW, Mark, Switch, has_journal, mark
 
 PATIENCE = 30.0

@@ -1,11 +1,11 @@
-"""The model card: README.md beside an adapter, made of what is in its folder."""
+"""README.md beside an adapter: the model card, made of what is in its folder, and the page of a ladder."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from matryoshka_lora.files import (
     write_text,
 )
 from matryoshka_lora.formats.config import AdapterConfig
-from matryoshka_lora.metrics import with_error
 from matryoshka_lora.privacy import shown
 from matryoshka_lora.state import State
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM takes for ``--max-lora-rank``."""
 
 CARD_NAME = "README.md"
 
@@ -100,7 +102,7 @@ def hub_name(base: str | None) -> str:
     return name if HUB_ID.fullmatch(name) and not os.path.exists(name) else ""
 
 
-def hub_revision(config: AdapterConfig) -> str:
+def _hub_revision(config: AdapterConfig) -> str:
     """The revision of the base model, or "" if the config names none that could be one."""
     revision = str(config.revision or "")
     return revision if _REVISION.fullmatch(revision) else ""
@@ -191,7 +193,7 @@ def _is_shallow(value: Any) -> bool:
 
 
 def _use(config: AdapterConfig, state: State | None, base: str) -> str:
-    revision = hub_revision(config)
+    revision = _hub_revision(config)
     given = f', revision="{revision}"' if revision else ""
     loaded = f'AutoModelForCausalLM.from_pretrained("{base}"{given})'
     peft = f"""```python
@@ -225,3 +227,57 @@ matryoshka export THIS_FOLDER --format ladder -o ladder  # its README has the vl
 matryoshka export THIS_FOLDER --rank {some} --format gguf -o rank-{some}.gguf
 llama-cli -m BASE.gguf --lora rank-{some}.gguf
 ```"""
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    """A metric as people read it, with its standard error where there is one; ``"?"`` where there is no value."""
+    if value is None:
+        return "?"
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+
+
+def _serve_command(config: AdapterConfig, ranks: Sequence[int]) -> str:
+    """The ``vllm serve`` command for all ranks of a ladder; each is a model of its own name in the API.
+
+    It is for the ladder's own folder: no path of the machine that made it is in it.
+    """
+    base = hub_name(config.base_model) or "BASE_MODEL"
+    revision = f" --revision {_hub_revision(config)}" if _hub_revision(config) else ""
+    largest = next((rank for rank in VLLM_RANKS if rank >= max(ranks)), VLLM_RANKS[-1])
+    modules = " ".join(f"rank-{rank}=rank-{rank}" for rank in ranks)
+    return (
+        f"vllm serve {base}{revision} --enable-lora --max-lora-rank {largest} "
+        f"--max-loras {len(ranks)} --lora-modules {modules}"
+    )
+
+
+def ladder_readme(config: AdapterConfig, ranks: Sequence[int]) -> str:
+    """The README of a ladder, in Markdown: its adapters, and how vLLM and PEFT serve them."""
+    missing = "" if hub_name(config.base_model) else " (BASE_MODEL is the base model's folder, or its id)"
+    folders = "\n".join(f"* `rank-{rank}`" for rank in ranks)
+    return f"""{WRITTEN_BY_US}: delete this line to keep your own. -->
+
+# One adapter at {len(ranks)} ranks
+
+Each folder is an ordinary LoRA adapter, cut out of the same nested one by matryoshka-lora:
+
+{folders}
+
+vLLM serves them all on one base model, and each request names its rank. In this folder{missing}:
+
+```sh
+{_serve_command(config, ranks)}
+curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+  -d '{{"model": "rank-{ranks[0]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+```
+
+PEFT:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "rank-{ranks[0]}")
+model.load_adapter("rank-{ranks[-1]}", adapter_name="rank-{ranks[-1]}")
+model.set_adapter("rank-{ranks[-1]}")
+```
+"""

@@ -43,7 +43,7 @@ def write_gguf(adapter: OpenedAdapter, path: str | os.PathLike[str], base: Any) 
         MatryoshkaError: The architecture or a layer has no place in llama.cpp, or the file cannot be written.
     """
     gguf = _gguf()
-    names = gguf_names(adapter, base)
+    names = _gguf_names(adapter, base)
     if adapter.others:
         raise MatryoshkaError(
             f"{adapter.name} also holds tensor {adapter.others[0]}, which is no factor: llama.cpp's adapters have no "
@@ -81,7 +81,7 @@ def read_gguf(path: str | os.PathLike[str], written: OpenedAdapter, base: Any) -
     reader = _gguf().GGUFReader(path)
     found = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}
     alpha = float(reader.fields["adapter.lora.alpha"].contents())
-    names = gguf_names(written, base)
+    names = _gguf_names(written, base)
     tensors = {}
     for layer in written.layers:
         tensors[layer.key_A] = found[f"{names[layer.name]}.lora_a"].float()
@@ -92,7 +92,7 @@ def read_gguf(path: str | os.PathLike[str], written: OpenedAdapter, base: Any) -
     return from_memory(str(path), config, None, tensors)
 
 
-def gguf_names(adapter: OpenedAdapter, base: Any) -> dict[str, str]:
+def _gguf_names(adapter: OpenedAdapter, base: Any) -> dict[str, str]:
     """llama.cpp's name of each layer's weight."""
     gguf = _gguf()
     architecture, _ = _architecture(base)

@@ -118,7 +118,7 @@ class OpenedAdapter:
                 is not the one that was opened.
         """
         tensor = self.stored[key].read()
-        check_finite(key, tensor, self.name)
+        _check_finite(key, tensor, self.name)
         return tensor
 
     def tensors(self) -> dict[str, Tensor]:
@@ -299,7 +299,7 @@ def _opened(
     return OpenedAdapter(name, config, state, layers, tuple(sorted(stored.keys() - factors)), weights, stored)
 
 
-def check_finite(key: str, tensor: Tensor, where: str) -> None:
+def _check_finite(key: str, tensor: Tensor, where: str) -> None:
     """Raises MatryoshkaError, with ``where`` in it, if a tensor has another dtype than adapters have, or holds NaN."""
     if tensor.dtype not in DTYPES.values() or (".lora_" in key and not tensor.is_floating_point()):
         raise MatryoshkaError(

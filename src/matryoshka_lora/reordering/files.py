@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from matryoshka_lora.formats.beside import Spectra, read_spectra
 from matryoshka_lora.formats.layout import Layer
 from matryoshka_lora.formats.opened import OpenedAdapter
 from matryoshka_lora.nesting import Nesting
@@ -54,9 +55,7 @@ def reorder_opened(
     return adapter.with_factors(factors, layers, adapter.config.at(rank, scale), state, dtype), spectra
 
 
-def deployed(
-    adapter: OpenedAdapter, on_layer: Callable[[], object] | None = None
-) -> tuple[OpenedAdapter, dict[str, Tensor] | None]:
+def deployed(adapter: OpenedAdapter) -> tuple[OpenedAdapter, dict[str, Tensor] | None]:
     """An adapter as it is saved or exported: what is still as it was trained is reordered by SVD, with a warning.
 
     Returns:
@@ -69,4 +68,18 @@ def deployed(
         "in memory stays as it is trained",
         stacklevel=2,
     )
-    return reorder_opened(adapter, on_layer)
+    return reorder_opened(adapter)
+
+
+def spectra_of(adapter: OpenedAdapter) -> Spectra:
+    """The singular values that reordering has left beside an adapter's weights, or else those of its factors.
+
+    Raises:
+        MatryoshkaError: As `read_spectra`, or a factor cannot be read.
+    """
+    found = read_spectra(adapter)
+    if found is None:
+        computed, found = reorder_opened(adapter)
+        for layer in computed.layers:
+            computed.factors(layer)
+    return found

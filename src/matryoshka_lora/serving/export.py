@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_free, check_writable, output_directory, replace_file, write_text
-from matryoshka_lora.formats.card import CARD_NAME, has_own_card
+from matryoshka_lora.formats.beside import Spectra
+from matryoshka_lora.formats.card import CARD_NAME, has_own_card, ladder_readme
 from matryoshka_lora.formats.directions import write_directions
+from matryoshka_lora.formats.layout import Layer
 from matryoshka_lora.formats.opened import OpenedAdapter, first_ranks, from_memory, open_adapter
 from matryoshka_lora.formats.sidecar import write_sidecar
-from matryoshka_lora.formats.spectra import Spectra, read_spectra
-from matryoshka_lora.formats.write import Ranks, check_apart, cut, write_adapter
-from matryoshka_lora.reordering.files import deployed, reorder_opened
-from matryoshka_lora.serving.budget import Chosen, choose_ranks
-from matryoshka_lora.serving.compare import check_layers
-from matryoshka_lora.serving.ladder import ladder_readme
+from matryoshka_lora.formats.write import Ranks, check_apart, check_layers, cut, write_adapter
+from matryoshka_lora.reordering.files import deployed, reorder_opened, spectra_of
 
 if TYPE_CHECKING:
-    from matryoshka_lora.serving.verify import Base, Verified
+    from matryoshka_lora.serving.on_base import Base, Verified
+
 
 Format = Literal["peft", "merged", "gguf", "ladder", "directions"]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The ranks that were chosen.
+
+    Attributes:
+        ranks: By layer; 0 leaves a layer out.
+        parameters: How many numbers they have, without padding.
+        total: How many the whole adapter has.
+        kept: The share of the sum of squared singular values that is kept, 0 to 1.
+    """
+
+    ranks: dict[str, int]
+    parameters: int
+    total: int
+    kept: float
 
 
 @dataclass(frozen=True)
@@ -99,7 +117,7 @@ def export(
     check_apart(source, out)
     check_writable(out.parent if format == "gguf" else out)
     check_free(out, overwrite)
-    chosen = None if budget is None else choose_ranks(opened.layers, spectra or _spectra(opened), budget)
+    chosen = None if budget is None else choose_ranks(opened.layers, spectra or spectra_of(opened), budget)
     ranks: Ranks = chosen.ranks if chosen is not None else rank or opened.rank
     # A file of directions is compared with the adapter bit by bit.
     needs, compares = format in ("merged", "gguf"), verify and format != "directions"
@@ -121,7 +139,7 @@ def export(
                 verified = _check(opened, [ranks], [folder], checked_on, pad)
             elif format == "merged" and base is not None:
                 from matryoshka_lora.models import load_tokenizer
-                from matryoshka_lora.serving.merged import write_merged
+                from matryoshka_lora.serving.on_base import write_merged
 
                 tokenizer = load_tokenizer(str(name), revision=revision)
                 verified = write_merged(folder, opened, ranks, pad, base, tokenizer, verify)
@@ -150,15 +168,6 @@ def _ready(opened: OpenedAdapter) -> tuple[OpenedAdapter, Spectra | None]:
     if spectra is None:
         return new, None
     return from_memory(new.name, new.config, new.state, new.tensors()), spectra
-
-
-def _spectra(opened: OpenedAdapter) -> Spectra:
-    found = read_spectra(opened)
-    if found is None:
-        again, found = reorder_opened(opened)
-        for layer in again.layers:
-            again.factors(layer)
-    return found
 
 
 def _base(
@@ -191,7 +200,7 @@ def _check(
         check_layers(open_adapter(folder), opened, each, pad)
     if base is None:
         return None
-    from matryoshka_lora.serving.verify import compare_all
+    from matryoshka_lora.serving.on_base import compare_all
 
     return max(compare_all(opened, ranks, folders, base), key=lambda verified: verified.difference)
 
@@ -242,3 +251,47 @@ def _directions(opened: OpenedAdapter, folder: Path, rank: int) -> None:
     again = open_adapter(folder).tensors()
     if tensors.keys() != again.keys() or not all(tensors[key].equal(again[key]) for key in tensors):
         raise MatryoshkaError("the file that was written holds other numbers: check the disk and export again")
+
+
+def choose_ranks(layers: Sequence[Layer], spectra: Spectra, budget: float) -> Chosen:
+    """Keep the directions with the largest squared singular value per parameter, over all layers, within a budget.
+
+    That is one threshold for all layers. A direction that no longer fits ends its layer; smaller ones may still fit.
+
+    Args:
+        layers: Of a reordered adapter.
+        spectra: Its singular values.
+        budget: The share of the adapter's parameters, above 0 and at most 1.
+
+    Raises:
+        MatryoshkaError: The budget is no such share, or not even one direction fits.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
+        raise MatryoshkaError(f"budget is {budget!r}; write a share of the parameters, for example 0.25")
+    gains = {}
+    for layer in layers:
+        squares = spectra[layer.name] ** 2
+        # All experts of a stack have one rank.
+        gains[layer.name] = (squares.sum(dim=0) if squares.ndim > 1 else squares).tolist()
+    total = sum(layer.width * layer.rank for layer in layers)
+    left = whole = int(budget * total + 1e-6)
+    ranks, order = {layer.name: 0 for layer in layers}, count()
+    heap = [(-gains[layer.name][0] / layer.width, next(order), layer) for layer in layers]
+    heapq.heapify(heap)
+    while heap:
+        _, _, layer = heapq.heappop(heap)
+        if layer.width > left:
+            continue
+        left -= layer.width
+        ranks[layer.name] += 1
+        rank = ranks[layer.name]
+        if rank < layer.rank and gains[layer.name][rank] > 0:
+            heapq.heappush(heap, (-gains[layer.name][rank] / layer.width, next(order), layer))
+    if not any(ranks.values()):
+        raise MatryoshkaError(
+            f"a budget of {budget:g} is {whole} parameters, and one direction of one layer has at least "
+            f"{min(layer.width for layer in layers)}: write a larger one"
+        )
+    kept = sum(sum(gains[name][:rank]) for name, rank in ranks.items())
+    everything = sum(map(sum, gains.values()))
+    return Chosen(ranks, whole - left, total, kept / everything if everything else 1.0)

@@ -11,10 +11,10 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from matryoshka_lora.formats.beside import Spectra
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
-from matryoshka_lora.formats.spectra import Spectra, read_spectra
 from matryoshka_lora.nesting import Nesting
-from matryoshka_lora.reordering.files import reorder_opened
+from matryoshka_lora.reordering.files import spectra_of
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
         MatryoshkaError: It is no LoRA adapter, or damaged.
     """
     adapter = open_adapter(path)
-    spectra = read_spectra(adapter)
-    if spectra is None:
-        computed, spectra = reorder_opened(adapter)
-        for layer in computed.layers:
-            computed.factors(layer)
-    return Description(adapter, spectra)
+    return Description(adapter, spectra_of(adapter))
 
 
 def plot(description: Description, file: IO[bytes], form: str) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, one_line
 from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, PICTURE_NAME, SPECTRA_NAME
+from matryoshka_lora.formats.beside import check_measured
 from matryoshka_lora.formats.card import CARD_NAME, HUB_ID, hub_name, write_card
 from matryoshka_lora.formats.config import CONFIG_NAME, AdapterConfig
 from matryoshka_lora.formats.directions import DIRECTIONS_NAME
-from matryoshka_lora.formats.fingerprint import check_measured
 from matryoshka_lora.formats.opened import INDEX_NAME, WEIGHTS_NAME, OpenedAdapter, open_adapter
 from matryoshka_lora.formats.sidecar import SIDECAR_NAME
 from matryoshka_lora.privacy import find_private
@@ -65,7 +65,7 @@ def push(
     config = _with_base(opened, base_model)
     if opened.state is not None:  # what is not nested may be anybody's, and has a card of its own or none
         write_card(Path(opened.name), config, opened.state)
-    operations = files_to_send(opened, config)
+    operations = _files_to_send(opened, config)
     _check_private(operations)
     api = HfApi(endpoint=endpoint)
     try:
@@ -74,14 +74,13 @@ def push(
             repo_id=made.repo_id, operations=operations, commit_message="Upload a LoRA adapter for every rank"
         )
     except Exception as error:  # the hub's own errors, and those of whatever HTTP library it uses
-        reason = " ".join(str(error).split())
         raise MatryoshkaError(
-            f"cannot push to {repository!r}: {reason:.500} Log in with `hf auth login`; write owner/name"
+            f"cannot push to {repository!r}: {one_line(error)[:500]} Log in with `hf auth login`; write owner/name"
         ) from error
     return str(commit.commit_url)
 
 
-def files_to_send(adapter: OpenedAdapter, config: AdapterConfig) -> list[CommitOperationAdd]:
+def _files_to_send(adapter: OpenedAdapter, config: AdapterConfig) -> list[CommitOperationAdd]:
     """What is sent of an adapter: its own files, each by its name, and no other file of its folder.
 
     Texts are read here: what is looked through is what is sent.

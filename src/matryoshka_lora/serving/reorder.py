@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_writable, output_directory
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
 from matryoshka_lora.formats.write import check_apart, write_adapter
@@ -93,19 +92,16 @@ def _with_data(
     from matryoshka_lora.adapter.loading import load_opened
     from matryoshka_lora.adapter.saving import opened_from
     from matryoshka_lora.data.questions import rows_of
-    from matryoshka_lora.models import DTYPES, base_of, load_model, load_tokenizer
+    from matryoshka_lora.models import DTYPES, base_of, load_on_accelerator, load_tokenizer, needed_base
     from matryoshka_lora.reordering import learned, trained
 
     name, revision = base_of(opened.config, model, revision)
-    if not name:
-        raise MatryoshkaError(f"{opened.name} does not say which base model it belongs to; give it with --model")
+    name = needed_base(name, opened.name)
     wanted_by = trained if by == "trained" else learned
     most = wanted_by.STEPS * wanted_by.ROWS
     questions = rows_of(data, rows or most)
     tokenizer = load_tokenizer(name, revision=revision)
-    base = load_model(name, DTYPES[dtype], revision=revision)
-    if torch.accelerator.is_available():
-        base.to(torch.accelerator.current_accelerator())
+    base = load_on_accelerator(name, DTYPES[dtype], revision)
     # In float32 while it is changed.
     adapter = load_opened(base, reorder_opened(opened, dtype=torch.float32)[0], trainable=True)
     spectra = adapter.reorder(by, questions, tokenizer, rows, seed)

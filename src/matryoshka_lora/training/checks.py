@@ -1,4 +1,4 @@
-"""Reading YAML as people expect it, with overrides, and checking keys and types against a dataclass."""
+"""Checking what a config says: YAML as people expect it, keys and types, words of version 0.1, tokens and paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from matryoshka_lora.data.sources import parse_data
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, one_line
+from matryoshka_lora.privacy import marks_in, paths_in, tokens_in
+
+_NOW = {
+    "alpha": "the scale of the largest rank is lora.lora_alpha / r: for scaling 'rank' write alpha as lora.lora_alpha, "
+    "for 'sqrt' alpha * sqrt(r), and for 'none' leave both out",
+    "inference": "leave it out. inference: prefix with reorder: false is nesting.deploy: paper",
+}
+
+_TOKENS = ("hub_token", "model_init_kwargs.token")
+"""Where a config may have a token: neither is ever written."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -75,7 +85,7 @@ def apply_override(config: dict[str, Any], override: str) -> None:
     try:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise MatryoshkaError(f"the value of {name} is no YAML: {' '.join(str(error).split())}") from error
+        raise MatryoshkaError(f"the value of {name} is no YAML: {one_line(error)}") from error
     *sections, key = name.strip().split(".")
     for section in sections:
         below = config.get(section)
@@ -183,3 +193,57 @@ def _words(hint: Any) -> str:
     return {float: "a number", int: "an integer", bool: "true or false", str: "text"}.get(
         get_origin(hint) or hint, getattr(hint, "__name__", str(hint))
     )
+
+
+def refuse_old_words(config: Mapping[str, Any]) -> None:
+    """Raises MatryoshkaError for a word of version 0.1, with the one that has its place."""
+    nesting = config.get("nesting")
+    for key, now in _NOW.items():
+        if isinstance(nesting, Mapping) and key in nesting:
+            raise MatryoshkaError(f"nesting.{key} is of version 0.1: {now}")
+    if "recipe" in config:
+        raise MatryoshkaError(
+            "recipe is of version 0.1: write nesting.deploy: paper for recipe: paper, and nothing for recipe: default"
+        )
+
+
+def in_new_words(written: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``train.yaml`` of a run, by whichever version: what it says, in the words of today.
+
+    Factors that were saved with P in them and not reordered have no word now; their ``reorder`` stays False.
+    """
+    config, nesting = dict(written), written.get("nesting")
+    if not isinstance(nesting, Mapping) or "inference" not in nesting:
+        return config
+    new = {key: value for key, value in nesting.items() if key not in _NOW}
+    is_paper = nesting["inference"] == "prefix" and nesting.get("reorder") is False
+    new |= {"deploy": "paper", "reorder": None} if is_paper else {"deploy": "reordered"}
+    return {**config, "nesting": new}
+
+
+def check_private(config: Mapping[str, Any]) -> None:
+    """Raises MatryoshkaError for a config with a token or a path where it would be written or sent."""
+    for name in tokens_in(config):
+        if name not in _TOKENS:
+            raise MatryoshkaError(
+                f"{name or 'a key'} holds what looks like a token, and a config is kept with its run: take it out, and "
+                "log in with `hf auth login` or set HF_TOKEN. A token for the base model may stand in "
+                "model_init_kwargs.token, which is not written"
+            )
+    options = config.get("model_init_kwargs")
+    revision = options.get("revision") if isinstance(options, Mapping) else None
+    for name in paths_in({"lora": config.get("lora"), "model_init_kwargs": {"revision": revision}}):
+        raise MatryoshkaError(
+            f"{name} holds an absolute path, and adapter_config.json, where it would stand, goes wherever the adapter "
+            "goes: take it out"
+        )
+    for name in marks_in(config):
+        raise MatryoshkaError(
+            f"{name} is a path without its folders, as a run's train.yaml has it: write the path again, for example "
+            f"{name}=/where/it/is"
+        )
+    if config.get("push_to_hub"):
+        raise MatryoshkaError(
+            "push_to_hub would send logs, configs and factors without their nesting while training: leave it out, and "
+            "use `matryoshka push` afterwards"
+        )

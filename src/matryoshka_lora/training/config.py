@@ -19,9 +19,16 @@ from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.privacy import marked, paths_in
 from matryoshka_lora.rules import get_rule
 from matryoshka_lora.state import By, Deploy
-from matryoshka_lora.training.checks import apply_override, check_keys, check_types, names, read_yaml, write_yaml
-from matryoshka_lora.training.private import check_private
-from matryoshka_lora.training.version_1 import refuse_old_words
+from matryoshka_lora.training.checks import (
+    apply_override,
+    check_keys,
+    check_private,
+    check_types,
+    names,
+    read_yaml,
+    refuse_old_words,
+    write_yaml,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -1,23 +1,28 @@
-"""What a run finds in its folder: nothing, checkpoints to go on from, a finished adapter, or another run."""
+"""What a run finds in its folder: nothing, checkpoints to go on from, a finished adapter, or another run.
+
+And what it leaves in a checkpoint: how many processes trained it, and no path of this machine.
+"""
 
 from __future__ import annotations
 
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.files import write_text
+from matryoshka_lora.formats.card import CARD_NAME
 from matryoshka_lora.privacy import marked
-from matryoshka_lora.training.checks import read_yaml
+from matryoshka_lora.training.checks import in_new_words, read_yaml
 from matryoshka_lora.training.config import TrainConfig
-from matryoshka_lora.training.version_1 import in_new_words
 
 CONFIG_NAME = "train.yaml"
 """The config with everything filled in, written before the first step."""
@@ -174,3 +179,41 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
     return flat
+
+
+class PrivateCheckpoints(TrainerCallback):
+    """Takes out of each checkpoint the paths of this machine, and what nobody needs to go on.
+
+    That is the pickle of the training arguments, PEFT's card and the path of the best checkpoint, which the Trainer
+    also knows by its step.
+
+    Args:
+        home: The folder of the checkpoints that were there before.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        best = self.home / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        if state.best_model_checkpoint is None and best.is_dir():
+            state.best_model_checkpoint = str(best)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        from transformers.trainer import TRAINING_ARGS_NAME  # slow to import, and here already
+
+        if args.should_save:
+            folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            for name in (TRAINING_ARGS_NAME, CARD_NAME):
+                (folder / name).unlink(missing_ok=True)
+            write_state(state, folder)
+
+
+def write_state(state: TrainerState, folder: Path) -> None:
+    """Write the Trainer's state as the Trainer does, but without the path of its best checkpoint."""
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    text = json.dumps({**asdict(state), "best_model_checkpoint": None}, indent=2, sort_keys=True)
+    write_text(folder / TRAINER_STATE_NAME, text + "\n")

@@ -17,13 +17,20 @@ from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.adapter.loading import load
 from matryoshka_lora.adapter.nest import nest
 from matryoshka_lora.data.sources import load_data
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, one_line
 from matryoshka_lora.files import check_writable, write_text
 from matryoshka_lora.models import DTYPES, EMBEDDED, load_model, load_tokenizer
 from matryoshka_lora.training.config import TrainConfig
-from matryoshka_lora.training.private import PrivateCheckpoints, write_state
 from matryoshka_lora.training.processes import check_joined, on_main, one_voice
-from matryoshka_lora.training.resume import CONFIG_NAME, FINISHED_NAME, Plan, ProcessCount, plan
+from matryoshka_lora.training.resume import (
+    CONFIG_NAME,
+    FINISHED_NAME,
+    Plan,
+    PrivateCheckpoints,
+    ProcessCount,
+    plan,
+    write_state,
+)
 from matryoshka_lora.unofficial import load_best_model
 
 if TYPE_CHECKING:
@@ -180,7 +187,7 @@ def _trainer(
             callbacks=[adapter.callback()],
         )
     except (ValueError, ImportError) as error:
-        raise MatryoshkaError(f"TRL refuses the config: {' '.join(str(error).split())}") from error
+        raise MatryoshkaError(f"TRL refuses the config: {one_line(error)}") from error
     # TRL rounds the adapters of a quantized model to bfloat16, in which most small updates are lost.
     for name, parameter in adapter.model.named_parameters():
         if parameter.requires_grad and ".lora_" in name:

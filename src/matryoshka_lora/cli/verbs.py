@@ -1,0 +1,278 @@
+"""The verbs that train, describe, reorder, export and push, and what several verbs take."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from matryoshka_lora.serving.export import Exported
+
+
+class Dtype(StrEnum):
+    """The names of `matryoshka_lora.models.DTYPES`, which is slow to import."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+    fp16 = "fp16"
+
+
+class By(StrEnum):
+    """The values of `matryoshka_lora.state.By`."""
+
+    svd = "svd"
+    activations = "activations"
+    loss = "loss"
+    learned = "learned"
+    trained = "trained"
+
+
+class Format(StrEnum):
+    """What `matryoshka_lora.export` can write; that module is slow to import."""
+
+    peft = "peft"
+    merged = "merged"
+    gguf = "gguf"
+    ladder = "ladder"
+    directions = "directions"
+
+
+Model = Annotated[str | None, typer.Option(help="The base model.", show_default="what the adapter was trained on")]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Of the base model on the hub.", show_default="the one that the adapter was trained on"),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an adapter, a model or an evaluation that is there.")]
+
+
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to train.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Instead of what the file says.", show_default=False),
+    ] = None,
+) -> None:
+    """Train one adapter for every rank.
+
+    The file names the data, and may set any field of TRL's SFTConfig, any of PEFT's LoraConfig under lora:, and ranks,
+    scaling and rule under nesting:. The same command goes on where a killed run stopped.
+
+    Example: matryoshka train config.yaml lora.r=8 learning_rate=1e-3
+    """
+    from matryoshka_lora.errors import MatryoshkaError
+    from matryoshka_lora.training import load_config
+    from matryoshka_lora.training import train as run
+    from matryoshka_lora.training.processes import leave
+
+    checked = load_config(config, overrides or [])
+    try:
+        run(checked)
+        leave()
+    except KeyboardInterrupt as error:
+        raise MatryoshkaError("stopped; the same command goes on from the newest checkpoint") from error
+    if os.environ.get("RANK", "0") == "0":
+        if "task" in checked.data:
+            held_out = f"--task {checked.data['task']}"
+        else:
+            held_out = f"--data {checked.data.get('path') or checked.data['dataset']} (better: rows held out from it)"
+        typer.echo(f"Next: matryoshka eval {checked.output_dir} {held_out}")
+
+
+def info(
+    adapter: Annotated[Path, typer.Argument(help="A folder with a LoRA adapter, nested or not.", show_default=False)],
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the singular values of every layer, as .png, .svg or .pdf.")
+    ] = None,
+) -> None:
+    """Say what an adapter is: ranks, scales, its size at each rank, and how fast its directions lose weight.
+
+    No base model is loaded.
+
+    Example: matryoshka info runs/demo/adapter --plot decay.png
+    """
+    from matryoshka_lora.files import replace_file
+    from matryoshka_lora.serving.info import describe
+    from matryoshka_lora.serving.info import plot as draw
+
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"--plot is {plot}; give it a name that ends in .png, .svg or .pdf")
+    description = describe(adapter)
+    for line in description.lines():
+        typer.echo(line)
+    if plot is not None:
+        with replace_file(plot) as file, open(file, "xb") as picture:
+            draw(description, picture, plot.suffix[1:])
+        typer.echo(f"\nThe picture is {plot}")
+    state = description.adapter.state
+    if state is None or not state.reordered:
+        typer.echo(f"\nNext: matryoshka reorder {adapter} -o nested")
+    else:
+        typer.echo(
+            f"\nNext: matryoshka export {adapter} --rank {state.nesting.ranks[len(state.nesting.ranks) // 2]} -o small"
+        )
+
+
+def reorder(
+    adapter: Annotated[
+        Path, typer.Argument(help="A folder with any LoRA adapter that PEFT has written.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", show_default=False)],
+    by: Annotated[By, typer.Option(help="In what sense each prefix is good; see above.")] = By.svd,
+    data: Annotated[
+        str | None,
+        typer.Option(help="For all but svd: a built-in task, a file, or a hub dataset.", show_default=False),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many rows of it.", show_default="128; 480 for learned, 6400 for trained"),
+    ] = None,
+    model: Model = None,
+    revision: Revision = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the base model.")] = Dtype.bf16,
+    force: Force = False,
+) -> None:
+    """Make any LoRA adapter nested: the function stays, and every prefix becomes a good adapter of its rank.
+
+    svd is the best of each rank in every layer by itself; it needs no data and no base model. activations changes each
+    layer's outputs least, and loss the training loss. learned takes a few training steps by the loss of the prefixes
+    themselves. trained gives each rank a training of its own, and changes the function a little. These four run the
+    base model over some rows of the training data, or of data like it.
+
+    Example: matryoshka reorder runs/some-lora -o nested --by learned --data my.jsonl
+    """
+    from tqdm import tqdm
+
+    from matryoshka_lora.serving.reorder import reorder as run
+
+    # How many layers there are is known when the adapter has been read.
+    with tqdm(desc="reordering", unit=" layers", disable=True if data else None) as bar:
+        spectra = run(
+            adapter,
+            out,
+            by.value,
+            data,
+            rows=rows,
+            model=model,
+            revision=revision,
+            dtype=dtype.value,
+            overwrite=force,
+            on_layer=bar.update,
+        )
+    largest = max(len(values) for values in spectra.values())
+    written, small = shlex.quote(str(out)), shlex.quote(f"{out.name}-small")
+    typer.echo(
+        f"{out} is nested: PEFT reads it as the adapter that {adapter} is, and any rank from 1 to {largest} may be "
+        f"used. Next: matryoshka info {written}, or matryoshka export {written} --budget 0.25 -o {small}"
+    )
+
+
+def export(
+    adapter: Annotated[Path, typer.Argument(help="A folder with a LoRA adapter, nested or not.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="What to write.", show_default=False)],
+    rank: Annotated[int | None, typer.Option(help="The rank of every layer.", show_default=False)] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Instead: the share of the parameters; layers get ranks of their own.", show_default=False),
+    ] = None,
+    pad: Annotated[
+        bool, typer.Option("--pad", help="With --budget: fill up to one rank, for engines that know one.")
+    ] = False,
+    format: Annotated[Format, typer.Option(help="See above.")] = Format.peft,
+    model: Model = None,
+    revision: Revision = None,
+    verify: Annotated[bool, typer.Option(help="Compare logits, if the base model is on this machine.")] = True,
+    force: Force = False,
+) -> None:
+    """Write a rank of an adapter in the format that a device or an engine takes.
+
+    peft: an ordinary LoRA adapter. merged: the base model with the adapter in its weights. gguf: a file for
+    llama.cpp's --lora. ladder: one adapter for each rank, with the vllm command that serves them all. directions: one
+    file of which a device reads only the ranks it needs. Each is loaded again and compared with the adapter before it
+    is put in place. An adapter that is not nested is reordered by SVD on the way.
+
+    Example: matryoshka export runs/demo/adapter --rank 4 -o rank-4
+    """
+    from matryoshka_lora.serving.export import export as write
+
+    made = write(
+        adapter,
+        out,
+        rank,
+        format.value,
+        budget=budget,
+        pad=pad,
+        model=model,
+        revision=revision,
+        verify=verify,
+        overwrite=force,
+    )
+    typer.echo(_logits(made, verify, format))
+    typer.echo(f"{out} is {_what(made)} of {adapter}, as {format.value}. Next: {_following(made, format)}")
+
+
+def _what(made: Exported) -> str:
+    if made.chosen is not None:
+        used = sorted(made.chosen.ranks.values())
+        left_out = sum(rank == 0 for rank in used)
+        return (
+            f"{made.chosen.parameters:,} of {made.chosen.total:,} parameters (ranks from {used[0]} to {used[-1]}, "
+            f"{left_out} of {len(used)} layers left out)"
+        )
+    if isinstance(made.ranks, int):
+        return f"rank {made.ranks}"
+    return f"ranks {', '.join(map(str, made.ranks))}"
+
+
+def _following(made: Exported, format: Format) -> str:
+    out = str(made.path)
+    following = {
+        Format.peft: f'PeftModel.from_pretrained(base_model, "{out}")',
+        Format.merged: f'AutoModelForCausalLM.from_pretrained("{out}")',
+        Format.gguf: f"llama-cli -m BASE.gguf --lora {shlex.quote(out)}",
+        Format.ladder: f"see {made.path / 'README.md'}",
+        Format.directions: f'load(base_model, "{out}", max_rank=4)',
+    }
+    return following[format]
+
+
+def _logits(made: Exported, verify: bool, format: Format) -> str:
+    if format is Format.directions:
+        return "Verified: read back, every number is the same."
+    if made.verified is not None:
+        return f"Verified: on {made.base}, {made.verified}."
+    if not verify:
+        return "Verified: the layers. Logits were not compared, as you asked."
+    return (
+        f"Verified: the layers. No logits were compared: the base model {made.base or ''} is not on this machine. Give "
+        "its folder with --model"
+    )
+
+
+def push(
+    adapter: Annotated[Path, typer.Argument(help="A folder with a LoRA adapter.", show_default=False)],
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub.", show_default=False)],
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            help="owner/name of the base model, for an adapter that names a folder.",
+            show_default="what the adapter names",
+        ),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see a repository that is made.")] = False,
+) -> None:
+    """Upload an adapter with its model card and evaluation to the Hugging Face hub.
+
+    Checkpoints and logs beside it are not sent, and nothing is sent while a file holds what looks like a token or an
+    absolute path.
+
+    Example: matryoshka push runs/demo/adapter me/family-any-rank
+    """
+    from matryoshka_lora.serving.push import push as send
+
+    address = send(adapter, repository, private=not public, base_model=base_model)
+    typer.echo(f"Uploaded: {address}")
