@@ -20,6 +20,7 @@ from torch import Tensor
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError, load, reorder
 from matryoshka_lora.adapter.in_model import InModel
 from matryoshka_lora.reordering.model import Part
+from matryoshka_lora.reordering.sources import data_from
 from matryoshka_lora.reordering.trained import share_out, train_ranks
 
 NESTING = Nesting([1, 2, 4, 8], "none", 0.7)
@@ -187,3 +188,13 @@ def test_rows_and_files(tmp_path: Path) -> None:
         sizes = A.double().norm(dim=1) * B.double().norm(dim=0) * NESTING.scale
         torch.testing.assert_close(spectra[name], sizes, rtol=1e-4, atol=1e-6)
         assert np.isfinite(found).all()
+
+
+def test_rows_that_come_again_come_in_another_order() -> None:
+    tokenizer = tiny_tokenizer()
+    model = get_peft_model(tiny_llama(vocab_size=len(tokenizer)), LoraConfig(target_modules=["q_proj"]))
+    data = data_from(model, [{"prompt": "a", "completion": "b" * count} for count in range(1, 21)], tokenizer)
+    found = [part.weight for (part,) in data.steps(60, 1, seed=0)]
+    passes = [found[begin : begin + 20] for begin in (0, 20, 40)]
+    assert all(sorted(each) == sorted(passes[0]) and len(set(each)) == 20 for each in passes)
+    assert len({tuple(each) for each in passes}) == 3

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import cycle, islice
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
@@ -81,9 +81,9 @@ class TrainerRows:
     def steps(self, rows: int, at_once: int, seed: int) -> Iterator[list[Part]]:
         """See `matryoshka_lora.reordering.model.Data`."""
         trainer, data = self.trainer, self.trainer.train_dataset
-        shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+        generator = torch.Generator().manual_seed(seed)
         size = trainer.args.per_device_train_batch_size
-        for step in _steps(shuffled, rows, at_once):
+        for step in _steps(lambda: torch.randperm(len(data), generator=generator).tolist(), rows, at_once):
             chunks = [step[start : start + size] for start in range(0, len(step), size)]
             batches = [prepared(trainer, trainer.data_collator([data[i] for i in chunk])) for chunk in chunks]
             yield [
@@ -127,17 +127,22 @@ class QuestionRows:
 
     def steps(self, rows: int, at_once: int, seed: int) -> Iterator[list[Part]]:
         """See `matryoshka_lora.reordering.model.Data`."""
-        shuffled = list(self.rows)
-        random.Random(seed).shuffle(shuffled)
-        for step in _steps(shuffled, rows, at_once):
+        shuffled, generator = list(self.rows), random.Random(seed)
+
+        def draw() -> list[Tokens]:
+            generator.shuffle(shuffled)
+            return list(shuffled)
+
+        for step in _steps(draw, rows, at_once):
             ids, mask, is_answer = pad_rows(step, self.pad, self.model.device)
             yield [Part(len(step), int(is_answer.sum()), mask, partial(_answer_loss, self.model, ids, mask, is_answer))]
 
 
-def _steps(shuffled: Sequence[Any], rows: int, at_once: int) -> Iterator[list[Any]]:
-    endless = cycle(shuffled)
-    for begin in range(0, rows, at_once):
-        yield list(islice(endless, min(at_once, rows - begin)))
+def _steps(draw: Callable[[], Sequence[Any]], rows: int, at_once: int) -> Iterator[list[Any]]:
+    """So many rows in steps. All rows come before one comes again, and in a new order each time."""
+    endless = chain.from_iterable(draw() for _ in count())
+    for start in range(0, rows, at_once):
+        yield list(islice(endless, min(at_once, rows - start)))
 
 
 def _within_context(rows: list[Tokens], limit: int | None) -> list[Tokens]:
