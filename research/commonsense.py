@@ -75,12 +75,16 @@ def write(source: Path, out: Path) -> None:
     for task, test in TASKS.items():
         pool = [question for question in questions(source / task / "train_rc_5shot") if _length(question) <= LONGEST]
         random.Random(f"commonsense {task}").shuffle(pool)
-        held_out, rest = pool[: EACH["validation"]], pool[EACH["validation"] :]
-        train += [as_row(question) for question in rest[: EACH["train"]]]
         tested = list(questions(source / task / test))
         if task != "arc_challenge":
             random.Random(f"commonsense {task} test").shuffle(tested)
             tested = tested[: EACH["test"]]
+        taken = {as_row(question)["prompt"] for question in tested}
+        pool = [question for question in pool if as_row(question)["prompt"] not in taken]
+        held_out = pool[: EACH["validation"]]
+        taken = {as_row(question)["prompt"] for question in held_out}
+        rest = [question for question in pool if as_row(question)["prompt"] not in taken]
+        train += [as_row(question) for question in rest[: EACH["train"]]]
         for split, kept in (("validation", held_out), ("test", tested)):
             write_task(task, kept, out / split)
     random.Random("commonsense").shuffle(train)

@@ -72,7 +72,9 @@ class Study:
     def model_name(self) -> str:
         """The model as files of others may name it: of a folder on this machine, its last part."""
         path = Path(self.model).expanduser()
-        return path.name if path.is_absolute() or path.is_dir() else self.model
+        # A name on the hub has one stroke at most.
+        is_path = path.is_absolute() or len(path.parts) > 2 or path.is_dir()
+        return path.name if is_path else self.model
 
     def nesting(self, rank: int) -> tuple[int, ...]:
         """The nested ranks of a run: all up to R, or for a LoRA of one rank that alone."""

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from matryoshka_lora import MatryoshkaError
 from research.__main__ import main
-from research.commonsense import EACH, TASKS, as_row, write
+from research.commonsense import EACH, TASKS, as_row, chosen_rows, write
 from research.cuts import MAKERS
 from research.plan import load_runs, missing_jobs, results
 from research.records import Curve, Job, Run
@@ -230,6 +230,8 @@ def test_commonsense_chooses_what_is_likeliest(model: Path, tmp_path: Path, monk
     write(tmp_path / "package", tmp_path / "data")
     rows = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 8 * 6
+    held_out = [*chosen_rows(tmp_path / "data", "validation"), *chosen_rows(tmp_path / "data", "test")]
+    assert not {row["prompt"] for row in rows} & {row["prompt"] for row in held_out}
     assert {"prompt": "train 0: Bo", "completion": " is it."} in [
         *rows,
         *(
