@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from matryoshka_lora.cli.bar import progress_bar
+
 if TYPE_CHECKING:
     from matryoshka_lora.serving.export import Exported
-    from matryoshka_lora.serving.single import Progress
 
 
 class Dtype(StrEnum):
@@ -246,7 +245,7 @@ def export(
     """
     from matryoshka_lora.serving.export import export as write
 
-    with _progress_bar("writing") as show:
+    with progress_bar("writing") as show:
         made = write(
             adapter,
             out,
@@ -335,18 +334,3 @@ def push(
 
     address = send(adapter, repository, private=not public, base_model=base_model)
     typer.echo(f"Uploaded: {address}")
-
-
-@contextmanager
-def _progress_bar(what: str) -> Iterator[Callable[[Progress], object]]:
-    """A bar of the bytes and layers of a single file; hidden where nobody watches."""
-    from tqdm import tqdm
-
-    with tqdm(desc=what, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-
-        def show(progress: Progress) -> None:
-            bar.total = progress.all_bytes
-            bar.set_postfix_str(f"layer {progress.layers} of {progress.all_layers}", refresh=False)
-            bar.update(progress.bytes - bar.n)
-
-        yield show

@@ -40,7 +40,7 @@ ADAPTER_METADATA = "lora_adapter_metadata"
 OURS = "matryoshka_lora"
 """Where this package says what it did."""
 
-MAX_RANK = 4096
+_MAX_RANK = 4096
 
 _MAX_HEADER = 1 << 25
 _AGAIN = "Copy or save the file again"
@@ -261,8 +261,8 @@ def _layer(
             f"{where}: the factors of {pair.name} have shapes {list(shape_A)} and {list(shape_B)}, which are not those "
             f"of one rank. {_AGAIN}"
         )
-    if rank > MAX_RANK:
-        raise MatryoshkaError(f"{where}: {pair.name} has rank {rank}, and {MAX_RANK} is the largest that is read")
+    if rank > _MAX_RANK:
+        raise MatryoshkaError(f"{where}: {pair.name} has rank {rank}, and {_MAX_RANK} is the largest that is read")
     for key in (pair.A, pair.B):
         dtype = stored[key].dtype
         if dtype is None or dtype not in DTYPES.values() or not dtype.is_floating_point:

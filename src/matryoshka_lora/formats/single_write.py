@@ -37,7 +37,7 @@ class Plan:
         layers: As they will be, with the keys, ranks and scales of the new file, in the order of writing.
         given: The layer of the source that each is made of.
         stored: All tensors but the factors, by their new keys; factors have a shape and a dtype here only.
-        metadata: Of the new file, with the fields of `finished` as long as they will be.
+        metadata: Of the new file, with the fields of `_finished` as long as they will be.
         style: None is the source's.
     """
 
@@ -75,7 +75,7 @@ class Plan:
                 made.update(zip((layer.key_A, layer.key_B), pair, strict=True))
             return made.pop(key)
 
-        write_stored(file, self.stored, self.metadata, read, lambda found: finished(self.metadata, found, *error()))
+        write_stored(file, self.stored, self.metadata, read, lambda found: _finished(self.metadata, found, *error()))
 
 
 def plan(source: LoraFile, ranks: Mapping[str, int], style: Style | None, did: str) -> Plan:
@@ -122,7 +122,7 @@ def adapter_config(plan: Plan) -> AdapterConfig:
     return AdapterConfig(_lora_config(inside, {}, False))
 
 
-def finished(metadata: Mapping[str, str], found: str, kept: float, error: float) -> dict[str, str]:
+def _finished(metadata: Mapping[str, str], found: str, kept: float, error: float) -> dict[str, str]:
     """The metadata with what is known when all tensors were written; it does not change its length.
 
     Args:

@@ -9,8 +9,8 @@ from matryoshka_lora.formats.beside import Spectra
 from matryoshka_lora.formats.layout import Layer
 from matryoshka_lora.serving.ranks import Chosen, Keep, by_size, by_threshold
 
-KEEPS = ("99%", "95%", "90%", "sv_fro=0.95", "sv_cumulative=0.9", "sv_ratio=20")
-SHARES = (2, 4, 8)
+_KEEPS = ("99%", "95%", "90%", "sv_fro=0.95", "sv_cumulative=0.9", "sv_ratio=20")
+_SHARES = (2, 4, 8)
 
 
 def choices(
@@ -28,10 +28,10 @@ def choices(
         size: How many bytes a file with some ranks has.
     """
     most = {layer.name: layer.rank for layer in layers}
-    for text in KEEPS:
+    for text in _KEEPS:
         found = by_threshold(layers, spectra, Keep.read(text), most)
         yield f"--keep {text}", found, size(found.ranks)
-    for share in SHARES:
+    for share in _SHARES:
         wanted = size(most) // share
         try:
             found = by_size(layers, spectra, wanted, itemsizes, size)

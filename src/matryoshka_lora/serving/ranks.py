@@ -135,7 +135,7 @@ def choose_ranks(layers: Sequence[Layer], spectra: Spectra, budget: float) -> Ch
 
 def by_threshold(layers: Sequence[Layer], spectra: Spectra, keep: Keep, most: Mapping[str, int]) -> Chosen:
     """The smallest rank of each layer that obeys a threshold, and at most the rank that is given for it."""
-    return chosen(
+    return _chosen(
         layers, spectra, {layer.name: min(keep.rank(spectra[layer.name]), most[layer.name]) for layer in layers}
     )
 
@@ -161,7 +161,7 @@ def by_size(
     """
     full = {layer.name: layer.rank for layer in layers}
     if size(full) <= most:
-        return chosen(layers, spectra, full)
+        return _chosen(layers, spectra, full)
     parameters = sum(layer.width * layer.rank for layer in layers)
     # The header is longest at full rank, and what it has left over is filled afterwards.
     itemsize = max(itemsizes.values())
@@ -182,10 +182,10 @@ def by_size(
         ranks = best
     if not any(ranks.values()):
         raise MatryoshkaError(f"no direction of any layer has room in {most} bytes: write a larger size")
-    return chosen(layers, spectra, ranks)
+    return _chosen(layers, spectra, ranks)
 
 
-def chosen(layers: Sequence[Layer], spectra: Spectra, ranks: Mapping[str, int]) -> Chosen:
+def _chosen(layers: Sequence[Layer], spectra: Spectra, ranks: Mapping[str, int]) -> Chosen:
     """Ranks with what they cost and keep."""
     squares = {layer.name: (spectra[layer.name] ** 2).reshape(-1, spectra[layer.name].shape[-1]) for layer in layers}
     everything = sum(float(own.sum()) for own in squares.values())

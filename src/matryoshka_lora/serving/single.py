@@ -26,7 +26,7 @@ from matryoshka_lora.formats.styles import Style
 from matryoshka_lora.reordering.single import CutLayer, cut_layer, rescale_layer, singular_values
 from matryoshka_lora.serving.ranks import Chosen, Keep, by_size, by_threshold
 
-MOST_LOST = 1e-2
+_MOST_LOST = 1e-2
 """What the rounding of the new factors may take of a layer, as a share of its norm."""
 
 T = TypeVar("T")
@@ -109,7 +109,7 @@ def write_single(
         raise MatryoshkaError(f"{out} is the adapter itself, which would be lost: choose another name")
     check_writable(out if folder else out.parent)
     check_free(out, overwrite)
-    ranks = choose(opened, wish, style)
+    ranks = _choose(opened, wish, style)
     new = plan(opened, ranks, style, str(wish))
     _warn(opened)
     if folder:
@@ -128,7 +128,7 @@ def write_single(
     return Written(out, known, _root(error, total), new.size, made.spectra)
 
 
-def choose(
+def _choose(
     opened: LoraFile, wish: Wish, style: Style | None = None, spectra: Mapping[str, Tensor] | None = None
 ) -> dict[str, int]:
     """The rank of each layer.
@@ -272,7 +272,7 @@ def _write(new: Plan, file: Path, wish: Wish, on_progress: Callable[[Progress], 
 
 def _check_rounding(layer: Layer, made: CutLayer) -> None:
     lost, size = max(made.size - made.kept, 0.0) ** 0.5, made.size**0.5
-    if not made.error**0.5 <= lost + MOST_LOST * size:
+    if not made.error**0.5 <= lost + _MOST_LOST * size:
         raise MatryoshkaError(
             f"layer {layer.name} cannot be written in its dtype, whose rounding would take too much of it: save the "
             "file in fp32 first"
