@@ -221,6 +221,9 @@ def test_what_does_not_go_together(file: Path, folder: Path, tmp_path: Path) -> 
         export(folder, tmp_path / "new", rank=2, max_bytes=2000)
     with pytest.raises(MatryoshkaError, match="format peft without padding"):
         export(folder, tmp_path / "new", max_bytes=20000, pad=True)
+    # Its scale is not in the file, and would be taken for 1.
+    with pytest.raises(MatryoshkaError, match="scale stands in the adapter_config"):
+        export(folder / "adapter_model.safetensors", tmp_path / "new.safetensors", rank=2)
     with pytest.raises(MatryoshkaError, match="which part of a pipeline"):
         export(folder, tmp_path / "new.safetensors", rank=2, style="kohya")
     assert out.read_text() == "mine"

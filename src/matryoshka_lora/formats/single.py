@@ -117,6 +117,10 @@ def open_file(path: str | os.PathLike[str]) -> LoraFile:
             "made it"
         )
     stored, metadata = _read_header(file)
+    if any(key.startswith(PEFT_PREFIX) for key in stored) and (file.parent / CONFIG_NAME).is_file():
+        raise MatryoshkaError(
+            f"{name} is a part of PEFT's adapter, whose scale stands in the {CONFIG_NAME} beside it: give {file.parent}"
+        )
     whole: dict[str, str] = {}
     pairs, alphas = {}, {}
     found = find_pairs(stored, name)
