@@ -1,6 +1,6 @@
 """What it costs to cut LoRA files of image models: one layer in three ways, a whole file, and the three rules of kohya.
 
-    python benchmarks/cut_files.py --out runs/cut_files.json
+    OMP_NUM_THREADS=1 python benchmarks/cut_files.py --out runs/cut_files.json
 
 * One layer of 3072 x 3072, in one process on one thread: our QR and SVD of the R x R core, a full SVD of the dense
   update, and `torch.svd_lowrank` of it with twice the rank and two iterations, which is what kohya's script does.
