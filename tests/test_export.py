@@ -40,8 +40,9 @@ from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
 from matryoshka_lora.formats.write import check_layers, cut, write_adapter
 from matryoshka_lora.serving import export as serving_export
 from matryoshka_lora.serving import on_base
-from matryoshka_lora.serving.export import Exported, choose_ranks
+from matryoshka_lora.serving.export import Exported
 from matryoshka_lora.serving.on_base import probe_logits, use_ranks
+from matryoshka_lora.serving.ranks import choose_ranks
 
 SMALL = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 

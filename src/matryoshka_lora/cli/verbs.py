@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from matryoshka_lora.cli.bar import progress_bar
+
 if TYPE_CHECKING:
     from matryoshka_lora.serving.export import Exported
 
@@ -40,6 +42,14 @@ class Format(StrEnum):
     gguf = "gguf"
     ladder = "ladder"
     directions = "directions"
+
+
+class Style(StrEnum):
+    """The values of `matryoshka_lora.formats.styles.Style`."""
+
+    kohya = "kohya"
+    diffusers = "diffusers"
+    peft = "peft"
 
 
 Model = Annotated[str | None, typer.Option(help="The base model.", show_default="what the adapter was trained on")]
@@ -84,12 +94,17 @@ def train(
 
 
 def info(
-    adapter: Annotated[Path, typer.Argument(help="A folder with a LoRA adapter, nested or not.", show_default=False)],
+    adapter: Annotated[
+        Path,
+        typer.Argument(help="A folder with a LoRA adapter, nested or not; or a .safetensors file.", show_default=False),
+    ],
     plot: Annotated[
         Path | None, typer.Option(help="Draw the singular values of every layer, as .png, .svg or .pdf.")
     ] = None,
 ) -> None:
     """Say what an adapter is: ranks, scales, its size at each rank, and how fast its directions lose weight.
+
+    What each rank, share and size of `export` would give stands in it, and nothing is written.
 
     No base model is loaded.
 
@@ -109,7 +124,9 @@ def info(
             draw(description, picture, plot.suffix[1:])
         typer.echo(f"\nThe picture is {plot}")
     state = description.adapter.state
-    if state is None or not state.reordered:
+    if adapter.is_file():
+        typer.echo(f"\nNext: matryoshka export {adapter} --keep 95% -o small.safetensors")
+    elif state is None or not state.reordered:
         typer.echo(f"\nNext: matryoshka reorder {adapter} -o nested")
     else:
         typer.echo(
@@ -119,9 +136,12 @@ def info(
 
 def reorder(
     adapter: Annotated[
-        Path, typer.Argument(help="A folder with any LoRA adapter that PEFT has written.", show_default=False)
+        Path,
+        typer.Argument(
+            help="A folder with any LoRA adapter that PEFT has written; or a .safetensors file.", show_default=False
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder or file to write.", show_default=False)],
     by: Annotated[By, typer.Option(help="In what sense each prefix is good; see above.")] = By.svd,
     data: Annotated[
         str | None,
@@ -163,6 +183,12 @@ def reorder(
             overwrite=force,
             on_layer=bar.update,
         )
+    if adapter.is_file():
+        typer.echo(
+            f"{out} computes what {adapter} does, and its directions are in order: the first ones of each layer are "
+            f"its best. Next: matryoshka export {shlex.quote(str(out))} --keep 95% -o small.safetensors"
+        )
+        return
     largest = max(len(values) for values in spectra.values())
     written, small = shlex.quote(str(out)), shlex.quote(f"{out.name}-small")
     typer.echo(
@@ -172,12 +198,28 @@ def reorder(
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(help="A folder with a LoRA adapter, nested or not.", show_default=False)],
+    adapter: Annotated[
+        Path,
+        typer.Argument(help="A folder with a LoRA adapter, nested or not; or a .safetensors file.", show_default=False),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="What to write.", show_default=False)],
     rank: Annotated[int | None, typer.Option(help="The rank of every layer.", show_default=False)] = None,
     budget: Annotated[
         float | None,
         typer.Option(help="Instead: the share of the parameters; layers get ranks of their own.", show_default=False),
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Instead: 95% of each layer; or kohya's sv_fro=0.95, sv_ratio=20.", show_default=False),
+    ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(help="Instead: the most that the file may have, as 50MB.", show_default=False)
+    ] = None,
+    conv_rank: Annotated[
+        int | None, typer.Option(help="Of a file: the rank of its convolutions.", show_default="the rank")
+    ] = None,
+    style: Annotated[
+        Style | None, typer.Option(help="Of a file: how its keys are spelled.", show_default="as they are")
     ] = None,
     pad: Annotated[
         bool, typer.Option("--pad", help="With --budget: fill up to one rank, for engines that know one.")
@@ -195,22 +237,38 @@ def export(
     file of which a device reads only the ranks it needs. Each is loaded again and compared with the adapter before it
     is put in place. An adapter that is not nested is reordered by SVD on the way.
 
+    A LoRA in one .safetensors file, as image and video models have it, becomes such a file, with the keys that it had.
+
     Example: matryoshka export runs/demo/adapter --rank 4 -o rank-4
+
+    Example: matryoshka export flux.safetensors --keep 95% -o small.safetensors
     """
     from matryoshka_lora.serving.export import export as write
 
-    made = write(
-        adapter,
-        out,
-        rank,
-        format.value,
-        budget=budget,
-        pad=pad,
-        model=model,
-        revision=revision,
-        verify=verify,
-        overwrite=force,
-    )
+    with progress_bar("writing") as show:
+        made = write(
+            adapter,
+            out,
+            rank,
+            format.value,
+            budget=budget,
+            keep=keep,
+            max_bytes=max_bytes,
+            conv_rank=conv_rank,
+            style=None if style is None else style.value,
+            pad=pad,
+            model=model,
+            revision=revision,
+            verify=verify,
+            overwrite=force,
+            on_progress=show,
+        )
+    if made.error is not None and made.chosen is not None:
+        typer.echo(
+            f"{out} is {_what(made)} of {adapter}. It keeps {100 * made.chosen.kept:.2f} % of the squared singular "
+            f"values; the error is {100 * made.error:.3g} % of the update's norm"
+        )
+        return
     typer.echo(_logits(made, verify, format))
     typer.echo(f"{out} is {_what(made)} of {adapter}, as {format.value}. Next: {_following(made, format)}")
 

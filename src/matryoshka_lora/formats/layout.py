@@ -113,7 +113,7 @@ def find_layers(shapes: Mapping[str, Sequence[int]], config: AdapterConfig, wher
     """
     found = []
     for module, key_A, key_B in factor_keys(shapes):
-        _check_name(module, where)
+        check_name(module, where)
         if key_B not in shapes:
             raise MatryoshkaError(f"{where} lacks tensor {key_B}. {_AGAIN}")
         shape_A, shape_B = Size(shapes[key_A]), Size(shapes[key_B])
@@ -150,7 +150,7 @@ def foreign(key: str, where: str) -> MatryoshkaError:
     return MatryoshkaError(f"{where} holds tensor {key}, which belongs to no part of the adapter. {_AGAIN}")
 
 
-def _check_name(module: str, where: str) -> None:
+def check_name(module: str, where: str) -> None:
     """Refuse a name that no module of a model has, such as a path."""
     parts = module.split(".")
     if len(module) > 500 or not module.isprintable() or not all(parts) or any(_STRANGE.search(part) for part in parts):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,11 +15,15 @@ from matryoshka_lora.formats.beside import Spectra, write_spectra
 from matryoshka_lora.formats.card import has_own_card, write_card
 from matryoshka_lora.formats.config import AdapterConfig
 from matryoshka_lora.formats.layout import Layer
-from matryoshka_lora.formats.opened import DTYPES, WEIGHTS_NAME, OpenedAdapter
+from matryoshka_lora.formats.opened import WEIGHTS_NAME, OpenedAdapter, Stored
 from matryoshka_lora.formats.sidecar import write_sidecar
+from matryoshka_lora.formats.streamed import file_size, write_stored
 
 TOLERANCE = 1e-2
 """Of a layer's update, and of what the adapter does to the logits. Factors in half precision are rounded by 0.4 %."""
+
+_METADATA = {"format": "pt"}
+"""What transformers asks of a file before it reads it."""
 
 Ranks = int | Mapping[str, int]
 """One rank for all layers, or one for each by its name in the base model; 0 leaves a layer out."""
@@ -82,25 +84,20 @@ def _ends(name: str) -> Iterator[str]:
 
 def write_weights(file: Path, adapter: OpenedAdapter) -> None:
     """Write an adapter's tensors as safetensors, each as it is read, so that one layer is in memory at a time."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    write_stored(file, _weights(adapter), _METADATA, adapter.tensor)
+
+
+def weights_size(adapter: OpenedAdapter) -> int:
+    """How many bytes `write_weights` writes."""
+    return file_size(_weights(adapter), _METADATA)
+
+
+def _weights(adapter: OpenedAdapter) -> dict[str, Stored]:
     keys = [key for layer in adapter.layers for key in (layer.key_A, layer.key_B)] + list(adapter.others)
-    # "pt" is what transformers asks of a file before it reads it.
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
     for key in keys:
-        stored = adapter.stored[key]
-        if stored.dtype is None:
+        if adapter.stored[key].dtype is None:
             adapter.tensor(key)  # raises the reason
-            raise MatryoshkaError(f"{adapter.name}: {key} has a dtype that no adapter has. Save it again")
-        begin, end = end, end + math.prod(stored.shape) * stored.dtype.itemsize
-        header[key] = {"dtype": names[stored.dtype], "shape": list(stored.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "xb") as opened:
-        opened.write(len(text).to_bytes(8, "little") + text)
-        for key in keys:
-            tensor = adapter.tensor(key).detach().cpu().contiguous()
-            opened.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return {key: adapter.stored[key] for key in keys}
 
 
 def cut(adapter: OpenedAdapter, ranks: Ranks, pad: bool = False) -> OpenedAdapter:

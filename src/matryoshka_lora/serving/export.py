@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -16,34 +14,21 @@ from matryoshka_lora.files import check_free, check_writable, output_directory, 
 from matryoshka_lora.formats.beside import Spectra
 from matryoshka_lora.formats.card import CARD_NAME, has_own_card, ladder_readme
 from matryoshka_lora.formats.directions import write_directions
-from matryoshka_lora.formats.layout import Layer
+from matryoshka_lora.formats.module_names import names_in_model
 from matryoshka_lora.formats.opened import OpenedAdapter, first_ranks, from_memory, open_adapter
 from matryoshka_lora.formats.sidecar import write_sidecar
-from matryoshka_lora.formats.write import Ranks, check_apart, check_layers, cut, write_adapter
+from matryoshka_lora.formats.single import LoraFile, from_folder, is_file, open_file
+from matryoshka_lora.formats.styles import Style
+from matryoshka_lora.formats.write import Ranks, check_apart, check_layers, cut, weights_size, write_adapter
 from matryoshka_lora.reordering.files import deployed, reorder_opened, spectra_of
+from matryoshka_lora.serving.ranks import Chosen, Keep, by_size, by_threshold, choose_ranks, read_bytes
+from matryoshka_lora.serving.single import Progress, Wish, write_single
 
 if TYPE_CHECKING:
     from matryoshka_lora.serving.on_base import Base, Verified
 
 
 Format = Literal["peft", "merged", "gguf", "ladder", "directions"]
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The ranks that were chosen.
-
-    Attributes:
-        ranks: By layer; 0 leaves a layer out.
-        parameters: How many numbers they have, without padding.
-        total: How many the whole adapter has.
-        kept: The share of the sum of squared singular values that is kept, 0 to 1.
-    """
-
-    ranks: dict[str, int]
-    parameters: int
-    total: int
-    kept: float
 
 
 @dataclass(frozen=True)
@@ -56,6 +41,7 @@ class Exported:
         chosen: How a budget was spent, if there was one.
         base: The base model's name, if the adapter or the caller says it.
         verified: How far its logits are from the nested adapter's, at most; None where no base model was at hand.
+        error: Of a single file: the Frobenius norm of all that was lost, over that of the update.
     """
 
     path: Path
@@ -63,6 +49,7 @@ class Exported:
     chosen: Chosen | None
     base: str | None
     verified: Verified | None
+    error: float | None = None
 
 
 def export(
@@ -72,11 +59,16 @@ def export(
     format: Format = "peft",
     *,
     budget: float | None = None,
+    keep: float | str | None = None,
+    max_bytes: int | str | None = None,
+    conv_rank: int | None = None,
+    style: Style | None = None,
     pad: bool = False,
     model: str | None = None,
     revision: str | None = None,
     verify: bool = True,
     overwrite: bool = False,
+    on_progress: Callable[[Progress], object] | None = None,
 ) -> Exported:
     """Write a rank of an adapter in the format that a device or an engine takes.
 
@@ -86,20 +78,32 @@ def export(
     Example::
 
         export("my-adapter", "rank-4", rank=4)
+        export("flux.safetensors", "small.safetensors", keep="95%")
 
     Args:
-        source: The folder of a LoRA adapter.
-        target: What to write: a folder, or for ``"gguf"`` a file.
-        rank: The rank of every layer. Of a ladder or a file of directions, the largest one; None is R.
+        source: The folder of a LoRA adapter, or a LoRA in one ``.safetensors`` file, as image and video models have it.
+        target: What to write: a folder, or a file for ``"gguf"`` and where the source is one.
+        rank: The rank of every layer. Of a ladder or a file of directions, the largest one; None is R. With ``keep``,
+            the most that a layer gets.
         format: ``"peft"``: an ordinary LoRA adapter. ``"merged"``: the base model with the adapter in its weights.
             ``"gguf"``: a file for llama.cpp. ``"ladder"``: one ordinary adapter for each nested rank.
             ``"directions"``: one file of which a device reads only the ranks it needs.
         budget: In the place of a rank: the share of the parameters; layers get ranks of their own.
+        keep: In the place of a rank: each layer gets the smallest rank that keeps this share of its squared singular
+            values, as ``"95%"`` or 0.95; or obeys a threshold of kohya's script: ``"sv_fro=0.95"``,
+            ``"sv_cumulative=0.9"``, ``"sv_ratio=20"``.
+        max_bytes: In the place of a rank: the most that the file of weights may have, as ``"50MB"``; ranks as for a
+            budget.
+        conv_rank: Of a single file: the rank of convolutions whose kernel is larger than one point.
+        style: Of a single file: how its keys are spelled, ``"kohya"``, ``"diffusers"`` or ``"peft"``, which is a
+            folder; None is as they are. Without a rank and the like, nothing else changes.
         pad: With a budget: fill up to one rank, for engines that know one.
-        model: The base model; None is what the adapter names.
+        model: The base model; None is what the adapter names. Of a single file with kohya's keys, for another style:
+            the folder of a model of diffusers, which knows where the dots of the modules' names are.
         revision: Of the base model on the hub; None is the one that the adapter was trained on.
         verify: Whether logits are compared, if the base model is on this machine.
         overwrite: Whether the target may hold an adapter, a model or an evaluation, of which nothing is left then.
+        on_progress: Called after each layer of a single file.
 
     Raises:
         MatryoshkaError: The adapter is damaged, has no such rank, or cannot be had in this format; the target cannot be
@@ -109,7 +113,23 @@ def export(
     out = Path(target)
     if format not in get_args(Format):
         raise MatryoshkaError(f"format is {format!r}; write one of {', '.join(map(repr, get_args(Format)))}")
-    _check_wishes(rank, format, budget, pad)
+    kept, most_bytes = None if keep is None else Keep.read(keep), None if max_bytes is None else read_bytes(max_bytes)
+    if is_file(source):
+        if format != "peft" or budget is not None or pad or (model is not None and style is None):
+            raise MatryoshkaError(
+                f"{source} is a single file, for which there are rank, conv_rank, keep, max_bytes and style: another "
+                "format, a budget and padding are for PEFT's folders"
+            )
+        given = open_file(source)
+        if model is not None:
+            given = replace(given, names=names_in_model(model))
+        return _single(given, out, Wish(rank, conv_rank, kept, most_bytes), style, overwrite, on_progress)
+    if style in ("kohya", "diffusers") and format == "peft" and budget is None and not pad:
+        given = from_folder(open_adapter(source))
+        return _single(given, out, Wish(rank, conv_rank, kept, most_bytes), style, overwrite, on_progress)
+    if style is not None or conv_rank is not None:
+        raise MatryoshkaError(f"{source} is a folder of PEFT's: style and conv_rank are for a single file, made of it")
+    _check_wishes(rank, format, budget, kept, most_bytes, pad)
     opened, spectra = _ready(open_adapter(source))
     if rank is not None:
         opened.nested.check_rank(rank)
@@ -117,7 +137,9 @@ def export(
     check_apart(source, out)
     check_writable(out.parent if format == "gguf" else out)
     check_free(out, overwrite)
-    chosen = None if budget is None else choose_ranks(opened.layers, spectra or spectra_of(opened), budget)
+    chosen = None
+    if budget is not None or kept is not None or most_bytes is not None:
+        chosen = _chosen(opened, spectra or spectra_of(opened), rank, budget, kept, most_bytes)
     ranks: Ranks = chosen.ranks if chosen is not None else rank or opened.rank
     # A file of directions is compared with the adapter bit by bit.
     needs, compares = format in ("merged", "gguf"), verify and format != "directions"
@@ -152,14 +174,57 @@ def export(
     return Exported(out, ladder or ranks, chosen, name, verified)
 
 
-def _check_wishes(rank: int | None, format: Format, budget: float | None, pad: bool) -> None:
+def _check_wishes(
+    rank: int | None, format: Format, budget: float | None, keep: Keep | None, most_bytes: int | None, pad: bool
+) -> None:
+    wishes = [wish for wish in (budget, keep, most_bytes) if wish is not None]
     whole = format in ("ladder", "directions")
-    if (rank is None) == (budget is None) and not (whole and budget is None):
-        raise MatryoshkaError("give either a rank, for example 8, or a budget, for example 0.25")
-    if budget is not None and whole:
+    if wishes and whole:
         raise MatryoshkaError(f"format {format} has whole ranks: give a rank, or leave the budget out")
-    if pad and budget is None:
+    if len(wishes) > 1 or (rank is None and not wishes and not whole) or (rank is not None and wishes and keep is None):
+        raise MatryoshkaError(
+            "give either a rank, for example 8, or a budget, for example 0.25, or a share to keep, for example 95%, or "
+            "a size, for example 50MB; only a share to keep may have a rank beside it, as the most that a layer gets"
+        )
+    if most_bytes is not None and (format != "peft" or pad):
+        raise MatryoshkaError("a size is that of the format peft without padding: give a rank for any other")
+    if pad and not wishes:
         raise MatryoshkaError("padding belongs to a budget: with one rank all layers have it anyway")
+
+
+def _chosen(
+    opened: OpenedAdapter,
+    spectra: Spectra,
+    rank: int | None,
+    budget: float | None,
+    keep: Keep | None,
+    most_bytes: int | None,
+) -> Chosen:
+    if budget is not None:
+        return choose_ranks(opened.layers, spectra, budget)
+    if keep is not None:
+        return by_threshold(opened.layers, spectra, keep, {layer.name: rank or layer.rank for layer in opened.layers})
+    assert most_bytes is not None
+    itemsizes = dict.fromkeys((layer.name for layer in opened.layers), opened.dtype.itemsize)
+    return by_size(opened.layers, spectra, most_bytes, itemsizes, lambda ranks: weights_size(cut(opened, ranks)))
+
+
+def _single(
+    opened: LoraFile,
+    out: Path,
+    wish: Wish,
+    style: Style | None,
+    overwrite: bool,
+    on_progress: Callable[[Progress], object] | None,
+) -> Exported:
+    if wish == Wish():
+        if style is None:
+            raise MatryoshkaError(
+                "give a rank, for example 8; a share to keep, for example 95%; a size, for example 50MB"
+            )
+        wish = Wish(reorder=False)
+    made = write_single(opened, out, wish, style, overwrite, on_progress)
+    return Exported(out, made.chosen.ranks, made.chosen, None, None, made.error)
 
 
 def _ready(opened: OpenedAdapter) -> tuple[OpenedAdapter, Spectra | None]:
@@ -251,47 +316,3 @@ def _directions(opened: OpenedAdapter, folder: Path, rank: int) -> None:
     again = open_adapter(folder).tensors()
     if tensors.keys() != again.keys() or not all(tensors[key].equal(again[key]) for key in tensors):
         raise MatryoshkaError("the file that was written holds other numbers: check the disk and export again")
-
-
-def choose_ranks(layers: Sequence[Layer], spectra: Spectra, budget: float) -> Chosen:
-    """Keep the directions with the largest squared singular value per parameter, over all layers, within a budget.
-
-    That is one threshold for all layers. A direction that no longer fits ends its layer; smaller ones may still fit.
-
-    Args:
-        layers: Of a reordered adapter.
-        spectra: Its singular values.
-        budget: The share of the adapter's parameters, above 0 and at most 1.
-
-    Raises:
-        MatryoshkaError: The budget is no such share, or not even one direction fits.
-    """
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
-        raise MatryoshkaError(f"budget is {budget!r}; write a share of the parameters, for example 0.25")
-    gains = {}
-    for layer in layers:
-        squares = spectra[layer.name] ** 2
-        # All experts of a stack have one rank.
-        gains[layer.name] = (squares.sum(dim=0) if squares.ndim > 1 else squares).tolist()
-    total = sum(layer.width * layer.rank for layer in layers)
-    left = whole = int(budget * total + 1e-6)
-    ranks, order = {layer.name: 0 for layer in layers}, count()
-    heap = [(-gains[layer.name][0] / layer.width, next(order), layer) for layer in layers]
-    heapq.heapify(heap)
-    while heap:
-        _, _, layer = heapq.heappop(heap)
-        if layer.width > left:
-            continue
-        left -= layer.width
-        ranks[layer.name] += 1
-        rank = ranks[layer.name]
-        if rank < layer.rank and gains[layer.name][rank] > 0:
-            heapq.heappush(heap, (-gains[layer.name][rank] / layer.width, next(order), layer))
-    if not any(ranks.values()):
-        raise MatryoshkaError(
-            f"a budget of {budget:g} is {whole} parameters, and one direction of one layer has at least "
-            f"{min(layer.width for layer in layers)}: write a larger one"
-        )
-    kept = sum(sum(gains[name][:rank]) for name, rank in ranks.items())
-    everything = sum(map(sum, gains.values()))
-    return Chosen(ranks, whole - left, total, kept / everything if everything else 1.0)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -13,8 +12,15 @@ from torch import Tensor
 
 from matryoshka_lora.formats.beside import Spectra
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
+from matryoshka_lora.formats.single import LoraFile, is_file, open_file
+from matryoshka_lora.formats.single_write import plan
+from matryoshka_lora.formats.styles import kind_of
+from matryoshka_lora.formats.write import cut, weights_size
 from matryoshka_lora.nesting import Nesting
-from matryoshka_lora.reordering.files import spectra_of
+from matryoshka_lora.reordering.files import reorder_opened, spectra_of
+from matryoshka_lora.serving.choices import choices
+from matryoshka_lora.serving.ranks import Chosen
+from matryoshka_lora.serving.single import read_spectra_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class Description:
     def kind(self) -> str:
         """What it is, in words."""
         state = self.adapter.state
+        if isinstance(self.adapter, LoraFile):
+            done = self.adapter.done.get("did")
+            return f"a LoRA in one file{f', made by this package: {done!s:.200}' if done else ''}"
         if state is None:
             return "a plain LoRA adapter: `matryoshka reorder` makes it nested"
         rule = f"rule {state.rule.name}, ranks {', '.join(map(str, state.nesting.ranks))}"
@@ -61,8 +70,30 @@ class Description:
         return sum(layer.width * min(rank, layer.rank) for layer in self.adapter.layers)
 
     def size(self, rank: int) -> int:
-        """How many bytes they are, in the dtype of the file."""
+        """How many bytes they are, in the dtype of the file; of a single file, how many bytes it would have."""
+        if isinstance(self.adapter, LoraFile):
+            return self.bytes_of({layer.name: min(rank, layer.rank) for layer in self.adapter.layers})
         return self.parameters(rank) * self.adapter.dtype.itemsize
+
+    def bytes_of(self, ranks: Mapping[str, int]) -> int:
+        """How many bytes a file of weights with some ranks has; that of a plain adapter once it is reordered."""
+        if isinstance(self.adapter, LoraFile):
+            return plan(self.adapter, ranks, None, "").size
+        whole = self.adapter if self.adapter.state is not None else reorder_opened(self.adapter)[0]
+        return weights_size(cut(whole, ranks))
+
+    def choices(self) -> Iterator[tuple[str, Chosen, int]]:
+        """What options of `export` would give; nothing of an adapter that is as it was trained."""
+        adapter = self.adapter
+        if adapter.state is not None and not adapter.state.reordered:
+            return iter(())
+        sizes = {layer.name: adapter.dtype.itemsize for layer in adapter.layers}
+        if isinstance(adapter, LoraFile):
+            sizes = {layer.name: adapter.itemsize(layer) for layer in adapter.layers}
+        layers = adapter.layers
+        if adapter.state is None and not isinstance(adapter, LoraFile):
+            layers = tuple(layer.at(adapter.rank, layer.scale) for layer in layers)
+        return choices(layers, self.spectra, sizes, self.bytes_of)
 
     def kept(self, rank: int) -> float:
         """The share of the sum of all squared singular values in the first ``rank`` directions, 0 to 1."""
@@ -82,7 +113,7 @@ class Description:
         for name, values in self.spectra.items():
             for squares in (values**2).reshape(-1, values.shape[-1]):
                 if float(squares.sum()) > 0:
-                    kinds.setdefault(_kind(name), []).append(squares / squares.sum())
+                    kinds.setdefault(kind_of(name), []).append(squares / squares.sum())
         longest = max((len(s) for found in kinds.values() for s in found), default=0)
         pad = torch.nn.functional.pad
         return {
@@ -95,19 +126,30 @@ class Description:
         adapter = self.adapter
         yield f"{adapter.name} is {self.kind}"
         revision = f", revision {adapter.config.revision}" if adapter.config.revision else ""
-        yield f"  base model  {adapter.config.base_model or 'not named'}{revision}"
-        yield f"  layers      {len(adapter.layers)}: {', '.join(sorted({_kind(x.name) for x in adapter.layers}))}"
+        if not isinstance(adapter, LoraFile):
+            yield f"  base model  {adapter.config.base_model or 'not named'}{revision}"
+        yield f"  layers      {len(adapter.layers)}: {', '.join(sorted({kind_of(x.name) for x in adapter.layers}))}"
         own = sorted({layer.rank for layer in adapter.layers})
         yield f"  rank        {own[0] if len(own) == 1 else f'{own[0]} to {own[-1]}, by layer'}; scale {self.scale}"
         yield f"  file        {_bytes(adapter.size)}, {str(adapter.dtype).removeprefix('torch.')}"
         if adapter.others:
             yield f"  besides     {len(adapter.others)} tensors that are no factors, such as {adapter.others[0]}"
+        for name, key in adapter.whole.items() if isinstance(adapter, LoraFile) else ():
+            yield f"  kept whole  {name}, which is more than two factors ({key})"
         yield ""
         kept_by = "svd, at most" if self.sense in ("learned", "trained") else self.sense
         yield f"  {'rank':>5} {'parameters':>12} {'size':>10}   kept ({kept_by})"
         for rank in self.ranks():
             kept = f"{100 * self.kept(rank):.1f} %"
             yield f"  {rank:>5} {self.parameters(rank):>12,} {_bytes(self.size(rank)):>10}   {kept}"
+        found = list(self.choices())
+        if found:
+            yield ""
+            yield f"  {'ranks by layer':<26} {'ranks':>10} {'size':>10}   kept"
+        for option, chosen, size in found:
+            used = sorted(chosen.ranks.values())
+            span = f"{used[0]} to {used[-1]}"
+            yield f"  {option:<26} {span:>10} {_bytes(size):>10}   {100 * chosen.kept:.1f} %"
         yield ""
         yield "  decay: the share of a layer's squared singular values in its first directions, mean over its kind"
         ranks = self.ranks()
@@ -122,27 +164,36 @@ def describe(path: str | os.PathLike[str]) -> Description:
     Raises:
         MatryoshkaError: It is no LoRA adapter, or damaged.
     """
+    if is_file(path):
+        file = open_file(path)
+        return Description(file, read_spectra_of(file))
     adapter = open_adapter(path)
     return Description(adapter, spectra_of(adapter))
 
 
 def plot(description: Description, file: IO[bytes], form: str) -> None:
-    """Draw each layer's singular values, relative to its first, by kind of layer; ``form`` is ``"png"`` and so on."""
+    """Draw each layer's singular values and what the first ones keep, by kind; ``form`` is ``"png"`` and so on."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kinds = list(dict.fromkeys(_kind(name) for name in description.spectra))
+    kinds = list(dict.fromkeys(kind_of(name) for name in description.spectra))
     columns = min(4, len(kinds))
-    rows = -(-len(kinds) // columns)
+    rows, decay = -(-len(kinds) // columns), description.decay()
     figure = Figure(figsize=(4 * columns, 3.2 * rows), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for panel, kind in zip(panels.flat, kinds, strict=False):
         for name, values in description.spectra.items():
-            if _kind(name) == kind:
+            if kind_of(name) == kind:
                 for one in values.reshape(-1, values.shape[-1]):
                     if float(one[0]) > 0:
                         panel.plot(range(1, len(one) + 1), (one / one[0]).tolist(), color="#0072B2", alpha=0.35)
+        if kind in decay:
+            kept = panel.twinx()
+            shares = (100 * decay[kind].cumsum(0)).tolist()
+            kept.plot(range(1, len(shares) + 1), shares, color="#D55E00")
+            kept.set_ylim(0, 102)
+            kept.spines["top"].set_visible(False)
         panel.set_title(kind, loc="left")
         panel.set_yscale("log")
         panel.set_xscale("log", base=2)
@@ -150,14 +201,11 @@ def plot(description: Description, file: IO[bytes], form: str) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     for panel in list(panels.flat)[len(kinds) :]:
         panel.set_visible(False)
-    figure.suptitle(f"Singular values ({description.sense}) of each layer, relative to its first; by rank")
+    figure.suptitle(
+        f"Blue: singular values ({description.sense}) of each layer, relative to its first, by rank\n"
+        "Red: what the first ranks keep of their squares, in %, mean of the kind"
+    )
     figure.savefig(file, format=form)
-
-
-def _kind(name: str) -> str:
-    """A layer's name without its number: the last part that is no number."""
-    parts = [part for part in name.split(".") if part != "base_layer" and not re.fullmatch(r"\d+", part)]
-    return parts[-1] if parts else name
 
 
 def _bytes(number: int) -> str:

@@ -10,11 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_writable, output_directory
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
+from matryoshka_lora.formats.single import is_file, open_file
 from matryoshka_lora.formats.write import check_apart, write_adapter
 from matryoshka_lora.reordering.files import reorder_opened
 from matryoshka_lora.reordering.model import check_by
+from matryoshka_lora.serving.single import Wish, write_single
 from matryoshka_lora.state import By
 
 
@@ -44,7 +47,8 @@ def reorder(
 
     Args:
         source: The folder of a LoRA adapter that PEFT has written: nested or not, in any of its scalings, with ranks
-            per layer, in one file or in shards.
+            per layer, in one file or in shards. Or a LoRA in one ``.safetensors`` file, as image and video models have
+            it; then so is the target, where each layer keeps its own rank.
         target: The folder to write: a nested adapter of the largest rank that a layer has. Plain PEFT reads it as the
             function that the source is; of one with the paper's deployment, as that of training, P and all.
         by: In what sense each prefix is good; see `matryoshka_lora.NestedAdapter.reorder`.
@@ -66,6 +70,11 @@ def reorder(
             cannot be written or holds something that may not be overwritten. Nothing has been written then.
     """
     check_by(by, data is not None, rows)
+    if is_file(source):
+        if data is not None:
+            raise MatryoshkaError(f"{source} is a single file, which is reordered by svd: leave the data out")
+        told = None if on_layer is None else lambda _: on_layer()
+        return write_single(open_file(source), target, Wish(), None, overwrite, told).spectra
     opened = open_adapter(source)
     check_writable(target)
     check_apart(source, target)

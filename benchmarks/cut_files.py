@@ -1,0 +1,188 @@
+"""What it costs to cut LoRA files of image models: one layer in three ways, a whole file, and the three rules of kohya.
+
+    OMP_NUM_THREADS=1 python benchmarks/cut_files.py --out runs/cut_files.json
+
+* One layer of 3072 x 3072, in one process on one thread: our QR and SVD of the R x R core, a full SVD of the dense
+  update, and `torch.svd_lowrank` of it with twice the rank and two iterations, which is what kohya's script does.
+* A file of Flux's shapes (494 layers, bf16), in a process of its own: time, processor time, the operating system's
+  largest resident set, and the error at the rank.
+* The sizes of one file by kohya's three rules, beside those of its formulas over NumPy's singular values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Size, Tensor
+
+from matryoshka_lora import export
+from matryoshka_lora.files import write_text
+from matryoshka_lora.formats.opened import Stored
+from matryoshka_lora.formats.streamed import write_stored
+from matryoshka_lora.reordering.single import cut_layer
+
+WIDTH, KEPT = 3072, 8
+WHOLE_FILE = """
+import json, resource, sys, time
+from matryoshka_lora import export
+began = time.monotonic()
+made = export(sys.argv[1], sys.argv[2], rank=int(sys.argv[3]))
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps({"seconds": time.monotonic() - began, "cpu_seconds": used.ru_utime + used.ru_stime,
+                  "peak_MiB": used.ru_maxrss / 1024, "error": made.error, "layers": len(made.ranks)}))
+"""
+
+
+def factors(rank: int, wide: int, tall: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random ones; the directions of B get smaller, as those of a trained adapter do."""
+    generator = torch.Generator().manual_seed(seed)
+    A, B = torch.randn(rank, wide, generator=generator), torch.randn(tall, rank, generator=generator)
+    return A / wide**0.5, B / tall**0.5 * torch.logspace(0, -1.5, rank)
+
+
+def one_layer(rank: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Seconds, and the relative error at rank 8, of each way."""
+    A, B = factors(rank, WIDTH, WIDTH, 0)
+    dense = B @ A
+
+    def ours() -> Tensor:
+        made = cut_layer(A, B, 1.0, KEPT, 1.0)
+        return made.B @ made.A
+
+    def full() -> Tensor:
+        u, s, vh = torch.linalg.svd(B @ A, full_matrices=False)
+        return (u[:, :KEPT] * s[:KEPT]) @ vh[:KEPT]
+
+    def lowrank() -> Tensor:
+        u, s, v = torch.svd_lowrank(B @ A, q=2 * KEPT, niter=2)
+        return (u[:, :KEPT] * s[:KEPT]) @ v[:, :KEPT].T
+
+    found = {}
+    ways: dict[str, tuple[Callable[[], Tensor], int]] = {
+        "ours": (ours, repeats),
+        "full SVD": (full, 1),
+        "svd_lowrank": (lowrank, repeats),
+    }
+    for name, (way, times) in ways.items():
+        made, seconds = way(), []
+        for _ in range(times):
+            began = time.process_time()
+            way()
+            seconds.append(time.process_time() - began)
+        found[name] = {"seconds": min(seconds), "error": float((dense - made).norm() / dense.norm())}
+    return found
+
+
+def flux_layers() -> Iterator[tuple[str, int, int]]:
+    """Name, in and out of the linear layers of Flux's blocks, as diffusers calls them."""
+    wide = 4 * WIDTH
+    attention = ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out"]
+    for n in range(19):
+        block = f"transformer.transformer_blocks.{n}"
+        yield from ((f"{block}.attn.{name}", WIDTH, WIDTH) for name in attention)
+        for part in ("ff", "ff_context"):
+            yield f"{block}.{part}.net.0.proj", WIDTH, wide
+            yield f"{block}.{part}.net.2", wide, WIDTH
+        yield from ((f"{block}.{name}.linear", WIDTH, 6 * WIDTH) for name in ("norm1", "norm1_context"))
+    for n in range(38):
+        block = f"transformer.single_transformer_blocks.{n}"
+        yield from ((f"{block}.attn.{name}", WIDTH, WIDTH) for name in attention[:3])
+        yield f"{block}.proj_mlp", WIDTH, wide
+        yield f"{block}.proj_out", WIDTH + wide, WIDTH
+        yield f"{block}.norm.linear", WIDTH, 3 * WIDTH
+
+
+def write_flux(file: Path, rank: int) -> None:
+    """A file of Flux's shapes, one layer in memory at a time."""
+    stored, reads = {}, {}
+    for seed, (name, wide, tall) in enumerate(flux_layers()):
+        for which, (key, shape) in enumerate((("lora_A", (rank, wide)), ("lora_B", (tall, rank)))):
+            made = partial(_factor, rank, wide, tall, seed, which)
+            stored[f"{name}.{key}.weight"] = Stored(Size(shape), torch.bfloat16, made)
+            reads[f"{name}.{key}.weight"] = made
+    write_stored(file, stored, {"format": "pt"}, lambda key: reads[key]())
+
+
+def _factor(rank: int, wide: int, tall: int, seed: int, which: int) -> Tensor:
+    return factors(rank, wide, tall, seed)[which].bfloat16()
+
+
+def whole_file(folder: Path, rank: int, kept: int) -> dict[str, float]:
+    source, target = folder / f"flux-{rank}.safetensors", folder / f"cut-{rank}.safetensors"
+    write_flux(source, rank)
+    command = [sys.executable, "-c", WHOLE_FILE, str(source), str(target), str(kept)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    found |= {"bytes_before": source.stat().st_size, "bytes_after": target.stat().st_size}
+    source.unlink()
+    target.unlink()
+    return found
+
+
+def three_rules(folder: Path) -> list[dict[str, object]]:
+    """Ranks of 12 layers by each rule: of our file, and of kohya's formulas over NumPy's singular values."""
+    state, found = {}, []
+    for seed in range(12):
+        A, B = factors(32, 320, 640, seed)
+        if seed % 3:
+            B = B * torch.logspace(0, -seed % 4, 32)
+        state |= {f"lora_unet_{seed}_x.lora_down.weight": A, f"lora_unet_{seed}_x.lora_up.weight": B}
+        state[f"lora_unet_{seed}_x.alpha"] = torch.tensor(16.0)
+    source, target = folder / "kohya.safetensors", folder / "rule.safetensors"
+    save_file(state, source)
+    for rule, values in {"sv_ratio": (5, 20), "sv_fro": (0.9, 0.99), "sv_cumulative": (0.8, 0.95)}.items():
+        for value in values:
+            made = export(source, target, keep=f"{rule}={value}", overwrite=True)
+            ranks = [len(tensor) for key, tensor in sorted(load_file(target).items()) if "lora_down" in key]
+            wanted = []
+            for key in sorted(key for key in state if "lora_down" in key):
+                dense = state[key.replace("down", "up")].double().numpy() @ state[key].double().numpy()
+                s = np.linalg.svd(dense, compute_uv=False)
+                wanted.append(_formula(rule, s, value))
+            size = target.stat().st_size
+            found.append({"rule": f"{rule}={value}", "ranks": ranks, "formula": wanted, "bytes": size})
+            assert made.chosen is not None
+            found[-1]["kept"] = made.chosen.kept
+    return found
+
+
+def _formula(rule: str, s: np.ndarray, value: float) -> int:
+    if rule == "sv_ratio":
+        return int((s > s[0] / value).sum())
+    sums = np.cumsum(s) / s.sum() if rule == "sv_cumulative" else np.sqrt(np.cumsum(s**2) / (s**2).sum())
+    return int((sums < value).sum()) + 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/cut_files.json"))
+    parser.add_argument("--ranks", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, object] = {"cores": os.cpu_count(), "torch": torch.__version__}
+    for rank in options.ranks:
+        found[f"one layer, R = {rank}"] = one_layer(rank, options.repeats)
+        print(rank, found[f"one layer, R = {rank}"], flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        found["kohya's rules"] = three_rules(Path(folder))
+        for rank in options.ranks:
+            found[f"whole file, R = {rank}"] = whole_file(Path(folder), rank, KEPT)
+            print(rank, found[f"whole file, R = {rank}"], flush=True)
+    write_text(options.out, json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
