@@ -64,13 +64,6 @@ class Engine:
         limits = (context_length(self.model), rotation_limit(self.model))
         return min((limit for limit in limits if limit is not None), default=None)
 
-    @property
-    def end_tokens(self) -> frozenset[int]:
-        """The tokens that end an answer: the generation config's and the tokenizer's."""
-        configured = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        listed = configured if isinstance(configured, list) else [configured]
-        return frozenset(token for token in (*listed, self.tokenizer.eos_token_id) if token is not None)
-
     def encode(self, text: str) -> Tokens:
         """Tokens of a text, with the special tokens that the tokenizer adds unless the text begins with one."""
         bos = self.tokenizer.bos_token
@@ -169,11 +162,7 @@ class Engine:
             if not tokens:
                 raise MatryoshkaError(f"prompt {number} is empty: give at least one token")
             self._check_length(number, len(tokens) + max_new_tokens, f"prompt and {max_new_tokens} new tokens need")
-        # A special token does not appear in the answer's text: it is looked for among the tokens.
-        special = {text: self.tokenizer.convert_tokens_to_ids(text) for text in self.tokenizer.all_special_tokens}
-        ends = self.end_tokens | {special[text] for text in until if text in special}
-        texts = tuple(text for text in until if text and text not in special)
-        limits = Limits(max_new_tokens, texts, ends, self.tokenizer, penalty)
+        limits = Limits.of(self.model, self.tokenizer, max_new_tokens, until, penalty)
         found: list[str | None] = [None] * len(prompts)
 
         def put(number: int, made: list[int]) -> None:
