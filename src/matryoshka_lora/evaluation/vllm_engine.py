@@ -27,7 +27,8 @@ from matryoshka_lora.models import load_config, source_of
 class VllmEngine:
     """Answers as `matryoshka_lora.engine.engine.Engine` does. One rank after the other: a batch is of one rank.
 
-    On CPUs, vLLM mistakes the adapter of a request for the base model that is in one batch with others.
+    On CPUs, a batch is of one request: there, vLLM fails where several have adapters and want the log-probabilities of
+    their prompts.
 
     Args:
         opened: The adapter, as it is deployed.
@@ -57,7 +58,10 @@ class VllmEngine:
     ) -> None:
         _check_options(options or {})
         check_for_vllm(opened)
+        _check_layers(opened)
         backend = _backend()
+        from vllm.platforms import current_platform
+
         self._folder = tempfile.TemporaryDirectory(prefix="matryoshka-")
         self._adapters = {rank: Path(self._folder.name) / f"rank-{rank}" for rank in ranks}
         for rank, folder in self._adapters.items():
@@ -70,6 +74,7 @@ class VllmEngine:
             "max_cpu_loras": len(ranks),
             "enable_prefix_caching": True,
             **(options or {}),
+            **({"max_num_seqs": 1} if current_platform.is_cpu() else {}),
         }
         try:
             self._lm = backend(
@@ -174,6 +179,19 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise MatryoshkaError("trust_remote_code would run code that comes with the model: leave it out")
         if name in ours:
             raise MatryoshkaError(f"{name} is no option of vLLM here: it follows from the other options")
+
+
+def _check_layers(opened: OpenedAdapter) -> None:
+    """Raises MatryoshkaError if the adapter changes the output layer.
+
+    For the log-probabilities of prompts, vLLM computes that layer's adapter by the rows that are sampled.
+    """
+    for layer in opened.layers:
+        if layer.name.rpartition(".")[2] == "lm_head":
+            raise MatryoshkaError(
+                f"{opened.name} changes {layer.name}, for which vLLM's log-probabilities of prompts are not right: "
+                "evaluate it without --engine vllm"
+            )
 
 
 def _backend() -> Any:
