@@ -7,6 +7,7 @@ server. vLLM is imported when it calls them.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 from collections.abc import Awaitable, Callable
@@ -21,6 +22,9 @@ LISTING = "/v1/ranks"
 
 _REFUSED = re.compile(r"/((un)?load_lora_adapter|adapters(/[^/]*)?)/*$")
 """vLLM opens these with the setting that a resolver needs: they load any folder of the machine that a client names."""
+
+_ANSWERS = re.compile(r"/(completions|responses|messages|invocations|generate|batch)/*$")
+"""Where a model answers."""
 
 # vLLM's own threads are not to wait for the disk.
 _THREAD = ThreadPoolExecutor(1, "matryoshka")
@@ -58,16 +62,44 @@ def register() -> None:
 
 
 async def middleware(request: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
-    """Lists the adapters with their ranks, and keeps clients from loading folders that they name."""
-    from starlette.responses import JSONResponse
-
+    """Lists the adapters with their ranks, and refuses what would be wrong or lead out of their folder."""
     path = str(request.scope["path"])
     if _REFUSED.search(path):
-        return JSONResponse({"error": {"message": "Adapters are named in requests, as NAME@RANK.", "code": 403}}, 403)
+        return _error(403, "Adapters are named in requests, as NAME@RANK: none is loaded or unloaded here")
+    if request.method == "POST" and _ANSWERS.search(path) and _is_cpu():
+        model = _model(await request.body())
+        if model is None or request.app.state.openai_serving_models.is_base_model(model):
+            return _error(
+                400,
+                "on CPUs, vLLM answers for the base model by an adapter that is in the same batch: name a rank, as "
+                "NAME@RANK, or start another server for the base model",
+            )
     answer = await call_next(request)
     cuts = _cuts()
     # The server knows no such place: what it says of one that may not ask stays.
     if not path.endswith(LISTING) or request.method != "GET" or answer.status_code != 404 or cuts is None:
         return answer
+    from starlette.responses import JSONResponse
+
     listed = await asyncio.get_running_loop().run_in_executor(_THREAD, cuts.listing)
     return JSONResponse({"object": "list", "data": listed})
+
+
+def _error(status: int, message: str) -> Any:
+    from starlette.responses import JSONResponse
+
+    return JSONResponse({"error": {"message": message, "type": "BadRequestError", "code": status}}, status)
+
+
+def _is_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def _model(body: bytes) -> str | None:
+    """What a request names; None is the base model."""
+    try:
+        return str(json.loads(body)["model"] or "") or None
+    except (ValueError, KeyError, TypeError):
+        return None
