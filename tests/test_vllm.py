@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 R = 32
 RANKS = (1, 2, 4, 8, 16, 32)
-TOKENS = 8
+TOKENS = 4
 
 # One thread, as two that wait for each other are slow where the cores are shared.
 CPU = {
@@ -334,7 +334,7 @@ def test_eval_by_vllm_has_the_numbers_of_our_engine(adapters: Path, tmp_path: Pa
         "tasks": [str(tmp_path / "opposites.yaml"), "family_relationships"],
         "ranks": [1, 4, 32],
         "dtype": "fp32",
-        "limit": 4,
+        "limit": 2,
         "latency": False,
     }
     own = evaluate(adapters / "family", out=tmp_path / "own", **asked).to_dict()
