@@ -21,7 +21,7 @@ from matryoshka_lora.engine.agreement import check_agreement
 from matryoshka_lora.engine.generation import Limits, Prompt, generate_rows
 from matryoshka_lora.engine.generation import repetition_penalty as penalty_of
 from matryoshka_lora.engine.likelihood import Likelihood, Tree, branched, score_trees
-from matryoshka_lora.engine.packing import Tokens, batches, families
+from matryoshka_lora.engine.packing import Tokens, batches, encoded, families
 from matryoshka_lora.engine.runner import WAY_OUT, Prefix, Runner, row_attention, running
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.models import context_length, rotation_limit
@@ -66,9 +66,7 @@ class Engine:
 
     def encode(self, text: str) -> Tokens:
         """Tokens of a text, with the special tokens that the tokenizer adds unless the text begins with one."""
-        bos = self.tokenizer.bos_token
-        options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-        return tuple(self.tokenizer(text, **options)["input_ids"])
+        return encoded(self.tokenizer, text)
 
     def loglikelihood(
         self,

