@@ -24,6 +24,9 @@ from matryoshka_lora.formats.write import cut, write_adapter
 from matryoshka_lora.models import load_config, source_of
 
 
+_ALL = 1 << 30
+
+
 class VllmEngine:
     """Answers as `matryoshka_lora.engine.engine.Engine` does. One rank after the other: a batch is of one rank.
 
@@ -67,7 +70,8 @@ class VllmEngine:
             write_adapter(folder, cut(opened, rank))
         settings = {
             "dtype": str(dtype).removeprefix("torch."),
-            "batch_size": batch_size or "auto",
+            # With "auto" the harness asks vLLM for a bar, which fails where TQDM_DISABLE is set.
+            "batch_size": batch_size or _ALL,
             "max_lora_rank": max_lora_rank(max(ranks)),
             "max_cpu_loras": len(ranks),
             "enable_prefix_caching": True,
