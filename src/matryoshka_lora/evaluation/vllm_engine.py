@@ -23,7 +23,6 @@ from matryoshka_lora.formats.vllm import check_for_vllm, max_lora_rank
 from matryoshka_lora.formats.write import cut, write_adapter
 from matryoshka_lora.models import load_config, source_of
 
-
 _ALL = 1 << 30
 
 
