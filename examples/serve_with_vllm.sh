@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One adapter at every rank in vLLM: each rank is a model of its own in the API.
 #   examples/serve_with_vllm.sh runs/demo/adapter
-# Prints the command; give it to a machine that has vLLM and the base model. It was not run against vLLM here.
+# Prints the command; give it to a machine that has vLLM and the base model. This command was not run here; vLLM has read the adapters.
 set -euo pipefail
 adapter=${1:-runs/demo/adapter}
 out=${2:-runs/ladder}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
 import re
@@ -254,6 +255,21 @@ def test_what_cannot_be_evaluated(tokenizer: Any) -> None:
         measured(adapter, tokenizer, ranks=[4, 1])
     with pytest.raises(MatryoshkaError, match="does not say which base model"):
         evaluate(adapter, data=given(ROWS))
+
+
+def test_vllm_is_asked_for_where_it_can_be(tokenizer: Any) -> None:
+    adapter = chat_adapter()
+    for options, why in (
+        ({"engine": "sglang"}, "engine is 'sglang'; write 'own' or 'vllm'"),
+        ({"vllm_options": {"max_model_len": 64}}, "write 'own' or 'vllm', which alone has vllm_options"),
+        ({"engine": "vllm", "vllm_options": {"trust_remote_code": True}}, "would run code that comes with the model"),
+        ({"engine": "vllm", "vllm_options": {"dtype": "half"}}, "dtype is no option of vLLM here"),
+    ):
+        with pytest.raises(MatryoshkaError, match=why):
+            measured(adapter, tokenizer, **options)
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(MatryoshkaError, match="this needs vLLM, which is not installed"):
+            measured(adapter, tokenizer, engine="vllm")
 
 
 def test_rows_of_a_file() -> None:

@@ -155,11 +155,16 @@ def needed_base(name: str | None, adapter: str) -> str:
     return name
 
 
-def _source(name: str, revision: str | None, kwargs: dict[str, Any]) -> tuple[str | Path, dict[str, Any]]:
+def source_of(name: str) -> str:
+    """What transformers and other programs load a model from: the folder of the embedded one, or else its name."""
+    return str(embedded_folder()) if name == EMBEDDED else name
+
+
+def _source(name: str, revision: str | None, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """What transformers is to load, and with what keywords."""
     _check_revision(name, revision)
     more = {} if revision is None else {"revision": revision}
-    return embedded_folder() if name == EMBEDDED else name, {**kwargs, **more}
+    return source_of(name), {**kwargs, **more}
 
 
 def _check_revision(name: str | None, revision: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from enum import StrEnum
@@ -16,6 +17,13 @@ from matryoshka_lora.files import EVALUATION_FOLDER
 
 if TYPE_CHECKING:
     from matryoshka_lora.evaluation.choice import Choice, Measured
+
+
+class Engine(StrEnum):
+    """Who answers."""
+
+    own = "own"
+    vllm = "vllm"
 
 
 class Split(StrEnum):
@@ -67,6 +75,15 @@ def evaluate(
     batch_size: Annotated[
         str, typer.Option(help="The most rows that generate together; auto measures how many fit.")
     ] = "auto",
+    engine: Annotated[
+        Engine, typer.Option(help="Who answers: our own engine, or vLLM, for models that outgrow one device.")
+    ] = Engine.own,
+    vllm_options: Annotated[
+        str | None,
+        typer.Option(
+            "--vllm", help="Options of vLLM, such as tensor_parallel_size=2,max_model_len=4096.", show_default=False
+        ),
+    ] = None,
     model: Model = None,
     revision: Revision = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the base model.")] = Dtype.bf16,
@@ -89,6 +106,7 @@ def evaluate(
         )
     wanted = ranks if ranks in (None, "all") else _parse_ranks(str(ranks))
     rows = _parse_batch_size(batch_size)
+    options = _parse_options(vllm_options)
     folder = out or adapter / EVALUATION_FOLDER
     # The harness draws a bar for each of its steps at each rank.
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -112,6 +130,8 @@ def evaluate(
         limit=limit,
         split=split.value,
         batch_size=rows,
+        engine=engine.value,
+        vllm_options=options,
         overwrite=force,
         progress=bar,
     )
@@ -120,6 +140,19 @@ def evaluate(
     which = f" --task {next(iter(evaluation.tasks))}" if len(evaluation.tasks) > 1 else ""
     export = f"matryoshka export {adapter} --rank RANK -o {adapter.name}-rank-RANK"
     typer.echo(f"Next: matryoshka select {folder} --within 1%{which}, then {export}")
+
+
+def _parse_options(text: str | None) -> dict[str, object]:
+    options: dict[str, object] = {}
+    for part in filter(None, (text or "").split(",")):
+        name, sign, value = part.partition("=")
+        if not sign:
+            raise typer.BadParameter(f"--vllm has {part!r}; write names and values such as tensor_parallel_size=2")
+        try:
+            options[name.strip()] = json.loads(value)
+        except ValueError:  # a word
+            options[name.strip()] = value.strip()
+    return options
 
 
 def _parse_ranks(text: str) -> tuple[int, ...]:
@@ -160,6 +193,9 @@ def select(
     task: Annotated[
         str | None, typer.Option(help="The task to choose by.", show_default="the only one of the evaluation")
     ] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Write the choice into evaluation.json: it is NAME@auto in vLLM.")
+    ] = False,
 ) -> None:
     """Choose the smallest rank that is good enough, and say what speaks for it.
 
@@ -172,7 +208,7 @@ def select(
     if within is None and max_bytes is None and max_latency is None:
         raise typer.BadParameter("say what the rank must meet: --within 1%, --max-bytes or --max-latency")
 
-    from matryoshka_lora.evaluation.select import find_adapter, parse_share, read_evaluation
+    from matryoshka_lora.evaluation.select import find_adapter, parse_share, read_evaluation, save_choice
     from matryoshka_lora.evaluation.select import select as choose
 
     try:
@@ -185,6 +221,8 @@ def select(
     typer.echo(f"{name}: {measured.metric}, {measured.items} questions\n")
     for line in (*_table(measured, choice), "", *_sentences(measured, choice)):
         typer.echo(line)
+    if save:
+        typer.echo(f"\nWritten to {save_choice(evaluation, choice, name)}: NAME@auto is rank {choice.rank} in vLLM.")
     adapter = find_adapter(evaluation)
     if not adapter.is_dir():
         typer.echo(f"\n{adapter} is the name of the adapter that was evaluated: write the path of its folder.")

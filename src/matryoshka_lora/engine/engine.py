@@ -21,7 +21,7 @@ from matryoshka_lora.engine.agreement import check_agreement
 from matryoshka_lora.engine.generation import Limits, Prompt, generate_rows
 from matryoshka_lora.engine.generation import repetition_penalty as penalty_of
 from matryoshka_lora.engine.likelihood import Likelihood, Tree, branched, score_trees
-from matryoshka_lora.engine.packing import Tokens, batches, families
+from matryoshka_lora.engine.packing import Tokens, batches, encoded, families
 from matryoshka_lora.engine.runner import WAY_OUT, Prefix, Runner, row_attention, running
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.models import context_length, rotation_limit
@@ -64,18 +64,9 @@ class Engine:
         limits = (context_length(self.model), rotation_limit(self.model))
         return min((limit for limit in limits if limit is not None), default=None)
 
-    @property
-    def end_tokens(self) -> frozenset[int]:
-        """The tokens that end an answer: the generation config's and the tokenizer's."""
-        configured = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        listed = configured if isinstance(configured, list) else [configured]
-        return frozenset(token for token in (*listed, self.tokenizer.eos_token_id) if token is not None)
-
     def encode(self, text: str) -> Tokens:
         """Tokens of a text, with the special tokens that the tokenizer adds unless the text begins with one."""
-        bos = self.tokenizer.bos_token
-        options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-        return tuple(self.tokenizer(text, **options)["input_ids"])
+        return encoded(self.tokenizer, text)
 
     def loglikelihood(
         self,
@@ -169,11 +160,7 @@ class Engine:
             if not tokens:
                 raise MatryoshkaError(f"prompt {number} is empty: give at least one token")
             self._check_length(number, len(tokens) + max_new_tokens, f"prompt and {max_new_tokens} new tokens need")
-        # A special token does not appear in the answer's text: it is looked for among the tokens.
-        special = {text: self.tokenizer.convert_tokens_to_ids(text) for text in self.tokenizer.all_special_tokens}
-        ends = self.end_tokens | {special[text] for text in until if text in special}
-        texts = tuple(text for text in until if text and text not in special)
-        limits = Limits(max_new_tokens, texts, ends, self.tokenizer, penalty)
+        limits = Limits.of(self.model, self.tokenizer, max_new_tokens, until, penalty)
         found: list[str | None] = [None] * len(prompts)
 
         def put(number: int, made: list[int]) -> None:

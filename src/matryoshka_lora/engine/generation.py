@@ -85,6 +85,24 @@ class Limits:
     tokenizer: PreTrainedTokenizerBase
     repetition_penalty: float = 1.0
 
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int,
+        until: Sequence[str],
+        repetition_penalty: float,
+    ) -> Limits:
+        """Those of a model: the tokens of its generation config and of its tokenizer end an answer too."""
+        configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        listed = configured if isinstance(configured, list) else [configured]
+        # A special token does not appear in the answer's text: it is looked for among the tokens.
+        special = {text: tokenizer.convert_tokens_to_ids(text) for text in tokenizer.all_special_tokens}
+        ends = {*listed, tokenizer.eos_token_id, *(special.get(text) for text in until)} - {None}
+        texts = tuple(text for text in until if text and text not in special)
+        return cls(max_new_tokens, texts, frozenset(ends), tokenizer, repetition_penalty)
+
     def text(self, made: Sequence[int]) -> str:
         """The answer that these tokens are, cut before the first text that ends it."""
         text: str = self.tokenizer.decode(list(made), skip_special_tokens=True)

@@ -24,6 +24,13 @@ MIN_PREFIX = 16
 """Shorter prefixes are computed with each row: keeping them apart costs more than it saves."""
 
 
+def encoded(tokenizer: Any, text: str) -> Tokens:
+    """Tokens of a text, with the special tokens that the tokenizer adds unless the text begins with one."""
+    bos = tokenizer.bos_token
+    options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+    return tuple(tokenizer(text, **options)["input_ids"])
+
+
 @dataclass(frozen=True)
 class Family:
     """Sequences that begin with the same tokens.

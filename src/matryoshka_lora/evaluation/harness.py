@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from matryoshka_lora.engine.engine import Engine
 from matryoshka_lora.engine.generation import repetition_penalty
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.store import Store, request_key
@@ -39,6 +39,41 @@ OnProgress = Callable[[int, int], object]
 """Called with how many answers are there and how many are wanted, of one kind of request of one task."""
 
 
+class Answering(Protocol):
+    """Answers requests at ranks: `matryoshka_lora.engine.engine.Engine`, or vLLM.
+
+    Attributes:
+        model: Has the config and the device of the base model, and its generation config.
+        tokenizer: Of the base model.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def max_length(self) -> int | None:
+        """The most tokens of a request."""
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """As `Engine.encode`."""
+
+    def loglikelihood(
+        self, requests: Sequence[Any], ranks: Sequence[int], on_result: Callable[[int, Any], object]
+    ) -> object:
+        """As `Engine.loglikelihood`."""
+
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        ranks: Sequence[int],
+        max_new_tokens: int,
+        until: Sequence[str],
+        repetition_penalty: float,
+        on_result: Callable[[int, str], object],
+    ) -> object:
+        """As `Engine.generate`."""
+
+
 class RanksLM(HFLM):  # type: ignore[misc, unused-ignore]
     """The harness's HF backend with another way to answer: its tokenization and its requests stay.
 
@@ -54,13 +89,18 @@ class RanksLM(HFLM):  # type: ignore[misc, unused-ignore]
     """
 
     def __init__(
-        self, engine: Engine, ranks: Sequence[int], store: Store, on_progress: OnProgress | None = None
+        self, engine: Answering, ranks: Sequence[int], store: Store, on_progress: OnProgress | None = None
     ) -> None:
         # What the backend's constructor is given, it changes: it ties weights anew, which PEFT may have untied, and
         # chooses a pad token. So it gets what it reads of the model, and a copy of the tokenizer.
         read = SimpleNamespace(config=engine.model.config, device=engine.model.device)
         with _quiet():
-            super().__init__(pretrained=read, tokenizer=copy.deepcopy(engine.tokenizer), backend="causal")
+            super().__init__(
+                pretrained=read,
+                tokenizer=copy.deepcopy(engine.tokenizer),
+                backend="causal",
+                max_length=engine.max_length,
+            )
         self._model = self.pretrained = engine.model
         self.engine, self.ranks, self.store, self.on_progress = engine, tuple(ranks), store, on_progress
         self.current = self.ranks[0]
@@ -165,7 +205,7 @@ class Judged:
 
 
 def judge(
-    engine: Engine,
+    engine: Answering,
     tasks: Sequence[Task],
     ranks: Sequence[int],
     store: Store,

@@ -24,7 +24,8 @@
           }
         }
       },
-      "seeds": {...}, "settings": {"num_fewshot": null, "limit": null}, "versions": {...}
+      "seeds": {...}, "settings": {"num_fewshot": null, "limit": null}, "versions": {...},
+      "selected": {"rank": 4, "task": "arc_challenge-25shot", "within": 0.01, ...}    # of select --save, if it ran
     }
 
 The tasks of several commands stand in one file where adapter, base model, dtype, ranks and mode are the same; a task

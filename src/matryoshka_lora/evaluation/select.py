@@ -11,7 +11,7 @@ from typing import Any
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.choice import Choice, Wish, choose
 from matryoshka_lora.evaluation.results import EXAMPLES_NAME, FORMAT, Evaluation
-from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, settle
+from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, settle, write_text
 from matryoshka_lora.formats.beside import check_measured, fingerprint
 from matryoshka_lora.formats.config import CONFIG_NAME
 from matryoshka_lora.formats.opened import open_adapter
@@ -54,6 +54,31 @@ def select(
     if wish.within is not None and not 0 <= wish.within <= 1:
         raise MatryoshkaError(f"within is {wish.within}; write a share from 0 to 1, such as 0.01, or a text such as 1%")
     return choose(found.measured(task), wish)
+
+
+def save_choice(path: str | os.PathLike[str], choice: Choice, task: str) -> Path:
+    """Write a choice into the ``evaluation.json`` that it was made of: vLLM's ``NAME@auto`` is this rank.
+
+    The next evaluation of the adapter drops it.
+
+    Args:
+        path: As for `select`.
+        choice: What it returned.
+        task: The task that it was made by.
+
+    Returns:
+        The file.
+
+    Raises:
+        MatryoshkaError: There is no such evaluation, or it cannot be written.
+    """
+    read_evaluation(path)  # which refuses what is damaged, or of other weights
+    file = _find_evaluation(path)
+    wish = choice.wish
+    limits = {"within": wish.within, "max_bytes": wish.max_bytes, "max_latency": wish.max_latency}
+    data = {**json.loads(file.read_text(encoding="utf-8")), "selected": {"rank": choice.rank, "task": task, **limits}}
+    write_text(file, json.dumps(data, indent=2, allow_nan=False) + "\n")
+    return file
 
 
 def parse_share(text: str) -> float:
