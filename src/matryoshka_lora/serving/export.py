@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -12,21 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import check_free, check_writable, output_directory, replace_file, write_text
+from matryoshka_lora.files import check_free, check_writable, output_directory, write_text
 from matryoshka_lora.formats.beside import Spectra
 from matryoshka_lora.formats.card import CARD_NAME, has_own_card, ladder_readme
 from matryoshka_lora.formats.directions import write_directions
 from matryoshka_lora.formats.layout import Layer
 from matryoshka_lora.formats.opened import OpenedAdapter, first_ranks, from_memory, open_adapter
 from matryoshka_lora.formats.sidecar import write_sidecar
-from matryoshka_lora.formats.write import Ranks, check_apart, check_layers, cut, write_adapter
+from matryoshka_lora.formats.write import Ranks, check_apart, cut, write_adapter
 from matryoshka_lora.reordering.files import deployed, reorder_opened, spectra_of
+from matryoshka_lora.serving.converted import check_folders, export_gguf, export_gguf_ladder, export_mlx
 
 if TYPE_CHECKING:
     from matryoshka_lora.serving.on_base import Base, Verified
 
 
-Format = Literal["peft", "merged", "gguf", "ladder", "directions"]
+Format = Literal["peft", "merged", "gguf", "mlx", "ladder", "gguf-ladder", "directions"]
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,11 @@ def export(
         target: What to write: a folder, or for ``"gguf"`` a file.
         rank: The rank of every layer. Of a ladder or a file of directions, the largest one; None is R.
         format: ``"peft"``: an ordinary LoRA adapter. ``"merged"``: the base model with the adapter in its weights.
-            ``"gguf"``: a file for llama.cpp. ``"ladder"``: one ordinary adapter for each nested rank.
-            ``"directions"``: one file of which a device reads only the ranks it needs.
+            ``"gguf"``: a file for llama.cpp. ``"mlx"``: a folder for mlx-lm. ``"ladder"``: one ordinary adapter for
+            each nested rank. ``"gguf-ladder"``: one GGUF file for each. ``"directions"``: one file of which a device
+            reads only the ranks it needs.
         budget: In the place of a rank: the share of the parameters; layers get ranks of their own.
-        pad: With a budget: fill up to one rank, for engines that know one.
+        pad: With a budget: fill up to one rank, for engines that know one; mlx-lm does, so ``"mlx"`` always is.
         model: The base model; None is what the adapter names.
         revision: Of the base model on the hub; None is the one that the adapter was trained on.
         verify: Whether logits are compared, if the base model is on this machine.
@@ -120,7 +121,7 @@ def export(
     chosen = None if budget is None else choose_ranks(opened.layers, spectra or spectra_of(opened), budget)
     ranks: Ranks = chosen.ranks if chosen is not None else rank or opened.rank
     # A file of directions is compared with the adapter bit by bit.
-    needs, compares = format in ("merged", "gguf"), verify and format != "directions"
+    needs, compares = format in ("merged", "gguf", "mlx", "gguf-ladder"), verify and format != "directions"
     name, revision, base = _base(opened, model, revision, needs or compares)
     if base is None and needs:
         raise MatryoshkaError(
@@ -130,30 +131,41 @@ def export(
     checked_on = base if compares else None
     verified: Verified | None = None
     ladder: list[int] = []
+    base_config = _base_config(str(name), revision) if needs else None
     if format == "gguf":
-        verified = _gguf(opened, ranks, pad, out, checked_on, str(name), revision, overwrite)
+        verified = export_gguf(opened, ranks, pad, out, base_config, checked_on, overwrite)
     else:
         with output_directory(out, overwrite) as folder:
             if format == "peft":
                 write_adapter(folder, cut(opened, ranks, pad), home=out)
-                verified = _check(opened, [ranks], [folder], checked_on, pad)
+                verified = check_folders(opened, [ranks], [folder], checked_on, pad)
             elif format == "merged" and base is not None:
                 from matryoshka_lora.models import load_tokenizer
                 from matryoshka_lora.serving.on_base import write_merged
 
                 tokenizer = load_tokenizer(str(name), revision=revision)
                 verified = write_merged(folder, opened, ranks, pad, base, tokenizer, verify)
-            elif format == "ladder":
+            elif format == "mlx":
+                verified = export_mlx(opened, ranks, folder, base_config, checked_on)
+            elif format in ("ladder", "gguf-ladder"):
                 top = opened.rank if rank is None else rank
                 ladder = [*(r for r in opened.nested.nesting.ranks if r < top), top]
-                verified = _ladder(opened, ladder, folder, out, checked_on)
+                if has_own_card(out):
+                    raise MatryoshkaError(
+                        f"{out} holds a {CARD_NAME} that somebody has written, and a ladder needs one: choose another "
+                        "folder"
+                    )
+                if format == "ladder":
+                    verified = _ladder(opened, ladder, folder, checked_on)
+                else:
+                    verified = export_gguf_ladder(opened, ladder, folder, base_config, checked_on)
             else:
                 _directions(opened, folder, opened.rank if rank is None else rank)
     return Exported(out, ladder or ranks, chosen, name, verified)
 
 
 def _check_wishes(rank: int | None, format: Format, budget: float | None, pad: bool) -> None:
-    whole = format in ("ladder", "directions")
+    whole = format in ("ladder", "gguf-ladder", "directions")
     if (rank is None) == (budget is None) and not (whole and budget is None):
         raise MatryoshkaError("give either a rank, for example 8, or a budget, for example 0.25")
     if budget is not None and whole:
@@ -192,53 +204,19 @@ def _base(
     return name, revision, load
 
 
-def _check(
-    opened: OpenedAdapter, ranks: Sequence[Ranks], folders: Sequence[Path], base: Base | None, pad: bool = False
-) -> Verified | None:
-    """Each folder against the nested adapter: its layers, and on a base model the logits. The worst is told."""
-    for each, folder in zip(ranks, folders, strict=True):
-        check_layers(open_adapter(folder), opened, each, pad)
-    if base is None:
-        return None
-    from matryoshka_lora.serving.on_base import compare_all
-
-    return max(compare_all(opened, ranks, folders, base), key=lambda verified: verified.difference)
-
-
-def _gguf(
-    opened: OpenedAdapter,
-    ranks: Ranks,
-    pad: bool,
-    out: Path,
-    base: Base | None,
-    name: str,
-    revision: str | None,
-    overwrite: bool,
-) -> Verified | None:
-    """The file is read back, its rows are put into transformers' order again, and that is compared."""
-    from matryoshka_lora.formats.gguf import check_extension, read_gguf, write_gguf
+def _base_config(name: str, revision: str | None) -> Any:
     from matryoshka_lora.models import load_config
 
-    check_extension(out)
-    base_config = load_config(name, revision=revision)
-    plain = cut(opened, ranks, pad)
-    with tempfile.TemporaryDirectory() as again, replace_file(out, overwrite) as file:
-        write_gguf(plain, file, base_config)
-        write_adapter(Path(again), read_gguf(file, plain, base_config))
-        return _check(opened, [ranks], [Path(again)], base, pad)
+    return load_config(name, revision=revision)
 
 
-def _ladder(opened: OpenedAdapter, ranks: Sequence[int], folder: Path, out: Path, base: Base | None) -> Verified | None:
-    if has_own_card(out):
-        raise MatryoshkaError(
-            f"{out} holds a {CARD_NAME} that somebody has written, and a ladder needs one: choose another folder"
-        )
+def _ladder(opened: OpenedAdapter, ranks: Sequence[int], folder: Path, base: Base | None) -> Verified | None:
     folders = [folder / f"rank-{rank}" for rank in ranks]
     for rank, own in zip(ranks, folders, strict=True):
         own.mkdir()
         write_adapter(own, cut(opened, rank))
     write_text(folder / CARD_NAME, ladder_readme(opened.config, ranks))
-    return _check(opened, ranks, folders, base)
+    return check_folders(opened, ranks, folders, base)
 
 
 def _directions(opened: OpenedAdapter, folder: Path, rank: int) -> None:
