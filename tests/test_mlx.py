@@ -173,7 +173,8 @@ def test_mlx_lm_computes_what_peft_does(tmp_path: Path, capsys: Any) -> None:
     with capsys.disabled():
         print(json.dumps({name: f"{difference:.1e}" for name, difference in differences.items()}, indent=1))
     for name, difference in differences.items():
-        assert difference < 1e-3, name
+        # mlx-lm's Gemma 1 is another one than transformers', with no adapter either.
+        assert difference < (5e-3 if name.startswith("gemma ") else 1e-4), name
         # The adapter matters, so agreement is no accident.
         if not name.endswith("base"):
             assert np.abs(wanted[name] - wanted[f"{name.split()[0]} base"]).max() > 0.1, name

@@ -41,15 +41,14 @@ def write_mlx(adapter: OpenedAdapter, folder: Path, base: Any) -> None:
             f"models of type {kind!r} cannot be exported to MLX yet; those that can are {', '.join(MODELS)}. Export "
             "--format merged instead"
         )
+    names = {_name_in_block(layer) for layer in adapter.layers}
     if adapter.others:
         raise MatryoshkaError(
             f"{adapter.name} also holds tensor {adapter.others[0]}, which is no factor: mlx-lm's adapters have no "
             "place for it. Export --format merged instead"
         )
-    names: set[str] = set()
     tensors: dict[str, Tensor] = {}
     for layer in adapter.layers:
-        names.add(_name_in_block(layer))
         A, B = adapter.factors(layer)
         tensors[f"{layer.name}.lora_a"] = A.mT.contiguous()
         tensors[f"{layer.name}.lora_b"] = B.mT.contiguous()
