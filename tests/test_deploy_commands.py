@@ -311,7 +311,9 @@ FORMATS = {
     "padded": (["--budget", 0.3, "--pad"], "two"),
     "merged": (["--rank", 2, "--format", "merged"], "two"),
     "gguf": (["--rank", 2, "--format", "gguf"], "two.gguf"),
+    "mlx": (["--rank", 2, "--format", "mlx"], "two"),
     "ladder": (["--format", "ladder"], "two"),
+    "gguf-ladder": (["--format", "gguf-ladder"], "two"),
     "directions": (["--format", "directions"], "two"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import re
 import shlex
 import shutil
@@ -38,8 +39,8 @@ from matryoshka_lora.formats.card import VLLM_RANKS
 from matryoshka_lora.formats.layout import Layer
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
 from matryoshka_lora.formats.write import check_layers, cut, write_adapter
+from matryoshka_lora.serving import converted, on_base
 from matryoshka_lora.serving import export as serving_export
-from matryoshka_lora.serving import on_base
 from matryoshka_lora.serving.export import Exported
 from matryoshka_lora.serving.on_base import probe_logits, use_ranks
 from matryoshka_lora.serving.ranks import choose_ranks
@@ -251,12 +252,19 @@ def test_a_budget_of_stacked_experts_is_padded(tmp_path: Path, kind: Any) -> Non
 
 Fault = Callable[[OpenedAdapter, Any], OpenedAdapter]
 
-FORMATS = {"peft": "peft", "merged": "merged", "out.gguf": "gguf", "ladder": "ladder"}
+FORMATS = {
+    "peft": "peft",
+    "merged": "merged",
+    "out.gguf": "gguf",
+    "ladder": "ladder",
+    "mlx": "mlx",
+    "gguf-ladder": "gguf-ladder",
+}
 
 
 def with_fault(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on a fault is in whatever is cut out of an adapter."""
-    for module in (serving_export, on_base):
+    for module in (serving_export, converted, on_base):
         monkeypatch.setattr(module, "cut", lambda adapter, ranks, pad=False: fault(adapter, ranks))
 
 
@@ -430,6 +438,20 @@ def test_a_merged_model_is_a_model_like_any_other(
     assert (found - expected).norm() < (1e-5 if dtype == torch.float32 else 0.05) * expected.norm()
 
 
+def test_a_merged_model_names_its_rope_theta_where_older_programs_read_it(tmp_path: Path) -> None:
+    """mlx-lm takes 10000 where it finds none at the top of config.json. Gemma 3 has two, of which none is the one."""
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    for name, own in {"llama": tiny_llama(rope_parameters=rope), "gemma": tiny_gemma()}.items():
+        base = saved(own, tmp_path / name)
+        plain_adapter(tmp_path / f"{name} plain", copy.deepcopy(own))
+        export(tmp_path / f"{name} plain", tmp_path / f"{name} merged", 4, "merged", model=base)
+        config = json.loads((tmp_path / f"{name} merged" / "config.json").read_text())
+        assert config["rope_parameters"] == json.loads((tmp_path / name / "config.json").read_text())["rope_parameters"]
+        assert config.get("rope_theta") == (500000.0 if name == "llama" else None)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name} merged").config
+        assert again.rope_parameters == own.config.rope_parameters
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-9])
 def test_a_merge_that_changes_nothing_is_an_error(bases: dict[torch.dtype, str], tmp_path: Path, size: float) -> None:
     model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"]))
@@ -557,7 +579,48 @@ def test_gguf_of_what_llama_cpp_does_not_know(tmp_path: Path, nested: Path, base
     assert not (tmp_path / "folder").exists()
 
 
-# The ladder
+# The ladders
+
+
+def test_a_gguf_ladder_is_one_file_for_each_rank_and_a_command(nested: Path, base: str, tmp_path: Path) -> None:
+    made = export(nested, tmp_path / "ladder", format="gguf-ladder", model=base)
+    assert made.ranks == [1, 2, 4, 8]
+    assert share(made) < 1e-4
+    for rank in (1, 2, 4, 8):
+        export(nested, tmp_path / "one.gguf", rank, "gguf", model=base, verify=False, overwrite=True)
+        one, found = (gguf.GGUFReader(file) for file in (tmp_path / "one.gguf", rung(tmp_path / "ladder", rank)))
+        assert found.fields["adapter.lora.alpha"].contents() == one.fields["adapter.lora.alpha"].contents()
+        assert [tensor.name for tensor in found.tensors] == [tensor.name for tensor in one.tensors]
+        for tensor, wanted in zip(found.tensors, one.tensors, strict=True):
+            assert np.array_equal(tensor.data, wanted.data)
+            assert min(tensor.shape) == rank
+    readme = (tmp_path / "ladder" / "README.md").read_text()
+    command = re.search(r"^llama-server .*$", readme, re.MULTILINE)
+    assert command is not None
+    words = shlex.split(command[0])
+    loras = [word for before, word in itertools.pairwise(words) if before == "--lora"]
+    assert loras == [f"rank-{rank}/adapter.gguf" for rank in (1, 2, 4, 8)]
+    assert "--lora-init-without-apply" in words
+    assert '"lora": [{"id": 3, "scale": 1.0}]' in readme
+    for number, rank in enumerate((1, 2, 4, 8)):
+        assert f"`rank-{rank}/adapter.gguf`, adapter {number}" in readme
+
+
+def rung(ladder: Path, rank: int) -> Path:
+    return ladder / f"rank-{rank}" / "adapter.gguf"
+
+
+def test_a_gguf_ladder_is_replaced_only_when_asked_for(nested: Path, base: str, tmp_path: Path) -> None:
+    out = tmp_path / "ladder"
+    export(nested, out, format="gguf-ladder", model=base, verify=False)
+    with pytest.raises(MatryoshkaError, match="holds adapters of several ranks already"):
+        export(nested, out, 2, verify=False)
+    export(nested, out, 2, "gguf-ladder", model=base, verify=False, overwrite=True)
+    assert sorted(file.parent.name for file in out.rglob("adapter.gguf")) == ["rank-1", "rank-2"]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "README.md").write_text("# Mine\n")
+    with pytest.raises(MatryoshkaError, match="that somebody has written, and a ladder needs one"):
+        export(nested, tmp_path / "own", format="gguf-ladder", model=base, verify=False)
 
 
 def test_the_ladder_is_one_adapter_for_each_rank_and_a_command(nested: Path, base: str, tmp_path: Path) -> None:

@@ -40,7 +40,9 @@ class Format(StrEnum):
     peft = "peft"
     merged = "merged"
     gguf = "gguf"
+    mlx = "mlx"
     ladder = "ladder"
+    gguf_ladder = "gguf-ladder"
     directions = "directions"
 
 
@@ -233,9 +235,10 @@ def export(
     """Write a rank of an adapter in the format that a device or an engine takes.
 
     peft: an ordinary LoRA adapter. merged: the base model with the adapter in its weights. gguf: a file for
-    llama.cpp's --lora. ladder: one adapter for each rank, with the vllm command that serves them all. directions: one
-    file of which a device reads only the ranks it needs. Each is loaded again and compared with the adapter before it
-    is put in place. An adapter that is not nested is reordered by SVD on the way.
+    llama.cpp's --lora. mlx: a folder for mlx-lm. ladder: one adapter for each rank, with the vllm command that serves
+    them all. gguf-ladder: a GGUF file for each, with the llama-server command. directions: one file of which a device
+    reads only the ranks it needs. Each is loaded again and compared with the adapter before it is put in place. An
+    adapter that is not nested is reordered by SVD on the way.
 
     A LoRA in one .safetensors file, as image and video models have it, becomes such a file, with the keys that it had.
 
@@ -292,7 +295,9 @@ def _following(made: Exported, format: Format) -> str:
         Format.peft: f'PeftModel.from_pretrained(base_model, "{out}")',
         Format.merged: f'AutoModelForCausalLM.from_pretrained("{out}")',
         Format.gguf: f"llama-cli -m BASE.gguf --lora {shlex.quote(out)}",
+        Format.mlx: f"mlx_lm.generate --model BASE --adapter-path {shlex.quote(out)}",
         Format.ladder: f"see {made.path / 'README.md'}",
+        Format.gguf_ladder: f"see {made.path / 'README.md'}",
         Format.directions: f'load(base_model, "{out}", max_rank=4)',
     }
     return following[format]

@@ -31,6 +31,7 @@ WRITTEN_BY_US = "<!-- Written by matryoshka-lora"
 _ADAPTER_FILES = (
     *("adapter_config.json", "adapter_model*.safetensors", "adapter_model.safetensors.index.json"),
     *("adapter_model.bin", "directions.safetensors", "nesting.json", SPECTRA_NAME, TRAINED_NAME),
+    "adapters.safetensors",  # of mlx-lm, whose config has the name of PEFT's
 )
 _MODEL_FILES = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
@@ -51,7 +52,7 @@ _SIGNS = {
     _RUN: ("train.yaml", "trainer_state.json", "optimizer.pt", "checkpoint-*/trainer_state.json"),
     "an adapter": ("adapter_config.json", "adapter_model*", "directions.safetensors", "nesting.json"),
     "a model": ("config.json", "model*.safetensors", "pytorch_model*.bin"),
-    "adapters of several ranks": ("rank-*/adapter_config.json",),
+    "adapters of several ranks": ("rank-*/adapter_config.json", "rank-*/adapter.gguf"),
     EVALUATION: (EVALUATION_NAME, "answers.jsonl", f"{EVALUATION_FOLDER}/{EVALUATION_NAME}"),
 }
 
@@ -96,7 +97,7 @@ def output_files(folder: Path) -> Iterator[Path]:
     """The files of all that `kinds_in` knows in a folder, but for a training run; relative to it."""
     yield from _matching(folder, (*_ADAPTER_FILES, *_MODEL_FILES, *_EVALUATION_FILES))
     yield from _matching(folder, (f"{EVALUATION_FOLDER}/{name}" for name in _EVALUATION_FILES))
-    yield from _matching(folder, (f"rank-*/{name}" for name in _ADAPTER_FILES))
+    yield from _matching(folder, (f"rank-*/{name}" for name in (*_ADAPTER_FILES, "adapter.gguf")))
     for card in _matching(folder, (_README, f"rank-*/{_README}")):
         if is_ours(folder / card):
             yield card

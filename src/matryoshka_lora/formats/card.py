@@ -281,3 +281,31 @@ model.load_adapter("rank-{ranks[-1]}", adapter_name="rank-{ranks[-1]}")
 model.set_adapter("rank-{ranks[-1]}")
 ```
 """
+
+
+def gguf_ladder_readme(ranks: Sequence[int]) -> str:
+    """The README of a ladder of GGUF files, in Markdown: its adapters, and how llama.cpp's server serves them."""
+    files = "\n".join(f"* `rank-{rank}/adapter.gguf`, adapter {number}" for number, rank in enumerate(ranks))
+    loras = " ".join(f"--lora rank-{rank}/adapter.gguf" for rank in ranks)
+    return f"""{WRITTEN_BY_US}: delete this line to keep your own. -->
+
+# One adapter at {len(ranks)} ranks, for llama.cpp
+
+Each file is a LoRA adapter, cut out of the same nested one by matryoshka-lora. llama.cpp's server numbers them in the
+order of its command:
+
+{files}
+
+The server loads them all beside one base model. In this folder (BASE.gguf is the base model's file):
+
+```sh
+llama-server -m BASE.gguf {loras} --lora-init-without-apply
+```
+
+A request turns one of them on. One that names none is answered by the base model, and two at once would add up:
+
+```sh
+curl http://localhost:8080/v1/chat/completions -H 'Content-Type: application/json' \\
+  -d '{{"lora": [{{"id": {len(ranks) - 1}, "scale": 1.0}}], "messages": [{{"role": "user", "content": "Hello"}}]}}'
+```
+"""

@@ -16,6 +16,9 @@ from matryoshka_lora.files import replace_file
 from matryoshka_lora.formats.layout import Layer
 from matryoshka_lora.formats.opened import OpenedAdapter, from_memory
 
+GGUF_NAME = "adapter.gguf"
+"""Of each rank of a ladder."""
+
 # transformers' model_type: the architecture in gguf's words, and whether llama.cpp wants the rows of q and k in the
 # order of its own rotary embedding, in which the two halves of a head alternate.
 ARCHITECTURES = {

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import check_free, check_writable, output_directory, replace_file, write_text
+from matryoshka_lora.files import check_free, check_writable, output_directory, write_text
 from matryoshka_lora.formats.beside import Spectra
 from matryoshka_lora.formats.card import CARD_NAME, has_own_card, ladder_readme
 from matryoshka_lora.formats.directions import write_directions
@@ -19,8 +18,9 @@ from matryoshka_lora.formats.opened import OpenedAdapter, first_ranks, from_memo
 from matryoshka_lora.formats.sidecar import write_sidecar
 from matryoshka_lora.formats.single import LoraFile, from_folder, is_file, open_file
 from matryoshka_lora.formats.styles import Style
-from matryoshka_lora.formats.write import Ranks, check_apart, check_layers, cut, weights_size, write_adapter
+from matryoshka_lora.formats.write import Ranks, check_apart, cut, weights_size, write_adapter
 from matryoshka_lora.reordering.files import deployed, reorder_opened, spectra_of
+from matryoshka_lora.serving.converted import check_folders, export_gguf, export_gguf_ladder, export_mlx
 from matryoshka_lora.serving.ranks import Chosen, Keep, by_size, by_threshold, choose_ranks, read_bytes
 from matryoshka_lora.serving.single import Progress, Wish, write_single
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matryoshka_lora.serving.on_base import Base, Verified
 
 
-Format = Literal["peft", "merged", "gguf", "ladder", "directions"]
+Format = Literal["peft", "merged", "gguf", "mlx", "ladder", "gguf-ladder", "directions"]
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,9 @@ def export(
         rank: The rank of every layer. Of a ladder or a file of directions, the largest one; None is R. With ``keep``,
             the most that a layer gets.
         format: ``"peft"``: an ordinary LoRA adapter. ``"merged"``: the base model with the adapter in its weights.
-            ``"gguf"``: a file for llama.cpp. ``"ladder"``: one ordinary adapter for each nested rank.
-            ``"directions"``: one file of which a device reads only the ranks it needs.
+            ``"gguf"``: a file for llama.cpp. ``"mlx"``: a folder for mlx-lm. ``"ladder"``: one ordinary adapter for
+            each nested rank. ``"gguf-ladder"``: one GGUF file for each. ``"directions"``: one file of which a device
+            reads only the ranks it needs.
         budget: In the place of a rank: the share of the parameters; layers get ranks of their own.
         keep: In the place of a rank: each layer gets the smallest rank that keeps this share of its squared singular
             values, as ``"95%"`` or 0.95; or obeys a threshold of kohya's script: ``"sv_fro=0.95"``,
@@ -97,7 +98,7 @@ def export(
         conv_rank: Of a single file: the rank of convolutions whose kernel is larger than one point.
         style: Of a single file: how its keys are spelled, ``"kohya"``, ``"diffusers"`` or ``"peft"``, which is a
             folder; None is as they are. Without a rank and the like, nothing else changes.
-        pad: With a budget: fill up to one rank, for engines that know one.
+        pad: With a budget: fill up to one rank, for engines that know one; mlx-lm does, so ``"mlx"`` always is.
         model: The base model; None is what the adapter names. Of a single file with kohya's keys, for another style:
             the folder of a model of diffusers, which knows where the dots of the modules' names are.
         revision: Of the base model on the hub; None is the one that the adapter was trained on.
@@ -142,7 +143,7 @@ def export(
         chosen = _chosen(opened, spectra or spectra_of(opened), rank, budget, kept, most_bytes)
     ranks: Ranks = chosen.ranks if chosen is not None else rank or opened.rank
     # A file of directions is compared with the adapter bit by bit.
-    needs, compares = format in ("merged", "gguf"), verify and format != "directions"
+    needs, compares = format in ("merged", "gguf", "mlx", "gguf-ladder"), verify and format != "directions"
     name, revision, base = _base(opened, model, revision, needs or compares)
     if base is None and needs:
         raise MatryoshkaError(
@@ -152,23 +153,34 @@ def export(
     checked_on = base if compares else None
     verified: Verified | None = None
     ladder: list[int] = []
+    base_config = _base_config(str(name), revision) if needs else None
     if format == "gguf":
-        verified = _gguf(opened, ranks, pad, out, checked_on, str(name), revision, overwrite)
+        verified = export_gguf(opened, ranks, pad, out, base_config, checked_on, overwrite)
     else:
         with output_directory(out, overwrite) as folder:
             if format == "peft":
                 write_adapter(folder, cut(opened, ranks, pad), home=out)
-                verified = _check(opened, [ranks], [folder], checked_on, pad)
+                verified = check_folders(opened, [ranks], [folder], checked_on, pad)
             elif format == "merged" and base is not None:
                 from matryoshka_lora.models import load_tokenizer
                 from matryoshka_lora.serving.on_base import write_merged
 
                 tokenizer = load_tokenizer(str(name), revision=revision)
                 verified = write_merged(folder, opened, ranks, pad, base, tokenizer, verify)
-            elif format == "ladder":
+            elif format == "mlx":
+                verified = export_mlx(opened, ranks, folder, base_config, checked_on)
+            elif format in ("ladder", "gguf-ladder"):
                 top = opened.rank if rank is None else rank
                 ladder = [*(r for r in opened.nested.nesting.ranks if r < top), top]
-                verified = _ladder(opened, ladder, folder, out, checked_on)
+                if has_own_card(out):
+                    raise MatryoshkaError(
+                        f"{out} holds a {CARD_NAME} that somebody has written, and a ladder needs one: choose another "
+                        "folder"
+                    )
+                if format == "ladder":
+                    verified = _ladder(opened, ladder, folder, checked_on)
+                else:
+                    verified = export_gguf_ladder(opened, ladder, folder, base_config, checked_on)
             else:
                 _directions(opened, folder, opened.rank if rank is None else rank)
     return Exported(out, ladder or ranks, chosen, name, verified)
@@ -178,7 +190,7 @@ def _check_wishes(
     rank: int | None, format: Format, budget: float | None, keep: Keep | None, most_bytes: int | None, pad: bool
 ) -> None:
     wishes = [wish for wish in (budget, keep, most_bytes) if wish is not None]
-    whole = format in ("ladder", "directions")
+    whole = format in ("ladder", "gguf-ladder", "directions")
     if wishes and whole:
         raise MatryoshkaError(f"format {format} has whole ranks: give a rank, or leave the budget out")
     if len(wishes) > 1 or (rank is None and not wishes and not whole) or (rank is not None and wishes and keep is None):
@@ -257,53 +269,19 @@ def _base(
     return name, revision, load
 
 
-def _check(
-    opened: OpenedAdapter, ranks: Sequence[Ranks], folders: Sequence[Path], base: Base | None, pad: bool = False
-) -> Verified | None:
-    """Each folder against the nested adapter: its layers, and on a base model the logits. The worst is told."""
-    for each, folder in zip(ranks, folders, strict=True):
-        check_layers(open_adapter(folder), opened, each, pad)
-    if base is None:
-        return None
-    from matryoshka_lora.serving.on_base import compare_all
-
-    return max(compare_all(opened, ranks, folders, base), key=lambda verified: verified.difference)
-
-
-def _gguf(
-    opened: OpenedAdapter,
-    ranks: Ranks,
-    pad: bool,
-    out: Path,
-    base: Base | None,
-    name: str,
-    revision: str | None,
-    overwrite: bool,
-) -> Verified | None:
-    """The file is read back, its rows are put into transformers' order again, and that is compared."""
-    from matryoshka_lora.formats.gguf import check_extension, read_gguf, write_gguf
+def _base_config(name: str, revision: str | None) -> Any:
     from matryoshka_lora.models import load_config
 
-    check_extension(out)
-    base_config = load_config(name, revision=revision)
-    plain = cut(opened, ranks, pad)
-    with tempfile.TemporaryDirectory() as again, replace_file(out, overwrite) as file:
-        write_gguf(plain, file, base_config)
-        write_adapter(Path(again), read_gguf(file, plain, base_config))
-        return _check(opened, [ranks], [Path(again)], base, pad)
+    return load_config(name, revision=revision)
 
 
-def _ladder(opened: OpenedAdapter, ranks: Sequence[int], folder: Path, out: Path, base: Base | None) -> Verified | None:
-    if has_own_card(out):
-        raise MatryoshkaError(
-            f"{out} holds a {CARD_NAME} that somebody has written, and a ladder needs one: choose another folder"
-        )
+def _ladder(opened: OpenedAdapter, ranks: Sequence[int], folder: Path, base: Base | None) -> Verified | None:
     folders = [folder / f"rank-{rank}" for rank in ranks]
     for rank, own in zip(ranks, folders, strict=True):
         own.mkdir()
         write_adapter(own, cut(opened, rank))
     write_text(folder / CARD_NAME, ladder_readme(opened.config, ranks))
-    return _check(opened, ranks, folders, base)
+    return check_folders(opened, ranks, folders, base)
 
 
 def _directions(opened: OpenedAdapter, folder: Path, rank: int) -> None:

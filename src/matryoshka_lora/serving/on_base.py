@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -168,6 +169,7 @@ def write_merged(
         _check(found, *wanted, "the merged model")
     del stored
     merged.save_pretrained(folder)
+    _name_rope_theta(folder / "config.json")
     tokenizer.save_pretrained(folder)
     if wanted is None:
         return None
@@ -177,6 +179,20 @@ def write_merged(
     del written
     dtype = merged.dtype
     return _check_rounding(probe_logits(merged.float()), *wanted, dtype)
+
+
+def _name_rope_theta(file: Path) -> None:
+    """Write the base of the rotary embedding where programs of before transformers 5 look for it.
+
+    transformers 5 has it in ``rope_parameters``, by kind of layer in some models. mlx-lm takes 10000 where it finds
+    none. Where kinds of layers differ, no single number is right, and none is written.
+    """
+    config = json.loads(file.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]
+    thetas = {kind.get("rope_theta") for kind in kinds}
+    if len(thetas) == 1 and None not in thetas:
+        file.write_text(json.dumps({"rope_theta": thetas.pop(), **config}, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _merged(source: OpenedAdapter, ranks: Ranks, pad: bool, model: Any) -> Any:
