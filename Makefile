@@ -51,6 +51,12 @@ test-peft: $(VENV)/.test ## PEFT's own tests of the installed version, with ever
 test-deploy: $(VENV)/.deploy ## the exported slice in llama.cpp, which is built from source (needs cmake and a C++ compiler)
 	$(BIN)/python -m pytest -n 0 -s tests/test_llama_cpp.py tests/test_examples.py -k llama
 
+test-wheel: $(VENV)/.test ## wheel and sdist; the wheel in an empty environment runs the README's first commands
+	rm -rf dist
+	$(BIN)/python -m build -o dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/from_wheel.py dist/*.whl
+
 docs: $(DOCS)/.docs ## the documentation as a site in site/, which needs no network to be read
 	PYTHONPATH=src $(DOCS)/bin/mkdocs build --strict
 
