@@ -15,7 +15,11 @@ LLAMA_CPP_OPTIONS := -DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF
 MLX := mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
 MLX_VENV := .venv-mlx
 
-.PHONY: demo test test-peft test-deploy test-mlx test-vllm bench-train bench-eval lint format help
+DOCS := .venv-docs
+# The extra alone: `pip install .[docs]` would bring torch too.
+DOCS_NEEDS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+
+.PHONY: demo test test-peft test-deploy test-mlx test-vllm test-wheel docs bench-train bench-eval lint format help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -48,6 +52,11 @@ $(VLLM_VENV)/.ready: pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps $(EMBEDDED)
 	touch $@
 
+$(DOCS)/.docs: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(PYTHON) -c '$(DOCS_NEEDS)' | xargs $(DOCS)/bin/python -m pip install -q --disable-pip-version-check
+	touch $@
+
 demo: $(VENV)/.demo ## train an adapter, see every rank, read one with plain PEFT (about five minutes on 2 cores)
 	$(BIN)/matryoshka demo --out runs/demo
 
@@ -71,6 +80,15 @@ $(MLX_VENV)/.done:
 
 test-mlx: $(VENV)/.test $(MLX_VENV)/.done ## the MLX export and a merged model in mlx-lm, on the CPU
 	MLX_PYTHON=$(MLX_VENV)/bin/python $(BIN)/python -m pytest -n 0 -s tests/test_mlx.py
+
+test-wheel: $(VENV)/.test ## wheel and sdist; the wheel in an empty environment runs the README's first commands
+	rm -rf dist
+	$(BIN)/python -m build -o dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/from_wheel.py dist/*.whl
+
+docs: $(DOCS)/.docs ## the documentation as a site in site/, which needs no network to be read
+	PYTHONPATH=src $(DOCS)/bin/mkdocs build --strict
 
 bench-train: $(VENV)/.test ## what a training step costs, as a multiple of the frozen model
 	$(BIN)/python benchmarks/train_step.py --out runs/train_step.json

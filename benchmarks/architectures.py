@@ -47,13 +47,11 @@ class Found:
     """What was found of one architecture.
 
     Attributes:
-        kind: The class of the model.
         not_built: Why there is no tiny model of it; empty if there is.
         reports: For each choice of targets.
         seconds: What it took.
     """
 
-    kind: str = ""
     not_built: str = ""
     reports: dict[str, Report] = field(default_factory=dict)
     seconds: float = 0.0
@@ -123,7 +121,7 @@ def check(name: str) -> Found:
             model(**inputs(2, 8))
     except Exception as error:
         return Found(not_built=f"{type(error).__name__}: {' '.join(str(error).split()):.150}")
-    return Found(type(model).__name__, reports=check_language_model(model))
+    return Found(reports=check_language_model(model))
 
 
 def line(name: str, found: Found) -> str:
@@ -203,14 +201,14 @@ def page(found: Mapping[str, Found]) -> str:
     missing = {name: one for name, one in all_of_them.items() if one.not_built}
     rows = {name: row(name, one, reasons) for name, one in found.items() if not one.not_built}
     built = [cells for name, cells in rows.items() if name in all_of_them]
-    usable = [cells for cells in built if cells[2].startswith("right")]
+    usable = [cells for cells in built if cells[1].startswith("right")]
     return _PAGE.format(
         minutes=sum(one.seconds for one in found.values()) / 60,
         versions=f"transformers {transformers.__version__}, PEFT {peft.__version__} and torch {torch.__version__}",
         architectures=len(all_of_them),
         usable=len(usable),
-        rows=sum(cells[3].startswith("right") for cells in usable),
-        engine=sum(cells[4].startswith("right") for cells in usable),
+        rows=sum(cells[2].startswith("right") for cells in usable),
+        engine=sum(cells[3].startswith("right") for cells in usable),
         refused=len(built) - len(usable),
         missing=len(missing),
         why_missing="; ".join(f"`{name}`: {one.not_built}" for name, one in missing.items()),
@@ -221,8 +219,13 @@ def page(found: Mapping[str, Found]) -> str:
 
 
 def _table(rows: Iterable[Sequence[str]]) -> str:
-    head = ["architecture", "class", "adapter", "ranks for rows", "engine", "stacked experts"]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+    """One line for all architectures of which the same is said."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, *cells in rows:
+        alike.setdefault(tuple(cells), []).append(name)
+    head = ["architectures", "adapter", "ranks for rows", "engine", "stacked experts"]
+    lines = [[", ".join(names), *cells] for cells, names in alike.items()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
 
 
 def row(name: str, found: Found, reasons: Reasons) -> list[str]:
@@ -240,7 +243,6 @@ def row(name: str, found: Found, reasons: Reasons) -> list[str]:
         adapter += f", {len(whole.unused)} of {whole.layers} layers not called"
     return [
         f"`{name}`",
-        f"`{found.kind}`",
         adapter,
         _cell(whole, ("rows",), reasons),
         _cell(whole, ("engine",), reasons),
