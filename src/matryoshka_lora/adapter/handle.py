@@ -199,7 +199,7 @@ class NestedAdapter:
                 and ``completion``.
             tokenizer: The base model's, where the data are rows.
             rows: How many rows are used; None is 128, 480 for ``"learned"``, and for ``"trained"`` half
-                as many as the Trainer has trained on, or 6400.
+                as many as the Trainer has trained on, or 3200.
             seed: Of which rows are taken, and of their ranks.
 
         Returns:

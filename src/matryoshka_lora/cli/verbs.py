@@ -151,7 +151,7 @@ def reorder(
     ] = None,
     rows: Annotated[
         int | None,
-        typer.Option(min=1, help="How many rows of it.", show_default="128; 480 for learned, 6400 for trained"),
+        typer.Option(min=1, help="How many rows of it.", show_default="128; 480 for learned, 3200 for trained"),
     ] = None,
     model: Model = None,
     revision: Revision = None,

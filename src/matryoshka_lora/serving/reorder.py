@@ -54,7 +54,7 @@ def reorder(
         by: In what sense each prefix is good; see `matryoshka_lora.NestedAdapter.reorder`.
         data: For all but ``"svd"``: a built-in task, a file, the id of a hub dataset, or rows with ``prompt`` and
             ``completion``.
-        rows: How many rows are used; None is 128, 480 for ``"learned"``, and 6400 for ``"trained"``.
+        rows: How many rows are used; None is 128, 480 for ``"learned"``, and 3200 for ``"trained"``.
         model: The base model; None is what the adapter names.
         revision: Of the base model on the hub; None is the one that the adapter was trained on.
         dtype: Of the base model.
