@@ -64,6 +64,7 @@ def write_stored(
             opened.write(data)
             if finished is not None:
                 found.update(data)
+            del tensor, data  # before the next one is read
         if finished is not None:
             again = _header(ordered, finished(found.hexdigest()))
             if len(again) != len(header):
