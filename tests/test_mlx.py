@@ -33,6 +33,7 @@ from transformers import (
 from matryoshka_lora import MatryoshkaError, export, reorder
 from matryoshka_lora.formats.mlx import MODELS
 from matryoshka_lora.formats.opened import open_adapter
+from matryoshka_lora.formats.write import write_adapter
 
 MLX_PYTHON = os.environ.get("MLX_PYTHON", "")
 READER = Path(__file__).parent / "readers" / "read_mlx.py"
@@ -80,8 +81,10 @@ def log_probabilities(model: Any) -> np.ndarray:
 def test_the_files_are_as_mlx_lm_documents_them(tmp_path: Path, budget: float | None, dtype: torch.dtype) -> None:
     own = tiny_llama()
     base = saved(own, tmp_path / "base")
-    plain_adapter(tmp_path / "plain", copy.deepcopy(own).to(dtype), lora_alpha=5)
-    reorder(tmp_path / "plain", tmp_path / "nested")
+    plain_adapter(tmp_path / "plain", copy.deepcopy(own), lora_alpha=5)
+    reorder(tmp_path / "plain", tmp_path / "reordered")
+    (tmp_path / "nested").mkdir()  # PEFT makes factors in float32, whatever the base model has
+    write_adapter(tmp_path / "nested", open_adapter(tmp_path / "reordered").cast(dtype))
     rank = 4 if budget is None else None
     made = export(tmp_path / "nested", tmp_path / "mlx", rank, "mlx", budget=budget, model=base)
     assert made.verified is not None
