@@ -67,8 +67,8 @@ def _squeezed(in_turn: bool) -> Cut:
     """LoRA-Squeeze (arXiv 2602.10993): cut by SVD to a rank, then train on at that rank; a file for each rank.
 
     ``in_turn`` begins each rank with what the next larger one has become, as its In-Squeeze does; else each begins
-    with the whole adapter (Cont-Squeeze). A rank gets half the steps of the next smaller one, at the
-    rate that ``trained`` gives to a block of its width.
+    with the whole adapter (Cont-Squeeze). A rank r gets half the steps of the next smaller one, at
+    (R / r)^0.4 times the rate of R.
     """
 
     def cut(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:

@@ -25,7 +25,7 @@ TRAINED_SHARE = 0.5
 """The rows that ranks are trained on by themselves, as a share of those of training."""
 
 SQUEEZE_POWER = 0.4
-"""Training on at rank r has (R / r) to this power times the rate of R, as the package's `trained` has."""
+"""Training on at rank r has (R / r) to this power times the rate of R. It was not looked for."""
 
 GAINS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
 """What the cut ``gains`` tries for each rank."""

@@ -72,7 +72,7 @@ REPORTS = sorted(path.parent for path in PAGES.glob("*/study.md"))
 def test_the_reports_are_what_the_recorded_runs_say(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of them were written by version 0.1."""
+    """Those of version 0.1 too."""
     monkeypatch.chdir(ROOT)  # to which the files of a study are relative
     study = ROOT / "research" / "configs" / f"{folder.name}.yaml"
     compare(study, tmp_path, PAGES / "runs", minutes=None, report=True)

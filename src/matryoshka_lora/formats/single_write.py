@@ -174,7 +174,8 @@ def _dtype(source: LoraFile, layer: Layer) -> torch.dtype:
 
 
 def _unread() -> Tensor:
-    raise NotImplementedError
+    """In the place of a factor's numbers: `Plan.write` computes them."""
+    raise AssertionError("a factor of a planned file is computed and not read")
 
 
 def _pair(layer: Layer) -> Keys:
