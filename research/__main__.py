@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 
 from matryoshka_lora import MatryoshkaError
-from research.plan import MOST_RATES, diverged, load_runs, missing_jobs, results, tried
+from research.plan import FINALISTS, MOST_RATES, diverged, load_runs, missing_jobs, results, tried
 from research.recipes import RECIPES, parse_method
 from research.records import Job, Run
 from research.report import write_report
@@ -80,7 +80,8 @@ def _report(study: Study, runs: Mapping[Job, Run], folder: Path) -> bool:
         "training": f"{training}; each built-in question once, unless the recipe says otherwise",
         "questions": ", ".join(f"{count} of {split}" for split, count in study.items.items()),
         "learning rates": f"grid from {', '.join(f'{rate:g}' for rate in study.learning_rates)} on validation data, "
-        f"seed {study.rate_seed}, grown until its edge is not the best or {MOST_RATES} are tried",
+        f"seed {study.rate_seeds[0]}, grown until its edge is not the best or {MOST_RATES} are tried"
+        + "".join(f"; the {FINALISTS} best with seed {seed} too" for seed in study.rate_seeds[1:]),
         "versions": "; or ".join(", ".join(f"{name} {number}" for name, number in one) for one in sorted(versions)),
         **{f"recipe {name}": RECIPES[name].summary for name in recipes},
     }

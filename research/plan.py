@@ -17,6 +17,10 @@ MOST_RATES = 9
 """Rates that are tried for one method: a grid that still has its best at the edge then grows no further."""
 
 
+FINALISTS = 2
+"""Rates of the first seed's best that every seed tries."""
+
+
 class Unit(NamedTuple):
     """What has a learning rate of its own: a recipe, with one cut, on one task, at one R.
 
@@ -104,7 +108,8 @@ class Rates(NamedTuple):
 
     Attributes:
         missing: Jobs that must be run before more is known.
-        losses: By rate, the mean validation loss over the ranks; infinite where training diverged.
+        losses: By rate, the mean validation loss over the ranks and over the seeds that have tried it; infinite where
+            training diverged.
         chosen: The rate with the lowest, when it is known; none where training diverged at every rate.
     """
 
@@ -114,19 +119,39 @@ class Rates(NamedTuple):
 
 
 def rates(study: Study, runs: Mapping[Job, Run], unit: Unit) -> Rates:
-    """How far the choice of a unit's learning rate is."""
+    """How far the choice of a unit's learning rate is.
+
+    The first seed tries every rate. The others try the best of these, until `FINALISTS` have diverged with no seed. The
+    lowest mean over all seeds is chosen.
+    """
     tried = sorted(study.learning_rates)
     down, up = tried[1] / tried[0], tried[-1] / tried[-2]
+    first, *others = study.rate_seeds
     while True:
-        jobs = {rate: Job(unit.recipe, unit.task, unit.rank, rate, study.rate_seed, "validation") for rate in tried}
-        losses = {rate: _loss(runs[job], unit) for rate, job in jobs.items() if _has(runs, job, unit.cut)}
-        missing = [job for rate, job in jobs.items() if rate not in losses]
+        jobs = {
+            rate: [Job(unit.recipe, unit.task, unit.rank, rate, seed, "validation") for seed in (first, *others)]
+            for rate in tried
+        }
+        losses = {
+            rate: fmean(_loss(runs[job], unit) for job in of_rate if _has(runs, job, unit.cut))
+            for rate, of_rate in jobs.items()
+            if _has(runs, of_rate[0], unit.cut)
+        }
+        missing = [of_rate[0] for rate, of_rate in jobs.items() if rate not in losses]
         if missing:
             return Rates(missing, losses, None)
-        best = min(tried, key=lambda rate: losses[rate])
+        finalists: list[float] = []
+        for rate in sorted(tried, key=lambda rate: _loss(runs[jobs[rate][0]], unit)):
+            missing += [job for job in jobs[rate] if not _has(runs, job, unit.cut)]
+            finalists += [rate] if math.isfinite(losses[rate]) else []
+            if len(finalists) == FINALISTS:
+                break
+        if missing:
+            return Rates(missing, losses, None)
+        best = min(finalists, key=lambda rate: losses[rate], default=tried[0])
         edge = best in (tried[0], tried[-1])
         if not edge or len(tried) >= MOST_RATES:
-            return Rates([], losses, best if math.isfinite(losses[best]) else None)
+            return Rates([], losses, best if finalists else None)
         tried = [_rounded(tried[0] / down), *tried] if best == tried[0] else [*tried, _rounded(tried[-1] * up)]
 
 

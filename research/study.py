@@ -48,7 +48,8 @@ class Study:
         seeds: Of the runs that are measured on test data.
         learning_rates: The grid that every method begins with, ascending. Where its best rate is at the edge, the
             grid grows there by its own factor.
-        rate_seed: The seed of the grid's runs, which see validation data only.
+        rate_seeds: Of the grid's runs, which see validation data only. The first tries every rate, the others the two
+            best.
         training: Fields of a training config, the same for every recipe.
         items: Questions of each split.
         threads: Of one run, which changes the rounding of its numbers.
@@ -63,7 +64,7 @@ class Study:
     winner: str | None
     seeds: tuple[int, ...]
     learning_rates: tuple[float, ...]
-    rate_seed: int
+    rate_seeds: tuple[int, ...]
     training: Mapping[str, Any]
     items: Mapping[str, int]
     threads: int
@@ -139,8 +140,8 @@ def load_study(path: str | PathLike[str]) -> Study:
     """Read a study.
 
     Its keys: ``title``, ``model``, ``dtype``, ``rank``, ``tasks`` (name to ``{task: ...}`` or to ``{train: ...,
-    validation: ..., test: ...}``), ``methods``, ``winner``, ``seeds``, ``learning_rates`` (``{grid: [...], seed: n}``),
-    ``training`` (fields of ``trl.SFTConfig``), ``items`` and ``threads``.
+    validation: ..., test: ...}``), ``methods``, ``winner``, ``seeds``, ``learning_rates`` (``{grid: [...], seeds:
+    [...]}``), ``training`` (fields of ``trl.SFTConfig``), ``items`` and ``threads``.
 
     Raises:
         MatryoshkaError: The file cannot be read, or something in it is wrong.
@@ -175,7 +176,7 @@ def make_study(given: Any) -> Study:
     if winner is not None and winner not in methods:
         raise MatryoshkaError(f"winner is {winner!r}, which is none of the methods")
     rates, items = given.get("learning_rates") or {}, given.get("items") or {}
-    _check_keys("learning_rates", rates, ("grid", "seed"))
+    _check_keys("learning_rates", rates, ("grid", "seeds"))
     _check_keys("items", items, tuple(_ITEMS))
     made = Study(
         title=str(given.get("title", "A comparison of methods")),
@@ -185,16 +186,16 @@ def make_study(given: Any) -> Study:
         tasks={str(name): make_task(str(name), source) for name, source in given["tasks"].items()},
         methods=methods,
         winner=winner,
-        seeds=_seeds(given.get("seeds", [0, 1, 2, 3, 4])),
+        seeds=_seeds("seeds", given.get("seeds", [0, 1, 2, 3, 4])),
         learning_rates=_rates(rates.get("grid", [1e-3, 2e-3, 4e-3])),
-        rate_seed=_seed("learning_rates.seed", rates.get("seed", 100)),
+        rate_seeds=_seeds("learning_rates.seeds", rates.get("seeds", [100])),
         training=_training(given.get("training") or {}),
         items={split: _count(f"items.{split}", count) for split, count in {**_ITEMS, **items}.items()},
         threads=_count("threads", given.get("threads", 1)),
     )
-    if made.rate_seed in made.seeds:
+    if counted := sorted({*made.rate_seeds} & {*made.seeds}):
         raise MatryoshkaError(
-            f"learning_rates.seed {made.rate_seed} is one of seeds: rates are chosen on runs that are not counted"
+            f"learning_rates.seeds has {counted[0]}, one of seeds too: rates are chosen on runs that are not counted"
         )
     for recipe in recipes:  # finds wrong arguments now
         config = made.train_config(recipe, made.rank, made.learning_rates[0], 0, "unused")
@@ -239,16 +240,13 @@ def _rates(given: Any) -> tuple[float, ...]:
     return tuple(map(float, given))
 
 
-def _seeds(given: Any) -> tuple[int, ...]:
+def _seeds(name: str, given: Any) -> tuple[int, ...]:
     if not isinstance(given, list) or not given or len(set(map(str, given))) != len(given):
-        raise MatryoshkaError(f"seeds is {given!r}; write a list of different whole numbers")
-    return tuple(_seed("one of seeds", seed) for seed in given)
-
-
-def _seed(name: str, given: Any) -> int:
-    if type(given) is not int or given < 0:
-        raise MatryoshkaError(f"{name} is {given!r}; write a whole number from 0 on")
-    return given
+        raise MatryoshkaError(f"{name} is {given!r}; write a list of different whole numbers")
+    for seed in given:
+        if type(seed) is not int or seed < 0:
+            raise MatryoshkaError(f"one of {name} is {seed!r}; write a whole number from 0 on")
+    return tuple(given)
 
 
 def _count(name: str, value: Any) -> int:

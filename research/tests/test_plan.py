@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {
     "tasks": {"sums": {"task": "chain_sum"}},
     "methods": ["lora/svd"],
     "seeds": [0, 1],
-    "learning_rates": {"grid": [1e-3, 2e-3, 4e-3], "seed": 100},
+    "learning_rates": {"grid": [1e-3, 2e-3, 4e-3], "seeds": [100]},
 }
 FILES = {split: f"nowhere/{split}.jsonl" for split in ("train", "validation", "test")}
 
@@ -154,7 +154,7 @@ def test_the_scale_of_a_rank(recipe: str, scales: dict[int, float]) -> None:
         ({"seeds": [3, 3]}, r"seeds is \[3, 3\]; write a list of different"),
         ({"seeds": [0, True]}, "one of seeds is True; write a whole number"),
         ({"learning_rates": {"grids": [1, 2]}}, "learning_rates has no key 'grids'; did you mean 'grid'"),
-        ({"learning_rates": {"seed": 1}}, "learning_rates.seed 1 is one of seeds"),
+        ({"learning_rates": {"seeds": [1]}}, "learning_rates.seeds has 1, one of seeds too"),
         *(
             ({"learning_rates": {"grid": grid}}, "learning_rates.grid is .*; write at least two ascending rates")
             for grid in ([1e-3], [2e-3, 1e-3], [0, 1e-3], ["1e-3", 2e-3], [1e-3, math.inf], 1)
@@ -251,11 +251,27 @@ LORA = Unit("lora", "svd", "sums", 4)
     ],
 )
 def test_the_grid_grows_until_its_best_rate_is_inside(grid: list[float], optimum: float, expected: list[float]) -> None:
-    study = study_of(learning_rates={"grid": grid, "seed": 100})
+    study = study_of(learning_rates={"grid": grid, "seeds": [100]})
     runs = finish(study, lambda job, cut: 9 + abs(math.log(job.learning_rate / optimum)))
     assert tried(runs) == pytest.approx(expected, rel=1e-9)
     assert rates(study, runs, LORA).chosen == pytest.approx(optimum)
     assert {job.learning_rate for job in runs if job.split == "test"} == {rates(study, runs, LORA).chosen}
+
+
+def test_the_two_best_rates_are_tried_with_every_seed() -> None:
+    """Of 8e-3, best with the first seed, another seed diverges: the next is asked in its place."""
+    study = study_of(learning_rates={"grid": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], "seeds": [100, 101, 102]})
+    first = {1e-3: 5.0, 2e-3: 3.0, 4e-3: 2.0, 8e-3: 1.0, 1.6e-2: 9.0}
+    others = {2e-3: 1.0, 4e-3: 4.0, 8e-3: None}
+    world = lambda job, cut: first[job.learning_rate] if job.seed == 100 else others.get(job.learning_rate, 1)  # noqa: E731
+    runs = finish(study, world)
+    asked = {(job.learning_rate, job.seed) for job in runs if job.split == "validation"}
+    assert asked == {(rate, 100) for rate in first} | {(rate, seed) for rate in others for seed in (101, 102)}
+    state = rates(study, runs, LORA)
+    assert state.losses[2e-3] == pytest.approx((3 + 1 + 1) / 3)
+    assert state.losses[4e-3] == pytest.approx((2 + 4 + 4) / 3)
+    assert state.chosen == 2e-3
+    assert {job.learning_rate for job in runs if job.split == "test"} == {2e-3}
 
 
 def test_where_every_rate_diverges_none_is_chosen() -> None:
@@ -475,7 +491,7 @@ def test_no_held_out_question_of_these_studies_is_trained_on(path: Path, monkeyp
             continue
         rows = {split: task.rows(split, study.items[split]) for split in ("validation", "test")}
         longest = max((parse_method(method)[0] for method in study.methods), key=study.train_rows)
-        seeds = (*study.seeds, study.rate_seed)
+        seeds = (*study.seeds, *study.rate_seeds)
         trained = {row["prompt"] for seed in seeds for row in study.train_set(longest, task.name, seed)}
         assert not trained & {row["prompt"] for found in rows.values() for row in found}
         assert not {row["prompt"] for row in rows["validation"]} & {row["prompt"] for row in rows["test"]}

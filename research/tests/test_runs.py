@@ -49,7 +49,7 @@ def settings_of(model: Path, *methods: str, **changes: Any) -> dict[str, Any]:
         "tasks": {"sums": {"task": "chain_sum"}},
         "methods": list(methods) or ["lora/svd", "matryoshka/prefix"],
         "seeds": [0],
-        "learning_rates": {"grid": [1e-3, 1e-2, 1e-1], "seed": 100},
+        "learning_rates": {"grid": [1e-3, 1e-2, 1e-1], "seeds": [100]},
         "training": {"max_steps": 3, "per_device_train_batch_size": 2},
         "items": {"validation": 4, "test": 4},
     }
