@@ -19,7 +19,7 @@ DOCS := .venv-docs
 # The extra alone: `pip install .[docs]` would bring torch too.
 DOCS_NEEDS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
 
-.PHONY: demo test test-peft test-deploy test-mlx test-vllm test-wheel docs bench-train bench-eval lint format help
+.PHONY: demo test test-peft test-deploy test-mlx test-vllm test-wheel test-readme docs bench-train bench-eval lint format help dist
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -81,11 +81,16 @@ $(MLX_VENV)/.done:
 test-mlx: $(VENV)/.test $(MLX_VENV)/.done ## the MLX export and a merged model in mlx-lm, on the CPU
 	MLX_PYTHON=$(MLX_VENV)/bin/python $(BIN)/python -m pytest -n 0 -s tests/test_mlx.py
 
-test-wheel: $(VENV)/.test ## wheel and sdist; the wheel in an empty environment runs the README's first commands
+dist: $(VENV)/.test
 	rm -rf dist
 	$(BIN)/python -m build -o dist
 	$(BIN)/twine check --strict dist/*
-	$(BIN)/python tests/from_wheel.py dist/*.whl
+
+test-wheel: dist ## wheel and sdist; the wheel in an empty environment runs what the README says of a LoRA that you have
+	$(BIN)/python tests/readme_from_wheel.py dist/*.whl --bare
+
+test-readme: dist ## the same, and then all other commands and scripts of the README
+	$(BIN)/python tests/readme_from_wheel.py dist/*.whl
 
 docs: $(DOCS)/.docs ## the documentation as a site in site/, which needs no network to be read
 	PYTHONPATH=src $(DOCS)/bin/mkdocs build --strict

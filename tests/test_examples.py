@@ -71,6 +71,25 @@ def test_a_stranger_s_adapter(tmp_path: Path) -> None:
     assert [line for line in out.splitlines() if line.startswith('{"rank": ')][-1].startswith('{"rank": 32')
 
 
+def test_the_notebook(tmp_path: Path) -> None:
+    """Every cell runs, with fewer steps and questions; in the repository its outputs are cleared."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+    long, short = "STEPS, QUESTIONS = 60, 50", "STEPS, QUESTIONS = 2, 3"
+    assert cells[0].source.startswith(long)
+    cells[0].source = cells[0].source.replace(long, short)
+    NotebookClient(notebook, timeout=500, resources={"metadata": {"path": tmp_path}}).execute()
+    pictures = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 2
+    written = json.loads((tmp_path / "quickstart/small/adapter_config.json").read_text())
+    assert cells[-2].outputs[-1].text.splitlines()[-1] == f"rank {written['r']}"
+    assert "assistant" in cells[-1].outputs[-1].text
+
+
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_qlora(tmp_path: Path) -> None:
     out = run("qlora.py", "--steps", 1, "--reorder", "svd", "--out", tmp_path / "qlora")
@@ -91,7 +110,7 @@ def test_a_device(adapter: Path) -> None:
 
 
 def test_a_ladder_for_vllm(adapter: Path, tmp_path: Path) -> None:
-    """The command is made, and not run: there is no vLLM for CPUs on the package index."""
+    """The command is made, and not run: `make test-vllm` runs another one."""
     bash = shutil.which("bash")
     assert bash
     environment = {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

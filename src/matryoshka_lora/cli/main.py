@@ -58,5 +58,7 @@ def main() -> None:
 def _quiet_libraries() -> None:
     # What they warn of is about their own next versions, and nothing that a user of this command can change.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # A warning is a sentence for the user: no path of our code, no line of it.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -64,8 +64,8 @@ def deployed(adapter: OpenedAdapter) -> tuple[OpenedAdapter, dict[str, Tensor] |
     if adapter.nested.deployed:
         return adapter, None
     warnings.warn(
-        f"{adapter.name} was never reordered: what is written is reordered by SVD, so that every rank is good. What is "
-        "in memory stays as it is trained",
+        f"{adapter.name} was never reordered: what is written is reordered by SVD, so that every rank is good. The "
+        "adapter itself stays as it was trained",
         stacklevel=2,
     )
     return reorder_opened(adapter)
