@@ -37,7 +37,7 @@ def draw(results: Sequence[Result], path: Path, *, title: str, methods: Sequence
 
     if not 0 < len(methods) <= MOST_METHODS:
         raise MatryoshkaError(f"a picture cannot tell {len(methods)} methods apart; name 1 to {MOST_METHODS}")
-    spare = iter([look for method, look in LOOKS.items() if method not in methods])
+    spare = iter([look for method, look in reversed(LOOKS.items()) if method not in methods])
     # What has no look of its own borrows that of a method that is not drawn.
     styles = {method: _style(LOOKS.get(method) or next(spare)) for method in methods}
     styles[EACH] = {**_style(LOOKS[EACH]), "linestyle": "--"}
@@ -110,6 +110,7 @@ def _scale(left: Any, right: Any, results: Sequence[Result]) -> None:
     left.set_ylim(max(low, min(accuracies) - 10), min(high, max(accuracies) + 10))
     right.set_yscale("log", nonpositive="clip")
     right.set_ylim(min(losses) / 1.3, max(losses) * 1.3)
-    right.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    wide = max(losses) > 100 * min(losses)
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 3) if wide else (1, 1.5, 2, 3, 5, 7)))
     right.yaxis.set_major_formatter("{x:g}")
     right.minorticks_off()
