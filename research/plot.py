@@ -7,19 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka_lora import MatryoshkaError
+from research.looks import LIGHT, LOOKS, Look, rank_axis
 from research.recipes import EACH
 from research.records import Result
 from research.stats import accuracy_at, loss_at, mean, ranking
 
-# Okabe and Ito's colours, which differ for every kind of colour vision; a marker of its own tells each curve in grey.
-# The last of both is the reference's where it is drawn.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
-
 # A logarithmic axis has no zero.
 _LEAST_LOSS = 1e-6
 
-MOST_METHODS = len(_COLOURS)
+MOST_METHODS = 8
 """Methods that a picture can tell apart."""
 
 
@@ -41,9 +37,10 @@ def draw(results: Sequence[Result], path: Path, *, title: str, methods: Sequence
 
     if not 0 < len(methods) <= MOST_METHODS:
         raise MatryoshkaError(f"a picture cannot tell {len(methods)} methods apart; name 1 to {MOST_METHODS}")
-    others = [method for method in methods if method != EACH]
-    styles = {method: _style(number) for number, method in enumerate(others)}
-    styles[EACH] = {**_style(-1), "linestyle": "--"}
+    spare = iter([look for method, look in reversed(LOOKS.items()) if method not in methods])
+    # What has no look of its own borrows that of a method that is not drawn.
+    styles = {method: _style(LOOKS.get(method) or next(spare)) for method in methods}
+    styles[EACH] = {**_style(LOOKS[EACH]), "linestyle": "--"}
     tasks = sorted({result.task for result in results})
     figure = Figure(figsize=(16, 2 + 5.5 * len(tasks)), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.2, h_pad=0.15))
     FigureCanvasAgg(figure)
@@ -83,26 +80,21 @@ def legible(results: Sequence[Result], winner: str | None = None) -> list[str]:
 
 
 def _rank_axis(axes: Any, ranks: Sequence[int], title: str) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ranks, [str(rank) for rank in ranks])
+    rank_axis(axes, ranks)
+    axes.xaxis.label.set_size(15)
     axes.tick_params(labelsize=14)
-    axes.minorticks_off()
-    axes.set_xlabel("rank at which the adapter is used", fontsize=15)
     axes.set_title(title, fontsize=16, loc="left")
     axes.grid(color="#DDDDDD", linewidth=1)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _style(number: int) -> Mapping[str, Any]:
+def _style(look: Look) -> Mapping[str, Any]:
     return {
-        "color": _COLOURS[number],
-        "marker": _MARKERS[number],
+        "color": look.colour(LIGHT),
+        "marker": look.marker,
         "linewidth": 2,
         "markersize": 10,
-        # Yellow is hard to see on white.
-        "markeredgecolor": "#333333",
-        "markeredgewidth": 0.8,
         "elinewidth": 1.2,
         "capsize": 3,
     }
@@ -118,6 +110,7 @@ def _scale(left: Any, right: Any, results: Sequence[Result]) -> None:
     left.set_ylim(max(low, min(accuracies) - 10), min(high, max(accuracies) + 10))
     right.set_yscale("log", nonpositive="clip")
     right.set_ylim(min(losses) / 1.3, max(losses) * 1.3)
-    right.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    wide = max(losses) > 100 * min(losses)
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 3) if wide else (1, 1.5, 2, 3, 5, 7)))
     right.yaxis.set_major_formatter("{x:g}")
     right.minorticks_off()

@@ -20,6 +20,7 @@ OTHERS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/REA
 STUDY = sorted((ROOT / "research/pages").glob("*.md"))
 
 _LINK = re.compile(r"\[[^\]]*\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?\)")
+_PICTURE = re.compile(r'<picture>\n<source [^>]*srcset="([^"]+)">\n<img alt="[^"]+" src="([^"]+)">\n</picture>')
 _BLOCK = re.compile(r"^(<!-- not run: .+ -->\n)?```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -58,6 +59,23 @@ def test_every_link_has_its_target(page: Path) -> None:
         assert file.exists(), f"{target} does not exist"
         if anchor and file.suffix == ".md":
             assert anchor in anchors(file), f"{target} has no heading #{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_picture_is_there_for_white_and_for_dark_ground(page: Path) -> None:
+    found = text(page)
+    pairs = _PICTURE.findall(found)
+    assert len(pairs) == found.count("<picture>") == found.count("</picture>")
+    for dark, light in pairs:
+        assert dark == light.replace("-light.", "-dark.") != light
+        assert (page.parent / light).is_file()
+        assert (page.parent / dark).is_file()
+
+
+def test_every_picture_is_used() -> None:
+    used = {name for page in [*PAGES, ROOT / "README.md"] for name in re.findall(r"figures/([\w.-]+)", text(page))}
+    there = {path.name for path in (DOCS / "figures").iterdir()}
+    assert {name for name in there if name.endswith(".svg")} <= used <= there
 
 
 def test_pages_that_code_and_configs_name_exist() -> None:

@@ -18,6 +18,7 @@ SHOWN = {"docs": "", "research/pages": "research", "examples": "examples"}
 """Folders of the repository, and where the site has their files."""
 
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+_PICTURE = re.compile(r'<picture>\n<source [^>]*srcset="([^"]+)">\n<img alt="([^"]*)" src="([^"]+)">\n</picture>')
 _TYPER = [sys.executable, "-m", "typer", "matryoshka_lora.cli.main", "utils", "docs", "--name", "matryoshka"]
 
 
@@ -40,6 +41,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     for mark, make in GENERATED.items():
         if f"<!-- {mark} -->" in markdown:
             markdown = markdown.replace(f"<!-- {mark} -->", make())
+
+    # GitHub chooses by the reader's system, the site by its own button.
+    markdown = _PICTURE.sub(r"![\2](\3#only-light)\n![\2](\1#only-dark)", markdown)
 
     def on_site(link: re.Match[str]) -> str:
         text, target, anchor = link[1], link[2], link[3] or ""

@@ -1,0 +1,325 @@
+"""All pictures of the documentation, from files of the repository::
+
+    python -m research.figures        # into docs/figures, in less than a minute
+
+Each picture is written twice, NAME-light.svg and NAME-dark.svg. The same files give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matryoshka_lora import Nesting
+from research import stats
+from research.looks import LOOKS, MODES, Look, Mode, rank_axis
+from research.plan import load_runs, results
+from research.recipes import EACH
+from research.records import Result
+from research.stats import Value
+from research.study import load_study
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "docs" / "figures"
+
+FACE = ("lora/trained", EACH, "lora/svd", "lora/prefix", "matryoshka/prefix")
+METHODS = (EACH, "matryoshka/svd", "lora/svd", "lora/prefix", "matryoshka/prefix")
+TOKENS = ("lora/svd", "lora/learned", "lora-longer/svd", "lora/trained", EACH)
+BESIDE = {"lora-longer/svd": 1.1}
+"""Where a point is drawn, as a multiple of its tokens: beside what has as many."""
+
+DEMO = "matryoshka/svd"
+"""What the demo trains."""
+
+WITH_PNG = ("face",)
+"""Pictures that the README shows, which is read in places that draw no SVG."""
+
+FAMILIES = {"facts128": "facts-128", "facts256": "facts-256", "facts512": "facts-512"}
+"""The studies of the memory task and their tasks."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT, help="the folder to write to (default: docs/figures)")
+    given = parser.parse_args(arguments)
+    given.out.mkdir(parents=True, exist_ok=True)
+    for name, data in files():
+        (given.out / name).write_bytes(data)
+        print(given.out / name)
+
+
+def files(*names: str) -> Iterator[tuple[str, bytes]]:
+    """The name and the content of each file, of all pictures or of these."""
+    for name in names or PICTURES:
+        for mode in MODES:
+            yield from _drawn(f"{name}-{mode.name}", PICTURES[name], mode, name in WITH_PNG)
+
+
+def _drawn(name: str, draw: Callable[[Any, Mode], None], mode: Mode, png: bool) -> Iterator[tuple[str, bytes]]:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**_style(mode), "svg.hashsalt": name}):
+        figure = Figure(layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure, mode)
+        svg = BytesIO()
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+        yield f"{name}.svg", svg.getvalue()
+        if png:
+            # The PNG of another FreeType has other bytes: it names what it was drawn with.
+            pixels, drawn = BytesIO(), sha256(svg.getvalue()).hexdigest()
+            figure.savefig(pixels, format="png", dpi=200, transparent=True, metadata={"Comment": drawn})
+            yield f"{name}.png", pixels.getvalue()
+
+
+def _style(mode: Mode) -> dict[str, Any]:
+    return {
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
+        "font.size": 11,
+        "axes.titlesize": 12,
+        "figure.titlesize": 13,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": mode.grid,
+        "grid.linewidth": 0.8,
+        "legend.frameon": False,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor"), mode.ink),
+        "axes.edgecolor": mode.quiet,
+    }
+
+
+@cache
+def curves(study: str) -> tuple[Result, ...]:
+    """Every finished curve of a study of `research/configs`, from the recorded runs."""
+    read = load_study(ROOT / "research" / "configs" / f"{study}.yaml")
+    return tuple(results(read, load_runs(read, ROOT / "research" / "pages" / "runs")))
+
+
+def _json(name: str) -> Any:
+    return json.loads((ROOT / "docs" / name).read_text(encoding="utf-8"))
+
+
+# Curves of several methods.
+
+
+def face(figure: Any, mode: Mode) -> None:
+    """One adapter at every rank beside its rivals, on 256 facts."""
+    figure.set_size_inches(8.4, 4.9)
+    axes = figure.subplots()
+    found = [result for result in curves("facts256") if result.task == "facts-256"]
+    methods = [method for method in FACE if any(result.method == method for result in found)]
+    _accuracies(axes, found, methods, mode)
+    axes.set_ylim(-4, 104)
+    axes.set_ylabel("right answers in %")
+    figure.suptitle("256 facts, learned by heart: how many does the adapter know at each rank?", x=0.01, ha="left")
+    axes.set_title(_of_seeds(found), color=mode.quiet, fontsize=10)
+    _legend(figure, axes, columns=2)
+
+
+def methods(figure: Any, mode: Mode) -> None:
+    """Five methods on the three tasks of the headline study."""
+    figure.set_size_inches(9.6, 4.6)
+    found = curves("headline")
+    tasks = list(dict.fromkeys(result.task for result in found))
+    panels = figure.subplots(1, len(tasks), sharey=True)
+    for axes, task in zip(panels, tasks, strict=True):
+        _accuracies(axes, [result for result in found if result.task == task], METHODS, mode)
+        axes.set_title(task)
+        axes.set_xlabel("rank")
+    top = max(100 * max(result.curve.accuracy) for result in found if result.method in METHODS)
+    panels[0].set_ylim(-3, min(103, top + 4))
+    panels[0].set_ylabel("right answers in %")
+    figure.suptitle(_of_seeds(found), color=mode.quiet, x=0.01, ha="left", fontsize=10)
+    _legend(figure, panels[0], columns=2)
+
+
+def tokens(figure: Any, mode: Mode) -> None:
+    """What more tokens are worth, on every task that has such runs."""
+    found = [*(result for study in FAMILIES for result in curves(study)), *curves("headline")]
+    tasks = list(dict.fromkeys(result.task for result in found))
+    columns = min(len(tasks), 4)
+    lines = -(-len(tasks) // columns)
+    figure.set_size_inches(9.6, 1.6 + 2.6 * lines)
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
+    for axes, task in zip(panels, tasks, strict=False):
+        here = [result for result in found if result.task == task]
+        one = fmean(_values(here, "lora/svd", lambda result: result.tokens))
+        for method in TOKENS:
+            spent, reached = _values(here, method, lambda result: result.tokens), _values(here, method, _percent_aurac)
+            if spent:
+                _point(axes, BESIDE.get(method, 1) * fmean(spent) / one, reached, LOOKS[method], mode)
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(0.8, 7.5)
+        axes.set_xticks((1, 1.5, 3, 6), ("1", "1.5", "3", "6"))
+        axes.minorticks_off()
+        axes.set_title(task)
+        axes.set_xlabel("tokens, in LoRA runs")
+    for axes in panels:  # what no task is left for
+        axes.set_axis_off()
+    figure.suptitle(_of_seeds(found, "bar"), color=mode.quiet, x=0.01, ha="left", fontsize=10)
+    first = figure.axes[0]
+    first.set_ylabel("mean over the ranks (AURAC), %")
+    _legend(figure, first, columns=2)
+
+
+def _accuracies(axes: Any, found: Sequence[Result], methods: Sequence[str], mode: Mode) -> None:
+    """Means over the seeds, with a band from the lowest to the highest seed; of separate runs, every one."""
+    for number, method in enumerate(methods):
+        look = LOOKS[method]
+        ranks = next(result.ranks for result in found if result.method == method)
+        by_rank = [[100 * share for share in _values(found, method, stats.accuracy_at(rank))] for rank in ranks]
+        low, high = list(map(min, by_rank)), list(map(max, by_rank))
+        colour, order = look.colour(mode), 4 - 0.1 * number  # the first method lies on top
+        if method == EACH:
+            for rank, some in zip(ranks, by_rank, strict=True):
+                # Side by side on the right of the curves, so that equal ones are seen.
+                places = [rank * 2 ** (0.07 + 0.16 * seed / len(some)) for seed in range(len(some))]
+                axes.plot(places, some, look.marker, color=colour, markersize=6, zorder=5)
+            axes.plot([], [], look.marker, color=colour, label=look.name, markersize=7)
+        else:
+            axes.fill_between(ranks, low, high, color=colour, alpha=0.22, linewidth=0, zorder=order - 1)
+            style = {"color": colour, "label": look.name, "linewidth": 2.2, "markersize": 6, "zorder": order}
+            axes.plot(ranks, list(map(fmean, by_rank)), marker=look.marker, **style)
+    rank_axis(axes, ranks)
+
+
+def _point(axes: Any, x: float, values: Sequence[float], look: Look, mode: Mode) -> None:
+    low, high, mean = min(values), max(values), fmean(values)
+    bars = [[mean - low], [high - mean]]
+    axes.errorbar(
+        x, mean, bars, color=look.colour(mode), marker=look.marker, label=look.name, markersize=8, capsize=3, ls="none"
+    )
+
+
+def _of_seeds(found: Sequence[Result], mark: str = "band") -> str:
+    counts = sorted({len({one.seed for one in found if one.task == task}) for task in {one.task for one in found}})
+    runs = ", a star is one run" if mark == "band" else ""
+    return f"{' or '.join(map(str, counts))} seeds: a {mark} goes from the lowest to the highest{runs}"
+
+
+def _values(found: Sequence[Result], method: str, value: Value) -> list[float]:
+    return list(stats.values(found, method, value).values())
+
+
+def _percent_aurac(result: Result) -> float:
+    return 100 * stats.aurac_log2(result)
+
+
+def _legend(figure: Any, axes: Any, columns: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.2)
+
+
+# One adapter.
+
+
+def cost(figure: Any, mode: Mode) -> None:
+    """What a rank of the demo's adapter knows, weighs and takes."""
+    figure.set_size_inches(9.0, 3.6)
+    found = _json("demo-evaluation.json")
+    (task,) = found["tasks"].values()
+    first = task["metrics"][task["metric"]]
+    values, errors = ([100 * number for number in first[key]] for key in ("value", "stderr"))
+    sizes = [count / 1e6 for count in found["bytes"]]
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, x in ((left, sizes), (right, found["latency_ms"])):
+        look = LOOKS[DEMO]
+        axes.errorbar(x, values, errors, color=look.colour(mode), marker=look.marker, linewidth=2, capsize=3)
+        for rank, place, value in zip(found["ranks"], x, values, strict=True):
+            axes.annotate(f"{rank}", (place, value - errors[0]), (0, -14), textcoords="offset points", ha="center")
+    left.set_xscale("log", base=2)
+    left.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
+    left.minorticks_off()
+    left.set_xlabel("size of the exported adapter in MB")
+    right.set_xlabel(f"time for one token in ms (axis begins at {min(found['latency_ms']) - 1:.0f})")
+    right.set_xlim(round(min(found["latency_ms"]) - 1), None)
+    left.set_ylim(0, max(values) + 15)
+    left.set_ylabel(f"right answers to {task['items']} questions, %")
+    figure.suptitle("One adapter; its rank stands below each point", x=0.01, ha="left", fontsize=12)
+
+
+def singular(figure: Any, mode: Mode) -> None:
+    """Directions of one trained layer in two orders."""
+    figure.set_size_inches(9.0, 4.2)
+    found = _json("singular.json")
+    left, right = figure.subplots(1, 2)
+    looks = {"trained": (LOOKS["lora/prefix"], "as trained"), "svd": (LOOKS["lora/svd"], "reordered by SVD")}
+    for order, (look, label) in looks.items():
+        style = {"color": look.colour(mode), "marker": look.marker, "markersize": 4, "linewidth": 2, "label": label}
+        norms, missing = found[order]["norms"], found[order]["missing"]
+        left.plot(range(1, len(norms) + 1), norms, **style)
+        right.plot(range(1, len(missing)), [100 * share for share in missing[1:]], **style)
+    ranks = Nesting.powers_of_two(len(norms)).ranks
+    rank_axis(left, ranks, "direction, in its order")
+    rank_axis(right, ranks, "directions in the prefix")
+    left.set_title("Norm of each direction")
+    right.set_title("What the prefix misses of the update, in %")
+    left.set_ylim(0, None)
+    right.set_ylim(-3, 103)
+    _legend(figure, left, columns=2)
+
+
+# The method.
+
+
+def method(figure: Any, mode: Mode) -> None:
+    """Rank 2 of an adapter of rank 8: the first columns of B and rows of A."""
+    from matplotlib.patches import Rectangle
+
+    figure.set_size_inches(6.6, 2.7)
+    axes = figure.subplots()
+    rank, prefix = 8, 2
+    on = LOOKS["lora/trained"].colour(mode)
+    step = 2 / (rank - 1)
+    for number in range(rank):
+        style = {"color": on} if number < prefix else {"color": mode.quiet, "alpha": 0.45}
+        axes.add_patch(Rectangle((0.6 + step * number, 0.6), 0.2, 2.2, linewidth=0, **style))
+        axes.add_patch(Rectangle((3.9, 2.6 - step * number), 3.2, 0.2, linewidth=0, **style))
+    middle, words = 1.7, {"va": "center", "ha": "center", "fontsize": 13}
+    for x, text in ((0.25, "s ·"), (3.3, "·"), (7.5, "· x")):
+        axes.text(x, middle, text, **words)
+    axes.text(0.6, 3.05, f"B: {rank} columns")
+    axes.text(3.9, 3.05, f"A: {rank} rows")
+    axes.text(0.6, 0.15, f"rank {prefix}: the first {prefix} of each", color=on, weight="bold")
+    axes.text(3.9, 0.15, f"rank {rank}: all of them")
+    axes.set(xlim=(0, 7.9), ylim=(0, 3.4), aspect="equal")
+    axes.set_axis_off()
+
+
+def p(figure: Any, mode: Mode) -> None:
+    """The paper's diagonal for R = 32."""
+    figure.set_size_inches(8.0, 2.9)
+    axes = figure.subplots()
+    nesting = Nesting.powers_of_two(32)
+    values = nesting.diagonal().tolist()
+    axes.bar(range(1, len(values) + 1), values, color=LOOKS["matryoshka/svd"].colour(mode), width=0.8)
+    axes.set_xticks(nesting.ranks)
+    axes.set_xlim(0.3, len(values) + 0.7)
+    axes.set_yticks(range(int(max(values)) + 1))
+    axes.grid(axis="x", visible=False)
+    axes.set_xlabel("direction (a tick at each nested rank)")
+    axes.set_ylabel("entry of P")
+    axes.set_title("Entry i of P: to how many of the nested ranks direction i belongs")
+
+
+PICTURES: Mapping[str, Callable[[Any, Mode], None]] = {
+    picture.__name__: picture for picture in (face, method, p, singular, methods, cost, tokens)
+}
+
+if __name__ == "__main__":
+    main()
