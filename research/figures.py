@@ -1,6 +1,6 @@
 """All pictures of the documentation, from files of the repository::
 
-    python -m research.figures        # into docs/figures, in less than a minute
+    python -m research.figures        # into docs/figures; about 20 seconds of one core
 
 Each picture is written twice, NAME-light.svg and NAME-dark.svg. The same files give the same bytes.
 """
@@ -128,7 +128,7 @@ def face(figure: Any, mode: Mode) -> None:
     axes.set_ylabel("right answers in %")
     figure.suptitle("256 facts, learned by heart: how many does the adapter know at each rank?", x=0.01, ha="left")
     axes.set_title(_of_seeds(found), color=mode.quiet, fontsize=10)
-    _legend(figure, axes, columns=2)
+    _legend(figure)
 
 
 def methods(figure: Any, mode: Mode) -> None:
@@ -145,18 +145,18 @@ def methods(figure: Any, mode: Mode) -> None:
     panels[0].set_ylim(-3, min(103, top + 4))
     panels[0].set_ylabel("right answers in %")
     figure.suptitle(_of_seeds(found), color=mode.quiet, x=0.01, ha="left", fontsize=10)
-    _legend(figure, panels[0], columns=2)
+    _legend(figure)
 
 
 def tokens(figure: Any, mode: Mode) -> None:
     """What more tokens are worth, on every task that has such runs."""
     found = [*(result for study in FAMILIES for result in curves(study)), *curves("headline")]
-    tasks = list(dict.fromkeys(result.task for result in found))
+    tasks = list(dict.fromkeys(result.task for result in found if result.method == "lora/svd"))
     columns = min(len(tasks), 4)
     lines = -(-len(tasks) // columns)
     figure.set_size_inches(9.6, 1.6 + 2.6 * lines)
-    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
-    for axes, task in zip(panels, tasks, strict=False):
+    panels = iter(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
+    for task, axes in zip(tasks, panels, strict=False):
         here = [result for result in found if result.task == task]
         one = fmean(_values(here, "lora/svd", lambda result: result.tokens))
         for method in TOKENS:
@@ -172,9 +172,8 @@ def tokens(figure: Any, mode: Mode) -> None:
     for axes in panels:  # what no task is left for
         axes.set_axis_off()
     figure.suptitle(_of_seeds(found, "bar"), color=mode.quiet, x=0.01, ha="left", fontsize=10)
-    first = figure.axes[0]
-    first.set_ylabel("mean over the ranks (AURAC), %")
-    _legend(figure, first, columns=2)
+    figure.axes[0].set_ylabel("mean over the ranks (AURAC), %")
+    _legend(figure)
 
 
 def _accuracies(axes: Any, found: Sequence[Result], methods: Sequence[str], mode: Mode) -> None:
@@ -220,9 +219,10 @@ def _percent_aurac(result: Result) -> float:
     return 100 * stats.aurac_log2(result)
 
 
-def _legend(figure: Any, axes: Any, columns: int) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.2)
+def _legend(figure: Any) -> None:
+    """Below, of what any panel has."""
+    found = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=2, handlelength=2.2)
 
 
 # One adapter.
@@ -271,7 +271,7 @@ def singular(figure: Any, mode: Mode) -> None:
     right.set_title("What the prefix misses of the update, in %")
     left.set_ylim(0, None)
     right.set_ylim(-3, 103)
-    _legend(figure, left, columns=2)
+    _legend(figure)
 
 
 # The method.
