@@ -27,7 +27,7 @@ from research.records import Result
 ROOT = Path(__file__).parents[1]
 CLAIMS = yaml.safe_load((Path(__file__).parent / "claims.yaml").read_text(encoding="utf-8"))
 PAGES = {f"docs/{path.name}": path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
-PAGES["README.md"] = (ROOT / "README.md").read_text("utf-8")
+PAGES |= {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "research/pages/reordering.md")}
 WHOLE = ("README.md", "docs/results.md", "docs/performance.md")  # every number in their tables is a result
 
 _NUMBER = r"(?:(?<!\w)[-+])?\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?"
