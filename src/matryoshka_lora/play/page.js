@@ -16,7 +16,7 @@ function slider(element, props, watch) {
     input.setAttribute("aria-valuetext", `rank ${props.value}`);
     element.querySelector("b").textContent = props.value;
     element.querySelector(".cost").textContent =
-      `${size(costs[at].bytes)} · ${milliseconds(costs[at].milliseconds)} per token (${costs[at].measured})`;
+      `${size(costs[at].bytes)} · ${milliseconds(costs[at].milliseconds)} per token, ${costs[at].measured}`;
   };
   input.addEventListener("input", () => { props.value = props.ranks[input.value]; show(); });
   drawn(props, watch, show);

@@ -62,22 +62,24 @@ def _fill(session: Session) -> None:
     shown = [0] if session.engine.adapter.has_base else []
     about = f"{session.base} · {session.engine.model.dtype} · any of the ranks {', '.join(map(str, ranks))}"
     _part("title", _TITLE, [f"{session.adapter.resolve().name} at two ranks", about.replace("torch.", "")])
-    with gr.Row():
+    with gr.Row(elem_classes="stack"):
         first = _slider(session, "Rank", ranks[len(ranks) // 2])
         second = _slider(session, "Compare with rank", ranks[-1])
     asked = gr.Textbox(label="Question", placeholder="Ask the adapter", elem_id="question")
-    with gr.Row():
-        ask = gr.Button("Ask", variant="primary", elem_id="ask")
-        stop = gr.Button("Stop", elem_id="stop")
+    with gr.Row(elem_classes="tight"):
+        ask = gr.Button("Ask", variant="primary", scale=0, min_width=140, elem_id="ask")
+        stop = gr.Button("Stop", scale=0, min_width=90, elem_id="stop")
         chat = gr.Checkbox(
             bool(tokenizer.chat_template) and session.template is None,
-            label="As chat, with the tokenizer's template",
+            label="With the chat template",
+            container=False,
+            min_width=200,
             visible=bool(tokenizer.chat_template),
             elem_id="chat",
         )
-    with gr.Row():
+    with gr.Row(elem_classes="stack"):
         boxes = [
-            gr.Textbox(label=_label(rank), lines=5, max_lines=16, interactive=False, elem_id=f"answer-{number}")
+            gr.Textbox(label=_label(rank), lines=3, max_lines=16, interactive=False, elem_id=f"answer-{number}")
             for number, rank in enumerate([first.value, second.value, *shown])
         ]
     drawn: list[Any] = []
@@ -89,9 +91,14 @@ def _fill(session: Session) -> None:
     else:
         _part("title", _NOTICE, _how_to_evaluate(session))
     _heading("Take this rank along")
-    with gr.Row(equal_height=True):
-        name = gr.Textbox(_folder(session, first.value), label="New folder", scale=3, elem_id="folder")
-        take = gr.Button(_take(first.value), elem_id="export")
+    with gr.Row(elem_classes="stack"):
+        name = gr.Textbox(
+            _folder(session, first.value),
+            label="New folder",
+            info="In the folder that the command was started in",
+            elem_id="folder",
+        )
+        take = gr.Button(_take(first.value), scale=0, min_width=180, elem_id="export")
     taken = gr.Textbox(label="What was written", lines=4, visible=False, interactive=False, elem_id="exported")
 
     def answer(text: str, as_chat: bool, one: int, other: int) -> Iterator[list[Any]]:
@@ -159,7 +166,7 @@ def _heading(text: str) -> None:
 
 
 def _label(rank: int) -> str:
-    return f"Rank {rank}" if rank else "Base model, without the adapter"
+    return f"Rank {rank}" if rank else "Base model"
 
 
 def _take(rank: int) -> str:

@@ -8,6 +8,7 @@ browser from asking any other host.
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -49,8 +50,9 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
+        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
         raise MatryoshkaError(
-            f"cannot listen at port {port} of {host}: {error.strerror}. Choose another with --port, 0 for any that is "
+            f"cannot listen at port {port} of {host}: {reason}. Choose another with --port, 0 for any that is "
             "free; --host is 127.0.0.1 unless other machines are to reach the page"
         ) from error
 

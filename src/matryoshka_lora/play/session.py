@@ -43,7 +43,7 @@ class Cost:
         rank: From 1 to R.
         bytes: Of the factors of the exported adapter.
         milliseconds: For one generated token.
-        measured: Where and when the time was taken.
+        measured: Where the time is from, in words.
     """
 
     rank: int
@@ -196,9 +196,9 @@ def open_session(
     now = dict(zip(missing, token_latency(nested, missing), strict=True))
     sizes = adapter_bytes(opened, ranks)
     costs = {
-        rank: Cost(rank, size, known[rank], "by evaluation.json")
+        rank: Cost(rank, size, known[rank], "from evaluation.json")
         if rank in known
-        else Cost(rank, size, now[rank], "when this page was started")
+        else Cost(rank, size, now[rank], "measured when this page was started")
         for rank, size in zip(ranks, sizes, strict=True)
     }
     evaluation = stored
