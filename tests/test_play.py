@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -91,12 +92,16 @@ def prompt_of(session: Session, question: str) -> list[int]:
     return ids
 
 
+@cache
+def engine_of(base: str, adapter: Path) -> Engine:
+    """Of its own: the page has another."""
+    return Engine(load(AutoModelForCausalLM.from_pretrained(base), adapter), load_tokenizer(base))
+
+
 def said(session: Session, question: str, rank: int) -> str:
-    """What an engine of its own answers at a rank, alone."""
-    adapter = load(AutoModelForCausalLM.from_pretrained(session.base), session.adapter)
-    return Engine(adapter, load_tokenizer(session.base)).generate(
-        [prompt_of(session, question)], rank, 128, until=["</s>"]
-    )[0]
+    """What another engine answers at a rank, alone."""
+    engine = engine_of(session.base, session.adapter)
+    return engine.generate([prompt_of(session, question)], rank, 128, until=["</s>"])[0]
 
 
 # What the page is about, without one.

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -89,7 +88,9 @@ class Session:
         return [] if self.evaluation is None else list(self.evaluation.tasks)
 
     def answers(self, asked: str, ranks: Sequence[int], chat: bool, max_new_tokens: int = 128) -> Iterator[list[str]]:
-        """The greedy answers to one question at several ranks, again after each token. All ranks run in one batch.
+        """The greedy answers to one question at several ranks, which run in one batch, as they grow token by token.
+
+        A slow listener gets the newest ones.
 
         Args:
             asked: The question.
@@ -107,16 +108,14 @@ class Session:
         row = Row(*([{"role": who, "content": text}] for who, text in (("user", content), ("assistant", "."))))
         tokens = tokenize(self.engine.tokenizer, row if chat else Row(content, "."))
         until = end_texts(self.engine.tokenizer, [tokens])
-        texts = [""] * len(ranks)
-        yield texts
+        yield [""] * len(ranks)
 
         def answer(tell: Callable[[int, str], None]) -> None:
             self.engine.generate([tokens.prompt] * len(ranks), ranks, max_new_tokens, until, on_text=tell)
 
-        for number, text in _told(answer):
+        for texts in _told(answer):
             # A letter may have several tokens.
-            texts = [*texts[:number], text.rstrip("\N{REPLACEMENT CHARACTER}"), *texts[number + 1 :]]
-            yield texts
+            yield [texts.get(number, "").rstrip("\N{REPLACEMENT CHARACTER}") for number in range(len(ranks))]
 
     def curve(self, task: str, ranks: Sequence[int]) -> dict[str, Any]:
         """What `drawing.js` draws the curve of a task from, with these ranks marked."""
@@ -222,32 +221,38 @@ class _GoneError(Exception):
 _ONE_AT_A_TIME = Lock()
 
 
-def _told(work: Callable[[Callable[[int, str], None]], None]) -> Iterator[tuple[int, str]]:
-    """What a function tells while it works, in a thread of its own: PyTorch's modes belong to a thread.
+def _told(work: Callable[[Callable[[int, str], None]], None]) -> Iterator[dict[int, str]]:
+    """The newest texts, by number, that a function tells while it works.
 
-    The function ends when nobody listens any more.
+    It has a thread of its own, since PyTorch's modes belong to a thread, and ends when nobody listens any more.
     """
-    news: SimpleQueue[tuple[int, str] | BaseException | None] = SimpleQueue()
-    gone = Event()
+    texts: dict[int, str] = {}
+    failed: list[BaseException] = []
+    changed, over, gone = Event(), Event(), Event()
 
     def tell(number: int, text: str) -> None:
         if gone.is_set():
             raise _GoneError
-        news.put((number, text))
+        texts[number] = text
+        changed.set()
 
     def run() -> None:
         try:
             with _ONE_AT_A_TIME:
                 work(tell)
-            news.put(None)
-        except BaseException as error:
-            news.put(error)
+        except BaseException as error:  # told to who listens, in its own thread
+            failed.append(error)
+        over.set()
+        changed.set()
 
     Thread(target=run, daemon=True).start()
     try:
-        while (new := news.get()) is not None:
-            if isinstance(new, BaseException):
-                raise new
-            yield new
+        while not over.is_set():
+            changed.wait()
+            changed.clear()
+            yield dict(texts)
+        if failed:
+            raise failed[0]
+        yield dict(texts)
     finally:
         gone.set()
