@@ -230,12 +230,15 @@ def test_the_command_says_where_the_page_is_and_ends_at_ctrl_c(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     pages: list[str] = []
+    streams: list[Any] = []
 
     def visit() -> None:
         for _ in range(600):
             try:
                 with urlopen(f"http://127.0.0.1:{port}/") as answer:
                     pages.append(answer.read().decode())
+                # Stays open, as that of a page that waits for an answer.
+                streams.append(urlopen(f"http://127.0.0.1:{port}/gradio_api/heartbeat/page"))
                 break
             except OSError:
                 time.sleep(0.1)
@@ -249,6 +252,8 @@ def test_the_command_says_where_the_page_is_and_ends_at_ctrl_c(
     assert captured.out.splitlines()[-1] == f"Open http://{host}:{port} in a browser. Ctrl-C ends it."
     assert ("Warning: whoever can reach" in captured.err) == (host == "0.0.0.0")
     assert captured.err.splitlines()[-1] == "Stopped."
+    assert "Traceback" not in captured.err
+    assert len(streams) == 1
 
 
 def test_the_gate_lets_through_only_what_the_page_asks(served: str) -> None:

@@ -92,7 +92,8 @@ def gated(app: App, only_here: bool) -> App:
 
 def run(app: App, listening: socket.socket) -> None:
     """Answer until Ctrl-C."""
-    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
+    # Pages that are open then are cut off, of which uvicorn would write a traceback.
+    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
     uvicorn.Server(config).run(sockets=[listening])
 
 
