@@ -32,7 +32,7 @@ $(VENV)/.demo: pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,eval,demo,research,quantized,deepspeed,dev]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train,eval,demo,research,quantized,deepspeed,play,dev]'
 	touch $@
 
 $(VENV)/.deploy: $(VENV)/.test

@@ -205,6 +205,28 @@ def test_text_is_tokenized_and_results_are_told_as_they_come() -> None:
     assert likelihood.logprob == pytest.approx(likelihood_alone(ADAPTER, context, ending, 2)[0], abs=1e-4)
 
 
+def test_answers_are_told_token_by_token_and_an_error_ends_them() -> None:
+    engine = Engine(ADAPTER, TOKENIZER)
+    prompts, ranks = [tokens(random.Random(7), 5), tokens(random.Random(8), 3)] * 2, [1, 2, 4, 0]
+    told: list[tuple[int, str]] = []
+    found = engine.generate(prompts, ranks, NEW, on_text=lambda *news: told.append(news))
+    assert found == engine.generate(prompts, ranks, NEW)
+    for number, answer in enumerate(found):
+        texts = [text for place, text in told if place == number]
+        # One token is one character, but for those that have no text.
+        assert texts == [answer[: len(text)] for text in texts]
+        assert texts[-1] == answer
+    assert max(map(len, found)) > 5
+    assert len(told) > len(found) + 10
+
+    def stop(number: int, text: str) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        engine.generate(prompts, ranks, NEW, on_text=stop)
+    assert engine.generate(prompts, ranks, NEW) == found
+
+
 def test_a_kept_diagonal_a_reordered_adapter_and_the_state_afterwards() -> None:
     prompts = [tokens(random.Random(n), 20 + n) for n in range(4)]
     for reorder in (False, True):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from a_browser import look, requests
 from an_evaluation import evaluation, example, some_examples
 
 from matryoshka_lora.evaluation.report import MOST_EXAMPLES, page
@@ -80,35 +79,8 @@ def test_long_evaluations_keep_what_ranks_score_differently() -> None:
 # A browser.
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("report.html was not opened: no browser here (Debian: apt-get install chromium chromium-driver)")
-    selenium = pytest.importorskip("selenium.webdriver", reason="report.html was not opened: selenium is not installed")
-    options = selenium.ChromeOptions()
-    options.binary_location = chromium
-    # In a container, the sandbox and /dev/shm are often missing.
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    opened = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
-    yield opened
-    opened.quit()
-
-
 def show(browser: Any, file: Path, width: int = 1280, scheme: str = "light") -> None:
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    preference = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": preference})
-    browser.get_log("performance")
-    browser.get(file.as_uri())
-
-
-def requests(browser: Any) -> list[str]:
-    messages = (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
-    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    look(browser, file.as_uri(), width, scheme)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_plan import finish, study_of
+from research.tests.test_plan import finish, study_of
 
 from research.default import scores
 from research.records import Job

@@ -11,6 +11,7 @@ import typer
 
 from matryoshka_lora.cli.demo import demo
 from matryoshka_lora.cli.measure import evaluate, select
+from matryoshka_lora.cli.play import play
 from matryoshka_lora.cli.serve import serve
 from matryoshka_lora.cli.verbs import export, info, push, reorder, train
 from matryoshka_lora.errors import MatryoshkaError
@@ -29,6 +30,7 @@ app.command("reorder")(reorder)
 app.command("info")(info)
 app.command("export")(export)
 app.command("serve")(serve)
+app.command("play")(play)
 app.command("push")(push)
 app.command("demo")(demo)
 

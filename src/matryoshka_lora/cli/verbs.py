@@ -247,6 +247,7 @@ def export(
     Example: matryoshka export flux.safetensors --keep 95% -o small.safetensors
     """
     from matryoshka_lora.serving.export import export as write
+    from matryoshka_lora.serving.export import following
 
     with progress_bar("writing") as show:
         made = write(
@@ -273,7 +274,7 @@ def export(
         )
         return
     typer.echo(_logits(made, verify, format))
-    typer.echo(f"{out} is {_what(made)} of {adapter}, as {format.value}. Next: {_following(made, format)}")
+    typer.echo(f"{out} is {_what(made)} of {adapter}, as {format.value}. Next: {following(made.path, format.value)}")
 
 
 def _what(made: Exported) -> str:
@@ -287,20 +288,6 @@ def _what(made: Exported) -> str:
     if isinstance(made.ranks, int):
         return f"rank {made.ranks}"
     return f"ranks {', '.join(map(str, made.ranks))}"
-
-
-def _following(made: Exported, format: Format) -> str:
-    out = str(made.path)
-    following = {
-        Format.peft: f'PeftModel.from_pretrained(base_model, "{out}")',
-        Format.merged: f'AutoModelForCausalLM.from_pretrained("{out}")',
-        Format.gguf: f"llama-cli -m BASE.gguf --lora {shlex.quote(out)}",
-        Format.mlx: f"mlx_lm.generate --model BASE --adapter-path {shlex.quote(out)}",
-        Format.ladder: f"see {made.path / 'README.md'}",
-        Format.gguf_ladder: f"see {made.path / 'README.md'}",
-        Format.directions: f'load(base_model, "{out}", max_rank=4)',
-    }
-    return following[format]
 
 
 def _logits(made: Exported, verify: bool, format: Format) -> str:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.engine.agreement import check_agreement
-from matryoshka_lora.engine.generation import Limits, Prompt, generate_rows
+from matryoshka_lora.engine.generation import Answer, Limits, Prompt, generate_rows
 from matryoshka_lora.engine.generation import repetition_penalty as penalty_of
 from matryoshka_lora.engine.likelihood import Likelihood, Tree, branched, score_trees
 from matryoshka_lora.engine.packing import Tokens, batches, encoded, families
@@ -130,6 +130,7 @@ class Engine:
         until: Sequence[str] = (),
         repetition_penalty: float | None = None,
         on_result: Callable[[int, str], object] | None = None,
+        on_text: Callable[[int, str], object] | None = None,
     ) -> list[str]:
         """The greedy answer to each prompt, as transformers gives it by the model's own generation config.
 
@@ -143,6 +144,8 @@ class Engine:
             until: Texts that end an answer; they do not belong to it.
             repetition_penalty: As in transformers; 1 is none, None is the model's own.
             on_result: Called with a prompt's place and answer as soon as it is known, in any order.
+            on_text: Called with a prompt's place and what there is of its answer, after each token. What it raises ends
+                the work.
 
         Returns:
             The answers without special tokens, in the order of the prompts.
@@ -163,10 +166,16 @@ class Engine:
         limits = Limits.of(self.model, self.tokenizer, max_new_tokens, until, penalty)
         found: list[str | None] = [None] * len(prompts)
 
-        def put(number: int, made: list[int]) -> None:
-            found[number] = answer = limits.text(made)
-            if on_result is not None:
-                on_result(number, answer)
+        def put(answer: Answer) -> None:
+            if on_text is None and not answer.over:
+                return
+            number, text = answer.prompt.number, limits.text(answer.made)
+            if on_text is not None:
+                on_text(number, text)
+            if answer.over:
+                found[number] = text
+                if on_result is not None:
+                    on_result(number, text)
 
         unique = sorted(set(encoded))
         at: dict[Tokens, list[int]] = {}

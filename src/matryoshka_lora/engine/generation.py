@@ -174,9 +174,9 @@ class Batch:
 
 
 def generate_rows(
-    runner: Runner, prefix: Prefix, prompts: Sequence[Prompt], limits: Limits, put: Callable[[int, list[int]], object]
+    runner: Runner, prefix: Prefix, prompts: Sequence[Prompt], limits: Limits, put: Callable[[Answer], object]
 ) -> None:
-    """Answer prompts that begin with one prefix; ``put`` gets a prompt's number and the tokens of its answer."""
+    """Answer prompts that begin with one prefix; ``put`` gets an answer after each of its tokens."""
     waiting = sorted(prompts, key=lambda prompt: len(prompt.tokens))  # the longest are let in first, from the end
     longest = places(len(waiting[-1].tokens) - prefix.length + limits.max_new_tokens)
     room = runner.room.cache_tokens - prefix.length * len(prefix.row)
@@ -242,7 +242,7 @@ def _advance(
     prefix: Prefix,
     batch: Batch,
     limits: Limits,
-    put: Callable[[int, list[int]], object],
+    put: Callable[[Answer], object],
     refill: float,
 ) -> None:
     """Decode until so many rows are done that the batch should change."""
@@ -256,7 +256,7 @@ def _advance(
             _write(batch, step(runner, prefix, batch), limits, put)
 
 
-def _write(batch: Batch, logits: Tensor, limits: Limits, put: Callable[[int, list[int]], object]) -> None:
+def _write(batch: Batch, logits: Tensor, limits: Limits, put: Callable[[Answer], object]) -> None:
     """Add the most likely token to each answer that is not over."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if limits.repetition_penalty != 1:
@@ -269,8 +269,7 @@ def _write(batch: Batch, logits: Tensor, limits: Limits, put: Callable[[int, lis
             continue
         answer.made.append(token)
         answer.over = limits.over(answer.made)
-        if answer.over:
-            put(answer.prompt.number, answer.made)
+        put(answer)
 
 
 def repetition_penalty(model: Any, given: Mapping[str, Any] | None = None, giver: str = "") -> float:

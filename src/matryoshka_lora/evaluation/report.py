@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,13 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from matryoshka_lora.evaluation.drawing import part, question
 from matryoshka_lora.formats.card import with_error
 
 PAGE_NAME = "report.html"
 
 MOST_EXAMPLES = 1000
 """Of each task: a browser is slow with a file of many megabytes. ``examples.jsonl`` has all."""
-
-_CHARACTERS = 600
 
 _PLACE = "{{evaluation}}"
 
@@ -104,7 +102,7 @@ def page(evaluation: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -
     by_task: dict[str, list[dict[str, Any]]] = {name: [] for name in evaluation["tasks"]}
     for example in examples:
         metric = evaluation["tasks"][example["task"]]["metric"]
-        by_task[example["task"]].append(_short(example, metric))
+        by_task[example["task"]].append(question(example, metric))
     shown = {name: _those_shown(rows) for name, rows in by_task.items()}
     counts = {name: len(rows) for name, rows in by_task.items()}
     data = json.dumps(
@@ -113,25 +111,11 @@ def page(evaluation: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -
         allow_nan=False,
         separators=(",", ":"),
     )
-    template = (files("matryoshka_lora.evaluation") / "page.html").read_text(encoding="utf-8")
+    template = part("page.html")
+    for name in ("drawing.css", "drawing.js"):
+        template = template.replace(f"{{{{{name}}}}}", part(name).rstrip(), 1)
     # Inside a script element, only "<" can begin something else: "</script>", or "<!--".
     return template.replace(_PLACE, data.replace("<", "\\u003c"), 1)
-
-
-def _short(example: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    prompt = example["prompt"]
-    return {
-        "id": example["doc_id"],
-        # The question is at the end, after the shots.
-        "prompt": prompt if len(prompt) <= _CHARACTERS else "…" + prompt[-_CHARACTERS:],
-        "target": _cut(example["target"]),
-        "answers": {rank: _cut(answer) for rank, answer in example["answers"].items()},
-        "scores": example["metrics"].get(metric, {}),
-    }
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _CHARACTERS else text[:_CHARACTERS] + "…"
 
 
 def _those_shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -131,19 +131,25 @@ def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
     return evaluation
 
 
-def _find_evaluation(path: str | os.PathLike[str]) -> Path:
-    """The ``evaluation.json`` that a path means: the file, its folder, or an adapter that has been evaluated.
-
-    Raises:
-        MatryoshkaError: There is none.
-    """
+def evaluation_file(path: str | os.PathLike[str]) -> Path | None:
+    """The ``evaluation.json`` that a path means: the file, its folder, or an adapter that has been evaluated."""
     given = Path(path)
     places = (given, given / EVALUATION_FOLDER) if given.is_dir() else (given.parent,)
     for place in places:
         settle(place)
-    for found in (given, *(place / EVALUATION_NAME for place in places if given.is_dir())):
-        if found.is_file():
-            return found
+    files = (given, *(place / EVALUATION_NAME for place in places if given.is_dir()))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _find_evaluation(path: str | os.PathLike[str]) -> Path:
+    """The ``evaluation.json`` that a path means.
+
+    Raises:
+        MatryoshkaError: There is none.
+    """
+    found, given = evaluation_file(path), Path(path)
+    if found is not None:
+        return found
     if (given / CONFIG_NAME).is_file():
         raise MatryoshkaError(
             f"{given} is an adapter that was never evaluated, or into another folder; "

@@ -158,14 +158,20 @@ def _rows(data: dict[str, Any]) -> Iterator[str]:
         yield f"| {shown(name)}: {task['metric']}, {int(task['items'])} questions | {' | '.join(cells)} |"
 
 
-def _recipe(home: Path) -> str:
-    """Of the training config what `_RECIPE` names."""
+def training_config(home: Path) -> tuple[Mapping[str, Any], str]:
+    """What ``train.yaml`` in an adapter's folder says, and its text; nothing where there is none that can be read."""
     try:
         text = read_text(home / "train.yaml", _MAX_RECIPE_BYTES)
         config = yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return ""
-    if not isinstance(config, Mapping):
+        return {}, ""
+    return (config, text) if isinstance(config, Mapping) else ({}, "")
+
+
+def _recipe(home: Path) -> str:
+    """Of the training config what `_RECIPE` names."""
+    config, text = training_config(home)
+    if not config:
         return ""
     found = _allowed(config, _RECIPE[""])
     for section in ("data", "eval_data", "lora", "model_init_kwargs", "nesting"):

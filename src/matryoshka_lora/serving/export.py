@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -184,6 +185,21 @@ def export(
             else:
                 _directions(opened, folder, opened.rank if rank is None else rank)
     return Exported(out, ladder or ranks, chosen, name, verified)
+
+
+def following(path: Path, format: Format) -> str:
+    """The line that uses what was written there."""
+    out, quoted = str(path), shlex.quote(str(path))
+    lines: dict[Format, str] = {
+        "peft": f'PeftModel.from_pretrained(base_model, "{out}")',
+        "merged": f'AutoModelForCausalLM.from_pretrained("{out}")',
+        "gguf": f"llama-cli -m BASE.gguf --lora {quoted}",
+        "mlx": f"mlx_lm.generate --model BASE --adapter-path {quoted}",
+        "ladder": f"see {path / CARD_NAME}",
+        "gguf-ladder": f"see {path / CARD_NAME}",
+        "directions": f'load(base_model, "{out}", max_rank=4)',
+    }
+    return lines[format]
 
 
 def _check_wishes(
