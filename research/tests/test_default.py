@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from research.tests.test_plan import finish, study_of
 
 from research.default import scores
 from research.records import Job
+from research.tests.test_plan import finish, study_of
 
 
 def test_scores_by_hand(tmp_path: Path) -> None:
