@@ -28,6 +28,9 @@ function ticks(low, high) {
   return { marks: found, digits: Math.max(0, -Math.floor(Math.log10(step) + 1e-9)) };
 }
 
+// The harness writes METRIC,FILTER; a filter of none is nothing to look at.
+const named = metric => metric.replace(/,none$/, "");
+
 // A task's first metric against rank, in an element that holds a .tip; up to two ranks are marked.
 function drawCurve(host, evaluation, name, marked = []) {
   const { ranks } = evaluation, task = evaluation.tasks[name], first = task.metrics[task.metric];
@@ -46,7 +49,7 @@ function drawCurve(host, evaluation, name, marked = []) {
   const along = rank => left + 12 + (ranks.length === 1 ? inner / 2 : (Math.log2(rank) - from) / span * inner);
   const x = i => along(ranks[i]);
   const y = value => top + (high - value) / (high - low) * (height - top - bottom);
-  const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `${task.metric} of ${name} against rank` });
+  const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `${named(task.metric)} of ${name} against rank` });
   const { marks, digits } = ticks(low, high);
   for (const value of marks) svg.append(
     make("line", { class: "grid", x1: left, x2: width - right, y1: y(value), y2: y(value) }),
