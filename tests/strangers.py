@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from conftest import LINEAR_LAYERS, randomize, tiny_llama
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -20,6 +21,17 @@ def plain_adapter(folder: Path, base: Any = None, **changes: Any) -> Any:
     randomize(model)
     model.save_pretrained(folder)
     return model.eval()
+
+
+def lora_file(file: Path, seed: int = 0, rank: int = 4) -> Path:
+    """A LoRA of an image model in one file, with diffusers' keys and random factors."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name in ("unet.mid_block.attn.to_q", "unet.up_blocks.0.proj_out"):
+        tensors[f"{name}.lora_A.weight"] = torch.randn(rank, 16, generator=generator)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(8, rank, generator=generator)
+    save_file(tensors, file)
+    return file
 
 
 def output(model: Any) -> Tensor:

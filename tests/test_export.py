@@ -438,16 +438,19 @@ def test_a_merged_model_is_a_model_like_any_other(
     assert (found - expected).norm() < (1e-5 if dtype == torch.float32 else 0.05) * expected.norm()
 
 
-def test_a_merged_model_names_its_rope_theta_where_older_programs_read_it(tmp_path: Path) -> None:
+def test_a_merged_model_names_its_rope_where_older_programs_read_it(tmp_path: Path) -> None:
     """mlx-lm takes 10000 where it finds none at the top of config.json. Gemma 3 has two, of which none is the one."""
     rope = {"rope_type": "default", "rope_theta": 500000.0}
-    for name, own in {"llama": tiny_llama(rope_parameters=rope), "gemma": tiny_gemma()}.items():
+    scaled = {"rope_type": "linear", "rope_theta": 500000.0, "factor": 2.0}
+    models = {"llama": tiny_llama(rope_parameters=rope), "scaled": tiny_llama(rope_parameters=scaled)}
+    for name, own in {**models, "gemma": tiny_gemma()}.items():
         base = saved(own, tmp_path / name)
         plain_adapter(tmp_path / f"{name} plain", copy.deepcopy(own))
         export(tmp_path / f"{name} plain", tmp_path / f"{name} merged", 4, "merged", model=base)
         config = json.loads((tmp_path / f"{name} merged" / "config.json").read_text())
         assert config["rope_parameters"] == json.loads((tmp_path / name / "config.json").read_text())["rope_parameters"]
-        assert config.get("rope_theta") == (500000.0 if name == "llama" else None)
+        assert config.get("rope_theta") == (None if name == "gemma" else 500000.0)
+        assert config.get("rope_scaling") == (scaled if name == "scaled" else None)
         again = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name} merged").config
         assert again.rope_parameters == own.config.rope_parameters
 
@@ -600,7 +603,8 @@ def test_a_gguf_ladder_is_one_file_for_each_rank_and_a_command(nested: Path, bas
     words = shlex.split(command[0])
     loras = [word for before, word in itertools.pairwise(words) if before == "--lora"]
     assert loras == [f"rank-{rank}/adapter.gguf" for rank in (1, 2, 4, 8)]
-    assert "--lora-init-without-apply" in words
+    assert words == ["llama-server", "-m", "BASE.gguf", *(word for lora in loras for word in ("--lora", lora))]
+    assert '`"lora": [{"id": 0, "scale": 0.0}]`' in readme
     assert '"lora": [{"id": 3, "scale": 1.0}]' in readme
     for number, rank in enumerate((1, 2, 4, 8)):
         assert f"`rank-{rank}/adapter.gguf`, adapter {number}" in readme

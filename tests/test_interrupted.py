@@ -13,6 +13,7 @@ import interrupted
 import pytest
 import torch
 from conftest import nested_llama, tiny_llama
+from strangers import lora_file
 from tiny_chat import tiny_tokenizer
 
 from matryoshka_lora import Nesting, export, load, reorder
@@ -69,6 +70,9 @@ class World:
                     parameter.mul_(-3)
         one.save(folder / "two")
         self.folder = folder
+        for seed, name in enumerate(("one", "two")):
+            lora_file(folder / f"{name}.safetensors", seed)
+        export(folder / "two.safetensors", folder / "two-peft", style="peft")
         self.first, self.second = (load(tiny_llama(num_hidden_layers=1), folder / name) for name in ("one", "two"))
 
     def export(self, name: str, out: Path, rank: int, format: Any, **more: Any) -> None:
@@ -95,6 +99,20 @@ class World:
         folder.mkdir()
         self.export("one", folder / "a.gguf", 4, "gguf")
 
+    def a_gguf_ladder(self, folder: Path) -> None:
+        self.export("one", folder, 4, "gguf-ladder")
+
+    def for_mlx(self, folder: Path) -> None:
+        self.export("one", folder, 4, "mlx")
+
+    def a_single_file(self, folder: Path) -> None:
+        folder.mkdir()
+        shutil.copy(self.folder / "one.safetensors", folder / "a.safetensors")
+
+    def cut(self, source: str, target: Path, style: Any) -> None:
+        """To a style of a LoRA of an image model: one file, or a folder."""
+        export(self.folder / source, target, 2, style=style, overwrite=True)
+
     def an_evaluation(self, folder: Path) -> None:
         folder.mkdir()
         write_evaluation(some_results(1), folder)
@@ -118,6 +136,15 @@ SCENARIOS: dict[str, tuple[Step, Step]] = {
     "directions": (World.an_adapter, lambda w, out: w.export("two", out, 2, "directions", overwrite=True)),
     "ladder": (World.a_ladder, lambda w, out: w.export("two", out, 2, "ladder", overwrite=True)),
     "gguf": (World.a_file, lambda w, out: w.export("two", out / "a.gguf", 2, "gguf", overwrite=True)),
+    "gguf-ladder": (World.a_gguf_ladder, lambda w, out: w.export("two", out, 2, "gguf-ladder", overwrite=True)),
+    "mlx": (World.for_mlx, lambda w, out: w.export("two", out, 2, "mlx", overwrite=True)),
+    "file to kohya": (World.a_single_file, lambda w, out: w.cut("two.safetensors", out / "a.safetensors", "kohya")),
+    "folder to diffusers": (World.a_single_file, lambda w, out: w.cut("two-peft", out / "a.safetensors", "diffusers")),
+    "file to peft": (World.an_adapter, lambda w, out: w.cut("two.safetensors", out, "peft")),
+    "reorder a file": (
+        World.a_single_file,
+        lambda w, out: reorder(w.folder / "two.safetensors", out / "a.safetensors", overwrite=True),
+    ),
     "evaluation": (World.an_evaluation, lambda w, out: write_evaluation(some_results(2), out)),
     "reorder": (World.an_adapter, lambda w, out: reorder(w.folder / "paper", out, overwrite=True)),
 }
@@ -129,7 +156,7 @@ SLOW = ("evaluation",)  # it draws
 def check_for_plain_readers(now: Mapping[str, bytes], old: Content, new: Content) -> None:
     """Who opens ``adapter_config.json`` or its like first finds none, or all of one state."""
     first = next((name for name in ("adapter_config.json", "config.json", "evaluation.json") if name in now), "")
-    weights = {name for name in {*old, *new} if "model" in name or name == "examples.jsonl"}
+    weights = {name for name in {*old, *new} if "model" in name or name in ("adapters.safetensors", "examples.jsonl")}
     if first:
         states = [{name: state[name] for name in (first, *weights) if name in state} for state in (old, new)]
         assert {name: now[name] for name in (first, *weights) if name in now} in states

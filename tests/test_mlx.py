@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from strangers import IDS, deltas, plain_adapter
 from tiny_chat import tiny_tokenizer
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
@@ -68,6 +70,41 @@ def saved(model: Any, folder: Path) -> str:
     rope = rope.get("full_attention", rope)
     (folder / "config.json").write_text(json.dumps({**config, "rope_theta": rope["rope_theta"]}))
     return str(folder)
+
+
+def test_what_mlx_lm_misreads_of_a_base_model_is_a_warning(tmp_path: Path) -> None:
+    """transformers 5 writes ``rope_parameters`` alone. The fields that the warning names are what is missing."""
+    given = tiny_rope(5e5)
+    kinds = {"full_attention": tiny_rope(5e6), "sliding_attention": tiny_rope(2e4)}
+    scaled = {**tiny_rope(5e5), "rope_type": "linear", "factor": 2.0}
+    for kind, rope, missing in (
+        ("llama", given, {"rope_theta": 5e5}),
+        ("llama", tiny_rope(1e4), {}),
+        ("llama", scaled, {"rope_theta": 5e5, "rope_scaling": scaled}),
+        ("qwen2", tiny_rope(1e6), {}),
+        ("qwen2", tiny_rope(1e4), {"rope_theta": 1e4}),
+        ("qwen3", given, {}),
+        ("gemma3_text", kinds, {"rope_theta": 5e6, "rope_local_base_freq": 2e4}),
+    ):
+        own = type(CONFIGS[kind])(**{**CONFIGS[kind].to_dict(), "rope_parameters": rope})
+        model, folder = AutoModelForCausalLM.from_config(own), tmp_path / "base"
+        model.save_pretrained(folder)
+        plain_adapter(tmp_path / "plain", copy.deepcopy(model), target_modules=["q_proj"])
+        config = json.loads((folder / "config.json").read_text())
+        for fields in ({}, missing):
+            (folder / "config.json").write_text(json.dumps({**config, **fields}))
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                export(tmp_path / "plain", tmp_path / "mlx", 4, "mlx", model=str(folder), verify=False, overwrite=True)
+            said = [str(each.message) for each in caught if "mlx-lm" in str(each.message)]
+            assert len(said) == (1 if missing and not fields else 0), (kind, rope, fields)
+            if said:
+                assert json.loads("{" + said[0].partition("config.json: ")[2] + "}") == missing
+        assert AutoConfig.from_pretrained(folder).rope_parameters == model.config.rope_parameters
+
+
+def tiny_rope(theta: float) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta}
 
 
 def log_probabilities(model: Any) -> np.ndarray:
@@ -169,6 +206,15 @@ def test_mlx_lm_computes_what_peft_does(tmp_path: Path, capsys: Any) -> None:
             job(f"{kind} {name}", peft, base, folder / f"mlx-{name}")
         export(folder / "nested", folder / "merged", 4, "merged", model=base, verify=False)
         job(f"{kind} merged", AutoModelForCausalLM.from_pretrained(folder / "merged"), str(folder / "merged"), None)
+    # transformers 5 writes no field of this model that mlx-lm would read, and the merge does.
+    scaled = {**tiny_rope(5e5), "rope_type": "linear", "factor": 2.0}
+    own = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, rope_parameters=scaled))
+    own.save_pretrained(tmp_path / "scaled")
+    tiny_tokenizer().save_pretrained(tmp_path / "scaled")
+    plain_adapter(tmp_path / "plain", copy.deepcopy(own))
+    merged = tmp_path / "scaled-merged"
+    export(tmp_path / "plain", merged, 4, "merged", model=str(tmp_path / "scaled"), verify=False)
+    job("llama scaled merged", AutoModelForCausalLM.from_pretrained(merged), str(merged), None)
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     subprocess.run([MLX_PYTHON, str(READER), str(tmp_path / "jobs.json")], check=True)
 

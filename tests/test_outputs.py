@@ -11,7 +11,7 @@ import an_evaluation
 import pytest
 from conftest import LINEAR_LAYERS, randomize, tiny_llama
 from peft import LoraConfig, get_peft_model
-from strangers import output
+from strangers import lora_file, output
 from tiny_chat import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -61,6 +61,8 @@ NEW: dict[str, Write] = {
     "merged": exporting(2, "merged"),
     "ladder": exporting(2, "ladder"),
     "directions": exporting(4, "directions"),
+    "mlx": exporting(2, "mlx"),
+    "gguf-ladder": exporting(2, "gguf-ladder"),
     "reordered": lambda nested, out, over: reorder(nested, out, overwrite=over),
     "from a model": lambda nested, out, over: loaded(nested).export(out, 2, overwrite=over),
 }
@@ -87,6 +89,8 @@ OLD: dict[str, Callable[[Path, Path], object]] = {
     "model": model_in_shards,
     "ladder": lambda nested, out: exporting(4, "ladder")(nested, out, False),
     "directions": lambda nested, out: exporting(4, "directions")(nested, out, False),
+    "mlx": lambda nested, out: exporting(4, "mlx")(nested, out, False),
+    "gguf-ladder": lambda nested, out: exporting(4, "gguf-ladder")(nested, out, False),
 }
 
 
@@ -122,7 +126,7 @@ def test_an_output_replaces_another_only_when_told_and_then_wholly(
 def test_a_card_that_somebody_wrote_stays(nested: Path, tmp_path: Path, new: str) -> None:
     """A README.md alone is no reason to refuse, and nobody's to throw away."""
     (tmp_path / "README.md").write_text("# My project\n")
-    if new == "ladder":
+    if new.endswith("ladder"):
         with pytest.raises(MatryoshkaError, match=r"README\.md that somebody has written"):
             NEW[new](nested, tmp_path, True)
         assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
@@ -162,6 +166,7 @@ def test_the_commands_ask_too(nested: Path, tmp_path: Path) -> None:
     def run(*arguments: object) -> None:
         app([str(argument) for argument in arguments], standalone_mode=False)
 
+    single = lora_file(tmp_path / "single.safetensors")
     for name, command in {
         "reordered": ["reorder", nested],
         "rank": ["export", nested, "--rank", 2],
@@ -169,6 +174,13 @@ def test_the_commands_ask_too(nested: Path, tmp_path: Path) -> None:
         "ladder": ["export", nested, "--format", "ladder"],
         "directions": ["export", nested, "--format", "directions"],
         "file.gguf": ["export", nested, "--rank", 2, "--format", "gguf"],
+        "gguf-ladder": ["export", nested, "--format", "gguf-ladder"],
+        "mlx": ["export", nested, "--rank", 2, "--format", "mlx"],
+        "kohya.safetensors": ["export", single, "--style", "kohya"],
+        "peft": ["export", single, "--rank", 2, "--style", "peft"],
+        "diffusers.safetensors": ["export", tmp_path / "peft", "--rank", 1, "--style", "diffusers"],
+        "small.safetensors": ["export", single, "--rank", 2],
+        "ordered.safetensors": ["reorder", single],
     }.items():
         out = tmp_path / name
         run(*command, "-o", out)

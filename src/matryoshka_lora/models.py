@@ -105,6 +105,22 @@ def load_config(
     return config
 
 
+def stored_config(name: str, revision: str | None = None) -> dict[str, Any]:
+    """The ``config.json`` of a model as it is stored, which other programs than transformers read.
+
+    Args:
+        name: As for `load_model`.
+        revision: As for `load_model`.
+
+    Raises:
+        MatryoshkaError: It cannot be found, downloaded or read.
+    """
+    source, kwargs = _source(name, revision, {})
+    with _explained("config", name):
+        found: dict[str, Any] = PreTrainedConfig.get_config_dict(source, **kwargs)[0]
+    return found
+
+
 def load_tokenizer(
     name: str = EMBEDDED, trust_remote_code: bool = False, revision: str | None = None, **kwargs: Any
 ) -> PreTrainedTokenizerBase:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,14 @@ from matryoshka_lora.formats.opened import OpenedAdapter, from_memory
 
 MLX_WEIGHTS_NAME = "adapters.safetensors"
 
-# transformers' model_type. mlx-lm gives the layers of these the names that transformers gives them. It leaves out
-# without a word what it does not find, so a model is listed here only if `make test-mlx` compares it.
-MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+# transformers' model_type, and the base of the rotary embedding that mlx-lm takes where config.json has none at its
+# top; None where it reads transformers 5's rope_parameters. mlx-lm gives the layers of these the names that they have
+# in transformers. It leaves out without a word what it does not find, so a model is listed here only if
+# `make test-mlx` compares it.
+MODELS: dict[str, float | None] = {
+    **{"llama": 1e4, "mistral": 1e4, "qwen2": 1e6, "qwen3": None, "gemma": 1e4, "gemma2": 1e4, "gemma3_text": 1e6}
+}
+_LOCAL_BASE = 1e4  # of Gemma 3's sliding windows
 
 _IN_A_BLOCK = re.compile(r"model\.layers\.\d+\.(.+)")
 
@@ -56,6 +62,29 @@ def write_mlx(adapter: OpenedAdapter, folder: Path, base: Any) -> None:
     config = {"fine_tune_type": "lora", "num_layers": base.num_hidden_layers, "lora_parameters": parameters}
     save_file(tensors, folder / MLX_WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def unread(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What mlx-lm would take otherwise than transformers, without a word, from the ``config.json`` of a base model.
+
+    transformers 5 writes ``rope_parameters`` alone, where mlx-lm looks for fields at the top.
+
+    Args:
+        config: As it is in the file.
+
+    Returns:
+        Those fields, with the values that they should have.
+    """
+    rope, known = config.get("rope_parameters"), MODELS.get(config.get("model_type", ""))
+    if not isinstance(rope, Mapping) or known is None:
+        return {}
+    whole = rope.get("full_attention", rope)
+    fields: dict[str, tuple[Any, Any]] = {"rope_theta": (whole.get("rope_theta", known), known)}
+    if "sliding_attention" in rope:
+        fields["rope_local_base_freq"] = (rope["sliding_attention"].get("rope_theta", _LOCAL_BASE), _LOCAL_BASE)
+    if whole.get("rope_type", "default") != "default":
+        fields["rope_scaling"] = (dict(whole), None)
+    return {name: wanted for name, (wanted, taken) in fields.items() if wanted != taken and not config.get(name)}
 
 
 def read_mlx(folder: Path, written: OpenedAdapter) -> OpenedAdapter:

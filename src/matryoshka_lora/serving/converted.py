@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,10 +60,27 @@ def export_gguf_ladder(
     return _check_again(opened, ranks, again, base)
 
 
-def export_mlx(opened: OpenedAdapter, ranks: Ranks, folder: Path, config: Any, base: Base | None) -> Verified | None:
-    """Write mlx-lm's files; see `export_gguf`. mlx-lm knows one rank, so ranks by layer are always padded."""
-    from matryoshka_lora.formats.mlx import read_mlx, write_mlx
+def export_mlx(
+    opened: OpenedAdapter, ranks: Ranks, folder: Path, config: Any, stored: Mapping[str, Any], base: Base | None
+) -> Verified | None:
+    """Write mlx-lm's files; see `export_gguf`. mlx-lm knows one rank, so ranks by layer are always padded.
 
+    Args:
+        opened: The nested adapter.
+        ranks: See `matryoshka_lora.formats.write.cut`.
+        folder: Where to write.
+        config: The transformers config of the base model.
+        stored: Its ``config.json``. What mlx-lm would misread there is a warning.
+        base: Loads the base model to compare logits on; None compares the layers alone.
+    """
+    from matryoshka_lora.formats.mlx import read_mlx, unread, write_mlx
+
+    if fields := unread(stored):
+        warnings.warn(
+            "mlx-lm computes something else with this base model: it does not read rope_parameters. Add to the "
+            f"base model's config.json: {json.dumps(fields)[1:-1]}",
+            stacklevel=3,
+        )
     pad = not isinstance(ranks, int)
     plain = cut(opened, ranks, pad)
     write_mlx(plain, folder, config)

@@ -169,7 +169,11 @@ def export(
                 tokenizer = load_tokenizer(str(name), revision=revision)
                 verified = write_merged(folder, opened, ranks, pad, base, tokenizer, verify)
             elif format == "mlx":
-                verified = export_mlx(opened, ranks, folder, base_config, checked_on)
+                from matryoshka_lora.models import stored_config
+
+                verified = export_mlx(
+                    opened, ranks, folder, base_config, stored_config(str(name), revision), checked_on
+                )
             elif format in ("ladder", "gguf-ladder"):
                 top = opened.rank if rank is None else rank
                 ladder = [*(r for r in opened.nested.nesting.ranks if r < top), top]

@@ -169,7 +169,7 @@ def write_merged(
         _check(found, *wanted, "the merged model")
     del stored
     merged.save_pretrained(folder)
-    _name_rope_theta(folder / "config.json")
+    _name_rope(folder / "config.json")
     tokenizer.save_pretrained(folder)
     if wanted is None:
         return None
@@ -181,18 +181,21 @@ def write_merged(
     return _check_rounding(probe_logits(merged.float()), *wanted, dtype)
 
 
-def _name_rope_theta(file: Path) -> None:
-    """Write the base of the rotary embedding where programs of before transformers 5 look for it.
+def _name_rope(file: Path) -> None:
+    """Write base and kind of the rotary embedding where programs of before transformers 5 look for them.
 
-    transformers 5 has it in ``rope_parameters``, by kind of layer in some models. mlx-lm takes 10000 where it finds
-    none. Where kinds of layers differ, no single number is right, and none is written.
+    transformers 5 has them in ``rope_parameters``, by kind of layer in some models. mlx-lm takes 10000 and no scaling
+    where it finds none. Where kinds of layers differ, no single one is right, and none is written.
     """
     config = json.loads(file.read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or {}
     kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]
-    thetas = {kind.get("rope_theta") for kind in kinds}
-    if len(thetas) == 1 and None not in thetas:
-        file.write_text(json.dumps({"rope_theta": thetas.pop(), **config}, indent=2, sort_keys=True), encoding="utf-8")
+    if any(kind != kinds[0] for kind in kinds) or kinds[0].get("rope_theta") is None:
+        return
+    named = {"rope_theta": kinds[0]["rope_theta"]}
+    if kinds[0].get("rope_type", "default") != "default":
+        named["rope_scaling"] = kinds[0]
+    file.write_text(json.dumps({**named, **config}, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _merged(source: OpenedAdapter, ranks: Ranks, pad: bool, model: Any) -> Any:

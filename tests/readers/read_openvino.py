@@ -1,0 +1,50 @@
+"""What OpenVINO GenAI computes, in its own environment: ``python read_openvino.py JOBS.json``, see
+``tests/test_openvino.py``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import openvino_genai as genai
+
+# In float32, as PEFT computes: left alone, a CPU that has bfloat16 takes it.
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "INFERENCE_NUM_THREADS": 1}
+
+
+def config(adapters: genai.AdapterConfig, tokens: int, **more: Any) -> genai.GenerationConfig:
+    made = genai.GenerationConfig()
+    made.eos_token_id, made.ignore_eos = 2, True
+    made.adapters, made.max_new_tokens = adapters, tokens
+    for name, value in more.items():
+        setattr(made, name, value)
+    return made
+
+
+def answer(pipe: genai.ContinuousBatchingPipeline, adapters: genai.AdapterConfig, ids: list[int], tokens: int) -> Any:
+    """The prompt and what follows it, and the log-probability of each token but the first."""
+    prompt = ov.Tensor(np.array([ids], dtype=np.int64))
+    # `generate` changes the adapter, and gives sums only. A request gives each token's, with the adapter of the moment.
+    pipe.generate([prompt], [config(adapters, 1)])
+    request = pipe.add_request(0, prompt, config(adapters, tokens, logprobs=1, echo=True))
+    while pipe.has_non_finished_requests():
+        pipe.step()
+    (found,) = request.read_all()
+    return {"ids": list(found.generated_ids), "log-probabilities": list(map(float, found.generated_log_probs))[1:]}
+
+
+for model in json.loads(Path(sys.argv[1]).read_text()):
+    adapters = {file: genai.Adapter(file) for file in {job["adapter"] for job in model["jobs"]} if file}
+    scheduler = genai.SchedulerConfig()
+    scheduler.cache_size = 1
+    loaded = {"adapters": genai.AdapterConfig(list(adapters.values()))}
+    pipe = genai.ContinuousBatchingPipeline(model["model"], scheduler, "CPU", {**EXACT, **loaded})
+    answers = []
+    for job in model["jobs"]:
+        one = genai.AdapterConfig(adapters[job["adapter"]], job["scale"]) if job["adapter"] else genai.AdapterConfig()
+        answers.append(answer(pipe, one, job["ids"], model["tokens"]))
+    Path(model["out"]).write_text(json.dumps(answers))
