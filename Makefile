@@ -22,7 +22,7 @@ DOCS := .venv-docs
 # The extra alone: `pip install .[docs]` would bring torch too.
 DOCS_NEEDS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
 
-.PHONY: demo test test-peft test-deploy test-mlx test-openvino test-vllm test-wheel test-readme docs bench-train bench-eval lint format help dist
+.PHONY: demo test test-peft test-deploy test-mlx test-openvino test-vllm test-wheel test-readme docs bench-train bench-eval gpu lint format help dist
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -110,6 +110,9 @@ bench-train: $(VENV)/.test ## what a training step costs, as a multiple of the f
 
 bench-eval: $(VENV)/.test ## all ranks with the engine against lm-evaluation-harness, once and for each rank
 	$(BIN)/python benchmarks/evaluate_ranks.py --compared 50
+
+gpu: $(VENV)/.test ## checks and benchmarks on a CUDA card, into runs/gpu.json; without a card it says so
+	$(BIN)/python benchmarks/gpu.py
 
 lint: $(VENV)/.test ## ruff, mypy --strict, the import contract
 	$(BIN)/ruff check .

@@ -9,11 +9,11 @@ the same code of the harness. The harness's HF backend gets each rank as a plain
 batch size at which it is fastest on a part of the questions. The adapter has R = 32 on all linear layers and random
 factors (seed 0) that are small enough for the model to go on writing sentences; nothing is trained.
 
-Time is CPU time of one thread without loading models, from the prompts to the metrics. The harness at the largest
-rank and the engine take turns, and the medians of these turns are reported; the harness at the other ranks runs once
-each. "identical" is about a float32 run of both on the same questions (on the first ones with --compared): whether
-every choice and every text is equal at every rank. Choices that were closer than 1e-4 are listed by name in the files
-of --out, and do not count.
+Time is CPU time of one thread, and on a CUDA card the clock's, without loading models, from the prompts to the
+metrics. The harness at the largest rank and the engine take turns, and the medians of these turns are reported; the
+harness at the other ranks runs once each. "identical" is about a float32 run of both on the same questions (on the
+first ones with --compared): whether every choice and every text is equal at every rank. Choices that were closer than
+1e-4 are listed by name in the files of --out, and do not count.
 
 Each task and dtype is one file in the folder of --out. What is there is not measured again, so that a run that was
 stopped goes on, and two processes may take a task each.
@@ -29,9 +29,9 @@ import os
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ import yaml
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
-from train_step import machine
+from train_step import machine, now
 
 from matryoshka_lora import NestedAdapter, nest
 from matryoshka_lora.data.tasks import Example, get_task
@@ -157,7 +157,7 @@ def write_tasks(folder: Path, items: int) -> dict[str, Path]:
     return files
 
 
-def make_adapter(dtype: torch.dtype) -> NestedAdapter:
+def make_adapter(dtype: torch.dtype, device: torch.device) -> NestedAdapter:
     """The same factors for each dtype of the base model."""
     config = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear")
     model = get_peft_model(load_model(dtype=dtype), config)
@@ -166,42 +166,46 @@ def make_adapter(dtype: torch.dtype) -> NestedAdapter:
         if "lora_" in name:
             size = 0.02 if "lora_A" in name else 0.01
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * size)
-    return nest(model.eval(), deploy="paper")
+    return nest(model.eval().to(device), deploy="paper")
 
 
 class Contest:
     """Both sides on one dtype."""
 
-    def __init__(self, dtype: str, folder: Path) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: str, folder: Path, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
         self.tokenizer = load_tokenizer()
-        self.adapter = make_adapter(DTYPES[dtype])
+        self.adapter = make_adapter(DTYPES[dtype], device)
         self.engine = Engine(self.adapter, self.tokenizer)
         slices = {rank: str(folder / f"{dtype}-rank-{rank}") for rank in RANKS}
         for rank, path in slices.items():
             self.adapter.export(path, rank)
         first, *others = RANKS
-        options = {"dtype": DTYPES[dtype], "device": "cpu", "batch_size": 1}
+        options = {"dtype": DTYPES[dtype], "device": str(device), "batch_size": 1}
         self.backend = HFLM(str(embedded_folder()), peft=slices[first], **options)
         # One model for all ranks, to spare memory: only the active adapter is computed.
         self.names = {first: "default"} | {rank: f"rank_{rank}" for rank in others}
         for rank in others:
-            self.backend.model.load_adapter(slices[rank], self.names[rank], torch_device="cpu")
+            self.backend.model.load_adapter(slices[rank], self.names[rank], torch_device=str(device))
 
     def harness(self, task: Path, rank: int, batch_size: int, limit: int | None = None) -> tuple[float, list[Any]]:
         """Seconds, and each request's answer."""
         self.backend.model.set_adapter(self.names[rank])
         self.backend.batch_size_per_gpu = batch_size
-        return timed(lambda: evaluate(self.backend, fresh(task, self.tokenizer), limit=limit, bootstrap_iters=0))
+        run = partial(evaluate, self.backend, fresh(task, self.tokenizer), limit=limit, bootstrap_iters=0)
+        with redirect_stderr(io.StringIO()):  # the backend draws a bar for each call
+            begin = now(self.device)
+            found = run()
+            return now(self.device) - begin, answers(found)
 
     def ours(self, task: Path) -> tuple[float, dict[int, list[Any]]]:
         """Seconds, and each request's answer at each rank."""
         tasks = ask(str(task), self.tokenizer).tasks
         with tempfile.TemporaryDirectory() as folder:
             store = Store(Path(folder) / "answers.jsonl", {})
-            begin = time.process_time()
+            begin = now(self.device)
             judged = judge(self.engine, tasks, RANKS, store)
-            seconds = time.process_time() - begin
+            seconds = now(self.device) - begin
             store.close()
         return seconds, {rank: answers(found) for rank, found in judged.results.items()}
 
@@ -215,13 +219,6 @@ def fresh(task: Path, tokenizer: Any) -> dict[str, Any]:
     for each in found:
         each.set_fewshot_seed(1234)
     return {"tasks": {each.config.task: each for each in found}, "groups": {}}
-
-
-def timed(run: Callable[[], Any]) -> tuple[float, list[Any]]:
-    with redirect_stderr(io.StringIO()):  # the backend draws a bar for each call
-        begin = time.process_time()
-        found = run()
-        return time.process_time() - begin, answers(found)
 
 
 def answers(found: Any) -> list[Any]:
@@ -290,6 +287,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(REQUIRED), help=f"some of {', '.join(TASKS)}")
     parser.add_argument("--compared", type=int, help="how many of them are compared in float32 (default: all)")
     parser.add_argument("--repeats", type=int, default=3, help="turns in bfloat16 (default: 3)")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each task")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluate_ranks"), help="the folder of finished parts")
     parser.add_argument("--table", type=Path, help="put the parts of these tasks into this JSON file")
@@ -303,8 +301,8 @@ def main() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = {}
     for name in names:
-        fast = part(args.out, name, "bf16", args.items, args.repeats)
-        exact = part(args.out, name, "fp32", args.compared or args.items, 1)
+        fast = part(args.out, name, "bf16", args.items, args.repeats, args.device)
+        exact = part(args.out, name, "fp32", args.compared or args.items, 1, args.device)
         tasks[name] = {"bf16": fast, "fp32": exact}
         times = {key: fast[key] for key in ("harness_one_rank", "harness_all_ranks", "ours_all_ranks")}
         line = {"task": name, **times, "identical": not exact["differ"]}
@@ -315,14 +313,14 @@ def main() -> None:
         write_text(args.table, json.dumps(report, indent=1) + "\n")
 
 
-def part(out: Path, name: str, dtype: str, items: int, repeats: int) -> dict[str, Any]:
+def part(out: Path, name: str, dtype: str, items: int, repeats: int, device: torch.device) -> dict[str, Any]:
     """One task in one dtype, from its file where it was measured before."""
-    file = out / f"{name}-{dtype}-{items}.json"
+    file = out / f"{name}-{dtype}-{items}{'' if device.type == 'cpu' else f'-{device.type}'}.json"
     if not file.exists():
         with tempfile.TemporaryDirectory() as folder:
             task = write_tasks(Path(folder), items)[name]
-            measured = measure(Contest(dtype, Path(folder)), task, repeats)
-        found = {"machine": machine(), "items": items, "turns": repeats, **measured}
+            measured = measure(Contest(dtype, Path(folder), device), task, repeats)
+        found = {"machine": machine(device), "items": items, "turns": repeats, **measured}
         write_text(file, json.dumps(found, indent=1) + "\n")
     read: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return read

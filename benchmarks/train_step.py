@@ -5,9 +5,10 @@
 
 The floor is the frozen base model: forward, and backward through its activations only. Every variant adds its adapter
 to all linear layers of the same weights and does the same: 8 rows of 128 tokens, to the logits, and back from one fixed
-gradient of the logits, so that no variant can gain or lose by its loss. Time is CPU time of one thread; the variants
-take turns in one process, and each figure is the median of the ratios to the floor's run of the same turn. Saved bytes
-are the distinct storages that autograd's graph keeps between forward and backward, parameters left out.
+gradient of the logits, so that no variant can gain or lose by its loss. Time is CPU time of one thread, and on a CUDA
+card the clock's; the variants take turns in one process, and each figure is the median of the ratios to the floor's
+run of the same turn. Saved bytes are the distinct storages that autograd's graph keeps between forward and backward,
+parameters left out. On a card there is also the most memory that a step allocates, with the weights of all variants.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ class Published(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, p: Tensor) -> None:
         super().__init__()
         self.base = base
-        self.A = nn.Parameter(torch.randn(base.in_features, rank) / rank**0.5)
-        self.B = nn.Parameter(torch.zeros(rank, base.out_features))
-        self.register_buffer("p", p.float())
+        device = base.weight.device
+        self.A = nn.Parameter(torch.randn(base.in_features, rank, device=device) / rank**0.5)
+        self.B = nn.Parameter(torch.zeros(rank, base.out_features, device=device))
+        self.register_buffer("p", p.float().to(device))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -77,11 +79,11 @@ def published(base: nn.Module, rank: int) -> Any:
 
 
 def variants(base: nn.Module, rank: int) -> dict[str, tuple[Any, Callable[[], Any]]]:
-    plain, peft = nullcontext, with_peft(base, rank)
+    plain, peft, kind = nullcontext, with_peft(base, rank), base.device.type
     found: dict[str, tuple[Any, Callable[[], Any]]] = {
         "floor": (share(base), plain),
         "peft": (peft, plain),
-        "peft-autocast": (peft, lambda: torch.autocast("cpu", torch.bfloat16)),
+        "peft-autocast": (peft, lambda: torch.autocast(kind, torch.bfloat16)),
         "published": (published(base, rank), plain),
     }
     return found | {rule: (nested(base, rank, rule), plain) for rule in RULES}
@@ -107,9 +109,17 @@ def kept_by_autograd(output: Tensor) -> list[Tensor]:
     return [tensor for tensor in kept if isinstance(tensor, Tensor)]
 
 
+def now(device: torch.device) -> float:
+    """Seconds: of this process on a CPU, and by the clock when a card has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
+
+
 def measure(base: nn.Module, rank: int, repeats: int) -> dict[str, dict[str, Any]]:
     torch.manual_seed(0)
-    ids = torch.randint(0, base.config.vocab_size, (ROWS, TOKENS))
+    ids = torch.randint(0, base.config.vocab_size, (ROWS, TOKENS)).to(base.device)
     inputs = base.get_input_embeddings()(ids).detach().requires_grad_()
     gradient: Tensor | None = None
 
@@ -130,14 +140,19 @@ def measure(base: nn.Module, rank: int, repeats: int) -> dict[str, dict[str, Any
             gradient = torch.randn_like(logits) / logits.numel()
 
     times: dict[str, list[float]] = {name: [] for name in models}
+    peak = dict.fromkeys(models, 0)
     for turn in range(repeats + 1):
         for name, (model, context) in models.items():
-            start = time.process_time()
+            if base.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(base.device)
+            start = now(base.device)
             with context():
                 logits = forward(model)
             logits.backward(gradient.to(logits.dtype))
             if turn:  # the first one warms up
-                times[name].append(time.process_time() - start)
+                times[name].append(now(base.device) - start)
+            if base.device.type == "cuda":
+                peak[name] = torch.cuda.max_memory_allocated(base.device)
             for parameter in (*model.parameters(), inputs):
                 parameter.grad = None
     report = {}
@@ -147,14 +162,18 @@ def measure(base: nn.Module, rank: int, repeats: int) -> dict[str, dict[str, Any
             "time": round(statistics.median(ratios), 3),
             "saved": round(saved[name] / saved["floor"], 3),
             "time_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
-            "seconds": round(statistics.median(seconds), 3),
+            "seconds": round(statistics.median(seconds), 6),
             "saved_mib": round(saved[name] / 2**20, 1),
         }
+        if peak[name]:
+            report[name]["peak_gib"] = round(peak[name] / 2**30, 3)
     return report
 
 
-def machine() -> str:
+def machine(device: torch.device | None = None) -> str:
     """What the figures were measured on."""
+    if device is not None and device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, torch {torch.__version__}"
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
@@ -166,6 +185,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: both")
     parser.add_argument("--rank", type=int, help=f"default: {', '.join(map(str, RANKS))}")
     parser.add_argument("--repeats", type=int, default=5, help="counted turns (default: 5)")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each cell")
     parser.add_argument(
         "--out", type=Path, help="also write the cells to this JSON file, and leave out those that it has"
@@ -176,7 +196,7 @@ def main() -> None:
     cells = json.loads(args.out.read_text())["cells"] if args.out and args.out.exists() else []
     done = {(cell["dtype"], cell["rank"]) for cell in cells}
     for dtype in [args.dtype] if args.dtype else ["bf16", "fp32"]:
-        base = load_model(dtype=DTYPES[dtype]).requires_grad_(False)
+        base = load_model(dtype=DTYPES[dtype]).requires_grad_(False).to(args.device)
         for rank in [args.rank] if args.rank else RANKS:
             if (dtype, rank) in done:
                 continue
@@ -184,7 +204,7 @@ def main() -> None:
             cells.append(cell)
             print(json.dumps(cell) if args.json else _table(cell), flush=True)
             if args.out:
-                write_text(args.out, json.dumps({"machine": machine(), "cells": cells}, indent=1) + "\n")
+                write_text(args.out, json.dumps({"machine": machine(args.device), "cells": cells}, indent=1) + "\n")
 
 
 def _table(cell: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
     python examples/serve_with_llama_cpp.py --adapter runs/demo/adapter --rank 8
 
-Needs llama-cpp-python, which `make test-deploy` builds from source.
+Needs llama.cpp: pip install xllamacpp
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from llama_cpp import Llama
+import xllamacpp
 
 from matryoshka_lora import export
 from matryoshka_lora.models import embedded_gguf
@@ -26,7 +26,11 @@ with tempfile.TemporaryDirectory() as folder:
     # The same as: matryoshka export ADAPTER --rank 8 --format gguf -o rank-8.gguf
     exported = export(args.adapter, file, args.rank, "gguf")
     print(f"Verified: {exported.verified}")
-    model = Llama(str(embedded_gguf()), lora_path=str(file), n_ctx=512, verbose=False)
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.verbosity = str(embedded_gguf()), 512, 0
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), 1.0)]
+    server = xllamacpp.Server(params)  # the same as: llama-server -m BASE.gguf --lora rank-8.gguf
     question = "Mary is married to John. They have a child called Anne. What is Anne to Mary? Answer in one word."
-    answer = model.create_chat_completion([{"role": "user", "content": question}], max_tokens=8, temperature=0)
+    messages = [{"role": "user", "content": question}]
+    answer = server.handle_chat_completions({"messages": messages, "max_tokens": 8, "temperature": 0})
     print(answer["choices"][0]["message"]["content"])

@@ -121,7 +121,7 @@ def test_a_ladder_for_vllm(adapter: Path, tmp_path: Path) -> None:
     assert "vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --enable-lora --max-lora-rank 32" in last
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="make test-deploy builds llama.cpp")
+@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="make test-deploy installs llama.cpp")
 def test_llama_cpp(adapter: Path) -> None:
     out = run("serve_with_llama_cpp.py", "--adapter", adapter, "--rank", 8)
     assert "Verified: the largest difference" in out

@@ -305,13 +305,17 @@ order of its command:
 The server loads them all beside one base model. In this folder (BASE.gguf is the base model's file):
 
 ```sh
-llama-server -m BASE.gguf {loras} --lora-init-without-apply
+llama-server -m BASE.gguf {loras}
 ```
 
-A request turns one of them on. One that names none is answered by the base model, and two at once would add up:
+Each request turns one of them on:
 
 ```sh
 curl http://localhost:8080/v1/chat/completions -H 'Content-Type: application/json' \\
   -d '{{"lora": [{{"id": {len(ranks) - 1}, "scale": 1.0}}], "messages": [{{"role": "user", "content": "Hello"}}]}}'
 ```
+
+Name one in every request. Two at once add up, and a request that names none gets all of them, which is none of the
+ranks (`--lora-init-without-apply` does not change that: llama.cpp's issue 28674). The base model alone is
+`"lora": [{{"id": 0, "scale": 0.0}}]`.
 """
