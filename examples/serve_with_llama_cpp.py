@@ -28,6 +28,7 @@ with tempfile.TemporaryDirectory() as folder:
     print(f"Verified: {exported.verified}")
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.verbosity = str(embedded_gguf()), 512, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # more where cores are free
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), 1.0)]
     server = xllamacpp.Server(params)  # the same as: llama-server -m BASE.gguf --lora rank-8.gguf
     question = "Mary is married to John. They have a child called Anne. What is Anne to Mary? Answer in one word."
