@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -68,7 +69,6 @@ def play(
                 err=True,
             )
         typer.echo(f"Open {address(listening)} in a browser. Ctrl-C ends it.")
-        try:
+        with suppress(KeyboardInterrupt):
             run(app, listening)
-        except KeyboardInterrupt:
-            typer.echo("Stopped.", err=True)
+        typer.echo("Stopped.", err=True)
