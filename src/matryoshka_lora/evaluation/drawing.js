@@ -11,6 +11,7 @@ const number = value => !known(value) ? "?" : Math.abs(value) >= 1000 ? value.to
 const withError = (value, error) => number(value) + (known(value) && known(error) ? " ± " + number(error) : "");
 const size = bytes => !known(bytes) ? "?" : bytes < 1e6 ? (bytes / 1e3).toFixed(1) + " kB" : (bytes / 1e6).toFixed(2) + " MB";
 const milliseconds = value => known(value) ? value.toFixed(1) + " ms" : "?";
+const metricName = key => key.replace(/,none$/, "");
 const nameOf = rank => rank === 0 ? "none" : String(rank);
 
 function aboutTask(found) {
@@ -46,7 +47,7 @@ function drawCurve(host, evaluation, name, marked = []) {
   const along = rank => left + 12 + (ranks.length === 1 ? inner / 2 : (Math.log2(rank) - from) / span * inner);
   const x = i => along(ranks[i]);
   const y = value => top + (high - value) / (high - low) * (height - top - bottom);
-  const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `${task.metric} of ${name} against rank` });
+  const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `${metricName(task.metric)} of ${name} against rank` });
   const { marks, digits } = ticks(low, high);
   for (const value of marks) svg.append(
     make("line", { class: "grid", x1: left, x2: width - right, y1: y(value), y2: y(value) }),
