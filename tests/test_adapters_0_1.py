@@ -254,7 +254,7 @@ def test_an_evaluation_is_shown(old: Path) -> None:
     adapter = open_adapter("loss")
     write_card(old / "loss", adapter.config, adapter.nested)
     card = (old / "loss" / "README.md").read_text()
-    assert "| letters.yaml: acc,none, 24 questions |" in card
+    assert "| letters.yaml: acc, 24 questions |" in card
     assert "reordered (`loss`)" in card
 
 

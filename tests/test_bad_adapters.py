@@ -485,6 +485,12 @@ def test_the_undamaged_adapter_is_loaded_and_exported(folder: Path, tmp_path: Pa
     export(folder, tmp_path / "out", 3)
 
 
+def test_a_whole_model_is_not_taken_for_an_adapter(tmp_path: Path) -> None:
+    BASE.save_pretrained(tmp_path / "model")
+    with pytest.raises(MatryoshkaError, match=rf"is a whole model: {CONFIG} is missing"):
+        export(tmp_path / "model", tmp_path / "out", 1)
+
+
 def test_a_config_that_is_not_there_is_not_looked_for_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`org/adapter` is a folder here: what lies under that name on the hub is another adapter."""
     asked: list[Any] = []

@@ -103,6 +103,15 @@ def share(made: Exported) -> float:
     return made.verified.share
 
 
+@pytest.mark.parametrize("name", ["plain", "nested"])
+def test_what_a_rank_keeps_is_its_share_of_the_update(nested: Path, tmp_path: Path, name: str) -> None:
+    model = PeftModel.from_pretrained(tiny_llama(), str(nested.parent / "plain"))
+    singular = [torch.linalg.svdvals(delta) for delta in deltas(model).values()]
+    kept = sum(float((values[:2] ** 2).sum()) for values in singular)
+    made = export(nested.parent / name, tmp_path / "out", 2, verify=False)
+    assert made.kept == pytest.approx(kept / sum(float((values**2).sum()) for values in singular), rel=1e-5)
+
+
 # Ranks per layer
 
 

@@ -215,6 +215,17 @@ def test_the_command_chooses_and_gives_its_evidence(run: Run, tmp_path: Path) ->
     assert "Rank 4 is the smallest" in run(file, "--within", "5 %", "--max-bytes", 500_000)[1]
 
 
+@pytest.mark.parametrize(("base", "said"), [(0.0, False), (0.95, True), (None, False)])
+def test_a_rank_that_is_not_better_than_the_base_model_is_said(
+    run: Run, tmp_path: Path, base: float | None, said: bool
+) -> None:
+    file = write(tmp_path, some_examples())
+    data = json.loads(file.read_text())
+    data["tasks"]["family"]["metrics"]["acc,none"]["base"] = base if base is None else {"value": base, "stderr": 0.0}
+    file.write_text(json.dumps(data))
+    assert ("not better than the base model without the adapter" in run(tmp_path, "--within", "5%")[1]) == said
+
+
 def test_without_examples_it_says_so(run: Run, tmp_path: Path) -> None:
     out = run(write(tmp_path, None), "--within", "5%")[1]
     assert "from the standard errors of both, as if they were independent" in out
@@ -240,7 +251,7 @@ def test_no_difference_has_no_sign_of_a_loss(run: Run, tmp_path: Path) -> None:
 
 def test_several_tasks_need_a_name(run: Run, tmp_path: Path) -> None:
     write(tmp_path, some_examples("family") + some_examples("arc"))
-    assert run(tmp_path, "--within", "5%", "--task", "arc")[1].startswith("arc: acc,none, 60 questions")
+    assert run(tmp_path, "--within", "5%", "--task", "arc")[1].startswith("arc: acc, 60 questions")
     for arguments in ([], ["--task", "hellaswag"]):
         code, _, err = run(tmp_path, "--within", "5%", *arguments)
         assert code == 1

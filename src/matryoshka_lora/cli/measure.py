@@ -34,7 +34,7 @@ class Split(StrEnum):
 
 
 def evaluate(
-    adapter: Annotated[Path, typer.Argument(help="A folder that training has written.", show_default=False)],
+    adapter: Annotated[Path, typer.Argument(help="The folder of a nested adapter.", show_default=False)],
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -46,7 +46,7 @@ def evaluate(
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Instead of tasks: a file, or the id of a hub dataset.", show_default=False)
+        str | None, typer.Option(help="Instead of tasks: a file of rows, or a hub dataset.", show_default=False)
     ] = None,
     ranks: Annotated[
         str | None, typer.Option(help="Such as 1,2,4, or all that may be chosen.", show_default="the nested ranks")
@@ -210,6 +210,7 @@ def select(
 
     from matryoshka_lora.evaluation.select import find_adapter, parse_share, read_evaluation, save_choice
     from matryoshka_lora.evaluation.select import select as choose
+    from matryoshka_lora.formats.card import metric_name
 
     try:
         share = None if within is None else parse_share(within)
@@ -218,7 +219,7 @@ def select(
     found = read_evaluation(evaluation)
     choice = choose(found, share, max_bytes=max_bytes, max_latency=max_latency, task=task)
     name, measured = found.task_name(task), found.measured(task)
-    typer.echo(f"{name}: {measured.metric}, {measured.items} questions\n")
+    typer.echo(f"{name}: {metric_name(measured.metric)}, {measured.items} questions\n")
     for line in (*_table(measured, choice), "", *_sentences(measured, choice)):
         typer.echo(line)
     if save:
@@ -267,6 +268,11 @@ def _sentences(measured: Measured, choice: Choice) -> list[str]:
                 f"That is not sure: {measured.items} questions leave room for it to be farther from rank "
                 f"{choice.best}. More questions would tell."
             )
+    if measured.base is not None and value is not None and _larger(value - measured.base, measured) <= 0:
+        lines.append(
+            f"It is not better than the base model without the adapter ({measured.base:.3f}): train longer, or ask "
+            "another task."
+        )
     lines.append(_apart(measured, choice))
     return lines
 

@@ -32,7 +32,7 @@ def play(
     host: Annotated[
         str, typer.Option(help="Where the page is served: 0.0.0.0 lets other machines use it.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="As well; 0 is any free one.")] = 7860,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port of the page; 0 is any free one.")] = 7860,
 ) -> None:
     """Open a page on this machine where an adapter answers at two ranks side by side.
 

@@ -21,7 +21,7 @@ def serve(
     model: Model = None,
     revision: Revision = None,
     host: Annotated[str, typer.Option(help="Where the server listens: 0.0.0.0 for other machines.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="As well.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port of the server.")] = 8000,
     at_once: Annotated[
         int | None,
         typer.Option(min=1, help="How many ranks may be in one batch.", show_default="the nested ranks, at most 8"),

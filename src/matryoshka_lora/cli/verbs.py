@@ -106,9 +106,7 @@ def info(
 ) -> None:
     """Say what an adapter is: ranks, scales, its size at each rank, and how fast its directions lose weight.
 
-    What each rank, share and size of `export` would give stands in it, and nothing is written.
-
-    No base model is loaded.
+    Prints what `export` would give with each --rank, --keep and --max-bytes. No base model is loaded.
 
     Example: matryoshka info runs/demo/adapter --plot decay.png
     """
@@ -144,7 +142,7 @@ def reorder(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder or file to write.", show_default=False)],
-    by: Annotated[By, typer.Option(help="In what sense each prefix is good; see above.")] = By.svd,
+    by: Annotated[By, typer.Option(metavar="WAY", help="In what sense each prefix is good; see above.")] = By.svd,
     data: Annotated[
         str | None,
         typer.Option(help="For all but svd: a built-in task, a file, or a hub dataset.", show_default=False),
@@ -160,10 +158,14 @@ def reorder(
 ) -> None:
     """Make any LoRA adapter nested: the function stays, and every prefix becomes a good adapter of its rank.
 
-    svd is the best of each rank in every layer by itself; it needs no data and no base model. activations changes each
-    layer's outputs least, and loss the training loss. learned takes a few training steps by the loss of the prefixes
-    themselves. trained gives each rank a training of its own, and changes the function a little. These four run the
-    base model over some rows of the training data, or of data like it.
+    What a good prefix is, --by says. All but svd run the base model over some rows of the training data, or of data
+    like it:
+
+    - svd: its update is the nearest of its rank to the layer's; needs no data and no base model
+    - activations: it changes each layer's outputs least
+    - loss: it changes the training loss least
+    - learned: a few training steps by the loss of the prefixes themselves
+    - trained: each rank gets a training of its own, which changes the function a little
 
     Example: matryoshka reorder runs/some-lora -o nested --by learned --data my.jsonl
     """
@@ -188,14 +190,14 @@ def reorder(
     if adapter.is_file():
         typer.echo(
             f"{out} computes what {adapter} does, and its directions are in order: the first ones of each layer are "
-            f"its best. Next: matryoshka export {shlex.quote(str(out))} --keep 95% -o small.safetensors"
+            f"its best.\nNext: matryoshka export {shlex.quote(str(out))} --keep 95% -o small.safetensors"
         )
         return
     largest = max(len(values) for values in spectra.values())
-    written, small = shlex.quote(str(out)), shlex.quote(f"{out.name}-small")
+    nearly = " but for a little more training" if by is By.trained else ""
     typer.echo(
-        f"{out} is nested: PEFT reads it as the adapter that {adapter} is, and any rank from 1 to {largest} may be "
-        f"used. Next: matryoshka info {written}, or matryoshka export {written} --budget 0.25 -o {small}"
+        f"{out} holds every rank from 1 to {largest}. PEFT reads it at rank {largest}, which computes what {adapter} "
+        f"does{nearly}.\nNext: matryoshka info {shlex.quote(str(out))}"
     )
 
 
@@ -208,25 +210,33 @@ def export(
     rank: Annotated[int | None, typer.Option(help="The rank of every layer.", show_default=False)] = None,
     budget: Annotated[
         float | None,
-        typer.Option(help="Instead: the share of the parameters; layers get ranks of their own.", show_default=False),
+        typer.Option(help="Instead: a share of the parameters; each layer gets a rank.", show_default=False),
     ] = None,
     keep: Annotated[
         str | None,
-        typer.Option(help="Instead: 95% of each layer; or kohya's sv_fro=0.95, sv_ratio=20.", show_default=False),
+        typer.Option(
+            help="Instead: 95% of each layer's squared singular values; or kohya's sv_fro=0.95, sv_ratio=20.",
+            show_default=False,
+        ),
     ] = None,
     max_bytes: Annotated[
         str | None, typer.Option(help="Instead: the most that the file may have, as 50MB.", show_default=False)
     ] = None,
     conv_rank: Annotated[
-        int | None, typer.Option(help="Of a file: the rank of its convolutions.", show_default="the rank")
+        int | None, typer.Option(help="Of a single file: the rank of its convolutions.", show_default="the rank")
     ] = None,
     style: Annotated[
-        Style | None, typer.Option(help="Of a file: how its keys are spelled.", show_default="as they are")
+        Style | None,
+        typer.Option(
+            metavar="STYLE",
+            help="Of a single file: the spelling of its keys, kohya, diffusers or peft.",
+            show_default="as they are",
+        ),
     ] = None,
     pad: Annotated[
         bool, typer.Option("--pad", help="With --budget: fill up to one rank, for engines that know one.")
     ] = False,
-    format: Annotated[Format, typer.Option(help="See above.")] = Format.peft,
+    format: Annotated[Format, typer.Option(metavar="FORMAT", help="See above.")] = Format.peft,
     model: Model = None,
     revision: Revision = None,
     verify: Annotated[bool, typer.Option(help="Compare logits, if the base model is on this machine.")] = True,
@@ -234,13 +244,17 @@ def export(
 ) -> None:
     """Write a rank of an adapter in the format that a device or an engine takes.
 
-    peft: an ordinary LoRA adapter. merged: the base model with the adapter in its weights. gguf: a file for
-    llama.cpp's --lora. mlx: a folder for mlx-lm. ladder: one adapter for each rank, with the vllm command that serves
-    them all. gguf-ladder: a GGUF file for each, with the llama-server command. directions: one file of which a device
-    reads only the ranks it needs. Each is loaded again and compared with the adapter before it is put in place. An
-    adapter that is not nested is reordered by SVD on the way.
+    An adapter that is not nested is reordered by SVD on the way. What is written is loaded again and compared with the
+    adapter before it is put in place. A LoRA in one .safetensors file, as image and video models have it, becomes such
+    a file, with the keys that it had. The formats:
 
-    A LoRA in one .safetensors file, as image and video models have it, becomes such a file, with the keys that it had.
+    - peft: an ordinary LoRA adapter
+    - merged: the base model with the adapter in its weights
+    - gguf: a file for llama.cpp's --lora
+    - mlx: a folder for mlx-lm
+    - ladder: one adapter for each rank, with the vllm command that serves them all
+    - gguf-ladder: a GGUF file for each rank, with the llama-server command
+    - directions: one file of which a device reads only the ranks it needs
 
     Example: matryoshka export runs/demo/adapter --rank 4 -o rank-4
 
@@ -274,7 +288,11 @@ def export(
         )
         return
     typer.echo(_logits(made, verify, format))
-    typer.echo(f"{out} is {_what(made)} of {adapter}, as {format.value}. Next: {following(made.path, format.value)}")
+    kept = "" if made.kept is None else f" It keeps {100 * made.kept:.1f} % of the squared singular values."
+    typer.echo(
+        f"{out} is {_what(made)} of {adapter}, in the format {format.value}.{kept}\n"
+        f"Next: {following(made.path, format.value)}"
+    )
 
 
 def _what(made: Exported) -> str:

@@ -23,6 +23,7 @@ class Measured:
         bytes: Of the exported adapter.
         latency_ms: Of one generated token, or None where it was not measured.
         higher_is_better: Of the metric.
+        base: The metric of the base model without the adapter, or None where it was not measured.
         by_question: For each rank, the metric of every question, in the same order for all; may lack ranks.
     """
 
@@ -34,6 +35,7 @@ class Measured:
     bytes: Sequence[int]
     latency_ms: Sequence[float] | None = None
     higher_is_better: bool = True
+    base: float | None = None
     by_question: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ const number = value => !known(value) ? "?" : Math.abs(value) >= 1000 ? value.to
 const withError = (value, error) => number(value) + (known(value) && known(error) ? " ± " + number(error) : "");
 const size = bytes => !known(bytes) ? "?" : bytes < 1e6 ? (bytes / 1e3).toFixed(1) + " kB" : (bytes / 1e6).toFixed(2) + " MB";
 const milliseconds = value => known(value) ? value.toFixed(1) + " ms" : "?";
+const metricName = key => key.replace(/,none$/, "");
 const nameOf = rank => rank === 0 ? "none" : String(rank);
 
 function aboutTask(found) {
@@ -27,9 +28,6 @@ function ticks(low, high) {
   for (let k = Math.ceil(low / step - 1e-9); k * step <= high + 1e-9 * step; k++) found.push(k * step);
   return { marks: found, digits: Math.max(0, -Math.floor(Math.log10(step) + 1e-9)) };
 }
-
-// The harness writes METRIC,FILTER; a filter of none is nothing to look at.
-const named = metric => metric.replace(/,none$/, "");
 
 // A task's first metric against rank, in an element that holds a .tip; up to two ranks are marked.
 function drawCurve(host, evaluation, name, marked = []) {
@@ -49,7 +47,7 @@ function drawCurve(host, evaluation, name, marked = []) {
   const along = rank => left + 12 + (ranks.length === 1 ? inner / 2 : (Math.log2(rank) - from) / span * inner);
   const x = i => along(ranks[i]);
   const y = value => top + (high - value) / (high - low) * (height - top - bottom);
-  const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `${named(task.metric)} of ${name} against rank` });
+  const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `${metricName(task.metric)} of ${name} against rank` });
   const { marks, digits } = ticks(low, high);
   for (const value of marks) svg.append(
     make("line", { class: "grid", x1: left, x2: width - right, y1: y(value), y2: y(value) }),

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from matryoshka_lora.evaluation.drawing import part, question
-from matryoshka_lora.formats.card import with_error
+from matryoshka_lora.formats.card import metric_name, with_error
 
 PAGE_NAME = "report.html"
 
@@ -39,11 +39,11 @@ def print_tasks(evaluation: Mapping[str, Any]) -> None:
     for number, rank in enumerate(evaluation["ranks"]):
         found.add_row(str(rank), *(with_error(first["value"][number], first["stderr"][number]) for first in firsts))
     tasks = evaluation["tasks"].items()
-    lines = [f"  {name}: {task['metric']}, {task['items']} questions, {_shots(task)}" for name, task in tasks]
+    about = [(name, metric_name(task["metric"]), f"{task['items']} questions, {_shots(task)}") for name, task in tasks]
     made = Group(
         Text(f"{evaluation['adapter']['name']} on {evaluation['model']} ({evaluation['dtype']}, {evaluation['mode']})"),
         found,
-        *map(Text, lines),
+        *(Text(f"  {name}: {metric}, {asked}") for name, metric, asked in about),
         Text("  ± is one standard error over the questions"),
     )
     needed = Console(width=1000).measure(found).maximum
@@ -63,7 +63,7 @@ def draw_tasks(evaluation: Mapping[str, Any], path: Path) -> None:
         first, colour = task["metrics"][task["metric"]], _COLOURS[number % len(_COLOURS)]
         values = [math.nan if value is None else value for value in first["value"]]
         style = {"color": colour, "marker": _MARKERS[number % len(_MARKERS)], "linewidth": 2.5, "markersize": 12}
-        label = f"{name} ({task['metric']})"
+        label = f"{name} ({metric_name(task['metric'])})"
         axes.errorbar(ranks, values, [error or 0 for error in first["stderr"]], label=label, capsize=4, **style)
         if first["base"] is not None and first["base"]["value"] is not None:
             axes.axhline(first["base"]["value"], color=colour, linestyle="--", linewidth=1.5)

@@ -158,6 +158,7 @@ class Evaluation:
             bytes=self.about["bytes"],
             latency_ms=self.about["latency_ms"],
             higher_is_better=first["higher_is_better"],
+            base=(first.get("base") or {}).get("value"),
             by_question=_by_question(self.examples, name, metric),
         )
 

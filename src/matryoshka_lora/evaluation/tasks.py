@@ -177,8 +177,9 @@ def _fix_shots(task: Any) -> None:
 
 
 def _unknown(name: str) -> str:
-    close = [*get_close_matches(name, [*PRESETS, *_manager().all_tasks], n=3), *nearest_tasks(name)]
-    hint = f"did you mean {' or '.join(close[:3])}? " if close else ""
+    near = [*get_close_matches(name, [*PRESETS, *_manager().all_tasks], n=3), *nearest_tasks(name)]
+    close = get_close_matches(name, near, n=3)  # the nearest one first, whoever has it
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
     return (
         f"there is no task {name!r}: {hint}Names are those of lm-evaluation-harness (lm_eval ls tasks), of its YAML "
         f"files, of the presets ({', '.join(PRESETS)}) and of the built-in tasks (family_relationships and others)"

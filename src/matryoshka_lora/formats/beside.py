@@ -59,6 +59,13 @@ def read_spectra(adapter: OpenedAdapter) -> Spectra | None:
     return spectra
 
 
+def share_kept(spectra: Spectra, rank: int) -> float:
+    """The share of the sum of all squared singular values in the first ``rank`` directions, 0 to 1."""
+    squares = [values**2 for values in spectra.values()]
+    total = sum(float(s.sum()) for s in squares)
+    return sum(float(s[..., :rank].sum()) for s in squares) / total if total else 1.0
+
+
 def fingerprint(adapter: OpenedAdapter) -> str:
     """The hash of an adapter: in memory and in any file, and in any process, the same for the same adapter."""
     about = [adapter.config.scale, adapter.config.r, None if adapter.state is None else as_json(adapter.state)]

@@ -155,7 +155,7 @@ def _rows(data: dict[str, Any]) -> Iterator[str]:
     for name, task in data["tasks"].items():
         first = task["metrics"][task["metric"]]
         cells = [with_error(*pair) for pair in zip(first["value"], first["stderr"], strict=True)]
-        yield f"| {shown(name)}: {task['metric']}, {int(task['items'])} questions | {' | '.join(cells)} |"
+        yield f"| {shown(name)}: {metric_name(task['metric'])}, {int(task['items'])} questions | {' | '.join(cells)} |"
 
 
 def training_config(home: Path) -> tuple[Mapping[str, Any], str]:
@@ -233,6 +233,11 @@ matryoshka export THIS_FOLDER --format ladder -o ladder  # its README has the vl
 matryoshka export THIS_FOLDER --rank {some} --format gguf -o rank-{some}.gguf
 llama-cli -m BASE.gguf --lora rank-{some}.gguf
 ```"""
+
+
+def metric_name(key: str) -> str:
+    """A metric of the harness as people read it: ``accuracy,none`` is the accuracy, without a filter."""
+    return key.removesuffix(",none")
 
 
 def with_error(value: float | None, error: float | None) -> str:

@@ -134,6 +134,10 @@ def read_config(folder: Path) -> AdapterConfig:
         MatryoshkaError: It is missing, damaged, of another method, or asks for something that has no nested ranks.
     """
     file = folder / CONFIG_NAME
+    if not file.exists():
+        is_model = (folder / "config.json").is_file()
+        what = "a whole model" if is_model else "no adapter"
+        raise MatryoshkaError(f"{folder} is {what}: {CONFIG_NAME} is missing. Give the directory that PEFT has saved")
     try:
         data = json.loads(read_text(file, _MAX_BYTES))
         if not isinstance(data, dict):

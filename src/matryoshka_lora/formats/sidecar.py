@@ -179,5 +179,9 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
         MatryoshkaError: It is no folder.
     """
     if not os.path.isdir(path):  # to pathlib, no path at all is the folder that one is in
-        raise MatryoshkaError(f"{path} is not a directory: give the directory that holds {CONFIG_NAME}")
+        what = "is not a directory" if os.path.exists(path) else "does not exist"
+        raise MatryoshkaError(
+            f"{path} {what}: give the directory that holds {CONFIG_NAME}. An adapter of the hub must be downloaded "
+            "first, with hf download"
+        )
     return Path(path)

@@ -216,7 +216,7 @@ def _read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         with open(file, "rb") as begun:
             length = int.from_bytes(begun.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
-                raise ValueError(f"it has {size} bytes, and its header is to have {length}")
+                raise ValueError("it is no safetensors file, or not the whole of one")
             text = begun.read(length)
         with safe_open(file, framework="pt"):
             pass  # safetensors has checked dtypes, shapes and offsets, so that they may be used below

@@ -25,7 +25,7 @@ function slider(element, props, watch) {
 function curve(element, props, watch) {
   const draw = () => {
     const { evaluation, task, marked } = props.value;
-    element.querySelector("h2").textContent = `${named(evaluation.tasks[task].metric)} of ${task} against rank`;
+    element.querySelector("h2").textContent = `${metricName(evaluation.tasks[task].metric)} of ${task} against rank`;
     element.querySelector(".about").textContent = aboutTask(evaluation.tasks[task]);
     drawCurve(element.querySelector(".chart"), evaluation, task, marked);
   };

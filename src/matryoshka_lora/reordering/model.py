@@ -101,4 +101,4 @@ def check_by(by: str, has_data: bool, rows: int | None = None) -> None:
     if by == "svd" and has_data:
         raise MatryoshkaError("data are for by='activations', 'loss', 'learned' and 'trained'; name one of them")
     if by != "svd" and not has_data:
-        raise MatryoshkaError(f"by={by!r} needs data: a Trainer, a dataset, or rows with prompt and completion")
+        raise MatryoshkaError(f"by={by!r} needs data: rows with prompt and completion (--data), or a Trainer")

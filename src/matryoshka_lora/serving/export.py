@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_free, check_writable, output_directory, write_text
-from matryoshka_lora.formats.beside import Spectra
+from matryoshka_lora.formats.beside import Spectra, read_spectra, share_kept
 from matryoshka_lora.formats.card import CARD_NAME, has_own_card, ladder_readme
 from matryoshka_lora.formats.directions import write_directions
 from matryoshka_lora.formats.module_names import names_in_model
@@ -42,6 +42,8 @@ class Exported:
         chosen: How a budget was spent, if there was one.
         base: The base model's name, if the adapter or the caller says it.
         verified: How far its logits are from the nested adapter's, at most; None where no base model was at hand.
+        kept: The share of the squared singular values in what was written, 0 to 1; None where it is not known: of a
+            ladder, and of an adapter whose order is that of no singular values.
         error: Of a single file: the Frobenius norm of all that was lost, over that of the update.
     """
 
@@ -50,6 +52,7 @@ class Exported:
     chosen: Chosen | None
     base: str | None
     verified: Verified | None
+    kept: float | None = None
     error: float | None = None
 
 
@@ -115,7 +118,8 @@ def export(
     out = Path(target)
     if format not in get_args(Format):
         raise MatryoshkaError(f"format is {format!r}; write one of {', '.join(map(repr, get_args(Format)))}")
-    kept, most_bytes = None if keep is None else Keep.read(keep), None if max_bytes is None else read_bytes(max_bytes)
+    threshold = None if keep is None else Keep.read(keep)
+    most_bytes = None if max_bytes is None else read_bytes(max_bytes)
     if is_file(source):
         if format != "peft" or budget is not None or pad or (model is not None and style is None):
             raise MatryoshkaError(
@@ -125,13 +129,13 @@ def export(
         given = open_file(source)
         if model is not None:
             given = replace(given, names=names_in_model(model))
-        return _single(given, out, Wish(rank, conv_rank, kept, most_bytes), style, overwrite, on_progress)
+        return _single(given, out, Wish(rank, conv_rank, threshold, most_bytes), style, overwrite, on_progress)
     if style in ("kohya", "diffusers") and format == "peft" and budget is None and not pad:
         given = from_folder(open_adapter(source))
-        return _single(given, out, Wish(rank, conv_rank, kept, most_bytes), style, overwrite, on_progress)
+        return _single(given, out, Wish(rank, conv_rank, threshold, most_bytes), style, overwrite, on_progress)
     if style is not None or conv_rank is not None:
         raise MatryoshkaError(f"{source} is a folder of PEFT's: style and conv_rank are for a single file, made of it")
-    _check_wishes(rank, format, budget, kept, most_bytes, pad)
+    _check_wishes(rank, format, budget, threshold, most_bytes, pad)
     opened, spectra = _ready(open_adapter(source))
     if rank is not None:
         opened.nested.check_rank(rank)
@@ -140,8 +144,8 @@ def export(
     check_writable(out.parent if format == "gguf" else out)
     check_free(out, overwrite)
     chosen = None
-    if budget is not None or kept is not None or most_bytes is not None:
-        chosen = _chosen(opened, spectra or spectra_of(opened), rank, budget, kept, most_bytes)
+    if budget is not None or threshold is not None or most_bytes is not None:
+        chosen = _chosen(opened, spectra or spectra_of(opened), rank, budget, threshold, most_bytes)
     ranks: Ranks = chosen.ranks if chosen is not None else rank or opened.rank
     # A file of directions is compared with the adapter bit by bit.
     needs, compares = format in ("merged", "gguf", "mlx", "gguf-ladder"), verify and format != "directions"
@@ -188,7 +192,8 @@ def export(
                     verified = export_gguf_ladder(opened, ladder, folder, base_config, checked_on)
             else:
                 _directions(opened, folder, opened.rank if rank is None else rank)
-    return Exported(out, ladder or ranks, chosen, name, verified)
+    kept = chosen.kept if chosen is not None else None if ladder else _kept(opened, spectra, ranks)
+    return Exported(out, ladder or ranks, chosen, name, verified, kept)
 
 
 def following(path: Path, format: Format) -> str:
@@ -241,6 +246,15 @@ def _chosen(
     return by_size(opened.layers, spectra, most_bytes, itemsizes, lambda ranks: weights_size(cut(opened, ranks)))
 
 
+def _kept(opened: OpenedAdapter, spectra: Spectra | None, rank: Ranks) -> float | None:
+    by = opened.nested.reordered
+    if not isinstance(rank, int) or by in ("learned", "trained"):
+        return None
+    if spectra is None:
+        spectra = spectra_of(opened) if by == "svd" else read_spectra(opened)
+    return None if spectra is None else share_kept(spectra, rank)
+
+
 def _single(
     opened: LoraFile,
     out: Path,
@@ -256,7 +270,7 @@ def _single(
             )
         wish = Wish(reorder=False)
     made = write_single(opened, out, wish, style, overwrite, on_progress)
-    return Exported(out, made.chosen.ranks, made.chosen, None, None, made.error)
+    return Exported(out, made.chosen.ranks, made.chosen, None, None, made.chosen.kept, made.error)
 
 
 def _ready(opened: OpenedAdapter) -> tuple[OpenedAdapter, Spectra | None]:

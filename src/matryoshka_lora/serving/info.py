@@ -10,7 +10,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from matryoshka_lora.formats.beside import Spectra
+from matryoshka_lora.formats.beside import Spectra, share_kept
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
 from matryoshka_lora.formats.single import LoraFile, is_file, open_file
 from matryoshka_lora.formats.single_write import plan
@@ -96,10 +96,8 @@ class Description:
         return choices(layers, self.spectra, sizes, self.bytes_of)
 
     def kept(self, rank: int) -> float:
-        """The share of the sum of all squared singular values in the first ``rank`` directions, 0 to 1."""
-        squares = [values**2 for values in self.spectra.values()]
-        total = sum(float(s.sum()) for s in squares)
-        return sum(float(s[..., :rank].sum()) for s in squares) / total if total else 1.0
+        """See `matryoshka_lora.formats.beside.share_kept`."""
+        return share_kept(self.spectra, rank)
 
     def ranks(self) -> tuple[int, ...]:
         """The ranks to tell of: those of the nesting, or powers of two."""

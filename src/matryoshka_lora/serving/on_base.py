@@ -45,8 +45,8 @@ class Verified:
 
     def __str__(self) -> str:
         return (
-            f"the largest difference of a logit from the nested adapter is {self.difference:.2g} (the largest logit is "
-            f"{self.largest:.3g}; {100 * self.share:.2g} % of what the adapter changes)"
+            f"the largest difference of a logit from the adapter at the same rank is {self.difference:.2g} (the "
+            f"largest logit is {self.largest:.3g}; {100 * self.share:.2g} % of what the adapter changes)"
         )
 
 
