@@ -73,7 +73,7 @@ def main() -> None:
             if section != BARE:
                 run(language, text)
         assert json.loads((folder / "runs/readme/rank-4/adapter_config.json").read_text())["r"] == 4
-        assert (folder / "runs/family/evaluation.json").is_file()
+        assert (folder / "runs/family/evaluation/evaluation.json").is_file()
 
 
 if __name__ == "__main__":
