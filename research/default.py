@@ -1,6 +1,6 @@
 """The rule of research/pages/default.md on recorded runs: a score for each method, from validation data alone.
 
-python -m research.default research/configs/facts128.yaml research/configs/facts256.yaml --runs research/pages/runs
+python -m research.default research/configs/facts256.yaml --runs research/pages/runs
 """
 
 from __future__ import annotations

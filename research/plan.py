@@ -126,10 +126,9 @@ def rates(study: Study, runs: Mapping[Job, Run], unit: Unit) -> Rates:
     """
     tried = sorted(study.learning_rates)
     down, up = tried[1] / tried[0], tried[-1] / tried[-2]
-    first, *others = study.rate_seeds
     while True:
         jobs = {
-            rate: [Job(unit.recipe, unit.task, unit.rank, rate, seed, "validation") for seed in (first, *others)]
+            rate: [Job(unit.recipe, unit.task, unit.rank, rate, seed, "validation") for seed in study.rate_seeds]
             for rate in tried
         }
         losses = {
