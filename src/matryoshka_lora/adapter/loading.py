@@ -201,7 +201,7 @@ def _ends_in(name: str, end: str) -> bool:
 
 
 def _named(config: LoraConfig) -> str:
-    return f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
+    return f": load {config.base_model_name_or_path}" if config.base_model_name_or_path else ""
 
 
 @contextmanager

@@ -30,7 +30,10 @@ try:
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
     from lm_eval.utils import set_torch_seed
 except ImportError as error:
-    raise MatryoshkaError(f"this needs lm-evaluation-harness ({error}): pip install 'matryoshka-lora[eval]'") from error
+    raise MatryoshkaError(
+        f"this needs lm-evaluation-harness ({error}): install matryoshka-lora with its extra, from its repository with "
+        "pip install -e '.[eval]'"
+    ) from error
 
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 """The harness's own defaults."""

@@ -149,7 +149,7 @@ def export(
     ranks: Ranks = chosen.ranks if chosen is not None else rank or opened.rank
     # A file of directions is compared with the adapter bit by bit.
     needs, compares = format in ("merged", "gguf", "mlx", "gguf-ladder"), verify and format != "directions"
-    name, revision, base = _base(opened, model, revision, needs or compares)
+    name, revision, base = _base(opened, model, revision, needs or compares, needs)
     if base is None and needs:
         raise MatryoshkaError(
             f"format {format} needs the base model, and {name or 'none'} is not on this machine: give its folder with "
@@ -282,12 +282,16 @@ def _ready(opened: OpenedAdapter) -> tuple[OpenedAdapter, Spectra | None]:
 
 
 def _base(
-    opened: OpenedAdapter, model: str | None, revision: str | None, wanted: bool
+    opened: OpenedAdapter, model: str | None, revision: str | None, wanted: bool, needed: bool
 ) -> tuple[str | None, str | None, Base | None]:
-    """Name, revision and loader of the base model; no loader where it is not on this machine, or not wanted."""
+    """Name, revision and loader of the base model; no loader where it is not on this machine, or not wanted.
+
+    Raises:
+        MatryoshkaError: It is needed, and it is the embedded one, which lacks a package.
+    """
     if not wanted:
         return model or opened.config.base_model, revision, None
-    from matryoshka_lora.models import base_of, load_config, load_model
+    from matryoshka_lora.models import EMBEDDED, base_of, load_config, load_model
 
     name, revision = base_of(opened.config, model, revision)
     if not name:
@@ -295,6 +299,8 @@ def _base(
     try:
         load_config(name, revision=revision, local_files_only=True)
     except MatryoshkaError:
+        if needed and name == EMBEDDED:
+            raise
         return name, revision, None
 
     def load(dtype: Any) -> Any:
