@@ -22,8 +22,8 @@ _ITEMS = {"validation": 50, "test": 100}
 _TRAINING: dict[str, Any] = {"max_steps": 80, "per_device_train_batch_size": 12}
 _COUNTS = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
 _KEYS = (
-    *("title", "model", "dtype", "rank", "tasks", "methods", "winner", "seeds", "learning_rates", "training", "items"),
-    "threads",
+    *("title", "model", "dtype", "rank", "ranks", "tasks", "methods", "winner", "seeds", "learning_rates", "training"),
+    *("items", "threads"),
 )
 # The study's own to say, or of no use where steps are counted and training is measured when it has ended.
 _NOT_HERE = (
@@ -40,7 +40,8 @@ class Study:
         title: Of the report.
         model: The base model's name.
         dtype: Its dtype.
-        rank: R; the nested ranks are the powers of two up to it.
+        rank: R.
+        ranks: The nested ranks, the last of which is R.
         tasks: By name.
         methods: ``recipe/cut``, or ``lora-each``.
         winner: The method that the others are tested against, named before the runs; None takes the best on validation
@@ -59,6 +60,7 @@ class Study:
     model: str
     dtype: str
     rank: int
+    ranks: tuple[int, ...]
     tasks: Mapping[str, Task]
     methods: tuple[str, ...]
     winner: str | None
@@ -79,7 +81,7 @@ class Study:
 
     def nesting(self, rank: int) -> tuple[int, ...]:
         """The nested ranks of a run: all up to R, or for a LoRA of one rank that alone."""
-        return Nesting.powers_of_two(self.rank).ranks if rank == self.rank else (rank,)
+        return self.ranks if rank == self.rank else (rank,)
 
     def steps(self, recipe: str) -> int:
         """Optimizer steps of one run."""
@@ -139,7 +141,7 @@ class Study:
 def load_study(path: str | PathLike[str]) -> Study:
     """Read a study.
 
-    Its keys: ``title``, ``model``, ``dtype``, ``rank``, ``tasks`` (name to ``{task: ...}`` or to ``{train: ...,
+    Its keys: ``title``, ``model``, ``dtype``, ``rank``, ``ranks`` (the powers of two up to it), ``tasks`` (name to ``{task: ...}`` or to ``{train: ...,
     validation: ..., test: ...}``), ``methods``, ``winner``, ``seeds``, ``learning_rates`` (``{grid: [...], seeds:
     [...]}``), ``training`` (fields of ``trl.SFTConfig``), ``items`` and ``threads``.
 
@@ -178,11 +180,16 @@ def make_study(given: Any) -> Study:
     rates, items = given.get("learning_rates") or {}, given.get("items") or {}
     _check_keys("learning_rates", rates, ("grid", "seeds"))
     _check_keys("items", items, tuple(_ITEMS))
+    rank = Nesting((given.get("rank", 32),)).max_rank
+    nesting = Nesting(given["ranks"]) if "ranks" in given else Nesting.powers_of_two(rank)
+    if nesting.max_rank != rank:
+        raise MatryoshkaError(f"the last of ranks is {nesting.max_rank}, and rank is {rank}: write the same number")
     made = Study(
         title=str(given.get("title", "A comparison of methods")),
         model=given.get("model", "smollm2-135m"),
         dtype=given.get("dtype", "bf16"),
-        rank=Nesting((given.get("rank", 32),)).max_rank,
+        rank=nesting.max_rank,
+        ranks=nesting.ranks,
         tasks={str(name): make_task(str(name), source) for name, source in given["tasks"].items()},
         methods=methods,
         winner=winner,

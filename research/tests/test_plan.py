@@ -170,6 +170,8 @@ def test_the_scale_of_a_rank(recipe: str, scales: dict[int, float]) -> None:
         ({"items": {"train": 5}}, "items has no key 'train'; the keys are validation, test"),
         ({"items": {"test": True}}, "items.test is True; write a positive whole number"),
         ({"rank": 0}, "rank 0 is not positive"),
+        ({"rank": 8, "ranks": [1, 4]}, "the last of ranks is 4, and rank is 8"),
+        ({"ranks": [4, 1, 32]}, "ranks"),
         ({"dtype": "float32"}, "dtype is 'float32'; write one of bf16"),
         ({"methods": ["p-rates/svd"], "training": {"weight_decay": 0.1}}, "weight_decay is 0.1, which p-rates"),
         ({"methods": ["adalora-each"], "training": {"max_steps": 1}}, "max_steps is 1, and adalora needs 2"),
