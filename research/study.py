@@ -141,9 +141,10 @@ class Study:
 def load_study(path: str | PathLike[str]) -> Study:
     """Read a study.
 
-    Its keys: ``title``, ``model``, ``dtype``, ``rank``, ``ranks`` (the powers of two up to it), ``tasks`` (name to ``{task: ...}`` or to ``{train: ...,
-    validation: ..., test: ...}``), ``methods``, ``winner``, ``seeds``, ``learning_rates`` (``{grid: [...], seeds:
-    [...]}``), ``training`` (fields of ``trl.SFTConfig``), ``items`` and ``threads``.
+    Its keys: ``title``, ``model``, ``dtype``, ``rank``, ``ranks`` (by default the powers of two up to it), ``tasks``
+    (name to ``{task: ...}`` or to ``{train: ..., validation: ..., test: ...}``), ``methods``, ``winner``, ``seeds``,
+    ``learning_rates`` (``{grid: [...], seeds: [...]}``), ``training`` (fields of ``trl.SFTConfig``), ``items`` and
+    ``threads``.
 
     Raises:
         MatryoshkaError: The file cannot be read, or something in it is wrong.

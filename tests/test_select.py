@@ -249,6 +249,11 @@ def test_no_difference_has_no_sign_of_a_loss(run: Run, tmp_path: Path) -> None:
     assert "-0.000" not in out
 
 
+def test_ranks_that_follow_each_other_are_named_by_the_first_and_the_last(run: Run, tmp_path: Path) -> None:
+    write(tmp_path, [example("t", number, dict.fromkeys((0, 1, 2, 4, 8), float(number > 3))) for number in range(9)])
+    assert "by these 9 questions: rank 2 to 8 (within" in run(tmp_path, "--within", "1%")[1]
+
+
 def test_several_tasks_need_a_name(run: Run, tmp_path: Path) -> None:
     write(tmp_path, some_examples("family") + some_examples("arc"))
     assert run(tmp_path, "--within", "5%", "--task", "arc")[1].startswith("arc: acc, 60 questions")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -293,8 +294,20 @@ def _apart(measured: Measured, choice: Choice) -> str:
         return f"Every other rank differs from it by more than two standard errors ({how})."
     return (
         f"Cannot be told apart from it by these {measured.items} questions: "
-        f"rank {', '.join(map(str, choice.ties))} (within two standard errors, {how})."
+        f"rank {_listed(choice.ties, measured.ranks)} (within two standard errors, {how})."
     )
+
+
+def _listed(ranks: Sequence[int], among: Sequence[int]) -> str:
+    """Three or more ranks that follow each other are named by the first and the last."""
+    places = [among.index(rank) for rank in ranks]
+    groups: list[list[int]] = []
+    for number, place in enumerate(places):
+        if number and place == places[number - 1] + 1:
+            groups[-1].append(among[place])
+        else:
+            groups.append([among[place]])
+    return ", ".join(f"{group[0]} to {group[-1]}" if len(group) > 2 else ", ".join(map(str, group)) for group in groups)
 
 
 def _larger(better: float, measured: Measured) -> float:
