@@ -13,7 +13,7 @@ from torch import Tensor
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, export
 from research.measure import measure
-from research.recipes import GAINS, MOMENT_ROWS, ORDER_ROWS, SQUEEZE_POWER, squeeze_steps
+from research.recipes import GAINS, MOMENT_ROWS, ORDER_ROWS, SQUEEZE_POWER, learning_rows, squeeze_steps
 from research.trainers import AnswerTrainer, DistillingTrainer, factors_of
 from research.training import Trained
 
@@ -37,12 +37,28 @@ def _reordered(by: Any) -> Cut:
         adapter, rows = trained.adapter(), len(trained.trainer.train_dataset)
         if by == "svd":
             adapter.reorder()
-        elif len(trained.ranks) == 1 and by in ("learned", "trained"):
+        elif len(trained.ranks) == 1 and by == "learned":
             adapter.reorder()  # one rank alone has no order
         else:
-            # None is half of what was trained on: `research.recipes.TRAINED_SHARE`.
-            wanted = {"learned": ORDER_ROWS, "trained": None}.get(by, min(MOMENT_ROWS, rows))
+            wanted = ORDER_ROWS if by == "learned" else min(MOMENT_ROWS, rows)
             adapter.reorder(by, trained.trainer, rows=wanted, seed=trained.seed)
+        for rank in trained.ranks:
+            yield adapter, rank
+
+    return cut
+
+
+def _each_trained(cut_name: str) -> Cut:
+    """`train_ranks` on a share of the rows of training."""
+
+    def cut(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+        adapter, args = trained.adapter(), trained.trainer.args
+        if len(trained.ranks) == 1:
+            adapter.reorder()  # one rank alone has no order
+        else:
+            seen = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
+            wanted = learning_rows(cut_name, seen)
+            adapter.reorder("trained", trained.trainer, rows=wanted, seed=trained.seed)
         for rank in trained.ranks:
             yield adapter, rank
 
@@ -198,11 +214,15 @@ MAKERS: dict[str, Cut] = {
     "learned": _reordered("learned"),
     "learned-20": _of_version_1,
     "distilled": _distilled,
-    "trained": _reordered("trained"),
+    "trained": _each_trained("trained"),
+    "trained-1": _each_trained("trained-1"),
+    "trained-2": _each_trained("trained-2"),
     "squeezed": _squeezed(in_turn=False),
     "squeezed-in-turn": _squeezed(in_turn=True),
 }
 """By the names of `research.recipes.CUTS`."""
 
-SAME_AT_ALL_RANKS = ("prefix", "keep", "svd", "activations", "loss", "learned", "distilled", "trained")
+_WEIGHED = ("svd", "activations", "loss")
+_LEARNED = ("learned", "distilled", "trained", "trained-1", "trained-2")
+SAME_AT_ALL_RANKS = ("prefix", "keep", *_WEIGHED, *_LEARNED)
 """The cuts whose adapter is the same at each rank, so that all ranks can be measured in one pass."""

@@ -43,6 +43,8 @@ CUTS: dict[str, dict[str, Any] | None] = {
     "learned-20": {"steps": 20, "learning_rate": 0.01},
     "distilled": {"rows": ORDER_ROWS},
     "trained": {"share": TRAINED_SHARE},
+    "trained-1": {"share": 1.0},
+    "trained-2": {"share": 2.0},
     "squeezed": {"share": TRAINED_SHARE, "power": SQUEEZE_POWER},
     "squeezed-in-turn": {"share": TRAINED_SHARE, "power": SQUEEZE_POWER},
 }
@@ -51,8 +53,9 @@ CUTS: dict[str, dict[str, Any] | None] = {
 
 def learning_rows(cut: str, train_rows: int) -> int:
     """The rows of the gradient steps that a cut takes after a training of so many rows."""
-    if cut in ("trained", "squeezed", "squeezed-in-turn"):
-        return round(TRAINED_SHARE * train_rows)
+    how = CUTS[cut] or {}
+    if "share" in how:
+        return round(float(how["share"]) * train_rows)
     return ORDER_ROWS if cut in ("learned", "distilled") else 0
 
 
