@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import cycle, islice
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +25,7 @@ from torch import Tensor
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError, load, reorder
 from matryoshka_lora.adapter.in_model import InModel
+from matryoshka_lora.reordering import progress
 from matryoshka_lora.reordering.model import Part
 from matryoshka_lora.reordering.sources import data_from
 from matryoshka_lora.reordering.trained import share_out, train_ranks
@@ -36,11 +43,13 @@ class Tokens:
         self.model = model
         self.ids = torch.randint(4, 90, (8, 6), generator=torch.Generator().manual_seed(1))
         self.factor = 1.0  # of the loss that gradients are of
+        self.asked = 0
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def loss(self) -> Tensor:
+        self.asked += 1
         loss: Tensor = self.model(input_ids=self.ids, labels=self.ids).loss
         return loss * self.factor if torch.is_grad_enabled() else loss
 
@@ -171,6 +180,63 @@ def test_frozen_factors_learn_and_stay_frozen() -> None:
     assert any((found != before[name]).any() for name, found in products(adapter, 1).items())
 
 
+class KilledError(Exception):
+    """In the place of a kill."""
+
+
+def killed_at(step: int | None) -> Callable[[int], None]:
+    """An ``on_step`` that ends the run at a step."""
+    steps = count(1)
+
+    def on_step(rows: int) -> None:
+        if next(steps) == step:
+            raise KilledError
+
+    return on_step
+
+
+def trained_to(kill_at: int | None, file: Path | None, seed: int = 0) -> tuple[dict[str, np.ndarray[Any, Any]], int]:
+    """What 40 steps make of an adapter, and how often a loss was asked for."""
+    adapter = nested_llama(NESTING, "lora")
+    adapter.reorder()
+    data = Tokens(adapter.model)
+    train_ranks(InModel(adapter.model, "default"), data, 40, 2e-2, seed, killed_at(kill_at), file)
+    return products(adapter, 1) | {f"{name}, whole": found for name, found in products(adapter, 8).items()}, data.asked
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> tuple[dict[str, np.ndarray[Any, Any]], int]:
+    return trained_to(None, None)
+
+
+@pytest.mark.parametrize("step", [1, 20, 21, 36, 40])
+@pytest.mark.parametrize("seconds", [0.0, math.inf])
+def test_a_killed_training_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Any, step: int, seconds: float
+) -> None:
+    """With a file of each step, and with one of each block: they have 20, 13 and 7 steps."""
+    monkeypatch.setattr(progress, "SECONDS", seconds)
+    with pytest.raises(KilledError):
+        trained_to(step, tmp_path / "file")
+    assert (tmp_path / "file").exists() == (seconds == 0 or step > 20)
+    (whole, asked), (resumed, asked_again) = uninterrupted, trained_to(None, tmp_path / "file")
+    assert all((resumed[name] == found).all() for name, found in whole.items())
+    # What was done is not done again: these steps, and each finished block's two losses of 8 parts.
+    ends = [end for end in (20, 33) if end < step]
+    assert asked - asked_again == (step if seconds == 0 else max(ends, default=0)) + 16 * len(ends)
+
+
+def test_the_progress_of_another_training_counts_as_none(tmp_path: Path, uninterrupted: Any) -> None:
+    trained_to(None, tmp_path / "file", seed=1)
+    found, asked = trained_to(None, tmp_path / "file")
+    assert asked == uninterrupted[1]
+    assert all((found[name] == whole).all() for name, whole in uninterrupted[0].items())
+    (tmp_path / "file").write_bytes(b"no tensors")
+    with pytest.raises(MatryoshkaError, match=r"file cannot be read: .* Delete it, and training the ranks begins anew"):
+        trained_to(None, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"no tensors"
+
+
 def test_rows_and_files(tmp_path: Path) -> None:
     """From memory and from the file, it is saved and loaded as what it is."""
     tiny_llama().save_pretrained(tmp_path / "base")
@@ -188,6 +254,53 @@ def test_rows_and_files(tmp_path: Path) -> None:
         sizes = A.double().norm(dim=1) * B.double().norm(dim=0) * NESTING.scale
         torch.testing.assert_close(spectra[name], sizes, rtol=1e-4, atol=1e-6)
         assert np.isfinite(found).all()
+
+
+KILLED = """
+import os, signal, sys
+from tests.test_trained import written
+from matryoshka_lora.reordering import progress
+progress.SECONDS, write, times = 0.0, progress.Progress.write, []
+
+def killed(*arguments):
+    write(*arguments)
+    times.append(0)
+    if len(times) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+progress.Progress.write = killed
+written(sys.argv[1])
+"""
+
+
+def written(folder: str | Path) -> bytes:
+    """The weights of an adapter whose ranks a file of rows trains, in a folder that has adapter and base model."""
+    folder = Path(folder)
+    reorder(
+        *(folder / "adapter", folder / "out", "trained", list(islice(cycle(ROWS), 40))),
+        rows=96,
+        model=str(folder / "base"),
+        dtype="fp32",
+        overwrite=True,
+    )
+    return (folder / "out" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_killed_command_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    nested_llama(NESTING, "lora").save(tmp_path / "adapter")
+    whole = written(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    path = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parent)))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH"))))}
+    ended = subprocess.run([sys.executable, "-c", KILLED, tmp_path], env=environment, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    kept = tmp_path / "out.progress.safetensors"
+    assert kept.exists()
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    assert written(tmp_path) == whole
+    assert not kept.exists()
 
 
 def test_rows_that_come_again_come_in_another_order() -> None:

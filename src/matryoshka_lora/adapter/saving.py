@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import PeftModel, peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import gathered, get_parameters
 from matryoshka_lora.adapter.in_model import COPIES, begin, checked_layers, nest_copies, nested_layers
@@ -23,6 +23,7 @@ from matryoshka_lora.formats.sidecar import has_sidecar
 from matryoshka_lora.formats.write import cut, write_adapter, write_weights
 from matryoshka_lora.models import load_config
 from matryoshka_lora.reordering.files import deployed
+from matryoshka_lora.reordering.progress import is_first_process
 from matryoshka_lora.state import State
 
 
@@ -102,7 +103,7 @@ def writes(is_main_process: bool | None) -> bool:
     """Whether this process writes: None is yes for the first of torch.distributed, or the only one."""
     if is_main_process is not None:
         return is_main_process
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    return is_first_process()
 
 
 def _plain(value: Any) -> Any:

@@ -29,6 +29,7 @@ from matryoshka_lora.files.disk import (
     check_free,
     is_ours,
     kinds_in,
+    progress_file,
     read_text,
 )
 from matryoshka_lora.files.switch import Mark, mark
@@ -58,6 +59,7 @@ __all__ = [
     "mark",
     "one_state",
     "output_directory",
+    "progress_file",
     "read_text",
     "replace_directory",
     "replace_file",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 from torch import Tensor
 from tqdm import tqdm
 
-from matryoshka_lora.errors import NotFiniteError
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.reordering.factors import reorder_factors
 from matryoshka_lora.reordering.learned import ROWS, STEPS, check_ranks, learn_order
 from matryoshka_lora.reordering.model import AdapterInModel, Data, check_by
@@ -18,10 +20,17 @@ from matryoshka_lora.state import By
 
 
 def reorder(
-    adapter: AdapterInModel, by: By = "svd", data: Data | None = None, rows: int | None = None, seed: int = 0
+    adapter: AdapterInModel,
+    by: By = "svd",
+    data: Data | None = None,
+    rows: int | None = None,
+    seed: int = 0,
+    progress: str | os.PathLike[str] | None = None,
 ) -> dict[str, Tensor]:
     """See `matryoshka_lora.NestedAdapter.reorder`."""
     check_by(by, data is not None, rows)
+    if progress is not None and by != "trained":
+        raise MatryoshkaError(f"by={by!r} keeps no progress in a file, as it takes little time: leave progress out")
     if by in ("learned", "trained"):
         check_ranks(adapter.state.nesting)
     spectra, kept = _by_svd(adapter), True
@@ -33,7 +42,8 @@ def reorder(
                 kept = learn_order(adapter, data, -(-wanted // ROWS), seed=seed, on_step=bar.update)
             elif by == "trained":
                 rate = LEARNING_RATE if data.rate is None else data.rate
-                kept = bool(train_ranks(adapter, data, -(-wanted // TRAINED_ROWS), rate, seed, bar.update))
+                steps = -(-wanted // TRAINED_ROWS)
+                kept = bool(train_ranks(adapter, data, steps, rate, seed, bar.update, progress))
                 spectra = _sizes(adapter)
             else:
                 spectra = reweigh(adapter, data, by == "loss", wanted, seed, bar.update)

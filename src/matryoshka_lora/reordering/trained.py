@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from statistics import fmean
 
@@ -16,6 +18,7 @@ from matryoshka_lora.reordering.descent import gradients_at, learning, loss_at
 from matryoshka_lora.reordering.factors import reorder_factors
 from matryoshka_lora.reordering.learned import check_ranks
 from matryoshka_lora.reordering.model import AdapterInModel, Data, Factors, Part
+from matryoshka_lora.reordering.progress import Progress, digest, flat, unflat
 
 STEPS = 400
 """Of all ranks together, where it is not known for how long the adapter was trained."""
@@ -45,6 +48,9 @@ MAX_NORM = 1.0
 ROUNDING = 1e-3
 """Nats by which two losses of the same function may differ."""
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What Adam keeps of a factor."""
+
 
 def train_ranks(
     adapter: AdapterInModel,
@@ -53,6 +59,7 @@ def train_ranks(
     learning_rate: float = LEARNING_RATE,
     seed: int = 0,
     on_step: Callable[[int], object] = lambda rows: None,
+    progress: str | os.PathLike[str] | None = None,
 ) -> dict[int, int]:
     """Give each nested rank below R some steps of its own.
 
@@ -72,13 +79,15 @@ def train_ranks(
         learning_rate: That R was trained with; see `POWER`. A block's falls to 0 over its steps.
         seed: Of the order of the rows.
         on_step: Called after each step with the number of its rows.
+        progress: A file that keeps what has been done, now and then. The same call with it goes on from there, to the
+            same bits. None keeps nothing.
 
     Returns:
         The steps that each rank below R got; none where nothing is kept.
 
     Raises:
-        MatryoshkaError: There is no nested rank below R, or the loss is not finite. In the second case the factors are
-            as they were before.
+        MatryoshkaError: There is no nested rank below R, the loss is not finite, or the file cannot be read or written.
+            Once training has begun, the factors are as they were before.
     """
     check_ranks(adapter.state.nesting)
     *ranks, top = adapter.state.nesting.ranks
@@ -90,17 +99,15 @@ def train_ranks(
         looked_at = [part for parts in islice(stream, JUDGED) for part in parts]
         before = _losses(adapter, looked_at, (*ranks, top))
         shares = share_out(steps, ranks)
-        done = {name: (A[..., :0, :], B[..., :0]) for name, (A, B) in whole.items()}
-        low = 0
-        for rank in ranks:
-            block: Factors = {name: _rest(whole[name], done[name], rank - low) for name in whole}
-            rate = learning_rate * BLOCK_RATE * (top / (rank - low)) ** POWER
-            if shares[rank]:
-                batches = [next(stream) for _ in range(shares[rank])]
-                block = _trained(adapter, whole, done, block, rank, batches, rate, looked_at, on_step)
-            done = {name: _joined(done[name], _ordered(block[name])) for name in whole}
-            low = rank
-        last = {name: _rest(whole[name], done[name], top - low) for name in whole}
+        kept_file = None
+        if progress is not None:
+            run = {"steps": steps, "rate": learning_rate, "seed": seed, "ranks": ranks, "factors": digest(whole)}
+            # They tell other rows and another base model.
+            run["losses"] = [round(loss, 3) for loss in before.values()]
+            kept_file = Progress(progress, run)
+        training = _Training(adapter, whole, looked_at, on_step, kept_file)
+        done = training.blocks(ranks, shares, learning_rate, stream)
+        last = {name: _rest(whole[name], done[name], top - ranks[-1]) for name in whole}
         adapter.put_factors({name: _joined(done[name], last[name]) for name in whole})
         after = _losses(adapter, looked_at, (*ranks, top))
         gains = {rank: before[rank] - after[rank] for rank in after}
@@ -133,44 +140,111 @@ def _losses(adapter: AdapterInModel, parts: Sequence[Part], ranks: Sequence[int]
         return {rank: loss_at(adapter, parts, [rank] * rows) for rank in ranks}
 
 
-def _trained(
-    adapter: AdapterInModel,
-    whole: Factors,
-    done: Factors,
-    start: Factors,
-    rank: int,
-    batches: Sequence[Sequence[Part]],
-    learning_rate: float,
-    looked_at: Sequence[Part],
-    on_step: Callable[[int], object],
-) -> Factors:
-    """A block of directions, trained by the loss of the prefix that ends with it; or ``start`` if that loses less."""
-    names = list(whole)
-    width = start[names[0]][0].shape[-2]
-    block = {name: tuple(factor.detach().clone().requires_grad_() for factor in start[name]) for name in names}
-    adam = torch.optim.Adam([factor for name in names for factor in block[name]], learning_rate)
-    schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=len(batches))
+@dataclass
+class _Training:
+    """The training of one block after another.
 
-    def put(pairs: Factors) -> None:
-        adapter.put_factors({name: _filled(whole[name], _joined(done[name], pairs[name])) for name in names})
+    Attributes:
+        adapter: In which they are trained.
+        whole: Its factors before.
+        looked_at: Rows to judge by.
+        on_step: See `train_ranks`.
+        progress: Keeps ``done``, the blocks that are done, and of the one that is not ``block``, its moments, and
+            ``step``, the number of its steps.
+    """
 
-    def loss(pairs: Factors) -> float:
-        put(pairs)
-        return _losses(adapter, looked_at, [rank])[rank]
+    adapter: AdapterInModel
+    whole: Factors
+    looked_at: Sequence[Part]
+    on_step: Callable[[int], object]
+    progress: Progress | None
 
-    for parts in batches:
-        put(block)  # type: ignore[arg-type]
-        gradients = gradients_at(adapter, parts, [rank] * sum(part.rows for part in parts))
-        for name in names:
-            grad_A, grad_B = gradients[name]
-            A, B = block[name]
-            A.grad, B.grad = grad_A[..., rank - width : rank, :].to(A), grad_B[..., rank - width : rank].to(B)
-        torch.nn.utils.clip_grad_norm_([factor for name in names for factor in block[name]], MAX_NORM)
-        adam.step()
-        schedule.step()
-        on_step(sum(part.rows for part in parts))
-    found: Factors = {name: (block[name][0].detach(), block[name][1].detach()) for name in names}
-    return found if loss(found) <= loss(start) else start
+    def blocks(
+        self, ranks: Sequence[int], shares: dict[int, int], rate: float, stream: Iterator[Sequence[Part]]
+    ) -> Factors:
+        """The blocks of all ranks, side by side; those of the file are not trained again."""
+        before = {} if self.progress is None else self.progress.read()
+        done: Factors = {name: (A[..., :0, :], B[..., :0]) for name, (A, B) in self.whole.items()}
+        if before:
+            done = unflat("done", before, self.whole)
+        reached, low = next(iter(done.values()))[0].shape[-2], 0
+        for rank in ranks:
+            batches = [next(stream) for _ in range(shares[rank])]
+            if rank <= reached:
+                self.on_step(sum(part.rows for parts in batches for part in parts))
+            else:
+                block: Factors = {name: _rest(self.whole[name], done[name], rank - low) for name in self.whole}
+                if batches:
+                    width = rank - low
+                    block_rate = rate * BLOCK_RATE * (self.adapter.state.nesting.max_rank / width) ** POWER
+                    block = self._block(done, block, rank, batches, block_rate, before)
+                done = {name: _joined(done[name], _ordered(block[name])) for name in self.whole}
+                before = {}
+                if self.progress is not None:
+                    self.progress.write(flat("done", done))
+            low = rank
+        return done
+
+    def _block(
+        self,
+        done: Factors,
+        start: Factors,
+        rank: int,
+        batches: Sequence[Sequence[Part]],
+        rate: float,
+        before: dict[str, Tensor],
+    ) -> Factors:
+        """A block, trained by the loss of the prefix that ends with it; or ``start`` if that loses less."""
+        begin = int(before["step"]) if "step" in before else 0
+        values = unflat("block", before, start) if begin else start
+        width = next(iter(start.values()))[0].shape[-2]
+        block: Factors = {
+            name: (A.detach().clone().requires_grad_(), B.detach().clone().requires_grad_())
+            for name, (A, B) in values.items()
+        }
+        learned = [factor for pair in block.values() for factor in pair]
+        adam = torch.optim.Adam(learned, rate)
+        if begin:
+            _put_moments(adam, block, {name: unflat(name, before, start) for name in MOMENTS}, begin)
+            self.on_step(sum(part.rows for parts in batches[:begin] for part in parts))
+        for step, parts in enumerate(batches[begin:], start=begin):
+            adam.param_groups[0]["lr"] = rate * (1 - step / len(batches))
+            self._put(done, block)
+            gradients = gradients_at(self.adapter, parts, [rank] * sum(part.rows for part in parts))
+            for name, (A, B) in block.items():
+                grad_A, grad_B = gradients[name]
+                A.grad = grad_A[..., rank - width : rank, :].to(A)
+                B.grad = grad_B[..., rank - width : rank].to(B)
+            torch.nn.utils.clip_grad_norm_(learned, MAX_NORM)
+            adam.step()
+            if self.progress is not None and self.progress.is_due:
+                moments = {name: _moments(adam, block, name) for name in MOMENTS}
+                tensors = {"step": torch.tensor(step + 1)}
+                for name, pairs in {"done": done, "block": block, **moments}.items():
+                    tensors |= flat(name, pairs)
+                self.progress.write(tensors)
+            self.on_step(sum(part.rows for part in parts))
+        found: Factors = {name: (A.detach(), B.detach()) for name, (A, B) in block.items()}
+        return found if self._loss(done, found, rank) <= self._loss(done, start, rank) else start
+
+    def _put(self, done: Factors, block: Factors) -> None:
+        whole = self.whole
+        self.adapter.put_factors({name: _filled(whole[name], _joined(done[name], block[name])) for name in whole})
+
+    def _loss(self, done: Factors, block: Factors, rank: int) -> float:
+        self._put(done, block)
+        return _losses(self.adapter, self.looked_at, [rank])[rank]
+
+
+def _moments(adam: torch.optim.Adam, block: Factors, name: str) -> Factors:
+    return {layer: (adam.state[A][name], adam.state[B][name]) for layer, (A, B) in block.items()}
+
+
+def _put_moments(adam: torch.optim.Adam, block: Factors, moments: dict[str, Factors], steps: int) -> None:
+    for layer, pair in block.items():
+        for number, factor in enumerate(pair):
+            of_factor = {name: moments[name][layer][number] for name in MOMENTS}
+            adam.state[factor] = {"step": torch.tensor(float(steps)), **of_factor}
 
 
 def _rest(whole: tuple[Tensor, Tensor], done: tuple[Tensor, Tensor], width: int) -> tuple[Tensor, Tensor]:

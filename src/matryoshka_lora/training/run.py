@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from matryoshka_lora.adapter.loading import load
 from matryoshka_lora.adapter.nest import nest
 from matryoshka_lora.data.sources import load_data
 from matryoshka_lora.errors import MatryoshkaError, one_line
-from matryoshka_lora.files import check_writable, write_text
+from matryoshka_lora.files import check_writable, progress_file, write_text
 from matryoshka_lora.models import DTYPES, EMBEDDED, load_model, load_tokenizer
 from matryoshka_lora.training.config import TrainConfig
 from matryoshka_lora.training.processes import check_joined, on_main, one_voice
@@ -86,13 +87,15 @@ def _train(config: TrainConfig, arguments: SFTConfig) -> NestedAdapter:
         trainer.accelerator.unwrap_model(peft_model, keep_fp32_wrapper=False).eval()
         if config.reorder:
             try:
-                adapter.reorder(config.reorder, None if config.reorder == "svd" else trainer, seed=config.seed)
+                seen = None if config.reorder == "svd" else trainer
+                progress = progress_file(output) if config.reorder == "trained" else None
+                adapter.reorder(config.reorder, seen, seed=config.seed, progress=progress)
             except (MatryoshkaError, torch.OutOfMemoryError) as error:  # what was trained is not lost for that
                 if not adapter.reordered:
                     raise
                 _say(arguments, f"The adapter is reordered by its SVD, and not by {config.reorder}: {error}")
         adapter.save(output)
-        on_main(lambda: write_state(trainer.state, output))
+        on_main(lambda: _end(trainer.state, output))
     _say(arguments, f"The adapter is in {output}")
     return adapter
 
@@ -100,6 +103,11 @@ def _train(config: TrainConfig, arguments: SFTConfig) -> NestedAdapter:
 def _look(config: TrainConfig, arguments: SFTConfig) -> Plan:
     check_writable(config.output_dir)
     return plan(config, arguments.world_size)
+
+
+def _end(state: TrainerState, output: Path) -> None:
+    write_state(state, output)
+    progress_file(output).unlink(missing_ok=True)
 
 
 def load_model_of(config: TrainConfig) -> PreTrainedModel:

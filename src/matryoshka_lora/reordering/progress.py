@@ -1,0 +1,105 @@
+"""What the training of ranks has done so far, in a file from which a killed run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, distributed
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.files import replace_file
+from matryoshka_lora.reordering.model import Factors
+
+SECONDS = 30.0
+"""Between two writings."""
+
+
+class Progress:
+    """A file of tensors that belongs to one run.
+
+    Under torch.distributed every process reads it, and the first one writes it.
+
+    Args:
+        path: The file, in safetensors. It need not exist.
+        run: What the run depends on, as JSON has it. A file of another run counts as none, and is written over.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
+        self.path, self.run = Path(path), json.dumps(run, sort_keys=True)
+        self._written = time.monotonic()
+
+    def read(self) -> dict[str, Tensor]:
+        """The tensors that were written last; none where there is no file of this run.
+
+        Raises:
+            MatryoshkaError: The file is damaged, or none of ours.
+        """
+        found: dict[str, Tensor] = {}
+        try:
+            if self.path.exists():
+                with safe_open(self.path, framework="pt") as file:
+                    keys = file.keys() if (file.metadata() or {}).get("run") == self.run else []
+                    found = {key: file.get_tensor(key) for key in keys}
+        except (OSError, SafetensorError) as error:
+            raise MatryoshkaError(
+                f"{self.path} cannot be read: {error}. Delete it, and training the ranks begins anew"
+            ) from error
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()  # else the first might write before the last has read
+        return found
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last writing is long enough ago."""
+        return time.monotonic() - self._written >= SECONDS
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors in the place of those that were written before.
+
+        Raises:
+            MatryoshkaError: The file cannot be written.
+        """
+        if is_first_process():
+            kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            with replace_file(self.path) as new:
+                save_file(kept, new, {"format": "pt", "run": self.run})
+        self._written = time.monotonic()
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of torch.distributed, or the only one."""
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def digest(factors: Factors) -> str:
+    """SHA-256 of factors, to the last bit."""
+    found = hashlib.sha256()
+    for name, pair in sorted(factors.items()):
+        for factor in pair:
+            found.update(f"{name} {factor.dtype} {tuple(factor.shape)}\n".encode())
+            found.update(factor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def flat(name: str, factors: Factors) -> dict[str, Tensor]:
+    """Factors as tensors of a file."""
+    return {
+        f"{name}.{kind}.{layer}": one for layer, pair in factors.items() for kind, one in zip("AB", pair, strict=True)
+    }
+
+
+def unflat(name: str, tensors: Mapping[str, Tensor], like: Factors) -> dict[str, tuple[Tensor, Tensor]]:
+    """What `flat` has made of factors of these layers, on their devices."""
+    return {
+        layer: (tensors[f"{name}.A.{layer}"].to(A.device), tensors[f"{name}.B.{layer}"].to(B.device))
+        for layer, (A, B) in like.items()
+    }
