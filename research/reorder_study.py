@@ -3,11 +3,14 @@
     python -m research.reorder_study --out runs/reorder-study
 
 For each task and seed: trains an adapter with ``benchmarks/plain_lora.py`` (no code of ours), reorders it in each way
-with questions of the *training* split (128; 480 for ``learned``), cuts it with PEFT's ``convert_to_lora``, and measures
-the loss on held-out questions at each rank, and at each budget with ranks per layer. One JSON file for each part of a
-run; what is there is not computed again. ``--table FILE`` gathers the parts into one file and prints the tables of
-docs/reorder.md. The recorded numbers, research/pages/reorder-study.json, are of version 0.1, which called ``svd``
-``frobenius``.
+with questions of the *training* split (128; 480 for ``learned`` and ``trained``), cuts it with PEFT's
+``convert_to_lora``, and measures the loss on held-out questions at each rank, and at each budget with ranks per layer.
+One JSON file for each part of a run; what is there is not computed again. ``--table FILE`` gathers the parts into one
+file and prints the tables of research/pages/reordering.md. The recorded numbers, research/pages/reorder-study.json, are
+of version 0.1, which called ``svd`` ``frobenius``. Those with ``trained``, research/pages/strangers.json, are of the
+same adapters, trained once more:
+
+    python -m research.reorder_study --parts convert_to_lora svd learned trained --table research/pages/strangers.json
 """
 
 from __future__ import annotations
@@ -39,7 +42,10 @@ MAX_RANK, STEPS, BATCH_SIZE = 32, 80, 12
 RANKS = (1, 2, 4, 8, 16)
 BUDGETS = (1, 2, 4, 8)
 """As the uniform rank that has as many parameters."""
-WAYS = ("svd", "activations", "loss", "learned")
+WAYS = ("svd", "activations", "loss", "learned", "trained")
+LEARNED = ("learned", "trained")
+LEARNED_ROWS = STEPS * BATCH_SIZE // 2
+"""Half as many as the adapter was trained on."""
 BUDGETED = ("svd", "loss")
 PEFT = "convert_to_lora"
 
@@ -50,18 +56,19 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=100, help="held-out questions (default: 100)")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--only", help="one run, as task-seed")
+    parser.add_argument("--parts", nargs="+", choices=(PEFT, *WAYS), default=(PEFT, *WAYS), help="(default: all)")
     parser.add_argument("--table", type=Path, help="gather the results into this file and print the tables")
     given = parser.parse_args()
     names = [given.only] if given.only else [f"{task}-{seed}" for seed in SEEDS for task in TASKS]
     for name in names:
-        for part in (PEFT, *WAYS):
+        for part in given.parts:
             file = given.out / name / f"{given.split}-{part}.json"
             if not file.exists():
                 found = losses(given.out, name, part, given.split, given.items)
                 print(name, part, json.dumps(found), flush=True)
                 write_text(file, json.dumps(found) + "\n")
     if given.table:
-        runs = [gather(given.out / name, name, given.split, given.items) for name in names]
+        runs = [gather(given.out / name, name, given.split, given.items, given.parts) for name in names]
         write_text(given.table, json.dumps(runs) + "\n")
         print_tables(runs)
 
@@ -79,10 +86,13 @@ def losses(out: Path, name: str, part: Any, split: str, items: int) -> dict[str,
         trainer = trainer_of(model, rows, held_out)
         return {"adapter": [score(model, trainer)[0]], "uniform": truncated(model, trainer)}
     if not target.exists():
-        reorder(plain, target, part, None if part == "svd" else list(rows))
+        taken = LEARNED_ROWS if part in LEARNED else None
+        reorder(plain, target, part, None if part == "svd" else list(rows), rows=taken)
     adapter = load(load_model(), target)
     trainer = trainer_of(adapter.model, rows, held_out)
     found = {"uniform": [measure(adapter, trainer, rank)[0] for rank in RANKS], "budget": []}
+    if part == "trained":  # which alone changes the whole adapter
+        found["adapter"] = [measure(adapter, trainer, MAX_RANK)[0]]
     for rank in BUDGETS if part in BUDGETED else ():
         cut = out / name / f"{part}-budget-{rank}"
         export(target, cut, budget=rank / MAX_RANK, verify=False, overwrite=True)
@@ -133,28 +143,30 @@ def truncated(plain: Any, trainer: AnswerTrainer) -> list[float]:
     return found
 
 
-def gather(folder: Path, name: str, split: str, items: int) -> dict[str, Any]:
+def gather(folder: Path, name: str, split: str, items: int, parts: Sequence[str]) -> dict[str, Any]:
     """One run's parts."""
     task, _, seed = name.rpartition("-")
-    files = {part: folder / f"{split}-{part}.json" for part in (PEFT, *WAYS)}
-    parts = {part: json.loads(file.read_text()) for part, file in files.items()}
-    return {"task": task, "seed": int(seed), "split": split, "items": items, "ranks": RANKS, **parts}
+    found = {part: json.loads((folder / f"{split}-{part}.json").read_text()) for part in parts}
+    return {"task": task, "seed": int(seed), "split": split, "items": items, "ranks": RANKS, **found}
 
 
 def print_tables(runs: Sequence[dict[str, Any]]) -> None:
     """Mean and standard deviation over the seeds, and differences run by run, since a seed moves both."""
     for task in TASKS:
         mine = [run for run in runs if run["task"] == task]
+        ways, budgeted = ([way for way in each if way in mine[0]] for each in (WAYS, BUDGETED))
         print(f"\n{task}: held-out loss, mean ± standard deviation of {len(mine)} seeds\n")
+        for part in (part for part in (PEFT, *ways) if "adapter" in mine[0][part]):
+            print(_row(f"at rank {MAX_RANK}, `{part}`", [run[part]["adapter"] for run in mine]) + "\n")
         print(f"| rank | {' | '.join(map(str, RANKS))} |\n|---|{'---|' * len(RANKS)}")
-        for part in (PEFT, *WAYS):
+        for part in (PEFT, *ways):
             print(_row(f"`{part}`", [run[part]["uniform"] for run in mine]))
-        for way in BUDGETED:
+        for way in budgeted:
             print(_row(f"ranks per layer, `{way}`", [run[way]["budget"] for run in mine]))
-        for way in WAYS:
+        for way in ways:
             pairs = [(run[way]["uniform"], run[PEFT]["uniform"]) for run in mine]
             print(_row(f"`{way}` minus `{PEFT}`", [_minus(*pair) for pair in pairs]))
-        for way in BUDGETED:
+        for way in budgeted:
             pairs = [(run[way]["budget"], run[way]["uniform"]) for run in mine]
             print(_row(f"per layer minus uniform, `{way}`", [_minus(*pair) for pair in pairs]))
 
