@@ -152,8 +152,8 @@ def tokens(figure: Any, mode: Mode) -> None:
     """What more tokens are worth, on every task that has such runs."""
     found = [*(result for study in FAMILIES for result in curves(study)), *curves("headline")]
     tasks = list(dict.fromkeys(result.task for result in found if result.method == "lora/svd"))
-    columns = min(len(tasks), 4)
-    lines = -(-len(tasks) // columns)
+    lines = -(-len(tasks) // 4)
+    columns = -(-len(tasks) // lines)
     figure.set_size_inches(9.6, 1.6 + 2.6 * lines)
     panels = iter(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     for task, axes in zip(tasks, panels, strict=False):
