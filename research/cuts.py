@@ -216,13 +216,12 @@ MAKERS: dict[str, Cut] = {
     "distilled": _distilled,
     "trained": _each_trained("trained"),
     "trained-1": _each_trained("trained-1"),
-    "trained-2": _each_trained("trained-2"),
     "squeezed": _squeezed(in_turn=False),
     "squeezed-in-turn": _squeezed(in_turn=True),
 }
 """By the names of `research.recipes.CUTS`."""
 
 _WEIGHED = ("svd", "activations", "loss")
-_LEARNED = ("learned", "distilled", "trained", "trained-1", "trained-2")
+_LEARNED = ("learned", "distilled", "trained", "trained-1")
 SAME_AT_ALL_RANKS = ("prefix", "keep", *_WEIGHED, *_LEARNED)
 """The cuts whose adapter is the same at each rank, so that all ranks can be measured in one pass."""

@@ -44,7 +44,6 @@ CUTS: dict[str, dict[str, Any] | None] = {
     "distilled": {"rows": ORDER_ROWS},
     "trained": {"share": TRAINED_SHARE},
     "trained-1": {"share": 1.0},
-    "trained-2": {"share": 2.0},
     "squeezed": {"share": TRAINED_SHARE, "power": SQUEEZE_POWER},
     "squeezed-in-turn": {"share": TRAINED_SHARE, "power": SQUEEZE_POWER},
 }
