@@ -25,7 +25,7 @@ from torch import Tensor
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError, load, reorder
 from matryoshka_lora.adapter.in_model import InModel
-from matryoshka_lora.reordering import progress
+from matryoshka_lora.reordering import checkpoint
 from matryoshka_lora.reordering.model import Part
 from matryoshka_lora.reordering.sources import data_from
 from matryoshka_lora.reordering.trained import share_out, train_ranks
@@ -215,7 +215,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Any, step: int, seconds: float
 ) -> None:
     """With a file of each step, and with one of each block: they have 20, 13 and 7 steps."""
-    monkeypatch.setattr(progress, "SECONDS", seconds)
+    monkeypatch.setattr(checkpoint, "SECONDS", seconds)
     with pytest.raises(KilledError):
         trained_to(step, tmp_path / "file")
     assert (tmp_path / "file").exists() == (seconds == 0 or step > 20)
@@ -226,7 +226,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(
     assert asked - asked_again == (step if seconds == 0 else max(ends, default=0)) + 16 * len(ends)
 
 
-def test_the_progress_of_another_training_counts_as_none(tmp_path: Path, uninterrupted: Any) -> None:
+def test_the_checkpoint_of_another_training_counts_as_none(tmp_path: Path, uninterrupted: Any) -> None:
     trained_to(None, tmp_path / "file", seed=1)
     found, asked = trained_to(None, tmp_path / "file")
     assert asked == uninterrupted[1]
@@ -259,8 +259,8 @@ def test_rows_and_files(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from tests.test_trained import written
-from matryoshka_lora.reordering import progress
-progress.SECONDS, write, times = 0.0, progress.Progress.write, []
+from matryoshka_lora.reordering import checkpoint
+checkpoint.SECONDS, write, times = 0.0, checkpoint.Checkpoint.write, []
 
 def killed(*arguments):
     write(*arguments)
@@ -268,7 +268,7 @@ def killed(*arguments):
     if len(times) == 7:
         os.kill(os.getpid(), signal.SIGKILL)
 
-progress.Progress.write = killed
+checkpoint.Checkpoint.write = killed
 written(sys.argv[1])
 """
 
@@ -296,7 +296,7 @@ def test_a_killed_command_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH"))))}
     ended = subprocess.run([sys.executable, "-c", KILLED, tmp_path], env=environment, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    kept = tmp_path / "out.progress.safetensors"
+    kept = tmp_path / "out.checkpoint.safetensors"
     assert kept.exists()
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     assert written(tmp_path) == whole

@@ -183,7 +183,7 @@ class NestedAdapter:
         tokenizer: PreTrainedTokenizerBase | None = None,
         rows: int | None = None,
         seed: int = 0,
-        progress: str | PathLike[str] | None = None,
+        checkpoint: str | PathLike[str] | None = None,
     ) -> dict[str, Tensor]:
         """Put each layer's directions into an order in which every prefix is good.
 
@@ -202,8 +202,8 @@ class NestedAdapter:
             rows: How many rows are used; None is 128, 480 for ``"learned"``, and for ``"trained"`` half
                 as many as the Trainer has trained on, or 3200.
             seed: Of which rows are taken, and of their ranks.
-            progress: A file in which ``"trained"`` keeps what it has done, twice a minute. After a kill, the same call
-                goes on from there, to the same bits. It stays: delete it when the adapter is saved.
+            checkpoint: A file in which ``"trained"`` keeps what it has done, twice a minute. After a kill, the same
+                call goes on from there, to the same bits. It stays: delete it when the adapter is saved.
 
         Returns:
             Each layer's singular values in the sense of ``by``, decreasing, shape (R,) or (experts, R), float64; for
@@ -216,7 +216,7 @@ class NestedAdapter:
         self._check_unmerged("reorder it")
         nest_copies(self.model, self.name)  # while the factors are what they are copies of
         source = None if data is None else data_from(self.model, data, tokenizer)
-        return reorder(InModel(self.model, self.name), by, source, rows, seed, progress)
+        return reorder(InModel(self.model, self.name), by, source, rows, seed, checkpoint)
 
     def merge(self, rank: int) -> None:
         """Add the adapter at a rank to the base weights, in place. `unmerge` takes it out again.

@@ -22,8 +22,8 @@ from matryoshka_lora.formats.opened import WEIGHTS_NAME, OpenedAdapter, from_mem
 from matryoshka_lora.formats.sidecar import has_sidecar
 from matryoshka_lora.formats.write import cut, write_adapter, write_weights
 from matryoshka_lora.models import load_config
+from matryoshka_lora.reordering.checkpoint import is_first_process
 from matryoshka_lora.reordering.files import deployed
-from matryoshka_lora.reordering.progress import is_first_process
 from matryoshka_lora.state import State
 
 

@@ -62,10 +62,10 @@ def kinds_in(folder: str | os.PathLike[str]) -> list[str]:
     return [kind for kind, signs in _SIGNS.items() if any(any(Path(folder).glob(sign)) for sign in signs)]
 
 
-def progress_file(folder: str | os.PathLike[str]) -> Path:
-    """What training the ranks of an adapter has done so far: a file beside the folder, until that is written."""
+def checkpoint_file(folder: str | os.PathLike[str]) -> Path:
+    """Where training the ranks of an adapter keeps what it has done, until the folder is written: a file beside it."""
     path = Path(folder).resolve()
-    return path.with_name(f"{path.name}.progress.safetensors")
+    return path.with_name(f"{path.name}.checkpoint.safetensors")
 
 
 def check_free(path: str | os.PathLike[str], overwrite: bool, beside: Collection[str] = ()) -> None:

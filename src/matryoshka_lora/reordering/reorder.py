@@ -25,12 +25,12 @@ def reorder(
     data: Data | None = None,
     rows: int | None = None,
     seed: int = 0,
-    progress: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> dict[str, Tensor]:
     """See `matryoshka_lora.NestedAdapter.reorder`."""
     check_by(by, data is not None, rows)
-    if progress is not None and by != "trained":
-        raise MatryoshkaError(f"by={by!r} keeps no progress in a file, as it takes little time: leave progress out")
+    if checkpoint is not None and by != "trained":
+        raise MatryoshkaError(f"by={by!r} has no checkpoint, as it takes little time: leave it out")
     if by in ("learned", "trained"):
         check_ranks(adapter.state.nesting)
     spectra, kept = _by_svd(adapter), True
@@ -43,7 +43,7 @@ def reorder(
             elif by == "trained":
                 rate = LEARNING_RATE if data.rate is None else data.rate
                 steps = -(-wanted // TRAINED_ROWS)
-                kept = bool(train_ranks(adapter, data, steps, rate, seed, bar.update, progress))
+                kept = bool(train_ranks(adapter, data, steps, rate, seed, bar.update, checkpoint))
                 spectra = _sizes(adapter)
             else:
                 spectra = reweigh(adapter, data, by == "loss", wanted, seed, bar.update)

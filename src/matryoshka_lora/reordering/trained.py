@@ -14,11 +14,11 @@ from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.models import evaluation_mode
+from matryoshka_lora.reordering.checkpoint import Checkpoint, digest, flat, unflat
 from matryoshka_lora.reordering.descent import gradients_at, learning, loss_at
 from matryoshka_lora.reordering.factors import reorder_factors
 from matryoshka_lora.reordering.learned import check_ranks
 from matryoshka_lora.reordering.model import AdapterInModel, Data, Factors, Part
-from matryoshka_lora.reordering.progress import Progress, digest, flat, unflat
 
 STEPS = 400
 """Of all ranks together, where it is not known for how long the adapter was trained."""
@@ -59,7 +59,7 @@ def train_ranks(
     learning_rate: float = LEARNING_RATE,
     seed: int = 0,
     on_step: Callable[[int], object] = lambda rows: None,
-    progress: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> dict[int, int]:
     """Give each nested rank below R some steps of its own.
 
@@ -79,7 +79,7 @@ def train_ranks(
         learning_rate: That R was trained with; see `POWER`. A block's falls to 0 over its steps.
         seed: Of the order of the rows.
         on_step: Called after each step with the number of its rows.
-        progress: A file that keeps what has been done, now and then. The same call with it goes on from there, to the
+        checkpoint: A file that keeps what has been done, now and then. The same call with it goes on from there, to the
             same bits. None keeps nothing.
 
     Returns:
@@ -99,13 +99,13 @@ def train_ranks(
         looked_at = [part for parts in islice(stream, JUDGED) for part in parts]
         before = _losses(adapter, looked_at, (*ranks, top))
         shares = share_out(steps, ranks)
-        kept_file = None
-        if progress is not None:
+        saved = None
+        if checkpoint is not None:
             run = {"steps": steps, "rate": learning_rate, "seed": seed, "ranks": ranks, "factors": digest(whole)}
             # They tell other rows and another base model.
             run["losses"] = [round(loss, 3) for loss in before.values()]
-            kept_file = Progress(progress, run)
-        training = _Training(adapter, whole, looked_at, on_step, kept_file)
+            saved = Checkpoint(checkpoint, run)
+        training = _Training(adapter, whole, looked_at, on_step, saved)
         done = training.blocks(ranks, shares, learning_rate, stream)
         last = {name: _rest(whole[name], done[name], top - ranks[-1]) for name in whole}
         adapter.put_factors({name: _joined(done[name], last[name]) for name in whole})
@@ -149,7 +149,7 @@ class _Training:
         whole: Its factors before.
         looked_at: Rows to judge by.
         on_step: See `train_ranks`.
-        progress: Keeps ``done``, the blocks that are done, and of the one that is not ``block``, its moments, and
+        checkpoint: Keeps ``done``, the blocks that are done, and of the one that is not ``block``, its moments, and
             ``step``, the number of its steps.
     """
 
@@ -157,13 +157,13 @@ class _Training:
     whole: Factors
     looked_at: Sequence[Part]
     on_step: Callable[[int], object]
-    progress: Progress | None
+    checkpoint: Checkpoint | None
 
     def blocks(
         self, ranks: Sequence[int], shares: dict[int, int], rate: float, stream: Iterator[Sequence[Part]]
     ) -> Factors:
         """The blocks of all ranks, side by side; those of the file are not trained again."""
-        before = {} if self.progress is None else self.progress.read()
+        before = {} if self.checkpoint is None else self.checkpoint.read()
         done: Factors = {name: (A[..., :0, :], B[..., :0]) for name, (A, B) in self.whole.items()}
         if before:
             done = unflat("done", before, self.whole)
@@ -180,8 +180,8 @@ class _Training:
                     block = self._block(done, block, rank, batches, block_rate, before)
                 done = {name: _joined(done[name], _ordered(block[name])) for name in self.whole}
                 before = {}
-                if self.progress is not None:
-                    self.progress.write(flat("done", done))
+                if self.checkpoint is not None:
+                    self.checkpoint.write(flat("done", done))
             low = rank
         return done
 
@@ -217,12 +217,12 @@ class _Training:
                 B.grad = grad_B[..., rank - width : rank].to(B)
             torch.nn.utils.clip_grad_norm_(learned, MAX_NORM)
             adam.step()
-            if self.progress is not None and self.progress.is_due:
+            if self.checkpoint is not None and self.checkpoint.is_due:
                 moments = {name: _moments(adam, block, name) for name in MOMENTS}
                 tensors = {"step": torch.tensor(step + 1)}
                 for name, pairs in {"done": done, "block": block, **moments}.items():
                     tensors |= flat(name, pairs)
-                self.progress.write(tensors)
+                self.checkpoint.write(tensors)
             self.on_step(sum(part.rows for part in parts))
         found: Factors = {name: (A.detach(), B.detach()) for name, (A, B) in block.items()}
         return found if self._loss(done, found, rank) <= self._loss(done, start, rank) else start

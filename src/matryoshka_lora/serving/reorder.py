@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import check_writable, output_directory, progress_file
+from matryoshka_lora.files import check_writable, checkpoint_file, output_directory
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
 from matryoshka_lora.formats.single import is_file, open_file
 from matryoshka_lora.formats.write import check_apart, write_adapter
@@ -78,14 +78,14 @@ def reorder(
     opened = open_adapter(source)
     check_writable(target)
     check_apart(source, target)
-    progress = progress_file(target)
+    checkpoint = checkpoint_file(target)
     with output_directory(target, overwrite) as folder:
         if data is None:
             new, spectra = reorder_opened(opened, on_layer)
         else:
-            new, spectra = _with_data(opened, by, data, rows, model, revision, dtype, seed, progress)
+            new, spectra = _with_data(opened, by, data, rows, model, revision, dtype, seed, checkpoint)
         write_adapter(folder, new, spectra, Path(target))
-    progress.unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     return spectra
 
 
@@ -98,7 +98,7 @@ def _with_data(
     revision: str | None,
     dtype: str,
     seed: int,
-    progress: Path,
+    checkpoint: Path,
 ) -> tuple[OpenedAdapter, dict[str, Tensor]]:
     # PEFT and transformers are slow to import, and an SVD needs neither.
     from matryoshka_lora.adapter.loading import load_opened
@@ -116,6 +116,6 @@ def _with_data(
     base = load_on_accelerator(name, DTYPES[dtype], revision)
     # In float32 while it is changed.
     adapter = load_opened(base, reorder_opened(opened, dtype=torch.float32)[0], trainable=True)
-    kept = progress if by == "trained" else None
+    kept = checkpoint if by == "trained" else None
     spectra = adapter.reorder(by, questions, tokenizer, rows, seed, kept)
     return opened_from(adapter.model, adapter.name).cast(opened.dtype), spectra

@@ -19,7 +19,7 @@ from matryoshka_lora.adapter.loading import load
 from matryoshka_lora.adapter.nest import nest
 from matryoshka_lora.data.sources import load_data
 from matryoshka_lora.errors import MatryoshkaError, one_line
-from matryoshka_lora.files import check_writable, progress_file, write_text
+from matryoshka_lora.files import check_writable, checkpoint_file, write_text
 from matryoshka_lora.models import DTYPES, EMBEDDED, load_model, load_tokenizer
 from matryoshka_lora.training.config import TrainConfig
 from matryoshka_lora.training.processes import check_joined, on_main, one_voice
@@ -88,8 +88,8 @@ def _train(config: TrainConfig, arguments: SFTConfig) -> NestedAdapter:
         if config.reorder:
             try:
                 seen = None if config.reorder == "svd" else trainer
-                progress = progress_file(output) if config.reorder == "trained" else None
-                adapter.reorder(config.reorder, seen, seed=config.seed, progress=progress)
+                checkpoint = checkpoint_file(output) if config.reorder == "trained" else None
+                adapter.reorder(config.reorder, seen, seed=config.seed, checkpoint=checkpoint)
             except (MatryoshkaError, torch.OutOfMemoryError) as error:  # what was trained is not lost for that
                 if not adapter.reordered:
                     raise
@@ -107,7 +107,7 @@ def _look(config: TrainConfig, arguments: SFTConfig) -> Plan:
 
 def _end(state: TrainerState, output: Path) -> None:
     write_state(state, output)
-    progress_file(output).unlink(missing_ok=True)
+    checkpoint_file(output).unlink(missing_ok=True)
 
 
 def load_model_of(config: TrainConfig) -> PreTrainedModel:

@@ -23,7 +23,7 @@ SECONDS = 30.0
 """Between two writings."""
 
 
-class Progress:
+class Checkpoint:
     """A file of tensors that belongs to one run.
 
     Under torch.distributed every process reads it, and the first one writes it.
