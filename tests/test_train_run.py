@@ -22,6 +22,8 @@ from trl import SFTTrainer
 from matryoshka_lora import MatryoshkaError, NestedAdapter
 from matryoshka_lora.data.sources import load_data
 from matryoshka_lora.formats.opened import open_adapter
+from matryoshka_lora.reordering import checkpoint, trained
+from matryoshka_lora.reordering.checkpoint import Checkpoint
 from matryoshka_lora.reordering.learned import JUDGED
 from matryoshka_lora.training import TrainConfig, load_config, make_config, train
 from matryoshka_lora.training.resume import plan
@@ -90,6 +92,32 @@ def test_the_written_config_is_complete_and_repeats_the_run(model: Path, finishe
         load_config(finished / "train.yaml")
     train(load_config(finished / "train.yaml", [f"model={model}", f"output_dir={again}"]))
     assert (again / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
+
+
+def test_ranks_that_a_stopped_run_was_training_are_trained_to_the_end(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    written: list[int] = []
+
+    def write(self: Checkpoint, tensors: dict[str, torch.Tensor]) -> None:
+        Checkpoint.write(self, tensors)
+        written.append(len(tensors))
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    nesting = {"reorder": "trained"}
+    train(config_of(model, tmp_path / "whole", nesting=nesting))
+    with monkeypatch.context() as stopping:
+        stopping.setattr(trained, "Checkpoint", type("Stopping", (Checkpoint,), {"write": write}))
+        with pytest.raises(KeyboardInterrupt):
+            train(config_of(model, tmp_path / "run", nesting=nesting))
+        assert (tmp_path / "run.checkpoint.safetensors").exists()
+        assert not (tmp_path / "run" / WEIGHTS).exists()
+        train(config_of(model, tmp_path / "run", nesting=nesting))
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert len(written) == 3  # after the step of rank 1 and its block; then rank 2 alone, which has no step
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_a_finished_run_is_not_trained_again(model: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
