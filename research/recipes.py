@@ -120,6 +120,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "lora": Recipe("plain LoRA at R, scale 1"),
+    "lora-shorter": Recipe("plain LoRA with three quarters of the steps", length=0.75),
     "lora-longer": Recipe(
         "plain LoRA with half as many steps and questions again: the tokens of a learned order", length=1.5
     ),
