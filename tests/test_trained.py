@@ -20,6 +20,7 @@ from conftest import nest_as, nested_llama, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_chat import tiny_tokenizer
 from torch import Tensor
 
@@ -235,6 +236,21 @@ def test_the_checkpoint_of_another_training_counts_as_none(tmp_path: Path, unint
     with pytest.raises(MatryoshkaError, match=r"file cannot be read: .* Delete it, and training the ranks begins anew"):
         trained_to(None, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == b"no tensors"
+    save_file({"weight": torch.ones(2)}, tmp_path / "file")
+    with pytest.raises(MatryoshkaError, match="file is no checkpoint, and would be written over: move it away"):
+        trained_to(None, tmp_path / "file")
+    assert list(load_file(tmp_path / "file")) == ["weight"]
+
+
+@pytest.mark.parametrize("by", ["svd", "loss"])
+def test_a_file_beside_the_target_that_is_not_ours_stays(tmp_path: Path, by: Any) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    nested_llama(NESTING, "lora").save(tmp_path / "adapter")
+    save_file({"weight": torch.ones(2)}, tmp_path / "out.checkpoint.safetensors")
+    rows = None if by == "svd" else ROWS
+    reorder(tmp_path / "adapter", tmp_path / "out", by, rows, model=str(tmp_path / "base"), dtype="fp32")
+    assert (tmp_path / "out.checkpoint.safetensors").exists()
 
 
 def test_rows_and_files(tmp_path: Path) -> None:

@@ -47,8 +47,10 @@ class Checkpoint:
         try:
             if self.path.exists():
                 with safe_open(self.path, framework="pt") as file:
-                    keys = file.keys() if (file.metadata() or {}).get("run") == self.run else []
-                    found = {key: file.get_tensor(key) for key in keys}
+                    run = (file.metadata() or {}).get("run")
+                    found = {key: file.get_tensor(key) for key in (file.keys() if run == self.run else [])}
+                if run is None:
+                    raise MatryoshkaError(f"{self.path} is no checkpoint, and would be written over: move it away")
         except (OSError, SafetensorError) as error:
             raise MatryoshkaError(
                 f"{self.path} cannot be read: {error}. Delete it, and training the ranks begins anew"

@@ -78,14 +78,15 @@ def reorder(
     opened = open_adapter(source)
     check_writable(target)
     check_apart(source, target)
-    checkpoint = checkpoint_file(target)
+    checkpoint = checkpoint_file(target) if by == "trained" else None
     with output_directory(target, overwrite) as folder:
         if data is None:
             new, spectra = reorder_opened(opened, on_layer)
         else:
             new, spectra = _with_data(opened, by, data, rows, model, revision, dtype, seed, checkpoint)
         write_adapter(folder, new, spectra, Path(target))
-    checkpoint.unlink(missing_ok=True)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
     return spectra
 
 
@@ -98,7 +99,7 @@ def _with_data(
     revision: str | None,
     dtype: str,
     seed: int,
-    checkpoint: Path,
+    checkpoint: Path | None,
 ) -> tuple[OpenedAdapter, dict[str, Tensor]]:
     # PEFT and transformers are slow to import, and an SVD needs neither.
     from matryoshka_lora.adapter.loading import load_opened
@@ -116,6 +117,5 @@ def _with_data(
     base = load_on_accelerator(name, DTYPES[dtype], revision)
     # In float32 while it is changed.
     adapter = load_opened(base, reorder_opened(opened, dtype=torch.float32)[0], trainable=True)
-    kept = checkpoint if by == "trained" else None
-    spectra = adapter.reorder(by, questions, tokenizer, rows, seed, kept)
+    spectra = adapter.reorder(by, questions, tokenizer, rows, seed, checkpoint)
     return opened_from(adapter.model, adapter.name).cast(opened.dtype), spectra

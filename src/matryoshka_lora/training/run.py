@@ -85,17 +85,17 @@ def _train(config: TrainConfig, arguments: SFTConfig) -> NestedAdapter:
         _run(trainer, config, found)
         # Without autocast around it, which the Trainer adds for bf16 and fp16, the model is the caller's again.
         trainer.accelerator.unwrap_model(peft_model, keep_fp32_wrapper=False).eval()
+        checkpoint = checkpoint_file(output) if config.reorder == "trained" else None
         if config.reorder:
             try:
                 seen = None if config.reorder == "svd" else trainer
-                checkpoint = checkpoint_file(output) if config.reorder == "trained" else None
                 adapter.reorder(config.reorder, seen, seed=config.seed, checkpoint=checkpoint)
             except (MatryoshkaError, torch.OutOfMemoryError) as error:  # what was trained is not lost for that
                 if not adapter.reordered:
                     raise
                 _say(arguments, f"The adapter is reordered by its SVD, and not by {config.reorder}: {error}")
         adapter.save(output)
-        on_main(lambda: _end(trainer.state, output))
+        on_main(lambda: _end(trainer.state, output, checkpoint))
     _say(arguments, f"The adapter is in {output}")
     return adapter
 
@@ -105,9 +105,10 @@ def _look(config: TrainConfig, arguments: SFTConfig) -> Plan:
     return plan(config, arguments.world_size)
 
 
-def _end(state: TrainerState, output: Path) -> None:
+def _end(state: TrainerState, output: Path, checkpoint: Path | None) -> None:
     write_state(state, output)
-    checkpoint_file(output).unlink(missing_ok=True)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
 
 
 def load_model_of(config: TrainConfig) -> PreTrainedModel:
