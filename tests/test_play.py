@@ -318,7 +318,7 @@ def test_slide_ask_compare_export(browser: Any, served: str, session: Session) -
     wait(browser, lambda: marked(browser) == ["4", "8"])
     assert text(browser, "h1") == "family at two ranks"
     size = session.costs[4].bytes / 1000
-    assert text(browser, "#rank .cost") == f"{size:.1f} kB · 34.4 ms per token, from evaluation.json"
+    wait(browser, lambda: text(browser, "#rank .cost") == f"{size:.1f} kB · 34.4 ms per token, from evaluation.json")
 
     slide(browser, "rank", 2)
     slide(browser, "compare", 1)
