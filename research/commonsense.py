@@ -125,30 +125,31 @@ def chosen_rows(folder: Path, split: str) -> list[dict[str, str]]:
     return [row for rows in zip_longest(*each) for row in rows if row is not None]
 
 
+Chosen = dict[str, dict[str, list[float]]]
+"""By task and metric, one share of right answers for the base model and one for each rank."""
+
+
 def choose(
-    adapter: NestedAdapter, ranks: Sequence[int], folder: Path, each: int, tokenizer: Any
-) -> dict[str, dict[str, list[float]]]:
+    adapter: NestedAdapter, ranks: Sequence[int], folder: Path, tokenizer: Any, earlier: Chosen | None = None
+) -> Chosen:
     """The share of questions whose right answer is the likeliest: of all (``acc``), or for its length (``acc_norm``).
 
     Args:
         adapter: Of one model for all ranks.
         ranks: At which it is measured; the base model is measured too, as rank 0.
-        folder: Of a held-out split.
-        each: The most questions of each task.
+        folder: Of a held-out split, all of whose questions are asked.
         tokenizer: Of the model.
-
-    Returns:
-        By task and metric, one share for the base model and one for each rank.
+        earlier: What this gave for another adapter of the same model, whose base model is then not asked again.
     """
     files = [str(folder / f"{task}.yaml") for task in TASKS]
-    found = evaluate(adapter, files, ranks=list(ranks), limit=each, tokenizer=tokenizer, latency=False)
-    parts: dict[str, dict[str, list[float]]] = {}
+    found = evaluate(adapter, files, ranks=list(ranks), tokenizer=tokenizer, base=earlier is None, latency=False)
+    parts: Chosen = {}
     for task in TASKS:
-        metrics = found.tasks[f"{task}.yaml"]["metrics"]
-        parts[task] = {
-            name: [metrics[f"{name},none"]["base"]["value"], *metrics[f"{name},none"]["value"]]
-            for name in ("acc", "acc_norm")
-        }
+        metrics, parts[task] = found.tasks[f"{task}.yaml"]["metrics"], {}
+        for name in ("acc", "acc_norm"):
+            shares = metrics[f"{name},none"]
+            of_base = shares["base"]["value"] if earlier is None else earlier[task][name][0]
+            parts[task][name] = [of_base, *shares["value"]]
     return parts
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, NotFiniteError
-from research.commonsense import TASKS, choose, mean_accuracies
+from research.commonsense import Chosen, choose, mean_accuracies
 from research.cuts import MAKERS, SAME_AT_ALL_RANKS
 from research.measure import measure
 from research.plan import cuts, load_runs, measured_ranks, missing_jobs, needed, settled
@@ -186,9 +187,17 @@ def _cut_and_measure(study: Study, job: Job, name: str, trained: Trained) -> tup
 
 def _choose(
     study: Study, job: Job, folder: Path, trained: Trained, adapter: NestedAdapter, ranks: Sequence[int]
-) -> dict[str, dict[str, list[float]]]:
-    each = max(1, study.items["test"] // len(TASKS))
-    return choose(adapter, ranks, folder / job.split, each, trained.trainer.processing_class)
+) -> Chosen:
+    earlier = _chosen_earlier(study.model, study.dtype, study.threads, folder)
+    chosen = choose(adapter, ranks, folder / job.split, trained.trainer.processing_class, earlier or None)
+    earlier.update(chosen)
+    return chosen
+
+
+@cache
+def _chosen_earlier(model: str, dtype: str, threads: int, folder: Path) -> Chosen:
+    """What was last chosen in this process, which knows the base model's answers."""
+    return {}
 
 
 def _joined(before: Run, run: Run) -> Run:

@@ -111,6 +111,14 @@ def test_every_rank_is_measured_as_each_question_alone(tokenizer: Any, rows: lis
     assert len(set(texts)) > 1
 
 
+def test_the_base_model_is_left_out_where_it_is_not_wanted(tokenizer: Any) -> None:
+    adapter = chat_adapter()
+    found, both = measured(adapter, tokenizer, base=False), measured(adapter, tokenizer)
+    assert found.tasks["data"]["metrics"]["loss,none"]["base"] is None
+    assert found.values(metric="loss") == pytest.approx(both.values(metric="loss"), rel=1e-9)
+    assert [set(example["answers"]) for example in found.examples] == [set(map(str, RANKS))] * len(ROWS)
+
+
 def test_accuracy_is_the_share_of_right_answers(tokenizer: Any) -> None:
     adapter = chat_adapter()
     right = one_by_one(adapter.model, tokenizer)[1]

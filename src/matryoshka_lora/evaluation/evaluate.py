@@ -71,6 +71,7 @@ def evaluate(
     batch_size: int | None = None,
     engine: Literal["own", "vllm"] = "own",
     vllm_options: Mapping[str, Any] | None = None,
+    base: bool = True,
     latency: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -107,6 +108,7 @@ def evaluate(
         engine: Who answers. ``"vllm"``, for models that outgrow one device, is the harness's backend for vLLM, with
             every rank as an adapter. No latency is measured then.
         vllm_options: Of vLLM's ``LLM``, for example ``{"tensor_parallel_size": 2}``.
+        base: Whether the base model is measured too. Its numbers are the same for all of its adapters.
         latency: Whether the time of a token is measured at each rank.
         overwrite: Whether an evaluation of another adapter in the folder may be replaced.
         progress: Shows how far it is.
@@ -175,14 +177,14 @@ def evaluate(
             answering = ending.enter_context(
                 VllmEngine(opened, chosen, model_name, revision, computed, tokenizer, batch_size, vllm_options)
             )
-            asked_of = (0, *chosen)
+            asked_of = (0, *chosen) if base else chosen
         else:
             if isinstance(adapter, NestedAdapter):
                 nested = adapter
             else:
                 nested = load_opened(load_on_accelerator(model_name, computed, revision), opened)
             answering = Engine(nested, tokenizer, batch_size)
-            asked_of = ((0,) if nested.has_base else ()) + chosen
+            asked_of = ((0,) if base and nested.has_base else ()) + chosen
         store = Store(None if folder is None else folder / ANSWERS_NAME, subject, anew=overwrite)
         ending.callback(store.close)
         if latency and engine == "own":
