@@ -40,8 +40,9 @@ TASKS = {
 }
 """The folder of each task's test questions; those of training are in ``train_rc_5shot``. The shots are not used."""
 
-BY_ACC = ("boolq", "socialiqa", "winogrande")
-"""Whose usual metric is the share of right answers as they are; of the others it is that for their length."""
+USUAL_METRIC = {task: "acc" if task in ("boolq", "socialiqa", "winogrande") else "acc_norm" for task in TASKS}
+OTHER_METRIC = {task: "acc_norm" if metric == "acc" else "acc" for task, metric in USUAL_METRIC.items()}
+"""By task, what `choose` says of it: ``acc``, the likeliest answer, or ``acc_norm``, the likeliest for its length."""
 
 EACH = {"train": 1000, "validation": 50, "test": 500}
 """Questions of each task; of ARC-Challenge all 1,172 are for the test."""
@@ -155,7 +156,7 @@ def choose(
 
 def mean_accuracies(parts: Mapping[str, Mapping[str, Sequence[float]]]) -> list[float]:
     """The mean over the tasks of what `choose` gives, each by its usual metric."""
-    each = [metrics["acc" if task in BY_ACC else "acc_norm"] for task, metrics in parts.items()]
+    each = [metrics[USUAL_METRIC[task]] for task, metrics in parts.items()]
     return [fmean(values) for values in zip(*each, strict=True)]
 
 

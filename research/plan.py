@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matryoshka_lora import MatryoshkaError
 from research.recipes import CUTS, EACH_RECIPES, RECIPES, parse_method
@@ -231,20 +231,38 @@ def results(study: Study, runs: Mapping[Job, Run]) -> Iterator[Result]:
                     yield _result(method, task, seed, found)
 
 
+def _chosen(points: Sequence[tuple[int, Mapping[str, Any]]]) -> Mapping[str, Any] | None:
+    """Of choices: the base model's shares, and those of the points of a curve."""
+    if not points:
+        return None
+    first = points[0][1]
+    return {
+        task: {
+            metric: [shares[0], *(parts[task][metric][1 + number] for number, parts in points)]
+            for metric, shares in metrics.items()
+        }
+        for task, metrics in first.items()
+    }
+
+
 def _result(method: str, task: str, seed: int, parts: Collection[tuple[Unit, Run]]) -> Result:
     points = [
-        (rank, run.curves[unit.cut].loss[number], run.curves[unit.cut].accuracy[number], run)
+        (rank, number, run.curves[unit.cut], run)
         for unit, run in parts
         for number, rank in enumerate(run.ranks)
         if method not in EACH_RECIPES or rank == unit.rank
     ]
-    curve = Curve(tuple(loss for _, loss, _, _ in points), tuple(accuracy for _, _, accuracy, _ in points))
+    curve = Curve(
+        tuple(curve.loss[number] for _, number, curve, _ in points),
+        tuple(curve.accuracy[number] for _, number, curve, _ in points),
+        _chosen([(number, curve.parts) for _, number, curve, _ in points if curve.parts is not None]),
+    )
     costs = [(run.cost, run.cost["cuts"][unit.cut]) for unit, run in parts]
     return Result(
         method=method,
         task=task,
         seed=seed,
-        ranks=tuple(rank for rank, _, _, _ in points),
+        ranks=tuple(rank for rank, *_ in points),
         curve=curve,
         learning_rates=tuple(run.job.learning_rate for _, _, _, run in points),
         tokens=sum(cost["tokens"] + cut["tokens"] for cost, cut in costs),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -11,11 +10,13 @@ from pathlib import Path
 from statistics import fmean
 
 from research import stats
+from research.cells import count, more, nats, nats_or_diverged, percent, points, reading_of, written_p
+from research.commonsense import OTHER_METRIC, USUAL_METRIC
 from research.pages import PICTURE, Block, Table, markdown
 from research.plot import draw, legible
 from research.recipes import EACH
 from research.records import Result, Tried, write_text
-from research.stats import Estimate, Value
+from research.stats import Value
 
 _WORDS = [
     "± is half the width of a two-sided 95 % t interval over the seeds. It says how much another seed may change, and "
@@ -124,8 +125,28 @@ def _curves(results: Sequence[Result], task: str) -> list[Block]:
     loss = _at_ranks(results, task, stats.loss_at) | {"mean": stats.mean_loss}
     blocks: list[Block] = [(2, f"Task {task}"), "Accuracy at each rank, best AURAC (log2) first:"]
     rows = dict.fromkeys(stats.ranking(results, task), "")
-    grids = _grid(results, rows, accuracy, _percent, task), _grid(results, rows, loss, _nats, task)
-    return [*blocks, grids[0], "Loss at each rank:", grids[1]]
+    grids = _grid(results, rows, accuracy, percent, task), _grid(results, rows, loss, nats, task)
+    return [*blocks, grids[0], *_parts(results, task), "Loss at each rank:", grids[1]]
+
+
+def _parts(results: Sequence[Result], task: str) -> list[Block]:
+    """Of choices: each of the tasks that the accuracy is the mean of, with that of the base model."""
+    blocks: list[Block] = []
+    having = [result for result in results if result.task == task and result.curve.parts]
+    for text, metrics in (("usual", USUAL_METRIC), ("other", OTHER_METRIC)):
+        columns: dict[str, Callable[[int], Value]] = {
+            f"{part} ({metric})": partial(stats.chosen_at, part, metric) for part, metric in metrics.items()
+        }
+        columns["mean"] = partial(stats.chosen_mean_at, metrics)
+        rows: list[Sequence[str]] = []
+        for method in stats.ranking(having, task):
+            for rank in sorted({rank for result in having if result.method == method for rank in (0, *result.ranks)}):
+                cells = [percent(stats.mean(having, method, value(rank), task)) for value in columns.values()]
+                if rank or not rows:
+                    rows.append((method if rank else "the base model", str(rank) if rank else "", *cells))
+        if rows:
+            blocks += [f"Right answers by each task's {text} metric:", Table(("method", "rank", *columns), rows)]
+    return blocks
 
 
 def _costs(results: Sequence[Result]) -> list[Block]:
@@ -164,8 +185,8 @@ def _full_rank(results: Sequence[Result], tasks: Sequence[str]) -> list[Block]:
         for method in _compared(results, task):
             accuracy = stats.mean(results, method, stats.accuracy_at(), task, EACH)
             loss = stats.mean(results, method, stats.loss_at(), task, EACH)
-            reading = f"accuracy {_reading(accuracy)}, loss {_reading(loss)}"
-            rows.append((method, task, _n(accuracy), _points(accuracy), _more(loss), reading))
+            reading = f"accuracy {reading_of(accuracy)}, loss {reading_of(loss)}"
+            rows.append((method, task, count(accuracy), points(accuracy), more(loss), reading))
     text = (
         f"Method minus {EACH} at the largest rank, accuracy in points of % and loss in nats, paired by seed. An "
         "interval wholly on the worse side contradicts, for that task, that the method loses nothing there. One that "
@@ -203,9 +224,9 @@ def _differences(results: Sequence[Result], rows: Mapping[str, str], task: str |
     accuracy, loss = (_at_ranks(results, task, value) for value in (stats.accuracy_at, stats.loss_at))
     return [
         "Accuracy in points of %, more is better:",
-        _grid(results, rows, accuracy, _points, task),
+        _grid(results, rows, accuracy, points, task),
         "Loss in nats per token, less is better:",
-        _grid(results, rows, loss, _more, task),
+        _grid(results, rows, loss, more, task),
     ]
 
 
@@ -240,7 +261,7 @@ def _tests(results: Sequence[Result], tasks: Sequence[str], tried: Sequence[Trie
         found = stats.compare(results, method, others, value)
         rows = [
             (
-                *(c.rival, _n(c.difference), form(c.difference), _p(c.p), _p(c.holm)),
+                *(c.rival, count(c.difference), form(c.difference), written_p(c.p), written_p(c.holm)),
                 *(form(stats.mean(results, method, value, task, c.rival)) for task in single),
             )
             for c in found
@@ -250,8 +271,8 @@ def _tests(results: Sequence[Result], tasks: Sequence[str], tried: Sequence[Trie
         few, most = min(pairs), max(pairs)
         least = 2.0 ** (1 - most) * len(pairs)
         blocks.append(
-            f"Of a rival with {few} pairs, the fewest here, no p can be below {_p(2.0 ** (1 - few))}; of {len(pairs)} "
-            f"corrected ones, with {most} pairs at the most, none below {_p(min(1.0, least))}."
+            f"Of a rival with {few} pairs, the fewest here, no p can be below {written_p(2.0 ** (1 - few))}; of "
+            f"{len(pairs)} corrected ones, with {most} pairs at the most, none below {written_p(min(1.0, least))}."
         )
     return blocks
 
@@ -279,7 +300,7 @@ def _rates(tried: Sequence[Tried]) -> list[Block]:
     rates = sorted({rate for one in tried for rate in one.losses})
     rows = []
     for one in tried:
-        cells = [_nats_or_diverged(one.losses[rate]) if rate in one.losses else "" for rate in rates]
+        cells = [nats_or_diverged(one.losses[rate]) if rate in one.losses else "" for rate in rates]
         rows.append((one.method, one.task, str(one.rank), "" if one.chosen is None else f"{one.chosen:g}", *cells))
     # The grid grows until its best has worse ones on both sides, but not for ever.
     edge = {f"{one.method} on {one.task}": None for one in tried if one.chosen in (min(one.losses), max(one.losses))}
@@ -292,10 +313,6 @@ def _rates(tried: Sequence[Tried]) -> list[Block]:
         "the method is.",
         Table(("method", "task", "R", "chosen", *(f"{rate:g}" for rate in rates)), rows),
     ]
-
-
-def _nats_or_diverged(loss: float) -> str:
-    return f"{loss:.3f}" if math.isfinite(loss) else "diverged"
 
 
 def _compared(results: Sequence[Result], task: str | None) -> list[str]:
@@ -325,34 +342,8 @@ def _grid(
     return Table(("method", "seeds" if task else "pairs", *columns), rows)
 
 
-def _number(found: Estimate | None, unit: float, digits: int, sign: str = "") -> str:
-    if found is None:
-        return ""
-    # Adding zero turns -0.0 into 0.0.
-    text = f"{round(unit * found.mean, digits) + 0.0:{sign}.{digits}f}"
-    return text if found.half_width is None else f"{text} ± {unit * found.half_width:.{digits}f}"
-
-
-_percent = partial(_number, unit=100, digits=1)
-_points = partial(_number, unit=100, digits=1, sign="+")
-_nats = partial(_number, unit=1, digits=3)
-_more = partial(_number, unit=1, digits=3, sign="+")
 _MEASURES = (
-    ("AURAC (log2) in points of %, more is better:", stats.aurac_log2, _points),
-    ("Mean loss over the ranks in nats per token, less is better:", stats.mean_loss, _more),
+    ("AURAC (log2) in points of %, more is better:", stats.aurac_log2, points),
+    ("Mean loss over the ranks in nats per token, less is better:", stats.mean_loss, more),
 )
 """What sums a curve up, and how a difference in it is written."""
-
-
-def _n(found: Estimate | None) -> str:
-    return str(found.n if found else 0)
-
-
-def _p(p: float | None) -> str:
-    return "" if p is None else f"{p:.5f}"
-
-
-def _reading(found: Estimate | None) -> str:
-    if found is None or found.sign is None:
-        return "of one seed"
-    return ("undecided" if found.half_width else "the same", "higher", "lower")[found.sign]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
@@ -74,6 +74,30 @@ def accuracy_at(rank: int | None = None) -> Value:
 def loss_at(rank: int | None = None) -> Value:
     """The loss at a rank, nats per token; at the largest one without ``rank``."""
     return lambda result: dict(zip(result.ranks, result.curve.loss, strict=True)).get(rank or result.ranks[-1])
+
+
+def chosen_at(part: str, metric: str, rank: int) -> Value:
+    """Of choices: a metric of one of the tasks at a rank, a share; at rank 0 the base model's."""
+    return lambda result: _chosen(result, rank)[part][metric] if _chosen(result, rank) else None
+
+
+def chosen_mean_at(metrics: Mapping[str, str], rank: int) -> Value:
+    """The mean over the tasks, by the metric of each."""
+
+    def mean_of(result: Result) -> float | None:
+        found = _chosen(result, rank)
+        return fmean(found[part][metric] for part, metric in metrics.items()) if found else None
+
+    return mean_of
+
+
+def _chosen(result: Result, rank: int) -> dict[str, dict[str, float]]:
+    if result.curve.parts is None or rank not in (0, *result.ranks):
+        return {}
+    place = (0, *result.ranks).index(rank)
+    return {
+        part: {name: shares[place] for name, shares in metrics.items()} for part, metrics in result.curve.parts.items()
+    }
 
 
 def values(results: Sequence[Result], method: str, value: Value, task: str | None = None) -> Pairs:

@@ -327,14 +327,16 @@ def test_a_curve_of_lora_each_is_put_together_from_a_run_for_each_rank() -> None
     losses = {1: (0.9,), 2: (0.7,), 4: (0.8, 0.6, 0.5)}
     for n, (rank, loss) in enumerate(losses.items(), start=1):
         job = Job("lora", "sums", rank, 2e-3, 7, "test")
-        curve = Curve(loss, tuple(1 - x for x in loss))
+        curve = Curve(loss, tuple(1 - x for x in loss), {"piqa": {"acc": [0.25, *loss]}})
         cut = {"prefix": {"tokens": 0, "seconds": 0.25}, "learned": {"tokens": 30, "seconds": 2.0}}
         cost = {"tokens": 100 * n, "seconds": 1.0 * n, "parameters": 8 * rank, "cuts": cut}
         runs[job] = replace(runs[job], curves={"prefix": curve, "learned": curve}, cost=cost)
     each, prefix, learned = results(study, runs)
     assert [r.method for r in (each, prefix, learned)] == list(study.methods)
     assert each.ranks == (1, 2, 4)
-    assert each.curve == Curve((0.9, 0.7, 0.5), (1 - 0.9, 1 - 0.7, 0.5))
+    chosen = {"piqa": {"acc": [0.25, 0.9, 0.7, 0.5]}}
+    assert each.curve == Curve((0.9, 0.7, 0.5), (1 - 0.9, 1 - 0.7, 0.5), chosen)
+    assert prefix.curve.parts == {"piqa": {"acc": [0.25, 0.8, 0.6, 0.5]}}
     assert (each.tokens, each.seconds, each.parameters) == (100 + 200 + 300, 1 + 2 + 3 + 3 * 0.25, 8 + 16 + 32)
     assert prefix.curve.loss == learned.curve.loss == (0.8, 0.6, 0.5)
     assert (prefix.tokens, prefix.seconds, prefix.parameters) == (300, 3.25, 32)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from matryoshka_lora import MatryoshkaError
 from research import stats
+from research.commonsense import OTHER_METRIC, TASKS, USUAL_METRIC, mean_accuracies
 from research.pages import markdown
 from research.plot import draw, legible
 from research.records import Curve, Result, Tried
@@ -105,6 +106,35 @@ def test_what_sums_a_curve_up() -> None:
     assert stats.worst_rank_gap(result("a/prefix", accuracy=(0.5, 0.1, 0.4))) == approx(0.3)
     assert [stats.accuracy_at(rank)(one) for rank in (1, 2, 4, 8, None)] == [0.2, 0.4, None, 0.8, 0.8]
     assert [stats.loss_at(rank)(one) for rank in (1, 2, 4, 8, None)] == [3.0, 2.0, None, 1.0, 1.0]
+
+
+def chosen(seed: int, method: str = "lora/svd", ranks: tuple[int, ...] = (1, 8)) -> Result:
+    """Of choices: number n of the tasks has 10 n, and 1 more at rank 1, 2 more at rank 8, and 3 more with seed 1."""
+    parts = {
+        task: {
+            USUAL_METRIC[task]: [0.1 * n, *(0.1 * n + {1: 0.01, 8: 0.02}[rank] + 0.03 * seed for rank in ranks)],
+            OTHER_METRIC[task]: [0.05] * (1 + len(ranks)),
+        }
+        for n, task in enumerate(TASKS)
+    }
+    accuracy = tuple(mean_accuracies(parts)[1:])
+    return Result(method, "eight", seed, ranks, Curve(accuracy, accuracy, parts), (1e-3,) * len(ranks), 1, 1.0, 1)
+
+
+def test_choices_have_a_row_for_each_method_and_rank_and_one_for_the_base_model() -> None:
+    text = written([*(chosen(seed) for seed in (0, 1)), chosen(0, "lora-each")])
+    usual, other = text.split("by each task's other metric:")
+    usual = usual.split("by each task's usual metric:")[1]
+    heading = row(usual, "method", "rank")
+    assert heading[2:] == [*(f"{task} ({USUAL_METRIC[task]})" for task in TASKS), "mean"]
+    assert heading[2 + list(TASKS).index("piqa")] == "piqa (acc_norm)"
+    assert row(usual, "the base model")[1:] == ["", *(f"{10 * n}.0 ± 0.0" for n in range(8)), "35.0 ± 0.0"]
+    # Half of 3 points apart, times the quantile of one degree of freedom: 1.5 * 12.706.
+    assert row(usual, "lora/svd", "8")[2:] == [*(f"{10 * n + 3.5} ± 19.1" for n in range(8)), "38.5 ± 19.1"]
+    assert row(usual, "lora-each", "1")[2:] == [*(f"{10 * n + 1}.0" for n in range(8)), "36.0"]
+    assert row(other, "lora/svd", "1")[2:] == ["5.0 ± 0.0"] * 9
+    assert len(re.findall("the base model", usual)) == 1
+    assert "metric:" not in written(study())
 
 
 # Differences and tests.
