@@ -289,6 +289,12 @@ written(sys.argv[1])
 """
 
 
+def environment() -> dict[str, str]:
+    """For a process that imports this module."""
+    path = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parent)))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH"))))}
+
+
 def written(folder: str | Path) -> bytes:
     """The weights of an adapter whose ranks a file of rows trains, in a folder that has adapter and base model."""
     folder = Path(folder)
@@ -308,15 +314,59 @@ def test_a_killed_command_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     nested_llama(NESTING, "lora").save(tmp_path / "adapter")
     whole = written(tmp_path)
     shutil.rmtree(tmp_path / "out")
-    path = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parent)))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH"))))}
-    ended = subprocess.run([sys.executable, "-c", KILLED, tmp_path], env=environment, stderr=subprocess.PIPE, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path], env=environment(), stderr=subprocess.PIPE, text=True
+    )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     kept = tmp_path / "out.checkpoint.safetensors"
     assert kept.exists()
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     assert written(tmp_path) == whole
     assert not kept.exists()
+
+
+TOGETHER = """
+import sys
+import numpy, torch
+from pathlib import Path
+from torch import distributed
+from matryoshka_lora.reordering import checkpoint
+from tests.test_trained import trained_to
+
+process, folder, threads = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(threads)
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=process, world_size=2)
+checkpoint.SECONDS, save, saved = 0.0, checkpoint.save_file, []
+
+def counted(*arguments):
+    save(*arguments)
+    saved.append(0)
+
+checkpoint.save_file = counted
+found, asked = trained_to(None, folder / "file")
+numpy.savez(folder / f"{process}.npz", **found, asked=asked, saved=len(saved))
+distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_go_on_from_one_file_and_one_of_them_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Any
+) -> None:
+    """As under torchrun. 25 of 40 steps were done; 15 steps and 2 of 3 blocks are still to be written."""
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    with pytest.raises(KilledError):
+        trained_to(25, tmp_path / "file")
+    command = [sys.executable, "-c", TOGETHER]
+    both = [
+        subprocess.Popen([*command, str(process), tmp_path, str(torch.get_num_threads())], env=environment())
+        for process in (0, 1)
+    ]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    for process in (0, 1):
+        found = np.load(tmp_path / f"{process}.npz")
+        assert all((found[name] == whole).all() for name, whole in uninterrupted[0].items())
+        assert uninterrupted[1] - found["asked"] == 25 + 16
+        assert found["saved"] == (17 if process == 0 else 0)
 
 
 def test_rows_that_come_again_come_in_another_order() -> None:
