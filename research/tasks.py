@@ -69,7 +69,8 @@ class Task:
                 raise MatryoshkaError(
                     f"tasks.{self.name}: cannot read {error.filename}: write it with research.commonsense"
                 ) from error
-            return found[:count]
+            # Batches of alike lengths have little padding. Training has its own order.
+            return found[:count] if split == "train" else sorted(found[:count], key=_length)
         data, source = self._data(split), self.source[split]
         rows = [_as_question(row, source) for row in load_data(data if count is None else {**data, "size": count})]
         if count is not None and len(rows) < count:
@@ -132,6 +133,10 @@ def make_task(name: str, source: Any) -> Task:
     except MatryoshkaError as error:
         raise MatryoshkaError(f"tasks.{name}: {error}") from error
     return Task(name, dict(source))
+
+
+def _length(row: Row) -> int:
+    return len(row["prompt"]) + len(row["completion"])
 
 
 def _as_text(chat: Mapping[str, Any]) -> Row:
