@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from architectures import EXPERTS, GROUPED, LATENT, LONGROPE, SIZES, WIDE, tiny_adapter
@@ -38,6 +39,7 @@ from transformers import (
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
 from matryoshka_lora.engine import runner as runner_module
 from matryoshka_lora.engine.engine import Engine
+from matryoshka_lora.engine.likelihood import token_scores
 from matryoshka_lora.engine.packing import MIN_PREFIX, Room, batches, families, measure_room
 from matryoshka_lora.engine.runner import row_attention
 
@@ -127,6 +129,19 @@ def test_no_neighbour_changes_a_likelihood(work: list[tuple[list[int], int]], ro
         expected, best = likelihood_alone(ADAPTER, *request)
         assert logprob == pytest.approx(expected, abs=1e-4)
         assert greedy is best
+
+
+@given(st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), st.integers(0, 10**6))
+def test_tokens_are_scored_as_numpy_does_it(count: int, dtype: torch.dtype, seed: int) -> None:
+    """Of whole numbers, so that several tokens are equally likely: the first of them is the best one."""
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, 4, (3, 5, 11), generator=draw).to(dtype)
+    rows, places, asked = (torch.randint(0, end, (count,), generator=draw) for end in logits.shape)
+    logprobs, is_best = token_scores(logits, rows, places, asked)
+    wide = logits.double().numpy()[rows.numpy(), places.numpy()]
+    expected = wide[range(count), asked.numpy()] - np.log(np.exp(wide).sum(axis=1))
+    assert logprobs == pytest.approx(expected.tolist(), abs=1e-6)
+    assert is_best == (wide.argmax(axis=1) == asked.numpy()).tolist()
 
 
 class limited_room:  # noqa: N801  # reads as what it does

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from matryoshka_lora.engine.attention import Prefill
 from matryoshka_lora.engine.packing import Tokens
@@ -13,6 +14,10 @@ from matryoshka_lora.engine.runner import Prefix, Runner
 
 _BRANCHES = 512
 """Tokens of continuations in one row, above which a row is cut in two: every token's attention reads them all."""
+
+
+_AT_ONCE = {"cpu": 16}
+"""Tokens whose logits are made wide together: so many stay in a core's cache."""
 
 
 class Likelihood(NamedTuple):
@@ -106,12 +111,33 @@ def score_trees(
         logits = runner.logits(
             torch.tensor(ids, device=device), at_positions, row_pass, torch.tensor(wanted, device=device)
         )
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    token = torch.tensor(targets, device=device)
-    chosen = (torch.tensor(rows, device=device), torch.tensor(places, device=device))
-    logprobs = (wide[(*chosen, token)] - wide.logsumexp(dim=-1)[chosen]).tolist()
-    is_best = (wide.argmax(dim=-1)[chosen] == token).tolist()
+    asked_of = (torch.tensor(rows, device=device), torch.tensor(places, device=device))
+    logprobs, is_best = token_scores(logits, *asked_of, torch.tensor(targets, device=device))
     start = 0
     for number, length in stretches:
         put(number, Likelihood(sum(logprobs[start : start + length]), all(is_best[start : start + length])))
         start += length
+
+
+def token_scores(logits: Tensor, rows: Tensor, places: Tensor, tokens: Tensor) -> tuple[list[float], list[bool]]:
+    """The log-probability of each token by the logits at its row and place, and whether it is the likeliest one.
+
+    Args:
+        logits: Shape (rows, places, vocabulary).
+        rows: Shape (tokens,), as the others.
+        places: Of the token's logits.
+        tokens: The tokens.
+    """
+    logprobs: list[float] = []
+    is_best: list[bool] = []
+    at_once = _AT_ONCE.get(logits.device.type, len(tokens))
+    for start in range(0, len(tokens), at_once):
+        part = slice(start, start + at_once)
+        wide = logits[rows[part], places[part]].to(torch.promote_types(logits.dtype, torch.float32))
+        found = wide.gather(1, tokens[part, None]).squeeze(1)
+        logprobs += (found - wide.logsumexp(dim=-1)).tolist()
+        best = found == wide.amax(dim=-1)
+        # Of equally likely tokens, greedy decoding writes argmax's. It takes longer than amax, so few rows are asked.
+        best[best.clone()] = wide[best].argmax(dim=-1) == tokens[part][best]
+        is_best += best.tolist()
+    return logprobs, is_best
