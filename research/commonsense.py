@@ -137,7 +137,7 @@ def choose(
 
     Args:
         adapter: Of one model for all ranks.
-        ranks: At which it is measured; the base model is measured too, as rank 0.
+        ranks: At which it is measured.
         folder: Of a held-out split, all of whose questions are asked.
         tokenizer: Of the model.
         earlier: What this gave for another adapter of the same model, whose base model is then not asked again.

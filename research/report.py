@@ -134,16 +134,14 @@ def _parts(results: Sequence[Result], task: str) -> list[Block]:
     blocks: list[Block] = []
     having = [result for result in results if result.task == task and result.curve.parts]
     for text, metrics in (("usual", USUAL_METRIC), ("other", OTHER_METRIC)):
-        columns: dict[str, Callable[[int], Value]] = {
-            f"{part} ({metric})": partial(stats.chosen_at, part, metric) for part, metric in metrics.items()
-        }
-        columns["mean"] = partial(stats.chosen_mean_at, metrics)
+        columns = {f"{part} ({metric})": {part: metric} for part, metric in metrics.items()} | {"mean": metrics}
         rows: list[Sequence[str]] = []
         for method in stats.ranking(having, task):
-            for rank in sorted({rank for result in having if result.method == method for rank in (0, *result.ranks)}):
-                cells = [percent(stats.mean(having, method, value(rank), task)) for value in columns.values()]
-                if rank or not rows:
-                    rows.append((method if rank else "the base model", str(rank) if rank else "", *cells))
+            ranks = sorted({rank for result in having if result.method == method for rank in result.ranks})
+            for rank in ranks if rows else (0, *ranks):
+                values = [stats.chosen_at(of, rank) for of in columns.values()]
+                cells = [percent(stats.mean(having, method, value, task)) for value in values]
+                rows.append((method, str(rank), *cells) if rank else ("the base model", "", *cells))
         if rows:
             blocks += [f"Right answers by each task's {text} metric:", Table(("method", "rank", *columns), rows)]
     return blocks

@@ -76,28 +76,16 @@ def loss_at(rank: int | None = None) -> Value:
     return lambda result: dict(zip(result.ranks, result.curve.loss, strict=True)).get(rank or result.ranks[-1])
 
 
-def chosen_at(part: str, metric: str, rank: int) -> Value:
-    """Of choices: a metric of one of the tasks at a rank, a share; at rank 0 the base model's."""
-    return lambda result: _chosen(result, rank)[part][metric] if _chosen(result, rank) else None
-
-
-def chosen_mean_at(metrics: Mapping[str, str], rank: int) -> Value:
-    """The mean over the tasks, by the metric of each."""
+def chosen_at(metrics: Mapping[str, str], rank: int) -> Value:
+    """Of choices: the mean over tasks, by the metric of each, at a rank, a share; at rank 0 the base model's."""
 
     def mean_of(result: Result) -> float | None:
-        found = _chosen(result, rank)
-        return fmean(found[part][metric] for part, metric in metrics.items()) if found else None
+        ranks, parts = (0, *result.ranks), result.curve.parts
+        if parts is None or rank not in ranks:
+            return None
+        return fmean(parts[task][metric][ranks.index(rank)] for task, metric in metrics.items())
 
     return mean_of
-
-
-def _chosen(result: Result, rank: int) -> dict[str, dict[str, float]]:
-    if result.curve.parts is None or rank not in (0, *result.ranks):
-        return {}
-    place = (0, *result.ranks).index(rank)
-    return {
-        part: {name: shares[place] for name, shares in metrics.items()} for part, metrics in result.curve.parts.items()
-    }
 
 
 def values(results: Sequence[Result], method: str, value: Value, task: str | None = None) -> Pairs:
