@@ -6,7 +6,8 @@ The rule of every rival is ``lora``.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,32 +32,48 @@ def factors_of(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]
 
 
 class AnswerTrainer(SFTTrainer):
-    """Computes logits only where some row has a label: with short answers the others take a third of a CPU's step."""
+    """Computes logits only before the tokens that have a label; the others would take much of a CPU's step."""
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        targets, positions, others = _answers(inputs)
-        labels = targets.contiguous()
+        wanted, targets, others = _answers(inputs)
+        labels = targets[None]
         options = {"labels": labels, "shift_labels": labels, "num_items_in_batch": num_items_in_batch}
-        return model(**others, use_cache=False, logits_to_keep=positions, **options).loss
+        with _logits_only_at(model, wanted):
+            return model(**others, use_cache=False, **options).loss
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: nothing of a run stays but its numbers."""
 
 
 def _answers(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """What follows at the positions where some row has a label, these positions, and the inputs without labels."""
-    targets = inputs["labels"][:, 1:]
-    positions = (targets != -100).any(dim=0).nonzero().squeeze(1)
-    return targets[:, positions], positions, {key: value for key, value in inputs.items() if key != "labels"}
+    """Where a token with a label is next, these tokens, row after row, and the inputs without labels."""
+    labels = inputs["labels"]
+    wanted = torch.zeros_like(labels, dtype=torch.bool)
+    wanted[:, :-1] = labels[:, 1:] != -100
+    return wanted, labels[:, 1:][wanted[:, :-1]], {key: value for key, value in inputs.items() if key != "labels"}
+
+
+@contextmanager
+def _logits_only_at(model: Any, wanted: Tensor) -> Iterator[None]:
+    """A context in which a model's logits are one row: those at the wanted tokens, row after row."""
+
+    def choose(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][wanted][None], *args[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def answer_logits(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The logits before every token that has a label, (tokens, vocabulary), and these tokens, row after row."""
-    targets, positions, others = _answers(inputs)
-    logits = model(**others, use_cache=False, logits_to_keep=positions).logits
-    return logits[targets != -100].float(), targets[targets != -100]
+    wanted, targets, others = _answers(inputs)
+    with _logits_only_at(model, wanted):
+        return model(**others, use_cache=False).logits[0].float(), targets
 
 
 class SumTrainer(AnswerTrainer):

@@ -222,9 +222,9 @@ def test_a_killed_training_goes_on_to_the_same_bits(
     assert (tmp_path / "file").exists() == (seconds == 0 or step > 20)
     (whole, asked), (resumed, asked_again) = uninterrupted, trained_to(None, tmp_path / "file")
     assert all((resumed[name] == found).all() for name, found in whole.items())
-    # What was done is not done again: these steps, and each finished block's two losses of 8 parts.
+    # What was done is not done again: these steps, and the two losses of each finished block.
     ends = [end for end in (20, 33) if end < step]
-    assert asked - asked_again == (step if seconds == 0 else max(ends, default=0)) + 16 * len(ends)
+    assert asked - asked_again == (step if seconds == 0 else max(ends, default=0)) + 2 * len(ends)
 
 
 def test_the_checkpoint_of_another_training_counts_as_none(tmp_path: Path, uninterrupted: Any) -> None:
@@ -365,7 +365,7 @@ def test_two_processes_go_on_from_one_file_and_one_of_them_writes(
     for process in (0, 1):
         found = np.load(tmp_path / f"{process}.npz")
         assert all((found[name] == whole).all() for name, whole in uninterrupted[0].items())
-        assert uninterrupted[1] - found["asked"] == 25 + 16
+        assert uninterrupted[1] - found["asked"] == 25 + 2
         assert found["saved"] == (17 if process == 0 else 0)
 
 

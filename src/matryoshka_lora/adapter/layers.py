@@ -114,7 +114,7 @@ class NestedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # In training mode with gradients or without: TRL compares the two, and they must be the same to the last bit.
-        if args or kwargs or (torch.is_grad_enabled() and not self.training):
+        if args or kwargs:
             return self._by_variant(x, *args, **kwargs)
         variant = self._fusable_variant(x)
         if variant is None or (not self.training and variant.gate(training=False).exact):

@@ -60,10 +60,11 @@ def loss_at(
     Raises:
         NotFiniteError: The loss is NaN or infinity.
     """
+    diagonals = {rank: adapter.state.diagonal(rank) for rank in set(ranks)}
     weight, total, begin = sum(part.weight for part in parts), 0.0, 0
     for part in parts:
         mine, begin = ranks[begin : begin + part.rows], begin + part.rows
-        diagonal = torch.stack([adapter.state.diagonal(rank) for rank in mine])
+        diagonal = torch.stack([diagonals[rank] for rank in mine])
         with adapter.standing(diagonal if adapter.keeps_rows else diagonal[0], exact=False):
             loss = part.loss() * (part.weight / weight)
             if not bool(loss.isfinite()):

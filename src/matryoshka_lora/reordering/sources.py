@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, count, islice
@@ -19,6 +19,9 @@ from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.models import context_length, pad_token
 from matryoshka_lora.reordering.model import Data, Part
 from matryoshka_lora.unofficial import prepared
+
+_AT_ONCE = 16
+"""Rows of one's own that go through the model together, at most."""
 
 
 def data_from(model: Any, data: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> Data:
@@ -84,8 +87,8 @@ class TrainerRows:
         generator = torch.Generator().manual_seed(seed)
         size = trainer.args.per_device_train_batch_size
         for step in _steps(lambda: torch.randperm(len(data), generator=generator).tolist(), rows, at_once):
-            chunks = [step[start : start + size] for start in range(0, len(step), size)]
-            batches = [prepared(trainer, trainer.data_collator([data[i] for i in chunk])) for chunk in chunks]
+            chunks = _alike([data[i] for i in step], _tokens_of, size)
+            batches = [prepared(trainer, trainer.data_collator(chunk)) for chunk in chunks]
             yield [
                 Part(
                     len(batch["input_ids"]),
@@ -134,8 +137,16 @@ class QuestionRows:
             return list(shuffled)
 
         for step in _steps(draw, rows, at_once):
-            ids, mask, is_answer = pad_rows(step, self.pad, self.model.device)
-            yield [Part(len(step), int(is_answer.sum()), mask, partial(_answer_loss, self.model, ids, mask, is_answer))]
+            yield [self._part(chunk) for chunk in _alike(step, lambda row: len(row.context + row.completion), _AT_ONCE)]
+
+    def _part(self, rows: Sequence[Tokens]) -> Part:
+        ids, mask, is_answer = pad_rows(rows, self.pad, self.model.device)
+        return Part(len(rows), int(is_answer.sum()), mask, partial(_answer_loss, self.model, ids, mask, is_answer))
+
+
+def _tokens_of(row: Any) -> int:
+    """Of a Trainer's row; the same number for all where none is known."""
+    return len(row["input_ids"]) if isinstance(row, Mapping) and "input_ids" in row else 1
 
 
 def _steps(draw: Callable[[], Sequence[Any]], rows: int, at_once: int) -> Iterator[list[Any]]:
@@ -143,6 +154,19 @@ def _steps(draw: Callable[[], Sequence[Any]], rows: int, at_once: int) -> Iterat
     endless = chain.from_iterable(draw() for _ in count())
     for start in range(0, rows, at_once):
         yield list(islice(endless, min(at_once, rows - start)))
+
+
+def _alike(step: Sequence[Any], length: Callable[[Any], int], most: int) -> list[list[Any]]:
+    """A step's rows in chunks of at most so many, in which no row is more than twice as long as another."""
+    if max(map(length, step)) > 2 * min(map(length, step)):
+        step = sorted(step, key=length)
+    chunks: list[list[Any]] = []
+    for row in step:
+        if chunks and len(chunks[-1]) < most and length(row) <= 2 * length(chunks[-1][0]):
+            chunks[-1].append(row)
+        else:
+            chunks.append([row])
+    return chunks
 
 
 def _within_context(rows: list[Tokens], limit: int | None) -> list[Tokens]:

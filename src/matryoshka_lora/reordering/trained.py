@@ -29,8 +29,8 @@ SHARE = 0.5
 ROWS = 8
 """Of a step. Many small steps teach a block more than few large ones."""
 
-JUDGED = 8
-"""Steps whose rows are only looked at, to judge by."""
+JUDGED = 64
+"""Rows that are only looked at, to judge by."""
 
 LEARNING_RATE = 1e-3
 """Of R, where it is not known with which rate the adapter was trained."""
@@ -93,10 +93,11 @@ def train_ranks(
     *ranks, top = adapter.state.nesting.ranks
     if steps < 1:
         raise MatryoshkaError(f"ranks cannot be trained in {steps} steps: take 1 or more, or reorder by 'svd'")
-    stream = data.steps((steps + JUDGED) * ROWS, ROWS, seed)
+    (looked_at,) = data.steps(JUDGED, JUDGED, seed)
+    # The same rows come first here, and are not trained on.
+    stream = islice(data.steps(JUDGED + steps * ROWS, ROWS, seed), JUDGED // ROWS, None)
     whole = adapter.factors()
     with learning(adapter):
-        looked_at = [part for parts in islice(stream, JUDGED) for part in parts]
         before = _losses(adapter, looked_at, (*ranks, top))
         shares = share_out(steps, ranks)
         saved = None
