@@ -92,9 +92,10 @@ def relative_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> fl
     return max(float((actual[k] - expected[k]).norm() / expected[k].norm()) for k in expected if expected[k].norm() > 0)
 
 
-def test_gradients_equal_the_sum_over_the_rows(adapter: NestedAdapter) -> None:
+@pytest.mark.parametrize("exact", [True, False])
+def test_gradients_equal_the_sum_over_the_rows(adapter: NestedAdapter, exact: bool) -> None:
     ids = tokens(len(RANKS))
-    with adapter.rows(RANKS):
+    with adapter.rows(RANKS, exact):
         loss(adapter.model(ids).logits).backward()
     mixed = gradients(adapter.model)
     loss(one_by_one(adapter, ids, RANKS)).backward()

@@ -377,3 +377,30 @@ def test_rows_that_come_again_come_in_another_order() -> None:
     passes = [found[begin : begin + 20] for begin in (0, 20, 40)]
     assert all(sorted(each) == sorted(passes[0]) and len(set(each)) == 20 for each in passes)
     assert len({tuple(each) for each in passes}) == 3
+
+
+def test_rows_of_unlike_lengths_go_through_the_model_apart() -> None:
+    """No row is padded to more than twice its length, and the step's loss is that of its rows."""
+    tokenizer = tiny_tokenizer()
+    model = get_peft_model(tiny_llama(vocab_size=len(tokenizer)), LoraConfig(target_modules=["q_proj"]))
+    lengths = [1, 30, 2, 3, 1, 28, 9, 4, *[2] * 20]
+    data = data_from(model, [{"prompt": "ab", "completion": "b" * length} for length in lengths], tokenizer)
+    (parts,) = data.steps(len(lengths), len(lengths), seed=0)
+    rows = [part.mask.sum(dim=1).tolist() for part in parts if part.mask is not None]
+    assert sum(map(len, rows)) == sum(part.rows for part in parts) == len(lengths)
+    assert all(max(of_part) <= 2 * min(of_part) and len(of_part) <= 16 for of_part in rows)
+    assert 1 < len(parts) < 8
+    alone = [part for step in data.steps(len(lengths), 1, seed=0) for part in step]
+    with torch.no_grad():
+        whole, summed = (sum(part.loss().item() * part.weight for part in some) for some in (parts, alone))
+    assert whole == pytest.approx(summed, rel=1e-5)
+
+
+def test_rows_of_like_lengths_keep_their_order() -> None:
+    tokenizer = tiny_tokenizer()
+    model = get_peft_model(tiny_llama(vocab_size=len(tokenizer)), LoraConfig(target_modules=["q_proj"]))
+    data = data_from(model, [{"prompt": "a" * 20, "completion": "b" * length} for length in range(1, 13)], tokenizer)
+    ((part,),) = data.steps(12, 12, seed=0)
+    assert part.mask is not None
+    found, drawn = part.mask.sum(dim=1).tolist(), [only.mask.sum().item() for (only,) in data.steps(12, 1, seed=0)]
+    assert found == drawn != sorted(drawn)
