@@ -12,6 +12,8 @@ import pytest
 import torch
 import yaml
 from conftest import nest_as, randomize
+from hypothesis import given
+from hypothesis.extra.numpy import array_shapes, arrays
 from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny_chat import save_tiny_chat, tiny_tokenizer
@@ -22,6 +24,7 @@ from trl import SFTTrainer
 from matryoshka_lora import MatryoshkaError, NestedAdapter
 from matryoshka_lora.data.sources import load_data
 from matryoshka_lora.formats.opened import open_adapter
+from matryoshka_lora.loaded import places
 from matryoshka_lora.reordering import checkpoint, trained
 from matryoshka_lora.reordering.checkpoint import Checkpoint
 from matryoshka_lora.reordering.learned import JUDGED
@@ -466,6 +469,39 @@ def test_accumulated_and_checkpointed_batches_share_the_ranks_of_their_step(mode
 
     assert norm(draw=0) == pytest.approx(logged, rel=1e-4)
     assert norm(draw=1) != pytest.approx(logged, rel=1e-2)
+
+
+def test_logits_are_made_for_labels_alone_and_the_loss_is_that_of_trl(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [("x" * 30, "y"), ("x", "yyyy"), ("xx", "y" * 9), ("x" * 9, "yy")]
+    path.write_text("".join(f"{json.dumps({'prompt': prompt, 'completion': end})}\n" for prompt, end in rows))
+    trainer = untrained(config_of(model, tmp_path / "run", data=str(path)))
+    batch = next(iter(trainer.get_train_dataloader()))
+    randomize(trainer.model)
+    trainer.model.eval()
+    widths: list[int] = []
+    trainer.model.get_output_embeddings().register_forward_hook(lambda *_: widths.append(_[2].shape[1]))
+    found = []
+    for kind in (CompletionTrainer, SFTTrainer):
+        trainer.model.zero_grad()
+        loss = kind.compute_loss(trainer, trainer.model, dict(batch), num_items_in_batch=torch.tensor(20))
+        loss.backward()
+        gradients = [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
+        found.append([loss.detach(), *gradients])
+    assert widths[0] == 10 < batch["input_ids"].shape[1]  # nine letters and the end
+    assert len(found[0]) > 2
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@given(arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=9)))
+def test_places(wanted: Any) -> None:
+    if not wanted.any():
+        wanted[0, 0] = True
+    positions, which = places(torch.from_numpy(wanted))
+    assert positions.shape[1] == wanted.sum(axis=1).max()
+    for row, at, real in zip(wanted, positions, which, strict=True):
+        assert at[real].tolist() == [place for place, is_wanted in enumerate(row) if is_wanted]
 
 
 def test_the_answer_and_its_end_are_trained_and_nothing_else(model: Path, tmp_path: Path) -> None:

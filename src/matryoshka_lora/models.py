@@ -16,7 +16,6 @@ from typing import Any, Literal, get_args
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -191,55 +190,6 @@ def _check_revision(name: str | None, revision: str | None) -> None:
             f"{name!r} {where}, which has no revision {revision!r}: write the id of a model on the hub, or leave the "
             "revision out"
         )
-
-
-def context_length(model: Any) -> int | None:
-    """The most tokens that a model was made to read, where its config says it."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-
-
-def pad_token(tokenizer: PreTrainedTokenizerBase, model: Any) -> int:
-    """What fills short rows: the tokenizer's own, or else the end of a text, or else the first token.
-
-    Nothing sees it, but the model must know it: a tokenizer may have a pad token that was never added to the model.
-    """
-    known = model.config.get_text_config().vocab_size
-    found = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in found if token is not None and token < known), 0)
-
-
-def rotation_limit(model: Any) -> int | None:
-    """The most tokens of a row, where longer ones turn all their positions otherwise (longrope); None where none do.
-
-    Such a row changes its neighbours in a batch, and what was computed of it while it was shorter. The frequencies of
-    the type ``dynamic`` change too, but beyond `context_length`.
-    """
-    found = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    by_layer = [found, *(each for each in found.values() if isinstance(each, dict))]
-    limits = [each["original_max_position_embeddings"] for each in by_layer if each.get("rope_type") == "longrope"]
-    return min(limits, default=None)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """A context in which a model is in evaluation mode; each of its modules has its own mode again afterwards.
-
-    Layers with 4-bit weights are in training mode meanwhile, which computes the same: in evaluation mode, bitsandbytes
-    repacks them for the CPU at the first forward, and they cannot be merged into from then on.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = _is_4bit(module)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _is_4bit(module: nn.Module) -> bool:
-    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
 
 
 def _quantization_config(quantization: str, dtype: Any) -> BitsAndBytesConfig:

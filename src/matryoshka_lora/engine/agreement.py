@@ -11,7 +11,7 @@ the spread of the log-probabilities at a place, so that flat ones do not look al
 its median: in half precision, a router that sends a token elsewhere may change one answer much.
 
 Windows of attention are short while the model is asked, so that short requests are longer than they are. What only long
-requests could show is not covered; `matryoshka_lora.models.rotation_limit` knows of one such thing.
+requests could show is not covered; `matryoshka_lora.loaded.rotation_limit` knows of one such thing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from matryoshka_lora.engine.likelihood import Likelihood, Tree, score_trees
 from matryoshka_lora.engine.packing import Tokens
 from matryoshka_lora.engine.runner import WAY_OUT, Prefix, Runner, running
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.models import evaluation_mode
+from matryoshka_lora.loaded import evaluation_mode
 
 _WINDOW = 4
 """Tokens of a window of attention while the model is asked."""

@@ -24,7 +24,7 @@ from matryoshka_lora.engine.likelihood import Likelihood, Tree, branched, score_
 from matryoshka_lora.engine.packing import Tokens, batches, encoded, families
 from matryoshka_lora.engine.runner import WAY_OUT, Prefix, Runner, row_attention, running
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.models import context_length, rotation_limit
+from matryoshka_lora.loaded import context_length, rotation_limit
 
 Text = str | Sequence[int]
 """What a request is made of: text, or tokens."""

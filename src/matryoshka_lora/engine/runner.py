@@ -21,7 +21,7 @@ from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.engine.attention import KeyValues, Mask, Pass, Prefill, Settings
 from matryoshka_lora.engine.packing import Room, Tokens, measure_room
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.models import evaluation_mode, pad_token
+from matryoshka_lora.loaded import evaluation_mode, logits_at, pad_token
 
 NAME = "matryoshka_rows"
 
@@ -56,7 +56,6 @@ class Runner:
     model: Any
     room: Room
     pad: int
-    _wanted: list[Tensor]
 
     @property
     def device(self) -> torch.device:
@@ -80,8 +79,7 @@ class Runner:
         Returns:
             Shape (rows, k, vocabulary).
         """
-        self._wanted[:] = [wanted]
-        with _attending(row_pass):
+        with _attending(row_pass), logits_at(self.model, wanted):
             # The mask says that rows are rows: by the positions of branches, transformers would take them for packed.
             mask = torch.ones_like(ids)
             found: Tensor = self.model(
@@ -121,21 +119,9 @@ def running(
         batch_size: The most rows that generate together; None measures how many fit.
     """
     model: Any = adapter.model.get_base_model()
-    wanted: list[Tensor] = []
-
-    def gather(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = args[0]
-        index = wanted[0][..., None].expand(-1, -1, hidden.shape[-1])
-        return (hidden.gather(1, index), *args[1:])
-
-    # Before the output layer, so that whatever a model does to its logits afterwards still happens.
-    hook = model.get_output_embeddings().register_forward_pre_hook(gather)
     room = measure_room(model, token_bytes, batch_size)
-    try:
-        with torch.inference_mode(), evaluation_mode(adapter.model), row_attention(model):
-            yield Runner(adapter, model, room, pad_token(tokenizer, model), wanted)
-    finally:
-        hook.remove()
+    with torch.inference_mode(), evaluation_mode(adapter.model), row_attention(model):
+        yield Runner(adapter, model, room, pad_token(tokenizer, model))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.adapter.saving import export_rank, opened_from
 from matryoshka_lora.formats.opened import OpenedAdapter
-from matryoshka_lora.models import evaluation_mode
+from matryoshka_lora.loaded import evaluation_mode
 
 _STEPS = 12
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from matryoshka_lora.errors import NotFiniteError
-from matryoshka_lora.models import evaluation_mode
+from matryoshka_lora.loaded import evaluation_mode
 from matryoshka_lora.reordering.model import AdapterInModel, Factors, Part
 
 

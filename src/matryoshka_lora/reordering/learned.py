@@ -11,7 +11,7 @@ from statistics import fmean
 import torch
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.models import evaluation_mode
+from matryoshka_lora.loaded import evaluation_mode
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.reordering.descent import gradients_at, learning, loss_at
 from matryoshka_lora.reordering.model import AdapterInModel, Data, Factors, Part

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from matryoshka_lora.data.questions import Question, Tokens, pad_rows, rows_from, tokenize
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.models import context_length, pad_token
+from matryoshka_lora.loaded import context_length, logits_at, pad_token, places
 from matryoshka_lora.reordering.model import Data, Part
 from matryoshka_lora.unofficial import prepared
 
@@ -183,9 +183,8 @@ def _within_context(rows: list[Tokens], limit: int | None) -> list[Tokens]:
 
 
 def _answer_loss(model: Any, ids: Tensor, mask: Tensor, is_answer: Tensor) -> Tensor:
-    """The mean over the answers' tokens; logits are computed only where a row has one."""
-    is_answer = is_answer[:, 1:]
-    kept = is_answer.any(dim=0).nonzero().squeeze(1)
-    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False, logits_to_keep=kept).logits
-    here = is_answer[:, kept]
-    return cross_entropy(logits[here].float(), ids[:, 1:][:, kept][here])
+    """The mean over the answers' tokens; logits are computed only before them."""
+    positions, asked = places(is_answer[:, 1:])
+    with logits_at(model, positions):
+        logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+    return cross_entropy(logits[asked].float(), ids[:, 1:].gather(1, positions)[asked])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.models import evaluation_mode
+from matryoshka_lora.loaded import evaluation_mode
 from matryoshka_lora.reordering.checkpoint import Checkpoint, digest, flat, unflat
 from matryoshka_lora.reordering.descent import gradients_at, learning, loss_at
 from matryoshka_lora.reordering.factors import reorder_factors

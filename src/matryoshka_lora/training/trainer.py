@@ -11,6 +11,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
+from matryoshka_lora.loaded import logits_at, places
 from matryoshka_lora.privacy import shown
 
 
@@ -47,7 +48,7 @@ class EpochSampler(Sampler[int]):
 
 
 class CompletionTrainer(SFTTrainer):
-    """An `SFTTrainer` that computes logits only where a token of some row has a label.
+    """An `SFTTrainer` that computes logits only before tokens that have a label.
 
     With Triton, TRL's fused head does so by itself. Without it, TRL 1.16 scores every position of every row, which on a
     CPU is a third of a step when only short answers have labels. Where TRL's loss is more than the mean negative log
@@ -60,17 +61,12 @@ class CompletionTrainer(SFTTrainer):
         if return_outputs or not self._is_plain_loss(inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         targets = inputs["labels"][:, 1:]
-        positions = (targets != -100).any(dim=0).nonzero().squeeze(1)
-        labels = targets[:, positions].contiguous()
+        positions, labelled = places(targets != -100)
+        labels = targets.gather(1, positions).masked_fill(~labelled, -100)
         others = {key: value for key, value in inputs.items() if key != "labels"}
-        loss: torch.Tensor = model(
-            **others,
-            use_cache=False,
-            logits_to_keep=positions,
-            labels=labels,
-            shift_labels=labels,
-            num_items_in_batch=num_items_in_batch,
-        ).loss
+        options = {"labels": labels, "shift_labels": labels, "num_items_in_batch": num_items_in_batch}
+        with logits_at(self.accelerator.unwrap_model(model), positions):
+            loss: torch.Tensor = model(**others, use_cache=False, **options).loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages over the processes what is already a sum
         return loss
@@ -98,4 +94,5 @@ class CompletionTrainer(SFTTrainer):
             and self.compute_loss_func is None
             and self.label_smoother is None
             and not self.aux_loss_enabled
+            and not self.args.torch_compile  # hooks come and go
         )
