@@ -23,6 +23,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_chat import tiny_tokenizer
 from torch import Tensor
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError, load, reorder
 from matryoshka_lora.adapter.in_model import InModel
@@ -388,7 +389,7 @@ def test_rows_of_unlike_lengths_go_through_the_model_apart() -> None:
     (parts,) = data.steps(len(lengths), len(lengths), seed=0)
     rows = [part.mask.sum(dim=1).tolist() for part in parts if part.mask is not None]
     assert sum(map(len, rows)) == sum(part.rows for part in parts) == len(lengths)
-    assert all(max(of_part) <= 2 * min(of_part) and len(of_part) <= 16 for of_part in rows)
+    assert all(max(of_part) <= 2 * min(of_part) and len(of_part) <= 12 for of_part in rows)
     assert 1 < len(parts) < 8
     alone = [part for step in data.steps(len(lengths), 1, seed=0) for part in step]
     with torch.no_grad():
@@ -404,3 +405,51 @@ def test_rows_of_like_lengths_keep_their_order() -> None:
     assert part.mask is not None
     found, drawn = part.mask.sum(dim=1).tolist(), [only.mask.sum().item() for (only,) in data.steps(12, 1, seed=0)]
     assert found == drawn != sorted(drawn)
+
+
+def trainer_with_a_row_without_labels(folder: Path) -> tuple[NestedAdapter, Trainer]:
+    tokenizer = tiny_tokenizer()
+    model = get_peft_model(tiny_llama(vocab_size=len(tokenizer)), LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    adapter = nest_as(model, NESTING, "lora")
+    ids = torch.randint(5, 60, (40, 20), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"input_ids": row, "labels": [-100] * 12 + row[12:]} for row in ids]
+    rows[7] = {"input_ids": ids[7][:6], "labels": [-100] * 6}
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(folder), per_device_train_batch_size=8, max_steps=2, learning_rate=1e-2, **quiet),
+        train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        callbacks=[adapter.callback()],
+    )
+    trainer.train()
+    return adapter, trainer
+
+
+@pytest.mark.filterwarnings(
+    "ignore:the (learned order is|trained ranks are) not kept", "ignore:trained ranks that lose"
+)
+@pytest.mark.parametrize("by", ["loss", "learned", "trained"])
+def test_a_short_row_without_labels_teaches_nothing(tmp_path: Path, by: Any) -> None:
+    """Apart from the others, its mean loss is that of no token: 0 / 0."""
+    adapter, trainer = trainer_with_a_row_without_labels(tmp_path)
+    adapter.reorder(by, trainer, rows=64)
+    assert all(
+        factor.isfinite().all() for pair in InModel(adapter.model, "default").factors().values() for factor in pair
+    )
+
+
+def test_rows_without_labels_are_refused(tmp_path: Path) -> None:
+    adapter, trainer = trainer_with_a_row_without_labels(tmp_path)
+    trainer.train_dataset = [{**row, "labels": [-100] * len(row["labels"])} for row in trainer.train_dataset]
+    with pytest.raises(MatryoshkaError, match="none of the 12 rows of a step has a token to learn"):
+        adapter.reorder("learned", trainer, rows=64)
+
+
+@pytest.mark.filterwarnings("ignore:the learned order is not kept")
+def test_an_order_of_the_output_layer_where_answers_are_as_long_as_there_are_rows() -> None:
+    tokenizer = tiny_tokenizer()
+    config = LoraConfig(r=8, target_modules=["q_proj", "lm_head"])
+    adapter = nest_as(get_peft_model(tiny_llama(vocab_size=len(tokenizer)), config), NESTING, "lora")
+    rows = [{"prompt": "a" * (20 + number), "completion": "bcdefghabcd"} for number in range(15)]  # and the end: 12
+    adapter.reorder("learned", rows, tokenizer, rows=24)

@@ -68,7 +68,7 @@ def logits_at(model: Any, positions: Tensor) -> Iterator[None]:
     row is still a row.
 
     Args:
-        model: A causal language model of transformers, or PEFT's around one.
+        model: A causal language model of transformers, or PEFT's around one, that is not compiled.
         positions: Of the tokens in their rows, shape (rows, k): the logits' shape is (rows, k, vocabulary).
     """
 
@@ -90,9 +90,11 @@ def places(wanted: Tensor) -> tuple[Tensor, Tensor]:
         wanted: Which tokens of each row, bool, shape (rows, tokens).
 
     Returns:
-        Their places, ascending, shape (rows, k), where k is the most that a row has; and which of these are of wanted
-        tokens, as a row that has fewer has others behind them.
+        Their places, ascending, shape (rows, k), where k is the most that a row has, or one more, so that k is not the
+        number of rows; and which of these are of wanted tokens, as a row that has fewer has others behind them.
     """
     k = int(wanted.sum(dim=1).max())
+    # By its shape, a layer with a rank for each row tells rows from tokens.
+    k += k == len(wanted) and k < wanted.shape[1]
     positions = wanted.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :k]
     return positions, wanted.gather(1, positions)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from matryoshka_lora.errors import NotFiniteError
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.loaded import evaluation_mode
 from matryoshka_lora.reordering.model import AdapterInModel, Factors, Part
 
@@ -59,11 +59,18 @@ def loss_at(
 
     Raises:
         NotFiniteError: The loss is NaN or infinity.
+        MatryoshkaError: No row has a token to learn.
     """
     diagonals = {rank: adapter.state.diagonal(rank) for rank in set(ranks)}
     weight, total, begin = sum(part.weight for part in parts), 0.0, 0
+    if not weight:
+        raise MatryoshkaError(
+            f"none of the {len(ranks)} rows of a step has a token to learn: leave out rows without labels"
+        )
     for part in parts:
         mine, begin = ranks[begin : begin + part.rows], begin + part.rows
+        if not part.weight:
+            continue  # the mean over no token may be NaN
         diagonal = torch.stack([diagonals[rank] for rank in mine])
         with adapter.standing(diagonal if adapter.keeps_rows else diagonal[0], exact=False):
             loss = part.loss() * (part.weight / weight)

@@ -20,7 +20,7 @@ from matryoshka_lora.loaded import context_length, logits_at, pad_token, places
 from matryoshka_lora.reordering.model import Data, Part
 from matryoshka_lora.unofficial import prepared
 
-_AT_ONCE = 16
+_AT_ONCE = 12
 """Rows of one's own that go through the model together, at most."""
 
 

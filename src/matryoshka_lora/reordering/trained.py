@@ -70,7 +70,7 @@ def train_ranks(
 
     A trained block that loses more than the one that it began from, on rows that are only looked at, is not kept. Where
     the ranks do not lose less than before in the mean, nothing is kept. A rank that alone loses more is named in a
-    warning.
+    warning. These `JUDGED` rows are no others' only where there are so many.
 
     Args:
         adapter: A reordered one. Frozen factors are frozen again afterwards.

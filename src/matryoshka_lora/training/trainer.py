@@ -52,7 +52,7 @@ class CompletionTrainer(SFTTrainer):
 
     With Triton, TRL's fused head does so by itself. Without it, TRL 1.16 scores every position of every row, which on a
     CPU is a third of a step when only short answers have labels. Where TRL's loss is more than the mean negative log
-    likelihood, TRL computes it.
+    likelihood, or the model is compiled, TRL computes it.
     """
 
     def compute_loss(
