@@ -49,11 +49,19 @@ def cuts(study: Study, job: Job) -> list[str]:
 
 
 def needed(study: Study, runs: Mapping[Job, Run], job: Job) -> list[str]:
-    """The `cuts` of a job, on test data those alone whose learning rate is the job's."""
+    """The `cuts` of a job that something waits for.
+
+    On test data, those whose learning rate is the job's. On validation data, those that have not tried it yet; where
+    none has to and none has, all.
+    """
+    states = {unit: rates(study, runs, unit) for unit in _asked(study, job)}
     if job.split == "validation":
-        return cuts(study, job)
-    chosen = {unit.cut for unit in _asked(study, job) if rates(study, runs, unit).chosen == job.learning_rate}
-    return [cut for cut in cuts(study, job) if cut in chosen]
+        found = {unit.cut for unit, state in states.items() if job in state.missing}
+        if not found and not any(_has(runs, job, unit.cut) for unit in states):
+            found = {unit.cut for unit in states}
+    else:
+        found = {unit.cut for unit, state in states.items() if state.chosen == job.learning_rate}
+    return [cut for cut in cuts(study, job) if cut in found]
 
 
 def settled(study: Study, runs: Mapping[Job, Run], job: Job) -> bool:

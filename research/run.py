@@ -84,8 +84,8 @@ def run_once(study: Study, job: Job, folder: Path) -> bool:
         with FileLock(lock, timeout=0):
             runs = load_runs(study, folder)
             wanted = set(needed(study, runs, job))
-            if not wanted and settled(study, runs, job):
-                return True  # another process has measured a rate since the job was planned
+            if not wanted and (job in runs or settled(study, runs, job)):
+                return True  # another process has done it, or measured a rate, since the job was planned
             if not wanted:
                 raise MatryoshkaError(f"{path}: the study asks nothing of this run, or not before its rates are chosen")
             before = Run.read(path) if path.exists() else None

@@ -6,7 +6,8 @@ The rule of every rival is ``lora``.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from torch.utils.hooks import RemovableHandle
 from trl import SFTTrainer
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter
-from matryoshka_lora.loaded import logits_at, places
 from matryoshka_lora.training import TrainConfig
 
 
@@ -37,9 +37,10 @@ class AnswerTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        positions, labels, others = _answers(inputs)
+        wanted, targets, others = _answers(inputs)
+        labels = targets[None]
         options = {"labels": labels, "shift_labels": labels, "num_items_in_batch": num_items_in_batch}
-        with logits_at(model, positions):
+        with _logits_only_at(model, wanted):
             return model(**others, use_cache=False, **options).loss
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -47,19 +48,32 @@ class AnswerTrainer(SFTTrainer):
 
 
 def _answers(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """The places before each row's tokens with a label, these tokens, -100 for none, and the inputs without labels."""
-    targets = inputs["labels"][:, 1:]
-    positions, labelled = places(targets != -100)
-    labels = targets.gather(1, positions).masked_fill(~labelled, -100)
-    return positions, labels, {key: value for key, value in inputs.items() if key != "labels"}
+    """Where a token with a label is next, these tokens, row after row, and the inputs without labels."""
+    labels = inputs["labels"]
+    wanted = torch.zeros_like(labels, dtype=torch.bool)
+    wanted[:, :-1] = labels[:, 1:] != -100
+    return wanted, labels[:, 1:][wanted[:, :-1]], {key: value for key, value in inputs.items() if key != "labels"}
+
+
+@contextmanager
+def _logits_only_at(model: Any, wanted: Tensor) -> Iterator[None]:
+    """A context in which a model's logits are one row: those at the wanted tokens, row after row."""
+
+    def choose(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][wanted][None], *args[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def answer_logits(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The logits before every token that has a label, (tokens, vocabulary), and these tokens, row after row."""
-    positions, labels, others = _answers(inputs)
-    with logits_at(model, positions):
-        logits = model(**others, use_cache=False).logits
-    return logits[labels != -100].float(), labels[labels != -100]
+    wanted, targets, others = _answers(inputs)
+    with _logits_only_at(model, wanted):
+        return model(**others, use_cache=False).logits[0].float(), targets
 
 
 class SumTrainer(AnswerTrainer):

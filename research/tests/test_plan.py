@@ -310,11 +310,15 @@ def test_test_questions_are_asked_of_a_cut_at_its_own_rate_alone(tmp_path: Path)
     two, four = (Job("lora", "sums", 4, rate, 7, "test") for rate in (2e-3, 4e-3))
     assert needed(study, runs, two) == ["svd"]
     assert needed(study, runs, four) == ["prefix"]
-    # None before the rates are known, and all of them on validation data.
+    # None before the rates are known. On validation data all of them, but where one alone is still at the edge.
     assert needed(study, {}, four) == []
-    assert needed(study, runs, Job("lora", "sums", 4, 2e-3, 100, "validation")) == ["prefix", "svd"]
+    tried = Job("lora", "sums", 4, 2e-3, 100, "validation")
+    assert needed(study, {}, tried) == ["prefix", "svd"]
+    assert needed(study, runs, tried) == []
+    edge = replace(tried, learning_rate=8e-3)
+    assert needed(study, {job: run for job, run in runs.items() if job != edge}, edge) == ["prefix"]
     for job, run in runs.items():
-        replace(run, curves={cut: run.curves[cut] for cut in needed(study, runs, job)}).write(tmp_path)
+        replace(run, curves={cut: run.curves[cut] for cut in needed(study, runs, job) or run.curves}).write(tmp_path)
     assert load_runs(study, tmp_path).keys() == runs.keys()
     assert {r.method for r in results(study, load_runs(study, tmp_path))} == set(study.methods)
     replace(runs[two], curves={"prefix": runs[two].curves["prefix"]}).write(tmp_path)
