@@ -29,7 +29,7 @@ SHARE = 0.5
 ROWS = 8
 """Of a step. Many small steps teach a block more than few large ones."""
 
-JUDGED = 64
+JUDGED_ROWS = 64
 """Rows that are only looked at, to judge by."""
 
 LEARNING_RATE = 1e-3
@@ -70,7 +70,7 @@ def train_ranks(
 
     A trained block that loses more than the one that it began from, on rows that are only looked at, is not kept. Where
     the ranks do not lose less than before in the mean, nothing is kept. A rank that alone loses more is named in a
-    warning. These `JUDGED` rows are no others' only where there are so many.
+    warning. These `JUDGED_ROWS` rows are no others' only where there are so many.
 
     Args:
         adapter: A reordered one. Frozen factors are frozen again afterwards.
@@ -93,9 +93,9 @@ def train_ranks(
     *ranks, top = adapter.state.nesting.ranks
     if steps < 1:
         raise MatryoshkaError(f"ranks cannot be trained in {steps} steps: take 1 or more, or reorder by 'svd'")
-    (looked_at,) = data.steps(JUDGED, JUDGED, seed)
+    (looked_at,) = data.steps(JUDGED_ROWS, JUDGED_ROWS, seed)
     # The same rows come first here, and are not trained on.
-    stream = islice(data.steps(JUDGED + steps * ROWS, ROWS, seed), JUDGED // ROWS, None)
+    stream = islice(data.steps(JUDGED_ROWS + steps * ROWS, ROWS, seed), JUDGED_ROWS // ROWS, None)
     whole = adapter.factors()
     with learning(adapter):
         before = _losses(adapter, looked_at, (*ranks, top))
