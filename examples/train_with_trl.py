@@ -1,4 +1,4 @@
-"""A TRL script as you have it, and three lines more.
+"""A TRL script as you have it, and four calls more.
 
 python examples/train_with_trl.py --steps 80 --out runs/trl
 """
@@ -23,7 +23,7 @@ base, tokenizer = load_model(), load_tokenizer()
 data = load_data({"task": "family_relationships", "size": 8 * args.steps})
 model = get_peft_model(base, LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
 
-adapter = nest(model)  # 1
+adapter = nest(model)  # 1 of 4
 
 trainer = SFTTrainer(
     model=model,
@@ -39,11 +39,11 @@ trainer = SFTTrainer(
     ),
     train_dataset=data,
     processing_class=tokenizer,
-    callbacks=[adapter.callback()],  # 2
+    callbacks=[adapter.callback()],  # 2 of 4
 )
 trainer.train()
 
-adapter.reorder()  # or, by some more steps of training, adapter.reorder(by="learned", data=trainer)
-adapter.save(args.out)  # 3
+adapter.reorder()  # 3 of 4; or, by some more steps of training, adapter.reorder(by="learned", data=trainer)
+adapter.save(args.out)  # 4 of 4
 
 print(f"{args.out} serves any rank from 1 to 32. Next: matryoshka info {args.out}")

@@ -13,9 +13,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from matryoshka_lora import MatryoshkaError, Nesting, export, reorder
+from matryoshka_lora.files import read_bytes
 from matryoshka_lora.formats.opened import open_adapter
 from matryoshka_lora.serving.info import describe
-from matryoshka_lora.serving.ranks import Keep, read_bytes
+from matryoshka_lora.serving.ranks import Keep
 
 LAYERS = {"lora_unet_a": (16, 40, 24), "lora_unet_b": (8, 12, 90), "lora_te_c": (12, 20, 20)}
 
@@ -191,7 +192,7 @@ def test_what_is_no_threshold(bad: str) -> None:
 def test_sizes_in_words() -> None:
     wanted = {"50MB": 50_000_000, "1.5 GB": 1_500_000_000, "20MiB": 20 << 20, "7": 7, 12: 12, "3 kb": 3000}
     assert {text: read_bytes(text) for text in wanted} == wanted
-    for bad in ("", "MB", "-3MB", "5 parsecs", "1e3", True, "9" * 40):
+    for bad in ("", "MB", "-3MB", "5 parsecs", "1e3", True, "9" * 40, 0, "0 MB"):
         with pytest.raises(MatryoshkaError, match="write, for example, 50MB"):
             read_bytes(bad)
 

@@ -169,7 +169,7 @@ def test_in_python_it_takes_what_was_returned_or_written(tmp_path: Path) -> None
         choice = select(given_as, within="5%")
         assert (choice.rank, choice.best) == (4, 8)
         assert choice == select(given_as, 0.05) == select(given_as, " 5 % ", task="family")
-    assert select(file, max_bytes=300_000).rank == 2
+    assert select(file, max_bytes=300_000).rank == select(file, max_bytes="0.3MB").rank == 2
     assert select(file, max_latency=34.1).rank == 1
     with pytest.raises(MatryoshkaError, match="say what the rank must meet: within, such as 1%, max_bytes or"):
         select(file)
@@ -212,7 +212,7 @@ def test_the_command_chooses_and_gives_its_evidence(run: Run, tmp_path: Path) ->
     assert "Rank 8 is" in run(file, "--within", "0%")[1]
     assert "Rank 2 is the best that keeps the limit: 0.667" in run(file, "--max-bytes", 300_000)[1]
     assert "Rank 1 is the best that keeps the limit: 0.333" in run(file, "--max-latency", 34.1)[1]
-    assert "Rank 4 is the smallest" in run(file, "--within", "5 %", "--max-bytes", 500_000)[1]
+    assert "Rank 4 is the smallest" in run(file, "--within", "5 %", "--max-bytes", "500 kB")[1]
 
 
 @pytest.mark.parametrize(("base", "said"), [(0.0, False), (0.95, True), (None, False)])

@@ -186,7 +186,7 @@ def select(
         str | None,
         typer.Option(help="How far below the best rank's value it may be, such as 1%: of that value, not points."),
     ] = None,
-    max_bytes: Annotated[int | None, typer.Option(min=1, help="The most bytes of the exported adapter.")] = None,
+    max_bytes: Annotated[str | None, typer.Option(help="The most that the exported adapter may have, as 50MB.")] = None,
     max_latency: Annotated[
         float | None,
         typer.Option(min=0, help="The most milliseconds for one token, on the machine that evaluated."),
@@ -211,14 +211,16 @@ def select(
 
     from matryoshka_lora.evaluation.select import find_adapter, parse_share, read_evaluation, save_choice
     from matryoshka_lora.evaluation.select import select as choose
+    from matryoshka_lora.files import read_bytes
     from matryoshka_lora.formats.card import metric_name
 
     try:
         share = None if within is None else parse_share(within)
+        size = None if max_bytes is None else read_bytes(max_bytes)
     except MatryoshkaError as error:
         raise typer.BadParameter(str(error)) from error
     found = read_evaluation(evaluation)
-    choice = choose(found, share, max_bytes=max_bytes, max_latency=max_latency, task=task)
+    choice = choose(found, share, max_bytes=size, max_latency=max_latency, task=task)
     name, measured = found.task_name(task), found.measured(task)
     typer.echo(f"{name}: {metric_name(measured.metric)}, {measured.items} questions\n")
     for line in (*_table(measured, choice), "", *_sentences(measured, choice)):

@@ -104,7 +104,7 @@ def info(
         Path | None, typer.Option(help="Draw the singular values of every layer, as .png, .svg or .pdf.")
     ] = None,
 ) -> None:
-    """Say what an adapter is: ranks, scales, its size at each rank, and how fast its directions lose weight.
+    """Say what an adapter is: ranks, scales, its size at each rank, and what each rank keeps.
 
     Prints what `export` would give with each --rank, --keep and --max-bytes. No base model is loaded.
 

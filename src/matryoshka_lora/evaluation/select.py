@@ -11,7 +11,7 @@ from typing import Any
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.choice import Choice, Wish, choose
 from matryoshka_lora.evaluation.results import EXAMPLES_NAME, FORMAT, Evaluation
-from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, settle, write_text
+from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, read_bytes, settle, write_text
 from matryoshka_lora.formats.beside import check_measured, fingerprint
 from matryoshka_lora.formats.config import CONFIG_NAME
 from matryoshka_lora.formats.opened import open_adapter
@@ -23,7 +23,7 @@ def select(
     evaluation: Evaluation | str | os.PathLike[str],
     within: float | str | None = None,
     *,
-    max_bytes: int | None = None,
+    max_bytes: int | str | None = None,
     max_latency: float | None = None,
     task: str | None = None,
 ) -> Choice:
@@ -37,7 +37,7 @@ def select(
         evaluation: What `matryoshka_lora.evaluate` returned or wrote: its file, its folder, or the adapter's folder.
         within: How far below the best rank's value it may be, as a share of that value: ``0.01`` or ``"1%"``. None
             takes the best rank that keeps the limits.
-        max_bytes: The most bytes of the exported adapter.
+        max_bytes: The most bytes of the exported adapter: ``50_000_000`` or ``"50MB"``.
         max_latency: The most milliseconds for one token, on the machine that evaluated.
         task: The task to choose by; may be None where there is only one.
 
@@ -48,7 +48,8 @@ def select(
         MatryoshkaError: There is no such evaluation or task, no wish, or no rank that meets it.
     """
     found = evaluation if isinstance(evaluation, Evaluation) else read_evaluation(evaluation)
-    wish = Wish(parse_share(within) if isinstance(within, str) else within, max_bytes, max_latency)
+    most_bytes = None if max_bytes is None else read_bytes(max_bytes)
+    wish = Wish(parse_share(within) if isinstance(within, str) else within, most_bytes, max_latency)
     if wish == Wish():
         raise MatryoshkaError("say what the rank must meet: within, such as 1%, max_bytes or max_latency")
     if wish.within is not None and not 0 <= wish.within <= 1:

@@ -30,6 +30,7 @@ from matryoshka_lora.files.disk import (
     checkpoint_file,
     is_ours,
     kinds_in,
+    read_bytes,
     read_text,
 )
 from matryoshka_lora.files.switch import Mark, mark
@@ -60,6 +61,7 @@ __all__ = [
     "mark",
     "one_state",
     "output_directory",
+    "read_bytes",
     "read_text",
     "replace_directory",
     "replace_file",

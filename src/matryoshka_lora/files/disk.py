@@ -47,6 +47,8 @@ _README = "README.md"
 
 _RUN, EVALUATION = "a training run", "an evaluation"
 
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
 # What a folder holds, and the files by which that is seen.
 _SIGNS = {
     _RUN: ("train.yaml", "trainer_state.json", "optimizer.pt", "checkpoint-*/trainer_state.json"),
@@ -197,3 +199,17 @@ def _message(target: Path, code: int | None, reason: str) -> str:
     else:
         way_out = "choose another place"
     return f"cannot write {target}: {reason}; {way_out}"
+
+
+def read_bytes(text: str | int) -> int:
+    """From ``50_000_000``, ``"50MB"``, ``"1.5 GB"`` or ``"20MiB"``.
+
+    Raises:
+        MatryoshkaError: It is none of these, or less than a byte.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text), re.IGNORECASE)
+    if not isinstance(text, bool) and found and found[2].upper() in _UNITS:
+        size = float(found[1]) * _UNITS[found[2].upper()]
+        if 1 <= size < 1e18:
+            return int(size)
+    raise MatryoshkaError(f"a size is {str(text)!r:.80}; write, for example, 50MB")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import check_free, check_writable, output_directory, write_text
+from matryoshka_lora.files import check_free, check_writable, output_directory, read_bytes, write_text
 from matryoshka_lora.formats.beside import Spectra, read_spectra, share_kept
 from matryoshka_lora.formats.card import CARD_NAME, has_own_card, ladder_readme
 from matryoshka_lora.formats.directions import write_directions
@@ -22,7 +22,7 @@ from matryoshka_lora.formats.styles import Style
 from matryoshka_lora.formats.write import Ranks, check_apart, cut, weights_size, write_adapter
 from matryoshka_lora.reordering.files import deployed, reorder_opened, spectra_of
 from matryoshka_lora.serving.converted import check_folders, export_gguf, export_gguf_ladder, export_mlx
-from matryoshka_lora.serving.ranks import Chosen, Keep, by_size, by_threshold, choose_ranks, read_bytes
+from matryoshka_lora.serving.ranks import Chosen, Keep, by_size, by_threshold, choose_ranks
 from matryoshka_lora.serving.single import Progress, Wish, write_single
 
 if TYPE_CHECKING:

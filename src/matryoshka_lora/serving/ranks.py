@@ -18,8 +18,6 @@ from matryoshka_lora.formats.layout import Layer
 
 Rule = Literal["energy", "sv_ratio", "sv_fro", "sv_cumulative"]
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-
 
 @dataclass(frozen=True)
 class Chosen:
@@ -196,15 +194,3 @@ def _chosen(layers: Sequence[Layer], spectra: Spectra, ranks: Mapping[str, int])
         sum(layer.width * layer.rank for layer in layers),
         kept / everything if everything else 1.0,
     )
-
-
-def read_bytes(text: str | int) -> int:
-    """From ``50_000_000``, ``"50MB"``, ``"1.5 GB"`` or ``"20MiB"``.
-
-    Raises:
-        MatryoshkaError: It is none of these.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text), re.IGNORECASE)
-    if isinstance(text, bool) or not found or found[2].upper() not in _UNITS or float(found[1]) > 1e15:
-        raise MatryoshkaError(f"a size is {str(text)!r:.80}; write, for example, 50MB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
