@@ -151,6 +151,7 @@ def test_the_package_runs_as_a_module() -> None:
         ["select", "x", "--within", "-1%"],
         ["select", "x", "--within", "101%"],
         ["select", "x", "--max-bytes", "0"],
+        ["eval", "x", "--tasks", "t", "--batch-size", "²"],
         ["eval", "x", "--task", "t", "--data", "d.jsonl"],
         ["eval", "x", "--task", "t", "--ranks", "1;2"],
         ["eval", "x", "--task", "t", "--ranks", "2,1"],

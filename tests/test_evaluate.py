@@ -249,6 +249,9 @@ def test_what_cannot_be_evaluated(tokenizer: Any) -> None:
         evaluate(adapter, "chain_sum", given(ROWS))
     with pytest.raises(MatryoshkaError, match="data has no rows to ask"):
         measured(adapter, tokenizer, [])
+    for shots in ({"num_fewshot": 5}, {"fixed_shots": True}):
+        with pytest.raises(MatryoshkaError, match="data is asked without shots"):
+            measured(adapter, tokenizer, **shots)
     with pytest.raises(MatryoshkaError, match="batch_size is 0; write 1 or more"):
         measured(adapter, tokenizer, batch_size=0)
     with pytest.raises(MatryoshkaError, match="empty prompt"):

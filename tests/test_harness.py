@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,13 +23,21 @@ import yaml
 from conftest import lora_config, nest_as, nested_llama, randomize, tiny_llama
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.tasks import TaskManager
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_chat import save_tiny_chat
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, evaluate
 from matryoshka_lora.adapter.saving import opened_from
 from matryoshka_lora.data.questions import ExactMatch, Row
 from matryoshka_lora.engine import generation
@@ -37,10 +46,12 @@ from matryoshka_lora.evaluation import tasks
 from matryoshka_lora.evaluation.cost import adapter_bytes, token_latency
 from matryoshka_lora.evaluation.harness import judge
 from matryoshka_lora.evaluation.results import summed
-from matryoshka_lora.evaluation.store import Store, request_key
+from matryoshka_lora.evaluation.select import read_evaluation
+from matryoshka_lora.evaluation.store import Store, mark_of_weights, request_key
 from matryoshka_lora.evaluation.tasks import Asked, Preset, QuestionsTask, ask
 from matryoshka_lora.formats.beside import fingerprint
 from matryoshka_lora.formats.opened import open_adapter
+from matryoshka_lora.models import load_on_accelerator, load_tokenizer
 
 RANKS = (1, 2, 4)
 HARNESS_TASKS = Path(lm_eval.__file__).parent / "tasks"
@@ -376,6 +387,165 @@ def test_a_store_that_cannot_be_used(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_full_disk_is_named_and_lets_the_store_go(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    store = Store(file, {})
+    store._file = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+    with pytest.raises(MatryoshkaError, match="cannot write the answers: No space left on device"):
+        store.put(request_key("x"), 1, "y")
+    store.close()
+    Store(file, {}).close()
+
+
+def own_adapter(base: Path) -> NestedAdapter:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora_config(Nesting(RANKS)))
+    randomize(model, size=1.0)
+    return nest_as(model.eval(), Nesting(RANKS), deploy="paper")
+
+
+def choices(folder: Path, name: str = "choices", **config: Any) -> str:
+    rows = [{"text": word, "choices": [f" {other}" for other in WORDS[:4]]} for word in WORDS]
+    settings = {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": 0,
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    return write_task(folder, name, rows, **{**settings, **config})
+
+
+def test_answers_of_another_base_model_are_never_given_again(base: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Its name is the same: it was trained further, in memory or on the disk."""
+    adapter, file = own_adapter(base), choices(tmp_path)
+
+    def evaluated(out: str, **options: Any) -> list[Any]:
+        found = evaluate(adapter, file, out=tmp_path / out, tokenizer=tokenizer, latency=False, **options)
+        return [store.strip() for store in (tmp_path / out / "answers.jsonl").read_text().splitlines()[1:]] + [found]
+
+    before = evaluated("one")
+    assert evaluated("one")[:-1] == before[:-1]
+    with torch.no_grad():
+        for name, weight in adapter.model.get_base_model().named_parameters():
+            if "lora_" not in name:
+                weight += torch.randn_like(weight) / 4
+    with pytest.raises(MatryoshkaError, match=r"holds answers of another base: give another folder .* or begin anew"):
+        evaluated("one")
+    fresh = evaluated("another")
+    assert fresh[:-1] != before[:-1]
+    assert evaluated("one", overwrite=True)[:-1] == fresh[:-1]
+
+
+def test_the_mark_of_a_base_model_is_of_nothing_else(base: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    mark = mark_of_weights(model)
+    nesting = Nesting(RANKS)
+    adapter = nest_as(get_peft_model(model, lora_config(nesting, modules_to_save=["lm_head"])), nesting)
+    randomize(adapter.model)
+    adapter.set_rank(2)
+    assert mark_of_weights(adapter.model.get_base_model()) == mark
+    assert mark_of_weights(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)) != mark
+
+
+def test_a_task_that_shuffles_while_it_loads_is_the_harness_own(
+    base: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shuffling.py").write_text(
+        "import random\n\n\ndef docs(dataset):\n    def one(doc):\n        choices = list(doc['choices'])\n"
+        "        random.shuffle(choices)\n        return {'choices': choices}\n\n    return dataset.map(one)\n"
+    )
+    file = choices(tmp_path, "shuffled")
+    text = Path(file).read_text() + "process_docs: !function shuffling.docs\n"
+    Path(file).write_text(text)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def order(load: Any) -> Any:
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        random.seed(time.time_ns())
+        return [doc["choices"] for doc in load().eval_docs]
+
+    def of_the_harness() -> Any:
+        random.seed(0)  # as simple_evaluate does before it loads
+        return next(iter(TaskManager(include_defaults=False).load([file])["tasks"].values()))
+
+    assert order(lambda: ask(file, tokenizer).tasks[0]) == order(of_the_harness)
+
+
+def test_a_special_token_that_the_tokenizer_only_added_ends_an_answer(adapter: NestedAdapter, tokenizer: Any) -> None:
+    own = copy.deepcopy(tokenizer)
+    prompt = tokenizer("red")["input_ids"]
+    adapter.set_rank(4)
+    written = adapter.model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+    made = written[0, len(prompt) :].tolist()
+    place = next(n for n in range(2, len(made)) if made[n] not in made[:n])
+    end, expected = own.convert_ids_to_tokens(made[place]), own.decode(made[:place])
+    own.add_tokens([AddedToken(end, special=True)])
+    assert own.convert_tokens_to_ids(end) == made[place]
+    assert end not in own.all_special_tokens
+    assert Engine(adapter, own).generate([prompt], 4, max_new_tokens=12, until=[end]) == [expected]
+    limits = generation.Limits.of(adapter.model, own, 12, [own.decode(made[place - 1 : place + 1])], 1.0)
+    assert [limits.over(made[:count]) for count in range(1, place + 2)] == [False] * place + [True]
+
+
+def test_an_answer_is_cut_by_one_text_after_the_other_as_the_harness_does(adapter: Any) -> None:
+    tokenizer = load_tokenizer()
+    for text, until in (("42\n\nQuestion: what", ["Question:", "\n\nQuestion:"]), ("ab\n\nc", ["\n\n", "b\n"])):
+        limits = generation.Limits.of(adapter.model, tokenizer, 50, until, 1.0)
+        made = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert limits.text(made) == postprocess_generated_text(text, until, None)
+
+
+def test_texts_are_cut_by_the_models_own_context(tokenizer: Any, tmp_path: Path) -> None:
+    """Of a longrope model the rows may be shorter: then a text is refused, and not cut where the harness would not."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = Phi3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        original_max_position_embeddings=64,
+        rope_parameters={**rope, "original_max_position_embeddings": 64, "factor": 4.0},
+        pad_token_id=2,
+        eos_token_id=2,
+        bos_token_id=1,
+    )
+    model = get_peft_model(Phi3ForCausalLM(config), LoraConfig(r=4, target_modules=["qkv_proj"]))
+    adapter = nest_as(model.eval(), Nesting(RANKS), deploy="paper")
+    file = write_task(
+        tmp_path,
+        "rolling",
+        [{"text": "the quick brown fox jumps over the lazy dog and so it goes on " * 2}],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{text}}",
+        metric_list=[{"metric": "word_perplexity"}],
+    )
+    with pytest.raises(MatryoshkaError, match="from 64 on this model turns all positions of a row otherwise"):
+        judge(Engine(adapter, tokenizer), ask(file, tokenizer).tasks, [4], Store(None, {}))
+
+
+def test_what_another_command_has_written_meanwhile_stays(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_adapter(base).save(tmp_path / "adapter")
+    first, second = choices(tmp_path, "first"), choices(tmp_path, "second")
+    options = {"model": str(base), "dtype": "fp32", "latency": False, "base": False}
+    loads = [load_on_accelerator]
+
+    def load(*given: Any) -> Any:
+        if len(loads) == 1:
+            loads.append(load_on_accelerator)
+            evaluate(tmp_path / "adapter", first, **options)
+        return load_on_accelerator(*given)
+
+    monkeypatch.setattr("matryoshka_lora.evaluation.evaluate.load_on_accelerator", load)
+    evaluate(tmp_path / "adapter", second, **options)
+    assert set(read_evaluation(tmp_path / "adapter").tasks) == {"first.yaml", "second.yaml"}
+
+
 def test_tasks_that_cannot_be_run(tmp_path: Path, adapter: NestedAdapter, tokenizer: Any) -> None:
     rows = [{"text": word} for word in WORDS]
     base = {"output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "x"}
@@ -548,7 +718,7 @@ def test_the_real_model_answers_as_the_harness_does(tmp_path: Path) -> None:
     """SmolLM2 in float32, three tasks, few questions, at three ranks."""
     import torch
 
-    from matryoshka_lora.models import embedded_folder, load_model, load_tokenizer
+    from matryoshka_lora.models import embedded_folder, load_model
 
     tokenizer = load_tokenizer()
     nesting = Nesting([1, 8, 32])

@@ -241,6 +241,16 @@ def test_a_metric_to_be_low_is_chosen_and_shown_as_it_is(run: Run, tmp_path: Pat
     assert "+0.333 ± " in out  # rank 2 has a larger value
 
 
+def test_a_metric_that_does_not_say_which_is_better_chooses_nothing(run: Run, tmp_path: Path) -> None:
+    file = write(tmp_path, some_examples())
+    data = json.loads(file.read_text())
+    data["tasks"]["family"]["metrics"]["acc,none"]["higher_is_better"] = None
+    file.write_text(json.dumps(data))
+    code, _, err = run(tmp_path, "--within", "1%")
+    assert code == 1
+    assert "does not say whether more of acc,none is better: write higher_is_better" in err
+
+
 def test_no_difference_has_no_sign_of_a_loss(run: Run, tmp_path: Path) -> None:
     rows = [example("t", n, {0: 0.0, 1: 0.0, 2: 0.0, 4: float(n > 3), 8: float(n > 3)}) for n in range(9)]
     write(tmp_path, rows)

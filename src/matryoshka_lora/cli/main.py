@@ -44,6 +44,10 @@ def main() -> None:
     except MatryoshkaError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        named = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {named}{error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("matryoshka_lora"):
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from enum import StrEnum
@@ -169,7 +170,7 @@ def _parse_ranks(text: str) -> tuple[int, ...]:
 def _parse_batch_size(text: str) -> int | None:
     if text == "auto":
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not re.fullmatch("[1-9][0-9]*", text):
         raise typer.BadParameter(f"--batch-size is {text!r}; write a number such as 64, or auto")
     return int(text)
 

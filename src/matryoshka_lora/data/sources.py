@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -108,7 +109,8 @@ def load_data(spec: str | Mapping[str, Any]) -> Dataset:
         examples = _task(parsed).examples(parsed["split"], parsed["size"])
         rows = [_as_chat(example.prompt, example.completion) for example in examples]
     elif "path" in parsed:
-        rows = list(_convert(parsed["path"], _read(Path(parsed["path"]).expanduser()), size, parsed.get("template")))
+        path = Path(os.path.expanduser(parsed["path"]))
+        rows = list(_convert(parsed["path"], _read(path), size, parsed.get("template")))
     else:
         rows = list(_convert(f"dataset {parsed['dataset']}", _download(parsed), size, parsed.get("template")))
     if any("tools" in row for row in rows):
@@ -118,11 +120,11 @@ def load_data(spec: str | Mapping[str, Any]) -> Dataset:
 
 
 def _parse_name(name: str) -> dict[str, Any]:
-    if name.endswith(SUFFIXES) or Path(name).expanduser().is_file():
+    if name.endswith(SUFFIXES) or Path(os.path.expanduser(name)).is_file():
         return {"path": name}
     if is_task(name):
         return {"task": name}
-    if "/" in name and not Path(name).expanduser().exists() and not name.startswith((".", "/", "~")):
+    if "/" in name and not Path(os.path.expanduser(name)).exists() and not name.startswith((".", "/", "~")):
         return {"dataset": name}
     close = nearest_tasks(name)
     hint = f"did you mean the task {close[0]!r}? " if close else ""
@@ -157,7 +159,7 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
         raise MatryoshkaError(f"there is no file {path}; write its path from here, or the whole path") from error
     except MatryoshkaError:
         raise
-    except (OSError, ValueError) as error:  # ValueError: JSON, UTF-8 and Arrow
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8 and Arrow
         raise MatryoshkaError(f"cannot read {path}: {one_line(error)}") from error
 
 

@@ -64,6 +64,11 @@ class Engine:
         limits = (context_length(self.model), rotation_limit(self.model))
         return min((limit for limit in limits if limit is not None), default=None)
 
+    @property
+    def window(self) -> int | None:
+        """The most tokens that the model was made to read, by which the harness cuts longer texts."""
+        return context_length(self.model)
+
     def encode(self, text: str) -> Tokens:
         """Tokens of a text, with the special tokens that the tokenizer adds unless the text begins with one."""
         return encoded(self.tokenizer, text)

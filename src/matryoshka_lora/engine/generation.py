@@ -77,6 +77,7 @@ class Limits:
         end_tokens: Tokens that end it.
         tokenizer: Turns tokens to text.
         repetition_penalty: On tokens of the prompt and of the answer; 1 is none.
+        until_has_special: Whether special tokens are parts of ``until``.
     """
 
     max_new_tokens: int
@@ -84,6 +85,7 @@ class Limits:
     end_tokens: frozenset[int]
     tokenizer: PreTrainedTokenizerBase
     repetition_penalty: float = 1.0
+    until_has_special: bool = False
 
     @classmethod
     def of(
@@ -98,15 +100,19 @@ class Limits:
         configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         listed = configured if isinstance(configured, list) else [configured]
         # A special token does not appear in the answer's text: it is looked for among the tokens.
-        special = {text: tokenizer.convert_tokens_to_ids(text) for text in tokenizer.all_special_tokens}
+        special = {token.content: place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special |= {text: tokenizer.convert_tokens_to_ids(text) for text in tokenizer.all_special_tokens}
         ends = {*listed, tokenizer.eos_token_id, *(special.get(text) for text in until)} - {None}
         texts = tuple(text for text in until if text and text not in special)
-        return cls(max_new_tokens, texts, frozenset(ends), tokenizer, repetition_penalty)
+        mixed = any(token in text for text in texts for token in special)
+        return cls(max_new_tokens, texts, frozenset(ends), tokenizer, repetition_penalty, mixed)
 
     def text(self, made: Sequence[int]) -> str:
-        """The answer that these tokens are, cut before the first text that ends it."""
+        """The answer that these tokens are, cut by one text that ends it after the other, as the harness does it."""
         text: str = self.tokenizer.decode(list(made), skip_special_tokens=True)
-        return text[: min((at for at in map(text.find, self.until) if at >= 0), default=len(text))]
+        for end in self.until:
+            text = text.partition(end)[0]
+        return text
 
     def over(self, made: Sequence[int]) -> bool:
         """Whether the newest token ends the answer."""
@@ -116,11 +122,12 @@ class Limits:
             return False
         # A token has at least one byte: what the newest one completes cannot begin further back.
         window = max(len(text.encode()) for text in self.until) + 1
-        tail = self.tokenizer.decode(list(made[-window:]), skip_special_tokens=True)
-        if not any(text in tail for text in self.until):
-            return False
-        whole = self.tokenizer.decode(list(made), skip_special_tokens=True)
-        return any(text in whole for text in self.until)
+        return self._has_end(made[-window:]) and self._has_end(made)
+
+    def _has_end(self, made: Sequence[int]) -> bool:
+        skips = (True, False) if self.until_has_special else (True,)
+        texts = [self.tokenizer.decode(list(made), skip_special_tokens=skip) for skip in skips]
+        return any(end in text for text in texts for end in self.until)
 
 
 @dataclass

@@ -22,7 +22,7 @@ class Measured:
         errors: Standard errors of the values, or None.
         bytes: Of the exported adapter.
         latency_ms: Of one generated token, or None where it was not measured.
-        higher_is_better: Of the metric.
+        higher_is_better: Of the metric; None where its task does not say so.
         base: The metric of the base model without the adapter, or None where it was not measured.
         by_question: For each rank, the metric of every question, in the same order for all; may lack ranks.
     """
@@ -34,7 +34,7 @@ class Measured:
     errors: Sequence[float | None]
     bytes: Sequence[int]
     latency_ms: Sequence[float] | None = None
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True
     base: float | None = None
     by_question: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
@@ -146,11 +146,16 @@ def choose(measured: Measured, wish: Wish) -> Choice:
     equals.
 
     Raises:
-        MatryoshkaError: No rank meets the wish, or what it is about was not measured.
+        MatryoshkaError: No rank meets the wish, what it is about was not measured, or nobody says which rank is better.
     """
     values = {r: v for r, v in zip(measured.ranks, measured.values, strict=True) if v is not None}
     if not values:
         raise MatryoshkaError(f"{measured.metric} has no value at any rank")
+    if measured.higher_is_better is None:
+        raise MatryoshkaError(
+            f"the task does not say whether more of {measured.metric} is better: write higher_is_better beside the "
+            "metric in its YAML file, and evaluate again"
+        )
     sign = 1 if measured.higher_is_better else -1
     best = max(values, key=lambda rank: (sign * values[rank], -rank))
     affordable = [rank for rank in values if rank in _affordable(measured, wish)]

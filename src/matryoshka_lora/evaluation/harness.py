@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.engine.generation import repetition_penalty
@@ -28,15 +26,13 @@ try:
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-    from lm_eval.utils import set_torch_seed
+
+    from matryoshka_lora.evaluation.tasks import SEEDS, seed
 except ImportError as error:
     raise MatryoshkaError(
         f"this needs lm-evaluation-harness ({error}): install matryoshka-lora with its extra, from its repository with "
         "pip install -e '.[eval]'"
     ) from error
-
-SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
-"""The harness's own defaults."""
 
 OnProgress = Callable[[int, int], object]
 """Called with how many answers are there and how many are wanted, of one kind of request of one task."""
@@ -54,8 +50,8 @@ class Answering(Protocol):
     tokenizer: PreTrainedTokenizerBase
 
     @property
-    def max_length(self) -> int | None:
-        """The most tokens of a request."""
+    def window(self) -> int | None:
+        """By how many tokens the harness cuts a text that is longer than the model's context."""
 
     def encode(self, text: str) -> tuple[int, ...]:
         """As `Engine.encode`."""
@@ -102,7 +98,7 @@ class RanksLM(HFLM):  # type: ignore[misc, unused-ignore]
                 pretrained=read,
                 tokenizer=copy.deepcopy(engine.tokenizer),
                 backend="causal",
-                max_length=engine.max_length,
+                max_length=engine.window,
             )
         self._model = self.pretrained = engine.model
         self.engine, self.ranks, self.store, self.on_progress = engine, tuple(ranks), store, on_progress
@@ -245,9 +241,7 @@ def judge(
 
 def _evaluated(lm: RanksLM, tasks: Sequence[Task], num_fewshot: int | None, limit: int | None) -> dict[str, Any]:
     # What simple_evaluate does before it; that one also describes the machine, for several seconds at each rank.
-    random.seed(SEEDS["random"])
-    np.random.seed(SEEDS["numpy"])
-    set_torch_seed(SEEDS["torch"])
+    seed()
     for task in tasks:
         if num_fewshot is not None and task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=num_fewshot)

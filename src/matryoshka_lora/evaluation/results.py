@@ -19,7 +19,7 @@
           "metric": "acc,none",           # the one to look at first; a key of "metrics"
           "aurac": {"log2": 0.41, "linear": 0.42},    # of that metric
           "metrics": {                    # the harness's names: metric,filter
-            "acc,none": {"higher_is_better": true, "value": [0.38, ...], "stderr": [0.014, ...],    # or nulls
+            "acc,none": {"higher_is_better": true, "value": [0.38, ...], "stderr": [0.014, ...],    # each may be null
                          "base": {"value": 0.36, "stderr": 0.014}},     # without the adapter
           }
         }
@@ -237,7 +237,7 @@ def summed(task: str, kind: str, metric: str | None, judged: Mapping[int, Mappin
         error = f"{name}_stderr,{filtered}"
         of = {rank: (_number(found[key]), _number(found.get(error))) for rank, found in by_rank.items()}
         metrics[key] = {
-            "higher_is_better": first["higher_is_better"][task].get(name, True),
+            "higher_is_better": first["higher_is_better"][task].get(name),
             "value": [of[rank][0] for rank in ranks],
             "stderr": [of[rank][1] for rank in ranks],
             "base": dict(zip(("value", "stderr"), of[0], strict=True)) if 0 in of else None,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from filelock import FileLock, Timeout
+from torch import nn
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_writable
@@ -17,11 +20,41 @@ from matryoshka_lora.privacy import marked
 ANSWERS_NAME = "answers.jsonl"
 
 _FORMAT = 1
+_SAMPLE = 64
+"""Numbers of each weight that are looked at."""
+_OF_PEFT = ("lora_", "modules_to_save", "token_adapter")
+"""In the names of what belongs to an adapter."""
 
 
 def request_key(*parts: Any) -> str:
     """What a request is known by: the hash of everything that its answer depends on, the rank and the model aside."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def mark_of_weights(model: nn.Module) -> str:
+    """A hash over a sample of a base model's weights: one that was trained further, or quantised, has another.
+
+    Args:
+        model: What PEFT has put into it does not count.
+    """
+    found = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if any(part in name for part in _OF_PEFT):
+            continue
+        found.update(json.dumps([str(weight.dtype), list(weight.shape)]).encode())
+        if weight.numel() and not weight.is_meta:  # accelerate has put it on the disk
+            at = torch.arange(_SAMPLE, device=weight.device) * (weight.numel() - 1) // (_SAMPLE - 1)
+            sample = weight.detach().flatten()[at].cpu()
+            found.update(sample.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def mark_of_files(model: str | os.PathLike[str]) -> str | None:
+    """A hash over the sizes and times of a base model's files, where it is a folder; None where it is not."""
+    if not Path(model).is_dir():
+        return None
+    files = sorted(path for path in Path(model).iterdir() if path.suffix in (".json", ".safetensors"))
+    return request_key(*((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
 
 
 class Store:
@@ -32,8 +65,9 @@ class Store:
 
     Args:
         path: The file; None keeps the answers in memory only.
-        subject: What was asked: the model, the adapter's weights, the dtype. Answers of another subject are refused.
-        anew: Drop them instead.
+        subject: What was asked: the model, the adapter's weights, the dtype and all else that an answer depends on.
+            Answers of another subject are refused.
+        anew: Drop all answers that are there.
 
     Raises:
         MatryoshkaError: The file belongs to another subject, is damaged, cannot be written, or another process has it.
@@ -63,10 +97,8 @@ class Store:
 
     def _open(self, path: Path, header: dict[str, Any], anew: bool) -> None:
         complete = b""
-        if path.exists():
+        if path.exists() and not anew:
             complete, _, _ = path.read_bytes().rpartition(b"\n")
-        if anew and complete.partition(b"\n")[0] != json.dumps(header).encode():
-            complete = b""
         if complete:
             self._read(path, complete.split(b"\n"), header)
         # What stands after the last end of a line was cut short.
@@ -123,8 +155,12 @@ class Store:
 
     def close(self) -> None:
         """Let another process have the file."""
-        if self._file is not None:
-            self._file.close()
+        try:
+            if self._file is not None:
+                self._file.close()
+        except OSError:  # `put` has said so
+            pass
+        finally:
             self._file = None
-        if self._lock is not None:
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()

@@ -6,6 +6,7 @@ Our own questions, a built-in task's or a file's, are a task of the harness too,
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,17 +14,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from datasets import Dataset, DatasetDict
 from lm_eval.api.instance import Instance
 from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import set_torch_seed
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.data.questions import Judge, Question, end_texts, tokenize
 from matryoshka_lora.data.tasks import get_task, is_task, nearest_tasks
 from matryoshka_lora.errors import MatryoshkaError, one_line
 from matryoshka_lora.privacy import shown
+
+SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
+"""The harness's own defaults."""
 
 EXTRA_TOKENS = 8
 """How many tokens more than the longest reference answer a model may write."""
@@ -121,6 +127,13 @@ def ask(
     return Asked(shown(name), "harness", found, shots, preset.metric if preset is not None else None)
 
 
+def seed() -> None:
+    """Seed what tasks draw from, as the harness does before it loads them."""
+    random.seed(SEEDS["random"])
+    np.random.seed(SEEDS["numpy"])
+    set_torch_seed(SEEDS["torch"])
+
+
 def _is_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
@@ -134,8 +147,10 @@ def _load(spec: str, name: str) -> list[Task]:
     if _is_file(spec) and not Path(spec).is_file():
         raise MatryoshkaError(f"there is no file {spec}: give the YAML file of a task of the harness")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = _manager(names=not _is_file(spec))
+    seed()  # some tasks shuffle while they load
     try:
-        loaded = _manager(names=not _is_file(spec)).load([spec])
+        loaded = manager.load([spec])
         found = list(loaded["tasks"].values())
     except MatryoshkaError:
         raise

@@ -107,7 +107,12 @@ class VllmEngine:
     @property
     def max_length(self) -> int:
         """The most tokens of a request: vLLM always writes one more, and the harness counts one less."""
-        return int(self._lm.max_length) - 2
+        return self.window - 2
+
+    @property
+    def window(self) -> int:
+        """By how many tokens the harness cuts a text that is longer."""
+        return int(self._lm.max_length)
 
     def encode(self, text: str) -> Tokens:
         return encoded(self.tokenizer, text)
@@ -146,6 +151,7 @@ class VllmEngine:
             stop=list(limits.until),
             stop_token_ids=sorted(limits.end_tokens),
             repetition_penalty=repetition_penalty,
+            skip_special_tokens=False,  # they may be parts of `stop`
         )
         for numbers in self._by_rank(ranks):
             asked = [list(prompts[number]) for number in numbers]
