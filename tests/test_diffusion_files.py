@@ -14,12 +14,14 @@ import torch
 from diffusion_files import (
     FluxPipeline,
     Pipeline,
+    WanPipeline,
     deltas,
     merged_outputs,
     metadata_of,
     save_flux,
     save_kohya,
     save_sd,
+    save_wan,
 )
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -123,6 +125,18 @@ def test_mixed_ranks_have_the_right_scale_in_diffusers(written: tuple[Any, Path]
     assert made.chosen.kept >= 0.7
     found = loaded(pipeline, tmp_path / "cut.safetensors")
     assert distance(found, merged_outputs(pipeline(), deltas(tmp_path / "cut.safetensors"))) < 1e-5
+
+
+def test_names_of_a_model_s_authors_get_no_metadata(tmp_path: Path) -> None:
+    """diffusers renames them, and would look for its own names there."""
+    export(save_wan(tmp_path / "wan.safetensors"), tmp_path / "cut.safetensors", keep="90%")
+    assert "lora_adapter_metadata" not in metadata_of(tmp_path / "cut.safetensors")
+    pipe = WanPipeline()
+    pipe.load_lora_weights(str(tmp_path / "cut.safetensors"))
+    found = [module for module in pipe.transformer.modules() if len(getattr(module, "lora_A", ()))]
+    assert len(found) == 10
+    assert len({rank for module in found for rank in module.r.values()}) > 1
+    assert {scale for module in found for scale in module.scaling.values()} == {1.0}
 
 
 def test_a_cut_at_full_rank_of_a_cut_is_the_cut(written: tuple[Any, Path], tmp_path: Path) -> None:

@@ -88,11 +88,6 @@ class LoraFile(OpenedAdapter):
         """What this package says that it did to make the file."""
         return _done(self.metadata)
 
-    def itemsize(self, layer: Layer) -> int:
-        """Bytes of a number of its factors."""
-        dtype = self.stored[layer.key_A].dtype
-        return dtype.itemsize if dtype else 0
-
     def is_convolution(self, layer: Layer) -> bool:
         """Whether its kernel is larger than one point."""
         return math.prod(layer.shape_A[2:]) > 1

@@ -38,6 +38,8 @@ _PARTS = {
     "text_encoder_3": "lora_te3",
 }
 PIPELINE_PARTS = tuple(_PARTS)
+ORIGINAL = "diffusion_model"
+"""What stands in the place of a part where the names are those of a model's own authors: diffusers renames them."""
 
 
 class Keys(NamedTuple):
