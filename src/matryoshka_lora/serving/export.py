@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import check_free, check_writable, output_directory, read_bytes, write_text
+from matryoshka_lora.files import check_free, check_writable, output_directory, output_path, read_bytes, write_text
 from matryoshka_lora.formats.beside import Spectra, read_spectra, share_kept
 from matryoshka_lora.formats.card import CARD_NAME, has_own_card, ladder_readme
 from matryoshka_lora.formats.directions import write_directions
@@ -116,7 +116,7 @@ def export(
             written or holds something that may not be overwritten; or what was made computes something else. Nothing
             has been written then.
     """
-    out = Path(target)
+    out = output_path(target)
     if format not in get_args(Format):
         raise MatryoshkaError(f"format is {format!r}; write one of {', '.join(map(repr, get_args(Format)))}")
     threshold = None if keep is None else Keep.read(keep)
