@@ -225,6 +225,18 @@ def save_wan(file: Path) -> Path:
     return file
 
 
+def save_old_text(file: Path) -> Path:
+    """A text encoder's attention by the names of diffusers 0.13 to 0.18."""
+    generator, state = torch.Generator().manual_seed(9), {}
+    for number in range(2):
+        for name in ("to_q", "to_k", "to_v", "to_out"):
+            key = f"text_encoder.text_model.encoder.layers.{number}.self_attn.{name}_lora"
+            state[f"{key}.down.weight"] = torch.randn(3, 12, generator=generator)
+            state[f"{key}.up.weight"] = torch.randn(12, 3, generator=generator)
+    save_file(state, file)
+    return file
+
+
 def merged_outputs(pipe: Any, updates: dict[str, np.ndarray]) -> Tensor:
     """The outputs of a pipeline with dense updates added to its weights, whatever style their names have."""
     layers = {}

@@ -20,6 +20,7 @@ from diffusion_files import (
     metadata_of,
     save_flux,
     save_kohya,
+    save_old_text,
     save_sd,
     save_wan,
 )
@@ -232,3 +233,17 @@ def test_kohya_s_names_become_diffusers_by_the_model(tmp_path: Path) -> None:
     first, second = deltas(file), deltas(tmp_path / "back.safetensors")
     assert {re.sub("text_model_", "", name) for name in first} == {re.sub("text_model_", "", name) for name in second}
     assert distance(merged_outputs(Pipeline(), second), merged_outputs(Pipeline(), first)) < 1e-6
+
+
+def test_old_names_of_a_text_encoder_become_those_of_its_modules(tmp_path: Path) -> None:
+    old = save_old_text(tmp_path / "old.safetensors")
+    export(old, tmp_path / "new.safetensors", style="diffusers")
+    pipe, wanted = Pipeline(), load_file(old)
+    pipe.load_lora_weights(str(tmp_path / "new.safetensors"))
+    found = {name: module for name, module in pipe.text_encoder.named_modules() if hasattr(module, "lora_A")}
+    assert len(found) == 8
+    for name, module in found.items():
+        inside, last = name.removeprefix("text_model.").rsplit(".", 1)
+        old_name = f"{inside}.to_{last.removesuffix('_proj')}_lora"
+        (factor,) = module.lora_A.values()
+        assert factor.weight.equal(wanted[f"text_encoder.text_model.{old_name}.down.weight"])
