@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 diffusers = pytest.importorskip("diffusers", reason="files of diffusion models need diffusers")
 
-from diffusers.loaders import FluxLoraLoaderMixin, StableDiffusionLoraLoaderMixin  # noqa: E402
+from diffusers.loaders import FluxLoraLoaderMixin, StableDiffusionLoraLoaderMixin, WanLoraLoaderMixin  # noqa: E402
 from diffusers.utils import convert_state_dict_to_diffusers  # noqa: E402
 
 # transformers 5.24 asks its own text encoders for a PEFT that is not out yet; what it calls of PEFT is there.
@@ -127,6 +127,28 @@ class FluxPipeline(FluxLoraLoaderMixin):
         return made.flatten()
 
 
+class WanPipeline(WanLoraLoaderMixin):
+    components: dict[str, Any] = {}
+    hf_device_map = None
+
+    def __init__(self) -> None:
+        torch.manual_seed(3)
+        self.transformer = diffusers.WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=1,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            rope_max_seq_len=32,
+        )
+
+
 def with_lora(model: Any, targets: list[str], seed: int, **config: Any) -> LoraConfig:
     """Give a model a random LoRA, by PEFT."""
     lora = LoraConfig(**{"r": 6, "lora_alpha": 6, "target_modules": targets, **config})
@@ -188,6 +210,30 @@ def save_kohya(file: Path, alpha: float = 4.0, dtype: torch.dtype = torch.float3
         "sshs_legacy_hash": "0",
     }
     save_file(state, file, metadata)
+    return file
+
+
+def save_wan(file: Path) -> Path:
+    """A file with the names of Wan's authors, as ai-toolkit writes it: no alphas, no metadata."""
+    generator, state = torch.Generator().manual_seed(8), {}
+    attention = [f"{kind}_attn.{letter}" for kind in ("self", "cross") for letter in "qkvo"]
+    for name, wide, tall in (*((name, 24, 24) for name in attention), ("ffn.0", 24, 32), ("ffn.2", 32, 24)):
+        key, fall = f"diffusion_model.blocks.0.{name}", torch.logspace(0, -len(state) / 8, 6)
+        state[f"{key}.lora_A.weight"] = torch.randn(6, wide, generator=generator) * fall[:, None]
+        state[f"{key}.lora_B.weight"] = torch.randn(tall, 6, generator=generator)
+    save_file(state, file)
+    return file
+
+
+def save_old_text(file: Path) -> Path:
+    """A text encoder's attention by the names of diffusers 0.13 to 0.18."""
+    generator, state = torch.Generator().manual_seed(9), {}
+    for number in range(2):
+        for name in ("to_q", "to_k", "to_v", "to_out"):
+            key = f"text_encoder.text_model.encoder.layers.{number}.self_attn.{name}_lora"
+            state[f"{key}.down.weight"] = torch.randn(3, 12, generator=generator)
+            state[f"{key}.up.weight"] = torch.randn(12, 3, generator=generator)
+    save_file(state, file)
     return file
 
 

@@ -14,12 +14,15 @@ import torch
 from diffusion_files import (
     FluxPipeline,
     Pipeline,
+    WanPipeline,
     deltas,
     merged_outputs,
     metadata_of,
     save_flux,
     save_kohya,
+    save_old_text,
     save_sd,
+    save_wan,
 )
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -125,6 +128,18 @@ def test_mixed_ranks_have_the_right_scale_in_diffusers(written: tuple[Any, Path]
     assert distance(found, merged_outputs(pipeline(), deltas(tmp_path / "cut.safetensors"))) < 1e-5
 
 
+def test_names_of_a_model_s_authors_get_no_metadata(tmp_path: Path) -> None:
+    """diffusers renames them, and would look for its own names there."""
+    export(save_wan(tmp_path / "wan.safetensors"), tmp_path / "cut.safetensors", keep="90%")
+    assert "lora_adapter_metadata" not in metadata_of(tmp_path / "cut.safetensors")
+    pipe = WanPipeline()
+    pipe.load_lora_weights(str(tmp_path / "cut.safetensors"))
+    found = [module for module in pipe.transformer.modules() if len(getattr(module, "lora_A", ()))]
+    assert len(found) == 10
+    assert len({rank for module in found for rank in module.r.values()}) > 1
+    assert {scale for module in found for scale in module.scaling.values()} == {1.0}
+
+
 def test_a_cut_at_full_rank_of_a_cut_is_the_cut(written: tuple[Any, Path], tmp_path: Path) -> None:
     _, file = written
     export(file, tmp_path / "a.safetensors", rank=2)
@@ -218,3 +233,17 @@ def test_kohya_s_names_become_diffusers_by_the_model(tmp_path: Path) -> None:
     first, second = deltas(file), deltas(tmp_path / "back.safetensors")
     assert {re.sub("text_model_", "", name) for name in first} == {re.sub("text_model_", "", name) for name in second}
     assert distance(merged_outputs(Pipeline(), second), merged_outputs(Pipeline(), first)) < 1e-6
+
+
+def test_old_names_of_a_text_encoder_become_those_of_its_modules(tmp_path: Path) -> None:
+    old = save_old_text(tmp_path / "old.safetensors")
+    export(old, tmp_path / "new.safetensors", style="diffusers")
+    pipe, wanted = Pipeline(), load_file(old)
+    pipe.load_lora_weights(str(tmp_path / "new.safetensors"))
+    found = {name: module for name, module in pipe.text_encoder.named_modules() if hasattr(module, "lora_A")}
+    assert len(found) == 8
+    for name, module in found.items():
+        inside, last = name.removeprefix("text_model.").rsplit(".", 1)
+        old_name = f"{inside}.to_{last.removesuffix('_proj')}_lora"
+        (factor,) = module.lora_A.values()
+        assert factor.weight.equal(wanted[f"text_encoder.text_model.{old_name}.down.weight"])

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import struct
 import time
@@ -26,6 +27,7 @@ from strangers import plain_adapter
 from test_bad_adapters import fingerprint
 
 from matryoshka_lora import MatryoshkaError, Nesting, export, load, reorder
+from matryoshka_lora.formats.config import check_config
 from matryoshka_lora.serving.info import describe
 
 CASES = 250
@@ -39,6 +41,43 @@ WEIGHTS, CONFIG, SIDECAR, INDEX = (
 TARGETS = ["q_proj", "down_proj"]
 
 Harm = Callable[[Path, random.Random], None]
+
+
+SLOW = [
+    *("(a+)+b", "(x*)*y", "(.*.*.*)*z", ".*" * 600, ".*.*.*.*.*x", ".?.?.?.?.?x", "(?:.*.*.*|.*.*.*)"),
+    *("(a|a)*b", "(?:.|.)+x", "(?:(?:a+)())*x", "((a?))*x", r"\(?" * 5 + "x", "|".join([".*.*.*x"] * 3)),
+    # What a careless reading takes for two alternatives, for a letter or for a comment.
+    *("[]|].*.*.*.*.*", ".*.*.*[^]|].*.*", r".*.*.*\|.*.*", "(?x)(.*.*.*.* # )\n|b).*.*.*.*", "(?#[).*.*.*.*.*(?#])"),
+]
+
+QUICK = [
+    # Unsloth's, of Gemma and of models that see.
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:q_proj|k_proj|v_proj|o_proj"
+    r"|gate_proj|up_proj|down_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn"
+    r"|dense)\.(?:(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)))",
+    *(
+        r"^(?!.*visual).*(?:q_proj|k_proj).*",
+        r"(.*\.)?layers\.\d+\.(self_attn\.)?(q|v)_proj",
+        "(?i).*q_proj",
+        r"[*+]\*\+\{\?",
+    ),
+]
+
+
+@pytest.mark.parametrize("pattern", SLOW)
+def test_a_pattern_that_could_take_for_ever_is_refused(pattern: str) -> None:
+    for field in ({"target_modules": pattern}, {"rank_pattern": {pattern: 2}}):
+        with pytest.raises(MatryoshkaError, match="could take for ever"):
+            check_config({"peft_type": "LORA", "target_modules": ["q_proj"], **field}, "it")
+
+
+@pytest.mark.parametrize("pattern", QUICK)
+def test_a_pattern_that_is_used_is_quick(pattern: str) -> None:
+    check_config({"peft_type": "LORA", "target_modules": pattern}, "it")
+    begin = time.process_time()
+    for name in ("model.language_model.layers.11.mlp.q_pro." * 12, "text.attn." * 50, "a" * 500):
+        re.fullmatch(pattern, f"{name}\n")
+    assert time.process_time() - begin < 0.5
 
 
 # Ways to do harm

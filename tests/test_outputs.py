@@ -9,13 +9,14 @@ from typing import Any
 
 import an_evaluation
 import pytest
+import typer
 from conftest import LINEAR_LAYERS, randomize, tiny_llama
 from peft import LoraConfig, get_peft_model
 from strangers import lora_file, output
 from tiny_chat import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, export, load, nest, reorder
+from matryoshka_lora import MatryoshkaError, NestedAdapter, evaluate, export, load, nest, reorder
 from matryoshka_lora.cli.main import app
 from matryoshka_lora.files import check_free, kinds_in
 
@@ -192,6 +193,46 @@ def test_the_commands_ask_too(nested: Path, tmp_path: Path) -> None:
         assert content(tmp_path).keys() == before.keys()
     with pytest.raises(MatryoshkaError, match="is the adapter itself"):
         run("export", nested, "--rank", 2, "-o", nested, "--force")
+
+
+def test_an_empty_name_is_not_the_current_folder(nested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``-o "$OUT"`` gives where the variable was never set."""
+    single = lora_file(tmp_path / "single.safetensors")
+    (tmp_path / "model.safetensors").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    before = content(tmp_path)
+    verbs = (["reorder", nested], ["export", nested, "--rank", "2"], ["export", single, "--rank", "2"])
+    for command in (*verbs, ["eval", nested, "--tasks", "chain_sum"]):
+        with pytest.raises(typer.BadParameter, match="name of the output is empty"):
+            app([*map(str, command), "-o", "", "--force"], standalone_mode=False)
+    for write in (
+        lambda: reorder(nested, "", overwrite=True),
+        lambda: export(nested, "", 2, overwrite=True),
+        lambda: export(single, "", 2, style="peft", overwrite=True),
+        lambda: evaluate(nested, "chain_sum", out="", overwrite=True),
+        lambda: loaded(nested).save(""),
+        lambda: loaded(nested).export("", 2, overwrite=True),
+        lambda: loaded(nested).model.save_pretrained(""),
+    ):
+        with pytest.raises(MatryoshkaError, match="name of the output is empty"):
+            write()
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("style", ["kohya", "diffusers"])
+def test_no_file_of_the_adapter_is_replaced(tmp_path: Path, style: Any) -> None:
+    export(lora_file(tmp_path / "single.safetensors"), tmp_path / "folder", 2, style="peft")
+    before = content(tmp_path)
+    with pytest.raises(MatryoshkaError, match="is the adapter itself"):
+        export(tmp_path / "folder", tmp_path / "folder/adapter_model.safetensors", 1, style=style, overwrite=True)
+    assert content(tmp_path) == before
+
+
+def test_a_folder_that_has_the_file_is_not_replaced(tmp_path: Path) -> None:
+    file = lora_file(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(MatryoshkaError, match="holds the adapter itself"):
+        export(file, tmp_path, 2, style="peft", overwrite=True)
+    assert list(content(tmp_path)) == [file.name]
 
 
 def test_what_is_nobody_s_output_is_free(tmp_path: Path) -> None:

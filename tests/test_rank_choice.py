@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import lora_config, randomize, tiny_llama
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import Size
 
 from matryoshka_lora import MatryoshkaError, Nesting, export, reorder
 from matryoshka_lora.files import read_bytes
+from matryoshka_lora.formats.layout import Layer
 from matryoshka_lora.formats.opened import open_adapter
 from matryoshka_lora.serving.info import describe
-from matryoshka_lora.serving.ranks import Keep
+from matryoshka_lora.serving.ranks import Keep, by_size
 
 LAYERS = {"lora_unet_a": (16, 40, 24), "lora_unet_b": (8, 12, 90), "lora_te_c": (12, 20, 20)}
 
@@ -150,6 +153,42 @@ def test_info_says_what_export_writes(file: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
+def without_alphas(tmp_path: Path) -> Path:
+    """In diffusers' style: where ranks differ, the metadata name each layer."""
+    generator, state = torch.Generator().manual_seed(0), {}
+    for number in range(20):
+        fall = torch.logspace(0, -3 - number % 4, 8)
+        state[f"unet.{number}.to_q.lora_A.weight"] = torch.randn(8, 32, generator=generator)
+        state[f"unet.{number}.to_q.lora_B.weight"] = torch.randn(32, 8, generator=generator) * fall
+    save_file(state, tmp_path / "diffusers.safetensors")
+    return tmp_path / "diffusers.safetensors"
+
+
+@pytest.mark.parametrize("share", [0.99, 0.7, 0.4, 0.1])
+def test_a_size_counts_metadata_that_only_the_cut_has(without_alphas: Path, tmp_path: Path, share: float) -> None:
+    size = int(share * without_alphas.stat().st_size)
+    export(without_alphas, tmp_path / "cut.safetensors", max_bytes=size)
+    # No room for one more direction and a few digits.
+    assert size - 64 * 4 - 100 < (tmp_path / "cut.safetensors").stat().st_size <= size
+
+
+def test_a_choice_that_is_too_large_is_made_again() -> None:
+    """A size that is no sum: a cut has 130 bytes that the whole has not."""
+    layers = [Layer(name, "A", "B", Size((4, 5)), Size((5, 4)), 4, 1.0) for name in "ab"]
+    spectra = {name: torch.tensor([4.0, 3.0, 2.0, 1.0]).double() for name in "ab"}
+
+    def size(ranks: Mapping[str, int]) -> int:
+        directions = sum(ranks.values())
+        return 100 * directions + 130 * (directions < 8)
+
+    for most in range(230, 800, 7):
+        found = by_size(layers, spectra, most, {"a": 10, "b": 10}, size)
+        assert sum(found.ranks.values()) == (most - 130) // 100
+    with pytest.raises(MatryoshkaError, match="no direction of any layer has room in 229 bytes"):
+        by_size(layers, spectra, 229, {"a": 10, "b": 10}, size)
+
+
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """An adapter in PEFT's layout that is not nested."""
     model = get_peft_model(tiny_llama(), lora_config(Nesting([8])))
@@ -179,6 +218,28 @@ def test_a_folder_of_peft_s_has_thresholds_and_sizes_too(folder: Path, tmp_path:
         assert OBEYS["energy"](values, layer.rank, 0.9)
         assert layer.rank == 1 or not OBEYS["energy"](values, layer.rank - 1, 0.9)
     assert any("--keep 95%" in line for line in describe(source).lines())
+
+
+def test_layers_of_a_folder_keep_within_their_own_ranks(tmp_path: Path) -> None:
+    """One layer of rank 16 among layers of rank 2: a share is one of what the adapter has, without padding."""
+    pattern = {f"layers.0.self_attn.{name}": 16 for name in ("q_proj", "k_proj")}
+    config = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"], rank_pattern=pattern)
+    model = get_peft_model(tiny_llama(), config)
+    randomize(model)
+    model.save_pretrained(tmp_path / "plain")
+    source = open_adapter(tmp_path / "plain")
+    own, total = {x.name: x.rank for x in source.layers}, sum(x.rank * x.width for x in source.layers)
+    wishes: list[dict[str, Any]] = [{"budget": 0.2}, {"budget": 0.6}, {"budget": 1.0}, {"keep": "100%"}]
+    size = (tmp_path / "plain" / "adapter_model.safetensors").stat().st_size
+    for wish in (*wishes, {"max_bytes": size}, {"max_bytes": size // 2}, {"max_bytes": 2 * size}):
+        made = export(tmp_path / "plain", tmp_path / "cut", verify=False, overwrite=True, **wish)
+        cut = open_adapter(tmp_path / "cut")
+        assert made.chosen is not None
+        assert made.chosen.total == total
+        assert all(layer.rank <= own[layer.name] for layer in cut.layers)
+        assert all((B.abs().sum(dim=0) > 0).all() for B in (cut.factors(layer)[1] for layer in cut.layers))
+        assert sum(layer.rank * layer.width for layer in cut.layers) <= wish.get("budget", 1) * total
+    assert all(chosen.total == total for _, chosen, _ in describe(tmp_path / "plain").choices())
 
 
 @pytest.mark.parametrize(

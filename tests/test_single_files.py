@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from matryoshka_lora import MatryoshkaError, export, reorder
 from matryoshka_lora.formats.single import open_file
+from matryoshka_lora.formats.styles import PIPELINE_PARTS
 from matryoshka_lora.serving.single import in_order
 
 
@@ -69,8 +71,6 @@ def test_each_tensor_is_aligned(tmp_path: Path) -> None:
     state = {k: t.bfloat16() for k, t in {**pair("lora_unet_a", 3, 5, 7), **pair("lora_unet_b", 1, 3, 3)}.items()}
     save_file(state, tmp_path / "lora.safetensors")
     reorder(tmp_path / "lora.safetensors", tmp_path / "out.safetensors")
-    import json
-
     data = (tmp_path / "out.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     assert length % 8 == 0
@@ -86,6 +86,63 @@ def test_dtypes_may_differ_by_layer(tmp_path: Path) -> None:
     found = load_file(tmp_path / "out.safetensors")
     assert found["lora_unet_a.lora_up.weight"].dtype == torch.float16
     assert found["lora_unet_b.lora_up.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "ending", "message"),
+    [
+        ("transformer_blocks.0.attn.to_q", ".lora_down.weight", "which part of a pipeline"),
+        ("blocks.0.to_q_lora", ".down.weight", "which part of a pipeline"),
+        ("double_blocks.0.processor.qkv_lora1", ".down.weight", "XLabs'"),
+        ("diffusion_model.double_blocks.0.processor.qkv_lora1", ".down.weight", "XLabs'"),
+    ],
+)
+def test_diffusers_would_not_find_it(tmp_path: Path, name: str, ending: str, message: str) -> None:
+    state = {f"{name}{ending}": torch.randn(2, 6), f"{name}{ending.replace('down', 'up')}": torch.randn(6, 2)}
+    save_file(state, tmp_path / "lora.safetensors")
+    with pytest.raises(MatryoshkaError, match=f"{message}.*leave the style as it is"):
+        export(tmp_path / "lora.safetensors", tmp_path / "out.safetensors", style="diffusers")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+PARTS = ("transformer", "transformer_2", "transformer_ref", "connectors", "text_conditioner", "prior")
+
+
+def of_parts(file: Path, parts: tuple[str, ...]) -> Path:
+    state, metadata = {}, {}
+    for alpha, part in enumerate(parts, 1):
+        state |= {key.replace("down", "A").replace("up", "B"): t for key, t in pair(f"{part}.to_q").items()}
+        del state[f"{part}.to_q.alpha"]
+        metadata |= {f"{part}.{key}": value for key, value in {"r": 6, "lora_alpha": 6 * alpha}.items()}
+    save_file(state, file, {"lora_adapter_metadata": json.dumps(metadata)})
+    return file
+
+
+def test_every_part_of_diffusers_has_its_own_scale(tmp_path: Path) -> None:
+    file = of_parts(tmp_path / "lora.safetensors", PARTS)
+    assert {layer.name: layer.scale for layer in open_file(file).layers} == {
+        f"{part}.to_q": scale for scale, part in enumerate(PARTS, 1)
+    }
+    export(file, tmp_path / "cut.safetensors", rank=2)
+    assert {layer.scale for layer in open_file(tmp_path / "cut.safetensors").layers} == {1.0}
+    with pytest.raises(MatryoshkaError, match="kohya's style has no name for the connectors"):
+        export(of_parts(file, ("connectors",)), tmp_path / "kohya.safetensors", style="kohya")
+
+
+def test_every_part_of_diffusers_is_known() -> None:
+    pipelines = pytest.importorskip("diffusers.loaders.lora_pipeline")
+    mixins = [kind for kind in vars(pipelines).values() if hasattr(kind, "_lora_loadable_modules")]
+    assert {part for kind in mixins for part in kind._lora_loadable_modules} <= set(PIPELINE_PARTS)
+
+
+def test_a_scale_that_is_not_known_is_not_guessed(tmp_path: Path) -> None:
+    with pytest.raises(MatryoshkaError, match=r"no r and lora_alpha for 'later\.r', which names no part"):
+        open_file(of_parts(tmp_path / "lora.safetensors", ("later",)))
+    file = of_parts(tmp_path / "lora.safetensors", ("unet", "prior"))
+    state = load_file(file)
+    save_file(state, file, {"lora_adapter_metadata": json.dumps({"unet.r": 6, "unet.lora_alpha": 6, "prior.r": 6})})
+    with pytest.raises(MatryoshkaError, match="no r and lora_alpha for prior"):
+        open_file(file)
 
 
 def test_an_update_too_small_for_its_dtype_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from matryoshka_lora.adapter.factors import gathered, get_parameters
 from matryoshka_lora.adapter.in_model import COPIES, begin, checked_layers, nest_copies, nested_layers
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import TRAINED_NAME, output_directory, replace_directory
+from matryoshka_lora.files import TRAINED_NAME, output_directory, output_path, replace_directory
 from matryoshka_lora.formats.config import check_config
 from matryoshka_lora.formats.opened import WEIGHTS_NAME, OpenedAdapter, from_memory, open_adapter
 from matryoshka_lora.formats.sidecar import has_sidecar
@@ -153,7 +153,8 @@ class _Nested:
         for name in nested:
             opened = opened_from(model, name, kwargs.get("state_dict"))
             if is_main_process:
-                folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+                target = output_path(save_directory)
+                folder = target if name == "default" else target / name
                 # Copies that TRL keeps are compared with what is trained, to the last bit.
                 trainable = name in COPIES or any(
                     get_parameters(m, name)[0].requires_grad for _, m, _ in nested_layers(model, name)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from matryoshka_lora.cli.outputs import output
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +66,9 @@ THREE_LINES = """\
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("runs/demo"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", parser=output, metavar="PATH", help="The folder to write.")
+    ] = Path("runs/demo"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = STEPS,
     items: Annotated[int, typer.Option(min=2, help="Test questions.")] = 100,
 ) -> None:

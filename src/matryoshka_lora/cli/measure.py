@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from matryoshka_lora.cli.outputs import output
 from matryoshka_lora.cli.verbs import Dtype, Force, Model, Revision
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import EVALUATION_FOLDER
@@ -90,7 +91,15 @@ def evaluate(
     revision: Revision = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the base model.")] = Dtype.bf16,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The folder to write.", show_default="ADAPTER/evaluation")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            parser=output,
+            metavar="PATH",
+            help="The folder to write.",
+            show_default="ADAPTER/evaluation",
+        ),
     ] = None,
     force: Force = False,
 ) -> None:

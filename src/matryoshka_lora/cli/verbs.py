@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from matryoshka_lora.cli.bar import progress_bar
+from matryoshka_lora.cli.outputs import Out
 
 if TYPE_CHECKING:
     from matryoshka_lora.serving.export import Exported
@@ -141,7 +142,7 @@ def reorder(
             help="A folder with any LoRA adapter that PEFT has written; or a .safetensors file.", show_default=False
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder or file to write.", show_default=False)],
+    out: Out,
     by: Annotated[By, typer.Option(metavar="WAY", help="In what sense each prefix is good; see above.")] = By.svd,
     data: Annotated[
         str | None,
@@ -206,7 +207,7 @@ def export(
         Path,
         typer.Argument(help="A folder with a LoRA adapter, nested or not; or a .safetensors file.", show_default=False),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="What to write.", show_default=False)],
+    out: Out,
     rank: Annotated[int | None, typer.Option(help="The rank of every layer.", show_default=False)] = None,
     budget: Annotated[
         float | None,

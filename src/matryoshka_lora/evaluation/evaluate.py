@@ -34,6 +34,7 @@ from matryoshka_lora.files import (
     PICTURE_NAME,
     check_free,
     check_writable,
+    output_path,
     replace_directory,
 )
 from matryoshka_lora.formats.beside import fingerprint
@@ -131,7 +132,7 @@ def evaluate(
     state = opened.nested
     chosen = _chosen(state, ranks)
     home = None if isinstance(adapter, NestedAdapter) else Path(adapter)
-    folder = Path(out) if out is not None else None if home is None else home / EVALUATION_FOLDER
+    folder = output_path(out) if out is not None else None if home is None else home / EVALUATION_FOLDER
     if folder is not None:
         check_writable(folder)
         if home is None or folder.resolve() != home.resolve():

@@ -70,6 +70,18 @@ def checkpoint_file(folder: str | os.PathLike[str]) -> Path:
     return path.with_name(f"{path.name}.checkpoint.safetensors")
 
 
+def output_path(path: str | os.PathLike[str]) -> Path:
+    """The path of an output.
+
+    Raises:
+        MatryoshkaError: It is empty, as a variable of the shell is that was never set. ``Path`` would make the current
+            folder of it.
+    """
+    if not os.fspath(path):
+        raise MatryoshkaError("the name of the output is empty: write one; a dot is the current folder")
+    return Path(path)
+
+
 def check_free(path: str | os.PathLike[str], overwrite: bool, beside: Collection[str] = ()) -> None:
     """Make sure that an output may be written to a place.
 

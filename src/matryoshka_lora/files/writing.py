@@ -13,7 +13,15 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files.disk import adapter_files, check_free, explained, flush_file, flush_folder, output_files
+from matryoshka_lora.files.disk import (
+    adapter_files,
+    check_free,
+    explained,
+    flush_file,
+    flush_folder,
+    output_files,
+    output_path,
+)
 from matryoshka_lora.files.switch import NEW, Mark, Switch, has_journal, mark
 
 PATIENCE = 30.0
@@ -46,7 +54,7 @@ def replace_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterat
     Raises:
         MatryoshkaError: The file exists and may not, or cannot be written; what was there is unchanged.
     """
-    given, target = Path(path), Path(os.path.realpath(path))
+    given, target = output_path(path), Path(os.path.realpath(path))
     if any(part.startswith(".") and part.endswith(_WORKSPACE) for part in target.parts):
         yield target  # what is unfinished belongs to one writer, who throws it away as a whole
         return
@@ -76,7 +84,7 @@ def replace_directory(path: str | os.PathLike[str]) -> AbstractContextManager[Pa
     Raises:
         MatryoshkaError: The target is no folder, cannot be written or its disk is full; it is unchanged.
     """
-    return _replaced(Path(path), lambda: None, _of_the_old_adapter)
+    return _replaced(output_path(path), lambda: None, _of_the_old_adapter)
 
 
 def output_directory(path: str | os.PathLike[str], overwrite: bool) -> AbstractContextManager[Path]:
@@ -89,7 +97,7 @@ def output_directory(path: str | os.PathLike[str], overwrite: bool) -> AbstractC
     Raises:
         MatryoshkaError: As `replace_directory`; or it holds one of them and may not, or a training run.
     """
-    return _replaced(Path(path), lambda: check_free(path, overwrite), lambda folder, new: output_files(folder))
+    return _replaced(output_path(path), lambda: check_free(path, overwrite), lambda folder, new: output_files(folder))
 
 
 def settle(folder: str | os.PathLike[str]) -> None:
@@ -131,7 +139,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     Raises:
         MatryoshkaError: They cannot. Nothing is left behind either way.
     """
-    existing = Path(folder).resolve()
+    existing = output_path(folder).resolve()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     with explained(Path(folder)):

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.formats.styles import PIPELINE_PARTS, kohya_name
+from matryoshka_lora.formats.styles import KOHYA_PARTS, kohya_name
 
 
 def names_in_model(folder: str | os.PathLike[str]) -> dict[str, str]:
@@ -21,7 +21,7 @@ def names_in_model(folder: str | os.PathLike[str]) -> dict[str, str]:
         MatryoshkaError: It has none, or a file is damaged.
     """
     found: dict[str, str] = {}
-    parts = [part for part in PIPELINE_PARTS if (Path(folder) / part).is_dir()]
+    parts = [part for part in KOHYA_PARTS if (Path(folder) / part).is_dir()]
     for part in parts:
         for file in sorted((Path(folder) / part).glob("*.safetensors")):
             try:
@@ -36,7 +36,7 @@ def names_in_model(folder: str | os.PathLike[str]) -> dict[str, str]:
                         found[kohya] = f"{part}.{inside}"
     if not found:
         raise MatryoshkaError(
-            f"{folder} has no folder with safetensors files for a part of a pipeline ({', '.join(PIPELINE_PARTS)}): "
+            f"{folder} has no folder with safetensors files for a part of a pipeline ({', '.join(KOHYA_PARTS)}): "
             "give the folder of a model of diffusers"
         )
     return found

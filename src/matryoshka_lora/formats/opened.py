@@ -86,6 +86,11 @@ class OpenedAdapter:
         dtype = self.stored[self.layers[0].key_A].dtype
         return torch.float32 if dtype is None else dtype
 
+    def itemsize(self, layer: Layer) -> int:
+        """Bytes of a number of a layer's A."""
+        dtype = self.stored[layer.key_A].dtype
+        return dtype.itemsize if dtype else 0
+
     @property
     def rank(self) -> int:
         """The largest rank of a layer."""

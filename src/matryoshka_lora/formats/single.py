@@ -88,11 +88,6 @@ class LoraFile(OpenedAdapter):
         """What this package says that it did to make the file."""
         return _done(self.metadata)
 
-    def itemsize(self, layer: Layer) -> int:
-        """Bytes of a number of its factors."""
-        dtype = self.stored[layer.key_A].dtype
-        return dtype.itemsize if dtype else 0
-
     def is_convolution(self, layer: Layer) -> bool:
         """Whether its kernel is larger than one point."""
         return math.prod(layer.shape_A[2:]) > 1
@@ -321,6 +316,10 @@ def _configs(metadata: Mapping[str, str], where: str) -> dict[str, AdapterConfig
             parts.setdefault(part, {})[inside] = value
     except (ValueError, AttributeError, RecursionError) as error:
         raise MatryoshkaError(f"{where}: its {ADAPTER_METADATA} is damaged: {error!s:.200}. {_AGAIN}") from error
+    for part, data in parts.items():
+        if not data.keys() >= {"r", "lora_alpha"}:  # PEFT's defaults would be taken, and the scale be wrong
+            whose = part or f"{next(iter(data))[:80]!r}, which names no part of a pipeline that is known here"
+            raise MatryoshkaError(f"{where}: its {ADAPTER_METADATA} has no r and lora_alpha for {whose}. {_AGAIN}")
     return {
         part: check_config({"peft_type": "LORA", **data}, f"{where}, {ADAPTER_METADATA}")
         for part, data in parts.items()

@@ -19,7 +19,7 @@ from matryoshka_lora.formats.layout import Layer
 from matryoshka_lora.formats.opened import Stored
 from matryoshka_lora.formats.single import ADAPTER_METADATA, OURS, LoraFile
 from matryoshka_lora.formats.streamed import file_size, write_stored
-from matryoshka_lora.formats.styles import Keys, Style, has_style, module_of, part_of, written_keys
+from matryoshka_lora.formats.styles import ORIGINAL, Keys, Style, has_style, module_of, part_of, written_keys
 
 _HASHES = ("sshs_model_hash", "modelspec.hash_sha256")
 """The sha256 of all that follows the header, by kohya's and by Stability's name."""
@@ -196,8 +196,10 @@ def _metadata(
     for module, layer in zip(modules, layers, strict=True):
         part, name = part_of(module)
         inside.setdefault(part, {})[name] = layer
+    # diffusers looks for the metadata by its own names.
+    known = all(part not in ("", ORIGINAL) for part in inside)
     differ = len({layer.rank for layer in layers}) > 1
-    if all(modules) and not folder and (ADAPTER_METADATA in source.metadata or (differ and all(inside))):
+    if all(modules) and not folder and (ADAPTER_METADATA in source.metadata or (differ and known)):
         configs: dict[str, Any] = {}
         for part, own in inside.items():
             before = f"{part}." if part else ""

@@ -28,16 +28,24 @@ _BETWEEN = re.compile(r"(\.lora_linear_layer|\.lora|_lora)$")
 # What stands beside the factors of a layer that is more than they are.
 _MORE = re.compile(r"(.+)\.(?:dora_scale|lora_(?:magnitude_vector|mid|up|down|[AB])(?:\.[^.]+)*)")
 
+# What old versions of diffusers call the layers of a text encoder's attention, and transformers calls them.
+_OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+ORIGINAL = "diffusion_model"
+"""What stands in the place of a part where the names are those of a model's own authors: diffusers renames them."""
+
 # The first word of kohya's names, by the part of a pipeline.
-_PARTS = {
+_KOHYA_WORDS = {
     "unet": "lora_unet",
-    "diffusion_model": "lora_unet",
+    ORIGINAL: "lora_unet",
     "transformer": "lora_transformer",
     "text_encoder": "lora_te",
     "text_encoder_2": "lora_te2",
     "text_encoder_3": "lora_te3",
 }
-PIPELINE_PARTS = tuple(_PARTS)
+KOHYA_PARTS = tuple(_KOHYA_WORDS)
+PIPELINE_PARTS = (*KOHYA_PARTS, "transformer_2", "transformer_ref", "connectors", "text_conditioner", "prior")
+"""All that diffusers loads a LoRA into (``_lora_loadable_modules`` of its pipelines), and `ORIGINAL`."""
 
 
 class Keys(NamedTuple):
@@ -94,7 +102,8 @@ def module_of(pair: Keys) -> str:
     """The dotted name of a layer's module, with the part of the pipeline that it belongs to.
 
     Raises:
-        MatryoshkaError: It is one of kohya's, whose strokes do not say where the dots were.
+        MatryoshkaError: It is one of kohya's, whose strokes do not say where the dots were; or of XLabs', which has
+            names of its own.
     """
     name = pair.name.removeprefix(PEFT_PREFIX)
     if re.match(r"lora_\w+$", name):
@@ -104,7 +113,12 @@ def module_of(pair: Keys) -> str:
         )
     if pair.A.endswith((_KOHYA[0], _DIFFUSERS[0])):
         return name
+    if re.search(r"_lora\d+$", name):
+        raise MatryoshkaError(f"{name[:80]} is a name of XLabs', which is no module's: leave the style as it is")
     short = _BETWEEN.sub("", name).replace(".processor.", ".")
+    before, _, last = short.rpartition(".")
+    if short != name and last in _OLD_TEXT and short.startswith("text_encoder"):
+        return f"{before}.{_OLD_TEXT[last]}"
     if short.endswith(".to_out") and short != name:
         return f"{short}.0"
     return short
@@ -129,7 +143,7 @@ def kind_of(name: str) -> str:
 def part_of(module: str) -> tuple[str, str]:
     """The part of the pipeline, "" where a name says none, and the module's name inside it."""
     first, _, rest = module.partition(".")
-    return (first, rest) if first in _PARTS and rest else ("", module)
+    return (first, rest) if first in PIPELINE_PARTS and rest else ("", module)
 
 
 def written_keys(module: str, style: Style, parts: Collection[str]) -> Keys:
@@ -139,18 +153,32 @@ def written_keys(module: str, style: Style, parts: Collection[str]) -> Keys:
         module: Its dotted name.
         style: The other style.
         parts: All parts of a pipeline that the file has layers of.
+
+    Raises:
+        MatryoshkaError: The style has no name for it.
     """
     part, inside = part_of(module)
     if style == "peft":
         return _keys(PEFT_PREFIX + inside, _DIFFUSERS)
     if style == "diffusers":
+        if not part:
+            raise MatryoshkaError(
+                f"{module[:80]} does not say which part of a pipeline it is for, as unet. or transformer. before it "
+                "would, and diffusers would not find it: leave the style as it is"
+            )
         return _keys(module, _DIFFUSERS)
     return _keys(kohya_name(part, inside, parts), _KOHYA)
 
 
 def kohya_name(part: str, inside: str, parts: Collection[str]) -> str:
-    """What kohya calls a module of a part of a pipeline."""
-    first = _PARTS[part or "unet"]
+    """What kohya calls a module of a part of a pipeline.
+
+    Raises:
+        MatryoshkaError: Kohya's programs know no such part.
+    """
+    if part and part not in KOHYA_PARTS:
+        raise MatryoshkaError(f"kohya's style has no name for the {part} of a pipeline: choose the style diffusers")
+    first = _KOHYA_WORDS[part or "unet"]
     if part == "text_encoder" and "text_encoder_2" in parts:
         first = "lora_te1"
     return f"{first}_{inside.replace('.', '_')}"

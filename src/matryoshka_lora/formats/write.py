@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.files import adapter_files, output_files
 from matryoshka_lora.formats.beside import Spectra, write_spectra
 from matryoshka_lora.formats.card import has_own_card, write_card
 from matryoshka_lora.formats.config import AdapterConfig
@@ -56,11 +57,17 @@ def write_adapter(
 
 
 def check_apart(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """Raises MatryoshkaError if writing to ``path`` would replace the adapter that is read."""
-    target, read = Path(path).resolve(), Path(source).resolve()
-    if target == read or (target == read.parent and read.name.startswith("rank-")):
-        what = "is" if target == read else "holds"
-        raise MatryoshkaError(f"{path} {what} the adapter itself, which would be lost: choose another directory")
+    """Raises MatryoshkaError if writing to ``path`` would replace the adapter that is read, or a file of it."""
+    target, read = Path(path), Path(source)
+    gone = _places(target, output_files) & _places(read, adapter_files)
+    if gone:
+        what = "is" if target.resolve() in gone else "holds"
+        raise MatryoshkaError(f"{path} {what} the adapter itself, which would be lost: choose another place")
+
+
+def _places(path: Path, files: Callable[[Path], Iterator[Path]]) -> set[Path]:
+    """Where a path and some files in it really are."""
+    return {place.resolve() for place in (path, *(path / file for file in files(path)))}
 
 
 def _stored_ranks(ranks: Mapping[str, int], pad: bool) -> dict[str, int]:

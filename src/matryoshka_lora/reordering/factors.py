@@ -21,8 +21,8 @@ def reorder_factors(A: Tensor, B: Tensor, p: Tensor | None = None, scale: float 
 
     Returns:
         ``A'``, ``B'`` with the shapes and dtype of A and B, and the singular values of the product, shape (..., R),
-        float64, decreasing. The singular values are shared evenly between both factors; the sign is fixed, so that
-        reordering twice changes nothing but the rows of A that belong to directions without size.
+        float64, decreasing; of a direction without size, 0. They are shared evenly between both factors; the sign is
+        fixed, so that reordering twice changes nothing but the rows of A that belong to directions without size.
     """
     rank = A.shape[-2]
     # float64, because a product of two fp32 factors has more digits than fp32 and the SVD of a near-degenerate core
@@ -42,8 +42,9 @@ def reorder_factors(A: Tensor, B: Tensor, p: Tensor | None = None, scale: float 
 
     # A direction of no size keeps its unit row in A and gets zeros in B: the product is the same, and unlike a pair
     # of zeros it can still learn. Where a layer is narrower than R, such directions fill up the missing columns.
-    dead = s <= s.amax(dim=-1, keepdim=True) * rank * torch.finfo(work).eps
-    half = torch.where(dead, torch.zeros_like(s), (s / scale).sqrt())
+    dead = is_dead(s, rank)
+    s = torch.where(dead, 0.0, s)
+    half = (s / scale).sqrt()
     new_A = right * torch.where(dead, torch.ones_like(s), half)[..., :, None]
     new_B = left * half[..., None, :]
     missing = rank - s.shape[-1]
@@ -52,6 +53,11 @@ def reorder_factors(A: Tensor, B: Tensor, p: Tensor | None = None, scale: float 
         new_B = torch.nn.functional.pad(new_B, (0, missing))
         s = torch.nn.functional.pad(s, (0, missing))
     return new_A.to(A.dtype), new_B.to(B.dtype), s
+
+
+def is_dead(values: Tensor, rank: int) -> Tensor:
+    """Which singular values of a layer are nothing but the rounding of a matrix of this rank."""
+    return values <= values.amax(dim=-1, keepdim=True) * rank * torch.finfo(values.dtype).eps
 
 
 DAMPING = 1e-2
@@ -96,7 +102,7 @@ def reweigh_factors(
     new_B = torch.linalg.solve_triangular(root_out.mT, u, upper=True)
     new_A = torch.linalg.solve_triangular(root_in, vh, upper=False, left=False)
     new_A, new_B = new_A @ right, left @ new_B
-    dead = s <= s.amax(dim=-1, keepdim=True) * s.shape[-1] * torch.finfo(work).eps
+    dead = is_dead(s, s.shape[-1])
     # Any split of s is the same product; even lengths round best.
     lengths = new_A.norm(dim=-1).clamp_min(torch.finfo(work).tiny), new_B.norm(dim=-2)
     half = torch.where(dead, 0.0, (s * lengths[0] * lengths[1]).sqrt())

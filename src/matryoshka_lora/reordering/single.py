@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from matryoshka_lora.reordering.factors import reorder_factors
+from matryoshka_lora.reordering.factors import is_dead, reorder_factors
 
 
 class CutLayer(NamedTuple):
@@ -55,10 +55,11 @@ def rescale_layer(A: Tensor, B: Tensor, scale: float, new_scale: float) -> CutLa
 
 
 def singular_values(A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Those of ``scale * B A``, shape (R,), float64, decreasing; no factor is made."""
+    """Those of ``scale * B A``, shape (R,), float64, decreasing, as `reorder_factors` has them; no factor is made."""
     rank = A.shape[0]
     r_in, r_out = (torch.linalg.qr(wide.double(), mode="r").R for wide in (A.mT, B))
-    values: Tensor = torch.linalg.svdvals(r_out @ r_in.mT) * scale
+    values = torch.linalg.svdvals(r_out @ r_in.mT)
+    values = torch.where(is_dead(values, rank), 0.0, values * scale)
     return torch.nn.functional.pad(values, (0, rank - len(values)))
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import check_free, check_writable, output_directory, read_bytes, write_text
+from matryoshka_lora.files import check_free, check_writable, output_directory, output_path, read_bytes, write_text
 from matryoshka_lora.formats.beside import Spectra, read_spectra, share_kept
 from matryoshka_lora.formats.card import CARD_NAME, has_own_card, ladder_readme
 from matryoshka_lora.formats.directions import write_directions
+from matryoshka_lora.formats.layout import Layer
 from matryoshka_lora.formats.module_names import names_in_model
 from matryoshka_lora.formats.opened import OpenedAdapter, first_ranks, from_memory, open_adapter
 from matryoshka_lora.formats.sidecar import write_sidecar
@@ -115,7 +116,7 @@ def export(
             written or holds something that may not be overwritten; or what was made computes something else. Nothing
             has been written then.
     """
-    out = Path(target)
+    out = output_path(target)
     if format not in get_args(Format):
         raise MatryoshkaError(f"format is {format!r}; write one of {', '.join(map(repr, get_args(Format)))}")
     threshold = None if keep is None else Keep.read(keep)
@@ -126,17 +127,18 @@ def export(
                 f"{source} is a single file, for which there are rank, conv_rank, keep, max_bytes and style: another "
                 "format, a budget and padding are for PEFT's folders"
             )
-        given = open_file(source)
+        file = open_file(source)
         if model is not None:
-            given = replace(given, names=names_in_model(model))
-        return _single(given, out, Wish(rank, conv_rank, threshold, most_bytes), style, overwrite, on_progress)
+            file = replace(file, names=names_in_model(model))
+        return _single(file, out, Wish(rank, conv_rank, threshold, most_bytes), style, overwrite, on_progress)
     if style in ("kohya", "diffusers") and format == "peft" and budget is None and not pad:
-        given = from_folder(open_adapter(source))
-        return _single(given, out, Wish(rank, conv_rank, threshold, most_bytes), style, overwrite, on_progress)
+        file = from_folder(open_adapter(source))
+        return _single(file, out, Wish(rank, conv_rank, threshold, most_bytes), style, overwrite, on_progress)
     if style is not None or conv_rank is not None:
         raise MatryoshkaError(f"{source} is a folder of PEFT's: style and conv_rank are for a single file, made of it")
     _check_wishes(rank, format, budget, threshold, most_bytes, pad)
-    opened, spectra = _ready(open_adapter(source))
+    given = open_adapter(source)
+    opened, spectra = _ready(given)
     if rank is not None:
         opened.nested.check_rank(rank)
         rank = int(rank)  # NumPy's integers are not JSON
@@ -145,7 +147,8 @@ def export(
     check_free(out, overwrite)
     chosen = None
     if budget is not None or threshold is not None or most_bytes is not None:
-        chosen = _chosen(opened, spectra or spectra_of(opened), rank, budget, threshold, most_bytes)
+        found = spectra or spectra_of(opened)
+        chosen = _chosen(opened, given.layers, found, rank, budget, threshold, most_bytes)
     ranks: Ranks = chosen.ranks if chosen is not None else rank or opened.rank
     # A file of directions is compared with the adapter bit by bit.
     needs, compares = format in ("merged", "gguf", "mlx", "gguf-ladder"), verify and format != "directions"
@@ -231,19 +234,22 @@ def _check_wishes(
 
 def _chosen(
     opened: OpenedAdapter,
+    layers: Sequence[Layer],
     spectra: Spectra,
     rank: int | None,
     budget: float | None,
     keep: Keep | None,
     most_bytes: int | None,
 ) -> Chosen:
+    """The ranks of layers, each of which has its own rank at most, though all of a reordered adapter have one."""
     if budget is not None:
-        return choose_ranks(opened.layers, spectra, budget)
+        return choose_ranks(layers, spectra, budget)
     if keep is not None:
-        return by_threshold(opened.layers, spectra, keep, {layer.name: rank or layer.rank for layer in opened.layers})
+        most = {layer.name: min(rank or layer.rank, layer.rank) for layer in layers}
+        return by_threshold(layers, spectra, keep, most)
     assert most_bytes is not None
-    itemsizes = dict.fromkeys((layer.name for layer in opened.layers), opened.dtype.itemsize)
-    return by_size(opened.layers, spectra, most_bytes, itemsizes, lambda ranks: weights_size(cut(opened, ranks)))
+    itemsizes = {layer.name: opened.itemsize(layer) for layer in opened.layers}
+    return by_size(layers, spectra, most_bytes, itemsizes, lambda ranks: weights_size(cut(opened, ranks)))
 
 
 def _kept(opened: OpenedAdapter, spectra: Spectra | None, rank: Ranks) -> float | None:

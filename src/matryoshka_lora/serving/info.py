@@ -87,13 +87,8 @@ class Description:
         adapter = self.adapter
         if adapter.state is not None and not adapter.state.reordered:
             return iter(())
-        sizes = {layer.name: adapter.dtype.itemsize for layer in adapter.layers}
-        if isinstance(adapter, LoraFile):
-            sizes = {layer.name: adapter.itemsize(layer) for layer in adapter.layers}
-        layers = adapter.layers
-        if adapter.state is None and not isinstance(adapter, LoraFile):
-            layers = tuple(layer.at(adapter.rank, layer.scale) for layer in layers)
-        return choices(layers, self.spectra, sizes, self.bytes_of)
+        sizes = {layer.name: adapter.itemsize(layer) for layer in adapter.layers}
+        return choices(adapter.layers, self.spectra, sizes, self.bytes_of)
 
     def kept(self, rank: int) -> float:
         """See `matryoshka_lora.formats.beside.share_kept`."""

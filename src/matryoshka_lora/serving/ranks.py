@@ -93,8 +93,8 @@ def choose_ranks(layers: Sequence[Layer], spectra: Spectra, budget: float) -> Ch
     That is one threshold for all layers. A direction that no longer fits ends its layer; smaller ones may still fit.
 
     Args:
-        layers: Of a reordered adapter.
-        spectra: Its singular values.
+        layers: Of the adapter, each with its own rank, which is the most that it gets.
+        spectra: Its singular values; zeros may follow a layer's own.
         budget: The share of the adapter's parameters, above 0 and at most 1.
 
     Raises:
@@ -102,33 +102,51 @@ def choose_ranks(layers: Sequence[Layer], spectra: Spectra, budget: float) -> Ch
     """
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
         raise MatryoshkaError(f"budget is {budget!r}; write a share of the parameters, for example 0.25")
-    gains = {}
-    for layer in layers:
-        squares = spectra[layer.name] ** 2
-        # All experts of a stack have one rank.
-        gains[layer.name] = (squares.sum(dim=0) if squares.ndim > 1 else squares).tolist()
+    gains = _gains(layers, spectra)
+    costs = {layer.name: layer.width for layer in layers}
     total = sum(layer.width * layer.rank for layer in layers)
-    left = whole = int(budget * total + 1e-6)
-    ranks, order = {layer.name: 0 for layer in layers}, count()
-    heap = [(-gains[layer.name][0] / layer.width, next(order), layer) for layer in layers]
-    heapq.heapify(heap)
-    while heap:
-        _, _, layer = heapq.heappop(heap)
-        if layer.width > left:
-            continue
-        left -= layer.width
-        ranks[layer.name] += 1
-        rank = ranks[layer.name]
-        if rank < layer.rank and gains[layer.name][rank] > 0:
-            heapq.heappush(heap, (-gains[layer.name][rank] / layer.width, next(order), layer))
+    whole = int(budget * total + 1e-6)
+    ranks = _fill(layers, gains, costs, whole)
     if not any(ranks.values()):
         raise MatryoshkaError(
             f"a budget of {budget:g} is {whole} parameters, and one direction of one layer has at least "
-            f"{min(layer.width for layer in layers)}: write a larger one"
+            f"{min(costs[layer.name] for layer in _alive(layers, gains))}: write a larger one"
         )
-    kept = sum(sum(gains[name][:rank]) for name, rank in ranks.items())
-    everything = sum(map(sum, gains.values()))
-    return Chosen(ranks, whole - left, total, kept / everything if everything else 1.0)
+    return _chosen(layers, spectra, ranks)
+
+
+def _gains(layers: Sequence[Layer], spectra: Spectra) -> dict[str, list[float]]:
+    """The squared singular values of each layer's directions; all experts of a stack have one rank."""
+    return {layer.name: _squares(spectra[layer.name]).sum(dim=0).tolist() for layer in layers}
+
+
+def _squares(values: Tensor) -> Tensor:
+    """Of shape (experts, R)."""
+    return (values**2).reshape(-1, values.shape[-1])
+
+
+def _alive(layers: Sequence[Layer], gains: Mapping[str, Sequence[float]]) -> Sequence[Layer]:
+    """The layers that do something; all, where none does."""
+    return [layer for layer in layers if gains[layer.name][0] > 0] or layers
+
+
+def _fill(
+    layers: Sequence[Layer], gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], room: int
+) -> dict[str, int]:
+    """The ranks of the best directions by gain per cost that have room; a layer has its own rank at most."""
+    ranks, order = {layer.name: 0 for layer in layers}, count()
+    heap = [(-gains[layer.name][0] / costs[layer.name], next(order), layer) for layer in _alive(layers, gains)]
+    heapq.heapify(heap)
+    while heap:
+        _, _, layer = heapq.heappop(heap)
+        name = layer.name
+        if costs[name] > room:
+            continue
+        room -= costs[name]
+        ranks[name] += 1
+        if ranks[name] < layer.rank and gains[name][ranks[name]] > 0:
+            heapq.heappush(heap, (-gains[name][ranks[name]] / costs[name], next(order), layer))
+    return ranks
 
 
 def by_threshold(layers: Sequence[Layer], spectra: Spectra, keep: Keep, most: Mapping[str, int]) -> Chosen:
@@ -160,19 +178,21 @@ def by_size(
     full = {layer.name: layer.rank for layer in layers}
     if size(full) <= most:
         return _chosen(layers, spectra, full)
-    parameters = sum(layer.width * layer.rank for layer in layers)
-    # The header is longest at full rank, and what it has left over is filled afterwards.
-    itemsize = max(itemsizes.values())
-    besides = size(full) - sum(layer.width * layer.rank * itemsizes[layer.name] for layer in layers)
-    smallest = min(layer.width for layer in layers)
-    ranks = dict.fromkeys(full, 0)
-    if (room := (most - besides) // itemsize) >= smallest:
-        ranks = dict(choose_ranks(layers, spectra, room / parameters).ranks)
-    gains = {layer.name: (spectra[layer.name] ** 2).reshape(-1, layer.rank).sum(dim=0).tolist() for layer in layers}
+    gains = _gains(layers, spectra)
+    costs = {layer.name: layer.width * itemsizes[layer.name] for layer in layers}
+
+    def factors(ranks: Mapping[str, int]) -> int:
+        return sum(costs[name] * rank for name, rank in ranks.items())
+
+    # The header is nearly always longest at full rank, and what it has left over is filled afterwards. It is longer
+    # where differing ranks need words of their own: then there is less room.
+    ranks = _fill(layers, gains, costs, most - (size(full) - factors(full)))
+    while any(ranks.values()) and (excess := size(ranks) - most) > 0:
+        ranks = _fill(layers, gains, costs, factors(ranks) - excess)
     while (left := most - size(ranks) if any(ranks.values()) else most) > 0:
         can_grow = [x for x in layers if ranks[x.name] < x.rank and gains[x.name][ranks[x.name]] > 0]
-        fits = [x for x in can_grow if x.width * itemsizes[x.name] <= left]
-        fits.sort(key=lambda x: -gains[x.name][ranks[x.name]] / x.width)
+        fits = [x for x in can_grow if costs[x.name] <= left]
+        fits.sort(key=lambda x: -gains[x.name][ranks[x.name]] / costs[x.name])
         more = ({**ranks, x.name: ranks[x.name] + 1} for x in fits)
         best = next((new for new in more if size(new) <= most), None)
         if best is None:
@@ -185,7 +205,7 @@ def by_size(
 
 def _chosen(layers: Sequence[Layer], spectra: Spectra, ranks: Mapping[str, int]) -> Chosen:
     """Ranks with what they cost and keep."""
-    squares = {layer.name: (spectra[layer.name] ** 2).reshape(-1, spectra[layer.name].shape[-1]) for layer in layers}
+    squares = {layer.name: _squares(spectra[layer.name]) for layer in layers}
     everything = sum(float(own.sum()) for own in squares.values())
     kept = sum(float(own[:, : ranks[name]].sum()) for name, own in squares.items())
     return Chosen(

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import check_free, check_writable, output_directory, replace_file
+from matryoshka_lora.files import check_free, check_writable, output_directory, output_path, replace_file
 from matryoshka_lora.formats.layout import Layer, layer_name
 from matryoshka_lora.formats.opened import WEIGHTS_NAME, open_adapter
 from matryoshka_lora.formats.single import SUFFIX, LoraFile, open_file
 from matryoshka_lora.formats.single_write import Plan, adapter_config, plan
 from matryoshka_lora.formats.styles import Style
+from matryoshka_lora.formats.write import check_apart
 from matryoshka_lora.reordering.single import CutLayer, cut_layer, rescale_layer, singular_values
 from matryoshka_lora.serving.ranks import Chosen, Keep, by_size, by_threshold
 
@@ -100,13 +101,12 @@ def write_single(
         MatryoshkaError: The file is damaged or no LoRA; the wish or the style cannot be had; or the target cannot be
             written. Nothing has been written then.
     """
-    out = Path(target)
+    out = output_path(target)
     folder = style == "peft"
     if folder == (out.suffix == SUFFIX):
         wanted = "a folder" if folder else f"a file that ends in {SUFFIX}"
         raise MatryoshkaError(f"{out} is not {wanted}, as PEFT's style is one and the others are not")
-    if out.resolve() == Path(opened.name).resolve():
-        raise MatryoshkaError(f"{out} is the adapter itself, which would be lost: choose another name")
+    check_apart(opened.name, out)
     check_writable(out if folder else out.parent)
     check_free(out, overwrite)
     ranks = _choose(opened, wish, style)
