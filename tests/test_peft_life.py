@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, load, nest
+from matryoshka_lora.adapter import saving
 from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.rules import RULES
 
@@ -615,6 +616,49 @@ def test_two_nested_adapters_have_ranks_of_their_own() -> None:
     first.reorder()
     assert not second.reordered
     torch.testing.assert_close(get_peft_model_state_dict(model, adapter_name="second"), tensors[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["0", "q_proj", "model"])
+def test_an_adapter_with_the_name_of_a_part_of_the_model(name: str, tmp_path: Path) -> None:
+    """PEFT leaves what is below that part out of the files of the other adapters."""
+    message = f"adapter '{name}' has the name of a part of the model, .*Give the adapter another name"
+    adapter = nested_llama(NESTING)
+    model: Any = adapter.model
+    adapter.save(tmp_path / "good")
+    with pytest.raises(MatryoshkaError, match=message):
+        load(model, tmp_path / "good", adapter=name)
+    with pytest.raises(MatryoshkaError, match=message):
+        load(tiny_llama(), tmp_path / "good", adapter=name)
+    assert list(model.peft_config) == ["default"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT's own about some names
+        model.add_adapter(name, lora_config(NESTING))
+    writes: list[Callable[[], object]] = [
+        lambda: adapter.save(tmp_path / "bad"),
+        lambda: adapter.export(tmp_path / "bad", 4),
+        lambda: model.save_pretrained(str(tmp_path / "bad"), selected_adapters=["default"]),
+        lambda: nest_as(model, NESTING, adapter=name),
+        lambda: nest_as(model, NESTING),
+        lambda: load(model, tmp_path / "good", adapter="second"),
+    ]
+    for write in writes:
+        with pytest.raises(MatryoshkaError, match=message):
+            write()
+    assert not (tmp_path / "bad").exists()
+    model.delete_adapter(name)
+    adapter.save(tmp_path / "bad")
+    assert files_of(tmp_path / "bad") == files_of(tmp_path / "good")
+
+
+def test_layers_that_peft_does_not_read_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = nested_llama(NESTING)
+
+    def first_layer(*args: Any, **options: Any) -> dict[str, Tensor]:
+        return {k: v for k, v in get_peft_model_state_dict(*args, **options).items() if ".layers.0." in k}
+
+    monkeypatch.setattr(saving, "get_peft_model_state_dict", first_layer)
+    with pytest.raises(MatryoshkaError, match="PEFT has read 7 of the 14 layers of adapter 'default'"):
+        adapter.save(tmp_path / "saved")
 
 
 def test_an_adapter_that_peft_makes_anew_is_plain_until_it_is_nested_again() -> None:

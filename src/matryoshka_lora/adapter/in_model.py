@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import assign, get_factors, get_gradients, get_parameters, has_adapter, has_modules
@@ -53,6 +55,33 @@ def checked_layers(model: nn.Module, adapter: str) -> list[tuple[str, Any, Neste
             f"PEFT has made adapter {adapter!r} anew in layer {min(plain)} after it was nested: call nest() again"
         )
     return nested
+
+
+def check_names(model: nn.Module, adapters: Iterable[str]) -> None:
+    """Refuse adapters that have the name of a module: PEFT takes the weights below that module for the adapter's.
+
+    It would leave them out of the files of all other adapters.
+
+    Raises:
+        MatryoshkaError: There is such an adapter.
+    """
+    modules = dict(model.named_modules())
+    parents = {name: name.rpartition(".")[0] for name in modules}
+    # In PEFT's layers, the modules of these have the names of adapters.
+    by_adapter = {
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.ModuleDict)
+        and isinstance(modules[parents[name]], (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    }
+    found = {name.rpartition(".")[2]: name for name in modules if parents[name] not in by_adapter}
+    for adapter in adapters:
+        if adapter in found:
+            raise MatryoshkaError(
+                f"adapter {adapter!r} has the name of a part of the model, {layer_name(found[adapter])}: PEFT would "
+                "leave what is below that part out of the files of all other adapters. Give the adapter another name; "
+                f"if the model has it already, call delete_adapter({adapter!r}) first"
+            )
 
 
 def gated(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from matryoshka_lora.adapter.factors import get_parameters, get_weight
 from matryoshka_lora.adapter.gate import PLACES, Gate, RowCount, check_rows_apart
 from matryoshka_lora.adapter.handle import NestedAdapter
-from matryoshka_lora.adapter.in_model import COPIES, begin, lora_layers, nest_copies, nested_layers
+from matryoshka_lora.adapter.in_model import COPIES, begin, check_names, lora_layers, nest_copies, nested_layers
 from matryoshka_lora.adapter.layers import SUBCLASSES
 from matryoshka_lora.adapter.saving import with_our_files
 from matryoshka_lora.adapter.variant import NestedVariant
@@ -200,6 +200,7 @@ def _checked_layers(model: Any, state: State, adapter: str) -> list[tuple[str, A
     layers = list(lora_layers(model, adapter))
     if not layers:
         raise MatryoshkaError(f"adapter {adapter!r} has no LoRA layer in this model")
+    check_names(model, model.peft_config)
     seen: dict[int, str] = {}
     unreadable = _unreadable(model, adapter)
     for name, module in layers:

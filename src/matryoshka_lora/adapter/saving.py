@@ -14,7 +14,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import gathered, get_parameters
-from matryoshka_lora.adapter.in_model import COPIES, begin, checked_layers, nest_copies, nested_layers
+from matryoshka_lora.adapter.in_model import COPIES, begin, check_names, checked_layers, nest_copies, nested_layers
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import TRAINED_NAME, output_directory, replace_directory
 from matryoshka_lora.formats.config import check_config
@@ -41,9 +41,12 @@ def opened_from(model: PeftModel, adapter: str, state_dict: Mapping[str, Tensor]
         state_dict: The model's, where it was gathered already.
 
     Raises:
-        MatryoshkaError: A weight is not finite, or PEFT has made the adapter anew in a layer.
+        MatryoshkaError: A weight is not finite, PEFT has made the adapter anew in a layer, or the name of an adapter
+            makes PEFT lose layers.
     """
-    state = checked_layers(model, adapter)[0][2].state
+    layers = checked_layers(model, adapter)
+    state = layers[0][2].state
+    check_names(model, model.peft_config)
     # The base model's embeddings are not part of the adapter, though PEFT would add them when they are a target.
     found = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter, save_embedding_layers=False)
     tensors = {key: gathered(tensor.detach()).cpu() for key, tensor in found.items()}
@@ -51,6 +54,11 @@ def opened_from(model: PeftModel, adapter: str, state_dict: Mapping[str, Tensor]
     named = config["base_model_name_or_path"] or getattr(model.get_base_model(), "name_or_path", None)
     config |= {"base_model_name_or_path": named or None, "inference_mode": True}
     opened = from_memory(f"adapter {adapter!r}", check_config(config, f"adapter {adapter!r}"), state, tensors)
+    if len(opened.layers) != len(layers):
+        raise MatryoshkaError(
+            f"PEFT has read {len(opened.layers)} of the {len(layers)} layers of adapter {adapter!r}, and the others "
+            "would be lost: give each adapter a name that is no part of a layer's name"
+        )
     opened.tensors()  # raises where a number is not finite
     _warn_of_new_tokens(model, named)
     return opened
