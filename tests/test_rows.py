@@ -6,6 +6,7 @@ import functools
 import re
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,51 @@ def test_the_context_ends_however_it_is_left(adapter: NestedAdapter) -> None:
         adapter.set_rank(8)
         assert torch.equal(adapter.model(ids).logits, before)
         assert not torch.equal(outer, before)
+
+
+def test_contexts_may_end_in_any_order(adapter: NestedAdapter) -> None:
+    """As those of generators and of asynchronous functions do."""
+    ids = tokens(2)
+
+    def opened(ranks: list[int]) -> Iterator[None]:
+        with adapter.rows(ranks):
+            yield
+
+    def logits() -> Tensor:
+        with torch.no_grad():
+            return adapter.model(ids).logits
+
+    full, one_by_rank = logits(), {}
+    for rank in (1, 2):
+        with adapter.rows([rank, rank]):
+            one_by_rank[rank] = logits()
+    first, second = opened([1, 1]), opened([2, 2])
+    next(first)
+    next(second)
+    assert torch.equal(logits(), one_by_rank[2])
+    next(first, None)
+    assert torch.equal(logits(), one_by_rank[2])
+    next(second, None)
+    assert torch.equal(logits(), full)
+
+
+def test_contexts_of_two_threads_are_refused(adapter: NestedAdapter) -> None:
+    ids = tokens(2)
+    with torch.no_grad():
+        full = adapter.model(ids).logits
+        with ThreadPoolExecutor(1) as other:
+            with adapter.rows([1, 2]):
+                expected = adapter.model(ids).logits
+                with pytest.raises(MatryoshkaError, match="another thread has a `with adapter"):
+                    other.submit(adapter.rows([2, 1]).__enter__).result()
+                assert torch.equal(adapter.model(ids).logits, expected)
+            assert torch.equal(adapter.model(ids).logits, full)
+            context = adapter.rows([1, 2])
+            other.submit(context.__enter__).result()
+            with pytest.raises(MatryoshkaError, match="another thread has"), adapter.rows([2, 1]):
+                pytest.fail("the context must not open")
+            other.submit(context.__exit__, None, None, None).result()
+        assert torch.equal(adapter.model(ids).logits, full)
 
 
 def test_rows_are_those_of_an_active_adapter(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,6 +154,7 @@ class RowCount:
         self.unproven = 0
         self.contexts = 0
         self.in_training = False
+        self._threads: list[int] = []
         self._caller: nn.Module | None = None
         self._handles: list[RemovableHandle] = []
         for part in (model, *_models(model.get_base_model())):
@@ -163,6 +166,25 @@ class RowCount:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    @contextmanager
+    def in_one_thread(self) -> Iterator[None]:
+        """A context that may be open several times in one thread, and not in two.
+
+        Raises:
+            MatryoshkaError: It is open in another thread.
+        """
+        thread = threading.get_ident()
+        self._threads.append(thread)  # first, so that of two threads at once not both find nobody
+        try:
+            if any(other != thread for other in self._threads):
+                raise MatryoshkaError(
+                    "another thread has a `with adapter.rows(...)` open on this model, and would compute at these "
+                    "ranks: let one thread wait for the other, for example by a threading.Lock"
+                )
+            yield
+        finally:
+            self._threads.remove(thread)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if torch.compiler.is_compiling():

@@ -219,24 +219,27 @@ class InModel:
 
     @contextmanager
     def standing(self, diagonal: Tensor, exact: bool = True) -> Iterator[None]:
-        """A context in which this diagonal, (R,) or (rows, R), stands in every layer, in training and in eval mode."""
+        """A context in which this diagonal, (R,) or (rows, R), stands in every layer, in training and in eval mode.
+
+        Of several that are open, the one that was opened last counts, in whichever order they end.
+        """
         if self.name not in self.model.active_adapters:
             raise MatryoshkaError(
                 f"adapter {self.name!r} is not active, {', '.join(self.model.active_adapters)} is: call "
                 f"adapter.model.set_adapter({self.name!r}) first"
             )
         gates = gated(self.model, self.name, diagonal, exact=exact)
-        before = [variant.override for variant, _ in gates]
-        for variant, gate in gates:
-            variant.stand_before(gate)
         rows, differ = gates[0][0].rows, not gates[0][1].uniform
-        rows.contexts += differ
-        try:
-            yield
-        finally:
-            rows.contexts -= differ
-            for (variant, _), override in zip(gates, before, strict=True):
-                variant.stand_before(override)
+        with rows.in_one_thread():
+            rows.contexts += differ
+            for variant, gate in gates:
+                variant.stand_before(gate)
+            try:
+                yield
+            finally:
+                rows.contexts -= differ
+                for variant, gate in gates:
+                    variant.stand_back(gate)
 
 
 def unmerge(layers: Sequence[Any], adapter: str) -> None:
