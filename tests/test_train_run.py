@@ -315,6 +315,33 @@ def test_a_named_checkpoint(model: Path, finished: Path, tmp_path: Path, capsys:
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ([], "learning_rate was 0.01 and is now 0.001.*Choose another output_dir"),
+        ([STATE], "learning_rate was 0.01 and is now 0.001"),
+        (["train.yaml"], "holds checkpoints of another program"),
+        (["train.yaml", STATE, "checkpoint-2", "checkpoint-4"], "holds an adapter that this run did not make"),
+    ],
+)
+def test_a_named_checkpoint_overwrites_no_other_run(
+    model: Path, finished: Path, copied: Path, missing: list[str], message: str
+) -> None:
+    for name in missing:
+        shutil.rmtree(copied / name) if (copied / name).is_dir() else (copied / name).unlink()
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
+    named = str(finished / "checkpoint-2")
+    with pytest.raises(MatryoshkaError, match=message):
+        train(config_of(model, copied, resume_from_checkpoint=named, learning_rate=1e-3))
+    assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
+
+
+def test_a_run_goes_on_from_its_checkpoint_that_is_named(model: Path, finished: Path) -> None:
+    for steps in (4, 5):
+        found = plan(config_of(model, finished, resume_from_checkpoint=str(finished / "checkpoint-2"), max_steps=steps))
+        assert (found.finished, found.step) == (False, 2)
+
+
 class BreaksAfterwards(CompletionTrainer):
     """Computes NaN once all steps are done, as a base in float16 may on rows that it had not seen so."""
 
