@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,51 @@ def test_sampled_sequences_of_a_row_share_its_rank(adapter: NestedAdapter) -> No
 
 
 # What is not a batch of rows is refused.
+
+
+@pytest.mark.parametrize("name", ["input_ids", "inputs", None, "inputs_embeds"])
+def test_generation_from_another_number_of_prompts_is_refused(adapter: NestedAdapter, name: str | None) -> None:
+    """Twice as many would pass for two beams of each."""
+    prompts, options = tokens(4), {"max_new_tokens": 2, "pad_token_id": 0}
+    given = adapter.model.get_input_embeddings()(prompts) if name == "inputs_embeds" else prompts
+    with adapter.rows([1, 8]):
+        with pytest.raises(MatryoshkaError, match="2 rows have a rank, but a layer got 4 rows: give one rank"):
+            adapter.model.generate(*((given,) if name is None else ()), **({name: given} if name else {}), **options)
+        with adapter.model.disable_adapter():
+            adapter.model.generate(prompts, **options)
+    with adapter.rows([1, 1, 8, 8]):
+        adapter.model.generate(prompts, **options)
+
+
+@pytest.mark.parametrize("generates", [True, False])
+def test_an_interrupt_leaves_no_number_of_rows(adapter: NestedAdapter, generates: bool) -> None:
+    model: Any = adapter.model
+
+    def interrupted(call: Callable[[Tensor], Tensor], rows: int) -> None:
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        handle = model.base_model.model.model.layers[0].mlp.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call(tokens(rows))
+        handle.remove()
+
+    def with_beams(ids: Tensor) -> Tensor:
+        return generate(adapter, {"input_ids": ids}, num_beams=2)
+
+    def forward(ids: Tensor) -> Tensor:
+        logits: Tensor = model(ids).logits
+        return logits
+
+    first, then = (with_beams, forward) if generates else (forward, with_beams)
+    with torch.no_grad():
+        with adapter.rows([1, 8]):
+            expected = then(tokens(2))
+        interrupted(first, 3)
+        with adapter.rows([1, 8]):
+            assert torch.equal(then(tokens(2)), expected)
+            interrupted(first, 2)
+            assert torch.equal(then(tokens(2)), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 5])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import assign, get_factors, get_gradients, get_parameters, has_adapter, has_modules
-from matryoshka_lora.adapter.gate import Gate
+from matryoshka_lora.adapter.gate import Gate, RowCount, main_input, wrong_number
 from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.layout import as_parameters, layer_name
@@ -147,6 +148,23 @@ def nest_copies(model: PeftModel, adapter: str) -> dict[str, State]:
     return states
 
 
+def check_prompts(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse inputs of ``generate`` that are not as many as the rows with ranks; later, beams are rows too.
+
+    Raises:
+        MatryoshkaError: As a forward pass does.
+    """
+    counted: RowCount = model.base_model.row_count
+    counted.forget()
+    _, prompts = main_input(model, args, kwargs)
+    for adapter in model.active_adapters:
+        for _, module, variant in islice(nested_layers(model, adapter), 1):
+            gate = None if module.disable_adapters else variant.override
+            given = 0 if gate is None or gate.diagonal.ndim == 1 else len(gate.diagonal)
+            if prompts is not None and given and len(prompts) != given:
+                raise wrong_number(given, len(prompts))
+
+
 class InModel:
     """One nested adapter of a PEFT model.
 
@@ -231,6 +249,7 @@ class InModel:
         gates = gated(self.model, self.name, diagonal, exact=exact)
         rows, differ = gates[0][0].rows, not gates[0][1].uniform
         with rows.in_one_thread():
+            rows.forget()
             rows.contexts += differ
             for variant, gate in gates:
                 variant.stand_before(gate)

@@ -14,7 +14,15 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import gathered, get_parameters
-from matryoshka_lora.adapter.in_model import COPIES, begin, check_names, checked_layers, nest_copies, nested_layers
+from matryoshka_lora.adapter.in_model import (
+    COPIES,
+    begin,
+    check_names,
+    check_prompts,
+    checked_layers,
+    nest_copies,
+    nested_layers,
+)
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import TRAINED_NAME, output_directory, replace_directory
 from matryoshka_lora.formats.config import check_config
@@ -123,6 +131,15 @@ def _plain(value: Any) -> Any:
 
 class _Nested:
     """Mixed into a `PeftModel` by `nest`: its files serve every rank, and training goes on from them."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's.
+
+        Raises:
+            MatryoshkaError: Rows have ranks of their own, and there is another number of them.
+        """
+        check_prompts(self, args, kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(
         self,
