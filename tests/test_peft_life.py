@@ -370,6 +370,38 @@ def test_a_plain_adapter_is_loaded_into_a_nested_one_where_it_stays_the_same_fun
         torch.testing.assert_close(logits(adapter.model), logits(plain), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rule", ["matryoshka", "lora", "dylora"])
+def test_a_plain_adapter_in_the_place_of_a_reordered_one_has_no_order(rule: str, tmp_path: Path) -> None:
+    plain = plain_llama()
+    plain.save_pretrained(tmp_path)
+    adapter = nest_as(get_peft_model(tiny_llama(), lora_config(NESTING)).eval(), NESTING, rule)
+    randomize(adapter.model, seed=7)
+    adapter.reorder()
+    adapter.set_rank(3)  # which the rules do not train
+    if rule == "matryoshka":
+        before = logits(adapter.model)
+        with pytest.raises(MatryoshkaError, match="P of adapter 'default' would stand between its factors"):
+            adapter.model.load_adapter(str(tmp_path), "default")
+        assert torch.equal(logits(adapter.model), before)
+        return
+    adapter.model.load_adapter(str(tmp_path), "default")
+    assert (adapter.reordered, adapter.rank, adapter.ranks) == (False, 8, NESTING.ranks)
+    torch.testing.assert_close(logits(adapter.model), logits(plain), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nested", "plain"])
+def test_nothing_is_loaded_into_a_merged_adapter(kind: str, tmp_path: Path) -> None:
+    """Unmerging would take out the new factors where the old ones were put in."""
+    (plain_llama() if kind == "plain" else nested_llama(NESTING, "lora").model).save_pretrained(str(tmp_path))
+    adapter = nested_llama(NESTING, "lora", seed=3)
+    base = logits(adapter.model.base_model.model)
+    adapter.merge(8)
+    with pytest.raises(MatryoshkaError, match="adapter 'default' is merged into the base weights: unmerge it first"):
+        adapter.model.load_adapter(str(tmp_path), "default")
+    adapter.unmerge()
+    torch.testing.assert_close(logits(adapter.model.base_model.model), base, rtol=1e-4, atol=1e-4)
+
+
 def test_pefts_options_of_loading_count_for_a_nested_adapter(tmp_path: Path) -> None:
     """The names that the model has now, and a folder below."""
 

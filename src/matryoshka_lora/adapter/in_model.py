@@ -117,10 +117,13 @@ def draw(model: nn.Module, adapter: str, step: int, rows: int | None = None, sha
 
 
 def begin(model: nn.Module, adapter: str) -> None:
-    """Apply an adapter's state: its rank in eval mode and, where it is fixed, its diagonal in training."""
+    """Apply an adapter's state: its rank in eval mode and, where it is fixed, its diagonal in training.
+
+    A rank that the state does not know any more becomes the largest.
+    """
     for _, _, variant in nested_layers(model, adapter):
-        variant.set_rank(variant.rank)
         state = variant.state
+        variant.set_rank(variant.rank if variant.rank in state.ranks else state.nesting.max_rank)
     if not state.draws:
         draw(model, adapter, step=0)
 
@@ -148,7 +151,7 @@ def nest_copies(model: PeftModel, adapter: str) -> dict[str, State]:
     return states
 
 
-def check_prompts(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def check_prompts(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Refuse inputs of ``generate`` that are not as many as the rows with ranks; later, beams are rows too.
 
     Raises:

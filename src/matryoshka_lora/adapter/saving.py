@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +21,7 @@ from matryoshka_lora.adapter.in_model import (
     check_names,
     check_prompts,
     checked_layers,
+    lora_layers,
     nest_copies,
     nested_layers,
 )
@@ -190,22 +192,31 @@ class _Nested:
     def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's. Into a nested adapter it takes the factors as they are trained, where they were written.
 
+        Those of an ordinary adapter have no order: the nested one is as after `nest` then.
+
         Raises:
             MatryoshkaError: The folder holds an adapter with another nesting, or one without, which would be another
-                function under P.
+                function under P; or the adapter in the model is merged.
         """
         model: Any = self
         for name in list(model.peft_config) if adapter_name in COPIES else ():
             nest_copies(model, name)
         state = _state_of(model, adapter_name) if adapter_name in model.peft_config else None
         folder = Path(model_id, kwargs.get("subfolder") or "")
-        if state is None or not has_sidecar(folder):
-            if state is not None and not state.is_plain_at_full_rank:
+        if state is None:
+            return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        if any(adapter_name in module.merged_adapters for _, module in lora_layers(model, adapter_name)):
+            raise MatryoshkaError(f"adapter {adapter_name!r} is merged into the base weights: unmerge it first")
+        if not has_sidecar(folder):
+            if not replace(state, reordered=None).is_plain_at_full_rank:
                 raise MatryoshkaError(
                     f"{folder} is no folder of a nested adapter, and P of adapter {adapter_name!r} would stand between "
                     "its factors: load it under another name. If it is on the hub, download it first"
                 )
-            return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+            result = super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+            state.reordered = None
+            begin(model, adapter_name)
+            return result
         opened = open_adapter(folder, trained=True)
         found = opened.nested
         if not found.nesting.is_like(state.nesting) or (not found.reordered and found.rule != state.rule):
