@@ -306,9 +306,10 @@ def test_rows_with_experts_are_refused_at_once() -> None:
         ([1, 16], "rank 16 is above the largest rank 8"),
         ([1, 2.0], "rank 2.0 is not an integer"),
         ([-1], "rank -1 is not positive"),
+        (4, r"rows\(\) takes a rank for each row of the batch, as \[1, 8\] for two, and not 4: .*use set_rank"),
     ],
 )
-def test_wrong_ranks_are_refused(adapter: NestedAdapter, ranks: list[Any], message: str) -> None:
+def test_wrong_ranks_are_refused(adapter: NestedAdapter, ranks: Any, message: str) -> None:
     with pytest.raises(MatryoshkaError, match=message), adapter.rows(ranks):
         pytest.fail("the context must not open")
 

@@ -128,12 +128,25 @@ def begin(model: nn.Module, adapter: str) -> None:
         draw(model, adapter, step=0)
 
 
+def no_copies(model: PeftModel, layers: Sequence[tuple[str, Any]], adapter: str) -> set[str]:
+    """The plain adapters that have the name of a copy, as TRL calls them, and other factors than the adapter."""
+
+    def is_copy(module: Any, name: str) -> bool:
+        if not has_adapter(module, name):
+            return False
+        pairs = zip(get_parameters(module, name), get_parameters(module, adapter), strict=True)
+        return all(a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in pairs)
+
+    there = [name for name in COPIES if name in model.peft_config and not any(nested_layers(model, name))]
+    return {name for name in there if not all(is_copy(module, name) for _, module in layers)}
+
+
 def nest_copies(model: PeftModel, adapter: str) -> dict[str, State]:
     """Nest the copies that TRL keeps of a nested adapter, as far as they are not, and return their states by name.
 
     DPO, KTO, GRPO and RLOO measure how far training has gone from adapter "ref"; SDFT and SDPO learn from "teacher".
     TRL adds both by the nested adapter's own config and fills in its factors. Without p between them, they would be
-    another function than what they are copies of.
+    another function than what they are copies of. An adapter of such a name that was there before is none.
     """
     config = model.peft_config[adapter]
     states: dict[str, State] = {}
@@ -142,7 +155,7 @@ def nest_copies(model: PeftModel, adapter: str) -> dict[str, State]:
             continue
         for _, module in lora_layers(model, name):
             original, copy = module.lora_variant.get(adapter), module.lora_variant.get(name)
-            if copy is None and isinstance(original, NestedVariant):
+            if copy is None and isinstance(original, NestedVariant) and name not in original.apart:
                 # A state of their own, since the adapter may be reordered and its copies are not.
                 copy = original.copied(states.get(name) or replace(original.state), module, name)
                 module.lora_variant[name] = copy

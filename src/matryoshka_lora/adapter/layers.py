@@ -215,6 +215,13 @@ class NestedLoraModel(LoraModel):
         self.row_count.remove()
         return base
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        for module in self.modules():
+            for variant in module.lora_variant.values() if isinstance(module, LoraLayer) else ():
+                if isinstance(variant, NestedVariant):
+                    variant.apart.discard(adapter_name)  # the next one of this name may be a copy
+
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:

@@ -34,6 +34,7 @@ from matryoshka_lora.formats.write import cut, write_adapter, write_weights
 from matryoshka_lora.models import load_config
 from matryoshka_lora.reordering.checkpoint import is_first_process
 from matryoshka_lora.reordering.files import deployed
+from matryoshka_lora.rules import is_named
 from matryoshka_lora.state import State
 
 
@@ -101,8 +102,13 @@ def save_adapter(opened: OpenedAdapter, path: str | os.PathLike[str], keep_train
         keep_trained: Write the factors as they are trained too, to go on from.
 
     Raises:
-        MatryoshkaError: The path cannot be written.
+        MatryoshkaError: The path cannot be written, or what is written could not be read again.
     """
+    if keep_trained and not opened.nested.deployed and not is_named(opened.nested.rule):
+        raise MatryoshkaError(
+            f"rule {opened.nested.rule.name!r} is none of this package's, so that no training could go on from a file: "
+            "set save_strategy='no' while training, and save it with adapter.save()"
+        )
     ready, spectra = deployed(opened)
     with replace_directory(path) as folder:
         write_adapter(folder, ready, spectra, Path(path), keeps_files=True)

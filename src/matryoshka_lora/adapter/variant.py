@@ -25,6 +25,7 @@ class NestedVariant(LoraVariant):
         deployed: The chosen rank, used in eval mode and for merging.
         rank: The rank of `deployed`.
         override: Stands before both while a `rows` context is open: of several, that of the one opened last.
+        apart: The adapters that were there when it was attached and are no copies of it; all its layers share them.
         sharing: Modules that had the weight of this variant's base layer when it was attached, by their names.
         rows: Counts the rows of the model's calls.
     """
@@ -38,6 +39,7 @@ class NestedVariant(LoraVariant):
         self.training: Gate | None = None
         self.override: Gate | None = None
         self._standing: list[Gate] = []
+        self.apart: set[str] = set()
         self.sharing: dict[str, nn.Module] = {}
         self.deployed: Gate
         self.rank: int
