@@ -650,7 +650,7 @@ def test_two_nested_adapters_have_ranks_of_their_own() -> None:
     torch.testing.assert_close(get_peft_model_state_dict(model, adapter_name="second"), tensors[1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["0", "q_proj", "model"])
+@pytest.mark.parametrize("name", ["0", "q_proj", "model", "weight"])
 def test_an_adapter_with_the_name_of_a_part_of_the_model(name: str, tmp_path: Path) -> None:
     """PEFT leaves what is below that part out of the files of the other adapters."""
     message = f"adapter '{name}' has the name of a part of the model, .*Give the adapter another name"
@@ -659,8 +659,6 @@ def test_an_adapter_with_the_name_of_a_part_of_the_model(name: str, tmp_path: Pa
     adapter.save(tmp_path / "good")
     with pytest.raises(MatryoshkaError, match=message):
         load(model, tmp_path / "good", adapter=name)
-    with pytest.raises(MatryoshkaError, match=message):
-        load(tiny_llama(), tmp_path / "good", adapter=name)
     assert list(model.peft_config) == ["default"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT's own about some names

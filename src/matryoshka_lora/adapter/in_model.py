@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -58,14 +58,16 @@ def checked_layers(model: nn.Module, adapter: str) -> list[tuple[str, Any, Neste
     return nested
 
 
-def check_names(model: nn.Module, adapters: Iterable[str]) -> None:
+def check_names(model: nn.Module, adapters: Collection[str]) -> None:
     """Refuse adapters that have the name of a module: PEFT takes the weights below that module for the adapter's.
 
-    It would leave them out of the files of all other adapters.
+    It would leave them out of the files of all other adapters. One that is alone may have any name.
 
     Raises:
         MatryoshkaError: There is such an adapter.
     """
+    if len(adapters) == 1:
+        return
     modules = dict(model.named_modules())
     parents = {name: name.rpartition(".")[0] for name in modules}
     # In PEFT's layers, the modules of these have the names of adapters.
@@ -76,6 +78,7 @@ def check_names(model: nn.Module, adapters: Iterable[str]) -> None:
         and isinstance(modules[parents[name]], (BaseTunerLayer, AuxiliaryTrainingWrapper))
     }
     found = {name.rpartition(".")[2]: name for name in modules if parents[name] not in by_adapter}
+    found |= {"weight": "weight", "bias": "bias"}
     for adapter in adapters:
         if adapter in found:
             raise MatryoshkaError(
