@@ -112,6 +112,11 @@ def test_a_layer_whose_factors_peft_could_not_read_again_is_refused(
 
 SHARED = {
     "head": (lambda: tiny_llama(tie_word_embeddings=True), ["lm_head"], "model.embed_tokens"),
+    "other layers first": (
+        lambda: tiny_llama(tie_word_embeddings=True),
+        ["q_proj", "down_proj", "lm_head"],
+        "model.embed_tokens",
+    ),
     "embedding": (lambda: tiny_llama(tie_word_embeddings=True), ["embed_tokens"], "lm_head"),
     "block": (lambda: tiny_causal_lm("zamba"), ["q_proj"], r"model.layers.\d.shared_transf.self_attn.q_proj"),
 }
@@ -124,10 +129,12 @@ def test_merging_into_a_weight_that_layers_share_is_refused(case: str) -> None:
     model = get_peft_model(build(), lora_config(NESTING, target_modules=targets))
     randomize(model)
     adapter = nest(model.eval())
-    before = [parameter.clone() for parameter in model.parameters()]
+    before, layers = [parameter.clone() for parameter in model.parameters()], adapter.layers()
     for merge in (lambda: adapter.merge(2), model.merge_adapter, model.merge_and_unload):
         with pytest.raises(MatryoshkaError, match=rf"also that of {other}"):
             merge()
+        assert adapter.layers() == layers
+        assert not any(module.merged for _, module, _ in layers)
     assert all(map(torch.equal, before, model.parameters()))
 
 

@@ -19,9 +19,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, export, load
 from matryoshka_lora.formats.opened import open_adapter
+from matryoshka_lora.rules import Draw, Rule
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 NESTINGS = {
@@ -723,3 +725,29 @@ def test_the_same_adapter_is_the_same_bytes_in_every_process(tmp_path: Path) -> 
         subprocess.run(command, env=environment, cwd=Path(__file__).parent, check=True)
     for kind in ("", "-reordered", "-slice"):
         assert fingerprint(tmp_path / f"1{kind}") == fingerprint(tmp_path / f"2{kind}")
+
+
+@pytest.mark.parametrize("name", ["mine", "matryoshka"])
+def test_a_rule_of_one_s_own_stands_in_no_file(name: str, tmp_path: Path) -> None:
+    """What is reordered needs none; what training would go on from is refused."""
+    rule = Rule(name, lambda nesting, generator, rows: Draw(nesting.diagonal() * 2), fixed=True)
+    model: Any = get_peft_model(tiny_llama(), lora_config(NESTING))
+    randomize(model)
+    adapter = nest_as(model.eval(), NESTING, rule)
+    expected = model(IDS).logits
+    adapter.save(tmp_path / "saved")
+    loaded = load(tiny_llama(), tmp_path / "saved")
+    torch.testing.assert_close(loaded.model(IDS).logits, expected, rtol=1e-3, atol=1e-3)
+    assert loaded.rule.name == "lora"
+    with pytest.raises(MatryoshkaError, match=f"rule '{name}' is none of this package's, .*save_strategy='no'"):
+        model.save_pretrained(str(tmp_path / "checkpoint"))
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(MatryoshkaError, match=f"rule '{name}' is none of this package's, .*save_strategy='no'"):
+        adapter.callback().on_train_begin(arguments, TrainerState(), TrainerControl())
+    paper = nest_as(model, NESTING, rule, deploy="paper")
+    with pytest.raises(MatryoshkaError, match=r"no file can say what it does: call adapter\.reorder\(\) first"):
+        paper.save(tmp_path / "paper")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+    paper.reorder()
+    model.save_pretrained(str(tmp_path / "checkpoint"))
+    model.load_adapter(str(tmp_path / "checkpoint"), "default", is_trainable=True)

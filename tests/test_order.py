@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain, islice, repeat
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from conftest import nest_as, nested_layer, nested_llama, randomize, tiny_llama, tiny_mixtral
+from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny_chat import tiny_tokenizer
 from torch import Tensor
+from transformers import (
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    default_data_collator,
+)
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
 from matryoshka_lora.adapter.in_model import InModel
 from matryoshka_lora.data.questions import Row
 from matryoshka_lora.reordering.learned import JUDGED, ROWS, learn_order
@@ -354,3 +365,80 @@ def test_other_kinds_of_layers(kind: str) -> None:
     assert not torch.equal(layer.factors[0], before[0])
     with torch.no_grad(), layer.adapter.rows([4] * 5):
         torch.testing.assert_close(layer.adapter.model(x), whole, rtol=1e-9, atol=1e-9)
+
+
+# What people give as data.
+
+ROWS_OF_TEXT = [{"prompt": "1+1=", "completion": "2"}, {"prompt": "2+2=", "completion": "4"}]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (DatasetDict(train=Dataset.from_list(ROWS_OF_TEXT)), "data is a DatasetDict of train; give a Trainer, a datas"),
+        ({"prompt": ["1"], "completion": ["2"]}, "data is a dict of prompt, completion; give a Trainer"),
+        (pd.DataFrame(ROWS_OF_TEXT), "data, row 1 is 'prompt'; expected a mapping with prompt and completion"),
+        (["a", "b"], "data, row 1 is 'a'; expected a mapping"),
+        ([*ROWS_OF_TEXT, None], "data, row 3 is None; expected a mapping"),
+        ([{"prompt": "a", "completion": None}], "data, row 1 has no answer to compare with"),
+        ([{"prompt": "a"}], "data, row 1 has no answer to compare with"),
+        ([{"prompt": "a", "completion": 3}], "row 1: prompt is 'a' and completion 3; expected two texts"),
+        ([{"prompt": [{"role": "user"}], "completion": "a"}], "expected two texts, or two lists of messages"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_are_no_rows_is_refused_before_the_adapter_is_touched(data: Any, message: str) -> None:
+    adapter = nested_llama(Nesting([1, 2]), deploy="reordered", layers=1)
+    before = all_factors(adapter)
+    with pytest.raises(MatryoshkaError, match=message):
+        adapter.reorder("loss", data, tiny_tokenizer())
+    assert not adapter.reordered
+    assert all(map(torch.equal, before, all_factors(adapter)))
+
+
+@pytest.mark.parametrize("rows", [8.0, "8", 0])
+def test_a_number_of_rows_is_a_whole_number(rows: Any) -> None:
+    adapter = nested_llama(Nesting([1, 2]), deploy="reordered", layers=1)
+    with pytest.raises(MatryoshkaError, match=f"rows is {rows!r}; take 1 or more"):
+        adapter.reorder("loss", ROWS_OF_TEXT, tiny_tokenizer(), rows=rows)
+    assert not adapter.reordered
+
+
+def plain_trainer(model: Any, rows: Any, collator: Any, folder: Path) -> Trainer:
+    arguments = TrainingArguments(str(folder), per_device_train_batch_size=2, use_cpu=True, report_to="none")
+    return Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
+
+
+@pytest.mark.parametrize("by", ["activations", "loss", "learned", "trained"])
+def test_a_trainer_whose_rows_still_have_their_text(by: Any, tmp_path: Path) -> None:
+    """Its training leaves out what the model does not take."""
+    adapter = nested_llama(Nesting([1, 2]), deploy="reordered", layers=1)
+    rows = [{"input_ids": [5, 6, 7, n], "labels": [-100, 6, 7, n], "text": "hello"} for n in range(8, 24)]
+    collator = DataCollatorForSeq2Seq(tiny_tokenizer())
+    for data in (rows, Dataset.from_list(rows)):
+        adapter.reorder(by, plain_trainer(adapter.model, data, collator, tmp_path), rows=12)
+        assert adapter.reordered
+
+
+@pytest.mark.parametrize("by", ["activations", "loss", "learned", "trained"])
+def test_a_trainer_of_images(by: Any, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    base = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3))
+    adapter = nest(get_peft_model(base, LoraConfig(r=4, target_modules=["fc1", "fc2"], modules_to_save=["classifier"])))
+    randomize(adapter.model)
+    rows = [{"pixel_values": torch.randn(3, 8, 8), "labels": n % 3} for n in range(16)]
+    adapter.reorder(by, plain_trainer(adapter.model, rows, default_data_collator, tmp_path), rows=12)
+    assert adapter.reordered
+
+
+def test_a_trainer_whose_collator_makes_no_batch(tmp_path: Path) -> None:
+    adapter = nested_llama(Nesting([1, 2]), deploy="reordered", layers=1)
+    trainer = plain_trainer(adapter.model, [{"input_ids": [5], "labels": "a"}], default_data_collator, tmp_path)
+    trainer.data_collator = lambda rows: {}["rows"]
+    with pytest.raises(MatryoshkaError, match="the Trainer's collator makes no batch of a row of its data"):
+        adapter.reorder("loss", trainer)
+    trainer.data_collator = lambda rows: {"labels": [row["labels"] for row in rows]}
+    with pytest.raises(MatryoshkaError, match="the rows of Trainer have no labels"):
+        adapter.reorder("loss", trainer)
+    assert not adapter.reordered

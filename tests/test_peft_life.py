@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, load, nest
+from matryoshka_lora.adapter import saving
 from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.rules import RULES
 
@@ -369,6 +370,38 @@ def test_a_plain_adapter_is_loaded_into_a_nested_one_where_it_stays_the_same_fun
         torch.testing.assert_close(logits(adapter.model), logits(plain), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rule", ["matryoshka", "lora", "dylora"])
+def test_a_plain_adapter_in_the_place_of_a_reordered_one_has_no_order(rule: str, tmp_path: Path) -> None:
+    plain = plain_llama()
+    plain.save_pretrained(tmp_path)
+    adapter = nest_as(get_peft_model(tiny_llama(), lora_config(NESTING)).eval(), NESTING, rule)
+    randomize(adapter.model, seed=7)
+    adapter.reorder()
+    adapter.set_rank(3)  # which the rules do not train
+    if rule == "matryoshka":
+        before = logits(adapter.model)
+        with pytest.raises(MatryoshkaError, match="P of adapter 'default' would stand between its factors"):
+            adapter.model.load_adapter(str(tmp_path), "default")
+        assert torch.equal(logits(adapter.model), before)
+        return
+    adapter.model.load_adapter(str(tmp_path), "default")
+    assert (adapter.reordered, adapter.rank, adapter.ranks) == (False, 8, NESTING.ranks)
+    torch.testing.assert_close(logits(adapter.model), logits(plain), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nested", "plain"])
+def test_nothing_is_loaded_into_a_merged_adapter(kind: str, tmp_path: Path) -> None:
+    """Unmerging would take out the new factors where the old ones were put in."""
+    (plain_llama() if kind == "plain" else nested_llama(NESTING, "lora").model).save_pretrained(str(tmp_path))
+    adapter = nested_llama(NESTING, "lora", seed=3)
+    base = logits(adapter.model.base_model.model)
+    adapter.merge(8)
+    with pytest.raises(MatryoshkaError, match="adapter 'default' is merged into the base weights: unmerge it first"):
+        adapter.model.load_adapter(str(tmp_path), "default")
+    adapter.unmerge()
+    torch.testing.assert_close(logits(adapter.model.base_model.model), base, rtol=1e-4, atol=1e-4)
+
+
 def test_pefts_options_of_loading_count_for_a_nested_adapter(tmp_path: Path) -> None:
     """The names that the model has now, and a folder below."""
 
@@ -615,6 +648,47 @@ def test_two_nested_adapters_have_ranks_of_their_own() -> None:
     first.reorder()
     assert not second.reordered
     torch.testing.assert_close(get_peft_model_state_dict(model, adapter_name="second"), tensors[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["0", "q_proj", "model", "weight"])
+def test_an_adapter_with_the_name_of_a_part_of_the_model(name: str, tmp_path: Path) -> None:
+    """PEFT leaves what is below that part out of the files of the other adapters."""
+    message = f"adapter '{name}' has the name of a part of the model, .*Give the adapter another name"
+    adapter = nested_llama(NESTING)
+    model: Any = adapter.model
+    adapter.save(tmp_path / "good")
+    with pytest.raises(MatryoshkaError, match=message):
+        load(model, tmp_path / "good", adapter=name)
+    assert list(model.peft_config) == ["default"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT's own about some names
+        model.add_adapter(name, lora_config(NESTING))
+    writes: list[Callable[[], object]] = [
+        lambda: adapter.save(tmp_path / "bad"),
+        lambda: adapter.export(tmp_path / "bad", 4),
+        lambda: model.save_pretrained(str(tmp_path / "bad"), selected_adapters=["default"]),
+        lambda: nest_as(model, NESTING, adapter=name),
+        lambda: nest_as(model, NESTING),
+        lambda: load(model, tmp_path / "good", adapter="second"),
+    ]
+    for write in writes:
+        with pytest.raises(MatryoshkaError, match=message):
+            write()
+    assert not (tmp_path / "bad").exists()
+    model.delete_adapter(name)
+    adapter.save(tmp_path / "bad")
+    assert files_of(tmp_path / "bad") == files_of(tmp_path / "good")
+
+
+def test_layers_that_peft_does_not_read_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = nested_llama(NESTING)
+
+    def first_layer(*args: Any, **options: Any) -> dict[str, Tensor]:
+        return {k: v for k, v in get_peft_model_state_dict(*args, **options).items() if ".layers.0." in k}
+
+    monkeypatch.setattr(saving, "get_peft_model_state_dict", first_layer)
+    with pytest.raises(MatryoshkaError, match="PEFT has read 7 of the 14 layers of adapter 'default'"):
+        adapter.save(tmp_path / "saved")
 
 
 def test_an_adapter_that_peft_makes_anew_is_plain_until_it_is_nested_again() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,51 @@ def test_sampled_sequences_of_a_row_share_its_rank(adapter: NestedAdapter) -> No
 # What is not a batch of rows is refused.
 
 
+@pytest.mark.parametrize("name", ["input_ids", "inputs", None, "inputs_embeds"])
+def test_generation_from_another_number_of_prompts_is_refused(adapter: NestedAdapter, name: str | None) -> None:
+    """Twice as many would pass for two beams of each."""
+    prompts, options = tokens(4), {"max_new_tokens": 2, "pad_token_id": 0}
+    given = adapter.model.get_input_embeddings()(prompts) if name == "inputs_embeds" else prompts
+    with adapter.rows([1, 8]):
+        with pytest.raises(MatryoshkaError, match="2 rows have a rank, but a layer got 4 rows: give one rank"):
+            adapter.model.generate(*((given,) if name is None else ()), **({name: given} if name else {}), **options)
+        with adapter.model.disable_adapter():
+            adapter.model.generate(prompts, **options)
+    with adapter.rows([1, 1, 8, 8]):
+        adapter.model.generate(prompts, **options)
+
+
+@pytest.mark.parametrize("generates", [True, False])
+def test_an_interrupt_leaves_no_number_of_rows(adapter: NestedAdapter, generates: bool) -> None:
+    model: Any = adapter.model
+
+    def interrupted(call: Callable[[Tensor], Tensor], rows: int) -> None:
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        handle = model.base_model.model.model.layers[0].mlp.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call(tokens(rows))
+        handle.remove()
+
+    def with_beams(ids: Tensor) -> Tensor:
+        return generate(adapter, {"input_ids": ids}, num_beams=2)
+
+    def forward(ids: Tensor) -> Tensor:
+        logits: Tensor = model(ids).logits
+        return logits
+
+    first, then = (with_beams, forward) if generates else (forward, with_beams)
+    with torch.no_grad():
+        with adapter.rows([1, 8]):
+            expected = then(tokens(2))
+        interrupted(first, 3)
+        with adapter.rows([1, 8]):
+            assert torch.equal(then(tokens(2)), expected)
+            interrupted(first, 2)
+            assert torch.equal(then(tokens(2)), expected)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 4, 5])
 def test_another_number_of_rows_is_refused(adapter: NestedAdapter, rows: int) -> None:
     with (
@@ -260,9 +306,10 @@ def test_rows_with_experts_are_refused_at_once() -> None:
         ([1, 16], "rank 16 is above the largest rank 8"),
         ([1, 2.0], "rank 2.0 is not an integer"),
         ([-1], "rank -1 is not positive"),
+        (4, r"rows\(\) takes a rank for each row of the batch, as \[1, 8\] for two, and not 4: .*use set_rank"),
     ],
 )
-def test_wrong_ranks_are_refused(adapter: NestedAdapter, ranks: list[Any], message: str) -> None:
+def test_wrong_ranks_are_refused(adapter: NestedAdapter, ranks: Any, message: str) -> None:
     with pytest.raises(MatryoshkaError, match=message), adapter.rows(ranks):
         pytest.fail("the context must not open")
 
@@ -295,6 +342,51 @@ def test_the_context_ends_however_it_is_left(adapter: NestedAdapter) -> None:
         adapter.set_rank(8)
         assert torch.equal(adapter.model(ids).logits, before)
         assert not torch.equal(outer, before)
+
+
+def test_contexts_may_end_in_any_order(adapter: NestedAdapter) -> None:
+    """As those of generators and of asynchronous functions do."""
+    ids = tokens(2)
+
+    def opened(ranks: list[int]) -> Iterator[None]:
+        with adapter.rows(ranks):
+            yield
+
+    def logits() -> Tensor:
+        with torch.no_grad():
+            return adapter.model(ids).logits
+
+    full, one_by_rank = logits(), {}
+    for rank in (1, 2):
+        with adapter.rows([rank, rank]):
+            one_by_rank[rank] = logits()
+    first, second = opened([1, 1]), opened([2, 2])
+    next(first)
+    next(second)
+    assert torch.equal(logits(), one_by_rank[2])
+    next(first, None)
+    assert torch.equal(logits(), one_by_rank[2])
+    next(second, None)
+    assert torch.equal(logits(), full)
+
+
+def test_contexts_of_two_threads_are_refused(adapter: NestedAdapter) -> None:
+    ids = tokens(2)
+    with torch.no_grad():
+        full = adapter.model(ids).logits
+        with ThreadPoolExecutor(1) as other:
+            with adapter.rows([1, 2]):
+                expected = adapter.model(ids).logits
+                with pytest.raises(MatryoshkaError, match="another thread has a `with adapter"):
+                    other.submit(adapter.rows([2, 1]).__enter__).result()
+                assert torch.equal(adapter.model(ids).logits, expected)
+            assert torch.equal(adapter.model(ids).logits, full)
+            context = adapter.rows([1, 2])
+            other.submit(context.__enter__).result()
+            with pytest.raises(MatryoshkaError, match="another thread has"), adapter.rows([2, 1]):
+                pytest.fail("the context must not open")
+            other.submit(context.__exit__, None, None, None).result()
+        assert torch.equal(adapter.model(ids).logits, full)
 
 
 def test_rows_are_those_of_an_active_adapter(tmp_path: Path) -> None:

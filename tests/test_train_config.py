@@ -77,9 +77,9 @@ def test_one_rank_has_no_order_to_learn() -> None:
 
 
 def test_every_field_of_the_libraries_is_known() -> None:
+    ours = ("trust_remote_code", "output_dir")
     for field in dataclasses.fields(SFTConfig):
-        given = field.init and field.default is not dataclasses.MISSING
-        if given and field.name not in ("trust_remote_code", "output_dir"):
+        if field.init and field.default is not dataclasses.MISSING and field.name not in ours:
             config = make_config({"data": "chain_sum", "use_cpu": True, field.name: field.default})
             assert config.training[field.name] == field.default, field.name
     for field in dataclasses.fields(LoraConfig):
@@ -180,12 +180,15 @@ def test_lora_and_nesting_agree(lora: Any, nesting: Any, expected: Nesting, alph
         ({"lora": {"r": "8"}}, "lora.r is '8'; expected an integer"),
         ({"lora": {"bias": 3}}, "lora.bias is 3; expected none, all, lora_only"),
         ({"lora": {"bias": "some"}}, "bias"),
+        ({"lora": {"inference_mode": True}}, "lora.inference_mode is true, with which PEFT trains nothing"),
+        ({"output_dir": None}, "output_dir is None; write a folder"),
+        ({"output_dir": ""}, "output_dir is ''; write a folder"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; write a positive integer"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; write a positive integer"),
         ({"dtype": "float32"}, "dtype is 'float32'; write one of bf16, fp32, fp16"),
         ({"quantization": "int4"}, "quantization is 'int4'; write one of nf4, int8, none"),
         ({"trust_remote_code": "yes"}, "trust_remote_code is 'yes'; write true or false"),
         ({"model": 3}, "model is 3"),
-        ({"output_dir": ""}, "output_dir is ''; write a name"),
-        ({"output_dir": None}, "output_dir is None; write a name"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast'; expected a number"),
         ({"learning_rate": None}, "learning_rate is None; expected a number"),
         ({"max_steps": 1.5}, "max_steps is 1.5; expected an integer"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import nest_as, randomize
+from conftest import nest_as, randomize, tiny_llama
 from hypothesis import given
 from hypothesis.extra.numpy import array_shapes, arrays
 from peft import get_peft_model
@@ -30,7 +31,7 @@ from matryoshka_lora.reordering.checkpoint import Checkpoint
 from matryoshka_lora.reordering.learned import JUDGED
 from matryoshka_lora.training import TrainConfig, load_config, make_config, train
 from matryoshka_lora.training.resume import plan
-from matryoshka_lora.training.run import _trainer
+from matryoshka_lora.training.run import _peft_model_of, _trainer
 from matryoshka_lora.training.trainer import CompletionTrainer
 
 WEIGHTS, TRAINED, STATE = "adapter_model.safetensors", "trained.safetensors", "trainer_state.json"
@@ -315,6 +316,33 @@ def test_a_named_checkpoint(model: Path, finished: Path, tmp_path: Path, capsys:
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ([], "learning_rate was 0.01 and is now 0.001.*Choose another output_dir"),
+        ([STATE], "learning_rate was 0.01 and is now 0.001"),
+        (["train.yaml"], "holds checkpoints of another program"),
+        (["train.yaml", STATE, "checkpoint-2", "checkpoint-4"], "holds an adapter that this run did not make"),
+    ],
+)
+def test_a_named_checkpoint_overwrites_no_other_run(
+    model: Path, finished: Path, copied: Path, missing: list[str], message: str
+) -> None:
+    for name in missing:
+        shutil.rmtree(copied / name) if (copied / name).is_dir() else (copied / name).unlink()
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
+    named = str(finished / "checkpoint-2")
+    with pytest.raises(MatryoshkaError, match=message):
+        train(config_of(model, copied, resume_from_checkpoint=named, learning_rate=1e-3))
+    assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
+
+
+def test_a_run_goes_on_from_its_checkpoint_that_is_named(model: Path, finished: Path) -> None:
+    for steps in (4, 5):
+        found = plan(config_of(model, finished, resume_from_checkpoint=str(finished / "checkpoint-2"), max_steps=steps))
+        assert (found.finished, found.step) == (False, 2)
+
+
 class BreaksAfterwards(CompletionTrainer):
     """Computes NaN once all steps are done, as a base in float16 may on rows that it had not seen so."""
 
@@ -402,6 +430,34 @@ def test_adapters_train_in_float32_under_any_setting(model: Path, tmp_path: Path
     assert any((value != value.bfloat16().float()).any() for value in raw.values())
     assert "_original_forward" not in vars(adapter.model)
     assert not adapter.model.training
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("lora", "refused"),
+    [({"modules_to_save": ["lm_head"]}, True), ({"bias": "all"}, True), ({"trainable_token_indices": [3]}, False)],
+    ids=str,
+)
+def test_what_is_trained_whole_in_half_precision_is_refused(
+    tmp_path: Path, dtype: str, lora: dict[str, Any], refused: bool
+) -> None:
+    """PEFT itself keeps single tokens in float32."""
+    tiny_llama(vocab_size=128, attention_bias=True).save_pretrained(tmp_path / "model")
+    config = config_of(tmp_path / "model", tmp_path / "run", dtype=dtype, lora={"r": 4, **lora})
+    if not refused:
+        _peft_model_of(config)
+        return
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(MatryoshkaError, match=rf"would be trained whole in {dtype}, .*: write dtype: fp32"):
+        train(config)
+    assert not [*(tmp_path / "run").glob("*")]
+    _peft_model_of(replace(config, dtype="fp32"))
+
+
+def test_layers_that_the_model_has_not_are_refused(model: Path, tmp_path: Path) -> None:
+    config = config_of(model, tmp_path / "run", lora={"r": 4, "target_modules": ["c_attn"]})
+    with pytest.raises(MatryoshkaError, match=r"PEFT refuses the section lora: Target modules .*c_attn.* not found"):
+        train(config)
 
 
 def test_packing_is_refused_where_rows_have_ranks(model: Path, tmp_path: Path) -> None:

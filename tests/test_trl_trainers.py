@@ -337,6 +337,48 @@ def test_an_adapter_of_another_name_or_config_stays_plain() -> None:
         torch.testing.assert_close(adapter.model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def logits_of(model: Any, adapter: str) -> Tensor:
+    """Of one adapter; "default" is active before and after."""
+    model.set_adapter(adapter)
+    with torch.no_grad():
+        found: Tensor = model(torch.arange(4, 24).reshape(2, 10)).logits
+    model.set_adapter("default")
+    return found
+
+
+def add_copy(model: Any, name: str) -> None:
+    model.add_adapter(name, model.peft_config["default"])
+    for key, parameter in model.named_parameters():
+        if f".{name}." in key:
+            parameter.data.copy_(model.get_parameter(key.replace(f".{name}.", ".default.")).data)
+
+
+@pytest.mark.parametrize("name", ["ref", "teacher"])
+def test_an_adapter_that_was_there_before_is_no_copy(name: str) -> None:
+    model: Any = peft_model().eval()
+    model.add_adapter(name, model.peft_config["default"])
+    randomize(model, seed=5, size=0.1)
+    before = logits_of(model, name)
+    adapter = nest_as(model, NESTING)
+    for _ in range(2):
+        assert torch.equal(logits_of(model, name), before)
+        adapter.draw(0)
+        adapter.reorder()
+    model.delete_adapter(name)
+    add_copy(model, name)  # as TRL does
+    assert torch.equal(logits_of(model, name), logits_of(model, "default"))
+    assert NestedAdapter(model, name).reordered
+
+
+@pytest.mark.parametrize("name", ["ref", "teacher"])
+def test_a_copy_that_was_there_before_is_one(name: str) -> None:
+    model: Any = peft_model().eval()
+    add_copy(model, name)
+    nest_as(model, NESTING)
+    assert torch.equal(logits_of(model, name), logits_of(model, "default"))
+    assert NestedAdapter(model, name).rule.name == "matryoshka"
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -114,3 +114,5 @@ def test_peft_s_embedding_can_have_another_weight() -> None:
 def test_the_trainer_has_the_parts_that_are_called() -> None:
     assert list(inspect.signature(Trainer._prepare_inputs).parameters) == ["self", "inputs"]
     assert list(inspect.signature(Trainer._load_best_model).parameters) == ["self"]
+    removed = inspect.signature(Trainer._get_collator_with_removed_columns).parameters
+    assert list(removed)[:2] == ["self", "data_collator"]

@@ -126,6 +126,11 @@ RULES: dict[str, Rule] = {
 }
 
 
+def is_named(rule: Rule) -> bool:
+    """Whether a file can name it: it is one of `RULES`, and not another one that is called so."""
+    return RULES.get(rule.name) == rule
+
+
 def get_rule(name: str) -> Rule:
     """The rule of that name.
 

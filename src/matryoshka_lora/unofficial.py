@@ -102,6 +102,11 @@ def prepared(trainer: Any, batch: Any) -> Any:
     return trainer._prepare_inputs(batch)
 
 
+def training_collator(trainer: Any) -> Any:
+    """A Trainer's collator as its training uses it: without the columns that its model does not take, such as text."""
+    return trainer._get_collator_with_removed_columns(trainer.data_collator)
+
+
 def load_best_model(trainer: Any) -> None:
     """What a Trainer does after its last step where ``load_best_model_at_end`` is set."""
     trainer._load_best_model()

@@ -11,6 +11,7 @@ from transformers import DataCollatorWithFlattening, TrainerCallback, TrainerCon
 from matryoshka_lora.adapter.factors import get_parameters
 from matryoshka_lora.adapter.in_model import InModel, lora_layers, nest_copies
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.rules import is_named
 
 
 class NestingCallback(TrainerCallback):
@@ -38,6 +39,7 @@ class NestingCallback(TrainerCallback):
         _check_trained(self.adapter, model)
         _check_precomputed(self.adapter, args)
         _check_given_away(self.adapter, args)
+        _check_saved(self.adapter, args)
         if self.adapter.state.draws:
             _check_samples(self.adapter, args)
         if self.adapter.state.per_row:
@@ -105,6 +107,16 @@ def _check_given_away(adapter: InModel, args: TrainingArguments) -> None:
             f"{taker} gets the adapter as eval mode has it, rank {adapter.rank} with deploy={adapter.state.deploy!r}, "
             "and training has another function: leave deploy out in nest(), and call "
             f"adapter.set_rank({adapter.state.nesting.max_rank})"
+        )
+
+
+def _check_saved(adapter: InModel, args: TrainingArguments) -> None:
+    """Else the first checkpoint would be refused, after all the steps before it."""
+    state = adapter.state
+    if args.save_strategy != "no" and not state.reordered and not is_named(state.rule):
+        raise MatryoshkaError(
+            f"rule {state.rule.name!r} is none of this package's, so that no training could go on from a checkpoint: "
+            "set save_strategy='no'"
         )
 
 

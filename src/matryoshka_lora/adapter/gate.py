@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,11 +154,16 @@ class RowCount:
         self.unproven = 0
         self.contexts = 0
         self.in_training = False
+        self._threads: list[int] = []
         self._caller: nn.Module | None = None
         self._handles: list[RemovableHandle] = []
         for part in (model, *_models(model.get_base_model())):
             self._handles.append(part.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._handles.append(part.register_forward_hook(self._leave, always_call=True))
+
+    def forget(self) -> None:
+        """Forget a call that an interrupt has ended, after which PyTorch calls no hooks."""
+        self._caller = self.rows = None
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -164,13 +171,33 @@ class RowCount:
             handle.remove()
         self._handles.clear()
 
+    @contextmanager
+    def in_one_thread(self) -> Iterator[None]:
+        """A context that may be open several times in one thread, and not in two.
+
+        Raises:
+            MatryoshkaError: It is open in another thread.
+        """
+        thread = threading.get_ident()
+        self._threads.append(thread)  # first, so that of two threads at once not both find nobody
+        try:
+            if any(other != thread for other in self._threads):
+                raise MatryoshkaError(
+                    "another thread has a `with adapter.rows(...)` open on this model, and would compute at these "
+                    "ranks: let one thread wait for the other, for example by a threading.Lock"
+                )
+            yield
+        finally:
+            self._threads.remove(thread)
+
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
-        if self._caller is not None and self._caller is not module:  # itself, where an interrupt left it there
+        whole = isinstance(module, PeftModel)  # which no other calls; it is still there where an interrupt left it
+        if self._caller is not None and self._caller is not module and not whole:
             return
-        name, found = _main_input(module, args, kwargs)
-        self._caller, self.exact = module, isinstance(module, PeftModel)
+        name, found = main_input(module, args, kwargs)
+        self._caller, self.exact = module, whole
         self.rows = None if found is None else found.shape[0]
         wanted = self.contexts > 0 or (self.in_training and module.training)
         if found is not None and wanted and self.unproven and _is_square(found):
@@ -178,7 +205,7 @@ class RowCount:
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.compiler.is_compiling() and module is self._caller:
-            self._caller = self.rows = None
+            self.forget()
 
     def _see(self, module: nn.Module, name: str | None, ids: Tensor) -> None:
         """As many rows as tokens prove nothing: a call with one token less lets the layers see which is which."""
@@ -200,12 +227,10 @@ def _models(model: nn.Module) -> Iterator[nn.Module]:
             yield from _models(part)
 
 
-def _main_input(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[str | None, Tensor | None]:
+def main_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str | None, Tensor | None]:
     """The input whose first dimension is the rows, and its name where it was given by name."""
     main = getattr(module, "main_input_name", "input_ids")
-    names = (main, "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", *kwargs)
+    names = (main, "inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", *kwargs)
     given = [(None, value) for value in args[:1]] + [(name, kwargs.get(name)) for name in names]
     return next(((name, value) for name, value in given if isinstance(value, Tensor) and value.ndim), (None, None))
 

@@ -140,7 +140,13 @@ class NestedAdapter:
                 the batch has another number of rows.
         """
         state = self.state
-        ranks = list(ranks)
+        try:
+            ranks = list(ranks)
+        except TypeError as error:
+            raise MatryoshkaError(
+                f"rows() takes a rank for each row of the batch, as [1, 8] for two, and not {ranks!r}: for one rank of "
+                "all rows, use set_rank"
+            ) from error
         for rank in ranks:
             if rank != 0 or isinstance(rank, bool):
                 state.check_rank(rank)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import assign, get_factors, get_gradients, get_parameters, has_adapter, has_modules
-from matryoshka_lora.adapter.gate import Gate
+from matryoshka_lora.adapter.gate import Gate, RowCount, main_input, wrong_number
 from matryoshka_lora.adapter.variant import NestedVariant
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.layout import as_parameters, layer_name
@@ -55,6 +58,36 @@ def checked_layers(model: nn.Module, adapter: str) -> list[tuple[str, Any, Neste
     return nested
 
 
+def check_names(model: nn.Module, adapters: Collection[str]) -> None:
+    """Refuse adapters that have the name of a module: PEFT takes the weights below that module for the adapter's.
+
+    It would leave them out of the files of all other adapters. One that is alone may have any name.
+
+    Raises:
+        MatryoshkaError: There is such an adapter.
+    """
+    if len(adapters) == 1:
+        return
+    modules = dict(model.named_modules())
+    parents = {name: name.rpartition(".")[0] for name in modules}
+    # In PEFT's layers, the modules of these have the names of adapters.
+    by_adapter = {
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.ModuleDict)
+        and isinstance(modules[parents[name]], (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    }
+    found = {name.rpartition(".")[2]: name for name in modules if parents[name] not in by_adapter}
+    found |= {"weight": "weight", "bias": "bias"}
+    for adapter in adapters:
+        if adapter in found:
+            raise MatryoshkaError(
+                f"adapter {adapter!r} has the name of a part of the model, {layer_name(found[adapter])}: PEFT would "
+                "leave what is below that part out of the files of all other adapters. Give the adapter another name; "
+                f"if the model has it already, call delete_adapter({adapter!r}) first"
+            )
+
+
 def gated(
     model: nn.Module,
     adapter: str,
@@ -87,12 +120,28 @@ def draw(model: nn.Module, adapter: str, step: int, rows: int | None = None, sha
 
 
 def begin(model: nn.Module, adapter: str) -> None:
-    """Apply an adapter's state: its rank in eval mode and, where it is fixed, its diagonal in training."""
+    """Apply an adapter's state: its rank in eval mode and, where it is fixed, its diagonal in training.
+
+    A rank that the state does not know any more becomes the largest.
+    """
     for _, _, variant in nested_layers(model, adapter):
-        variant.set_rank(variant.rank)
         state = variant.state
+        variant.set_rank(variant.rank if variant.rank in state.ranks else state.nesting.max_rank)
     if not state.draws:
         draw(model, adapter, step=0)
+
+
+def no_copies(model: PeftModel, layers: Sequence[tuple[str, Any]], adapter: str) -> set[str]:
+    """The plain adapters that have the name of a copy, as TRL calls them, and other factors than the adapter."""
+
+    def is_copy(module: Any, name: str) -> bool:
+        if not has_adapter(module, name):
+            return False
+        pairs = zip(get_parameters(module, name), get_parameters(module, adapter), strict=True)
+        return all(a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in pairs)
+
+    there = [name for name in COPIES if name in model.peft_config and not any(nested_layers(model, name))]
+    return {name for name in there if not all(is_copy(module, name) for _, module in layers)}
 
 
 def nest_copies(model: PeftModel, adapter: str) -> dict[str, State]:
@@ -100,7 +149,7 @@ def nest_copies(model: PeftModel, adapter: str) -> dict[str, State]:
 
     DPO, KTO, GRPO and RLOO measure how far training has gone from adapter "ref"; SDFT and SDPO learn from "teacher".
     TRL adds both by the nested adapter's own config and fills in its factors. Without p between them, they would be
-    another function than what they are copies of.
+    another function than what they are copies of. An adapter of such a name that was there before is none.
     """
     config = model.peft_config[adapter]
     states: dict[str, State] = {}
@@ -109,13 +158,30 @@ def nest_copies(model: PeftModel, adapter: str) -> dict[str, State]:
             continue
         for _, module in lora_layers(model, name):
             original, copy = module.lora_variant.get(adapter), module.lora_variant.get(name)
-            if copy is None and isinstance(original, NestedVariant):
+            if copy is None and isinstance(original, NestedVariant) and name not in original.apart:
                 # A state of their own, since the adapter may be reordered and its copies are not.
                 copy = original.copied(states.get(name) or replace(original.state), module, name)
                 module.lora_variant[name] = copy
             if isinstance(copy, NestedVariant):
                 states[name] = copy.state
     return states
+
+
+def check_prompts(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse inputs of ``generate`` that are not as many as the rows with ranks; later, beams are rows too.
+
+    Raises:
+        MatryoshkaError: As a forward pass does.
+    """
+    counted: RowCount = model.base_model.row_count
+    counted.forget()
+    _, prompts = main_input(model, args, kwargs)
+    for adapter in model.active_adapters:
+        for _, module, variant in islice(nested_layers(model, adapter), 1):
+            gate = None if module.disable_adapters else variant.override
+            given = 0 if gate is None or gate.diagonal.ndim == 1 else len(gate.diagonal)
+            if prompts is not None and given and len(prompts) != given:
+                raise wrong_number(given, len(prompts))
 
 
 class InModel:
@@ -190,24 +256,28 @@ class InModel:
 
     @contextmanager
     def standing(self, diagonal: Tensor, exact: bool = True) -> Iterator[None]:
-        """A context in which this diagonal, (R,) or (rows, R), stands in every layer, in training and in eval mode."""
+        """A context in which this diagonal, (R,) or (rows, R), stands in every layer, in training and in eval mode.
+
+        Of several that are open, the one that was opened last counts, in whichever order they end.
+        """
         if self.name not in self.model.active_adapters:
             raise MatryoshkaError(
                 f"adapter {self.name!r} is not active, {', '.join(self.model.active_adapters)} is: call "
                 f"adapter.model.set_adapter({self.name!r}) first"
             )
         gates = gated(self.model, self.name, diagonal, exact=exact)
-        before = [variant.override for variant, _ in gates]
-        for variant, gate in gates:
-            variant.stand_before(gate)
         rows, differ = gates[0][0].rows, not gates[0][1].uniform
-        rows.contexts += differ
-        try:
-            yield
-        finally:
-            rows.contexts -= differ
-            for (variant, _), override in zip(gates, before, strict=True):
-                variant.stand_before(override)
+        with rows.in_one_thread():
+            rows.forget()
+            rows.contexts += differ
+            for variant, gate in gates:
+                variant.stand_before(gate)
+            try:
+                yield
+            finally:
+                rows.contexts -= differ
+                for variant, gate in gates:
+                    variant.stand_back(gate)
 
 
 def unmerge(layers: Sequence[Any], adapter: str) -> None:

@@ -189,15 +189,38 @@ class NestedLoraModel(LoraModel):
 
     row_count: RowCount
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        merged: nn.Module = super().merge_and_unload(*args, **kwargs)
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        self._check_mergeable(adapter_names)
+        merged: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         self.row_count.remove()
         return merged
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_mergeable(self, adapter_names: Sequence[str] | None) -> None:
+        """PEFT goes from layer to layer: at the one that refuses, others would be merged, or gone."""
+        for module in self.modules():
+            if isinstance(module, LoraLayer):
+                for name in set(module.active_adapters if adapter_names is None else adapter_names):
+                    variant = module.lora_variant.get(name)
+                    if isinstance(variant, NestedVariant) and name not in module.merged_adapters:
+                        variant.check_mergeable(module)
 
     def unload(self) -> nn.Module:
         base: nn.Module = super().unload()
         self.row_count.remove()
         return base
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        for module in self.modules():
+            for variant in module.lora_variant.values() if isinstance(module, LoraLayer) else ():
+                if isinstance(variant, NestedVariant):
+                    variant.apart.discard(adapter_name)  # the next one of this name may be a copy
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any

@@ -15,6 +15,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_s
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.handle import NestedAdapter
+from matryoshka_lora.adapter.in_model import check_names
 from matryoshka_lora.adapter.nest import attach
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.config import CONFIG_NAME, AdapterConfig
@@ -66,6 +67,7 @@ def load_opened(
         state.check_rank(value)
     existing = base_model if isinstance(base_model, PeftModel) else None
     _check_name(adapter)
+    check_names(base_model, (adapter, *(existing.peft_config if existing is not None else ())))
     if existing is not None and adapter in existing.peft_config:
         raise MatryoshkaError(f"the model already has an adapter {adapter!r}: load this one under another name")
     if existing is None and any(isinstance(module, LoraLayer) for module in base_model.modules()):

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from matryoshka_lora.adapter.factors import get_parameters, get_weight
 from matryoshka_lora.adapter.gate import PLACES, Gate, RowCount, check_rows_apart
 from matryoshka_lora.adapter.handle import NestedAdapter
-from matryoshka_lora.adapter.in_model import COPIES, begin, lora_layers, nest_copies, nested_layers
+from matryoshka_lora.adapter.in_model import (
+    COPIES,
+    begin,
+    check_names,
+    lora_layers,
+    nest_copies,
+    nested_layers,
+    no_copies,
+)
 from matryoshka_lora.adapter.layers import SUBCLASSES
 from matryoshka_lora.adapter.saving import with_our_files
 from matryoshka_lora.adapter.variant import NestedVariant
@@ -58,7 +66,8 @@ def nest(
         ranks: The ranks that training prepares, increasing; the last one is R. None: the powers of two up to R.
         scaling: The scale of a rank r below R. ``"none"``: that of R. ``"rank"``: R / r times that. ``"sqrt"``:
             sqrt(R / r) times that. See `matryoshka_lora.Nesting`.
-        rule: One of `matryoshka_lora.rules.RULES`, or its name.
+        rule: One of `matryoshka_lora.rules.RULES`, or its name. No file can hold a rule of your own: train it without
+            checkpoints. What `NestedAdapter.save` writes is reordered, and needs none.
         deploy: ``"reordered"``: what is saved serves every rank well. ``"paper"``: factors that were not reordered are
             saved and used without P, as arXiv 2605.07850 does; low ranks are poor then.
         adapter: PEFT's name of the adapter.
@@ -125,6 +134,7 @@ def attach(model: PeftModel, state: State, adapter: str) -> None:
         MatryoshkaError: Something about the model or the adapter cannot be nested. The model is left as it was.
     """
     layers = _checked_layers(model, state, adapter)
+    apart = no_copies(model, layers, adapter)
     scale = AdapterConfig(model.peft_config[adapter].to_dict()).scale
     before = [(module, module.lora_variant.get(adapter)) for _, module in layers]
     classes = [(module, type(module)) for module in (model.base_model, *(module for _, module in layers))]
@@ -136,6 +146,7 @@ def attach(model: PeftModel, state: State, adapter: str) -> None:
         model.base_model.row_count = rows
         for _, module in layers:
             module.lora_variant[adapter] = NestedVariant(state, module, adapter, scale, rows)
+            module.lora_variant[adapter].apart = apart
         _find_sharing(model, layers, adapter)
         probed: set[tuple[type, type]] = set()
         for name, module in layers:
@@ -200,6 +211,7 @@ def _checked_layers(model: Any, state: State, adapter: str) -> list[tuple[str, A
     layers = list(lora_layers(model, adapter))
     if not layers:
         raise MatryoshkaError(f"adapter {adapter!r} has no LoRA layer in this model")
+    check_names(model, model.peft_config)
     seen: dict[int, str] = {}
     unreadable = _unreadable(model, adapter)
     for name, module in layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +15,16 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from matryoshka_lora.adapter.factors import gathered, get_parameters
-from matryoshka_lora.adapter.in_model import COPIES, begin, checked_layers, nest_copies, nested_layers
+from matryoshka_lora.adapter.in_model import (
+    COPIES,
+    begin,
+    check_names,
+    check_prompts,
+    checked_layers,
+    lora_layers,
+    nest_copies,
+    nested_layers,
+)
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import TRAINED_NAME, output_directory, output_path, replace_directory
 from matryoshka_lora.formats.config import check_config
@@ -24,6 +34,7 @@ from matryoshka_lora.formats.write import cut, write_adapter, write_weights
 from matryoshka_lora.models import load_config
 from matryoshka_lora.reordering.checkpoint import is_first_process
 from matryoshka_lora.reordering.files import deployed
+from matryoshka_lora.rules import is_named
 from matryoshka_lora.state import State
 
 
@@ -41,9 +52,12 @@ def opened_from(model: PeftModel, adapter: str, state_dict: Mapping[str, Tensor]
         state_dict: The model's, where it was gathered already.
 
     Raises:
-        MatryoshkaError: A weight is not finite, or PEFT has made the adapter anew in a layer.
+        MatryoshkaError: A weight is not finite, PEFT has made the adapter anew in a layer, or the name of an adapter
+            makes PEFT lose layers.
     """
-    state = checked_layers(model, adapter)[0][2].state
+    layers = checked_layers(model, adapter)
+    state = layers[0][2].state
+    check_names(model, model.peft_config)
     # The base model's embeddings are not part of the adapter, though PEFT would add them when they are a target.
     found = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter, save_embedding_layers=False)
     tensors = {key: gathered(tensor.detach()).cpu() for key, tensor in found.items()}
@@ -51,6 +65,11 @@ def opened_from(model: PeftModel, adapter: str, state_dict: Mapping[str, Tensor]
     named = config["base_model_name_or_path"] or getattr(model.get_base_model(), "name_or_path", None)
     config |= {"base_model_name_or_path": named or None, "inference_mode": True}
     opened = from_memory(f"adapter {adapter!r}", check_config(config, f"adapter {adapter!r}"), state, tensors)
+    if len(opened.layers) != len(layers):
+        raise MatryoshkaError(
+            f"PEFT has read {len(opened.layers)} of the {len(layers)} layers of adapter {adapter!r}, and the others "
+            "would be lost: give each adapter a name that is no part of a layer's name"
+        )
     opened.tensors()  # raises where a number is not finite
     _warn_of_new_tokens(model, named)
     return opened
@@ -83,8 +102,13 @@ def save_adapter(opened: OpenedAdapter, path: str | os.PathLike[str], keep_train
         keep_trained: Write the factors as they are trained too, to go on from.
 
     Raises:
-        MatryoshkaError: The path cannot be written.
+        MatryoshkaError: The path cannot be written, or what is written could not be read again.
     """
+    if keep_trained and not opened.nested.deployed and not is_named(opened.nested.rule):
+        raise MatryoshkaError(
+            f"rule {opened.nested.rule.name!r} is none of this package's, so that no training could go on from a file: "
+            "set save_strategy='no' while training, and save it with adapter.save()"
+        )
     ready, spectra = deployed(opened)
     with replace_directory(path) as folder:
         write_adapter(folder, ready, spectra, Path(path), keeps_files=True)
@@ -115,6 +139,15 @@ def _plain(value: Any) -> Any:
 
 class _Nested:
     """Mixed into a `PeftModel` by `nest`: its files serve every rank, and training goes on from them."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's.
+
+        Raises:
+            MatryoshkaError: Rows have ranks of their own, and there is another number of them.
+        """
+        check_prompts(self, args, kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(
         self,
@@ -166,22 +199,31 @@ class _Nested:
     def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's. Into a nested adapter it takes the factors as they are trained, where they were written.
 
+        Those of an ordinary adapter have no order: the nested one is as after `nest` then.
+
         Raises:
             MatryoshkaError: The folder holds an adapter with another nesting, or one without, which would be another
-                function under P.
+                function under P; or the adapter in the model is merged.
         """
         model: Any = self
         for name in list(model.peft_config) if adapter_name in COPIES else ():
             nest_copies(model, name)
         state = _state_of(model, adapter_name) if adapter_name in model.peft_config else None
         folder = Path(model_id, kwargs.get("subfolder") or "")
-        if state is None or not has_sidecar(folder):
-            if state is not None and not state.is_plain_at_full_rank:
+        if state is None:
+            return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        if any(adapter_name in module.merged_adapters for _, module in lora_layers(model, adapter_name)):
+            raise MatryoshkaError(f"adapter {adapter_name!r} is merged into the base weights: unmerge it first")
+        if not has_sidecar(folder):
+            if not replace(state, reordered=None).is_plain_at_full_rank:
                 raise MatryoshkaError(
                     f"{folder} is no folder of a nested adapter, and P of adapter {adapter_name!r} would stand between "
                     "its factors: load it under another name. If it is on the hub, download it first"
                 )
-            return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+            result = super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+            state.reordered = None
+            begin(model, adapter_name)
+            return result
         opened = open_adapter(folder, trained=True)
         found = opened.nested
         if not found.nesting.is_like(state.nesting) or (not found.reordered and found.rule != state.rule):

@@ -24,7 +24,8 @@ class NestedVariant(LoraVariant):
         training: The rule's draw for this optimizer step; None until one was made.
         deployed: The chosen rank, used in eval mode and for merging.
         rank: The rank of `deployed`.
-        override: Stands before both while a `rows` context is open.
+        override: Stands before both while a `rows` context is open: of several, that of the one opened last.
+        apart: The adapters that were there when it was attached and are no copies of it; all its layers share them.
         sharing: Modules that had the weight of this variant's base layer when it was attached, by their names.
         rows: Counts the rows of the model's calls.
     """
@@ -37,6 +38,8 @@ class NestedVariant(LoraVariant):
         self.initial_scale = initial_scale
         self.training: Gate | None = None
         self.override: Gate | None = None
+        self._standing: list[Gate] = []
+        self.apart: set[str] = set()
         self.sharing: dict[str, nn.Module] = {}
         self.deployed: Gate
         self.rank: int
@@ -191,9 +194,18 @@ class NestedVariant(LoraVariant):
         self.rows.in_training = not gate.uniform
         self._remember()
 
-    def stand_before(self, gate: Gate | None) -> None:
-        """Let a gate stand before the rule's and the chosen rank's; None ends it."""
-        self.override = gate
+    def stand_before(self, gate: Gate) -> None:
+        """Let a gate stand before the rule's and the chosen rank's, until it stands back."""
+        self._standing.append(gate)
+        self._use_last()
+
+    def stand_back(self, gate: Gate) -> None:
+        """End it for this gate, which need not be the last."""
+        self._standing.remove(gate)
+        self._use_last()
+
+    def _use_last(self) -> None:
+        self.override = self._standing[-1] if self._standing else None
         self._remember()
 
     def delta(self, module: LoraLayer, adapter: str, gate: Gate, ratio: float | None = None) -> Tensor:

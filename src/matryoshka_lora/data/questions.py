@@ -60,22 +60,38 @@ def rows_from(data: Iterable[Mapping[str, Any]], source: str) -> list[Row]:
         source: Their file, for messages.
 
     Raises:
-        MatryoshkaError: A row has no answer to compare with.
+        MatryoshkaError: A row has no answer to compare with, or is no such row.
     """
     rows = []
     for number, row in enumerate(data, start=1):
+        if not isinstance(row, Mapping):
+            raise MatryoshkaError(
+                f"{source}, row {number} is {row!r:.60}; expected a mapping with prompt and completion, or messages"
+            )
         if row.get("tools"):
             raise MatryoshkaError(f"{source}, row {number} has tools, which evaluation does not know: leave it out")
-        if "prompt" in row:
-            rows.append(Row(row["prompt"], row["completion"]))
-        elif "messages" in row and len(row["messages"]) > 1 and row["messages"][-1]["role"] == "assistant":
-            rows.append(Row(row["messages"][:-1], row["messages"][-1:]))
+        found: list[Any] = [row.get(key) for key in ("prompt", "completion", "messages")]
+        prompt, completion, messages = found
+        if prompt is not None and completion is not None:
+            texts = isinstance(prompt, str) and isinstance(completion, str)
+            if not texts and not (_is_chat(prompt) and _is_chat(completion)):
+                raise MatryoshkaError(
+                    f"{source}, row {number}: prompt is {prompt!r:.60} and completion {completion!r:.60}; expected two "
+                    "texts, or two lists of messages"
+                )
+            rows.append(Row(prompt, completion))
+        elif _is_chat(messages) and len(messages) > 1 and messages[-1].get("role") == "assistant":
+            rows.append(Row(messages[:-1], messages[-1:]))
         else:
             raise MatryoshkaError(
                 f"{source}, row {number} has no answer to compare with: evaluation needs prompt and completion, or "
                 "messages that end with the assistant's"
             )
     return rows
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(m, Mapping) for m in value)
 
 
 def rows_of(data: str | Sequence[Mapping[str, Any]], count: int) -> Sequence[Question]:

@@ -25,7 +25,7 @@ from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import SPECTRA_NAME, read_text, write_text
 from matryoshka_lora.formats.config import CONFIG_NAME, AdapterConfig
 from matryoshka_lora.nesting import Nesting
-from matryoshka_lora.rules import get_rule
+from matryoshka_lora.rules import get_rule, is_named
 from matryoshka_lora.state import By, State
 
 SIDECAR_NAME = "nesting.json"
@@ -49,11 +49,23 @@ def as_json(state: State) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "ranks": list(state.nesting.ranks),
         "scaling": state.nesting.scaling,
-        "rule": state.rule.name,
+        "rule": _rule_name(state),
         "seed": state.seed,
         "deploy": state.deploy,
         "reordered": state.reordered,
     }
+
+
+def _rule_name(state: State) -> str:
+    """The rule's. Reordered factors are plain LoRA's, by whatever they were trained."""
+    if is_named(state.rule):
+        return state.rule.name
+    if state.reordered:
+        return "lora"
+    raise MatryoshkaError(
+        f"rule {state.rule.name!r} is none of this package's, and no file can say what it does: call adapter.reorder() "
+        "first, or leave deploy='paper' out"
+    )
 
 
 def has_sidecar(folder: Path) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from numbers import Integral
 from typing import Any, NamedTuple, Protocol, get_args
 
 from torch import Tensor, nn
@@ -94,8 +95,8 @@ class Data(Protocol):
 
 def check_by(by: str, has_data: bool, rows: int | None = None) -> None:
     """Raises MatryoshkaError unless ``by`` is a way to reorder, and there are data where it needs some."""
-    if rows is not None and rows < 1:
-        raise MatryoshkaError(f"rows is {rows}; take 1 or more")
+    if rows is not None and (not isinstance(rows, Integral) or rows < 1):
+        raise MatryoshkaError(f"rows is {rows!r}; take 1 or more")
     if by not in get_args(By):
         raise MatryoshkaError(f"by is {by!r}; write one of {', '.join(map(repr, get_args(By)))}")
     if by == "svd" and has_data:

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from matryoshka_lora.data.questions import Question, Tokens, pad_rows, rows_from, tokenize
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.data.questions import Question, Row, Tokens, pad_rows, rows_from, tokenize
+from matryoshka_lora.data.tasks import Example
+from matryoshka_lora.errors import MatryoshkaError, one_line
 from matryoshka_lora.loaded import context_length, logits_at, pad_token, places
 from matryoshka_lora.reordering.model import Data, Part
-from matryoshka_lora.unofficial import prepared
+from matryoshka_lora.unofficial import prepared, training_collator
 
 _AT_ONCE = 12
 """Rows of one's own that go through the model together, at most."""
@@ -38,12 +39,15 @@ def data_from(model: Any, data: Any, tokenizer: PreTrainedTokenizerBase | None =
     """
     if isinstance(data, Trainer):
         return TrainerRows(model, data)
-    if tokenizer is None:
+    if not callable(tokenizer):
         raise MatryoshkaError("rows need the base model's tokenizer to be learned from: give tokenizer=")
+    wanted = "give a Trainer, a dataset, or rows with prompt and completion"
+    if isinstance(data, Mapping):
+        raise MatryoshkaError(f"data is a {type(data).__name__} of {', '.join(map(str, data))}; {wanted}")
     if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
-        raise MatryoshkaError(f"data is {data!r:.80}; give a Trainer, a dataset, or rows with prompt and completion")
+        raise MatryoshkaError(f"data is {data!r:.80}; {wanted}")
     rows = list(data)
-    if rows and isinstance(rows[0], dict):
+    if not all(isinstance(row, (Example, Row)) for row in rows):
         rows = list(rows_from(rows, "data"))
     return QuestionRows(model, rows, tokenizer)
 
@@ -67,7 +71,15 @@ class TrainerRows:
                 "the Trainer's data are a stream, of which no rows can be taken again: reorder by 'svd', or give the "
                 "Trainer a dataset that is not streamed"
             )
-        if "labels" not in trainer.data_collator([trainer.train_dataset[0]]):
+        self.collate = training_collator(trainer)
+        try:
+            batch = self.collate([trainer.train_dataset[0]])
+        except Exception as error:  # a collator may be anybody's
+            raise MatryoshkaError(
+                f"the Trainer's collator makes no batch of a row of its data: {one_line(error)}. Call "
+                "adapter.reorder() for the SVD's order, or give rows with prompt and completion"
+            ) from error
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
             raise MatryoshkaError(
                 f"the rows of {type(trainer).__name__} have no labels by which an order could be learned: call "
                 "adapter.reorder() for the SVD's order"
@@ -88,10 +100,10 @@ class TrainerRows:
         size = trainer.args.per_device_train_batch_size
         for step in _steps(lambda: torch.randperm(len(data), generator=generator).tolist(), rows, at_once):
             chunks = _alike([data[i] for i in step], _tokens_of, size)
-            batches = [prepared(trainer, trainer.data_collator(chunk)) for chunk in chunks]
+            batches = [prepared(trainer, self.collate(chunk)) for chunk in chunks]
             yield [
                 Part(
-                    len(batch["input_ids"]),
+                    _rows_of(batch),
                     int((batch["labels"] != -100).sum()),
                     batch["attention_mask"].bool() if "attention_mask" in batch else None,
                     partial(self._loss, batch),
@@ -142,6 +154,12 @@ class QuestionRows:
     def _part(self, rows: Sequence[Tokens]) -> Part:
         ids, mask, is_answer = pad_rows(rows, self.pad, self.model.device)
         return Part(len(rows), int(is_answer.sum()), mask, partial(_answer_loss, self.model, ids, mask, is_answer))
+
+
+def _rows_of(batch: Mapping[str, Any]) -> int:
+    """Of images and the like, the first tensor is what the model gets."""
+    inputs = batch["input_ids"] if "input_ids" in batch else next(v for v in batch.values() if isinstance(v, Tensor))
+    return len(inputs)
 
 
 def _tokens_of(row: Any) -> int:

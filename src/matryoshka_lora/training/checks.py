@@ -195,6 +195,17 @@ def _words(hint: Any) -> str:
     )
 
 
+def check_trainable(training: Mapping[str, Any], lora: Mapping[str, Any]) -> None:
+    """Raises MatryoshkaError for what the libraries take, and with which nothing can be trained or written."""
+    if not training["output_dir"]:
+        raise MatryoshkaError(f"output_dir is {training['output_dir']!r}; write a folder for the adapter")
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if training.get(key, 1) < 1:
+            raise MatryoshkaError(f"{key} is {training[key]}; write a positive integer")
+    if lora.get("inference_mode"):
+        raise MatryoshkaError("lora.inference_mode is true, with which PEFT trains nothing; leave it out")
+
+
 def refuse_old_words(config: Mapping[str, Any]) -> None:
     """Raises MatryoshkaError for a word of version 0.1, with the one that has its place."""
     nesting = config.get("nesting")

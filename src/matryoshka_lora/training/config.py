@@ -23,6 +23,7 @@ from matryoshka_lora.training.checks import (
     apply_override,
     check_keys,
     check_private,
+    check_trainable,
     check_types,
     names,
     read_yaml,
@@ -227,7 +228,7 @@ def make_config(config: Mapping[str, Any]) -> TrainConfig:
     check_types(lora, LoraConfig, "lora", {"r": int | None, "lora_alpha": float | None})
     dtype = _one_of("dtype", config.get("dtype", "bf16"), tuple(DTYPES))
     training = {**_TRAINING_DEFAULTS, "fp16": dtype == "fp16", **arguments}
-    _text("output_dir", training["output_dir"])
+    check_trainable(training, lora)
     lora = _lora(lora, nesting)
     ranks, rule = _nesting(nesting, lora), get_rule(nesting.get("rule", "matryoshka"))
     deploy = typing.cast(Deploy, _one_of("nesting.deploy", nesting.get("deploy", "reordered"), get_args(Deploy)))

@@ -82,21 +82,20 @@ def plan(config: TrainConfig, num_processes: int = 1) -> Plan:
         MatryoshkaError: It holds another run, or something that this run would overwrite.
     """
     output = config.output_dir
-    named = config.training.get("resume_from_checkpoint")
-    if named not in (None, "auto"):
-        if not _is_complete(Path(named)):
-            raise MatryoshkaError(
-                f"resume_from_checkpoint {named} is no complete checkpoint; leave it out to go on from the newest one"
-            )
-        return _going_on(Path(named), num_processes)
+    written = config.training.get("resume_from_checkpoint")
+    named = None if written in (None, "auto") else Path(written)
+    if named is not None and not _is_complete(named):
+        raise MatryoshkaError(
+            f"resume_from_checkpoint {named} is no complete checkpoint; leave it out to go on from the newest one"
+        )
     has_ended = (output / FINISHED_NAME).is_file()
-    checkpoint = None if config.training.get("save_only_model") else _last_checkpoint(output)
-    if not has_ended and checkpoint is None:
+    own = None if config.training.get("save_only_model") else _last_checkpoint(output)
+    if not has_ended and own is None:
         if (output / "adapter_config.json").exists():
             raise MatryoshkaError(
                 f"{output} holds an adapter that this run did not make: choose another output_dir, or move it away"
             )
-        return Plan()
+        return Plan() if named is None else _going_on(named, num_processes)
     different = _differences(config)
     # The best checkpoint was chosen by the losses of what is deployed.
     chosen = ("nesting.deploy",) if config.training.get("load_best_model_at_end") else ()
@@ -107,8 +106,9 @@ def plan(config: TrainConfig, num_processes: int = 1) -> Plan:
             f"{output} holds a run with another config: {'; '.join(harmful)}. Choose another output_dir for this one, "
             "or write the old values to go on"
         )
-    if has_ended and not different:
+    if has_ended and not different and named is None:
         return Plan(finished=True)
+    checkpoint = own if named is None else named
     if checkpoint is None:
         raise MatryoshkaError(
             f"{output} holds a finished run without checkpoints to go on from: choose another output_dir"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from matryoshka_lora.adapter.handle import NestedAdapter
@@ -77,7 +77,7 @@ def _train(config: TrainConfig, arguments: SFTConfig) -> NestedAdapter:
     eval_data = None if config.eval_data is None else load_data(config.eval_data)
     with _quiet(config.model):
         set_seed(config.seed)
-        peft_model = get_peft_model(load_model_of(config), config.lora_config())
+        peft_model = _peft_model_of(config)
         adapter = nest(
             peft_model, config.nesting.ranks, config.nesting.scaling, config.rule, config.deploy, seed=config.rank_seed
         )
@@ -119,6 +119,22 @@ def load_model_of(config: TrainConfig) -> PreTrainedModel:
     """
     more = {**config.model_options, "revision": config.revision}
     return load_model(config.model, DTYPES[config.dtype], config.quantization, config.trust_remote_code, **more)
+
+
+def _peft_model_of(config: TrainConfig) -> PeftModel:
+    base = load_model_of(config)
+    try:
+        model: PeftModel = get_peft_model(base, config.lora_config())
+    except (ValueError, TypeError) as error:
+        raise MatryoshkaError(f"PEFT refuses the section lora: {one_line(error)}") from error
+    for name, parameter in model.named_parameters():
+        # The factors are float32 in any case.
+        if parameter.requires_grad and ".lora_" not in name and parameter.dtype in (torch.bfloat16, torch.float16):
+            raise MatryoshkaError(
+                f"{name} would be trained whole in {config.dtype}, in which most small updates are lost: write "
+                "dtype: fp32, or leave modules_to_save and bias out of the section lora"
+            )
+    return model
 
 
 def load_tokenizer_of(config: TrainConfig) -> PreTrainedTokenizerBase:
