@@ -132,7 +132,7 @@ def _peft_model_of(config: TrainConfig) -> PeftModel:
         if parameter.requires_grad and ".lora_" not in name and parameter.dtype in (torch.bfloat16, torch.float16):
             raise MatryoshkaError(
                 f"{name} would be trained whole in {config.dtype}, in which most small updates are lost: write "
-                "dtype: fp32, or leave modules_to_save, bias and trainable_token_indices out of the section lora"
+                "dtype: fp32, or leave modules_to_save and bias out of the section lora"
             )
     return model
 
