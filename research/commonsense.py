@@ -142,7 +142,8 @@ def choose(
         tokenizer: Of the model.
         earlier: What this gave for another adapter of the same model, whose base model is then not asked again.
     """
-    files = [str(folder / f"{task}.yaml") for task in TASKS]
+    # Of a whole path, the task's name is its last part.
+    files = [str((folder / f"{task}.yaml").resolve()) for task in TASKS]
     found = evaluate(adapter, files, ranks=list(ranks), tokenizer=tokenizer, base=earlier is None, latency=False)
     parts: Chosen = {}
     for task in TASKS:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Of programs that a test starts, too: with more threads than cores, they would wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import a_browser
 import oracle

@@ -239,7 +239,8 @@ def test_commonsense_chooses_what_is_likeliest(model: Path, tmp_path: Path, monk
             for line in (tmp_path / "data/validation/winogrande.jsonl").read_text().splitlines()
         ),
     ]
-    study = study_of(model, "lora/svd", "lora/squeezed", tasks={"eight": {"choices": str(tmp_path / "data")}})
+    monkeypatch.chdir(tmp_path)  # studies name their data from the root of the repository
+    study = study_of(model, "lora/svd", "lora/squeezed", tasks={"eight": {"choices": "data"}})
     study = replace(study, items={"validation": 8, "test": 24})
     run = run_job(study, job_of(task="eight"))
     run.write(tmp_path)

@@ -119,9 +119,10 @@ class Store:
                 raise MatryoshkaError(f"line {number} of {path} is damaged: {way_out}") from error
             if number == 1 and marked(entry) != header:  # an older version wrote whole paths
                 found = entry.get("subject", {}) if isinstance(entry, dict) else {}
-                differs = [key for key, value in header["subject"].items() if found.get(key) != value] or ["format"]
-                old = ", or of version 0.1, which knew adapters by another hash" * ("adapter" in differs)
-                raise MatryoshkaError(f"{path} holds answers of another {' and '.join(differs)}{old}: {way_out}")
+                differs = (key for key, value in header["subject"].items() if found.get(key) != value)
+                first = next(differs, "format")
+                old = ", or of version 0.1, which knew adapters by another hash" * (first == "adapter")
+                raise MatryoshkaError(f"{path} holds answers of another {first}{old}: {way_out}")
 
     def _write(self, entry: Mapping[str, Any]) -> None:
         if self._file is not None:
