@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny_chat import tiny_tokenizer
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorForSeq2Seq,
     Trainer,
@@ -418,6 +419,23 @@ def test_a_trainer_whose_rows_still_have_their_text(by: Any, tmp_path: Path) -> 
     for data in (rows, Dataset.from_list(rows)):
         adapter.reorder(by, plain_trainer(adapter.model, data, collator, tmp_path), rows=12)
         assert adapter.reordered
+
+
+def test_a_trainer_that_loads_its_data_itself_keeps_its_columns(tmp_path: Path) -> None:
+    class Weighted(Trainer):
+        def get_train_dataloader(self) -> Any:
+            return DataLoader(self.train_dataset, batch_size=2, collate_fn=self.data_collator)
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            weight = inputs.pop("weight")
+            return model(**inputs).loss * weight.mean()
+
+    adapter = nested_llama(Nesting([1, 2]), deploy="reordered", layers=1)
+    rows = [{"input_ids": [5, 6, 7, n], "labels": [-100, 6, 7, n], "weight": n / 8} for n in range(8, 24)]
+    arguments = TrainingArguments(str(tmp_path), per_device_train_batch_size=2, use_cpu=True, report_to="none")
+    trainer = Weighted(adapter.model, arguments, train_dataset=rows, data_collator=default_data_collator)
+    adapter.reorder("learned", trainer, rows=12)
+    assert adapter.reordered
 
 
 @pytest.mark.parametrize("by", ["activations", "loss", "learned", "trained"])

@@ -163,6 +163,15 @@ def test_sampled_sequences_of_a_row_share_its_rank(adapter: NestedAdapter) -> No
     assert torch.equal(sampled, greedy.repeat_interleave(3, dim=0))
 
 
+def test_sampled_sequences_of_a_prompt_may_have_ranks_of_their_own(adapter: NestedAdapter) -> None:
+    prompt = padded([prompts()[0]])
+    with adapter.rows(RANKS):
+        sampled = generate(adapter, prompt, do_sample=True, top_k=1, num_return_sequences=len(RANKS))
+    for answer, rank in zip(sampled, RANKS, strict=True):
+        adapter.set_rank(rank)
+        assert torch.equal(answer[None], generate(adapter, prompt))
+
+
 # What is not a batch of rows is refused.
 
 

@@ -176,11 +176,15 @@ def check_prompts(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     counted: RowCount = model.base_model.row_count
     counted.forget()
     _, prompts = main_input(model, args, kwargs)
+    # transformers repeats the prompts before the first forward pass: a rank may be one of a prompt or of an answer.
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    names = ("num_beams", "num_return_sequences")
+    times = max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
     for adapter in model.active_adapters:
         for _, module, variant in islice(nested_layers(model, adapter), 1):
             gate = None if module.disable_adapters else variant.override
             given = 0 if gate is None or gate.diagonal.ndim == 1 else len(gate.diagonal)
-            if prompts is not None and given and len(prompts) != given:
+            if prompts is not None and given and given not in (len(prompts), len(prompts) * times):
                 raise wrong_number(given, len(prompts))
 
 

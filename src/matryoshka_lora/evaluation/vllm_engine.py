@@ -107,12 +107,12 @@ class VllmEngine:
     @property
     def max_length(self) -> int:
         """The most tokens of a request: vLLM always writes one more, and the harness counts one less."""
-        return self.window - 2
+        return int(self._lm.max_length) - 2
 
     @property
     def window(self) -> int:
-        """By how many tokens the harness cuts a text that is longer."""
-        return int(self._lm.max_length)
+        """By how many tokens the harness cuts a text that is longer, as its own backend does."""
+        return self.max_length
 
     def encode(self, text: str) -> Tokens:
         return encoded(self.tokenizer, text)

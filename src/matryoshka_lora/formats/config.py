@@ -243,7 +243,7 @@ def _is_slow(pattern: str) -> bool:
     Alternatives at the top are tried one after the other, so that their times add up. Within one, they multiply.
     """
     plain = _LETTER.sub("x", pattern)
-    alternatives, groups = [0], list[int]()  # repetitions in each; in a group, what makes its own repetition slow
+    alternatives, groups = [0.0], list[int]()  # repetitions in each; in a group, what makes its own repetition slow
     for before, sign, after in zip(f"({plain}", plain, f"{plain}x"[1:], strict=False):
         repeats = sign in "*+{" or (sign == "?" and before not in "(*+?}")
         inside = 0
@@ -255,7 +255,7 @@ def _is_slow(pattern: str) -> bool:
                 return True
         elif sign == "|" and not groups:
             alternatives.append(0)
-        alternatives[-1] += repeats
+        alternatives[-1] += repeats / 4 if sign == "?" else repeats  # four optional parts are 16 ways
         if groups:
             groups[-1] += inside + (repeats or sign == "|")
     most, most_together = _MOST_REPETITIONS
