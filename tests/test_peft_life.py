@@ -7,6 +7,7 @@ import io
 import pickle
 import shutil
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -678,6 +679,27 @@ def test_an_adapter_with_the_name_of_a_part_of_the_model(name: str, tmp_path: Pa
     model.delete_adapter(name)
     adapter.save(tmp_path / "bad")
     assert files_of(tmp_path / "bad") == files_of(tmp_path / "good")
+
+
+@pytest.mark.parametrize("name", ["norm", "act_fn"])
+def test_an_adapter_may_have_the_name_of_a_part_that_no_adapter_is_in(name: str, tmp_path: Path) -> None:
+    adapter = nested_llama(NESTING)
+    model: Any = adapter.model
+    adapter.save(tmp_path / "alone")
+    model.add_adapter(name, lora_config(NESTING))
+    adapter.save(tmp_path / "beside")
+    assert files_of(tmp_path / "beside") == files_of(tmp_path / "alone")
+    load(model, tmp_path / "alone", adapter="second")
+
+
+def test_the_name_of_a_part_that_is_trained_whole_is_refused() -> None:
+    head = nn.Sequential(OrderedDict(dense=nn.Linear(4, 4), out=nn.Linear(4, 4)))
+    base = nn.Sequential(OrderedDict(body=nn.Linear(4, 4), head=head))
+    config = LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"])
+    model: Any = get_peft_model(base, config)
+    model.add_adapter("dense", config)
+    with pytest.raises(MatryoshkaError, match=r"adapter 'dense' has the name of a part of the model, head\.dense"):
+        nest(model, [1, 2])
 
 
 def test_layers_that_peft_does_not_read_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def checked_layers(model: nn.Module, adapter: str) -> list[tuple[str, Any, Neste
 
 
 def check_names(model: nn.Module, adapters: Collection[str]) -> None:
-    """Refuse adapters that have the name of a module: PEFT takes the weights below that module for the adapter's.
+    """Refuse adapters with a name that stands in the keys of adapters' weights: PEFT takes such weights for theirs.
 
     It would leave them out of the files of all other adapters. One that is alone may have any name.
 
@@ -68,17 +68,15 @@ def check_names(model: nn.Module, adapters: Collection[str]) -> None:
     """
     if len(adapters) == 1:
         return
-    modules = dict(model.named_modules())
-    parents = {name: name.rpartition(".")[0] for name in modules}
-    # In PEFT's layers, the modules of these have the names of adapters.
-    by_adapter = {
-        name
-        for name, module in modules.items()
-        if isinstance(module, nn.ModuleDict)
-        and isinstance(modules[parents[name]], (BaseTunerLayer, AuxiliaryTrainingWrapper))
-    }
-    found = {name.rpartition(".")[2]: name for name in modules if parents[name] not in by_adapter}
-    found |= {"weight": "weight", "bias": "bias"}
+    found = {"weight": "weight", "bias": "bias"}
+    for name, module in model.named_modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            parts = name.split(".")
+            found |= {part: ".".join(parts[: place + 1]) for place, part in enumerate(parts)}
+            inside = [child for child, _ in module.named_children()]
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                inside += [part for below, _ in module.original_module.named_modules() for part in below.split(".")]
+            found |= {part: f"{name}.{part}" for part in inside}
     for adapter in adapters:
         if adapter in found:
             raise MatryoshkaError(
