@@ -1,4 +1,4 @@
-"""What it costs to cut LoRA files of image models: one layer in three ways, a whole file, and the three rules of kohya.
+"""What it costs to cut LoRA files of image models: one layer in three ways, and a whole file.
 
     python benchmarks/cut_files.py --out runs/cut_files.json
 
@@ -7,7 +7,6 @@
   three are run in turn, again and again: medians of the processor time, and of the ratios within one turn.
 * A file of Flux's shapes (494 layers, bf16), in a process of its own with a thread for each core: time, processor time,
   the operating system's largest resident set, and the error at the rank.
-* The sizes of one file by kohya's three rules, beside those of its formulas over NumPy's singular values.
 """
 
 from __future__ import annotations
@@ -24,12 +23,9 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Size, Tensor
 
-from matryoshka_lora import export
 from matryoshka_lora.files import write_text
 from matryoshka_lora.formats.opened import Stored
 from matryoshka_lora.formats.streamed import write_stored
@@ -138,40 +134,6 @@ def whole_file(folder: Path, rank: int, kept: int) -> dict[str, float]:
     return found
 
 
-def three_rules(folder: Path) -> list[dict[str, object]]:
-    """Ranks of 12 layers by each rule: of our file, and of kohya's formulas over NumPy's singular values."""
-    state, found = {}, []
-    for seed in range(12):
-        A, B = factors(32, 320, 640, seed)
-        if seed % 3:
-            B = B * torch.logspace(0, -seed % 4, 32)
-        state |= {f"lora_unet_{seed}_x.lora_down.weight": A, f"lora_unet_{seed}_x.lora_up.weight": B}
-        state[f"lora_unet_{seed}_x.alpha"] = torch.tensor(16.0)
-    source, target = folder / "kohya.safetensors", folder / "rule.safetensors"
-    save_file(state, source)
-    for rule, values in {"sv_ratio": (5, 20), "sv_fro": (0.9, 0.99), "sv_cumulative": (0.8, 0.95)}.items():
-        for value in values:
-            made = export(source, target, keep=f"{rule}={value}", overwrite=True)
-            ranks = [len(tensor) for key, tensor in sorted(load_file(target).items()) if "lora_down" in key]
-            wanted = []
-            for key in sorted(key for key in state if "lora_down" in key):
-                dense = state[key.replace("down", "up")].double().numpy() @ state[key].double().numpy()
-                s = np.linalg.svd(dense, compute_uv=False)
-                wanted.append(_formula(rule, s, value))
-            size = target.stat().st_size
-            found.append({"rule": f"{rule}={value}", "ranks": ranks, "formula": wanted, "bytes": size})
-            assert made.chosen is not None
-            found[-1]["kept"] = made.chosen.kept
-    return found
-
-
-def _formula(rule: str, s: np.ndarray, value: float) -> int:
-    if rule == "sv_ratio":
-        return int((s > s[0] / value).sum())
-    sums = np.cumsum(s) / s.sum() if rule == "sv_cumulative" else np.sqrt(np.cumsum(s**2) / (s**2).sum())
-    return int((sums < value).sum()) + 1
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/cut_files.json"))
@@ -184,7 +146,6 @@ def main() -> None:
         found[f"one layer, R = {rank}"] = one_layer(rank, options.repeats)
         print(rank, found[f"one layer, R = {rank}"], flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        found["kohya's rules"] = three_rules(Path(folder))
         for rank in options.ranks:
             found[f"whole file, R = {rank}"] = whole_file(Path(folder), rank, KEPT)
             print(rank, found[f"whole file, R = {rank}"], flush=True)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -156,12 +157,9 @@ class Store:
 
     def close(self) -> None:
         """Let another process have the file."""
-        try:
-            if self._file is not None:
+        if self._file is not None:
+            with suppress(OSError):  # `put` has said so
                 self._file.close()
-        except OSError:  # `put` has said so
-            pass
-        finally:
             self._file = None
-            if self._lock is not None:
-                self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
