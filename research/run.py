@@ -100,20 +100,29 @@ def run_once(study: Study, job: Job, folder: Path) -> bool:
                         f"{path} lacks {', '.join(sorted(wanted))} and is of other versions than these: delete it, or "
                         "take another folder with --runs"
                     )
-            run = run_job(study, job, wanted)
-            (run if before is None else _joined(before, run)).write(folder)
+
+            def keep(run: Run) -> None:
+                (run if before is None else _joined(before, run)).write(folder)
+
+            keep(run_job(study, job, wanted, on_cut=keep))
             return True
     except Timeout:
         return False
 
 
-def run_job(study: Study, job: Job, wanted: Collection[str] | None = None) -> Run:
+def run_job(
+    study: Study,
+    job: Job,
+    wanted: Collection[str] | None = None,
+    on_cut: Callable[[Run], object] = lambda run: None,
+) -> Run:
     """Train, then cut and measure on the job's split. A run that diverges has no curves, and each cut diverges alone.
 
     Args:
         study: Of the job.
         job: What to do.
         wanted: Cuts of the recipe; None means all that the study has.
+        on_cut: Called after each cut, which may take long, with the run so far.
 
     Raises:
         MatryoshkaError: It cannot be done.
@@ -130,6 +139,14 @@ def run_job(study: Study, job: Job, wanted: Collection[str] | None = None) -> Ru
     names = [name for name in CUTS if name in wanted]
     curves: dict[str, Curve] = {}
     cost: dict[str, Any] = {"seconds": 0.0, "parameters": 0, "cuts": {}}
+
+    def run_of(done: Sequence[str]) -> Run:
+        settings = study.settings(job.task, job.recipe)
+        settings["cuts"] = {name: CUTS[name] for name in curves if CUTS[name] is not None}
+        spent = {**cost, "cuts": dict(cost["cuts"])}
+        diverged = tuple(name for name in done if name not in curves)
+        return Run(job, measured_ranks(study, job), dict(curves), spent, settings, versions(), diverged)
+
     with training(study, job, rows, held_out) as trainer:
         passes = copies(RECIPES[job.recipe].objective, study.nesting(job.rank))
         cost["tokens"] = passes * token_count(trainer.train_dataset, study.train_rows(job.recipe))
@@ -137,16 +154,14 @@ def run_job(study: Study, job: Job, wanted: Collection[str] | None = None) -> Ru
         with suppress(NotFiniteError):
             trained = train(trainer, study, job)
             cost["seconds"], cost["parameters"] = round(time.perf_counter() - begin, 2), trained.parameters
-            for name in names:
+            for number, name in enumerate(names):
                 # A decomposition of what is not finite has an error of its own.
                 with suppress(NotFiniteError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
                     curves[name], seconds = _cut_and_measure(study, job, name, trained)
                     learned = token_count(trainer.train_dataset, learning_rows(name, study.train_rows(job.recipe)))
                     cost["cuts"][name] = {"tokens": learned, "seconds": round(seconds, 2)}
-    settings = study.settings(job.task, job.recipe)
-    settings["cuts"] = {name: CUTS[name] for name in curves if CUTS[name] is not None}
-    diverged = tuple(name for name in names if name not in curves)
-    return Run(job, measured_ranks(study, job), curves, cost, settings, versions(), diverged)
+                on_cut(run_of(names[: number + 1]))
+    return run_of(names)
 
 
 def versions() -> dict[str, str]:

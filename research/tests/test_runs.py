@@ -96,6 +96,16 @@ def test_a_run_depends_on_its_job_alone(model: Path, all_cuts: dict[str, Run]) -
         assert alone == all_cuts[recipe].curves[cut], (recipe, cut)
 
 
+def test_a_run_is_kept_after_each_cut(model: Path, all_cuts: dict[str, Run]) -> None:
+    """So that a stop loses one cut, and not all."""
+    kept: list[Run] = []
+    whole = run_job(study_of(model, "lora/svd", "lora/loss"), job_of(), on_cut=kept.append)
+    assert [list(run.curves) for run in kept] == [["svd"], ["svd", "loss"]]
+    assert kept[-1].curves == whole.curves == {cut: all_cuts["lora"].curves[cut] for cut in ("svd", "loss")}
+    assert list(kept[0].cost["cuts"]) == ["svd"]
+    assert not kept[0].diverged
+
+
 def test_what_a_run_costs(model: Path, all_cuts: dict[str, Run]) -> None:
     study, run = study_of(model), all_cuts["lora"]
     rows = study.tasks["sums"].rows("train", 6, seed=3)  # 3 steps of 2

@@ -103,14 +103,7 @@ def prepared(trainer: Any, batch: Any) -> Any:
 
 
 def training_collator(trainer: Any) -> Any:
-    """A Trainer's collator as its training uses it: without the columns that its model does not take, such as text.
-
-    A Trainer that loads its data in a way of its own leaves out itself what it does not take.
-    """
-    from transformers import Trainer
-
-    if type(trainer).get_train_dataloader is not Trainer.get_train_dataloader:
-        return trainer.data_collator
+    """A Trainer's collator as its training uses it: without the columns that its model does not take, such as text."""
     return trainer._get_collator_with_removed_columns(trainer.data_collator)
 
 

@@ -71,7 +71,9 @@ class TrainerRows:
                 "the Trainer's data are a stream, of which no rows can be taken again: reorder by 'svd', or give the "
                 "Trainer a dataset that is not streamed"
             )
-        self.collate = training_collator(trainer)
+        loads_its_own_way = type(trainer).get_train_dataloader is not Trainer.get_train_dataloader
+        # One that loads its data in a way of its own leaves out itself what its model does not take.
+        self.collate = trainer.data_collator if loads_its_own_way else training_collator(trainer)
         try:
             batch = self.collate([trainer.train_dataset[0]])
         except Exception as error:  # a collator may be anybody's
