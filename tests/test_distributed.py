@@ -46,7 +46,7 @@ lr_scheduler_type: cosine
 logging_steps: 1
 disable_tqdm: true
 lora: {{r: 8}}
-nesting: {{rule: stratified, reorder: learned}}
+nesting: {{rule: stratified, reorder: {order}}}
 train_sampling_strategy: {sampling}
 """
 WEIGHTS, TRAINED = "adapter_model.safetensors", "trained.safetensors"
@@ -60,19 +60,21 @@ class Engine:
         overrides: What the command needs on CPUs.
         mark: A file of its checkpoints that no other way writes.
         sampling: How the rows are ordered.
+        order: What the adapter is reordered by.
         victim: The process that is killed.
     """
 
     overrides: tuple[str, ...]
     mark: str
     sampling: str
+    order: str
     victim: int
 
 
 ENGINES = {
-    "ddp": Engine(("use_cpu=true",), "optimizer.pt", "group_by_length", victim=0),
-    "fsdp2": Engine((), "pytorch_model_fsdp.bin", "random", victim=1),
-    "zero1": Engine(("ddp_backend=gloo",), "latest", "random", victim=1),
+    "ddp": Engine(("use_cpu=true",), "optimizer.pt", "group_by_length", "trained", victim=0),
+    "fsdp2": Engine((), "pytorch_model_fsdp.bin", "random", "trained", victim=1),
+    "zero1": Engine(("ddp_backend=gloo",), "latest", "random", "learned", victim=1),
 }
 
 
@@ -81,20 +83,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_chat(tmp_path_factory.mktemp("model"))
 
 
-def write_config(folder: Path, model: Path, rows: int, sampling: str) -> Path:
+def write_config(folder: Path, model: Path, rows: int, sampling: str, order: str = "svd") -> Path:
     path = folder / "config.yaml"
-    path.write_text(CONFIG.format(model=model, output=folder / "run", rows=rows, sampling=sampling))
+    path.write_text(CONFIG.format(model=model, output=folder / "run", rows=rows, sampling=sampling, order=order))
     return path
 
 
 @pytest.fixture(scope="module")
-def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The finished runs of one process, by the order of their rows."""
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """The finished runs of one process, by the order of their rows and by what they are reordered by."""
     runs = {}
-    for sampling in {engine.sampling for engine in ENGINES.values()}:
-        folder = tmp_path_factory.mktemp(sampling)
-        train(load_config(write_config(folder, model, 8, sampling)))
-        runs[sampling] = folder / "run"
+    for key in {(engine.sampling, engine.order) for engine in ENGINES.values()}:
+        folder = tmp_path_factory.mktemp("-".join(key))
+        train(load_config(write_config(folder, model, 8, *key)))
+        runs[key] = folder / "run"
     return runs
 
 
@@ -121,12 +123,12 @@ def files(run: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_two_processes_train_as_one_though_one_of_them_was_killed(
-    name: str, model: Path, alone: dict[str, Path], tmp_path: Path
+    name: str, model: Path, alone: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:
     if name == "zero1":
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     engine = ENGINES[name]
-    config, run = write_config(tmp_path, model, 4, engine.sampling), tmp_path / "run"
+    config, run = write_config(tmp_path, model, 4, engine.sampling, engine.order), tmp_path / "run"
 
     before = time.monotonic()
     killed = launch(name, config, *engine.overrides, KILL=f"7@{engine.victim}")
@@ -147,7 +149,7 @@ def test_two_processes_train_as_one_though_one_of_them_was_killed(
     for said in (f"Going on from {checkpoint}, after 4 steps", f"The adapter is in {run}", "Next: matryoshka eval"):
         assert resumed.stdout.count(said) == 1, resumed.stdout
 
-    one = alone[engine.sampling]
+    one = alone[engine.sampling, engine.order]
     assert losses(run) == pytest.approx(losses(one), abs=1e-5)
     assert files(run) == files(one)
     expected, trained = load_file(one / "checkpoint-9" / TRAINED), load_file(run / "checkpoint-9" / TRAINED)
@@ -172,12 +174,12 @@ def test_two_processes_train_as_one_though_one_of_them_was_killed(
         reads_in_plain_peft(model, tmp_path, ["run", "run/checkpoint-9"])
 
 
-def test_two_processes_that_split_each_batch(model: Path, alone: dict[str, Path], tmp_path: Path) -> None:
+def test_two_processes_that_split_each_batch(model: Path, alone: dict[tuple[str, str], Path], tmp_path: Path) -> None:
     """``per_device_train_batch_size`` then counts the rows of all processes together."""
     config = write_config(tmp_path, model, 8, "group_by_length")
-    done = launch("ddp", config, "use_cpu=true", "nesting.reorder=svd", "accelerator_config={split_batches: true}")
+    done = launch("ddp", config, "use_cpu=true", "accelerator_config={split_batches: true}")
     assert done.returncode == 0, done.stdout + done.stderr
-    one, two = alone["group_by_length"] / "checkpoint-9", tmp_path / "run" / "checkpoint-9"
+    one, two = alone["group_by_length", "trained"] / "checkpoint-9", tmp_path / "run" / "checkpoint-9"
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
     expected, trained = load_file(one / TRAINED), load_file(two / TRAINED)
     for key, tensor in trained.items():

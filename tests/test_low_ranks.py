@@ -379,7 +379,7 @@ def test_what_a_trainer_leaves(base: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("nesting", [{}, {"reorder": "learned"}, {"deploy": "paper"}], ids=str)
+@pytest.mark.parametrize("nesting", [{"reorder": "svd"}, {"reorder": "learned"}, {"deploy": "paper"}], ids=str)
 def test_what_train_leaves(base: Path, tmp_path: Path, nesting: dict[str, Any]) -> None:
     rows = [{"question": f"{i} + 1", "answer": str(i + 1)} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

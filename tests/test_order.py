@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -226,6 +229,22 @@ def test_a_step_in_parts_is_the_step() -> None:
         with torch.no_grad():
             found.append(adapter.model(input_ids=ids).logits)
     torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_a_step(processes: int, tmp_path: Path) -> None:
+    """Four parts: two for each process. Of three processes, two lack one, and pass through the model all the same."""
+    command = [sys.executable, str(Path(__file__).with_name("shared_step.py")), str(tmp_path / "meeting")]
+    started = [
+        subprocess.Popen([*command, str(rank), str(processes)], stdout=subprocess.PIPE, text=True)
+        for rank in range(processes)
+    ]
+    for process in started:
+        out, _ = process.communicate(timeout=120)
+        found = json.loads(out)
+        assert found["passes"] == 2
+        assert found["gradients"] < 1e-5
+        assert found["loss"] < 1e-5 < found["size"]
 
 
 def test_factors_as_they_are_trained_are_reordered_first() -> None:

@@ -41,7 +41,7 @@ def test_defaults() -> None:
     assert (config.model, config.dtype, config.quantization) == ("smollm2-135m", "bf16", None)
     assert not config.trust_remote_code
     assert config.nesting == Nesting.powers_of_two(32)
-    assert (config.rule, config.deploy, config.reorder, config.rank_seed) == ("matryoshka", "reordered", "svd", 42)
+    assert (config.rule, config.deploy, config.reorder, config.rank_seed) == ("matryoshka", "reordered", "trained", 42)
     lora = config.lora_config()
     assert (lora.r, lora.lora_alpha, lora.target_modules, lora.task_type) == (32, 32, "all-linear", "CAUSAL_LM")
     sft = config.sft_config()
@@ -50,7 +50,7 @@ def test_defaults() -> None:
 
 
 def test_every_door_has_the_same_defaults() -> None:
-    """A function, a file and a command that say nothing make the same adapter."""
+    """A function, a file and a command that say nothing make the same adapter, but that training has data."""
     config = make_config({"data": "chain_sum", "lora": {"r": 12}})
     adapter = nest(get_peft_model(tiny_llama(), LoraConfig(r=12, lora_alpha=12, target_modules=LINEAR_LAYERS)))
     state = adapter.state
@@ -60,7 +60,8 @@ def test_every_door_has_the_same_defaults() -> None:
     reordering = [
         inspect.signature(verb).parameters["by"].default for verb in (NestedAdapter.reorder, reorder, command)
     ]
-    assert [config.reorder, demo.reorder, *reordering] == ["svd"] * 5
+    assert (config.reorder, demo.reorder) == ("trained", "trained")
+    assert reordering == ["svd"] * 3
     assert (demo.nesting, demo.rule, demo.deploy) == (Nesting.powers_of_two(32), config.rule, config.deploy)
 
 

@@ -194,7 +194,8 @@ class NestedAdapter:
         """Put each layer's directions into an order in which every prefix is good.
 
         The full-rank function of training is unchanged, up to rounding. From then on any rank from 1 to R may be
-        chosen, and training would go on as plain LoRA. Under torch.distributed every process calls it.
+        chosen, and training would go on as plain LoRA. Under torch.distributed every process calls it; where each holds
+        the whole model, they share a Trainer's rows.
 
         Args:
             by: ``"svd"``: each prefix is the closest matrix of its rank (Eckart-Young); needs no data.

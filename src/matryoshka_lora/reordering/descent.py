@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,11 @@ def gradients_at(adapter: AdapterInModel, parts: Sequence[Part], ranks: Sequence
     loss_at(adapter, parts, ranks, torch.Tensor.backward)
     gradients = adapter.gradients()
     adapter.model.zero_grad(set_to_none=True)
+    if _place(parts)[1] > 1:
+        each = [gradient for pair in gradients.values() for gradient in pair]
+        whole = _sum_over_processes(torch.cat([gradient.flatten() for gradient in each]))
+        parted = iter(torch.split(whole, [gradient.numel() for gradient in each]))
+        gradients = {name: (next(parted).view_as(A), next(parted).view_as(B)) for name, (A, B) in gradients.items()}
     return gradients
 
 
@@ -55,30 +62,50 @@ def loss_at(
         adapter: In the mode that it is to be in.
         parts: The rows.
         ranks: One for each row; all alike where rows are no longer rows.
-        use: Gets the share of each part in the loss, while the ranks of its rows stand.
+        use: Gets the share in the loss of each part that this process computes, while the ranks of its rows stand.
+
+    Returns:
+        It, of all processes.
 
     Raises:
         NotFiniteError: The loss is NaN or infinity.
         MatryoshkaError: No row has a token to learn.
     """
     diagonals = {rank: adapter.state.diagonal(rank) for rank in set(ranks)}
-    weight, total, begin = sum(part.weight for part in parts), 0.0, 0
+    weight, total = sum(part.weight for part in parts), 0.0
     if not weight:
         raise MatryoshkaError(
             f"none of the {len(ranks)} rows of a step has a token to learn: leave out rows without labels"
         )
-    for part in parts:
-        mine, begin = ranks[begin : begin + part.rows], begin + part.rows
-        if not part.weight:
-            continue  # the mean over no token may be NaN
+    here, processes = _place(parts)
+    rest = iter(ranks)
+    of_parts = [list(islice(rest, part.rows)) for part in parts]
+    # Every process passes through the model as often as the others, for a Trainer's loss may wait for all of them.
+    for number in range(here, -(-len(parts) // processes) * processes, processes):
+        part, mine = parts[number % len(parts)], of_parts[number % len(parts)]
         diagonal = torch.stack([diagonals[rank] for rank in mine])
         with adapter.standing(diagonal if adapter.keeps_rows else diagonal[0], exact=False):
             loss = part.loss() * (part.weight / weight)
-            if not bool(loss.isfinite()):
-                raise NotFiniteError(f"the loss is {loss.item()}: the model computes NaN or infinity")
-            use(loss)
-        total += loss.item()
+            if number < len(parts) and part.weight:  # the mean over no token may be NaN
+                use(loss)
+                total += loss.item()
+    if processes > 1:
+        total = _sum_over_processes(torch.tensor([total], device=adapter.parameters()[0].device)).item()
+    if not math.isfinite(total):
+        raise NotFiniteError(f"the loss is {total}: the model computes NaN or infinity")
     return total
+
+
+def _place(parts: Sequence[Part]) -> tuple[int, int]:
+    """Which of the processes that share a step this one is, and how many they are."""
+    if any(part.shared for part in parts):
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _sum_over_processes(values: Tensor) -> Tensor:
+    torch.distributed.all_reduce(values)
+    return values
 
 
 @contextmanager

@@ -62,12 +62,14 @@ class Part(NamedTuple):
         weight: Of its loss in that of the step: the number of its answers' tokens.
         mask: Which of its tokens are no padding, bool, shape (rows, tokens), or None.
         loss: Computes its mean loss, with the model in the mode that it has.
+        shared: Whether the processes of torch.distributed share the parts of a step; else each computes all of them.
     """
 
     rows: int
     weight: float
     mask: Tensor | None
     loss: Callable[[], Tensor]
+    shared: bool = False
 
 
 class Data(Protocol):

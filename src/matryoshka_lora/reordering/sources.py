@@ -10,6 +10,7 @@ from itertools import chain, count, islice
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase, Trainer
@@ -20,6 +21,9 @@ from matryoshka_lora.errors import MatryoshkaError, one_line
 from matryoshka_lora.loaded import context_length, logits_at, pad_token, places
 from matryoshka_lora.reordering.model import Data, Part
 from matryoshka_lora.unofficial import prepared, training_collator
+
+_WHOLE = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+"""Where each process holds the whole model, and nothing waits for the others in its passes."""
 
 _AT_ONCE = 12
 """Rows of one's own that go through the model together, at most."""
@@ -55,7 +59,8 @@ def data_from(model: Any, data: Any, tokenizer: PreTrainedTokenizerBase | None =
 class TrainerRows:
     """The rows that a Trainer has trained on, with its collator, loss and precision.
 
-    Under torch.distributed every process takes the same rows, so that all of them learn the same.
+    Under torch.distributed all processes learn the same. Where each holds the whole model, as under DDP, they share the
+    rows of a step; else every one takes all rows.
 
     Args:
         model: The PEFT model, not wrapped.
@@ -89,7 +94,9 @@ class TrainerRows:
         self.model, self.trainer = model, trainer
         self.quiet = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
         self.rate: float | None = trainer.args.learning_rate
-        self.seen: int | None = trainer.state.global_step * trainer.args.train_batch_size * trainer.args.world_size
+        self.processes = trainer.accelerator.num_processes if trainer.accelerator.distributed_type in _WHOLE else 1
+        of_batches = 1 if trainer.accelerator.split_batches else trainer.args.world_size
+        self.seen: int | None = trainer.state.global_step * trainer.args.train_batch_size * of_batches
         self.seen *= trainer.args.gradient_accumulation_steps
 
     def __len__(self) -> int:
@@ -101,7 +108,7 @@ class TrainerRows:
         generator = torch.Generator().manual_seed(seed)
         size = trainer.args.per_device_train_batch_size
         for step in _steps(lambda: torch.randperm(len(data), generator=generator).tolist(), rows, at_once):
-            chunks = _alike([data[i] for i in step], _tokens_of, size)
+            chunks = _alike([data[i] for i in step], _tokens_of, min(size, -(-len(step) // self.processes)))
             batches = [prepared(trainer, self.collate(chunk)) for chunk in chunks]
             yield [
                 Part(
@@ -109,6 +116,7 @@ class TrainerRows:
                     int((batch["labels"] != -100).sum()),
                     batch["attention_mask"].bool() if "attention_mask" in batch else None,
                     partial(self._loss, batch),
+                    self.processes > 1,
                 )
                 for batch in batches
             ]

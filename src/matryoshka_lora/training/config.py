@@ -307,7 +307,7 @@ def _reorder(value: Any, deploy: Deploy, nesting: Nesting) -> By | None:
         if value is not None:
             raise MatryoshkaError("nesting.deploy: paper deploys the factors as they were trained: leave reorder out")
         return None
-    by: By = "svd" if value is None else value
+    by: By = "trained" if value is None else value
     if by not in get_args(By):
         raise MatryoshkaError(
             f"nesting.reorder is {value!r}; write one of {', '.join(get_args(By))}. nesting.deploy: paper leaves the "

@@ -86,6 +86,8 @@ def _train(config: TrainConfig, arguments: SFTConfig) -> NestedAdapter:
         # Without autocast around it, which the Trainer adds for bf16 and fp16, the model is the caller's again.
         trainer.accelerator.unwrap_model(peft_model, keep_fp32_wrapper=False).eval()
         checkpoint = checkpoint_file(output) if config.reorder == "trained" else None
+        if config.reorder == "trained":
+            _say(arguments, "Each rank below R is trained by itself now. With nesting.reorder=svd, no rank is")
         if config.reorder:
             try:
                 seen = None if config.reorder == "svd" else trainer
