@@ -263,7 +263,7 @@ def test_an_evaluation_is_shown(old: Path) -> None:
 # The configs of the runs, in the words of today.
 RUNS: dict[str, dict[str, Any]] = {
     "run-learned": {"nesting": {"ranks": [1, 2, 4], "reorder": "learned"}},
-    "run-svd": {"nesting": {"ranks": [1, 2, 4], "scaling": "sqrt"}, "lora": {"lora_alpha": 3.4}},
+    "run-svd": {"nesting": {"ranks": [1, 2, 4], "scaling": "sqrt", "reorder": "svd"}, "lora": {"lora_alpha": 3.4}},
     "run-paper": {"nesting": {"ranks": [1, 2, 4], "scaling": "rank", "deploy": "paper"}, "lora": {"lora_alpha": 4}},
 }
 

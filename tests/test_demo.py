@@ -46,7 +46,10 @@ def test_the_demo_leaves_what_it_promises_and_goes_on_where_it_was_stopped(tmp_p
     assert found.tasks["family_relationships"]["items"] == 2
     assert (adapter / "evaluation" / "curve.png").stat().st_size > 10_000
     opened = open_adapter(adapter)
-    assert (opened.nested.nesting.ranks, opened.nested.reordered) == (RANKS, "svd")
+    assert opened.nested.nesting.ranks == RANKS
+    # What one step of the lowest rank has made may not be worth keeping.
+    assert opened.nested.reordered in ("trained", "svd")
+    assert "reorder: trained" in (adapter / "train.yaml").read_text()
 
     # What is exported is the first columns; plain PEFT has read them.
     small = load_file(out / "rank-4" / "adapter_model.safetensors")
@@ -60,8 +63,7 @@ def test_the_demo_leaves_what_it_promises_and_goes_on_where_it_was_stopped(tmp_p
     assert [row[0] for row in rows] == ["none", *map(str, RANKS)]
     assert "gives the same answer to 8 of 8 questions" in done.stdout
     assert "adapter = nest(peft_model)" in done.stdout
-    assert lines[-1].startswith(f"Next: matryoshka select '{adapter}' --within 5%, or matryoshka export '{adapter}' ")
-    assert f"matryoshka select '{adapter}'" in lines[-1]
+    assert lines[-1] == f"Next: matryoshka select '{adapter}' --within 5%"
     assert select(adapter, max_bytes=found.about["bytes"][0]).rank == 1
 
 

@@ -374,7 +374,8 @@ EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_data": {"task": "c
 def test_the_loss_while_training_is_that_of_the_adapter_that_comes_of_it(model: Path, tmp_path: Path) -> None:
     losses = []
     for deploy in ("reordered", "paper"):
-        config = config_of(model, tmp_path / deploy, nesting={"deploy": deploy}, **EVALUATED)
+        given = {"deploy": deploy} if deploy == "paper" else {"reorder": "svd"}
+        config = config_of(model, tmp_path / deploy, nesting=given, **EVALUATED)
         adapter = train(config)
         history = json.loads((tmp_path / deploy / STATE).read_text())["log_history"]
         (told,) = (entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] == 4)

@@ -193,16 +193,16 @@ class NestedAdapter:
     ) -> dict[str, Tensor]:
         """Put each layer's directions into an order in which every prefix is good.
 
-        The full-rank function of training is unchanged, up to rounding. From then on any rank from 1 to R may be
-        chosen, and training would go on as plain LoRA. Under torch.distributed every process calls it; where each holds
-        the whole model, they share a Trainer's rows.
+        The full-rank function of training is unchanged, up to rounding, but for ``"trained"``. From then on any rank
+        from 1 to R may be chosen, and training would go on as plain LoRA. Under torch.distributed every process calls
+        it; under DDP they share the rows that ``"learned"`` and ``"trained"`` take of a Trainer.
 
         Args:
             by: ``"svd"``: each prefix is the closest matrix of its rank (Eckart-Young); needs no data.
                 ``"activations"``: it changes each layer's outputs least. ``"loss"``: it changes the loss least, to
                 second order. ``"learned"``: some steps of training find the order by the loss of the prefixes.
-                ``"trained"``: each nested rank is trained by itself for some steps; only here rank R changes, by its
-                smallest directions.
+                ``"trained"``: each nested rank is trained by itself for some steps; rank R changes by its smallest
+                directions.
             data: For all but ``"svd"``: the Trainer that has trained the adapter, a dataset, or rows with ``prompt``
                 and ``completion``.
             tokenizer: The base model's, where the data are rows.

@@ -57,11 +57,12 @@ save_file({"logits": torch.stack(logits)}, logits_file)
 print(json.dumps(answers))
 """.replace("ANSWER_TOKENS", str(ANSWER_TOKENS))
 
-THREE_LINES = """\
+THEIR_LINES = """\
     from matryoshka_lora import nest
     adapter = nest(peft_model)                    # before the Trainer
     trainer.add_callback(adapter.callback())      # before trainer.train()
-    adapter.reorder(); adapter.save("my-adapter") # after it
+    adapter.reorder("trained", trainer)           # after it; adapter.reorder() takes seconds
+    adapter.save("my-adapter")
 """
 
 
@@ -107,15 +108,13 @@ def demo(
     verdict = _read_by_plain_peft(adapter, exported)
     _say(began, "Done\n")
     print_tasks(evaluation.to_dict())
-    # As they may be pasted into a shell.
-    folder, small = shlex.quote(str(adapter)), shlex.quote(f"{adapter}-small")
     typer.echo(
         f"{verdict}\n\n"
         f"{adapter}             the adapter, for any rank from 1 to {MAX_RANK}\n"
         f"{adapter}/evaluation  the curve as a picture, the numbers, every answer\n"
         f"{exported}              rank {EXPORTED_RANK}, an ordinary LoRA adapter\n\n"
-        f"In a training script of your own:\n{THREE_LINES}\n"
-        f"Next: matryoshka select {folder} --within 5%, or matryoshka export {folder} --budget 0.25 -o {small}"
+        f"In a training script of your own:\n{THEIR_LINES}\n"
+        f"Next: matryoshka select {shlex.quote(str(adapter))} --within 5%"
     )
 
 

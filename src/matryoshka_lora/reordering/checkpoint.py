@@ -38,7 +38,7 @@ class Checkpoint:
         self._written = time.monotonic()
 
     def read(self) -> dict[str, Tensor]:
-        """The tensors that were written last; none where there is no file of this run.
+        """The tensors that were written last; none where there is no file of this run, or not for every process.
 
         Raises:
             MatryoshkaError: The file is damaged, or none of ours.
@@ -56,7 +56,13 @@ class Checkpoint:
                 f"{self.path} cannot be read: {error}. Delete it, and training the ranks begins anew"
             ) from error
         if distributed.is_available() and distributed.is_initialized():
-            distributed.barrier()  # else the first might write before the last has read
+            # All have read before the first may write. They may share their steps, so they begin at the same one.
+            marks: list[Any] = [None] * distributed.get_world_size()
+            distributed.all_gather_object(marks, {key: list(tensor.shape) for key, tensor in found.items()})
+            steps: list[Any] = [None] * len(marks)
+            distributed.all_gather_object(steps, int(found["step"]) if "step" in found else 0)
+            if any(mark != marks[0] for mark in marks) or len(set(steps)) > 1:
+                return {}
         return found
 
     @property

@@ -79,14 +79,15 @@ def loss_at(
         )
     here, processes = _place(parts)
     rest = iter(ranks)
-    of_parts = [list(islice(rest, part.rows)) for part in parts]
+    with_ranks = [(part, list(islice(rest, part.rows))) for part in parts]
+    learned = [(part, its) for part, its in with_ranks if part.weight]  # the mean over no token may be NaN
     # Every process passes through the model as often as the others, for a Trainer's loss may wait for all of them.
-    for number in range(here, -(-len(parts) // processes) * processes, processes):
-        part, mine = parts[number % len(parts)], of_parts[number % len(parts)]
+    for number in range(here, -(-len(learned) // processes) * processes, processes):
+        part, mine = learned[number % len(learned)]
         diagonal = torch.stack([diagonals[rank] for rank in mine])
         with adapter.standing(diagonal if adapter.keeps_rows else diagonal[0], exact=False):
             loss = part.loss() * (part.weight / weight)
-            if number < len(parts) and part.weight:  # the mean over no token may be NaN
+            if number < len(learned):
                 use(loss)
                 total += loss.item()
     if processes > 1:

@@ -10,9 +10,9 @@ from itertools import chain, count, islice
 from typing import Any
 
 import torch
-from accelerate import DistributedType
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from matryoshka_lora.data.questions import Question, Row, Tokens, pad_rows, rows_from, tokenize
@@ -21,9 +21,6 @@ from matryoshka_lora.errors import MatryoshkaError, one_line
 from matryoshka_lora.loaded import context_length, logits_at, pad_token, places
 from matryoshka_lora.reordering.model import Data, Part
 from matryoshka_lora.unofficial import prepared, training_collator
-
-_WHOLE = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-"""Where each process holds the whole model, and nothing waits for the others in its passes."""
 
 _AT_ONCE = 12
 """Rows of one's own that go through the model together, at most."""
@@ -59,8 +56,8 @@ def data_from(model: Any, data: Any, tokenizer: PreTrainedTokenizerBase | None =
 class TrainerRows:
     """The rows that a Trainer has trained on, with its collator, loss and precision.
 
-    Under torch.distributed all processes learn the same. Where each holds the whole model, as under DDP, they share the
-    rows of a step; else every one takes all rows.
+    Under torch.distributed all processes learn the same. Under DDP they share the rows of a step; else every one takes
+    all rows.
 
     Args:
         model: The PEFT model, not wrapped.
@@ -94,7 +91,9 @@ class TrainerRows:
         self.model, self.trainer = model, trainer
         self.quiet = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
         self.rate: float | None = trainer.args.learning_rate
-        self.processes = trainer.accelerator.num_processes if trainer.accelerator.distributed_type in _WHOLE else 1
+        # Under DDP alone, each process is known to hold the whole model, and its passes wait for no other.
+        whole = isinstance(trainer.model_wrapped, DistributedDataParallel)
+        self.processes = trainer.accelerator.num_processes if whole else 1
         of_batches = 1 if trainer.accelerator.split_batches else trainer.args.world_size
         self.seen: int | None = trainer.state.global_step * trainer.args.train_batch_size * of_batches
         self.seen *= trainer.args.gradient_accumulation_steps

@@ -170,15 +170,15 @@ class _Training:
             done = unflat("done", before, self.whole)
         reached, low = next(iter(done.values()))[0].shape[-2], 0
         for rank in ranks:
-            batches = [next(stream) for _ in range(shares[rank])]
+            steps = islice(stream, shares[rank])
             if rank <= reached:
-                self.on_step(sum(part.rows for parts in batches for part in parts))
+                self._pass_over(steps)
             else:
                 block: Factors = {name: _rest(self.whole[name], done[name], rank - low) for name in self.whole}
-                if batches:
+                if shares[rank]:
                     width = rank - low
                     block_rate = rate * BLOCK_RATE * (self.adapter.state.nesting.max_rank / width) ** POWER
-                    block = self._block(done, block, rank, batches, block_rate, before)
+                    block = self._block(done, block, rank, steps, shares[rank], block_rate, before)
                 done = {name: _joined(done[name], _ordered(block[name])) for name in self.whole}
                 before = {}
                 if self.checkpoint is not None:
@@ -191,7 +191,8 @@ class _Training:
         done: Factors,
         start: Factors,
         rank: int,
-        batches: Sequence[Sequence[Part]],
+        steps: Iterator[Sequence[Part]],
+        count: int,
         rate: float,
         before: dict[str, Tensor],
     ) -> Factors:
@@ -207,9 +208,9 @@ class _Training:
         adam = torch.optim.Adam(learned, rate)
         if begin:
             _put_moments(adam, block, {name: unflat(name, before, start) for name in MOMENTS}, begin)
-            self.on_step(sum(part.rows for parts in batches[:begin] for part in parts))
-        for step, parts in enumerate(batches[begin:], start=begin):
-            adam.param_groups[0]["lr"] = rate * (1 - step / len(batches))
+            self._pass_over(islice(steps, begin))
+        for step, parts in enumerate(steps, start=begin):
+            adam.param_groups[0]["lr"] = rate * (1 - step / count)
             self._put(done, block)
             gradients = gradients_at(self.adapter, parts, [rank] * sum(part.rows for part in parts))
             for name, (A, B) in block.items():
@@ -227,6 +228,11 @@ class _Training:
             self.on_step(sum(part.rows for part in parts))
         found: Factors = {name: (A.detach(), B.detach()) for name, (A, B) in block.items()}
         return found if self._loss(done, found, rank) <= self._loss(done, start, rank) else start
+
+    def _pass_over(self, steps: Iterator[Sequence[Part]]) -> None:
+        """Steps that were taken before a stop."""
+        for parts in steps:
+            self.on_step(sum(part.rows for part in parts))
 
     def _put(self, done: Factors, block: Factors) -> None:
         whole = self.whole

@@ -18,7 +18,7 @@ from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.adapter.loading import load
 from matryoshka_lora.adapter.nest import nest
 from matryoshka_lora.data.sources import load_data
-from matryoshka_lora.errors import MatryoshkaError, one_line
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError, one_line
 from matryoshka_lora.files import check_writable, checkpoint_file, write_text
 from matryoshka_lora.models import DTYPES, EMBEDDED, load_model, load_tokenizer
 from matryoshka_lora.training.config import TrainConfig
@@ -93,7 +93,9 @@ def _train(config: TrainConfig, arguments: SFTConfig) -> NestedAdapter:
                 seen = None if config.reorder == "svd" else trainer
                 adapter.reorder(config.reorder, seen, seed=config.seed, checkpoint=checkpoint)
             except (MatryoshkaError, torch.OutOfMemoryError) as error:  # what was trained is not lost for that
-                if not adapter.reordered:
+                # Where one process alone has failed, the others wait for it: its end is the end of all.
+                alone = arguments.world_size > 1 and not isinstance(error, NotFiniteError)
+                if alone or not adapter.reordered:
                     raise
                 _say(arguments, f"The adapter is reordered by its SVD, and not by {config.reorder}: {error}")
         adapter.save(output)
