@@ -93,6 +93,8 @@ def load_runs(study: Study, folder: Path) -> dict[Job, Run]:
         if run.job.task not in study.tasks or not cuts(study, run.job):
             continue
         settings = study.settings(run.job.task, run.job.recipe) | {"cuts": run.settings.get("cuts")}
+        if settings["files"] is None:  # they are not here to compare with
+            settings["files"] = run.settings.get("files")
         # A run that an older version wrote may lack some.
         different = [key for key, value in run.settings.items() if settings.get(key) != value]
         different += [f"cut {cut}" for cut, how in run.settings.get("cuts", {}).items() if how != CUTS.get(cut)]

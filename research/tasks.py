@@ -88,18 +88,20 @@ class Task:
     def settings(self) -> dict[str, Any]:
         """What numbers on it depend on. A local file is its digest, whatever its place.
 
+        ``files`` is None where the eight commonsense tasks were not written here: their runs can be reported then.
+
         Raises:
             MatryoshkaError: There is no such file.
         """
         if self.is_built_in or self.is_memory:
             return {"source": dict(self.source), "files": {}}
         if self.choices is not None:
-            paths_of = sorted((self.choices / "train.jsonl", *self.choices.glob("*/*.jsonl")))
+            paths_of = sorted(self.choices.glob("**/*.jsonl"))
             digests = {
                 path.relative_to(self.choices).as_posix(): _digest_of(self.name, "choices", str(path))
                 for path in paths_of
             }
-            return {"source": {"choices": "commonsense"}, "files": digests}
+            return {"source": {"choices": "commonsense"}, "files": digests or None}
         paths = {split: self._data(split).get("path") for split in SPLITS}
         files = {split: _digest_of(self.name, split, path) for split, path in paths.items() if path is not None}
         return {"source": {split: self.source[split] for split in SPLITS if split not in files}, "files": files}

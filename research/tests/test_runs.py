@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -262,6 +263,16 @@ def test_commonsense_chooses_what_is_likeliest(model: Path, tmp_path: Path, monk
         assert all(len(values) == 4 for metrics in curve.parts.values() for values in metrics.values())
         for task in ("piqa", "winogrande"):
             assert curve.parts[task]["acc"][0] == pytest.approx(_right(base, tokenizer, tmp_path / "data", task))
+
+    # The questions are no part of the repository: runs are read without them, and not with others.
+    assert load_runs(study, tmp_path)[run.job].curves == run.curves
+    (tmp_path / "data" / "train.jsonl").write_text("{}")
+    with pytest.raises(MatryoshkaError, match="was run with another files"):
+        load_runs(study, tmp_path)
+    shutil.rmtree(tmp_path / "data")
+    assert load_runs(study, tmp_path)[run.job].curves == run.curves
+    with pytest.raises(MatryoshkaError, match=r"write it with research\.commonsense"):
+        run_job(study, job_of(task="eight", seed=1))
 
 
 def _right(base: Any, tokenizer: Any, data: Path, task: str) -> float:
