@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from research import stats
+from research.commonsense import mean_accuracies
 from research.default import scores
 from research.figures import curves
 from research.records import Result
@@ -64,12 +65,20 @@ def times(study: str, method: str) -> float:
     return next(one.score for one in found if one.method == method)
 
 
+def of_base(study: str) -> float:
+    """The mean over the tasks of choices that the base model has right, in %."""
+    parts = curves(study)[0].curve.parts
+    assert parts is not None, f"{study} has no choices"
+    return 100 * mean_accuracies(parts)[0]
+
+
 NAMES: dict[str, Any] = {
     **{name: json.loads((ROOT / path).read_text(encoding="utf-8")) for name, path in CLAIMS["files"].items()},
     **{
         "percent": percent,
         "runs": runs,
         "times": times,
+        "of_base": of_base,
         "fmean": fmean,
         "aurac": stats.aurac_log2,
         "accuracy_at": stats.accuracy_at,

@@ -30,7 +30,7 @@ ROWS = 8
 """Of a step. Many small steps teach a block more than few large ones."""
 
 JUDGED_ROWS = 64
-"""Rows that are only looked at, to judge by."""
+"""Rows that are only looked at, to judge by: so many, or as many as there are to train on."""
 
 LEARNING_RATE = 1e-3
 """Of R, where it is not known with which rate the adapter was trained."""
@@ -93,9 +93,10 @@ def train_ranks(
     *ranks, top = adapter.state.nesting.ranks
     if steps < 1:
         raise MatryoshkaError(f"ranks cannot be trained in {steps} steps: take 1 or more, or reorder by 'svd'")
-    (looked_at,) = data.steps(JUDGED_ROWS, JUDGED_ROWS, seed)
+    judged = min(JUDGED_ROWS, steps * ROWS)
+    (looked_at,) = data.steps(judged, judged, seed)
     # The same rows come first here, and are not trained on.
-    stream = islice(data.steps(JUDGED_ROWS + steps * ROWS, ROWS, seed), JUDGED_ROWS // ROWS, None)
+    stream = islice(data.steps(judged + steps * ROWS, ROWS, seed), judged // ROWS, None)
     whole = adapter.factors()
     with learning(adapter):
         before = _losses(adapter, looked_at, (*ranks, top))
