@@ -233,7 +233,7 @@ def test_a_step_in_parts_is_the_step() -> None:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_a_step(processes: int, tmp_path: Path) -> None:
-    """Four parts to learn from: two for each process. Of three, two lack one, and pass through the model all the same."""
+    """Four parts to learn: two for each process. Of three, two lack one and pass through the model all the same."""
     command = [sys.executable, str(Path(__file__).with_name("shared_step.py")), str(tmp_path / "meeting")]
     started = [
         subprocess.Popen([*command, str(rank), str(processes)], stdout=subprocess.PIPE, text=True)
