@@ -58,7 +58,7 @@ $(DOCS)/.docs: pyproject.toml
 	$(PYTHON) -c '$(DOCS_NEEDS)' | xargs $(DOCS)/bin/python -m pip install -q --disable-pip-version-check
 	touch $@
 
-demo: $(VENV)/.demo ## train an adapter, see every rank, read one with plain PEFT (about five minutes on 2 cores)
+demo: $(VENV)/.demo ## train an adapter, see every rank, read one with plain PEFT (less than ten minutes on 2 cores)
 	$(BIN)/matryoshka demo --out runs/demo
 
 test: $(VENV)/.test lint ## lint, types, layers and all tests

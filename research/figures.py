@@ -35,7 +35,7 @@ TOKENS = ("lora/svd", "lora/learned", "lora-longer/svd", "lora/trained", EACH)
 BESIDE = {"lora-longer/svd": 1.1}
 """Where a point is drawn, as a multiple of its tokens: beside what has as many."""
 
-DEMO = "matryoshka/svd"
+DEMO = "matryoshka/trained"
 """What the demo trains."""
 
 WITH_PNG = ("face",)

@@ -76,7 +76,7 @@ def demo(
     """Train one adapter, see what each rank of it is worth, and read one rank with plain PEFT.
 
     The model is SmolLM2-135M, the questions are about family relationships; both come inside packages, so no network
-    is needed. Takes about five minutes on two cores. A demo that was stopped goes on when it is asked for again.
+    is needed. Takes less than ten minutes on two cores. A demo that was stopped goes on when it is asked for again.
 
     Example: matryoshka demo --out runs/demo
     """
