@@ -57,11 +57,10 @@ class Checkpoint:
             ) from error
         if distributed.is_available() and distributed.is_initialized():
             # All have read before the first may write. They may share their steps, so they begin at the same one.
+            mark = {key: int(tensor) if key == "step" else tensor.shape for key, tensor in found.items()}
             marks: list[Any] = [None] * distributed.get_world_size()
-            distributed.all_gather_object(marks, {key: list(tensor.shape) for key, tensor in found.items()})
-            steps: list[Any] = [None] * len(marks)
-            distributed.all_gather_object(steps, int(found["step"]) if "step" in found else 0)
-            if any(mark != marks[0] for mark in marks) or len(set(steps)) > 1:
+            distributed.all_gather_object(marks, mark)
+            if any(other != mark for other in marks):
                 return {}
         return found
 
