@@ -33,6 +33,7 @@ from transformers import (
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
 from matryoshka_lora.adapter.in_model import InModel
 from matryoshka_lora.data.questions import Row
+from matryoshka_lora.reordering.descent import gradients_at, learning
 from matryoshka_lora.reordering.learned import JUDGED, ROWS, learn_order
 from matryoshka_lora.reordering.model import Part
 from matryoshka_lora.reordering.order import OrderOptimizer
@@ -229,6 +230,42 @@ def test_a_step_in_parts_is_the_step() -> None:
         with torch.no_grad():
             found.append(adapter.model(input_ids=ids).logits)
     torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-2)
+
+
+def test_small_and_large_gradients_pass_through_float16() -> None:
+    """Small ones would be zero, and large ones infinite."""
+    ids = torch.randint(3, 90, (6, 12), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        adapter = nested_llama(NESTING, "lora")
+        adapter.model.get_base_model().to(dtype)
+        for parameter in InModel(adapter.model, adapter.name).parameters():
+            parameter.data = parameter.data.float()
+        for size in (2.0**-12, 1.0, 2.0**9):
+            part = Part(
+                6, 1.0, None, lambda model=adapter.model, size=size: model(input_ids=ids, labels=ids).loss * size
+            )
+            with learning(InModel(adapter.model, adapter.name)):
+                pairs = gradients_at(InModel(adapter.model, adapter.name), [part], [2] * 6)
+            found[dtype, size] = torch.cat([gradient.flatten() for pair in pairs.values() for gradient in pair])
+    for size in (2.0**-12, 1.0, 2.0**9):
+        right = found[torch.float32, size]
+        assert (found[torch.float16, size] - right).norm() < 0.02 * right.norm()
+
+
+def test_gradients_that_are_not_finite_leave_the_order() -> None:
+    adapter = nested_llama(NESTING, "lora")
+    adapter.reorder()
+    before = all_factors(adapter)
+    ((good,),) = some_rows(adapter).steps(ROWS, ROWS, 0)
+
+    def steep() -> Tensor:
+        loss = good.loss()
+        return loss + (loss - loss.detach()).sqrt()  # its value is finite, its slope is not
+
+    with pytest.raises(MatryoshkaError, match="gradients are NaN or infinity"):
+        learn(adapter, Given([good], [good._replace(loss=steep)]), 3)
+    assert all(torch.equal(a, b) for a, b in zip(before, all_factors(adapter), strict=True))
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -37,9 +37,27 @@ def learning(adapter: AdapterInModel) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
+SCALES = (2.0**10, 1.0)
+"""Of the loss, so that small gradients pass through float16; the second where large ones do not. Powers of two leave
+other dtypes' gradients as they are."""
+
+
 def gradients_at(adapter: AdapterInModel, parts: Sequence[Part], ranks: Sequence[int]) -> Factors:
-    """The gradients of a step's loss by all factors; see `loss_at`."""
-    loss_at(adapter, parts, ranks, torch.Tensor.backward)
+    """The gradients of a step's loss by all factors; see `loss_at`.
+
+    Raises:
+        NotFiniteError: They are NaN or infinity, or the loss is.
+        MatryoshkaError: No row has a token to learn.
+    """
+    for scale in SCALES:
+        gradients = _scaled_gradients_at(adapter, parts, ranks, scale)
+        if all(bool(gradient.isfinite().all()) for pair in gradients.values() for gradient in pair):
+            return {name: (A / scale, B / scale) for name, (A, B) in gradients.items()}
+    raise NotFiniteError("gradients are NaN or infinity: take a base model in bf16 or fp32, or a lower learning rate")
+
+
+def _scaled_gradients_at(adapter: AdapterInModel, parts: Sequence[Part], ranks: Sequence[int], scale: float) -> Factors:
+    loss_at(adapter, parts, ranks, lambda loss: (loss * scale).backward())  # type: ignore[no-untyped-call]
     gradients = adapter.gradients()
     adapter.model.zero_grad(set_to_none=True)
     if _place(parts)[1] > 1:
