@@ -25,12 +25,13 @@ from tiny_chat import tiny_tokenizer
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError, load, reorder
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError, export, load, reorder
 from matryoshka_lora.adapter.in_model import InModel
 from matryoshka_lora.reordering import checkpoint
 from matryoshka_lora.reordering.model import Part
 from matryoshka_lora.reordering.sources import data_from
 from matryoshka_lora.reordering.trained import share_out, train_ranks
+from matryoshka_lora.serving.info import describe
 
 NESTING = Nesting([1, 2, 4, 8], "none", 0.7)
 ROWS = [{"prompt": f"{name} is", "completion": f" {end}"} for name, end in zip("abcdef", "stuvwx", strict=True)]
@@ -262,15 +263,16 @@ def test_rows_and_files(tmp_path: Path) -> None:
     adapter.save(tmp_path / "adapter")
     rows = list(islice(cycle(ROWS), 40))
     spectra = reorder(
-        tmp_path / "adapter", tmp_path / "out", "trained", rows, rows=96, model=str(tmp_path / "base"), dtype="fp32"
+        tmp_path / "adapter", tmp_path / "out", "trained", rows, rows=480, model=str(tmp_path / "base"), dtype="fp32"
     )
     loaded = load(tiny_llama(), tmp_path / "out")
     assert loaded.state.reordered == "trained"
     for name, found in products(loaded, 8).items():
-        A, B = InModel(loaded.model, "default").factors()[name]
-        sizes = A.double().norm(dim=1) * B.double().norm(dim=0) * NESTING.scale
-        torch.testing.assert_close(spectra[name], sizes, rtol=1e-4, atol=1e-6)
-        assert np.isfinite(found).all()
+        values = np.linalg.svd(found, compute_uv=False)[:8]
+        np.testing.assert_allclose(spectra[name], values, rtol=1e-4, atol=1e-6)
+    # What the command says to do next.
+    assert describe(tmp_path / "out").kept(8) == 1
+    assert export(tmp_path / "out", tmp_path / "half", budget=0.5).chosen is not None
 
 
 KILLED = """

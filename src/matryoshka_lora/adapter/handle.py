@@ -214,7 +214,7 @@ class NestedAdapter:
 
         Returns:
             Each layer's singular values in the sense of ``by``, decreasing, shape (R,) or (experts, R), float64; for
-            ``"learned"``, those of the SVD.
+            ``"learned"`` and ``"trained"``, those of the SVD.
 
         Raises:
             MatryoshkaError: A factor is not finite, the adapter is merged, or the data do not go with ``by``. The

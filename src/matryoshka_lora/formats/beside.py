@@ -21,8 +21,8 @@ from matryoshka_lora.formats.sidecar import SIDECAR_NAME, as_json
 Spectra = Mapping[str, Tensor]
 """Singular values by the layer's name, shape (R,) or (experts, R), float64, decreasing.
 
-They are measured in the sense in which the adapter was reordered. An order that was learned has no such sense; its
-values are those of the SVD."""
+They are measured in the sense in which the adapter was reordered. ``learned`` and ``trained`` have no such
+sense; their values are those of the SVD."""
 
 
 def write_spectra(folder: Path, spectra: Spectra) -> None:

@@ -44,7 +44,7 @@ def reorder(
                 rate = LEARNING_RATE if data.rate is None else data.rate
                 steps = -(-wanted // TRAINED_ROWS)
                 kept = bool(train_ranks(adapter, data, steps, rate, seed, bar.update, checkpoint))
-                spectra = _sizes(adapter)
+                spectra = _spectra(adapter)
             else:
                 spectra = reweigh(adapter, data, by == "loss", wanted, seed, bar.update)
     if kept:
@@ -61,10 +61,9 @@ def row_count(by: By, data: Data, rows: int | None = None) -> int:
     return STEPS * ROWS if by == "learned" else min(MOMENT_ROWS, len(data))
 
 
-def _sizes(adapter: AdapterInModel) -> dict[str, Tensor]:
-    """How large each direction is: of orthogonal ones, the singular values."""
+def _spectra(adapter: AdapterInModel) -> dict[str, Tensor]:
     scale, found = adapter.state.nesting.scale, adapter.factors().items()
-    return {name: A.double().norm(dim=-1) * B.double().norm(dim=-2) * scale for name, (A, B) in found}
+    return {name: reorder_factors(A * scale, B)[2] for name, (A, B) in found}
 
 
 def _by_svd(adapter: AdapterInModel) -> dict[str, Tensor]:

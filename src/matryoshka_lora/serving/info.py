@@ -56,7 +56,7 @@ class Description:
 
     @property
     def sense(self) -> str:
-        """What the singular values measure; those of a learned order are the SVD's."""
+        """What the singular values measure; those of ``learned`` and ``trained`` are the SVD's."""
         return (self.adapter.state and self.adapter.state.reordered) or "svd"
 
     @property

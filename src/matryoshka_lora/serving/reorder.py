@@ -63,7 +63,7 @@ def reorder(
         on_layer: Called after each layer of ``"svd"``.
 
     Returns:
-        Each layer's singular values in the sense of ``by``; for ``"learned"``, those of the SVD.
+        Each layer's singular values in the sense of ``by``; for ``"learned"`` and ``"trained"``, those of the SVD.
 
     Raises:
         MatryoshkaError: The source is damaged or no LoRA adapter, data and base model do not go with it, or the target
