@@ -15,7 +15,7 @@ from matryoshka_lora.training import make_config, train
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=40)
-parser.add_argument("--reorder", choices=("learned", "svd"), default="learned", help="svd takes a second")
+parser.add_argument("--reorder", choices=("trained", "learned", "svd"), default="trained", help="svd takes a second")
 parser.add_argument("--out", default="runs/qlora")
 args = parser.parse_args()
 

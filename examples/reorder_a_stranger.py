@@ -23,7 +23,7 @@ parser.add_argument("--adapter", type=Path, help="a LoRA adapter of yours; else 
 parser.add_argument("--model", default=EMBEDDED, help="the adapter's base model: a folder or a hub id")
 parser.add_argument("--data", default="family_relationships", help="a task, a file or a hub dataset")
 parser.add_argument("--steps", type=int, default=80)
-parser.add_argument("--by", choices=("activations", "loss", "learned"), default="learned", help="how a prefix is good")
+parser.add_argument("--by", choices=("activations", "loss", "learned", "trained"), default="learned")
 parser.add_argument("--rows", type=int, help="how many rows of --data; else as many as help")
 parser.add_argument("--items", type=int, default=50)
 parser.add_argument("--out", type=Path, default=Path("runs/stranger"))

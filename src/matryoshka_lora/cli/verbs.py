@@ -72,8 +72,10 @@ def train(
 ) -> None:
     """Train one adapter for every rank.
 
-    The file names the data, and may set any field of TRL's SFTConfig, any of PEFT's LoraConfig under lora:, and ranks,
-    scaling and rule under nesting:. The same command goes on where a killed run stopped.
+    The file names the data, and may set any field of TRL's SFTConfig, any of PEFT's LoraConfig under lora:, and how
+    ranks are made under nesting:. The same command goes on where a killed run stopped.
+
+    After the run each low rank is trained too, on half as many rows again. nesting.reorder=svd takes seconds instead.
 
     Example: matryoshka train config.yaml lora.r=8 learning_rate=1e-3
     """
@@ -157,16 +159,16 @@ def reorder(
     dtype: Annotated[Dtype, typer.Option(help="Of the base model.")] = Dtype.bf16,
     force: Force = False,
 ) -> None:
-    """Make any LoRA adapter nested: the function stays, and every prefix becomes a good adapter of its rank.
+    """Make any LoRA adapter nested: every prefix becomes a good adapter of its rank.
 
-    What a good prefix is, --by says. All but svd run the base model over some rows of the training data, or of data
-    like it:
+    What a good prefix is, --by says. At the largest rank the adapter computes what it did, but for trained. All but
+    svd run the base model over some rows of the training data, or of data like it. A single file takes svd alone.
 
     - svd: its update is the nearest of its rank to the layer's; needs no data and no base model
     - activations: it changes each layer's outputs least
     - loss: it changes the training loss least
     - learned: a few training steps by the loss of the prefixes themselves
-    - trained: each rank gets a training of its own, which changes the function a little
+    - trained: each rank gets a training of its own, which changes the largest rank too
 
     Example: matryoshka reorder runs/some-lora -o nested --by learned --data my.jsonl
     """

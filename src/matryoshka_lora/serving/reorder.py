@@ -35,7 +35,9 @@ def reorder(
     overwrite: bool = False,
     on_layer: Callable[[], object] | None = None,
 ) -> dict[str, Tensor]:
-    """Make any LoRA adapter nested: the function stays, and every prefix becomes a good adapter of its rank.
+    """Make any LoRA adapter nested: every prefix becomes a good adapter of its rank.
+
+    At the largest rank it computes what it did; only ``"trained"`` changes that.
 
     ``"svd"`` needs neither data nor the base model, and has one layer in memory at a time. The others run the base
     model over some rows of the training data, or of data like it.
