@@ -118,7 +118,7 @@ def test_ranks_between_nested_ones_are_the_best_of_their_block() -> None:
 class Given:
     """Data whose steps are given; the last one stands for all that follow."""
 
-    quiet = True
+    quiet, held_out = True, None
 
     def __init__(self, *steps: list[Part]) -> None:
         self._steps = steps

@@ -125,6 +125,34 @@ def test_ranks_that_a_stopped_run_was_training_are_trained_to_the_end(
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_a_file_in_the_place_of_a_checkpoint_of_ranks_is_refused_before_training(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.checkpoint.safetensors").write_bytes(b"somebody's")
+    with pytest.raises(MatryoshkaError, match=r"run\.checkpoint\.safetensors cannot be read"):
+        train(config_of(model, tmp_path / "run", nesting={}))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.checkpoint.safetensors"]
+    assert train(config_of(model, tmp_path / "run")).state.reordered == "svd"  # which needs no such file
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_without_checkpoints_is_not_lost_while_ranks_are_trained(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], killed: bool
+) -> None:
+    def fails(*args: object) -> None:
+        raise KeyboardInterrupt if killed else RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED\nin a kernel")
+
+    monkeypatch.setattr(trained, "gradients_at", fails)
+    try:
+        train(config_of(model, tmp_path / "run", nesting={}, save_strategy="no"))
+    except KeyboardInterrupt:
+        assert killed
+        with pytest.raises(MatryoshkaError, match="did not finish"):
+            train(config_of(model, tmp_path / "run", nesting={}, save_strategy="no"))
+    else:
+        said = "not by trained: CUDA error: CUBLAS_STATUS_ALLOC_FAILED"
+        assert said in capsys.readouterr().out
+    assert open_adapter(tmp_path / "run").nested.reordered == "svd"
+
+
 def test_a_finished_run_is_not_trained_again(model: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     adapter = train(config_of(model, finished, logging_steps=3))

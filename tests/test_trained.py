@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import nest_as, nested_llama, tiny_llama
+from conftest import nest_as, nested_llama, randomize, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_chat import tiny_tokenizer
 from torch import Tensor
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, OPTConfig, OPTForCausalLM, Trainer, TrainingArguments
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError, export, load, reorder
 from matryoshka_lora.adapter.in_model import InModel
-from matryoshka_lora.reordering import checkpoint
-from matryoshka_lora.reordering.model import Part
+from matryoshka_lora.reordering import checkpoint, trained
+from matryoshka_lora.reordering.descent import gradients_at, learning, teaches
+from matryoshka_lora.reordering.model import Data, Part
 from matryoshka_lora.reordering.sources import data_from
 from matryoshka_lora.reordering.trained import share_out, train_ranks
 from matryoshka_lora.serving.info import describe
@@ -40,7 +41,7 @@ ROWS = [{"prompt": f"{name} is", "completion": f" {end}"} for name, end in zip("
 class Tokens:
     """Rows of tokens, whose own loss is asked for."""
 
-    quiet, rate, seen = True, None, None
+    quiet, rate, seen, held_out = True, None, None, None
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -147,6 +148,19 @@ def test_a_block_that_loses_more_is_not_kept() -> None:
             np.testing.assert_allclose(found, before[rank][name], atol=1e-5)
 
 
+def test_rank_r_is_not_given_away_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = nested_llama(NESTING, "lora")
+    adapter.reorder()
+    before = products(adapter, 8)
+    monkeypatch.setattr(trained, "MOST_LOST", -9.0)  # no gain is enough
+    with pytest.warns(
+        UserWarning, match=r"not kept: on rows that are only looked at rank 8 would lose \d.*and that of"
+    ):
+        assert train_ranks(InModel(adapter.model, "default"), Tokens(adapter.model), 20, 2e-2) == {}
+    for name, found in products(adapter, 8).items():
+        assert (found == before[name]).all()
+
+
 def test_a_loss_that_is_not_finite_leaves_the_factors() -> None:
     adapter = nested_llama(NESTING, "lora")
     adapter.reorder()
@@ -242,6 +256,18 @@ def test_the_checkpoint_of_another_training_counts_as_none(tmp_path: Path, unint
     with pytest.raises(MatryoshkaError, match="file is no checkpoint, and would be written over: move it away"):
         trained_to(None, tmp_path / "file")
     assert list(load_file(tmp_path / "file")) == ["weight"]
+
+
+def test_a_full_disk_does_not_stop_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Any) -> None:
+    def full(*args: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.warns(UserWarning, match=r"no checkpoint: .*: no space left.* The ranks are trained") as warned:
+        found, _ = trained_to(None, tmp_path / "file")
+    assert len([one for one in warned if "no space left" in str(one.message)]) == 1
+    assert all((found[name] == whole).all() for name, whole in uninterrupted[0].items())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("by", ["svd", "loss"])
@@ -439,6 +465,112 @@ def test_a_short_row_without_labels_teaches_nothing(tmp_path: Path, by: Any) -> 
     assert all(
         factor.isfinite().all() for pair in InModel(adapter.model, "default").factors().values() for factor in pair
     )
+
+
+@pytest.mark.filterwarnings("error:the (learned order is|trained ranks are) not kept")
+@pytest.mark.parametrize("by", ["learned", "trained"])
+def test_steps_without_labels_are_passed_over(tmp_path: Path, by: Any) -> None:
+    """As packing leaves rows of long prompts alone. It is judged on the others, which the Trainer evaluates on."""
+    adapter, trainer = trainer_with_a_row_without_labels(tmp_path)
+    rows = list(trainer.train_dataset)
+    trainer.train_dataset = [rows[7]] * 400 + rows[:7] + rows[8:]
+    trainer.eval_dataset = rows
+    steps = [teaches(parts) for parts in data_from(adapter.model, trainer).steps(480, 8, 0)]
+    assert set(steps) == {False, True}
+    adapter.reorder(by, trainer, rows=480)
+    assert adapter.state.reordered == by
+
+
+def test_it_is_judged_on_what_the_trainer_evaluates_on(tmp_path: Path) -> None:
+    adapter, trainer = trainer_with_a_row_without_labels(tmp_path)
+    rows = list(trainer.train_dataset)
+    assert data_from(adapter.model, trainer).held_out is None
+    for other in ({"one": rows}, iter(rows), [], [{"input_ids": [1, 2]}]):
+        trainer.eval_dataset = other
+        assert data_from(adapter.model, trainer).held_out is None
+    trainer.eval_dataset = rows[:5]
+    data = data_from(adapter.model, trainer)
+    assert data.held_out is not None
+    assert len(data.held_out) == 5
+    assert data.held_out.held_out is None
+    looked_at: list[int] = []
+    train_ranks(InModel(adapter.model, "default"), Watched(data, looked_at), 4)
+    assert looked_at == [5]
+
+
+class Watched:
+    """A Trainer's rows, and how many are asked for to judge by."""
+
+    quiet, rate, seen = True, None, None
+
+    def __init__(self, data: Data, looked_at: list[int]) -> None:
+        self.data, self.looked_at = data, looked_at
+
+    @property
+    def held_out(self) -> Data | None:
+        return None if self.data.held_out is None else Watched(self.data.held_out, self.looked_at)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def steps(self, rows: int, at_once: int, seed: int) -> Iterator[Sequence[Part]]:
+        if self.held_out is None:
+            self.looked_at.append(rows)
+        return self.data.steps(rows, at_once, seed)
+
+
+def test_how_many_rows_a_trainer_has_seen(tmp_path: Path) -> None:
+    adapter, trainer = trainer_with_a_row_without_labels(tmp_path)
+
+    def seen() -> int | None:
+        return data_from(adapter.model, trainer).seen
+
+    assert seen() == 16  # two steps of eight
+    trainer.state.train_batch_size = 2  # as auto_find_batch_size has made it
+    assert seen() == 4
+    assert [part.rows for part in next(data_from(adapter.model, trainer).steps(4, 4, 0))] == [2, 2]
+    trainer.state.train_batch_size, trainer.state.global_step, trainer.state.epoch = 8, 30, 5.0
+    assert seen() == 200  # five times forty, and the last batch of an epoch is small
+    trainer.state.best_global_step = 6
+    assert seen() == 200
+    trainer.args.load_best_model_at_end = True
+    assert seen() == 40
+
+
+def test_a_rate_of_another_optimizer_is_none_for_adam(tmp_path: Path) -> None:
+    adapter, trainer = trainer_with_a_row_without_labels(tmp_path)
+    assert data_from(adapter.model, trainer).rate == 1e-2
+    trainer.args.optim = "sgd"
+    assert data_from(adapter.model, trainer).rate is None
+
+
+def test_dft_is_judged_by_the_likelihood(tmp_path: Path) -> None:
+    adapter, trainer = trainer_with_a_row_without_labels(tmp_path)
+    trainer.compute_loss = lambda model, inputs: -model(**inputs).loss
+    trainer.args.loss_type = "dft"
+    ((part,),) = data_from(adapter.model, trainer).steps(4, 4, 3)
+    assert part.loss() < 0
+    with torch.no_grad():
+        assert part.loss() > 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_that_flatten_their_rows_and_drop_out_themselves(checkpointing: bool) -> None:
+    config = OPTConfig(
+        vocab_size=99, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, dropout=0.5
+    )
+    adapter = nest_as(get_peft_model(OPTForCausalLM(config), LoraConfig(r=8, target_modules=["fc1"])), NESTING, "lora")
+    randomize(adapter.model)
+    adapter.reorder()
+    if checkpointing:
+        adapter.model.get_base_model().gradient_checkpointing_enable()
+    inner, data = InModel(adapter.model, "default"), Tokens(adapter.model)
+    with learning(inner):
+        one, other = (gradients_at(inner, next(data.steps(8, 8, 0)), [2] * 8) for _ in range(2))
+    for name, pair in one.items():
+        for found, again in zip(pair, other[name], strict=True):
+            torch.testing.assert_close(found, again)
+    assert {layer.dropout for layer in adapter.model.get_base_model().model.decoder.layers} == {0.5}
 
 
 def test_rows_without_labels_are_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, one_line
 from matryoshka_lora.files import replace_file
 from matryoshka_lora.reordering.model import Factors
 
@@ -35,26 +36,18 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
         self.path, self.run = Path(path), json.dumps(run, sort_keys=True)
-        self._written = time.monotonic()
+        self._written, self._fails = time.monotonic(), False
 
     def read(self) -> dict[str, Tensor]:
         """The tensors that were written last; none where there is no file of this run, or not for every process.
 
         Raises:
-            MatryoshkaError: The file is damaged, or none of ours.
+            MatryoshkaError: As `check_checkpoint`.
         """
         found: dict[str, Tensor] = {}
-        try:
-            if self.path.exists():
-                with safe_open(self.path, framework="pt") as file:
-                    run = (file.metadata() or {}).get("run")
-                    found = {key: file.get_tensor(key) for key in (file.keys() if run == self.run else [])}
-                if run is None:
-                    raise MatryoshkaError(f"{self.path} is no checkpoint, and would be written over: move it away")
-        except (OSError, SafetensorError) as error:
-            raise MatryoshkaError(
-                f"{self.path} cannot be read: {error}. Delete it, and training the ranks begins anew"
-            ) from error
+        if check_checkpoint(self.path) == self.run:
+            with safe_open(self.path, framework="pt") as file:
+                found = {key: file.get_tensor(key) for key in list(file.keys())}
         if distributed.is_available() and distributed.is_initialized():
             # All have read before the first may write. They may share their steps, so they begin at the same one.
             mark = {key: int(tensor) if key == "step" else tensor.shape for key, tensor in found.items()}
@@ -72,14 +65,41 @@ class Checkpoint:
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors in the place of those that were written before.
 
-        Raises:
-            MatryoshkaError: The file cannot be written.
+        Where that fails, as on a full disk, a warning says so once, and nothing is written any more.
         """
-        if is_first_process():
+        if is_first_process() and not self._fails:
             kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            with replace_file(self.path) as new:
-                save_file(kept, new, {"format": "pt", "run": self.run})
+            try:
+                with replace_file(self.path) as new:
+                    save_file(kept, new, {"format": "pt", "run": self.run})
+            except (SafetensorError, MatryoshkaError) as error:
+                self._fails = True
+                warnings.warn(
+                    f"no checkpoint: {one_line(error)}. The ranks are trained all the same; if that is stopped, it "
+                    "begins anew",
+                    stacklevel=2,
+                )
         self._written = time.monotonic()
+
+
+def check_checkpoint(path: Path) -> str | None:
+    """Of which run a file is a checkpoint; None where there is no file.
+
+    Raises:
+        MatryoshkaError: It is damaged, or no checkpoint.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            run: str | None = (file.metadata() or {}).get("run")
+    except (OSError, SafetensorError) as error:
+        raise MatryoshkaError(
+            f"{path} cannot be read: {error}. Delete it, and training the ranks begins anew"
+        ) from error
+    if run is None:
+        raise MatryoshkaError(f"{path} is no checkpoint, and would be written over: move it away")
+    return run
 
 
 def is_first_process() -> bool:

@@ -102,8 +102,9 @@ def loss_at(
     # Every process passes through the model as often as the others, for a Trainer's loss may wait for all of them.
     for number in range(here, -(-len(learned) // processes) * processes, processes):
         part, mine = learned[number % len(learned)]
-        diagonal = torch.stack([diagonals[rank] for rank in mine])
-        with adapter.standing(diagonal if adapter.keeps_rows else diagonal[0], exact=False):
+        alike = len(set(mine)) == 1
+        diagonal = diagonals[mine[0]] if alike else torch.stack([diagonals[rank] for rank in mine])
+        with adapter.standing(diagonal, exact=False):
             loss = part.loss() * (part.weight / weight)
             if number < len(learned):
                 use(loss)
@@ -113,6 +114,11 @@ def loss_at(
     if not math.isfinite(total):
         raise NotFiniteError(f"the loss is {total}: the model computes NaN or infinity")
     return total
+
+
+def teaches(parts: Sequence[Part]) -> bool:
+    """Whether the rows of a step have a token to learn."""
+    return any(part.weight for part in parts)
 
 
 def _place(parts: Sequence[Part]) -> tuple[int, int]:
@@ -130,8 +136,21 @@ def _sum_over_processes(values: Tensor) -> Tensor:
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
     """A context in which a model is in evaluation mode, but for the modules that save memory in training mode."""
+    shares: list[tuple[nn.Module, str, float]] = []
     with evaluation_mode(model):
         for module in model.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.training = True  # its own, not that of the modules in it
-        yield
+                # Some of them drop out themselves, by a share that is a number of theirs.
+                shares += [(module, name, value) for name, value in vars(module).items() if _is_dropout(name, value)]
+        try:
+            for module, name, _ in shares:
+                setattr(module, name, 0.0)
+            yield
+        finally:
+            for module, name, value in shares:
+                setattr(module, name, value)
+
+
+def _is_dropout(name: str, value: object) -> bool:
+    return "drop" in name and isinstance(value, float)

@@ -13,7 +13,7 @@ import torch
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.loaded import evaluation_mode
 from matryoshka_lora.nesting import Nesting
-from matryoshka_lora.reordering.descent import gradients_at, learning, loss_at
+from matryoshka_lora.reordering.descent import gradients_at, learning, loss_at, teaches
 from matryoshka_lora.reordering.model import AdapterInModel, Data, Factors, Part
 from matryoshka_lora.reordering.order import OrderOptimizer
 from matryoshka_lora.rules import stratified_ranks
@@ -62,7 +62,8 @@ def learn_order(
     nested rank below R, every rank as often as the others; where rows are no longer rows (routed experts, bare
     parameters), a step has one. Dropout is off: an order is for what is deployed, and two orders can be compared only
     without that noise. If the learned order loses more than the one that it began from, on as many rows as `JUDGED`
-    steps have, it is not kept, and a warning says so. These rows are no others' only where there are so many.
+    steps have, it is not kept, and a warning says so. These rows are held out, if the data have such; else they are no
+    others' only where there are so many. Steps without a token to learn are passed over.
 
     Args:
         adapter: A reordered one. Frozen factors are frozen again afterwards.
@@ -94,16 +95,19 @@ def learn_order(
         alike = [generator.choice(ranks)] * rows
         return parts, stratified_ranks(ranks, rows, generator) if adapter.keeps_rows else alike
 
-    stream = data.steps((steps + JUDGED) * ROWS, ROWS, seed)
+    judging = data.held_out
+    stream = data.steps((steps + (0 if judging else JUDGED)) * ROWS, ROWS, seed)
     with learning(adapter):
         for parts in islice(stream, steps):
             drawn = with_ranks(parts)
-            gradients = gradients_at(adapter, *drawn)
-            optimizer.step([gradients[name] for name in names])
-            schedule.step()
-            adapter.put_factors(dict(zip(names, optimizer.pairs, strict=True)))
+            if teaches(parts):
+                gradients = gradients_at(adapter, *drawn)
+                optimizer.step([gradients[name] for name in names])
+                schedule.step()
+                adapter.put_factors(dict(zip(names, optimizer.pairs, strict=True)))
             on_step(len(drawn[1]))
-        judged = [with_ranks(parts) for parts in stream]
+        looked_at = list(judging.steps(min(JUDGED * ROWS, len(judging)), ROWS, seed) if judging else stream)
+        judged = [with_ranks(parts) for parts in list(filter(teaches, looked_at)) or looked_at]
         return _keep_the_better(adapter, start, dict(zip(names, optimizer.finished(), strict=True)), judged)
 
 

@@ -79,11 +79,16 @@ class Data(Protocol):
         quiet: Whether no progress is shown.
         rate: The learning rate that the adapter was trained with, if that is known.
         seen: How many rows it was trained on, each as often as it came, if that is known.
+        held_out: Rows that are kept for evaluation, if there are any: what was learned is judged on them.
     """
 
     quiet: bool
     rate: float | None
     seen: int | None
+
+    @property
+    def held_out(self) -> Data | None:
+        """See above."""
 
     def __len__(self) -> int:
         """How many there are."""

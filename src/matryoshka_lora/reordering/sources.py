@@ -62,13 +62,15 @@ class TrainerRows:
     Args:
         model: The PEFT model, not wrapped.
         trainer: After ``train()``.
+        dataset: One of the Trainer's; None is that of training, with that of evaluation as `held_out`, if it is one.
 
     Raises:
         MatryoshkaError: Its data are a stream, or have no labels.
     """
 
-    def __init__(self, model: Any, trainer: Any) -> None:
-        if not hasattr(trainer.train_dataset, "__len__"):
+    def __init__(self, model: Any, trainer: Any, dataset: Any = None) -> None:
+        self.dataset = trainer.train_dataset if dataset is None else dataset
+        if not hasattr(self.dataset, "__len__"):
             raise MatryoshkaError(
                 "the Trainer's data are a stream, of which no rows can be taken again: reorder by 'svd', or give the "
                 "Trainer a dataset that is not streamed"
@@ -77,7 +79,7 @@ class TrainerRows:
         # One that loads its data in a way of its own leaves out itself what its model does not take.
         self.collate = trainer.data_collator if loads_its_own_way else training_collator(trainer)
         try:
-            batch = self.collate([trainer.train_dataset[0]])
+            batch = self.collate([self.dataset[0]])
         except Exception as error:  # a collator may be anybody's
             raise MatryoshkaError(
                 f"the Trainer's collator makes no batch of a row of its data: {one_line(error)}. Call "
@@ -90,22 +92,44 @@ class TrainerRows:
             )
         self.model, self.trainer = model, trainer
         self.quiet = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
-        self.rate: float | None = trainer.args.learning_rate
+        # Of Adam and its kin: other optimizers have rates of another size.
+        self.rate: float | None = trainer.args.learning_rate if "adam" in str(trainer.args.optim).lower() else None
         # Under DDP alone, each process is known to hold the whole model, and its passes wait for no other.
         whole = isinstance(trainer.model_wrapped, DistributedDataParallel)
         self.processes = trainer.accelerator.num_processes if whole else 1
-        of_batches = 1 if trainer.accelerator.split_batches else trainer.args.world_size
-        self.seen: int | None = trainer.state.global_step * trainer.args.train_batch_size * of_batches
-        self.seen *= trainer.args.gradient_accumulation_steps
+        self.batch_size = trainer.state.train_batch_size or trainer.args.train_batch_size
+        self.seen: int | None = self._seen()
+        # Its value falls where answers become improbable, so that it cannot judge.
+        self.is_dft = getattr(trainer.args, "loss_type", None) == "dft"
+        self.held_out: Data | None = None if dataset is not None else self._of_evaluation()
+
+    def _of_evaluation(self) -> TrainerRows | None:
+        dataset = self.trainer.eval_dataset
+        if isinstance(dataset, Mapping) or not hasattr(dataset, "__len__") or not len(dataset):
+            return None
+        try:
+            return TrainerRows(self.model, self.trainer, dataset)
+        except MatryoshkaError:  # it may be of another kind, for a metric of its own
+            return None
+
+    def _seen(self) -> int:
+        """By the model as it is: of ``load_best_model_at_end``, that of the best step."""
+        args, state = self.trainer.args, self.trainer.state
+        best = state.best_global_step if args.load_best_model_at_end else None
+        of_batches = 1 if self.trainer.accelerator.split_batches else args.world_size
+        rows: int = state.global_step * self.batch_size * of_batches * args.gradient_accumulation_steps
+        # The last batch of an epoch may be a small one.
+        rows = min(rows, round(state.epoch * len(self))) if state.epoch else rows
+        return round(rows * best / state.global_step) if best else rows
 
     def __len__(self) -> int:
-        return len(self.trainer.train_dataset)
+        return len(self.dataset)
 
     def steps(self, rows: int, at_once: int, seed: int) -> Iterator[list[Part]]:
         """See `matryoshka_lora.reordering.model.Data`."""
-        trainer, data = self.trainer, self.trainer.train_dataset
+        trainer, data = self.trainer, self.dataset
         generator = torch.Generator().manual_seed(seed)
-        size = trainer.args.per_device_train_batch_size
+        size = max(1, self.batch_size // max(1, trainer.args.n_gpu))
         for step in _steps(lambda: torch.randperm(len(data), generator=generator).tolist(), rows, at_once):
             chunks = _alike([data[i] for i in step], _tokens_of, min(size, -(-len(step) // self.processes)))
             batches = [prepared(trainer, self.collate(chunk)) for chunk in chunks]
@@ -122,7 +146,10 @@ class TrainerRows:
 
     def _loss(self, inputs: dict[str, Any]) -> Tensor:
         with self.trainer.compute_loss_context_manager():
-            loss: Tensor = self.trainer.compute_loss(self.model, dict(inputs))
+            if self.is_dft and not torch.is_grad_enabled():
+                loss: Tensor = self.model(**inputs).loss
+            else:
+                loss = self.trainer.compute_loss(self.model, dict(inputs))
         return loss
 
 
@@ -144,6 +171,7 @@ class QuestionRows:
         self.model, self.pad, self.quiet = model, pad_token(tokenizer, model), False
         self.rate: float | None = None
         self.seen: int | None = None
+        self.held_out: Data | None = None
         self.rows = _within_context([tokenize(tokenizer, row) for row in rows], context_length(model.get_base_model()))
 
     def __len__(self) -> int:

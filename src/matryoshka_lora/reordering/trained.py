@@ -15,7 +15,7 @@ from torch import Tensor
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.loaded import evaluation_mode
 from matryoshka_lora.reordering.checkpoint import Checkpoint, digest, flat, unflat
-from matryoshka_lora.reordering.descent import gradients_at, learning, loss_at
+from matryoshka_lora.reordering.descent import gradients_at, learning, loss_at, teaches
 from matryoshka_lora.reordering.factors import reorder_factors
 from matryoshka_lora.reordering.learned import check_ranks
 from matryoshka_lora.reordering.model import AdapterInModel, Data, Factors, Part
@@ -48,6 +48,9 @@ MAX_NORM = 1.0
 ROUNDING = 1e-3
 """Nats by which two losses of the same function may differ."""
 
+MOST_LOST = 0.02
+"""What rank R may lose, as a share of its loss or in nats, whichever is more; else nothing is kept."""
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What Adam keeps of a factor."""
 
@@ -69,8 +72,10 @@ def train_ranks(
     last block is the leading directions of what is left: rank R loses only the smallest ones.
 
     A trained block that loses more than the one that it began from, on rows that are only looked at, is not kept. Where
-    the ranks do not lose less than before in the mean, nothing is kept. A rank that alone loses more is named in a
-    warning. These `JUDGED_ROWS` rows are no others' only where there are so many.
+    the ranks do not lose less than before in the mean, or R loses more by `MOST_LOST`, nothing is kept. A rank that
+    alone loses more is named in a warning; ranks between the nested ones are not looked at. The rows that are looked at
+    are held out, if the data have such; else `JUDGED_ROWS` are no others' only where there are so many. Steps without a
+    token to learn are passed over.
 
     Args:
         adapter: A reordered one. Frozen factors are frozen again afterwards.
@@ -93,10 +98,12 @@ def train_ranks(
     *ranks, top = adapter.state.nesting.ranks
     if steps < 1:
         raise MatryoshkaError(f"ranks cannot be trained in {steps} steps: take 1 or more, or reorder by 'svd'")
-    judged = min(JUDGED_ROWS, steps * ROWS)
-    (looked_at,) = data.steps(judged, judged, seed)
-    # The same rows come first here, and are not trained on.
-    stream = islice(data.steps(judged + steps * ROWS, ROWS, seed), judged // ROWS, None)
+    judging = data.held_out or data
+    judged = min(JUDGED_ROWS, steps * ROWS, len(judging))
+    (looked_at,) = judging.steps(judged, judged, seed)
+    # Of the same data, the same rows come first here, and are not trained on.
+    passed = 0 if data.held_out else judged // ROWS
+    stream = islice(data.steps((passed + steps) * ROWS, ROWS, seed), passed, None)
     whole = adapter.factors()
     with learning(adapter):
         before = _losses(adapter, looked_at, (*ranks, top))
@@ -113,14 +120,16 @@ def train_ranks(
         adapter.put_factors({name: _joined(done[name], last[name]) for name in whole})
         after = _losses(adapter, looked_at, (*ranks, top))
         gains = {rank: before[rank] - after[rank] for rank in after}
-        kept = fmean(gains.values()) > ROUNDING
+        keeps_top = -gains[top] <= MOST_LOST * max(before[top], 1.0)
+        kept = keeps_top and fmean(gains.values()) > ROUNDING
         if not kept:
             adapter.put_factors(whole)
-    worse = [str(rank) for rank, gain in gains.items() if gain < -ROUNDING]
+    worse = [f"{rank} (by {-gain:.3f})" for rank, gain in gains.items() if gain < -ROUNDING]
     if not kept:
+        lost = [fmean(found.values()) if keeps_top else found[top] for found in (after, before)]
         warnings.warn(
-            "the trained ranks are not kept: on rows that are only looked at they lose "
-            f"{fmean(after.values()):.3f}, and those of the SVD {fmean(before.values()):.3f}",
+            f"the trained ranks are not kept: on rows that are only looked at {'they' if keeps_top else f'rank {top}'} "
+            f"would lose {lost[0]:.3f}, and {'those' if keeps_top else 'that'} of the SVD {lost[1]:.3f}",
             stacklevel=2,
         )
         return {}
@@ -211,6 +220,9 @@ class _Training:
             _put_moments(adam, block, {name: unflat(name, before, start) for name in MOMENTS}, begin)
             self._pass_over(islice(steps, begin))
         for step, parts in enumerate(steps, start=begin):
+            if not teaches(parts):
+                self._pass_over(iter([parts]))
+                continue
             adam.param_groups[0]["lr"] = rate * (1 - step / count)
             self._put(done, block)
             gradients = gradients_at(self.adapter, parts, [rank] * sum(part.rows for part in parts))

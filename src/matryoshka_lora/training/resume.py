@@ -93,7 +93,8 @@ def plan(config: TrainConfig, num_processes: int = 1) -> Plan:
     if not has_ended and own is None:
         if (output / "adapter_config.json").exists():
             raise MatryoshkaError(
-                f"{output} holds an adapter that this run did not make: choose another output_dir, or move it away"
+                f"{output} holds an adapter that this run did not make, or did not finish: choose another output_dir, "
+                "or move it away"
             )
         return Plan() if named is None else _going_on(named, num_processes)
     different = _differences(config)

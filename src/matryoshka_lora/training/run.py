@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_utils import SaveStrategy
 
 from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.adapter.loading import load
@@ -21,6 +22,7 @@ from matryoshka_lora.data.sources import load_data
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError, one_line
 from matryoshka_lora.files import check_writable, checkpoint_file, write_text
 from matryoshka_lora.models import DTYPES, EMBEDDED, load_model, load_tokenizer
+from matryoshka_lora.reordering.checkpoint import check_checkpoint
 from matryoshka_lora.training.config import TrainConfig
 from matryoshka_lora.training.processes import check_joined, on_main, one_voice
 from matryoshka_lora.training.resume import (
@@ -87,17 +89,20 @@ def _train(config: TrainConfig, arguments: SFTConfig) -> NestedAdapter:
         trainer.accelerator.unwrap_model(peft_model, keep_fp32_wrapper=False).eval()
         checkpoint = checkpoint_file(output) if config.reorder == "trained" else None
         if config.reorder == "trained":
-            _say(arguments, "Each rank below R is trained by itself now. With nesting.reorder=svd, no rank is")
+            _say(arguments, "Each rank below R is trained now, in turn. With nesting.reorder=svd, no rank is")
+            if arguments.save_strategy == SaveStrategy.NO:  # then nothing else holds what was trained
+                adapter.reorder()
+                adapter.save(output)
         if config.reorder:
             try:
                 seen = None if config.reorder == "svd" else trainer
                 adapter.reorder(config.reorder, seen, seed=config.seed, checkpoint=checkpoint)
-            except (MatryoshkaError, torch.OutOfMemoryError) as error:  # what was trained is not lost for that
+            except (MatryoshkaError, RuntimeError) as error:  # what was trained is not lost for that
                 # Where one process alone has failed, the others wait for it: its end is the end of all.
                 alone = arguments.world_size > 1 and not isinstance(error, NotFiniteError)
                 if alone or not adapter.reordered:
                     raise
-                _say(arguments, f"The adapter is reordered by its SVD, and not by {config.reorder}: {error}")
+                _say(arguments, f"The adapter is reordered by its SVD, and not by {config.reorder}: {one_line(error)}")
         adapter.save(output)
         on_main(lambda: _end(trainer.state, output, checkpoint))
     _say(arguments, f"The adapter is in {output}")
@@ -106,6 +111,8 @@ def _train(config: TrainConfig, arguments: SFTConfig) -> NestedAdapter:
 
 def _look(config: TrainConfig, arguments: SFTConfig) -> Plan:
     check_writable(config.output_dir)
+    if config.reorder == "trained":
+        check_checkpoint(checkpoint_file(config.output_dir))
     return plan(config, arguments.world_size)
 
 
