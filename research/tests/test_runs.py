@@ -188,12 +188,11 @@ def test_a_distilled_order_is_nearer_to_full_rank_and_gains_to_the_training_rows
 
 
 @pytest.mark.parametrize("cut", ["squeezed", "squeezed-in-turn", "trained", "trained-1"])
-def test_ranks_that_are_trained_on_lose_less(model: Path, cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("matryoshka_lora.reordering.trained.MOST_LOST", 1.0)  # of R = 4, a block is a large share
+def test_ranks_that_are_trained_on_lose_less(model: Path, cut: str) -> None:
     training = {"max_steps": 60, "per_device_train_batch_size": 32}
     study = study_of(model, "lora/svd", f"lora/{cut}", tasks={"names": {"facts": 8}}, training=training)
     study = replace(study, items={"validation": 8, "test": 8})
-    run = run_job(study, job_of(rate=1e-2, task="names"))
+    run = run_job(study, job_of(rate=3e-3, task="names"))
     svd, curve = run.curves["svd"], run.curves[cut]
     assert sum(curve.loss[:-1]) < sum(svd.loss[:-1])
     if "trained" not in cut:  # whose last block makes up for the others as far as it can
