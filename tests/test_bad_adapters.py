@@ -1046,7 +1046,7 @@ for name, write, exists in (
 ):
     call, status = 0, -signal.SIGKILL
     while status:
-        call += 1
+        call += 3
         target = folder / f"{name}-{call:03}"
         if exists:
             shutil.copytree(folder / "old", target)

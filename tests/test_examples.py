@@ -5,15 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from matryoshka_lora.formats.opened import open_adapter
 
 pytestmark = pytest.mark.slow
 
@@ -27,19 +24,6 @@ def run(name: str, *arguments: object) -> str:
     result = subprocess.run([*map(str, command)], capture_output=True, text=True, env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
-
-
-def test_the_python_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
-    """Its blocks, one after the other."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 1
-    (tmp_path / "readme.py").write_text("".join(blocks))
-    result = subprocess.run(
-        [sys.executable, "readme.py"], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert open_adapter(tmp_path / "runs" / "readme" / "adapter").nested.reordered == "svd"
-    assert json.loads((tmp_path / "runs" / "readme" / "rank-4" / "adapter_config.json").read_text())["r"] == 4
 
 
 @pytest.fixture(scope="module")

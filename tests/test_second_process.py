@@ -20,6 +20,7 @@ from conftest import lora_config, nest_as, nested_llama, randomize, tiny_llama
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from matryoshka_lora import NestedAdapter, Nesting, export, load
 from matryoshka_lora.state import Deploy
@@ -295,7 +296,10 @@ def test_peft_has_nothing_to_complain_about(tiny: Reading) -> None:
 def test_smollm2_in_bf16_reads_the_same_in_both_processes(tmp_path: Path) -> None:
     from matryoshka_lora.models import load_model
 
-    base = load_model("smollm2-135m", dtype=torch.bfloat16)
+    whole = load_model("smollm2-135m", dtype=torch.bfloat16)
+    whole.model.layers, whole.config.num_hidden_layers = whole.model.layers[:8], 8
+    whole.save_pretrained(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     nesting = NESTINGS["sqrt"]
     ids = torch.randint(1000, 20000, (2, 16), generator=torch.Generator().manual_seed(0))
     config = lora_config(nesting, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")

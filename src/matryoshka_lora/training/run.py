@@ -88,7 +88,7 @@ def _train(config: TrainConfig, arguments: SFTConfig) -> NestedAdapter:
         # Without autocast around it, which the Trainer adds for bf16 and fp16, the model is the caller's again.
         trainer.accelerator.unwrap_model(peft_model, keep_fp32_wrapper=False).eval()
         checkpoint = checkpoint_file(output) if config.reorder == "trained" else None
-        if config.reorder == "trained":
+        if checkpoint is not None:
             _say(arguments, "Each rank below R is trained now, in turn. With nesting.reorder=svd, no rank is")
             if arguments.save_strategy == SaveStrategy.NO:  # then nothing else holds what was trained
                 adapter.reorder()
