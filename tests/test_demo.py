@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -18,17 +17,19 @@ from matryoshka_lora.evaluation.select import read_evaluation
 from matryoshka_lora.formats.opened import open_adapter
 
 RANKS = (1, 2, 4, 8, 16, 32)
-# One thread: two that wait for one another on a busy machine would take many times as long.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_demo_leaves_what_it_promises_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+def test_the_demo_leaves_what_it_promises_and_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is killed in a process of its own, and goes on in this one."""
     out = tmp_path / "the demo"  # a name that a shell needs quotes for
     adapter, answers = out / "adapter", out / "adapter" / "evaluation" / "answers.jsonl"
-    command = [sys.executable, "-m", "matryoshka_lora", "demo", "--out", str(out), "--steps", "1", "--items", "2"]
-    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    arguments = ["demo", "--out", str(out), "--steps", "1", "--items", "2"]
+    command = [sys.executable, "-m", "matryoshka_lora", *arguments]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while killed.poll() is None and (not answers.exists() or answers.read_bytes().count(b"\n") < 3):
         time.sleep(0.1)
     killed.send_signal(signal.SIGKILL)
@@ -36,8 +37,9 @@ def test_the_demo_leaves_what_it_promises_and_goes_on_where_it_was_stopped(tmp_p
     weights = (adapter / "adapter_model.safetensors").read_bytes()
     before = answers.read_bytes().rpartition(b"\n")[0]
 
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setenv("COLUMNS", "120")
+    app(arguments, standalone_mode=False)
+    said = capsys.readouterr().out
     assert (adapter / "adapter_model.safetensors").read_bytes() == weights
     assert before.count(b"\n") >= 2
     assert answers.read_bytes().startswith(before)
@@ -58,11 +60,11 @@ def test_the_demo_leaves_what_it_promises_and_goes_on_where_it_was_stopped(tmp_p
     assert not (out / "rank-4" / "nesting.json").exists()
 
     # What it prints: a row for each rank, and what may be pasted.
-    lines = done.stdout.splitlines()
+    lines = said.splitlines()
     rows = [line.split() for line in lines if line.strip().startswith(("none ", *(f"{rank} " for rank in RANKS)))]
     assert [row[0] for row in rows] == ["none", *map(str, RANKS)]
-    assert "gives the same answer to 8 of 8 questions" in done.stdout
-    assert "adapter = nest(peft_model)" in done.stdout
+    assert "gives the same answer to 8 of 8 questions" in said
+    assert "adapter = nest(peft_model)" in said
     assert lines[-1] == f"Next: matryoshka select '{adapter}' --within 5%"
     assert select(adapter, max_bytes=found.about["bytes"][0]).rank == 1
 
