@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, export, load
+from matryoshka_lora.formats.beside import read_spectra
 from matryoshka_lora.formats.opened import open_adapter
 from matryoshka_lora.rules import Draw, Rule
 
@@ -114,7 +115,7 @@ def test_a_second_round_trip_writes_the_same_files(tmp_path: Path, form: str) ->
     saved.save(tmp_path / "a")
     load(tiny_llama(), tmp_path / "a").save(tmp_path / "b")
     a, b = fingerprint(tmp_path / "a"), fingerprint(tmp_path / "b")
-    assert set(a) == set(b) | ({SPECTRA} if form == "trained" else set())
+    assert set(a) == set(b) | ({SPECTRA} if form != "paper" else set())
     assert set(b) == {WEIGHTS, CONFIG, SIDECAR, CARD}
     assert a[WEIGHTS] == b[WEIGHTS]
     assert a[SIDECAR] == b[SIDECAR]
@@ -145,7 +146,7 @@ def test_what_was_never_reordered_is_saved_reordered_and_says_so(tmp_path: Path)
     saved = nested_llama(NESTING, deploy="reordered")
     before, trained = at_every_rank(saved), factors_of(saved)
     for write in (lambda: saved.save(tmp_path / "a"), lambda: saved.export(tmp_path / "b", 6)):
-        with pytest.warns(UserWarning, match="was never reordered: what is written is reordered by SVD"):
+        with pytest.warns(UserWarning, match="was not reordered after training: what is written is reordered by SVD"):
             write()
     assert saved.state.reordered is None
     assert_same(at_every_rank(saved), before)
@@ -556,8 +557,37 @@ def test_nothing_is_left_of_the_factors_of_an_older_training(tmp_path: Path) -> 
     adapter.save(tmp_path)
     loaded = load(tiny_llama(), tmp_path, trainable=True)
     loaded.model.eval()
-    assert loaded.reordered
-    assert_same(at_every_rank(loaded), at_every_rank(adapter))
+    there = at_every_rank(adapter)
+    assert_same(at_every_rank(loaded), {rank: there[rank] for rank in NESTING.ranks})
+
+
+def test_an_order_ends_where_training_goes_on(tmp_path: Path) -> None:
+    """Else what is saved would be said to be reordered, and its low ranks would be those of before."""
+    adapter = nested_llama(NESTING, deploy="reordered")
+    adapter.reorder()
+    adapter.save(tmp_path / "adapter")
+    loaded = load(tiny_llama(), tmp_path / "adapter", trainable=True)
+    assert (loaded.reordered, loaded.rule.name, loaded.ranks) == (False, "lora", NESTING.ranks)
+    with pytest.warns(UserWarning, match="was reordered, and is trained on: its order is lost"):
+        adapter.draw(0)
+    for one in (adapter, loaded):
+        one.model.eval()
+        assert not one.reordered
+        randomize(one.model, seed=7)
+        with pytest.warns(UserWarning, match="was not reordered after training: what is written is reordered by SVD"):
+            one.save(tmp_path / "again")
+        one.reorder()
+        assert_same(at_every_rank(load(tiny_llama(), tmp_path / "again")), at_every_rank(one), 1e-5)
+
+
+def test_singular_values_that_were_found_in_memory_are_saved(tmp_path: Path) -> None:
+    adapter = nested_llama(NESTING, deploy="reordered")
+    spectra = adapter.reorder()
+    adapter.save(tmp_path)
+    written = read_spectra(open_adapter(tmp_path))
+    assert written is not None
+    for name, values in spectra.items():
+        torch.testing.assert_close(written[name], values, rtol=1e-6, atol=0)
 
 
 def test_a_second_adapter_can_be_trained(tmp_path: Path) -> None:
@@ -581,7 +611,7 @@ def test_a_second_adapter_can_be_trained(tmp_path: Path) -> None:
 def test_the_files_of_an_adapter(tmp_path: Path, form: str) -> None:
     saved = in_form(form, nested_llama(NESTING))
     saved.save(tmp_path)
-    assert set(fingerprint(tmp_path)) == {WEIGHTS, CONFIG, SIDECAR, CARD} | ({SPECTRA} if form == "trained" else set())
+    assert set(fingerprint(tmp_path)) == {WEIGHTS, CONFIG, SIDECAR, CARD} | ({SPECTRA} if form != "paper" else set())
     assert json.loads((tmp_path / SIDECAR).read_text()) == {
         "format_version": 2,
         "ranks": [1, 3, 6],

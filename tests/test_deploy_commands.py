@@ -407,6 +407,12 @@ def test_a_damaged_evaluation_leaves_a_card_without_curve(tmp_path: Path, conten
     assert "How good each rank is" not in (tmp_path / "README.md").read_text()
 
 
+def test_an_evaluation_of_other_weights_is_not_in_the_card(tmp_path: Path) -> None:
+    an_evaluation.write(tmp_path / "evaluation", None, adapter={"sha256": "0" * 64})
+    nested_llama(Nesting([1, 8])).save(tmp_path)
+    assert "How good each rank is" not in (tmp_path / "README.md").read_text()
+
+
 def test_a_card_that_somebody_wrote_stays(tmp_path: Path) -> None:
     adapter = nested_llama(Nesting([1, 8]))
     adapter.save(tmp_path)

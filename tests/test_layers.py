@@ -435,7 +435,7 @@ def test_full_rank_is_plain_peft_to_the_last_bit(kind: str, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore:.*was never reordered")
+@pytest.mark.filterwarnings("ignore:.*was not reordered after training")
 def test_a_rank_of_factors_that_were_never_reordered_is_exported_as_the_best_of_its_rank(kind: str) -> None:
     nesting = Nesting([1, 3, 6], "sqrt", 0.8)
     nested = nested_layer(kind, nesting, deploy="reordered")

@@ -48,7 +48,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained_adapter(base: Path, deploy: Any = "reordered", name: str = "default", **changes: Any) -> NestedAdapter:
-    """An adapter in training, which was never reordered."""
+    """An adapter in training, which was not reordered after training."""
     config = LoraConfig(r=R, lora_alpha=SCALE * R, target_modules=TARGETS, **changes)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config, adapter_name=name)
     randomize(model)
@@ -195,7 +195,7 @@ WAYS: dict[str, Callable[[NestedAdapter, Path], Path]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:adapter 'default' was never reordered")
+@pytest.mark.filterwarnings("ignore:adapter 'default' was not reordered after training")
 @pytest.mark.parametrize("deploy", ["reordered", "paper"])
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_saved_of_an_adapter_in_memory(base: Path, tmp_path: Path, way: str, deploy: str) -> None:
@@ -213,7 +213,7 @@ def test_an_adapter_of_another_name(base: Path, tmp_path: Path, deploy: str) -> 
     check_folder(tmp_path / "mine", in_memory(adapter), deploy)
 
 
-@pytest.mark.filterwarnings("ignore:adapter 'default' was never reordered")
+@pytest.mark.filterwarnings("ignore:adapter 'default' was not reordered after training")
 @pytest.mark.parametrize("deploy", ["reordered", "paper"])
 def test_what_is_exported_of_an_adapter_in_memory(base: Path, tmp_path: Path, deploy: str) -> None:
     adapter = trained_adapter(base, deploy)
@@ -226,10 +226,10 @@ def test_who_saves_what_is_still_trained_is_told(base: Path, tmp_path: Path) -> 
     """Not in training, at each checkpoint; and not where the paper's deployment was said."""
     adapter = trained_adapter(base)
     for write in (saved, frozen, lambda adapter, out: adapter.export(out, 2)):
-        with pytest.warns(UserWarning, match="was never reordered: what is written is reordered by SVD"):
+        with pytest.warns(UserWarning, match="was not reordered after training: what is written is reordered by SVD"):
             write(adapter, tmp_path / write.__name__)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "adapter .* was never reordered")
+        warnings.filterwarnings("error", "adapter .* was not reordered after training")
         peft_save(trained_adapter(base), tmp_path / "checkpoint")
         for number, write in enumerate((saved, frozen, lambda adapter, out: adapter.export(out, 2))):
             write(trained_adapter(base, "paper"), tmp_path / f"paper-{number}")
@@ -293,7 +293,7 @@ SOURCES: dict[str, Callable[[Path, Path], tuple[Factors, str]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.* was never reordered")
+@pytest.mark.filterwarnings("ignore:.* was not reordered after training")
 @pytest.mark.parametrize("source", SOURCES)
 def test_what_is_made_of_files(base: Path, tmp_path: Path, source: str) -> None:
     folder = tmp_path / "source"

@@ -220,6 +220,23 @@ def test_a_folder_of_peft_s_has_thresholds_and_sizes_too(folder: Path, tmp_path:
     assert any("--keep 95%" in line for line in describe(source).lines())
 
 
+@pytest.mark.parametrize("by", ["learned", "trained", "loss"])
+def test_no_share_is_told_that_the_first_directions_do_not_keep(folder: Path, tmp_path: Path, by: str) -> None:
+    """Singular values say nothing of a learned order, nor of one by data whose values are lost."""
+    reorder(folder, tmp_path / "nested")
+    sidecar = tmp_path / "nested" / "nesting.json"
+    sidecar.write_text(sidecar.read_text().replace('"svd"', f'"{by}"'))
+    if by == "loss":
+        (tmp_path / "nested" / "spectra.safetensors").unlink()
+    with pytest.raises(MatryoshkaError, match=f"reordered by {by}, and no singular values say"):
+        export(tmp_path / "nested", tmp_path / "out", keep="90%", verify=False)
+    for number, wish in enumerate(({"rank": 2}, {"budget": 0.5}, {"max_bytes": 20_000})):
+        assert export(tmp_path / "nested", tmp_path / str(number), verify=False, **wish).kept is None
+    lines = "\n".join(describe(tmp_path / "nested").lines())
+    assert "--keep" not in lines
+    assert lines.count("kept (svd, at most)") == 2
+
+
 def test_layers_of_a_folder_keep_within_their_own_ranks(tmp_path: Path) -> None:
     """One layer of rank 16 among layers of rank 2: a share is one of what the adapter has, without padding."""
     pattern = {f"layers.0.self_attn.{name}": 16 for name in ("q_proj", "k_proj")}

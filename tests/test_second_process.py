@@ -92,7 +92,7 @@ class Reading:
 def write_all(adapter: NestedAdapter, folder: Path, name: str, ranks: Sequence[int]) -> list[str]:
     """Save an adapter and export some of its ranks: the even ones from memory, the odd ones from the file."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*was never reordered")
+        warnings.filterwarnings("ignore", message=".*was not reordered after training")
         return _write_all(adapter, folder, name, ranks)
 
 

@@ -114,7 +114,7 @@ def test_one_of_ours_that_was_not_reordered_yet(tmp_path: Path, deploy: Deploy, 
     """Reordered from its file, it is what it is when it was reordered in memory: what was trained, P and all."""
     nesting = Nesting([1, 3, 6], scaling, scale=0.7)
     adapter = nested_llama(nesting, deploy=deploy, target_modules=["q_proj", "down_proj"])
-    with pytest.warns(UserWarning, match="never reordered") if deploy == "reordered" else nullcontext():
+    with pytest.warns(UserWarning, match="not reordered after training") if deploy == "reordered" else nullcontext():
         adapter.save(tmp_path / "trained")
     reorder(tmp_path / "trained", tmp_path / "files")
     adapter.reorder()
@@ -130,6 +130,18 @@ def test_one_of_ours_that_was_not_reordered_yet(tmp_path: Path, deploy: Deploy, 
 
 
 ROWS = [{"prompt": f"{n} and {n + 1} make ", "completion": str(2 * n + 1)} for n in range(9)]
+
+
+def test_what_is_no_factor_stays_as_it_is(tmp_path: Path) -> None:
+    """Though the base model is loaded in bfloat16."""
+    base = save_tiny_chat(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    plain_adapter(tmp_path / "plain", model, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    reorder(tmp_path / "plain", tmp_path / "nested", "activations", ROWS, model=str(base), rows=9)
+    before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("plain", "nested"))
+    (head,) = (key for key in before if "lora_" not in key)
+    assert after[head].dtype == torch.float32
+    assert torch.equal(after[head], before[head])
 
 
 @pytest.mark.parametrize("by", ["activations", "loss", "learned"])

@@ -20,6 +20,7 @@ from matryoshka_lora.cli.demo import demo_config
 from matryoshka_lora.cli.verbs import reorder as command
 from matryoshka_lora.training import TrainConfig, load_config, make_config
 from matryoshka_lora.training.checks import parse_yaml
+from matryoshka_lora.training.resume import plan
 
 ROOT = Path(__file__).parent.parent
 
@@ -325,3 +326,26 @@ def test_yaml(text: str, value: object) -> None:
 )
 def test_the_examples_are_valid(path: Path) -> None:
     assert isinstance(load_config(path), TrainConfig)
+
+
+def test_a_file_with_other_rows_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def config(text: str, **more: str) -> TrainConfig:
+        Path("my.jsonl").write_text(text)
+        return make_config({"data": {"path": "my.jsonl", **more}, "output_dir": "out"})
+
+    one = config('{"text": "a"}\n')
+    Path("out").mkdir()
+    Path("out/train.yaml").write_text(one.to_yaml())
+    Path("out/trainer_state.json").write_text("{}")
+    assert plan(one).finished
+    assert make_config(one.to_dict()) == one
+    two = config('{"text": "b"}\n')
+    with pytest.raises(MatryoshkaError, match="another config: the file of data has changed"):
+        plan(two)
+    with pytest.raises(MatryoshkaError, match=r"my\.jsonl is not the file that data\.sha256 names"):
+        config('{"text": "b"}\n', sha256=one.data["sha256"])
+    # A run of version 0.1 did not keep it.
+    Path("out/train.yaml").write_text("".join(line for line in one.to_yaml().splitlines(True) if "sha256" not in line))
+    assert plan(two).finished

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.nesting import Nesting
-from matryoshka_lora.rules import Draw, Rule
+from matryoshka_lora.rules import Draw, Rule, get_rule
 
 Deploy = Literal["reordered", "paper"]
 By = Literal["svd", "activations", "loss", "learned", "trained"]
@@ -27,6 +28,7 @@ class State:
         deploy: What is saved of factors that were not reordered yet. ``"reordered"`` reorders a copy of them first.
             ``"paper"`` leaves them as they are and drops P, as arXiv 2605.07850 does.
         reordered: How the factors were reordered, or None: they are as they are trained, and p stands between them.
+        spectra: The singular values by layer that reordering has found in memory; None where they are not known.
     """
 
     nesting: Nesting
@@ -34,6 +36,7 @@ class State:
     seed: int = 0
     deploy: Deploy = "reordered"
     reordered: By | None = None
+    spectra: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.deploy not in get_args(Deploy):
@@ -70,6 +73,11 @@ class State:
         if self.reordered:
             return tuple(range(1, self.nesting.max_rank + 1))
         return self.rule.trained_ranks(self.nesting)
+
+    def end_order(self) -> None:
+        """Say that reordered factors are trained on: as plain LoRA of rank R, and their order is lost."""
+        if self.reordered:
+            self.rule, self.reordered, self.spectra = get_rule("lora"), None, None
 
     def check_rank(self, rank: int) -> None:
         """Raises MatryoshkaError unless the adapter may be used at this rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -244,15 +245,22 @@ class InModel:
         """The modules that compute ``A x``, by layer. Embeddings and bare parameters have none."""
         return {name: module.lora_A[self.name] for name, module in self._layers if has_modules(module, self.name)}
 
-    def set_reordered(self, by: By) -> None:
+    def set_reordered(self, by: By, spectra: Mapping[str, Tensor]) -> None:
         """Say that the factors have been reordered: from now on the scale of R stands between them."""
         state = self.state
-        state.reordered, state.deploy = by, "reordered"
+        state.reordered, state.deploy, state.spectra = by, "reordered", spectra
         begin(self.model, self.name)
 
     def draw(self, step: int, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> None:
         """Apply the rule's draw, to the copies that TRL keeps too; see `matryoshka_lora.NestedAdapter.draw`."""
-        checked_layers(self.model, self.name)
+        if self.state.reordered:
+            warnings.warn(
+                f"adapter {self.name!r} was reordered, and is trained on: its order is lost. Call reorder() again "
+                "after training",
+                stacklevel=2,
+            )
+            self.state.end_order()
+            begin(self.model, self.name)
         for name in (self.name, *nest_copies(self.model, self.name)):
             draw(self.model, name, step, rows, share)
 

@@ -38,7 +38,8 @@ def load(
         path: A directory written by `NestedAdapter.save`, or a training checkpoint.
         rank: The rank in eval mode, see `NestedAdapter.set_rank`; None means the largest.
         adapter: The name it gets in PEFT.
-        trainable: Whether its weights will be trained on: the model is put into training mode, else into eval mode.
+        trainable: Whether its weights will be trained on: the model is put into training mode, else into eval mode. A
+            reordered adapter goes on as plain LoRA of rank R, has its nested ranks, and must be reordered again.
         max_rank: Take only so many directions of a reordered adapter into memory: a larger rank then does not exist.
             Of a file written by ``matryoshka export --format directions``, no more than those are read.
 
@@ -50,7 +51,10 @@ def load(
         raise MatryoshkaError(
             f"load() takes the base model, not {type(base_model).__name__}: load it with transformers first"
         )
-    return load_opened(base_model, open_adapter(path, max_rank, trained=trainable), rank, adapter, trainable)
+    opened = open_adapter(path, max_rank, trained=trainable)
+    if trainable:
+        opened.nested.end_order()
+    return load_opened(base_model, opened, rank, adapter, trainable)
 
 
 def load_opened(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +23,7 @@ DEFAULT_SIZE = 1000
 # What each source may be told besides its name; a built-in task also takes its generator's settings.
 _KEYS = {
     "task": ("split", "size", "seed"),
-    "path": ("size", "template"),
+    "path": ("size", "template", "sha256"),
     "dataset": ("config", "revision", "split", "size", "template"),
 }
 
@@ -48,7 +49,8 @@ def parse_data(spec: str | Mapping[str, Any], split: str = "train") -> dict[str,
             mapping with one of ``task``, ``path`` and ``dataset``. Besides, a mapping may have ``size`` (how many of
             the first rows), for tasks and datasets ``split``, for tasks ``seed`` and the generator's settings, for
             datasets ``config`` and ``revision``, for files and datasets ``template``: text with ``{prompt}`` in it,
-            such as ``"Question: {prompt} Answer:"``, for base models without a chat template.
+            such as ``"Question: {prompt} Answer:"``, for base models without a chat template. For files ``sha256``,
+            see `with_hash`.
         split: Of a task or dataset, where the mapping says nothing.
 
     Raises:
@@ -81,6 +83,24 @@ def parse_data(spec: str | Mapping[str, Any], split: str = "train") -> dict[str,
             f"data.template is {template!r}; write text with {{prompt}} in it once, such as 'Q: {{prompt}} A:'"
         )
     return {"split": split, **parsed} if source == "dataset" else parsed
+
+
+def with_hash(parsed: Mapping[str, Any]) -> dict[str, Any]:
+    """What `parse_data` returns, with the SHA-256 of a file, by which a run knows whether its rows are the same.
+
+    Raises:
+        MatryoshkaError: The file has another one than ``sha256`` says.
+    """
+    file = Path(os.path.expanduser(parsed.get("path", "")))
+    if "path" not in parsed or not file.is_file():  # which `load_data` will say
+        return dict(parsed)
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if parsed.get("sha256", found) != found:
+        raise MatryoshkaError(
+            f"{parsed['path']} is not the file that data.sha256 names: take that one, or leave data.sha256 out"
+        )
+    return {**parsed, "sha256": found}
 
 
 def load_data(spec: str | Mapping[str, Any]) -> Dataset:

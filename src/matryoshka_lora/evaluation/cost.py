@@ -21,16 +21,20 @@ _STEPS = 12
 
 
 def adapter_bytes(adapter: OpenedAdapter, ranks: Sequence[int]) -> list[int]:
-    """Bytes of the factors of the ordinary adapter that ``matryoshka export`` writes, for each rank.
+    """Bytes of the tensors of the ordinary adapter that ``matryoshka export`` writes, for each rank.
 
     Args:
         adapter: A nested one.
         ranks: From 1 to R.
     """
-    keys = [key for layer in adapter.layers for key in (layer.key_A, layer.key_B)]
+    factors = _bytes(adapter, [key for layer in adapter.layers for key in (layer.key_A, layer.key_B)])
+    others = _bytes(adapter, adapter.others)
+    return [factors * rank // adapter.rank + others for rank in ranks]
+
+
+def _bytes(adapter: OpenedAdapter, keys: Sequence[str]) -> int:
     stored = [adapter.stored[key] for key in keys]
-    whole = sum(each.shape.numel() * each.dtype.itemsize for each in stored if each.dtype is not None)
-    return [whole * rank // adapter.rank for rank in ranks]
+    return sum(each.shape.numel() * each.dtype.itemsize for each in stored if each.dtype is not None)
 
 
 def token_latency(adapter: NestedAdapter, ranks: Sequence[int]) -> list[float]:

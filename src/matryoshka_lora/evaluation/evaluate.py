@@ -208,7 +208,7 @@ def evaluate(
             if folder is not None:
                 write_evaluation(evaluation, folder)
     if home is not None and out is None:
-        write_card(home, opened.config, state)  # which shows the evaluation beside it
+        write_card(home, opened.config, state, measured=True)  # which shows the evaluation beside it
     return evaluation
 
 

@@ -63,7 +63,9 @@ _VERSIONS = re.compile(r"# Written by (?:[\w.+-]+ [\w.+-]+(?:, )?)+")
 _MAX_RECIPE_BYTES = 1 << 16
 
 
-def write_card(folder: Path, config: AdapterConfig, state: State | None, home: Path | None = None) -> None:
+def write_card(
+    folder: Path, config: AdapterConfig, state: State | None, home: Path | None = None, measured: bool = False
+) -> None:
     """Write the model card of an adapter, unless there is one that somebody has written.
 
     Args:
@@ -71,11 +73,12 @@ def write_card(folder: Path, config: AdapterConfig, state: State | None, home: P
         config: The adapter's.
         state: Its nesting; None for one rank that was cut out.
         home: Where the card will be, with the recipe (``train.yaml``) and the evaluation; None means ``folder``.
+        measured: Whether the evaluation is of this very adapter; else the card leaves it out.
     """
     place = folder if home is None else home
     if has_own_card(place):
         return
-    write_text(folder / CARD_NAME, make_card(config, state, place))
+    write_text(folder / CARD_NAME, make_card(config, state, place, measured))
 
 
 def has_own_card(folder: Path) -> bool:
@@ -84,12 +87,12 @@ def has_own_card(folder: Path) -> bool:
     return card.is_file() and not is_ours(card)
 
 
-def make_card(config: AdapterConfig, state: State | None, home: Path) -> str:
+def make_card(config: AdapterConfig, state: State | None, home: Path, measured: bool = False) -> str:
     """The text of the card, in Markdown with the Hugging Face hub's header."""
     named = hub_name(config.base_model)
     title = "A LoRA adapter for every rank" if state else f"A LoRA adapter of rank {config.r}"
     parts = [_header(named), _MARK, f"# {title}", _what(config, state, named)]
-    parts += [_curve(home), _recipe(home), _use(config, state, named or "BASE_MODEL")]
+    parts += [_curve(home) if measured else "", _recipe(home), _use(config, state, named or "BASE_MODEL")]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

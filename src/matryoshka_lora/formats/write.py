@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import adapter_files, output_files
-from matryoshka_lora.formats.beside import Spectra, write_spectra
+from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, adapter_files, output_files
+from matryoshka_lora.formats.beside import Spectra, check_measured, write_spectra
 from matryoshka_lora.formats.card import has_own_card, write_card
 from matryoshka_lora.formats.config import AdapterConfig
 from matryoshka_lora.formats.layout import Layer
-from matryoshka_lora.formats.opened import WEIGHTS_NAME, OpenedAdapter, Stored
+from matryoshka_lora.formats.opened import WEIGHTS_NAME, OpenedAdapter, Stored, open_adapter
 from matryoshka_lora.formats.sidecar import write_sidecar
 from matryoshka_lora.formats.streamed import file_size, write_stored
 
@@ -44,7 +44,8 @@ def write_adapter(
         adapter: What to write. With a nesting, it gets a sidecar.
         spectra: Its singular values, complete when its last layer was read.
         home: Where the folder will be: a card that somebody has written there stays.
-        keeps_files: The recipe and the evaluation in ``home`` stay beside the adapter, and its card shows them.
+        keeps_files: The recipe and the evaluation in ``home`` stay beside the adapter. Its card shows the recipe, and
+            the evaluation if it is of this very adapter.
     """
     write_weights(folder / WEIGHTS_NAME, adapter)
     adapter.config.write(folder)
@@ -53,7 +54,20 @@ def write_adapter(
     if spectra is not None:
         write_spectra(folder, spectra)
     if home is None or not has_own_card(home):
-        write_card(folder, adapter.config, adapter.state, home if keeps_files else None)
+        kept = home if keeps_files else None
+        write_card(folder, adapter.config, adapter.state, kept, kept is not None and _is_measured(folder, kept))
+
+
+def _is_measured(folder: Path, home: Path) -> bool:
+    """Whether the evaluation in ``home`` is of the adapter that was written into a folder."""
+    file = home / EVALUATION_FOLDER / EVALUATION_NAME
+    if not file.is_file():
+        return False
+    try:
+        check_measured(file, open_adapter(folder))
+    except MatryoshkaError:
+        return False
+    return True
 
 
 def check_apart(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:

@@ -36,7 +36,7 @@ def reorder_opened(
     state = adapter.state
     if state is None:
         state = State(Nesting.powers_of_two(adapter.rank), get_rule("lora"))
-    state = replace(state, deploy="reordered", reordered="svd")
+    state = replace(state, deploy="reordered", reordered="svd", spectra=None)
     rank, scale = state.nesting.max_rank, state.nesting.scale
     whole = {layer.name: layer for layer in adapter.layers}
     spectra: dict[str, Tensor] = {}
@@ -55,17 +55,18 @@ def reorder_opened(
     return adapter.with_factors(factors, layers, adapter.config.at(rank, scale), state, dtype), spectra
 
 
-def deployed(adapter: OpenedAdapter) -> tuple[OpenedAdapter, dict[str, Tensor] | None]:
+def deployed(adapter: OpenedAdapter) -> tuple[OpenedAdapter, Spectra | None]:
     """An adapter as it is saved or exported: what is still as it was trained is reordered by SVD, with a warning.
 
     Returns:
-        The adapter itself, or a reordered one with the singular values of `reorder_opened`.
+        The adapter itself, with the singular values that its state knows; or a reordered one with those of
+        `reorder_opened`.
     """
     if adapter.nested.deployed:
-        return adapter, None
+        return adapter, adapter.nested.spectra
     warnings.warn(
-        f"{adapter.name} was never reordered: what is written is reordered by SVD, so that every rank is good. The "
-        "adapter itself stays as it was trained",
+        f"{adapter.name} was not reordered after training: what is written is reordered by SVD, so that every rank is "
+        "good. The adapter itself stays as it was trained",
         stacklevel=2,
     )
     return reorder_opened(adapter)
@@ -83,3 +84,16 @@ def spectra_of(adapter: OpenedAdapter) -> Spectra:
         for layer in computed.layers:
             computed.factors(layer)
     return found
+
+
+def is_in_order(adapter: OpenedAdapter) -> bool:
+    """Whether the values of `spectra_of` say what the first directions of each layer keep.
+
+    They are not in that order after ``learned`` and ``trained``, nor in the paper's deployment; and after
+    ``activations`` and ``loss`` it is not known where their values were not kept.
+    """
+    state = adapter.state
+    if state is None or not state.deployed:
+        return True  # it is reordered by SVD on the way
+    by = state.reordered
+    return by == "svd" or (by in ("activations", "loss") and read_spectra(adapter) is not None)

@@ -47,8 +47,8 @@ class AdapterInModel(Protocol):
     def inner_modules(self) -> Mapping[str, nn.Module]:
         """The modules that compute ``A x``, by layer; layers without such a module are left out."""
 
-    def set_reordered(self, by: By) -> None:
-        """Say that the factors have been reordered."""
+    def set_reordered(self, by: By, spectra: Mapping[str, Tensor]) -> None:
+        """Say that the factors have been reordered, and which singular values were found."""
 
     def standing(self, diagonal: Tensor, exact: bool = True) -> AbstractContextManager[None]:
         """A context in which this diagonal, (R,) or (rows, R), stands between the factors."""

@@ -48,7 +48,7 @@ def reorder(
             else:
                 spectra = reweigh(adapter, data, by == "loss", wanted, seed, bar.update)
     if kept:
-        adapter.set_reordered(by)
+        adapter.set_reordered(by, spectra)
     return spectra
 
 
@@ -75,5 +75,5 @@ def _by_svd(adapter: AdapterInModel) -> dict[str, Tensor]:
     for name, pair in before.items():
         A, B, spectra[name] = reorder_factors(*pair, p, state.nesting.scale)
         adapter.put_factors({name: (A, B)})
-    adapter.set_reordered("svd")
+    adapter.set_reordered("svd", spectra)
     return spectra

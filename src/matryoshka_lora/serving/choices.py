@@ -18,6 +18,7 @@ def choices(
     spectra: Spectra,
     itemsizes: Mapping[str, int],
     size: Callable[[Mapping[str, int]], int],
+    keeps: bool = True,
 ) -> Iterator[tuple[str, Chosen, int]]:
     """Some options of `export`, the ranks that they give, and the bytes of the file.
 
@@ -26,9 +27,10 @@ def choices(
         spectra: Its singular values.
         itemsizes: Bytes of a number of each layer.
         size: How many bytes a file with some ranks has.
+        keeps: Whether the singular values say what a rank keeps.
     """
     most = {layer.name: layer.rank for layer in layers}
-    for text in _KEEPS:
+    for text in _KEEPS if keeps else ():
         found = by_threshold(layers, spectra, Keep.read(text), most)
         yield f"--keep {text}", found, size(found.ranks)
     for share in _SHARES:

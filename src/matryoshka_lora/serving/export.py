@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_free, check_writable, output_directory, output_path, read_bytes, write_text
-from matryoshka_lora.formats.beside import Spectra, read_spectra, share_kept
+from matryoshka_lora.formats.beside import Spectra, share_kept
 from matryoshka_lora.formats.card import CARD_NAME, has_own_card, ladder_readme
 from matryoshka_lora.formats.directions import write_directions
 from matryoshka_lora.formats.layout import Layer
@@ -21,7 +21,7 @@ from matryoshka_lora.formats.sidecar import write_sidecar
 from matryoshka_lora.formats.single import LoraFile, from_folder, is_file, open_file
 from matryoshka_lora.formats.styles import Style
 from matryoshka_lora.formats.write import Ranks, check_apart, cut, weights_size, write_adapter
-from matryoshka_lora.reordering.files import deployed, reorder_opened, spectra_of
+from matryoshka_lora.reordering.files import deployed, is_in_order, reorder_opened, spectra_of
 from matryoshka_lora.serving.converted import check_folders, export_gguf, export_gguf_ladder, export_mlx
 from matryoshka_lora.serving.ranks import Chosen, Keep, by_size, by_threshold, choose_ranks
 from matryoshka_lora.serving.single import Progress, Wish, write_single
@@ -44,7 +44,7 @@ class Exported:
         base: The base model's name, if the adapter or the caller says it.
         verified: How far its logits are from the nested adapter's, at most; None where no base model was at hand.
         kept: The share of the squared singular values in what was written, 0 to 1; None where it is not known: of a
-            ladder, and of an adapter whose order is that of no singular values.
+            ladder, and of an adapter whose order is that of no singular values (``learned``, ``trained``).
         error: Of a single file: the Frobenius norm of all that was lost, over that of the update.
     """
 
@@ -97,7 +97,7 @@ def export(
         budget: In the place of a rank: the share of the parameters; layers get ranks of their own.
         keep: In the place of a rank: each layer gets the smallest rank that keeps this share of its squared singular
             values, as ``"95%"`` or 0.95; or obeys a threshold of kohya's script: ``"sv_fro=0.95"``,
-            ``"sv_cumulative=0.9"``, ``"sv_ratio=20"``.
+            ``"sv_cumulative=0.9"``, ``"sv_ratio=20"``. Not after ``learned`` and ``trained``.
         max_bytes: In the place of a rank: the most that the file of weights may have, as ``"50MB"``; ranks as for a
             budget.
         conv_rank: Of a single file: the rank of convolutions whose kernel is larger than one point.
@@ -139,6 +139,12 @@ def export(
     _check_wishes(rank, format, budget, threshold, most_bytes, pad)
     given = open_adapter(source)
     opened, spectra = _ready(given)
+    if threshold is not None and not is_in_order(opened):
+        raise MatryoshkaError(
+            f"{source} is reordered by {opened.nested.reordered}, and no singular values say what its first directions "
+            "keep: give a rank, a budget or a size, or make an adapter in the order of the SVD first, by `matryoshka "
+            f"reorder {source} -o ANOTHER`"
+        )
     if rank is not None:
         opened.nested.check_rank(rank)
         rank = int(rank)  # NumPy's integers are not JSON
@@ -195,7 +201,9 @@ def export(
                     verified = export_gguf_ladder(opened, ladder, folder, base_config, checked_on)
             else:
                 _directions(opened, folder, opened.rank if rank is None else rank)
-    kept = chosen.kept if chosen is not None else None if ladder else _kept(opened, spectra, ranks)
+    kept = None
+    if not ladder and is_in_order(opened):
+        kept = chosen.kept if chosen is not None else share_kept(spectra or spectra_of(opened), rank or opened.rank)
     return Exported(out, ladder or ranks, chosen, name, verified, kept)
 
 
@@ -250,15 +258,6 @@ def _chosen(
     assert most_bytes is not None
     itemsizes = {layer.name: opened.itemsize(layer) for layer in opened.layers}
     return by_size(layers, spectra, most_bytes, itemsizes, lambda ranks: weights_size(cut(opened, ranks)))
-
-
-def _kept(opened: OpenedAdapter, spectra: Spectra | None, rank: Ranks) -> float | None:
-    by = opened.nested.reordered
-    if not isinstance(rank, int) or by in ("learned", "trained"):
-        return None
-    if spectra is None:
-        spectra = spectra_of(opened) if by == "svd" else read_spectra(opened)
-    return None if spectra is None else share_kept(spectra, rank)
 
 
 def _single(

@@ -17,7 +17,7 @@ from matryoshka_lora.formats.single_write import plan
 from matryoshka_lora.formats.styles import kind_of
 from matryoshka_lora.formats.write import cut, weights_size
 from matryoshka_lora.nesting import Nesting
-from matryoshka_lora.reordering.files import reorder_opened, spectra_of
+from matryoshka_lora.reordering.files import is_in_order, reorder_opened, spectra_of
 from matryoshka_lora.serving.choices import choices
 from matryoshka_lora.serving.ranks import Chosen
 from matryoshka_lora.serving.single import read_spectra_of
@@ -56,8 +56,9 @@ class Description:
 
     @property
     def sense(self) -> str:
-        """What the singular values measure; those of ``learned`` and ``trained`` are the SVD's."""
-        return (self.adapter.state and self.adapter.state.reordered) or "svd"
+        """What the singular values measure."""
+        by = self.adapter.state and self.adapter.state.reordered
+        return by if by in ("activations", "loss") and is_in_order(self.adapter) else "svd"
 
     @property
     def scale(self) -> str:
@@ -88,7 +89,7 @@ class Description:
         if adapter.state is not None and not adapter.state.reordered:
             return iter(())
         sizes = {layer.name: adapter.itemsize(layer) for layer in adapter.layers}
-        return choices(adapter.layers, self.spectra, sizes, self.bytes_of)
+        return choices(adapter.layers, self.spectra, sizes, self.bytes_of, is_in_order(adapter))
 
     def kept(self, rank: int) -> float:
         """See `matryoshka_lora.formats.beside.share_kept`."""
@@ -130,15 +131,15 @@ class Description:
         for name, key in adapter.whole.items() if isinstance(adapter, LoraFile) else ():
             yield f"  kept whole  {name}, which is more than two factors ({key})"
         yield ""
-        kept_by = "svd, at most" if self.sense in ("learned", "trained") else self.sense
-        yield f"  {'rank':>5} {'parameters':>12} {'size':>10}   kept ({kept_by})"
+        kept_by = f"kept ({self.sense}{'' if is_in_order(adapter) else ', at most'})"
+        yield f"  {'rank':>5} {'parameters':>12} {'size':>10}   {kept_by}"
         for rank in self.ranks():
             kept = f"{100 * self.kept(rank):.1f} %"
             yield f"  {rank:>5} {self.parameters(rank):>12,} {_bytes(self.size(rank)):>10}   {kept}"
         found = list(self.choices())
         if found:
             yield ""
-            yield f"  {'ranks by layer':<26} {'ranks':>10} {'size':>10}   kept"
+            yield f"  {'ranks by layer':<26} {'ranks':>10} {'size':>10}   {kept_by}"
         for option, chosen, size in found:
             used = sorted(chosen.ranks.values())
             span = f"{used[0]} to {used[-1]}"

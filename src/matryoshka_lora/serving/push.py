@@ -64,7 +64,7 @@ def push(
     check_measured(Path(opened.name) / EVALUATION_FOLDER / EVALUATION_NAME, opened)
     config = _with_base(opened, base_model)
     if opened.state is not None:  # what is not nested may be anybody's, and has a card of its own or none
-        write_card(Path(opened.name), config, opened.state)
+        write_card(Path(opened.name), config, opened.state, measured=True)
     operations = _files_to_send(opened, config)
     _check_private(operations)
     api = HfApi(endpoint=endpoint)

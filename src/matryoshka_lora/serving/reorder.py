@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,4 +121,7 @@ def _with_data(
     # In float32 while it is changed.
     adapter = load_opened(base, reorder_opened(opened, dtype=torch.float32)[0], trainable=True)
     spectra = adapter.reorder(by, questions, tokenizer, rows, seed, checkpoint)
-    return opened_from(adapter.model, adapter.name).cast(opened.dtype), spectra
+    new = opened_from(adapter.model, adapter.name)
+    # Tensors that are no factors were rounded to the base model's dtype: those of the source stay.
+    own = replace(opened, others=new.others)
+    return own.with_factors(new.factors, new.layers, new.config, new.state, opened.dtype), spectra

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from matryoshka_lora.data.sources import parse_data
+from matryoshka_lora.data.sources import parse_data, with_hash
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.config import AdapterConfig
 from matryoshka_lora.models import DTYPES, EMBEDDED, Quantization
@@ -237,7 +237,7 @@ def make_config(config: Mapping[str, Any]) -> TrainConfig:
         dtype=dtype,
         quantization=_quantization(config.get("quantization")),
         trust_remote_code=_flag("trust_remote_code", config.get("trust_remote_code", False)),
-        data=parse_data(config["data"]),
+        data=with_hash(parse_data(config["data"])),
         eval_data=_eval_data(config, training),
         lora=lora,
         nesting=ranks,
@@ -295,7 +295,7 @@ def _eval_data(config: Mapping[str, Any], training: Mapping[str, Any]) -> dict[s
     if off:
         return None
     if given is not None:
-        return parse_data(given, split="validation")
+        return with_hash(parse_data(given, split="validation"))
     data = parse_data(config["data"])
     if "task" not in data:
         raise MatryoshkaError("eval_strategy needs eval_data: write what to evaluate on while training")

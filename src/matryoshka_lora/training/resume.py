@@ -168,11 +168,17 @@ def _differences(config: TrainConfig) -> dict[str, str]:
     if not file.is_file():
         raise MatryoshkaError(f"{config.output_dir} holds checkpoints of another program: choose another output_dir")
     before, now = _flat(marked(in_new_words(read_yaml(file)))), _flat(marked(config.to_dict()))
-    return {
+    different = {
         key: f"{key} was {before.get(key, 'not set')} and is now {now.get(key, 'not set')}"
         for key in [*before, *(key for key in now if key not in before)]
         if before.get(key) != now.get(key) and not key.startswith(_HARMLESS)
     }
+    for key in {"data.sha256", "eval_data.sha256"} & different.keys():
+        if key not in before:  # the run began before version 0.2
+            del different[key]
+        elif key in now:
+            different[key] = f"the file of {key.removesuffix('.sha256')} has changed"
+    return different
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
