@@ -580,6 +580,30 @@ def test_an_order_ends_where_training_goes_on(tmp_path: Path) -> None:
         assert_same(at_every_rank(load(tiny_llama(), tmp_path / "again")), at_every_rank(one), 1e-5)
 
 
+def test_a_checkpoint_of_a_second_training_is_read_back(tmp_path: Path) -> None:
+    """As the Trainer resumes: into the adapter as it was before the first step of that training."""
+    adapter, again = (nested_llama(NESTING, deploy="reordered") for _ in range(2))
+    for one in (adapter, again):
+        one.reorder()
+    with pytest.warns(UserWarning, match="its order is lost"):
+        train_one_step(adapter)
+    adapter.model.save_pretrained(tmp_path)
+    again.model.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert (again.reordered, again.rule.name, again.state.spectra) == (False, "lora", None)
+    assert_same(at_every_rank(again), at_every_rank(adapter))
+
+
+def test_singular_values_of_other_factors_are_not_saved(tmp_path: Path) -> None:
+    adapter, other = (nested_llama(NESTING, deploy="reordered") for _ in range(2))
+    randomize(other.model, seed=9)
+    for one in (adapter, other):
+        one.reorder()
+    other.save(tmp_path / "other")
+    adapter.model.load_adapter(str(tmp_path / "other"), "default")
+    adapter.save(tmp_path / "out")
+    assert read_spectra(open_adapter(tmp_path / "out")) is None
+
+
 def test_singular_values_that_were_found_in_memory_are_saved(tmp_path: Path) -> None:
     adapter = nested_llama(NESTING, deploy="reordered")
     spectra = adapter.reorder()

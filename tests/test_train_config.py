@@ -331,7 +331,7 @@ def test_the_examples_are_valid(path: Path) -> None:
 def test_a_file_with_other_rows_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
-    def config(text: str, **more: str) -> TrainConfig:
+    def config(text: str, **more: str | None) -> TrainConfig:
         Path("my.jsonl").write_text(text)
         return make_config({"data": {"path": "my.jsonl", **more}, "output_dir": "out"})
 
@@ -344,6 +344,9 @@ def test_a_file_with_other_rows_is_another_run(tmp_path: Path, monkeypatch: pyte
     two = config('{"text": "b"}\n')
     with pytest.raises(MatryoshkaError, match="another config: the file of data has changed"):
         plan(two)
+    assert config('{"text": "b"}\n', sha256=None) == two
+    Path("my.jsonl").unlink()
+    assert plan(make_config({"data": {"path": "my.jsonl"}, "output_dir": "out"})).finished
     with pytest.raises(MatryoshkaError, match=r"my\.jsonl is not the file that data\.sha256 names"):
         config('{"text": "b"}\n', sha256=one.data["sha256"])
     # A run of version 0.1 did not keep it.

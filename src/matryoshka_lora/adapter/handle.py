@@ -194,8 +194,9 @@ class NestedAdapter:
         """Put each layer's directions into an order in which every prefix is good.
 
         The full-rank function of training is unchanged, up to rounding, but for ``"trained"``. From then on any rank
-        from 1 to R may be chosen, and training would go on as plain LoRA. Under torch.distributed every process calls
-        it; under DDP they share the rows that ``"learned"`` and ``"trained"`` take of a Trainer.
+        from 1 to R may be chosen. Training on, with `callback` or `draw`, is plain LoRA and ends the order. Under
+        torch.distributed every process calls it; under DDP they share the rows that ``"learned"`` and ``"trained"``
+        take of a Trainer.
 
         Args:
             by: ``"svd"``: each prefix is the closest matrix of its rank (Eckart-Young); needs no data.

@@ -253,15 +253,17 @@ class InModel:
 
     def draw(self, step: int, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> None:
         """Apply the rule's draw, to the copies that TRL keeps too; see `matryoshka_lora.NestedAdapter.draw`."""
+        names = (self.name, *nest_copies(self.model, self.name))
         if self.state.reordered:
             warnings.warn(
                 f"adapter {self.name!r} was reordered, and is trained on: its order is lost. Call reorder() again "
                 "after training",
                 stacklevel=2,
             )
-            self.state.end_order()
-            begin(self.model, self.name)
-        for name in (self.name, *nest_copies(self.model, self.name)):
+            for name in names:
+                InModel(self.model, name).state.end_order()
+                begin(self.model, name)
+        for name in names:
             draw(self.model, name, step, rows, share)
 
     @contextmanager

@@ -34,7 +34,7 @@ from matryoshka_lora.formats.write import cut, write_adapter, write_weights
 from matryoshka_lora.models import load_config
 from matryoshka_lora.reordering.checkpoint import is_first_process
 from matryoshka_lora.reordering.files import deployed
-from matryoshka_lora.rules import is_named
+from matryoshka_lora.rules import get_rule, is_named
 from matryoshka_lora.state import State
 
 
@@ -221,12 +221,14 @@ class _Nested:
                     "its factors: load it under another name. If it is on the hub, download it first"
                 )
             result = super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
-            state.reordered = None
+            state.reordered = state.spectra = None
             begin(model, adapter_name)
             return result
         opened = open_adapter(folder, trained=True)
         found = opened.nested
-        if not found.nesting.is_like(state.nesting) or (not found.reordered and found.rule != state.rule):
+        # A reordered adapter that is trained on has become plain LoRA in its checkpoints.
+        rules = (state.rule, get_rule("lora")) if state.reordered else (state.rule,)
+        if not found.nesting.is_like(state.nesting) or (not found.reordered and found.rule not in rules):
             raise MatryoshkaError(
                 f"{folder} holds an adapter with another nesting or rule than adapter {adapter_name!r}: load it "
                 "under another name"
@@ -235,7 +237,8 @@ class _Nested:
             write_weights(Path(scratch) / WEIGHTS_NAME, opened)
             options = {**kwargs, "subfolder": None}
             result = super().load_adapter(scratch, adapter_name, *args, **options)  # type: ignore[misc]
-        state.reordered = found.reordered
+        state.reordered, state.spectra = found.reordered, None
+        state.rule = state.rule if found.reordered else found.rule
         begin(model, adapter_name)
         return result
 

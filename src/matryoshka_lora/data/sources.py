@@ -50,7 +50,7 @@ def parse_data(spec: str | Mapping[str, Any], split: str = "train") -> dict[str,
             the first rows), for tasks and datasets ``split``, for tasks ``seed`` and the generator's settings, for
             datasets ``config`` and ``revision``, for files and datasets ``template``: text with ``{prompt}`` in it,
             such as ``"Question: {prompt} Answer:"``, for base models without a chat template. For files ``sha256``,
-            see `with_hash`.
+            which training alone checks.
         split: Of a task or dataset, where the mapping says nothing.
 
     Raises:
@@ -94,11 +94,14 @@ def with_hash(parsed: Mapping[str, Any]) -> dict[str, Any]:
     file = Path(os.path.expanduser(parsed.get("path", "")))
     if "path" not in parsed or not file.is_file():  # which `load_data` will say
         return dict(parsed)
-    with file.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if parsed.get("sha256", found) != found:
+    try:
+        with file.open("rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise MatryoshkaError(f"cannot read {parsed['path']}: {one_line(error)}") from error
+    if parsed.get("sha256") not in (None, found):
         raise MatryoshkaError(
-            f"{parsed['path']} is not the file that data.sha256 names: take that one, or leave data.sha256 out"
+            f"{parsed['path']} is not the file that data.sha256 names: take that one, or write data.sha256=null"
         )
     return {**parsed, "sha256": found}
 

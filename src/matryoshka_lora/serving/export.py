@@ -44,7 +44,7 @@ class Exported:
         base: The base model's name, if the adapter or the caller says it.
         verified: How far its logits are from the nested adapter's, at most; None where no base model was at hand.
         kept: The share of the squared singular values in what was written, 0 to 1; None where it is not known: of a
-            ladder, and of an adapter whose order is that of no singular values (``learned``, ``trained``).
+            ladder, and after ``learned`` and ``trained``, whose first directions no singular values describe.
         error: Of a single file: the Frobenius norm of all that was lost, over that of the update.
     """
 
@@ -139,7 +139,7 @@ def export(
     _check_wishes(rank, format, budget, threshold, most_bytes, pad)
     given = open_adapter(source)
     opened, spectra = _ready(given)
-    if threshold is not None and not is_in_order(opened):
+    if threshold is not None and opened.nested.reordered and not is_in_order(opened):
         raise MatryoshkaError(
             f"{source} is reordered by {opened.nested.reordered}, and no singular values say what its first directions "
             "keep: give a rank, a budget or a size, or make an adapter in the order of the SVD first, by `matryoshka "

@@ -174,9 +174,9 @@ def _differences(config: TrainConfig) -> dict[str, str]:
         if before.get(key) != now.get(key) and not key.startswith(_HARMLESS)
     }
     for key in {"data.sha256", "eval_data.sha256"} & different.keys():
-        if key not in before:  # the run began before version 0.2
+        if key not in before or key not in now:  # a run of before version 0.2, or no file any more
             del different[key]
-        elif key in now:
+        else:
             different[key] = f"the file of {key.removesuffix('.sha256')} has changed"
     return different
 
