@@ -39,7 +39,7 @@ def load(
         rank: The rank in eval mode, see `NestedAdapter.set_rank`; None means the largest.
         adapter: The name it gets in PEFT.
         trainable: Whether its weights will be trained on: the model is put into training mode, else into eval mode. A
-            reordered adapter goes on as plain LoRA of rank R, and has only its nested ranks until it is reordered again.
+            reordered adapter goes on as plain LoRA of rank R, at its nested ranks, until it is reordered again.
         max_rank: Take only so many directions of a reordered adapter into memory: a larger rank then does not exist.
             Of a file written by ``matryoshka export --format directions``, no more than those are read.
 
