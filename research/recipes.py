@@ -124,6 +124,10 @@ RECIPES: dict[str, Recipe] = {
     "lora-longer": Recipe(
         "plain LoRA with half as many steps and questions again: the tokens of a learned order", length=1.5
     ),
+    "lora-quarter-longer": Recipe(
+        "plain LoRA with a quarter as many steps and questions again: with a learned order, the tokens of lora-longer",
+        length=1.25,
+    ),
     "lora-again": Recipe("plain LoRA with half as many steps again, on the same questions", length=1.5, new_rows=False),
     "rslora": Recipe("LoRA at R with rsLoRA's scale, 16 / sqrt(R)", scaling="sqrt", alpha=16.0),
     "matryoshka": Recipe("the paper's P, scaling none", "matryoshka"),
@@ -131,6 +135,7 @@ RECIPES: dict[str, Recipe] = {
     "matryoshka-sqrt": Recipe("the paper's P, scaling 1 / sqrt(r)", "matryoshka", "sqrt"),
     "matryoshka-rank": Recipe("the paper's P, scaling 1 / r", "matryoshka", "rank"),
     "dylora": Recipe("one nested rank for each step, as the MatryoshkaLoRA paper runs DyLoRA", "dylora"),
+    "dylora-longer": Recipe("DyLoRA so, with half as many steps and questions again", "dylora", length=1.5),
     "dylora-all": Recipe("one rank of 1..R for each step, all at one scale", "dylora-all"),
     "dylora-alpha": Recipe(
         "DyLoRA as its inventors run it: one rank b of 1..R for each step, at the scale 16 / b",
