@@ -135,7 +135,7 @@ RECIPES: dict[str, Recipe] = {
     "matryoshka-sqrt": Recipe("the paper's P, scaling 1 / sqrt(r)", "matryoshka", "sqrt"),
     "matryoshka-rank": Recipe("the paper's P, scaling 1 / r", "matryoshka", "rank"),
     "dylora": Recipe("one nested rank for each step, as the MatryoshkaLoRA paper runs DyLoRA", "dylora"),
-    "dylora-longer": Recipe("DyLoRA so, with half as many steps and questions again", "dylora", length=1.5),
+    "dylora-longer": Recipe("the same DyLoRA with half as many steps and questions again", "dylora", length=1.5),
     "dylora-all": Recipe("one rank of 1..R for each step, all at one scale", "dylora-all"),
     "dylora-alpha": Recipe(
         "DyLoRA as its inventors run it: one rank b of 1..R for each step, at the scale 16 / b",

@@ -24,7 +24,8 @@ from research import stats
 from research.commonsense import USUAL_METRIC
 from research.default import scores
 from research.figures import curves
-from research.records import Result
+from research.plan import load_runs
+from research.records import Result, Run
 from research.study import load_study
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +68,13 @@ def times(study: str, method: str) -> float:
     return next(one.score for one in found if one.method == method)
 
 
+def tried(study: str, recipe: str, rate: float) -> list[Run]:
+    """The runs of a recipe at a learning rate on validation data."""
+    found = load_runs(load_study(ROOT / f"research/configs/{study}.yaml"), ROOT / "research/pages/runs")
+    wanted = (recipe, rate, "validation")
+    return [run for job, run in found.items() if (job.recipe, job.learning_rate, job.split) == wanted]
+
+
 def of_base(study: str) -> list[float]:
     """The mean over the tasks of choices that the base model has right, and over those but BoolQ, in %."""
     first = curves(study)[0]
@@ -79,6 +87,7 @@ NAMES: dict[str, Any] = {
         "percent": percent,
         "runs": runs,
         "times": times,
+        "tried": tried,
         "of_base": of_base,
         "fmean": fmean,
         "aurac": stats.aurac_log2,
