@@ -124,10 +124,7 @@ RECIPES: dict[str, Recipe] = {
     "lora-longer": Recipe(
         "plain LoRA with half as many steps and questions again: the tokens of a learned order", length=1.5
     ),
-    "lora-quarter-longer": Recipe(
-        "plain LoRA with a quarter as many steps and questions again: with a learned order, the tokens of lora-longer",
-        length=1.25,
-    ),
+    "lora-quarter-longer": Recipe("plain LoRA with a quarter as many steps and questions again", length=1.25),
     "lora-again": Recipe("plain LoRA with half as many steps again, on the same questions", length=1.5, new_rows=False),
     "rslora": Recipe("LoRA at R with rsLoRA's scale, 16 / sqrt(R)", scaling="sqrt", alpha=16.0),
     "matryoshka": Recipe("the paper's P, scaling none", "matryoshka"),
