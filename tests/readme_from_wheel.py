@@ -74,7 +74,7 @@ def main() -> None:
                 run(language, text)
         assert json.loads((folder / "runs/readme/rank-4/adapter_config.json").read_text())["r"] == 4
         assert json.loads((folder / "runs/readme/adapter/nesting.json").read_text())["reordered"] == "svd"
-        assert (folder / "runs/family/evaluation/evaluation.json").is_file()
+        assert (folder / "runs/try/evaluation/evaluation.json").is_file()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import yaml
 
 from research import stats
 from research.commonsense import USUAL_METRIC
-from research.default import scores
 from research.figures import curves
 from research.plan import load_runs
 from research.records import Result, Run
@@ -62,10 +61,9 @@ def runs(study: str, method: str) -> float:
     return fmean(spent[0].values()) / fmean(spent[1].values())
 
 
-def times(study: str, method: str) -> float:
-    """The mean loss over the ranks on validation data, as a multiple of that of LoRA reordered by SVD."""
-    found = scores([(load_study(ROOT / f"research/configs/{study}.yaml"), ROOT / "research/pages/runs")])
-    return next(one.score for one in found if one.method == method)
+def nats(study: str, method: str) -> list[float]:
+    """Mean and half width of the mean loss over the ranks."""
+    return [part / 100 for part in percent(study, method, stats.mean_loss)]
 
 
 def tried(study: str, recipe: str, rate: float) -> list[Run]:
@@ -86,7 +84,7 @@ NAMES: dict[str, Any] = {
     **{
         "percent": percent,
         "runs": runs,
-        "times": times,
+        "nats": nats,
         "tried": tried,
         "of_base": of_base,
         "fmean": fmean,

@@ -20,7 +20,7 @@ from strangers import deltas, output, plain_adapter
 from tiny_chat import save_tiny_chat
 from transformers import AutoModelForCausalLM
 
-from matryoshka_lora import MatryoshkaError, Nesting, load, reorder
+from matryoshka_lora import MatryoshkaError, Nesting, evaluate, load, reorder
 from matryoshka_lora.formats.beside import read_spectra
 from matryoshka_lora.formats.opened import open_adapter
 from matryoshka_lora.nesting import Scaling
@@ -168,6 +168,46 @@ def test_reordering_by_data_keeps_the_function(tmp_path: Path, by: By) -> None:
         # An embedding has no moments, and is as the SVD has left it.
         stays = "embed" in key and by != "learned"
         assert torch.allclose(first[key], second[key], atol=1e-5) == stays, key
+
+
+def test_what_an_order_is_judged_by_is_not_what_it_was_learned_from(tmp_path: Path) -> None:
+    """Of a file too: 9 rows are learned from, and 48 more are looked at. A 58th is not read."""
+    base = save_tiny_chat(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    plain_adapter(tmp_path / "plain", model, target_modules=["q_proj"])
+
+    def weights(count: int) -> bytes:
+        rows = [{"prompt": f"{row} and one is ", "completion": str(row + 1)} for row in range(count)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        data = str(tmp_path / "rows.jsonl")
+        reorder(tmp_path / "plain", tmp_path / "new", "learned", data, model=str(base), rows=9, overwrite=True)
+        return (tmp_path / "new" / WEIGHTS).read_bytes()
+
+    assert weights(57) == weights(58)
+    assert weights(57) != weights(9)
+
+
+def test_a_file_s_questions_are_asked_in_the_text_of_the_training(tmp_path: Path) -> None:
+    """By `eval` and by `reorder`, where ``train.yaml`` names a template."""
+    base = save_tiny_chat(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    plain_adapter(tmp_path / "plain", model, target_modules=["q_proj"])
+    (tmp_path / "plain" / "train.yaml").write_text('data: {path: mine.jsonl, template: "Q: {prompt} A:"}\n')
+    for name, keys, add in (("asked", ("question", "answer"), ""), ("text", ("prompt", "completion"), "Q: {} A:")):
+        rows = [(add.format(f"{row} + 1?") if add else f"{row} + 1?", f"{' ' * bool(add)}{row}") for row in range(3)]
+        lines = [json.dumps(dict(zip(keys, row, strict=True))) for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        data = str(tmp_path / f"{name}.jsonl")
+        reorder(tmp_path / "plain", tmp_path / name, "loss", data, model=str(base), rows=3)
+    asked, text = (load_file(tmp_path / name / WEIGHTS) for name in ("asked", "text"))
+    assert all(torch.equal(asked[key], text[key]) for key in text)
+
+    (tmp_path / "text" / "train.yaml").write_bytes((tmp_path / "plain" / "train.yaml").read_bytes())
+    found = evaluate(
+        tmp_path / "text", data=str(tmp_path / "asked.jsonl"), ranks=[1], model=str(base), base=False, latency=False
+    )
+    prompts = [example["prompt"].replace(" ", "") for example in found.examples]  # its tokens have spaces between
+    assert prompts == [f"Q:{row}+1?A:" for row in range(3)]
 
 
 def test_memory_is_bounded_by_a_layer(tmp_path: Path) -> None:

@@ -226,6 +226,15 @@ def test_a_template_makes_text_of_questions(tmp_path: Path, columns: tuple[str, 
     assert list(load_data(source)) == [{"prompt": "Question: What is {x} + 1? Think.\nAnswer:", "completion": " 2"}]
 
 
+def test_a_template_of_others_is_for_questions_without_one(tmp_path: Path) -> None:
+    question = write(tmp_path / "question.jsonl", [{"question": "1?", "answer": "2"}])
+    assert list(load_data(question, "Q: {prompt}")) == [{"prompt": "Q: 1?", "completion": " 2"}]
+    own = {"path": question, "template": "Own: {prompt}"}
+    assert list(load_data(own, "Q: {prompt}")) == [{"prompt": "Own: 1?", "completion": " 2"}]
+    text = write(tmp_path / "text.jsonl", [{"prompt": "1?", "completion": "2"}])
+    assert list(load_data(text, "Q: {prompt}")) == [{"prompt": "1?", "completion": "2"}]
+
+
 def test_a_template_that_cannot_be_filled(tmp_path: Path) -> None:
     for template in ("Question:", "{prompt} {prompt}", 3):
         with pytest.raises(MatryoshkaError, match=r"data.template is .*write text with \{prompt\} in it once"):

@@ -94,14 +94,14 @@ def demo(
     dtype = fastest_dtype()
     typer.echo(
         f"Trains one adapter of rank {MAX_RANK} on {TASK} for {steps} steps, and asks it {items} test questions\n"
-        f"at every rank. Computes in {dtype}, which is the faster dtype here. Writes to {out}/."
+        f"at each nested rank. Computes in {dtype}, which is the faster dtype here. Writes to {out}/."
     )
     _say(began, "1/3  Training")
     try:
         train(demo_config(adapter, steps, dtype))
     except MatryoshkaError as error:
         raise MatryoshkaError(f"{error}\nFor the demo: delete {out}, or give another folder with --out") from error
-    _say(began, f"2/3  Asking {items} test questions at every rank, and the base model")
+    _say(began, f"2/3  Asking {items} test questions at each nested rank, and of the base model")
     evaluation = evaluate(adapter, TASK, dtype=dtype, limit=items, overwrite=True, progress=bar)
     _say(began, f"3/3  Rank {EXPORTED_RANK} as an ordinary LoRA adapter, read by PEFT without this package")
     export(adapter, exported, EXPORTED_RANK, verify=False, overwrite=True)

@@ -103,7 +103,7 @@ def evaluate(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Measure an adapter at every rank, and the base model without it, in one pass.
+    """Measure an adapter at its nested ranks or all, and the base model without it, in one pass.
 
     All ranks run in one batch, and lm-evaluation-harness judges: its tasks, its prompts, its metrics. Prints a table,
     and writes evaluation.json, examples.jsonl, curve.png and report.html. An evaluation that was killed goes on where

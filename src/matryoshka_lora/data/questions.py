@@ -94,8 +94,12 @@ def _is_chat(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(m, Mapping) for m in value)
 
 
-def rows_of(data: str | Sequence[Mapping[str, Any]], count: int) -> Sequence[Question]:
+def rows_of(
+    data: str | Sequence[Mapping[str, Any]], count: int, template: str | None = None
+) -> Sequence[Question]:
     """Up to ``count`` first rows of a built-in task's training split, of a file, of a hub dataset, or of a list.
+
+    ``template`` is as in `matryoshka_lora.data.sources.load_data`.
 
     Raises:
         MatryoshkaError: The data cannot be found or read, or its rows have no answers.
@@ -105,7 +109,7 @@ def rows_of(data: str | Sequence[Mapping[str, Any]], count: int) -> Sequence[Que
     parsed = parse_data(data)
     if "task" in parsed:
         return get_task(parsed["task"]).examples("train", count)
-    return rows_from(load_data({**parsed, "size": count}), data)
+    return rows_from(load_data({**parsed, "size": count}, template), data)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def with_hash(parsed: Mapping[str, Any]) -> dict[str, Any]:
     return {**parsed, "sha256": found}
 
 
-def load_data(spec: str | Mapping[str, Any]) -> Dataset:
+def load_data(spec: str | Mapping[str, Any], template: str | None = None) -> Dataset:
     """The rows to train on, with the columns that TRL's ``SFTTrainer`` knows and no others.
 
     Tasks, alpaca rows, question/answer rows and query/response rows become one user's and one assistant's message, so
@@ -115,6 +115,7 @@ def load_data(spec: str | Mapping[str, Any]) -> Dataset:
 
     Args:
         spec: As for `parse_data`.
+        template: For questions and answers of a file or a dataset where ``spec`` has none. Other rows stay as they are.
 
     Returns:
         Columns ``prompt`` and ``completion``, ``messages`` (with ``tools`` as JSON text, None where a row has none, if
@@ -127,15 +128,15 @@ def load_data(spec: str | Mapping[str, Any]) -> Dataset:
     from datasets import Dataset
 
     parsed = parse_data(spec)
-    size = parsed.get("size")
+    size, own = parsed.get("size"), parsed.get("template")
     if "task" in parsed:
         examples = _task(parsed).examples(parsed["split"], parsed["size"])
         rows = [_as_chat(example.prompt, example.completion) for example in examples]
     elif "path" in parsed:
         path = Path(os.path.expanduser(parsed["path"]))
-        rows = list(_convert(parsed["path"], _read(path), size, parsed.get("template")))
+        rows = list(_convert(parsed["path"], _read(path), size, own, template))
     else:
-        rows = list(_convert(f"dataset {parsed['dataset']}", _download(parsed), size, parsed.get("template")))
+        rows = list(_convert(f"dataset {parsed['dataset']}", _download(parsed), size, own, template))
     if any("tools" in row for row in rows):
         for row in rows:  # the columns are those of the first row, whatever the others have
             row.setdefault("tools", None)
@@ -219,7 +220,7 @@ def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _convert(
-    source: str, rows: Iterable[tuple[str, Any]], size: int | None, template: str | None
+    source: str, rows: Iterable[tuple[str, Any]], size: int | None, template: str | None, usual: str | None
 ) -> Iterator[dict[str, Any]]:
     schema: tuple[str, ...] | None = None
     kinds: dict[str, str] = {}
@@ -239,6 +240,8 @@ def _convert(
                 raise MatryoshkaError(
                     f"{source} has {' and '.join(schema)}, which a template does not fit: leave it out"
                 )
+            if template is None and schema in _QUESTIONS:
+                template = usual
         try:
             converted = _convert_row(schema, row, template)
             for name, value in converted.items():

@@ -38,7 +38,7 @@ from matryoshka_lora.files import (
     replace_directory,
 )
 from matryoshka_lora.formats.beside import fingerprint
-from matryoshka_lora.formats.card import write_card
+from matryoshka_lora.formats.card import template_of, write_card
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
 from matryoshka_lora.models import DTYPES, base_of, load_on_accelerator, load_tokenizer, needed_base, source_of
 from matryoshka_lora.privacy import marked, shown
@@ -96,7 +96,8 @@ def evaluate(
             memory: reorder it first, to measure what `NestedAdapter.save` writes.
         tasks: Names: tasks of lm-evaluation-harness or YAML files of them, its groups, the presets of
             `matryoshka_lora.evaluation.tasks.PRESETS`, or built-in tasks.
-        data: Instead of tasks: a file, the id of a hub dataset, or rows with ``prompt`` and ``completion``.
+        data: Instead of tasks: a file, the id of a hub dataset, or rows with ``prompt`` and ``completion``. Questions
+            and answers of a file or a dataset get the ``data.template`` of ``train.yaml`` in the adapter's folder.
         ranks: Increasing; None means the nested ones, and ``"all"`` every one that may be chosen.
         out: The folder to write; None is the adapter's own, or none for an adapter in memory.
         tokenizer: The base model's; None loads it.
@@ -140,7 +141,8 @@ def evaluate(
     name, revision = base_of(opened.config, model, revision)
     if tokenizer is None:
         tokenizer = load_tokenizer(needed_base(name, opened.name), revision=revision)
-    asked = _asked(tasks, data, tokenizer, num_fewshot, limit, split, fixed_shots)
+    template = None if home is None else template_of(home)
+    asked = _asked(tasks, data, tokenizer, num_fewshot, limit, split, fixed_shots, template)
     if isinstance(adapter, NestedAdapter):
         model_name, computed = name or type(adapter.model.get_base_model()).__name__, adapter.model.dtype
     else:
@@ -266,6 +268,7 @@ def _asked(
     limit: int | None,
     split: Split,
     fixed_shots: bool,
+    template: str | None,
 ) -> list[Asked]:
     if tasks is not None:
         given = tasks.split(",") if isinstance(tasks, str) else tasks
@@ -285,7 +288,8 @@ def _asked(
     parsed = parse_data(data or "", split=split)
     if "task" in parsed:
         raise MatryoshkaError(f"{data} is a built-in task; write --tasks {data}")
-    return [_of_rows(load_data({**parsed, "size": limit or BUILT_IN_ITEMS}), shown(str(data)), limit, tokenizer)]
+    rows = load_data({**parsed, "size": limit or BUILT_IN_ITEMS}, template)
+    return [_of_rows(rows, shown(str(data)), limit, tokenizer)]
 
 
 def _of_rows(

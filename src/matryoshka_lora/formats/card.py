@@ -171,6 +171,13 @@ def training_config(home: Path) -> tuple[Mapping[str, Any], str]:
     return (config, text) if isinstance(config, Mapping) else ({}, "")
 
 
+def template_of(home: Path) -> str | None:
+    """The ``data.template`` that an adapter was trained with, as ``train.yaml`` in its folder says it."""
+    data = training_config(home)[0].get("data")
+    template = data.get("template") if isinstance(data, Mapping) else None
+    return template if isinstance(template, str) and template.count("{prompt}") == 1 else None
+
+
 def _recipe(home: Path) -> str:
     """Of the training config what `_RECIPE` names."""
     config, text = training_config(home)

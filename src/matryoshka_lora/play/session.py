@@ -21,7 +21,7 @@ from matryoshka_lora.evaluation.cost import adapter_bytes, token_latency
 from matryoshka_lora.evaluation.drawing import question
 from matryoshka_lora.evaluation.results import Evaluation
 from matryoshka_lora.evaluation.select import evaluation_file, read_evaluation
-from matryoshka_lora.formats.card import training_config
+from matryoshka_lora.formats.card import template_of
 from matryoshka_lora.formats.opened import open_adapter
 from matryoshka_lora.models import DTYPES, base_of, load_on_accelerator, load_tokenizer, needed_base
 from matryoshka_lora.reordering.files import deployed
@@ -208,10 +208,7 @@ def open_session(
             nested, tasks, ranks=ranks, tokenizer=tokenizer, limit=items, latency=False, progress=progress
         )
         evaluation.about = {**evaluation.about, "latency_ms": [costs[rank].milliseconds for rank in ranks]}
-    data = training_config(folder)[0].get("data")
-    template = data.get("template") if isinstance(data, Mapping) else None
-    text = template if isinstance(template, str) else None
-    return Session(folder, base, engine, ranks, costs, evaluation, text, Path.cwd(), revision)
+    return Session(folder, base, engine, ranks, costs, evaluation, template_of(folder), Path.cwd(), revision)
 
 
 class _GoneError(Exception):

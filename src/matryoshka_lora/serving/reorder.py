@@ -13,6 +13,7 @@ from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_writable, checkpoint_file, output_directory
+from matryoshka_lora.formats.card import template_of
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
 from matryoshka_lora.formats.single import is_file, open_file
 from matryoshka_lora.formats.write import check_apart, write_adapter
@@ -56,8 +57,10 @@ def reorder(
             function that the source is; of one with the paper's deployment, as that of training, P and all.
         by: In what sense each prefix is good; see `matryoshka_lora.NestedAdapter.reorder`.
         data: For all but ``"svd"``: a built-in task, a file, the id of a hub dataset, or rows with ``prompt`` and
-            ``completion``.
-        rows: How many rows are used; None is 128, 480 for ``"learned"``, and 3200 for ``"trained"``.
+            ``completion``. Questions and answers of a file or a dataset get the ``data.template`` of ``train.yaml`` in
+            the source.
+        rows: How many rows are used; None is 128, 480 for ``"learned"``, and 3200 for ``"trained"``. These two look at
+            48 and at most 64 more, if there are so many, to compare losses.
         model: The base model; None is what the adapter names.
         revision: Of the base model on the hub; None is the one that the adapter was trained on.
         dtype: Of the base model.
@@ -114,8 +117,10 @@ def _with_data(
     name, revision = base_of(opened.config, model, revision)
     name = needed_base(name, opened.name)
     wanted_by = trained if by == "trained" else learned
-    most = wanted_by.STEPS * wanted_by.ROWS
-    questions = rows_of(data, rows or most)
+    # Those that are only looked at are none of those that are learned from, if there are so many.
+    looked_at = {"learned": learned.JUDGED * learned.ROWS, "trained": trained.JUDGED_ROWS}.get(by, 0)
+    most = (rows or wanted_by.STEPS * wanted_by.ROWS) + looked_at
+    questions = rows_of(data, most, template_of(Path(opened.name)))
     tokenizer = load_tokenizer(name, revision=revision)
     base = load_on_accelerator(name, DTYPES[dtype], revision)
     # In float32 while it is changed.
