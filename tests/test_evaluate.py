@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import trl
 from conftest import lora_config, nest_as, nested_llama, randomize, tiny_llama
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tiny_chat import save_tiny_chat, tiny_tokenizer
+from tokenizers import decoders
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError, evaluate, load, select
@@ -29,7 +31,7 @@ from matryoshka_lora.evaluation.evaluate import Progress
 from matryoshka_lora.evaluation.report import draw_tasks, print_tasks
 from matryoshka_lora.evaluation.results import Evaluation
 from matryoshka_lora.evaluation.select import find_adapter, read_evaluation
-from matryoshka_lora.evaluation.tasks import EXTRA_TOKENS
+from matryoshka_lora.evaluation.tasks import EXTRA_TOKENS, QuestionsTask
 from matryoshka_lora.models import load_tokenizer
 
 RANKS = (1, 2, 4)
@@ -472,3 +474,41 @@ def test_a_file_in_the_way_stays(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(MatryoshkaError, match="a file stands where a folder is needed"):
         measured(chat_adapter(), tokenizer, out=tmp_path / "file")
     assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        ("qwen2_5", "no"),
+        ("qwen3", "<think>\n\n</think>\n\nno"),
+        ("qwen3_6", "\n</think>\n\nno"),
+        ("glm4moe", "\n<think></think>\nno"),
+        ("gptoss", "<|channel|>final<|message|>no"),
+    ],
+)
+def test_what_a_template_puts_before_an_answer_is_no_part_of_it(template: str, written: str) -> None:
+    """It is trained, so a model that has learned the rows writes it."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()  # texts without white space between tokens
+    special = ["<|im_start|>", "<|im_end|>", "<|channel|>", "<|message|>", "<|return|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.chat_template = (Path(trl.__file__).parent / f"chat_templates/{template}.jinja").read_text()
+    row = Row([{"role": "user", "content": "a"}], [{"role": "assistant", "content": "no"}])
+    task = QuestionsTask(EXACT, [row], tokenizer)
+    assert all(answer not in written for answer in task.config.generation_kwargs["until"])
+    for text in (written, written.replace("<|channel|>", "").replace("<|message|>", ""), "no"):
+        assert task.process_results({"index": 0}, [text, (-1.0, True)])["accuracy"] == 1.0, text
+    for text in (written.replace("no", "yes"), "", "final"):
+        assert task.process_results({"index": 0}, [text, (-1.0, True)])["accuracy"] == 0.0, text
+
+
+def test_an_answer_that_is_lost_in_its_tokens_is_told(tokenizer: Any) -> None:
+    """The tiny tokenizer puts white space between its tokens."""
+    with pytest.warns(UserWarning, match=r"1 of 2 reference answers of rows are not judged right themselves"):
+        QuestionsTask(ExactMatch("rows"), [Row("a", "b"), Row("a", "bb")], tokenizer)
+
+
+def test_an_answer_without_text_is_refused(tokenizer: Any) -> None:
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    with pytest.raises(MatryoshkaError, match="has no text to compare with"):
+        QuestionsTask(EXACT, [Row([{"role": "user", "content": "a"}], [call])], tokenizer)

@@ -47,9 +47,7 @@ class ExactMatch:
     name: str
 
     def is_correct(self, answer: str, example: Row) -> bool:
-        completion = example.completion
-        expected = completion if isinstance(completion, str) else str(completion[-1].get("content"))
-        return answer.strip() == expected.strip()
+        return answer.strip() == text_of(example).strip()
 
 
 def rows_from(data: Iterable[Mapping[str, Any]], source: str) -> list[Row]:
@@ -153,10 +151,59 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, question: Question) -> Tokens:
 
 def end_texts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Tokens]) -> list[str]:
     """The special tokens that end the reference answers: some templates end a turn with another than the tokenizer."""
-    special = set(tokenizer.all_special_ids)
-    first = (next((token for token in question.completion if token in special), None) for question in questions)
-    ends = {token for token in first if token is not None}
+    ends = {token for one in questions for token in one.completion[_end(tokenizer, one.completion) :][:1]}
     return [str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(ends)]
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, skip_special_tokens: bool = True) -> str:
+    """The reference answer as a model writes it that has learned it: with what the chat template puts before it."""
+    answer = tokens.completion[: _end(tokenizer, tokens.completion)]
+    return str(tokenizer.decode(answer, skip_special_tokens=skip_special_tokens))
+
+
+def openings(tokenizer: PreTrainedTokenizerBase, question: Question, tokens: Tokens) -> tuple[str, ...]:
+    """What a chat template puts before the answer, without and with special tokens: an empty ``<think>`` for example.
+
+    It is trained, so the model writes it, and it is no part of the answer.
+    """
+    reference = text_of(question).strip()
+    if isinstance(question, Row) and isinstance(question.prompt, str):
+        return ()
+    texts = [answer_text(tokenizer, tokens, skip).rstrip() for skip in (True, False)]
+    found = [text.removesuffix(reference).strip() for text in texts if text.endswith(reference)]
+    return tuple(text for text in dict.fromkeys(found) if text)
+
+
+def text_of(question: Question) -> str:
+    """The reference answer.
+
+    Raises:
+        MatryoshkaError: It is a message without text.
+    """
+    completion = question.completion
+    found = completion if isinstance(completion, str) else completion[-1].get("content")
+    if not isinstance(found, str):
+        raise MatryoshkaError(
+            f"the answer {completion!r:.200} has no text to compare with: evaluation needs a last message whose content "
+            "is text"
+        )
+    return found
+
+
+def _end(tokenizer: PreTrainedTokenizerBase, completion: Sequence[int]) -> int:
+    """Where the special tokens begin that end a completion, with white space among them; its length if there are none.
+
+    Where a template puts text behind them, the first special token counts.
+    """
+    special, end = set(tokenizer.all_special_ids), len(completion)
+    for place in reversed(range(len(completion))):
+        if completion[place] in special:
+            end = place
+        elif tokenizer.decode([completion[place]]).strip():
+            break
+    if end < len(completion):
+        return end
+    return next((place for place, token in enumerate(completion) if token in special), end)
 
 
 def _as_trained(tokenizer: PreTrainedTokenizerBase, question: Question) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -23,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import set_torch_seed
 from transformers import PreTrainedTokenizerBase
 
-from matryoshka_lora.data.questions import Judge, Question, end_texts, tokenize
+from matryoshka_lora.data.questions import Judge, Question, answer_text, end_texts, openings, text_of, tokenize
 from matryoshka_lora.data.tasks import get_task, is_task, nearest_tasks
 from matryoshka_lora.errors import MatryoshkaError, one_line
 from matryoshka_lora.privacy import shown
@@ -212,6 +213,9 @@ class QuestionsTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]
         questions: At least one.
         tokenizer: Its chat template writes chat questions; text is asked as it is.
 
+    Warns:
+        UserWarning: Some reference answers are not judged right themselves, in the text that their tokens make.
+
     Raises:
         MatryoshkaError: The questions are chat and the tokenizer has no template, or a question has no answer.
     """
@@ -220,7 +224,17 @@ class QuestionsTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, judge: Judge, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> None:
         self._judge, self._questions = judge, questions
+        for question in questions:
+            text_of(question)  # raises
         self._tokens = [tokenize(tokenizer, question) for question in questions]
+        self._openings = [openings(tokenizer, *pair) for pair in zip(questions, self._tokens, strict=True)]
+        learned = [self._is_right(answer_text(tokenizer, tokens), n) for n, tokens in enumerate(self._tokens)]
+        if not all(learned):
+            warnings.warn(
+                f"{learned.count(False)} of {len(learned)} reference answers of {judge.name} are not judged right "
+                "themselves, in the text that the tokenizer makes of their tokens: the accuracy is too low by these",
+                stacklevel=2,
+            )
         longest = max(len(tokens.completion) for tokens in self._tokens)
         data = {
             "prompt": [tokenizer.decode(tokens.prompt) for tokens in self._tokens],
@@ -264,8 +278,14 @@ class QuestionsTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]
 
     def _judged(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
         answer, (logprob, _) = results
-        right = self._judge.is_correct(answer, self._questions[doc["index"]])
+        right = self._is_right(answer, doc["index"])
         return {"accuracy": float(right), "loss": (-logprob, len(self._tokens[doc["index"]].completion))}
+
+    def _is_right(self, answer: str, index: int) -> bool:
+        answer = answer.strip()
+        for opening in self._openings[index]:
+            answer = answer.removeprefix(opening).strip()
+        return self._judge.is_correct(answer, self._questions[index])
 
 
 def _per_token(items: Sequence[tuple[float, int]]) -> float:
