@@ -512,3 +512,11 @@ def test_an_answer_without_text_is_refused(tokenizer: Any) -> None:
     call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
     with pytest.raises(MatryoshkaError, match="has no text to compare with"):
         QuestionsTask(EXACT, [Row([{"role": "user", "content": "a"}], [call])], tokenizer)
+
+
+def test_adapters_that_are_active_together_are_not_evaluated_as_one(tokenizer: Any) -> None:
+    adapter = chat_adapter()
+    adapter.model.add_adapter("style", adapter.model.peft_config["default"])
+    adapter.model.base_model.set_adapter(["default", "style"])
+    with pytest.raises(MatryoshkaError, match=r"default, style are active together, .*set_adapter\('default'\)"):
+        measured(adapter, tokenizer)

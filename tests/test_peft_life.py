@@ -623,6 +623,15 @@ def test_disabled_merged_and_second_adapters_count_in_training_too(kind: str) ->
     assert plain.abs().max() > 1e-3
 
 
+def test_an_adapter_that_is_loaded_beside_another_says_that_it_is_not_active(tmp_path: Path) -> None:
+    nested_llama(NESTING).save(tmp_path / "second")
+    first = nested_llama(NESTING)
+    first.model.train()
+    with pytest.warns(UserWarning, match=r"'second' is loaded, and default is still the active one: .*set_adapter"):
+        load(first.model, tmp_path / "second", adapter="second")
+    assert first.model.training
+
+
 def test_two_nested_adapters_have_ranks_of_their_own() -> None:
     first = nested_llama(NESTING)
     other = Nesting([3, 5], "rank", 0.8)

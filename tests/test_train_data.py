@@ -219,6 +219,18 @@ def test_a_hub_dataset_without_network() -> None:
         load_data("no-one/nothing")
 
 
+def test_tools_of_a_prompt_are_those_that_trl_trains_with(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"city": "string"}}}]
+    row = {"prompt": CHAT[:1], "completion": CHAT[1:2], "tools": tools}
+    (found,) = load_data(write(tmp_path / "rows.jsonl", [row]))
+    assert json.loads(found["tools"]) == tools
+    for other in ({"prompt": "a", "completion": "b"}, {"question": "a", "answer": "b"}, {"text": "a"}):
+        with pytest.raises(MatryoshkaError, match="row 1: tools belong to chat messages|line 1: tools belong"):
+            load_data(write(tmp_path / "other.jsonl", [{**other, "tools": tools}]))
+    with pytest.raises(MatryoshkaError, match="chat_template_kwargs of a row is not read"):
+        load_data(write(tmp_path / "other.jsonl", [{"messages": CHAT, "chat_template_kwargs": {"thinking": False}}]))
+
+
 @pytest.mark.parametrize("columns", [("question", "answer"), ("query", "response"), ("instruction", "output")])
 def test_a_template_makes_text_of_questions(tmp_path: Path, columns: tuple[str, str]) -> None:
     rows = [dict(zip(columns, ("What is {x} + 1?", "2"), strict=True))]

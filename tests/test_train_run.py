@@ -580,6 +580,26 @@ def test_logits_are_made_for_labels_alone_and_the_loss_is_that_of_trl(model: Pat
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_a_model_with_code_of_its_own_has_the_loss_of_trl(model: Path, tmp_path: Path) -> None:
+    """Older code computes its loss from ``labels``, which it shifts itself, whatever else it is given."""
+    trainer = untrained(config_of(model, tmp_path / "run"))
+    batch = next(iter(trainer.get_train_dataloader()))
+    base = trainer.model.get_base_model()
+
+    class Own(type(base)):  # type: ignore[misc]
+        def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **others: Any) -> Any:
+            found = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+            if labels is not None:
+                found.loss = cross_entropy(found.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            return found
+
+    base.__class__ = Own
+    ours, theirs = (
+        kind.compute_loss(trainer, trainer.model, dict(batch)).item() for kind in (CompletionTrainer, SFTTrainer)
+    )
+    assert ours == theirs
+
+
 @given(arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=9)))
 def test_places(wanted: Any) -> None:
     if not wanted.any():

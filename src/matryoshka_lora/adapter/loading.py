@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -38,10 +39,14 @@ def load(
         path: A directory written by `NestedAdapter.save`, or a training checkpoint.
         rank: The rank in eval mode, see `NestedAdapter.set_rank`; None means the largest.
         adapter: The name it gets in PEFT.
-        trainable: Whether its weights will be trained on: the model is put into training mode, else into eval mode. A
-            reordered adapter goes on as plain LoRA of rank R, at its nested ranks, until it is reordered again.
+        trainable: Whether its weights will be trained on: the model is put into training mode, else a base model into
+            eval mode. A reordered adapter goes on as plain LoRA of rank R, at its nested ranks, until it is reordered
+            again.
         max_rank: Take only so many directions of a reordered adapter into memory: a larger rank then does not exist.
             Of a file written by ``matryoshka export --format directions``, no more than those are read.
+
+    Warns:
+        UserWarning: Another adapter of the `PeftModel` is still the active one, as after PEFT's ``load_adapter``.
 
     Raises:
         MatryoshkaError: A file is damaged or incomplete, the adapter does not fit the model, or the rank was not
@@ -99,7 +104,14 @@ def load_opened(
             f"{path} could not be loaded: {error} (from its {CONFIG_NAME}). Copy the adapter again, or load the model "
             "that it was trained on"
         ) from error
-    model.train(trainable)
+    if existing is None or trainable:
+        model.train(trainable)
+    if adapter not in model.active_adapters:
+        warnings.warn(
+            f"adapter {adapter!r} is loaded, and {', '.join(model.active_adapters)} is still the active one: call "
+            f"adapter.model.set_adapter({adapter!r}) to compute with it",
+            stacklevel=3,
+        )
     return nested
 
 

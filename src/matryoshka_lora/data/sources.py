@@ -118,8 +118,8 @@ def load_data(spec: str | Mapping[str, Any], template: str | None = None) -> Dat
         template: For questions and answers of a file or a dataset where ``spec`` has none. Other rows stay as they are.
 
     Returns:
-        Columns ``prompt`` and ``completion``, ``messages`` (with ``tools`` as JSON text, None where a row has none, if
-        any row has some), or ``text``.
+        Columns ``prompt`` and ``completion``, ``messages``, or ``text``. Chat has ``tools`` too, as JSON text, if any
+        row has some; where a row has none it is None.
 
     Raises:
         MatryoshkaError: The data cannot be found or read, or a row has another form; the message names the file and
@@ -255,17 +255,21 @@ def _convert(
 
 
 def _convert_row(schema: tuple[str, ...], row: Mapping[str, Any], template: str | None) -> dict[str, Any]:
-    if schema == ("messages",):
-        converted: dict[str, Any] = {"messages": _messages(row, "messages")}
-        if tools := row.get("tools"):
-            # As TRL reads them too: in a column of mappings, each tool would get the keys of all others.
-            converted["tools"] = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
-        return converted
-    if schema == ("prompt", "completion"):
-        parts = {name: _messages(row, name) if isinstance(row.get(name), list) else _text(row, name) for name in schema}
-        if len({type(part) for part in parts.values()}) > 1:
+    if row.get("chat_template_kwargs"):
+        raise MatryoshkaError("chat_template_kwargs of a row is not read: change the chat template instead")
+    is_pair = schema == ("prompt", "completion")
+    is_chat = schema == ("messages",) or (is_pair and all(isinstance(row.get(name), list) for name in schema))
+    tools = row.get("tools")
+    if tools and not is_chat:
+        raise MatryoshkaError("tools belong to chat messages: write the row as messages, or leave them out")
+    if is_chat:
+        # Tools as TRL reads them too: in a column of mappings, each one would get the keys of all others.
+        text = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
+        return {**{name: _messages(row, name) for name in schema}, **({"tools": text} if tools else {})}
+    if is_pair:
+        if any(isinstance(row.get(name), list) for name in schema):
             raise MatryoshkaError("prompt and completion must both be text, or both chat messages")
-        return parts
+        return {name: _text(row, name) for name in schema}
     if schema == ("text",):
         return {"text": _text(row, "text")}
     question, answer = (_text(row, name) for name in schema)

@@ -129,6 +129,11 @@ def evaluate(
         raise MatryoshkaError("give either tasks, for example family_relationships, or data, for example my.jsonl")
     if engine not in ("own", "vllm") or (vllm_options and engine != "vllm"):
         raise MatryoshkaError(f"engine is {engine!r}; write 'own' or 'vllm', which alone has vllm_options")
+    if isinstance(adapter, NestedAdapter) and len(active := adapter.model.active_adapters) > 1:
+        raise MatryoshkaError(
+            f"the adapters {', '.join(active)} are active together, and one is evaluated: call "
+            f"adapter.model.set_adapter({adapter.name!r}) first"
+        )
     opened = opened_from(adapter.model, adapter.name) if isinstance(adapter, NestedAdapter) else open_adapter(adapter)
     state = opened.nested
     chosen = _chosen(state, ranks)

@@ -52,13 +52,13 @@ class CompletionTrainer(SFTTrainer):
 
     With Triton, TRL's fused head does so by itself. Without it, TRL 1.16 scores every position of every row, which on a
     CPU is a third of a step when only short answers have labels. Where TRL's loss is more than the mean negative log
-    likelihood, or the model is compiled, TRL computes it.
+    likelihood, the model is compiled, or its code is not that of transformers, TRL computes it.
     """
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if return_outputs or not self._is_plain_loss(inputs):
+        if return_outputs or not self._is_plain_loss(model, inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         targets = inputs["labels"][:, 1:]
         positions, labelled = places(targets != -100)
@@ -84,10 +84,12 @@ class CompletionTrainer(SFTTrainer):
         # Before a step of an epoch its number is the whole part of the Trainer's epoch.
         return EpochSampler(sampler, seed, lambda: int(self.state.epoch or 0))
 
-    def _is_plain_loss(self, inputs: dict[str, Any]) -> bool:
+    def _is_plain_loss(self, model: Any, inputs: dict[str, Any]) -> bool:
         labels = inputs.get("labels")
+        own = type(self.accelerator.unwrap_model(model).get_base_model()).__module__
         return (
             labels is not None
+            and own.startswith("transformers.")  # code of a model's own may not know `shift_labels`
             and labels.device.type == "cpu"
             and bool((labels[:, 1:] != -100).any())
             and self.args.loss_type == "nll"
