@@ -18,9 +18,9 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from strangers import deltas, output, plain_adapter
 from tiny_chat import save_tiny_chat
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from matryoshka_lora import MatryoshkaError, Nesting, evaluate, load, reorder
+from matryoshka_lora import MatryoshkaError, Nesting, evaluate, export, load, reorder
 from matryoshka_lora.formats.beside import read_spectra
 from matryoshka_lora.formats.opened import open_adapter
 from matryoshka_lora.nesting import Scaling
@@ -208,6 +208,24 @@ def test_a_file_s_questions_are_asked_in_the_text_of_the_training(tmp_path: Path
     )
     prompts = [example["prompt"].replace(" ", "") for example in found.examples]  # its tokens have spaces between
     assert prompts == [f"Q:{row}+1?A:" for row in range(3)]
+
+
+def test_another_tokenizer_than_the_base_models_is_asked_for(tmp_path: Path) -> None:
+    """Where ``train.yaml`` names a chat template: its prompts are not those of the base model's tokenizer."""
+    base = save_tiny_chat(tmp_path / "base")
+    plain_adapter(tmp_path / "plain", AutoModelForCausalLM.from_pretrained(base), target_modules=["q_proj"])
+    reorder(tmp_path / "plain", tmp_path / "nested")
+    for name in ("plain", "nested"):
+        (tmp_path / name / "train.yaml").write_text("chat_template_path: .../0a1b2c3d/other.jinja\neos_token: null\n")
+    rows = [{"prompt": "a", "completion": "b"}]
+    with pytest.raises(MatryoshkaError, match=r"trained with chat_template_path \(train.yaml\).*reorder it in Python"):
+        reorder(tmp_path / "plain", tmp_path / "new", "loss", rows, model=str(base))
+    asked: dict[str, Any] = {"data": rows, "ranks": [1], "model": str(base), "base": False, "latency": False}
+    with pytest.raises(MatryoshkaError, match=r"trained with chat_template_path \(train.yaml\).*tokenizer="):
+        evaluate(tmp_path / "nested", **asked)
+    assert evaluate(tmp_path / "nested", tokenizer=AutoTokenizer.from_pretrained(base), **asked).ranks == (1,)
+    with pytest.warns(UserWarning, match="merged gets the base model's tokenizer: save the tokenizer of the training"):
+        export(tmp_path / "nested", tmp_path / "merged", 8, format="merged", model=str(base))
 
 
 def test_memory_is_bounded_by_a_layer(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_tools_of_a_prompt_are_those_that_trl_trains_with(tmp_path: Path) -> Non
     (found,) = load_data(write(tmp_path / "rows.jsonl", [row]))
     assert json.loads(found["tools"]) == tools
     for other in ({"prompt": "a", "completion": "b"}, {"question": "a", "answer": "b"}, {"text": "a"}):
-        with pytest.raises(MatryoshkaError, match="row 1: tools belong to chat messages|line 1: tools belong"):
+        with pytest.raises(MatryoshkaError, match=r"line 1: tools belong to chat messages"):
             load_data(write(tmp_path / "other.jsonl", [{**other, "tools": tools}]))
     with pytest.raises(MatryoshkaError, match="chat_template_kwargs of a row is not read"):
         load_data(write(tmp_path / "other.jsonl", [{"messages": CHAT, "chat_template_kwargs": {"thinking": False}}]))

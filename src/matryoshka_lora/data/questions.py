@@ -92,9 +92,7 @@ def _is_chat(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(m, Mapping) for m in value)
 
 
-def rows_of(
-    data: str | Sequence[Mapping[str, Any]], count: int, template: str | None = None
-) -> Sequence[Question]:
+def rows_of(data: str | Sequence[Mapping[str, Any]], count: int, template: str | None = None) -> Sequence[Question]:
     """Up to ``count`` first rows of a built-in task's training split, of a file, of a hub dataset, or of a list.
 
     ``template`` is as in `matryoshka_lora.data.sources.load_data`.
@@ -184,8 +182,8 @@ def text_of(question: Question) -> str:
     found = completion if isinstance(completion, str) else completion[-1].get("content")
     if not isinstance(found, str):
         raise MatryoshkaError(
-            f"the answer {completion!r:.200} has no text to compare with: evaluation needs a last message whose content "
-            "is text"
+            f"the answer {completion!r:.200} has no text to compare with: evaluation needs a last message whose "
+            "content is text"
         )
     return found
 

@@ -38,7 +38,7 @@ from matryoshka_lora.files import (
     replace_directory,
 )
 from matryoshka_lora.formats.beside import fingerprint
-from matryoshka_lora.formats.card import template_of, write_card
+from matryoshka_lora.formats.card import changed_tokenizer, template_of, write_card
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
 from matryoshka_lora.models import DTYPES, base_of, load_on_accelerator, load_tokenizer, needed_base, source_of
 from matryoshka_lora.privacy import marked, shown
@@ -144,10 +144,16 @@ def evaluate(
         if home is None or folder.resolve() != home.resolve():
             check_free(folder, overwrite, beside=[EVALUATION])
     name, revision = base_of(opened.config, model, revision)
+    changed = changed_tokenizer(home) if home is not None and tokenizer is None else ""
     if tokenizer is None:
         tokenizer = load_tokenizer(needed_base(name, opened.name), revision=revision)
     template = None if home is None else template_of(home)
     asked = _asked(tasks, data, tokenizer, num_fewshot, limit, split, fixed_shots, template)
+    if changed and any(task.kind in ("file", "built-in") for task in asked):
+        raise MatryoshkaError(
+            f"{opened.name} was trained with {changed} (train.yaml), and the base model's tokenizer would ask other "
+            "prompts: evaluate it in Python, with evaluate(..., tokenizer=...)"
+        )
     if isinstance(adapter, NestedAdapter):
         model_name, computed = name or type(adapter.model.get_base_model()).__name__, adapter.model.dtype
     else:

@@ -7,6 +7,7 @@ write nothing else.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from matryoshka_lora.evaluation.cost import adapter_bytes, token_latency
 from matryoshka_lora.evaluation.drawing import question
 from matryoshka_lora.evaluation.results import Evaluation
 from matryoshka_lora.evaluation.select import evaluation_file, read_evaluation
-from matryoshka_lora.formats.card import template_of
+from matryoshka_lora.formats.card import changed_tokenizer, template_of
 from matryoshka_lora.formats.opened import open_adapter
 from matryoshka_lora.models import DTYPES, base_of, load_on_accelerator, load_tokenizer, needed_base
 from matryoshka_lora.reordering.files import deployed
@@ -187,6 +188,12 @@ def open_session(
     base = needed_base(name, opened.name)
     stored = read_evaluation(folder) if tasks is None and evaluation_file(folder) is not None else None
     tokenizer = load_tokenizer(base, revision=revision)
+    if changed := changed_tokenizer(folder):
+        warnings.warn(
+            f"{folder} was trained with {changed} (train.yaml), and this page has the base model's tokenizer: its "
+            "prompts are not those of training",
+            stacklevel=2,
+        )
     nested = load_opened(load_on_accelerator(base, DTYPES[dtype], revision), opened)
     engine = Engine(nested, tokenizer)
     ranks = [rank for rank in state.nesting.ranks if rank in state.ranks]

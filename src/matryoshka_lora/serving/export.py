@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_free, check_writable, output_directory, output_path, read_bytes, write_text
 from matryoshka_lora.formats.beside import Spectra, share_kept
-from matryoshka_lora.formats.card import CARD_NAME, has_own_card, ladder_readme
+from matryoshka_lora.formats.card import CARD_NAME, changed_tokenizer, has_own_card, ladder_readme
 from matryoshka_lora.formats.directions import write_directions
 from matryoshka_lora.formats.layout import Layer
 from matryoshka_lora.formats.module_names import names_in_model
@@ -179,6 +180,12 @@ def export(
                 from matryoshka_lora.models import load_tokenizer
                 from matryoshka_lora.serving.on_base import write_merged
 
+                if changed := changed_tokenizer(Path(opened.name)):
+                    warnings.warn(
+                        f"{opened.name} was trained with {changed} (train.yaml), and {out} gets the base model's "
+                        "tokenizer: save the tokenizer of the training over it",
+                        stacklevel=2,
+                    )
                 tokenizer = load_tokenizer(str(name), revision=revision)
                 verified = write_merged(folder, opened, ranks, pad, base, tokenizer, verify)
             elif format == "mlx":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import check_writable, checkpoint_file, output_directory
-from matryoshka_lora.formats.card import template_of
+from matryoshka_lora.formats.card import changed_tokenizer, template_of
 from matryoshka_lora.formats.opened import OpenedAdapter, open_adapter
 from matryoshka_lora.formats.single import is_file, open_file
 from matryoshka_lora.formats.write import check_apart, write_adapter
@@ -116,6 +116,11 @@ def _with_data(
 
     name, revision = base_of(opened.config, model, revision)
     name = needed_base(name, opened.name)
+    if changed := changed_tokenizer(Path(opened.name)):
+        raise MatryoshkaError(
+            f"{opened.name} was trained with {changed} (train.yaml), and the base model's tokenizer would make other "
+            f"rows: reorder it in Python, with load(...).reorder({by!r}, rows, tokenizer)"
+        )
     wanted_by = trained if by == "trained" else learned
     # Those that are only looked at are none of those that are learned from, if there are so many.
     looked_at = {"learned": learned.JUDGED * learned.ROWS, "trained": trained.JUDGED_ROWS}.get(by, 0)
