@@ -329,6 +329,15 @@ def test_what_cannot_be_answered_is_said_before_anything_runs() -> None:
     assert engine.loglikelihood([], 1) == []
 
 
+def test_requests_that_llama_4_would_tune_its_attention_for_are_refused() -> None:
+    """By a position that it counts by transformers' cache, which the engine does not use. The real one is 8192."""
+    config = Llama4TextConfig(**WIDE, num_local_experts=2, intermediate_size_mlp=48, floor_scale=32)
+    engine = Engine(tiny_adapter(config), TOKENIZER)
+    assert engine.max_length == 31
+    with pytest.raises(MatryoshkaError, match=r"have 32 tokens, and from 31 on this model tunes its attention.*export"):
+        engine.loglikelihood([([5] * 30, [6, 7, 8])], 4)
+
+
 def test_requests_beyond_the_switch_of_longrope_are_refused() -> None:
     """There, a neighbour's length would change an answer: with transformers' own forward of a padded batch it does."""
     config = Phi3Config(**GROUPED, rope_parameters=dict(LONGROPE), original_max_position_embeddings=32)

@@ -31,11 +31,15 @@ def rotation_limit(model: Any) -> int | None:
     """The most tokens of a row, where longer ones turn all their positions otherwise (longrope); None where none do.
 
     Such a row changes its neighbours in a batch, and what was computed of it while it was shorter. The frequencies of
-    the type ``dynamic`` change too, but beyond `context_length`.
+    the type ``dynamic`` change too, but beyond `context_length`. In Llama 4, longer rows have another temperature of
+    attention, by a position that it counts by transformers' own cache.
     """
-    found = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    config = model.config.get_text_config()
+    found = getattr(config, "rope_parameters", None) or {}
     by_layer = [found, *(each for each in found.values() if isinstance(each, dict))]
     limits = [each["original_max_position_embeddings"] for each in by_layer if each.get("rope_type") == "longrope"]
+    if getattr(config, "attn_temperature_tuning", False):
+        limits.append(config.floor_scale - 1)
     return min(limits, default=None)
 
 

@@ -222,9 +222,11 @@ class Engine:
         if self.max_length is None or length <= self.max_length:
             return
         if self.max_length == rotation_limit(self.model):
+            tuned = getattr(self.model.config.get_text_config(), "attn_temperature_tuning", False)
+            change = "tunes its attention" if tuned else "turns all positions of a row otherwise (longrope)"
             raise MatryoshkaError(
-                f"request {number} is too long: {what} {length} tokens, and from {self.max_length} on this model turns "
-                f"all positions of a row otherwise (longrope), so that rows cannot share a batch. Way out: {WAY_OUT}"
+                f"request {number} is too long: {what} {length} tokens, and from {self.max_length} on this model "
+                f"{change}, so that rows cannot share a batch. Way out: {WAY_OUT}"
             )
         raise MatryoshkaError(
             f"request {number} is too long: {what} {length} tokens, and the model's context has "
