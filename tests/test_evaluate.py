@@ -18,12 +18,12 @@ import torch
 import trl
 from conftest import lora_config, nest_as, nested_llama, randomize, tiny_llama
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_chat import save_tiny_chat, tiny_tokenizer
 from tokenizers import decoders
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError, evaluate, load, select
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError, evaluate, load, nest, select
 from matryoshka_lora.cli.main import app
 from matryoshka_lora.data.questions import ExactMatch, Row, rows_from, tokenize
 from matryoshka_lora.data.tasks import get_task
@@ -520,3 +520,14 @@ def test_adapters_that_are_active_together_are_not_evaluated_as_one(tokenizer: A
     adapter.model.base_model.set_adapter(["default", "style"])
     with pytest.raises(MatryoshkaError, match=r"default, style are active together, .*set_adapter\('default'\)"):
         measured(adapter, tokenizer)
+
+
+def test_an_adapter_with_biases_is_timed(tokenizer: Any) -> None:
+    """PEFT takes one adapter that has some."""
+    base = tiny_llama(vocab_size=len(tokenizer), attention_bias=True)
+    config = LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", bias="all")
+    adapter = nest(get_peft_model(base, config), RANKS)
+    randomize(adapter.model)
+    found = measured(adapter, tokenizer, ROWS[:1], latency=True)
+    assert len(found.about["latency_ms"]) == len(RANKS)
+    assert list(adapter.model.peft_config) == ["default"]

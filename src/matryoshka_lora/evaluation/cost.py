@@ -14,6 +14,7 @@ import torch
 
 from matryoshka_lora.adapter.handle import NestedAdapter
 from matryoshka_lora.adapter.saving import export_rank, opened_from
+from matryoshka_lora.formats.config import AdapterConfig
 from matryoshka_lora.formats.opened import OpenedAdapter
 from matryoshka_lora.loaded import evaluation_mode
 
@@ -89,10 +90,14 @@ def _in_turns(adapter: NestedAdapter, ranks: Sequence[int]) -> list[float]:
 def _load_cut(adapter: NestedAdapter, names: Mapping[int, str]) -> None:
     """Put the ordinary adapter of each rank onto the model.
 
-    Time does not depend on the numbers, so factors that were never reordered are cut as they are.
+    Time does not depend on the numbers, so factors that were never reordered are cut as they are. Biases that were
+    trained stay those of the model: PEFT takes one adapter that has some.
     """
     opened = opened_from(adapter.model, adapter.name)
     columns = replace(opened, state=replace(opened.nested, deploy="paper"))
+    if opened.config["bias"] not in (None, "none"):
+        others = tuple(key for key in opened.others if not key.endswith(".bias"))
+        columns = replace(columns, config=AdapterConfig({**opened.config.data, "bias": "none"}), others=others)
     with tempfile.TemporaryDirectory() as folder:
         for rank, name in names.items():
             export_rank(columns, f"{folder}/{rank}", rank)
