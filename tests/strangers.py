@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import LINEAR_LAYERS, randomize, tiny_llama
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -21,6 +22,15 @@ def plain_adapter(folder: Path, base: Any = None, **changes: Any) -> Any:
     randomize(model)
     model.save_pretrained(folder)
     return model.eval()
+
+
+def forget_weights(folder: Path) -> None:
+    """Let no file say what the weights are, as earlier versions wrote them, so that a test may change them."""
+    file = folder / "nesting.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in said.items() if key not in ("weights", "trained")}))
+    if (folder / "spectra.safetensors").is_file():
+        save_file(load_file(folder / "spectra.safetensors"), folder / "spectra.safetensors")
 
 
 def lora_file(file: Path, seed: int = 0, rank: int = 4) -> Path:

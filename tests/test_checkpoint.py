@@ -23,7 +23,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, export, load
 from matryoshka_lora.formats.beside import read_spectra
-from matryoshka_lora.formats.opened import open_adapter
+from matryoshka_lora.formats.opened import hash_of_files, open_adapter
 from matryoshka_lora.rules import Draw, Rule
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -636,7 +636,9 @@ def test_the_files_of_an_adapter(tmp_path: Path, form: str) -> None:
     saved = in_form(form, nested_llama(NESTING))
     saved.save(tmp_path)
     assert set(fingerprint(tmp_path)) == {WEIGHTS, CONFIG, SIDECAR, CARD} | ({SPECTRA} if form != "paper" else set())
-    assert json.loads((tmp_path / SIDECAR).read_text()) == {
+    said = json.loads((tmp_path / SIDECAR).read_text())
+    assert said.pop("weights") == hash_of_files(open_adapter(tmp_path))
+    assert said == {
         "format_version": 2,
         "ranks": [1, 3, 6],
         "scaling": "sqrt",

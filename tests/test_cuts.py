@@ -20,6 +20,7 @@ import torch
 from conftest import nested_llama, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from strangers import forget_weights
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, select
 from matryoshka_lora.cli.main import app
@@ -157,6 +158,7 @@ def test_auto_is_the_rank_that_was_chosen_for_these_weights(family: Path, cuts: 
     app(["select", str(family), "--within", "5%", "--save"], standalone_mode=False)
     assert open_adapter(found(cuts, "family@auto")).rank == 4
     assert cuts.listing() == [{"id": "family", "ranks": list(range(1, 9)), "auto": 4}]
+    forget_weights(family)
     weights = load_file(family / WEIGHTS_NAME)
     save_file({key: tensor * 2 for key, tensor in weights.items()}, family / WEIGHTS_NAME)
     with pytest.raises(MatryoshkaError, match="measured on other weights"):
@@ -178,6 +180,7 @@ def test_an_evaluation_that_is_made_again_drops_the_choice(family: Path) -> None
 
 
 def test_ranks_are_of_one_adapter(family: Path, cuts: Cuts, tmp_path: Path) -> None:
+    forget_weights(family)
     first = found(cuts, "family@2")
     weights = load_file(family / WEIGHTS_NAME)
     save_file({key: tensor * 2 for key, tensor in weights.items()}, family / WEIGHTS_NAME)

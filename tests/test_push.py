@@ -14,6 +14,7 @@ import pytest
 from conftest import LINEAR_LAYERS, nested_llama, randomize, tiny_llama
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from strangers import forget_weights
 from tiny_hub import sent_files, tiny_hub
 
 from matryoshka_lora import MatryoshkaError, Nesting, export, reorder
@@ -78,6 +79,7 @@ def test_an_evaluation_of_other_weights_is_not_sent(nested: Path, hub: Any) -> N
     (nested / "evaluation").mkdir()
     file = nested / "evaluation" / "evaluation.json"
     file.write_text(json.dumps({"format": 3, "adapter": {"sha256": fingerprint(open_adapter(nested))}}))
+    forget_weights(nested)
     weights = nested / "adapter_model.safetensors"
     before = weights.read_bytes()
     save_file({key: 2 * weight for key, weight in load_file(weights).items()}, weights, {"format": "pt"})

@@ -26,7 +26,7 @@ from matryoshka_lora.adapter.in_model import (
     nested_layers,
 )
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import TRAINED_NAME, output_directory, output_path, replace_directory
+from matryoshka_lora.files import output_directory, output_path, replace_directory
 from matryoshka_lora.formats.config import check_config
 from matryoshka_lora.formats.opened import WEIGHTS_NAME, OpenedAdapter, from_memory, open_adapter
 from matryoshka_lora.formats.sidecar import has_sidecar
@@ -110,10 +110,9 @@ def save_adapter(opened: OpenedAdapter, path: str | os.PathLike[str], keep_train
             "set save_strategy='no' while training, and save it with adapter.save()"
         )
     ready, spectra = deployed(opened)
+    trained = opened if keep_trained and not opened.nested.deployed else None
     with replace_directory(path) as folder:
-        write_adapter(folder, ready, spectra, Path(path), keeps_files=True)
-        if keep_trained and not opened.nested.deployed:
-            write_weights(folder / TRAINED_NAME, opened)
+        write_adapter(folder, ready, spectra, Path(path), keeps_files=True, trained=trained)
 
 
 def export_rank(opened: OpenedAdapter, path: str | os.PathLike[str], rank: int, overwrite: bool = False) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files import SPECTRA_NAME
 from matryoshka_lora.formats.config import CONFIG_NAME
-from matryoshka_lora.formats.opened import OpenedAdapter
+from matryoshka_lora.formats.opened import OpenedAdapter, hash_of_files
 from matryoshka_lora.formats.sidecar import SIDECAR_NAME, as_json
 
 Spectra = Mapping[str, Tensor]
@@ -25,9 +25,13 @@ They are measured in the sense in which the adapter was reordered. ``learned`` a
 sense; their values are those of the SVD."""
 
 
-def write_spectra(folder: Path, spectra: Spectra) -> None:
-    """Write them beside an adapter's weights."""
-    save_file({name: values.float().contiguous() for name, values in spectra.items()}, folder / SPECTRA_NAME)
+_WEIGHTS = "weights"
+
+
+def write_spectra(folder: Path, spectra: Spectra, weights: str) -> None:
+    """Write them beside an adapter's weights, whose `weights_hash` they name."""
+    values = {name: values.float().contiguous() for name, values in spectra.items()}
+    save_file(values, folder / SPECTRA_NAME, {_WEIGHTS: weights})
 
 
 def read_spectra(adapter: OpenedAdapter) -> Spectra | None:
@@ -43,7 +47,8 @@ def read_spectra(adapter: OpenedAdapter) -> Spectra | None:
     try:
         with safe_open(file, framework="pt") as opened:
             names = set(opened.keys())
-            if names != {layer.name for layer in adapter.layers}:
+            weights = (opened.metadata() or {}).get(_WEIGHTS)
+            if names != {layer.name for layer in adapter.layers} or weights not in (None, hash_of_files(adapter)):
                 raise MatryoshkaError(f"{file} belongs to another adapter. {again}")
             spectra = {name: opened.get_tensor(name).double() for name in sorted(names)}
     except (SafetensorError, OSError, ValueError) as error:

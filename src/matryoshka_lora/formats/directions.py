@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ from torch import Size, Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats.layout import as_matrices, as_parameters, factor_keys
+from matryoshka_lora.formats.pieces import open_pieces, read_header, read_piece
 
 DIRECTIONS_NAME = "directions.safetensors"
 _MATRIX = "directions"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_MAX_HEADER = 1 << 26
 
 
 def write_directions(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> None:
@@ -49,11 +48,8 @@ def read_directions(file: Path, max_rank: int, rank: int) -> dict[str, Tensor]:
     """
     again = "Copy or export the adapter again"
     try:
-        with open(file, "rb", buffering=0) as opened:
-            # Else the system reads ahead, up to megabytes that nobody asked for.
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            header, start = _read_header(opened)
+        with open_pieces(file) as opened:
+            header, start = read_header(opened)
             layout = _layout(header.get("__metadata__", {}).get("layers", ""), max_rank)
             widths = [shape.numel() // max_rank for _, shape in layout]
             entry = header[_MATRIX]
@@ -65,7 +61,7 @@ def read_directions(file: Path, max_rank: int, rank: int) -> dict[str, Tensor]:
             if begin < 0 or end - begin != max_rank * length or start + end > size:
                 raise ValueError(f"it has {size} bytes, and its header speaks of others")
             opened.seek(start + begin)
-            rows = torch.frombuffer(bytearray(_read(opened, rank * length)), dtype=dtype).view(rank, -1)
+            rows = torch.frombuffer(bytearray(read_piece(opened, rank * length)), dtype=dtype).view(rank, -1)
         tensors = {}
         if header.keys() - {_MATRIX, "__metadata__"}:
             with safe_open(file, framework="pt") as others:
@@ -83,24 +79,6 @@ def read_directions(file: Path, max_rank: int, rank: int) -> dict[str, Tensor]:
         new = as_parameters(A, B, shape_A, shape_B)
         tensors[key_A], tensors[key_B] = (factor.contiguous() for factor in new)
     return tensors
-
-
-def _read_header(file: RawIOBase) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and where its data begins."""
-    length = int.from_bytes(_read(file, 8), "little")
-    if length > _MAX_HEADER:
-        raise ValueError(f"its header is to have {length} bytes")
-    return json.loads(_read(file, length)), 8 + length
-
-
-def _read(file: RawIOBase, count: int) -> bytes:
-    parts = []
-    while count and (part := file.read(count)):
-        parts.append(part)
-        count -= len(part)
-    if count:
-        raise ValueError(f"{count} bytes are missing at its end")
-    return b"".join(parts)
 
 
 def _layout(text: str, max_rank: int) -> list[tuple[str, Size]]:

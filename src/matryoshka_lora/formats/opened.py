@@ -16,11 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Size, Tensor
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
-from matryoshka_lora.files import TRAINED_NAME, Mark, mark, one_state, read_text
+from matryoshka_lora.files import SPECTRA_NAME, TRAINED_NAME, Mark, mark, one_state, read_text
 from matryoshka_lora.formats.config import AdapterConfig, read_config
 from matryoshka_lora.formats.directions import DIRECTIONS_NAME, read_directions
 from matryoshka_lora.formats.layout import Layer, find_layers
-from matryoshka_lora.formats.sidecar import SIDECAR_NAME, check_folder, has_sidecar, read_sidecar
+from matryoshka_lora.formats.pieces import open_pieces, read_header, read_piece
+from matryoshka_lora.formats.sidecar import SIDECAR_NAME, Sidecar, check_folder, has_sidecar, read_sidecar
+from matryoshka_lora.formats.weights_hash import hash_first, hash_of_tensors, weights_hash
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.state import State
 
@@ -198,7 +200,7 @@ def open_adapter(path: str | os.PathLike[str], max_rank: int | None = None, trai
 
     Raises:
         MatryoshkaError: It is no LoRA adapter, a file is missing or damaged, or it is of a kind that has no nested
-            ranks; the message gives the reason.
+            ranks; or its nesting was written for other weights. The message gives the reason.
     """
     folder = check_folder(path)
     with one_state(folder):
@@ -207,18 +209,69 @@ def open_adapter(path: str | os.PathLike[str], max_rank: int | None = None, trai
 
 def _open(folder: Path, max_rank: int | None, trained: bool) -> OpenedAdapter:
     config = read_config(folder)
-    state = read_sidecar(folder, config) if has_sidecar(folder) else None
+    sidecar = read_sidecar(folder, config) if has_sidecar(folder) else None
+    state = sidecar.state if sidecar else None
     directions = folder / DIRECTIONS_NAME
-    if trained and state is not None and os.path.lexists(folder / TRAINED_NAME):
-        opened = _from_files(folder, config, replace(state, reordered=None), [folder / TRAINED_NAME])
+    if trained and sidecar and os.path.lexists(folder / TRAINED_NAME):
+        opened = _open_trained(folder, config, sidecar)
     elif directions.is_file() and not (folder / WEIGHTS_NAME).exists() and state is not None:
         rank = config.r if max_rank is None else max_rank
         shorter = _first(config, state, rank)
         tensors = read_directions(directions, config.r, rank)
-        return replace(from_memory(str(folder), *shorter, tensors), weights=(directions,))
+        found = replace(from_memory(str(folder), *shorter, tensors), weights=(directions,))
+        _check_weights(found, sidecar)
+        return found
     else:
         opened = _from_files(folder, config, state, _weight_files(folder))
+        _check_weights(opened, sidecar)
     return opened if max_rank is None else first_ranks(opened, max_rank)
+
+
+def _open_trained(folder: Path, config: AdapterConfig, sidecar: Sidecar) -> OpenedAdapter:
+    """The factors as they are trained, if the weights beside them are those that they were written with."""
+    file = folder / TRAINED_NAME
+    if sidecar.weights and any(os.path.lexists(folder / name) for name in (WEIGHTS_NAME, INDEX_NAME)):
+        _check_weights(_from_files(folder, config, sidecar.state, _weight_files(folder)), sidecar)
+    opened = _from_files(folder, config, replace(sidecar.state, reordered=None), [file])
+    if sidecar.weights and hash_of_files(opened) != sidecar.trained:
+        raise MatryoshkaError(
+            f"{file} holds the factors of another training than {folder / SIDECAR_NAME} was written for: delete "
+            f"{TRAINED_NAME} to train on from the weights beside it, or copy the adapter again"
+        )
+    return opened
+
+
+def _check_weights(opened: OpenedAdapter, sidecar: Sidecar | None) -> None:
+    """Raises MatryoshkaError if an adapter's nesting was written for other weights than it has."""
+    if sidecar and sidecar.weights and hash_of_files(opened) != sidecar.weights:
+        file = Path(opened.name) / SIDECAR_NAME
+        raise MatryoshkaError(
+            f"{file} was written for other weights than {opened.weights[0].name} has now, as where PEFT alone has "
+            "trained the adapter on and saved it there: its lower ranks would be wrong. Delete "
+            f"{SIDECAR_NAME}, {SPECTRA_NAME} and {TRAINED_NAME}, here or in a copy; then it is a plain LoRA adapter, "
+            "and `matryoshka reorder` makes a nested one of it. Or copy the adapter again"
+        )
+
+
+def hash_of_files(adapter: OpenedAdapter) -> str:
+    """The `weights_hash` of the weights in an adapter's files, of which little is read."""
+    layers = {key: layer for layer in adapter.layers for key in (layer.key_A, layer.key_B)}
+    if adapter.weights[0].name == DIRECTIONS_NAME:  # in memory, with so many of its rows as are read anyway
+        return hash_of_tensors(adapter.layers, {key: adapter.stored[key].read() for key in layers})
+    first: dict[str, str] = {}
+    for file in adapter.weights:
+        with _explained(file), open_pieces(_file(file)) as opened:
+            header, start = read_header(opened)
+            for key in layers.keys() & header.keys():
+                dtype = DTYPES.get(header[key]["dtype"])
+                if dtype is None:
+                    adapter.tensor(key)  # raises the reason
+                    continue
+                count = layers[key].shape_A[1:].numel() if key == layers[key].key_A else 1
+                opened.seek(start + header[key]["data_offsets"][0])
+                numbers = torch.frombuffer(bytearray(read_piece(opened, count * dtype.itemsize)), dtype=dtype)
+                first[key] = hash_first(layers[key], key, numbers[None])
+    return weights_hash(adapter.layers, first)
 
 
 def from_memory(name: str, config: AdapterConfig, state: State | None, tensors: Mapping[str, Tensor]) -> OpenedAdapter:

@@ -3,9 +3,11 @@
 ::
 
     {"format_version": 2, "ranks": [1, 2, 4, 8], "scaling": "none", "rule": "matryoshka", "seed": 0,
-     "deploy": "reordered", "reordered": "svd"}
+     "deploy": "reordered", "reordered": "svd", "weights": "0c9e...", "trained": "81f2..."}
 
-The scale of the largest rank is that of PEFT's config and stands there alone. The fields are those of
+``weights`` is the hash of the weights that it was written for, see `matryoshka_lora.formats.weights_hash`. ``trained``
+is that of the factors as they are trained, where those stand beside. Earlier versions wrote neither. The scale of the
+largest rank is that of PEFT's config and stands there alone. The other fields are those of
 `matryoshka_lora.state.State`.
 """
 
@@ -14,9 +16,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -33,18 +36,34 @@ FORMAT_VERSION = 2
 
 _MAX_BYTES = 1 << 20  # a sidecar is under a kilobyte; anything large is not one
 _KEYS = {"format_version", "ranks", "scaling", "rule", "seed", "deploy", "reordered"}
+_HASHES = ("weights", "trained")
 _KEYS_1 = {"format_version", "nesting", "rule", "inference", "seed", "form", "trained_ranks"}
 _STUDY_RULES_1 = ("mean", "reversed", "random", "geometric-0.97", "geometric-0.9", "geometric-0.8")
 _AGAIN = "Copy the adapter again"
 
 
-def write_sidecar(folder: Path, state: State) -> None:
+class Sidecar(NamedTuple):
+    """What a sidecar says.
+
+    Attributes:
+        state: The nesting.
+        weights: The hash of the weights that it was written for; None where it does not say.
+        trained: That of the factors as they are trained, which stand beside; None where it knows of none.
+    """
+
+    state: State
+    weights: str | None = None
+    trained: str | None = None
+
+
+def write_sidecar(folder: Path, sidecar: Sidecar) -> None:
     """Write the sidecar into a folder."""
-    write_text(folder / SIDECAR_NAME, json.dumps(as_json(state), indent=2) + "\n")
+    hashes = {name: getattr(sidecar, name) for name in _HASHES if getattr(sidecar, name) is not None}
+    write_text(folder / SIDECAR_NAME, json.dumps(as_json(sidecar.state) | hashes, indent=2) + "\n")
 
 
 def as_json(state: State) -> dict[str, Any]:
-    """The content of a sidecar: plain JSON types."""
+    """What a sidecar says of the nesting: plain JSON types."""
     return {
         "format_version": FORMAT_VERSION,
         "ranks": list(state.nesting.ranks),
@@ -73,7 +92,7 @@ def has_sidecar(folder: Path) -> bool:
     return os.path.lexists(folder / SIDECAR_NAME)
 
 
-def read_sidecar(folder: Path, config: AdapterConfig) -> State:
+def read_sidecar(folder: Path, config: AdapterConfig) -> Sidecar:
     """Read the sidecar of an adapter.
 
     Args:
@@ -100,6 +119,7 @@ def read_sidecar(folder: Path, config: AdapterConfig) -> State:
             "upgrade with `pip install -U matryoshka-lora`"
         )
     keys = _KEYS if version == FORMAT_VERSION else _KEYS_1
+    hashes = {name: data.pop(name) for name in _HASHES if version == FORMAT_VERSION and name in data}
     wrong = sorted(map(str, keys ^ set(data)))
     if wrong:
         raise MatryoshkaError(f"{file}: keys are missing or unknown: {', '.join(wrong)}. {_AGAIN}")
@@ -123,7 +143,10 @@ def read_sidecar(folder: Path, config: AdapterConfig) -> State:
             f"{folder / CONFIG_NAME} does not go with its sidecar: it says r={config.r}, and the largest nested rank "
             f"is {state.nesting.max_rank}. {_AGAIN}"
         )
-    return state
+    for name, value in hashes.items():
+        if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+            raise MatryoshkaError(f"{file}: {name} is {value!r:.80}, not a hash. {_AGAIN}")
+    return Sidecar(state, **hashes)
 
 
 def _state(data: dict[str, Any], config: AdapterConfig) -> State:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, adapter_files, output_files
+from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, TRAINED_NAME, adapter_files, output_files
 from matryoshka_lora.formats.beside import Spectra, check_measured, write_spectra
 from matryoshka_lora.formats.card import has_own_card, write_card
 from matryoshka_lora.formats.config import AdapterConfig
 from matryoshka_lora.formats.layout import Layer
 from matryoshka_lora.formats.opened import WEIGHTS_NAME, OpenedAdapter, Stored, open_adapter
-from matryoshka_lora.formats.sidecar import write_sidecar
+from matryoshka_lora.formats.sidecar import Sidecar, write_sidecar
 from matryoshka_lora.formats.streamed import file_size, write_stored
+from matryoshka_lora.formats.weights_hash import hash_first, weights_hash
 
 TOLERANCE = 1e-2
 """Of a layer's update, and of what the adapter does to the logits. Factors in half precision are rounded by 0.4 %."""
@@ -36,6 +37,7 @@ def write_adapter(
     spectra: Spectra | None = None,
     home: Path | None = None,
     keeps_files: bool = False,
+    trained: OpenedAdapter | None = None,
 ) -> None:
     """Write an adapter into a folder, one layer in memory at a time.
 
@@ -46,13 +48,15 @@ def write_adapter(
         home: Where the folder will be: a card that somebody has written there stays.
         keeps_files: The recipe and the evaluation in ``home`` stay beside the adapter. Its card shows the recipe, and
             the evaluation if it is of this very adapter.
+        trained: The factors as they are trained, which are written beside those that are deployed.
     """
-    write_weights(folder / WEIGHTS_NAME, adapter)
+    weights = write_weights(folder / WEIGHTS_NAME, adapter)
+    beside = None if trained is None else write_weights(folder / TRAINED_NAME, trained)
     adapter.config.write(folder)
     if adapter.state is not None:
-        write_sidecar(folder, adapter.state)
+        write_sidecar(folder, Sidecar(adapter.state, weights, beside))
     if spectra is not None:
-        write_spectra(folder, spectra)
+        write_spectra(folder, spectra, weights)
     if home is None or not has_own_card(home):
         kept = home if keeps_files else None
         write_card(folder, adapter.config, adapter.state, kept, kept is not None and _is_measured(folder, kept))
@@ -103,9 +107,23 @@ def _ends(name: str) -> Iterator[str]:
         yield name
 
 
-def write_weights(file: Path, adapter: OpenedAdapter) -> None:
-    """Write an adapter's tensors as safetensors, each as it is read, so that one layer is in memory at a time."""
-    write_stored(file, _weights(adapter), _METADATA, adapter.tensor)
+def write_weights(file: Path, adapter: OpenedAdapter) -> str:
+    """Write an adapter's tensors as safetensors, each as it is read, so that one layer is in memory at a time.
+
+    Returns:
+        The `weights_hash` of what was written.
+    """
+    layers = {key: layer for layer in adapter.layers for key in (layer.key_A, layer.key_B)}
+    first: dict[str, str] = {}
+
+    def read(key: str) -> Tensor:
+        tensor = adapter.tensor(key)
+        if key in layers:
+            first[key] = hash_first(layers[key], key, tensor)
+        return tensor
+
+    write_stored(file, _weights(adapter), _METADATA, read)
+    return weights_hash(adapter.layers, first)
 
 
 def weights_size(adapter: OpenedAdapter) -> int:

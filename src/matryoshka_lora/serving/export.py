@@ -18,9 +18,10 @@ from matryoshka_lora.formats.directions import write_directions
 from matryoshka_lora.formats.layout import Layer
 from matryoshka_lora.formats.module_names import names_in_model
 from matryoshka_lora.formats.opened import OpenedAdapter, first_ranks, from_memory, open_adapter
-from matryoshka_lora.formats.sidecar import write_sidecar
+from matryoshka_lora.formats.sidecar import Sidecar, write_sidecar
 from matryoshka_lora.formats.single import LoraFile, from_folder, is_file, open_file
 from matryoshka_lora.formats.styles import Style
+from matryoshka_lora.formats.weights_hash import hash_of_tensors
 from matryoshka_lora.formats.write import Ranks, check_apart, cut, weights_size, write_adapter
 from matryoshka_lora.reordering.files import deployed, is_in_order, reorder_opened, spectra_of
 from matryoshka_lora.serving.converted import check_folders, export_gguf, export_gguf_ladder, export_mlx
@@ -342,7 +343,7 @@ def _directions(opened: OpenedAdapter, folder: Path, rank: int) -> None:
     tensors = shorter.tensors()
     write_directions(folder, tensors, shorter.rank)
     shorter.config.write(folder)
-    write_sidecar(folder, shorter.nested)
+    write_sidecar(folder, Sidecar(shorter.nested, hash_of_tensors(shorter.layers, tensors)))
     again = open_adapter(folder).tensors()
     if tensors.keys() != again.keys() or not all(tensors[key].equal(again[key]) for key in tensors):
         raise MatryoshkaError("the file that was written holds other numbers: check the disk and export again")
