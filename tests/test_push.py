@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import struct
 import zlib
@@ -133,6 +134,87 @@ def test_a_file_of_directions_is_sent(nested: Path, tmp_path: Path, hub: Any) ->
     export(nested, tmp_path / "directions", format="directions")
     push(tmp_path / "directions", "me/any-rank", endpoint=hub.address)
     assert set(sent_files(hub)) == OWN - {"adapter_model.safetensors"} | {"directions.safetensors"}
+
+
+def in_shards(folder: Path) -> Path:
+    """A plain adapter in two files, as PEFT names them."""
+    model = get_peft_model(tiny_llama(), LoraConfig(r=8, target_modules=LINEAR_LAYERS))
+    randomize(model, seed=3)
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    keys = sorted(tensors)
+    parts = {f"adapter_model-0000{i}-of-00002.safetensors": part for i, part in ((1, keys[:5]), (2, keys[5:]))}
+    for name, part in parts.items():
+        save_file({key: tensors[key] for key in part}, folder / name, {"format": "pt"})
+    index = {"weight_map": {key: name for name, part in parts.items() for key in part}}
+    (folder / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "adapter_model.safetensors").unlink()
+    return folder
+
+
+def plain(folder: Path) -> Path:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=8, target_modules=LINEAR_LAYERS))
+    randomize(model, seed=2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def downloaded(hub: Any, into: Path) -> Path:
+    for name, content in hub.files.items():
+        (into / name).parent.mkdir(parents=True, exist_ok=True)
+        (into / name).write_bytes(content)
+    return into
+
+
+KINDS = ("nested", "plain", "shards", "directions")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    # A plain adapter has no file that a nested one has not.
+    [pair for pair in itertools.permutations(KINDS, 2) if pair != ("plain", "nested")],
+)
+def test_a_second_version_leaves_nothing_of_the_first(
+    nested: Path, tmp_path: Path, hub: Any, first: str, second: str
+) -> None:
+    kinds = {"nested": nested, "plain": plain(tmp_path / "plain"), "shards": in_shards(tmp_path / "shards")}
+    kinds["directions"] = tmp_path / "directions"
+    export(nested, tmp_path / "directions", format="directions")
+    push(kinds[first], "me/any-rank", endpoint=hub.address)
+    hub.requests.clear()
+    push(kinds[second], "me/any-rank", endpoint=hub.address)
+    assert set(hub.files) == {"README.md", *sent_files(hub)}
+    wanted = open_adapter(kinds[second])
+    found = open_adapter(downloaded(hub, tmp_path / "there"))
+    assert [file.name for file in found.weights] == [file.name for file in wanted.weights]
+    assert found.state == wanted.state
+    assert all(tensor.equal(found.tensor(key)) for key, tensor in wanted.tensors().items())
+
+
+def test_only_files_of_an_adapter_are_deleted(nested: Path, hub: Any) -> None:
+    others = (
+        *(".gitattributes", "LICENSE", "train.yaml", "adapter_model_old.safetensors", "model.safetensors"),
+        *("other/nesting.json", "evaluation/mine.txt", "evaluation.json", "tokenizer.json"),
+    )
+    ours = (
+        *("adapter_model-00001-of-00002.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"),
+        *("directions.safetensors", "trained.safetensors"),
+        *("evaluation/evaluation.json", "evaluation/curve.png", "evaluation/report.html", "evaluation/examples.jsonl"),
+    )
+    hub.files.update(dict.fromkeys((*others, *ours, "nesting.json"), b"old"))
+    push(nested, "me/any-rank", endpoint=hub.address)
+    assert set(hub.files) == {*others, *OWN, "spectra.safetensors"}
+    assert {hub.files[name] for name in others} == {b"old"}
+    assert hub.files["nesting.json"] == (nested / "nesting.json").read_bytes()
+    assert len([path for path, _ in hub.requests if "/commit/" in path]) == 1
+
+
+def test_a_repository_that_is_not_listed_is_left_alone(nested: Path, hub: Any) -> None:
+    hub.files["directions.safetensors"], hub.lists = b"old", False
+    with pytest.raises(MatryoshkaError, match=r"nothing was sent.*'me/any-rank' cannot be listed.*another repository"):
+        push(nested, "me/any-rank", endpoint=hub.address)
+    assert hub.files == {"directions.safetensors": b"old"}
+    assert not [path for path, _ in hub.requests if "/commit/" in path]
 
 
 def picture(words: str) -> bytes:

@@ -27,16 +27,28 @@ class Hub(BaseHTTPRequestHandler):
                 {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
             )
         else:
+            files = self.server.files  # type: ignore[attr-defined]
+            for line in map(json.loads, body.splitlines() if "/commit/" in self.path else ()):
+                if line["key"] == "file":
+                    files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    del files[line["value"]["path"]]
             self._answer(
                 {"commitUrl": f"{self.server.address}/me/any-rank/commit/1", "commitOid": "1", "success": True}
             )  # type: ignore[attr-defined]
 
     def do_GET(self) -> None:
-        self._answer({"id": "me/any-rank", "sha": "0", "siblings": []})
+        if "/tree/" not in self.path:
+            self._answer({"id": "me/any-rank", "sha": "0", "siblings": []})
+        elif self.server.lists:  # type: ignore[attr-defined]
+            files = self.server.files.items()  # type: ignore[attr-defined]
+            self._answer([{"type": "file", "path": path, "size": len(data), "oid": "0"} for path, data in files])
+        else:
+            self._answer({"error": "you may not read this"}, 403)
 
-    def _answer(self, content: Any) -> None:
+    def _answer(self, content: Any, status: int = 200) -> None:
         text = json.dumps(content).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
@@ -47,8 +59,13 @@ class Hub(BaseHTTPRequestHandler):
 
 @contextmanager
 def tiny_hub() -> Iterator[Any]:
-    """A server with ``address`` and ``requests``: all that was sent, as path and body."""
+    """A server with an ``address``.
+
+    Its ``requests`` are all that was sent, as path and body; its ``files`` are what its one repository holds. It does
+    not list them where ``lists`` is False.
+    """
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files, server.lists = {}, True
     server.requests, server.address = [], f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with pytest.MonkeyPatch.context() as patch:

@@ -20,6 +20,7 @@ told to read again (`one_state`).
 
 from matryoshka_lora.files.disk import (
     EVALUATION,
+    EVALUATION_FILES,
     EVALUATION_FOLDER,
     EVALUATION_NAME,
     PICTURE_NAME,
@@ -49,6 +50,7 @@ from matryoshka_lora.files.writing import (
 
 __all__ = [
     "EVALUATION",
+    "EVALUATION_FILES",
     "EVALUATION_FOLDER",
     "EVALUATION_NAME",
     "PICTURE_NAME",

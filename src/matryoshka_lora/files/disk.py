@@ -40,9 +40,11 @@ _MODEL_FILES = (
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json"),
     *("additional_chat_templates/*", "processor_config.json", "preprocessor_config.json"),
 )
-_EVALUATION_FILES = (
+EVALUATION_FILES = (
     *(EVALUATION_NAME, PICTURE_NAME, "examples.jsonl", "report.html", "answers.jsonl", "answers.jsonl.lock"),
 )
+"""What `matryoshka eval` writes into its folder."""
+
 _README = "README.md"
 
 _RUN, EVALUATION = "a training run", "an evaluation"
@@ -115,8 +117,8 @@ def adapter_files(folder: Path) -> Iterator[Path]:
 
 def output_files(folder: Path) -> Iterator[Path]:
     """The files of all that `kinds_in` knows in a folder, but for a training run; relative to it."""
-    yield from _matching(folder, (*_ADAPTER_FILES, *_MODEL_FILES, *_EVALUATION_FILES))
-    yield from _matching(folder, (f"{EVALUATION_FOLDER}/{name}" for name in _EVALUATION_FILES))
+    yield from _matching(folder, (*_ADAPTER_FILES, *_MODEL_FILES, *EVALUATION_FILES))
+    yield from _matching(folder, (f"{EVALUATION_FOLDER}/{name}" for name in EVALUATION_FILES))
     yield from _matching(folder, (f"rank-*/{name}" for name in (*_ADAPTER_FILES, "adapter.gguf")))
     for card in _matching(folder, (_README, f"rank-*/{_README}")):
         if is_ours(folder / card):

@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from matryoshka_lora.errors import MatryoshkaError, one_line
-from matryoshka_lora.files import EVALUATION_FOLDER, EVALUATION_NAME, PICTURE_NAME, SPECTRA_NAME
+from matryoshka_lora.files import (
+    EVALUATION_FILES,
+    EVALUATION_FOLDER,
+    EVALUATION_NAME,
+    PICTURE_NAME,
+    SPECTRA_NAME,
+    TRAINED_NAME,
+)
 from matryoshka_lora.formats.beside import check_measured
 from matryoshka_lora.formats.card import CARD_NAME, HUB_ID, hub_name, write_card
 from matryoshka_lora.formats.config import CONFIG_NAME, AdapterConfig
@@ -29,6 +36,12 @@ _BESIDES = (
     f"{EVALUATION_FOLDER}/{EVALUATION_NAME}",
     f"{EVALUATION_FOLDER}/{PICTURE_NAME}",
 )
+# Of an adapter that was pushed before, these are not left beside another one's.
+_OURS = {
+    *(WEIGHTS_NAME, INDEX_NAME, "adapter_model.bin", DIRECTIONS_NAME, SIDECAR_NAME, SPECTRA_NAME, TRAINED_NAME),
+    *(f"{EVALUATION_FOLDER}/{name}" for name in EVALUATION_FILES),
+}
+_SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
 _MOST_NAMED = 5
 _MOST_HEADER = 1 << 26
 _TEXT = re.compile(rb"[\x20-\x7e]{16,}")
@@ -44,6 +57,9 @@ def push(
 ) -> str:
     """Upload an adapter, its card (of a nested one written anew) and its evaluation, through huggingface_hub.
 
+    What the repository has of another adapter goes in the same commit: its weights, nesting and evaluation, by their
+    names. All other files there stay.
+
     Args:
         adapter: Its directory.
         repository: ``owner/name``; made if it does not exist.
@@ -58,7 +74,7 @@ def push(
     Raises:
         MatryoshkaError: The adapter is damaged, names a folder as its base model, or has an evaluation of other
             weights, or a file holds what looks like a token or an absolute path: nothing has been sent then. Or the hub
-            refuses; the message says why.
+            refuses, or does not say what the repository holds; the message says why.
     """
     opened = open_adapter(adapter)
     check_measured(Path(opened.name) / EVALUATION_FOLDER / EVALUATION_NAME, opened)
@@ -71,13 +87,40 @@ def push(
     try:
         made = api.create_repo(repository, private=private, exist_ok=True)
         commit = api.create_commit(
-            repo_id=made.repo_id, operations=operations, commit_message="Upload a LoRA adapter for every rank"
+            repo_id=made.repo_id,
+            operations=[*operations, *_deletions(_listed(api, made.repo_id), operations)],
+            commit_message="Upload a LoRA adapter for every rank",
         )
+    except MatryoshkaError:
+        raise
     except Exception as error:  # the hub's own errors, and those of whatever HTTP library it uses
         raise MatryoshkaError(
             f"cannot push to {repository!r}: {one_line(error)[:500]} Log in with `hf auth login`; write owner/name"
         ) from error
     return str(commit.commit_url)
+
+
+def _listed(api: HfApi, repository: str) -> list[str]:
+    """The files of a repository.
+
+    Raises:
+        MatryoshkaError: The hub does not list them.
+    """
+    try:
+        return list(api.list_repo_files(repository))
+    except Exception as error:  # as in `push`
+        raise MatryoshkaError(
+            f"nothing was sent, because the files of {repository!r} cannot be listed, and those of an adapter that is "
+            f"there would pass for this one's: {one_line(error)[:500]} Push again, with a token that may read it, or "
+            "into another repository"
+        ) from error
+
+
+def _deletions(there: Iterable[str], sent: Sequence[CommitOperationAdd]) -> list[CommitOperationDelete]:
+    """What goes of a repository's files: those with the names of an adapter's that are not sent anew."""
+    new = {each.path_in_repo for each in sent}
+    gone = sorted(name for name in there if name in _OURS or _SHARD.fullmatch(name))
+    return [CommitOperationDelete(name, is_folder=False) for name in gone if name not in new]
 
 
 def _files_to_send(adapter: OpenedAdapter, config: AdapterConfig) -> list[CommitOperationAdd]:
