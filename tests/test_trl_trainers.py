@@ -16,7 +16,7 @@ import torch
 from accelerate import ParallelismConfig
 from conftest import lora_config, nest_as, randomize, tiny_llama
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_chat import tiny_tokenizer
 from torch import Tensor
@@ -368,6 +368,27 @@ def test_an_adapter_that_was_there_before_is_no_copy(name: str) -> None:
     add_copy(model, name)  # as TRL does
     assert torch.equal(logits_of(model, name), logits_of(model, "default"))
     assert NestedAdapter(model, name).reordered
+
+
+@pytest.mark.parametrize("name", ["ref", "teacher"])
+@pytest.mark.parametrize("loaded", [True, False])
+def test_an_adapter_with_factors_of_its_own_is_no_copy(name: str, loaded: bool, tmp_path: Path) -> None:
+    """It may have the nested one's config, as a teacher of one's own has."""
+    plain: Any = peft_model().eval()
+    randomize(plain, seed=5, size=0.1)
+    plain.save_pretrained(tmp_path)
+    expected = logits_of(plain, "default")
+    adapter = nested()
+    model: Any = adapter.model.eval()
+    if loaded:
+        model.load_adapter(tmp_path, name)
+    else:
+        model.add_adapter(name, model.peft_config["default"])
+        set_peft_model_state_dict(model, get_peft_model_state_dict(plain), adapter_name=name)
+    for _ in range(2):
+        torch.testing.assert_close(logits_of(model, name), expected, rtol=1e-4, atol=1e-4)
+        adapter.draw(0)
+        adapter.reorder()
 
 
 @pytest.mark.parametrize("name", ["ref", "teacher"])

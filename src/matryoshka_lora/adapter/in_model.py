@@ -132,37 +132,51 @@ def begin(model: nn.Module, adapter: str) -> None:
 
 def no_copies(model: PeftModel, layers: Sequence[tuple[str, Any]], adapter: str) -> set[str]:
     """The plain adapters that have the name of a copy, as TRL calls them, and other factors than the adapter."""
-
-    def is_copy(module: Any, name: str) -> bool:
-        if not has_adapter(module, name):
-            return False
-        pairs = zip(get_parameters(module, name), get_parameters(module, adapter), strict=True)
-        return all(a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in pairs)
-
     there = [name for name in COPIES if name in model.peft_config and not any(nested_layers(model, name))]
-    return {name for name in there if not all(is_copy(module, name) for _, module in layers)}
+    return {name for name in there if not all(_is_copy(module, name, adapter) for _, module in layers)}
 
 
+def _is_copy(module: Any, name: str, adapter: str) -> bool:
+    """Whether one adapter has the factors of another in a layer, up to the rounding to the dtype of one of them."""
+    if not has_adapter(module, name):
+        return False
+    pairs = list(zip(get_parameters(module, name), get_parameters(module, adapter), strict=True))
+    return all(
+        a.device == b.device and (torch.equal(a.to(b.dtype), b) or torch.equal(a, b.to(a.dtype))) for a, b in pairs
+    )
+
+
+@torch.no_grad()
 def nest_copies(model: PeftModel, adapter: str) -> dict[str, State]:
     """Nest the copies that TRL keeps of a nested adapter, as far as they are not, and return their states by name.
 
     DPO, KTO, GRPO and RLOO measure how far training has gone from adapter "ref"; SDFT and SDPO learn from "teacher".
     TRL adds both by the nested adapter's own config and fills in its factors. Without p between them, they would be
-    another function than what they are copies of. An adapter of such a name that was there before is none.
+    another function than what they are copies of. An adapter of such a name that was there before, or that has factors
+    of its own, is none: call this while the factors still are what they are copies of.
     """
     config = model.peft_config[adapter]
     states: dict[str, State] = {}
     for name in COPIES:
         if name == adapter or model.peft_config.get(name) != config:
             continue
-        for _, module in lora_layers(model, name):
-            original, copy = module.lora_variant.get(adapter), module.lora_variant.get(name)
-            if copy is None and isinstance(original, NestedVariant) and name not in original.apart:
-                # A state of their own, since the adapter may be reordered and its copies are not.
-                copy = original.copied(states.get(name) or replace(original.state), module, name)
-                module.lora_variant[name] = copy
-            if isinstance(copy, NestedVariant):
-                states[name] = copy.state
+        layers = [module for _, module in lora_layers(model, name)]
+        plain = [
+            (module, original)
+            for module in layers
+            if module.lora_variant.get(name) is None
+            and isinstance(original := module.lora_variant.get(adapter), NestedVariant)
+            and name not in original.apart
+        ]
+        found = (module.lora_variant.get(name) for module in layers)
+        state = next((variant.state for variant in found if isinstance(variant, NestedVariant)), None)
+        if plain and all(_is_copy(module, name, adapter) for module, _ in plain):
+            # A state of their own, since the adapter may be reordered and its copies are not.
+            state = state or replace(plain[0][1].state)
+            for module, original in plain:
+                module.lora_variant[name] = original.copied(state, module, name)
+        if state is not None:
+            states[name] = state
     return states
 
 

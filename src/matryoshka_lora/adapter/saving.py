@@ -205,7 +205,7 @@ class _Nested:
                 function under P; or the adapter in the model is merged.
         """
         model: Any = self
-        for name in list(model.peft_config) if adapter_name in COPIES else ():
+        for name in list(model.peft_config):  # while the factors are what they are copies of
             nest_copies(model, name)
         state = _state_of(model, adapter_name) if adapter_name in model.peft_config else None
         folder = Path(model_id, kwargs.get("subfolder") or "")
