@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import re
 import warnings
@@ -396,6 +397,100 @@ def test_contexts_of_two_threads_are_refused(adapter: NestedAdapter) -> None:
                 pytest.fail("the context must not open")
             other.submit(context.__exit__, None, None, None).result()
         assert torch.equal(adapter.model(ids).logits, full)
+
+
+def logits_of(adapter: NestedAdapter, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = adapter.model(ids).logits
+        return logits
+
+
+def at_rank(adapter: NestedAdapter, ids: Tensor, rank: int) -> Tensor:
+    with adapter.rows([rank]):
+        return logits_of(adapter, ids)
+
+
+@pytest.mark.parametrize("computes_in", ["thread", "task"])
+def test_contexts_of_two_tasks_of_one_thread_are_refused(adapter: NestedAdapter, computes_in: str) -> None:
+    """As those of two requests to an asynchronous server are."""
+    ids = tokens(1)
+    expected = {rank: at_rank(adapter, ids, rank) for rank in (1, 8)}
+
+    async def answer(rank: int) -> Tensor:
+        with adapter.rows([rank]):
+            await asyncio.sleep(0)
+            if computes_in == "thread":
+                return await asyncio.to_thread(logits_of, adapter, ids)
+            return logits_of(adapter, ids)
+
+    async def both() -> list[Any]:
+        return await asyncio.gather(answer(1), answer(8), return_exceptions=True)
+
+    first, second = asyncio.run(both())
+    assert torch.equal(first, expected[1])
+    with pytest.raises(MatryoshkaError, match=r"another task has a `with adapter\.rows.* by an asyncio\.Lock"):
+        raise second
+
+    async def one_by_one() -> list[Tensor]:
+        lock = asyncio.Lock()
+
+        async def locked(rank: int) -> Tensor:
+            async with lock:
+                return await answer(rank)
+
+        return await asyncio.gather(locked(1), locked(8))
+
+    assert all(torch.equal(got, expected[rank]) for got, rank in zip(asyncio.run(one_by_one()), (1, 8), strict=True))
+
+
+def test_a_call_of_a_thread_or_task_that_opened_nothing_is_refused(adapter: NestedAdapter) -> None:
+    ids = tokens(1)
+    full, low = logits_of(adapter, ids), at_rank(adapter, ids, 1)
+    model: Any = adapter.model
+    with ThreadPoolExecutor(1) as other:
+        with adapter.rows([1]):
+            for call in (model, lambda ids: model.generate(ids, max_new_tokens=2, pad_token_id=0)):
+                with pytest.raises(MatryoshkaError, match="another thread has a `with adapter"):
+                    other.submit(call, ids).result()
+            assert torch.equal(logits_of(adapter, ids), low)
+        assert torch.equal(other.submit(logits_of, adapter, ids).result(), full)
+
+    async def opens() -> None:
+        with adapter.rows([1]):
+            await asyncio.sleep(0)
+            inner = asyncio.create_task(asyncio.to_thread(logits_of, adapter, ids))
+            assert torch.equal(await inner, low)
+
+    async def served() -> None:
+        task = asyncio.create_task(opens())
+        await asyncio.sleep(0)
+        with pytest.raises(MatryoshkaError, match="another task has a `with adapter"):
+            logits_of(adapter, ids)
+        await task
+
+    asyncio.run(served())
+    assert torch.equal(logits_of(adapter, ids), full)
+
+
+def test_a_task_within_a_context_does_not_change_the_ranks_of_its_caller(adapter: NestedAdapter) -> None:
+    ids = tokens(1)
+    low, full = at_rank(adapter, ids, 1), at_rank(adapter, ids, 8)
+
+    async def opens() -> None:
+        with adapter.rows([8]):
+            assert torch.equal(logits_of(adapter, ids), full)
+            await asyncio.sleep(0)
+
+    async def serve() -> None:
+        with adapter.rows([1]):
+            task = asyncio.create_task(opens())
+            await asyncio.sleep(0)
+            with pytest.raises(MatryoshkaError, match="another task has"):
+                logits_of(adapter, ids)
+            await task
+            assert torch.equal(logits_of(adapter, ids), low)
+
+    asyncio.run(serve())
 
 
 def test_rows_are_those_of_an_active_adapter(tmp_path: Path) -> None:

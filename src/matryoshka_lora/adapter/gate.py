@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,9 +18,14 @@ from transformers import PreTrainedModel
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.ops import full_precision
+from matryoshka_lora.unofficial import backward_node
 
 PLACES = ("position_ids", "seq_idx", "cu_seq_lens_q")
 """The inputs of a model that say where in a row a sequence begins."""
+
+_numbers = count()
+_opened_here: ContextVar[frozenset[int]] = ContextVar("matryoshka_lora_opened_here", default=frozenset())
+"""The numbers of the contexts of rows that this thread or task has open. One that begins within them knows them too."""
 
 
 @dataclass(eq=False)
@@ -154,7 +161,7 @@ class RowCount:
         self.unproven = 0
         self.contexts = 0
         self.in_training = False
-        self._threads: list[int] = []
+        self._open: dict[int, int] = {}  # the threads of the contexts that are open, by their numbers
         self._caller: nn.Module | None = None
         self._handles: list[RemovableHandle] = []
         for part in (model, *_models(model.get_base_model())):
@@ -172,27 +179,42 @@ class RowCount:
         self._handles.clear()
 
     @contextmanager
-    def in_one_thread(self) -> Iterator[None]:
-        """A context that may be open several times in one thread, and not in two.
+    def opened(self) -> Iterator[None]:
+        """A context that may be open several times in one flow of control, and not in two.
+
+        A flow is a thread or an asyncio task, with what copies its context variables: `asyncio.to_thread`, or a task
+        that begins within the context. No other may call the model meanwhile.
 
         Raises:
-            MatryoshkaError: It is open in another thread.
+            MatryoshkaError: It is open in another thread or task.
         """
-        thread = threading.get_ident()
-        self._threads.append(thread)  # first, so that of two threads at once not both find nobody
+        number = next(_numbers)
+        self._open[number] = threading.get_ident()  # first, so that of two threads at once not both find nobody
         try:
-            if any(other != thread for other in self._threads):
-                raise MatryoshkaError(
-                    "another thread has a `with adapter.rows(...)` open on this model, and would compute at these "
-                    "ranks: let one thread wait for the other, for example by a threading.Lock"
-                )
+            _opened_here.set(_opened_here.get() | {number})
+            self._check_opened_here()
             yield
         finally:
-            self._threads.remove(thread)
+            del self._open[number]
+            _opened_here.set(_opened_here.get() - {number})
+
+    def _check_opened_here(self) -> None:
+        here, thread = _opened_here.get(), threading.get_ident()
+        others = [opener for number, opener in list(self._open.items()) if number not in here]
+        if others:
+            in_thread = any(opener != thread for opener in others)
+            who, lock = ("thread", "a threading.Lock") if in_thread else ("task", "an asyncio.Lock")
+            raise MatryoshkaError(
+                f"another {who} has a `with adapter.rows(...)` open on this model, and would compute at these "
+                f"ranks: let one {who} wait for the other, for example by {lock}. A call that is to have the ranks of "
+                "a context belongs in the thread and the task that opened it, or in asyncio.to_thread"
+            )
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
+        if self._open and backward_node() is None:  # a backward pass that computes again may have threads of its own
+            self._check_opened_here()
         whole = isinstance(module, PeftModel)  # which no other calls; it is still there where an interrupt left it
         if self._caller is not None and self._caller is not module and not whole:
             return

@@ -129,6 +129,9 @@ class NestedAdapter:
         In ``generate``, beams and several returned sequences of a row share its rank. A backward pass belongs inside
         the context: with gradient checkpointing it runs the forward again.
 
+        No other thread or asyncio task may open one or call the model meanwhile. ``asyncio.to_thread`` and tasks that
+        begin in the context belong to it.
+
         Args:
             ranks: One for each row. Rank 0 is the base model without the adapter, see `has_base`.
             exact: Whether eval mode computes as PEFT does, in the dtype of the factors. False computes the update of
@@ -136,8 +139,8 @@ class NestedAdapter:
                 rounds otherwise; it makes no difference where both dtypes are the same.
 
         Raises:
-            MatryoshkaError: A rank was not trained, the adapter is merged or not the active one, or (from the forward)
-                the batch has another number of rows.
+            MatryoshkaError: A rank was not trained, the adapter is merged or not the active one, another thread or
+                task has one open, or (from the forward) the batch has another number of rows.
         """
         state = self.state
         try:

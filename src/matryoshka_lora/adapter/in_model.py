@@ -293,7 +293,7 @@ class InModel:
             )
         gates = gated(self.model, self.name, diagonal, exact=exact)
         rows, differ = gates[0][0].rows, not gates[0][1].uniform
-        with rows.in_one_thread():
+        with rows.opened():
             rows.forget()
             rows.contexts += differ
             for variant, gate in gates:
