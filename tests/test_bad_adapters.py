@@ -29,6 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from strangers import forget_weights
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -117,6 +118,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     nested_llama(NESTING, target_modules=TARGETS).save(folder)
     # PEFT keeps the targets as a set: without an order of their own, random damage would be another in every process.
     config(target_modules=TARGETS)(folder)
+    forget_weights(folder)  # else any other weights are refused for being others
     return folder
 
 
@@ -525,6 +527,7 @@ def save_to_train_on(folder: Path) -> None:
     """The factors as they are trained stand beside those that are deployed, as in a checkpoint."""
     nested_llama(NESTING, deploy="reordered", target_modules=TARGETS).model.save_pretrained(str(folder))
     assert (folder / TRAINED).is_file()
+    forget_weights(folder)
 
 
 @pytest.mark.parametrize("case", TRAINED_DAMAGES)
