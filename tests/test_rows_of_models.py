@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,10 @@ from transformers import (
     BartForConditionalGeneration,
     CLIPConfig,
     CLIPModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LongformerConfig,
     LongformerModel,
     T5Config,
@@ -33,6 +38,8 @@ from transformers import (
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting
 
 NESTING = Nesting([1, 2, 4], "sqrt")
+IMAGE = 49
+"""The token of an image's patch in `llava`."""
 
 
 def longformer() -> Any:
@@ -117,6 +124,17 @@ def clip() -> Any:
         text_config={**text, **heads, "eos_token_id": 49}, vision_config={**vision, **heads}, projection_dim=8
     )
     return CLIPModel(config)
+
+
+def llava() -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=8),
+        text_config=LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=50, initializer_range=0.2),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+    )
+    return LlavaForConditionalGeneration(config)
 
 
 def vit() -> Any:
@@ -218,6 +236,72 @@ def test_clip_takes_one_image_for_each_text() -> None:
         # Four images for two texts are no beams.
         with adapter.rows([1, 4]), pytest.raises(MatryoshkaError, match=r"called with 2 rows, .* begins with 4 of"):
             adapter.model(input_ids=texts[:2], pixel_values=images)
+
+
+def with_images(*images_in_row: int) -> dict[str, Tensor]:
+    """A text of 14 tokens for each row, with some images of 4 patches, as `llava` takes them."""
+    texts = ids(len(images_in_row), 14)
+    for row, images in zip(texts, images_in_row, strict=True):
+        for number in range(images):
+            row[1 + 5 * number : 5 + 5 * number] = IMAGE
+    images = torch.randn(sum(images_in_row), 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": texts, "pixel_values": images}
+
+
+@pytest.mark.parametrize("mode", ["rows", "generate", "stratified"])
+def test_images_that_are_as_many_as_rows_and_not_one_each_are_refused(mode: str) -> None:
+    """An image would get the rank of another row."""
+    adapter = nested(llava, "all-linear", "stratified" if mode == "stratified" else "matryoshka")
+    inputs, message = with_images(2, 0, 1), "got images, .* not known to be one for each row: give each row one"
+    if mode == "stratified":
+        adapter.model.train()
+        adapter.draw(0, rows=3)
+        with pytest.raises(MatryoshkaError, match=message):
+            adapter.model(**inputs)
+        return
+    call = adapter.model if mode == "rows" else partial(adapter.model.generate, max_new_tokens=2)
+    with torch.no_grad():
+        with adapter.rows([1, 4, 2]), pytest.raises(MatryoshkaError, match=message):
+            call(**inputs)
+        with adapter.rows([2, 2, 2]):
+            call(**inputs)
+
+
+def test_images_of_prompts_are_rows_where_each_has_one() -> None:
+    adapter = nested(llava, "all-linear")
+
+    def generate(rows: slice, *images_in_row: int) -> Tensor:
+        inputs = {name: value[rows] for name, value in with_images(*images_in_row).items()}
+        return adapter.model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)
+
+    with adapter.rows([1, 4, 2]):
+        mixed = generate(slice(None), 1, 1, 1)
+        # Six of three rows are no beams.
+        with pytest.raises(MatryoshkaError, match="not known to be one for each row"):
+            generate(slice(None), 2, 2, 2)
+    assert torch.equal(mixed, alone(adapter, lambda rows: generate(rows, 1, 1, 1), [1, 4, 2]))
+
+
+@pytest.mark.parametrize(
+    ("targets", "images"),
+    [
+        ("all-linear", (1, 1, 1)),
+        (r".*language_model.*_proj|lm_head", (2, 0, 1)),
+        (r".*language_model.*_proj|lm_head", (2, 2, 1)),
+    ],
+)
+def test_rows_with_images_have_ranks_of_their_own(targets: str, images: tuple[int, ...]) -> None:
+    adapter = nested(llava, targets)
+    inputs, ranks, expected, began = with_images(*images), [1, 4, 2], [], 0
+    with torch.no_grad():
+        with adapter.rows(ranks):
+            mixed = adapter.model(**inputs).logits
+        for row, (rank, number) in enumerate(zip(ranks, images, strict=True)):
+            adapter.set_rank(rank)
+            its = {"pixel_values": inputs["pixel_values"][began : began + number]} if number else {}
+            expected.append(adapter.model(input_ids=inputs["input_ids"][row][None], **its).logits)
+            began += number
+    torch.testing.assert_close(mixed, torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_images_are_rows_where_they_are_the_input() -> None:

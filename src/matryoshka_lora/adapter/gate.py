@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.ops import full_precision
@@ -22,6 +23,9 @@ from matryoshka_lora.unofficial import backward_node
 
 PLACES = ("position_ids", "seq_idx", "cu_seq_lens_q")
 """The inputs of a model that say where in a row a sequence begins."""
+
+_MEDIA = ("pixel", "image", "video", "audio", "speech", "input_features", "input_values")
+"""Parts of the names of inputs that are no text."""
 
 _numbers = count()
 _opened_here: ContextVar[frozenset[int]] = ContextVar("matryoshka_lora_opened_here", default=frozenset())
@@ -158,6 +162,8 @@ class RowCount:
     def __init__(self, model: PeftModel) -> None:
         self.rows: int | None = None
         self.exact = False
+        self._text_only: frozenset[int] | None = None  # in a call
+        self._text_only_in_generate: frozenset[int] | None = None
         self.unproven = 0
         self.contexts = 0
         self.in_training = False
@@ -170,7 +176,7 @@ class RowCount:
 
     def forget(self) -> None:
         """Forget a call that an interrupt has ended, after which PyTorch calls no hooks."""
-        self._caller = self.rows = None
+        self._caller = self.rows = self._text_only = None
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -198,6 +204,27 @@ class RowCount:
             del self._open[number]
             _opened_here.set(_opened_here.get() - {number})
 
+    @property
+    def text_only(self) -> frozenset[int] | None:
+        """The modules that get rows of text, by id, where images are not known to be one for each row.
+
+        None where all layers may have a rank per row.
+        """
+        return self._text_only if self._text_only is not None else self._text_only_in_generate
+
+    @contextmanager
+    def generating(self, model: PeftModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """A context for `generate`, which may call a model's parts for images by themselves, without the text."""
+        before = self._text_only_in_generate
+        if self.contexts > 0:
+            given = {"input_ids" if name == "inputs" else name: value for name, value in kwargs.items()}
+            _, prompts = main_input(model, args, kwargs)
+            self._text_only_in_generate = _text_only(model, args, given, prompts, as_many=True)
+        try:
+            yield
+        finally:
+            self._text_only_in_generate = before
+
     def _check_opened_here(self) -> None:
         here, thread = _opened_here.get(), threading.get_ident()
         others = [opener for number, opener in list(self._open.items()) if number not in here]
@@ -222,6 +249,7 @@ class RowCount:
         self._caller, self.exact = module, whole
         self.rows = None if found is None else found.shape[0]
         wanted = self.contexts > 0 or (self.in_training and module.training)
+        self._text_only = _text_only(module, args, kwargs, found) if wanted else None
         if found is not None and wanted and self.unproven and _is_square(found):
             self._see(module, name, found)
 
@@ -255,6 +283,64 @@ def main_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     names = (main, "inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", *kwargs)
     given = [(None, value) for value in args[:1]] + [(name, kwargs.get(name)) for name in names]
     return next(((name, value) for name, value in given if isinstance(value, Tensor) and value.ndim), (None, None))
+
+
+def _text_only(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], main: Tensor | None, as_many: bool = False
+) -> frozenset[int] | None:
+    """See `RowCount.text_only`. With ``as_many``, images must also be as many as the rows."""
+    base = module.get_base_model() if isinstance(module, PeftModel) else module
+    taken = _parameters(module)
+    names = _parameters(base) if "args" in taken else taken
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    inputs = {name: value for name, value in given.items() if isinstance(value, (Tensor, list, tuple))}
+    known = main is None or _media_are_rows(base, inputs, main, as_many)
+    return None if known else frozenset(_text_modules(base))
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _takes_media(names: Iterable[str]) -> bool:
+    return any(part in name for name in names for part in _MEDIA)
+
+
+def _media_are_rows(base: nn.Module, inputs: Mapping[str, Tensor | Sequence[Any]], main: Tensor, as_many: bool) -> bool:
+    """Whether what a model gets beside a text is known to be one for each row, where it is as many as the rows.
+
+    A text says by tokens of their own where images belong. With one in each row, n images of n rows are one for each.
+    A model without such tokens, as CLIP, has nothing but their order.
+    """
+    media = [value for name, value in inputs.items() if _takes_media([name])]
+    if not media or not any(name in inputs for name in ("input_ids", "inputs_embeds")):
+        return True
+    config = getattr(base, "config", None)
+    fields = vars(config) if isinstance(config, PreTrainedConfig) else {}
+    marks = [name for name in fields if _takes_media([name]) and name.endswith(("_token_id", "_token_index"))]
+    tokens = {fields[name] for name in marks if isinstance(fields[name], int)}
+    alike = all(len(value) == len(main) for value in media if not isinstance(value, Tensor) or value.ndim)
+    if not tokens or (as_many and not alike):
+        return alike
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        return False
+    in_rows = [(ids == token).any(dim=1) for token in sorted(tokens)]
+    there = [rows for rows in in_rows if bool(rows.any())]
+    return bool(there) and all(bool(rows.all()) for rows in there)
+
+
+def _text_modules(base: nn.Module) -> Iterator[int]:
+    """The ids of the modules that can get nothing but a model's text: those of its language model, and its head."""
+    parts = [part for part in base.modules() if isinstance(part, PreTrainedModel)]
+    try:
+        embedding, head = parts[0].get_input_embeddings(), parts[0].get_output_embeddings()
+    except (IndexError, NotImplementedError, AttributeError):
+        return
+    inside = [part for part in parts if any(module is embedding for module in part.modules())]
+    if inside and not _takes_media(_parameters(inside[-1])):
+        for part in (inside[-1], head):
+            yield from map(id, part.modules() if part is not None else ())
 
 
 def _is_square(ids: Tensor) -> bool:

@@ -145,8 +145,10 @@ class _Nested:
         Raises:
             MatryoshkaError: Rows have ranks of their own, and there is another number of them.
         """
-        check_prompts(self, args, kwargs)
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        model: Any = self
+        check_prompts(model, args, kwargs)
+        with model.base_model.row_count.generating(model, args, kwargs):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(
         self,

@@ -155,6 +155,13 @@ class NestedVariant(LoraVariant):
         """The first dimension of x must be the rows of the model's call, and no other thing of the same number."""
         rows, given, first = self.rows.rows, gate.diagonal.shape[0], x.shape[0]
         per_row = gate.diagonal.ndim > 1
+        text_only = None if gate.uniform else self.rows.text_only
+        if text_only is not None and id(module) not in text_only and rows in (None, first):
+            raise MatryoshkaError(
+                f"the model got images, video or audio beside a text, and a layer got {first} that may be those and "
+                "are not known to be one for each row: give each row one, take set_rank and a rule other than "
+                "'stratified', or leave layers outside the language model out of target_modules"
+            )
         if rows is None or (self.takes_rows_first and not per_row):
             return
         if per_row and self.rows.exact and rows != given and not gate.allow_fewer:
