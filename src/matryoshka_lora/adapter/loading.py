@@ -39,9 +39,8 @@ def load(
         path: A directory written by `NestedAdapter.save`, or a training checkpoint.
         rank: The rank in eval mode, see `NestedAdapter.set_rank`; None means the largest.
         adapter: The name it gets in PEFT.
-        trainable: Whether its weights will be trained on: the model is put into training mode, else a base model into
-            eval mode. A reordered adapter goes on as plain LoRA of rank R, at its nested ranks, until it is reordered
-            again.
+        trainable: Whether its weights will be trained on: the model is put into training mode, else into eval mode. A
+            reordered adapter goes on as plain LoRA of rank R, at its nested ranks, until it is reordered again.
         max_rank: Take only so many directions of a reordered adapter into memory: a larger rank then does not exist.
             Of a file written by ``matryoshka export --format directions``, no more than those are read.
 
@@ -104,8 +103,7 @@ def load_opened(
             f"{path} could not be loaded: {error} (from its {CONFIG_NAME}). Copy the adapter again, or load the model "
             "that it was trained on"
         ) from error
-    if existing is None or trainable:
-        model.train(trainable)
+    model.train(trainable)
     if adapter not in model.active_adapters:
         warnings.warn(
             f"adapter {adapter!r} is loaded, and {', '.join(model.active_adapters)} is still the active one: call "
