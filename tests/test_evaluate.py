@@ -224,6 +224,7 @@ def test_an_adapter_in_memory_is_the_same_afterwards(tokenizer: Any, reordered: 
     before = all_of_it()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "3 of 4 reference answers")  # the tiny tokenizer puts spaces into them
         found = measured(adapter, tokenizer, latency=True)
     assert all(time > 0 for time in found.about["latency_ms"])
     after = all_of_it()

@@ -27,6 +27,7 @@ from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from strangers import forget_weights
 from tiny_chat import save_tiny_chat
 from transformers import (
     AddedToken,
@@ -297,6 +298,7 @@ def test_answers_are_given_once_and_found_again(tmp_path: Path, presets: Any, ad
 def test_a_fingerprint_is_of_what_the_answers_depend_on(adapter: NestedAdapter, tmp_path: Path) -> None:
     """In memory and in a folder, in this process and another; and of no other file of the folder."""
     adapter.save(tmp_path)
+    forget_weights(tmp_path)  # it would refuse others
     before = fingerprint(open_adapter(tmp_path))
     assert fingerprint(opened_from(adapter.model, adapter.name)) == before
     code = (

@@ -53,6 +53,10 @@ class Life:
         self.rows = self.home / "rows.jsonl"
         rows = [{"question": f"{i} + 1", "answer": str(i + 1)} for i in range(12)]
         self.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.text = self.home / "text.jsonl"  # which needs no chat template: training had one of its own
+        self.text.write_text(
+            "".join(json.dumps({"prompt": "1 + 1 =", "completion": f" {i}"}) + "\n" for i in range(12))
+        )
         self.task = self.home / "mine.yaml"
         self.task.write_text(
             "task: mine\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
@@ -109,7 +113,7 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Life:
 
     command("train", config)
     small = ("--ranks", "1,4", "--limit", "4", "--dtype", "fp32")
-    command("eval", run, "--data", lived.rows, *small)
+    command("eval", run, "--data", lived.text, *small)
     command("eval", run, "--tasks", lived.task, *small, "-o", out / "evaluation")
     for kind in ("peft", "merged", "directions", "ladder", "mlx", "gguf", "gguf-ladder"):
         if not kind.startswith("gguf") or pytest.importorskip("gguf"):
@@ -123,7 +127,7 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Life:
     command("reorder", single, "-o", out / "ordered.safetensors")
     command("export", run, "--budget", "0.5", "-o", out / "budget")
     for by in ("svd", "loss", "learned"):
-        data = () if by == "svd" else ("--data", lived.rows, "--rows", "4")
+        data = () if by == "svd" else ("--data", lived.text, "--rows", "4")
         command("reorder", run, "-o", out / by, "--by", by, *data, "--dtype", "fp32")
     for kind in ("png", "svg", "pdf"):
         command("info", run, "--plot", out / f"info.{kind}")
@@ -218,7 +222,7 @@ def test_an_evaluation_that_an_older_version_began_goes_on(life: Life, tmp_path:
     (tmp_path / "answers.jsonl").write_text("\n".join([json.dumps(header), *answers[1:]]) + "\n")
     before = len(answers)
     small = ("--ranks", "1,4", "--limit", "4", "--dtype", "fp32", "-o", str(tmp_path))
-    app(["eval", str(life.run), "--data", str(life.rows), *small], standalone_mode=False)
+    app(["eval", str(life.run), "--data", str(life.text), *small], standalone_mode=False)
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == before
 
 

@@ -217,13 +217,15 @@ def test_another_tokenizer_than_the_base_models_is_asked_for(tmp_path: Path) -> 
     reorder(tmp_path / "plain", tmp_path / "nested")
     for name in ("plain", "nested"):
         (tmp_path / name / "train.yaml").write_text("chat_template_path: .../0a1b2c3d/other.jinja\neos_token: null\n")
-    rows = [{"prompt": "a", "completion": "b"}]
+    rows = [{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}]
     with pytest.raises(MatryoshkaError, match=r"trained with chat_template_path \(train.yaml\).*reorder it in Python"):
         reorder(tmp_path / "plain", tmp_path / "new", "loss", rows, model=str(base))
     asked: dict[str, Any] = {"data": rows, "ranks": [1], "model": str(base), "base": False, "latency": False}
     with pytest.raises(MatryoshkaError, match=r"trained with chat_template_path \(train.yaml\).*tokenizer="):
         evaluate(tmp_path / "nested", **asked)
     assert evaluate(tmp_path / "nested", tokenizer=AutoTokenizer.from_pretrained(base), **asked).ranks == (1,)
+    text = [{"prompt": "a", "completion": "b"}]  # which no template writes
+    assert evaluate(tmp_path / "nested", **{**asked, "data": text}).ranks == (1,)
     with pytest.warns(UserWarning, match="merged gets the base model's tokenizer: save the tokenizer of the training"):
         export(tmp_path / "nested", tmp_path / "merged", 8, format="merged", model=str(base))
 

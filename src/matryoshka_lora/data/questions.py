@@ -164,12 +164,17 @@ def openings(tokenizer: PreTrainedTokenizerBase, question: Question, tokens: Tok
 
     It is trained, so the model writes it, and it is no part of the answer.
     """
-    reference = text_of(question).strip()
-    if isinstance(question, Row) and isinstance(question.prompt, str):
+    if not is_chat(question):
         return ()
+    reference = text_of(question).strip()
     texts = [answer_text(tokenizer, tokens, skip).rstrip() for skip in (True, False)]
     found = [text.removesuffix(reference).strip() for text in texts if text.endswith(reference)]
     return tuple(text for text in dict.fromkeys(found) if text)
+
+
+def is_chat(question: Question) -> bool:
+    """Whether the tokenizer's chat template writes it."""
+    return isinstance(question, Example) or not isinstance(question.prompt, str)
 
 
 def text_of(question: Question) -> str:

@@ -144,12 +144,14 @@ def evaluate(
         if home is None or folder.resolve() != home.resolve():
             check_free(folder, overwrite, beside=[EVALUATION])
     name, revision = base_of(opened.config, model, revision)
-    changed = changed_tokenizer(home) if home is not None and tokenizer is None else ""
+    own_tokenizer = tokenizer is not None
     if tokenizer is None:
         tokenizer = load_tokenizer(needed_base(name, opened.name), revision=revision)
     template = None if home is None else template_of(home)
     asked = _asked(tasks, data, tokenizer, num_fewshot, limit, split, fixed_shots, template)
-    if changed and any(task.kind in ("file", "built-in") for task in asked):
+    ours = [task for each in asked for task in each.tasks if isinstance(task, QuestionsTask)]
+    changed = changed_tokenizer(home, any(task.is_chat for task in ours)) if home is not None and ours else ""
+    if changed and not own_tokenizer:
         raise MatryoshkaError(
             f"{opened.name} was trained with {changed} (train.yaml), and the base model's tokenizer would ask other "
             "prompts: evaluate it in Python, with evaluate(..., tokenizer=...)"

@@ -24,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import set_torch_seed
 from transformers import PreTrainedTokenizerBase
 
-from matryoshka_lora.data.questions import Judge, Question, answer_text, end_texts, openings, text_of, tokenize
+from matryoshka_lora.data.questions import Judge, Question, answer_text, end_texts, is_chat, openings, text_of, tokenize
 from matryoshka_lora.data.tasks import get_task, is_task, nearest_tasks
 from matryoshka_lora.errors import MatryoshkaError, one_line
 from matryoshka_lora.privacy import shown
@@ -261,6 +261,11 @@ class QuestionsTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]
                 "metadata": {"version": self.VERSION},
             }
         )
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the chat template writes some of its questions."""
+        return any(map(is_chat, self._questions))
 
     def download(self, *args: Any, **kwargs: Any) -> None:
         self.dataset = self.config.custom_dataset()

@@ -178,13 +178,13 @@ def template_of(home: Path) -> str | None:
     return template if isinstance(template, str) and template.count("{prompt}") == 1 else None
 
 
-def changed_tokenizer(home: Path) -> str:
+def changed_tokenizer(home: Path, chat: bool = True) -> str:
     """By what options training took another tokenizer than the base model's, as ``train.yaml`` says; empty if none.
 
-    The adapter's folder does not hold that tokenizer.
+    The adapter's folder does not hold that tokenizer. A template matters for chat alone.
     """
     config = training_config(home)[0]
-    return " and ".join(key for key in ("chat_template_path", "eos_token") if config.get(key))
+    return " and ".join(key for key in (*["chat_template_path"] * chat, "eos_token") if config.get(key))
 
 
 def _recipe(home: Path) -> str:

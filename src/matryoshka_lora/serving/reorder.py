@@ -110,22 +110,22 @@ def _with_data(
     # PEFT and transformers are slow to import, and an SVD needs neither.
     from matryoshka_lora.adapter.loading import load_opened
     from matryoshka_lora.adapter.saving import opened_from
-    from matryoshka_lora.data.questions import rows_of
+    from matryoshka_lora.data.questions import is_chat, rows_of
     from matryoshka_lora.models import DTYPES, base_of, load_on_accelerator, load_tokenizer, needed_base
     from matryoshka_lora.reordering import learned, trained
 
     name, revision = base_of(opened.config, model, revision)
     name = needed_base(name, opened.name)
-    if changed := changed_tokenizer(Path(opened.name)):
-        raise MatryoshkaError(
-            f"{opened.name} was trained with {changed} (train.yaml), and the base model's tokenizer would make other "
-            f"rows: reorder it in Python, with load(...).reorder({by!r}, rows, tokenizer)"
-        )
     wanted_by = trained if by == "trained" else learned
     # Those that are only looked at are none of those that are learned from, if there are so many.
     looked_at = {"learned": learned.JUDGED * learned.ROWS, "trained": trained.JUDGED_ROWS}.get(by, 0)
     most = (rows or wanted_by.STEPS * wanted_by.ROWS) + looked_at
     questions = rows_of(data, most, template_of(Path(opened.name)))
+    if changed := changed_tokenizer(Path(opened.name), any(map(is_chat, questions))):
+        raise MatryoshkaError(
+            f"{opened.name} was trained with {changed} (train.yaml), and the base model's tokenizer would make other "
+            f"rows: reorder it in Python, with load(...).reorder({by!r}, rows, tokenizer)"
+        )
     tokenizer = load_tokenizer(name, revision=revision)
     base = load_on_accelerator(name, DTYPES[dtype], revision)
     # In float32 while it is changed.
