@@ -182,7 +182,7 @@ def test_the_card_names_what_it_may(life: Life) -> None:
     card = (life.run / "README.md").read_text()
     for line in ("model: tiny", "  path: rows.jsonl", "max_steps: 4", "  r: 4", "  rule: matryoshka"):
         assert f"\n{line}\n" in card
-    assert "| rows.jsonl: accuracy, 4 questions | " in card
+    assert "| text.jsonl: accuracy, 4 questions | " in card
     for field in ("run_name", "hub_model_id", "trackio", "report_to", "output_dir", "cache_dir"):
         assert field not in card
 
