@@ -1,4 +1,4 @@
-"""The comparison of methods: which way of training and cutting an adapter is best at every rank.
+"""Compare ways to train one adapter for every rank.
 
-It uses the public surface of `matryoshka_lora` alone, and is no part of the wheel.
+It imports the public names of `matryoshka_lora` alone, and is no part of the wheel.
 """

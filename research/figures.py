@@ -1,4 +1,4 @@
-"""All pictures of the documentation, from files of the repository::
+"""Draw all pictures of the documentation from files of the repository::
 
     python -m research.figures        # into docs/figures; about 20 seconds of one core
 
@@ -20,11 +20,9 @@ from typing import Any
 from matryoshka_lora import Nesting
 from research import stats
 from research.looks import LOOKS, MODES, Look, Mode, rank_axis
-from research.plan import load_runs, results
-from research.recipes import EACH
-from research.records import Result
+from research.plan import Result, results
 from research.stats import Value
-from research.study import load_study
+from research.study import EACH, load_study
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "figures"
@@ -46,9 +44,13 @@ FAMILIES = {"facts128": "facts-128", "facts256": "facts-256", "facts512": "facts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="the folder to write to (default: docs/figures)")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help="the folder to write to (default: docs/figures)"
+    )
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     for name, data in files():
@@ -57,13 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def files(*names: str) -> Iterator[tuple[str, bytes]]:
-    """The name and the content of each file, of all pictures or of these."""
+    """Yield the name and the content of each file, of all pictures or of these."""
     for name in names or PICTURES:
         for mode in MODES:
             yield from _drawn(f"{name}-{mode.name}", PICTURES[name], mode, name in WITH_PNG)
 
 
-def _drawn(name: str, draw: Callable[[Any, Mode], None], mode: Mode, png: bool) -> Iterator[tuple[str, bytes]]:
+def _drawn(
+    name: str, draw: Callable[[Any, Mode], None], mode: Mode, png: bool
+) -> Iterator[tuple[str, bytes]]:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -78,7 +82,9 @@ def _drawn(name: str, draw: Callable[[Any, Mode], None], mode: Mode, png: bool) 
         if png:
             # The PNG of another FreeType has other bytes: it names what it was drawn with.
             pixels, drawn = BytesIO(), sha256(svg.getvalue()).hexdigest()
-            figure.savefig(pixels, format="png", dpi=200, transparent=True, metadata={"Comment": drawn})
+            figure.savefig(
+                pixels, format="png", dpi=200, transparent=True, metadata={"Comment": drawn}
+            )
             yield f"{name}.png", pixels.getvalue()
 
 
@@ -98,16 +104,19 @@ def _style(mode: Mode) -> dict[str, Any]:
         "grid.color": mode.grid,
         "grid.linewidth": 0.8,
         "legend.frameon": False,
-        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor"), mode.ink),
+        **dict.fromkeys(
+            ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor"),
+            mode.ink,
+        ),
         "axes.edgecolor": mode.quiet,
     }
 
 
 @cache
 def curves(study: str) -> tuple[Result, ...]:
-    """Every finished curve of a study of `research/configs`, from the recorded runs."""
-    read = load_study(ROOT / "research" / "configs" / f"{study}.yaml")
-    return tuple(results(read, load_runs(read, ROOT / "research" / "pages" / "runs")))
+    """Return every finished curve of a study, from the recorded runs."""
+    read = load_study(study)
+    return tuple(results(read, read.load_runs()))
 
 
 def _json(name: str) -> Any:
@@ -118,7 +127,7 @@ def _json(name: str) -> Any:
 
 
 def face(figure: Any, mode: Mode) -> None:
-    """One adapter at every rank beside its rivals, on 256 facts."""
+    """Draw one adapter at every rank beside its rivals, on 256 facts."""
     figure.set_size_inches(8.4, 4.9)
     axes = figure.subplots()
     found = [result for result in curves("facts256") if result.task == "facts-256"]
@@ -126,13 +135,17 @@ def face(figure: Any, mode: Mode) -> None:
     _accuracies(axes, found, methods, mode)
     axes.set_ylim(-4, 104)
     axes.set_ylabel("right answers in %")
-    figure.suptitle("256 facts, learned by heart: how many does the adapter know at each rank?", x=0.01, ha="left")
+    figure.suptitle(
+        "256 facts, learned by heart: how many does the adapter know at each rank?",
+        x=0.01,
+        ha="left",
+    )
     axes.set_title(_of_seeds(found), color=mode.quiet, fontsize=10)
     _legend(figure)
 
 
 def methods(figure: Any, mode: Mode) -> None:
-    """Five methods on the three tasks of the headline study."""
+    """Draw five methods on the three tasks of the headline study."""
     figure.set_size_inches(9.6, 4.6)
     found = curves("headline")
     tasks = list(dict.fromkeys(result.task for result in found))
@@ -149,7 +162,7 @@ def methods(figure: Any, mode: Mode) -> None:
 
 
 def tokens(figure: Any, mode: Mode) -> None:
-    """What more tokens are worth, on every task that has such runs."""
+    """Draw what more tokens are worth, on every task that has such runs."""
     found = [*(result for study in FAMILIES for result in curves(study)), *curves("headline")]
     tasks = list(dict.fromkeys(result.task for result in found if result.method == "lora/svd"))
     lines = -(-len(tasks) // 4)
@@ -160,9 +173,14 @@ def tokens(figure: Any, mode: Mode) -> None:
         here = [result for result in found if result.task == task]
         one = fmean(_values(here, "lora/svd", lambda result: result.tokens))
         for method in TOKENS:
-            spent, reached = _values(here, method, lambda result: result.tokens), _values(here, method, _percent_aurac)
+            spent, reached = (
+                _values(here, method, lambda result: result.tokens),
+                _values(here, method, _percent_aurac),
+            )
             if spent:
-                _point(axes, BESIDE.get(method, 1) * fmean(spent) / one, reached, LOOKS[method], mode)
+                _point(
+                    axes, BESIDE.get(method, 1) * fmean(spent) / one, reached, LOOKS[method], mode
+                )
         axes.set_xscale("log", base=2)
         axes.set_xlim(0.8, 7.5)
         axes.set_xticks((1, 1.5, 3, 6), ("1", "1.5", "3", "6"))
@@ -177,11 +195,14 @@ def tokens(figure: Any, mode: Mode) -> None:
 
 
 def _accuracies(axes: Any, found: Sequence[Result], methods: Sequence[str], mode: Mode) -> None:
-    """Means over the seeds, with a band from the lowest to the highest seed; of separate runs, every one."""
+    """Draw means with a band from the lowest to the highest seed, and every separate run."""
     for number, method in enumerate(methods):
         look = LOOKS[method]
         ranks = next(result.ranks for result in found if result.method == method)
-        by_rank = [[100 * share for share in _values(found, method, stats.accuracy_at(rank))] for rank in ranks]
+        by_rank = [
+            [100 * share for share in _values(found, method, stats.accuracy_at(rank))]
+            for rank in ranks
+        ]
         low, high = list(map(min, by_rank)), list(map(max, by_rank))
         colour, order = look.colour(mode), 4 - 0.1 * number  # the first method lies on top
         if method == EACH:
@@ -191,8 +212,16 @@ def _accuracies(axes: Any, found: Sequence[Result], methods: Sequence[str], mode
                 axes.plot(places, some, look.marker, color=colour, markersize=6, zorder=5)
             axes.plot([], [], look.marker, color=colour, label=look.name, markersize=7)
         else:
-            axes.fill_between(ranks, low, high, color=colour, alpha=0.22, linewidth=0, zorder=order - 1)
-            style = {"color": colour, "label": look.name, "linewidth": 2.2, "markersize": 6, "zorder": order}
+            axes.fill_between(
+                ranks, low, high, color=colour, alpha=0.22, linewidth=0, zorder=order - 1
+            )
+            style = {
+                "color": colour,
+                "label": look.name,
+                "linewidth": 2.2,
+                "markersize": 6,
+                "zorder": order,
+            }
             axes.plot(ranks, list(map(fmean, by_rank)), marker=look.marker, **style)
     rank_axis(axes, ranks)
 
@@ -201,14 +230,29 @@ def _point(axes: Any, x: float, values: Sequence[float], look: Look, mode: Mode)
     low, high, mean = min(values), max(values), fmean(values)
     bars = [[mean - low], [high - mean]]
     axes.errorbar(
-        x, mean, bars, color=look.colour(mode), marker=look.marker, label=look.name, markersize=8, capsize=3, ls="none"
+        x,
+        mean,
+        bars,
+        color=look.colour(mode),
+        marker=look.marker,
+        label=look.name,
+        markersize=8,
+        capsize=3,
+        ls="none",
     )
 
 
 def _of_seeds(found: Sequence[Result], mark: str = "band") -> str:
-    counts = sorted({len({one.seed for one in found if one.task == task}) for task in {one.task for one in found}})
+    counts = sorted(
+        {
+            len({one.seed for one in found if one.task == task})
+            for task in {one.task for one in found}
+        }
+    )
     runs = ", a star is one run" if mark == "band" else ""
-    return f"{' or '.join(map(str, counts))} seeds: a {mark} goes from the lowest to the highest{runs}"
+    return (
+        f"{' or '.join(map(str, counts))} seeds: a {mark} goes from the lowest to the highest{runs}"
+    )
 
 
 def _values(found: Sequence[Result], method: str, value: Value) -> list[float]:
@@ -220,16 +264,22 @@ def _percent_aurac(result: Result) -> float:
 
 
 def _legend(figure: Any) -> None:
-    """Below, of what any panel has."""
-    found = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=2, handlelength=2.2)
+    """Put a legend of what any panel has below the panels."""
+    found = {
+        label: line
+        for axes in figure.axes
+        for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        found.values(), found.keys(), loc="outside lower center", ncols=2, handlelength=2.2
+    )
 
 
 # One adapter.
 
 
 def cost(figure: Any, mode: Mode) -> None:
-    """What a rank of the demo's adapter knows, weighs and takes."""
+    """Draw what a rank of the demo's adapter knows, weighs and takes."""
     figure.set_size_inches(9.0, 3.6)
     found = _json("demo-evaluation.json")
     (task,) = found["tasks"].values()
@@ -239,14 +289,24 @@ def cost(figure: Any, mode: Mode) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, x in ((left, sizes), (right, found["latency_ms"])):
         look = LOOKS[DEMO]
-        axes.errorbar(x, values, errors, color=look.colour(mode), marker=look.marker, linewidth=2, capsize=3)
+        axes.errorbar(
+            x, values, errors, color=look.colour(mode), marker=look.marker, linewidth=2, capsize=3
+        )
         for rank, place, value in zip(found["ranks"], x, values, strict=True):
-            axes.annotate(f"{rank}", (place, value - errors[0]), (0, -14), textcoords="offset points", ha="center")
+            axes.annotate(
+                f"{rank}",
+                (place, value - errors[0]),
+                (0, -14),
+                textcoords="offset points",
+                ha="center",
+            )
     left.set_xscale("log", base=2)
     left.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
     left.minorticks_off()
     left.set_xlabel("size of the exported adapter in MB")
-    right.set_xlabel(f"time for one token in ms (axis begins at {min(found['latency_ms']) - 1:.0f})")
+    right.set_xlabel(
+        f"time for one token in ms (axis begins at {min(found['latency_ms']) - 1:.0f})"
+    )
     right.set_xlim(round(min(found["latency_ms"]) - 1), None)
     left.set_ylim(0, max(values) + 15)
     left.set_ylabel(f"right answers to {task['items']} questions, %")
@@ -254,13 +314,22 @@ def cost(figure: Any, mode: Mode) -> None:
 
 
 def singular(figure: Any, mode: Mode) -> None:
-    """Directions of one trained layer in two orders."""
+    """Draw the directions of one trained layer in two orders."""
     figure.set_size_inches(9.0, 4.2)
     found = _json("singular.json")
     left, right = figure.subplots(1, 2)
-    looks = {"trained": (LOOKS["lora/prefix"], "as trained"), "svd": (LOOKS["lora/svd"], "reordered by SVD")}
+    looks = {
+        "trained": (LOOKS["lora/prefix"], "as trained"),
+        "svd": (LOOKS["lora/svd"], "reordered by SVD"),
+    }
     for order, (look, label) in looks.items():
-        style = {"color": look.colour(mode), "marker": look.marker, "markersize": 4, "linewidth": 2, "label": label}
+        style = {
+            "color": look.colour(mode),
+            "marker": look.marker,
+            "markersize": 4,
+            "linewidth": 2,
+            "label": label,
+        }
         norms, missing = found[order]["norms"], found[order]["missing"]
         left.plot(range(1, len(norms) + 1), norms, **style)
         right.plot(range(1, len(missing)), [100 * share for share in missing[1:]], **style)
@@ -278,7 +347,7 @@ def singular(figure: Any, mode: Mode) -> None:
 
 
 def method(figure: Any, mode: Mode) -> None:
-    """Rank 2 of an adapter of rank 8: the first columns of B and rows of A."""
+    """Draw rank 2 of an adapter of rank 8: the first columns of B and rows of A."""
     from matplotlib.patches import Rectangle
 
     figure.set_size_inches(6.6, 2.7)
@@ -302,12 +371,14 @@ def method(figure: Any, mode: Mode) -> None:
 
 
 def p(figure: Any, mode: Mode) -> None:
-    """The paper's diagonal for R = 32."""
+    """Draw the paper's diagonal for R = 32."""
     figure.set_size_inches(8.0, 2.9)
     axes = figure.subplots()
     nesting = Nesting.powers_of_two(32)
     values = nesting.diagonal().tolist()
-    axes.bar(range(1, len(values) + 1), values, color=LOOKS["matryoshka/svd"].colour(mode), width=0.8)
+    axes.bar(
+        range(1, len(values) + 1), values, color=LOOKS["matryoshka/svd"].colour(mode), width=0.8
+    )
     axes.set_xticks(nesting.ranks)
     axes.set_xlim(0.3, len(values) + 0.7)
     axes.set_yticks(range(int(max(values)) + 1))

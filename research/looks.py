@@ -1,4 +1,4 @@
-"""How methods look in every picture: a plain name, a colour and a marker for each, on white and on dark ground."""
+"""Give each method a plain name, a colour and a marker, on white and on dark ground."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from research.recipes import EACH
+from research.study import EACH
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ MODES = (LIGHT, DARK)
 
 @dataclass(frozen=True)
 class Look:
-    """Of one method: words for a legend, its colour in each mode, and a marker that tells it apart in grey."""
+    """One method's words for a legend, its colour in each mode, and its marker."""
 
     name: str
     light: str
@@ -62,10 +62,12 @@ LOOKS = {
     "matryoshka/svd": Look("one run with P, reordered by SVD", *_SKY, "s"),
     "matryoshka/trained": Look("one run with P, each rank trained a little", *_OLIVE, "h"),
 }
-"""By the study's name of the method. Okabe and Ito's hues, which differ for every kind of colour vision."""
+"""Okabe and Ito's hues, which differ for every kind of colour vision."""
 
 
-def rank_axis(axes: Any, ranks: Sequence[int], label: str = "rank at which the adapter is used") -> None:
+def rank_axis(
+    axes: Any, ranks: Sequence[int], label: str = "rank at which the adapter is used"
+) -> None:
     """Give matplotlib's axes a horizontal axis of these ranks, by powers of two."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(rank) for rank in ranks])

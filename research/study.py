@@ -1,35 +1,91 @@
-"""A study as its YAML file says it."""
+"""Read a study: a YAML file that names tasks, methods, seeds and learning rates."""
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
-from os import PathLike
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from matryoshka_lora import MatryoshkaError, Nesting
-from matryoshka_lora.training import TrainConfig, make_config
-from research.recipes import RECIPES, parse_method
-from research.tasks import Row, Task, make_task
-from research.trainers import check_objective
+from research.runs import Job, Run, read
 
-_ITEMS = {"validation": 50, "test": 100}
-_TRAINING: dict[str, Any] = {"max_steps": 80, "per_device_train_batch_size": 12}
-_COUNTS = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
-_KEYS = (
-    *("title", "model", "dtype", "rank", "ranks", "tasks", "methods", "winner", "seeds", "learning_rates", "training"),
-    *("items", "threads"),
-)
-# The study's own to say, or of no use where steps are counted and training is measured when it has ended.
-_NOT_HERE = (
-    *("learning_rate", "seed", "output_dir", "data", "eval_data", "lora", "nesting", "model", "dtype", "quantization"),
-    *("trust_remote_code", "do_eval", "num_train_epochs"),
-)
+ROOT = Path(__file__).parents[1]
+STUDIES = ROOT / "research" / "studies"
+RUNS = ROOT / "research" / "runs"
+
+EACH = "lora-each"
+"""LoRA trained at each rank by itself: the reference, at the price of one run for each rank."""
+
+EACH_RECIPES = {EACH: "lora", "adalora-each": "adalora"}
+"""The methods that train one adapter for each rank, and the recipe of each."""
+
+CUTS = ("prefix", "svd", "learned", "trained", "trained-1", "squeezed-in-turn")
+"""The ways to deploy a trained adapter that can be run; see `research.cuts`. The recorded runs have
+more, which are settled."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train.
+
+    Attributes:
+        summary: One phrase for tables.
+        rule: A rule of `matryoshka_lora.nest`. None means that the recipe is settled: its recorded
+            runs are reported, and no new ones can be made.
+        scaling: As `matryoshka_lora.nest` takes it.
+        alpha: Rank r has the scale alpha / r with scaling ``"rank"``, alpha / sqrt(r) with
+            ``"sqrt"``, and 1 with ``"none"``.
+        length: Optimizer steps, as a multiple of the study's.
+    """
+
+    summary: str
+    rule: str | None = "lora"
+    scaling: Literal["none", "rank", "sqrt"] = "none"
+    alpha: float = 1.0
+    length: float = 1.0
+
+    def lora(self, rank: int) -> dict[str, Any]:
+        """Return arguments of ``peft.LoraConfig``."""
+        alpha = rank if self.scaling == "none" else self.alpha
+        return {"r": rank, "lora_alpha": alpha, "use_rslora": self.scaling == "sqrt"}
+
+
+RECIPES = {
+    "lora": Recipe("plain LoRA at R, scale 1"),
+    "lora-shorter": Recipe("plain LoRA, three quarters of the steps", length=0.75),
+    "lora-longer": Recipe("plain LoRA, half as many steps and questions again", length=1.5),
+    "lora-quarter-longer": Recipe("plain LoRA, a quarter more steps and questions", length=1.25),
+    "rslora": Recipe("LoRA at R with rsLoRA's scale, 16 / sqrt(R)", scaling="sqrt", alpha=16.0),
+    "matryoshka": Recipe("the paper's P, scaling none", "matryoshka"),
+    "matryoshka-longer": Recipe("P, half as many steps again", "matryoshka", length=1.5),
+    "matryoshka-sqrt": Recipe("the paper's P, scaling 1 / sqrt(r)", "matryoshka", "sqrt"),
+    "matryoshka-rank": Recipe("the paper's P, scaling 1 / r", "matryoshka", "rank"),
+    "dylora": Recipe("one nested rank for each step, as the paper runs DyLoRA", "dylora"),
+    "dylora-longer": Recipe("the same, half as many steps again", "dylora", length=1.5),
+    "dylora-all": Recipe("one rank of 1..R for each step, all at one scale", "dylora-all"),
+    "dylora-alpha": Recipe(
+        "DyLoRA as its inventors run it: scale 16 / b", "dylora-all", "rank", 16.0
+    ),
+    "dylora-frozen": Recipe("its frozen mode: one column learns", "dylora-frozen", "rank", 16.0),
+    "stratified": Recipe("each row of a batch at a nested rank of its own", "stratified"),
+    "lora-again": Recipe("plain LoRA for longer, on the same questions", None, length=1.5),
+    "p-mean": Recipe("P divided by the number of ranks", None),
+    "p-reversed": Recipe("P with its order reversed", None),
+    "p-random": Recipe("P in a random order", None),
+    "p-geometric-0.97": Recipe("a diagonal that falls by 0.97 from column to column", None),
+    "p-geometric-0.9": Recipe("a diagonal that falls by 0.9", None),
+    "p-geometric-0.8": Recipe("a diagonal that falls by 0.8", None),
+    "p-learned": Recipe("a diagonal for each layer that begins as P and learns", None),
+    "p-rates": Recipe("P as learning rates: column c of B moves p_c times as far", None),
+    "sum": Recipe("the mean of the losses of all nested ranks at each step", None),
+    "sandwich": Recipe("largest, smallest and a random rank, the largest as teacher", None),
+    "adalora": Recipe("PEFT's AdaLoRA down to r from 1.5 r, scale 1", None),
+}
 
 
 @dataclass(frozen=True)
@@ -37,227 +93,176 @@ class Study:
     """A checked study.
 
     Attributes:
-        title: Of the report.
+        name: The name of its file.
+        title: The title of its tables.
+        tasks: The source of each task, see `research.tasks`.
+        methods: ``recipe/cut``, or ``lora-each``.
+        seeds: The seeds of the runs that are measured on test rows.
+        learning_rates: The grid that every method begins with, ascending. Where the best rate is at
+            an edge, the grid grows there by its own factor.
+        rate_seeds: The seeds of the grid's runs, which see validation rows only. The first tries
+            every rate, the others the two best.
+        training: Fields of ``trl.SFTConfig``, the same for every recipe.
+        items: Questions of ``validation`` and of ``test``; ``judge`` is the number of training rows
+            that are cut out of training and judge an order that is learned. It is 0 where no method
+            learns one.
         model: The base model's name.
-        dtype: Its dtype.
+        layers: Only so many of its first layers, with the tokens that the task needs; None is all.
         rank: R.
         ranks: The nested ranks, the last of which is R.
-        tasks: By name.
-        methods: ``recipe/cut``, or ``lora-each``.
-        winner: The method that the others are tested against, named before the runs; None takes the best on validation
-            data.
-        seeds: Of the runs that are measured on test data.
-        learning_rates: The grid that every method begins with, ascending. Where its best rate is at the edge, the
-            grid grows there by its own factor.
-        rate_seeds: Of the grid's runs, which see validation data only. The first tries every rate, the others the two
-            best.
-        training: Fields of a training config, the same for every recipe.
-        items: Questions of each split.
-        threads: Of one run, which changes the rounding of its numbers.
+        also: Studies whose runs this one reads too.
+        settled: Why the study is only reported; empty where it can be run.
+        threads: The threads of one run, which change the rounding of its numbers.
     """
 
+    name: str
     title: str
-    model: str
-    dtype: str
-    rank: int
-    ranks: tuple[int, ...]
-    tasks: Mapping[str, Task]
+    tasks: Mapping[str, Mapping[str, Any]]
     methods: tuple[str, ...]
-    winner: str | None
     seeds: tuple[int, ...]
     learning_rates: tuple[float, ...]
     rate_seeds: tuple[int, ...]
     training: Mapping[str, Any]
     items: Mapping[str, int]
-    threads: int
-
-    @property
-    def model_name(self) -> str:
-        """The model as files of others may name it: of a folder on this machine, its last part."""
-        path = Path(self.model).expanduser()
-        # A name on the hub has one stroke at most.
-        is_path = path.is_absolute() or len(path.parts) > 2 or path.is_dir()
-        return path.name if is_path else self.model
+    model: str = "smollm2-135m"
+    layers: int | None = None
+    dtype: str = "bf16"
+    rank: int = 32
+    ranks: tuple[int, ...] = field(default=())
+    also: tuple[str, ...] = field(default=())
+    settled: str = ""
+    threads: int = 1
 
     def nesting(self, rank: int) -> tuple[int, ...]:
-        """The nested ranks of a run: all up to R, or for a LoRA of one rank that alone."""
+        """Return the nested ranks of a run: all up to R, or for a LoRA of one rank that alone."""
         return self.ranks if rank == self.rank else (rank,)
 
+    def measured(self, job: Job) -> tuple[int, ...]:
+        """Return the ranks at which a job's adapter is measured."""
+        return (job.rank,) if job.recipe == "adalora" else self.nesting(job.rank)
+
     def steps(self, recipe: str) -> int:
-        """Optimizer steps of one run."""
+        """Return the optimizer steps of one run."""
         return int(RECIPES[recipe].length * self.training["max_steps"])
 
     def train_rows(self, recipe: str) -> int:
-        """That one run takes, counting those that it sees again."""
-        accumulated = self.training.get("gradient_accumulation_steps", 1)
-        return int(self.steps(recipe) * self.training["per_device_train_batch_size"] * accumulated)
+        """Return how many rows one run takes, counting those that it sees again."""
+        return self.steps(recipe) * int(self.training["per_device_train_batch_size"])
 
-    def train_set(self, recipe: str, task: str, seed: int) -> list[Row]:
-        """The training rows of one run: of a built-in task as many as it takes, so that each is seen once unless the
-        recipe says otherwise; of a file all.
-
-        Raises:
-            MatryoshkaError: There are not so many, or a file cannot be read.
-        """
-        taken = self.train_rows(recipe if RECIPES[recipe].new_rows else "lora")
-        return self.tasks[task].rows("train", taken if self.tasks[task].is_built_in else None, seed)
-
-    def train_config(self, recipe: str, rank: int, learning_rate: float, seed: int, output_dir: str) -> TrainConfig:
-        """The training config of a run; its data and its rule are given to `research.training` besides."""
-        return make_config(
-            {
-                "model": self.model,
-                "dtype": self.dtype,
-                "logging_strategy": "no",
-                "save_strategy": "no",
-                "disable_tqdm": True,
-                **self.training,
-                "max_steps": self.steps(recipe),
-                "data": "chain_sum",
-                "lora": RECIPES[recipe].lora(rank),
-                "nesting": {"ranks": list(self.nesting(rank)), "scaling": RECIPES[recipe].scaling},
-                "learning_rate": learning_rate,
-                "seed": seed,
-                "output_dir": output_dir,
-            }
-        )
-
-    def settings(self, task: str, recipe: str) -> dict[str, Any]:
-        """What the numbers of a run depend on besides its job: runs with others are of another study.
-
-        It is written with each run, so it holds no token and no path.
-        """
-        return {
-            **self.tasks[task].settings(),
-            "recipe": RECIPES[recipe].settings(),
-            "model": self.model_name,
-            "dtype": self.dtype,
+    def settings(self, task: str, recipe: str) -> str:
+        """Return a hash of what a run's numbers depend on besides its job."""
+        how = RECIPES[recipe]
+        found = {
+            "source": dict(self.tasks[task]),
+            "recipe": [how.rule, how.scaling, how.alpha, how.length],
+            "model": [self.model, self.layers, self.dtype],
             "training": dict(self.training),
-            "items": dict(self.items),
+            "items": {split: count for split, count in self.items.items() if count},
             "threads": self.threads,
         }
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
+
+    def load_runs(self) -> dict[Job, Run]:
+        """Return the recorded runs of this study and of those that it shares runs with."""
+        return self.its_own(read(RUNS / f"{name}.jsonl" for name in (*self.also, self.name)))
+
+    def its_own(self, runs: Mapping[Job, Run]) -> dict[Job, Run]:
+        """Return those of some runs whose task and recipe are the study's.
+
+        Raises:
+            MatryoshkaError: One of them was run with other settings.
+        """
+        recipes = {parse_method(method)[0] for method in self.methods}
+        found = {
+            job: run
+            for job, run in runs.items()
+            if job.task in self.tasks and job.recipe in recipes
+        }
+        for job, run in found.items():
+            if run.settings != self.settings(job.task, job.recipe):
+                raise MatryoshkaError(
+                    f"{job} was run with other settings than {self.name} has: give the study those "
+                    "settings, or move its runs aside"
+                )
+        return found
 
 
-def load_study(path: str | PathLike[str]) -> Study:
-    """Read a study.
+def parse_method(name: str) -> tuple[str, str]:
+    """Return the recipe and the cut of ``recipe/cut``, or of a method that trains each rank."""
+    if name in EACH_RECIPES:
+        return EACH_RECIPES[name], "prefix"
+    recipe, _, cut = name.partition("/")
+    if recipe not in RECIPES or not cut:
+        known = ", ".join(RECIPES)
+        raise MatryoshkaError(f"{name!r} is no recipe/cut, and no {EACH}; the recipes are {known}")
+    return recipe, cut
 
-    Its keys: ``title``, ``model``, ``dtype``, ``rank``, ``ranks`` (by default the powers of two up to it), ``tasks``
-    (name to ``{task: ...}`` or to ``{train: ..., validation: ..., test: ...}``), ``methods``, ``winner``, ``seeds``,
-    ``learning_rates`` (``{grid: [...], seeds: [...]}``), ``training`` (fields of ``trl.SFTConfig``), ``items`` and
-    ``threads``.
+
+def load_study(name: str) -> Study:
+    """Return a study of `research/studies`, by its name, or of any YAML file, by its path.
 
     Raises:
         MatryoshkaError: The file cannot be read, or something in it is wrong.
     """
+    path = Path(name) if name.endswith(".yaml") else STUDIES / f"{name}.yaml"
     try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MatryoshkaError(f"cannot read the study {path}: {error}") from error
-    try:
-        return make_study(given)
-    except MatryoshkaError as error:
-        raise MatryoshkaError(f"{path}: {error}") from error
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return make_study(path.stem, given)
+    except FileNotFoundError as error:
+        known = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml")))
+        raise MatryoshkaError(f"there is no study {name!r}; the studies are {known}") from error
+    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise MatryoshkaError(f"{path} is no study: {error}") from error
 
 
-def make_study(given: Any) -> Study:
-    """Check a study given as a mapping of the YAML file's form.
+def make_study(name: str, given: Mapping[str, Any]) -> Study:
+    """Return the study of a mapping that has the YAML file's form."""
+    rest = dict(given)
+    rates, items = rest.pop("learning_rates"), {"judge": 0, **rest.pop("items")}
+    nesting = Nesting(rest.pop("ranks", None) or Nesting.powers_of_two(rest.get("rank", 32)).ranks)
+    methods, tasks = tuple(rest.pop("methods")), rest.pop("tasks")
+    study = Study(
+        name=name,
+        methods=methods,
+        tasks=tasks,
+        seeds=tuple(rest.pop("seeds")),
+        learning_rates=tuple(map(float, rates["grid"])),
+        rate_seeds=tuple(rates["seeds"]),
+        items=items,
+        ranks=nesting.ranks,
+        also=tuple(rest.pop("also", ())),
+        **rest,
+    )
+    if nesting.max_rank != study.rank:
+        raise MatryoshkaError(f"{name}: the last of ranks is not rank, {study.rank}")
+    if {*study.seeds} & {*study.rate_seeds}:
+        raise MatryoshkaError(f"{name}: a seed that chooses rates may not be measured too")
+    for method in methods:
+        parse_method(method)
+    return study
+
+
+def may_be_run(study: Study) -> None:
+    """Refuse to run what can only be reported.
 
     Raises:
-        MatryoshkaError: A key or value is wrong; the message says which.
+        MatryoshkaError: The study, a recipe or a cut is settled, or an order would be judged by the
+            rows that are measured.
     """
-    _check_keys("the study", given, _KEYS)
-    for key in ("tasks", "methods"):
-        if not given.get(key):
-            raise MatryoshkaError(f"{key} is missing; a study needs tasks and methods")
-    if not isinstance(given["tasks"], Mapping):
-        raise MatryoshkaError(f"tasks is {given['tasks']!r}; write a mapping of names to sources")
-    if not isinstance(given["methods"], list):
-        raise MatryoshkaError(f"methods is {given['methods']!r}; write a list, for example [lora/svd, lora-each]")
-    methods = tuple(dict.fromkeys(map(str, given["methods"])))
-    recipes = list(dict.fromkeys(parse_method(method)[0] for method in methods))
-    winner = given.get("winner")
-    if winner is not None and winner not in methods:
-        raise MatryoshkaError(f"winner is {winner!r}, which is none of the methods")
-    rates, items = given.get("learning_rates") or {}, given.get("items") or {}
-    _check_keys("learning_rates", rates, ("grid", "seeds"))
-    _check_keys("items", items, tuple(_ITEMS))
-    rank = Nesting((given.get("rank", 32),)).max_rank
-    nesting = Nesting(given["ranks"]) if "ranks" in given else Nesting.powers_of_two(rank)
-    if nesting.max_rank != rank:
-        raise MatryoshkaError(f"the last of ranks is {nesting.max_rank}, and rank is {rank}: write the same number")
-    made = Study(
-        title=str(given.get("title", "A comparison of methods")),
-        model=given.get("model", "smollm2-135m"),
-        dtype=given.get("dtype", "bf16"),
-        rank=nesting.max_rank,
-        ranks=nesting.ranks,
-        tasks={str(name): make_task(str(name), source) for name, source in given["tasks"].items()},
-        methods=methods,
-        winner=winner,
-        seeds=_seeds("seeds", given.get("seeds", [0, 1, 2, 3, 4])),
-        learning_rates=_rates(rates.get("grid", [1e-3, 2e-3, 4e-3])),
-        rate_seeds=_seeds("learning_rates.seeds", rates.get("seeds", [100])),
-        training=_training(given.get("training") or {}),
-        items={split: _count(f"items.{split}", count) for split, count in {**_ITEMS, **items}.items()},
-        threads=_count("threads", given.get("threads", 1)),
-    )
-    if counted := sorted({*made.rate_seeds} & {*made.seeds}):
-        raise MatryoshkaError(
-            f"learning_rates.seeds has {counted[0]}, one of seeds too: rates are chosen on runs that are not counted"
-        )
-    for recipe in recipes:  # finds wrong arguments now
-        config = made.train_config(recipe, made.rank, made.learning_rates[0], 0, "unused")
-        check_objective(RECIPES[recipe].objective, config)
-    return made
-
-
-def _check_keys(name: str, given: Any, known: tuple[str, ...]) -> None:
-    if not isinstance(given, Mapping):
-        raise MatryoshkaError(f"{name} is {given!r}; write a mapping of keys to values")
-    for key in given:
-        if key not in known:
-            close = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(known)}"
-            raise MatryoshkaError(f"{name} has no key {str(key)!r}; {hint}")
-
-
-def _training(given: Any) -> dict[str, Any]:
-    from trl import SFTConfig
-
-    _check_keys("training", given, (*(field.name for field in fields(SFTConfig) if field.init), *_NOT_HERE))
-    for key, value in given.items():
-        if key in _NOT_HERE or key.startswith("eval_"):
+    if study.settled:
+        raise MatryoshkaError(f"{study.name} is only reported: {study.settled}")
+    for method in study.methods:
+        recipe, cut = parse_method(method)
+        if RECIPES[recipe].rule is None or cut not in CUTS:
             raise MatryoshkaError(
-                f"training.{key} has no place in a study, which sets it, counts max_steps or measures when training "
-                "has ended: leave it out"
+                f"{method} is settled: its runs are reported, and no new ones made"
             )
-        if "token" in key or not isinstance(value, (bool, int, float, str)) or "/" in str(value):
-            raise MatryoshkaError(f"training.{key} stands in every run's file: only plain words and numbers may")
-    training = {**_TRAINING, **given}
-    for key in _COUNTS:
-        _count(f"training.{key}", training.get(key, 1))
-    return training
-
-
-def _rates(given: Any) -> tuple[float, ...]:
-    good = isinstance(given, list) and len(given) > 1 and all(type(rate) in (int, float) for rate in given)
-    if not good or not all(0 < rate < math.inf for rate in given) or sorted(set(given)) != given:
-        raise MatryoshkaError(
-            f"learning_rates.grid is {given!r}; write at least two ascending rates, as 1.0e-3 and not as 1e-3"
-        )
-    return tuple(map(float, given))
-
-
-def _seeds(name: str, given: Any) -> tuple[int, ...]:
-    if not isinstance(given, list) or not given or len(set(map(str, given))) != len(given):
-        raise MatryoshkaError(f"{name} is {given!r}; write a list of different whole numbers")
-    for seed in given:
-        if type(seed) is not int or seed < 0:
-            raise MatryoshkaError(f"one of {name} is {seed!r}; write a whole number from 0 on")
-    return tuple(given)
-
-
-def _count(name: str, value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise MatryoshkaError(f"{name} is {value!r}; write a positive whole number")
-    return value
+        learns = cut in ("learned", "trained", "trained-1")
+        if (
+            learns
+            and not study.items["judge"]
+            and any("facts" not in t for t in study.tasks.values())
+        ):
+            raise MatryoshkaError(
+                f"{method} needs rows to judge by that are not measured: write items.judge"
+            )

@@ -1,151 +1,229 @@
-"""One training run: base model, adapter, Trainer, and what may be used to cut the adapter afterwards."""
+"""Make one training run, and measure an adapter."""
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from functools import cache
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from transformers import set_seed
 from transformers.utils import logging
+from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, NotFiniteError, nest
 from matryoshka_lora.models import load_model, load_tokenizer
-from research.adalora import Allocate, adalora_config, as_lora
-from research.recipes import RECIPES, Recipe
-from research.records import Job
-from research.rules import rule_of
-from research.study import Study
-from research.tasks import Row
-from research.trainers import TRAINERS, AnswerTrainer, factors_of
+from research import facts, tasks
+from research.runs import Job
+from research.study import RECIPES, Study
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-@dataclass
-class Trained:
-    """A trained adapter, and what may be used to cut it.
+class AnswerTrainer(SFTTrainer):
+    """Computes logits only before tokens with a label, which saves much of a step."""
 
-    Attributes:
-        model: PEFT's, in eval mode.
-        trainer: That has trained it; it knows the training rows and the held-out ones.
-        recipe: How it was trained.
-        ranks: The nested ones.
-        seed: Of training.
-    """
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the mean loss of the tokens that have a label."""
+        wanted, targets, others = _answers(inputs)
+        labels = targets[None]
+        options = {
+            "labels": labels,
+            "shift_labels": labels,
+            "num_items_in_batch": num_items_in_batch,
+        }
+        with _logits_only_at(model, wanted):
+            return model(**others, use_cache=False, **options).loss
 
-    model: PeftModel
-    trainer: AnswerTrainer
-    recipe: Recipe
-    ranks: Sequence[int]
-    seed: int
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: nothing of a run stays but its numbers."""
 
-    def __post_init__(self) -> None:
-        self._raw = [factor.detach().clone() for pair in factors_of(self.model).values() for factor in pair]
-        if not all(bool(factor.isfinite().all()) for factor in self._raw):
-            raise NotFiniteError("training diverged: a factor is not finite")
 
-    def adapter(self, deploy: Any = "reordered") -> NestedAdapter:
-        """The adapter as it was trained, whatever a cut has made of it."""
-        with torch.no_grad():
-            factors = [factor for pair in factors_of(self.model).values() for factor in pair]
-            for factor, raw in zip(factors, self._raw, strict=True):
-                factor.requires_grad_().copy_(raw)
-        return nest(self.model, self.ranks, self.recipe.scaling, rule_of(self.recipe.rule), deploy, seed=self.seed)
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers the factors have, without rows and columns that are zero."""
-        pairs = factors_of(self.model).values()
-        return sum(int(A.any(dim=1).sum()) * (A.shape[1] + B.shape[0]) for A, B in pairs)
+def _answers(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return where a token with a label is next, these tokens, and the other inputs."""
+    labels = inputs["labels"]
+    wanted = torch.zeros_like(labels, dtype=torch.bool)
+    wanted[:, :-1] = labels[:, 1:] != -100
+    others = {key: value for key, value in inputs.items() if key != "labels"}
+    return wanted, labels[:, 1:][wanted[:, :-1]], others
 
 
 @contextmanager
-def training(
-    study: Study,
-    job: Job,
-    rows: Sequence[Row],
-    held_out: Sequence[Row],
-    trainer_class: type[AnswerTrainer] | None = None,
-) -> Iterator[AnswerTrainer]:
-    """A context with a job's Trainer, ready to train. Its adapter is nested, but for AdaLoRA's.
+def _logits_only_at(model: Any, wanted: Tensor) -> Iterator[None]:
+    """Make the model's logits one row: those at the wanted tokens, row after row."""
+
+    def choose(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][wanted][None], *args[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class Trained:
+    """A trained adapter, and what a cut may use.
 
     Args:
-        study: Of the job.
-        job: What to do; its split is not looked at.
-        rows: `Study.train_set`'s.
-        held_out: What is measured.
-        trainer_class: What trains, where it is not the recipe's own.
+        study: The study of the job.
+        job: What was trained.
+        factors: A and B of each layer, as training has left them.
+        trainer: The Trainer that has trained them. Its ``eval_dataset`` holds the rows that judge.
+        measured: The tokenised rows that are measured. No cut sees them.
 
     Raises:
-        MatryoshkaError: It cannot be done, or TRL would leave a question out.
+        NotFiniteError: A factor is not finite.
     """
+
+    def __init__(
+        self, study: Study, job: Job, factors: Factors, trainer: AnswerTrainer, measured: Any
+    ) -> None:
+        self.study, self.job, self.factors = study, job, factors
+        self.trainer, self.measured = trainer, measured
+        self.ranks = study.nesting(job.rank)
+        if not all(bool(one.isfinite().all()) for pair in factors.values() for one in pair):
+            raise NotFiniteError("training diverged: a factor is not finite")
+        self.parameters = sum(A.numel() + B.numel() for A, B in factors.values())
+
+    def adapter(self) -> NestedAdapter:
+        """Return a new model with the trained factors, in eval mode, for a cut to change.
+
+        TRL has put a forward of its own into the Trainer's model, so a copy of that would not do.
+        """
+        adapter, _ = nested(self.study, self.job)
+        adapter.put_factors(self.factors)
+        adapter.model.eval()
+        return adapter
+
+
+@cache
+def _base(model: str, layers: int | None, dtype: str) -> tuple[Any, Any]:
+    found, tokenizer = load_model(model, DTYPES[dtype], device="cpu"), load_tokenizer(model)
+    return (found, tokenizer) if layers is None else facts.cut(found, tokenizer, layers)
+
+
+def nested(study: Study, job: Job) -> tuple[NestedAdapter, Any]:
+    """Return a new nested adapter on a base model that shares its weights, and the tokenizer."""
     recipe = RECIPES[job.recipe]
-    with tempfile.TemporaryDirectory() as folder, _silent():
-        config = study.train_config(job.recipe, job.rank, job.learning_rate, job.seed, str(Path(folder) / "run"))
-        set_seed(config.seed)
-        base = load_model(config.model, getattr(torch, _DTYPES[config.dtype]))
-        if recipe.objective == "adalora":
-            model = get_peft_model(base, adalora_config(config))
-            callback: Any = Allocate(model)
-        else:
-            model = get_peft_model(base, config.lora_config())
-            ranks = study.nesting(job.rank)
-            adapter = nest(model, ranks, recipe.scaling, rule_of(recipe.rule), "paper", seed=config.seed)
-            callback = adapter.callback()
-        trainer = (trainer_class or TRAINERS.get(recipe.objective or "", AnswerTrainer))(
-            model=model,
-            args=config.sft_config(),
-            train_dataset=Dataset.from_list(list(rows)),
-            eval_dataset=Dataset.from_list(list(held_out)),
-            processing_class=load_tokenizer(config.model),
-            callbacks=[callback],
-        )
-        for name, given, kept in (("train", rows, trainer.train_dataset), (job.split, held_out, trainer.eval_dataset)):
-            if len(kept) < len(given):
-                raise MatryoshkaError(
-                    f"{len(given) - len(kept)} of the {len(given)} rows of {name} have no token of their answer within "
-                    f"max_length {trainer.args.max_length}: give training.max_length"
-                )
-        yield trainer
+    base, tokenizer = _base(study.model, study.layers, study.dtype)
+    base = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
+    config = LoraConfig(**recipe.lora(job.rank), target_modules="all-linear", task_type="CAUSAL_LM")
+    ranks, rule = study.nesting(job.rank), recipe.rule or "lora"
+    model = get_peft_model(base, config)
+    made = nest(model, ranks, recipe.scaling, rule, deploy="paper", seed=job.seed)
+    return made, tokenizer
 
 
-_DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
-
-
-def train(trainer: AnswerTrainer, study: Study, job: Job) -> Trained:
-    """Train to the end.
+@contextmanager
+def trainer_of(study: Study, job: Job) -> Iterator[tuple[NestedAdapter, AnswerTrainer, Any]]:
+    """Give a job's nested adapter, its Trainer, ready to train, and the rows that are measured.
 
     Raises:
-        NotFiniteError: It diverged.
+        MatryoshkaError: The job cannot be done, or TRL would leave a question out.
     """
-    trainer.train()
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
-    recipe, ranks = RECIPES[job.recipe], study.nesting(job.rank)
-    if recipe.objective == "adalora":
-        model = as_lora(model)
-        ranks = (model.peft_config["default"].r,)
-    return Trained(model, trainer, recipe, ranks, job.seed)
+    rows = {
+        "train": tasks.train_rows(study, job.task, job.recipe, job.seed),
+        "judge": tasks.judge_rows(study, job.task, job.recipe, job.seed),
+        "measured": tasks.measured_rows(study, job.task, job.split, job.seed),
+    }
+    with tempfile.TemporaryDirectory() as folder, _silent():
+        set_seed(job.seed)
+        adapter, tokenizer = nested(study, job)
+        held_out = {key: Dataset.from_list(rows[key]) for key in ("judge", "measured") if rows[key]}
+        trainer = AnswerTrainer(
+            model=adapter.model,
+            args=arguments(study, job, folder),
+            train_dataset=Dataset.from_list(rows["train"]),
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=[adapter.callback()],
+        )
+        kept = {"train": trainer.train_dataset, **trainer.eval_dataset}
+        for name, data in kept.items():
+            if len(data) < len(rows[name]):
+                raise MatryoshkaError(
+                    f"{len(rows[name]) - len(data)} rows of {name} have no token of their answer "
+                    f"within max_length {trainer.args.max_length}: give training.max_length"
+                )
+        # Rows that are measured may decide nothing, so no cut finds them in the Trainer.
+        trainer.eval_dataset = kept.get("judge")
+        yield adapter, trainer, kept["measured"]
 
 
-def token_count(data: Any, rows: int) -> int:
-    """How many tokens so many rows of a Trainer's data have on average, without padding."""
-    lengths = [len(ids) for ids in data["input_ids"]]
+def arguments(study: Study, job: Job, folder: str) -> SFTConfig:
+    """Return TRL's arguments; what is not the study's is as for every study."""
+    return SFTConfig(
+        **{
+            "logging_strategy": "no",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "report_to": "none",
+            "bf16": False,  # autocast would round the float32 adapter too
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": False,
+            "use_cpu": True,
+            **study.training,
+            "max_steps": study.steps(job.recipe),
+            "learning_rate": job.learning_rate,
+            "seed": job.seed,
+            "output_dir": folder,
+        }
+    )
+
+
+@torch.no_grad()
+def score(model: Any, trainer: AnswerTrainer, data: Any) -> tuple[float, float]:
+    """Return the loss in nats per token of the answers, and the share of questions that are right.
+
+    A question is right if greedy decoding would write all of its answer.
+
+    Args:
+        model: In eval mode.
+        trainer: Its collator makes the batches.
+        data: Tokenised rows.
+    """
+    nats, tokens, right, rows = 0.0, 0, 0, 0
+    for batch in trainer.get_eval_dataloader(data):
+        inputs = {key: value.to(model.device) for key, value in batch.items()}
+        wanted, targets, others = _answers(inputs)
+        with _logits_only_at(model, wanted):
+            logits = model(**others, use_cache=False).logits[0].float()
+        each = logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
+        row = wanted.nonzero()[:, 0]
+        misses = torch.bincount(row[logits.argmax(dim=-1) != targets], minlength=len(wanted))
+        nats, tokens = nats - float(each.double().sum()), tokens + len(targets)
+        right, rows = right + int((misses == 0).sum()), rows + len(misses)
+    return round(nats / tokens, 6), round(right / rows, 6)
+
+
+def token_count(data: Sequence[Any], rows: int) -> int:
+    """Return how many tokens so many rows of tokenised data have on average, without padding."""
+    lengths = [len(row["input_ids"]) for row in data]
     return round(sum(lengths) / len(lengths) * rows)
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without the Trainer's lines and the libraries' bars."""
+    """Hide the Trainer's lines and the libraries' bars."""
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     with redirect_stdout(StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
+        warnings.simplefilter("ignore", FutureWarning)  # libraries warn about each other
         yield

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Of programs that a test starts, too: with more threads than cores, they would wait for each other most of the time.
+# Programs that a test starts inherit it: more threads than cores would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import a_browser
 import oracle
-import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,28 +18,24 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from matryoshka_lora import NestedAdapter, Nesting, nest
-from matryoshka_lora.rules import Rule
 
 torch.set_num_threads(1)
 # Derandomised: a red test must be red again on the next run.
 settings.register_profile(
-    "tests", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    "tests",
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("tests")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A real browser without a window."""
-    with a_browser.opened() as opened:
-        yield opened
 
 
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """A Llama of two layers with random weights, the same ones for the same seed; fp32, eval mode."""
+    """Return a Llama of two layers, the same weights for the same seed; fp32, eval mode."""
     config = {
         "vocab_size": 96,
         "hidden_size": 64,
@@ -61,7 +54,7 @@ def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
 
 
 def tiny_mixtral(seed: int = 0, **changes: Any) -> MixtralForCausalLM:
-    """A Mixtral of two layers and three experts with random weights; fp32, eval mode."""
+    """Return a Mixtral of two layers and three experts; fp32, eval mode."""
     config = {
         "vocab_size": 96,
         "hidden_size": 32,
@@ -78,7 +71,7 @@ def tiny_mixtral(seed: int = 0, **changes: Any) -> MixtralForCausalLM:
 
 
 def randomize(model: nn.Module, seed: int = 1, size: float = 0.3) -> None:
-    """Fill the factors of every adapter with normal numbers, so that B is not zero as at the start of training."""
+    """Fill the factors of every adapter with normal numbers, so that B is not zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -87,28 +80,33 @@ def randomize(model: nn.Module, seed: int = 1, size: float = 0.3) -> None:
 
 
 def lora_config(nesting: Nesting, **changes: Any) -> LoraConfig:
-    """The LoraConfig of a nesting, on all linear layers of a Llama unless told otherwise."""
+    """Return the LoraConfig of a nesting, on all linear layers of a Llama."""
     alpha = nesting.scale * nesting.max_rank
-    return LoraConfig(**{"r": nesting.max_rank, "lora_alpha": alpha, "target_modules": LINEAR_LAYERS, **changes})
+    return LoraConfig(
+        **{"r": nesting.max_rank, "lora_alpha": alpha, "target_modules": LINEAR_LAYERS, **changes}
+    )
 
 
-def nest_as(model: PeftModel, nesting: Nesting, rule: str | Rule = "matryoshka", **more: Any) -> NestedAdapter:
-    """`nest` with the ranks and the scaling of a nesting, whose scale is the config's."""
+def nest_as(
+    model: PeftModel, nesting: Nesting, rule: str = "matryoshka", **more: Any
+) -> NestedAdapter:
+    """Nest with the ranks and the scaling of a nesting, whose scale is the config's."""
     return nest(model, nesting.ranks, nesting.scaling, rule, **more)
 
 
 def nested_llama(
     nesting: Nesting,
     rule: str = "matryoshka",
-    deploy: Any = "paper",
+    deploy: Any = "reordered",
     seed: int = 0,
     layers: int = 2,
     **lora: Any,
 ) -> NestedAdapter:
-    """A tiny Llama with a nested adapter of random factors, in eval mode."""
+    """Return a tiny Llama with a nested adapter of random factors, in eval mode."""
     model = get_peft_model(tiny_llama(seed, num_hidden_layers=layers), lora_config(nesting, **lora))
+    adapter = nest_as(model.eval(), nesting, rule, deploy=deploy)
     randomize(model)
-    return nest_as(model.eval(), nesting, rule, deploy=deploy)
+    return adapter
 
 
 @dataclass
@@ -149,25 +147,27 @@ class OneLayer(nn.Module):
         return output
 
 
-def one_layer(kind: str, nesting: Nesting, seed: int = 0, dtype: torch.dtype = torch.float64, **lora: Any) -> PeftModel:
-    """A PEFT model of one layer with random factors, not nested."""
+def one_layer(
+    kind: str, nesting: Nesting, seed: int = 0, dtype: torch.dtype = torch.float64, **lora: Any
+) -> PeftModel:
+    """Return a PEFT model of one layer, not nested."""
     torch.manual_seed(seed)
     changes = {"target_modules": ["layer"], "fan_in_fan_out": kind == "Conv1D"}
     config = lora_config(nesting, **{**changes, **lora})
-    model = get_peft_model(OneLayer(oracle.KINDS[kind].build()).to(dtype), config)
-    randomize(model, seed)
-    return model
+    return get_peft_model(OneLayer(oracle.KINDS[kind].build()).to(dtype), config)
 
 
 def nested_layer(
     kind: str,
     nesting: Nesting,
     rule: str = "matryoshka",
-    deploy: Any = "paper",
+    deploy: Any = "reordered",
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
     **lora: Any,
 ) -> NestedLayer:
-    """One nested layer with random factors, in training mode."""
-    adapter = nest_as(one_layer(kind, nesting, seed, dtype, **lora), nesting, rule, deploy=deploy, seed=seed)
+    """Return one nested layer with random factors, in training mode."""
+    model = one_layer(kind, nesting, seed, dtype, **lora)
+    adapter = nest_as(model, nesting, rule, deploy=deploy, seed=seed)
+    randomize(model, seed)
     return NestedLayer(oracle.KINDS[kind], adapter, adapter.model.base_model.model.layer)

@@ -1,7 +1,7 @@
 """The method's formulas in plain torch, written apart from the package: nothing here may import it.
 
-Every layer kind is computed through its dense weight, ``W + sum_i p_i B[:, i] A[i]``, while the package never forms
-that matrix in its forward.
+Every layer kind is computed through its dense weight, ``W + sum_i p_i B[:, i] A[i]``, while the
+package never forms that matrix in its forward.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from transformers.pytorch_utils import Conv1D
 
 def scale(scaling: str, whole: float, top: int, rank: int) -> float:
     """s_r, where rank R = ``top`` has the scale ``whole``: that of R, or LoRA's or rsLoRA's for the same alpha."""
-    return {"none": whole, "rank": whole * top / rank, "sqrt": whole * math.sqrt(top / rank)}[scaling]
+    return {"none": whole, "rank": whole * top / rank, "sqrt": whole * math.sqrt(top / rank)}[
+        scaling
+    ]
 
 
 def trained_p(ranks: Sequence[int], scaling: str = "none", whole: float = 1.0) -> Tensor:
     """P: ``p_i = sum of s_r over the nested r >= i``, entry by entry."""
     columns = range(1, max(ranks) + 1)
     return torch.tensor(
-        [sum(scale(scaling, whole, max(ranks), r) for r in ranks if r >= i) for i in columns], dtype=torch.float64
+        [sum(scale(scaling, whole, max(ranks), r) for r in ranks if r >= i) for i in columns],
+        dtype=torch.float64,
     )
 
 
@@ -37,14 +40,9 @@ def prefix_p(ranks: Sequence[int], rank: int, scaling: str = "none", whole: floa
     """``s_r`` on the first r entries."""
     columns = range(1, max(ranks) + 1)
     return torch.tensor(
-        [scale(scaling, whole, max(ranks), rank) if i <= rank else 0.0 for i in columns], dtype=torch.float64
+        [scale(scaling, whole, max(ranks), rank) if i <= rank else 0.0 for i in columns],
+        dtype=torch.float64,
     )
-
-
-def kept_p(ranks: Sequence[int], rank: int, scaling: str = "none", whole: float = 1.0) -> Tensor:
-    """P on the first r entries."""
-    columns = torch.arange(1, max(ranks) + 1)
-    return torch.where(columns <= rank, trained_p(ranks, scaling, whole), torch.zeros((), dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Kind:
         return (product.T if self.transposed else product).reshape(base.weight.shape)
 
     def forward(self, base: Any, A: Tensor, B: Tensor, p: Tensor, x: Tensor) -> Tensor:
-        """The nested layer's output for p of shape (R,), or (rows, R) with one diagonal per row of x."""
+        """Return the layer's output for p of shape (R,), or (rows, R) with one for each row."""
         if p.ndim == 1:
             return self.apply(base, base.weight.detach() + self.delta(base, A, B, p), x)
         rows = [self.forward(base, A, B, row_p, x[j : j + 1]) for j, row_p in enumerate(p)]
@@ -78,7 +76,9 @@ class Kind:
 
 def _conv(dimensions: int) -> Callable[[Any, Tensor, Tensor], Tensor]:
     function: Any = getattr(functional, f"conv{dimensions}d")
-    return lambda base, weight, x: function(x, weight, base.bias, base.stride, base.padding, base.dilation)
+    return lambda base, weight, x: function(
+        x, weight, base.bias, base.stride, base.padding, base.dilation
+    )
 
 
 def _dense(base: Any, weight: Tensor, x: Tensor) -> Tensor:
@@ -93,7 +93,12 @@ KINDS = {
     "Linear": Kind(lambda: nn.Linear(12, 10), _normal(3, 12), _dense),
     "Linear-no-bias": Kind(lambda: nn.Linear(9, 11, bias=False), _normal(2, 2, 9), _dense),
     "Linear-2d-input": Kind(lambda: nn.Linear(12, 10), _normal(12), _dense),
-    "Conv1D": Kind(lambda: Conv1D(10, 12), _normal(3, 12), lambda base, w, x: x @ w + base.bias, transposed=True),
+    "Conv1D": Kind(
+        lambda: Conv1D(10, 12),
+        _normal(3, 12),
+        lambda base, w, x: x @ w + base.bias,
+        transposed=True,
+    ),
     "Embedding": Kind(
         lambda: nn.Embedding(14, 10),
         lambda rows: torch.randint(14, (rows, 5)),
@@ -107,13 +112,19 @@ KINDS = {
         transposed=True,
     ),
     "Conv1d": Kind(lambda: nn.Conv1d(4, 10, 3, stride=2, padding=1), _normal(4, 9), _conv(1)),
-    "Conv2d": Kind(lambda: nn.Conv2d(3, 10, (3, 2), stride=(2, 1), padding=1), _normal(3, 7, 6), _conv(2)),
-    "Conv2d-same": Kind(lambda: nn.Conv2d(3, 10, 3, padding="same", bias=False), _normal(3, 5, 4), _conv(2)),
+    "Conv2d": Kind(
+        lambda: nn.Conv2d(3, 10, (3, 2), stride=(2, 1), padding=1), _normal(3, 7, 6), _conv(2)
+    ),
+    "Conv2d-same": Kind(
+        lambda: nn.Conv2d(3, 10, 3, padding="same", bias=False), _normal(3, 5, 4), _conv(2)
+    ),
     "Conv3d": Kind(lambda: nn.Conv3d(2, 10, 2, stride=(1, 2, 1)), _normal(2, 4, 4, 3), _conv(3)),
 }
 
 
-def fold(base_model: nn.Module, tensors: Mapping[str, Tensor], p: Tensor | Callable[[str], Tensor]) -> nn.Module:
+def fold(
+    base_model: nn.Module, tensors: Mapping[str, Tensor], p: Tensor | Callable[[str], Tensor]
+) -> nn.Module:
     """A copy of a base model with ``B diag(p) A`` added to its linear layers, from a PEFT state dict.
 
     Args:
@@ -129,32 +140,14 @@ def fold(base_model: nn.Module, tensors: Mapping[str, Tensor], p: Tensor | Calla
         diagonal = p if isinstance(p, Tensor) else p(name)
         B = tensors[key.replace(".lora_A.", ".lora_B.")]
         weight: Any = model.get_submodule(name).weight
-        weight.data += torch.einsum("or,r,ri->oi", B.double(), diagonal.double(), A.double()).to(weight.dtype)
+        weight.data += torch.einsum("or,r,ri->oi", B.double(), diagonal.double(), A.double()).to(
+            weight.dtype
+        )
     return model
 
 
-def expert_delta(A: Tensor, B: Tensor, p: Tensor, experts: int, in_first: bool) -> Tensor:
-    """The delta of a stack of experts; PEFT's A is (experts * R, in) and its B is (out, R * experts).
-
-    Args:
-        A: PEFT's parameter.
-        B: PEFT's parameter.
-        p: Shape (R,).
-        experts: How many there are.
-        in_first: The stack is stored as (experts, in, out), else as (experts, out, in).
-    """
-    R = len(p)
-    products = []
-    for e in range(experts):
-        A_e = A[e * R : (e + 1) * R].double()
-        B_e = torch.stack([B[:, i * experts + e] for i in range(R)], dim=1).double()
-        product = B_e @ torch.diag(p) @ A_e
-        products.append(product.T if in_first else product)
-    return torch.stack(products)
-
-
 def best_errors(delta: Tensor) -> Tensor:
-    """Frobenius error of the best approximation of each rank 0, 1, ..., by numpy's SVD (Eckart-Young)."""
+    """Return the Frobenius error of the best matrix of each rank 0, 1, ... (Eckart-Young)."""
     s = np.linalg.svd(delta.detach().double().numpy(), compute_uv=False)
     tail = np.concatenate([np.cumsum(s[::-1] ** 2)[::-1], [0.0]])
     return torch.from_numpy(np.sqrt(tail))

@@ -1,21 +1,27 @@
-"""Ranks, scales and P: the table of the method, and every way to write a nesting wrongly."""
+"""Ranks, scales, P and the rules: the paper's formulas, and a draw is a function of seed and step."""
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import json
 import math
+import pickle
+import random
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import one_layer
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from matryoshka_lora import MatryoshkaError, Nesting, nest
+from matryoshka_lora import MatryoshkaError, Nesting
+from matryoshka_lora.nesting import RULES, get_rule
+
+NESTING = Nesting((1, 2, 4, 8), "sqrt", 0.7)
 
 # p on the blocks 1 | 2 | 3-4 | 5-8 | 9-16 | 17-32 | ..., summed by hand from the last to the first.
 TABLE = [
@@ -25,138 +31,149 @@ TABLE = [
     (256, "none", [9, 8, 7, 6, 5, 4, 3, 2, 1]),
 ]
 
-rank_lists = st.sets(st.integers(1, 80), min_size=1, max_size=8).map(sorted)
-scalings = st.sampled_from(["none", "rank", "sqrt"])
-scales = st.floats(1e-3, 1e3)
+nestings = st.builds(
+    Nesting,
+    st.sets(st.integers(1, 80), min_size=1, max_size=8).map(lambda ranks: tuple(sorted(ranks))),
+    st.sampled_from(["none", "rank", "sqrt"]),
+    st.floats(1e-3, 1e3),
+)
+
+
+def prefix(nesting: Nesting, rank: int) -> Tensor:
+    return oracle.prefix_p(nesting.ranks, rank, nesting.scaling, nesting.scale)
 
 
 @pytest.mark.parametrize(("max_rank", "scaling", "blocks"), TABLE)
-def test_diagonal_is_the_table_of_the_method(max_rank: int, scaling: Any, blocks: list[float]) -> None:
+def test_p_is_the_table_of_the_paper(max_rank: int, scaling: Any, blocks: list[float]) -> None:
     widths = [1, *(2**k for k in range(len(blocks) - 1))]
     expected = [p for p, width in zip(blocks, widths, strict=True) for _ in range(width)]
     paper = {"none": 1.0, "rank": 1 / max_rank, "sqrt": max_rank**-0.5}  # alpha is 1
     diagonal = Nesting.powers_of_two(max_rank, scaling, paper[scaling]).diagonal()
-    assert diagonal.shape == (max_rank,)
     assert diagonal.dtype == torch.float64
     assert diagonal.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-@given(rank_lists, scalings, scales)
-def test_diagonal_is_the_sum_of_prefixes_and_the_formula(ranks: list[int], scaling: Any, whole: float) -> None:
-    nesting = Nesting(ranks, scaling, whole)
-    prefixes = sum(oracle.prefix_p(ranks, r, scaling, whole) for r in ranks)
-    torch.testing.assert_close(nesting.diagonal(), prefixes, rtol=1e-12, atol=0)
-    torch.testing.assert_close(nesting.diagonal(), oracle.trained_p(ranks, scaling, whole), rtol=1e-12, atol=0)
-
-
-@given(rank_lists, scalings, scales, st.data())
-def test_prefix_and_scale(ranks: list[int], scaling: Any, whole: float, data: st.DataObject) -> None:
-    nesting = Nesting(ranks, scaling, whole)
-    rank = data.draw(st.integers(1, max(ranks)))
-    assert nesting.scale_at(rank) == pytest.approx(oracle.scale(scaling, whole, max(ranks), rank), rel=1e-14)
-    torch.testing.assert_close(nesting.prefix(rank), oracle.prefix_p(ranks, rank, scaling, whole))
-
-
-@given(rank_lists, scalings, scales)
-def test_the_largest_rank_has_the_scale_that_is_given(ranks: list[int], scaling: Any, whole: float) -> None:
-    nesting = Nesting(ranks, scaling, whole)
-    assert nesting.scale == nesting.scale_at(max(ranks)) == whole
-
-
-@given(st.integers(1, 20), scales, st.booleans())
-def test_the_scale_of_an_adapter_is_what_peft_multiplies_by(rank: int, alpha: float, use_rslora: bool) -> None:
-    model = one_layer("Linear", Nesting([1]), r=rank, lora_alpha=alpha, use_rslora=use_rslora)
-    nesting = nest(model).nesting
-    assert nesting == Nesting.powers_of_two(rank, scale=model.base_model.model.layer.scaling["default"])
-    assert nesting.scale == pytest.approx(alpha / (rank**0.5 if use_rslora else rank), rel=1e-14)
+@given(nestings, st.data())
+def test_p_prefix_and_scale_are_the_formulas(nesting: Nesting, data: st.DataObject) -> None:
+    exact: dict[str, Any] = {"rtol": 1e-12, "atol": 0}
+    expected = oracle.trained_p(nesting.ranks, nesting.scaling, nesting.scale)
+    torch.testing.assert_close(nesting.diagonal(), expected, **exact)
+    rank = data.draw(st.integers(1, nesting.max_rank))
+    torch.testing.assert_close(nesting.prefix(rank), prefix(nesting, rank), **exact)
+    assert nesting.scale == nesting.scale_at(nesting.max_rank)
 
 
 @pytest.mark.parametrize(
     ("max_rank", "ranks"),
-    [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (8, (1, 2, 4, 8)), (12, (1, 2, 4, 8, 12)), (33, (1, 2, 4, 8, 16, 32, 33))],
+    [(1, (1,)), (3, (1, 2, 3)), (8, (1, 2, 4, 8)), (33, (1, 2, 4, 8, 16, 32, 33))],
 )
 def test_powers_of_two_end_in_the_largest_rank(max_rank: int, ranks: tuple[int, ...]) -> None:
     assert Nesting.powers_of_two(max_rank).ranks == ranks
-    assert Nesting.powers_of_two(max_rank).max_rank == max_rank
 
 
-def test_numpy_integers_and_any_iterable_are_taken() -> None:
-    nesting = Nesting(np.array([1, 4, 8]))
-    assert nesting == Nesting(r for r in (1, 4, 8))
-    assert json.loads(json.dumps(nesting.ranks)) == [1, 4, 8]
-    assert Nesting.powers_of_two(np.int64(6)) == Nesting([1, 2, 4, 6])
-    assert nesting.scale_at(np.int32(4)) == 1.0
-    assert type(Nesting([1, 2], "rank", np.float64(4)).scale) is float
-
-
-def test_a_nesting_is_immutable() -> None:
-    nesting = Nesting([1, 2])
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        nesting.ranks = (4,)  # type: ignore[misc]
+def test_numpy_integers_become_json() -> None:
+    nesting = Nesting(np.array([1, 4, 8]), "rank", np.float64(4))  # type: ignore[arg-type]
+    assert nesting == Nesting((1, 4, 8), "rank", 4)
+    assert json.loads(json.dumps([nesting.ranks, nesting.scale])) == [[1, 4, 8], 4]
+    assert type(nesting.scale) is float
 
 
 @pytest.mark.parametrize(
-    ("ranks", "message"),
+    ("options", "message"),
     [
-        ([4, 2, 1], r"increase strictly; write \[1, 2, 4\] instead of \[4, 2, 1\]"),
-        ([1, 2, 2, 4], r"increase strictly; write \[1, 2, 4\] instead of \[1, 2, 2, 4\]"),
-        ([0, 1], "rank 0 is not positive; the smallest rank is 1"),
-        ([-3, 4], "rank -3 is not positive"),
-        ([True, 4], "rank True is not an integer; write a whole number"),
-        ([1.0, 4], r"rank 1\.0 is not an integer; write a whole number"),
-        ([1, np.float64(4)], "not an integer; write a whole number"),
-        ([1, float("nan")], "rank nan is not an integer"),
-        (["1", 4], "rank '1' is not an integer"),
-        ([None], "rank None is not an integer"),
-        ("1248", r"ranks is '1248'; write a list of integers, for example \[1, 2, 4, 8\]"),
-        (8, "ranks is 8; write a list of integers"),
-        (None, "ranks is None; write a list of integers"),
-        ([], "ranks is empty; write at least one"),
+        ({"ranks": [4, 2, 2, 1]}, r"must increase; write \[1, 2, 4\] instead of \[4, 2, 2, 1\]"),
+        ({"ranks": [0, 1]}, "rank 0 is not positive"),
+        ({"ranks": [True, 4]}, "rank True is not an integer"),
+        ({"ranks": [1, np.float64(4)]}, "not an integer; write a whole number"),
+        ({"ranks": "1248"}, r"ranks is '1248'; write a list of integers"),
+        ({"ranks": 8}, "ranks is 8; write a list of integers"),
+        ({"ranks": []}, "ranks is empty"),
+        ({"scaling": "rslora"}, "scaling is 'rslora'; write one of 'none', 'rank', 'sqrt'"),
+        ({"scale": math.nan}, "scale is nan; write a positive number"),
+        ({"scale": 0}, "scale is 0; write a positive number"),
+        ({"scale": 10**400}, "scale is 1"),
+        ({"scale": None}, "scale is None; write a positive number"),
     ],
 )
-def test_wrong_ranks_are_refused_with_the_right_ones(ranks: Any, message: str) -> None:
+def test_what_makes_no_nesting_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MatryoshkaError, match=message):
-        Nesting(ranks)
+        Nesting(**{"ranks": (1, 2), **options})
 
 
-@given(st.lists(st.integers(1, 40), min_size=2, max_size=6).filter(lambda ranks: ranks != sorted(set(ranks))))
-def test_the_message_for_wrong_order_gives_ranks_that_work(ranks: list[int]) -> None:
-    with pytest.raises(MatryoshkaError) as error:
-        Nesting(ranks)
-    suggestion = json.loads(str(error.value).partition("write ")[2].partition(" instead")[0])
-    assert Nesting(suggestion).ranks == tuple(sorted(set(ranks)))
+@pytest.mark.parametrize("rank", [9, 0, 2.0, True, "4"])
+def test_a_rank_that_the_nesting_lacks_is_refused(rank: Any) -> None:
+    with pytest.raises(MatryoshkaError, match=r"choose one from 1 to 8|not positive|not an integer"):
+        Nesting((2, 8)).prefix(rank)
 
 
-@pytest.mark.parametrize("scaling", ["Rank", "rslora", "", None, 1])
-def test_an_unknown_scaling_is_refused(scaling: Any) -> None:
-    with pytest.raises(MatryoshkaError, match=r"scaling is .*; write one of 'none', 'rank', 'sqrt'"):
-        Nesting([1, 2], scaling)
+# Rules.
 
 
-@pytest.mark.parametrize("scaling", ["none", "rank", "sqrt"])
-@pytest.mark.parametrize("scale", [0, -1.0, math.nan, math.inf, -math.inf, 10**400, True, "16", None])
-def test_an_impossible_scale_is_refused(scaling: Any, scale: Any) -> None:
-    with pytest.raises(MatryoshkaError, match=r"scale is .*; write a positive number"):
-        Nesting([1, 2], scaling, scale)
+@pytest.mark.parametrize("rule", RULES)
+@given(st.integers(0, 2**40), st.integers(0, 10**7), st.integers(1, 40))
+def test_a_draw_is_a_function_of_seed_and_step(rule: str, seed: int, step: int, rows: int) -> None:
+    random.seed(step)
+    torch.manual_seed(seed)
+    before = random.getstate(), torch.get_rng_state()
+    first = get_rule(rule).draw(NESTING, seed, step, rows)
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    get_rule(rule).draw(NESTING, seed, step + 1, rows)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(get_rule(rule))))
+    assert torch.equal(first, again.draw(NESTING, seed, step, rows))
 
 
+@given(nestings, st.integers(0, 10**6), st.integers(0, 10**9))
+def test_each_rule_draws_its_diagonal(nesting: Nesting, seed: int, step: int) -> None:
+    def draw(rule: str, rows: int | None = None) -> Tensor:
+        return get_rule(rule).draw(nesting, seed, step, rows)
+
+    exact: dict[str, Any] = {"rtol": 1e-12, "atol": 0}
+    torch.testing.assert_close(draw("lora"), prefix(nesting, nesting.max_rank), **exact)
+    p = oracle.trained_p(nesting.ranks, nesting.scaling, nesting.scale)
+    torch.testing.assert_close(draw("matryoshka"), p, **exact)
+    for rule in ("dylora", "dylora-all", "dylora-frozen"):
+        rank = int(draw(rule).count_nonzero())
+        assert rank in (nesting.ranks if rule == "dylora" else range(1, nesting.max_rank + 1))
+        torch.testing.assert_close(draw(rule), prefix(nesting, rank), **exact)
+    rows = step % 40 + 1
+    drawn = draw("stratified", rows)
+    assert drawn.shape == (rows, nesting.max_rank)
+    counts = Counter(int(row.count_nonzero()) for row in drawn)
+    for row in drawn:
+        torch.testing.assert_close(row, prefix(nesting, int(row.count_nonzero())), **exact)
+    numbers = [counts[rank] for rank in nesting.ranks]
+    assert sum(numbers) == rows
+    assert max(numbers) - min(numbers) <= 1
+
+
+# The 99.9 % points of chi-square for 3 and 7 degrees of freedom; the seed is fixed.
 @pytest.mark.parametrize(
-    ("rank", "message"),
-    [
-        (9, "rank 9 is above the largest rank 8; choose one from 1 to 8"),
-        (0, "not positive"),
-        (2.0, "not an integer"),
-        (True, "not an integer"),
-        ("4", "not an integer"),
-    ],
+    ("rule", "values", "limit"),
+    [("dylora", NESTING.ranks, 16.27), ("dylora-all", range(1, 9), 24.32)],
 )
-@pytest.mark.parametrize("method", ["scale_at", "prefix"])
-def test_a_rank_outside_the_nesting_is_refused(method: str, rank: Any, message: str) -> None:
-    with pytest.raises(MatryoshkaError, match=message):
-        getattr(Nesting([2, 8]), method)(rank)
+def test_dylora_draws_are_uniform_and_independent(rule: str, values: Any, limit: float) -> None:
+    steps = 4000
+    ranks = [int(get_rule(rule).draw(NESTING, 42, step).count_nonzero()) for step in range(steps)]
+    expected = steps / len(values)
+    assert sum((ranks.count(v) - expected) ** 2 / expected for v in values) < limit
+    repeated = sum(a == b for a, b in zip(ranks, ranks[1:], strict=False)) / steps
+    assert repeated == pytest.approx(1 / len(values), abs=0.03)
+    # Seed 1 at step 0 must not be seed 0 at step 1, as it would be if they were added.
+    other = [int(get_rule(rule).draw(NESTING, 43, step).count_nonzero()) for step in range(20)]
+    assert other[:-1] != ranks[1:20]
 
 
-@pytest.mark.parametrize("max_rank", [0, -1, 2.0, True, "8", None])
-def test_powers_of_two_refuses_what_is_no_rank(max_rank: Any) -> None:
-    with pytest.raises(MatryoshkaError, match=r"not positive|not an integer"):
-        Nesting.powers_of_two(max_rank)
+@pytest.mark.parametrize("rows", [1, 3, 6])
+def test_stratified_gives_each_position_each_rank_as_often(rows: int) -> None:
+    draws = [get_rule("stratified").draw(NESTING, 11, step, rows) for step in range(2000)]
+    for position in range(rows):
+        counts = Counter(int(draw[position].count_nonzero()) for draw in draws)
+        assert sum((counts[r] - 500) ** 2 / 500 for r in NESTING.ranks) < 16.27
+
+
+def test_stratified_needs_rows_and_an_unknown_rule_is_refused() -> None:
+    with pytest.raises(MatryoshkaError, match="say how many rows a batch has"):
+        get_rule("stratified").draw(NESTING, 0, 0)
+    with pytest.raises(MatryoshkaError, match="did you mean 'matryoshka'.*lora, matryoshka, dylora"):
+        get_rule("matroshka")

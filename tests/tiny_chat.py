@@ -17,10 +17,16 @@ TEMPLATE = (
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Printable ASCII; ``</s>`` both ends a turn and pads, as SmolLM2's ``<|im_end|>`` does."""
     tokens = ["<unk>", "<s>", "</s>", "\n", *(chr(code) for code in range(32, 127))]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
     )
     fast.chat_template = TEMPLATE
     return fast
@@ -29,7 +35,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def save_tiny_chat(folder: Path) -> Path:
     """Model and tokenizer, as transformers loads them."""
     tokenizer = tiny_tokenizer()
-    model = tiny_llama(vocab_size=len(tokenizer), initializer_range=0.02, max_position_embeddings=512)
+    model = tiny_llama(
+        vocab_size=len(tokenizer), initializer_range=0.02, max_position_embeddings=512
+    )
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -6,46 +6,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matryoshka_lora.adapter.handle import NestedAdapter
-    from matryoshka_lora.adapter.loading import load
-    from matryoshka_lora.adapter.nest import nest
+    from matryoshka_lora.adapter import NestedAdapter
+    from matryoshka_lora.convert import export, reorder
     from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
-    from matryoshka_lora.evaluation.evaluate import evaluate
-    from matryoshka_lora.evaluation.results import aurac
-    from matryoshka_lora.evaluation.select import select
+    from matryoshka_lora.evaluate.evaluate import evaluate
+    from matryoshka_lora.evaluate.results import aurac
+    from matryoshka_lora.evaluate.select import select
+    from matryoshka_lora.nested import load, nest
     from matryoshka_lora.nesting import Nesting
-    from matryoshka_lora.serving.export import export
-    from matryoshka_lora.serving.reorder import reorder
 
-__all__ = [
-    "MatryoshkaError",
-    "NestedAdapter",
-    "Nesting",
-    "NotFiniteError",
-    "aurac",
-    "evaluate",
-    "export",
-    "load",
-    "nest",
-    "reorder",
-    "select",
-]
-__version__ = "0.2.0"
-
-# Imported at first use, so that `matryoshka --help` does not wait for torch and PEFT.
+# Each name is imported at its first use, so that `matryoshka --help` and work on files need no
+# PEFT.
 _MODULES = {
     "MatryoshkaError": "errors",
-    "NestedAdapter": "adapter.handle",
+    "NestedAdapter": "adapter",
     "Nesting": "nesting",
     "NotFiniteError": "errors",
-    "aurac": "evaluation.results",
-    "evaluate": "evaluation.evaluate",
-    "export": "serving.export",
-    "load": "adapter.loading",
-    "nest": "adapter.nest",
-    "reorder": "serving.reorder",
-    "select": "evaluation.select",
+    "aurac": "evaluate.results",
+    "evaluate": "evaluate.evaluate",
+    "export": "convert",
+    "load": "nested",
+    "nest": "nested",
+    "reorder": "convert",
+    "select": "evaluate.select",
 }
+__all__ = list(_MODULES)
+__version__ = "0.3.0"
 
 
 def __getattr__(name: str) -> Any:

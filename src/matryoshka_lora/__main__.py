@@ -1,8 +1,6 @@
-"""``python -m matryoshka_lora`` is the command ``matryoshka``."""
+"""`python -m matryoshka_lora` is `matryoshka`."""
 
-from __future__ import annotations
-
-from matryoshka_lora.cli.main import main
+from matryoshka_lora.cli import main
 
 if __name__ == "__main__":
     main()

@@ -1,16 +1,18 @@
-"""Nested ranks, their scales and the diagonal P: the arithmetic of the method, which knows no model.
+"""The arithmetic of the method: nested ranks, their scales, the diagonal P, and the training rules.
 
-Notation, as everywhere in this package: an adapter adds ``B diag(p) A x`` to a frozen layer, with ``A`` of shape
-``(R, in)`` and ``B`` of shape ``(out, R)``. The nested ranks are ``r_1 < ... < r_n = R``. The adapter of rank ``r`` is
-the prefix ``scale_at(r) * B[:, :r] A[:r]``.
+An adapter adds ``B diag(p) A x`` to a frozen layer, with ``A`` of shape ``(R, in)`` and ``B`` of
+shape ``(out, R)``. The nested ranks are ``r_1 < ... < r_n = R``. The adapter of rank ``r`` is the
+prefix ``scale_at(r) * B[:, :r] A[:r]``. This module knows no model.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from numbers import Integral
 from typing import Any, Literal, get_args
 
@@ -24,85 +26,83 @@ Scaling = Literal["none", "rank", "sqrt"]
 
 @dataclass(frozen=True)
 class Nesting:
-    """The ranks at which one adapter can be deployed, and the scale of each.
+    """The ranks at which one adapter is trained, and the scale of each.
 
     The scale of the largest rank ``R`` is what PEFT multiplies ``B A`` with: ``lora_alpha / r``, or
-    ``lora_alpha / sqrt(r)`` with ``use_rslora``. The scaling says what the smaller ranks have. The paper's settings
-    (arXiv 2605.07850, alpha = 1) are ``scale=1`` for ``"none"``, ``1 / R`` for ``"rank"``, ``1 / sqrt(R)`` for
-    ``"sqrt"``.
+    ``lora_alpha / sqrt(r)`` with ``use_rslora``. The scaling says what the smaller ranks have. The
+    paper's settings (arXiv 2605.07850, alpha = 1) are ``scale=1`` for ``"none"``, ``1 / R`` for
+    ``"rank"`` and ``1 / sqrt(R)`` for ``"sqrt"``.
 
     Args:
-        ranks: Positive, strictly increasing integers; the last one is ``R``, the rank that is trained.
-        scaling: The scale of rank ``r``. ``"none"``: ``scale``, the same for all. ``"rank"``: ``scale * R / r``, which
-            is LoRA's alpha / r (arXiv 2106.09685). ``"sqrt"``: ``scale * sqrt(R / r)``, which is rsLoRA's
-            alpha / sqrt(r) (arXiv 2312.03732).
+        ranks: Positive, strictly increasing integers; the last one is ``R``, the rank of the
+            factors.
+        scaling: The scale of rank ``r``. ``"none"``: ``scale`` for all. ``"rank"``: ``scale * R /
+            r``, which is LoRA's alpha / r (arXiv 2106.09685). ``"sqrt"``: ``scale * sqrt(R / r)``,
+            which is rsLoRA's alpha / sqrt(r) (arXiv 2312.03732).
         scale: The scale of rank ``R``, a positive number.
 
     Raises:
-        MatryoshkaError: The ranks, the scaling or the scale make no nesting; the message says what to write instead.
+        MatryoshkaError: The ranks, the scaling or the scale make no nesting.
     """
 
     ranks: tuple[int, ...]
     scaling: Scaling = "none"
     scale: float = 1.0
 
-    def __init__(self, ranks: Iterable[int], scaling: Scaling = "none", scale: float = 1.0) -> None:
-        object.__setattr__(self, "ranks", _checked_ranks(ranks))
-        if scaling not in get_args(Scaling):
-            raise MatryoshkaError(f"scaling is {scaling!r}; write one of {', '.join(map(repr, get_args(Scaling)))}")
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale <= sys.float_info.max:
-            raise MatryoshkaError(f"scale is {scale!r}; write a positive number, for example 1.0")
-        object.__setattr__(self, "scaling", scaling)
-        object.__setattr__(self, "scale", float(scale))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranks", _checked_ranks(self.ranks))
+        if self.scaling not in get_args(Scaling):
+            names = ", ".join(map(repr, get_args(Scaling)))
+            raise MatryoshkaError(f"scaling is {self.scaling!r}; write one of {names}")
+        if not isinstance(self.scale, (int, float)) or not 0 < self.scale <= sys.float_info.max:
+            raise MatryoshkaError(f"scale is {self.scale!r}; write a positive number such as 1.0")
+        object.__setattr__(self, "scale", float(self.scale))
 
     @classmethod
     def powers_of_two(cls, max_rank: int, scaling: Scaling = "none", scale: float = 1.0) -> Nesting:
-        """The paper's default ranks: 1, 2, 4, ... up to ``max_rank``, which is always the last one."""
+        """Return the paper's default ranks: 1, 2, 4, ... and always ``max_rank`` at the end."""
         top = _checked_rank(max_rank)
         below = (2**k for k in range(top.bit_length()) if 2**k < top)
         return cls((*below, top), scaling, scale)
 
     @property
     def max_rank(self) -> int:
-        """``R``, the rank of the trained factors."""
+        """``R``, the rank of the factors."""
         return self.ranks[-1]
 
     def scale_at(self, rank: int) -> float:
-        """``s_r``, the factor before ``B[:, :r] A[:r]``, for any rank from 1 to ``R``."""
+        """Return ``s_r``, the factor before ``B[:, :r] A[:r]``, for any rank from 1 to ``R``."""
         share = self.max_rank / _checked_rank(rank, self.max_rank)
         return self.scale * {"none": 1.0, "rank": share, "sqrt": math.sqrt(share)}[self.scaling]
 
-    def is_like(self, other: Nesting) -> bool:
-        """Whether another nesting is the same, up to the rounding that a config's ``lora_alpha`` brings."""
-        ours, theirs = ((nesting.ranks, nesting.scaling) for nesting in (self, other))
-        return ours == theirs and math.isclose(self.scale, other.scale, rel_tol=1e-12)
-
     def prefix(self, rank: int) -> Tensor:
-        """The diagonal that deploys ``rank``: ``s_r`` on its first ``rank`` entries, 0 after. Shape (R,), float64."""
-        scale = self.scale_at(rank)
+        """Return the diagonal that deploys a rank: ``s_r`` on its first entries, 0 after.
+
+        The shape is (R,), the dtype float64.
+        """
         diagonal = torch.zeros(self.max_rank, dtype=torch.float64)
-        diagonal[:rank] = scale
+        diagonal[:rank] = self.scale_at(rank)
         return diagonal
 
     def diagonal(self) -> Tensor:
-        """The paper's P (arXiv 2605.07850): ``p_i = sum of s_r over the nested r >= i``. Shape (R,), float64.
+        """Return the paper's P (arXiv 2605.07850): ``p_i = sum of s_r over the nested r >= i``.
 
-        It is the sum of all prefixes, so one forward with P trains them all at once.
+        P is the sum of all prefixes, so one forward with P trains them all at once. The shape is
+        (R,), the dtype float64.
         """
         return torch.stack([self.prefix(rank) for rank in self.ranks]).sum(dim=0)
 
 
 def _checked_ranks(ranks: Iterable[int]) -> tuple[int, ...]:
     if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Iterable):
-        raise MatryoshkaError(f"ranks is {ranks!r}; write a list of integers, for example [1, 2, 4, 8]")
-    given = tuple(ranks)
-    if not given:
+        raise MatryoshkaError(f"ranks is {ranks!r}; write a list of integers such as [1, 2, 4, 8]")
+    listed = [_checked_rank(rank) for rank in ranks]
+    if not listed:
         raise MatryoshkaError("ranks is empty; write at least one, for example [8]")
-    listed = tuple(_checked_rank(rank) for rank in given)
     increasing = sorted(set(listed))
-    if list(listed) != increasing:
-        raise MatryoshkaError(f"ranks must increase strictly; write {increasing} instead of {list(listed)}")
-    return listed
+    if listed != increasing:
+        raise MatryoshkaError(f"ranks must increase; write {increasing} instead of {listed}")
+    return tuple(listed)
 
 
 def _checked_rank(rank: Any, max_rank: int | None = None) -> int:
@@ -112,5 +112,94 @@ def _checked_rank(rank: Any, max_rank: int | None = None) -> int:
     if checked < 1:
         raise MatryoshkaError(f"rank {checked} is not positive; the smallest rank is 1")
     if max_rank is not None and checked > max_rank:
-        raise MatryoshkaError(f"rank {checked} is above the largest rank {max_rank}; choose one from 1 to {max_rank}")
+        raise MatryoshkaError(
+            f"rank {checked} is above the largest rank; choose one from 1 to {max_rank}"
+        )
     return checked
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which diagonal p stands between the factors at an optimizer step.
+
+    Attributes:
+        name: What users write.
+        at_step: Returns p for a random generator and a number of rows: shape (R,) for the whole
+            batch or (rows, R) for one diagonal per row, float64.
+        fixed: p never changes, so the function at full rank is ``B diag(p) A``. Else it is
+            ``s_R B A``.
+        per_row: p differs between the rows of a batch.
+        one_column: Only the last column of B and row of A under p learn.
+    """
+
+    name: str
+    at_step: Callable[[Nesting, random.Random, int], Tensor]
+    fixed: bool = False
+    per_row: bool = False
+    one_column: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy the rule by its name."""
+        return get_rule, (self.name,)
+
+    def draw(self, nesting: Nesting, seed: int, step: int, rows: int | None = None) -> Tensor:
+        """Return p for an optimizer step, a pure function of the arguments on any machine.
+
+        So a resumed run draws what an unbroken one would have drawn, and every process draws the
+        same.
+
+        Args:
+            nesting: The nested ranks and their scales.
+            seed: Any integer.
+            step: The number of optimizer steps done so far, from 0.
+            rows: The number of rows of a batch; a rule with one diagonal per row needs it.
+        """
+        if self.per_row and not rows:
+            raise MatryoshkaError(
+                f"rule {self.name!r} gives each row a rank: say how many rows a batch has"
+            )
+        return self.at_step(nesting, random.Random(f"{seed}/{step}"), rows or 1)
+
+
+def _stratified(nesting: Nesting, generator: random.Random, rows: int) -> Tensor:
+    whole, rest = divmod(rows, len(nesting.ranks))
+    drawn = [*nesting.ranks] * whole + generator.sample(nesting.ranks, rest)
+    generator.shuffle(drawn)
+    return torch.stack([nesting.prefix(rank) for rank in drawn])
+
+
+def _any_rank(nesting: Nesting, generator: random.Random, _: int) -> Tensor:
+    return nesting.prefix(generator.randint(1, nesting.max_rank))
+
+
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        # Plain LoRA at rank R.
+        Rule("lora", lambda nesting, *_: nesting.prefix(nesting.max_rank), fixed=True),
+        # The paper's P, the sum of all prefixes (arXiv 2605.07850).
+        Rule("matryoshka", lambda nesting, *_: nesting.diagonal(), fixed=True),
+        # One nested rank per step for the whole batch, as in the MatryoshkaLoRA paper.
+        Rule(
+            "dylora", lambda nesting, generator, _: nesting.prefix(generator.choice(nesting.ranks))
+        ),
+        # One rank of 1..R per step (DyLoRA, arXiv 2210.07558); frozen, only its own column learns.
+        Rule("dylora-all", _any_rank),
+        Rule("dylora-frozen", _any_rank, one_column=True),
+        # Each row of the batch at a nested rank of its own, every rank as often.
+        Rule("stratified", _stratified, per_row=True),
+    )
+}
+
+
+def get_rule(name: str) -> Rule:
+    """Return the rule of that name.
+
+    Raises:
+        MatryoshkaError: There is none; the message lists them.
+    """
+    if name not in RULES:
+        close = get_close_matches(str(name), RULES, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise MatryoshkaError(f"there is no rule {name!r}; {hint}the rules are {', '.join(RULES)}")
+    return RULES[name]

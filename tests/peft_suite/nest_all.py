@@ -31,7 +31,9 @@ def nest_from_now_on() -> None:
     """PEFT's models nest their adapters themselves."""
     make, add = peft.PeftModel.__init__, peft.PeftModel.add_adapter
 
-    def nested_init(self: Any, model: Any, peft_config: Any, adapter_name: str = "default", **options: Any) -> None:
+    def nested_init(
+        self: Any, model: Any, peft_config: Any, adapter_name: str = "default", **options: Any
+    ) -> None:
         make(self, model, peft_config, adapter_name, **options)
         if isinstance(peft_config, peft.LoraConfig):
             nest_adapter(self, adapter_name)
@@ -48,7 +50,9 @@ def pytest_configure() -> None:
     """Before the tests are imported."""
     from tests import testing_utils  # type: ignore[attr-defined]
 
-    testing_utils.hub_online_once = lambda model_id: contextlib.nullcontext()  # it would wait for the hub
+    testing_utils.hub_online_once = lambda model_id: (
+        contextlib.nullcontext()
+    )  # it would wait for the hub
     if os.environ["PEFT_SUITE_NEST"]:
         nest_from_now_on()
 
@@ -74,7 +78,11 @@ def is_other_config(value: Any) -> bool:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     """A test that asked for a model of the hub is left out."""
     report = yield
-    if report.failed and call.excinfo is not None and any(sign in str(call.excinfo.getrepr()) for sign in NO_HUB):
+    if (
+        report.failed
+        and call.excinfo is not None
+        and any(sign in str(call.excinfo.getrepr()) for sign in NO_HUB)
+    ):
         report.outcome, report.longrepr = "skipped", (str(item.path), 0, "Skipped: needs the hub")
         counts["needs_hub"] += 1
     return report

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-FEWEST_NESTED = 1900  # of about 2,140; a nest() that refuses everything would leave PEFT's tests to PEFT
+FEWEST_NESTED = (
+    1900  # of about 2,140; a nest() that refuses everything would leave PEFT's tests to PEFT
+)
 
 # Where LoRA adapters are made without a model of the hub. The plugin leaves the tests of PEFT's other methods out.
 SELECTED = (
@@ -39,14 +41,14 @@ SELECTED = (
 # Each by the beginning of its name.
 LEFT_OUT = (
     "test_initialization.py::TestHotSwapping::test_hotswap_works[True-",  # compiles, which is slow
-    # A nested adapter is refused as a pickle.
-    "test_custom_models.py::TestPeftCustomModel::test_save_pretrained_pickle",
 )
 
 
 def main() -> int:
     """Run them and compare; the exit code is 0 where nothing is unexpected."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--plain", action="store_true", help="do not nest")
     plain = parser.parse_args().plain
     version = importlib.metadata.version("peft")
@@ -75,9 +77,19 @@ def tests_of_peft(version: str) -> Path:
     home = Path(sys.prefix) / "peft-suite"
     source = home / f"peft-{version}"
     if not source.is_dir():
-        command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ]
         with tempfile.TemporaryDirectory() as scratch:
-            subprocess.run([*command, "--no-binary", "peft", f"peft=={version}", "-d", scratch], check=True)
+            subprocess.run(
+                [*command, "--no-binary", "peft", f"peft=={version}", "-d", scratch], check=True
+            )
             with tarfile.open(next(Path(scratch).glob("*.tar.gz"))) as archive:
                 archive.extractall(scratch, filter="data")
             unpacked = Path(scratch) / source.name
@@ -93,13 +105,23 @@ def run(source: Path, scratch: Path, nested: bool) -> dict[str, Any]:
     report = scratch / "report.json"
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(source), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(HERE), str(source), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(scratch / "no-hub"),
         "PEFT_SUITE_REPORT": str(report),
         "PEFT_SUITE_NEST": "1" if nested else "",
     }
-    command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), "--rootdir", str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        str(HERE / "pytest.ini"),
+        "--rootdir",
+        str(source),
+    ]
     deselected = [f"--deselect=tests/{test}" for test in LEFT_OUT]
     done = subprocess.run(
         [*command, "-p", "nest_all", *deselected, *(f"tests/{test}" for test in SELECTED)],
@@ -114,13 +136,19 @@ def run(source: Path, scratch: Path, nested: bool) -> dict[str, Any]:
 
 def read_expected() -> list[tuple[str, str, str]]:
     """Who is at fault, the test and the reason, from each line."""
-    lines = [line for line in (HERE / "expected.txt").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (HERE / "expected.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     found = []
     for line in lines:
         test, _, reason = line.partition(" # ")
         who, _, test = test.partition(" ")
         if who not in ("peft", "ours") or not reason:
-            sys.exit(f"expected.txt: write 'peft' or 'ours', a test, ' # ' and a reason, not {line!r}")
+            sys.exit(
+                f"expected.txt: write 'peft' or 'ours', a test, ' # ' and a reason, not {line!r}"
+            )
         found.append((who, test, reason))
     return found
 

@@ -1,0 +1,352 @@
+"""`NestedAdapter`: the handle of one nested adapter of a PEFT model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils.save_and_load import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
+from matryoshka_lora.factors import checksum, reorder_factors
+from matryoshka_lora.files.layers import AdapterFile
+from matryoshka_lora.files.peft import from_tensors, write_nested, write_rank
+from matryoshka_lora.nesting import Nesting, Rule, get_rule
+from matryoshka_lora.variant import Diagonal, NestedVariant, Shared, factor_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+By = Literal["svd", "learned", "trained"]
+
+
+class NestedAdapter:
+    """The handle of one nested adapter of a PEFT model.
+
+    `nest` and `load` make it. It holds no state of its own: what it knows stands in the model's
+    layers, so ``NestedAdapter(copy.deepcopy(adapter.model))`` is the handle of a copy. One model is
+    used by one thread at a time, as torch's models are.
+
+    Args:
+        model: A PEFT model with a nested adapter.
+        name: The adapter's name in PEFT.
+    """
+
+    def __init__(self, model: PeftModel, name: str = "default") -> None:
+        self.model = model
+        self.name = name
+        self._layers()
+
+    def _layers(self) -> dict[str, Any]:
+        layers = dict(lora_layers(self.model, self.name))
+        nested = [isinstance(m.lora_variant.get(self.name), NestedVariant) for m in layers.values()]
+        if not nested or not all(nested):
+            raise MatryoshkaError(
+                f"adapter {self.name!r} is not nested in every layer: call nest() or load(). "
+                "PEFT may have made it anew since"
+            )
+        return layers
+
+    @property
+    def _shared(self) -> Shared:
+        shared: Shared = next(iter(self._layers().values())).lora_variant[self.name].shared
+        return shared
+
+    @property
+    def nesting(self) -> Nesting:
+        """The ranks and scales."""
+        return self._shared.nesting
+
+    @property
+    def rule(self) -> Rule:
+        """The rule of training; plain LoRA after `reorder`."""
+        return self._shared.rule
+
+    @property
+    def order(self) -> str | None:
+        """How the factors are ordered: ``svd``, ``learned`` or ``trained``.
+
+        None where they never were reordered or have changed since, and ``paper`` where they are
+        deployed as the paper does.
+        """
+        shared = self._shared
+        if shared.deploy == "paper":
+            return "paper"
+        return shared.order if shared.order and shared.checksum == self._checksum() else None
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that may be chosen."""
+        shared, order = self._shared, self.order
+        if order is not None and order != "paper":
+            return tuple(range(1, shared.nesting.max_rank + 1))
+        if order == "paper" or not shared.rule.fixed:
+            return shared.nesting.ranks
+        return (shared.nesting.max_rank,)
+
+    @property
+    def rank(self) -> int:
+        """The rank in eval mode."""
+        return self._shared.rank
+
+    def set_rank(self, rank: int) -> None:
+        """Choose the rank of eval mode and of merging. It may change between any two calls.
+
+        Args:
+            rank: From 1 to R, or 0 for the base model without the update.
+
+        Raises:
+            MatryoshkaError: There is no such rank, or the adapter is merged.
+        """
+        self._refuse_ranks([rank])
+        self._refuse_merged("change its rank")
+        self._shared.set_rank(rank)
+
+    @contextmanager
+    def rows(self, ranks: Sequence[int]) -> Iterator[None]:
+        """Give row j of every batch the rank ``ranks[j]``, in forward, backward and ``generate``.
+
+        The layers must get inputs of shape (rows, length, features), or (rows, channels, ...) in a
+        convolution. Without gradients a multiple of the rows is allowed, as for beams.
+
+        Args:
+            ranks: One for each row, from 0 to R; 0 switches the update off.
+
+        Raises:
+            MatryoshkaError: There is no such rank, the adapter is merged or not active, or (from
+                the forward) a layer gets another number of rows.
+        """
+        if not ranks:
+            raise MatryoshkaError("rows() needs one rank for each row of the batch")
+        self._refuse_ranks(ranks)
+        q = torch.stack([self._shared.at(rank) for rank in ranks])
+        with self.standing(q):
+            yield
+
+    @contextmanager
+    def standing(self, q: Tensor) -> Iterator[None]:
+        """Let a relative diagonal stand between the factors of all layers, in every mode.
+
+        Args:
+            q: Shape (R,), or (rows, R) for one diagonal per row; the layers compute
+                ``W x + s B diag(q) A x``.
+        """
+        self._refuse_merged("give it another diagonal")
+        if self.name not in self.model.active_adapters:
+            raise MatryoshkaError(
+                f"adapter {self.name!r} is not active: call model.set_adapter({self.name!r}) first"
+            )
+        again = any(getattr(part, "gradient_checkpointing", False) for part in self.model.modules())
+        if q.ndim > 1 and again and self.model.training:
+            raise MatryoshkaError(
+                "gradient checkpointing computes the layers again after the context has ended: "
+                "call model.gradient_checkpointing_disable() before rows() in training mode"
+            )
+        shared, diagonal = self._shared, Diagonal(q.to(torch.float64))
+        shared.overrides.append(diagonal)
+        try:
+            yield
+        finally:
+            shared.overrides.remove(diagonal)
+
+    def draw(self, step: int, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> None:
+        """Apply the rule's draw for an optimizer step. `callback` does it in a Trainer.
+
+        Call it once before each optimizer step, not for each micro-batch.
+
+        Args:
+            step: The number of optimizer steps done so far.
+            rows: The rows of one batch of this process, for a rule with a rank per row.
+            share: ``(index, count)`` of the processes; each gets its part of one draw for all.
+        """
+        shared, (index, count) = self._shared, share
+        if shared.rule.fixed:
+            return
+        p = shared.rule.draw(shared.nesting, shared.seed, step, rows and rows * count)
+        if p.ndim > 1 and rows:
+            p = p[index * rows : (index + 1) * rows]
+        shared.training = Diagonal(shared.relative(p), fewer=True)
+
+    def callback(self) -> TrainerCallback:
+        """Return what a Trainer's ``add_callback`` takes: it draws the ranks of each step."""
+        # transformers' Trainer is slow to import.
+        from matryoshka_lora.callback import NestingCallback
+
+        return NestingCallback(self)
+
+    def parameters(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the parameters A and B of each layer in PEFT's own layout, by the layer's name."""
+        return {name: factor_parameters(m, self.name) for name, m in self._layers().items()}
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return copies of A, shape (R, in), and B, shape (out, R), of each layer, by its name."""
+        return {
+            name: (A.detach().flatten(1).clone(), B.detach().flatten(1).clone())
+            for name, (A, B) in self.parameters().items()
+        }
+
+    @torch.no_grad()
+    def put_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Write factors of the shapes of `factors` into the layers that are named."""
+        parameters = self.parameters()
+        for name, pair in factors.items():
+            for parameter, value in zip(parameters[name], pair, strict=True):
+                parameter.copy_(value.reshape(parameter.shape))
+
+    def reorder(
+        self,
+        by: By = "svd",
+        data: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        rows: int | None = None,
+        seed: int = 0,
+        checkpoint: str | PathLike[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Order each layer's columns so that every prefix is good.
+
+        The full-rank function is unchanged up to rounding, but for ``"trained"``. From then on any
+        rank from 1 to R may be chosen. Training on is plain LoRA of rank R and ends the order.
+
+        Args:
+            by: ``"svd"``: each prefix is the closest matrix of its rank (Eckart-Young), without
+            data.
+                ``"learned"``: some steps of training find the order by the losses of the prefixes.
+                ``"trained"``: each nested rank is trained by itself for some steps; rank R changes
+                by its smallest directions.
+            data: For all but ``"svd"``: the Trainer that has trained the adapter, a dataset, or
+                rows with ``prompt`` and ``completion``.
+            tokenizer: The base model's, where the data are rows.
+            rows: How many rows are used; None is 480 for ``"learned"``, and for ``"trained"`` half
+                as many as the Trainer has trained on, or 3200.
+            seed: The seed of the rows and their ranks.
+            checkpoint: A file in which ``"trained"`` keeps what it has done. After a kill, the same
+                call goes on from there. It stays: delete it when the adapter is saved.
+
+        Returns:
+            The singular values of each layer's update before ``"learned"`` and ``"trained"``, by
+            its name, decreasing, shape (R,), float64.
+
+        Raises:
+            MatryoshkaError: The adapter is merged or sharded, or the data do not go with ``by``.
+            NotFiniteError: A factor is not finite. The adapter is as it was then.
+        """
+        if by not in ("svd", "learned", "trained"):
+            raise MatryoshkaError(f"there is no order {by!r}; write 'svd', 'learned' or 'trained'")
+        if (by == "svd") != (data is None):
+            raise MatryoshkaError(f"order {by!r} takes {'no data' if by == 'svd' else 'data'}")
+        self._refuse_merged("reorder it")
+        if by == "svd":
+            return self._reorder_by_svd()
+        from matryoshka_lora.reorder import learned, trained
+        from matryoshka_lora.reorder import rows as of_data
+
+        source = of_data.read_data(self.model, data, tokenizer)
+        values = self._reorder_by_svd()
+        if by == "learned":
+            better = learned.learn(self, source, rows, seed)
+        else:
+            better = trained.train_ranks(self, source, rows, seed, checkpoint)
+        if better:
+            self.mark_ordered(by)
+        return values
+
+    def _reorder_by_svd(self) -> dict[str, Tensor]:
+        shared, new, values = self._shared, {}, {}
+        for name, (A, B) in self.factors().items():
+            if hasattr(A, "device_mesh"):
+                raise MatryoshkaError(
+                    "the factors are spread over processes: let the Trainer save the adapter, then "
+                    "run `matryoshka reorder FOLDER -o nested`"
+                )
+            if not (A.isfinite().all() and B.isfinite().all()):
+                raise NotFiniteError(
+                    f"the factors of layer {name} are not finite: the training diverged. "
+                    "Train with a smaller learning rate"
+                )
+            *new[name], s = reorder_factors(A, B, shared.trained())
+            values[name] = s * shared.nesting.scale
+        self.put_factors({name: (A, B) for name, (A, B) in new.items()})
+        self.mark_ordered("svd")
+        return values
+
+    def mark_ordered(self, by: str) -> None:
+        """Say that the factors, as they are now, have an order; training on is plain LoRA."""
+        shared = self._shared
+        rank = shared.rank
+        shared.order, shared.checksum = by, self._checksum()
+        shared.rule, shared.deploy = get_rule("lora"), "reordered"
+        shared.begin()
+        shared.set_rank(rank)
+
+    def _checksum(self) -> str:
+        return checksum(pair for _, pair in sorted(self.parameters().items()))
+
+    def save(self, path: str | PathLike[str], force: bool = False) -> None:
+        """Write a folder that serves every rank, and that PEFT alone reads as rank R.
+
+        Factors without an order are written reordered by SVD; the adapter in memory stays as it is.
+
+        Args:
+            path: The folder to write.
+            force: Whether a folder that is there may be replaced, whole.
+
+        Raises:
+            MatryoshkaError: The path exists or cannot be written, or a weight is not finite.
+        """
+        write_nested(self._opened(), path, force=force)
+
+    def export(self, path: str | PathLike[str], rank: int, force: bool = False) -> None:
+        """Write one rank as an ordinary LoRA adapter, for PEFT or any engine that reads its files.
+
+        Args:
+            path: The folder to write.
+            rank: From 1 to R.
+            force: Whether a folder that is there may be replaced, whole.
+
+        Raises:
+            MatryoshkaError: There is no such rank, or the path exists or cannot be written.
+        """
+        write_rank(self._opened(), path, rank, force=force)
+
+    def _opened(self) -> AdapterFile:
+        shared, config = self._shared, self.model.peft_config[self.name].to_dict()
+        config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+        base = config.get("base_model_name_or_path")
+        config["base_model_name_or_path"] = base or getattr(self.model, "name_or_path", None)
+        tensors = get_peft_model_state_dict(
+            self.model, adapter_name=self.name, save_embedding_layers=False
+        )
+        return from_tensors(
+            f"adapter {self.name!r}", config, tensors, shared.nesting, self.order, shared.rule.name
+        )
+
+    def _refuse_ranks(self, ranks: Sequence[int]) -> None:
+        allowed = self.ranks
+        for rank in ranks:
+            if rank == 0 and not isinstance(rank, bool):
+                continue
+            self.nesting.scale_at(rank)  # it must be an integer from 1 to R
+            if rank not in allowed:
+                raise MatryoshkaError(
+                    f"rank {rank} is not in order yet; the ranks are "
+                    f"{', '.join(map(str, allowed))}. Call adapter.reorder() after training: then "
+                    "every rank works"
+                )
+
+    def _refuse_merged(self, what: str) -> None:
+        if any(self.name in module.merged_adapters for module in self._layers().values()):
+            raise MatryoshkaError(f"adapter {self.name!r} is merged: unmerge it to {what}")
+
+
+def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
+    """Yield the LoRA layers that hold an adapter, by their names in the base model."""
+    for name, module in model.named_modules():
+        holds = isinstance(module, LoraLayer)
+        if holds and (adapter in module.lora_A or adapter in module.lora_embedding_A):
+            yield name.removeprefix("base_model.model."), module

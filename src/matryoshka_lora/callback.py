@@ -1,0 +1,67 @@
+"""The nesting's part in a Hugging Face Trainer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from matryoshka_lora.errors import MatryoshkaError
+
+if TYPE_CHECKING:
+    from matryoshka_lora.adapter import NestedAdapter
+
+
+class NestingCallback(TrainerCallback):
+    """Draw the ranks of each optimizer step.
+
+    A draw depends on the seed and on ``state.global_step``, which the Trainer restores, and a
+    checkpoint holds the plain function: nothing else has to be saved for a resumed run to go on.
+    """
+
+    def __init__(self, adapter: NestedAdapter) -> None:
+        self.adapter = adapter
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse settings under which another function would be trained or saved without a word."""
+        rule = self.adapter.rule
+        joined = [name for name in ("packing", "padding_free") if getattr(args, name, False)]
+        if rule.per_row and joined:
+            raise MatryoshkaError(
+                f"{joined[0]}=True joins the rows of a batch, and rule {rule.name!r} gives each row "
+                f"a rank of its own: set {joined[0]}=False, or take another rule"
+            )
+        if rule.name == "lora":
+            return
+        copies = [B for name, B in self.adapter.model.named_parameters() if ".lora_B.ref." in name]
+        if any(bool(B.count_nonzero()) for B in copies):
+            raise MatryoshkaError(
+                f"TRL's reference copies factors that are trained, without what rule {rule.name!r} "
+                "puts between them: call adapter.reorder() before you make the Trainer"
+            )
+        if rule.name != "matryoshka":
+            return
+        if "teacher" in self.adapter.model.peft_config:
+            raise MatryoshkaError(
+                "the Trainer averages the factors into a teacher without P, which is another "
+                "function: take rule 'lora'"
+            )
+        zero = getattr(getattr(args, "hf_deepspeed_config", None), "is_zero3", lambda: False)
+        if zero() or (args.fsdp and getattr(args, "fsdp_config", {}).get("version", 1) == 1):
+            raise MatryoshkaError(
+                "ZeRO-3 and FSDP 1 save the factors without P: take ZeRO-1, ZeRO-2 or FSDP 2 "
+                "(fsdp_config version 2), or rule 'lora'"
+            )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Apply the rule's draw for this step."""
+        # A state that was read from a checkpoint has the batch size of that run.
+        rows = state.train_batch_size if args.auto_find_batch_size else args.train_batch_size
+        if args.accelerator_config.split_batches:
+            rows //= args.world_size
+        share = (args.process_index, args.world_size)
+        self.adapter.draw(state.global_step, rows=rows, share=share)

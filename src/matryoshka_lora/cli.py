@@ -1,0 +1,469 @@
+"""`matryoshka`: each verb calls one public function and says what comes next."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from matryoshka_lora.errors import MatryoshkaError
+
+if TYPE_CHECKING:
+    import torch
+
+START = """Train one LoRA adapter, deploy it at any rank. What do you have?
+
+  nothing yet     matryoshka demo                         learn a table, see what each rank holds
+  data            matryoshka train CONFIG.yaml            train an adapter for every rank
+  a LoRA          matryoshka info FOLDER_OR_FILE          see what its ranks are worth
+                  matryoshka reorder FOLDER -o nested     make every rank of it a good one
+  a nested LoRA   matryoshka export FOLDER --rank 4 -o rank-4
+
+matryoshka --help lists the other verbs, matryoshka VERB --help explains one."""
+
+app = typer.Typer(
+    name="matryoshka",
+    help="Train one LoRA adapter, deploy it at any rank.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+Dtype = Literal["bf16", "fp32", "fp16"]
+By = Literal["svd", "learned", "trained"]
+Format = Literal["peft", "merged", "ladder", "gguf", "mlx"]
+Style = Literal["kohya", "diffusers", "peft"]
+
+
+def _option(help: str, *names: str, default: str | None = None, **more: Any) -> Any:
+    """Return an option whose default is told in words, or not at all."""
+    return typer.Option(*names, help=help, show_default=default or False, **more)
+
+
+Lora = Annotated[
+    Path, typer.Argument(help="A folder with a LoRA, nested or not; or a .safetensors file.")
+]
+Nested = Annotated[Path, typer.Argument(help="The folder of a nested adapter.")]
+Out = Annotated[Path, _option("The folder or file to write.", "--out", "-o")]
+Model = Annotated[str | None, _option("The base model.", default="what the adapter names")]
+Revision = Annotated[
+    str | None, _option("The base model's revision on the hub.", default="what the adapter names")
+]
+OfBase = Annotated[
+    Dtype | None, _option("The base model's dtype.", default="bf16 if this machine has it")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there, whole.")]
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Train one LoRA adapter, deploy it at any rank."""
+    if version:
+        from matryoshka_lora import __version__
+
+        typer.echo(f"matryoshka-lora {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(START)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to train.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Instead of what the file says."),
+    ] = None,
+) -> None:
+    """Train one adapter for every rank.
+
+    The file names the data, and may set any field of TRL's SFTConfig, any of PEFT's LoraConfig
+    under lora:, and under nesting: ranks, scaling, rule, deploy and reorder. The same command goes on
+    where a killed run stopped. After the run each rank is trained by itself, on half as many rows
+    again; nesting.reorder=svd takes seconds instead.
+
+    Example: matryoshka train config.yaml data=my.jsonl lora.r=8 learning_rate=1e-3
+    """
+    from matryoshka_lora.train import read_config
+    from matryoshka_lora.train import train as run
+
+    checked = read_config(config, overrides or [])
+    folder = run(checked)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from matryoshka_lora.files.peft import open_adapter
+
+    order, wanted = open_adapter(folder).order, checked["nesting"].get("reorder", "trained")
+    if order is None:
+        _next("reorder", folder, "-o", folder.with_name("nested"))
+    elif order not in (wanted, "paper"):
+        rows = checked["data"] if isinstance(checked["data"], str) else "my.jsonl"
+        _next("reorder", folder, "--by", wanted, "--data", rows, "-o", folder.with_name(wanted))
+    else:
+        _next("eval", folder, "--data", "held-out.jsonl")
+
+
+@app.command()
+def info(adapter: Lora) -> None:
+    """Say what an adapter is, and what each of its ranks would weigh and lose.
+
+    Needs no base model.
+
+    Example: matryoshka info runs/demo/adapter
+    """
+    from matryoshka_lora.info import describe
+
+    description = describe(adapter)
+    for line in description.lines():
+        typer.echo(line)
+    if adapter.is_file():
+        _next("export", adapter, "--keep", "95%", "-o", "small.safetensors")
+    elif description.order is None:
+        _next("reorder", adapter, "-o", "nested")
+    else:
+        ranks = description.nesting.ranks
+        _next("export", adapter, "--rank", ranks[len(ranks) // 2], "-o", "small")
+
+
+@app.command()
+def reorder(
+    adapter: Lora,
+    out: Out,
+    by: Annotated[By, typer.Option(metavar="ORDER", help="What makes a prefix good.")] = "svd",
+    data: Annotated[
+        str | None, _option("For learned and trained: a file of rows, or a hub dataset.")
+    ] = None,
+    rows: Annotated[
+        int | None, _option("How many rows.", min=1, default="480 for learned, 3200 for trained")
+    ] = None,
+    model: Model = None,
+    revision: Revision = None,
+    dtype: OfBase = None,
+    seed: Annotated[int, typer.Option(help="The seed of the rows.")] = 0,
+    force: Force = False,
+) -> None:
+    """Make any LoRA nested: every rank from 1 on becomes a good adapter.
+
+    At the largest rank the adapter computes what it did, but for trained. The orders:
+
+    - svd: each rank is the closest one to the adapter's update; seconds, without data or base model
+    - learned: a few training steps find the directions that the loss needs first
+    - trained: each rank gets a short training of its own
+
+    Example: matryoshka reorder some-lora -o nested --by learned --data my.jsonl
+    """
+    from matryoshka_lora.convert import reorder as run
+
+    with _layers("reordering", by == "svd") as on_layer:
+        run(
+            adapter,
+            out,
+            by,
+            data,
+            rows=rows,
+            model=model,
+            revision=revision,
+            dtype=_dtype(dtype),
+            seed=seed,
+            force=force,
+            on_layer=on_layer,
+        )
+    typer.echo(f"{out} holds every rank of {adapter}")
+    _next("info", out)
+
+
+@app.command()
+def export(
+    adapter: Lora,
+    out: Out,
+    rank: Annotated[int | None, _option("The rank of every layer.")] = None,
+    keep: Annotated[
+        str | None,
+        _option(
+            "Instead: a rank for each layer that keeps 95% of its squared singular values, an error of "
+            "22 % of its norm; or kohya's sv_fro=0.95, sv_ratio=20."
+        ),
+    ] = None,
+    max_bytes: Annotated[
+        str | None, _option("Instead: the most that the file may have, as 50MB.")
+    ] = None,
+    conv_rank: Annotated[
+        int | None, _option("For a single file: the rank of its convolutions.", default="the rank")
+    ] = None,
+    style: Annotated[
+        Style | None,
+        _option("For a single file: the spelling of its keys.", default="as they are"),
+    ] = None,
+    format: Annotated[
+        Format | None, _option("See above.", default="peft, or what the name of --out ends with")
+    ] = None,
+    model: Model = None,
+    revision: Revision = None,
+    force: Force = False,
+) -> None:
+    """Write a rank of an adapter in the format that a device or an engine takes.
+
+    An adapter that is not nested is reordered by SVD on the way. A LoRA in one .safetensors file
+    becomes such a file with the keys that it had. The formats:
+
+    - peft: an ordinary LoRA adapter
+    - merged: the base model with the adapter in its weights
+    - ladder: an adapter for each nested rank, for servers
+    - gguf: a file for llama.cpp's --lora
+    - mlx: a folder for mlx-lm
+
+    Example: matryoshka export runs/demo/adapter --rank 4 -o rank-4
+
+    Example: matryoshka export flux.safetensors --keep 95% -o small.safetensors
+    """
+    from matryoshka_lora.convert import export as write
+
+    with _layers("writing") as on_layer:
+        made = write(
+            adapter,
+            out,
+            rank,
+            format,
+            keep=keep,
+            max_bytes=max_bytes,
+            conv_rank=conv_rank,
+            style=style,
+            model=model,
+            revision=revision,
+            force=force,
+            on_layer=on_layer,
+        )
+    for line in made.lines():
+        typer.echo(line)
+
+
+@app.command("eval")
+def evaluate(
+    adapter: Nested,
+    tasks: Annotated[
+        str | None,
+        _option("Tasks of lm-evaluation-harness, or YAML files of them, with commas between."),
+    ] = None,
+    data: Annotated[str | None, _option("Instead of tasks: a file of rows.")] = None,
+    ranks: Annotated[
+        str | None, _option("Such as 1,2,4, or all.", default="the nested ranks")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, _option("Shots of the tasks.", min=0, default="the task's own")
+    ] = None,
+    limit: Annotated[int | None, _option("The most questions of a task.", min=1)] = None,
+    batch_size: Annotated[int | None, _option("Rows of a batch.", min=1)] = None,
+    engine: Annotated[Literal["hf", "vllm"], typer.Option(help="Who answers.")] = "hf",
+    base: Annotated[bool, typer.Option(help="Ask the base model too.")] = True,
+    model: Model = None,
+    revision: Revision = None,
+    dtype: OfBase = None,
+    out: Annotated[
+        Path | None, _option("The folder to write.", "--out", "-o", default="ADAPTER-evaluation")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Measure an adapter at its nested ranks, and the base model without it.
+
+    lm-evaluation-harness asks and judges. Prints a table; writes numbers, answers and a page.
+
+    Example: matryoshka eval runs/my/adapter --tasks arc_easy,hellaswag --limit 200
+    """
+    if (tasks is None) == (data is None):
+        raise typer.BadParameter(
+            "give --tasks, for example arc_easy, or --data, for example my.jsonl"
+        )
+    chosen = _ranks(ranks)
+    from matryoshka_lora.evaluate.evaluate import evaluate as run
+
+    folder = out or Path(f"{adapter}-evaluation")
+    result = run(
+        adapter,
+        None if tasks is None else tasks.split(","),
+        data,
+        chosen,
+        out=folder,
+        model=model,
+        revision=revision,
+        dtype=_dtype(dtype),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        engine=engine,
+        base=base,
+        force=force,
+    )
+    for line in result.lines():
+        typer.echo(line)
+    typer.echo(f"Written to {folder}")
+    _next("select", folder, "--within", "1%")
+
+
+@app.command()
+def select(
+    evaluation: Annotated[Path, typer.Argument(help="The folder that `matryoshka eval` wrote.")],
+    within: Annotated[
+        str | None, _option("How far below the best rank's value: 1% of that value.")
+    ] = None,
+    max_bytes: Annotated[
+        str | None, _option("The most that the exported adapter may have, as 50MB.")
+    ] = None,
+    task: Annotated[
+        str | None, _option("The task to choose by.", default="the only one there is")
+    ] = None,
+) -> None:
+    """Choose the smallest rank that is good enough.
+
+    Example: matryoshka select runs/my/adapter-evaluation --within 1%
+    """
+    from matryoshka_lora.evaluate.select import select as choose
+
+    choice = choose(evaluation, within=within, max_bytes=max_bytes, task=task)
+    for line in choice.lines():
+        typer.echo(line)
+    _next("export", choice.adapter, "--rank", choice.rank, "-o", f"rank-{choice.rank}")
+
+
+@app.command()
+def serve(
+    adapter: Nested,
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- OPTIONS]", help="Options of vLLM's server, after --."),
+    ] = None,
+    only_print: Annotated[
+        bool, typer.Option("--print", help="Print the commands and start nothing.")
+    ] = False,
+    max_rank: Annotated[
+        int | None, _option("The largest rank that is served.", min=1, default="all nested ranks")
+    ] = None,
+    model: Model = None,
+    revision: Revision = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines ask.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The server's port.")] = 8000,
+) -> None:
+    """Serve the nested ranks with vLLM: the model NAME@4 is rank 4 of the folder NAME.
+
+    vLLM pads every adapter to the largest rank that it serves: a small rank is cheap only in a
+    server with a small --max-rank.
+
+    Example: matryoshka serve runs/my/adapter --max-rank 8 -- --max-model-len 2048
+    """
+    from matryoshka_lora.serve import command, shell_commands
+    from matryoshka_lora.serve import serve as run
+
+    options: dict[str, Any] = {"max_rank": max_rank, "model": model, "revision": revision}
+    options |= {"host": host, "port": port, "more": more or ()}
+    if only_print:
+        ladder = f"{adapter.resolve().name}-ladder"
+        typer.echo(shell_commands(adapter, ladder, command(adapter, ladder, **options)))
+        return
+    raise typer.Exit(run(adapter, **options))
+
+
+@app.command()
+def play(
+    adapter: Nested,
+    model: Model = None,
+    revision: Revision = None,
+    dtype: OfBase = None,
+    port: Annotated[int | None, _option("The page's port.", default="a free one from 7860")] = None,
+) -> None:
+    """Open a page on this machine where two ranks and the base model answer side by side.
+
+    Example: matryoshka play runs/my/adapter
+    """
+    import gradio  # noqa: F401  (before the model is loaded, which takes longer)
+
+    from matryoshka_lora.play import open_session
+    from matryoshka_lora.play import play as show
+
+    typer.echo(f"Loading {adapter} and its base model; Ctrl-C ends the page", err=True)
+    show(open_session(adapter, model, revision, _dtype(dtype)), port)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.")] = Path("runs/demo"),
+) -> None:
+    """Teach a small model a table, and see how much of it each rank holds.
+
+    The model comes inside a package: no network is needed. Takes minutes on two cores.
+
+    Example: matryoshka demo
+    """
+    from matryoshka_lora.demo import demo as run
+
+    run(out)
+    _next("info", out / "adapter")
+
+
+def main() -> None:
+    """Run the command line. Exit status: 0 done, 1 an explained error, 2 wrong usage."""
+    # transformers' and TRL's warnings are about their own next versions.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app()
+    except MatryoshkaError as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("matryoshka_lora"):
+            raise
+        _fail(f"this needs {error.name}: pip install 'matryoshka-lora[{_extra(error.name)}]'")
+    except KeyboardInterrupt:
+        _fail("stopped")
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _extra(module: str | None) -> str:
+    by_verb = {"train": "train", "eval": "eval", "play": "play", "demo": "peft,gguf"}
+    by_module = {"gguf": "gguf", "matplotlib": "eval"}
+    return by_verb.get("".join(sys.argv[1:2])) or by_module.get(module or "", "peft")
+
+
+def _next(*words: object) -> None:
+    typer.echo(f"Next: {shlex.join(['matryoshka', *map(str, words)])}")
+
+
+def _dtype(name: Dtype | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    from matryoshka_lora.models import DTYPES
+
+    return DTYPES[name]
+
+
+def _ranks(text: str | None) -> Any:
+    if text in (None, "all"):
+        return text
+    try:
+        return [int(part) for part in str(text).split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"--ranks is {text!r}; write numbers such as 1,2,4, or all"
+        ) from error
+
+
+@contextmanager
+def _layers(what: str, shown: bool = True) -> Iterator[Callable[[], object]]:
+    """Show how many layers are done, where somebody watches."""
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit=" layers", leave=False, disable=None if shown else True) as bar:
+        yield bar.update

@@ -1,1 +1,0 @@
-"""The command line: each verb is one call of a public function."""

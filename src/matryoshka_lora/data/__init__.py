@@ -1,1 +1,0 @@
-"""Rows to train on and questions to ask."""

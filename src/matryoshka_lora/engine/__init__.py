@@ -1,1 +1,0 @@
-"""Inference of many ranks in one batch."""

@@ -1,0 +1,1 @@
+"""Evaluate an adapter at every rank with lm-evaluation-harness."""

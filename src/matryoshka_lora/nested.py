@@ -1,0 +1,224 @@
+"""`nest` and `load`: how an adapter of a PEFT model becomes nested."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from matryoshka_lora.adapter import NestedAdapter, lora_layers
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.files.layers import AdapterFile
+from matryoshka_lora.files.peft import open_adapter
+from matryoshka_lora.nesting import Nesting, Rule, Scaling, get_rule
+from matryoshka_lora.variant import NestedVariant, Shared, attach, factor_parameters
+
+
+def nest(
+    peft_model: PeftModel,
+    ranks: Iterable[int] | None = None,
+    scaling: Scaling = "none",
+    rule: str = "matryoshka",
+    deploy: Literal["reordered", "paper"] = "reordered",
+    adapter: str = "default",
+    seed: int = 0,
+) -> NestedAdapter:
+    """Make a LoRA adapter of a PEFT model nested: one training run then serves every rank.
+
+    Example::
+
+        adapter = nest(get_peft_model(base, LoraConfig(r=32)))
+        trainer.add_callback(adapter.callback())
+        trainer.train()
+        adapter.reorder()
+        adapter.save("my-adapter")
+
+    Args:
+        peft_model: A model from ``get_peft_model`` with a LoRA adapter that is not trained yet.
+        ranks: The ranks that training prepares, increasing; the last one is R, the config's ``r``.
+            None: the powers of two up to R.
+        scaling: The scale of a rank below R in training; see `Nesting`.
+        rule: One of `matryoshka_lora.nesting.RULES`. ``"matryoshka"`` has the paper's fixed P
+            (arXiv 2605.07850). ``"lora"`` is plain LoRA, and also takes an adapter that is trained.
+        deploy: ``"reordered"``: whatever is saved serves every rank. ``"paper"``: P is dropped
+            after training and nothing is reordered, as the paper does; low ranks are poor then.
+        adapter: PEFT's name of the adapter.
+        seed: The seed of the ranks that the rule draws.
+
+    Raises:
+        MatryoshkaError: The model, the config or a layer cannot be nested. The model is unchanged.
+    """
+    if not isinstance(peft_model, PeftModel):
+        raise MatryoshkaError(
+            f"nest() takes a PEFT model, not {type(peft_model).__name__}: "
+            "call peft.get_peft_model(model, LoraConfig(...)) first"
+        )
+    layers = dict(lora_layers(peft_model, adapter))
+    if not layers:
+        names = ", ".join(peft_model.peft_config)
+        raise MatryoshkaError(f"there is no LoRA adapter {adapter!r}; the adapters are {names}")
+    chosen = get_rule(rule)
+    if deploy not in ("reordered", "paper"):
+        raise MatryoshkaError(f"deploy is {deploy!r}; write 'reordered' or 'paper'")
+    _refuse_layers(peft_model, adapter, layers, chosen)
+    first = next(iter(layers.values()))
+    R, scale = first.r[adapter], first.scaling[adapter]
+    if ranks is None:
+        nesting = Nesting.powers_of_two(R, scaling, scale)
+    else:
+        nesting = Nesting(tuple(ranks), scaling, scale)
+    if nesting.max_rank != R:
+        raise MatryoshkaError(
+            f"LoraConfig has r={R}, and the largest nested rank is {nesting.max_rank}: "
+            f"end the ranks with {R}, or write LoraConfig(r={nesting.max_rank}, ...)"
+        )
+    shared = Shared(nesting, chosen, seed, deploy)
+    for module in layers.values():
+        attach(module, adapter, shared)
+        if chosen.one_column:
+            _learn_one_column(module, adapter, shared)
+    return NestedAdapter(peft_model, adapter)
+
+
+def load(
+    base_model: nn.Module,
+    path: str | PathLike[str],
+    rank: int | None = None,
+    adapter: str = "default",
+    trainable: bool = False,
+) -> NestedAdapter:
+    """Load a LoRA adapter onto its base model, at any rank.
+
+    An adapter that is not nested, such as a Trainer's checkpoint, is reordered by SVD first.
+
+    Args:
+        base_model: The model that it was trained on, or a `PeftModel` that gets one more adapter.
+        path: A folder that `NestedAdapter.save` or PEFT has written.
+        rank: The rank in eval mode, from 0 to R; None is R.
+        adapter: The name that it gets in PEFT.
+        trainable: Whether its weights get gradients. It goes on as plain LoRA of rank R.
+
+    Raises:
+        MatryoshkaError: A file is damaged, the adapter does not fit the model, or there is no such
+            rank.
+    """
+    file = open_adapter(path)
+    base = base_model.get_base_model() if isinstance(base_model, PeftModel) else base_model
+    _refuse_foreign(base, file)
+    options = {"adapter_name": adapter, "is_trainable": trainable}
+    if isinstance(base_model, PeftModel):
+        model, undo = base_model, partial(base_model.delete_adapter, adapter)
+        model.load_adapter(str(path), **options)
+    else:
+        model = PeftModel.from_pretrained(base_model, str(path), **options)
+        undo = model.unload
+    try:
+        nested = _nest_as_saved(model, adapter, file)
+        if rank is not None:
+            nested.set_rank(rank)
+    except MatryoshkaError:
+        undo()
+        raise
+    model.train(trainable)
+    return nested
+
+
+def _nest_as_saved(model: PeftModel, adapter: str, file: AdapterFile) -> NestedAdapter:
+    if file.nesting is None or file.order is None:
+        nested = nest(model, rule="lora", adapter=adapter)
+        nested.reorder()
+        return nested
+    deploy: Any = "paper" if file.order == "paper" else "reordered"
+    nested = nest(model, file.nesting.ranks, file.nesting.scaling, "lora", deploy, adapter)
+    if deploy == "reordered":
+        nested.mark_ordered(file.order)
+    return nested
+
+
+# By exact class, because PEFT's other layers ignore a variant in forward (AWQ, AQLM, EETQ) or in
+# merge (torchao, INC). By name, because importing PEFT's bitsandbytes layers imports bitsandbytes.
+_SUPPORTED = {
+    *(f"layer.{name}" for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")),
+    *(f"bnb.{name}" for name in ("Linear4bit", "Linear8bitLt")),
+}
+
+
+def _refuse_layers(model: PeftModel, adapter: str, layers: Mapping[str, Any], rule: Rule) -> None:
+    """Raise MatryoshkaError where a layer would compute something else than its nesting says."""
+    first = next(iter(layers.values()))
+    for name, module in layers.items():
+        for wrong, reason in _reasons(module, adapter, first, rule):
+            if wrong:
+                raise MatryoshkaError(f"layer {name} cannot be nested: {reason}")
+
+
+def _reasons(module: Any, adapter: str, first: Any, rule: Rule) -> Iterator[tuple[bool, str]]:
+    variant = module.lora_variant.get(adapter)
+    yield (
+        isinstance(variant, NestedVariant),
+        "it is nested already: NestedAdapter(model, adapter) is its handle",
+    )
+    yield (
+        variant is not None,
+        f"{type(variant).__name__} (DoRA or another variant of LoRA) scales or bends the update, "
+        "so its prefixes are no adapters. Train plain LoRA to have ranks to choose from",
+    )
+    kind = f"{type(module).__module__}.{type(module).__name__}".removeprefix("peft.tuners.lora.")
+    yield (
+        kind not in _SUPPORTED,
+        f"PEFT's {kind} has no place for P. Leave it out of the targets; or train with PEFT alone, "
+        "and run `matryoshka reorder FOLDER -o nested` after it",
+    )
+    alike = all(getattr(module, n)[adapter] == getattr(first, n)[adapter] for n in ("r", "scaling"))
+    yield (
+        not alike,
+        "rank_pattern or alpha_pattern give it another rank or scale. Leave them out; or run "
+        "`matryoshka reorder FOLDER -o nested` on the saved adapter",
+    )
+    yield (
+        bool(module.lora_bias.get(adapter)),
+        "lora_bias adds to B A what belongs to no rank. Set lora_bias=False",
+    )
+    yield (
+        getattr(module.get_base_layer(), "groups", 1) > 1,
+        "a grouped convolution ties columns of B to groups. Leave it out of target_modules",
+    )
+    yield module.merged, "an adapter is merged into it. Call unmerge_adapter() first"
+    yield (
+        rule.name != "lora" and bool(factor_parameters(module, adapter)[1].count_nonzero()),
+        f"its B is not zero, so rule {rule.name!r} would change what it computes. Use rule='lora' "
+        "for an adapter that is trained, or that has an initialisation such as pissa",
+    )
+
+
+def _learn_one_column(module: Any, adapter: str, shared: Shared) -> None:
+    """Let only the last row of A and column of B under the drawn p have gradients."""
+
+    def only(dimension: int, gradient: Any) -> Any:
+        if not shared.rule.one_column:  # the adapter was reordered since, and is plain LoRA
+            return gradient
+        assert shared.training is not None  # the forward has asked for it
+        q = shared.training.on(gradient.device)
+        last = torch.arange(len(q), device=q.device) == q.count_nonzero() - 1
+        shape = [-1 if d == dimension else 1 for d in range(gradient.ndim)]
+        return gradient * last.view(shape)
+
+    for dimension, parameter in enumerate(factor_parameters(module, adapter)):
+        parameter.register_hook(partial(only, dimension))  # type: ignore[no-untyped-call]
+
+
+def _refuse_foreign(base: nn.Module, file: AdapterFile) -> None:
+    """Raise MatryoshkaError where the model lacks layers of the adapter; PEFT would only warn."""
+    there = {name.replace(".base_layer", "") for name, _ in base.named_modules()}
+    missing = [layer.name for layer in file.layers if layer.name not in there]
+    if missing:
+        named = file.config.get("base_model_name_or_path")
+        raise MatryoshkaError(
+            f"{file.name} has factors for layer {missing[0]}, which this model lacks: load it onto "
+            f"the model that it was trained on{f', {named}' if named else ''}"
+        )

@@ -1,0 +1,200 @@
+"""`matryoshka play`: a page of Gradio's own parts that asks two ranks the same question."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.files.peft import AdapterFile, open_adapter
+from matryoshka_lora.models import load_model, load_tokenizer
+from matryoshka_lora.nested import load
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+    from matryoshka_lora.adapter import NestedAdapter
+
+LONGEST = 256  # tokens of an answer
+
+
+@dataclass(frozen=True)
+class Session:
+    """An adapter on its base model.
+
+    Attributes:
+        file: The adapter as it was opened.
+        adapter: The same in the model.
+        tokenizer: The base model's.
+    """
+
+    file: AdapterFile
+    adapter: NestedAdapter
+    tokenizer: PreTrainedTokenizerBase
+
+    def prompt(self, question: str, chat: bool) -> torch.Tensor:
+        """Return a question in tokens, shape (1, length), in the chat template or as it is."""
+        if chat and self.tokenizer.chat_template:
+            messages = [{"role": "user", "content": question}]
+            question = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        tokens: torch.Tensor = self.tokenizer(
+            question, return_tensors="pt", add_special_tokens=not chat
+        )["input_ids"]
+        return tokens.to(self.adapter.model.device)
+
+    def answers(
+        self, question: str, ranks: Sequence[int], chat: bool = True, longest: int = LONGEST
+    ) -> Iterator[list[str]]:
+        """Yield the greedy answers of several ranks, which grow together token by token.
+
+        Args:
+            question: The text that is asked.
+            ranks: A rank for each answer; 0 is the base model.
+            chat: Whether the question goes into the tokenizer's chat template.
+            longest: The most tokens of an answer.
+
+        Raises:
+            MatryoshkaError: There is no question, or no such rank.
+        """
+        if not question.strip():
+            raise MatryoshkaError("write a question first")
+        prompt = self.prompt(question, chat).repeat(len(ranks), 1)
+        stream = _Stream()
+
+        def work() -> None:
+            try:
+                with self.adapter.rows(ranks):
+                    self.adapter.model.generate(
+                        input_ids=prompt,
+                        attention_mask=torch.ones_like(prompt),
+                        do_sample=False,
+                        max_new_tokens=longest,
+                        pad_token_id=self.tokenizer.pad_token_id,
+                        streamer=stream,
+                        stopping_criteria=[stream],
+                    )
+            except Exception as error:  # it is raised in the thread that asked
+                stream.tokens.put(error)
+            stream.end()
+
+        thread = Thread(target=work)
+        thread.start()
+        said = prompt[:, :0].cpu()
+        try:
+            while (found := stream.tokens.get()) is not None:
+                if isinstance(found, Exception):
+                    raise found
+                said = torch.cat([said, found.reshape(-1, 1)], dim=1)
+                yield self.tokenizer.batch_decode(said, skip_special_tokens=True)
+        finally:
+            stream.stopped = True  # nobody listens any more
+            thread.join()  # one model is used by one thread at a time
+
+
+class _Stream(BaseStreamer, StoppingCriteria):  # type: ignore[misc]
+    """Hands on the tokens of all rows, and stops when nobody listens."""
+
+    def __init__(self) -> None:
+        self.tokens: SimpleQueue[Any] = SimpleQueue()
+        self.stopped = self.begun = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take what `generate` has: the prompt first, and then one token for each row."""
+        if self.begun:
+            self.tokens.put(value)
+        self.begun = True
+
+    def end(self) -> None:
+        """Say that no more tokens come."""
+        self.tokens.put(None)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Say for each row whether it has ended."""
+        return torch.full((len(input_ids),), self.stopped, device=input_ids.device)
+
+
+def open_session(
+    folder: str | os.PathLike[str],
+    model: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Session:
+    """Load an adapter onto its base model. Args: as `matryoshka_lora.evaluate`."""
+    file = open_adapter(folder)
+    name = model or file.config.get("base_model_name_or_path")
+    if not name:
+        raise MatryoshkaError(f"{folder} names no base model: give it with --model")
+    revision = revision or (file.config.get("revision") if model is None else None)
+    adapter = load(load_model(name, dtype, revision), folder)
+    return Session(file, adapter, load_tokenizer(name, revision))
+
+
+def page(session: Session) -> gr.Blocks:
+    """Return the page. It writes nothing and takes no files."""
+    import gradio as gr
+
+    folder, ranks = Path(session.file.name), session.adapter.ranks
+    has_template = bool(session.tokenizer.chat_template)
+
+    def choice(label: str, rank: int) -> Any:
+        if len(ranks) == ranks[-1]:
+            return gr.Slider(1, ranks[-1], rank, step=1, label=label)
+        return gr.Radio(list(ranks), value=rank, label=label)  # the paper's deployment
+
+    def ask(question: str, chat: bool, one: int, other: int) -> Iterator[list[Any]]:
+        at = [int(one), int(other), 0]
+        names = [f"Rank {at[0]}", f"Rank {at[1]}", "Base model"]
+        try:
+            for texts in session.answers(question, at, chat):
+                yield [gr.Textbox(t, label=name) for t, name in zip(texts, names, strict=True)]
+        except MatryoshkaError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    with gr.Blocks(title="matryoshka play", analytics_enabled=False) as blocks:
+        gr.Markdown(f"# {folder.resolve().name} at two ranks")
+        with gr.Row():
+            first = choice("Rank", ranks[len(ranks) // 4])
+            second = choice("Compare with rank", ranks[-1])
+        question = gr.Textbox(label="Question", lines=2)
+        with gr.Row():
+            button = gr.Button("Ask", variant="primary")
+            stop = gr.Button("Stop")
+            chat = gr.Checkbox(has_template, label="Chat template", visible=has_template)
+        with gr.Row():
+            boxes = [gr.Textbox(label=name, lines=4) for name in ("Rank", "Rank", "Base model")]
+        take = gr.Code(label="Take the first rank along", language="shell")
+        asking = gr.on([button.click, question.submit], ask, [question, chat, first, second], boxes)
+        stop.click(None, cancels=[asking])
+        command = f"matryoshka export {folder} --rank {{}} -o rank-{{}}"
+        gr.on([blocks.load, first.change], lambda r: command.format(int(r), int(r)), first, take)
+    return blocks
+
+
+def play(session: Session, port: int | None = None) -> None:
+    """Show the page on this machine's loopback until Ctrl-C; no other machine reaches it."""
+    import gradio as gr
+
+    page(session).queue(default_concurrency_limit=1, api_open=False).launch(
+        server_name="127.0.0.1",
+        server_port=port,
+        share=False,
+        max_file_size=0,  # no uploads
+        footer_links=[],
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        ssr_mode=False,
+        # Fonts of the system: Gradio's own come from another host.
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+    )

@@ -1,1 +1,0 @@
-"""Reordering: put an adapter's directions into an order in which every prefix is good."""

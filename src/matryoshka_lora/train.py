@@ -1,0 +1,309 @@
+"""`matryoshka train`: a YAML file, TRL's parser and trainer, and a nested adapter at the end."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matryoshka_lora.errors import MatryoshkaError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from matryoshka_lora.adapter import NestedAdapter
+
+_OWN = ("model", "dtype", "data", "eval_data", "lora", "nesting")
+_NESTING = ("ranks", "scaling", "rule", "seed", "deploy", "reorder")
+# Who declares the other keys. The source is read, as importing these packages takes seconds.
+_SFT = (
+    ("trl", "trainer/sft_config.py", "SFTConfig"),
+    ("trl", "trainer/base_config.py", "_BaseConfig"),
+    ("transformers", "training_args.py", "TrainingArguments"),
+)
+_LORA = (
+    ("peft", "tuners/lora/config.py", "LoraConfig"),
+    ("peft", "config.py", "PeftConfig"),
+)
+_MEANT = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "rank": "lora.r",
+    "alpha": "lora.lora_alpha",
+}
+# Where TRL's defaults do not suit an adapter in float32 on a base that has its own dtype already.
+_DEFAULTS: dict[str, Any] = {
+    "output_dir": "runs/train",
+    "learning_rate": 2e-4,  # TRL's 2e-5 is for all weights
+    "bf16": False,  # autocast would round the factors and P
+    "gradient_checkpointing": False,  # it takes a quarter more time to save memory
+    "save_steps": 0.1,  # ten checkpoints: a killed run loses little
+    "save_total_limit": 2,
+    "report_to": "none",
+    "ddp_find_unused_parameters": False,  # every rule uses every factor at every step
+}
+# What may change between a run and its continuation, as it changes no weight.
+_HARMLESS = ("output_dir", "logging_", "log_", "report_to", "disable_tqdm", "save_", "hub_")
+
+
+def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a training config and refuse what is no key of it. Nothing heavy is imported.
+
+    Args:
+        path: A YAML file. ``model`` is a folder, a hub id, or absent for the embedded model;
+            ``dtype`` is bf16, fp32 or fp16; ``data`` and ``eval_data`` are a file of rows, a hub
+            dataset, or keywords of ``datasets.load_dataset``; ``lora`` has fields of
+            ``peft.LoraConfig``; ``nesting`` has ranks, scaling, rule, seed, deploy, reorder; all
+            other keys are fields of ``trl.SFTConfig``.
+        overrides: ``"key=value"``; a key of a section is ``"lora.r"``.
+
+    Raises:
+        MatryoshkaError: The file cannot be read, a key is unknown, or there is no ``data``.
+    """
+    import yaml
+
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        for key, _, value in (override.partition("=") for override in overrides):
+            section, dot, name = key.rpartition(".")
+            (config.setdefault(section, {}) if dot else config)[name] = yaml.safe_load(value)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
+        raise MatryoshkaError(f"cannot read the config {path}: {error}") from error
+    known = {"": [*_OWN, *_fields(_SFT)], "lora": _fields(_LORA), "nesting": list(_NESTING)}
+    for section, names in known.items():
+        for key in config.get(section) or {} if section else config:
+            _check_key(key, section, names, known)
+    if not config.get("data"):
+        raise MatryoshkaError(f"{path} names no data: write for example data: my.jsonl")
+    if config.get("dtype") not in (None, "bf16", "fp32", "fp16"):
+        raise MatryoshkaError(f"dtype is {config['dtype']!r}; write bf16, fp32 or fp16")
+    nesting, lora = config.get("nesting") or {}, dict(config.get("lora") or {})
+    rank = lora.setdefault("r", max(nesting.get("ranks") or [32]))
+    lora.setdefault("lora_alpha", rank**0.5 if lora.get("use_rslora") else rank)  # the scale is 1
+    if not lora.get("target_parameters"):
+        lora.setdefault("target_modules", "all-linear")
+    return {**_DEFAULTS, **config, "lora": {"task_type": "CAUSAL_LM", **lora}, "nesting": nesting}
+
+
+def _fields(declared: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Return the names of dataclasses' fields: each package, the file in it, the class in that."""
+    found = []
+    for package, file, name in declared:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+        tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        fields = [each for node in classes if node.name == name for each in node.body]
+        found += [ast.unparse(each.target) for each in fields if isinstance(each, ast.AnnAssign)]
+    return found
+
+
+def _check_key(key: str, section: str, names: list[str], known: Mapping[str, list[str]]) -> None:
+    if key in names:
+        return
+    homes = [f"{home}.{key}".strip(".") for home in known if key in known[home]]
+    near = [_MEANT[key]] if key in _MEANT else homes or get_close_matches(key, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "see `matryoshka train --help`"
+    place = f"section {section!r}" if section else "the config"
+    raise MatryoshkaError(f"{place} has no key {key!r}; {hint}")
+
+
+def train(config: Mapping[str, Any]) -> Path:
+    """Train a nested adapter; go on where a killed run of the same config stopped.
+
+    The Trainer's checkpoints are in ``output_dir``, the adapter in its folder ``adapter``. Under
+    ``accelerate launch`` every process calls this function and the first one writes. There, orders
+    that need data are not made: reorder the saved adapter afterwards. Under FSDP and DeepSpeed
+    the Trainer writes the adapter, as plain LoRA.
+
+    Args:
+        config: From `read_config`.
+
+    Returns:
+        The adapter's folder.
+
+    Raises:
+        MatryoshkaError: A value is refused, or the folder holds another run.
+    """
+    output = Path(config["output_dir"])
+    target, record = output / "adapter", output / "run.json"
+    hashes = _hashes(config)
+    _check_same_run(output, record, hashes)
+    if target.exists():
+        print(f"{target} is finished: nothing to train")
+        return target
+    adapter, trainer = _prepare(config)
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+    _run(trainer, output)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        trainer.save_model(str(output / "unfinished"))
+        if trainer.is_world_process_zero():
+            (output / "unfinished").rename(target)
+    elif trainer.is_world_process_zero():
+        _save(adapter, trainer, config["nesting"], target)
+    trainer.accelerator.end_training()
+    return target
+
+
+def _hashes(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return a hash of each value that changes the trained weights, and of the rows in files."""
+    found = {}
+    for key, value in config.items():
+        if key.startswith(_HARMLESS) or key in ("max_steps", "num_train_epochs"):
+            continue
+        if key == "nesting":
+            value = {name: given for name, given in value.items() if name != "reorder"}
+        content = json.dumps(value, sort_keys=True, default=str).encode()
+        if isinstance(value, str) and "data" in key and Path(value).is_file():
+            content = Path(value).read_bytes()
+        found[key] = hashlib.sha256(content).hexdigest()[:16]
+    return found
+
+
+def _check_same_run(output: Path, record: Path, hashes: Mapping[str, str]) -> None:
+    advice = "choose another output_dir, or move it away"
+    if not record.exists():
+        if any(output.glob("checkpoint-*")) or (output / "adapter").exists():
+            raise MatryoshkaError(f"{output} holds another program's run: {advice}")
+        return
+    before = json.loads(record.read_text(encoding="utf-8"))
+    changed = sorted(key for key in {*before, *hashes} if before.get(key) != hashes.get(key))
+    if changed:
+        raise MatryoshkaError(f"{output} holds a run with other {', '.join(changed)}: {advice}")
+
+
+def _prepare(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]:
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
+    from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
+    from matryoshka_lora.nested import nest
+
+    with _refusals():
+        arguments = _arguments({k: v for k, v in config.items() if k not in _OWN})
+        options = dict(arguments.model_init_kwargs or {})
+        revision = options.pop("revision", None)
+        lora = LoraConfig(**{"revision": revision, **config["lora"]})
+    arguments.model_init_kwargs = None  # for the model, which is made here
+    set_seed(arguments.seed)
+    name, dtype = config.get("model"), DTYPES.get(config.get("dtype") or "")
+    base = load_model(name, dtype, revision, arguments.device, **options)
+    nesting = {key: value for key, value in config["nesting"].items() if key != "reorder"}
+    evaluated = config.get("eval_data")
+    with _refusals():
+        adapter = nest(get_peft_model(base, lora), **{"seed": arguments.seed, **nesting})
+        trainer = _trainer_class()(
+            model=adapter.model,
+            args=arguments,
+            train_dataset=_rows(config["data"]),
+            eval_dataset=None if evaluated is None else _rows(evaluated),
+            processing_class=load_tokenizer(name, revision),
+            callbacks=[adapter.callback()],
+        )
+    return adapter, trainer
+
+
+def _arguments(training: Mapping[str, Any]) -> SFTConfig:
+    import torch
+    from trl import SFTConfig, TrlParser
+
+    class Parser(TrlParser):  # type: ignore[misc]
+        def error(self, message: str) -> None:
+            raise ValueError(message)
+
+    gpu = torch.accelerator.is_available()
+    # As text, so that the parser checks values as it does those of a command line.
+    given = {
+        key: str(value) if isinstance(value, (int, float)) else value
+        for key, value in {"use_cpu": not gpu, "dataloader_pin_memory": gpu, **training}.items()
+    }
+    for key, value in given.items():
+        if key.endswith("_strategy") and value == "False":
+            given[key] = "no"  # YAML reads `no` as false
+    parser = Parser([SFTConfig])
+    parser.set_defaults_with_config(**given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of names that TRL sets itself
+        return parser.parse_args_into_dataclasses([])[0]
+
+
+def _trainer_class() -> type[SFTTrainer]:
+    from trl import SFTTrainer
+
+    class Trainer(SFTTrainer):  # type: ignore[misc]
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """Write none: TRL's would replace the README.md of a folder that has one."""
+
+    return Trainer
+
+
+def _rows(data: str | Mapping[str, Any]) -> Dataset:
+    from datasets import load_dataset
+
+    if not isinstance(data, str):
+        return load_dataset(**{"split": "train", **data})
+    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(data).suffix)
+    if kind is None:
+        return load_dataset(data, split="train")
+    return load_dataset(kind, data_files=data, split="train")
+
+
+def _run(trainer: SFTTrainer, output: Path) -> None:
+    from transformers import TrainerCallback
+    from transformers.trainer_utils import get_last_checkpoint
+
+    class DoneError(Exception):
+        pass
+
+    class StopAtEnd(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """Stop: a Trainer that resumes from its last step takes one step more."""
+            if state.global_step >= state.max_steps:
+                raise DoneError
+
+    trainer.add_callback(StopAtEnd())
+    checkpoint = get_last_checkpoint(str(output))
+    if checkpoint is not None:
+        print(f"Going on from {checkpoint}")
+    with suppress(DoneError):
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _save(
+    adapter: NestedAdapter, trainer: SFTTrainer, nesting: Mapping[str, Any], target: Path
+) -> None:
+    by = "svd" if adapter.order == "paper" else nesting.get("reorder", "trained")
+    progress = target.with_name("reorder.safetensors")
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    if by != "svd" and trainer.args.world_size == 1:
+        try:
+            adapter.reorder(by, trainer, seed=trainer.args.seed, checkpoint=progress)
+        except MatryoshkaError as error:
+            print(f"The adapter is saved in the order of its SVD, and not {by}: {error}")
+    adapter.save(target)  # by its SVD, where it has no order
+    progress.unlink(missing_ok=True)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Report what PEFT, transformers and TRL refuse without a traceback."""
+    try:
+        yield
+    except (TypeError, ValueError, ImportError, OSError, KeyError) as error:
+        if isinstance(error, (MatryoshkaError, ModuleNotFoundError)):
+            raise
+        raise MatryoshkaError(f"the config is refused: {error}") from error

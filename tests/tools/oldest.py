@@ -1,0 +1,15 @@
+"""Print constraints for pip: the oldest peft, transformers and trl that pyproject.toml allows."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
+
+if __name__ == "__main__":
+    for name in ("peft", "transformers", "trl"):
+        (bound,) = {m[1] for line in REQUIREMENTS if (m := re.match(rf"{name}>=([\d.]+)", line))}
+        print(f"{name}=={bound}.*")
