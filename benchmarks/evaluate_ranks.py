@@ -179,17 +179,15 @@ class Contest:
     """Both sides on one task."""
 
     def __init__(self, task: Path, adapter: NestedAdapter, plain: Any) -> None:
-        self.task, self.adapter, self.plain = task, adapter, plain
+        self.adapter, self.plain = adapter, plain
         self.tokenizer = load_tokenizer()
+        self.loaded = TaskManager(include_defaults=False).load([str(task)])
         self.backend = HFLM(plain, tokenizer=self.tokenizer, batch_size=1)
 
     def answers(self, lm: Any, limit: int | None = None) -> list[Any]:
         """Return of each question its text, or the log-likelihoods of its choices."""
-        loaded = TaskManager(include_defaults=False).load([str(self.task)])
-        for task in loaded["tasks"].values():
-            task.set_fewshot_seed(1234)
         with redirect_stderr(StringIO()):
-            found: Any = evaluate(lm, loaded, limit=limit, bootstrap_iters=0)
+            found: Any = evaluate(lm, self.loaded, limit=limit, bootstrap_iters=0)
         (samples,) = found["samples"].values()
         rows = sorted(samples, key=lambda row: row["doc_id"])
         return [[r[0] if isinstance(r[0], str) else r[0][0] for r in row["resps"]] for row in rows]

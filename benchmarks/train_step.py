@@ -1,14 +1,16 @@
-"""What a training step costs, as a multiple of the frozen model alone.
+"""Measure what a training step costs, as a multiple of the frozen model alone.
 
     make bench-train
     python benchmarks/train_step.py --dtype bf16 --rank 32 --repeats 5
 
-The floor is the frozen base model: forward, and backward through its activations only. Every variant adds its adapter
-to all linear layers of the same weights and does the same: 8 rows of 128 tokens, to the logits, and back from one fixed
-gradient of the logits, so that no variant can gain or lose by its loss. Time is CPU time of one thread, and on a CUDA
-card the clock's; the variants take turns in one process, and each figure is the median of the ratios to the floor's
-run of the same turn. Saved bytes are the distinct storages that autograd's graph keeps between forward and backward,
-parameters left out. On a card there is also the most memory that a step allocates, with the weights of all variants.
+The floor is the frozen base model: forward, and backward through its activations only. Every
+variant adds its adapter to all linear layers of the same weights and does the same: 8 rows of 128
+tokens, to the logits, and back from one fixed gradient of the logits, so that no variant can gain
+or lose by its loss. Time is CPU time of one thread, and on a CUDA card the clock's; the variants
+take turns in one process, and each figure is the median of the ratios to the floor's run of the
+same turn. Saved bytes are the distinct storages that autograd's graph keeps between forward and
+backward, parameters left out. On a card there is also the most memory that a step allocates, with
+the weights of all variants.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from matryoshka_lora import Nesting, nest
-from matryoshka_lora.files import write_text
 from matryoshka_lora.models import DTYPES, load_model
 
 ROWS, TOKENS = 8, 128
@@ -38,7 +39,7 @@ RULES = ("matryoshka", "stratified", "dylora")
 
 
 class Published(nn.Module):
-    """The paper's form, from its formula: ``W x + B (P A) x``, where ``A P`` is made anew in each forward."""
+    """The paper's form by its formula: ``W x + B (P A) x``, with ``A P`` made anew."""
 
     def __init__(self, base: nn.Linear, rank: int, p: Tensor) -> None:
         super().__init__()
@@ -54,12 +55,14 @@ class Published(nn.Module):
 
 
 def share(model: nn.Module) -> Any:
-    """A copy of the modules on the same weights."""
+    """Return a copy of the modules on the same weights."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def with_peft(base: nn.Module, rank: int) -> Any:
-    return get_peft_model(share(base), LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
+    return get_peft_model(
+        share(base), LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
+    )
 
 
 def nested(base: nn.Module, rank: int, rule: str) -> Any:
@@ -90,9 +93,10 @@ def variants(base: nn.Module, rank: int) -> dict[str, tuple[Any, Callable[[], An
 
 
 def kept_by_autograd(output: Tensor) -> list[Tensor]:
-    """Every tensor that the backward pass of an output will need.
+    """Return every tensor that the backward pass of an output will need.
 
-    Read from autograd's graph: hooks on saved tensors would make our operation, which sees them, save otherwise.
+    They are read from autograd's graph: our operation sees hooks on saved tensors, and would save
+    otherwise.
     """
     kept, seen, nodes = [], set(), [output.grad_fn]
     while nodes:
@@ -110,59 +114,68 @@ def kept_by_autograd(output: Tensor) -> list[Tensor]:
 
 
 def now(device: torch.device) -> float:
-    """Seconds: of this process on a CPU, and by the clock when a card has done all that it was given."""
+    """Return seconds: the process's on a CPU, the clock's when a card has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return time.perf_counter()
     return time.process_time()
 
 
+def saved_bytes(model: Any, logits: Tensor) -> int:
+    """Return the bytes of the distinct storages that autograd keeps, without the model's own."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    storages = [tensor.untyped_storage() for tensor in kept_by_autograd(logits)]
+    found = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(nbytes for address, nbytes in found.items() if address not in own)
+
+
+def step(
+    model: Any, inputs: Tensor, context: Callable[[], Any], gradient: Tensor
+) -> tuple[float, int]:
+    """Return the seconds of a step, and on a card the most memory that it allocates."""
+    on_card = inputs.device.type == "cuda"
+    if on_card:
+        torch.cuda.reset_peak_memory_stats(inputs.device)
+    start = now(inputs.device)
+    with context():
+        logits = model(inputs_embeds=inputs, use_cache=False).logits
+    logits.backward(gradient.to(logits.dtype))
+    seconds = now(inputs.device) - start
+    for parameter in (*model.parameters(), inputs):
+        parameter.grad = None
+    return seconds, torch.cuda.max_memory_allocated(inputs.device) if on_card else 0
+
+
 def measure(base: nn.Module, rank: int, repeats: int) -> dict[str, dict[str, Any]]:
+    """Return the time and the saved bytes of every variant; they take turns."""
     torch.manual_seed(0)
     ids = torch.randint(0, base.config.vocab_size, (ROWS, TOKENS)).to(base.device)
     inputs = base.get_input_embeddings()(ids).detach().requires_grad_()
-    gradient: Tensor | None = None
-
-    def forward(model: Any) -> Tensor:
-        logits: Tensor = model(inputs_embeds=inputs, use_cache=False).logits
-        return logits
-
     models = variants(base, rank)
     saved: dict[str, int] = {}
     for name, (model, context) in models.items():
         model.train()
-        parameters = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
         with context():
-            logits = forward(model)
-        found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept_by_autograd(logits)}
-        saved[name] = sum(nbytes for address, nbytes in found.items() if address not in parameters)
-        if gradient is None:
-            gradient = torch.randn_like(logits) / logits.numel()
+            logits = model(inputs_embeds=inputs, use_cache=False).logits
+        saved[name] = saved_bytes(model, logits)
+    gradient = torch.randn_like(logits) / logits.numel()
+    del logits
 
     times: dict[str, list[float]] = {name: [] for name in models}
     peak = dict.fromkeys(models, 0)
     for turn in range(repeats + 1):
         for name, (model, context) in models.items():
-            if base.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(base.device)
-            start = now(base.device)
-            with context():
-                logits = forward(model)
-            logits.backward(gradient.to(logits.dtype))
+            seconds, peak[name] = step(model, inputs, context, gradient)
             if turn:  # the first one warms up
-                times[name].append(now(base.device) - start)
-            if base.device.type == "cuda":
-                peak[name] = torch.cuda.max_memory_allocated(base.device)
-            for parameter in (*model.parameters(), inputs):
-                parameter.grad = None
+                times[name].append(seconds)
     report = {}
-    for name, seconds in times.items():
-        ratios = [a / b for a, b in zip(seconds, times["floor"], strict=True)]
+    for name, taken in times.items():
+        ratios = [a / b for a, b in zip(taken, times["floor"], strict=True)]
         report[name] = {
             "time": round(statistics.median(ratios), 3),
             "saved": round(saved[name] / saved["floor"], 3),
             "time_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
-            "seconds": round(statistics.median(seconds), 6),
+            "seconds": round(statistics.median(taken), 6),
             "saved_mib": round(saved[name] / 2**20, 1),
         }
         if peak[name]:
@@ -171,24 +184,33 @@ def measure(base: nn.Module, rank: int, repeats: int) -> dict[str, dict[str, Any
 
 
 def machine(device: torch.device | None = None) -> str:
-    """What the figures were measured on."""
+    """Return what the figures were measured on."""
     if device is not None and device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, torch {torch.__version__}"
+        card = torch.cuda.get_device_name(device)
+        return f"{card}, CUDA {torch.version.cuda}, torch {torch.__version__}"
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    return f"{cpu}, one thread, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    cpu = next(
+        (line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor()
+    )
+    return (
+        f"{cpu}, one thread, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: both")
     parser.add_argument("--rank", type=int, help=f"default: {', '.join(map(str, RANKS))}")
     parser.add_argument("--repeats", type=int, default=5, help="counted turns (default: 5)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each cell")
     parser.add_argument(
-        "--out", type=Path, help="also write the cells to this JSON file, and leave out those that it has"
+        "--out",
+        type=Path,
+        help="also write the cells to this JSON file, and leave out those that it has",
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -196,7 +218,7 @@ def main() -> None:
     cells = json.loads(args.out.read_text())["cells"] if args.out and args.out.exists() else []
     done = {(cell["dtype"], cell["rank"]) for cell in cells}
     for dtype in [args.dtype] if args.dtype else ["bf16", "fp32"]:
-        base = load_model(dtype=DTYPES[dtype]).requires_grad_(False).to(args.device)
+        base = load_model(dtype=DTYPES[dtype], device=args.device).requires_grad_(False)
         for rank in [args.rank] if args.rank else RANKS:
             if (dtype, rank) in done:
                 continue
@@ -204,7 +226,9 @@ def main() -> None:
             cells.append(cell)
             print(json.dumps(cell) if args.json else _table(cell), flush=True)
             if args.out:
-                write_text(args.out, json.dumps({"machine": machine(args.device), "cells": cells}, indent=1) + "\n")
+                report = {"machine": machine(args.device), "cells": cells}
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _table(cell: dict[str, Any]) -> str:
@@ -214,7 +238,9 @@ def _table(cell: dict[str, Any]) -> str:
     ]
     for name, found in cell["variants"].items():
         low, high = found["time_min_max"]
-        lines.append(f"{name:14} {found['time']:6.2f} ({low:.2f}-{high:.2f})   {found['saved']:8.2f}")
+        lines.append(
+            f"{name:14} {found['time']:6.2f} ({low:.2f}-{high:.2f})   {found['saved']:8.2f}"
+        )
     return "\n".join(lines)
 
 

@@ -147,16 +147,14 @@ def choose(adapter: NestedAdapter, ranks: Sequence[int], folder: Path, tokenizer
     from matryoshka_lora import evaluate  # tables need no harness
 
     files = [str((folder / f"{task}.yaml").resolve()) for task in TASKS]
-    found = evaluate(adapter, files, ranks=list(ranks), tokenizer=tokenizer, latency=False)
-    parts: Chosen = {}
-    for task in TASKS:
-        metrics = found.tasks[f"{task}.yaml"]["metrics"]
-        parts[task] = {
-            name: [shares["base"]["value"], *shares["value"]]
-            for name in ("acc", "acc_norm")
-            for shares in [metrics[f"{name},none"]]
+    found = evaluate(adapter, files, ranks=ranks, tokenizer=tokenizer, progress=False)
+    return {
+        task: {
+            metric: [float(found.metric(task, metric)["value"][rank]) for rank in (0, *ranks)]
+            for metric in ("acc", "acc_norm")
         }
-    return parts
+        for task in TASKS
+    }
 
 
 def mean_accuracies(parts: Mapping[str, Mapping[str, Sequence[float]]]) -> list[float]:

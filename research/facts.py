@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwz", "aeiou"
 
 
-def facts(count: int, seed: int) -> list[dict[str, str]]:
+def facts(count: int, seed: int | str) -> list[dict[str, str]]:
     """Return names of four syllables, all different, each with a number of four digits."""
     draw = random.Random(f"facts {seed}")
     numbers: dict[str, str] = {}

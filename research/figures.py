@@ -33,9 +33,6 @@ TOKENS = ("lora/svd", "lora/learned", "lora-longer/svd", "lora/trained", EACH)
 BESIDE = {"lora-longer/svd": 1.1}
 """Where a point is drawn, as a multiple of its tokens: beside what has as many."""
 
-DEMO = "matryoshka/trained"
-"""What the demo trains."""
-
 WITH_PNG = ("face",)
 """Pictures that the README shows, which is read in places that draw no SVG."""
 
@@ -278,41 +275,6 @@ def _legend(figure: Any) -> None:
 # One adapter.
 
 
-def cost(figure: Any, mode: Mode) -> None:
-    """Draw what a rank of the demo's adapter knows, weighs and takes."""
-    figure.set_size_inches(9.0, 3.6)
-    found = _json("demo-evaluation.json")
-    (task,) = found["tasks"].values()
-    first = task["metrics"][task["metric"]]
-    values, errors = ([100 * number for number in first[key]] for key in ("value", "stderr"))
-    sizes = [count / 1e6 for count in found["bytes"]]
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, x in ((left, sizes), (right, found["latency_ms"])):
-        look = LOOKS[DEMO]
-        axes.errorbar(
-            x, values, errors, color=look.colour(mode), marker=look.marker, linewidth=2, capsize=3
-        )
-        for rank, place, value in zip(found["ranks"], x, values, strict=True):
-            axes.annotate(
-                f"{rank}",
-                (place, value - errors[0]),
-                (0, -14),
-                textcoords="offset points",
-                ha="center",
-            )
-    left.set_xscale("log", base=2)
-    left.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
-    left.minorticks_off()
-    left.set_xlabel("size of the exported adapter in MB")
-    right.set_xlabel(
-        f"time for one token in ms (axis begins at {min(found['latency_ms']) - 1:.0f})"
-    )
-    right.set_xlim(round(min(found["latency_ms"]) - 1), None)
-    left.set_ylim(0, max(values) + 15)
-    left.set_ylabel(f"right answers to {task['items']} questions, %")
-    figure.suptitle("One adapter; its rank stands below each point", x=0.01, ha="left", fontsize=12)
-
-
 def singular(figure: Any, mode: Mode) -> None:
     """Draw the directions of one trained layer in two orders."""
     figure.set_size_inches(9.0, 4.2)
@@ -389,7 +351,7 @@ def p(figure: Any, mode: Mode) -> None:
 
 
 PICTURES: Mapping[str, Callable[[Any, Mode], None]] = {
-    picture.__name__: picture for picture in (face, method, p, singular, methods, cost, tokens)
+    picture.__name__: picture for picture in (face, method, p, singular, methods, tokens)
 }
 
 if __name__ == "__main__":

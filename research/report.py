@@ -249,7 +249,7 @@ def _cell(found: Estimate | None, form: Form) -> str:
 def comparison(study: Study, recorded: Sequence[Result], again: Sequence[Result]) -> str:
     """Return the recorded curves beside those of new runs, over the same tasks and seeds.
 
-    A rank differs where the two intervals do not meet.
+    A rank differs where the two intervals do not meet; one seed has no interval.
     """
     rows = []
     for kind, value, form in (
@@ -266,5 +266,7 @@ def comparison(study: Study, recorded: Sequence[Result], again: Sequence[Result]
 
 
 def _meets(one: Estimate, other: Estimate) -> str:
-    widths = [estimate.half_width or 0.0 for estimate in (one, other)]
-    return "meet" if abs(one.mean - other.mean) <= sum(widths) else "differ"
+    if one.half_width is None or other.half_width is None:
+        return "one seed"
+    apart = abs(one.mean - other.mean)
+    return "meet" if apart <= one.half_width + other.half_width else "differ"

@@ -121,8 +121,8 @@ def by_size(
 
     if (least := size(ranks(0))) > max_bytes:
         raise MatryoshkaError(
-            f"the smallest file, with rank 1 in every layer, has {least} bytes, and {max_bytes} are "
-            "allowed: write a larger size"
+            f"the smallest file, with rank 1 in every layer, has {least} bytes, which is more than "
+            f"{max_bytes}: write a larger size"
         )
     low, high = 0, len(found) + 1  # low directions have room, high ones have not
     while high - low > 1:

@@ -88,9 +88,9 @@ def train(
     """Train one adapter for every rank.
 
     The file names the data, and may set any field of TRL's SFTConfig, any of PEFT's LoraConfig
-    under lora:, and under nesting: ranks, scaling, rule, deploy and reorder. The same command goes on
-    where a killed run stopped. After the run each rank is trained by itself, on half as many rows
-    again; nesting.reorder=svd takes seconds instead.
+    under lora:, and under nesting: ranks, scaling, rule, deploy and reorder. The same command goes
+    on where a killed run stopped. After the run each rank is trained by itself, on half as many
+    rows again; nesting.reorder=svd takes seconds instead.
 
     Example: matryoshka train config.yaml data=my.jsonl lora.r=8 learning_rate=1e-3
     """
@@ -164,20 +164,9 @@ def reorder(
     """
     from matryoshka_lora.convert import reorder as run
 
+    base: Any = {"model": model, "revision": revision, "dtype": _dtype(dtype)}
     with _layers("reordering", by == "svd") as on_layer:
-        run(
-            adapter,
-            out,
-            by,
-            data,
-            rows=rows,
-            model=model,
-            revision=revision,
-            dtype=_dtype(dtype),
-            seed=seed,
-            force=force,
-            on_layer=on_layer,
-        )
+        run(*(adapter, out, by, data), rows=rows, seed=seed, force=force, on_layer=on_layer, **base)
     typer.echo(f"{out} holds every rank of {adapter}")
     _next("info", out)
 
@@ -190,8 +179,8 @@ def export(
     keep: Annotated[
         str | None,
         _option(
-            "Instead: a rank for each layer that keeps 95% of its squared singular values, an error of "
-            "22 % of its norm; or kohya's sv_fro=0.95, sv_ratio=20."
+            "Instead: a rank for each layer that keeps 95% of its squared singular values, which "
+            "is an error of 22 % of its norm; or kohya's sv_fro=0.95, sv_ratio=20."
         ),
     ] = None,
     max_bytes: Annotated[
@@ -228,21 +217,10 @@ def export(
     """
     from matryoshka_lora.convert import export as write
 
+    size: Any = {"keep": keep, "max_bytes": max_bytes, "conv_rank": conv_rank, "style": style}
+    base: Any = {"model": model, "revision": revision}
     with _layers("writing") as on_layer:
-        made = write(
-            adapter,
-            out,
-            rank,
-            format,
-            keep=keep,
-            max_bytes=max_bytes,
-            conv_rank=conv_rank,
-            style=style,
-            model=model,
-            revision=revision,
-            force=force,
-            on_layer=on_layer,
-        )
+        made = write(adapter, out, rank, format, **size, **base, force=force, on_layer=on_layer)
     for line in made.lines():
         typer.echo(line)
 
@@ -262,7 +240,7 @@ def evaluate(
         int | None, _option("Shots of the tasks.", min=0, default="the task's own")
     ] = None,
     limit: Annotated[int | None, _option("The most questions of a task.", min=1)] = None,
-    batch_size: Annotated[int | None, _option("Rows of a batch.", min=1)] = None,
+    batch_size: Annotated[int | None, _option("Tokens of a batch.", min=1)] = None,
     engine: Annotated[Literal["hf", "vllm"], typer.Option(help="Who answers.")] = "hf",
     base: Annotated[bool, typer.Option(help="Ask the base model too.")] = True,
     model: Model = None,
@@ -279,31 +257,14 @@ def evaluate(
 
     Example: matryoshka eval runs/my/adapter --tasks arc_easy,hellaswag --limit 200
     """
-    if (tasks is None) == (data is None):
-        raise typer.BadParameter(
-            "give --tasks, for example arc_easy, or --data, for example my.jsonl"
-        )
-    chosen = _ranks(ranks)
     from matryoshka_lora.evaluate.evaluate import evaluate as run
 
+    asked: Any = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
+    given: Any = {"model": model, "revision": revision, "dtype": _dtype(dtype)}
     folder = out or Path(f"{adapter}-evaluation")
-    result = run(
-        adapter,
-        None if tasks is None else tasks.split(","),
-        data,
-        chosen,
-        out=folder,
-        model=model,
-        revision=revision,
-        dtype=_dtype(dtype),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=batch_size,
-        engine=engine,
-        base=base,
-        force=force,
-    )
-    for line in result.lines():
+    given |= {"engine": engine, "base": base, "out": folder, "force": force}
+    evaluation = run(adapter, tasks, data, _ranks(ranks), **asked, **given)
+    for line in evaluation.lines():
         typer.echo(line)
     typer.echo(f"Written to {folder}")
     _next("select", folder, "--within", "1%")
@@ -359,16 +320,11 @@ def serve(
 
     Example: matryoshka serve runs/my/adapter --max-rank 8 -- --max-model-len 2048
     """
-    from matryoshka_lora.serve import command, shell_commands
     from matryoshka_lora.serve import serve as run
 
-    options: dict[str, Any] = {"max_rank": max_rank, "model": model, "revision": revision}
-    options |= {"host": host, "port": port, "more": more or ()}
-    if only_print:
-        ladder = f"{adapter.resolve().name}-ladder"
-        typer.echo(shell_commands(adapter, ladder, command(adapter, ladder, **options)))
-        return
-    raise typer.Exit(run(adapter, **options))
+    base: Any = {"model": model, "revision": revision, "max_rank": max_rank}
+    at: Any = {"host": host, "port": port, "more": more or (), "only_print": only_print}
+    raise typer.Exit(run(adapter, **base, **at))
 
 
 @app.command()
@@ -414,6 +370,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # PEFT looks for the embedded model on the hub.
+    warnings.filterwarnings("ignore", message="Unable to fetch remote file|Could not find a config")
     try:
         app()
     except MatryoshkaError as error:

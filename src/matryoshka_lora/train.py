@@ -33,6 +33,7 @@ _SFT = (
 _LORA = (
     ("peft", "tuners/lora/config.py", "LoraConfig"),
     ("peft", "config.py", "PeftConfig"),
+    ("peft", "config.py", "PeftConfigMixin"),
 )
 _MEANT = {
     "lr": "learning_rate",
@@ -53,6 +54,7 @@ _DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "ddp_find_unused_parameters": False,  # every rule uses every factor at every step
 }
+_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # files of rows
 # What may change between a run and its continuation, as it changes no weight.
 _HARMLESS = ("output_dir", "logging_", "log_", "report_to", "disable_tqdm", "save_", "hub_")
 
@@ -89,6 +91,10 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     if config.get("dtype") not in (None, "bf16", "fp32", "fp16"):
         raise MatryoshkaError(f"dtype is {config['dtype']!r}; write bf16, fp32 or fp16")
     nesting, lora = config.get("nesting") or {}, dict(config.get("lora") or {})
+    if nesting.get("reorder", "svd") not in ("svd", "learned", "trained"):
+        raise MatryoshkaError(
+            f"nesting.reorder is {nesting['reorder']!r}; write svd, learned or trained"
+        )
     rank = lora.setdefault("r", max(nesting.get("ranks") or [32]))
     lora.setdefault("lora_alpha", rank**0.5 if lora.get("use_rslora") else rank)  # the scale is 1
     if not lora.get("target_parameters"):
@@ -163,15 +169,22 @@ def _hashes(config: Mapping[str, Any]) -> dict[str, str]:
     """Return a hash of each value that changes the trained weights, and of the rows in files."""
     found = {}
     for key, value in config.items():
-        if key.startswith(_HARMLESS) or key in ("max_steps", "num_train_epochs"):
+        if key.startswith(_HARMLESS):
             continue
         if key == "nesting":
             value = {name: given for name, given in value.items() if name != "reorder"}
         content = json.dumps(value, sort_keys=True, default=str).encode()
-        if isinstance(value, str) and "data" in key and Path(value).is_file():
-            content = Path(value).read_bytes()
+        if key in ("data", "eval_data") and Path(str(value)).suffix in _KINDS:
+            content = _read_rows(value)
         found[key] = hashlib.sha256(content).hexdigest()[:16]
     return found
+
+
+def _read_rows(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise MatryoshkaError(f"cannot read the rows in {file}: {error.strerror}") from error
 
 
 def _check_same_run(output: Path, record: Path, hashes: Mapping[str, str]) -> None:
@@ -189,6 +202,7 @@ def _check_same_run(output: Path, record: Path, hashes: Mapping[str, str]) -> No
 def _prepare(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]:
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
+    from trl import SFTTrainer
 
     from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
     from matryoshka_lora.nested import nest
@@ -206,7 +220,7 @@ def _prepare(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]:
     evaluated = config.get("eval_data")
     with _refusals():
         adapter = nest(get_peft_model(base, lora), **{"seed": arguments.seed, **nesting})
-        trainer = _trainer_class()(
+        trainer = SFTTrainer(
             model=adapter.model,
             args=arguments,
             train_dataset=_rows(config["data"]),
@@ -214,6 +228,8 @@ def _prepare(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]:
             processing_class=load_tokenizer(name, revision),
             callbacks=[adapter.callback()],
         )
+    # TRL's card would replace the README.md of a folder that has one.
+    trainer.create_model_card = lambda *args, **kwargs: None
     return adapter, trainer
 
 
@@ -221,7 +237,7 @@ def _arguments(training: Mapping[str, Any]) -> SFTConfig:
     import torch
     from trl import SFTConfig, TrlParser
 
-    class Parser(TrlParser):  # type: ignore[misc]
+    class Parser(TrlParser):
         def error(self, message: str) -> None:
             raise ValueError(message)
 
@@ -241,25 +257,14 @@ def _arguments(training: Mapping[str, Any]) -> SFTConfig:
         return parser.parse_args_into_dataclasses([])[0]
 
 
-def _trainer_class() -> type[SFTTrainer]:
-    from trl import SFTTrainer
-
-    class Trainer(SFTTrainer):  # type: ignore[misc]
-        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            """Write none: TRL's would replace the README.md of a folder that has one."""
-
-    return Trainer
-
-
 def _rows(data: str | Mapping[str, Any]) -> Dataset:
     from datasets import load_dataset
 
     if not isinstance(data, str):
         return load_dataset(**{"split": "train", **data})
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(data).suffix)
-    if kind is None:
-        return load_dataset(data, split="train")
-    return load_dataset(kind, data_files=data, split="train")
+    if Path(data).suffix in _KINDS:
+        return load_dataset(_KINDS[Path(data).suffix], data_files=data, split="train")
+    return load_dataset(data, split="train")
 
 
 def _run(trainer: SFTTrainer, output: Path) -> None:
@@ -269,7 +274,7 @@ def _run(trainer: SFTTrainer, output: Path) -> None:
     class DoneError(Exception):
         pass
 
-    class StopAtEnd(TrainerCallback):  # type: ignore[misc]
+    class StopAtEnd(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """Stop: a Trainer that resumes from its last step takes one step more."""
             if state.global_step >= state.max_steps:
@@ -286,7 +291,7 @@ def _run(trainer: SFTTrainer, output: Path) -> None:
 def _save(
     adapter: NestedAdapter, trainer: SFTTrainer, nesting: Mapping[str, Any], target: Path
 ) -> None:
-    by = "svd" if adapter.order == "paper" else nesting.get("reorder", "trained")
+    by: Any = "svd" if adapter.order == "paper" else nesting.get("reorder", "trained")
     progress = target.with_name("reorder.safetensors")
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     if by != "svd" and trainer.args.world_size == 1:

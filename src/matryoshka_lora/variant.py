@@ -36,7 +36,7 @@ class Diagonal:
         self.q = q
         self.fewer = fewer
         self.is_one = bool((q == 1).all())
-        self._moved: dict[torch.device, Tensor] = {}
+        self._moved = {q.device: q}
 
     def on(self, device: torch.device) -> Tensor:
         """Return q on a device."""
@@ -72,7 +72,8 @@ class Diagonal:
 
     def times(self, hidden: Tensor, spatial: int = 0) -> Tensor:
         """Return ``hidden`` times q along its dimension of ranks."""
-        if self.is_one and self.q.ndim == 1:
+        # A compiler has one graph for all ranks, and would make another one for this shortcut.
+        if not torch.compiler.is_compiling() and self.is_one and self.q.ndim == 1:
             return hidden
         q = at_least_float32(self.for_rows(hidden.shape, hidden.device, spatial), hidden.dtype)
         rows = () if q.ndim == 1 else (len(hidden), *(1,) * (hidden.ndim - 2 - spatial))

@@ -1,1 +1,1 @@
-"""Adapters on disk: opened, cut layer by layer, and written. This package needs torch and safetensors alone."""
+"""Adapters on disk: opened, cut and written. It needs torch and safetensors alone."""

@@ -9,6 +9,8 @@ from typing import Any
 
 CARD_NAME = "README.md"
 
+_US = "[matryoshka-lora](https://arxiv.org/abs/2605.07850)"
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """What others call the base model that is embedded in a package."""
@@ -38,20 +40,16 @@ def write_card(
     if order is None:
         title = f"A LoRA adapter of rank {rank}"
         text = (
-            f"An ordinary LoRA adapter{of}: r={rank}, lora_alpha={config['lora_alpha']:g}. It was cut out "
-            "by [matryoshka-lora](https://arxiv.org/abs/2605.07850), and PEFT, vLLM and others read it."
+            f"An ordinary LoRA adapter{of}, with r={rank} and lora_alpha={config['lora_alpha']:g}. "
+            f"PEFT, vLLM and others read it. It was cut out by {_US}."
         )
     else:
         title = "A LoRA adapter for every rank"
-        ranks = (
-            f"rank {', '.join(map(str, errors or ()))}"
-            if order == "paper"
-            else f"any rank to {rank}"
-        )
+        ranks = "its nested ranks" if order == "paper" else "every rank"
         text = (
-            f"One adapter{of} that serves {ranks} ([MatryoshkaLoRA](https://arxiv.org/abs/2605.07850), "
-            f"order `{order}`). PEFT reads this folder as rank {rank}. One rank for PEFT, vLLM or "
-            f"llama.cpp: `matryoshka export THIS_FOLDER --rank {max(1, rank // 4)} -o OUT`."
+            f"One adapter{of} that serves {ranks} up to {rank}, made by {_US} (order `{order}`). "
+            f"PEFT reads this folder as rank {rank}. A smaller one for PEFT, vLLM or llama.cpp: "
+            "`matryoshka export THIS_FOLDER --rank RANK -o OUT`."
         )
         rows = [f"| {r} | {100 * error:.1f} % |" for r, error in (errors or {}).items()]
         text += "\n\n| rank | norm of the update that it leaves out |\n|---|---|\n" + "\n".join(

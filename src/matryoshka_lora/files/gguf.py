@@ -12,8 +12,8 @@ from matryoshka_lora.files.layers import AdapterFile, Layer, Lost
 from matryoshka_lora.files.output import PathLike, new_file
 from matryoshka_lora.files.peft import Ranks, check_factors, plan_rank
 
-# transformers' model_type: the architecture in gguf's words, and whether llama.cpp wants the rows of
-# q and k in the order of its own rotary embedding, in which the two halves of a head alternate.
+# transformers' model_type: the architecture in gguf's words, and whether llama.cpp wants the rows
+# of q and k in the order of its own rotary embedding, where the two halves of a head alternate.
 _ARCHITECTURES = {
     "llama": ("LLAMA", True),
     "mistral": ("LLAMA", True),
@@ -56,8 +56,8 @@ def write_gguf(
     kind = base.get("model_type")
     if kind not in _ARCHITECTURES:
         raise MatryoshkaError(
-            f"models of type {kind!r} cannot be exported to GGUF, but {', '.join(_ARCHITECTURES)}: use "
-            "llama.cpp's convert_lora_to_gguf.py on --format peft"
+            f"models of type {kind!r} cannot be exported to GGUF: use llama.cpp's "
+            "convert_lora_to_gguf.py on --format peft"
         )
     architecture, permuted = _ARCHITECTURES[kind]
     number = gguf.MODEL_ARCH[architecture]

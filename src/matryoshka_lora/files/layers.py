@@ -95,7 +95,6 @@ class AdapterFile:
         order: How the factors of a nested adapter were reordered; None where they were not.
         rule: The rule it was trained with.
         files: Its files with tensors; none where it is in memory.
-        whole: Layers of a single file that are kept as they are, and the key that is the reason.
     """
 
     name: str
@@ -107,7 +106,6 @@ class AdapterFile:
     order: str | None = None
     rule: str = "lora"
     files: tuple[Path, ...] = ()
-    whole: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_single(self) -> bool:
@@ -186,9 +184,9 @@ class AdapterFile:
             A, B = pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
             p = torch.full((A.shape[-2],), layer.scale, dtype=torch.float64)
             A, B, values = reorder_factors(A, B, p, scale)
-            lost = _tails(values)
+            lost = tails(values)
         else:
-            lost = self._lost(layer, A, B)
+            lost = self.lost(layer, A, B)
             factor = self.scale_at(layer, rank) / scale
             B = B if factor == 1 else (B.double() * factor).to(B.dtype)
         return A[..., :rank, :], B[..., :rank], lost
@@ -201,21 +199,17 @@ class AdapterFile:
         """
         A, B = (factor.double() for factor in self.read(layer))
         if self.order == "svd":
-            return layer.scale * A.norm(dim=-1) * B.norm(dim=-2)
-        r_in, r_out = (torch.linalg.qr(tall, mode="r").R for tall in (A.mT, B))
-        values: Tensor = torch.linalg.svdvals(r_out @ r_in.mT) * layer.scale
-        return pad(values, (0, layer.rank - values.shape[-1]))
+            values: Tensor = A.norm(dim=-1) * B.norm(dim=-2)
+        else:
+            r_in, r_out = (torch.linalg.qr(tall, mode="r").R for tall in (A.mT, B))
+            values = torch.linalg.svdvals(r_out @ r_in.mT)
+        return pad(layer.scale * values, (0, layer.rank - values.shape[-1]))
 
-    def lost(self, layer: Layer) -> Tensor:
-        """Return the squared Frobenius norm of what each rank from 0 to R leaves out of a layer.
+    def lost(self, layer: Layer, A: Tensor, B: Tensor) -> Tensor:
+        """Return what each rank from 0 to R leaves out of a layer whose factors are in order.
 
-        The shape is (R + 1,), the dtype float64.
+        These are squared Frobenius norms, shape (R + 1,), float64.
         """
-        if self.order is None:
-            return _tails(self.singular_values(layer))
-        return self._lost(layer, *self.read(layer))
-
-    def _lost(self, layer: Layer, A: Tensor, B: Tensor) -> Tensor:
         # |B diag(d) A|^2 = d^T G d with G = (B^T B) * (A A^T), so no dense matrix is formed. A row
         # of d is the difference of the diagonals at rank R and at a rank from 0 on.
         A, B = A.double(), B.double()
@@ -224,7 +218,8 @@ class AdapterFile:
         for rank in range(1, layer.rank + 1):
             diagonals[rank, :rank] = self.scale_at(layer, rank)
         missing = diagonals[-1] - diagonals
-        return ((missing @ gram) * missing).sum(-1).clamp(min=0)  # clamp cancellation noise
+        squares: Tensor = ((missing @ gram) * missing).sum(-1)
+        return squares.clamp(min=0)  # clamp cancellation noise
 
 
 def scale_of(config: Mapping[str, Any], name: str, rank: int) -> float:
@@ -246,7 +241,7 @@ def by_pattern(config: Mapping[str, Any], kind: str, name: str, default: Any) ->
         ) from error
 
 
-def _tails(values: Tensor) -> Tensor:
+def tails(values: Tensor) -> Tensor:
     """Return the sum of the squared singular values after each rank from 0 on."""
     squares = (values**2).reshape(-1, values.shape[-1]).sum(0)
     return pad(squares.flip(0).cumsum(0).flip(0), (0, 1))

@@ -14,8 +14,8 @@ from matryoshka_lora.files.layers import AdapterFile, Lost
 from matryoshka_lora.files.output import PathLike, new_folder
 from matryoshka_lora.files.peft import CONFIG_NAME, check_factors, plan_rank
 
-# mlx-lm leaves out without a word what it does not find, so a model is listed here only if the tests
-# compare it.
+# mlx-lm leaves out without a word what it does not find, so each model here is one that the tests
+# compare.
 _MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 _IN_A_BLOCK = re.compile(r"model\.layers\.\d+\.(.+)")
 
@@ -68,8 +68,8 @@ def write_mlx(
 def missing_rope(base: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that mlx-lm misses in a ``config.json`` that transformers 5 has written.
 
-    transformers 5 writes ``rope_parameters``, by kind of layer in some models. mlx-lm reads fields at
-    the top, and takes a base of 10000 without a word where there are none.
+    transformers 5 writes ``rope_parameters``, by kind of layer in some models. mlx-lm reads fields
+    at the top, and takes a base of 10000 without a word where there are none.
     """
     rope = base.get("rope_parameters") or {}
     whole = rope.get("full_attention", rope)

@@ -160,15 +160,12 @@ def plan_rank(adapter: AdapterFile, rank: Ranks, metadata: Mapping[str, str] | N
     own = {layer.name: rank for layer in adapter.layers} if isinstance(rank, int) else rank
     for each in set(own.values()):
         adapter.check_rank(each)
-    if len(set(own.values())) > 1:
-        if adapter.order == "paper":
-            raise MatryoshkaError(
-                f"{adapter.name}: the paper deploys one rank in all layers: give --rank"
-            )
-        if any(layer.experts > 1 for layer in adapter.layers):
-            raise MatryoshkaError(
-                f"{adapter.name}: PEFT has no ranks by layer for target_parameters: give --rank"
-            )
+    one = adapter.order == "paper" or any(layer.experts > 1 for layer in adapter.layers)
+    if one and len(set(own.values())) > 1:
+        raise MatryoshkaError(
+            f"{adapter.name} has one rank for all layers, as the paper's deployment and PEFT's "
+            "target_parameters do: give --rank"
+        )
     top = max(own.values())
     scale = adapter.nesting.scale if adapter.nesting else 1.0
     if adapter.order is not None:
@@ -185,7 +182,7 @@ def check_factors(adapter: AdapterFile, reader: str) -> None:
     strange += [x.key_A for x in adapter.layers if not x.key_A.endswith(_SUFFIXES[0][0])]
     if strange:
         raise MatryoshkaError(
-            f"{adapter.name} holds {strange[0]}, for which {reader} has no place: use --format merged"
+            f"{adapter.name} holds {strange[0]}, which {reader} cannot read: use --format merged"
         )
 
 
@@ -228,10 +225,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise MatryoshkaError(f"{folder} holds no {CONFIG_NAME}: {hint}")
     config = read_json(file)
     if config.get("peft_type") != "LORA":
-        kind = str(config.get("peft_type"))
-        raise MatryoshkaError(
-            f"{file} is of type {kind!r:.80}, which has no ranks: use a LoRA adapter"
-        )
+        raise MatryoshkaError(f"{file} is of type {config.get('peft_type')!r:.80} and not LoRA")
     return config
 
 
@@ -243,25 +237,23 @@ def _check_config(config: dict[str, Any], where: str) -> None:
         numbers += given.values() if isinstance(given, dict) else [None]
     if not all(isinstance(x, int | float) and 0 < x < math.inf for x in numbers):
         raise MatryoshkaError(f"{where}: a rank or an alpha of {CONFIG_NAME} is no positive number")
-    for name in _OTHER_METHODS:
-        if config.get(name):
-            raise MatryoshkaError(
-                f"{where} has {name}, which adds to its layers what belongs to no rank, so that it has "
-                "no lower ranks: use it whole, or merge it into its base model with PEFT"
-            )
     init = str(config.get("init_lora_weights"))
-    if init.startswith(_INITS):
-        raise MatryoshkaError(
-            f"{where} changes its base model when PEFT loads it (init_lora_weights={init!r:.80}): make it "
-            "a plain LoRA first, by path_initial_model_for_weight_conversion of PEFT's save_pretrained"
+    patterns = config.get("rank_pattern") or config.get("alpha_pattern")
+    reason = next((name for name in _OTHER_METHODS if config.get(name)), "")
+    if reason:
+        reason = f"{reason} adds to its layers what belongs to no rank: use it whole"
+    elif init.startswith(_INITS):
+        reason = (
+            f"init_lora_weights={init!r:.80} lets PEFT change the base model: save it first with "
+            "PEFT's path_initial_model_for_weight_conversion"
         )
-    if config.get("target_parameters") and (
-        config.get("rank_pattern") or config.get("alpha_pattern")
-    ):
-        raise MatryoshkaError(
-            f"{where} has target_parameters and ranks by layer, as PEFT makes of 'all-linear' for routed "
-            "experts: name the layers in target_modules and target_parameters, and train again"
+    elif config.get("target_parameters") and patterns:
+        reason = (
+            "its target_parameters have ranks by layer, as PEFT makes of 'all-linear' for routed "
+            "experts: train again, and name all layers"
         )
+    if reason:
+        raise MatryoshkaError(f"{where} has no lower ranks: {reason}")
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
@@ -270,8 +262,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         return (whole,)
     if (folder / "adapter_model.bin").exists():
         raise MatryoshkaError(
-            f"{folder} holds a pickle, which can run code when it is read: load it with PEFT where you "
-            "trust it, and save it again"
+            f"{folder} holds a pickle, which may run code: save it again with PEFT"
         )
     if not index.exists():
         return (whole,)  # whose absence is said when it is opened
@@ -295,10 +286,8 @@ def _find_layers(
                 factors |= {key, module + suffix_B}
     strange = next((key for key in sorted(stored.keys() - factors) if ".lora_" in key), None)
     if strange or not found:
-        what = f"{strange[:200]!r}, which is no factor," if strange else "no factors"
-        raise MatryoshkaError(
-            f"{where} holds {what} of a plain LoRA: copy or save the adapter again"
-        )
+        what = f"{strange[:200]!r}, which is no factor" if strange else "no factors"
+        raise MatryoshkaError(f"{where} holds {what}: copy or save the adapter again")
     return tuple(sorted(found, key=lambda layer: layer.name))
 
 
@@ -318,9 +307,8 @@ def _layer(
     fits = key_B in stored and len(A.shape) > 1 < len(B.shape) and B.shape[1] == rows
     if not (whole and fits and 0 not in A.shape + B.shape and {A.dtype, B.dtype} <= FLOATS.keys()):
         raise MatryoshkaError(
-            f"{where}: the factors of {module[:200]} are {A.dtype} {list(A.shape)} and "
-            f"{B.dtype} {list(B.shape)}, and {CONFIG_NAME} says rank {rank}: copy the adapter again, or "
-            "save it in fp32, bf16 or fp16"
+            f"{where}: the factors of {module[:200]} are {A.dtype} {list(A.shape)} and {B.dtype} "
+            f"{list(B.shape)}, which is no LoRA of rank {rank} in fp32, bf16 or fp16: copy it again"
         )
     scale = scale_of(config, name, rank)
     return Layer(name, key_A, key_B, A.shape, B.shape, rank, scale, rows // rank)

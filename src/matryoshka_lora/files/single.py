@@ -1,7 +1,7 @@
-"""Single files, as image and video models have them: the styles of kohya, of diffusers, and down/up.
+"""Single files, as image and video models have them, in the styles of kohya, diffusers and down/up.
 
 kohya writes ``NAME.lora_down.weight``, ``NAME.lora_up.weight`` and ``NAME.alpha``, where the scale
-is alpha / rank. diffusers writes ``NAME.lora_A.weight`` and ``NAME.lora_B.weight``, and keeps alpha,
+is alpha / rank. diffusers writes ``NAME.lora_A.weight`` and ``NAME.lora_B.weight``, and an alpha,
 if any, in the file's metadata. Files without an alpha have the scale 1.
 """
 
@@ -43,7 +43,6 @@ _ENDINGS = (
 _BETWEEN = re.compile(r"(\.lora_linear_layer|\.lora|_lora)$")
 # What makes a layer more than a pair of factors: a magnitude (DoRA), a third matrix, a bias.
 _MORE = re.compile(r"(.+)\.(?:dora_scale|lora_(?:magnitude_vector|mid|up|down|[AB])(?:\.[^.]+)*)")
-_OTHER_METHODS = ("hada_", "lokr_", "oft_", "glora_")
 
 # The parts of a pipeline, and the first word of kohya's names for them. The names of a model's own
 # authors begin with diffusion_model.
@@ -78,26 +77,20 @@ def open_single(file: Path) -> AdapterFile:
     stored, metadata = open_tensors(file)
     pairs = _find_pairs(stored, str(file))
     factors = {key for pair in pairs for key in pair[1:]}
-    names = {_BETWEEN.sub("", pair.name): pair.name for pair in pairs}
-    more = {key: _MORE.fullmatch(key) for key in stored.keys() - factors}
-    whole = {names[found[1]]: key for key, found in more.items() if found and found[1] in names}
+    more = [_MORE.fullmatch(key) for key in stored.keys() - factors]
+    whole = {found[1] for found in more if found}
     configs, layers = _configs(metadata, str(file)), []
     for pair in pairs:
-        if pair.name not in whole:
+        if _BETWEEN.sub("", pair.name) not in whole:
             layers.append(_layer(pair, stored, configs, str(file)))
     if not layers:
-        raise _without_layers(str(file), whole, stored)
+        raise MatryoshkaError(
+            f"{file} holds no layer that is a pair of factors alone. DoRA, LoHa, LoKr and the like "
+            "have no ranks to choose: use it whole"
+        )
     alphas = {layer.key_alpha for layer in layers}
     kept = {key: each for key, each in stored.items() if key not in alphas}
-    return AdapterFile(
-        str(file),
-        tuple(layers),
-        kept,
-        {},
-        metadata,
-        files=(file,),
-        whole=dict(sorted(whole.items())),
-    )
+    return AdapterFile(str(file), tuple(layers), kept, {}, metadata, files=(file,))
 
 
 def write_single(
@@ -143,19 +136,12 @@ def in_style(adapter: AdapterFile, style: Style) -> AdapterFile:
     Raises:
         MatryoshkaError: The style has no name for a layer, or nothing says what its name is.
     """
-    if adapter.others or any(
-        x.experts > 1 or not x.key_A.endswith(".weight") for x in adapter.layers
-    ):
-        raise MatryoshkaError(
-            f"{adapter.name} holds more than pairs of factors: leave its style as it is"
-        )
+    if adapter.others or not all(x.key_A.endswith(".weight") for x in adapter.layers):
+        raise MatryoshkaError(f"{adapter.name} is more than pairs of factors: leave its style")
     modules = {layer.name: _module(adapter, layer) for layer in adapter.layers}
     parts = {_part(module)[0] for module in modules.values()}
     if style == "peft" and len(parts) > 1:
-        raise MatryoshkaError(
-            f"{adapter.name} has layers of {', '.join(sorted(parts))}, and PEFT's folder is for one "
-            "model: choose the style diffusers"
-        )
+        raise MatryoshkaError(f"{adapter.name} is for several models: choose the style diffusers")
     layers, stored = [], dict[str, Stored]()
     for layer in adapter.layers:
         pair = _written_pair(modules[layer.name], style, parts)
@@ -177,9 +163,7 @@ def _find_pairs(keys: Iterable[str], where: str) -> list[_Pair]:
             name = key.removesuffix(ending[0]).removesuffix(ending[1])
             pair = _Pair(name, name + ending[0], name + ending[1])
             if not {pair.A, pair.B} <= set(keys) or found.setdefault(name, pair) != pair:
-                raise MatryoshkaError(
-                    f"{where}: {key[:200]!r} has no partner, or two. Copy it again"
-                )
+                raise MatryoshkaError(f"{where}: {key[:200]!r} is no half of a pair: copy it again")
     return [found[name] for name in sorted(found)]
 
 
@@ -201,7 +185,7 @@ def _layer(
         part, inside = _part(pair.name.removeprefix(_PEFT))
         if not {"r", "lora_alpha"} <= configs.get(part, {}).keys():
             raise MatryoshkaError(
-                f"{where}: its {_CONFIGS} has no r and lora_alpha for {pair.name[:200]}"
+                f"{where}: its {_CONFIGS} has no lora_alpha for {pair.name[:200]}"
             )
         scale = scale_of(configs[part], inside, rank)
     elif key is not None:
@@ -209,8 +193,8 @@ def _layer(
         scale = float(alpha[0]) / rank if len(alpha) == 1 else 0.0
     elif pair.name.startswith(_PEFT):
         raise MatryoshkaError(
-            f"{where} is PEFT's file of weights, and the scale stands in an adapter_config.json: give "
-            "the folder that holds both"
+            f"{where} is PEFT's file of weights, and its scale stands in an adapter_config.json: "
+            "give the folder that holds both"
         )
     if not 0 < scale < float("inf"):
         raise MatryoshkaError(f"{where}: the alpha of {pair.name[:200]} is no positive number")
@@ -229,21 +213,6 @@ def _configs(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, Any
     return parts
 
 
-def _without_layers(
-    where: str, whole: Mapping[str, str], stored: Mapping[str, Stored]
-) -> MatryoshkaError:
-    key = next(iter(whole.values()), None)
-    key = key or next((key for key in stored if any(word in key for word in _OTHER_METHODS)), None)
-    if key is None:
-        return MatryoshkaError(
-            f"{where} holds no LoRA: no two of its {len(stored)} tensors are a pair"
-        )
-    return MatryoshkaError(
-        f"{where} is no plain LoRA, as {key[:200]!r} shows (DoRA, LoCon with a third matrix, LoHa, LoKr "
-        "or OFT), so that it has no ranks to choose: use it whole"
-    )
-
-
 def _part(module: str) -> tuple[str, str]:
     """Return the part of the pipeline, "" where a name says none, and the name inside it."""
     first, _, rest = module.partition(".")
@@ -259,12 +228,14 @@ def _module(adapter: AdapterFile, layer: Layer) -> str:
         part = "text_encoder" if is_text else "unet" if "UNet" in kind else "transformer"
         if is_text or library.startswith("diffusers."):
             return f"{part}.{layer.name}"
-        raise MatryoshkaError(f"{adapter.name} does not say for which part of an image model it is")
+        raise MatryoshkaError(
+            f"{adapter.name} is not known to be for an image model: name a folder as the output"
+        )
     name = layer.name.removeprefix(_PEFT)
     if re.match(r"lora_\w+$", name):
         raise MatryoshkaError(
-            f"{name[:80]} is a name of kohya's, which does not say where its dots were: leave the style "
-            "as it is, which diffusers and ComfyUI read too"
+            f"{name[:80]} is a name of kohya's, which does not say where its dots were: leave the "
+            "style as it is, which diffusers and ComfyUI read too"
         )
     short = _BETWEEN.sub("", name).replace(".processor.", ".")
     return f"{short}.0" if short != name and short.endswith(".to_out") else short
@@ -275,9 +246,7 @@ def _written_pair(module: str, style: Style, parts: set[str]) -> _Pair:
     if style == "kohya":
         word = _PARTS.get(part or "unet")
         if word is None:
-            raise MatryoshkaError(
-                f"kohya has no name for the {part} of a pipeline: choose diffusers"
-            )
+            raise MatryoshkaError(f"kohya has no name for the part {part}: choose diffusers")
         if part == "text_encoder" and "text_encoder_2" in parts:
             word = "lora_te1"
         # transformers has dropped the first part of CLIP's names, and ComfyUI wants it.
@@ -287,8 +256,8 @@ def _written_pair(module: str, style: Style, parts: set[str]) -> _Pair:
         return _Pair(name, name + _KOHYA[0], name + _KOHYA[1])
     if style == "diffusers" and not part:
         raise MatryoshkaError(
-            f"{module[:200]} does not say which part of a pipeline it is for, and diffusers would not "
-            "find it: leave the style as it is"
+            f"{module[:200]} does not say which part of a pipeline it is for, and diffusers would "
+            "not find it: leave the style as it is"
         )
     name = _PEFT + inside if style == "peft" else module
     return _Pair(name, name + _DIFFUSERS[0], name + _DIFFUSERS[1])
@@ -324,9 +293,7 @@ def _lora_configs(adapter: AdapterFile, modules: Mapping[str, Layer]) -> dict[st
     """Return the LoraConfigs by which diffusers gives each layer its rank, and the scale 1."""
     found, given = dict[str, Any](), _configs(adapter.metadata, adapter.name)
     for part in sorted({_part(module)[0] for module in modules}):
-        own = {
-            _part(module)[1]: x.rank for module, x in modules.items() if _part(module)[0] == part
-        }
+        own = {_part(m)[1]: x.rank for m, x in modules.items() if _part(m)[0] == part}
         top = max(own.values())
         pattern = {f"^{re.escape(name)}": rank for name, rank in own.items() if rank != top}
         config = {"target_modules": sorted(own), **given.get(part, {})}

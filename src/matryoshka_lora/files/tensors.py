@@ -1,4 +1,4 @@
-"""Read and write safetensors files tensor by tensor, so that few tensors are in memory at a time."""
+"""Read and write safetensors files tensor by tensor, so that few of them are in memory."""
 
 from __future__ import annotations
 

@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from tqdm import tqdm
 
-from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.factors import reorder_factors
-from matryoshka_lora.nesting import Nesting, get_rule
-from matryoshka_lora.reorder.descent import check_ranks, descending, gradients_at, loss_at, prefix
+from matryoshka_lora.reorder.descent import Step, check_ranks, descending, gradients_at, loss_at
 from matryoshka_lora.reorder.rows import Batch, Rows
 
 if TYPE_CHECKING:
     from matryoshka_lora.adapter import NestedAdapter
 
-STEPS, ROWS = 40, 12
-"""The steps where no number of rows is given, and the rows of a step."""
-
-JUDGES = 48
-"""The largest number of rows that judge; 12 have turned down orders that were better on others."""
-
-LEARNING_RATE = 0.02
-"""The rate at R = 32, chosen on validation data."""
+STEPS, ROWS = 40, 12  # the steps, where no number of rows is given, and the rows of a step
+JUDGES = 48  # at most; 12 have turned down orders that were better on other rows
+LEARNING_RATE = 0.02  # at R = 32, chosen on validation data
 
 
 def learn(adapter: NestedAdapter, rows: Rows, count: int | None = None, seed: int = 0) -> bool:
     """Order each layer's directions by the loss of its prefixes, from the order that they have.
 
-    The full-rank function stays as it is, to rounding. Each row of a step has a nested rank below R,
-    every rank as often as the others. Where a layer cannot give each row a rank, a step has one. If
-    the nested ranks lose more in the mean, on the rows that judge, the first order is kept, and a
-    warning says so.
+    The full-rank function stays as it is, to rounding. Each row of a step has a nested rank below
+    R, every rank as often as the others. If these ranks lose more in the mean on the rows that
+    judge, the first order stays, with a warning.
 
     Args:
         adapter: One that is reordered by SVD.
@@ -57,127 +50,98 @@ def learn(adapter: NestedAdapter, rows: Rows, count: int | None = None, seed: in
     numbers, chosen = rows.split(steps * ROWS, JUDGES, seed)
     judges, start = rows.judging.batches(chosen), adapter.factors()
     optimizer = OrderOptimizer(list(start.values()), adapter.nesting.ranks)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer.adam, 1.0, 0.0, total_iters=steps)
+    generator = random.Random(seed)
     with descending(adapter), tqdm(range(steps), "learned", disable=rows.quiet or None) as bar:
         before = _mean_loss(adapter, rows, judges)
-        rule = "stratified" if _has_rows(adapter, rows, judges) else "dylora"
-        for step in bar:
-            batches = rows.batches(numbers[step * ROWS : (step + 1) * ROWS])
-            if batches:
-                q = _draw(adapter.nesting, rule, batches, seed, step)
-                gradients, loss = gradients_at(adapter, rows, batches, q)
-                optimizer.step(list(gradients.values()))
-                schedule.step()
+        for number in bar:
+            of_step = numbers[number * ROWS : (number + 1) * ROWS]
+            step = _with_ranks(rows, of_step, adapter.nesting.ranks[:-1], generator)
+            if step:
+                gradients, loss = gradients_at(adapter, rows, step)
+                optimizer.step(list(gradients.values()), 1 - number / steps)
                 adapter.put_factors(dict(zip(start, optimizer.pairs, strict=True)))
                 bar.set_postfix(loss=f"{loss:.3f}")
         adapter.put_factors(dict(zip(start, optimizer.finished(), strict=True)))
         after = _mean_loss(adapter, rows, judges)
         if after > before:
             adapter.put_factors(start)
-    if after > before:
-        warnings.warn(
-            f"the learned order is not kept: on rows that it was not learned from, the ranks below R "
-            f"would lose {after:.3f} in the mean, and they lose {before:.3f} in the SVD's order",
-            stacklevel=3,
-        )
+            warnings.warn(
+                "the learned order is not kept: on rows that it was not learned from, the ranks "
+                f"below R would lose {after:.3f} in the mean, and they lose {before:.3f} now",
+                stacklevel=3,
+            )
     return after <= before
 
 
+def _with_ranks(
+    rows: Rows, numbers: Sequence[int], ranks: Sequence[int], generator: random.Random
+) -> Step:
+    """Return rows in batches of one rank, every rank as often as the others."""
+    whole, rest = divmod(len(numbers), len(ranks))
+    drawn = sorted([*ranks] * whole + generator.sample(ranks, rest))
+    groups = [[n for n, rank in zip(numbers, drawn, strict=True) if rank == r] for r in ranks]
+    return [(b, r) for group, r in zip(groups, ranks, strict=True) for b in rows.batches(group)]
+
+
 def _mean_loss(adapter: NestedAdapter, rows: Rows, judges: Sequence[Batch]) -> float:
-    """Return the mean loss of the nested ranks below R on the rows that judge."""
     ranks = adapter.nesting.ranks[:-1]
     with torch.no_grad():
-        return fmean(loss_at(adapter, rows.judging, judges, prefix(adapter, r)) for r in ranks)
-
-
-def _has_rows(adapter: NestedAdapter, rows: Rows, judges: Sequence[Batch]) -> bool:
-    """Return whether every layer can give each row of a batch a rank of its own."""
-    try:
-        loss_at(
-            adapter,
-            rows.judging,
-            judges[:1],
-            prefix(adapter, 1).expand(len(judges[0]["labels"]), -1),
-        )
-    except NotFiniteError:
-        raise
-    except MatryoshkaError:
-        return False
-    return True
-
-
-def _draw(nesting: Nesting, rule: str, batches: Sequence[Batch], seed: int, step: int) -> Tensor:
-    """Return the q of ranks below R, shape (rows, R), or (R,) where all rows have one rank."""
-    below = Nesting(nesting.ranks[:-1])
-    q = get_rule(rule).draw(below, seed, step, sum(len(batch["labels"]) for batch in batches))
-    return pad(q, (0, nesting.max_rank - below.max_rank))
+        return fmean(loss_at(adapter, rows, [(b, rank) for b in judges]) for rank in ranks)
 
 
 class OrderOptimizer:
     """Move pairs of factors along ``A -> M A``, ``B -> B M^-1``, which never changes ``B A``.
 
-    What M changes is every prefix, ``B M^-1 diag(1, ..., 1, 0, ..., 0) M A``. The SVD is one choice of
-    M, the best in the Frobenius norm; this one descends the gradient of a loss of the prefixes.
+    What M changes is every prefix, ``B M^-1 diag(1, ..., 1, 0, ..., 0) M A``. The SVD is one choice
+    of M, the best in the Frobenius norm; this one descends the gradient of a loss of the prefixes.
 
-    A step takes M to ``exp(D) M``, so M stays invertible. D follows the gradient
-    ``dL/dA A^T - B^T dL/dB``, an R x R matrix, and Adam gives D its size. The directions between two
-    nested ranks form a block. Mixing a block within itself changes no nested prefix, so the gradient
-    there is rounding alone, which Adam would blow up: those entries of D stay zero.
+    A step is ``M = exp(D)``, which is invertible. D follows the gradient ``dL/dA A^T - B^T dL/dB``,
+    an R x R matrix, and Adam gives D its size. The directions between two nested ranks form a
+    block. Mixing a block within itself changes no nested prefix, so the gradient there is rounding
+    alone, which Adam would blow up: those entries of D stay zero.
 
     Args:
         pairs: A, shape (R, in), and B, shape (out, R), of each layer.
         ranks: The nested ranks, increasing; the last one is R.
-        learning_rate: The size of a step of D's entries at R = 32. A direction becomes a sum over all
-            R of them, so the rate falls with R; below R = 8 it is that of 8.
+        rate: The size of a step of D's entries at R = 32. A direction becomes a sum over all R of
+            them, so the rate falls with R; below R = 8 it is that of 8.
+
+    Attributes:
+        pairs: The factors as they are now, in float64, so that the product stays the same.
     """
 
     def __init__(
         self,
         pairs: Sequence[tuple[Tensor, Tensor]],
         ranks: Sequence[int],
-        learning_rate: float = LEARNING_RATE,
+        rate: float = LEARNING_RATE,
     ) -> None:
-        self.start, self.ranks = list(pairs), tuple(ranks)
-        # The product is to stay the same, so float64; MPS has none.
-        work = [torch.float32 if A.device.type == "mps" else torch.float64 for A, _ in pairs]
-        self.M = [
-            torch.eye(len(A), dtype=dtype, device=A.device)
-            for (A, _), dtype in zip(pairs, work, strict=True)
-        ]
-        self.inverse = [M.clone() for M in self.M]
-        top = self.ranks[-1]
+        wide = [torch.float32 if A.device.type == "mps" else torch.float64 for A, _ in pairs]
+        self.pairs = [(A.to(w), B.to(w)) for (A, B), w in zip(pairs, wide, strict=True)]
+        self.ranks, top = tuple(ranks), ranks[-1]
         block = torch.searchsorted(torch.tensor(self.ranks), torch.arange(1, top + 1))
-        self._moves = block[:, None] != block
-        self._D = [torch.zeros_like(M).requires_grad_() for M in self.M]
-        self.adam = torch.optim.Adam(self._D, learning_rate * 32 / max(top, 8), betas=(0.9, 0.99))
-
-    @property
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """The factors as they are now, in the dtypes that were given."""
-        return [
-            ((M @ A.to(M.dtype)).to(A.dtype), (B.to(M.dtype) @ inverse).to(B.dtype))
-            for (A, B), M, inverse in zip(self.start, self.M, self.inverse, strict=True)
-        ]
+        self.moves = block[:, None] != block
+        self.D = [A.new_zeros(top, top).requires_grad_() for A, _ in self.pairs]
+        self.rate = rate * 32 / max(top, 8)
+        self.adam = torch.optim.Adam(self.D, self.rate, betas=(0.9, 0.99))
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Take a step down the gradients of the loss by A and B of each layer at `pairs`."""
-        for D, (A, B), (grad_A, grad_B) in zip(self._D, self.pairs, gradients, strict=True):
-            full = grad_A.to(D) @ A.to(D).T - B.to(D).T @ grad_B.to(D)
-            D.grad = full * self._moves.to(D.device)
+    def step(self, gradients: Sequence[tuple[Tensor, Tensor]], share: float = 1.0) -> None:
+        """Take a step down the gradients of the loss by `pairs`, at a share of the rate."""
+        for D, (A, B), (grad_A, grad_B) in zip(self.D, self.pairs, gradients, strict=True):
+            D.grad = (grad_A.to(D) @ A.T - B.T @ grad_B.to(D)) * self.moves.to(D.device)
+        self.adam.param_groups[0]["lr"] = self.rate * share
         self.adam.step()
-        for number, D in enumerate(self._D):
-            self.M[number] = torch.matrix_exp(D) @ self.M[number]
-            self.inverse[number] = self.inverse[number] @ torch.matrix_exp(-D)
+        for number, (D, (A, B)) in enumerate(zip(self.D, self.pairs, strict=True)):
+            self.pairs[number] = (torch.matrix_exp(D) @ A, B @ torch.matrix_exp(-D))
             D.zero_()
 
     def finished(self) -> list[tuple[Tensor, Tensor]]:
         """Return `pairs`, each block in its SVD's order, for the ranks between two nested ones."""
         found = []
         for A, B in self.pairs:
-            edges = zip((0, *self.ranks), self.ranks, strict=False)
-            blocks = [reorder_factors(A[low:high], B[:, low:high]) for low, high in edges]
-            found.append(
-                (torch.cat([a for a, _, _ in blocks]), torch.cat([b for _, b, _ in blocks], 1))
-            )
+            cuts = pairwise((0, *self.ranks))
+            blocks = [reorder_factors(A[low:high], B[:, low:high])[:2] for low, high in cuts]
+            new_A, new_B = zip(*blocks, strict=True)
+            found.append((torch.cat(new_A), torch.cat(new_B, dim=1)))
         return found

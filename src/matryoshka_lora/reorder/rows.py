@@ -17,55 +17,39 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import IterableDataset
 
 from matryoshka_lora.errors import MatryoshkaError
 
-Batch = dict[str, Any]
-"""What the model gets of some rows, with their ``labels``."""
+Batch = dict[str, Any]  # what the model gets of some rows, with their labels
 
-AT_ONCE = 12
-"""The largest number of rows in a batch without a Trainer."""
-
-FEWEST, HELD_OUT = 16, 8
-"""Data without an evaluation set need so many rows. One in so many judges, and at least four."""
+FEWEST, HELD_OUT = 16, 8  # rows without an evaluation set, and one in so many of them judges
 
 
 @dataclass
 class Rows:
-    """Rows of data, and the function that computes their loss.
-
-    Attributes:
-        data: The rows, by number.
-        collate: Makes a batch of a list of rows.
-        loss: Computes the mean loss of a batch with the model.
-        device: The model's.
-        at_once: The largest number of rows in a batch.
-        rate: The learning rate that trained the adapter, if an optimizer like Adam did.
-        seen: The number of rows that trained the adapter, each counted as often as it came.
-        held_out: Rows that are kept for evaluation.
-        quiet: Show no progress.
-    """
+    """Rows of data, and the function that computes their loss."""
 
     data: Sequence[Any]
-    collate: Callable[[list[Any]], Mapping[str, Any]]
-    loss: Callable[[Batch], Tensor]
+    collate: Callable[[list[Any]], Mapping[str, Any]]  # makes a batch with labels
+    loss: Callable[[Batch], Tensor]  # the mean loss of a batch
     device: torch.device
-    at_once: int = AT_ONCE
-    rate: float | None = None
-    seen: int | None = None
-    held_out: Rows | None = None
-    quiet: bool = False
+    at_once: int = 12  # rows in a batch at most
+    rate: float | None = None  # the learning rate of training, if its optimizer is like Adam
+    seen: int | None = None  # rows of training, each counted as often as it came
+    held_out: Rows | None = None  # rows that are kept for evaluation
+    quiet: bool = False  # show no progress
 
     def __post_init__(self) -> None:
         self.digest = cache(self._digest)
 
     @property
     def judging(self) -> Rows:
-        """The rows that those which judge are taken from."""
+        """The rows of which some judge."""
         return self.held_out or self
 
     def batches(self, numbers: Sequence[int]) -> list[Batch]:
-        """Return some rows in batches on the model's device, without batches that have no label."""
+        """Return some rows in batches on the model's device, without those that have no label."""
         from accelerate.utils import send_to_device
 
         chunks = [numbers[i : i + self.at_once] for i in range(0, len(numbers), self.at_once)]
@@ -73,19 +57,19 @@ class Rows:
         return [send_to_device(b, self.device) for b in made if (b["labels"] != -100).any()]
 
     def split(self, count: int, judged: int, seed: int) -> tuple[list[int], list[int]]:
-        """Return the numbers of the rows to learn from, in order, and those of the rows that judge.
+        """Return the numbers of the rows to learn from, in order, and of those in `judging`.
 
-        The evaluation rows judge. Without any, some of the data are held out: no row that equals one
-        of these is learned from, in any round. All rows come before one comes again, each time in a
-        new order.
+        The evaluation rows judge. Without any, some of the data are held out: no row that equals
+        one of these is learned from, in any round. All rows come before one comes again, each time
+        in a new order.
 
         Args:
             count: The number of rows to learn from.
-            judged: The largest number of rows to judge by; they are numbers in `judging`.
+            judged: The largest number of rows that judge.
             seed: The seed of the orders.
 
         Raises:
-            MatryoshkaError: There are too few rows to hold some out.
+            MatryoshkaError: There are too few rows, or none of those that judge has a label.
         """
         out: set[bytes] = set()
         judging, size = self.judging, len(self.data)
@@ -96,15 +80,17 @@ class Rows:
             out = {self.digest(number) for number in chosen}
             if size < FEWEST or all(self.digest(number) in out for number in range(size)):
                 raise MatryoshkaError(
-                    f"the {size} rows are too few, or too much alike, to hold some out that judge the "
-                    f"result: give at least {FEWEST} different ones, or a Trainer with an eval_dataset"
+                    f"the {size} rows are too few, or too much alike, to hold some out that judge "
+                    f"the result: give {FEWEST} different ones, or a Trainer with an eval_dataset"
                 )
+        if not judging.batches(chosen):
+            raise MatryoshkaError("none of the rows that judge has a label: check the labels")
         endless = (number for order in _orders(size, seed) for number in order)
         kept = (number for number in endless if not out or self.digest(number) not in out)
         return list(islice(kept, count)), chosen
 
     def fingerprint(self, numbers: Iterable[int]) -> str:
-        """Return the SHA-256 of rows in their order: tokens, labels and whatever the model gets."""
+        """Return the SHA-256 of rows in their order: tokens, labels and all that the model gets."""
         return hashlib.sha256(b"".join(self.digest(number) for number in numbers)).hexdigest()
 
     def _digest(self, number: int) -> bytes:
@@ -113,11 +99,10 @@ class Rows:
             batch = self.collate([self.data[number]])
         found = hashlib.sha256()
         for key in sorted(batch):
-            found.update(f"{key} {batch[key]}".encode())  # a long tensor is shortened here
-            if isinstance(batch[key], Tensor):
-                found.update(
-                    batch[key].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-                )
+            value = batch[key]
+            found.update(f"{key} {getattr(value, 'shape', value)}".encode())
+            if isinstance(value, Tensor):
+                found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return found.digest()
 
 
@@ -132,10 +117,10 @@ def read_data(model: Any, data: Any, tokenizer: Any = None) -> Rows:
 
     Args:
         model: The PEFT model, not wrapped.
-        data: A Trainer that has trained the model; a dataset or a list of rows; or the path of a file
-            with a row in each line, in JSON. A row has ``prompt`` and ``completion``, both text or
-            both lists of messages; or ``messages``, of which the last is the answer; or ``input_ids``
-            and ``labels``.
+        data: A Trainer that has trained the model; a dataset or a list of rows; or the path of a
+            file with a row in each line, in JSON. A row has ``prompt`` and ``completion``, both
+            text or both lists of messages; or ``messages``, of which the last is the answer; or
+            ``input_ids`` and ``labels``.
         tokenizer: The base model's. A Trainer and rows of tokens need none.
 
     Raises:
@@ -144,22 +129,17 @@ def read_data(model: Any, data: Any, tokenizer: Any = None) -> Rows:
     parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
     if parallel and torch.distributed.get_world_size() > 1:
         raise MatryoshkaError(
-            "one process alone can reorder from data, and this is one of several: save the adapter, then "
-            "run `matryoshka reorder FOLDER --by trained --data FILE`"
+            "reordering from data runs in one process, and this is one of several: save the "
+            "adapter, then run `matryoshka reorder FOLDER --by trained --data FILE`"
         )
     if hasattr(data, "get_train_dataloader"):
         return _of_trainer(model, data)
     if isinstance(data, (str, os.PathLike)):
         data = _read_lines(Path(data))
-    if isinstance(data, Mapping) or not isinstance(data, Iterable):
-        raise MatryoshkaError(
-            f"data is a {type(data).__name__}: give a Trainer, a dataset (one split), a list of rows, or "
-            "the path of a .jsonl file"
-        )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     rows = [_tokens(tokenizer, row, number, limit) for number, row in enumerate(data, start=1)]
     rows = [row for row in rows if any(label != -100 for label in row["labels"])]
-    return Rows(rows, _padded, partial(_answer_loss, model), _device(model))
+    return Rows(rows, _padded, partial(_answer_loss, model), next(model.parameters()).device)
 
 
 def _read_lines(path: Path) -> list[Any]:
@@ -191,8 +171,9 @@ def _tokens(tokenizer: Any, row: Any, number: int, limit: int | None) -> dict[st
         whole = chat(prompt + answer)["input_ids"]
     else:
         raise MatryoshkaError(
-            f"row {number} of the data is {row!r:.80}: give each row prompt and completion, both text or "
-            "both messages, or messages that end with the assistant's"
+            f"row {number} of the data is {row!r:.80}: give a Trainer, a split of a dataset, or "
+            "rows with prompt and completion, both text or both messages, or with messages that end "
+            "with the assistant's"
         )
     # The answer begins where the two part: tokens at the seam may merge.
     pairs = enumerate(zip(before, whole, strict=False))
@@ -212,60 +193,51 @@ def _padded(rows: list[dict[str, list[int]]]) -> Batch:
 
 def _answer_loss(model: Any, batch: Batch) -> Tensor:
     """Return the mean loss of the answers' tokens; logits are computed before these alone."""
-    labels = batch["labels"][:, 1:]
+    inputs, labels = dict(batch), batch["labels"][:, 1:]
+    del inputs["labels"]
     places = (labels != -100).any(dim=0).nonzero()[:, 0]
-    forward = inspect.signature(model.get_base_model().forward).parameters
-    few = {"logits_to_keep": places} if "logits_to_keep" in forward else {}
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    logits = model(**inputs, **few, use_cache=False).logits
-    logits, labels = logits if few else logits[:, places], labels[:, places]
-    return cross_entropy(logits[labels != -100].float(), labels[labels != -100])
-
-
-def _device(model: Any) -> torch.device:
-    device: torch.device = next(model.parameters()).device
-    return device
+    if "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters:
+        logits = model(**inputs, logits_to_keep=places, use_cache=False).logits
+    else:
+        logits = model(**inputs, use_cache=False).logits[:, places]
+    wanted = labels[:, places] != -100
+    return cross_entropy(logits[wanted].float(), labels[:, places][wanted])
 
 
 def _of_trainer(model: Any, trainer: Any) -> Rows:
     """Return the rows that a Trainer trains on, with its collator, loss and precision."""
-    args, state = trainer.args, trainer.state
-    if not hasattr(trainer.train_dataset, "__len__"):
-        raise MatryoshkaError(
-            "the Trainer's data are a stream, and rows must come again: give it a dataset that is not "
-            "streamed, or reorder by 'svd'"
-        )
+    args, state, held_out = trainer.args, trainer.state, trainer.eval_dataset
     rows = _of_loader(model, trainer, trainer.get_train_dataloader())
     if rows is None:
         raise MatryoshkaError(
-            f"the rows of {type(trainer).__name__} have no labels: reorder by 'svd', or give rows with "
-            "prompt and completion"
+            f"the rows of the {type(trainer).__name__} have no labels, or are a stream, which "
+            "cannot come again: give rows with prompt and completion, or reorder by 'svd'"
         )
-    rows.seen = round(state.global_step * args.train_batch_size * args.gradient_accumulation_steps)
+    rows.rate = args.learning_rate if "adam" in str(args.optim).lower() else None
+    rows.seen = state.global_step * args.train_batch_size * args.gradient_accumulation_steps
     if state.epoch:  # the last batch of an epoch may be a small one
         rows.seen = min(rows.seen, round(state.epoch * len(rows.data)))
-    rows.rate = args.learning_rate if "adam" in str(args.optim).lower() else None
-    held_out = trainer.eval_dataset
-    if held_out and hasattr(held_out, "__len__") and not isinstance(held_out, Mapping):
+    if held_out and not isinstance(held_out, Mapping):
         rows.held_out = _of_loader(model, trainer, trainer.get_eval_dataloader())
     return rows
 
 
 def _of_loader(model: Any, trainer: Any, loader: Any) -> Rows | None:
-    """Return the rows of a Trainer's loader; None where they have no labels."""
-    data, collate = loader.dataset, loader.collate_fn
-    batch = collate([data[0]])
+    """Return the rows of a Trainer's loader; None where they have no numbers or no labels."""
+    if isinstance(loader.dataset, IterableDataset):
+        return None
+    batch = loader.collate_fn([loader.dataset[0]])
     if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
         return None
+    is_dft = getattr(trainer.args, "loss_type", None) == "dft"
 
     def loss(batch: Batch) -> Tensor:
         with trainer.compute_loss_context_manager():
             # TRL's "dft" falls where answers become improbable: it trains, and it cannot judge.
-            if getattr(trainer.args, "loss_type", "") == "dft" and not torch.is_grad_enabled():
-                found: Tensor = model(**batch).loss
-            else:
-                found = trainer.compute_loss(model, dict(batch))
+            own = is_dft and not torch.is_grad_enabled()
+            found: Tensor = model(**batch).loss if own else trainer.compute_loss(model, dict(batch))
         return found
 
-    at_once, quiet = trainer.args.per_device_train_batch_size, trainer.args.disable_tqdm
-    return Rows(data, collate, loss, _device(model), at_once, quiet=quiet)
+    device, args = next(model.parameters()).device, trainer.args
+    at_once = args.per_device_train_batch_size
+    return Rows(loader.dataset, loader.collate_fn, loss, device, at_once, quiet=args.disable_tqdm)

@@ -1,0 +1,304 @@
+"""`evaluate`: an adapter at several ranks, and the base model without it."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.evaluate.results import Evaluation, examples, summary, with_error
+from matryoshka_lora.evaluate.tasks import Asked, load_data, load_task, seed
+from matryoshka_lora.files.output import check_place, new_folder
+from matryoshka_lora.files.peft import AdapterFile, open_adapter, plan_rank, write_rank
+from matryoshka_lora.nesting import Nesting
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from matryoshka_lora.adapter import NestedAdapter
+
+_PACKAGES = ("matryoshka-lora", "torch", "transformers", "peft", "lm_eval", "datasets", "vllm")
+
+
+def evaluate(
+    adapter: NestedAdapter | str | os.PathLike[str],
+    tasks: str | Sequence[str] | None = None,
+    data: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
+    ranks: Sequence[int] | Literal["all"] | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    model: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    engine: Literal["hf", "vllm"] = "hf",
+    base: bool = True,
+    force: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure an adapter at several ranks, and the base model without it.
+
+    lm-evaluation-harness asks and judges; all ranks answer in the same batches. An adapter on the
+    disk gets a folder with ``evaluation.json``, ``examples.jsonl``, ``curve.png`` and
+    ``report.html``.
+
+    Example::
+
+        evaluation = evaluate("my-adapter", "arc_easy", ranks=[1, 4, 32], limit=200)
+        evaluation.values()  # {1: 0.38, 4: 0.52, 32: 0.61}
+
+    Args:
+        adapter: A folder, or an adapter in memory, which is measured as it is.
+        tasks: Tasks or groups of lm-evaluation-harness, YAML files of them, or `tasks.PRESETS`.
+        data: Instead of tasks: a ``.jsonl`` file or rows with ``prompt`` and ``completion``, texts
+            or chat messages, or with ``messages``. The answer must equal the completion.
+        ranks: Increasing; None means the nested ones, and ``"all"`` each from 1 to R.
+        out: The folder to write. None is ``ADAPTER-evaluation`` beside an adapter on the disk, and
+            none for an adapter in memory.
+        tokenizer: The base model's; None loads the adapter's own, or else the base model's.
+        model: The base model; None is what the adapter names.
+        revision: The base model's, on the hub.
+        dtype: The base model's; None is bfloat16 where the machine computes in it, else float32.
+        num_fewshot: Shots of the tasks; None is the task's own number.
+        limit: The most questions of a task.
+        batch_size: The most tokens, over all rows of a batch, whose keys and values are held; None
+            is 32,768. With vLLM, the most questions of a batch.
+        engine: ``"vllm"``: the harness' backend for vLLM, with one LoRA request for each rank.
+        base: Whether the base model without the adapter is measured too.
+        force: Whether the folder to write may be replaced, whole.
+        progress: Whether bars and results of tasks are shown on stderr.
+
+    Raises:
+        MatryoshkaError: Adapter, base model, tasks or data do not go together, or the folder exists.
+    """
+    if (tasks is None) == (data is None):
+        raise MatryoshkaError("give either tasks, such as arc_easy, or data, such as my.jsonl")
+    if engine not in ("hf", "vllm"):
+        raise MatryoshkaError(f"engine is {engine!r}; write 'hf' or 'vllm'")
+    file = open_adapter(adapter) if isinstance(adapter, (str, os.PathLike)) else None
+    given: Any = adapter if file is None else file
+    chosen = _chosen(given, ranks)
+    out = f"{file.name}-evaluation" if out is None and file is not None else out
+    if out is not None:
+        check_place(out, force)
+    config = given.model.peft_config[given.name].to_dict() if file is None else file.config
+    if model is None:
+        model, revision = config.get("base_model_name_or_path"), revision or config.get("revision")
+    asked_ranks = ((0,) if base and _has_base(config) else ()) + chosen
+    with _quiet():
+        tokenizer = tokenizer or _tokenizer(file, model, revision)
+        names = tasks.split(",") if isinstance(tasks, str) else tasks
+        if names is None:
+            asked = [load_data(data, tokenizer, num_fewshot)]
+        else:
+            asked = [load_task(name.strip(), num_fewshot) for name in names]
+        if engine == "vllm":
+            answering = _vllm(file, asked_ranks, model, revision, dtype, batch_size)
+        else:
+            loaded = given if file is None else _loaded(file, model, revision, dtype)
+            answering = _transformers(loaded, asked_ranks, tokenizer, batch_size, progress)
+        about = {"adapter": "" if file is None else file.name, "model": model, "revision": revision}
+        about |= {"limit": limit, "engine": engine, "versions": _versions()}
+        result = Evaluation(about, chosen, {rank: _size(given, rank) for rank in chosen})
+        with answering as backend:
+            result.about["dtype"] = backend.dtype
+            for each in asked:
+                _measure(each, backend, asked_ranks, limit, result)
+                if progress:
+                    print(*_told(result, each), sep="\n", file=sys.stderr)
+    if out is not None:
+        _write(result, out, force)
+    return result
+
+
+def _chosen(given: Any, ranks: Sequence[int] | Literal["all"] | None) -> tuple[int, ...]:
+    allowed = tuple(given.ranks)
+    if ranks is None:
+        ranks = (given.nesting or Nesting.powers_of_two(given.max_rank)).ranks
+    chosen = Nesting(allowed if ranks == "all" else tuple(map(int, ranks))).ranks
+    for rank in chosen:
+        if rank not in allowed:
+            raise MatryoshkaError(
+                f"rank {rank} cannot be measured; the ranks are {', '.join(map(str, allowed))}. "
+                "An adapter in memory has all after adapter.reorder()"
+            )
+    return chosen
+
+
+def _has_base(config: Mapping[str, Any]) -> bool:
+    """Return whether the base model is left where the update is off."""
+    whole = any(config.get(key) for key in ("modules_to_save", "trainable_token_indices"))
+    return not whole and config.get("bias", "none") == "none"
+
+
+def _size(given: Any, rank: int) -> int:
+    """Return the bytes of the adapter at a rank."""
+    if isinstance(given, AdapterFile):
+        return plan_rank(given, rank).size
+    top, pairs = given.nesting.max_rank, given.parameters().values()
+    return sum(each.numel() * each.element_size() for pair in pairs for each in pair) * rank // top
+
+
+def _tokenizer(file: AdapterFile | None, model: str | None, revision: str | None) -> Any:
+    """Load the tokenizer that a Trainer saved with the adapter, or else the base model's."""
+    from matryoshka_lora.models import load_tokenizer
+
+    if file is not None and Path(file.name, "tokenizer_config.json").is_file():
+        return load_tokenizer(file.name)
+    if not model:
+        raise MatryoshkaError("the adapter names no base model: give it with model (--model)")
+    return load_tokenizer(model, revision)
+
+
+def _loaded(file: AdapterFile, model: str | None, revision: str | None, dtype: Any) -> Any:
+    from matryoshka_lora.models import load_model
+    from matryoshka_lora.nested import load
+
+    return load(load_model(model, dtype, revision), file.name)
+
+
+class _Backend(NamedTuple):
+    """The harness' object that answers, its dtype, and what makes it answer at a rank."""
+
+    lm: Any
+    dtype: str
+    choose: Callable[[int], object]
+
+
+@contextmanager
+def _transformers(
+    adapter: NestedAdapter, ranks: Sequence[int], tokenizer: Any, size: int | None, progress: bool
+) -> Iterator[_Backend]:
+    from matryoshka_lora.evaluate.many_ranks import ManyRanks
+
+    training = adapter.model.training
+    try:
+        lm = ManyRanks(adapter, tokenizer, ranks, size, progress)
+        yield _Backend(lm, _name(adapter.model.dtype), partial(setattr, lm, "lora_rank"))
+    finally:
+        adapter.model.train(training)
+
+
+@contextmanager
+def _vllm(
+    file: AdapterFile | None,
+    ranks: Sequence[int],
+    model: str | None,
+    revision: str | None,
+    dtype: torch.dtype | None,
+    size: int | None,
+) -> Iterator[_Backend]:
+    if file is None:
+        raise MatryoshkaError("vLLM reads adapters from the disk: save this one, give its folder")
+    if importlib.util.find_spec("vllm") is None:
+        raise MatryoshkaError("engine 'vllm' needs vLLM: pip install vllm")
+    from lm_eval.models.vllm_causallms import VLLM
+    from vllm.lora.request import LoRARequest
+
+    from matryoshka_lora.models import source_of
+
+    with tempfile.TemporaryDirectory(prefix="matryoshka-") as cache:
+        folders = {rank: f"{cache}/rank-{rank}" for rank in ranks if rank}
+        for rank, folder in folders.items():
+            write_rank(file, folder, rank)
+        name = "auto" if dtype is None else _name(dtype)
+        lm = VLLM(
+            source_of(str(model)),
+            revision=revision,
+            dtype=name,
+            batch_size=size or "auto",
+            lora_local_path=folders[max(ranks)],
+            max_lora_rank=max(8, 1 << (max(ranks) - 1).bit_length()),  # vLLM takes powers of two
+            max_cpu_loras=len(folders),
+            enable_prefix_caching=True,
+        )
+
+        def choose(rank: int) -> None:
+            lm.lora_request = LoRARequest(f"rank-{rank}", rank, folders[rank]) if rank else None
+
+        yield _Backend(lm, name, choose)
+
+
+def _measure(
+    asked: Asked, backend: _Backend, ranks: Sequence[int], limit: int | None, result: Evaluation
+) -> None:
+    """Let the harness judge at each rank, and put its numbers into the evaluation."""
+    # `simple_evaluate` would describe the machine with git and pip at each rank, for seconds.
+    from lm_eval.evaluator import evaluate as judge
+
+    judged: dict[int, Any] = {}
+    for rank in ranks:
+        backend.choose(rank)
+        seed(asked)
+        try:
+            judged[rank] = judge(backend.lm, asked.loaded, limit=limit)
+        except (AssertionError, ValueError) as error:
+            if isinstance(error, MatryoshkaError):
+                raise
+            reason = str(error) or type(error).__name__
+            raise MatryoshkaError(f"the harness cannot run {asked.name}: {reason}") from error
+    names = list(asked.loaded["tasks"])
+    group = asked.name if asked.name in judged[ranks[0]].get("groups", {}) else None
+    if group:
+        result.tasks[group] = summary(group, asked.metric, judged)
+    for name in names:
+        called = asked.name if len(names) == 1 else name
+        samples = {rank: found["samples"][name] for rank, found in judged.items()}
+        more = {"group": group} if group else {}
+        result.tasks[called] = {**summary(name, asked.metric, judged), **more}
+        result.examples += examples(called, samples, group)
+
+
+def _told(result: Evaluation, asked: Asked) -> Iterator[str]:
+    for name, task in result.tasks.items():
+        if asked.name in (name, task.get("group")) or name in asked.loaded["tasks"]:
+            value, error = (result.metric(name)[kind] for kind in ("value", "stderr"))
+            pairs = [f"{rank or 'none'} {with_error(value[rank], error[rank])}" for rank in value]
+            yield f"{name}: {', '.join(pairs)}"
+
+
+def _write(result: Evaluation, out: str | os.PathLike[str], force: bool) -> None:
+    from matryoshka_lora.evaluate.report import draw, page
+
+    with new_folder(out, force) as folder:
+        result.write(folder)
+        draw(result, folder / "curve.png")
+        (folder / "report.html").write_text(page(result), encoding="utf-8")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages that the numbers depend on."""
+    found = {}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness from logging at each rank what it does; errors stay."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

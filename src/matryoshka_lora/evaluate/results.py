@@ -1,0 +1,349 @@
+"""The numbers of an evaluation, and their file.
+
+``evaluation.json`` holds the fields of `Evaluation` but for the examples. Ranks are keys of JSON
+objects, and 0 is the base model::
+
+    {"about": {"model": "smollm2-135m", "dtype": "float32", "adapter": "runs/my/adapter", ...},
+     "ranks": [1, 2, 4], "bytes": {"1": 115200, ...},
+     "tasks": {"arc_easy": {"items": 500, "num_fewshot": 0, "metric": "acc,none", "aurac": 0.41,
+       "metrics": {"acc,none": {"higher_is_better": true, "value": {"0": 0.36, "1": 0.38, ...},
+                                "stderr": {"0": 0.02, ...}}}}}}
+
+``examples.jsonl`` has a line for each question of each task::
+
+    {"task": "arc_easy", "doc_id": 0, "prompt": "...", "target": "...",
+     "answers": {"0": "...", "1": "...", ...}, "metrics": {"acc,none": {"0": 1.0, "1": 0.0, ...}}}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Literal, NamedTuple
+
+from matryoshka_lora.budget import show_bytes
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.nesting import Nesting
+
+NAME, EXAMPLES_NAME = "evaluation.json", "examples.jsonl"
+
+_PROMPT_CHARACTERS = 2000
+"""The end of a prompt that is kept with an example; few-shot prompts would fill the disk."""
+
+
+def aurac(
+    accuracies: Sequence[float], ranks: Sequence[int], axis: Literal["log2", "linear"] = "log2"
+) -> float:
+    """Return the area under the rank-accuracy curve, divided by its width (arXiv 2605.07850).
+
+    It is the trapezoid rule over ``log2(rank)``, or over the rank itself. On the linear axis the
+    largest ranks have nearly all the weight, so ``"log2"`` is the one to compare by.
+
+    Args:
+        accuracies: One for each rank, in the unit that the result shall have.
+        ranks: Increasing positive integers.
+        axis: ``"log2"`` or ``"linear"``.
+
+    Returns:
+        A number in the unit of the accuracies; for a single rank, its accuracy.
+
+    Raises:
+        MatryoshkaError: The lengths differ, the ranks do not increase, or an accuracy is not finite.
+    """
+    points = Nesting(tuple(ranks)).ranks
+    if len(accuracies) != len(points):
+        raise MatryoshkaError(
+            f"{len(accuracies)} accuracies for {len(points)} ranks; give one for each rank"
+        )
+    if not all(map(math.isfinite, accuracies)):
+        raise MatryoshkaError(f"the accuracies are not all finite: {list(accuracies)}")
+    if axis not in ("log2", "linear"):
+        raise MatryoshkaError(f"axis is {axis!r}; write 'log2' or 'linear'")
+    if len(points) == 1:
+        return float(accuracies[0])
+    x = [math.log2(rank) if axis == "log2" else float(rank) for rank in points]
+    steps = range(len(x) - 1)
+    area = sum((x[i + 1] - x[i]) * (accuracies[i] + accuracies[i + 1]) / 2 for i in steps)
+    return area / (x[-1] - x[0])
+
+
+class Difference(NamedTuple):
+    """How much better one rank is than another, in the metric's unit.
+
+    Attributes:
+        value: Positive where it is better, whether the metric is to be high or low.
+        error: The standard error, or None where it is unknown.
+        paired: Whether the error comes from the difference at each question.
+    """
+
+    value: float
+    error: float | None
+    paired: bool
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether it is larger than two standard errors."""
+        return self.error is not None and abs(self.value) > 2 * self.error
+
+
+@dataclass
+class Evaluation:
+    """The numbers of an adapter at several ranks.
+
+    Attributes:
+        about: Model, dtype, adapter and versions of packages.
+        ranks: Increasing, without the base model.
+        bytes: The size of the exported adapter at each rank.
+        tasks: By name; see the module.
+        examples: The lines of ``examples.jsonl``.
+    """
+
+    about: dict[str, Any]
+    ranks: tuple[int, ...]
+    bytes: dict[int, int]
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def shown(self) -> list[str]:
+        """The tasks that tables and pictures show: those of a group are in the file alone."""
+        return [name for name, task in self.tasks.items() if "group" not in task]
+
+    def task(self, wanted: str | None = None) -> str:
+        """Return the name of a task, or of the only one that is shown.
+
+        Raises:
+            MatryoshkaError: There is no such task, or there are several and none is named.
+        """
+        if wanted is None and len(self.shown) == 1:
+            return self.shown[0]
+        if wanted in self.tasks:
+            return str(wanted)
+        problem = "has several tasks" if wanted is None else f"has no task {wanted!r}"
+        names = ", ".join(self.shown)
+        raise MatryoshkaError(f"the evaluation {problem}; name one with task (--task): {names}")
+
+    def metric(self, task: str | None = None, name: str | None = None) -> dict[str, Any]:
+        """Return a metric of a task: ``higher_is_better``, and ``value`` and ``stderr`` by rank.
+
+        Args:
+            task: May be None where there is only one.
+            name: The harness' name, with or without the filter after the comma. None is the first.
+
+        Raises:
+            MatryoshkaError: There is no such task or metric.
+        """
+        found = self.tasks[self.task(task)]
+        for full, metric in found["metrics"].items():
+            if (name or found["metric"]) in (full, full.partition(",")[0]):
+                return dict(metric)
+        names = ", ".join(found["metrics"])
+        raise MatryoshkaError(f"there is no metric {name!r}; the metrics are {names}")
+
+    def values(self, task: str | None = None, metric: str | None = None) -> dict[int, float | None]:
+        """Return a metric at each rank, without the base model. Args, Raises: as `metric`."""
+        values = self.metric(task, metric)["value"]
+        return {rank: values[rank] for rank in self.ranks}
+
+    def difference(self, task: str | None, rank: int, other: int) -> Difference | None:
+        """Return how much better a rank is than another one; None where a value is missing.
+
+        The error is that of the mean of the differences at each question, where the questions'
+        numbers are known and their mean is the metric. Otherwise the two values count as
+        independent, so the error is too large where both ranks fail at the same questions.
+        """
+        task = self.task(task)
+        metric, values = self.tasks[task]["metric"], self.metric(task)
+        pair = [values["value"].get(each) for each in (rank, other)]
+        if None in pair:
+            return None
+        sign = -1 if values["higher_is_better"] is False else 1
+        better = sign * (pair[0] - pair[1])
+        questions = [self._questions(task, metric, each) for each in (rank, other)]
+        if all(_is_mean(each, value) for each, value in zip(questions, pair, strict=True)):
+            apart = [a - b for a, b in zip(*questions, strict=True)]
+            error = stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else None
+            return Difference(better, error, True)
+        errors = [values["stderr"].get(each) for each in (rank, other)]
+        return Difference(better, None if None in errors else math.hypot(*errors), False)
+
+    def _questions(self, task: str, metric: str, rank: int) -> list[float]:
+        mine = [
+            e["metrics"].get(metric, {})
+            for e in self.examples
+            if task in (e["task"], e.get("group"))
+        ]
+        return [each[str(rank)] for each in mine if str(rank) in each]
+
+    def lines(self) -> list[str]:
+        """Return a table for people: each task's first metric by rank, with its standard error."""
+        heads = ["rank", "size", *self.shown]
+        rows = []
+        metrics = [self.metric(task) for task in self.shown]
+        for rank in (0, *self.ranks):
+            cells = [with_error(m["value"].get(rank), m["stderr"].get(rank)) for m in metrics]
+            if rank or any(cells):
+                size = show_bytes(self.bytes[rank]) if rank else ""
+                rows.append([str(rank) if rank else "none", size, *cells])
+        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            for row in (heads, *rows)
+        ]
+        for name in self.shown:
+            task = self.tasks[name]
+            shots = f"{task['num_fewshot'] or 0} shots"
+            lines.append(f"{name}: {task['metric']}, {task['items']} questions, {shots}")
+        return [*lines, "± is one standard error over the questions."]
+
+    def write(self, folder: Path) -> None:
+        """Write ``evaluation.json`` and ``examples.jsonl`` into a folder."""
+        plain = {key: value for key, value in vars(self).items() if key != "examples"}
+        text = json.dumps(plain, indent=1, allow_nan=False) + "\n"
+        (folder / NAME).write_text(text, encoding="utf-8")
+        lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in self.examples]
+        (folder / EXAMPLES_NAME).write_text("".join(lines), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Evaluation:
+        """Return what `write` has written.
+
+        Args:
+            path: The folder, its ``evaluation.json``, or an adapter with such a folder beside it.
+
+        Raises:
+            MatryoshkaError: There is none, or it is damaged.
+        """
+        given = Path(path)
+        places = (given, given / NAME, given.with_name(f"{given.name}-evaluation") / NAME)
+        file = next((place for place in places if place.is_file()), None)
+        if file is None:
+            raise MatryoshkaError(
+                f"there is no evaluation in {path}: write matryoshka eval ADAPTER --tasks arc_easy"
+            )
+        examples = file.with_name(EXAMPLES_NAME)
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            for task in data["tasks"].values():
+                for metric in task["metrics"].values():
+                    for kind in ("value", "stderr"):
+                        metric[kind] = _by_rank(metric[kind])
+            text = examples.read_text(encoding="utf-8") if examples.is_file() else ""
+            lines = [json.loads(line) for line in text.splitlines()]
+            sizes = _by_rank(data["bytes"])
+            return cls(data["about"], tuple(data["ranks"]), sizes, data["tasks"], lines)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MatryoshkaError(
+                f"{file} is no evaluation or damaged ({error!r}): evaluate the adapter again"
+            ) from error
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    """Return a value as people read it; empty where there is none."""
+    if value is None:
+        return ""
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+
+
+def summary(
+    task: str, metric: str | None, judged: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return a task's entry in an evaluation.
+
+    Args:
+        task: The harness' name.
+        metric: The one to look at first; None is the first that the harness names.
+        judged: What the harness' ``evaluate`` returned at each rank; 0 is the base model.
+
+    Raises:
+        MatryoshkaError: The task has no metric that is a number.
+    """
+    first = next(iter(judged.values()))
+    counts = first["n-samples"]
+    items = (
+        counts[task]["effective"]
+        if task in counts
+        else sum(c["effective"] for c in counts.values())
+    )
+    metrics: dict[str, Any] = {}
+    for key, value in first["results"][task].items():
+        name, comma, filtered = key.partition(",")
+        if not comma or name.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        of = {rank: found["results"][task] for rank, found in judged.items()}
+        metrics[key] = {
+            "higher_is_better": first["higher_is_better"][task].get(name),
+            "value": {rank: _number(row[key]) for rank, row in of.items()},
+            "stderr": {
+                rank: _number(row.get(f"{name}_stderr,{filtered}")) for rank, row in of.items()
+            },
+        }
+    if not metrics:
+        raise MatryoshkaError(f"task {task} has no metric that is a number")
+    chosen = metric if metric in metrics else next(iter(metrics))
+    ranks = sorted(rank for rank in judged if rank)
+    values = [metrics[chosen]["value"][rank] for rank in ranks]
+    return {
+        "items": items,
+        "num_fewshot": first["n-shot"].get(task),
+        "version": first["versions"].get(task),
+        "metric": chosen,
+        "aurac": None if None in values else aurac(values, ranks),
+        "metrics": metrics,
+    }
+
+
+def examples(
+    name: str, samples: Mapping[int, Sequence[Mapping[str, Any]]], group: str | None = None
+) -> list[dict[str, Any]]:
+    """Return the lines of ``examples.jsonl`` for a task, from the harness' samples at each rank."""
+    found: dict[int, dict[str, Any]] = {}
+    for rank, rows in samples.items():
+        for row in rows:
+            prompt = str(row["arguments"][0][0])[-_PROMPT_CHARACTERS:]
+            line = {"task": name, "doc_id": row["doc_id"], "prompt": prompt, "target": _target(row)}
+            line |= {"answers": {}, "metrics": {}, **({"group": group} if group else {})}
+            line = found.setdefault(row["doc_id"], line)
+            line["answers"].setdefault(str(rank), _answer(row))
+            for metric in row["metrics"]:
+                if _number(row[metric]) is not None:
+                    by_rank = line["metrics"].setdefault(f"{metric},{row['filter']}", {})
+                    by_rank[str(rank)] = float(row[metric])
+    return [found[number] for number in sorted(found)]
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    """Return what the model said: its text, or the choice that it finds likeliest."""
+    first = row["resps"][0][0]
+    if isinstance(first, (tuple, list)) and len(row["resps"]) > 1:
+        best = max(range(len(row["resps"])), key=lambda i: row["resps"][i][0][0])
+        return str(row["arguments"][best][1])
+    return str(first)
+
+
+def _target(row: Mapping[str, Any]) -> str:
+    target, choices = row["target"], row["arguments"]
+    is_choice = isinstance(target, int) and 0 <= target < len(choices) and len(choices) > 1
+    return str(choices[target][1] if is_choice else target)
+
+
+def _number(value: Any) -> float | None:
+    """Return a number that JSON knows, or None."""
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    return float(value) if is_number else None
+
+
+def _by_rank(numbers: Mapping[str, Any]) -> dict[int, Any]:
+    return {int(rank): value for rank, value in numbers.items()}
+
+
+def _is_mean(questions: Sequence[float], value: float | None) -> bool:
+    """Return whether a metric is the questions' mean, which a perplexity or an F1 is not."""
+    if value is None or not questions:
+        return False
+    return math.isclose(fmean(questions), value, rel_tol=1e-6, abs_tol=1e-9)

@@ -1,0 +1,187 @@
+"""What is asked: tasks of lm-evaluation-harness, and rows of one's own as such a task."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from matryoshka_lora.errors import MatryoshkaError
+
+try:
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise MatryoshkaError(
+        "this needs lm-evaluation-harness: pip install 'matryoshka-lora[eval]'"
+    ) from error
+
+PRESETS = {
+    "gsm8k-3shot": ("gsm8k", 3, "exact_match,strict-match"),
+    "gsm8k-8shot": ("gsm8k", 8, "exact_match,strict-match"),
+    "arc_challenge-25shot": ("arc_challenge", 25, "acc,none"),
+    "hellaswag-10shot": ("hellaswag", 10, "acc,none"),
+}
+"""The protocol of the paper (arXiv 2605.07850): a task of the harness, its shots and its metric."""
+
+_SEED = 1234  # the harness' own
+_EXTRA_TOKENS = 8  # how many tokens more than the longest completion an answer may have
+
+
+@dataclass
+class Asked:
+    """A task or a group of tasks, loaded.
+
+    Attributes:
+        name: As the evaluation calls it.
+        loaded: What the harness' ``TaskManager.load`` returned.
+        shots: Of each question; None is the task's own number.
+        metric: What is reported first; None is the first that the harness names.
+    """
+
+    name: str
+    loaded: Any
+    shots: int | None = None
+    metric: str | None = None
+
+
+def load_task(name: str, num_fewshot: int | None = None) -> Asked:
+    """Load a task with its data.
+
+    Args:
+        name: A task or a group that the harness knows, a YAML file of a task, or one of `PRESETS`.
+        num_fewshot: Shots of each question; None is the preset's or the task's own number.
+
+    Raises:
+        MatryoshkaError: There is no such task, or its data cannot be had.
+    """
+    task, shots, metric = PRESETS.get(name, (name, None, None))
+    is_file = name.endswith((".yaml", ".yml"))
+    manager = TaskManager(include_defaults=not is_file)
+    if is_file and not Path(name).is_file():
+        raise MatryoshkaError(f"there is no file {name}: give the YAML file of a task")
+    if not is_file and task not in manager.all_tasks:
+        near = get_close_matches(name, [*PRESETS, *manager.all_tasks], n=3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise MatryoshkaError(
+            f"there is no task {name!r}: {hint}Tasks are those of lm-evaluation-harness (lm_eval "
+            f"ls tasks), YAML files of them, and {', '.join(PRESETS)}"
+        )
+    _seed_all()  # some tasks shuffle while they load
+    try:
+        loaded = manager.load([task])
+    except Exception as error:  # the hub, datasets, a YAML, a missing package: none in common
+        reason = " ".join(str(error).split())[:300]
+        raise MatryoshkaError(
+            f"task {name} cannot be loaded: {reason}. Its data come from the Hugging Face hub, or "
+            "from files that its YAML names"
+        ) from error
+    called = Path(name).stem if is_file else name
+    return Asked(called, loaded, shots if num_fewshot is None else num_fewshot, metric)
+
+
+def load_data(data: Any, tokenizer: Any, num_fewshot: int | None = None) -> Asked:
+    """Make a task of rows: an answer is right if it equals the completion, white space aside.
+
+    Args:
+        data: A ``.jsonl`` file, or rows.
+        tokenizer: Its chat template writes rows of messages; texts are asked as they are.
+        num_fewshot: None or 0.
+
+    Raises:
+        MatryoshkaError: The file cannot be read, or a row has no question with an answer.
+    """
+    if num_fewshot:
+        raise MatryoshkaError("data are asked without shots: leave num_fewshot out")
+    is_file = isinstance(data, (str, os.PathLike))
+    source, name = (str(data), Path(data).stem) if is_file else ("data", "data")
+    if is_file:
+        try:
+            lines = Path(data).read_text(encoding="utf-8").splitlines()
+            data = [json.loads(line) for line in lines if line.strip()]
+        except (OSError, ValueError) as error:
+            raise MatryoshkaError(f"{source} cannot be read as lines of JSON: {error}") from error
+    pairs = [_pair(row, f"{source}, row {number}") for number, row in enumerate(data, start=1)]
+    if not pairs:
+        raise MatryoshkaError(f"{source} has no rows")
+    config = _config(name, pairs, tokenizer)
+    return Asked(name, TaskManager(include_defaults=False).load([config]))
+
+
+def seed(asked: Asked) -> None:
+    """Seed what tasks draw from and set their shots, as the harness' ``simple_evaluate`` does."""
+    _seed_all()
+    for task in asked.loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own is None or (asked.shots is not None and own != 0):
+            task.set_config(key="num_fewshot", value=asked.shots or 0)
+        task.set_fewshot_seed(seed=_SEED)
+
+
+def _seed_all() -> None:
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(_SEED)
+    torch.manual_seed(_SEED)
+
+
+def _pair(row: Any, where: str) -> tuple[Any, Any]:
+    """Return a row's prompt and completion: two texts, or two lists of chat messages."""
+    given = row if isinstance(row, Mapping) else {}
+    messages = given.get("messages")
+    prompt, completion = given.get("prompt"), given.get("completion")
+    if messages:
+        prompt, completion = messages[:-1], messages[-1:]
+    if not prompt or not completion or isinstance(prompt, str) != isinstance(completion, str):
+        raise MatryoshkaError(
+            f"{where} has no question with an answer: give prompt and completion, both texts or "
+            "both chat messages, or messages that end with the answer"
+        )
+    return prompt, completion
+
+
+def _config(name: str, pairs: Sequence[tuple[Any, Any]], tokenizer: Any) -> dict[str, Any]:
+    """Return the harness' config of a task that asks for completions."""
+    from datasets import Dataset, DatasetDict
+
+    until, docs = set[str](), []
+    for prompt, completion in pairs:
+        if not isinstance(prompt, str):
+            if not tokenizer.chat_template:
+                raise MatryoshkaError(
+                    "the rows are chat, and the tokenizer has no chat template: take a model that "
+                    "has one, or rows with prompt and completion as texts"
+                )
+            whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+            options = {"tokenize": False, "add_generation_prompt": True}
+            prompt = tokenizer.apply_chat_template(prompt, **options)
+            completion = str(completion[-1]["content"])
+            until.add(whole.rpartition(completion)[2].strip())  # what ends a turn
+        docs.append({"prompt": prompt, "completion": completion.strip()})
+    if not any("\n" in doc["completion"] for doc in docs):
+        until.add("\n")
+    most = max(len(tokenizer.encode(doc["completion"])) for doc in docs) + _EXTRA_TOKENS
+    settings = {"until": sorted(until - {""}), "max_gen_toks": most, "do_sample": False}
+    return {
+        "task": name,
+        "custom_dataset": lambda **_: DatasetDict(test=Dataset.from_list(docs)),
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{completion}}",
+        "process_results": _is_equal,
+        "generation_kwargs": settings,
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "num_fewshot": 0,
+        "metadata": {"version": 1},
+    }
+
+
+def _is_equal(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
+    return {"exact_match": float(results[0].strip() == doc["completion"].strip())}

@@ -1,0 +1,292 @@
+"""Rows out of a Trainer, a dataset, a list and a file: the tokens and labels of TRL's training."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import nested_llama, tiny_llama
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig, get_peft_model
+from some_rows import all_factors, collate, same_bits, some_rows, trainer_of
+from tiny_chat import tiny_tokenizer
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from transformers import (
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    default_data_collator,
+)
+from trl import SFTConfig, SFTTrainer
+
+from matryoshka_lora import MatryoshkaError, Nesting, nest
+from matryoshka_lora.reorder.rows import read_data
+
+TEXT = [
+    {"prompt": f"{name} is", "completion": f" {end}" + "</s>" * (name == "b")}
+    for name, end in zip("abcdefghijklmnopqr", "stuvwxyzabcdefghij", strict=True)
+]
+CHAT = [
+    {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "completion": [{"role": "assistant", "content": row["completion"]}],
+    }
+    for row in TEXT
+]
+MESSAGES = [{"messages": row["prompt"] + row["completion"]} for row in CHAT]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    base = tiny_llama(vocab_size=len(tiny_tokenizer()), num_hidden_layers=1)
+    return get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize(("rows", "limit"), [(TEXT, 6), (CHAT, 25)], ids=["text", "chat"])
+def test_rows_have_the_tokens_and_labels_of_trl(
+    tmp_path: Path, model: Any, rows: Any, limit: int
+) -> None:
+    """All are longer than the limit by a token, the end of the answer."""
+    args = SFTConfig(str(tmp_path), report_to="none", use_cpu=True, max_length=limit)
+    trainer = SFTTrainer(
+        tiny_llama(vocab_size=99), args, train_dataset=Dataset.from_list(rows),
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    whole = read_data(model, rows, tiny_tokenizer()).data
+    model.config.max_position_embeddings = limit
+    cut = read_data(model, rows, tiny_tokenizer()).data
+    model.config.max_position_embeddings = 128
+    keys = ("input_ids", "labels")
+    assert cut == [{key: row[key] for key in keys} for row in trainer.train_dataset]
+    assert cut == [{key: row[key][:-1] for key in keys} for row in whole]
+    assert {row["labels"][-1] for row in whole} == {tiny_tokenizer().eos_token_id}
+
+
+def test_every_source_gives_the_same_rows(tmp_path: Path, model: Any) -> None:
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text("\n".join(map(json.dumps, CHAT)) + "\n\n")
+    tokens = read_data(model, CHAT, tiny_tokenizer()).data
+    for source in (str(lines), lines, Dataset.from_list(CHAT), MESSAGES, iter(CHAT), tokens):
+        assert read_data(model, source, tiny_tokenizer()).data == tokens
+    assert read_data(model, tokens).data == tokens
+    found = read_data(model, tokens).batches(range(len(tokens)))
+    assert [len(batch["labels"]) for batch in found] == [12, 6]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (DatasetDict(train=Dataset.from_list(TEXT)), "row 1 of the data is 'train': give a Trainer"),
+        (["a", "b"], "row 1 of the data is 'a'"),
+        ([*TEXT, None], "row 19 of the data is None"),
+        ([{"prompt": "a", "completion": None}], "row 1 of the data"),
+        ([{"prompt": "a", "completion": 3}], "both text or both messages"),
+        ([{"prompt": [{"role": "user"}], "completion": "a"}], "both text or both messages"),
+        ([{"messages": CHAT[0]["prompt"]}], "messages that end with the assistant's"),
+        ("missing.jsonl", r"missing.jsonl cannot be read: .*No such file"),
+        ("broken.jsonl", r"broken.jsonl cannot be read: .*Give a file with a JSON object in each"),
+    ],
+)
+def test_what_are_no_rows_is_refused_and_the_adapter_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Any, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.jsonl").write_text('{"prompt": "a"\n')
+    adapter = nested_llama(Nesting((1, 2)), "lora", layers=1, target_modules=["q_proj"])
+    adapter.reorder()
+    before = all_factors(adapter)
+    with pytest.raises(MatryoshkaError, match=message):
+        adapter.reorder("trained", data, tiny_tokenizer())
+    assert same_bits(before, all_factors(adapter))
+    with pytest.raises(MatryoshkaError, match="give tokenizer="):
+        adapter.reorder("trained", TEXT)
+
+
+@pytest.mark.parametrize("leaves_out", [True, False])
+def test_the_loss_is_that_of_the_answers(model: Any, monkeypatch: Any, leaves_out: bool) -> None:
+    """Rows of unlike lengths, with the logits of all tokens for the oracle."""
+    rows = read_data(model, [{"prompt": "a" * n, "completion": "b" * (9 - n)} for n in range(1, 9)],
+                     tiny_tokenizer())  # fmt: skip
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in rows.data:
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+            labels = torch.tensor(row["labels"][1:])
+            total += float(cross_entropy(logits, labels, reduction="sum"))
+            count += int((labels != -100).sum())
+        if not leaves_out:  # as in a model that cannot leave out logits
+            forward = model.get_base_model().forward
+            plain = lambda input_ids, attention_mask, use_cache, **_: forward(  # noqa: E731
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+            )
+            monkeypatch.setattr(model.get_base_model(), "forward", plain)
+        (batch,) = rows.batches(range(8))
+        assert float(rows.loss(batch)) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_rows_come_all_before_one_comes_again_and_the_held_out_never(model: Any) -> None:
+    rows = read_data(model, some_rows(40))
+    numbers, chosen = rows.split(105, 64, seed=3)
+    assert len(chosen) == 5
+    rounds = [numbers[begin : begin + 35] for begin in (0, 35, 70)]
+    assert all(set(each) == set(range(40)) - set(chosen) for each in rounds)
+    assert len({tuple(each) for each in rounds}) == 3
+    assert rows.split(105, 64, seed=3) == (numbers, chosen) != rows.split(105, 64, seed=4)
+    rows.held_out = read_data(model, some_rows(20, seed=9))
+    numbers, chosen = rows.split(40, 64, seed=3)
+    assert sorted(numbers) == list(range(40))
+    assert sorted(chosen) == list(range(20))
+
+
+def test_a_fingerprint_knows_tokens_labels_and_order(model: Any) -> None:
+    rows = some_rows(4)
+    other = [{**rows[0], "labels": [-100] * 5 + [51]}, *rows[1:]]
+    found = [read_data(model, data).fingerprint(range(4)) for data in (rows, rows, other, rows[::-1])]
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+
+
+# Trainers.
+
+
+def test_a_trainer_gives_its_rate_and_what_it_has_seen(tmp_path: Path) -> None:
+    adapter = nested_llama(Nesting((1, 2)), "lora", layers=1, target_modules=["q_proj"])
+    rows = some_rows(20)
+    trainer = trainer_of(
+        adapter.model, tmp_path, rows, rows[:5], num_train_epochs=3, gradient_accumulation_steps=2
+    )
+    trainer.train()
+    found = read_data(adapter.model, trainer)
+    assert found.rate == 2e-2
+    assert found.seen == 60  # the last batch of an epoch is a small one
+    assert found.quiet
+    assert found.held_out is not None
+    assert len(found.held_out.data) == 5
+    assert [len(batch["labels"]) for batch in found.batches(range(20))] == [8, 8, 4]
+    trainer.args.optim, trainer.eval_dataset = "sgd", {"one": rows}
+    other = read_data(adapter.model, trainer)
+    assert other.rate is None
+    assert other.held_out is None
+
+
+def plain_trainer(model: Any, folder: Path, rows: Any, collator: Any, kind: Any = Trainer) -> Trainer:
+    args = TrainingArguments(
+        str(folder), per_device_train_batch_size=2, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    return kind(model, args, train_dataset=rows, data_collator=collator)
+
+
+class Weighted(Trainer):
+    """A Trainer that loads its data itself, with a column that its model does not take."""
+
+    def get_train_dataloader(self) -> Any:
+        return DataLoader(self.train_dataset, batch_size=2, collate_fn=self.data_collator)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        weight = inputs.pop("weight")
+        return model(**inputs).loss * weight.mean()
+
+
+LABELLED = [{"input_ids": [5, 6, 7, n], "labels": [-100, 6, 7, n]} for n in range(8, 32)]
+COLUMNS = {
+    "a-list": ([{**row, "text": "hello"} for row in LABELLED], "pad", Trainer),
+    "a-dataset": (Dataset.from_list([{**row, "text": "hello"} for row in LABELLED]), "pad", Trainer),
+    "its-own-loader": ([{**row, "weight": 0.5} for row in LABELLED], "default", Weighted),
+    "a-row-without-labels": (
+        [*LABELLED, {"input_ids": [5, 6], "labels": [-100, -100]}], "pad", Trainer,
+    ),  # fmt: skip
+}
+
+
+@pytest.mark.filterwarnings("ignore:(the learned order|the trained ranks|these trained ranks)")
+@pytest.mark.parametrize("by", ["learned", "trained"])
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_a_trainer_s_rows_are_collated_as_in_its_training(tmp_path: Path, kind: str, by: Any) -> None:
+    rows, collator, trainer_class = COLUMNS[kind]
+    pad = DataCollatorForSeq2Seq(tiny_tokenizer())
+    collators = {"pad": pad, "default": default_data_collator}
+    adapter = nested_llama(Nesting((1, 2)), "lora", layers=1, target_modules=["q_proj"])
+    trainer = plain_trainer(adapter.model, tmp_path, rows, collators[collator], trainer_class)
+    adapter.reorder(by, trainer, rows=24)
+    assert adapter.order in ("svd", by)
+
+
+@pytest.mark.filterwarnings("ignore:(the learned order|the trained ranks|these trained ranks)")
+def test_an_sft_trainer_and_images(tmp_path: Path) -> None:
+    adapter = nested_llama(
+        Nesting((1, 2)), "lora", layers=1, target_modules=["q_proj"]
+    )
+    args = SFTConfig(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
+    sft: Any = SFTTrainer(
+        adapter.model, args, train_dataset=Dataset.from_list(some_rows(24)),
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    adapter.reorder("trained", sft, rows=16)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = ViTForImageClassification(
+        ViTConfig(**sizes, intermediate_size=16, image_size=8, patch_size=4, num_labels=3)
+    )
+    config = LoraConfig(r=4, target_modules=["fc1", "fc2"], modules_to_save=["classifier"])
+    images = nest(get_peft_model(base, config))
+    rows = [{"pixel_values": torch.randn(3, 8, 8), "labels": n % 3} for n in range(24)]
+    trainer = plain_trainer(images.model, tmp_path, rows, default_data_collator)
+    for by in ("learned", "trained"):
+        images.reorder(by, trainer, rows=24)
+    assert images.order is not None
+
+
+def test_rows_without_labels_and_streams_are_refused(tmp_path: Path, model: Any) -> None:
+    unlabelled = [{"input_ids": [5, 6]}] * 20
+    none = [{**row, "labels": [-100] * 6} for row in some_rows(20)]
+    stream = Dataset.from_list(some_rows(20)).to_iterable_dataset()
+    args = {"max_steps": 1, "use_cpu": True, "report_to": "none"}
+    for rows in (unlabelled, stream):
+        trainer = Trainer(
+            model, TrainingArguments(str(tmp_path), **args), train_dataset=rows,
+            data_collator=default_data_collator,
+        )  # fmt: skip
+        with pytest.raises(MatryoshkaError, match="the rows of the Trainer have no labels, or are a"):
+            read_data(model, trainer)
+    trainer = trainer_of(model, tmp_path, none)
+    with pytest.raises(MatryoshkaError, match="none of the rows that judge has a label"):
+        read_data(model, trainer).split(8, 4, 0)
+    assert collate(none)["labels"].unique().tolist() == [-100]
+
+
+TWO = """
+import sys, torch
+from pathlib import Path
+from torch import distributed
+sys.path.insert(0, {tests!r})
+from conftest import nested_llama
+from some_rows import some_rows
+from matryoshka_lora import MatryoshkaError, Nesting
+
+meeting = "file://" + sys.argv[2]
+distributed.init_process_group("gloo", init_method=meeting, rank=int(sys.argv[1]), world_size=2)
+adapter = nested_llama(Nesting((1, 2)), "lora", layers=1, target_modules=["q_proj"])
+try:
+    adapter.reorder("trained", some_rows(20))
+except MatryoshkaError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_one_of_several_processes_is_told_what_to_do(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TWO.replace("{tests!r}", repr(str(Path(__file__).parent)))]
+    started = [
+        subprocess.Popen([*command, str(n), str(tmp_path / "meet")], stdout=subprocess.PIPE, text=True)
+        for n in range(2)
+    ]
+    for process in started:
+        out, _ = process.communicate(timeout=300)
+        assert "matryoshka reorder FOLDER --by trained --data FILE" in out

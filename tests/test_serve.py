@@ -1,0 +1,90 @@
+"""`matryoshka serve`: the command for vLLM. vLLM itself answers in readers/test_vllm.py."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import nested_llama
+
+from matryoshka_lora import MatryoshkaError, Nesting, export
+from matryoshka_lora.serve import serve
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    nested_llama(Nesting((1, 2, 12))).save(tmp_path / "family")
+    return tmp_path / "family"
+
+
+def printed(
+    capsys: pytest.CaptureFixture[str], *folder: Path, **options: object
+) -> list[list[str]]:
+    """Return the words of the two commands that are printed."""
+    assert serve(*folder, only_print=True, **options) == 0  # type: ignore[arg-type]
+    return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def after(words: list[str], option: str) -> list[str]:
+    """Return the words between an option and the next one."""
+    rest = words[words.index(option) + 1 :]
+    end = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
+    return rest[:end]
+
+
+@pytest.mark.parametrize(
+    ("max_rank", "ranks", "padded"),
+    [(None, [1, 2, 12], "16"), (2, [1, 2], "8"), (8, [1, 2, 8], "8"), (1, [1], "1")],
+)
+def test_the_printed_commands_serve_the_ladder_that_they_make(
+    max_rank: int | None,
+    ranks: list[int],
+    padded: str,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, server = printed(capsys, adapter, max_rank=max_rank, model="some/base", port=8123)
+    assert make[:5] == ["matryoshka", "export", str(adapter), "--format", "ladder"]
+    export(adapter, make[-1], rank=int(*after(make, "--rank")), format="ladder")
+    modules = dict(word.split("=") for word in after(server, "--lora-modules"))
+    assert list(modules) == [f"family@{rank}" for rank in ranks]
+    assert sorted(map(Path, modules.values())) == sorted(Path(make[-1]).iterdir())
+    assert after(server, "--max-lora-rank") == [padded]
+    assert after(server, "--max-loras") == [str(len(ranks))]
+    assert after(server, "--model") == ["some/base"]
+    assert (after(server, "--host"), after(server, "--port")) == (["127.0.0.1"], ["8123"])
+
+
+def test_base_and_revision_are_what_the_adapter_names(
+    adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = adapter / "adapter_config.json"
+    text = config.read_text()
+    for old, new in (
+        ('"base_model_name_or_path": ""', '"base_model_name_or_path": "a/b"'),
+        ('"revision": null', '"revision": "v1"'),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    config.write_text(text)
+    _, server = printed(capsys, adapter, more=["--max-model-len", "64"])
+    assert (after(server, "--model"), after(server, "--revision")) == (["a/b"], ["v1"])
+    assert server[-2:] == ["--max-model-len", "64"]
+    _, server = printed(capsys, adapter, model="other/base")
+    assert "--revision" not in server  # it is the other model's
+
+
+def test_what_cannot_be_served_is_refused_before_anything_is_announced(
+    adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(MatryoshkaError, match="vLLM is not installed"):
+        serve(adapter, model="some/base")
+    with pytest.raises(MatryoshkaError, match="has no rank 13"):
+        serve(adapter, model="some/base", max_rank=13)
+    with pytest.raises(MatryoshkaError, match="names no base model"):
+        serve(adapter)
+    assert capsys.readouterr().out == ""

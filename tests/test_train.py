@@ -1,0 +1,350 @@
+"""`matryoshka train`: its config, TRL's losses, a killed run that goes on, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_chat import save_tiny_chat
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from matryoshka_lora import MatryoshkaError, NestedAdapter, load
+from matryoshka_lora.callback import NestingCallback
+from matryoshka_lora.files.peft import open_adapter
+from matryoshka_lora.train import read_config, train
+
+ROOT = Path(__file__).parents[1]
+ROWS = [{"prompt": f"{n} plus 1 is", "completion": f" {n + 1}."} for n in range(40)]
+STEPS = 6
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_chat(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def config(base: Path, tmp_path: Path) -> Path:
+    """Return a config whose run is in the folder ``run`` beside it."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    values = {
+        "model": str(base),
+        "dtype": "fp32",
+        "data": str(rows),
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": STEPS,
+        "save_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "lora": {"r": 4},
+        "nesting": {"reorder": "svd"},
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def losses(run: Path) -> list[float]:
+    """Return the losses of a run's last checkpoint."""
+    state = json.loads((run / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+# The config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lr=1e-3", "'learning_rate'"),
+        ("learning_rat=1", "'learning_rate'"),
+        ("batch_size=8", "'per_device_train_batch_size'"),
+        ("r=8", r"'lora\.r'"),
+        ("rank=8", r"'lora\.r'"),
+        ("rule=lora", r"'nesting\.rule'"),
+        ("lora.ranks=[1]", r"'nesting\.ranks'"),
+        ("nesting.rulee=lora", "'rule'"),
+        ("nesting.reorder=best", "svd, learned or trained"),
+        ("dtype=float32", "bf16, fp32 or fp16"),
+        ("data=", "names no data"),
+        ("data.x.y=1", "cannot read the config"),
+    ],
+)
+def test_what_is_no_key_or_value_is_refused_with_a_hint(
+    override: str, message: str, config: Path
+) -> None:
+    with pytest.raises(MatryoshkaError, match=message):
+        read_config(config, [override])
+
+
+def test_a_typo_is_answered_before_anything_heavy_is_imported(config: Path) -> None:
+    code = f"""
+import sys
+from matryoshka_lora.train import read_config
+try:
+    read_config({str(config)!r}, ["lr=1"])
+finally:
+    print(sorted({{"torch", "transformers", "trl", "peft"}} & sys.modules.keys()))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "[]\n"
+    assert "did you mean 'learning_rate'" in result.stderr
+
+
+def test_every_field_of_the_libraries_is_a_key(config: Path) -> None:
+    from dataclasses import fields
+
+    overrides = [f"{field.name}=1" for field in fields(SFTConfig)]
+    overrides += [f"lora.{field.name}=1" for field in fields(LoraConfig) if field.init]
+    read_config(config, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "r", "alpha"),
+    [
+        (["lora={}"], 32, 32),
+        (["lora={}", "nesting.ranks=[2, 8]"], 8, 8),
+        (["lora.r=16", "lora.use_rslora=true"], 16, 4),
+        (["lora.r=16", "lora.lora_alpha=64"], 16, 64),
+    ],
+)
+def test_what_is_left_out_makes_the_scale_1(
+    overrides: list[str], r: int, alpha: float, config: Path
+) -> None:
+    lora = read_config(config, overrides)["lora"]
+    assert (lora["r"], lora["lora_alpha"], lora["target_modules"]) == (r, alpha, "all-linear")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learning_rate=fast", "invalid float value"),
+        ("max_steps=1.5", "invalid int value"),
+        ("lora.r=0", "positive integer"),
+        ("lora.target_modules=[nothing]", "not found in the base model"),
+        ("nesting.rule=lorra", "there is no rule 'lorra'"),
+        ("nesting.ranks=[1, 2]", "ranks"),
+        ("eval_strategy=steps", "eval"),
+        ("data=nothing.jsonl", "cannot read the rows"),
+        ("model=nothing", "cannot load the model"),
+    ],
+)
+def test_what_the_libraries_refuse_is_one_clear_error(
+    override: str, message: str, config: Path
+) -> None:
+    with pytest.raises(MatryoshkaError, match=message):
+        train(read_config(config, [override]))
+    assert not (config.parent / "run").exists()
+
+
+# A run
+
+
+def test_a_run_makes_an_adapter_of_every_rank_and_touches_nothing_else(
+    config: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = config.parent / "run"
+    run.mkdir()
+    (run / "README.md").write_text("mine")
+    checked = read_config(config, [f"eval_data={config.parent}/rows.jsonl", "eval_strategy=epoch"])
+    folder = train(checked)
+    assert folder == run / "adapter"
+    assert (run / "README.md").read_text() == "mine"
+    file = open_adapter(folder)
+    assert (file.order, file.nesting and file.nesting.ranks) == ("svd", (1, 2, 4))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tokens = torch.arange(3, 23).reshape(1, 20)
+    with torch.no_grad():
+        adapter = load(model, folder, rank=3)
+        found = [adapter.model(input_ids=tokens).logits]
+        adapter.export(run / "rank-3", rank=3)
+        plain = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base), run / "rank-3"
+        )
+        found.append(plain.eval()(input_ids=tokens).logits)
+    torch.testing.assert_close(*found)
+    # The same command again trains nothing, and another one is refused.
+    capsys.readouterr()
+    assert train(checked) == folder
+    assert "nothing to train" in capsys.readouterr().out
+    with pytest.raises(MatryoshkaError, match=r"with other .*learning_rate, lora:"):
+        train(read_config(config, ["learning_rate=1", "lora.r=8"]))
+
+
+def test_the_record_of_a_run_shows_no_value_of_its_config(config: Path) -> None:
+    train(read_config(config, ["hub_token=hf_secretsecret", "max_steps=1"]))
+    record = (config.parent / "run" / "run.json").read_text()
+    assert "learning_rate" in record
+    assert not any(text in record for text in ("secret", str(config.parent), "0.01"))
+    written = [p.read_bytes() for p in (config.parent / "run/adapter").iterdir()]
+    assert not any(b"secret" in text or str(config.parent).encode() in text for text in written)
+
+
+def test_rows_that_changed_are_another_run(config: Path) -> None:
+    train(read_config(config, ["max_steps=1"]))
+    rows = config.parent / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("plus", "and"))
+    with pytest.raises(MatryoshkaError, match="holds a run with other data"):
+        train(read_config(config, ["max_steps=1"]))
+
+
+def test_checkpoints_of_another_program_are_left_alone(config: Path) -> None:
+    (config.parent / "run" / "checkpoint-9").mkdir(parents=True)
+    with pytest.raises(MatryoshkaError, match="another program's run"):
+        train(read_config(config))
+
+
+def test_rule_lora_has_the_losses_of_plain_trl(config: Path, base: Path) -> None:
+    train(read_config(config, ["nesting.rule=lora"]))
+    plain = SFTConfig(
+        str(config.parent / "plain"), max_steps=STEPS, per_device_train_batch_size=4, use_cpu=True,
+        learning_rate=1e-2, logging_steps=1, bf16=False, report_to="none", save_steps=STEPS,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    set_seed(plain.seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    lora = LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    from datasets import Dataset
+
+    SFTTrainer(
+        model=get_peft_model(model, lora),
+        args=plain,
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    ).train()
+    assert losses(config.parent / "run") == losses(config.parent / "plain")
+
+
+class Killed(BaseException):
+    """Stands for a signal that nobody catches."""
+
+
+def kill(where: Any, name: str, at: Callable[..., bool], patch: pytest.MonkeyPatch) -> None:
+    """Let a method raise `Killed` when its arguments are such."""
+    before = getattr(where, name)
+
+    def method(*args: Any, **kwargs: Any) -> Any:
+        if at(*args):
+            raise Killed
+        return before(*args, **kwargs)
+
+    patch.setattr(where, name, method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["lora", "matryoshka", "stratified"])
+def test_a_killed_run_ends_as_an_unbroken_one(
+    rule: str, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {name: config.parent / name for name in ("whole", "broken")}
+    checked = {
+        name: read_config(config, [f"output_dir={run}", f"nesting.rule={rule}"])
+        for name, run in runs.items()
+    }
+    train(checked["whole"])
+    with monkeypatch.context() as patch:
+        late = lambda _, args, state, *more: state.global_step == 5  # noqa: E731
+        kill(NestingCallback, "on_step_begin", late, patch)
+        with pytest.raises(Killed):
+            train(checked["broken"])
+    assert sorted(p.name for p in runs["broken"].glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+    train(checked["broken"])
+    whole, broken = (load_file(run / "adapter/adapter_model.safetensors") for run in runs.values())
+    same = {"rtol": 0, "atol": 0} if rule == "lora" else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(broken, whole, **same)
+    assert losses(runs["broken"]) == pytest.approx(losses(runs["whole"]), abs=2e-4)
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_is_reordered_trains_no_further_step(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = read_config(config, ["nesting.reorder=trained", "nesting.rule=lora"])
+    with monkeypatch.context() as patch:
+        kill(NestedAdapter, "reorder", lambda *args: True, patch)
+        with pytest.raises(Killed):
+            train(checked)
+    last = config.parent / "run" / f"checkpoint-{STEPS}" / "trainer_state.json"
+    before = last.read_bytes()
+    assert open_adapter(train(checked)).order == "trained"
+    assert last.read_bytes() == before
+    assert not (config.parent / "run/reorder.safetensors").exists()
+
+
+def test_what_cannot_be_reordered_by_data_is_saved_by_svd(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = config.parent / "rows.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:8]))
+    folder = train(read_config(config, ["nesting.reorder=learned", "max_steps=1"]))
+    assert open_adapter(folder).order == "svd"
+    assert "too few" in capsys.readouterr().out
+
+
+def test_the_papers_deployment_is_saved_as_it_was_trained(config: Path) -> None:
+    overrides = ["nesting={deploy: paper, scaling: rank}", "max_steps=2"]
+    file = open_adapter(train(read_config(config, overrides)))
+    assert (file.order, file.ranks) == ("paper", (1, 2, 4))
+
+
+# Several processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "overrides", "order"),
+    [("ddp", [], "svd"), ("fsdp2", [], None), ("zero1", ["ddp_backend=gloo"], None)],
+)
+def test_two_processes_train_as_one(
+    name: str, overrides: list[str], order: str | None, config: Path
+) -> None:
+    if name == "zero1":
+        pytest.importorskip("deepspeed")
+    alone = config.parent / "alone"
+    train(read_config(config, [f"output_dir={alone}", "nesting.reorder=svd"]))
+    file = ROOT / "configs/accelerate" / f"{name}.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    command += ["--num_processes", "2", "--main_process_port", "0", "-m", "matryoshka_lora"]
+    overrides = ["per_device_train_batch_size=2", "nesting.reorder=trained", *overrides]
+    settings = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    settings |= {"ACCELERATE_TORCH_DEVICE": "cpu"} if name == "fsdp2" else {}
+    result = subprocess.run(
+        [*command, "train", str(config), *overrides],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    run = config.parent / "run"
+    assert losses(run) == pytest.approx(losses(alone), abs=2e-3)
+    adapter = open_adapter(run / "adapter")
+    assert adapter.order == order
+    comes_next = "--by trained" if order else f"reorder {run / 'adapter'} -o"
+    assert comes_next in result.stdout
+    assert result.stdout.count("Next:") == 1
+    # PEFT reads what the single process has trained.
+    tokens = torch.arange(3, 23).reshape(1, 20)
+    found = []
+    for folder in (run / "adapter", alone / "adapter"):
+        model = AutoModelForCausalLM.from_pretrained(read_config(config)["model"])
+        with torch.no_grad():
+            found.append(PeftModel.from_pretrained(model, folder).eval()(input_ids=tokens).logits)
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.02)
