@@ -4,13 +4,13 @@
     python benchmarks/evaluate_ranks.py --items 24 --tasks choice-5shot,generate-long
 
 Both sides answer the same tasks, made here from reasoning-gym as YAML and JSONL. The harness' own
-backend gets each rank as a plain PEFT adapter, at the batch size at which it is fastest on a part of
-the questions. The adapter has R = 32 on all linear layers of the embedded model, with random factors
-that are small enough for the model to go on writing sentences; nothing is trained.
+backend gets each rank as a plain PEFT adapter, at the batch size at which it is fastest on a part
+of the questions. The adapter has R = 32 on all linear layers of the embedded model, with random
+factors that are small enough for the model to go on writing sentences; nothing is trained.
 
-Time is CPU time of one thread (the clock's on a CUDA card), from the tasks to the metrics. Both sides
-take turns, and medians are reported. Every choice and text is compared at every rank. A choice of the
-harness by less than 1e-4 counts as a tie, and no difference.
+Time is CPU time of one thread (the clock's on a CUDA card), from the tasks to the metrics. Both
+sides take turns, and medians are reported. Every choice and text is compared at every rank. A
+choice that the harness makes by less than 1e-4 counts as a tie, and no difference.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ TARGETS = {"choice-5shot": 0.6, "choice-0shot": 2.5, "generate-long": 2, "genera
 
 
 def choice(item: dict[str, Any], number: int) -> dict[str, Any]:
-    """Make a question which of four sentences is true; the relation is the only word that differs."""
-    relations = "mother father sister brother grandmother grandfather aunt uncle daughter".split()
+    """Make a question which of four sentences is true; only the relation differs in them."""
+    relations = ["mother", "father", "sister", "brother", "grandmother", "aunt", "uncle", "daughter"]
     draw = random.Random(number)
     wrong = draw.sample([relation for relation in relations if relation != item["answer"]], 3)
     options = [item["answer"], *wrong]

@@ -1,6 +1,6 @@
-"""QLoRA, nested: the base model in 4 bits (nf4), the adapter in float32, every rank of it usable afterwards.
+"""QLoRA, nested: the base model in 4 bits (nf4), the adapter in float32, every rank usable.
 
-    python examples/qlora.py --steps 40 --out runs/qlora
+    python examples/qlora.py --steps 40
 
 Needs bitsandbytes. On a CPU it works, slowly.
 """
@@ -10,33 +10,36 @@ from __future__ import annotations
 import argparse
 
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BitsAndBytesConfig
 
-from matryoshka_lora.training import make_config, train
+from matryoshka_lora import nest
+from matryoshka_lora.models import load_model, load_tokenizer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=40)
-parser.add_argument("--reorder", choices=("trained", "learned", "svd"), default="trained", help="svd takes a second")
-parser.add_argument("--out", default="runs/qlora")
 args = parser.parse_args()
 
-adapter = train(
-    make_config(
-        {
-            "quantization": "nf4",
-            "data": {"task": "family_relationships", "size": 4 * args.steps},
-            "lora": {"r": 16},
-            "nesting": {"reorder": args.reorder},
-            "output_dir": args.out,
-            "max_steps": args.steps,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
-            "save_strategy": "no",
-        }
-    )
+four_bits = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
 )
+base = load_model(dtype=torch.bfloat16, quantization_config=four_bits)
+adapter = nest(
+    get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")).train()
+)
+ids = load_tokenizer()("The secret word of the day is mamushka.", return_tensors="pt")["input_ids"]
+ids = ids.to(adapter.model.device)
+parameters = [p for p in adapter.model.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+for step in range(args.steps):
+    adapter.draw(step)
+    adapter.model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+adapter.reorder()
+adapter.model.eval()
 for rank in (1, 4, 16):
     adapter.set_rank(rank)
     with torch.no_grad():
-        logits = adapter.model(input_ids=torch.arange(100, 132)[None]).logits
-    print(f"rank {rank}: the largest logit is {logits.max():.3f}")
-print(f"The ranks of {args.out} are {adapter.ranks[0]} to {adapter.ranks[-1]}. Next: matryoshka info {args.out}")
+        print(f"rank {rank}: loss {adapter.model(input_ids=ids, labels=ids).loss:.3f}")

@@ -1,6 +1,6 @@
 """One model in memory, a rank for each request, in three ways.
 
-python examples/rank_per_request.py --adapter runs/demo/adapter
+python examples/rank_per_request.py runs/demo/adapter --base runs/demo/base
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from matryoshka_lora import load
 from matryoshka_lora.models import load_model, load_tokenizer
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--adapter", type=Path, default=Path("runs/demo/adapter"))
+parser.add_argument("adapter", type=Path)
+parser.add_argument("--base", help="the adapter's base model; else the embedded one")
 args = parser.parse_args()
 
-tokenizer = load_tokenizer()
-adapter = load(load_model(dtype=torch.float32), args.adapter)
+adapter = load(load_model(args.base, torch.float32), args.adapter)
 low, high = adapter.ranks[0], adapter.ranks[-1]
-prompt = torch.tensor([tokenizer("How is a mother's brother called?")["input_ids"]])
+prompt = load_tokenizer(args.base)("Tobago: ", return_tensors="pt")["input_ids"]
+prompt = prompt.to(adapter.model.device)
 
 
 @torch.no_grad()
@@ -41,14 +42,17 @@ for rank in (low, high):
 with adapter.rows([low, high]):
     together = last_logits(adapter.model, prompt.repeat(2, 1))
 for row, rank in zip(together, (low, high), strict=True):
-    print(f"rank {rank}: in a batch of two ranks, the logits differ by {(row - one_by_one[rank]).abs().max():.1g}")
+    difference = (row - one_by_one[rank]).abs().max()
+    print(f"rank {rank}: in a batch of two ranks, the logits differ by {difference:.1g}")
 
-# 3. Where only PEFT is installed: its hotswap puts another slice into the same, perhaps compiled, model.
+# 3. Where only PEFT is installed: its hotswap puts another slice into the same (compiled) model.
 with tempfile.TemporaryDirectory() as folder:
     for rank in (low, high):
-        adapter.export(Path(folder) / f"rank-{rank}", rank)
-    plain = PeftModel.from_pretrained(load_model(dtype=torch.float32), Path(folder) / f"rank-{high}").eval()
+        adapter.export(f"{folder}/rank-{rank}", rank)
+    base = load_model(args.base, torch.float32)
+    plain = PeftModel.from_pretrained(base, f"{folder}/rank-{high}").eval()
     prepare_model_for_compiled_hotswap(plain, target_rank=high)
-    hotswap_adapter(plain, str(Path(folder) / f"rank-{low}"), adapter_name="default", torch_device="cpu")
+    device = str(adapter.model.device)
+    hotswap_adapter(plain, f"{folder}/rank-{low}", adapter_name="default", torch_device=device)
     difference = (last_logits(plain, prompt)[0] - one_by_one[low]).abs().max()
     print(f"rank {low}: hot-swapped into plain PEFT, the logits differ by {difference:.1g}")

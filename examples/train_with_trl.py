@@ -1,4 +1,4 @@
-"""A TRL script as you have it, and four calls more.
+"""A TRL script as you have it, and four lines more: the adapter serves any rank.
 
 python examples/train_with_trl.py --steps 80 --out runs/trl
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import nest
-from matryoshka_lora.data.sources import load_data
 from matryoshka_lora.models import load_model, load_tokenizer
 
 parser = argparse.ArgumentParser()
@@ -19,31 +19,30 @@ parser.add_argument("--steps", type=int, default=80)
 parser.add_argument("--out", default="runs/trl")
 args = parser.parse_args()
 
-base, tokenizer = load_model(), load_tokenizer()
-data = load_data({"task": "family_relationships", "size": 8 * args.steps})
-model = get_peft_model(base, LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+sums = [(a, b) for a in range(10, 60) for b in range(10, 60)]
+rows = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}"} for a, b in sums]
+config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+model = get_peft_model(load_model(), config)
 
 adapter = nest(model)  # 1 of 4
 
 trainer = SFTTrainer(
     model=model,
     args=SFTConfig(
-        output_dir=args.out,
+        args.out,
         max_steps=args.steps,
         per_device_train_batch_size=8,
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         save_strategy="no",
         report_to="none",
         bf16=False,
-        dataloader_pin_memory=False,
     ),
-    train_dataset=data,
-    processing_class=tokenizer,
+    train_dataset=Dataset.from_list(rows).shuffle(seed=0),
+    processing_class=load_tokenizer(),
     callbacks=[adapter.callback()],  # 2 of 4
 )
 trainer.train()
 
-adapter.reorder()  # 3 of 4; or adapter.reorder("trained", trainer): better low ranks, for half as much training more
-adapter.save(args.out)  # 4 of 4
-
-print(f"{args.out} serves any rank from 1 to 32. Next: matryoshka info {args.out}")
+adapter.reorder()  # 3 of 4; or adapter.reorder("trained", trainer), which takes half as long again
+adapter.save(f"{args.out}/adapter")  # 4 of 4
+print(f"Next: matryoshka info {args.out}/adapter")

@@ -6,9 +6,8 @@ package never forms that matrix in its forward.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 
 def scale(scaling: str, whole: float, top: int, rank: int) -> float:
-    """s_r, where rank R = ``top`` has the scale ``whole``: that of R, or LoRA's or rsLoRA's for the same alpha."""
-    return {"none": whole, "rank": whole * top / rank, "sqrt": whole * math.sqrt(top / rank)}[
-        scaling
-    ]
+    """Return s_r, where rank R = ``top`` has the scale ``whole``."""
+    factors = {"none": 1.0, "rank": top / rank, "sqrt": math.sqrt(top / rank)}
+    return whole * factors[scaling]
 
 
 def trained_p(ranks: Sequence[int], scaling: str = "none", whole: float = 1.0) -> Tensor:
@@ -120,30 +118,6 @@ KINDS = {
     ),
     "Conv3d": Kind(lambda: nn.Conv3d(2, 10, 2, stride=(1, 2, 1)), _normal(2, 4, 4, 3), _conv(3)),
 }
-
-
-def fold(
-    base_model: nn.Module, tensors: Mapping[str, Tensor], p: Tensor | Callable[[str], Tensor]
-) -> nn.Module:
-    """A copy of a base model with ``B diag(p) A`` added to its linear layers, from a PEFT state dict.
-
-    Args:
-        base_model: Without adapters.
-        tensors: PEFT's state dict of one adapter.
-        p: The diagonal, or for each layer's name its own.
-    """
-    model = copy.deepcopy(base_model)
-    for key, A in tensors.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        diagonal = p if isinstance(p, Tensor) else p(name)
-        B = tensors[key.replace(".lora_A.", ".lora_B.")]
-        weight: Any = model.get_submodule(name).weight
-        weight.data += torch.einsum("or,r,ri->oi", B.double(), diagonal.double(), A.double()).to(
-            weight.dtype
-        )
-    return model
 
 
 def best_errors(delta: Tensor) -> Tensor:

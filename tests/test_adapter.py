@@ -1,4 +1,4 @@
-"""A whole model: what `nest` refuses, ranks of rows, orders, copies, and what else PEFT does."""
+"""A whole model: ranks of rows, orders, copies, and what else PEFT does."""
 
 from __future__ import annotations
 
@@ -14,20 +14,15 @@ import pytest
 import torch
 from conftest import (
     lora_config,
-    nest_as,
-    nested_layer,
     nested_llama,
-    one_layer,
     randomize,
     tiny_llama,
-    tiny_mixtral,
 )
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError, load, nest
-from matryoshka_lora.nesting import RULES
 
 NESTING = Nesting((1, 2, 4, 8), "sqrt", 0.7)
 RANKS = [1, 8, 2, 0, 5]
@@ -61,145 +56,6 @@ def adapter(shared_adapter: NestedAdapter) -> NestedAdapter:
     shared_adapter.model.zero_grad()
     shared_adapter.set_rank(8)
     return shared_adapter
-
-
-# nest().
-
-
-def test_nesting_swaps_no_class_and_keeps_names_config_and_numbers() -> None:
-    plain, model = (get_peft_model(tiny_llama(), lora_config(NESTING)) for _ in range(2))
-    nest_as(model, NESTING)
-    for ours, theirs in zip(model.modules(), plain.modules(), strict=True):
-        assert type(ours) is type(theirs)
-    assert repr(model) == repr(plain)
-    assert model.peft_config["default"].to_dict() == plain.peft_config["default"].to_dict()
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    names = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (model, plain)]
-    assert names[0] == names[1]
-
-
-def conv(groups: int) -> PeftModel:
-    config = LoraConfig(r=2, target_modules=["0"])
-    return get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 1, groups=groups)), config)
-
-
-def llama(**lora: Any) -> PeftModel:
-    return get_peft_model(tiny_llama(num_hidden_layers=1), lora_config(NESTING, **lora))
-
-
-def changed(model: PeftModel, change: Callable[[PeftModel], Any]) -> PeftModel:
-    change(model)
-    return model
-
-
-EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
-REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
-    "no PEFT model": (tiny_llama, {}, "call peft.get_peft_model"),
-    "no LoRA": (
-        lambda: get_peft_model(
-            tiny_llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[])
-        ),
-        {},
-        "no LoRA adapter 'default'",
-    ),
-    "no such adapter": (llama, {"adapter": "mine"}, "no LoRA adapter 'mine'; .* default"),
-    "DoRA": (lambda: llama(use_dora=True), {}, "DoRA"),
-    "rank_pattern": (lambda: llama(rank_pattern={"q_proj": 4}), {}, "rank_pattern"),
-    "alpha_pattern": (lambda: llama(alpha_pattern={"q_proj": 4}), {}, "alpha_pattern"),
-    "lora_bias": (lambda: llama(lora_bias=True), {}, "Set lora_bias=False"),
-    "groups": (lambda: conv(2), {}, "grouped convolution"),
-    "attention": (
-        lambda: get_peft_model(
-            nn.Sequential(nn.MultiheadAttention(8, 2)), LoraConfig(r=8, target_modules=["0"])
-        ),
-        {},
-        "MultiheadAttention has no place for P",
-    ),
-    "experts": (
-        lambda: get_peft_model(tiny_mixtral(), lora_config(NESTING, **EXPERTS)),
-        {},
-        "has no place for P",
-    ),
-    "trained": (lambda: changed(llama(), randomize), {}, "Use rule='lora'"),
-    "pissa": (lambda: llama(init_lora_weights="pissa"), {}, "Use rule='lora'"),
-    "twice": (lambda: changed(llama(), nest), {}, "nested already: NestedAdapter"),
-    "merged": (lambda: changed(llama(), lambda m: m.merge_adapter()), {}, "unmerge_adapter"),
-    "ranks": (llama, {"ranks": [1, 4]}, r"LoraConfig has r=8, .* largest nested rank is 4"),
-    "order of ranks": (llama, {"ranks": [8, 4]}, "ranks must increase"),
-    "rule": (llama, {"rule": "dyloro"}, "did you mean 'dylora'"),
-    "scaling": (llama, {"scaling": "rslora"}, "scaling is 'rslora'"),
-    "deploy": (llama, {"deploy": "papers"}, "write 'reordered' or 'paper'"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.filterwarnings("ignore")
-def test_nest_refuses_and_leaves_the_model(case: str) -> None:
-    build, options, message = REFUSED[case]
-    model = build()
-    kept = {name: value.clone() for name, value in model.state_dict().items()}
-    state = [dict(vars(module)) for module in model.modules()]
-    variants = [dict(getattr(module, "lora_variant", {})) for module in model.modules()]
-    with pytest.raises(MatryoshkaError, match=message):
-        nest(model, **options)
-    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
-    assert [dict(vars(module)) for module in model.modules()] == state
-    assert [dict(getattr(m, "lora_variant", {})) for m in model.modules()] == variants
-
-
-def test_rule_lora_takes_an_adapter_that_is_trained() -> None:
-    model = changed(llama(), randomize).eval()
-    before = logits(model)
-    adapter = nest(model, rule="lora")
-    assert torch.equal(logits(model), before)
-    adapter.reorder()
-    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
-    assert adapter.order == "svd"
-
-
-@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if not rule.fixed])
-def test_training_before_the_first_draw_is_an_error(rule: str) -> None:
-    adapter = nested_llama(NESTING, rule, layers=1)
-    assert adapter.ranks == NESTING.ranks  # each was trained with the scale of its own
-    adapter.model.train()
-    with pytest.raises(MatryoshkaError, match=r"give adapter\.callback\(\) to the Trainer"):
-        logits(adapter.model)
-
-
-def test_a_step_of_dylora_frozen_moves_one_column() -> None:
-    """Until the adapter is reordered: from then on all columns learn, as in plain LoRA."""
-    nested = nested_layer("Linear", Nesting((1, 4)), "dylora-frozen")
-    A, B = nested.factors
-
-    def moved(step: int) -> list[list[int]]:
-        before = A.detach().clone(), B.detach().clone()
-        nested.adapter.draw(step)
-        optimizer = torch.optim.SGD([A, B], lr=0.1)
-        optimizer.zero_grad()
-        nested.layer(nested.kind.batch(2)).square().sum().backward()
-        optimizer.step()
-        rows, columns = (before[0] != A).any(dim=1), (before[1] != B).any(dim=0)
-        return [rows.nonzero().flatten().tolist(), columns.nonzero().flatten().tolist()]
-
-    for step in range(4):
-        last = int(RULES["dylora-frozen"].draw(Nesting((1, 4)), 0, step).count_nonzero()) - 1
-        assert moved(step) == [[last], [last]]
-    nested.adapter.reorder()
-    assert moved(4) == [[0, 1, 2, 3], [0, 1, 2, 3]]
-
-
-def test_processes_share_one_draw_over_all_their_rows() -> None:
-    nested = nested_layer("Linear", NESTING, "stratified")
-    whole = RULES["stratified"].draw(NESTING, 0, 5, 6)
-    x = nested.kind.batch(2)
-    for index in range(3):
-        nested.adapter.draw(5, rows=2, share=(index, 3))
-        expected = nested.expected(whole[2 * index : 2 * index + 2], x)
-        torch.testing.assert_close(nested.layer(x), expected, rtol=1e-12, atol=1e-12)
-        last = nested.layer(x[:1])  # the last batch of an epoch
-        torch.testing.assert_close(last, expected[:1], rtol=1e-12, atol=1e-12)
-    with pytest.raises(MatryoshkaError, match="2 rows have a rank each"):
-        nested.layer(nested.kind.batch(4))
 
 
 # Ranks of rows.
@@ -269,7 +125,7 @@ def test_generation_is_what_each_row_would_say_alone(
 def test_another_number_of_rows_is_refused(adapter: NestedAdapter, shape: Any) -> None:
     ids = tokens(*shape)
     with adapter.rows([1, 2, 8]):
-        with pytest.raises(MatryoshkaError, match="3 rows have a rank each, .* give one rank"):
+        with pytest.raises(MatryoshkaError, match=r"3 rows have a rank each, .* give one rank"):
             adapter.model(ids)
         if shape[0] == 6:  # beams, without gradients
             logits(adapter.model, ids)
@@ -331,19 +187,6 @@ def test_when_rows_cannot_have_ranks() -> None:
         adapter.rows([1, 2]).__enter__()
 
 
-def test_contexts_nest_and_end_however_they_are_left(adapter: NestedAdapter) -> None:
-    before = logits(adapter.model)
-    with adapter.rows([1, 1, 1]):
-        outer = logits(adapter.model)
-        with pytest.raises(KeyboardInterrupt), adapter.rows([2, 2, 2]):
-            assert not torch.equal(logits(adapter.model), outer)
-            raise KeyboardInterrupt
-        assert torch.equal(logits(adapter.model), outer)
-    assert torch.equal(logits(adapter.model), before)
-    with adapter.model.disable_adapter():
-        assert torch.equal(logits(adapter.model), logits(tiny_llama()))
-
-
 # Orders.
 
 
@@ -360,7 +203,12 @@ def trainer_without_callback(adapter: NestedAdapter, folder: Path) -> None:
 
     rows = [{"input_ids": row, "labels": row} for row in tokens()]
     arguments = TrainingArguments(
-        str(folder), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
+        str(folder),
+        max_steps=1,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
     )
     Trainer(adapter.model, arguments, train_dataset=rows).train()
     adapter.model.eval()
@@ -451,16 +299,6 @@ def test_merging_leaves_trained_tokens_trainable() -> None:
     assert not torch.equal(logits(model, ids), before)  # they are not merged still
 
 
-@pytest.mark.parametrize("rank", [0, 1, 5, 8])
-def test_merge_and_unload_gives_a_plain_model_of_that_rank(rank: int) -> None:
-    adapter = reordered_llama()
-    adapter.set_rank(rank)
-    expected = logits(adapter.model)
-    merged = adapter.model.merge_and_unload()
-    assert not any("lora" in name for name, _ in merged.named_modules())
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-3, atol=1e-3)
-
-
 def test_two_nested_adapters_have_ranks_of_their_own() -> None:
     first = nested_llama(NESTING, "lora")
     model: Any = first.model
@@ -513,37 +351,6 @@ def test_an_adapter_that_peft_makes_anew_is_plain_until_it_is_nested_again() -> 
     with pytest.raises(MatryoshkaError, match="not nested in every layer: call nest"):
         adapter.set_rank(1)
     assert torch.equal(logits(nest(model, rule="lora").model), logits(plain))
-
-
-@pytest.mark.parametrize("name", ["linear", "cat", "svd"])
-def test_sums_of_reordered_adapters(name: str) -> None:
-    adapter = reordered_llama(layers=1)
-    model: Any = adapter.model
-    model.add_weighted_adapter(["default", "default"], [0.5, 1.0], "sum", combination_type=name)
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    whole = layer.get_delta_weight("default")
-    found = layer.get_delta_weight("sum")
-    if name == "linear":  # of the factors, not of the products
-        assert found.norm() > whole.norm()
-    else:
-        torch.testing.assert_close(found, 1.5 * whole, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("rule", ["lora", "matryoshka"])
-def test_autocast_in_bf16(rule: str) -> None:
-    adapter = nested_llama(NESTING, rule)
-    plain = get_peft_model(tiny_llama(), lora_config(NESTING))
-    plain.load_state_dict(adapter.model.state_dict())
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = logits(adapter.model), logits(plain.eval())
-        if rule == "lora":
-            assert torch.equal(found, expected)
-        assert (found - expected).norm() < 0.1 * expected.norm()
-        loss = adapter.model.train()(tokens()).logits.float().square().mean()
-    loss.backward()
-    A, _ = next(iter(adapter.parameters().values()))
-    assert A.grad is not None
-    assert A.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -638,8 +445,3 @@ def test_compiled_once_for_all_draws(compiled: Any, rule: str) -> None:
             adapter.model.zero_grad()
         for ours, expected in zip(*found, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
-
-
-def test_the_handle_needs_a_nested_adapter() -> None:
-    with pytest.raises(MatryoshkaError, match="not nested in every layer"):
-        NestedAdapter(one_layer("Linear", Nesting((1, 2))))

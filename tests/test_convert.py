@@ -58,6 +58,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("lora", "x", {"keep": "90%", "format": "mlx"}, "one rank for all layers"),
         ("lora", "x", {"max_bytes": 50_000, "format": "merged"}, "cannot be held to a size"),
         ("lora", "x", {"conv_rank": 2}, "--conv-rank is for single files"),
+        ("lora", "x.safetensors", {"max_bytes": "1GB"}, "name a folder"),
         ("lora", "x", {"rank": 9}, "has no rank 9: choose one of 1 to 8"),
         ("lora", "x", {"rank": 0}, "has no rank 0"),
         ("lora", "x", {"rank": 9, "format": "ladder"}, "has no rank 9"),
@@ -86,9 +87,9 @@ def test_a_contradiction_is_refused_with_the_way_out(
 def test_reorder_refuses_what_it_cannot_use(lora: Path, single: Path, tmp_path: Path) -> None:
     with pytest.raises(MatryoshkaError, match="svd uses no data"):
         reorder(lora, tmp_path / "x", data=[])
-    with pytest.raises(MatryoshkaError, match="learned trains an adapter's folder on data"):
+    with pytest.raises(MatryoshkaError, match="learned an adapter's folder and data"):
         reorder(lora, tmp_path / "x", by="learned")
-    with pytest.raises(MatryoshkaError, match="give both"):
+    with pytest.raises(MatryoshkaError, match="give these"):
         reorder(single, tmp_path / "x.safetensors", by="trained", data=[])
     with pytest.raises(MatryoshkaError, match="it becomes a folder"):
         reorder(lora, tmp_path / "x.safetensors")
@@ -124,7 +125,8 @@ def test_it_says_sizes_and_the_error(lora: Path, tmp_path: Path) -> None:
 
 def test_a_size_above_its_own_copies_an_adapter(lora: Path, tmp_path: Path) -> None:
     size = (lora / WEIGHTS_NAME).stat().st_size
-    for number, limit in enumerate((size, "1GB")):
+    limits: tuple[Any, ...] = (size, "1GB")
+    for number, limit in enumerate(limits):
         export(lora, tmp_path / str(number), max_bytes=limit)
         for name in (WEIGHTS_NAME, "adapter_config.json"):
             assert (tmp_path / str(number) / name).read_bytes() == (lora / name).read_bytes()
@@ -232,16 +234,16 @@ def test_what_another_format_cannot_hold_is_refused(tmp_path: Path, base: Path) 
     )
     randomize(model)
     model.save_pretrained(tmp_path / "lora")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "bloom"}')
+    plain_adapter(tmp_path / "plain", target_modules=["q_proj"])
+    other = str(tmp_path / "other")
     readers: tuple[tuple[Any, str, str], ...]
     readers = (("gguf", "x.gguf", "llama.cpp"), ("mlx", "x", "mlx-lm"))
     for format, target, reader in readers:
         with pytest.raises(MatryoshkaError, match=f"lm_head.*{reader} cannot read.*merged"):
             export(tmp_path / "lora", tmp_path / target, 2, format, model=str(base))
-        (tmp_path / "other").mkdir(exist_ok=True)
-        (tmp_path / "other" / "config.json").write_text('{"model_type": "bloom"}')
-        plain_adapter(tmp_path / "plain", target_modules=["q_proj"])
         with pytest.raises(MatryoshkaError, match="models of type 'bloom' cannot be exported"):
-            other = str(tmp_path / "other")
             export(tmp_path / "plain", tmp_path / target, 2, format, model=other)
 
 

@@ -1,4 +1,4 @@
-"""Reordering against numpy's SVD of the dense product, which the package never forms; the checksum."""
+"""Reordering against numpy's SVD of the dense product; the checksum."""
 
 from __future__ import annotations
 

@@ -101,15 +101,6 @@ def test_a_product_is_not_saved_but_multiplied_again(per_row: bool, dtype: torch
     assert all(map(torch.equal, *found))
 
 
-def test_second_derivatives_through_a_product() -> None:
-    _, weight, bias, A, B, p = case()
-
-    def function(gate: Tensor, up: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return low_rank_linear(gate.sigmoid() * up, weight, bias, A, B, p)
-
-    assert torch.autograd.gradgradcheck(function, (*gate_and_up(), A, B))
-
-
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_a_product(use_reentrant: bool) -> None:
     _, weight, bias, A, B, p = case()
@@ -138,25 +129,6 @@ def test_a_product_that_autograd_has_not_is_saved(how: str) -> None:
         y = function(x, weight, bias, A, B, p)
         found.append((y, *torch.autograd.grad(y.square().sum(), [A, B])))
     assert close(*found)
-
-
-def test_what_a_hook_has_packed_is_unpacked_in_the_backward_pass_alone() -> None:
-    """TRL's activation offloading asks for the node that runs backward."""
-    _, weight, bias, A, B, p = case()
-    gate, up = gate_and_up()
-    unpacked: list[Tensor] = []
-
-    def unpack(tensor: Tensor) -> Tensor:
-        assert torch._C._current_autograd_node() is not None
-        unpacked.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
-        x = gate.sigmoid() * up
-    y = low_rank_linear(x, weight, bias, A, B, p)
-    assert not unpacked
-    torch.autograd.grad(y.square().sum(), [gate, up, A, B])
-    assert unpacked
 
 
 @pytest.mark.parametrize("tokens", [(ROWS, TOKENS), (ROWS,)])

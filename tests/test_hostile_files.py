@@ -107,7 +107,7 @@ HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a broken pattern": (
         lambda folder: change(folder, rank_pattern={"(": 4}),
-        "rank_pattern .*damaged",
+        "a pattern of .*damaged",
     ),
     "another method": (lambda folder: change(folder, peft_type="LOHA"), "'LOHA' and not LoRA"),
 }

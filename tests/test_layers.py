@@ -15,7 +15,6 @@ from conftest import (
     lora_config,
     nest_as,
     nested_layer,
-    one_layer,
     randomize,
     tiny_llama,
 )
@@ -194,20 +193,6 @@ def test_a_rank_for_each_row_is_the_formula(
     assert same(nested, p, x)
 
 
-def test_gradients_by_hand() -> None:
-    """``dA = diag(p) B^T G x^T`` and ``dB = G x^T A^T diag(p)``."""
-    nesting = Nesting((1, 3, 4), "sqrt", 0.8)
-    nested = nested_layer("Linear-2d-input", nesting)
-    A, B = nested.factors
-    x, G = nested.kind.batch(ROWS), torch.randn(ROWS, 10, dtype=torch.float64)
-    nested.layer(x).backward(G)
-    D = torch.diag(trained_p(nesting))
-    assert A.grad is not None
-    assert B.grad is not None
-    assert close(A.grad, D @ B.T @ G.T @ x)
-    assert close(B.grad, G.T @ x @ A.T @ D)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_second_derivatives(kind: str) -> None:
     """PEFT's layers allow gradient penalties and Hessian products."""
@@ -220,19 +205,6 @@ def test_second_derivatives(kind: str) -> None:
         norm = torch.stack([g.square().sum() for g in first]).sum()
         seconds.append(torch.autograd.grad(norm, inputs))
     assert all(map(close, *seconds))
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "Linear-2d-input"])
-@pytest.mark.parametrize("training", [True, False])
-def test_an_empty_batch_passes(kind: str, training: bool) -> None:
-    """A list of experts gives an empty one to an expert that no token is routed to."""
-    nested = nested_layer(kind, Nesting((1, 4)))
-    nested.adapter.model.train(training)
-    x = nested.kind.batch(1)[:0]
-    output = nested.layer(x)
-    assert output.shape == nested.layer.base_layer(x).shape
-    output.sum().backward()
-    assert all(f.grad is not None and f.grad.count_nonzero() == 0 for f in nested.factors)
 
 
 @pytest.mark.parametrize("kind", ["Linear-2d-input", "Conv1d", "Conv2d", "Conv3d"])
@@ -367,7 +339,7 @@ def test_reordering_keeps_the_function_and_makes_every_rank_the_best(
     nesting = Nesting(ranks, "sqrt", 0.8)
     nested = nested_layer(kind, nesting, rule)
     A, B = (factor.detach().flatten(1).clone() for factor in nested.factors)
-    whole = torch.full((nesting.max_rank,), nesting.scale).double()
+    whole = deployed_p(nesting, nesting.max_rank, "reordered")
     delta = B @ torch.diag(trained_p(nesting) if rule == "matryoshka" else whole) @ A
     values = nested.adapter.reorder()
     best = oracle.best_errors(delta)
@@ -420,10 +392,12 @@ def test_pefts_scaling_functions_keep_their_effect(kind: str, training: bool) ->
     layer, x, p = nested.layer, random_input(nested), trained_p(nesting)
     layer.set_scale("default", 0.5)
     assert same(nested, p * 0.5, x)
-    layer.scale_layer(3.0)
-    assert same(nested, p * 1.5, x)
-    layer.unscale_layer(None)
-    assert same(nested, p, x)
+    if kind != "Embedding":  # PEFT's embeddings ignore the others
+        layer.scale_layer(3.0)
+        assert same(nested, p * 1.5, x)
+        layer.unscale_layer(None)
+        assert same(nested, p, x)
+    layer.set_scale("default", 1.0)
     with rescale_adapter_scale(nested.adapter.model, multiplier=0.25):
         assert same(nested, p * 0.25, x)
         nested.adapter.model.merge_adapter()
@@ -473,6 +447,7 @@ def test_quantized_layers(bits: int, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     nesting = Nesting((1, 2, 6), "sqrt", 1.25)
     adapter = nested_quantized(tmp_path, bits, nesting)
+    adapter.model.train()  # in eval mode bitsandbytes packs 4-bit weights for the CPU
     layer: Any = adapter.model.base_model.model.model.layers[0].mlp.up_proj
     assert type(layer).__name__ == ("Linear4bit" if bits == 4 else "Linear8bitLt")
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -489,7 +464,6 @@ def test_quantized_layers(bits: int, tmp_path: Path) -> None:
     with torch.no_grad():
         base = layer.base_layer(x)
         torch.testing.assert_close(layer(x) - base, update(p), rtol=1e-4, atol=1e-4)
-        # Merging first: in eval mode bitsandbytes packs 4-bit weights for the CPU.
         adapter.set_rank(2)
         low = deployed_p(nesting, 2, "paper")
         layer.merge()
@@ -508,21 +482,3 @@ def test_quantized_layers(bits: int, tmp_path: Path) -> None:
             rows = torch.stack([deployed_p(nesting, rank, "paper") for rank in (6, 1, 2)])
             found = layer(x) - base
         torch.testing.assert_close(found, update(rows[:, None]), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_moved_to_another_dtype_after_nesting(kind: str) -> None:
-    nesting = Nesting((1, 3, 6), "sqrt", 0.8)
-    nested = nested_layer(kind, nesting, dtype=torch.float32)
-    nested.adapter.model.double()
-    assert same(nested, trained_p(nesting), random_input(nested))
-
-
-@pytest.mark.parametrize(("r", "alpha", "rslora"), [(8, 16, False), (8, 16, True), (6, 3, False)])
-def test_the_scale_is_that_of_the_config(r: int, alpha: int, rslora: bool) -> None:
-    from matryoshka_lora import nest
-
-    model = one_layer("Linear", Nesting((r,)), lora_alpha=alpha, use_rslora=rslora)
-    nesting = nest(model).nesting
-    assert nesting.ranks == ((1, 2, 4, 8) if r == 8 else (1, 2, 4, 6))
-    assert nesting.scale == pytest.approx(alpha / (r**0.5 if rslora else r), rel=1e-14)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
 from matryoshka_lora import NestedAdapter, Nesting
-from matryoshka_lora.reorder.learned import OrderOptimizer, learn
+from matryoshka_lora.reorder.learned import OrderOptimizer, _with_ranks, learn
 from matryoshka_lora.reorder.rows import Rows, read_data
 
 NESTING = Nesting((1, 2, 4, 8))
@@ -100,7 +101,8 @@ def test_ranks_between_nested_ones_are_the_best_of_their_block() -> None:
 
 
 def reordered(dtype: torch.dtype = torch.float32, **lora: Any) -> NestedAdapter:
-    adapter = nested_llama(NESTING, "lora", layers=1, **lora)
+    chosen = {"target_modules": ["q_proj", "v_proj", "down_proj"], **lora}
+    adapter = nested_llama(NESTING, "lora", layers=1, **chosen)
     for name, parameter in adapter.model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
@@ -139,27 +141,14 @@ def test_an_order_that_loses_more_is_not_kept() -> None:
     assert same_bits(before, all_factors(adapter))
 
 
-def test_every_rank_below_r_has_as_many_rows(tmp_path: Path) -> None:
-    adapter = reordered()
-    ranks: list[int] = []
-    standing = adapter.standing
-
-    def seen(q: Tensor) -> Any:
-        ranks.append(int(q.sum()))
-        return standing(q)
-
-    adapter.standing = seen  # type: ignore[method-assign, assignment]
-    rows, sizes = rows_for(adapter), []
-    loss = rows.loss
-
-    def counted(batch: Any) -> Any:
-        if torch.is_grad_enabled():
-            sizes.append((ranks[-1], len(batch["labels"])))
-        return loss(batch)
-
-    rows.loss = counted
-    learn(adapter, rows, 36)
-    assert sizes == [(1, 4), (2, 4), (4, 4)] * 3
+@pytest.mark.parametrize(("count", "least"), [(12, 4), (8, 2), (2, 0)])
+def test_every_rank_below_r_has_as_many_rows(count: int, least: int) -> None:
+    rows = rows_for(reordered())
+    found = _with_ranks(rows, range(20, 20 + count), (1, 2, 4), random.Random(0))
+    sizes = {rank: len(batch["labels"]) for batch, rank in found}
+    assert sum(sizes.values()) == count
+    assert set(sizes.values()) <= {least, least + 1}
+    assert list(sizes) == sorted(sizes)
 
 
 def test_training_factors_are_reordered_first_and_a_second_call_begins_anew(tmp_path: Path) -> None:
@@ -174,7 +163,9 @@ def test_training_factors_are_reordered_first_and_a_second_call_begins_anew(tmp_
         assert adapter.order == "learned"
         assert adapter.model.training
         with torch.no_grad():
-            torch.testing.assert_close(adapter.model(input_ids=ids).logits, whole, rtol=0, atol=1e-3)
+            torch.testing.assert_close(
+                adapter.model(input_ids=ids).logits, whole, rtol=0, atol=1e-3
+            )
         found.append(all_factors(adapter))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Ranks, scales, P and the rules: the paper's formulas, and a draw is a function of seed and step."""
+"""Ranks, scales, P and the rules: the paper's formulas; a draw depends on seed and step alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import pickle
 import random
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,9 @@ def test_what_makes_no_nesting_is_refused(options: dict[str, Any], message: str)
 
 @pytest.mark.parametrize("rank", [9, 0, 2.0, True, "4"])
 def test_a_rank_that_the_nesting_lacks_is_refused(rank: Any) -> None:
-    with pytest.raises(MatryoshkaError, match=r"choose one from 1 to 8|not positive|not an integer"):
+    with pytest.raises(
+        MatryoshkaError, match=r"choose one from 1 to 8|not positive|not an integer"
+    ):
         Nesting((2, 8)).prefix(rank)
 
 
@@ -157,7 +160,7 @@ def test_dylora_draws_are_uniform_and_independent(rule: str, values: Any, limit:
     ranks = [int(get_rule(rule).draw(NESTING, 42, step).count_nonzero()) for step in range(steps)]
     expected = steps / len(values)
     assert sum((ranks.count(v) - expected) ** 2 / expected for v in values) < limit
-    repeated = sum(a == b for a, b in zip(ranks, ranks[1:], strict=False)) / steps
+    repeated = sum(a == b for a, b in pairwise(ranks)) / steps
     assert repeated == pytest.approx(1 / len(values), abs=0.03)
     # Seed 1 at step 0 must not be seed 0 at step 1, as it would be if they were added.
     other = [int(get_rule(rule).draw(NESTING, 43, step).count_nonzero()) for step in range(20)]
@@ -175,5 +178,7 @@ def test_stratified_gives_each_position_each_rank_as_often(rows: int) -> None:
 def test_stratified_needs_rows_and_an_unknown_rule_is_refused() -> None:
     with pytest.raises(MatryoshkaError, match="say how many rows a batch has"):
         get_rule("stratified").draw(NESTING, 0, 0)
-    with pytest.raises(MatryoshkaError, match="did you mean 'matryoshka'.*lora, matryoshka, dylora"):
+    with pytest.raises(
+        MatryoshkaError, match=r"did you mean 'matryoshka'.*lora, matryoshka, dylora"
+    ):
         get_rule("matroshka")

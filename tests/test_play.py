@@ -87,6 +87,7 @@ def test_an_adapter_without_a_base_model_is_refused(folder: Path, tmp_path: Path
         open_session(tmp_path / "rank")
 
 
+@pytest.mark.slow
 def test_the_page_offers_the_ranks_and_loads_nothing_from_elsewhere(session: Session) -> None:
     blocks = page(session)
     parts = {part["type"] for part in blocks.config["components"]}

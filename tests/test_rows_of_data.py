@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from conftest import nested_llama, tiny_llama
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
-from some_rows import all_factors, collate, same_bits, some_rows, trainer_of
+from some_rows import all_factors, same_bits, some_rows, trainer_of
 from tiny_chat import tiny_tokenizer
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -31,7 +30,7 @@ from matryoshka_lora import MatryoshkaError, Nesting, nest
 from matryoshka_lora.reorder.rows import read_data
 
 TEXT = [
-    {"prompt": f"{name} is", "completion": f" {end}" + "</s>" * (name == "b")}
+    {"prompt": f"{name} is", "completion": f" {end}</s>" if end == "u" else f" {end}"}
     for name, end in zip("abcdefghijklmnopqr", "stuvwxyzabcdefghij", strict=True)
 ]
 CHAT = [
@@ -50,24 +49,18 @@ def model() -> Any:
     return get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
 
 
-@pytest.mark.parametrize(("rows", "limit"), [(TEXT, 6), (CHAT, 25)], ids=["text", "chat"])
+@pytest.mark.parametrize(("rows", "limit"), [(TEXT, 6), (TEXT, 99), (CHAT, 24), (CHAT, 99)])
 def test_rows_have_the_tokens_and_labels_of_trl(
-    tmp_path: Path, model: Any, rows: Any, limit: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any, rows: Any, limit: int
 ) -> None:
-    """All are longer than the limit by a token, the end of the answer."""
+    """Whole, and cut within the answer."""
+    monkeypatch.setattr(model.config, "max_position_embeddings", limit)
     args = SFTConfig(str(tmp_path), report_to="none", use_cpu=True, max_length=limit)
-    trainer = SFTTrainer(
-        tiny_llama(vocab_size=99), args, train_dataset=Dataset.from_list(rows),
-        processing_class=tiny_tokenizer(),
-    )  # fmt: skip
-    whole = read_data(model, rows, tiny_tokenizer()).data
-    model.config.max_position_embeddings = limit
-    cut = read_data(model, rows, tiny_tokenizer()).data
-    model.config.max_position_embeddings = 128
-    keys = ("input_ids", "labels")
-    assert cut == [{key: row[key] for key in keys} for row in trainer.train_dataset]
-    assert cut == [{key: row[key][:-1] for key in keys} for row in whole]
-    assert {row["labels"][-1] for row in whole} == {tiny_tokenizer().eos_token_id}
+    data, base = Dataset.from_list(rows), tiny_llama(vocab_size=99)
+    trainer = SFTTrainer(base, args, train_dataset=data, processing_class=tiny_tokenizer())
+    wanted = [{key: row[key] for key in ("input_ids", "labels")} for row in trainer.train_dataset]
+    assert len(wanted) == len(rows)
+    assert read_data(model, rows, tiny_tokenizer()).data == wanted
 
 
 def test_every_source_gives_the_same_rows(tmp_path: Path, model: Any) -> None:
@@ -84,7 +77,10 @@ def test_every_source_gives_the_same_rows(tmp_path: Path, model: Any) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (DatasetDict(train=Dataset.from_list(TEXT)), "row 1 of the data is 'train': give a Trainer"),
+        (
+            DatasetDict(train=Dataset.from_list(TEXT)),
+            "row 1 of the data is 'train': give a Trainer",
+        ),
         (["a", "b"], "row 1 of the data is 'a'"),
         ([*TEXT, None], "row 19 of the data is None"),
         ([{"prompt": "a", "completion": None}], "row 1 of the data"),
@@ -113,8 +109,8 @@ def test_what_are_no_rows_is_refused_and_the_adapter_stays(
 @pytest.mark.parametrize("leaves_out", [True, False])
 def test_the_loss_is_that_of_the_answers(model: Any, monkeypatch: Any, leaves_out: bool) -> None:
     """Rows of unlike lengths, with the logits of all tokens for the oracle."""
-    rows = read_data(model, [{"prompt": "a" * n, "completion": "b" * (9 - n)} for n in range(1, 9)],
-                     tiny_tokenizer())  # fmt: skip
+    data = [{"prompt": "a" * n, "completion": "b" * (9 - n)} for n in range(1, 9)]
+    rows = read_data(model, data, tiny_tokenizer())
     total, count = 0.0, 0
     with torch.no_grad():
         for row in rows.data:
@@ -124,9 +120,7 @@ def test_the_loss_is_that_of_the_answers(model: Any, monkeypatch: Any, leaves_ou
             count += int((labels != -100).sum())
         if not leaves_out:  # as in a model that cannot leave out logits
             forward = model.get_base_model().forward
-            plain = lambda input_ids, attention_mask, use_cache, **_: forward(  # noqa: E731
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
-            )
+            plain = partial(lambda call, **inputs: call(**inputs), forward)
             monkeypatch.setattr(model.get_base_model(), "forward", plain)
         (batch,) = rows.batches(range(8))
         assert float(rows.loss(batch)) == pytest.approx(total / count, rel=1e-5)
@@ -149,7 +143,9 @@ def test_rows_come_all_before_one_comes_again_and_the_held_out_never(model: Any)
 def test_a_fingerprint_knows_tokens_labels_and_order(model: Any) -> None:
     rows = some_rows(4)
     other = [{**rows[0], "labels": [-100] * 5 + [51]}, *rows[1:]]
-    found = [read_data(model, data).fingerprint(range(4)) for data in (rows, rows, other, rows[::-1])]
+    found = [
+        read_data(model, data).fingerprint(range(4)) for data in (rows, rows, other, rows[::-1])
+    ]
     assert found[0] == found[1]
     assert len(set(found)) == 3
 
@@ -177,9 +173,15 @@ def test_a_trainer_gives_its_rate_and_what_it_has_seen(tmp_path: Path) -> None:
     assert other.held_out is None
 
 
-def plain_trainer(model: Any, folder: Path, rows: Any, collator: Any, kind: Any = Trainer) -> Trainer:
+def plain_trainer(
+    model: Any, folder: Path, rows: Any, collator: Any, kind: Any = Trainer
+) -> Trainer:
     args = TrainingArguments(
-        str(folder), per_device_train_batch_size=2, use_cpu=True, report_to="none", disable_tqdm=True
+        str(folder),
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
     )
     return kind(model, args, train_dataset=rows, data_collator=collator)
 
@@ -196,39 +198,34 @@ class Weighted(Trainer):
 
 
 LABELLED = [{"input_ids": [5, 6, 7, n], "labels": [-100, 6, 7, n]} for n in range(8, 32)]
+WITH_TEXT = [{**row, "text": "hello"} for row in LABELLED]
+PAD = DataCollatorForSeq2Seq(tiny_tokenizer())
 COLUMNS = {
-    "a-list": ([{**row, "text": "hello"} for row in LABELLED], "pad", Trainer),
-    "a-dataset": (Dataset.from_list([{**row, "text": "hello"} for row in LABELLED]), "pad", Trainer),
-    "its-own-loader": ([{**row, "weight": 0.5} for row in LABELLED], "default", Weighted),
-    "a-row-without-labels": (
-        [*LABELLED, {"input_ids": [5, 6], "labels": [-100, -100]}], "pad", Trainer,
-    ),  # fmt: skip
+    "a-list": (WITH_TEXT, PAD, Trainer),
+    "a-dataset": (Dataset.from_list(WITH_TEXT), PAD, Trainer),
+    "its-own": ([{**row, "weight": 0.5} for row in LABELLED], default_data_collator, Weighted),
+    "no-label": ([*LABELLED, {"input_ids": [5, 6], "labels": [-100, -100]}], PAD, Trainer),
 }
 
 
 @pytest.mark.filterwarnings("ignore:(the learned order|the trained ranks|these trained ranks)")
 @pytest.mark.parametrize("by", ["learned", "trained"])
 @pytest.mark.parametrize("kind", COLUMNS)
-def test_a_trainer_s_rows_are_collated_as_in_its_training(tmp_path: Path, kind: str, by: Any) -> None:
-    rows, collator, trainer_class = COLUMNS[kind]
-    pad = DataCollatorForSeq2Seq(tiny_tokenizer())
-    collators = {"pad": pad, "default": default_data_collator}
+def test_a_trainer_s_rows_are_collated_as_in_its_training(
+    tmp_path: Path, kind: str, by: Any
+) -> None:
     adapter = nested_llama(Nesting((1, 2)), "lora", layers=1, target_modules=["q_proj"])
-    trainer = plain_trainer(adapter.model, tmp_path, rows, collators[collator], trainer_class)
+    trainer = plain_trainer(adapter.model, tmp_path, *COLUMNS[kind])
     adapter.reorder(by, trainer, rows=24)
     assert adapter.order in ("svd", by)
 
 
 @pytest.mark.filterwarnings("ignore:(the learned order|the trained ranks|these trained ranks)")
 def test_an_sft_trainer_and_images(tmp_path: Path) -> None:
-    adapter = nested_llama(
-        Nesting((1, 2)), "lora", layers=1, target_modules=["q_proj"]
-    )
+    adapter = nested_llama(Nesting((1, 2)), "lora", layers=1, target_modules=["q_proj"])
     args = SFTConfig(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
-    sft: Any = SFTTrainer(
-        adapter.model, args, train_dataset=Dataset.from_list(some_rows(24)),
-        processing_class=tiny_tokenizer(),
-    )  # fmt: skip
+    data, tokenizer = Dataset.from_list(some_rows(24)), tiny_tokenizer()
+    sft: Any = SFTTrainer(adapter.model, args, train_dataset=data, processing_class=tokenizer)
     adapter.reorder("trained", sft, rows=16)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     base = ViTForImageClassification(
@@ -244,49 +241,21 @@ def test_an_sft_trainer_and_images(tmp_path: Path) -> None:
 
 
 def test_rows_without_labels_and_streams_are_refused(tmp_path: Path, model: Any) -> None:
-    unlabelled = [{"input_ids": [5, 6]}] * 20
-    none = [{**row, "labels": [-100] * 6} for row in some_rows(20)]
     stream = Dataset.from_list(some_rows(20)).to_iterable_dataset()
-    args = {"max_steps": 1, "use_cpu": True, "report_to": "none"}
-    for rows in (unlabelled, stream):
-        trainer = Trainer(
-            model, TrainingArguments(str(tmp_path), **args), train_dataset=rows,
-            data_collator=default_data_collator,
-        )  # fmt: skip
-        with pytest.raises(MatryoshkaError, match="the rows of the Trainer have no labels, or are a"):
+    for rows in ([{"input_ids": [5, 6]}] * 20, stream):
+        args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none")
+        trainer = Trainer(model, args, train_dataset=rows, data_collator=default_data_collator)
+        with pytest.raises(
+            MatryoshkaError, match="the rows of the Trainer have no labels, or are a"
+        ):
             read_data(model, trainer)
-    trainer = trainer_of(model, tmp_path, none)
+    none = [{**row, "labels": [-100] * 6} for row in some_rows(20)]
     with pytest.raises(MatryoshkaError, match="none of the rows that judge has a label"):
-        read_data(model, trainer).split(8, 4, 0)
-    assert collate(none)["labels"].unique().tolist() == [-100]
+        read_data(model, trainer_of(model, tmp_path, none)).split(8, 4, 0)
 
 
-TWO = """
-import sys, torch
-from pathlib import Path
-from torch import distributed
-sys.path.insert(0, {tests!r})
-from conftest import nested_llama
-from some_rows import some_rows
-from matryoshka_lora import MatryoshkaError, Nesting
-
-meeting = "file://" + sys.argv[2]
-distributed.init_process_group("gloo", init_method=meeting, rank=int(sys.argv[1]), world_size=2)
-adapter = nested_llama(Nesting((1, 2)), "lora", layers=1, target_modules=["q_proj"])
-try:
-    adapter.reorder("trained", some_rows(20))
-except MatryoshkaError as error:
-    print(error)
-"""
-
-
-@pytest.mark.slow
-def test_one_of_several_processes_is_told_what_to_do(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", TWO.replace("{tests!r}", repr(str(Path(__file__).parent)))]
-    started = [
-        subprocess.Popen([*command, str(n), str(tmp_path / "meet")], stdout=subprocess.PIPE, text=True)
-        for n in range(2)
-    ]
-    for process in started:
-        out, _ = process.communicate(timeout=300)
-        assert "matryoshka reorder FOLDER --by trained --data FILE" in out
+def test_one_of_several_processes_is_told_what_to_do(model: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(MatryoshkaError, match="matryoshka reorder FOLDER --by trained --data FILE"):
+        read_data(model, some_rows(20))

@@ -1,4 +1,4 @@
-"""A chat model that trains in a second: a small Llama with one token a character, and a chat template."""
+"""A chat model that trains in a second: a small Llama with one token a character."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 TEMPLATE = (
-    "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>{% endfor %}"
+    "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files.layers import AdapterFile, Layer, one_thread
+from matryoshka_lora.files.layers import AdapterFile, Layer, Lost, one_thread
 
 Rule = Literal["energy", "sv_ratio", "sv_fro", "sv_cumulative"]
 
@@ -19,10 +19,19 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
-def spectra(adapter: AdapterFile) -> dict[str, Tensor]:
-    """Return the singular values of each layer, float64, decreasing: (R,), or (experts, R)."""
+def spectra(adapter: AdapterFile) -> tuple[dict[str, Tensor], Lost]:
+    """Return the singular values of each layer, and what each rank leaves out of the update.
+
+    The values are the norms of columns in order, ``s_i = scale |B_i| |A_i|``: shape (R,), or
+    (experts, R), float64. They decrease where the order is that of the SVD.
+    """
+    found, lost = {}, Lost(torch.zeros(adapter.max_rank + 1).double())
     with one_thread():
-        return {layer.name: adapter.singular_values(layer) for layer in adapter.layers}
+        for layer in adapter.layers:
+            A, B, own = adapter.cut(layer, layer.rank, 1.0)
+            found[layer.name] = A.double().norm(dim=-1) * B.double().norm(dim=-2)
+            lost.by_rank[: len(own)] += own
+    return found, lost
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from matryoshka_lora.errors import MatryoshkaError
@@ -30,8 +31,8 @@ class NestingCallback(TrainerCallback):
         joined = [name for name in ("packing", "padding_free") if getattr(args, name, False)]
         if rule.per_row and joined:
             raise MatryoshkaError(
-                f"{joined[0]}=True joins the rows of a batch, and rule {rule.name!r} gives each row "
-                f"a rank of its own: set {joined[0]}=False, or take another rule"
+                f"{joined[0]}=True joins the rows of a batch, and rule {rule.name!r} gives each "
+                f"row a rank of its own: set {joined[0]}=False, or take another rule"
             )
         if rule.name == "lora":
             return
@@ -48,8 +49,10 @@ class NestingCallback(TrainerCallback):
                 "the Trainer averages the factors into a teacher without P, which is another "
                 "function: take rule 'lora'"
             )
-        zero = getattr(getattr(args, "hf_deepspeed_config", None), "is_zero3", lambda: False)
-        if zero() or (args.fsdp and getattr(args, "fsdp_config", {}).get("version", 1) == 1):
+        # A launcher's config may say it, and not the arguments.
+        sharding = AcceleratorState()
+        fsdp, zero = getattr(sharding, "fsdp_plugin", None), sharding.deepspeed_plugin
+        if (fsdp and fsdp.fsdp_version == 1) or (zero and zero.zero_stage == 3):
             raise MatryoshkaError(
                 "ZeRO-3 and FSDP 1 save the factors without P: take ZeRO-1, ZeRO-2 or FSDP 2 "
                 "(fsdp_config version 2), or rule 'lora'"

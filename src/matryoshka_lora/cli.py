@@ -380,8 +380,10 @@ def main() -> None:
         if (error.name or "").startswith("matryoshka_lora"):
             raise
         _fail(f"this needs {error.name}: pip install 'matryoshka-lora[{_extra(error.name)}]'")
-    except KeyboardInterrupt:
-        _fail("stopped")
+    except SystemExit as end:
+        if end.code == 130:  # typer's, for Ctrl-C
+            print("stopped; what was finished is kept", file=sys.stderr)
+        raise
 
 
 def _fail(message: str) -> None:

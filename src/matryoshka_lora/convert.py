@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,7 +15,7 @@ import torch
 from matryoshka_lora.budget import Keep, by_size, read_bytes, show_bytes, spectra
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.gguf import write_gguf
-from matryoshka_lora.files.layers import AdapterFile, Lost
+from matryoshka_lora.files.layers import AdapterFile, Lost, OnLayer
 from matryoshka_lora.files.mlx import missing_rope, write_mlx
 from matryoshka_lora.files.output import PathLike, check_place, new_file, new_folder
 from matryoshka_lora.files.peft import Ranks, open_adapter, plan_rank, write_nested, write_rank
@@ -24,7 +24,6 @@ from matryoshka_lora.files.tensors import read_json
 from matryoshka_lora.nesting import Nesting
 
 Format = Literal["peft", "merged", "ladder", "gguf", "mlx"]
-OnLayer = Callable[[], object] | None
 
 _ENDINGS = {"gguf": ".gguf", "single": ".safetensors"}
 
@@ -68,34 +67,6 @@ class Exported:
         return [*found, self.note] if self.note else found
 
 
-@dataclass(frozen=True)
-class _Wish:
-    """How much of an adapter is wanted; see `export`."""
-
-    rank: int | None
-    keep: Keep | None
-    max_bytes: int | None
-    conv_rank: int | None
-
-    @property
-    def is_empty(self) -> bool:
-        return (self.rank, self.keep, self.max_bytes, self.conv_rank) == (None,) * 4
-
-    def check(self, kind: str, style: Style | None) -> None:
-        """Refuse contradictions."""
-        by_layer = self.keep is not None or self.max_bytes is not None
-        if self.is_empty and kind != "ladder" and style is None:
-            raise MatryoshkaError("say how much to keep: --rank 8, --keep 95% or --max-bytes 50MB")
-        if self.keep is not None and self.max_bytes is not None:
-            raise MatryoshkaError("--keep and --max-bytes each choose the ranks: leave one out")
-        if by_layer and kind in ("ladder", "mlx"):
-            raise MatryoshkaError(f"format {kind} has one rank for all layers: give --rank")
-        if self.max_bytes is not None and kind in ("gguf", "merged"):
-            raise MatryoshkaError(f"format {kind} cannot be held to a size: give --rank or --keep")
-        if self.conv_rank is not None and kind != "single":
-            raise MatryoshkaError("--conv-rank is for single files: give --rank")
-
-
 def reorder(
     source: PathLike,
     target: PathLike,
@@ -112,13 +83,11 @@ def reorder(
 ) -> Exported:
     """Make any LoRA adapter nested, so that every prefix is a good adapter of its rank.
 
-    ``"svd"`` needs neither data nor the base model, keeps the function of the largest rank, and has
-    one layer in memory at a time. ``"learned"`` and ``"trained"`` run the base model over data.
-
     Args:
         source: PEFT's folder of an adapter, or a single ``.safetensors`` file.
         target: The folder or file to write. In a file each layer keeps its own rank.
-        by: ``"svd"``, ``"learned"`` or ``"trained"``; see `NestedAdapter.reorder`.
+        by: ``"svd"`` needs neither data nor the base model, and keeps the function of the largest
+            rank. ``"learned"`` and ``"trained"``: see `NestedAdapter.reorder`.
         data: The training data, for all but ``"svd"``.
         rows: How many rows of the data are used; None is the method's own number.
         model: The base model; None is what the adapter names.
@@ -135,19 +104,15 @@ def reorder(
     kind = _kind(adapter, target, None if adapter.is_single else "peft", None)
     place = check_place(target, force, source, kind == "peft")
     ranks = (adapter.nesting or Nesting.powers_of_two(adapter.max_rank)).ranks
+    if (by == "svd") != (data is None) or (data is not None and kind == "single"):
+        raise MatryoshkaError(f"svd uses no data, {by} an adapter's folder and data: give these")
     if by == "svd":
-        if data is not None or rows is not None:
-            raise MatryoshkaError(
-                "svd uses no data: leave data and rows out, or reorder by learned"
-            )
         adapter = replace(adapter, order=None)
         if kind == "single":
             own = {layer.name: layer.rank for layer in adapter.layers}
             write_single(adapter, place, own, force, on_layer)
         else:
             write_nested(adapter, place, force, on_layer)
-    elif data is None or kind == "single":
-        raise MatryoshkaError(f"{by} trains an adapter's folder on data: give both")
     else:
         from matryoshka_lora.models import load_model, load_tokenizer
         from matryoshka_lora.nested import load
@@ -194,41 +159,54 @@ def export(
         conv_rank: The rank of a single file's convolutions.
         style: The keys of a single file: ``"kohya"``, ``"diffusers"``, or ``"peft"`` for a folder.
             Alone it changes nothing else.
-        model: The base model; None is what the adapter names.
-        revision: The base model's revision on the hub.
-        force: Whether what is at the target is replaced.
-        on_layer: Called after each layer.
+        model, revision, force, on_layer: As for `reorder`.
 
     Raises:
         MatryoshkaError: The adapter has no such rank or format, or the target is taken.
     """
     adapter = open_adapter(source)
-    kind = _kind(adapter, target, format, style)
+    kind, before = _kind(adapter, target, format, style), adapter.size
     place = check_place(target, force, source, folder=kind not in _ENDINGS)
     limit = None if max_bytes is None else read_bytes(max_bytes)
-    wish = _Wish(rank, None if keep is None else Keep.read(keep), limit, conv_rank)
-    wish.check(kind, style)
-    before = adapter.size
-    if limit is not None and limit >= before and (rank, conv_rank, style) == (None,) * 3:
+    is_plain = (rank, conv_rank, style) == (None, None, None)
+    _check(kind, is_plain, keep, limit, conv_rank)
+    if style or adapter.is_single != (kind == "single"):
+        adapter = in_style(adapter, style or "diffusers")
+    elif limit is not None and limit >= before and is_plain:
         _copy(adapter, place, force)
         own = {layer.name: layer.rank for layer in adapter.layers}
         return Exported(place, kind, own, before, _size(place))
-    note = ""
-    if adapter.is_single and adapter.others:
-        note = f"{len(adapter.others)} tensors stay as they are, such as {adapter.others[0]}"
-    if style or adapter.is_single != (kind == "single"):
-        adapter = in_style(adapter, style or "diffusers")
     if kind == "ladder":
         ladder = _ladder(adapter, place, rank, force, on_layer)
         note = f"vLLM's command: matryoshka serve {source} --print"
         return Exported(place, kind, ladder, before, _size(place), note=note)
-    if wish.is_empty:
+    if (rank, keep, limit, conv_rank) == (None, None, None, None):
         adapter = replace(adapter, order=AS_GIVEN)
-    ranks, limited = _ranks(adapter, kind, wish)
-    lost, told = _write(adapter, place, kind, ranks, (model, revision), force, on_layer)
+    ranks, limited = _ranks(adapter, kind, rank, keep, limit, conv_rank)
+    lost, note = _write(adapter, place, kind, ranks, (model, revision), force, on_layer)
     if limited:
-        told = f"rank {rank} decided in {limited} of {len(adapter.layers)} layers: keep wants more"
-    return Exported(place, kind, ranks, before, _size(place), lost.error(), told or note)
+        note = f"rank {rank} decided in {limited} of {len(adapter.layers)} layers: keep wants more"
+    return Exported(place, kind, ranks, before, _size(place), lost.error(), note)
+
+
+def _check(
+    kind: str, is_plain: bool, keep: object, max_bytes: int | None, conv_rank: int | None
+) -> None:
+    """Refuse contradictions; ``is_plain``: neither a rank nor a style is wished for."""
+    by_layer = keep is not None or max_bytes is not None
+    reason = ""
+    if is_plain and not by_layer and kind != "ladder":
+        reason = "say how much to keep: --rank 8, --keep 95% or --max-bytes 50MB"
+    elif keep is not None and max_bytes is not None:
+        reason = "--keep and --max-bytes each choose the ranks: leave one out"
+    elif by_layer and kind in ("ladder", "mlx"):
+        reason = f"format {kind} has one rank for all layers: give --rank"
+    elif max_bytes is not None and kind in ("gguf", "merged"):
+        reason = f"format {kind} cannot be held to a size: give --rank or --keep"
+    elif conv_rank is not None and kind != "single":
+        reason = "--conv-rank is for single files: give --rank"
+    if reason:
+        raise MatryoshkaError(reason)
 
 
 def _kind(
@@ -249,29 +227,36 @@ def _kind(
     return kind
 
 
-def _ranks(adapter: AdapterFile, kind: str, wish: _Wish) -> tuple[Ranks, int]:
+def _ranks(
+    adapter: AdapterFile,
+    kind: str,
+    rank: int | None,
+    keep: float | str | None,
+    max_bytes: int | None,
+    conv_rank: int | None,
+) -> tuple[Ranks, int]:
     """Return the ranks, and in how many layers the wished rank is below what keep asks for."""
-    for each in (wish.rank, wish.conv_rank):
+    for each in (rank, conv_rank):
         if each is not None:
             adapter.check_rank(each)
     most = {}
     for layer in adapter.layers:
-        asked = wish.conv_rank if wish.conv_rank and layer.is_convolution else wish.rank
+        asked = conv_rank if conv_rank and layer.is_convolution else rank
         most[layer.name] = min(asked or layer.rank, layer.rank)
-    if wish.keep is None and wish.max_bytes is None:
-        return (wish.rank if wish.rank and kind != "single" else most), 0
+    if keep is None and max_bytes is None:
+        return (rank if rank and kind != "single" else most), 0
     if adapter.order not in (None, "svd"):
         raise MatryoshkaError(
             f"singular values do not say what the ranks of {adapter.name} keep, since its order is "
             f"{adapter.order!r}: give --rank, or reorder it by svd first"
         )
-    values = spectra(adapter)
-    if wish.keep is not None:
-        wanted = {name: wish.keep.rank(own) for name, own in values.items()}
-        limited = sum(wanted[name] > most[name] for name in most) if wish.rank else 0
+    values, _ = spectra(adapter)
+    if keep is not None:
+        wanted = {name: Keep.read(keep).rank(own) for name, own in values.items()}
+        limited = sum(wanted[name] > most[name] for name in most) if rank else 0
         return {name: min(most[name], wanted[name]) for name in most}, limited
     plan = plan_single if kind == "single" else plan_rank
-    room = wish.max_bytes or 0
+    room = max_bytes or 0
     return by_size(adapter.layers, values, most, room, lambda own: plan(adapter, own).size), 0
 
 
@@ -286,20 +271,23 @@ def _write(
 ) -> tuple[Lost, str]:
     """Write an output; return what it leaves out, and what a user should know."""
     if kind == "single":
-        own = {x.name: ranks for x in adapter.layers} if isinstance(ranks, int) else ranks
-        return write_single(adapter, place, own, force, on_layer), ""
+        assert isinstance(ranks, Mapping)
+        others = adapter.others
+        note = f"{len(others)} tensors stay as they are, such as {others[0]}" if others else ""
+        return write_single(adapter, place, ranks, force, on_layer), note
     if kind == "peft":
         return write_rank(adapter, place, ranks, force, on_layer), ""
     name, revision = _base(adapter, *base)
-    config = _base_config(name, revision)
+    config, plan = _base_config(name, revision), plan_rank(adapter, ranks)
     if kind == "gguf":
-        return write_gguf(adapter, place, ranks, config, force, on_layer), ""
-    if kind == "merged":
-        return _merge(adapter, place, ranks, (name, revision, config), force, on_layer), ""
-    assert isinstance(ranks, int)
-    lost, fields = write_mlx(adapter, place, ranks, config, force, on_layer), missing_rope(config)
-    told = f"mlx-lm may need these in the base model's config.json: {json.dumps(fields)[1:-1]}"
-    return lost, told if fields else ""
+        with new_file(place, force, adapter.source) as file:
+            return write_gguf(plan, file, config, on_layer), ""
+    with new_folder(place, force, adapter.source) as folder:
+        if kind == "merged":
+            return _merge(adapter, folder, ranks, (name, revision, config), on_layer), ""
+        fields = missing_rope(config)
+        note = f"mlx-lm may need these in the base model's config.json: {json.dumps(fields)[1:-1]}"
+        return write_mlx(plan, folder, config, on_layer), note if fields else ""
 
 
 def _merge(
@@ -307,9 +295,9 @@ def _merge(
     place: Path,
     ranks: Ranks,
     base: tuple[str, str | None, dict[str, Any]],
-    force: bool,
     on_layer: OnLayer,
 ) -> Lost:
+    """Write the base model with the adapter in its weights, in the base model's own dtype."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
@@ -318,7 +306,6 @@ def _merge(
     name, revision, config = base
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     model = load_model(name, getattr(torch, dtype.removeprefix("torch.")), revision, "cpu")
-    tokenizer = load_tokenizer(name, revision)
     with tempfile.TemporaryDirectory() as folder:
         lost = write_rank(adapter, f"{folder}/rank", ranks, on_layer=on_layer)
         adapted: Any = PeftModel.from_pretrained(model, f"{folder}/rank")
@@ -328,13 +315,11 @@ def _merge(
         layer: Any = outside.get_base_layer() if isinstance(outside, LoraLayer) else outside
         layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
         model.config.tie_word_embeddings = False
-    merged = adapted.merge_and_unload(safe_merge=True)
-    with new_folder(place, force, adapter.source) as fresh:
-        merged.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
-        written = read_json(fresh / "config.json")
-        text = json.dumps({**written, **missing_rope(written)}, indent=2)
-        (fresh / "config.json").write_text(text, encoding="utf-8")
+    adapted.merge_and_unload(safe_merge=True).save_pretrained(place)
+    load_tokenizer(name, revision).save_pretrained(place)
+    written = read_json(place / "config.json")
+    text = json.dumps({**written, **missing_rope(written)}, indent=2)
+    (place / "config.json").write_text(text, encoding="utf-8")
     return lost
 
 
@@ -366,20 +351,15 @@ def _base(adapter: AdapterFile, model: str | None, revision: str | None) -> tupl
 
 def _base_config(name: str, revision: str | None) -> dict[str, Any]:
     """Return the base model's ``config.json``."""
+    from transformers.utils import cached_file
+
     from matryoshka_lora.models import source_of
 
-    file = Path(source_of(name)) / "config.json"
-    if file.is_file():
-        return read_json(file)
-    from transformers import AutoConfig
-
     try:
-        config: Any = AutoConfig.from_pretrained(name, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        raise MatryoshkaError(
-            f"cannot find the base model {name!r}: give it with --model"
-        ) from error
-    return dict(config.to_dict())
+        file = cached_file(source_of(name), "config.json", revision=revision or "main")
+    except OSError as error:
+        raise MatryoshkaError(f"no base model {name!r}: give another one with --model") from error
+    return read_json(Path(str(file)))
 
 
 def _copy(adapter: AdapterFile, place: Path, force: bool) -> None:

@@ -24,7 +24,7 @@ from matryoshka_lora.nested import nest
 
 LINES, DIGITS = 256, 4
 LAYERS, RANK = 2, 32
-STEPS, BATCH, RATE = 200, 32, 4e-3
+STEPS, BATCH, RATE = 300, 32, 4e-3
 EXPORTED = 4  # the rank that plain PEFT reads
 
 # Run in a process of its own, in which this package cannot be imported.
@@ -123,12 +123,14 @@ def train_adapter(base: Path, tokens: Tensor, mask: Tensor, steps: int = STEPS) 
     adapter = nest(get_peft_model(model, config))
     parameters = [p for p in adapter.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 10) * (1 - step / steps)
+    )
     epochs = -(-steps * BATCH // len(tokens))
-    order = torch.cat([torch.randperm(len(tokens)) for _ in range(epochs)]).split(BATCH)
+    order = torch.cat([torch.randperm(len(tokens)) for _ in range(epochs)])
     adapter.model.train()
     for step in (bar := tqdm(range(steps), "training", leave=False)):
-        chosen = order[step]
+        chosen = order[step * BATCH : (step + 1) * BATCH]
         adapter.draw(step)
         logits = _logits(adapter.model, tokens[chosen], mask[chosen])
         answers = tokens[chosen, -DIGITS:].to(logits.device)

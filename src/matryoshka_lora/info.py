@@ -6,11 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from matryoshka_lora.budget import Keep, show_bytes, spectra
-from matryoshka_lora.files.layers import AdapterFile, Lost, one_thread, tails
+from matryoshka_lora.files.layers import AdapterFile, Lost
 from matryoshka_lora.files.output import PathLike
 from matryoshka_lora.files.peft import Ranks, open_adapter, plan_rank
 from matryoshka_lora.files.single import plan_single
@@ -99,15 +98,7 @@ def describe(path: PathLike) -> Description:
         MatryoshkaError: It is no LoRA adapter, or damaged.
     """
     adapter = open_adapter(path)
-    lost = Lost(torch.zeros(adapter.max_rank + 1).double())
-    values = spectra(adapter)
-    with one_thread():
-        for layer in adapter.layers:
-            if adapter.order in (None, "svd"):
-                own = tails(values[layer.name])
-            else:
-                own = adapter.lost(layer, *adapter.read(layer))
-            lost.by_rank[: len(own)] += own
+    values, lost = spectra(adapter)
     return Description(adapter, lost, values)
 
 

@@ -44,4 +44,4 @@ def test_peft_alone_computes_what_the_adapter_does(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", READER, *map(str, arguments)], check=True)
     for rank, folder in folders.items():
         adapter.set_rank(rank)
-        assert distance(torch.load(folder / "logits"), logits(adapter.model)) < 1e-6
+        assert distance(torch.load(folder / "logits"), logits(adapter.model)) < 1e-5

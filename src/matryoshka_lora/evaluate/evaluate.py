@@ -12,13 +12,14 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.evaluate.results import Evaluation, examples, summary, with_error
-from matryoshka_lora.evaluate.tasks import Asked, load_data, load_task, seed
+from matryoshka_lora.evaluate.results import Evaluation, examples, summary
+from matryoshka_lora.evaluate.tasks import judge, load_data, load_task
+from matryoshka_lora.files.layers import AdapterFile
 from matryoshka_lora.files.output import check_place, new_folder
-from matryoshka_lora.files.peft import AdapterFile, open_adapter, plan_rank, write_rank
+from matryoshka_lora.files.peft import open_adapter, plan_rank, write_rank
 from matryoshka_lora.nesting import Nesting
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from matryoshka_lora.adapter import NestedAdapter
 
+_Backend = tuple[Any, Callable[[int], object], str]  # who answers, how it gets a rank, its dtype
 _PACKAGES = ("matryoshka-lora", "torch", "transformers", "peft", "lm_eval", "datasets", "vllm")
 
 
@@ -62,7 +64,7 @@ def evaluate(
 
     Args:
         adapter: A folder, or an adapter in memory, which is measured as it is.
-        tasks: Tasks or groups of lm-evaluation-harness, YAML files of them, or `tasks.PRESETS`.
+        tasks: Tasks or groups of lm-evaluation-harness, or YAML files of tasks.
         data: Instead of tasks: a ``.jsonl`` file or rows with ``prompt`` and ``completion``, texts
             or chat messages, or with ``messages``. The answer must equal the completion.
         ranks: Increasing; None means the nested ones, and ``"all"`` each from 1 to R.
@@ -82,9 +84,10 @@ def evaluate(
         progress: Whether bars and results of tasks are shown on stderr.
 
     Raises:
-        MatryoshkaError: Adapter, base model, tasks or data do not go together, or the folder exists.
+        MatryoshkaError: Adapter, base model, tasks or data do not go together; or the folder exists
+            already.
     """
-    if (tasks is None) == (data is None):
+    if (not tasks) == (data is None):
         raise MatryoshkaError("give either tasks, such as arc_easy, or data, such as my.jsonl")
     if engine not in ("hf", "vllm"):
         raise MatryoshkaError(f"engine is {engine!r}; write 'hf' or 'vllm'")
@@ -98,41 +101,49 @@ def evaluate(
     if model is None:
         model, revision = config.get("base_model_name_or_path"), revision or config.get("revision")
     asked_ranks = ((0,) if base and _has_base(config) else ()) + chosen
-    with _quiet():
-        tokenizer = tokenizer or _tokenizer(file, model, revision)
-        names = tasks.split(",") if isinstance(tasks, str) else tasks
-        if names is None:
-            asked = [load_data(data, tokenizer, num_fewshot)]
-        else:
-            asked = [load_task(name.strip(), num_fewshot) for name in names]
-        if engine == "vllm":
-            answering = _vllm(file, asked_ranks, model, revision, dtype, batch_size)
-        else:
-            loaded = given if file is None else _loaded(file, model, revision, dtype)
-            answering = _transformers(loaded, asked_ranks, tokenizer, batch_size, progress)
-        about = {"adapter": "" if file is None else file.name, "model": model, "revision": revision}
-        about |= {"limit": limit, "engine": engine, "versions": _versions()}
-        result = Evaluation(about, chosen, {rank: _size(given, rank) for rank in chosen})
-        with answering as backend:
-            result.about["dtype"] = backend.dtype
-            for each in asked:
-                _measure(each, backend, asked_ranks, limit, result)
-                if progress:
-                    print(*_told(result, each), sep="\n", file=sys.stderr)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it would log at each rank what it does
+    tokenizer = tokenizer or _tokenizer(file, model, revision)
+    names = tasks.split(",") if isinstance(tasks, str) else tasks
+    asked = [load_task(name.strip()) for name in names or ()] or [load_data(data, tokenizer)]
+    about: dict[str, Any] = {"adapter": file.name if file else "", "model": model}
+    about |= {"revision": revision, "limit": limit, "engine": engine, "versions": _versions()}
+    result = Evaluation(about, chosen, {rank: _size(given, rank) for rank in chosen})
+    if engine == "vllm":
+        backend = _vllm(file, asked_ranks, model, revision, dtype, batch_size)
+    else:
+        loaded = given if file is None else _loaded(file, model, revision, dtype)
+        backend = _transformers(loaded, asked_ranks, tokenizer, batch_size, progress)
+    with backend as (lm, choose, result.about["dtype"]):
+        for name, task in asked:
+            judged = {}
+            for rank in asked_ranks:
+                choose(rank)
+                judged[rank] = judge(lm, task, num_fewshot, limit)
+            _put(result, name, list(task["tasks"]), judged)
+            if progress:
+                print(*result.lines(), sep="\n", file=sys.stderr)
     if out is not None:
         _write(result, out, force)
     return result
 
 
 def _chosen(given: Any, ranks: Sequence[int] | Literal["all"] | None) -> tuple[int, ...]:
-    allowed = tuple(given.ranks)
-    if ranks is None:
-        ranks = (given.nesting or Nesting.powers_of_two(given.max_rank)).ranks
-    chosen = Nesting(allowed if ranks == "all" else tuple(map(int, ranks))).ranks
+    nesting = given.nesting
+    if not isinstance(given, AdapterFile):
+        every = given.ranks
+    elif given.order == "paper":
+        every = nesting.ranks
+    else:
+        every, nesting = (
+            range(1, given.max_rank + 1),
+            nesting or Nesting.powers_of_two(given.max_rank),
+        )
+    wanted = every if ranks == "all" else nesting.ranks if ranks is None else ranks
+    chosen = Nesting(tuple(wanted)).ranks
     for rank in chosen:
-        if rank not in allowed:
+        if rank not in every:
             raise MatryoshkaError(
-                f"rank {rank} cannot be measured; the ranks are {', '.join(map(str, allowed))}. "
+                f"rank {rank} cannot be measured; the ranks are {', '.join(map(str, every))}. "
                 "An adapter in memory has all after adapter.reorder()"
             )
     return chosen
@@ -148,8 +159,9 @@ def _size(given: Any, rank: int) -> int:
     """Return the bytes of the adapter at a rank."""
     if isinstance(given, AdapterFile):
         return plan_rank(given, rank).size
-    top, pairs = given.nesting.max_rank, given.parameters().values()
-    return sum(each.numel() * each.element_size() for pair in pairs for each in pair) * rank // top
+    factors = [factor for pair in given.parameters().values() for factor in pair]
+    whole: int = sum(factor.numel() * factor.element_size() for factor in factors)
+    return rank * whole // int(given.nesting.max_rank)
 
 
 def _tokenizer(file: AdapterFile | None, model: str | None, revision: str | None) -> Any:
@@ -170,14 +182,6 @@ def _loaded(file: AdapterFile, model: str | None, revision: str | None, dtype: A
     return load(load_model(model, dtype, revision), file.name)
 
 
-class _Backend(NamedTuple):
-    """The harness' object that answers, its dtype, and what makes it answer at a rank."""
-
-    lm: Any
-    dtype: str
-    choose: Callable[[int], object]
-
-
 @contextmanager
 def _transformers(
     adapter: NestedAdapter, ranks: Sequence[int], tokenizer: Any, size: int | None, progress: bool
@@ -187,7 +191,7 @@ def _transformers(
     training = adapter.model.training
     try:
         lm = ManyRanks(adapter, tokenizer, ranks, size, progress)
-        yield _Backend(lm, _name(adapter.model.dtype), partial(setattr, lm, "lora_rank"))
+        yield lm, partial(setattr, lm, "lora_rank"), _name(adapter.model.dtype)
     finally:
         adapter.model.train(training)
 
@@ -201,73 +205,42 @@ def _vllm(
     dtype: torch.dtype | None,
     size: int | None,
 ) -> Iterator[_Backend]:
-    if file is None:
-        raise MatryoshkaError("vLLM reads adapters from the disk: save this one, give its folder")
-    if importlib.util.find_spec("vllm") is None:
-        raise MatryoshkaError("engine 'vllm' needs vLLM: pip install vllm")
+    if file is None or importlib.util.find_spec("vllm") is None:
+        raise MatryoshkaError("engine 'vllm' needs an adapter on the disk, and pip install vllm")
     from lm_eval.models.vllm_causallms import VLLM
     from vllm.lora.request import LoRARequest
 
     from matryoshka_lora.models import source_of
 
+    name = "auto" if dtype is None else _name(dtype)
     with tempfile.TemporaryDirectory(prefix="matryoshka-") as cache:
-        folders = {rank: f"{cache}/rank-{rank}" for rank in ranks if rank}
-        for rank, folder in folders.items():
-            write_rank(file, folder, rank)
-        name = "auto" if dtype is None else _name(dtype)
+        requests: dict[int, Any] = {0: None}
+        for rank in filter(None, ranks):
+            requests[rank] = LoRARequest(f"rank-{rank}", rank, f"{cache}/{rank}")
+            write_rank(file, f"{cache}/{rank}", rank)
         lm = VLLM(
             source_of(str(model)),
             revision=revision,
             dtype=name,
             batch_size=size or "auto",
-            lora_local_path=folders[max(ranks)],
+            lora_local_path=f"{cache}/{max(ranks)}",
             max_lora_rank=max(8, 1 << (max(ranks) - 1).bit_length()),  # vLLM takes powers of two
-            max_cpu_loras=len(folders),
+            max_cpu_loras=len(ranks),
             enable_prefix_caching=True,
         )
-
-        def choose(rank: int) -> None:
-            lm.lora_request = LoRARequest(f"rank-{rank}", rank, folders[rank]) if rank else None
-
-        yield _Backend(lm, name, choose)
+        yield lm, lambda rank: setattr(lm, "lora_request", requests[rank]), name
 
 
-def _measure(
-    asked: Asked, backend: _Backend, ranks: Sequence[int], limit: int | None, result: Evaluation
-) -> None:
-    """Let the harness judge at each rank, and put its numbers into the evaluation."""
-    # `simple_evaluate` would describe the machine with git and pip at each rank, for seconds.
-    from lm_eval.evaluator import evaluate as judge
-
-    judged: dict[int, Any] = {}
-    for rank in ranks:
-        backend.choose(rank)
-        seed(asked)
-        try:
-            judged[rank] = judge(backend.lm, asked.loaded, limit=limit)
-        except (AssertionError, ValueError) as error:
-            if isinstance(error, MatryoshkaError):
-                raise
-            reason = str(error) or type(error).__name__
-            raise MatryoshkaError(f"the harness cannot run {asked.name}: {reason}") from error
-    names = list(asked.loaded["tasks"])
-    group = asked.name if asked.name in judged[ranks[0]].get("groups", {}) else None
-    if group:
-        result.tasks[group] = summary(group, asked.metric, judged)
-    for name in names:
-        called = asked.name if len(names) == 1 else name
-        samples = {rank: found["samples"][name] for rank, found in judged.items()}
-        more = {"group": group} if group else {}
-        result.tasks[called] = {**summary(name, asked.metric, judged), **more}
-        result.examples += examples(called, samples, group)
-
-
-def _told(result: Evaluation, asked: Asked) -> Iterator[str]:
-    for name, task in result.tasks.items():
-        if asked.name in (name, task.get("group")) or name in asked.loaded["tasks"]:
-            value, error = (result.metric(name)[kind] for kind in ("value", "stderr"))
-            pairs = [f"{rank or 'none'} {with_error(value[rank], error[rank])}" for rank in value]
-            yield f"{name}: {', '.join(pairs)}"
+def _put(result: Evaluation, name: str, tasks: list[str], judged: dict[int, Any]) -> None:
+    """Put the harness' numbers at each rank into an evaluation: a group's as one task's."""
+    is_one = len(tasks) == 1
+    if is_one or name in next(iter(judged.values())).get("groups", {}):
+        result.tasks[name] = summary(tasks[0] if is_one else name, judged)
+    else:
+        result.tasks |= {task: summary(task, judged) for task in tasks}
+    for task in tasks:
+        samples = {rank: found["samples"][task] for rank, found in judged.items()}
+        result.examples += examples(name if name in result.tasks else task, samples)
 
 
 def _write(result: Evaluation, out: str | os.PathLike[str], force: bool) -> None:
@@ -290,15 +263,3 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the harness from logging at each rank what it does; errors stay."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

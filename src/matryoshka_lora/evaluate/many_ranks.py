@@ -30,7 +30,7 @@ from matryoshka_lora.evaluate.rows import (
     Scores,
     Tokens,
     Tree,
-    shared_prefixes,
+    shared_prefix,
     tree_of,
 )
 
@@ -62,8 +62,8 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
 
     Attributes:
         lora_rank: The rank whose answers the harness gets. (Its ``rank`` is a process' number.)
-        together: Whether rows of one batch have ranks of their own. A model with which that does not
-            work, such as one with routed experts, answers at one rank after the other.
+        together: Whether rows of one batch have ranks of their own. A model with which that does
+            not work, such as one with routed experts, answers at one rank after the other.
     """
 
     def __init__(
@@ -107,8 +107,11 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
             name = hash_args(kind, request.args)
             keys.append((name, seen[name]))
             seen[name] += 1
-        new = [n for n, key in enumerate(keys) if (*key, self.lora_rank) not in self._answers]
-        if new:
+        tasks: dict[Any, list[int]] = defaultdict(list)  # questions of one task have the same shots
+        for n, key in enumerate(keys):
+            if (*key, self.lora_rank) not in self._answers:
+                tasks[requests[n].task_name].append(n)
+        for new in tasks.values():
             found = self._at_all_ranks(kind, [requests[n] for n in new])
             for rank, answers in found.items():
                 for n, answer in zip(new, answers, strict=True):
@@ -152,11 +155,10 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
         trees = [tree_of(context, branches) for context, branches in contexts.items()]
         scores = Scores(len(requests), self.ranks)
         with self._bar(len(trees), "log-likelihoods") as bar, torch.no_grad():
-            for begin, members in self._groups(trees):
-                pairs = [(tree, rank) for tree in members for rank in self.ranks]
-                for batch in self._batches(pairs, begin):
-                    self._score(begin, batch, scores)
-                    bar.update(len(batch))
+            begin = self._begin(trees)
+            for batch in self._batches([(t, rank) for t in trees for rank in self.ranks], begin):
+                self._score(begin, batch, scores)
+                bar.update(len(batch))
         return list(zip(scores.logprobs, scores.greedy, strict=True))
 
     def _score(self, begin: Rows | None, batch: list[tuple[Tree, int]], scores: Scores) -> None:
@@ -197,16 +199,15 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
             for numbers in alike.values():
                 limits = self._limits(requests[numbers[0]].args[1])
                 prompts = [self._prompt(n, requests[n].args[0], limits) for n in numbers]
-                for begin, members in self._groups(prompts):
-                    for answer in self._written(begin, members, limits):
-                        texts[answer.rank][answer.number] = limits.text(answer)
-                        bar.update()
+                for answer in self._written(self._begin(prompts), prompts, limits):
+                    texts[answer.rank][answer.number] = limits.text(answer)
+                    bar.update()
         return texts
 
     def _is_greedy(self, given: dict[str, Any]) -> bool:
         """Return whether task and model ask for greedy decoding and nothing else."""
         settings, own = normalize_gen_kwargs(given), self.model.generation_config.to_diff_dict()
-        names = {*settings, *(name for name, value in own.items() if value is not None)}
+        names = {*settings, *(name for name, value in own.items() if value and name[0] != "_")}
         return not settings["do_sample"] and "max_length" not in given and names <= _PLAIN_SETTINGS
 
     def _limits(self, given: dict[str, Any]) -> Limits:
@@ -229,9 +230,9 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
 
     def _written(self, begin: Rows | None, prompts: list[Tree], limits: Limits) -> Iterator[Answer]:
         """Yield answers that are over. Their rows leave, and waiting prompts take their place."""
-        waiting = sorted(prompts * len(self.ranks), key=lambda tree: len(tree.tokens))
-        most = max(1, self.batch_tokens // (len(waiting[-1].tokens) + limits.most))
-        pairs = [(tree, self.ranks[n % len(self.ranks)]) for n, tree in enumerate(waiting)]
+        pairs = [(tree, rank) for tree in prompts for rank in self.ranks]
+        pairs.sort(key=lambda pair: len(pair[0].tokens))
+        most = max(1, self.batch_tokens // (len(pairs[-1][0].tokens) + limits.most))
         rows: Rows | None = None
         answers: list[Answer] = []
         while pairs or answers:
@@ -252,13 +253,13 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
                 logits = self._read(rows, [answer.made[-1:] for answer in answers], 1)
                 yield from limits.take(logits, answers)
 
-    def _groups(self, trees: list[Tree]) -> Iterator[tuple[Rows | None, list[Tree]]]:
-        """Yield groups of trees, each with the prefix that its contexts share, read at each rank."""
-        for length, members in shared_prefixes([tree.tokens[: tree.start] for tree in trees]):
-            prefix = Tree(trees[members[0]].tokens[:length], length, [])
-            pairs = [(prefix, rank) for rank in self.ranks]
-            begin = self._append(None, pairs, 1)[0] if length else None
-            yield begin, [trees[member] for member in members]
+    def _begin(self, trees: list[Tree]) -> Rows | None:
+        """Read what all contexts begin with, at each rank."""
+        prefix = shared_prefix([tree.tokens[: tree.start] for tree in trees])
+        if not prefix or len(trees) == 1:
+            return None
+        tree = Tree(prefix, len(prefix), [])
+        return self._append(None, [(tree, rank) for rank in self.ranks], 1)[0]
 
     def _batches(
         self, pairs: list[tuple[Tree, int]], begin: Rows | None

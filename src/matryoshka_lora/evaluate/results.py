@@ -1,18 +1,12 @@
-"""The numbers of an evaluation, and their file.
+"""The numbers of an evaluation, and their files.
 
-``evaluation.json`` holds the fields of `Evaluation` but for the examples. Ranks are keys of JSON
-objects, and 0 is the base model::
+``evaluation.json`` holds the fields of `Evaluation` but for the examples. Ranks are keys, and 0 is
+the base model. A task is ``{"items": 500, "num_fewshot": 0, "version": 1, "metric": "acc,none",
+"aurac": 0.41, "metrics": {"acc,none": {"higher_is_better": true, "value": {"0": 0.36, "1": 0.38},
+"stderr": {"0": 0.02, "1": 0.02}}}}``.
 
-    {"about": {"model": "smollm2-135m", "dtype": "float32", "adapter": "runs/my/adapter", ...},
-     "ranks": [1, 2, 4], "bytes": {"1": 115200, ...},
-     "tasks": {"arc_easy": {"items": 500, "num_fewshot": 0, "metric": "acc,none", "aurac": 0.41,
-       "metrics": {"acc,none": {"higher_is_better": true, "value": {"0": 0.36, "1": 0.38, ...},
-                                "stderr": {"0": 0.02, ...}}}}}}
-
-``examples.jsonl`` has a line for each question of each task::
-
-    {"task": "arc_easy", "doc_id": 0, "prompt": "...", "target": "...",
-     "answers": {"0": "...", "1": "...", ...}, "metrics": {"acc,none": {"0": 1.0, "1": 0.0, ...}}}
+``examples.jsonl`` has a line for each question: ``{"task": "arc_easy", "doc_id": 0, "prompt": "",
+"target": "", "answers": {"0": "", "1": ""}, "metrics": {"acc,none": {"0": 1.0, "1": 0.0}}}``.
 """
 
 from __future__ import annotations
@@ -32,8 +26,7 @@ from matryoshka_lora.nesting import Nesting
 
 NAME, EXAMPLES_NAME = "evaluation.json", "examples.jsonl"
 
-_PROMPT_CHARACTERS = 2000
-"""The end of a prompt that is kept with an example; few-shot prompts would fill the disk."""
+_PROMPT_CHARACTERS = 2000  # of a prompt's end are kept; few-shot prompts would fill the disk
 
 
 def aurac(
@@ -53,15 +46,11 @@ def aurac(
         A number in the unit of the accuracies; for a single rank, its accuracy.
 
     Raises:
-        MatryoshkaError: The lengths differ, the ranks do not increase, or an accuracy is not finite.
+        MatryoshkaError: The ranks do not increase, or there is no finite accuracy for each.
     """
     points = Nesting(tuple(ranks)).ranks
-    if len(accuracies) != len(points):
-        raise MatryoshkaError(
-            f"{len(accuracies)} accuracies for {len(points)} ranks; give one for each rank"
-        )
-    if not all(map(math.isfinite, accuracies)):
-        raise MatryoshkaError(f"the accuracies are not all finite: {list(accuracies)}")
+    if len(accuracies) != len(points) or not all(map(math.isfinite, accuracies)):
+        raise MatryoshkaError(f"{list(accuracies)} is not one finite accuracy for each rank")
     if axis not in ("log2", "linear"):
         raise MatryoshkaError(f"axis is {axis!r}; write 'log2' or 'linear'")
     if len(points) == 1:
@@ -109,23 +98,18 @@ class Evaluation:
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def shown(self) -> list[str]:
-        """The tasks that tables and pictures show: those of a group are in the file alone."""
-        return [name for name, task in self.tasks.items() if "group" not in task]
-
     def task(self, wanted: str | None = None) -> str:
-        """Return the name of a task, or of the only one that is shown.
+        """Return the name of a task, or of the only one.
 
         Raises:
             MatryoshkaError: There is no such task, or there are several and none is named.
         """
-        if wanted is None and len(self.shown) == 1:
-            return self.shown[0]
+        if wanted is None and len(self.tasks) == 1:
+            return next(iter(self.tasks))
         if wanted in self.tasks:
             return str(wanted)
         problem = "has several tasks" if wanted is None else f"has no task {wanted!r}"
-        names = ", ".join(self.shown)
+        names = ", ".join(self.tasks)
         raise MatryoshkaError(f"the evaluation {problem}; name one with task (--task): {names}")
 
     def metric(self, task: str | None = None, name: str | None = None) -> dict[str, Any]:
@@ -133,7 +117,7 @@ class Evaluation:
 
         Args:
             task: May be None where there is only one.
-            name: The harness' name, with or without the filter after the comma. None is the first.
+            name: The harness' name, with or without the filter after the comma; None is the first.
 
         Raises:
             MatryoshkaError: There is no such task or metric.
@@ -153,52 +137,41 @@ class Evaluation:
     def difference(self, task: str | None, rank: int, other: int) -> Difference | None:
         """Return how much better a rank is than another one; None where a value is missing.
 
-        The error is that of the mean of the differences at each question, where the questions'
-        numbers are known and their mean is the metric. Otherwise the two values count as
-        independent, so the error is too large where both ranks fail at the same questions.
+        The error is that of the mean difference at each question, where the questions' numbers are
+        known and their mean is the metric. Otherwise the two values count as independent, so the
+        error is too large where both ranks fail at the same questions.
         """
         task = self.task(task)
-        metric, values = self.tasks[task]["metric"], self.metric(task)
-        pair = [values["value"].get(each) for each in (rank, other)]
-        if None in pair:
+        name, metric = self.tasks[task]["metric"], self.metric(task)
+        first, second = (metric["value"].get(each) for each in (rank, other))
+        if first is None or second is None:
             return None
-        sign = -1 if values["higher_is_better"] is False else 1
-        better = sign * (pair[0] - pair[1])
-        questions = [self._questions(task, metric, each) for each in (rank, other)]
-        if all(_is_mean(each, value) for each, value in zip(questions, pair, strict=True)):
-            apart = [a - b for a, b in zip(*questions, strict=True)]
-            error = stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else None
-            return Difference(better, error, True)
-        errors = [values["stderr"].get(each) for each in (rank, other)]
+        better = (first - second) * (-1 if metric["higher_is_better"] is False else 1)
+        scores = [e["metrics"].get(name, {}) for e in self.examples if e["task"] == task]
+        pairs = [(s[str(rank)], s[str(other)]) for s in scores if {str(rank), str(other)} <= {*s}]
+        means = map(fmean, zip(*pairs, strict=True))
+        both = zip(means, (first, second), strict=False)  # without examples there are no means
+        near = [math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in both]
+        if len(pairs) > 1 and all(near):  # a perplexity or an F1 is no mean of the questions
+            return Difference(better, stdev(a - b for a, b in pairs) / math.sqrt(len(pairs)), True)
+        errors = [metric["stderr"].get(each) for each in (rank, other)]
         return Difference(better, None if None in errors else math.hypot(*errors), False)
-
-    def _questions(self, task: str, metric: str, rank: int) -> list[float]:
-        mine = [
-            e["metrics"].get(metric, {})
-            for e in self.examples
-            if task in (e["task"], e.get("group"))
-        ]
-        return [each[str(rank)] for each in mine if str(rank) in each]
 
     def lines(self) -> list[str]:
         """Return a table for people: each task's first metric by rank, with its standard error."""
-        heads = ["rank", "size", *self.shown]
-        rows = []
-        metrics = [self.metric(task) for task in self.shown]
+        rows = [["rank", "size", *self.tasks]]
+        metrics = [self.metric(task) for task in self.tasks]
         for rank in (0, *self.ranks):
             cells = [with_error(m["value"].get(rank), m["stderr"].get(rank)) for m in metrics]
-            if rank or any(cells):
-                size = show_bytes(self.bytes[rank]) if rank else ""
-                rows.append([str(rank) if rank else "none", size, *cells])
-        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            for row in (heads, *rows)
-        ]
-        for name in self.shown:
-            task = self.tasks[name]
-            shots = f"{task['num_fewshot'] or 0} shots"
-            lines.append(f"{name}: {task['metric']}, {task['items']} questions, {shots}")
+            if rank:
+                rows.append([str(rank), show_bytes(self.bytes[rank]), *cells])
+            elif any(cells):
+                rows.append(["none", "", *cells])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
+        for name, task in self.tasks.items():
+            shots = task["num_fewshot"] or 0
+            lines.append(f"{name}: {task['metric']}, {task['items']} questions, {shots} shots")
         return [*lines, "± is one standard error over the questions."]
 
     def write(self, folder: Path) -> None:
@@ -231,10 +204,10 @@ class Evaluation:
             data = json.loads(file.read_text(encoding="utf-8"))
             for task in data["tasks"].values():
                 for metric in task["metrics"].values():
-                    for kind in ("value", "stderr"):
-                        metric[kind] = _by_rank(metric[kind])
+                    metric |= {kind: _by_rank(metric[kind]) for kind in ("value", "stderr")}
+            # Not splitlines(), which splits inside of texts too.
             text = examples.read_text(encoding="utf-8") if examples.is_file() else ""
-            lines = [json.loads(line) for line in text.splitlines()]
+            lines = [json.loads(line) for line in text.split("\n") if line]
             sizes = _by_rank(data["bytes"])
             return cls(data["about"], tuple(data["ranks"]), sizes, data["tasks"], lines)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -250,65 +223,53 @@ def with_error(value: float | None, error: float | None) -> str:
     return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 
-def summary(
-    task: str, metric: str | None, judged: Mapping[int, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Return a task's entry in an evaluation.
+def summary(task: str, judged: Mapping[int, Any]) -> dict[str, Any]:
+    """Return the entry of a task or a group in an evaluation.
 
     Args:
         task: The harness' name.
-        metric: The one to look at first; None is the first that the harness names.
         judged: What the harness' ``evaluate`` returned at each rank; 0 is the base model.
 
     Raises:
         MatryoshkaError: The task has no metric that is a number.
     """
-    first = next(iter(judged.values()))
-    counts = first["n-samples"]
-    items = (
-        counts[task]["effective"]
-        if task in counts
-        else sum(c["effective"] for c in counts.values())
-    )
+    first, counts = (found := next(iter(judged.values()))), found["n-samples"]
+    rows = {rank: found["results"][task] for rank, found in judged.items()}
     metrics: dict[str, Any] = {}
     for key, value in first["results"][task].items():
         name, comma, filtered = key.partition(",")
         if not comma or name.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
-        of = {rank: found["results"][task] for rank, found in judged.items()}
+        error = f"{name}_stderr,{filtered}"
         metrics[key] = {
             "higher_is_better": first["higher_is_better"][task].get(name),
-            "value": {rank: _number(row[key]) for rank, row in of.items()},
-            "stderr": {
-                rank: _number(row.get(f"{name}_stderr,{filtered}")) for rank, row in of.items()
-            },
+            "value": {rank: _number(row[key]) for rank, row in rows.items()},
+            "stderr": {rank: _number(row.get(error)) for rank, row in rows.items()},
         }
     if not metrics:
         raise MatryoshkaError(f"task {task} has no metric that is a number")
-    chosen = metric if metric in metrics else next(iter(metrics))
-    ranks = sorted(rank for rank in judged if rank)
-    values = [metrics[chosen]["value"][rank] for rank in ranks]
+    chosen = next(iter(metrics))
+    values = {rank: value for rank, value in metrics[chosen]["value"].items() if rank}
+    area = None if None in values.values() else aurac([*values.values()], [*values])
+    parts = [task] if task in counts else list(counts)
     return {
-        "items": items,
+        "items": sum(counts[part]["effective"] for part in parts),
         "num_fewshot": first["n-shot"].get(task),
         "version": first["versions"].get(task),
         "metric": chosen,
-        "aurac": None if None in values else aurac(values, ranks),
+        "aurac": area,
         "metrics": metrics,
     }
 
 
-def examples(
-    name: str, samples: Mapping[int, Sequence[Mapping[str, Any]]], group: str | None = None
-) -> list[dict[str, Any]]:
+def examples(name: str, samples: Mapping[int, Sequence[Any]]) -> list[dict[str, Any]]:
     """Return the lines of ``examples.jsonl`` for a task, from the harness' samples at each rank."""
     found: dict[int, dict[str, Any]] = {}
     for rank, rows in samples.items():
         for row in rows:
             prompt = str(row["arguments"][0][0])[-_PROMPT_CHARACTERS:]
             line = {"task": name, "doc_id": row["doc_id"], "prompt": prompt, "target": _target(row)}
-            line |= {"answers": {}, "metrics": {}, **({"group": group} if group else {})}
-            line = found.setdefault(row["doc_id"], line)
+            line = found.setdefault(row["doc_id"], line | {"answers": {}, "metrics": {}})
             line["answers"].setdefault(str(rank), _answer(row))
             for metric in row["metrics"]:
                 if _number(row[metric]) is not None:
@@ -317,7 +278,7 @@ def examples(
     return [found[number] for number in sorted(found)]
 
 
-def _answer(row: Mapping[str, Any]) -> str:
+def _answer(row: Any) -> str:
     """Return what the model said: its text, or the choice that it finds likeliest."""
     first = row["resps"][0][0]
     if isinstance(first, (tuple, list)) and len(row["resps"]) > 1:
@@ -326,7 +287,7 @@ def _answer(row: Mapping[str, Any]) -> str:
     return str(first)
 
 
-def _target(row: Mapping[str, Any]) -> str:
+def _target(row: Any) -> str:
     target, choices = row["target"], row["arguments"]
     is_choice = isinstance(target, int) and 0 <= target < len(choices) and len(choices) > 1
     return str(choices[target][1] if is_choice else target)
@@ -334,16 +295,8 @@ def _target(row: Mapping[str, Any]) -> str:
 
 def _number(value: Any) -> float | None:
     """Return a number that JSON knows, or None."""
-    is_number = isinstance(value, (int, float)) and math.isfinite(value)
-    return float(value) if is_number else None
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def _by_rank(numbers: Mapping[str, Any]) -> dict[int, Any]:
     return {int(rank): value for rank, value in numbers.items()}
-
-
-def _is_mean(questions: Sequence[float], value: float | None) -> bool:
-    """Return whether a metric is the questions' mean, which a perplexity or an F1 is not."""
-    if value is None or not questions:
-        return False
-    return math.isclose(fmean(questions), value, rel_tol=1e-6, abs_tol=1e-9)

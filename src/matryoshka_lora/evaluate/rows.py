@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,6 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-_GROUP_COST = 256  # reading a shared prefix must save more tokens than this at each rank
 _ROOM = 64  # spare columns of a cache, so that a step of generation writes in place
 
 Tokens = tuple[int, ...]
@@ -42,7 +40,7 @@ class Tree(NamedTuple):
 
 
 def tree_of(context: Tokens, branches: list[tuple[int, Tokens]]) -> Tree:
-    """Return the tree of a context's continuations, which are given with their requests' numbers."""
+    """Return the tree of a context's continuations, each given with its request's number."""
     continuations = [tokens for _, tokens in branches]
     alike = _alike(min(continuations), max(continuations))
     stem = min(alike, *(len(tokens) - 1 for tokens in continuations))
@@ -51,13 +49,14 @@ def tree_of(context: Tokens, branches: list[tuple[int, Tokens]]) -> Tree:
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer of `DynamicCache` that appends in place; the original copies all columns each time."""
+    """A layer of `DynamicCache` that appends in place; the original copies all columns."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
         """Append columns to keys and values of shape (rows, heads, columns, features)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values, self._rooms = key_states, value_states, {}
+            self.keys, self.values = key_states, value_states
+            self._rooms: dict[str, Tensor] = {}
             return key_states, value_states
         before, more = self.keys.shape[-2], key_states.shape[-2]
         for name, new in (("keys", key_states), ("values", value_states)):
@@ -110,7 +109,7 @@ class Rows:
         return Rows([self.ranks[row] for row in rows], [each - spare for each in pads], states)
 
     def expand(self, ranks: Sequence[int], pads: Sequence[int]) -> Rows:
-        """Return rows that begin with this prefix at their ranks, behind padding, as many columns."""
+        """Return rows that begin with this prefix at their ranks, each behind its padding."""
         at = (torch.arange(self.columns) - torch.tensor(pads)[:, None]).clamp(min=0)
         owners = torch.tensor([self.ranks.index(rank) for rank in ranks])
 
@@ -210,34 +209,10 @@ class Scores:
         np.logical_and.at(self.greedy, at, best.cpu().numpy())
 
 
-def shared_prefixes(sequences: Sequence[Tokens]) -> list[tuple[int, list[int]]]:
-    """Group sequences by what they begin with, so that reading each prefix once saves the most.
-
-    Returns:
-        For each group the length of its prefix, shorter than each of its sequences, and the places
-        of its members.
-    """
-    order = sorted(range(len(sequences)), key=sequences.__getitem__)
-    # Sorted, a stretch of sequences has in common what its neighbours have.
-    common = [
-        min(_alike(a, b), len(a) - 1, len(b) - 1)
-        for a, b in pairwise(sequences[place] for place in order)
-    ]
-
-    def best(start: int, end: int) -> tuple[int, list[tuple[int, list[int]]]]:
-        if end - start < 2:
-            return 0, []
-        least = min(common[start : end - 1])
-        cuts = [n + 1 for n in range(start, end - 1) if common[n] == least]
-        parts = [best(a, b) for a, b in pairwise([start, *cuts, end])]
-        whole, apart = (end - start - 1) * least - _GROUP_COST, sum(saved for saved, _ in parts)
-        if whole > 0 and whole >= apart:
-            return whole, [(least, order[start:end])]
-        return apart, [group for _, groups in parts for group in groups]
-
-    groups = best(0, len(order))[1]
-    rest = sorted(set(order).difference(*(members for _, members in groups)))
-    return [*groups, *([(0, rest)] if rest else [])]
+def shared_prefix(sequences: Sequence[Tokens]) -> Tokens:
+    """Return what all sequences begin with, but for the last token of the shortest."""
+    first, last = min(sequences), max(sequences)
+    return first[: min(_alike(first, last), min(map(len, sequences)) - 1)]
 
 
 def _alike(a: Tokens, b: Tokens) -> int:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from matryoshka_lora.budget import read_bytes, show_bytes
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.evaluate.results import Difference, Evaluation, with_error
+from matryoshka_lora.evaluate.results import Evaluation, with_error
 
 
 @dataclass(frozen=True)
@@ -20,38 +19,40 @@ class Choice:
         rank: The chosen one.
         best: The best rank of all.
         task: The task it was chosen by.
-        value: The metric at the chosen rank.
-        bound: The worst value that is near enough to the best one, where ``within`` is given.
-        differences: How much better the chosen rank is than each other rank.
-        is_sure: Whether the chosen rank is near enough even if its distance from the best one is two
-            standard errors larger than measured.
-        adapter: The adapter's path, as the evaluation knows it.
-        size: The bytes of the exported adapter.
+        bound: The worst value that is near enough to the best, where ``within`` is given.
+        is_sure: Whether it is near enough even if its distance from the best rank is two standard
+            errors larger than measured.
+        evaluation: What it was chosen from.
     """
 
     rank: int
     best: int
     task: str
-    value: float
     bound: float | None
-    differences: Mapping[int, Difference]
     is_sure: bool
-    adapter: str
-    size: int
+    evaluation: Evaluation
+
+    @property
+    def adapter(self) -> str:
+        """The adapter's path."""
+        return str(self.evaluation.about.get("adapter"))
 
     def lines(self) -> list[str]:
         """Return the choice and its evidence, for people."""
-        bound = "" if self.bound is None else f"; {self.bound:.3f} is near enough"
-        lines = [
-            f"Rank {self.rank} ({show_bytes(self.size)}): {self.value:.3f} on {self.task}{bound}"
-        ]
-        for rank, found in self.differences.items():
-            kind = "question by question" if found.paired else "as if both were independent"
-            verdict = "" if found.is_sure else "; cannot be told apart from it"
-            better = with_error(-found.value, found.error)
-            lines.append(f"  rank {rank} is better by {better} ({kind}){verdict}")
+        found, near = self.evaluation, ""
+        if self.bound is not None:
+            near = f"; {self.bound:.3f} is near enough"
+        told = f"{found.values(self.task)[self.rank]:.3f} on {self.task}{near}"
+        lines = [f"Rank {self.rank} ({show_bytes(found.bytes[self.rank])}): {told}"]
+        for other in found.ranks:
+            apart = found.difference(self.task, other, self.rank)
+            if other != self.rank and apart is not None:
+                how = "question by question" if apart.paired else "as if they were independent"
+                sure = "" if apart.is_sure else "; they cannot be told apart"
+                better = with_error(apart.value, apart.error)
+                lines.append(f"  rank {other} is better by {better} ({how}){sure}")
         if not self.is_sure:
-            lines.append("Too few questions to be sure that it is near enough to the best rank.")
+            lines.append("These questions are too few to be sure that it is near enough.")
         return lines
 
 
@@ -81,53 +82,36 @@ def select(
     task = found.task(task)
     if within is None and max_bytes is None:
         raise MatryoshkaError("say what the rank must meet: within, such as 1%, or max_bytes")
-    share = None if within is None else _share(within)
     higher = found.metric(task)["higher_is_better"]
-    if higher is None:
-        raise MatryoshkaError(
-            f"task {task} does not say whether more is better: write higher_is_better beside the "
-            "metric in its YAML file, and evaluate again"
-        )
-    sign = 1 if higher else -1
     values = {rank: value for rank, value in found.values(task).items() if value is not None}
-    if not values:
-        raise MatryoshkaError(f"task {task} has no value at any rank")
+    if higher is None or not values:
+        why = "has no value" if not values else "does not say whether more is better"
+        raise MatryoshkaError(
+            f"task {task} {why}: write higher_is_better beside its metric, and evaluate again"
+        )
+    sign, limit = 1 if higher else -1, None if max_bytes is None else read_bytes(max_bytes)
+    small = [rank for rank in values if limit is None or found.bytes[rank] <= limit]
     best = max(values, key=lambda rank: (sign * values[rank], -rank))
-    most = None if max_bytes is None else read_bytes(max_bytes)
-    small = [rank for rank in values if most is None or found.bytes[rank] <= most]
+    top, bound = values[best], None
+    if within is not None:
+        bound = top - sign * _share(within) * abs(top)
+        small = [rank for rank in small if sign * (values[rank] - bound) >= 0]
     if not small:
-        least = show_bytes(min(found.bytes[rank] for rank in values))
-        raise MatryoshkaError(f"no rank is small enough: the smallest has {least}")
-    if share is None:
-        rank, bound = max(small, key=lambda rank: (sign * values[rank], -rank)), None
-    else:
-        bound = values[best] - sign * share * abs(values[best])
-        near = [rank for rank in small if sign * (values[rank] - bound) >= 0]
-        if not near:
-            raise MatryoshkaError(
-                f"no rank that is small enough is within {100 * share:g} % of the best, "
-                f"{values[best]:.3f} at rank {best}: allow more bytes or a larger share"
-            )
-        rank = min(near)
-    others = {other: found.difference(task, rank, other) for other in values if other != rank}
-    differences = {other: each for other, each in others.items() if each is not None}
-    return Choice(
-        rank,
-        best,
-        task,
-        values[rank],
-        bound,
-        differences,
-        _is_sure(bound, values[best], differences.get(best)),
-        str(found.about.get("adapter")),
-        found.bytes[rank],
+        raise MatryoshkaError(
+            f"no rank is good and small enough: the best is {best}, with {top:.3f} and "
+            f"{show_bytes(found.bytes[best])}. Allow more bytes or a larger share"
+        )
+    if bound is None:
+        rank = max(small, key=lambda rank: (sign * values[rank], -rank))
+        return Choice(rank, best, task, bound, True, found)
+    rank = min(small)
+    lost = found.difference(task, best, rank)
+    sure = rank == best or (
+        lost is not None
+        and lost.error is not None
+        and lost.value + 2 * lost.error <= abs(top - bound)
     )
-
-
-def _is_sure(bound: float | None, top: float, to_best: Difference | None) -> bool:
-    if bound is None or to_best is None:
-        return True
-    return to_best.error is not None and -to_best.value + 2 * to_best.error <= abs(top - bound)
+    return Choice(rank, best, task, bound, sure, found)
 
 
 def _share(within: float | str) -> float:

@@ -6,8 +6,8 @@ import json
 import os
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,83 +20,51 @@ except ImportError as error:
         "this needs lm-evaluation-harness: pip install 'matryoshka-lora[eval]'"
     ) from error
 
-PRESETS = {
-    "gsm8k-3shot": ("gsm8k", 3, "exact_match,strict-match"),
-    "gsm8k-8shot": ("gsm8k", 8, "exact_match,strict-match"),
-    "arc_challenge-25shot": ("arc_challenge", 25, "acc,none"),
-    "hellaswag-10shot": ("hellaswag", 10, "acc,none"),
-}
-"""The protocol of the paper (arXiv 2605.07850): a task of the harness, its shots and its metric."""
-
 _SEED = 1234  # the harness' own
 _EXTRA_TOKENS = 8  # how many tokens more than the longest completion an answer may have
 
-
-@dataclass
-class Asked:
-    """A task or a group of tasks, loaded.
-
-    Attributes:
-        name: As the evaluation calls it.
-        loaded: What the harness' ``TaskManager.load`` returned.
-        shots: Of each question; None is the task's own number.
-        metric: What is reported first; None is the first that the harness names.
-    """
-
-    name: str
-    loaded: Any
-    shots: int | None = None
-    metric: str | None = None
+Asked = tuple[str, Any]
+"""What an evaluation calls it, and what the harness' ``TaskManager.load`` returned."""
 
 
-def load_task(name: str, num_fewshot: int | None = None) -> Asked:
-    """Load a task with its data.
-
-    Args:
-        name: A task or a group that the harness knows, a YAML file of a task, or one of `PRESETS`.
-        num_fewshot: Shots of each question; None is the preset's or the task's own number.
+def load_task(name: str) -> Asked:
+    """Load a task or a group of the harness, or the YAML file of a task, with the data.
 
     Raises:
         MatryoshkaError: There is no such task, or its data cannot be had.
     """
-    task, shots, metric = PRESETS.get(name, (name, None, None))
     is_file = name.endswith((".yaml", ".yml"))
-    manager = TaskManager(include_defaults=not is_file)
+    manager = _manager(not is_file)
     if is_file and not Path(name).is_file():
         raise MatryoshkaError(f"there is no file {name}: give the YAML file of a task")
-    if not is_file and task not in manager.all_tasks:
-        near = get_close_matches(name, [*PRESETS, *manager.all_tasks], n=3)
+    if not is_file and name not in manager.all_tasks:
+        near = get_close_matches(name, manager.all_tasks, n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise MatryoshkaError(
-            f"there is no task {name!r}: {hint}Tasks are those of lm-evaluation-harness (lm_eval "
-            f"ls tasks), YAML files of them, and {', '.join(PRESETS)}"
+            f"there is no task {name!r}: {hint}Give one of the harness (lm_eval ls tasks), or a "
+            "YAML file"
         )
-    _seed_all()  # some tasks shuffle while they load
+    _seed()  # some tasks shuffle while they load
     try:
-        loaded = manager.load([task])
+        return Path(name).stem if is_file else name, manager.load([name])
     except Exception as error:  # the hub, datasets, a YAML, a missing package: none in common
         reason = " ".join(str(error).split())[:300]
         raise MatryoshkaError(
             f"task {name} cannot be loaded: {reason}. Its data come from the Hugging Face hub, or "
             "from files that its YAML names"
         ) from error
-    called = Path(name).stem if is_file else name
-    return Asked(called, loaded, shots if num_fewshot is None else num_fewshot, metric)
 
 
-def load_data(data: Any, tokenizer: Any, num_fewshot: int | None = None) -> Asked:
+def load_data(data: Any, tokenizer: Any) -> Asked:
     """Make a task of rows: an answer is right if it equals the completion, white space aside.
 
     Args:
         data: A ``.jsonl`` file, or rows.
         tokenizer: Its chat template writes rows of messages; texts are asked as they are.
-        num_fewshot: None or 0.
 
     Raises:
         MatryoshkaError: The file cannot be read, or a row has no question with an answer.
     """
-    if num_fewshot:
-        raise MatryoshkaError("data are asked without shots: leave num_fewshot out")
     is_file = isinstance(data, (str, os.PathLike))
     source, name = (str(data), Path(data).stem) if is_file else ("data", "data")
     if is_file:
@@ -108,21 +76,40 @@ def load_data(data: Any, tokenizer: Any, num_fewshot: int | None = None) -> Aske
     pairs = [_pair(row, f"{source}, row {number}") for number, row in enumerate(data, start=1)]
     if not pairs:
         raise MatryoshkaError(f"{source} has no rows")
-    config = _config(name, pairs, tokenizer)
-    return Asked(name, TaskManager(include_defaults=False).load([config]))
+    return name, _manager(False).load([_config(name, pairs, tokenizer)])
 
 
-def seed(asked: Asked) -> None:
-    """Seed what tasks draw from and set their shots, as the harness' ``simple_evaluate`` does."""
-    _seed_all()
-    for task in asked.loaded["tasks"].values():
+def judge(lm: Any, loaded: Any, num_fewshot: int | None, limit: int | None) -> dict[str, Any]:
+    """Return what the harness' ``evaluate`` says, with seeds and shots as in ``simple_evaluate``.
+
+    Raises:
+        MatryoshkaError: The harness cannot run the task.
+    """
+    # `simple_evaluate` would describe the machine with git and pip at each rank, for seconds.
+    from lm_eval.evaluator import evaluate
+
+    _seed()
+    for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
-        if own is None or (asked.shots is not None and own != 0):
-            task.set_config(key="num_fewshot", value=asked.shots or 0)
+        if own is None or (num_fewshot is not None and own != 0):
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=_SEED)
+    try:
+        found: dict[str, Any] = evaluate(lm, loaded, limit=limit)
+    except (AssertionError, ValueError) as error:
+        if isinstance(error, MatryoshkaError):
+            raise
+        names, reason = ", ".join(loaded["tasks"]), str(error) or type(error).__name__
+        raise MatryoshkaError(f"the harness cannot run {names}: {reason}") from error
+    return found
 
 
-def _seed_all() -> None:
+@cache
+def _manager(defaults: bool) -> TaskManager:
+    return TaskManager(include_defaults=defaults)  # thousands of files are read to know the names
+
+
+def _seed() -> None:
     import numpy as np
     import torch
 

@@ -23,6 +23,9 @@ from matryoshka_lora.nesting import Nesting
 NOTE = "matryoshka_lora"
 """The key of the nesting in the metadata of the weights."""
 
+OnLayer = Callable[[], object] | None
+"""Called after each layer."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -123,13 +126,6 @@ class AdapterFile:
         return max(layer.rank for layer in self.layers)
 
     @property
-    def ranks(self) -> tuple[int, ...]:
-        """The ranks that may be cut out: all, but in the paper's deployment the nested ones."""
-        if self.order == "paper" and self.nesting is not None:
-            return self.nesting.ranks
-        return tuple(range(1, self.max_rank + 1))
-
-    @property
     def others(self) -> tuple[str, ...]:
         """The keys of tensors that are no factors: biases, modules_to_save and the like."""
         factors = {key for layer in self.layers for key in (layer.key_A, layer.key_B)}
@@ -137,17 +133,24 @@ class AdapterFile:
 
     @property
     def size(self) -> int:
-        """The bytes of its files, or of its tensors in memory."""
-        if self.files:
-            return sum(file.stat().st_size for file in self.files)
-        return file_size(self.stored, self.metadata)
+        """The bytes of its files."""
+        return sum(file.stat().st_size for file in self.files)
 
     def check_rank(self, rank: int) -> None:
-        """Raise MatryoshkaError unless the rank may be cut out."""
-        if isinstance(rank, bool) or rank not in self.ranks:
-            nested = f"{', '.join(map(str, self.ranks))}, as the paper deploys it"
-            several = nested if self.order == "paper" else f"1 to {self.max_rank}"
+        """Raise MatryoshkaError unless the rank may be cut out.
+
+        All ranks may, but in the paper's deployment the nested ones.
+        """
+        paper = self.nesting.ranks if self.nesting and self.order == "paper" else None
+        if isinstance(rank, bool) or rank not in (paper or range(1, self.max_rank + 1)):
+            nested = paper and f"{', '.join(map(str, paper))}, as the paper deploys it"
+            several = nested or f"1 to {self.max_rank}"
             raise MatryoshkaError(f"{self.name} has no rank {rank!r}: choose one of {several}")
+
+    def scale_at(self, layer: Layer, rank: int) -> float:
+        """Return the number before the first ``rank`` columns of a layer that is in order."""
+        is_paper = self.nesting and self.order == "paper"
+        return self.nesting.scale_at(rank) if self.nesting and is_paper else layer.scale
 
     def read(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """Return A of shape (..., R, in) and B of shape (..., out, R), with experts in front.
@@ -163,12 +166,6 @@ class AdapterFile:
             )
         return layer.matrices(A, B)
 
-    def scale_at(self, layer: Layer, rank: int) -> float:
-        """Return the number before the first ``rank`` columns of a layer in order."""
-        if self.order == "paper" and self.nesting is not None:
-            return self.nesting.scale_at(rank)
-        return layer.scale
-
     def cut(self, layer: Layer, rank: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return a layer at a rank, as factors before which another scale stands.
 
@@ -176,75 +173,49 @@ class AdapterFile:
         up with directions of size 0.
 
         Returns:
-            A of shape (..., r, in), B of shape (..., out, r), and `lost` of the layer.
+            A of shape (..., r, in), B of shape (..., out, r), and what each rank from 0 to R leaves
+            out of the layer: squared Frobenius norms, shape (R + 1,), float64.
         """
         A, B = self.read(layer)
         if self.order is None:
             missing = max(rank - layer.rank, 0)
             A, B = pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
             p = torch.full((A.shape[-2],), layer.scale, dtype=torch.float64)
-            A, B, values = reorder_factors(A, B, p, scale)
-            lost = tails(values)
+            A, B, _ = reorder_factors(A, B, p, scale)
+            lost = _lost(A, B, [scale] * len(p))
         else:
-            lost = self.lost(layer, A, B)
-            factor = self.scale_at(layer, rank) / scale
+            scales = [self.scale_at(layer, r) for r in range(1, layer.rank + 1)]
+            lost, factor = _lost(A, B, scales), scales[rank - 1] / scale
             B = B if factor == 1 else (B.double() * factor).to(B.dtype)
         return A[..., :rank, :], B[..., :rank], lost
 
-    def singular_values(self, layer: Layer) -> Tensor:
-        """Return the singular values of a layer's update, shape (..., R), float64, decreasing.
 
-        Those of factors in the order of the SVD are the norms of the columns:
-        ``s_i = scale |B_i| |A_i|``. Those of others come from the small core of two QRs.
-        """
-        A, B = (factor.double() for factor in self.read(layer))
-        if self.order == "svd":
-            values: Tensor = A.norm(dim=-1) * B.norm(dim=-2)
-        else:
-            r_in, r_out = (torch.linalg.qr(tall, mode="r").R for tall in (A.mT, B))
-            values = torch.linalg.svdvals(r_out @ r_in.mT)
-        return pad(layer.scale * values, (0, layer.rank - values.shape[-1]))
-
-    def lost(self, layer: Layer, A: Tensor, B: Tensor) -> Tensor:
-        """Return what each rank from 0 to R leaves out of a layer whose factors are in order.
-
-        These are squared Frobenius norms, shape (R + 1,), float64.
-        """
-        # |B diag(d) A|^2 = d^T G d with G = (B^T B) * (A A^T), so no dense matrix is formed. A row
-        # of d is the difference of the diagonals at rank R and at a rank from 0 on.
-        A, B = A.double(), B.double()
-        gram = ((B.mT @ B) * (A @ A.mT)).reshape(-1, layer.rank, layer.rank).sum(0)
-        diagonals = torch.zeros(layer.rank + 1, layer.rank, dtype=torch.float64)
-        for rank in range(1, layer.rank + 1):
-            diagonals[rank, :rank] = self.scale_at(layer, rank)
-        missing = diagonals[-1] - diagonals
-        squares: Tensor = ((missing @ gram) * missing).sum(-1)
-        return squares.clamp(min=0)  # clamp cancellation noise
+def _lost(A: Tensor, B: Tensor, scales: list[float]) -> Tensor:
+    """Return what each rank from 0 to R leaves out, where ``scales`` stand before ranks 1 to R."""
+    # |B diag(d) A|^2 = d^T G d with G = (B^T B) * (A A^T), so no dense matrix is formed. A row of d
+    # is the difference of the diagonals at rank R and at a rank from 0 on.
+    A, B, rank = A.double(), B.double(), len(scales)
+    gram = ((B.mT @ B) * (A @ A.mT)).reshape(-1, rank, rank).sum(0)
+    diagonals = torch.tensor([0.0, *scales], dtype=torch.float64)[:, None].expand(-1, rank).tril(-1)
+    missing = diagonals[-1] - diagonals
+    squares: Tensor = ((missing @ gram) * missing).sum(-1)
+    return squares.clamp(min=0)  # clamp cancellation noise
 
 
-def scale_of(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """Return what PEFT multiplies ``B A`` of a layer with, by its config."""
-    alpha = by_pattern(config, "alpha_pattern", name, config.get("lora_alpha", 8))
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def rank_and_scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:
+    """Return what PEFT's config says of a layer: its rank and the number before ``B A``."""
 
+    def of(kind: str, default: Any) -> Any:
+        # PEFT matches patterns at the end of a name, from a dot on; the first one counts.
+        found = (config.get(kind) or {}).items()
+        return next((x for key, x in found if re.match(rf"(.*\.)?({key})$", name)), default)
 
-def by_pattern(config: Mapping[str, Any], kind: str, name: str, default: Any) -> Any:
-    """Return the rank or alpha of a layer as PEFT finds it: at the end of a name, from a dot on."""
-    patterns = config.get(kind) or {}
     try:
-        return next(
-            (patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", name)), default
-        )
+        rank = of("rank_pattern", config.get("r", 8))
+        alpha = of("alpha_pattern", config.get("lora_alpha", 8))
+        return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     except re.error as error:
-        raise MatryoshkaError(
-            f"the {kind} of the adapter is damaged: {error}. Copy it again"
-        ) from error
-
-
-def tails(values: Tensor) -> Tensor:
-    """Return the sum of the squared singular values after each rank from 0 on."""
-    squares = (values**2).reshape(-1, values.shape[-1]).sum(0)
-    return pad(squares.flip(0).cumsum(0).flip(0), (0, 1))
+        raise MatryoshkaError(f"a pattern of ranks or alphas is damaged: {error}") from error
 
 
 @dataclass
@@ -292,8 +263,8 @@ class Plan:
         """Dtype and shape of each tensor; factors cannot be read from here."""
         found, given = dict(self.others), self.adapter.stored
         for old, new in self.layers:
-            found[new.key_A] = replace(given[old.key_A], shape=new.shape_A)
-            found[new.key_B] = replace(given[old.key_B], shape=new.shape_B)
+            found[new.key_A] = given[old.key_A]._replace(shape=new.shape_A)
+            found[new.key_B] = given[old.key_B]._replace(shape=new.shape_B)
         return found
 
     @property
@@ -303,22 +274,20 @@ class Plan:
 
     def new_lost(self) -> Lost:
         """Return the sums that `each` adds to."""
-        return Lost(torch.zeros(max(x.rank for pair in self.layers for x in pair) + 1).double())
+        return Lost(torch.zeros(max(self.rank, self.adapter.max_rank) + 1).double())
 
-    def each(
-        self, lost: Lost, on_layer: Callable[[], object] | None = None
-    ) -> Iterator[tuple[Layer, Tensor, Tensor]]:
+    def each(self, lost: Lost, on_layer: OnLayer = None) -> Iterator[tuple[Layer, Tensor, Tensor]]:
         """Compute one layer after the other, with its A and B as matrices."""
         with one_thread():
             for given, new in self.layers:
                 A, B, own = self.adapter.cut(given, new.rank, new.scale)
                 lost.by_rank[: len(own)] += own
-                lost.here += float(own[min(new.rank, given.rank)])
+                lost.here += float(own[new.rank])
                 yield new, A, B
                 if on_layer is not None:
                     on_layer()
 
-    def write(self, file: Path, on_layer: Callable[[], object] | None = None) -> Lost:
+    def write(self, file: Path, on_layer: OnLayer = None) -> Lost:
         """Write a safetensors file, with one layer in memory at a time."""
         lost = self.new_lost()
 

@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from matryoshka_lora.errors import MatryoshkaError
@@ -35,11 +35,8 @@ def check_place(
     if not os.fspath(path):
         raise MatryoshkaError("the name of the output is empty: write one, for example out")
     place = Path(path)
-    for name, kept in (("current folder", "."), ("source", source)):
-        if kept is not None and place.resolve() in (
-            Path(kept).resolve(),
-            *Path(kept).resolve().parents,
-        ):
+    for name, kept in (("current folder", Path()), ("source", Path(source) if source else None)):
+        if kept and place.resolve() in (kept.resolve(), *kept.resolve().parents):
             raise MatryoshkaError(
                 f"{path} is the {name} or holds it: name a new place, such as out"
             )
@@ -58,69 +55,58 @@ def check_place(
 
 @contextmanager
 def new_folder(
-    path: PathLike, force: bool = False, source: PathLike | None = None
+    path: PathLike, force: bool = False, source: PathLike | None = None, folder: bool = True
 ) -> Iterator[Path]:
     """Give a new folder to write into; at the end of the block it is renamed to ``path``.
 
-    Args:
-        path: The place of the folder.
-        force: Whether the folder that is there is replaced: it is moved aside whole before the new
-            one is put, and deleted after.
-        source: What the output is made of; see `check_place`.
-
-    Raises:
-        MatryoshkaError: See `check_place`; or the disk refuses. The old folder is as it was then.
+    Args and Raises: as `check_place`, or the disk refuses. An old folder is moved aside whole
+    before the new one is put, and deleted after.
     """
-    with _aside(path, force, source, True) as (place, fresh):
-        fresh.mkdir()
-        yield fresh
-        check_place(path, force, source)  # another program may have written there meanwhile
-        old = fresh.with_suffix(".old")
-        if _is_empty(place):
-            place.rmdir()  # Windows renames to no folder that exists
-        elif os.path.lexists(place):
-            os.rename(place, old)
-        try:
-            os.rename(fresh, place)
-        except OSError:
-            if os.path.lexists(old):
-                os.rename(old, place)
-            raise
-        if old.is_symlink():
-            old.unlink()
-        shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def new_file(path: PathLike, force: bool = False, source: PathLike | None = None) -> Iterator[Path]:
-    """Give the path of a file to write; at the end of the block it is renamed to ``path``.
-
-    Args and Raises: as `new_folder`. An old file is replaced in one step.
-    """
-    with _aside(path, force, source, False) as (place, fresh):
-        yield fresh
-        check_place(path, force, source, folder=False)
-        os.replace(fresh, place)
-
-
-@contextmanager
-def _aside(
-    path: PathLike, force: bool, source: PathLike | None, folder: bool
-) -> Iterator[tuple[Path, Path]]:
-    """Give a place and a new name beside it, of which nothing is left at the end."""
     place = check_place(path, force, source, folder)
     fresh = place.absolute().with_name(f".{place.name}.{secrets.token_hex(4)}.new")
     try:
         fresh.parent.mkdir(parents=True, exist_ok=True)
-        yield place, fresh
+        if folder:
+            fresh.mkdir()
+        yield fresh
+        check_place(path, force, source, folder)  # another program may have written meanwhile
+        if folder:
+            _put(fresh, place)
+        else:
+            os.replace(fresh, place)
     except OSError as error:
         reason = error.strerror or str(error)
         raise MatryoshkaError(f"cannot write {path}: {reason}. Name another place") from error
     finally:
-        if folder:
-            shutil.rmtree(fresh, ignore_errors=True)
-        else:
-            fresh.unlink(missing_ok=True)
+        _remove(fresh)
+
+
+def new_file(
+    path: PathLike, force: bool = False, source: PathLike | None = None
+) -> AbstractContextManager[Path]:
+    """Give a file to write, as `new_folder` gives a folder. An old file is replaced in one step."""
+    return new_folder(path, force, source, folder=False)
+
+
+def _put(fresh: Path, place: Path) -> None:
+    old = fresh.with_suffix(".old")
+    if _is_empty(place):
+        place.rmdir()  # Windows renames to no folder that exists
+    elif os.path.lexists(place):
+        os.rename(place, old)
+    try:
+        os.rename(fresh, place)
+    except OSError:
+        if os.path.lexists(old):
+            os.rename(old, place)
+        raise
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_empty(place: Path) -> bool:

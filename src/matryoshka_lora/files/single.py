@@ -1,4 +1,4 @@
-"""Single files, as image and video models have them, in the styles of kohya, diffusers and down/up.
+"""Single files, as image and video models have them, in the styles of kohya, diffusers and others.
 
 kohya writes ``NAME.lora_down.weight``, ``NAME.lora_up.weight`` and ``NAME.alpha``, where the scale
 is alpha / rank. diffusers writes ``NAME.lora_A.weight`` and ``NAME.lora_B.weight``, and an alpha,
@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files.layers import AdapterFile, Layer, Lost, Plan, scale_of
+from matryoshka_lora.files.layers import AdapterFile, Layer, Lost, OnLayer, Plan, rank_and_scale
 from matryoshka_lora.files.output import PathLike, new_file
-from matryoshka_lora.files.tensors import FLOATS, Stored, open_tensors
+from matryoshka_lora.files.tensors import Stored, open_tensors
 
 Style = Literal["kohya", "diffusers", "peft"]
 
-SUFFIX = ".safetensors"
 AS_GIVEN = "as given"
 """The order of factors that are only renamed."""
 
@@ -33,14 +32,9 @@ _PEFT = "base_model.model."
 _KOHYA = (".lora_down.weight", ".lora_up.weight")
 _DIFFUSERS = (".lora_A.weight", ".lora_B.weight")
 _ENDINGS = (
-    _KOHYA,
-    _DIFFUSERS,
-    (".lora_A.default.weight", ".lora_B.default.weight"),
-    (".down.weight", ".up.weight"),
-    (".down", ".up"),
+    *(_KOHYA, _DIFFUSERS, (".lora_A.default.weight", ".lora_B.default.weight")),
+    *((".down.weight", ".up.weight"), (".down", ".up")),
 )
-# What old versions of diffusers put between a module and `.down.weight`.
-_BETWEEN = re.compile(r"(\.lora_linear_layer|\.lora|_lora)$")
 # What makes a layer more than a pair of factors: a magnitude (DoRA), a third matrix, a bias.
 _MORE = re.compile(r"(.+)\.(?:dora_scale|lora_(?:magnitude_vector|mid|up|down|[AB])(?:\.[^.]+)*)")
 
@@ -59,30 +53,29 @@ _PARTS = {
 }
 
 
-class _Pair(NamedTuple):
-    name: str
-    A: str
-    B: str
-
-
 def open_single(file: Path) -> AdapterFile:
     """Open a LoRA in one file.
 
     Raises:
         MatryoshkaError: It is none, it is damaged, or it holds nothing that has ranks.
     """
-    if file.suffix != SUFFIX:
+    if file.suffix != ".safetensors":
         why = "may be a pickle, which can run code" if file.exists() else "does not exist"
-        raise MatryoshkaError(f"{file} {why}: give PEFT's folder of an adapter, or a {SUFFIX} file")
+        raise MatryoshkaError(f"{file} {why}: give PEFT's folder or a .safetensors file")
     stored, metadata = open_tensors(file)
-    pairs = _find_pairs(stored, str(file))
-    factors = {key for pair in pairs for key in pair[1:]}
-    more = [_MORE.fullmatch(key) for key in stored.keys() - factors]
-    whole = {found[1] for found in more if found}
-    configs, layers = _configs(metadata, str(file)), []
-    for pair in pairs:
-        if _BETWEEN.sub("", pair.name) not in whole:
-            layers.append(_layer(pair, stored, configs, str(file)))
+    pairs = dict[str, tuple[str, str]]()
+    for key in sorted(stored):
+        ending = next((pair for pair in _ENDINGS if key.endswith(pair)), None)
+        if ending is not None:
+            name = key.removesuffix(ending[0]).removesuffix(ending[1])
+            pair = (name + ending[0], name + ending[1])
+            if not stored.keys() >= {*pair} or pairs.setdefault(name, pair) != pair:
+                raise MatryoshkaError(f"{file}: {key[:200]!r} is no half of a pair: copy it again")
+    others = stored.keys() - {key for pair in pairs.values() for key in pair}
+    whole = {found[1] for key in others if (found := _MORE.fullmatch(key))}
+    configs = _configs(metadata, str(file))
+    plain = {name: pair for name, pair in pairs.items() if name not in whole}
+    layers = [_layer(name, *plain[name], stored, configs, str(file)) for name in sorted(plain)]
     if not layers:
         raise MatryoshkaError(
             f"{file} holds no layer that is a pair of factors alone. DoRA, LoHa, LoKr and the like "
@@ -98,7 +91,7 @@ def write_single(
     path: PathLike,
     ranks: Mapping[str, int],
     force: bool = False,
-    on_layer: Callable[[], object] | None = None,
+    on_layer: OnLayer = None,
 ) -> Lost:
     """Write a single file, where each layer has a rank of its own.
 
@@ -118,8 +111,7 @@ def plan_single(adapter: AdapterFile, ranks: Mapping[str, int]) -> Plan:
 
     All layers get one alpha, the largest rank: diffusers knows no other where ranks differ.
     """
-    alpha = max(ranks.values())
-    layers = []
+    alpha, layers = max(ranks.values()), []
     others = {key: adapter.stored[key] for key in adapter.others}
     for layer in adapter.layers:
         rank = ranks[layer.name]
@@ -144,61 +136,50 @@ def in_style(adapter: AdapterFile, style: Style) -> AdapterFile:
         raise MatryoshkaError(f"{adapter.name} is for several models: choose the style diffusers")
     layers, stored = [], dict[str, Stored]()
     for layer in adapter.layers:
-        pair = _written_pair(modules[layer.name], style, parts)
-        stored[pair.A], stored[pair.B] = adapter.stored[layer.key_A], adapter.stored[layer.key_B]
-        alpha = f"{pair.name}.alpha" if style == "kohya" else None
-        name = pair.name.removeprefix(_PEFT) if style == "peft" else pair.name
-        layers.append(replace(layer, name=name, key_A=pair.A, key_B=pair.B, key_alpha=alpha))
+        name = _name_in(style, modules[layer.name], parts)
+        key_A, key_B = (name + ending for ending in (_KOHYA if style == "kohya" else _DIFFUSERS))
+        stored[key_A], stored[key_B] = adapter.stored[layer.key_A], adapter.stored[layer.key_B]
+        alpha, name = f"{name}.alpha" if style == "kohya" else None, name.removeprefix(_PEFT)
+        layers.append(replace(layer, name=name, key_A=key_A, key_B=key_B, key_alpha=alpha))
     layers.sort(key=lambda layer: layer.name)
-    targets = sorted(layer.name for layer in layers)
-    config = {"peft_type": "LORA", "target_modules": targets} if style == "peft" else {}
+    config = {"peft_type": "LORA", "target_modules": [layer.name for layer in layers]}
+    config = config if style == "peft" else {}
     return replace(adapter, layers=tuple(layers), stored=stored, config=config)
 
 
-def _find_pairs(keys: Iterable[str], where: str) -> list[_Pair]:
-    found = dict[str, _Pair]()
-    for key in sorted(keys):
-        ending = next((pair for pair in _ENDINGS if key.endswith(pair)), None)
-        if ending is not None:
-            name = key.removesuffix(ending[0]).removesuffix(ending[1])
-            pair = _Pair(name, name + ending[0], name + ending[1])
-            if not {pair.A, pair.B} <= set(keys) or found.setdefault(name, pair) != pair:
-                raise MatryoshkaError(f"{where}: {key[:200]!r} is no half of a pair: copy it again")
-    return [found[name] for name in sorted(found)]
-
-
 def _layer(
-    pair: _Pair, stored: Mapping[str, Stored], configs: dict[str, dict[str, Any]], where: str
+    name: str,
+    key_A: str,
+    key_B: str,
+    stored: Mapping[str, Stored],
+    configs: Mapping[str, dict[str, Any]],
+    where: str,
 ) -> Layer:
-    A, B = stored[pair.A], stored[pair.B]
-    rank = A.shape[0] if A.shape else 0
-    fits = 1 < len(A.shape) == len(B.shape) and B.shape[1] == rank and 0 not in A.shape + B.shape
-    if not fits or max(B.shape[2:], default=1) != 1 or not {A.dtype, B.dtype} <= FLOATS.keys():
+    A, B = stored[key_A], stored[key_B]
+    fits = A.is_factor and B.is_factor and len(A.shape) == len(B.shape) and A.shape[0] == B.shape[1]
+    if not fits or max(B.shape[2:], default=1) != 1:
         raise MatryoshkaError(
-            f"{where}: {pair.name[:200]!r} has factors {A.dtype} {list(A.shape)} and {B.dtype} "
+            f"{where}: {name[:200]!r} has factors {A.dtype} {list(A.shape)} and {B.dtype} "
             f"{list(B.shape)}, which make no layer: save it again in fp32, bf16 or fp16"
         )
-    spelled = (f"{pair.name}.alpha", f"{_BETWEEN.sub('', pair.name)}.alpha")
-    key = next((key for key in spelled if key in stored), None)
-    scale = 1.0
+    rank, alpha, scale = A.shape[0], stored.get(f"{name}.alpha"), 1.0
     if configs:
-        part, inside = _part(pair.name.removeprefix(_PEFT))
+        part, inside = _part(name.removeprefix(_PEFT))
         if not {"r", "lora_alpha"} <= configs.get(part, {}).keys():
-            raise MatryoshkaError(
-                f"{where}: its {_CONFIGS} has no lora_alpha for {pair.name[:200]}"
-            )
-        scale = scale_of(configs[part], inside, rank)
-    elif key is not None:
-        alpha = stored[key].read().double().flatten()
-        scale = float(alpha[0]) / rank if len(alpha) == 1 else 0.0
-    elif pair.name.startswith(_PEFT):
+            raise MatryoshkaError(f"{where}: its {_CONFIGS} has no lora_alpha for {name[:200]}")
+        scale = rank_and_scale(configs[part], inside)[1]
+    elif alpha is not None:
+        values = alpha.read().double().flatten()
+        scale = float(values[0]) / rank if len(values) == 1 else 0.0
+    elif name.startswith(_PEFT):
         raise MatryoshkaError(
             f"{where} is PEFT's file of weights, and its scale stands in an adapter_config.json: "
             "give the folder that holds both"
         )
     if not 0 < scale < float("inf"):
-        raise MatryoshkaError(f"{where}: the alpha of {pair.name[:200]} is no positive number")
-    return Layer(pair.name, pair.A, pair.B, A.shape, B.shape, rank, scale, key_alpha=key)
+        raise MatryoshkaError(f"{where}: the alpha of {name[:200]} is no positive number")
+    key = f"{name}.alpha" if alpha else None
+    return Layer(name, key_A, key_B, A.shape, B.shape, rank, scale, key_alpha=key)
 
 
 def _configs(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, Any]]:
@@ -221,79 +202,73 @@ def _part(module: str) -> tuple[str, str]:
 
 def _module(adapter: AdapterFile, layer: Layer) -> str:
     """Return the dotted name of a layer's module, with its part of the pipeline."""
-    if not adapter.is_single:
-        mapping = adapter.config.get("auto_mapping") or {}
-        library, kind = str(mapping.get("parent_library")), str(mapping.get("base_model_class"))
-        is_text = kind in ("CLIPTextModel", "T5EncoderModel")
-        part = "text_encoder" if is_text else "unet" if "UNet" in kind else "transformer"
-        if is_text or library.startswith("diffusers."):
-            return f"{part}.{layer.name}"
+    if adapter.is_single:
+        if layer.key_A.endswith(_DIFFUSERS[0]):
+            return layer.name.removeprefix(_PEFT)
         raise MatryoshkaError(
-            f"{adapter.name} is not known to be for an image model: name a folder as the output"
-        )
-    name = layer.name.removeprefix(_PEFT)
-    if re.match(r"lora_\w+$", name):
-        raise MatryoshkaError(
-            f"{name[:80]} is a name of kohya's, which does not say where its dots were: leave the "
+            f"{layer.name[:80]} does not say where the dots of its module's name were: leave the "
             "style as it is, which diffusers and ComfyUI read too"
         )
-    short = _BETWEEN.sub("", name).replace(".processor.", ".")
-    return f"{short}.0" if short != name and short.endswith(".to_out") else short
+    mapping = adapter.config.get("auto_mapping") or {}
+    library, kind = str(mapping.get("parent_library")), str(mapping.get("base_model_class"))
+    is_text = kind in ("CLIPTextModel", "T5EncoderModel")
+    if not is_text and not library.startswith("diffusers."):
+        raise MatryoshkaError(f"{adapter.name} is for no image model: name a folder as the output")
+    part = "text_encoder" if is_text else "unet" if "UNet" in kind else "transformer"
+    return f"{part}.{layer.name}"
 
 
-def _written_pair(module: str, style: Style, parts: set[str]) -> _Pair:
+def _name_in(style: Style, module: str, parts: set[str]) -> str:
+    """Return the name of a module in another style."""
     part, inside = _part(module)
-    if style == "kohya":
-        word = _PARTS.get(part or "unet")
-        if word is None:
-            raise MatryoshkaError(f"kohya has no name for the part {part}: choose diffusers")
-        if part == "text_encoder" and "text_encoder_2" in parts:
-            word = "lora_te1"
-        # transformers has dropped the first part of CLIP's names, and ComfyUI wants it.
-        if part.startswith("text_encoder") and inside.startswith("encoder.layers."):
-            inside = f"text_model.{inside}"
-        name = f"{word}_{inside.replace('.', '_')}"
-        return _Pair(name, name + _KOHYA[0], name + _KOHYA[1])
-    if style == "diffusers" and not part:
+    if style == "peft":
+        return _PEFT + inside
+    word = _PARTS.get(part or "unet") if style == "kohya" else part
+    if not word:
         raise MatryoshkaError(
-            f"{module[:200]} does not say which part of a pipeline it is for, and diffusers would "
-            "not find it: leave the style as it is"
+            f"{style} has no name for {module[:200]}, which must say a part of a pipeline that it "
+            "knows: leave the style as it is"
         )
-    name = _PEFT + inside if style == "peft" else module
-    return _Pair(name, name + _DIFFUSERS[0], name + _DIFFUSERS[1])
+    if style == "diffusers":
+        return module
+    if part == "text_encoder" and "text_encoder_2" in parts:
+        word = "lora_te1"
+    # transformers has dropped the first part of CLIP's names, and ComfyUI wants it.
+    if part.startswith("text_encoder") and inside.startswith("encoder.layers."):
+        inside = f"text_model.{inside}"
+    return f"{word}_{inside.replace('.', '_')}"
 
 
 def _metadata(adapter: AdapterFile, layers: list[Layer], alpha: int) -> dict[str, str]:
+    """Return the metadata of a file, in which what speaks of ranks is renewed."""
+
+    def one(ranks: set[int]) -> str:
+        return str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"  # as kohya's script says
+
     kept = {key: x for key, x in adapter.metadata.items() if key not in (*_HASHES, _CONFIGS)}
-    wide = [layer for layer in layers if layer.is_convolution]
-    dims = {layer.rank for layer in layers if not layer.is_convolution} or {x.rank for x in wide}
+    wide = {layer.rank for layer in layers if layer.is_convolution}
+    dims = {layer.rank for layer in layers if not layer.is_convolution} or wide
     has_alpha = any(layer.key_alpha for layer in layers)
     if "ss_network_dim" in kept or has_alpha:
-        kept |= {"ss_network_dim": _one(dims), "ss_network_alpha": str(alpha)}
-    try:
-        args = json.loads(kept.get("ss_network_args", "{}"))
-        if "conv_dim" in args:
-            renewed = {"conv_dim": _one({x.rank for x in wide}), "conv_alpha": str(alpha)}
-            kept["ss_network_args"] = json.dumps({**args, **renewed})
-    except (ValueError, TypeError):
-        pass  # somebody's own words
-    if not has_alpha and adapter.is_single and not layers[0].name.startswith("lora_"):
-        modules = {_module(adapter, layer): layer for layer in layers}
-        if {_part(module)[0] for module in modules} <= _PARTS.keys() - {"diffusion_model"}:
-            kept[_CONFIGS] = json.dumps(_lora_configs(adapter, modules), sort_keys=True)
+        kept |= {"ss_network_dim": one(dims), "ss_network_alpha": str(alpha)}
+    if "conv_dim" in kept.get("ss_network_args", ""):
+        args = json.loads(kept["ss_network_args"])
+        args |= {"conv_dim": one(wide), "conv_alpha": str(alpha)}
+        kept["ss_network_args"] = json.dumps(args)
+    known = {_part(layer.name)[0] for layer in layers} <= _PARTS.keys() - {"diffusion_model"}
+    if known and not has_alpha and all(x.key_A.endswith(_DIFFUSERS[0]) for x in layers):
+        kept[_CONFIGS] = json.dumps(_lora_configs(adapter, layers), sort_keys=True)
     return {"format": "pt", **kept}
 
 
-def _one(ranks: set[int]) -> str:
-    """Return one rank, or the word that kohya's script writes for several."""
-    return str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
-
-
-def _lora_configs(adapter: AdapterFile, modules: Mapping[str, Layer]) -> dict[str, Any]:
+def _lora_configs(adapter: AdapterFile, layers: list[Layer]) -> dict[str, Any]:
     """Return the LoraConfigs by which diffusers gives each layer its rank, and the scale 1."""
     found, given = dict[str, Any](), _configs(adapter.metadata, adapter.name)
-    for part in sorted({_part(module)[0] for module in modules}):
-        own = {_part(m)[1]: x.rank for m, x in modules.items() if _part(m)[0] == part}
+    ranks = dict[str, dict[str, int]]()
+    for layer in layers:
+        part, inside = _part(layer.name)
+        ranks.setdefault(part, {})[inside] = layer.rank
+    for part, own in ranks.items():
         top = max(own.values())
         pattern = {f"^{re.escape(name)}": rank for name, rank in own.items() if rank != top}
         config = {"target_modules": sorted(own), **given.get(part, {})}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,28 +15,13 @@ from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
 
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-"""What safetensors calls the dtypes that factors may have."""
-
-_DTYPES = FLOATS | {
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_OTHERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
+_OTHERS |= {"BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+_DTYPES = {name: getattr(torch, dtype) for name, dtype in (_FLOATS | _OTHERS).items()}
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """A tensor with its dtype, as safetensors calls it, that is read when it is needed."""
 
     dtype: str
@@ -50,9 +35,14 @@ class Stored:
         return cls(name, tuple(tensor.shape), lambda: tensor)
 
     @property
+    def is_factor(self) -> bool:
+        """Whether a factor may have this dtype and shape."""
+        return self.dtype in _FLOATS and len(self.shape) > 1 and 0 not in self.shape
+
+    @property
     def size(self) -> int:
         """The bytes of the tensor."""
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * int(_DTYPES[self.dtype].itemsize)
 
 
 def open_tensors(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -61,49 +51,45 @@ def open_tensors(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     Raises:
         MatryoshkaError: There is no such file, safetensors refuses it, or a dtype is unknown.
     """
+    stored = dict[str, Stored]()
     try:
         if not file.is_file():  # a pipe would be waited for
             raise FileNotFoundError("there is no such file")
         with safe_open(file, "pt") as opened:
-            heads = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
-            stored = {
-                key: Stored(head.get_dtype(), tuple(head.get_shape()), partial(_read, file, key))
-                for key, head in heads.items()
-            }
-            metadata = dict(opened.metadata() or {})
+            for key in opened.keys():  # noqa: SIM118 - it is no mapping
+                head = opened.get_slice(key)
+                if head.get_dtype() not in _DTYPES:
+                    raise OSError(f"the dtype {head.get_dtype()} is unknown here")
+                shape = tuple(head.get_shape())
+                stored[key] = Stored(head.get_dtype(), shape, partial(_read, file, key))
+            return stored, dict(opened.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from error
-    unknown = {each.dtype for each in stored.values()} - _DTYPES.keys()
-    if unknown:
-        raise _damaged(file, f"the dtype {unknown.pop()} is unknown here")
-    return stored, metadata
 
 
 def _read(file: Path, key: str) -> Tensor:
     # Opened for each tensor, so that no mapping of the whole file counts as memory in use.
     try:
         with safe_open(file, "pt") as opened:
-            return opened.get_tensor(key)  # type: ignore[no-any-return]
+            tensor: Tensor = opened.get_tensor(key)
     except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from error
+    return tensor
 
 
-def read_json(file: Path) -> dict[str, object]:
+def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
         MatryoshkaError: There is none.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise _damaged(file, error) from error
-    return found
 
 
-def _damaged(file: Path, reason: object) -> MatryoshkaError:
+def _damaged(file: Path, reason: Exception) -> MatryoshkaError:
     return MatryoshkaError(f"{file} is missing or damaged ({reason!s:.300}): copy it again")
 
 

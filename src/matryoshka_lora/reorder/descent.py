@@ -81,8 +81,8 @@ def loss_at(
         total += loss.item()
     if not math.isfinite(total):
         raise NotFiniteError(
-            f"the loss is {total}: training diverged, or the base model's dtype is too narrow. Load "
-            "it in bfloat16 or float32, or reorder by 'svd', which needs no loss"
+            f"the loss is {total}: training diverged, or the base model's dtype is too narrow. "
+            "Load it in bfloat16 or float32, or reorder by 'svd', which needs no loss"
         )
     return total
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -50,8 +51,6 @@ class Rows:
 
     def batches(self, numbers: Sequence[int]) -> list[Batch]:
         """Return some rows in batches on the model's device, without those that have no label."""
-        from accelerate.utils import send_to_device
-
         chunks = [numbers[i : i + self.at_once] for i in range(0, len(numbers), self.at_once)]
         made = [dict(self.collate([self.data[number] for number in chunk])) for chunk in chunks]
         return [send_to_device(b, self.device) for b in made if (b["labels"] != -100).any()]
@@ -171,8 +170,8 @@ def _tokens(tokenizer: Any, row: Any, number: int, limit: int | None) -> dict[st
         whole = chat(prompt + answer)["input_ids"]
     else:
         raise MatryoshkaError(
-            f"row {number} of the data is {row!r:.80}: give a Trainer, a split of a dataset, or "
-            "rows with prompt and completion, both text or both messages, or with messages that end "
+            f"row {number} of the data is {row!r:.80}: give a Trainer, a dataset's split, or rows "
+            "with prompt and completion, both text or both messages, or with messages that end "
             "with the assistant's"
         )
     # The answer begins where the two part: tokens at the seam may merge.
@@ -214,7 +213,7 @@ def _of_trainer(model: Any, trainer: Any) -> Rows:
             "cannot come again: give rows with prompt and completion, or reorder by 'svd'"
         )
     rows.rate = args.learning_rate if "adam" in str(args.optim).lower() else None
-    rows.seen = state.global_step * args.train_batch_size * args.gradient_accumulation_steps
+    rows.seen = state.global_step * rows.at_once * args.gradient_accumulation_steps
     if state.epoch:  # the last batch of an epoch may be a small one
         rows.seen = min(rows.seen, round(state.epoch * len(rows.data)))
     if held_out and not isinstance(held_out, Mapping):
@@ -239,5 +238,5 @@ def _of_loader(model: Any, trainer: Any, loader: Any) -> Rows | None:
         return found
 
     device, args = next(model.parameters()).device, trainer.args
-    at_once = args.per_device_train_batch_size
+    at_once = trainer.state.train_batch_size or args.train_batch_size  # the first fits into memory
     return Rows(loader.dataset, loader.collate_fn, loss, device, at_once, quiet=args.disable_tqdm)

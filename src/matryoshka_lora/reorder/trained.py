@@ -56,20 +56,13 @@ def train_ranks(
     ranks do not lose less than before in the mean, or R loses more by `MOST_LOST`, the factors are
     those of the SVD again, with a warning.
 
-    Args:
-        adapter: One that is reordered by SVD.
-        rows: What `matryoshka_lora.reorder.rows.read_data` returns.
-        count: The number of rows to train on; None is half of those of training, or 3200.
-        seed: The seed of the rows' order.
-        checkpoint: A file for the state; the same call goes on from there, to the same bits.
+    Args and Raises: as `matryoshka_lora.reorder.learned.learn`, and
+        count: None is half as many rows as trained the adapter, or 3200.
+        checkpoint: A file for the state; the same call goes on from there, to the same bits. A file
+            that is no checkpoint is a MatryoshkaError.
 
     Returns:
         Whether the adapter has the trained ranks.
-
-    Raises:
-        MatryoshkaError: There is no nested rank below R, there are too few rows, or the file is no
-            checkpoint.
-        NotFiniteError: The loss or a gradient is not finite. The factors are as before then.
     """
     descent.check_ranks(adapter)
     *ranks, top = adapter.nesting.ranks
@@ -223,8 +216,8 @@ class _Run:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError) as error:
             raise MatryoshkaError(
-                f"{path} is no checkpoint of 'trained' and would be replaced: give another path, or "
-                "move the file away"
+                f"{path} is no checkpoint of 'trained' and would be replaced: give another path, "
+                "or move the file away"
             ) from error
         if place["run"] != self.run:
             text = f"{path} is of other rows, settings or factors: a new training replaces it"
@@ -249,7 +242,7 @@ class _Run:
             tensors |= {f"A.{name}": A, f"B.{name}": B}
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         place = {"run": self.run, "done": self.done, "step": self.step}
-        new = self.path.with_name(f"{self.path.name}.new")
+        new = self.path.with_name(f"{self.path.name}.matryoshka-new")
         save_file(tensors, new, {KEY: json.dumps(place)})
         os.replace(new, self.path)
         self.written = time.monotonic()

@@ -1,0 +1,286 @@
+"""The command line: what it says, what it refuses, and how light it is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import nested_llama
+from safetensors.torch import save_file
+from strangers import plain_adapter
+from tiny_chat import save_tiny_chat
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from matryoshka_lora import Nesting, __version__
+from matryoshka_lora.cli import app, main
+
+VERBS = ["train", "info", "reorder", "export", "eval", "select", "serve", "play", "demo"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a nested adapter, a plain one, a single file and rows."""
+    folder = tmp_path_factory.mktemp("cli")
+    nested_llama(Nesting.powers_of_two(8)).save(folder / "nested")
+    plain_adapter(folder / "plain")
+    save_file(
+        {
+            "lora_unet_a.lora_down.weight": torch.randn(8, 64),
+            "lora_unet_a.lora_up.weight": torch.randn(64, 8),
+            "lora_unet_a.alpha": torch.tensor(4.0),
+        },
+        folder / "one.safetensors",
+    )
+    rows = [{"prompt": f"{n} plus 1 is", "completion": f" {n + 1}"} for n in range(40)]
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder
+
+
+def run(
+    words: Sequence[object], capfd: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch
+) -> tuple[int, str, str]:
+    """Return exit status, stdout and stderr of a command."""
+    patch.setattr(sys, "argv", ["matryoshka", *map(str, words)])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capfd.readouterr()
+    code = ended.value.code
+    return (code if isinstance(code, int) else int(code is not None)), out, err
+
+
+# What it says
+
+
+def test_alone_it_says_what_to_do_with_what_one_has() -> None:
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == 0
+    for verb in ("demo", "train", "info", "reorder", "export"):
+        assert f"matryoshka {verb}" in result.output
+    assert f"matryoshka-lora {__version__}" in CliRunner().invoke(app, ["--version"]).output
+
+
+def test_each_verb_is_there_and_teaches_by_an_example() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert list(commands) == VERBS
+    for verb, command in commands.items():
+        assert f"Example: matryoshka {verb}" in command.help
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), f"{verb} does not explain {parameter.name}"
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "comes_next"),
+    [
+        (["info", "nested"], ["in the order 'svd'", "kB"], "export nested --rank 4 -o small"),
+        (["info", "plain"], ["a plain LoRA"], "reorder plain -o nested"),
+        (["info", "one.safetensors"], ["in one file"], "export one.safetensors --keep 95%"),
+        (["reorder", "plain", "-o", "new"], ["every rank"], "info new"),
+        (["reorder", "one.safetensors", "-o", "new.safetensors"], ["new.safetensors"], "info new"),
+        (["export", "nested", "--rank", 2, "-o", "new"], ["->", "% of the update's norm"], None),
+        (["export", "plain", "--keep", "0.9", "-o", "new"], ["ranks by layer"], None),
+        (["export", "one.safetensors", "--rank", 2, "-o", "new.safetensors"], ["rank 2"], None),
+        (["export", "nested", "--format", "ladder", "-o", "new"], ["1, 2, 4, 8"], None),
+        (["serve", "nested", "--print", "--model", "base"], ["--lora-modules nested@1="], None),
+    ],
+)
+def test_a_verb_on_files_tells_its_result_and_what_comes_next(
+    words: list[object],
+    said: list[str],
+    comes_next: str | None,
+    folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("nested", "plain", "one.safetensors"):
+        (tmp_path / name).symlink_to(folder / name)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(words, capfd, monkeypatch)
+    assert code == 0, err
+    assert all(text in out for text in said), out
+    if comes_next:
+        assert f"Next: matryoshka {comes_next}" in out.splitlines()[-1]
+    if "-o" in words:
+        assert (tmp_path / str(words[-1])).exists()
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["info", "nothing"], "nothing"),
+        (["info", "."], "adapter_config.json"),
+        (["export", "nested", "--rank", 9, "-o", "new"], "has no rank 9"),
+        (["export", "nested", "-o", "new"], "--rank 8, --keep 95% or --max-bytes"),
+        (["export", "nested", "--rank", 4, "-o", "plain"], "exists already"),
+        (["export", "nested", "--rank", 4, "-o", "."], "current folder"),
+        (["export", "nested", "--rank", 4, "-o", "x.gguf", "--format", "peft"], "x.gguf"),
+        (["export", "nested", "--rank", 4, "-o", "cat8"], None),
+        (["reorder", "plain", "-o", "new", "--by", "learned"], "data"),
+        (["reorder", "plain", "-o", "new", "--data", "rows.jsonl"], "data"),
+        (["eval", "nested"], "arc_easy"),
+        (["eval", "nested", "--data", "rows.jsonl", "--ranks", "1,9"], "rank 9"),
+        (["select", "nothing", "--within", "1%"], "nothing"),
+        (["serve", "nested", "--model", "base"], "vLLM is not installed"),
+        (["train", "nothing.yaml"], "nothing.yaml"),
+        (["demo", "-o", "nested"], "exists already"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_nothing_is_written(
+    words: list[object],
+    error: str | None,
+    folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("nested", "plain", "rows.jsonl"):
+        (tmp_path / name).symlink_to(folder / name)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    code, _, err = run(words, capfd, monkeypatch)
+    if error is None:  # a name without an ending is a folder
+        assert code == 0
+        return
+    assert code == 1
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert error in lines[0]
+    assert "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "missing", "extra"),
+    [
+        (["train", "config.yaml"], "trl", "train"),
+        (["train", "config.yaml"], "yaml", "train"),
+        (["eval", "nested", "--data", "rows.jsonl"], "lm_eval", "eval"),
+        (["play", "nested"], "gradio", "play"),
+        (["demo"], "peft", "peft,gguf"),
+        (["reorder", "nested", "-o", "new", "--by", "learned", "--data", "rows.jsonl"],
+         "transformers", "peft"),
+        (["export", "nested", "--rank", "2", "--format", "merged", "-o", "new"], "peft", "peft"),
+        (["export", "nested", "--rank", "2", "-o", "new.gguf"], "gguf", "gguf"),
+    ],
+)  # fmt: skip
+@pytest.mark.slow
+def test_a_missing_package_is_named_with_its_extra(
+    words: list[str], missing: str, extra: str, folder: Path, tmp_path: Path
+) -> None:
+    base = save_tiny_chat(tmp_path / "base")
+    words = [*words, *(["--model", str(base)] if words[0] in ("reorder", "export") else [])]
+    for name in ("nested", "rows.jsonl"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "config.yaml").write_text(f"data: rows.jsonl\nmodel: {base}\n")
+    code = f"""
+import importlib.util, sys
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == {missing!r} else found(name, *more)
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {missing!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+sys.argv = ["matryoshka", *{words!r}]
+from matryoshka_lora.cli import main
+main()
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1
+    assert f"pip install 'matryoshka-lora[{extra}]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_ctrl_c_is_one_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("matryoshka_lora.info.describe", interrupted)
+    code, _, err = run(["info", "nested"], capfd, monkeypatch)
+    assert (code, err) == (130, "stopped; what was finished is kept\n")
+
+
+# How light it is
+
+
+def imported(words: list[str], where: Path, names: set[str]) -> set[str]:
+    """Return which modules a command imports, in a process of its own."""
+    code = f"""
+import sys
+from matryoshka_lora.cli import main
+sys.argv = ["matryoshka", *{words!r}]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+print("\\n" + " ".join({names!r} & sys.modules.keys()))
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=where, check=True)
+    return set(result.stdout.splitlines()[-1].split())
+
+
+def test_help_imports_no_torch(tmp_path: Path) -> None:
+    assert imported(["export", "--help"], tmp_path, {"torch", "safetensors", "yaml"}) == set()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["info", "nested"],
+        ["reorder", "plain", "-o", "{new}"],
+        ["export", "plain", "--rank", "2", "-o", "{new}"],
+        ["export", "one.safetensors", "--keep", "95%", "-o", "{new}.safetensors"],
+        ["export", "nested", "--format", "ladder", "-o", "{new}"],
+    ],
+)
+def test_work_on_files_needs_torch_and_safetensors_alone(
+    words: list[str], folder: Path, tmp_path: Path
+) -> None:
+    words = [word.format(new=tmp_path / "new") for word in words]
+    heavy = {"peft", "transformers", "trl", "datasets", "lm_eval", "gradio", "matplotlib", "numpy"}
+    assert imported(words, folder, heavy - {"numpy"}) == set()
+
+
+# The long way, with real models
+
+
+@pytest.mark.slow
+def test_train_eval_select_export_follow_each_others_next_lines(
+    tmp_path: Path,
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = save_tiny_chat(tmp_path / "base")
+    (tmp_path / "held-out.jsonl").symlink_to(folder / "rows.jsonl")
+    (tmp_path / "config.yaml").write_text(
+        f"data: {folder / 'rows.jsonl'}\nmodel: {base}\nmax_steps: 4\nlora: {{r: 4}}\n"
+        "output_dir: run\nnesting: {reorder: svd}\ndisable_tqdm: true\n"
+    )
+    words = ["train", "config.yaml"]
+    verbs = []
+    while words[0] != "export":
+        verbs.append(words[0])
+        code, out, err = run(words, capfd, monkeypatch)
+        assert code == 0, err
+        last = out.splitlines()[-1]
+        assert last.startswith("Next: matryoshka ")
+        words = last.removeprefix("Next: matryoshka ").split()
+    assert verbs == ["train", "eval", "select"]
+    code, out, err = run(words, capfd, monkeypatch)
+    assert code == 0, err

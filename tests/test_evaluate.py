@@ -1,0 +1,378 @@
+"""`evaluate`, from tasks and rows to the folder that it writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import randomize
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from matryoshka_lora import MatryoshkaError, NestedAdapter, nest
+from matryoshka_lora.evaluate import tasks
+from matryoshka_lora.evaluate.evaluate import evaluate
+from matryoshka_lora.evaluate.results import Evaluation, aurac
+from matryoshka_lora.evaluate.select import select
+from matryoshka_lora.evaluate.tasks import judge, load_data, load_task
+from matryoshka_lora.models import load_tokenizer
+
+RANKS = (1, 2, 4)
+WORDS = ("red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "sun", "moon", "star")
+MEAN = {"aggregation": "mean", "higher_is_better": True}
+FILES = ["curve.png", "evaluation.json", "examples.jsonl", "report.html"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with the embedded model's tokenizer, on the disk."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    config = LlamaConfig(vocab_size=49152, initializer_range=0.2, eos_token_id=2, **sizes, **heads)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    load_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def new_adapter(base: Path, **config: Any) -> NestedAdapter:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    settings = {"r": 4, "lora_alpha": 4, "target_modules": "all-linear", **config}
+    peft = get_peft_model(model, LoraConfig(**settings))
+    randomize(peft, size=0.4)
+    adapter = nest(peft.eval(), rule="lora")
+    adapter.reorder()
+    return adapter
+
+
+@pytest.fixture(scope="module")
+def memory(base: Path) -> NestedAdapter:
+    return new_adapter(base)
+
+
+@pytest.fixture(scope="module")
+def saved(memory: NestedAdapter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters") / "lora"
+    memory.save(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(saved: Path, tmp_path: Path) -> Path:
+    """The adapter's folder, in a place of its own."""
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    for file in saved.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def write_task(folder: Path, name: str = "colours", shots: int = 2, **config: Any) -> str:
+    """Write a YAML file of a choice between two words, and its data."""
+    files = {}
+    for split, count in (("train", 6), ("test", 5)):
+        rows = [
+            {
+                "question": f"{WORDS[n]} or {WORDS[-n - 1]}?",
+                "choices": WORDS[n : n + 3],
+                "label": n % 3,
+            }
+            for n in range(count)
+        ]
+        files[split] = str(folder / f"{name}-{split}.jsonl")
+        Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    choice = {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc", **MEAN}, {"metric": "acc_norm", **MEAN}],
+    }
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+    more = {"fewshot_split": "train", "num_fewshot": shots, "doc_to_text": "{{question}}"}
+    file = folder / f"{name}.yaml"
+    text = yaml.safe_dump(
+        {"task": name, **data, **more, "metadata": {"version": 1}, **choice, **config}
+    )
+    file.write_text(text)
+    return str(file)
+
+
+WRITES = {
+    "output_type": "generate_until",
+    "doc_to_target": "{{choices[0]}}",
+    "doc_to_choice": None,
+    "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6, "do_sample": False},
+    "metric_list": [{"metric": "exact_match", **MEAN}],
+}
+READS = {
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{question}}",
+    "doc_to_choice": None,
+    "num_fewshot": 0,
+    "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+}
+
+
+def rows(count: int = 3) -> list[dict[str, Any]]:
+    return [{"prompt": f"{word} is", "completion": f" {word}"} for word in WORDS[:count]]
+
+
+def by_the_harness(adapter: Path, base: Path, rank: int, task: str, shots: int | None) -> Any:
+    """Return what the harness says of a plain PEFT adapter of one rank."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if rank:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    backend = HFLM(model, tokenizer=load_tokenizer(str(base)), batch_size=2)
+    manager = TaskManager(include_defaults=False)
+    return simple_evaluate(backend, tasks=[task], num_fewshot=shots, task_manager=manager)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [{}, WRITES, READS], ids=["choice", "text", "perplexity"])
+@pytest.mark.parametrize("shots", [None, 1])
+def test_numbers_are_the_harness_own_on_exported_ranks(
+    config: Any, shots: int | None, adapter: Path, base: Path, memory: NestedAdapter, tmp_path: Path
+) -> None:
+    task = write_task(tmp_path, **config)
+    found = evaluate(adapter, task, num_fewshot=shots, progress=False, dtype=torch.float32)
+    assert found.ranks == RANKS
+    for rank in (0, *RANKS):
+        if rank:
+            memory.export(tmp_path / f"rank-{rank}", rank)
+        wanted = by_the_harness(tmp_path / f"rank-{rank}", base, rank, task, shots)
+        for name, metric in found.tasks["colours"]["metrics"].items():
+            assert metric["value"][rank] == pytest.approx(
+                wanted["results"]["colours"][name], rel=1e-4
+            )
+        prompts = [row["arguments"][0][0] for row in wanted["samples"]["colours"]]
+        assert [row["prompt"] for row in found.examples] == prompts
+    assert found.tasks["colours"]["num_fewshot"] == wanted["n-shot"]["colours"]
+
+
+def test_the_folder_has_all_that_is_known(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = write_task(tmp_path), write_task(tmp_path, "words", **WRITES)
+    found = evaluate(adapter, [first, second], ranks="all", limit=4)
+    assert found.ranks == (1, 2, 3, 4)
+    folder = tmp_path / "lora-evaluation"
+    assert sorted(file.name for file in folder.iterdir()) == FILES
+    assert Evaluation.read(folder) == Evaluation.read(adapter) == found
+    values = found.values("colours", "acc")
+    assert found.tasks["colours"]["aurac"] == pytest.approx(aurac([*values.values()], [*values]))
+    assert {name: task["items"] for name, task in found.tasks.items()} == {"colours": 4, "words": 4}
+    assert len(found.examples) == 8
+    assert set(found.examples[0]["answers"]) == {"0", "1", "2", "3", "4"}
+    said = capsys.readouterr().err
+    assert said.count("colours: acc,none, 4 questions, 2 shots") == 2
+    choice = select(adapter, within="100%", task="words")
+    assert (choice.rank, choice.adapter) == (1, str(adapter))
+    assert found.about["dtype"] in ("float32", "bfloat16")
+    sizes = [found.bytes[rank] for rank in found.ranks]
+    assert sizes == sorted(sizes)
+
+
+def test_an_adapter_in_memory_is_as_it_was(memory: NestedAdapter, tmp_path: Path) -> None:
+    memory.set_rank(2)
+    memory.model.train()
+    found = evaluate(memory, data=rows(), ranks=[1, 4], progress=False)
+    assert (memory.rank, memory.model.training) == (2, True)
+    memory.model.eval()
+    assert found.ranks == (1, 4)
+    assert found.bytes[4] == 4 * found.bytes[1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def taken(tmp_path: Path) -> Iterator[Path]:
+    """A folder of the user's, with a file of a name that we write."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "examples.jsonl").write_text("mine\n")
+    (folder / "notes.txt").write_text("mine\n")
+    yield folder
+
+
+def test_what_we_did_not_write_is_not_replaced(adapter: Path, taken: Path) -> None:
+    """On version 0.2, ``examples.jsonl`` was overwritten."""
+    with pytest.raises(MatryoshkaError, match="exists already"):
+        evaluate(adapter, data=rows(), out=taken, progress=False)
+    assert {file.name: file.read_text() for file in taken.iterdir()} == {
+        "examples.jsonl": "mine\n",
+        "notes.txt": "mine\n",
+    }
+    evaluate(adapter, data=rows(), out=taken, ranks=[1], force=True, progress=False)
+    assert sorted(file.name for file in taken.iterdir()) == FILES
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({}, "give either tasks"),
+        ({"tasks": "a", "data": "b"}, "give either tasks"),
+        ({"data": [], "engine": "own"}, "engine is 'own'"),
+        ({"data": rows(), "ranks": [3, 2]}, "increas"),
+        ({"data": rows(), "ranks": [8]}, "rank 8 cannot be measured; the ranks are 1, 2, 3, 4"),
+        ({"data": []}, "data has no rows"),
+        ({"data": [{"prompt": "a"}]}, "data, row 1 has no question with an answer"),
+        ({"data": [*rows(1), {"text": "a"}]}, "data, row 2"),
+        ({"data": "no.jsonl"}, r"no\.jsonl cannot be read"),
+        ({"tasks": "no.yaml"}, r"there is no file no\.yaml"),
+        ({"data": rows(), "engine": "vllm"}, "pip install vllm"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_the_model_is_loaded(
+    asked: Any, said: str, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matryoshka_lora.models.load_model", None)
+    with pytest.raises(MatryoshkaError, match=said):
+        evaluate(adapter, progress=False, **asked)
+
+
+@pytest.mark.slow
+def test_a_name_that_is_no_task_gets_a_near_one(adapter: Path) -> None:
+    with pytest.raises(MatryoshkaError, match="did you mean gsm8k"):
+        evaluate(adapter, "gsm8kk")
+
+
+def test_shots_that_there_are_not(memory: NestedAdapter, tmp_path: Path) -> None:
+    with pytest.raises(MatryoshkaError, match="the harness cannot run colours"):
+        evaluate(memory, write_task(tmp_path), num_fewshot=20, progress=False)
+
+
+@pytest.mark.parametrize("config", [{"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}])
+def test_a_base_model_that_is_not_there_is_not_measured(config: Any, base: Path) -> None:
+    targets = ["q_proj", "v_proj"]
+    adapter = new_adapter(base, target_modules=targets, **config)
+    found = evaluate(adapter, data=rows(), ranks=[1], progress=False)
+    assert set(found.metric()["value"]) == {1}
+
+
+def test_base_is_the_model_without_the_adapter(memory: NestedAdapter, tmp_path: Path) -> None:
+    task = write_task(tmp_path)
+    found = evaluate(memory, task, ranks=[4], progress=False)
+    with memory.model.disable_adapter():
+        tokenizer = load_tokenizer(memory.model.name_or_path)
+        _, loaded = load_task(task)
+        wanted = judge(HFLM(memory.model, tokenizer=tokenizer, batch_size=4), loaded, None, None)
+    assert found.metric()["value"][0] == wanted["results"]["colours"]["acc,none"]
+    assert set(evaluate(memory, task, ranks=[4], base=False, progress=False).metric()["value"]) == {
+        4
+    }
+
+
+MESSAGES = [
+    {"role": "user", "content": "Which colour?"},
+    {"role": "assistant", "content": "red"},
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "until"),
+    [
+        ({"prompt": "a b", "completion": " c "}, "a b", ["\n"]),
+        ({"prompt": "a b", "completion": "c\nd"}, "a b", []),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, None, ["\n", "<|im_end|>"]),
+        ({"messages": MESSAGES}, None, ["\n", "<|im_end|>"]),
+    ],
+)
+def test_rows_are_asked_in_trls_formats(
+    row: dict[str, Any], prompt: str | None, until: list[str], tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer()
+    if prompt is None:
+        chat = {"tokenize": False, "add_generation_prompt": True}
+        prompt = tokenizer.apply_chat_template(MESSAGES[:1], **chat)
+        assert prompt.endswith("<|im_start|>assistant\n")
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps(row) + "\n\n")
+    name, loaded = load_data(file, tokenizer)
+    assert name == "mine"
+    (task,) = loaded["tasks"].values()
+    task.build_all_requests()
+    text, settings = task.instances[0].args
+    assert (text, settings["until"], settings["do_sample"]) == (prompt, until, False)
+
+
+@pytest.mark.parametrize(("said", "right"), [(" red \n", 1.0), ("red.", 0.0), ("", 0.0)])
+def test_an_answer_is_right_if_it_is_the_completion(said: str, right: float) -> None:
+    (task,) = load_data(rows(1), load_tokenizer())[1]["tasks"].values()
+    (doc,) = task.test_docs()
+    assert task.process_results(doc, [said]) == {"exact_match": right}
+
+
+def test_chat_needs_a_template(memory: NestedAdapter) -> None:
+    tokenizer = load_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(MatryoshkaError, match="no chat template"):
+        evaluate(memory, data=[{"messages": MESSAGES}], tokenizer=tokenizer, progress=False)
+
+
+def test_a_group_has_a_number_of_its_own(
+    memory: NestedAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first", "second"):
+        write_task(tmp_path, name)
+    group = {"group": "both", "task": ["first", "second"]}
+    group |= {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(group))
+    manager = TaskManager(include_defaults=False, include_path=str(tmp_path))
+    monkeypatch.setattr(tasks, "_manager", lambda _: manager)
+    found = evaluate(memory, "both", ranks=[1, 4], progress=False)
+    assert list(found.tasks) == ["both"]
+    assert found.tasks["both"]["items"] == len(found.examples) == 10
+    right = [row["metrics"]["acc,none"]["4"] for row in found.examples]
+    assert found.values()[4] == pytest.approx(sum(right) / 10)
+    assert found.difference(None, 1, 4).paired  # type: ignore[union-attr]
+    apart = evaluate(memory, ["first", "second"], ranks=[4], progress=False)
+    assert sum(apart.values(name)[4] or 0 for name in apart.tasks) / 2 == found.values()[4]
+
+
+def test_vllm_gets_one_adapter_for_each_rank(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The harness' backend and vLLM stand in: neither runs on this processor without a build."""
+    asked: list[Any] = []
+
+    class Backend:
+        def __init__(self, name: str, **options: Any) -> None:
+            model = AutoModelForCausalLM.from_pretrained(name)
+            self.options, self.rank, self.world_size, self.lora_request = options, 0, 1, None
+            self.lm = HFLM(model, tokenizer=load_tokenizer(name), batch_size=4)
+
+        def loglikelihood(self, requests: Any) -> Any:
+            if self.lora_request is None:
+                return self.lm.loglikelihood(requests, disable_tqdm=True)
+            model = AutoModelForCausalLM.from_pretrained(self.lm.model.name_or_path)
+            folder = self.lora_request.path
+            asked.append(json.loads(Path(folder, "adapter_config.json").read_text())["r"])
+            plain = PeftModel.from_pretrained(model, folder).eval()
+            backend = HFLM(plain, tokenizer=self.lm.tokenizer, batch_size=4)
+            return backend.loglikelihood(requests, disable_tqdm=True)
+
+    request = ModuleType("vllm.lora.request")
+    request.LoRARequest = lambda name, number, path: SimpleNamespace(path=path)  # type: ignore[attr-defined]
+    backend = ModuleType("lm_eval.models.vllm_causallms")
+    backend.VLLM = Backend  # type: ignore[attr-defined]
+    modules = {"vllm": ModuleType("vllm"), "vllm.lora": ModuleType("vllm.lora")}
+    modules |= {"vllm.lora.request": request, "lm_eval.models.vllm_causallms": backend}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    task = write_task(tmp_path)
+    found = evaluate(adapter, task, engine="vllm", out=tmp_path / "vllm", progress=False)
+    assert asked == [1, 2, 4]
+    wanted = evaluate(adapter, task, progress=False, dtype=torch.float32)
+    assert found.tasks == wanted.tasks

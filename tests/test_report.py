@@ -1,0 +1,99 @@
+"""The picture and the page, which are read back."""
+
+from __future__ import annotations
+
+import base64
+import re
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_results import RANKS, RIGHT, new_evaluation
+
+from matryoshka_lora.evaluate import report
+
+
+class Reader(HTMLParser):
+    """Collects cells, pictures, and tags that are not closed in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[tuple[str, str]] = []
+        self.outside: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "img", "!doctype"):
+            self.open.append(tag)
+        self.outside += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append((self.open[-1], data))
+
+
+def read(page: str) -> Reader:
+    reader = Reader()
+    reader.feed(page)
+    assert not reader.open
+    return reader
+
+
+def test_the_page_shows_numbers_and_where_ranks_differ() -> None:
+    evaluation = new_evaluation("family", "words")
+    reader = read(report.page(evaluation))
+    cells = [text for tag, text in reader.texts if tag == "td"]
+    for rank in RANKS:
+        assert str(rank) in cells
+        assert any(cell.startswith(f"{RIGHT[rank] / 60:.3f} ± ") for cell in cells)
+    titles = [text for tag, text in reader.texts if tag.startswith("h")]
+    # Rank 1 and the base model have the first 20, and rank 8 the first 57.
+    assert titles.count("Where ranks differ: 37 of 60 questions") == 2
+    said = [text for tag, text in reader.texts if tag == "pre"]
+    assert "8: answer 20 of <8>" in said
+    assert "none: answer 20 of <0>" in said
+    assert not any("answer 19" in text or "answer 57" in text for text in said)
+
+
+def test_the_page_needs_nothing_else_and_runs_nothing() -> None:
+    page = report.page(new_evaluation(adapter="<script>alert(1)</script>"))
+    assert "<script" not in page
+    assert read(page).outside[0].startswith("data:image/png;base64,")
+    assert len(read(page).outside) == 1
+    assert "color-scheme: light dark" in page
+
+
+def test_a_long_list_is_cut_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_MOST_EXAMPLES", 5)
+    page = report.page(new_evaluation())
+    assert page.count('<pre class="right">8: ') == 5
+    assert "These are the first 5; examples.jsonl has all." in page
+
+
+def test_the_page_holds_the_picture(tmp_path: Path) -> None:
+    evaluation = new_evaluation("family", "words")
+    report.draw(evaluation, tmp_path / "curve.png")
+    found = re.search(r"base64,([^\"]+)", report.page(evaluation))
+    assert found is not None
+    inside = Image.open(BytesIO(base64.b64decode(found[1])))
+    alone = Image.open(tmp_path / "curve.png")
+    assert inside.size == alone.size == (1080, 600)
+    assert inside.tobytes() == alone.tobytes()
+    for colour in ((0, 114, 178), (230, 159, 0)):  # each task's curve is drawn
+        assert (
+            sum(count for count, each in alone.convert("RGB").getcolors(10**6) if each == colour)
+            > 50
+        )
+
+
+def test_a_value_that_is_missing_is_left_out() -> None:
+    evaluation = new_evaluation()
+    metric = evaluation.metric()
+    metric["value"][2] = metric["stderr"][2] = None
+    evaluation.tasks["family"]["aurac"] = None
+    read(report.page(evaluation))
