@@ -60,7 +60,16 @@ TARGETS = {"choice-5shot": 0.6, "choice-0shot": 2.5, "generate-long": 2, "genera
 
 def choice(item: dict[str, Any], number: int) -> dict[str, Any]:
     """Make a question which of four sentences is true; only the relation differs in them."""
-    relations = ["mother", "father", "sister", "brother", "grandmother", "aunt", "uncle", "daughter"]
+    relations = [
+        "mother",
+        "father",
+        "sister",
+        "brother",
+        "grandmother",
+        "aunt",
+        "uncle",
+        "daughter",
+    ]
     draw = random.Random(number)
     wrong = draw.sample([relation for relation in relations if relation != item["answer"]], 3)
     options = [item["answer"], *wrong]

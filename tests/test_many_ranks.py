@@ -31,8 +31,22 @@ from matryoshka_lora.evaluate.rows import GrowingLayer, shared_prefix
 from matryoshka_lora.models import load_tokenizer
 
 RANKS = (0, 1, 2, 4)
-CONTEXT = 96
-WORDS = ("the", "cat", "sat", "on", "a", "red", "mat", "and", "saw", "seven", "green", "birds", "fly")
+CONTEXT = 80
+WORDS = (
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "red",
+    "mat",
+    "and",
+    "saw",
+    "seven",
+    "green",
+    "birds",
+    "fly",
+)
 
 SIZES = {
     "vocab_size": 49152,  # that of the embedded model's tokenizer
@@ -125,14 +139,22 @@ ASKED: dict[str, list[tuple[Any, ...]]] = {
 }
 
 
+KNOWN: dict[tuple[int, int, str], list[Any]] = {}
+
+
 def expected(adapter: NestedAdapter, tokenizer: Any, rank: int, kind: str, asked: Any) -> list[Any]:
     """Return what the harness' own backend says."""
-    before = adapter.rank
+    key = (id(adapter), rank, kind)
+    if asked is ASKED[kind] and key in KNOWN:
+        return KNOWN[key]
+    before, size = adapter.rank, 1 if kind == "generate_until" else 4
     adapter.set_rank(rank)
-    backend = HFLM(adapter.model, tokenizer=tokenizer, batch_size=1)
-    found = getattr(backend, kind)(requests(kind, asked), disable_tqdm=True)
+    backend = HFLM(adapter.model, tokenizer=tokenizer, batch_size=size)
+    found = list(getattr(backend, kind)(requests(kind, asked), disable_tqdm=True))
     adapter.set_rank(before)
-    return list(found)
+    if asked is ASKED[kind]:
+        KNOWN[key] = found
+    return found
 
 
 def check(lm: ManyRanks, tokenizer: Any, kind: str, asked: Any = None, ranks: Any = RANKS) -> None:
@@ -157,18 +179,20 @@ def check(lm: ManyRanks, tokenizer: Any, kind: str, asked: Any = None, ranks: An
     "architecture",
     [pytest.param(each, marks=[pytest.mark.slow] * (each != "llama")) for each in CONFIGS],
 )
-def test_every_answer_is_the_harness_own(architecture: str, tokenizer: Any) -> None:
-    adapter = build(architecture)
+def test_every_answer_is_the_harness_own(
+    architecture: str, tokenizer: Any, llama: NestedAdapter
+) -> None:
+    adapter = llama if architecture == "llama" else build(architecture)
     lm = ManyRanks(adapter, tokenizer, RANKS)
     assert lm.together == (architecture not in ONE_BY_ONE)
     if lm.together:  # the harness' own forwards are not used
         lm._model_call = lm._model_generate = None
     for kind in ASKED:
-        check(lm, tokenizer, kind, ranks=RANKS if architecture == "llama" else (1, 4))
+        check(lm, tokenizer, kind, ranks=(0, 2) if architecture == "llama" else (1, 4))
     assert adapter.rank == 4
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 150, 400])
+@pytest.mark.parametrize("batch_tokens", [1, 150])
 def test_small_batches_change_nothing(
     batch_tokens: int, llama: NestedAdapter, tokenizer: Any
 ) -> None:
@@ -209,8 +233,8 @@ def test_answers_of_all_ranks_are_computed_once(
     llama: NestedAdapter, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = ManyRanks(llama, tokenizer, RANKS)
-    read, calls = lm._read, []
-    monkeypatch.setattr(lm, "_read", lambda *args: calls.append(args) or read(*args))
+    forward, calls = lm._forward, []
+    monkeypatch.setattr(lm, "_forward", lambda *args: calls.append(args) or forward(*args))
     for rank in (4, 1, 0):
         lm.lora_rank = rank
         for kind, asked in ASKED.items():
@@ -246,7 +270,8 @@ def test_a_task_that_samples_gets_several_answers(llama: NestedAdapter, tokenize
 @pytest.mark.parametrize(
     ("kind", "asked", "said"),
     [
-        ("loglikelihood", [("the cat", "")], "empty continuation"),
+        ("loglikelihood", [("the cat", "")], "a continuation of 0 tokens"),
+        ("loglikelihood", [("the cat", text(CONTEXT + 1, 0))], f"from 1 to {CONTEXT}"),
         ("generate_until", [("the cat", {"max_gen_toks": CONTEXT})], "set a smaller max_gen_toks"),
     ],
 )

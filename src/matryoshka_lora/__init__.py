@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     from matryoshka_lora.nested import load, nest
     from matryoshka_lora.nesting import Nesting
 
+__all__ = [
+    "MatryoshkaError",
+    "NestedAdapter",
+    "Nesting",
+    "NotFiniteError",
+    "aurac",
+    "evaluate",
+    "export",
+    "load",
+    "nest",
+    "reorder",
+    "select",
+]
 # Each name is imported at its first use, so that `matryoshka --help` and work on files need no
 # PEFT.
 _MODULES = {
@@ -30,7 +43,6 @@ _MODULES = {
     "reorder": "convert",
     "select": "evaluate.select",
 }
-__all__ = list(_MODULES)
 __version__ = "0.3.0"
 
 

@@ -38,9 +38,9 @@ app = typer.Typer(
 
 
 Dtype = Literal["bf16", "fp32", "fp16"]
-By = Literal["svd", "learned", "trained"]
 Format = Literal["peft", "merged", "ladder", "gguf", "mlx"]
 Style = Literal["kohya", "diffusers", "peft"]
+By = Literal["svd", "learned", "trained"]
 
 
 def _option(help: str, *names: str, default: str | None = None, **more: Any) -> Any:
@@ -48,18 +48,13 @@ def _option(help: str, *names: str, default: str | None = None, **more: Any) -> 
     return typer.Option(*names, help=help, show_default=default or False, **more)
 
 
-Lora = Annotated[
-    Path, typer.Argument(help="A folder with a LoRA, nested or not; or a .safetensors file.")
-]
+Lora = Annotated[Path, typer.Argument(help="A folder with a LoRA; or a .safetensors file.")]
 Nested = Annotated[Path, typer.Argument(help="The folder of a nested adapter.")]
 Out = Annotated[Path, _option("The folder or file to write.", "--out", "-o")]
 Model = Annotated[str | None, _option("The base model.", default="what the adapter names")]
-Revision = Annotated[
-    str | None, _option("The base model's revision on the hub.", default="what the adapter names")
-]
-OfBase = Annotated[
-    Dtype | None, _option("The base model's dtype.", default="bf16 if this machine has it")
-]
+Revision = Annotated[str | None, _option("Its revision.", default="what the adapter names")]
+OfBase = Annotated[Dtype | None, _option("Its dtype.", default="bf16 if this machine has it")]
+_EVALUATION = "ADAPTER-evaluation"
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there, whole.")]
 
 
@@ -140,12 +135,8 @@ def reorder(
     adapter: Lora,
     out: Out,
     by: Annotated[By, typer.Option(metavar="ORDER", help="What makes a prefix good.")] = "svd",
-    data: Annotated[
-        str | None, _option("For learned and trained: a file of rows, or a hub dataset.")
-    ] = None,
-    rows: Annotated[
-        int | None, _option("How many rows.", min=1, default="480 for learned, 3200 for trained")
-    ] = None,
+    data: Annotated[str | None, _option("For learned and trained: a file of rows.")] = None,
+    rows: Annotated[int | None, _option("How many rows.", min=1, default="480 or 3200")] = None,
     model: Model = None,
     revision: Revision = None,
     dtype: OfBase = None,
@@ -183,19 +174,10 @@ def export(
             "is an error of 22 % of its norm; or kohya's sv_fro=0.95, sv_ratio=20."
         ),
     ] = None,
-    max_bytes: Annotated[
-        str | None, _option("Instead: the most that the file may have, as 50MB.")
-    ] = None,
-    conv_rank: Annotated[
-        int | None, _option("For a single file: the rank of its convolutions.", default="the rank")
-    ] = None,
-    style: Annotated[
-        Style | None,
-        _option("For a single file: the spelling of its keys.", default="as they are"),
-    ] = None,
-    format: Annotated[
-        Format | None, _option("See above.", default="peft, or what the name of --out ends with")
-    ] = None,
+    max_bytes: Annotated[str | None, _option("Instead: the most that it may have: 50MB.")] = None,
+    conv_rank: Annotated[int | None, _option("In a single file: of convolutions.")] = None,
+    style: Annotated[Style | None, _option("In a single file: the spelling of its keys.")] = None,
+    format: Annotated[Format | None, _option("See above.", default="by the name of --out")] = None,
     model: Model = None,
     revision: Revision = None,
     force: Force = False,
@@ -223,22 +205,21 @@ def export(
         made = write(adapter, out, rank, format, **size, **base, force=force, on_layer=on_layer)
     for line in made.lines():
         typer.echo(line)
+    if made.format in ("peft", "single"):
+        _next("info", out)
+    elif made.format == "gguf":
+        typer.echo(f"Next: llama-server -m BASE.gguf --lora {out}")
+    elif made.format == "mlx":
+        typer.echo(f"Next: mlx_lm.generate --model BASE --adapter-path {out} --prompt Hello")
 
 
 @app.command("eval")
 def evaluate(
     adapter: Nested,
-    tasks: Annotated[
-        str | None,
-        _option("Tasks of lm-evaluation-harness, or YAML files of them, with commas between."),
-    ] = None,
+    tasks: Annotated[str | None, _option("The harness's tasks or YAML files, by commas.")] = None,
     data: Annotated[str | None, _option("Instead of tasks: a file of rows.")] = None,
-    ranks: Annotated[
-        str | None, _option("Such as 1,2,4, or all.", default="the nested ranks")
-    ] = None,
-    num_fewshot: Annotated[
-        int | None, _option("Shots of the tasks.", min=0, default="the task's own")
-    ] = None,
+    ranks: Annotated[str | None, _option("As 1,2,4, or all.", default="the nested ones")] = None,
+    num_fewshot: Annotated[int | None, _option("Shots.", min=0, default="the task's own")] = None,
     limit: Annotated[int | None, _option("The most questions of a task.", min=1)] = None,
     batch_size: Annotated[int | None, _option("Tokens of a batch.", min=1)] = None,
     engine: Annotated[Literal["hf", "vllm"], typer.Option(help="Who answers.")] = "hf",
@@ -247,7 +228,7 @@ def evaluate(
     revision: Revision = None,
     dtype: OfBase = None,
     out: Annotated[
-        Path | None, _option("The folder to write.", "--out", "-o", default="ADAPTER-evaluation")
+        Path | None, _option("Folder to write.", "--out", "-o", default=_EVALUATION)
     ] = None,
     force: Force = False,
 ) -> None:
@@ -261,7 +242,7 @@ def evaluate(
 
     asked: Any = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
     given: Any = {"model": model, "revision": revision, "dtype": _dtype(dtype)}
-    folder = out or Path(f"{adapter}-evaluation")
+    folder = out or Path(_EVALUATION.replace("ADAPTER", str(adapter)))
     given |= {"engine": engine, "base": base, "out": folder, "force": force}
     evaluation = run(adapter, tasks, data, _ranks(ranks), **asked, **given)
     for line in evaluation.lines():
@@ -273,15 +254,9 @@ def evaluate(
 @app.command()
 def select(
     evaluation: Annotated[Path, typer.Argument(help="The folder that `matryoshka eval` wrote.")],
-    within: Annotated[
-        str | None, _option("How far below the best rank's value: 1% of that value.")
-    ] = None,
-    max_bytes: Annotated[
-        str | None, _option("The most that the exported adapter may have, as 50MB.")
-    ] = None,
-    task: Annotated[
-        str | None, _option("The task to choose by.", default="the only one there is")
-    ] = None,
+    within: Annotated[str | None, _option("How far below the best rank: 1% of its value.")] = None,
+    max_bytes: Annotated[str | None, _option("The most that it may have, as 50MB.")] = None,
+    task: Annotated[str | None, _option("Choose by it.", default="the only one there is")] = None,
 ) -> None:
     """Choose the smallest rank that is good enough.
 
@@ -302,12 +277,8 @@ def serve(
         list[str] | None,
         typer.Argument(metavar="[-- OPTIONS]", help="Options of vLLM's server, after --."),
     ] = None,
-    only_print: Annotated[
-        bool, typer.Option("--print", help="Print the commands and start nothing.")
-    ] = False,
-    max_rank: Annotated[
-        int | None, _option("The largest rank that is served.", min=1, default="all nested ranks")
-    ] = None,
+    only_print: Annotated[bool, typer.Option("--print", help="Only print the commands.")] = False,
+    max_rank: Annotated[int | None, _option("Serve no larger rank.", min=1)] = None,
     model: Model = None,
     revision: Revision = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines ask.")] = "127.0.0.1",

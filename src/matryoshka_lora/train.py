@@ -24,17 +24,10 @@ if TYPE_CHECKING:
 
 _OWN = ("model", "dtype", "data", "eval_data", "lora", "nesting")
 _NESTING = ("ranks", "scaling", "rule", "seed", "deploy", "reorder")
-# Who declares the other keys. The source is read, as importing these packages takes seconds.
-_SFT = (
-    ("trl", "trainer/sft_config.py", "SFTConfig"),
-    ("trl", "trainer/base_config.py", "_BaseConfig"),
-    ("transformers", "training_args.py", "TrainingArguments"),
-)
-_LORA = (
-    ("peft", "tuners/lora/config.py", "LoraConfig"),
-    ("peft", "config.py", "PeftConfig"),
-    ("peft", "config.py", "PeftConfigMixin"),
-)
+# The files that declare the other keys. They are read, as importing them takes seconds.
+_SFT = ("trl/trainer/sft_config.py", "trl/trainer/base_config.py", "transformers/training_args.py")
+_LORA = ("peft/tuners/lora/config.py", "peft/config.py")
+_CLASSES = ("SFTConfig", "_BaseConfig", "TrainingArguments", "LoraConfig", "PeftConfig")
 _MEANT = {
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
@@ -64,10 +57,9 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
 
     Args:
         path: A YAML file. ``model`` is a folder, a hub id, or absent for the embedded model;
-            ``dtype`` is bf16, fp32 or fp16; ``data`` and ``eval_data`` are a file of rows, a hub
-            dataset, or keywords of ``datasets.load_dataset``; ``lora`` has fields of
-            ``peft.LoraConfig``; ``nesting`` has ranks, scaling, rule, seed, deploy, reorder; all
-            other keys are fields of ``trl.SFTConfig``.
+            ``data`` and ``eval_data`` are a file of rows, a hub dataset, or keywords of
+            ``datasets.load_dataset``; ``lora`` has fields of ``peft.LoraConfig``; ``nesting`` has
+            ranks, scaling, rule, seed, deploy, reorder; the other keys are ``trl.SFTConfig``'s.
         overrides: ``"key=value"``; a key of a section is ``"lora.r"``.
 
     Raises:
@@ -91,10 +83,8 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     if config.get("dtype") not in (None, "bf16", "fp32", "fp16"):
         raise MatryoshkaError(f"dtype is {config['dtype']!r}; write bf16, fp32 or fp16")
     nesting, lora = config.get("nesting") or {}, dict(config.get("lora") or {})
-    if nesting.get("reorder", "svd") not in ("svd", "learned", "trained"):
-        raise MatryoshkaError(
-            f"nesting.reorder is {nesting['reorder']!r}; write svd, learned or trained"
-        )
+    if (by := nesting.get("reorder", "svd")) not in ("svd", "learned", "trained"):
+        raise MatryoshkaError(f"nesting.reorder is {by!r}; write svd, learned or trained")
     rank = lora.setdefault("r", max(nesting.get("ranks") or [32]))
     lora.setdefault("lora_alpha", rank**0.5 if lora.get("use_rslora") else rank)  # the scale is 1
     if not lora.get("target_parameters"):
@@ -102,17 +92,18 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     return {**_DEFAULTS, **config, "lora": {"task_type": "CAUSAL_LM", **lora}, "nesting": nesting}
 
 
-def _fields(declared: Iterable[tuple[str, str, str]]) -> list[str]:
-    """Return the names of dataclasses' fields: each package, the file in it, the class in that."""
+def _fields(files: Iterable[str]) -> list[str]:
+    """Return the names of the fields that the dataclasses in some packages' files declare."""
     found = []
-    for package, file, name in declared:
+    for package, _, file in (path.partition("/") for path in files):
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
         tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
-        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-        fields = [each for node in classes if node.name == name for each in node.body]
-        found += [ast.unparse(each.target) for each in fields if isinstance(each, ast.AnnAssign)]
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name in _CLASSES:
+                fields = [each.target for each in node.body if isinstance(each, ast.AnnAssign)]
+                found += [ast.unparse(field) for field in fields]
     return found
 
 
@@ -188,15 +179,15 @@ def _read_rows(file: str) -> bytes:
 
 
 def _check_same_run(output: Path, record: Path, hashes: Mapping[str, str]) -> None:
-    advice = "choose another output_dir, or move it away"
-    if not record.exists():
-        if any(output.glob("checkpoint-*")) or (output / "adapter").exists():
-            raise MatryoshkaError(f"{output} holds another program's run: {advice}")
-        return
-    before = json.loads(record.read_text(encoding="utf-8"))
-    changed = sorted(key for key in {*before, *hashes} if before.get(key) != hashes.get(key))
-    if changed:
-        raise MatryoshkaError(f"{output} holds a run with other {', '.join(changed)}: {advice}")
+    what = ""
+    if record.exists():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        changed = sorted(key for key in {*before, *hashes} if before.get(key) != hashes.get(key))
+        what = f"a run with other {', '.join(changed)}" if changed else ""
+    elif any(output.glob("checkpoint-*")) or (output / "adapter").exists():
+        what = "another program's run"
+    if what:
+        raise MatryoshkaError(f"{output} holds {what}: choose another output_dir, or move it away")
 
 
 def _prepare(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]:
@@ -247,9 +238,8 @@ def _arguments(training: Mapping[str, Any]) -> SFTConfig:
         key: str(value) if isinstance(value, (int, float)) else value
         for key, value in {"use_cpu": not gpu, "dataloader_pin_memory": gpu, **training}.items()
     }
-    for key, value in given.items():
-        if key.endswith("_strategy") and value == "False":
-            given[key] = "no"  # YAML reads `no` as false
+    for key in (key for key, value in given.items() if value == "False"):
+        given[key] = "no" if key.endswith("_strategy") else "False"  # YAML reads `no` as false
     parser = Parser([SFTConfig])
     parser.set_defaults_with_config(**given)
     with warnings.catch_warnings():

@@ -182,20 +182,18 @@ class NestedVariant(LoraVariant):
     ) -> Tensor:
         """Return the base layer's result with the update."""
         diagonal, scaling = self.shared.diagonal(module.training), module.scaling[active_adapter]
+        update: Tensor
         if active_adapter in module.lora_embedding_A:
             A, B = module.lora_embedding_A[active_adapter], module.lora_embedding_B[active_adapter]
             update = (diagonal.times(module._embed(x, A.T)) @ B.T) * scaling
             # Gemma's embeddings multiply their output, and the update belongs inside that factor.
             inside = module._get_embed_scale() if hasattr(module, "_get_embed_scale") else None
-            output: Tensor = result + (
-                update if inside is None else update * inside.to(update.dtype)
-            )
-            return output
+            return result + (update if inside is None else update * inside.to(update.dtype))
         # A and B are called as modules: sharded training gathers their weights at the call.
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         hidden = lora_A(module.lora_dropout[active_adapter](x))
-        output = result + lora_B(diagonal.times(hidden, lora_A.weight.ndim - 2)) * scaling
-        return output
+        update = lora_B(diagonal.times(hidden, lora_A.weight.ndim - 2)) * scaling
+        return result + update
 
     def _delta(self, module: Any, adapter: str) -> Tensor:
         with _folded_into_B(module, adapter, self.shared.deployed):

@@ -147,8 +147,11 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
             return list(super()._loglikelihood_tokens(requests, *args, **kwargs))
         contexts: dict[Tokens, list[tuple[int, Tokens]]] = defaultdict(list)
         for number, (_, context, continuation) in enumerate(requests):
-            if not continuation:
-                raise MatryoshkaError("the task has an empty continuation, which has no likelihood")
+            if not 0 < len(continuation) <= self.max_length:
+                length, most = len(continuation), self.max_length
+                raise MatryoshkaError(
+                    f"a continuation of {length} tokens has no likelihood: it takes from 1 to {most}"
+                )
             whole = tuple(context + continuation)[-(self.max_length + 1) :]
             start = len(whole) - len(continuation)
             contexts[whole[:start]].append((number, whole[start:]))
@@ -235,7 +238,7 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
         most = max(1, self.batch_tokens // (len(pairs[-1][0].tokens) + limits.most))
         rows: Rows | None = None
         answers: list[Answer] = []
-        while pairs or answers:
+        while pairs or not all(answer.over for answer in answers):
             running = [row for row, answer in enumerate(answers) if not answer.over]
             parts = [rows.select(running)] if rows is not None and running else []
             answers = [answers[row] for row in running]
@@ -248,10 +251,11 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
                     parts, answers = [*parts, part], answers + new
                 del pairs[at:]
             stay = max(_REFILL * most if pairs else 0, (1 - _LEAVE) * len(answers))
-            rows = Rows.join(parts) if parts else None
-            while rows is not None and sum(not answer.over for answer in answers) > stay:
-                logits = self._read(rows, [answer.made[-1:] for answer in answers], 1)
-                yield from limits.take(logits, answers)
+            rows = Rows.join(parts)
+            with self.adapter.rows(rows.ranks):  # once, because opening it looks at all layers
+                while sum(not answer.over for answer in answers) > stay:
+                    logits = self._forward(rows, [answer.made[-1:] for answer in answers], 1)
+                    yield from limits.take(logits, answers)
 
     def _begin(self, trees: list[Tree]) -> Rows | None:
         """Read what all contexts begin with, at each rank."""
@@ -299,7 +303,11 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
         return rows, self._read(rows, inputs, keep)
 
     def _read(self, rows: Rows, inputs: Sequence[Sequence[int]], keep: int) -> Tensor:
-        """Let rows read as many more tokens each.
+        with self.adapter.rows(rows.ranks):
+            return self._forward(rows, inputs, keep)
+
+    def _forward(self, rows: Rows, inputs: Sequence[Sequence[int]], keep: int) -> Tensor:
+        """Let rows read as many more tokens each, at the ranks that stand.
 
         Returns:
             The logits at the last ``keep`` of them, shape (rows, keep, vocabulary).
@@ -317,8 +325,7 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
         if "cache" in self._takes:  # the newer name
             del more["past_key_values"]
         more = {name: value for name, value in more.items() if name in self._takes}
-        with self.adapter.rows(rows.ranks):
-            logits: Tensor = self.model(ids, use_cache=True, **more).logits
+        logits: Tensor = self.model(ids, use_cache=True, **more).logits
         return logits[:, -keep:]
 
     def _reads_right(self) -> bool:
