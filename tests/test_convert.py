@@ -17,7 +17,7 @@ from tiny_chat import save_tiny_chat, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matryoshka_lora import MatryoshkaError, export, reorder
-from matryoshka_lora.files.mlx import missing_rope
+from matryoshka_lora.files.engines import missing_rope
 from matryoshka_lora.files.peft import WEIGHTS_NAME, open_adapter
 
 R = 8

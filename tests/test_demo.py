@@ -35,7 +35,7 @@ def test_a_place_that_is_taken_is_refused(tmp_path: Path) -> None:
 def test_the_demo_makes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     demo(tmp_path / "demo", steps=2)
     said = capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"base", "adapter", "rank-4"}
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"base", "adapter", "rank-8"}
     rows = [line.split()[0] for line in said.splitlines() if " MB " in line]
     assert rows == ["1", "2", "4", "8", "16", "32"]
     assert said.count("(right: ") == 3

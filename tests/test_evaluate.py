@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -176,7 +175,7 @@ def test_the_folder_has_all_that_is_known(
     assert len(found.examples) == 8
     assert set(found.examples[0]["answers"]) == {"0", "1", "2", "3", "4"}
     said = capsys.readouterr().err
-    assert said.count("colours: acc,none, 4 questions, 2 shots") == 2
+    assert said.count("colours: acc,none, 4 questions, 2 shots") == 1
     choice = select(adapter, within="100%", task="words")
     assert (choice.rank, choice.adapter) == (1, str(adapter))
     assert found.about["dtype"] in ("float32", "bfloat16")
@@ -196,13 +195,13 @@ def test_an_adapter_in_memory_is_as_it_was(memory: NestedAdapter, tmp_path: Path
 
 
 @pytest.fixture
-def taken(tmp_path: Path) -> Iterator[Path]:
+def taken(tmp_path: Path) -> Path:
     """A folder of the user's, with a file of a name that we write."""
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "examples.jsonl").write_text("mine\n")
     (folder / "notes.txt").write_text("mine\n")
-    yield folder
+    return folder
 
 
 def test_what_we_did_not_write_is_not_replaced(adapter: Path, taken: Path) -> None:

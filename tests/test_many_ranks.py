@@ -192,7 +192,7 @@ def test_every_answer_is_the_harness_own(
     assert adapter.rank == 4
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 150])
+@pytest.mark.parametrize("batch_tokens", [pytest.param(1, marks=pytest.mark.slow), 150])
 def test_small_batches_change_nothing(
     batch_tokens: int, llama: NestedAdapter, tokenizer: Any
 ) -> None:
@@ -271,7 +271,7 @@ def test_a_task_that_samples_gets_several_answers(llama: NestedAdapter, tokenize
     ("kind", "asked", "said"),
     [
         ("loglikelihood", [("the cat", "")], "a continuation of 0 tokens"),
-        ("loglikelihood", [("the cat", text(CONTEXT + 1, 0))], f"from 1 to {CONTEXT}"),
+        ("loglikelihood", [("the cat", text(CONTEXT + 1, 0))], f"it takes 1 to {CONTEXT}"),
         ("generate_until", [("the cat", {"max_gen_toks": CONTEXT})], "set a smaller max_gen_toks"),
     ],
 )

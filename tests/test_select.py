@@ -62,7 +62,7 @@ def test_the_evidence_is_told() -> None:
     assert told["8"].endswith(
         "better by 0.017 ± 0.017 (question by question); they cannot be told apart"
     )
-    assert "-0.600 ± 0.064" in told["1"]
+    assert "worse by 0.600 ± 0.064" in told["1"]
     assert "apart" not in told["1"]
 
 

@@ -214,8 +214,7 @@ class NestedAdapter:
         rank from 1 to R may be chosen. Training on is plain LoRA of rank R and ends the order.
 
         Args:
-            by: ``"svd"``: each prefix is the closest matrix of its rank (Eckart-Young), without
-            data.
+            by: ``"svd"``: each prefix is the closest matrix of its rank (Eckart-Young).
                 ``"learned"``: some steps of training find the order by the losses of the prefixes.
                 ``"trained"``: each nested rank is trained by itself for some steps; rank R changes
                 by its smallest directions.

@@ -6,8 +6,6 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -123,10 +121,10 @@ def info(adapter: Lora) -> None:
         typer.echo(line)
     if adapter.is_file():
         _next("export", adapter, "--keep", "95%", "-o", "small.safetensors")
-    elif description.order is None:
+    elif description.adapter.order is None:
         _next("reorder", adapter, "-o", "nested")
     else:
-        ranks = description.nesting.ranks
+        ranks = description.adapter.ranks
         _next("export", adapter, "--rank", ranks[len(ranks) // 2], "-o", "small")
 
 
@@ -156,8 +154,7 @@ def reorder(
     from matryoshka_lora.convert import reorder as run
 
     base: Any = {"model": model, "revision": revision, "dtype": _dtype(dtype)}
-    with _layers("reordering", by == "svd") as on_layer:
-        run(*(adapter, out, by, data), rows=rows, seed=seed, force=force, on_layer=on_layer, **base)
+    run(adapter, out, by, data, rows=rows, seed=seed, force=force, **base)
     typer.echo(f"{out} holds every rank of {adapter}")
     _next("info", out)
 
@@ -171,11 +168,10 @@ def export(
         str | None,
         _option(
             "Instead: a rank for each layer that keeps 95% of its squared singular values, which "
-            "is an error of 22 % of its norm; or kohya's sv_fro=0.95, sv_ratio=20."
+            "is an error of 22 % of its norm."
         ),
     ] = None,
     max_bytes: Annotated[str | None, _option("Instead: the most that it may have: 50MB.")] = None,
-    conv_rank: Annotated[int | None, _option("In a single file: of convolutions.")] = None,
     style: Annotated[Style | None, _option("In a single file: the spelling of its keys.")] = None,
     format: Annotated[Format | None, _option("See above.", default="by the name of --out")] = None,
     model: Model = None,
@@ -199,14 +195,15 @@ def export(
     """
     from matryoshka_lora.convert import export as write
 
-    size: Any = {"keep": keep, "max_bytes": max_bytes, "conv_rank": conv_rank, "style": style}
+    size: Any = {"keep": keep, "max_bytes": max_bytes, "style": style}
     base: Any = {"model": model, "revision": revision}
-    with _layers("writing") as on_layer:
-        made = write(adapter, out, rank, format, **size, **base, force=force, on_layer=on_layer)
+    made = write(adapter, out, rank, format, **size, **base, force=force)
     for line in made.lines():
         typer.echo(line)
     if made.format in ("peft", "single"):
         _next("info", out)
+    elif made.format == "ladder":
+        _next("serve", adapter, "--print")
     elif made.format == "gguf":
         typer.echo(f"Next: llama-server -m BASE.gguf --lora {out}")
     elif made.format == "mlx":
@@ -389,12 +386,3 @@ def _ranks(text: str | None) -> Any:
         raise typer.BadParameter(
             f"--ranks is {text!r}; write numbers such as 1,2,4, or all"
         ) from error
-
-
-@contextmanager
-def _layers(what: str, shown: bool = True) -> Iterator[Callable[[], object]]:
-    """Show how many layers are done, where somebody watches."""
-    from tqdm import tqdm
-
-    with tqdm(desc=what, unit=" layers", leave=False, disable=None if shown else True) as bar:
-        yield bar.update

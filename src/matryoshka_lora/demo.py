@@ -24,8 +24,8 @@ from matryoshka_lora.nested import nest
 
 LINES, DIGITS = 256, 4
 LAYERS, RANK = 2, 32
-STEPS, BATCH, RATE = 300, 32, 4e-3
-EXPORTED = 4  # the rank that plain PEFT reads
+STEPS, BATCH, RATE = 400, 32, 4e-3
+EXPORTED = 8  # the rank that plain PEFT reads
 
 # Run in a process of its own, in which this package cannot be imported.
 _PLAIN_PEFT = """
@@ -48,7 +48,7 @@ def demo(out: Path, steps: int = STEPS) -> None:
 
     Args:
         out: A new folder. It gets ``base``, the base model's first two layers; ``adapter``, for
-            every rank; and ``rank-4``, an ordinary LoRA adapter.
+            every rank; and ``rank-8``, an ordinary LoRA adapter.
         steps: The optimizer steps.
 
     Raises:

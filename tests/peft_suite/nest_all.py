@@ -1,4 +1,4 @@
-"""A plugin of pytest: nest each LoRA adapter as it is made, and count what comes of it. `run.py` loads it."""
+"""A plugin of pytest, loaded by `run.py`: nest each LoRA adapter as it is made, and count."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """PEFT's own tests, with every LoRA adapter nested as soon as it is made.
 
-The tests are those of the installed version, from its source package. What fails must be what `expected.txt` lists, no
-more and no less, so that neither a new fault nor an entry that is no longer true stays there.
+The tests are those of the installed version, from its source package. What fails must be what
+`expected.txt` lists, no more and no less.
 
     python tests/peft_suite/run.py            # `make test-peft`
     python tests/peft_suite/run.py --plain    # without nesting: only the lines of `peft` may fail
@@ -25,7 +25,7 @@ FEWEST_NESTED = (
     1900  # of about 2,140; a nest() that refuses everything would leave PEFT's tests to PEFT
 )
 
-# Where LoRA adapters are made without a model of the hub. The plugin leaves the tests of PEFT's other methods out.
+# Where LoRA adapters are made without a model of the hub. The plugin drops PEFT's other methods.
 SELECTED = (
     "test_custom_models.py",
     "test_helpers.py::TestDisableInputDtypeCasting",
@@ -59,8 +59,8 @@ def main() -> int:
     more = sorted(failed.keys() - expected.keys())
     fewer = sorted(expected.keys() - failed.keys())
     print(
-        f"PEFT {version}: {found['passed']} passed, {len(failed)} failed, {found['needs_hub']} need the hub, "
-        f"{found['nested']} adapters nested, {found['refused']} refused"
+        f"PEFT {version}: {found['passed']} passed, {len(failed)} failed, {found['needs_hub']} need "
+        f"the hub, {found['nested']} adapters nested, {found['refused']} refused"
     )
     for test in more:
         print(f"FAILED, and is not listed: {test}\n    {failed[test]}")

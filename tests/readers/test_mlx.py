@@ -17,7 +17,7 @@ from tiny_chat import tiny_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from matryoshka_lora import export, reorder
-from matryoshka_lora.files.mlx import missing_rope
+from matryoshka_lora.files.engines import missing_rope
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("MLX_PYTHON") or ROOT / ".venv-mlx" / "bin" / "python")

@@ -42,10 +42,12 @@ def code_lines(text: str) -> int:
 
 
 def functions(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines and the place of each function of a file."""
+    """Yield the lines, but for the docstring, and the place of each function of a file."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield node.end_lineno - node.lineno + 1, f"{file.name}:{node.name}"
+            text = node.body[0] if ast.get_docstring(node) else None
+            documented = text.end_lineno - text.lineno + 1 if text else 0
+            yield node.end_lineno - node.lineno + 1 - documented, f"{file.name}:{node.name}"
 
 
 def lines_of(files: Iterable[Path]) -> int:

@@ -81,7 +81,7 @@ def evaluate(
         engine: ``"vllm"``: the harness' backend for vLLM, with one LoRA request for each rank.
         base: Whether the base model without the adapter is measured too.
         force: Whether the folder to write may be replaced, whole.
-        progress: Whether bars and results of tasks are shown on stderr.
+        progress: Whether bars, and results before the last task, are shown on stderr.
 
     Raises:
         MatryoshkaError: Adapter, base model, tasks or data do not go together; or the folder exists
@@ -120,7 +120,7 @@ def evaluate(
                 choose(rank)
                 judged[rank] = judge(lm, task, num_fewshot, limit)
             _put(result, name, list(task["tasks"]), judged)
-            if progress:
+            if progress and name != asked[-1][0]:
                 print(*result.lines(), sep="\n", file=sys.stderr)
     if out is not None:
         _write(result, out, force)

@@ -150,7 +150,7 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
             if not 0 < len(continuation) <= self.max_length:
                 length, most = len(continuation), self.max_length
                 raise MatryoshkaError(
-                    f"a continuation of {length} tokens has no likelihood: it takes from 1 to {most}"
+                    f"a continuation of {length} tokens cannot be scored: it takes 1 to {most}"
                 )
             whole = tuple(context + continuation)[-(self.max_length + 1) :]
             start = len(whole) - len(continuation)
@@ -277,7 +277,8 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
 
     def _chunks(self, new: list[int], keep: list[int], before: int) -> Iterator[tuple[int, int]]:
         """Yield from which to which row one forward goes, by each row's new tokens and logits."""
-        limits = self.batch_tokens, max(1, self.batch_tokens // 16), _LOGITS // self.vocab_size
+        most_new = self.batch_tokens // (self.share)
+        limits = self.batch_tokens, max(1, most_new), _LOGITS // self.vocab_size
         start = 0
         for end in range(1, len(new) + 1):
             rows = end + 1 - start

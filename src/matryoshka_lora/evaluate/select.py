@@ -49,8 +49,9 @@ class Choice:
             if other != self.rank and apart is not None:
                 how = "question by question" if apart.paired else "as if they were independent"
                 sure = "" if apart.is_sure else "; they cannot be told apart"
-                better = with_error(apart.value, apart.error)
-                lines.append(f"  rank {other} is better by {better} ({how}){sure}")
+                better = "better" if apart.value > 0 else "worse"
+                by = with_error(abs(apart.value), apart.error)
+                lines.append(f"  rank {other} is {better} by {by} ({how}){sure}")
         if not self.is_sure:
             lines.append("These questions are too few to be sure that it is near enough.")
         return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,17 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from tqdm import tqdm
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.factors import checksum, reorder_factors
-from matryoshka_lora.files.tensors import Stored, TensorWriter, file_size
+from matryoshka_lora.files.tensors import Stored, file_size, new_tensors
 from matryoshka_lora.nesting import Nesting
 
 NOTE = "matryoshka_lora"
 """The key of the nesting in the metadata of the weights."""
-
-OnLayer = Callable[[], object] | None
-"""Called after each layer."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Layer:
     Attributes:
         name: The module's name in the base model, or the name of the pair in a single file.
         key_A, key_B: The keys of A and B.
-        shape_A, shape_B: Their shapes in the file.
+        A, B: Their tensors, with the shapes that they have in the file.
         rank: The rank of this layer.
         scale: The number before ``B A``.
         experts: How many pairs are stacked in it.
@@ -44,28 +42,24 @@ class Layer:
     name: str
     key_A: str
     key_B: str
-    shape_A: tuple[int, ...]
-    shape_B: tuple[int, ...]
+    A: Stored
+    B: Stored
     rank: int
     scale: float
     experts: int = 1
     key_alpha: str | None = None
 
     @property
-    def is_convolution(self) -> bool:
-        """Whether its kernel is larger than one point."""
-        return math.prod(self.shape_A[2:]) > 1
-
-    @property
     def width(self) -> int:
         """How many numbers one more rank adds: in + out, times the experts."""
-        return (math.prod(self.shape_A) + math.prod(self.shape_B)) // self.rank
+        return (math.prod(self.A.shape) + math.prod(self.B.shape)) // self.rank
 
     def at(self, rank: int, scale: float) -> Layer:
-        """Return the layer with another rank and scale."""
-        shape_A = (rank * self.experts, *self.shape_A[1:])
-        shape_B = (self.shape_B[0], rank * self.experts, *self.shape_B[2:])
-        return replace(self, shape_A=shape_A, shape_B=shape_B, rank=rank, scale=scale)
+        """Return the layer with another rank and scale, and tensors that are not there yet."""
+        rows = rank * self.experts
+        A = self.A._replace(shape=(rows, *self.A.shape[1:]))
+        B = self.B._replace(shape=(self.B.shape[0], rows, *self.B.shape[2:]))
+        return replace(self, A=A, B=B, rank=rank, scale=scale)
 
     def matrices(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return the file's tensors as A (..., R, in) and B (..., out, R).
@@ -81,7 +75,7 @@ class Layer:
     def tensors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return matrices of this layer's rank as the file's tensors: the inverse of `matrices`."""
         B = B if self.experts == 1 else B.permute(1, 2, 0)
-        return A.reshape(self.shape_A), B.reshape(self.shape_B)
+        return A.reshape(self.A.shape), B.reshape(self.B.shape)
 
 
 @dataclass(frozen=True)
@@ -91,18 +85,17 @@ class AdapterFile:
     Attributes:
         name: Its path, for messages.
         layers: Its layers, sorted by name.
-        stored: All its tensors by key.
-        config: PEFT's ``adapter_config.json``; empty where a single file has none.
+        others: Its tensors that are no factors, by key: biases, modules_to_save and the like.
+        config: PEFT's ``adapter_config.json``; a single file has none.
         metadata: The metadata of its file.
-        nesting: Ranks and scales of a nested adapter; None is plain LoRA.
-        order: How the factors of a nested adapter were reordered; None where they were not.
-        rule: The rule it was trained with.
+        nesting, order, rule: Ranks and scales of a nested adapter, how its factors were reordered,
+            and the rule that it was trained with; None and ``"lora"`` where they were not.
         files: Its files with tensors; none where it is in memory.
     """
 
     name: str
     layers: tuple[Layer, ...]
-    stored: Mapping[str, Stored]
+    others: Mapping[str, Stored]
     config: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     nesting: Nesting | None = None
@@ -116,20 +109,14 @@ class AdapterFile:
         return not self.config
 
     @property
-    def source(self) -> Path | None:
-        """Where it lies on the disk, if it does."""
-        return Path(self.name) if self.files else None
-
-    @property
     def max_rank(self) -> int:
         """The largest rank of a layer."""
         return max(layer.rank for layer in self.layers)
 
     @property
-    def others(self) -> tuple[str, ...]:
-        """The keys of tensors that are no factors: biases, modules_to_save and the like."""
-        factors = {key for layer in self.layers for key in (layer.key_A, layer.key_B)}
-        return tuple(sorted(self.stored.keys() - factors))
+    def ranks(self) -> tuple[int, ...]:
+        """The nested ranks; those of an adapter that is not nested are 1, 2, 4, ... R."""
+        return (self.nesting or Nesting.powers_of_two(self.max_rank)).ranks
 
     @property
     def size(self) -> int:
@@ -137,34 +124,18 @@ class AdapterFile:
         return sum(file.stat().st_size for file in self.files)
 
     def check_rank(self, rank: int) -> None:
-        """Raise MatryoshkaError unless the rank may be cut out.
-
-        All ranks may, but in the paper's deployment the nested ones.
-        """
-        paper = self.nesting.ranks if self.nesting and self.order == "paper" else None
-        if isinstance(rank, bool) or rank not in (paper or range(1, self.max_rank + 1)):
-            nested = paper and f"{', '.join(map(str, paper))}, as the paper deploys it"
-            several = nested or f"1 to {self.max_rank}"
+        """Raise MatryoshkaError unless there is such a rank; the paper has nested ones alone."""
+        is_paper, top = self.order == "paper", self.max_rank
+        if rank not in (self.ranks if is_paper else range(1, top + 1)):
+            several = f"{', '.join(map(str, self.ranks))}, as the paper has it"
+            several = several if is_paper else f"1 to {top}"
             raise MatryoshkaError(f"{self.name} has no rank {rank!r}: choose one of {several}")
 
     def scale_at(self, layer: Layer, rank: int) -> float:
         """Return the number before the first ``rank`` columns of a layer that is in order."""
-        is_paper = self.nesting and self.order == "paper"
-        return self.nesting.scale_at(rank) if self.nesting and is_paper else layer.scale
-
-    def read(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """Return A of shape (..., R, in) and B of shape (..., out, R), with experts in front.
-
-        Raises:
-            NotFiniteError: A factor holds NaN or infinity.
-        """
-        A, B = (self.stored[key].read() for key in (layer.key_A, layer.key_B))
-        if not (A.isfinite().all() and B.isfinite().all()):
-            raise NotFiniteError(
-                f"{self.name}: the factors of {layer.name} hold NaN or infinity. If the training "
-                "diverged, train again with a lower learning rate"
-            )
-        return layer.matrices(A, B)
+        if self.nesting and self.order == "paper":
+            return self.nesting.scale_at(rank)
+        return layer.scale
 
     def cut(self, layer: Layer, rank: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return a layer at a rank, as factors before which another scale stands.
@@ -173,10 +144,18 @@ class AdapterFile:
         up with directions of size 0.
 
         Returns:
-            A of shape (..., r, in), B of shape (..., out, r), and what each rank from 0 to R leaves
-            out of the layer: squared Frobenius norms, shape (R + 1,), float64.
+            A of shape (..., r, in), B of shape (..., out, r), with experts in front, and what each
+            rank from 0 to R leaves out: squared Frobenius norms, shape (R + 1,), float64.
+
+        Raises:
+            NotFiniteError: A factor holds NaN or infinity.
         """
-        A, B = self.read(layer)
+        A, B = layer.matrices(layer.A.read(), layer.B.read())
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise NotFiniteError(
+                f"{self.name}: the factors of {layer.name} hold NaN or infinity. If the training "
+                "diverged, train again with a lower learning rate"
+            )
         if self.order is None:
             missing = max(rank - layer.rank, 0)
             A, B = pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
@@ -202,39 +181,25 @@ def _lost(A: Tensor, B: Tensor, scales: list[float]) -> Tensor:
     return squares.clamp(min=0)  # clamp cancellation noise
 
 
-def rank_and_scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:
+def rank_and_scale(config: Mapping[str, Any], name: str, where: str) -> tuple[int, float]:
     """Return what PEFT's config says of a layer: its rank and the number before ``B A``."""
 
-    def of(kind: str, default: Any) -> Any:
+    def of(pattern: str, field: str) -> Any:
         # PEFT matches patterns at the end of a name, from a dot on; the first one counts.
-        found = (config.get(kind) or {}).items()
-        return next((x for key, x in found if re.match(rf"(.*\.)?({key})$", name)), default)
+        found = (config.get(pattern) or {}).items()
+        return next((x for key, x in found if re.match(rf"(.*\.)?({key})$", name)), config[field])
 
     try:
-        rank = of("rank_pattern", config.get("r", 8))
-        alpha = of("alpha_pattern", config.get("lora_alpha", 8))
-        return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    except re.error as error:
-        raise MatryoshkaError(f"a pattern of ranks or alphas is damaged: {error}") from error
-
-
-@dataclass
-class Lost:
-    """Squared Frobenius norms of what an output leaves out of the update, summed over the layers.
-
-    Attributes:
-        by_rank: At each rank from 0 to R, shape (R + 1,); the first is the whole update.
-        here: At the ranks of the output.
-    """
-
-    by_rank: Tensor
-    here: float = 0.0
-
-    def error(self, rank: int | None = None) -> float:
-        """Return the norm of what is left out over that of the update: here, or at a rank."""
-        size = float(self.by_rank[0])
-        here = self.here if rank is None else float(self.by_rank[rank])
-        return math.sqrt(here / size) if size > 0 else 0.0
+        rank, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (re.error, ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+        scale = 0.0
+    if not 0 < scale < math.inf:
+        raise MatryoshkaError(
+            f"{where}: the rank or the alpha of {name[:200]} is no positive number, or a pattern "
+            "of them is damaged: save the adapter again"
+        )
+    return rank, scale
 
 
 @dataclass(frozen=True)
@@ -246,12 +211,14 @@ class Plan:
         layers: Each layer as it is, and as it will be, sorted by name.
         others: All tensors of the output that are no factors, by their keys there.
         metadata: The metadata; `write` puts the checksum into the nesting there.
+        lost: What each rank from 0 to R leaves out of each layer, once `each` has computed it.
     """
 
     adapter: AdapterFile
     layers: tuple[tuple[Layer, Layer], ...]
     others: Mapping[str, Stored]
     metadata: dict[str, str]
+    lost: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -261,10 +228,9 @@ class Plan:
     @property
     def stored(self) -> dict[str, Stored]:
         """Dtype and shape of each tensor; factors cannot be read from here."""
-        found, given = dict(self.others), self.adapter.stored
-        for old, new in self.layers:
-            found[new.key_A] = given[old.key_A]._replace(shape=new.shape_A)
-            found[new.key_B] = given[old.key_B]._replace(shape=new.shape_B)
+        found = dict(self.others)
+        for _, new in self.layers:
+            found |= {new.key_A: new.A, new.key_B: new.B}
         return found
 
     @property
@@ -272,40 +238,40 @@ class Plan:
         """How many bytes a file of it will have."""
         return file_size(self.stored, self.metadata)
 
-    def new_lost(self) -> Lost:
-        """Return the sums that `each` adds to."""
-        return Lost(torch.zeros(max(self.rank, self.adapter.max_rank) + 1).double())
+    def error(self, rank: int | None = None) -> float:
+        """Return the norm of what is left out over that of the update: here, or at a rank."""
+        whole = left = 0.0
+        for _, new in self.layers:
+            own = self.lost[new.name]
+            whole += float(own[0])
+            left += float(own[min(rank or new.rank, len(own) - 1)])
+        return math.sqrt(left / whole) if whole > 0 else 0.0
 
-    def each(self, lost: Lost, on_layer: OnLayer = None) -> Iterator[tuple[Layer, Tensor, Tensor]]:
-        """Compute one layer after the other, with its A and B as matrices."""
+    def each(self) -> Iterator[tuple[Layer, Tensor, Tensor]]:
+        """Compute one layer after the other, and show that in a terminal if it takes a second."""
         with one_thread():
-            for given, new in self.layers:
-                A, B, own = self.adapter.cut(given, new.rank, new.scale)
-                lost.by_rank[: len(own)] += own
-                lost.here += float(own[new.rank])
+            for old, new in tqdm(self.layers, unit=" layers", leave=False, disable=None, delay=1):
+                A, B, self.lost[new.name] = self.adapter.cut(old, new.rank, new.scale)
                 yield new, A, B
-                if on_layer is not None:
-                    on_layer()
 
-    def write(self, file: Path, on_layer: OnLayer = None) -> Lost:
+    def write(self, file: Path) -> None:
         """Write a safetensors file, with one layer in memory at a time."""
-        lost = self.new_lost()
 
         def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-            for layer, *factors in self.each(lost, on_layer):
+            for layer, *factors in self.each():
                 A, B = layer.tensors(*factors)
-                out.put(layer.key_A, A)
-                out.put(layer.key_B, B)
+                put(layer.key_A, A)
+                put(layer.key_B, B)
                 yield A, B
 
-        with TensorWriter(file, self.stored, dict(self.metadata)) as out:
+        metadata = dict(self.metadata)
+        with new_tensors(file, self.stored, metadata) as put:
             found = checksum(pairs())
             for key, each in self.others.items():
-                out.put(key, each.read())
-            if NOTE in out.metadata:
-                note = json.loads(out.metadata[NOTE])
-                out.metadata[NOTE] = json.dumps({**note, "checksum": found})
-        return lost
+                put(key, each.read())
+            if NOTE in metadata:
+                note = json.loads(metadata[NOTE])
+                metadata[NOTE] = json.dumps({**note, "checksum": found})
 
 
 @contextmanager

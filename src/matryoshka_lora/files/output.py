@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from matryoshka_lora.errors import MatryoshkaError
@@ -18,60 +19,51 @@ from matryoshka_lora.errors import MatryoshkaError
 PathLike = str | os.PathLike[str]
 
 
-def check_place(
-    path: PathLike, force: bool = False, source: PathLike | None = None, folder: bool = True
-) -> Path:
+def check_place(path: PathLike, force: bool = False, sources: Iterable[Path] = ()) -> Path:
     """Return the path of an output after making sure that nothing there would be lost.
 
     Args:
         path: Where the output goes. An empty folder counts as free.
         force: Whether the whole of what is there may be replaced.
-        source: What the output is made of.
-        folder: Whether the output is a folder, or else a file.
+        sources: The files that the output is made of.
 
     Raises:
-        MatryoshkaError: The place is taken, or it is or holds the source or the current folder.
+        MatryoshkaError: The place is taken, or it holds a source or the current folder.
     """
-    if not os.fspath(path):
-        raise MatryoshkaError("the name of the output is empty: write one, for example out")
     place = Path(path)
-    for name, kept in (("current folder", Path()), ("source", Path(source) if source else None)):
-        if kept and place.resolve() in (kept.resolve(), *kept.resolve().parents):
+    for kept in (Path().resolve(), *(file.resolve() for file in sources)):
+        if place.resolve() in (kept, *kept.parents):
             raise MatryoshkaError(
-                f"{path} is the {name} or holds it: name a new place, such as out"
+                f"{path} is or holds the source or the current folder: name a new place such as out"
             )
-    if not os.path.lexists(place) or (folder and _is_empty(place)):
-        return place
-    if not force:
+    if os.path.lexists(place) and not force and not _is_empty(place):
         raise MatryoshkaError(
             f"{path} exists already: name another place, or replace all that it holds with --force "
             "(in Python, force=True)"
         )
-    if place.is_dir() != folder:
-        kinds = ("folder", "file") if place.is_dir() else ("file", "folder")
-        raise MatryoshkaError(f"{path} is a {kinds[0]} and not a {kinds[1]}: name another place")
     return place
 
 
 @contextmanager
 def new_folder(
-    path: PathLike, force: bool = False, source: PathLike | None = None, folder: bool = True
+    path: PathLike, force: bool = False, sources: Iterable[Path] = (), folder: bool = True
 ) -> Iterator[Path]:
     """Give a new folder to write into; at the end of the block it is renamed to ``path``.
 
-    Args and Raises: as `check_place`, or the disk refuses. An old folder is moved aside whole
-    before the new one is put, and deleted after.
+    What is at the place is moved aside whole before, and deleted after.
+
+    Args and Raises: as `check_place`, or the disk refuses.
     """
-    place = check_place(path, force, source, folder)
+    place = check_place(path, force, sources)
     fresh = place.absolute().with_name(f".{place.name}.{secrets.token_hex(4)}.new")
     try:
         fresh.parent.mkdir(parents=True, exist_ok=True)
         if folder:
             fresh.mkdir()
         yield fresh
-        check_place(path, force, source, folder)  # another program may have written meanwhile
-        if folder:
-            _put(fresh, place)
+        check_place(path, force, sources)  # another program may have written meanwhile
+        if folder and force and os.path.lexists(place):
+            _exchange(fresh, place)
         else:
             os.replace(fresh, place)
     except OSError as error:
@@ -81,24 +73,17 @@ def new_folder(
         _remove(fresh)
 
 
-def new_file(
-    path: PathLike, force: bool = False, source: PathLike | None = None
-) -> AbstractContextManager[Path]:
-    """Give a file to write, as `new_folder` gives a folder. An old file is replaced in one step."""
-    return new_folder(path, force, source, folder=False)
+new_file = partial(new_folder, folder=False)
+"""Give a file to write, as `new_folder` gives a folder. An old file is replaced in one step."""
 
 
-def _put(fresh: Path, place: Path) -> None:
+def _exchange(fresh: Path, place: Path) -> None:
     old = fresh.with_suffix(".old")
-    if _is_empty(place):
-        place.rmdir()  # Windows renames to no folder that exists
-    elif os.path.lexists(place):
-        os.rename(place, old)
+    os.rename(place, old)
     try:
         os.rename(fresh, place)
     except OSError:
-        if os.path.lexists(old):
-            os.rename(old, place)
+        os.rename(old, place)
         raise
     _remove(old)
 

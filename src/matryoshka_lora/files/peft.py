@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,19 +13,16 @@ from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.factors import checksum
-from matryoshka_lora.files.card import write_card
 from matryoshka_lora.files.layers import (
     NOTE,
     AdapterFile,
     Layer,
-    Lost,
-    OnLayer,
     Plan,
     one_thread,
     rank_and_scale,
 )
-from matryoshka_lora.files.output import PathLike, new_folder
-from matryoshka_lora.files.single import open_single
+from matryoshka_lora.files.output import PathLike, new_file, new_folder
+from matryoshka_lora.files.single import open_single, plan_single
 from matryoshka_lora.files.tensors import Stored, open_tensors, read_json
 from matryoshka_lora.nesting import Nesting
 
@@ -43,6 +39,10 @@ _OTHER_METHODS = (
     *("arrow_config", "alora_invocation_tokens", "lora_bias"),
 )
 _INITS = ("pissa", "corda", "olora", "lora_ga", "loftq")
+_US = "[matryoshka-lora](https://arxiv.org/abs/2605.07850)"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# What others call the base model that is embedded in a package.
+_HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def open_adapter(path: PathLike) -> AdapterFile:
@@ -57,15 +57,20 @@ def open_adapter(path: PathLike) -> AdapterFile:
     folder = Path(path)
     if not folder.is_dir():
         return open_single(folder)
-    config = _read_config(folder)
+    if not (folder / CONFIG_NAME).is_file():
+        raise MatryoshkaError(
+            f"{folder} holds no {CONFIG_NAME}: give a folder that PEFT has saved, since the scale "
+            "stands in that file, or name a .safetensors file that is a LoRA of its own"
+        )
+    config = read_json(folder / CONFIG_NAME)
     stored, metadata = dict[str, Stored](), dict[str, str]()
     files = _weight_files(folder)
     for file in files:
         tensors, own = open_tensors(file)
         stored |= tensors
         metadata |= own
-    layers = _find_layers(stored, config, str(path))
-    adapter = AdapterFile(str(path), layers, stored, config, metadata, files=files)
+    layers, others = _find_layers(stored, config, str(path))
+    adapter = AdapterFile(str(path), layers, others, config, metadata, files=files)
     first = layers[0]
     try:
         note = json.loads(metadata[NOTE])
@@ -74,7 +79,7 @@ def open_adapter(path: PathLike) -> AdapterFile:
     except (KeyError, ValueError, TypeError, RecursionError):
         return adapter
     with one_thread():
-        found = checksum((stored[x.key_A].read(), stored[x.key_B].read()) for x in layers)
+        found = checksum((layer.A.read(), layer.B.read()) for layer in layers)
     alike = all((x.rank, x.scale) == (nesting.max_rank, first.scale) for x in layers)
     if found != wanted or not alike:
         return adapter
@@ -93,62 +98,51 @@ def from_tensors(
 
     Args:
         name: For messages.
-        config: PEFT's, as ``LoraConfig.to_dict()`` gives it.
+        config: PEFT's, as ``LoraConfig.to_dict()`` gives it, with lists for its sets.
         tensors: PEFT's state dict, as ``get_peft_model_state_dict`` gives it.
-        nesting: Its ranks and scales.
-        order: How its factors were reordered; None where they were not.
-        rule: The rule it was trained with.
+        nesting, order, rule: See `AdapterFile`.
     """
     stored = {key: Stored.of(tensor) for key, tensor in tensors.items()}
-    plain = json.loads(json.dumps(dict(config), default=_plain))
-    layers = _find_layers(stored, plain, name)
-    return AdapterFile(name, layers, stored, plain, {}, nesting, order, rule)
+    plain = json.loads(json.dumps(dict(config), default=str))
+    layers, others = _find_layers(stored, plain, name)
+    return AdapterFile(name, layers, others, plain, {}, nesting, order, rule)
 
 
-def _plain(value: Any) -> Any:
-    """Return what JSON has for a set or an enum of PEFT's config."""
-    return sorted(value) if isinstance(value, set) else getattr(value, "value", str(value))
-
-
-def write_nested(
-    adapter: AdapterFile, path: PathLike, force: bool = False, on_layer: OnLayer = None
-) -> Lost:
+def write_nested(adapter: AdapterFile, path: PathLike, force: bool = False) -> None:
     """Write a nested adapter that plain PEFT reads as the one of its largest rank.
 
     Factors without an order are reordered by SVD. Ranks that differ by layer are filled up. An
-    adapter that is not nested gets the ranks 1, 2, 4, ... R.
-
-    Args:
-        adapter: Any LoRA adapter.
-        path: The folder to write.
-        force: Whether the folder that is there is replaced.
-        on_layer: Called after each layer.
+    adapter that is not nested gets the ranks 1, 2, 4, ... R. Raises: as `write_rank`.
     """
-    nesting = adapter.nesting or Nesting.powers_of_two(adapter.max_rank)
-    order = adapter.order or "svd"
-    note = {"ranks": nesting.ranks, "scaling": nesting.scaling, "order": order}
-    note |= {"rule": adapter.rule, "checksum": checksum(())}
-    plan = plan_rank(adapter, nesting.max_rank, {NOTE: json.dumps(note)})
-    with new_folder(path, force, adapter.source) as folder:
-        lost = _put(folder, plan, on_layer)
-        errors = {rank: lost.error(rank) for rank in nesting.ranks}
-        write_card(folder, _config_of(plan), order, errors)
-    return lost
+    order, scaling = adapter.order or "svd", adapter.nesting.scaling if adapter.nesting else "none"
+    note = {"ranks": adapter.ranks, "scaling": scaling, "order": order, "rule": adapter.rule}
+    note["checksum"] = checksum(())
+    plan = plan_rank(adapter, adapter.max_rank, {NOTE: json.dumps(note)})
+    with new_folder(path, force, adapter.files) as folder:
+        _put(folder, plan, order)
 
 
-def write_rank(
-    adapter: AdapterFile, path: PathLike, rank: Ranks, force: bool = False, on_layer: OnLayer = None
-) -> Lost:
-    """Write an ordinary PEFT adapter of one rank, or of a rank for each layer.
+def write_rank(adapter: AdapterFile, path: PathLike, rank: Ranks, force: bool = False) -> float:
+    """Write an ordinary adapter of one rank, or of a rank for each layer.
 
-    Args and Raises: as `write_nested`, and a MatryoshkaError where there is no such rank or the
-    layers cannot have ranks of their own.
+    Factors without an order are reordered by SVD. A single file stays one, and its layers keep
+    their own rank where that is smaller.
+
+    Returns:
+        The norm of what is left out over the norm of the update.
+
+    Raises:
+        MatryoshkaError: There is no such rank, the layers cannot have ranks of their own, or the
+            place is taken.
     """
     plan = plan_rank(adapter, rank)
-    with new_folder(path, force, adapter.source) as folder:
-        lost = _put(folder, plan, on_layer)
-        write_card(folder, _config_of(plan))
-    return lost
+    if adapter.is_single:
+        with new_file(path, force, adapter.files) as file:
+            plan.write(file)
+    else:
+        with new_folder(path, force, adapter.files) as folder:
+            _put(folder, plan)
+    return plan.error()
 
 
 def plan_rank(adapter: AdapterFile, rank: Ranks, metadata: Mapping[str, str] | None = None) -> Plan:
@@ -156,6 +150,8 @@ def plan_rank(adapter: AdapterFile, rank: Ranks, metadata: Mapping[str, str] | N
     own = {layer.name: rank for layer in adapter.layers} if isinstance(rank, int) else rank
     for each in set(own.values()):
         adapter.check_rank(each)
+    if adapter.is_single:
+        return plan_single(adapter, own)
     one = adapter.order == "paper" or any(layer.experts > 1 for layer in adapter.layers)
     if one and len(set(own.values())) > 1:
         raise MatryoshkaError(
@@ -166,26 +162,35 @@ def plan_rank(adapter: AdapterFile, rank: Ranks, metadata: Mapping[str, str] | N
     if adapter.order is not None:
         scale = adapter.scale_at(adapter.layers[0], max(own.values()))
     layers = tuple((layer, layer.at(own[layer.name], scale)) for layer in adapter.layers)
-    others = {key: adapter.stored[key] for key in adapter.others}
-    return Plan(adapter, layers, others, {"format": "pt", **(metadata or {})})
+    return Plan(adapter, layers, adapter.others, {"format": "pt", **(metadata or {})})
 
 
-def check_factors(adapter: AdapterFile, reader: str) -> None:
-    """Raise MatryoshkaError if an adapter holds more than pairs of linear layers."""
-    strange = [*adapter.others]
-    for x in adapter.layers:
-        if x.experts > 1 or len(x.shape_A) > 2 or not x.key_A.endswith(".lora_A.weight"):
-            strange.append(x.key_A)
-    if strange:
-        raise MatryoshkaError(
-            f"{adapter.name} holds {strange[0]}, which {reader} cannot read: use --format merged"
-        )
-
-
-def _put(folder: Path, plan: Plan, on_layer: OnLayer) -> Lost:
-    text = json.dumps(_config_of(plan), indent=2, sort_keys=True)
+def _put(folder: Path, plan: Plan, order: str | None = None) -> None:
+    """Write PEFT's files and the card; ``order`` is that of a nested adapter."""
+    config = _config_of(plan)
+    text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
-    return plan.write(folder / WEIGHTS_NAME, on_layer)
+    plan.write(folder / WEIGHTS_NAME)
+    (folder / "README.md").write_text(_card(plan, config, order), encoding="utf-8")
+
+
+def _card(plan: Plan, config: Mapping[str, Any], order: str | None) -> str:
+    """Return the model card, made of an allow-list of what is known about the adapter."""
+    base = str(config.get("base_model_name_or_path") or "a model")
+    base = _HUB_NAMES.get(base, base)
+    is_id = bool(_HUB_ID.fullmatch(base)) and not Path(base).exists()
+    head = ["library_name: peft", "tags:", "- lora", "- matryoshka-lora"]
+    head += [f"base_model: {base}"] if is_id else []
+    # The folders of this machine are nobody's business.
+    title = f"LoRA of rank {plan.rank} for {base if is_id else Path(base).name}"
+    text = f"PEFT, vLLM and others read this folder as rank {plan.rank}. {_US} wrote it"
+    if order is not None:
+        ranks = "its nested ranks" if order == "paper" else "every rank"
+        text += f" (order `{order}`) and cuts {ranks} out of it: "
+        text += "`matryoshka export THIS_FOLDER --rank RANK -o OUT`.\n\n"
+        text += "| rank | norm of the update that it leaves out |\n|---|---|\n"
+        text += "\n".join(f"| {r} | {100 * plan.error(r):.1f} % |" for r in plan.adapter.ranks)
+    return "\n".join(["---", *head, "---", "", f"# {title}", "", text, ""])
 
 
 def _config_of(plan: Plan) -> dict[str, Any]:
@@ -208,44 +213,22 @@ def _config_of(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG_NAME
-    if not file.is_file():
-        single = next(iter(sorted(folder.glob("*.safetensors"))), None)
-        hint = "give a folder that PEFT has saved, with this file, since the scale stands in it"
-        if (folder / "config.json").exists():
-            hint = "it is a whole model"
-        elif single and single.name != WEIGHTS_NAME:
-            hint = f"if its files are LoRAs of their own, name one, such as {single}"
-        raise MatryoshkaError(f"{folder} holds no {CONFIG_NAME}: {hint}")
-    config = read_json(file)
-    if config.get("peft_type") != "LORA":
-        raise MatryoshkaError(f"{file} is of type {config.get('peft_type')!r:.80} and not LoRA")
-    return config
-
-
 def _check_config(config: dict[str, Any], where: str) -> None:
-    """Refuse a damaged config, and what is stored as factors and computes something else."""
-    patterns = [config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
-    numbers = [config.get("r", 8), config.get("lora_alpha", 8)]
-    for given in patterns:
-        numbers += given.values() if isinstance(given, dict) else [None]
-    if not all(isinstance(x, int | float) and 0 < x < math.inf for x in numbers):
-        raise MatryoshkaError(f"{where}: a rank or an alpha of {CONFIG_NAME} is no positive number")
+    """Refuse what is no LoRA, or is stored as factors and computes something else than s B A."""
     method = next((name for name in _OTHER_METHODS if config.get(name)), "")
     init, reason = str(config.get("init_lora_weights")), ""
-    if method:
+    if config.get("peft_type") != "LORA":
+        reason = f"it is of type {config.get('peft_type')!r:.80} and not LoRA"
+    elif method:
         reason = f"{method} adds to its layers what belongs to no rank: use it whole"
     elif init.startswith(_INITS):
         reason = (
             f"init_lora_weights={init!r:.80} lets PEFT change the base model: save it first with "
             "PEFT's path_initial_model_for_weight_conversion"
         )
-    elif config.get("target_parameters") and any(patterns):
-        reason = (
-            "its target_parameters have ranks by layer, as PEFT makes of 'all-linear' for routed "
-            "experts: train again, and name all layers"
-        )
+    elif config.get("target_parameters") and config.get("rank_pattern"):
+        # PEFT makes them of 'all-linear' for routed experts.
+        reason = "its target_parameters have ranks by layer: train again, and name all layers"
     if reason:
         raise MatryoshkaError(f"{where} has no lower ranks: {reason}")
 
@@ -259,39 +242,36 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     if whole.exists() or not index.exists():
         return (whole,)  # if it is absent, opening it says so
     shards = read_json(index).get("weight_map")
-    names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else []
-    if not names or any(Path(name).name != name for name in names):
-        raise MatryoshkaError(f"{index} is damaged: it names no files beside it. Copy it again")
-    return tuple(folder / name for name in names)
+    if not isinstance(shards, dict) or not shards:
+        raise MatryoshkaError(f"{index} is damaged: it names no files. Copy it again")
+    # All files lie beside the index, whatever a hostile one says.
+    return tuple(folder / name for name in sorted({Path(str(x)).name for x in shards.values()}))
 
 
 def _find_layers(
-    stored: Mapping[str, Stored], config: dict[str, Any], where: str
-) -> tuple[Layer, ...]:
+    stored: dict[str, Stored], config: dict[str, Any], where: str
+) -> tuple[tuple[Layer, ...], dict[str, Stored]]:
+    """Return the layers sorted by name, and the tensors that are no factors."""
     _check_config(config, where)
-    found = list[Layer]()
+    found, others = list[Layer](), dict(sorted(stored.items()))
     for key, A in stored.items():
-        for suffix_A, suffix_B in _SUFFIXES:
-            if key.endswith(suffix_A):
-                module = key.removesuffix(suffix_A)
-                name, key_B = module.removeprefix("base_model.model."), module + suffix_B
-                rank, scale = rank_and_scale(config, name)
-                B = stored.get(key_B, A)
-                rows = A.shape[0] if A.shape else 0
-                # Parameters with experts have R rows for each of them.
-                whole = rows % rank == 0 if config.get("target_parameters") else rows == rank
-                if not (
-                    whole and A.is_factor and B.is_factor and B.shape[1] == rows and B is not A
-                ):
-                    raise MatryoshkaError(
-                        f"{where}: the factors of {name[:200]} are {A.dtype} {list(A.shape)} and "
-                        f"{B.dtype} {list(B.shape)}, no LoRA of rank {rank}: copy or save it again"
-                    )
-                experts = rows // rank
-                found.append(Layer(name, key, key_B, A.shape, B.shape, rank, scale, experts))
-    factors = {key for layer in found for key in (layer.key_A, layer.key_B)}
-    strange = next((key for key in sorted(stored.keys() - factors) if ".lora_" in key), None)
-    if strange or not found:
-        what = f"{strange[:200]!r}, which is no factor" if strange else "no factors"
-        raise MatryoshkaError(f"{where} holds {what}: copy or save the adapter again")
-    return tuple(sorted(found, key=lambda layer: layer.name))
+        suffix, partner = next((pair for pair in _SUFFIXES if key.endswith(pair[0])), ("", ""))
+        if suffix:
+            module = key.removesuffix(suffix)
+            name, key_B = module.removeprefix("base_model.model."), module + partner
+            rank, scale = rank_and_scale(config, name, where)
+            B, rows = stored.get(key_B), A.shape[0] if A.shape else 0
+            # Parameters with experts have R rows for each of them.
+            experts = rows // rank if config.get("target_parameters") else 1
+            is_pair = B is not None and A.is_factor and B.is_factor
+            if B is None or not is_pair or not B.shape[1] == rows == experts * rank:
+                raise MatryoshkaError(
+                    f"{where}: the factors of {name[:200]} are no LoRA of rank {rank}: copy or "
+                    "save it again"
+                )
+            found.append(Layer(name, key, key_B, A, B, rank, scale, experts))
+            del others[key], others[key_B]
+    strange = next((key for key in others if ".lora_" in key), "" if found else "no factors")
+    if strange:
+        raise MatryoshkaError(f"{where} holds {strange[:200]}: copy or save the adapter again")
+    return tuple(sorted(found, key=lambda layer: layer.name)), others

@@ -17,14 +17,10 @@ from typing import Any, Literal
 import torch
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files.layers import AdapterFile, Layer, Lost, OnLayer, Plan, rank_and_scale
-from matryoshka_lora.files.output import PathLike, new_file
+from matryoshka_lora.files.layers import AdapterFile, Layer, Plan, rank_and_scale
 from matryoshka_lora.files.tensors import Stored, open_tensors
 
 Style = Literal["kohya", "diffusers", "peft"]
-
-AS_GIVEN = "as given"
-"""The order of factors that are only renamed."""
 
 _CONFIGS = "lora_adapter_metadata"  # where diffusers keeps the LoraConfig of each part
 _HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # of the old tensors
@@ -47,9 +43,7 @@ _PARTS = {
     "text_encoder_2": "lora_te2",
     "text_encoder_3": "lora_te3",
     "diffusion_model": "lora_unet",
-    **dict.fromkeys(
-        ("transformer_2", "transformer_ref", "connectors", "text_conditioner", "prior")
-    ),
+    **dict.fromkeys(("transformer_2", "connectors", "text_conditioner", "prior")),
 }
 
 
@@ -65,56 +59,34 @@ def open_single(file: Path) -> AdapterFile:
     stored, metadata = open_tensors(file)
     pairs = dict[str, tuple[str, str]]()
     for key in sorted(stored):
-        ending = next((pair for pair in _ENDINGS if key.endswith(pair)), None)
-        if ending is not None:
-            name = key.removesuffix(ending[0]).removesuffix(ending[1])
-            pair = (name + ending[0], name + ending[1])
-            if not stored.keys() >= {*pair} or pairs.setdefault(name, pair) != pair:
-                raise MatryoshkaError(f"{file}: {key[:200]!r} is no half of a pair: copy it again")
+        for down, up in _ENDINGS:
+            name = key.removesuffix(down)
+            if name != key and name + up in stored:
+                pairs[name] = (key, name + up)
     others = stored.keys() - {key for pair in pairs.values() for key in pair}
     whole = {found[1] for key in others if (found := _MORE.fullmatch(key))}
     configs = _configs(metadata, str(file))
-    plain = {name: pair for name, pair in pairs.items() if name not in whole}
-    layers = [_layer(name, *plain[name], stored, configs, str(file)) for name in sorted(plain)]
+    plain = [(name, *pair) for name, pair in pairs.items() if name not in whole]
+    layers = sorted((_layer(*x, stored, configs, str(file)) for x in plain), key=lambda x: x.name)
     if not layers:
         raise MatryoshkaError(
             f"{file} holds no layer that is a pair of factors alone. DoRA, LoHa, LoKr and the like "
             "have no ranks to choose: use it whole"
         )
-    alphas = {layer.key_alpha for layer in layers}
-    kept = {key: each for key, each in stored.items() if key not in alphas}
+    used = {key for layer in layers for key in (layer.key_A, layer.key_B, layer.key_alpha)}
+    kept = {key: stored[key] for key in sorted(stored.keys() - used)}
     return AdapterFile(str(file), tuple(layers), kept, {}, metadata, files=(file,))
 
 
-def write_single(
-    adapter: AdapterFile,
-    path: PathLike,
-    ranks: Mapping[str, int],
-    force: bool = False,
-    on_layer: OnLayer = None,
-) -> Lost:
-    """Write a single file, where each layer has a rank of its own.
-
-    Args:
-        adapter: What `open_single` or `in_style` gives.
-        path: The file to write.
-        ranks: The rank of each layer by its name.
-        force: Whether the file that is there is replaced.
-        on_layer: Called after each layer.
-    """
-    with new_file(path, force, adapter.source) as file:
-        return plan_single(adapter, ranks).write(file, on_layer)
-
-
 def plan_single(adapter: AdapterFile, ranks: Mapping[str, int]) -> Plan:
-    """Return the file of `write_single` before it is computed.
+    """Return a single file before it is computed; no layer gets more than its own rank.
 
     All layers get one alpha, the largest rank: diffusers knows no other where ranks differ.
     """
-    alpha, layers = max(ranks.values()), []
-    others = {key: adapter.stored[key] for key in adapter.others}
+    own = {layer.name: min(ranks[layer.name], layer.rank) for layer in adapter.layers}
+    alpha, layers, others = max(own.values()), list[tuple[Layer, Layer]](), dict(adapter.others)
     for layer in adapter.layers:
-        rank = ranks[layer.name]
+        rank = own[layer.name]
         layers.append((layer, layer.at(rank, alpha / rank if layer.key_alpha else 1.0)))
         if layer.key_alpha:
             others[layer.key_alpha] = Stored.of(torch.tensor(float(alpha)))
@@ -123,28 +95,55 @@ def plan_single(adapter: AdapterFile, ranks: Mapping[str, int]) -> Plan:
 
 
 def in_style(adapter: AdapterFile, style: Style) -> AdapterFile:
-    """Return an adapter with the keys of another style; ``"peft"`` makes one for PEFT's folder.
+    """Return a single file with the keys of another style; ``"peft"`` makes it PEFT's folder.
 
     Raises:
         MatryoshkaError: The style has no name for a layer, or nothing says what its name is.
     """
-    if adapter.others or not all(x.key_A.endswith(".weight") for x in adapter.layers):
+    if adapter.others:
         raise MatryoshkaError(f"{adapter.name} is more than pairs of factors: leave its style")
-    modules = {layer.name: _module(adapter, layer) for layer in adapter.layers}
-    parts = {_part(module)[0] for module in modules.values()}
+    unclear = [layer.name for layer in adapter.layers if not layer.key_A.endswith(_DIFFUSERS[0])]
+    if unclear:
+        raise MatryoshkaError(
+            f"{unclear[0][:80]} does not say where the dots of its module's name were: leave the "
+            "style as it is, which diffusers and ComfyUI read too"
+        )
+    modules = [layer.name.removeprefix(_PEFT) for layer in adapter.layers]
+    parts = {_part(module)[0] for module in modules}
     if style == "peft" and len(parts) > 1:
         raise MatryoshkaError(f"{adapter.name} is for several models: choose the style diffusers")
-    layers, stored = [], dict[str, Stored]()
-    for layer in adapter.layers:
-        name = _name_in(style, modules[layer.name], parts)
-        key_A, key_B = (name + ending for ending in (_KOHYA if style == "kohya" else _DIFFUSERS))
-        stored[key_A], stored[key_B] = adapter.stored[layer.key_A], adapter.stored[layer.key_B]
-        alpha, name = f"{name}.alpha" if style == "kohya" else None, name.removeprefix(_PEFT)
+    endings, prefix = _KOHYA if style == "kohya" else _DIFFUSERS, _PEFT if style == "peft" else ""
+    layers = list[Layer]()
+    for layer, module in zip(adapter.layers, modules, strict=True):
+        name = _name_in(style, module, parts)
+        key_A, key_B = (f"{prefix}{name}{ending}" for ending in endings)
+        alpha = f"{name}.alpha" if style == "kohya" else None
         layers.append(replace(layer, name=name, key_A=key_A, key_B=key_B, key_alpha=alpha))
     layers.sort(key=lambda layer: layer.name)
     config = {"peft_type": "LORA", "target_modules": [layer.name for layer in layers]}
     config = config if style == "peft" else {}
-    return replace(adapter, layers=tuple(layers), stored=stored, config=config)
+    return replace(adapter, layers=tuple(layers), config=config)
+
+
+def _name_in(style: Style, module: str, parts: set[str]) -> str:
+    """Return the name of a module in another style."""
+    part, inside = _part(module)
+    if style == "peft":
+        return inside
+    word = _PARTS.get(part) if style == "kohya" else part
+    if not word:
+        raise MatryoshkaError(
+            f"{style} has no name for {module[:200]}, which must say a part of a pipeline that it "
+            "knows: leave the style as it is"
+        )
+    if style == "diffusers":
+        return module
+    if part == "text_encoder" and "text_encoder_2" in parts:
+        word = "lora_te1"
+    # transformers has dropped the first part of CLIP's names, and ComfyUI wants it.
+    if part.startswith("text_encoder") and inside.startswith("encoder.layers."):
+        inside = f"text_model.{inside}"
+    return f"{word}_{inside.replace('.', '_')}"
 
 
 def _layer(
@@ -165,9 +164,7 @@ def _layer(
     rank, alpha, scale = A.shape[0], stored.get(f"{name}.alpha"), 1.0
     if configs:
         part, inside = _part(name.removeprefix(_PEFT))
-        if not {"r", "lora_alpha"} <= configs.get(part, {}).keys():
-            raise MatryoshkaError(f"{where}: its {_CONFIGS} has no lora_alpha for {name[:200]}")
-        scale = rank_and_scale(configs[part], inside)[1]
+        _, scale = rank_and_scale(configs.get(part, {}), inside, where)
     elif alpha is not None:
         values = alpha.read().double().flatten()
         scale = float(values[0]) / rank if len(values) == 1 else 0.0
@@ -179,7 +176,7 @@ def _layer(
     if not 0 < scale < float("inf"):
         raise MatryoshkaError(f"{where}: the alpha of {name[:200]} is no positive number")
     key = f"{name}.alpha" if alpha else None
-    return Layer(name, key_A, key_B, A.shape, B.shape, rank, scale, key_alpha=key)
+    return Layer(name, key_A, key_B, A, B, rank, scale, key_alpha=key)
 
 
 def _configs(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, Any]]:
@@ -200,63 +197,15 @@ def _part(module: str) -> tuple[str, str]:
     return (first, rest) if first in _PARTS and rest else ("", module)
 
 
-def _module(adapter: AdapterFile, layer: Layer) -> str:
-    """Return the dotted name of a layer's module, with its part of the pipeline."""
-    if adapter.is_single:
-        if layer.key_A.endswith(_DIFFUSERS[0]):
-            return layer.name.removeprefix(_PEFT)
-        raise MatryoshkaError(
-            f"{layer.name[:80]} does not say where the dots of its module's name were: leave the "
-            "style as it is, which diffusers and ComfyUI read too"
-        )
-    mapping = adapter.config.get("auto_mapping") or {}
-    library, kind = str(mapping.get("parent_library")), str(mapping.get("base_model_class"))
-    is_text = kind in ("CLIPTextModel", "T5EncoderModel")
-    if not is_text and not library.startswith("diffusers."):
-        raise MatryoshkaError(f"{adapter.name} is for no image model: name a folder as the output")
-    part = "text_encoder" if is_text else "unet" if "UNet" in kind else "transformer"
-    return f"{part}.{layer.name}"
-
-
-def _name_in(style: Style, module: str, parts: set[str]) -> str:
-    """Return the name of a module in another style."""
-    part, inside = _part(module)
-    if style == "peft":
-        return _PEFT + inside
-    word = _PARTS.get(part or "unet") if style == "kohya" else part
-    if not word:
-        raise MatryoshkaError(
-            f"{style} has no name for {module[:200]}, which must say a part of a pipeline that it "
-            "knows: leave the style as it is"
-        )
-    if style == "diffusers":
-        return module
-    if part == "text_encoder" and "text_encoder_2" in parts:
-        word = "lora_te1"
-    # transformers has dropped the first part of CLIP's names, and ComfyUI wants it.
-    if part.startswith("text_encoder") and inside.startswith("encoder.layers."):
-        inside = f"text_model.{inside}"
-    return f"{word}_{inside.replace('.', '_')}"
-
-
 def _metadata(adapter: AdapterFile, layers: list[Layer], alpha: int) -> dict[str, str]:
     """Return the metadata of a file, in which what speaks of ranks is renewed."""
-
-    def one(ranks: set[int]) -> str:
-        return str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"  # as kohya's script says
-
     kept = {key: x for key, x in adapter.metadata.items() if key not in (*_HASHES, _CONFIGS)}
-    wide = {layer.rank for layer in layers if layer.is_convolution}
-    dims = {layer.rank for layer in layers if not layer.is_convolution} or wide
-    has_alpha = any(layer.key_alpha for layer in layers)
-    if "ss_network_dim" in kept or has_alpha:
-        kept |= {"ss_network_dim": one(dims), "ss_network_alpha": str(alpha)}
-    if "conv_dim" in kept.get("ss_network_args", ""):
-        args = json.loads(kept["ss_network_args"])
-        args |= {"conv_dim": one(wide), "conv_alpha": str(alpha)}
-        kept["ss_network_args"] = json.dumps(args)
+    if "ss_network_dim" in kept:
+        alike = {layer.rank for layer in layers} == {alpha}
+        kept["ss_network_dim"] = str(alpha) if alike else "Dynamic"  # as kohya's script says
+        kept["ss_network_alpha"] = str(alpha)
     known = {_part(layer.name)[0] for layer in layers} <= _PARTS.keys() - {"diffusion_model"}
-    if known and not has_alpha and all(x.key_A.endswith(_DIFFUSERS[0]) for x in layers):
+    if known and all(x.key_A.endswith(_DIFFUSERS[0]) and not x.key_alpha for x in layers):
         kept[_CONFIGS] = json.dumps(_lora_configs(adapter, layers), sort_keys=True)
     return {"format": "pt", **kept}
 

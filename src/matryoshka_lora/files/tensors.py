@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,30 +20,30 @@ _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 _OTHERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
 _OTHERS |= {"BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 _DTYPES = {name: getattr(torch, dtype) for name, dtype in (_FLOATS | _OTHERS).items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Stored(NamedTuple):
-    """A tensor with its dtype, as safetensors calls it, that is read when it is needed."""
+    """A tensor that is read when it is needed."""
 
-    dtype: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
 
     @classmethod
     def of(cls, tensor: Tensor) -> Stored:
         """Return a tensor that is in memory already."""
-        name = next(name for name, dtype in _DTYPES.items() if dtype == tensor.dtype)
-        return cls(name, tuple(tensor.shape), lambda: tensor)
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
     @property
     def is_factor(self) -> bool:
         """Whether a factor may have this dtype and shape."""
-        return self.dtype in _FLOATS and len(self.shape) > 1 and 0 not in self.shape
+        return _NAMES[self.dtype] in _FLOATS and len(self.shape) > 1 and 0 not in self.shape
 
     @property
     def size(self) -> int:
         """The bytes of the tensor."""
-        return math.prod(self.shape) * int(_DTYPES[self.dtype].itemsize)
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def open_tensors(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -58,31 +59,22 @@ def open_tensors(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - it is no mapping
                 head = opened.get_slice(key)
-                if head.get_dtype() not in _DTYPES:
-                    raise OSError(f"the dtype {head.get_dtype()} is unknown here")
-                shape = tuple(head.get_shape())
-                stored[key] = Stored(head.get_dtype(), shape, partial(_read, file, key))
+                dtype, shape = _DTYPES[head.get_dtype()], tuple(head.get_shape())
+                stored[key] = Stored(dtype, shape, partial(_read, file, key))
             return stored, dict(opened.metadata() or {})
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, KeyError) as error:
         raise _damaged(file, error) from error
 
 
 def _read(file: Path, key: str) -> Tensor:
     # Opened for each tensor, so that no mapping of the whole file counts as memory in use.
-    try:
-        with safe_open(file, "pt") as opened:
-            tensor: Tensor = opened.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from error
+    with safe_open(file, "pt") as opened:
+        tensor: Tensor = opened.get_tensor(key)
     return tensor
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        MatryoshkaError: There is none.
-    """
+    """Return the object in a JSON file; MatryoshkaError if there is none."""
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -93,35 +85,28 @@ def _damaged(file: Path, reason: Exception) -> MatryoshkaError:
     return MatryoshkaError(f"{file} is missing or damaged ({reason!s:.300}): copy it again")
 
 
-class TensorWriter:
-    """Write a safetensors file whose tensors come one after the other, in any order.
+@contextmanager
+def new_tensors(
+    file: Path, stored: Mapping[str, Stored], metadata: dict[str, str]
+) -> Iterator[Callable[[str, Tensor], None]]:
+    """Give a function that writes one tensor after the other, in any order, to a new file.
 
     Args:
         file: A file that does not exist yet.
         stored: Dtypes and shapes of all tensors.
-        metadata: Written again at exit, when values may have changed but not their length.
+        metadata: Until the end of the block, values may change, but not their length.
     """
+    header, places = _header(stored, metadata)
+    with open(file, "xb") as out:
 
-    def __init__(self, file: Path, stored: Mapping[str, Stored], metadata: dict[str, str]) -> None:
-        self.metadata, self._stored = metadata, stored
-        header, self._places = _header(stored, metadata)
-        self._start = len(header)
-        self._file = open(file, "xb")  # noqa: SIM115 - __exit__ closes it
+        def put(key: str, tensor: Tensor) -> None:
+            data = tensor.detach().to("cpu", stored[key].dtype).contiguous()
+            out.seek(len(header) + places[key])
+            out.write(data.reshape(-1).view(torch.uint8).numpy().data)
 
-    def __enter__(self) -> TensorWriter:
-        return self
-
-    def put(self, key: str, tensor: Tensor) -> None:
-        """Write one tensor to its place."""
-        data = tensor.detach().to("cpu", _DTYPES[self._stored[key].dtype]).contiguous()
-        self._file.seek(self._start + self._places[key])
-        self._file.write(data.reshape(-1).view(torch.uint8).numpy().data)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._file:
-            if kind is None:
-                self._file.seek(0)
-                self._file.write(_header(self._stored, self.metadata)[0])
+        yield put
+        out.seek(0)
+        out.write(_header(stored, metadata)[0])
 
 
 def file_size(stored: Mapping[str, Stored], metadata: dict[str, str]) -> int:
@@ -134,11 +119,12 @@ def _header(stored: Mapping[str, Stored], metadata: dict[str, str]) -> tuple[byt
     header: dict[str, object] = {"__metadata__": metadata}
     places, end = dict[str, int](), 0
     # Wide dtypes come first, so that each tensor is aligned to its own width.
-    for key in sorted(stored, key=lambda key: (-_DTYPES[stored[key].dtype].itemsize, key)):
+    for key in sorted(stored, key=lambda key: (-stored[key].dtype.itemsize, key)):
         each = stored[key]
         places[key], end = end, end + each.size
         offsets = [places[key], end]
-        header[key] = {"dtype": each.dtype, "shape": list(each.shape), "data_offsets": offsets}
+        shape = list(each.shape)
+        header[key] = {"dtype": _NAMES[each.dtype], "shape": shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, places
