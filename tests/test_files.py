@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LINEAR_LAYERS, nested_llama, randomize, tiny_llama, tiny_mixtral
-from interrupted import operations, stopped
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import nested_llama, tiny_llama, tiny_mixtral
+from interrupted import killed
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from strangers import Mixed, best, by_peft, distance, logits, plain_adapter, updates
 
-from matryoshka_lora import MatryoshkaError, Nesting, NotFiniteError, export, reorder
+from matryoshka_lora import MatryoshkaError, Nesting, export, reorder
 from matryoshka_lora.files.output import new_file, new_folder
 from matryoshka_lora.files.peft import WEIGHTS_NAME, open_adapter, write_nested, write_rank
 
@@ -29,6 +31,7 @@ EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate
 KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "plain": (tiny_llama, {"lora_alpha": 20}),
     "rslora": (tiny_llama, {"use_rslora": True, "lora_alpha": 3}),
+    "a pattern of targets": (tiny_llama, {"target_modules": r".*\.(q_proj|down_proj)"}),
     "ranks by layer": (
         tiny_llama,
         {"rank_pattern": {"q_proj": 3, "layers.1.mlp.up_proj": 5}, "alpha_pattern": {"v_proj": 2}},
@@ -56,18 +59,22 @@ def test_plain_peft_reads_each_rank_as_numpys_best(
     reorder(source, tmp_path / "nested")
     assert distance(by_peft(tmp_path / "nested", base), by_peft(source, base)) < 1e-5
     assert open_adapter(tmp_path / "nested").order == "svd"
-    for rank in (1, 3, R):
+    wishes: list[dict[str, Any]] = [{"rank": 1}, {"rank": 3}, {"rank": R}]
+    if base != tiny_mixtral:  # experts have one rank
+        wishes.append({"keep": "50%"})
+    for number, wish in enumerate(wishes):
         for name in ("plain", "nested"):
-            out = tmp_path / f"{name}-{rank}"
-            export(tmp_path / name, out, rank)
+            out = tmp_path / f"{name}-{number}"
+            ranks: Any = export(tmp_path / name, out, **wish).ranks
             found = updates(out, base)
-            factors = {key for key in given if "lm_head" not in key}
             assert found.keys() == given.keys()
-            for key in factors:
+            for key in given:
+                if key == "lm_head.weight":  # saved whole
+                    np.testing.assert_array_equal(found[key], given[key])
+                    continue
+                rank = wish.get("rank") or ranks[key.removesuffix(".weight")]
                 wanted = best(given[key], rank)
                 assert np.abs(found[key] - wanted).max() < 1e-5 * np.abs(given[key]).max(), key
-            for key in given.keys() - factors:  # saved whole
-                np.testing.assert_array_equal(found[key], given[key])
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
@@ -75,22 +82,17 @@ def test_a_layer_of_a_small_rank_keeps_its_bias(tmp_path: Path, bias: str) -> No
     def base() -> Any:
         return tiny_llama(attention_bias=True)
 
-    model = get_peft_model(
-        base(), LoraConfig(r=R, lora_alpha=R, target_modules=["q_proj", "o_proj"], bias=bias)
-    )
-    randomize(model)
-    generator = torch.Generator().manual_seed(2)
+    model = plain_adapter(tmp_path / "x", base(), target_modules=["q_proj", "o_proj"], bias=bias)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
-            parameter.data = torch.randn(parameter.shape, generator=generator)
+            torch.nn.init.normal_(parameter)
         if "layers.0.self_attn.q_proj.lora_B" in name:
             parameter.data *= 1e-3  # next to nothing, so that a small size leaves it out
     model.save_pretrained(tmp_path / "plain")
     small = (tmp_path / "plain" / WEIGHTS_NAME).stat().st_size // 2
     made = export(tmp_path / "plain", tmp_path / "small", max_bytes=small)
     assert isinstance(made.ranks, dict)
-    assert made.ranks["model.layers.0.self_attn.q_proj"] == 1
-    assert len(set(made.ranks.values())) > 1
+    assert made.ranks["model.layers.0.self_attn.q_proj"] == 1 < max(made.ranks.values())
     assert made.after <= small
     wanted, saved = base(), load_file(tmp_path / "plain" / WEIGHTS_NAME)
     state = wanted.state_dict()
@@ -171,39 +173,25 @@ def test_an_adapter_in_memory_is_written_as_the_one_on_the_disk(tmp_path: Path) 
         adapter.export(tmp_path / f"memory-{rank}", rank)
         for source in ("nested", "plain", "again"):
             write_rank(open_adapter(tmp_path / source), tmp_path / f"{source}-{rank}", rank)
-            found, wanted = (
-                updates(tmp_path / f"{source}-{rank}"),
-                updates(tmp_path / f"memory-{rank}"),
-            )
-            for name, update in wanted.items():
+            found = updates(tmp_path / f"{source}-{rank}")
+            for name, update in updates(tmp_path / f"memory-{rank}").items():
                 np.testing.assert_allclose(found[name], update, atol=1e-4)
 
 
 def test_shards_are_read_as_one_file(tmp_path: Path) -> None:
     plain_adapter(tmp_path / "plain")
     tensors = load_file(tmp_path / "plain" / WEIGHTS_NAME)
-    names = ("adapter_model-00001-of-00002.safetensors", "adapter_model-00002-of-00002.safetensors")
-    parts: list[dict[str, Any]] = [{}, {}]
-    for number, key in enumerate(sorted(tensors)):
-        parts[number % 2][key] = tensors[key]
-    for name, part in zip(names, parts, strict=True):
+    names = [f"adapter_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    places = {key: names[number % 2] for number, key in enumerate(sorted(tensors))}
+    for name in names:
+        part = {key: tensors[key] for key, place in places.items() if place == name}
         save_file(part, tmp_path / "plain" / name)
-    index = {"weight_map": {key: names[n] for n, part in enumerate(parts) for key in part}}
+    index = {"weight_map": places}
     (tmp_path / "plain" / f"{WEIGHTS_NAME}.index.json").write_text(json.dumps(index))
     wanted = by_peft(tmp_path / "plain")
     (tmp_path / "plain" / WEIGHTS_NAME).unlink()
     export(tmp_path / "plain", tmp_path / "out", R)
     assert distance(by_peft(tmp_path / "out"), wanted) < 1e-5
-
-
-def test_factors_that_diverged_are_refused(tmp_path: Path) -> None:
-    plain_adapter(tmp_path / "plain")
-    tensors = load_file(tmp_path / "plain" / WEIGHTS_NAME)
-    tensors[min(tensors)][0, 0] = float("nan")
-    save_file(tensors, tmp_path / "plain" / WEIGHTS_NAME)
-    with pytest.raises(NotFiniteError, match="lower learning rate"):
-        export(tmp_path / "plain", tmp_path / "out", 4)
-    assert not (tmp_path / "out").exists()
 
 
 PRIVATE = "/home/somebody/secret-project"
@@ -220,7 +208,7 @@ def test_the_card_names_the_base_model_and_no_path(tmp_path: Path, base: str) ->
     for name in ("nested", "rank"):
         card = (tmp_path / name / "README.md").read_text()
         shown = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}.get(base, base)
-        assert f"`{Path(shown).name if shown.startswith('/') else shown}`" in card
+        assert f" for {Path(shown).name if shown.startswith('/') else shown}\n" in card
         assert ("base_model: " in card) == (not base.startswith("/"))
         assert PRIVATE not in card
         assert str(tmp_path) not in card
@@ -251,9 +239,7 @@ def test_what_somebody_else_wrote_is_never_touched(
     for target in ("work", "work/vocab.txt"):
         with pytest.raises(MatryoshkaError, match=r"exists already.*--force"):
             export("lora", target, 4)
-    with pytest.raises(MatryoshkaError, match="is a file and not a folder"):
-        export("lora", "work/vocab.txt", 4, force=True)
-    with pytest.raises(MatryoshkaError, match="the output is empty"):
+    with pytest.raises(MatryoshkaError, match="name a new place"):
         export("lora", "", 4)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
@@ -279,7 +265,7 @@ def test_a_forced_folder_is_replaced_whole_and_a_failure_leaves_the_old_one(tmp_
     assert [file.name for file in place.parent.iterdir()] == ["out"]
 
 
-def test_a_place_that_is_taken_meanwhile_stays(tmp_path: Path) -> None:
+def test_a_place_that_is_taken_meanwhile_and_the_end_of_a_link_stay(tmp_path: Path) -> None:
 
     def overtaken() -> None:
         with new_file(tmp_path / "x") as file:
@@ -289,9 +275,6 @@ def test_a_place_that_is_taken_meanwhile_stays(tmp_path: Path) -> None:
     with pytest.raises(MatryoshkaError, match="exists already"):
         overtaken()
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("x", "theirs")]
-
-
-def test_a_forced_link_is_replaced_and_what_it_led_to_stays(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "thesis").write_text("mine")
     (tmp_path / "out").symlink_to(tmp_path / "theirs")
@@ -301,59 +284,30 @@ def test_a_forced_link_is_replaced_and_what_it_led_to_stays(tmp_path: Path) -> N
     assert not (tmp_path / "out").is_symlink()
 
 
-@pytest.mark.slow
-def test_a_kill_leaves_the_old_adapter_or_the_new_one(tmp_path: Path) -> None:
-    """At every operation on the disk: a new folder, a forced one, and a forced single file."""
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("ending", ["", ".safetensors"])
+def test_a_kill_leaves_the_old_adapter_or_the_new_one(
+    tmp_path: Path, ending: str, force: bool
+) -> None:
+    """At every operation on the disk."""
     plain_adapter(tmp_path / "plain")
-    save_file(
-        {"a.lora_down.weight": torch.randn(4, 6), "a.lora_up.weight": torch.randn(5, 4)},
-        tmp_path / "plain.safetensors",
-    )
-    for source, name in (("plain", "out"), ("plain.safetensors", "out.safetensors")):
-        place = tmp_path / "there" / name
-        place.parent.mkdir(exist_ok=True)
-        for force in (False, True):
-
-            def run(source: str = source, place: Path = place, force: bool = force) -> None:
-                export(tmp_path / source, place, 2, force=force)
-
-            def reset(source: str = source, place: Path = place, force: bool = force) -> None:
-                for each in place.parent.iterdir():
-                    subprocess.run(["rm", "-r", each], check=True)
-                if force:
-                    export(tmp_path / source, place, 4)
-
-            reset()
-            count = operations(run, place.parent)
-            assert count >= 2
-            for number in range(1, count + 1):
-                reset()
-                assert stopped(run, place.parent, number) == -9
-                if place.exists():
-                    assert open_adapter(place).max_rank in ((2, 4) if force else (2,))
-                elif force:  # between the two renames both are whole beside the place
-                    assert source == "plain"
-                    both = [open_adapter(x).max_rank for x in place.parent.iterdir()]
-                    assert sorted(both) == [2, 4]
-
-
-LIGHT = """
-import sys, torch, safetensors
-heavy = ("peft", "transformers", "trl", "numpy.f2py", "pandas", "gguf", "matplotlib")
-from matryoshka_lora import export, reorder
-from matryoshka_lora.info import describe
-reorder(sys.argv[1], sys.argv[2] + "/nested")
-export(sys.argv[2] + "/nested", sys.argv[2] + "/small", keep="90%")
-describe(sys.argv[2] + "/small").lines()
-print([name for name in heavy if name in sys.modules])
-"""
-
-
-@pytest.mark.slow
-def test_work_on_files_imports_torch_and_safetensors_alone(tmp_path: Path) -> None:
-    plain_adapter(tmp_path / "plain")
-    command = [sys.executable, "-c", LIGHT, str(tmp_path / "plain"), str(tmp_path)]
-    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "[]\n"
+    pair = {"a.lora_down.weight": torch.randn(4, 6), "a.lora_up.weight": torch.randn(5, 4)}
+    save_file(pair, tmp_path / "plain.safetensors")
+    source, place = tmp_path / f"plain{ending}", tmp_path / "there" / f"out{ending}"
+    for number in itertools.count(1):
+        shutil.rmtree(place.parent, ignore_errors=True)
+        place.parent.mkdir()
+        if force:
+            export(source, place, 4)
+        if not killed(lambda: export(source, place, 2, force=force), place.parent, number):
+            break
+        if place.exists():
+            assert open_adapter(place).max_rank in ((2, 4) if force else (2,))
+        elif force:  # between the two renames both are whole beside the place
+            assert not ending
+            assert sorted(open_adapter(x).max_rank for x in place.parent.iterdir()) == [2, 4]
+    assert number > 2
+    assert open_adapter(place).max_rank == 2
 
 
 MEMORY = """
@@ -371,10 +325,9 @@ print(peak() - before)
 @pytest.mark.slow
 def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
     """Of 120 layers with 0.5 MB each, less than half is needed, work space included."""
-    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": ["q"]}
+    config, tensors = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": ["q"]}, {}
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "adapter_config.json").write_text(json.dumps(config))
-    tensors = {}
     for number in range(120):
         tensors[f"base_model.model.{number}.q.lora_A.weight"] = torch.randn(16, 4096)
         tensors[f"base_model.model.{number}.q.lora_B.weight"] = torch.randn(4096, 16)
@@ -399,15 +352,3 @@ def test_a_file_of_ours_is_aligned_and_reads_as_safetensors_writes_it(tmp_path: 
     length = int.from_bytes(data[:8], "little")
     for key, entry in json.loads(data[8 : 8 + length]).items():
         assert key == "__metadata__" or entry["data_offsets"][0] % found[key].element_size() == 0
-
-
-def test_targets_as_peft_takes_them_stay(tmp_path: Path) -> None:
-    """A name that ends like another, and a pattern of targets: each layer has its own rank."""
-    plain_adapter(tmp_path / "plain", target_modules=r".*\.(q_proj|down_proj)")
-    made = export(tmp_path / "plain", tmp_path / "out", keep="40%")
-    assert isinstance(made.ranks, dict)
-    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "out")
-    for name, rank in made.ranks.items():
-        layer = model.base_model.model.get_submodule(name)
-        assert (layer.r["default"], layer.scaling["default"]) == (rank, 1.0)
-    assert set(LINEAR_LAYERS) > {"q_proj", "down_proj"}

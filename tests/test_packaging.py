@@ -33,9 +33,9 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_files_need_four_packages() -> None:
+def test_work_on_files_needs_five_packages() -> None:
     names = {re.split("[<>=]", line)[0] for line in PROJECT["dependencies"]}
-    assert names == {"torch", "safetensors", "typer", "tqdm"}
+    assert names == {"torch", "numpy", "safetensors", "typer", "tqdm"}
 
 
 def test_every_import_of_the_package_is_declared() -> None:

@@ -64,13 +64,6 @@ def test_each_answer_is_that_of_its_rank(chat: bool, session: Session, folder: P
         assert all(new.startswith(old) for old, new in zip(before, after, strict=True))
 
 
-def test_who_stops_listening_stops_the_model(session: Session) -> None:
-    answers = session.answers(QUESTION, [8], longest=400)
-    next(answers)
-    answers.close()  # returns when the model has stopped
-    assert list(session.answers(QUESTION, [8], longest=3))
-
-
 @pytest.mark.parametrize(("asked", "rank"), [(" ", 4), ("Why?", 9)])
 def test_what_cannot_be_asked_is_refused(asked: str, rank: int, session: Session) -> None:
     with pytest.raises(MatryoshkaError):

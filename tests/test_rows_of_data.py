@@ -79,7 +79,7 @@ def test_every_source_gives_the_same_rows(tmp_path: Path, model: Any) -> None:
     [
         (
             DatasetDict(train=Dataset.from_list(TEXT)),
-            "row 1 of the data is 'train': give a Trainer",
+            "row 1 of the data is 'train': give rows",
         ),
         (["a", "b"], "row 1 of the data is 'a'"),
         ([*TEXT, None], "row 19 of the data is None"),

@@ -194,7 +194,7 @@ def _kind(
     elif kind != by_end and kind in _ENDINGS:
         reason = f"becomes a file: name it {Path(target)}{_ENDINGS[kind]}"
     elif kind != by_end and by_end in _ENDINGS:
-        reason = f"becomes a folder: name it without {_ENDINGS[by_end]}"
+        reason = f"becomes a folder, which cannot be called {target}: leave {_ENDINGS[by_end]} out"
     if reason:
         raise MatryoshkaError(f"{adapter.name} {reason}")
     return kind
@@ -271,8 +271,8 @@ def _merge(
         model.config.tie_word_embeddings = False
     adapted.merge_and_unload(safe_merge=True).save_pretrained(place)
     load_tokenizer(name, revision).save_pretrained(place)
-    written = read_json(place / "config.json")
-    text = json.dumps({**written, **missing_rope(written)}, indent=2)
+    config = read_json(place / "config.json")
+    text = json.dumps({**config, **missing_rope(config)}, indent=2)
     (place / "config.json").write_text(text, encoding="utf-8")
     return error
 

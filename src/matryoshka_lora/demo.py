@@ -57,6 +57,8 @@ def demo(out: Path, steps: int = STEPS) -> None:
     if out.exists():
         raise MatryoshkaError(f"{out} exists already: delete it, or name another with --out")
     began, facts = time.monotonic(), table()
+    # Where cores are busy, threads that wait for each other make a step five times slower.
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     print(
         f"{LINES} made-up names, each with a number. The first {LAYERS} layers of {EMBEDDED}\n"
         f"learn them with one adapter of rank {RANK}: {steps} steps in float32."

@@ -59,11 +59,7 @@ class Description:
 
 
 def describe(path: PathLike) -> Description:
-    """Open an adapter and read its layers.
-
-    Raises:
-        MatryoshkaError: It is no LoRA adapter, or damaged.
-    """
+    """Open an adapter and read its layers. Raises: as `open_adapter`."""
     adapter = open_adapter(path)
     whole = plan_rank(adapter, adapter.max_rank)
     for _ in whole.each():

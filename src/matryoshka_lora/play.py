@@ -6,13 +6,10 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.layers import AdapterFile
@@ -26,6 +23,7 @@ if TYPE_CHECKING:
     from matryoshka_lora.adapter import NestedAdapter
 
 LONGEST = 256  # tokens of an answer
+_PIECE = 8  # tokens between two looks at an answer
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Session:
     def answers(
         self, question: str, ranks: Sequence[int], chat: bool = True, longest: int = LONGEST
     ) -> Iterator[list[str]]:
-        """Yield the greedy answers of several ranks, which grow together token by token.
+        """Yield the greedy answers of several ranks, which grow together.
 
         Args:
             question: The text that is asked.
@@ -70,59 +68,25 @@ class Session:
         """
         if not question.strip():
             raise MatryoshkaError("write a question first")
-        prompt = self.prompt(question, chat).repeat(len(ranks), 1)
-        stream = _Stream()
-
-        def work() -> None:
-            try:
-                with self.adapter.rows(ranks):
-                    self.adapter.model.generate(
-                        input_ids=prompt,
-                        attention_mask=torch.ones_like(prompt),
-                        do_sample=False,
-                        max_new_tokens=longest,
-                        pad_token_id=self.tokenizer.pad_token_id,
-                        streamer=stream,
-                        stopping_criteria=[stream],
-                    )
-            except Exception as error:  # it is raised in the thread that asked
-                stream.tokens.put(error)
-            stream.end()
-
-        thread = Thread(target=work)
-        thread.start()
-        said = prompt[:, :0].cpu()
-        try:
-            while (found := stream.tokens.get()) is not None:
-                if isinstance(found, Exception):
-                    raise found
-                said = torch.cat([said, found.reshape(-1, 1)], dim=1)
-                yield self.tokenizer.batch_decode(said, skip_special_tokens=True)
-        finally:
-            stream.stopped = True  # nobody listens any more
-            thread.join()  # one model is used by one thread at a time
-
-
-class _Stream(BaseStreamer, StoppingCriteria):
-    """Hands on the tokens of all rows, and stops when nobody listens."""
-
-    def __init__(self) -> None:
-        self.tokens: SimpleQueue[Any] = SimpleQueue()
-        self.stopped = self.begun = False
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take what `generate` has: the prompt first, and then one token for each row."""
-        if self.begun:
-            self.tokens.put(value)
-        self.begun = True
-
-    def end(self) -> None:
-        """Say that no more tokens come."""
-        self.tokens.put(None)
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Say for each row whether it has ended."""
-        return torch.full((len(input_ids),), self.stopped, device=input_ids.device)
+        said = prompt = self.prompt(question, chat).repeat(len(ranks), 1)
+        end = self.adapter.model.generation_config.eos_token_id
+        ends = torch.tensor([] if end is None else end).reshape(-1)
+        for done in range(0, longest, _PIECE):
+            # In pieces, so that the page shows them, and so that Gradio can stop between two.
+            with self.adapter.rows(ranks):
+                said = self.adapter.model.generate(
+                    input_ids=said,
+                    attention_mask=torch.ones_like(said),
+                    do_sample=False,
+                    max_new_tokens=min(_PIECE, longest - done),
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )
+            answers = said[:, prompt.shape[1] :].cpu()
+            over = torch.isin(answers, ends).cumsum(dim=1) > 0  # what follows an end is no answer
+            texts = [row[~after] for row, after in zip(answers, over, strict=True)]
+            yield self.tokenizer.batch_decode(texts, skip_special_tokens=True)
+            if over[:, -1].all():
+                return
 
 
 def open_session(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib.util
-import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +25,10 @@ _NESTING = ("ranks", "scaling", "rule", "seed", "deploy", "reorder")
 # The files that declare the other keys. They are read, as importing them takes seconds.
 _SFT = ("trl/trainer/sft_config.py", "trl/trainer/base_config.py", "transformers/training_args.py")
 _LORA = ("peft/tuners/lora/config.py", "peft/config.py")
-_CLASSES = ("SFTConfig", "_BaseConfig", "TrainingArguments", "LoraConfig", "PeftConfig")
+_CLASSES = (
+    *("SFTConfig", "_BaseConfig", "TrainingArguments"),
+    *("LoraConfig", "PeftConfig", "PeftConfigMixin"),
+)
 _MEANT = {
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
@@ -48,8 +49,6 @@ _DEFAULTS: dict[str, Any] = {
     "ddp_find_unused_parameters": False,  # every rule uses every factor at every step
 }
 _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # files of rows
-# What may change between a run and its continuation, as it changes no weight.
-_HARMLESS = ("output_dir", "logging_", "log_", "report_to", "disable_tqdm", "save_", "hub_")
 
 
 def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -118,7 +117,7 @@ def _check_key(key: str, section: str, names: list[str], known: Mapping[str, lis
 
 
 def train(config: Mapping[str, Any]) -> Path:
-    """Train a nested adapter; go on where a killed run of the same config stopped.
+    """Train a nested adapter; go on from the last checkpoint in ``output_dir``, if there is one.
 
     The Trainer's checkpoints are in ``output_dir``, the adapter in its folder ``adapter``. Under
     ``accelerate launch`` every process calls this function and the first one writes. There, orders
@@ -132,19 +131,17 @@ def train(config: Mapping[str, Any]) -> Path:
         The adapter's folder.
 
     Raises:
-        MatryoshkaError: A value is refused, or the folder holds another run.
+        MatryoshkaError: A value is refused.
     """
     output = Path(config["output_dir"])
-    target, record = output / "adapter", output / "run.json"
-    hashes = _hashes(config)
-    _check_same_run(output, record, hashes)
+    target = output / "adapter"
     if target.exists():
-        print(f"{target} is finished: nothing to train")
+        print(f"{target} is finished: nothing to train. Name another output_dir for another run")
         return target
+    for rows in (config["data"], config.get("eval_data")):
+        if Path(str(rows)).suffix in _KINDS and not Path(str(rows)).is_file():
+            raise MatryoshkaError(f"there is no file {rows}: data names the rows to train on")
     adapter, trainer = _prepare(config)
-    if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
     _run(trainer, output)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         trainer.save_model(str(output / "unfinished"))
@@ -154,40 +151,6 @@ def train(config: Mapping[str, Any]) -> Path:
         _save(adapter, trainer, config["nesting"], target)
     trainer.accelerator.end_training()
     return target
-
-
-def _hashes(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return a hash of each value that changes the trained weights, and of the rows in files."""
-    found = {}
-    for key, value in config.items():
-        if key.startswith(_HARMLESS):
-            continue
-        if key == "nesting":
-            value = {name: given for name, given in value.items() if name != "reorder"}
-        content = json.dumps(value, sort_keys=True, default=str).encode()
-        if key in ("data", "eval_data") and Path(str(value)).suffix in _KINDS:
-            content = _read_rows(value)
-        found[key] = hashlib.sha256(content).hexdigest()[:16]
-    return found
-
-
-def _read_rows(file: str) -> bytes:
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise MatryoshkaError(f"cannot read the rows in {file}: {error.strerror}") from error
-
-
-def _check_same_run(output: Path, record: Path, hashes: Mapping[str, str]) -> None:
-    what = ""
-    if record.exists():
-        before = json.loads(record.read_text(encoding="utf-8"))
-        changed = sorted(key for key in {*before, *hashes} if before.get(key) != hashes.get(key))
-        what = f"a run with other {', '.join(changed)}" if changed else ""
-    elif any(output.glob("checkpoint-*")) or (output / "adapter").exists():
-        what = "another program's run"
-    if what:
-        raise MatryoshkaError(f"{output} holds {what}: choose another output_dir, or move it away")
 
 
 def _prepare(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]:
@@ -273,7 +236,7 @@ def _run(trainer: SFTTrainer, output: Path) -> None:
     trainer.add_callback(StopAtEnd())
     checkpoint = get_last_checkpoint(str(output))
     if checkpoint is not None:
-        print(f"Going on from {checkpoint}")
+        print(f"Going on from {checkpoint}. Name another output_dir for another run")
     with suppress(DoneError):
         trainer.train(resume_from_checkpoint=checkpoint)
 

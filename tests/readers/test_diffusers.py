@@ -13,9 +13,9 @@ import transformers.integrations.peft
 from conftest import randomize
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from strangers import best, distance
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from matryoshka_lora import export, reorder
@@ -118,21 +118,10 @@ def save_flux(folder: Path, **config: Any) -> None:
 
 
 def save_kohya(folder: Path) -> None:
-    """Keys by kohya's rules, with ranks by kind of layer and one alpha."""
-    pipe, generator, state = Pipeline(), torch.Generator().manual_seed(7), dict[str, Tensor]()
-    parts = (("lora_unet", pipe.unet, UNET), ("lora_te", pipe.text_encoder, TEXT))
-    for word, model, targets in parts:
-        for name, module in model.named_modules():
-            if name.endswith(tuple(targets)) and isinstance(module, nn.Linear | nn.Conv2d):
-                inside = name.removeprefix("text_model.").replace(".", "_")
-                key = f"{word}_{'text_model_' if word == 'lora_te' else ''}{inside}"
-                shape, rank = module.weight.shape, 4 if "conv1" in name else 8
-                ones = [1] * (len(shape) - 2)
-                A = torch.randn(rank, *shape[1:], generator=generator)
-                B = torch.randn(shape[0], rank, *ones, generator=generator)
-                state[f"{key}.lora_down.weight"], state[f"{key}.lora_up.weight"] = A * 0.3, B * 0.3
-                state[f"{key}.alpha"] = torch.tensor(4.0)
-    save_file(state, folder / "lora.safetensors")
+    """`test_styles_are_read_by_diffusers_and_peft` compares its keys with the file's own."""
+    save_sd(folder, **MIXED)
+    export(folder / "lora.safetensors", folder / "kohya.safetensors", style="kohya")
+    (folder / "kohya.safetensors").rename(folder / "lora.safetensors")
 
 
 WRITERS: dict[str, tuple[Callable[[], Any], Callable[[Path], None]]] = {

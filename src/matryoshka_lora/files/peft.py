@@ -263,8 +263,8 @@ def _find_layers(
             B, rows = stored.get(key_B), A.shape[0] if A.shape else 0
             # Parameters with experts have R rows for each of them.
             experts = rows // rank if config.get("target_parameters") else 1
-            is_pair = B is not None and A.is_factor and B.is_factor
-            if B is None or not is_pair or not B.shape[1] == rows == experts * rank:
+            fits = A.is_factor and rows == experts * rank
+            if not (fits and B and B.is_factor and B.shape[1] == rows):
                 raise MatryoshkaError(
                     f"{where}: the factors of {name[:200]} are no LoRA of rank {rank}: copy or "
                     "save it again"

@@ -48,11 +48,7 @@ _PARTS = {
 
 
 def open_single(file: Path) -> AdapterFile:
-    """Open a LoRA in one file.
-
-    Raises:
-        MatryoshkaError: It is none, it is damaged, or it holds nothing that has ranks.
-    """
+    """Open a LoRA in one file; MatryoshkaError if it is damaged or has no ranks."""
     if file.suffix != ".safetensors":
         why = "may be a pickle, which can run code" if file.exists() else "does not exist"
         raise MatryoshkaError(f"{file} {why}: give PEFT's folder or a .safetensors file")
@@ -121,8 +117,7 @@ def in_style(adapter: AdapterFile, style: Style) -> AdapterFile:
         layers.append(replace(layer, name=name, key_A=key_A, key_B=key_B, key_alpha=alpha))
     layers.sort(key=lambda layer: layer.name)
     config = {"peft_type": "LORA", "target_modules": [layer.name for layer in layers]}
-    config = config if style == "peft" else {}
-    return replace(adapter, layers=tuple(layers), config=config)
+    return replace(adapter, layers=tuple(layers), config=config if style == "peft" else {})
 
 
 def _name_in(style: Style, module: str, parts: set[str]) -> str:

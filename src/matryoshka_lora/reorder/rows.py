@@ -133,47 +133,59 @@ def read_data(model: Any, data: Any, tokenizer: Any = None) -> Rows:
         )
     if hasattr(data, "get_train_dataloader"):
         return _of_trainer(model, data)
-    if isinstance(data, (str, os.PathLike)):
-        data = _read_lines(Path(data))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    rows = [_tokens(tokenizer, row, number, limit) for number, row in enumerate(data, start=1)]
+    given = enumerate(read_rows(data), start=1)
+    rows = [_tokens(tokenizer, row, number, limit) for number, row in given]
     rows = [row for row in rows if any(label != -100 for label in row["labels"])]
     return Rows(rows, _padded, partial(_answer_loss, model), next(model.parameters()).device)
 
 
-def _read_lines(path: Path) -> list[Any]:
+def read_rows(data: Any) -> list[Any]:
+    """Return the rows of a dataset or a list, or of a file with a JSON object in each line."""
+    if not isinstance(data, (str, os.PathLike)):
+        return list(data)
     try:
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        lines = Path(data).read_text("utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise MatryoshkaError(
-            f"{path} cannot be read: {error}. Give a file with a JSON object in each line"
+            f"{data} cannot be read: {error}. Give a file with a JSON object in each line"
         ) from error
+
+
+def question_and_answer(row: Any, number: int) -> tuple[Any, Any]:
+    """Return a row's prompt and completion: two texts, or two lists of chat messages.
+
+    Raises:
+        MatryoshkaError: It has neither these nor messages that end with an answer.
+    """
+    fields = dict(row) if isinstance(row, Mapping) else {}
+    prompt, answer, messages = (fields.get(key) for key in ("prompt", "completion", "messages"))
+    if prompt is None and messages and messages[-1].get("role") == "assistant":
+        prompt, answer = messages[:-1], messages[-1:]
+    if not prompt or not answer or {type(prompt), type(answer)} not in ({str}, {list}):
+        raise MatryoshkaError(
+            f"row {number} of the data is {row!r:.80}: give rows with prompt and completion, both "
+            "text or both messages, or with messages that end with the assistant's"
+        )
+    return prompt, answer
 
 
 def _tokens(tokenizer: Any, row: Any, number: int, limit: int | None) -> dict[str, list[int]]:
     """Return a row's tokens as TRL's SFTTrainer makes them, with labels on the answer alone."""
-    fields = dict(row) if isinstance(row, Mapping) else {}
-    if "input_ids" in fields and "labels" in fields:
-        return {key: list(fields[key])[:limit] for key in ("input_ids", "labels")}
+    if isinstance(row, Mapping) and "input_ids" in row and "labels" in row:
+        return {key: list(row[key])[:limit] for key in ("input_ids", "labels")}
     if tokenizer is None:
         raise MatryoshkaError("rows of text need the base model's tokenizer: give tokenizer=")
-    prompt, answer, messages = (fields.get(key) for key in ("prompt", "completion", "messages"))
-    if prompt is None and messages and messages[-1].get("role") == "assistant":
-        prompt, answer = messages[:-1], messages[-1:]
-    if isinstance(prompt, str) and isinstance(answer, str):
+    prompt, answer = question_and_answer(row, number)
+    if isinstance(prompt, str):
         end = tokenizer.eos_token or ""
         before = tokenizer(prompt)["input_ids"]
         whole = tokenizer(prompt + answer + ("" if answer.endswith(end) else end))["input_ids"]
-    elif isinstance(prompt, list) and isinstance(answer, list):
-        chat = partial(tokenizer.apply_chat_template, tools=fields.get("tools"), return_dict=True)
+    else:
+        chat = partial(tokenizer.apply_chat_template, tools=row.get("tools"), return_dict=True)
         before = chat(prompt, add_generation_prompt=True)["input_ids"]
         whole = chat(prompt + answer)["input_ids"]
-    else:
-        raise MatryoshkaError(
-            f"row {number} of the data is {row!r:.80}: give a Trainer, a dataset's split, or rows "
-            "with prompt and completion, both text or both messages, or with messages that end "
-            "with the assistant's"
-        )
     # The answer begins where the two part: tokens at the seam may merge.
     pairs = enumerate(zip(before, whole, strict=False))
     start = next((place for place, (a, b) in pairs if a != b), min(len(before), len(whole)))
@@ -228,13 +240,10 @@ def _of_loader(model: Any, trainer: Any, loader: Any) -> Rows | None:
     batch = loader.collate_fn([loader.dataset[0]])
     if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
         return None
-    is_dft = getattr(trainer.args, "loss_type", None) == "dft"
 
     def loss(batch: Batch) -> Tensor:
         with trainer.compute_loss_context_manager():
-            # TRL's "dft" falls where answers become improbable: it trains, and it cannot judge.
-            own = is_dft and not torch.is_grad_enabled()
-            found: Tensor = model(**batch).loss if own else trainer.compute_loss(model, dict(batch))
+            found: Tensor = trainer.compute_loss(model, dict(batch))
         return found
 
     device, args = next(model.parameters()).device, trainer.args
