@@ -40,7 +40,7 @@ from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
 
 from matryoshka_lora import NestedAdapter, nest
-from matryoshka_lora.evaluate.many_ranks import ManyRanks
+from matryoshka_lora.evaluation.many_ranks import ManyRanks
 from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
 
 RANKS = (1, 2, 4, 8, 16, 32)

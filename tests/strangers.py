@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 IDS = torch.arange(3, 27).reshape(2, 12)
-ENDINGS = (
-    (".lora_down.weight", ".lora_up.weight"),
-    (".lora_A.weight", ".lora_B.weight"),
-    (".down.weight", ".up.weight"),
-)
+STYLES = {
+    "kohya": (".lora_down.weight", ".lora_up.weight"),
+    "diffusers": (".lora_A.weight", ".lora_B.weight"),
+    "down and up": (".down.weight", ".up.weight"),
+}
 
 
 class Mixed(nn.Module):
@@ -78,13 +78,14 @@ def best(update: np.ndarray, rank: int) -> np.ndarray:
     is_stack = update.ndim == 3 and update.shape[-1] > 3
     matrix = update if is_stack else update.reshape(len(update), -1)
     u, s, vh = np.linalg.svd(matrix, full_matrices=False)
-    return ((u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]).reshape(update.shape)
+    found: np.ndarray = (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
+    return found.reshape(update.shape)
 
 
 def file_updates(file: Path) -> dict[str, np.ndarray]:
     """Return the dense updates of a single file by the pairs' names, scaled as its readers do."""
     state, found = load_file(file), {}
-    for down, up in ENDINGS:
+    for down, up in STYLES.values():
         for key in state:
             if key.endswith(down):
                 name = key.removesuffix(down)

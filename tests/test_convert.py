@@ -107,10 +107,9 @@ def test_a_rank_beside_a_share_is_the_most_that_a_layer_gets(lora: Path, tmp_pat
 
 def test_it_says_sizes_and_the_error(lora: Path, tmp_path: Path) -> None:
     made = export(lora, tmp_path / "out", 4)
-    given, lost = updates(lora), 0.0
-    for update in given.values():
-        lost += float(((update - best(update, 4)) ** 2).sum())
-    error = (lost / sum(float((update**2).sum()) for update in given.values())) ** 0.5
+    given = updates(lora).values()
+    lost = sum(float(((update - best(update, 4)) ** 2).sum()) for update in given)
+    error = (lost / sum(float((update**2).sum()) for update in given)) ** 0.5
     assert made.error == pytest.approx(error, rel=1e-6)
     kept = 100 * (1 - error**2)
     sizes = [(folder / WEIGHTS_NAME).stat().st_size / 1000 for folder in (lora, tmp_path / "out")]

@@ -19,11 +19,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, nest
-from matryoshka_lora.evaluate import tasks
-from matryoshka_lora.evaluate.evaluate import evaluate
-from matryoshka_lora.evaluate.results import Evaluation, aurac
-from matryoshka_lora.evaluate.select import select
-from matryoshka_lora.evaluate.tasks import judge, load_data, load_task
+from matryoshka_lora.evaluation import tasks
+from matryoshka_lora.evaluation.evaluate import evaluate
+from matryoshka_lora.evaluation.results import Evaluation, aurac
+from matryoshka_lora.evaluation.select import select
+from matryoshka_lora.evaluation.tasks import judge, load_data, load_task
 from matryoshka_lora.models import load_tokenizer
 
 RANKS = (1, 2, 4)
@@ -225,8 +225,8 @@ def test_what_we_did_not_write_is_not_replaced(adapter: Path, taken: Path) -> No
         ({"data": rows(), "ranks": [3, 2]}, "increas"),
         ({"data": rows(), "ranks": [8]}, "rank 8 cannot be measured; the ranks are 1, 2, 3, 4"),
         ({"data": []}, "data has no rows"),
-        ({"data": [{"prompt": "a"}]}, "data, row 1 has no question with an answer"),
-        ({"data": [*rows(1), {"text": "a"}]}, "data, row 2"),
+        ({"data": [{"prompt": "a"}]}, "row 1 of the data is"),
+        ({"data": [*rows(1), {"text": "a"}]}, "row 2 of the data is"),
         ({"data": "no.jsonl"}, r"no\.jsonl cannot be read"),
         ({"tasks": "no.yaml"}, r"there is no file no\.yaml"),
         ({"data": rows(), "engine": "vllm"}, "pip install vllm"),

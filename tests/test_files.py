@@ -120,8 +120,8 @@ def saved_by_peft(folder: Path) -> None:
 
 
 def damaged(folder: Path) -> None:
-    tensors = load_file(folder / WEIGHTS_NAME)
-    save_file(tensors, folder / WEIGHTS_NAME, {"matryoshka_lora": '{"ranks": 4}'})
+    note = {"matryoshka_lora": '{"ranks": 4}'}
+    save_file(load_file(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME, note)
 
 
 @pytest.mark.parametrize("change", [edited, saved_by_peft, damaged])
@@ -216,9 +216,6 @@ def test_the_card_names_the_base_model_and_no_path(tmp_path: Path, base: str) ->
         assert config["base_model_name_or_path"] == base  # PEFT and vLLM read it
         with safe_open(tmp_path / name / WEIGHTS_NAME, "pt") as file:
             assert str(tmp_path) not in json.dumps(file.metadata())
-
-
-# Places
 
 
 def test_what_somebody_else_wrote_is_never_touched(

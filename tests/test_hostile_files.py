@@ -33,9 +33,9 @@ class Trace:
         return (os.mkdir, (str(self.place),))
 
 
-def pickled(folder: Path) -> None:
+def pickled(folder: Path, name: str = "adapter_model.bin") -> None:
     (folder / WEIGHTS).unlink()
-    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Trace(folder.parent / "owned")))
+    (folder / name).write_bytes(pickle.dumps(Trace(folder.parent / "owned")))
 
 
 def a_pipe(folder: Path) -> None:
@@ -72,14 +72,8 @@ def config(**fields: Any) -> Harm:
 
 HARMS: dict[str, tuple[Harm, str]] = {
     "a pickle": (pickled, "holds a pickle"),
-    "a pickle by another name": (
-        lambda folder: (folder / WEIGHTS).write_bytes(pickle.dumps(Trace(folder.parent / "owned"))),
-        "damaged",
-    ),
-    "a header that would fill the memory": (
-        weights(lambda _: struct.pack("<Q", 2**40) + b'{"a":' * 10_000),
-        "damaged",
-    ),
+    "a pickle by another name": (lambda folder: pickled(folder, WEIGHTS), "damaged"),
+    "a header bomb": (weights(lambda _: struct.pack("<Q", 2**40) + b'{"a":' * 10_000), "damaged"),
     "a file cut short": (weights(lambda data: data[: len(data) // 2]), "damaged"),
     "a pipe": (a_pipe, "there is no such file"),
     "a shard elsewhere": (shard_elsewhere, "elsewhere.safetensors is missing"),

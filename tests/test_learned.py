@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
 from matryoshka_lora import NestedAdapter, Nesting
-from matryoshka_lora.reorder.learned import OrderOptimizer, _with_ranks, learn
-from matryoshka_lora.reorder.rows import Rows, read_data
+from matryoshka_lora.reordering.learned import OrderOptimizer, _with_ranks, learn
+from matryoshka_lora.reordering.rows import Rows, read_data
 
 NESTING = Nesting((1, 2, 4, 8))
 TRAIN, HELD_OUT = some_rows(64), some_rows(32, seed=1)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matryoshka_lora import MatryoshkaError
-from matryoshka_lora.evaluate.results import Evaluation, aurac, examples, summary
+from matryoshka_lora.evaluation.results import Evaluation, aurac, examples, summary
 
 RANKS = (1, 2, 4, 8)
 RIGHT = {0: 20, 1: 20, 2: 40, 4: 56, 8: 57}  # of 60 questions: the first ones

@@ -27,7 +27,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import MatryoshkaError, Nesting, nest
-from matryoshka_lora.reorder.rows import read_data
+from matryoshka_lora.reordering.rows import read_data
 
 TEXT = [
     {"prompt": f"{name} is", "completion": f" {end}</s>" if end == "u" else f" {end}"}

@@ -10,7 +10,7 @@ from test_results import RANKS, RIGHT, new_evaluation
 
 from matryoshka_lora import MatryoshkaError
 from matryoshka_lora.budget import show_bytes
-from matryoshka_lora.evaluate.select import select
+from matryoshka_lora.evaluation.select import select
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from strangers import best, file_updates
+from strangers import STYLES, best, file_updates
 from torch import Tensor, nn
 
 from matryoshka_lora import MatryoshkaError, export, reorder
@@ -26,11 +26,6 @@ LAYERS = (
     (f"unet.{CONV}", 4, 6, 8, (3, 3)),
     ("text_encoder.text_model.encoder.layers.0.mlp.fc1", 5, 7, 9, ()),
 )
-STYLES = {
-    "kohya": (".lora_down.weight", ".lora_up.weight"),
-    "diffusers": (".lora_A.weight", ".lora_B.weight"),
-    "down and up": (".down.weight", ".up.weight"),
-}
 WORDS = {"unet.": "lora_unet_", "text_encoder.": "lora_te_"}
 
 
@@ -211,7 +206,7 @@ def test_pefts_style_is_a_folder_that_peft_reads(tmp_path: Path) -> None:
     file = tmp_path / "lora.safetensors"
     save_file(state, file, {"lora_adapter_metadata": metadata})
     export(file, tmp_path / "folder", style="peft")
-    found = PeftModel.from_pretrained(Attention(), tmp_path / "folder")  # type: ignore[arg-type]
+    found = PeftModel.from_pretrained(Attention(), tmp_path / "folder")
     for name, scale in {"to_q": 1, "conv": 3}.items():
         module: Any = found.base_model.model.get_submodule(name)
         assert module.r["default"] == len(state[f"transformer.{name}.lora_A.weight"])

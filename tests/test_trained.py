@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from some_rows import all_factors, loss_of, products, same_bits, some_rows, trainer_of
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError
-from matryoshka_lora.reorder import descent, trained
-from matryoshka_lora.reorder.rows import Rows, read_data
-from matryoshka_lora.reorder.trained import share_out, train_ranks
+from matryoshka_lora.reordering import descent, trained
+from matryoshka_lora.reordering.rows import Rows, read_data
+from matryoshka_lora.reordering.trained import share_out, train_ranks
 
 NESTING = Nesting((1, 2, 4, 8), "none", 0.7)
 TRAIN, HELD_OUT = some_rows(64), some_rows(32, seed=1)
@@ -169,7 +169,7 @@ def failing(rows: Rows, error: BaseException | None, at: int) -> Rows:
 )
 @pytest.mark.parametrize("order", ["learned", "trained"])
 def test_an_end_before_its_time_leaves_everything(order: str, error: Any, wanted: Any) -> None:
-    from matryoshka_lora.reorder.learned import learn
+    from matryoshka_lora.reordering.learned import learn
 
     adapter = reordered(lora_dropout=0.1)
     adapter.model.train()
@@ -383,7 +383,7 @@ def test_a_file_that_is_no_checkpoint_stays(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from matryoshka_lora.reorder import descent, trained
+from matryoshka_lora.reordering import descent, trained
 from test_trained import trained_to
 
 trained.SECONDS, save, times = 0.0, trained._Run._save, []

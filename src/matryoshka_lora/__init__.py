@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from matryoshka_lora.adapter import NestedAdapter
     from matryoshka_lora.convert import export, reorder
     from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
-    from matryoshka_lora.evaluate.evaluate import evaluate
-    from matryoshka_lora.evaluate.results import aurac
-    from matryoshka_lora.evaluate.select import select
+    from matryoshka_lora.evaluation.evaluate import evaluate
+    from matryoshka_lora.evaluation.results import aurac
+    from matryoshka_lora.evaluation.select import select
     from matryoshka_lora.nested import load, nest
     from matryoshka_lora.nesting import Nesting
 
@@ -35,13 +35,13 @@ _MODULES = {
     "NestedAdapter": "adapter",
     "Nesting": "nesting",
     "NotFiniteError": "errors",
-    "aurac": "evaluate.results",
-    "evaluate": "evaluate.evaluate",
+    "aurac": "evaluation.results",
+    "evaluate": "evaluation.evaluate",
     "export": "convert",
     "load": "nested",
     "nest": "nested",
     "reorder": "convert",
-    "select": "evaluate.select",
+    "select": "evaluation.select",
 }
 __version__ = "0.3.0"
 

@@ -41,17 +41,17 @@ class NestedAdapter:
     def __init__(self, model: PeftModel, name: str = "default") -> None:
         self.model = model
         self.name = name
+        self._found = dict(lora_layers(model, name))  # looking at all modules takes milliseconds
         self._layers()
 
     def _layers(self) -> dict[str, Any]:
-        layers = dict(lora_layers(self.model, self.name))
-        nested = [isinstance(m.lora_variant.get(self.name), NestedVariant) for m in layers.values()]
-        if not nested or not all(nested):
+        variants = [module.lora_variant.get(self.name) for module in self._found.values()]
+        if not variants or not all(isinstance(variant, NestedVariant) for variant in variants):
             raise MatryoshkaError(
                 f"adapter {self.name!r} is not nested in every layer: call nest() or load(). "
                 "PEFT may have made it anew since"
             )
-        return layers
+        return self._found
 
     @property
     def _shared(self) -> Shared:
@@ -125,8 +125,8 @@ class NestedAdapter:
         if not ranks:
             raise MatryoshkaError("rows() needs one rank for each row of the batch")
         self._refuse_ranks(ranks)
-        q = torch.stack([self._shared.at(rank) for rank in ranks])
-        with self.standing(q):
+        table = {rank: self._shared.at(rank) for rank in set(ranks)}
+        with self.standing(torch.stack([table[rank] for rank in ranks])):
             yield
 
     @contextmanager
@@ -242,8 +242,8 @@ class NestedAdapter:
         self._refuse_merged("reorder it")
         if by == "svd":
             return self._reorder_by_svd()
-        from matryoshka_lora.reorder import learned, trained
-        from matryoshka_lora.reorder import rows as of_data
+        from matryoshka_lora.reordering import learned, trained
+        from matryoshka_lora.reordering import rows as of_data
 
         source = of_data.read_data(self.model, data, tokenizer)
         values = self._reorder_by_svd()
@@ -327,16 +327,15 @@ class NestedAdapter:
 
     def _refuse_ranks(self, ranks: Sequence[int]) -> None:
         allowed = self.ranks
-        for rank in ranks:
-            if rank == 0 and not isinstance(rank, bool):
-                continue
-            self.nesting.scale_at(rank)  # it must be an integer from 1 to R
-            if rank not in allowed:
-                raise MatryoshkaError(
-                    f"rank {rank} is not in order yet; the ranks are "
-                    f"{', '.join(map(str, allowed))}. Call adapter.reorder() after training: then "
-                    "every rank works"
-                )
+        for rank in dict.fromkeys(ranks):
+            if rank != 0 or isinstance(rank, bool):
+                self.nesting.scale_at(rank)  # it must be an integer from 1 to R
+                if rank not in allowed:
+                    raise MatryoshkaError(
+                        f"rank {rank} is not in order yet; the ranks are "
+                        f"{', '.join(map(str, allowed))}. Call adapter.reorder() after training: "
+                        "then every rank works"
+                    )
 
     def _refuse_merged(self, what: str) -> None:
         if any(self.name in module.merged_adapters for module in self._layers().values()):

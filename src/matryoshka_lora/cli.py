@@ -235,7 +235,7 @@ def evaluate(
 
     Example: matryoshka eval runs/my/adapter --tasks arc_easy,hellaswag --limit 200
     """
-    from matryoshka_lora.evaluate.evaluate import evaluate as run
+    from matryoshka_lora.evaluation.evaluate import evaluate as run
 
     asked: Any = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
     given: Any = {"model": model, "revision": revision, "dtype": _dtype(dtype)}
@@ -259,7 +259,7 @@ def select(
 
     Example: matryoshka select runs/my/adapter-evaluation --within 1%
     """
-    from matryoshka_lora.evaluate.select import select as choose
+    from matryoshka_lora.evaluation.select import select as choose
 
     choice = choose(evaluation, within=within, max_bytes=max_bytes, task=task)
     for line in choice.lines():

@@ -62,17 +62,12 @@ def tiny(kind: str) -> Any:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def log_probabilities(model: Any) -> np.ndarray:
-    found: np.ndarray = logits(model).float().log_softmax(-1).numpy()
-    return found
-
-
 def test_mlx_lm_computes_what_peft_does(tmp_path: Path) -> None:
     """Each kind of model at several ranks, with the fields that the note names; and merged."""
     jobs, wanted = list[dict[str, Any]](), dict[str, np.ndarray]()
 
     def job(name: str, model: Any, base: Path, adapter: Path | None) -> None:
-        wanted[name] = log_probabilities(model)
+        wanted[name] = logits(model).float().log_softmax(-1).numpy()
         out = str(tmp_path / f"{name}.npy")
         given = {"model": str(base), "adapter": adapter and str(adapter), "out": out}
         jobs.append({**given, "ids": IDS.tolist()})
@@ -95,8 +90,7 @@ def test_mlx_lm_computes_what_peft_does(tmp_path: Path) -> None:
         merged = folder / "merged"
         export(folder / "nested", merged, 4, "merged", model=str(folder / "base"))
         job(f"{kind} merged", AutoModelForCausalLM.from_pretrained(merged), merged, None)
-    command = [str(PYTHON), "-c", READER, json.dumps(jobs)]
-    subprocess.run(command, check=True)
+    subprocess.run([str(PYTHON), "-c", READER, json.dumps(jobs)], check=True)
     for name, own in wanted.items():
         difference = np.abs(np.load(tmp_path / f"{name}.npy") - own).max()
         # mlx-lm's Gemma 1 is another one than transformers', with no adapter either.

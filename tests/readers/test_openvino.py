@@ -41,9 +41,8 @@ def test_openvino_genai_computes_what_peft_does(tmp_path: Path) -> None:
     plain_adapter(tmp_path / "plain", lora_alpha=16)
     reorder(tmp_path / "plain", tmp_path / "nested")
     folders: dict[str, Path | None] = {"base": None, "plain": tmp_path / "plain"}
-    for name, wish in {"1": {"rank": 1}, "8": {"rank": 8}, "by layer": {"keep": 0.7}}.items():
-        folders[name] = tmp_path / f"rank-{name}"
-        export(tmp_path / "nested", tmp_path / f"rank-{name}", **wish)  # type: ignore[arg-type]
+    for name, rank, keep in (("1", 1, None), ("8", 8, None), ("by layer", None, 0.7)):
+        folders[name] = export(tmp_path / "nested", tmp_path / f"rank-{name}", rank, keep=keep).path
     asked, requests = [(name, ids) for name in folders for ids in IDS.tolist()], []
     for name, ids in asked:
         folder = folders[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.reordering.rows import question_and_answer, read_rows
 
 try:
     from lm_eval.tasks import TaskManager
@@ -65,17 +65,10 @@ def load_data(data: Any, tokenizer: Any) -> Asked:
     Raises:
         MatryoshkaError: The file cannot be read, or a row has no question with an answer.
     """
-    is_file = isinstance(data, (str, os.PathLike))
-    source, name = (str(data), Path(data).stem) if is_file else ("data", "data")
-    if is_file:
-        try:
-            lines = Path(data).read_text(encoding="utf-8").splitlines()
-            data = [json.loads(line) for line in lines if line.strip()]
-        except (OSError, ValueError) as error:
-            raise MatryoshkaError(f"{source} cannot be read as lines of JSON: {error}") from error
-    pairs = [_pair(row, f"{source}, row {number}") for number, row in enumerate(data, start=1)]
+    name = Path(data).stem if isinstance(data, (str, os.PathLike)) else "data"
+    pairs = [question_and_answer(row, n) for n, row in enumerate(read_rows(data), start=1)]
     if not pairs:
-        raise MatryoshkaError(f"{source} has no rows")
+        raise MatryoshkaError(f"{name} has no rows")
     return name, _manager(False).load([_config(name, pairs, tokenizer)])
 
 
@@ -116,21 +109,6 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(_SEED)
     torch.manual_seed(_SEED)
-
-
-def _pair(row: Any, where: str) -> tuple[Any, Any]:
-    """Return a row's prompt and completion: two texts, or two lists of chat messages."""
-    given = row if isinstance(row, Mapping) else {}
-    messages = given.get("messages")
-    prompt, completion = given.get("prompt"), given.get("completion")
-    if messages:
-        prompt, completion = messages[:-1], messages[-1:]
-    if not prompt or not completion or isinstance(prompt, str) != isinstance(completion, str):
-        raise MatryoshkaError(
-            f"{where} has no question with an answer: give prompt and completion, both texts or "
-            "both chat messages, or messages that end with the answer"
-        )
-    return prompt, completion
 
 
 def _config(name: str, pairs: Sequence[tuple[Any, Any]], tokenizer: Any) -> dict[str, Any]:

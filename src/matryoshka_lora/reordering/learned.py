@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from matryoshka_lora.factors import reorder_factors
-from matryoshka_lora.reorder.descent import Step, check_ranks, descending, gradients_at, loss_at
-from matryoshka_lora.reorder.rows import Batch, Rows
+from matryoshka_lora.reordering.descent import Step, check_ranks, descending, gradients_at, loss_at
+from matryoshka_lora.reordering.rows import Batch, Rows
 
 if TYPE_CHECKING:
     from matryoshka_lora.adapter import NestedAdapter
@@ -34,7 +34,7 @@ def learn(adapter: NestedAdapter, rows: Rows, count: int | None = None, seed: in
 
     Args:
         adapter: One that is reordered by SVD.
-        rows: What `matryoshka_lora.reorder.rows.read_data` returns.
+        rows: What `matryoshka_lora.reordering.rows.read_data` returns.
         count: The number of rows to learn from; None is 480.
         seed: The seed of the rows' order and of their ranks.
 

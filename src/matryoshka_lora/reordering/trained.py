@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.factors import checksum, reorder_factors
-from matryoshka_lora.reorder import descent
-from matryoshka_lora.reorder.descent import Factors, in_float32
-from matryoshka_lora.reorder.rows import Rows
+from matryoshka_lora.reordering import descent
+from matryoshka_lora.reordering.descent import Factors, in_float32
+from matryoshka_lora.reordering.rows import Rows
 
 if TYPE_CHECKING:
     from matryoshka_lora.adapter import NestedAdapter
@@ -56,7 +56,7 @@ def train_ranks(
     ranks do not lose less than before in the mean, or R loses more by `MOST_LOST`, the factors are
     those of the SVD again, with a warning.
 
-    Args and Raises: as `matryoshka_lora.reorder.learned.learn`, and
+    Args and Raises: as `matryoshka_lora.reordering.learned.learn`, and
         count: None is half as many rows as trained the adapter, or 3200.
         checkpoint: A file for the state; the same call goes on from there, to the same bits. A file
             that is no checkpoint is a MatryoshkaError.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
-from matryoshka_lora.reorder.rows import Batch, Rows
+from matryoshka_lora.reordering.rows import Batch, Rows
 
 if TYPE_CHECKING:
     from matryoshka_lora.adapter import NestedAdapter

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterator, Sequence
 from html import escape
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from matryoshka_lora.budget import show_bytes
-from matryoshka_lora.evaluate.results import Evaluation, with_error
-
-_MOST_EXAMPLES = 200  # of each task; examples.jsonl has all
+from matryoshka_lora.evaluation.results import Evaluation
 
 # Okabe and Ito's colours, which differ for every kind of colour vision; markers tell them in grey.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
@@ -25,17 +21,13 @@ _PAGE = """<!doctype html>
 <style>
 :root {{ color-scheme: light dark }}
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto }}
-th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #8886; vertical-align: top }}
-th {{ text-align: left }}
+pre {{ overflow-x: auto }}
 img {{ max-width: 100%; background: white; border-radius: .5rem }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: .85rem }}
-.right {{ color: light-dark(#080, #7d7) }} .wrong {{ color: light-dark(#b22, #f88) }}
 </style>
 <h1>{title}</h1>
 <p>{about}</p>
 <img alt="Each task's first metric against the rank" src="data:image/png;base64,{picture}">
-{tasks}
+<pre>{table}</pre>
 </html>
 """
 
@@ -78,47 +70,9 @@ def page(evaluation: Evaluation) -> str:
         title=escape(f"{name} at {len(evaluation.ranks)} ranks"),
         about=escape(" · ".join(str(each) for each in told if each)),
         picture=base64.b64encode(picture.getvalue()).decode(),
-        tasks="\n".join(part for name in evaluation.tasks for part in _task(evaluation, name)),
+        table=escape("\n".join(evaluation.lines())),
     )
 
 
 def _short(evaluation: Evaluation, task: str) -> str:
     return str(evaluation.tasks[task]["metric"]).partition(",")[0]
-
-
-def _task(evaluation: Evaluation, name: str) -> Iterator[str]:
-    task, metric = evaluation.tasks[name], evaluation.metric(name)
-    area = "" if task["aurac"] is None else f", area under the curve {task['aurac']:.3f}"
-    yield f"<h2>{escape(name)}</h2><p>{task['items']} questions{area}.</p>"
-    rows: list[tuple[str, ...]] = []
-    for rank, value in metric["value"].items():
-        size = show_bytes(evaluation.bytes[rank]) if rank else ""
-        rows.append((str(rank or "none"), with_error(value, metric["stderr"][rank]), size))
-    yield _table(("rank", _short(evaluation, name), "size"), rows)
-    mine = [e for e in evaluation.examples if e["task"] == name]
-    scores = [e["metrics"].get(task["metric"], {}) for e in mine]
-    apart = [
-        (example, own)
-        for example, own in zip(mine, scores, strict=True)
-        if len({score for rank, score in own.items() if rank != "0"}) > 1
-    ]
-    yield f"<h3>Where ranks differ: {len(apart)} of {len(mine)} questions</h3>"
-    rows = []
-    for example, own in apart[:_MOST_EXAMPLES]:
-        answers = [
-            f'<pre class="{ {1.0: "right", 0.0: "wrong"}.get(own.get(rank, 2.0), "") }">'
-            f"{'none' if rank == '0' else rank}: {escape(answer)}</pre>"
-            for rank, answer in example["answers"].items()
-        ]
-        texts = [f"<pre>{escape(example[key][-600:])}</pre>" for key in ("prompt", "target")]
-        rows.append((*texts, "".join(answers)))
-    yield _table(("question (its end)", "right answer", "answers by rank"), rows)
-    if len(apart) > _MOST_EXAMPLES:
-        yield f"<p>These are the first {_MOST_EXAMPLES}; examples.jsonl has all.</p>"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table whose heads and cells are HTML."""
-    head = "".join(f"<th>{each}</th>" for each in heads)
-    body = ("".join(f"<td>{cell}</td>" for cell in row) for row in rows)
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{each}</tr>' for each in body)}</table>"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.evaluate.results import Evaluation, examples, summary
-from matryoshka_lora.evaluate.tasks import judge, load_data, load_task
+from matryoshka_lora.evaluation.results import Evaluation, examples, summary
+from matryoshka_lora.evaluation.tasks import judge, load_data, load_task
 from matryoshka_lora.files.layers import AdapterFile
 from matryoshka_lora.files.output import check_place, new_folder
 from matryoshka_lora.files.peft import open_adapter, plan_rank, write_rank
@@ -186,7 +186,7 @@ def _loaded(file: AdapterFile, model: str | None, revision: str | None, dtype: A
 def _transformers(
     adapter: NestedAdapter, ranks: Sequence[int], tokenizer: Any, size: int | None, progress: bool
 ) -> Iterator[_Backend]:
-    from matryoshka_lora.evaluate.many_ranks import ManyRanks
+    from matryoshka_lora.evaluation.many_ranks import ManyRanks
 
     training = adapter.model.training
     try:
@@ -244,7 +244,7 @@ def _put(result: Evaluation, name: str, tasks: list[str], judged: dict[int, Any]
 
 
 def _write(result: Evaluation, out: str | os.PathLike[str], force: bool) -> None:
-    from matryoshka_lora.evaluate.report import draw, page
+    from matryoshka_lora.evaluation.report import draw, page
 
     with new_folder(out, force) as folder:
         result.write(folder)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from matryoshka_lora.budget import read_bytes, show_bytes
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.evaluate.results import Evaluation, with_error
+from matryoshka_lora.evaluation.results import Evaluation, with_error
 
 
 @dataclass(frozen=True)
