@@ -298,7 +298,7 @@ class NestedAdapter:
         Raises:
             MatryoshkaError: The path exists or cannot be written, or a weight is not finite.
         """
-        write_nested(self._opened(), path, force=force)
+        write_nested(self.opened(), path, force=force)
 
     def export(self, path: str | PathLike[str], rank: int, force: bool = False) -> None:
         """Write one rank as an ordinary LoRA adapter, for PEFT or any engine that reads its files.
@@ -311,9 +311,10 @@ class NestedAdapter:
         Raises:
             MatryoshkaError: There is no such rank, or the path exists or cannot be written.
         """
-        write_rank(self._opened(), path, rank, force=force)
+        write_rank(self.opened(), path, rank, force=force)
 
-    def _opened(self) -> AdapterFile:
+    def opened(self) -> AdapterFile:
+        """Return what `matryoshka_lora.files.peft.open_adapter` would, from memory."""
         shared, config = self._shared, self.model.peft_config[self.name].to_dict()
         config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
         base = config.get("base_model_name_or_path")

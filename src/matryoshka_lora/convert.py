@@ -116,7 +116,7 @@ def reorder(
         from matryoshka_lora.models import load_model, load_tokenizer
         from matryoshka_lora.nested import load
 
-        name, revision = _base(adapter, model, revision)
+        name, revision = adapter.base_model(model, revision)
         base, tokenizer = load_model(name, dtype, revision), load_tokenizer(name, revision)
         with tempfile.TemporaryDirectory() as folder:
             write_nested(adapter, f"{folder}/nested")
@@ -204,12 +204,10 @@ def _ranks(
     adapter: AdapterFile, kind: str, rank: int | None, share: float | None, limit: int | None
 ) -> Ranks | tuple[int, ...]:
     """Return the rank that is asked for, one for each layer, or those of a ladder."""
-    if rank is not None:
-        adapter.check_rank(rank)
-    top = rank or adapter.max_rank
+    up_to = adapter.ranks_up_to(rank)
     if kind == "ladder":
-        return (*(nested for nested in adapter.ranks if nested < top), top)
-    ranks = {layer.name: min(top, layer.rank) for layer in adapter.layers}
+        return up_to
+    ranks = {layer.name: min(up_to[-1], layer.rank) for layer in adapter.layers}
     if share is None and limit is None:
         return ranks if rank is None else rank
     if adapter.order not in (None, "svd"):
@@ -237,7 +235,7 @@ def _write(
         return 0.0
     if kind in ("peft", "single"):
         return write_rank(adapter, place, ranks, force)
-    name, revision = _base(adapter, *base)
+    name, revision = adapter.base_model(*base)
     config, plan = _base_config(name, revision), plan_rank(adapter, ranks)
     if kind == "gguf":
         with new_file(place, force, adapter.files) as file:
@@ -286,14 +284,6 @@ def _ladder(adapter: AdapterFile, place: Path, ranks: tuple[int, ...], force: bo
             adapter = open_adapter(f"{cache}/{family}")
         for rank in ranks:
             write_rank(adapter, folder / f"{family}@{rank}", rank)
-
-
-def _base(adapter: AdapterFile, model: str | None, revision: str | None) -> tuple[str, str | None]:
-    """Return name and revision of the base model."""
-    own = adapter.config.get("base_model_name_or_path")
-    if not (model or own):
-        raise MatryoshkaError(f"{adapter.name} does not name its base model: give it with --model")
-    return str(model or own), revision or (None if model else adapter.config.get("revision"))
 
 
 def _base_config(name: str, revision: str | None) -> dict[str, Any]:

@@ -97,10 +97,7 @@ def open_session(
 ) -> Session:
     """Load an adapter onto its base model. Args: as `matryoshka_lora.evaluate`."""
     file = open_adapter(folder)
-    name = model or file.config.get("base_model_name_or_path")
-    if not name:
-        raise MatryoshkaError(f"{folder} names no base model: give it with --model")
-    revision = revision or (file.config.get("revision") if model is None else None)
+    name, revision = file.base_model(model, revision)
     adapter = load(load_model(name, dtype, revision), folder)
     return Session(file, adapter, load_tokenizer(name, revision))
 

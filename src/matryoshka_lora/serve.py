@@ -17,7 +17,6 @@ from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.layers import AdapterFile
 from matryoshka_lora.files.peft import open_adapter
 from matryoshka_lora.models import source_of
-from matryoshka_lora.nesting import Nesting
 
 _LARGEST = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank may have
 _AT_ONCE = 8  # the most ranks in one batch
@@ -56,20 +55,15 @@ def serve(
             known.
     """
     file = open_adapter(folder)
-    top = max_rank or file.max_rank
-    file.check_rank(top)
-    base = model or file.config.get("base_model_name_or_path")
-    if not base:
-        raise MatryoshkaError(f"{folder} names no base model: give it with --model")
-    if revision is None and model is None:
-        revision = file.config.get("revision")
+    ranks = file.ranks_up_to(max_rank)
+    base, revision = file.base_model(model, revision)
     at = ["--model", source_of(base), *(["--revision", revision] if revision else [])]
     at += ["--host", host, "--port", str(port)]
     if only_print:
         ladder = Path(f"{Path(folder).resolve().name}-ladder")
         make = ["matryoshka", "export", os.fspath(folder), "--format", "ladder"]
-        print(shlex.join([*make, "--rank", str(top), "-o", str(ladder)]))
-        print(shlex.join(["python", *_server(file, ladder, top), *at, *more]))
+        print(shlex.join([*make, "--rank", str(ranks[-1]), "-o", str(ladder)]))
+        print(shlex.join(["python", *_server(file, ladder, ranks), *at, *more]))
         return 0
     if importlib.util.find_spec("vllm") is None:
         raise MatryoshkaError(
@@ -78,8 +72,8 @@ def serve(
         )
     with tempfile.TemporaryDirectory(prefix="matryoshka-") as parent:
         ladder = Path(parent) / "ladder"
-        arguments = [*_server(file, ladder, top), *at, *more]
-        export(folder, ladder, top, "ladder")
+        arguments = [*_server(file, ladder, ranks), *at, *more]
+        export(folder, ladder, ranks[-1], "ladder")
         print(f"Starting {shlex.join(['python', *arguments])}", flush=True)
         process = subprocess.Popen([sys.executable, *arguments])
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
@@ -89,17 +83,15 @@ def serve(
             return process.wait()  # the terminal has told the server too
 
 
-def _server(file: AdapterFile, ladder: Path, top: int) -> list[str]:
+def _server(file: AdapterFile, ladder: Path, ranks: Sequence[int]) -> list[str]:
     """Return the arguments of Python that start vLLM on a ladder."""
-    if top > _LARGEST[-1]:
+    if ranks[-1] > _LARGEST[-1]:
         raise MatryoshkaError(f"vLLM serves no rank above {_LARGEST[-1]}: give --max-rank")
-    nested = (file.nesting or Nesting.powers_of_two(file.max_rank)).ranks
-    ranks = (*(rank for rank in nested if rank < top), top)
     name = Path(file.name).resolve().name
     # Not the command `vllm`: it does not start in the build for CPUs.
     return [
         *("-m", "vllm.entrypoints.openai.api_server", "--enable-lora"),
-        *("--max-lora-rank", str(next(size for size in _LARGEST if size >= top))),
+        *("--max-lora-rank", str(next(size for size in _LARGEST if size >= ranks[-1]))),
         *("--max-loras", str(min(_AT_ONCE, len(ranks))), "--lora-modules"),
         *(f"{name}@{rank}={ladder / f'{name}@{rank}'}" for rank in ranks),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -163,8 +164,19 @@ def test_a_rank_that_is_not_served_and_folders_of_the_server_are_refused(server:
 def test_eval_by_vllm_has_the_numbers_of_transformers(
     adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    import vllm
+    from vllm.platforms import current_platform
+
     for name, value in CPU.items():
         monkeypatch.setenv(name, value)
+    # The harness asks for the version of the package vllm, and the build for CPUs has another name.
+    # vLLM finds its platform by that version too, so it is asked before.
+    assert current_platform.is_cpu()
+    known = importlib.metadata.version
+    monkeypatch.setattr(
+        "importlib.metadata.version",
+        lambda name: str(vllm.__version__) if name == "vllm" else known(name),
+    )
     rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     found = [
@@ -179,4 +191,7 @@ def test_eval_by_vllm_has_the_numbers_of_transformers(
         )
         for engine in ("hf", "vllm")
     ]
-    assert found[0].values() == pytest.approx(found[1].values(), abs=1e-3)
+    said = [[row["answers"] for row in each.examples] for each in found]
+    assert said[0] == said[1]
+    assert any(len(set(answers.values())) > 1 for answers in said[0])  # ranks say different things
+    assert found[0].values() == found[1].values()

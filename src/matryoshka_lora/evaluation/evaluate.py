@@ -20,6 +20,8 @@ from matryoshka_lora.evaluation.tasks import judge, load_data, load_task
 from matryoshka_lora.files.layers import AdapterFile
 from matryoshka_lora.files.output import check_place, new_folder
 from matryoshka_lora.files.peft import open_adapter, plan_rank, write_rank
+from matryoshka_lora.models import load_model, load_tokenizer, source_of
+from matryoshka_lora.nested import load
 from matryoshka_lora.nesting import Nesting
 
 if TYPE_CHECKING:
@@ -89,29 +91,26 @@ def evaluate(
     """
     if (not tasks) == (data is None):
         raise MatryoshkaError("give either tasks, such as arc_easy, or data, such as my.jsonl")
-    if engine not in ("hf", "vllm"):
-        raise MatryoshkaError(f"engine is {engine!r}; write 'hf' or 'vllm'")
-    file = open_adapter(adapter) if isinstance(adapter, (str, os.PathLike)) else None
-    given: Any = adapter if file is None else file
-    chosen = _chosen(given, ranks)
-    out = f"{file.name}-evaluation" if out is None and file is not None else out
-    if out is not None:
+    loaded = None if isinstance(adapter, (str, os.PathLike)) else adapter
+    file = loaded.opened() if loaded else open_adapter(str(adapter))
+    chosen = _chosen(file, loaded, ranks)
+    out = out or (None if loaded else f"{file.name}-evaluation")
+    if out:
         check_place(out, force)
-    config = given.model.peft_config[given.name].to_dict() if file is None else file.config
-    if model is None:
-        model, revision = config.get("base_model_name_or_path"), revision or config.get("revision")
-    asked_ranks = ((0,) if base and _has_base(config) else ()) + chosen
+    if loaded is None or tokenizer is None:
+        model, revision = file.base_model(model, revision)
+    asked_ranks = ((0,) if base and _has_base(file.config) else ()) + chosen
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it would log at each rank what it does
     tokenizer = tokenizer or _tokenizer(file, model, revision)
     names = tasks.split(",") if isinstance(tasks, str) else tasks
     asked = [load_task(name.strip()) for name in names or ()] or [load_data(data, tokenizer)]
-    about: dict[str, Any] = {"adapter": file.name if file else "", "model": model}
+    about: dict[str, Any] = {"adapter": "" if loaded else file.name, "model": model}
     about |= {"revision": revision, "limit": limit, "engine": engine, "versions": _versions()}
-    result = Evaluation(about, chosen, {rank: _size(given, rank) for rank in chosen})
+    result = Evaluation(about, chosen, {rank: plan_rank(file, rank).size for rank in chosen})
     if engine == "vllm":
         backend = _vllm(file, asked_ranks, model, revision, dtype, batch_size)
     else:
-        loaded = given if file is None else _loaded(file, model, revision, dtype)
+        loaded = loaded or load(load_model(model, dtype, revision), file.name)
         backend = _transformers(loaded, asked_ranks, tokenizer, batch_size, progress)
     with backend as (lm, choose, result.about["dtype"]):
         for name, task in asked:
@@ -122,24 +121,17 @@ def evaluate(
             _put(result, name, list(task["tasks"]), judged)
             if progress and name != asked[-1][0]:
                 print(*result.lines(), sep="\n", file=sys.stderr)
-    if out is not None:
+    if out:
         _write(result, out, force)
     return result
 
 
-def _chosen(given: Any, ranks: Sequence[int] | Literal["all"] | None) -> tuple[int, ...]:
-    nesting = given.nesting
-    if not isinstance(given, AdapterFile):
-        every = given.ranks
-    elif given.order == "paper":
-        every = nesting.ranks
-    else:
-        every, nesting = (
-            range(1, given.max_rank + 1),
-            nesting or Nesting.powers_of_two(given.max_rank),
-        )
-    wanted = every if ranks == "all" else nesting.ranks if ranks is None else ranks
-    chosen = Nesting(tuple(wanted)).ranks
+def _chosen(
+    file: AdapterFile, loaded: NestedAdapter | None, ranks: Sequence[int] | Literal["all"] | None
+) -> tuple[int, ...]:
+    every = range(1, file.max_rank + 1) if file.order != "paper" else file.ranks
+    every = every if loaded is None else loaded.ranks
+    chosen = Nesting(tuple(every if ranks == "all" else ranks or file.ranks)).ranks
     for rank in chosen:
         if rank not in every:
             raise MatryoshkaError(
@@ -155,31 +147,11 @@ def _has_base(config: Mapping[str, Any]) -> bool:
     return not whole and config.get("bias", "none") == "none"
 
 
-def _size(given: Any, rank: int) -> int:
-    """Return the bytes of the adapter at a rank."""
-    if isinstance(given, AdapterFile):
-        return plan_rank(given, rank).size
-    factors = [factor for pair in given.parameters().values() for factor in pair]
-    whole: int = sum(factor.numel() * factor.element_size() for factor in factors)
-    return rank * whole // int(given.nesting.max_rank)
-
-
-def _tokenizer(file: AdapterFile | None, model: str | None, revision: str | None) -> Any:
+def _tokenizer(file: AdapterFile, model: str | None, revision: str | None) -> Any:
     """Load the tokenizer that a Trainer saved with the adapter, or else the base model's."""
-    from matryoshka_lora.models import load_tokenizer
-
-    if file is not None and Path(file.name, "tokenizer_config.json").is_file():
+    if file.files and Path(file.name, "tokenizer_config.json").is_file():
         return load_tokenizer(file.name)
-    if not model:
-        raise MatryoshkaError("the adapter names no base model: give it with model (--model)")
     return load_tokenizer(model, revision)
-
-
-def _loaded(file: AdapterFile, model: str | None, revision: str | None, dtype: Any) -> Any:
-    from matryoshka_lora.models import load_model
-    from matryoshka_lora.nested import load
-
-    return load(load_model(model, dtype, revision), file.name)
 
 
 @contextmanager
@@ -198,19 +170,17 @@ def _transformers(
 
 @contextmanager
 def _vllm(
-    file: AdapterFile | None,
+    file: AdapterFile,
     ranks: Sequence[int],
     model: str | None,
     revision: str | None,
     dtype: torch.dtype | None,
     size: int | None,
 ) -> Iterator[_Backend]:
-    if file is None or importlib.util.find_spec("vllm") is None:
+    if not file.files or importlib.util.find_spec("vllm") is None:
         raise MatryoshkaError("engine 'vllm' needs an adapter on the disk, and pip install vllm")
     from lm_eval.models.vllm_causallms import VLLM
     from vllm.lora.request import LoRARequest
-
-    from matryoshka_lora.models import source_of
 
     name = "auto" if dtype is None else _name(dtype)
     with tempfile.TemporaryDirectory(prefix="matryoshka-") as cache:

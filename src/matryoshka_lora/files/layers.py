@@ -123,6 +123,21 @@ class AdapterFile:
         """The bytes of its files."""
         return sum(file.stat().st_size for file in self.files)
 
+    def base_model(
+        self, model: str | None = None, revision: str | None = None
+    ) -> tuple[str, str | None]:
+        """Return name and revision of the base model: those given, or what the config names."""
+        name = model or self.config.get("base_model_name_or_path")
+        if not name:
+            raise MatryoshkaError(f"{self.name} names no base model: give it with --model")
+        return str(name), revision or (None if model else self.config.get("revision"))
+
+    def ranks_up_to(self, most: int | None) -> tuple[int, ...]:
+        """Return the nested ranks below a rank, and that rank; None is R."""
+        top = self.max_rank if most is None else most
+        self.check_rank(top)
+        return (*(rank for rank in self.ranks if rank < top), top)
+
     def check_rank(self, rank: int) -> None:
         """Raise MatryoshkaError unless there is such a rank; the paper has nested ones alone."""
         is_paper, top = self.order == "paper", self.max_rank

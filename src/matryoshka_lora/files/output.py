@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from matryoshka_lora.errors import MatryoshkaError
 PathLike = str | os.PathLike[str]
 
 
-def check_place(path: PathLike, force: bool = False, sources: Iterable[Path] = ()) -> Path:
+def check_place(path: PathLike, force: bool = False, sources: Sequence[Path] = ()) -> Path:
     """Return the path of an output after making sure that nothing there would be lost.
 
     Args:
@@ -31,11 +31,12 @@ def check_place(path: PathLike, force: bool = False, sources: Iterable[Path] = (
         MatryoshkaError: The place is taken, or it holds a source or the current folder.
     """
     place = Path(path)
-    for kept in (Path().resolve(), *(file.resolve() for file in sources)):
-        if place.resolve() in (kept, *kept.parents):
-            raise MatryoshkaError(
-                f"{path} is or holds the source or the current folder: name a new place such as out"
-            )
+    # In the hub's cache a file is a link, so that it resolves to another folder than its own.
+    kept = (Path(), *sources, *(file.parent for file in sources))
+    if any(place.resolve() in (each.resolve(), *each.resolve().parents) for each in kept):
+        raise MatryoshkaError(
+            f"{path} is or holds the source or the current folder: name a new place such as out"
+        )
     if os.path.lexists(place) and not force and not _is_empty(place):
         raise MatryoshkaError(
             f"{path} exists already: name another place, or replace all that it holds with --force "
@@ -46,7 +47,7 @@ def check_place(path: PathLike, force: bool = False, sources: Iterable[Path] = (
 
 @contextmanager
 def new_folder(
-    path: PathLike, force: bool = False, sources: Iterable[Path] = (), folder: bool = True
+    path: PathLike, force: bool = False, sources: Sequence[Path] = (), folder: bool = True
 ) -> Iterator[Path]:
     """Give a new folder to write into; at the end of the block it is renamed to ``path``.
 

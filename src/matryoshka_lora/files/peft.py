@@ -183,10 +183,10 @@ def _card(plan: Plan, config: Mapping[str, Any], order: str | None) -> str:
     head += [f"base_model: {base}"] if is_id else []
     # The folders of this machine are nobody's business.
     title = f"LoRA of rank {plan.rank} for {base if is_id else Path(base).name}"
-    text = f"PEFT, vLLM and others read this folder as rank {plan.rank}. {_US} wrote it"
+    text = f"PEFT, vLLM and others read this folder as rank {plan.rank}. {_US} wrote it."
     if order is not None:
-        ranks = "its nested ranks" if order == "paper" else "every rank"
-        text += f" (order `{order}`) and cuts {ranks} out of it: "
+        ranks = "Its nested ranks" if order == "paper" else "Every rank"
+        text += f" {ranks} can be cut out of it, in the order `{order}`: "
         text += "`matryoshka export THIS_FOLDER --rank RANK -o OUT`.\n\n"
         text += "| rank | norm of the update that it leaves out |\n|---|---|\n"
         text += "\n".join(f"| {r} | {100 * plan.error(r):.1f} % |" for r in plan.adapter.ranks)
