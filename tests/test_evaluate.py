@@ -190,9 +190,9 @@ def test_an_adapter_in_memory_is_as_it_was(memory: NestedAdapter, tmp_path: Path
     assert (memory.rank, memory.model.training) == (2, True)
     memory.model.eval()
     assert found.ranks == (1, 4)
+    assert not list(tmp_path.iterdir())
     memory.export(tmp_path / "rank-4", 4)
     assert found.bytes[4] == (tmp_path / "rank-4/adapter_model.safetensors").stat().st_size
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
