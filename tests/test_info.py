@@ -53,7 +53,7 @@ KINDS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "plain": (folder, PLAIN),
     "nested": (
         nested,
-        "a nested LoRA adapter in the order 'svd', for any rank (trained: 1, 2, 4, 8)",
+        "a nested LoRA adapter in the order 'svd', for any rank (nested: 1, 2, 4, 8)",
     ),
     "paper": (paper, "a nested LoRA adapter as the paper deploys it, for the ranks 1, 4, 8 alone"),
     "experts": (experts, PLAIN),

@@ -85,8 +85,8 @@ def test_the_page_offers_the_ranks_and_loads_nothing_from_elsewhere(session: Ses
     blocks = page(session)
     parts = {part["type"] for part in blocks.config["components"]}
     assert not parts & {"file", "uploadbutton", "image", "multimodaltextbox"}
-    sliders = [part["props"] for part in blocks.config["components"] if part["type"] == "slider"]
-    assert [(slider["minimum"], slider["maximum"]) for slider in sliders] == [(1, 8), (1, 8)]
+    lists = [part["props"] for part in blocks.config["components"] if part["type"] == "dropdown"]
+    assert [[rank for _, rank in each["choices"]] for each in lists] == [[*range(1, 9)]] * 2
     assert not blocks.analytics_enabled
 
 

@@ -92,7 +92,8 @@ def reorder(
             rank. ``"learned"`` and ``"trained"``: see `NestedAdapter.reorder`.
         data: The training data, for all but ``"svd"``.
         rows: How many rows of the data are used; None is the method's own number.
-        model, revision: The base model; None is what the adapter names.
+        model: The base model; None is what the adapter names.
+        revision: The base model's revision on the hub; None is what the adapter names.
         dtype: The base model's dtype; None chooses by the hardware.
         seed: Seeds the choice of rows and ranks.
         force: Whether what is at the target is replaced.
@@ -121,8 +122,10 @@ def reorder(
         with tempfile.TemporaryDirectory() as folder:
             write_nested(adapter, f"{folder}/nested")
             nested = load(base, f"{folder}/nested", trainable=True)
-        nested.reorder(cast(Any, by), data, tokenizer, rows, seed)
+        progress = place.with_name(f"{place.name}.unfinished.safetensors")
+        nested.reorder(cast(Any, by), data, tokenizer, rows, seed, progress)
         nested.save(place, force)
+        progress.unlink(missing_ok=True)
     return place
 
 
@@ -155,7 +158,9 @@ def export(
             such as ``"95%"``.
         max_bytes: The most that the file of weights may have, such as ``"50MB"``.
         style: The keys of a single file: ``"kohya"``, ``"diffusers"``, or ``"peft"`` for a folder.
-        model, revision, force: As for `reorder`.
+        model: The base model; None is what the adapter names.
+        revision: The base model's revision on the hub; None is what the adapter names.
+        force: Whether what is at the target is replaced.
 
     Raises:
         MatryoshkaError: The adapter has no such rank or format, or the target is taken.

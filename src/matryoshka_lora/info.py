@@ -55,7 +55,7 @@ class Description:
             return "a plain LoRA adapter: `matryoshka reorder` makes it nested"
         if order == "paper":
             return f"a nested LoRA adapter as the paper deploys it, for the ranks {ranks} alone"
-        return f"a nested LoRA adapter in the order {order!r}, for any rank (trained: {ranks})"
+        return f"a nested LoRA adapter in the order {order!r}, for any rank (nested: {ranks})"
 
 
 def describe(path: PathLike) -> Description:

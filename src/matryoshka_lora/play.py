@@ -106,13 +106,8 @@ def page(session: Session) -> gr.Blocks:
     """Return the page. It writes nothing and takes no files."""
     import gradio as gr
 
-    folder, ranks = Path(session.file.name), session.adapter.ranks
+    folder, ranks = Path(session.file.name), list(session.adapter.ranks)
     has_template = bool(session.tokenizer.chat_template)
-
-    def choice(label: str, rank: int) -> Any:
-        if len(ranks) == ranks[-1]:
-            return gr.Slider(1, ranks[-1], rank, step=1, label=label)
-        return gr.Radio(list(ranks), value=rank, label=label)  # the paper's deployment
 
     def ask(question: str, chat: bool, one: int, other: int) -> Iterator[list[Any]]:
         at = [int(one), int(other), 0]
@@ -126,8 +121,8 @@ def page(session: Session) -> gr.Blocks:
     with gr.Blocks(title="matryoshka play", analytics_enabled=False) as blocks:
         gr.Markdown(f"# {folder.resolve().name} at two ranks")
         with gr.Row():
-            first = choice("Rank", ranks[len(ranks) // 4])
-            second = choice("Compare with rank", ranks[-1])
+            first = gr.Dropdown(ranks, value=ranks[len(ranks) // 4], label="Rank")
+            second = gr.Dropdown(ranks, value=ranks[-1], label="Compare with rank")
         question = gr.Textbox(label="Question", lines=2)
         with gr.Row():
             button = gr.Button("Ask", variant="primary")
