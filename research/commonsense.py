@@ -150,7 +150,10 @@ def choose(adapter: NestedAdapter, ranks: Sequence[int], folder: Path, tokenizer
     found = evaluate(adapter, files, ranks=ranks, tokenizer=tokenizer, progress=False)
     return {
         task: {
-            metric: [float(found.metric(task, metric)["value"][rank]) for rank in (0, *ranks)]
+            metric: [
+                float(found.tasks[task]["metrics"][f"{metric},none"]["value"][rank])
+                for rank in (0, *ranks)
+            ]
             for metric in ("acc", "acc_norm")
         }
         for task in TASKS

@@ -6,28 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matryoshka_lora.adapter import NestedAdapter
-    from matryoshka_lora.convert import export, reorder
-    from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
-    from matryoshka_lora.evaluation.evaluate import evaluate
-    from matryoshka_lora.evaluation.results import aurac
-    from matryoshka_lora.evaluation.select import select
-    from matryoshka_lora.nested import load, nest
-    from matryoshka_lora.nesting import Nesting
+    from matryoshka_lora.adapter import NestedAdapter as NestedAdapter
+    from matryoshka_lora.convert import export as export
+    from matryoshka_lora.convert import reorder as reorder
+    from matryoshka_lora.errors import MatryoshkaError as MatryoshkaError
+    from matryoshka_lora.errors import NotFiniteError as NotFiniteError
+    from matryoshka_lora.evaluation.evaluate import evaluate as evaluate
+    from matryoshka_lora.evaluation.results import aurac as aurac
+    from matryoshka_lora.evaluation.select import select as select
+    from matryoshka_lora.nested import load as load
+    from matryoshka_lora.nested import nest as nest
+    from matryoshka_lora.nesting import Nesting as Nesting
 
-__all__ = [
-    "MatryoshkaError",
-    "NestedAdapter",
-    "Nesting",
-    "NotFiniteError",
-    "aurac",
-    "evaluate",
-    "export",
-    "load",
-    "nest",
-    "reorder",
-    "select",
-]
 # Each name is imported at its first use, so that `matryoshka --help` and work on files need no
 # PEFT.
 _MODULES = {
@@ -43,6 +33,7 @@ _MODULES = {
     "reorder": "convert",
     "select": "evaluation.select",
 }
+__all__ = [*_MODULES]
 __version__ = "0.3.0"
 
 

@@ -27,11 +27,9 @@ By = Literal["svd", "learned", "trained"]
 
 
 class NestedAdapter:
-    """The handle of one nested adapter of a PEFT model.
+    """The handle of one nested adapter of a PEFT model. `nest` and `load` make it.
 
-    `nest` and `load` make it. It holds no state of its own: what it knows stands in the model's
-    layers, so ``NestedAdapter(copy.deepcopy(adapter.model))`` is the handle of a copy. One model is
-    used by one thread at a time, as torch's models are.
+    What it knows stands in the model's layers. One model is used by one thread at a time.
 
     Args:
         model: A PEFT model with a nested adapter.
@@ -91,12 +89,17 @@ class NestedAdapter:
         return (shared.nesting.max_rank,)
 
     @property
+    def holds_p(self) -> bool:
+        """Whether the factors alone are another function than the one that is saved."""
+        return self._shared.folded() is not None
+
+    @property
     def rank(self) -> int:
         """The rank in eval mode."""
         return self._shared.rank
 
     def set_rank(self, rank: int) -> None:
-        """Choose the rank of eval mode and of merging. It may change between any two calls.
+        """Choose the rank, and put the model into eval mode. Merging takes the rank too.
 
         Args:
             rank: From 1 to R, or 0 for the base model without the update.
@@ -107,6 +110,7 @@ class NestedAdapter:
         self._refuse_ranks([rank])
         self._refuse_merged("change its rank")
         self._shared.set_rank(rank)
+        self.model.eval()  # a Trainer leaves the model in train mode, where the rank is R
 
     @contextmanager
     def rows(self, ranks: Sequence[int]) -> Iterator[None]:
@@ -278,10 +282,14 @@ class NestedAdapter:
         """Say that the factors, as they are now, have an order; training on is plain LoRA."""
         shared = self._shared
         rank = shared.rank
-        shared.order, shared.checksum = by, self._checksum()
+        shared.order, shared.checksum, shared.versions = by, self._checksum(), self._versions()
         shared.rule, shared.deploy = get_rule("lora"), "reordered"
         shared.begin()
         shared.set_rank(rank)
+
+    def _versions(self) -> int:
+        """Return a number that grows whenever torch changes a factor in place."""
+        return sum(f._version for pair in self.parameters().values() for f in pair)
 
     def _checksum(self) -> str:
         return checksum(pair for _, pair in sorted(self.parameters().items()))
@@ -322,20 +330,21 @@ class NestedAdapter:
         tensors = get_peft_model_state_dict(
             self.model, adapter_name=self.name, save_embedding_layers=False
         )
-        return from_tensors(
-            f"adapter {self.name!r}", config, tensors, shared.nesting, self.order, shared.rule.name
-        )
+        return from_tensors(f"adapter {self.name!r}", config, tensors, shared.nesting, self.order)
 
     def _refuse_ranks(self, ranks: Sequence[int]) -> None:
-        allowed = self.ranks
+        shared, versions = self._shared, self._versions()
+        every = allowed = tuple(range(1, shared.nesting.max_rank + 1))
+        if shared.order is None or shared.versions != versions:  # else the checksum is as it was
+            allowed = self.ranks
+            shared.versions = versions if allowed == every else -1
         for rank in dict.fromkeys(ranks):
             if rank != 0 or isinstance(rank, bool):
                 self.nesting.scale_at(rank)  # it must be an integer from 1 to R
                 if rank not in allowed:
                     raise MatryoshkaError(
-                        f"rank {rank} is not in order yet; the ranks are "
-                        f"{', '.join(map(str, allowed))}. Call adapter.reorder() after training: "
-                        "then every rank works"
+                        f"rank {rank} is not available before reordering; the ranks are "
+                        f"{', '.join(map(str, allowed))}. Call adapter.reorder() after training"
                     )
 
     def _refuse_merged(self, what: str) -> None:

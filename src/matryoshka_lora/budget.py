@@ -35,7 +35,7 @@ def read_share(text: str | float) -> float:
     if found and (found[2] or value > 1):
         value /= 100
     if not 0 < value <= 1:
-        raise MatryoshkaError(f"keep is {str(text)!r:.80}: write a share such as 95%")
+        raise MatryoshkaError(f"{str(text)!r:.80} is no share: write one such as 95%")
     return value
 
 

@@ -42,7 +42,7 @@ class NestingCallback(TrainerCallback):
                 f"TRL's reference copies factors that are trained, without what rule {rule.name!r} "
                 "puts between them: call adapter.reorder() before you make the Trainer"
             )
-        if rule.name != "matryoshka":
+        if not self.adapter.holds_p:
             return
         if "teacher" in self.adapter.model.peft_config:
             raise MatryoshkaError(

@@ -138,7 +138,6 @@ def reorder(
     model: Model = None,
     revision: Revision = None,
     dtype: OfBase = None,
-    seed: Annotated[int, typer.Option(help="The seed of the rows.")] = 0,
     force: Force = False,
 ) -> None:
     """Make any LoRA nested: every rank from 1 on becomes a good adapter.
@@ -154,7 +153,7 @@ def reorder(
     from matryoshka_lora.convert import reorder as run
 
     base: Any = {"model": model, "revision": revision, "dtype": _dtype(dtype)}
-    run(adapter, out, by, data, rows=rows, seed=seed, force=force, **base)
+    run(adapter, out, by, data, rows=rows, force=force, **base)
     typer.echo(f"{out} holds every rank of {adapter}")
     _next("info", out)
 

@@ -108,7 +108,9 @@ def reorder(
     kind = _kind(adapter, target, None if adapter.is_single else "peft", None)
     place = check_place(target, force, adapter.files)
     if (by == "svd") != (data is None) or (data is not None and kind == "single"):
-        raise MatryoshkaError(f"svd uses no data, {by} an adapter's folder and data: give these")
+        raise MatryoshkaError(
+            "give data for learned and trained, which take a folder, and none for svd"
+        )
     if kind == "single":
         write_rank(adapter, place, adapter.max_rank, force)
     elif by == "svd":

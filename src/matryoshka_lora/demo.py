@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from matryoshka_lora.adapter import NestedAdapter
 from matryoshka_lora.convert import export
@@ -26,21 +23,6 @@ LINES, DIGITS = 256, 4
 LAYERS, RANK = 2, 32
 STEPS, BATCH, RATE = 400, 32, 4e-3
 EXPORTED = 8  # the rank that plain PEFT reads
-
-# Run in a process of its own, in which this package cannot be imported.
-_PLAIN_PEFT = """
-import sys
-sys.modules["matryoshka_lora"] = None
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-base, adapter, *names = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
-model, tokenizer = PeftModel.from_pretrained(model, adapter), AutoTokenizer.from_pretrained(base)
-for name in names:
-    prompt = tokenizer(f"{name}: ", return_tensors="pt")
-    answer = model.generate(**prompt, do_sample=False, max_new_tokens=4, pad_token_id=0)
-    print(tokenizer.decode(answer[0]))
-"""
 
 
 def demo(out: Path, steps: int = STEPS) -> None:
@@ -56,7 +38,7 @@ def demo(out: Path, steps: int = STEPS) -> None:
     """
     if out.exists():
         raise MatryoshkaError(f"{out} exists already: delete it, or name another with --out")
-    began, facts = time.monotonic(), table()
+    facts = table()
     # Where cores are busy, threads that wait for each other make a step five times slower.
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     print(
@@ -75,20 +57,14 @@ def demo(out: Path, steps: int = STEPS) -> None:
         share = count_right(adapter, tokens, mask, rank) / LINES
         print(f"  {rank:4}  {size:6.2f} MB  {share:13.0%}  {'#' * round(30 * share)}")
     export(out / "adapter", out / f"rank-{EXPORTED}", EXPORTED)
-    names = list(facts)[:3]
-    command = [
-        sys.executable,
-        "-c",
-        _PLAIN_PEFT,
-        *map(str, (out / "base", out / f"rank-{EXPORTED}")),
-    ]
-    answers = subprocess.run([*command, *names], check=True, capture_output=True, text=True).stdout
-    print(
-        f"\nRank {EXPORTED} as an ordinary LoRA adapter, which PEFT reads without this package:\n"
-    )
-    for name, line in zip(names, answers.splitlines(), strict=True):
-        print(f"  {line}   (right: {facts[name]})")
-    print(f"\nDone in {time.monotonic() - began:.0f} s: {out / 'adapter'} holds every rank")
+    base = AutoModelForCausalLM.from_pretrained(out / "base", dtype="float32")
+    plain = PeftModel.from_pretrained(base, out / f"rank-{EXPORTED}")
+    print(f"\nRank {EXPORTED} is an ordinary LoRA adapter. PEFT alone reads it and answers:\n")
+    for name in list(facts)[:3]:
+        prompt = tokenizer(f"{name}: ", return_tensors="pt")
+        answer = plain.generate(**prompt, do_sample=False, max_new_tokens=DIGITS, pad_token_id=0)
+        print(f"  {tokenizer.decode(answer[0])}   (right: {facts[name]})")
+    print(f"\n{out / 'adapter'} holds every rank")
 
 
 def table(lines: int = LINES, seed: int = 0) -> dict[str, str]:
@@ -125,9 +101,7 @@ def train_adapter(base: Path, tokens: Tensor, mask: Tensor, steps: int = STEPS) 
     adapter = nest(get_peft_model(model, config))
     parameters = [p for p in adapter.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 10) * (1 - step / steps)
-    )
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 1e-3, steps)
     epochs = -(-steps * BATCH // len(tokens))
     order = torch.cat([torch.randperm(len(tokens)) for _ in range(epochs)])
     adapter.model.train()

@@ -71,7 +71,7 @@ def is_plain_linear(module: Any) -> bool:
     """Return whether a module is torch's linear layer on ordinary tensors and without hooks.
 
     A sharded module gathers its weights in hooks or holds DTensors, and a quantised one is a
-    subclass: none of them may be passed over.
+    subclass. The fused operation bypasses both, so it must not run there.
     """
     hooks = (
         module._forward_hooks

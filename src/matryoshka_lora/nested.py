@@ -107,6 +107,10 @@ def load(
         MatryoshkaError: A file is damaged, the adapter does not fit the model, or there is no such
             rank.
     """
+    if isinstance(base_model, PeftModel) and adapter in base_model.peft_config:
+        raise MatryoshkaError(
+            f"the model has an adapter {adapter!r} already: give adapter= a new name"
+        )
     file = open_adapter(path)
     base = base_model.get_base_model() if isinstance(base_model, PeftModel) else base_model
     _refuse_foreign(base, file)
@@ -171,8 +175,8 @@ def _reasons(module: Any, adapter: str, first: Any, rule: Rule) -> Iterator[tupl
     kind = f"{type(module).__module__}.{type(module).__name__}".removeprefix("peft.tuners.lora.")
     yield (
         kind not in _SUPPORTED,
-        f"PEFT's {kind} has no place for P. Leave it out of the targets; or train with PEFT alone, "
-        "and run `matryoshka reorder FOLDER -o nested` after it",
+        f"PEFT's {kind} does not support LoRA variants. Leave it out of the targets; or train with "
+        "PEFT alone, and run `matryoshka reorder FOLDER -o nested` after it",
     )
     alike = all(getattr(module, n)[adapter] == getattr(first, n)[adapter] for n in ("r", "scaling"))
     yield (

@@ -12,7 +12,6 @@ import random
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from numbers import Integral
 from typing import Any, Literal, get_args
 
@@ -199,7 +198,5 @@ def get_rule(name: str) -> Rule:
         MatryoshkaError: There is none; the message lists them.
     """
     if name not in RULES:
-        close = get_close_matches(str(name), RULES, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise MatryoshkaError(f"there is no rule {name!r}; {hint}the rules are {', '.join(RULES)}")
+        raise MatryoshkaError(f"there is no rule {name!r}; the rules are {', '.join(RULES)}")
     return RULES[name]

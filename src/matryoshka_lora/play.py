@@ -130,11 +130,8 @@ def page(session: Session) -> gr.Blocks:
             chat = gr.Checkbox(has_template, label="Chat template", visible=has_template)
         with gr.Row():
             boxes = [gr.Textbox(label=name, lines=4) for name in ("Rank", "Rank", "Base model")]
-        take = gr.Code(label="Take the first rank along", language="shell")
         asking = gr.on([button.click, question.submit], ask, [question, chat, first, second], boxes)
         stop.click(None, cancels=[asking])
-        command = f"matryoshka export {folder} --rank {{}} -o rank-{{}}"
-        gr.on([blocks.load, first.change], lambda r: command.format(int(r), int(r)), first, take)
     return blocks
 
 

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,6 @@ _CLASSES = (
 _MEANT = {
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
-    "steps": "max_steps",
     "batch_size": "per_device_train_batch_size",
     "rank": "lora.r",
     "alpha": "lora.lora_alpha",
@@ -142,7 +141,7 @@ def train(config: Mapping[str, Any]) -> Path:
         if Path(str(rows)).suffix in _KINDS and not Path(str(rows)).is_file():
             raise MatryoshkaError(f"there is no file {rows}: data names the rows to train on")
     adapter, trainer = _prepare(config)
-    _run(trainer, output)
+    _run(adapter, trainer, output)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         trainer.save_model(str(output / "unfinished"))
         if trainer.is_world_process_zero():
@@ -220,25 +219,19 @@ def _rows(data: str | Mapping[str, Any]) -> Dataset:
     return load_dataset(data, split="train")
 
 
-def _run(trainer: SFTTrainer, output: Path) -> None:
-    from transformers import TrainerCallback
+def _run(adapter: NestedAdapter, trainer: SFTTrainer, output: Path) -> None:
+    from transformers import TrainerState
     from transformers.trainer_utils import get_last_checkpoint
 
-    class DoneError(Exception):
-        pass
-
-    class StopAtEnd(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            """Stop: a Trainer that resumes from its last step takes one step more."""
-            if state.global_step >= state.max_steps:
-                raise DoneError
-
-    trainer.add_callback(StopAtEnd())
     checkpoint = get_last_checkpoint(str(output))
     if checkpoint is not None:
         print(f"Going on from {checkpoint}. Name another output_dir for another run")
-    with suppress(DoneError):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        if state.global_step >= state.max_steps:  # a Trainer would take one step more
+            adapter.model.load_adapter(checkpoint, adapter.name, is_trainable=True)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def _save(

@@ -88,14 +88,14 @@ class Shared:
         nesting: The ranks and scales.
         rule: How p is chosen in training.
         seed: The seed of the ranks that the rule draws.
-        deploy: ``"paper"`` drops P after training and reorders nothing; ``"reordered"`` is all
-            else.
+        deploy: ``"paper"`` drops P after training; ``"reordered"`` keeps it in what is saved.
         order: How the factors were reordered, or None.
         checksum: The checksum of the factors that have the order.
+        versions: Torch's count of changes when the checksum was last compared.
         rank: The rank in eval mode, from 0 to R.
-        training: What stands between the factors in training; None until the rule has drawn.
-        deployed: What stands there in eval mode and for merging.
-        overrides: What stands there before both; the last one counts.
+        training: The diagonal in training; None until the rule has drawn.
+        deployed: The diagonal in eval mode and for merging.
+        overrides: Diagonals that take the place of both; the last one counts.
     """
 
     nesting: Nesting
@@ -104,6 +104,7 @@ class Shared:
     deploy: str
     order: str | None = None
     checksum: str | None = None
+    versions: int = -1
     rank: int = field(init=False)
     training: Diagonal | None = field(init=False, default=None)
     deployed: Diagonal = field(init=False)
@@ -113,7 +114,7 @@ class Shared:
         self.begin()
 
     def begin(self) -> None:
-        """Put the largest rank into eval mode, and into training what a fixed rule has."""
+        """Set rank R for eval mode and, for a fixed rule, its diagonal for train mode."""
         self.training = Diagonal(self.trained()) if self.rule.fixed else None
         self.set_rank(self.nesting.max_rank)
 
@@ -150,7 +151,7 @@ class Shared:
         return self.trained()
 
     def diagonal(self, training: bool) -> Diagonal:
-        """Return what stands between the factors now."""
+        """Return the diagonal that applies now."""
         if self.overrides:
             return self.overrides[-1]
         if not training:
@@ -304,11 +305,8 @@ def _fusable(module: Any, x: Tensor) -> Diagonal | None:
         return None
     shared, adapter = variant.shared, active[0]
     dropout = module.training and not isinstance(module.lora_dropout[adapter], nn.Identity)
-    if (
-        dropout
-        or not (module.training or shared.overrides)
-        or torch.is_autocast_enabled(x.device.type)
-    ):
+    exact = not (module.training or shared.overrides)
+    if dropout or exact or torch.is_autocast_enabled(x.device.type):
         return None
     base, A, B = module.base_layer, module.lora_A[adapter], module.lora_B[adapter]
     plain = is_plain_linear(base) and is_plain_linear(A) and is_plain_linear(B)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from matryoshka_lora.adapter import NestedAdapter
 
 _Backend = tuple[Any, Callable[[int], object], str]  # who answers, how it gets a rank, its dtype
-_PACKAGES = ("matryoshka-lora", "torch", "transformers", "peft", "lm_eval", "datasets", "vllm")
 
 
 def evaluate(
@@ -56,8 +53,7 @@ def evaluate(
     """Measure an adapter at several ranks, and the base model without it.
 
     lm-evaluation-harness asks and judges; all ranks answer in the same batches. An adapter on the
-    disk gets a folder with ``evaluation.json``, ``examples.jsonl``, ``curve.png`` and
-    ``report.html``.
+    disk gets a folder with ``evaluation.json``, ``examples.jsonl`` and ``curve.png``.
 
     Example::
 
@@ -101,11 +97,12 @@ def evaluate(
         model, revision = file.base_model(model, revision)
     asked_ranks = ((0,) if base and _has_base(file.config) else ()) + chosen
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it would log at each rank what it does
-    tokenizer = tokenizer or _tokenizer(file, model, revision)
+    own = bool(file.files) and Path(file.name, "tokenizer_config.json").is_file()  # a Trainer's
+    tokenizer = tokenizer or load_tokenizer(*((file.name,) if own else (model, revision)))
     names = tasks.split(",") if isinstance(tasks, str) else tasks
     asked = [load_task(name.strip()) for name in names or ()] or [load_data(data, tokenizer)]
     about: dict[str, Any] = {"adapter": "" if loaded else file.name, "model": model}
-    about |= {"revision": revision, "limit": limit, "engine": engine, "versions": _versions()}
+    about |= {"revision": revision, "limit": limit, "engine": engine}
     result = Evaluation(about, chosen, {rank: plan_rank(file, rank).size for rank in chosen})
     if engine == "vllm":
         backend = _vllm(file, asked_ranks, model, revision, dtype, batch_size)
@@ -119,8 +116,6 @@ def evaluate(
                 choose(rank)
                 judged[rank] = judge(lm, task, num_fewshot, limit)
             _put(result, name, list(task["tasks"]), judged)
-            if progress and name != asked[-1][0]:
-                print(*result.lines(), sep="\n", file=sys.stderr)
     if out:
         _write(result, out, force)
     return result
@@ -129,8 +124,7 @@ def evaluate(
 def _chosen(
     file: AdapterFile, loaded: NestedAdapter | None, ranks: Sequence[int] | Literal["all"] | None
 ) -> tuple[int, ...]:
-    every = range(1, file.max_rank + 1) if file.order != "paper" else file.ranks
-    every = every if loaded is None else loaded.ranks
+    every = loaded.ranks if loaded else file.available
     chosen = Nesting(tuple(every if ranks == "all" else ranks or file.ranks)).ranks
     for rank in chosen:
         if rank not in every:
@@ -145,13 +139,6 @@ def _has_base(config: Mapping[str, Any]) -> bool:
     """Return whether the base model is left where the update is off."""
     whole = any(config.get(key) for key in ("modules_to_save", "trainable_token_indices"))
     return not whole and config.get("bias", "none") == "none"
-
-
-def _tokenizer(file: AdapterFile, model: str | None, revision: str | None) -> Any:
-    """Load the tokenizer that a Trainer saved with the adapter, or else the base model's."""
-    if file.files and Path(file.name, "tokenizer_config.json").is_file():
-        return load_tokenizer(file.name)
-    return load_tokenizer(model, revision)
 
 
 @contextmanager
@@ -214,22 +201,12 @@ def _put(result: Evaluation, name: str, tasks: list[str], judged: dict[int, Any]
 
 
 def _write(result: Evaluation, out: str | os.PathLike[str], force: bool) -> None:
-    from matryoshka_lora.evaluation.report import draw, page
+    from matryoshka_lora.evaluation.report import draw
 
     with new_folder(out, force) as folder:
         result.write(folder)
         draw(result, folder / "curve.png")
-        (folder / "report.html").write_text(page(result), encoding="utf-8")
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _versions() -> dict[str, str]:
-    """Return the versions of the packages that the numbers depend on."""
-    found = {}
-    for package in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

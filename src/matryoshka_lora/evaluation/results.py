@@ -1,12 +1,10 @@
 """The numbers of an evaluation, and their files.
 
 ``evaluation.json`` holds the fields of `Evaluation` but for the examples. Ranks are keys, and 0 is
-the base model. A task is ``{"items": 500, "num_fewshot": 0, "version": 1, "metric": "acc,none",
+the base model. A task is ``{"items": 500, "num_fewshot": 0, "metric": "acc,none",
 "aurac": 0.41, "metrics": {"acc,none": {"higher_is_better": true, "value": {"0": 0.36, "1": 0.38},
 "stderr": {"0": 0.02, "1": 0.02}}}}``.
-
-``examples.jsonl`` has a line for each question: ``{"task": "arc_easy", "doc_id": 0, "prompt": "",
-"target": "", "answers": {"0": "", "1": ""}, "metrics": {"acc,none": {"0": 1.0, "1": 0.0}}}``.
+``examples.jsonl`` has a line for each question, with the answers and metrics by rank.
 """
 
 from __future__ import annotations
@@ -67,12 +65,10 @@ class Difference(NamedTuple):
     Attributes:
         value: Positive where it is better, whether the metric is to be high or low.
         error: The standard error, or None where it is unknown.
-        paired: Whether the error comes from the difference at each question.
     """
 
     value: float
     error: float | None
-    paired: bool
 
     @property
     def is_sure(self) -> bool:
@@ -85,7 +81,7 @@ class Evaluation:
     """The numbers of an adapter at several ranks.
 
     Attributes:
-        about: Model, dtype, adapter and versions of packages.
+        about: Adapter, model, dtype and what was asked.
         ranks: Increasing, without the base model.
         bytes: The size of the exported adapter at each rank.
         tasks: By name; see the module.
@@ -112,26 +108,21 @@ class Evaluation:
         names = ", ".join(self.tasks)
         raise MatryoshkaError(f"the evaluation {problem}; name one with task (--task): {names}")
 
-    def metric(self, task: str | None = None, name: str | None = None) -> dict[str, Any]:
-        """Return a metric of a task: ``higher_is_better``, and ``value`` and ``stderr`` by rank.
+    def metric(self, task: str | None = None) -> dict[str, Any]:
+        """Return a task's first metric: ``higher_is_better``, ``value`` and ``stderr`` by rank.
 
         Args:
             task: May be None where there is only one.
-            name: The harness' name, with or without the filter after the comma; None is the first.
 
         Raises:
-            MatryoshkaError: There is no such task or metric.
+            MatryoshkaError: There is no such task.
         """
         found = self.tasks[self.task(task)]
-        for full, metric in found["metrics"].items():
-            if (name or found["metric"]) in (full, full.partition(",")[0]):
-                return dict(metric)
-        names = ", ".join(found["metrics"])
-        raise MatryoshkaError(f"there is no metric {name!r}; the metrics are {names}")
+        return dict(found["metrics"][found["metric"]])
 
-    def values(self, task: str | None = None, metric: str | None = None) -> dict[int, float | None]:
-        """Return a metric at each rank, without the base model. Args, Raises: as `metric`."""
-        values = self.metric(task, metric)["value"]
+    def values(self, task: str | None = None) -> dict[int, float | None]:
+        """Return a task's first metric at each rank, without the base model; see `metric`."""
+        values = self.metric(task)["value"]
         return {rank: values[rank] for rank in self.ranks}
 
     def difference(self, task: str | None, rank: int, other: int) -> Difference | None:
@@ -153,9 +144,9 @@ class Evaluation:
         both = zip(means, (first, second), strict=False)  # without examples there are no means
         near = [math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in both]
         if len(pairs) > 1 and all(near):  # a perplexity or an F1 is no mean of the questions
-            return Difference(better, stdev(a - b for a, b in pairs) / math.sqrt(len(pairs)), True)
+            return Difference(better, stdev(a - b for a, b in pairs) / math.sqrt(len(pairs)))
         errors = [metric["stderr"].get(each) for each in (rank, other)]
-        return Difference(better, None if None in errors else math.hypot(*errors), False)
+        return Difference(better, None if None in errors else math.hypot(*errors))
 
     def lines(self) -> list[str]:
         """Return a table for people: each task's first metric by rank, with its standard error."""
@@ -255,7 +246,6 @@ def summary(task: str, judged: Mapping[int, Any]) -> dict[str, Any]:
     return {
         "items": sum(counts[part]["effective"] for part in parts),
         "num_fewshot": first["n-shot"].get(task),
-        "version": first["versions"].get(task),
         "metric": chosen,
         "aurac": area,
         "metrics": metrics,

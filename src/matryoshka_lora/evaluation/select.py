@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 
-from matryoshka_lora.budget import read_bytes, show_bytes
+from matryoshka_lora.budget import read_bytes, read_share, show_bytes
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.results import Evaluation, with_error
 
@@ -47,11 +46,10 @@ class Choice:
         for other in found.ranks:
             apart = found.difference(self.task, other, self.rank)
             if other != self.rank and apart is not None:
-                how = "question by question" if apart.paired else "as if they were independent"
                 sure = "" if apart.is_sure else "; they cannot be told apart"
                 better = "better" if apart.value > 0 else "worse"
                 by = with_error(abs(apart.value), apart.error)
-                lines.append(f"  rank {other} is {better} by {by} ({how}){sure}")
+                lines.append(f"  rank {other} is {better} by {by}{sure}")
         if not self.is_sure:
             lines.append("These questions are too few to be sure that it is near enough.")
         return lines
@@ -64,10 +62,6 @@ def select(
     task: str | None = None,
 ) -> Choice:
     """Choose the smallest rank that is good enough.
-
-    Example::
-
-        select("my-adapter-evaluation", within="1%").rank  # 4
 
     Args:
         evaluation: What `matryoshka_lora.evaluate` returned, or the folder that it wrote.
@@ -95,7 +89,7 @@ def select(
     best = max(values, key=lambda rank: (sign * values[rank], -rank))
     top, bound = values[best], None
     if within is not None:
-        bound = top - sign * _share(within) * abs(top)
+        bound = top - sign * read_share(within) * abs(top)
         small = [rank for rank in small if sign * (values[rank] - bound) >= 0]
     if not small:
         raise MatryoshkaError(
@@ -113,11 +107,3 @@ def select(
         and lost.value + 2 * lost.error <= abs(top - bound)
     )
     return Choice(rank, best, task, bound, sure, found)
-
-
-def _share(within: float | str) -> float:
-    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*", str(within))
-    share = float(found[1]) / (100 if found[2] else 1) if found else 2.0
-    if share > 1:
-        raise MatryoshkaError(f"within is {within!r}; write a share, such as 0.01 or 1%")
-    return share

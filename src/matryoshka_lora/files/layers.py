@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -88,8 +88,8 @@ class AdapterFile:
         others: Its tensors that are no factors, by key: biases, modules_to_save and the like.
         config: PEFT's ``adapter_config.json``; a single file has none.
         metadata: The metadata of its file.
-        nesting, order, rule: Ranks and scales of a nested adapter, how its factors were reordered,
-            and the rule that it was trained with; None and ``"lora"`` where they were not.
+        nesting, order: Ranks and scales of a nested adapter, and how its factors were reordered;
+            None where they were not.
         files: Its files with tensors; none where it is in memory.
     """
 
@@ -100,7 +100,6 @@ class AdapterFile:
     metadata: dict[str, str] = field(default_factory=dict)
     nesting: Nesting | None = None
     order: str | None = None
-    rule: str = "lora"
     files: tuple[Path, ...] = ()
 
     @property
@@ -117,6 +116,11 @@ class AdapterFile:
     def ranks(self) -> tuple[int, ...]:
         """The nested ranks; those of an adapter that is not nested are 1, 2, 4, ... R."""
         return (self.nesting or Nesting.powers_of_two(self.max_rank)).ranks
+
+    @property
+    def available(self) -> Sequence[int]:
+        """The ranks that may be cut: all, but the paper's deployment has the nested ones alone."""
+        return self.ranks if self.order == "paper" else range(1, self.max_rank + 1)
 
     @property
     def size(self) -> int:
@@ -139,11 +143,10 @@ class AdapterFile:
         return (*(rank for rank in self.ranks if rank < top), top)
 
     def check_rank(self, rank: int) -> None:
-        """Raise MatryoshkaError unless there is such a rank; the paper has nested ones alone."""
-        is_paper, top = self.order == "paper", self.max_rank
-        if rank not in (self.ranks if is_paper else range(1, top + 1)):
-            several = f"{', '.join(map(str, self.ranks))}, as the paper has it"
-            several = several if is_paper else f"1 to {top}"
+        """Raise MatryoshkaError unless there is such a rank."""
+        if rank not in self.available:
+            is_paper, top = self.order == "paper", self.max_rank
+            several = ", ".join(map(str, self.ranks)) if is_paper else f"1 to {top}"
             raise MatryoshkaError(f"{self.name} has no rank {rank!r}: choose one of {several}")
 
     def scale_at(self, layer: Layer, rank: int) -> float:

@@ -75,7 +75,7 @@ def open_adapter(path: PathLike) -> AdapterFile:
     try:
         note = json.loads(metadata[NOTE])
         nesting = Nesting(tuple(note["ranks"]), note["scaling"], first.scale)
-        order, rule, wanted = note["order"], str(note["rule"]), note["checksum"]
+        order, wanted = note["order"], note["checksum"]
     except (KeyError, ValueError, TypeError, RecursionError):
         return adapter
     with one_thread():
@@ -83,7 +83,7 @@ def open_adapter(path: PathLike) -> AdapterFile:
     alike = all((x.rank, x.scale) == (nesting.max_rank, first.scale) for x in layers)
     if found != wanted or not alike:
         return adapter
-    return replace(adapter, nesting=nesting, order=order, rule=rule)
+    return replace(adapter, nesting=nesting, order=order)
 
 
 def from_tensors(
@@ -92,7 +92,6 @@ def from_tensors(
     tensors: Mapping[str, Tensor],
     nesting: Nesting,
     order: str | None,
-    rule: str,
 ) -> AdapterFile:
     """Return an adapter in memory as if it had been opened.
 
@@ -100,12 +99,12 @@ def from_tensors(
         name: For messages.
         config: PEFT's, as ``LoraConfig.to_dict()`` gives it, with lists for its sets.
         tensors: PEFT's state dict, as ``get_peft_model_state_dict`` gives it.
-        nesting, order, rule: See `AdapterFile`.
+        nesting, order: See `AdapterFile`.
     """
     stored = {key: Stored.of(tensor) for key, tensor in tensors.items()}
     plain = json.loads(json.dumps(dict(config), default=str))
     layers, others = _find_layers(stored, plain, name)
-    return AdapterFile(name, layers, others, plain, {}, nesting, order, rule)
+    return AdapterFile(name, layers, others, plain, {}, nesting, order)
 
 
 def write_nested(adapter: AdapterFile, path: PathLike, force: bool = False) -> None:
@@ -115,8 +114,7 @@ def write_nested(adapter: AdapterFile, path: PathLike, force: bool = False) -> N
     adapter that is not nested gets the ranks 1, 2, 4, ... R. Raises: as `write_rank`.
     """
     order, scaling = adapter.order or "svd", adapter.nesting.scaling if adapter.nesting else "none"
-    note = {"ranks": adapter.ranks, "scaling": scaling, "order": order, "rule": adapter.rule}
-    note["checksum"] = checksum(())
+    note = {"ranks": adapter.ranks, "scaling": scaling, "order": order, "checksum": checksum(())}
     plan = plan_rank(adapter, adapter.max_rank, {NOTE: json.dumps(note)})
     with new_folder(path, force, adapter.files) as folder:
         _put(folder, plan, order)

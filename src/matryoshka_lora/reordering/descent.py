@@ -33,10 +33,8 @@ def descending(adapter: NestedAdapter) -> Iterator[None]:
     devices = {parameter.device for parameter, _ in flags if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         try:
-            for (
-                module,
-                _,
-            ) in modes:  # a layer checkpoints in train mode alone; its parts stay in eval
+            # A layer checkpoints in train mode alone; its parts stay in eval mode.
+            for module, _ in modes:
                 module.training = bool(vars(module).get("gradient_checkpointing"))
             model.requires_grad_(False)
             for pair in adapter.parameters().values():

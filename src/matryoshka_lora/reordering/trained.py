@@ -61,8 +61,7 @@ def train_ranks(
         checkpoint: A file for the state; the same call goes on from there, to the same bits. A file
             that is no checkpoint is a MatryoshkaError.
 
-    Returns:
-        Whether the adapter has the trained ranks.
+    Returns whether the adapter has the trained ranks.
     """
     descent.check_ranks(adapter)
     *ranks, top = adapter.nesting.ranks
