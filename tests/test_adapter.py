@@ -229,7 +229,7 @@ def test_an_order_ends_where_the_factors_change(
     assert (adapter.order, adapter.ranks) == ("svd", (1, 2, 3, 4, 5, 6, 7, 8))
     change(adapter, tmp_path / "changed")
     assert (adapter.order, adapter.ranks) == (None, (8,))
-    with pytest.raises(MatryoshkaError, match=r"rank 2 is not in order yet.*adapter\.reorder\(\)"):
+    with pytest.raises(MatryoshkaError, match=r"rank 2 is not available.*adapter\.reorder\(\)"):
         adapter.set_rank(2)
     full, factors = logits(adapter.model), adapter.factors()
     adapter.save(tmp_path / "saved")

@@ -170,7 +170,7 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
         (["reorder", "nested", "-o", "new", "--by", "learned", "--data", "rows.jsonl"],
          "transformers", "peft"),
         (["export", "nested", "--rank", "2", "--format", "merged", "-o", "new"], "peft", "peft"),
-        (["export", "nested", "--rank", "2", "-o", "new.gguf"], "gguf", None),
+        (["export", "nested", "--rank", "2", "-o", "new.gguf"], "gguf", "gguf"),
     ],
 )  # fmt: skip
 @pytest.mark.slow

@@ -71,12 +71,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
             nn.Sequential(nn.MultiheadAttention(8, 2)), LoraConfig(r=8, target_modules=["0"])
         ),
         {},
-        "MultiheadAttention has no place for P",
+        "MultiheadAttention does not support LoRA variants",
     ),
     "experts": (
         lambda: get_peft_model(tiny_mixtral(), lora_config(NESTING, **EXPERTS)),
         {},
-        "has no place for P",
+        "does not support LoRA variants",
     ),
     "trained": (lambda: changed(llama(), randomize), {}, "Use rule='lora'"),
     "pissa": (lambda: llama(init_lora_weights="pissa"), {}, "Use rule='lora'"),
@@ -84,7 +84,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "merged": (lambda: changed(llama(), lambda m: m.merge_adapter()), {}, "unmerge_adapter"),
     "ranks": (llama, {"ranks": [1, 4]}, r"LoraConfig has r=8, .* largest nested rank is 4"),
     "order of ranks": (llama, {"ranks": [8, 4]}, "ranks must increase"),
-    "rule": (llama, {"rule": "dyloro"}, "did you mean 'dylora'"),
+    "rule": (llama, {"rule": "dyloro"}, "the rules are lora"),
     "scaling": (llama, {"scaling": "rslora"}, "scaling is 'rslora'"),
     "deploy": (llama, {"deploy": "papers"}, "write 'reordered' or 'paper'"),
 }

@@ -282,14 +282,10 @@ class NestedAdapter:
         """Say that the factors, as they are now, have an order; training on is plain LoRA."""
         shared = self._shared
         rank = shared.rank
-        shared.order, shared.checksum, shared.versions = by, self._checksum(), self._versions()
+        shared.order, shared.checksum = by, self._checksum()
         shared.rule, shared.deploy = get_rule("lora"), "reordered"
         shared.begin()
         shared.set_rank(rank)
-
-    def _versions(self) -> int:
-        """Return a number that grows whenever torch changes a factor in place."""
-        return sum(f._version for pair in self.parameters().values() for f in pair)
 
     def _checksum(self) -> str:
         return checksum(pair for _, pair in sorted(self.parameters().items()))
@@ -333,11 +329,7 @@ class NestedAdapter:
         return from_tensors(f"adapter {self.name!r}", config, tensors, shared.nesting, self.order)
 
     def _refuse_ranks(self, ranks: Sequence[int]) -> None:
-        shared, versions = self._shared, self._versions()
-        every = allowed = tuple(range(1, shared.nesting.max_rank + 1))
-        if shared.order is None or shared.versions != versions:  # else the checksum is as it was
-            allowed = self.ranks
-            shared.versions = versions if allowed == every else -1
+        allowed = self.ranks
         for rank in dict.fromkeys(ranks):
             if rank != 0 or isinstance(rank, bool):
                 self.nesting.scale_at(rank)  # it must be an integer from 1 to R

@@ -31,11 +31,11 @@ def singular_values(adapter: AdapterFile) -> dict[str, Tensor]:
 def read_share(text: str | float) -> float:
     """Return the share of ``"95%"``, ``0.95`` or ``95``: a number above 1 is a percentage."""
     found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*", str(text))
-    value = float(found[1]) if found else 0.0
+    value = float(found[1]) if found else 2.0
     if found and (found[2] or value > 1):
         value /= 100
-    if not 0 < value <= 1:
-        raise MatryoshkaError(f"{str(text)!r:.80} is no share: write one such as 95%")
+    if value > 1:
+        raise MatryoshkaError(f"{str(text)!r:.80} is no share: write a share such as 95%")
     return value
 
 

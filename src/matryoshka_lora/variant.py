@@ -91,7 +91,6 @@ class Shared:
         deploy: ``"paper"`` drops P after training; ``"reordered"`` keeps it in what is saved.
         order: How the factors were reordered, or None.
         checksum: The checksum of the factors that have the order.
-        versions: Torch's count of changes when the checksum was last compared.
         rank: The rank in eval mode, from 0 to R.
         training: The diagonal in training; None until the rule has drawn.
         deployed: The diagonal in eval mode and for merging.
@@ -104,7 +103,6 @@ class Shared:
     deploy: str
     order: str | None = None
     checksum: str | None = None
-    versions: int = -1
     rank: int = field(init=False)
     training: Diagonal | None = field(init=False, default=None)
     deployed: Diagonal = field(init=False)

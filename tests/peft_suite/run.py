@@ -59,8 +59,8 @@ def main() -> int:
     more = sorted(failed.keys() - expected.keys())
     fewer = sorted(expected.keys() - failed.keys())
     print(
-        f"PEFT {version}: {found['passed']} passed, {len(failed)} failed, {found['needs_hub']} need "
-        f"the hub, {found['nested']} adapters nested, {found['refused']} refused"
+        f"PEFT {version}: {found['passed']} passed, {len(failed)} failed, {found['needs_hub']} "
+        f"need the hub, {found['nested']} adapters nested, {found['refused']} refused"
     )
     for test in more:
         print(f"FAILED, and is not listed: {test}\n    {failed[test]}")
