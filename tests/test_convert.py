@@ -81,11 +81,11 @@ def test_a_contradiction_is_refused_with_the_way_out(
 
 
 def test_reorder_refuses_what_it_cannot_use(lora: Path, single: Path, tmp_path: Path) -> None:
-    with pytest.raises(MatryoshkaError, match="svd uses no data"):
+    with pytest.raises(MatryoshkaError, match="give data for learned and trained"):
         reorder(lora, tmp_path / "x", data=[])
-    with pytest.raises(MatryoshkaError, match="learned an adapter's folder and data"):
+    with pytest.raises(MatryoshkaError, match="give data for learned"):
         reorder(lora, tmp_path / "x", by="learned")
-    with pytest.raises(MatryoshkaError, match="give these"):
+    with pytest.raises(MatryoshkaError, match="which take a folder"):
         reorder(single, tmp_path / "x.safetensors", by="trained", data=[])
     with pytest.raises(MatryoshkaError, match="becomes a folder"):
         reorder(lora, tmp_path / "x.safetensors")
