@@ -193,10 +193,11 @@ def _reasons(module: Any, adapter: str, first: Any, rule: Rule) -> Iterator[tupl
         "a grouped convolution ties columns of B to groups. Leave it out of target_modules",
     )
     yield module.merged, "an adapter is merged into it. Call unmerge_adapter() first"
+    if rule.name == "lora":
+        return
     # PEFT begins with B at zero, and in embeddings with A at zero.
-    begun = all(bool(factor.count_nonzero()) for factor in factor_parameters(module, adapter))
     yield (
-        rule.name != "lora" and begun,
+        all(bool(factor.count_nonzero()) for factor in factor_parameters(module, adapter)),
         f"its B A is not zero, so rule {rule.name!r} would change what it computes. Use "
         "rule='lora' for an adapter that is trained, or has an initialisation such as pissa",
     )

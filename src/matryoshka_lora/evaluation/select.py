@@ -47,9 +47,10 @@ class Choice:
             apart = found.difference(self.task, other, self.rank)
             if other != self.rank and apart is not None:
                 sure = "" if apart.is_sure else "; they cannot be told apart"
-                better = "better" if apart.value > 0 else "worse"
-                by = with_error(abs(apart.value), apart.error)
-                lines.append(f"  rank {other} is {better} by {by}{sure}")
+                better = "better by" if apart.value > 0 else "worse by" if apart.value else "equal,"
+                lines.append(
+                    f"  rank {other} is {better} {with_error(abs(apart.value), apart.error)}{sure}"
+                )
         if not self.is_sure:
             lines.append("These questions are too few to be sure that it is near enough.")
         return lines
