@@ -1,4 +1,4 @@
-"""`NestedAdapter`: the handle of one nested adapter of a PEFT model."""
+"""`NestedAdapter`: control one nested adapter of a PEFT model."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ By = Literal["svd", "learned", "trained"]
 
 
 class NestedAdapter:
-    """The handle of one nested adapter of a PEFT model. `nest` and `load` make it.
+    """Control one nested adapter of a PEFT model. `nest` and `load` make it.
 
-    What it knows stands in the model's layers. One model is used by one thread at a time.
+    All settings are stored in the model's layers. One model is used by one thread at a time.
 
     Args:
         model: A PEFT model with a nested adapter.
@@ -63,7 +63,7 @@ class NestedAdapter:
 
     @property
     def rule(self) -> Rule:
-        """The rule of training; plain LoRA after `reorder`."""
+        """The training rule; ``lora`` after `reorder`."""
         return self._shared.rule
 
     @property
@@ -135,7 +135,7 @@ class NestedAdapter:
 
     @contextmanager
     def standing(self, q: Tensor) -> Iterator[None]:
-        """Let a relative diagonal stand between the factors of all layers, in every mode.
+        """Use another diagonal q in all layers, in train and eval mode.
 
         Args:
             q: Shape (R,), or (rows, R) for one diagonal per row; the layers compute
@@ -160,14 +160,14 @@ class NestedAdapter:
             shared.overrides.remove(diagonal)
 
     def draw(self, step: int, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> None:
-        """Apply the rule's draw for an optimizer step. `callback` does it in a Trainer.
+        """Draw p for an optimizer step and set it. `callback` does it in a Trainer.
 
         Call it once before each optimizer step, not for each micro-batch.
 
         Args:
             step: The number of optimizer steps done so far.
             rows: The rows of one batch of this process, for a rule with a rank per row.
-            share: ``(index, count)`` of the processes; each gets its part of one draw for all.
+            share: ``(index, count)`` of the processes; each takes its slice of one draw.
         """
         shared, (index, count) = self._shared, share
         if shared.rule.fixed:
@@ -178,7 +178,7 @@ class NestedAdapter:
         shared.training = Diagonal(shared.relative(p), fewer=True)
 
     def callback(self) -> TrainerCallback:
-        """Return what a Trainer's ``add_callback`` takes: it draws the ranks of each step."""
+        """Return the Trainer callback that draws the ranks of each step."""
         # transformers' Trainer is slow to import.
         from matryoshka_lora.callback import NestingCallback
 
@@ -197,7 +197,7 @@ class NestedAdapter:
 
     @torch.no_grad()
     def put_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Write factors of the shapes of `factors` into the layers that are named."""
+        """Write factors, with the shapes that `factors` returns, into the named layers."""
         parameters = self.parameters()
         for name, pair in factors.items():
             for parameter, value in zip(parameters[name], pair, strict=True):
@@ -214,8 +214,8 @@ class NestedAdapter:
     ) -> dict[str, Tensor]:
         """Order each layer's columns so that every prefix is good.
 
-        The full-rank function is unchanged up to rounding, but for ``"trained"``. From then on any
-        rank from 1 to R may be chosen. Training on is plain LoRA of rank R and ends the order.
+        The full-rank function is unchanged up to rounding, except with ``"trained"``. From then on
+        any rank from 1 to R may be chosen. Further training is plain LoRA and ends the order.
 
         Args:
             by: ``"svd"``: each prefix is the closest matrix of its rank (Eckart-Young).
@@ -228,8 +228,8 @@ class NestedAdapter:
             rows: How many rows are used; None is 480 for ``"learned"``, and for ``"trained"`` half
                 as many as the Trainer has trained on, or 3200.
             seed: The seed of the rows and their ranks.
-            checkpoint: A file in which ``"trained"`` keeps what it has done. After a kill, the same
-                call goes on from there. It stays: delete it when the adapter is saved.
+            checkpoint: A checkpoint file for ``"trained"``. After a kill, the same
+                call goes on from there. Delete it after saving.
 
         Returns:
             The singular values of each layer's update before ``"learned"`` and ``"trained"``, by
@@ -237,7 +237,7 @@ class NestedAdapter:
 
         Raises:
             MatryoshkaError: The adapter is merged or sharded, or the data do not go with ``by``.
-            NotFiniteError: A factor is not finite. The adapter is as it was then.
+            NotFiniteError: A factor is not finite. The adapter is unchanged.
         """
         if by not in ("svd", "learned", "trained"):
             raise MatryoshkaError(f"there is no order {by!r}; write 'svd', 'learned' or 'trained'")
@@ -279,7 +279,7 @@ class NestedAdapter:
         return values
 
     def mark_ordered(self, by: str) -> None:
-        """Say that the factors, as they are now, have an order; training on is plain LoRA."""
+        """Record that the current factors are ordered, and set rule ``lora``."""
         shared = self._shared
         rank = shared.rank
         shared.order, shared.checksum = by, self._checksum()
@@ -297,7 +297,7 @@ class NestedAdapter:
 
         Args:
             path: The folder to write.
-            force: Whether a folder that is there may be replaced, whole.
+            force: Whether to replace an existing folder and all its content.
 
         Raises:
             MatryoshkaError: The path exists or cannot be written, or a weight is not finite.
@@ -310,7 +310,7 @@ class NestedAdapter:
         Args:
             path: The folder to write.
             rank: From 1 to R.
-            force: Whether a folder that is there may be replaced, whole.
+            force: Whether to replace an existing folder and all its content.
 
         Raises:
             MatryoshkaError: There is no such rank, or the path exists or cannot be written.
@@ -318,7 +318,7 @@ class NestedAdapter:
         write_rank(self.opened(), path, rank, force=force)
 
     def opened(self) -> AdapterFile:
-        """Return what `matryoshka_lora.files.peft.open_adapter` would, from memory."""
+        """Return the adapter in memory as an `AdapterFile`."""
         shared, config = self._shared, self.model.peft_config[self.name].to_dict()
         config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
         base = config.get("base_model_name_or_path")

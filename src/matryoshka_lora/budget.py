@@ -1,4 +1,4 @@
-"""A rank for each layer: by a share that every layer keeps, or within a size of the file."""
+"""Choose a rank for each layer, by a share to keep or by a file size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 def singular_values(adapter: AdapterFile) -> dict[str, Tensor]:
     """Return the singular values of each layer: shape (R,), or (experts, R), float64.
 
-    They are the norms of columns that are in the order of an SVD, ``s_i = scale |B_i| |A_i|``.
+    They are the norms of columns of factors ordered by SVD, ``s_i = scale |B_i| |A_i|``.
     """
     plan = plan_rank(adapter, {layer.name: layer.rank for layer in adapter.layers})
     return {
@@ -48,7 +48,7 @@ def rank_that_keeps(values: Tensor, share: float) -> int:
         share: Above 0 and at most 1.
     """
     kept = (values.double() ** 2).reshape(-1, values.shape[-1]).cumsum(-1)
-    # A share of 1 is reached by the last value that is not lost in rounding.
+    # A share of 1 ends at the last value that still changes the sum.
     return int((kept[:, :-1] < share * kept[:, -1:]).sum(-1).max()) + 1
 
 
@@ -67,7 +67,7 @@ def by_size(
         max_bytes: How large the file may be, header and all.
 
     Raises:
-        MatryoshkaError: Not even rank 1 in every layer has room.
+        MatryoshkaError: The file is too small for rank 1 in every layer.
     """
     if plan_rank(adapter, most).size <= max_bytes:
         return dict(most)
@@ -93,7 +93,7 @@ def by_size(
             f"the smallest file, with rank 1 in every layer, has {least} bytes, which is more than "
             f"{max_bytes}: write a larger size"
         )
-    # The file grows with each direction, so that the last one with room can be bisected.
+    # The file grows with each direction, so bisect.
     return ranks(bisect_right(range(len(found) + 1), max_bytes, key=size) - 1)
 
 

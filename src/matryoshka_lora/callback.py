@@ -1,4 +1,4 @@
-"""The nesting's part in a Hugging Face Trainer."""
+"""Draw the ranks of a rule inside a Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class NestingCallback(TrainerCallback):
     """Draw the ranks of each optimizer step.
 
     A draw depends on the seed and on ``state.global_step``, which the Trainer restores, and a
-    checkpoint holds the plain function: nothing else has to be saved for a resumed run to go on.
+    checkpoint holds plain LoRA: resuming needs no further state.
     """
 
     def __init__(self, adapter: NestedAdapter) -> None:
@@ -26,7 +26,7 @@ class NestingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse settings under which another function would be trained or saved without a word."""
+        """Refuse settings that would silently train or save another function."""
         rule = self.adapter.rule
         joined = [name for name in ("packing", "padding_free") if getattr(args, name, False)]
         if rule.per_row and joined:
@@ -49,7 +49,7 @@ class NestingCallback(TrainerCallback):
                 "the Trainer averages the factors into a teacher without P, which is another "
                 "function: take rule 'lora'"
             )
-        # A launcher's config may say it, and not the arguments.
+        # Accelerate's config may enable sharding without the Trainer's arguments.
         sharding = AcceleratorState()
         fsdp, zero = getattr(sharding, "fsdp_plugin", None), sharding.deepspeed_plugin
         if (fsdp and fsdp.fsdp_version == 1) or (zero and zero.zero_stage == 3):
@@ -62,7 +62,7 @@ class NestingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Apply the rule's draw for this step."""
-        # A state that was read from a checkpoint has the batch size of that run.
+        # A state from a checkpoint holds the batch size of the earlier run.
         rows = state.train_batch_size if args.auto_find_batch_size else args.train_batch_size
         if args.accelerator_config.split_batches:
             rows //= args.world_size

@@ -34,10 +34,10 @@ _ENDINGS = {"gguf": ".gguf", "single": ".safetensors"}
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Report what `export` wrote.
 
     Attributes:
-        path: Where.
+        path: The path.
         format: The format, or "single" for a single file.
         ranks: One for all layers, one for each by name, or those of a ladder.
         before, after: The bytes of the source's weights, and of those that were written.
@@ -91,7 +91,7 @@ def reorder(
         by: ``"svd"`` needs neither data nor the base model, and keeps the function of the largest
             rank. ``"learned"`` and ``"trained"``: see `NestedAdapter.reorder`.
         data: The training data, for all but ``"svd"``.
-        rows: How many rows of the data are used; None is the method's own number.
+        rows: How many rows of the data are used; None is the default of the order.
         model: The base model; None is what the adapter names.
         revision: The base model's revision on the hub; None is what the adapter names.
         dtype: The base model's dtype; None chooses by the hardware.
@@ -144,7 +144,7 @@ def export(
     revision: str | None = None,
     force: bool = False,
 ) -> Exported:
-    """Write a rank of an adapter in the format that a device or an engine takes.
+    """Write a rank of an adapter in a format for another program.
 
     An adapter that was never reordered is reordered by SVD on the way.
 
@@ -154,11 +154,11 @@ def export(
         rank: The rank. Beside ``keep`` or ``max_bytes``, the most that a layer gets. In a ladder
             the largest one.
         format: ``"peft"``, a folder; ``"merged"``, the base model with the adapter in its weights;
-            ``"ladder"``, a folder of PEFT's for each nested rank; ``"gguf"``, a file for llama.cpp;
+            ``"ladder"``, one PEFT folder per nested rank; ``"gguf"``, a file for llama.cpp;
             ``"mlx"``, a folder for mlx-lm.
         keep: In each layer the smallest rank that keeps this share of the squared singular values,
             such as ``"95%"``.
-        max_bytes: The most that the file of weights may have, such as ``"50MB"``.
+        max_bytes: The maximum size of the weights file, such as ``"50MB"``.
         style: The keys of a single file: ``"kohya"``, ``"diffusers"``, or ``"peft"`` for a folder.
         model: The base model; None is what the adapter names.
         revision: The base model's revision on the hub; None is what the adapter names.
@@ -236,7 +236,7 @@ def _write(
     base: tuple[str | None, str | None],
     force: bool,
 ) -> float:
-    """Write an output; return its error, which a ladder has not."""
+    """Write an output and return its error."""
     if isinstance(ranks, tuple):
         _ladder(adapter, place, ranks, force)
         return 0.0

@@ -39,7 +39,7 @@ def demo(out: Path, steps: int = STEPS) -> None:
     if out.exists():
         raise MatryoshkaError(f"{out} exists already: delete it, or name another with --out")
     facts = table()
-    # Where cores are busy, threads that wait for each other make a step five times slower.
+    # On busy machines, fewer threads are faster.
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     print(
         f"{LINES} made-up names, each with a number. The first {LAYERS} layers of {EMBEDDED}\n"
@@ -94,7 +94,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, facts: dict[str, str]) -> tuple[T
 
 
 def train_adapter(base: Path, tokens: Tensor, mask: Tensor, steps: int = STEPS) -> NestedAdapter:
-    """Train an adapter on a table, as in any loop of one's own, and reorder it by SVD."""
+    """Train an adapter on a table in a plain training loop, and reorder it by SVD."""
     torch.manual_seed(0)
     model = load_model(str(base), torch.float32)
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
@@ -131,7 +131,7 @@ def count_right(adapter: NestedAdapter, tokens: Tensor, mask: Tensor, rank: int)
 
 def _logits(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
     """Return the logits before each digit, shape (rows, digits, vocabulary)."""
-    places = torch.arange(-DIGITS - 1, -1)  # as numbers: after a slice the product is much slower
+    places = torch.arange(-DIGITS - 1, -1)  # indices: slicing makes the product slower
     inputs = {"input_ids": tokens.to(model.device), "attention_mask": mask.to(model.device)}
     logits: Tensor = model(**inputs, logits_to_keep=places).logits
     return logits

@@ -21,17 +21,17 @@ def reorder_factors(
     Args:
         A: Shape (..., R, in). Leading dimensions are experts.
         B: Shape (..., out, R), same dtype and device as A.
-        p: The diagonal between them, shape (R,); None means ones.
-        scale: The factor s that the result will be used with: ``s B' A' = B diag(p) A``.
+        p: The diagonal between B and A, shape (R,); None means ones.
+        scale: The scale s of the result: ``s B' A' = B diag(p) A``.
 
     Returns:
         ``A'``, ``B'`` with the shapes and dtype of A and B, and the singular values of the product,
-        shape (..., R), float64, decreasing; that of a direction without size is 0. They are shared
+        shape (..., R), float64, decreasing; one below rounding is 0. They are shared
         evenly between both factors. The sign is fixed, so that reordering twice changes nothing but
-        the rows of A that belong to directions without size.
+        the rows of A that belong to singular value 0.
     """
     rank = A.shape[-2]
-    # float64, because a product of two fp32 factors has more digits than fp32 and the SVD of a
+    # float64, because a product of two fp32 factors needs more digits than fp32 and the SVD of a
     # near-degenerate core would mix columns. MPS has no float64.
     work = torch.float32 if A.device.type == "mps" else torch.float64
     wide_A, tall_B = A.detach().to(work), B.detach().to(work)
@@ -46,7 +46,7 @@ def reorder_factors(
     sign = torch.where(largest < 0, -1.0, 1.0).to(work)
     left, right = left * sign.mT, right * sign
 
-    # A direction without size keeps its unit row in A and gets zeros in B: the product is the same,
+    # A direction with singular value 0 keeps a unit row in A, zeros in B: the product is the same,
     # and unlike a pair of zeros it can still learn. Where a layer is narrower than R, such
     # directions fill up the missing columns.
     dead = s <= s.amax(dim=-1, keepdim=True) * rank * torch.finfo(s.dtype).eps
@@ -63,10 +63,10 @@ def reorder_factors(
 
 
 def checksum(factors: Iterable[tuple[Tensor, Tensor]]) -> str:
-    """Return a checksum of pairs of factors, which tells whether one of their bits has changed.
+    """Return a checksum of pairs of factors, to detect changes.
 
-    An order of the columns is true for the factors that were reordered and for no others, so the
-    checksum is kept with it. It is computed where the factors are and is no cryptographic hash.
+    An order holds only for the factors that were reordered, so the checksum is stored with it. The
+    sums run on the factors' device. This is not a cryptographic hash.
     """
     total = 0
     for pair in factors:

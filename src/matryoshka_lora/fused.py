@@ -1,15 +1,15 @@
-"""A frozen linear layer and its low-rank update as one differentiable operation.
+"""Compute a frozen linear layer and its low-rank update as one differentiable operation.
 
-``y = x W^T + bias + (x A^T) diag(p) B^T``, with W and the bias frozen. What makes it cheap:
+``y = x W^T + bias + (x A^T) diag(p) B^T``, with W and the bias frozen. It is cheap because:
 
-* A and B are cast to the dtype of x, never x to theirs.
+* A and B are cast to the dtype of x, and x is never cast.
 * p scales the R-wide activation, never the output.
 * Both products are added in place, into the output and into the gradient of x (``addmm``).
 * The backward pass needs x and ``(x A^T) diag(p)``, which is small. Where x is the product of two
-  tensors that autograd keeps anyway, as in the gated MLP of a Llama, x is not saved but multiplied
-  again.
+  tensors that autograd keeps anyway, as in the gated MLP of a Llama, the backward pass
+  recomputes x.
 
-`matryoshka_lora.variant` decides where this operation may stand in for PEFT's forward.
+`matryoshka_lora.variant` decides where this operation may replace PEFT's forward.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def low_rank_linear(
     """Return a frozen linear layer's output with its low-rank update; gradients go to x, A and B.
 
     Args:
-        x: Shape (rows, ..., in), in the dtype that is computed in.
+        x: Shape (rows, ..., in), in the compute dtype.
         weight: Frozen, shape (out, in), dtype of x.
         bias: Frozen, shape (out,), dtype of x, or None.
-        A: Shape (R, in), any floating dtype; usually float32 beside a bfloat16 x.
+        A: Shape (R, in), any floating dtype; usually float32 with a bfloat16 x.
         B: Shape (out, R), dtype of A.
-        p: Shape (R,), or (rows, R) for one diagonal per row of x.
+        p: The diagonal with the scale, shape (R,), or (rows, R) for one diagonal per row of x.
 
     Returns:
         Shape (rows, ..., out), dtype of x.
@@ -52,7 +52,7 @@ def low_rank_linear(
 def low_rank_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, p: Tensor
 ) -> Tensor:
-    """Return what `low_rank_linear` does, by the plain formula and differentiated by autograd."""
+    """Return the same result by the plain formula, differentiated by autograd."""
     if p.ndim == 2:
         p = p.view(p.shape[0], *(1,) * (x.ndim - 2), p.shape[1])
     hidden = (linear(x, A.to(x.dtype)) * at_least_float32(p, x.dtype)).to(x.dtype)
@@ -62,7 +62,7 @@ def low_rank_linear_reference(
 def at_least_float32(p: Tensor, dtype: torch.dtype) -> Tensor:
     """Return p for a product with a tensor of this dtype.
 
-    Half precision would round p, and so a whole column would have a wrong scale.
+    Half precision would round p and mis-scale a whole column.
     """
     return p.to(torch.promote_types(dtype, torch.float32))
 
@@ -102,8 +102,8 @@ class _LowRankLinear(torch.autograd.Function):
         hidden = _hidden(tokens, A, _per_token(p, x, tokens))
         output = linear(tokens, weight, bias)
         output.addmm_(hidden, B.to(x.dtype).t())
-        # For autograd this must be no view, or the model could not change its layer's output in
-        # place.
+        # The output must not be a view, so that models may modify it
+        # in place.
         shaped = torch.ops.aten._unsafe_view(output, (*x.shape[:-1], weight.shape[0]))
         return shaped, hidden
 
@@ -114,8 +114,8 @@ class _LowRankLinear(torch.autograd.Function):
         ctx.save_for_backward(x if left is None else None, left, right, weight, A, B, p, hidden)
         ctx.set_materialize_grads(False)
 
-    # Only differentiable operations, for second derivatives. In those alone, the hidden activation
-    # has a gradient.
+    # Use differentiable operations only, for second derivatives. In those alone, the hidden
+    # activation has a gradient.
     @staticmethod
     def backward(
         ctx: Any, grad_output: Tensor | None, more_hidden: Tensor | None
@@ -149,12 +149,12 @@ def _per_token(p: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _saved_product(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return two tensors whose product is x and which autograd keeps for it, or None twice."""
+    """Return the two tensors that autograd saved for the product x, or (None, None)."""
     node: Any = x.grad_fn
     if type(node).__name__ != "MulBackward0":
         return None, None
     saved = (node._raw_saved_self, node._raw_saved_other)
-    # What a hook has packed is for the backward pass to unpack.
+    # A saved-tensor hook packed them: leave unpacking to the backward pass.
     if any(getattr(tensor, "unpack_hook", True) is not None for tensor in saved):
         return None, None
     try:

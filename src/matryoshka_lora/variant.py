@@ -1,6 +1,6 @@
-"""P in PEFT's own slot for LoRA variants: forward, merge, unmerge, state dict.
+"""Apply P through PEFT's slot for LoRA variants: forward, merge, unmerge and state dict.
 
-All layers of an adapter share one `Shared` object, which says what stands between their factors.
+All layers of an adapter share one `Shared` object, which holds the diagonal between B and A.
 The layers compute ``W x + s B diag(q) A x``. Here s is PEFT's own ``scaling`` and q = p / s, so
 PEFT's functions that change the scaling keep their effect, and q = 1 is plain LoRA to the last bit.
 """
@@ -25,11 +25,11 @@ from matryoshka_lora.nesting import Nesting, Rule
 class Diagonal:
     """Hold one q, of shape (R,) or (rows, R), on every device where a layer asks for it.
 
-    A new draw is a new object, so a backward pass still finds the values of its forward.
+    Each draw makes a new object, so a backward pass after the next draw reads the old values.
 
     Args:
         q: The diagonal, float64.
-        fewer: A batch may have fewer rows than q, as the last batch of an epoch does.
+        fewer: Accept a batch with fewer rows than q, such as the last one of an epoch.
     """
 
     def __init__(self, q: Tensor, fewer: bool = False) -> None:
@@ -46,11 +46,11 @@ class Diagonal:
         return self._moved[device]
 
     def for_rows(self, shape: torch.Size, device: torch.device, spatial: int = 0) -> Tensor:
-        """Return q for an activation of shape (rows, ..., R), which ``spatial`` dimensions follow.
+        """Return q for an activation of shape (rows, ..., R, *spatial).
 
         Raises:
-            MatryoshkaError: Rows have diagonals of their own, and the first dimension is not
-                theirs.
+            MatryoshkaError: q has one diagonal per row, and the first dimension has another
+                length.
         """
         q, given, rows = self.on(device), len(self.q), shape[0]
         if self.q.ndim == 1:
@@ -90,11 +90,11 @@ class Shared:
         seed: The seed of the ranks that the rule draws.
         deploy: ``"paper"`` drops P after training; ``"reordered"`` keeps it in what is saved.
         order: How the factors were reordered, or None.
-        checksum: The checksum of the factors that have the order.
+        checksum: The factors' checksum when they were reordered.
         rank: The rank in eval mode, from 0 to R.
-        training: The diagonal in training; None until the rule has drawn.
+        training: The diagonal in train mode; None until the rule has drawn.
         deployed: The diagonal in eval mode and for merging.
-        overrides: Diagonals that take the place of both; the last one counts.
+        overrides: Diagonals that replace both while their context is open; the last one counts.
     """
 
     nesting: Nesting
@@ -117,7 +117,7 @@ class Shared:
         self.set_rank(self.nesting.max_rank)
 
     def trained(self) -> Tensor:
-        """Return the q of the full-rank function that is trained, shape (R,)."""
+        """Return the q that training optimises at rank R, shape (R,)."""
         if self.rule.fixed:
             return self.relative(self.rule.draw(self.nesting, self.seed, 0))
         return torch.ones(self.nesting.max_rank, dtype=torch.float64)
@@ -130,7 +130,7 @@ class Shared:
         """Return the q that deploys a rank, shape (R,); it is 0 from entry ``rank`` on."""
         first = torch.arange(self.nesting.max_rank) < rank
         own_scale = self.deploy == "paper" or not (self.order or self.rule.fixed)
-        if rank and own_scale:  # the rank was trained as s_r B[:, :r] A[:r]
+        if rank and own_scale:  # each rank was trained with its own scale
             return self.relative(self.nesting.prefix(rank))
         return self.trained() * first
 
@@ -139,10 +139,10 @@ class Shared:
         self.rank, self.deployed = rank, Diagonal(self.at(rank))
 
     def folded(self) -> Tensor | None:
-        """Return what a state dict multiplies the columns of B with, or None for nothing.
+        """Return the q that state dicts fold into B, or None if there is nothing to fold.
 
-        PEFT and the Trainer save state dicts, and read them back. There an adapter is plain LoRA
-        that computes what eval mode does at rank R.
+        PEFT and the Trainer save state dicts, and read them back. There the adapter is plain
+        LoRA and computes the eval-mode function at rank R.
         """
         if self.deploy == "paper" or bool((self.trained() == 1).all()):
             return None
@@ -169,11 +169,11 @@ class NestedVariant(LoraVariant):
         self.shared = shared
 
     def init(self, module: Any, adapter_name: str, **kwargs: Any) -> None:
-        """Leave the layer: PEFT makes the adapter anew, so it is plain until it is nested again."""
+        """Remove the variant: PEFT re-creates the adapter, which is plain until it is nested."""
         module.lora_variant.pop(adapter_name)
 
     def supports_lora_conversion(self) -> bool:
-        """Return whether the factors alone are the adapter, as PEFT's conversion takes them."""
+        """Return whether ``s B A`` is the deployed update, as PEFT's conversion assumes."""
         return self.shared.deployed.is_one
 
     def forward(
@@ -185,7 +185,7 @@ class NestedVariant(LoraVariant):
         if active_adapter in module.lora_embedding_A:
             A, B = module.lora_embedding_A[active_adapter], module.lora_embedding_B[active_adapter]
             update = (diagonal.times(module._embed(x, A.T)) @ B.T) * scaling
-            # Gemma's embeddings multiply their output, and the update belongs inside that factor.
+            # Gemma scales its embeddings; the update must be scaled too.
             inside = module._get_embed_scale() if hasattr(module, "_get_embed_scale") else None
             return result + (update if inside is None else update * inside.to(update.dtype))
         # A and B are called as modules: sharded training gathers their weights at the call.
@@ -208,7 +208,7 @@ class NestedVariant(LoraVariant):
         orig_weight.data += self._delta(module, active_adapter).to(orig_weight.device)
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Return the base weight without the update; the rank cannot change while it is merged."""
+        """Subtract the update. The rank cannot change between merge and unmerge."""
         return _add(module, orig_weight, -self._delta(module, active_adapter))
 
 
@@ -225,7 +225,7 @@ def _folded_into_B(module: Any, adapter: str, diagonal: Diagonal) -> Iterator[No
 
 
 def _columns_times(B: Tensor, q: Tensor) -> Tensor:
-    """Return B of shape (out, R, ...) with q on its columns; B may be spread over processes."""
+    """Return B of shape (out, R, ...) with q on its columns; B may be a DTensor."""
     q = q.to(B.device, torch.promote_types(B.dtype, torch.float32)).view(
         1, -1, *(1,) * (B.ndim - 2)
     )
@@ -263,7 +263,7 @@ def attach(module: Any, adapter: str, shared: Shared) -> None:
 
 
 def _forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Stand in for the forward of PEFT's linear layer: fused where nothing is in the way."""
+    """Replace the forward of PEFT's linear layer; use the fused operation where possible."""
     diagonal = None if args or kwargs else _fusable(module, x)
     if diagonal is None:
         result: Tensor = type(module).forward(module, x, *args, **kwargs)
@@ -280,7 +280,7 @@ def _forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _forward_embedding(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Stand in for the forward of PEFT's embedding, which has no variants in mixed batches."""
+    """Replace the forward of PEFT's embedding, which calls no variants in mixed batches."""
     with ExitStack() as stack:
         for adapter in set(kwargs.get("adapter_names") or ()):
             variant = module.lora_variant.get(adapter)
@@ -292,7 +292,7 @@ def _forward_embedding(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Ten
 
 
 def _fusable(module: Any, x: Tensor) -> Diagonal | None:
-    """Return the diagonal if the layer may be fused: in training, or where rows have ranks.
+    """Return the diagonal if the fused operation may run, in training or under `rows`, or None.
 
     In training the fused operation runs with gradients or without: TRL compares the two, and they
     must be the same to the last bit. In eval mode a single rank is PEFT's result to the last bit.

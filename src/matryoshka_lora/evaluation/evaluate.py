@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from matryoshka_lora.adapter import NestedAdapter
 
-_Backend = tuple[Any, Callable[[int], object], str]  # who answers, how it gets a rank, its dtype
+_Backend = tuple[Any, Callable[[int], object], str]  # model, its setter of the rank, dtype
 
 
 def evaluate(
@@ -78,7 +78,7 @@ def evaluate(
             is 32,768. With vLLM, the most questions of a batch.
         engine: ``"vllm"``: the harness' backend for vLLM, with one LoRA request for each rank.
         base: Whether the base model without the adapter is measured too.
-        force: Whether the folder to write may be replaced, whole.
+        force: Whether to replace an existing folder and all its content.
         progress: Whether bars, and results before the last task, are shown on stderr.
 
     Raises:
@@ -136,7 +136,7 @@ def _chosen(
 
 
 def _has_base(config: Mapping[str, Any]) -> bool:
-    """Return whether the base model is left where the update is off."""
+    """Return whether rank 0 is the base model."""
     whole = any(config.get(key) for key in ("modules_to_save", "trainable_token_indices"))
     return not whole and config.get("bias", "none") == "none"
 

@@ -54,9 +54,9 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
     A request is answered at all ranks when it first comes, and the answers are remembered.
 
     Args:
-        adapter: Its model answers.
+        adapter: The adapter to evaluate.
         tokenizer: The base model's.
-        ranks: At which requests are answered; 0 is the base model.
+        ranks: The ranks; 0 is the base model.
         batch_tokens: The most tokens, over all rows, whose keys and values one batch holds.
         progress: Whether bars are shown.
 
@@ -123,8 +123,8 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
         if self.together and generates and all(self._is_greedy(each.args[1]) for each in requests):
             return self._generated(requests)
         if self.together and not generates:
-            # The harness' code makes tokens of requests and adds up windows. What it gets and
-            # returns has one entry for each rank here.
+            # The harness' code makes tokens of requests and adds up windows. Our
+            # `_loglikelihood_tokens` returns one entry per rank to it.
             self.batch_size_per_gpu = 2**30
             found = ask(requests, disable_tqdm=not self.progress)
             places = enumerate(self.ranks)
@@ -232,7 +232,7 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
         return Tree(tuple(ids[0].tolist()), ids.shape[1], [(number, ())])
 
     def _written(self, begin: Rows | None, prompts: list[Tree], limits: Limits) -> Iterator[Answer]:
-        """Yield answers that are over. Their rows leave, and waiting prompts take their place."""
+        """Yield finished answers, and replace their rows by waiting prompts."""
         pairs = [(tree, rank) for tree in prompts for rank in self.ranks]
         pairs.sort(key=lambda pair: len(pair[0].tokens))
         most = max(1, self.batch_tokens // (len(pairs[-1][0].tokens) + limits.most))
@@ -277,7 +277,7 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
 
     def _chunks(self, new: list[int], keep: list[int], before: int) -> Iterator[tuple[int, int]]:
         """Yield from which to which row one forward goes, by each row's new tokens and logits."""
-        # On a processor, small forwards have less padding and stay in its caches.
+        # On a CPU, small forwards have less padding and stay in its caches.
         most_new = 512 if self.device.type == "cpu" else max(1, self.batch_tokens // 8)
         limits = self.batch_tokens, most_new, _LOGITS // self.vocab_size
         start = 0

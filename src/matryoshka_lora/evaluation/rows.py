@@ -1,4 +1,4 @@
-"""What `ManyRanks` computes with: rows of a batch with their cache, answers, scores, prefixes."""
+"""Hold the state of `ManyRanks`: rows of a batch with their cache, answers, scores, prefixes."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _pairs(rows: Rows) -> list[tuple[Tensor, Tensor]]:
 
 @dataclass
 class Answer:
-    """What one row has written until now."""
+    """Hold an unfinished answer."""
 
     number: int
     rank: int
@@ -150,7 +150,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Limits:
-    """Where an answer ends, as in the harness with one prompt a batch.
+    """Say when an answer ends, as the harness does with one prompt a batch.
 
     Attributes:
         most: The most tokens.

@@ -12,7 +12,7 @@ from matryoshka_lora.evaluation.results import Evaluation, with_error
 
 @dataclass(frozen=True)
 class Choice:
-    """A rank, and what speaks for it.
+    """Report the chosen rank and the evidence.
 
     Attributes:
         rank: The chosen one.
@@ -72,7 +72,7 @@ def select(
         task: The task to choose by; may be None where there is only one.
 
     Raises:
-        MatryoshkaError: There is no such evaluation or task, no wish, or no rank that meets it.
+        MatryoshkaError: There is no such evaluation or task, no limit, or no rank that meets it.
     """
     found = evaluation if isinstance(evaluation, Evaluation) else Evaluation.read(evaluation)
     task = found.task(task)

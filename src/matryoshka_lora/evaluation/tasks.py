@@ -24,7 +24,7 @@ _SEED = 1234  # the harness' own
 _EXTRA_TOKENS = 8  # how many tokens more than the longest completion an answer may have
 
 Asked = tuple[str, Any]
-"""What an evaluation calls it, and what the harness' ``TaskManager.load`` returned."""
+"""The task's name in the evaluation, and what the harness' ``TaskManager.load`` returned."""
 
 
 def load_task(name: str) -> Asked:
@@ -99,7 +99,7 @@ def judge(lm: Any, loaded: Any, num_fewshot: int | None, limit: int | None) -> d
 
 @cache
 def _manager(defaults: bool) -> TaskManager:
-    return TaskManager(include_defaults=defaults)  # thousands of files are read to know the names
+    return TaskManager(include_defaults=defaults)  # reads thousands of YAML files
 
 
 def _seed() -> None:

@@ -1,1 +1,1 @@
-"""Adapters on disk: opened, cut and written. It needs torch and safetensors alone."""
+"""Open, cut and write adapter files. It needs torch, safetensors, tqdm, and gguf for GGUF."""

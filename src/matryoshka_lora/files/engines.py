@@ -1,4 +1,4 @@
-"""A rank of an adapter as llama.cpp and mlx-lm read it."""
+"""Write one rank of an adapter for llama.cpp and mlx-lm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matryoshka_lora.files.layers import Layer, Plan
 from matryoshka_lora.files.peft import CONFIG_NAME
 
 # transformers' model_type: the architecture in gguf's words. The tests compare each of them, since
-# mlx-lm leaves out without a word what it does not find.
+# mlx-lm silently skips unknown keys.
 _ARCHITECTURES = {name: name for name in ("llama", "qwen2", "qwen3", "gemma", "gemma2")}
 _ARCHITECTURES |= {"mistral": "llama", "gemma3_text": "gemma3"}
 _IN_A_BLOCK = re.compile(r"model\.layers\.\d+\.(.+)")
@@ -25,8 +25,8 @@ _IN_A_BLOCK = re.compile(r"model\.layers\.\d+\.(.+)")
 def write_gguf(plan: Plan, file: Path, base: Mapping[str, Any]) -> None:
     """Write a plan of `plan_rank` for llama.cpp: one GGUF file in float32.
 
-    llama.cpp multiplies ``B A`` with the file's alpha over the rank of the tensor. It knows one
-    alpha, so that B takes what differs between layers.
+    llama.cpp multiplies ``B A`` with the file's alpha over the rank of the tensor. A file has one
+    alpha; differences between layers are folded into B.
 
     Args:
         plan: The rank.
@@ -34,7 +34,7 @@ def write_gguf(plan: Plan, file: Path, base: Mapping[str, Any]) -> None:
         base: ``config.json`` of the base model.
 
     Raises:
-        MatryoshkaError: llama.cpp has no place for the base model or a layer.
+        MatryoshkaError: llama.cpp does not support the base model or a layer.
     """
     import gguf
 
@@ -61,13 +61,15 @@ def write_gguf(plan: Plan, file: Path, base: Mapping[str, Any]) -> None:
 def _permuted(B: Tensor, layer: Layer, base: Mapping[str, Any]) -> Tensor:
     """Return the rows of a q or k projection as pairs of the two halves of each head.
 
-    The rotary embedding of llama.cpp's Llama wants them so.
+    llama.cpp's Llama expects this order.
     """
     last, heads = layer.name.rpartition(".")[2], base["num_attention_heads"]
     if last not in ("q_proj", "k_proj"):
         return B
     if last == "k_proj":
         heads = base.get("num_key_value_heads") or heads
+    if len(B) % (2 * heads):
+        raise MatryoshkaError(f"{layer.name} does not fit the base model: give it with --model")
     return B.reshape(heads, 2, len(B) // heads // 2, -1).swapaxes(1, 2).reshape(B.shape)
 
 
@@ -93,7 +95,7 @@ def missing_rope(base: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that mlx-lm misses in a ``config.json`` that transformers 5 has written.
 
     transformers 5 writes ``rope_parameters``, by kind of layer in some models. mlx-lm reads fields
-    at the top, and takes a base of 10000 without a word where there are none.
+    at the top, and silently falls back to a base of 10000.
     """
     rope = base.get("rope_parameters") or {}
     whole = rope.get("full_attention", rope)
@@ -106,7 +108,7 @@ def missing_rope(base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(plan: Plan, base: Mapping[str, Any], reader: str) -> None:
-    """Raise MatryoshkaError unless the reader knows the base model and each layer in its blocks."""
+    """Raise MatryoshkaError unless the reader supports the base model and every layer."""
     strange = [*plan.adapter.others]
     for _, x in plan.layers:
         is_linear = x.experts == 1 and len(x.A.shape) == 2 and x.key_A.endswith(".lora_A.weight")

@@ -1,4 +1,4 @@
-"""What a LoRA file is in memory: layers that are read one at a time, cut, and written."""
+"""Represent a LoRA file in memory: layers are read, cut and written one at a time."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ NOTE = "matryoshka_lora"
 
 @dataclass(frozen=True)
 class Layer:
-    """One pair of factors in a file.
+    """Describe one pair of factors in a file.
 
     Attributes:
         name: The module's name in the base model, or the name of the pair in a single file.
         key_A, key_B: The keys of A and B.
         A, B: Their tensors, with the shapes that they have in the file.
         rank: The rank of this layer.
-        scale: The number before ``B A``.
-        experts: How many pairs are stacked in it.
+        scale: The scale s of ``s B A``.
+        experts: The number of stacked pairs.
         key_alpha: The key of its alpha, where a single file has one.
     """
 
@@ -51,11 +51,11 @@ class Layer:
 
     @property
     def width(self) -> int:
-        """How many numbers one more rank adds: in + out, times the experts."""
+        """The number of parameters per rank: in + out, times the experts."""
         return (math.prod(self.A.shape) + math.prod(self.B.shape)) // self.rank
 
     def at(self, rank: int, scale: float) -> Layer:
-        """Return the layer with another rank and scale, and tensors that are not there yet."""
+        """Return the layer at another rank and scale. Its tensors cannot be read."""
         rows = rank * self.experts
         A = self.A._replace(shape=(rows, *self.A.shape[1:]))
         B = self.B._replace(shape=(self.B.shape[0], rows, *self.B.shape[2:]))
@@ -80,7 +80,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An opened adapter. Tensors are read when they are asked for.
+    """Describe an opened adapter. Tensors are read on use.
 
     Attributes:
         name: Its path, for messages.
@@ -90,7 +90,7 @@ class AdapterFile:
         metadata: The metadata of its file.
         nesting, order: Ranks and scales of a nested adapter, and how its factors were reordered;
             None where they were not.
-        files: Its files with tensors; none where it is in memory.
+        files: Its files with tensors; empty for an adapter in memory.
     """
 
     name: str
@@ -104,7 +104,7 @@ class AdapterFile:
 
     @property
     def is_single(self) -> bool:
-        """Whether it is a single file and not PEFT's folder."""
+        """Whether the adapter is a single file, not a PEFT folder."""
         return not self.config
 
     @property
@@ -150,16 +150,16 @@ class AdapterFile:
             raise MatryoshkaError(f"{self.name} has no rank {rank!r}: choose one of {several}")
 
     def scale_at(self, layer: Layer, rank: int) -> float:
-        """Return the number before the first ``rank`` columns of a layer that is in order."""
+        """Return the scale of a rank of an ordered layer."""
         if self.nesting and self.order == "paper":
             return self.nesting.scale_at(rank)
         return layer.scale
 
     def cut(self, layer: Layer, rank: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a layer at a rank, as factors before which another scale stands.
+        """Return a layer's factors at a rank, rescaled for another scale.
 
-        Factors without an order are reordered by SVD first. A rank above the layer's own is filled
-        up with directions of size 0.
+        Factors without an order are reordered by SVD first. Ranks above the layer's own are
+        padded with zeros.
 
         Returns:
             A of shape (..., r, in), B of shape (..., out, r), with experts in front, and what each
@@ -188,7 +188,7 @@ class AdapterFile:
 
 
 def _lost(A: Tensor, B: Tensor, scales: list[float]) -> Tensor:
-    """Return what each rank from 0 to R leaves out, where ``scales`` stand before ranks 1 to R."""
+    """Return the squared error of each rank from 0 to R; ``scales`` are those of 1 to R."""
     # |B diag(d) A|^2 = d^T G d with G = (B^T B) * (A A^T), so no dense matrix is formed. A row of d
     # is the difference of the diagonals at rank R and at a rank from 0 on.
     A, B, rank = A.double(), B.double(), len(scales)
@@ -200,7 +200,7 @@ def _lost(A: Tensor, B: Tensor, scales: list[float]) -> Tensor:
 
 
 def rank_and_scale(config: Mapping[str, Any], name: str, where: str) -> tuple[int, float]:
-    """Return what PEFT's config says of a layer: its rank and the number before ``B A``."""
+    """Return what PEFT's config says of a layer: its rank and its scale."""
 
     def of(pattern: str, field: str) -> Any:
         # PEFT matches patterns at the end of a name, from a dot on; the first one counts.
@@ -222,10 +222,10 @@ def rank_and_scale(config: Mapping[str, Any], name: str, where: str) -> tuple[in
 
 @dataclass(frozen=True)
 class Plan:
-    """An output before a number of it is computed.
+    """Describe an output before its tensors are computed.
 
     Attributes:
-        adapter: What the output is made of.
+        adapter: The source.
         layers: Each layer as it is, and as it will be, sorted by name.
         others: All tensors of the output that are no factors, by their keys there.
         metadata: The metadata; `write` puts the checksum into the nesting there.
@@ -253,11 +253,11 @@ class Plan:
 
     @property
     def size(self) -> int:
-        """How many bytes a file of it will have."""
+        """The output file's size in bytes."""
         return file_size(self.stored, self.metadata)
 
     def error(self, rank: int | None = None) -> float:
-        """Return the norm of what is left out over that of the update: here, or at a rank."""
+        """Return the relative error of the output, or of a rank."""
         whole = left = 0.0
         for _, new in self.layers:
             own = self.lost[new.name]
@@ -266,7 +266,7 @@ class Plan:
         return math.sqrt(left / whole) if whole > 0 else 0.0
 
     def each(self) -> Iterator[tuple[Layer, Tensor, Tensor]]:
-        """Compute one layer after the other, and show that in a terminal if it takes a second."""
+        """Compute the layers one by one, with a progress bar after a second."""
         with one_thread():
             for old, new in tqdm(self.layers, unit=" layers", leave=False, disable=None, delay=1):
                 A, B, self.lost[new.name] = self.adapter.cut(old, new.rank, new.scale)
@@ -294,7 +294,7 @@ class Plan:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep torch to one thread: on small matrices its threads cost ten times what they bring."""
+    """Limit torch to one thread: on small matrices several threads are slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,7 +1,7 @@
 """Put outputs into place: everything is written aside and then renamed.
 
-A failure or a kill leaves the old place or the new one. Only a kill between the two renames of a
-forced folder leaves both whole beside the place, named ``.NAME.*.old`` and ``.NAME.*.new``.
+After a failure or a kill the path holds the old output or the new one. Only a kill between the two
+renames of a forced folder leaves both beside it, as ``.NAME.*.old`` and ``.NAME.*.new``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def check_place(path: PathLike, force: bool = False, sources: Sequence[Path] = (
         MatryoshkaError: The place is taken, or it holds a source or the current folder.
     """
     place = Path(path)
-    # In the hub's cache a file is a link, so that it resolves to another folder than its own.
+    # In the hub's cache files are symlinks: check the folders of link and target.
     kept = (Path(), *sources, *(file.parent for file in sources))
     if any(place.resolve() in (each.resolve(), *each.resolve().parents) for each in kept):
         raise MatryoshkaError(
@@ -49,11 +49,11 @@ def check_place(path: PathLike, force: bool = False, sources: Sequence[Path] = (
 def new_folder(
     path: PathLike, force: bool = False, sources: Sequence[Path] = (), folder: bool = True
 ) -> Iterator[Path]:
-    """Give a new folder to write into; at the end of the block it is renamed to ``path``.
+    """Yield a temporary folder, and rename it to ``path`` at the end.
 
-    What is at the place is moved aside whole before, and deleted after.
+    An existing path is moved aside first and deleted last.
 
-    Args and Raises: as `check_place`, or the disk refuses.
+    Args and Raises: as `check_place`, or a file system error.
     """
     place = check_place(path, force, sources)
     fresh = place.absolute().with_name(f".{place.name}.{secrets.token_hex(4)}.new")

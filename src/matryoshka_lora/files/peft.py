@@ -33,7 +33,7 @@ Ranks = int | Mapping[str, int]
 """One rank for all layers, or one for each by its name."""
 
 _SUFFIXES = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
-# What is stored as factors and computes something else than s B A.
+# LoRA variants whose files hold factors, but whose update is not s B A.
 _OTHER_METHODS = (
     *("use_dora", "use_bdlora", "use_qalora", "kasa_config", "velora_config", "monteclora_config"),
     *("arrow_config", "alora_invocation_tokens", "lora_bias"),
@@ -41,18 +41,18 @@ _OTHER_METHODS = (
 _INITS = ("pissa", "corda", "olora", "lora_ga", "loftq")
 _US = "[matryoshka-lora](https://arxiv.org/abs/2605.07850)"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# What others call the base model that is embedded in a package.
+# The hub id of the base model that is embedded in a package.
 _HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def open_adapter(path: PathLike) -> AdapterFile:
     """Open a LoRA adapter: PEFT's folder, also sharded, or a single ``.safetensors`` file.
 
-    A nesting that was not written for the factors that are there is left out: whoever else writes
-    weights drops the nesting or changes the factors, and the adapter is plain LoRA then.
+    The nesting counts only if its checksum matches the factors. Otherwise the adapter is plain
+    LoRA.
 
     Raises:
-        MatryoshkaError: It is none, it is damaged, or it is of a kind that has no ranks to choose.
+        MatryoshkaError: The path is no LoRA adapter, is damaged, or is a variant without ranks.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -96,7 +96,7 @@ def from_tensors(
     """Return an adapter in memory as if it had been opened.
 
     Args:
-        name: For messages.
+        name: The name in error messages.
         config: PEFT's, as ``LoraConfig.to_dict()`` gives it, with lists for its sets.
         tensors: PEFT's state dict, as ``get_peft_model_state_dict`` gives it.
         nesting, order: See `AdapterFile`.
@@ -110,7 +110,7 @@ def from_tensors(
 def write_nested(adapter: AdapterFile, path: PathLike, force: bool = False) -> None:
     """Write a nested adapter that plain PEFT reads as the one of its largest rank.
 
-    Factors without an order are reordered by SVD. Ranks that differ by layer are filled up. An
+    Factors without an order are reordered by SVD. Smaller layers are padded to R. An
     adapter that is not nested gets the ranks 1, 2, 4, ... R. Raises: as `write_rank`.
     """
     order, scaling = adapter.order or "svd", adapter.nesting.scaling if adapter.nesting else "none"
@@ -127,7 +127,7 @@ def write_rank(adapter: AdapterFile, path: PathLike, rank: Ranks, force: bool = 
     their own rank where that is smaller.
 
     Returns:
-        The norm of what is left out over the norm of the update.
+        The relative error: the norm of the removed part over that of the update.
 
     Raises:
         MatryoshkaError: There is no such rank, the layers cannot have ranks of their own, or the
@@ -144,7 +144,7 @@ def write_rank(adapter: AdapterFile, path: PathLike, rank: Ranks, force: bool = 
 
 
 def plan_rank(adapter: AdapterFile, rank: Ranks, metadata: Mapping[str, str] | None = None) -> Plan:
-    """Return the weights of `write_rank` before they are computed; see there."""
+    """Return the `Plan` of `write_rank`."""
     own = {layer.name: rank for layer in adapter.layers} if isinstance(rank, int) else rank
     for each in set(own.values()):
         adapter.check_rank(each)
@@ -179,7 +179,7 @@ def _card(plan: Plan, config: Mapping[str, Any], order: str | None) -> str:
     is_id = bool(_HUB_ID.fullmatch(base)) and not Path(base).exists()
     head = ["library_name: peft", "tags:", "- lora", "- matryoshka-lora"]
     head += [f"base_model: {base}"] if is_id else []
-    # The folders of this machine are nobody's business.
+    # Do not publish local paths.
     title = f"LoRA of rank {plan.rank} for {base if is_id else Path(base).name}"
     text = f"PEFT, vLLM and others read this folder as rank {plan.rank}. {_US} wrote it."
     if order is not None:
@@ -212,7 +212,7 @@ def _config_of(plan: Plan) -> dict[str, Any]:
 
 
 def _check_config(config: dict[str, Any], where: str) -> None:
-    """Refuse what is no LoRA, or is stored as factors and computes something else than s B A."""
+    """Refuse adapters that are not LoRA, or whose update is not s B A."""
     method = next((name for name in _OTHER_METHODS if config.get(name)), "")
     init, reason = str(config.get("init_lora_weights")), ""
     if config.get("peft_type") != "LORA":
@@ -225,7 +225,7 @@ def _check_config(config: dict[str, Any], where: str) -> None:
             "PEFT's path_initial_model_for_weight_conversion"
         )
     elif config.get("target_parameters") and config.get("rank_pattern"):
-        # PEFT makes them of 'all-linear' for routed experts.
+        # 'all-linear' creates such patterns for routed experts.
         reason = "its target_parameters have ranks by layer: train again, and name all layers"
     if reason:
         raise MatryoshkaError(f"{where} has no lower ranks: {reason}")
@@ -259,7 +259,7 @@ def _find_layers(
             name, key_B = module.removeprefix("base_model.model."), module + partner
             rank, scale = rank_and_scale(config, name, where)
             B, rows = stored.get(key_B), A.shape[0] if A.shape else 0
-            # Parameters with experts have R rows for each of them.
+            # Expert parameters hold R rows per expert.
             experts = rows // rank if config.get("target_parameters") else 1
             fits = A.is_factor and rows == experts * rank
             if not (fits and B and B.is_factor and B.shape[1] == rows):

@@ -1,4 +1,4 @@
-"""Single files, as image and video models have them, in the styles of kohya, diffusers and others.
+"""Read and write single-file LoRAs in the styles of kohya, diffusers and others.
 
 kohya writes ``NAME.lora_down.weight``, ``NAME.lora_up.weight`` and ``NAME.alpha``, where the scale
 is alpha / rank. diffusers writes ``NAME.lora_A.weight`` and ``NAME.lora_B.weight``, and an alpha,
@@ -77,7 +77,7 @@ def open_single(file: Path) -> AdapterFile:
 def plan_single(adapter: AdapterFile, ranks: Mapping[str, int]) -> Plan:
     """Return a single file before it is computed; no layer gets more than its own rank.
 
-    All layers get one alpha, the largest rank: diffusers knows no other where ranks differ.
+    All layers get one alpha, the largest rank: diffusers supports one where ranks differ.
     """
     own = {layer.name: min(ranks[layer.name], layer.rank) for layer in adapter.layers}
     alpha, layers, others = max(own.values()), list[tuple[Layer, Layer]](), dict(adapter.others)
@@ -94,7 +94,7 @@ def in_style(adapter: AdapterFile, style: Style) -> AdapterFile:
     """Return a single file with the keys of another style; ``"peft"`` makes it PEFT's folder.
 
     Raises:
-        MatryoshkaError: The style has no name for a layer, or nothing says what its name is.
+        MatryoshkaError: The style has no name for a layer, or its module's name is unknown.
     """
     if adapter.others:
         raise MatryoshkaError(f"{adapter.name} is more than pairs of factors: leave its style")
@@ -193,7 +193,7 @@ def _part(module: str) -> tuple[str, str]:
 
 
 def _metadata(adapter: AdapterFile, layers: list[Layer], alpha: int) -> dict[str, str]:
-    """Return the metadata of a file, in which what speaks of ranks is renewed."""
+    """Return the file's metadata with updated rank fields."""
     kept = {key: x for key, x in adapter.metadata.items() if key not in (*_HASHES, _CONFIGS)}
     if "ss_network_dim" in kept:
         alike = {layer.rank for layer in layers} == {alpha}
@@ -206,7 +206,7 @@ def _metadata(adapter: AdapterFile, layers: list[Layer], alpha: int) -> dict[str
 
 
 def _lora_configs(adapter: AdapterFile, layers: list[Layer]) -> dict[str, Any]:
-    """Return the LoraConfigs by which diffusers gives each layer its rank, and the scale 1."""
+    """Return the LoraConfigs that tell diffusers each layer's rank, with scale 1."""
     found, given = dict[str, Any](), _configs(adapter.metadata, adapter.name)
     ranks = dict[str, dict[str, int]]()
     for layer in layers:

@@ -24,7 +24,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Stored(NamedTuple):
-    """A tensor that is read when it is needed."""
+    """Describe a tensor that is read on use."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -54,7 +54,7 @@ def open_tensors(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """
     stored = dict[str, Stored]()
     try:
-        if not file.is_file():  # a pipe would be waited for
+        if not file.is_file():  # opening a pipe would block
             raise FileNotFoundError("there is no such file")
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - it is no mapping
@@ -67,7 +67,7 @@ def open_tensors(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def _read(file: Path, key: str) -> Tensor:
-    # Opened for each tensor, so that no mapping of the whole file counts as memory in use.
+    # Reopen the file for each tensor: a long-lived mmap would count as used memory.
     with safe_open(file, "pt") as opened:
         tensor: Tensor = opened.get_tensor(key)
     return tensor
@@ -89,7 +89,7 @@ def _damaged(file: Path, reason: Exception) -> MatryoshkaError:
 def new_tensors(
     file: Path, stored: Mapping[str, Stored], metadata: dict[str, str]
 ) -> Iterator[Callable[[str, Tensor], None]]:
-    """Give a function that writes one tensor after the other, in any order, to a new file.
+    """Yield a function that writes tensors to a new file, in any order.
 
     Args:
         file: A file that does not exist yet.

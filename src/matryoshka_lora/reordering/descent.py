@@ -33,7 +33,7 @@ def descending(adapter: NestedAdapter) -> Iterator[None]:
     devices = {parameter.device for parameter, _ in flags if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         try:
-            # A layer checkpoints in train mode alone; its parts stay in eval mode.
+            # Checkpointing works in train mode only; submodules stay in eval mode.
             for module, _ in modes:
                 module.training = bool(vars(module).get("gradient_checkpointing"))
             model.requires_grad_(False)
@@ -64,7 +64,7 @@ def loss_at(
         adapter: One in `descending`.
         rows: What computes the loss.
         step: The batches.
-        use: Gets each batch's share in the loss, while its rank stands.
+        use: Called with each batch's share of the loss, while the rank is set.
 
     Raises:
         NotFiniteError: The loss is NaN or infinite.
@@ -114,7 +114,7 @@ def gradients_at(adapter: NestedAdapter, rows: Rows, step: Step) -> tuple[Factor
 
 
 def in_float32(tensor: Tensor) -> Tensor:
-    """Return the tensor in float32, or in float64 where it is that."""
+    """Return the tensor in float32, or float64 unchanged."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matryoshka_lora.adapter import NestedAdapter
 
 STEPS, ROWS = 40, 12  # the steps, where no number of rows is given, and the rows of a step
-JUDGES = 48  # at most; 12 have turned down orders that were better on other rows
+JUDGES = 48  # at most; with 12, good orders were rejected
 LEARNING_RATE = 0.02  # at R = 32, chosen on validation data
 
 
@@ -29,12 +29,12 @@ def learn(adapter: NestedAdapter, rows: Rows, count: int | None = None, seed: in
     """Order each layer's directions by the loss of its prefixes, from the order that they have.
 
     The full-rank function stays as it is, to rounding. Each row of a step has a nested rank below
-    R, every rank as often as the others. If these ranks lose more in the mean on the rows that
-    judge, the first order stays, with a warning.
+    R, every rank as often as the others. If these ranks lose more in the mean on the held-out
+    rows, the first order stays, with a warning.
 
     Args:
         adapter: One that is reordered by SVD.
-        rows: What `matryoshka_lora.reordering.rows.read_data` returns.
+        rows: The rows, from `matryoshka_lora.reordering.rows.read_data`.
         count: The number of rows to learn from; None is 480.
         seed: The seed of the rows' order and of their ranks.
 

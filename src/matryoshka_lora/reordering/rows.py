@@ -22,9 +22,9 @@ from torch.utils.data import IterableDataset
 
 from matryoshka_lora.errors import MatryoshkaError
 
-Batch = dict[str, Any]  # what the model gets of some rows, with their labels
+Batch = dict[str, Any]  # model inputs with labels
 
-FEWEST, HELD_OUT = 16, 8  # rows without an evaluation set, and one in so many of them judges
+FEWEST, HELD_OUT = 16, 8  # fewest rows without an evaluation set; one in 8 is held out
 
 
 @dataclass
@@ -35,9 +35,9 @@ class Rows:
     collate: Callable[[list[Any]], Mapping[str, Any]]  # makes a batch with labels
     loss: Callable[[Batch], Tensor]  # the mean loss of a batch
     device: torch.device
-    at_once: int = 12  # rows in a batch at most
+    at_once: int = 12  # maximum batch size
     rate: float | None = None  # the learning rate of training, if its optimizer is like Adam
-    seen: int | None = None  # rows of training, each counted as often as it came
+    seen: int | None = None  # number of rows seen in training, with repetitions
     held_out: Rows | None = None  # rows that are kept for evaluation
     quiet: bool = False  # show no progress
 
@@ -46,7 +46,7 @@ class Rows:
 
     @property
     def judging(self) -> Rows:
-        """The rows of which some judge."""
+        """The rows from which held-out rows are drawn."""
         return self.held_out or self
 
     def batches(self, numbers: Sequence[int]) -> list[Batch]:
@@ -64,11 +64,11 @@ class Rows:
 
         Args:
             count: The number of rows to learn from.
-            judged: The largest number of rows that judge.
+            judged: The largest number of held-out rows.
             seed: The seed of the orders.
 
         Raises:
-            MatryoshkaError: There are too few rows, or none of those that judge has a label.
+            MatryoshkaError: There are too few rows, or no held-out row has a label.
         """
         out: set[bytes] = set()
         judging, size = self.judging, len(self.data)
@@ -112,7 +112,7 @@ def _orders(size: int, seed: int) -> Iterator[list[int]]:
 
 
 def read_data(model: Any, data: Any, tokenizer: Any = None) -> Rows:
-    """Return the rows of whatever holds some, and touch nothing.
+    """Read rows from a Trainer, a dataset, a list or a file. Change nothing.
 
     Args:
         model: The PEFT model, not wrapped.
@@ -186,7 +186,7 @@ def _tokens(tokenizer: Any, row: Any, number: int, limit: int | None) -> dict[st
         chat = partial(tokenizer.apply_chat_template, tools=row.get("tools"), return_dict=True)
         before = chat(prompt, add_generation_prompt=True)["input_ids"]
         whole = chat(prompt + answer)["input_ids"]
-    # The answer begins where the two part: tokens at the seam may merge.
+    # The answer begins where the two token lists differ: tokens at the boundary may merge.
     pairs = enumerate(zip(before, whole, strict=False))
     start = next((place for place, (a, b) in pairs if a != b), min(len(before), len(whole)))
     return {"input_ids": whole[:limit], "labels": ([-100] * start + whole[start:])[:limit]}

@@ -45,14 +45,14 @@ def train_ranks(
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> bool:
-    """Give each nested rank below R some steps of its own.
+    """Train each nested rank below R for some steps.
 
     Let D be a layer's update. The ranks are taken in rising order. The block of columns that a rank
     adds begins as the leading ones of what the earlier blocks leave of D. It alone is trained, in
     float32, by the loss of the prefix that ends with it. The last block is not trained: it is the
     leading directions of what is left, so rank R loses only the smallest ones.
 
-    A block that loses more than its start, on the rows that judge, goes back to it. If the nested
+    A block is reset if its held-out loss is higher than at its start. If the nested
     ranks do not lose less than before in the mean, or R loses more by `MOST_LOST`, the factors are
     those of the SVD again, with a warning.
 
@@ -101,12 +101,12 @@ def share_out(steps: int, ranks: Sequence[int]) -> dict[int, int]:
 
 
 class _Run:
-    """The training of one block after another.
+    """Train one block after another.
 
     Attributes:
-        whole: The factors before, in float32 at least.
+        whole: The factors at the start, in float32 at least.
         now: The factors in training: the blocks that are done, then the one that is trained. The
-            columns behind it take no part.
+            later columns are unused.
         done: The number of columns of the blocks that are done.
         step: The number of steps that are done.
         moments: Adam's state of the block that the checkpoint was training.
@@ -125,13 +125,13 @@ class _Run:
         self.path: Path | None = None
 
     def losses(self, ranks: Iterable[int]) -> dict[int, float]:
-        """Return the loss of some ranks on the rows that judge."""
+        """Return the loss of some ranks on the held-out rows."""
         with torch.no_grad():
             steps = {rank: [(batch, rank) for batch in self.judges] for rank in ranks}
             return {r: descent.loss_at(self.adapter, self.rows, step) for r, step in steps.items()}
 
     def train(self, shares: Mapping[int, int]) -> None:
-        """Train every block that is not done, by its number of steps, and fill up the last one."""
+        """Train every block that is not done, by its number of steps, and set the last block."""
         end, quiet = 0, self.rows.quiet or None
         with tqdm(total=sum(shares.values()), initial=self.step, disable=quiet) as bar:
             for low, rank in pairwise((0, *shares)):
@@ -231,7 +231,7 @@ class _Run:
             self.moments.setdefault(int(number), {})[name] = value
 
     def _save(self, moments: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Replace the checkpoint at once, if there is to be one."""
+        """Write the checkpoint atomically, if a path is set."""
         if self.path is None:
             return
         tensors = {
