@@ -79,7 +79,7 @@ def evaluate(
         engine: ``"vllm"``: the harness' backend for vLLM, with one LoRA request for each rank.
         base: Whether the base model without the adapter is measured too.
         force: Whether to replace an existing folder and all its content.
-        progress: Whether bars, and results before the last task, are shown on stderr.
+        progress: Whether progress bars are shown on stderr.
 
     Raises:
         MatryoshkaError: Adapter, base model, tasks or data do not go together; or the folder exists
