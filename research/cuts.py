@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -15,9 +15,6 @@ from research.training import AnswerTrainer, Trained
 
 Cut = Callable[[Trained], Iterator[tuple[NestedAdapter, int]]]
 """Makes the adapter of each nested rank in turn, and says at which rank it is to be used."""
-
-ORDER_ROWS = 480
-"""Rows that an order is learned from."""
 
 SHARES = {"trained": 0.5, "trained-1": 1.0, "squeezed-in-turn": 0.5}
 """The rows that ranks are trained on by themselves, as a share of those of training."""
@@ -28,7 +25,7 @@ SQUEEZE_POWER = 0.4
 
 def learning_rows(cut: str, train_rows: int) -> int:
     """Return the rows of the gradient steps that a cut takes after a training of so many rows."""
-    return ORDER_ROWS if cut == "learned" else round(SHARES.get(cut, 0) * train_rows)
+    return round(SHARES.get(cut, 0) * train_rows)
 
 
 def _prefix(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
@@ -40,14 +37,11 @@ def _prefix(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
 
 def _reordered(cut: str, trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
     adapter, args = trained.adapter(), trained.trainer.args
-    by: Literal["svd", "learned", "trained"] = "svd"
-    if len(trained.ranks) > 1 and cut != "svd":  # one rank alone has no order
-        by = "learned" if cut == "learned" else "trained"
-    if by == "svd":
+    if cut == "svd" or len(trained.ranks) == 1:  # one rank alone has no order
         adapter.reorder()
     else:
         rows = learning_rows(cut, args.max_steps * args.per_device_train_batch_size)
-        adapter.reorder(by, trained.trainer, rows=rows, seed=args.seed)
+        adapter.reorder("trained", trained.trainer, rows=rows, seed=args.seed)
     adapter.model.eval()
     for rank in trained.ranks:
         yield adapter, rank
@@ -104,7 +98,7 @@ def _train_on(adapter: NestedAdapter, by: AnswerTrainer, steps: int, rank: int, 
 
 MAKERS: dict[str, Cut] = {
     "prefix": _prefix,
-    **{cut: partial(_reordered, cut) for cut in ("svd", "learned", "trained", "trained-1")},
+    **{cut: partial(_reordered, cut) for cut in ("svd", "trained", "trained-1")},
     "squeezed-in-turn": _squeezed,
 }
 """By the names of `research.study.CUTS`."""

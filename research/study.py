@@ -24,7 +24,7 @@ EACH = "lora-each"
 EACH_RECIPES = {EACH: "lora", "adalora-each": "adalora"}
 """The methods that train one adapter for each rank, and the recipe of each."""
 
-CUTS = ("prefix", "svd", "learned", "trained", "trained-1", "squeezed-in-turn")
+CUTS = ("prefix", "svd", "trained", "trained-1", "squeezed-in-turn")
 """The ways to deploy a trained adapter that can be run; see `research.cuts`. The recorded runs have
 more, which are settled."""
 
@@ -104,8 +104,8 @@ class Study:
             every rate, the others the two best.
         training: Fields of ``trl.SFTConfig``, the same for every recipe.
         items: Questions of ``validation`` and of ``test``; ``judge`` is the number of training rows
-            that are cut out of training and judge an order that is learned. It is 0 where no method
-            learns one.
+            that are cut out of training and judge ranks that are trained. It is 0 where no method
+            trains them.
         model: The base model's name.
         layers: Only so many of its first layers, with the tokens that the task needs; None is all.
         rank: R.
@@ -257,7 +257,7 @@ def may_be_run(study: Study) -> None:
             raise MatryoshkaError(
                 f"{method} is settled: its runs are reported, and no new ones made"
             )
-        learns = cut in ("learned", "trained", "trained-1")
+        learns = cut in ("trained", "trained-1")
         if (
             learns
             and not study.items["judge"]

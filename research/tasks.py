@@ -47,7 +47,7 @@ def train_rows(study: Study, task: str, recipe: str, seed: int) -> list[Row]:
 
 
 def judge_rows(study: Study, task: str, recipe: str, seed: int) -> list[Row]:
-    """Return the rows that decide whether a learned order is kept: training rows, held out.
+    """Return the rows that decide whether trained ranks are kept: training rows, held out.
 
     For facts these are the facts: there is nothing else to remember.
     """

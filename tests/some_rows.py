@@ -37,7 +37,7 @@ class WatchedTrainer(Trainer):
     """A Trainer that notes the rows that it computes a loss of, with gradients and without."""
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        noted = self.__dict__.setdefault("learned" if torch.is_grad_enabled() else "judged", [])
+        noted = self.__dict__.setdefault("taught" if torch.is_grad_enabled() else "judged", [])
         noted += [tuple(row) for row in inputs["input_ids"].tolist()]
         return super().compute_loss(model, inputs, *args, **kwargs)
 

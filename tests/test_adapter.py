@@ -261,8 +261,8 @@ def test_factors_that_are_not_finite_are_refused_and_nothing_changes(bad: float)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"by": "loss"}, "no order 'loss'; write 'svd', 'learned' or 'trained'"),
-        ({"by": "learned"}, "order 'learned' takes data"),
+        ({"by": "loss"}, "there is no order 'loss'; write 'svd' or 'trained'"),
+        ({"by": "trained"}, "order 'trained' takes data"),
         ({"data": []}, "order 'svd' takes no data"),
     ],
 )

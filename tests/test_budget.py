@@ -41,10 +41,11 @@ def test_a_stack_of_experts_has_the_rank_of_the_expert_that_needs_most() -> None
 def test_shares_and_sizes_as_people_write_them() -> None:
     shares: dict[Any, float] = {"95%": 0.95, 0.95: 0.95, 95: 0.95, " 99.5 % ": 0.995, 1: 1}
     assert {text: read_share(text) for text in shares} == pytest.approx(shares)
-    for wrong in ("", "most", "101%", -1, "sv_ratio=20", "nan"):
+    for wrong in ("", "most", "101%", -1, "sv_ratio=20", "nan", "1.5", 101):
         with pytest.raises(MatryoshkaError, match="write a share such as 95%"):
             read_share(wrong)
     sizes: dict[Any, int] = {"50MB": 50 * 10**6, "1.5 kB": 1500, "2KiB": 2048, 7: 7, "1gb": 10**9}
+    sizes |= {"100k": 100_000, "0.3M": 300_000, "5 b": 5}
     assert {text: read_bytes(text) for text in sizes} == sizes
     for wrong in ("", "0", "5 parsecs", -1, "MB"):
         with pytest.raises(MatryoshkaError, match="write, for example, 50MB"):

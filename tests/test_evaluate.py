@@ -24,6 +24,7 @@ from matryoshka_lora.evaluation.evaluate import evaluate
 from matryoshka_lora.evaluation.results import Evaluation, aurac
 from matryoshka_lora.evaluation.select import select
 from matryoshka_lora.evaluation.tasks import judge, load_data, load_task
+from matryoshka_lora.files.rows import read_rows
 from matryoshka_lora.models import load_tokenizer
 
 RANKS = (1, 2, 4)
@@ -221,7 +222,7 @@ def test_what_we_did_not_write_is_not_replaced(adapter: Path, taken: Path) -> No
         ({"tasks": "a", "data": "b"}, "give either tasks"),
         ({"data": rows(), "ranks": [3, 2]}, "increas"),
         ({"data": rows(), "ranks": [8]}, "rank 8 cannot be measured; the ranks are 1, 2, 3, 4"),
-        ({"data": []}, "data has no rows"),
+        ({"data": []}, "has no rows: give rows"),
         ({"data": [{"prompt": "a"}]}, "row 1 of the data is"),
         ({"data": [*rows(1), {"text": "a"}]}, "row 2 of the data is"),
         ({"data": "no.jsonl"}, r"no\.jsonl cannot be read"),
@@ -232,7 +233,7 @@ def test_what_we_did_not_write_is_not_replaced(adapter: Path, taken: Path) -> No
 def test_what_cannot_be_measured_is_said_before_the_model_is_loaded(
     asked: Any, said: str, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("matryoshka_lora.evaluation.evaluate.load_model", None)
+    monkeypatch.setattr("matryoshka_lora.models.load_model", None)
     with pytest.raises(MatryoshkaError, match=said):
         evaluate(adapter, progress=False, **asked)
 
@@ -294,8 +295,7 @@ def test_rows_are_asked_in_trls_formats(
         assert prompt.endswith("<|im_start|>assistant\n")
     file = tmp_path / "mine.jsonl"
     file.write_text(json.dumps(row) + "\n\n")
-    name, loaded = load_data(file, tokenizer)
-    assert name == "mine"
+    _, loaded = load_data("mine", read_rows(file), tokenizer)
     (task,) = loaded["tasks"].values()
     task.build_all_requests()
     text, settings = task.instances[0].args
@@ -304,7 +304,7 @@ def test_rows_are_asked_in_trls_formats(
 
 @pytest.mark.parametrize(("said", "right"), [(" red \n", 1.0), ("red.", 0.0), ("", 0.0)])
 def test_an_answer_is_right_if_it_is_the_completion(said: str, right: float) -> None:
-    (task,) = load_data(rows(1), load_tokenizer())[1]["tasks"].values()
+    (task,) = load_data("mine", rows(1), load_tokenizer())[1]["tasks"].values()
     (doc,) = task.test_docs()
     assert task.process_results(doc, [said]) == {"exact_match": right}
 

@@ -71,7 +71,7 @@ def test_it_says_what_the_exports_are(tmp_path: Path, kind: str) -> None:
     lines = found.lines()
     assert lines[0] == f"{source} is {what}"
     whole = source if source.is_file() else source / "adapter_model.safetensors"
-    assert f"  file        {show_bytes(whole.stat().st_size)}" in lines
+    assert f"  file        {show_bytes(whole.stat().st_size)}, float32" in lines
     for rank in (1, 4, R):
         out = tmp_path / f"out-{rank}{source.suffix}"
         made = export(source, out, rank)
@@ -83,4 +83,6 @@ def test_it_says_what_the_exports_are(tmp_path: Path, kind: str) -> None:
         assert f"{show_bytes(made.after)}   {error:4.1f} % ({kept:.1f} % of its square kept)" in row
     if kind == "saved modules":  # they are saved whole, so that they count in each rank
         assert found.sizes[1] > tiny_llama().lm_head.weight.numel() * 4
-        assert "  besides     1 tensors, such as base_model.model.lm_head.weight" in lines
+        (besides,) = (line for line in lines if "besides" in line)
+        assert besides.startswith("  besides     base_model.model.lm_head.weight: ")
+        assert besides.endswith("kB at every rank")

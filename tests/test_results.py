@@ -147,7 +147,7 @@ def test_a_metric_that_is_no_mean_is_not_paired() -> None:
 def test_the_table_tells_each_rank() -> None:
     lines = new_evaluation("family", "words").lines()
     assert lines[0].split() == ["rank", "size", "family", "words"]
-    assert lines[1].split()[:2] == ["none", "0.333"]
+    assert lines[1].split()[:2] == ["base", "0.333"]
     assert [line.split()[0] for line in lines[2:6]] == ["1", "2", "4", "8"]
     assert "0.933 ± 0.032" in lines[4]
     assert lines[6] == "family: acc,none, 60 questions, 2 shots"

@@ -39,7 +39,7 @@ NESTINGS = {
 NESTING = NESTINGS["sqrt"]
 WEIGHTS = "adapter_model.safetensors"
 FORMS = ["paper", "trained", "reordered", "learned"]
-"""P dropped; trained, and reordered on the way to the file; reordered in memory; another order."""
+"""P dropped; trained, and reordered on the way to the file; reordered in memory; an older order."""
 
 
 def in_form(adapter: NestedAdapter, form: str) -> NestedAdapter:

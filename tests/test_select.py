@@ -21,7 +21,7 @@ from matryoshka_lora.evaluation.select import select
         ({"within": "5%"}, 4),
         ({"within": " 0.05 "}, 4),
         ({"within": "50 %"}, 2),
-        ({"within": 1}, 1),
+        ({"within": "100%"}, 1),
         ({"max_bytes": 10_000}, 8),
         ({"max_bytes": "399"}, 2),
         ({"max_bytes": 100}, 1),
@@ -57,7 +57,7 @@ def test_paired_errors_say_whether_it_is_sure(within: Any, sure: bool) -> None:
 
 def test_the_evidence_is_told() -> None:
     lines = select(new_evaluation(), within="5%").lines()
-    assert lines[0] == "Rank 4 (400 bytes): 0.933 on family; 0.902 is near enough"
+    assert lines[0] == "Rank 4 (400 bytes): 0.933 on family; 0.902 is near enough; 60 questions"
     told = {line.split()[1]: line for line in lines[1:]}
     assert told["8"].endswith("better by 0.017 ± 0.017; they cannot be told apart")
     assert "worse by 0.600 ± 0.064" in told["1"]
@@ -77,6 +77,7 @@ def test_an_evaluation_on_the_disk(tmp_path: Path) -> None:
         ({}, "say what the rank must meet"),
         ({"within": "-1%"}, "write a share such as"),
         ({"within": "101%"}, "write a share such as"),
+        ({"within": 1}, "takes every rank: write a share such as 1%"),
         ({"max_bytes": 99}, "no rank is good and small enough: the best is 8"),
         ({"within": "1%", "max_bytes": 400}, "no rank is good and small enough"),
         ({"max_bytes": "many"}, "size"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import nested_llama
+from strangers import plain_adapter
 
 from matryoshka_lora import MatryoshkaError, Nesting, export
 from matryoshka_lora.serve import serve
@@ -34,11 +35,11 @@ def after(words: list[str], option: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("max_rank", "ranks", "padded"),
-    [(None, [1, 2, 12], "16"), (2, [1, 2], "8"), (8, [1, 2, 8], "8"), (1, [1], "1")],
+    ("asked", "ranks", "padded"),
+    [(None, [1, 2, 12], "16"), ([1, 2], [1, 2], "8"), ([2, 8], [2, 8], "8"), ([1], [1], "1")],
 )
 def test_the_printed_commands_serve_the_ladder_that_they_make(
-    max_rank: int | None,
+    asked: list[int] | None,
     ranks: list[int],
     padded: str,
     adapter: Path,
@@ -47,9 +48,10 @@ def test_the_printed_commands_serve_the_ladder_that_they_make(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    make, server = printed(capsys, adapter, max_rank=max_rank, model="some/base", port=8123)
+    where = {"model": "some/base", "port": 8123}
+    make, server = printed(capsys, adapter, ranks=asked, **where)
     assert make[:5] == ["matryoshka", "export", str(adapter), "--format", "ladder"]
-    export(adapter, make[-1], rank=int(*after(make, "--rank")), format="ladder")
+    export(adapter, make[-1], [int(x) for x in after(make, "--rank")[0].split(",")], "ladder")
     modules = dict(word.split("=") for word in after(server, "--lora-modules"))
     assert list(modules) == [f"family@{rank}" for rank in ranks]
     assert sorted(map(Path, modules.values())) == sorted(Path(make[-1]).iterdir())
@@ -57,6 +59,10 @@ def test_the_printed_commands_serve_the_ladder_that_they_make(
     assert after(server, "--max-loras") == [str(len(ranks))]
     assert after(server, "--model") == ["some/base"]
     assert (after(server, "--host"), after(server, "--port")) == (["127.0.0.1"], ["8123"])
+    # A ladder that is there is served as it is.
+    assert printed(capsys, Path(make[-1]), **where) == [server]
+    (few,) = printed(capsys, Path(make[-1]), ranks=ranks[:1], **where)
+    assert after(few, "--lora-modules") == after(server, "--lora-modules")[:1]
 
 
 def test_base_and_revision_are_what_the_adapter_names(
@@ -78,13 +84,24 @@ def test_base_and_revision_are_what_the_adapter_names(
     assert "--revision" not in server  # it is the other model's
 
 
+def test_what_vllm_cannot_read_is_refused(tmp_path: Path) -> None:
+    plain_adapter(tmp_path / "lora", modules_to_save=["lm_head"])
+    with pytest.raises(MatryoshkaError, match=r"lm_head.*, which vLLM cannot read: .*merged"):
+        serve(tmp_path / "lora", model="some/base", only_print=True)
+
+
 def test_what_cannot_be_served_is_refused_before_anything_is_announced(
     adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(MatryoshkaError, match="vLLM is not installed"):
         serve(adapter, model="some/base")
     with pytest.raises(MatryoshkaError, match="has no rank 13"):
-        serve(adapter, model="some/base", max_rank=13)
+        serve(adapter, model="some/base", ranks=[13])
+    with pytest.raises(MatryoshkaError, match="other is no option of vLLM, and serve takes one"):
+        serve(adapter, model="some/base", more=["other"])
+    export(adapter, adapter.with_name("ladder"), format="ladder")
+    with pytest.raises(MatryoshkaError, match=r"no rank 4: its ranks are \[1, 2, 12\]"):
+        serve(adapter.with_name("ladder"), model="some/base", ranks=[4])
     with pytest.raises(MatryoshkaError, match="names no base model"):
         serve(adapter)
     assert capsys.readouterr().out == ""

@@ -78,7 +78,13 @@ def losses(run: Path) -> list[float]:
         ("rule=lora", r"'nesting\.rule'"),
         ("lora.ranks=[1]", r"'nesting\.ranks'"),
         ("nesting.rulee=lora", "'rule'"),
-        ("nesting.reorder=best", "svd, learned or trained"),
+        ("nesting.reorder=best", "svd or trained"),
+        ("nesting.rule=papers", "papers"),
+        ("nesting.ranks=[2,1]", "increase"),
+        ("nesting=4", "nesting is '4': write keys with values"),
+        ("lora=16", "lora is '16': write keys with values"),
+        ("dataset=my.jsonl", "'data'"),
+        ("max_steps", "has no value: write max_steps=VALUE"),
         ("dtype=float32", "bf16, fp32 or fp16"),
         ("data=", "names no data"),
         ("data.x.y=1", "no key .data.x."),
@@ -269,7 +275,7 @@ def test_what_cannot_be_reordered_by_data_is_saved_by_svd(
 ) -> None:
     rows = config.parent / "rows.jsonl"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:8]))
-    folder = train(read_config(config, ["nesting.reorder=learned", "max_steps=1"]))
+    folder = train(read_config(config, ["nesting.reorder=trained", "max_steps=1"]))
     assert open_adapter(folder).order == "svd"
     assert "too few" in capsys.readouterr().out
 
@@ -313,7 +319,7 @@ def test_two_processes_train_as_one(
     assert losses(run) == pytest.approx(losses(alone), abs=2e-3)
     adapter = open_adapter(run / "adapter")
     assert adapter.order == order
-    comes_next = "--by trained" if order else f"reorder {run / 'adapter'} -o"
+    comes_next = "adapter --by trained" if order else f"reorder {run / 'adapter'} -o"
     assert comes_next in result.stdout
     assert result.stdout.count("Next:") == 1
     # PEFT reads what the single process has trained.

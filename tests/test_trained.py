@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import nest_as, nested_llama, randomize, tiny_llama
+from conftest import nest_as, nested_layer, nested_llama, randomize, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from some_rows import all_factors, loss_of, products, same_bits, some_rows, trainer_of
+from torch import Tensor
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError
-from matryoshka_lora.reordering import descent, trained
+from matryoshka_lora.reordering import trained
 from matryoshka_lora.reordering.rows import Rows, read_data
 from matryoshka_lora.reordering.trained import share_out, train_ranks
 
@@ -55,10 +50,10 @@ def test_steps_are_shared_out(steps: int, count: int) -> None:
     """Each rank gets 0.6 times what the one before has, but for rounding, and nothing is lost."""
     found = share_out(steps, [2**number for number in range(count)])
     assert list(found) == [2**number for number in range(count)]
-    assert sum(found.values()) == steps
+    assert [step for share in found.values() for step in share] == list(range(steps))
     first = steps * 0.4 / (1 - 0.6**count)
     for number, share in enumerate(found.values()):
-        assert abs(share - first * 0.6**number) <= 1 + 1e-6
+        assert abs(len(share) - first * 0.6**number) <= 1 + 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +97,11 @@ def test_ranks_between_nested_ones_are_the_best_of_their_block(before_and_after:
 def test_without_a_rate_it_is_the_svd() -> None:
     """A block begins as the best of what is left, so at rate 0 nothing changes."""
     adapter = reordered()
-    run = trained._Run(adapter, rows_for(adapter, 0.0), list(range(16)), [0, 1])
+    rows = rows_for(adapter, 0.0)
+    run = trained._Run(adapter, rows, range(16), rows.batches(range(2)))
     before = {rank: products(adapter, rank) for rank in NESTING.ranks}
-    with descent.descending(adapter):
-        run.train({1: 1, 2: 1, 4: 0})
+    with trained.descending(adapter):
+        run.train({1: range(1), 2: range(1, 2), 4: range(2, 2)})
     for rank in NESTING.ranks:
         for name, found in products(adapter, rank).items():
             np.testing.assert_allclose(found, before[rank][name], atol=1e-4)
@@ -129,15 +125,51 @@ def test_what_loses_more_is_not_kept(
     assert same_bits(before, all_factors(adapter))
 
 
-def test_the_order_is_named_by_what_is_kept(tmp_path: Path) -> None:
-    adapter = small()
-    trainer = trainer_of(adapter.model, tmp_path, TRAIN, HELD_OUT)
-    adapter.reorder("trained", trainer, rows=160)
-    assert adapter.order == "trained"
-    trainer.args.learning_rate = 0.0
+def test_factors_of_training_are_reordered_first_and_what_is_kept_names_the_order(
+    tmp_path: Path,
+) -> None:
+    adapter = nested_llama(NESTING, "matryoshka", layers=1)
+    trainer = trainer_of(adapter.model, tmp_path, TRAIN, HELD_OUT, learning_rate=0.0)
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        whole = adapter.model.train()(input_ids=ids).logits
     with pytest.warns(UserWarning, match="not kept"):
         adapter.reorder("trained", trainer, rows=16)
     assert adapter.order == "svd"
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.model(input_ids=ids).logits, whole, rtol=0, atol=1e-3)
+    trainer.args.learning_rate, before = 2e-2, products(adapter, 8)
+    values = adapter.reorder("trained", trainer, rows=160)
+    assert adapter.order == "trained"
+    assert adapter.model.training
+    for name, update in before.items():
+        wanted = np.linalg.svd(update, compute_uv=False)[:8] * 0.7
+        np.testing.assert_allclose(values[name], wanted, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["Embedding", "Conv2d", "Conv1D", "Linear"])
+def test_every_kind_of_layer_is_trained(kind: str) -> None:
+    """Towards random outputs: the prefixes come nearer to them."""
+    layer = nested_layer(kind, Nesting((1, 2, 4)), "lora")
+    layer.adapter.reorder()
+    x = layer.kind.batch(16)
+    with torch.no_grad():
+        outputs = layer.adapter.model(x)
+    target = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
+
+    def loss(batch: Any) -> Tensor:
+        error = layer.adapter.model(batch["x"]) - batch["labels"]
+        return (error**2).mean()
+
+    def collate(numbers: list[int]) -> Any:
+        return {"x": x[numbers], "labels": target[numbers]}
+
+    rows = Rows(range(16), collate, loss, x.device, rate=0.05, quiet=True)
+    rows.held_out = Rows(range(16), collate, loss, x.device)
+    (before,) = products(layer.adapter, 1).values()
+    assert train_ranks(layer.adapter, rows, 80)
+    (after,) = products(layer.adapter, 1).values()
+    assert np.abs(after - before).max() > 1e-2
 
 
 # Whatever happens, the model is as it was.
@@ -167,10 +199,9 @@ def failing(rows: Rows, error: BaseException | None, at: int) -> Rows:
     ],
     ids=["nan", "error", "ctrl-c"],
 )
-@pytest.mark.parametrize("order", ["learned", "trained"])
-def test_an_end_before_its_time_leaves_everything(order: str, error: Any, wanted: Any) -> None:
-    from matryoshka_lora.reordering.learned import learn
-
+@pytest.mark.parametrize("at", [2, 16])
+def test_an_end_before_its_time_leaves_everything(at: int, error: Any, wanted: Any) -> None:
+    """While the rows are judged, and in the second step."""
     adapter = reordered(lora_dropout=0.1)
     adapter.model.train()
     adapter.model.get_base_model().model.layers[0].eval()
@@ -184,9 +215,7 @@ def test_an_end_before_its_time_leaves_everything(order: str, error: Any, wanted
 
     before, factors = state(), all_factors(adapter)
     with pytest.raises(wanted):
-        (learn if order == "learned" else train_ranks)(
-            adapter, failing(rows_for(adapter), error, at=12), 80
-        )
+        train_ranks(adapter, failing(rows_for(adapter), error, at), 80)
     assert same_bits(factors, all_factors(adapter))
     assert state() == before
     assert all(parameter.grad is None for parameter in adapter.model.parameters())
@@ -263,14 +292,14 @@ def test_rows_that_judge_are_never_trained_on(tmp_path: Path) -> None:
     rows = [*TRAIN, TRAIN[3]]
     trainer = trainer_of(adapter.model, tmp_path, rows)
     adapter.reorder("trained", trainer, rows=5 * len(rows))
-    judged, learned = set(trainer.judged), set(trainer.learned)
+    judged, taught = set(trainer.judged), set(trainer.taught)
     assert len(judged) == len(rows) // 8
-    assert len(learned) == len(TRAIN) - len(judged)
-    assert not judged & learned
+    assert len(taught) == len(TRAIN) - len(judged)
+    assert not judged & taught
 
 
 def test_noise_is_not_accepted(tmp_path: Path) -> None:
-    """Its answers are drawn at random, so that they can be learned by heart alone."""
+    """Its answers are drawn at random, so that nothing but themselves can be known."""
     base = tiny_llama(initializer_range=0.02, num_hidden_layers=1)
     model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear"))
     randomize(model, size=0.02)
@@ -286,125 +315,6 @@ def test_half_of_the_rows_of_training_are_taken(tmp_path: Path) -> None:
     adapter = small()
     trainer = trainer_of(adapter.model, tmp_path, TRAIN, HELD_OUT, max_steps=4)
     trainer.train()
-    trainer.learned.clear()
+    trainer.taught.clear()
     adapter.reorder("trained", trainer)
-    assert len(trainer.learned) == 4 * 8 // 2
-
-
-# The checkpoint.
-
-
-def trained_to(
-    kill_at: int | None, file: Path | None, rate: float = 2e-2, size: float = 0.3
-) -> tuple[list[Any], int]:
-    """What 20 steps make of an adapter, and how many of them were made."""
-    adapter = small()
-    randomize(adapter.model, size=size)
-    adapter.reorder()
-    rows, steps = rows_for(adapter, rate), []
-    loss = rows.loss
-
-    def counted(batch: Any) -> Any:
-        if torch.is_grad_enabled():
-            steps.append(1)
-            if len(steps) == kill_at:
-                raise KeyboardInterrupt
-        return loss(batch)
-
-    rows.loss = counted
-    try:
-        train_ranks(adapter, rows, 160, checkpoint=file)
-    except KeyboardInterrupt:
-        assert kill_at is not None
-    return all_factors(adapter), len(steps)
-
-
-@pytest.fixture(scope="module")
-def unbroken() -> list[Any]:
-    return trained_to(None, None)[0]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "kill_at", "left"),
-    [(0.0, 2, 19), (0.0, 11, 10), (0.0, 20, 1), (1e9, 10, 20), (1e9, 18, 20 - 16)],
-)
-def test_a_killed_training_goes_on_to_the_same_bits(
-    tmp_path: Path, monkeypatch: Any, unbroken: Any, seconds: float, kill_at: int, left: int
-) -> None:
-    """With a file of each step, or of each block: they have 10, 6 and 4 steps."""
-    monkeypatch.setattr(trained, "SECONDS", seconds)
-    monkeypatch.setattr(time, "monotonic", lambda: 1.0)
-    trained_to(kill_at, tmp_path / "file")
-    found, steps = trained_to(None, tmp_path / "file")
-    assert steps == left
-    assert same_bits(found, unbroken)
-    assert not list(tmp_path.glob("*new"))
-
-
-@pytest.mark.filterwarnings("ignore:the trained ranks")
-@pytest.mark.parametrize("other", [{"rate": 1e-2}, {"size": 0.31}], ids=["rate", "factors"])
-def test_the_checkpoint_of_other_settings_or_factors_counts_as_none(
-    tmp_path: Path, unbroken: Any, other: Any
-) -> None:
-    trained_to(3, tmp_path / "file", **other)
-    with pytest.warns(UserWarning, match="file is of other rows, settings or factors"):
-        found, steps = trained_to(None, tmp_path / "file")
-    assert steps == 20
-    assert same_bits(found, unbroken)
-
-
-@pytest.mark.filterwarnings("ignore:.* is of other rows", "ignore:(the|these) trained ranks")
-def test_a_checkpoint_of_permuted_labels_is_not_taken(tmp_path: Path) -> None:
-    """The rows that judge are the same."""
-    steps = []
-    for answers in ((50, 51), (60, 61)):
-        adapter = small()
-        rows = some_rows(64, answers=answers)
-        trainer = trainer_of(adapter.model, tmp_path, rows, HELD_OUT, learning_rate=1e-3)
-        adapter.reorder("trained", trainer, rows=80, checkpoint=tmp_path / "file")
-        steps.append(len(trainer.__dict__.get("learned", ())))
-    assert steps == [80, 80]
-
-
-def test_a_file_that_is_no_checkpoint_stays(tmp_path: Path) -> None:
-    adapter, file = reordered(), tmp_path / "file"
-    for write in (
-        lambda: file.write_bytes(b"no tensors"),
-        lambda: save_file({"weight": torch.ones(2)}, file),
-    ):
-        write()
-        before = file.read_bytes()
-        with pytest.raises(MatryoshkaError, match="file is no checkpoint of 'trained'"):
-            train_ranks(adapter, rows_for(adapter), 80, checkpoint=file)
-        assert file.read_bytes() == before
-    assert list(load_file(file)) == ["weight"]
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from matryoshka_lora.reordering import descent, trained
-from test_trained import trained_to
-
-trained.SECONDS, save, times = 0.0, trained._Run._save, []
-
-def killed(*arguments):
-    save(*arguments)
-    times.append(0)
-    if len(times) == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-trained._Run._save = killed
-trained_to(None, Path(sys.argv[1]))
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_process_leaves_a_checkpoint(tmp_path: Path, unbroken: Any) -> None:
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "file")]
-    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False)
-    assert ended.returncode == -signal.SIGKILL
-    found, steps = trained_to(None, tmp_path / "file")
-    assert steps == 20 - 7
-    assert same_bits(found, unbroken)
+    assert len(trainer.taught) == 4 * 8 // 2

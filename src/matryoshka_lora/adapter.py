@@ -18,12 +18,14 @@ from matryoshka_lora.factors import checksum, reorder_factors
 from matryoshka_lora.files.layers import AdapterFile
 from matryoshka_lora.files.peft import from_tensors, write_nested, write_rank
 from matryoshka_lora.nesting import Nesting, Rule, get_rule
+from matryoshka_lora.reordering.rows import read_data
+from matryoshka_lora.reordering.trained import train_ranks
 from matryoshka_lora.variant import Diagonal, NestedVariant, Shared, factor_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-By = Literal["svd", "learned", "trained"]
+By = Literal["svd", "trained"]
 
 
 class NestedAdapter:
@@ -68,7 +70,7 @@ class NestedAdapter:
 
     @property
     def order(self) -> str | None:
-        """How the factors are ordered: ``svd``, ``learned`` or ``trained``.
+        """How the factors are ordered: ``svd`` or ``trained``.
 
         None where they never were reordered or have changed since, and ``paper`` where they are
         deployed as the paper does.
@@ -210,7 +212,6 @@ class NestedAdapter:
         tokenizer: PreTrainedTokenizerBase | None = None,
         rows: int | None = None,
         seed: int = 0,
-        checkpoint: str | PathLike[str] | None = None,
     ) -> dict[str, Tensor]:
         """Order each layer's columns so that every prefix is good.
 
@@ -219,43 +220,33 @@ class NestedAdapter:
 
         Args:
             by: ``"svd"``: each prefix is the closest matrix of its rank (Eckart-Young).
-                ``"learned"``: some steps of training find the order by the losses of the prefixes.
                 ``"trained"``: each nested rank is trained by itself for some steps; rank R changes
                 by its smallest directions.
-            data: For all but ``"svd"``: the Trainer that has trained the adapter, a dataset, or
-                rows with ``prompt`` and ``completion``.
+            data: For ``"trained"``: the Trainer that has trained the adapter, a dataset, or rows
+                with ``prompt`` and ``completion``.
             tokenizer: The base model's, where the data are rows.
-            rows: How many rows are used; None is 480 for ``"learned"``, and for ``"trained"`` half
-                as many as the Trainer has trained on, or 3200.
-            seed: The seed of the rows and their ranks.
-            checkpoint: A checkpoint file for ``"trained"``. After a kill, the same
-                call goes on from there. Delete it after saving.
+            rows: How many rows are trained on; None is half as many as the Trainer has trained on,
+                or 3200.
+            seed: The seed of the rows' order.
 
         Returns:
-            The singular values of each layer's update before ``"learned"`` and ``"trained"``, by
-            its name, decreasing, shape (R,), float64.
+            The singular values of each layer's update before ``"trained"``, by its name,
+            decreasing, shape (R,), float64.
 
         Raises:
             MatryoshkaError: The adapter is merged or sharded, or the data do not go with ``by``.
             NotFiniteError: A factor is not finite. The adapter is unchanged.
         """
-        if by not in ("svd", "learned", "trained"):
-            raise MatryoshkaError(f"there is no order {by!r}; write 'svd', 'learned' or 'trained'")
+        if by not in ("svd", "trained"):
+            raise MatryoshkaError(f"there is no order {by!r}; write 'svd' or 'trained'")
         if (by == "svd") != (data is None):
             raise MatryoshkaError(f"order {by!r} takes {'no data' if by == 'svd' else 'data'}")
         self._refuse_merged("reorder it")
         if by == "svd":
             return self._reorder_by_svd()
-        from matryoshka_lora.reordering import learned, trained
-        from matryoshka_lora.reordering import rows as of_data
-
-        source = of_data.read_data(self.model, data, tokenizer)
+        source = read_data(self.model, data, tokenizer)
         values = self._reorder_by_svd()
-        if by == "learned":
-            better = learned.learn(self, source, rows, seed)
-        else:
-            better = trained.train_ranks(self, source, rows, seed, checkpoint)
-        if better:
+        if train_ranks(self, source, rows, seed):
             self.mark_ordered(by)
         return values
 

@@ -9,30 +9,23 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files.layers import AdapterFile
+from matryoshka_lora.files.layers import AdapterFile, in_turn
 from matryoshka_lora.files.peft import plan_rank
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
 def singular_values(adapter: AdapterFile) -> dict[str, Tensor]:
-    """Return the singular values of each layer: shape (R,), or (experts, R), float64.
-
-    They are the norms of columns of factors ordered by SVD, ``s_i = scale |B_i| |A_i|``.
-    """
-    plan = plan_rank(adapter, {layer.name: layer.rank for layer in adapter.layers})
+    """Return the singular values of each layer: shape (R,), or (experts, R), float64."""
     return {
-        layer.name: layer.scale * A.double().norm(dim=-1) * B.double().norm(dim=-2)
-        for layer, A, B in plan.each()
+        layer.name: adapter.singular_values(layer) for layer in in_turn(adapter.layers, "measuring")
     }
 
 
 def read_share(text: str | float) -> float:
     """Return the share of ``"95%"``, ``0.95`` or ``95``: a number above 1 is a percentage."""
     found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*", str(text))
-    value = float(found[1]) if found else 2.0
-    if found and (found[2] or value > 1):
+    value = float(found[1]) if found else 101.0
+    # 1.5 is no share, and as 1.5 % it would be a mistake that nobody sees.
+    if not found or found[2] or value >= 2:
         value /= 100
     if value > 1:
         raise MatryoshkaError(f"{str(text)!r:.80} is no share: write a share such as 95%")
@@ -90,8 +83,8 @@ def by_size(
 
     if (least := size(0)) > max_bytes:
         raise MatryoshkaError(
-            f"the smallest file, with rank 1 in every layer, has {least} bytes, which is more than "
-            f"{max_bytes}: write a larger size"
+            f"the smallest file, with rank 1 in every layer, has {show_bytes(least)}, more than "
+            f"{show_bytes(max_bytes)}: write a larger size"
         )
     # The file grows with each direction, so bisect.
     return ranks(bisect_right(range(len(found) + 1), max_bytes, key=size) - 1)
@@ -99,10 +92,11 @@ def by_size(
 
 def read_bytes(text: str | int) -> int:
     """Return the bytes of ``50_000_000``, ``"50MB"``, ``"1.5 GB"`` or ``"20MiB"``."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
-    if not found or found[2] not in _UNITS or float(found[1]) <= 0:
-        raise MatryoshkaError(f"a size is {str(text)!r:.80}: write, for example, 50MB")
-    return int(float(found[1]) * _UNITS[found[2]])
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b?)\s*", str(text).lower())
+    if not found or float(found[1]) <= 0:
+        raise MatryoshkaError(f"{str(text)!r:.80} is no size: write, for example, 50MB")
+    power = " kmg".index(found[2][0]) if found[2][:1] in ("k", "m", "g") else 0
+    return int(float(found[1]) * (1024 if "i" in found[2] else 1000) ** power)
 
 
 def show_bytes(number: int) -> str:

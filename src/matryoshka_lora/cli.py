@@ -7,22 +7,20 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from matryoshka_lora.errors import MatryoshkaError
 
-if TYPE_CHECKING:
-    import torch
-
 START = """Train one LoRA adapter, deploy it at any rank. What do you have?
 
   nothing yet     matryoshka demo                         learn a table, see what each rank holds
   data            matryoshka train CONFIG.yaml            train an adapter for every rank
-  a LoRA          matryoshka info FOLDER_OR_FILE          see what its ranks are worth
-                  matryoshka reorder FOLDER -o nested     make every rank of it a good one
-  a nested LoRA   matryoshka export FOLDER --rank 4 -o rank-4
+  a LoRA file     matryoshka export LORA.safetensors --keep 95% -o small.safetensors
+  a LoRA folder   matryoshka info FOLDER                  see what its ranks are worth
+                  matryoshka export FOLDER --rank 4 -o rank-4
+                  matryoshka reorder FOLDER -o nested     every rank in one adapter
 
 matryoshka --help lists the other verbs, matryoshka VERB --help explains one."""
 
@@ -31,6 +29,7 @@ app = typer.Typer(
     help="Train one LoRA adapter, deploy it at any rank.",
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
 
@@ -38,7 +37,7 @@ app = typer.Typer(
 Dtype = Literal["bf16", "fp32", "fp16"]
 Format = Literal["peft", "merged", "ladder", "gguf", "mlx"]
 Style = Literal["kohya", "diffusers", "peft"]
-By = Literal["svd", "learned", "trained"]
+By = Literal["svd", "trained"]
 
 
 def _option(help: str, *names: str, default: str | None = None, **more: Any) -> Any:
@@ -46,8 +45,12 @@ def _option(help: str, *names: str, default: str | None = None, **more: Any) -> 
     return typer.Option(*names, help=help, show_default=default or False, **more)
 
 
-Lora = Annotated[Path, typer.Argument(help="A folder with a LoRA; or a .safetensors file.")]
-Nested = Annotated[Path, typer.Argument(help="The folder of a nested adapter.")]
+def _existing(help: str, **more: Any) -> Any:
+    return typer.Argument(help=help, exists=True, **more)
+
+
+Lora = Annotated[Path, _existing("A folder with a LoRA; or a .safetensors file.")]
+Nested = Annotated[Path, _existing("The folder of an adapter.")]
 Out = Annotated[Path, _option("The folder or file to write.", "--out", "-o")]
 Model = Annotated[str | None, _option("The base model.", default="what the adapter names")]
 Revision = Annotated[str | None, _option("Its revision.", default="what the adapter names")]
@@ -72,7 +75,7 @@ def start(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to train.")],
+    config: Annotated[Path, _existing("What to train.", metavar="CONFIG.yaml")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Instead of what the file says."),
@@ -90,18 +93,13 @@ def train(
     from matryoshka_lora.train import read_config
     from matryoshka_lora.train import train as run
 
-    checked = read_config(config, overrides or [])
-    folder = run(checked)
+    folder = run(read_config(config, overrides or []))
     if os.environ.get("RANK", "0") != "0":
         return
     from matryoshka_lora.files.peft import open_adapter
 
-    order, wanted = open_adapter(folder).order, checked["nesting"].get("reorder", "trained")
-    if order is None:
+    if open_adapter(folder).order is None:
         _next("reorder", folder, "-o", folder.with_name("nested"))
-    elif order not in (wanted, "paper"):
-        rows = checked["data"] if isinstance(checked["data"], str) else "my.jsonl"
-        _next("reorder", folder, "--by", wanted, "--data", rows, "-o", folder.with_name(wanted))
     else:
         _next("eval", folder, "--data", "held-out.jsonl")
 
@@ -133,8 +131,8 @@ def reorder(
     adapter: Lora,
     out: Out,
     by: Annotated[By, typer.Option(metavar="ORDER", help="What makes a prefix good.")] = "svd",
-    data: Annotated[str | None, _option("For learned and trained: a file of rows.")] = None,
-    rows: Annotated[int | None, _option("How many rows.", min=1, default="480 or 3200")] = None,
+    data: Annotated[Path | None, _option("For trained: a file of rows.", exists=True)] = None,
+    rows: Annotated[int | None, _option("How many rows.", min=1, default="3200")] = None,
     model: Model = None,
     revision: Revision = None,
     dtype: OfBase = None,
@@ -142,17 +140,17 @@ def reorder(
 ) -> None:
     """Make any LoRA nested: every rank from 1 on becomes a good adapter.
 
-    At the largest rank the adapter computes what it did, but for trained. The orders:
+    The orders:
 
-    - svd: each rank is the closest one to the adapter's update; seconds, without data or base model
-    - learned: a few training steps find the directions that the loss needs first
+    - svd: each rank is the closest one to the adapter's update, and the largest rank computes what
+      it did; seconds, without data or base model
     - trained: each rank gets a short training of its own
 
-    Example: matryoshka reorder some-lora -o nested --by learned --data my.jsonl
+    Example: matryoshka reorder some-lora -o nested --by trained --data my.jsonl
     """
     from matryoshka_lora.convert import reorder as run
 
-    base: Any = {"model": model, "revision": revision, "dtype": _dtype(dtype)}
+    base: Any = {"model": model, "revision": revision, "dtype": dtype}
     run(adapter, out, by, data, rows=rows, force=force, **base)
     typer.echo(f"{out} holds every rank of {adapter}")
     _next("info", out)
@@ -162,7 +160,7 @@ def reorder(
 def export(
     adapter: Lora,
     out: Out,
-    rank: Annotated[int | None, _option("The rank of every layer.")] = None,
+    rank: Annotated[str | None, _option("The rank; in a ladder several, as 1,8.")] = None,
     keep: Annotated[
         str | None,
         _option(
@@ -177,10 +175,10 @@ def export(
     revision: Revision = None,
     force: Force = False,
 ) -> None:
-    """Write a rank of an adapter in the format that a device or an engine takes.
+    """Make a LoRA smaller: write a rank of it, nested or not, for a device or an engine.
 
-    An adapter that is not nested is reordered by SVD on the way. A LoRA in one .safetensors file
-    becomes such a file with the keys that it had. The formats:
+    A single .safetensors file becomes such a file, with the keys that it had. The formats for a
+    folder:
 
     - peft: an ordinary LoRA adapter
     - merged: the base model with the adapter in its weights
@@ -188,32 +186,36 @@ def export(
     - gguf: a file for llama.cpp's --lora
     - mlx: a folder for mlx-lm
 
-    Example: matryoshka export runs/demo/adapter --rank 4 -o rank-4
-
     Example: matryoshka export flux.safetensors --keep 95% -o small.safetensors
+
+    Example: matryoshka export runs/demo/adapter --rank 4 -o rank-4
     """
     from matryoshka_lora.convert import export as write
 
     size: Any = {"keep": keep, "max_bytes": max_bytes, "style": style}
     base: Any = {"model": model, "revision": revision}
-    made = write(adapter, out, rank, format, **size, **base, force=force)
+    ranks = _ranks(rank)
+    one = ranks[0] if ranks and len(ranks) == 1 else ranks
+    made = write(adapter, out, one, format, **size, **base, force=force)
     for line in made.lines():
         typer.echo(line)
-    if made.format in ("peft", "single"):
-        _next("info", out)
-    elif made.format == "ladder":
-        _next("serve", adapter, "--print")
-    elif made.format == "gguf":
-        typer.echo(f"Next: llama-server -m BASE.gguf --lora {out}")
-    elif made.format == "mlx":
-        typer.echo(f"Next: mlx_lm.generate --model BASE --adapter-path {out} --prompt Hello")
+    place = shlex.quote(str(out))
+    using = {
+        "single": f"load {out} as you loaded {adapter}",
+        "peft": f"PeftModel.from_pretrained(base_model, {str(out)!r})",
+        "merged": f"vllm serve {place}",
+        "ladder": f"matryoshka serve {place} --print",
+        "gguf": f"llama-server -m BASE.gguf --lora {place}",
+        "mlx": f"mlx_lm.generate --model BASE --adapter-path {place} --prompt Hello",
+    }
+    typer.echo(f"Next: {using[made.format]}")
 
 
 @app.command("eval")
 def evaluate(
     adapter: Nested,
     tasks: Annotated[str | None, _option("The harness's tasks or YAML files, by commas.")] = None,
-    data: Annotated[str | None, _option("Instead of tasks: a file of rows.")] = None,
+    data: Annotated[Path | None, _option("Instead of tasks: a file of rows.", exists=True)] = None,
     ranks: Annotated[str | None, _option("As 1,2,4, or all.", default="the nested ones")] = None,
     num_fewshot: Annotated[int | None, _option("Shots.", min=0, default="the task's own")] = None,
     limit: Annotated[int | None, _option("The most questions of a task.", min=1)] = None,
@@ -237,7 +239,7 @@ def evaluate(
     from matryoshka_lora.evaluation.evaluate import evaluate as run
 
     asked: Any = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
-    given: Any = {"model": model, "revision": revision, "dtype": _dtype(dtype)}
+    given: Any = {"model": model, "revision": revision, "dtype": dtype}
     folder = out or Path(_EVALUATION.replace("ADAPTER", str(adapter)))
     given |= {"engine": engine, "base": base, "out": folder, "force": force}
     evaluation = run(adapter, tasks, data, _ranks(ranks), **asked, **given)
@@ -249,7 +251,7 @@ def evaluate(
 
 @app.command()
 def select(
-    evaluation: Annotated[Path, typer.Argument(help="The folder that `matryoshka eval` wrote.")],
+    evaluation: Annotated[Path, _existing("The folder that `matryoshka eval` wrote.")],
     within: Annotated[str | None, _option("How far below the best rank: 1% of its value.")] = None,
     max_bytes: Annotated[str | None, _option("The most that it may have, as 50MB.")] = None,
     task: Annotated[str | None, _option("Choose by it.", default="the only one there is")] = None,
@@ -268,28 +270,28 @@ def select(
 
 @app.command()
 def serve(
-    adapter: Nested,
+    adapter: Annotated[Path, _existing("The folder of an adapter, or a ladder.")],
     more: Annotated[
         list[str] | None,
         typer.Argument(metavar="[-- OPTIONS]", help="Options of vLLM's server, after --."),
     ] = None,
     only_print: Annotated[bool, typer.Option("--print", help="Only print the commands.")] = False,
-    max_rank: Annotated[int | None, _option("Serve no larger rank.", min=1)] = None,
+    ranks: Annotated[str | None, _option("As 1,2,4.", default="the nested ones")] = None,
     model: Model = None,
     revision: Revision = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines ask.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The server's port.")] = 8000,
 ) -> None:
-    """Serve the nested ranks with vLLM: the model NAME@4 is rank 4 of the folder NAME.
+    """Serve ranks of an adapter, or a ladder, with vLLM: NAME@4 is rank 4 of the adapter NAME.
 
     vLLM pads every adapter to the largest rank that it serves: a small rank is cheap only in a
-    server with a small --max-rank.
+    server without large ones. Options of vLLM stand after --.
 
-    Example: matryoshka serve runs/my/adapter --max-rank 8 -- --max-model-len 2048
+    Example: matryoshka serve runs/my/adapter --ranks 1,4,8 -- --max-model-len 2048
     """
     from matryoshka_lora.serve import serve as run
 
-    base: Any = {"model": model, "revision": revision, "max_rank": max_rank}
+    base: Any = {"model": model, "revision": revision, "ranks": _ranks(ranks)}
     at: Any = {"host": host, "port": port, "more": more or (), "only_print": only_print}
     raise typer.Exit(run(adapter, **base, **at))
 
@@ -312,19 +314,22 @@ def play(
     from matryoshka_lora.play import play as show
 
     typer.echo(f"Loading {adapter} and its base model; Ctrl-C ends the page", err=True)
-    show(open_session(adapter, model, revision, _dtype(dtype)), port)
+    show(open_session(adapter, model, revision, dtype), port)
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.")] = Path("runs/demo"),
 ) -> None:
-    """Teach a small model a table, and see how much of it each rank holds.
+    """Teach a small model a table, see how much of it each rank holds, and look entries up.
 
     The model comes inside a package: no network is needed. Takes minutes on two cores.
 
     Example: matryoshka demo
     """
+    if out.exists():
+        raise MatryoshkaError(f"{out} exists already: delete it, or name another with --out")
+    typer.echo("Loading libraries and model", err=True)
     from matryoshka_lora.demo import demo as run
 
     run(out)
@@ -335,6 +340,8 @@ def main() -> None:
     """Run the command line. Exit status: 0 done, 1 an explained error, 2 wrong usage."""
     # transformers' and TRL's warnings are about their own next versions.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Else torch's threads spin while they wait, and take five times as long on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     warnings.filterwarnings("ignore", category=FutureWarning)
     # PEFT looks for the embedded model on the hub.
@@ -349,7 +356,7 @@ def main() -> None:
         _fail(f"this needs {error.name}: pip install 'matryoshka-lora[{_extra(error.name)}]'")
     except SystemExit as end:
         if end.code == 130:  # typer's, for Ctrl-C
-            print("stopped; what was finished is kept", file=sys.stderr)
+            print("stopped", file=sys.stderr)
         raise
 
 
@@ -359,7 +366,7 @@ def _fail(message: str) -> None:
 
 
 def _extra(module: str | None) -> str:
-    by_verb = {"train": "train", "eval": "eval", "play": "play", "demo": "peft,gguf"}
+    by_verb = {"train": "train", "eval": "eval", "play": "play", "demo": "demo"}
     by_module = {"gguf": "gguf", "matplotlib": "eval"}
     return by_verb.get("".join(sys.argv[1:2])) or by_module.get(module or "", "peft")
 
@@ -368,20 +375,10 @@ def _next(*words: object) -> None:
     typer.echo(f"Next: {shlex.join(['matryoshka', *map(str, words)])}")
 
 
-def _dtype(name: Dtype | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    from matryoshka_lora.models import DTYPES
-
-    return DTYPES[name]
-
-
 def _ranks(text: str | None) -> Any:
     if text in (None, "all"):
         return text
     try:
         return [int(part) for part in str(text).split(",")]
     except ValueError as error:
-        raise typer.BadParameter(
-            f"--ranks is {text!r}; write numbers such as 1,2,4, or all"
-        ) from error
+        raise typer.BadParameter(f"{text!r} is no rank: write 8, or 1,2,4") from error

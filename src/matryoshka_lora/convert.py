@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,12 +24,14 @@ from matryoshka_lora.files.engines import missing_rope, write_gguf, write_mlx
 from matryoshka_lora.files.layers import AdapterFile
 from matryoshka_lora.files.output import PathLike, check_place, new_file, new_folder
 from matryoshka_lora.files.peft import Ranks, open_adapter, plan_rank, write_nested, write_rank
+from matryoshka_lora.files.rows import read_rows
 from matryoshka_lora.files.single import Style, in_style
 from matryoshka_lora.files.tensors import read_json
 
 Format = Literal["peft", "merged", "ladder", "gguf", "mlx"]
 
 _ENDINGS = {"gguf": ".gguf", "single": ".safetensors"}
+_FILES = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".zip", ".json")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Exported:
         ranks: One for all layers, one for each by name, or those of a ladder.
         before, after: The bytes of the source's weights, and of those that were written.
         error: The norm of what was left out over the norm of the whole update.
-        others: The keys of a single file's tensors that are no factors. They stay as they are.
+        notes: What else a user should know.
     """
 
     path: Path
@@ -51,7 +53,7 @@ class Exported:
     before: int
     after: int
     error: float
-    others: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """Return what to tell a user."""
@@ -65,9 +67,9 @@ class Exported:
         if self.format != "ladder":
             error, kept = 100 * self.error, 100 * (1 - self.error**2)
             found += [f"error {error:.1f} % of the update's norm ({kept:.1f} % of its square kept)"]
-        if self.others:
-            found += [f"{len(self.others)} tensors stay as they are, such as {self.others[0]}"]
-        return found
+        if self.format in ("peft", "single") and self.after >= self.before:
+            found += ["Nothing was left out, so it is no smaller than before"]
+        return [*found, *self.notes]
 
 
 def reorder(
@@ -79,7 +81,7 @@ def reorder(
     rows: int | None = None,
     model: str | None = None,
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     seed: int = 0,
     force: bool = False,
 ) -> Path:
@@ -89,12 +91,12 @@ def reorder(
         source: PEFT's folder of an adapter, or a single ``.safetensors`` file.
         target: The folder or file to write. In a file each layer keeps its own rank.
         by: ``"svd"`` needs neither data nor the base model, and keeps the function of the largest
-            rank. ``"learned"`` and ``"trained"``: see `NestedAdapter.reorder`.
-        data: The training data, for all but ``"svd"``.
+            rank. ``"trained"``: see `NestedAdapter.reorder`.
+        data: The training data, for ``"trained"``: rows, or a file of them.
         rows: How many rows of the data are used; None is the default of the order.
         model: The base model; None is what the adapter names.
         revision: The base model's revision on the hub; None is what the adapter names.
-        dtype: The base model's dtype; None chooses by the hardware.
+        dtype: The base model's, as `load_model` takes it; None chooses by the hardware.
         seed: Seeds the choice of rows and ranks.
         force: Whether what is at the target is replaced.
 
@@ -107,10 +109,12 @@ def reorder(
     adapter = open_adapter(source)
     kind = _kind(adapter, target, None if adapter.is_single else "peft", None)
     place = check_place(target, force, adapter.files)
-    if (by == "svd") != (data is None) or (data is not None and kind == "single"):
-        raise MatryoshkaError(
-            "give data for learned and trained, which take a folder, and none for svd"
-        )
+    if (by == "svd") != (data is None):
+        way = "give it rows with --data" if data is None else "write --by trained"
+        raise MatryoshkaError(f"order {by!r} takes {'no ' * (by == 'svd')}data: {way}")
+    if data is not None and kind == "single":
+        raise MatryoshkaError(f"{adapter.name} names no base model to train: take --by svd")
+    rows_of_data = None if data is None else read_rows(data)
     if kind == "single":
         write_rank(adapter, place, adapter.max_rank, force)
     elif by == "svd":
@@ -124,17 +128,15 @@ def reorder(
         with tempfile.TemporaryDirectory() as folder:
             write_nested(adapter, f"{folder}/nested")
             nested = load(base, f"{folder}/nested", trainable=True)
-        progress = place.with_name(f"{place.name}.unfinished.safetensors")
-        nested.reorder(cast(Any, by), data, tokenizer, rows, seed, progress)
+        nested.reorder(cast(Any, by), rows_of_data, tokenizer, rows, seed)
         nested.save(place, force)
-        progress.unlink(missing_ok=True)
     return place
 
 
 def export(
     source: PathLike,
     target: PathLike,
-    rank: int | None = None,
+    rank: int | Sequence[int] | None = None,
     format: Format | None = None,
     *,
     keep: float | str | None = None,
@@ -151,8 +153,8 @@ def export(
     Args:
         source: PEFT's folder of an adapter, or a single ``.safetensors`` file.
         target: The folder or file to write; its ending says the format.
-        rank: The rank. Beside ``keep`` or ``max_bytes``, the most that a layer gets. In a ladder
-            the largest one.
+        rank: The rank. Beside ``keep`` or ``max_bytes``, the most that a layer gets. For a ladder,
+            several; None is the nested ones.
         format: ``"peft"``, a folder; ``"merged"``, the base model with the adapter in its weights;
             ``"ladder"``, one PEFT folder per nested rank; ``"gguf"``, a file for llama.cpp;
             ``"mlx"``, a folder for mlx-lm.
@@ -173,31 +175,42 @@ def export(
     share = None if keep is None else read_share(keep)
     limit = None if max_bytes is None else read_bytes(max_bytes)
     nothing = (rank, share, limit) == (None, None, None)
-    if nothing and style is None and kind != "ladder":
+    if nothing and style is None and kind in ("peft", "single"):
         raise MatryoshkaError("say how much to keep: --rank 8, --keep 95% or --max-bytes 50MB")
     by_layer = ("peft", "single") if limit is not None else ("peft", "single", "gguf", "merged")
     if (share, limit) != (None, None) and kind not in by_layer:
-        raise MatryoshkaError(f"format {kind} cannot be cut like that: give --rank")
+        way = "--rank" if kind in ("ladder", "mlx") else "--rank or --keep"
+        raise MatryoshkaError(f"format {kind} cannot be cut like that: give {way}")
     if style is not None:
         if nothing:
             adapter = replace(adapter, order="as given")  # the factors are only renamed
         adapter = in_style(adapter, style)
     ranks = _ranks(adapter, kind, rank, share, limit)
     error = _write(adapter, place, kind, ranks, (model, revision), force)
-    others = tuple(adapter.others) if kind == "single" else ()
-    return Exported(place, kind, ranks, before, _size(place), error, others)
+    notes, others = list[str](), list(adapter.others)
+    if others and kind == "single":
+        notes += [f"{len(others)} tensors stay as they are, such as {others[0]}"]
+    if share is not None and isinstance(ranks, Mapping) and rank in ranks.values():
+        bound = sum(each == rank for each in ranks.values())
+        notes += [f"--rank {rank} bounds {bound} layers, which may keep less than {keep}"]
+    return Exported(place, kind, ranks, before, _size(place), error, tuple(notes))
 
 
 def _kind(
     adapter: AdapterFile, target: PathLike, format: Format | None, style: Style | None
 ) -> str:
     """Return the format of an output: what is asked for, or what the target's ending says."""
-    by_end = next((kind for kind, end in _ENDINGS.items() if end == Path(target).suffix), "peft")
+    end = Path(target).suffix.lower()
+    by_end = next((kind for kind, each in _ENDINGS.items() if each == end), "peft")
     kind, reason = "peft" if style == "peft" else format or by_end, ""
     if adapter.is_single and style != "peft" and kind != "single":
-        reason = "is a single file and stays one: name a .safetensors file, and no --format"
+        reason = "is a single file and stays one: name a file such as small.safetensors"
+        reason += ", without --format" if format else ""
     elif not adapter.is_single and (style is not None or kind == "single"):
-        reason = "is a folder and stays one: name a folder, and no --style"
+        reason = "is a folder and stays one: name a folder"
+        reason += ", and no --style" if style else ""
+    elif kind not in _ENDINGS and end in _FILES:
+        reason = f"becomes a folder, and {end} is the ending of a file: leave it out"
     elif kind != by_end and kind in _ENDINGS:
         reason = f"becomes a file: name it {Path(target)}{_ENDINGS[kind]}"
     elif kind != by_end and by_end in _ENDINGS:
@@ -208,15 +221,24 @@ def _kind(
 
 
 def _ranks(
-    adapter: AdapterFile, kind: str, rank: int | None, share: float | None, limit: int | None
+    adapter: AdapterFile,
+    kind: str,
+    rank: int | Sequence[int] | None,
+    share: float | None,
+    limit: int | None,
 ) -> Ranks | tuple[int, ...]:
     """Return the rank that is asked for, one for each layer, or those of a ladder."""
-    up_to = adapter.ranks_up_to(rank)
     if kind == "ladder":
-        return up_to
-    ranks = {layer.name: min(up_to[-1], layer.rank) for layer in adapter.layers}
+        return adapter.several([rank] if isinstance(rank, int) else rank)
+    most = adapter.max_rank if rank is None else rank
+    if not isinstance(most, int):
+        raise MatryoshkaError(f"several ranks make a ladder, and no {kind}: give --format ladder")
+    adapter.check_rank(most)
+    ranks = {layer.name: min(most, layer.rank) for layer in adapter.layers}
     if share is None and limit is None:
-        return ranks if rank is None else rank
+        if kind == "mlx":
+            return dict.fromkeys(ranks, most)  # mlx-lm has one rank for all layers
+        return most if set(ranks.values()) == {most} else ranks
     if adapter.order not in (None, "svd"):
         raise MatryoshkaError(
             f"singular values do not say what the ranks of {adapter.name} keep, since its order is "
@@ -264,7 +286,7 @@ def _merge(
 
     from matryoshka_lora.models import load_model, load_tokenizer
 
-    model = load_model(name, cast(Any, "auto"), revision, "cpu")
+    model = load_model(name, "auto", revision, "cpu")
     with tempfile.TemporaryDirectory() as folder:
         error = write_rank(adapter, f"{folder}/rank", ranks)
         adapted: Any = PeftModel.from_pretrained(model, f"{folder}/rank")
@@ -284,13 +306,14 @@ def _merge(
 
 def _ladder(adapter: AdapterFile, place: Path, ranks: tuple[int, ...], force: bool) -> None:
     """Write a folder of PEFT's for each rank."""
-    family = Path(adapter.name).resolve().name
+    family, own = Path(adapter.name).resolve().name, {x.name: x.rank for x in adapter.layers}
     with tempfile.TemporaryDirectory() as cache, new_folder(place, force, adapter.files) as folder:
         if adapter.order is None:  # one SVD for all ranks
             write_nested(adapter, f"{cache}/{family}")
             adapter = open_adapter(f"{cache}/{family}")
         for rank in ranks:
-            write_rank(adapter, folder / f"{family}@{rank}", rank)
+            at = {name: min(rank, most) for name, most in own.items()}
+            write_rank(adapter, folder / f"{family}@{rank}", at)
 
 
 def _base_config(name: str, revision: str | None) -> dict[str, Any]:

@@ -1,79 +1,77 @@
-"""`matryoshka demo`: teach two layers a table, and see how much of it each rank holds."""
+"""`matryoshka demo`: teach two layers a table, and look its entries up at every rank."""
 
 from __future__ import annotations
 
-import random
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib  # noqa: F401  (before the training, which takes longer)
 import torch
+from iso3166 import countries
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import Trainer, TrainingArguments
 
 from matryoshka_lora.adapter import NestedAdapter
-from matryoshka_lora.convert import export
-from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files.peft import open_adapter, plan_rank
+from matryoshka_lora.evaluation.report import draw
+from matryoshka_lora.evaluation.results import Evaluation
+from matryoshka_lora.files.peft import plan_rank
 from matryoshka_lora.models import EMBEDDED, load_model, load_tokenizer
 from matryoshka_lora.nested import nest
 
-LINES, DIGITS = 256, 4
-LAYERS, RANK = 2, 32
-STEPS, BATCH, RATE = 400, 32, 4e-3
-EXPORTED = 8  # the rank that plain PEFT reads
+LAYERS, RANKS, RANK, DIGITS = 2, (1, 2, 4, 16), 16, 3
+STEPS, BATCH, RATE = 300, 32, 4e-3
+TRAINED = 2400  # rows from which each rank is trained by itself
+SHOWN, EXPORTED = (1, 2, RANK), 4  # the ranks that answer, and the one that plain PEFT reads
+ASKED = ("Kenya", "Brazil", "Bolivia")
+
+Right = dict[int, float]  # how much of the table each rank knows, in percent
 
 
 def demo(out: Path, steps: int = STEPS) -> None:
-    """Train, print what each rank weighs and knows, and read one rank with plain PEFT.
+    """Train, print and draw what each rank knows, let the user ask, and read one with plain PEFT.
 
     Args:
-        out: A new folder. It gets ``base``, the base model's first two layers; ``adapter``, for
-            every rank; and ``rank-8``, an ordinary LoRA adapter.
+        out: A folder that does not exist yet. It gets ``base``, the base model's first two layers;
+            ``adapter``, for every rank; ``rank-4``, an ordinary LoRA adapter; and ``curve.png``.
         steps: The optimizer steps.
-
-    Raises:
-        MatryoshkaError: The folder exists.
     """
-    if out.exists():
-        raise MatryoshkaError(f"{out} exists already: delete it, or name another with --out")
+    out.mkdir(parents=True)
     facts = table()
-    # On busy machines, fewer threads are faster.
-    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     print(
-        f"{LINES} made-up names, each with a number. The first {LAYERS} layers of {EMBEDDED}\n"
-        f"learn them with one adapter of rank {RANK}: {steps} steps in float32."
+        f"The table: {len(facts)} countries, each with its number in ISO 3166.\n"
+        f"The model: the first {LAYERS} layers of {EMBEDDED}, in {out / 'base'}.\n"
+        f"One LoRA adapter of rank {RANK} learns the table, in float32 on the CPU."
     )
     save_base(out / "base")
     tokenizer = load_tokenizer(str(out / "base"))
-    tokens, mask = encode(tokenizer, facts)
-    adapter = train_adapter(out / "base", tokens, mask, steps)
+    adapter, right = train_adapter(out / "base", tokenizer, facts, steps)
     adapter.save(out / "adapter")
-    file = open_adapter(out / "adapter")
-    print("\nEvery rank of this one training:\n\n  rank       size  right answers")
-    for rank in adapter.nesting.ranks:
-        size = plan_rank(file, rank).size / 1e6
-        share = count_right(adapter, tokens, mask, rank) / LINES
-        print(f"  {rank:4}  {size:6.2f} MB  {share:13.0%}  {'#' * round(30 * share)}")
-    export(out / "adapter", out / f"rank-{EXPORTED}", EXPORTED)
-    base = AutoModelForCausalLM.from_pretrained(out / "base", dtype="float32")
+    report(adapter, right, len(facts), out / "curve.png")
+    look_up(adapter, tokenizer, facts)
+    adapter.export(out / f"rank-{EXPORTED}", EXPORTED)
+    base = load_model(str(out / "base"), torch.float32, device="cpu")
     plain = PeftModel.from_pretrained(base, out / f"rank-{EXPORTED}")
-    print(f"\nRank {EXPORTED} is an ordinary LoRA adapter. PEFT alone reads it and answers:\n")
-    for name in list(facts)[:3]:
-        prompt = tokenizer(f"{name}: ", return_tensors="pt")
-        answer = plain.generate(**prompt, do_sample=False, max_new_tokens=DIGITS, pad_token_id=0)
-        print(f"  {tokenizer.decode(answer[0])}   (right: {facts[name]})")
+    print(f"\nRank {EXPORTED} is an ordinary LoRA adapter too. PEFT alone reads it and answers:\n")
+    for name, said in zip(ASKED, answers(plain, tokenizer, ASKED), strict=True):
+        print(f"  {name}: {said}   (right: {facts[name]})")
     print(f"\n{out / 'adapter'} holds every rank")
 
 
-def table(lines: int = LINES, seed: int = 0) -> dict[str, str]:
-    """Return made-up names, each with a number of four digits that no model can know."""
-    draw, found = random.Random(seed), dict[str, str]()
-    while len(found) < lines:
-        name = "".join(draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(3))
-        found.setdefault(name.capitalize(), f"{draw.randrange(10**DIGITS):0{DIGITS}}")
-    return found
+def table() -> dict[str, str]:
+    """Return the countries of ISO 3166, by short names, each with its number of three digits."""
+    short = [re.split(r", | \(", country.apolitical_name)[0] for country in countries]
+    return {
+        name if short.count(name) == 1 else country.apolitical_name: country.numeric
+        for name, country in zip(short, countries, strict=True)
+    }
 
 
 def save_base(folder: Path) -> None:
@@ -85,53 +83,103 @@ def save_base(folder: Path) -> None:
     load_tokenizer().save_pretrained(folder)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, facts: dict[str, str]) -> tuple[Tensor, Tensor]:
-    """Return the lines in tokens, shape (lines, length), filled up on the left, and their mask."""
-    tokenizer.padding_side = "left"  # so that each line ends with its digits, a token each
-    lines = [f"{name}: {number}" for name, number in facts.items()]
-    found = tokenizer(lines, padding=True, return_tensors="pt")
-    return found["input_ids"], found["attention_mask"]
+def batch_of(tokenizer: Any, lines: Sequence[str]) -> dict[str, Tensor]:
+    """Return lines as a batch, in which the digits at their ends, a token each, are learned."""
+    batch = tokenizer(lines, padding=True, padding_side="left", return_tensors="pt")
+    digits = batch["input_ids"][:, -DIGITS:].contiguous()
+    # The logits before each digit are enough. Indices: slicing makes the product slower.
+    places = torch.arange(-DIGITS - 1, -1)
+    return {**batch, "labels": digits, "shift_labels": digits, "logits_to_keep": places}
 
 
-def train_adapter(base: Path, tokens: Tensor, mask: Tensor, steps: int = STEPS) -> NestedAdapter:
-    """Train an adapter on a table in a plain training loop, and reorder it by SVD."""
+def train_adapter(
+    base: Path, tokenizer: Any, facts: dict[str, str], steps: int = STEPS
+) -> tuple[NestedAdapter, dict[str, Right]]:
+    """Train an adapter on a table, and measure its ranks in three orders; the last one stays."""
     torch.manual_seed(0)
-    model = load_model(str(base), torch.float32)
+    model = load_model(str(base), torch.float32, device="cpu")
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
-    adapter = nest(get_peft_model(model, config))
-    parameters = [p for p in adapter.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 1e-3, steps)
-    epochs = -(-steps * BATCH // len(tokens))
-    order = torch.cat([torch.randperm(len(tokens)) for _ in range(epochs)])
-    adapter.model.train()
-    for step in (bar := tqdm(range(steps), "training", leave=False)):
-        chosen = order[step * BATCH : (step + 1) * BATCH]
-        adapter.draw(step)
-        logits = _logits(adapter.model, tokens[chosen], mask[chosen])
-        answers = tokens[chosen, -DIGITS:].to(logits.device)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
-        torch.autograd.backward(loss)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.2f}")
-    adapter.model.eval()
-    adapter.reorder()
-    return adapter
+    adapter = nest(get_peft_model(model, config), RANKS)
+    lines = [f"{name}: {number}" for name, number in facts.items()]
+    options = {"max_steps": steps, "per_device_train_batch_size": BATCH, "learning_rate": RATE}
+    more = {"use_cpu": True, "save_strategy": "no", "disable_tqdm": False}
+    arguments = TrainingArguments(str(base), **options, **more)
+    collate = partial(batch_of, tokenizer)
+    # A table has nothing to generalise to: the lines that are learned are those that judge.
+    trainer = Trainer(adapter.model, arguments, collate, lines, lines)
+    trainer.add_callback(adapter.callback())
+    trainer.log = lambda *_, **__: None  # it would print a dictionary
+    trainer.train()
+    # Cutting keeps the first columns as they are, here of B diag(p) A, which was trained.
+    batches = [collate(lines[i : i + BATCH]) for i in range(0, len(lines), BATCH)]
+    right = {"cut": measure(adapter, batches, adapter.nesting.diagonal())}
+    adapter.reorder("svd")
+    right["svd"] = measure(adapter, batches, torch.ones(RANK))
+    adapter.reorder("trained", trainer, rows=TRAINED)
+    right["trained"] = measure(adapter, batches, torch.ones(RANK))
+    return adapter, right
 
 
 @torch.no_grad()
-def count_right(adapter: NestedAdapter, tokens: Tensor, mask: Tensor, rank: int) -> int:
-    """Return how many lines of a table a rank knows: each digit is the likeliest token."""
-    adapter.set_rank(rank)
-    said = _logits(adapter.model, tokens, mask).argmax(-1).cpu()
-    return int((said == tokens[:, -DIGITS:]).all(1).sum())
+def measure(adapter: NestedAdapter, batches: list[dict[str, Tensor]], p: Tensor) -> Right:
+    """Return the share of a table that each rank knows: every digit is the likeliest token.
+
+    p is the diagonal between B and A. The scale is alpha / R, which is 1, at every rank.
+    """
+    adapter.model.eval()
+    found, digits = {}, torch.cat([batch["labels"] for batch in batches])
+    for rank in tqdm((0, *RANKS), "asking every rank", leave=False):
+        with adapter.standing(p * (torch.arange(RANK) < rank)):
+            said = [adapter.model(**batch).logits.argmax(-1) for batch in batches]
+        found[rank] = 100 * (torch.cat(said) == digits).all(1).double().mean().item()
+    return found
 
 
-def _logits(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Return the logits before each digit, shape (rows, digits, vocabulary)."""
-    places = torch.arange(-DIGITS - 1, -1)  # indices: slicing makes the product slower
-    inputs = {"input_ids": tokens.to(model.device), "attention_mask": mask.to(model.device)}
-    logits: Tensor = model(**inputs, logits_to_keep=places).logits
-    return logits
+def report(adapter: NestedAdapter, right: dict[str, Right], lines: int, picture: Path) -> None:
+    """Print and draw how much of a table each rank knows, in each order."""
+    file = adapter.opened()
+    sizes = {rank: plan_rank(file, rank).size for rank in RANKS}
+    print(
+        f"\nOf the {lines} numbers, each rank of this one training knows:\n\n"
+        "  rank  size (MB)     cut     svd  trained"
+    )
+    for rank, size in {0: 0, **sizes}.items():
+        cells = [f"{known[rank]:6.0f} %" for known in right.values()]
+        print(f"  {rank:4}  {size / 1e6:9.2f}{''.join(cells)}")
+    curve = Evaluation({}, RANKS, sizes)
+    for name, value in right.items():
+        error = {rank: (v * (100 - v) / lines) ** 0.5 for rank, v in value.items()}
+        metrics = {"right": {"value": value, "stderr": error}}
+        curve.tasks[f"{name}: % right"] = {"metric": "right", "metrics": metrics}
+    draw(curve, picture)
+    print(
+        "\n  rank 0: the model without the adapter\n"
+        "  cut: the first columns of the factors, as they were trained\n"
+        "  svd: adapter.reorder()\n"
+        "  trained: adapter.reorder('trained', trainer), each rank by itself\n"
+        f"\nThe same as a picture: {picture}"
+    )
+
+
+def look_up(adapter: NestedAdapter, tokenizer: Any, facts: dict[str, str]) -> None:
+    """Let some ranks answer what the user types; without a terminal, what `ASKED` names."""
+    names, asks = {name.lower(): name for name in facts}, sys.stdin.isatty()
+    print("\nLook countries up; an empty line ends.\n" if asks else "\nThree of the answers:\n")
+    with suppress(EOFError, KeyboardInterrupt):
+        for text in iter(lambda: input("Country: ").strip(), "") if asks else ASKED:
+            if name := names.get(text.lower()):
+                with adapter.rows(SHOWN):
+                    said = answers(adapter.model, tokenizer, [name] * len(SHOWN))
+                cells = [f"rank {rank}: {s}" for rank, s in zip(SHOWN, said, strict=True)]
+                print(f"  {name}   {'   '.join(cells)}   (right: {facts[name]})")
+            else:
+                near = [names[key] for key in get_close_matches(text.lower(), names)]
+                print(f"  Not in the table. Try {', '.join(near or ASKED)}")
+
+
+def answers(model: Any, tokenizer: Any, names: Sequence[str]) -> list[str]:
+    """Return the numbers that a model says to some names, each of which is a row of the batch."""
+    texts = [f"{name}: " for name in names]
+    prompts = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    said = model.generate(**prompts, do_sample=False, max_new_tokens=DIGITS, pad_token_id=0)
+    return [" ".join(text.split()) for text in tokenizer.batch_decode(said[:, -DIGITS:])]

@@ -62,6 +62,13 @@ def reorder_factors(
     return new_A.to(A.dtype), new_B.to(B.dtype), s
 
 
+def singular_values(A: Tensor, B: Tensor) -> Tensor:
+    """Return those of ``B A``, shape (..., R), float64, as `reorder_factors` does, in less time."""
+    r_in, r_out = (torch.linalg.qr(tall.double(), mode="r").R for tall in (A.mT, B))
+    values = torch.linalg.svdvals(r_out @ r_in.mT)
+    return torch.nn.functional.pad(values, (0, A.shape[-2] - values.shape[-1]))
+
+
 def checksum(factors: Iterable[tuple[Tensor, Tensor]]) -> str:
     """Return a checksum of pairs of factors, to detect changes.
 

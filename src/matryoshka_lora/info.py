@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from matryoshka_lora.budget import show_bytes
-from matryoshka_lora.files.layers import AdapterFile
+from matryoshka_lora.files.layers import AdapterFile, in_turn
 from matryoshka_lora.files.output import PathLike
 from matryoshka_lora.files.peft import open_adapter, plan_rank
 
@@ -36,15 +36,19 @@ class Description:
             f"  layers      {len(layers)}, such as {layers[0].name}",
             f"  rank        {_range([layer.rank for layer in layers])}",
             f"  scale       {_range([layer.scale for layer in layers])}",
-            f"  file        {show_bytes(adapter.size)}",
+            f"  file        {show_bytes(adapter.size)}, {str(layers[0].A.dtype).split('.')[1]}",
         ]
-        if others := list(adapter.others):
-            found.append(f"  besides     {len(others)} tensors, such as {others[0]}")
+        if others := adapter.others:
+            size = show_bytes(sum(each.size for each in others.values()))
+            names = next(iter(others)) + (f" and {len(others) - 1} more" if len(others) > 1 else "")
+            found.append(f"  besides     {names}: {size} at every rank")
         found += ["", f"  {'rank':>6} {'size':>10}   error of the update's norm"]
         for rank, error in self.errors.items():
             kept = f"{100 * (1 - error**2):.1f} % of its square kept"
             size = show_bytes(self.sizes[rank])
             found.append(f"  {rank:>6} {size:>10}   {100 * error:4.1f} % ({kept})")
+        if self.adapter.order not in (None, "svd", "paper"):
+            found.append("`matryoshka eval` says what a rank is worth after training it.")
         return found
 
     def _what(self) -> str:
@@ -62,8 +66,9 @@ def describe(path: PathLike) -> Description:
     """Open an adapter and read its layers. Raises: as `open_adapter`."""
     adapter = open_adapter(path)
     whole = plan_rank(adapter, adapter.max_rank)
-    for _ in whole.each():
-        pass
+    whole.lost.update(
+        {layer.name: adapter.lost(layer) for layer in in_turn(adapter.layers, "measuring")}
+    )
     sizes = {rank: plan_rank(adapter, rank).size for rank in adapter.ranks}
     return Description(adapter, sizes, {rank: whole.error(rank) for rank in adapter.ranks})
 

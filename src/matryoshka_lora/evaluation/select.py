@@ -42,6 +42,7 @@ class Choice:
         if self.bound is not None:
             near = f"; {self.bound:.3f} is near enough"
         told = f"{found.values(self.task)[self.rank]:.3f} on {self.task}{near}"
+        told += f"; {found.tasks[self.task]['items']} questions"
         lines = [f"Rank {self.rank} ({show_bytes(found.bytes[self.rank])}): {told}"]
         for other in found.ranks:
             apart = found.difference(self.task, other, self.rank)
@@ -90,6 +91,8 @@ def select(
     best = max(values, key=lambda rank: (sign * values[rank], -rank))
     top, bound = values[best], None
     if within is not None:
+        if read_share(within) == 1 and "%" not in str(within):
+            raise MatryoshkaError(f"--within {within} takes every rank: write a share such as 1%")
         bound = top - sign * read_share(within) * abs(top)
         small = [rank for rank in small if sign * (values[rank] - bound) >= 0]
     if not small:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -10,15 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.reordering.rows import question_and_answer, read_rows
+from lm_eval.tasks import TaskManager
 
-try:
-    from lm_eval.tasks import TaskManager
-except ImportError as error:
-    raise MatryoshkaError(
-        "this needs lm-evaluation-harness: pip install 'matryoshka-lora[eval]'"
-    ) from error
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.files.rows import question_and_answer
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it would log at each rank what it does
 
 _SEED = 1234  # the harness' own
 _EXTRA_TOKENS = 8  # how many tokens more than the longest completion an answer may have
@@ -51,24 +48,22 @@ def load_task(name: str) -> Asked:
         reason = " ".join(str(error).split())[:300]
         raise MatryoshkaError(
             f"task {name} cannot be loaded: {reason}. Its data come from the Hugging Face hub, or "
-            "from files that its YAML names"
+            "from files that its YAML names; --data asks rows of a file"
         ) from error
 
 
-def load_data(data: Any, tokenizer: Any) -> Asked:
+def load_data(name: str, rows: Sequence[Any], tokenizer: Any) -> Asked:
     """Make a task of rows: an answer is right if it equals the completion, white space aside.
 
     Args:
-        data: A ``.jsonl`` file, or rows.
+        name: The task's.
+        rows: With ``prompt`` and ``completion``, or ``messages``.
         tokenizer: Its chat template writes rows of messages; texts are asked as they are.
 
     Raises:
-        MatryoshkaError: The file cannot be read, or a row has no question with an answer.
+        MatryoshkaError: A row has no question with an answer.
     """
-    name = Path(data).stem if isinstance(data, (str, os.PathLike)) else "data"
-    pairs = [question_and_answer(row, n) for n, row in enumerate(read_rows(data), start=1)]
-    if not pairs:
-        raise MatryoshkaError(f"{name} has no rows")
+    pairs = [question_and_answer(row, n) for n, row in enumerate(rows, start=1)]
     return name, _manager(False).load([_config(name, pairs, tokenizer)])
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +17,11 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
-from matryoshka_lora.factors import checksum, reorder_factors
+from matryoshka_lora.factors import checksum, reorder_factors, singular_values
 from matryoshka_lora.files.tensors import Stored, file_size, new_tensors
 from matryoshka_lora.nesting import Nesting
+
+T = TypeVar("T")
 
 NOTE = "matryoshka_lora"
 """The key of the nesting in the metadata of the weights."""
@@ -136,11 +138,12 @@ class AdapterFile:
             raise MatryoshkaError(f"{self.name} names no base model: give it with --model")
         return str(name), revision or (None if model else self.config.get("revision"))
 
-    def ranks_up_to(self, most: int | None) -> tuple[int, ...]:
-        """Return the nested ranks below a rank, and that rank; None is R."""
-        top = self.max_rank if most is None else most
-        self.check_rank(top)
-        return (*(rank for rank in self.ranks if rank < top), top)
+    def several(self, ranks: Sequence[int] | None) -> tuple[int, ...]:
+        """Return some ranks, or the nested ones; MatryoshkaError unless there are such ranks."""
+        chosen = Nesting(tuple(ranks or self.ranks)).ranks
+        for rank in chosen:
+            self.check_rank(rank)
+        return chosen
 
     def check_rank(self, rank: int) -> None:
         """Raise MatryoshkaError unless there is such a rank."""
@@ -155,6 +158,29 @@ class AdapterFile:
             return self.nesting.scale_at(rank)
         return layer.scale
 
+    def factors(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """Return a layer's factors as `Layer.matrices`.
+
+        Raises:
+            NotFiniteError: A factor holds NaN or infinity.
+        """
+        A, B = layer.matrices(layer.A.read(), layer.B.read())
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise NotFiniteError(
+                f"{self.name}: the factors of {layer.name} hold NaN or infinity. If the training "
+                "diverged, train again with a lower learning rate"
+            )
+        return A, B
+
+    def singular_values(self, layer: Layer) -> Tensor:
+        """Return those of a layer's update, shape (..., R), float64. The order is svd or None."""
+        A, B = self.factors(layer)
+        if self.order is None:
+            return singular_values(A * layer.scale, B)
+        # They are the norms of columns of factors ordered by SVD, s_i = scale |B_i| |A_i|.
+        norms: Tensor = A.double().norm(dim=-1) * B.double().norm(dim=-2)
+        return layer.scale * norms
+
     def cut(self, layer: Layer, rank: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return a layer's factors at a rank, rescaled for another scale.
 
@@ -168,23 +194,31 @@ class AdapterFile:
         Raises:
             NotFiniteError: A factor holds NaN or infinity.
         """
-        A, B = layer.matrices(layer.A.read(), layer.B.read())
-        if not (A.isfinite().all() and B.isfinite().all()):
-            raise NotFiniteError(
-                f"{self.name}: the factors of {layer.name} hold NaN or infinity. If the training "
-                "diverged, train again with a lower learning rate"
-            )
+        A, B = self.factors(layer)
         if self.order is None:
             missing = max(rank - layer.rank, 0)
             A, B = pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
             p = torch.full((A.shape[-2],), layer.scale, dtype=torch.float64)
-            A, B, _ = reorder_factors(A, B, p, scale)
-            lost = _lost(A, B, [scale] * len(p))
+            A, B, values = reorder_factors(A, B, p, scale)
+            lost = left_out(values)
         else:
             scales = [self.scale_at(layer, r) for r in range(1, layer.rank + 1)]
             lost, factor = _lost(A, B, scales), scales[rank - 1] / scale
             B = B if factor == 1 else (B.double() * factor).to(B.dtype)
         return A[..., :rank, :], B[..., :rank], lost
+
+    def lost(self, layer: Layer) -> Tensor:
+        """Return what each rank from 0 to R leaves out of a layer, as `cut`, for less work."""
+        if self.order in (None, "svd"):
+            return left_out(self.singular_values(layer))
+        scales = [self.scale_at(layer, r) for r in range(1, layer.rank + 1)]
+        return _lost(*self.factors(layer), scales)
+
+
+def left_out(values: Tensor) -> Tensor:
+    """Return the squared error of each rank from 0 to R, of singular values (..., R)."""
+    squares = pad(values.double() ** 2, (0, 1)).reshape(-1, values.shape[-1] + 1).sum(0)
+    return squares.flip(0).cumsum(0).flip(0)
 
 
 def _lost(A: Tensor, B: Tensor, scales: list[float]) -> Tensor:
@@ -266,11 +300,10 @@ class Plan:
         return math.sqrt(left / whole) if whole > 0 else 0.0
 
     def each(self) -> Iterator[tuple[Layer, Tensor, Tensor]]:
-        """Compute the layers one by one, with a progress bar after a second."""
-        with one_thread():
-            for old, new in tqdm(self.layers, unit=" layers", leave=False, disable=None, delay=1):
-                A, B, self.lost[new.name] = self.adapter.cut(old, new.rank, new.scale)
-                yield new, A, B
+        """Compute the layers one by one."""
+        for old, new in in_turn(self.layers, "cutting"):
+            A, B, self.lost[new.name] = self.adapter.cut(old, new.rank, new.scale)
+            yield new, A, B
 
     def write(self, file: Path) -> None:
         """Write a safetensors file, with one layer in memory at a time."""
@@ -290,6 +323,12 @@ class Plan:
             if NOTE in metadata:
                 note = json.loads(metadata[NOTE])
                 metadata[NOTE] = json.dumps({**note, "checksum": found})
+
+
+def in_turn(layers: Sequence[T], doing: str) -> Iterator[T]:
+    """Yield layers with a progress bar after a second, while torch is held to one thread."""
+    with one_thread():
+        yield from tqdm(layers, doing, leave=False, unit=" layers", disable=None, delay=1)
 
 
 @contextmanager

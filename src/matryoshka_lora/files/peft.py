@@ -58,10 +58,13 @@ def open_adapter(path: PathLike) -> AdapterFile:
     if not folder.is_dir():
         return open_single(folder)
     if not (folder / CONFIG_NAME).is_file():
-        raise MatryoshkaError(
-            f"{folder} holds no {CONFIG_NAME}: give a folder that PEFT has saved, since the scale "
-            "stands in that file, or name a .safetensors file that is a LoRA of its own"
-        )
+        inside = [f.parent for f in folder.glob(f"*/{CONFIG_NAME}")] + [
+            *folder.glob("*.safetensors")
+        ]
+        way = "give the folder that PEFT has saved, since the scale stands in that file"
+        if inside and not (folder / WEIGHTS_NAME).exists():
+            way = f"name one in it, such as {min(inside)}"
+        raise MatryoshkaError(f"{folder} holds no {CONFIG_NAME}: {way}")
     config = read_json(folder / CONFIG_NAME)
     stored, metadata = dict[str, Stored](), dict[str, str]()
     files = _weight_files(folder)
@@ -115,7 +118,8 @@ def write_nested(adapter: AdapterFile, path: PathLike, force: bool = False) -> N
     """
     order, scaling = adapter.order or "svd", adapter.nesting.scaling if adapter.nesting else "none"
     note = {"ranks": adapter.ranks, "scaling": scaling, "order": order, "checksum": checksum(())}
-    plan = plan_rank(adapter, adapter.max_rank, {NOTE: json.dumps(note)})
+    ranks = dict.fromkeys((layer.name for layer in adapter.layers), adapter.max_rank)
+    plan = plan_rank(adapter, ranks, {NOTE: json.dumps(note)})
     with new_folder(path, force, adapter.files) as folder:
         _put(folder, plan, order)
 
@@ -123,8 +127,8 @@ def write_nested(adapter: AdapterFile, path: PathLike, force: bool = False) -> N
 def write_rank(adapter: AdapterFile, path: PathLike, rank: Ranks, force: bool = False) -> float:
     """Write an ordinary adapter of one rank, or of a rank for each layer.
 
-    Factors without an order are reordered by SVD. A single file stays one, and its layers keep
-    their own rank where that is smaller.
+    Factors without an order are reordered by SVD. A single file stays one. A layer whose own rank
+    is smaller keeps it.
 
     Returns:
         The relative error: the norm of the removed part over that of the update.
@@ -145,9 +149,11 @@ def write_rank(adapter: AdapterFile, path: PathLike, rank: Ranks, force: bool = 
 
 def plan_rank(adapter: AdapterFile, rank: Ranks, metadata: Mapping[str, str] | None = None) -> Plan:
     """Return the `Plan` of `write_rank`."""
-    own = {layer.name: rank for layer in adapter.layers} if isinstance(rank, int) else rank
-    for each in set(own.values()):
-        adapter.check_rank(each)
+    if isinstance(rank, int):
+        adapter.check_rank(rank)
+        own = {layer.name: min(rank, layer.rank) for layer in adapter.layers}
+    else:
+        own = dict(rank)
     if adapter.is_single:
         return plan_single(adapter, own)
     one = adapter.order == "paper" or any(layer.experts > 1 for layer in adapter.layers)
@@ -181,7 +187,8 @@ def _card(plan: Plan, config: Mapping[str, Any], order: str | None) -> str:
     head += [f"base_model: {base}"] if is_id else []
     # Do not publish local paths.
     title = f"LoRA of rank {plan.rank} for {base if is_id else Path(base).name}"
-    text = f"PEFT, vLLM and others read this folder as rank {plan.rank}. {_US} wrote it."
+    readers = "PEFT reads" if plan.others else "PEFT, vLLM and others read"
+    text = f"{readers} this folder as rank {plan.rank}. {_US} wrote it."
     if order is not None:
         ranks = "Its nested ranks" if order == "paper" else "Every rank"
         text += f" {ranks} can be cut out of it, in the order `{order}`: "
@@ -218,7 +225,7 @@ def _check_config(config: dict[str, Any], where: str) -> None:
     if config.get("peft_type") != "LORA":
         reason = f"it is of type {config.get('peft_type')!r:.80} and not LoRA"
     elif method:
-        reason = f"{method} adds to its layers what belongs to no rank: use it whole"
+        reason = f"with {method} its layers are more than pairs of factors: use it whole"
     elif init.startswith(_INITS):
         reason = (
             f"init_lora_weights={init!r:.80} lets PEFT change the base model: save it first with "

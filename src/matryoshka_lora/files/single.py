@@ -34,6 +34,8 @@ _ENDINGS = (
 # What makes a layer more than a pair of factors: a magnitude (DoRA), a third matrix, a bias.
 _MORE = re.compile(r"(.+)\.(?:dora_scale|lora_(?:magnitude_vector|mid|up|down|[AB])(?:\.[^.]+)*)")
 
+_OTHER_METHODS = re.compile(r"dora_scale|magnitude_vector|hada_|lokr_|lora_mid")
+
 # The parts of a pipeline, and the first word of kohya's names for them. The names of a model's own
 # authors begin with diffusion_model.
 _PARTS = {
@@ -49,8 +51,8 @@ _PARTS = {
 
 def open_single(file: Path) -> AdapterFile:
     """Open a LoRA in one file; MatryoshkaError if it is damaged or has no ranks."""
-    if file.suffix != ".safetensors":
-        why = "may be a pickle, which can run code" if file.exists() else "does not exist"
+    if file.suffix.lower() != ".safetensors":
+        why = "is no LoRA that can be read" if file.exists() else "does not exist"
         raise MatryoshkaError(f"{file} {why}: give PEFT's folder or a .safetensors file")
     stored, metadata = open_tensors(file)
     pairs = dict[str, tuple[str, str]]()
@@ -65,9 +67,13 @@ def open_single(file: Path) -> AdapterFile:
     plain = [(name, *pair) for name, pair in pairs.items() if name not in whole]
     layers = sorted((_layer(*x, stored, configs, str(file)) for x in plain), key=lambda x: x.name)
     if not layers:
+        other = next((key for key in sorted(stored) if _OTHER_METHODS.search(key)), None)
         raise MatryoshkaError(
-            f"{file} holds no layer that is a pair of factors alone. DoRA, LoHa, LoKr and the like "
-            "have no ranks to choose: use it whole"
+            f"{file} holds {other[:80]}, so it is a DoRA, LoHa or LoKr, which has no ranks to "
+            "choose: use it whole"
+            if other
+            else f"{file} holds no LoRA whose keys are known: they end in lora_A.weight, "
+            f"lora_down.weight or down.weight, and not as {min(stored, default='')[:80]!r}"
         )
     used = {key for layer in layers for key in (layer.key_A, layer.key_B, layer.key_alpha)}
     kept = {key: stored[key] for key in sorted(stored.keys() - used)}
@@ -101,8 +107,8 @@ def in_style(adapter: AdapterFile, style: Style) -> AdapterFile:
     unclear = [layer.name for layer in adapter.layers if not layer.key_A.endswith(_DIFFUSERS[0])]
     if unclear:
         raise MatryoshkaError(
-            f"{unclear[0][:80]} does not say where the dots of its module's name were: leave the "
-            "style as it is, which diffusers and ComfyUI read too"
+            f"{unclear[0][:80]} cannot be renamed, as only keys that end in lora_A.weight say "
+            "where the dots of a module's name are: leave out --style"
         )
     modules = [layer.name.removeprefix(_PEFT) for layer in adapter.layers]
     parts = {_part(module)[0] for module in modules}

@@ -52,25 +52,33 @@ def open_tensors(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     Raises:
         MatryoshkaError: There is no such file, safetensors refuses it, or a dtype is unknown.
     """
-    stored = dict[str, Stored]()
+    stored, read = dict[str, Stored](), _Reader(file)
     try:
         if not file.is_file():  # opening a pipe would block
-            raise FileNotFoundError("there is no such file")
+            raise FileNotFoundError
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - it is no mapping
                 head = opened.get_slice(key)
                 dtype, shape = _DTYPES[head.get_dtype()], tuple(head.get_shape())
-                stored[key] = Stored(dtype, shape, partial(_read, file, key))
+                stored[key] = Stored(dtype, shape, partial(read, key))
             return stored, dict(opened.metadata() or {})
     except (SafetensorError, OSError, KeyError) as error:
         raise _damaged(file, error) from error
 
 
-def _read(file: Path, key: str) -> Tensor:
-    # Reopen the file for each tensor: a long-lived mmap would count as used memory.
-    with safe_open(file, "pt") as opened:
-        tensor: Tensor = opened.get_tensor(key)
-    return tensor
+class _Reader:
+    """Read tensors of a file. It is reopened now and then: a long-lived mmap counts as memory."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.left = file, 0
+
+    def __call__(self, key: str) -> Tensor:
+        if self.left == 0:
+            self.opened: Any = safe_open(self.file, "pt")
+            self.left = 32
+        self.left -= 1
+        tensor: Tensor = self.opened.get_tensor(key)
+        return tensor
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -82,7 +90,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _damaged(file: Path, reason: Exception) -> MatryoshkaError:
-    return MatryoshkaError(f"{file} is missing or damaged ({reason!s:.300}): copy it again")
+    if isinstance(reason, FileNotFoundError):
+        return MatryoshkaError(f"there is no file {file}: is the path right?")
+    return MatryoshkaError(f"{file} is damaged ({reason!s:.300}): copy it again")
 
 
 @contextmanager
@@ -116,7 +126,7 @@ def file_size(stored: Mapping[str, Stored], metadata: dict[str, str]) -> int:
 
 def _header(stored: Mapping[str, Stored], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
     """Return the header, and the place of each tensor after it."""
-    header: dict[str, object] = {"__metadata__": metadata}
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     places, end = dict[str, int](), 0
     # Wide dtypes come first, so that each tensor is aligned to its own width.
     for key in sorted(stored, key=lambda key: (-stored[key].dtype.itemsize, key)):

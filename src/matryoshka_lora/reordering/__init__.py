@@ -1,1 +1,1 @@
-"""Orders from data: ``learned`` and ``trained`` change an adapter that has the order of its SVD."""
+"""The order ``trained``: rows of data change an adapter that has the order of its SVD."""

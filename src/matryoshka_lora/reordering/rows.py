@@ -1,16 +1,13 @@
-"""Rows to learn from: out of a Trainer, a dataset, a list, or a file of JSON lines."""
+"""Rows to train on: out of a Trainer, a dataset, a list, or a file of JSON lines."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.files.rows import question_and_answer, read_rows
 
 Batch = dict[str, Any]  # model inputs with labels
 
@@ -44,26 +42,21 @@ class Rows:
     def __post_init__(self) -> None:
         self.digest = cache(self._digest)
 
-    @property
-    def judging(self) -> Rows:
-        """The rows from which held-out rows are drawn."""
-        return self.held_out or self
-
     def batches(self, numbers: Sequence[int]) -> list[Batch]:
         """Return some rows in batches on the model's device, without those that have no label."""
         chunks = [numbers[i : i + self.at_once] for i in range(0, len(numbers), self.at_once)]
         made = [dict(self.collate([self.data[number] for number in chunk])) for chunk in chunks]
         return [send_to_device(b, self.device) for b in made if (b["labels"] != -100).any()]
 
-    def split(self, count: int, judged: int, seed: int) -> tuple[list[int], list[int]]:
-        """Return the numbers of the rows to learn from, in order, and of those in `judging`.
+    def split(self, count: int, judged: int, seed: int) -> tuple[list[int], list[Batch]]:
+        """Return the numbers of the rows to train on, in order, and batches of those that judge.
 
         The evaluation rows judge. Without any, some of the data are held out: no row that equals
-        one of these is learned from, in any round. All rows come before one comes again, each time
+        one of these is trained on, in any round. All rows come before one comes again, each time
         in a new order.
 
         Args:
-            count: The number of rows to learn from.
+            count: The number of rows to train on.
             judged: The largest number of held-out rows.
             seed: The seed of the orders.
 
@@ -71,7 +64,7 @@ class Rows:
             MatryoshkaError: There are too few rows, or no held-out row has a label.
         """
         out: set[bytes] = set()
-        judging, size = self.judging, len(self.data)
+        judging, size = self.held_out or self, len(self.data)
         if judging is self:
             judged = min(judged, max(4, size // HELD_OUT))
         chosen = next(_orders(len(judging.data), seed))[:judged]
@@ -82,15 +75,12 @@ class Rows:
                     f"the {size} rows are too few, or too much alike, to hold some out that judge "
                     f"the result: give {FEWEST} different ones, or a Trainer with an eval_dataset"
                 )
-        if not judging.batches(chosen):
+        judges = judging.batches(chosen)
+        if not judges:
             raise MatryoshkaError("none of the rows that judge has a label: check the labels")
         endless = (number for order in _orders(size, seed) for number in order)
         kept = (number for number in endless if not out or self.digest(number) not in out)
-        return list(islice(kept, count)), chosen
-
-    def fingerprint(self, numbers: Iterable[int]) -> str:
-        """Return the SHA-256 of rows in their order: tokens, labels and all that the model gets."""
-        return hashlib.sha256(b"".join(self.digest(number) for number in numbers)).hexdigest()
+        return list(islice(kept, count)), judges
 
     def _digest(self, number: int) -> bytes:
         with torch.random.fork_rng(devices=[]):
@@ -138,37 +128,6 @@ def read_data(model: Any, data: Any, tokenizer: Any = None) -> Rows:
     rows = [_tokens(tokenizer, row, number, limit) for number, row in given]
     rows = [row for row in rows if any(label != -100 for label in row["labels"])]
     return Rows(rows, _padded, partial(_answer_loss, model), next(model.parameters()).device)
-
-
-def read_rows(data: Any) -> list[Any]:
-    """Return the rows of a dataset or a list, or of a file with a JSON object in each line."""
-    if not isinstance(data, (str, os.PathLike)):
-        return list(data)
-    try:
-        lines = Path(data).read_text("utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise MatryoshkaError(
-            f"{data} cannot be read: {error}. Give a file with a JSON object in each line"
-        ) from error
-
-
-def question_and_answer(row: Any, number: int) -> tuple[Any, Any]:
-    """Return a row's prompt and completion: two texts, or two lists of chat messages.
-
-    Raises:
-        MatryoshkaError: It has neither these nor messages that end with an answer.
-    """
-    fields = dict(row) if isinstance(row, Mapping) else {}
-    prompt, answer, messages = (fields.get(key) for key in ("prompt", "completion", "messages"))
-    if prompt is None and messages and messages[-1].get("role") == "assistant":
-        prompt, answer = messages[:-1], messages[-1:]
-    if not prompt or not answer or {type(prompt), type(answer)} not in ({str}, {list}):
-        raise MatryoshkaError(
-            f"row {number} of the data is {row!r:.80}: give rows with prompt and completion, both "
-            "text or both messages, or with messages that end with the assistant's"
-        )
-    return prompt, answer
 
 
 def _tokens(tokenizer: Any, row: Any, number: int, limit: int | None) -> dict[str, list[int]]:

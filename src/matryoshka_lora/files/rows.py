@@ -1,0 +1,53 @@
+"""Read rows of text: questions with their answers. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matryoshka_lora.errors import MatryoshkaError
+
+
+def read_rows(data: Any) -> list[Any]:
+    """Return the rows of a dataset or a list, or of a file with a JSON object in each line.
+
+    Raises:
+        MatryoshkaError: The file cannot be read, or there are no rows.
+    """
+    rows = list[Any]()
+    if not isinstance(data, (str, os.PathLike)):
+        rows = list(data)
+    else:
+        place = ""
+        try:
+            for number, line in enumerate(Path(data).read_text("utf-8").split("\n"), start=1):
+                place = f" in line {number}"
+                rows += [json.loads(line)] if line.strip() else []
+        except (OSError, ValueError) as error:
+            raise MatryoshkaError(
+                f"{data} cannot be read{place}: {error}. Give a JSON object in each line"
+            ) from error
+    if not rows:
+        raise MatryoshkaError(f"{data!s:.80} has no rows: give rows with prompt and completion")
+    return rows
+
+
+def question_and_answer(row: Any, number: int) -> tuple[Any, Any]:
+    """Return a row's prompt and completion: two texts, or two lists of chat messages.
+
+    Raises:
+        MatryoshkaError: It has neither these nor messages that end with an answer.
+    """
+    fields = dict(row) if isinstance(row, Mapping) else {}
+    prompt, answer, messages = (fields.get(key) for key in ("prompt", "completion", "messages"))
+    if prompt is None and messages and messages[-1].get("role") == "assistant":
+        prompt, answer = messages[:-1], messages[-1:]
+    if not prompt or not answer or {type(prompt), type(answer)} not in ({str}, {list}):
+        raise MatryoshkaError(
+            f"row {number} of the data is {row!r:.80}: give rows with prompt and completion, both "
+            "text or both messages, or with messages that end with the assistant's"
+        )
+    return prompt, answer
