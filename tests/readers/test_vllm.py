@@ -71,8 +71,8 @@ class Server:
             "matryoshka_lora",
             "serve",
             str(adapter),
-            "--max-rank",
-            "8",
+            "--ranks",
+            "1,2,4,8",
         ]
         options = ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16"]
         with log.open("w") as output:
