@@ -16,7 +16,7 @@ from research.training import AnswerTrainer, Trained
 Cut = Callable[[Trained], Iterator[tuple[NestedAdapter, int]]]
 """Makes the adapter of each nested rank in turn, and says at which rank it is to be used."""
 
-SHARES = {"trained": 0.5, "trained-1": 1.0, "squeezed-in-turn": 0.5}
+SHARES = {"trained": 0.5, "trained-1": 1.0, "squeezed-in-turn": 0.5, "squeezed": 0.5}
 """The rows that ranks are trained on by themselves, as a share of those of training."""
 
 SQUEEZE_POWER = 0.4
@@ -47,7 +47,7 @@ def _reordered(cut: str, trained: Trained) -> Iterator[tuple[NestedAdapter, int]
         yield adapter, rank
 
 
-def _squeezed(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+def _squeezed(trained: Trained, rows: int | None = None) -> Iterator[tuple[NestedAdapter, int]]:
     """Cut by SVD to a rank and train on at it, from one rank to the next smaller one.
 
     This is In-Squeeze of LoRA-Squeeze (arXiv 2602.10993), with a file for each rank.
@@ -56,12 +56,15 @@ def _squeezed(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
     adapter = trained.adapter()
     adapter.reorder()
     squeezed = {top: adapter.factors()}
-    for rank, steps in reversed(squeeze_steps(ranks, trained.trainer.args.max_steps).items()):
+    args = trained.trainer.args
+    rows = rows or args.per_device_train_batch_size
+    steps_of_run = args.max_steps * args.per_device_train_batch_size // rows
+    for rank, steps in reversed(squeeze_steps(ranks, steps_of_run).items()):
         if rank != ranks[-1]:
             adapter.reorder()
         kept = {name: _first(pair, rank) for name, pair in adapter.factors().items()}
         adapter.put_factors(kept)  # what is zero stays so when trained on
-        _train_on(adapter, trained.trainer, steps, rank, top)
+        _train_on(adapter, trained.trainer, steps, rows, rank, top)
         squeezed[rank] = adapter.factors()
     for rank in trained.ranks:
         adapter.put_factors(squeezed[rank])
@@ -70,8 +73,8 @@ def _squeezed(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
 
 
 def squeeze_steps(ranks: Sequence[int], steps: int) -> dict[int, int]:
-    """Return the steps of each rank below R: half of what the next smaller one gets."""
-    parts = [2.0**-number for number in range(len(ranks))]
+    """Return the steps of each rank below R: at twice the rank half as many."""
+    parts = [1 / rank for rank in ranks]
     whole = SHARES["squeezed-in-turn"] * steps / sum(parts)
     return {rank: max(1, round(whole * part)) for rank, part in zip(ranks, parts, strict=True)}
 
@@ -82,10 +85,13 @@ def _first(pair: tuple[Any, Any], rank: int) -> tuple[Any, Any]:
     return A * on[:, None], B * on
 
 
-def _train_on(adapter: NestedAdapter, by: AnswerTrainer, steps: int, rank: int, top: int) -> None:
+def _train_on(
+    adapter: NestedAdapter, by: AnswerTrainer, steps: int, rows: int, rank: int, top: int
+) -> None:
     rate = by.args.learning_rate * (top / rank) ** SQUEEZE_POWER
     with tempfile.TemporaryDirectory() as folder:
         changes = {"output_dir": folder, "max_steps": steps, "learning_rate": rate}
+        changes |= {"per_device_train_batch_size": rows}
         trainer = AnswerTrainer(
             model=adapter.model,
             args=replace(by.args, **changes, seed=by.args.seed + rank),
@@ -100,8 +106,9 @@ MAKERS: dict[str, Cut] = {
     "prefix": _prefix,
     **{cut: partial(_reordered, cut) for cut in ("svd", "trained", "trained-1")},
     "squeezed-in-turn": _squeezed,
+    "squeezed": partial(_squeezed, rows=16),
 }
 """By the names of `research.study.CUTS`."""
 
-SAME_AT_ALL_RANKS = tuple(cut for cut in MAKERS if cut != "squeezed-in-turn")
+SAME_AT_ALL_RANKS = tuple(cut for cut in MAKERS if not cut.startswith("squeezed"))
 """The cuts that make one adapter for all ranks, so that these can be asked together."""

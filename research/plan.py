@@ -89,7 +89,8 @@ def rates(study: Study, runs: Mapping[Job, Run], unit: Unit) -> Rates:
     """Return how far the choice of a unit's learning rate is.
 
     The first seed tries every rate. The others try the best of these, until `FINALISTS` rates have
-    diverged with no seed. The lowest mean over all seeds is chosen.
+    diverged with no seed. The lowest mean over all seeds is chosen, or the lowest rate that is
+    within ``study.within`` nats of it with every seed.
     """
     tried = sorted(study.learning_rates)
     down, up = tried[1] / tried[0], tried[-1] / tried[-2]
@@ -120,14 +121,17 @@ def _rates_of(study: Study, runs: Mapping[Job, Run], unit: Unit, tried: Sequence
     if missing:
         return Rates(missing, losses, None)
     finalists: list[float] = []
-    for rate in sorted(tried, key=lambda rate: unit.loss(runs[jobs[rate][0]])):
+    first = {rate: unit.loss(runs[jobs[rate][0]]) for rate in tried}
+    for rate in sorted(tried, key=first.__getitem__):
+        if len(finalists) >= FINALISTS and first[rate] > min(first.values()) + study.within:
+            break
         missing += [job for job in jobs[rate] if not _has(runs, job, unit.cut)]
         finalists += [rate] if math.isfinite(losses[rate]) else []
-        if len(finalists) == FINALISTS:
-            break
     if missing:
         return Rates(missing, losses, None)
-    return Rates([], losses, min(finalists, key=losses.__getitem__, default=tried[0]))
+    best = min((losses[rate] for rate in finalists), default=math.inf)
+    near = [rate for rate in finalists if losses[rate] <= best + study.within]
+    return Rates([], losses, min(near, default=tried[0]))
 
 
 def _has(runs: Mapping[Job, Run], job: Job, cut: str) -> bool:

@@ -24,7 +24,7 @@ EACH = "lora-each"
 EACH_RECIPES = {EACH: "lora", "adalora-each": "adalora"}
 """The methods that train one adapter for each rank, and the recipe of each."""
 
-CUTS = ("prefix", "svd", "trained", "trained-1", "squeezed-in-turn")
+CUTS = ("prefix", "svd", "trained", "trained-1", "squeezed-in-turn", "squeezed")
 """The ways to deploy a trained adapter that can be run; see `research.cuts`. The recorded runs have
 more, which are settled."""
 
@@ -101,13 +101,15 @@ class Study:
         learning_rates: The grid that every method begins with, ascending. Where the best rate is at
             an edge, the grid grows there by its own factor.
         rate_seeds: The seeds of the grid's runs, which see validation rows only. The first tries
-            every rate, the others the two best.
+            every rate, the others the two best, and those that may be chosen.
+        within: How many nats above the best rate's loss a lower rate may be and be chosen.
         training: Fields of ``trl.SFTConfig``, the same for every recipe.
         items: Questions of ``validation`` and of ``test``; ``judge`` is the number of training rows
             that are cut out of training and judge ranks that are trained. It is 0 where no method
             trains them.
         model: The base model's name.
         layers: Only so many of its first layers, with the tokens that the task needs; None is all.
+        modules: The names of the adapted layers; empty is all linear ones.
         rank: R.
         ranks: The nested ranks, the last of which is R.
         also: Studies whose runs this one reads too.
@@ -126,9 +128,11 @@ class Study:
     items: Mapping[str, int]
     model: str = "smollm2-135m"
     layers: int | None = None
+    modules: tuple[str, ...] = ()
     dtype: str = "bf16"
     rank: int = 32
     ranks: tuple[int, ...] = field(default=())
+    within: float = 0.0
     also: tuple[str, ...] = field(default=())
     settled: str = ""
     threads: int = 1
@@ -159,6 +163,7 @@ class Study:
             "training": dict(self.training),
             "items": {split: count for split, count in self.items.items() if count},
             "threads": self.threads,
+            **({"modules": list(self.modules)} if self.modules else {}),
         }
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -228,8 +233,10 @@ def make_study(name: str, given: Mapping[str, Any]) -> Study:
         seeds=tuple(rest.pop("seeds")),
         learning_rates=tuple(map(float, rates["grid"])),
         rate_seeds=tuple(rates["seeds"]),
+        within=float(rates.get("within", 0)),
         items=items,
         ranks=nesting.ranks,
+        modules=tuple(rest.pop("modules", ())),
         also=tuple(rest.pop("also", ())),
         **rest,
     )

@@ -124,7 +124,8 @@ def nested(study: Study, job: Job) -> tuple[NestedAdapter, Any]:
     recipe = RECIPES[job.recipe]
     base, tokenizer = _base(study.model, study.layers, study.dtype)
     base = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
-    config = LoraConfig(**recipe.lora(job.rank), target_modules="all-linear", task_type="CAUSAL_LM")
+    modules: Any = list(study.modules) or "all-linear"
+    config = LoraConfig(**recipe.lora(job.rank), target_modules=modules, task_type="CAUSAL_LM")
     ranks, rule = study.nesting(job.rank), recipe.rule or "lora"
     model = get_peft_model(base, config)
     made = nest(model, ranks, recipe.scaling, rule, deploy="paper", seed=job.seed)

@@ -1,57 +1,56 @@
-"""Train each rank of an adapter by itself (``by="trained"``), a block of columns at a time."""
+"""Train an adapter at every rank (``by="trained"``): each step at another one."""
 
 from __future__ import annotations
 
 import math
+import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
-from matryoshka_lora.factors import reorder_factors
 from matryoshka_lora.reordering.rows import Batch, Rows
 
 if TYPE_CHECKING:
     from matryoshka_lora.adapter import NestedAdapter
 
 SHARE, COUNT = 0.5, 3200  # of the rows that trained the adapter, or rows if these are not known
-ROWS = 8  # of a step; many small steps teach a block more than few large ones
+ROWS = 16  # of a step
 JUDGES = 64  # at most
-LEARNING_RATE = 1e-3  # of rank R, where the one that trained the adapter is not known
-BLOCK_RATE, POWER = 0.5, 0.4  # w columns have 0.5 (R / w)^0.4 times R's rate: few bear more
-RATIO = 0.6  # of a rank's steps to those of the next smaller one
+STEP = 0.06  # the learning rate of a column, as a share of the column's root mean square
+WARMUP = 0.05  # of the steps; after it the rate falls to 0
+POWER, TOP = 1.75, 1 / 16  # rank r comes in r^-1.75 of the steps, and R in 1 / 16 more
+FADE, SPAN = 0.5, 0.5  # how much of the later columns remains, until half of the steps are done
+ENOUGH = 0.02  # nats above R's loss at which a rank needs no training
 ROUNDING = 1e-3  # nats by which two losses of one function may differ
 MOST_LOST = 0.02  # of rank R, in nats or as a share of its loss, whichever is more
-
-Factors = dict[str, tuple[Tensor, Tensor]]  # A, shape (R, in), and B, shape (out, R), by layer
+GOLDEN = 0.6180339887  # its multiples modulo 1 fill the unit interval evenly
 
 
 def train_ranks(
     adapter: NestedAdapter, rows: Rows, count: int | None = None, seed: int = 0
 ) -> bool:
-    """Train each nested rank below R for some steps.
+    """Train an adapter for some steps, each at another rank.
 
-    Let D be a layer's update. The ranks are taken in rising order. The block of columns that a rank
-    adds begins as the leading ones of what the earlier blocks leave of D. It alone is trained, in
-    float32, by the loss of the prefix that ends with it. The last block is not trained: it is the
-    leading directions of what is left, so rank R loses only the smallest ones.
+    A step draws a rank r, small ones more often, and descends the loss of the first r columns. The
+    later columns remain with a factor that fades from a half to 0, so that training begins near R's
+    loss. Adam's rate is a share of each column's size: large columns, which come first, move most.
+    The fewer nats the ranks are behind R, the fewer steps there are; below `ENOUGH` there are none.
 
-    A block is reset if its held-out loss is higher than at its start. If the nested ranks do not
-    lose less than before in the mean, or R loses more by `MOST_LOST`, the factors are those of the
-    SVD again, with a warning.
+    If the nested ranks do not lose less than before in the mean, or R loses more by `MOST_LOST`,
+    the factors are those of the SVD again, with a warning.
 
     Args:
         adapter: One that is reordered by SVD.
         rows: The rows, from `matryoshka_lora.reordering.rows.read_data`.
-        count: How many are trained on; None is half as many as trained the adapter, or 3200.
-        seed: The seed of their order.
+        count: The most that are trained on; None is half as many as trained the adapter, or 3200.
+        seed: The seed of their order and of the ranks.
 
     Returns:
         Whether the adapter has the trained ranks.
@@ -60,7 +59,7 @@ def train_ranks(
         MatryoshkaError: There is no nested rank below R, or there are too few rows.
         NotFiniteError: The loss or a gradient is not finite. The factors are as before then.
     """
-    *ranks, top = nested = adapter.nesting.ranks
+    *ranks, top = adapter.nesting.ranks
     if not ranks:
         raise MatryoshkaError(
             f"{top} is the only nested rank, so data cannot order it: nest the adapter with "
@@ -68,34 +67,30 @@ def train_ranks(
         )
     if count is None:
         count = COUNT if rows.seen is None else max(ROWS, round(rows.seen * SHARE))
-    steps = -(-count // ROWS)
-    run = _Run(adapter, rows, *rows.split(steps * ROWS, min(JUDGES, steps * ROWS), seed))
+    start = adapter.factors()
     with descending(adapter):
-        before = {rank: run.held_out_loss(rank) for rank in nested}
-        run.train(share_out(steps, ranks))
-        more = {rank: run.held_out_loss(rank) - before[rank] for rank in nested}
+        numbers, judges = rows.split(count, min(JUDGES, count), seed)
+        before = _losses(adapter, rows, judges)
+        behind = max(before[rank] for rank in ranks) - before[top]
+        if behind > ENOUGH:
+            _descend(adapter, rows, numbers[: math.ceil(count * min(behind, 1.0))], seed)
+        more = {r: loss - before[r] for r, loss in _losses(adapter, rows, judges).items()}
         mean = fmean(more.values())
         kept = mean < -ROUNDING and more[top] <= MOST_LOST * max(before[top], 1.0)
         if not kept:
-            adapter.put_factors(run.whole)
+            adapter.put_factors(start)
     worse = [f"{rank} (by {more[rank]:.3f})" for rank in ranks if more[rank] > ROUNDING]
-    if not kept:
+    text = f"these trained ranks lose more than the SVD's: {', '.join(worse)}" if worse else ""
+    if behind <= ENOUGH:
+        text = f"no nested rank is {ENOUGH} nats behind rank {top}, so none is trained"
+    elif not kept:
         text = (
             "the trained ranks are not kept: on rows that they were not trained on, their loss "
             f"would change by {mean:+.3f} in the mean, and that of rank {top} by {more[top]:+.3f}"
         )
-        warnings.warn(text, stacklevel=3)
-    elif worse:
-        text = f"these trained ranks lose more than the SVD's: {', '.join(worse)}"
+    if text:
         warnings.warn(text, stacklevel=3)
     return kept
-
-
-def share_out(steps: int, ranks: Sequence[int]) -> dict[int, range]:
-    """Return the numbers of each rank's steps, `RATIO` times as many as of the one before."""
-    ends = [sum(RATIO**number for number in range(end)) for end in range(len(ranks) + 1)]
-    rounded = pairwise(round(steps * end / ends[-1]) for end in ends)
-    return {rank: range(*two) for rank, two in zip(ranks, rounded, strict=True)}
 
 
 @contextmanager
@@ -130,125 +125,107 @@ def descending(adapter: NestedAdapter) -> Iterator[None]:
                 module.training = training
 
 
-class _Run:
-    """Train one block after another, in `descending`.
+def _descend(adapter: NestedAdapter, rows: Rows, numbers: Sequence[int], seed: int) -> None:
+    """Train the factors on some rows, in `descending`."""
+    least, top = adapter.nesting.ranks[0], adapter.nesting.max_rank
+    steps, columns = -(-len(numbers) // ROWS), torch.arange(top)
+    drawn = ranks_of_steps(steps, least, top, random.Random(seed).random())
+    # Adam moves each number by its rate, so numbers of size 1 move in proportion to the columns.
+    sizes, units = dict[str, tuple[Tensor, Tensor]](), dict[str, tuple[Tensor, Tensor]]()
+    for name, (A, B) in adapter.factors().items():
+        sizes[name] = _size(A, 1), _size(B, 0)
+        a, b = (_in_float32(x) / size for x, size in zip((A, B), sizes[name], strict=True))
+        units[name] = a.requires_grad_(), b.requires_grad_()
+    adam = torch.optim.Adam([unit for pair in units.values() for unit in pair])
+    for step, rank in enumerate(tqdm(drawn, "training ranks", disable=rows.quiet or None)):
+        batches = rows.batches(numbers[step * ROWS : (step + 1) * ROWS])
+        if not batches:
+            continue
+        q = torch.where(columns < rank, 1.0, FADE * max(0.0, 1 - step / (SPAN * steps)))
+        trained = columns < rank  # the later columns are in the forward alone
+        for name, (dA, dB) in _gradients(adapter, rows, batches, q).items():
+            a, b = units[name]
+            a.grad = dA * sizes[name][0] * trained.to(dA)[:, None]
+            b.grad = dB * sizes[name][1] * trained.to(dB)
+        warm = min((step + 1) / max(1.0, WARMUP * steps), 1.0)
+        adam.param_groups[0]["lr"] = STEP * warm * (1 - step / steps)
+        adam.step()
+        adapter.put_factors({n: (a * sizes[n][0], b * sizes[n][1]) for n, (a, b) in units.items()})
 
-    Attributes:
-        whole: The factors at the start, in float32 at least.
-        now: The factors in training: the blocks that are done, then the one that is trained. The
-            later columns are unused.
+
+def ranks_of_steps(steps: int, least: int, top: int, phase: float = 0.0) -> list[int]:
+    """Return a rank for each step: r comes as often as ``r ** -POWER``, and ``top`` more often."""
+    weights = torch.arange(least, top + 1, dtype=torch.float64) ** -POWER
+    shares = (1 - TOP) * weights / weights.sum()
+    shares[-1] += TOP
+    places = (phase + GOLDEN * torch.arange(steps, dtype=torch.float64)) % 1
+    found = torch.searchsorted(shares.cumsum(0), places, right=True)
+    return [min(least + int(each), top) for each in found]
+
+
+def _losses(adapter: NestedAdapter, rows: Rows, judges: Sequence[Batch]) -> dict[int, float]:
+    """Return the loss of each nested rank on the rows that judge."""
+    columns = torch.arange(adapter.nesting.max_rank)
+    with torch.no_grad():
+        return {r: _loss(adapter, rows, judges, columns < r) for r in adapter.nesting.ranks}
+
+
+def _loss(
+    adapter: NestedAdapter,
+    rows: Rows,
+    batches: Sequence[Batch],
+    q: Tensor,
+    scale: float | None = None,
+) -> float:
+    """Return the mean loss with a diagonal q, in nats, of the tokens with labels.
+
+    With a scale, the gradients of so many times the loss are added to those of the factors.
     """
-
-    def __init__(
-        self, adapter: NestedAdapter, rows: Rows, numbers: Sequence[int], judges: Sequence[Batch]
-    ) -> None:
-        self.adapter, self.rows, self.numbers, self.judges = adapter, rows, numbers, judges
-        self.rate = LEARNING_RATE if rows.rate is None else rows.rate
-        factors = adapter.factors().items()
-        self.whole = {name: (_in_float32(A), _in_float32(B)) for name, (A, B) in factors}
-        self.now = {name: (A.clone(), B.clone()) for name, (A, B) in self.whole.items()}
-
-    def train(self, shares: Mapping[int, range]) -> None:
-        """Train the block of every rank by its steps, and set the last block."""
-        with tqdm(total=sum(map(len, shares.values())), disable=self.rows.quiet or None) as bar:
-            for low, rank in pairwise((0, *shares)):
-                bar.set_description(f"rank {rank}")
-                start = self._rest(low, rank)
-                self._put(low, start)
-                loss = self.held_out_loss(rank)
-                self._descend(low, rank, shares[rank], bar)
-                if self.held_out_loss(rank) > loss:
-                    self._put(low, start)
-                # Its own SVD's order, so that ranks between two nested ones become good too.
-                block = self._block(low, rank).items()
-                self._put(low, {name: reorder_factors(*pair)[:2] for name, pair in block})
-        self._put(rank, self._rest(rank, self.adapter.nesting.max_rank))
-
-    def _descend(self, low: int, rank: int, steps: range, bar: Any) -> None:
-        """Train the columns from ``low`` to ``rank`` by the loss of the prefix of ``rank``."""
-        block = self._block(low, rank)
-        rate = self.rate * BLOCK_RATE * (self.adapter.nesting.max_rank / (rank - low)) ** POWER
-        factors = [factor.requires_grad_() for pair in block.values() for factor in pair]
-        adam = torch.optim.Adam(factors, rate)
-        for step in steps:
-            batches = self.rows.batches(self.numbers[step * ROWS : (step + 1) * ROWS])
-            if batches:
-                found, loss = self._gradients(batches, rank)
-                for name, (A, B) in block.items():
-                    A.grad, B.grad = found[name][0][low:rank], found[name][1][:, low:rank]
-                torch.nn.utils.clip_grad_norm_(factors, 1.0)  # as the Trainer does
-                adam.param_groups[0]["lr"] = rate * (steps.stop - step) / len(steps)
-                adam.step()
-                self._put(low, block)
-                bar.set_postfix(loss=f"{loss:.3f}")
-            bar.update()
-
-    @torch.no_grad()
-    def held_out_loss(self, rank: int) -> float:
-        """Return the loss of a rank on the rows that judge."""
-        return self._loss(self.judges, rank)
-
-    def _loss(self, batches: Sequence[Batch], rank: int, scale: float | None = None) -> float:
-        """Return the mean loss at a rank, in nats, of the tokens with labels.
-
-        With a scale, the gradients of so many times the loss are added to those of the factors.
-        """
-        weights = [int((batch["labels"] != -100).sum()) for batch in batches]
-        total, q = 0.0, torch.arange(self.adapter.nesting.max_rank) < rank
-        with self.adapter.standing(q.double()):
-            for batch, weight in zip(batches, weights, strict=True):
-                loss = self.rows.loss(batch) * (weight / sum(weights))
-                if scale is not None:
-                    (loss * scale).backward()  # type: ignore[no-untyped-call]
-                total += loss.item()
-        if not math.isfinite(total):
-            raise NotFiniteError(
-                f"the loss is {total}: training diverged, or the base model's dtype is too narrow. "
-                "Load it in bfloat16 or float32, or reorder by 'svd', which needs no loss"
-            )
-        return total
-
-    def _gradients(self, batches: Sequence[Batch], rank: int) -> tuple[Factors, float]:
-        """Return the loss's gradients by all factors, in float32 at least, and the loss."""
-
-        def gradient(parameter: Tensor, scale: float) -> Tensor:
-            found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            return _in_float32(found.flatten(1)) / scale
-
-        # The first scale lifts small gradients over float16's underflow, the second serves where
-        # large ones overflow. Powers of two do not change the digits of other dtypes.
-        for scale in (2.0**10, 1.0):
-            self.adapter.model.zero_grad(set_to_none=True)
-            loss, pairs = self._loss(batches, rank, scale), self.adapter.parameters()
-            found = {n: (gradient(A, scale), gradient(B, scale)) for n, (A, B) in pairs.items()}
-            every = [one for pair in found.values() for one in pair]
-            if torch.nn.utils.get_total_norm(every).isfinite():
-                return found, loss
+    weights = [int((batch["labels"] != -100).sum()) for batch in batches]
+    total = 0.0
+    with adapter.standing(q.double()):
+        for batch, weight in zip(batches, weights, strict=True):
+            loss = rows.loss(batch) * (weight / sum(weights))
+            if scale is not None:
+                (loss * scale).backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+    if not math.isfinite(total):
         raise NotFiniteError(
-            "gradients are NaN or infinite: load the base model in bfloat16 or float32, or reorder "
-            "by 'svd', which needs none"
+            f"the loss is {total}: training diverged, or the base model's dtype is too narrow. "
+            "Load it in bfloat16 or float32, or reorder by 'svd', which needs no loss"
         )
+    return total
 
-    def _rest(self, low: int, rank: int) -> Factors:
-        """Return the leading columns of what the first ``low`` columns leave of each update."""
-        found = {}
-        for name, (A, B) in self.whole.items():
-            done_A, done_B = self.now[name][0][:low], self.now[name][1][:, :low]
-            A, B, _ = reorder_factors(torch.cat([A, done_A]), torch.cat([B, -done_B], dim=1))
-            found[name] = (A[: rank - low], B[:, : rank - low])
-        return found
 
-    def _block(self, low: int, rank: int) -> Factors:
-        """Return copies of the columns from ``low`` to ``rank``."""
-        now = self.now.items()
-        return {name: (A[low:rank].clone(), B[:, low:rank].clone()) for name, (A, B) in now}
+def _gradients(
+    adapter: NestedAdapter, rows: Rows, batches: Sequence[Batch], q: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the loss's gradients by the factors of each layer, in float32 at least."""
 
-    def _put(self, low: int, block: Factors) -> None:
-        """Write a block behind the first ``low`` columns, and all factors into the adapter."""
-        for name, (A, B) in block.items():
-            self.now[name][0][low : low + len(A)] = A.detach()
-            self.now[name][1][:, low : low + len(A)] = B.detach()
-        self.adapter.put_factors(self.now)
+    def gradient(parameter: Tensor, scale: float) -> Tensor:
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        return _in_float32(found.flatten(1)) / scale
+
+    # The first scale lifts small gradients over float16's underflow, the second serves where large
+    # ones overflow. Powers of two do not change the digits of other dtypes.
+    for scale in (2.0**10, 1.0):
+        adapter.model.zero_grad(set_to_none=True)
+        _loss(adapter, rows, batches, q, scale)
+        pairs = adapter.parameters().items()
+        found = {name: (gradient(A, scale), gradient(B, scale)) for name, (A, B) in pairs}
+        every = [one for pair in found.values() for one in pair]
+        if torch.nn.utils.get_total_norm(every).isfinite():
+            return found
+    raise NotFiniteError(
+        "gradients are NaN or infinite: load the base model in bfloat16 or float32, or reorder by "
+        "'svd', which needs none"
+    )
+
+
+def _size(factor: Tensor, dim: int) -> Tensor:
+    """Return the root mean square of each column of the update's factor, along the other dim."""
+    size = _in_float32(factor).square().mean(dim, keepdim=True).sqrt()
+    return size.clamp(min=1e-3 * float(size.max()) or 1.0)  # a column of zeros can still learn
 
 
 def _in_float32(tensor: Tensor) -> Tensor:
