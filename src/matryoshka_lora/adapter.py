@@ -220,14 +220,14 @@ class NestedAdapter:
 
         Args:
             by: ``"svd"``: each prefix is the closest matrix of its rank (Eckart-Young).
-                ``"trained"``: each nested rank is trained by itself for some steps; rank R changes
-                by its smallest directions.
+                ``"trained"``: every rank from the smallest nested one on is trained, each step at
+                another rank; rank R changes a little.
             data: For ``"trained"``: the Trainer that has trained the adapter, a dataset, or rows
                 with ``prompt`` and ``completion``.
             tokenizer: The base model's, where the data are rows.
-            rows: How many rows are trained on; None is half as many as the Trainer has trained on,
-                or 3200.
-            seed: The seed of the rows' order.
+            rows: The most rows that are trained on; None is half as many as the Trainer has trained
+                on, or 3200.
+            seed: The seed of the rows' order and of the ranks.
 
         Returns:
             The singular values of each layer's update before ``"trained"``, by its name,

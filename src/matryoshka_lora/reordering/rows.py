@@ -34,7 +34,6 @@ class Rows:
     loss: Callable[[Batch], Tensor]  # the mean loss of a batch
     device: torch.device
     at_once: int = 12  # maximum batch size
-    rate: float | None = None  # the learning rate of training, if its optimizer is like Adam
     seen: int | None = None  # number of rows seen in training, with repetitions
     held_out: Rows | None = None  # rows that are kept for evaluation
     quiet: bool = False  # show no progress
@@ -183,7 +182,6 @@ def _of_trainer(model: Any, trainer: Any) -> Rows:
             f"the rows of the {type(trainer).__name__} have no labels, or are a stream, which "
             "cannot come again: give rows with prompt and completion, or reorder by 'svd'"
         )
-    rows.rate = args.learning_rate if "adam" in str(args.optim).lower() else None
     rows.seen = state.global_step * rows.at_once * args.gradient_accumulation_steps
     if state.epoch:  # the last batch of an epoch may be a small one
         rows.seen = min(rows.seen, round(state.epoch * len(rows.data)))

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 SHARE, COUNT = 0.5, 3200  # of the rows that trained the adapter, or rows if these are not known
 ROWS = 16  # of a step
 JUDGES = 64  # at most
-STEP = 0.06  # the learning rate of a column, as a share of the column's root mean square
+STEP = 0.05  # the learning rate of a column, as a share of the column's root mean square
 WARMUP = 0.05  # of the steps; after it the rate falls to 0
-POWER, TOP = 1.75, 1 / 16  # rank r comes in r^-1.75 of the steps, and R in 1 / 16 more
+POWER, TOP = 1.75, 1 / 8  # rank r comes in r^-1.75 of the steps, and R in 1 / 8 more
 FADE, SPAN = 0.5, 0.5  # how much of the later columns remains, until half of the steps are done
 ENOUGH = 0.02  # nats above R's loss at which a rank needs no training
 ROUNDING = 1e-3  # nats by which two losses of one function may differ
@@ -72,8 +72,11 @@ def train_ranks(
         numbers, judges = rows.split(count, min(JUDGES, count), seed)
         before = _losses(adapter, rows, judges)
         behind = max(before[rank] for rank in ranks) - before[top]
-        if behind > ENOUGH:
-            _descend(adapter, rows, numbers[: math.ceil(count * min(behind, 1.0))], seed)
+        if behind <= ENOUGH:
+            text = f"no nested rank is {ENOUGH} nats behind rank {top}, so none is trained"
+            warnings.warn(text, stacklevel=3)
+            return False
+        _descend(adapter, rows, numbers[: math.ceil(count * min(behind, 1.0))], seed)
         more = {r: loss - before[r] for r, loss in _losses(adapter, rows, judges).items()}
         mean = fmean(more.values())
         kept = mean < -ROUNDING and more[top] <= MOST_LOST * max(before[top], 1.0)
@@ -81,9 +84,7 @@ def train_ranks(
             adapter.put_factors(start)
     worse = [f"{rank} (by {more[rank]:.3f})" for rank in ranks if more[rank] > ROUNDING]
     text = f"these trained ranks lose more than the SVD's: {', '.join(worse)}" if worse else ""
-    if behind <= ENOUGH:
-        text = f"no nested rank is {ENOUGH} nats behind rank {top}, so none is trained"
-    elif not kept:
+    if not kept:
         text = (
             "the trained ranks are not kept: on rows that they were not trained on, their loss "
             f"would change by {mean:+.3f} in the mean, and that of rank {top} by {more[top]:+.3f}"
@@ -225,7 +226,7 @@ def _gradients(
 def _size(factor: Tensor, dim: int) -> Tensor:
     """Return the root mean square of each column of the update's factor, along the other dim."""
     size = _in_float32(factor).square().mean(dim, keepdim=True).sqrt()
-    return size.clamp(min=1e-3 * float(size.max()) or 1.0)  # a column of zeros can still learn
+    return size.clamp(min=max(1e-3 * float(size.max()), 1e-6))  # no division by 0
 
 
 def _in_float32(tensor: Tensor) -> Tensor:
