@@ -86,6 +86,8 @@ def _checked(
     file: AdapterFile, ladder: Mapping[int, Path], ranks: Sequence[int] | None, more: Sequence[str]
 ) -> tuple[int, ...]:
     """Return the ranks to serve; MatryoshkaError where vLLM would fail, or serve something else."""
+    if file.is_single:
+        raise MatryoshkaError(f"{file.name} is a single file, and vLLM reads PEFT's folders alone")
     if file.others:
         raise MatryoshkaError(
             f"{file.name} holds {next(iter(file.others))}, which vLLM cannot read: write a model "
