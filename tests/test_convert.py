@@ -224,6 +224,6 @@ def test_an_adapter_is_reordered_by_training_data(tmp_path: Path) -> None:
         return AutoModelForCausalLM.from_pretrained(tmp_path / "base")
 
     wanted = logits(PeftModel.from_pretrained(fresh(), tmp_path / "lora"))
-    assert distance(by_peft(tmp_path / "nested", fresh), wanted) < 0.5  # R changes a little
+    assert distance(by_peft(tmp_path / "nested", fresh), wanted) < 0.3  # R changes a little
     with pytest.raises(MatryoshkaError, match="order is 'trained'"):
         export(tmp_path / "nested", tmp_path / "x", keep="90%")

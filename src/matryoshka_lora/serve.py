@@ -15,7 +15,7 @@ from pathlib import Path
 from matryoshka_lora.convert import export
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.layers import AdapterFile
-from matryoshka_lora.files.peft import open_adapter
+from matryoshka_lora.files.peft import CONFIG_NAME, open_adapter
 from matryoshka_lora.models import source_of
 
 _LARGEST = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank may have
@@ -56,7 +56,10 @@ def serve(
             no base model is known.
     """
     source = Path(folder)
-    ladder = {int(rung.name.rpartition("@")[2]): rung for rung in source.glob("*@[0-9]*")}
+    rungs = [file.parent for file in source.glob(f"*@*/{CONFIG_NAME}")]
+    ladder = {
+        int(x.name.rpartition("@")[2]): x for x in rungs if x.name.rpartition("@")[2].isdigit()
+    }
     file = open_adapter(ladder[max(ladder)] if ladder else source)
     base, revision = file.base_model(model, revision)
     at = ["--model", source_of(base), *(["--revision", revision] if revision else [])]

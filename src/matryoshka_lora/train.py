@@ -286,7 +286,7 @@ def _save(
     if by != "svd" and trainer.args.world_size > 1:
         print(f"Several processes leave {by} to: matryoshka reorder {target} --by {by} --data ...")
     if by != "svd" and trainer.args.world_size == 1:
-        print("Training each low rank by itself. After a kill, the same command does it anew")
+        print("Training the lower ranks. After a kill, the same command begins this part anew")
         try:
             adapter.reorder(by, trainer, seed=trainer.args.seed)
         except MatryoshkaError as error:
