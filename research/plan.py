@@ -81,7 +81,8 @@ def units(study: Study, method: str, task: str) -> list[Unit]:
     """Return the training runs behind one curve."""
     recipe, cut = parse_method(method)
     if method in EACH_RECIPES:
-        return [Unit(recipe, cut, task, rank, alone=True) for rank in study.nesting(study.rank)]
+        ranks = study.each or study.nesting(study.rank)
+        return [Unit(recipe, cut, task, rank, alone=True) for rank in ranks]
     return [Unit(recipe, cut, task, study.rank)]
 
 

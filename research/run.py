@@ -14,12 +14,12 @@ import torch
 
 from matryoshka_lora import NestedAdapter, NotFiniteError
 from research.commonsense import choose, mean_accuracies
-from research.cuts import MAKERS, SAME_AT_ALL_RANKS, learning_rows
+from research.cuts import MAKERS, SAME_AT_ALL_RANKS
 from research.plan import missing_jobs
 from research.runs import Curve, Job, Run, append
 from research.study import Study, may_be_run
 from research.tasks import choices
-from research.training import Trained, score, token_count, trainer_of
+from research.training import AnswerTrainer, Trained, score, trainer_of
 
 PACKAGES = ("matryoshka-lora", "torch", "transformers", "peft", "trl", "reasoning-gym")
 
@@ -67,18 +67,18 @@ def run_job(study: Study, job: Job, cuts: Collection[str]) -> Run:
     curves: dict[str, Curve] = {}
     cost: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "parameters": 0, "cuts": {}}
     with trainer_of(study, job) as (adapter, trainer, measured), suppress(NotFiniteError):
-        rows = study.train_rows(job.recipe)
-        cost["tokens"] = token_count(trainer.train_dataset, rows)
-        begin = time.perf_counter()
+        begin, tokens = time.perf_counter(), AnswerTrainer.tokens
         trainer.train()
+        cost["tokens"] = AnswerTrainer.tokens - tokens
         trained = Trained(study, job, adapter.factors(), trainer, measured)
         cost["seconds"] = round(time.perf_counter() - begin, 2)
         cost["parameters"] = trained.parameters
         for cut in (name for name in MAKERS if name in cuts):
             # A decomposition of what is not finite has an error of its own.
             with suppress(NotFiniteError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+                tokens = AnswerTrainer.tokens
                 curves[cut], seconds = _measured(study, job, cut, trained)
-                learned = token_count(trainer.train_dataset, learning_rows(cut, rows))
+                learned = AnswerTrainer.tokens - tokens
                 cost["cuts"][cut] = {"tokens": learned, "seconds": round(seconds, 2)}
     lost = tuple(cut for cut in MAKERS if cut in cuts and cut not in curves)
     settings = study.settings(job.task, job.recipe)

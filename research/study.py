@@ -24,7 +24,7 @@ EACH = "lora-each"
 EACH_RECIPES = {EACH: "lora", "adalora-each": "adalora"}
 """The methods that train one adapter for each rank, and the recipe of each."""
 
-CUTS = ("prefix", "svd", "trained", "trained-1", "squeezed-in-turn", "squeezed")
+CUTS = ("prefix", "svd", "trained", "trained-1", "squeezed")
 """The ways to deploy a trained adapter that can be run; see `research.cuts`. The recorded runs have
 more, which are settled."""
 
@@ -112,6 +112,8 @@ class Study:
         modules: The names of the adapted layers; empty is all linear ones.
         rank: R.
         ranks: The nested ranks, the last of which is R.
+        each: The ranks of ``lora-each``; empty is all nested ones. At a rank above these, the best that
+            can be is the reference: where LoRA has every answer, so has a larger rank.
         also: Studies whose runs this one reads too.
         settled: Why the study is only reported; empty where it can be run.
         threads: The threads of one run, which change the rounding of its numbers.
@@ -133,6 +135,7 @@ class Study:
     rank: int = 32
     ranks: tuple[int, ...] = field(default=())
     within: float = 0.0
+    each: tuple[int, ...] = ()
     also: tuple[str, ...] = field(default=())
     settled: str = ""
     threads: int = 1
@@ -237,6 +240,7 @@ def make_study(name: str, given: Mapping[str, Any]) -> Study:
         items=items,
         ranks=nesting.ranks,
         modules=tuple(rest.pop("modules", ())),
+        each=tuple(rest.pop("each", ())),
         also=tuple(rest.pop("also", ())),
         **rest,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from io import StringIO
@@ -33,6 +33,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class AnswerTrainer(SFTTrainer):
     """Computes logits only before tokens with a label, which saves much of a step."""
 
+    tokens = 0
+    """The tokens of all gradient steps of this process, without padding."""
+
     def compute_loss(
         self,
         model: Any,
@@ -42,6 +45,8 @@ class AnswerTrainer(SFTTrainer):
     ) -> Any:
         """Return the mean loss of the tokens that have a label."""
         wanted, targets, others = _answers(inputs)
+        if torch.is_grad_enabled():
+            AnswerTrainer.tokens += int(inputs["attention_mask"].sum())
         labels = targets[None]
         options = {
             "labels": labels,
@@ -212,12 +217,6 @@ def score(model: Any, trainer: AnswerTrainer, data: Any) -> tuple[float, float]:
         nats, tokens = nats - float(each.double().sum()), tokens + len(targets)
         right, rows = right + int((misses == 0).sum()), rows + len(misses)
     return round(nats / tokens, 6), round(right / rows, 6)
-
-
-def token_count(data: Sequence[Any], rows: int) -> int:
-    """Return how many tokens so many rows of tokenised data have on average, without padding."""
-    lengths = [len(row["input_ids"]) for row in data]
-    return round(sum(lengths) / len(lengths) * rows)
 
 
 @contextmanager

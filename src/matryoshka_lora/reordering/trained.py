@@ -27,7 +27,7 @@ STEP = 0.05  # the learning rate of a column, as a share of the column's root me
 WARMUP = 0.05  # of the steps; after it the rate falls to 0
 POWER, TOP = 1.75, 1 / 8  # rank r comes in r^-1.75 of the steps, and R in 1 / 8 more
 FADE, SPAN = 0.5, 0.5  # how much of the later columns remains, until half of the steps are done
-ENOUGH = 0.02  # nats above R's loss at which a rank needs no training
+ENOUGH, MUCH = 0.02, 1.25  # nats above R's loss at which a rank needs no row, and all rows
 ROUNDING = 1e-3  # nats by which two losses of one function may differ
 MOST_LOST = 0.02  # of rank R, in nats or as a share of its loss, whichever is more
 GOLDEN = 0.6180339887  # its multiples modulo 1 fill the unit interval evenly
@@ -41,7 +41,7 @@ def train_ranks(
     A step draws a rank r, small ones more often, and descends the loss of the first r columns. The
     later columns remain with a factor that fades from a half to 0, so that training begins near R's
     loss. Adam's rate is a share of each column's size: large columns, which come first, move most.
-    The fewer nats the ranks are behind R, the fewer steps there are; below `ENOUGH` there are none.
+    The fewer nats the worst rank is behind R, the fewer steps; below `ENOUGH` there are none.
 
     If the nested ranks do not lose less than before in the mean, or R loses more by `MOST_LOST`,
     the factors are those of the SVD again, with a warning.
@@ -76,7 +76,7 @@ def train_ranks(
             text = f"no nested rank is {ENOUGH} nats behind rank {top}, so none is trained"
             warnings.warn(text, stacklevel=3)
             return False
-        _descend(adapter, rows, numbers[: math.ceil(count * min(behind, 1.0))], seed)
+        _descend(adapter, rows, numbers[: math.ceil(count * min(behind / MUCH, 1.0))], seed)
         more = {r: loss - before[r] for r, loss in _losses(adapter, rows, judges).items()}
         mean = fmean(more.values())
         kept = mean < -ROUNDING and more[top] <= MOST_LOST * max(before[top], 1.0)
