@@ -112,8 +112,8 @@ class Study:
         modules: The names of the adapted layers; empty is all linear ones.
         rank: R.
         ranks: The nested ranks, the last of which is R.
-        each: The ranks of ``lora-each``; empty is all nested ones. At a rank above these, the best that
-            can be is the reference: where LoRA has every answer, so has a larger rank.
+        each: The ranks of ``lora-each``; empty is all nested ones. Above these, the reference is the
+            best that can be: all answers, and a loss of 0.
         also: Studies whose runs this one reads too.
         settled: Why the study is only reported; empty where it can be run.
         threads: The threads of one run, which change the rounding of its numbers.
