@@ -41,6 +41,8 @@ class Recipe:
         alpha: Rank r has the scale alpha / r with scaling ``"rank"``, alpha / sqrt(r) with
             ``"sqrt"``, and 1 with ``"none"``.
         length: Optimizer steps, as a multiple of the study's.
+        authors: Begin as the authors' code does: A is uniform within 1 / sqrt(R), which is four to
+            eight times PEFT's bound, and the factors have the model's dtype.
     """
 
     summary: str
@@ -48,6 +50,7 @@ class Recipe:
     scaling: Literal["none", "rank", "sqrt"] = "none"
     alpha: float = 1.0
     length: float = 1.0
+    authors: bool = False
 
     def lora(self, rank: int) -> dict[str, Any]:
         """Return arguments of ``peft.LoraConfig``."""
@@ -63,6 +66,12 @@ RECIPES = {
     "rslora": Recipe("LoRA at R with rsLoRA's scale, 16 / sqrt(R)", scaling="sqrt", alpha=16.0),
     "matryoshka": Recipe("the paper's P, scaling none", "matryoshka"),
     "matryoshka-longer": Recipe("P, half as many steps again", "matryoshka", length=1.5),
+    "matryoshka-authors": Recipe(
+        "P as its authors run it: 1 / sqrt(r), a larger A, bf16 factors",
+        "matryoshka",
+        "sqrt",
+        authors=True,
+    ),
     "matryoshka-sqrt": Recipe("the paper's P, scaling 1 / sqrt(r)", "matryoshka", "sqrt"),
     "matryoshka-rank": Recipe("the paper's P, scaling 1 / r", "matryoshka", "rank"),
     "dylora": Recipe("one nested rank for each step, as the paper runs DyLoRA", "dylora"),
@@ -112,8 +121,8 @@ class Study:
         modules: The names of the adapted layers; empty is all linear ones.
         rank: R.
         ranks: The nested ranks, the last of which is R.
-        each: The ranks of ``lora-each``; empty is all nested ones. Above these, the reference is the
-            best that can be: all answers, and a loss of 0.
+        each: The ranks of ``lora-each``; empty is all nested ones. Above these, the reference is
+            the best that can be: all answers, and a loss of 0.
         also: Studies whose runs this one reads too.
         settled: Why the study is only reported; empty where it can be run.
         threads: The threads of one run, which change the rounding of its numbers.
@@ -159,12 +168,14 @@ class Study:
     def settings(self, task: str, recipe: str) -> str:
         """Return a hash of what a run's numbers depend on besides its job."""
         how = RECIPES[recipe]
+        # Rows that judge are cut out of those of a file; generated ones are others anyway.
+        apart = {"judge"} if "generated" in self.tasks[task] else set()
         found = {
             "source": dict(self.tasks[task]),
-            "recipe": [how.rule, how.scaling, how.alpha, how.length],
+            "recipe": [how.rule, how.scaling, how.alpha, how.length, *["authors"] * how.authors],
             "model": [self.model, self.layers, self.dtype],
             "training": dict(self.training),
-            "items": {split: count for split, count in self.items.items() if count},
+            "items": {split: n for split, n in self.items.items() if n and split not in apart},
             "threads": self.threads,
             **({"modules": list(self.modules)} if self.modules else {}),
         }

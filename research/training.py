@@ -15,7 +15,7 @@ import datasets
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import set_seed
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
@@ -132,7 +132,11 @@ def nested(study: Study, job: Job) -> tuple[NestedAdapter, Any]:
     modules: Any = list(study.modules) or "all-linear"
     config = LoraConfig(**recipe.lora(job.rank), target_modules=modules, task_type="CAUSAL_LM")
     ranks, rule = study.nesting(job.rank), recipe.rule or "lora"
-    model = get_peft_model(base, config)
+    model = get_peft_model(base, config, autocast_adapter_dtype=not recipe.authors)
+    if recipe.authors:
+        for name, A in model.named_parameters():
+            if "lora_A" in name:
+                nn.init.uniform_(A, -(job.rank**-0.5), job.rank**-0.5)
     made = nest(model, ranks, recipe.scaling, rule, deploy="paper", seed=job.seed)
     return made, tokenizer
 
