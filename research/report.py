@@ -25,6 +25,12 @@ WORDS = (
     "the rank; gap is the accuracy at the largest rank minus that at the worst one. Accuracies are "
     f"in %, losses in nats per token. {EACH} is LoRA trained at each rank by itself."
 )
+SPREADS = (
+    "A cell has the mean over the seeds, and in brackets the lowest and the highest seed. AURAC is "
+    "the mean height of the accuracy over the ranks, along log2(rank) or along the rank; fall is "
+    "how far the accuracy falls at most from a rank to the next larger one. Accuracies are in %, "
+    f"losses in nats per token. {EACH} is LoRA trained at each of some ranks by itself."
+)
 POOLED = (
     "Each pair of a task and a seed counts once. The interval takes the pairs for independent; in "
     "the loss, a task with larger losses weighs more."
@@ -36,6 +42,26 @@ SHORT = "lora/svd"
 def percent(found: Estimate) -> str:
     """Write a share in %."""
     return found.text(100, 1)
+
+
+def percent_spread(found: Estimate) -> str:
+    """Write a share in %, with the lowest and the highest seed."""
+    return found.spread(100, 1)
+
+
+def nats_spread(found: Estimate) -> str:
+    """Write a loss, with the lowest and the highest seed."""
+    return found.spread()
+
+
+def points_spread(found: Estimate) -> str:
+    """Write a difference of shares in points, with the lowest and the highest seed."""
+    return found.spread(100, 1, "+")
+
+
+def more_spread(found: Estimate) -> str:
+    """Write a difference of losses, with the lowest and the highest seed."""
+    return found.spread(sign="+")
 
 
 def points(found: Estimate) -> str:
@@ -59,17 +85,19 @@ def tables(study: Study, runs: Mapping[Job, Run]) -> str:
     tasks = sorted({result.task for result in found})
     parts = [f"# {study.title}", *_what(study, runs, found)]
     for task in tasks:
-        parts += _curves(found, task)
+        parts += _by_rank(found, task) if study.within else _curves(found, task)
     parts += _costs(found)
-    for task in tasks:
-        parts += _each_rank(found, task)
-    parts += [*_against(found, SHORT), *_rates(study, runs)]
+    if not study.within:
+        for task in tasks:
+            parts += _each_rank(found, task)
+        parts += _against(found, SHORT)
+    parts += _rates(study, runs)
     return "\n\n".join(parts) + "\n"
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table; columns of numbers stand to the right."""
-    number = re.compile(r"([-+]?\d[\d,.]*( ± [\d.]+)?)?")
+    number = re.compile(r"([-+]?\d[\d,.]*( ± [\d.]+| \([-+\d.]+ to [-+\d.]+\))?)?")
     right = [n > 0 and all(number.fullmatch(row[n]) for row in rows) for n in range(len(heading))]
     rule = ["---:" if one else "---" for one in right]
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, rule, *rows))
@@ -101,7 +129,7 @@ def _what(study: Study, runs: Mapping[Job, Run], found: Sequence[Result]) -> Ite
         rows["not run"] = f"{left} runs or more"
     yield "## What was compared"
     yield table(("study", ""), list(rows.items()))
-    yield WORDS
+    yield SPREADS if study.within else WORDS
 
 
 def _curves(found: Sequence[Result], task: str) -> Iterator[str]:
@@ -116,6 +144,48 @@ def _curves(found: Sequence[Result], task: str) -> Iterator[str]:
     yield from _parts(found, task)
     yield "Loss at each rank:"
     yield _grid(found, rows, loss, nats, task)
+
+
+def _by_rank(found: Sequence[Result], task: str) -> Iterator[str]:
+    """Yield means with their spreads, what each method is behind `EACH`, and every seed."""
+    whole = max(len(result.ranks) for result in found)
+    of_all: dict[str, Value] = {"AURAC log2": stats.aurac_log2, "linear": stats.aurac_linear}
+    of_all |= {"fall": stats.largest_fall}
+    accuracy, loss = (_at_ranks(found, task, at) for at in (stats.accuracy_at, stats.loss_at))
+    accuracy |= {name: _if_whole(value, whole) for name, value in of_all.items()}
+    rows = dict.fromkeys(stats.ranking(found, task))
+    yield f"## Task {task}"
+    yield "Accuracy at each rank, best AURAC (log2) first:"
+    yield _grid(found, rows, accuracy, percent_spread, task)
+    yield "Loss at each rank:"
+    means = loss | {"mean": _if_whole(stats.mean_loss, whole)}
+    yield _grid(found, rows, means, nats_spread, task)
+    ranks = {r for one in found if (one.method, one.task) == (EACH, task) for r in one.ranks}
+    of_each = [str(rank) for rank in sorted(ranks)]
+    minus = {method: EACH for method in rows if method != EACH}
+    if ranks:
+        yield "Accuracy minus that of LoRA trained at the rank, in points, on the same seeds:"
+        yield _grid(found, minus, {r: accuracy[r] for r in of_each}, points_spread, task)
+        yield "Loss minus that of LoRA trained at the rank:"
+        yield _grid(found, minus, {r: loss[r] for r in of_each}, more_spread, task)
+    yield "Seed by seed:"
+    seeds = [r for method in rows for r in found if (r.method, r.task) == (method, task)]
+    for what, values, unit in (("accuracy", accuracy, 100), ("loss", loss, 1)):
+        columns = [name for name in values if name.isdigit()]
+        cells = [
+            [None if (x := values[name](one)) is None else unit * x for name in columns]
+            for one in seeds
+        ]
+        digits = 1 if unit == 100 else 3
+        text = [["" if x is None else f"{x:.{digits}f}" for x in row] for row in cells]
+        heads = [(one.method, str(one.seed)) for one in seeds]
+        both = [(*head, *row) for head, row in zip(heads, text, strict=True)]
+        yield table((what, "seed", *columns), both)
+
+
+def _if_whole(value: Value, ranks: int) -> Value:
+    """Return what gives a number of curves that have all ranks alone."""
+    return lambda result: value(result) if len(result.ranks) == ranks else None
 
 
 def _parts(found: Sequence[Result], task: str) -> Iterator[str]:
@@ -237,8 +307,9 @@ def _grid(
     rows = []
     for method, minus in methods.items():
         cells = [stats.mean(found, method, value, task, minus) for value in columns.values()]
-        seeds = max(cell.n for cell in cells if cell)
-        rows.append((method, str(seeds), *(_cell(cell, form) for cell in cells)))
+        seeds = max((cell.n for cell in cells if cell), default=0)
+        if seeds:
+            rows.append((method, str(seeds), *(_cell(cell, form) for cell in cells)))
     return table(("method", "seeds", *columns), rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, stdev
 
 from scipy import stats
@@ -21,11 +22,22 @@ Pairs = dict[tuple[str, int], float]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean of ``n`` values and half its two-sided 95 % t interval, which one value lacks."""
+    """A mean of ``n`` values, half its two-sided 95 % t interval, which one value lacks, and the
+    lowest and the highest value."""
 
     mean: float
     half_width: float | None
     n: int
+    low: float
+    high: float
+
+    def spread(self, unit: float = 1, digits: int = 3, sign: str = "") -> str:
+        """Return the mean, the lowest and the highest value in a unit, as a cell of a table."""
+        mean, low, high = (
+            f"{round(unit * value, digits) + 0.0:{sign}.{digits}f}"
+            for value in (self.mean, self.low, self.high)
+        )
+        return mean if low == high else f"{mean} ({low} to {high})"
 
     def text(self, unit: float = 1, digits: int = 3, sign: str = "") -> str:
         """Return the mean and its interval in a unit, as a cell of a table."""
@@ -47,6 +59,12 @@ def aurac_linear(result: Result) -> float:
 def worst_rank_gap(result: Result) -> float:
     """Return the accuracy at the largest rank minus that at the worst one, a share."""
     return result.curve.accuracy[-1] - min(result.curve.accuracy)
+
+
+def largest_fall(result: Result) -> float:
+    """Return how far the accuracy falls at most from a rank to the next larger one."""
+    accuracy = result.curve.accuracy
+    return max(0.0, *(small - large for small, large in pairwise(accuracy)))
 
 
 def mean_loss(result: Result) -> float:
@@ -95,9 +113,9 @@ def estimate(numbers: Sequence[float]) -> Estimate | None:
     """Return mean and 95 % interval of independent values; None without any."""
     n = len(numbers)
     if n < 2:
-        return Estimate(numbers[0], None, n) if numbers else None
+        return Estimate(numbers[0], None, n, numbers[0], numbers[0]) if numbers else None
     half = float(stats.t.ppf(0.975, n - 1)) * stdev(numbers) / math.sqrt(n)
-    return Estimate(fmean(numbers), half, n)
+    return Estimate(fmean(numbers), half, n, min(numbers), max(numbers))
 
 
 def mean(
@@ -116,12 +134,14 @@ def mean(
 def ranking(results: Sequence[Result], task: str | None = None) -> list[str]:
     """Return the methods, best AURAC (log2) first: the mean over tasks of the mean over seeds.
 
-    A method that lacks tasks comes later.
+    A method that lacks tasks comes later, and one that lacks ranks last.
     """
     keys = {}
+    most = max((len(result.ranks) for result in results), default=0)
     for method in {result.method for result in results if task in (None, result.task)}:
         found = values(results, method, aurac_log2, task)
         names = sorted({name for name, _ in found})
         means = [fmean(v for pair, v in found.items() if pair[0] == name) for name in names]
-        keys[method] = (-len(names), -fmean(means), method)
+        lacking = any(r.method == method and len(r.ranks) < most for r in results)
+        keys[method] = (lacking, -len(names), -fmean(means), method)
     return sorted(keys, key=keys.__getitem__)
