@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matryoshka_lora.adapter import NestedAdapter as NestedAdapter
+    from matryoshka_lora.combine import combine as combine
     from matryoshka_lora.convert import export as export
     from matryoshka_lora.convert import reorder as reorder
     from matryoshka_lora.errors import MatryoshkaError as MatryoshkaError
@@ -26,6 +27,7 @@ _MODULES = {
     "Nesting": "nesting",
     "NotFiniteError": "errors",
     "aurac": "evaluation.results",
+    "combine": "combine",
     "evaluate": "evaluation.evaluate",
     "export": "convert",
     "load": "nested",

@@ -157,6 +157,31 @@ def reorder(
 
 
 @app.command()
+def combine(
+    adapters: Annotated[list[Path], _existing("Folders with LoRAs, or .safetensors files.")],
+    out: Out,
+    weights: Annotated[
+        str | None, _option("One for each, as 1,0.5; a negative one subtracts.", default="1")
+    ] = None,
+    rank: Annotated[int | None, _option("R.", min=1, default="the largest of the inputs")] = None,
+    force: Force = False,
+) -> None:
+    """Add LoRAs of one base model up: one nested adapter, whose every rank is the closest to the
+    sum.
+
+    The ranks, scales and layers of the inputs may differ. Needs neither data nor the base model.
+
+    Example: matryoshka combine style-a style-b --weights 1,0.5 -o both
+    """
+    from matryoshka_lora.combine import combine as run
+
+    made = run(adapters, out, _numbers(weights, float), rank, force=force)
+    for line in made.lines():
+        typer.echo(line)
+    _next("info", out)
+
+
+@app.command()
 def export(
     adapter: Lora,
     out: Out,
@@ -376,9 +401,12 @@ def _next(*words: object) -> None:
 
 
 def _ranks(text: str | None) -> Any:
-    if text in (None, "all"):
-        return text
+    return text if text == "all" else _numbers(text, int)
+
+
+def _numbers(text: str | None, kind: type[int] | type[float]) -> Any:
     try:
-        return [int(part) for part in str(text).split(",")]
+        return None if text is None else [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is no rank: write 8, or 1,2,4") from error
+        what = "rank: write 8, or 1,2,4" if kind is int else "list of weights: write 1,0.5"
+        raise typer.BadParameter(f"{text!r} is no {what}") from error

@@ -67,14 +67,14 @@ def bounds(root: Path) -> list[Bound]:
     largest = max(((lines_of([file]), file.name) for file in src), default=(0, ""))
     longest = max((found for file in src for found in functions(file)), default=(0, ""))
     return [
-        Bound("files in src", len(src), 40),
-        Bound("lines in src", lines_of(src), 6_500),
-        Bound("lines of code in src", code_of(src), 4_300),
+        Bound("files in src", len(src), 42),
+        Bound("lines in src", lines_of(src), 7_000),
+        Bound("lines of code in src", code_of(src), 4_650),
         Bound("lines of the largest file in src", largest[0], 450, largest[1]),
         Bound("lines of the longest function in src", longest[0], 60, longest[1]),
-        Bound("lines in tests", lines_of(root.glob("tests/**/*.py")), 9_000),
+        Bound("lines in tests", lines_of(root.glob("tests/**/*.py")), 9_600),
         Bound("lines of code in research", code_of(root.glob("research/**/*.py")), 3_000),
-        Bound("pages in docs", len(pages), 14),
+        Bound("pages in docs", len(pages), 16),
         Bound("words in docs", sum(len(page.read_text().split()) for page in pages), 9_000),
     ]
 

@@ -303,7 +303,7 @@ class Plan:
         """Compute the layers one by one."""
         for old, new in in_turn(self.layers, "cutting"):
             A, B, self.lost[new.name] = self.adapter.cut(old, new.rank, new.scale)
-            yield new, A, B
+            yield new, A.to(new.A.dtype), B.to(new.B.dtype)
 
     def write(self, file: Path) -> None:
         """Write a safetensors file, with one layer in memory at a time."""

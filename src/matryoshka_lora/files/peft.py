@@ -110,18 +110,23 @@ def from_tensors(
     return AdapterFile(name, layers, others, plain, {}, nesting, order)
 
 
-def write_nested(adapter: AdapterFile, path: PathLike, force: bool = False) -> None:
-    """Write a nested adapter that plain PEFT reads as the one of its largest rank.
+def write_nested(
+    adapter: AdapterFile, path: PathLike, force: bool = False, rank: int | None = None
+) -> Plan:
+    """Write a nested adapter that plain PEFT reads as the one of its largest rank; return its plan.
 
-    Factors without an order are reordered by SVD. Smaller layers are padded to R. An
-    adapter that is not nested gets the ranks 1, 2, 4, ... R. Raises: as `write_rank`.
+    Factors without an order are reordered by SVD, and may be cut to a rank. Smaller layers are
+    padded to R. An adapter that is not nested gets the ranks 1, 2, 4, ... R. Raises: as
+    `write_rank`.
     """
     order, scaling = adapter.order or "svd", adapter.nesting.scaling if adapter.nesting else "none"
-    note = {"ranks": adapter.ranks, "scaling": scaling, "order": order, "checksum": checksum(())}
-    ranks = dict.fromkeys((layer.name for layer in adapter.layers), adapter.max_rank)
-    plan = plan_rank(adapter, ranks, {NOTE: json.dumps(note)})
+    ranks = Nesting.powers_of_two(rank).ranks if rank else adapter.ranks
+    note = {"ranks": ranks, "scaling": scaling, "order": order, "checksum": checksum(())}
+    own = dict.fromkeys((layer.name for layer in adapter.layers), ranks[-1])
+    plan = plan_rank(adapter, own, {NOTE: json.dumps(note)})
     with new_folder(path, force, adapter.files) as folder:
         _put(folder, plan, order)
+    return plan
 
 
 def write_rank(adapter: AdapterFile, path: PathLike, rank: Ranks, force: bool = False) -> float:
@@ -194,7 +199,8 @@ def _card(plan: Plan, config: Mapping[str, Any], order: str | None) -> str:
         text += f" {ranks} can be cut out of it, in the order `{order}`: "
         text += "`matryoshka export THIS_FOLDER --rank RANK -o OUT`.\n\n"
         text += "| rank | norm of the update that it leaves out |\n|---|---|\n"
-        text += "\n".join(f"| {r} | {100 * plan.error(r):.1f} % |" for r in plan.adapter.ranks)
+        nested = json.loads(plan.metadata[NOTE])["ranks"]
+        text += "\n".join(f"| {r} | {100 * plan.error(r):.1f} % |" for r in nested)
     return "\n".join(["---", *head, "---", "", f"# {title}", "", text, ""])
 
 
