@@ -73,7 +73,7 @@ test-readers: $(VENV)/.test .venv-mlx/.ready .venv-openvino/.ready ## exports in
 	MLX_PYTHON=.venv-mlx/bin/python OPENVINO_PYTHON=.venv-openvino/bin/python \
 		$(BIN)/python -m pytest -n 2 tests/readers
 
-test-vllm: .venv-vllm/.ready ## a ladder in vLLM's server, and eval --engine vllm (CPU)
+test-vllm: .venv-vllm/.ready ## a ladder in vLLM's server (CPU)
 	.venv-vllm/bin/python -m pytest -s tests/readers/test_vllm.py
 
 dist: $(VENV)/.test

@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 from matryoshka_lora import Nesting, __version__
 from matryoshka_lora.cli import app, main
 
-VERBS = ["train", "info", "reorder", "export", "eval", "select", "serve", "play", "demo"]
+VERBS = ["train", "info", "reorder", "combine", "extract", "export", "eval", "select", "serve"]
+VERBS += ["play", "demo"]
 
 
 @pytest.fixture(scope="module")

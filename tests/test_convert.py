@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tiny_chat import save_tiny_chat, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matryoshka_lora import MatryoshkaError, export, reorder
+from matryoshka_lora.convert import export_all
 from matryoshka_lora.files.peft import WEIGHTS_NAME, open_adapter
 from matryoshka_lora.reordering.rows import read_data
 
@@ -227,3 +229,34 @@ def test_an_adapter_is_reordered_by_training_data(tmp_path: Path) -> None:
     assert distance(by_peft(tmp_path / "nested", fresh), wanted) < 0.3  # R changes a little
     with pytest.raises(MatryoshkaError, match="order is 'trained'"):
         export(tmp_path / "nested", tmp_path / "x", keep="90%")
+
+
+# Many adapters at once.
+
+
+def test_every_adapter_of_a_folder_is_exported(tmp_path: Path) -> None:
+    """One keeps its smaller rank, a file stays a file, and what cannot be cut stops nothing."""
+    folder = tmp_path / "loras"
+    for name, rank in (("large", 8), ("small", 2), ("dora", 8)):
+        plain_adapter(folder / name, r=rank, use_dora=name == "dora")
+    state = {"a.lora_down.weight": torch.randn(4, 6), "a.lora_up.weight": torch.randn(5, 4)}
+    save_file(state, folder / "single.safetensors")
+    (folder / "notes.txt").write_text("not an adapter")
+    lines = export_all(folder, tmp_path / "cut", rank=3)
+    assert {x.name: open_adapter(x).max_rank for x in (tmp_path / "cut").iterdir()} == {
+        **{"large": 3, "small": 2},
+        "single.safetensors": 3,
+    }
+    assert [line.split(":")[0] for line in lines] == [
+        *("large", "single.safetensors", "small"),
+        "not dora",
+    ]
+    wanted = export(folder / "large", tmp_path / "one", rank=3)
+    assert by_peft(tmp_path / "cut/large").equal(by_peft(tmp_path / "one"))
+    assert f"error {100 * wanted.error:.1f} %" in lines[0]
+    shutil.rmtree(folder / "large")
+    for name in ("small", "single.safetensors"):
+        (folder / name).rename(tmp_path / name)
+    with pytest.raises(MatryoshkaError, match="none of 1 adapters could be exported: not dora"):
+        export_all(folder, tmp_path / "none", rank=3)
+    assert not (tmp_path / "none").exists()

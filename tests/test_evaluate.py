@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -227,7 +225,6 @@ def test_what_we_did_not_write_is_not_replaced(adapter: Path, taken: Path) -> No
         ({"data": [*rows(1), {"text": "a"}]}, "row 2 of the data is"),
         ({"data": "no.jsonl"}, r"no\.jsonl cannot be read"),
         ({"tasks": "no.yaml"}, r"there is no file no\.yaml"),
-        ({"data": rows(), "engine": "vllm"}, "pip install vllm"),
     ],
 )
 def test_what_cannot_be_measured_is_said_before_the_model_is_loaded(
@@ -334,41 +331,3 @@ def test_a_group_has_a_number_of_its_own(
     assert found.difference(None, 1, 4) is not None
     apart = evaluate(memory, ["first", "second"], ranks=[4], progress=False)
     assert sum(apart.values(name)[4] or 0 for name in apart.tasks) / 2 == found.values()[4]
-
-
-def test_vllm_gets_one_adapter_for_each_rank(
-    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The harness' backend and vLLM stand in: neither runs on this processor without a build."""
-    asked: list[Any] = []
-
-    class Backend:
-        def __init__(self, name: str, **options: Any) -> None:
-            model = AutoModelForCausalLM.from_pretrained(name)
-            self.options, self.rank, self.world_size, self.lora_request = options, 0, 1, None
-            self.lm = HFLM(model, tokenizer=load_tokenizer(name), batch_size=4)
-
-        def loglikelihood(self, requests: Any) -> Any:
-            if self.lora_request is None:
-                return self.lm.loglikelihood(requests, disable_tqdm=True)
-            model = AutoModelForCausalLM.from_pretrained(self.lm.model.name_or_path)
-            folder = self.lora_request.path
-            asked.append(json.loads(Path(folder, "adapter_config.json").read_text())["r"])
-            plain = PeftModel.from_pretrained(model, folder).eval()
-            backend = HFLM(plain, tokenizer=self.lm.tokenizer, batch_size=4)
-            return backend.loglikelihood(requests, disable_tqdm=True)
-
-    request = ModuleType("vllm.lora.request")
-    request.LoRARequest = lambda name, number, path: SimpleNamespace(path=path)  # type: ignore[attr-defined]
-    backend = ModuleType("lm_eval.models.vllm_causallms")
-    backend.VLLM = Backend  # type: ignore[attr-defined]
-    modules = {"vllm": ModuleType("vllm"), "vllm.lora": ModuleType("vllm.lora")}
-    modules |= {"vllm.lora.request": request, "lm_eval.models.vllm_causallms": backend}
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    task = write_task(tmp_path)
-    found = evaluate(adapter, task, engine="vllm", out=tmp_path / "vllm", progress=False)
-    assert asked == [1, 2, 4]
-    wanted = evaluate(adapter, task, progress=False, dtype=torch.float32)
-    assert found.tasks == wanted.tasks

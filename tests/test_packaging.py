@@ -33,9 +33,9 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_work_on_files_needs_five_packages() -> None:
+def test_work_on_files_needs_six_packages() -> None:
     names = {re.split("[<>=]", line)[0] for line in PROJECT["dependencies"]}
-    assert names == {"torch", "numpy", "safetensors", "typer", "tqdm"}
+    assert names == {"torch", "numpy", "safetensors", "typer", "tqdm", "huggingface_hub"}
 
 
 def test_every_import_of_the_package_is_declared() -> None:
@@ -95,7 +95,7 @@ def lines(count: int) -> str:
 
 
 def many_files(root: Path) -> None:
-    for number in range(41):
+    for number in range(43):
         (root / f"src/more_{number}.py").write_text("")
 
 
@@ -104,17 +104,17 @@ def long_function(root: Path) -> None:
 
 
 def many_pages(root: Path) -> None:
-    for number in range(15):
+    for number in range(17):
         (root / f"docs/more_{number}.md").write_text("")
 
 
 def comments(root: Path) -> None:
-    for number in range(15):
+    for number in range(17):
         (root / f"src/more_{number}.py").write_text('"""Text\n' + "text\n" * 440 + '"""\n')
 
 
 def code(root: Path) -> None:
-    for number in range(10):
+    for number in range(11):
         (root / f"src/more_{number}.py").write_text(lines(440))
 
 
@@ -124,7 +124,7 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "lines of code in src": code,
     "lines of the largest file in src": lambda r: (r / "src/more.py").write_text("\n" * 451),
     "lines of the longest function in src": long_function,
-    "lines in tests": lambda r: (r / "tests/more.py").write_text("\n" * 9_001),
+    "lines in tests": lambda r: (r / "tests/more.py").write_text("\n" * 9_601),
     "lines of code in research": lambda r: (r / "research/more.py").write_text(lines(3_001)),
     "pages in docs": many_pages,
     "words in docs": lambda r: (r / "docs/more.md").write_text("word " * 9_001),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matryoshka_lora.adapter import NestedAdapter as NestedAdapter
-    from matryoshka_lora.combine import combine as combine
+    from matryoshka_lora.combining import combine as combine
     from matryoshka_lora.convert import export as export
     from matryoshka_lora.convert import reorder as reorder
     from matryoshka_lora.errors import MatryoshkaError as MatryoshkaError
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matryoshka_lora.evaluation.evaluate import evaluate as evaluate
     from matryoshka_lora.evaluation.results import aurac as aurac
     from matryoshka_lora.evaluation.select import select as select
+    from matryoshka_lora.extracting import extract as extract
     from matryoshka_lora.nested import load as load
     from matryoshka_lora.nested import nest as nest
     from matryoshka_lora.nesting import Nesting as Nesting
@@ -27,9 +28,10 @@ _MODULES = {
     "Nesting": "nesting",
     "NotFiniteError": "errors",
     "aurac": "evaluation.results",
-    "combine": "combine",
+    "combine": "combining",
     "evaluate": "evaluation.evaluate",
     "export": "convert",
+    "extract": "extracting",
     "load": "nested",
     "nest": "nested",
     "reorder": "convert",

@@ -105,3 +105,12 @@ def show_bytes(number: int) -> str:
         if number >= size:
             return f"{number / size:.1f} {unit}"
     return f"{number} bytes"
+
+
+def error_lines(errors: Mapping[int, float], what: str) -> list[str]:
+    """Return a table of the relative error of each rank, for people."""
+    found = [f"  {'rank':>6}   error of the {what}'s norm"]
+    for rank, error in errors.items():
+        kept = f"{100 * (1 - error**2):.1f} % of its square kept"
+        found.append(f"  {rank:>6}   {100 * error:4.1f} % ({kept})")
+    return found

@@ -49,8 +49,12 @@ def _existing(help: str, **more: Any) -> Any:
     return typer.Argument(help=help, exists=True, **more)
 
 
-Lora = Annotated[Path, _existing("A folder with a LoRA; or a .safetensors file.")]
-Nested = Annotated[Path, _existing("The folder of an adapter.")]
+def _named(help: str) -> Any:
+    return typer.Argument(help=f"{help} Or owner/name on the hub.")
+
+
+Lora = Annotated[Path, _named("A folder with a LoRA; or a .safetensors file.")]
+Nested = Annotated[Path, _named("The folder of an adapter.")]
 Out = Annotated[Path, _option("The folder or file to write.", "--out", "-o")]
 Model = Annotated[str | None, _option("The base model.", default="what the adapter names")]
 Revision = Annotated[str | None, _option("Its revision.", default="what the adapter names")]
@@ -158,7 +162,7 @@ def reorder(
 
 @app.command()
 def combine(
-    adapters: Annotated[list[Path], _existing("Folders with LoRAs, or .safetensors files.")],
+    adapters: Annotated[list[Path], _named("Folders with LoRAs, or .safetensors files.")],
     out: Out,
     weights: Annotated[
         str | None, _option("One for each, as 1,0.5; a negative one subtracts.", default="1")
@@ -166,16 +170,46 @@ def combine(
     rank: Annotated[int | None, _option("R.", min=1, default="the largest of the inputs")] = None,
     force: Force = False,
 ) -> None:
-    """Add LoRAs of one base model up: one nested adapter, whose every rank is the closest to the
-    sum.
+    """Add LoRAs of one base model up: every rank of the output is the closest one to the sum.
 
-    The ranks, scales and layers of the inputs may differ. Needs neither data nor the base model.
+    Their ranks, scales and layers may differ. Needs neither data nor the base model.
 
     Example: matryoshka combine style-a style-b --weights 1,0.5 -o both
     """
-    from matryoshka_lora.combine import combine as run
+    from matryoshka_lora.combining import combine as run
 
     made = run(adapters, out, _numbers(weights, float), rank, force=force)
+    for line in made.lines():
+        typer.echo(line)
+    _next("info", out)
+
+
+@app.command()
+def extract(
+    base: Annotated[Path, _named("The model before: a folder, or a .safetensors file.")],
+    tuned: Annotated[Path, _named("The model after.")],
+    out: Out,
+    rank: Annotated[int | None, _option("The rank, or the most of a layer.", min=1)] = None,
+    keep: Annotated[str | None, _option("Instead: the rank of each layer that keeps 90%.")] = None,
+    max_bytes: Annotated[str | None, _option("Instead: the most that it may have: 50MB.")] = None,
+    whole: Annotated[
+        list[str] | None, _option("A module that is kept as it is, such as lm_head. Repeat it.")
+    ] = None,
+    style: Annotated[
+        Literal["kohya", "diffusers"] | None, _option("For image models: one file, in its keys.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Turn a fine-tuned model into a LoRA: the closest one to what the tuning changed.
+
+    The same command goes on where a killed run stopped.
+
+    Example: matryoshka extract base-model tuned-model --rank 64 -o lora
+    """
+    from matryoshka_lora.extracting import extract as run
+
+    size: Any = {"keep": keep, "max_bytes": max_bytes}
+    made = run(base, tuned, out, rank, **size, whole=whole or (), style=style, force=force)
     for line in made.lines():
         typer.echo(line)
     _next("info", out)
@@ -202,8 +236,8 @@ def export(
 ) -> None:
     """Make a LoRA smaller: write a rank of it, nested or not, for a device or an engine.
 
-    A single .safetensors file becomes such a file, with the keys that it had. The formats for a
-    folder:
+    A single .safetensors file becomes such a file, with the keys that it had. Of a folder of
+    adapters, each is exported. The formats for a folder:
 
     - peft: an ordinary LoRA adapter
     - merged: the base model with the adapter in its weights
@@ -215,12 +249,17 @@ def export(
 
     Example: matryoshka export runs/demo/adapter --rank 4 -o rank-4
     """
+    from matryoshka_lora.convert import adapters_in, export_all
     from matryoshka_lora.convert import export as write
 
     size: Any = {"keep": keep, "max_bytes": max_bytes, "style": style}
     base: Any = {"model": model, "revision": revision}
     ranks = _ranks(rank)
     one = ranks[0] if ranks and len(ranks) == 1 else ranks
+    if adapters_in(adapter):
+        for line in export_all(adapter, out, one, format=format, **size, **base, force=force):
+            typer.echo(line)
+        return
     made = write(adapter, out, one, format, **size, **base, force=force)
     for line in made.lines():
         typer.echo(line)
@@ -245,7 +284,6 @@ def evaluate(
     num_fewshot: Annotated[int | None, _option("Shots.", min=0, default="the task's own")] = None,
     limit: Annotated[int | None, _option("The most questions of a task.", min=1)] = None,
     batch_size: Annotated[int | None, _option("Tokens of a batch.", min=1)] = None,
-    engine: Annotated[Literal["hf", "vllm"], typer.Option(help="Who answers.")] = "hf",
     base: Annotated[bool, typer.Option(help="Ask the base model too.")] = True,
     model: Model = None,
     revision: Revision = None,
@@ -266,7 +304,7 @@ def evaluate(
     asked: Any = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
     given: Any = {"model": model, "revision": revision, "dtype": dtype}
     folder = out or Path(_EVALUATION.replace("ADAPTER", str(adapter)))
-    given |= {"engine": engine, "base": base, "out": folder, "force": force}
+    given |= {"base": base, "out": folder, "force": force}
     evaluation = run(adapter, tasks, data, _ranks(ranks), **asked, **given)
     for line in evaluation.lines():
         typer.echo(line)

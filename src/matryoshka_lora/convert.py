@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from tqdm import tqdm
 
 from matryoshka_lora.budget import (
     by_size,
@@ -23,7 +24,14 @@ from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.engines import missing_rope, write_gguf, write_mlx
 from matryoshka_lora.files.layers import AdapterFile
 from matryoshka_lora.files.output import PathLike, check_place, new_file, new_folder
-from matryoshka_lora.files.peft import Ranks, open_adapter, plan_rank, write_nested, write_rank
+from matryoshka_lora.files.peft import (
+    CONFIG_NAME,
+    Ranks,
+    open_adapter,
+    plan_rank,
+    write_nested,
+    write_rank,
+)
 from matryoshka_lora.files.rows import read_rows
 from matryoshka_lora.files.single import Style, in_style
 from matryoshka_lora.files.tensors import read_json
@@ -31,6 +39,7 @@ from matryoshka_lora.files.tensors import read_json
 Format = Literal["peft", "merged", "ladder", "gguf", "mlx"]
 
 _ENDINGS = {"gguf": ".gguf", "single": ".safetensors"}
+_SINGLE = (_ENDINGS["single"],)
 _FILES = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".zip", ".json")
 
 
@@ -194,6 +203,47 @@ def export(
         bound = sum(each == rank for each in ranks.values())
         notes += [f"--rank {rank} bounds {bound} layers, which may keep less than {keep}"]
     return Exported(place, kind, ranks, before, _size(place), error, tuple(notes))
+
+
+def adapters_in(folder: PathLike) -> list[Path]:
+    """Return the adapters in a folder that is none itself, sorted by name."""
+    place = Path(folder)
+    if not place.is_dir() or (place / CONFIG_NAME).exists():
+        return []
+    inside = [x for x in place.iterdir() if (x / CONFIG_NAME).is_file() or x.suffix in _SINGLE]
+    return sorted(inside)
+
+
+def export_all(
+    source: PathLike, target: PathLike, rank: int | None = None, *, force: bool = False, **how: Any
+) -> list[str]:
+    """Export every adapter of a folder into another one, each under its own name.
+
+    Args:
+        source: A folder of PEFT's folders and single files.
+        target: The folder to write.
+        rank: As `export`; an adapter of a smaller rank keeps its own.
+        how: More arguments of `export`.
+
+    Returns:
+        A line for each adapter: what was written, or why it was not.
+
+    Raises:
+        MatryoshkaError: The target is taken, or none could be exported.
+    """
+    made, failed, found = list[str](), list[str](), adapters_in(source)
+    with new_folder(target, force, found) as folder:
+        for path in tqdm(found, "exporting", leave=False, unit=" adapters", disable=None):
+            try:
+                own = rank and min(rank, open_adapter(path).max_rank)
+                one = export(path, folder / path.name, own, **how)
+                sizes = f"{show_bytes(one.before)} -> {show_bytes(one.after)}"
+                made.append(f"{path.name}: {sizes}, error {100 * one.error:.1f} %")
+            except MatryoshkaError as error:
+                failed.append(f"not {path.name}: {error}")
+        if not made:
+            raise MatryoshkaError(f"none of {len(found)} adapters could be exported: {failed[0]}")
+    return made + failed
 
 
 def _kind(

@@ -13,6 +13,7 @@ from torch import nn
 
 from matryoshka_lora.adapter import NestedAdapter, lora_layers
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.files.hub import local
 from matryoshka_lora.files.layers import AdapterFile
 from matryoshka_lora.files.peft import open_adapter
 from matryoshka_lora.nesting import Nesting, Rule, Scaling, get_rule
@@ -98,7 +99,7 @@ def load(
 
     Args:
         base_model: The adapter's base model, or a `PeftModel` that gets one more adapter.
-        path: A folder that `NestedAdapter.save` or PEFT has written.
+        path: A folder that `NestedAdapter.save` or PEFT has written, or ``owner/name`` on the hub.
         rank: The rank in eval mode, from 0 to R; None is R.
         adapter: The adapter's name in PEFT.
         trainable: Whether the factors get gradients. Training continues as plain LoRA of rank R.
@@ -111,6 +112,7 @@ def load(
         raise MatryoshkaError(
             f"the model has an adapter {adapter!r} already: give adapter= a new name"
         )
+    path = local(path)
     file = open_adapter(path)
     base = base_model.get_base_model() if isinstance(base_model, PeftModel) else base_model
     _refuse_foreign(base, file)

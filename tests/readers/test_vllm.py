@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import signal
@@ -23,7 +22,7 @@ import torch
 from conftest import LINEAR_LAYERS
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from matryoshka_lora import evaluate, export, reorder
+from matryoshka_lora import export, reorder
 from matryoshka_lora.models import load_model, load_tokenizer
 
 pytest.importorskip("vllm", reason="make test-vllm sets up its own environment")
@@ -159,39 +158,3 @@ def test_a_rank_that_is_not_served_and_folders_of_the_server_are_refused(server:
     assert {"noise@1", "noise@2", "noise@4", "noise@8"} <= listed
     body = {"lora_name": "x", "lora_path": "/"}
     assert server.get("/v1/load_lora_adapter", body)[0] == 404
-
-
-def test_eval_by_vllm_has_the_numbers_of_transformers(
-    adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import vllm
-    from vllm.platforms import current_platform
-
-    for name, value in CPU.items():
-        monkeypatch.setenv(name, value)
-    # The harness asks for the version of the package vllm, and the build for CPUs has another name.
-    # vLLM finds its platform by that version too, so it is asked before.
-    assert current_platform.is_cpu()
-    known = importlib.metadata.version
-    monkeypatch.setattr(
-        "importlib.metadata.version",
-        lambda name: str(vllm.__version__) if name == "vllm" else known(name),
-    )
-    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(4)]
-    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    found = [
-        evaluate(
-            adapter,
-            data=tmp_path / "rows.jsonl",
-            ranks=[1, 8],
-            out=tmp_path / engine,
-            dtype=torch.float32,
-            engine=engine,  # type: ignore[arg-type]
-            base=False,
-        )
-        for engine in ("hf", "vllm")
-    ]
-    said = [[row["answers"] for row in each.examples] for each in found]
-    assert said[0] == said[1]
-    assert any(len(set(answers.values())) > 1 for answers in said[0])  # ranks say different things
-    assert found[0].values() == found[1].values()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +13,7 @@ from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.results import Evaluation, examples, summary
 from matryoshka_lora.files.layers import AdapterFile
 from matryoshka_lora.files.output import check_place, new_folder
-from matryoshka_lora.files.peft import open_adapter, plan_rank, write_rank
+from matryoshka_lora.files.peft import open_adapter, plan_rank
 from matryoshka_lora.files.rows import read_rows
 from matryoshka_lora.nesting import Nesting
 
@@ -25,8 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from matryoshka_lora.adapter import NestedAdapter
-
-_Backend = tuple[Any, Callable[[int], object], str]  # model, its setter of the rank, dtype
+    from matryoshka_lora.evaluation.many_ranks import ManyRanks
 
 
 def evaluate(
@@ -43,7 +39,6 @@ def evaluate(
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
-    engine: Literal["hf", "vllm"] = "hf",
     base: bool = True,
     force: bool = False,
     progress: bool = True,
@@ -73,8 +68,7 @@ def evaluate(
         num_fewshot: Shots of the tasks; None is the task's own number.
         limit: The most questions of a task.
         batch_size: The most tokens, over all rows of a batch, whose keys and values are held; None
-            is 32,768. With vLLM, the most questions of a batch.
-        engine: ``"vllm"``: the harness' backend for vLLM, with one LoRA request for each rank.
+            is 32,768.
         base: Whether the base model without the adapter is measured too.
         force: Whether to replace an existing folder and all its content.
         progress: Whether progress bars are shown on stderr.
@@ -87,7 +81,7 @@ def evaluate(
         raise MatryoshkaError("give either tasks, such as arc_easy, or data, such as my.jsonl")
     loaded = None if isinstance(adapter, (str, os.PathLike)) else adapter
     file = loaded.opened() if loaded else open_adapter(str(adapter))
-    chosen = _chosen(file, loaded, ranks, engine)
+    chosen = _chosen(file, loaded, ranks)
     out = out or (None if loaded else f"{file.name}-evaluation")
     if out:
         check_place(out, force)
@@ -107,19 +101,15 @@ def evaluate(
     title = Path(data).stem if isinstance(data, (str, os.PathLike)) else "data"
     asked = [load_task(x.strip()) for x in names] or [load_data(title, rows, tokenizer)]
     about: dict[str, Any] = {"adapter": "" if loaded else file.name, "model": model}
-    about |= {"revision": revision, "limit": limit, "engine": engine}
+    about |= {"revision": revision, "limit": limit}
     result = Evaluation(about, chosen, {rank: plan_rank(file, rank).size for rank in chosen})
-    if engine == "vllm":
-        backend = _vllm(file, asked_ranks, model, revision, dtype, batch_size)
-    else:
-        loaded = loaded or load(load_model(model, dtype, revision), file.name)
-        backend = _transformers(loaded, asked_ranks, tokenizer, batch_size, progress)
-    with backend as (lm, choose, result.about["dtype"]):
+    loaded = loaded or load(load_model(model, dtype, revision), file.name)
+    result.about["dtype"] = _name(loaded.model.dtype)
+    with _asked(loaded, asked_ranks, tokenizer, batch_size, progress) as lm:
         for name, task in asked:
             judged = {}
-            for rank in asked_ranks:
-                choose(rank)
-                judged[rank] = judge(lm, task, num_fewshot, limit)
+            for lm.lora_rank in asked_ranks:
+                judged[lm.lora_rank] = judge(lm, task, num_fewshot, limit)
             _put(result, name, list(task["tasks"]), judged)
     if out:
         _write(result, out, force)
@@ -130,12 +120,8 @@ def _chosen(
     file: AdapterFile,
     loaded: NestedAdapter | None,
     ranks: Sequence[int] | Literal["all"] | None,
-    engine: str,
 ) -> tuple[int, ...]:
-    """Return the ranks to measure, after making sure that the engine can measure them."""
-    if engine == "vllm" and not (file.files and importlib.util.find_spec("vllm")):
-        way = "pip install vllm" if file.files else "save the adapter first"
-        raise MatryoshkaError(f"engine 'vllm' needs vLLM, and an adapter on the disk: {way}")
+    """Return the ranks to measure, after making sure that there are such ranks."""
     every = loaded.ranks if loaded else file.available
     chosen = Nesting(tuple(every if ranks == "all" else ranks or file.ranks)).ranks
     for rank in chosen:
@@ -154,50 +140,17 @@ def _has_base(config: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def _transformers(
+def _asked(
     adapter: NestedAdapter, ranks: Sequence[int], tokenizer: Any, size: int | None, progress: bool
-) -> Iterator[_Backend]:
+) -> Iterator[ManyRanks]:
+    """Give the harness' model of an adapter; its mode is as before at the end."""
     from matryoshka_lora.evaluation.many_ranks import ManyRanks
 
     training = adapter.model.training
     try:
-        lm = ManyRanks(adapter, tokenizer, ranks, size, progress)
-        yield lm, partial(setattr, lm, "lora_rank"), _name(adapter.model.dtype)
+        yield ManyRanks(adapter, tokenizer, ranks, size, progress)
     finally:
         adapter.model.train(training)
-
-
-@contextmanager
-def _vllm(
-    file: AdapterFile,
-    ranks: Sequence[int],
-    model: str | None,
-    revision: str | None,
-    dtype: torch.dtype | str | None,
-    size: int | None,
-) -> Iterator[_Backend]:
-    from lm_eval.models.vllm_causallms import VLLM
-    from vllm.lora.request import LoRARequest
-
-    from matryoshka_lora.models import source_of
-
-    name = "auto" if dtype is None else _name(dtype)
-    with tempfile.TemporaryDirectory(prefix="matryoshka-") as cache:
-        requests: dict[int, Any] = {0: None}
-        for rank in filter(None, ranks):
-            requests[rank] = LoRARequest(f"rank-{rank}", rank, f"{cache}/{rank}")
-            write_rank(file, f"{cache}/{rank}", rank)
-        lm = VLLM(
-            source_of(str(model)),
-            revision=revision,
-            dtype=name,
-            batch_size=size or "auto",
-            lora_local_path=f"{cache}/{max(ranks)}",
-            max_lora_rank=max(8, 1 << (max(ranks) - 1).bit_length()),  # vLLM takes powers of two
-            max_cpu_loras=len(ranks),
-            enable_prefix_caching=True,
-        )
-        yield lm, lambda rank: setattr(lm, "lora_request", requests[rank]), name
 
 
 def _put(result: Evaluation, name: str, tasks: list[str], judged: dict[int, Any]) -> None:

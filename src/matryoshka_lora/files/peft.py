@@ -13,6 +13,7 @@ from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.factors import checksum
+from matryoshka_lora.files.hub import local
 from matryoshka_lora.files.layers import (
     NOTE,
     AdapterFile,
@@ -46,7 +47,8 @@ _HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def open_adapter(path: PathLike) -> AdapterFile:
-    """Open a LoRA adapter: PEFT's folder, also sharded, or a single ``.safetensors`` file.
+    """Open a LoRA adapter: PEFT's folder, also sharded, a single ``.safetensors`` file, or either
+    on the hub, see `matryoshka_lora.files.hub.local`.
 
     The nesting counts only if its checksum matches the factors. Otherwise the adapter is plain
     LoRA.
@@ -54,7 +56,7 @@ def open_adapter(path: PathLike) -> AdapterFile:
     Raises:
         MatryoshkaError: The path is no LoRA adapter, is damaged, or is a variant without ranks.
     """
-    folder = Path(path)
+    folder = local(path)
     if not folder.is_dir():
         return open_single(folder)
     if not (folder / CONFIG_NAME).is_file():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from matryoshka_lora.budget import error_lines
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.layers import AdapterFile, Layer
 from matryoshka_lora.files.output import PathLike, check_place, new_file
@@ -42,12 +43,7 @@ class Combined:
 
     def lines(self) -> list[str]:
         """Return what to tell a user."""
-        found = [f"{self.path}: {self.layers} layers, rank {max(self.errors)}", ""]
-        found += [f"  {'rank':>6}   error of the sum's norm"]
-        for rank, error in self.errors.items():
-            kept = f"{100 * (1 - error**2):.1f} % of its square kept"
-            found.append(f"  {rank:>6}   {100 * error:4.1f} % ({kept})")
-        return found
+        return [f"{self.path}: {self.layers} layers", "", *error_lines(self.errors, "sum")]
 
 
 def combine(

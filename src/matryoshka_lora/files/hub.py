@@ -1,0 +1,51 @@
+"""Find what a name stands for: a path, or else a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.files.output import PathLike
+
+ADAPTER = ("adapter_config.json", "adapter_model*.safetensors*")
+MODEL = ("config.json", *(f"{x}model*.safetensors*" for x in ("", "diffusion_pytorch_")))
+
+# owner/name, then @revision, then /FILE.safetensors
+_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+?))?(?:/([\w./-]+\.safetensors))?")
+
+
+def is_hub_name(path: PathLike) -> bool:
+    """Return whether a path that does not exist may name a repository of the hub."""
+    # runs/typo is no repository where there is a folder runs.
+    first = Path(path).parts[:1]
+    return bool(_NAME.fullmatch(str(path))) and not Path(*first).exists()
+
+
+def local(path: PathLike, patterns: tuple[str, ...] = ADAPTER) -> Path:
+    """Return a path on this machine; what the hub has is downloaded into its cache once.
+
+    Args:
+        path: A path, or ``owner/name``, ``owner/name@revision``, ``owner/name/file.safetensors``.
+        patterns: The files that are needed.
+
+    Raises:
+        MatryoshkaError: The hub has no such repository or file, or cannot be reached.
+    """
+    if Path(path).exists() or not is_hub_name(path):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    name, revision, file = _NAME.fullmatch(str(path)).groups()  # type: ignore[union-attr]
+    wanted = [file] if file else list(patterns)
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise MatryoshkaError(
+            f"there is no path {path} here, and the hub gives none ({reason:.200}). A private "
+            "repository needs `hf auth login`, and without a network only what was downloaded "
+            "before can be read"
+        ) from error
+    return folder / file if file else folder

@@ -1,0 +1,91 @@
+"""Names of the hub, read from a cache of the hub's own layout, without a network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from strangers import plain_adapter
+
+from matryoshka_lora import MatryoshkaError, extract
+from matryoshka_lora.files.hub import is_hub_name
+
+REVISIONS = {"main": "a" * 40, "v2": "b" * 40}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository owner/name, with an adapter of rank 4, of rank 2 at v2, and a file."""
+    home = tmp_path_factory.mktemp("home")
+    repository = home / "hub/models--owner--name"
+    for revision, rank in (("main", 4), ("v2", 2)):
+        folder = repository / "snapshots" / REVISIONS[revision]
+        plain_adapter(folder, r=rank)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(REVISIONS[revision])
+        state = folder / "adapter_model.safetensors"
+        (folder / "in").mkdir()
+        (folder / "in/lora.safetensors").write_bytes(
+            state.read_bytes().replace(b"base_model.model.", b"unet.mid_block.m.")
+        )
+    return home
+
+
+def run(cache: Path, *words: str, offline: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = (
+        os.environ | {"HF_HOME": str(cache)} | ({"HF_HUB_OFFLINE": "1"} if offline else {})
+    )
+    environment.pop("HF_HUB_CACHE", None)
+    command = [sys.executable, "-m", "matryoshka_lora", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cache)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("owner/name", "rank        4"),
+        ("owner/name@v2", "rank        2"),
+        ("owner/name@v2/in/lora.safetensors", "is a LoRA in one file"),
+    ],
+)
+def test_an_adapter_may_be_named_by_its_repository(cache: Path, name: str, said: str) -> None:
+    found = run(cache, "info", name)
+    assert found.returncode == 0, found.stderr
+    assert said in found.stdout
+
+
+@pytest.mark.parametrize("name", ["owner/other", "owner/name@v3"])
+@pytest.mark.parametrize("offline", [True, False])
+def test_what_the_hub_does_not_give_is_said(cache: Path, name: str, offline: bool) -> None:
+    found = run(cache, "info", name, offline=offline)
+    assert found.returncode == 1
+    assert found.stderr.startswith(f"error: there is no path {name} here, and the hub gives none")
+    assert "only what was downloaded before can be read" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("owner/name", True),
+        ("owner/name@main/a/b.safetensors", True),
+        ("nothing", False),
+        ("a/b/c", False),
+        ("../name", False),
+        ("/owner/name", False),
+        ("here/typo", False),
+    ],
+)
+def test_a_path_is_told_from_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_one: bool
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_name(name) == is_one
+
+
+def test_a_model_that_is_nowhere_is_said(tmp_path: Path) -> None:
+    with pytest.raises(MatryoshkaError, match="there is no file nothing"):
+        extract("nothing", "nothing", tmp_path / "out", rank=1)
