@@ -106,7 +106,8 @@ def test_a_large_layer_is_nearly_as_good_as_a_full_svd(
     share: float, shape: tuple[int, int]
 ) -> None:
     """By the randomised way, which small layers do not take."""
-    from matryoshka_lora.extracting import Stored, Weight
+    from matryoshka_lora.extracting import Weight
+    from matryoshka_lora.files.tensors import Stored
 
     generator = torch.Generator().manual_seed(0)
     u, _ = torch.linalg.qr(torch.randn(shape[0], 300, generator=generator))

@@ -132,7 +132,7 @@ def extract(
         raise MatryoshkaError("say how much to keep: --rank 32, --keep 90% or --max-bytes 50MB")
     share = None if keep is None else read_share(keep)
     limit = None if max_bytes is None else read_bytes(max_bytes)
-    base, tuned = (local(each, MODEL) for each in (base, tuned))
+    name, base, tuned = str(base), local(base, MODEL), local(tuned, MODEL)
     models = [_open(base), _open(tuned)]
     sources = [file for files, _ in models for file in files]
     place = check_place(target, force, sources)
@@ -146,7 +146,7 @@ def extract(
     most = rank or (AT_MOST if share is None else None)
     cache = _cache(place, [*map(_state, sources), most, share])
     layers, changes = _factorise_all(weights, most, share, cache)
-    config = _config(base, modules, layers, kept)
+    config = _config(base, modules, layers, kept) | {"base_model_name_or_path": name}
     stored = {f"base_model.model.{key}": each for key, each in kept.items()}
     adapter = AdapterFile(str(place), tuple(layers), stored, config)
     if style is not None:
@@ -353,8 +353,8 @@ def _config(
     """Return PEFT's config."""
     whole = sorted({key.rpartition(".")[0] for key in kept})
     names = [layer.name for layer in layers]
-    found: dict[str, Any] = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
-    found |= {"target_modules": names, "modules_to_save": whole or None}
+    found: dict[str, Any] = {"peft_type": "LORA", "target_modules": names}
+    found["modules_to_save"] = whole or None
     found["fan_in_fan_out"] = any(type(modules.get(name)).__name__ == "Conv1D" for name in names)
     is_causal = bool(modules) and "CausalLM" in str(read_json(base / "config.json"))
     return found | {"task_type": "CAUSAL_LM" if is_causal else None}
