@@ -27,7 +27,7 @@ from research.study import EACH, load_study
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "figures"
 
-FACE = ("lora/trained", EACH, "lora/svd", "lora/prefix", "matryoshka/prefix")
+FACE = ("lora/trained", "lora/squeezed", EACH, "lora/svd")
 METHODS = (EACH, "matryoshka/svd", "lora/svd", "lora/prefix", "matryoshka/prefix")
 TOKENS = ("lora/svd", "lora/learned", "lora-longer/svd", "lora/trained", EACH)
 BESIDE = {"lora-longer/svd": 1.1}
@@ -127,7 +127,7 @@ def face(figure: Any, mode: Mode) -> None:
     """Draw one adapter at every rank beside its rivals, on 256 facts."""
     figure.set_size_inches(8.4, 4.9)
     axes = figure.subplots()
-    found = [result for result in curves("facts256") if result.task == "facts-256"]
+    found = list(curves("every256"))
     methods = [method for method in FACE if any(result.method == method for result in found)]
     _accuracies(axes, found, methods, mode)
     axes.set_ylim(-4, 104)
@@ -192,7 +192,7 @@ def tokens(figure: Any, mode: Mode) -> None:
 
 
 def _accuracies(axes: Any, found: Sequence[Result], methods: Sequence[str], mode: Mode) -> None:
-    """Draw means with a band from the lowest to the highest seed, and every separate run."""
+    """Draw means with a faint line for each seed, and every separate run."""
     for number, method in enumerate(methods):
         look = LOOKS[method]
         ranks = next(result.ranks for result in found if result.method == method)
@@ -200,7 +200,6 @@ def _accuracies(axes: Any, found: Sequence[Result], methods: Sequence[str], mode
             [100 * share for share in _values(found, method, stats.accuracy_at(rank))]
             for rank in ranks
         ]
-        low, high = list(map(min, by_rank)), list(map(max, by_rank))
         colour, order = look.colour(mode), 4 - 0.1 * number  # the first method lies on top
         if method == EACH:
             for rank, some in zip(ranks, by_rank, strict=True):
@@ -209,9 +208,9 @@ def _accuracies(axes: Any, found: Sequence[Result], methods: Sequence[str], mode
                 axes.plot(places, some, look.marker, color=colour, markersize=6, zorder=5)
             axes.plot([], [], look.marker, color=colour, label=look.name, markersize=7)
         else:
-            axes.fill_between(
-                ranks, low, high, color=colour, alpha=0.22, linewidth=0, zorder=order - 1
-            )
+            for one in (result for result in found if result.method == method):
+                shares = [100 * share for share in one.curve.accuracy]
+                axes.plot(ranks, shares, color=colour, alpha=0.3, linewidth=1, zorder=order - 1)
             style = {
                 "color": colour,
                 "label": look.name,
@@ -220,7 +219,7 @@ def _accuracies(axes: Any, found: Sequence[Result], methods: Sequence[str], mode
                 "zorder": order,
             }
             axes.plot(ranks, list(map(fmean, by_rank)), marker=look.marker, **style)
-    rank_axis(axes, ranks)
+    rank_axis(axes, sorted({rank for result in found for rank in result.ranks}))
 
 
 def _point(axes: Any, x: float, values: Sequence[float], look: Look, mode: Mode) -> None:
@@ -239,17 +238,17 @@ def _point(axes: Any, x: float, values: Sequence[float], look: Look, mode: Mode)
     )
 
 
-def _of_seeds(found: Sequence[Result], mark: str = "band") -> str:
+def _of_seeds(found: Sequence[Result], mark: str = "line") -> str:
     counts = sorted(
         {
             len({one.seed for one in found if one.task == task})
             for task in {one.task for one in found}
         }
     )
-    runs = ", a star is one run" if mark == "band" else ""
-    return (
-        f"{' or '.join(map(str, counts))} seeds: a {mark} goes from the lowest to the highest{runs}"
-    )
+    seeds = f"{' or '.join(map(str, counts))} seeds"
+    if mark == "bar":
+        return f"{seeds}: a bar goes from the lowest to the highest"
+    return f"{seeds}, each a faint line; a star is one run"
 
 
 def _values(found: Sequence[Result], method: str, value: Value) -> list[float]:

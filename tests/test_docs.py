@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 import yaml
-from conftest import nested_llama
+from conftest import nested_llama, tiny_llama
+from strangers import plain_adapter
 
 from matryoshka_lora import Nesting, load
 from matryoshka_lora.cli import app
@@ -121,9 +123,14 @@ def test_errors_on_the_help_page_are_ours() -> None:
 
 @pytest.mark.slow
 def test_python_runs(tmp_path: Path) -> None:
-    """Page by page, in a folder that has the adapter some-lora."""
+    """Page by page, in a folder that has adapters and a model before and after its tuning."""
     adapter = nested_llama(Nesting.powers_of_two(8))
     adapter.model.save_pretrained(tmp_path / "some-lora")
+    plain_adapter(tmp_path / "other-lora", r=4)
+    tiny_llama().save_pretrained(tmp_path / "base-model")
+    tuned = tiny_llama()
+    torch.nn.init.normal_(tuned.model.layers[0].self_attn.q_proj.weight)
+    tuned.save_pretrained(tmp_path / "tuned-model")
     scripts = {page: "\n".join(blocks(page, "python")) for page in RUN}
     assert sum(map(bool, scripts.values())) >= 4
     for page, script in scripts.items():

@@ -177,7 +177,7 @@ class NestedAdapter:
         p = shared.rule.draw(shared.nesting, shared.seed, step, rows and rows * count)
         if p.ndim > 1 and rows:
             p = p[index * rows : (index + 1) * rows]
-        shared.training = Diagonal(shared.relative(p), fewer=True)
+        shared.training = Diagonal(p / shared.nesting.scale, fewer=True)
 
     def callback(self) -> TrainerCallback:
         """Return the Trainer callback that draws the ranks of each step."""

@@ -35,10 +35,8 @@ def read_share(text: str | float) -> float:
 def rank_that_keeps(values: Tensor, share: float) -> int:
     """Return the smallest rank that keeps a share of the squared singular values, at least 1.
 
-    Args:
-        values: The singular values of a layer, shape (R,) or (experts, R), decreasing. A stack of
-            experts has the rank of the expert that needs most.
-        share: Above 0 and at most 1.
+    They are decreasing, of shape (R,) or (experts, R). A stack of experts has the rank of the
+    expert that needs most. The share is above 0 and at most 1.
     """
     kept = (values.double() ** 2).reshape(-1, values.shape[-1]).cumsum(-1)
     # A share of 1 ends at the last value that still changes the sum.
@@ -51,13 +49,8 @@ def by_size(
     """Return the ranks that keep the most of the update in a file of at most some bytes.
 
     Every layer has its first direction. The others are taken in the order of their squared singular
-    value per number of theirs, over all layers, as long as the file has room.
-
-    Args:
-        adapter: What is cut.
-        values: The `singular_values` of its layers.
-        most: The largest rank that each layer may have.
-        max_bytes: How large the file may be, header and all.
+    value per number of theirs, over all layers, as long as the file, header and all, has room.
+    ``values`` are the `singular_values`, and ``most`` is the largest rank that each layer may have.
 
     Raises:
         MatryoshkaError: The file is too small for rank 1 in every layer.

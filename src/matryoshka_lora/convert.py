@@ -39,7 +39,6 @@ from matryoshka_lora.files.tensors import read_json
 Format = Literal["peft", "merged", "ladder", "gguf", "mlx"]
 
 _ENDINGS = {"gguf": ".gguf", "single": ".safetensors"}
-_SINGLE = (_ENDINGS["single"],)
 _FILES = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".zip", ".json")
 
 
@@ -202,7 +201,9 @@ def export(
     if share is not None and isinstance(ranks, Mapping) and rank in ranks.values():
         bound = sum(each == rank for each in ranks.values())
         notes += [f"--rank {rank} bounds {bound} layers, which may keep less than {keep}"]
-    return Exported(place, kind, ranks, before, _size(place), error, tuple(notes))
+    written = [place] if place.is_file() else place.rglob("*.safetensors")
+    after = sum(file.stat().st_size for file in written)
+    return Exported(place, kind, ranks, before, after, error, tuple(notes))
 
 
 def adapters_in(folder: PathLike) -> list[Path]:
@@ -210,8 +211,8 @@ def adapters_in(folder: PathLike) -> list[Path]:
     place = Path(folder)
     if not place.is_dir() or (place / CONFIG_NAME).exists():
         return []
-    inside = [x for x in place.iterdir() if (x / CONFIG_NAME).is_file() or x.suffix in _SINGLE]
-    return sorted(inside)
+    inside = sorted(place.iterdir())
+    return [x for x in inside if x.suffix == ".safetensors" or (x / CONFIG_NAME).is_file()]
 
 
 def export_all(
@@ -377,9 +378,3 @@ def _base_config(name: str, revision: str | None) -> dict[str, Any]:
     except OSError as error:
         raise MatryoshkaError(f"no base model {name!r}: give another one with --model") from error
     return read_json(Path(str(file)))
-
-
-def _size(place: Path) -> int:
-    """Return the bytes of a file, or of all weights in a folder."""
-    files = [place] if place.is_file() else place.rglob("*.safetensors")
-    return sum(file.stat().st_size for file in files)

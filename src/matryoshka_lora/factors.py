@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def reorder_factors(
@@ -55,18 +56,15 @@ def reorder_factors(
     new_A = right * torch.where(dead, torch.ones_like(s), half)[..., :, None]
     new_B = left * half[..., None, :]
     missing = rank - s.shape[-1]
-    if missing:
-        new_A = torch.nn.functional.pad(new_A, (0, 0, 0, missing))
-        new_B = torch.nn.functional.pad(new_B, (0, missing))
-        s = torch.nn.functional.pad(s, (0, missing))
-    return new_A.to(A.dtype), new_B.to(B.dtype), s
+    new_A, new_B = pad(new_A, (0, 0, 0, missing)), pad(new_B, (0, missing))
+    return new_A.to(A.dtype), new_B.to(B.dtype), pad(s, (0, missing))
 
 
 def singular_values(A: Tensor, B: Tensor) -> Tensor:
     """Return those of ``B A``, shape (..., R), float64, as `reorder_factors` does, in less time."""
     r_in, r_out = (torch.linalg.qr(tall.double(), mode="r").R for tall in (A.mT, B))
     values = torch.linalg.svdvals(r_out @ r_in.mT)
-    return torch.nn.functional.pad(values, (0, A.shape[-2] - values.shape[-1]))
+    return pad(values, (0, A.shape[-2] - values.shape[-1]))
 
 
 def checksum(factors: Iterable[tuple[Tensor, Tensor]]) -> str:

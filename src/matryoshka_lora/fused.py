@@ -88,22 +88,13 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        p: Tensor,
-        left: Tensor | None,
-        right: Tensor | None,
-        save_hidden: bool,
+        x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, p: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor]:
         tokens = x.reshape(-1, x.shape[-1])
         hidden = _hidden(tokens, A, _per_token(p, x, tokens))
         output = linear(tokens, weight, bias)
         output.addmm_(hidden, B.to(x.dtype).t())
-        # The output must not be a view, so that models may modify it
-        # in place.
+        # The output must not be a view, so that models may modify it in place.
         shaped = torch.ops.aten._unsafe_view(output, (*x.shape[:-1], weight.shape[0]))
         return shaped, hidden
 

@@ -16,7 +16,6 @@ class Description:
     """Describe an adapter file in numbers.
 
     Attributes:
-        adapter: What was opened.
         sizes: The bytes of the file of weights that `export` writes at each nested rank, with all
             that it holds.
         errors: The norm of what each nested rank leaves out over the norm of the update.
@@ -66,9 +65,8 @@ def describe(path: PathLike) -> Description:
     """Open an adapter and read its layers. Raises: as `open_adapter`."""
     adapter = open_adapter(path)
     whole = plan_rank(adapter, adapter.max_rank)
-    whole.lost.update(
-        {layer.name: adapter.lost(layer) for layer in in_turn(adapter.layers, "measuring")}
-    )
+    for layer in in_turn(adapter.layers, "measuring"):
+        whole.lost[layer.name] = adapter.lost(layer)
     sizes = {rank: plan_rank(adapter, rank).size for rank in adapter.ranks}
     return Description(adapter, sizes, {rank: whole.error(rank) for rank in adapter.ranks})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import partial
 from os import PathLike
 from typing import Any, Literal
@@ -66,13 +66,13 @@ def nest(
     chosen = get_rule(rule)
     if deploy not in ("reordered", "paper"):
         raise MatryoshkaError(f"deploy is {deploy!r}; write 'reordered' or 'paper'")
-    _refuse_layers(peft_model, adapter, layers, chosen)
     first = next(iter(layers.values()))
-    R, scale = first.r[adapter], first.scaling[adapter]
-    if ranks is None:
-        nesting = Nesting.powers_of_two(R, scaling, scale)
-    else:
-        nesting = Nesting(tuple(ranks), scaling, scale)
+    for name, module in layers.items():
+        if reason := next(_reasons(module, adapter, first, chosen), None):
+            raise MatryoshkaError(f"layer {name} cannot be nested: {reason}")
+    R = first.r[adapter]
+    ranks = Nesting.powers_of_two(R).ranks if ranks is None else tuple(ranks)
+    nesting = Nesting(ranks, scaling, first.scaling[adapter])
     if nesting.max_rank != R:
         raise MatryoshkaError(
             f"LoraConfig has r={R}, and the largest nested rank is {nesting.max_rank}: "
@@ -154,55 +154,40 @@ _SUPPORTED = {
 }
 
 
-def _refuse_layers(model: PeftModel, adapter: str, layers: Mapping[str, Any], rule: Rule) -> None:
-    """Raise MatryoshkaError where a layer cannot be nested correctly."""
-    first = next(iter(layers.values()))
-    for name, module in layers.items():
-        for wrong, reason in _reasons(module, adapter, first, rule):
-            if wrong:
-                raise MatryoshkaError(f"layer {name} cannot be nested: {reason}")
-
-
-def _reasons(module: Any, adapter: str, first: Any, rule: Rule) -> Iterator[tuple[bool, str]]:
+def _reasons(module: Any, adapter: str, first: Any, rule: Rule) -> Iterator[str]:
+    """Yield why a layer cannot be nested correctly; the first reason counts."""
     variant = module.lora_variant.get(adapter)
-    yield (
-        isinstance(variant, NestedVariant),
-        "it is nested already: NestedAdapter(model, adapter) is its handle",
-    )
-    yield (
-        variant is not None,
-        f"{type(variant).__name__} (DoRA or another variant of LoRA) scales or bends the update, "
-        "so its prefixes are no adapters. Train plain LoRA to have ranks to choose from",
-    )
+    if isinstance(variant, NestedVariant):
+        yield "it is nested already: NestedAdapter(model, adapter) is its handle"
+    if variant is not None:
+        yield (
+            f"{type(variant).__name__} (DoRA or another variant of LoRA) scales or bends the "
+            "update, so its prefixes are no adapters. Train plain LoRA to have ranks to choose from"
+        )
     kind = f"{type(module).__module__}.{type(module).__name__}".removeprefix("peft.tuners.lora.")
-    yield (
-        kind not in _SUPPORTED,
-        f"PEFT's {kind} does not support LoRA variants. Leave it out of the targets; or train with "
-        "PEFT alone, and run `matryoshka reorder FOLDER -o nested` after it",
-    )
-    alike = all(getattr(module, n)[adapter] == getattr(first, n)[adapter] for n in ("r", "scaling"))
-    yield (
-        not alike,
-        "rank_pattern or alpha_pattern give it another rank or scale. Leave them out; or run "
-        "`matryoshka reorder FOLDER -o nested` on the saved adapter",
-    )
-    yield (
-        bool(module.lora_bias.get(adapter)),
-        "lora_bias adds to B A what belongs to no rank. Set lora_bias=False",
-    )
-    yield (
-        getattr(module.get_base_layer(), "groups", 1) > 1,
-        "a grouped convolution ties columns of B to groups. Leave it out of target_modules",
-    )
-    yield module.merged, "an adapter is merged into it. Call unmerge_adapter() first"
-    if rule.name == "lora":
-        return
+    if kind not in _SUPPORTED:
+        yield (
+            f"PEFT's {kind} does not support LoRA variants. Leave it out of the targets; or train "
+            "with PEFT alone, and run `matryoshka reorder FOLDER -o nested` after it"
+        )
+    if any(getattr(module, n)[adapter] != getattr(first, n)[adapter] for n in ("r", "scaling")):
+        yield (
+            "rank_pattern or alpha_pattern give it another rank or scale. Leave them out; or run "
+            "`matryoshka reorder FOLDER -o nested` on the saved adapter"
+        )
+    if module.lora_bias.get(adapter):
+        yield "lora_bias adds to B A what belongs to no rank. Set lora_bias=False"
+    if getattr(module.get_base_layer(), "groups", 1) > 1:
+        yield "a grouped convolution ties columns of B to groups. Leave it out of target_modules"
+    if module.merged:
+        yield "an adapter is merged into it. Call unmerge_adapter() first"
     # PEFT begins with B at zero, and in embeddings with A at zero.
-    yield (
-        all(bool(factor.count_nonzero()) for factor in factor_parameters(module, adapter)),
-        f"its B A is not zero, so rule {rule.name!r} would change what it computes. Use "
-        "rule='lora' for an adapter that is trained, or has an initialisation such as pissa",
-    )
+    factors = factor_parameters(module, adapter)
+    if rule.name != "lora" and all(bool(factor.count_nonzero()) for factor in factors):
+        yield (
+            f"its B A is not zero, so rule {rule.name!r} would change what it computes. Use "
+            "rule='lora' for an adapter that is trained, or has an initialisation such as pissa"
+        )
 
 
 def _learn_one_column(module: Any, adapter: str, shared: Shared) -> None:

@@ -144,9 +144,6 @@ class Rule:
     def draw(self, nesting: Nesting, seed: int, step: int, rows: int | None = None) -> Tensor:
         """Return p for an optimizer step. The same arguments give the same p on every machine.
 
-        A resumed run therefore draws what an unbroken run draws, and all processes draw the same
-        p.
-
         Args:
             nesting: The nested ranks and their scales.
             seed: Any integer.

@@ -28,13 +28,7 @@ _PIECE = 8  # tokens between two looks at an answer
 
 @dataclass(frozen=True)
 class Session:
-    """An adapter on its base model.
-
-    Attributes:
-        file: The adapter as it was opened.
-        adapter: The same in the model.
-        tokenizer: The base model's.
-    """
+    """An adapter as it was opened, the same in the base model, and the base model's tokenizer."""
 
     file: AdapterFile
     adapter: NestedAdapter

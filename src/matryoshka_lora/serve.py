@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shlex
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 from matryoshka_lora.convert import export
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.layers import AdapterFile
+from matryoshka_lora.files.output import PathLike
 from matryoshka_lora.files.peft import CONFIG_NAME, open_adapter
 from matryoshka_lora.models import source_of
 
@@ -23,7 +23,7 @@ _AT_ONCE = 8  # the most ranks in one batch
 
 
 def serve(
-    folder: str | os.PathLike[str],
+    folder: PathLike,
     *,
     ranks: Sequence[int] | None = None,
     model: str | None = None,
@@ -56,10 +56,8 @@ def serve(
             no base model is known.
     """
     source = Path(folder)
-    rungs = [file.parent for file in source.glob(f"*@*/{CONFIG_NAME}")]
-    ladder = {
-        int(x.name.rpartition("@")[2]): x for x in rungs if x.name.rpartition("@")[2].isdigit()
-    }
+    rungs = {x.parent.name.rpartition("@")[2]: x.parent for x in source.glob(f"*@*/{CONFIG_NAME}")}
+    ladder = {int(end): rung for end, rung in rungs.items() if end.isdigit()}
     file = open_adapter(ladder[max(ladder)] if ladder else source)
     base, revision = file.base_model(model, revision)
     at = ["--model", source_of(base), *(["--revision", revision] if revision else [])]

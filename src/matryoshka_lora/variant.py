@@ -49,8 +49,7 @@ class Diagonal:
         """Return q for an activation of shape (rows, ..., R, *spatial).
 
         Raises:
-            MatryoshkaError: q has one diagonal per row, and the first dimension has another
-                length.
+            MatryoshkaError: q is for another number of rows.
         """
         q, given, rows = self.on(device), len(self.q), shape[0]
         if self.q.ndim == 1:
@@ -85,8 +84,6 @@ class Shared:
     """Hold what all layers of one adapter share.
 
     Attributes:
-        nesting: The ranks and scales.
-        rule: How p is chosen in training.
         seed: The seed of the ranks that the rule draws.
         deploy: ``"paper"`` drops P after training; ``"reordered"`` keeps it in what is saved.
         order: How the factors were reordered, or None.
@@ -119,20 +116,15 @@ class Shared:
     def trained(self) -> Tensor:
         """Return the q that training optimises at rank R, shape (R,)."""
         if self.rule.fixed:
-            return self.relative(self.rule.draw(self.nesting, self.seed, 0))
+            return self.rule.draw(self.nesting, self.seed, 0) / self.nesting.scale
         return torch.ones(self.nesting.max_rank, dtype=torch.float64)
-
-    def relative(self, p: Tensor) -> Tensor:
-        """Return q = p / s."""
-        return p / self.nesting.scale
 
     def at(self, rank: int) -> Tensor:
         """Return the q that deploys a rank, shape (R,); it is 0 from entry ``rank`` on."""
-        first = torch.arange(self.nesting.max_rank) < rank
         own_scale = self.deploy == "paper" or not (self.order or self.rule.fixed)
         if rank and own_scale:  # each rank was trained with its own scale
-            return self.relative(self.nesting.prefix(rank))
-        return self.trained() * first
+            return self.nesting.prefix(rank) / self.nesting.scale
+        return self.trained() * (torch.arange(self.nesting.max_rank) < rank)
 
     def set_rank(self, rank: int) -> None:
         """Choose the rank of eval mode; 0 switches the update off."""
@@ -226,9 +218,8 @@ def _folded_into_B(module: Any, adapter: str, diagonal: Diagonal) -> Iterator[No
 
 def _columns_times(B: Tensor, q: Tensor) -> Tensor:
     """Return B of shape (out, R, ...) with q on its columns; B may be a DTensor."""
-    q = q.to(B.device, torch.promote_types(B.dtype, torch.float32)).view(
-        1, -1, *(1,) * (B.ndim - 2)
-    )
+    q = q.to(B.device, torch.promote_types(B.dtype, torch.float32))
+    q = q.view(1, -1, *(1,) * (B.ndim - 2))
     if hasattr(B, "device_mesh"):
         from torch.distributed.tensor import Replicate, distribute_tensor
 
@@ -258,8 +249,8 @@ def attach(module: Any, adapter: str, shared: Shared) -> None:
         module.forward = partial(forward, module)
     if shared.folded() is not None and not hasattr(module, "folds_p"):
         module.folds_p = True  # the hooks serve every adapter of the layer, so they come once
-        module.register_state_dict_post_hook(_fold_out)
-        module.register_load_state_dict_pre_hook(_fold_in)
+        module.register_state_dict_post_hook(partial(_fold, False))
+        module.register_load_state_dict_pre_hook(partial(_fold, True))
 
 
 def _forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -268,15 +259,9 @@ def _forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if diagonal is None:
         result: Tensor = type(module).forward(module, x, *args, **kwargs)
         return result
-    (adapter,) = module.active_adapters
-    return low_rank_linear(
-        x,
-        module.base_layer.weight,
-        module.base_layer.bias,
-        module.lora_A[adapter].weight,
-        module.lora_B[adapter].weight,
-        diagonal.for_rows(x.shape, x.device) * module.scaling[adapter],
-    )
+    base, (adapter,) = module.base_layer, module.active_adapters
+    p = diagonal.for_rows(x.shape, x.device) * module.scaling[adapter]
+    return low_rank_linear(x, base.weight, base.bias, *factor_parameters(module, adapter), p)
 
 
 def _forward_embedding(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -312,22 +297,12 @@ def _fusable(module: Any, x: Tensor) -> Diagonal | None:
     return shared.diagonal(module.training) if frozen and base.weight.dtype == x.dtype else None
 
 
-def _each_B(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _fold(back: bool, module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Fold q into each B of a state dict, or back out of it where the state dict is loaded."""
     for adapter, variant in module.lora_variant.items():
         q = variant.shared.folded() if isinstance(variant, NestedVariant) else None
-        if q is not None and adapter in module.lora_embedding_B:
-            yield f"{prefix}lora_embedding_B.{adapter}", q
-        elif q is not None:
-            yield f"{prefix}lora_B.{adapter}.weight", q
-
-
-def _fold_out(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for key, q in _each_B(module, prefix):
-        if key in state_dict:
-            state_dict[key] = _columns_times(state_dict[key], q)
-
-
-def _fold_in(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    for key, q in _each_B(module, prefix):
-        if key in state_dict:
-            state_dict[key] = _columns_times(state_dict[key], 1 / q)
+        is_embedding = adapter in module.lora_embedding_B
+        name = f"lora_embedding_B.{adapter}" if is_embedding else f"lora_B.{adapter}.weight"
+        key = f"{prefix}{name}"
+        if q is not None and key in state_dict:
+            state_dict[key] = _columns_times(state_dict[key], 1 / q if back else q)

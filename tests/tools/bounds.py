@@ -68,7 +68,7 @@ def bounds(root: Path) -> list[Bound]:
     longest = max((found for file in src for found in functions(file)), default=(0, ""))
     return [
         Bound("files in src", len(src), 42),
-        Bound("lines in src", lines_of(src), 7_150),
+        Bound("lines in src", lines_of(src), 7_000),
         Bound("lines of code in src", code_of(src), 4_800),
         Bound("lines of the largest file in src", largest[0], 450, largest[1]),
         Bound("lines of the longest function in src", longest[0], 60, longest[1]),

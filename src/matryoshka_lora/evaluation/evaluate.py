@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from matryoshka_lora.adapter import NestedAdapter
-    from matryoshka_lora.evaluation.many_ranks import ManyRanks
 
 
 def evaluate(
@@ -91,6 +89,7 @@ def evaluate(
     if progress:
         print("Loading libraries and model", file=sys.stderr)
     # The arguments are checked. These imports take seconds.
+    from matryoshka_lora.evaluation.many_ranks import ManyRanks
     from matryoshka_lora.evaluation.tasks import judge, load_data, load_task
     from matryoshka_lora.models import load_model
     from matryoshka_lora.nested import load
@@ -104,22 +103,24 @@ def evaluate(
     about |= {"revision": revision, "limit": limit}
     result = Evaluation(about, chosen, {rank: plan_rank(file, rank).size for rank in chosen})
     loaded = loaded or load(load_model(model, dtype, revision), file.name)
-    result.about["dtype"] = _name(loaded.model.dtype)
-    with _asked(loaded, asked_ranks, tokenizer, batch_size, progress) as lm:
+    result.about["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
+    training = loaded.model.training
+    try:
+        lm = ManyRanks(loaded, tokenizer, asked_ranks, batch_size, progress)
         for name, task in asked:
             judged = {}
             for lm.lora_rank in asked_ranks:
                 judged[lm.lora_rank] = judge(lm, task, num_fewshot, limit)
             _put(result, name, list(task["tasks"]), judged)
+    finally:
+        loaded.model.train(training)
     if out:
         _write(result, out, force)
     return result
 
 
 def _chosen(
-    file: AdapterFile,
-    loaded: NestedAdapter | None,
-    ranks: Sequence[int] | Literal["all"] | None,
+    file: AdapterFile, loaded: NestedAdapter | None, ranks: Sequence[int] | Literal["all"] | None
 ) -> tuple[int, ...]:
     """Return the ranks to measure, after making sure that there are such ranks."""
     every = loaded.ranks if loaded else file.available
@@ -137,20 +138,6 @@ def _has_base(config: Mapping[str, Any]) -> bool:
     """Return whether rank 0 is the base model."""
     whole = any(config.get(key) for key in ("modules_to_save", "trainable_token_indices"))
     return not whole and config.get("bias", "none") == "none"
-
-
-@contextmanager
-def _asked(
-    adapter: NestedAdapter, ranks: Sequence[int], tokenizer: Any, size: int | None, progress: bool
-) -> Iterator[ManyRanks]:
-    """Give the harness' model of an adapter; its mode is as before at the end."""
-    from matryoshka_lora.evaluation.many_ranks import ManyRanks
-
-    training = adapter.model.training
-    try:
-        yield ManyRanks(adapter, tokenizer, ranks, size, progress)
-    finally:
-        adapter.model.train(training)
 
 
 def _put(result: Evaluation, name: str, tasks: list[str], judged: dict[int, Any]) -> None:
@@ -179,8 +166,3 @@ def _tokenizer(file: AdapterFile, model: str | None, revision: str | None) -> An
 
     own = bool(file.files) and Path(file.name, "tokenizer_config.json").is_file()
     return load_tokenizer(*((file.name,) if own else (model, revision)))
-
-
-def _name(dtype: torch.dtype | str) -> str:
-    words = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    return words.get(str(dtype), str(dtype).removeprefix("torch."))

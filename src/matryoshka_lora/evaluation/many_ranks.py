@@ -54,8 +54,7 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
     A request is answered at all ranks when it first comes, and the answers are remembered.
 
     Args:
-        adapter: The adapter to evaluate.
-        tokenizer: The base model's.
+        adapter, tokenizer: The adapter to evaluate, and its base model's tokenizer.
         ranks: The ranks; 0 is the base model.
         batch_tokens: The most tokens, over all rows, whose keys and values one batch holds.
         progress: Whether bars are shown.

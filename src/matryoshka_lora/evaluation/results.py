@@ -111,11 +111,7 @@ class Evaluation:
     def metric(self, task: str | None = None) -> dict[str, Any]:
         """Return a task's first metric: ``higher_is_better``, ``value`` and ``stderr`` by rank.
 
-        Args:
-            task: May be None where there is only one.
-
-        Raises:
-            MatryoshkaError: There is no such task.
+        The task may be None where there is only one. Raises: as `task`.
         """
         found = self.tasks[self.task(task)]
         return dict(found["metrics"][found["metric"]])

@@ -156,7 +156,6 @@ class Limits:
         most: The most tokens.
         until: Texts that end it and do not belong to it.
         ends: Tokens that end it.
-        tokenizer: The base model's.
     """
 
     most: int

@@ -63,8 +63,41 @@ def load_data(name: str, rows: Sequence[Any], tokenizer: Any) -> Asked:
     Raises:
         MatryoshkaError: A row has no question with an answer.
     """
-    pairs = [question_and_answer(row, n) for n, row in enumerate(rows, start=1)]
-    return name, _manager(False).load([_config(name, pairs, tokenizer)])
+    from datasets import Dataset, DatasetDict
+
+    until, docs = set[str](), []
+    for number, row in enumerate(rows, start=1):
+        prompt, completion = question_and_answer(row, number)
+        if not isinstance(prompt, str):
+            if not tokenizer.chat_template:
+                raise MatryoshkaError(
+                    "the rows are chat, and the tokenizer has no chat template: take a model that "
+                    "has one, or rows with prompt and completion as texts"
+                )
+            whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+            options = {"tokenize": False, "add_generation_prompt": True}
+            prompt = tokenizer.apply_chat_template(prompt, **options)
+            completion = str(completion[-1]["content"])
+            until.add(whole.rpartition(completion)[2].strip())  # what ends a turn
+        docs.append({"prompt": prompt, "completion": completion.strip()})
+    if not any("\n" in doc["completion"] for doc in docs):
+        until.add("\n")
+    most = max(len(tokenizer.encode(doc["completion"])) for doc in docs) + _EXTRA_TOKENS
+    settings = {"until": sorted(until - {""}), "max_gen_toks": most, "do_sample": False}
+    config = {
+        "task": name,
+        "custom_dataset": lambda **_: DatasetDict(test=Dataset.from_list(docs)),
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{completion}}",
+        "process_results": _is_equal,
+        "generation_kwargs": settings,
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "num_fewshot": 0,
+        "metadata": {"version": 1},
+    }
+    return name, _manager(False).load([config])
 
 
 def judge(lm: Any, loaded: Any, num_fewshot: int | None, limit: int | None) -> dict[str, Any]:
@@ -104,43 +137,6 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(_SEED)
     torch.manual_seed(_SEED)
-
-
-def _config(name: str, pairs: Sequence[tuple[Any, Any]], tokenizer: Any) -> dict[str, Any]:
-    """Return the harness' config of a task that asks for completions."""
-    from datasets import Dataset, DatasetDict
-
-    until, docs = set[str](), []
-    for prompt, completion in pairs:
-        if not isinstance(prompt, str):
-            if not tokenizer.chat_template:
-                raise MatryoshkaError(
-                    "the rows are chat, and the tokenizer has no chat template: take a model that "
-                    "has one, or rows with prompt and completion as texts"
-                )
-            whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-            options = {"tokenize": False, "add_generation_prompt": True}
-            prompt = tokenizer.apply_chat_template(prompt, **options)
-            completion = str(completion[-1]["content"])
-            until.add(whole.rpartition(completion)[2].strip())  # what ends a turn
-        docs.append({"prompt": prompt, "completion": completion.strip()})
-    if not any("\n" in doc["completion"] for doc in docs):
-        until.add("\n")
-    most = max(len(tokenizer.encode(doc["completion"])) for doc in docs) + _EXTRA_TOKENS
-    settings = {"until": sorted(until - {""}), "max_gen_toks": most, "do_sample": False}
-    return {
-        "task": name,
-        "custom_dataset": lambda **_: DatasetDict(test=Dataset.from_list(docs)),
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_target": "{{completion}}",
-        "process_results": _is_equal,
-        "generation_kwargs": settings,
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-        "num_fewshot": 0,
-        "metadata": {"version": 1},
-    }
 
 
 def _is_equal(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:

@@ -26,12 +26,8 @@ def write_gguf(plan: Plan, file: Path, base: Mapping[str, Any]) -> None:
     """Write a plan of `plan_rank` for llama.cpp: one GGUF file in float32.
 
     llama.cpp multiplies ``B A`` with the file's alpha over the rank of the tensor. A file has one
-    alpha; differences between layers are folded into B.
-
-    Args:
-        plan: The rank.
-        file: A file that does not exist yet.
-        base: ``config.json`` of the base model.
+    alpha; differences between layers are folded into B. ``base`` is the base model's
+    ``config.json``.
 
     Raises:
         MatryoshkaError: llama.cpp does not support the base model or a layer.
@@ -76,7 +72,7 @@ def _permuted(B: Tensor, layer: Layer, base: Mapping[str, Any]) -> Tensor:
 def write_mlx(plan: Plan, folder: Path, base: Mapping[str, Any]) -> None:
     """Write a plan of `plan_rank` for mlx-lm: ``adapters.safetensors`` and a config of its own.
 
-    Args and Raises: as `write_gguf`, but a new folder. All layers have the same rank and scale.
+    All layers must have the same rank and scale. Raises: as `write_gguf`.
     """
     _check(plan, base, "mlx-lm")
     tensors = {}

@@ -33,9 +33,7 @@ class Layer:
 
     Attributes:
         name: The module's name in the base model, or the name of the pair in a single file.
-        key_A, key_B: The keys of A and B.
-        A, B: Their tensors, with the shapes that they have in the file.
-        rank: The rank of this layer.
+        A, B: The tensors, with the shapes that they have in the file.
         scale: The scale s of ``s B A``.
         experts: The number of stacked pairs.
         key_alpha: The key of its alpha, where a single file has one.
@@ -89,7 +87,6 @@ class AdapterFile:
         layers: Its layers, sorted by name.
         others: Its tensors that are no factors, by key: biases, modules_to_save and the like.
         config: PEFT's ``adapter_config.json``; a single file has none.
-        metadata: The metadata of its file.
         nesting, order: Ranks and scales of a nested adapter, and how its factors were reordered;
             None where they were not.
         files: Its files with tensors; empty for an adapter in memory.
@@ -259,7 +256,6 @@ class Plan:
     """Describe an output before its tensors are computed.
 
     Attributes:
-        adapter: The source.
         layers: Each layer as it is, and as it will be, sorted by name.
         others: All tensors of the output that are no factors, by their keys there.
         metadata: The metadata; `write` puts the checksum into the nesting there.

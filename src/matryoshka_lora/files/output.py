@@ -22,10 +22,8 @@ PathLike = str | os.PathLike[str]
 def check_place(path: PathLike, force: bool = False, sources: Sequence[Path] = ()) -> Path:
     """Return the path of an output after making sure that nothing there would be lost.
 
-    Args:
-        path: Where the output goes. An empty folder counts as free.
-        force: Whether the whole of what is there may be replaced.
-        sources: The files that the output is made of.
+    An empty folder counts as free. With ``force`` all that is there may be replaced, except for
+    ``sources``, the files that the output is made of.
 
     Raises:
         MatryoshkaError: The place is taken, or it holds a source or the current folder.

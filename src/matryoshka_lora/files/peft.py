@@ -14,14 +14,7 @@ from torch import Tensor
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.factors import checksum
 from matryoshka_lora.files.hub import local
-from matryoshka_lora.files.layers import (
-    NOTE,
-    AdapterFile,
-    Layer,
-    Plan,
-    one_thread,
-    rank_and_scale,
-)
+from matryoshka_lora.files.layers import NOTE, AdapterFile, Layer, Plan, one_thread, rank_and_scale
 from matryoshka_lora.files.output import PathLike, new_file, new_folder
 from matryoshka_lora.files.single import open_single, plan_single
 from matryoshka_lora.files.tensors import Stored, open_tensors, read_json
@@ -60,9 +53,8 @@ def open_adapter(path: PathLike) -> AdapterFile:
     if not folder.is_dir():
         return open_single(folder)
     if not (folder / CONFIG_NAME).is_file():
-        inside = [f.parent for f in folder.glob(f"*/{CONFIG_NAME}")] + [
-            *folder.glob("*.safetensors")
-        ]
+        configs = folder.glob(f"*/{CONFIG_NAME}")
+        inside = [*(file.parent for file in configs), *folder.glob("*.safetensors")]
         way = "give the folder that PEFT has saved, since the scale stands in that file"
         if inside and not (folder / WEIGHTS_NAME).exists():
             way = f"name one in it, such as {min(inside)}"
@@ -98,13 +90,10 @@ def from_tensors(
     nesting: Nesting,
     order: str | None,
 ) -> AdapterFile:
-    """Return an adapter in memory as if it had been opened.
+    """Return an adapter in memory as if it had been opened; arguments as in `AdapterFile`.
 
-    Args:
-        name: The name in error messages.
-        config: PEFT's, as ``LoraConfig.to_dict()`` gives it, with lists for its sets.
-        tensors: PEFT's state dict, as ``get_peft_model_state_dict`` gives it.
-        nesting, order: See `AdapterFile`.
+    ``config`` is ``LoraConfig.to_dict()`` with lists for its sets. ``tensors`` is what
+    ``get_peft_model_state_dict`` returns.
     """
     stored = {key: Stored.of(tensor) for key, tensor in tensors.items()}
     plain = json.loads(json.dumps(dict(config), default=str))

@@ -21,6 +21,7 @@ from matryoshka_lora.files.layers import AdapterFile, Layer, Plan, rank_and_scal
 from matryoshka_lora.files.tensors import Stored, open_tensors
 
 Style = Literal["kohya", "diffusers", "peft"]
+_Configs = dict[str, dict[str, Any]]
 
 _CONFIGS = "lora_adapter_metadata"  # where diffusers keeps the LoraConfig of each part
 _HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # of the old tensors
@@ -64,8 +65,8 @@ def open_single(file: Path) -> AdapterFile:
     others = stored.keys() - {key for pair in pairs.values() for key in pair}
     whole = {found[1] for key in others if (found := _MORE.fullmatch(key))}
     configs = _configs(metadata, str(file))
-    plain = [(name, *pair) for name, pair in pairs.items() if name not in whole]
-    layers = sorted((_layer(*x, stored, configs, str(file)) for x in plain), key=lambda x: x.name)
+    plain = sorted((name, pair) for name, pair in pairs.items() if name not in whole)
+    layers = [_layer(name, pair, stored, configs, str(file)) for name, pair in plain]
     if not layers:
         other = next((key for key in sorted(stored) if _OTHER_METHODS.search(key)), None)
         raise MatryoshkaError(
@@ -148,14 +149,9 @@ def _name_in(style: Style, module: str, parts: set[str]) -> str:
 
 
 def _layer(
-    name: str,
-    key_A: str,
-    key_B: str,
-    stored: Mapping[str, Stored],
-    configs: Mapping[str, dict[str, Any]],
-    where: str,
+    name: str, keys: tuple[str, str], stored: Mapping[str, Stored], configs: _Configs, where: str
 ) -> Layer:
-    A, B = stored[key_A], stored[key_B]
+    A, B = stored[keys[0]], stored[keys[1]]
     fits = A.is_factor and B.is_factor and len(A.shape) == len(B.shape) and A.shape[0] == B.shape[1]
     if not fits or max(B.shape[2:], default=1) != 1:
         raise MatryoshkaError(
@@ -177,12 +173,12 @@ def _layer(
     if not 0 < scale < float("inf"):
         raise MatryoshkaError(f"{where}: the alpha of {name[:200]} is no positive number")
     key = f"{name}.alpha" if alpha else None
-    return Layer(name, key_A, key_B, A, B, rank, scale, key_alpha=key)
+    return Layer(name, *keys, A, B, rank, scale, key_alpha=key)
 
 
-def _configs(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, Any]]:
+def _configs(metadata: Mapping[str, str], where: str) -> _Configs:
     """Return the LoraConfig of each part of the pipeline, where the file has them."""
-    parts = dict[str, dict[str, Any]]()
+    parts: _Configs = {}
     try:
         for key, value in json.loads(metadata.get(_CONFIGS, "{}")).items():
             part, inside = _part(key)

@@ -99,12 +99,9 @@ def _damaged(file: Path, reason: Exception) -> MatryoshkaError:
 def new_tensors(
     file: Path, stored: Mapping[str, Stored], metadata: dict[str, str]
 ) -> Iterator[Callable[[str, Tensor], None]]:
-    """Yield a function that writes tensors to a new file, in any order.
+    """Yield a function that writes the tensors of ``stored`` to a new file, in any order.
 
-    Args:
-        file: A file that does not exist yet.
-        stored: Dtypes and shapes of all tensors.
-        metadata: Until the end of the block, values may change, but not their length.
+    Until the end of the block, values of ``metadata`` may change, but not their length.
     """
     header, places = _header(stored, metadata)
     with open(file, "xb") as out:
