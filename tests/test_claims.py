@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from statistics import fmean, geometric_mean, stdev
+from statistics import fmean, geometric_mean, median, stdev
 from typing import Any, NamedTuple
 
 import pytest
@@ -53,6 +53,12 @@ def percent(
     found = stats.mean(curves(study), method, value, task, minus)
     assert found is not None, f"{study} has no {method} on {task or 'any task'}"
     return [100 * part for part in (found.mean, found.half_width) if part is not None]
+
+
+def middle(study: str, method: str, value: Any) -> list[float]:
+    """Return the median and the lowest seed of a share, in %."""
+    found = [100 * number for number in stats.values(curves(study), method, value).values()]
+    return [median(found), min(found)]
 
 
 def runs(study: str, method: str) -> float:
@@ -96,7 +102,14 @@ def read(path: str) -> Any:
 
 NAMES: dict[str, Any] = {
     **{name: read(path) for name, path in CLAIMS["files"].items()},
-    **{"percent": percent, "runs": runs, "tried": tried, "worse": worse, "curves": curves},
+    **{
+        "percent": percent,
+        "middle": middle,
+        "runs": runs,
+        "tried": tried,
+        "worse": worse,
+        "curves": curves,
+    },
     **{"fmean": fmean, "geometric_mean": geometric_mean, "aurac": stats.aurac_log2},
     "nats": lambda study, method: [n / 100 for n in percent(study, method, stats.mean_loss)],
     "of_base": lambda study: [

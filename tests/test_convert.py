@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from conftest import tiny_llama
@@ -260,3 +261,32 @@ def test_every_adapter_of_a_folder_is_exported(tmp_path: Path) -> None:
     with pytest.raises(MatryoshkaError, match="none of 1 adapters could be exported: not dora"):
         export_all(folder, tmp_path / "none", rank=3)
     assert not (tmp_path / "none").exists()
+
+
+OTHER_TYPES: dict[str, dict[str, Any]] = {
+    **{key: {"r": 4} for key in ("LoHa", "LoKr", "Miss", "Vera", "Gralora")},
+    **{"FourierFT": {"n_frequency": 40}, "C3A": {"block_size": 8}, "RandLora": {"r": 4}},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_TYPES)
+def test_what_peft_turns_into_lora_can_be_reordered(tmp_path: Path, kind: str) -> None:
+    """And `reorder` names that way."""
+    config = getattr(peft, f"{kind}Config", None)
+    if config is None or not hasattr(peft, "save_as_lora"):
+        pytest.skip(f"this PEFT has no {kind}, or no save_as_lora")
+    model = peft.get_peft_model(
+        tiny_llama(), config(target_modules=["q_proj", "o_proj"], **OTHER_TYPES[kind])
+    )
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "given")
+    with pytest.raises(MatryoshkaError, match="PEFT's save_as_lora makes LoRA of many"):
+        reorder(tmp_path / "given", tmp_path / "nested")
+    peft.save_as_lora(tmp_path / "lora", model, rank=8)
+    reorder(tmp_path / "lora", tmp_path / "nested")
+    assert distance(by_peft(tmp_path / "nested"), by_peft(tmp_path / "lora")) < 1e-4
+    export(tmp_path / "nested", tmp_path / "small", rank=2)
+    by_peft(tmp_path / "small")

@@ -220,7 +220,8 @@ def _check_config(config: dict[str, Any], where: str) -> None:
     method = next((name for name in _OTHER_METHODS if config.get(name)), "")
     init, reason = str(config.get("init_lora_weights")), ""
     if config.get("peft_type") != "LORA":
-        reason = f"it is of type {config.get('peft_type')!r:.80} and not LoRA"
+        kind = f"{config.get('peft_type')!r:.80}"
+        reason = f"it is of type {kind} and not LoRA. PEFT's save_as_lora makes LoRA of many types"
     elif method:
         reason = f"with {method} its layers are more than pairs of factors: use it whole"
     elif init.startswith(_INITS):
