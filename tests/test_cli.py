@@ -63,7 +63,7 @@ def run(
 def test_alone_it_says_what_to_do_with_what_one_has() -> None:
     result = CliRunner().invoke(app, [])
     assert result.exit_code == 0
-    for verb in ("demo", "train", "info", "reorder", "export"):
+    for verb in ("demo", "train", "info", "reorder", "export", "combine", "extract"):
         assert f"matryoshka {verb}" in result.output
     assert f"matryoshka-lora {__version__}" in CliRunner().invoke(app, ["--version"]).output
 

@@ -19,8 +19,9 @@ START = """Train one LoRA adapter, deploy it at any rank. What do you have?
   data            matryoshka train CONFIG.yaml            train an adapter for every rank
   a LoRA file     matryoshka export LORA.safetensors --keep 95% -o small.safetensors
   a LoRA folder   matryoshka info FOLDER                  see what its ranks are worth
-                  matryoshka export FOLDER --rank 4 -o rank-4
                   matryoshka reorder FOLDER -o nested     every rank in one adapter
+  several         matryoshka combine A B -o both          their sum, at every rank
+  a tuned model   matryoshka extract BASE TUNED --rank 64 -o lora
 
 matryoshka --help lists the other verbs, matryoshka VERB --help explains one."""
 
@@ -111,8 +112,6 @@ def train(
 @app.command()
 def info(adapter: Lora) -> None:
     """Say what an adapter is, and what each of its ranks would weigh and lose.
-
-    Needs no base model.
 
     Example: matryoshka info runs/demo/adapter
     """
