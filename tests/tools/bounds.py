@@ -75,7 +75,7 @@ def bounds(root: Path) -> list[Bound]:
         Bound("lines in tests", lines_of(root.glob("tests/**/*.py")), 9_600),
         Bound("lines of code in research", code_of(root.glob("research/**/*.py")), 3_000),
         Bound("pages in docs", len(pages), 16),
-        Bound("words in docs", sum(len(page.read_text().split()) for page in pages), 9_000),
+        Bound("words in docs", sum(len(page.read_text().split()) for page in pages), 9_400),
     ]
 
 
