@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,7 +27,7 @@ from matryoshka_lora.budget import (
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.files.hub import MODEL, local
 from matryoshka_lora.files.layers import AdapterFile, Layer
-from matryoshka_lora.files.output import PathLike, check_place
+from matryoshka_lora.files.output import PathLike, check_place, new_file
 from matryoshka_lora.files.peft import write_nested, write_rank
 from matryoshka_lora.files.single import Style, in_style
 from matryoshka_lora.files.tensors import Stored, open_tensors, read_json
@@ -267,9 +266,8 @@ def _factorise_all(
             file = cache / f"{number}.safetensors"
             if not file.exists():
                 factors, change = _factorise(name, weight, most, share)
-                note = {"change": json.dumps(change)}
-                save_file(factors, cache / "unfinished", note)
-                os.replace(cache / "unfinished", file)
+                with new_file(file) as fresh:
+                    fresh.write_bytes(save(factors, {"change": json.dumps(change)}))
             stored, note = open_tensors(file)
             changes[name] = Change(*json.loads(note["change"]))
             # They are float32 here, and the output has the model's dtype.
