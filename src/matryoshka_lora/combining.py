@@ -121,10 +121,12 @@ def _differs(one: AdapterFile, other: AdapterFile) -> str:
         return "have no layer in common, so they are for two models or spell their keys in two ways"
     for key in _MEANINGS:
         if one.config.get(key) != other.config.get(key):
-            return f"differ in {key}, {one.config.get(key)!r:.80} and {other.config.get(key)!r:.80}"
+            a, b = one.config.get(key), other.config.get(key)
+            way = "if it means the same, write it alike in both configs"
+            return f"differ in {key}, {a!r:.80} and {b!r:.80}: {way}"
     for key in sorted({*one.others, *other.others}):
-        a, b = one.others.get(key), other.others.get(key)
-        if a is None or b is None or a.shape != b.shape or not torch.equal(a.read(), b.read()):
+        mine, its = one.others.get(key), other.others.get(key)
+        if not (mine and its and mine.shape == its.shape and torch.equal(mine.read(), its.read())):
             return f"differ in {key}, which is no pair of factors and cannot be added"
     return ""
 
