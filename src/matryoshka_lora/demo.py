@@ -109,26 +109,25 @@ def train_adapter(
     trainer.add_callback(adapter.callback())
     trainer.log = lambda *_, **__: None  # it would print a dictionary
     trainer.train()
-    # Cutting keeps the first columns as they are, here of B diag(p) A, which was trained.
     batches = [collate(lines[i : i + BATCH]) for i in range(0, len(lines), BATCH)]
-    right = {"cut": measure(adapter, batches, adapter.nesting.diagonal())}
+    right = {"cut": measure(adapter, batches)}
     adapter.reorder("svd")
-    right["svd"] = measure(adapter, batches, torch.ones(RANK))
+    right["svd"] = measure(adapter, batches)
     adapter.reorder("trained", trainer)
-    right["trained"] = measure(adapter, batches, torch.ones(RANK))
+    right["trained"] = measure(adapter, batches)
     return adapter, right
 
 
 @torch.no_grad()
-def measure(adapter: NestedAdapter, batches: list[dict[str, Tensor]], p: Tensor) -> Right:
+def measure(adapter: NestedAdapter, batches: list[dict[str, Tensor]]) -> Right:
     """Return the share of a table that each rank knows: every digit is the likeliest token.
 
-    p is the diagonal between B and A. The scale is alpha / R, which is 1, at every rank.
+    A rank is the first columns of the factors as they are, at the scale of R.
     """
     adapter.model.eval()
     found, digits = {}, torch.cat([batch["labels"] for batch in batches])
     for rank in tqdm((0, *RANKS), "asking every rank", leave=False):
-        with adapter.standing(p * (torch.arange(RANK) < rank)):
+        with adapter.standing((torch.arange(RANK) < rank).double()):
             said = [adapter.model(**batch).logits.argmax(-1) for batch in batches]
         found[rank] = 100 * (torch.cat(said) == digits).all(1).double().mean().item()
     return found

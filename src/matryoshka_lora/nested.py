@@ -24,7 +24,7 @@ def nest(
     peft_model: PeftModel,
     ranks: Iterable[int] | None = None,
     scaling: Scaling = "none",
-    rule: str = "matryoshka",
+    rule: str = "lora",
     deploy: Literal["reordered", "paper"] = "reordered",
     adapter: str = "default",
     seed: int = 0,
@@ -44,8 +44,8 @@ def nest(
         ranks: The ranks to train, increasing; the last one is R, the config's ``r``.
             None: the powers of two up to R.
         scaling: The scale of a rank below R in training; see `Nesting`.
-        rule: One of `matryoshka_lora.nesting.RULES`. ``"matryoshka"`` has the paper's fixed P
-            (arXiv 2605.07850). ``"lora"`` is plain LoRA, and accepts an already trained adapter.
+        rule: One of `matryoshka_lora.nesting.RULES`. ``"lora"`` is plain LoRA, and accepts an
+            already trained adapter. ``"matryoshka"`` has the paper's fixed P (arXiv 2605.07850).
         deploy: ``"reordered"``: whatever is saved serves every rank. ``"paper"``: P is dropped
             after training and nothing is reordered, as the paper does; low ranks are poor then.
         adapter: PEFT's name of the adapter.
