@@ -50,6 +50,8 @@ def changed(model: PeftModel, change: Callable[[PeftModel], Any]) -> PeftModel:
     return model
 
 
+P = {"rule": "matryoshka"}
+
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "no PEFT model": (tiny_llama, {}, "call peft.get_peft_model"),
@@ -78,8 +80,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         {},
         "does not support LoRA variants",
     ),
-    "trained": (lambda: changed(llama(), randomize), {}, "Use rule='lora'"),
-    "pissa": (lambda: llama(init_lora_weights="pissa"), {}, "Use rule='lora'"),
+    "trained": (lambda: changed(llama(), randomize), P, "Use rule='lora'"),
+    "pissa": (lambda: llama(init_lora_weights="pissa"), P, "Use rule='lora'"),
     "twice": (lambda: changed(llama(), nest), {}, "nested already: NestedAdapter"),
     "merged": (lambda: changed(llama(), lambda m: m.merge_adapter()), {}, "unmerge_adapter"),
     "ranks": (llama, {"ranks": [1, 4]}, r"LoraConfig has r=8, .* largest nested rank is 4"),
