@@ -27,7 +27,10 @@ from research.study import load_study
 
 ROOT = Path(__file__).parents[1]
 CLAIMS = yaml.safe_load((Path(__file__).parent / "claims.yaml").read_text(encoding="utf-8"))
-WHOLE = ("README.md", "docs/results.md", "docs/performance.md", "research/README.md")
+WHOLE = (
+    *("README.md", "docs/results.md", "docs/performance.md", "research/README.md"),
+    *("docs/combine.md", "docs/extract.md"),
+)
 """Every number in the tables of these pages is a result."""
 PAGES = {f"docs/{path.name}": path.read_text("utf-8") for path in sorted(ROOT.glob("docs/*.md"))}
 PAGES |= {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "research/README.md")}
