@@ -111,8 +111,8 @@ def extract(
     alone the output is nested. One layer is in memory at a time. A run that was killed goes on.
 
     Args:
-        base, tuned: The models before and after: folders or files of safetensors, or ``owner/name``
-            on the hub.
+        base: The model before: a folder or a file of safetensors, or ``owner/name`` on the hub.
+        tuned: The model after.
         target: The folder to write, or with a style, the ``.safetensors`` file.
         rank: R, or beside ``keep`` and ``max_bytes`` the most that a layer gets.
         keep: In each layer the smallest rank that keeps this share of the square of D.
