@@ -67,7 +67,7 @@ def bounds(root: Path) -> list[Bound]:
     largest = max(((lines_of([file]), file.name) for file in src), default=(0, ""))
     longest = max((found for file in src for found in functions(file)), default=(0, ""))
     return [
-        Bound("files in src", len(src), 42),
+        Bound("files in src", len(src), 41),
         Bound("lines in src", lines_of(src), 7_000),
         Bound("lines of code in src", code_of(src), 4_800),
         Bound("lines of the largest file in src", largest[0], 450, largest[1]),
@@ -75,7 +75,7 @@ def bounds(root: Path) -> list[Bound]:
         Bound("lines in tests", lines_of(root.glob("tests/**/*.py")), 9_600),
         Bound("lines of code in research", code_of(root.glob("research/**/*.py")), 3_000),
         Bound("pages in docs", len(pages), 16),
-        Bound("words in docs", sum(len(page.read_text().split()) for page in pages), 9_400),
+        Bound("words in docs", sum(len(page.read_text().split()) for page in pages), 9_000),
     ]
 
 
