@@ -40,12 +40,16 @@ from matryoshka_lora.models import embedded_folder
 WIDTH, RANK, LAYER, LARGE = 1536, 16, (14336, 4096), 64
 WHOLE = """
 import json, resource, sys, time
+from pathlib import Path
 from matryoshka_lora import extract
 began = time.monotonic()
 made = extract(sys.argv[1], sys.argv[2], sys.argv[3], rank=int(sys.argv[4]))
 used = resource.getrusage(resource.RUSAGE_SELF)
+# ru_maxrss would count what the parent process had.
+status = Path("/proc/self/status").read_text()
+peak = int(status.partition("VmHWM:")[2].split()[0])
 print(json.dumps({"seconds": time.monotonic() - began, "cpu_seconds": used.ru_utime + used.ru_stime,
-                  "peak_MiB": used.ru_maxrss / 1024, "error": made.errors[int(sys.argv[4])]}))
+                  "peak_MiB": peak / 1024, "error": made.errors[int(sys.argv[4])]}))
 """
 
 

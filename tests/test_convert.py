@@ -255,6 +255,9 @@ def test_every_adapter_of_a_folder_is_exported(tmp_path: Path) -> None:
     wanted = export(folder / "large", tmp_path / "one", rank=3)
     assert by_peft(tmp_path / "cut/large").equal(by_peft(tmp_path / "one"))
     assert f"error {100 * wanted.error:.1f} %" in lines[0]
+    ladders = export_all(folder, tmp_path / "ladders", rank=[1, 2], format="ladder")
+    assert {x.name for x in (tmp_path / "ladders/large").iterdir()} == {"large@1", "large@2"}
+    assert "error" not in ladders[0]
     shutil.rmtree(folder / "large")
     for name in ("small", "single.safetensors"):
         (folder / name).rename(tmp_path / name)

@@ -224,6 +224,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (_cut, "is damaged"),
     "nan": (_edit(lambda s: {**s, Q: s[Q] * torch.nan}), "q_proj hold NaN or infinity"),
     "shape": (_edit(lambda s: {**s, Q: s[Q][:8].clone()}), "are no versions of one"),
+    "fewer layers": (
+        _edit(lambda s: {k: t for k, t in s.items() if "layers.1" not in k}),
+        r"layers.1.*\] and none, and the two are no versions of one",
+    ),
     "other": (_edit(lambda s: {f"x.{k}": t for k, t in s.items()}), "have no weight in common"),
     "none": (lambda tuned: (tuned / "model.safetensors").unlink(), "holds no model.safetensors"),
     "index": (
@@ -242,24 +246,26 @@ def test_broken_models_are_refused(tmp_path: Path, models: tuple[Path, Path], wh
     breaks(models[1])
     with pytest.raises((MatryoshkaError, NotFiniteError), match=message):
         extract(*models, tmp_path / "lora", rank=4)
-    assert not (tmp_path / "lora").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"rank": 4, "target": "lora.safetensors"}, "no style a folder"),
+        ({"rank": 4, "style": "kohya", "target": "x.safetensors"}, "which part of a pipeline"),
         ({}, "say how much to keep"),
         ({"rank": 4, "whole": ["embed"]}, "no weight of 'embed' changed"),
         ({"keep": "200%"}, "is no share"),
         ({"max_bytes": 100}, "the smallest file"),
-        ({"rank": 4, "style": "kohya"}, "does not say which part of a pipeline"),
+        ({"rank": 4, "style": "kohya"}, "a style makes a file such as lora"),
     ],
 )
 def test_a_wish_that_cannot_be_met_is_refused(
     tmp_path: Path, models: tuple[Path, Path], options: Any, message: str
 ) -> None:
     with pytest.raises(MatryoshkaError, match=message):
-        extract(*models, tmp_path / "lora", **options)
-    assert not (tmp_path / "lora").exists()
+        extract(*models, tmp_path / options.pop("target", "lora"), **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
     with pytest.raises(MatryoshkaError, match="nothing to do"):
         extract(models[0], models[0], tmp_path / "lora", rank=4)

@@ -11,7 +11,7 @@ import pytest
 from strangers import plain_adapter
 
 from matryoshka_lora import MatryoshkaError, extract
-from matryoshka_lora.files.hub import is_hub_name
+from matryoshka_lora.files.hub import hub_parts
 
 REVISIONS = {"main": "a" * 40, "v2": "b" * 40}
 
@@ -83,7 +83,7 @@ def test_a_path_is_told_from_a_name(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert is_hub_name(name) == is_one
+    assert (hub_parts(name) is not None) == is_one
 
 
 def test_a_model_that_is_nowhere_is_said(tmp_path: Path) -> None:

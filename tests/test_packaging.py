@@ -95,7 +95,7 @@ def lines(count: int) -> str:
 
 
 def many_files(root: Path) -> None:
-    for number in range(42):
+    for number in range(41):
         (root / f"src/more_{number}.py").write_text("")
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from matryoshka_lora import MatryoshkaError
-from matryoshka_lora.evaluation.results import Evaluation, aurac, examples, summary
+from matryoshka_lora.evaluation.results import Evaluation, aurac, draw, examples, summary
 
 RANKS = (1, 2, 4, 8)
 RIGHT = {0: 20, 1: 20, 2: 40, 4: 56, 8: 57}  # of 60 questions: the first ones
@@ -198,3 +199,14 @@ def test_examples_tell_the_answer_and_the_target(
     (line,) = examples("t", {1: [row], 2: [row, {**row, "filter": "strict", "acc": 0.0}]})
     assert (line["target"], line["answers"]["1"]) == expected
     assert line["metrics"] == {"acc,none": {"1": 1.0, "2": 1.0}, "acc,strict": {"2": 0.0}}
+
+
+def test_the_picture_has_each_task_s_curve(tmp_path: Path) -> None:
+    evaluation = new_evaluation("family", "words")
+    metric = evaluation.metric("family")
+    metric["value"][2] = metric["stderr"][2] = None  # a value that is missing is left out
+    draw(evaluation, tmp_path / "curve.png")
+    picture = Image.open(tmp_path / "curve.png").convert("RGB")
+    assert picture.size == (1080, 600)
+    for colour in ((0, 114, 178), (230, 159, 0)):
+        assert sum(n for n, each in picture.getcolors(10**6) if each == colour) > 50

@@ -60,7 +60,6 @@ Out = Annotated[Path, _option("The folder or file to write.", "--out", "-o")]
 Model = Annotated[str | None, _option("The base model.", default="what the adapter names")]
 Revision = Annotated[str | None, _option("Its revision.", default="what the adapter names")]
 OfBase = Annotated[Dtype | None, _option("Its dtype.", default="bf16 if this machine has it")]
-_EVALUATION = "ADAPTER-evaluation"
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there, whole.")]
 
 
@@ -235,8 +234,8 @@ def export(
 ) -> None:
     """Make a LoRA smaller: write a rank of it, nested or not, for a device or an engine.
 
-    A single .safetensors file becomes such a file, with the keys that it had. Of a folder of
-    adapters, each is exported. The formats for a folder:
+    A single .safetensors file becomes such a file, with the keys that it had. In a folder of
+    adapters, each one is exported. The formats for a folder:
 
     - peft: an ordinary LoRA adapter
     - merged: the base model with the adapter in its weights
@@ -288,7 +287,7 @@ def evaluate(
     revision: Revision = None,
     dtype: OfBase = None,
     out: Annotated[
-        Path | None, _option("Folder to write.", "--out", "-o", default=_EVALUATION)
+        Path | None, _option("Folder to write.", "--out", "-o", default="ADAPTER-evaluation")
     ] = None,
     force: Force = False,
 ) -> None:
@@ -299,10 +298,11 @@ def evaluate(
     Example: matryoshka eval runs/my/adapter --tasks arc_easy,hellaswag --limit 200
     """
     from matryoshka_lora.evaluation.evaluate import evaluate as run
+    from matryoshka_lora.evaluation.evaluate import folder_for
 
     asked: Any = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
     given: Any = {"model": model, "revision": revision, "dtype": dtype}
-    folder = out or Path(_EVALUATION.replace("ADAPTER", str(adapter)))
+    folder = out or folder_for(adapter)
     given |= {"base": base, "out": folder, "force": force}
     evaluation = run(adapter, tasks, data, _ranks(ranks), **asked, **given)
     for line in evaluation.lines():

@@ -31,10 +31,8 @@ class Combined:
     """Report what `combine` wrote.
 
     Attributes:
-        path: Its path.
-        layers: The number of its layers.
-        errors: For each nested rank, the norm of what it leaves out of the sum over that of the
-            sum.
+        layers: How many it has.
+        errors: By nested rank, the norm of what is left out of the sum over that of the sum.
     """
 
     path: Path

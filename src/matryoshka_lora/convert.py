@@ -216,7 +216,12 @@ def adapters_in(folder: PathLike) -> list[Path]:
 
 
 def export_all(
-    source: PathLike, target: PathLike, rank: int | None = None, *, force: bool = False, **how: Any
+    source: PathLike,
+    target: PathLike,
+    rank: int | Sequence[int] | None = None,
+    *,
+    force: bool = False,
+    **how: Any,
 ) -> list[str]:
     """Export every adapter of a folder into another one, each under its own name.
 
@@ -236,10 +241,11 @@ def export_all(
     with new_folder(target, force, found) as folder:
         for path in tqdm(found, "exporting", leave=False, unit=" adapters", disable=None):
             try:
-                own = rank and min(rank, open_adapter(path).max_rank)
+                own = rank
+                if isinstance(rank, int):
+                    own = min(rank, open_adapter(path).max_rank)
                 one = export(path, folder / path.name, own, **how)
-                sizes = f"{show_bytes(one.before)} -> {show_bytes(one.after)}"
-                made.append(f"{path.name}: {sizes}, error {100 * one.error:.1f} %")
+                made.append("; ".join(replace(one, path=Path(path.name)).lines()))
             except MatryoshkaError as error:
                 failed.append(f"not {path.name}: {error}")
         if not made:

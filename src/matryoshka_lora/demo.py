@@ -20,8 +20,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
 
 from matryoshka_lora.adapter import NestedAdapter
-from matryoshka_lora.evaluation.report import draw
-from matryoshka_lora.evaluation.results import Evaluation
+from matryoshka_lora.evaluation.results import Evaluation, draw
 from matryoshka_lora.files.peft import plan_rank
 from matryoshka_lora.models import EMBEDDED, load_model, load_tokenizer
 from matryoshka_lora.nested import nest

@@ -6,7 +6,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from matryoshka_lora.budget import (
     singular_values,
 )
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
-from matryoshka_lora.files.hub import MODEL, local
+from matryoshka_lora.files.hub import MODEL, hub_parts, local
 from matryoshka_lora.files.layers import AdapterFile, Layer
 from matryoshka_lora.files.output import PathLike, check_place, new_file
 from matryoshka_lora.files.peft import write_nested, write_rank
@@ -67,7 +68,6 @@ class Extracted:
     """Report what `extract` wrote.
 
     Attributes:
-        path: Its path.
         ranks: The rank of each layer, by its name.
         errors: The norm of what a rank leaves out of the layers' change over that of the change.
         noise: The share of the change's square that is rounding of the weights.
@@ -131,7 +131,12 @@ def extract(
         raise MatryoshkaError("say how much to keep: --rank 32, --keep 90% or --max-bytes 50MB")
     share = None if keep is None else read_share(keep)
     limit = None if max_bytes is None else read_bytes(max_bytes)
-    name, base, tuned = str(base), local(base, MODEL), local(tuned, MODEL)
+    if (style is not None) != (Path(target).suffix.lower() == ".safetensors"):
+        raise MatryoshkaError(
+            "a style makes a file such as lora.safetensors, and no style a folder"
+        )
+    named = hub_parts(base) or (str(base), None, None)
+    base, tuned = local(base, MODEL), local(tuned, MODEL)
     models = [_open(base), _open(tuned)]
     sources = [file for files, _ in models for file in files]
     place = check_place(target, force, sources)
@@ -139,27 +144,28 @@ def extract(
     weights, others = _changed(models[0][1], models[1][1], modules)
     kept = {key: x for key, x in others.items() if key.rpartition(".")[0].endswith(tuple(whole))}
     if nothing := [name for name in whole if not any(name in key for key in kept)]:
-        raise MatryoshkaError(
-            f"no weight of {nothing[0]!r:.80} changed that the adapter lacks: leave it out"
-        )
+        raise MatryoshkaError(f"no weight of {nothing[0]!r:.80} changed: leave it out")
+    part = _part_of(base, weights) if style else ""
+    if kept and style:
+        raise MatryoshkaError("a file for image models holds no whole modules: leave --whole out")
     most = rank or (AT_MOST if share is None else None)
-    cache = _cache(place, [*map(_state, sources), most, share])
-    layers, changes = _factorise_all(weights, most, share, cache)
-    config = _config(base, modules, layers, kept) | {"base_model_name_or_path": name}
-    stored = {f"base_model.model.{key}": each for key, each in kept.items()}
-    adapter = AdapterFile(str(place), tuple(layers), stored, config)
-    if style is not None:
-        adapter = in_style(_with_part(adapter, base), style)
-    ranks = {layer.name: layer.rank for layer in adapter.layers}
-    if limit is not None:
-        ranks = by_size(adapter, singular_values(adapter), ranks, limit)
-    if share is None and limit is None and style is None:
-        write_nested(adapter, place, force)
-        several = Nesting.powers_of_two(max(ranks.values())).ranks
-    else:
-        write_rank(adapter, place, ranks, force)
-        several = (max(ranks.values()),)
-    shutil.rmtree(cache)
+    with _cache(place, [*map(_state, sources), most, share]) as cache:
+        layers, changes = _factorise_all(weights, most, share, cache)
+        config = _config(base, modules, layers, kept)
+        config |= {"base_model_name_or_path": named[0], "revision": named[1]}
+        stored = {f"base_model.model.{key}": each for key, each in kept.items()}
+        adapter = AdapterFile(str(place), tuple(layers), stored, config)
+        if style is not None:
+            adapter = in_style(_with_part(adapter, part), style)
+        ranks = {layer.name: layer.rank for layer in adapter.layers}
+        if limit is not None:
+            ranks = by_size(adapter, singular_values(adapter), ranks, limit)
+        if share is None and limit is None and style is None:
+            write_nested(adapter, place, force)
+            several = Nesting.powers_of_two(max(ranks.values())).ranks
+        else:
+            write_rank(adapter, place, ranks, force)
+            several = (max(ranks.values()),)
     square, noise = (sum(getattr(x, key) for x in changes.values()) for key in ("square", "noise"))
     rank_of = {layer.A: ranks[layer.name] for layer in adapter.layers}  # a style renames
     pairs = [(changes[layer.name], rank_of[layer.A]) for layer in layers]
@@ -178,9 +184,7 @@ def _open(path: Path) -> tuple[list[Path], dict[str, Stored]]:
         shards = [x for file in index for x in (read_json(file).get("weight_map") or {}).values()]
         files = whole[:1] or sorted({path / Path(str(name)).name for name in shards})
         if not files:
-            raise MatryoshkaError(
-                f"{path} holds no {_NAMES[0]} or {_NAMES[1]}: save the model again, or name a file"
-            )
+            raise MatryoshkaError(f"{path} holds no {' or '.join(_NAMES)}: name a file in it")
     stored = dict[str, Stored]()
     for file in files:
         stored |= open_tensors(file)[0]
@@ -225,19 +229,19 @@ def _changed(
             f"the two models have no weight in common, such as {min(old, default='')[:80]!r} and "
             f"{min(new, default='')[:80]!r}: is one the fine-tune of the other?"
         )
-    for key in tqdm(sorted(new), "comparing", leave=False, disable=None, delay=1):
-        before, after, module = old.get(key), new[key], key.removesuffix(".weight")
-        if before is None:
-            others[key] = after
-        elif before.shape != after.shape:
-            if _is_layer(module, after, modules):
+    for key in tqdm(sorted({*old, *new}), "comparing", leave=False, disable=None, delay=1):
+        before, after, module = old.get(key), new.get(key), key.removesuffix(".weight")
+        one = after or before
+        is_layer = bool(one and module != key and _is_layer(module, one, modules))
+        if not (before and after and before.shape == after.shape):
+            if is_layer:
+                shapes = " and ".join(str(list(x.shape)) if x else "none" for x in (before, after))
                 raise MatryoshkaError(
-                    f"{key} has the shapes {list(before.shape)} and {list(after.shape)}: the two "
-                    "models are no versions of one"
+                    f"{key} has the shapes {shapes}, and the two are no versions of one"
                 )
-            others[key] = after
+            others |= {key: after} if after else {}
         elif not _same(before.read(), after.read()):
-            if module != key and _is_layer(module, after, modules):
+            if is_layer:
                 transposed = type(modules.get(module)).__name__ == "Conv1D"
                 layers[module] = Weight(before, after, transposed)
             else:
@@ -334,15 +338,21 @@ def _state(file: Path) -> list[object]:
     return [str(file.resolve()), found.st_size, found.st_mtime_ns]
 
 
-def _cache(place: Path, settings: list[object]) -> Path:
-    """Return the folder beside the target where finished layers wait for the others."""
+@contextmanager
+def _cache(place: Path, settings: list[object]) -> Iterator[Path]:
+    """Give the folder beside the target where layers wait; only a kill or Ctrl-C leaves it."""
     cache = place.absolute().with_name(f".{place.name}.extracting")
     note, text = cache / "settings.json", json.dumps(settings)
     if note.is_file() and note.read_text(encoding="utf-8") != text:
         shutil.rmtree(cache)
     cache.mkdir(parents=True, exist_ok=True)
     note.write_text(text, encoding="utf-8")
-    return cache
+    try:
+        yield cache
+    except MatryoshkaError:
+        shutil.rmtree(cache)
+        raise
+    shutil.rmtree(cache)
 
 
 def _config(
@@ -358,20 +368,26 @@ def _config(
     return found | {"task_type": "CAUSAL_LM" if is_causal else None}
 
 
-def _with_part(adapter: AdapterFile, base: Path) -> AdapterFile:
-    """Return the adapter with the part of a pipeline in front of its names."""
+def _part_of(base: Path, names: Iterable[str]) -> str:
+    """Return the part of a pipeline that a model is, or "" if its own names say so."""
     config = read_json(base / "config.json") if (base / "config.json").is_file() else {}
     kind = str(config.get("_class_name"))
-    part = next((part for word, part in _PARTS.items() if word in kind), None)
-    native = all(layer.name.startswith("model.diffusion_model.") for layer in adapter.layers)
-    if part is None and not native:
-        raise MatryoshkaError(
-            f"{base} does not say which part of a pipeline it is: give the folder of a unet or a "
-            "transformer that diffusers has saved, or leave out --style"
-        )
+    if all(name.startswith("model.diffusion_model.") for name in names):
+        return ""
+    for word, part in _PARTS.items():
+        if word in kind:
+            return part
+    raise MatryoshkaError(
+        f"{base} does not say which part of a pipeline it is: give the folder of a unet or a "
+        "transformer that diffusers has saved, or leave out --style"
+    )
+
+
+def _with_part(adapter: AdapterFile, part: str) -> AdapterFile:
+    """Return the adapter with the part of a pipeline in front of its names."""
     layers = list[Layer]()
     for layer in adapter.layers:
-        name = layer.name.removeprefix("model.") if native else f"{part}.{layer.name}"
+        name = f"{part}.{layer.name}" if part else layer.name.removeprefix("model.")
         key_A, key_B = (f"{name}.lora_{each}.weight" for each in "AB")
         layers.append(replace(layer, name=name, key_A=key_A, key_B=key_B))
     return replace(adapter, layers=tuple(layers))

@@ -67,7 +67,7 @@ def bounds(root: Path) -> list[Bound]:
     largest = max(((lines_of([file]), file.name) for file in src), default=(0, ""))
     longest = max((found for file in src for found in functions(file)), default=(0, ""))
     return [
-        Bound("files in src", len(src), 41),
+        Bound("files in src", len(src), 40),
         Bound("lines in src", lines_of(src), 7_000),
         Bound("lines of code in src", code_of(src), 4_800),
         Bound("lines of the largest file in src", largest[0], 450, largest[1]),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.evaluation.results import Evaluation, examples, summary
+from matryoshka_lora.evaluation.results import Evaluation, draw, examples, summary
 from matryoshka_lora.files.layers import AdapterFile
 from matryoshka_lora.files.output import check_place, new_folder
 from matryoshka_lora.files.peft import open_adapter, plan_rank
@@ -80,7 +80,7 @@ def evaluate(
     loaded = None if isinstance(adapter, (str, os.PathLike)) else adapter
     file = loaded.opened() if loaded else open_adapter(str(adapter))
     chosen = _chosen(file, loaded, ranks)
-    out = out or (None if loaded else f"{file.name}-evaluation")
+    out = out or (None if loaded else folder_for(file.name))
     if out:
         check_place(out, force)
     if loaded is None or tokenizer is None:
@@ -119,6 +119,12 @@ def evaluate(
     return result
 
 
+def folder_for(adapter: str | os.PathLike[str]) -> Path:
+    """Return where an evaluation goes: beside an adapter on the disk, or here if the hub has it."""
+    place = Path(adapter)
+    return Path(f"{place if place.exists() else place.name}-evaluation")
+
+
 def _chosen(
     file: AdapterFile, loaded: NestedAdapter | None, ranks: Sequence[int] | Literal["all"] | None
 ) -> tuple[int, ...]:
@@ -153,8 +159,6 @@ def _put(result: Evaluation, name: str, tasks: list[str], judged: dict[int, Any]
 
 
 def _write(result: Evaluation, out: str | os.PathLike[str], force: bool) -> None:
-    from matryoshka_lora.evaluation.report import draw
-
     with new_folder(out, force) as folder:
         result.write(folder)
         draw(result, folder / "curve.png")

@@ -15,11 +15,13 @@ MODEL = ("config.json", *(f"{x}model*.safetensors*" for x in ("", "diffusion_pyt
 _NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+?))?(?:/([\w./-]+\.safetensors))?")
 
 
-def is_hub_name(path: PathLike) -> bool:
-    """Return whether a path that does not exist may name a repository of the hub."""
+def hub_parts(path: PathLike) -> tuple[str, str | None, str | None] | None:
+    """Return repository, revision and file of a name of the hub; None for a path."""
+    found = _NAME.fullmatch(str(path))
     # runs/typo is no repository where there is a folder runs.
-    first = Path(path).parts[:1]
-    return bool(_NAME.fullmatch(str(path))) and not Path(*first).exists()
+    if found is None or Path(*Path(path).parts[:1]).exists():
+        return None
+    return found[1], found[2], found[3]
 
 
 def local(path: PathLike, patterns: tuple[str, ...] = ADAPTER) -> Path:
@@ -32,12 +34,13 @@ def local(path: PathLike, patterns: tuple[str, ...] = ADAPTER) -> Path:
     Raises:
         MatryoshkaError: The hub has no such repository or file, or cannot be reached.
     """
-    if Path(path).exists() or not is_hub_name(path):
+    parts = hub_parts(path)
+    if parts is None:
         return Path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    name, revision, file = _NAME.fullmatch(str(path)).groups()  # type: ignore[union-attr]
+    name, revision, file = parts
     wanted = [file] if file else list(patterns)
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
