@@ -11,6 +11,7 @@ import pytest
 from strangers import plain_adapter
 
 from matryoshka_lora import MatryoshkaError, extract
+from matryoshka_lora.evaluation.evaluate import folder_for
 from matryoshka_lora.files.hub import hub_parts
 
 REVISIONS = {"main": "a" * 40, "v2": "b" * 40}
@@ -89,3 +90,14 @@ def test_a_path_is_told_from_a_name(
 def test_a_model_that_is_nowhere_is_said(tmp_path: Path) -> None:
     with pytest.raises(MatryoshkaError, match="there is no file nothing"):
         extract("nothing", "nothing", tmp_path / "out", rank=1)
+
+
+def test_what_is_made_of_a_repository_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation in a folder `owner` would make each name of that owner a path."""
+    monkeypatch.chdir(tmp_path)
+    assert folder_for("owner/name") == Path("name-evaluation")
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    assert folder_for("runs/mine") == Path("runs/mine-evaluation")
+    assert hub_parts("owner/name@v2") == ("owner/name", "v2", None)
