@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,3 +273,30 @@ def test_a_wish_that_cannot_be_met_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
     with pytest.raises(MatryoshkaError, match="nothing to do"):
         extract(models[0], models[0], tmp_path / "lora", rank=4)
+
+
+@pytest.mark.parametrize("forced", [(), ("--force",)])
+@pytest.mark.parametrize("command", ["combine", "extract"])
+def test_a_full_disk_is_said_and_leaves_nothing(
+    tmp_path: Path, models: tuple[Path, Path], command: str, forced: tuple[str, ...]
+) -> None:
+    """A limit on the size of files stands for the disk: the kernel refuses the write."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    sources = models
+    if command == "combine":
+        extract(*models, tmp_path / "one", rank=4)
+        sources = (tmp_path / "one", tmp_path / "one")
+    if forced:
+        extract(*models, tmp_path / "out", rank=1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    line = [sys.executable, "-m", "matryoshka_lora", command, *map(str, sources), *forced]
+    line += ["--rank", "4", "-o", str(tmp_path / "out")]
+    ran = subprocess.run(line, capture_output=True, text=True, preexec_fn=limit, check=False)
+    assert ran.returncode == 1
+    assert "cannot write" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

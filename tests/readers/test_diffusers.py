@@ -17,7 +17,7 @@ from strangers import best, distance
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from matryoshka_lora import export, reorder
+from matryoshka_lora import combine, export, extract, reorder
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
@@ -188,3 +188,33 @@ def test_styles_are_read_by_diffusers_and_peft(tmp_path: Path) -> None:
     pipe = FluxPipeline()
     PeftModel.from_pretrained(pipe.transformer, str(tmp_path / "folder"))
     assert distance(pipe.outputs(), loaded(FluxPipeline, file).outputs()) < 1e-5
+
+
+def test_diffusers_computes_a_sum_of_two_files(tmp_path: Path) -> None:
+    for name, config in (("a", MIXED), ("b", {"lora_alpha": 3})):
+        save_sd(tmp_path / name, **config)
+    files = [tmp_path / name / "lora.safetensors" for name in "ab"]
+    combine(files, tmp_path / "sum.safetensors", weights=[1, -0.5], rank=12)
+    both = Pipeline()
+    for file, weight in zip(files, (1, -0.5), strict=True):
+        both.load_lora_weights(str(file))
+        both.fuse_lora(["unet", "text_encoder"], lora_scale=weight)
+        both.unload_lora_weights()
+    found = loaded(Pipeline, tmp_path / "sum.safetensors").outputs()
+    assert distance(found, both.outputs()) < 1e-5
+
+
+@pytest.mark.parametrize("style", ["diffusers", "kohya"])
+def test_diffusers_computes_the_tuned_model_from_what_was_extracted(
+    tmp_path: Path, style: Any
+) -> None:
+    pipe = Pipeline()
+    pipe.unet.save_pretrained(tmp_path / "base")
+    for name, weight in pipe.unet.named_parameters():
+        if "attn" in name or "conv1" in name:
+            weight.data += 0.1 * torch.randn_like(weight) * (weight.ndim > 1)
+    pipe.unet.save_pretrained(tmp_path / "tuned")
+    file = tmp_path / "lora.safetensors"
+    extract(tmp_path / "base", tmp_path / "tuned", file, rank=99, style=style)
+    assert distance(Pipeline().outputs(), pipe.outputs()) > 0.01
+    assert distance(loaded(Pipeline, file).outputs(), pipe.outputs()) < 1e-4
