@@ -2,8 +2,8 @@
 
     python -m research.finetune        # six runs, about half an hour of one core
 
-SmolLM2-135M is tuned in float32 on family_relationships, with the rows and steps of the study
-headline. The learning rate is chosen by the loss on validation questions, with a seed of its own.
+SmolLM2-135M is tuned whole on family_relationships, with the rows and steps of the study headline,
+in float32 with bf16 autocast. The learning rate is chosen by the loss on validation questions, with a seed of its own.
 Each of three tuned models becomes an adapter of rank 64 by `matryoshka_lora.extract`. Loss and
 accuracy are those of 100 test questions: of the tuned model, of each rank of the adapter, and of
 the adapter with the changed norms and embeddings (``whole``). A line is appended for each.
@@ -61,7 +61,8 @@ def _do(done: dict[Any, dict[str, Any]], split: str, rate: float, seed: int) -> 
 
 def run(split: str, rate: float, seed: int) -> dict[str, Any]:
     """Tune a model with one seed, and measure it; for the test, its adapter too."""
-    study = replace(load_study("headline"), dtype="fp32")
+    study = load_study("headline")
+    study = replace(study, dtype="fp32", training={**study.training, "bf16": True})
     job = Job("lora", TASK, 32, rate, seed, split)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
