@@ -131,6 +131,7 @@ def test_python_runs(tmp_path: Path) -> None:
     tuned = tiny_llama()
     torch.nn.init.normal_(tuned.model.layers[0].self_attn.q_proj.weight)
     tuned.save_pretrained(tmp_path / "tuned-model")
+    (tmp_path / "my.jsonl").write_text('{"prompt": "2 + 2 =", "completion": " 4"}\n' * 32)
     scripts = {page: "\n".join(blocks(page, "python")) for page in RUN}
     assert sum(map(bool, scripts.values())) >= 4
     for page, script in scripts.items():

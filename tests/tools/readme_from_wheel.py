@@ -2,7 +2,7 @@
 
     python tests/tools/readme_from_wheel.py dist/matryoshka_lora-*.whl
 
-The section on a LoRA that you have runs first, without any extra, and the verbs that need one name
+The section on a LoRA you have runs first, without any extra, and the verbs that need one name
 it. A block after ``<!-- not run: why -->`` is left out.
 """
 
@@ -18,7 +18,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FILES_ALONE = "A LoRA that you have"
+FILES_ALONE = "Shrink a LoRA you have"
 _BLOCK = re.compile(
     r"^## ([^\n]+)$|^(<!-- not run: .+ -->\n)?```(sh|python|yaml)\n(.*?)^```$",
     re.DOTALL | re.MULTILINE,
@@ -107,7 +107,8 @@ def main(wheel: Path) -> None:
         for section, language, text in blocks():
             if section != FILES_ALONE:
                 run(language, text)
-        assert json.loads((folder / "runs/readme/rank-4/adapter_config.json").read_text())["r"] == 4
+        assert json.loads((folder / "rank-4/adapter_config.json").read_text())["r"] == 4
+        run("sh", "matryoshka train config.yaml max_steps=2 output_dir=runs/mine")
 
 
 if __name__ == "__main__":
