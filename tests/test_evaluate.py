@@ -262,9 +262,6 @@ def test_base_is_the_model_without_the_adapter(memory: NestedAdapter, tmp_path: 
         _, loaded = load_task(task)
         wanted = judge(HFLM(memory.model, tokenizer=tokenizer, batch_size=4), loaded, None, None)
     assert found.metric()["value"][0] == wanted["results"]["colours"]["acc,none"]
-    assert set(evaluate(memory, task, ranks=[4], base=False, progress=False).metric()["value"]) == {
-        4
-    }
 
 
 MESSAGES = [

@@ -37,14 +37,15 @@ def test_the_smallest_rank_that_meets_the_wish(wish: dict[str, Any], rank: int) 
 
 
 def test_of_equals_the_smallest() -> None:
-    right = dict.fromkeys((0, *RANKS), 30)
+    right = {**dict.fromkeys(RANKS, 30), 0: 10}
     assert select(new_evaluation(right=right), max_bytes="1MB").rank == 1
 
 
 def test_a_metric_to_be_low() -> None:
-    choice = select(new_evaluation(higher=False), within="100%")
+    low = new_evaluation(right={**RIGHT, 0: 60}, higher=False)
+    choice = select(low, within="100%")
     assert (choice.rank, choice.best, choice.bound) == (1, 1, pytest.approx(2 / 3))
-    assert select(new_evaluation(higher=False), max_bytes=10_000).rank == 1
+    assert select(low, max_bytes=10_000).rank == 1
 
 
 @pytest.mark.parametrize(("within", "sure"), [("2%", False), ("6%", True), (0, True)])
@@ -91,3 +92,9 @@ def test_what_cannot_be_chosen(wish: dict[str, Any], said: str) -> None:
 def test_a_metric_that_does_not_say_which_is_better() -> None:
     with pytest.raises(MatryoshkaError, match="does not say whether more is better"):
         select(new_evaluation(higher=None), within="1%")
+
+
+@pytest.mark.parametrize("base", [RIGHT[8], RIGHT[8] + 1])
+def test_an_adapter_that_is_no_better_than_its_base_is_not_chosen(base: int) -> None:
+    with pytest.raises(MatryoshkaError, match="no rank is better than the base model on family"):
+        select(new_evaluation(right={**RIGHT, 0: base}), within="1%")

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -117,8 +118,7 @@ def info(adapter: Lora) -> None:
     from matryoshka_lora.info import describe
 
     description = describe(adapter)
-    for line in description.lines():
-        typer.echo(line)
+    _tell(description.lines())
     if adapter.is_file():
         _next("export", adapter, "--keep", "95%", "-o", "small.safetensors")
     elif description.adapter.order is None:
@@ -177,8 +177,7 @@ def combine(
     from matryoshka_lora.combining import combine as run
 
     made = run(adapters, out, _numbers(weights, float), rank, force=force)
-    for line in made.lines():
-        typer.echo(line)
+    _tell(made.lines())
     _next("info", out)
 
 
@@ -208,8 +207,7 @@ def extract(
 
     size: Any = {"keep": keep, "max_bytes": max_bytes}
     made = run(base, tuned, out, rank, **size, whole=whole or (), style=style, force=force)
-    for line in made.lines():
-        typer.echo(line)
+    _tell(made.lines())
     _next("info", out)
 
 
@@ -255,12 +253,10 @@ def export(
     ranks = _ranks(rank)
     one = ranks[0] if ranks and len(ranks) == 1 else ranks
     if adapters_in(adapter):
-        for line in export_all(adapter, out, one, format=format, **size, **base, force=force):
-            typer.echo(line)
+        _tell(export_all(adapter, out, one, format=format, **size, **base, force=force))
         return
     made = write(adapter, out, one, format, **size, **base, force=force)
-    for line in made.lines():
-        typer.echo(line)
+    _tell(made.lines())
     place = shlex.quote(str(out))
     using = {
         "single": f"load {out} as you loaded {adapter}",
@@ -282,7 +278,6 @@ def evaluate(
     num_fewshot: Annotated[int | None, _option("Shots.", min=0, default="the task's own")] = None,
     limit: Annotated[int | None, _option("The most questions of a task.", min=1)] = None,
     batch_size: Annotated[int | None, _option("Tokens of a batch.", min=1)] = None,
-    base: Annotated[bool, typer.Option(help="Ask the base model too.")] = True,
     model: Model = None,
     revision: Revision = None,
     dtype: OfBase = None,
@@ -293,7 +288,7 @@ def evaluate(
 ) -> None:
     """Measure an adapter at its nested ranks, and the base model without it.
 
-    lm-evaluation-harness asks and judges. Prints a table; writes numbers, answers and a page.
+    lm-evaluation-harness asks and judges. Prints a table; writes numbers, answers and a picture.
 
     Example: matryoshka eval runs/my/adapter --tasks arc_easy,hellaswag --limit 200
     """
@@ -303,10 +298,9 @@ def evaluate(
     asked: Any = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
     given: Any = {"model": model, "revision": revision, "dtype": dtype}
     folder = out or folder_for(adapter)
-    given |= {"base": base, "out": folder, "force": force}
+    given |= {"out": folder, "force": force}
     evaluation = run(adapter, tasks, data, _ranks(ranks), **asked, **given)
-    for line in evaluation.lines():
-        typer.echo(line)
+    _tell(evaluation.lines())
     typer.echo(f"Written to {folder}")
     _next("select", folder, "--within", "1%")
 
@@ -325,8 +319,7 @@ def select(
     from matryoshka_lora.evaluation.select import select as choose
 
     choice = choose(evaluation, within=within, max_bytes=max_bytes, task=task)
-    for line in choice.lines():
-        typer.echo(line)
+    _tell(choice.lines())
     _next("export", choice.adapter, "--rank", choice.rank, "-o", f"rank-{choice.rank}")
 
 
@@ -431,6 +424,10 @@ def _extra(module: str | None) -> str:
     by_verb = {"train": "train", "eval": "eval", "play": "play", "demo": "demo"}
     by_module = {"gguf": "gguf", "matplotlib": "eval"}
     return by_verb.get("".join(sys.argv[1:2])) or by_module.get(module or "", "peft")
+
+
+def _tell(lines: Iterable[str]) -> None:
+    typer.echo("\n".join(lines))
 
 
 def _next(*words: object) -> None:

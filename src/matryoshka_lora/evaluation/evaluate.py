@@ -37,7 +37,6 @@ def evaluate(
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
-    base: bool = True,
     force: bool = False,
     progress: bool = True,
 ) -> Evaluation:
@@ -67,7 +66,6 @@ def evaluate(
         limit: The most questions of a task.
         batch_size: The most tokens, over all rows of a batch, whose keys and values are held; None
             is 32,768.
-        base: Whether the base model without the adapter is measured too.
         force: Whether to replace an existing folder and all its content.
         progress: Whether progress bars are shown on stderr.
 
@@ -94,7 +92,7 @@ def evaluate(
     from matryoshka_lora.models import load_model
     from matryoshka_lora.nested import load
 
-    asked_ranks = ((0,) if base and _has_base(file.config) else ()) + chosen
+    asked_ranks = ((0,) if _has_base(file.config) else ()) + chosen
     tokenizer = tokenizer or _tokenizer(file, model, revision)
     names = tasks.split(",") if isinstance(tasks, str) else tasks or ()
     title = Path(data).stem if isinstance(data, (str, os.PathLike)) else "data"

@@ -90,6 +90,12 @@ def select(
     small = [rank for rank in values if limit is None or found.bytes[rank] <= limit]
     best = max(values, key=lambda rank: (sign * values[rank], -rank))
     top, bound = values[best], None
+    base = found.metric(task)["value"].get(0)
+    if base is not None and sign * (top - base) <= 0:
+        raise MatryoshkaError(
+            f"no rank is better than the base model on {task}, {top:.3f} and {base:.3f}: train "
+            "longer, or ask questions that show what was learned"
+        )
     if within is not None:
         if read_share(within) == 1 and "%" not in str(within):
             raise MatryoshkaError(f"--within {within} takes every rank: write a share such as 1%")
