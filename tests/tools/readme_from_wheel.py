@@ -28,13 +28,13 @@ _LORAS = """
 import json, pathlib, torch
 from safetensors.torch import save_file
 A, B = torch.randn(8, 16), torch.randn(24, 8)
-folder = pathlib.Path("some-lora")
-folder.mkdir()
 name = "base_model.model.model.layers.0.self_attn.q_proj"
 pairs = {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
-save_file(pairs, folder / "adapter_model.safetensors")
 config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
-(folder / "adapter_config.json").write_text(json.dumps(config))
+for folder in map(pathlib.Path, ("some-lora", "other-lora")):
+    folder.mkdir()
+    save_file(pairs, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 name, alpha = "lora_unet_mid_block_attentions_0_proj_in", torch.tensor(4.0)
 pairs = {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B, f"{name}.alpha": alpha}
 save_file(pairs, "lora.safetensors")
