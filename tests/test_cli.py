@@ -82,7 +82,11 @@ def test_each_verb_is_there_and_teaches_by_an_example() -> None:
     [
         (["info", "nested"], ["in the order 'svd'", "kB"], "export nested --rank 4 -o small"),
         (["info", "plain"], ["a plain LoRA"], "reorder plain -o nested"),
-        (["info", "one.safetensors"], ["in one file"], "export one.safetensors --keep 95%"),
+        (
+            ["info", "one.safetensors"],
+            ["in one file"],
+            "export one.safetensors --keep 99% -o one-small.safetensors",
+        ),
         (["reorder", "plain", "-o", "new"], ["every rank"], "info new"),
         (["reorder", "one.safetensors", "-o", "new.safetensors"], ["new.safetensors"], "info new"),
         (["export", "nested", "--rank", 2, "-o", "new"], ["->", "% of the update's norm"], None),

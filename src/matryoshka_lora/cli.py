@@ -18,7 +18,7 @@ START = """Train one LoRA adapter, deploy it at any rank. What do you have?
 
   nothing yet     matryoshka demo                         learn a table, see what each rank holds
   data            matryoshka train CONFIG.yaml            train an adapter for every rank
-  a LoRA file     matryoshka export LORA.safetensors --keep 95% -o small.safetensors
+  a LoRA file     matryoshka export LORA.safetensors --keep 99% -o small.safetensors
   a LoRA folder   matryoshka info FOLDER                  see what its ranks are worth
                   matryoshka reorder FOLDER -o nested     every rank in one adapter
   several         matryoshka combine A B -o both          their sum, at every rank
@@ -120,7 +120,7 @@ def info(adapter: Lora) -> None:
     description = describe(adapter)
     _tell(description.lines())
     if adapter.is_file():
-        _next("export", adapter, "--keep", "95%", "-o", "small.safetensors")
+        _next("export", adapter, "--keep", "99%", "-o", f"{adapter.stem}-small.safetensors")
     elif description.adapter.order is None:
         _next("reorder", adapter, "-o", "nested")
     else:
@@ -170,7 +170,7 @@ def combine(
 ) -> None:
     """Add LoRAs of one base model up: every rank of the output is the closest one to the sum.
 
-    Their ranks, scales and layers may differ. Needs neither data nor the base model.
+    Ranks, scales and layers may differ. With the sum of the ranks as --rank, nothing is left out.
 
     Example: matryoshka combine style-a style-b --weights 1,0.5 -o both
     """
@@ -241,7 +241,7 @@ def export(
     - gguf: a file for llama.cpp's --lora
     - mlx: a folder for mlx-lm
 
-    Example: matryoshka export flux.safetensors --keep 95% -o small.safetensors
+    Example: matryoshka export flux.safetensors --keep 99% -o small.safetensors
 
     Example: matryoshka export runs/demo/adapter --rank 4 -o rank-4
     """

@@ -86,7 +86,7 @@ def main(wheel: Path) -> None:
 
         run("sh", f"pip install '{wheel}'")
         run("python", _LORAS)
-        rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(40)]
+        rows = [{"prompt": f"{n} is", "completion": [" even", " odd"][n % 2]} for n in range(40)]
         for file, some in (("my.jsonl", rows[:32]), ("held-out.jsonl", rows[32:])):
             (folder / file).write_text("".join(f"{json.dumps(row)}\n" for row in some))
         for section, language, text in blocks():
