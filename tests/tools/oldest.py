@@ -1,4 +1,4 @@
-"""Print constraints for pip: the oldest peft, transformers and trl that pyproject.toml allows."""
+"""Print constraints for pip: the oldest torch, peft, transformers and trl that pyproject.toml allows."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import tomllib
 from pathlib import Path
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-REQUIREMENTS = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
+EXTRAS = PROJECT["optional-dependencies"].values()
+REQUIREMENTS = [line for lines in (PROJECT["dependencies"], *EXTRAS) for line in lines]
 
 if __name__ == "__main__":
-    for name in ("peft", "transformers", "trl"):
+    for name in ("torch", "peft", "transformers", "trl"):
         (bound,) = {m[1] for line in REQUIREMENTS if (m := re.match(rf"{name}>=([\d.]+)", line))}
         print(f"{name}=={bound}.*")
