@@ -284,17 +284,17 @@ def test_a_full_disk_is_said_and_leaves_nothing(
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
 
     sources = models
     if command == "combine":
-        extract(*models, tmp_path / "one", rank=4)
+        extract(*models, tmp_path / "one", rank=16)
         sources = (tmp_path / "one", tmp_path / "one")
     if forced:
         extract(*models, tmp_path / "out", rank=1)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     line = [sys.executable, "-m", "matryoshka_lora", command, *map(str, sources), *forced]
-    line += ["--rank", "4", "-o", str(tmp_path / "out")]
+    line += ["--rank", "16", "-o", str(tmp_path / "out")]
     ran = subprocess.run(line, capture_output=True, text=True, preexec_fn=limit, check=False)
     assert ran.returncode == 1
     assert "cannot write" in ran.stderr

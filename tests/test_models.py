@@ -39,9 +39,9 @@ def test_the_processor_decides_the_dtype(
     if torch.accelerator.is_available():
         pytest.skip("this machine has an accelerator")
     if instructions is None:
-        monkeypatch.delattr(torch.cpu, "get_capabilities")
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
     assert default_dtype() is dtype
     model = load_model(str(save_tiny_chat(tmp_path)))
     assert model.dtype is dtype

@@ -57,7 +57,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     name = name or EMBEDDED
-    device = device or torch.accelerator.current_accelerator() or "cpu"
+    device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     if dtype is None:
         dtype = default_dtype()
         print(f"Computing in {str(dtype).removeprefix('torch.')} on {device}", file=sys.stderr)
