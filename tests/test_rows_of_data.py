@@ -224,7 +224,8 @@ def test_an_sft_trainer_and_images(tmp_path: Path) -> None:
     base = ViTForImageClassification(
         ViTConfig(**sizes, intermediate_size=16, image_size=8, patch_size=4, num_labels=3)
     )
-    config = LoraConfig(r=4, target_modules=["fc1", "fc2"], modules_to_save=["classifier"])
+    targets = r".*(fc1|fc2|(intermediate|output)\.dense)"  # before transformers 5.1 they are dense
+    config = LoraConfig(r=4, target_modules=targets, modules_to_save=["classifier"])
     images = nest(get_peft_model(base, config))
     rows = [{"pixel_values": torch.randn(3, 8, 8), "labels": n % 3} for n in range(24)]
     trainer = plain_trainer(images.model, tmp_path, rows, default_data_collator)
