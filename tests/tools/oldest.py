@@ -1,4 +1,4 @@
-"""Print constraints for pip: the oldest torch, peft, transformers and trl that pyproject.toml allows."""
+"""Print constraints for pip: the oldest versions that pyproject.toml allows."""
 
 from __future__ import annotations
 
