@@ -3,7 +3,8 @@
     python -m research.finetune        # six runs, about half an hour of one core
 
 SmolLM2-135M is tuned whole on family_relationships, with the rows and steps of the study headline,
-in float32 with bf16 autocast. The learning rate is chosen by the loss on validation questions, with a seed of its own.
+in float32 with bf16 autocast. The learning rate is chosen by the loss on validation questions, with
+a seed of its own.
 Each of three tuned models becomes an adapter of rank 64 by `matryoshka_lora.extract`. Loss and
 accuracy are those of 100 test questions: of the tuned model, of each rank of the adapter, and of
 the adapter with the changed norms and embeddings (``whole``). A line is appended for each.
