@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -131,7 +132,8 @@ def test_python_runs(tmp_path: Path) -> None:
     tuned = tiny_llama()
     torch.nn.init.normal_(tuned.model.layers[0].self_attn.q_proj.weight)
     tuned.save_pretrained(tmp_path / "tuned-model")
-    (tmp_path / "my.jsonl").write_text('{"prompt": "2 + 2 =", "completion": " 4"}\n' * 32)
+    rows = [json.dumps({"prompt": f"{n} is", "completion": f" {n}"}) for n in range(32)]
+    (tmp_path / "my.jsonl").write_text("\n".join(rows))
     scripts = {page: "\n".join(blocks(page, "python")) for page in RUN}
     assert sum(map(bool, scripts.values())) >= 4
     for page, script in scripts.items():
