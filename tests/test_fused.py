@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -84,6 +85,9 @@ def test_under_hooks_only_the_inputs_are_saved() -> None:
     assert {a.untyped_storage().data_ptr() for a in saved} <= known
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.10"), reason="torch 2.8 and 2.9 save the product"
+)
 @pytest.mark.parametrize("per_row", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_product_is_not_saved_but_multiplied_again(per_row: bool, dtype: torch.dtype) -> None:
