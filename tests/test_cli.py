@@ -288,10 +288,11 @@ def test_train_eval_select_export_follow_each_others_next_lines(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     base = save_tiny_chat(tmp_path / "base")
-    (tmp_path / "held-out.jsonl").symlink_to(folder / "rows.jsonl")
+    row = (folder / "rows.jsonl").read_text().splitlines()[0]
+    (tmp_path / "held-out.jsonl").write_text(f"{row}\n" * 8)
     (tmp_path / "config.yaml").write_text(
-        f"data: {folder / 'rows.jsonl'}\nmodel: {base}\nmax_steps: 4\nlora: {{r: 4}}\n"
-        "output_dir: run\nnesting: {reorder: svd}\ndisable_tqdm: true\n"
+        f"data: held-out.jsonl\nmodel: {base}\nmax_steps: 60\nlora: {{r: 4}}\n"
+        "learning_rate: 0.02\noutput_dir: run\nnesting: {reorder: svd}\ndisable_tqdm: true\n"
     )
     words = ["train", "config.yaml"]
     verbs = []
