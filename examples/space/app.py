@@ -3,7 +3,7 @@
     python examples/space/app.py
 
 It runs as a Space of the hub too, see README.md. A file is read in a process of its own, which is
-stopped after a minute. Nothing of it is executed, and uploads are deleted after half an hour.
+stopped after a minute. Nothing of it is executed, and uploads are deleted within half an hour.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from matryoshka_lora import MatryoshkaError, export
 MOST, SECONDS = "1gb", 60
 SHARES = (0.9, 0.95, 0.99)
 ONE, SHARE, SIZE = "one rank for all layers", "a share for each layer", "a file size"
-START = {ONE: "8", SHARE: "95%", SIZE: "50MB"}
+START = {ONE: "8", SHARE: "99%", SIZE: "50MB"}
 TEXT = """# Shrink a LoRA
 
 Drop the `.safetensors` file of an image or video LoRA, or the two files that PEFT saves:
@@ -122,7 +122,7 @@ def shrink(files: list[str], how: str, wish: str) -> Iterator[Any]:
 def page() -> gr.Blocks:
     """Return the page."""
     with gr.Blocks(
-        title="Shrink a LoRA", analytics_enabled=False, delete_cache=(600, 1800)
+        title="Shrink a LoRA", analytics_enabled=False, delete_cache=(300, 1500)
     ) as blocks:
         gr.Markdown(TEXT)
         files = gr.File(label="LoRA", file_count="multiple", file_types=[".safetensors", ".json"])
