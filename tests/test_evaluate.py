@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from conftest import randomize
+from datasets import Dataset
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, nest
 from matryoshka_lora.evaluation import tasks
@@ -174,7 +177,7 @@ def test_the_folder_has_all_that_is_known(adapter: Path, tmp_path: Path) -> None
     assert "colours: acc,none, 4 questions, 2 shots" in found.lines()
     del found.metric("words")["value"][0]  # random ranks may be no better than the base model
     choice = select(found, within="100%", task="words")
-    assert (choice.rank, choice.adapter) == (1, str(adapter))
+    assert (choice.rank, choice.evaluation.about["adapter"]) == (1, str(adapter))
     assert found.about["dtype"] in ("float32", "bfloat16")
     sizes = [found.bytes[rank] for rank in found.ranks]
     assert sizes == sorted(sizes)
@@ -301,7 +304,35 @@ def test_rows_are_asked_in_trls_formats(
 def test_an_answer_is_right_if_it_is_the_completion(said: str, right: float) -> None:
     (task,) = load_data("mine", rows(1), load_tokenizer())[1]["tasks"].values()
     (doc,) = task.test_docs()
-    assert task.process_results(doc, [said]) == {"exact_match": right}
+    found = task.process_results(doc, [said, (-3.0, False)])
+    assert found == {"exact_match": right, "loss": 3.0 / doc["tokens"]}
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_the_loss_is_that_of_training_and_may_choose(
+    kind: str, memory: NestedAdapter, base: Path, tmp_path: Path
+) -> None:
+    chat = [{"prompt": MESSAGES[:1], "completion": [{**MESSAGES[1], "content": "red"}]}] * 2
+    asked, tokenizer = rows() if kind == "text" else chat, load_tokenizer(str(base))
+    found = evaluate(memory, data=asked, ranks=[1, 4], progress=False)
+    assert found.lines()[0].split() == ["rank", "size", "exact_match", "loss"]
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(base),
+        args=SFTConfig(str(tmp_path), use_cpu=True, report_to="none"),
+        train_dataset=Dataset.from_list(asked),
+        processing_class=tokenizer,
+    )
+    batches, losses = [trainer.data_collator([row]) for row in trainer.train_dataset], {}
+    for batch in batches if kind == "chat" else []:  # the harness counts the line's end before it
+        first = int((batch["labels"] != -100).nonzero()[0, 1]) - 1
+        batch["labels"][0, first] = batch["input_ids"][0, first]
+    for rank in (1, 4):
+        memory.set_rank(rank)
+        losses[rank] = fmean(float(memory.model(**batch).loss) for batch in batches)
+    measured = found.tasks["data"]["metrics"]["loss,none"]["value"]
+    assert {rank: measured[rank] for rank in losses} == pytest.approx(losses, rel=1e-4)
+    del measured[0]  # random ranks may be no better than the base model
+    assert select(found, "0%", metric="loss").rank == min(losses, key=losses.__getitem__)
 
 
 def test_chat_needs_a_template(memory: NestedAdapter) -> None:

@@ -98,20 +98,6 @@ def test_what_is_no_key_or_value_is_refused_with_a_hint(
         read_config(config, [override])
 
 
-def test_a_typo_is_answered_before_anything_heavy_is_imported(config: Path) -> None:
-    code = f"""
-import sys
-from matryoshka_lora.train import read_config
-try:
-    read_config({str(config)!r}, ["lr=1"])
-finally:
-    print(sorted({{"torch", "transformers", "trl", "peft"}} & sys.modules.keys()))
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout == "[]\n"
-    assert "did you mean 'learning_rate'" in result.stderr
-
-
 def test_every_field_of_the_libraries_is_a_key(config: Path) -> None:
     from dataclasses import fields
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
+import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -461,6 +462,7 @@ def test_half_precision_factors_are_trained_in_float32(tmp_path: Path) -> None:
     assert {factor.dtype for factor in all_factors(adapter)} == {torch.float16}
 
 
+@pytest.mark.filterwarnings("ignore:.*trained ranks")
 @pytest.mark.parametrize("quiet", [False, True])
 def test_progress_is_shown_unless_it_is_to_be_quiet(
     monkeypatch: pytest.MonkeyPatch, quiet: bool
@@ -473,8 +475,10 @@ def test_progress_is_shown_unless_it_is_to_be_quiet(
     rows = rows_for(adapter)
     rows.quiet = quiet
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
-    descend(adapter, rows, 16)
+    train_ranks(adapter, rows, 16)
     assert ("training ranks" in terminal.getvalue()) != quiet
+    told = re.search(r"loss on held-out rows: rank 1 \d\.\d{3} to \d", terminal.getvalue())
+    assert bool(told) != quiet
 
 
 # The rows that judge.

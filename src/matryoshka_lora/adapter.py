@@ -29,13 +29,9 @@ By = Literal["svd", "trained"]
 
 
 class NestedAdapter:
-    """Control one nested adapter of a PEFT model. `nest` and `load` make it.
+    """Control one nested adapter of a PEFT model, by its name there. `nest` and `load` make it.
 
     All settings are stored in the model's layers. One model is used by one thread at a time.
-
-    Args:
-        model: A PEFT model with a nested adapter.
-        name: The adapter's name in PEFT.
     """
 
     def __init__(self, model: PeftModel, name: str = "default") -> None:
@@ -137,11 +133,9 @@ class NestedAdapter:
 
     @contextmanager
     def standing(self, q: Tensor) -> Iterator[None]:
-        """Use another diagonal q in all layers, in train and eval mode.
+        """Use another diagonal q in all layers, which compute ``W x + s B diag(q) A x`` then.
 
-        Args:
-            q: Shape (R,), or (rows, R) for one diagonal per row; the layers compute
-                ``W x + s B diag(q) A x``.
+        It has the shape (R,), or (rows, R) for one diagonal per row.
         """
         self._refuse_merged("give it another diagonal")
         if self.name not in self.model.active_adapters:

@@ -100,10 +100,13 @@ def show_bytes(number: int) -> str:
     return f"{number} bytes"
 
 
-def error_lines(errors: Mapping[int, float], what: str) -> list[str]:
-    """Return a table of the relative error of each rank, for people."""
-    found = [f"  {'rank':>6}   error of the {what}'s norm"]
+def error_lines(
+    errors: Mapping[int, float], what: str, sizes: Mapping[int, int] | None = None
+) -> list[str]:
+    """Return a table of the relative error of each rank, and of its bytes, for people."""
+    found = [f"  {'rank':>6}{' ' * 7 + 'size' if sizes else ''}   error of the {what}'s norm"]
     for rank, error in errors.items():
+        size = f" {show_bytes(sizes[rank]):>10}" if sizes else ""
         kept = f"{100 * (1 - error**2):.1f} % of its square kept"
-        found.append(f"  {rank:>6}   {100 * error:4.1f} % ({kept})")
+        found.append(f"  {rank:>6}{size}   {100 * error:4.1f} % ({kept})")
     return found

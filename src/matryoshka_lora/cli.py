@@ -95,6 +95,7 @@ def train(
 
     Example: matryoshka train config.yaml data=my.jsonl lora.r=8 learning_rate=1e-3
     """
+    typer.echo("Loading libraries and model", err=True)
     from matryoshka_lora.train import read_config
     from matryoshka_lora.train import train as run
 
@@ -311,6 +312,7 @@ def select(
     within: Annotated[str | None, _option("How far below the best rank: 1% of its value.")] = None,
     max_bytes: Annotated[str | None, _option("The most that it may have, as 50MB.")] = None,
     task: Annotated[str | None, _option("Choose by it.", default="the only one there is")] = None,
+    metric: Annotated[str | None, _option("As loss.", default="the task's first")] = None,
 ) -> None:
     """Choose the smallest rank that is good enough.
 
@@ -318,9 +320,10 @@ def select(
     """
     from matryoshka_lora.evaluation.select import select as choose
 
-    choice = choose(evaluation, within=within, max_bytes=max_bytes, task=task)
+    choice = choose(evaluation, within, max_bytes, task, metric)
     _tell(choice.lines())
-    _next("export", choice.adapter, "--rank", choice.rank, "-o", f"rank-{choice.rank}")
+    adapter = choice.evaluation.about["adapter"]
+    _next("export", adapter, "--rank", choice.rank, "-o", f"rank-{choice.rank}")
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from matryoshka_lora.budget import show_bytes
+from matryoshka_lora.budget import error_lines, show_bytes
 from matryoshka_lora.files.layers import AdapterFile, in_turn
 from matryoshka_lora.files.output import PathLike
 from matryoshka_lora.files.peft import open_adapter, plan_rank
@@ -41,11 +41,7 @@ class Description:
             size = show_bytes(sum(each.size for each in others.values()))
             names = next(iter(others)) + (f" and {len(others) - 1} more" if len(others) > 1 else "")
             found.append(f"  besides     {names}: {size} at every rank")
-        found += ["", f"  {'rank':>6} {'size':>10}   error of the update's norm"]
-        for rank, error in self.errors.items():
-            kept = f"{100 * (1 - error**2):.1f} % of its square kept"
-            size = show_bytes(self.sizes[rank])
-            found.append(f"  {rank:>6} {size:>10}   {100 * error:4.1f} % ({kept})")
+        found += ["", *error_lines(self.errors, "update", self.sizes)]
         if self.adapter.order not in (None, "svd", "paper"):
             found.append("`matryoshka eval` says what a rank is worth after training it.")
         return found

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import os
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +22,6 @@ if TYPE_CHECKING:
 
 _OWN = ("model", "dtype", "data", "eval_data", "lora", "nesting")
 _NESTING = ("ranks", "scaling", "rule", "seed", "deploy", "reorder")
-# The files that declare the other keys. They are read, as importing them takes seconds.
-_SFT = ("trl/trainer/sft_config.py", "trl/trainer/base_config.py", "transformers/training_args.py")
-_LORA = ("peft/tuners/lora/config.py", "peft/config.py")
-_CLASSES = (
-    *("SFTConfig", "_BaseConfig", "TrainingArguments"),
-    *("LoraConfig", "PeftConfig", "PeftConfigMixin"),
-)
 _MEANT = {
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
@@ -57,7 +48,7 @@ _COLUMNS = ({"prompt", "completion"}, {"messages"}, {"text"}, {"input_ids"})
 
 
 def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Read a training config and refuse what is no key of it. Nothing heavy is imported.
+    """Read a training config and refuse what is no key of it, before a model is loaded.
 
     Args:
         path: A YAML file. ``model`` is a folder, a hub id, or absent for the embedded model;
@@ -70,6 +61,8 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         MatryoshkaError: The file cannot be read, a key is unknown, or there is no ``data``.
     """
     import yaml
+    from peft import LoraConfig
+    from trl import SFTConfig
 
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
@@ -80,7 +73,8 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
             (config.setdefault(section, {}) if dot else config)[name] = yaml.safe_load(value)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
         raise MatryoshkaError(f"cannot read the config {path}: {error}") from error
-    known = {"": [*_OWN, *_fields(_SFT)], "lora": _fields(_LORA), "nesting": list(_NESTING)}
+    theirs = [[field.name for field in fields(kind)] for kind in (SFTConfig, LoraConfig)]
+    known = {"": [*_OWN, *theirs[0]], "lora": theirs[1], "nesting": list(_NESTING)}
     for section, names in known.items():
         keys = (config.get(section) or {}) if section else config
         if not isinstance(keys, dict):
@@ -113,21 +107,6 @@ def _checked_nesting(given: Mapping[str, Any]) -> dict[str, Any]:
             ranks = [int(rank) if rank.strip().isdigit() else rank for rank in ranks.split(",")]
         nesting["ranks"] = list(Nesting(tuple(ranks if isinstance(ranks, list) else [ranks])).ranks)
     return nesting
-
-
-def _fields(files: Iterable[str]) -> list[str]:
-    """Return the names of the fields that the dataclasses in some packages' files declare."""
-    found = []
-    for package, _, file in (path.partition("/") for path in files):
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-        tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef) and node.name in _CLASSES:
-                fields = [each.target for each in node.body if isinstance(each, ast.AnnAssign)]
-                found += [ast.unparse(field) for field in fields]
-    return found
 
 
 def _check_key(key: str, section: str, names: list[str], known: Mapping[str, list[str]]) -> None:
@@ -164,7 +143,6 @@ def train(config: Mapping[str, Any]) -> Path:
         return target
     for rows in (config["data"], config.get("eval_data")):
         _check_rows(str(rows))
-    print("Loading libraries and model", file=sys.stderr)
     adapter, trainer = _prepare(config)
     _run(adapter, trainer, output)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:

@@ -308,11 +308,7 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
             return self._forward(rows, inputs, keep)
 
     def _forward(self, rows: Rows, inputs: Sequence[Sequence[int]], keep: int) -> Tensor:
-        """Let rows read as many more tokens each, at the ranks that stand.
-
-        Returns:
-            The logits at the last ``keep`` of them, shape (rows, keep, vocabulary).
-        """
+        """Let rows read more tokens at the ranks that stand; return the last ``keep`` logits."""
         past, ids = rows.columns, torch.tensor(inputs, device=self.device)
         columns = torch.arange(past + ids.shape[1], device=self.device)
         pads = torch.tensor(rows.pads, device=self.device)[:, None]

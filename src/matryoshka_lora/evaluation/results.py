@@ -145,11 +145,15 @@ class Evaluation:
         return Difference(better, None if None in errors else math.hypot(*errors))
 
     def lines(self) -> list[str]:
-        """Return a table for people: each task's first metric by rank, with its standard error."""
-        rows = [["rank", "size", *self.tasks]]
-        metrics = [self.metric(task) for task in self.tasks]
+        """Return a table: one task's metrics by rank, or the first one of each of several tasks."""
+        metrics = {task: self.metric(task) for task in self.tasks}
+        if len(metrics) == 1:
+            only = self.tasks[self.task()]["metrics"]
+            metrics = {key.removesuffix(",none"): metric for key, metric in only.items()}
+        rows = [["rank", "size", *metrics]]
         for rank in (0, *self.ranks):
-            cells = [with_error(m["value"].get(rank), m["stderr"].get(rank)) for m in metrics]
+            shown = [(m["value"].get(rank), m["stderr"].get(rank)) for m in metrics.values()]
+            cells = [with_error(*each) for each in shown]
             if rank:
                 rows.append([str(rank), show_bytes(self.bytes[rank]), *cells])
             elif any(cells):

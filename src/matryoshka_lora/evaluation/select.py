@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from matryoshka_lora.budget import read_bytes, read_share, show_bytes
 from matryoshka_lora.errors import MatryoshkaError
@@ -31,17 +31,13 @@ class Choice:
     is_sure: bool
     evaluation: Evaluation
 
-    @property
-    def adapter(self) -> str:
-        """The adapter's path."""
-        return str(self.evaluation.about.get("adapter"))
-
     def lines(self) -> list[str]:
         """Return the choice and its evidence, for people."""
         found, near = self.evaluation, ""
         if self.bound is not None:
             near = f"; {self.bound:.3f} is near enough"
-        told = f"{found.values(self.task)[self.rank]:.3f} on {self.task}{near}"
+        metric = found.tasks[self.task]["metric"].removesuffix(",none")
+        told = f"{metric} {found.values(self.task)[self.rank]:.3f} on {self.task}{near}"
         told += f"; {found.tasks[self.task]['items']} questions"
         lines = [f"Rank {self.rank} ({show_bytes(found.bytes[self.rank])}): {told}"]
         for other in found.ranks:
@@ -62,6 +58,7 @@ def select(
     within: float | str | None = None,
     max_bytes: int | str | None = None,
     task: str | None = None,
+    metric: str | None = None,
 ) -> Choice:
     """Choose the smallest rank that is good enough.
 
@@ -71,12 +68,16 @@ def select(
             ``"1%"``. None takes the best rank that is small enough.
         max_bytes: The most bytes of the exported adapter: ``50_000_000`` or ``"50MB"``.
         task: The task to choose by; may be None where there is only one.
+        metric: The metric to choose by, such as ``"loss"``; None is the task's first one.
 
     Raises:
-        MatryoshkaError: There is no such evaluation or task, no limit, or no rank that meets it.
+        MatryoshkaError: There is no such evaluation, task or metric, no limit, or no rank that
+            meets it.
     """
     found = evaluation if isinstance(evaluation, Evaluation) else Evaluation.read(evaluation)
     task = found.task(task)
+    if metric is not None:
+        found = _by(found, task, metric)
     if within is None and max_bytes is None:
         raise MatryoshkaError("say what the rank must meet: within, such as 1%, or max_bytes")
     higher = found.metric(task)["higher_is_better"]
@@ -94,7 +95,7 @@ def select(
     if base is not None and sign * (top - base) <= 0:
         raise MatryoshkaError(
             f"no rank is better than the base model on {task}, {top:.3f} and {base:.3f}: train "
-            "longer, or ask questions that show what was learned"
+            "longer, or ask questions that show what was learned, or name another --metric"
         )
     if within is not None:
         if read_share(within) == 1 and "%" not in str(within):
@@ -117,3 +118,12 @@ def select(
         and lost.value + 2 * lost.error <= abs(top - bound)
     )
     return Choice(rank, best, task, bound, sure, found)
+
+
+def _by(found: Evaluation, task: str, metric: str) -> Evaluation:
+    """Return an evaluation with a metric as a task's first one."""
+    keys = {key.removesuffix(",none"): key for key in found.tasks[task]["metrics"]}
+    if metric not in keys:
+        raise MatryoshkaError(f"{task} has no metric {metric!r}; it has {', '.join(keys)}")
+    first = found.tasks[task] | {"metric": keys[metric]}
+    return replace(found, tasks=found.tasks | {task: first})

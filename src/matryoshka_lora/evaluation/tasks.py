@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from matryoshka_lora.errors import MatryoshkaError
@@ -52,13 +55,21 @@ def load_task(name: str) -> Asked:
         ) from error
 
 
-def load_data(name: str, rows: Sequence[Any], tokenizer: Any) -> Asked:
-    """Make a task of rows: an answer is right if it equals the completion, white space aside.
+class _Rows(ConfigurableTask):  # type: ignore[misc, unused-ignore]
+    """Asks a row twice: for an answer, and for the log-likelihood of the row's own answer."""
 
-    Args:
-        name: The task's.
-        rows: With ``prompt`` and ``completion``, or ``messages``.
-        tokenizer: Its chat template writes rows of messages; texts are asked as they are.
+    def construct_requests(self, doc: Any, ctx: Any, **kwargs: Any) -> list[Any]:
+        answer = super().construct_requests(doc, ctx, **kwargs)
+        own = {"request_type": "loglikelihood", "arguments": (ctx, doc["answer"]), "idx": 1}
+        return [answer, replace(answer, **own, resps=[], filtered_resps={})]
+
+
+def load_data(name: str, rows: Sequence[Any], tokenizer: Any) -> Asked:
+    """Make a task of rows, which measures whether answers are right, and the loss.
+
+    An answer is right if it equals the completion, white space aside. The loss is that of the
+    completion, its end, and the white space before it, which the harness counts too: nats per
+    token, as a mean over the rows. The tokenizer's chat template writes rows of messages.
 
     Raises:
         MatryoshkaError: A row has no question with an answer.
@@ -77,13 +88,19 @@ def load_data(name: str, rows: Sequence[Any], tokenizer: Any) -> Asked:
             whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
             options = {"tokenize": False, "add_generation_prompt": True}
             prompt = tokenizer.apply_chat_template(prompt, **options)
+            answer = whole[len(commonprefix([prompt, whole])) :]  # noqa: RUF071
             completion = str(completion[-1]["content"])
             until.add(whole.rpartition(completion)[2].strip())  # what ends a turn
-        docs.append({"prompt": prompt, "completion": completion.strip()})
+        else:
+            answer = completion.removesuffix(end := tokenizer.eos_token or "") + end
+        size = len(tokenizer.encode(prompt + answer)) - len(tokenizer.encode(prompt.rstrip()))
+        doc = {"prompt": prompt, "completion": completion.strip(), "answer": answer}
+        docs.append(doc | {"tokens": max(1, size)})
     if not any("\n" in doc["completion"] for doc in docs):
         until.add("\n")
     most = max(len(tokenizer.encode(doc["completion"])) for doc in docs) + _EXTRA_TOKENS
     settings = {"until": sorted(until - {""}), "max_gen_toks": most, "do_sample": False}
+    mean = {"aggregation": "mean", "higher_is_better": True}
     config = {
         "task": name,
         "custom_dataset": lambda **_: DatasetDict(test=Dataset.from_list(docs)),
@@ -91,21 +108,20 @@ def load_data(name: str, rows: Sequence[Any], tokenizer: Any) -> Asked:
         "output_type": "generate_until",
         "doc_to_text": "{{prompt}}",
         "doc_to_target": "{{completion}}",
-        "process_results": _is_equal,
+        "process_results": _measured,
         "generation_kwargs": settings,
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "metric_list": [
+            {"metric": "exact_match", **mean},
+            {"metric": "loss", **mean, "higher_is_better": False},
+        ],
         "num_fewshot": 0,
         "metadata": {"version": 1},
     }
-    return name, _manager(False).load([config])
+    return name, _manager(False).load([_Rows(config=config)])
 
 
 def judge(lm: Any, loaded: Any, num_fewshot: int | None, limit: int | None) -> dict[str, Any]:
-    """Return what the harness' ``evaluate`` says, with seeds and shots as in ``simple_evaluate``.
-
-    Raises:
-        MatryoshkaError: The harness cannot run the task.
-    """
+    """Return what the harness' ``evaluate`` says, with seeds and shots as by its command line."""
     # `simple_evaluate` would describe the machine with git and pip at each rank, for seconds.
     from lm_eval.evaluator import evaluate
 
@@ -139,5 +155,7 @@ def _seed() -> None:
     torch.manual_seed(_SEED)
 
 
-def _is_equal(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
-    return {"exact_match": float(results[0].strip() == doc["completion"].strip())}
+def _measured(doc: Mapping[str, Any], results: tuple[str, tuple[float, bool]]) -> dict[str, float]:
+    text, (likelihood, _) = results
+    right = float(text.strip() == doc["completion"].strip())
+    return {"exact_match": right, "loss": -likelihood / doc["tokens"]}

@@ -53,11 +53,8 @@ class Rows:
         The evaluation rows judge. Without any, some of the data are held out: no row that equals
         one of these is trained on, in any round. All rows come before one comes again, each time
         in a new order.
-
-        Args:
-            count: The number of rows to train on.
-            judged: The largest number of held-out rows.
-            seed: The seed of the orders.
+        ``count`` is the number of rows to train on, and ``judged`` the largest one of those held
+        out.
 
         Raises:
             MatryoshkaError: There are too few rows, or no held-out row has a label.

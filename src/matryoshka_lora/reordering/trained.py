@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,14 +47,9 @@ def train_ranks(
     If the nested ranks do not lose less than before in the mean, or R loses more by `MOST_LOST`,
     the factors are those of the SVD again, with a warning.
 
-    Args:
-        adapter: One that is reordered by SVD.
-        rows: The rows, from `matryoshka_lora.reordering.rows.read_data`.
-        count: The most that are trained on; None is half as many as trained the adapter, or 3200.
-        seed: The seed of their order and of the ranks.
-
-    Returns:
-        Whether the adapter has the trained ranks.
+    The adapter has the order of its SVD. At most ``count`` rows are trained on; None is half as
+    many as trained the adapter, or 3200. The seed orders rows and ranks. Returns whether the
+    adapter has the trained ranks.
 
     Raises:
         MatryoshkaError: There is no nested rank below R, or there are too few rows.
@@ -77,7 +73,11 @@ def train_ranks(
             warnings.warn(text, stacklevel=3)
             return False
         _descend(adapter, rows, numbers[: math.ceil(count * min(behind / MUCH, 1.0))], seed)
-        more = {r: loss - before[r] for r, loss in _losses(adapter, rows, judges).items()}
+        after = _losses(adapter, rows, judges)
+        if not rows.quiet:
+            told = ", ".join(f"rank {r} {before[r]:.3f} to {after[r]:.3f}" for r in after)
+            tqdm.write(f"loss on held-out rows: {told}", file=sys.stderr)
+        more = {rank: after[rank] - before[rank] for rank in after}
         mean = fmean(more.values())
         kept = mean < -ROUNDING and more[top] <= MOST_LOST * max(before[top], 1.0)
         if not kept:
