@@ -216,8 +216,14 @@ def _result(method: str, task: str, seed: int, parts: Collection[tuple[Unit, Run
         curve=curve,
         tokens=sum(cost["tokens"] + cut["tokens"] for cost, cut in costs),
         seconds=sum(cost["seconds"] + cut["seconds"] for cost, cut in costs),
-        parameters=sum(cost["parameters"] for cost, _ in costs),
+        parameters=sum(_parameters(unit, run) for unit, run in parts),
     )
+
+
+def _parameters(unit: Unit, run: Run) -> int:
+    """Return how many a run deploys: LoRA-Squeeze has a file for each rank, others have one."""
+    whole = int(run.cost["parameters"])
+    return whole * sum(run.ranks) // unit.rank if unit.cut == "squeezed" else whole
 
 
 def _parts(points: Sequence[tuple[int, Mapping[str, Any]]]) -> Mapping[str, Any] | None:
