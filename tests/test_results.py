@@ -178,6 +178,8 @@ def test_a_summary_has_numbers_alone() -> None:
         },
     }
     json.dumps(found, allow_nan=False)
+    zeros = [judged(0.0, **{"loss,none": loss}) for loss in (2.0, 1.0)]  # no answer is right
+    assert summary("t", {0: zeros[0], 1: zeros[1]})["metric"] == "loss,none"
     with pytest.raises(MatryoshkaError, match="no metric that is a number"):
         summary("t", {1: judged("none")})  # type: ignore[arg-type]
 

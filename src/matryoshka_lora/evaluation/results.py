@@ -215,11 +215,7 @@ def with_error(value: float | None, error: float | None) -> str:
 
 
 def summary(task: str, judged: Mapping[int, Any]) -> dict[str, Any]:
-    """Return the entry of a task or a group in an evaluation.
-
-    Args:
-        task: The harness' name.
-        judged: What the harness' ``evaluate`` returned at each rank; 0 is the base model.
+    """Return a task's or a group's entry, from what the harness' ``evaluate`` returned by rank.
 
     Raises:
         MatryoshkaError: The task has no metric that is a number.
@@ -239,9 +235,11 @@ def summary(task: str, judged: Mapping[int, Any]) -> dict[str, Any]:
         }
     if not metrics:
         raise MatryoshkaError(f"task {task} has no metric that is a number")
-    chosen = next(iter(metrics))
+    # Where no answer is right, which is usual for long ones, the loss says more.
+    chosen = next((k for k, m in metrics.items() if any(m["value"].values())), next(iter(metrics)))
     values = {rank: value for rank, value in metrics[chosen]["value"].items() if rank}
-    area = None if None in values.values() else aurac([*values.values()], [*values])
+    is_share = None not in values.values() and metrics[chosen]["higher_is_better"] is not False
+    area = aurac([*values.values()], [*values]) if is_share else None
     parts = [task] if task in counts else list(counts)
     return {
         "items": sum(counts[part]["effective"] for part in parts),
