@@ -17,8 +17,9 @@ from research.training import AnswerTrainer, Trained, score
 Cut = Callable[[Trained], Iterator[tuple[NestedAdapter, int]]]
 """Makes the adapter of each nested rank in turn, and says at which rank it is to be used."""
 
-SHARES = {"trained": 0.5, "trained-1": 1.0, "squeezed": 0.5}
-"""The rows that ranks are trained on by themselves, as a share of those of training."""
+SHARES = {"trained-half": 0.5, "trained-1": 1.0, "squeezed": 0.5}
+"""The rows that ranks are trained on by themselves, as a share of those of training. ``trained``
+takes as many as it needs, and at most a half."""
 
 SQUEEZE_POWER = 0.2
 """LoRA-Squeeze trains on at rank r with (R / r) to this power times the rate of R."""
@@ -42,7 +43,8 @@ def _reordered(cut: str, trained: Trained) -> Iterator[tuple[NestedAdapter, int]
     if cut == "svd" or len(trained.ranks) == 1:  # one rank alone has no order
         adapter.reorder()
     else:
-        adapter.reorder("trained", trainer, rows=_rows(cut, trainer), seed=trainer.args.seed)
+        rows = None if cut == "trained" else _rows(cut, trainer)
+        adapter.reorder("trained", trainer, rows=rows, seed=trainer.args.seed)
     adapter.model.eval()
     for rank in trained.ranks:
         yield adapter, rank
@@ -108,7 +110,7 @@ def _train_on(adapter: NestedAdapter, by: AnswerTrainer, steps: int, rank: int, 
 
 MAKERS: dict[str, Cut] = {
     "prefix": _prefix,
-    **{cut: partial(_reordered, cut) for cut in ("svd", "trained", "trained-1")},
+    **{cut: partial(_reordered, cut) for cut in ("svd", "trained", "trained-half", "trained-1")},
     "squeezed": _squeezed,
 }
 """By the names of `research.study.CUTS`."""

@@ -173,13 +173,17 @@ def test_what_is_not_behind_is_not_trained(why: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:the trained ranks are not kept")
 @pytest.mark.parametrize("share", [1.0, 0.2, 0.05])
-def test_what_is_less_behind_is_trained_on_fewer_rows(share: float) -> None:
+def test_what_is_less_behind_is_trained_on_fewer_rows_unless_they_are_said(share: float) -> None:
     adapter = shrunk(share)
     behind = loss_of(adapter, HELD_OUT, 1) - loss_of(adapter, HELD_OUT, 8)
-    rows = rows_for(adapter)
-    seen = with_gradients(rows)
-    train_ranks(adapter, rows, 200)
+    rows, start = rows_for(adapter), adapter.factors()
+    rows.seen, seen = 400, with_gradients(rows)
+    train_ranks(adapter, rows)
     assert sum(seen) == math.ceil(200 * min(behind / MUCH, 1))
+    adapter.put_factors(start)
+    seen.clear()
+    train_ranks(adapter, rows, 48)
+    assert sum(seen) == 48
     assert (behind > MUCH) == (share == 1)
     assert behind > 0.05
 

@@ -219,8 +219,8 @@ class NestedAdapter:
             data: For ``"trained"``: the Trainer that has trained the adapter, a dataset, or rows
                 with ``prompt`` and ``completion``.
             tokenizer: The base model's, where the data are rows.
-            rows: The most rows that are trained on; None is half as many as the Trainer has trained
-                on, or 3200.
+            rows: How many rows are trained on. None is as many as the loss of the worst rank asks
+                for, and at most half as many as the Trainer has trained on, or 3200.
             seed: The seed of the rows' order and of the ranks.
 
         Returns:

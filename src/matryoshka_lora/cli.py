@@ -135,7 +135,7 @@ def reorder(
     out: Out,
     by: Annotated[By, typer.Option(metavar="ORDER", help="What makes a prefix good.")] = "svd",
     data: Annotated[Path | None, _option("For trained: a file of rows.", exists=True)] = None,
-    rows: Annotated[int | None, _option("How many rows.", min=1, default="3200")] = None,
+    rows: Annotated[int | None, _option("How many rows.", min=1, default="by need")] = None,
     model: Model = None,
     revision: Revision = None,
     dtype: OfBase = None,

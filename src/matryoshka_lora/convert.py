@@ -101,7 +101,7 @@ def reorder(
         by: ``"svd"`` needs neither data nor the base model, and keeps the function of the largest
             rank. ``"trained"``: see `NestedAdapter.reorder`.
         data: The training data, for ``"trained"``: rows, or a file of them.
-        rows: How many rows of the data are used; None is the default of the order.
+        rows: How many rows ``"trained"`` takes; None is as many as it needs, up to 3200.
         model: The base model; None is what the adapter names.
         revision: The base model's revision on the hub; None is what the adapter names.
         dtype: The base model's, as `load_model` takes it; None chooses by the hardware.

@@ -42,12 +42,13 @@ def train_ranks(
     A step draws a rank r, small ones more often, and descends the loss of the first r columns. The
     later columns remain with a factor that fades from a half to 0, so that training begins near R's
     loss. Adam's rate is a share of each column's size: large columns, which come first, move most.
-    The fewer nats the worst rank is behind R, the fewer steps; below `ENOUGH` there are none.
+    Without a count, the fewer nats the worst rank is behind R, the fewer steps; below `ENOUGH`
+    there are none.
 
     If the nested ranks do not lose less than before in the mean, or R loses more by `MOST_LOST`,
     the factors are those of the SVD again, with a warning.
 
-    The adapter has the order of its SVD. At most ``count`` rows are trained on; None is half as
+    The adapter has the order of its SVD. ``count`` rows are trained on; None is at most half as
     many as trained the adapter, or 3200. The seed orders rows and ranks. Returns whether the
     adapter has the trained ranks.
 
@@ -61,18 +62,18 @@ def train_ranks(
             f"{top} is the only nested rank, so data cannot order it: nest the adapter with "
             "smaller ranks too, or reorder it by 'svd'"
         )
-    if count is None:
-        count = COUNT if rows.seen is None else max(ROWS, round(rows.seen * SHARE))
+    most = count or (COUNT if rows.seen is None else max(ROWS, round(rows.seen * SHARE)))
     start = adapter.factors()
     with descending(adapter):
-        numbers, judges = rows.split(count, min(JUDGES, count), seed)
+        numbers, judges = rows.split(most, min(JUDGES, most), seed)
         before = _losses(adapter, rows, judges)
         behind = max(before[rank] for rank in ranks) - before[top]
         if behind <= ENOUGH:
             text = f"no nested rank is {ENOUGH} nats behind rank {top}, so none is trained"
             warnings.warn(text, stacklevel=3)
             return False
-        _descend(adapter, rows, numbers[: math.ceil(count * min(behind / MUCH, 1.0))], seed)
+        needed = most if count else math.ceil(most * min(behind / MUCH, 1.0))
+        _descend(adapter, rows, numbers[:needed], seed)
         after = _losses(adapter, rows, judges)
         if not rows.quiet:
             told = ", ".join(f"rank {r} {before[r]:.3f} to {after[r]:.3f}" for r in after)
