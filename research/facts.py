@@ -40,7 +40,7 @@ def cut(model: Any, tokenizer: Any, layers: int) -> tuple[Any, Any]:
     embedding.weight = nn.Parameter(embedding.weight[kept].detach().clone())
     embedding.num_embeddings = len(kept)
     model.tie_weights()
-    model.config.vocab_size = model.lm_head.out_features = len(kept)
+    model.vocab_size = model.config.vocab_size = model.lm_head.out_features = len(kept)
     for config in (model.config, model.generation_config):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
