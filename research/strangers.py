@@ -1,10 +1,9 @@
 """Reorder adapters that PEFT alone has trained, by ``svd`` and ``trained``, and measure them::
 
-    python -m research.strangers        # six adapters, about an hour and a half of one core
+    python -m research.strangers        # six adapters, about an hour of one core
 
 Each adapter is trained and saved without this package, loaded by `matryoshka_lora.load`, and
-reordered with 128 of its training questions, which are held out of its training. Once ``trained``
-takes as many rows as it needs, and once half as many as the training: ``half``. Loss and accuracy
+reordered with 128 of its training questions, which are held out of its training. Loss and accuracy
 are those of 100 test questions, which choose nothing. A line is appended to research/runs for each.
 """
 
@@ -66,15 +65,10 @@ def stranger(task: str, seed: int) -> dict[str, Any]:
         loss, right = score(trainer.model.eval(), trainer, asked)
         found["adapter"] = {"loss": loss, "accuracy": right}
         adapter = load(load_model(study.model, "bf16", device="cpu"), Path(folder) / "adapter")
-        start = adapter.factors()
-        half = int(study.training["max_steps"] * study.training["per_device_train_batch_size"] / 2)
-        for order, count in (("svd", None), ("trained", None), ("half", half)):
-            adapter.put_factors(start)
+        for order in ("svd", "trained"):
             with warnings.catch_warnings(record=True) as caught:
-                if order == "svd":
-                    adapter.reorder()
-                else:
-                    adapter.reorder("trained", rows, tokenizer, count)
+                data = {"data": rows, "tokenizer": tokenizer} if order == "trained" else {}
+                adapter.reorder(order, **data)
             curve = []
             for rank in RANKS:
                 adapter.set_rank(rank)

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 SHARE, COUNT = 0.5, 3200  # of the rows that trained the adapter, or rows if these are not known
 ROWS = 16  # of a step
 JUDGES = 64  # at most
-STEP = 0.05  # the learning rate of a column, as a share of the column's root mean square
+# The learning rate of a column, as a share of the column's root mean square, in up to 14 layers. With
+# more, it falls with the root of their number, since what they do to the output adds up.
+STEP, LAYERS = 0.05, 14
 WARMUP = 0.05  # of the steps; after it the rate falls to 0
 POWER, TOP = 1.75, 1 / 8  # rank r comes in r^-1.75 of the steps, and R in 1 / 8 more
 FADE, SPAN = 0.5, 0.5  # how much of the later columns remains, until half of the steps are done
@@ -139,6 +141,7 @@ def _descend(adapter: NestedAdapter, rows: Rows, numbers: Sequence[int], seed: i
         a, b = (_in_float32(x) / size for x, size in zip((A, B), sizes[name], strict=True))
         units[name] = a.requires_grad_(), b.requires_grad_()
     adam = torch.optim.Adam([unit for pair in units.values() for unit in pair])
+    rate = STEP * min(1.0, (LAYERS / len(units)) ** 0.5)
     for step, rank in enumerate(tqdm(drawn, "training ranks", disable=rows.quiet or None)):
         batches = rows.batches(numbers[step * ROWS : (step + 1) * ROWS])
         if not batches:
@@ -150,7 +153,7 @@ def _descend(adapter: NestedAdapter, rows: Rows, numbers: Sequence[int], seed: i
             a.grad = dA * sizes[name][0] * trained.to(dA)[:, None]
             b.grad = dB * sizes[name][1] * trained.to(dB)
         warm = min((step + 1) / max(1.0, WARMUP * steps), 1.0)
-        adam.param_groups[0]["lr"] = STEP * warm * (1 - step / steps)
+        adam.param_groups[0]["lr"] = rate * warm * (1 - step / steps)
         adam.step()
         adapter.put_factors({n: (a * sizes[n][0], b * sizes[n][1]) for n, (a, b) in units.items()})
 
