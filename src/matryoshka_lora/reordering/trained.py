@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 SHARE, COUNT = 0.5, 3200  # of the rows that trained the adapter, or rows if these are not known
 ROWS = 16  # of a step
 JUDGES = 64  # at most
-# The learning rate of a column, as a share of the column's root mean square, in up to 14 layers. With
-# more, it falls with the root of their number, since what they do to the output adds up.
-STEP, LAYERS = 0.05, 14
+STEP = 0.05  # the learning rate of a column, as a share of the column's root mean square
+LAYERS = 14  # with more, the rate falls with the root of their number, as their changes add up
 WARMUP = 0.05  # of the steps; after it the rate falls to 0
 POWER, TOP = 1.75, 1 / 8  # rank r comes in r^-1.75 of the steps, and R in 1 / 8 more
 FADE, SPAN = 0.5, 0.5  # how much of the later columns remains, until half of the steps are done
@@ -44,8 +43,7 @@ def train_ranks(
     A step draws a rank r, small ones more often, and descends the loss of the first r columns. The
     later columns remain with a factor that fades from a half to 0, so that training begins near R's
     loss. Adam's rate is a share of each column's size: large columns, which come first, move most.
-    Without a count, the fewer nats the worst rank is behind R, the fewer steps; below `ENOUGH`
-    there are none.
+    Without a count, steps are in proportion to how far the worst rank is behind R; see `ENOUGH`.
 
     If the nested ranks do not lose less than before in the mean, or R loses more by `MOST_LOST`,
     the factors are those of the SVD again, with a warning.
