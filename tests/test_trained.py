@@ -195,7 +195,7 @@ def test_what_is_less_behind_is_trained_on_fewer_rows_unless_they_are_said(share
 def test_a_step_moves_the_first_columns_by_a_share_of_their_size(
     monkeypatch: pytest.MonkeyPatch, rank: int, many: bool
 ) -> None:
-    """Adam's first step is as long as its rate wherever there is a gradient; less in many layers."""
+    """Adam's first step is as long as its rate where there is a gradient; less in many layers."""
     monkeypatch.setattr(trained, "ranks_of_steps", lambda *_: [rank])
     adapter = reordered()
     before, share = adapter.factors(), 0.05
