@@ -19,7 +19,7 @@ from typing import Any
 
 from matryoshka_lora import Nesting
 from research import stats
-from research.looks import LOOKS, MODES, Look, Mode, rank_axis
+from research.looks import LOOKS, MODES, Mode, rank_axis
 from research.plan import Result, results
 from research.stats import Value
 from research.study import EACH, load_study
@@ -29,15 +29,9 @@ OUT = ROOT / "docs" / "figures"
 
 FACE = ("lora/trained", "lora/squeezed", EACH, "lora/svd")
 METHODS = (EACH, "matryoshka/svd", "lora/svd", "lora/prefix", "matryoshka/prefix")
-TOKENS = ("lora/svd", "lora/learned", "lora-longer/svd", "lora/trained", EACH)
-BESIDE = {"lora-longer/svd": 1.1}
-"""Where a point is drawn, as a multiple of its tokens: beside what has as many."""
 
 WITH_PNG = ("face",)
 """Pictures that the README shows, which is read in places that draw no SVG."""
-
-FAMILIES = {"facts128": "facts-128", "facts256": "facts-256", "facts512": "facts-512"}
-"""The studies of the memory task and their tasks."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -158,39 +152,6 @@ def methods(figure: Any, mode: Mode) -> None:
     _legend(figure)
 
 
-def tokens(figure: Any, mode: Mode) -> None:
-    """Draw what more tokens are worth, on every task that has such runs."""
-    found = [*(result for study in FAMILIES for result in curves(study)), *curves("headline")]
-    tasks = list(dict.fromkeys(result.task for result in found if result.method == "lora/svd"))
-    lines = -(-len(tasks) // 4)
-    columns = -(-len(tasks) // lines)
-    figure.set_size_inches(9.6, 1.6 + 2.6 * lines)
-    panels = iter(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
-    for task, axes in zip(tasks, panels, strict=False):
-        here = [result for result in found if result.task == task]
-        one = fmean(_values(here, "lora/svd", lambda result: result.tokens))
-        for method in TOKENS:
-            spent, reached = (
-                _values(here, method, lambda result: result.tokens),
-                _values(here, method, _percent_aurac),
-            )
-            if spent:
-                _point(
-                    axes, BESIDE.get(method, 1) * fmean(spent) / one, reached, LOOKS[method], mode
-                )
-        axes.set_xscale("log", base=2)
-        axes.set_xlim(0.8, 7.5)
-        axes.set_xticks((1, 1.5, 3, 6), ("1", "1.5", "3", "6"))
-        axes.minorticks_off()
-        axes.set_title(task)
-        axes.set_xlabel("tokens, in LoRA runs")
-    for axes in panels:  # what no task is left for
-        axes.set_axis_off()
-    figure.suptitle(_of_seeds(found, "bar"), color=mode.quiet, x=0.01, ha="left", fontsize=10)
-    figure.axes[0].set_ylabel("mean over the ranks (AURAC), %")
-    _legend(figure)
-
-
 def _accuracies(axes: Any, found: Sequence[Result], methods: Sequence[str], mode: Mode) -> None:
     """Draw means with a faint line for each seed, and every separate run."""
     for number, method in enumerate(methods):
@@ -222,23 +183,7 @@ def _accuracies(axes: Any, found: Sequence[Result], methods: Sequence[str], mode
     rank_axis(axes, sorted({rank for result in found for rank in result.ranks}))
 
 
-def _point(axes: Any, x: float, values: Sequence[float], look: Look, mode: Mode) -> None:
-    low, high, mean = min(values), max(values), fmean(values)
-    bars = [[mean - low], [high - mean]]
-    axes.errorbar(
-        x,
-        mean,
-        bars,
-        color=look.colour(mode),
-        marker=look.marker,
-        label=look.name,
-        markersize=8,
-        capsize=3,
-        ls="none",
-    )
-
-
-def _of_seeds(found: Sequence[Result], mark: str = "line") -> str:
+def _of_seeds(found: Sequence[Result]) -> str:
     counts = sorted(
         {
             len({one.seed for one in found if one.task == task})
@@ -246,17 +191,11 @@ def _of_seeds(found: Sequence[Result], mark: str = "line") -> str:
         }
     )
     seeds = f"{' or '.join(map(str, counts))} seeds"
-    if mark == "bar":
-        return f"{seeds}: a bar goes from the lowest to the highest"
     return f"{seeds}, each a faint line; a star is one run"
 
 
 def _values(found: Sequence[Result], method: str, value: Value) -> list[float]:
     return list(stats.values(found, method, value).values())
-
-
-def _percent_aurac(result: Result) -> float:
-    return 100 * stats.aurac_log2(result)
 
 
 def _legend(figure: Any) -> None:
@@ -350,7 +289,7 @@ def p(figure: Any, mode: Mode) -> None:
 
 
 PICTURES: Mapping[str, Callable[[Any, Mode], None]] = {
-    picture.__name__: picture for picture in (face, method, p, singular, methods, tokens)
+    picture.__name__: picture for picture in (face, method, p, singular, methods)
 }
 
 if __name__ == "__main__":
