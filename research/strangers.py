@@ -67,6 +67,7 @@ def stranger(task: str, seed: int) -> dict[str, Any]:
         adapter = load(load_model(study.model, "bf16", device="cpu"), Path(folder) / "adapter")
         for order in ("svd", "trained"):
             with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
                 data = {"data": rows, "tokenizer": tokenizer} if order == "trained" else {}
                 adapter.reorder(order, **data)
             curve = []
