@@ -17,7 +17,7 @@ from research.training import AnswerTrainer, Trained, score
 Cut = Callable[[Trained], Iterator[tuple[NestedAdapter, int]]]
 """Makes the adapter of each nested rank in turn, and says at which rank it is to be used."""
 
-SHARES = {"trained-half": 0.5, "trained-1": 1.0, "squeezed": 0.5}
+SHARES = {"trained-1": 1.0, "squeezed": 0.5}
 """The rows that ranks are trained on by themselves, as a share of those of training. ``trained``
 takes as many as it needs, and at most a half."""
 
@@ -110,7 +110,7 @@ def _train_on(adapter: NestedAdapter, by: AnswerTrainer, steps: int, rank: int, 
 
 MAKERS: dict[str, Cut] = {
     "prefix": _prefix,
-    **{cut: partial(_reordered, cut) for cut in ("svd", "trained", "trained-half", "trained-1")},
+    **{cut: partial(_reordered, cut) for cut in ("svd", "trained", "trained-1")},
     "squeezed": _squeezed,
 }
 """By the names of `research.study.CUTS`."""

@@ -24,7 +24,7 @@ EACH = "lora-each"
 EACH_RECIPES = {EACH: "lora", "adalora-each": "adalora"}
 """The methods that train one adapter for each rank, and the recipe of each."""
 
-CUTS = ("prefix", "svd", "trained", "trained-half", "trained-1", "squeezed")
+CUTS = ("prefix", "svd", "trained", "trained-1", "squeezed")
 """The ways to deploy a trained adapter that can be run; see `research.cuts`. The recorded runs have
 more, which are settled."""
 
@@ -279,7 +279,7 @@ def may_be_run(study: Study) -> None:
             raise MatryoshkaError(
                 f"{method} is settled: its runs are reported, and no new ones made"
             )
-        learns = cut.startswith("trained")
+        learns = cut in ("trained", "trained-1")
         if (
             learns
             and not study.items["judge"]
