@@ -223,11 +223,14 @@ def test_an_adapter_is_reordered_by_training_data(tmp_path: Path) -> None:
     opened = open_adapter(tmp_path / "nested")
     assert (opened.order, opened.max_rank) == ("trained", 4)
 
-    def fresh() -> Any:
-        return AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    def loss(folder: str) -> float:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model = PeftModel.from_pretrained(model, tmp_path / folder)
+        data = read_data(model, rows, tiny_tokenizer())
+        with torch.no_grad():
+            return float(data.loss(data.batches(range(64))[0]))
 
-    wanted = logits(PeftModel.from_pretrained(fresh(), tmp_path / "lora"))
-    assert distance(by_peft(tmp_path / "nested", fresh), wanted) < 0.3  # R changes a little
+    assert loss("nested") == pytest.approx(loss("lora"), abs=0.05)  # before training it is 4.6
     with pytest.raises(MatryoshkaError, match="order is 'trained'"):
         export(tmp_path / "nested", tmp_path / "x", keep="90%")
 
