@@ -43,6 +43,7 @@ class Recipe:
         length: Optimizer steps, as a multiple of the study's.
         authors: Begin as the authors' code does: A is uniform within 1 / sqrt(R), which is four to
             eight times PEFT's bound, and the factors have the model's dtype.
+        parts: Micro-batches of a step. The rule draws a rank for each.
     """
 
     summary: str
@@ -51,6 +52,7 @@ class Recipe:
     alpha: float = 1.0
     length: float = 1.0
     authors: bool = False
+    parts: int = 1
 
     def lora(self, rank: int) -> dict[str, Any]:
         """Return arguments of ``peft.LoraConfig``."""
@@ -76,6 +78,13 @@ RECIPES = {
     "matryoshka-rank": Recipe("the paper's P, scaling 1 / r", "matryoshka", "rank"),
     "dylora": Recipe("one nested rank for each step, as the paper runs DyLoRA", "dylora"),
     "dylora-longer": Recipe("the same, half as many steps again", "dylora", length=1.5),
+    "dylora-authors": Recipe(
+        "DyLoRA as the paper's authors run it: a rank for each of 8 micro-batches",
+        "dylora",
+        "sqrt",
+        authors=True,
+        parts=8,
+    ),
     "dylora-all": Recipe("one rank of 1..R for each step, all at one scale", "dylora-all"),
     "dylora-alpha": Recipe(
         "DyLoRA as its inventors run it: scale 16 / b", "dylora-all", "rank", 16.0
@@ -172,7 +181,14 @@ class Study:
         apart = {"judge"} if "generated" in self.tasks[task] else set()
         found = {
             "source": dict(self.tasks[task]),
-            "recipe": [how.rule, how.scaling, how.alpha, how.length, *["authors"] * how.authors],
+            "recipe": [
+                how.rule,
+                how.scaling,
+                how.alpha,
+                how.length,
+                *["authors"] * how.authors,
+                *[how.parts] * (how.parts > 1),
+            ],
             "model": [self.model, self.layers, self.dtype],
             "training": dict(self.training),
             "items": {split: n for split, n in self.items.items() if n and split not in apart},

@@ -16,7 +16,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
@@ -141,6 +147,22 @@ def nested(study: Study, job: Job) -> tuple[NestedAdapter, Any]:
     return made, tokenizer
 
 
+class _Parts(TrainerCallback):
+    """Draws a rank for each micro-batch of a step. The first one has the draw of the step."""
+
+    def __init__(self, adapter: NestedAdapter) -> None:
+        self.adapter, self.part = adapter, 0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.part = 0
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.part += 1
+        self.adapter.draw(state.global_step + self.part * args.max_steps)
+
+
 @contextmanager
 def trainer_of(study: Study, job: Job) -> Iterator[tuple[NestedAdapter, AnswerTrainer, Any]]:
     """Give a job's nested adapter, its Trainer, ready to train, and the rows that are measured.
@@ -163,7 +185,7 @@ def trainer_of(study: Study, job: Job) -> Iterator[tuple[NestedAdapter, AnswerTr
             train_dataset=Dataset.from_list(rows["train"]),
             eval_dataset=held_out,
             processing_class=tokenizer,
-            callbacks=[adapter.callback()],
+            callbacks=[adapter.callback(), *[_Parts(adapter)] * (RECIPES[job.recipe].parts > 1)],
         )
         kept = {"train": trainer.train_dataset, **trainer.eval_dataset}
         for name, data in kept.items():
@@ -179,6 +201,7 @@ def trainer_of(study: Study, job: Job) -> Iterator[tuple[NestedAdapter, AnswerTr
 
 def arguments(study: Study, job: Job, folder: str) -> SFTConfig:
     """Return TRL's arguments; what is not the study's is as for every study."""
+    parts = RECIPES[job.recipe].parts
     return SFTConfig(
         **{
             "logging_strategy": "no",
@@ -190,6 +213,8 @@ def arguments(study: Study, job: Job, folder: str) -> SFTConfig:
             "dataloader_pin_memory": False,
             "use_cpu": True,
             **study.training,
+            "per_device_train_batch_size": study.training["per_device_train_batch_size"] // parts,
+            "gradient_accumulation_steps": parts,
             "max_steps": study.steps(job.recipe),
             "learning_rate": job.learning_rate,
             "seed": job.seed,
