@@ -93,6 +93,12 @@ def test_a_contradiction_is_refused_with_the_way_out(
     assert not (tmp_path / target).exists()
 
 
+def test_no_causal_model_is_loaded_for_a_classifier(base: Path, tmp_path: Path) -> None:
+    plain_adapter(tmp_path / "lora", task_type="SEQ_CLS")
+    with pytest.raises(MatryoshkaError, match="is for SEQ_CLS"):
+        export(tmp_path / "lora", tmp_path / "x", 2, "merged", model=str(base))
+
+
 def test_reorder_refuses_what_it_cannot_use(lora: Path, single: Path, tmp_path: Path) -> None:
     with pytest.raises(MatryoshkaError, match="'svd' takes no data: write --by trained"):
         reorder(lora, tmp_path / "x", data=[])
@@ -157,12 +163,15 @@ def test_a_merged_model_is_the_base_with_the_rank(tmp_path: Path, tied: bool) ->
     base().save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     plain_adapter(tmp_path / "lora", base(), target_modules=["embed_tokens", "q_proj"])
+    own = tiny_tokenizer()  # that of a Trainer's checkpoint goes with it
+    own.chat_template = "mine"
+    own.save_pretrained(tmp_path / "lora")
     export(tmp_path / "lora", tmp_path / "merged", 3, "merged", model=str(tmp_path / "base"))
     export(tmp_path / "lora", tmp_path / "rank", 3)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert distance(logits(model), by_peft(tmp_path / "rank", base)) < 1e-5
     assert distance(logits(model), logits(base())) > 0.1
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("Hi")["input_ids"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == "mine"
     text = (tmp_path / "merged" / "config.json").read_text()
     assert json.loads(text)["rope_theta"] == 1e4  # mlx-lm and others look for it there
     assert str(tmp_path) not in text

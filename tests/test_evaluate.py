@@ -258,6 +258,14 @@ def test_a_base_model_that_is_not_there_is_not_measured(config: Any, base: Path)
     assert set(found.metric()["value"]) == {1}
 
 
+def test_an_adapter_that_is_not_active_is_not_measured(base: Path) -> None:
+    adapter = new_adapter(base)
+    adapter.model.add_adapter("other", adapter.model.peft_config["default"])
+    adapter.model.set_adapter("other")
+    with pytest.raises(MatryoshkaError, match="not active"):
+        evaluate(adapter, data=rows(), ranks=[1], progress=False)
+
+
 def test_base_is_the_model_without_the_adapter(memory: NestedAdapter, tmp_path: Path) -> None:
     task = write_task(tmp_path)
     found = evaluate(memory, task, ranks=[4], progress=False)
@@ -279,6 +287,7 @@ MESSAGES = [
     [
         ({"prompt": "a b", "completion": " c "}, "a b", ["\n"]),
         ({"prompt": "a b", "completion": "c\nd"}, "a b", []),
+        ({"prompt": "a b", "completion": "\nc"}, "a b", []),  # its answer begins with a newline
         ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, None, ["\n", "<|im_end|>"]),
         ({"messages": MESSAGES}, None, ["\n", "<|im_end|>"]),
     ],
@@ -293,6 +302,7 @@ def test_rows_are_asked_in_trls_formats(
         assert prompt.endswith("<|im_start|>assistant\n")
     file = tmp_path / "mine.jsonl"
     file.write_text(json.dumps(row) + "\n\n")
+    assert read_rows(file, 1) == [row]
     _, loaded = load_data("mine", read_rows(file), tokenizer)
     (task,) = loaded["tasks"].values()
     task.build_all_requests()

@@ -82,12 +82,16 @@ def test_every_rank_is_the_best_one_of_the_change(
     assert {*made.others} == {"model.norm.weight", "lm_head.weight"}
 
 
+@pytest.mark.parametrize(("tied", "whole"), [(False, "lm_head"), (True, "embed_tokens")])
 def test_with_all_ranks_and_parts_it_is_the_tuned_model(
-    tmp_path: Path, models: tuple[Path, Path]
+    tmp_path: Path, tied: bool, whole: str
 ) -> None:
-    extract(*models, tmp_path / "lora", rank=200, whole=["norm", "lm_head"])
-    wanted = tuned_of(tiny_llama(), (*CHANGED, "model.norm", "lm_head"))
-    found = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora")
+    """PEFT gives the head of its own a weight that it shares with the embedding."""
+    base, wanted = (tiny_llama(tie_word_embeddings=tied) for _ in range(2))
+    base.save_pretrained(tmp_path / "base")
+    tuned_of(wanted, (*CHANGED, "model.norm", whole)).save_pretrained(tmp_path / "tuned")
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", 200, whole=["norm", whole])
+    found = PeftModel.from_pretrained(base, tmp_path / "lora")
     assert torch.allclose(ask(found), ask(wanted), atol=1e-4)
 
 

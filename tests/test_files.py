@@ -21,10 +21,12 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from strangers import Mixed, best, by_peft, distance, logits, plain_adapter, updates
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from matryoshka_lora import MatryoshkaError, Nesting, export, reorder
 from matryoshka_lora.files.output import new_file, new_folder
 from matryoshka_lora.files.peft import WEIGHTS_NAME, open_adapter, write_nested, write_rank
+from matryoshka_lora.files.tensors import Stored
 
 R = 8
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
@@ -318,6 +320,11 @@ export(sys.argv[1], sys.argv[2] + "/rank", 1)
 export(sys.argv[1], sys.argv[2] + "/keep", keep="50%")
 print(peak() - before)
 """
+
+
+def test_a_tensor_on_a_gpu_is_read_onto_the_cpu() -> None:
+    with FakeTensorMode():  # of torch: a device that this machine may lack
+        assert Stored.of(torch.empty(2, 3, device="cuda")).read().device.type == "cpu"
 
 
 @pytest.mark.slow

@@ -63,10 +63,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         "no LoRA adapter 'default'",
     ),
     "no such adapter": (llama, {"adapter": "mine"}, "no LoRA adapter 'mine'; .* default"),
-    "DoRA": (lambda: llama(use_dora=True), {}, "DoRA"),
+    "DoRA": (lambda: llama(use_dora=True), {}, "use_dora its layers are more"),
     "rank_pattern": (lambda: llama(rank_pattern={"q_proj": 4}), {}, "rank_pattern"),
     "alpha_pattern": (lambda: llama(alpha_pattern={"q_proj": 4}), {}, "alpha_pattern"),
-    "lora_bias": (lambda: llama(lora_bias=True), {}, "Set lora_bias=False"),
+    "lora_bias": (lambda: llama(lora_bias=True), {}, "with lora_bias"),
     "groups": (lambda: conv(2), {}, "grouped convolution"),
     "attention": (
         lambda: get_peft_model(
@@ -81,7 +81,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         "does not support LoRA variants",
     ),
     "trained": (lambda: changed(llama(), randomize), P, "Use rule='lora'"),
-    "pissa": (lambda: llama(init_lora_weights="pissa"), P, "Use rule='lora'"),
+    "pissa": (lambda: llama(init_lora_weights="pissa"), {}, "path_initial_model"),
     "twice": (lambda: changed(llama(), nest), {}, "nested already: NestedAdapter"),
     "merged": (lambda: changed(llama(), lambda m: m.merge_adapter()), {}, "unmerge_adapter"),
     "ranks": (llama, {"ranks": [1, 4]}, r"LoraConfig has r=8, .* largest nested rank is 4"),

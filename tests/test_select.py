@@ -65,9 +65,11 @@ def test_the_evidence_is_told() -> None:
     assert "apart" not in told["1"]
 
 
-def test_an_evaluation_on_the_disk(tmp_path: Path) -> None:
+def test_an_evaluation_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new_evaluation("family", "words").write(tmp_path)
     assert select(tmp_path, within="5%", task="words").rank == 4
+    monkeypatch.chdir(tmp_path)
+    assert select(".", within="5%", task="words").rank == 4
     with pytest.raises(MatryoshkaError, match="name one"):
         select(tmp_path, within="5%")
 

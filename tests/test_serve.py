@@ -106,8 +106,6 @@ def test_what_cannot_be_served_is_refused_before_anything_is_announced(
         serve(adapter, model="some/base")
     with pytest.raises(MatryoshkaError, match="has no rank 13"):
         serve(adapter, model="some/base", ranks=[13])
-    with pytest.raises(MatryoshkaError, match="other is no option of vLLM, and serve takes one"):
-        serve(adapter, model="some/base", more=["other"])
     export(adapter, adapter.with_name("ladder"), format="ladder")
     with pytest.raises(MatryoshkaError, match=r"no rank 4: its ranks are \[1, 2, 12\]"):
         serve(adapter.with_name("ladder"), model="some/base", ranks=[4])

@@ -279,21 +279,12 @@ def test_sharding_that_saves_without_p_is_refused(
     begin(nested("lora"), arguments)
 
 
-@pytest.mark.parametrize("option", ["packing", "padding_free"])
-def test_rows_that_are_joined_are_refused(option: str, tmp_path: Path) -> None:
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
     arguments = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
-    setattr(arguments, option, True)
-    with pytest.raises(MatryoshkaError, match=f"{option}=True joins the rows"):
-        begin(nested("stratified"), arguments)
-    begin(nested("dylora"), arguments)
-
-
-def test_a_teacher_that_is_averaged_without_p_is_refused(tmp_path: Path) -> None:
-    adapter = nested("matryoshka")
-    adapter.model.add_adapter("teacher", lora_config(NESTING))
-    Accelerator(cpu=True)
-    with pytest.raises(MatryoshkaError, match="a teacher without P"):
-        begin(adapter, SFTConfig(str(tmp_path), use_cpu=True, bf16=False))
+    begin(nested("lora"), arguments)
+    arguments._n_gpu = 2
+    with pytest.raises(MatryoshkaError, match="accelerate launch"):
+        begin(nested("lora"), arguments)
 
 
 def test_the_rows_of_a_resumed_run_are_those_of_its_arguments(tmp_path: Path) -> None:

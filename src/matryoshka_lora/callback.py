@@ -27,13 +27,12 @@ class NestingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse settings that would silently train or save another function."""
-        rule = self.adapter.rule
-        joined = [name for name in ("packing", "padding_free") if getattr(args, name, False)]
-        if rule.per_row and joined:
+        if args.n_gpu > 1:
             raise MatryoshkaError(
-                f"{joined[0]}=True joins the rows of a batch, and rule {rule.name!r} gives each "
-                f"row a rank of its own: set {joined[0]}=False, or take another rule"
+                "one process cannot train nested layers on several GPUs: start the script with "
+                "`accelerate launch`, or let it see one GPU with CUDA_VISIBLE_DEVICES=0"
             )
+        rule = self.adapter.rule
         if rule.name == "lora":
             return
         copies = [B for name, B in self.adapter.model.named_parameters() if ".lora_B.ref." in name]
@@ -44,11 +43,6 @@ class NestingCallback(TrainerCallback):
             )
         if not self.adapter.holds_p:
             return
-        if "teacher" in self.adapter.model.peft_config:
-            raise MatryoshkaError(
-                "the Trainer averages the factors into a teacher without P, which is another "
-                "function: take rule 'lora'"
-            )
         # Accelerate's config may enable sharding without the Trainer's arguments.
         sharding = AcceleratorState()
         fsdp, zero = getattr(sharding, "fsdp_plugin", None), sharding.deepspeed_plugin

@@ -90,8 +90,8 @@ def train(
 
     The file names the data, and may set any field of TRL's SFTConfig, any of PEFT's LoraConfig
     under lora:, and under nesting: ranks, scaling, rule, deploy and reorder. The same command goes
-    on where a killed run stopped. After the run each rank is trained by itself, on half as many
-    rows again; nesting.reorder=svd takes seconds instead.
+    on where a killed run stopped. After the run all ranks are trained together, on at most half as
+    many rows again; nesting.reorder=svd takes seconds instead.
 
     Example: matryoshka train config.yaml data=my.jsonl lora.r=8 learning_rate=1e-3
     """

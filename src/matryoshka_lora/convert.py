@@ -128,11 +128,14 @@ def reorder(
     elif by == "svd":
         write_nested(replace(adapter, order=None), place, force)
     else:
-        from matryoshka_lora.models import load_model, load_tokenizer
+        from matryoshka_lora.models import load_model, tokenizer_beside
         from matryoshka_lora.nested import load
 
         name, revision = adapter.base_model(model, revision)
-        base, tokenizer = load_model(name, dtype, revision), load_tokenizer(name, revision)
+        base, tokenizer = (
+            load_model(name, dtype, revision),
+            tokenizer_beside(adapter, name, revision),
+        )
         with tempfile.TemporaryDirectory() as folder:
             write_nested(adapter, f"{folder}/nested")
             nested = load(base, f"{folder}/nested", trainable=True)
@@ -341,7 +344,7 @@ def _merge(
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    from matryoshka_lora.models import load_model, load_tokenizer
+    from matryoshka_lora.models import load_model, tokenizer_beside
 
     model = load_model(name, "auto", revision, "cpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -354,7 +357,7 @@ def _merge(
         layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
         model.config.tie_word_embeddings = False
     adapted.merge_and_unload(safe_merge=True).save_pretrained(place)
-    load_tokenizer(name, revision).save_pretrained(place)
+    tokenizer_beside(adapter, name, revision).save_pretrained(place)
     config = read_json(place / "config.json")
     text = json.dumps({**config, **missing_rope(config)}, indent=2)
     (place / "config.json").write_text(text, encoding="utf-8")

@@ -140,9 +140,10 @@ def extract(
     models = [_open(base), _open(tuned)]
     sources = [file for files, _ in models for file in files]
     place = check_place(target, force, sources)
-    modules = _modules(base)
+    modules, tied = _modules(base)
     weights, others = _changed(models[0][1], models[1][1], modules)
     kept = {key: x for key, x in others.items() if key.rpartition(".")[0].endswith(tuple(whole))}
+    kept |= {head: kept[key] for key, head in tied.items() if key in kept}  # PEFT would untie them
     if nothing := [name for name in whole if not any(name in key for key in kept)]:
         raise MatryoshkaError(f"no weight of {nothing[0]!r:.80} changed: leave it out")
     part = _part_of(base, weights) if style else ""
@@ -191,20 +192,23 @@ def _open(path: Path) -> tuple[list[Path], dict[str, Stored]]:
     return files, stored
 
 
-def _modules(base: Path) -> dict[str, Any]:
-    """Return the modules of a model that transformers knows, by name; else nothing."""
+def _modules(base: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return modules by name, without the head, and the head's key by that of a tied embedding."""
     config = read_json(base / "config.json") if (base / "config.json").is_file() else {}
     if "model_type" not in config:
-        return {}
+        return {}, {}
     import transformers
 
     kind = getattr(transformers, str((config.get("architectures") or [None])[0]), None)
     if kind is None:
-        return {}
+        return {}, {}
     with torch.device("meta"):
         model = kind(transformers.AutoConfig.from_pretrained(base))
-    head = model.get_output_embeddings()
-    return {name: module for name, module in model.named_modules() if module is not head}
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    key, head = (names.get(end, "") for end in ends)
+    tied = {key: head} if head and getattr(model.config, "tie_word_embeddings", False) else {}
+    return {n: m for n, m in model.named_modules() if names[m] != head}, tied
 
 
 def _is_layer(module: str, weight: Stored, modules: Mapping[str, Any]) -> bool:

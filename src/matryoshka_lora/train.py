@@ -160,7 +160,7 @@ def _check_rows(file: str) -> None:
     if Path(file).suffix in _KINDS and not Path(file).is_file():
         raise MatryoshkaError(f"there is no file {file}: data names the rows to train on")
     if Path(file).suffix == ".jsonl":
-        first = read_rows(file)[0]
+        first = read_rows(file, 1)[0]
         if not (isinstance(first, dict) and any(columns <= first.keys() for columns in _COLUMNS)):
             raise MatryoshkaError(
                 f"the first row of {file} is {first!r:.80}: give rows with prompt and completion, "

@@ -89,11 +89,11 @@ def evaluate(
     # The arguments are checked. These imports take seconds.
     from matryoshka_lora.evaluation.many_ranks import ManyRanks
     from matryoshka_lora.evaluation.tasks import judge, load_data, load_task
-    from matryoshka_lora.models import load_model
+    from matryoshka_lora.models import load_model, tokenizer_beside
     from matryoshka_lora.nested import load
 
     asked_ranks = ((0,) if _has_base(file.config) else ()) + chosen
-    tokenizer = tokenizer or _tokenizer(file, model, revision)
+    tokenizer = tokenizer or tokenizer_beside(file, model, revision)
     names = tasks.split(",") if isinstance(tasks, str) else tasks or ()
     title = Path(data).stem if isinstance(data, (str, os.PathLike)) else "data"
     asked = [load_task(x.strip()) for x in names] or [load_data(title, rows, tokenizer)]
@@ -120,6 +120,7 @@ def evaluate(
 def folder_for(adapter: str | os.PathLike[str]) -> Path:
     """Return where an evaluation goes: beside an adapter on the disk, or here if the hub has it."""
     place = Path(adapter)
+    place = place if place.name else place.resolve()  # "." has no name
     return Path(f"{place if place.exists() else place.name}-evaluation")
 
 
@@ -160,11 +161,3 @@ def _write(result: Evaluation, out: str | os.PathLike[str], force: bool) -> None
     with new_folder(out, force) as folder:
         result.write(folder)
         draw(result, folder / "curve.png")
-
-
-def _tokenizer(file: AdapterFile, model: str | None, revision: str | None) -> Any:
-    """Return the tokenizer that a Trainer has saved beside the adapter, or the base model's."""
-    from matryoshka_lora.models import load_tokenizer
-
-    own = bool(file.files) and Path(file.name, "tokenizer_config.json").is_file()
-    return load_tokenizer(*((file.name,) if own else (model, revision)))

@@ -82,6 +82,8 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
         self.batch_tokens, self.progress = batch_tokens or BATCH_TOKENS, progress
         self._answers: dict[tuple[Any, ...], Any] = {}
         self._takes = set(inspect.signature(model.get_base_model().forward).parameters)
+        with adapter.rows([ranks[-1]]):  # raises unless the adapter is active, and not merged
+            pass
         self.together = self.backend == "causal" and self._reads_right()
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:

@@ -184,7 +184,7 @@ class Evaluation:
             MatryoshkaError: There is none, or it is damaged.
         """
         given = Path(path)
-        places = (given, given / NAME, given.with_name(f"{given.name}-evaluation") / NAME)
+        places = (given, given / NAME, Path(f"{given}-evaluation", NAME))
         file = next((place for place in places if place.is_file()), None)
         if file is None:
             raise MatryoshkaError(

@@ -112,12 +112,8 @@ def select(
         return Choice(rank, best, task, bound, True, found)
     rank = min(small)
     lost = found.difference(task, best, rank)
-    sure = rank == best or (
-        lost is not None
-        and lost.error is not None
-        and lost.value + 2 * lost.error <= abs(top - bound)
-    )
-    return Choice(rank, best, task, bound, sure, found)
+    most = lost.value + 2 * lost.error if lost and lost.error is not None else float("inf")
+    return Choice(rank, best, task, bound, rank == best or most <= abs(top - bound), found)
 
 
 def _by(found: Evaluation, task: str, metric: str) -> Evaluation:

@@ -94,7 +94,7 @@ def load_data(name: str, rows: Sequence[Any], tokenizer: Any) -> Asked:
         else:
             answer = completion.removesuffix(end := tokenizer.eos_token or "") + end
         size = len(tokenizer.encode(prompt + answer)) - len(tokenizer.encode(prompt.rstrip()))
-        doc = {"prompt": prompt, "completion": completion.strip(), "answer": answer}
+        doc = {"prompt": prompt, "completion": completion.rstrip(), "answer": answer}
         docs.append(doc | {"tokens": max(1, size)})
     if not any("\n" in doc["completion"] for doc in docs):
         until.add("\n")

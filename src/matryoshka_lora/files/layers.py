@@ -133,6 +133,11 @@ class AdapterFile:
         name = model or self.config.get("base_model_name_or_path")
         if not name:
             raise MatryoshkaError(f"{self.name} names no base model: give it with --model")
+        if (task := self.config.get("task_type") or "CAUSAL_LM") != "CAUSAL_LM":
+            raise MatryoshkaError(
+                f"{self.name} is for {task}, and base models are loaded as CAUSAL_LM: without the "
+                "base model there are `reorder` by svd, and `export` as PEFT's folder"
+            )
         return str(name), revision or (None if model else self.config.get("revision"))
 
     def several(self, ranks: Sequence[int] | None) -> tuple[int, ...]:

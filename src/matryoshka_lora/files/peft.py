@@ -215,7 +215,7 @@ def _config_of(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _check_config(config: dict[str, Any], where: str) -> None:
+def check_config(config: dict[str, Any], where: str) -> None:
     """Refuse adapters that are not LoRA, or whose update is not s B A."""
     method = next((name for name in _OTHER_METHODS if config.get(name)), "")
     init, reason = str(config.get("init_lora_weights")), ""
@@ -226,8 +226,8 @@ def _check_config(config: dict[str, Any], where: str) -> None:
         reason = f"with {method} its layers are more than pairs of factors: use it whole"
     elif init.startswith(_INITS):
         reason = (
-            f"init_lora_weights={init!r:.80} lets PEFT change the base model: save it first with "
-            "PEFT's path_initial_model_for_weight_conversion"
+            f"init_lora_weights={init!r:.80} lets PEFT change the base model: train with PEFT "
+            "alone, and save with its path_initial_model_for_weight_conversion"
         )
     elif config.get("target_parameters") and config.get("rank_pattern"):
         # 'all-linear' creates such patterns for routed experts.
@@ -255,7 +255,7 @@ def _find_layers(
     stored: dict[str, Stored], config: dict[str, Any], where: str
 ) -> tuple[tuple[Layer, ...], dict[str, Stored]]:
     """Return the layers sorted by name, and the tensors that are no factors."""
-    _check_config(config, where)
+    check_config(config, where)
     found, others = list[Layer](), dict(sorted(stored.items()))
     for key, A in stored.items():
         suffix, partner = next((pair for pair in _SUFFIXES if key.endswith(pair[0])), ("", ""))

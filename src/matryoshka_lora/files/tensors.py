@@ -32,8 +32,8 @@ class Stored(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Stored:
-        """Return a tensor that is in memory already."""
-        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+        """Return a tensor that is in memory already. It is read onto the CPU."""
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.cpu)
 
     @property
     def is_factor(self) -> bool:
