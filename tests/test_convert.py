@@ -163,9 +163,8 @@ def test_a_merged_model_is_the_base_with_the_rank(tmp_path: Path, tied: bool) ->
     base().save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     plain_adapter(tmp_path / "lora", base(), target_modules=["embed_tokens", "q_proj"])
-    own = tiny_tokenizer()  # that of a Trainer's checkpoint goes with it
-    own.chat_template = "mine"
-    own.save_pretrained(tmp_path / "lora")
+    tiny_tokenizer().save_pretrained(tmp_path / "lora")  # as beside a Trainer's checkpoint
+    (tmp_path / "lora" / "chat_template.jinja").write_text("mine")
     export(tmp_path / "lora", tmp_path / "merged", 3, "merged", model=str(tmp_path / "base"))
     export(tmp_path / "lora", tmp_path / "rank", 3)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

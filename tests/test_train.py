@@ -144,6 +144,14 @@ def test_what_the_libraries_refuse_is_one_clear_error(
     assert not (config.parent / "run").exists()
 
 
+@pytest.mark.parametrize("answer", ["", ', "completion": 9', ', "completion": null'])
+def test_rows_that_trl_would_fail_at_are_refused(answer: str, config: Path) -> None:
+    file = config.with_name("bad.jsonl")
+    file.write_text(f'{{"prompt": "a"{answer}}}')
+    with pytest.raises(MatryoshkaError, match=r"(a completion|the columns) of .*bad\.jsonl"):
+        train(read_config(config, [f"data={file}"]))
+
+
 # A run
 
 

@@ -134,7 +134,7 @@ def reorder(
     adapter: Lora,
     out: Out,
     by: Annotated[By, typer.Option(metavar="ORDER", help="What makes a prefix good.")] = "svd",
-    data: Annotated[Path | None, _option("For trained: a file of rows.", exists=True)] = None,
+    data: Annotated[Path | None, _option("For trained: rows, a .jsonl.", exists=True)] = None,
     rows: Annotated[int | None, _option("How many rows.", min=1, default="by need")] = None,
     model: Model = None,
     revision: Revision = None,
@@ -147,7 +147,7 @@ def reorder(
 
     - svd: each rank is the closest one to the adapter's update, and the largest rank computes what
       it did; seconds, without data or base model
-    - trained: each rank gets a short training of its own
+    - trained: all ranks are trained on, for about half a run at most
 
     Example: matryoshka reorder some-lora -o nested --by trained --data my.jsonl
     """
@@ -274,7 +274,7 @@ def export(
 def evaluate(
     adapter: Nested,
     tasks: Annotated[str | None, _option("The harness's tasks or YAML files, by commas.")] = None,
-    data: Annotated[Path | None, _option("Instead of tasks: a file of rows.", exists=True)] = None,
+    data: Annotated[Path | None, _option("Instead of tasks: rows, a .jsonl.", exists=True)] = None,
     ranks: Annotated[str | None, _option("As 1,2,4, or all.", default="the nested ones")] = None,
     num_fewshot: Annotated[int | None, _option("Shots.", min=0, default="the task's own")] = None,
     limit: Annotated[int | None, _option("The most questions of a task.", min=1)] = None,

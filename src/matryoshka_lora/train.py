@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files.rows import read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,7 +43,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 # Files of rows, and the columns that TRL takes.
 _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_COLUMNS = ({"prompt", "completion"}, {"messages"}, {"text"}, {"input_ids"})
+_COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"})
 
 
 def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -142,7 +141,8 @@ def train(config: Mapping[str, Any]) -> Path:
         print(f"{target} is finished: nothing to train. Name another output_dir for another run")
         return target
     for rows in (config["data"], config.get("eval_data")):
-        _check_rows(str(rows))
+        if Path(str(rows)).suffix in _KINDS and not Path(str(rows)).is_file():
+            raise MatryoshkaError(f"there is no file {rows}: data names the rows to train on")
     adapter, trainer = _prepare(config)
     _run(adapter, trainer, output)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -153,19 +153,6 @@ def train(config: Mapping[str, Any]) -> Path:
         _save(adapter, trainer, config["nesting"], target)
     trainer.accelerator.end_training()
     return target
-
-
-def _check_rows(file: str) -> None:
-    """Refuse a file that is not there, and rows with other columns than TRL takes."""
-    if Path(file).suffix in _KINDS and not Path(file).is_file():
-        raise MatryoshkaError(f"there is no file {file}: data names the rows to train on")
-    if Path(file).suffix == ".jsonl":
-        first = read_rows(file, 1)[0]
-        if not (isinstance(first, dict) and any(columns <= first.keys() for columns in _COLUMNS)):
-            raise MatryoshkaError(
-                f"the first row of {file} is {first!r:.80}: give rows with prompt and completion, "
-                "or with messages or text"
-            )
 
 
 def _prepare(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]:
@@ -183,17 +170,18 @@ def _prepare(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]:
         lora = LoraConfig(**{"revision": revision, **config["lora"]})
     arguments.model_init_kwargs = None  # for the model, which is made here
     set_seed(arguments.seed)
-    name = config.get("model")
+    name, evaluated = config.get("model"), config.get("eval_data")
+    text = arguments.dataset_text_field
+    data, held_out = (None if x is None else _rows(x, text) for x in (config["data"], evaluated))
     base = load_model(name, config.get("dtype"), revision, arguments.device, **options)
     nesting = {key: value for key, value in config["nesting"].items() if key != "reorder"}
-    evaluated = config.get("eval_data")
     with _refusals():
         adapter = nest(get_peft_model(base, lora), **{"seed": arguments.seed, **nesting})
         trainer = SFTTrainer(
             model=adapter.model,
             args=arguments,
-            train_dataset=_rows(config["data"]),
-            eval_dataset=None if evaluated is None else _rows(evaluated),
+            train_dataset=data,
+            eval_dataset=held_out,
             processing_class=load_tokenizer(name, revision),
             callbacks=[adapter.callback()],
         )
@@ -225,8 +213,9 @@ def _arguments(training: Mapping[str, Any]) -> SFTConfig:
         return parser.parse_args_into_dataclasses([])[0]
 
 
-def _rows(data: str | Mapping[str, Any]) -> Dataset:
-    from datasets import load_dataset
+def _rows(data: str | Mapping[str, Any], text: str) -> Dataset:
+    """Return rows, and refuse those that TRL would fail at; ``text`` is a column of whole texts."""
+    from datasets import Dataset, load_dataset
 
     if not isinstance(data, str):
         given = dict(data)
@@ -235,10 +224,23 @@ def _rows(data: str | Mapping[str, Any]) -> Dataset:
     else:
         given = {"path": data}
     try:
-        return load_dataset(**{"split": "train", **given})
+        found = load_dataset(**{"split": "train", **given})
     except Exception as error:  # of the hub, of datasets, of a format: none in common
         reason = " ".join(str(error).split())
         raise MatryoshkaError(f"the data {data!s:.80} cannot be read: {reason:.300}") from error
+    names = {*(found.column_names or ())}
+    columns = next((each for each in (*_COLUMNS, {text}) if each <= names), set[str]())
+    for name in columns if isinstance(found, Dataset) else ():  # a stream has no first row yet
+        if found.data.column(name).null_count or not isinstance(found[0][name], (str, list)):
+            raise MatryoshkaError(
+                f"a {name} of {data!s:.200} is missing, or is a number and no text"
+            )
+    if names and not columns:
+        raise MatryoshkaError(
+            f"the columns of {data!s:.200} are {', '.join(sorted(names))}: give prompt and completion, or "
+            "messages, or text"
+        )
+    return found
 
 
 def _run(adapter: NestedAdapter, trainer: SFTTrainer, output: Path) -> None:

@@ -333,7 +333,9 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
         Architectures fail in many ways: routed experts have no rows, recurrent states no columns,
         some models do not see where padding ends. One trial finds all of them.
         """
-        ids, ranks, before = tuple(range(3, 16)), [self.ranks[-1], self.ranks[0]], self.adapter.rank
+        text = "The quick brown fox jumps over the lazy dog, and sleeps under a large old tree"
+        ids = tuple(self.tokenizer.encode(text, add_special_tokens=False) * 13)[:13]
+        ranks, before = [self.ranks[-1], self.ranks[0]], self.adapter.rank
         trees = [Tree(ids[:9], 9, []), Tree(ids[:6], 6, [])]
         with torch.no_grad():
             try:

@@ -11,10 +11,8 @@ from typing import Any
 from matryoshka_lora.errors import MatryoshkaError
 
 
-def read_rows(data: Any, most: int | None = None) -> list[Any]:
+def read_rows(data: Any) -> list[Any]:
     """Return the rows of a dataset or a list, or of a file with a JSON object in each line.
-
-    With ``most``, no more than the first ones of a file are read.
 
     Raises:
         MatryoshkaError: The file cannot be read, or there are no rows.
@@ -24,12 +22,9 @@ def read_rows(data: Any, most: int | None = None) -> list[Any]:
         rows = list(data)
     else:
         try:
-            with Path(data).open(encoding="utf-8", newline="\n") as lines:
-                for number, line in enumerate(lines, start=1):
-                    place = f" in line {number}"
-                    rows += [json.loads(line)] if line.strip() else []
-                    if len(rows) == most:
-                        break
+            for number, line in enumerate(Path(data).read_text("utf-8").split("\n"), start=1):
+                place = f" in line {number}"
+                rows += [json.loads(line)] if line.strip() else []
         except (OSError, ValueError) as error:
             raise MatryoshkaError(
                 f"{data} cannot be read{place}: {error}. Give a JSON object in each line"

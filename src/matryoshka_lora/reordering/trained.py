@@ -87,7 +87,7 @@ def train_ranks(
     text = f"these trained ranks lose more than the SVD's: {', '.join(worse)}" if worse else ""
     if not kept:
         text = (
-            "the trained ranks are not kept: on rows that they were not trained on, their loss "
+            "the trained ranks are not kept, and the order stays svd: on held-out rows, their loss "
             f"would change by {mean:+.3f} in the mean, and that of rank {top} by {more[top]:+.3f}"
         )
     if text:
