@@ -237,8 +237,8 @@ def _rows(data: str | Mapping[str, Any], text: str) -> Dataset:
             )
     if names and not columns:
         raise MatryoshkaError(
-            f"the columns of {data!s:.200} are {', '.join(sorted(names))}: give prompt and completion, or "
-            "messages, or text"
+            f"{data!s:.200} has the columns {', '.join(sorted(names))}: give prompt and "
+            "completion, or messages, or text"
         )
     return found
 
