@@ -26,7 +26,7 @@ class NestingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse settings that would silently train or save another function."""
+        """Refuse settings that would fail late, or silently train or save another function."""
         if args.n_gpu > 1:
             raise MatryoshkaError(
                 "one process cannot train nested layers on several GPUs: start the script with "

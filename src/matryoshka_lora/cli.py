@@ -134,7 +134,7 @@ def reorder(
     adapter: Lora,
     out: Out,
     by: Annotated[By, typer.Option(metavar="ORDER", help="What makes a prefix good.")] = "svd",
-    data: Annotated[Path | None, _option("For trained: rows, a .jsonl.", exists=True)] = None,
+    data: Annotated[Path | None, _option("For trained: a .jsonl of rows.", exists=True)] = None,
     rows: Annotated[int | None, _option("How many rows.", min=1, default="by need")] = None,
     model: Model = None,
     revision: Revision = None,
@@ -274,7 +274,7 @@ def export(
 def evaluate(
     adapter: Nested,
     tasks: Annotated[str | None, _option("The harness's tasks or YAML files, by commas.")] = None,
-    data: Annotated[Path | None, _option("Instead of tasks: rows, a .jsonl.", exists=True)] = None,
+    data: Annotated[Path | None, _option("Instead of tasks: a .jsonl file.", exists=True)] = None,
     ranks: Annotated[str | None, _option("As 1,2,4, or all.", default="the nested ones")] = None,
     num_fewshot: Annotated[int | None, _option("Shots.", min=0, default="the task's own")] = None,
     limit: Annotated[int | None, _option("The most questions of a task.", min=1)] = None,

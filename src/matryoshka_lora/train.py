@@ -233,7 +233,7 @@ def _rows(data: str | Mapping[str, Any], text: str) -> Dataset:
     for name in columns if isinstance(found, Dataset) else ():  # a stream has no first row yet
         if found.data.column(name).null_count or not isinstance(found[0][name], (str, list)):
             raise MatryoshkaError(
-                f"a {name} of {data!s:.200} is missing, or is a number and no text"
+                f"a {name} of {data!s:.200} is missing or no text: give one in each row"
             )
     if names and not columns:
         raise MatryoshkaError(
