@@ -206,6 +206,18 @@ def test_what_was_trained_beside_the_factors_comes_back(extra: str, tmp_path: Pa
     assert_same(logits(loaded.model), logits(model), 1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_an_enlarged_vocabulary_comes_back(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    enlarged, base = (type(tiny_llama()).from_pretrained(tmp_path / "base") for _ in "ab")
+    enlarged.resize_token_embeddings(enlarged.vocab_size + 40)
+    adapter = nest_as(get_peft_model(enlarged, lora_config(NESTING)).eval(), NESTING)
+    randomize(adapter.model)
+    expected = adapter.model(new := torch.arange(40)[None] + base.vocab_size).logits
+    adapter.save(tmp_path / "a")
+    assert_same(load(base, tmp_path / "a").model(new).logits, expected, 1e-5)
+
+
 # PEFT's own files and state dicts.
 
 

@@ -132,7 +132,7 @@ def test_what_is_left_out_makes_the_scale_1(
         ("nesting.rule=lorra", "there is no rule 'lorra'"),
         ("nesting.ranks=[1, 2]", "ranks"),
         ("eval_strategy=steps", "eval"),
-        ("data=nothing.jsonl", "there is no file nothing.jsonl"),
+        ("data=nothing.jsonl", "the data nothing.jsonl cannot be read"),
         ("model=nothing", "cannot load the model"),
     ],
 )

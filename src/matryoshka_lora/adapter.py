@@ -308,8 +308,10 @@ class NestedAdapter:
         config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
         base = config.get("base_model_name_or_path")
         config["base_model_name_or_path"] = base or getattr(self.model, "name_or_path", None)
+        # "auto" keeps an enlarged vocabulary, but all weights of an embedding that is adapted too.
+        whole = not any(self.name in module.lora_embedding_A for module in self._layers().values())
         tensors = get_peft_model_state_dict(
-            self.model, adapter_name=self.name, save_embedding_layers=False
+            self.model, adapter_name=self.name, save_embedding_layers="auto" if whole else False
         )
         return from_tensors(f"adapter {self.name!r}", config, tensors, shared.nesting, self.order)
 

@@ -32,15 +32,6 @@ class NestingCallback(TrainerCallback):
                 "one process cannot train nested layers on several GPUs: start the script with "
                 "`accelerate launch`, or let it see one GPU with CUDA_VISIBLE_DEVICES=0"
             )
-        rule = self.adapter.rule
-        if rule.name == "lora":
-            return
-        copies = [B for name, B in self.adapter.model.named_parameters() if ".lora_B.ref." in name]
-        if any(bool(B.count_nonzero()) for B in copies):
-            raise MatryoshkaError(
-                f"TRL's reference copies factors that are trained, without what rule {rule.name!r} "
-                "puts between them: call adapter.reorder() before you make the Trainer"
-            )
         if not self.adapter.holds_p:
             return
         # Accelerate's config may enable sharding without the Trainer's arguments.

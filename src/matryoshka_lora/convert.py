@@ -345,8 +345,10 @@ def _merge(
     from peft.tuners.lora import LoraLayer
 
     from matryoshka_lora.models import load_model, tokenizer_beside
+    from matryoshka_lora.nested import fit
 
     model = load_model(name, "auto", revision, "cpu")
+    fit(model, adapter)
     with tempfile.TemporaryDirectory() as folder:
         error = write_rank(adapter, f"{folder}/rank", ranks)
         adapted: Any = PeftModel.from_pretrained(model, f"{folder}/rank")

@@ -251,7 +251,8 @@ def _changed(
             else:
                 others[key] = after
     if not layers:
-        raise MatryoshkaError("no linear layer and no convolution changed: there is nothing to do")
+        also = f"; {min(others)} did, which is neither in the model's own class" if others else ""
+        raise MatryoshkaError(f"no linear layer and no convolution changed{also}")
     return layers, others
 
 

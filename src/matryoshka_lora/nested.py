@@ -116,7 +116,7 @@ def load(
     path = local(path)
     file = open_adapter(path)
     base = base_model.get_base_model() if isinstance(base_model, PeftModel) else base_model
-    _refuse_foreign(base, file)
+    fit(base, file)
     options = {"adapter_name": adapter, "is_trainable": trainable}
     if isinstance(base_model, PeftModel):
         model, undo = base_model, partial(base_model.delete_adapter, adapter)
@@ -199,8 +199,16 @@ def _learn_one_column(module: Any, adapter: str, shared: Shared) -> None:
         parameter.register_hook(partial(only, dimension))  # type: ignore[no-untyped-call]
 
 
-def _refuse_foreign(base: nn.Module, file: AdapterFile) -> None:
-    """Raise MatryoshkaError where the model lacks layers of the adapter; PEFT would only warn."""
+def fit(base: nn.Module, file: AdapterFile) -> None:
+    """Give a base model the vocabulary of an adapter that holds its embeddings whole.
+
+    Raises:
+        MatryoshkaError: The model lacks a layer of the adapter. PEFT would only warn.
+    """
+    for name, module in [*base.named_modules()]:
+        rows = file.others.get(f"base_model.model.{name}.weight")
+        if rows and isinstance(module, nn.Embedding) and rows.shape[0] != module.num_embeddings:
+            base.resize_token_embeddings(rows.shape[0], mean_resizing=False)  # type: ignore[operator]
     there = {name.replace(".base_layer", "") for name, _ in base.named_modules()}
     missing = [layer.name for layer in file.layers if layer.name not in there]
     if missing:

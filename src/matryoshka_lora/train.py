@@ -140,9 +140,6 @@ def train(config: Mapping[str, Any]) -> Path:
     if target.exists():
         print(f"{target} is finished: nothing to train. Name another output_dir for another run")
         return target
-    for rows in (config["data"], config.get("eval_data")):
-        if Path(str(rows)).suffix in _KINDS and not Path(str(rows)).is_file():
-            raise MatryoshkaError(f"there is no file {rows}: data names the rows to train on")
     adapter, trainer = _prepare(config)
     _run(adapter, trainer, output)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
