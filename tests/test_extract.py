@@ -275,7 +275,7 @@ def test_a_wish_that_cannot_be_met_is_refused(
     with pytest.raises(MatryoshkaError, match=message):
         extract(*models, tmp_path / options.pop("target", "lora"), **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
-    with pytest.raises(MatryoshkaError, match="no convolution changed$"):
+    with pytest.raises(MatryoshkaError, match=r"no convolution changed$"):
         extract(models[0], models[0], tmp_path / "lora", rank=4)
 
 
