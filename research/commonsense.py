@@ -142,12 +142,27 @@ def rows(folder: Path, split: str) -> list[Row]:
     return [row for some in zip_longest(*each) for row in some if row is not None]
 
 
-def choose(adapter: NestedAdapter, ranks: Sequence[int], folder: Path, tokenizer: Any) -> Chosen:
-    """Return the share of a split's questions whose right answer is the likeliest."""
+def choose(
+    adapter: NestedAdapter,
+    ranks: Sequence[int],
+    folder: Path,
+    tokenizer: Any,
+    limit: int | None = None,
+) -> Chosen:
+    """Return the share of questions whose right answer is the likeliest.
+
+    Args:
+        adapter: It is measured at the ranks, and without.
+        ranks: Increasing.
+        folder: A split's.
+        tokenizer: The base model's.
+        limit: The most questions of each task, the first ones; None is all.
+    """
     from matryoshka_lora import evaluate  # tables need no harness
 
     files = [str((folder / f"{task}.yaml").resolve()) for task in TASKS]
-    found = evaluate(adapter, files, ranks=ranks, tokenizer=tokenizer, progress=False)
+    how: Any = {"ranks": ranks, "tokenizer": tokenizer, "limit": limit, "progress": False}
+    found = evaluate(adapter, files, **how)
     return {
         task: {
             metric: [
