@@ -205,10 +205,6 @@ def fit(base: nn.Module, file: AdapterFile) -> None:
     Raises:
         MatryoshkaError: The model lacks a layer of the adapter. PEFT would only warn.
     """
-    for name, module in [*base.named_modules()]:
-        rows = file.others.get(f"base_model.model.{name}.weight")
-        if rows and isinstance(module, nn.Embedding) and rows.shape[0] != module.num_embeddings:
-            base.resize_token_embeddings(rows.shape[0], mean_resizing=False)  # type: ignore[operator]
     there = {name.replace(".base_layer", "") for name, _ in base.named_modules()}
     missing = [layer.name for layer in file.layers if layer.name not in there]
     if missing:
@@ -217,3 +213,7 @@ def fit(base: nn.Module, file: AdapterFile) -> None:
             f"{file.name} has factors for layer {missing[0]}, which this model lacks: load it onto "
             f"the model that it was trained on{f', {named}' if named else ''}"
         )
+    for name, module in [*base.named_modules()]:
+        rows = file.others.get(f"base_model.model.{name}.weight")
+        if rows and isinstance(module, nn.Embedding) and rows.shape[0] != module.num_embeddings:
+            base.resize_token_embeddings(rows.shape[0], mean_resizing=False)  # type: ignore[operator]
