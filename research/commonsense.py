@@ -161,8 +161,7 @@ def choose(
     from matryoshka_lora import evaluate  # tables need no harness
 
     files = [str((folder / f"{task}.yaml").resolve()) for task in TASKS]
-    how: Any = {"ranks": ranks, "tokenizer": tokenizer, "limit": limit, "progress": False}
-    found = evaluate(adapter, files, **how)
+    found = evaluate(adapter, files, ranks=ranks, tokenizer=tokenizer, limit=limit, progress=False)
     return {
         task: {
             metric: [

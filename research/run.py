@@ -116,7 +116,7 @@ def _measured(
     if ask is None:
         return Curve(tuple(losses), tuple(accuracies)), seconds
     for other in others.values():
-        if other.loss == tuple(losses):  # the order was kept, and questions take an hour
+        if other.loss == tuple(losses):  # the adapter is the same, and questions take long
             return other, seconds
     if not chosen:
         chosen = [ask(adapter, list(trained.ranks))]
