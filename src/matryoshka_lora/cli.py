@@ -89,9 +89,9 @@ def train(
     """Train one adapter for every rank.
 
     The file names the data, and may set any field of TRL's SFTConfig, any of PEFT's LoraConfig
-    under lora:, and under nesting: ranks, scaling, rule, deploy and reorder. The same command goes
-    on where a killed run stopped. After the run all ranks are trained together, on at most half as
-    many rows again; nesting.reorder=svd takes seconds instead.
+    under lora:, and under nesting: ranks, scaling, rule, deploy, seed and reorder. The same command
+    goes on where a killed run stopped. After the run all ranks are trained together, on at most
+    half as many rows again; nesting.reorder=svd takes seconds instead.
 
     Example: matryoshka train config.yaml data=my.jsonl lora.r=8 learning_rate=1e-3
     """
@@ -147,7 +147,7 @@ def reorder(
 
     - svd: each rank is the closest one to the adapter's update, and the largest rank computes what
       it did; seconds, without data or base model
-    - trained: all ranks are trained on, for about half a run at most
+    - trained: the loss of every rank is trained down, on at most 3,200 rows
 
     Example: matryoshka reorder some-lora -o nested --by trained --data my.jsonl
     """
@@ -188,8 +188,8 @@ def extract(
     tuned: Annotated[Path, _named("The model after.")],
     out: Out,
     rank: Annotated[int | None, _option("The rank, or the most of a layer.", min=1)] = None,
-    keep: Annotated[str | None, _option("Instead: the rank of each layer that keeps 90%.")] = None,
-    max_bytes: Annotated[str | None, _option("Instead: the most that it may have: 50MB.")] = None,
+    keep: Annotated[str | None, _option("A rank for each layer, that keeps 90%.")] = None,
+    max_bytes: Annotated[str | None, _option("The most that it may have: 50MB.")] = None,
     whole: Annotated[
         list[str] | None, _option("A module that is kept as it is, such as lm_head. Repeat it.")
     ] = None,
@@ -216,15 +216,15 @@ def extract(
 def export(
     adapter: Lora,
     out: Out,
-    rank: Annotated[str | None, _option("The rank; in a ladder several, as 1,8.")] = None,
+    rank: Annotated[str | None, _option("The rank; with --keep the most. A ladder: 1,4,8.")] = None,
     keep: Annotated[
         str | None,
         _option(
-            "Instead: a rank for each layer that keeps 95% of its squared singular values, which "
+            "A rank for each layer, that keeps 95% of its squared singular values, which "
             "is an error of 22 % of its norm."
         ),
     ] = None,
-    max_bytes: Annotated[str | None, _option("Instead: the most that it may have: 50MB.")] = None,
+    max_bytes: Annotated[str | None, _option("The most that it may have: 50MB.")] = None,
     style: Annotated[Style | None, _option("In a single file: the spelling of its keys.")] = None,
     format: Annotated[Format | None, _option("See above.", default="by the name of --out")] = None,
     model: Model = None,
@@ -238,7 +238,7 @@ def export(
 
     - peft: an ordinary LoRA adapter
     - merged: the base model with the adapter in its weights
-    - ladder: an adapter for each nested rank, for servers
+    - ladder: an adapter for each rank to serve
     - gguf: a file for llama.cpp's --lora
     - mlx: a folder for mlx-lm
 
