@@ -67,7 +67,7 @@ def same_bits(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
 def loss_of(adapter: NestedAdapter, rows: list[Row], rank: int) -> float:
     """Return the model's own loss of rows at a rank."""
     q = (torch.arange(adapter.nesting.max_rank) < rank).double()
-    with torch.no_grad(), adapter.standing(q):
+    with torch.no_grad(), adapter.override(q):
         return float(adapter.model.eval()(**collate(rows)).loss)
 
 

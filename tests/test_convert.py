@@ -62,12 +62,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("lora", "x", {"rank": 2, "format": "gguf"}, r"name it .*x\.gguf"),
         ("lora", "x", {}, "say how much to keep: --rank 8"),
         ("lora", "x", {"keep": "90%", "format": "ladder"}, "ladder cannot be cut like that"),
-        (
-            "lora",
-            "x",
-            {"keep": "90%", "format": "mlx"},
-            "mlx cannot be cut like that: give --rank$",
-        ),
+        ("lora", "x", {"keep": "90%", "format": "mlx"}, "mlx cannot be cut .*: give --rank$"),
         ("lora", "x", {"max_bytes": 50_000, "format": "merged"}, "merged cannot be cut like that"),
         ("lora", "x", {"rank": 9}, "has no rank 9: choose one of 1 to 8"),
         ("lora", "x", {"rank": 0}, "has no rank 0"),
@@ -162,15 +157,19 @@ def test_a_merged_model_is_the_base_with_the_rank(tmp_path: Path, tied: bool) ->
 
     base().save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    plain_adapter(tmp_path / "lora", base(), target_modules=["embed_tokens", "q_proj"])
+    named = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    plain_adapter(tmp_path / "lora", named, target_modules=["embed_tokens", "q_proj"])
     tiny_tokenizer().save_pretrained(tmp_path / "lora")  # as beside a Trainer's checkpoint
     (tmp_path / "lora" / "chat_template.jinja").write_text("mine")
-    export(tmp_path / "lora", tmp_path / "merged", 3, "merged", model=str(tmp_path / "base"))
+    export(tmp_path / "lora", tmp_path / "merged", 3, "merged")
     export(tmp_path / "lora", tmp_path / "rank", 3)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert distance(logits(model), by_peft(tmp_path / "rank", base)) < 1e-5
     assert distance(logits(model), logits(base())) > 0.1
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == "mine"
+    for written in ("merged", "rank"):
+        assert AutoTokenizer.from_pretrained(tmp_path / written).chat_template == "mine"
+    with pytest.raises(MatryoshkaError, match="is or holds the source"):
+        export(tmp_path / "lora", tmp_path / "base", 3, "merged", force=True)
     text = (tmp_path / "merged" / "config.json").read_text()
     assert json.loads(text)["rope_theta"] == 1e4  # mlx-lm and others look for it there
     assert str(tmp_path) not in text
@@ -227,9 +226,13 @@ def test_an_adapter_is_reordered_by_training_data(tmp_path: Path) -> None:
         adam.step()
     lora.save_pretrained(tmp_path / "lora")
     base: dict[str, Any] = {"model": str(tmp_path / "base"), "dtype": torch.float32}
+    tiny_tokenizer().save_pretrained(tmp_path / "lora")
+    with pytest.raises(MatryoshkaError, match="is or holds the source"):
+        reorder(tmp_path / "lora", tmp_path / "base", "trained", rows, **base, force=True)
     reorder(tmp_path / "lora", tmp_path / "nested", "trained", rows, rows=160, **base)
     opened = open_adapter(tmp_path / "nested")
     assert (opened.order, opened.max_rank) == ("trained", 4)
+    assert (tmp_path / "nested" / "tokenizer_config.json").is_file()
 
     def loss(folder: str) -> float:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

@@ -229,14 +229,18 @@ def test_what_we_did_not_write_is_not_replaced(adapter: Path, taken: Path) -> No
         ({"data": [*rows(1), {"text": "a"}]}, "row 2 of the data is"),
         ({"data": "no.jsonl"}, r"no\.jsonl cannot be read"),
         ({"tasks": "no.yaml"}, r"there is no file no\.yaml"),
+        ({"data": [{"messages": ["a", "b"]}]}, "row 1 of the data is"),
+        ({"data": "rows/my.jsonl", "out": "rows", "force": True}, "is or holds the source"),
+        ({"data": rows(), "out": ..., "force": True}, "is or holds the source"),
     ],
 )
 def test_what_cannot_be_measured_is_said_before_the_model_is_loaded(
     asked: Any, said: str, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("matryoshka_lora.models.load_model", None)
+    out = {"out": adapter} if asked.get("out") is ... else {}
     with pytest.raises(MatryoshkaError, match=said):
-        evaluate(adapter, progress=False, **asked)
+        evaluate(adapter, progress=False, **asked | out)
 
 
 @pytest.mark.slow
@@ -290,13 +294,16 @@ MESSAGES = [
         ({"prompt": "a b", "completion": "\nc"}, "a b", []),  # its answer begins with a newline
         ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, None, ["\n", "<|im_end|>"]),
         ({"messages": MESSAGES}, None, ["\n", "<|im_end|>"]),
+        ({"messages": MESSAGES, "tools": '[{"name": "add"}]'}, "add:", ["\n"]),
     ],
 )
 def test_rows_are_asked_in_trls_formats(
     row: dict[str, Any], prompt: str | None, until: list[str], tmp_path: Path
 ) -> None:
     tokenizer = load_tokenizer()
-    if prompt is None:
+    if "tools" in row:
+        tokenizer.chat_template = "{{ tools[0].name }}:{{ messages[1].content if messages[1:] }}"
+    elif prompt is None:
         chat = {"tokenize": False, "add_generation_prompt": True}
         prompt = tokenizer.apply_chat_template(MESSAGES[:1], **chat)
         assert prompt.endswith("<|im_start|>assistant\n")

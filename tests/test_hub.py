@@ -26,11 +26,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         plain_adapter(folder, r=rank)
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / revision).write_text(REVISIONS[revision])
+        (folder / "chat_template.jinja").write_text("mine")
         state = folder / "adapter_model.safetensors"
         (folder / "in").mkdir()
         (folder / "in/lora.safetensors").write_bytes(
             state.read_bytes().replace(b"base_model.model.", b"unet.mid_block.m.")
         )
+    files = home / "hub/models--owner--files"
+    (files / "snapshots" / REVISIONS["main"]).mkdir(parents=True)
+    (files / "refs").mkdir()
+    (files / "refs/main").write_text(REVISIONS["main"])
     return home
 
 
@@ -53,6 +58,15 @@ def test_an_adapter_may_be_named_by_its_repository(cache: Path, name: str, said:
     found = run(cache, "info", name)
     assert found.returncode == 0, found.stderr
     assert said in found.stdout
+
+
+def test_a_tokenizer_comes_along_and_a_repository_of_files_says_how_to_name_one(
+    cache: Path,
+) -> None:
+    assert run(cache, "export", "owner/name", "--rank", "2", "-o", "out").returncode == 0
+    assert (cache / "out/chat_template.jinja").read_text() == "mine"
+    found = run(cache, "info", "owner/files")
+    assert "holds no adapter_config.json: name a file, as owner/files/FILE.saf" in found.stderr
 
 
 @pytest.mark.parametrize("name", ["owner/other", "owner/name@v3"])

@@ -77,10 +77,7 @@ def test_every_source_gives_the_same_rows(tmp_path: Path, model: Any) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (
-            DatasetDict(train=Dataset.from_list(TEXT)),
-            "row 1 of the data is 'train': give rows",
-        ),
+        (DatasetDict(train=Dataset.from_list(TEXT)), "row 1 of the data is 'train': give rows"),
         (["a", "b"], "row 1 of the data is 'a'"),
         ([*TEXT, None], "row 19 of the data is None"),
         ([{"prompt": "a", "completion": None}], "row 1 of the data"),
@@ -88,10 +85,7 @@ def test_every_source_gives_the_same_rows(tmp_path: Path, model: Any) -> None:
         ([{"prompt": [{"role": "user"}], "completion": "a"}], "both text or both messages"),
         ([{"messages": CHAT[0]["prompt"]}], "messages that end with the assistant's"),
         ("missing.jsonl", r"missing.jsonl cannot be read: .*No such file"),
-        (
-            "broken.jsonl",
-            r"broken.jsonl cannot be read in line 1: .*Give a JSON object",
-        ),
+        ("broken.jsonl", r"broken.jsonl cannot be read in line 1: .*Give a JSON object"),
     ],
 )
 def test_what_are_no_rows_is_refused_and_the_adapter_stays(

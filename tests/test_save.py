@@ -386,8 +386,12 @@ def test_a_load_that_fails_leaves_the_base_model(rank: Any, tmp_path: Path) -> N
     with pytest.raises(MatryoshkaError, match="rank"):
         load(base, tmp_path / "a", rank=rank)
     assert [name for name, _ in base.named_parameters()] == names
-    with pytest.raises(MatryoshkaError, match=r"layers\.1.* which this model lacks"):
+    with pytest.raises(MatryoshkaError, match=r"this model lacks layer .*layers\.1"):
         load(tiny_llama(num_hidden_layers=1), tmp_path / "a")
+    wide = tiny_llama(hidden_size=128)
+    with pytest.raises(MatryoshkaError, match="has it in another size"):
+        load(wide, tmp_path / "a")
+    assert [name for name, _ in wide.named_parameters()] == names
 
 
 # A process that has only PEFT.

@@ -216,8 +216,8 @@ def test_later_columns_fade_out_of_the_forward(monkeypatch: pytest.MonkeyPatch) 
     """From a half to nothing in half of the steps."""
     monkeypatch.setattr(trained, "ranks_of_steps", lambda *_: [2, 8, 3, 1])
     adapter = reordered()
-    seen, standing = [], adapter.standing
-    monkeypatch.setattr(adapter, "standing", lambda q: seen.append(q.tolist()) or standing(q))
+    seen, override = [], adapter.override
+    monkeypatch.setattr(adapter, "override", lambda q: seen.append(q.tolist()) or override(q))
     descend(adapter, rows_for(adapter), 4 * 16)
     assert seen == [[1.0] * n + [q] * (8 - n) for n, q in ((2, 0.5), (8, 0.25), (3, 0.0), (1, 0.0))]
 
@@ -320,7 +320,7 @@ def test_every_kind_of_layer_is_trained(kind: str) -> None:
 
     with torch.no_grad():
         wanted = half(x)
-        with adapter.standing(torch.zeros(4, dtype=torch.float64)):
+        with adapter.override(torch.zeros(4, dtype=torch.float64)):
             size = (half(x) - wanted).square().mean()
 
     def loss(batch: Any) -> Tensor:
@@ -330,7 +330,7 @@ def test_every_kind_of_layer_is_trained(kind: str) -> None:
         return {"x": x[numbers], "labels": wanted[numbers]}
 
     def loss_of_rank_1() -> float:
-        with torch.no_grad(), adapter.standing(torch.eye(4, dtype=torch.float64)[0]):
+        with torch.no_grad(), adapter.override(torch.eye(4, dtype=torch.float64)[0]):
             return float(loss(collated(list(range(16)))))
 
     rows = Rows(range(16), collated, loss, x.device, quiet=True)

@@ -128,11 +128,11 @@ class NestedAdapter:
             raise MatryoshkaError("rows() needs one rank for each row of the batch")
         self._refuse_ranks(ranks)
         table = {rank: self._shared.at(rank) for rank in set(ranks)}
-        with self.standing(torch.stack([table[rank] for rank in ranks])):
+        with self.override(torch.stack([table[rank] for rank in ranks])):
             yield
 
     @contextmanager
-    def standing(self, q: Tensor) -> Iterator[None]:
+    def override(self, q: Tensor) -> Iterator[None]:
         """Use another diagonal q in all layers, which compute ``W x + s B diag(q) A x`` then.
 
         It has the shape (R,), or (rows, R) for one diagonal per row.

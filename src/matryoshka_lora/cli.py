@@ -120,7 +120,7 @@ def info(adapter: Lora) -> None:
 
     description = describe(adapter)
     _tell(description.lines())
-    if adapter.is_file():
+    if description.adapter.is_single:
         _next("export", adapter, "--keep", "99%", "-o", f"{adapter.stem}-small.safetensors")
     elif description.adapter.order is None:
         _next("reorder", adapter, "-o", "nested")
@@ -411,7 +411,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("matryoshka_lora"):
             raise
-        _fail(f"this needs {error.name}: pip install 'matryoshka-lora[{_extra(error.name)}]'")
+        _fail(f"this needs {error.name}: pip install 'matryoshka-lora[all]'")
     except SystemExit as end:
         if end.code == 130:  # typer's, for Ctrl-C
             print("stopped", file=sys.stderr)
@@ -421,12 +421,6 @@ def main() -> None:
 def _fail(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(1)
-
-
-def _extra(module: str | None) -> str:
-    by_verb = {"train": "train", "eval": "eval", "play": "play", "demo": "demo"}
-    by_module = {"gguf": "gguf", "matplotlib": "eval"}
-    return by_verb.get("".join(sys.argv[1:2])) or by_module.get(module or "", "peft")
 
 
 def _tell(lines: Iterable[str]) -> None:

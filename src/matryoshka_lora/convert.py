@@ -116,7 +116,8 @@ def reorder(
     """
     adapter = open_adapter(source)
     kind = _kind(adapter, target, None if adapter.is_single else "peft", None)
-    place = check_place(target, force, adapter.files)
+    base_model = model or adapter.config.get("base_model_name_or_path")
+    place = check_place(target, force, [*adapter.files, data, base_model])
     if (by == "svd") != (data is None):
         way = "give it rows with --data" if data is None else "write --by trained"
         raise MatryoshkaError(f"order {by!r} takes {'no ' * (by == 'svd')}data: {way}")
@@ -140,7 +141,7 @@ def reorder(
             write_nested(adapter, f"{folder}/nested")
             nested = load(base, f"{folder}/nested", trainable=True)
         nested.reorder(cast(Any, by), rows_of_data, tokenizer, rows, seed)
-        nested.save(place, force)
+        write_nested(replace(nested.opened(), files=adapter.files), place, force)
     return place
 
 
@@ -326,11 +327,12 @@ def _write(
         return write_rank(adapter, place, ranks, force)
     name, revision = adapter.base_model(*base)
     config, plan = _base_config(name, revision), plan_rank(adapter, ranks)
+    sources = (*adapter.files, name)
     if kind == "gguf":
-        with new_file(place, force, adapter.files) as file:
+        with new_file(place, force, sources) as file:
             write_gguf(plan, file, config)
         return plan.error()
-    with new_folder(place, force, adapter.files) as folder:
+    with new_folder(place, force, sources) as folder:
         if kind == "merged":
             return _merge(adapter, folder, ranks, name, revision)
         write_mlx(plan, folder, config)

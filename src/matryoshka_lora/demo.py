@@ -126,7 +126,7 @@ def measure(adapter: NestedAdapter, batches: list[dict[str, Tensor]]) -> Right:
     adapter.model.eval()
     found, digits = {}, torch.cat([batch["labels"] for batch in batches])
     for rank in tqdm((0, *RANKS), "asking every rank", leave=False):
-        with adapter.standing((torch.arange(RANK) < rank).double()):
+        with adapter.override((torch.arange(RANK) < rank).double()):
             said = [adapter.model(**batch).logits.argmax(-1) for batch in batches]
         found[rank] = 100 * (torch.cat(said) == digits).all(1).double().mean().item()
     return found

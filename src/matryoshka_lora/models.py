@@ -89,8 +89,8 @@ def load_tokenizer(name: str | None = None, revision: str | None = None) -> PreT
 
 def tokenizer_beside(file: AdapterFile, name: str | None, revision: str | None) -> Any:
     """Return the tokenizer that a Trainer has saved beside the adapter, or the base model's."""
-    own = bool(file.files) and Path(file.name, "tokenizer_config.json").is_file()
-    return load_tokenizer(*((file.name,) if own else (name, revision)))
+    beside = [x.parent for x in file.files[:1] if (x.parent / "tokenizer_config.json").is_file()]
+    return load_tokenizer(*(map(str, beside) if beside else (name, revision)))
 
 
 def source_of(name: str) -> str:

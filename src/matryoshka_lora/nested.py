@@ -99,7 +99,7 @@ def load(
     An adapter that is not nested, such as a Trainer's checkpoint, is reordered by SVD first.
 
     Args:
-        base_model: The adapter's base model, or a `PeftModel` that gets one more adapter.
+        base_model: The adapter's base model, or a `PeftModel`; its ``set_adapter`` activates it.
         path: A folder that `NestedAdapter.save` or PEFT has written, or ``owner/name`` on the hub.
         rank: The rank in eval mode, from 0 to R; None is R.
         adapter: The adapter's name in PEFT.
@@ -203,14 +203,15 @@ def fit(base: nn.Module, file: AdapterFile) -> None:
     """Give a base model the vocabulary of an adapter that holds its embeddings whole.
 
     Raises:
-        MatryoshkaError: The model lacks a layer of the adapter. PEFT would only warn.
+        MatryoshkaError: The model lacks a layer of the adapter, or has it in another size.
     """
-    there = {name.replace(".base_layer", "") for name, _ in base.named_modules()}
-    missing = [layer.name for layer in file.layers if layer.name not in there]
+    names = ((name.replace(".base_layer", ""), module) for name, module in base.named_modules())
+    sizes = {name: getattr(module, "in_features", None) for name, module in names}
+    missing = [x.name for x in file.layers if sizes.get(x.name, 0) not in (None, x.A.shape[-1])]
     if missing:
         named = file.config.get("base_model_name_or_path")
         raise MatryoshkaError(
-            f"{file.name} has factors for layer {missing[0]}, which this model lacks: load it onto "
+            f"this model lacks layer {missing[0]} of {file.name}, or has it in another size: take "
             f"the model that it was trained on{f', {named}' if named else ''}"
         )
     for name, module in [*base.named_modules()]:

@@ -21,14 +21,6 @@ if TYPE_CHECKING:
 
 _OWN = ("model", "dtype", "data", "eval_data", "lora", "nesting")
 _NESTING = ("ranks", "scaling", "rule", "seed", "deploy", "reorder")
-_MEANT = {
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "rank": "lora.r",
-    "alpha": "lora.lora_alpha",
-    **dict.fromkeys(("dataset", "dataset_name", "train_file", "train_data"), "data"),
-}
 # Where TRL's defaults do not suit an adapter in float32 on a base that has its own dtype already.
 _DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/train",
@@ -73,6 +65,7 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
         raise MatryoshkaError(f"cannot read the config {path}: {error}") from error
     theirs = [[field.name for field in fields(kind)] for kind in (SFTConfig, LoraConfig)]
+    theirs[0].remove("resume_from_checkpoint")  # a run goes on by itself
     known = {"": [*_OWN, *theirs[0]], "lora": theirs[1], "nesting": list(_NESTING)}
     for section, names in known.items():
         keys = (config.get(section) or {}) if section else config
@@ -111,11 +104,10 @@ def _checked_nesting(given: Mapping[str, Any]) -> dict[str, Any]:
 def _check_key(key: str, section: str, names: list[str], known: Mapping[str, list[str]]) -> None:
     if key in names:
         return
-    homes = [f"{home}.{key}".strip(".") for home in known if key in known[home]]
-    near = [_MEANT[key]] if key in _MEANT else homes or get_close_matches(key, names, n=1)
+    near = [f"{home}.{key}".strip(".") for home in known if key in known[home]]
+    near = near or get_close_matches(str(key), names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "see `matryoshka train --help`"
-    place = f"section {section!r}" if section else "the config"
-    raise MatryoshkaError(f"{place} has no key {key!r}; {hint}")
+    raise MatryoshkaError(f"{section or 'the config'} has no key {key!r}; {hint}")
 
 
 def train(config: Mapping[str, Any]) -> Path:
@@ -162,7 +154,7 @@ def _prepare(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]:
 
     with _refusals():
         arguments = _arguments({k: v for k, v in config.items() if k not in _OWN})
-        options = dict(arguments.model_init_kwargs or {})
+        options = {"dtype": config.get("dtype"), **(arguments.model_init_kwargs or {})}
         revision = options.pop("revision", None)
         lora = LoraConfig(**{"revision": revision, **config["lora"]})
     arguments.model_init_kwargs = None  # for the model, which is made here
@@ -170,9 +162,9 @@ def _prepare(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]:
     name, evaluated = config.get("model"), config.get("eval_data")
     text = arguments.dataset_text_field
     data, held_out = (None if x is None else _rows(x, text) for x in (config["data"], evaluated))
-    base = load_model(name, config.get("dtype"), revision, arguments.device, **options)
     nesting = {key: value for key, value in config["nesting"].items() if key != "reorder"}
     with _refusals():
+        base = load_model(name, revision=revision, device=arguments.device, **options)
         adapter = nest(get_peft_model(base, lora), **{"seed": arguments.seed, **nesting})
         trainer = SFTTrainer(
             model=adapter.model,
@@ -269,6 +261,7 @@ def _save(
         except MatryoshkaError as error:
             print(f"The adapter is saved in the order of its SVD, and not {by}: {error}")
     adapter.save(target)  # by its SVD, where it has no order
+    trainer.processing_class.save_pretrained(target)
     print(f"{target} holds every rank, in the order {adapter.order or 'svd'}")
 
 

@@ -80,7 +80,7 @@ def evaluate(
     chosen = _chosen(file, loaded, ranks)
     out = out or (None if loaded else folder_for(file.name))
     if out:
-        check_place(out, force)
+        check_place(out, force, [*file.files, data])
     if loaded is None or tokenizer is None:
         model, revision = file.base_model(model, revision)
     rows = read_rows(data) if data is not None else []

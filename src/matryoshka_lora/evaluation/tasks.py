@@ -78,16 +78,16 @@ def load_data(name: str, rows: Sequence[Any], tokenizer: Any) -> Asked:
 
     until, docs = set[str](), []
     for number, row in enumerate(rows, start=1):
-        prompt, completion = question_and_answer(row, number)
+        prompt, completion, tools = question_and_answer(row, number)
         if not isinstance(prompt, str):
             if not tokenizer.chat_template:
                 raise MatryoshkaError(
                     "the rows are chat, and the tokenizer has no chat template: take a model that "
                     "has one, or rows with prompt and completion as texts"
                 )
-            whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-            options = {"tokenize": False, "add_generation_prompt": True}
-            prompt = tokenizer.apply_chat_template(prompt, **options)
+            options = {"tokenize": False, "tools": tools}
+            whole = tokenizer.apply_chat_template([*prompt, *completion], **options)
+            prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
             answer = whole[len(commonprefix([prompt, whole])) :]  # noqa: RUF071
             completion = str(completion[-1]["content"])
             until.add(whole.rpartition(completion)[2].strip())  # what ends a turn

@@ -8,7 +8,8 @@ from pathlib import Path
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.output import PathLike
 
-ADAPTER = ("adapter_config.json", "adapter_model*.safetensors*")
+TOKENIZER = ("tokenizer*", "chat_template*", "*_tokens*", "vocab.*", "merges.*")
+ADAPTER = ("adapter_config.json", "adapter_model*.safetensors*", *TOKENIZER)
 MODEL = ("config.json", *(f"{x}model*.safetensors*" for x in ("", "diffusion_pytorch_")))
 
 # owner/name, then @revision, then /FILE.safetensors
@@ -51,4 +52,8 @@ def local(path: PathLike, patterns: tuple[str, ...] = ADAPTER) -> Path:
             "repository needs `hf auth login`, and without a network only what was downloaded "
             "before can be read"
         ) from error
+    if not file and not (folder / patterns[0]).is_file():
+        raise MatryoshkaError(
+            f"{path} on the hub holds no {patterns[0]}: name a file, as {name}/FILE.safetensors"
+        )
     return folder / file if file else folder

@@ -178,7 +178,7 @@ class AdapterFile:
         """Return those of a layer's update, shape (..., R), float64. The order is svd or None."""
         A, B = self.factors(layer)
         if self.order is None:
-            return singular_values(A * layer.scale, B)
+            return singular_values(A.double() * layer.scale, B)
         # They are the norms of columns of factors ordered by SVD, s_i = scale |B_i| |A_i|.
         norms: Tensor = A.double().norm(dim=-1) * B.double().norm(dim=-2)
         return layer.scale * norms

@@ -19,18 +19,19 @@ from matryoshka_lora.errors import MatryoshkaError
 PathLike = str | os.PathLike[str]
 
 
-def check_place(path: PathLike, force: bool = False, sources: Sequence[Path] = ()) -> Path:
+def check_place(path: PathLike, force: bool = False, sources: Sequence[object] = ()) -> Path:
     """Return the path of an output after making sure that nothing there would be lost.
 
     An empty folder counts as free. With ``force`` all that is there may be replaced, except for
-    ``sources``, the files that the output is made of.
+    ``sources``, the paths that the output is made of, among other objects.
 
     Raises:
         MatryoshkaError: The place is taken, or it holds a source or the current folder.
     """
     place = Path(path)
     # In the hub's cache files are symlinks: check the folders of link and target.
-    kept = (Path(), *sources, *(file.parent for file in sources))
+    paths = [Path(each) for each in sources if isinstance(each, (str, os.PathLike))]
+    kept = (Path(), *paths, *(path.parent for path in paths))
     if any(place.resolve() in (each.resolve(), *each.resolve().parents) for each in kept):
         raise MatryoshkaError(
             f"{path} is or holds the source or the current folder: name a new place such as out"
@@ -45,13 +46,13 @@ def check_place(path: PathLike, force: bool = False, sources: Sequence[Path] = (
 
 @contextmanager
 def new_folder(
-    path: PathLike, force: bool = False, sources: Sequence[Path] = (), folder: bool = True
+    path: PathLike, force: bool = False, sources: Sequence[object] = (), folder: bool = True
 ) -> Iterator[Path]:
     """Yield a temporary folder, and rename it to ``path`` at the end.
 
     An existing path is moved aside first and deleted last.
 
-    Args and Raises: as `check_place`, or a file system error.
+    Args and Raises: as `check_place`; or the place cannot be written.
     """
     place = check_place(path, force, sources)
     fresh = place.absolute().with_name(f".{place.name}.{secrets.token_hex(4)}.new")

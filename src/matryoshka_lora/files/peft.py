@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.factors import checksum
-from matryoshka_lora.files.hub import local
+from matryoshka_lora.files.hub import TOKENIZER, local
 from matryoshka_lora.files.layers import NOTE, AdapterFile, Layer, Plan, one_thread, rank_and_scale
 from matryoshka_lora.files.output import PathLike, new_file, new_folder
 from matryoshka_lora.files.single import open_single, plan_single
@@ -166,12 +167,15 @@ def plan_rank(adapter: AdapterFile, rank: Ranks, metadata: Mapping[str, str] | N
 
 
 def _put(folder: Path, plan: Plan, order: str | None = None) -> None:
-    """Write PEFT's files and the card; ``order`` is that of a nested adapter."""
+    """Write PEFT's files, the card, and what tokenizer lay beside; ``order`` is a nested one's."""
     config = _config_of(plan)
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
     plan.write(folder / WEIGHTS_NAME)
     (folder / "README.md").write_text(_card(plan, config, order), encoding="utf-8")
+    beside = [x.parent for x in plan.adapter.files[:1] if (x.parent / CONFIG_NAME).is_file()]
+    for file in (found for source in beside for name in TOKENIZER for found in source.glob(name)):
+        shutil.copyfile(file, folder / file.name)
 
 
 def _card(plan: Plan, config: Mapping[str, Any], order: str | None) -> str:

@@ -34,19 +34,21 @@ def read_rows(data: Any) -> list[Any]:
     return rows
 
 
-def question_and_answer(row: Any, number: int) -> tuple[Any, Any]:
-    """Return a row's prompt and completion: two texts, or two lists of chat messages.
+def question_and_answer(row: Any, number: int) -> tuple[Any, Any, Any]:
+    """Return a row's prompt and completion, two texts or two lists of chat messages, and its tools.
 
     Raises:
         MatryoshkaError: It has neither these nor messages that end with an answer.
     """
     fields = dict(row) if isinstance(row, Mapping) else {}
-    prompt, answer, messages = (fields.get(key) for key in ("prompt", "completion", "messages"))
-    if prompt is None and messages and messages[-1].get("role") == "assistant":
-        prompt, answer = messages[:-1], messages[-1:]
+    keys = ("prompt", "completion", "messages", "tools")
+    prompt, answer, messages, tools = (fields.get(key) for key in keys)
+    turns = [x for x in messages if isinstance(x, Mapping)] if isinstance(messages, list) else []
+    if prompt is None and turns and turns[-1].get("role") == "assistant":
+        prompt, answer = turns[:-1], turns[-1:]
     if not prompt or not answer or {type(prompt), type(answer)} not in ({str}, {list}):
         raise MatryoshkaError(
             f"row {number} of the data is {row!r:.80}: give rows with prompt and completion, both "
             "text or both messages, or with messages that end with the assistant's"
         )
-    return prompt, answer
+    return prompt, answer, json.loads(tools) if isinstance(tools, str) else tools  # as TRL

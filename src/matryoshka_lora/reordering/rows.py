@@ -132,13 +132,13 @@ def _tokens(tokenizer: Any, row: Any, number: int, limit: int | None) -> dict[st
         return {key: list(row[key])[:limit] for key in ("input_ids", "labels")}
     if tokenizer is None:
         raise MatryoshkaError("rows of text need the base model's tokenizer: give tokenizer=")
-    prompt, answer = question_and_answer(row, number)
+    prompt, answer, tools = question_and_answer(row, number)
     if isinstance(prompt, str):
         end = tokenizer.eos_token or ""
         before = tokenizer(prompt)["input_ids"]
         whole = tokenizer(prompt + answer + ("" if answer.endswith(end) else end))["input_ids"]
     else:
-        chat = partial(tokenizer.apply_chat_template, tools=row.get("tools"), return_dict=True)
+        chat = partial(tokenizer.apply_chat_template, tools=tools, return_dict=True)
         before = chat(prompt, add_generation_prompt=True)["input_ids"]
         whole = chat(prompt + answer)["input_ids"]
     # The answer begins where the two token lists differ: tokens at the boundary may merge.

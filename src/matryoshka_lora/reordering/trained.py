@@ -186,7 +186,7 @@ def _loss(
     """
     weights = [int((batch["labels"] != -100).sum()) for batch in batches]
     total = 0.0
-    with adapter.standing(q.double()):
+    with adapter.override(q.double()):
         for batch, weight in zip(batches, weights, strict=True):
             loss = rows.loss(batch) * (weight / sum(weights))
             if scale is not None:
