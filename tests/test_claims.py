@@ -113,7 +113,7 @@ NAMES: dict[str, Any] = {
         "worse": worse,
         "curves": curves,
     },
-    **{"fall": stats.largest_fall, "at_best": at_best},
+    **{"fall": stats.largest_fall, "at_best": at_best, "loss_at": stats.loss_at},
     **{"fmean": fmean, "geometric_mean": geometric_mean, "aurac": stats.aurac_log2},
     "nats": lambda study, method: [n / 100 for n in percent(study, method, stats.mean_loss)],
     "of_base": lambda study: [
