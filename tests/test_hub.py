@@ -27,14 +27,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / revision).write_text(REVISIONS[revision])
         (folder / "chat_template.jinja").write_text("mine")
+        (folder / "tokenizer").mkdir()
         state = folder / "adapter_model.safetensors"
         (folder / "in").mkdir()
         (folder / "in/lora.safetensors").write_bytes(
             state.read_bytes().replace(b"base_model.model.", b"unet.mid_block.m.")
         )
     files = home / "hub/models--owner--files"
-    (files / "snapshots" / REVISIONS["main"]).mkdir(parents=True)
-    (files / "refs").mkdir()
+    for part in ("refs", f"snapshots/{REVISIONS['main']}"):
+        (files / part).mkdir(parents=True)
     (files / "refs/main").write_text(REVISIONS["main"])
     return home
 
@@ -60,9 +61,7 @@ def test_an_adapter_may_be_named_by_its_repository(cache: Path, name: str, said:
     assert said in found.stdout
 
 
-def test_a_tokenizer_comes_along_and_a_repository_of_files_says_how_to_name_one(
-    cache: Path,
-) -> None:
+def test_a_tokenizer_comes_along_and_a_file_of_the_hub_has_a_name(cache: Path) -> None:
     assert run(cache, "export", "owner/name", "--rank", "2", "-o", "out").returncode == 0
     assert (cache / "out/chat_template.jinja").read_text() == "mine"
     found = run(cache, "info", "owner/files")

@@ -147,7 +147,7 @@ def reorder(
 
     - svd: each rank is the closest one to the adapter's update, and the largest rank computes what
       it did; seconds, without data or base model
-    - trained: the loss of every rank is trained down, on at most 3,200 rows
+    - trained: training lowers the loss of every rank, on at most 3,200 rows
 
     Example: matryoshka reorder some-lora -o nested --by trained --data my.jsonl
     """

@@ -40,7 +40,7 @@ pairs = {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B, f"{name}.al
 save_file(pairs, "lora.safetensors")
 """
 
-# What needs an extra, and which.
+# What needs an extra.
 _NEEDS = (
     "matryoshka train config.yaml",
     "matryoshka eval some-lora --data my.jsonl --model smollm2-135m",

@@ -174,7 +174,7 @@ def _put(folder: Path, plan: Plan, order: str | None = None) -> None:
     plan.write(folder / WEIGHTS_NAME)
     (folder / "README.md").write_text(_card(plan, config, order), encoding="utf-8")
     beside = [x.parent for x in plan.adapter.files[:1] if (x.parent / CONFIG_NAME).is_file()]
-    for file in (found for source in beside for name in TOKENIZER for found in source.glob(name)):
+    for file in filter(Path.is_file, (x for p in beside for n in TOKENIZER for x in p.glob(n))):
         shutil.copyfile(file, folder / file.name)
 
 
