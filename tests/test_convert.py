@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from matryoshka_lora import MatryoshkaError, export, reorder
 from matryoshka_lora.convert import export_all
 from matryoshka_lora.files.peft import WEIGHTS_NAME, open_adapter
-from matryoshka_lora.reordering.rows import read_data
+from matryoshka_lora.reordering.data import read_data
 
 R = 8
 

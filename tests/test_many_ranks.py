@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, nest
+from matryoshka_lora.evaluation.batch import GrowingLayer, shared_prefix
 from matryoshka_lora.evaluation.many_ranks import ManyRanks
-from matryoshka_lora.evaluation.rows import GrowingLayer, shared_prefix
 from matryoshka_lora.models import load_tokenizer
 
 RANKS = (0, 1, 2, 4)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError
 from matryoshka_lora.reordering import trained
-from matryoshka_lora.reordering.rows import Rows, read_data
+from matryoshka_lora.reordering.data import Data, read_data
 from matryoshka_lora.reordering.trained import MUCH, ranks_of_steps, train_ranks
 
 NESTING = Nesting((1, 2, 4, 8), "none", 0.7)
@@ -95,30 +95,30 @@ def shrunk(share: float) -> NestedAdapter:
     return adapter
 
 
-def rows_for(adapter: NestedAdapter, held_out: list[Row] = HELD_OUT) -> Rows:
+def data_for(adapter: NestedAdapter, held_out: list[Row] = HELD_OUT) -> Data:
     """Rows, and others that judge."""
-    rows = read_data(adapter.model, TRAIN)
-    rows.quiet, rows.held_out = True, read_data(adapter.model, held_out)
-    return rows
+    data = read_data(adapter.model, TRAIN)
+    data.quiet, data.held_out = True, read_data(adapter.model, held_out)
+    return data
 
 
-def with_gradients(rows: Rows) -> list[int]:
+def with_gradients(data: Data) -> list[int]:
     """Return a list that gets the number of rows of each loss with gradients, from now on."""
-    seen, loss = [], rows.loss
+    seen, loss = [], data.loss
 
     def watched(batch: Any) -> Tensor:
         if torch.is_grad_enabled():
             seen.append(len(batch["labels"]))
         return loss(batch)
 
-    rows.loss = watched
+    data.loss = watched
     return seen
 
 
-def descend(adapter: NestedAdapter, rows: Rows, count: int, seed: int = 0) -> None:
+def descend(adapter: NestedAdapter, data: Data, count: int, seed: int = 0) -> None:
     """Train on some rows, without a judge."""
     with trained.descending(adapter):
-        trained._descend(adapter, rows, range(count), seed)
+        trained._descend(adapter, data, range(count), seed)
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_every_rank_loses_less_on_held_out_rows() -> None:
     """Rank 3 too, which is not nested; and rank R does not lose much more."""
     adapter = reordered()
     before = {rank: loss_of(adapter, HELD_OUT, rank) for rank in range(1, 9)}
-    assert train_ranks(adapter, rows_for(adapter), 640)
+    assert train_ranks(adapter, data_for(adapter), 640)
     more = {rank: loss_of(adapter, HELD_OUT, rank) - before[rank] for rank in before}
     assert all(more[rank] < -0.1 for rank in (1, 2, 3, 4))
     assert all(more[rank] <= 0.02 * max(1, before[rank]) for rank in (5, 6, 7, 8))
@@ -162,10 +162,10 @@ def test_what_is_not_behind_is_not_trained(why: str) -> None:
     """The later columns are zeros; or no rank knows the answers, which are drawn at random."""
     adapter = shrunk(0.0 if why == "all-is-in-rank-1" else 1.0)
     noise = some_rows(64, seed=3, answers=range(50, 90))
-    rows = rows_for(adapter, HELD_OUT if why == "all-is-in-rank-1" else noise)
-    before, steps = all_factors(adapter), with_gradients(rows)
+    data = data_for(adapter, HELD_OUT if why == "all-is-in-rank-1" else noise)
+    before, steps = all_factors(adapter), with_gradients(data)
     with pytest.warns(UserWarning, match="no nested rank is 0.02 nats behind rank 8, so none is"):
-        assert not train_ranks(adapter, rows, 80)
+        assert not train_ranks(adapter, data, 80)
     assert not steps
     assert same_bits(before, all_factors(adapter))
     assert adapter.order == "svd"
@@ -176,13 +176,13 @@ def test_what_is_not_behind_is_not_trained(why: str) -> None:
 def test_what_is_less_behind_is_trained_on_fewer_rows_unless_they_are_said(share: float) -> None:
     adapter = shrunk(share)
     behind = loss_of(adapter, HELD_OUT, 1) - loss_of(adapter, HELD_OUT, 8)
-    rows, start = rows_for(adapter), adapter.factors()
-    rows.seen, seen = 400, with_gradients(rows)
-    train_ranks(adapter, rows)
+    data, start = data_for(adapter), adapter.factors()
+    data.seen, seen = 400, with_gradients(data)
+    train_ranks(adapter, data)
     assert sum(seen) == math.ceil(200 * min(behind / MUCH, 1))
     adapter.put_factors(start)
     seen.clear()
-    train_ranks(adapter, rows, 48)
+    train_ranks(adapter, data, 48)
     assert sum(seen) == 48
     assert (behind > MUCH) == (share == 1)
     assert behind > 0.05
@@ -202,7 +202,7 @@ def test_a_step_moves_the_first_columns_by_a_share_of_their_size(
     if many:
         monkeypatch.setattr(trained, "LAYERS", len(before) / 4)
         share /= 2
-    descend(adapter, rows_for(adapter), 16)
+    descend(adapter, data_for(adapter), 16)
     for name, factors in adapter.factors().items():
         for old, new in zip(before[name], factors, strict=True):
             columns = old if len(old) == 8 else old.T
@@ -218,7 +218,7 @@ def test_later_columns_fade_out_of_the_forward(monkeypatch: pytest.MonkeyPatch) 
     adapter = reordered()
     seen, override = [], adapter.override
     monkeypatch.setattr(adapter, "override", lambda q: seen.append(q.tolist()) or override(q))
-    descend(adapter, rows_for(adapter), 4 * 16)
+    descend(adapter, data_for(adapter), 4 * 16)
     assert seen == [[1.0] * n + [q] * (8 - n) for n, q in ((2, 0.5), (8, 0.25), (3, 0.0), (1, 0.0))]
 
 
@@ -233,7 +233,7 @@ def test_columns_of_zeros_give_no_nan(both: bool) -> None:
     if both:
         kept = {n: (A * (B != 0).any(0)[:, None], B) for n, (A, B) in adapter.factors().items()}
         adapter.put_factors(kept)
-    descend(adapter, rows_for(adapter), 160)
+    descend(adapter, data_for(adapter), 160)
     for name, (A, B) in adapter.factors().items():
         assert A.isfinite().all()
         assert B.isfinite().all()
@@ -250,11 +250,11 @@ def test_gradients_in_float16_neither_vanish_nor_overflow(factor: float, toleran
         for pair in adapter.parameters().values():
             for parameter in pair:
                 parameter.data = parameter.data.to(dtype)
-        rows = rows_for(adapter)
-        loss, times = rows.loss, factor if dtype == torch.float16 else 1.0
-        rows.loss = lambda batch, loss=loss, times=times: loss(batch) * times
+        data = data_for(adapter)
+        loss, times = data.loss, factor if dtype == torch.float16 else 1.0
+        data.loss = lambda batch, loss=loss, times=times: loss(batch) * times
         with trained.descending(adapter):
-            pairs = trained._gradients(adapter, rows, rows.batches(range(16)), torch.ones(8))
+            pairs = trained._gradients(adapter, data, data.batches(range(16)), torch.ones(8))
         found.append(torch.cat([one.flatten() / times for two in pairs.values() for one in two]))
     assert found[1].dtype == torch.float32
     assert torch.dist(*found) < tolerance * found[0].norm()
@@ -272,12 +272,12 @@ def test_what_loses_more_is_not_kept(
 ) -> None:
     """Gradients that lead uphill, and a rank R that is given away for the others."""
     adapter = reordered()
-    before, rows = all_factors(adapter), rows_for(adapter)
-    downhill = rows.loss
-    rows.loss = lambda batch: downhill(batch) * (-1 if uphill and torch.is_grad_enabled() else 1)
+    before, data = all_factors(adapter), data_for(adapter)
+    downhill = data.loss
+    data.loss = lambda batch: downhill(batch) * (-1 if uphill and torch.is_grad_enabled() else 1)
     monkeypatch.setattr(trained, "MOST_LOST", most_lost)
     with pytest.warns(UserWarning, match=message):
-        assert not train_ranks(adapter, rows, 80)
+        assert not train_ranks(adapter, data, 80)
     assert same_bits(before, all_factors(adapter))
 
 
@@ -333,19 +333,19 @@ def test_every_kind_of_layer_is_trained(kind: str) -> None:
         with torch.no_grad(), adapter.override(torch.eye(4, dtype=torch.float64)[0]):
             return float(loss(collated(list(range(16)))))
 
-    rows = Rows(range(16), collated, loss, x.device, quiet=True)
-    rows.held_out = Rows(range(16), collated, loss, x.device)
+    data = Data(range(16), collated, loss, x.device, quiet=True)
+    data.held_out = Data(range(16), collated, loss, x.device)
     before = loss_of_rank_1()
-    assert train_ranks(adapter, rows, 640)
+    assert train_ranks(adapter, data, 640)
     assert loss_of_rank_1() < 0.97 * before
 
 
 # Whatever happens, the model is as it was.
 
 
-def failing(rows: Rows, error: BaseException | None, at: int) -> Rows:
+def failing(data: Data, error: BaseException | None, at: int) -> Data:
     """The same rows, of which the loss draws, and fails at some call; None makes it NaN."""
-    loss, calls = rows.loss, iter(range(10**6))
+    loss, calls = data.loss, iter(range(10**6))
 
     def fail(batch: Any) -> Any:
         torch.rand(1)
@@ -355,8 +355,8 @@ def failing(rows: Rows, error: BaseException | None, at: int) -> Rows:
             raise error
         return loss(batch) * float("nan")
 
-    rows.loss = fail
-    return rows
+    data.loss = fail
+    return data
 
 
 @pytest.mark.usefixtures("accepting")
@@ -384,11 +384,11 @@ def test_an_end_before_its_time_leaves_everything(at: int, error: Any, wanted: A
 
     before, factors = state(), all_factors(adapter)
     with pytest.raises(wanted):
-        train_ranks(adapter, failing(rows_for(adapter, HELD_OUT[:32]), error, at), 80)
+        train_ranks(adapter, failing(data_for(adapter, HELD_OUT[:32]), error, at), 80)
     assert same_bits(factors, all_factors(adapter))
     assert state() == before
     assert all(parameter.grad is None for parameter in adapter.model.parameters())
-    assert train_ranks(adapter, failing(rows_for(adapter), None, 10**5), 80)
+    assert train_ranks(adapter, failing(data_for(adapter), None, 10**5), 80)
     assert not same_bits(factors, all_factors(adapter))
     assert state() == before
     assert all(parameter.grad is None for parameter in adapter.model.parameters())
@@ -396,13 +396,13 @@ def test_an_end_before_its_time_leaves_everything(at: int, error: Any, wanted: A
 
 def test_gradients_that_are_not_finite_name_the_way_out() -> None:
     adapter = reordered()
-    rows = rows_for(adapter)
-    loss = rows.loss
-    rows.loss = lambda batch: loss(batch) + (loss(batch) - loss(batch).detach()).sqrt()
+    data = data_for(adapter)
+    loss = data.loss
+    data.loss = lambda batch: loss(batch) + (loss(batch) - loss(batch).detach()).sqrt()
     with pytest.raises(
         NotFiniteError, match=r"gradients are NaN or infinite: load the base model in"
     ):
-        train_ranks(adapter, rows, 8)
+        train_ranks(adapter, data, 8)
 
 
 def test_one_rank_and_few_rows_are_refused() -> None:
@@ -431,7 +431,7 @@ def test_dropout_takes_no_part_and_checkpointed_layers_are_computed_again() -> N
         norm = base.model.layers[0].input_layernorm
         norm.register_forward_hook(lambda *_, seen=forwards: seen.append(torch.is_grad_enabled()))
         adapter.model.train()
-        descend(adapter, rows_for(adapter), 24)
+        descend(adapter, data_for(adapter), 24)
         assert sum(forwards) == 3 * (1 + checkpointing)
         found.append(all_factors(adapter))
         assert not same_bits(before, found[-1])
@@ -448,7 +448,7 @@ def test_the_same_seed_gives_the_same_bits() -> None:
         torch.manual_seed(number)
         random.seed(number)
         adapter = reordered()
-        assert train_ranks(adapter, rows_for(adapter), 80, seed)
+        assert train_ranks(adapter, data_for(adapter), 80, seed)
         found.append(all_factors(adapter))
     assert same_bits(found[0], found[1])
     assert not same_bits(found[0], found[2])
@@ -479,10 +479,10 @@ def test_progress_is_shown_unless_it_is_to_be_quiet(
             return True
 
     adapter = reordered()
-    rows = rows_for(adapter)
-    rows.quiet = quiet
+    data = data_for(adapter)
+    data.quiet = quiet
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
-    train_ranks(adapter, rows, 16)
+    train_ranks(adapter, data, 16)
     assert ("training ranks" in terminal.getvalue()) != quiet
     told = re.search(r"loss on held-out rows: rank 1 \d\.\d{3} to \d", terminal.getvalue())
     assert bool(told) != quiet

@@ -18,7 +18,7 @@ from matryoshka_lora.factors import checksum, reorder_factors
 from matryoshka_lora.files.layers import AdapterFile
 from matryoshka_lora.files.peft import from_tensors, write_nested, write_rank
 from matryoshka_lora.nesting import Nesting, Rule, get_rule
-from matryoshka_lora.reordering.rows import read_data
+from matryoshka_lora.reordering.data import read_data
 from matryoshka_lora.reordering.trained import train_ranks
 from matryoshka_lora.variant import Diagonal, NestedVariant, Shared, factor_parameters
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.evaluation.rows import (
+from matryoshka_lora.evaluation.batch import (
     Answer,
     Limits,
     Rows,

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
-from matryoshka_lora.reordering.rows import Batch, Rows
+from matryoshka_lora.reordering.data import Batch, Data
 
 if TYPE_CHECKING:
     from matryoshka_lora.adapter import NestedAdapter
@@ -36,7 +36,7 @@ GOLDEN = 0.6180339887  # its multiples modulo 1 fill the unit interval evenly
 
 
 def train_ranks(
-    adapter: NestedAdapter, rows: Rows, count: int | None = None, seed: int = 0
+    adapter: NestedAdapter, data: Data, count: int | None = None, seed: int = 0
 ) -> bool:
     """Train an adapter for some steps, each at another rank.
 
@@ -62,20 +62,20 @@ def train_ranks(
             f"{top} is the only nested rank, so data cannot order it: nest the adapter with "
             "smaller ranks too, or reorder it by 'svd'"
         )
-    most = count or (COUNT if rows.seen is None else max(ROWS, round(rows.seen * SHARE)))
+    most = count or (COUNT if data.seen is None else max(ROWS, round(data.seen * SHARE)))
     start = adapter.factors()
     with descending(adapter):
-        numbers, judges = rows.split(most, min(JUDGES, most), seed)
-        before = _losses(adapter, rows, judges)
+        numbers, judges = data.split(most, min(JUDGES, most), seed)
+        before = _losses(adapter, data, judges)
         behind = max(before[rank] for rank in ranks) - before[top]
         if behind <= ENOUGH:
             text = f"no nested rank is {ENOUGH} nats behind rank {top}, so none is trained"
             warnings.warn(text, stacklevel=3)
             return False
         needed = most if count else math.ceil(most * min(behind / MUCH, 1.0))
-        _descend(adapter, rows, numbers[:needed], seed)
-        after = _losses(adapter, rows, judges)
-        if not rows.quiet:
+        _descend(adapter, data, numbers[:needed], seed)
+        after = _losses(adapter, data, judges)
+        if not data.quiet:
             told = ", ".join(f"rank {r} {before[r]:.3f} to {after[r]:.3f}" for r in after)
             tqdm.write(f"loss on held-out rows: {told}", file=sys.stderr)
         more = {rank: after[rank] - before[rank] for rank in after}
@@ -127,7 +127,7 @@ def descending(adapter: NestedAdapter) -> Iterator[None]:
                 module.training = training
 
 
-def _descend(adapter: NestedAdapter, rows: Rows, numbers: Sequence[int], seed: int) -> None:
+def _descend(adapter: NestedAdapter, data: Data, numbers: Sequence[int], seed: int) -> None:
     """Train the factors on some rows, in `descending`."""
     least, top = adapter.nesting.ranks[0], adapter.nesting.max_rank
     steps, columns = -(-len(numbers) // ROWS), torch.arange(top)
@@ -140,13 +140,13 @@ def _descend(adapter: NestedAdapter, rows: Rows, numbers: Sequence[int], seed: i
         units[name] = a.requires_grad_(), b.requires_grad_()
     adam = torch.optim.Adam([unit for pair in units.values() for unit in pair])
     rate = STEP * min(1.0, (LAYERS / len(units)) ** 0.5)
-    for step, rank in enumerate(tqdm(drawn, "training ranks", disable=rows.quiet or None)):
-        batches = rows.batches(numbers[step * ROWS : (step + 1) * ROWS])
+    for step, rank in enumerate(tqdm(drawn, "training ranks", disable=data.quiet or None)):
+        batches = data.batches(numbers[step * ROWS : (step + 1) * ROWS])
         if not batches:
             continue
         q = torch.where(columns < rank, 1.0, FADE * max(0.0, 1 - step / (SPAN * steps)))
         trained = columns < rank  # the later columns are in the forward alone
-        for name, (dA, dB) in _gradients(adapter, rows, batches, q).items():
+        for name, (dA, dB) in _gradients(adapter, data, batches, q).items():
             a, b = units[name]
             a.grad = dA * sizes[name][0] * trained.to(dA)[:, None]
             b.grad = dB * sizes[name][1] * trained.to(dB)
@@ -166,16 +166,16 @@ def ranks_of_steps(steps: int, least: int, top: int, phase: float = 0.0) -> list
     return [min(least + int(each), top) for each in found]
 
 
-def _losses(adapter: NestedAdapter, rows: Rows, judges: Sequence[Batch]) -> dict[int, float]:
+def _losses(adapter: NestedAdapter, data: Data, judges: Sequence[Batch]) -> dict[int, float]:
     """Return the loss of each nested rank on the rows that judge."""
     columns = torch.arange(adapter.nesting.max_rank)
     with torch.no_grad():
-        return {r: _loss(adapter, rows, judges, columns < r) for r in adapter.nesting.ranks}
+        return {r: _loss(adapter, data, judges, columns < r) for r in adapter.nesting.ranks}
 
 
 def _loss(
     adapter: NestedAdapter,
-    rows: Rows,
+    data: Data,
     batches: Sequence[Batch],
     q: Tensor,
     scale: float | None = None,
@@ -188,7 +188,7 @@ def _loss(
     total = 0.0
     with adapter.override(q.double()):
         for batch, weight in zip(batches, weights, strict=True):
-            loss = rows.loss(batch) * (weight / sum(weights))
+            loss = data.loss(batch) * (weight / sum(weights))
             if scale is not None:
                 (loss * scale).backward()  # type: ignore[no-untyped-call]
             total += loss.item()
@@ -201,7 +201,7 @@ def _loss(
 
 
 def _gradients(
-    adapter: NestedAdapter, rows: Rows, batches: Sequence[Batch], q: Tensor
+    adapter: NestedAdapter, data: Data, batches: Sequence[Batch], q: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the loss's gradients by the factors of each layer, in float32 at least."""
 
@@ -213,7 +213,7 @@ def _gradients(
     # ones overflow. Powers of two do not change the digits of other dtypes.
     for scale in (2.0**10, 1.0):
         adapter.model.zero_grad(set_to_none=True)
-        _loss(adapter, rows, batches, q, scale)
+        _loss(adapter, data, batches, q, scale)
         pairs = adapter.parameters().items()
         found = {name: (gradient(A, scale), gradient(B, scale)) for name, (A, B) in pairs}
         every = [one for pair in found.values() for one in pair]

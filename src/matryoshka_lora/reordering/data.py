@@ -26,16 +26,16 @@ FEWEST, HELD_OUT = 16, 8  # fewest rows without an evaluation set; one in 8 is h
 
 
 @dataclass
-class Rows:
+class Data:
     """Rows of data, and the function that computes their loss."""
 
-    data: Sequence[Any]
+    rows: Sequence[Any]
     collate: Callable[[list[Any]], Mapping[str, Any]]  # makes a batch with labels
     loss: Callable[[Batch], Tensor]  # the mean loss of a batch
     device: torch.device
     at_once: int = 12  # maximum batch size
     seen: int | None = None  # number of rows seen in training, with repetitions
-    held_out: Rows | None = None  # rows that are kept for evaluation
+    held_out: Data | None = None  # rows that are kept for evaluation
     quiet: bool = False  # show no progress
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class Rows:
     def batches(self, numbers: Sequence[int]) -> list[Batch]:
         """Return some rows in batches on the model's device, without those that have no label."""
         chunks = [numbers[i : i + self.at_once] for i in range(0, len(numbers), self.at_once)]
-        made = [dict(self.collate([self.data[number] for number in chunk])) for chunk in chunks]
+        made = [dict(self.collate([self.rows[number] for number in chunk])) for chunk in chunks]
         return [send_to_device(b, self.device) for b in made if (b["labels"] != -100).any()]
 
     def split(self, count: int, judged: int, seed: int) -> tuple[list[int], list[Batch]]:
@@ -60,10 +60,10 @@ class Rows:
             MatryoshkaError: There are too few rows, or no held-out row has a label.
         """
         out: set[bytes] = set()
-        judging, size = self.held_out or self, len(self.data)
+        judging, size = self.held_out or self, len(self.rows)
         if judging is self:
             judged = min(judged, max(4, size // HELD_OUT))
-        chosen = next(_orders(len(judging.data), seed))[:judged]
+        chosen = next(_orders(len(judging.rows), seed))[:judged]
         if judging is self:
             out = {self.digest(number) for number in chosen}
             if size < FEWEST or all(self.digest(number) in out for number in range(size)):
@@ -81,7 +81,7 @@ class Rows:
     def _digest(self, number: int) -> bytes:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # a collator may mask tokens at random
-            batch = self.collate([self.data[number]])
+            batch = self.collate([self.rows[number]])
         found = hashlib.sha256()
         for key in sorted(batch):
             value = batch[key]
@@ -97,7 +97,7 @@ def _orders(size: int, seed: int) -> Iterator[list[int]]:
         yield torch.randperm(size, generator=generator).tolist()
 
 
-def read_data(model: Any, data: Any, tokenizer: Any = None) -> Rows:
+def read_data(model: Any, data: Any, tokenizer: Any = None) -> Data:
     """Read rows from a Trainer, a dataset, a list or a file. Change nothing.
 
     Args:
@@ -123,7 +123,7 @@ def read_data(model: Any, data: Any, tokenizer: Any = None) -> Rows:
     given = enumerate(read_rows(data), start=1)
     rows = [_tokens(tokenizer, row, number, limit) for number, row in given]
     rows = [row for row in rows if any(label != -100 for label in row["labels"])]
-    return Rows(rows, _padded, partial(_answer_loss, model), next(model.parameters()).device)
+    return Data(rows, _padded, partial(_answer_loss, model), next(model.parameters()).device)
 
 
 def _tokens(tokenizer: Any, row: Any, number: int, limit: int | None) -> dict[str, list[int]]:
@@ -170,24 +170,24 @@ def _answer_loss(model: Any, batch: Batch) -> Tensor:
     return cross_entropy(logits[wanted].float(), labels[:, places][wanted])
 
 
-def _of_trainer(model: Any, trainer: Any) -> Rows:
+def _of_trainer(model: Any, trainer: Any) -> Data:
     """Return the rows that a Trainer trains on, with its collator, loss and precision."""
     args, state, held_out = trainer.args, trainer.state, trainer.eval_dataset
-    rows = _of_loader(model, trainer, trainer.get_train_dataloader())
-    if rows is None:
+    found = _of_loader(model, trainer, trainer.get_train_dataloader())
+    if found is None:
         raise MatryoshkaError(
             f"the rows of the {type(trainer).__name__} have no labels, or are a stream, which "
             "cannot come again: give rows with prompt and completion, or reorder by 'svd'"
         )
-    rows.seen = state.global_step * rows.at_once * args.gradient_accumulation_steps
+    found.seen = state.global_step * found.at_once * args.gradient_accumulation_steps
     if state.epoch:  # the last batch of an epoch may be a small one
-        rows.seen = min(rows.seen, round(state.epoch * len(rows.data)))
+        found.seen = min(found.seen, round(state.epoch * len(found.rows)))
     if held_out and not isinstance(held_out, Mapping):
-        rows.held_out = _of_loader(model, trainer, trainer.get_eval_dataloader())
-    return rows
+        found.held_out = _of_loader(model, trainer, trainer.get_eval_dataloader())
+    return found
 
 
-def _of_loader(model: Any, trainer: Any, loader: Any) -> Rows | None:
+def _of_loader(model: Any, trainer: Any, loader: Any) -> Data | None:
     """Return the rows of a Trainer's loader; None where they have no numbers or no labels."""
     if isinstance(loader.dataset, IterableDataset):
         return None
@@ -202,4 +202,4 @@ def _of_loader(model: Any, trainer: Any, loader: Any) -> Rows | None:
 
     device, args = next(model.parameters()).device, trainer.args
     at_once = trainer.state.train_batch_size or args.train_batch_size  # the first fits into memory
-    return Rows(loader.dataset, loader.collate_fn, loss, device, at_once, quiet=args.disable_tqdm)
+    return Data(loader.dataset, loader.collate_fn, loss, device, at_once, quiet=args.disable_tqdm)

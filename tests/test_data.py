@@ -27,7 +27,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import MatryoshkaError, Nesting, nest
-from matryoshka_lora.reordering.rows import read_data
+from matryoshka_lora.reordering.data import read_data
 
 TEXT = [
     {"prompt": f"{name} is", "completion": f" {end}</s>" if end == "u" else f" {end}"}
@@ -60,16 +60,16 @@ def test_rows_have_the_tokens_and_labels_of_trl(
     trainer = SFTTrainer(base, args, train_dataset=data, processing_class=tiny_tokenizer())
     wanted = [{key: row[key] for key in ("input_ids", "labels")} for row in trainer.train_dataset]
     assert len(wanted) == len(rows)
-    assert read_data(model, rows, tiny_tokenizer()).data == wanted
+    assert read_data(model, rows, tiny_tokenizer()).rows == wanted
 
 
 def test_every_source_gives_the_same_rows(tmp_path: Path, model: Any) -> None:
     lines = tmp_path / "rows.jsonl"
     lines.write_text("\n".join(map(json.dumps, CHAT)) + "\n\n")
-    tokens = read_data(model, CHAT, tiny_tokenizer()).data
+    tokens = read_data(model, CHAT, tiny_tokenizer()).rows
     for source in (str(lines), lines, Dataset.from_list(CHAT), MESSAGES, iter(CHAT), tokens):
-        assert read_data(model, source, tiny_tokenizer()).data == tokens
-    assert read_data(model, tokens).data == tokens
+        assert read_data(model, source, tiny_tokenizer()).rows == tokens
+    assert read_data(model, tokens).rows == tokens
     found = read_data(model, tokens).batches(range(len(tokens)))
     assert [len(batch["labels"]) for batch in found] == [12, 6]
 
@@ -106,11 +106,11 @@ def test_what_are_no_rows_is_refused_and_the_adapter_stays(
 @pytest.mark.parametrize("leaves_out", [True, False])
 def test_the_loss_is_that_of_the_answers(model: Any, monkeypatch: Any, leaves_out: bool) -> None:
     """Rows of unlike lengths, with the logits of all tokens for the oracle."""
-    data = [{"prompt": "a" * n, "completion": "b" * (9 - n)} for n in range(1, 9)]
-    rows = read_data(model, data, tiny_tokenizer())
+    rows = [{"prompt": "a" * n, "completion": "b" * (9 - n)} for n in range(1, 9)]
+    data = read_data(model, rows, tiny_tokenizer())
     total, count = 0.0, 0
     with torch.no_grad():
-        for row in rows.data:
+        for row in data.rows:
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
             labels = torch.tensor(row["labels"][1:])
             total += float(cross_entropy(logits, labels, reduction="sum"))
@@ -119,17 +119,17 @@ def test_the_loss_is_that_of_the_answers(model: Any, monkeypatch: Any, leaves_ou
             forward = model.get_base_model().forward
             plain = partial(lambda call, **inputs: call(**inputs), forward)
             monkeypatch.setattr(model.get_base_model(), "forward", plain)
-        (batch,) = rows.batches(range(8))
-        assert float(rows.loss(batch)) == pytest.approx(total / count, rel=1e-5)
+        (batch,) = data.batches(range(8))
+        assert float(data.loss(batch)) == pytest.approx(total / count, rel=1e-5)
 
 
 def test_rows_come_all_before_one_comes_again_and_the_held_out_never(model: Any) -> None:
-    rows, others = read_data(model, some_rows(40)), read_data(model, some_rows(20, seed=9))
+    data, others = read_data(model, some_rows(40)), read_data(model, some_rows(20, seed=9))
 
     def split(count: int, seed: int) -> tuple[list[int], list[int]]:
-        numbers, judges = rows.split(count, 64, seed)
-        data = [row["input_ids"] for row in (rows.held_out or rows).data]
-        return numbers, [data.index(row) for batch in judges for row in batch["input_ids"].tolist()]
+        numbers, judges = data.split(count, 64, seed)
+        rows = [row["input_ids"] for row in (data.held_out or data).rows]
+        return numbers, [rows.index(row) for batch in judges for row in batch["input_ids"].tolist()]
 
     numbers, chosen = split(105, 3)
     assert len(chosen) == 5
@@ -137,7 +137,7 @@ def test_rows_come_all_before_one_comes_again_and_the_held_out_never(model: Any)
     assert all(set(each) == set(range(40)) - set(chosen) for each in rounds)
     assert len({tuple(each) for each in rounds}) == 3
     assert split(105, 3) == (numbers, chosen) != split(105, 4)
-    rows.held_out = others
+    data.held_out = others
     numbers, chosen = split(40, 3)
     assert sorted(numbers) == list(range(40))
     assert sorted(chosen) == list(range(20))
@@ -157,7 +157,7 @@ def test_a_trainer_gives_what_it_has_seen(tmp_path: Path) -> None:
     assert found.seen == 60  # the last batch of an epoch is a small one
     assert found.quiet
     assert found.held_out is not None
-    assert len(found.held_out.data) == 5
+    assert len(found.held_out.rows) == 5
     assert [len(batch["labels"]) for batch in found.batches(range(20))] == [8, 8, 4]
     trainer.eval_dataset = {"one": rows}
     assert read_data(adapter.model, trainer).held_out is None
