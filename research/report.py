@@ -108,8 +108,9 @@ def _what(study: Study, runs: Mapping[Job, Run], found: Sequence[Result]) -> Ite
     versions = {tuple(sorted(run.versions.items())) for run in runs.values()}
     seeds = {task: {one.seed for one in found if one.task == task} for task in study.tasks}
     layers = f" (first {study.layers} layers)" if study.layers else ""
+    adapted = ", ".join(study.modules) or "all linear layers"
     rows = {
-        "model": f"{study.model}{layers}, {study.dtype}, all linear layers, R = {study.rank}",
+        "model": f"{study.model}{layers}, {study.dtype}, {adapted}, R = {study.rank}",
         "training": training,
         "questions": ", ".join(
             f"{count} of {split}" for split, count in study.items.items() if count

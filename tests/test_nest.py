@@ -73,12 +73,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
             nn.Sequential(nn.MultiheadAttention(8, 2)), LoraConfig(r=8, target_modules=["0"])
         ),
         {},
-        "MultiheadAttention does not support LoRA variants",
+        "MultiheadAttention cannot be nested",
     ),
     "experts": (
         lambda: get_peft_model(tiny_mixtral(), lora_config(NESTING, **EXPERTS)),
         {},
-        "does not support LoRA variants",
+        "cannot be nested",
     ),
     "trained": (lambda: changed(llama(), randomize), P, "Use rule='lora'"),
     "pissa": (lambda: llama(init_lora_weights="pissa"), {}, "path_initial_model"),

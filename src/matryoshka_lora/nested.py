@@ -162,7 +162,7 @@ def _reasons(module: Any, adapter: str, first: Any, rule: Rule) -> Iterator[str]
     kind = f"{type(module).__module__}.{type(module).__name__}".removeprefix("peft.tuners.lora.")
     if kind not in _SUPPORTED:
         yield (
-            f"PEFT's {kind} does not support LoRA variants. Leave it out of the targets; or train "
+            f"PEFT's {kind} cannot be nested. Leave it out of the targets; or train "
             "with PEFT alone, and run `matryoshka reorder FOLDER -o nested` after it"
         )
     if any(getattr(module, n)[adapter] != getattr(first, n)[adapter] for n in ("r", "scaling")):
