@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
@@ -69,9 +68,3 @@ def loss_of(adapter: NestedAdapter, rows: list[Row], rank: int) -> float:
     q = (torch.arange(adapter.nesting.max_rank) < rank).double()
     with torch.no_grad(), adapter.override(q):
         return float(adapter.model.eval()(**collate(rows)).loss)
-
-
-def products(adapter: NestedAdapter, rank: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Return ``B A`` of the first columns, by layer."""
-    found = adapter.factors()
-    return {name: (B[:, :rank] @ A[:rank]).double().numpy() for name, (A, B) in found.items()}

@@ -260,10 +260,7 @@ def test_work_on_files_needs_torch_and_safetensors_alone(folder: Path, tmp_path:
 
 @pytest.mark.slow
 def test_train_eval_select_export_follow_each_others_next_lines(
-    tmp_path: Path,
-    folder: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     base = save_tiny_chat(tmp_path / "base")

@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from strangers import best, by_peft, distance, logits, plain_adapter, updates
 from tiny_chat import save_tiny_chat, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from matryoshka_lora import MatryoshkaError, export, reorder
 from matryoshka_lora.convert import export_all
@@ -52,8 +52,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("source", "target", "wish", "message"),
     [
         ("lora", "x.safetensors", {"rank": 2}, "name a folder$"),
-        ("lora", "x.bin", {"rank": 2}, r"\.bin is the ending of a file: leave it out"),
-        ("lora", "x.ZIP", {"rank": 2}, r"\.zip is the ending of a file"),
         ("lora", "x", {"rank": [1, 2]}, "several ranks make a ladder"),
         ("lora", "x.gguf", {"max_bytes": "1MB"}, "gguf cannot be cut like that: .*or --keep"),
         ("lora", "x", {"rank": 2, "style": "kohya"}, "name a folder, and no --style"),
@@ -173,6 +171,24 @@ def test_a_merged_model_is_the_base_with_the_rank(tmp_path: Path, tied: bool) ->
     text = (tmp_path / "merged" / "config.json").read_text()
     assert json.loads(text)["rope_theta"] == 1e4  # mlx-lm and others look for it there
     assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_a_merged_model_is_quantized_no_more(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny_llama(hidden_size=128, intermediate_size=128).save_pretrained(tmp_path / "whole")
+    config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "whole", quantization_config=config, dtype=torch.float32, device_map="cpu"
+    )
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    adapted = plain_adapter(tmp_path / "lora", model)
+    export(tmp_path / "lora", tmp_path / "merged", R, "merged", model=str(tmp_path / "base"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert not hasattr(merged.config, "quantization_config")
+    assert distance(logits(merged), logits(adapted)) < 0.1
 
 
 def test_a_gguf_file_holds_the_rank(lora: Path, base: Path, tmp_path: Path) -> None:

@@ -99,6 +99,10 @@ def test_what_are_no_rows_is_refused_and_the_adapter_stays(
     with pytest.raises(MatryoshkaError, match=message):
         adapter.reorder("trained", data, tiny_tokenizer())
     assert same_bits(before, all_factors(adapter))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(MatryoshkaError, match="template cannot write row 1 of the data"):
+        adapter.reorder("trained", CHAT, tokenizer)
     with pytest.raises(MatryoshkaError, match="give tokenizer="):
         adapter.reorder("trained", TEXT)
 
@@ -152,6 +156,7 @@ def test_a_trainer_gives_what_it_has_seen(tmp_path: Path) -> None:
     trainer = trainer_of(
         adapter.model, tmp_path, rows, rows[:5], num_train_epochs=3, gradient_accumulation_steps=2
     )
+    assert read_data(adapter.model, trainer).seen is None  # it may be another one's adapter
     trainer.train()
     found = read_data(adapter.model, trainer)
     assert found.seen == 60  # the last batch of an epoch is a small one

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -43,20 +41,6 @@ def test_the_table_has_short_names_and_numbers_of_three_digits() -> None:
     assert facts["Bolivia"] == "068"
     assert facts["Korea, Republic of"] == "410"  # there are two Koreas, so that it is not short
     assert set(ASKED) <= set(facts)
-
-
-def test_a_place_that_is_taken_is_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(FileExistsError):
-        demo(tmp_path)
-    code = (
-        "import sys; from matryoshka_lora.cli import main\n"
-        f"sys.argv = ['matryoshka', 'demo', '-o', {str(tmp_path)!r}]\n"
-        "try: main()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ran.stdout.split() == ["1", "False"]
-    assert "exists already" in ran.stderr
-    assert not [*tmp_path.iterdir()]
 
 
 class Knows:

@@ -24,7 +24,7 @@ from matryoshka_lora.evaluation import tasks
 from matryoshka_lora.evaluation.evaluate import evaluate
 from matryoshka_lora.evaluation.results import Evaluation, aurac
 from matryoshka_lora.evaluation.select import select
-from matryoshka_lora.evaluation.tasks import judge, load_data, load_task
+from matryoshka_lora.evaluation.tasks import load_data
 from matryoshka_lora.files.rows import read_rows
 from matryoshka_lora.models import load_tokenizer
 
@@ -195,26 +195,14 @@ def test_an_adapter_in_memory_is_as_it_was(memory: NestedAdapter, tmp_path: Path
     assert found.bytes[4] == (tmp_path / "rank-4/adapter_model.safetensors").stat().st_size
 
 
-@pytest.fixture
-def taken(tmp_path: Path) -> Path:
-    """A folder of the user's, with a file of a name that we write."""
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    (folder / "examples.jsonl").write_text("mine\n")
-    (folder / "notes.txt").write_text("mine\n")
-    return folder
-
-
-def test_what_we_did_not_write_is_not_replaced(adapter: Path, taken: Path) -> None:
-    """On version 0.2, ``examples.jsonl`` was overwritten."""
+def test_what_we_did_not_write_is_not_replaced(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/examples.jsonl").write_text("mine")
     with pytest.raises(MatryoshkaError, match="exists already"):
-        evaluate(adapter, data=rows(), out=taken, progress=False)
-    assert {file.name: file.read_text() for file in taken.iterdir()} == {
-        "examples.jsonl": "mine\n",
-        "notes.txt": "mine\n",
-    }
-    evaluate(adapter, data=rows(), out=taken, ranks=[1], force=True, progress=False)
-    assert sorted(file.name for file in taken.iterdir()) == FILES
+        evaluate(adapter, data=rows(), out=tmp_path / "mine", progress=False)
+    assert [file.read_text() for file in (tmp_path / "mine").iterdir()] == ["mine"]
+    evaluate(adapter, data=rows(), out=tmp_path / "mine", ranks=[1], force=True, progress=False)
+    assert sorted(file.name for file in (tmp_path / "mine").iterdir()) == FILES
 
 
 @pytest.mark.parametrize(
@@ -223,12 +211,12 @@ def test_what_we_did_not_write_is_not_replaced(adapter: Path, taken: Path) -> No
         ({}, "give either tasks"),
         ({"tasks": "a", "data": "b"}, "give either tasks"),
         ({"data": rows(), "ranks": [3, 2]}, "increas"),
-        ({"data": rows(), "ranks": [8]}, "rank 8 cannot be measured; the ranks are 1, 2, 3, 4"),
+        ({"data": rows(), "ranks": [8]}, "has no rank 8: choose one of 1 to 4"),
         ({"data": []}, "has no rows: give rows"),
         ({"data": [{"prompt": "a"}]}, "row 1 of the data is"),
         ({"data": [*rows(1), {"text": "a"}]}, "row 2 of the data is"),
         ({"data": "no.jsonl"}, r"no\.jsonl cannot be read"),
-        ({"tasks": "no.yaml"}, r"there is no file no\.yaml"),
+        ({"tasks": "no.yaml"}, "task no.yaml cannot be loaded"),
         ({"data": [{"messages": ["a", "b"]}]}, "row 1 of the data is"),
         ({"data": "rows/my.jsonl", "out": "rows", "force": True}, "is or holds the source"),
         ({"data": rows(), "out": ..., "force": True}, "is or holds the source"),
@@ -270,20 +258,7 @@ def test_an_adapter_that_is_not_active_is_not_measured(base: Path) -> None:
         evaluate(adapter, data=rows(), ranks=[1], progress=False)
 
 
-def test_base_is_the_model_without_the_adapter(memory: NestedAdapter, tmp_path: Path) -> None:
-    task = write_task(tmp_path)
-    found = evaluate(memory, task, ranks=[4], progress=False)
-    with memory.model.disable_adapter():
-        tokenizer = load_tokenizer(memory.model.name_or_path)
-        _, loaded = load_task(task)
-        wanted = judge(HFLM(memory.model, tokenizer=tokenizer, batch_size=4), loaded, None, None)
-    assert found.metric()["value"][0] == wanted["results"]["colours"]["acc,none"]
-
-
-MESSAGES = [
-    {"role": "user", "content": "Which colour?"},
-    {"role": "assistant", "content": "red"},
-]
+MESSAGES = [{"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "red"}]
 
 
 @pytest.mark.parametrize(
@@ -295,6 +270,7 @@ MESSAGES = [
         ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, None, ["\n", "<|im_end|>"]),
         ({"messages": MESSAGES}, None, ["\n", "<|im_end|>"]),
         ({"messages": MESSAGES, "tools": '[{"name": "add"}]'}, "add:", ["\n"]),
+        ({"messages": MESSAGES}, "Which colour?;<think>\n\n</think>\n\n", ["\n", ";"]),  # Qwen3
     ],
 )
 def test_rows_are_asked_in_trls_formats(
@@ -303,6 +279,11 @@ def test_rows_are_asked_in_trls_formats(
     tokenizer = load_tokenizer()
     if "tools" in row:
         tokenizer.chat_template = "{{ tools[0].name }}:{{ messages[1].content if messages[1:] }}"
+    elif "think" in (prompt or ""):
+        thought = "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' }}"
+        tokenizer.chat_template = (
+            "{% for m in messages %}" + thought + "{{ m.content }};{% endfor %}"
+        )
     elif prompt is None:
         chat = {"tokenize": False, "add_generation_prompt": True}
         prompt = tokenizer.apply_chat_template(MESSAGES[:1], **chat)
@@ -351,11 +332,21 @@ def test_the_loss_is_that_of_training_and_may_choose(
     assert select(found, "0%", metric="loss").rank == min(losses, key=losses.__getitem__)
 
 
-def test_chat_needs_a_template(memory: NestedAdapter) -> None:
-    tokenizer = load_tokenizer()
-    tokenizer.chat_template = None
-    with pytest.raises(MatryoshkaError, match="no chat template"):
-        evaluate(memory, data=[{"messages": MESSAGES}], tokenizer=tokenizer, progress=False)
+@pytest.mark.parametrize(
+    ("content", "template", "said"),
+    [
+        ("red", None, "cannot write row 1 of the data"),
+        ("red", "{{ raise_exception('no system') }}", "row 1 of the data: no system"),
+        ("", "{{ messages }}", "the answer of row 1 is '', no text"),  # it calls a tool
+        (None, "{{ messages }}", "the answer of row 1 is None, no text"),
+        ([{"type": "text", "text": "red"}], "{{ messages }}", "the answer of row 1 is .*, no text"),
+    ],
+)
+def test_chat_needs_a_template_and_answers(content: Any, template: str | None, said: str) -> None:
+    tokenizer, answer = load_tokenizer(), {"role": "assistant", "content": content}
+    tokenizer.chat_template = template
+    with pytest.raises(MatryoshkaError, match=said):
+        load_data("mine", [{"messages": [MESSAGES[0], answer]}], tokenizer)
 
 
 def test_a_group_has_a_number_of_its_own(

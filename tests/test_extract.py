@@ -17,7 +17,7 @@ import torch
 from conftest import tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from strangers import IDS, file_updates, updates
+from strangers import file_updates, logits, updates
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -58,12 +58,6 @@ def change_of(models: tuple[Path, Path]) -> dict[str, np.ndarray]:
     }
 
 
-def ask(model: Any) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model.eval()(IDS).logits
-    return logits
-
-
 def test_every_rank_is_the_best_one_of_the_change(
     tmp_path: Path, models: tuple[Path, Path]
 ) -> None:
@@ -92,7 +86,7 @@ def test_with_all_ranks_and_parts_it_is_the_tuned_model(
     tuned_of(wanted, (*CHANGED, "model.norm", whole)).save_pretrained(tmp_path / "tuned")
     extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", 200, whole=["norm", whole])
     found = PeftModel.from_pretrained(base, tmp_path / "lora")
-    assert torch.allclose(ask(found), ask(wanted), atol=1e-4)
+    assert torch.allclose(logits(found), logits(wanted), atol=1e-4)
 
 
 def test_a_share_and_a_size_choose_a_rank_for_each_layer(
@@ -141,7 +135,7 @@ def test_gpt2_keeps_its_weights_transposed(tmp_path: Path) -> None:
     wanted.save_pretrained(tmp_path / "tuned")
     extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", rank=64)
     found = PeftModel.from_pretrained(base(), tmp_path / "lora")
-    assert torch.allclose(ask(found), ask(wanted), atol=1e-4)
+    assert torch.allclose(logits(found), logits(wanted), atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,7 @@ def test_experts_are_reordered_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)],
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
 )
 def test_the_dtype_only_rounds_the_result(dtype: torch.dtype, tolerance: float) -> None:
     A, B = (factor.to(dtype) for factor in seeded((6, 20), (15, 6)))

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import nested_llama, tiny_llama, tiny_mixtral
-from safetensors.torch import save_file
 from strangers import plain_adapter
+from test_single import lora_file
 
 from matryoshka_lora import Nesting, export, reorder
 from matryoshka_lora.budget import show_bytes
@@ -26,13 +25,7 @@ def folder(path: Path, base: Any = None, **options: Any) -> Path:
 
 
 def single(path: Path) -> Path:
-    state = {}
-    for name, rank in (("lora_unet_down_0_to_q", R), ("lora_unet_down_1_to_q", 3)):
-        state[f"{name}.lora_down.weight"] = torch.randn(rank, 20)
-        state[f"{name}.lora_up.weight"] = torch.randn(30, rank)
-        state[f"{name}.alpha"] = torch.tensor(4.0)
-    save_file(state, path.with_suffix(".safetensors"))
-    return path.with_suffix(".safetensors")
+    return lora_file(path.with_suffix(".safetensors"), "kohya")
 
 
 def nested(path: Path) -> Path:

@@ -33,19 +33,8 @@ from matryoshka_lora.models import load_tokenizer
 RANKS = (0, 1, 2, 4)
 CONTEXT = 80
 WORDS = (
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "red",
-    "mat",
-    "and",
-    "saw",
-    "seven",
-    "green",
-    "birds",
-    "fly",
+    *("the", "cat", "sat", "on", "a", "red", "mat"),
+    *("and", "saw", "seven", "green", "birds", "fly"),
 )
 
 SIZES = {
@@ -62,13 +51,6 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-GPT2 = {
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": CONTEXT,
-    "tie_word_embeddings": False,
-}
 BOTH = {"layer_types": ["sliding_attention", "full_attention"]}
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**SIZES),
@@ -76,7 +58,7 @@ CONFIGS: dict[str, Any] = {
     "mistral, sliding": lambda: MistralConfig(**SIZES, sliding_window=7),
     "gemma3": lambda: Gemma3TextConfig(**SIZES, sliding_window=7, **BOTH),
     "qwen3": lambda: Qwen3Config(**SIZES),
-    "gpt2": lambda: GPT2Config(**SIZES, **GPT2),
+    "gpt2": lambda: GPT2Config(**SIZES, tie_word_embeddings=False),
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2),
     "mamba": lambda: MambaConfig(**SIZES, state_size=8, time_step_rank=4),
 }

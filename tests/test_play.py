@@ -70,16 +70,6 @@ def test_what_cannot_be_asked_is_refused(asked: str, rank: int, session: Session
         list(session.answers(asked, [rank]))
 
 
-def test_an_adapter_without_a_base_model_is_refused(folder: Path, tmp_path: Path) -> None:
-    from matryoshka_lora import export
-
-    export(folder / "family", tmp_path / "rank", rank=2)
-    config = tmp_path / "rank" / "adapter_config.json"
-    config.write_text(config.read_text().replace(str(folder / "base"), ""))
-    with pytest.raises(MatryoshkaError, match="--model"):
-        open_session(tmp_path / "rank")
-
-
 @pytest.mark.slow
 def test_the_page_offers_the_ranks_and_loads_nothing_from_elsewhere(session: Session) -> None:
     blocks = page(session)

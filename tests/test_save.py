@@ -207,11 +207,16 @@ def test_what_was_trained_beside_the_factors_comes_back(extra: str, tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-def test_an_enlarged_vocabulary_comes_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"target_modules": ["embed_tokens", "lm_head"]}, {"trainable_token_indices": [100, 120]}],
+    ids=str,
+)
+def test_an_enlarged_vocabulary_comes_back(options: dict[str, Any], tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "base")
     enlarged, base = (type(tiny_llama()).from_pretrained(tmp_path / "base") for _ in "ab")
     enlarged.resize_token_embeddings(enlarged.vocab_size + 40)
-    adapter = nest_as(get_peft_model(enlarged, lora_config(NESTING)).eval(), NESTING)
+    adapter = nest_as(get_peft_model(enlarged, lora_config(NESTING, **options)).eval(), NESTING)
     randomize(adapter.model)
     expected = adapter.model(new := torch.arange(40)[None] + base.vocab_size).logits
     adapter.save(tmp_path / "a")
@@ -351,6 +356,9 @@ def test_what_is_loaded_can_be_trained_on_as_plain_lora(tmp_path: Path) -> None:
         optimizers[-1].step()
     assert_same(logits(adapter.model.eval()), logits(theirs.eval()), 1e-4)
     assert adapter.order is None
+    adapter = load(tiny_llama(), tmp_path / "a", rank=2, trainable=True)
+    train(adapter, tmp_path)
+    assert adapter.rank == 6  # rank 2 is none of the new factors
     frozen = load(tiny_llama(), tmp_path / "a")
     assert not frozen.model.training
     assert not any(p.requires_grad for p in frozen.model.parameters())
@@ -388,10 +396,10 @@ def test_a_load_that_fails_leaves_the_base_model(rank: Any, tmp_path: Path) -> N
     assert [name for name, _ in base.named_parameters()] == names
     with pytest.raises(MatryoshkaError, match=r"this model lacks layer .*layers\.1"):
         load(tiny_llama(num_hidden_layers=1), tmp_path / "a")
-    wide = tiny_llama(hidden_size=128)
-    with pytest.raises(MatryoshkaError, match="has it in another size"):
-        load(wide, tmp_path / "a")
-    assert [name for name, _ in wide.named_parameters()] == names
+    for wide in (tiny_llama(hidden_size=128), tiny_llama(num_key_value_heads=4)):
+        with pytest.raises(MatryoshkaError, match="has it in another size"):
+            load(wide, tmp_path / "a")
+        assert [name for name, _ in wide.named_parameters()] == names
 
 
 # A process that has only PEFT.

@@ -18,15 +18,7 @@ from conftest import nest_as, nested_layer, nested_llama, randomize, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from some_rows import (
-    Row,
-    all_factors,
-    collate,
-    loss_of,
-    same_bits,
-    some_rows,
-    trainer_of,
-)
+from some_rows import Row, all_factors, collate, loss_of, same_bits, some_rows, trainer_of
 from torch import Tensor
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError
@@ -502,13 +494,3 @@ def test_rows_that_judge_are_never_trained_on(tmp_path: Path) -> None:
     assert len(judged) == len(rows) // 8
     assert len(taught) == len(data) - len(judged)
     assert not judged & taught
-
-
-@pytest.mark.filterwarnings("ignore:the trained ranks are not kept")
-def test_half_of_the_rows_of_training_are_taken(tmp_path: Path) -> None:
-    adapter = small()
-    trainer = trainer_of(adapter.model, tmp_path, TRAIN, HELD_OUT, max_steps=4, learning_rate=0.0)
-    trainer.train()
-    trainer.taught.clear()
-    adapter.reorder("trained", trainer)
-    assert len(trainer.taught) == 4 * 8 // 2

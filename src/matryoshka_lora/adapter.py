@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,11 +13,13 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.factors import checksum, reorder_factors
 from matryoshka_lora.files.layers import AdapterFile
-from matryoshka_lora.files.peft import from_tensors, write_nested, write_rank
+from matryoshka_lora.files.peft import find_layers, write_nested, write_rank
+from matryoshka_lora.files.tensors import Stored
 from matryoshka_lora.nesting import Nesting, Rule, get_rule
 from matryoshka_lora.reordering.data import read_data
 from matryoshka_lora.reordering.trained import train_ranks
@@ -124,8 +127,6 @@ class NestedAdapter:
             MatryoshkaError: There is no such rank, the adapter is merged or not active, or (from
                 the forward) a layer gets another number of rows.
         """
-        if not ranks:
-            raise MatryoshkaError("rows() needs one rank for each row of the batch")
         self._refuse_ranks(ranks)
         table = {rank: self._shared.at(rank) for rank in set(ranks)}
         with self.override(torch.stack([table[rank] for rank in ranks])):
@@ -231,10 +232,8 @@ class NestedAdapter:
             MatryoshkaError: The adapter is merged or sharded, or the data do not go with ``by``.
             NotFiniteError: A factor is not finite. The adapter is unchanged.
         """
-        if by not in ("svd", "trained"):
-            raise MatryoshkaError(f"there is no order {by!r}; write 'svd' or 'trained'")
-        if (by == "svd") != (data is None):
-            raise MatryoshkaError(f"order {by!r} takes {'no data' if by == 'svd' else 'data'}")
+        if by != ("svd" if data is None else "trained"):
+            raise MatryoshkaError(f"order {by!r}: write 'svd' without data, or 'trained' with data")
         self._refuse_merged("reorder it")
         if by == "svd":
             return self._reorder_by_svd()
@@ -304,16 +303,24 @@ class NestedAdapter:
 
     def opened(self) -> AdapterFile:
         """Return the adapter in memory as an `AdapterFile`."""
-        shared, config = self._shared, self.model.peft_config[self.name].to_dict()
-        config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+        name, given = f"adapter {self.name!r}", self.model.peft_config[self.name].to_dict()
+        plain = json.dumps(given, default=lambda x: sorted(x) if isinstance(x, set) else str(x))
+        config = json.loads(plain)
         base = config.get("base_model_name_or_path")
         config["base_model_name_or_path"] = base or getattr(self.model, "name_or_path", None)
-        # "auto" keeps an enlarged vocabulary, but all weights of an embedding that is adapted too.
-        whole = not any(self.name in module.lora_embedding_A for module in self._layers().values())
+        # "auto" keeps the embeddings if the vocabulary was enlarged, and if they are adapted.
+        keep: Any = "auto"
+        if any(self.name in module.lora_embedding_A for module in self._layers().values()):
+            with suppress(OSError, TypeError, ValueError):  # the base model's files are not there
+                own = AutoConfig.from_pretrained(config["base_model_name_or_path"])
+                sizes = (x.get_text_config().vocab_size for x in (own, self.model.config))
+                keep = next(sizes) != next(sizes)
         tensors = get_peft_model_state_dict(
-            self.model, adapter_name=self.name, save_embedding_layers="auto" if whole else False
+            self.model, adapter_name=self.name, save_embedding_layers=keep
         )
-        return from_tensors(f"adapter {self.name!r}", config, tensors, shared.nesting, self.order)
+        stored = {key: Stored.of(tensor) for key, tensor in tensors.items()}
+        layers, others = find_layers(stored, config, name)
+        return AdapterFile(name, layers, others, config, {}, self.nesting, self.order)
 
     def _refuse_ranks(self, ranks: Sequence[int]) -> None:
         allowed = self.ranks

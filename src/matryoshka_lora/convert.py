@@ -39,7 +39,6 @@ from matryoshka_lora.files.tensors import read_json
 Format = Literal["peft", "merged", "ladder", "gguf", "mlx"]
 
 _ENDINGS = {"gguf": ".gguf", "single": ".safetensors"}
-_FILES = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".zip", ".json")
 
 
 @dataclass(frozen=True)
@@ -270,8 +269,6 @@ def _kind(
     elif not adapter.is_single and (style is not None or kind == "single"):
         reason = "is a folder and stays one: name a folder"
         reason += ", and no --style" if style else ""
-    elif kind not in _ENDINGS and end in _FILES:
-        reason = f"becomes a folder, and {end} is the ending of a file: leave it out"
     elif kind != by_end and kind in _ENDINGS:
         reason = f"becomes a file: name it {Path(target)}{_ENDINGS[kind]}"
     elif kind != by_end and by_end in _ENDINGS:
@@ -350,6 +347,8 @@ def _merge(
     from matryoshka_lora.nested import fit
 
     model = load_model(name, "auto", revision, "cpu")
+    if hasattr(model, "hf_quantizer"):  # transformers cannot save merged weights in 4 or 8 bits
+        model = model.dequantize()
     fit(model, adapter)
     with tempfile.TemporaryDirectory() as folder:
         error = write_rank(adapter, f"{folder}/rank", ranks)

@@ -14,7 +14,7 @@ from torch import nn
 from matryoshka_lora.adapter import NestedAdapter, lora_layers
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.hub import local
-from matryoshka_lora.files.layers import AdapterFile
+from matryoshka_lora.files.layers import AdapterFile, Layer
 from matryoshka_lora.files.peft import check_config, open_adapter
 from matryoshka_lora.nesting import Nesting, Rule, Scaling, get_rule
 from matryoshka_lora.variant import NestedVariant, Shared, attach, factor_parameters
@@ -125,25 +125,21 @@ def load(
         model = PeftModel.from_pretrained(base_model, str(path), **options)
         undo = model.unload
     try:
-        nested = _nest_as_saved(model, adapter, file)
+        if file.nesting is None or file.order is None:
+            nested = nest(model, adapter=adapter)
+            nested.reorder()
+        else:
+            deploy: Any = "paper" if file.order == "paper" else "reordered"
+            ranks, scaling = file.nesting.ranks, file.nesting.scaling
+            nested = nest(model, ranks, scaling, "lora", deploy, adapter)
+            if deploy == "reordered":
+                nested.mark_ordered(file.order)
         if rank is not None:
             nested.set_rank(rank)
     except MatryoshkaError:
         undo()
         raise
     model.train(trainable)
-    return nested
-
-
-def _nest_as_saved(model: PeftModel, adapter: str, file: AdapterFile) -> NestedAdapter:
-    if file.nesting is None or file.order is None:
-        nested = nest(model, rule="lora", adapter=adapter)
-        nested.reorder()
-        return nested
-    deploy: Any = "paper" if file.order == "paper" else "reordered"
-    nested = nest(model, file.nesting.ranks, file.nesting.scaling, "lora", deploy, adapter)
-    if deploy == "reordered":
-        nested.mark_ordered(file.order)
     return nested
 
 
@@ -205,9 +201,16 @@ def fit(base: nn.Module, file: AdapterFile) -> None:
     Raises:
         MatryoshkaError: The model lacks a layer of the adapter, or has it in another size.
     """
-    names = ((name.replace(".base_layer", ""), module) for name, module in base.named_modules())
-    sizes = {name: getattr(module, "in_features", None) for name, module in names}
-    missing = [x.name for x in file.layers if sizes.get(x.name, 0) not in (None, x.A.shape[-1])]
+    modules: Any = {n.replace(".base_layer", ""): m for n, m in base.named_modules()}
+    grown = {x.shape[0] for x in file.others.values() if x.shape}  # a head may grow, too
+
+    def fits(layer: Layer) -> bool:
+        module, out = modules.get(layer.name), layer.B.shape[0]
+        if not hasattr(module, "in_features"):
+            return module is not None
+        return module.in_features == layer.A.shape[-1] and out in {module.out_features, *grown}
+
+    missing = [layer.name for layer in file.layers if not fits(layer)]
     if missing:
         named = file.config.get("base_model_name_or_path")
         raise MatryoshkaError(
@@ -215,6 +218,7 @@ def fit(base: nn.Module, file: AdapterFile) -> None:
             f"the model that it was trained on{f', {named}' if named else ''}"
         )
     for name, module in [*base.named_modules()]:
-        rows = file.others.get(f"base_model.model.{name}.weight")
-        if rows and isinstance(module, nn.Embedding) and rows.shape[0] != module.num_embeddings:
-            base.resize_token_embeddings(rows.shape[0], mean_resizing=False)  # type: ignore[operator]
+        for inside in ("", ".base_layer", ".token_adapter.base_layer"):
+            rows = file.others.get(f"base_model.model.{name}{inside}.weight")
+            if rows and isinstance(module, nn.Embedding) and rows.shape[0] != module.num_embeddings:
+                base.resize_token_embeddings(rows.shape[0], mean_resizing=False)  # type: ignore[operator]

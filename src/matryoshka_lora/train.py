@@ -155,6 +155,7 @@ def _prepare(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]:
     with _refusals():
         arguments = _arguments({k: v for k, v in config.items() if k not in _OWN})
         options = {"dtype": config.get("dtype"), **(arguments.model_init_kwargs or {})}
+        options["dtype"] = options.pop("torch_dtype", options["dtype"])  # the older name
         revision = options.pop("revision", None)
         lora = LoraConfig(**{"revision": revision, **config["lora"]})
     arguments.model_init_kwargs = None  # for the model, which is made here
@@ -239,9 +240,12 @@ def _run(adapter: NestedAdapter, trainer: SFTTrainer, output: Path) -> None:
     checkpoint = get_last_checkpoint(str(output))
     if checkpoint is not None:
         print(f"Going on from {checkpoint}. Name another output_dir for another run")
-        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-        if state.global_step >= state.max_steps:  # a Trainer would take one step more
-            adapter.model.load_adapter(checkpoint, adapter.name, is_trainable=True)
+        state, args = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json"), trainer.args
+        longer = args.max_steps <= 0 and args.num_train_epochs > state.num_train_epochs
+        most = max(state.max_steps, args.max_steps)
+        if state.global_step >= most and not longer:  # a Trainer would take one step more
+            best = state.best_model_checkpoint if args.load_best_model_at_end else None
+            adapter.model.load_adapter(best or checkpoint, adapter.name, is_trainable=True)
             trainer.state = state
             return
     trainer.train(resume_from_checkpoint=checkpoint)

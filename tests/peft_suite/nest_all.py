@@ -14,7 +14,7 @@ import pytest
 from matryoshka_lora import MatryoshkaError, nest
 
 NO_HUB = ("couldn't connect", "outgoing traffic has been disabled", "LocalEntryNotFoundError")
-counts: dict[str, Any] = {"passed": 0, "nested": 0, "refused": 0, "needs_hub": 0, "failed": {}}
+counts = {"nested": 0, "refused": 0, "needs_hub": 0}
 
 
 def nest_adapter(model: peft.PeftModel, name: str) -> None:
@@ -53,8 +53,7 @@ def pytest_configure() -> None:
     testing_utils.hub_online_once = lambda model_id: (
         contextlib.nullcontext()
     )  # it would wait for the hub
-    if os.environ["PEFT_SUITE_NEST"]:
-        nest_from_now_on()
+    nest_from_now_on()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -86,13 +85,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         report.outcome, report.longrepr = "skipped", (str(item.path), 0, "Skipped: needs the hub")
         counts["needs_hub"] += 1
     return report
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.failed:
-        counts["failed"][report.nodeid] = str(report.longrepr).strip().rpartition("\n")[2][:200]
-    elif report.passed and report.when == "call":
-        counts["passed"] += 1
 
 
 def pytest_sessionfinish() -> None:

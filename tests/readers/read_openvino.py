@@ -12,11 +12,7 @@ import openvino as ov
 import openvino_genai as genai
 
 # In float32, as PEFT computes: left alone, a CPU that has bfloat16 takes it.
-EXACT = {
-    "INFERENCE_PRECISION_HINT": "f32",
-    "KV_CACHE_PRECISION": "f32",
-    "INFERENCE_NUM_THREADS": 1,
-}
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "INFERENCE_NUM_THREADS": 1}
 
 
 def config(adapters: genai.AdapterConfig, tokens: int, **more: Any) -> genai.GenerationConfig:

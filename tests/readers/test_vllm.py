@@ -64,19 +64,12 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.log = log
-        command = [
-            sys.executable,
-            "-m",
-            "matryoshka_lora",
-            "serve",
-            str(adapter),
-            "--ranks",
-            "1,2,4,8",
-        ]
+        command = [sys.executable, "-m", "matryoshka_lora", "serve", str(adapter)]
+        command += ["--ranks", "1,2,4,8", "--port", str(self.port)]
         options = ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16"]
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                [*command, "--port", str(self.port), "--", *options, "--enforce-eager"],
+                [*command, "--", *options, "--enforce-eager"],
                 env={**os.environ, **CPU},
                 stdout=output,
                 stderr=subprocess.STDOUT,

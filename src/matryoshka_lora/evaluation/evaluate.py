@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.evaluation.results import Evaluation, draw, examples, summary
-from matryoshka_lora.files.layers import AdapterFile
 from matryoshka_lora.files.output import check_place, new_folder
 from matryoshka_lora.files.peft import open_adapter, plan_rank
 from matryoshka_lora.files.rows import read_rows
-from matryoshka_lora.nesting import Nesting
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +75,8 @@ def evaluate(
         raise MatryoshkaError("give either tasks, such as arc_easy, or data, such as my.jsonl")
     loaded = None if isinstance(adapter, (str, os.PathLike)) else adapter
     file = loaded.opened() if loaded else open_adapter(str(adapter))
-    chosen = _chosen(file, loaded, ranks)
+    every = loaded.ranks if loaded else file.available
+    chosen = file.several(every if ranks == "all" else ranks)
     out = out or (None if loaded else folder_for(file.name))
     if out:
         check_place(out, force, [*file.files, data])
@@ -122,21 +121,6 @@ def folder_for(adapter: str | os.PathLike[str]) -> Path:
     place = Path(adapter)
     place = place if place.name else place.resolve()  # "." has no name
     return Path(f"{place if place.exists() else place.name}-evaluation")
-
-
-def _chosen(
-    file: AdapterFile, loaded: NestedAdapter | None, ranks: Sequence[int] | Literal["all"] | None
-) -> tuple[int, ...]:
-    """Return the ranks to measure, after making sure that there are such ranks."""
-    every = loaded.ranks if loaded else file.available
-    chosen = Nesting(tuple(every if ranks == "all" else ranks or file.ranks)).ranks
-    for rank in chosen:
-        if rank not in every:
-            raise MatryoshkaError(
-                f"rank {rank} cannot be measured; the ranks are {', '.join(map(str, every))}"
-                + (". It has all after adapter.reorder()" if loaded else "")
-            )
-    return chosen
 
 
 def _has_base(config: Mapping[str, Any]) -> bool:

@@ -82,7 +82,7 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
         self.batch_tokens, self.progress = batch_tokens or BATCH_TOKENS, progress
         self._answers: dict[tuple[Any, ...], Any] = {}
         self._takes = set(inspect.signature(model.get_base_model().forward).parameters)
-        with adapter.rows([ranks[-1]]):  # raises unless the adapter is active, and not merged
+        with adapter.rows(ranks):  # raises unless it is active, not merged, and has these ranks
             pass
         self.together = self.backend == "causal" and self._reads_right()
 
@@ -148,13 +148,13 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
             return list(super()._loglikelihood_tokens(requests, *args, **kwargs))
         contexts: dict[Tokens, list[tuple[int, Tokens]]] = defaultdict(list)
         for number, (_, context, continuation) in enumerate(requests):
-            if not 0 < len(continuation) <= self.max_length:
-                length, most = len(continuation), self.max_length
+            length, most = len(continuation), self.max_length
+            if not 0 < length <= most:
                 raise MatryoshkaError(
                     f"a continuation of {length} tokens cannot be scored: it takes 1 to {most}"
                 )
-            whole = tuple(context + continuation)[-(self.max_length + 1) :]
-            start = len(whole) - len(continuation)
+            whole = tuple(context + continuation)[-(most + 1) :]
+            start = len(whole) - length
             contexts[whole[:start]].append((number, whole[start:]))
         trees = [tree_of(context, branches) for context, branches in contexts.items()]
         scores = Scores(len(requests), self.ranks)

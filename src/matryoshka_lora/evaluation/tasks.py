@@ -16,7 +16,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files.rows import question_and_answer
+from matryoshka_lora.files.rows import in_template, question_and_answer
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it would log at each rank what it does
 
@@ -35,8 +35,6 @@ def load_task(name: str) -> Asked:
     """
     is_file = name.endswith((".yaml", ".yml"))
     manager = _manager(not is_file)
-    if is_file and not Path(name).is_file():
-        raise MatryoshkaError(f"there is no file {name}: give the YAML file of a task")
     if not is_file and name not in manager.all_tasks:
         near = get_close_matches(name, manager.all_tasks, n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -78,18 +76,20 @@ def load_data(name: str, rows: Sequence[Any], tokenizer: Any) -> Asked:
 
     until, docs = set[str](), []
     for number, row in enumerate(rows, start=1):
-        prompt, completion, tools = question_and_answer(row, number)
+        chat = prompt, completion, _ = question_and_answer(row, number)
         if not isinstance(prompt, str):
-            if not tokenizer.chat_template:
+            prompt, whole = in_template(tokenizer, chat, number, tokenize=False)
+            content = completion[-1].get("content")
+            completion = content.strip() if isinstance(content, str) else ""
+            if not completion:
                 raise MatryoshkaError(
-                    "the rows are chat, and the tokenizer has no chat template: take a model that "
-                    "has one, or rows with prompt and completion as texts"
+                    f"the answer of row {number} is {content!r:.80}, no text: measure such rows "
+                    "with a task of the harness"
                 )
-            options = {"tokenize": False, "tools": tools}
-            whole = tokenizer.apply_chat_template([*prompt, *completion], **options)
-            prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
-            answer = whole[len(commonprefix([prompt, whole])) :]  # noqa: RUF071
-            completion = str(completion[-1]["content"])
+            # Some templates write an empty thought, or a channel, before every answer.
+            start = len(commonprefix([prompt, whole]))  # noqa: RUF071
+            start = max(start, whole.find(completion, start))
+            prompt, answer = whole[:start], whole[start:]
             until.add(whole.rpartition(completion)[2].strip())  # what ends a turn
         else:
             answer = completion.removesuffix(end := tokenizer.eos_token or "") + end

@@ -175,13 +175,9 @@ class AdapterFile:
         return A, B
 
     def singular_values(self, layer: Layer) -> Tensor:
-        """Return those of a layer's update, shape (..., R), float64. The order is svd or None."""
+        """Return those of a layer's update, shape (..., R), float64."""
         A, B = self.factors(layer)
-        if self.order is None:
-            return singular_values(A.double() * layer.scale, B)
-        # They are the norms of columns of factors ordered by SVD, s_i = scale |B_i| |A_i|.
-        norms: Tensor = A.double().norm(dim=-1) * B.double().norm(dim=-2)
-        return layer.scale * norms
+        return singular_values(A.double() * layer.scale, B)
 
     def cut(self, layer: Layer, rank: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return a layer's factors at a rank, rescaled for another scale.

@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.factors import checksum
 from matryoshka_lora.files.hub import TOKENIZER, local
@@ -67,7 +65,7 @@ def open_adapter(path: PathLike) -> AdapterFile:
         tensors, own = open_tensors(file)
         stored |= tensors
         metadata |= own
-    layers, others = _find_layers(stored, config, str(path))
+    layers, others = find_layers(stored, config, str(path))
     adapter = AdapterFile(str(path), layers, others, config, metadata, files=files)
     first = layers[0]
     try:
@@ -82,24 +80,6 @@ def open_adapter(path: PathLike) -> AdapterFile:
     if found != wanted or not alike:
         return adapter
     return replace(adapter, nesting=nesting, order=order)
-
-
-def from_tensors(
-    name: str,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    nesting: Nesting,
-    order: str | None,
-) -> AdapterFile:
-    """Return an adapter in memory as if it had been opened; arguments as in `AdapterFile`.
-
-    ``config`` is ``LoraConfig.to_dict()`` with lists for its sets. ``tensors`` is what
-    ``get_peft_model_state_dict`` returns.
-    """
-    stored = {key: Stored.of(tensor) for key, tensor in tensors.items()}
-    plain = json.loads(json.dumps(dict(config), default=str))
-    layers, others = _find_layers(stored, plain, name)
-    return AdapterFile(name, layers, others, plain, {}, nesting, order)
 
 
 def write_nested(
@@ -255,7 +235,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in sorted({Path(str(x)).name for x in shards.values()}))
 
 
-def _find_layers(
+def find_layers(
     stored: dict[str, Stored], config: dict[str, Any], where: str
 ) -> tuple[tuple[Layer, ...], dict[str, Stored]]:
     """Return the layers sorted by name, and the tensors that are no factors."""

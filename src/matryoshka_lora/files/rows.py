@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,24 @@ def question_and_answer(row: Any, number: int) -> tuple[Any, Any, Any]:
             "text or both messages, or with messages that end with the assistant's"
         )
     return prompt, answer, json.loads(tools) if isinstance(tools, str) else tools  # as TRL
+
+
+def in_template(
+    tokenizer: Any, chat: tuple[Any, Any, Any], number: int, **options: Any
+) -> tuple[Any, Any]:
+    """Return a row's messages by the tokenizer's chat template: the prompt, and the whole.
+
+    ``chat`` is from `question_and_answer`. ``options`` are those of ``apply_chat_template``.
+
+    Raises:
+        MatryoshkaError: There is no template, or it refuses the messages.
+    """
+    prompt, answer, tools = chat
+    written = partial(tokenizer.apply_chat_template, tools=tools, **options)
+    try:
+        return written(prompt, add_generation_prompt=True), written([*prompt, *answer])
+    except Exception as error:  # of the template's own language, jinja, or a ValueError
+        raise MatryoshkaError(
+            f"the tokenizer's chat template cannot write row {number} of the data: {error}. Take a "
+            "model whose template can, or rows with prompt and completion as texts"
+        ) from error

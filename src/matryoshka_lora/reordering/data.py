@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files.rows import question_and_answer, read_rows
+from matryoshka_lora.files.rows import in_template, question_and_answer, read_rows
 
 Batch = dict[str, Any]  # model inputs with labels
 
@@ -132,15 +132,14 @@ def _tokens(tokenizer: Any, row: Any, number: int, limit: int | None) -> dict[st
         return {key: list(row[key])[:limit] for key in ("input_ids", "labels")}
     if tokenizer is None:
         raise MatryoshkaError("rows of text need the base model's tokenizer: give tokenizer=")
-    prompt, answer, tools = question_and_answer(row, number)
+    chat = prompt, answer, _ = question_and_answer(row, number)
     if isinstance(prompt, str):
         end = tokenizer.eos_token or ""
         before = tokenizer(prompt)["input_ids"]
         whole = tokenizer(prompt + answer + ("" if answer.endswith(end) else end))["input_ids"]
     else:
-        chat = partial(tokenizer.apply_chat_template, tools=tools, return_dict=True)
-        before = chat(prompt, add_generation_prompt=True)["input_ids"]
-        whole = chat(prompt + answer)["input_ids"]
+        both = in_template(tokenizer, chat, number, return_dict=True)
+        before, whole = (each["input_ids"] for each in both)
     # The answer begins where the two token lists differ: tokens at the boundary may merge.
     pairs = enumerate(zip(before, whole, strict=False))
     start = next((place for place, (a, b) in pairs if a != b), min(len(before), len(whole)))
@@ -179,8 +178,9 @@ def _of_trainer(model: Any, trainer: Any) -> Data:
             f"the rows of the {type(trainer).__name__} have no labels, or are a stream, which "
             "cannot come again: give rows with prompt and completion, or reorder by 'svd'"
         )
-    found.seen = state.global_step * found.at_once * args.gradient_accumulation_steps
-    if state.epoch:  # the last batch of an epoch may be a small one
+    # A Trainer that has not trained, as of an adapter that was loaded, has seen nothing.
+    found.seen = state.global_step * found.at_once * args.gradient_accumulation_steps or None
+    if found.seen and state.epoch:  # the last batch of an epoch may be a small one
         found.seen = min(found.seen, round(state.epoch * len(found.rows)))
     if held_out and not isinstance(held_out, Mapping):
         found.held_out = _of_loader(model, trainer, trainer.get_eval_dataloader())
