@@ -259,6 +259,7 @@ def test_an_adapter_that_is_not_active_is_not_measured(base: Path) -> None:
 
 
 MESSAGES = [{"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "red"}]
+IN = [MESSAGES[0], {"role": "assistant", "content": "in"}]  # these letters are in the template
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ MESSAGES = [{"role": "user", "content": "Which colour?"}, {"role": "assistant", 
         ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, None, ["\n", "<|im_end|>"]),
         ({"messages": MESSAGES}, None, ["\n", "<|im_end|>"]),
         ({"messages": MESSAGES, "tools": '[{"name": "add"}]'}, "add:", ["\n"]),
-        ({"messages": MESSAGES}, "Which colour?;<think>\n\n</think>\n\n", ["\n", ";"]),  # Qwen3
+        ({"messages": IN}, "Which colour?;<think>\n\n</think>\n\n", ["\n", ";"]),  # Qwen3
     ],
 )
 def test_rows_are_asked_in_trls_formats(
@@ -337,9 +338,9 @@ def test_the_loss_is_that_of_training_and_may_choose(
     [
         ("red", None, "cannot write row 1 of the data"),
         ("red", "{{ raise_exception('no system') }}", "row 1 of the data: no system"),
-        ("", "{{ messages }}", "the answer of row 1 is '', no text"),  # it calls a tool
-        (None, "{{ messages }}", "the answer of row 1 is None, no text"),
-        ([{"type": "text", "text": "red"}], "{{ messages }}", "the answer of row 1 is .*, no text"),
+        ("", "{{ messages }}", "the answer of row 1 is '': give it as a text"),  # it calls a tool
+        (None, "{{ messages }}", "the answer of row 1 is None: give"),
+        ([{"type": "text", "text": "red"}], "{{ messages }}", "the answer of row 1 is .*: give"),
     ],
 )
 def test_chat_needs_a_template_and_answers(content: Any, template: str | None, said: str) -> None:

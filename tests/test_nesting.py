@@ -88,7 +88,7 @@ def test_numpy_integers_become_json() -> None:
         ({"ranks": [1, np.float64(4)]}, "not an integer; write a whole number"),
         ({"ranks": "1248"}, r"ranks is '1248'; write a list of integers"),
         ({"ranks": 8}, "ranks is 8; write a list of integers"),
-        ({"ranks": []}, "ranks is empty"),
+        ({"ranks": []}, r"write \[8\] instead of \[\]"),
         ({"scaling": "rslora"}, "scaling is 'rslora'; write one of 'none', 'rank', 'sqrt'"),
         ({"scale": math.nan}, "scale is nan; write a positive number"),
         ({"scale": 0}, "scale is 0; write a positive number"),

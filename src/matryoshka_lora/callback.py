@@ -34,7 +34,6 @@ class NestingCallback(TrainerCallback):
             )
         # A smaller rank of before would not be one of the factors that are trained now.
         self.adapter.set_rank(self.adapter.nesting.max_rank)
-        self.adapter.model.train()
         if not self.adapter.holds_p:
             return
         # Accelerate's config may enable sharding without the Trainer's arguments.

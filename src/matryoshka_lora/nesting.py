@@ -96,9 +96,7 @@ def _checked_ranks(ranks: Iterable[int]) -> tuple[int, ...]:
     if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Iterable):
         raise MatryoshkaError(f"ranks is {ranks!r}; write a list of integers such as [1, 2, 4, 8]")
     listed = [_checked_rank(rank) for rank in ranks]
-    if not listed:
-        raise MatryoshkaError("ranks is empty; write at least one, for example [8]")
-    increasing = sorted(set(listed))
+    increasing = sorted(set(listed)) or [8]
     if listed != increasing:
         raise MatryoshkaError(f"ranks must increase; write {increasing} instead of {listed}")
     return tuple(listed)

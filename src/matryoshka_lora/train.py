@@ -242,12 +242,11 @@ def _run(adapter: NestedAdapter, trainer: SFTTrainer, output: Path) -> None:
         print(f"Going on from {checkpoint}. Name another output_dir for another run")
         state, args = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json"), trainer.args
         longer = args.max_steps <= 0 and args.num_train_epochs > state.num_train_epochs
-        most = max(state.max_steps, args.max_steps)
-        if state.global_step >= most and not longer:  # a Trainer would take one step more
+        if state.global_step >= max(state.max_steps, args.max_steps) and not longer:
             best = state.best_model_checkpoint if args.load_best_model_at_end else None
             adapter.model.load_adapter(best or checkpoint, adapter.name, is_trainable=True)
             trainer.state = state
-            return
+            return  # a Trainer would take one step more
     trainer.train(resume_from_checkpoint=checkpoint)
 
 

@@ -21,6 +21,7 @@ from matryoshka_lora.files.rows import in_template, question_and_answer
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it would log at each rank what it does
 
 _SEED = 1234  # the harness' own
+_MARK = "\ufffc"  # stands for an answer, to find its place in a chat template
 _EXTRA_TOKENS = 8  # how many tokens more than the longest completion an answer may have
 
 Asked = tuple[str, Any]
@@ -77,22 +78,11 @@ def load_data(name: str, rows: Sequence[Any], tokenizer: Any) -> Asked:
     until, docs = set[str](), []
     for number, row in enumerate(rows, start=1):
         chat = prompt, completion, _ = question_and_answer(row, number)
-        if not isinstance(prompt, str):
-            prompt, whole = in_template(tokenizer, chat, number, tokenize=False)
-            content = completion[-1].get("content")
-            completion = content.strip() if isinstance(content, str) else ""
-            if not completion:
-                raise MatryoshkaError(
-                    f"the answer of row {number} is {content!r:.80}, no text: measure such rows "
-                    "with a task of the harness"
-                )
-            # Some templates write an empty thought, or a channel, before every answer.
-            start = len(commonprefix([prompt, whole]))  # noqa: RUF071
-            start = max(start, whole.find(completion, start))
-            prompt, answer = whole[:start], whole[start:]
-            until.add(whole.rpartition(completion)[2].strip())  # what ends a turn
-        else:
+        if isinstance(prompt, str):
             answer = completion.removesuffix(end := tokenizer.eos_token or "") + end
+        else:
+            prompt, completion, answer, end = _in_chat(tokenizer, chat, number)
+            until.add(end)
         size = len(tokenizer.encode(prompt + answer)) - len(tokenizer.encode(prompt.rstrip()))
         doc = {"prompt": prompt, "completion": completion.rstrip(), "answer": answer}
         docs.append(doc | {"tokens": max(1, size)})
@@ -118,6 +108,21 @@ def load_data(name: str, rows: Sequence[Any], tokenizer: Any) -> Asked:
         "metadata": {"version": 1},
     }
     return name, _manager(False).load([_Rows(config=config)])
+
+
+def _in_chat(tokenizer: Any, chat: tuple[Any, Any, Any], number: int) -> tuple[str, ...]:
+    """Return a row of chat as texts: prompt, answer, the answer with its end, and what ends it."""
+    asked, said, tools = chat
+    content = said[-1].get("content")
+    answer = content.strip() if isinstance(content, str) else ""
+    if not answer:
+        raise MatryoshkaError(f"the answer of row {number} is {content!r:.60}: give it as a text")
+    marked = asked, [*said[:-1], {**said[-1], "content": _MARK}], tools
+    prompt, whole = in_template(tokenizer, chat, number, tokenize=False)
+    before, _, end = in_template(tokenizer, marked, number, tokenize=False)[1].partition(_MARK)
+    if before.startswith(prompt):  # with an empty thought, or a channel, in some templates
+        prompt = before
+    return prompt, answer, whole[len(commonprefix([prompt, whole])) :], end.strip()  # noqa: RUF071
 
 
 def judge(lm: Any, loaded: Any, num_fewshot: int | None, limit: int | None) -> dict[str, Any]:
