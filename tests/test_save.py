@@ -356,7 +356,10 @@ def test_what_is_loaded_can_be_trained_on_as_plain_lora(tmp_path: Path) -> None:
         optimizers[-1].step()
     assert_same(logits(adapter.model.eval()), logits(theirs.eval()), 1e-4)
     assert adapter.order is None
-    adapter = load(tiny_llama(), tmp_path / "a", rank=2, trainable=True)
+    with pytest.raises(MatryoshkaError, match="rank= or trainable="):
+        load(tiny_llama(), tmp_path / "a", rank=2, trainable=True)
+    adapter = load(tiny_llama(), tmp_path / "a", trainable=True)
+    adapter.set_rank(2)
     train(adapter, tmp_path)
     assert adapter.rank == 6  # rank 2 is none of the new factors
     frozen = load(tiny_llama(), tmp_path / "a")

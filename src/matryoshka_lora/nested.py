@@ -106,13 +106,15 @@ def load(
         trainable: Whether the factors get gradients. Training continues as plain LoRA of rank R.
 
     Raises:
-        MatryoshkaError: A file is damaged, the adapter does not fit the model, or there is no such
-            rank.
+        MatryoshkaError: A file is damaged, the adapter does not fit the model, there is no such
+            rank, or it would be trained at a smaller one.
     """
     if isinstance(base_model, PeftModel) and adapter in base_model.peft_config:
         raise MatryoshkaError(
             f"the model has an adapter {adapter!r} already: give adapter= a new name"
         )
+    if trainable and rank is not None:
+        raise MatryoshkaError("training is at rank R: give rank= or trainable=, and not both")
     path = local(path)
     file = open_adapter(path)
     base = base_model.get_base_model() if isinstance(base_model, PeftModel) else base_model
@@ -130,8 +132,7 @@ def load(
             nested.reorder()
         else:
             deploy: Any = "paper" if file.order == "paper" else "reordered"
-            ranks, scaling = file.nesting.ranks, file.nesting.scaling
-            nested = nest(model, ranks, scaling, "lora", deploy, adapter)
+            nested = nest(model, file.nesting.ranks, file.nesting.scaling, "lora", deploy, adapter)
             if deploy == "reordered":
                 nested.mark_ordered(file.order)
         if rank is not None:

@@ -178,7 +178,6 @@ def _of_trainer(model: Any, trainer: Any) -> Data:
             f"the rows of the {type(trainer).__name__} have no labels, or are a stream, which "
             "cannot come again: give rows with prompt and completion, or reorder by 'svd'"
         )
-    # A Trainer that has not trained, as of an adapter that was loaded, has seen nothing.
     found.seen = state.global_step * found.at_once * args.gradient_accumulation_steps or None
     if found.seen and state.epoch:  # the last batch of an epoch may be a small one
         found.seen = min(found.seen, round(state.epoch * len(found.rows)))
