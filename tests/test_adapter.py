@@ -151,6 +151,7 @@ def test_rows_that_experts_mix_are_refused() -> None:
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
+        ([], "needs one rank for each row"),
         ([1, 16], "rank 16 is above the largest rank"),
         ([1, 2.0], "rank 2.0 is not an integer"),
         ([-1], "rank -1 is not positive"),
@@ -161,7 +162,7 @@ def test_wrong_ranks_are_refused(adapter: NestedAdapter, ranks: list[Any], messa
     with pytest.raises(MatryoshkaError, match=message), adapter.rows(ranks):
         pytest.fail("the context must not open")
     with pytest.raises(MatryoshkaError, match=message):
-        adapter.set_rank(ranks[-1])
+        adapter.set_rank(ranks[-1]) if ranks else adapter.rows(ranks).__enter__()
     assert adapter.rank == 8
 
 

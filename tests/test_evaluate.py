@@ -260,6 +260,7 @@ def test_an_adapter_that_is_not_active_is_not_measured(base: Path) -> None:
 
 MESSAGES = [{"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "red"}]
 IN = [MESSAGES[0], {"role": "assistant", "content": "in"}]  # these letters are in the template
+OWN = [MESSAGES[0], {"role": "assistant", "content": "<think>mine</think>in"}]
 
 
 @pytest.mark.parametrize(
@@ -272,6 +273,7 @@ IN = [MESSAGES[0], {"role": "assistant", "content": "in"}]  # these letters are 
         ({"messages": MESSAGES}, None, ["\n", "<|im_end|>"]),
         ({"messages": MESSAGES, "tools": '[{"name": "add"}]'}, "add:", ["\n"]),
         ({"messages": IN}, "Which colour?;<think>\n\n</think>\n\n", ["\n", ";"]),  # Qwen3
+        ({"messages": OWN}, "Which colour?;", ["\n", ";"]),  # its thought belongs to the answer
     ],
 )
 def test_rows_are_asked_in_trls_formats(
@@ -280,8 +282,10 @@ def test_rows_are_asked_in_trls_formats(
     tokenizer = load_tokenizer()
     if "tools" in row:
         tokenizer.chat_template = "{{ tools[0].name }}:{{ messages[1].content if messages[1:] }}"
-    elif "think" in (prompt or ""):
-        thought = "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' }}"
+    elif (prompt or "").startswith("Which"):
+        thought = (
+            "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' and '<' not in m.content }}"
+        )
         tokenizer.chat_template = (
             "{% for m in messages %}" + thought + "{{ m.content }};{% endfor %}"
         )

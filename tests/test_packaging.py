@@ -91,8 +91,9 @@ def test_wheel_and_sdist_hold_the_package_and_no_more(tmp_path: Path) -> None:
 def test_a_broken_bound_fails_the_command(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     command = [sys.executable, str(ROOT / "tests/tools/bounds.py"), str(tmp_path)]
-    for lines, code in ((450, 0), (451, 1)):
-        (tmp_path / "src/one.py").write_text("\n" * lines)
+    for files, lines, code in ((1, 450, 0), (1, 451, 1), (16, 437, 0), (16, 438, 1), (41, 1, 1)):
+        for number in range(files):
+            (tmp_path / f"src/{number}.py").write_text("\n" * lines)
         assert subprocess.run(command, capture_output=True).returncode == code
 
 

@@ -13,13 +13,13 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.factors import checksum, reorder_factors
 from matryoshka_lora.files.layers import AdapterFile
 from matryoshka_lora.files.peft import find_layers, write_nested, write_rank
 from matryoshka_lora.files.tensors import Stored
+from matryoshka_lora.models import source_of
 from matryoshka_lora.nesting import Nesting, Rule, get_rule
 from matryoshka_lora.reordering.data import read_data
 from matryoshka_lora.reordering.trained import train_ranks
@@ -127,6 +127,8 @@ class NestedAdapter:
             MatryoshkaError: There is no such rank, the adapter is merged or not active, or (from
                 the forward) a layer gets another number of rows.
         """
+        if not ranks:
+            raise MatryoshkaError("rows() needs one rank for each row of the batch")
         self._refuse_ranks(ranks)
         table = {rank: self._shared.at(rank) for rank in set(ranks)}
         with self.override(torch.stack([table[rank] for rank in ranks])):
@@ -306,13 +308,13 @@ class NestedAdapter:
         name, given = f"adapter {self.name!r}", self.model.peft_config[self.name].to_dict()
         plain = json.dumps(given, default=lambda x: sorted(x) if isinstance(x, set) else str(x))
         config = json.loads(plain)
-        base = config.get("base_model_name_or_path")
-        config["base_model_name_or_path"] = base or getattr(self.model, "name_or_path", None)
+        base = config.get("base_model_name_or_path") or getattr(self.model, "name_or_path", None)
+        config["base_model_name_or_path"] = base
         # "auto" keeps the embeddings if the vocabulary was enlarged, and if they are adapted.
         keep: Any = "auto"
         if any(self.name in module.lora_embedding_A for module in self._layers().values()):
-            with suppress(OSError, TypeError, ValueError):  # the base model's files are not there
-                own = AutoConfig.from_pretrained(config["base_model_name_or_path"])
+            with suppress(AttributeError, OSError, TypeError, ValueError):  # no files or vocabulary
+                own = self.model.config.from_pretrained(source_of(str(base)))
                 sizes = (x.get_text_config().vocab_size for x in (own, self.model.config))
                 keep = next(sizes) != next(sizes)
         tensors = get_peft_model_state_dict(
@@ -323,7 +325,8 @@ class NestedAdapter:
         return AdapterFile(name, layers, others, config, {}, self.nesting, self.order)
 
     def _refuse_ranks(self, ranks: Sequence[int]) -> None:
-        allowed = self.ranks
+        top = self.nesting.max_rank
+        allowed = (top,) if {*ranks} <= {0, top} else self.ranks  # these read all factors
         for rank in dict.fromkeys(ranks):
             if rank != 0 or isinstance(rank, bool):
                 self.nesting.scale_at(rank)  # it must be an integer from 1 to R

@@ -32,8 +32,8 @@ class NestingCallback(TrainerCallback):
                 "one process cannot train nested layers on several GPUs: start the script with "
                 "`accelerate launch`, or let it see one GPU with CUDA_VISIBLE_DEVICES=0"
             )
-        # A smaller rank of before would not be one of the factors that are trained now.
-        self.adapter.set_rank(self.adapter.nesting.max_rank)
+        self.adapter.set_rank(self.adapter.nesting.max_rank)  # smaller ones lose their order
+        self.adapter.model.train()
         if not self.adapter.holds_p:
             return
         # Accelerate's config may enable sharding without the Trainer's arguments.

