@@ -88,7 +88,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "order of ranks": (
         llama,
         {"ranks": [8, 4]},
-        r"ranks are \[8, 4\]: write increasing ones, such as \[4, 8\]",
+        r"ranks are \[8, 4\]: they must increase, as \[4, 8\] do",
     ),
     "rule": (llama, {"rule": "dyloro"}, "the rules are lora"),
     "scaling": (llama, {"scaling": "rslora"}, "scaling is 'rslora'"),

@@ -84,14 +84,14 @@ def test_numpy_integers_become_json() -> None:
     [
         (
             {"ranks": [4, 2, 2, 1]},
-            r"ranks are \[4, 2, 2, 1\]: write increasing ones, such as \[1, 2, 4\]",
+            r"ranks are \[4, 2, 2, 1\]: they must increase, as \[1, 2, 4\] do",
         ),
         ({"ranks": [0, 1]}, "rank 0 is not positive"),
         ({"ranks": [True, 4]}, "rank True is not an integer"),
         ({"ranks": [1, np.float64(4)]}, "not an integer; write a whole number"),
         ({"ranks": "1248"}, r"ranks is '1248'; write a list of integers"),
         ({"ranks": 8}, "ranks is 8; write a list of integers"),
-        ({"ranks": []}, r"such as \[8\]"),
+        ({"ranks": []}, r"as \[8\] do"),
         ({"scaling": "rslora"}, "scaling is 'rslora'; write one of 'none', 'rank', 'sqrt'"),
         ({"scale": math.nan}, "scale is nan; write a positive number"),
         ({"scale": 0}, "scale is 0; write a positive number"),

@@ -60,7 +60,7 @@ def test_aurac_is_the_trapezoid_rule(
     ("accuracies", "ranks", "axis", "said"),
     [
         ([0.1], [1, 2], "log2", "not one finite accuracy for each"),
-        ([0.1, 0.2], [2, 1], "log2", "ranks must increase"),
+        ([0.1, 0.2], [2, 1], "log2", "they must increase"),
         ([0.1, math.nan], [1, 2], "log2", "not one finite accuracy"),
         ([0.1, 0.2], [1, 2], "log", "write 'log2' or 'linear'"),
     ],

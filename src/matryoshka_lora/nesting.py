@@ -98,7 +98,7 @@ def _checked_ranks(ranks: Iterable[int]) -> tuple[int, ...]:
     listed = [_checked_rank(rank) for rank in ranks]
     increasing = sorted(set(listed)) or [8]
     if listed != increasing:
-        raise MatryoshkaError(f"ranks are {listed}: write increasing ones, such as {increasing}")
+        raise MatryoshkaError(f"ranks are {listed}: they must increase, as {increasing} do")
     return tuple(listed)
 
 
