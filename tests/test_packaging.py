@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import tomllib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,13 +90,76 @@ def test_wheel_and_sdist_hold_the_package_and_no_more(tmp_path: Path) -> None:
 # The bounds of `make lint`
 
 
-def test_a_broken_bound_fails_the_command(tmp_path: Path) -> None:
-    (tmp_path / "src").mkdir()
-    command = [sys.executable, str(ROOT / "tests/tools/bounds.py"), str(tmp_path)]
-    for files, lines, code in ((1, 450, 0), (1, 451, 1), (16, 437, 0), (16, 438, 1), (41, 1, 1)):
-        for number in range(files):
-            (tmp_path / f"src/{number}.py").write_text("\n" * lines)
-        assert subprocess.run(command, capture_output=True).returncode == code
+def lines(count: int) -> str:
+    return "x = 1\n" * count
+
+
+def many_files(root: Path) -> None:
+    for number in range(41):
+        (root / f"src/more_{number}.py").write_text("")
+
+
+def long_function(root: Path) -> None:
+    (root / "src/more.py").write_text("def f():\n" + "    x = 1\n" * 60)
+
+
+def many_pages(root: Path) -> None:
+    for number in range(17):
+        (root / f"docs/more_{number}.md").write_text("")
+
+
+def comments(root: Path) -> None:
+    for number in range(17):
+        (root / f"src/more_{number}.py").write_text('"""Text\n' + "text\n" * 440 + '"""\n')
+
+
+def code(root: Path) -> None:
+    for number in range(11):
+        (root / f"src/more_{number}.py").write_text(lines(440))
+
+
+BROKEN: dict[str, Callable[[Path], object]] = {
+    "files in src": many_files,
+    "lines in src": comments,
+    "lines of code in src": code,
+    "lines of the largest file in src": lambda r: (r / "src/more.py").write_text("\n" * 451),
+    "lines of the longest function in src": long_function,
+    "lines in tests": lambda r: (r / "tests/more.py").write_text("\n" * 9_601),
+    "lines of code in research": lambda r: (r / "research/more.py").write_text(lines(3_001)),
+    "pages in docs": many_pages,
+    "words in docs": lambda r: (r / "docs/more.md").write_text("word " * 9_001),
+}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Return a tree within all bounds: a part of this one."""
+    for folder in ("src", "tests", "research", "docs"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(ROOT / "src/matryoshka_lora/errors.py", tmp_path / "src")
+    shutil.copy(ROOT / "docs/index.md", tmp_path / "docs")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_bound_fails_alone_when_it_is_broken(
+    name: str, small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bounds.main(small) == 0
+    assert {bound.name for bound in bounds.bounds(small)} == BROKEN.keys()
+    BROKEN[name](small)
+    capsys.readouterr()
+    broken = bounds.main(small)
+    told = [line for line in capsys.readouterr().out.splitlines() if "TOO MANY" in line]
+    assert broken == len(told)
+    assert any(line.startswith(f"{name}  ") for line in told)
+
+
+def test_a_broken_bound_fails_the_command(small: Path) -> None:
+    command = [sys.executable, str(ROOT / "tests/tools/bounds.py"), str(small)]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    many_pages(small)
+    assert subprocess.run(command, capture_output=True).returncode == 1
 
 
 def test_lines_of_code_are_no_comments_docstrings_or_blanks() -> None:

@@ -272,9 +272,7 @@ def test_the_papers_deployment_is_saved_as_it_was_trained(config: Path) -> None:
 
 
 @pytest.mark.slow
-def test_after_its_last_step_a_run_goes_on_with_what_it_would_have_saved(
-    config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_its_last_step_a_run_goes_on_with_what_it_would_have_saved(config: Path) -> None:
     run = config.parent / "run"
     best = [f"eval_data={config.parent}/rows.jsonl", "eval_strategy=steps", "eval_steps=2"]
     best += ["load_best_model_at_end=true", "metric_for_best_model=loss", "greater_is_better=true"]
