@@ -18,6 +18,7 @@ STYLES = {
     "kohya": (".lora_down.weight", ".lora_up.weight"),
     "diffusers": (".lora_A.weight", ".lora_B.weight"),
     "down and up": (".down.weight", ".up.weight"),
+    "older": (".lora.down.weight", ".lora.up.weight"),  # alpha is beside the module's name
 }
 
 
@@ -85,11 +86,12 @@ def best(update: np.ndarray, rank: int) -> np.ndarray:
 def file_updates(file: Path) -> dict[str, np.ndarray]:
     """Return the dense updates of a single file by the pairs' names, scaled as its readers do."""
     state, found = load_file(file), {}
-    for down, up in STYLES.values():
-        for key in state:
-            if key.endswith(down):
-                name = key.removesuffix(down)
-                A, B = state[key].double().flatten(1), state[name + up].double().flatten(1)
-                alpha = state.get(f"{name}.alpha", torch.tensor(float(len(A))))
-                found[name] = (B @ A * float(alpha) / len(A)).numpy()
+    for key in state:
+        fits = [pair for pair in STYLES.values() if key.endswith(pair[0])]
+        if fits:
+            down, up = max(fits, key=lambda pair: len(pair[0]))
+            name = key.removesuffix(down)
+            A, B = state[key].double().flatten(1), state[name + up].double().flatten(1)
+            alpha = state.get(f"{name}.alpha", torch.tensor(float(len(A))))
+            found[name] = (B @ A * float(alpha) / len(A)).numpy()
     return found

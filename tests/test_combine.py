@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LINEAR_LAYERS, tiny_llama
+from conftest import LINEAR_LAYERS, tiny_llama, tiny_mixtral
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from strangers import Mixed, file_updates, logits, plain_adapter, updates
@@ -108,6 +108,18 @@ def test_single_files_stay_in_their_style(tmp_path: Path) -> None:
     q = each[0]["lora_unet_q"] - 2 * each[1]["lora_unet_q"] + each[2]["lora_unet_q"] / 2
     assert np.allclose(found["lora_unet_q"], q, atol=1e-5)
     assert np.allclose(found["lora_unet_y"], each[2]["lora_unet_y"] / 2, atol=1e-5)
+
+
+def test_experts_stay_apart_from_the_other_layers(tmp_path: Path) -> None:
+    for name, targets in (("a", ["q_proj"]), ("b", ["q_proj", "v_proj"])):
+        options = {"target_modules": targets, "target_parameters": ["mlp.experts.down_proj"]}
+        plain_adapter(tmp_path / name, tiny_mixtral(), **options)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    combine(paths, tmp_path / "sum", rank=16)
+    found, wanted = updates(tmp_path / "sum", tiny_mixtral), dense_sum(tiny_mixtral, paths, [1, 1])
+    assert found.keys() == wanted.keys()
+    for name, update in found.items():
+        assert np.allclose(update.reshape(len(update), -1), wanted[name], atol=1e-4)
 
 
 def test_modules_that_all_inputs_share_are_kept(tmp_path: Path) -> None:

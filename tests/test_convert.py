@@ -222,6 +222,11 @@ def test_what_another_format_cannot_hold_is_refused(
     (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
     with pytest.raises(MatryoshkaError, match=f"lm_head.*{reader} cannot read.*merged"):
         export(tmp_path / "lora", tmp_path / target, 2, format, model=str(base))
+    config = json.loads((base / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short/config.json").write_text(json.dumps(config))
+    with pytest.raises(MatryoshkaError, match=f"layers.1.*{reader} cannot read with this base"):
+        export(tmp_path / "plain", tmp_path / target, 2, format, model=str(tmp_path / "short"))
     with pytest.raises(MatryoshkaError, match=f"models of type 'bloom', which {reader}"):
         export(tmp_path / "plain", tmp_path / target, 2, format, model=str(tmp_path))
 
@@ -265,7 +270,7 @@ def test_an_adapter_is_reordered_by_training_data(tmp_path: Path) -> None:
 # Many adapters at once.
 
 
-def test_every_adapter_of_a_folder_is_exported(tmp_path: Path) -> None:
+def test_every_adapter_of_a_folder_is_exported(tmp_path: Path, base: Path) -> None:
     """One keeps its smaller rank, a file stays a file, and what cannot be cut stops nothing."""
     folder = tmp_path / "loras"
     for name, rank in (("large", 8), ("small", 2), ("dora", 8)):
@@ -288,6 +293,13 @@ def test_every_adapter_of_a_folder_is_exported(tmp_path: Path) -> None:
     ladders = export_all(folder, tmp_path / "ladders", rank=[1, 2], format="ladder")
     assert {x.name for x in (tmp_path / "ladders/large").iterdir()} == {"large@1", "large@2"}
     assert "error" not in ladders[0]
+    export_all(folder, tmp_path / "ggufs", rank=3, format="gguf", model=str(base))
+    assert {x.name for x in (tmp_path / "ggufs").iterdir()} == {"large.gguf", "small.gguf"}
+    state = {"a.lora_A.weight": torch.randn(4, 6), "a.lora_B.weight": torch.randn(5, 4)}
+    save_file(state, folder / "other.safetensors")
+    export_all(folder, tmp_path / "folders", style="peft")
+    assert open_adapter(tmp_path / "folders/other").max_rank == 4
+    (folder / "other.safetensors").unlink()
     shutil.rmtree(folder / "large")
     for name in ("small", "single.safetensors"):
         (folder / name).rename(tmp_path / name)

@@ -76,14 +76,23 @@ def test_every_rank_is_the_best_one_of_the_change(
     assert {*made.others} == {"model.norm.weight", "lm_head.weight"}
 
 
-@pytest.mark.parametrize(("tied", "whole"), [(False, "lm_head"), (True, "embed_tokens")])
+@pytest.mark.parametrize(
+    ("config", "whole", "changed"),
+    [
+        ({}, "lm_head", "lm_head"),
+        ({"tie_word_embeddings": True}, "embed_tokens", "embed_tokens"),
+        ({"attention_bias": True}, "k_proj", "k_proj"),
+        ({"attention_bias": True}, "k_proj", "k_proj.bias"),
+    ],
+)
 def test_with_all_ranks_and_parts_it_is_the_tuned_model(
-    tmp_path: Path, tied: bool, whole: str
+    tmp_path: Path, config: dict[str, bool], whole: str, changed: str
 ) -> None:
     """PEFT gives the head of its own a weight that it shares with the embedding."""
-    base, wanted = (tiny_llama(tie_word_embeddings=tied) for _ in range(2))
+    base, wanted = (tiny_llama(**config) for _ in range(2))
     base.save_pretrained(tmp_path / "base")
-    tuned_of(wanted, (*CHANGED, "model.norm", whole)).save_pretrained(tmp_path / "tuned")
+    names = ("q_proj.weight", "down_proj", "o_proj.weight", "model.norm", changed)
+    tuned_of(wanted, names).save_pretrained(tmp_path / "tuned")
     extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", 200, whole=["norm", whole])
     found = PeftModel.from_pretrained(base, tmp_path / "lora")
     assert torch.allclose(logits(found), logits(wanted), atol=1e-4)
@@ -225,10 +234,16 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "shard": (_shard, "there is no file .*model-2.safetensors"),
     "cut": (_cut, "is damaged"),
     "nan": (_edit(lambda s: {**s, Q: s[Q] * torch.nan}), "q_proj hold NaN or infinity"),
-    "shape": (_edit(lambda s: {**s, Q: s[Q][:8].clone()}), "are no versions of one"),
+    "shape": (_edit(lambda s: {**s, Q: s[Q][:8].clone()}), "they are no versions of one"),
+    "quantised": (
+        lambda tuned: _edit(lambda s: {**s, Q: s[Q].to(torch.float8_e4m3fn)})(
+            tuned.parent / "base"
+        ),
+        r"q_proj.weight is torch.float8_e4m3fn .*quantised",
+    ),
     "fewer layers": (
         _edit(lambda s: {k: t for k, t in s.items() if "layers.1" not in k}),
-        r"layers.1.*\] and none, and the two are no versions of one",
+        r"layers.1.*\] and none: they are no versions of one",
     ),
     "other": (_edit(lambda s: {f"x.{k}": t for k, t in s.items()}), "have no weight in common"),
     "none": (lambda tuned: (tuned / "model.safetensors").unlink(), "holds no model.safetensors"),

@@ -71,7 +71,11 @@ def config(**fields: Any) -> Harm:
 
 
 HARMS: dict[str, tuple[Harm, str]] = {
-    "a pickle": (pickled, "holds a pickle"),
+    "a pickle": (pickled, "holds no adapter_model.safetensors.* is a pickle"),
+    "another dtype": (
+        tensors(lambda x: x.update({min(x): torch.ones(3).to(torch.float8_e8m0fnu)})),
+        "has tensors of type 'F8_E8M0'",
+    ),
     "a pickle by another name": (lambda folder: pickled(folder, WEIGHTS), "damaged"),
     "a header bomb": (weights(lambda _: struct.pack("<Q", 2**40) + b'{"a":' * 10_000), "damaged"),
     "a file cut short": (weights(lambda data: data[: len(data) // 2]), "damaged"),

@@ -74,7 +74,7 @@ def test_what_the_hub_does_not_give_is_said(cache: Path, name: str, offline: boo
     found = run(cache, "info", name, offline=offline)
     assert found.returncode == 1
     assert found.stderr.startswith(f"error: there is no path {name} here, and the hub gives none")
-    assert "only what was downloaded before can be read" in found.stderr
+    assert "only what was downloaded before is read" in found.stderr
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,14 @@ def test_half_precision_stays_and_rounds_little(tmp_path: Path, dtype: torch.dty
 PAIR = {"b.lora_down.weight": torch.ones(2, 3), "b.lora_up.weight": torch.ones(4, 2)}
 BESIDE = {
     "DoRA": {**PAIR, "b.dora_scale": torch.ones(4, 1)},
+    "an older DoRA": {
+        **{"b_lora.down.weight": torch.ones(2, 3), "b_lora.up.weight": torch.ones(4, 2)},
+        "b.dora_scale": torch.ones(4, 1),
+    },
+    "biases": {
+        **{"b.lora_A.weight": torch.ones(2, 3), "b.lora_B.weight": torch.ones(4, 2)},
+        "b.lora_B.bias": torch.ones(4),
+    },
     "a third matrix": {**PAIR, "b.lora_mid.weight": torch.ones(2, 2)},
     "LoKr": {"b.lokr_w1": torch.ones(2, 2), "b.lokr_w2": torch.full((4, 4), float("nan"))},
     "odd dtypes": {
@@ -138,7 +146,7 @@ def test_what_is_no_pair_is_kept_and_said(tmp_path: Path, kind: str) -> None:
         export(file, tmp_path / "other.safetensors", 2, style="diffusers")
     save_file(BESIDE[kind], file)
     why = (
-        "DoRA, LoHa or LoKr, which has no ranks"
+        "DoRA, LoHa or LoKr, or has biases, and has no ranks"
         if "odd" not in kind
         else "keys are known: .* as 'c'"
     )

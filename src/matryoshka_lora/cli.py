@@ -322,8 +322,8 @@ def select(
 
     choice = choose(evaluation, within, max_bytes, task, metric)
     _tell(choice.lines())
-    adapter = choice.evaluation.about["adapter"]
-    _next("export", adapter, "--rank", choice.rank, "-o", f"rank-{choice.rank}")
+    if adapter := choice.evaluation.about["adapter"]:  # none if it was in memory
+        _next("export", adapter, "--rank", choice.rank, "-o", f"rank-{choice.rank}")
 
 
 @app.command()

@@ -103,7 +103,7 @@ def _sum(files: Sequence[AdapterFile], weights: Sequence[float]) -> AdapterFile:
         for layer in file.layers:
             parts.setdefault(layer.name, []).append((file, layer, weight))
     layers = tuple(_side_by_side(parts[key]) for key in sorted(parts))
-    config, targets = first.config, [layer.name for layer in layers]
+    config, targets = first.config, [layer.name for layer in layers if layer.experts == 1]
     if config and any(x.config.get(key) != config.get(key) for x in files for key in _TARGETS):
         config = {**config, **dict.fromkeys(_TARGETS), "target_modules": targets}
     paths = tuple(path for file in files for path in file.files)

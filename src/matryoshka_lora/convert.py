@@ -92,7 +92,7 @@ def reorder(
     seed: int = 0,
     force: bool = False,
 ) -> Path:
-    """Make any LoRA adapter nested, so that every prefix is a good adapter of its rank.
+    """Make any LoRA adapter nested, so that every prefix is a good one, and return the target.
 
     Args:
         source: PEFT's folder of an adapter, or a single ``.safetensors`` file.
@@ -106,9 +106,6 @@ def reorder(
         dtype: The base model's, as `load_model` takes it; None chooses by the hardware.
         seed: Seeds the choice of rows and ranks.
         force: Whether what is at the target is replaced.
-
-    Returns:
-        The target.
 
     Raises:
         MatryoshkaError: The source cannot be read or has no ranks, or the target is taken.
@@ -241,14 +238,16 @@ def export_all(
         MatryoshkaError: The target is taken, or none could be exported.
     """
     made, failed, found = list[str](), list[str](), adapters_in(source)
+    end = _ENDINGS.get(str(how.get("format")), "")
     with new_folder(target, force, found) as folder:
         for path in tqdm(found, "exporting", leave=False, unit=" adapters", disable=None):
             try:
                 own = rank
                 if isinstance(rank, int):
                     own = min(rank, open_adapter(path).max_rank)
-                one = export(path, folder / path.name, own, **how)
-                made.append("; ".join(replace(one, path=Path(path.name)).lines()))
+                name = path.stem if how.get("style") == "peft" else path.name + end
+                one = export(path, folder / name, own, **how)
+                made.append("; ".join(replace(one, path=Path(name)).lines()))
             except MatryoshkaError as error:
                 failed.append(f"not {path.name}: {error}")
         if not made:

@@ -117,8 +117,7 @@ def extract(
         rank: R, or beside ``keep`` and ``max_bytes`` the most that a layer gets.
         keep: In each layer the smallest rank that keeps this share of the square of D.
         max_bytes: The maximum size of the file.
-        whole: Names of modules whose changed weights are kept as they are, in PEFT's
-            ``modules_to_save``.
+        whole: Names of modules that are kept as they are, in PEFT's ``modules_to_save``.
         style: The keys of a file for image models: ``"diffusers"`` or ``"kohya"``.
         force: Whether what is at the target is replaced.
 
@@ -141,8 +140,9 @@ def extract(
     sources = [file for files, _ in models for file in files]
     place = check_place(target, force, sources)
     modules, tied = _modules(base)
-    weights, others = _changed(models[0][1], models[1][1], modules)
-    kept = {key: x for key, x in others.items() if key.rpartition(".")[0].endswith(tuple(whole))}
+    weights, others = _changed(models[0][1], models[1][1], modules, tuple(whole))
+    owners = {x for key in others if (x := key.rpartition(".")[0]).endswith(tuple(whole))}
+    kept = {key: x for key, x in models[1][1].items() if key.rpartition(".")[0] in owners}
     kept |= {head: kept[key] for key, head in tied.items() if key in kept}  # PEFT would untie them
     if nothing := [name for name in whole if not any(name in key for key in kept)]:
         raise MatryoshkaError(f"no weight of {nothing[0]!r:.80} changed: leave it out")
@@ -219,12 +219,15 @@ def _is_layer(module: str, weight: Stored, modules: Mapping[str, Any]) -> bool:
     if not modules:
         return len(shape) != 3 and not _EMBEDDINGS.search(module)
     own = modules.get(module)
-    is_kernel = isinstance(own, nn.modules.conv._ConvNd) and own.groups == 1
+    is_kernel = isinstance(own, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and own.groups == 1
     return isinstance(own, nn.Linear) or is_kernel or type(own).__name__ == "Conv1D"
 
 
 def _changed(
-    old: Mapping[str, Stored], new: Mapping[str, Stored], modules: Mapping[str, Any]
+    old: Mapping[str, Stored],
+    new: Mapping[str, Stored],
+    modules: Mapping[str, Any],
+    whole: tuple[str, ...],
 ) -> tuple[dict[str, Weight], dict[str, Stored]]:
     """Return the layers that changed, and all else that did, by key."""
     layers, others = dict[str, Weight](), dict[str, Stored]()
@@ -236,12 +239,14 @@ def _changed(
     for key in tqdm(sorted({*old, *new}), "comparing", leave=False, disable=None, delay=1):
         before, after, module = old.get(key), new.get(key), key.removesuffix(".weight")
         one = after or before
-        is_layer = bool(one and module != key and _is_layer(module, one, modules))
-        if not (before and after and before.shape == after.shape):
+        may_be = module != key and not module.endswith(whole)
+        is_layer = bool(one and may_be and _is_layer(module, one, modules))
+        kinds = [(x.shape, x.is_factor) if x else None for x in (before, after)]
+        if not (before and after and kinds[0] == kinds[1]):
             if is_layer:
-                shapes = " and ".join(str(list(x.shape)) if x else "none" for x in (before, after))
+                two = [f"{x.dtype} {[*x.shape]}" if x else "none" for x in (before, after)]
                 raise MatryoshkaError(
-                    f"{key} has the shapes {shapes}, and the two are no versions of one"
+                    f"{key} is {' and '.join(two)}: they are no versions of one, or quantised"
                 )
             others |= {key: after} if after else {}
         elif not _same(before.read(), after.read()):

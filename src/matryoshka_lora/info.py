@@ -16,8 +16,7 @@ class Description:
     """Describe an adapter file in numbers.
 
     Attributes:
-        sizes: The bytes of the file of weights that `export` writes at each nested rank, with all
-            that it holds.
+        sizes: The bytes of the whole file of weights that `export` writes at each nested rank.
         errors: The norm of what each nested rank leaves out over the norm of the update.
     """
 

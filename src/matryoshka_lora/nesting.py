@@ -33,8 +33,7 @@ class Nesting:
     ``"rank"`` and ``1 / sqrt(R)`` for ``"sqrt"``.
 
     Args:
-        ranks: Positive, strictly increasing integers; the last one is ``R``, the rank of the
-            factors.
+        ranks: Positive, strictly increasing integers; the last one, ``R``, is that of the factors.
         scaling: The scale of rank ``r``. ``"none"``: ``scale`` for all. ``"rank"``: ``scale * R /
             r``, which is LoRA's alpha / r (arXiv 2106.09685). ``"sqrt"``: ``scale * sqrt(R / r)``,
             which is rsLoRA's alpha / sqrt(r) (arXiv 2312.03732).

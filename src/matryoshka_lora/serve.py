@@ -56,8 +56,10 @@ def serve(
             no base model is known.
     """
     source = Path(folder)
-    rungs = {x.parent.name.rpartition("@")[2]: x.parent for x in source.glob(f"*@*/{CONFIG_NAME}")}
-    ladder = {int(end): rung for end, rung in rungs.items() if end.isdigit()}
+    rungs = [x.parent for x in source.glob(f"*@[0-9]*/{CONFIG_NAME}")]
+    ladder = {int(end): rung for rung in rungs if (end := rung.name.rpartition("@")[2]).isdigit()}
+    if len(ladder) < len(rungs):
+        raise MatryoshkaError(f"{source} has a rank twice: give each adapter a folder of its own")
     file = open_adapter(ladder[max(ladder)] if ladder else source)
     base, revision = file.base_model(model, revision)
     at = ["--model", source_of(base), *(["--revision", revision] if revision else [])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import transformers.integrations.peft
 from conftest import randomize
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from strangers import best, distance
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -99,10 +100,10 @@ def with_lora(
     return lora, get_peft_model_state_dict(model, adapter_name="default")
 
 
-def save_sd(folder: Path, **config: Any) -> None:
+def save_sd(folder: Path, words: Sequence[str] = TEXT, **config: Any) -> None:
     pipe = Pipeline()
     unet, first = with_lora(pipe.unet, UNET, **config)
-    text, second = with_lora(pipe.text_encoder, TEXT, **config)
+    text, second = with_lora(pipe.text_encoder, [*words], **config)
     more = {"unet_lora_adapter_metadata": unet, "text_encoder_lora_adapter_metadata": text}
     metadata = {name: lora.to_dict() for name, lora in more.items()}
     pipe.save_lora_weights(folder, first, second, weight_name="lora.safetensors", **metadata)
@@ -115,6 +116,17 @@ def save_flux(folder: Path, **config: Any) -> None:
     pipe.save_lora_weights(folder, state, weight_name="lora.safetensors", **more)
 
 
+def save_older(folder: Path) -> None:
+    """CLIP's names as they were before transformers 5, with the metadata of today or without."""
+    save_sd(folder, **MIXED)
+    with safe_open(folder / "lora.safetensors", "pt") as opened:
+        state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        metadata = opened.metadata()
+    first = "text_encoder."
+    renamed = {key.replace(first, f"{first}text_model."): x for key, x in state.items()}
+    save_file(renamed, folder / "lora.safetensors", metadata)
+
+
 def save_kohya(folder: Path) -> None:
     """`test_styles_are_read_by_diffusers_and_peft` compares its keys with the file's own."""
     save_sd(folder, **MIXED)
@@ -124,6 +136,7 @@ def save_kohya(folder: Path) -> None:
 
 WRITERS: dict[str, tuple[Callable[[], Any], Callable[[Path], None]]] = {
     "mixed ranks": (Pipeline, lambda folder: save_sd(folder, lora_alpha=3, **MIXED)),
+    "older names": (Pipeline, save_older),
     "flux": (FluxPipeline, save_flux),
     "kohya": (Pipeline, save_kohya),
 }
@@ -191,8 +204,8 @@ def test_styles_are_read_by_diffusers_and_peft(tmp_path: Path) -> None:
 
 
 def test_diffusers_computes_a_sum_of_two_files(tmp_path: Path) -> None:
-    for name, config in (("a", MIXED), ("b", {"lora_alpha": 3})):
-        save_sd(tmp_path / name, **config)
+    save_sd(tmp_path / "a", **MIXED)
+    save_sd(tmp_path / "b", words=[*TEXT, "k_proj"], lora_alpha=3)
     files = [tmp_path / name / "lora.safetensors" for name in "ab"]
     combine(files, tmp_path / "sum.safetensors", weights=[1, -0.5], rank=12)
     both = Pipeline()

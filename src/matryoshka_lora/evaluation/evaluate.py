@@ -62,14 +62,12 @@ def evaluate(
         dtype: The base model's, as `load_model` takes it; None chooses by the hardware.
         num_fewshot: Shots of the tasks; None is the task's own number.
         limit: The most questions of a task.
-        batch_size: The most tokens, over all rows of a batch, whose keys and values are held; None
-            is 32,768.
+        batch_size: The most tokens of a batch whose keys and values are held; None is 32,768.
         force: Whether to replace an existing folder and all its content.
         progress: Whether progress bars are shown on stderr.
 
     Raises:
-        MatryoshkaError: Adapter, base model, tasks or data do not go together; or the folder exists
-            already.
+        MatryoshkaError: Adapter, base model, tasks or data do not fit, or the folder is taken.
     """
     if (not tasks) == (data is None):
         raise MatryoshkaError("give either tasks, such as arc_easy, or data, such as my.jsonl")

@@ -292,7 +292,7 @@ def _by_rank(numbers: Mapping[str, Any]) -> dict[int, Any]:
 
 # Okabe and Ito's colours, which differ for every kind of colour vision; markers tell them in grey.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-_MARKERS = "osD^vP"
+_MARKERS = "osD^vPX"  # one more than colours: 42 tasks differ
 
 
 def draw(evaluation: Evaluation, file: Path) -> None:

@@ -71,8 +71,7 @@ def select(
         metric: The metric to choose by, such as ``"loss"``; None is the task's first one.
 
     Raises:
-        MatryoshkaError: There is no such evaluation, task or metric, no limit, or no rank that
-            meets it.
+        MatryoshkaError: There is no such evaluation, task, metric or limit, or no rank meets it.
     """
     found = evaluation if isinstance(evaluation, Evaluation) else Evaluation.read(evaluation)
     task = found.task(task)

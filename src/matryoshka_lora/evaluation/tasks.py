@@ -40,8 +40,7 @@ def load_task(name: str) -> Asked:
         near = get_close_matches(name, manager.all_tasks, n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise MatryoshkaError(
-            f"there is no task {name!r}: {hint}Give one of the harness (lm_eval ls tasks), or a "
-            "YAML file"
+            f"there is no task {name!r}: {hint}Give one of `lm_eval ls tasks`, or a YAML file"
         )
     _seed()  # some tasks shuffle while they load
     try:

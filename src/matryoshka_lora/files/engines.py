@@ -19,15 +19,14 @@ from matryoshka_lora.files.peft import CONFIG_NAME
 # mlx-lm silently skips unknown keys.
 _ARCHITECTURES = {name: name for name in ("llama", "qwen2", "qwen3", "gemma", "gemma2")}
 _ARCHITECTURES |= {"mistral": "llama", "gemma3_text": "gemma3"}
-_IN_A_BLOCK = re.compile(r"model\.layers\.\d+\.(.+)")
+_IN_A_BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def write_gguf(plan: Plan, file: Path, base: Mapping[str, Any]) -> None:
     """Write a plan of `plan_rank` for llama.cpp: one GGUF file in float32.
 
     llama.cpp multiplies ``B A`` with the file's alpha over the rank of the tensor. A file has one
-    alpha; differences between layers are folded into B. ``base`` is the base model's
-    ``config.json``.
+    alpha, so B takes the layers' differences. ``base`` is the base model's ``config.json``.
 
     Raises:
         MatryoshkaError: llama.cpp does not support the base model or a layer.
@@ -79,7 +78,7 @@ def write_mlx(plan: Plan, folder: Path, base: Mapping[str, Any]) -> None:
     for layer, A, B in plan.each():
         tensors[f"{layer.name}.lora_a"] = A.mT.contiguous()
         tensors[f"{layer.name}.lora_b"] = B.mT.contiguous()
-    keys = sorted({_IN_A_BLOCK.sub(r"\1", new.name) for _, new in plan.layers})
+    keys = sorted({_IN_A_BLOCK.sub(r"\2", new.name) for _, new in plan.layers})
     parameters = {"rank": plan.rank, "scale": plan.layers[0][1].scale, "dropout": 0.0, "keys": keys}
     config = {"fine_tune_type": "lora", "num_layers": base["num_hidden_layers"]}
     save_file(tensors, folder / "adapters.safetensors")
@@ -108,12 +107,13 @@ def _check(plan: Plan, base: Mapping[str, Any], reader: str) -> None:
     strange = [*plan.adapter.others]
     for _, x in plan.layers:
         is_linear = x.experts == 1 and len(x.A.shape) == 2 and x.key_A.endswith(".lora_A.weight")
-        if not (is_linear and _IN_A_BLOCK.fullmatch(x.name)):
+        block = _IN_A_BLOCK.fullmatch(x.name)
+        if not (is_linear and block and int(block[1]) < base.get("num_hidden_layers", 0)):
             strange.append(x.key_A)
     if base.get("model_type") not in _ARCHITECTURES:
         strange = [f"a LoRA for models of type {base.get('model_type')!r}"]
     if strange:
         raise MatryoshkaError(
-            f"{plan.adapter.name} holds {strange[0]}, which {reader} cannot read: use --format "
-            "merged"
+            f"{plan.adapter.name} holds {strange[0]}, which {reader} cannot read with this base "
+            "model: give another one with --model, or use --format merged"
         )

@@ -49,8 +49,7 @@ def local(path: PathLike, patterns: tuple[str, ...] = ADAPTER) -> Path:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise MatryoshkaError(
             f"there is no path {path} here, and the hub gives none ({reason:.200}). A private "
-            "repository needs `hf auth login`, and without a network only what was downloaded "
-            "before can be read"
+            "repository needs `hf auth login`; offline, only what was downloaded before is read"
         ) from error
     if not file and not (folder / patterns[0]).is_file():
         raise MatryoshkaError(

@@ -182,8 +182,7 @@ class AdapterFile:
     def cut(self, layer: Layer, rank: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return a layer's factors at a rank, rescaled for another scale.
 
-        Factors without an order are reordered by SVD first. Ranks above the layer's own are
-        padded with zeros.
+        Factors without an order are reordered by SVD first. Ranks above its own get zeros.
 
         Returns:
             A of shape (..., r, in), B of shape (..., out, r), with experts in front, and what each

@@ -42,8 +42,7 @@ def open_adapter(path: PathLike) -> AdapterFile:
     """Open a LoRA adapter: PEFT's folder, also sharded, a single ``.safetensors`` file, or either
     on the hub, see `matryoshka_lora.files.hub.local`.
 
-    The nesting counts only if its checksum matches the factors. Otherwise the adapter is plain
-    LoRA.
+    The nesting counts only if its checksum matches the factors; else the adapter is plain LoRA.
 
     Raises:
         MatryoshkaError: The path is no LoRA adapter, is damaged, or is a variant without ranks.
@@ -111,8 +110,7 @@ def write_rank(adapter: AdapterFile, path: PathLike, rank: Ranks, force: bool = 
         The relative error: the norm of the removed part over that of the update.
 
     Raises:
-        MatryoshkaError: There is no such rank, the layers cannot have ranks of their own, or the
-            place is taken.
+        MatryoshkaError: There is no such rank, layers cannot differ, or the place is taken.
     """
     plan = plan_rank(adapter, rank)
     if adapter.is_single:
@@ -222,12 +220,13 @@ def check_config(config: dict[str, Any], where: str) -> None:
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
     whole, index = folder / WEIGHTS_NAME, folder / f"{WEIGHTS_NAME}.index.json"
-    if not whole.exists() and (folder / "adapter_model.bin").exists():
+    if whole.exists():
+        return (whole,)
+    if not index.exists():
         raise MatryoshkaError(
-            f"{folder} holds a pickle, which may run code: save it again with PEFT"
+            f"{folder} holds no {WEIGHTS_NAME}. An adapter_model.bin is a pickle, which may run "
+            "code: save it again with PEFT"
         )
-    if whole.exists() or not index.exists():
-        return (whole,)  # if it is absent, opening it says so
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise MatryoshkaError(f"{index} is damaged: it names no files. Copy it again")
@@ -253,8 +252,7 @@ def find_layers(
             fits = A.is_factor and rows == experts * rank
             if not (fits and B and B.is_factor and B.shape[1] == rows):
                 raise MatryoshkaError(
-                    f"{where}: the factors of {name[:200]} are no LoRA of rank {rank}: copy or "
-                    "save it again"
+                    f"{where}: {name[:200]} is no LoRA of rank {rank}: copy or save it again"
                 )
             found.append(Layer(name, key, key_B, A, B, rank, scale, experts))
             del others[key], others[key_B]

@@ -35,7 +35,9 @@ _ENDINGS = (
 # What makes a layer more than a pair of factors: a magnitude (DoRA), a third matrix, a bias.
 _MORE = re.compile(r"(.+)\.(?:dora_scale|lora_(?:magnitude_vector|mid|up|down|[AB])(?:\.[^.]+)*)")
 
-_OTHER_METHODS = re.compile(r"dora_scale|magnitude_vector|hada_|lokr_|lora_mid")
+_OTHER_METHODS = re.compile(r"dora_scale|magnitude_vector|hada_|lokr_|lora_mid|lora_[AB]\.bias")
+# Older keys, such as NAME.lora.down.weight, have their alpha and their magnitude beside NAME.
+_OLD = re.compile(r"[._]lora(_linear_layer)?$")
 
 # The parts of a pipeline, and the first word of kohya's names for them. The names of a model's own
 # authors begin with diffusion_model.
@@ -65,13 +67,13 @@ def open_single(file: Path) -> AdapterFile:
     others = stored.keys() - {key for pair in pairs.values() for key in pair}
     whole = {found[1] for key in others if (found := _MORE.fullmatch(key))}
     configs = _configs(metadata, str(file))
-    plain = sorted((name, pair) for name, pair in pairs.items() if name not in whole)
+    plain = sorted(each for each in pairs.items() if _OLD.sub("", each[0]) not in whole)
     layers = [_layer(name, pair, stored, configs, str(file)) for name, pair in plain]
     if not layers:
         other = next((key for key in sorted(stored) if _OTHER_METHODS.search(key)), None)
         raise MatryoshkaError(
-            f"{file} holds {other[:80]}, so it is a DoRA, LoHa or LoKr, which has no ranks to "
-            "choose: use it whole"
+            f"{file} holds {other[:80]}, so it is a DoRA, LoHa or LoKr, or has biases, and has no "
+            "ranks to choose: use it whole"
             if other
             else f"{file} holds no LoRA whose keys are known: they end in lora_A.weight, "
             f"lora_down.weight or down.weight, and not as {min(stored, default='')[:80]!r}"
@@ -158,7 +160,8 @@ def _layer(
             f"{where}: {name[:200]!r} has factors {A.dtype} {list(A.shape)} and {B.dtype} "
             f"{list(B.shape)}, which make no layer: save it again in fp32, bf16 or fp16"
         )
-    rank, alpha, scale = A.shape[0], stored.get(f"{name}.alpha"), 1.0
+    key = f"{_OLD.sub('', name)}.alpha"
+    rank, alpha, scale = A.shape[0], stored.get(key), 1.0
     if configs:
         part, inside = _part(name.removeprefix(_PEFT))
         _, scale = rank_and_scale(configs.get(part, {}), inside, where)
@@ -172,8 +175,7 @@ def _layer(
         )
     if not 0 < scale < float("inf"):
         raise MatryoshkaError(f"{where}: the alpha of {name[:200]} is no positive number")
-    key = f"{name}.alpha" if alpha else None
-    return Layer(name, *keys, A, B, rank, scale, key_alpha=key)
+    return Layer(name, *keys, A, B, rank, scale, key_alpha=key if alpha else None)
 
 
 def _configs(metadata: Mapping[str, str], where: str) -> _Configs:
@@ -213,11 +215,12 @@ def _lora_configs(adapter: AdapterFile, layers: list[Layer]) -> dict[str, Any]:
     ranks = dict[str, dict[str, int]]()
     for layer in layers:
         part, inside = _part(layer.name)
-        ranks.setdefault(part, {})[inside] = layer.rank
+        # diffusers takes this part of CLIP's names away, in the keys alone
+        ranks.setdefault(part, {})[inside.removeprefix("text_model.")] = layer.rank
     for part, own in ranks.items():
-        top = max(own.values())
-        pattern = {f"^{re.escape(name)}": rank for name, rank in own.items() if rank != top}
-        config = {"target_modules": sorted(own), **given.get(part, {})}
+        top, start = max(own.values()), "" if part.startswith("text_encoder") else "^"
+        pattern = {f"{start}{re.escape(name)}": r for name, r in own.items() if r != top}
+        config = {**given.get(part, {}), "target_modules": sorted(own)}
         config |= {"r": top, "lora_alpha": top, "use_rslora": False}
         config |= {"rank_pattern": pattern, "alpha_pattern": pattern}
         found |= {f"{part}.{key}": value for key, value in config.items()}

@@ -92,6 +92,8 @@ def read_json(file: Path) -> dict[str, Any]:
 def _damaged(file: Path, reason: Exception) -> MatryoshkaError:
     if isinstance(reason, FileNotFoundError):
         return MatryoshkaError(f"there is no file {file}: is the path right?")
+    if isinstance(reason, KeyError):
+        return MatryoshkaError(f"{file} has tensors of type {reason}: save it in bf16 or fp32")
     return MatryoshkaError(f"{file} is damaged ({reason!s:.300}): copy it again")
 
 

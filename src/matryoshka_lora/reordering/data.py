@@ -52,9 +52,7 @@ class Data:
 
         The evaluation rows judge. Without any, some of the data are held out: no row that equals
         one of these is trained on, in any round. All rows come before one comes again, each time
-        in a new order.
-        ``count`` is the number of rows to train on, and ``judged`` the largest one of those held
-        out.
+        in a new order. ``count`` rows are trained on, and at most ``judged`` are held out.
 
         Raises:
             MatryoshkaError: There are too few rows, or no held-out row has a label.
