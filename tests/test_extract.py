@@ -17,9 +17,9 @@ import torch
 from conftest import tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from strangers import file_updates, logits, updates
+from strangers import IDS, file_updates, logits, updates
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from matryoshka_lora import MatryoshkaError, NotFiniteError, extract, load
 from matryoshka_lora.extracting import _factorise
@@ -96,6 +96,24 @@ def test_with_all_ranks_and_parts_it_is_the_tuned_model(
     extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", 200, whole=["norm", whole])
     found = PeftModel.from_pretrained(base, tmp_path / "lora")
     assert torch.allclose(logits(found), logits(wanted), atol=1e-4)
+
+
+def test_t5_shares_its_embedding_with_more_than_a_head(tmp_path: Path) -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=64, decoder_start_token_id=0, **sizes)
+
+    def of(model: Any) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = model(input_ids=IDS, decoder_input_ids=IDS).logits
+        return found
+
+    base = T5ForConditionalGeneration(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    wanted = T5ForConditionalGeneration.from_pretrained(tmp_path / "base")
+    tuned_of(wanted, ("shared", "q.weight"), 0.5).save_pretrained(tmp_path / "tuned")
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", 16, whole=["shared"])
+    found = PeftModel.from_pretrained(base, tmp_path / "lora")
+    assert torch.allclose(of(found), of(wanted), atol=1e-4)
 
 
 def test_a_share_and_a_size_choose_a_rank_for_each_layer(
@@ -209,6 +227,14 @@ def test_a_run_that_was_killed_goes_on(
     made = extract(*models, tmp_path / "lora", rank=4)
     assert len(done) == len({*done}) == len(made.ranks)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "lora", "tuned"]
+    monkeypatch.setattr("matryoshka_lora.extracting._factorise", interrupted(len(done) + 4))
+    with pytest.raises(KeyboardInterrupt):
+        extract(*models, tmp_path / "other", rank=4)
+    monkeypatch.setattr("matryoshka_lora.extracting._factorise", _factorise)
+    other = extract(*models, tmp_path / "other", rank=4, whole=["layers.0.mlp.down_proj"])
+    assert made.ranks.keys() - other.ranks.keys() == {"model.layers.0.mlp.down_proj"}
+    wanted, found = updates(tmp_path / "lora"), updates(tmp_path / "other")
+    assert all(np.allclose(found[f"{x}.weight"], wanted[f"{x}.weight"]) for x in other.ranks)
 
 
 def _shard(tuned: Path) -> None:
@@ -241,6 +267,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         r"q_proj.weight is torch.float8_e4m3fn .*quantised",
     ),
+    "quantised and tuned": (
+        _edit(lambda s: {**s, Q: s[Q].to(torch.float8_e4m3fn)}),
+        r"and torch.float8_e4m3fn .*quantised",
+    ),
     "fewer layers": (
         _edit(lambda s: {k: t for k, t in s.items() if "layers.1" not in k}),
         r"layers.1.*\] and none: they are no versions of one",
@@ -272,10 +302,10 @@ def test_broken_models_are_refused(tmp_path: Path, models: tuple[Path, Path], wh
         ({"rank": 4, "target": "lora.safetensors"}, "no style a folder"),
         ({"rank": 4, "style": "kohya", "target": "x.safetensors"}, "which part of a pipeline"),
         ({}, "say how much to keep"),
-        ({"rank": 4, "whole": ["embed"]}, "no weight of 'embed' changed"),
+        ({"rank": 4, "whole": ["embed"]}, "'embed' is no module of the model that changed"),
         ({"keep": "200%"}, "is no share"),
         ({"max_bytes": 100}, "the smallest file"),
-        ({"rank": 4, "style": "kohya"}, "a style makes a file such as lora"),
+        ({"rank": 4, "style": "kohya"}, "a style makes a .safetensors file"),
     ],
 )
 def test_a_wish_that_cannot_be_met_is_refused(

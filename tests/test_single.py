@@ -118,6 +118,7 @@ BESIDE = {
         **{"b_lora.down.weight": torch.ones(2, 3), "b_lora.up.weight": torch.ones(4, 2)},
         "b.dora_scale": torch.ones(4, 1),
     },
+    "another DoRA": {**PAIR, "b.magnitude": torch.ones(4)},
     "biases": {
         **{"b.lora_A.weight": torch.ones(2, 3), "b.lora_B.weight": torch.ones(4, 2)},
         "b.lora_B.bias": torch.ones(4),
@@ -239,6 +240,18 @@ def test_the_metadata_gives_mixed_ranks_their_scale(tmp_path: Path) -> None:
     assert found["unet.rank_pattern"] == found["unet.alpha_pattern"]
     assert set(found["unet.rank_pattern"].values()) == {3, 4}
     assert {layer.scale for layer in open_adapter(tmp_path / "cut.safetensors").layers} == {1.0}
+
+
+def test_metadata_of_other_parts_does_not_hide_an_alpha(tmp_path: Path) -> None:
+    """SimpleTuner's: names of the model's authors, an alpha, and a LoraConfig without a part."""
+    file, name = tmp_path / "lora.safetensors", "diffusion_model.blocks.0.q"
+    alpha = {f"{name}.alpha": torch.tensor(1.0)}
+    save_file(module_file(file, name) | alpha, file, {"lora_adapter_metadata": '{"r": 2}'})
+    given = file_updates(file)[name]
+    export(file, tmp_path / "cut.safetensors", 1)
+    np.testing.assert_allclose(
+        file_updates(tmp_path / "cut.safetensors")[name], best(given, 1), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), [1.0, 2.0]])

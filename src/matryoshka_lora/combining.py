@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -22,6 +23,8 @@ from matryoshka_lora.nesting import Nesting
 
 # What PEFT finds layers by; where these differ, the layers are named one by one.
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# The part of a pipeline in a name of a single file, such as unet or lora_te1.
+_PART = re.compile(r"lora_[a-z]+\d*|[^.]*")
 # What a pair of factors means in the model.
 _MEANINGS = ("base_model_name_or_path", "fan_in_fan_out", "target_parameters", "layer_replication")
 
@@ -114,17 +117,17 @@ def _differs(one: AdapterFile, other: AdapterFile) -> str:
     """Return why two adapters cannot be added, or nothing."""
     if one.is_single != other.is_single:
         return "are a folder and a file: `matryoshka export FILE --style peft` makes a folder"
-    names = {layer.name for layer in one.layers}
-    if one.is_single and all(layer.name not in names for layer in other.layers):
-        return "have no layer in common, so they are for two models or spell their keys in two ways"
+    a, b = ({layer.name for layer in file.layers} for file in (one, other))
+    shared, mine, its = ({_PART.findall(name)[0] for name in names} for names in (a & b, a, b))
+    if one.is_single and (not shared or mine & its > shared):
+        return "have no layer in common in some part: they are for two models, or in two spellings"
     for key in _MEANINGS:
         if one.config.get(key) != other.config.get(key):
-            a, b = one.config.get(key), other.config.get(key)
-            way = "if it means the same, write it alike in both configs"
-            return f"differ in {key}, {a!r:.80} and {b!r:.80}: {way}"
+            two = f"{one.config.get(key)!r:.80} and {other.config.get(key)!r:.80}"
+            return f"differ in {key}, {two}: if it means the same, write it alike in both configs"
     for key in sorted({*one.others, *other.others}):
-        mine, its = one.others.get(key), other.others.get(key)
-        if not (mine and its and mine.shape == its.shape and torch.equal(mine.read(), its.read())):
+        x, y = one.others.get(key), other.others.get(key)
+        if not (x and y and x.shape == y.shape and torch.equal(x.read(), y.read())):
             return f"differ in {key}, which is no pair of factors and cannot be added"
     return ""
 

@@ -131,9 +131,7 @@ def extract(
     share = None if keep is None else read_share(keep)
     limit = None if max_bytes is None else read_bytes(max_bytes)
     if (style is not None) != (Path(target).suffix.lower() == ".safetensors"):
-        raise MatryoshkaError(
-            "a style makes a file such as lora.safetensors, and no style a folder"
-        )
+        raise MatryoshkaError("a style makes a .safetensors file, and no style a folder")
     named = hub_parts(base) or (str(base), None, None)
     base, tuned = local(base, MODEL), local(tuned, MODEL)
     models = [_open(base), _open(tuned)]
@@ -142,15 +140,16 @@ def extract(
     modules, tied = _modules(base)
     weights, others = _changed(models[0][1], models[1][1], modules, tuple(whole))
     owners = {x for key in others if (x := key.rpartition(".")[0]).endswith(tuple(whole))}
+    owners &= modules.keys() or owners  # PEFT has the names of the class
     kept = {key: x for key, x in models[1][1].items() if key.rpartition(".")[0] in owners}
-    kept |= {head: kept[key] for key, head in tied.items() if key in kept}  # PEFT would untie them
+    kept |= {own: kept[key] for own, key in tied.items() if key in kept}  # PEFT would untie them
     if nothing := [name for name in whole if not any(name in key for key in kept)]:
-        raise MatryoshkaError(f"no weight of {nothing[0]!r:.80} changed: leave it out")
+        raise MatryoshkaError(f"{nothing[0]!r:.80} is no module of the model that changed")
     part = _part_of(base, weights) if style else ""
     if kept and style:
         raise MatryoshkaError("a file for image models holds no whole modules: leave --whole out")
     most = rank or (AT_MOST if share is None else None)
-    with _cache(place, [*map(_state, sources), most, share]) as cache:
+    with _cache(place, [*map(_state, sources), most, share, *whole]) as cache:
         layers, changes = _factorise_all(weights, most, share, cache)
         config = _config(base, modules, layers, kept)
         config |= {"base_model_name_or_path": named[0], "revision": named[1]}
@@ -193,7 +192,7 @@ def _open(path: Path) -> tuple[list[Path], dict[str, Stored]]:
 
 
 def _modules(base: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return modules by name, without the head, and the head's key by that of a tied embedding."""
+    """Return modules by name, None for the head, and tied weights: the key of one by another's."""
     config = read_json(base / "config.json") if (base / "config.json").is_file() else {}
     if "model_type" not in config:
         return {}, {}
@@ -204,11 +203,9 @@ def _modules(base: Path) -> tuple[dict[str, Any], dict[str, str]]:
         return {}, {}
     with torch.device("meta"):
         model = kind(transformers.AutoConfig.from_pretrained(base))
-    names = {module: f"{name}.weight" for name, module in model.named_modules()}
-    ends = model.get_input_embeddings(), model.get_output_embeddings()
-    key, head = (names.get(end, "") for end in ends)
-    tied = {key: head} if head and getattr(model.config, "tie_word_embeddings", False) else {}
-    return {n: m for n, m in model.named_modules() if names[m] != head}, tied
+    head = model.get_output_embeddings()
+    found = {name: None if x is head else x for name, x in model.named_modules()}
+    return found, model.all_tied_weights_keys
 
 
 def _is_layer(module: str, weight: Stored, modules: Mapping[str, Any]) -> bool:
@@ -238,7 +235,7 @@ def _changed(
         )
     for key in tqdm(sorted({*old, *new}), "comparing", leave=False, disable=None, delay=1):
         before, after, module = old.get(key), new.get(key), key.removesuffix(".weight")
-        one = after or before
+        one = next((x for x in (after, before) if x and x.is_factor), None)
         may_be = module != key and not module.endswith(whole)
         is_layer = bool(one and may_be and _is_layer(module, one, modules))
         kinds = [(x.shape, x.is_factor) if x else None for x in (before, after)]
@@ -371,8 +368,7 @@ def _config(
     """Return PEFT's config."""
     whole = sorted({key.rpartition(".")[0] for key in kept})
     names = [layer.name for layer in layers]
-    found: dict[str, Any] = {"peft_type": "LORA", "target_modules": names}
-    found["modules_to_save"] = whole or None
+    found = dict[str, Any](peft_type="LORA", target_modules=names, modules_to_save=whole or None)
     found["fan_in_fan_out"] = any(type(modules.get(name)).__name__ == "Conv1D" for name in names)
     is_causal = bool(modules) and "CausalLM" in str(read_json(base / "config.json"))
     return found | {"task_type": "CAUSAL_LM" if is_causal else None}

@@ -56,8 +56,9 @@ def serve(
             no base model is known.
     """
     source = Path(folder)
-    rungs = [x.parent for x in source.glob(f"*@[0-9]*/{CONFIG_NAME}")]
-    ladder = {int(end): rung for rung in rungs if (end := rung.name.rpartition("@")[2]).isdigit()}
+    folders = [file.parent for file in source.glob(f"*@*/{CONFIG_NAME}")]
+    rungs = [x for x in folders if x.name.rpartition("@")[2].isdigit()]
+    ladder = {int(x.name.rpartition("@")[2]): x for x in rungs}
     if len(ladder) < len(rungs):
         raise MatryoshkaError(f"{source} has a rank twice: give each adapter a folder of its own")
     file = open_adapter(ladder[max(ladder)] if ladder else source)

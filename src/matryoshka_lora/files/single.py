@@ -33,9 +33,9 @@ _ENDINGS = (
     *((".down.weight", ".up.weight"), (".down", ".up")),
 )
 # What makes a layer more than a pair of factors: a magnitude (DoRA), a third matrix, a bias.
-_MORE = re.compile(r"(.+)\.(?:dora_scale|lora_(?:magnitude_vector|mid|up|down|[AB])(?:\.[^.]+)*)")
+_MORE = re.compile(r"(.+)\.(?:dora_scale|magnitude|lora_(?:mag\w+|mid|up|down|[AB])(?:\.[^.]+)*)")
 
-_OTHER_METHODS = re.compile(r"dora_scale|magnitude_vector|hada_|lokr_|lora_mid|lora_[AB]\.bias")
+_OTHER_METHODS = re.compile(r"dora_scale|magnitude|hada_|lokr_|lora_mid|lora_[AB]\.bias")
 # Older keys, such as NAME.lora.down.weight, have their alpha and their magnitude beside NAME.
 _OLD = re.compile(r"[._]lora(_linear_layer)?$")
 
@@ -67,7 +67,7 @@ def open_single(file: Path) -> AdapterFile:
     others = stored.keys() - {key for pair in pairs.values() for key in pair}
     whole = {found[1] for key in others if (found := _MORE.fullmatch(key))}
     configs = _configs(metadata, str(file))
-    plain = sorted(each for each in pairs.items() if _OLD.sub("", each[0]) not in whole)
+    plain = sorted(each for each in pairs.items() if not {each[0], _OLD.sub("", each[0])} & whole)
     layers = [_layer(name, pair, stored, configs, str(file)) for name, pair in plain]
     if not layers:
         other = next((key for key in sorted(stored) if _OTHER_METHODS.search(key)), None)
@@ -162,9 +162,9 @@ def _layer(
         )
     key = f"{_OLD.sub('', name)}.alpha"
     rank, alpha, scale = A.shape[0], stored.get(key), 1.0
-    if configs:
-        part, inside = _part(name.removeprefix(_PEFT))
-        _, scale = rank_and_scale(configs.get(part, {}), inside, where)
+    part, inside = _part(name.removeprefix(_PEFT))
+    if part in configs:
+        _, scale = rank_and_scale(configs[part], inside, where)
     elif alpha is not None:
         values = alpha.read().double().flatten()
         scale = float(values[0]) / rank if len(values) == 1 else 0.0
@@ -211,7 +211,8 @@ def _metadata(adapter: AdapterFile, layers: list[Layer], alpha: int) -> dict[str
 
 def _lora_configs(adapter: AdapterFile, layers: list[Layer]) -> dict[str, Any]:
     """Return the LoraConfigs that tell diffusers each layer's rank, with scale 1."""
-    found, given = dict[str, Any](), _configs(adapter.metadata, adapter.name)
+    given = _configs(adapter.metadata, adapter.name)
+    found = {f"{part}.{key}": x for part, own in given.items() if part for key, x in own.items()}
     ranks = dict[str, dict[str, int]]()
     for layer in layers:
         part, inside = _part(layer.name)
