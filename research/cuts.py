@@ -17,18 +17,11 @@ from research.training import AnswerTrainer, Trained, score
 Cut = Callable[[Trained], Iterator[tuple[NestedAdapter, int]]]
 """Makes the adapter of each nested rank in turn, and says at which rank it is to be used."""
 
-SHARES = {"trained-1": 1.0, "squeezed": 0.5}
-"""The rows that ranks are trained on by themselves, as a share of those of training. ``trained``
-takes as many as it needs, and at most a half."""
+SQUEEZED = 0.5
+"""The most rows that LoRA-Squeeze trains on, as a share of those of the run: as ``trained``."""
 
 SQUEEZE_POWER = 0.2
 """LoRA-Squeeze trains on at rank r with (R / r) to this power times the rate of R."""
-
-
-def _rows(cut: str, trainer: AnswerTrainer) -> int:
-    """Return the most rows of the gradient steps that a cut takes after a training."""
-    args = trainer.args
-    return int(SHARES[cut] * args.max_steps * args.per_device_train_batch_size)
 
 
 def _prefix(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
@@ -43,8 +36,7 @@ def _reordered(cut: str, trained: Trained) -> Iterator[tuple[NestedAdapter, int]
     if cut == "svd" or len(trained.ranks) == 1:  # one rank alone has no order
         adapter.reorder()
     else:
-        rows = None if cut == "trained" else _rows(cut, trainer)
-        adapter.reorder("trained", trainer, rows=rows, seed=trainer.args.seed)
+        adapter.reorder("trained", trainer, seed=trainer.args.seed)
     adapter.model.eval()
     for rank in trained.ranks:
         yield adapter, rank
@@ -53,14 +45,16 @@ def _reordered(cut: str, trained: Trained) -> Iterator[tuple[NestedAdapter, int]
 def _squeezed(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
     """Cut by SVD to a rank and train on at it, from one rank to the next smaller one.
 
-    This is In-Squeeze of LoRA-Squeeze (arXiv 2602.10993), with a file for each rank. As for
-    ``trained``, a rank that is within `ENOUGH` nats of R needs no training.
+    This is LoRA-Squeeze (arXiv 2602.10993) with training after each cut, and a file for each rank.
+    As for ``trained``, a rank that is within `ENOUGH` nats of R needs no training. What training
+    has made worse is kept: nothing judges it.
     """
     *ranks, top = trained.ranks
     adapter, trainer = trained.adapter(), trained.trainer
     adapter.reorder()
     squeezed, enough = {top: adapter.factors()}, _judged(adapter, trainer) + ENOUGH
-    steps = _rows("squeezed", trainer) // ROWS
+    args = trainer.args
+    steps = int(SQUEEZED * args.max_steps * args.per_device_train_batch_size) // ROWS
     for number, rank in reversed(list(enumerate(ranks, 1))):
         if rank != ranks[-1]:
             adapter.reorder()
@@ -110,7 +104,7 @@ def _train_on(adapter: NestedAdapter, by: AnswerTrainer, steps: int, rank: int, 
 
 MAKERS: dict[str, Cut] = {
     "prefix": _prefix,
-    **{cut: partial(_reordered, cut) for cut in ("svd", "trained", "trained-1")},
+    **{cut: partial(_reordered, cut) for cut in ("svd", "trained")},
     "squeezed": _squeezed,
 }
 """By the names of `research.study.CUTS`."""

@@ -11,10 +11,9 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from matryoshka_lora import Nesting
@@ -29,9 +28,6 @@ OUT = ROOT / "docs" / "figures"
 
 FACE = ("lora/trained", "lora/squeezed", EACH, "lora/svd")
 METHODS = (EACH, "matryoshka/svd", "lora/svd", "lora/prefix", "matryoshka/prefix")
-
-WITH_PNG = ("face",)
-"""Pictures that the README shows, which is read in places that draw no SVG."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,12 +49,10 @@ def files(*names: str) -> Iterator[tuple[str, bytes]]:
     """Yield the name and the content of each file, of all pictures or of these."""
     for name in names or PICTURES:
         for mode in MODES:
-            yield from _drawn(f"{name}-{mode.name}", PICTURES[name], mode, name in WITH_PNG)
+            yield _drawn(f"{name}-{mode.name}", PICTURES[name], mode)
 
 
-def _drawn(
-    name: str, draw: Callable[[Any, Mode], None], mode: Mode, png: bool
-) -> Iterator[tuple[str, bytes]]:
+def _drawn(name: str, draw: Callable[[Any, Mode], None], mode: Mode) -> tuple[str, bytes]:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -69,14 +63,7 @@ def _drawn(
         draw(figure, mode)
         svg = BytesIO()
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-        yield f"{name}.svg", svg.getvalue()
-        if png:
-            # The PNG of another FreeType has other bytes: it names what it was drawn with.
-            pixels, drawn = BytesIO(), sha256(svg.getvalue()).hexdigest()
-            figure.savefig(
-                pixels, format="png", dpi=200, transparent=True, metadata={"Comment": drawn}
-            )
-            yield f"{name}.png", pixels.getvalue()
+        return f"{name}.svg", svg.getvalue()
 
 
 def _style(mode: Mode) -> dict[str, Any]:
@@ -123,7 +110,7 @@ def face(figure: Any, mode: Mode) -> None:
     axes = figure.subplots()
     found = list(curves("every256"))
     methods = [method for method in FACE if any(result.method == method for result in found)]
-    _accuracies(axes, found, methods, mode)
+    _accuracies(axes, found, methods, mode, median)
     axes.set_ylim(-4, 104)
     axes.set_ylabel("right answers in %")
     figure.suptitle(
@@ -131,7 +118,7 @@ def face(figure: Any, mode: Mode) -> None:
         x=0.01,
         ha="left",
     )
-    axes.set_title(_of_seeds(found), color=mode.quiet, fontsize=10)
+    axes.set_title(_of_seeds(found, "the median"), color=mode.quiet, fontsize=10)
     _legend(figure)
 
 
@@ -148,12 +135,18 @@ def methods(figure: Any, mode: Mode) -> None:
     top = max(100 * max(result.curve.accuracy) for result in found if result.method in METHODS)
     panels[0].set_ylim(-3, min(103, top + 4))
     panels[0].set_ylabel("right answers in %")
-    figure.suptitle(_of_seeds(found), color=mode.quiet, x=0.01, ha="left", fontsize=10)
+    figure.suptitle(_of_seeds(found, "the mean"), color=mode.quiet, x=0.01, ha="left", fontsize=10)
     _legend(figure)
 
 
-def _accuracies(axes: Any, found: Sequence[Result], methods: Sequence[str], mode: Mode) -> None:
-    """Draw means with a faint line for each seed, and every separate run."""
+def _accuracies(
+    axes: Any,
+    found: Sequence[Result],
+    methods: Sequence[str],
+    mode: Mode,
+    middle: Callable[[Sequence[float]], float] = fmean,
+) -> None:
+    """Draw the middle of the seeds with a faint line for each, and every separate run."""
     for number, method in enumerate(methods):
         look = LOOKS[method]
         ranks = next(result.ranks for result in found if result.method == method)
@@ -179,11 +172,11 @@ def _accuracies(axes: Any, found: Sequence[Result], methods: Sequence[str], mode
                 "markersize": 6,
                 "zorder": order,
             }
-            axes.plot(ranks, list(map(fmean, by_rank)), marker=look.marker, **style)
+            axes.plot(ranks, list(map(middle, by_rank)), marker=look.marker, **style)
     rank_axis(axes, sorted({rank for result in found for rank in result.ranks}))
 
 
-def _of_seeds(found: Sequence[Result]) -> str:
+def _of_seeds(found: Sequence[Result], middle: str) -> str:
     counts = sorted(
         {
             len({one.seed for one in found if one.task == task})
@@ -191,7 +184,7 @@ def _of_seeds(found: Sequence[Result]) -> str:
         }
     )
     seeds = f"{' or '.join(map(str, counts))} seeds"
-    return f"{seeds}, each a faint line; a star is one run"
+    return f"{middle} of {seeds}; a faint line is a seed, a star one run"
 
 
 def _values(found: Sequence[Result], method: str, value: Value) -> list[float]:

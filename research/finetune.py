@@ -26,7 +26,7 @@ from matryoshka_lora import extract, load
 from matryoshka_lora.models import load_model, load_tokenizer
 from research import tasks
 from research.run import versions
-from research.runs import Job
+from research.runs import Job, append_line, whole_lines
 from research.strangers import tokenized
 from research.study import RUNS, load_study
 from research.training import AnswerTrainer, arguments, score
@@ -40,7 +40,7 @@ def main() -> None:
     """Do what is missing."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    lines = FILE.read_text(encoding="utf-8").splitlines() if FILE.exists() else []
+    lines = whole_lines(FILE)
     done = {
         (one["split"], one["learning_rate"], one["seed"]): one for one in map(json.loads, lines)
     }
@@ -55,8 +55,7 @@ def _do(done: dict[Any, dict[str, Any]], split: str, rate: float, seed: int) -> 
     if (split, rate, seed) not in done:
         found = {"split": split, "learning_rate": rate, "seed": seed, **run(split, rate, seed)}
         found["version"] = versions()["matryoshka-lora"]
-        with FILE.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(found) + "\n")
+        append_line(FILE, json.dumps(found) + "\n")
         done[split, rate, seed] = found
 
 

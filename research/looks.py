@@ -48,20 +48,17 @@ class Look:
 
 
 _BLUE, _ORANGE, _GREEN = ("#0065A8", "#4AA3E8"), ("#A86F00", "#E69F00"), ("#009E73", "#4FD6A8")
-_RED, _PURPLE, _SKY = ("#C94F00", "#FF8A4C"), ("#9C3F7C", "#E9A6CE"), ("#4A7FD6", "#9DBEFF")
-_BLACK, _GREY, _OLIVE = ("#24292F", "#F0F3F6"), ("#5F6770", "#8E97A1"), ("#7A7A00", "#D9CC45")
+_RED, _SKY = ("#C94F00", "#FF8A4C"), ("#4A7FD6", "#9DBEFF")
+_BLACK, _GREY = ("#24292F", "#F0F3F6"), ("#5F6770", "#8E97A1")
 
 LOOKS = {
     EACH: Look("LoRA trained at the rank alone", *_BLACK, "*"),
     "lora/trained": Look("one LoRA run, every rank trained a little", *_BLUE, "o"),
     "lora/squeezed": Look("LoRA-Squeeze, a file for each rank", *_ORANGE, "v"),
     "lora/svd": Look("one LoRA run, reordered by SVD", *_GREEN, "D"),
-    "lora/learned": Look("one LoRA run, in a learned order", *_PURPLE, "v"),
-    "lora-longer/svd": Look("one longer LoRA run, reordered by SVD", *_ORANGE, "P"),
     "lora/prefix": Look("one LoRA run, its first columns as they are", *_GREY, "^"),
     "matryoshka/prefix": Look("the paper's deployment: P dropped", *_RED, "X"),
     "matryoshka/svd": Look("one run with P, reordered by SVD", *_SKY, "s"),
-    "matryoshka/trained": Look("one run with P, every rank trained a little", *_OLIVE, "h"),
 }
 """Okabe and Ito's hues, which differ for every kind of colour vision."""
 

@@ -44,12 +44,14 @@ class Rates(NamedTuple):
     Attributes:
         missing: Jobs that must be run before more is known.
         losses: The mean validation loss by rate, over the seeds that have tried it.
-        chosen: The rate with the lowest loss, when it is known; None where every rate diverged.
+        chosen: The rate, when it is known; None where every rate diverged.
+        best: The rate with the lowest loss, from which the grid grows.
     """
 
     missing: list[Job]
     losses: dict[float, float]
     chosen: float | None
+    best: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,11 @@ def rates(study: Study, runs: Mapping[Job, Run], unit: Unit) -> Rates:
     down, up = tried[1] / tried[0], tried[-1] / tried[-2]
     while True:
         state = _rates_of(study, runs, unit, tried)
-        if state.missing or state.chosen not in (tried[0], tried[-1]) or len(tried) >= MOST_RATES:
+        lowest, highest = tried[0] in (state.chosen, state.best), tried[-1] == state.best
+        if state.missing or not (lowest or highest) or len(tried) >= MOST_RATES:
             finite = math.isfinite(state.losses.get(state.chosen or 0, math.inf))
             return state if finite else Rates(state.missing, state.losses, None)
-        rate = tried[0] / down if state.chosen == tried[0] else tried[-1] * up
+        rate = tried[-1] * up if highest else tried[0] / down
         tried = sorted([*tried, float(f"{rate:.3g}")])
 
 
@@ -121,18 +124,20 @@ def _rates_of(study: Study, runs: Mapping[Job, Run], unit: Unit, tried: Sequence
     missing = [jobs[rate][0] for rate in tried if not _has(runs, jobs[rate][0], unit.cut)]
     if missing:
         return Rates(missing, losses, None)
-    finalists: list[float] = []
+    finalists = 0
     first = {rate: unit.loss(runs[jobs[rate][0]]) for rate in tried}
     for rate in sorted(tried, key=first.__getitem__):
-        if len(finalists) >= FINALISTS and first[rate] > min(first.values()) + study.within:
+        if finalists >= FINALISTS and first[rate] > min(first.values()) + study.within:
             break
         missing += [job for job in jobs[rate] if not _has(runs, job, unit.cut)]
-        finalists += [rate] if math.isfinite(losses[rate]) else []
+        finalists += math.isfinite(losses[rate])
     if missing:
         return Rates(missing, losses, None)
-    best = min((losses[rate] for rate in finalists), default=math.inf)
-    near = [rate for rate in finalists if losses[rate] <= best + study.within]
-    return Rates([], losses, min(near, default=tried[0]))
+    # What has been a finalist of a smaller grid may be chosen too.
+    whole = [r for r in tried if len(done[r]) == len(jobs[r]) and math.isfinite(losses[r])]
+    best = min(whole, key=losses.__getitem__, default=tried[0])
+    near = [rate for rate in whole if losses[rate] <= losses[best] + study.within]
+    return Rates([], losses, min(near, default=tried[0]), best)
 
 
 def _has(runs: Mapping[Job, Run], job: Job, cut: str) -> bool:
@@ -223,7 +228,7 @@ def _result(method: str, task: str, seed: int, parts: Collection[tuple[Unit, Run
 def _parameters(unit: Unit, run: Run) -> int:
     """Return how many a run deploys: LoRA-Squeeze has a file for each rank, others have one."""
     whole = int(run.cost["parameters"])
-    return whole * sum(run.ranks) // unit.rank if unit.cut == "squeezed" else whole
+    return whole * sum(run.ranks) // unit.rank if unit.cut.startswith("squeezed") else whole
 
 
 def _parts(points: Sequence[tuple[int, Mapping[str, Any]]]) -> Mapping[str, Any] | None:

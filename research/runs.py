@@ -82,7 +82,11 @@ class Run:
         cuts = {**self.cost["cuts"], **later.cost["cuts"]}
         curves, cost = {**self.curves, **later.curves}, {**self.cost, "cuts": cuts}
         diverged = tuple(dict.fromkeys((*self.diverged, *later.diverged)))
-        return Run(self.job, self.ranks, curves, cost, self.settings, self.versions, diverged)
+        each, versions = (self.versions, later.versions), dict[str, str]()
+        for name in dict.fromkeys(key for one in each for key in one):
+            numbers = " and ".join(one[name] for one in each if name in one).split(" and ")
+            versions[name] = " and ".join(dict.fromkeys(numbers))
+        return Run(self.job, self.ranks, curves, cost, self.settings, versions, diverged)
 
     def to_line(self) -> str:
         """Return the run as one line of JSON."""
@@ -110,17 +114,12 @@ class Run:
 def read(files: Iterable[Path]) -> dict[Job, Run]:
     """Read runs; several lines of one job become one run.
 
-    A last line without its end is what a killed process has left, and is passed over.
-
     Raises:
         MatryoshkaError: A line is no run.
     """
     found: dict[Job, Run] = {}
     for file in files:
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
-        for number, line in enumerate(text.splitlines(keepends=True), start=1):
-            if not line.endswith("\n"):
-                continue
+        for number, line in enumerate(whole_lines(file), start=1):
             try:
                 run = Run.from_line(line)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -131,14 +130,25 @@ def read(files: Iterable[Path]) -> dict[Job, Run]:
     return found
 
 
+def whole_lines(file: Path) -> list[str]:
+    """Return the lines of a file, without a last one that a killed process has left."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
 def append(file: Path, run: Run) -> None:
     """Append a run to a file, in place of an unfinished last line."""
+    append_line(file, run.to_line())
+
+
+def append_line(file: Path, line: str) -> None:
+    """Append a line to a file, in place of an unfinished last one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab+") as target:
         target.seek(0)
         text = target.read()
         if text and not text.endswith(b"\n"):
             target.truncate(text.rfind(b"\n") + 1)
-        target.write(run.to_line().encode())
+        target.write(line.encode())
         target.flush()
         os.fsync(target.fileno())

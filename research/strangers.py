@@ -25,7 +25,7 @@ from matryoshka_lora import load
 from matryoshka_lora.models import load_model, load_tokenizer
 from research import tasks
 from research.run import versions
-from research.runs import Job
+from research.runs import Job, append_line, whole_lines
 from research.study import RUNS, Study, load_study
 from research.training import AnswerTrainer, arguments, score
 
@@ -40,7 +40,7 @@ def main() -> None:
     """Do what is missing."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    lines = FILE.read_text(encoding="utf-8").splitlines()
+    lines = whole_lines(FILE)
     version = versions()["matryoshka-lora"]
     done = {
         (one["task"], one["seed"]) for one in map(json.loads, lines) if one["version"] == version
@@ -49,8 +49,7 @@ def main() -> None:
         for seed in SEEDS:
             if (task, seed) not in done:
                 found = {"version": version, "task": task, "seed": seed, "split": "test"}
-                with FILE.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(found | stranger(task, seed)) + "\n")
+                append_line(FILE, json.dumps(found | stranger(task, seed)) + "\n")
 
 
 def stranger(task: str, seed: int) -> dict[str, Any]:

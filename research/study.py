@@ -24,7 +24,7 @@ EACH = "lora-each"
 EACH_RECIPES = {EACH: "lora", "adalora-each": "adalora"}
 """The methods that train one adapter for each rank, and the recipe of each."""
 
-CUTS = ("prefix", "svd", "trained", "trained-1", "squeezed")
+CUTS = ("prefix", "svd", "trained", "squeezed")
 """The ways to deploy a trained adapter that can be run; see `research.cuts`. The recorded runs have
 more, which are settled."""
 
@@ -214,7 +214,8 @@ class Study:
             if job.task in self.tasks and job.recipe in recipes
         }
         for job, run in found.items():
-            if run.settings != self.settings(job.task, job.recipe):
+            own = self.settings(job.task, job.recipe), self.measured(job)
+            if (run.settings, run.ranks) != own:
                 raise MatryoshkaError(
                     f"{job} was run with other settings than {self.name} has: give the study those "
                     "settings, or move its runs aside"
@@ -295,9 +296,8 @@ def may_be_run(study: Study) -> None:
             raise MatryoshkaError(
                 f"{method} is settled: its runs are reported, and no new ones made"
             )
-        learns = cut in ("trained", "trained-1")
         if (
-            learns
+            cut == "trained"
             and not study.items["judge"]
             and any("facts" not in t for t in study.tasks.values())
         ):

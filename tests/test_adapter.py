@@ -152,7 +152,7 @@ def test_rows_that_experts_mix_are_refused() -> None:
     ("ranks", "message"),
     [
         ([], "needs one rank for each row"),
-        ([1, 16], "rank 16 is above the largest rank"),
+        ([1, 16], "rank 16 is too large"),
         ([1, 2.0], "rank 2.0 is not an integer"),
         ([-1], "rank -1 is not positive"),
         ([False], "rank False is not an integer"),

@@ -18,6 +18,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorForSeq2Seq,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5ForSequenceClassification,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -164,8 +167,8 @@ def test_a_trainer_gives_what_it_has_seen(tmp_path: Path) -> None:
     assert found.held_out is not None
     assert len(found.held_out.rows) == 5
     assert [len(batch["labels"]) for batch in found.batches(range(20))] == [8, 8, 4]
-    trainer.eval_dataset = {"one": rows}
-    assert read_data(adapter.model, trainer).held_out is None
+    trainer.eval_dataset = {"one": rows[:5], "two": rows}
+    assert len(read_data(adapter.model, trainer).held_out.rows) == 5
 
 
 def plain_trainer(
@@ -179,6 +182,39 @@ def plain_trainer(
         disable_tqdm=True,
     )
     return kind(model, args, train_dataset=rows, data_collator=collator)
+
+
+@pytest.mark.parametrize("kind", [T5ForConditionalGeneration, T5ForSequenceClassification])
+def test_rows_train_what_writes_from_left_to_right_alone(kind: Any) -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = kind(T5Config(vocab_size=64, decoder_start_token_id=0, **sizes))
+    adapter = nest(get_peft_model(model, LoraConfig(r=4, target_modules=["q"])))
+    with pytest.raises(MatryoshkaError, match=f"cannot train a {kind.__name__}: give its Trainer"):
+        adapter.reorder("trained", LABELLED)
+
+
+@pytest.mark.filterwarnings("ignore:(the|these) trained ranks|no nested rank")
+def test_a_loss_of_ones_own_gets_what_a_trainer_gives_it(tmp_path: Path) -> None:
+    adapter = nested_llama(Nesting((1, 2)), "lora", layers=1, target_modules=["q_proj"])
+
+    def mean(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        wanted = labels[:, 1:].flatten()
+        each = cross_entropy(outputs.logits[:, :-1].flatten(0, 1), wanted, reduction="sum")
+        return each / num_items_in_batch
+
+    rows = Dataset.from_list(LABELLED)
+    settings = {"max_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    trainer = SFTTrainer(
+        adapter.model,
+        SFTConfig(str(tmp_path), **settings),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(8)),
+        processing_class=tiny_tokenizer(),
+        compute_loss_func=mean,
+    )
+    trainer.train()
+    adapter.reorder("trained", trainer, rows=16)
+    assert not trainer._metrics["eval"]  # else they would count in the next evaluation
 
 
 class Weighted(Trainer):

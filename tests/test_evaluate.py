@@ -183,10 +183,22 @@ def test_the_folder_has_all_that_is_known(adapter: Path, tmp_path: Path) -> None
     assert sizes == sorted(sizes)
 
 
+def test_a_long_completion_does_not_cut_the_other_prompts(memory: NestedAdapter) -> None:
+    prompt = " ".join(WORDS * 5)
+    some = [{"prompt": f"{word} {prompt}", "completion": " x"} for word in WORDS[:3]]
+    long = [{"prompt": "a", "completion": " " + " ".join(WORDS * 15)}]
+    alone, beside = (evaluate(memory, data=x, progress=False) for x in (some, [*some, *long]))
+    assert beside.examples[:3] == alone.examples
+
+
 def test_an_adapter_in_memory_is_as_it_was(memory: NestedAdapter, tmp_path: Path) -> None:
     memory.set_rank(2)
     memory.model.train()
+    torch.manual_seed(7)
     found = evaluate(memory, data=rows(), ranks=[1, 4], progress=False)
+    drawn = torch.rand(1)
+    torch.manual_seed(7)
+    assert drawn == torch.rand(1)
     assert (memory.rank, memory.model.training) == (2, True)
     memory.model.eval()
     assert found.ranks == (1, 4)

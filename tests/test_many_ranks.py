@@ -254,7 +254,7 @@ def test_a_task_that_samples_gets_several_answers(llama: NestedAdapter, tokenize
     [
         ("loglikelihood", [("the cat", "")], "a continuation of 0 tokens"),
         ("loglikelihood", [("the cat", text(CONTEXT + 1, 0))], f"it takes 1 to {CONTEXT}"),
-        ("generate_until", [("the cat", {"max_gen_toks": CONTEXT})], "set a smaller max_gen_toks"),
+        ("generate_until", [("the cat", {"max_gen_toks": CONTEXT})], "a smaller max_gen_toks"),
     ],
 )
 def test_what_cannot_be_answered(

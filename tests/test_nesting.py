@@ -179,7 +179,7 @@ def test_stratified_gives_each_position_each_rank_as_often(rows: int) -> None:
 
 
 def test_stratified_needs_rows_and_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(MatryoshkaError, match="say how many rows a batch has"):
+    with pytest.raises(MatryoshkaError, match="gives each row a rank: say how many"):
         get_rule("stratified").draw(NESTING, 0, 0)
     with pytest.raises(MatryoshkaError, match=r"the rules are lora, matryoshka, dylora"):
         get_rule("matroshka")

@@ -196,6 +196,25 @@ def test_rule_lora_has_the_losses_of_plain_trl(config: Path, base: Path) -> None
     assert losses(config.parent / "run") == losses(config.parent / "plain")
 
 
+def test_the_factors_of_a_4_bit_base_stay_in_float32(config: Path) -> None:
+    """TRL's Trainer rounds them to bfloat16."""
+    pytest.importorskip("bitsandbytes")
+    base = {"quantization_config": {"load_in_4bit": True}, "device_map": "cpu"}
+    values = {**yaml.safe_load(config.read_text()), "model_init_kwargs": base, "max_steps": 1}
+    config.write_text(yaml.safe_dump(values))
+    dtypes = set()
+
+    class Seen(NestingCallback):
+        def on_step_begin(self, args: Any, *more: Any, **given: Any) -> None:
+            dtypes.update(x.dtype for pair in self.adapter.parameters().values() for x in pair)
+            super().on_step_begin(args, *more, **given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matryoshka_lora.callback.NestingCallback", Seen)
+        train(read_config(config, []))
+    assert dtypes == {torch.float32}
+
+
 class Killed(BaseException):
     """Stands for a signal that nobody catches."""
 

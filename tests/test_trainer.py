@@ -278,6 +278,9 @@ def test_sharding_that_saves_without_p_is_refused(
 def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
     arguments = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
     begin(nested("lora"), arguments)
+    packed: Any = SFTConfig(str(tmp_path), use_cpu=True, packing=True)
+    with pytest.raises(MatryoshkaError, match="packed rows cannot have a rank each"):
+        begin(nested("stratified"), packed)
     arguments._n_gpu = 2
     with pytest.raises(MatryoshkaError, match="accelerate launch"):
         begin(nested("lora"), arguments)

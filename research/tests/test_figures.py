@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from hashlib import sha256
 
 import pytest
-from PIL import Image
 
 from research import figures
 from research.plan import Result
@@ -38,16 +36,11 @@ def test_the_pictures_are_those_of_the_files() -> None:
     drawn = dict(figures.files())
     assert sorted(drawn) == sorted(path.name for path in figures.OUT.iterdir())
     for name, data in drawn.items():
-        there = figures.OUT / name
-        if name.endswith(".svg"):
-            assert same(there.read_text(encoding="utf-8"), data.decode()), name
-        else:
-            svg = there.with_suffix(".svg").read_bytes()
-            assert Image.open(there).info["Comment"] == sha256(svg).hexdigest()
+        assert same((figures.OUT / name).read_text(encoding="utf-8"), data.decode()), name
 
 
 def test_another_run_makes_another_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = figures.curves("facts256")
+    real = figures.curves("every256")
 
     def changed(result: Result) -> Result:
         first, *rest = result.curve.accuracy

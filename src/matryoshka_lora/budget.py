@@ -15,9 +15,7 @@ from matryoshka_lora.files.peft import plan_rank
 
 def singular_values(adapter: AdapterFile) -> dict[str, Tensor]:
     """Return the singular values of each layer: shape (R,), or (experts, R), float64."""
-    return {
-        layer.name: adapter.singular_values(layer) for layer in in_turn(adapter.layers, "measuring")
-    }
+    return {x.name: adapter.singular_values(x) for x in in_turn(adapter.layers, "measuring")}
 
 
 def read_share(text: str | float) -> float:

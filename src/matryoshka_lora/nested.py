@@ -110,9 +110,7 @@ def load(
             rank, or it would be trained at a smaller one.
     """
     if isinstance(base_model, PeftModel) and adapter in base_model.peft_config:
-        raise MatryoshkaError(
-            f"the model has an adapter {adapter!r} already: give adapter= a new name"
-        )
+        raise MatryoshkaError(f"the model has an adapter {adapter!r}: give adapter= a new name")
     if trainable and rank is not None:
         raise MatryoshkaError("training is at rank R: give rank= or trainable=, and not both")
     path = local(path)

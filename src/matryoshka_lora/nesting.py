@@ -108,9 +108,7 @@ def _checked_rank(rank: Any, max_rank: int | None = None) -> int:
     if checked < 1:
         raise MatryoshkaError(f"rank {checked} is not positive; the smallest rank is 1")
     if max_rank is not None and checked > max_rank:
-        raise MatryoshkaError(
-            f"rank {checked} is above the largest rank; choose one from 1 to {max_rank}"
-        )
+        raise MatryoshkaError(f"rank {checked} is too large: choose one from 1 to {max_rank}")
     return checked
 
 
@@ -148,9 +146,7 @@ class Rule:
             rows: The number of rows of a batch; a rule with one diagonal per row needs it.
         """
         if self.per_row and not rows:
-            raise MatryoshkaError(
-                f"rule {self.name!r} gives each row a rank: say how many rows a batch has"
-            )
+            raise MatryoshkaError(f"rule {self.name!r} gives each row a rank: say how many, rows=")
         return self.at_step(nesting, random.Random(f"{seed}/{step}"), rows or 1)
 
 

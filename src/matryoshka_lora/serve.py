@@ -35,7 +35,8 @@ def serve(
 ) -> int:
     """Run vLLM's server on a ladder, or on an adapter's ladder in a temporary folder.
 
-    A request for the model ``NAME@4`` is answered by rank 4, where NAME is the adapter's name.
+    A request for the model ``NAME@4`` is answered by rank 4, where NAME is the adapter's name. What
+    is returned is the server's exit status.
 
     Args:
         folder: An adapter, or a ladder that `matryoshka_lora.export` has written.
@@ -47,9 +48,6 @@ def serve(
         port: The server's port.
         more: Further options of vLLM.
         only_print: Print the commands that do the same, write nothing and start nothing.
-
-    Returns:
-        The server's exit status.
 
     Raises:
         MatryoshkaError: vLLM is not installed or cannot read the adapter, there is no such rank, or

@@ -175,6 +175,8 @@ def _prepare(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]:
             processing_class=load_tokenizer(name, revision),
             callbacks=[adapter.callback()],
         )
+    for factor in (x for pair in adapter.parameters().values() for x in pair):
+        factor.data = factor.data.float()  # SFTTrainer rounds those of a quantised base
     # TRL's card would replace the README.md of a folder that has one.
     trainer.create_model_card = lambda *args, **kwargs: None
     return adapter, trainer
@@ -222,9 +224,7 @@ def _rows(data: str | Mapping[str, Any], text: str) -> Dataset:
     columns = next((each for each in (*_COLUMNS, {text}) if each <= names), set[str]())
     for name in columns if isinstance(found, Dataset) else ():  # a stream has no first row yet
         if found.data.column(name).null_count or not isinstance(found[0][name], (str, list)):
-            raise MatryoshkaError(
-                f"a {name} of {data!s:.200} is missing or no text: give one in each row"
-            )
+            raise MatryoshkaError(f"a {name} of {data!s:.200} is no text: give one in each row")
     if names and not columns:
         raise MatryoshkaError(
             f"{data!s:.200} has the columns {', '.join(sorted(names))}: give prompt and "

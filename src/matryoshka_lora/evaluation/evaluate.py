@@ -43,11 +43,6 @@ def evaluate(
     lm-evaluation-harness asks and judges; all ranks answer in the same batches. An adapter on the
     disk gets a folder with ``evaluation.json``, ``examples.jsonl`` and ``curve.png``.
 
-    Example::
-
-        evaluation = evaluate("my-adapter", "arc_easy", ranks=[1, 4, 32], limit=200)
-        evaluation.values()  # {1: 0.38, 4: 0.52, 32: 0.61}
-
     Args:
         adapter: A folder, or an adapter in memory, which is measured as it is.
         tasks: Tasks or groups of lm-evaluation-harness, or YAML files of tasks.

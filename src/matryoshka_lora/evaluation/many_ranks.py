@@ -226,8 +226,8 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
         room = self.max_length - limits.most
         if room <= 0:
             raise MatryoshkaError(
-                f"the task asks for {limits.most} tokens, and the model holds {self.max_length}: "
-                "set a smaller max_gen_toks in its generation_kwargs"
+                f"an answer may have {limits.most} tokens, and the model holds {self.max_length}: "
+                "leave the long row out, or set a smaller max_gen_toks in the task's YAML"
             )
         ids, _ = self.tok_batch_encode([text], left_truncate_len=room, truncation=self.truncation)
         return Tree(tuple(ids[0].tolist()), ids.shape[1], [(number, ())])

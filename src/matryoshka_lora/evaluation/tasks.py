@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
@@ -12,6 +13,8 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
@@ -22,12 +25,26 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it would log at each ran
 
 _SEED = 1234  # the harness' own
 _MARK = "\ufffc"  # stands for an answer, to find its place in a chat template
-_EXTRA_TOKENS = 8  # how many tokens more than the longest completion an answer may have
+_EXTRA_TOKENS = 8  # how many tokens more than its completion an answer may have, or more
 
 Asked = tuple[str, Any]
 """The task's name in the evaluation, and what the harness' ``TaskManager.load`` returned."""
 
 
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Seed as the harness' command line does; afterwards the random states are as before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(0)
+        np.random.seed(_SEED)
+        torch.manual_seed(_SEED)
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+@_seeded()  # some tasks shuffle while they load
 def load_task(name: str) -> Asked:
     """Load a task or a group of the harness, or the YAML file of a task, with the data.
 
@@ -42,7 +59,6 @@ def load_task(name: str) -> Asked:
         raise MatryoshkaError(
             f"there is no task {name!r}: {hint}Give one of `lm_eval ls tasks`, or a YAML file"
         )
-    _seed()  # some tasks shuffle while they load
     try:
         return Path(name).stem if is_file else name, manager.load([name])
     except Exception as error:  # the hub, datasets, a YAML, a missing package: none in common
@@ -58,6 +74,8 @@ class _Rows(ConfigurableTask):  # type: ignore[misc, unused-ignore]
 
     def construct_requests(self, doc: Any, ctx: Any, **kwargs: Any) -> list[Any]:
         answer = super().construct_requests(doc, ctx, **kwargs)
+        # A longer answer than the row's own is wrong. Few lengths, so that batches stay large.
+        answer.arguments = (ctx, answer.arguments[1] | {"max_gen_toks": doc["most"]})
         own = {"request_type": "loglikelihood", "arguments": (ctx, doc["answer"]), "idx": 1}
         return [answer, replace(answer, **own, resps=[], filtered_resps={})]
 
@@ -84,11 +102,10 @@ def load_data(name: str, rows: Sequence[Any], tokenizer: Any) -> Asked:
             until.add(end)
         size = len(tokenizer.encode(prompt + answer)) - len(tokenizer.encode(prompt.rstrip()))
         doc = {"prompt": prompt, "completion": completion.rstrip(), "answer": answer}
-        docs.append(doc | {"tokens": max(1, size)})
+        most = len(tokenizer.encode(completion)) + _EXTRA_TOKENS
+        docs.append(doc | {"tokens": max(1, size), "most": -(-most // 32) * 32})
     if not any("\n" in doc["completion"] for doc in docs):
         until.add("\n")
-    most = max(len(tokenizer.encode(doc["completion"])) for doc in docs) + _EXTRA_TOKENS
-    settings = {"until": sorted(until - {""}), "max_gen_toks": most, "do_sample": False}
     mean = {"aggregation": "mean", "higher_is_better": True}
     config = {
         "task": name,
@@ -98,7 +115,7 @@ def load_data(name: str, rows: Sequence[Any], tokenizer: Any) -> Asked:
         "doc_to_text": "{{prompt}}",
         "doc_to_target": "{{completion}}",
         "process_results": _measured,
-        "generation_kwargs": settings,
+        "generation_kwargs": {"until": sorted(until - {""}), "do_sample": False},
         "metric_list": [
             {"metric": "exact_match", **mean},
             {"metric": "loss", **mean, "higher_is_better": False},
@@ -124,12 +141,12 @@ def _in_chat(tokenizer: Any, chat: tuple[Any, Any, Any], number: int) -> tuple[s
     return prompt, answer, whole[len(commonprefix([prompt, whole])) :], end.strip()  # noqa: RUF071
 
 
+@_seeded()
 def judge(lm: Any, loaded: Any, num_fewshot: int | None, limit: int | None) -> dict[str, Any]:
     """Return what the harness' ``evaluate`` says, with seeds and shots as by its command line."""
     # `simple_evaluate` would describe the machine with git and pip at each rank, for seconds.
     from lm_eval.evaluator import evaluate
 
-    _seed()
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
         if own is None or (num_fewshot is not None and own != 0):
@@ -148,15 +165,6 @@ def judge(lm: Any, loaded: Any, num_fewshot: int | None, limit: int | None) -> d
 @cache
 def _manager(defaults: bool) -> TaskManager:
     return TaskManager(include_defaults=defaults)  # reads thousands of YAML files
-
-
-def _seed() -> None:
-    import numpy as np
-    import torch
-
-    random.seed(0)
-    np.random.seed(_SEED)
-    torch.manual_seed(_SEED)
 
 
 def _measured(doc: Mapping[str, Any], results: tuple[str, tuple[float, bool]]) -> dict[str, float]:

@@ -251,9 +251,7 @@ def find_layers(
             experts = rows // rank if config.get("target_parameters") else 1
             fits = A.is_factor and rows == experts * rank
             if not (fits and B and B.is_factor and B.shape[1] == rows):
-                raise MatryoshkaError(
-                    f"{where}: {name[:200]} is no LoRA of rank {rank}: copy or save it again"
-                )
+                raise MatryoshkaError(f"{where}: {name[:200]} is not of rank {rank}: save it again")
             found.append(Layer(name, key, key_B, A, B, rank, scale, experts))
             del others[key], others[key_B]
     strange = next((key for key in others if ".lora_" in key), "" if found else "no factors")

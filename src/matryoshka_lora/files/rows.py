@@ -27,9 +27,8 @@ def read_rows(data: Any) -> list[Any]:
                 place = f" in line {number}"
                 rows += [json.loads(line)] if line.strip() else []
         except (OSError, ValueError) as error:
-            raise MatryoshkaError(
-                f"{data} cannot be read{place}: {error}. Give a JSON object in each line"
-            ) from error
+            text = f"{data} cannot be read{place}: {error}. Give a JSON object in each line"
+            raise MatryoshkaError(text) from error
     if not rows:
         raise MatryoshkaError(f"{data!s:.80} has no rows: give rows with prompt and completion")
     return rows

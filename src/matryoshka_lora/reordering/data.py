@@ -117,6 +117,9 @@ def read_data(model: Any, data: Any, tokenizer: Any = None) -> Data:
         )
     if hasattr(data, "get_train_dataloader"):
         return _of_trainer(model, data)
+    base = model.get_base_model()
+    if base.config.is_encoder_decoder or not base.can_generate():
+        raise MatryoshkaError(f"rows cannot train a {type(base).__name__}: give its Trainer")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     given = enumerate(read_rows(data), start=1)
     rows = [_tokens(tokenizer, row, number, limit) for number, row in given]
@@ -179,8 +182,9 @@ def _of_trainer(model: Any, trainer: Any) -> Data:
     found.seen = state.global_step * found.at_once * args.gradient_accumulation_steps or None
     if found.seen and state.epoch:  # the last batch of an epoch may be a small one
         found.seen = min(found.seen, round(state.epoch * len(found.rows)))
-    if held_out and not isinstance(held_out, Mapping):
-        found.held_out = _of_loader(model, trainer, trainer.get_eval_dataloader())
+    if held_out:
+        first = next(iter(held_out)) if isinstance(held_out, Mapping) else None
+        found.held_out = _of_loader(model, trainer, trainer.get_eval_dataloader(first))
     return found
 
 
@@ -193,8 +197,11 @@ def _of_loader(model: Any, trainer: Any, loader: Any) -> Data | None:
         return None
 
     def loss(batch: Batch) -> Tensor:
+        counts = {"num_items_in_batch": (batch["labels"] != -100).sum()}
+        more = counts if trainer.compute_loss_func else {}
         with trainer.compute_loss_context_manager():
-            found: Tensor = trainer.compute_loss(model, dict(batch))
+            found: Tensor = trainer.compute_loss(model, dict(batch), **more)
+        getattr(trainer, "_metrics", {"eval": {}})["eval"].clear()  # TRL's next means are its own
         return found
 
     device, args = next(model.parameters()).device, trainer.args
