@@ -163,15 +163,18 @@ def test_what_does_not_go_together_is_refused(
     assert not (tmp_path / "sum").exists()
 
 
-@pytest.mark.parametrize("what", ["shapes", "nan", "names", "parts", "kinds", "target"])
+@pytest.mark.parametrize("what", ["shapes", "nan", "names", "parts", "clip", "kinds", "target"])
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, what: str) -> None:
     state = {"q.lora_A.weight": torch.randn(2, 6), "q.lora_B.weight": torch.randn(5, 2)}
     save_file(state, tmp_path / "a.safetensors")
     other = {"shapes": torch.randn(2, 7), "nan": torch.full((2, 6), torch.nan)}
     state["q.lora_A.weight"] = other.get(what, state["q.lora_A.weight"])
-    if what == "parts":  # one part spells its keys in two ways, the other one in the same way
-        for name, key in (("a", "lora_unet_down"), ("b", "lora_unet_input")):
-            both = {f"{x}.{k}": t.clone() for k, t in state.items() for x in (key, "lora_te1_q")}
+    if what in ("parts", "clip"):  # one part has two spellings, the other one a single one
+        names = {"parts": ("lora_unet_down_blocks", "lora_unet_input_blocks")}.get(
+            what, ("text_encoder.e", "text_encoder.text_model.e")
+        )
+        for name, key in zip("ab", names, strict=True):
+            both = {f"{x}.{k}": t.clone() for k, t in state.items() for x in (key, "lora_te2_x")}
             save_file(both, tmp_path / f"{name}.safetensors")
         state = both
     if what == "names":
@@ -183,8 +186,8 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, what: str) -> None:
     message = {
         "shapes": r"the factors of q do not fit each other: \[2, 6\] in .*a.safetensors",
         "nan": "b.safetensors: the factors of q hold NaN",
-        "names": "have no layer in common",
-        "parts": "in some part: .* in two spellings",
+        "names": "are for two models, or spell",
+        **dict.fromkeys(("parts", "clip"), "spell their keys in two ways"),
         "kinds": "are a folder and a file: `matryoshka export FILE --style peft`",
         "target": "stays what it is: name a file such as sum.safetensors",
     }[what]

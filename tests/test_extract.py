@@ -107,6 +107,7 @@ def test_t5_shares_its_embedding_with_more_than_a_head(tmp_path: Path) -> None:
             found: Tensor = model(input_ids=IDS, decoder_input_ids=IDS).logits
         return found
 
+    torch.manual_seed(0)
     base = T5ForConditionalGeneration(config).eval()
     base.save_pretrained(tmp_path / "base")
     wanted = T5ForConditionalGeneration.from_pretrained(tmp_path / "base")
@@ -114,6 +115,16 @@ def test_t5_shares_its_embedding_with_more_than_a_head(tmp_path: Path) -> None:
     extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", 16, whole=["shared"])
     found = PeftModel.from_pretrained(base, tmp_path / "lora")
     assert torch.allclose(of(found), of(wanted), atol=1e-4)
+
+
+def test_a_tie_that_the_tuned_model_has_not_is_untied(tmp_path: Path) -> None:
+    base, wanted = tiny_llama(tie_word_embeddings=True), tiny_llama(tie_word_embeddings=False)
+    base.save_pretrained(tmp_path / "base")
+    wanted.load_state_dict(base.state_dict())
+    tuned_of(wanted, ("q_proj", "lm_head", "embed_tokens"), 0.5).save_pretrained(tmp_path / "tuned")
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", 200, whole=["embed_tokens"])
+    found = PeftModel.from_pretrained(base, tmp_path / "lora")
+    assert torch.allclose(logits(found), logits(wanted), atol=1e-3)
 
 
 def test_a_share_and_a_size_choose_a_rank_for_each_layer(

@@ -32,8 +32,8 @@ class NestingCallback(TrainerCallback):
                 "one process cannot train nested layers on several GPUs: start the script with "
                 "`accelerate launch`, or let it see one GPU with CUDA_VISIBLE_DEVICES=0"
             )
-        packs = getattr(args, "packing", False) or getattr(args, "padding_free", False)
-        if packs and self.adapter.rule.per_row:
+        packs = getattr(args, "packing", False) and args.packing_strategy != "wrapped"
+        if (packs or getattr(args, "padding_free", False)) and self.adapter.rule.per_row:
             raise MatryoshkaError("packed rows cannot have a rank each: take another rule")
         self.adapter.set_rank(self.adapter.nesting.max_rank)  # smaller ones lose their order
         self.adapter.model.train()

@@ -23,8 +23,8 @@ from matryoshka_lora.nesting import Nesting
 
 # What PEFT finds layers by; where these differ, the layers are named one by one.
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-# The part of a pipeline in a name of a single file, such as unet or lora_te1.
-_PART = re.compile(r"lora_[a-z]+\d*|[^.]*")
+# In what names of one layer may differ: kohya's words, and a part of CLIP's names.
+_SPELLING = re.compile(r"^lora_(te1?_)?|^text_encoder\.|text_model[._]|[._]")
 # What a pair of factors means in the model.
 _MEANINGS = ("base_model_name_or_path", "fan_in_fan_out", "target_parameters", "layer_replication")
 
@@ -117,10 +117,11 @@ def _differs(one: AdapterFile, other: AdapterFile) -> str:
     """Return why two adapters cannot be added, or nothing."""
     if one.is_single != other.is_single:
         return "are a folder and a file: `matryoshka export FILE --style peft` makes a folder"
-    a, b = ({layer.name for layer in file.layers} for file in (one, other))
-    shared, mine, its = ({_PART.findall(name)[0] for name in names} for names in (a & b, a, b))
-    if one.is_single and (not shared or mine & its > shared):
-        return "have no layer in common in some part: they are for two models, or in two spellings"
+    a, b = ({_SPELLING.sub("", x.name): x.name for x in file.layers} for file in (one, other))
+    both, unets = a.keys() & b.keys(), ("inputblocks", "downblocks")  # two spellings of SDXL's
+    mixed = all(any(word in name for name in (*a, *b)) for word in unets)
+    if one.is_single and (not both or mixed or any(a[key] != b[key] for key in both)):
+        return "are for two models, or spell their keys in two ways: `export --style` may help"
     for key in _MEANINGS:
         if one.config.get(key) != other.config.get(key):
             two = f"{one.config.get(key)!r:.80} and {other.config.get(key)!r:.80}"

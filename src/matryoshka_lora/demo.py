@@ -39,7 +39,6 @@ def demo(out: Path, steps: int = STEPS) -> None:
     Args:
         out: A folder that does not exist yet. It gets ``base``, the base model's first two layers;
             ``adapter``, for every rank; ``rank-4``, an ordinary LoRA adapter; and ``curve.png``.
-        steps: The optimizer steps.
     """
     out.mkdir(parents=True)
     facts = table()

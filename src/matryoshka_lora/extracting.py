@@ -142,7 +142,8 @@ def extract(
     owners = {x for key in others if (x := key.rpartition(".")[0]).endswith(tuple(whole))}
     owners &= modules.keys() or owners  # PEFT has the names of the class
     kept = {key: x for key, x in models[1][1].items() if key.rpartition(".")[0] in owners}
-    kept |= {own: kept[key] for own, key in tied.items() if key in kept}  # PEFT would untie them
+    for own, key in (pair for x in tied.items() for pair in (x, x[::-1])):  # PEFT would untie them
+        kept |= {own: models[1][1].get(own, kept[key])} if key in kept else {}
     if nothing := [name for name in whole if not any(name in key for key in kept)]:
         raise MatryoshkaError(f"{nothing[0]!r:.80} is no module of the model that changed")
     part = _part_of(base, weights) if style else ""

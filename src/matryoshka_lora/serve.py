@@ -35,8 +35,7 @@ def serve(
 ) -> int:
     """Run vLLM's server on a ladder, or on an adapter's ladder in a temporary folder.
 
-    A request for the model ``NAME@4`` is answered by rank 4, where NAME is the adapter's name. What
-    is returned is the server's exit status.
+    A request for ``NAME@4``, by the adapter's name, is answered by rank 4. Return the exit status.
 
     Args:
         folder: An adapter, or a ladder that `matryoshka_lora.export` has written.

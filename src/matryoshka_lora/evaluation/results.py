@@ -1,9 +1,6 @@
 """The numbers of an evaluation, and their files.
 
-``evaluation.json`` holds the fields of `Evaluation` but for the examples. Ranks are keys, and 0 is
-the base model. A task is ``{"items": 500, "num_fewshot": 0, "metric": "acc,none",
-"aurac": 0.41, "metrics": {"acc,none": {"higher_is_better": true, "value": {"0": 0.36, "1": 0.38},
-"stderr": {"0": 0.02, "1": 0.02}}}}``.
+``evaluation.json`` holds the fields of `Evaluation` but for the examples. Rank 0 is the base model.
 ``examples.jsonl`` has a line for each question, with the answers and metrics by rank.
 """
 

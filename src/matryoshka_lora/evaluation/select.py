@@ -45,9 +45,8 @@ class Choice:
             if other != self.rank and apart is not None:
                 sure = "" if apart.is_sure else "; they cannot be told apart"
                 better = "better by" if apart.value > 0 else "worse by" if apart.value else "equal,"
-                lines.append(
-                    f"  rank {other} is {better} {with_error(abs(apart.value), apart.error)}{sure}"
-                )
+                size = with_error(abs(apart.value), apart.error)
+                lines.append(f"  rank {other} is {better} {size}{sure}")
         if not self.is_sure:
             lines.append("These questions are too few to be sure that it is near enough.")
         return lines

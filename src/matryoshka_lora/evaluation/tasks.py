@@ -25,23 +25,23 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it would log at each ran
 
 _SEED = 1234  # the harness' own
 _MARK = "\ufffc"  # stands for an answer, to find its place in a chat template
-_EXTRA_TOKENS = 8  # how many tokens more than its completion an answer may have, or more
 
-Asked = tuple[str, Any]
-"""The task's name in the evaluation, and what the harness' ``TaskManager.load`` returned."""
+Asked = tuple[str, Any]  # the task's name in the evaluation, and what `TaskManager.load` returned
 
 
 @contextmanager
 def _seeded() -> Iterator[None]:
     """Seed as the harness' command line does; afterwards the random states are as before."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         random.seed(0)
         np.random.seed(_SEED)
         torch.manual_seed(_SEED)
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 @_seeded()  # some tasks shuffle while they load
@@ -74,7 +74,6 @@ class _Rows(ConfigurableTask):  # type: ignore[misc, unused-ignore]
 
     def construct_requests(self, doc: Any, ctx: Any, **kwargs: Any) -> list[Any]:
         answer = super().construct_requests(doc, ctx, **kwargs)
-        # A longer answer than the row's own is wrong. Few lengths, so that batches stay large.
         answer.arguments = (ctx, answer.arguments[1] | {"max_gen_toks": doc["most"]})
         own = {"request_type": "loglikelihood", "arguments": (ctx, doc["answer"]), "idx": 1}
         return [answer, replace(answer, **own, resps=[], filtered_resps={})]
@@ -100,10 +99,13 @@ def load_data(name: str, rows: Sequence[Any], tokenizer: Any) -> Asked:
         else:
             prompt, completion, answer, end = _in_chat(tokenizer, chat, number)
             until.add(end)
-        size = len(tokenizer.encode(prompt + answer)) - len(tokenizer.encode(prompt.rstrip()))
+        before = len(tokenizer.encode(prompt.rstrip()))
+        size = len(tokenizer.encode(prompt + answer)) - before
         doc = {"prompt": prompt, "completion": completion.rstrip(), "answer": answer}
-        most = len(tokenizer.encode(completion)) + _EXTRA_TOKENS
-        docs.append(doc | {"tokens": max(1, size), "most": -(-most // 32) * 32})
+        most = len(tokenizer.encode(completion)) + 8  # a longer answer cannot be right
+        # Few lengths make large batches. Near the model's context, no prompt is cut for them.
+        most = min(-(-most // 32) * 32, max(most, tokenizer.model_max_length - before))
+        docs.append(doc | {"tokens": max(1, size), "most": most})
     if not any("\n" in doc["completion"] for doc in docs):
         until.add("\n")
     mean = {"aggregation": "mean", "higher_is_better": True}

@@ -190,7 +190,7 @@ def _of_trainer(model: Any, trainer: Any) -> Data:
 
 def _of_loader(model: Any, trainer: Any, loader: Any) -> Data | None:
     """Return the rows of a Trainer's loader; None where they have no numbers or no labels."""
-    if isinstance(loader.dataset, IterableDataset):
+    if isinstance(loader.dataset, IterableDataset) or not len(loader.dataset):
         return None
     batch = loader.collate_fn([loader.dataset[0]])
     if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
@@ -201,7 +201,9 @@ def _of_loader(model: Any, trainer: Any, loader: Any) -> Data | None:
         more = counts if trainer.compute_loss_func else {}
         with trainer.compute_loss_context_manager():
             found: Tensor = trainer.compute_loss(model, dict(batch), **more)
-        getattr(trainer, "_metrics", {"eval": {}})["eval"].clear()  # TRL's next means are its own
+        means = getattr(trainer, "_metrics", None)
+        if isinstance(means, dict) and isinstance(means.get("eval"), dict):
+            means["eval"].clear()  # of TRL, whose next evaluation shall have its own
         return found
 
     device, args = next(model.parameters()).device, trainer.args
