@@ -24,7 +24,7 @@ from matryoshka_lora.nesting import Nesting
 # What PEFT finds layers by; where these differ, the layers are named one by one.
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # In what names of one layer may differ: kohya's words, and a part of CLIP's names.
-_SPELLING = re.compile(r"^lora_(te1?_)?|^text_encoder\.|text_model[._]|[._]")
+_SPELLING = re.compile(r"^lora_(te1?_)?|^text_encoder_(?!\d)|text_model_")
 # What a pair of factors means in the model.
 _MEANINGS = ("base_model_name_or_path", "fan_in_fan_out", "target_parameters", "layer_replication")
 
@@ -117,9 +117,10 @@ def _differs(one: AdapterFile, other: AdapterFile) -> str:
     """Return why two adapters cannot be added, or nothing."""
     if one.is_single != other.is_single:
         return "are a folder and a file: `matryoshka export FILE --style peft` makes a folder"
-    a, b = ({_SPELLING.sub("", x.name): x.name for x in file.layers} for file in (one, other))
-    both, unets = a.keys() & b.keys(), ("inputblocks", "downblocks")  # two spellings of SDXL's
-    mixed = all(any(word in name for name in (*a, *b)) for word in unets)
+    layers = one.layers, other.layers
+    a, b = ({_SPELLING.sub("", x.name.replace(".", "_")): x.name for x in each} for each in layers)
+    unets = ("input_blocks", "down_blocks")  # two spellings of SDXL's
+    both, mixed = a.keys() & b.keys(), all(any(word in x for x in (*a, *b)) for word in unets)
     if one.is_single and (not both or mixed or any(a[key] != b[key] for key in both)):
         return "are for two models, or spell their keys in two ways: `export --style` may help"
     for key in _MEANINGS:

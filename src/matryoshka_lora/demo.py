@@ -29,7 +29,6 @@ LAYERS, RANKS, RANK, DIGITS = 2, (1, 2, 4, 16), 16, 3
 STEPS, BATCH, RATE = 300, 32, 4e-3
 SHOWN, EXPORTED = (1, 2, RANK), 4  # the ranks that answer, and the one that plain PEFT reads
 ASKED = ("Kenya", "Brazil", "Bolivia")
-
 Right = dict[int, float]  # how much of the table each rank knows, in percent
 
 
