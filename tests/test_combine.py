@@ -170,10 +170,9 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, what: str) -> None:
     other = {"shapes": torch.randn(2, 7), "nan": torch.full((2, 6), torch.nan)}
     state["q.lora_A.weight"] = other.get(what, state["q.lora_A.weight"])
     if what in ("parts", "clip"):  # one part has two spellings, the other one a single one
-        names = {"parts": ("lora_unet_down_blocks", "lora_unet_input_blocks")}.get(
-            what, ("text_encoder.e", "text_encoder.text_model.e")
-        )
-        for name, key in zip("ab", names, strict=True):
+        clip, unet = "text_encoder.{}e", "lora_unet_{}_blocks"
+        for name, word, part in (("a", "down", ""), ("b", "input", "text_model.")):
+            key = clip.format(part) if what == "clip" else unet.format(word)
             both = {f"{x}.{k}": t.clone() for k, t in state.items() for x in (key, "lora_te2_x")}
             save_file(both, tmp_path / f"{name}.safetensors")
         state = both

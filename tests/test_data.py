@@ -198,20 +198,14 @@ def test_a_loss_of_ones_own_gets_what_a_trainer_gives_it(tmp_path: Path) -> None
     adapter = nested_llama(Nesting((1, 2)), "lora", layers=1, target_modules=["q_proj"])
 
     def mean(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
-        wanted = labels[:, 1:].flatten()
-        each = cross_entropy(outputs.logits[:, :-1].flatten(0, 1), wanted, reduction="sum")
-        return each / num_items_in_batch
+        each = outputs.logits[:, :-1].flatten(0, 1)
+        return cross_entropy(each, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
 
     rows = Dataset.from_list(LABELLED)
     settings = {"max_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
-    trainer = SFTTrainer(
-        adapter.model,
-        SFTConfig(str(tmp_path), **settings),
-        train_dataset=rows,
-        eval_dataset=rows.select(range(8)),
-        processing_class=tiny_tokenizer(),
-        compute_loss_func=mean,
-    )
+    args = SFTConfig(str(tmp_path), **settings)
+    with_both = {"processing_class": tiny_tokenizer(), "compute_loss_func": mean}
+    trainer = SFTTrainer(adapter.model, args, None, rows, rows.select(range(8)), **with_both)
     trainer.train()
     adapter.reorder("trained", trainer, rows=16)
     assert not trainer._metrics["eval"]  # else they would count in the next evaluation
