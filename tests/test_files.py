@@ -179,22 +179,6 @@ def test_an_adapter_in_memory_is_written_as_the_one_on_the_disk(tmp_path: Path) 
                 np.testing.assert_allclose(found[name], update, atol=1e-4)
 
 
-def test_shards_are_read_as_one_file(tmp_path: Path) -> None:
-    plain_adapter(tmp_path / "plain")
-    tensors = load_file(tmp_path / "plain" / WEIGHTS_NAME)
-    names = [f"adapter_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    places = {key: names[number % 2] for number, key in enumerate(sorted(tensors))}
-    for name in names:
-        part = {key: tensors[key] for key, place in places.items() if place == name}
-        save_file(part, tmp_path / "plain" / name)
-    index = {"weight_map": places}
-    (tmp_path / "plain" / f"{WEIGHTS_NAME}.index.json").write_text(json.dumps(index))
-    wanted = by_peft(tmp_path / "plain")
-    (tmp_path / "plain" / WEIGHTS_NAME).unlink()
-    export(tmp_path / "plain", tmp_path / "out", R)
-    assert distance(by_peft(tmp_path / "out"), wanted) < 1e-5
-
-
 PRIVATE = "/home/somebody/secret-project"
 
 

@@ -43,12 +43,6 @@ def a_pipe(folder: Path) -> None:
     os.mkfifo(folder / WEIGHTS)
 
 
-def shard_elsewhere(folder: Path) -> None:
-    (folder / WEIGHTS).rename(folder.parent / "elsewhere.safetensors")
-    index = {"weight_map": {"a": "../elsewhere.safetensors"}}
-    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
-
-
 def weights(edit: Callable[[bytes], bytes]) -> Harm:
     return lambda folder: (folder / WEIGHTS).write_bytes(edit((folder / WEIGHTS).read_bytes()))
 
@@ -80,7 +74,6 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "a header bomb": (weights(lambda _: struct.pack("<Q", 2**40) + b'{"a":' * 10_000), "damaged"),
     "a file cut short": (weights(lambda data: data[: len(data) // 2]), "damaged"),
     "a pipe": (a_pipe, "there is no file"),
-    "a shard elsewhere": (shard_elsewhere, "there is no file .*elsewhere.safetensors"),
     "a factor without partner": (tensors(lambda x: x.pop(max(x))), "is not of rank"),
     "other shapes": (tensors(lambda x: x.update({min(x): torch.ones(3)})), "is not of rank"),
     "factors that diverged": (tensors(lambda x: x[min(x)].fill_(torch.nan)), "learning rate"),

@@ -9,7 +9,7 @@ from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.output import PathLike
 
 TOKENIZER = ("tokenizer*", "chat_template*", "*_tokens*", "vocab.*", "merges.*")
-ADAPTER = ("adapter_config.json", "adapter_model*.safetensors*", *TOKENIZER)
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER)
 MODEL = ("config.json", *(f"{x}model*.safetensors*" for x in ("", "diffusion_pytorch_")))
 
 # owner/name, then @revision, then /FILE.safetensors

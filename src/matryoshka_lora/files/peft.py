@@ -39,8 +39,8 @@ _HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def open_adapter(path: PathLike) -> AdapterFile:
-    """Open a LoRA adapter: PEFT's folder, also sharded, a single ``.safetensors`` file, or either
-    on the hub, see `matryoshka_lora.files.hub.local`.
+    """Open a LoRA adapter: PEFT's folder, a single ``.safetensors`` file, or either on the hub, see
+    `matryoshka_lora.files.hub.local`.
 
     The nesting counts only if its checksum matches the factors; else the adapter is plain LoRA.
 
@@ -57,15 +57,15 @@ def open_adapter(path: PathLike) -> AdapterFile:
         if inside and not (folder / WEIGHTS_NAME).exists():
             way = f"name one in it, such as {min(inside)}"
         raise MatryoshkaError(f"{folder} holds no {CONFIG_NAME}: {way}")
-    config = read_json(folder / CONFIG_NAME)
-    stored, metadata = dict[str, Stored](), dict[str, str]()
-    files = _weight_files(folder)
-    for file in files:
-        tensors, own = open_tensors(file)
-        stored |= tensors
-        metadata |= own
+    config, file = read_json(folder / CONFIG_NAME), folder / WEIGHTS_NAME
+    if not file.exists():
+        raise MatryoshkaError(
+            f"{folder} holds no {WEIGHTS_NAME}. An adapter_model.bin is a pickle, which may run "
+            "code: save it again with PEFT"
+        )
+    stored, metadata = open_tensors(file)
     layers, others = find_layers(stored, config, str(path))
-    adapter = AdapterFile(str(path), layers, others, config, metadata, files=files)
+    adapter = AdapterFile(str(path), layers, others, config, metadata, files=(file,))
     first = layers[0]
     try:
         note = json.loads(metadata[NOTE])
@@ -216,22 +216,6 @@ def check_config(config: dict[str, Any], where: str) -> None:
         reason = "its target_parameters have ranks by layer: train again, and name all layers"
     if reason:
         raise MatryoshkaError(f"{where} has no lower ranks: {reason}")
-
-
-def _weight_files(folder: Path) -> tuple[Path, ...]:
-    whole, index = folder / WEIGHTS_NAME, folder / f"{WEIGHTS_NAME}.index.json"
-    if whole.exists():
-        return (whole,)
-    if not index.exists():
-        raise MatryoshkaError(
-            f"{folder} holds no {WEIGHTS_NAME}. An adapter_model.bin is a pickle, which may run "
-            "code: save it again with PEFT"
-        )
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise MatryoshkaError(f"{index} is damaged: it names no files. Copy it again")
-    # All files lie beside the index, whatever a hostile one says.
-    return tuple(folder / name for name in sorted({Path(str(x)).name for x in shards.values()}))
 
 
 def find_layers(
