@@ -16,8 +16,8 @@ from torch import Tensor
 from matryoshka_lora.budget import error_lines
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.layers import AdapterFile, Layer
-from matryoshka_lora.files.output import PathLike, check_place, new_file
-from matryoshka_lora.files.peft import open_adapter, plan_rank, write_nested
+from matryoshka_lora.files.output import PathLike, check_place
+from matryoshka_lora.files.peft import open_adapter, write_nested, write_rank
 from matryoshka_lora.files.tensors import Stored
 from matryoshka_lora.nesting import Nesting
 
@@ -87,9 +87,7 @@ def combine(
     top = rank or max(file.max_rank for file in files)
     whole.check_rank(top)
     if whole.is_single:
-        plan = plan_rank(whole, top)
-        with new_file(place, force, whole.files) as file:
-            plan.write(file)
+        plan = write_rank(whole, place, top, force)
     else:
         plan = write_nested(whole, place, force, top)
     errors = {r: plan.error(r) for r in Nesting.powers_of_two(top).ranks}

@@ -320,7 +320,7 @@ def _write(
         _ladder(adapter, place, ranks, force)
         return 0.0
     if kind in ("peft", "single"):
-        return write_rank(adapter, place, ranks, force)
+        return write_rank(adapter, place, ranks, force).error()
     name, revision = adapter.base_model(*base)
     config, plan = _base_config(name, revision), plan_rank(adapter, ranks)
     sources = (*adapter.files, name)
@@ -350,7 +350,7 @@ def _merge(
         model = model.dequantize()
     fit(model, adapter)
     with tempfile.TemporaryDirectory() as folder:
-        error = write_rank(adapter, f"{folder}/rank", ranks)
+        error = write_rank(adapter, f"{folder}/rank", ranks).error()
         adapted: Any = PeftModel.from_pretrained(model, f"{folder}/rank")
     inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(inside, LoraLayer) or isinstance(outside, LoraLayer):

@@ -100,14 +100,11 @@ def write_nested(
     return plan
 
 
-def write_rank(adapter: AdapterFile, path: PathLike, rank: Ranks, force: bool = False) -> float:
-    """Write an ordinary adapter of one rank, or of a rank for each layer.
+def write_rank(adapter: AdapterFile, path: PathLike, rank: Ranks, force: bool = False) -> Plan:
+    """Write an ordinary adapter of one rank, or of a rank for each layer; return its plan.
 
     Factors without an order are reordered by SVD. A single file stays one. A layer whose own rank
     is smaller keeps it.
-
-    Returns:
-        The relative error: the norm of the removed part over that of the update.
 
     Raises:
         MatryoshkaError: There is no such rank, layers cannot differ, or the place is taken.
@@ -119,7 +116,7 @@ def write_rank(adapter: AdapterFile, path: PathLike, rank: Ranks, force: bool = 
     else:
         with new_folder(path, force, adapter.files) as folder:
             _put(folder, plan)
-    return plan.error()
+    return plan
 
 
 def plan_rank(adapter: AdapterFile, rank: Ranks, metadata: Mapping[str, str] | None = None) -> Plan:
