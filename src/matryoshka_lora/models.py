@@ -6,15 +6,14 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -133,15 +132,8 @@ def embedded_gguf() -> Path:
     return found[0]
 
 
-@contextmanager
-def _explained(what: str, name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, ImportError, KeyError) as error:  # transformers has none in common
-        if isinstance(error, MatryoshkaError):
-            raise
-        reason = " ".join(str(error).split())
-        raise MatryoshkaError(
-            f"cannot load the {what} of {name!r}: {reason} Give a folder that holds a transformers "
-            f"model, a hub id, or {EMBEDDED!r}, which needs no network."
-        ) from error
+def _explained(what: str, name: str) -> AbstractContextManager[None]:
+    way = "Give a folder that holds a transformers model, a hub id, or "
+    way += f"{EMBEDDED!r}, which needs no network"
+    kinds = (OSError, ValueError, ImportError, KeyError)  # transformers has none in common
+    return explained(f"cannot load the {what} of {name!r}", way, kinds)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, explained
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,6 +35,8 @@ _DEFAULTS: dict[str, Any] = {
 # Files of rows, and the columns that TRL takes.
 _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"})
+# What PEFT, transformers and TRL refuse values with.
+_REFUSALS = (TypeError, ValueError, ImportError, OSError, KeyError)
 
 
 def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def _prepare(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]:
     from matryoshka_lora.models import load_model, load_tokenizer
     from matryoshka_lora.nested import nest
 
-    with _refusals():
+    with explained("the config is refused", kinds=_REFUSALS):
         arguments = _arguments({k: v for k, v in config.items() if k not in _OWN})
         options = {"dtype": config.get("dtype"), **(arguments.model_init_kwargs or {})}
         options["dtype"] = options.pop("torch_dtype", options["dtype"])  # the older name
@@ -164,7 +165,7 @@ def _prepare(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]:
     text = arguments.dataset_text_field
     data, held_out = (None if x is None else _rows(x, text) for x in (config["data"], evaluated))
     nesting = {key: value for key, value in config["nesting"].items() if key != "reorder"}
-    with _refusals():
+    with explained("the config is refused", kinds=_REFUSALS):
         base = load_model(name, revision=revision, device=arguments.device, **options)
         adapter = nest(get_peft_model(base, lora), **{"seed": arguments.seed, **nesting})
         trainer = SFTTrainer(
@@ -215,11 +216,8 @@ def _rows(data: str | Mapping[str, Any], text: str) -> Dataset:
         given = {"path": _KINDS[Path(data).suffix], "data_files": data}
     else:
         given = {"path": data}
-    try:
+    with explained(f"the data {data!s:.80} cannot be read"):
         found = load_dataset(**{"split": "train", **given})
-    except Exception as error:  # of the hub, of datasets, of a format: none in common
-        reason = " ".join(str(error).split())
-        raise MatryoshkaError(f"the data {data!s:.80} cannot be read: {reason:.300}") from error
     names = {*(found.column_names or ())}
     columns = next((each for each in (*_COLUMNS, {text}) if each <= names), set[str]())
     for name in columns if isinstance(found, Dataset) else ():  # a stream has no first row yet
@@ -266,14 +264,3 @@ def _save(
     adapter.save(target)  # by its SVD, where it has no order
     trainer.processing_class.save_pretrained(target)
     print(f"{target} holds every rank, in the order {adapter.order or 'svd'}")
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Report what PEFT, transformers and TRL refuse without a traceback."""
-    try:
-        yield
-    except (TypeError, ValueError, ImportError, OSError, KeyError) as error:
-        if isinstance(error, (MatryoshkaError, ModuleNotFoundError)):
-            raise
-        raise MatryoshkaError(f"the config is refused: {error}") from error

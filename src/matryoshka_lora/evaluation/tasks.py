@@ -18,7 +18,7 @@ import torch
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, explained
 from matryoshka_lora.files.rows import in_template, question_and_answer
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it would log at each rank what it does
@@ -59,14 +59,9 @@ def load_task(name: str) -> Asked:
         raise MatryoshkaError(
             f"there is no task {name!r}: {hint}Give one of `lm_eval ls tasks`, or a YAML file"
         )
-    try:
+    way = "Its data come from the hub, or files that its YAML names; --data asks rows of a file"
+    with explained(f"task {name} cannot be loaded", way):
         return Path(name).stem if is_file else name, manager.load([name])
-    except Exception as error:  # the hub, datasets, a YAML, a missing package: none in common
-        reason = " ".join(str(error).split())[:300]
-        raise MatryoshkaError(
-            f"task {name} cannot be loaded: {reason}. Its data come from the Hugging Face hub, or "
-            "from files that its YAML names; --data asks rows of a file"
-        ) from error
 
 
 class _Rows(ConfigurableTask):  # type: ignore[misc, unused-ignore]
@@ -154,14 +149,10 @@ def judge(lm: Any, loaded: Any, num_fewshot: int | None, limit: int | None) -> d
         if own is None or (num_fewshot is not None and own != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=_SEED)
-    try:
+    kinds = (AssertionError, ValueError)
+    with explained(f"the harness cannot run {', '.join(loaded['tasks'])}", kinds=kinds):
         found: dict[str, Any] = evaluate(lm, loaded, limit=limit)
-    except (AssertionError, ValueError) as error:
-        if isinstance(error, MatryoshkaError):
-            raise
-        names, reason = ", ".join(loaded["tasks"]), str(error) or type(error).__name__
-        raise MatryoshkaError(f"the harness cannot run {names}: {reason}") from error
-    return found
+        return found
 
 
 @cache

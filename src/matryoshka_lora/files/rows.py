@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, explained
 
 
 def read_rows(data: Any) -> list[Any]:
@@ -66,9 +66,5 @@ def in_template(
     """
     prompt, answer, tools = chat
     written = partial(tokenizer.apply_chat_template, tools=tools, **options)
-    try:
+    with explained(f"the chat template cannot write row {number} of the data", "Texts need none"):
         return written(prompt, add_generation_prompt=True), written([*prompt, *answer])
-    except Exception as error:  # of the template's own language, jinja, or a ValueError
-        raise MatryoshkaError(
-            f"the chat template cannot write row {number} of the data: {error}. Texts need none"
-        ) from error
