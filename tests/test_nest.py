@@ -85,11 +85,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "twice": (lambda: changed(llama(), nest), {}, "nested already: NestedAdapter"),
     "merged": (lambda: changed(llama(), lambda m: m.merge_adapter()), {}, "unmerge_adapter"),
     "ranks": (llama, {"ranks": [1, 4]}, r"LoraConfig has r=8, .* largest nested rank is 4"),
-    "order of ranks": (
-        llama,
-        {"ranks": [8, 4]},
-        r"ranks are \[8, 4\]: they must increase, as \[4, 8\] do",
-    ),
     "rule": (llama, {"rule": "dyloro"}, "the rules are lora"),
     "scaling": (llama, {"scaling": "rslora"}, "scaling is 'rslora'"),
     "deploy": (llama, {"deploy": "papers"}, "write 'reordered' or 'paper'"),

@@ -328,7 +328,7 @@ class NestedAdapter:
         top = self.nesting.max_rank
         allowed = (top,) if {*ranks} <= {0, top} else self.ranks  # these read all factors
         for rank in dict.fromkeys(ranks):
-            if rank != 0 or isinstance(rank, bool):
+            if rank != 0:
                 self.nesting.scale_at(rank)  # it must be an integer from 1 to R
                 if rank not in allowed:
                     raise MatryoshkaError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral
@@ -52,7 +51,7 @@ class Nesting:
         if self.scaling not in get_args(Scaling):
             names = ", ".join(map(repr, get_args(Scaling)))
             raise MatryoshkaError(f"scaling is {self.scaling!r}; write one of {names}")
-        if not isinstance(self.scale, (int, float)) or not 0 < self.scale <= sys.float_info.max:
+        if not 0 < self.scale < math.inf:
             raise MatryoshkaError(f"scale is {self.scale!r}; write a positive number such as 1.0")
         object.__setattr__(self, "scale", float(self.scale))
 
@@ -92,8 +91,6 @@ class Nesting:
 
 
 def _checked_ranks(ranks: Iterable[int]) -> tuple[int, ...]:
-    if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Iterable):
-        raise MatryoshkaError(f"ranks is {ranks!r}; write a list of integers such as [1, 2, 4, 8]")
     listed = [_checked_rank(rank) for rank in ranks]
     increasing = sorted(set(listed)) or [8]
     if listed != increasing:
@@ -102,7 +99,7 @@ def _checked_ranks(ranks: Iterable[int]) -> tuple[int, ...]:
 
 
 def _checked_rank(rank: Any, max_rank: int | None = None) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, Integral):
+    if not isinstance(rank, Integral):
         raise MatryoshkaError(f"rank {rank!r} is not an integer; write a whole number such as 4")
     checked = int(rank)  # NumPy's integers are not JSON
     if checked < 1:
