@@ -59,12 +59,12 @@ def low_rank_linear_reference(
     return linear(x, weight, bias) + linear(hidden, B.to(x.dtype))
 
 
-def at_least_float32(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return p for a product with a tensor of this dtype.
+def at_least_float32(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor in its own dtype or another one, but in no less than float32.
 
-    Half precision would round p and mis-scale a whole column.
+    As a diagonal in half precision it would mis-scale whole columns.
     """
-    return p.to(torch.promote_types(dtype, torch.float32))
+    return tensor.to(torch.promote_types(dtype or tensor.dtype, torch.float32))
 
 
 def is_plain_linear(module: Any) -> bool:

@@ -218,7 +218,7 @@ def _folded_into_B(module: Any, adapter: str, diagonal: Diagonal) -> Iterator[No
 
 def _columns_times(B: Tensor, q: Tensor) -> Tensor:
     """Return B of shape (out, R, ...) with q on its columns; B may be a DTensor."""
-    q = q.to(B.device, torch.promote_types(B.dtype, torch.float32))
+    q = at_least_float32(q, B.dtype).to(B.device)
     q = q.view(1, -1, *(1,) * (B.ndim - 2))
     if hasattr(B, "device_mesh"):
         from torch.distributed.tensor import Replicate, distribute_tensor

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
+from matryoshka_lora.fused import at_least_float32
 from matryoshka_lora.reordering.data import Batch, Data
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _descend(adapter: NestedAdapter, data: Data, numbers: Sequence[int], seed: i
     sizes, units = dict[str, tuple[Tensor, Tensor]](), dict[str, tuple[Tensor, Tensor]]()
     for name, (A, B) in adapter.factors().items():
         sizes[name] = _size(A, 1), _size(B, 0)
-        a, b = (_in_float32(x) / size for x, size in zip((A, B), sizes[name], strict=True))
+        a, b = (at_least_float32(x) / size for x, size in zip((A, B), sizes[name], strict=True))
         units[name] = a.requires_grad_(), b.requires_grad_()
     adam = torch.optim.Adam([unit for pair in units.values() for unit in pair])
     rate = STEP * min(1.0, (LAYERS / len(units)) ** 0.5)
@@ -207,7 +208,7 @@ def _gradients(
 
     def gradient(parameter: Tensor, scale: float) -> Tensor:
         found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        return _in_float32(found.flatten(1)) / scale
+        return at_least_float32(found.flatten(1)) / scale
 
     # The first scale lifts small gradients over float16's underflow, the second serves where large
     # ones overflow. Powers of two do not change the digits of other dtypes.
@@ -227,10 +228,5 @@ def _gradients(
 
 def _size(factor: Tensor, dim: int) -> Tensor:
     """Return the root mean square of each column of the update's factor, along the other dim."""
-    size = _in_float32(factor).square().mean(dim, keepdim=True).sqrt()
+    size = at_least_float32(factor).square().mean(dim, keepdim=True).sqrt()
     return size.clamp(min=max(1e-3 * float(size.max()), 1e-6))  # no division by 0
-
-
-def _in_float32(tensor: Tensor) -> Tensor:
-    """Return the tensor in float32, or float64 unchanged."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
