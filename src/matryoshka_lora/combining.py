@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -77,8 +76,6 @@ def combine(
     given = [1.0] * len(files) if weights is None else [float(weight) for weight in weights]
     if len(given) != len(files) or not files:
         raise MatryoshkaError(f"{len(given)} weights for {len(files)} adapters: give one for each")
-    if not all(math.isfinite(weight) and weight for weight in given):
-        raise MatryoshkaError("a weight is 0, NaN or infinite: leave the adapter out")
     place = check_place(target, force, [path for file in files for path in file.files])
     if (place.suffix.lower() == ".safetensors") != files[0].is_single:
         kind = "file such as sum.safetensors" if files[0].is_single else "folder"
