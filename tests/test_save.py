@@ -25,7 +25,7 @@ from conftest import (
 from packaging.version import Version
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -267,26 +267,6 @@ def test_a_state_dict_is_the_plain_function_in_both_directions(how: str, tmp_pat
     for name, pair in adapter.factors().items():
         for found, kept in zip(pair, before[name], strict=True):
             assert_same(found, kept, 1e-6)
-
-
-def test_whoever_else_writes_the_weights_ends_the_nesting(tmp_path: Path) -> None:
-    adapter = llama_in_form("reordered")
-    adapter.save(tmp_path / "a")
-    weights = tmp_path / "a" / WEIGHTS
-    with safe_open(weights, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(weights)
-    key = next(key for key in tensors if "lora_B" in key)
-    changed = {**tensors, key: tensors[key].flip(1)}
-    for values, kept in ((tensors, metadata), (tensors, {"format": "pt"}), (changed, metadata)):
-        save_file(values, weights, kept)
-        file = open_adapter(tmp_path / "a")
-        nested = values is tensors and kept is metadata
-        assert (file.order, file.nesting) == (("svd", NESTING) if nested else (None, None))
-        expected = logits(plain(tmp_path / "a"))
-        loaded = load(tiny_llama(), tmp_path / "a")
-        assert loaded.ranks == (1, 2, 3, 4, 5, 6)
-        assert_same(logits(loaded.model), expected, 0.0 if nested else 1e-5)
 
 
 # A Trainer's checkpoints.

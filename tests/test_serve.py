@@ -90,9 +90,6 @@ def test_what_vllm_cannot_read_is_refused(tmp_path: Path) -> None:
     plain_adapter(tmp_path / "lora", modules_to_save=["lm_head"])
     with pytest.raises(MatryoshkaError, match=r"lm_head.*, which vLLM cannot read: .*merged"):
         serve(tmp_path / "lora", model="some/base", only_print=True)
-
-
-def test_a_single_file_is_refused(tmp_path: Path) -> None:
     pair = {"b.lora_down.weight": torch.ones(2, 3), "b.lora_up.weight": torch.ones(4, 2)}
     save_file(pair, tmp_path / "lora.safetensors")
     with pytest.raises(MatryoshkaError, match="is a single file, and vLLM reads PEFT's folders"):

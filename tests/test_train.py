@@ -119,7 +119,6 @@ def test_what_is_left_out_makes_the_scale_1(
         ("max_steps=1.5", "invalid int value"),
         ("lora.r=0", "positive integer"),
         ("lora.target_modules=[nothing]", "not found in the base model"),
-        ("nesting.rule=lorra", "there is no rule 'lorra'"),
         ("nesting.ranks=[1, 2]", "ranks"),
         ("eval_strategy=steps", "eval"),
         ("data=nothing.jsonl", "the data nothing.jsonl cannot be read"),
