@@ -39,9 +39,9 @@ def test_a_stack_of_experts_has_the_rank_of_the_expert_that_needs_most() -> None
 
 
 def test_shares_and_sizes_as_people_write_them() -> None:
-    shares: dict[Any, float] = {"95%": 0.95, 0.95: 0.95, 95: 0.95, " 99.5 % ": 0.995, 1: 1}
+    shares: dict[Any, float] = {"95%": 0.95, 0.95: 0.95, " 99.5 % ": 0.995, 1: 1}
     assert {text: read_share(text) for text in shares} == pytest.approx(shares)
-    for wrong in ("", "most", "101%", -1, "sv_ratio=20", "nan", "1.5", 101):
+    for wrong in ("", "most", "101%", -1, "sv_ratio=20", "nan", "1.5", 95):
         with pytest.raises(MatryoshkaError, match="write a share such as 95%"):
             read_share(wrong)
     sizes: dict[Any, int] = {"50MB": 50 * 10**6, "1.5 kB": 1500, "2KiB": 2048, 7: 7, "1gb": 10**9}

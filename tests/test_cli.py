@@ -89,7 +89,7 @@ def test_each_verb_is_there_and_teaches_by_an_example() -> None:
         ("export plain --keep 0.9 -o new", "ranks by layer", ""),
         ("export one.safetensors --rank 2 -o new.safetensors", "rank 2", ""),
         ("export nested --rank 1,8 --format ladder -o new", "rank 1, 8", "serve new --print"),
-        ("export one.safetensors --keep 100 -o new.safetensors", "no smaller", ""),
+        ("export one.safetensors --keep 100% -o new.safetensors", "no smaller", ""),
         ("export plain --keep 99% --rank 2 -o new", "--rank 2 bounds", ""),
         ("serve nested --print --model base", "--lora-modules nested@1=", ""),
     ],

@@ -106,12 +106,12 @@ def test_reorder_refuses_what_it_cannot_use(lora: Path, single: Path, tmp_path: 
 
 
 def test_a_rank_beside_a_share_is_the_most_that_a_layer_gets(lora: Path, tmp_path: Path) -> None:
-    free: Any = export(lora, tmp_path / "free", keep=60)
-    made = export(lora, tmp_path / "out", 2, keep=60)
+    free: Any = export(lora, tmp_path / "free", keep=0.6)
+    made = export(lora, tmp_path / "out", 2, keep=0.6)
     assert made.ranks == {name: min(2, rank) for name, rank in free.ranks.items()}
     sized: Any = export(lora, tmp_path / "sized", 3, max_bytes=free.after)
     assert max(sized.ranks.values()) <= 3
-    both: Any = export(lora, tmp_path / "both", keep=60, max_bytes=sized.after)
+    both: Any = export(lora, tmp_path / "both", keep=0.6, max_bytes=sized.after)
     assert both.after <= sized.after
     assert all(rank <= free.ranks[name] for name, rank in both.ranks.items())
     size = (lora / WEIGHTS_NAME).stat().st_size  # with so much room every rank stays

@@ -176,7 +176,7 @@ def test_the_folder_has_all_that_is_known(adapter: Path, tmp_path: Path) -> None
     assert set(found.examples[0]["answers"]) == {"0", "1", "2", "3", "4"}
     assert "colours: acc,none, 4 questions, 2 shots" in found.lines()
     del found.metric("words")["value"][0]  # random ranks may be no better than the base model
-    choice = select(found, within="100%", task="words")
+    choice = select(found, within="99%", task="words")
     assert (choice.rank, choice.evaluation.about["adapter"]) == (1, str(adapter))
     assert found.about["dtype"] in ("float32", "bfloat16")
     sizes = [found.bytes[rank] for rank in found.ranks]

@@ -19,12 +19,9 @@ def singular_values(adapter: AdapterFile) -> dict[str, Tensor]:
 
 
 def read_share(text: str | float) -> float:
-    """Return the share of ``"95%"``, ``0.95`` or ``95``: a number above 1 is a percentage."""
+    """Return the share of ``"95%"`` or ``0.95``."""
     found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*", str(text))
-    value = float(found[1]) if found else 101.0
-    # 1.5 is no share, and as 1.5 % it would be a mistake that nobody sees.
-    if not found or found[2] or value >= 2:
-        value /= 100
+    value = float(found[1]) / (100 if found[2] else 1) if found else 2.0
     if value > 1:
         raise MatryoshkaError(f"{str(text)!r:.80} is no share: write a share such as 95%")
     return value

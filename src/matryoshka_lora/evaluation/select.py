@@ -96,7 +96,7 @@ def select(
             "longer, or ask questions that show what was learned, or name another --metric"
         )
     if within is not None:
-        if read_share(within) == 1 and "%" not in str(within):
+        if read_share(within) == 1:
             raise MatryoshkaError(f"--within {within} takes every rank: write a share such as 1%")
         bound = top - sign * read_share(within) * abs(top)
         small = [rank for rank in small if sign * (values[rank] - bound) >= 0]
