@@ -159,6 +159,7 @@ def test_a_merged_model_is_the_base_with_the_rank(tmp_path: Path, tied: bool) ->
     plain_adapter(tmp_path / "lora", named, target_modules=["embed_tokens", "q_proj"])
     tiny_tokenizer().save_pretrained(tmp_path / "lora")  # as beside a Trainer's checkpoint
     (tmp_path / "lora" / "chat_template.jinja").write_text("mine")
+    save_file({"v_head.weight": torch.ones(1)}, tmp_path / "lora" / "value_head.safetensors")
     export(tmp_path / "lora", tmp_path / "merged", 3, "merged")
     export(tmp_path / "lora", tmp_path / "rank", 3)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -166,6 +167,7 @@ def test_a_merged_model_is_the_base_with_the_rank(tmp_path: Path, tied: bool) ->
     assert distance(logits(model), logits(base())) > 0.1
     for written in ("merged", "rank"):
         assert AutoTokenizer.from_pretrained(tmp_path / written).chat_template == "mine"
+    assert (tmp_path / "rank" / "value_head.safetensors").is_file()
     with pytest.raises(MatryoshkaError, match="is or holds the source"):
         export(tmp_path / "lora", tmp_path / "base", 3, "merged", force=True)
     text = (tmp_path / "merged" / "config.json").read_text()
@@ -278,6 +280,8 @@ def test_every_adapter_of_a_folder_is_exported(tmp_path: Path, base: Path) -> No
     state = {"a.lora_down.weight": torch.randn(4, 6), "a.lora_up.weight": torch.randn(5, 4)}
     save_file(state, folder / "single.safetensors")
     (folder / "notes.txt").write_text("not an adapter")
+    with pytest.raises(MatryoshkaError, match=r"is a folder of adapters, and .*x\.gguf is none"):
+        export_all(folder, tmp_path / "x.gguf", rank=3)
     lines = export_all(folder, tmp_path / "cut", rank=3)
     assert {x.name: open_adapter(x).max_rank for x in (tmp_path / "cut").iterdir()} == {
         **{"large": 3, "small": 2},

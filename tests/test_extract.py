@@ -178,8 +178,11 @@ def test_image_models_get_a_file(tmp_path: Path, style: Any, key: str) -> None:
         torch.manual_seed(len(name))
         state = {f"{module}.weight": torch.randn(shape) for module, shape in shapes.items()}
         save_file(state, tmp_path / name / "diffusion_pytorch_model.safetensors")
-    (tmp_path / "base/config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
-    file = tmp_path / "lora.safetensors"
+    file, config = tmp_path / "lora.safetensors", tmp_path / "base/config.json"
+    config.write_text('{"_class_name": "FluxTransformer2DModel"}')
+    with pytest.raises(MatryoshkaError, match="kohya has no names for a transformer"):
+        extract(tmp_path / "base", tmp_path / "tuned", file, rank=6, style="kohya")
+    config.write_text('{"_class_name": "UNet2DConditionModel"}')
     extract(tmp_path / "base", tmp_path / "tuned", file, rank=6, style=style)
     old, new = (
         load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("base", "tuned")

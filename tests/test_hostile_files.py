@@ -83,6 +83,11 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "a config of lists": (config(r=[8]), "is no positive number"),
     "an infinite alpha": (config(lora_alpha=1e999), "is no positive number"),
     "no rank": (config(r=None), "is no positive number"),
+    "a rank of 8.0": (config(r=8.0), "is no positive number"),
+    "alphas of experts": (
+        config(target_parameters=["experts.up"], alpha_pattern={"experts.up": 9}),
+        "target_parameters have ranks by layer",
+    ),
     "a broken pattern": (config(rank_pattern={"(": 4}), "pattern .*damaged"),
     "another method": (config(peft_type="LOHA"), "'LOHA' and not LoRA"),
 }

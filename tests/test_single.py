@@ -193,7 +193,10 @@ def test_text_encoders_have_the_names_that_comfyui_knows(tmp_path: Path, prefix:
         assert names == {f"{word}{ending}" for word in wanted.values()}
 
 
-@pytest.mark.parametrize(("module", "style"), [("blocks.0.q", "diffusers"), ("prior.x", "kohya")])
+@pytest.mark.parametrize(
+    ("module", "style"),
+    [("blocks.0.q", "diffusers"), ("prior.x", "kohya"), ("transformer.x", "kohya")],
+)
 def test_a_part_without_a_name_is_not_guessed(tmp_path: Path, module: str, style: Any) -> None:
     module_file(tmp_path / "lora.safetensors", module)
     with pytest.raises(MatryoshkaError, match=f"{style} has no name for {module}.*of a pipeline"):
@@ -227,6 +230,10 @@ def test_pefts_style_is_a_folder_that_peft_reads(tmp_path: Path) -> None:
         np.testing.assert_allclose(delta, wanted, atol=1e-4)
     with pytest.raises(MatryoshkaError, match="becomes a folder"):
         export(file, tmp_path / "x.safetensors", style="peft")
+    # Readers that know no metadata get the strength that they had.
+    reorder(file, tmp_path / "ordered.safetensors")
+    for name, update in file_updates(tmp_path / "ordered.safetensors").items():
+        np.testing.assert_allclose(update, file_updates(file)[name], atol=1e-4)
 
 
 def test_the_metadata_gives_mixed_ranks_their_scale(tmp_path: Path) -> None:

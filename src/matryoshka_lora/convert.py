@@ -26,7 +26,6 @@ from matryoshka_lora.files.layers import AdapterFile
 from matryoshka_lora.files.output import PathLike, check_place, new_file, new_folder
 from matryoshka_lora.files.peft import (
     CONFIG_NAME,
-    Ranks,
     open_adapter,
     plan_rank,
     write_nested,
@@ -48,7 +47,7 @@ class Exported:
     Attributes:
         path: The path.
         format: The format, or "single" for a single file.
-        ranks: One for all layers, one for each by name, or those of a ladder.
+        ranks: One for each layer by its name, or those of a ladder.
         before, after: The bytes of the source's weights, and of those that were written.
         error: The norm of what was left out over the norm of the whole update.
         notes: What else a user should know.
@@ -56,7 +55,7 @@ class Exported:
 
     path: Path
     format: str
-    ranks: Ranks | tuple[int, ...]
+    ranks: Mapping[str, int] | tuple[int, ...]
     before: int
     after: int
     error: float
@@ -68,8 +67,7 @@ class Exported:
             low, high = min(self.ranks.values()), max(self.ranks.values())
             named = f"rank {low}" if low == high else f"ranks by layer from {low} to {high}"
         else:
-            several = (self.ranks,) if isinstance(self.ranks, int) else self.ranks
-            named = f"rank {', '.join(map(str, several))}"
+            named = f"rank {', '.join(map(str, self.ranks))}"
         found = [f"{self.path}: {named}, {show_bytes(self.before)} -> {show_bytes(self.after)}"]
         if self.format != "ladder":
             error, kept = 100 * self.error, 100 * (1 - self.error**2)
@@ -129,10 +127,8 @@ def reorder(
         from matryoshka_lora.nested import load
 
         name, revision = adapter.base_model(model, revision)
-        base, tokenizer = (
-            load_model(name, dtype, revision),
-            tokenizer_beside(adapter, name, revision),
-        )
+        base = load_model(name, dtype, revision)
+        tokenizer = tokenizer_beside(adapter, name, revision)
         with tempfile.TemporaryDirectory() as folder:
             write_nested(adapter, f"{folder}/nested")
             nested = load(base, f"{folder}/nested", trainable=True)
@@ -239,6 +235,8 @@ def export_all(
     """
     made, failed, found = list[str](), list[str](), adapters_in(source)
     end = _ENDINGS.get(str(how.get("format")), "")
+    if Path(target).suffix.lower() in _ENDINGS.values():
+        raise MatryoshkaError(f"{source} is a folder of adapters, and {target} is none: name one")
     with new_folder(target, force, found) as folder:
         for path in tqdm(found, "exporting", leave=False, unit=" adapters", disable=None):
             try:
@@ -251,7 +249,9 @@ def export_all(
             except MatryoshkaError as error:
                 failed.append(f"not {path.name}: {error}")
         if not made:
-            raise MatryoshkaError(f"none of {len(found)} adapters could be exported: {failed[0]}")
+            raise MatryoshkaError(
+                f"none of {len(found)} adapters could be exported: {'; '.join(failed)}"
+            )
     return made + failed
 
 
@@ -283,19 +283,19 @@ def _ranks(
     rank: int | Sequence[int] | None,
     share: float | None,
     limit: int | None,
-) -> Ranks | tuple[int, ...]:
-    """Return the rank that is asked for, one for each layer, or those of a ladder."""
+) -> dict[str, int] | tuple[int, ...]:
+    """Return the rank of each layer, or those of a ladder."""
     if kind == "ladder":
         return adapter.several([rank] if isinstance(rank, int) else rank)
     most = adapter.max_rank if rank is None else rank
     if not isinstance(most, int):
-        raise MatryoshkaError(f"several ranks make a ladder, and no {kind}: give --format ladder")
+        way = "give one" if kind == "single" else "give --format ladder"
+        raise MatryoshkaError(f"several ranks make a ladder, and no {kind}: {way}")
     adapter.check_rank(most)
     ranks = {layer.name: min(most, layer.rank) for layer in adapter.layers}
     if share is None and limit is None:
-        if kind == "mlx":
-            return dict.fromkeys(ranks, most)  # mlx-lm has one rank for all layers
-        return most if set(ranks.values()) == {most} else ranks
+        # mlx-lm has one rank for all layers.
+        return dict.fromkeys(ranks, most) if kind == "mlx" else ranks
     if adapter.order not in (None, "svd"):
         raise MatryoshkaError(
             f"singular values do not say what the ranks of {adapter.name} keep, since its order is "
@@ -311,7 +311,7 @@ def _write(
     adapter: AdapterFile,
     place: Path,
     kind: str,
-    ranks: Ranks | tuple[int, ...],
+    ranks: Mapping[str, int] | tuple[int, ...],
     base: tuple[str | None, str | None],
     force: bool,
 ) -> float:
@@ -336,7 +336,7 @@ def _write(
 
 
 def _merge(
-    adapter: AdapterFile, place: Path, ranks: Ranks, name: str, revision: str | None
+    adapter: AdapterFile, place: Path, ranks: Mapping[str, int], name: str, revision: str | None
 ) -> float:
     """Write the base model with the adapter in its weights, in its own dtype; return the error."""
     from peft import PeftModel

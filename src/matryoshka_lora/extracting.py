@@ -86,9 +86,10 @@ class Extracted:
         if self.noise > 0.001:
             found.append(f"{100 * self.noise:.1f} % of its square is rounding of the weights")
         if self.others:
-            size, some = show_bytes(sum(self.others.values())), ", ".join([*self.others][:3])
-            found.append(f"Changed too, and not in it: {len(self.others)} tensors, {size}: {some}")
-            found.append("--whole NAME keeps one as it is")
+            size, names = sum(self.others.values()), [key.rpartition(".")[0] for key in self.others]
+            text = f"Changed too, and not in it: {len(names)} tensors, {show_bytes(size)}"
+            found.append(f"{text}, such as {', '.join(names[:3])}")
+            found += [f"--whole {names[0]} keeps one as it is"] * self.path.is_dir()
         return found
 
 
@@ -146,7 +147,7 @@ def extract(
         kept |= {own: models[1][1].get(own, kept[key])} if key in kept else {}
     if nothing := [name for name in whole if not any(name in key for key in kept)]:
         raise MatryoshkaError(f"{nothing[0]!r:.80} is no module of the model that changed")
-    part = _part_of(base, weights) if style else ""
+    part = _part_of(base, weights, style) if style else ""
     if kept and style:
         raise MatryoshkaError("a file for image models holds no whole modules: leave --whole out")
     most = rank or (AT_MOST if share is None else None)
@@ -375,15 +376,17 @@ def _config(
     return found | {"task_type": "CAUSAL_LM" if is_causal else None}
 
 
-def _part_of(base: Path, names: Iterable[str]) -> str:
+def _part_of(base: Path, names: Iterable[str], style: Style) -> str:
     """Return the part of a pipeline that a model is, or "" if its own names say so."""
     config = read_json(base / "config.json") if (base / "config.json").is_file() else {}
     kind = str(config.get("_class_name"))
     if all(name.startswith("model.diffusion_model.") for name in names):
         return ""
-    for word, part in _PARTS.items():
-        if word in kind:
-            return part
+    part = next((part for word, part in _PARTS.items() if word in kind), "")
+    if (part, style) == ("transformer", "kohya"):
+        raise MatryoshkaError("kohya has no names for a transformer: write --style diffusers")
+    if part:
+        return part
     raise MatryoshkaError(
         f"{base} does not say which part of a pipeline it is: give the folder of a unet or a "
         "transformer that diffusers has saved, or leave out --style"

@@ -8,8 +8,12 @@ from pathlib import Path
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.output import PathLike
 
-TOKENIZER = ("tokenizer*", "chat_template*", "*_tokens*", "vocab.*", "merges.*")
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER)
+# What trainers save beside an adapter: the tokenizer or processor, and a reward model's head.
+BESIDE = (
+    *("tokenizer*", "chat_template*", "*_tokens*", "vocab.*", "merges.*", "*.model"),
+    *("*processor_config.json", "value_head.*"),
+)
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", *BESIDE)
 MODEL = ("config.json", *(f"{x}model*.safetensors*" for x in ("", "diffusion_pytorch_")))
 
 # owner/name, then @revision, then /FILE.safetensors

@@ -242,8 +242,8 @@ def rank_and_scale(config: Mapping[str, Any], name: str, where: str) -> tuple[in
         rank, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     except (re.error, ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
-        scale = 0.0
-    if not 0 < scale < math.inf:
+        rank, scale = 0, 0.0
+    if not (isinstance(rank, int) and 0 < scale < math.inf):
         raise MatryoshkaError(
             f"{where}: the rank or the alpha of {name[:200]} is no positive number, or a pattern "
             "of them is damaged: save the adapter again"

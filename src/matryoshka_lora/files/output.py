@@ -34,7 +34,7 @@ def check_place(path: PathLike, force: bool = False, sources: Sequence[object] =
     kept = (Path(), *paths, *(path.parent for path in paths))
     if any(place.resolve() in (each.resolve(), *each.resolve().parents) for each in kept):
         raise MatryoshkaError(
-            f"{path} is or holds the source or the current folder: name a new place such as out"
+            f"{path} is or holds the source or the current folder: name another place"
         )
     if os.path.lexists(place) and not force and not _is_empty(place):
         raise MatryoshkaError(

@@ -12,7 +12,7 @@ from typing import Any
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.factors import checksum
-from matryoshka_lora.files.hub import TOKENIZER, local
+from matryoshka_lora.files.hub import BESIDE, local
 from matryoshka_lora.files.layers import NOTE, AdapterFile, Layer, Plan, one_thread, rank_and_scale
 from matryoshka_lora.files.output import PathLike, new_file, new_folder
 from matryoshka_lora.files.single import open_single, plan_single
@@ -142,14 +142,14 @@ def plan_rank(adapter: AdapterFile, rank: Ranks, metadata: Mapping[str, str] | N
 
 
 def _put(folder: Path, plan: Plan, order: str | None = None) -> None:
-    """Write PEFT's files, the card, and what tokenizer lay beside; ``order`` is a nested one's."""
+    """Write PEFT's files, the card, and what lay beside; ``order`` is a nested one's."""
     config = _config_of(plan)
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
     plan.write(folder / WEIGHTS_NAME)
     (folder / "README.md").write_text(_card(plan, config, order), encoding="utf-8")
     beside = [x.parent for x in plan.adapter.files[:1] if (x.parent / CONFIG_NAME).is_file()]
-    for file in filter(Path.is_file, (x for p in beside for n in TOKENIZER for x in p.glob(n))):
+    for file in filter(Path.is_file, (x for p in beside for n in BESIDE for x in p.glob(n))):
         shutil.copyfile(file, folder / file.name)
 
 
@@ -208,8 +208,10 @@ def check_config(config: dict[str, Any], where: str) -> None:
             f"init_lora_weights={init!r:.80} lets PEFT change the base model: train with PEFT "
             "alone, and save with its path_initial_model_for_weight_conversion"
         )
-    elif config.get("target_parameters") and config.get("rank_pattern"):
-        # 'all-linear' creates such patterns for routed experts.
+    elif config.get("target_parameters") and (
+        config.get("rank_pattern") or config.get("alpha_pattern")
+    ):
+        # 'all-linear' creates such patterns for routed experts, under names that no key has.
         reason = "its target_parameters have ranks by layer: train again, and name all layers"
     if reason:
         raise MatryoshkaError(f"{where} has no lower ranks: {reason}")

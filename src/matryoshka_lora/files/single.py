@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -43,12 +43,11 @@ _OLD = re.compile(r"[._]lora(_linear_layer)?$")
 # authors begin with diffusion_model.
 _PARTS = {
     "unet": "lora_unet",
-    "transformer": "lora_transformer",
     "text_encoder": "lora_te",
     "text_encoder_2": "lora_te2",
     "text_encoder_3": "lora_te3",
     "diffusion_model": "lora_unet",
-    **dict.fromkeys(("transformer_2", "connectors", "text_conditioner", "prior")),
+    **dict.fromkeys(("transformer", "transformer_2", "connectors", "text_conditioner", "prior")),
 }
 
 
@@ -86,13 +85,15 @@ def open_single(file: Path) -> AdapterFile:
 def plan_single(adapter: AdapterFile, ranks: Mapping[str, int]) -> Plan:
     """Return a single file before it is computed; no layer gets more than its own rank.
 
-    All layers get one alpha, the largest rank: diffusers supports one where ranks differ.
+    All layers with an alpha get the same, the largest rank: diffusers supports one where ranks
+    differ. Without, the metadata keep each layer's scale, or else it is 1.
     """
     own = {layer.name: min(ranks[layer.name], layer.rank) for layer in adapter.layers}
     alpha, layers, others = max(own.values()), list[tuple[Layer, Layer]](), dict(adapter.others)
+    tells = _tells(adapter.layers)
     for layer in adapter.layers:
-        rank = own[layer.name]
-        layers.append((layer, layer.at(rank, alpha / rank if layer.key_alpha else 1.0)))
+        rank, scale = own[layer.name], layer.scale if tells else 1.0
+        layers.append((layer, layer.at(rank, alpha / rank if layer.key_alpha else scale)))
         if layer.key_alpha:
             others[layer.key_alpha] = Stored.of(torch.tensor(float(alpha)))
     metadata = _metadata(adapter, [new for _, new in layers], alpha)
@@ -203,26 +204,33 @@ def _metadata(adapter: AdapterFile, layers: list[Layer], alpha: int) -> dict[str
         alike = {layer.rank for layer in layers} == {alpha}
         kept["ss_network_dim"] = str(alpha) if alike else "Dynamic"  # as kohya's script says
         kept["ss_network_alpha"] = str(alpha)
-    known = {_part(layer.name)[0] for layer in layers} <= _PARTS.keys() - {"diffusion_model"}
-    if known and all(x.key_A.endswith(_DIFFUSERS[0]) and not x.key_alpha for x in layers):
+    if _tells(layers):
         kept[_CONFIGS] = json.dumps(_lora_configs(adapter, layers), sort_keys=True)
     return {"format": "pt", **kept}
 
 
+def _tells(layers: Sequence[Layer]) -> bool:
+    """Return whether metadata tell the layers' ranks and alphas, as diffusers writes them."""
+    known = {_part(layer.name)[0] for layer in layers} <= _PARTS.keys() - {"diffusion_model"}
+    return known and all(x.key_A.endswith(_DIFFUSERS[0]) and not x.key_alpha for x in layers)
+
+
 def _lora_configs(adapter: AdapterFile, layers: list[Layer]) -> dict[str, Any]:
-    """Return the LoraConfigs that tell diffusers each layer's rank, with scale 1."""
+    """Return the LoraConfigs that tell diffusers each layer's rank and alpha."""
     given = _configs(adapter.metadata, adapter.name)
     found = {f"{part}.{key}": x for part, own in given.items() if part for key, x in own.items()}
-    ranks = dict[str, dict[str, int]]()
+    parts = dict[str, dict[str, tuple[int, float]]]()
     for layer in layers:
         part, inside = _part(layer.name)
         # diffusers takes this part of CLIP's names away, in the keys alone
-        ranks.setdefault(part, {})[inside.removeprefix("text_model.")] = layer.rank
-    for part, own in ranks.items():
+        own = parts.setdefault(part, {})
+        own[inside.removeprefix("text_model.")] = layer.rank, layer.rank * layer.scale
+    for part, own in parts.items():
         top, start = max(own.values()), "" if part.startswith("text_encoder") else "^"
-        pattern = {f"{start}{re.escape(name)}": r for name, r in own.items() if r != top}
         config = {**given.get(part, {}), "target_modules": sorted(own)}
-        config |= {"r": top, "lora_alpha": top, "use_rslora": False}
-        config |= {"rank_pattern": pattern, "alpha_pattern": pattern}
+        config |= {"r": top[0], "lora_alpha": top[1], "use_rslora": False}
+        for at, pattern in enumerate(("rank_pattern", "alpha_pattern")):
+            others = {name: pair[at] for name, pair in own.items() if pair != top}
+            config[pattern] = {f"{start}{re.escape(name)}": x for name, x in others.items()}
         found |= {f"{part}.{key}": value for key, value in config.items()}
     return found
