@@ -186,7 +186,9 @@ def test_when_rows_cannot_have_ranks() -> None:
 
 
 def own_loop(adapter: NestedAdapter, folder: Path) -> None:
+    adapter.set_rank(1)  # of another order
     model = adapter.model.train()
+    adapter.draw(0)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(tokens()).logits.square().mean().backward()
     optimizer.step()
@@ -212,7 +214,7 @@ def test_an_order_ends_where_the_factors_change(
     adapter = reordered_llama()
     assert (adapter.order, adapter.ranks) == ("svd", (1, 2, 3, 4, 5, 6, 7, 8))
     change(adapter, tmp_path / "changed")
-    assert (adapter.order, adapter.ranks) == (None, (8,))
+    assert (adapter.order, adapter.ranks, adapter.rank) == (None, (8,), 8)
     with pytest.raises(MatryoshkaError, match=r"rank 2 is not available.*adapter\.reorder\(\)"):
         adapter.set_rank(2)
     full, factors = logits(adapter.model), adapter.factors()
@@ -244,7 +246,7 @@ def test_factors_that_are_not_finite_are_refused_and_nothing_changes(bad: float)
 
 @pytest.mark.parametrize("options", [{"by": "loss"}, {"by": "trained"}, {"data": []}], ids=str)
 def test_an_order_that_cannot_be_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(MatryoshkaError, match="write 'svd' without data, or 'trained' with data"):
+    with pytest.raises(MatryoshkaError, match="'trained' takes data, such as the Trainer, and"):
         nested_llama(NESTING, layers=1).reorder(**options)
 
 

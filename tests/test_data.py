@@ -70,7 +70,16 @@ def test_every_source_gives_the_same_rows(tmp_path: Path, model: Any) -> None:
     lines = tmp_path / "rows.jsonl"
     lines.write_text("\n".join(map(json.dumps, CHAT)) + "\n\n")
     tokens = read_data(model, CHAT, tiny_tokenizer()).rows
-    for source in (str(lines), lines, Dataset.from_list(CHAT), MESSAGES, iter(CHAT), tokens):
+    padded = [
+        {
+            "input_ids": [0, *row["input_ids"], 0],
+            "labels": [-100, *row["labels"], -100],
+            "attention_mask": [0, *[1] * len(row["labels"]), 0],
+        }
+        for row in tokens
+    ]
+    listed = Dataset.from_list(CHAT)
+    for source in (str(lines), lines, listed, MESSAGES, iter(CHAT), tokens, padded):
         assert read_data(model, source, tiny_tokenizer()).rows == tokens
     assert read_data(model, tokens).rows == tokens
     found = read_data(model, tokens).batches(range(len(tokens)))

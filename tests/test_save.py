@@ -167,6 +167,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "pattern": {"target_modules": r".*\.(q|down)_proj"},
     "layers_to_transform": {"layers_to_transform": [1]},
+    "layer_replication": {"layer_replication": [[0, 2], [0, 2]]},
     "rslora": {"use_rslora": True, "lora_alpha": 3},
     "dropout": {"lora_dropout": 0.3},
 }

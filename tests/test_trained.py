@@ -408,6 +408,15 @@ def test_one_rank_and_few_rows_are_refused() -> None:
             adapter.reorder("trained", rows)
 
 
+def test_after_a_training_few_rows_leave_the_order_of_the_svd(tmp_path: Path) -> None:
+    adapter = reordered()
+    trainer = trainer_of(adapter.model, tmp_path, TRAIN[:15], max_steps=1)
+    trainer.train()
+    with pytest.warns(UserWarning, match="no rank is trained, and the order is svd: the 15 rows"):
+        adapter.reorder("trained", trainer)
+    assert adapter.order == "svd"
+
+
 def test_dropout_takes_no_part_and_checkpointed_layers_are_computed_again() -> None:
     found = []
     for checkpointing, dropout in ((False, 0.0), (True, 0.0), (False, 0.5), (True, 0.5)):

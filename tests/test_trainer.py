@@ -197,6 +197,23 @@ def test_the_reference_of_a_reordered_adapter_is_the_adapter(tmp_path: Path) -> 
     assert logged(trainer)[2]["loss"] < math.log(2) - 0.001
 
 
+def test_a_reference_without_p_is_refused(tmp_path: Path) -> None:
+    adapter = nested(zero=False)
+    with pytest.raises(MatryoshkaError, match="is a copy of the factors without P"):
+        trainer_for("dpo", adapter.model, tmp_path, adapter).train()
+
+
+@pytest.mark.parametrize("why", ["inactive", "model_init"])
+def test_a_trainer_that_trains_something_else_is_refused(why: str, tmp_path: Path) -> None:
+    adapter, other = nested(), nested().model
+    trained = other if why == "model_init" else adapter.model
+    if why == "inactive":
+        trained.add_adapter("other", lora_config(NESTING))
+        trained.set_adapter("other")
+    with pytest.raises(MatryoshkaError, match="the Trainer does not train this adapter"):
+        trainer_for("sft", trained, tmp_path, adapter).train()
+
+
 @pytest.mark.parametrize(
     "batch", [{}, pytest.param({"auto_find_batch_size": True}, marks=pytest.mark.slow)], ids=str
 )
@@ -247,7 +264,8 @@ def test_rows_of_another_trainer_are_not_taken_for_those_of_the_batch(
 
 
 def begin(adapter: NestedAdapter, arguments: Any) -> None:
-    adapter.callback().on_train_begin(arguments, TrainerState(), TrainerControl())
+    model = adapter.model
+    adapter.callback().on_train_begin(arguments, TrainerState(), TrainerControl(), model=model)
 
 
 @pytest.mark.parametrize(

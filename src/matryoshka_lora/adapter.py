@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
 from peft.utils.save_and_load import get_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.factors import checksum, reorder_factors
@@ -23,7 +22,7 @@ from matryoshka_lora.models import source_of
 from matryoshka_lora.nesting import Nesting, Rule, get_rule
 from matryoshka_lora.reordering.data import read_data
 from matryoshka_lora.reordering.trained import train_ranks
-from matryoshka_lora.variant import Diagonal, NestedVariant, Shared, factor_parameters
+from matryoshka_lora.variant import Diagonal, NestedVariant, Shared, factor_parameters, lora_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -127,7 +126,7 @@ class NestedAdapter:
             MatryoshkaError: There is no such rank, the adapter is merged or not active, or (from
                 the forward) a layer gets another number of rows.
         """
-        if not ranks:
+        if not len(ranks):
             raise MatryoshkaError("rows() needs one rank for each row of the batch")
         self._refuse_ranks(ranks)
         table = {rank: self._shared.at(rank) for rank in set(ranks)}
@@ -169,6 +168,8 @@ class NestedAdapter:
             share: ``(index, count)`` of the processes; each takes its slice of one draw.
         """
         shared, (index, count) = self._shared, share
+        if shared.rank != shared.nesting.max_rank:
+            shared.set_rank(shared.nesting.max_rank)  # smaller ones lose their order
         if shared.rule.fixed:
             return
         p = shared.rule.draw(shared.nesting, shared.seed, step, rows and rows * count)
@@ -235,7 +236,9 @@ class NestedAdapter:
             NotFiniteError: A factor is not finite. The adapter is unchanged.
         """
         if by != ("svd" if data is None else "trained"):
-            raise MatryoshkaError(f"order {by!r}: write 'svd' without data, or 'trained' with data")
+            raise MatryoshkaError(
+                f"order {by!r:.80}: 'trained' takes data, such as the Trainer, and 'svd' takes none"
+            )
         self._refuse_merged("reorder it")
         if by == "svd":
             return self._reorder_by_svd()
@@ -339,11 +342,3 @@ class NestedAdapter:
     def _refuse_merged(self, what: str) -> None:
         if any(self.name in module.merged_adapters for module in self._layers().values()):
             raise MatryoshkaError(f"adapter {self.name!r} is merged: unmerge it to {what}")
-
-
-def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
-    """Yield the LoRA layers that hold an adapter, by their names in the base model."""
-    for name, module in model.named_modules():
-        holds = isinstance(module, LoraLayer)
-        if holds and (adapter in module.lora_A or adapter in module.lora_embedding_A):
-            yield name.removeprefix("base_model.model."), module

@@ -8,6 +8,7 @@ from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.variant import factor_parameters, lora_layers
 
 if TYPE_CHECKING:
     from matryoshka_lora.adapter import NestedAdapter
@@ -35,10 +36,23 @@ class NestingCallback(TrainerCallback):
         packs = getattr(args, "packing", False) and args.packing_strategy != "wrapped"
         if (packs or getattr(args, "padding_free", False)) and self.adapter.rule.per_row:
             raise MatryoshkaError("packed rows cannot have a rank each: take another rule")
+        name, model = self.adapter.name, self.adapter.model
+        ours, trained = ({*dict(lora_layers(x, name)).values()} for x in (model, kwargs["model"]))
+        if ours != trained or name not in model.active_adapters:
+            raise MatryoshkaError(
+                f"the Trainer does not train this adapter: {name!r} is not active, or the Trainer "
+                "has made a model of its own, as with model_init. Nest the model that it trains"
+            )
         self.adapter.set_rank(self.adapter.nesting.max_rank)  # smaller ones lose their order
-        self.adapter.model.train()
+        model.train()
         if not self.adapter.holds_p:
             return
+        copies = (factor_parameters(layer, "ref") for _, layer in lora_layers(model, "ref"))
+        if any(bool(A.any() and B.any()) for A, B in copies):
+            raise MatryoshkaError(
+                "TRL's reference model is a copy of the factors without P: call adapter.reorder() "
+                "before you make this trainer"
+            )
         # Accelerate's config may enable sharding without the Trainer's arguments.
         sharding = AcceleratorState()
         fsdp, zero = getattr(sharding, "fsdp_plugin", None), sharding.deepspeed_plugin

@@ -11,13 +11,13 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from matryoshka_lora.adapter import NestedAdapter, lora_layers
+from matryoshka_lora.adapter import NestedAdapter
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.hub import local
 from matryoshka_lora.files.layers import AdapterFile, Layer
 from matryoshka_lora.files.peft import check_config, open_adapter
 from matryoshka_lora.nesting import Nesting, Rule, Scaling, get_rule
-from matryoshka_lora.variant import NestedVariant, Shared, attach, factor_parameters
+from matryoshka_lora.variant import NestedVariant, Shared, attach, factor_parameters, lora_layers
 
 
 def nest(
@@ -209,7 +209,8 @@ def fit(base: nn.Module, file: AdapterFile) -> None:
             return module is not None
         return module.in_features == layer.A.shape[-1] and out in {module.out_features, *grown}
 
-    missing = [layer.name for layer in file.layers if not fits(layer)]
+    made = file.config.get("layer_replication")  # PEFT makes these layers
+    missing = [layer.name for layer in file.layers if not (made or fits(layer))]
     if missing:
         named = file.config.get("base_model_name_or_path")
         raise MatryoshkaError(

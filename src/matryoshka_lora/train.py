@@ -36,7 +36,7 @@ _DEFAULTS: dict[str, Any] = {
 _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"})
 # What PEFT, transformers and TRL refuse values with.
-_REFUSALS = (TypeError, ValueError, ImportError, OSError, KeyError)
+_REFUSALS = (TypeError, ValueError, ImportError, OSError, KeyError, RuntimeError)
 
 
 def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -131,7 +131,9 @@ def train(config: Mapping[str, Any]) -> Path:
     output = Path(str(config["output_dir"]))
     target = output / "adapter"
     if target.exists():
-        print(f"{target} is finished: nothing to train. Name another output_dir for another run")
+        print(
+            f"{target} is finished, so nothing is trained. Other settings: name another output_dir"
+        )
         return target
     adapter, trainer = _prepare(config)
     _run(adapter, trainer, output)
@@ -260,7 +262,7 @@ def _save(
         try:
             adapter.reorder(by, trainer, seed=trainer.args.seed)
         except MatryoshkaError as error:
-            print(f"The adapter is saved in the order of its SVD, and not {by}: {error}")
+            print(f"The ranks are not {by}, and their order is svd: {error}")
     adapter.save(target)  # by its SVD, where it has no order
     trainer.processing_class.save_pretrained(target)
     print(f"{target} holds every rank, in the order {adapter.order or 'svd'}")

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Embedding, Linear, LoraVariant
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 from matryoshka_lora.errors import MatryoshkaError
@@ -232,6 +232,14 @@ def _add(module: Any, weight: Tensor, delta: Tensor) -> Tensor:
     if not module.get_base_layer().weight.is_floating_point():
         return weight.to(delta) + delta
     return weight + delta.to(weight)
+
+
+def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
+    """Yield the LoRA layers that hold an adapter, by their names in the base model."""
+    for name, module in model.named_modules():
+        holds = isinstance(module, LoraLayer)
+        if holds and (adapter in module.lora_A or adapter in module.lora_embedding_A):
+            yield name.removeprefix("base_model.model."), module
 
 
 def factor_parameters(module: Any, adapter: str) -> tuple[Tensor, Tensor]:

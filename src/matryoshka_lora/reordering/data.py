@@ -130,7 +130,9 @@ def read_data(model: Any, data: Any, tokenizer: Any = None) -> Data:
 def _tokens(tokenizer: Any, row: Any, number: int, limit: int | None) -> dict[str, list[int]]:
     """Return a row's tokens as TRL's SFTTrainer makes them, with labels on the answer alone."""
     if isinstance(row, Mapping) and "input_ids" in row and "labels" in row:
-        return {key: list(row[key])[:limit] for key in ("input_ids", "labels")}
+        mask = row.get("attention_mask", [1] * len(row["labels"]))
+        read = {key: zip(row[key], mask, strict=True) for key in ("input_ids", "labels")}
+        return {key: [x for x, is_read in both if is_read][:limit] for key, both in read.items()}
     if tokenizer is None:
         raise MatryoshkaError("rows of text need the base model's tokenizer: give tokenizer=")
     chat = prompt, answer, _ = question_and_answer(row, number)

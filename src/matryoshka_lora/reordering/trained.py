@@ -66,11 +66,21 @@ def train_ranks(
     most = count or (COUNT if data.seen is None else max(ROWS, round(data.seen * SHARE)))
     start = adapter.factors()
     with descending(adapter):
-        numbers, judges = data.split(most, min(JUDGES, most), seed)
+        try:
+            numbers, judges = data.split(most, min(JUDGES, most), seed)
+        except MatryoshkaError as error:
+            if data.seen is None:
+                raise
+            # A script that has trained for hours goes on, and saves.
+            warnings.warn(f"no rank is trained, and the order is svd: {error}", stacklevel=3)
+            return False
         before = _losses(adapter, data, judges)
         behind = max(before[rank] for rank in ranks) - before[top]
         if behind <= ENOUGH:
-            text = f"no nested rank is {ENOUGH} nats behind rank {top}, so none is trained"
+            text = (
+                f"no nested rank is {ENOUGH} nats behind rank {top}, so none is trained, and the "
+            )
+            text += "order is svd"
             warnings.warn(text, stacklevel=3)
             return False
         needed = most if count else math.ceil(most * min(behind / MUCH, 1.0))
