@@ -22,6 +22,7 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     MixtralConfig,
+    Phi3Config,
     Qwen3Config,
 )
 
@@ -51,6 +52,17 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+LONGROPE: dict[str, Any] = {
+    "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 5.0,
+        "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+    },
+}
 BOTH = {"layer_types": ["sliding_attention", "full_attention"]}
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**SIZES),
@@ -60,9 +72,10 @@ CONFIGS: dict[str, Any] = {
     "qwen3": lambda: Qwen3Config(**SIZES),
     "gpt2": lambda: GPT2Config(**SIZES, tie_word_embeddings=False),
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2),
+    "phi3, longrope": lambda: Phi3Config(**SIZES, **LONGROPE),
     "mamba": lambda: MambaConfig(**SIZES, state_size=8, time_step_rank=4),
 }
-ONE_BY_ONE = {"mamba"}
+ONE_BY_ONE = {"mamba", "phi3, longrope"}
 TARGETS = {"mixtral": ["q_proj", "v_proj"], "mamba": ["in_proj", "x_proj"]}
 
 

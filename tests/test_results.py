@@ -76,7 +76,7 @@ def test_files_are_read_back_as_they_were(tmp_path: Path) -> None:
     folder = tmp_path / "lora-evaluation"
     folder.mkdir()
     evaluation.write(folder)
-    for place in (folder, folder / "evaluation.json", tmp_path / "lora"):
+    for place in (folder, tmp_path / "lora"):
         assert Evaluation.read(place) == evaluation
     lines = (folder / "examples.jsonl").read_text().split("\n")
     assert len([json.loads(line) for line in lines if line]) == 120

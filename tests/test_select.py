@@ -101,3 +101,5 @@ def test_a_metric_that_does_not_say_which_is_better() -> None:
 def test_an_adapter_that_is_no_better_than_its_base_is_not_chosen(base: int) -> None:
     with pytest.raises(MatryoshkaError, match="no rank is better than the base model on family"):
         select(new_evaluation(right={**RIGHT, 0: base}), within="1%")
+    # Nor is a rank, however near to the best one.
+    assert select(new_evaluation(right={**RIGHT, 0: RIGHT[4]}), within="50%").rank == 8

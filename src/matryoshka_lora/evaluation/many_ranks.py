@@ -84,7 +84,9 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
         self._takes = set(inspect.signature(model.get_base_model().forward).parameters)
         with adapter.rows(ranks):  # raises unless it is active, not merged, and has these ranks
             pass
-        self.together = self.backend == "causal" and self._reads_right()
+        # longrope has two sets of frequencies, and a long text switches from one to the other.
+        whole = self.backend == "causal" and "longrope" not in str(model.config)
+        self.together = whole and self._reads_right()
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
         """Return log-likelihoods, and whether they are greedy, at `lora_rank`."""

@@ -175,13 +175,12 @@ class Evaluation:
         """Return what `write` has written.
 
         Args:
-            path: The folder, its ``evaluation.json``, or an adapter with such a folder beside it.
+            path: The folder, or an adapter with such a folder beside it.
 
         Raises:
             MatryoshkaError: There is none, or it is damaged.
         """
-        given = Path(path)
-        places = (given, given / NAME, Path(f"{given}-evaluation", NAME))
+        places = (Path(path, NAME), Path(f"{Path(path)}-evaluation", NAME))
         file = next((place for place in places if place.is_file()), None)
         if file is None:
             raise MatryoshkaError(

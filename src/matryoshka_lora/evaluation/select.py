@@ -77,7 +77,7 @@ def select(
     if metric is not None:
         found = _by(found, task, metric)
     if within is None and max_bytes is None:
-        raise MatryoshkaError("say what the rank must meet: within, such as 1%, or max_bytes")
+        raise MatryoshkaError("say what the rank must meet: --within 1% or --max-bytes 50MB")
     higher = found.metric(task)["higher_is_better"]
     values = {rank: value for rank, value in found.values(task).items() if value is not None}
     if higher is None or not values:
@@ -95,6 +95,8 @@ def select(
             f"no rank is better than the base model on {task}, {top:.3f} and {base:.3f}: train "
             "longer, or ask questions that show what was learned, or name another --metric"
         )
+    if base is not None:
+        small = [rank for rank in small if sign * (values[rank] - base) > 0]
     if within is not None:
         if read_share(within) == 1:
             raise MatryoshkaError(f"--within {within} takes every rank: write a share such as 1%")
