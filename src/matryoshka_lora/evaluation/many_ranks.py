@@ -76,7 +76,9 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
         model: Any = adapter.model.eval()
         # HFLM would tie weights that PEFT has untied, and give the tokenizer a pad token.
         read = SimpleNamespace(config=model.config, device=model.device)
-        super().__init__(read, tokenizer=copy.deepcopy(tokenizer), batch_size=8)
+        alone = "longrope" in str(model.config)  # its frequencies are those of the longest row
+        self._at_once = 1 if alone else 8
+        super().__init__(read, tokenizer=copy.deepcopy(tokenizer), batch_size=self._at_once)
         self._model = self.pretrained = model
         self.adapter, self.ranks, self.lora_rank = adapter, list(ranks), ranks[0]
         self.batch_tokens, self.progress = batch_tokens or BATCH_TOKENS, progress
@@ -84,9 +86,7 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
         self._takes = set(inspect.signature(model.get_base_model().forward).parameters)
         with adapter.rows(ranks):  # raises unless it is active, not merged, and has these ranks
             pass
-        # longrope has two sets of frequencies, and a long text switches from one to the other.
-        whole = self.backend == "causal" and "longrope" not in str(model.config)
-        self.together = whole and self._reads_right()
+        self.together = not alone and self.backend == "causal" and self._reads_right()
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
         """Return log-likelihoods, and whether they are greedy, at `lora_rank`."""
@@ -133,7 +133,7 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
             places = enumerate(self.ranks)
             return {rank: [_at(place, answer) for answer in found] for place, rank in places}
         together, before, answers = self.together, self.adapter.rank, {}
-        self.together, self.batch_size_per_gpu = False, 8
+        self.together, self.batch_size_per_gpu = False, self._at_once
         try:
             for rank in self.ranks:
                 self.adapter.set_rank(rank)
