@@ -156,7 +156,7 @@ def test_what_is_not_behind_is_not_trained(why: str) -> None:
     noise = some_rows(64, seed=3, answers=range(50, 90))
     data = data_for(adapter, HELD_OUT if why == "all-is-in-rank-1" else noise)
     before, steps = all_factors(adapter), with_gradients(data)
-    with pytest.warns(UserWarning, match="no nested rank is 0.02 nats behind rank 8, so none is"):
+    with pytest.warns(UserWarning, match="no rank is 0.02 nats behind 8, so none is trained"):
         assert not train_ranks(adapter, data, 80)
     assert not steps
     assert same_bits(before, all_factors(adapter))

@@ -57,7 +57,7 @@ def nest(
     if not isinstance(peft_model, PeftModel):
         raise MatryoshkaError(
             f"nest() takes a PEFT model, not {type(peft_model).__name__}: "
-            "call peft.get_peft_model(model, LoraConfig(...)) first"
+            "call peft.get_peft_model(model, LoraConfig(...)) first, or give trainer.model"
         )
     layers = dict(lora_layers(peft_model, adapter))
     if not layers:

@@ -131,9 +131,7 @@ def train(config: Mapping[str, Any]) -> Path:
     output = Path(str(config["output_dir"]))
     target = output / "adapter"
     if target.exists():
-        print(
-            f"{target} is finished, so nothing is trained. Other settings: name another output_dir"
-        )
+        print(f"{target} is finished. To train with other settings, name another output_dir")
         return target
     adapter, trainer = _prepare(config)
     _run(adapter, trainer, output)

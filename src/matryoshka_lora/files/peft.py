@@ -56,6 +56,8 @@ def open_adapter(path: PathLike) -> AdapterFile:
         way = "give the folder that PEFT has saved, since the scale stands in that file"
         if inside and not (folder / WEIGHTS_NAME).exists():
             way = f"name one in it, such as {min(inside)}"
+        if (folder / "config.json").is_file():
+            way = "it is a whole model, and `matryoshka extract` makes a LoRA of a fine-tuned one"
         raise MatryoshkaError(f"{folder} holds no {CONFIG_NAME}: {way}")
     config, file = read_json(folder / CONFIG_NAME), folder / WEIGHTS_NAME
     if not file.exists():

@@ -77,10 +77,7 @@ def train_ranks(
         before = _losses(adapter, data, judges)
         behind = max(before[rank] for rank in ranks) - before[top]
         if behind <= ENOUGH:
-            text = (
-                f"no nested rank is {ENOUGH} nats behind rank {top}, so none is trained, and the "
-            )
-            text += "order is svd"
+            text = f"no rank is {ENOUGH} nats behind {top}, so none is trained: the order is svd"
             warnings.warn(text, stacklevel=3)
             return False
         needed = most if count else math.ceil(most * min(behind / MUCH, 1.0))
