@@ -120,6 +120,9 @@ def test_weights_without_their_scale_are_refused(tmp_path: Path) -> None:
     (tmp_path / "loras/one.safetensors").touch()
     with pytest.raises(MatryoshkaError, match=r"name one in it, such as .*loras/one\.safetensors"):
         describe(tmp_path / "loras")
+    (tmp_path / "loras/config.json").touch()
+    with pytest.raises(MatryoshkaError, match="it is a whole model, and `matryoshka extract`"):
+        describe(tmp_path / "loras")
     for missing in (tmp_path / "nothing", tmp_path / "nothing.safetensors"):
         with pytest.raises(MatryoshkaError, match=r"does not exist|there is no file"):
             describe(missing)
