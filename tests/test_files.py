@@ -217,13 +217,13 @@ def test_what_somebody_else_wrote_is_never_touched(
     monkeypatch.chdir(work)
     for force in (False, True):
         for target in (".", "..", "../lora", tmp_path, "../work", "../lora/"):
-            with pytest.raises(MatryoshkaError, match="name a new place"):
+            with pytest.raises(MatryoshkaError, match="name another place"):
                 export("../lora", target, 4, force=force)
     monkeypatch.chdir(tmp_path)
     for target in ("work", "work/vocab.txt"):
         with pytest.raises(MatryoshkaError, match=r"exists already.*--force"):
             export("lora", target, 4)
-    with pytest.raises(MatryoshkaError, match="name a new place"):
+    with pytest.raises(MatryoshkaError, match="name another place"):
         export("lora", "", 4)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 

@@ -29,7 +29,7 @@ from matryoshka_lora.evaluation.select import select
     ],
 )
 def test_the_smallest_rank_that_meets_the_wish(wish: dict[str, Any], rank: int) -> None:
-    choice = select(new_evaluation(), **wish)
+    choice = select(new_evaluation(right={**RIGHT, 0: 19}), **wish)
     assert (choice.rank, choice.best) == (rank, 8)
     told = f"Rank {rank} ({show_bytes(100 * rank)}): acc {RIGHT[rank] / 60:.3f} on family"
     assert choice.lines()[0].startswith(told)
@@ -102,4 +102,4 @@ def test_an_adapter_that_is_no_better_than_its_base_is_not_chosen(base: int) -> 
     with pytest.raises(MatryoshkaError, match="no rank is better than the base model on family"):
         select(new_evaluation(right={**RIGHT, 0: base}), within="1%")
     # Nor is a rank, however near to the best one.
-    assert select(new_evaluation(right={**RIGHT, 0: RIGHT[4]}), within="50%").rank == 8
+    assert select(new_evaluation(), within="90%").rank == 2
