@@ -180,7 +180,7 @@ def test_image_models_get_a_file(tmp_path: Path, style: Any, key: str) -> None:
         save_file(state, tmp_path / name / "diffusion_pytorch_model.safetensors")
     file, config = tmp_path / "lora.safetensors", tmp_path / "base/config.json"
     config.write_text('{"_class_name": "FluxTransformer2DModel"}')
-    with pytest.raises(MatryoshkaError, match="kohya has no names for diffusers' transformers"):
+    with pytest.raises(MatryoshkaError, match="kohya does not name diffusers' transformers"):
         extract(tmp_path / "base", tmp_path / "tuned", file, rank=6, style="kohya")
     config.write_text('{"_class_name": "UNet2DConditionModel"}')
     extract(tmp_path / "base", tmp_path / "tuned", file, rank=6, style=style)

@@ -384,7 +384,7 @@ def _part_of(base: Path, names: Iterable[str], style: Style) -> str:
         return ""
     part = next((part for word, part in _PARTS.items() if word in kind), "")
     if (part, style) == ("transformer", "kohya"):
-        raise MatryoshkaError("kohya has no names for diffusers' transformers: write --style diffusers")
+        raise MatryoshkaError("kohya does not name diffusers' transformers: take --style diffusers")
     if part:
         return part
     raise MatryoshkaError(
