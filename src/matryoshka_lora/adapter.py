@@ -219,7 +219,8 @@ class NestedAdapter:
         Args:
             by: ``"svd"``: each prefix is the closest matrix of its rank (Eckart-Young).
                 ``"trained"``: every rank from the smallest nested one on is trained, each step at
-                another rank; rank R changes a little.
+                another rank; rank R changes a little. Where that gives nothing, or a Trainer has
+                too few rows, the order is that of ``"svd"``, with a warning.
             data: For ``"trained"``: the Trainer that has trained the adapter, a dataset, or rows
                 with ``prompt`` and ``completion``.
             tokenizer: The base model's, where the data are rows.

@@ -59,7 +59,7 @@ def select(
     task: str | None = None,
     metric: str | None = None,
 ) -> Choice:
-    """Choose the smallest rank that is good enough.
+    """Choose the smallest rank that is good enough, and better than the base model.
 
     Args:
         evaluation: What `matryoshka_lora.evaluate` returned, or the folder that it wrote.

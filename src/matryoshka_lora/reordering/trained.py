@@ -54,7 +54,7 @@ def train_ranks(
     adapter has the trained ranks.
 
     Raises:
-        MatryoshkaError: There is no nested rank below R, or there are too few rows.
+        MatryoshkaError: There is no nested rank below R; or the rows are too few, and no Trainer's.
         NotFiniteError: The loss or a gradient is not finite. The factors are as before then.
     """
     *ranks, top = adapter.nesting.ranks
