@@ -73,8 +73,9 @@ def write_tables(study: Study) -> None:
 
 def run_missing(study: Study, seconds: float) -> None:
     """Run what is missing, into the study's own file."""
-    from research.run import run_study
+    from research.run import run_study, set_up
 
+    set_up(study.threads)
     runs = study.load_runs()
     if missing_jobs(study, runs):
         run_study(study, runs, RUNS / f"{study.name}.jsonl", seconds, _show)
@@ -82,8 +83,9 @@ def run_missing(study: Study, seconds: float) -> None:
 
 def run_again(study: Study, file: Path, seconds: float) -> None:
     """Run test runs again into a file, at the recorded learning rates, and print both."""
-    from research.run import run_study
+    from research.run import run_study, set_up
 
+    set_up(study.threads)
     recorded = study.load_runs()
     rates = {job: run for job, run in recorded.items() if job.split == "validation"}
     begun = {**rates, **study.its_own(read([file]))}

@@ -18,14 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import set_seed
 
 from matryoshka_lora import extract, load
 from matryoshka_lora.models import load_model, load_tokenizer
 from research import tasks
-from research.run import versions
+from research.run import set_up, versions
 from research.runs import Job, append_line, whole_lines
 from research.strangers import tokenized
 from research.study import RUNS, load_study
@@ -38,8 +37,7 @@ RATES, RATE_SEED, SEEDS = (2e-5, 5e-5, 1e-4), 100, (0, 1, 2)
 
 def main() -> None:
     """Do what is missing."""
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    set_up(1)
     lines = whole_lines(FILE)
     done = {
         (one["split"], one["learning_rate"], one["seed"]): one for one in map(json.loads, lines)

@@ -25,6 +25,15 @@ from research.training import AnswerTrainer, Trained, score, trainer_of
 PACKAGES = ("matryoshka-lora", "torch", "transformers", "peft", "trl", "reasoning-gym")
 
 
+def set_up(threads: int) -> None:
+    """Compute with so many threads, and with tiny numbers as zero: they take a CPU far longer.
+
+    It holds for the whole process, so only a program calls it, and no function that a test calls.
+    """
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+
+
 def run_study(
     study: Study,
     runs: Mapping[Job, Run],
@@ -49,8 +58,6 @@ def run_study(
         MatryoshkaError: The study is settled, or a job cannot be done. Finished runs are kept.
     """
     may_be_run(study)
-    torch.set_num_threads(study.threads)
-    torch.set_flush_denormal(True)  # tiny numbers take a CPU many times as long
     found, end = dict(runs), time.monotonic() + seconds
     while missing := missing_jobs(study, found):
         on_run(len(found), len(missing))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from research.run import set_up
 from research.runs import Job
 from research.study import load_study
 from research.training import trainer_of
@@ -31,8 +32,7 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path, help="the JSON file to write")
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    set_up(1)
     found: dict[str, Any] = {"adapter": "lora-r32-lr0.004-seed0", "task": JOB.task, "layer": LAYER}
     with trainer_of(load_study("facts256"), JOB) as (adapter, trainer, _):
         trainer.train()

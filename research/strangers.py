@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import set_seed
@@ -24,7 +23,7 @@ from transformers import set_seed
 from matryoshka_lora import load
 from matryoshka_lora.models import load_model, load_tokenizer
 from research import tasks
-from research.run import versions
+from research.run import set_up, versions
 from research.runs import Job, append_line, whole_lines
 from research.study import RUNS, Study, load_study
 from research.training import AnswerTrainer, arguments, score
@@ -38,8 +37,7 @@ RANKS, QUESTIONS, SEEDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32), 128, (0, 1, 2)
 
 def main() -> None:
     """Do what is missing."""
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    set_up(1)
     lines = whole_lines(FILE)
     version = versions()["matryoshka-lora"]
     done = {
