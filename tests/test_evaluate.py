@@ -16,6 +16,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
@@ -306,7 +307,7 @@ def test_rows_are_asked_in_trls_formats(
         prompt = tokenizer.apply_chat_template(MESSAGES[:1], **chat)
         assert prompt.endswith("<|im_start|>assistant\n")
     file = tmp_path / "mine.jsonl"
-    file.write_text(json.dumps(row) + "\n\n")
+    file.write_text(json.dumps(row) + "\n\n", encoding="utf-8-sig")  # as Windows begins files
     _, loaded = load_data("mine", read_rows(file), tokenizer)
     (task,) = loaded["tasks"].values()
     task.build_all_requests()
@@ -322,13 +323,17 @@ def test_an_answer_is_right_if_it_is_the_completion(said: str, right: float) -> 
     assert found == {"exact_match": right, "loss": 3.0 / doc["tokens"]}
 
 
-@pytest.mark.parametrize("kind", ["text", "chat"])
+@pytest.mark.parametrize("kind", ["text", "chat", "bos"])
 def test_the_loss_is_that_of_training_and_may_choose(
     kind: str, memory: NestedAdapter, base: Path, tmp_path: Path
 ) -> None:
     chat = [{"prompt": MESSAGES[:1], "completion": [{**MESSAGES[1], "content": "red"}]}] * 2
     asked, tokenizer = rows() if kind == "text" else chat, load_tokenizer(str(base))
-    found = evaluate(memory, data=asked, ranks=[1, 4], progress=False)
+    if kind == "bos":  # texts begin with a token that the template leaves out, as TinyLlama's do
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }};{% endfor %}"
+        begin = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+        tokenizer.backend_tokenizer.post_processor = begin
+    found = evaluate(memory, data=asked, ranks=[1, 4], tokenizer=tokenizer, progress=False)
     assert found.lines()[0].split() == ["rank", "size", "exact_match", "loss"]
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(base),

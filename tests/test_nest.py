@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ from conftest import (
     tiny_mixtral,
 )
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from strangers import plain_adapter
 from test_adapter import NESTING, logits
 from torch import nn
 
-from matryoshka_lora import MatryoshkaError, Nesting, nest
+from matryoshka_lora import MatryoshkaError, Nesting, load, nest
 from matryoshka_lora.nesting import RULES
 
 
@@ -89,6 +91,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "scaling": (llama, {"scaling": "rslora"}, "scaling is 'rslora'"),
     "deploy": (llama, {"deploy": "papers"}, "write 'reordered' or 'paper'"),
 }
+
+
+@pytest.mark.parametrize("targets", [[], ["q_proj"]])
+def test_load_names_what_can_be_done_with_experts(targets: list[str], tmp_path: Path) -> None:
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+    options = {"target_modules": targets, "target_parameters": experts}
+    plain_adapter(tmp_path / "a", tiny_mixtral(), **options)
+    with pytest.raises(MatryoshkaError, match=r"cannot be nested.* export FOLDER --rank"):
+        load(tiny_mixtral(), tmp_path / "a")
 
 
 @pytest.mark.parametrize("case", REFUSED)

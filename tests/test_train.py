@@ -124,6 +124,7 @@ def test_what_is_left_out_makes_the_scale_1(
         ("eval_strategy=steps", "eval"),
         ("data=nothing.jsonl", "the data nothing.jsonl cannot be read"),
         ("model=nothing", "cannot load the model"),
+        ("max_length=2", "cannot train: .* Look at data, max_length"),  # no answer is left
     ],
 )
 def test_what_the_libraries_refuse_is_one_clear_error(
@@ -131,7 +132,7 @@ def test_what_the_libraries_refuse_is_one_clear_error(
 ) -> None:
     with pytest.raises(MatryoshkaError, match=message):
         train(read_config(config, [override]))
-    assert not (config.parent / "run").exists()
+    assert not [*(config.parent / "run").glob("*")]
 
 
 @pytest.mark.parametrize("answer", ["", ', "completion": 9', ', "completion": null'])
@@ -292,6 +293,9 @@ def test_after_its_last_step_a_run_goes_on_with_what_it_would_have_saved(config:
         load_file(run / name / "adapter_model.safetensors") for name in ("whole", "again")
     )
     torch.testing.assert_close(again, whole)
+    for other in ("lora_alpha=9", "r=2", "target_modules=[q_proj]"):
+        with pytest.raises(MatryoshkaError, match=f"another lora.{other.split('=')[0]}: name"):
+            train(read_config(config, [*best, f"lora.{other}"]))
     train(read_config(config, [f"max_steps={STEPS + 2}"]))
     assert (run / f"checkpoint-{STEPS + 2}").is_dir()
 

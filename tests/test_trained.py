@@ -22,6 +22,7 @@ from some_rows import Row, all_factors, collate, loss_of, same_bits, some_rows, 
 from torch import Tensor
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError
+from matryoshka_lora.files.peft import open_adapter
 from matryoshka_lora.reordering import trained
 from matryoshka_lora.reordering.data import Data, read_data
 from matryoshka_lora.reordering.trained import MUCH, ranks_of_steps, train_ranks
@@ -453,6 +454,18 @@ def test_the_same_seed_gives_the_same_bits() -> None:
         found.append(all_factors(adapter))
     assert same_bits(found[0], found[1])
     assert not same_bits(found[0], found[2])
+
+
+def test_trained_ranks_that_a_cast_has_changed_are_said_to_be_lost(tmp_path: Path) -> None:
+    adapter = small()
+    adapter.reorder()
+    adapter.mark_ordered("trained")
+    adapter.save(tmp_path / "before")
+    adapter.model.bfloat16()
+    with pytest.warns(UserWarning, match="its trained ranks are lost: reorder it again"):
+        adapter.save(tmp_path / "after")
+    orders = [open_adapter(tmp_path / name).order for name in ("before", "after")]
+    assert orders == ["trained", "svd"]
 
 
 def test_half_precision_factors_are_trained_in_float32(tmp_path: Path) -> None:

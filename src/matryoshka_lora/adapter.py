@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from os import PathLike
@@ -295,7 +296,7 @@ class NestedAdapter:
         write_nested(self.opened(), path, force=force)
 
     def export(self, path: str | PathLike[str], rank: int, force: bool = False) -> None:
-        """Write one rank as an ordinary LoRA adapter, for PEFT or any engine that reads its files.
+        """Write one rank of what `save` would write, as an ordinary LoRA adapter for any engine.
 
         Args:
             path: The folder to write.
@@ -326,6 +327,9 @@ class NestedAdapter:
         )
         stored = {key: Stored.of(tensor) for key, tensor in tensors.items()}
         layers, others = find_layers(stored, config, name)
+        if self.order is None and self._shared.order == "trained":
+            text = f"{name} has changed, so its trained ranks are lost: reorder it again"
+            warnings.warn(text, stacklevel=3)
         return AdapterFile(name, layers, others, config, {}, self.nesting, self.order)
 
     def _refuse_ranks(self, ranks: Sequence[int]) -> None:

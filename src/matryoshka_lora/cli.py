@@ -299,6 +299,7 @@ def evaluate(
     asked: Any = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
     given: Any = {"model": model, "revision": revision, "dtype": dtype}
     folder = out or folder_for(adapter)
+    typer.echo("Loading libraries and model", err=True)
     given |= {"out": folder, "force": force}
     evaluation = run(adapter, tasks, data, _ranks(ranks), **asked, **given)
     _tell(evaluation.lines())

@@ -158,7 +158,7 @@ def _reasons(module: Any, adapter: str, first: Any, rule: Rule) -> Iterator[str]
     if kind not in _SUPPORTED:
         yield (
             f"PEFT's {kind} cannot be nested. Leave it out of the targets; or train "
-            "with PEFT alone, and run `matryoshka reorder FOLDER -o nested` after it"
+            "with PEFT alone, and then run `matryoshka export FOLDER --rank 4 -o small`"
         )
     if any(getattr(module, n)[adapter] != getattr(first, n)[adapter] for n in ("r", "scaling")):
         yield (
@@ -204,7 +204,7 @@ def fit(base: nn.Module, file: AdapterFile) -> None:
     grown = {x.shape[0] for x in file.others.values() if x.shape}  # a head may grow, too
 
     def fits(layer: Layer) -> bool:
-        module, out = modules.get(layer.name), layer.B.shape[0]
+        module, out = modules.get(layer.name.replace(".base_layer", "")), layer.B.shape[0]
         if not hasattr(module, "in_features"):
             return module is not None
         return module.in_features == layer.A.shape[-1] and out in {module.out_features, *grown}

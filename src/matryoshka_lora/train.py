@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matryoshka_lora.errors import MatryoshkaError, explained
+from matryoshka_lora.files.peft import CONFIG_NAME
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,8 +75,11 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
             raise MatryoshkaError(
                 f"{section or path} is {str(keys)!r:.40}: write keys with values, as data: my.jsonl"
             )
-        for key in keys:
-            _check_key(key, section, names, known)
+        for key in (key for key in keys if key not in names):
+            near = [f"{home}.{key}".strip(".") for home in known if key in known[home]]
+            near = near or get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "see `matryoshka train --help`"
+            raise MatryoshkaError(f"{section or 'the config'} has no key {key!r}; {hint}")
     if not config.get("data"):
         raise MatryoshkaError(f"{path} names no data: write for example data: my.jsonl")
     if config.get("dtype") not in (None, "bf16", "fp32", "fp16"):
@@ -100,15 +104,6 @@ def _checked_nesting(given: Mapping[str, Any]) -> dict[str, Any]:
             ranks = [int(rank) if rank.strip().isdigit() else rank for rank in ranks.split(",")]
         nesting["ranks"] = list(Nesting(tuple(ranks if isinstance(ranks, list) else [ranks])).ranks)
     return nesting
-
-
-def _check_key(key: str, section: str, names: list[str], known: Mapping[str, list[str]]) -> None:
-    if key in names:
-        return
-    near = [f"{home}.{key}".strip(".") for home in known if key in known[home]]
-    near = near or get_close_matches(str(key), names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "see `matryoshka train --help`"
-    raise MatryoshkaError(f"{section or 'the config'} has no key {key!r}; {hint}")
 
 
 def train(config: Mapping[str, Any]) -> Path:
@@ -216,7 +211,7 @@ def _rows(data: str | Mapping[str, Any], text: str) -> Dataset:
         given = {"path": _KINDS[Path(data).suffix], "data_files": data}
     else:
         given = {"path": data}
-    with explained(f"the data {data!s:.80} cannot be read"):
+    with explained(f"the data {data!s:.80} cannot be read", "Give rows that datasets can load"):
         found = load_dataset(**{"split": "train", **given})
     names = {*(found.column_names or ())}
     columns = next((each for each in (*_COLUMNS, {text}) if each <= names), set[str]())
@@ -232,12 +227,20 @@ def _rows(data: str | Mapping[str, Any], text: str) -> Dataset:
 
 
 def _run(adapter: NestedAdapter, trainer: SFTTrainer, output: Path) -> None:
+    from peft import PeftConfig
     from transformers import TrainerState
     from transformers.trainer_utils import get_last_checkpoint
 
     checkpoint = get_last_checkpoint(str(output))
     if checkpoint is not None:
         print(f"Going on from {checkpoint}. Name another output_dir for another run")
+        if Path(checkpoint, CONFIG_NAME).is_file():  # sharded training writes none
+            old, new = PeftConfig.from_pretrained(checkpoint), adapter.model.peft_config
+            for key in ("r", "lora_alpha", "use_rslora", "target_modules"):
+                if getattr(old, key) != getattr(new[adapter.name], key):
+                    raise MatryoshkaError(
+                        f"{checkpoint} has another lora.{key}: name another output_dir"
+                    )
         state, args = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json"), trainer.args
         longer = args.max_steps <= 0 and args.num_train_epochs > (state.epoch or 0)
         if state.global_step >= max(state.max_steps, args.max_steps) and not longer:
@@ -245,7 +248,8 @@ def _run(adapter: NestedAdapter, trainer: SFTTrainer, output: Path) -> None:
             adapter.model.load_adapter(str(output / Path(at).name), adapter.name, is_trainable=True)
             trainer.state = state
             return  # a Trainer would take one step more
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with explained("cannot train", "Look at data, max_length and batch sizes", ValueError):
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def _save(

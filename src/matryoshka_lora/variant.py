@@ -33,8 +33,7 @@ class Diagonal:
     """
 
     def __init__(self, q: Tensor, fewer: bool = False) -> None:
-        self.q = q
-        self.fewer = fewer
+        self.q, self.fewer = q, fewer
         self.is_one = bool((q == 1).all())
         self._moved = {q.device: q}
 

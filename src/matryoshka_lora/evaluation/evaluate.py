@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,8 +75,6 @@ def evaluate(
     if loaded is None or tokenizer is None:
         model, revision = file.base_model(model, revision)
     rows = read_rows(data) if data is not None else []
-    if progress:
-        print("Loading libraries and model", file=sys.stderr)
     # The arguments are checked. These imports take seconds.
     from matryoshka_lora.evaluation.many_ranks import ManyRanks
     from matryoshka_lora.evaluation.tasks import judge, load_data, load_task
@@ -97,6 +94,8 @@ def evaluate(
     training = loaded.model.training
     try:
         lm = ManyRanks(loaded, tokenizer, asked_ranks, batch_size, progress)
+        if any(not isinstance(row.get("prompt"), str) for row in rows):
+            lm.add_bos_token = False  # the chat template writes it, where training had one
         for name, task in asked:
             judged = {}
             for lm.lora_rank in asked_ranks:

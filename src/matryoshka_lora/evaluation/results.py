@@ -67,11 +67,6 @@ class Difference(NamedTuple):
     value: float
     error: float | None
 
-    @property
-    def is_sure(self) -> bool:
-        """Whether it is larger than two standard errors."""
-        return self.error is not None and abs(self.value) > 2 * self.error
-
 
 @dataclass
 class Evaluation:

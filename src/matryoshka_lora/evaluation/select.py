@@ -43,7 +43,8 @@ class Choice:
         for other in found.ranks:
             apart = found.difference(self.task, other, self.rank)
             if other != self.rank and apart is not None:
-                sure = "" if apart.is_sure else "; they cannot be told apart"
+                is_sure = apart.error is not None and abs(apart.value) > 2 * apart.error
+                sure = "" if is_sure else "; they cannot be told apart"
                 better = "better by" if apart.value > 0 else "worse by" if apart.value else "equal,"
                 size = with_error(abs(apart.value), apart.error)
                 lines.append(f"  rank {other} is {better} {size}{sure}")

@@ -36,7 +36,8 @@ def check_place(path: PathLike, force: bool = False, sources: Sequence[object] =
         raise MatryoshkaError(
             f"{path} is or holds the source or the current folder: name another place"
         )
-    if os.path.lexists(place) and not force and not _is_empty(place):
+    is_empty = place.is_dir() and not place.is_symlink() and not any(place.iterdir())
+    if os.path.lexists(place) and not force and not is_empty:
         raise MatryoshkaError(
             f"{path} exists already: name another place, or replace all that it holds with --force "
             "(in Python, force=True)"
@@ -92,7 +93,3 @@ def _remove(path: Path) -> None:
     if path.is_symlink() or path.is_file():
         path.unlink()
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_empty(place: Path) -> bool:
-    return place.is_dir() and not place.is_symlink() and not any(place.iterdir())

@@ -23,7 +23,7 @@ def read_rows(data: Any) -> list[Any]:
         rows = list(data)
     else:
         try:
-            for number, line in enumerate(Path(data).read_text("utf-8").split("\n"), start=1):
+            for number, line in enumerate(Path(data).read_text("utf-8-sig").split("\n"), start=1):
                 place = f" in line {number}"
                 rows += [json.loads(line)] if line.strip() else []
         except (OSError, ValueError) as error:
