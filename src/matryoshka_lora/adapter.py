@@ -327,10 +327,11 @@ class NestedAdapter:
         )
         stored = {key: Stored.of(tensor) for key, tensor in tensors.items()}
         layers, others = find_layers(stored, config, name)
-        if self.order is None and self._shared.order == "trained":
+        order = self.order
+        if order is None and self._shared.order == "trained":
             text = f"{name} has changed, so its trained ranks are lost: reorder it again"
             warnings.warn(text, stacklevel=3)
-        return AdapterFile(name, layers, others, config, {}, self.nesting, self.order)
+        return AdapterFile(name, layers, others, config, {}, self.nesting, order)
 
     def _refuse_ranks(self, ranks: Sequence[int]) -> None:
         top = self.nesting.max_rank
