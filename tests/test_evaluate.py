@@ -192,6 +192,11 @@ def test_a_long_completion_does_not_cut_the_other_prompts(memory: NestedAdapter)
     assert beside.examples[:3] == alone.examples
 
 
+def test_that_a_prompt_is_cut_is_said(memory: NestedAdapter) -> None:
+    with pytest.warns(UserWarning, match="cannot hold lose their beginning"):
+        evaluate(memory, data=[{"prompt": " ".join(WORDS * 30), "completion": " x"}], ranks=[1])
+
+
 def test_an_adapter_in_memory_is_as_it_was(memory: NestedAdapter, tmp_path: Path) -> None:
     memory.set_rank(2)
     memory.model.train()
@@ -287,6 +292,7 @@ OWN = [MESSAGES[0], {"role": "assistant", "content": "<think>mine</think>in"}]
         ({"messages": MESSAGES, "tools": '[{"name": "add"}]'}, "add:", ["\n"]),
         ({"messages": IN}, "Which colour?;<think>\n\n</think>\n\n", ["\n", ";"]),  # Qwen3
         ({"messages": OWN}, "Which colour?;", ["\n", ";"]),  # its thought belongs to the answer
+        ({"messages": MESSAGES}, "Which colour?", ["\n", ";"]),  # Mistral's space is the answer's
     ],
 )
 def test_rows_are_asked_in_trls_formats(
@@ -295,6 +301,9 @@ def test_rows_are_asked_in_trls_formats(
     tokenizer = load_tokenizer()
     if "tools" in row:
         tokenizer.chat_template = "{{ tools[0].name }}:{{ messages[1].content if messages[1:] }}"
+    elif prompt == "Which colour?":
+        write = "{{ ' ' + m.content + ';' if m.role == 'assistant' else m.content }}"
+        tokenizer.chat_template = "{% for m in messages %}" + write + "{% endfor %}"
     elif (prompt or "").startswith("Which"):
         thought = (
             "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' and '<' not in m.content }}"
@@ -315,9 +324,11 @@ def test_rows_are_asked_in_trls_formats(
     assert (text, settings["until"], settings["do_sample"]) == (prompt, until, False)
 
 
+@pytest.mark.parametrize("end", ["", "<|im_end|>", "<|im_end|>\n"])  # answers are without it
 @pytest.mark.parametrize(("said", "right"), [(" red \n", 1.0), ("red.", 0.0), ("", 0.0)])
-def test_an_answer_is_right_if_it_is_the_completion(said: str, right: float) -> None:
-    (task,) = load_data("mine", rows(1), load_tokenizer())[1]["tasks"].values()
+def test_an_answer_is_right_if_it_is_the_completion(said: str, right: float, end: str) -> None:
+    asked = [{"prompt": "red is", "completion": f" red{end}"}]
+    (task,) = load_data("mine", asked, load_tokenizer())[1]["tasks"].values()
     (doc,) = task.test_docs()
     found = task.process_results(doc, [said, (-3.0, False)])
     assert found == {"exact_match": right, "loss": 3.0 / doc["tokens"]}

@@ -35,6 +35,11 @@ def test_the_smallest_rank_that_meets_the_wish(wish: dict[str, Any], rank: int) 
     assert choice.lines()[0].startswith(told)
 
 
+def test_a_rank_at_the_bound_is_near_enough() -> None:
+    right = {0: 1, 1: 2, 2: 5, 4: 20, 8: 25}  # in floats, 20 / 60 is below 0.8 * 25 / 60
+    assert select(new_evaluation(right=right), within="20%").rank == 4
+
+
 def test_of_equals_the_smallest() -> None:
     right = {**dict.fromkeys(RANKS, 30), 0: 10}
     assert select(new_evaluation(right=right), max_bytes="1MB").rank == 1

@@ -72,8 +72,6 @@ class Exported:
         if self.format != "ladder":
             error, kept = 100 * self.error, 100 * (1 - self.error**2)
             found += [f"error {error:.1f} % of the update's norm ({kept:.1f} % of its square kept)"]
-        if self.format in ("peft", "single") and self.after >= self.before:
-            found += ["Nothing was left out, so it is no smaller than before"]
         return [*found, *self.notes]
 
 
@@ -240,9 +238,7 @@ def export_all(
     with new_folder(target, force, found) as folder:
         for path in tqdm(found, "exporting", leave=False, unit=" adapters", disable=None):
             try:
-                own = rank
-                if isinstance(rank, int):
-                    own = min(rank, open_adapter(path).max_rank)
+                own = min(rank, open_adapter(path).max_rank) if isinstance(rank, int) else rank
                 name = path.stem if how.get("style") == "peft" else path.name + end
                 one = export(path, folder / name, own, **how)
                 made.append("; ".join(replace(one, path=Path(name)).lines()))

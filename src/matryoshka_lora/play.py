@@ -36,14 +36,13 @@ class Session:
 
     def prompt(self, question: str, chat: bool) -> torch.Tensor:
         """Return a question in tokens, shape (1, length), in the chat template or as it is."""
-        if chat and self.tokenizer.chat_template:
+        if chat := bool(chat and self.tokenizer.chat_template):
             messages = [{"role": "user", "content": question}]
             question = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False
             )
-        tokens: torch.Tensor = self.tokenizer(
-            question, return_tensors="pt", add_special_tokens=not chat
-        )["input_ids"]
+        found = self.tokenizer(question, return_tensors="pt", add_special_tokens=not chat)
+        tokens: torch.Tensor = found["input_ids"]
         return tokens.to(self.adapter.model.device)
 
     def answers(

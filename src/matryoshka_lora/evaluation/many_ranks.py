@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -231,8 +232,11 @@ class ManyRanks(HFLM):  # type: ignore[misc, unused-ignore]
                 f"an answer may have {limits.most} tokens, and the model holds {self.max_length}: "
                 "leave the long row out, or set a smaller max_gen_toks in the task's YAML"
             )
-        ids, _ = self.tok_batch_encode([text], left_truncate_len=room, truncation=self.truncation)
-        return Tree(tuple(ids[0].tolist()), ids.shape[1], [(number, ())])
+        ids, _ = self.tok_batch_encode([text], truncation=self.truncation)
+        if ids.shape[1] > room:
+            warnings.warn("prompts that the model cannot hold lose their beginning", stacklevel=2)
+        tokens = tuple(ids[0, -room:].tolist())
+        return Tree(tokens, len(tokens), [(number, ())])
 
     def _written(self, begin: Rows | None, prompts: list[Tree], limits: Limits) -> Iterator[Answer]:
         """Yield finished answers, and replace their rows by waiting prompts."""

@@ -102,7 +102,7 @@ def select(
         if read_share(within) == 1:
             raise MatryoshkaError(f"--within {within} takes every rank: write a share such as 1%")
         bound = top - sign * read_share(within) * abs(top)
-        small = [rank for rank in small if sign * (values[rank] - bound) >= 0]
+        small = [rank for rank in small if sign * (values[rank] - bound) > -1e-9]
     if not small:
         raise MatryoshkaError(
             f"no rank is good and small enough: the best is {best}, with {top:.3f} and "

@@ -94,6 +94,8 @@ def load_data(name: str, rows: Sequence[Any], tokenizer: Any) -> Asked:
         else:
             prompt, completion, answer, end = _in_chat(tokenizer, chat, number)
             until.add(end)
+        ids = tokenizer.encode(completion, add_special_tokens=False)
+        completion = tokenizer.decode(ids, skip_special_tokens=True)  # as answers are
         before = len(tokenizer.encode(prompt.rstrip()))
         size = len(tokenizer.encode(prompt + answer)) - before
         doc = {"prompt": prompt, "completion": completion.rstrip(), "answer": answer}
@@ -133,7 +135,7 @@ def _in_chat(tokenizer: Any, chat: tuple[Any, Any, Any], number: int) -> tuple[s
         raise MatryoshkaError(f"the answer of row {number} is {content!r:.60}: give it as a text")
     marked = asked, [{"role": "assistant", "content": _MARK}], tools
     before, _, end = in_template(tokenizer, marked, number, tokenize=False)[1].partition(_MARK)
-    if whole.startswith(before):  # with an empty thought, or a channel, in some templates
+    if whole.startswith(before) and before.rstrip(" ") != prompt:  # an empty thought, a channel
         prompt = before
     return prompt, answer, whole[len(commonprefix([prompt, whole])) :], end.strip()  # noqa: RUF071
 
