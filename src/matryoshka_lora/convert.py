@@ -72,6 +72,8 @@ class Exported:
         if self.format != "ladder":
             error, kept = 100 * self.error, 100 * (1 - self.error**2)
             found += [f"error {error:.1f} % of the update's norm ({kept:.1f} % of its square kept)"]
+        if self.format in ("peft", "single") and self.after >= self.before:
+            found += ["Nothing was left out, so it is no smaller than before"]
         return [*found, *self.notes]
 
 

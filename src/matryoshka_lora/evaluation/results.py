@@ -57,11 +57,9 @@ def aurac(
 
 
 class Difference(NamedTuple):
-    """How much better one rank is than another, in the metric's unit.
+    """How much better one rank is than another, in the metric's unit, and the standard error.
 
-    Attributes:
-        value: Positive where it is better, whether the metric is to be high or low.
-        error: The standard error, or None where it is unknown.
+    The value is positive where it is better, and the error is None where it is unknown.
     """
 
     value: float
