@@ -193,8 +193,9 @@ def test_a_long_completion_does_not_cut_the_other_prompts(memory: NestedAdapter)
 
 
 def test_that_a_prompt_is_cut_is_said(memory: NestedAdapter) -> None:
+    asked = [{"prompt": " ".join(WORDS * 30), "completion": " x"}]
     with pytest.warns(UserWarning, match="cannot hold lose their beginning"):
-        evaluate(memory, data=[{"prompt": " ".join(WORDS * 30), "completion": " x"}], ranks=[1])
+        evaluate(memory, data=asked, ranks=[1], progress=False)
 
 
 def test_an_adapter_in_memory_is_as_it_was(memory: NestedAdapter, tmp_path: Path) -> None:

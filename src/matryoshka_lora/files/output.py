@@ -36,8 +36,8 @@ def check_place(path: PathLike, force: bool = False, sources: Sequence[object] =
         raise MatryoshkaError(
             f"{path} is or holds the source or the current folder: name another place"
         )
-    stands = os.path.lexists(place) and not force
-    if stands and (place.is_symlink() or not place.is_dir() or any(place.iterdir())):
+    taken = os.path.lexists(place) and not force
+    if taken and (place.is_symlink() or not place.is_dir() or any(place.iterdir())):
         raise MatryoshkaError(
             f"{path} exists already: name another place, or replace all that it holds with --force "
             "(in Python, force=True)"
