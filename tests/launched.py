@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from matryoshka_lora.cli import main
 
@@ -23,6 +24,17 @@ if "ACCELERATE_USE_DEEPSPEED" in os.environ:
 
     deepspeed.ops.__compatible_ops__ = {}
 
+make = os.makedirs
+
+
+def late(name: str | os.PathLike[str], *args: int, **kwargs: bool) -> None:
+    """Only process 0 makes the folder of a run. The other one must not count on it."""
+    if str(name).endswith("run"):
+        time.sleep(2)
+    make(name, *args, **kwargs)
+
+
+os.makedirs = late
 code: object = 0
 try:
     main()

@@ -231,7 +231,7 @@ def _run(adapter: NestedAdapter, trainer: SFTTrainer, output: Path) -> None:
     from transformers import TrainerState
     from transformers.trainer_utils import get_last_checkpoint
 
-    checkpoint = get_last_checkpoint(str(output))
+    checkpoint = get_last_checkpoint(output) if output.is_dir() else None  # process 0 makes it
     if checkpoint is not None:
         print(f"Going on from {checkpoint}. Name another output_dir for another run")
         if Path(checkpoint, CONFIG_NAME).is_file():  # sharded training writes none
