@@ -24,17 +24,12 @@ if "ACCELERATE_USE_DEEPSPEED" in os.environ:
 
     deepspeed.ops.__compatible_ops__ = {}
 
+# Only process 0 makes the folder of a run. The other one must not count on it.
 make = os.makedirs
-
-
-def late(name: str | os.PathLike[str], *args: int, **kwargs: bool) -> None:
-    """Only process 0 makes the folder of a run. The other one must not count on it."""
-    if str(name).endswith("run"):
-        time.sleep(2)
-    make(name, *args, **kwargs)
-
-
-os.makedirs = late
+os.makedirs = lambda name, *args, **how: (
+    time.sleep(2 * str(name).endswith("run")),
+    make(name, *args, **how),
+)
 code: object = 0
 try:
     main()

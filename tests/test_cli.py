@@ -128,6 +128,7 @@ def test_a_verb_on_files_tells_its_result_and_what_comes_next(
     [
         (["info", "nothing"], "nothing"),
         (["info", "."], "adapter_config.json"),
+        (["info", "a" * 300], "File name too long"),
         (["export", "nested", "--rank", 9, "-o", "new"], "has no rank 9"),
         (["export", "nested", "-o", "new"], "--rank 8, --keep 95% or --max-bytes"),
         (["export", "nested", "--rank", 4, "-o", "plain"], "exists already"),

@@ -161,7 +161,9 @@ def test_what_does_not_go_together_is_refused(
     assert not (tmp_path / "sum").exists()
 
 
-@pytest.mark.parametrize("what", ["shapes", "nan", "names", "parts", "clip", "kinds", "target"])
+@pytest.mark.parametrize(
+    "what", ["shapes", "nan", "names", "parts", "clip", "kinds", "target", "bias"]
+)
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, what: str) -> None:
     state = {"q.lora_A.weight": torch.randn(2, 6), "q.lora_B.weight": torch.randn(5, 2)}
     save_file(state, tmp_path / "a.safetensors")
@@ -174,6 +176,8 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, what: str) -> None:
             both = {f"{x}.{k}": t.clone() for k, t in state.items() for x in (key, "lora_te2_x")}
             save_file(both, tmp_path / f"{name}.safetensors")
         state = both
+    if what == "bias":  # which a weight would not reach
+        save_file({**state, "q.diff_b": torch.ones(5)}, tmp_path / "a.safetensors")
     if what == "names":
         state = {f"model.{key}": each for key, each in state.items()}
     save_file(state, tmp_path / "b.safetensors")
@@ -186,6 +190,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, what: str) -> None:
         "names": "are for two models, or spell",
         **dict.fromkeys(("parts", "clip"), "spell their keys in two ways"),
         "kinds": "are a folder and a file: `matryoshka export FILE --style peft`",
+        "bias": "hold q.diff_b, which is no pair of factors",
         "target": "stays what it is: name a file such as sum.safetensors",
     }[what]
     with pytest.raises(MatryoshkaError, match=message):

@@ -278,18 +278,19 @@ def test_every_adapter_of_a_folder_is_exported(tmp_path: Path, base: Path) -> No
     for name, rank in (("large", 8), ("small", 2), ("dora", 8)):
         plain_adapter(folder / name, r=rank, use_dora=name == "dora")
     state = {"a.lora_down.weight": torch.randn(4, 6), "a.lora_up.weight": torch.randn(5, 4)}
-    save_file(state, folder / "single.safetensors")
+    save_file(state, folder / "single.SAFETENSORS")
     (folder / "notes.txt").write_text("not an adapter")
+    plain_adapter(folder / "inside" / "another")
     with pytest.raises(MatryoshkaError, match=r"is a folder of adapters, and .*x\.gguf is none"):
         export_all(folder, tmp_path / "x.gguf", rank=3)
     lines = export_all(folder, tmp_path / "cut", rank=3)
     assert {x.name: open_adapter(x).max_rank for x in (tmp_path / "cut").iterdir()} == {
         **{"large": 3, "small": 2},
-        "single.safetensors": 3,
+        "single.SAFETENSORS": 3,
     }
     assert [line.split(":")[0] for line in lines] == [
-        *("large", "single.safetensors", "small"),
-        "not dora",
+        *("large", "single.SAFETENSORS", "small"),
+        *("not inside", "not dora"),
     ]
     wanted = export(folder / "large", tmp_path / "one", rank=3)
     assert by_peft(tmp_path / "cut/large").equal(by_peft(tmp_path / "one"))
@@ -305,7 +306,8 @@ def test_every_adapter_of_a_folder_is_exported(tmp_path: Path, base: Path) -> No
     assert open_adapter(tmp_path / "folders/other").max_rank == 4
     (folder / "other.safetensors").unlink()
     shutil.rmtree(folder / "large")
-    for name in ("small", "single.safetensors"):
+    shutil.rmtree(folder / "inside")
+    for name in ("small", "single.SAFETENSORS"):
         (folder / name).rename(tmp_path / name)
     with pytest.raises(MatryoshkaError, match="none of 1 adapters could be exported: not dora"):
         export_all(folder, tmp_path / "none", rank=3)

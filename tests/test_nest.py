@@ -136,6 +136,20 @@ def test_training_before_the_first_draw_is_an_error(rule: str) -> None:
         logits(adapter.model)
 
 
+def test_a_look_at_a_rank_does_not_end_the_draws() -> None:
+    nested = nested_layer("Linear", NESTING, "dylora")
+    nested.adapter.set_rank(NESTING.ranks[0])  # and the model is in eval mode
+    nested.adapter.draw(3)
+    x = nested.kind.batch(2)
+    expected = nested.expected(RULES["dylora"].draw(NESTING, 0, 3), x)
+    torch.testing.assert_close(nested.layer(x), expected, rtol=1e-12, atol=1e-12)
+    assert nested.adapter.rank == NESTING.max_rank
+    nested.adapter.set_rank(NESTING.ranks[0])
+    nested.adapter.model.merge_adapter()
+    with pytest.raises(MatryoshkaError, match="is merged: unmerge it"):
+        nested.adapter.draw(4)  # else, unmerging would subtract another rank
+
+
 def test_a_step_of_dylora_frozen_moves_one_column() -> None:
     """Until the adapter is reordered: from then on all columns learn, as in plain LoRA."""
     nested = nested_layer("Linear", Nesting((1, 4)), "dylora-frozen")

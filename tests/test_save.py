@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracle
 import peft
 import pytest
@@ -23,14 +24,21 @@ from conftest import (
     tiny_llama,
 )
 from packaging.version import Version
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, load
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, load, nest
 from matryoshka_lora.files.peft import open_adapter
+from matryoshka_lora.models import load_model
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 NESTINGS = {
@@ -116,7 +124,7 @@ def test_a_round_trip_keeps_every_rank(form: str, scaling: str, tmp_path: Path) 
     assert_same(logits(plain(tmp_path / "a")), found[nesting.max_rank])
     assert_same(expected[nesting.max_rank], before, 1e-4)
     for rank in saved.ranks:
-        saved.export(tmp_path / f"{rank}", rank)
+        saved.export(tmp_path / f"{rank}", np.int64(rank))  # ranks come out of arrays too
         assert_same(logits(plain(tmp_path / f"{rank}")), expected[rank], 1e-4)
         assert note(tmp_path / f"{rank}") is None
     loaded.save(tmp_path / "b")
@@ -222,6 +230,13 @@ def test_an_enlarged_vocabulary_comes_back(options: dict[str, Any], tmp_path: Pa
     expected = adapter.model(new := torch.arange(40)[None] + base.vocab_size).logits
     adapter.save(tmp_path / "a")
     assert_same(load(base, tmp_path / "a").model(new).logits, expected, 1e-5)
+
+
+def test_an_enlarged_vocabulary_of_the_embedded_model_comes_back() -> None:
+    enlarged = load_model(dtype="float32")  # PEFT does not find its files
+    enlarged.resize_token_embeddings(enlarged.config.vocab_size + 8)
+    model = get_peft_model(enlarged, LoraConfig(r=4, target_modules=["q_proj"]))
+    assert any("embed_tokens" in key for key in nest(model).opened().others)
 
 
 # PEFT's own files and state dicts.

@@ -247,15 +247,26 @@ def test_the_metadata_gives_mixed_ranks_their_scale(tmp_path: Path) -> None:
     assert {layer.scale for layer in open_adapter(tmp_path / "cut.safetensors").layers} == {1.0}
 
 
-def test_metadata_of_other_parts_does_not_hide_an_alpha(tmp_path: Path) -> None:
-    """SimpleTuner's: names of the model's authors, an alpha, and a LoraConfig without a part."""
-    file, name = tmp_path / "lora.safetensors", "diffusion_model.blocks.0.q"
+@pytest.mark.parametrize("style", [None, "diffusers"])
+@pytest.mark.parametrize("name", ["diffusion_model.blocks.0.q", "transformer.blocks.0.q"])
+def test_an_alpha_counts_in_every_style(tmp_path: Path, name: str, style: Any) -> None:
+    """Not the metadata. ComfyUI reads alphas alone; SimpleTuner writes a LoraConfig beside them."""
+    file = tmp_path / "lora.safetensors"
     alpha = {f"{name}.alpha": torch.tensor(1.0)}
-    save_file(module_file(file, name) | alpha, file, {"lora_adapter_metadata": '{"r": 2}'})
+    config = {"lora_adapter_metadata": '{"r": 2, "transformer.r": 2, "transformer.lora_alpha": 2}'}
+    save_file(module_file(file, name) | alpha, file, config if style is None else {})
     given = file_updates(file)[name]
-    export(file, tmp_path / "cut.safetensors", 1)
+    export(file, tmp_path / "cut.safetensors", 1, style=style)
     cut = file_updates(tmp_path / "cut.safetensors")[name]
     np.testing.assert_allclose(cut, best(given, 1), atol=1e-5)
+
+
+def test_a_pipeline_with_some_doras_is_refused(tmp_path: Path) -> None:
+    """diffusers reads the metadata's ranks as those of all layers, so a cut would not load."""
+    file, bias = tmp_path / "lora.safetensors", {"transformer.k.lora_B.bias": torch.ones(6)}
+    save_file(module_file(file, "transformer.q", "transformer.k") | bias, file)
+    with pytest.raises(MatryoshkaError, match="or has biases"):
+        export(file, tmp_path / "cut.safetensors", 1)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), [1.0, 2.0]])

@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from some_rows import Row, all_factors, collate, loss_of, same_bits, some_rows, trainer_of
 from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import OPTConfig, OPTForCausalLM
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError, nest
 from matryoshka_lora.files.peft import open_adapter
 from matryoshka_lora.reordering import trained
 from matryoshka_lora.reordering.data import Data, read_data
@@ -258,7 +260,7 @@ def test_gradients_in_float16_neither_vanish_nor_overflow(factor: float, toleran
 
 @pytest.mark.parametrize(
     ("uphill", "most_lost", "message"),
-    [(True, 0.02, "not kept, and the order stays svd"), (False, -9.0, "rank 8 by")],
+    [(True, 0.02, "not kept, and the order stays svd"), (False, -9.0, "rank 8.s by")],
 )
 def test_what_loses_more_is_not_kept(
     monkeypatch: pytest.MonkeyPatch, uphill: bool, most_lost: float, message: str
@@ -409,6 +411,17 @@ def test_one_rank_and_few_rows_are_refused() -> None:
             adapter.reorder("trained", rows)
 
 
+def test_another_try_that_is_refused_keeps_the_trained_ranks() -> None:
+    adapter = reordered()
+    adapter.put_factors({name: (A * 1.01, B) for name, (A, B) in adapter.factors().items()})
+    adapter.mark_ordered("trained")
+    before = all_factors(adapter)
+    with pytest.raises(MatryoshkaError, match="rows are too few, or too much alike"):
+        adapter.reorder("trained", DataLoader(TRAIN[:15]))  # whose rows count
+    assert adapter.order == "trained"
+    assert same_bits(before, all_factors(adapter))
+
+
 def test_after_a_training_few_rows_leave_the_order_of_the_svd(tmp_path: Path) -> None:
     adapter = reordered()
     trainer = trainer_of(adapter.model, tmp_path, TRAIN[:15], max_steps=1)
@@ -440,6 +453,17 @@ def test_dropout_takes_no_part_and_checkpointed_layers_are_computed_again() -> N
     for other in found[1:]:
         for one, same in zip(found[0], other, strict=True):
             torch.testing.assert_close(one, same, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_call_dropout_as_a_function_do_so_no_more() -> None:
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 1}
+    base = OPTForCausalLM(OPTConfig(vocab_size=96, num_attention_heads=4, dropout=0.5, **sizes))
+    base.gradient_checkpointing_enable()
+    adapter = nest(get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])))
+    batch = collate(TRAIN[:8])
+    with trained.descending(adapter), torch.no_grad():
+        losses = {float(adapter.model(**batch).loss) for _ in range(3)}
+    assert len(losses) == 1
 
 
 @pytest.mark.usefixtures("accepting")

@@ -161,7 +161,7 @@ class NestedAdapter:
     def draw(self, step: int, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> None:
         """Draw p for an optimizer step and set it. `callback` does it in a Trainer.
 
-        Call it once before each optimizer step, not for each micro-batch.
+        Call it before each optimizer step, not for each micro-batch. It sets train mode and rank R.
 
         Args:
             step: The number of optimizer steps done so far.
@@ -169,8 +169,9 @@ class NestedAdapter:
             share: ``(index, count)`` of the processes; each takes its slice of one draw.
         """
         shared, (index, count) = self._shared, share
-        if shared.rank != shared.nesting.max_rank:
-            shared.set_rank(shared.nesting.max_rank)  # smaller ones lose their order
+        if self.rank != self.nesting.max_rank:
+            self.set_rank(self.nesting.max_rank)  # smaller ones lose their order
+        self.model.train()
         if shared.rule.fixed:
             return
         p = shared.rule.draw(shared.nesting, shared.seed, step, rows and rows * count)
@@ -214,8 +215,8 @@ class NestedAdapter:
     ) -> dict[str, Tensor]:
         """Order each layer's columns so that every prefix is good.
 
-        The full-rank function is unchanged up to rounding, except with ``"trained"``. From then on
-        any rank from 1 to R may be chosen. Further training is plain LoRA and ends the order.
+        What rank R has learned is unchanged up to rounding, except by ``"trained"``. From then
+        on any rank from 1 to R may be chosen. Further training is plain LoRA and ends the order.
 
         Args:
             by: ``"svd"``: each prefix is the closest matrix of its rank (Eckart-Young).
@@ -245,12 +246,12 @@ class NestedAdapter:
         if by == "svd":
             return self._reorder_by_svd()
         source = read_data(self.model, data, tokenizer)
-        values = self._reorder_by_svd()
+        values = self._reorder_by_svd(keep=self.order == "trained")
         if train_ranks(self, source, rows, seed):
             self.mark_ordered(by)
         return values
 
-    def _reorder_by_svd(self) -> dict[str, Tensor]:
+    def _reorder_by_svd(self, keep: bool = False) -> dict[str, Tensor]:
         shared, new, values = self._shared, {}, {}
         for name, (A, B) in self.factors().items():
             if hasattr(A, "device_mesh"):
@@ -265,8 +266,9 @@ class NestedAdapter:
                 )
             *new[name], s = reorder_factors(A, B, shared.trained())
             values[name] = s * shared.nesting.scale
-        self.put_factors({name: (A, B) for name, (A, B) in new.items()})
-        self.mark_ordered("svd")
+        if not keep:
+            self.put_factors({name: (A, B) for name, (A, B) in new.items()})
+            self.mark_ordered("svd")
         return values
 
     def mark_ordered(self, by: str) -> None:
@@ -317,11 +319,10 @@ class NestedAdapter:
         config["base_model_name_or_path"] = base
         # "auto" keeps the embeddings if the vocabulary was enlarged, and if they are adapted.
         keep: Any = "auto"
-        if any(self.name in module.lora_embedding_A for module in self._layers().values()):
-            with suppress(AttributeError, OSError, TypeError, ValueError):  # no files or vocabulary
-                own = self.model.config.from_pretrained(source_of(str(base)))
-                sizes = (x.get_text_config().vocab_size for x in (own, self.model.config))
-                keep = next(sizes) != next(sizes)
+        with suppress(AttributeError, OSError, TypeError, ValueError):  # no files or vocabulary
+            own = self.model.config.from_pretrained(source_of(str(base)))
+            sizes = (x.get_text_config().vocab_size for x in (own, self.model.config))
+            keep = next(sizes) != next(sizes)
         tensors = get_peft_model_state_dict(
             self.model, adapter_name=self.name, save_embedding_layers=keep
         )

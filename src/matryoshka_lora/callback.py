@@ -44,7 +44,6 @@ class NestingCallback(TrainerCallback):
                 "has made a model of its own, as with model_init. Nest the model that it trains"
             )
         self.adapter.set_rank(self.adapter.nesting.max_rank)  # smaller ones lose their order
-        model.train()
         if not self.adapter.holds_p:
             return
         copies = (factor_parameters(layer, "ref") for _, layer in lora_layers(model, "ref"))

@@ -407,11 +407,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Unable to fetch remote file|Could not find a config")
     try:
         app()
-    except MatryoshkaError as error:
+    except (MatryoshkaError, OSError) as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("matryoshka_lora"):
-            raise
         _fail(f"this needs {error.name}: pip install 'matryoshka-lora[all]'")
     except SystemExit as end:
         if end.code == 130:  # typer's, for Ctrl-C

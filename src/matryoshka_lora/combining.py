@@ -124,8 +124,9 @@ def _differs(one: AdapterFile, other: AdapterFile) -> str:
             return f"differ in {key}, {two}: if it means the same, write it alike in both configs"
     for key in sorted({*one.others, *other.others}):
         x, y = one.others.get(key), other.others.get(key)
-        if not (x and y and x.shape == y.shape and torch.equal(x.read(), y.read())):
-            return f"differ in {key}, which is no pair of factors and cannot be added"
+        same = x and y and x.shape == y.shape and torch.equal(x.read(), y.read())
+        if one.is_single or not same:  # those of single files are changes to weights
+            return f"hold {key}, which is no pair of factors and cannot be added"
     return ""
 
 

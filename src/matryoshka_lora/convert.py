@@ -208,7 +208,7 @@ def adapters_in(folder: PathLike) -> list[Path]:
     if not place.is_dir() or (place / CONFIG_NAME).exists():
         return []
     inside = sorted(place.iterdir())
-    return [x for x in inside if x.suffix == ".safetensors" or (x / CONFIG_NAME).is_file()]
+    return [x for x in inside if x.suffix.lower() == ".safetensors" or (x / CONFIG_NAME).is_file()]
 
 
 def export_all(
@@ -233,7 +233,9 @@ def export_all(
     Raises:
         MatryoshkaError: The target is taken, or none could be exported.
     """
-    made, failed, found = list[str](), list[str](), adapters_in(source)
+    made, found = list[str](), adapters_in(source)
+    others = sorted({x for x in Path(source).iterdir() if x.is_dir()} - {*found})
+    failed = [f"not {x.name}: no adapter; give it alone to export what it holds" for x in others]
     end = _ENDINGS.get(str(how.get("format")), "")
     if Path(target).suffix.lower() in _ENDINGS.values():
         raise MatryoshkaError(f"{source} is a folder of adapters, and {target} is none: name one")

@@ -1,7 +1,7 @@
 """Put outputs into place: everything is written aside and then renamed.
 
-After a failure or a kill the path holds the old output or the new one. Only a kill between the two
-renames of a forced folder leaves both beside it, as ``.NAME.*.old`` and ``.NAME.*.new``.
+After a failure or a kill the path holds the old output or the new one. A kill may leave
+``.NAME.*.new`` beside it, and between the two renames of a forced folder also ``.NAME.*.old``.
 """
 
 from __future__ import annotations
@@ -90,6 +90,6 @@ def _exchange(fresh: Path, place: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
+    if os.path.islink(path) or os.path.isfile(path):  # False where the folder cannot be read
         path.unlink()
     shutil.rmtree(path, ignore_errors=True)

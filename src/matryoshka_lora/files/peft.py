@@ -123,11 +123,11 @@ def write_rank(adapter: AdapterFile, path: PathLike, rank: Ranks, force: bool = 
 
 def plan_rank(adapter: AdapterFile, rank: Ranks, metadata: Mapping[str, str] | None = None) -> Plan:
     """Return the `Plan` of `write_rank`."""
-    if isinstance(rank, int):
-        adapter.check_rank(rank)
-        own = {layer.name: min(rank, layer.rank) for layer in adapter.layers}
-    else:
+    if isinstance(rank, Mapping):
         own = dict(rank)
+    else:
+        adapter.check_rank(rank)
+        own = {layer.name: min(int(rank), layer.rank) for layer in adapter.layers}
     if adapter.is_single:
         return plan_single(adapter, own)
     one = adapter.order == "paper" or any(layer.experts > 1 for layer in adapter.layers)

@@ -68,7 +68,7 @@ def open_single(file: Path) -> AdapterFile:
     configs = _configs(metadata, str(file))
     plain = sorted(each for each in pairs.items() if not {each[0], _OLD.sub("", each[0])} & whole)
     layers = [_layer(name, pair, stored, configs, str(file)) for name, pair in plain]
-    if not layers:
+    if not layers or (whole and _tells(layers)):  # diffusers would get ranks of the others alone
         other = next((key for key in sorted(stored) if _OTHER_METHODS.search(key)), None)
         raise MatryoshkaError(
             f"{file} holds {other[:80]}, so it is a DoRA, LoHa or LoKr, or has biases, and has no "
@@ -90,7 +90,7 @@ def plan_single(adapter: AdapterFile, ranks: Mapping[str, int]) -> Plan:
     """
     own = {layer.name: min(ranks[layer.name], layer.rank) for layer in adapter.layers}
     alpha, layers, others = max(own.values()), list[tuple[Layer, Layer]](), dict(adapter.others)
-    tells = _tells(adapter.layers)
+    tells = _CONFIGS in adapter.metadata and _tells(adapter.layers)
     for layer in adapter.layers:
         rank, scale = own[layer.name], layer.scale if tells else 1.0
         layers.append((layer, layer.at(rank, alpha / rank if layer.key_alpha else scale)))
@@ -164,11 +164,11 @@ def _layer(
     key = f"{_OLD.sub('', name)}.alpha"
     rank, alpha, scale = A.shape[0], stored.get(key), 1.0
     part, inside = _part(name.removeprefix(_PEFT))
-    if part in configs:
-        _, scale = rank_and_scale(configs[part], inside, where)
-    elif alpha is not None:
+    if alpha is not None:
         values = alpha.read().double().flatten()
         scale = float(values[0]) / rank if len(values) == 1 else 0.0
+    elif part in configs:
+        _, scale = rank_and_scale(configs[part], inside, where)
     elif name.startswith(_PEFT):
         raise MatryoshkaError(
             f"{where} is PEFT's file of weights, and its scale stands in an adapter_config.json: "

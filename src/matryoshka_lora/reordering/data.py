@@ -15,7 +15,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.rows import in_template, question_and_answer, read_rows
@@ -121,7 +121,7 @@ def read_data(model: Any, data: Any, tokenizer: Any = None) -> Data:
     if base.config.is_encoder_decoder or not base.can_generate():
         raise MatryoshkaError(f"rows cannot train a {type(base).__name__}: give its Trainer")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    given = enumerate(read_rows(data), start=1)
+    given = enumerate(read_rows(data.dataset if isinstance(data, DataLoader) else data), start=1)
     rows = [_tokens(tokenizer, row, number, limit) for number, row in given]
     rows = [row for row in rows if any(label != -100 for label in row["labels"])]
     return Data(rows, _padded, partial(_answer_loss, model), next(model.parameters()).device)

@@ -47,11 +47,10 @@ def train_ranks(
     Without a count, steps are in proportion to how far the worst rank is behind R; see `ENOUGH`.
 
     If the nested ranks do not lose less than before in the mean, or R loses more by `MOST_LOST`,
-    the factors are those of the SVD again, with a warning.
+    the factors are as before again, with a warning.
 
-    The adapter has the order of its SVD. ``count`` rows are trained on; None is at most half as
-    many as trained the adapter, or 3200. The seed orders rows and ranks. Returns whether the
-    adapter has the trained ranks.
+    The adapter has an order. ``count`` rows are trained on; None is at most half as many as trained
+    the adapter, or 3200. The seed orders rows and ranks. Returns whether the new factors are kept.
 
     Raises:
         MatryoshkaError: There is no nested rank below R; or the rows are too few, and no Trainer's.
@@ -64,7 +63,7 @@ def train_ranks(
             "smaller ranks too, or reorder it by 'svd'"
         )
     most = count or (COUNT if data.seen is None else max(ROWS, round(data.seen * SHARE)))
-    start = adapter.factors()
+    start, by = adapter.factors(), adapter.order
     with descending(adapter):
         try:
             numbers, judges = data.split(most, min(JUDGES, most), seed)
@@ -72,12 +71,12 @@ def train_ranks(
             if data.seen is None:
                 raise
             # A script that has trained for hours goes on, and saves.
-            warnings.warn(f"no rank is trained, and the order is svd: {error}", stacklevel=3)
+            warnings.warn(f"no rank is trained, and the order is {by}: {error}", stacklevel=3)
             return False
         before = _losses(adapter, data, judges)
         behind = max(before[rank] for rank in ranks) - before[top]
         if behind <= ENOUGH:
-            text = f"no rank is {ENOUGH} nats behind {top}, so none is trained: the order is svd"
+            text = f"no rank is {ENOUGH} nats behind {top}, so none is trained: the order is {by}"
             warnings.warn(text, stacklevel=3)
             return False
         needed = most if count else math.ceil(most * min(behind / MUCH, 1.0))
@@ -92,11 +91,11 @@ def train_ranks(
         if not kept:
             adapter.put_factors(start)
     worse = [f"{rank} (by {more[rank]:.3f})" for rank in ranks if more[rank] > ROUNDING]
-    text = f"these trained ranks lose more than the SVD's: {', '.join(worse)}" if worse else ""
+    text = f"these trained ranks lose more than before: {', '.join(worse)}" if worse else ""
     if not kept:
         text = (
-            "the trained ranks are not kept, and the order stays svd: on held-out rows, their loss "
-            f"would change by {mean:+.3f} in the mean, and that of rank {top} by {more[top]:+.3f}"
+            f"the trained ranks are not kept, and the order stays {by}: on held-out rows, their "
+            f"loss would change by {mean:+.3f} in the mean, and rank {top}'s by {more[top]:+.3f}"
         )
     if text:
         warnings.warn(text, stacklevel=3)
@@ -116,9 +115,9 @@ def descending(adapter: NestedAdapter) -> Iterator[None]:
     devices = {parameter.device for parameter, _ in flags if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         try:
-            # Checkpointing works in train mode only; submodules stay in eval mode.
-            for module, _ in modes:
-                module.training = bool(vars(module).get("gradient_checkpointing"))
+            # Checkpointing needs train mode. All else is in eval mode, as are layers that drop out.
+            for module, own in ((module, vars(module)) for module, _ in modes):
+                module.training = bool(own.get("gradient_checkpointing") and not own.get("dropout"))
             model.requires_grad_(False)
             for pair in adapter.parameters().values():
                 for parameter in pair:
