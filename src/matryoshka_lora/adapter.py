@@ -6,7 +6,6 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.factors import checksum, reorder_factors
 from matryoshka_lora.files.layers import AdapterFile
+from matryoshka_lora.files.output import PathLike
 from matryoshka_lora.files.peft import find_layers, write_nested, write_rank
 from matryoshka_lora.files.tensors import Stored
 from matryoshka_lora.models import source_of
@@ -145,8 +145,8 @@ class NestedAdapter:
             raise MatryoshkaError(
                 f"adapter {self.name!r} is not active: call model.set_adapter({self.name!r}) first"
             )
-        again = any(getattr(part, "gradient_checkpointing", False) for part in self.model.modules())
-        if q.ndim > 1 and again and self.model.training:
+        again = (getattr(part, "gradient_checkpointing", False) for part in self.model.modules())
+        if q.ndim > 1 and self.model.training and any(again):
             raise MatryoshkaError(
                 "gradient checkpointing computes the layers again after the context has ended: "
                 "call model.gradient_checkpointing_disable() before rows() in training mode"
@@ -175,8 +175,8 @@ class NestedAdapter:
         if shared.rule.fixed:
             return
         p = shared.rule.draw(shared.nesting, shared.seed, step, rows and rows * count)
-        if p.ndim > 1 and rows:
-            p = p[index * rows : (index + 1) * rows]
+        if p.ndim > 1:
+            p = p.chunk(count)[index]
         shared.training = Diagonal(p / shared.nesting.scale, fewer=True)
 
     def callback(self) -> TrainerCallback:
@@ -264,10 +264,10 @@ class NestedAdapter:
                     f"the factors of layer {name} are not finite: the training diverged. "
                     "Train with a smaller learning rate"
                 )
-            *new[name], s = reorder_factors(A, B, shared.trained())
-            values[name] = s * shared.nesting.scale
+            A, B, s = reorder_factors(A, B, shared.trained())
+            new[name], values[name] = (A, B), s * shared.nesting.scale
         if not keep:
-            self.put_factors({name: (A, B) for name, (A, B) in new.items()})
+            self.put_factors(new)
             self.mark_ordered("svd")
         return values
 
@@ -283,7 +283,7 @@ class NestedAdapter:
     def _checksum(self) -> str:
         return checksum(pair for _, pair in sorted(self.parameters().items()))
 
-    def save(self, path: str | PathLike[str], force: bool = False) -> None:
+    def save(self, path: PathLike, force: bool = False) -> None:
         """Write a folder that serves every rank, and that PEFT alone reads as rank R.
 
         Factors without an order are written reordered by SVD; the adapter in memory stays as it is.
@@ -297,7 +297,7 @@ class NestedAdapter:
         """
         write_nested(self.opened(), path, force=force)
 
-    def export(self, path: str | PathLike[str], rank: int, force: bool = False) -> None:
+    def export(self, path: PathLike, rank: int, force: bool = False) -> None:
         """Write one rank of what `save` would write, as an ordinary LoRA adapter for any engine.
 
         Args:
@@ -321,8 +321,8 @@ class NestedAdapter:
         keep: Any = "auto"
         with suppress(AttributeError, OSError, TypeError, ValueError):  # no files or vocabulary
             own = self.model.config.from_pretrained(source_of(str(base)))
-            sizes = (x.get_text_config().vocab_size for x in (own, self.model.config))
-            keep = next(sizes) != next(sizes)
+            now = self.model.config.get_text_config().vocab_size
+            keep = own.get_text_config().vocab_size != now
         tensors = get_peft_model_state_dict(
             self.model, adapter_name=self.name, save_embedding_layers=keep
         )

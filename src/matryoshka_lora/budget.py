@@ -80,11 +80,10 @@ def by_size(
 
 def read_bytes(text: str | int) -> int:
     """Return the bytes of ``50_000_000``, ``"50MB"``, ``"1.5 GB"`` or ``"20MiB"``."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b?)\s*", str(text).lower())
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)(i?)b?\s*", str(text).lower())
     if not found or float(found[1]) <= 0:
         raise MatryoshkaError(f"{str(text)!r:.80} is no size: write, for example, 50MB")
-    power = " kmg".index(found[2][0]) if found[2][:1] in ("k", "m", "g") else 0
-    return int(float(found[1]) * (1024 if "i" in found[2] else 1000) ** power)
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** ["", *"kmg"].index(found[2]))
 
 
 def show_bytes(number: int) -> str:

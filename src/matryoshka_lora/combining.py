@@ -83,11 +83,12 @@ def combine(
     whole = _sum(files, given)
     top = rank or max(file.max_rank for file in files)
     whole.check_rank(top)
+    nesting = Nesting.powers_of_two(top)
     if whole.is_single:
         plan = write_rank(whole, place, top, force)
     else:
-        plan = write_nested(whole, place, force, top)
-    errors = {r: plan.error(r) for r in Nesting.powers_of_two(top).ranks}
+        plan = write_nested(replace(whole, nesting=nesting), place, force)
+    errors = {r: plan.error(r) for r in nesting.ranks}
     return Combined(place, len(whole.layers), errors)
 
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -20,7 +20,7 @@ from matryoshka_lora.budget import (
     show_bytes,
     singular_values,
 )
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, explained
 from matryoshka_lora.files.engines import missing_rope, write_gguf, write_mlx
 from matryoshka_lora.files.layers import AdapterFile
 from matryoshka_lora.files.output import PathLike, check_place, new_file, new_folder
@@ -34,6 +34,7 @@ from matryoshka_lora.files.peft import (
 from matryoshka_lora.files.rows import read_rows
 from matryoshka_lora.files.single import Style, in_style
 from matryoshka_lora.files.tensors import read_json
+from matryoshka_lora.models import load_model, source_of, tokenizer_beside
 
 Format = Literal["peft", "merged", "ladder", "gguf", "mlx"]
 
@@ -80,7 +81,7 @@ class Exported:
 def reorder(
     source: PathLike,
     target: PathLike,
-    by: str = "svd",
+    by: Literal["svd", "trained"] = "svd",
     data: Any = None,
     *,
     rows: int | None = None,
@@ -123,7 +124,6 @@ def reorder(
     elif by == "svd":
         write_nested(replace(adapter, order=None), place, force)
     else:
-        from matryoshka_lora.models import load_model, tokenizer_beside
         from matryoshka_lora.nested import load
 
         name, revision = adapter.base_model(model, revision)
@@ -132,7 +132,7 @@ def reorder(
         with tempfile.TemporaryDirectory() as folder:
             write_nested(adapter, f"{folder}/nested")
             nested = load(base, f"{folder}/nested", trainable=True)
-        nested.reorder(cast(Any, by), rows_of_data, tokenizer, rows, seed)
+        nested.reorder(by, rows_of_data, tokenizer, rows, seed)
         write_nested(replace(nested.opened(), files=adapter.files), place, force)
     return place
 
@@ -342,7 +342,6 @@ def _merge(
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    from matryoshka_lora.models import load_model, tokenizer_beside
     from matryoshka_lora.nested import fit
 
     model = load_model(name, "auto", revision, "cpu")
@@ -380,12 +379,8 @@ def _ladder(adapter: AdapterFile, place: Path, ranks: tuple[int, ...], force: bo
 
 def _base_config(name: str, revision: str | None) -> dict[str, Any]:
     """Return the base model's ``config.json``."""
-    from transformers.utils import cached_file
+    from transformers import PreTrainedConfig
 
-    from matryoshka_lora.models import source_of
-
-    try:
-        file = cached_file(source_of(name), "config.json", revision=revision or "main")
-    except OSError as error:
-        raise MatryoshkaError(f"no base model {name!r}: give another one with --model") from error
-    return read_json(Path(str(file)))
+    with explained(f"no base model {name!r}", "Give another one with --model", OSError):
+        found, _ = PreTrainedConfig.get_config_dict(source_of(name), revision=revision or "main")
+    return dict(found)

@@ -32,7 +32,6 @@ from matryoshka_lora.files.output import PathLike, check_place, new_file
 from matryoshka_lora.files.peft import write_nested, write_rank
 from matryoshka_lora.files.single import Style, in_style
 from matryoshka_lora.files.tensors import Stored, open_tensors, read_json
-from matryoshka_lora.nesting import Nesting
 
 OVERSAMPLING, ITERATIONS = 32, 4  # of torch.svd_lowrank
 AT_MOST, FIRST = 128, 64  # the rank where the size of the file decides, and where a share does
@@ -135,25 +134,20 @@ def extract(
         raise MatryoshkaError("a style makes a .safetensors file, and no style a folder")
     named = hub_parts(base) or (str(base), None, None)
     base, tuned = local(base, MODEL), local(tuned, MODEL)
-    models = [_open(base), _open(tuned)]
-    sources = [file for files, _ in models for file in files]
+    (base_files, old), (tuned_files, new) = _open(base), _open(tuned)
+    sources = [*base_files, *tuned_files]
     place = check_place(target, force, sources)
-    modules, tied = _modules(base)
-    weights, others = _changed(models[0][1], models[1][1], modules, tuple(whole))
-    owners = {x for key in others if (x := key.rpartition(".")[0]).endswith(tuple(whole))}
-    owners &= modules.keys() or owners  # PEFT has the names of the class
-    kept = {key: x for key, x in models[1][1].items() if key.rpartition(".")[0] in owners}
-    for own, key in (pair for x in tied.items() for pair in (x, x[::-1])):  # PEFT would untie them
-        kept |= {own: models[1][1].get(own, kept[key])} if key in kept else {}
-    if nothing := [name for name in whole if not any(name in key for key in kept)]:
-        raise MatryoshkaError(f"{nothing[0]!r:.80} is no module of the model that changed")
-    part = _part_of(base, weights, style) if style else ""
+    given = read_json(base / "config.json") if (base / "config.json").is_file() else {}
+    modules, tied = _modules(base, given)
+    weights, others = _changed(old, new, modules, tuple(whole))
+    kept = _kept(whole, others, new, modules, tied)
+    part = _part_of(base, given, weights, style) if style else ""
     if kept and style:
         raise MatryoshkaError("a file for image models holds no whole modules: leave --whole out")
     most = rank or (AT_MOST if share is None else None)
     with _cache(place, [*map(_state, sources), most, share, *whole]) as cache:
         layers, changes = _factorise_all(weights, most, share, cache)
-        config = _config(base, modules, layers, kept)
+        config = _config(given, modules, layers, kept)
         config |= {"base_model_name_or_path": named[0], "revision": named[1]}
         stored = {f"base_model.model.{key}": each for key, each in kept.items()}
         adapter = AdapterFile(str(place), tuple(layers), stored, config)
@@ -164,11 +158,12 @@ def extract(
             ranks = by_size(adapter, singular_values(adapter), ranks, limit)
         if share is None and limit is None and style is None:
             write_nested(adapter, place, force)
-            several = Nesting.powers_of_two(max(ranks.values())).ranks
+            several = adapter.ranks
         else:
             write_rank(adapter, place, ranks, force)
             several = (max(ranks.values()),)
-    square, noise = (sum(getattr(x, key) for x in changes.values()) for key in ("square", "noise"))
+    square = sum(change.square for change in changes.values())
+    noise = sum(change.noise for change in changes.values())
     rank_of = {layer.A: ranks[layer.name] for layer in adapter.layers}  # a style renames
     pairs = [(changes[layer.name], rank_of[layer.A]) for layer in layers]
     lost = {top: sum(x.lost(min(rank, top)) for x, rank in pairs) for top in several}
@@ -193,9 +188,8 @@ def _open(path: Path) -> tuple[list[Path], dict[str, Stored]]:
     return files, stored
 
 
-def _modules(base: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _modules(base: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Return modules by name, None for the head, and tied weights: the key of one by another's."""
-    config = read_json(base / "config.json") if (base / "config.json").is_file() else {}
     if "model_type" not in config:
         return {}, {}
     import transformers
@@ -208,6 +202,24 @@ def _modules(base: Path) -> tuple[dict[str, Any], dict[str, str]]:
     head = model.get_output_embeddings()
     found = {name: None if x is head else x for name, x in model.named_modules()}
     return found, model.all_tied_weights_keys
+
+
+def _kept(
+    whole: Sequence[str],
+    others: Iterable[str],
+    new: Mapping[str, Stored],
+    modules: Mapping[str, Any],
+    tied: Mapping[str, str],
+) -> dict[str, Stored]:
+    """Return the changed tensors of the modules that are kept whole, with those tied to them."""
+    owners = {x for key in others if (x := key.rpartition(".")[0]).endswith(tuple(whole))}
+    owners &= modules.keys() or owners  # PEFT has the names of the class
+    kept = {key: x for key, x in new.items() if key.rpartition(".")[0] in owners}
+    for own, key in (pair for x in tied.items() for pair in (x, x[::-1])):  # PEFT would untie them
+        kept |= {own: new.get(own, kept[key])} if key in kept else {}
+    if nothing := [name for name in whole if not any(name in key for key in kept)]:
+        raise MatryoshkaError(f"{nothing[0]!r:.80} is no module of the model that changed")
+    return kept
 
 
 def _is_layer(module: str, weight: Stored, modules: Mapping[str, Any]) -> bool:
@@ -365,20 +377,22 @@ def _cache(place: Path, settings: list[object]) -> Iterator[Path]:
 
 
 def _config(
-    base: Path, modules: Mapping[str, Any], layers: Sequence[Layer], kept: Mapping[str, Stored]
+    given: Mapping[str, Any],
+    modules: Mapping[str, Any],
+    layers: Sequence[Layer],
+    kept: Mapping[str, Stored],
 ) -> dict[str, Any]:
     """Return PEFT's config."""
     whole = sorted({key.rpartition(".")[0] for key in kept})
     names = [layer.name for layer in layers]
     found = dict[str, Any](peft_type="LORA", target_modules=names, modules_to_save=whole or None)
     found["fan_in_fan_out"] = any(type(modules.get(name)).__name__ == "Conv1D" for name in names)
-    is_causal = bool(modules) and "CausalLM" in str(read_json(base / "config.json"))
+    is_causal = bool(modules) and "CausalLM" in str(given)
     return found | {"task_type": "CAUSAL_LM" if is_causal else None}
 
 
-def _part_of(base: Path, names: Iterable[str], style: Style) -> str:
+def _part_of(base: Path, config: Mapping[str, Any], names: Iterable[str], style: Style) -> str:
     """Return the part of a pipeline that a model is, or "" if its own names say so."""
-    config = read_json(base / "config.json") if (base / "config.json").is_file() else {}
     kind = str(config.get("_class_name"))
     if all(name.startswith("model.diffusion_model.") for name in names):
         return ""

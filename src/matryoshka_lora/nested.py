@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import partial
-from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -15,6 +14,7 @@ from matryoshka_lora.adapter import NestedAdapter
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.files.hub import local
 from matryoshka_lora.files.layers import AdapterFile, Layer
+from matryoshka_lora.files.output import PathLike
 from matryoshka_lora.files.peft import check_config, open_adapter
 from matryoshka_lora.nesting import Nesting, Rule, Scaling, get_rule
 from matryoshka_lora.variant import NestedVariant, Shared, attach, factor_parameters, lora_layers
@@ -89,7 +89,7 @@ def nest(
 
 def load(
     base_model: nn.Module,
-    path: str | PathLike[str],
+    path: PathLike,
     rank: int | None = None,
     adapter: str = "default",
     trainable: bool = False,
@@ -160,7 +160,7 @@ def _reasons(module: Any, adapter: str, first: Any, rule: Rule) -> Iterator[str]
             f"PEFT's {kind} cannot be nested. Leave it out of the targets; or train "
             "with PEFT alone, and then run `matryoshka export FOLDER --rank 4 -o small`"
         )
-    if any(getattr(module, n)[adapter] != getattr(first, n)[adapter] for n in ("r", "scaling")):
+    if module.r[adapter] != first.r[adapter] or module.scaling[adapter] != first.scaling[adapter]:
         yield (
             "rank_pattern or alpha_pattern give it another rank or scale. Leave them out; or run "
             "`matryoshka reorder FOLDER -o nested` on the saved adapter"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from matryoshka_lora.errors import MatryoshkaError, explained
 from matryoshka_lora.files.peft import CONFIG_NAME
+from matryoshka_lora.nesting import Nesting, get_rule
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,10 +94,8 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
 
 
 def _checked_nesting(given: Mapping[str, Any]) -> dict[str, Any]:
-    from matryoshka_lora.nesting import Nesting, get_rule
-
     nesting = dict(given)
-    if (by := nesting.get("reorder", "svd")) not in ("svd", "trained"):
+    if (by := nesting.setdefault("reorder", "trained")) not in ("svd", "trained"):
         raise MatryoshkaError(f"nesting.reorder is {by!r}; write svd or trained")
     get_rule(nesting.get("rule", "lora"))
     if (ranks := nesting.get("ranks")) is not None:
@@ -192,8 +191,8 @@ def _arguments(training: Mapping[str, Any]) -> SFTConfig:
         key: str(value) if isinstance(value, (int, float)) else value
         for key, value in {"use_cpu": not gpu, "dataloader_pin_memory": gpu, **training}.items()
     }
-    for key in (key for key, value in given.items() if value == "False"):
-        given[key] = "no" if key.endswith("_strategy") else "False"  # YAML reads `no` as false
+    # YAML reads `no` as false.
+    given |= {k: "no" for k, x in given.items() if x == "False" and k.endswith("_strategy")}
     parser = Parser([SFTConfig])
     parser.set_defaults_with_config(**given)
     with warnings.catch_warnings():
@@ -255,11 +254,11 @@ def _run(adapter: NestedAdapter, trainer: SFTTrainer, output: Path) -> None:
 def _save(
     adapter: NestedAdapter, trainer: SFTTrainer, nesting: Mapping[str, Any], target: Path
 ) -> None:
-    by: Any = "svd" if adapter.order == "paper" else nesting.get("reorder", "trained")
+    by: Any = "svd" if adapter.order == "paper" else nesting["reorder"]
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     if by != "svd" and trainer.args.world_size > 1:
         print(f"Several processes leave {by} to: matryoshka reorder {target} --by {by} --data ...")
-    if by != "svd" and trainer.args.world_size == 1:
+    elif by != "svd":
         print("Training the lower ranks. After a kill, the same command begins this part anew")
         try:
             adapter.reorder(by, trainer, seed=trainer.args.seed)

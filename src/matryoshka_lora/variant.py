@@ -135,9 +135,8 @@ class Shared:
         PEFT and the Trainer save state dicts, and read them back. There the adapter is plain
         LoRA and computes the eval-mode function at rank R.
         """
-        if self.deploy == "paper" or bool((self.trained() == 1).all()):
-            return None
-        return self.trained()
+        q = self.trained()
+        return None if self.deploy == "paper" or bool((q == 1).all()) else q
 
     def diagonal(self, training: bool) -> Diagonal:
         """Return the diagonal that applies now."""
@@ -177,7 +176,7 @@ class NestedVariant(LoraVariant):
             A, B = module.lora_embedding_A[active_adapter], module.lora_embedding_B[active_adapter]
             update = (diagonal.times(module._embed(x, A.T)) @ B.T) * scaling
             # Gemma scales its embeddings; the update must be scaled too.
-            inside = module._get_embed_scale() if hasattr(module, "_get_embed_scale") else None
+            inside = module._get_embed_scale()
             return result + (update if inside is None else update * inside.to(update.dtype))
         # A and B are called as modules: sharded training gathers their weights at the call.
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]

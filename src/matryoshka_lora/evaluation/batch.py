@@ -15,6 +15,8 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from matryoshka_lora.files.rows import common_length
+
 _ROOM = 64  # spare columns of a cache, so that a step of generation writes in place
 
 Tokens = tuple[int, ...]
@@ -42,7 +44,7 @@ class Tree(NamedTuple):
 def tree_of(context: Tokens, branches: list[tuple[int, Tokens]]) -> Tree:
     """Return the tree of a context's continuations, each given with its request's number."""
     continuations = [tokens for _, tokens in branches]
-    alike = _alike(min(continuations), max(continuations))
+    alike = common_length(min(continuations), max(continuations))
     stem = min(alike, *(len(tokens) - 1 for tokens in continuations))
     rests = [(number, tokens[stem:]) for number, tokens in branches]
     return Tree((*context, *continuations[0][:stem]), len(context), rests)
@@ -211,10 +213,4 @@ class Scores:
 def shared_prefix(sequences: Sequence[Tokens]) -> Tokens:
     """Return what all sequences begin with, but for the last token of the shortest."""
     first, last = min(sequences), max(sequences)
-    return first[: min(_alike(first, last), min(map(len, sequences)) - 1)]
-
-
-def _alike(a: Tokens, b: Tokens) -> int:
-    """Return how many tokens two sequences begin with alike."""
-    apart = (n for n, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1])
-    return next(apart, min(len(a), len(b)))
+    return first[: min(common_length(first, last), min(map(len, sequences)) - 1)]

@@ -209,7 +209,7 @@ def summary(task: str, judged: Mapping[int, Any]) -> dict[str, Any]:
     Raises:
         MatryoshkaError: The task has no metric that is a number.
     """
-    first, counts = (found := next(iter(judged.values()))), found["n-samples"]
+    first = next(iter(judged.values()))
     rows = {rank: found["results"][task] for rank, found in judged.items()}
     metrics: dict[str, Any] = {}
     for key, value in first["results"][task].items():
@@ -229,6 +229,7 @@ def summary(task: str, judged: Mapping[int, Any]) -> dict[str, Any]:
     values = {rank: value for rank, value in metrics[chosen]["value"].items() if rank}
     is_share = None not in values.values() and metrics[chosen]["higher_is_better"] is not False
     area = aurac([*values.values()], [*values]) if is_share else None
+    counts = first["n-samples"]
     parts = [task] if task in counts else list(counts)
     return {
         "items": sum(counts[part]["effective"] for part in parts),
@@ -286,11 +287,9 @@ _MARKERS = "osD^vPX"  # one more than colours: 42 tasks differ
 
 def draw(evaluation: Evaluation, file: Path) -> None:
     """Draw each task's first metric against the rank, with standard errors, as a PNG picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes: Any = figure.subplots()
     ranks = evaluation.ranks
     for number, name in enumerate(evaluation.tasks):

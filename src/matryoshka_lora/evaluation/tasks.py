@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from matryoshka_lora.errors import MatryoshkaError, explained
-from matryoshka_lora.files.rows import in_template, question_and_answer
+from matryoshka_lora.files.rows import common_length, in_template, question_and_answer
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it would log at each rank what it does
 
@@ -137,7 +136,7 @@ def _in_chat(tokenizer: Any, chat: tuple[Any, Any, Any], number: int) -> tuple[s
     before, _, end = in_template(tokenizer, marked, number, tokenize=False)[1].partition(_MARK)
     if whole.startswith(before) and before.rstrip(" ") != prompt:  # an empty thought, a channel
         prompt = before
-    return prompt, answer, whole[len(commonprefix([prompt, whole])) :], end.strip()  # noqa: RUF071
+    return prompt, answer, whole[common_length(prompt, whole) :], end.strip()
 
 
 @_seeded()

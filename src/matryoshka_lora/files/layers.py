@@ -303,17 +303,17 @@ class Plan:
 
     def write(self, file: Path) -> None:
         """Write a safetensors file, with one layer in memory at a time."""
-
-        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-            for layer, *factors in self.each():
-                A, B = layer.tensors(*factors)
-                put(layer.key_A, A)
-                put(layer.key_B, B)
-                yield A, B
-
         metadata = dict(self.metadata)
         with new_tensors(file, self.stored, metadata) as put:
-            found = checksum(pairs())
+
+            def written() -> Iterator[tuple[Tensor, Tensor]]:
+                for layer, *factors in self.each():
+                    A, B = layer.tensors(*factors)
+                    put(layer.key_A, A)
+                    put(layer.key_B, B)
+                    yield A, B
+
+            found = checksum(written())
             for key, each in self.others.items():
                 put(key, each.read())
             if NOTE in metadata:

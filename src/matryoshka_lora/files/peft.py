@@ -83,22 +83,18 @@ def open_adapter(path: PathLike) -> AdapterFile:
     return replace(adapter, nesting=nesting, order=order)
 
 
-def write_nested(
-    adapter: AdapterFile, path: PathLike, force: bool = False, rank: int | None = None
-) -> Plan:
+def write_nested(adapter: AdapterFile, path: PathLike, force: bool = False) -> Plan:
     """Write a nested adapter that plain PEFT reads as the one of its largest rank; return its plan.
 
-    Factors without an order are reordered by SVD, and may be cut to a rank. Smaller layers are
-    padded to R. An adapter that is not nested gets the ranks 1, 2, 4, ... R. Raises: as
-    `write_rank`.
+    Factors without an order are reordered by SVD. Smaller layers are padded to the largest nested
+    rank. An adapter that is not nested gets the ranks 1, 2, 4, ... R. Raises: as `write_rank`.
     """
     order, scaling = adapter.order or "svd", adapter.nesting.scaling if adapter.nesting else "none"
-    ranks = Nesting.powers_of_two(rank).ranks if rank else adapter.ranks
-    note = {"ranks": ranks, "scaling": scaling, "order": order, "checksum": checksum(())}
-    own = dict.fromkeys((layer.name for layer in adapter.layers), ranks[-1])
+    note = {"ranks": adapter.ranks, "scaling": scaling, "order": order, "checksum": checksum(())}
+    own = dict.fromkeys((layer.name for layer in adapter.layers), adapter.ranks[-1])
     plan = plan_rank(adapter, own, {NOTE: json.dumps(note)})
     with new_folder(path, force, adapter.files) as folder:
-        _put(folder, plan, order)
+        _put(folder, plan)
     return plan
 
 
@@ -143,19 +139,19 @@ def plan_rank(adapter: AdapterFile, rank: Ranks, metadata: Mapping[str, str] | N
     return Plan(adapter, layers, adapter.others, {"format": "pt", **(metadata or {})})
 
 
-def _put(folder: Path, plan: Plan, order: str | None = None) -> None:
-    """Write PEFT's files, the card, and what lay beside; ``order`` is a nested one's."""
+def _put(folder: Path, plan: Plan) -> None:
+    """Write PEFT's files, the card, and what lay beside."""
     config = _config_of(plan)
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
     plan.write(folder / WEIGHTS_NAME)
-    (folder / "README.md").write_text(_card(plan, config, order), encoding="utf-8")
+    (folder / "README.md").write_text(_card(plan, config), encoding="utf-8")
     beside = [x.parent for x in plan.adapter.files[:1] if (x.parent / CONFIG_NAME).is_file()]
     for file in filter(Path.is_file, (x for p in beside for n in BESIDE for x in p.glob(n))):
         shutil.copyfile(file, folder / file.name)
 
 
-def _card(plan: Plan, config: Mapping[str, Any], order: str | None) -> str:
+def _card(plan: Plan, config: Mapping[str, Any]) -> str:
     """Return the model card, made of an allow-list of what is known about the adapter."""
     base = str(config.get("base_model_name_or_path") or "a model")
     base = _HUB_NAMES.get(base, base)
@@ -166,13 +162,13 @@ def _card(plan: Plan, config: Mapping[str, Any], order: str | None) -> str:
     title = f"LoRA of rank {plan.rank} for {base if is_id else Path(base).name}"
     readers = "PEFT reads" if plan.others else "PEFT, vLLM and others read"
     text = f"{readers} this folder as rank {plan.rank}. {_US} wrote it."
-    if order is not None:
-        ranks = "Its nested ranks" if order == "paper" else "Every rank"
-        text += f" {ranks} can be cut out of it, in the order `{order}`: "
+    if NOTE in plan.metadata:
+        note = json.loads(plan.metadata[NOTE])
+        ranks = "Its nested ranks" if note["order"] == "paper" else "Every rank"
+        text += f" {ranks} can be cut out of it, in the order `{note['order']}`: "
         text += "`matryoshka export THIS_FOLDER --rank RANK -o OUT`.\n\n"
         text += "| rank | norm of the update that it leaves out |\n|---|---|\n"
-        nested = json.loads(plan.metadata[NOTE])["ranks"]
-        text += "\n".join(f"| {r} | {100 * plan.error(r):.1f} % |" for r in nested)
+        text += "\n".join(f"| {r} | {100 * plan.error(r):.1f} % |" for r in note["ranks"])
     return "\n".join(["---", *head, "---", "", f"# {title}", "", text, ""])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,12 @@ def question_and_answer(row: Any, number: int) -> tuple[Any, Any, Any]:
             "text or both messages, or with messages that end with the assistant's"
         )
     return prompt, answer, json.loads(tools) if isinstance(tools, str) else tools  # as TRL
+
+
+def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Return how many items two sequences begin with alike."""
+    apart = (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(apart, min(len(a), len(b)))
 
 
 def in_template(

@@ -82,13 +82,12 @@ def open_single(file: Path) -> AdapterFile:
     return AdapterFile(str(file), tuple(layers), kept, {}, metadata, files=(file,))
 
 
-def plan_single(adapter: AdapterFile, ranks: Mapping[str, int]) -> Plan:
-    """Return a single file before it is computed; no layer gets more than its own rank.
+def plan_single(adapter: AdapterFile, own: Mapping[str, int]) -> Plan:
+    """Return a single file before it is computed; ``own`` is the rank of each layer.
 
     All layers with an alpha get the same, the largest rank: diffusers supports one where ranks
     differ. Without, the metadata keep each layer's scale, or else it is 1.
     """
-    own = {layer.name: min(ranks[layer.name], layer.rank) for layer in adapter.layers}
     alpha, layers, others = max(own.values()), list[tuple[Layer, Layer]](), dict(adapter.others)
     tells = _CONFIGS in adapter.metadata and _tells(adapter.layers)
     for layer in adapter.layers:

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.files.rows import in_template, question_and_answer, read_rows
+from matryoshka_lora.files.rows import common_length, in_template, question_and_answer, read_rows
 
 Batch = dict[str, Any]  # model inputs with labels
 
@@ -139,13 +139,12 @@ def _tokens(tokenizer: Any, row: Any, number: int, limit: int | None) -> dict[st
     if isinstance(prompt, str):
         end = tokenizer.eos_token or ""
         before = tokenizer(prompt)["input_ids"]
-        whole = tokenizer(prompt + answer + ("" if answer.endswith(end) else end))["input_ids"]
+        whole = tokenizer(prompt + answer.removesuffix(end) + end)["input_ids"]
     else:
         both = in_template(tokenizer, chat, number, return_dict=True)
         before, whole = (each["input_ids"] for each in both)
     # The answer begins where the two token lists differ: tokens at the boundary may merge.
-    pairs = enumerate(zip(before, whole, strict=False))
-    start = next((place for place, (a, b) in pairs if a != b), min(len(before), len(whole)))
+    start = common_length(before, whole)
     return {"input_ids": whole[:limit], "labels": ([-100] * start + whole[start:])[:limit]}
 
 

@@ -63,8 +63,8 @@ def train_ranks(
             "smaller ranks too, or reorder it by 'svd'"
         )
     most = count or (COUNT if data.seen is None else max(ROWS, round(data.seen * SHARE)))
-    start, by = adapter.factors(), adapter.order
-    with descending(adapter):
+    by = adapter.order
+    with descending(adapter) as start:
         try:
             numbers, judges = data.split(most, min(JUDGES, most), seed)
         except MatryoshkaError as error:
@@ -103,11 +103,11 @@ def train_ranks(
 
 
 @contextmanager
-def descending(adapter: NestedAdapter) -> Iterator[None]:
-    """Give gradients to the factors alone, and switch dropout off, until the context ends.
+def descending(adapter: NestedAdapter) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Give gradients to the factors alone, and switch dropout off; yield copies of the factors.
 
-    Then modes, ``requires_grad`` and torch's random state are as before, and no parameter has a
-    gradient. After an error, a KeyboardInterrupt included, the factors are as before too.
+    At the end modes, ``requires_grad`` and torch's random state are as before, and no parameter
+    has a gradient. After an error, a KeyboardInterrupt included, the factors are as before too.
     """
     model, start = adapter.model, adapter.factors()
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -116,13 +116,14 @@ def descending(adapter: NestedAdapter) -> Iterator[None]:
     with torch.random.fork_rng(devices=list(devices)):
         try:
             # Checkpointing needs train mode. All else is in eval mode, as are layers that drop out.
-            for module, own in ((module, vars(module)) for module, _ in modes):
+            for module, _ in modes:
+                own = vars(module)
                 module.training = bool(own.get("gradient_checkpointing") and not own.get("dropout"))
             model.requires_grad_(False)
             for pair in adapter.parameters().values():
                 for parameter in pair:
                     parameter.requires_grad_()
-            yield
+            yield start
         except BaseException:
             adapter.put_factors(start)
             raise
@@ -149,8 +150,6 @@ def _descend(adapter: NestedAdapter, data: Data, numbers: Sequence[int], seed: i
     rate = STEP * min(1.0, (LAYERS / len(units)) ** 0.5)
     for step, rank in enumerate(tqdm(drawn, "training ranks", disable=data.quiet or None)):
         batches = data.batches(numbers[step * ROWS : (step + 1) * ROWS])
-        if not batches:
-            continue
         q = torch.where(columns < rank, 1.0, FADE * max(0.0, 1 - step / (SPAN * steps)))
         trained = columns < rank  # the later columns are in the forward alone
         for name, (dA, dB) in _gradients(adapter, data, batches, q).items():
