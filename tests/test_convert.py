@@ -306,10 +306,9 @@ def test_every_adapter_of_a_folder_is_exported(tmp_path: Path, base: Path) -> No
     assert open_adapter(tmp_path / "folders/other").max_rank == 4
     (folder / "other.safetensors").unlink()
     shutil.rmtree(folder / "large")
-    shutil.rmtree(folder / "inside")
     for name in ("small", "single.SAFETENSORS"):
         (folder / name).rename(tmp_path / name)
-    with pytest.raises(MatryoshkaError, match="none of 1 adapters could be exported: not dora"):
+    with pytest.raises(MatryoshkaError, match=r"none of 1 adapters .*; not dora"):
         export_all(folder, tmp_path / "none", rank=3)
     assert not (tmp_path / "none").exists()
 

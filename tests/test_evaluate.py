@@ -279,6 +279,7 @@ def test_an_adapter_that_is_not_active_is_not_measured(base: Path) -> None:
 
 MESSAGES = [{"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "red"}]
 IN = [MESSAGES[0], {"role": "assistant", "content": "in"}]  # these letters are in the template
+MARK = {"chat_template_kwargs": {"mark": ":"}}
 OWN = [MESSAGES[0], {"role": "assistant", "content": "<think>mine</think>in"}]
 
 
@@ -290,7 +291,7 @@ OWN = [MESSAGES[0], {"role": "assistant", "content": "<think>mine</think>in"}]
         ({"prompt": "a b", "completion": "\nc"}, "a b", []),  # its answer begins with a newline
         ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, None, ["\n", "<|im_end|>"]),
         ({"messages": MESSAGES}, None, ["\n", "<|im_end|>"]),
-        ({"messages": MESSAGES, "tools": '[{"name": "add"}]'}, "add:", ["\n"]),
+        ({"messages": MESSAGES, "tools": '[{"name": "add"}]', **MARK}, "add:", ["\n"]),
         ({"messages": IN}, "Which colour?;<think>\n\n</think>\n\n", ["\n", ";"]),  # Qwen3
         ({"messages": OWN}, "Which colour?;", ["\n", ";"]),  # its thought belongs to the answer
         ({"messages": MESSAGES}, "Which colour?", ["\n", ";"]),  # Mistral's space is the answer's
@@ -301,7 +302,9 @@ def test_rows_are_asked_in_trls_formats(
 ) -> None:
     tokenizer = load_tokenizer()
     if "tools" in row:
-        tokenizer.chat_template = "{{ tools[0].name }}:{{ messages[1].content if messages[1:] }}"
+        tokenizer.chat_template = (
+            "{{ tools[0].name }}{{ mark }}{{ messages[1].content if messages[1:] }}"
+        )
     elif prompt == "Which colour?":
         write = "{{ ' ' + m.content + ';' if m.role == 'assistant' else m.content }}"
         tokenizer.chat_template = "{% for m in messages %}" + write + "{% endfor %}"

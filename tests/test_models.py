@@ -67,7 +67,7 @@ def test_what_cannot_be_loaded_is_one_clear_error(what: str, load: object, tmp_p
         folder.mkdir()
     if what == "a damaged config":
         (folder / "config.json").write_text("{")
-    with pytest.raises(MatryoshkaError, match=r"cannot load .* Give a folder that holds"):
+    with pytest.raises(MatryoshkaError, match=r"cannot load .* Give a transformers folder"):
         load(str(folder))  # type: ignore[operator]
 
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -153,7 +154,7 @@ def judged(value: float, **more: Any) -> dict[str, Any]:
 
 
 def test_a_summary_has_numbers_alone() -> None:
-    found = summary("t", {0: judged(0.1), 1: judged(0.5), 2: judged(math.nan)})
+    found = summary("t", {0: judged(np.float32(0.5)), 1: judged(0.5), 2: judged(math.nan)})
     assert found == {
         "items": 5,
         "num_fewshot": 3,
@@ -162,7 +163,7 @@ def test_a_summary_has_numbers_alone() -> None:
         "metrics": {
             "acc,none": {
                 "higher_is_better": True,
-                "value": {0: 0.1, 1: 0.5, 2: None},
+                "value": {0: 0.5, 1: 0.5, 2: None},
                 "stderr": {0: None, 1: None, 2: None},
             }
         },
@@ -178,6 +179,7 @@ def test_a_summary_has_numbers_alone() -> None:
     ("target", "resps", "arguments", "expected"),
     [
         (1, [[(-3.0, False)], [(-2.0, False)]], [("q", " a"), ("q", " b")], (" b", " b")),
+        ("b", [[(-3.0, False)], [(-2.0, False)]], [("q a", " b"), ("q c", " b")], ("b", "q c")),
         ("x", [["text"]], [("q", {"until": []})], ("x", "text")),
         ("x", [[-3.5]], [("q",)], ("x", "-3.5")),
         (5, [["5"]], [("q", {})], ("5", "5")),

@@ -141,9 +141,10 @@ class NestedAdapter:
         It has the shape (R,), or (rows, R) for one diagonal per row.
         """
         self._refuse_merged("give it another diagonal")
-        if self.name not in self.model.active_adapters:
+        off = any(module.disable_adapters for module in self._found.values())
+        if off or self.name not in self.model.active_adapters:
             raise MatryoshkaError(
-                f"adapter {self.name!r} is not active: call model.set_adapter({self.name!r}) first"
+                f"{self.name!r} is not active: call model.set_adapter({self.name!r}), or enable it"
             )
         again = (getattr(part, "gradient_checkpointing", False) for part in self.model.modules())
         if q.ndim > 1 and self.model.training and any(again):
@@ -175,8 +176,7 @@ class NestedAdapter:
         if shared.rule.fixed:
             return
         p = shared.rule.draw(shared.nesting, shared.seed, step, rows and rows * count)
-        if p.ndim > 1:
-            p = p.chunk(count)[index]
+        p = p.chunk(count)[index] if p.ndim > 1 else p
         shared.training = Diagonal(p / shared.nesting.scale, fewer=True)
 
     def callback(self) -> TrainerCallback:
@@ -328,8 +328,7 @@ class NestedAdapter:
         )
         stored = {key: Stored.of(tensor) for key, tensor in tensors.items()}
         layers, others = find_layers(stored, config, name)
-        order = self.order
-        if order is None and self._shared.order == "trained":
+        if (order := self.order) is None and self._shared.order == "trained":
             text = f"{name} has changed, so its trained ranks are lost: reorder it again"
             warnings.warn(text, stacklevel=3)
         return AdapterFile(name, layers, others, config, {}, self.nesting, order)

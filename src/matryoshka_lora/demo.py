@@ -135,7 +135,7 @@ def report(adapter: NestedAdapter, right: dict[str, Right], lines: int, picture:
     file = adapter.opened()
     sizes = {rank: plan_rank(file, rank).size for rank in RANKS}
     print(
-        f"\nOf the {lines} numbers, each rank of this one training knows:\n\n"
+        f"\nEach rank of this one training knows so much of the {lines} numbers:\n\n"
         "  rank  size (MB)     cut     svd  trained"
     )
     for rank, size in {0: 0, **sizes}.items():
@@ -144,8 +144,8 @@ def report(adapter: NestedAdapter, right: dict[str, Right], lines: int, picture:
     curve = Evaluation({}, RANKS, sizes)
     for name, value in right.items():
         error = {rank: (v * (100 - v) / lines) ** 0.5 for rank, v in value.items()}
-        metrics = {"right": {"value": value, "stderr": error}}
-        curve.tasks[f"{name}: % right"] = {"metric": "right", "metrics": metrics}
+        metrics = {"% right": {"value": value, "stderr": error}}
+        curve.tasks[name] = {"metric": "% right", "metrics": metrics}
     draw(curve, picture)
     print(
         "\n  rank 0: the model without the adapter\n"

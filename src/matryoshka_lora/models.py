@@ -133,7 +133,6 @@ def embedded_gguf() -> Path:
 
 
 def _explained(what: str, name: str) -> AbstractContextManager[None]:
-    way = "Give a folder that holds a transformers model, a hub id, or "
-    way += f"{EMBEDDED!r}, which needs no network"
+    way = f"Give a transformers folder, a hub id, or {EMBEDDED!r}, which needs no network"
     kinds = (OSError, ValueError, ImportError, KeyError)  # transformers has none in common
     return explained(f"cannot load the {what} of {name!r}", way, kinds)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matryoshka_lora.adapter import NestedAdapter
 
 _OWN = ("model", "dtype", "data", "eval_data", "lora", "nesting")
+_FIXED = ("resume_from_checkpoint", "push_to_hub", "peft_type", "task_type")  # no choice here
 _NESTING = ("ranks", "scaling", "rule", "seed", "deploy", "reorder")
 # Where TRL's defaults do not suit an adapter in float32 on a base that has its own dtype already.
 _DEFAULTS: dict[str, Any] = {
@@ -67,8 +68,7 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
             (config.setdefault(section, {}) if dot else config)[name] = yaml.safe_load(value)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
         raise MatryoshkaError(f"cannot read the config {path}: {error}") from error
-    theirs = [[field.name for field in fields(kind)] for kind in (SFTConfig, LoraConfig)]
-    theirs[0].remove("resume_from_checkpoint")  # a run goes on by itself
+    theirs = [[x.name for x in fields(k) if x.name not in _FIXED] for k in (SFTConfig, LoraConfig)]
     known = {"": [*_OWN, *theirs[0]], "lora": theirs[1], "nesting": list(_NESTING)}
     for section, names in known.items():
         keys = (config.get(section) or {}) if section else config
@@ -185,6 +185,8 @@ def _arguments(training: Mapping[str, Any]) -> SFTConfig:
         def error(self, message: str) -> None:
             raise ValueError(message)
 
+    if not str(training.get("chat_template_path") or ".jinja").endswith((".jinja", ".j2")):
+        raise MatryoshkaError("chat_template_path would add untrained tokens: name a .jinja file")
     gpu = torch.accelerator.is_available()
     # As text, so that the parser checks values as it does those of a command line.
     given = {
@@ -200,17 +202,18 @@ def _arguments(training: Mapping[str, Any]) -> SFTConfig:
         return parser.parse_args_into_dataclasses([])[0]
 
 
-def _rows(data: str | Mapping[str, Any], text: str) -> Dataset:
+def _rows(data: str | list[str] | Mapping[str, Any], text: str) -> Dataset:
     """Return rows, and refuse those that TRL would fail at; ``text`` is a column of whole texts."""
     from datasets import Dataset, load_dataset
 
-    if not isinstance(data, str):
-        given = dict(data)
-    elif Path(data).suffix in _KINDS:
-        given = {"path": _KINDS[Path(data).suffix], "data_files": data}
-    else:
-        given = {"path": data}
     with explained(f"the data {data!s:.80} cannot be read", "Give rows that datasets can load"):
+        first: Any = data[0] if isinstance(data, list) else data
+        if isinstance(data, Mapping):
+            given = dict(data)
+        elif kind := _KINDS.get(Path(first).suffix):
+            given = {"path": kind, "data_files": data}
+        else:
+            given = {"path": data}
         found = load_dataset(**{"split": "train", **given})
     names = {*(found.column_names or ())}
     columns = next((each for each in (*_COLUMNS, {text}) if each <= names), set[str]())
@@ -247,7 +250,7 @@ def _run(adapter: NestedAdapter, trainer: SFTTrainer, output: Path) -> None:
             adapter.model.load_adapter(str(output / Path(at).name), adapter.name, is_trainable=True)
             trainer.state = state
             return  # a Trainer would take one step more
-    with explained("cannot train", "Look at data, max_length and batch sizes", ValueError):
+    with explained("cannot train", "Look at data, max_length and batch sizes", _REFUSALS):
         trainer.train(resume_from_checkpoint=checkpoint)
 
 

@@ -83,7 +83,7 @@ def evaluate(
 
     asked_ranks = ((0,) if _has_base(file.config) else ()) + chosen
     tokenizer = tokenizer or tokenizer_beside(file, model, revision)
-    names = tasks.split(",") if isinstance(tasks, str) else tasks or ()
+    names = dict.fromkeys(tasks.split(",") if isinstance(tasks, str) else tasks or ())
     title = Path(data).stem if isinstance(data, (str, os.PathLike)) else "data"
     asked = [load_task(x.strip()) for x in names] or [load_data(title, rows, tokenizer)]
     about: dict[str, Any] = {"adapter": "" if loaded else file.name, "model": model}

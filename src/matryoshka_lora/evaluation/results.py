@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, SupportsFloat
 
 from matryoshka_lora.budget import show_bytes
 from matryoshka_lora.errors import MatryoshkaError
@@ -214,7 +214,7 @@ def summary(task: str, judged: Mapping[int, Any]) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for key, value in first["results"][task].items():
         name, comma, filtered = key.partition(",")
-        if not comma or name.endswith("_stderr") or not isinstance(value, (int, float)):
+        if not comma or name.endswith("_stderr") or not isinstance(value, SupportsFloat):
             continue
         error = f"{name}_stderr,{filtered}"
         metrics[key] = {
@@ -261,7 +261,8 @@ def _answer(row: Any) -> str:
     first = row["resps"][0][0]
     if isinstance(first, (tuple, list)) and len(row["resps"]) > 1:
         best = max(range(len(row["resps"])), key=lambda i: row["resps"][i][0][0])
-        return str(row["arguments"][best][1])
+        context, said = row["arguments"][best][:2]  # in winogrande the contexts are the choices
+        return str(said if len({x[1] for x in row["arguments"]}) > 1 else context)
     return str(first)
 
 
@@ -273,7 +274,7 @@ def _target(row: Any) -> str:
 
 def _number(value: Any) -> float | None:
     """Return a number that JSON knows, or None."""
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    return float(value) if isinstance(value, SupportsFloat) and math.isfinite(value) else None
 
 
 def _by_rank(numbers: Mapping[str, Any]) -> dict[int, Any]:
@@ -292,12 +293,12 @@ def draw(evaluation: Evaluation, file: Path) -> None:
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     axes: Any = figure.subplots()
     ranks = evaluation.ranks
-    for number, name in enumerate(evaluation.tasks):
+    for number, (name, task) in enumerate(evaluation.tasks.items()):
         metric, colour = evaluation.metric(name), _COLOURS[number % len(_COLOURS)]
         value = [math.nan if (v := metric["value"][rank]) is None else v for rank in ranks]
         error = [metric["stderr"][rank] or 0 for rank in ranks]
         style = {"color": colour, "marker": _MARKERS[number % len(_MARKERS)], "capsize": 3}
-        axes.errorbar(ranks, value, error, label=name, **style)
+        axes.errorbar(ranks, value, error, label=f"{name}: {task['metric']}", **style)
         if metric["value"].get(0) is not None:
             axes.axhline(metric["value"][0], color=colour, linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)

@@ -19,8 +19,7 @@ class Choice:
         best: The best rank of all.
         task: The task it was chosen by.
         bound: The worst value that is near enough to the best, where ``within`` is given.
-        is_sure: Whether it is near enough even if its distance from the best rank is two standard
-            errors larger than measured.
+        is_sure: Whether it is near enough with two standard errors more between it and the best.
         evaluation: What it was chosen from.
     """
 
@@ -33,9 +32,8 @@ class Choice:
 
     def lines(self) -> list[str]:
         """Return the choice and its evidence, for people."""
-        found, near = self.evaluation, ""
-        if self.bound is not None:
-            near = f"; {self.bound:.3f} is near enough"
+        found = self.evaluation
+        near = "" if self.bound is None else f"; {self.bound:.3f} is near enough"
         metric = found.tasks[self.task]["metric"].removesuffix(",none")
         told = f"{metric} {found.values(self.task)[self.rank]:.3f} on {self.task}{near}"
         told += f"; {found.tasks[self.task]['items']} questions"
@@ -43,13 +41,13 @@ class Choice:
         for other in found.ranks:
             apart = found.difference(self.task, other, self.rank)
             if other != self.rank and apart is not None:
-                is_sure = apart.error is not None and abs(apart.value) > 2 * apart.error
+                is_sure = apart.error is None or abs(apart.value) > 2 * apart.error
                 sure = "" if is_sure else "; they cannot be told apart"
                 better = "better by" if apart.value > 0 else "worse by" if apart.value else "equal,"
                 size = with_error(abs(apart.value), apart.error)
                 lines.append(f"  rank {other} is {better} {size}{sure}")
         if not self.is_sure:
-            lines.append("These questions are too few to be sure that it is near enough.")
+            lines.append("The questions are too few, or have no known error, to be sure of that.")
         return lines
 
 

@@ -35,14 +35,13 @@ def read_rows(data: Any) -> list[Any]:
 
 
 def question_and_answer(row: Any, number: int) -> tuple[Any, Any, Any]:
-    """Return a row's prompt and completion, two texts or two lists of chat messages, and its tools.
+    """Return a row's prompt and completion, two texts or two lists of messages, and template words.
 
     Raises:
         MatryoshkaError: It has neither these nor messages that end with an answer.
     """
     fields = dict(row) if isinstance(row, Mapping) else {}
-    keys = ("prompt", "completion", "messages", "tools")
-    prompt, answer, messages, tools = (fields.get(key) for key in keys)
+    prompt, answer, messages, tools = map(fields.get, ("prompt", "completion", "messages", "tools"))
     turns = [x for x in messages if isinstance(x, Mapping)] if isinstance(messages, list) else []
     if prompt is None and turns and turns[-1].get("role") == "assistant":
         prompt, answer = turns[:-1], turns[-1:]
@@ -51,7 +50,8 @@ def question_and_answer(row: Any, number: int) -> tuple[Any, Any, Any]:
             f"row {number} of the data is {row!r:.80}: give rows with prompt and completion, both "
             "text or both messages, or with messages that end with the assistant's"
         )
-    return prompt, answer, json.loads(tools) if isinstance(tools, str) else tools  # as TRL
+    tools = json.loads(tools) if isinstance(tools, str) else tools  # as TRL
+    return prompt, answer, {"tools": tools, **(fields.get("chat_template_kwargs") or {})}
 
 
 def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -70,7 +70,7 @@ def in_template(
     Raises:
         MatryoshkaError: There is no template, or it refuses the messages.
     """
-    prompt, answer, tools = chat
-    written = partial(tokenizer.apply_chat_template, tools=tools, **options)
+    prompt, answer, words = chat
+    written = partial(tokenizer.apply_chat_template, **words, **options)
     with explained(f"the chat template cannot write row {number} of the data", "Texts need none"):
         return written(prompt, add_generation_prompt=True), written([*prompt, *answer])
