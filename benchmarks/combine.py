@@ -1,6 +1,6 @@
 """Measure what `combine` and `extract` cost and lose, beside the ways of other tools.
 
-    OMP_NUM_THREADS=1 python benchmarks/combine.py --out docs/combine.json
+    OMP_NUM_THREADS=1 python benchmarks/combine.py --out runs/combine.json
 
 * The sum of two random adapters of rank 16 on a layer of 1536 x 1536, cut to rank 16: ours; PEFT's
   ``add_weighted_adapter`` with ``svd``, ``cat`` (which keeps rank 32) and ``linear``; a full SVD of
@@ -181,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--out", type=Path, default=Path("runs/combine.json"))
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -193,6 +193,7 @@ def main() -> None:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
         }
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
 

@@ -203,7 +203,7 @@ main()
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 1
-    assert f"this needs {missing}: pip install 'matryoshka-lora[all]'" in result.stderr
+    assert f"this needs {missing}: in the clone, pip install '.[all]'" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -288,5 +288,5 @@ def test_rows_without_labels_and_streams_are_refused(tmp_path: Path, model: Any)
 def test_one_of_several_processes_is_told_what_to_do(model: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(MatryoshkaError, match="matryoshka reorder FOLDER --by trained --data FILE"):
+    with pytest.raises(MatryoshkaError, match="reorder FOLDER -o NEW --by trained --data FILE"):
         read_data(model, some_rows(20))

@@ -332,7 +332,7 @@ def test_two_processes_train_as_one(name: str, rule: str, config: Path) -> None:
     settings = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     settings |= {"ACCELERATE_TORCH_DEVICE": "cpu"} if name == "fsdp2" else {}
     run, tokens = config.parent / "run", torch.arange(3, 23).reshape(1, 20)
-    comes_next = "adapter --by trained" if order else f"reorder {run / 'adapter'} -o"
+    comes_next = "adapter -o NEW --by trained" if order else f"reorder {run / 'adapter'} -o"
     for _ in range(2):
         result = subprocess.run(
             [*command, *words], env={**os.environ, **settings}, capture_output=True, text=True

@@ -80,7 +80,7 @@ def start(
 
 @app.command()
 def train(
-    config: Annotated[Path, _existing("What to train.", metavar="CONFIG.yaml")],
+    config: Annotated[Path, _existing("A YAML file, see below.", metavar="CONFIG.yaml")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Instead of what the file says."),
@@ -90,7 +90,7 @@ def train(
 
     The file names the data, and may set any field of TRL's SFTConfig, any of PEFT's LoraConfig
     under lora:, and under nesting: ranks, scaling, rule, deploy, seed and reorder. The same command
-    goes on where a killed run stopped. After the run all ranks are trained together, on at most
+    goes on where a killed run stopped. After the run come steps that train a rank each, on at most
     half as many rows again; nesting.reorder=svd takes seconds instead.
 
     Example: matryoshka train config.yaml data=my.jsonl lora.r=8 learning_rate=1e-3
@@ -134,14 +134,14 @@ def reorder(
     adapter: Lora,
     out: Out,
     by: Annotated[By, typer.Option(metavar="ORDER", help="What makes a prefix good.")] = "svd",
-    data: Annotated[Path | None, _option("For trained: a .jsonl of rows.", exists=True)] = None,
-    rows: Annotated[int | None, _option("How many rows.", min=1, default="by need")] = None,
+    data: Annotated[Path | None, _option("A .jsonl of prompt and completion.", exists=True)] = None,
+    rows: Annotated[int | None, _option("Rows to train on.", min=1, default="by need")] = None,
     model: Model = None,
     revision: Revision = None,
     dtype: OfBase = None,
     force: Force = False,
 ) -> None:
-    """Make any LoRA nested: every rank from 1 on becomes a good adapter.
+    """Make any LoRA nested: every rank from 1 on can be cut out of it.
 
     The orders:
 
@@ -166,7 +166,7 @@ def combine(
     weights: Annotated[
         str | None, _option("One for each, as 1,0.5; a negative one subtracts.", default="1")
     ] = None,
-    rank: Annotated[int | None, _option("R.", min=1, default="the largest of the inputs")] = None,
+    rank: Annotated[int | None, _option("Its rank.", min=1, default="the largest given")] = None,
     force: Force = False,
 ) -> None:
     """Add LoRAs of one base model up: every rank of the output is the closest one to the sum.
@@ -188,8 +188,8 @@ def extract(
     tuned: Annotated[Path, _named("The model after.")],
     out: Out,
     rank: Annotated[int | None, _option("The rank, or the most of a layer.", min=1)] = None,
-    keep: Annotated[str | None, _option("A rank for each layer, that keeps 90%.")] = None,
-    max_bytes: Annotated[str | None, _option("The most that it may have: 50MB.")] = None,
+    keep: Annotated[str | None, _option("A rank for each layer, by what it keeps: 90%.")] = None,
+    max_bytes: Annotated[str | None, _option("The largest size of the file: 50MB.")] = None,
     whole: Annotated[
         list[str] | None, _option("A module that is kept as it is, such as lm_head. Repeat it.")
     ] = None,
@@ -220,11 +220,11 @@ def export(
     keep: Annotated[
         str | None,
         _option(
-            "A rank for each layer, that keeps 95% of its squared singular values, which "
-            "is an error of 22 % of its norm."
+            "A rank for each layer, by the share of squared singular values that it keeps: 95% is "
+            "an error of 22 % of the norm."
         ),
     ] = None,
-    max_bytes: Annotated[str | None, _option("The most that it may have: 50MB.")] = None,
+    max_bytes: Annotated[str | None, _option("The largest size of the file: 50MB.")] = None,
     style: Annotated[Style | None, _option("In a single file: the spelling of its keys.")] = None,
     format: Annotated[Format | None, _option("See above.", default="by the name of --out")] = None,
     model: Model = None,
@@ -274,9 +274,9 @@ def export(
 def evaluate(
     adapter: Nested,
     tasks: Annotated[str | None, _option("The harness's tasks or YAML files, by commas.")] = None,
-    data: Annotated[Path | None, _option("Instead of tasks: a .jsonl file.", exists=True)] = None,
+    data: Annotated[Path | None, _option("Or a .jsonl of prompts and answers", exists=True)] = None,
     ranks: Annotated[str | None, _option("As 1,2,4, or all.", default="the nested ones")] = None,
-    num_fewshot: Annotated[int | None, _option("Shots.", min=0, default="the task's own")] = None,
+    num_fewshot: Annotated[int | None, _option("Examples.", min=0, default="as the task")] = None,
     limit: Annotated[int | None, _option("The most questions of a task.", min=1)] = None,
     batch_size: Annotated[int | None, _option("Tokens of a batch.", min=1)] = None,
     model: Model = None,
@@ -311,11 +311,11 @@ def evaluate(
 def select(
     evaluation: Annotated[Path, _existing("The folder that `matryoshka eval` wrote.")],
     within: Annotated[str | None, _option("How far below the best rank: 1% of its value.")] = None,
-    max_bytes: Annotated[str | None, _option("The most that it may have, as 50MB.")] = None,
-    task: Annotated[str | None, _option("Choose by it.", default="the only one there is")] = None,
-    metric: Annotated[str | None, _option("As loss.", default="the task's first")] = None,
+    max_bytes: Annotated[str | None, _option("The largest adapter to take: 50MB.")] = None,
+    task: Annotated[str | None, _option("The task to choose by.", default="the only one")] = None,
+    metric: Annotated[str | None, _option("Such as loss.", default="the first")] = None,
 ) -> None:
-    """Choose the smallest rank that is good enough.
+    """Choose the smallest rank that is good enough, or with --max-bytes alone the best that fits.
 
     Example: matryoshka select runs/my/adapter-evaluation --within 1%
     """
@@ -410,7 +410,7 @@ def main() -> None:
     except (MatryoshkaError, OSError) as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
-        _fail(f"this needs {error.name}: pip install 'matryoshka-lora[all]'")
+        _fail(f"this needs {error.name}: in the clone, pip install '.[all]'")
     except SystemExit as end:
         if end.code == 130:  # typer's, for Ctrl-C
             print("stopped", file=sys.stderr)

@@ -260,7 +260,7 @@ def _save(
     by: Any = "svd" if adapter.order == "paper" else nesting["reorder"]
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     if by != "svd" and trainer.args.world_size > 1:
-        print(f"Several processes leave {by} to: matryoshka reorder {target} --by {by} --data ...")
+        print(f"One process goes on: matryoshka reorder {target} -o NEW --by {by} --data FILE")
     elif by != "svd":
         print("Training the lower ranks. After a kill, the same command begins this part anew")
         try:

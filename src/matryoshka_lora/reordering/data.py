@@ -113,7 +113,7 @@ def read_data(model: Any, data: Any, tokenizer: Any = None) -> Data:
     if parallel and torch.distributed.get_world_size() > 1:
         raise MatryoshkaError(
             "reordering from data runs in one process, and this is one of several: save the "
-            "adapter, then run `matryoshka reorder FOLDER --by trained --data FILE`"
+            "adapter, then run `matryoshka reorder FOLDER -o NEW --by trained --data FILE`"
         )
     if hasattr(data, "get_train_dataloader"):
         return _of_trainer(model, data)
