@@ -142,4 +142,4 @@ def test_python_runs(tmp_path: Path) -> None:
             [sys.executable, "block.py"], capture_output=True, text=True, cwd=tmp_path
         )
         assert done.returncode == 0, f"{page.name}: {done.stderr[-2000:]}"
-    assert load(adapter.model.unload(), tmp_path / "nested").order == "svd"
+    assert load(adapter.model.unload(), tmp_path / "all-ranks").order == "svd"
