@@ -47,7 +47,7 @@ class Choice:
                 size = with_error(abs(apart.value), apart.error)
                 lines.append(f"  rank {other} is {better} {size}{sure}")
         if not self.is_sure:
-            lines.append("The questions are too few, or have no known error, to be sure of that.")
+            lines.append("It may not be near enough: too few questions, or no known error.")
         return lines
 
 
