@@ -308,7 +308,7 @@ def test_every_adapter_of_a_folder_is_exported(tmp_path: Path, base: Path) -> No
     shutil.rmtree(folder / "large")
     for name in ("small", "single.SAFETENSORS"):
         (folder / name).rename(tmp_path / name)
-    with pytest.raises(MatryoshkaError, match=r"none of 1 adapters .*; not dora"):
+    with pytest.raises(MatryoshkaError, match=r"of 1 adapters could be exported: .*; not dora"):
         export_all(folder, tmp_path / "none", rank=3)
     assert not (tmp_path / "none").exists()
 

@@ -260,7 +260,7 @@ def test_gradients_in_float16_neither_vanish_nor_overflow(factor: float, toleran
 
 @pytest.mark.parametrize(
     ("uphill", "most_lost", "message"),
-    [(True, 0.02, "not kept, and the order stays svd"), (False, -9.0, "rank 8.s by")],
+    [(True, 0.02, "not kept, and the order stays svd"), (False, -9.0, "rank 8's by")],
 )
 def test_what_loses_more_is_not_kept(
     monkeypatch: pytest.MonkeyPatch, uphill: bool, most_lost: float, message: str

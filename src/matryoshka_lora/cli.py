@@ -274,7 +274,7 @@ def export(
 def evaluate(
     adapter: Nested,
     tasks: Annotated[str | None, _option("The harness's tasks or YAML files, by commas.")] = None,
-    data: Annotated[Path | None, _option("Or a .jsonl of prompts and answers", exists=True)] = None,
+    data: Annotated[Path | None, _option("Or a .jsonl: rows as for train.", exists=True)] = None,
     ranks: Annotated[str | None, _option("As 1,2,4, or all.", default="the nested ones")] = None,
     num_fewshot: Annotated[int | None, _option("Examples.", min=0, default="as the task")] = None,
     limit: Annotated[int | None, _option("The most questions of a task.", min=1)] = None,

@@ -126,13 +126,13 @@ def load_data(name: str, rows: Sequence[Any], tokenizer: Any) -> Asked:
 
 def _in_chat(tokenizer: Any, chat: tuple[Any, Any, Any], number: int) -> tuple[str, ...]:
     """Return a row of chat as texts: prompt, answer, the answer with its end, and what ends it."""
-    asked, said, words = chat
+    asked, said, kwargs = chat
     prompt, whole = in_template(tokenizer, chat, number, tokenize=False)
     content = said[-1].get("content")
     answer = content.strip() if isinstance(content, str) else ""
     if not answer:
         raise MatryoshkaError(f"the answer of row {number} is {content!r:.60}: give it as a text")
-    marked = asked, [{"role": "assistant", "content": _MARK}], words
+    marked = asked, [{"role": "assistant", "content": _MARK}], kwargs
     before, _, end = in_template(tokenizer, marked, number, tokenize=False)[1].partition(_MARK)
     if whole.startswith(before) and before.rstrip(" ") != prompt:  # an empty thought, a channel
         prompt = before

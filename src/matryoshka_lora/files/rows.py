@@ -35,7 +35,7 @@ def read_rows(data: Any) -> list[Any]:
 
 
 def question_and_answer(row: Any, number: int) -> tuple[Any, Any, Any]:
-    """Return a row's prompt and completion, two texts or two lists of messages, and template words.
+    """Return a row's prompt and completion, texts or lists of messages, and its template's kwargs.
 
     Raises:
         MatryoshkaError: It has neither these nor messages that end with an answer.
@@ -70,7 +70,7 @@ def in_template(
     Raises:
         MatryoshkaError: There is no template, or it refuses the messages.
     """
-    prompt, answer, words = chat
-    written = partial(tokenizer.apply_chat_template, **words, **options)
+    prompt, answer, kwargs = chat
+    written = partial(tokenizer.apply_chat_template, **kwargs, **options)
     with explained(f"the chat template cannot write row {number} of the data", "Texts need none"):
         return written(prompt, add_generation_prompt=True), written([*prompt, *answer])
