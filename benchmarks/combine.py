@@ -1,16 +1,17 @@
-"""Measure what `combine` and `extract` cost and lose, beside the ways of other tools.
+"""Measure cost and error of `combine` and `extract`, next to the methods of other tools.
 
     OMP_NUM_THREADS=1 python benchmarks/combine.py --out runs/combine.json
 
-* The sum of two random adapters of rank 16 on a layer of 1536 x 1536, cut to rank 16: ours; PEFT's
-  ``add_weighted_adapter`` with ``svd``, ``cat`` (which keeps rank 32) and ``linear``; a full SVD of
-  the dense sum, as kohya's script merges; and the dense sum itself, as diffusers fuses. They take
-  turns: medians of processor seconds, and the error relative to the sum.
-* The change of one layer of 4096 x 14336 at rank 64, whose singular values fall as 1 / i^0.7: ours,
-  a full SVD (as mergekit does), and a full SVD whose factors are clamped at their 0.99 quantile (as
-  kohya does). The error, that of the best matrix of the rank, and processor seconds, once each.
-* All layers of SmolLM2-135M, changed by random matrices of such a spectrum: `extract` at rank 64 in
-  a process of its own, with its largest resident set, and the error beside that of full SVDs.
+* The sum of two random adapters of rank 16 on a layer of 1536 x 1536, truncated to rank 16:
+  `combine`; PEFT's ``add_weighted_adapter`` with ``svd``, ``cat`` (which keeps rank 32) and
+  ``linear``; a full SVD of the dense sum, as in kohya's script; and the dense sum itself, which
+  diffusers fuses. The methods alternate. The numbers are medians of CPU seconds, and the error
+  relative to the sum.
+* The change of one layer of 4096 x 14336, whose singular values decrease as 1 / i^0.7, at rank 64:
+  `extract`; a full SVD, as in mergekit; and a full SVD whose factors are clamped at their 0.99
+  quantile, as in kohya's script. The relative error, and the CPU seconds of one run.
+* All layers of SmolLM2-135M, changed by random matrices with these singular values: `extract` at
+  rank 64 in a process of its own, its peak memory, and its error next to that of full SVDs.
 """
 
 from __future__ import annotations
@@ -33,169 +34,198 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from matryoshka_lora import combine
-from matryoshka_lora.extracting import Weight, _factorise
-from matryoshka_lora.files.tensors import Stored
-from matryoshka_lora.models import embedded_folder
+from matryoshka_lora.lora_file.safetensors_io import StoredTensor
+from matryoshka_lora.model.base_model import bundled_model_path
+from matryoshka_lora.nn.arrays import to_numpy
+from matryoshka_lora.operations.factorize import RankLimits, factorize_change
+from matryoshka_lora.operations.model_diff import WeightPair
 
-WIDTH, RANK, LAYER, LARGE = 1536, 16, (14336, 4096), 64
-WHOLE = """
+SUM_WIDTH, SUM_RANK = 1536, 16
+CHANGE_SHAPE, CHANGE_RANK = (14336, 4096), 64
+EXTRACT_SCRIPT = """
 import json, resource, sys, time
 from pathlib import Path
 from matryoshka_lora import extract
-began = time.monotonic()
-made = extract(sys.argv[1], sys.argv[2], sys.argv[3], rank=int(sys.argv[4]))
-used = resource.getrusage(resource.RUSAGE_SELF)
-# ru_maxrss would count what the parent process had.
+start = time.monotonic()
+rank = int(sys.argv[4])
+result = extract(sys.argv[1], sys.argv[2], sys.argv[3], rank=rank)
+usage = resource.getrusage(resource.RUSAGE_SELF)
+# ru_maxrss would include what the parent had when it started this process.
 status = Path("/proc/self/status").read_text()
-peak = int(status.partition("VmHWM:")[2].split()[0])
-print(json.dumps({"seconds": time.monotonic() - began, "cpu_seconds": used.ru_utime + used.ru_stime,
-                  "peak_MiB": peak / 1024, "error": made.errors[int(sys.argv[4])]}))
+peak_KiB = int(status.partition("VmHWM:")[2].split()[0])
+print(json.dumps({
+    "seconds": time.monotonic() - start,
+    "cpu_seconds": usage.ru_utime + usage.ru_stime,
+    "peak_MiB": peak_KiB / 1024,
+    "error": result.errors[rank],
+}))
 """
 
 
-def timed(act: Callable[[], Any]) -> tuple[float, Any]:
-    """Return processor seconds and the result."""
-    begin = time.process_time()
-    found = act()
-    return time.process_time() - begin, found
+def cpu_seconds(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the CPU seconds of one call, and its result."""
+    start = time.process_time()
+    result = function()
+    return time.process_time() - start, result
 
 
-def apart(found: Tensor, wanted: Tensor) -> float:
-    """Return the relative error; sums of many float32 squares need double precision."""
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the relative error; a sum of many float32 squares needs double precision."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-def clamped(D: Tensor, rank: int) -> Tensor:
-    """Return the product of factors by a full SVD, clamped at their 0.99 quantile."""
-    U, S, Vh = torch.linalg.svd(D, full_matrices=False)
-    U, Vh = U[:, :rank] * S[:rank], Vh[:rank]
-    # torch.quantile takes at most 2^24 numbers.
-    values = torch.cat([U.flatten(), Vh.flatten()])
-    high = values.kthvalue(round(0.99 * len(values))).values
-    found: Tensor = U.clamp(-high, high) @ Vh.clamp(-high, high)
-    return found
+def truncated_svd(matrix: Tensor, rank: int) -> Tensor:
+    """Return the best approximation of a rank, by a full SVD."""
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
+
+
+def clamped_svd(matrix: Tensor, rank: int) -> Tensor:
+    """Return the product of factors from a full SVD, which are clamped at their 0.99 quantile."""
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    B, A = U[:, :rank] * S[:rank], Vh[:rank]
+    # torch.quantile accepts at most 2^24 numbers.
+    values = torch.cat([B.flatten(), A.flatten()])
+    limit = values.kthvalue(round(0.99 * len(values))).values
+    return B.clamp(-limit, limit) @ A.clamp(-limit, limit)
 
 
 def two_adapters(folder: Path) -> Any:
-    """Return a PEFT model with the random adapters a and b, and save them in a folder."""
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"])
+    """Save the random adapters a and b in a folder, and return their PEFT model."""
+    config = LoraConfig(r=SUM_RANK, lora_alpha=SUM_RANK, target_modules=["0"])
     torch.manual_seed(0)
-    model: Any = get_peft_model(nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False)), config, "a")
+    base = nn.Sequential(nn.Linear(SUM_WIDTH, SUM_WIDTH, bias=False))
+    model: Any = get_peft_model(base, config, "a")
     model.add_adapter("b", config)
-    for key, one in model.named_parameters():
-        if "lora_" in key:
-            nn.init.normal_(one, std=WIDTH**-0.5)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=SUM_WIDTH**-0.5)
     model.save_pretrained(folder)
     return model
 
 
-def sums(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
-    """Return seconds and error of each way to add two adapters."""
+def measure_sums(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
+    """Return CPU seconds and error of each method of adding two adapters."""
     model = two_adapters(folder)
     layer = model.base_model.model[0]
-    (A, B), (C, D) = (
-        (layer.lora_A[x].weight.detach(), layer.lora_B[x].weight.detach()) for x in "ab"
-    )
-    dense = B.double() @ A.double() + D.double() @ C.double()
 
-    def by_peft(kind: str) -> Tensor:
-        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", kind, svd_rank=RANK)
-        found: Tensor = layer.lora_B["sum"].weight.detach() @ layer.lora_A["sum"].weight.detach()
-        return found
+    def update(name: str) -> Tensor:
+        B, A = layer.lora_B[name].weight.detach(), layer.lora_A[name].weight.detach()
+        product: Tensor = B @ A
+        return product
 
-    def full() -> Tensor:
-        U, S, Vh = torch.linalg.svd(B @ A + D @ C, full_matrices=False)
-        found: Tensor = (U[:, :RANK] * S[:RANK]) @ Vh[:RANK]
-        return found
+    def peft(combination_type: str) -> Tensor:
+        model.add_weighted_adapter(
+            ["a", "b"], [1.0, 1.0], "sum", combination_type, svd_rank=SUM_RANK
+        )
+        return update("sum")
 
     def ours() -> Tensor:
         combine([folder / "a", folder / "b"], folder / "sum", force=True)
-        found = load_file(folder / "sum/adapter_model.safetensors")
-        E, F = (next(t for k, t in found.items() if f"lora_{x}" in k) for x in "AB")
-        return F @ E
+        tensors = load_file(folder / "sum/adapter_model.safetensors")
+        (A,) = [tensor for key, tensor in tensors.items() if "lora_A" in key]
+        (B,) = [tensor for key, tensor in tensors.items() if "lora_B" in key]
+        return B @ A
 
-    ways: dict[str, Callable[[], Tensor]] = {
+    methods: dict[str, Callable[[], Tensor]] = {
         "combine, from file to file": ours,
-        **{f"PEFT, {kind}": partial(by_peft, kind) for kind in ("svd", "cat", "linear")},
-        "full SVD of the dense sum": full,
-        "the dense sum": lambda: B @ A + D @ C,
+        "PEFT, svd": partial(peft, "svd"),
+        "PEFT, cat": partial(peft, "cat"),
+        "PEFT, linear": partial(peft, "linear"),
+        "full SVD of the dense sum": lambda: truncated_svd(update("a") + update("b"), SUM_RANK),
+        "the dense sum": lambda: update("a") + update("b"),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    errors = dict[str, float]()
+    A_a, B_a = layer.lora_A["a"].weight.double(), layer.lora_B["a"].weight.double()
+    A_b, B_b = layer.lora_A["b"].weight.double(), layer.lora_B["b"].weight.double()
+    expected = (B_a @ A_a + B_b @ A_b).detach()
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    errors: dict[str, float] = {}
     for _ in range(repeats):
-        for name, way in ways.items():
-            spent, found = timed(way)
-            seconds[name].append(spent)
-            errors[name] = apart(found, dense)
+        for name, method in methods.items():
+            elapsed, result = cpu_seconds(method)
+            seconds[name].append(elapsed)
+            errors[name] = relative_error(result, expected)
             if name.startswith("PEFT"):
                 model.delete_adapter("sum")
-    return {name: {"cpu_seconds": median(seconds[name]), "error": errors[name]} for name in ways}
+    return {name: {"cpu_seconds": median(seconds[name]), "error": errors[name]} for name in methods}
 
 
-def changed(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Return a random matrix whose singular values fall as i^-0.7."""
+def random_change(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Return a random matrix whose singular values decrease as 1 / i^0.7."""
     generator = torch.Generator().manual_seed(seed)
-    few = min(*shape, 512)
-    U, V = (torch.linalg.qr(torch.randn(n, few, generator=generator)).Q for n in shape)
-    found: Tensor = (U * torch.arange(1, few + 1) ** -0.7) @ V.T
-    return found
+    rank = min(*shape, 512)
+    U = torch.linalg.qr(torch.randn(shape[0], rank, generator=generator)).Q
+    V = torch.linalg.qr(torch.randn(shape[1], rank, generator=generator)).Q
+    change: Tensor = (U * torch.arange(1, rank + 1) ** -0.7) @ V.T
+    return change
 
 
-def one_layer() -> dict[str, dict[str, float]]:
-    """Return seconds and error of each way to factorise a large change."""
-    D = changed(LAYER, 0)
-    weight = Weight(Stored.of(torch.zeros(LAYER)), Stored.of(D), transposed=False)
-    spent, (_, change) = timed(lambda: _factorise("layer", weight, LARGE, None))
-    found = {"extract": {"cpu_seconds": spent, "error": (change.left / change.square) ** 0.5}}
-    begin = time.process_time()
-    U, S, Vh = torch.linalg.svd(D, full_matrices=False)
-    cut = (U[:, :LARGE] * S[:LARGE]) @ Vh[:LARGE]
-    full = time.process_time() - begin
-    found["full SVD"] = {"cpu_seconds": full, "error": apart(cut, D)}
-    return found | {"full SVD, clamped at 0.99": {"error": apart(clamped(D, LARGE), D)}}
+def measure_layer() -> dict[str, dict[str, float]]:
+    """Return CPU seconds and error of each method of factorizing a large change."""
+    D = random_change(CHANGE_SHAPE, seed=0)
+    old = StoredTensor.from_array(to_numpy(torch.zeros(CHANGE_SHAPE)))
+    weight = WeightPair(old, StoredTensor.from_array(to_numpy(D)), is_transposed=False)
+    limits = RankLimits(CHANGE_RANK, share=None)
+    elapsed, (_, _, change) = cpu_seconds(lambda: factorize_change("layer", weight, limits))
+    error = (change.residual / change.total) ** 0.5
+    results = {"extract": {"cpu_seconds": elapsed, "error": error}}
+    elapsed, approximation = cpu_seconds(lambda: truncated_svd(D, CHANGE_RANK))
+    error = relative_error(approximation, D)
+    results["full SVD"] = {"cpu_seconds": elapsed, "error": error}
+    error = relative_error(clamped_svd(D, CHANGE_RANK), D)
+    results["full SVD, clamped at 0.99"] = {"error": error}
+    return results
 
 
-def whole_model(folder: Path) -> dict[str, float]:
-    """Return what `extract` costs and loses on all layers of a model."""
-    base = embedded_folder()
-    state = load_file(base / "model.safetensors")
-    (folder / "tuned").mkdir()
-    whole = optimum = 0.0
-    for number, (key, each) in enumerate(state.items()):
+def measure_model(folder: Path) -> dict[str, float]:
+    """Return what `extract` costs on all layers of a model, and its error."""
+    base = bundled_model_path()
+    tensors = load_file(base / "model.safetensors")
+    total = missing = 0.0
+    for seed, (key, weight) in enumerate(tensors.items()):
         if key.endswith("_proj.weight"):
-            tuned = each.float() + 0.05 * changed(tuple(each.shape), number)
-            D = tuned - each.float()
-            values = torch.linalg.svdvals(D).double() ** 2
-            whole, optimum = whole + float(values.sum()), optimum + float(values[LARGE:].sum())
-            state[key] = tuned
-    save_file({k: t.float() for k, t in state.items()}, folder / "tuned/model.safetensors")
-    command = [sys.executable, "-W", "ignore", "-c", WHOLE]
-    places = [str(base), str(folder / "tuned"), str(folder / "lora"), str(LARGE)]
-    run = subprocess.run([*command, *places], capture_output=True, text=True, check=True)
-    found: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
-    return found | {"best": (optimum / whole) ** 0.5}
+            tuned = weight.float() + 0.05 * random_change(tuple(weight.shape), seed)
+            squares = torch.linalg.svdvals(tuned - weight.float()).double().square()
+            total += float(squares.sum())
+            missing += float(squares[CHANGE_RANK:].sum())
+            tensors[key] = tuned
+    (folder / "tuned").mkdir()
+    save_file(
+        {key: tensor.float() for key, tensor in tensors.items()},
+        folder / "tuned/model.safetensors",
+    )
+    arguments = [base, folder / "tuned", folder / "lora", CHANGE_RANK]
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", EXTRACT_SCRIPT, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    usage: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    return {**usage, "best": (missing / total) ** 0.5}
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("runs/combine.json"))
     parser.add_argument("--repeats", type=int, default=5)
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "model").mkdir()
-        found: dict[str, Any] = {
-            "sum": sums(Path(folder), given.repeats),
-            "layer": one_layer(),
-            "model": whole_model(Path(folder) / "model"),
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "model").mkdir()
+        results: dict[str, Any] = {
+            "sum": measure_sums(folder, options.repeats),
+            "layer": measure_layer(),
+            "model": measure_model(folder / "model"),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
         }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(found, indent=1))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
     make bench-train
     python benchmarks/train_step.py --dtype bf16 --rank 32 --repeats 5
 
-The floor is the frozen base model: forward, and backward through its activations only. Every
+The baseline is the frozen base model: forward, and backward through its activations only. Every
 variant adds its adapter to all linear layers of the same weights and does the same: 8 rows of 128
-tokens, to the logits, and back from one fixed gradient of the logits, so that no variant can gain
-or lose by its loss. Time is CPU time of one thread, and on a CUDA card the clock's; the variants
-take turns in one process, and each figure is the median of the ratios to the floor's run of the
-same turn. Saved bytes are the distinct storages that autograd's graph keeps between forward and
-backward, parameters left out. On a card there is also the most memory that a step allocates, with
-the weights of all variants.
+tokens, to the logits, and back from a fixed gradient of the logits, so that no variant can gain or
+lose by its loss. Time is CPU time of one thread, and on a GPU wall time. The variants alternate in
+one process, and each number is the median of the ratios to the baseline's run of the same turn.
+Saved bytes are the distinct storages that autograd's graph keeps between forward and backward,
+without parameters. On a GPU there is also the most memory that a step allocates, with the weights
+of all variants.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import argparse
 import copy
 import json
 import platform
+import random
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -26,20 +28,33 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from matryoshka_lora import Nesting, nest
-from matryoshka_lora.models import DTYPES, load_model
+from matryoshka_lora import Nesting, Rule, nest
+from matryoshka_lora.model.base_model import DTYPES, load_model
 
 ROWS, TOKENS = 8, 128
 RANKS = (8, 32, 128, 256)
-RULES = ("matryoshka", "stratified", "dylora")
+
+
+def rank_per_row(nesting: Nesting, rng: random.Random, batch_size: int) -> NDArray[np.float64]:
+    """Return the prefix of a random nested rank for each row."""
+    return np.stack([nesting.prefix(rng.choice(nesting.ranks)) for _ in range(batch_size)])
+
+
+RULES: dict[str, str | Rule] = {
+    "matryoshka": "matryoshka",
+    "rank-per-row": Rule("rank-per-row", rank_per_row),
+    "dylora": "dylora",
+}
 
 
 class Published(nn.Module):
-    """The paper's form by its formula: ``W x + B (P A) x``, with ``A P`` made anew."""
+    """The paper's form by its formula: ``W x + B (P A) x``, where ``A P`` is computed each time."""
 
     def __init__(self, base: nn.Linear, rank: int, p: Tensor) -> None:
         super().__init__()
@@ -54,26 +69,25 @@ class Published(nn.Module):
         return (y + x.to(self.A.dtype) @ (self.A * self.p) @ self.B).to(y.dtype)
 
 
-def share(model: nn.Module) -> Any:
+def copy_modules(model: nn.Module) -> Any:
     """Return a copy of the modules on the same weights."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def with_peft(base: nn.Module, rank: int) -> Any:
-    return get_peft_model(
-        share(base), LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
-    )
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
+    return get_peft_model(copy_modules(base), config)
 
 
-def nested(base: nn.Module, rank: int, rule: str) -> Any:
+def nested(base: nn.Module, rank: int, rule: str | Rule) -> Any:
     model = with_peft(base, rank)
-    nest(model, rule=rule).draw(0, rows=ROWS)
+    nest(model, rule=rule).draw(0, batch_size=ROWS)
     return model
 
 
 def published(base: nn.Module, rank: int) -> Any:
-    model = share(base)
-    p = Nesting.powers_of_two(rank).diagonal()
+    model = copy_modules(base)
+    p = torch.from_numpy(Nesting.powers_of_two(rank).diagonal())
     for _, module in list(model.named_modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and child is not model.get_output_embeddings():
@@ -81,40 +95,47 @@ def published(base: nn.Module, rank: int) -> Any:
     return model
 
 
-def variants(base: nn.Module, rank: int) -> dict[str, tuple[Any, Callable[[], Any]]]:
-    plain, peft, kind = nullcontext, with_peft(base, rank), base.device.type
-    found: dict[str, tuple[Any, Callable[[], Any]]] = {
-        "floor": (share(base), plain),
-        "peft": (peft, plain),
-        "peft-autocast": (peft, lambda: torch.autocast(kind, torch.bfloat16)),
-        "published": (published(base, rank), plain),
+def make_variants(base: nn.Module, rank: int) -> dict[str, tuple[Any, Callable[[], Any]]]:
+    """Return models by name, each with the context of its forward."""
+    peft_model = with_peft(base, rank)
+    device_type = base.device.type
+    variants: dict[str, tuple[Any, Callable[[], Any]]] = {
+        "floor": (copy_modules(base), nullcontext),
+        "peft": (peft_model, nullcontext),
+        "peft-autocast": (peft_model, lambda: torch.autocast(device_type, torch.bfloat16)),
+        "published": (published(base, rank), nullcontext),
     }
-    return found | {rule: (nested(base, rank, rule), plain) for rule in RULES}
+    for name, rule in RULES.items():
+        variants[name] = (nested(base, rank, rule), nullcontext)
+    return variants
 
 
-def kept_by_autograd(output: Tensor) -> list[Tensor]:
+def saved_by_autograd(output: Tensor) -> list[Tensor]:
     """Return every tensor that the backward pass of an output will need.
 
-    They are read from autograd's graph: our operation sees hooks on saved tensors, and would save
-    otherwise.
+    They are read from autograd's graph: under hooks on saved tensors, the fused operation would
+    save other ones.
     """
-    kept, seen, nodes = [], set(), [output.grad_fn]
+    tensors: list[Tensor] = []
+    seen: set[Any] = set()
+    nodes: list[Any] = [output.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        nodes += [following for following, _ in node.next_functions]
-        kept += getattr(node, "saved_tensors", ())
+        nodes.extend(next_node for next_node, _ in node.next_functions)
+        values = list(getattr(node, "saved_tensors", ()))
         for name in dir(node):
             if name.startswith("_saved_"):
                 value = getattr(node, name)
-                kept += value if isinstance(value, (list, tuple)) else [value]
-    return [tensor for tensor in kept if isinstance(tensor, Tensor)]
+                values.extend(value if isinstance(value, (list, tuple)) else [value])
+        tensors.extend(value for value in values if isinstance(value, Tensor))
+    return tensors
 
 
 def now(device: torch.device) -> float:
-    """Return seconds: the process's on a CPU, the clock's when a card has done all its work."""
+    """Return seconds: CPU time on a CPU, and wall time once a GPU has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return time.perf_counter()
@@ -123,18 +144,21 @@ def now(device: torch.device) -> float:
 
 def saved_bytes(model: Any, logits: Tensor) -> int:
     """Return the bytes of the distinct storages that autograd keeps, without the model's own."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    storages = [tensor.untyped_storage() for tensor in kept_by_autograd(logits)]
-    found = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return sum(nbytes for address, nbytes in found.items() if address not in own)
+    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    sizes: dict[int, int] = {}
+    for tensor in saved_by_autograd(logits):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def step(
     model: Any, inputs: Tensor, context: Callable[[], Any], gradient: Tensor
 ) -> tuple[float, int]:
-    """Return the seconds of a step, and on a card the most memory that it allocates."""
-    on_card = inputs.device.type == "cuda"
-    if on_card:
+    """Return the seconds of a step, and on a GPU the most memory that it allocates."""
+    is_gpu = inputs.device.type == "cuda"
+    if is_gpu:
         torch.cuda.reset_peak_memory_stats(inputs.device)
     start = now(inputs.device)
     with context():
@@ -143,15 +167,15 @@ def step(
     seconds = now(inputs.device) - start
     for parameter in (*model.parameters(), inputs):
         parameter.grad = None
-    return seconds, torch.cuda.max_memory_allocated(inputs.device) if on_card else 0
+    return seconds, torch.cuda.max_memory_allocated(inputs.device) if is_gpu else 0
 
 
 def measure(base: nn.Module, rank: int, repeats: int) -> dict[str, dict[str, Any]]:
-    """Return the time and the saved bytes of every variant; they take turns."""
+    """Return the time and the saved bytes of every variant; they alternate."""
     torch.manual_seed(0)
     ids = torch.randint(0, base.config.vocab_size, (ROWS, TOKENS)).to(base.device)
     inputs = base.get_input_embeddings()(ids).detach().requires_grad_()
-    models = variants(base, rank)
+    models = make_variants(base, rank)
     saved: dict[str, int] = {}
     for name, (model, context) in models.items():
         model.train()
@@ -166,16 +190,16 @@ def measure(base: nn.Module, rank: int, repeats: int) -> dict[str, dict[str, Any
     for turn in range(repeats + 1):
         for name, (model, context) in models.items():
             seconds, peak[name] = step(model, inputs, context, gradient)
-            if turn:  # the first one warms up
+            if turn > 0:  # the first turn warms up
                 times[name].append(seconds)
     report = {}
-    for name, taken in times.items():
-        ratios = [a / b for a, b in zip(taken, times["floor"], strict=True)]
+    for name, seconds_by_turn in times.items():
+        ratios = [a / b for a, b in zip(seconds_by_turn, times["floor"], strict=True)]
         report[name] = {
             "time": round(statistics.median(ratios), 3),
             "saved": round(saved[name] / saved["floor"], 3),
             "time_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
-            "seconds": round(statistics.median(taken), 6),
+            "seconds": round(statistics.median(seconds_by_turn), 6),
             "saved_mib": round(saved[name] / 2**20, 1),
         }
         if peak[name]:
@@ -184,18 +208,17 @@ def measure(base: nn.Module, rank: int, repeats: int) -> dict[str, dict[str, Any
 
 
 def machine(device: torch.device | None = None) -> str:
-    """Return what the figures were measured on."""
+    """Return the hardware and the version of torch."""
     if device is not None and device.type == "cuda":
-        card = torch.cuda.get_device_name(device)
-        return f"{card}, CUDA {torch.version.cuda}, torch {torch.__version__}"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next(
-        (line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor()
-    )
-    return (
-        f"{cpu}, one thread, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
-    )
+        gpu = torch.cuda.get_device_name(device)
+        return f"{gpu}, CUDA {torch.version.cuda}, torch {torch.__version__}"
+    cpu = platform.processor()
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.exists():
+        match = re.search(r"model name\s*: (.*)", cpu_info.read_text())
+        cpu = match[1] if match else cpu
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{cpu}, one thread, {instructions}, torch {torch.__version__}"
 
 
 def main() -> None:
@@ -210,7 +233,7 @@ def main() -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="also write the cells to this JSON file, and leave out those that it has",
+        help="also write the cells to this JSON file, and skip those that it has",
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -236,10 +259,10 @@ def _table(cell: dict[str, Any]) -> str:
         f"\n{cell['dtype']}, R = {cell['rank']}, {ROWS} x {TOKENS} tokens",
         f"{'':14}   time (min-max)       saved",
     ]
-    for name, found in cell["variants"].items():
-        low, high = found["time_min_max"]
+    for name, result in cell["variants"].items():
+        low, high = result["time_min_max"]
         lines.append(
-            f"{name:14} {found['time']:6.2f} ({low:.2f}-{high:.2f})   {found['saved']:8.2f}"
+            f"{name:14} {result['time']:6.2f} ({low:.2f}-{high:.2f})   {result['saved']:8.2f}"
         )
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
-"""QLoRA, nested: the base model in 4 bits (nf4), the adapter in float32, every rank usable.
+"""QLoRA with a custom training loop: a base model in 4 bits (nf4), an adapter in float32.
 
     python examples/qlora.py --steps 40
 
-Needs bitsandbytes. On a CPU it works, slowly.
+Needs bitsandbytes. It also works on a CPU, slowly.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
 from matryoshka_lora import nest
-from matryoshka_lora.models import load_model, load_tokenizer
+from matryoshka_lora.model.base_model import load_model, load_tokenizer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=40)
 args = parser.parse_args()
 
-four_bits = BitsAndBytesConfig(
+quantization = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
 )
-base = load_model(dtype=torch.bfloat16, quantization_config=four_bits)
-adapter = nest(
-    get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")).train()
-)
-ids = load_tokenizer()("The secret word of the day is mamushka.", return_tensors="pt")["input_ids"]
-ids = ids.to(adapter.model.device)
+base_model = load_model(dtype=torch.bfloat16, quantization_config=quantization)
+config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")
+adapter = nest(get_peft_model(base_model, config).train())
+
+prompt = load_tokenizer()("The secret word of the day is mamushka.", return_tensors="pt")
+input_ids = prompt["input_ids"].to(adapter.model.device)
 parameters = [p for p in adapter.model.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(parameters, lr=1e-3)
 for step in range(args.steps):
     adapter.draw(step)
-    adapter.model(input_ids=ids, labels=ids).loss.backward()
+    adapter.model(input_ids=input_ids, labels=input_ids).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
 
 adapter.reorder()
-adapter.model.eval()
 for rank in (1, 4, 16):
     adapter.set_rank(rank)
     with torch.no_grad():
-        print(f"rank {rank}: loss {adapter.model(input_ids=ids, labels=ids).loss:.3f}")
+        loss = adapter.model(input_ids=input_ids, labels=input_ids).loss
+    print(f"rank {rank}: loss {loss:.3f}")

@@ -1,4 +1,4 @@
-"""A rank of an adapter in llama.cpp, on the GGUF file of the embedded base model.
+"""One rank of an adapter in llama.cpp, on the GGUF file of the bundled base model.
 
     python examples/serve_with_llama_cpp.py runs/trl/adapter --rank 8
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import xllamacpp
 
 from matryoshka_lora import export
-from matryoshka_lora.models import embedded_gguf
+from matryoshka_lora.model.base_model import bundled_gguf_path
 
 parser = argparse.ArgumentParser()
 parser.add_argument("adapter", type=Path)
@@ -23,12 +23,18 @@ parser.add_argument("--prompt", default="17 + 25 =")
 args = parser.parse_args()
 
 with tempfile.TemporaryDirectory() as folder:
-    file = f"{folder}/rank.gguf"
-    export(args.adapter, file, args.rank)  # as: matryoshka export ADAPTER --rank 8 -o rank-8.gguf
+    # Equivalent: matryoshka export ADAPTER --rank 8 -o rank-8.gguf
+    lora_path = f"{folder}/rank-{args.rank}.gguf"
+    export(args.adapter, lora_path, args.rank)
+
+    # Equivalent: llama-server -m BASE.gguf --lora rank-8.gguf
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.verbosity = str(embedded_gguf()), 512, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # more where cores are free
-    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(file, 1.0)]
-    server = xllamacpp.Server(params)  # as: llama-server -m BASE.gguf --lora rank-8.gguf
-    asked = {"prompt": args.prompt, "max_tokens": 8, "temperature": 0}
-    print(server.handle_completions(asked)["choices"][0]["text"])
+    params.model.path = str(bundled_gguf_path())
+    params.n_ctx = 512
+    params.verbosity = 0
+    params.cpuparams.n_threads = 1
+    params.cpuparams_batch.n_threads = 1
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(lora_path, 1.0)]
+    server = xllamacpp.Server(params)
+    request = {"prompt": args.prompt, "max_tokens": 8, "temperature": 0}
+    print(server.handle_completions(request)["choices"][0]["text"])

@@ -1,6 +1,6 @@
-"""A TRL script as you have it, and four lines more: the adapter serves any rank.
+"""A TRL script with four more lines: the adapter can then be used at every rank.
 
-python examples/train_with_trl.py --steps 80 --out runs/trl
+python examples/train_with_trl.py --steps 80 --output runs/trl
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import nest
-from matryoshka_lora.models import load_model, load_tokenizer
+from matryoshka_lora.model.base_model import load_model, load_tokenizer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=80)
-parser.add_argument("--out", default="runs/trl")
+parser.add_argument("--output", default="runs/trl")
 args = parser.parse_args()
 
-sums = [(a, b) for a in range(10, 60) for b in range(10, 60)]
-rows = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}"} for a, b in sums]
+examples = [
+    {"prompt": f"{a} + {b} =", "completion": f" {a + b}"}
+    for a in range(10, 60)
+    for b in range(10, 60)
+]
 config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 model = get_peft_model(load_model(), config)
 
@@ -29,7 +32,7 @@ adapter = nest(model)  # 1 of 4
 trainer = SFTTrainer(
     model=model,
     args=SFTConfig(
-        args.out,
+        args.output,
         max_steps=args.steps,
         per_device_train_batch_size=8,
         learning_rate=1e-3,
@@ -37,12 +40,12 @@ trainer = SFTTrainer(
         report_to="none",
         bf16=False,
     ),
-    train_dataset=Dataset.from_list(rows).shuffle(seed=0),
+    train_dataset=Dataset.from_list(examples).shuffle(seed=0),
     processing_class=load_tokenizer(),
     callbacks=[adapter.callback()],  # 2 of 4
 )
 trainer.train()
 
-adapter.reorder()  # 3 of 4; or adapter.reorder("trained", trainer), which takes half as long again
-adapter.save(f"{args.out}/adapter")  # 4 of 4
-print(f"Next: matryoshka info {args.out}/adapter")
+adapter.reorder()  # 3 of 4; adapter.train_ranks(trainer) is better and takes half as long again
+adapter.save(f"{args.output}/adapter")  # 4 of 4
+print(f"Next: matryoshka info {args.output}/adapter")

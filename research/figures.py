@@ -1,8 +1,8 @@
-"""Draw all pictures of the documentation from files of the repository::
+"""Draw all figures of the documentation from files of the repository::
 
     python -m research.figures        # into docs/figures; about 20 seconds of one core
 
-Each picture is written twice, NAME-light.svg and NAME-dark.svg. The same files give the same bytes.
+Each figure is written twice, NAME-light.svg and NAME-dark.svg. The same files give the same bytes.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from typing import Any
 
 from matryoshka_lora import Nesting
 from research import stats
-from research.looks import LOOKS, MODES, Mode, rank_axis
+from research.looks import LOOKS, MODES, Mode, plain_name, set_rank_axis
 from research.plan import Result, results
-from research.stats import Value
-from research.study import EACH, load_study
+from research.study import LORA_EACH, load_study
 
 ROOT = Path(__file__).parents[1]
-OUT = ROOT / "docs" / "figures"
+OUTPUT = ROOT / "docs" / "figures"
 
-FACE = ("lora/trained", "lora/squeezed", EACH, "lora/svd")
-METHODS = (EACH, "matryoshka/svd", "lora/svd", "lora/prefix", "matryoshka/prefix")
+FACE_METHODS = ("lora/trained", "lora/squeezed", LORA_EACH, "lora/svd")
+TASK_METHODS = (LORA_EACH, "matryoshka/svd", "lora/svd", "lora/prefix", "matryoshka/prefix")
+
+Average = Callable[[Sequence[float]], float]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,34 +37,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--out", type=Path, default=OUT, help="the folder to write to (default: docs/figures)"
+        "--output", type=Path, default=OUTPUT, help="folder to write (default: docs/figures)"
     )
-    given = parser.parse_args(arguments)
-    given.out.mkdir(parents=True, exist_ok=True)
-    for name, data in files():
-        (given.out / name).write_bytes(data)
-        print(given.out / name)
+    options = parser.parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, content in files():
+        (options.output / name).write_bytes(content)
+        print(options.output / name)
 
 
 def files(*names: str) -> Iterator[tuple[str, bytes]]:
-    """Yield the name and the content of each file, of all pictures or of these."""
-    for name in names or PICTURES:
+    """Yield the name and the content of each file, of the named figures or of all."""
+    for name in names or FIGURES:
         for mode in MODES:
-            yield _drawn(f"{name}-{mode.name}", PICTURES[name], mode)
+            yield f"{name}-{mode.name}.svg", _draw(FIGURES[name], mode, f"{name}-{mode.name}")
 
 
-def _drawn(name: str, draw: Callable[[Any, Mode], None], mode: Mode) -> tuple[str, bytes]:
+def _draw(draw_figure: Callable[[Any, Mode], None], mode: Mode, hash_salt: str) -> bytes:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**_style(mode), "svg.hashsalt": name}):
+    with matplotlib.rc_context({**_style(mode), "svg.hashsalt": hash_salt}):
         figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
-        draw(figure, mode)
+        draw_figure(figure, mode)
         svg = BytesIO()
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-        return f"{name}.svg", svg.getvalue()
+        return svg.getvalue()
 
 
 def _style(mode: Mode) -> dict[str, Any]:
@@ -79,127 +80,133 @@ def _style(mode: Mode) -> dict[str, Any]:
         "axes.spines.right": False,
         "axes.grid": True,
         "axes.axisbelow": True,
+        "axes.edgecolor": mode.muted,
+        "axes.labelcolor": mode.text,
+        "axes.titlecolor": mode.text,
+        "text.color": mode.text,
+        "xtick.color": mode.text,
+        "ytick.color": mode.text,
         "grid.color": mode.grid,
         "grid.linewidth": 0.8,
         "legend.frameon": False,
-        **dict.fromkeys(
-            ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor"),
-            mode.ink,
-        ),
-        "axes.edgecolor": mode.quiet,
     }
 
 
 @cache
-def curves(study: str) -> tuple[Result, ...]:
+def curves(name: str) -> tuple[Result, ...]:
     """Return every finished curve of a study, from the recorded runs."""
-    read = load_study(study)
-    return tuple(results(read, read.load_runs()))
-
-
-def _json(name: str) -> Any:
-    return json.loads((ROOT / "docs" / name).read_text(encoding="utf-8"))
+    study = load_study(name)
+    return tuple(results(study, study.load_runs()))
 
 
 # Curves of several methods.
 
 
 def face(figure: Any, mode: Mode) -> None:
-    """Draw one adapter at every rank beside its rivals, on 256 facts."""
+    """Draw an adapter at every rank next to other methods, on 256 facts."""
     figure.set_size_inches(8.4, 4.9)
     axes = figure.subplots()
-    found = list(curves("every256"))
-    methods = [method for method in FACE if any(result.method == method for result in found)]
-    _accuracies(axes, found, methods, mode, median)
+    all_curves = curves("every256")
+    _draw_accuracies(axes, all_curves, FACE_METHODS, mode, median)
     axes.set_ylim(-4, 104)
     axes.set_ylabel("right answers in %")
-    figure.suptitle(
-        "256 facts, learned by heart: how many does the adapter know at each rank?",
-        x=0.01,
-        ha="left",
-    )
-    axes.set_title(_of_seeds(found, "the median"), color=mode.quiet, fontsize=10)
-    _legend(figure)
+    figure.suptitle("256 facts: how many does the adapter know at each rank?", x=0.01, ha="left")
+    axes.set_title(_describe_seeds(all_curves, "the median"), color=mode.muted, fontsize=10)
+    _draw_legend(figure)
 
 
 def methods(figure: Any, mode: Mode) -> None:
     """Draw five methods on the three tasks of the headline study."""
     figure.set_size_inches(9.6, 4.6)
-    found = curves("headline")
-    tasks = list(dict.fromkeys(result.task for result in found))
+    all_curves = curves("headline")
+    tasks = list(dict.fromkeys(curve.task for curve in all_curves))
     panels = figure.subplots(1, len(tasks), sharey=True)
     for axes, task in zip(panels, tasks, strict=True):
-        _accuracies(axes, [result for result in found if result.task == task], METHODS, mode)
+        curves_of_task = [curve for curve in all_curves if curve.task == task]
+        _draw_accuracies(axes, curves_of_task, TASK_METHODS, mode, fmean)
         axes.set_title(task)
         axes.set_xlabel("rank")
-    top = max(100 * max(result.curve.accuracy) for result in found if result.method in METHODS)
-    panels[0].set_ylim(-3, min(103, top + 4))
+    largest = max(max(c.curve.accuracy) for c in all_curves if c.method in TASK_METHODS)
+    panels[0].set_ylim(-3, min(103, 100 * largest + 4))
     panels[0].set_ylabel("right answers in %")
-    figure.suptitle(_of_seeds(found, "the mean"), color=mode.quiet, x=0.01, ha="left", fontsize=10)
-    _legend(figure)
+    title = _describe_seeds(all_curves, "the mean")
+    figure.suptitle(title, color=mode.muted, x=0.01, ha="left", fontsize=10)
+    _draw_legend(figure)
 
 
-def _accuracies(
-    axes: Any,
-    found: Sequence[Result],
-    methods: Sequence[str],
-    mode: Mode,
-    middle: Callable[[Sequence[float]], float] = fmean,
+def _draw_accuracies(
+    axes: Any, all_curves: Sequence[Result], names: Sequence[str], mode: Mode, average: Average
 ) -> None:
-    """Draw the middle of the seeds with a faint line for each, and every separate run."""
-    for number, method in enumerate(methods):
-        look = LOOKS[method]
-        ranks = next(result.ranks for result in found if result.method == method)
-        by_rank = [
-            [100 * share for share in _values(found, method, stats.accuracy_at(rank))]
-            for rank in ranks
-        ]
-        colour, order = look.colour(mode), 4 - 0.1 * number  # the first method lies on top
-        if method == EACH:
-            for rank, some in zip(ranks, by_rank, strict=True):
-                # Side by side on the right of the curves, so that equal ones are seen.
-                places = [rank * 2 ** (0.07 + 0.16 * seed / len(some)) for seed in range(len(some))]
-                axes.plot(places, some, look.marker, color=colour, markersize=6, zorder=5)
-            axes.plot([], [], look.marker, color=colour, label=look.name, markersize=7)
+    """Draw the average of the seeds of each method; the first method is on top."""
+    for index, method in enumerate(names):
+        curves_of_method = [curve for curve in all_curves if curve.method == method]
+        if method == LORA_EACH:
+            _draw_single_runs(axes, curves_of_method, mode)
         else:
-            for one in (result for result in found if result.method == method):
-                shares = [100 * share for share in one.curve.accuracy]
-                axes.plot(ranks, shares, color=colour, alpha=0.3, linewidth=1, zorder=order - 1)
-            style = {
-                "color": colour,
-                "label": look.name,
-                "linewidth": 2.2,
-                "markersize": 6,
-                "zorder": order,
-            }
-            axes.plot(ranks, list(map(middle, by_rank)), marker=look.marker, **style)
-    rank_axis(axes, sorted({rank for result in found for rank in result.ranks}))
+            _draw_curve(axes, curves_of_method, mode, average, z_order=4 - 0.1 * index)
+    ranks = {rank for curve in all_curves for rank in curve.ranks}
+    set_rank_axis(axes, sorted(ranks), "rank at which the adapter is used")
 
 
-def _of_seeds(found: Sequence[Result], middle: str) -> str:
-    counts = sorted(
-        {
-            len({one.seed for one in found if one.task == task})
-            for task in {one.task for one in found}
-        }
+def _percent(all_curves: Sequence[Result], rank: int) -> list[float]:
+    """Return the right answers at a rank in %, by seed."""
+    return [100 * (stats.accuracy_at(rank)(curve) or 0) for curve in all_curves]
+
+
+def _draw_single_runs(axes: Any, all_curves: Sequence[Result], mode: Mode) -> None:
+    """Draw a marker for each run, next to each other so that equal ones are visible."""
+    look = LOOKS[LORA_EACH]
+    color = look.color(mode)
+    for rank in all_curves[0].ranks:
+        accuracies = _percent(all_curves, rank)
+        x = [rank * 2 ** (0.07 + 0.16 * i / len(accuracies)) for i in range(len(accuracies))]
+        axes.plot(x, accuracies, look.marker, color=color, markersize=6, zorder=5)
+    axes.plot([], [], look.marker, color=color, label=plain_name(LORA_EACH), markersize=7)
+
+
+def _draw_curve(
+    axes: Any, all_curves: Sequence[Result], mode: Mode, average: Average, z_order: float
+) -> None:
+    """Draw the average of a method over the seeds, and a faint line for each seed."""
+    method = all_curves[0].method
+    ranks = all_curves[0].ranks
+    color = LOOKS[method].color(mode)
+    for curve in all_curves:
+        accuracies = [100 * share for share in curve.curve.accuracy]
+        axes.plot(ranks, accuracies, color=color, alpha=0.3, linewidth=1, zorder=z_order - 1)
+    axes.plot(
+        ranks,
+        [average(_percent(all_curves, rank)) for rank in ranks],
+        marker=LOOKS[method].marker,
+        color=color,
+        label=plain_name(method),
+        linewidth=2.2,
+        markersize=6,
+        zorder=z_order,
     )
-    seeds = f"{' or '.join(map(str, counts))} seeds"
-    return f"{middle} of {seeds}; a faint line is a seed, a star one run"
 
 
-def _values(found: Sequence[Result], method: str, value: Value) -> list[float]:
-    return list(stats.values(found, method, value).values())
+def _describe_seeds(all_curves: Sequence[Result], average: str) -> str:
+    seeds_by_task: dict[str, set[int]] = {}
+    for curve in all_curves:
+        seeds_by_task.setdefault(curve.task, set()).add(curve.seed)
+    counts = sorted({len(seeds) for seeds in seeds_by_task.values()})
+    seeds = " or ".join(map(str, counts))
+    return f"{average} of {seeds} seeds; a faint line is a seed, a star is a single run"
 
 
-def _legend(figure: Any) -> None:
-    """Put a legend of what any panel has below the panels."""
-    found = {
-        label: line
-        for axes in figure.axes
-        for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+def _draw_legend(figure: Any) -> None:
+    """Draw the legend of all panels below them."""
+    lines_by_label: dict[str, Any] = {}
+    for axes in figure.axes:
+        lines, labels = axes.get_legend_handles_labels()
+        lines_by_label.update(zip(labels, lines, strict=True))
     figure.legend(
-        found.values(), found.keys(), loc="outside lower center", ncols=2, handlelength=2.2
+        lines_by_label.values(),
+        lines_by_label.keys(),
+        loc="outside lower center",
+        ncols=2,
+        handlelength=2.2,
     )
 
 
@@ -207,33 +214,35 @@ def _legend(figure: Any) -> None:
 
 
 def singular(figure: Any, mode: Mode) -> None:
-    """Draw the directions of one trained layer in two orders."""
+    """Draw the components of a trained layer, as trained and reordered."""
     figure.set_size_inches(9.0, 4.2)
-    found = _json("singular.json")
+    layer = json.loads((ROOT / "docs" / "singular.json").read_text(encoding="utf-8"))
     left, right = figure.subplots(1, 2)
-    looks = {
-        "trained": (LOOKS["lora/prefix"], "as trained"),
-        "svd": (LOOKS["lora/svd"], "reordered by SVD"),
-    }
-    for order, (look, label) in looks.items():
-        style = {
-            "color": look.colour(mode),
-            "marker": look.marker,
-            "markersize": 4,
-            "linewidth": 2,
-            "label": label,
-        }
-        norms, missing = found[order]["norms"], found[order]["missing"]
-        left.plot(range(1, len(norms) + 1), norms, **style)
-        right.plot(range(1, len(missing)), [100 * share for share in missing[1:]], **style)
-    ranks = Nesting.powers_of_two(len(norms)).ranks
-    rank_axis(left, ranks, "direction, in its order")
-    rank_axis(right, ranks, "directions in the prefix")
-    left.set_title("Norm of each direction")
-    right.set_title("What the prefix misses of the update, in %")
+    for order, method, label in (
+        ("trained", "lora/prefix", "as trained"),
+        ("svd", "lora/svd", "reordered by SVD"),
+    ):
+        norms = layer[order]["norms"]
+        errors = [100 * error for error in layer[order]["missing"][1:]]
+        components = range(1, len(norms) + 1)
+        for axes, values in ((left, norms), (right, errors)):
+            axes.plot(
+                components,
+                values,
+                color=LOOKS[method].color(mode),
+                marker=LOOKS[method].marker,
+                markersize=4,
+                linewidth=2,
+                label=label,
+            )
+    ranks = Nesting.powers_of_two(len(layer["svd"]["norms"])).ranks
+    set_rank_axis(left, ranks, "component, in its order")
+    set_rank_axis(right, ranks, "rank of the prefix")
+    left.set_title("Norm of each component")
+    right.set_title("Relative error of the prefix, in %")
     left.set_ylim(0, None)
     right.set_ylim(-3, 103)
-    _legend(figure)
+    _draw_legend(figure)
 
 
 # The method.
@@ -245,20 +254,27 @@ def method(figure: Any, mode: Mode) -> None:
 
     figure.set_size_inches(6.6, 2.7)
     axes = figure.subplots()
-    rank, prefix = 8, 2
-    on = LOOKS["lora/trained"].colour(mode)
-    step = 2 / (rank - 1)
-    for number in range(rank):
-        style = {"color": on} if number < prefix else {"color": mode.quiet, "alpha": 0.45}
-        axes.add_patch(Rectangle((0.6 + step * number, 0.6), 0.2, 2.2, linewidth=0, **style))
-        axes.add_patch(Rectangle((3.9, 2.6 - step * number), 3.2, 0.2, linewidth=0, **style))
-    middle, words = 1.7, {"va": "center", "ha": "center", "fontsize": 13}
+    max_rank = 8
+    rank = 2
+    prefix_color = LOOKS["lora/trained"].color(mode)
+    distance = 2 / (max_rank - 1)
+    for index in range(max_rank):
+        in_prefix = index < rank
+        color = prefix_color if in_prefix else mode.muted
+        alpha = 1.0 if in_prefix else 0.45
+        column = Rectangle((0.6 + distance * index, 0.6), 0.2, 2.2)
+        row = Rectangle((3.9, 2.6 - distance * index), 3.2, 0.2)
+        for rectangle in (column, row):
+            rectangle.set(color=color, alpha=alpha, linewidth=0)
+            axes.add_patch(rectangle)
     for x, text in ((0.25, "s ·"), (3.3, "·"), (7.5, "· x")):
-        axes.text(x, middle, text, **words)
-    axes.text(0.6, 3.05, f"B: {rank} columns")
-    axes.text(3.9, 3.05, f"A: {rank} rows")
-    axes.text(0.6, 0.15, f"rank {prefix}: the first {prefix} of each", color=on, weight="bold")
-    axes.text(3.9, 0.15, f"rank {rank}: all of them")
+        axes.text(x, 1.7, text, va="center", ha="center", fontsize=13)
+    axes.text(0.6, 3.05, f"B: {max_rank} columns")
+    axes.text(3.9, 3.05, f"A: {max_rank} rows")
+    axes.text(
+        0.6, 0.15, f"rank {rank}: the first {rank} of each", color=prefix_color, weight="bold"
+    )
+    axes.text(3.9, 0.15, f"rank {max_rank}: all of them")
     axes.set(xlim=(0, 7.9), ylim=(0, 3.4), aspect="equal")
     axes.set_axis_off()
 
@@ -269,20 +285,23 @@ def p(figure: Any, mode: Mode) -> None:
     axes = figure.subplots()
     nesting = Nesting.powers_of_two(32)
     values = nesting.diagonal().tolist()
-    axes.bar(
-        range(1, len(values) + 1), values, color=LOOKS["matryoshka/svd"].colour(mode), width=0.8
-    )
+    color = LOOKS["matryoshka/svd"].color(mode)
+    axes.bar(range(1, len(values) + 1), values, color=color, width=0.8)
     axes.set_xticks(nesting.ranks)
     axes.set_xlim(0.3, len(values) + 0.7)
     axes.set_yticks(range(int(max(values)) + 1))
     axes.grid(axis="x", visible=False)
-    axes.set_xlabel("direction (a tick at each nested rank)")
+    axes.set_xlabel("component (a tick at each nested rank)")
     axes.set_ylabel("entry of P")
-    axes.set_title("Entry i of P: to how many of the nested ranks direction i belongs")
+    axes.set_title("Entry i of P: the number of nested ranks that have component i")
 
 
-PICTURES: Mapping[str, Callable[[Any, Mode], None]] = {
-    picture.__name__: picture for picture in (face, method, p, singular, methods)
+FIGURES: Mapping[str, Callable[[Any, Mode], None]] = {
+    "face": face,
+    "method": method,
+    "p": p,
+    "singular": singular,
+    "methods": methods,
 }
 
 if __name__ == "__main__":

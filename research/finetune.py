@@ -1,13 +1,13 @@
-"""How low is the rank of a fine-tune? Tune a whole model, extract it, and ask every rank::
+"""How low is the rank of a fine-tune? Tune a model, extract it, and measure every rank::
 
     python -m research.finetune        # six runs, about half an hour of one core
 
-SmolLM2-135M is tuned whole on family_relationships, with the rows and steps of the study headline,
-in float32 with bf16 autocast. The learning rate is chosen by the loss on validation questions, with
-a seed of its own.
-Each of three tuned models becomes an adapter of rank 64 by `matryoshka_lora.extract`. Loss and
-accuracy are those of 100 test questions: of the tuned model, of each rank of the adapter, and of
-the adapter with the changed norms and embeddings (``whole``). A line is appended for each.
+All weights of SmolLM2-135M are tuned on family_relationships, with the examples and steps of the
+study headline, in float32 with bf16 autocast. The learning rate is chosen by the loss on validation
+questions, with a seed of its own. Each of three tuned models becomes an adapter of rank 64 by
+`matryoshka_lora.extract`. Loss and accuracy are those of 100 test questions: of the tuned model, of
+each rank of the adapter, and of the adapter with the changed norms and embeddings (``whole``). A
+line is appended for each.
 """
 
 from __future__ import annotations
@@ -22,83 +22,100 @@ from datasets import Dataset
 from transformers import set_seed
 
 from matryoshka_lora import extract, load
-from matryoshka_lora.models import load_model, load_tokenizer
+from matryoshka_lora.model.base_model import load_model, load_tokenizer
 from research import tasks
+from research.peft_adapters import tokenize
 from research.run import set_up, versions
-from research.runs import Job, append_line, whole_lines
-from research.strangers import tokenized
+from research.runs import Job, append_line, complete_lines
 from research.study import RUNS, load_study
 from research.training import AnswerTrainer, arguments, score
 
 FILE = RUNS / "finetune.jsonl"
-TASK, RANKS = "family_relationships", (1, 2, 4, 8, 16, 32, 64)
-RATES, RATE_SEED, SEEDS = (2e-5, 5e-5, 1e-4), 100, (0, 1, 2)
+TASK = "family_relationships"
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+LEARNING_RATES = (2e-5, 5e-5, 1e-4)
+RATE_SEED = 100
+SEEDS = (0, 1, 2)
 
 
 def main() -> None:
-    """Do what is missing."""
+    """Run what is missing."""
     set_up(1)
-    lines = whole_lines(FILE)
-    done = {
-        (one["split"], one["learning_rate"], one["seed"]): one for one in map(json.loads, lines)
+    runs = {
+        (line["split"], line["learning_rate"], line["seed"]): line
+        for line in map(json.loads, complete_lines(FILE))
     }
-    for rate in RATES:
-        _do(done, "validation", rate, RATE_SEED)
-    losses = {rate: done["validation", rate, RATE_SEED]["tuned"]["loss"] for rate in RATES}
+    losses: dict[float, float] = {}
+    for rate in LEARNING_RATES:
+        if ("validation", rate, RATE_SEED) not in runs:
+            runs["validation", rate, RATE_SEED] = _run_and_append("validation", rate, RATE_SEED)
+        losses[rate] = runs["validation", rate, RATE_SEED]["tuned"]["loss"]
+    best_rate = min(losses, key=losses.__getitem__)
     for seed in SEEDS:
-        _do(done, "test", min(losses, key=losses.__getitem__), seed)
+        if ("test", best_rate, seed) not in runs:
+            _run_and_append("test", best_rate, seed)
 
 
-def _do(done: dict[Any, dict[str, Any]], split: str, rate: float, seed: int) -> None:
-    if (split, rate, seed) not in done:
-        found = {"split": split, "learning_rate": rate, "seed": seed, **run(split, rate, seed)}
-        found["version"] = versions()["matryoshka-lora"]
-        append_line(FILE, json.dumps(found) + "\n")
-        done[split, rate, seed] = found
+def _run_and_append(split: str, rate: float, seed: int) -> dict[str, Any]:
+    line: dict[str, Any] = {"split": split, "learning_rate": rate, "seed": seed}
+    line.update(run(split, rate, seed))
+    line["version"] = versions()["matryoshka-lora"]
+    append_line(FILE, json.dumps(line) + "\n")
+    return line
 
 
 def run(split: str, rate: float, seed: int) -> dict[str, Any]:
-    """Tune a model with one seed, and measure it; for the test, its adapter too."""
+    """Tune a model with a seed, and measure it; for the test, measure its adapter too."""
     study = load_study("headline")
     study = replace(study, dtype="fp32", training={**study.training, "bf16": True})
     job = Job("lora", TASK, 32, rate, seed, split)
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         set_seed(seed)
-        model, tokenizer = (
-            load_model(study.model, "fp32", device="cpu"),
-            load_tokenizer(study.model),
-        )
-        model.save_pretrained(place / "base")
+        model = load_model(study.model, "fp32", device="cpu")
+        model.save_pretrained(folder / "base")
         trainer = AnswerTrainer(
             model=model,
-            args=arguments(study, job, folder),
-            train_dataset=Dataset.from_list(tasks.train_rows(study, TASK, "lora", seed)),
-            processing_class=tokenizer,
+            args=arguments(study, job, name),
+            train_dataset=Dataset.from_list(tasks.training_examples(study, TASK, "lora", seed)),
+            processing_class=load_tokenizer(study.model),
         )
         trainer.train()
-        asked = tokenized(trainer, tasks.measured_rows(study, TASK, split, seed))
+        examples = tokenize(trainer, tasks.measured_examples(study, TASK, split, seed))
+        measurements: dict[str, Any] = {"tuned": _measure(model, trainer, examples)}
+        if split == "test":
+            model.save_pretrained(folder / "tuned")
+            measurements.update(_extract_and_measure(folder, trainer, examples))
+        return measurements
 
-        def measured(one: Any) -> dict[str, float]:
-            return dict(zip(("loss", "accuracy"), score(one.eval(), trainer, asked), strict=True))
 
-        found: dict[str, Any] = {"tuned": measured(model)}
-        if split == "validation":
-            return found
-        model.save_pretrained(place / "tuned")
-        base = load_model(str(place / "base"), "fp32", device="cpu")
-        found |= {"base": measured(base), "ranks": RANKS, "extracted": []}
-        made = extract(place / "base", place / "tuned", place / "lora", rank=max(RANKS))
-        adapter = load(base, place / "lora")
-        for rank in RANKS:
-            adapter.set_rank(rank)
-            row = {**measured(adapter.model), "error": round(made.errors[rank], 6)}
-            found["extracted"].append(row)
-        whole = sorted({key.rpartition(".")[0] for key in made.others})
-        extract(place / "base", place / "tuned", place / "whole", rank=max(RANKS), whole=whole)
-        parts = load(load_model(str(place / "base"), "fp32", device="cpu"), place / "whole")
-        found["whole"] = measured(parts.model)
-    return found
+def _extract_and_measure(folder: Path, trainer: AnswerTrainer, examples: Any) -> dict[str, Any]:
+    """Extract an adapter, with the other changed modules and without, and measure both."""
+    base, tuned = folder / "base", folder / "tuned"
+    base_model = load_model(str(base), "fp32", device="cpu")
+    measurements: dict[str, Any] = {
+        "base": _measure(base_model, trainer, examples),
+        "ranks": RANKS,
+    }
+    result = extract(base, tuned, folder / "lora", rank=max(RANKS))
+    adapter = load(base_model, folder / "lora")
+    extracted: list[dict[str, float]] = []
+    for rank in RANKS:
+        adapter.set_rank(rank)
+        error = round(result.errors[rank], 6)
+        extracted.append({**_measure(adapter.model, trainer, examples), "error": error})
+    measurements["extracted"] = extracted
+
+    modules = sorted({key.rpartition(".")[0] for key in result.unsaved_tensors})
+    extract(base, tuned, folder / "whole", rank=max(RANKS), modules_to_save=modules)
+    adapter = load(load_model(str(base), "fp32", device="cpu"), folder / "whole")
+    measurements["whole"] = _measure(adapter.model, trainer, examples)
+    return measurements
+
+
+def _measure(model: Any, trainer: AnswerTrainer, examples: Any) -> dict[str, float]:
+    loss, accuracy = score(model.eval(), trainer, examples)
+    return {"loss": loss, "accuracy": accuracy}
 
 
 if __name__ == "__main__":

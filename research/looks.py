@@ -1,4 +1,4 @@
-"""Give each method a plain name, a colour and a marker, on white and on dark ground."""
+"""The names of the methods on pages and in figures, and their colors and markers."""
 
 from __future__ import annotations
 
@@ -6,67 +6,82 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from research.study import EACH
+from research.study import LORA_EACH
+
+NAMES = {
+    "lora/prefix": "LoRA, truncated",
+    "lora/svd": "LoRA, then `reorder`",
+    "lora/trained": "**LoRA, then `train_ranks`**",
+    "lora/learned": "LoRA, then `learned` (version 0.2)",
+    "lora-longer/svd": "LoRA for half as long again, then `reorder`",
+    "lora-quarter-longer/learned": "LoRA for a quarter longer, then `learned`",
+    "lora/squeezed": "LoRA-Squeeze, our variant: a file for each rank",
+    "matryoshka/prefix": "P, dropped after training (the paper)",
+    "matryoshka-longer/prefix": "P, dropped after training (the paper)",
+    "matryoshka/svd": "P, then `reorder`",
+    "matryoshka/trained": "P, then `train_ranks`",
+    "matryoshka-authors/svd": "P with the authors' settings, then `reorder`",
+    "dylora-authors/prefix": "DyLoRA with the authors' settings",
+    "dylora-longer/prefix": "DyLoRA",
+    LORA_EACH: "*LoRA trained at the rank*",
+}
+"""The names of the methods, as Markdown."""
+
+
+def plain_name(method: str) -> str:
+    """Return the name of a method without Markdown, for a legend."""
+    return NAMES[method].replace("*", "").replace("`", "")
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A ground that a picture is looked at on; the picture itself has none.
+    """The background that a figure is made for; the figure itself is transparent.
 
     Attributes:
-        name: Ends the name of its file.
-        ground: The lightest or darkest that it will lie on.
-        ink: Of words and axes.
-        quiet: Of what shall not stand out.
-        grid: Of lines behind the curves.
+        name: The end of the name of the figure's file.
+        text: The color of text and axes.
+        muted: The color of what should not stand out.
+        grid: The color of the lines behind the curves.
     """
 
     name: str
-    ground: str
-    ink: str
-    quiet: str
+    text: str
+    muted: str
     grid: str
 
 
-LIGHT = Mode("light", ground="#FFFFFF", ink="#24292F", quiet="#6E7781", grid="#D8DEE4")
-DARK = Mode("dark", ground="#1E2129", ink="#E6EDF3", quiet="#9AA4AF", grid="#3D444D")
+LIGHT = Mode("light", text="#24292F", muted="#6E7781", grid="#D8DEE4")
+DARK = Mode("dark", text="#E6EDF3", muted="#9AA4AF", grid="#3D444D")
 MODES = (LIGHT, DARK)
 
 
 @dataclass(frozen=True)
 class Look:
-    """One method's words for a legend, its colour in each mode, and its marker."""
+    """The color of a method in each mode, and its marker."""
 
-    name: str
     light: str
     dark: str
     marker: str
 
-    def colour(self, mode: Mode) -> str:
-        """On a mode's ground."""
+    def color(self, mode: Mode) -> str:
+        """Return the color for a mode."""
         return self.light if mode is LIGHT else self.dark
 
 
-_BLUE, _ORANGE, _GREEN = ("#0065A8", "#4AA3E8"), ("#A86F00", "#E69F00"), ("#009E73", "#4FD6A8")
-_RED, _SKY = ("#C94F00", "#FF8A4C"), ("#4A7FD6", "#9DBEFF")
-_BLACK, _GREY = ("#24292F", "#F0F3F6"), ("#5F6770", "#8E97A1")
-
 LOOKS = {
-    EACH: Look("LoRA trained at the rank alone", *_BLACK, "*"),
-    "lora/trained": Look("one LoRA run, every rank trained a little", *_BLUE, "o"),
-    "lora/squeezed": Look("LoRA-Squeeze, a file for each rank", *_ORANGE, "v"),
-    "lora/svd": Look("one LoRA run, reordered by SVD", *_GREEN, "D"),
-    "lora/prefix": Look("one LoRA run, its first columns as they are", *_GREY, "^"),
-    "matryoshka/prefix": Look("the paper's deployment: P dropped", *_RED, "X"),
-    "matryoshka/svd": Look("one run with P, reordered by SVD", *_SKY, "s"),
+    LORA_EACH: Look("#24292F", "#F0F3F6", "*"),
+    "lora/trained": Look("#0065A8", "#4AA3E8", "o"),
+    "lora/squeezed": Look("#A86F00", "#E69F00", "v"),
+    "lora/svd": Look("#009E73", "#4FD6A8", "D"),
+    "lora/prefix": Look("#5F6770", "#8E97A1", "^"),
+    "matryoshka/prefix": Look("#C94F00", "#FF8A4C", "X"),
+    "matryoshka/svd": Look("#4A7FD6", "#9DBEFF", "s"),
 }
-"""Okabe and Ito's hues, which differ for every kind of colour vision."""
+"""The hues are those of Okabe and Ito, which differ for every kind of color vision."""
 
 
-def rank_axis(
-    axes: Any, ranks: Sequence[int], label: str = "rank at which the adapter is used"
-) -> None:
-    """Give matplotlib's axes a horizontal axis of these ranks, by powers of two."""
+def set_rank_axis(axes: Any, ranks: Sequence[int], label: str) -> None:
+    """Give matplotlib's axes a logarithmic horizontal axis with a tick at each rank."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.minorticks_off()

@@ -1,50 +1,64 @@
-"""What a study still lacks, from the runs that it has: learning rates first, then the test runs."""
+"""Plan a study: which runs are missing. Learning rates come first, then the test runs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from research.runs import Curve, Job, Run
-from research.study import EACH_RECIPES, Study, parse_method
+from research.study import PER_RANK_RECIPES, Study, parse_method
 
-MOST_RATES = 9
-"""Rates that are tried for one method: a grid with its best at the edge then grows no further."""
+MAX_RATES = 9
+"""The grid of a method does not grow beyond this number of rates."""
 
 FINALISTS = 2
-"""Of the rates that the first seed tries, so many of the best are tried by every seed."""
+"""The number of best rates of the first seed that every other seed tries too."""
 
 
 class Unit(NamedTuple):
-    """What has a learning rate of its own: a recipe with one cut, on one task, at one R.
+    """What has its own learning rate: a recipe with a deployment, on a task, at an R.
 
-    ``alone`` says that R alone counts, as for an adapter of one rank; else all nested ranks count.
+    Attributes:
+        recipe: The name of the recipe.
+        deployment: The name of the deployment.
+        task: The name of the task.
+        rank: R.
+        only_max_rank: Whether only R counts, as for an adapter of a single rank. Otherwise all
+            nested ranks count.
     """
 
     recipe: str
-    cut: str
+    deployment: str
     task: str
     rank: int
-    alone: bool = False
+    only_max_rank: bool = False
 
     def loss(self, run: Run) -> float:
-        """Return the loss that rates are chosen by; infinite where the run diverged."""
-        if self.cut not in run.curves:
+        """Return the loss that chooses the rate; infinite if the run diverged."""
+        if self.deployment not in run.curves:
             return math.inf
-        losses = run.curves[self.cut].loss
-        return losses[-1] if self.alone else fmean(losses)
+        losses = run.curves[self.deployment].loss
+        return losses[-1] if self.only_max_rank else fmean(losses)
+
+    def job(self, rate: float, seed: int, split: str) -> Job:
+        """Return a training run of the unit."""
+        return Job(self.recipe, self.task, self.rank, rate, seed, split)
+
+    def is_measured(self, job: Job, runs: Mapping[Job, Run]) -> bool:
+        """Return whether the runs have the unit's deployment of a job."""
+        return job in runs and runs[job].has(self.deployment)
 
 
 class Rates(NamedTuple):
     """The state of a unit's learning rates.
 
     Attributes:
-        missing: Jobs that must be run before more is known.
+        missing: The jobs to run before more is known.
         losses: The mean validation loss by rate, over the seeds that have tried it.
-        chosen: The rate, when it is known; None where every rate diverged.
+        chosen: The chosen rate. None if it is not known yet, or if every rate diverged.
         best: The rate with the lowest loss, from which the grid grows.
     """
 
@@ -56,17 +70,17 @@ class Rates(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """One method on one task with one seed: a curve over the ranks, over all runs that it takes.
+    """A method on a task with a seed: a curve over the ranks, and the cost of all its runs.
 
     Attributes:
-        method: ``recipe/cut``, or ``lora-each``.
-        task: The task's name.
+        method: ``recipe/deployment``, or ``lora-each``.
+        task: The name of the task.
         seed: The seed.
         ranks: Strictly increasing.
         curve: Loss and accuracy at each rank.
-        tokens: Trained on, over all runs.
-        seconds: Of training and of the cut, over all runs.
-        parameters: Of the adapters, over all runs.
+        tokens: The tokens of training.
+        seconds: The seconds of training and of the deployment.
+        parameters: The parameters of the adapters.
     """
 
     method: str
@@ -80,77 +94,90 @@ class Result:
 
 
 def units(study: Study, method: str, task: str) -> list[Unit]:
-    """Return the training runs behind one curve."""
-    recipe, cut = parse_method(method)
-    if method in EACH_RECIPES:
-        ranks = study.each or study.nesting(study.rank)
-        return [Unit(recipe, cut, task, rank, alone=True) for rank in ranks]
-    return [Unit(recipe, cut, task, study.rank)]
+    """Return the training runs of a curve."""
+    recipe, deployment = parse_method(method)
+    if method in PER_RANK_RECIPES:
+        ranks = study.reference_ranks or study.nested_ranks(study.rank)
+        return [Unit(recipe, deployment, task, rank, only_max_rank=True) for rank in ranks]
+    return [Unit(recipe, deployment, task, study.rank)]
 
 
 def rates(study: Study, runs: Mapping[Job, Run], unit: Unit) -> Rates:
-    """Return how far the choice of a unit's learning rate is.
+    """Return the state of a unit's learning rates.
 
-    The first seed tries every rate. The others try the best of these, until `FINALISTS` rates have
-    diverged with no seed. The lowest mean over all seeds is chosen, or the lowest rate that is
-    within ``study.within`` nats of it with every seed.
+    The first seed tries every rate. The others try the best rates of the first seed, until
+    `FINALISTS` of them have diverged with no seed. The rate with the lowest mean over the seeds is
+    chosen, or the lowest rate that every seed has tried and whose mean is within ``study.within``
+    nats of it. Where the chosen rate is the lowest of the grid, or the best rate is at an end, the
+    grid grows.
     """
-    tried = sorted(study.learning_rates)
-    down, up = tried[1] / tried[0], tried[-1] / tried[-2]
+    grid = sorted(study.learning_rates)
+    ratio_down = grid[1] / grid[0]
+    ratio_up = grid[-1] / grid[-2]
     while True:
-        state = _rates_of(study, runs, unit, tried)
-        lowest, highest = tried[0] in (state.chosen, state.best), tried[-1] == state.best
-        if state.missing or not (lowest or highest) or len(tried) >= MOST_RATES:
-            finite = math.isfinite(state.losses.get(state.chosen or 0, math.inf))
-            return state if finite else Rates(state.missing, state.losses, None)
-        rate = tried[-1] * up if highest else tried[0] / down
-        tried = sorted([*tried, float(f"{rate:.3g}")])
+        state = _rates_of_grid(study, runs, unit, grid)
+        at_lower_end = grid[0] in (state.chosen, state.best)
+        at_upper_end = grid[-1] == state.best
+        is_inside = not (at_lower_end or at_upper_end)
+        if state.missing or is_inside or len(grid) >= MAX_RATES:
+            if math.isfinite(state.losses.get(state.chosen or 0, math.inf)):
+                return state
+            return Rates(state.missing, state.losses, None)
+        new_rate = grid[-1] * ratio_up if at_upper_end else grid[0] / ratio_down
+        grid = sorted([*grid, float(f"{new_rate:.3g}")])
 
 
-def _rates_of(study: Study, runs: Mapping[Job, Run], unit: Unit, tried: Sequence[float]) -> Rates:
-    """Return the state of a grid; where every rate diverged, its lowest one counts as chosen."""
+def _rates_of_grid(
+    study: Study, runs: Mapping[Job, Run], unit: Unit, grid: Sequence[float]
+) -> Rates:
+    """Return the state of a grid. If every rate diverged, the lowest one counts as chosen."""
     jobs = {
-        rate: [
-            Job(unit.recipe, unit.task, unit.rank, rate, seed, "validation")
-            for seed in study.rate_seeds
+        rate: [unit.job(rate, seed, "validation") for seed in study.rate_seeds] for rate in grid
+    }
+    losses_by_seed: dict[float, list[float]] = {}
+    for rate in grid:
+        losses_by_seed[rate] = [
+            unit.loss(runs[job]) for job in jobs[rate] if unit.is_measured(job, runs)
         ]
-        for rate in tried
-    }
-    done = {
-        rate: [runs[job] for job in of_rate if job in runs and runs[job].has(unit.cut)]
-        for rate, of_rate in jobs.items()
-    }
-    losses = {rate: fmean(map(unit.loss, found)) for rate, found in done.items() if found}
-    missing = [jobs[rate][0] for rate in tried if not _has(runs, jobs[rate][0], unit.cut)]
+    losses = {rate: fmean(values) for rate, values in losses_by_seed.items() if values}
+
+    first_jobs = [jobs[rate][0] for rate in grid]
+    missing = [job for job in first_jobs if not unit.is_measured(job, runs)]
     if missing:
         return Rates(missing, losses, None)
-    finalists = 0
-    first = {rate: unit.loss(runs[jobs[rate][0]]) for rate in tried}
-    for rate in sorted(tried, key=first.__getitem__):
-        if finalists >= FINALISTS and first[rate] > min(first.values()) + study.within:
+
+    first_losses = {rate: unit.loss(runs[jobs[rate][0]]) for rate in grid}
+    limit = min(first_losses.values()) + study.within
+    num_finalists = 0
+    for rate in sorted(grid, key=first_losses.__getitem__):
+        if num_finalists >= FINALISTS and first_losses[rate] > limit:
             break
-        missing += [job for job in jobs[rate] if not _has(runs, job, unit.cut)]
-        finalists += math.isfinite(losses[rate])
+        missing += [job for job in jobs[rate] if not unit.is_measured(job, runs)]
+        if math.isfinite(losses[rate]):
+            num_finalists += 1
     if missing:
         return Rates(missing, losses, None)
-    # What has been a finalist of a smaller grid may be chosen too.
-    whole = [r for r in tried if len(done[r]) == len(jobs[r]) and math.isfinite(losses[r])]
-    best = min(whole, key=losses.__getitem__, default=tried[0])
-    near = [rate for rate in whole if losses[rate] <= losses[best] + study.within]
-    return Rates([], losses, min(near, default=tried[0]), best)
 
-
-def _has(runs: Mapping[Job, Run], job: Job, cut: str) -> bool:
-    return job in runs and runs[job].has(cut)
+    # A finalist of a smaller grid may be chosen too.
+    candidates = [
+        rate
+        for rate in grid
+        if len(losses_by_seed[rate]) == len(jobs[rate]) and math.isfinite(losses[rate])
+    ]
+    if not candidates:
+        return Rates([], losses, grid[0], grid[0])
+    best = min(candidates, key=losses.__getitem__)
+    chosen = min(rate for rate in candidates if losses[rate] <= losses[best] + study.within)
+    return Rates([], losses, chosen, best)
 
 
 def missing_jobs(study: Study, runs: Mapping[Job, Run]) -> dict[Job, set[str]]:
-    """Return the jobs that can be run now, each with the cuts that something waits for.
+    """Return the jobs that can be run now, with the deployments that are missing.
 
-    They are in the order in which they should be run, so that a study that is stopped early says
-    something: task by task, and within one the rates before the seeds.
+    The order makes the results of an interrupted study useful: task by task, and for each task the
+    rates before the seeds.
     """
-    found: dict[Job, set[str]] = {}
+    jobs: dict[Job, set[str]] = {}
     for task in study.tasks:
         states = {
             unit: rates(study, runs, unit)
@@ -159,86 +186,103 @@ def missing_jobs(study: Study, runs: Mapping[Job, Run]) -> dict[Job, set[str]]:
         }
         for unit, state in states.items():
             for job in state.missing:
-                found.setdefault(job, set()).add(unit.cut)
-        # One run serves all cuts that have its rate, so it waits until each has one.
-        unsettled = {(unit.recipe, unit.rank) for unit, state in states.items() if state.missing}
+                jobs.setdefault(job, set()).add(unit.deployment)
+        # A run serves all deployments that have its rate, so it waits until their rates are known.
+        waiting = {(unit.recipe, unit.rank) for unit, state in states.items() if state.missing}
         for seed in study.seeds:
             for unit, state in states.items():
-                if state.chosen is not None and (unit.recipe, unit.rank) not in unsettled:
-                    job = Job(unit.recipe, task, unit.rank, state.chosen, seed, "test")
-                    if not _has(runs, job, unit.cut):
-                        found.setdefault(job, set()).add(unit.cut)
-    return found
+                if state.chosen is not None and (unit.recipe, unit.rank) not in waiting:
+                    job = unit.job(state.chosen, seed, "test")
+                    if not unit.is_measured(job, runs):
+                        jobs.setdefault(job, set()).add(unit.deployment)
+    return jobs
 
 
 def diverged(study: Study, runs: Mapping[Job, Run]) -> list[str]:
-    """Return the test runs without a finite number, in words: the means are without them."""
-    return [
-        f"{method} on {task}, seed {seed}, R = {unit.rank}"
-        for method in study.methods
-        for task in study.tasks
-        for seed in study.seeds
-        for unit in units(study, method, task)
-        if (rate := rates(study, runs, unit).chosen) is not None
-        and (job := Job(unit.recipe, task, unit.rank, rate, seed, "test")) in runs
-        and unit.cut in runs[job].diverged
-    ]
+    """Return the test runs without a finite loss, in words. Means do not include them."""
+    descriptions: list[str] = []
+    for method in study.methods:
+        for task in study.tasks:
+            chosen_rates = {
+                unit: rates(study, runs, unit).chosen for unit in units(study, method, task)
+            }
+            for seed in study.seeds:
+                for unit, rate in chosen_rates.items():
+                    if rate is None:
+                        continue
+                    run = runs.get(unit.job(rate, seed, "test"))
+                    if run is not None and unit.deployment in run.diverged:
+                        descriptions.append(f"{method} on {task}, seed {seed}, R = {unit.rank}")
+    return descriptions
 
 
 def results(study: Study, runs: Mapping[Job, Run]) -> Iterator[Result]:
-    """Yield every curve whose runs are all there."""
+    """Yield every curve whose runs are complete."""
     for method in study.methods:
         for task in study.tasks:
-            parts = [(u, rates(study, runs, u).chosen) for u in units(study, method, task)]
+            chosen_rates = {
+                unit: rates(study, runs, unit).chosen for unit in units(study, method, task)
+            }
             for seed in study.seeds:
-                found = []
-                for unit, rate in parts:
-                    run = runs.get(Job(unit.recipe, task, unit.rank, rate or -1, seed, "test"))
-                    if run is not None and unit.cut in run.curves:
-                        found.append((unit, run))
-                if len(found) == len(parts):
-                    yield _result(method, task, seed, found)
+                runs_by_unit: dict[Unit, Run] = {}
+                for unit, rate in chosen_rates.items():
+                    run = runs.get(unit.job(rate or -1, seed, "test"))
+                    if run is not None and unit.deployment in run.curves:
+                        runs_by_unit[unit] = run
+                if len(runs_by_unit) == len(chosen_rates):
+                    yield _result(method, task, seed, runs_by_unit)
 
 
-def _result(method: str, task: str, seed: int, parts: Collection[tuple[Unit, Run]]) -> Result:
+def _result(method: str, task: str, seed: int, runs_by_unit: Mapping[Unit, Run]) -> Result:
     points = [
-        (rank, number, run.curves[unit.cut])
-        for unit, run in parts
-        for number, rank in enumerate(run.ranks)
-        if method not in EACH_RECIPES or rank == unit.rank
+        (rank, index, run.curves[unit.deployment])
+        for unit, run in runs_by_unit.items()
+        for index, rank in enumerate(run.ranks)
+        if method not in PER_RANK_RECIPES or rank == unit.rank
     ]
-    curve = Curve(
-        tuple(curve.loss[number] for _, number, curve in points),
-        tuple(curve.accuracy[number] for _, number, curve in points),
-        _parts([(number, curve.parts) for _, number, curve in points if curve.parts is not None]),
-    )
-    costs = [(run.cost, run.cost["cuts"][unit.cut]) for unit, run in parts]
+    parts = [(index, curve.parts) for _, index, curve in points if curve.parts is not None]
+    tokens = 0
+    seconds = 0.0
+    parameters = 0
+    for unit, run in runs_by_unit.items():
+        deployment_cost = run.cost["cuts"][unit.deployment]
+        tokens += run.cost["tokens"] + deployment_cost["tokens"]
+        seconds += run.cost["seconds"] + deployment_cost["seconds"]
+        parameters += _num_parameters(unit, run)
     return Result(
         method=method,
         task=task,
         seed=seed,
         ranks=tuple(rank for rank, _, _ in points),
-        curve=curve,
-        tokens=sum(cost["tokens"] + cut["tokens"] for cost, cut in costs),
-        seconds=sum(cost["seconds"] + cut["seconds"] for cost, cut in costs),
-        parameters=sum(_parameters(unit, run) for unit, run in parts),
+        curve=Curve(
+            tuple(curve.loss[index] for _, index, curve in points),
+            tuple(curve.accuracy[index] for _, index, curve in points),
+            _join_parts(parts),
+        ),
+        tokens=tokens,
+        seconds=seconds,
+        parameters=parameters,
     )
 
 
-def _parameters(unit: Unit, run: Run) -> int:
-    """Return how many a run deploys: LoRA-Squeeze has a file for each rank, others have one."""
-    whole = int(run.cost["parameters"])
-    return whole * sum(run.ranks) // unit.rank if unit.cut.startswith("squeezed") else whole
+def _num_parameters(unit: Unit, run: Run) -> int:
+    """Return the parameters of what is deployed: LoRA-Squeeze has a file for each rank."""
+    parameters = int(run.cost["parameters"])
+    if unit.deployment.startswith("squeezed"):
+        return parameters * sum(run.ranks) // unit.rank
+    return parameters
 
 
-def _parts(points: Sequence[tuple[int, Mapping[str, Any]]]) -> Mapping[str, Any] | None:
-    """Return the base model's shares, and those of the points of a curve."""
+def _join_parts(points: Sequence[tuple[int, Mapping[str, Any]]]) -> Mapping[str, Any] | None:
+    """Return the shares of the base model, and of the points of a curve."""
     if not points:
         return None
-    return {
-        task: {
-            metric: [shares[0], *(parts[task][metric][1 + number] for number, parts in points)]
-            for metric, shares in metrics.items()
-        }
-        for task, metrics in points[0][1].items()
-    }
+    _, first_parts = points[0]
+    joined: dict[str, dict[str, list[float]]] = {}
+    for task, metrics in first_parts.items():
+        joined[task] = {}
+        for metric, shares in metrics.items():
+            # The first share is that of the base model.
+            at_ranks = [parts[task][metric][1 + index] for index, parts in points]
+            joined[task][metric] = [shares[0], *at_ranks]
+    return joined

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from operator import attrgetter
 from statistics import fmean
 
 from research import stats
@@ -13,100 +12,111 @@ from research.commonsense import OTHER_METRIC, USUAL_METRIC
 from research.plan import Result, diverged, missing_jobs, rates, results, units
 from research.runs import Job, Run
 from research.stats import Estimate, Value
-from research.study import EACH, RECIPES, Study, parse_method
+from research.study import LORA_EACH, RECIPES, Study, parse_method
 
-Form = Callable[[Estimate], str]
-"""Writes an estimate into a cell."""
+Format = Callable[[Estimate], str]
+"""Formats an estimate as a cell."""
 
-WORDS = (
+REFERENCE = "lora/svd"
+"""The method that every other is compared with, besides `LORA_EACH`."""
+
+INTERVALS_NOTE = (
     "± is half the width of a two-sided 95 % t interval over the seeds. It says how much another "
     "seed may change, and nothing of other tasks, questions or models. A number without ± is of "
     "one seed. AURAC is the mean height of the accuracy over the ranks, along log2(rank) or along "
     "the rank; gap is the accuracy at the largest rank minus that at the worst one. Accuracies are "
-    f"in %, losses in nats per token. {EACH} is LoRA trained at each rank by itself."
+    f"in %, losses in nats per token. {LORA_EACH} is LoRA trained at each rank by itself."
 )
-SPREADS = (
+SPREADS_NOTE = (
     "A cell has the mean over the seeds, and in brackets the lowest and the highest seed. AURAC is "
     "the mean height of the accuracy over the ranks, along log2(rank) or along the rank; fall is "
     "how far the accuracy falls at most from a rank to the next larger one. Accuracies are in %, "
-    f"losses in nats per token. {EACH} is LoRA trained at each of some ranks by itself."
+    f"losses in nats per token. {LORA_EACH} is LoRA trained at each of some ranks by itself."
 )
-POOLED = (
+POOLED_NOTE = (
     "Each pair of a task and a seed counts once. The interval takes the pairs for independent; in "
     "the loss, a task with larger losses weighs more."
 )
-SHORT = "lora/svd"
-"""What every method is compared with besides `EACH`."""
 
 
-def percent(found: Estimate) -> str:
-    """Write a share in %."""
-    return found.text(100, 1)
+def percent(estimate: Estimate) -> str:
+    """Format a share in %."""
+    return estimate.text(100, 1)
 
 
-def percent_spread(found: Estimate) -> str:
-    """Write a share in %, with the lowest and the highest seed."""
-    return found.spread(100, 1)
+def points(estimate: Estimate) -> str:
+    """Format a difference of shares in points of %."""
+    return estimate.text(100, 1, "+")
 
 
-def nats_spread(found: Estimate) -> str:
-    """Write a loss, with the lowest and the highest seed."""
-    return found.spread()
+def nats(estimate: Estimate) -> str:
+    """Format a loss."""
+    return estimate.text()
 
 
-def points_spread(found: Estimate) -> str:
-    """Write a difference of shares in points, with the lowest and the highest seed."""
-    return found.spread(100, 1, "+")
+def nats_difference(estimate: Estimate) -> str:
+    """Format a difference of losses."""
+    return estimate.text(sign="+")
 
 
-def more_spread(found: Estimate) -> str:
-    """Write a difference of losses, with the lowest and the highest seed."""
-    return found.spread(sign="+")
+def percent_spread(estimate: Estimate) -> str:
+    """Format a share in %, with the lowest and the highest seed."""
+    return estimate.spread(100, 1)
 
 
-def points(found: Estimate) -> str:
-    """Write a difference of shares in points of %."""
-    return found.text(100, 1, "+")
+def points_spread(estimate: Estimate) -> str:
+    """Format a difference of shares in points of %, with the lowest and the highest seed."""
+    return estimate.spread(100, 1, "+")
 
 
-def nats(found: Estimate) -> str:
-    """Write a loss."""
-    return found.text()
+def nats_spread(estimate: Estimate) -> str:
+    """Format a loss, with the lowest and the highest seed."""
+    return estimate.spread()
 
 
-def more(found: Estimate) -> str:
-    """Write a difference of losses."""
-    return found.text(sign="+")
+def nats_difference_spread(estimate: Estimate) -> str:
+    """Format a difference of losses, with the lowest and the highest seed."""
+    return estimate.spread(sign="+")
 
 
 def tables(study: Study, runs: Mapping[Job, Run]) -> str:
     """Return all tables of a study."""
-    found = list(results(study, runs))
-    tasks = sorted({result.task for result in found})
-    parts = [f"# {study.title}", *_what(study, runs, found)]
+    all_results = list(results(study, runs))
+    tasks = sorted({result.task for result in all_results})
+    parts = [f"# {study.title}", *_description(study, runs, all_results)]
     for task in tasks:
-        parts += _by_rank(found, task) if study.within else _curves(found, task)
-    parts += _costs(found)
+        if study.within:
+            parts += _curves_with_seeds(all_results, task)
+        else:
+            parts += _curves(all_results, task)
+    parts += _costs(all_results)
     if not study.within:
         for task in tasks:
-            parts += _each_rank(found, task)
-        parts += _against(found, SHORT)
-    parts += _rates(study, runs)
+            parts += _differences_to_reference_ranks(all_results, task)
+        parts += _differences_over_tasks(all_results, REFERENCE)
+    parts += _learning_rates(study, runs)
     return "\n\n".join(parts) + "\n"
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table; columns of numbers stand to the right."""
+    """Return a Markdown table; columns of numbers are aligned to the right."""
     number = re.compile(r"([-+]?\d[\d,.]*( ± [\d.]+| \([-+\d.]+ to [-+\d.]+\))?)?")
-    right = [n > 0 and all(number.fullmatch(row[n]) for row in rows) for n in range(len(heading))]
-    rule = ["---:" if one else "---" for one in right]
+    rule: list[str] = []
+    for column in range(len(heading)):
+        is_numeric = column > 0 and all(number.fullmatch(row[column]) for row in rows)
+        rule.append("---:" if is_numeric else "---")
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, rule, *rows))
 
 
-def _what(study: Study, runs: Mapping[Job, Run], found: Sequence[Result]) -> Iterator[str]:
+def _description(
+    study: Study, runs: Mapping[Job, Run], all_results: Sequence[Result]
+) -> Iterator[str]:
     training = ", ".join(f"{k} {v}" for k, v in study.training.items() if k != "disable_tqdm")
-    versions = {tuple(sorted(run.versions.items())) for run in runs.values()}
-    seeds = {task: {one.seed for one in found if one.task == task} for task in study.tasks}
+    versions = sorted({tuple(sorted(run.versions.items())) for run in runs.values()})
+    seeds = {
+        task: len({result.seed for result in all_results if result.task == task})
+        for task in study.tasks
+    }
     layers = f" (first {study.layers} layers)" if study.layers else ""
     adapted = ", ".join(study.modules) or "all linear layers"
     rows = {
@@ -117,167 +127,208 @@ def _what(study: Study, runs: Mapping[Job, Run], found: Sequence[Result]) -> Ite
         ),
         "learning rates": f"grid from {', '.join(f'{rate:g}' for rate in study.learning_rates)}; "
         f"validation seeds {', '.join(map(str, study.rate_seeds))}",
-        "seeds": ", ".join(f"{len(of)} of {task}" for task, of in seeds.items()),
-        "versions": "; or ".join(", ".join(f"{n} {v}" for n, v in one) for one in sorted(versions)),
+        "seeds": ", ".join(f"{count} of {task}" for task, count in seeds.items()),
+        "versions": "; or ".join(
+            ", ".join(f"{name} {number}" for name, number in packages) for packages in versions
+        ),
     }
     if study.settled:
         rows["only reported"] = study.settled
     for name in dict.fromkeys(parse_method(method)[0] for method in study.methods):
         rows[f"recipe {name}"] = RECIPES[name].summary
-    if lost := diverged(study, runs):
-        rows["diverged on test, not in the means"] = "; ".join(lost)
-    if left := len(missing_jobs(study, runs)):
-        rows["not run"] = f"{left} runs or more"
+    if diverged_runs := diverged(study, runs):
+        rows["diverged on test, not in the means"] = "; ".join(diverged_runs)
+    if num_missing := len(missing_jobs(study, runs)):
+        rows["not run"] = f"{num_missing} runs or more"
     yield "## What was compared"
     yield table(("study", ""), list(rows.items()))
-    yield SPREADS if study.within else WORDS
+    yield SPREADS_NOTE if study.within else INTERVALS_NOTE
 
 
-def _curves(found: Sequence[Result], task: str) -> Iterator[str]:
-    accuracy = _at_ranks(found, task, stats.accuracy_at)
-    accuracy |= {"AURAC log2": stats.aurac_log2, "linear": stats.aurac_linear}
-    accuracy |= {"gap": stats.worst_rank_gap}
-    loss = _at_ranks(found, task, stats.loss_at) | {"mean": stats.mean_loss}
-    rows = dict.fromkeys(stats.ranking(found, task))
+def _curves(all_results: Sequence[Result], task: str) -> Iterator[str]:
+    """Yield the curves of a task: means with intervals."""
+    accuracies = _at_ranks(all_results, task, stats.accuracy_at)
+    accuracies["AURAC log2"] = stats.aurac_log2
+    accuracies["linear"] = stats.aurac_linear
+    accuracies["gap"] = stats.worst_rank_gap
+    losses = _at_ranks(all_results, task, stats.loss_at)
+    losses["mean"] = stats.mean_loss
+    methods = dict.fromkeys(stats.ranking(all_results, task))
     yield f"## Task {task}"
     yield "Accuracy at each rank, best AURAC (log2) first:"
-    yield _grid(found, rows, accuracy, percent, task)
-    yield from _parts(found, task)
+    yield _grid(all_results, methods, accuracies, percent, task)
+    yield from _choices(all_results, task)
     yield "Loss at each rank:"
-    yield _grid(found, rows, loss, nats, task)
+    yield _grid(all_results, methods, losses, nats, task)
 
 
-def _by_rank(found: Sequence[Result], task: str) -> Iterator[str]:
-    """Yield means with their spreads, what each method is behind `EACH`, and every seed."""
-    whole = max(len(result.ranks) for result in found)
-    of_all: dict[str, Value] = {"AURAC log2": stats.aurac_log2, "linear": stats.aurac_linear}
-    of_all |= {"fall": stats.largest_fall}
-    accuracy, loss = (_at_ranks(found, task, at) for at in (stats.accuracy_at, stats.loss_at))
-    accuracy |= {name: _if_whole(value, whole) for name, value in of_all.items()}
-    rows = dict.fromkeys(stats.ranking(found, task))
+def _curves_with_seeds(all_results: Sequence[Result], task: str) -> Iterator[str]:
+    """Yield the curves of a task: spreads, differences to `LORA_EACH`, and every seed."""
+    num_ranks = max(len(result.ranks) for result in all_results)
+    accuracies_at = _at_ranks(all_results, task, stats.accuracy_at)
+    losses_at = _at_ranks(all_results, task, stats.loss_at)
+    accuracies = {
+        **accuracies_at,
+        "AURAC log2": _if_complete(stats.aurac_log2, num_ranks),
+        "linear": _if_complete(stats.aurac_linear, num_ranks),
+        "fall": _if_complete(stats.largest_fall, num_ranks),
+    }
+    losses = {**losses_at, "mean": _if_complete(stats.mean_loss, num_ranks)}
+    methods = stats.ranking(all_results, task)
     yield f"## Task {task}"
     yield "Accuracy at each rank, best AURAC (log2) first:"
-    yield _grid(found, rows, accuracy, percent_spread, task)
+    yield _grid(all_results, dict.fromkeys(methods), accuracies, percent_spread, task)
     yield "Loss at each rank:"
-    means = loss | {"mean": _if_whole(stats.mean_loss, whole)}
-    yield _grid(found, rows, means, nats_spread, task)
-    ranks = {r for one in found if (one.method, one.task) == (EACH, task) for r in one.ranks}
-    of_each = [str(rank) for rank in sorted(ranks)]
-    minus = {method: EACH for method in rows if method != EACH}
+    yield _grid(all_results, dict.fromkeys(methods), losses, nats_spread, task)
+
+    references = [r for r in all_results if r.method == LORA_EACH and r.task == task]
+    ranks = [str(rank) for rank in sorted({rank for r in references for rank in r.ranks})]
+    minus = {method: LORA_EACH for method in methods if method != LORA_EACH}
     if ranks:
+        accuracies = {rank: accuracies_at[rank] for rank in ranks}
+        losses = {rank: losses_at[rank] for rank in ranks}
         yield "Accuracy minus that of LoRA trained at the rank, in points, on the same seeds:"
-        yield _grid(found, minus, {r: accuracy[r] for r in of_each}, points_spread, task)
+        yield _grid(all_results, minus, accuracies, points_spread, task)
         yield "Loss minus that of LoRA trained at the rank:"
-        yield _grid(found, minus, {r: loss[r] for r in of_each}, more_spread, task)
+        yield _grid(all_results, minus, losses, nats_difference_spread, task)
     yield "Seed by seed:"
-    seeds = [r for method in rows for r in found if (r.method, r.task) == (method, task)]
-    for what, values, unit in (("accuracy", accuracy, 100), ("loss", loss, 1)):
-        columns = [name for name in values if name.isdigit()]
-        cells = [
-            [None if (x := values[name](one)) is None else unit * x for name in columns]
-            for one in seeds
-        ]
-        digits = 1 if unit == 100 else 3
-        text = [["" if x is None else f"{x:.{digits}f}" for x in row] for row in cells]
-        heads = [(one.method, str(one.seed)) for one in seeds]
-        both = [(*head, *row) for head, row in zip(heads, text, strict=True)]
-        yield table((what, "seed", *columns), both)
+    seeds = [r for method in methods for r in all_results if (r.method, r.task) == (method, task)]
+    yield _seeds("accuracy", seeds, accuracies_at, unit=100, digits=1)
+    yield _seeds("loss", seeds, losses_at, unit=1, digits=3)
 
 
-def _if_whole(value: Value, ranks: int) -> Value:
-    """Return what gives a number of curves that have all ranks alone."""
-    return lambda result: value(result) if len(result.ranks) == ranks else None
+def _seeds(
+    label: str, curves: Sequence[Result], columns: Mapping[str, Value], unit: int, digits: int
+) -> str:
+    """Return a row for each curve."""
+    rows: list[list[str]] = []
+    for curve in curves:
+        row = [curve.method, str(curve.seed)]
+        for value in columns.values():
+            number = value(curve)
+            row.append("" if number is None else f"{unit * number:.{digits}f}")
+        rows.append(row)
+    return table((label, "seed", *columns), rows)
 
 
-def _parts(found: Sequence[Result], task: str) -> Iterator[str]:
-    """Yield each task with choices that the accuracy is the mean of, and the base model."""
-    having = [result for result in found if result.task == task and result.curve.parts]
-    for text, metrics in (("usual", USUAL_METRIC), ("other", OTHER_METRIC)):
-        columns = {f"{part} ({metric})": {part: metric} for part, metric in metrics.items()}
+def _if_complete(value: Value, num_ranks: int) -> Value:
+    """Return a function that returns the value of curves with all ranks, otherwise None."""
+
+    def of_complete(result: Result) -> float | None:
+        return value(result) if len(result.ranks) == num_ranks else None
+
+    return of_complete
+
+
+def _choices(all_results: Sequence[Result], task: str) -> Iterator[str]:
+    """Yield the right answers of each task with choices, and of the base model."""
+    with_choices = [r for r in all_results if r.task == task and r.curve.parts]
+    for label, metrics in (("usual", USUAL_METRIC), ("other", OTHER_METRIC)):
+        columns = {f"{name} ({metric})": {name: metric} for name, metric in metrics.items()}
         columns["mean"] = dict(metrics)
         rows: list[Sequence[str]] = []
-        for method in stats.ranking(having, task):
-            ranks = sorted({rank for one in having if one.method == method for rank in one.ranks})
-            for rank in ranks if rows else (0, *ranks):
+        for method in stats.ranking(with_choices, task):
+            ranks = sorted({rank for r in with_choices if r.method == method for rank in r.ranks})
+            if not rows:  # the base model is the same for all methods
+                ranks = [0, *ranks]
+            for rank in ranks:
                 cells = [
-                    _cell(stats.mean(having, method, stats.chosen_at(of, rank), task), percent)
-                    for of in columns.values()
+                    _cell(
+                        stats.mean(with_choices, method, stats.choices_at(column, rank), task),
+                        percent,
+                    )
+                    for column in columns.values()
                 ]
-                rows.append((method, str(rank), *cells) if rank else ("the base model", "", *cells))
+                label_cells = (method, str(rank)) if rank else ("the base model", "")
+                rows.append((*label_cells, *cells))
         if rows:
-            yield f"Right answers by each task's {text} metric:"
+            yield f"Right answers by each task's {label} metric:"
             yield table(("method", "rank", *columns), rows)
 
 
-def _costs(found: Sequence[Result]) -> Iterator[str]:
-    kinds: dict[str, Value] = {
-        "tokens": attrgetter("tokens"),
-        "seconds": attrgetter("seconds"),
-        "bytes": lambda result: 4 * result.parameters,
-    }
-    rows = []
-    for method in stats.ranking(found):
-        row = [method, str(len(stats.values(found, method, kinds["tokens"])))]
+def _tokens(result: Result) -> float:
+    return result.tokens
+
+
+def _seconds(result: Result) -> float:
+    return result.seconds
+
+
+def _bytes(result: Result) -> float:
+    return 4 * result.parameters
+
+
+def _costs(all_results: Sequence[Result]) -> Iterator[str]:
+    kinds: dict[str, Value] = {"tokens": _tokens, "seconds": _seconds, "bytes": _bytes}
+    heading = ["method", "curves"]
+    for kind in kinds:
+        heading += [kind, "times"]
+    rows: list[list[str]] = []
+    for method in stats.ranking(all_results):
+        row = [method, str(len(stats.values(all_results, method, _tokens)))]
         for value in kinds.values():
-            mine, plain = (stats.values(found, name, value) for name in (method, SHORT))
-            common = mine.keys() & plain.keys()
-            total = sum(plain[pair] for pair in common)
-            times = f"{sum(mine[pair] for pair in common) / total:.2f}" if total else ""
-            row += [f"{fmean(mine.values()):,.0f}", times]
+            costs = stats.values(all_results, method, value)
+            reference_costs = stats.values(all_results, REFERENCE, value)
+            common = costs.keys() & reference_costs.keys()
+            total = sum(reference_costs[pair] for pair in common)
+            times = f"{sum(costs[pair] for pair in common) / total:.2f}" if total else ""
+            row += [f"{fmean(costs.values()):,.0f}", times]
         rows.append(row)
     yield "## Cost"
     yield (
         "Mean cost of one curve over tasks and seeds: all training runs that it takes, and the "
-        f"cut; times is the multiple of {SHORT}, on what both have done. Tokens are those of "
-        "gradient steps; bytes are those of the factors that training leaves, in float32."
+        f"deployment; times is the multiple of {REFERENCE}, on what both have done. Tokens are "
+        "those of gradient steps; bytes are those of the factors that training leaves, in float32."
     )
-    yield table(("method", "curves", *(h for kind in kinds for h in (kind, "times"))), rows)
+    yield table(heading, rows)
 
 
-def _each_rank(found: Sequence[Result], task: str) -> Iterator[str]:
+def _differences_to_reference_ranks(all_results: Sequence[Result], task: str) -> Iterator[str]:
     """Yield the differences to LoRA trained at each rank."""
-    rows = {
-        method: EACH
-        for method in stats.ranking(found, task)
-        if method != EACH and stats.differences(found, method, EACH, stats.mean_loss, task)
+    minus = {
+        method: LORA_EACH
+        for method in stats.ranking(all_results, task)
+        if method != LORA_EACH
+        and stats.differences(all_results, method, LORA_EACH, stats.mean_loss, task)
     }
-    if rows:
+    if minus:
+        accuracies = _at_ranks(all_results, task, stats.accuracy_at)
+        losses = _at_ranks(all_results, task, stats.loss_at)
         yield f"## {task}: minus LoRA trained at the rank"
         yield "Accuracy in points of %, more is better:"
-        yield _grid(found, rows, _at_ranks(found, task, stats.accuracy_at), points, task)
+        yield _grid(all_results, minus, accuracies, points, task)
         yield "Loss in nats per token, less is better:"
-        yield _grid(found, rows, _at_ranks(found, task, stats.loss_at), more, task)
+        yield _grid(all_results, minus, losses, nats_difference, task)
 
 
-def _against(found: Sequence[Result], other: str) -> Iterator[str]:
-    rows = []
-    for method in stats.ranking(found):
-        area = stats.mean(found, method, stats.aurac_log2, None, other)
-        loss = stats.mean(found, method, stats.mean_loss, None, other)
+def _differences_over_tasks(all_results: Sequence[Result], other: str) -> Iterator[str]:
+    rows: list[Sequence[str]] = []
+    for method in stats.ranking(all_results):
+        area = stats.mean(all_results, method, stats.aurac_log2, None, other)
+        loss = stats.mean(all_results, method, stats.mean_loss, None, other)
         if method != other and area and loss:
-            rows.append((method, str(area.n), points(area), more(loss)))
+            rows.append((method, str(area.n), points(area), nats_difference(loss)))
     if rows:
         yield f"## Minus {other}, over all tasks"
-        yield POOLED
+        yield POOLED_NOTE
         yield table(("method", "pairs", "AURAC (log2), points", "mean loss, nats"), rows)
 
 
-def _rates(study: Study, runs: Mapping[Job, Run]) -> Iterator[str]:
-    tried = {
-        (method, task, unit): state
+def _learning_rates(study: Study, runs: Mapping[Job, Run]) -> Iterator[str]:
+    states = {
+        (method, task, unit): rates(study, runs, unit)
         for method in study.methods
         for task in study.tasks
         for unit in units(study, method, task)
-        if (state := rates(study, runs, unit)).losses
     }
-    grid = sorted({rate for state in tried.values() for rate in state.losses})
-    rows = [
-        (
-            *(method, task, str(unit.rank), "" if state.chosen is None else f"{state.chosen:g}"),
-            *(_loss(state.losses[rate]) if rate in state.losses else "" for rate in grid),
-        )
-        for (method, task, unit), state in tried.items()
-    ]
+    grid = sorted({rate for state in states.values() for rate in state.losses})
+    rows: list[Sequence[str]] = []
+    for (method, task, unit), state in states.items():
+        if not state.losses:
+            continue
+        chosen = "" if state.chosen is None else f"{state.chosen:g}"
+        losses = [_loss(state.losses[rate]) if rate in state.losses else "" for rate in grid]
+        rows.append((method, task, str(unit.rank), chosen, *losses))
     yield "## Learning rates"
     yield (
         "Validation loss by learning rate, in nats per token: the mean over the ranks, or for a "
@@ -291,54 +342,65 @@ def _loss(loss: float) -> str:
 
 
 def _at_ranks(
-    found: Sequence[Result], task: str, value: Callable[[int], Value]
+    all_results: Sequence[Result], task: str, value_at: Callable[[int], Value]
 ) -> dict[str, Value]:
-    ranks = {rank for result in found if result.task == task for rank in result.ranks}
-    return {str(rank): value(rank) for rank in sorted(ranks)}
+    """Return a column for each rank of a task."""
+    ranks = {rank for result in all_results if result.task == task for rank in result.ranks}
+    return {str(rank): value_at(rank) for rank in sorted(ranks)}
 
 
 def _grid(
-    found: Sequence[Result],
+    all_results: Sequence[Result],
     methods: Mapping[str, str | None],
     columns: Mapping[str, Value],
-    form: Form,
+    format_cell: Format,
     task: str,
 ) -> str:
-    """Return a row for each method: what it has, or what it has more than another method."""
-    rows = []
+    """Return a table with a row for each method.
+
+    Args:
+        all_results: The curves.
+        methods: The methods, and for each the method to subtract, or None.
+        columns: The headings and values.
+        format_cell: Formats a cell.
+        task: The task.
+    """
+    rows: list[Sequence[str]] = []
     for method, minus in methods.items():
-        cells = [stats.mean(found, method, value, task, minus) for value in columns.values()]
-        seeds = max((cell.n for cell in cells if cell), default=0)
-        if seeds:
-            rows.append((method, str(seeds), *(_cell(cell, form) for cell in cells)))
+        cells = [stats.mean(all_results, method, value, task, minus) for value in columns.values()]
+        num_seeds = max((cell.n for cell in cells if cell), default=0)
+        if num_seeds:
+            rows.append((method, str(num_seeds), *(_cell(cell, format_cell) for cell in cells)))
     return table(("method", "seeds", *columns), rows)
 
 
-def _cell(found: Estimate | None, form: Form) -> str:
-    return "" if found is None else form(found)
+def _cell(estimate: Estimate | None, format_cell: Format) -> str:
+    return "" if estimate is None else format_cell(estimate)
 
 
-def comparison(study: Study, recorded: Sequence[Result], again: Sequence[Result]) -> str:
-    """Return the recorded curves beside those of new runs, over the same tasks and seeds.
+def comparison(study: Study, recorded: Sequence[Result], repeated: Sequence[Result]) -> str:
+    """Return a table of the recorded curves and those of new runs, over the same tasks and seeds.
 
-    A rank differs where the two intervals do not meet; one seed has no interval.
+    A rank differs if the two intervals do not overlap; a single seed has no interval.
     """
-    rows = []
-    for kind, value, form in (
+    kinds: list[tuple[str, Callable[[int], Value], Format]] = [
         ("accuracy", stats.accuracy_at, percent),
         ("loss", stats.loss_at, nats),
-    ):
-        for method in dict.fromkeys(result.method for result in again):
-            for rank in study.nesting(study.rank):
-                new = stats.mean(again, method, value(rank))
-                old = stats.mean(recorded, method, value(rank))
+    ]
+    rows: list[Sequence[str]] = []
+    for kind, value_at, format_cell in kinds:
+        for method in dict.fromkeys(result.method for result in repeated):
+            for rank in study.nested_ranks(study.rank):
+                new = stats.mean(repeated, method, value_at(rank))
+                old = stats.mean(recorded, method, value_at(rank))
                 if new and old:
-                    rows.append((method, kind, str(rank), form(old), form(new), _meets(old, new)))
+                    cells = (format_cell(old), format_cell(new), _overlap(old, new))
+                    rows.append((method, kind, str(rank), *cells))
     return table(("method", "", "rank", "recorded", "again", "intervals"), rows)
 
 
-def _meets(one: Estimate, other: Estimate) -> str:
-    if one.half_width is None or other.half_width is None:
-        return "one seed"
-    apart = abs(one.mean - other.mean)
-    return "meet" if apart <= one.half_width + other.half_width else "differ"
+def _overlap(old: Estimate, new: Estimate) -> str:
+    if old.half_width is None or new.half_width is None:
+        return "single seed"
+    distance = abs(old.mean - new.mean)
+    return "overlap" if distance <= old.half_width + new.half_width else "differ"

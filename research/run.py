@@ -14,21 +14,21 @@ from typing import Any
 import torch
 
 from matryoshka_lora import NotFiniteError
-from research.commonsense import choose, mean_accuracies
-from research.cuts import MAKERS, SAME_AT_ALL_RANKS
+from research.commonsense import Shares, answer_choices, mean_accuracies
+from research.deployments import FUNCTIONS, WITH_A_COMMON_ADAPTER
 from research.plan import missing_jobs
-from research.runs import Curve, Job, Run, append
-from research.study import Study, may_be_run
-from research.tasks import choices
+from research.runs import Curve, Job, Run, append_run
+from research.study import Study, check_can_run
+from research.tasks import choices_folder
 from research.training import AnswerTrainer, Trained, score, trainer_of
 
 PACKAGES = ("matryoshka-lora", "torch", "transformers", "peft", "trl", "reasoning-gym")
 
 
 def set_up(threads: int) -> None:
-    """Compute with so many threads, and with tiny numbers as zero: they take a CPU far longer.
+    """Set the number of threads, and compute with denormal numbers as zero, which is faster.
 
-    It holds for the whole process, so only a program calls it, and no function that a test calls.
+    It holds for the whole process, so only programs call it, and no function that a test calls.
     """
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
@@ -38,100 +38,125 @@ def run_study(
     study: Study,
     runs: Mapping[Job, Run],
     file: Path,
-    seconds: float = float("inf"),
-    on_run: Callable[[int, int], object] = lambda done, missing: None,
+    max_seconds: float = float("inf"),
+    on_run: Callable[[int, int], object] | None = None,
 ) -> dict[Job, Run]:
     """Run what is missing of a study.
 
     Args:
         study: The study.
-        runs: What is there already.
-        file: Finished runs are appended to it.
-        seconds: No run begins after so long.
-        on_run: Called with the numbers of runs that are there, and of those that are known to be
-            missing.
+        runs: The finished runs.
+        file: New runs are appended to it.
+        max_seconds: No run begins later than this.
+        on_run: Called before each run with the number of finished runs, and of those that are known
+            to be missing.
 
     Returns:
         All runs, by job.
 
     Raises:
-        MatryoshkaError: The study is settled, or a job cannot be done. Finished runs are kept.
+        MatryoshkaError: The study is only reported, or a job cannot be run. Finished runs are kept.
     """
-    may_be_run(study)
-    found, end = dict(runs), time.monotonic() + seconds
-    while missing := missing_jobs(study, found):
-        on_run(len(found), len(missing))
+    check_can_run(study)
+    all_runs = dict(runs)
+    end = time.monotonic() + max_seconds
+    while missing := missing_jobs(study, all_runs):
+        if on_run is not None:
+            on_run(len(all_runs), len(missing))
         if time.monotonic() >= end:
             break
-        job, cuts = next(iter(missing.items()))
-        run = run_job(study, job, cuts)
-        append(file, run)
-        found[job] = found[job].joined(run) if job in found else run
-    return found
+        job, deployments = next(iter(missing.items()))
+        run = run_job(study, job, deployments)
+        append_run(file, run)
+        all_runs[job] = all_runs[job].merge(run) if job in all_runs else run
+    return all_runs
 
 
-def run_job(study: Study, job: Job, cuts: Collection[str]) -> Run:
-    """Train, deploy by each cut, and measure; a cut without a finite number has no curve."""
+def run_job(study: Study, job: Job, deployments: Collection[str]) -> Run:
+    """Train, deploy and measure. A deployment without a finite loss has no curve."""
+    names = [name for name in FUNCTIONS if name in deployments]
     curves: dict[str, Curve] = {}
-    cost: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "parameters": 0, "cuts": {}}
+    deployment_costs: dict[str, dict[str, float]] = {}
+    cost: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "parameters": 0, "cuts": deployment_costs}
     with trainer_of(study, job) as (adapter, trainer, measured), suppress(NotFiniteError):
-        begin, tokens = time.perf_counter(), AnswerTrainer.tokens
+        start = time.perf_counter()
+        tokens_before = AnswerTrainer.num_tokens
         trainer.train()
-        cost["tokens"] = AnswerTrainer.tokens - tokens
-        trained = Trained(study, job, adapter.factors(), trainer, measured)
-        cost["seconds"] = round(time.perf_counter() - begin, 2)
-        cost["parameters"] = trained.parameters
-        for cut in (name for name in MAKERS if name in cuts):
-            # A decomposition of what is not finite has an error of its own.
+        cost["tokens"] = AnswerTrainer.num_tokens - tokens_before
+        trained = Trained(study, job, adapter.layers.copy_factors(), trainer, measured)
+        cost["seconds"] = round(time.perf_counter() - start, 2)
+        cost["parameters"] = trained.num_parameters
+        for name in names:
+            # The decomposition of what is not finite raises LinAlgError.
             with suppress(NotFiniteError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-                tokens = AnswerTrainer.tokens
-                curves[cut], seconds = _measured(study, job, cut, trained, curves)
-                learned = AnswerTrainer.tokens - tokens
-                cost["cuts"][cut] = {"tokens": learned, "seconds": round(seconds, 2)}
-    lost = tuple(cut for cut in MAKERS if cut in cuts and cut not in curves)
+                tokens_before = AnswerTrainer.num_tokens
+                curves[name], seconds = _measure(study, job, name, trained, curves)
+                deployment_costs[name] = {
+                    "tokens": AnswerTrainer.num_tokens - tokens_before,
+                    "seconds": round(seconds, 2),
+                }
+    diverged = tuple(name for name in names if name not in curves)
     settings = study.settings(job.task, job.recipe)
-    return Run(job, study.measured(job), curves, cost, settings, versions(), lost)
+    return Run(job, study.measured_ranks(job), curves, cost, settings, versions(), diverged)
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what the numbers depend on."""
+    """Return the versions that the numbers depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def _measured(
-    study: Study, job: Job, cut: str, trained: Trained, others: Mapping[str, Curve]
+def _measure(
+    study: Study, job: Job, deployment: str, trained: Trained, curves: Mapping[str, Curve]
 ) -> tuple[Curve, float]:
-    """Return a cut's curve, and the seconds that the cut took."""
-    losses, accuracies, chosen, seconds = [], [], [], 0.0
-    folder, limit = choices(study, job.task), study.tasks[job.task].get("limit")
-    ask = None
-    if folder is not None and job.split == "test":
-        tokenizer = trained.trainer.processing_class
-        ask = partial(choose, folder=folder / "test", tokenizer=tokenizer, limit=limit)
-    begin = time.perf_counter()
-    for adapter, rank in MAKERS[cut](trained):
-        seconds += time.perf_counter() - begin
+    """Return the curve of a deployment, and the seconds that the deployment took."""
+    losses: list[float] = []
+    accuracies: list[float] = []
+    shares_by_rank: list[Shares] = []
+    seconds = 0.0
+    ask = _choices_to_ask(study, job, trained)
+    start = time.perf_counter()
+    for adapter, rank in FUNCTIONS[deployment](trained):
+        seconds += time.perf_counter() - start
         adapter.set_rank(rank)
         loss, accuracy = score(adapter.model, trained.trainer, trained.measured)
         if loss != loss:
-            raise NotFiniteError(f"the loss at rank {rank} is not finite")
+            raise NotFiniteError(f"The loss at rank {rank} is not finite.")
         losses.append(loss)
         accuracies.append(accuracy)
-        if ask is not None and cut not in SAME_AT_ALL_RANKS:
-            chosen.append(ask(adapter, [rank]))
-        begin = time.perf_counter()
+        if ask is not None and deployment not in WITH_A_COMMON_ADAPTER:
+            shares_by_rank.append(ask(adapter, [rank]))
+        start = time.perf_counter()
     if ask is None:
         return Curve(tuple(losses), tuple(accuracies)), seconds
-    for other in others.values():
-        if other.loss == tuple(losses):  # the adapter is the same, and questions take long
-            return other, seconds
-    if not chosen:
-        chosen = [ask(adapter, list(trained.ranks))]
-    parts = {
-        task: {
-            metric: [base, *(share for part in chosen for share in part[task][metric][1:])]
-            for metric, (base, *_) in metrics.items()
-        }
-        for task, metrics in chosen[0].items()
-    }
+    for curve in curves.values():
+        if curve.loss == tuple(losses):  # the adapter is the same, and questions take long
+            return curve, seconds
+    if not shares_by_rank:
+        shares_by_rank.append(ask(adapter, list(trained.ranks)))
+    parts = _join_shares(shares_by_rank)
     return Curve(tuple(losses), tuple(mean_accuracies(parts)[1:]), parts), seconds
+
+
+def _choices_to_ask(study: Study, job: Job, trained: Trained) -> Callable[..., Shares] | None:
+    """Return a function of an adapter and ranks that asks questions with choices, if any."""
+    folder = choices_folder(study, job.task)
+    if folder is None or job.split != "test":
+        return None
+    return partial(
+        answer_choices,
+        folder=folder / "test",
+        tokenizer=trained.trainer.processing_class,
+        limit=study.tasks[job.task].get("limit"),
+    )
+
+
+def _join_shares(shares_by_rank: list[Shares]) -> Shares:
+    """Return the shares of the base model, and of the ranks of several evaluations."""
+    joined: Shares = {}
+    for task, metrics in shares_by_rank[0].items():
+        joined[task] = {}
+        for metric, (base_share, *_) in metrics.items():
+            joined[task][metric] = [base_share]
+            for shares in shares_by_rank:
+                joined[task][metric] += shares[task][metric][1:]
+    return joined

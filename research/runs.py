@@ -1,4 +1,4 @@
-"""Keep a study's training runs as JSON lines: a finished run is a line that is appended."""
+"""The training runs of a study, as JSON lines: a finished run is appended as a line."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from matryoshka_lora import MatryoshkaError
 
 @dataclass(frozen=True)
 class Job:
-    """One training run, before it is done.
+    """A training run before it is done.
 
     Attributes:
         recipe: How the adapter is trained; a name of `research.study.RECIPES`.
-        task: A name of the study's tasks.
+        task: The name of a task of the study.
         rank: R of the adapter.
-        learning_rate: Its peak.
-        seed: It decides initialisation, the order of rows, drawn ranks and the training questions.
-        split: What is measured afterwards, ``"validation"`` or ``"test"``.
+        learning_rate: The peak learning rate.
+        seed: The seed of the initialisation, the order of examples, the drawn ranks and the
+            training questions.
+        split: The examples to measure on, ``"validation"`` or ``"test"``.
     """
 
     recipe: str
@@ -35,14 +36,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Curve:
-    """What one way to deploy an adapter gives at each rank.
+    """Loss and accuracy of a deployment at each rank.
 
     Attributes:
-        loss: The loss on measured rows, nats per token of the answers.
-        accuracy: The share of questions whose whole answer is what greedy decoding writes, 0 to 1;
-            for questions with choices, the mean over the tasks of `research.commonsense`.
-        parts: For questions with choices, the shares by task and metric; the first is the base
-            model's.
+        loss: The loss of the answers, in nats per token.
+        accuracy: The share of questions whose whole answer greedy decoding would write. For
+            questions with choices, the mean over the tasks of `research.commonsense`.
+        parts: For questions with choices, the shares by task and metric. The first share is that of
+            the base model.
     """
 
     loss: tuple[float, ...]
@@ -52,17 +53,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished job.
+    """A finished job. The fields are the keys of a line of JSON.
 
     Attributes:
-        job: What was done.
-        ranks: The ranks at which the curves are measured.
-        curves: The curves by the name of the cut, see `research.cuts`.
-        cost: ``tokens`` of training, ``seconds`` of training, ``parameters`` of the adapter, and
-            ``cuts``: the same tokens and seconds for each cut.
-        settings: A hash of everything else that the numbers depend on, see `Study.settings`.
+        job: What was run.
+        ranks: The ranks of the curves.
+        curves: The curves by deployment; see `research.deployments`.
+        cost: ``tokens`` and ``seconds`` of training, ``parameters`` of the adapter, and ``cuts``:
+            tokens and seconds by deployment.
+        settings: A hash of everything else that the numbers depend on; see `Study.settings`.
         versions: The versions of the packages.
-        diverged: The cuts that gave no finite number; all of them where training diverged.
+        diverged: The deployments without a finite loss; all of them if training diverged.
     """
 
     job: Job
@@ -73,82 +74,103 @@ class Run:
     versions: dict[str, str]
     diverged: tuple[str, ...] = field(default=())
 
-    def has(self, cut: str) -> bool:
-        """Return whether a cut needs no further measurement."""
-        return cut in self.curves or cut in self.diverged
+    def has(self, deployment: str) -> bool:
+        """Return whether a deployment was measured, or has diverged."""
+        return deployment in self.curves or deployment in self.diverged
 
-    def joined(self, later: Run) -> Run:
-        """Return one run with the cuts of two runs of the same job."""
-        cuts = {**self.cost["cuts"], **later.cost["cuts"]}
-        curves, cost = {**self.curves, **later.curves}, {**self.cost, "cuts": cuts}
-        diverged = tuple(dict.fromkeys((*self.diverged, *later.diverged)))
-        each, versions = (self.versions, later.versions), dict[str, str]()
-        for name in dict.fromkeys(key for one in each for key in one):
-            numbers = " and ".join(one[name] for one in each if name in one).split(" and ")
-            versions[name] = " and ".join(dict.fromkeys(numbers))
-        return Run(self.job, self.ranks, curves, cost, self.settings, versions, diverged)
+    def merge(self, later: Run) -> Run:
+        """Return a run with the deployments of two runs of the same job."""
+        deployment_costs = {**self.cost["cuts"], **later.cost["cuts"]}
+        return Run(
+            self.job,
+            self.ranks,
+            curves={**self.curves, **later.curves},
+            cost={**self.cost, "cuts": deployment_costs},
+            settings=self.settings,
+            versions=_merge_versions(self.versions, later.versions),
+            diverged=tuple(dict.fromkeys((*self.diverged, *later.diverged))),
+        )
 
     def to_line(self) -> str:
-        """Return the run as one line of JSON."""
-        found = asdict(self)
-        for curve in found["curves"].values():
+        """Return the run as a line of JSON."""
+        content = asdict(self)
+        for curve in content["curves"].values():
             if curve["parts"] is None:
                 del curve["parts"]
         if not self.diverged:
-            del found["diverged"]
-        return json.dumps(found, allow_nan=False, separators=(",", ":")) + "\n"
+            del content["diverged"]
+        return json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n"
 
     @classmethod
     def from_line(cls, line: str) -> Run:
-        """Return the run of a line that `to_line` has written."""
-        found = json.loads(line)
-        job, ranks, curves = found.pop("job"), found.pop("ranks"), found.pop("curves")
-        made = {
-            name: Curve(tuple(c["loss"]), tuple(c["accuracy"]), c.get("parts"))
-            for name, c in curves.items()
+        """Return the run of a line of `to_line`."""
+        content = json.loads(line)
+        curves = {
+            deployment: Curve(tuple(curve["loss"]), tuple(curve["accuracy"]), curve.get("parts"))
+            for deployment, curve in content["curves"].items()
         }
-        diverged = tuple(found.pop("diverged", ()))
-        return cls(Job(**job), tuple(ranks), made, diverged=diverged, **found)
+        return cls(
+            Job(**content["job"]),
+            tuple(content["ranks"]),
+            curves,
+            cost=content["cost"],
+            settings=content["settings"],
+            versions=content["versions"],
+            diverged=tuple(content.get("diverged", ())),
+        )
 
 
-def read(files: Iterable[Path]) -> dict[Job, Run]:
-    """Read runs; several lines of one job become one run.
+def _merge_versions(earlier: Mapping[str, str], later: Mapping[str, str]) -> dict[str, str]:
+    """Return the versions by package; several ones are joined by "and"."""
+    versions: dict[str, str] = {}
+    for name in dict.fromkeys((*earlier, *later)):
+        numbers: list[str] = []
+        for source in (earlier, later):
+            if name in source:
+                numbers += source[name].split(" and ")
+        versions[name] = " and ".join(dict.fromkeys(numbers))
+    return versions
+
+
+def read_runs(files: Iterable[Path]) -> dict[Job, Run]:
+    """Return the runs of some files; several lines of a job become one run.
 
     Raises:
-        MatryoshkaError: A line is no run.
+        MatryoshkaError: A line is not a run.
     """
-    found: dict[Job, Run] = {}
+    runs: dict[Job, Run] = {}
     for file in files:
-        for number, line in enumerate(whole_lines(file), start=1):
+        for number, line in enumerate(complete_lines(file), start=1):
             try:
                 run = Run.from_line(line)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise MatryoshkaError(
-                    f"{file}, line {number} is no run ({error}): delete the line to run it again"
+                    f"{file}, line {number} is not a run ({error}). Delete the line to repeat the "
+                    "run."
                 ) from error
-            found[run.job] = found[run.job].joined(run) if run.job in found else run
-    return found
+            runs[run.job] = runs[run.job].merge(run) if run.job in runs else run
+    return runs
 
 
-def whole_lines(file: Path) -> list[str]:
-    """Return the lines of a file, without a last one that a killed process has left."""
+def complete_lines(file: Path) -> list[str]:
+    """Return the lines of a file, without an incomplete last line of a killed process."""
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def append(file: Path, run: Run) -> None:
-    """Append a run to a file, in place of an unfinished last line."""
+def append_run(file: Path, run: Run) -> None:
+    """Append a run to a file; an incomplete last line is replaced."""
     append_line(file, run.to_line())
 
 
 def append_line(file: Path, line: str) -> None:
-    """Append a line to a file, in place of an unfinished last one."""
+    """Append a line to a file; an incomplete last line is replaced."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab+") as target:
         target.seek(0)
-        text = target.read()
-        if text and not text.endswith(b"\n"):
-            target.truncate(text.rfind(b"\n") + 1)
+        content = target.read()
+        if content and not content.endswith(b"\n"):
+            target.truncate(content.rfind(b"\n") + 1)
         target.write(line.encode())
         target.flush()
         os.fsync(target.fileno())

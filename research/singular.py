@@ -1,9 +1,9 @@
-"""Show what reordering does to a layer: the norms of its directions, what each prefix misses.
+"""Measure what reordering does to a layer: norms of its components, and errors of its prefixes.
 
     python -m research.singular docs/singular.json       # about two minutes of one core
 
-The adapter is plain LoRA on the 256 facts of seed 0, trained as `research/studies/facts256.yaml`
-says, at the learning rate that validation chose for ``lora/svd``.
+The adapter is plain LoRA on the 256 facts of seed 0, trained as in `research/studies/facts256.yaml`
+at the learning rate that validation chose for ``lora/svd``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from matryoshka_lora import NestedAdapter
 from research.run import set_up
 from research.runs import Job
 from research.study import load_study
@@ -30,36 +31,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", type=Path, help="the JSON file to write")
-    given = parser.parse_args()
+    parser.add_argument("output", type=Path, help="the JSON file to write")
+    options = parser.parse_args()
     set_up(1)
-    found: dict[str, Any] = {"adapter": "lora-r32-lr0.004-seed0", "task": JOB.task, "layer": LAYER}
     with trainer_of(load_study("facts256"), JOB) as (adapter, trainer, _):
         trainer.train()
-    for order in ("trained", "svd"):
-        if order == "svd":
-            adapter.reorder()
-        pairs = adapter.factors()
-        (layer,) = (name for name in pairs if name.endswith(LAYER))
-        found[order] = describe(*pairs[layer])
-    given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    content: dict[str, Any] = {
+        "adapter": "lora-r32-lr0.004-seed0",
+        "task": JOB.task,
+        "layer": LAYER,
+        "trained": describe_layer(adapter),
+    }
+    adapter.reorder()
+    content["svd"] = describe_layer(adapter)
+    options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def describe_layer(adapter: NestedAdapter) -> dict[str, list[float]]:
+    """Return what `describe` returns of the layer `LAYER`."""
+    layers = [pair for name, pair in adapter.layers.copy_factors().items() if name.endswith(LAYER)]
+    A, B = layers[0]
+    return describe(A, B)
 
 
 def describe(A: Tensor, B: Tensor) -> dict[str, list[float]]:
-    """Return the norm of each direction ``b_i a_i``, and what 0, 1, ... R directions miss.
+    """Return the norm of each component ``b_i a_i``, and the error of the ranks 0, 1, ... R.
 
-    A prefix misses ``|B A - B_r A_r| / |B A|`` of the update, in Frobenius norms.
+    The error is ``|B A - B_r A_r| / |B A|``, in Frobenius norms.
     """
     A, B = A.double(), B.double()
-    whole = B @ A
-    missing = [(whole - B[:, :r] @ A[:r]).norm() / whole.norm() for r in range(len(A) + 1)]
+    update = B @ A
+    errors = [
+        (update - B[:, :rank] @ A[:rank]).norm() / update.norm() for rank in range(len(A) + 1)
+    ]
     return {
-        "norms": _rounded(B.norm(dim=0) * A.norm(dim=1)),
-        "missing": _rounded(torch.stack(missing)),
+        "norms": _round(B.norm(dim=0) * A.norm(dim=1)),
+        "missing": _round(torch.stack(errors)),
     }
 
 
-def _rounded(values: Tensor) -> list[float]:
+def _round(values: Tensor) -> list[float]:
     return [float(f"{value:.5g}") if value > 1e-6 else 0.0 for value in values.tolist()]
 
 

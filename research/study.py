@@ -12,38 +12,39 @@ from typing import Any, Literal
 import yaml
 
 from matryoshka_lora import MatryoshkaError, Nesting
-from research.runs import Job, Run, read
+from research.runs import Job, Run, read_runs
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "research" / "studies"
 RUNS = ROOT / "research" / "runs"
 
-EACH = "lora-each"
-"""LoRA trained at each rank by itself: the reference, at the price of one run for each rank."""
+LORA_EACH = "lora-each"
+"""The reference: a LoRA for each rank, trained at this rank."""
 
-EACH_RECIPES = {EACH: "lora", "adalora-each": "adalora"}
-"""The methods that train one adapter for each rank, and the recipe of each."""
+PER_RANK_RECIPES = {LORA_EACH: "lora", "adalora-each": "adalora"}
+"""The methods that train an adapter for each rank, and their recipes."""
 
-CUTS = ("prefix", "svd", "trained", "squeezed")
-"""The ways to deploy a trained adapter that can be run; see `research.cuts`. The recorded runs have
-more, which are settled."""
+DEPLOYMENTS = ("prefix", "kept", "svd", "trained", "squeezed")
+"""The ways to deploy a trained adapter; see `research.deployments`. Recorded runs have more of
+them, which are only reported."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to train.
+    """A way to train.
 
     Attributes:
-        summary: One phrase for tables.
-        rule: A rule of `matryoshka_lora.nest`. None means that the recipe is settled: its recorded
-            runs are reported, and no new ones can be made.
-        scaling: As `matryoshka_lora.nest` takes it.
+        summary: A phrase for tables.
+        rule: The name of a built-in rule, or of a rule of `research.rules`. None means that the
+            recorded runs are only reported.
+        scaling: The argument of `matryoshka_lora.nest`.
         alpha: Rank r has the scale alpha / r with scaling ``"rank"``, alpha / sqrt(r) with
             ``"sqrt"``, and 1 with ``"none"``.
         length: Optimizer steps, as a multiple of the study's.
-        authors: Begin as the authors' code does: A is uniform within 1 / sqrt(R), which is four to
-            eight times PEFT's bound, and the factors have the model's dtype.
-        parts: Micro-batches of a step. The rule draws a rank for each.
+        authors: Whether to start as the code of the paper's authors does: A is uniform within
+            1 / sqrt(R), which is four to eight times PEFT's bound, and the factors have the dtype
+            of the model.
+        parts: Micro-batches of a step. The rule draws a rank for each of them.
     """
 
     summary: str
@@ -55,7 +56,7 @@ class Recipe:
     parts: int = 1
 
     def lora(self, rank: int) -> dict[str, Any]:
-        """Return arguments of ``peft.LoraConfig``."""
+        """Return the arguments of ``peft.LoraConfig``."""
         alpha = rank if self.scaling == "none" else self.alpha
         return {"r": rank, "lora_alpha": alpha, "use_rslora": self.scaling == "sqrt"}
 
@@ -72,6 +73,11 @@ RECIPES = {
         "P as its authors run it: 1 / sqrt(r), a larger A, bf16 factors",
         "matryoshka",
         "sqrt",
+        authors=True,
+    ),
+    "lora-authors": Recipe(
+        "LoRA as P's authors run it: 1 / sqrt(R), a larger A, bf16 factors",
+        scaling="sqrt",
         authors=True,
     ),
     "matryoshka-sqrt": Recipe("the paper's P, scaling 1 / sqrt(r)", "matryoshka", "sqrt"),
@@ -108,33 +114,36 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Study:
-    """A checked study.
+    """A validated study.
 
     Attributes:
         name: The name of its file.
         title: The title of its tables.
-        tasks: The source of each task, see `research.tasks`.
-        methods: ``recipe/cut``, or ``lora-each``.
-        seeds: The seeds of the runs that are measured on test rows.
-        learning_rates: The grid that every method begins with, ascending. Where the best rate is at
-            an edge, the grid grows there by its own factor.
-        rate_seeds: The seeds of the grid's runs, which see validation rows only. The first tries
-            every rate, the others the two best, and those that may be chosen.
-        within: How many nats above the best rate's loss a lower rate may be and be chosen.
+        tasks: The source of each task; see `research.tasks`.
+        methods: ``recipe/deployment``, or ``lora-each``.
+        seeds: The seeds of the runs that are measured on test examples.
+        learning_rates: The grid that every method begins with, increasing. Where the best rate is
+            at an end, the grid grows there by its own ratio.
+        rate_seeds: The seeds of the runs that choose a rate, which are measured on validation
+            examples only. The first seed tries every rate; the others try the two best rates, and
+            those that may be chosen.
+        within: The lowest rate whose loss is at most this far above the best one, in nats, is
+            chosen.
         training: Fields of ``trl.SFTConfig``, the same for every recipe.
-        items: Questions of ``validation`` and of ``test``; ``judge`` is the number of training rows
-            that are cut out of training and judge ranks that are trained. It is 0 where no method
-            trains them.
-        model: The base model's name.
-        layers: Only so many of its first layers, with the tokens that the task needs; None is all.
-        modules: The names of the adapted layers; empty is all linear ones.
+        items: The number of ``validation`` and ``test`` examples. ``judge`` is the number of
+            training examples that are held out to decide whether trained ranks are kept. It is 0 in
+            studies without ``trained``.
+        model: The name of the base model.
+        layers: The number of its first layers to use, with the tokens that the task needs. None
+            means all of it.
+        modules: The names of the adapted layers; empty means all linear layers.
+        dtype: The dtype of the base model.
         rank: R.
         ranks: The nested ranks, the last of which is R.
-        each: The ranks of ``lora-each``; empty is all nested ones. Above these, the reference is
-            the best that can be: all answers, and a loss of 0.
-        also: Studies whose runs this one reads too.
-        settled: Why the study is only reported; empty where it can be run.
-        threads: The threads of one run, which change the rounding of its numbers.
+        reference_ranks: The ranks of ``lora-each``; empty means all nested ranks.
+        also: The names of studies whose runs this one uses too.
+        settled: Why the study is only reported; empty if it can be run.
+        threads: The threads of a run. They change the rounding of its numbers.
     """
 
     name: str
@@ -153,154 +162,176 @@ class Study:
     rank: int = 32
     ranks: tuple[int, ...] = field(default=())
     within: float = 0.0
-    each: tuple[int, ...] = ()
+    reference_ranks: tuple[int, ...] = ()
     also: tuple[str, ...] = field(default=())
     settled: str = ""
     threads: int = 1
 
-    def nesting(self, rank: int) -> tuple[int, ...]:
-        """Return the nested ranks of a run: all up to R, or for a LoRA of one rank that alone."""
+    def nested_ranks(self, rank: int) -> tuple[int, ...]:
+        """Return the nested ranks of a run: those of the study at R, otherwise only ``rank``."""
         return self.ranks if rank == self.rank else (rank,)
 
-    def measured(self, job: Job) -> tuple[int, ...]:
+    def measured_ranks(self, job: Job) -> tuple[int, ...]:
         """Return the ranks at which a job's adapter is measured."""
-        return (job.rank,) if job.recipe == "adalora" else self.nesting(job.rank)
+        return (job.rank,) if job.recipe == "adalora" else self.nested_ranks(job.rank)
 
     def steps(self, recipe: str) -> int:
-        """Return the optimizer steps of one run."""
+        """Return the optimizer steps of a run."""
         return int(RECIPES[recipe].length * self.training["max_steps"])
 
-    def train_rows(self, recipe: str) -> int:
-        """Return how many rows one run takes, counting those that it sees again."""
+    def num_training_examples(self, recipe: str) -> int:
+        """Return how many examples a run takes, counting repetitions."""
         return self.steps(recipe) * int(self.training["per_device_train_batch_size"])
 
-    def settings(self, task: str, recipe: str) -> str:
-        """Return a hash of what a run's numbers depend on besides its job."""
-        how = RECIPES[recipe]
-        # Rows that judge are cut out of those of a file; generated ones are others anyway.
-        apart = {"judge"} if "generated" in self.tasks[task] else set()
-        found = {
+    def settings(self, task: str, recipe_name: str) -> str:
+        """Return a hash of what the numbers of a run depend on besides its job."""
+        recipe = RECIPES[recipe_name]
+        recipe_settings: list[Any] = [recipe.rule, recipe.scaling, recipe.alpha, recipe.length]
+        if recipe.authors:
+            recipe_settings.append("authors")
+        if recipe.parts > 1:
+            recipe_settings.append(recipe.parts)
+        items = {split: count for split, count in self.items.items() if count}
+        if "generated" in self.tasks[task]:
+            # The held-out examples of a file are missing in training; generated ones are new.
+            items.pop("judge", None)
+        # The keys and their content are those of the recorded runs.
+        settings: dict[str, Any] = {
             "source": dict(self.tasks[task]),
-            "recipe": [
-                how.rule,
-                how.scaling,
-                how.alpha,
-                how.length,
-                *["authors"] * how.authors,
-                *[how.parts] * (how.parts > 1),
-            ],
+            "recipe": recipe_settings,
             "model": [self.model, self.layers, self.dtype],
             "training": dict(self.training),
-            "items": {split: n for split, n in self.items.items() if n and split not in apart},
+            "items": items,
             "threads": self.threads,
-            **({"modules": list(self.modules)} if self.modules else {}),
         }
-        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
+        if self.modules:
+            settings["modules"] = list(self.modules)
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
     def load_runs(self) -> dict[Job, Run]:
-        """Return the recorded runs of this study and of those that it shares runs with."""
-        return self.its_own(read(RUNS / f"{name}.jsonl" for name in (*self.also, self.name)))
+        """Return the recorded runs of this study, and of those in ``also``."""
+        files = [RUNS / f"{name}.jsonl" for name in (*self.also, self.name)]
+        return self.select_runs(read_runs(files))
 
-    def its_own(self, runs: Mapping[Job, Run]) -> dict[Job, Run]:
-        """Return those of some runs whose task and recipe are the study's.
+    def select_runs(self, runs: Mapping[Job, Run]) -> dict[Job, Run]:
+        """Return the runs whose task and recipe are in the study.
 
         Raises:
-            MatryoshkaError: One of them was run with other settings.
+            MatryoshkaError: A run has other settings than the study.
         """
         recipes = {parse_method(method)[0] for method in self.methods}
-        found = {
-            job: run
-            for job, run in runs.items()
-            if job.task in self.tasks and job.recipe in recipes
-        }
-        for job, run in found.items():
-            own = self.settings(job.task, job.recipe), self.measured(job)
-            if (run.settings, run.ranks) != own:
+        selected: dict[Job, Run] = {}
+        for job, run in runs.items():
+            if job.task not in self.tasks or job.recipe not in recipes:
+                continue
+            same_settings = run.settings == self.settings(job.task, job.recipe)
+            if not same_settings or run.ranks != self.measured_ranks(job):
                 raise MatryoshkaError(
-                    f"{job} was run with other settings than {self.name} has: give the study those "
-                    "settings, or move its runs aside"
+                    f"{job} was run with other settings than those of {self.name}. Restore the "
+                    "settings of the study, or move its runs away."
                 )
-        return found
+            selected[job] = run
+        return selected
 
 
 def parse_method(name: str) -> tuple[str, str]:
-    """Return the recipe and the cut of ``recipe/cut``, or of a method that trains each rank."""
-    if name in EACH_RECIPES:
-        return EACH_RECIPES[name], "prefix"
-    recipe, _, cut = name.partition("/")
-    if recipe not in RECIPES or not cut:
-        known = ", ".join(RECIPES)
-        raise MatryoshkaError(f"{name!r} is no recipe/cut, and no {EACH}; the recipes are {known}")
-    return recipe, cut
+    """Return the recipe and the deployment of ``recipe/deployment``, or of ``lora-each``."""
+    if name in PER_RANK_RECIPES:
+        return PER_RANK_RECIPES[name], "prefix"
+    recipe, _, deployment = name.partition("/")
+    if recipe not in RECIPES or not deployment:
+        raise MatryoshkaError(
+            f"A method must be recipe/deployment or {LORA_EACH}, got {name!r}. The recipes are "
+            f"{', '.join(RECIPES)}."
+        )
+    return recipe, deployment
 
 
 def load_study(name: str) -> Study:
     """Return a study of `research/studies`, by its name, or of any YAML file, by its path.
 
     Raises:
-        MatryoshkaError: The file cannot be read, or something in it is wrong.
+        MatryoshkaError: The file cannot be read, or its content is not valid.
     """
     path = Path(name) if name.endswith(".yaml") else STUDIES / f"{name}.yaml"
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return make_study(path.stem, given)
+        return make_study(path.stem, yaml.safe_load(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        known = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml")))
-        raise MatryoshkaError(f"there is no study {name!r}; the studies are {known}") from error
+        names = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml")))
+        raise MatryoshkaError(f"There is no study {name!r}. The studies are {names}.") from error
     except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise MatryoshkaError(f"{path} is no study: {error}") from error
+        raise MatryoshkaError(f"{path} is not a valid study: {error}") from error
 
 
-def make_study(name: str, given: Mapping[str, Any]) -> Study:
-    """Return the study of a mapping that has the YAML file's form."""
-    rest = dict(given)
-    rates, items = rest.pop("learning_rates"), {"judge": 0, **rest.pop("items")}
-    nesting = Nesting(rest.pop("ranks", None) or Nesting.powers_of_two(rest.get("rank", 32)).ranks)
-    methods, tasks = tuple(rest.pop("methods")), rest.pop("tasks")
+def make_study(name: str, content: Mapping[str, Any]) -> Study:
+    """Return the study of the content of a YAML file.
+
+    Raises:
+        MatryoshkaError: The content is not valid.
+    """
+    fields = dict(content)
+    rates = fields.pop("learning_rates")
+    items = {"judge": 0, **fields.pop("items")}
+    default_ranks = Nesting.powers_of_two(fields.get("rank", 32)).ranks
+    nesting = Nesting(fields.pop("ranks", None) or default_ranks)
     study = Study(
         name=name,
-        methods=methods,
-        tasks=tasks,
-        seeds=tuple(rest.pop("seeds")),
+        methods=tuple(fields.pop("methods")),
+        tasks=fields.pop("tasks"),
+        seeds=tuple(fields.pop("seeds")),
         learning_rates=tuple(map(float, rates["grid"])),
         rate_seeds=tuple(rates["seeds"]),
         within=float(rates.get("within", 0)),
         items=items,
         ranks=nesting.ranks,
-        modules=tuple(rest.pop("modules", ())),
-        each=tuple(rest.pop("each", ())),
-        also=tuple(rest.pop("also", ())),
-        **rest,
+        modules=tuple(fields.pop("modules", ())),
+        reference_ranks=tuple(fields.pop("each", ())),
+        also=tuple(fields.pop("also", ())),
+        **fields,
     )
-    if nesting.max_rank != study.rank:
-        raise MatryoshkaError(f"{name}: the last of ranks is not rank, {study.rank}")
-    if {*study.seeds} & {*study.rate_seeds}:
-        raise MatryoshkaError(f"{name}: a seed that chooses rates may not be measured too")
-    for method in methods:
-        parse_method(method)
+    _check(study)
     return study
 
 
-def may_be_run(study: Study) -> None:
-    """Refuse to run what can only be reported.
+def _check(study: Study) -> None:
+    """Raise MatryoshkaError if the fields of a study do not fit together."""
+    if study.ranks[-1] != study.rank:
+        raise MatryoshkaError(
+            f"{study.name}: the last of ranks must be rank, {study.rank}, got {study.ranks[-1]}."
+        )
+    grid = list(study.learning_rates)
+    if len(grid) < 2 or grid != sorted(set(grid)):
+        raise MatryoshkaError(
+            f"{study.name}: learning_rates.grid must be at least two increasing rates, got {grid}."
+        )
+    if shared_seeds := {*study.seeds} & {*study.rate_seeds}:
+        raise MatryoshkaError(
+            f"{study.name}: the seeds {sorted(shared_seeds)} choose a learning rate and are "
+            "measured too. Choose the rates with other seeds."
+        )
+    for method in study.methods:
+        parse_method(method)
+
+
+def check_can_run(study: Study) -> None:
+    """Refuse to run what is only reported.
 
     Raises:
-        MatryoshkaError: The study, a recipe or a cut is settled, or an order would be judged by the
-            rows that are measured.
+        MatryoshkaError: The study, a recipe or a deployment is only reported; or measured examples
+            would decide whether trained ranks are kept.
     """
     if study.settled:
         raise MatryoshkaError(f"{study.name} is only reported: {study.settled}")
     for method in study.methods:
-        recipe, cut = parse_method(method)
-        if RECIPES[recipe].rule is None or cut not in CUTS:
+        recipe, deployment = parse_method(method)
+        if RECIPES[recipe].rule is None or deployment not in DEPLOYMENTS:
+            raise MatryoshkaError(f"{method} is only reported: this version cannot run it.")
+        sources = study.tasks.values()
+        needs_examples = any("facts" not in source for source in sources)
+        if deployment == "trained" and needs_examples and not study.items["judge"]:
             raise MatryoshkaError(
-                f"{method} is settled: its runs are reported, and no new ones made"
+                f"{method} needs examples that decide whether the ranks are kept, and that are not "
+                "measured. Set items.judge."
             )
-        if (
-            cut == "trained"
-            and not study.items["judge"]
-            and any("facts" not in t for t in study.tasks.values())
-        ):
-            raise MatryoshkaError(
-                f"{method} needs rows to judge by that are not measured: write items.judge"
-            )
+        if deployment == "kept" and any("choices" in source for source in sources):
+            raise MatryoshkaError(f"{method} cannot answer questions with choices.")

@@ -1,9 +1,9 @@
 """The questions of a study.
 
-A source of a task is one of ``{facts: 256}`` (`research.facts`), ``{generated: chain_sum}`` (a
-generator of reasoning-gym), ``{wordnet: FOLDER}`` (rows of prompt and completion), and ``{choices:
-FOLDER}`` (`research.commonsense`). Training, judging and measured rows are apart, but for facts,
-whose task is to remember what was trained.
+A source of a task is ``{facts: 256}`` (`research.facts`), ``{generated: chain_sum}`` (a generator
+of reasoning-gym), ``{wordnet: FOLDER}`` (examples of prompt and completion), or ``{choices:
+FOLDER}`` (`research.commonsense`). The examples to train on, to decide with and to measure on are
+separate. Only the facts are the same, because the task is to remember what was trained.
 """
 
 from __future__ import annotations
@@ -18,120 +18,133 @@ from research import commonsense
 from research.facts import facts
 from research.study import ROOT, Study
 
-Row = dict[str, Any]
+Example = dict[str, Any]
 """A prompt and its completion, both text."""
 
 GENERATORS: dict[str, dict[str, int]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2},
     "family_relationships": {},
 }
-"""The generators of reasoning-gym that are used, and their settings."""
+"""The settings of reasoning-gym's generators."""
 
-STRETCH, HELD_OUT = 1_000_000, 1000
-"""Each split reads a stretch of seeds of its own; so many questions are made for a held-out one."""
+SEED_RANGE = 1_000_000
+"""Each split of generated questions, and each training seed, has a range of seeds of its own."""
+NUM_HELD_OUT = 1000
+"""The number of generated questions of the validation and the test split."""
 
 
-def train_rows(study: Study, task: str, recipe: str, seed: int) -> list[Row]:
-    """Return the rows that one run trains on, without those that judge.
+def training_examples(study: Study, task: str, recipe: str, seed: int) -> list[Example]:
+    """Return the examples that a run trains on, without the held-out ones.
 
-    Generated questions are as many as the run takes, so that each is seen once; the rows of a file
-    are all that it has.
+    There are as many generated questions as the run takes, so that it sees each of them once. The
+    examples of a file are all that it has.
     """
-    source, judges = study.tasks[task], study.items["judge"]
+    source = study.tasks[task]
     if "facts" in source:
         return list(facts(source["facts"], seed))
     if "generated" in source:
-        return generated(source["generated"], "train", study.train_rows(recipe), seed)
-    found = _of_files(source, "train")
-    return found[: len(found) - judges]
+        return generated(source["generated"], "train", study.num_training_examples(recipe), seed)
+    examples = _read(source, "train")
+    return examples[: len(examples) - study.items["judge"]]
 
 
-def judge_rows(study: Study, task: str, recipe: str, seed: int) -> list[Row]:
-    """Return the rows that decide whether trained ranks are kept: training rows, held out.
+def held_out_examples(study: Study, task: str, recipe: str, seed: int) -> list[Example]:
+    """Return the training examples that are held out to decide whether trained ranks are kept.
 
-    For facts these are the facts: there is nothing else to remember.
+    For facts these are the facts, as there is nothing else to remember.
     """
-    source, judges = study.tasks[task], study.items["judge"]
+    source = study.tasks[task]
+    count = study.items["judge"]
     if "facts" in source:
         return list(facts(source["facts"], seed))
-    if not judges:
+    if not count:
         return []
     if "generated" in source:
-        taken = study.train_rows(recipe)
-        return generated(source["generated"], "train", taken + judges, seed)[taken:]
-    return _of_files(source, "train")[-judges:]
+        num_training = study.num_training_examples(recipe)
+        examples = generated(source["generated"], "train", num_training + count, seed)
+        return examples[num_training:]
+    return _read(source, "train")[-count:]
 
 
-def measured_rows(study: Study, task: str, split: str, seed: int) -> list[Row]:
-    """Return the rows that a run is measured on: the same for every seed, but for facts."""
-    source, count = study.tasks[task], study.items[split]
+def measured_examples(study: Study, task: str, split: str, seed: int) -> list[Example]:
+    """Return the examples that a run is measured on: the same for every seed, except for facts."""
+    source = study.tasks[task]
+    count = study.items[split]
     if "facts" in source:
         return list(facts(source["facts"], seed))[:count]
     if "generated" in source:
         return generated(source["generated"], split, count)
-    found = _of_files(source, split)[:count]
-    if len(found) < count:
-        raise MatryoshkaError(f"{task} has {len(found)} rows, not {count}: lower items.{split}")
-    # Batches of alike lengths have little padding.
-    return sorted(found, key=_length) if "choices" in source else found
+    examples = _read(source, split)[:count]
+    if len(examples) < count:
+        raise MatryoshkaError(
+            f"items.{split} is {count}, but {task} has only {len(examples)} examples."
+        )
+    # Batches of similar lengths have little padding.
+    return sorted(examples, key=_length) if "choices" in source else examples
 
 
-def choices(study: Study, task: str) -> Path | None:
-    """Return the folder of questions with choices, where a task has some."""
+def choices_folder(study: Study, task: str) -> Path | None:
+    """Return the folder of questions with choices, or None if a task has none."""
     source = study.tasks[task]
     return ROOT / source["choices"] if "choices" in source else None
 
 
-def _of_files(source: Mapping[str, Any], split: str) -> list[Row]:
+def _read(source: Mapping[str, Any], split: str) -> list[Example]:
     try:
         if "choices" in source:
-            return commonsense.rows(ROOT / source["choices"], split)
+            return commonsense.right_answers(ROOT / source["choices"], split)
         text = (ROOT / source["wordnet"] / f"{split}.jsonl").read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise MatryoshkaError(
-            f"{error.filename} is not there: python -m research.commonsense writes it"
+            f"{error.filename} does not exist. Write it with: python -m research.commonsense"
         ) from error
     return [json.loads(line) for line in text.splitlines()]
 
 
-def _length(row: Row) -> int:
-    return len(row["prompt"]) + len(row["completion"])
+def _length(example: Example) -> int:
+    return len(example["prompt"]) + len(example["completion"])
 
 
-def generated(name: str, split: str, count: int, seed: int = 0) -> list[Row]:
+def generated(name: str, split: str, count: int, seed: int = 0) -> list[Example]:
     """Return the first questions of a split, all different, and none of them in another split.
 
-    A seed chooses training questions; validation and test are the same whatever it is.
+    The seed chooses training questions. Validation and test are always the same.
     """
-    test = _distinct(name, 0, HELD_OUT, HELD_OUT, {})
-    validation = _distinct(name, STRETCH, HELD_OUT, HELD_OUT, test)
+    test = _distinct(name, 0, NUM_HELD_OUT, NUM_HELD_OUT, excluded={})
+    validation = _distinct(name, SEED_RANGE, NUM_HELD_OUT, NUM_HELD_OUT, excluded=test)
     if split == "train":
-        tries = min(STRETCH, 20 * count + HELD_OUT)
-        found = _distinct(name, (2 + seed) * STRETCH, tries, count, {**test, **validation})
+        num_tries = min(SEED_RANGE, 20 * count + NUM_HELD_OUT)
+        first_seed = (2 + seed) * SEED_RANGE
+        answers = _distinct(name, first_seed, num_tries, count, excluded={**test, **validation})
     else:
-        found = test if split == "test" else validation
-    if len(found) < count:
-        raise MatryoshkaError(f"{name} has {len(found)} questions for {split}, not {count}")
+        answers = test if split == "test" else validation
+    if len(answers) < count:
+        raise MatryoshkaError(
+            f"{name} has only {len(answers)} questions for {split}, {count} are needed."
+        )
     return [
         {"prompt": f"{question}\nAnswer:", "completion": f" {answer}"}
-        for question, answer in list(found.items())[:count]
+        for question, answer in list(answers.items())[:count]
     ]
 
 
 def _distinct(
-    name: str, first: int, tries: int, count: int, taken: Mapping[str, str]
+    name: str, first_seed: int, num_tries: int, count: int, excluded: Mapping[str, str]
 ) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for question, answer in _items(name, first, tries):
-        if question not in taken:
-            found.setdefault(question, answer)
-        if len(found) == count:
+    """Return the answers by question, of different questions that are not excluded."""
+    answers: dict[str, str] = {}
+    for question, answer in _items(name, first_seed, num_tries):
+        if question not in excluded:
+            answers.setdefault(question, answer)
+        if len(answers) == count:
             break
-    return found
+    return answers
 
 
-def _items(name: str, first: int, count: int) -> Iterator[tuple[str, str]]:
+def _items(name: str, first_seed: int, count: int) -> Iterator[tuple[str, str]]:
     import reasoning_gym
 
-    made = reasoning_gym.create_dataset(name, seed=first, size=count, **GENERATORS[name])
-    return ((made[number]["question"], str(made[number]["answer"])) for number in range(count))
+    dataset = reasoning_gym.create_dataset(name, seed=first_seed, size=count, **GENERATORS[name])
+    for index in range(count):
+        item = dataset[index]
+        yield item["question"], str(item["answer"])

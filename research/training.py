@@ -1,4 +1,4 @@
-"""Make one training run, and measure an adapter."""
+"""Train an adapter of a study, and measure it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from io import StringIO
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -27,8 +27,9 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, NotFiniteError, nest
-from matryoshka_lora.models import load_model, load_tokenizer
+from matryoshka_lora.model.base_model import load_model, load_tokenizer
 from research import facts, tasks
+from research.rules import RULES, train_last_column_only
 from research.runs import Job
 from research.study import RECIPES, Study
 
@@ -37,9 +38,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class AnswerTrainer(SFTTrainer):
-    """Computes logits only before tokens with a label, which saves much of a step."""
+    """Computes logits only for tokens with a label, which makes a step much faster."""
 
-    tokens = 0
+    num_tokens = 0
     """The tokens of all gradient steps of this process, without padding."""
 
     def compute_loss(
@@ -49,40 +50,41 @@ class AnswerTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Return the mean loss of the tokens that have a label."""
-        wanted, targets, others = _answers(inputs)
+        """Return the mean loss of the tokens with a label."""
+        is_before_target, targets, model_inputs = _answers(inputs)
         if torch.is_grad_enabled():
-            AnswerTrainer.tokens += int(inputs["attention_mask"].sum())
+            AnswerTrainer.num_tokens += int(inputs["attention_mask"].sum())
         labels = targets[None]
-        options = {
-            "labels": labels,
-            "shift_labels": labels,
-            "num_items_in_batch": num_items_in_batch,
-        }
-        with _logits_only_at(model, wanted):
-            return model(**others, use_cache=False, **options).loss
+        with _logits_only_at(model, is_before_target):
+            return model(
+                **model_inputs,
+                use_cache=False,
+                labels=labels,
+                shift_labels=labels,
+                num_items_in_batch=num_items_in_batch,
+            ).loss
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: nothing of a run stays but its numbers."""
+        """Write no card: only the numbers of a run are kept."""
 
 
 def _answers(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Return where a token with a label is next, these tokens, and the other inputs."""
+    """Return where the next token has a label, these next tokens, and the other inputs."""
     labels = inputs["labels"]
-    wanted = torch.zeros_like(labels, dtype=torch.bool)
-    wanted[:, :-1] = labels[:, 1:] != -100
-    others = {key: value for key, value in inputs.items() if key != "labels"}
-    return wanted, labels[:, 1:][wanted[:, :-1]], others
+    is_before_target = torch.zeros_like(labels, dtype=torch.bool)
+    is_before_target[:, :-1] = labels[:, 1:] != -100
+    model_inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    return is_before_target, labels[:, 1:][is_before_target[:, :-1]], model_inputs
 
 
 @contextmanager
-def _logits_only_at(model: Any, wanted: Tensor) -> Iterator[None]:
-    """Make the model's logits one row: those at the wanted tokens, row after row."""
+def _logits_only_at(model: Any, mask: Tensor) -> Iterator[None]:
+    """Compute the logits only where a mask is true, as a single row: row after row."""
 
-    def choose(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][wanted][None], *args[1:])
+    def select(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][mask][None], *args[1:])
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(choose)
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
         yield
     finally:
@@ -90,14 +92,15 @@ def _logits_only_at(model: Any, wanted: Tensor) -> Iterator[None]:
 
 
 class Trained:
-    """A trained adapter, and what a cut may use.
+    """A trained adapter, and what a deployment may use.
 
     Args:
         study: The study of the job.
-        job: What was trained.
-        factors: A and B of each layer, as training has left them.
-        trainer: The Trainer that has trained them. Its ``eval_dataset`` holds the rows that judge.
-        measured: The tokenised rows that are measured. No cut sees them.
+        job: The training run.
+        factors: A and B of each layer after training.
+        trainer: The Trainer that has trained them. Its ``eval_dataset`` has the examples that
+            decide whether trained ranks are kept.
+        measured: The tokenized examples to measure on, which no deployment uses.
 
     Raises:
         NotFiniteError: A factor is not finite.
@@ -106,101 +109,132 @@ class Trained:
     def __init__(
         self, study: Study, job: Job, factors: Factors, trainer: AnswerTrainer, measured: Any
     ) -> None:
-        self.study, self.job, self.factors = study, job, factors
-        self.trainer, self.measured = trainer, measured
-        self.ranks = study.nesting(job.rank)
-        if not all(bool(one.isfinite().all()) for pair in factors.values() for one in pair):
-            raise NotFiniteError("training diverged: a factor is not finite")
-        self.parameters = sum(A.numel() + B.numel() for A, B in factors.values())
+        self.study = study
+        self.job = job
+        self.factors = factors
+        self.trainer = trainer
+        self.measured = measured
+        self.ranks = study.nested_ranks(job.rank)
+        self.num_parameters = sum(A.numel() + B.numel() for A, B in factors.values())
+        for A, B in factors.values():
+            if not (A.isfinite().all() and B.isfinite().all()):
+                raise NotFiniteError("Training diverged: a factor is not finite.")
 
-    def adapter(self) -> NestedAdapter:
-        """Return a new model with the trained factors, in eval mode, for a cut to change.
+    def new_adapter(self, deploy: Literal["reordered", "paper"] = "reordered") -> NestedAdapter:
+        """Return a new model with the trained factors, in eval mode, for a deployment to change.
 
-        TRL has put a forward of its own into the Trainer's model, so a copy of that would not do.
+        A copy of the Trainer's model would not do, because TRL replaces the forward of that.
+
+        Args:
+            deploy: ``"paper"`` drops P in eval mode, and when the factors are reordered.
         """
-        adapter, _ = nested(self.study, self.job)
-        adapter.put_factors(self.factors)
+        adapter, _ = nested_adapter(self.study, self.job, deploy)
+        adapter.layers.write_factors(self.factors)
         adapter.model.eval()
         return adapter
 
 
 @cache
-def _base(model: str, layers: int | None, dtype: str) -> tuple[Any, Any]:
-    found, tokenizer = load_model(model, DTYPES[dtype], device="cpu"), load_tokenizer(model)
-    return (found, tokenizer) if layers is None else facts.cut(found, tokenizer, layers)
+def _base_model(name: str, layers: int | None, dtype: str) -> tuple[Any, Any]:
+    model = load_model(name, DTYPES[dtype], device="cpu")
+    tokenizer = load_tokenizer(name)
+    if layers is None:
+        return model, tokenizer
+    return facts.truncate_model(model, tokenizer, layers)
 
 
-def nested(study: Study, job: Job) -> tuple[NestedAdapter, Any]:
+def nested_adapter(
+    study: Study, job: Job, deploy: Literal["reordered", "paper"] = "paper"
+) -> tuple[NestedAdapter, Any]:
     """Return a new nested adapter on a base model that shares its weights, and the tokenizer."""
     recipe = RECIPES[job.recipe]
-    base, tokenizer = _base(study.model, study.layers, study.dtype)
-    base = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
+    base_model, tokenizer = _base_model(study.model, study.layers, study.dtype)
+    # The weights stay the same objects: deepcopy looks up what it has copied by id.
+    shared_weights = {id(weight): weight for weight in base_model.parameters()}
+    base_model = copy.deepcopy(base_model, shared_weights)
     modules: Any = list(study.modules) or "all-linear"
     config = LoraConfig(**recipe.lora(job.rank), target_modules=modules, task_type="CAUSAL_LM")
-    ranks, rule = study.nesting(job.rank), recipe.rule or "lora"
-    model = get_peft_model(base, config, autocast_adapter_dtype=not recipe.authors)
+    model = get_peft_model(base_model, config, autocast_adapter_dtype=not recipe.authors)
     if recipe.authors:
-        for name, A in model.named_parameters():
+        bound = job.rank**-0.5
+        for name, parameter in model.named_parameters():
             if "lora_A" in name:
-                nn.init.uniform_(A, -(job.rank**-0.5), job.rank**-0.5)
-    made = nest(model, ranks, recipe.scaling, rule, deploy="paper", seed=job.seed)
-    return made, tokenizer
+                nn.init.uniform_(parameter, -bound, bound)
+    rule_name = recipe.rule or "lora"
+    adapter = nest(
+        model,
+        study.nested_ranks(job.rank),
+        scaling=recipe.scaling,
+        rule=RULES.get(rule_name, rule_name),
+        deploy=deploy,
+        seed=job.seed,
+    )
+    if rule_name == "dylora-frozen":
+        train_last_column_only(adapter)
+    return adapter, tokenizer
 
 
-class _Parts(TrainerCallback):
-    """Draws a rank for each micro-batch of a step. The first one has the draw of the step."""
+class _DrawForMicroBatches(TrainerCallback):
+    """Draws a rank for each micro-batch of a step after the first, which has that of the step."""
 
     def __init__(self, adapter: NestedAdapter) -> None:
-        self.adapter, self.part = adapter, 0
+        self.adapter = adapter
+        self.micro_batch = 0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.part = 0
+        self.micro_batch = 0
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.part += 1
-        self.adapter.draw(state.global_step + self.part * args.max_steps)
+        self.micro_batch += 1
+        self.adapter.draw(state.global_step + self.micro_batch * args.max_steps)
 
 
 @contextmanager
 def trainer_of(study: Study, job: Job) -> Iterator[tuple[NestedAdapter, AnswerTrainer, Any]]:
-    """Give a job's nested adapter, its Trainer, ready to train, and the rows that are measured.
+    """Yield the nested adapter of a job, its Trainer before training, and the measured examples.
 
     Raises:
-        MatryoshkaError: The job cannot be done, or TRL would leave a question out.
+        MatryoshkaError: The job cannot be run, or TRL would drop a question.
     """
-    rows = {
-        "train": tasks.train_rows(study, job.task, job.recipe, job.seed),
-        "judge": tasks.judge_rows(study, job.task, job.recipe, job.seed),
-        "measured": tasks.measured_rows(study, job.task, job.split, job.seed),
+    examples = {
+        "train": tasks.training_examples(study, job.task, job.recipe, job.seed),
+        "judge": tasks.held_out_examples(study, job.task, job.recipe, job.seed),
+        "measured": tasks.measured_examples(study, job.task, job.split, job.seed),
     }
-    with tempfile.TemporaryDirectory() as folder, _silent():
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         set_seed(job.seed)
-        adapter, tokenizer = nested(study, job)
-        held_out = {key: Dataset.from_list(rows[key]) for key in ("judge", "measured") if rows[key]}
+        adapter, tokenizer = nested_adapter(study, job)
+        callbacks: list[TrainerCallback] = [adapter.callback()]
+        if RECIPES[job.recipe].parts > 1:
+            callbacks.append(_DrawForMicroBatches(adapter))
         trainer = AnswerTrainer(
             model=adapter.model,
             args=arguments(study, job, folder),
-            train_dataset=Dataset.from_list(rows["train"]),
-            eval_dataset=held_out,
+            train_dataset=Dataset.from_list(examples["train"]),
+            eval_dataset={
+                name: Dataset.from_list(examples[name])
+                for name in ("judge", "measured")
+                if examples[name]
+            },
             processing_class=tokenizer,
-            callbacks=[adapter.callback(), *[_Parts(adapter)] * (RECIPES[job.recipe].parts > 1)],
+            callbacks=callbacks,
         )
-        kept = {"train": trainer.train_dataset, **trainer.eval_dataset}
-        for name, data in kept.items():
-            if len(data) < len(rows[name]):
+        tokenized = {"train": trainer.train_dataset, **trainer.eval_dataset}
+        for name, dataset in tokenized.items():
+            if num_dropped := len(examples[name]) - len(dataset):
                 raise MatryoshkaError(
-                    f"{len(rows[name]) - len(data)} rows of {name} have no token of their answer "
-                    f"within max_length {trainer.args.max_length}: give training.max_length"
+                    f"{num_dropped} examples of {name} have no token of their answer within "
+                    f"max_length {trainer.args.max_length}. Set training.max_length."
                 )
-        # Rows that are measured may decide nothing, so no cut finds them in the Trainer.
-        trainer.eval_dataset = kept.get("judge")
-        yield adapter, trainer, kept["measured"]
+        # Measured examples must not decide anything, so the Trainer does not keep them.
+        trainer.eval_dataset = tokenized.get("judge")
+        yield adapter, trainer, tokenized["measured"]
 
 
 def arguments(study: Study, job: Job, folder: str) -> SFTConfig:
-    """Return TRL's arguments; what is not the study's is as for every study."""
+    """Return TRL's arguments; those that are not the study's are the same in every study."""
     parts = RECIPES[job.recipe].parts
     return SFTConfig(
         **{
@@ -224,33 +258,39 @@ def arguments(study: Study, job: Job, folder: str) -> SFTConfig:
 
 
 @torch.no_grad()
-def score(model: Any, trainer: AnswerTrainer, data: Any) -> tuple[float, float]:
-    """Return the loss in nats per token of the answers, and the share of questions that are right.
+def score(model: Any, trainer: AnswerTrainer, examples: Any) -> tuple[float, float]:
+    """Return the loss in nats per token of the answers, and the share of right answers.
 
-    A question is right if greedy decoding would write all of its answer.
+    An answer is right if greedy decoding would write all of it.
 
     Args:
-        model: In eval mode.
+        model: A model in eval mode.
         trainer: Its collator makes the batches.
-        data: Tokenised rows.
+        examples: Tokenized examples.
     """
-    nats, tokens, right, rows = 0.0, 0, 0, 0
-    for batch in trainer.get_eval_dataloader(data):
+    total_loss = 0.0
+    num_tokens = 0
+    num_right = 0
+    num_examples = 0
+    for batch in trainer.get_eval_dataloader(examples):
         inputs = {key: value.to(model.device) for key, value in batch.items()}
-        wanted, targets, others = _answers(inputs)
-        with _logits_only_at(model, wanted):
-            logits = model(**others, use_cache=False).logits[0].float()
-        each = logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
-        row = wanted.nonzero()[:, 0]
-        misses = torch.bincount(row[logits.argmax(dim=-1) != targets], minlength=len(wanted))
-        nats, tokens = nats - float(each.double().sum()), tokens + len(targets)
-        right, rows = right + int((misses == 0).sum()), rows + len(misses)
-    return round(nats / tokens, 6), round(right / rows, 6)
+        is_before_target, targets, model_inputs = _answers(inputs)
+        with _logits_only_at(model, is_before_target):
+            logits = model(**model_inputs, use_cache=False).logits[0].float()
+        log_probabilities = logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
+        total_loss -= float(log_probabilities.double().sum())
+        num_tokens += len(targets)
+        rows = is_before_target.nonzero()[:, 0]
+        wrong_rows = rows[logits.argmax(dim=-1) != targets]
+        num_wrong_tokens = torch.bincount(wrong_rows, minlength=len(is_before_target))
+        num_right += int((num_wrong_tokens == 0).sum())
+        num_examples += len(num_wrong_tokens)
+    return round(total_loss / num_tokens, 6), round(num_right / num_examples, 6)
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Hide the Trainer's lines and the libraries' bars."""
+def _quiet() -> Iterator[None]:
+    """Hide the Trainer's output and the progress bars of the libraries."""
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     with redirect_stdout(StringIO()), warnings.catch_warnings():

@@ -1,141 +1,151 @@
-"""`matryoshka demo`: it runs to its end, and what it says about ranks is so."""
+"""`matryoshka demo` runs to its end, and its claims about the ranks hold."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 
+from matryoshka_lora import load
 from matryoshka_lora.demo import (
-    ASKED,
-    DIGITS,
-    EXPORTED,
-    RANK,
+    EXPORT_RANK,
+    MAX_RANK,
+    NUM_DIGITS,
+    QUERY_RANKS,
     RANKS,
-    SHOWN,
-    answers,
-    batch_of,
+    SAMPLE_COUNTRIES,
+    answer_queries,
+    collate,
+    country_numbers,
     demo,
-    look_up,
-    save_base,
-    table,
+    generate_numbers,
+    save_base_model,
     train_adapter,
+    typed_queries,
 )
-from matryoshka_lora.models import load_model, load_tokenizer
-from matryoshka_lora.nested import load
+from matryoshka_lora.model.base_model import load_model, load_tokenizer
 
 
 def test_the_table_has_short_names_and_numbers_of_three_digits() -> None:
-    facts = table()
-    assert 240 <= len(facts) <= 300
-    assert all(len(number) == DIGITS and number.isdigit() for number in facts.values())
-    assert len(set(facts.values())) == len(facts)
-    assert len({name.lower() for name in facts}) == len(facts)  # any case may be typed
-    assert facts["Kenya"] == "404"
-    assert facts["Bolivia"] == "068"
-    assert facts["Korea, Republic of"] == "410"  # there are two Koreas, so that it is not short
-    assert set(ASKED) <= set(facts)
+    numbers = country_numbers()
+    assert 240 <= len(numbers) <= 300
+    assert all(len(number) == NUM_DIGITS and number.isdigit() for number in numbers.values())
+    assert len(set(numbers.values())) == len(numbers)
+    assert len({name.lower() for name in numbers}) == len(numbers)  # queries ignore the case
+    assert numbers["Kenya"] == "404"
+    assert numbers["Bolivia"] == "068"
+    assert numbers["Korea, Republic of"] == "410"  # "Korea" alone would be ambiguous
+    assert set(SAMPLE_COUNTRIES) <= set(numbers)
 
 
-class Knows:
-    """Stands for an adapter that says the right number from rank 4 on."""
+class FakeAdapter:
+    """Stands for an adapter that knows every number from rank 4 on."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.model, self.ranks = self, ()
-        monkeypatch.setattr("matryoshka_lora.demo.answers", self.answers)
+    def __init__(self) -> None:
+        self.model = self
+        self.ranks: Sequence[int] = ()
 
     @contextmanager
-    def rows(self, ranks: tuple[int, ...]) -> Iterator[None]:
+    def rows(self, ranks: Sequence[int]) -> Iterator[None]:
         self.ranks = ranks
         yield
 
-    def answers(self, model: object, tokenizer: object, names: list[str]) -> list[str]:
-        pairs = zip(names, self.ranks, strict=True)
-        return [table()[name] if rank >= 4 else "999" for name, rank in pairs]
+    def generate_numbers(self, model: object, tokenizer: object, names: list[str]) -> list[str]:
+        numbers = country_numbers()
+        return [
+            numbers[name] if rank >= 4 else "999"
+            for name, rank in zip(names, self.ranks, strict=True)
+        ]
 
 
-@pytest.mark.parametrize("end", ["", EOFError, KeyboardInterrupt])
-def test_countries_are_looked_up_until_the_user_ends(
-    end: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def fake_adapter(monkeypatch: pytest.MonkeyPatch) -> Any:
+    adapter = FakeAdapter()
+    monkeypatch.setattr("matryoshka_lora.demo.generate_numbers", adapter.generate_numbers)
+    return adapter
+
+
+def test_known_countries_are_answered_at_several_ranks_and_others_get_suggestions(
+    fake_adapter: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    typed = iter(["kenya ", "Keny", "qqq", end, "Peru"])
+    answer_queries(fake_adapter, None, country_numbers(), ["kenya", "Keny", "qqq"])  # type: ignore[arg-type]
+    known, similar, unknown = capsys.readouterr().out.splitlines()
+    for rank in QUERY_RANKS:
+        assert f"rank {rank}: {'404' if rank >= 4 else '999'}" in known
+    assert "Try Kenya" in similar
+    assert f"Try {', '.join(SAMPLE_COUNTRIES)}" in unknown
 
-    def say(prompt: str) -> str:
+
+@pytest.mark.parametrize("end", ["", EOFError(), KeyboardInterrupt()])
+def test_queries_end_with_an_empty_line_or_a_signal(
+    end: str | BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = iter(["Kenya ", end, "Peru"])
+
+    def fake_input(prompt: str) -> str:
         text = next(typed)
-        if isinstance(text, str):
-            return text
-        raise text
+        if isinstance(text, BaseException):
+            raise text
+        return text
 
-    monkeypatch.setattr("builtins.input", say)
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    look_up(Knows(monkeypatch), None, table())
-    said = capsys.readouterr().out.splitlines()
-    cells = "   ".join(f"rank {rank}: {'404' if rank >= 4 else '999'}" for rank in SHOWN)
-    assert said[-3] == f"  Kenya   {cells}   (right: 404)"
-    assert said[-2].startswith("  Not in the table. Try Kenya")
-    assert said[-1] == f"  Not in the table. Try {', '.join(ASKED)}"
-    assert next(typed) == "Peru"
-
-
-def test_without_a_terminal_nothing_is_asked(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("Mali\n"))
-    look_up(Knows(monkeypatch), None, table())
-    said = capsys.readouterr().out
-    assert "Mali" not in said
-    assert said.count("(right: ") == len(ASKED)
+    monkeypatch.setattr("builtins.input", fake_input)
+    assert list(typed_queries()) == ["Kenya"]
 
 
 @pytest.mark.slow
-def test_the_demo_makes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "new" / "demo"
-    demo(out, steps=2)
-    said = capsys.readouterr().out
-    assert {path.name for path in out.iterdir()} == {"base", "adapter", "rank-4", "curve.png"}
-    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
-    rows = [line.split()[0] for line in said.splitlines() if line.count("%") == 3]
-    assert rows == [*map(str, (0, *RANKS))]
-    assert said.count("(right: ") == 6
-    lines = said.replace(str(out), "runs/demo").splitlines()
+def test_the_demo_writes_what_it_announces(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Mali\n"))  # not a terminal, so nothing is read
+    output = tmp_path / "new" / "demo"
+    demo(output, num_steps=2)
+    text = capsys.readouterr().out
+    assert {path.name for path in output.iterdir()} == {"base", "adapter", "rank-4", "curve.png"}
+    assert (output / "curve.png").read_bytes().startswith(b"\x89PNG")
+    table_ranks = [line.split()[0] for line in text.splitlines() if line.count("%") == 3]
+    assert table_ranks == [str(rank) for rank in (0, *RANKS)]
+    assert text.count("(correct: ") == 2 * len(SAMPLE_COUNTRIES)
+    assert "Mali" not in text
+    lines = text.replace(str(output), "runs/demo").splitlines()
     assert all(len(line) <= 80 for line in lines if "[WARNING]" not in line)  # DeepSpeed's
+
     # PEFT alone computes what the rank of the nested adapter does.
-    batch = load_tokenizer(str(out / "base"))("Kenya: ", return_tensors="pt")
-    base = partial(load_model, str(out / "base"), torch.float32)
+    batch = load_tokenizer(str(output / "base"))("Kenya: ", return_tensors="pt")
+    base_model = partial(load_model, str(output / "base"), torch.float32)
+    plain_model = PeftModel.from_pretrained(base_model(), output / f"rank-{EXPORT_RANK}")
+    nested_model = load(base_model(), output / "adapter", EXPORT_RANK).model
     with torch.no_grad():
-        plain = PeftModel.from_pretrained(base(), out / f"rank-{EXPORTED}")(**batch).logits
-        nested = load(base(), out / "adapter", EXPORTED).model(**batch).logits
-    torch.testing.assert_close(plain, nested, atol=1e-4, rtol=1e-4)
+        plain_logits = plain_model(**batch).logits
+        nested_logits = nested_model(**batch).logits
+    torch.testing.assert_close(plain_logits, nested_logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_more_rank_knows_more_of_the_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    facts = table()
-    save_base(tmp_path / "base")
+def test_larger_ranks_know_more_of_the_table(tmp_path: Path) -> None:
+    numbers = country_numbers()
+    save_base_model(tmp_path / "base")
     tokenizer = load_tokenizer(str(tmp_path / "base"))
-    batch = batch_of(tokenizer, [f"{name}: {number}" for name, number in facts.items()])
-    said = tokenizer.batch_decode(batch["labels"])  # a digit is a token
-    assert said == [*facts.values()]
+    batch = collate(tokenizer, [f"{name}: {number}" for name, number in numbers.items()])
+    assert tokenizer.batch_decode(batch["labels"]) == list(numbers.values())  # a token per digit
     torch.set_num_threads(1)
-    adapter, right = train_adapter(tmp_path / "base", tokenizer, facts)
-    for column in right.values():
-        shown = [*map(round, column.values())]  # whole percents, as the table has them
+    result = train_adapter(tmp_path / "base", tokenizer, numbers)
+    for accuracies in result.by_method().values():
+        shown = [round(accuracy) for accuracy in accuracies.values()]
         assert shown == sorted(shown)
-        assert column[0] == 0
-        assert column[RANK] > 98
+        assert accuracies[0] == 0
+        assert accuracies[MAX_RANK] > 98
     for rank in RANKS:
-        assert right["cut"][rank] <= right["svd"][rank]
-    assert right["svd"][1] + 10 < right["trained"][1] <= right["trained"][RANK]
+        assert result.truncated[rank] <= result.reordered[rank]
+    assert result.reordered[1] + 10 < result.trained[1] <= result.trained[MAX_RANK]
+    adapter = result.adapter
     assert adapter.order == "trained"
-    look_up(adapter, tokenizer, facts)
-    assert capsys.readouterr().out.count(f"rank {RANK}: {facts['Kenya']}") == 1
-    with adapter.rows([RANK] * len(ASKED)):
-        assert answers(adapter.model, tokenizer, ASKED) == [facts[name] for name in ASKED]
+    with adapter.rows([MAX_RANK] * len(SAMPLE_COUNTRIES)):
+        answers = generate_numbers(adapter.model, tokenizer, SAMPLE_COUNTRIES)
+    assert answers == [numbers[name] for name in SAMPLE_COUNTRIES]

@@ -1,114 +1,145 @@
-"""`matryoshka serve`: the command for vLLM. vLLM itself answers in readers/test_vllm.py."""
+"""`serve`: the commands for vLLM. vLLM itself is started in tests/runtimes."""
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from conftest import nested_llama
-from safetensors.torch import save_file
-from strangers import plain_adapter
+from helpers.plain_peft import plain_adapter
+from helpers.single_files import save_pairs
 
-from matryoshka_lora import MatryoshkaError, Nesting, export
+from matryoshka_lora import MatryoshkaError, MissingDependencyError, export, reorder
 from matryoshka_lora.serve import serve
 
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    nested_llama(Nesting((1, 2, 12))).save(tmp_path / "family")
-    return tmp_path / "family"
+    """A nested adapter with the ranks 1, 2, 4, 8, 12."""
+    plain_adapter(tmp_path / "plain", r=12, target_modules=["q_proj"])
+    reorder(tmp_path / "plain", tmp_path / "adapter")
+    return tmp_path / "adapter"
 
 
-def printed(
-    capsys: pytest.CaptureFixture[str], *folder: Path, **options: object
-) -> list[list[str]]:
-    """Return the words of the two commands that are printed."""
-    assert serve(*folder, only_print=True, **options) == 0  # type: ignore[arg-type]
-    return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+def dry_run(path: Path, **options: Any) -> list[list[str]]:
+    """Return the words of the commands."""
+    result = serve(path, dry_run=True, **options)
+    assert result.exit_status is None
+    return [shlex.split(command) for command in result.commands]
 
 
-def after(words: list[str], option: str) -> list[str]:
+def values_of(words: list[str], option: str) -> list[str]:
     """Return the words between an option and the next one."""
-    rest = words[words.index(option) + 1 :]
-    end = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
-    return rest[:end]
+    values: list[str] = []
+    for word in words[words.index(option) + 1 :]:
+        if word.startswith("-"):
+            break
+        values.append(word)
+    return values
 
 
 @pytest.mark.parametrize(
-    ("asked", "ranks", "padded"),
-    [(None, [1, 2, 12], "16"), ([1, 2], [1, 2], "8"), ([2, 8], [2, 8], "8"), ([1], [1], "1")],
+    ("ranks", "served_ranks", "max_lora_rank"),
+    [
+        (None, [1, 2, 4, 8, 12], "16"),
+        ([1, 2], [1, 2], "8"),
+        ([2, 8], [2, 8], "8"),
+        ([1], [1], "1"),
+    ],
 )
-def test_the_printed_commands_serve_the_ladder_that_they_make(
-    asked: list[int] | None,
-    ranks: list[int],
-    padded: str,
+def test_the_commands_serve_the_ladder_that_they_write(
+    ranks: list[int] | None,
+    served_ranks: list[int],
+    max_lora_rank: str,
     adapter: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    where = {"model": "some/base", "port": 8123}
-    make, server = printed(capsys, adapter, ranks=asked, **where)
-    assert make[:5] == ["matryoshka", "export", str(adapter), "--format", "ladder"]
-    export(adapter, make[-1], [int(x) for x in after(make, "--rank")[0].split(",")], "ladder")
-    modules = dict(word.split("=") for word in after(server, "--lora-modules"))
-    assert list(modules) == [f"family@{rank}" for rank in ranks]
-    assert sorted(map(Path, modules.values())) == sorted(Path(make[-1]).iterdir())
-    assert after(server, "--max-lora-rank") == [padded]
-    assert after(server, "--max-loras") == [str(len(ranks))]
-    assert after(server, "--model") == ["some/base"]
-    assert (after(server, "--host"), after(server, "--port")) == (["127.0.0.1"], ["8123"])
-    # A ladder that is there is served as it is.
-    assert printed(capsys, Path(make[-1]), **where) == [server]
-    (few,) = printed(capsys, Path(make[-1]), ranks=ranks[:1], **where)
-    assert after(few, "--lora-modules") == after(server, "--lora-modules")[:1]
+    export_command, server = dry_run(adapter, ranks=ranks, base_model="some/base", port=8123)
+    assert export_command[:3] == ["matryoshka", "export", str(adapter)]
+    assert values_of(export_command, "--format") == ["ladder"]
+    (rank_list,) = values_of(export_command, "--rank")
+    (ladder,) = values_of(export_command, "--output")
+    assert not Path(ladder).exists()
+    export(adapter, ladder, [int(rank) for rank in rank_list.split(",")], "ladder")
+
+    modules = dict(word.split("=") for word in values_of(server, "--lora-modules"))
+    assert list(modules) == [f"adapter@{rank}" for rank in served_ranks]
+    assert sorted(map(Path, modules.values())) == sorted(Path(ladder).iterdir())
+    assert values_of(server, "--max-lora-rank") == [max_lora_rank]
+    assert values_of(server, "--max-loras") == [str(len(served_ranks))]
+    assert values_of(server, "--model") == ["some/base"]
+    assert values_of(server, "--host") == ["127.0.0.1"]
+    assert values_of(server, "--port") == ["8123"]
+    # A ladder that exists is served as it is.
+    assert dry_run(Path(ladder), base_model="some/base", port=8123) == [server]
+    (smaller,) = dry_run(Path(ladder), ranks=served_ranks[:1], base_model="some/base")
+    assert values_of(smaller, "--lora-modules") == values_of(server, "--lora-modules")[:1]
 
 
-def test_base_and_revision_are_what_the_adapter_names(
-    adapter: Path, capsys: pytest.CaptureFixture[str]
+FAKE_VLLM = """
+import sys
+from pathlib import Path
+
+modules = sys.argv[sys.argv.index("--lora-modules") + 1 : sys.argv.index("--model")]
+folders = [Path(module.partition("=")[2]) for module in modules]
+is_ready = all((folder / "adapter_config.json").is_file() for folder in folders)
+sys.exit(10 + len(folders) if is_ready else 1)
+"""
+
+
+def test_the_server_runs_on_a_temporary_ladder(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = adapter / "adapter_config.json"
-    text = config.read_text()
-    for old, new in (
-        ('"base_model_name_or_path": ""', '"base_model_name_or_path": "a/b"'),
-        ('"revision": null', '"revision": "v1"'),
-    ):
-        assert old in text
-        text = text.replace(old, new)
-    config.write_text(text)
-    _, server = printed(capsys, adapter, more=["--max-model-len", "64"])
-    assert (after(server, "--model"), after(server, "--revision")) == (["a/b"], ["v1"])
+    package = tmp_path / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    (package / "api_server.py").write_text(FAKE_VLLM)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    result = serve(adapter, ranks=[1, 8], base_model="some/base")
+    assert result.exit_status == 12
+    ladder = values_of(shlex.split(result.commands[0]), "--output")[0]
+    assert not Path(ladder).exists()
+
+
+def test_the_adapter_names_base_model_and_revision(adapter: Path) -> None:
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "base_model_name_or_path": "a/b", "revision": "v1"}))
+    _, server = dry_run(adapter, vllm_options=["--max-model-len", "64"])
+    assert values_of(server, "--model") == ["a/b"]
+    assert values_of(server, "--revision") == ["v1"]
     assert server[-2:] == ["--max-model-len", "64"]
-    _, server = printed(capsys, adapter, model="other/base")
-    assert "--revision" not in server  # it is the other model's
+    _, server = dry_run(adapter, base_model="other/base")
+    assert "--revision" not in server  # v1 is a revision of a/b
 
 
-def test_what_vllm_cannot_read_is_refused(tmp_path: Path) -> None:
-    plain_adapter(tmp_path / "lora", modules_to_save=["lm_head"])
-    with pytest.raises(MatryoshkaError, match=r"lm_head.*, which vLLM cannot read: .*merged"):
-        serve(tmp_path / "lora", model="some/base", only_print=True)
-    pair = {"b.lora_down.weight": torch.ones(2, 3), "b.lora_up.weight": torch.ones(4, 2)}
-    save_file(pair, tmp_path / "lora.safetensors")
-    with pytest.raises(MatryoshkaError, match="is a single file, and vLLM reads PEFT's folders"):
-        serve(tmp_path / "lora.safetensors", model="some/base", only_print=True)
+def test_what_vllm_cannot_read_is_rejected(tmp_path: Path) -> None:
+    plain_adapter(tmp_path / "lora", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    save_pairs(tmp_path / "lora.safetensors", "a")
+    for name, keyword in (("lora", "lm_head"), ("lora.safetensors", "single file")):
+        with pytest.raises(MatryoshkaError, match=keyword):
+            serve(tmp_path / name, base_model="some/base", dry_run=True)
 
 
-def test_what_cannot_be_served_is_refused_before_anything_is_announced(
-    adapter: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(MatryoshkaError, match="vLLM is not installed"):
-        serve(adapter, model="some/base")
-    with pytest.raises(MatryoshkaError, match="has no rank 13"):
-        serve(adapter, model="some/base", ranks=[13])
-    export(adapter, adapter.with_name("ladder"), format="ladder")
-    with pytest.raises(MatryoshkaError, match=r"no rank 4: its ranks are \[1, 2, 12\]"):
-        serve(adapter.with_name("ladder"), model="some/base", ranks=[4])
-    (adapter.with_name("ladder") / "family@2").rename(adapter.with_name("ladder") / "other@1")
-    with pytest.raises(MatryoshkaError, match="has a rank twice"):
-        serve(adapter.with_name("ladder"), model="some/base", only_print=True)
-    with pytest.raises(MatryoshkaError, match="names no base model"):
+def test_what_cannot_be_served_is_rejected(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingDependencyError, match="vLLM"):
+        serve(adapter, base_model="some/base")
+    with pytest.raises(MatryoshkaError, match="rank"):
+        serve(adapter, base_model="some/base", ranks=[13])
+    with pytest.raises(MatryoshkaError, match="ranks"):
+        serve(adapter, base_model="some/base", ranks=[])
+    with pytest.raises(MatryoshkaError, match="base_model"):
         serve(adapter)
-    assert capsys.readouterr().out == ""
+    ladder = tmp_path / "ladder"
+    export(adapter, ladder, [1, 2, 12], "ladder")
+    with pytest.raises(MatryoshkaError, match=r"\[1, 2, 12\]"):
+        serve(ladder, base_model="some/base", ranks=[4])
+    with pytest.raises(MatryoshkaError, match="ranks"):
+        serve(ladder, base_model="some/base", ranks=[])
+    (ladder / "adapter@2").rename(ladder / "other@1")
+    with pytest.raises(MatryoshkaError, match="rank 1"):
+        serve(ladder, base_model="some/base", dry_run=True)

@@ -1,9 +1,10 @@
-"""A page to upload a LoRA to: see what each rank keeps and weighs, choose one, download it.
+"""A page to upload a LoRA to: see the error and size of each rank, choose one, and download it.
 
     python examples/space/app.py
 
-It runs as a Space of the hub too, see README.md. A file is read in a process of its own, which is
-stopped after a minute. Nothing of it is executed, and uploads are deleted within half an hour.
+It also runs as a Space on the Hugging Face hub, see README.md. A file is read in a separate
+process, which is stopped after a minute. Nothing in it is executed, and uploads are deleted within
+half an hour.
 """
 
 from __future__ import annotations
@@ -19,134 +20,176 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from matryoshka_lora import MatryoshkaError, export
+from matryoshka_lora import ExportResult, MatryoshkaError, export
 
-MOST, SECONDS = "1gb", 60
+MAX_FILE_SIZE = "1gb"
+TIME_LIMIT = 60
 SHARES = (0.9, 0.95, 0.99)
-ONE, SHARE, SIZE = "one rank for all layers", "a share for each layer", "a file size"
-START = {ONE: "8", SHARE: "99%", SIZE: "50MB"}
-TEXT = """# Shrink a LoRA
+BY_RANK = "one rank for all layers"
+BY_SHARE = "a share for each layer"
+BY_SIZE = "a file size"
+DEFAULTS = {BY_RANK: "8", BY_SHARE: "99%", BY_SIZE: "50MB"}
+
+INTRODUCTION = """# Shrink a LoRA
 
 Drop the `.safetensors` file of an image or video LoRA, or the two files that PEFT saves:
 `adapter_config.json` and `adapter_model.safetensors`. No base model is needed.
 """
-MEANING = """The **error** is the norm of what a rank leaves out, divided by the norm of the whole
-update. A LoRA is cut so that no other file of that rank has a smaller error. How much is too much
-depends on the model: compare pictures of the same seed. Begin with 10 %, which keeps 99 % of the
-square."""
+EXPLANATION = """The **error** is the norm of what truncation to a rank drops, divided by the norm
+of the whole update. No other LoRA of that rank has a smaller error. How much is acceptable depends
+on the model: compare images of the same seed. Begin with 10%, which keeps 99% of the squared
+norm."""
+
+Row = dict[str, Any]
 
 
-def measure(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure(path: str) -> tuple[list[Row], list[Row]]:
     """Return the error and size of each rank, and the ranks that each layer needs."""
-    from matryoshka_lora.files.peft import open_adapter, plan_rank
+    from matryoshka_lora.lora_file.open import open_lora
 
-    adapter = open_adapter(path)
-    lost = {layer.name: adapter.lost(layer) for layer in adapter.layers}
-    whole = sum(float(own[0]) for own in lost.values()) or 1.0
-    curve, layers = list[dict[str, Any]](), list[dict[str, Any]]()
-    for rank in adapter.available:
-        left = sum(float(own[min(rank, len(own) - 1)]) for own in lost.values())
-        size = plan_rank(adapter, rank).size / 1e6
-        error = 100 * math.sqrt(left / whole)
+    lora = open_lora(path)
+    squared_errors = {layer.name: lora.squared_errors(layer) for layer in lora.layers}
+    total = sum(float(errors[0]) for errors in squared_errors.values()) or 1.0
+    curve: list[Row] = []
+    for rank in lora.available_ranks:
+        dropped = sum(
+            float(errors[min(rank, len(errors) - 1)]) for errors in squared_errors.values()
+        )
+        error = 100 * math.sqrt(dropped / total)
+        size = lora.plan(rank).file_size / 1e6
         curve.append({"rank": rank, "error in %": round(error, 2), "MB": round(size, 3)})
-    for layer in adapter.layers:
-        own = lost[layer.name]
-        needed = {
-            f"for {100 * share:.0f} %": int((own > (1 - share) * own[0]).sum()) for share in SHARES
-        }
-        layers.append({"layer": layer.name, "rank": layer.rank, **needed})
+    layers: list[Row] = []
+    for layer in lora.layers:
+        errors = squared_errors[layer.name]
+        row: Row = {"layer": layer.name, "rank": layer.rank}
+        for share in SHARES:
+            row[f"for {100 * share:.0f}%"] = int((errors > (1 - share) * errors[0]).sum())
+        layers.append(row)
     return curve, layers
 
 
-def cut(path: str, target: str, wish: dict[str, Any]) -> list[str]:
-    """Write a smaller adapter, and return what there is to tell."""
-    return export(path, target, **wish).lines()
+def describe(result: ExportResult) -> str:
+    """Return what was written, in one line."""
+    ranks = result.ranks.values() if isinstance(result.ranks, dict) else result.ranks
+    lowest, highest = min(ranks), max(ranks)
+    rank = f"rank {lowest}" if lowest == highest else f"ranks {lowest} to {highest}, by layer"
+    error = max(result.errors.values())
+    sizes = f"{result.size_before / 1e6:.1f} MB -> {result.size_after / 1e6:.1f} MB"
+    return f"{result.path.name}: {rank}, {sizes}, error {error:.1%}"
 
 
-def bounded(function: Callable[..., Any], folder: str, *arguments: Any) -> Any:
-    """Call a function in a process of its own, for a minute at most; errors name no folder."""
+def run_bounded(function: Callable[..., Any], folder: str, *args: Any, **options: Any) -> Any:
+    """Call a function in a separate process, for at most a minute.
+
+    Args:
+        function: A function of a module.
+        folder: A folder whose name must not appear in an error message.
+        args: The function's positional arguments.
+        options: The function's keyword arguments.
+
+    Raises:
+        gradio.Error: The function failed or took too long.
+    """
     with get_context("spawn").Pool(1) as pool:
         try:
-            return pool.apply_async(function, arguments).get(SECONDS)
+            return pool.apply_async(function, args, options).get(TIME_LIMIT)
         except TimeoutError:
-            said = f"This takes more than {SECONDS} seconds: run `matryoshka export` at home."
+            message = (
+                f"This takes more than {TIME_LIMIT} seconds. Run `matryoshka export` on your "
+                "own machine."
+            )
         except MatryoshkaError as error:
-            said = str(error).replace(f"{folder}/", "")
+            message = str(error).replace(f"{folder}/", "")
         except Exception:
-            said = "This file cannot be read."
-    raise gr.Error(said, print_exception=False)
+            message = "This file cannot be read."
+    raise gr.Error(message, print_exception=False)
 
 
-def put_together(files: list[str], folder: str) -> Path:
-    """Copy the uploads into a folder, and return the path of the adapter."""
-    names = {Path(file).name: file for file in files}
-    if "adapter_config.json" in names:
-        place = Path(folder) / "adapter"
-        place.mkdir()
-        for name, file in names.items():
-            shutil.copy(file, place / name)
-        return place
+def copy_uploads(files: list[str], folder: str) -> Path:
+    """Copy the uploads into a folder, and return the path of the LoRA."""
+    files_by_name = {Path(file).name: file for file in files}
+    if "adapter_config.json" in files_by_name:
+        lora_folder = Path(folder) / "adapter"
+        lora_folder.mkdir()
+        for name, file in files_by_name.items():
+            shutil.copy(file, lora_folder / name)
+        return lora_folder
     if len(files) > 1:
         raise gr.Error("Drop one file, or PEFT's two files.", print_exception=False)
     return Path(shutil.copy(files[0], folder))
 
 
-def look(files: list[str] | None) -> Iterator[Any]:
-    """Show what was uploaded."""
+def show(files: list[str] | None) -> Iterator[Any]:
+    """Show the errors and sizes of an uploaded LoRA."""
     if not files:
         yield gr.Column(visible=False), None, None, None, None
         return
     with TemporaryDirectory() as folder:
-        path = put_together(files, folder)
-        curve, layers = (pd.DataFrame(x) for x in bounded(measure, folder, str(path)))
-        yield gr.Column(visible=True), curve, curve, layers, None
+        path = copy_uploads(files, folder)
+        curve, layers = run_bounded(measure, folder, str(path))
+        curve_table = pd.DataFrame(curve)
+        yield gr.Column(visible=True), curve_table, curve_table, pd.DataFrame(layers), None
 
 
-def shrink(files: list[str], how: str, wish: str) -> Iterator[Any]:
-    """Make the smaller adapter: a file, or a ZIP archive of PEFT's folder."""
-    options: dict[str, Any] = {SHARE: {"keep": wish}, SIZE: {"max_bytes": wish}}.get(how, {})
-    if how == ONE:
-        if not wish.strip().isdecimal():
+def shrink(files: list[str], criterion: str, value: str) -> Iterator[Any]:
+    """Write the smaller LoRA: a file, or a ZIP archive of PEFT's folder."""
+    options: dict[str, Any]
+    if criterion == BY_RANK:
+        if not value.strip().isdecimal():
             raise gr.Error("A rank is a number such as 8.", print_exception=False)
-        options = {"rank": int(wish)}
+        options = {"rank": int(value)}
+    elif criterion == BY_SHARE:
+        options = {"keep": value}
+    else:
+        options = {"max_bytes": value}
     with TemporaryDirectory() as folder:
-        path = put_together(files, folder)
-        # Gradio copies the file when it is yielded, and the folder ends after that.
-        target = Path(folder) / f"{path.stem}-small{path.suffix}"
-        lines = bounded(cut, folder, str(path), str(target), options)
-        if target.is_dir():
-            target = Path(shutil.make_archive(str(target), "zip", target))
-        yield "\n\n".join(lines).replace(f"{folder}/", ""), str(target)
+        path = copy_uploads(files, folder)
+        output = Path(folder) / f"{path.stem}-small{path.suffix}"
+        result = run_bounded(export, folder, str(path), str(output), **options)
+        if output.is_dir():
+            output = Path(shutil.make_archive(str(output), "zip", output))
+        # Gradio copies the file when it is yielded; the folder is deleted after that.
+        yield describe(result), str(output)
 
 
-def page() -> gr.Blocks:
+def build_page() -> gr.Blocks:
     """Return the page."""
     with gr.Blocks(
         title="Shrink a LoRA", analytics_enabled=False, delete_cache=(300, 1500)
-    ) as blocks:
-        gr.Markdown(TEXT)
+    ) as page:
+        gr.Markdown(INTRODUCTION)
         files = gr.File(label="LoRA", file_count="multiple", file_types=[".safetensors", ".json"])
-        with gr.Column(visible=False) as found:
+        with gr.Column(visible=False) as results:
             with gr.Row():
-                error = gr.LinePlot(x="rank", y="error in %", title="What a rank leaves out")
-                size = gr.LinePlot(x="rank", y="MB", title="What its file weighs")
-            gr.Markdown(MEANING)
+                error_plot = gr.LinePlot(x="rank", y="error in %", title="Error of each rank")
+                size_plot = gr.LinePlot(x="rank", y="MB", title="File size of each rank")
+            gr.Markdown(EXPLANATION)
             with gr.Row():
-                how = gr.Radio([*START], value=SHARE, label="Keep")
-                wish = gr.Textbox(START[SHARE], label="How much", max_lines=1)
+                criterion = gr.Radio([*DEFAULTS], value=BY_SHARE, label="Keep")
+                value = gr.Textbox(DEFAULTS[BY_SHARE], label="How much", max_lines=1)
             button = gr.Button("Shrink", variant="primary")
-            said, made = gr.Markdown(), gr.File(label="The smaller LoRA", interactive=False)
+            summary = gr.Markdown()
+            output_file = gr.File(label="The smaller LoRA", interactive=False)
             with gr.Accordion("The rank that each layer needs", open=False):
-                layers = gr.Dataframe(interactive=False, label="To keep a share of its square")
-        gr.on([files.change], look, files, [found, error, size, layers, made])
-        how.change(START.__getitem__, how, wish)
-        gr.on([button.click, wish.submit], shrink, [files, how, wish], [said, made])
-    return blocks
+                layer_table = gr.Dataframe(
+                    interactive=False, label="To keep a share of its squared norm"
+                )
+        gr.on(
+            [files.change],
+            show,
+            files,
+            [results, error_plot, size_plot, layer_table, output_file],
+        )
+        criterion.change(DEFAULTS.__getitem__, criterion, value)
+        gr.on(
+            [button.click, value.submit], shrink, [files, criterion, value], [summary, output_file]
+        )
+    return page
 
 
 if __name__ == "__main__":
-    page().queue(default_concurrency_limit=1, max_size=20, api_open=False).launch(
-        max_file_size=MOST,
+    build_page().queue(default_concurrency_limit=1, max_size=20, api_open=False).launch(
+        max_file_size=MAX_FILE_SIZE,
         footer_links=[],
         ssr_mode=False,
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),

@@ -1,4 +1,4 @@
-"""The pictures of the documentation are those that `python -m research.figures` draws."""
+"""The figures of the documentation are those that `python -m research.figures` draws."""
 
 from __future__ import annotations
 
@@ -11,41 +11,44 @@ from research import figures
 from research.plan import Result
 
 
-def words(svg: str) -> list[str]:
+def texts(svg: str) -> list[str]:
     return re.findall(r"<text [^>]*>([^<]*)</text>", svg)
 
 
-def points(svg: str) -> list[float]:
-    """Return every number of where something lies."""
-    places = re.findall(r' (?:d|x|y|points|transform|width|height)="([^"]*)"', svg)
+def numbers(svg: str) -> list[float]:
+    """Return all numbers of positions and sizes."""
+    attributes = re.findall(r' (?:d|x|y|points|transform|width|height)="([^"]*)"', svg)
     number = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
-    return [float(found) for place in places for found in re.findall(number, place)]
+    return [float(match) for text in attributes for match in re.findall(number, text)]
 
 
-def same(one: str, other: str) -> bool:
-    """Return whether pictures agree; another matplotlib sets words a little otherwise."""
-    ours, theirs = points(one), points(other)
-    near = len(ours) == len(theirs) and all(
-        abs(a - b) < 1 for a, b in zip(ours, theirs, strict=True)
-    )
-    return words(one) == words(other) and near
+def look_the_same(svg: str, other_svg: str) -> bool:
+    """Compare two figures; another version of matplotlib sets texts a little differently."""
+    positions = numbers(svg)
+    other_positions = numbers(other_svg)
+    if texts(svg) != texts(other_svg) or len(positions) != len(other_positions):
+        return False
+    return all(abs(a - b) < 1 for a, b in zip(positions, other_positions, strict=True))
 
 
 @pytest.mark.slow
-def test_the_pictures_are_those_of_the_files() -> None:
+def test_figures_are_those_of_the_files() -> None:
     drawn = dict(figures.files())
-    assert sorted(drawn) == sorted(path.name for path in figures.OUT.iterdir())
-    for name, data in drawn.items():
-        assert same((figures.OUT / name).read_text(encoding="utf-8"), data.decode()), name
+    assert sorted(drawn) == sorted(path.name for path in figures.OUTPUT.iterdir())
+    for name, content in drawn.items():
+        written = (figures.OUTPUT / name).read_text(encoding="utf-8")
+        assert look_the_same(written, content.decode()), name
 
 
-def test_another_run_makes_another_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = figures.curves("every256")
+def test_another_run_gives_another_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = figures.curves("every256")
 
-    def changed(result: Result) -> Result:
-        first, *rest = result.curve.accuracy
-        return replace(result, curve=replace(result.curve, accuracy=(first / 2, *rest)))
+    def halve_first_accuracy(result: Result) -> Result:
+        first, *others = result.curve.accuracy
+        return replace(result, curve=replace(result.curve, accuracy=(first / 2, *others)))
 
-    monkeypatch.setattr(figures, "curves", lambda study: tuple(map(changed, real)))
-    (drawn,) = [data for name, data in figures.files("face") if name == "face-light.svg"]
-    assert not same((figures.OUT / "face-light.svg").read_text(encoding="utf-8"), drawn.decode())
+    changed = tuple(halve_first_accuracy(result) for result in recorded)
+    monkeypatch.setattr(figures, "curves", lambda study: changed)
+    drawn = dict(figures.files("face"))["face-light.svg"]
+    written = (figures.OUTPUT / "face-light.svg").read_text(encoding="utf-8")
+    assert not look_the_same(written, drawn.decode())

@@ -6,44 +6,79 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matryoshka_lora.adapter import NestedAdapter as NestedAdapter
-    from matryoshka_lora.combining import combine as combine
-    from matryoshka_lora.convert import export as export
-    from matryoshka_lora.convert import reorder as reorder
     from matryoshka_lora.errors import MatryoshkaError as MatryoshkaError
+    from matryoshka_lora.errors import MissingDependencyError as MissingDependencyError
     from matryoshka_lora.errors import NotFiniteError as NotFiniteError
     from matryoshka_lora.evaluation.evaluate import evaluate as evaluate
+    from matryoshka_lora.evaluation.results import Evaluation as Evaluation
     from matryoshka_lora.evaluation.results import aurac as aurac
+    from matryoshka_lora.evaluation.select import Selection as Selection
     from matryoshka_lora.evaluation.select import select as select
-    from matryoshka_lora.extracting import extract as extract
-    from matryoshka_lora.nested import load as load
-    from matryoshka_lora.nested import nest as nest
+    from matryoshka_lora.lora_file.results import ReorderResult as ReorderResult
+    from matryoshka_lora.lora_file.results import TrainRanksResult as TrainRanksResult
+    from matryoshka_lora.model.adapter import NestedAdapter as NestedAdapter
+    from matryoshka_lora.model.load import load as load
+    from matryoshka_lora.model.nest import nest as nest
     from matryoshka_lora.nesting import Nesting as Nesting
+    from matryoshka_lora.operations.combine import CombineResult as CombineResult
+    from matryoshka_lora.operations.combine import combine as combine
+    from matryoshka_lora.operations.export import ExportFolderResult as ExportFolderResult
+    from matryoshka_lora.operations.export import ExportResult as ExportResult
+    from matryoshka_lora.operations.export import export as export
+    from matryoshka_lora.operations.export import export_folder as export_folder
+    from matryoshka_lora.operations.extract import ExtractResult as ExtractResult
+    from matryoshka_lora.operations.extract import extract as extract
+    from matryoshka_lora.operations.info import LoraInfo as LoraInfo
+    from matryoshka_lora.operations.info import info as info
+    from matryoshka_lora.operations.reorder import reorder as reorder
+    from matryoshka_lora.operations.train_ranks import train_ranks as train_ranks
+    from matryoshka_lora.rules import Rule as Rule
 
-# Each name is imported at its first use, so that `matryoshka --help` and work on files need no
-# PEFT.
+# Names are imported lazily, so that file operations need no torch and `--help` needs no NumPy.
 _MODULES = {
+    "CombineResult": "operations.combine",
+    "Evaluation": "evaluation.results",
+    "ExportFolderResult": "operations.export",
+    "ExportResult": "operations.export",
+    "ExtractResult": "operations.extract",
+    "LoraInfo": "operations.info",
     "MatryoshkaError": "errors",
-    "NestedAdapter": "adapter",
+    "MissingDependencyError": "errors",
+    "NestedAdapter": "model.adapter",
     "Nesting": "nesting",
     "NotFiniteError": "errors",
+    "ReorderResult": "lora_file.results",
+    "Rule": "rules",
+    "Selection": "evaluation.select",
+    "TrainRanksResult": "lora_file.results",
     "aurac": "evaluation.results",
-    "combine": "combining",
+    "combine": "operations.combine",
     "evaluate": "evaluation.evaluate",
-    "export": "convert",
-    "extract": "extracting",
-    "load": "nested",
-    "nest": "nested",
-    "reorder": "convert",
+    "export": "operations.export",
+    "export_folder": "operations.export",
+    "extract": "operations.extract",
+    "info": "operations.info",
+    "load": "model.load",
+    "nest": "model.nest",
+    "reorder": "operations.reorder",
     "select": "evaluation.select",
+    "train_ranks": "operations.train_ranks",
 }
 __all__ = [*_MODULES]
-__version__ = "0.3.0"
+__version__ = "0.4.0.dev0"
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    from matryoshka_lora.errors import optional_imports
+
+    with optional_imports():
+        module = import_module(f"{__name__}.{_MODULES[name]}")
+    value = getattr(module, name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,180 +1,292 @@
-"""`matryoshka demo`: teach two layers a table, and look its entries up at every rank."""
+"""`matryoshka demo`: train a small adapter on a table, and query it at several ranks."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import matplotlib  # noqa: F401  (before the training, which takes longer)
 import torch
 from iso3166 import countries
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from tqdm import tqdm
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from matryoshka_lora.adapter import NestedAdapter
-from matryoshka_lora.evaluation.results import Evaluation, draw
-from matryoshka_lora.files.peft import plan_rank
-from matryoshka_lora.models import EMBEDDED, load_model, load_tokenizer
-from matryoshka_lora.nested import nest
+from matryoshka_lora.errors import optional_imports
+from matryoshka_lora.evaluation.plot import plot_evaluation
+from matryoshka_lora.evaluation.results import Evaluation, Metric, TaskResult
+from matryoshka_lora.lora_file.hub import BUNDLED_MODEL
+from matryoshka_lora.model.adapter import NestedAdapter
+from matryoshka_lora.model.base_model import load_model, load_tokenizer
+from matryoshka_lora.model.nest import nest
+from matryoshka_lora.training.prefix_steps import prefix_mask
 
-LAYERS, RANKS, RANK, DIGITS = 2, (1, 2, 4, 16), 16, 3
-STEPS, BATCH, RATE = 300, 32, 4e-3
-SHOWN, EXPORTED = (1, 2, RANK), 4  # the ranks that answer, and the one that plain PEFT reads
-ASKED = ("Kenya", "Brazil", "Bolivia")
-Right = dict[int, float]  # how much of the table each rank knows, in percent
+NUM_LAYERS = 2
+RANKS = (1, 2, 4, 16)
+MAX_RANK = 16
+NUM_DIGITS = 3
+NUM_STEPS = 300
+BATCH_SIZE = 32
+LEARNING_RATE = 4e-3
+QUERY_RANKS = (1, 2, 16)
+EXPORT_RANK = 4
+SAMPLE_COUNTRIES = ("Kenya", "Brazil", "Bolivia")
+
+Accuracies = dict[int, float]
+"""The percentage of the table's numbers that each rank knows; rank 0 is the base model."""
 
 
-def demo(out: Path, steps: int = STEPS) -> None:
-    """Train, print and draw what each rank knows, let the user ask, and read one with plain PEFT.
+@dataclass
+class TrainedDemo:
+    """The trained adapter, and the accuracy of each rank.
+
+    Attributes:
+        adapter: The adapter, with trained ranks.
+        truncated: The first components of the factors as training left them.
+        reordered: After `NestedAdapter.reorder`.
+        trained: After `NestedAdapter.train_ranks`.
+    """
+
+    adapter: NestedAdapter
+    truncated: Accuracies
+    reordered: Accuracies
+    trained: Accuracies
+
+    def by_method(self) -> dict[str, Accuracies]:
+        """Return the accuracies by the name that the table and the plot show."""
+        return {
+            "truncated": self.truncated,
+            "reorder": self.reordered,
+            "train_ranks": self.trained,
+        }
+
+
+def demo(output: Path, num_steps: int = NUM_STEPS) -> None:
+    """Train, show what each rank knows, answer the user's queries, and export one rank.
 
     Args:
-        out: A folder that does not exist yet. It gets ``base``, the base model's first two layers;
-            ``adapter``, for every rank; ``rank-4``, an ordinary LoRA adapter; and ``curve.png``.
+        output: The folder to write, which must not exist. It gets ``base``, the base model's first
+            layers; ``adapter``, usable at every rank; ``rank-4``, an ordinary LoRA adapter; and
+            ``curve.png``.
+        num_steps: The number of optimizer steps.
     """
-    out.mkdir(parents=True)
-    facts = table()
+    with optional_imports():  # before the training, which takes minutes
+        import matplotlib  # noqa: F401
+
+    output.mkdir(parents=True)
+    numbers = country_numbers()
+    base_path = output / "base"
     print(
-        f"The table: {len(facts)} countries, each with its number in ISO 3166.\n"
-        f"The model: the first {LAYERS} layers of {EMBEDDED}, in {out / 'base'}.\n"
-        f"One LoRA adapter of rank {RANK} learns the table, in float32 on the CPU."
+        f"The table: {len(numbers)} countries, each with its number in ISO 3166.\n"
+        f"The model: the first {NUM_LAYERS} layers of {BUNDLED_MODEL}, in {base_path}.\n"
+        f"One LoRA adapter of rank {MAX_RANK} learns the table, in float32 on the CPU."
     )
-    save_base(out / "base")
-    tokenizer = load_tokenizer(str(out / "base"))
-    adapter, right = train_adapter(out / "base", tokenizer, facts, steps)
-    adapter.save(out / "adapter")
-    report(adapter, right, len(facts), out / "curve.png")
-    look_up(adapter, tokenizer, facts)
-    adapter.export(out / f"rank-{EXPORTED}", EXPORTED)
-    base = load_model(str(out / "base"), torch.float32, device="cpu")
-    plain = PeftModel.from_pretrained(base, out / f"rank-{EXPORTED}")
-    print(f"\nRank {EXPORTED} is an ordinary LoRA adapter too. PEFT alone reads it and answers:\n")
-    for name, said in zip(ASKED, answers(plain, tokenizer, ASKED), strict=True):
-        print(f"  {name}: {said}   (right: {facts[name]})")
-    print(f"\n{out / 'adapter'} holds every rank")
+    save_base_model(base_path)
+    tokenizer = load_tokenizer(str(base_path))
+    result = train_adapter(base_path, tokenizer, numbers, num_steps)
+    adapter = result.adapter
+    adapter.save(output / "adapter")
+
+    lora = adapter.to_lora_file()
+    sizes = {rank: lora.plan(rank).file_size for rank in RANKS}
+    print_accuracies(result, sizes, len(numbers))
+    plot_accuracies(result, sizes, len(numbers), output / "curve.png")
+    print(f"\nThe same as a plot: {output / 'curve.png'}")
+
+    if sys.stdin.isatty():
+        print("\nQuery the adapter; press Enter to quit.\n")
+        answer_queries(adapter, tokenizer, numbers, typed_queries())
+    else:
+        print("\nThree of the answers:\n")
+        answer_queries(adapter, tokenizer, numbers, SAMPLE_COUNTRIES)
+
+    export_path = output / f"rank-{EXPORT_RANK}"
+    adapter.export(export_path, EXPORT_RANK)
+    base_model = load_model(str(base_path), torch.float32, device="cpu")
+    plain_model = PeftModel.from_pretrained(base_model, str(export_path))
+    print(f"\nRank {EXPORT_RANK} is an ordinary LoRA adapter too. PEFT alone loads it:\n")
+    answers = generate_numbers(plain_model, tokenizer, SAMPLE_COUNTRIES)
+    for country, answer in zip(SAMPLE_COUNTRIES, answers, strict=True):
+        print(f"  {country}: {answer}   (correct: {numbers[country]})")
+    print(f"\n{output / 'adapter'} is usable at every rank.")
 
 
-def table() -> dict[str, str]:
-    """Return the countries of ISO 3166, by short names, each with its number of three digits."""
-    short = [re.split(r", | \(", country.apolitical_name)[0] for country in countries]
-    return {
-        name if short.count(name) == 1 else country.apolitical_name: country.numeric
-        for name, country in zip(short, countries, strict=True)
-    }
+def country_numbers() -> dict[str, str]:
+    """Return the three-digit number of each country of ISO 3166 by its short name."""
+    short_names = [re.split(r", | \(", country.apolitical_name)[0] for country in countries]
+    numbers = {}
+    for short_name, country in zip(short_names, countries, strict=True):
+        is_unique = short_names.count(short_name) == 1
+        numbers[short_name if is_unique else country.apolitical_name] = country.numeric
+    return numbers
 
 
-def save_base(folder: Path) -> None:
-    """Write the first layers of the embedded model, and its tokenizer: enough for a table."""
+def save_base_model(folder: Path) -> None:
+    """Write the first layers of the bundled model, and its tokenizer."""
     model = load_model(dtype=torch.bfloat16, device="cpu")
-    model.model.layers = model.model.layers[:LAYERS]
-    model.config.num_hidden_layers = LAYERS
+    model.model.layers = model.model.layers[:NUM_LAYERS]
+    model.config.num_hidden_layers = NUM_LAYERS
     model.save_pretrained(folder)
     load_tokenizer().save_pretrained(folder)
 
 
-def batch_of(tokenizer: Any, lines: Sequence[str]) -> dict[str, Tensor]:
-    """Return lines as a batch, in which the digits at their ends, a token each, are learned."""
-    batch = tokenizer(lines, padding=True, padding_side="left", return_tensors="pt")
-    digits = batch["input_ids"][:, -DIGITS:].contiguous()
-    # The logits before each digit are enough. Indices: slicing makes the product slower.
-    places = torch.arange(-DIGITS - 1, -1)
-    return {**batch, "labels": digits, "shift_labels": digits, "logits_to_keep": places}
+def collate(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str]) -> dict[str, Tensor]:
+    """Return a batch of lines such as ``"Kenya: 404"``, whose digits are the labels.
+
+    Returns:
+        The model's inputs. ``labels`` has shape (rows, 3): the tokenizer has a token per digit.
+    """
+    batch = tokenizer(list(lines), padding=True, padding_side="left", return_tensors="pt")
+    digits = batch["input_ids"][:, -NUM_DIGITS:].contiguous()
+    # Only the logits that predict a digit are computed. With an index tensor instead of a slice,
+    # the product is faster.
+    positions = torch.arange(-NUM_DIGITS - 1, -1)
+    return {**batch, "labels": digits, "shift_labels": digits, "logits_to_keep": positions}
+
+
+class SilentTrainer(Trainer):
+    """A Trainer that shows a progress bar, and prints no dictionaries of losses."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Print nothing."""
 
 
 def train_adapter(
-    base: Path, tokenizer: Any, facts: dict[str, str], steps: int = STEPS
-) -> tuple[NestedAdapter, dict[str, Right]]:
-    """Train an adapter on a table, and measure its ranks in three orders; the last one stays."""
+    base_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    numbers: dict[str, str],
+    num_steps: int = NUM_STEPS,
+) -> TrainedDemo:
+    """Train an adapter on a table, and measure each rank before and after reordering it."""
     torch.manual_seed(0)
-    model = load_model(str(base), torch.float32, device="cpu")
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
-    adapter = nest(get_peft_model(model, config), RANKS)
-    lines = [f"{name}: {number}" for name, number in facts.items()]
-    options = {"max_steps": steps, "per_device_train_batch_size": BATCH, "learning_rate": RATE}
-    more = {"use_cpu": True, "save_strategy": "no", "disable_tqdm": False}
-    arguments = TrainingArguments(str(base), **options, **more)
-    collate = partial(batch_of, tokenizer)
-    # A table has nothing to generalise to: the lines that are learned are those that judge.
-    trainer = Trainer(adapter.model, arguments, collate, lines, lines)
-    trainer.add_callback(adapter.callback())
-    trainer.log = lambda *_, **__: None  # it would print a dictionary
+    base_model = load_model(str(base_path), torch.float32, device="cpu")
+    config = LoraConfig(r=MAX_RANK, lora_alpha=MAX_RANK, target_modules="all-linear")
+    adapter = nest(get_peft_model(base_model, config), RANKS)
+    lines = [f"{country}: {number}" for country, number in numbers.items()]
+    trainer = SilentTrainer(
+        model=adapter.model,
+        args=TrainingArguments(
+            str(base_path),
+            max_steps=num_steps,
+            per_device_train_batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=False,
+        ),
+        data_collator=lambda batch_lines: collate(tokenizer, batch_lines),
+        train_dataset=lines,
+        # There is nothing to generalize: evaluation uses the training examples.
+        eval_dataset=lines,
+        callbacks=[adapter.callback()],
+    )
     trainer.train()
-    batches = [collate(lines[i : i + BATCH]) for i in range(0, len(lines), BATCH)]
-    right = {"cut": measure(adapter, batches)}
-    adapter.reorder("svd")
-    right["svd"] = measure(adapter, batches)
-    adapter.reorder("trained", trainer)
-    right["trained"] = measure(adapter, batches)
-    return adapter, right
+
+    starts = range(0, len(lines), BATCH_SIZE)
+    batches = [collate(tokenizer, lines[start : start + BATCH_SIZE]) for start in starts]
+    truncated = measure_accuracies(adapter, batches)
+    adapter.reorder()
+    reordered = measure_accuracies(adapter, batches)
+    adapter.train_ranks(trainer)
+    trained = measure_accuracies(adapter, batches)
+    return TrainedDemo(adapter, truncated, reordered, trained)
 
 
 @torch.no_grad()
-def measure(adapter: NestedAdapter, batches: list[dict[str, Tensor]]) -> Right:
-    """Return the share of a table that each rank knows: every digit is the likeliest token.
+def measure_accuracies(adapter: NestedAdapter, batches: Sequence[dict[str, Tensor]]) -> Accuracies:
+    """Return the accuracy of each rank, if all digits of a number must be correct.
 
-    A rank is the first columns of the factors as they are, at the scale of R.
+    A rank is the first components of the factors as they are, whether or not they are ordered.
     """
     adapter.model.eval()
-    found, digits = {}, torch.cat([batch["labels"] for batch in batches])
-    for rank in tqdm((0, *RANKS), "asking every rank", leave=False):
-        with adapter.override((torch.arange(RANK) < rank).double()):
-            said = [adapter.model(**batch).logits.argmax(-1) for batch in batches]
-        found[rank] = 100 * (torch.cat(said) == digits).all(1).double().mean().item()
-    return found
+    labels = torch.cat([batch["labels"] for batch in batches])
+    accuracies = {}
+    for rank in tqdm((0, *RANKS), "querying every rank", leave=False):
+        with adapter.layers.use_diagonal(prefix_mask(MAX_RANK, rank)):
+            predictions = [adapter.model(**batch).logits.argmax(-1) for batch in batches]
+        is_correct = (torch.cat(predictions) == labels).all(dim=1)
+        accuracies[rank] = 100 * is_correct.double().mean().item()
+    return accuracies
 
 
-def report(adapter: NestedAdapter, right: dict[str, Right], lines: int, picture: Path) -> None:
-    """Print and draw how much of a table each rank knows, in each order."""
-    file = adapter.opened()
-    sizes = {rank: plan_rank(file, rank).size for rank in RANKS}
+def print_accuracies(result: TrainedDemo, sizes: dict[int, int], num_numbers: int) -> None:
+    """Print a table of the accuracy of each rank."""
+    by_method = result.by_method()
     print(
-        f"\nEach rank of this one training knows so much of the {lines} numbers:\n\n"
-        "  rank  size (MB)     cut     svd  trained"
+        f"\nHow many of the {num_numbers} numbers each rank knows after this one training run:\n\n"
+        f"  rank  size (MB)  {'  '.join(f'{method:>11}' for method in by_method)}"
     )
-    for rank, size in {0: 0, **sizes}.items():
-        cells = [f"{known[rank]:6.0f} %" for known in right.values()]
-        print(f"  {rank:4}  {size / 1e6:9.2f}{''.join(cells)}")
-    curve = Evaluation({}, RANKS, sizes)
-    for name, value in right.items():
-        error = {rank: (v * (100 - v) / lines) ** 0.5 for rank, v in value.items()}
-        metrics = {"% right": {"value": value, "stderr": error}}
-        curve.tasks[name] = {"metric": "% right", "metrics": metrics}
-    draw(curve, picture)
+    for rank in (0, *RANKS):
+        cells = [f"{accuracies[rank]:9.0f} %" for accuracies in by_method.values()]
+        print(f"  {rank:4}  {sizes.get(rank, 0) / 1e6:9.2f}  {'  '.join(cells)}")
     print(
         "\n  rank 0: the model without the adapter\n"
-        "  cut: the first columns of the factors, as they were trained\n"
-        "  svd: adapter.reorder()\n"
-        "  trained: adapter.reorder('trained', trainer), some steps at each rank\n"
-        f"\nThe same as a picture: {picture}"
+        "  truncated: the first components of the factors, as they were trained\n"
+        "  reorder: after adapter.reorder()\n"
+        "  train_ranks: after adapter.train_ranks(trainer), a few steps at each rank"
     )
 
 
-def look_up(adapter: NestedAdapter, tokenizer: Any, facts: dict[str, str]) -> None:
-    """Let some ranks answer what the user types; without a terminal, what `ASKED` names."""
-    names, asks = {name.lower(): name for name in facts}, sys.stdin.isatty()
-    print("\nLook countries up; an empty line ends.\n" if asks else "\nThree of the answers:\n")
+def plot_accuracies(
+    result: TrainedDemo, sizes: dict[int, int], num_numbers: int, file: Path
+) -> None:
+    """Plot the accuracy of each rank."""
+    evaluation = Evaluation(settings={}, ranks=RANKS, sizes=sizes)
+    for method, accuracies in result.by_method().items():
+        errors = {
+            rank: (accuracy * (100 - accuracy) / num_numbers) ** 0.5
+            for rank, accuracy in accuracies.items()
+        }
+        metric = Metric(higher_is_better=True, values={**accuracies}, standard_errors={**errors})
+        evaluation.tasks[method] = TaskResult(
+            num_examples=num_numbers,
+            num_fewshot=None,
+            primary_metric="% correct",
+            aurac=None,
+            metrics={"% correct": metric},
+        )
+    plot_evaluation(evaluation, file)
+
+
+def typed_queries() -> Iterator[str]:
+    """Yield what the user types, up to an empty line, Ctrl-D or Ctrl-C."""
     with suppress(EOFError, KeyboardInterrupt):
-        for text in iter(lambda: input("Country: ").strip(), "") if asks else ASKED:
-            if name := names.get(text.lower()):
-                with adapter.rows(SHOWN):
-                    said = answers(adapter.model, tokenizer, [name] * len(SHOWN))
-                cells = [f"rank {rank}: {s}" for rank, s in zip(SHOWN, said, strict=True)]
-                print(f"  {name}   {'   '.join(cells)}   (right: {facts[name]})")
-            else:
-                near = [names[key] for key in get_close_matches(text.lower(), names)]
-                print(f"  Not in the table. Try {', '.join(near or ASKED)}")
+        while query := input("Country: ").strip():
+            yield query
 
 
-def answers(model: Any, tokenizer: Any, names: Sequence[str]) -> list[str]:
-    """Return the numbers that a model says to some names, each of which is a row of the batch."""
-    texts = [f"{name}: " for name in names]
-    prompts = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-    said = model.generate(**prompts, do_sample=False, max_new_tokens=DIGITS, pad_token_id=0)
-    return [" ".join(text.split()) for text in tokenizer.batch_decode(said[:, -DIGITS:])]
+def answer_queries(
+    adapter: NestedAdapter,
+    tokenizer: PreTrainedTokenizerBase,
+    numbers: dict[str, str],
+    queries: Iterator[str] | Sequence[str],
+) -> None:
+    """Print the answers of several ranks, which share a batch, to each query."""
+    names = {name.lower(): name for name in numbers}
+    for query in queries:
+        country = names.get(query.lower())
+        if country is None:
+            similar = [names[key] for key in get_close_matches(query.lower(), names)]
+            print(f"  Not in the table. Try {', '.join(similar or SAMPLE_COUNTRIES)}")
+            continue
+        with adapter.rows(QUERY_RANKS):
+            answers = generate_numbers(adapter.model, tokenizer, [country] * len(QUERY_RANKS))
+        cells = [f"rank {rank}: {s}" for rank, s in zip(QUERY_RANKS, answers, strict=True)]
+        print(f"  {country}   {'   '.join(cells)}   (correct: {numbers[country]})")
+
+
+def generate_numbers(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]
+) -> list[str]:
+    """Return the numbers that a model generates for some countries, one per row of the batch."""
+    prompts = tokenizer(
+        [f"{name}: " for name in names], padding=True, padding_side="left", return_tensors="pt"
+    )
+    tokens = model.generate(**prompts, do_sample=False, max_new_tokens=NUM_DIGITS, pad_token_id=0)
+    texts = tokenizer.batch_decode(tokens[:, -NUM_DIGITS:])
+    return [" ".join(text.split()) for text in texts]

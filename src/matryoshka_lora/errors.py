@@ -1,27 +1,108 @@
-"""Errors that a caller may want to catch."""
+"""Exceptions, and the translation of other libraries' errors into them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from numbers import Integral
 
 
 class MatryoshkaError(ValueError):
-    """Report a mistake that the caller can mend; the message names the way out."""
+    """An error that the caller can correct. The message says what was wrong and what to do.
+
+    Parameters that the caller can set are in backticks; the command line writes them as options.
+    """
 
 
 class NotFiniteError(MatryoshkaError):
-    """Report a number that is infinite or not a number where a result needs finite ones."""
+    """A factor, weight, loss or gradient is NaN or infinite."""
+
+
+class MissingDependencyError(MatryoshkaError, ImportError):
+    """An optional dependency is not installed. The message names the extra to install."""
+
+
+# The extra of pyproject.toml that installs a module.
+_EXTRAS = {
+    "torch": "peft",
+    "peft": "peft",
+    "transformers": "peft",
+    "accelerate": "train",
+    "datasets": "train",
+    "trl": "train",
+    "yaml": "train",
+    "lm_eval": "eval",
+    "matplotlib": "eval",
+    "gguf": "gguf",
+    "iso3166": "demo",
+}
+
+
+def check_choice(parameter: str, value: object, choices: Collection[str]) -> None:
+    """Raise MatryoshkaError unless the value of a parameter is one of some strings."""
+    if value not in choices:
+        names = ", ".join(map(repr, choices))
+        raise MatryoshkaError(f"`{parameter}` must be one of {names}, got {value!r:.80}.")
+
+
+def check_integer(
+    parameter: str, value: object, minimum: int = 1, maximum: int | None = None
+) -> int:
+    """Return the value of a parameter as an int.
+
+    Raises:
+        MatryoshkaError: It is not an integer from ``minimum`` to ``maximum``.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise MatryoshkaError(f"`{parameter}` must be an integer, got {value!r:.80}.")
+    integer = int(value)  # JSON does not accept NumPy's integers
+    if integer < minimum:
+        raise MatryoshkaError(f"`{parameter}` must be at least {minimum}, got {integer}.")
+    if maximum is not None and integer > maximum:
+        raise MatryoshkaError(f"`{parameter}` must be at most {maximum}, got {integer}.")
+    return integer
 
 
 @contextmanager
-def explained(what: str, way: str = "", kinds: Any = Exception) -> Iterator[None]:
-    """Report what another library refuses as a MatryoshkaError: what failed, why, the way out."""
+def optional_imports(extra: str | None = None) -> Iterator[None]:
+    """Raise `MissingDependencyError` if an import fails because an extra is not installed.
+
+    Args:
+        extra: The extra to name, or several with commas. Defaults to the smallest one that
+            installs the module.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = str(error.name).partition(".")[0]
+        if module not in _EXTRAS:
+            raise
+        raise MissingDependencyError(
+            f"{module} is not installed. Run: pip install "
+            f"'matryoshka-lora[{extra or _EXTRAS[module]}]'"
+        ) from error
+
+
+@contextmanager
+def wrap_errors(
+    action: str,
+    hint: str = "",
+    exceptions: type[Exception] | tuple[type[Exception], ...] = Exception,
+) -> Iterator[None]:
+    """Convert the given exceptions to MatryoshkaError.
+
+    Args:
+        action: What failed, such as ``"cannot load the tokenizer"``.
+        hint: What the caller can do, one or more sentences.
+        exceptions: The types to convert. A `MatryoshkaError` passes unchanged.
+    """
     try:
         yield
     except MatryoshkaError:
         raise
-    except kinds as error:
+    except exceptions as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise MatryoshkaError(f"{what}: {reason:.500}{way and f'. {way}'}") from error
+        message = f"{action}: {reason:.500}."
+        if hint:
+            message = f"{message} {hint.rstrip('.')}."
+        raise MatryoshkaError(message) from error

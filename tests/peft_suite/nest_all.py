@@ -1,10 +1,11 @@
-"""A plugin of pytest, loaded by `run.py`: nest each LoRA adapter as it is made, and count."""
+"""A pytest plugin, loaded by `run.py`: nest each LoRA adapter once it is created, and count."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +14,65 @@ import pytest
 
 from matryoshka_lora import MatryoshkaError, nest
 
-NO_HUB = ("couldn't connect", "outgoing traffic has been disabled", "LocalEntryNotFoundError")
-counts = {"nested": 0, "refused": 0, "needs_hub": 0}
+HUB_ERRORS = ("couldn't connect", "outgoing traffic has been disabled", "LocalEntryNotFoundError")
+counts = {"nested": 0, "rejected": 0, "needs_hub": 0}
 
 
 def nest_adapter(model: peft.PeftModel, name: str) -> None:
-    """At full rank rule "lora" is plain LoRA, so that every test must find what it expects."""
+    """Nest an adapter with rule ``lora``, which is plain LoRA at rank R: all tests must pass."""
     try:
-        nest(model, rule="lora", adapter=name)
+        nest(model, rule="lora", adapter_name=name)
     except MatryoshkaError:
-        counts["refused"] += 1
+        counts["rejected"] += 1
     else:
         counts["nested"] += 1
 
 
-def nest_from_now_on() -> None:
-    """PEFT's models nest their adapters themselves."""
-    make, add = peft.PeftModel.__init__, peft.PeftModel.add_adapter
+def patch_peft() -> None:
+    """Let PEFT's models nest their LoRA adapters."""
+    original_init = peft.PeftModel.__init__
+    original_add_adapter = peft.PeftModel.add_adapter
 
-    def nested_init(
+    def init(
         self: Any, model: Any, peft_config: Any, adapter_name: str = "default", **options: Any
     ) -> None:
-        make(self, model, peft_config, adapter_name, **options)
+        original_init(self, model, peft_config, adapter_name, **options)
         if isinstance(peft_config, peft.LoraConfig):
             nest_adapter(self, adapter_name)
 
-    def nested_add(self: Any, adapter_name: str, peft_config: Any, **options: Any) -> None:
-        add(self, adapter_name, peft_config, **options)
+    def add_adapter(self: Any, adapter_name: str, peft_config: Any, **options: Any) -> None:
+        original_add_adapter(self, adapter_name, peft_config, **options)
         if isinstance(peft_config, peft.LoraConfig):
             nest_adapter(self, adapter_name)
 
-    peft.PeftModel.__init__, peft.PeftModel.add_adapter = nested_init, nested_add
+    peft.PeftModel.__init__ = init
+    peft.PeftModel.add_adapter = add_adapter
+
+
+@contextlib.contextmanager
+def do_nothing(model_id: str) -> Iterator[None]:
+    """Replace a function of PEFT's that would wait for the hub."""
+    yield
 
 
 def pytest_configure() -> None:
-    """Before the tests are imported."""
+    """Patch PEFT before its tests are imported."""
     from tests import testing_utils  # type: ignore[attr-defined]
 
-    testing_utils.hub_online_once = lambda model_id: (
-        contextlib.nullcontext()
-    )  # it would wait for the hub
-    nest_from_now_on()
+    testing_utils.hub_online_once = do_nothing
+    patch_peft()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is parametrized by another of PEFT's methods."""
-    others = [item for item in items if any(is_other_config(value) for value in parameters(item))]
-    config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in set(others)]
+    """Deselect what is parametrized by another method of PEFT's."""
+    selected, deselected = [], []
+    for item in items:
+        if any(is_other_config(value) for value in parameters(item)):
+            deselected.append(item)
+        else:
+            selected.append(item)
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = selected
 
 
 def parameters(item: pytest.Item) -> list[Any]:
@@ -69,21 +81,20 @@ def parameters(item: pytest.Item) -> list[Any]:
 
 
 def is_other_config(value: Any) -> bool:
-    kind = value if isinstance(value, type) else type(value)
-    return issubclass(kind, peft.PeftConfig) and kind is not peft.LoraConfig
+    config_class = value if isinstance(value, type) else type(value)
+    return issubclass(config_class, peft.PeftConfig) and config_class is not peft.LoraConfig
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    """A test that asked for a model of the hub is left out."""
+    """Skip a test that asks for a model on the hub."""
     report = yield
-    if (
-        report.failed
-        and call.excinfo is not None
-        and any(sign in str(call.excinfo.getrepr()) for sign in NO_HUB)
-    ):
-        report.outcome, report.longrepr = "skipped", (str(item.path), 0, "Skipped: needs the hub")
-        counts["needs_hub"] += 1
+    if report.failed and call.excinfo is not None:
+        message = str(call.excinfo.getrepr())
+        if any(error in message for error in HUB_ERRORS):
+            report.outcome = "skipped"
+            report.longrepr = (str(item.path), 0, "Skipped: needs the hub")
+            counts["needs_hub"] += 1
     return report
 
 

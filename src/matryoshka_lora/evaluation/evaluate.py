@@ -1,139 +1,241 @@
-"""`evaluate`: an adapter at several ranks, and the base model without it."""
+"""Evaluate an adapter at several ranks, and the base model without it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.evaluation.results import Evaluation, draw, examples, summary
-from matryoshka_lora.files.output import check_place, new_folder
-from matryoshka_lora.files.peft import open_adapter, plan_rank
-from matryoshka_lora.files.rows import read_rows
+from matryoshka_lora.errors import MatryoshkaError, check_integer, optional_imports
+from matryoshka_lora.evaluation.harness_results import (
+    HarnessResults,
+    convert_examples,
+    convert_task,
+)
+from matryoshka_lora.evaluation.plot import plot_evaluation
+from matryoshka_lora.evaluation.results import Evaluation
+from matryoshka_lora.examples import read_examples
+from matryoshka_lora.lora_file.atomic import PathLike, check_output, create_folder
+from matryoshka_lora.lora_file.open import open_adapter
+from matryoshka_lora.lora_file.peft_folder import PeftFolder
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from matryoshka_lora.adapter import NestedAdapter
+    from matryoshka_lora.evaluation.harness import ManyRanksLM
+    from matryoshka_lora.evaluation.tasks import LoadedTask
+    from matryoshka_lora.model.adapter import NestedAdapter
 
 
 def evaluate(
-    adapter: NestedAdapter | str | os.PathLike[str],
+    adapter: NestedAdapter | PathLike,
     tasks: str | Sequence[str] | None = None,
-    data: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
+    data: PathLike | Iterable[object] | None = None,
     ranks: Sequence[int] | Literal["all"] | None = None,
     *,
-    out: str | os.PathLike[str] | None = None,
+    output: PathLike | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    model: str | None = None,
+    base_model: str | None = None,
+    base_revision: str | None = None,
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
-    batch_size: int | None = None,
+    max_batch_tokens: int | None = None,
     force: bool = False,
     progress: bool = True,
 ) -> Evaluation:
-    """Measure an adapter at several ranks, and the base model without it.
+    """Evaluate an adapter at several ranks, and the base model without it.
 
-    lm-evaluation-harness asks and judges; all ranks answer in the same batches. An adapter on the
-    disk gets a folder with ``evaluation.json``, ``examples.jsonl`` and ``curve.png``.
+    lm-evaluation-harness builds prompts and metrics; all ranks are computed in the same batches.
+    For an adapter on disk, a folder with ``evaluation.json``, ``examples.jsonl`` and ``curve.png``
+    is written.
 
     Args:
-        adapter: A folder, or an adapter in memory, which is measured as it is.
-        tasks: Tasks or groups of lm-evaluation-harness, or YAML files of tasks.
-        data: Instead of tasks: a ``.jsonl`` file or rows with ``prompt`` and ``completion``, texts
-            or chat messages, or with ``messages``. The answer must equal the completion.
-        ranks: Increasing; None means the nested ones, and ``"all"`` each from 1 to R.
-        out: The folder to write. None is ``ADAPTER-evaluation`` beside an adapter on the disk, and
-            none for an adapter in memory.
-        tokenizer: The base model's; None loads the adapter's own, or else the base model's.
-        model: The base model; None is what the adapter names.
-        revision: The base model's, on the hub.
-        dtype: The base model's, as `load_model` takes it; None chooses by the hardware.
-        num_fewshot: Shots of the tasks; None is the task's own number.
-        limit: The most questions of a task.
-        batch_size: The most tokens of a batch whose keys and values are held; None is 32,768.
-        force: Whether to replace an existing folder and all its content.
+        adapter: A folder or Hub id, or an adapter in memory, which is not changed.
+        tasks: Tasks or groups of lm-evaluation-harness, or YAML files of tasks; a list, or a
+            comma-separated string.
+        data: Instead of tasks: examples with ``prompt`` and ``completion``, strings or chat
+            messages, or with ``messages``; or a JSON lines file of such examples. An answer is
+            correct if it equals the completion.
+        ranks: Strictly increasing. Defaults to the nested ranks; ``"all"`` is every rank from 1 to
+            R.
+        output: The folder to write. Defaults to ``ADAPTER-evaluation`` next to an adapter on disk,
+            and to no folder for an adapter in memory.
+        tokenizer: The base model's tokenizer. Defaults to the one saved with the adapter, or
+            otherwise the base model's.
+        base_model: The base model's folder or Hub id. Defaults to the one that the adapter names.
+        base_revision: The base model's revision on the Hugging Face Hub.
+        revision: The adapter's revision on the Hugging Face Hub.
+        dtype: The dtype of the base model; see `matryoshka_lora.model.base_model.load_model`.
+            Defaults to one that suits the hardware.
+        num_fewshot: The number of few-shot examples. Defaults to the task's own.
+        limit: The maximum number of examples of a task.
+        max_batch_tokens: The maximum number of tokens, over all rows, whose keys and values a batch
+            holds. Defaults to 32,768.
+        force: Whether to overwrite the output.
         progress: Whether progress bars are shown on stderr.
 
     Raises:
-        MatryoshkaError: Adapter, base model, tasks or data do not fit, or the folder is taken.
+        MatryoshkaError: An argument is not valid, the adapter, base model, tasks or data cannot be
+            loaded, or the output already exists.
+        MissingDependencyError: lm-evaluation-harness or PEFT is not installed.
     """
-    if (not tasks) == (data is None):
-        raise MatryoshkaError("give either tasks, such as arc_easy, or data, such as my.jsonl")
-    loaded = None if isinstance(adapter, (str, os.PathLike)) else adapter
-    file = loaded.opened() if loaded else open_adapter(str(adapter))
-    every = loaded.ranks if loaded else file.available
-    chosen = file.several(every if ranks == "all" else ranks)
-    out = out or (None if loaded else folder_for(file.name))
-    if out:
-        check_place(out, force, [*file.files, data])
-    if loaded is None or tokenizer is None:
-        model, revision = file.base_model(model, revision)
-    rows = read_rows(data) if data is not None else []
-    # The arguments are checked. These imports take seconds.
-    from matryoshka_lora.evaluation.many_ranks import ManyRanks
-    from matryoshka_lora.evaluation.tasks import judge, load_data, load_task
-    from matryoshka_lora.models import load_model, tokenizer_beside
-    from matryoshka_lora.nested import load
+    _check_arguments(tasks, data, limit, max_batch_tokens)
+    lora, nested = _open(adapter, revision)
+    available_ranks = lora.available_ranks if nested is None else nested.ranks
+    ranks = lora.check_ranks(available_ranks if ranks == "all" else ranks)
+    if output is None and nested is None:
+        output = default_output(lora.name)
+    if output is not None:
+        data_files = [data] if isinstance(data, (str, os.PathLike)) else []
+        check_output(output, force, [*lora.files, *data_files])
+    if nested is None or tokenizer is None:
+        base_model, base_revision = lora.base_model(base_model, base_revision)
+    examples = read_examples(data) if data is not None else []
 
-    asked_ranks = ((0,) if _has_base(file.config) else ()) + chosen
-    tokenizer = tokenizer or tokenizer_beside(file, model, revision)
-    names = dict.fromkeys(tasks.split(",") if isinstance(tasks, str) else tasks or ())
-    title = Path(data).stem if isinstance(data, (str, os.PathLike)) else "data"
-    asked = [load_task(x.strip()) for x in names] or [load_data(title, rows, tokenizer)]
-    about: dict[str, Any] = {"adapter": "" if loaded else file.name, "model": model}
-    about |= {"revision": revision, "limit": limit}
-    result = Evaluation(about, chosen, {rank: plan_rank(file, rank).size for rank in chosen})
-    loaded = loaded or load(load_model(model, dtype, revision), file.name)
-    result.about["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
-    training = loaded.model.training
+    with optional_imports():  # these imports take seconds, so the arguments are checked first
+        from matryoshka_lora.evaluation.harness import ManyRanksLM
+        from matryoshka_lora.model.base_model import load_adapter_tokenizer, load_model
+        from matryoshka_lora.model.load import load
+
+    if tokenizer is None:
+        tokenizer = load_adapter_tokenizer(lora, base_model, base_revision)
+    loaded_tasks = _load_tasks(tasks, data, examples, tokenizer)
+    settings = {
+        "adapter": lora.name if nested is None else None,
+        "revision": revision,
+        "base_model": base_model,
+        "base_revision": base_revision,
+        "limit": limit,
+    }
+    if nested is None:
+        nested = load(load_model(base_model, dtype, base_revision), lora.files[0].parent)
+    settings["dtype"] = str(nested.model.dtype).removeprefix("torch.")
+    evaluation = Evaluation(settings, ranks, {rank: lora.plan(rank).file_size for rank in ranks})
+    lm_ranks = (0, *ranks) if _rank_0_is_base_model(lora) else ranks
+    with _restore_mode(nested.model):
+        lm = ManyRanksLM(nested.layers, tokenizer, lm_ranks, max_batch_tokens, progress)
+        if _has_messages(examples):
+            lm.add_bos_token = False  # the chat template writes it, if training had it
+        for task in loaded_tasks:
+            _evaluate_task(evaluation, lm, task, num_fewshot, limit)
+    if output is not None:
+        _write(evaluation, output, force)
+    return evaluation
+
+
+def _check_arguments(
+    tasks: object, data: object, limit: int | None, max_batch_tokens: int | None
+) -> None:
+    """Raise MatryoshkaError for arguments that are not valid, whatever the adapter is."""
+    if bool(tasks) == (data is not None):
+        raise MatryoshkaError("Pass either `tasks`, such as 'arc_easy', or `data`, a file.")
+    if limit is not None:
+        check_integer("limit", limit)
+    if max_batch_tokens is not None:
+        check_integer("max_batch_tokens", max_batch_tokens)
+
+
+def default_output(adapter: PathLike) -> Path:
+    """Return the folder of an adapter's evaluation.
+
+    It is next to an adapter on disk, and in the current folder for an adapter on the hub.
+    """
+    path = Path(adapter)
+    if not path.name:  # "."
+        path = path.resolve()
+    if not path.exists():
+        path = Path(path.name)
+    return Path(f"{path}-evaluation")
+
+
+def _open(
+    adapter: NestedAdapter | PathLike, revision: str | None
+) -> tuple[PeftFolder, NestedAdapter | None]:
+    """Return an adapter as a LoRA file, and itself if it is in memory."""
+    if isinstance(adapter, (str, os.PathLike)):
+        return open_adapter(adapter, revision), None
+    return adapter.to_lora_file(), adapter
+
+
+def _rank_0_is_base_model(lora: PeftFolder) -> bool:
+    """Return whether the adapter without its update is the base model."""
+    if lora.config.get("modules_to_save") or lora.config.get("trainable_token_indices"):
+        return False
+    return bool(lora.config.get("bias", "none") == "none")
+
+
+def _has_messages(examples: Sequence[object]) -> bool:
+    """Return whether the prompt of an example is not a string."""
+    return any(
+        isinstance(example, Mapping) and not isinstance(example.get("prompt"), str)
+        for example in examples
+    )
+
+
+def _load_tasks(
+    tasks: str | Sequence[str] | None,
+    data: object,
+    examples: Sequence[object],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[LoadedTask]:
+    """Load the tasks, or make one of the examples."""
+    with optional_imports():
+        from matryoshka_lora.evaluation.tasks import load_data, load_task
+
+    if examples:
+        name = Path(data).stem if isinstance(data, (str, os.PathLike)) else "data"
+        return [load_data(name, examples, tokenizer)]
+    names = tasks.split(",") if isinstance(tasks, str) else tasks or ()
+    unique_names = dict.fromkeys(name.strip() for name in names)
+    return [load_task(name) for name in unique_names]
+
+
+@contextmanager
+def _restore_mode(model: PeftModel) -> Iterator[None]:
+    """Restore train or eval mode of each module at the end."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        lm = ManyRanks(loaded, tokenizer, asked_ranks, batch_size, progress)
-        if any(not isinstance(row.get("prompt"), str) for row in rows):
-            lm.add_bos_token = False  # the chat template writes it, where training had one
-        for name, task in asked:
-            judged = {}
-            for lm.lora_rank in asked_ranks:
-                judged[lm.lora_rank] = judge(lm, task, num_fewshot, limit)
-            _put(result, name, list(task["tasks"]), judged)
+        yield
     finally:
-        loaded.model.train(training)
-    if out:
-        _write(result, out, force)
-    return result
+        for module, mode in modes:
+            module.training = mode
 
 
-def folder_for(adapter: str | os.PathLike[str]) -> Path:
-    """Return where an evaluation goes: beside an adapter on the disk, or here if the hub has it."""
-    place = Path(adapter)
-    place = place if place.name else place.resolve()  # "." has no name
-    return Path(f"{place if place.exists() else place.name}-evaluation")
+def _evaluate_task(
+    evaluation: Evaluation,
+    lm: ManyRanksLM,
+    task: LoadedTask,
+    num_fewshot: int | None,
+    limit: int | None,
+) -> None:
+    """Run a task at each rank, and add its results to the evaluation."""
+    from matryoshka_lora.evaluation.tasks import run_task
+
+    results: dict[int, HarnessResults] = {}
+    for rank in lm.ranks:
+        lm.lora_rank = rank
+        results[rank] = run_task(lm, task, num_fewshot, limit)
+    is_group = any(task.name in result.get("groups", {}) for result in results.values())
+    if len(task.subtasks) == 1:
+        evaluation.tasks[task.name] = convert_task(task.subtasks[0], results)
+    elif is_group:
+        evaluation.tasks[task.name] = convert_task(task.name, results)
+    else:  # a tag, whose tasks have no common metric
+        for subtask in task.subtasks:
+            evaluation.tasks[subtask] = convert_task(subtask, results)
+    for subtask in task.subtasks:
+        samples = {rank: result["samples"][subtask] for rank, result in results.items()}
+        name = task.name if task.name in evaluation.tasks else subtask
+        evaluation.examples += convert_examples(name, samples)
 
 
-def _has_base(config: Mapping[str, Any]) -> bool:
-    """Return whether rank 0 is the base model."""
-    whole = any(config.get(key) for key in ("modules_to_save", "trainable_token_indices"))
-    return not whole and config.get("bias", "none") == "none"
-
-
-def _put(result: Evaluation, name: str, tasks: list[str], judged: dict[int, Any]) -> None:
-    """Put the harness' numbers at each rank into an evaluation: a group's as one task's."""
-    is_one = len(tasks) == 1
-    if is_one or name in next(iter(judged.values())).get("groups", {}):
-        result.tasks[name] = summary(tasks[0] if is_one else name, judged)
-    else:
-        result.tasks |= {task: summary(task, judged) for task in tasks}
-    for task in tasks:
-        samples = {rank: found["samples"][task] for rank, found in judged.items()}
-        result.examples += examples(name if name in result.tasks else task, samples)
-
-
-def _write(result: Evaluation, out: str | os.PathLike[str], force: bool) -> None:
-    with new_folder(out, force) as folder:
-        result.write(folder)
-        draw(result, folder / "curve.png")
+def _write(evaluation: Evaluation, output: PathLike, force: bool) -> None:
+    with create_folder(output, force) as folder:
+        evaluation.write(folder)
+        plot_evaluation(evaluation, folder / "curve.png")

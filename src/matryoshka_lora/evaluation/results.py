@@ -1,7 +1,7 @@
-"""The numbers of an evaluation, and their files.
+"""The results of an evaluation, and their files.
 
-``evaluation.json`` holds the fields of `Evaluation` but for the examples. Rank 0 is the base model.
-``examples.jsonl`` has a line for each question, with the answers and metrics by rank.
+``evaluation.json`` holds the fields of `Evaluation` without the examples, and ``examples.jsonl``
+one `Example` per line. Rank 0 is the base model without the adapter.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal, NamedTuple, SupportsFloat
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from matryoshka_lora.budget import show_bytes
-from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.nesting import Nesting
+import numpy as np
 
-NAME, EXAMPLES_NAME = "evaluation.json", "examples.jsonl"
+from matryoshka_lora.errors import MatryoshkaError, check_choice
+from matryoshka_lora.nesting import check_ranks
 
-_PROMPT_CHARACTERS = 2000  # of a prompt's end are kept; few-shot prompts would fill the disk
+T = TypeVar("T")
+
+EVALUATION_NAME = "evaluation.json"
+EXAMPLES_NAME = "examples.jsonl"
 
 
 def aurac(
@@ -29,284 +31,278 @@ def aurac(
 ) -> float:
     """Return the area under the rank-accuracy curve, divided by its width (arXiv 2605.07850).
 
-    It is the trapezoid rule over ``log2(rank)``, or over the rank itself. On the linear axis the
-    largest ranks have nearly all the weight, so ``"log2"`` is the one to compare by.
+    It is the trapezoidal rule over ``log2(rank)``, or over the rank itself. On the linear axis the
+    largest ranks have nearly all the weight, so ``"log2"`` is the better one for comparisons.
 
     Args:
-        accuracies: One for each rank, in the unit that the result shall have.
-        ranks: Increasing positive integers.
+        accuracies: One accuracy per rank, in any unit.
+        ranks: Positive, strictly increasing integers.
         axis: ``"log2"`` or ``"linear"``.
 
     Returns:
-        A number in the unit of the accuracies; for a single rank, its accuracy.
+        The area in the unit of the accuracies. For a single rank, its accuracy.
 
     Raises:
-        MatryoshkaError: The ranks do not increase, or there is no finite accuracy for each.
+        MatryoshkaError: The ranks or the axis are not valid, or there is not one finite accuracy
+            per rank.
     """
-    points = Nesting(tuple(ranks)).ranks
-    if len(accuracies) != len(points) or not all(map(math.isfinite, accuracies)):
-        raise MatryoshkaError(f"{list(accuracies)} is not one finite accuracy for each rank")
-    if axis not in ("log2", "linear"):
-        raise MatryoshkaError(f"axis is {axis!r}; write 'log2' or 'linear'")
-    if len(points) == 1:
+    checked = check_ranks(ranks)
+    if len(accuracies) != len(checked) or not all(map(math.isfinite, accuracies)):
+        raise MatryoshkaError(
+            f"`accuracies` must hold one finite number per rank, got {list(accuracies)!r:.80} for "
+            f"{len(checked)} ranks."
+        )
+    check_choice("axis", axis, ("log2", "linear"))
+    if len(checked) == 1:
         return float(accuracies[0])
-    x = [math.log2(rank) if axis == "log2" else float(rank) for rank in points]
-    steps = range(len(x) - 1)
-    area = sum((x[i + 1] - x[i]) * (accuracies[i] + accuracies[i + 1]) / 2 for i in steps)
-    return area / (x[-1] - x[0])
+    x = np.array(checked, dtype=np.float64)
+    if axis == "log2":
+        x = np.log2(x)
+    return float(np.trapezoid(accuracies, x) / (x[-1] - x[0]))
 
 
 class Difference(NamedTuple):
-    """How much better one rank is than another, in the metric's unit, and the standard error.
+    """How much better one rank is than another.
 
-    The value is positive where it is better, and the error is None where it is unknown.
+    Attributes:
+        value: In the metric's unit; positive if the first rank is better.
+        standard_error: None if it is unknown.
     """
 
     value: float
-    error: float | None
+    standard_error: float | None
+
+
+@dataclass
+class Metric:
+    """A metric of a task at every rank.
+
+    Attributes:
+        higher_is_better: None if the task does not define it.
+        values: The value by rank; None if it is not a finite number.
+        standard_errors: The standard error by rank; None if it is unknown.
+    """
+
+    higher_is_better: bool | None
+    values: dict[int, float | None]
+    standard_errors: dict[int, float | None]
+
+
+@dataclass
+class TaskResult:
+    """The metrics of a task, or of a group of tasks.
+
+    Attributes:
+        num_examples: The number of examples, over all tasks of a group.
+        num_fewshot: The number of few-shot examples in each prompt; None for a group.
+        primary_metric: The metric that plots show and that `select` uses by default.
+        aurac: The AURAC of the primary metric; None if lower is better or a value is missing.
+        metrics: The metrics by name, such as ``"acc,none"``: metric and filter of the harness.
+    """
+
+    num_examples: int
+    num_fewshot: int | None
+    primary_metric: str
+    aurac: float | None
+    metrics: dict[str, Metric]
+
+
+@dataclass
+class Example:
+    """An example with the answers of all ranks.
+
+    Attributes:
+        task: The task's name in the evaluation.
+        doc_id: The example's number in the harness.
+        prompt: The end of the prompt.
+        target: The correct answer.
+        answers: The answer by rank: a string, the most likely choice, or a log-likelihood.
+        metrics: The value by rank of each metric; see `TaskResult.metrics`.
+    """
+
+    task: str
+    doc_id: int
+    prompt: str
+    target: str
+    answers: dict[int, str] = field(default_factory=dict)
+    metrics: dict[str, dict[int, float]] = field(default_factory=dict)
 
 
 @dataclass
 class Evaluation:
-    """The numbers of an adapter at several ranks.
+    """The results of an adapter at several ranks.
 
     Attributes:
-        about: Adapter, model, dtype and what was asked.
-        ranks: Increasing, without the base model.
-        bytes: The size of the exported adapter at each rank.
-        tasks: By name; see the module.
-        examples: The lines of ``examples.jsonl``.
+        settings: The adapter and its revision, the base model with its revision and dtype, and
+            the limit.
+        ranks: The evaluated ranks, strictly increasing, without 0.
+        sizes: The size in bytes of the exported adapter by rank.
+        tasks: The results by the name of the task or group.
+        examples: The examples of all tasks.
     """
 
-    about: dict[str, Any]
+    settings: dict[str, Any]
     ranks: tuple[int, ...]
-    bytes: dict[int, int]
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    examples: list[dict[str, Any]] = field(default_factory=list)
+    sizes: dict[int, int]
+    tasks: dict[str, TaskResult] = field(default_factory=dict)
+    examples: list[Example] = field(default_factory=list)
 
-    def task(self, wanted: str | None = None) -> str:
-        """Return the name of a task, or of the only one.
+    def task_name(self, name: str | None = None) -> str:
+        """Return the name of a task; defaults to the only one.
 
         Raises:
-            MatryoshkaError: There is no such task, or there are several and none is named.
+            MatryoshkaError: No task has this name, or there are several and name is None.
         """
-        if wanted is None and len(self.tasks) == 1:
+        if name is None and len(self.tasks) == 1:
             return next(iter(self.tasks))
-        if wanted in self.tasks:
-            return str(wanted)
-        problem = "has several tasks" if wanted is None else f"has no task {wanted!r}"
-        names = ", ".join(self.tasks)
-        raise MatryoshkaError(f"the evaluation {problem}; name one with task (--task): {names}")
+        if name is None:
+            raise MatryoshkaError(f"Pass `task`, one of {', '.join(self.tasks)}.")
+        check_choice("task", name, self.tasks)
+        return name
 
-    def metric(self, task: str | None = None) -> dict[str, Any]:
-        """Return a task's first metric: ``higher_is_better``, ``value`` and ``stderr`` by rank.
-
-        The task may be None where there is only one. Raises: as `task`.
-        """
-        found = self.tasks[self.task(task)]
-        return dict(found["metrics"][found["metric"]])
+    def metric(self, task: str | None = None) -> Metric:
+        """Return the primary metric of a task. See `task_name` for arguments and errors."""
+        result = self.tasks[self.task_name(task)]
+        return result.metrics[result.primary_metric]
 
     def values(self, task: str | None = None) -> dict[int, float | None]:
-        """Return a task's first metric at each rank, without the base model; see `metric`."""
-        values = self.metric(task)["value"]
+        """Return the primary metric by rank, without the base model.
+
+        See `task_name` for arguments and errors.
+        """
+        values = self.metric(task).values
         return {rank: values[rank] for rank in self.ranks}
 
-    def difference(self, task: str | None, rank: int, other: int) -> Difference | None:
-        """Return how much better a rank is than another one; None where a value is missing.
+    def difference(self, task: str | None, rank: int, other_rank: int) -> Difference | None:
+        """Return how much better a rank is than another by the primary metric.
 
-        The error is that of the mean difference at each question, where the questions' numbers are
-        known and their mean is the metric. Otherwise the two values count as independent, so the
-        error is too large where both ranks fail at the same questions.
+        The standard error is that of the mean difference per example, if the metric is the mean
+        over examples. Otherwise the two values count as independent, which overestimates the error
+        when errors are correlated.
+
+        Returns:
+            The difference, or None if a value is missing.
+
+        Raises:
+            MatryoshkaError: See `task_name`.
         """
-        task = self.task(task)
-        name, metric = self.tasks[task]["metric"], self.metric(task)
-        first, second = (metric["value"].get(each) for each in (rank, other))
-        if first is None or second is None:
+        task = self.task_name(task)
+        metric = self.metric(task)
+        value, other_value = metric.values.get(rank), metric.values.get(other_rank)
+        if value is None or other_value is None:
             return None
-        better = (first - second) * (-1 if metric["higher_is_better"] is False else 1)
-        scores = [e["metrics"].get(name, {}) for e in self.examples if e["task"] == task]
-        pairs = [(s[str(rank)], s[str(other)]) for s in scores if {str(rank), str(other)} <= {*s}]
-        means = map(fmean, zip(*pairs, strict=True))
-        both = zip(means, (first, second), strict=False)  # without examples there are no means
-        near = [math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in both]
-        if len(pairs) > 1 and all(near):  # a perplexity or an F1 is no mean of the questions
-            return Difference(better, stdev(a - b for a, b in pairs) / math.sqrt(len(pairs)))
-        errors = [metric["stderr"].get(each) for each in (rank, other)]
-        return Difference(better, None if None in errors else math.hypot(*errors))
+        improvement = value - other_value
+        if metric.higher_is_better is False:
+            improvement = -improvement
+        standard_error = self._paired_error(task, rank, other_rank)
+        if standard_error is None:
+            error = metric.standard_errors.get(rank)
+            other_error = metric.standard_errors.get(other_rank)
+            if error is not None and other_error is not None:
+                standard_error = math.hypot(error, other_error)
+        return Difference(improvement, standard_error)
 
-    def lines(self) -> list[str]:
-        """Return a table: one task's metrics by rank, or the first one of each of several tasks."""
-        metrics = {task: self.metric(task) for task in self.tasks}
-        if len(metrics) == 1:
-            only = self.tasks[self.task()]["metrics"]
-            metrics = {key.removesuffix(",none"): metric for key, metric in only.items()}
-        rows = [["rank", "size", *metrics]]
-        for rank in (0, *self.ranks):
-            shown = [(m["value"].get(rank), m["stderr"].get(rank)) for m in metrics.values()]
-            cells = [with_error(*each) for each in shown]
-            if rank:
-                rows.append([str(rank), show_bytes(self.bytes[rank]), *cells])
-            elif any(cells):
-                rows.append(["base", "", *cells])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
-        for name, task in self.tasks.items():
-            shots = task["num_fewshot"] or 0
-            lines.append(f"{name}: {task['metric']}, {task['items']} questions, {shots} shots")
-        return [*lines, "± is one standard error over the questions."]
+    def _paired_error(self, task: str, rank: int, other_rank: int) -> float | None:
+        """Return the standard error of the mean difference per example, or None if it is unknown.
+
+        It is unknown if the primary metric is not the mean over the examples, such as a
+        perplexity or an F1 score.
+        """
+        values: list[float] = []
+        other_values: list[float] = []
+        for example in self.examples:
+            by_rank = example.metrics.get(self.tasks[task].primary_metric, {})
+            if example.task == task and rank in by_rank and other_rank in by_rank:
+                values.append(by_rank[rank])
+                other_values.append(by_rank[other_rank])
+        if len(values) < 2:
+            return None
+        metric = self.metric(task)
+        if not _is_mean(values, metric.values[rank]):
+            return None
+        if not _is_mean(other_values, metric.values[other_rank]):
+            return None
+        differences = [a - b for a, b in zip(values, other_values, strict=True)]
+        return stdev(differences) / math.sqrt(len(differences))
 
     def write(self, folder: Path) -> None:
         """Write ``evaluation.json`` and ``examples.jsonl`` into a folder."""
-        plain = {key: value for key, value in vars(self).items() if key != "examples"}
-        text = json.dumps(plain, indent=1, allow_nan=False) + "\n"
-        (folder / NAME).write_text(text, encoding="utf-8")
-        lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in self.examples]
+        fields = asdict(self)
+        examples = fields.pop("examples")
+        text = json.dumps(fields, indent=1, allow_nan=False) + "\n"
+        (folder / EVALUATION_NAME).write_text(text, encoding="utf-8")
+        lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
         (folder / EXAMPLES_NAME).write_text("".join(lines), encoding="utf-8")
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Evaluation:
-        """Return what `write` has written.
+        """Return an evaluation that `write` has written.
 
         Args:
-            path: The folder, or an adapter with such a folder beside it.
+            path: The folder, or an adapter with the folder ``ADAPTER-evaluation`` next to it.
 
         Raises:
-            MatryoshkaError: There is none, or it is damaged.
+            MatryoshkaError: There is no evaluation, or it is damaged.
         """
-        places = (Path(path, NAME), Path(f"{Path(path)}-evaluation", NAME))
-        file = next((place for place in places if place.is_file()), None)
-        if file is None:
+        file = Path(path, EVALUATION_NAME)
+        if not file.is_file():
+            file = Path(f"{Path(path)}-evaluation", EVALUATION_NAME)
+        if not file.is_file():
             raise MatryoshkaError(
-                f"there is no evaluation in {path}: write matryoshka eval ADAPTER --tasks arc_easy"
+                f"{path} holds no {EVALUATION_NAME}. Pass a folder that evaluate() has written."
             )
-        examples = file.with_name(EXAMPLES_NAME)
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            for task in data["tasks"].values():
-                for metric in task["metrics"].values():
-                    metric |= {kind: _by_rank(metric[kind]) for kind in ("value", "stderr")}
-            # Not splitlines(), which splits inside of texts too.
-            text = examples.read_text(encoding="utf-8") if examples.is_file() else ""
-            lines = [json.loads(line) for line in text.split("\n") if line]
-            sizes = _by_rank(data["bytes"])
-            return cls(data["about"], tuple(data["ranks"]), sizes, data["tasks"], lines)
+            fields = json.loads(file.read_text(encoding="utf-8"))
+            return cls(
+                settings=dict(fields["settings"]),
+                ranks=tuple(fields["ranks"]),
+                sizes=_integer_keys(fields["sizes"]),
+                tasks={name: _parse_task(task) for name, task in fields["tasks"].items()},
+                examples=_read_examples(file.with_name(EXAMPLES_NAME)),
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MatryoshkaError(
-                f"{file} is no evaluation, or damaged: give what `matryoshka eval` has written"
+                f"{file} is damaged ({error!s:.100}), or evaluate() has not written it. Evaluate "
+                "again."
             ) from error
 
 
-def with_error(value: float | None, error: float | None) -> str:
-    """Return a value as people read it; empty where there is none."""
-    if value is None:
-        return ""
-    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+def _is_mean(values: Sequence[float], mean: float | None) -> bool:
+    return mean is not None and math.isclose(fmean(values), mean, rel_tol=1e-6, abs_tol=1e-9)
 
 
-def summary(task: str, judged: Mapping[int, Any]) -> dict[str, Any]:
-    """Return a task's or a group's entry, from what the harness' ``evaluate`` returned by rank.
-
-    Raises:
-        MatryoshkaError: The task has no metric that is a number.
-    """
-    first = next(iter(judged.values()))
-    rows = {rank: found["results"][task] for rank, found in judged.items()}
-    metrics: dict[str, Any] = {}
-    for key, value in first["results"][task].items():
-        name, comma, filtered = key.partition(",")
-        if not comma or name.endswith("_stderr") or not isinstance(value, SupportsFloat):
-            continue
-        error = f"{name}_stderr,{filtered}"
-        metrics[key] = {
-            "higher_is_better": first["higher_is_better"][task].get(name),
-            "value": {rank: _number(row[key]) for rank, row in rows.items()},
-            "stderr": {rank: _number(row.get(error)) for rank, row in rows.items()},
-        }
-    if not metrics:
-        raise MatryoshkaError(f"task {task} has no metric that is a number")
-    # Where no answer is right, which is usual for long ones, the loss says more.
-    chosen = next((k for k, m in metrics.items() if any(m["value"].values())), next(iter(metrics)))
-    values = {rank: value for rank, value in metrics[chosen]["value"].items() if rank}
-    is_share = None not in values.values() and metrics[chosen]["higher_is_better"] is not False
-    area = aurac([*values.values()], [*values]) if is_share else None
-    counts = first["n-samples"]
-    parts = [task] if task in counts else list(counts)
-    return {
-        "items": sum(counts[part]["effective"] for part in parts),
-        "num_fewshot": first["n-shot"].get(task),
-        "metric": chosen,
-        "aurac": area,
-        "metrics": metrics,
-    }
+def _parse_task(fields: Mapping[str, Any]) -> TaskResult:
+    metrics: dict[str, Metric] = {}
+    for name, metric in fields["metrics"].items():
+        metrics[name] = Metric(
+            metric["higher_is_better"],
+            _integer_keys(metric["values"]),
+            _integer_keys(metric["standard_errors"]),
+        )
+    return TaskResult(
+        fields["num_examples"],
+        fields["num_fewshot"],
+        fields["primary_metric"],
+        fields["aurac"],
+        metrics,
+    )
 
 
-def examples(name: str, samples: Mapping[int, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Return the lines of ``examples.jsonl`` for a task, from the harness' samples at each rank."""
-    found: dict[int, dict[str, Any]] = {}
-    for rank, rows in samples.items():
-        for row in rows:
-            prompt = str(row["arguments"][0][0])[-_PROMPT_CHARACTERS:]
-            line = {"task": name, "doc_id": row["doc_id"], "prompt": prompt, "target": _target(row)}
-            line = found.setdefault(row["doc_id"], line | {"answers": {}, "metrics": {}})
-            line["answers"].setdefault(str(rank), _answer(row))
-            for metric in row["metrics"]:
-                if _number(row[metric]) is not None:
-                    by_rank = line["metrics"].setdefault(f"{metric},{row['filter']}", {})
-                    by_rank[str(rank)] = float(row[metric])
-    return [found[number] for number in sorted(found)]
+def _read_examples(file: Path) -> list[Example]:
+    if not file.is_file():
+        return []
+    examples: list[Example] = []
+    # Not splitlines(), which would also split at separators within a string.
+    for line in file.read_text(encoding="utf-8").split("\n"):
+        if line:
+            example = Example(**json.loads(line))
+            example.answers = _integer_keys(example.answers)
+            for metric, values in example.metrics.items():
+                example.metrics[metric] = _integer_keys(values)
+            examples.append(example)
+    return examples
 
 
-def _answer(row: Any) -> str:
-    """Return what the model said: its text, or the choice that it finds likeliest."""
-    first = row["resps"][0][0]
-    if isinstance(first, (tuple, list)) and len(row["resps"]) > 1:
-        best = max(range(len(row["resps"])), key=lambda i: row["resps"][i][0][0])
-        context, said = row["arguments"][best][:2]  # in winogrande the contexts are the choices
-        return str(said if len({x[1] for x in row["arguments"]}) > 1 else context)
-    return str(first)
-
-
-def _target(row: Any) -> str:
-    target, choices = row["target"], row["arguments"]
-    is_choice = isinstance(target, int) and 0 <= target < len(choices) and len(choices) > 1
-    return str(choices[target][1] if is_choice else target)
-
-
-def _number(value: Any) -> float | None:
-    """Return a number that JSON knows, or None."""
-    return float(value) if isinstance(value, SupportsFloat) and math.isfinite(value) else None
-
-
-def _by_rank(numbers: Mapping[str, Any]) -> dict[int, Any]:
-    return {int(rank): value for rank, value in numbers.items()}
-
-
-# Okabe and Ito's colours, which differ for every kind of colour vision; markers tell them in grey.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-_MARKERS = "osD^vPX"  # one more than colours: 42 tasks differ
-
-
-def draw(evaluation: Evaluation, file: Path) -> None:
-    """Draw each task's first metric against the rank, with standard errors, as a PNG picture."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
-    axes: Any = figure.subplots()
-    ranks = evaluation.ranks
-    for number, (name, task) in enumerate(evaluation.tasks.items()):
-        metric, colour = evaluation.metric(name), _COLOURS[number % len(_COLOURS)]
-        value = [math.nan if (v := metric["value"][rank]) is None else v for rank in ranks]
-        error = [metric["stderr"][rank] or 0 for rank in ranks]
-        style = {"color": colour, "marker": _MARKERS[number % len(_MARKERS)], "capsize": 3}
-        axes.errorbar(ranks, value, error, label=f"{name}: {task['metric']}", **style)
-        if metric["value"].get(0) is not None:
-            axes.axhline(metric["value"][0], color=colour, linestyle="--", linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ranks, list(map(str, ranks)))
-    axes.minorticks_off()
-    axes.set_xlabel("rank at which the adapter is used")
-    axes.set_title("bars are standard errors, dashes the base model", loc="left", fontsize=11)
-    axes.grid(color="#dddddd")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(file, format="png")
+def _integer_keys(by_rank: Mapping[Any, T]) -> dict[int, T]:
+    """Return a mapping by rank with integers as keys, which JSON writes as strings."""
+    return {int(rank): value for rank, value in by_rank.items()}

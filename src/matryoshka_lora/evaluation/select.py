@@ -1,124 +1,177 @@
-"""`select`: the smallest rank that is good enough."""
+"""Select the smallest rank whose metric is close enough to that of the best rank."""
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
 
-from matryoshka_lora.budget import read_bytes, read_share, show_bytes
-from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.evaluation.results import Evaluation, with_error
+from matryoshka_lora.errors import MatryoshkaError, check_choice
+from matryoshka_lora.evaluation.harness_results import metric_aurac
+from matryoshka_lora.evaluation.results import Difference, Evaluation
+from matryoshka_lora.units import format_size, parse_share, parse_size
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Report the chosen rank and the evidence.
+class Selection:
+    """The selected rank, and the evidence for it.
 
     Attributes:
-        rank: The chosen one.
-        best: The best rank of all.
-        task: The task it was chosen by.
-        bound: The worst value that is near enough to the best, where ``within`` is given.
-        is_sure: Whether it is near enough with two standard errors more between it and the best.
-        evaluation: What it was chosen from.
+        rank: The selected rank.
+        best_rank: The rank with the best value.
+        task: The task that was used.
+        bound: The worst value within the allowed distance of the best one; None if only the size
+            was limited.
+        is_significant: Whether the rank is within the bound by two standard errors. True if only
+            the size was limited.
+        num_questions_needed: Estimated number of questions needed for significance; None if it is
+            already significant or the number is unknown.
+        evaluation: The evaluation, with the metric that was used as the task's primary one.
     """
 
     rank: int
-    best: int
+    best_rank: int
     task: str
     bound: float | None
-    is_sure: bool
+    is_significant: bool
+    num_questions_needed: int | None
     evaluation: Evaluation
 
-    def lines(self) -> list[str]:
-        """Return the choice and its evidence, for people."""
-        found = self.evaluation
-        near = "" if self.bound is None else f"; {self.bound:.3f} is near enough"
-        metric = found.tasks[self.task]["metric"].removesuffix(",none")
-        told = f"{metric} {found.values(self.task)[self.rank]:.3f} on {self.task}{near}"
-        told += f"; {found.tasks[self.task]['items']} questions"
-        lines = [f"Rank {self.rank} ({show_bytes(found.bytes[self.rank])}): {told}"]
-        for other in found.ranks:
-            apart = found.difference(self.task, other, self.rank)
-            if other != self.rank and apart is not None:
-                is_sure = apart.error is None or abs(apart.value) > 2 * apart.error
-                sure = "" if is_sure else "; they cannot be told apart"
-                better = "better by" if apart.value > 0 else "worse by" if apart.value else "equal,"
-                size = with_error(abs(apart.value), apart.error)
-                lines.append(f"  rank {other} is {better} {size}{sure}")
-        if not self.is_sure:
-            lines.append("It may not be near enough: too few questions, or no known error.")
-        return lines
+    def differences(self) -> dict[int, Difference]:
+        """Return how much better each other rank is than the selected one."""
+        differences: dict[int, Difference] = {}
+        for rank in self.evaluation.ranks:
+            difference = self.evaluation.difference(self.task, rank, self.rank)
+            if rank != self.rank and difference is not None:
+                differences[rank] = difference
+        return differences
 
 
 def select(
     evaluation: Evaluation | str | os.PathLike[str],
     within: float | str | None = None,
     max_bytes: int | str | None = None,
+    *,
     task: str | None = None,
     metric: str | None = None,
-) -> Choice:
-    """Choose the smallest rank that is good enough, and better than the base model.
+) -> Selection:
+    """Select the smallest rank that is close to the best one, and better than the base model.
 
     Args:
-        evaluation: What `matryoshka_lora.evaluate` returned, or the folder that it wrote.
-        within: How far below the best rank's value it may be, as a share of that value: ``0.01`` or
-            ``"1%"``. None takes the best rank that is small enough.
-        max_bytes: The most bytes of the exported adapter: ``50_000_000`` or ``"50MB"``.
-        task: The task to choose by; may be None where there is only one.
-        metric: The metric to choose by, such as ``"loss"``; None is the task's first one.
+        evaluation: The result of `matryoshka_lora.evaluate`, or the folder that it has written.
+        within: The allowed distance from the best rank's value, as a share of that value:
+            ``"1%"`` or ``0.01``. Without it, the best rank that is small enough is selected.
+        max_bytes: The maximum size of the exported adapter: ``50_000_000`` or ``"50MB"``.
+        task: The task to select by. Defaults to the only one.
+        metric: The metric to select by, such as ``"loss"``. Defaults to the task's primary one.
 
     Raises:
-        MatryoshkaError: There is no such evaluation, task, metric or limit, or no rank meets it.
+        MatryoshkaError: An argument is not valid, or no rank meets the conditions.
     """
-    found = evaluation if isinstance(evaluation, Evaluation) else Evaluation.read(evaluation)
-    task = found.task(task)
-    if metric is not None:
-        found = _by(found, task, metric)
     if within is None and max_bytes is None:
-        raise MatryoshkaError("say what the rank must meet: --within 1% or --max-bytes 50MB")
-    higher = found.metric(task)["higher_is_better"]
-    values = {rank: value for rank, value in found.values(task).items() if value is not None}
-    if higher is None or not values:
-        why = "has no value" if not values else "does not say whether more is better"
+        raise MatryoshkaError("Pass `within`, such as '1%', or `max_bytes`, such as '50MB'.")
+    share = None if within is None else parse_share(within)
+    size_limit = math.inf if max_bytes is None else parse_size(max_bytes)
+    if not isinstance(evaluation, Evaluation):
+        evaluation = Evaluation.read(evaluation)
+    task = evaluation.task_name(task)
+    if metric is not None:
+        evaluation = _with_primary_metric(evaluation, task, metric)
+
+    sign = _sign(evaluation, task)
+    # Higher is better for scores, also if lower is better for the metric.
+    scores = {
+        rank: sign * value for rank, value in evaluation.values(task).items() if value is not None
+    }
+    if not scores:
+        raise MatryoshkaError(f"Task {task} has no value at any rank. Evaluate it again.")
+    best_rank = _best_rank(scores)
+    candidates = _better_than_base(evaluation, task, scores, sign)
+    candidates = {r: s for r, s in candidates.items() if evaluation.sizes[r] <= size_limit}
+    bound: float | None = None
+    if share is not None:
+        lowest_score = scores[best_rank] - share * abs(scores[best_rank])
+        # The tolerance admits a rank at the bound in spite of rounding.
+        candidates = {r: s for r, s in candidates.items() if s > lowest_score - 1e-9}
+        bound = sign * lowest_score
+    if not candidates:
+        best_size = format_size(evaluation.sizes[best_rank])
         raise MatryoshkaError(
-            f"task {task} {why}: write higher_is_better beside its metric, and evaluate again"
-        )
-    sign, limit = 1 if higher else -1, None if max_bytes is None else read_bytes(max_bytes)
-    small = [rank for rank in values if limit is None or found.bytes[rank] <= limit]
-    best = max(values, key=lambda rank: (sign * values[rank], -rank))
-    top, bound = values[best], None
-    base = found.metric(task)["value"].get(0)
-    if base is not None and sign * (top - base) <= 0:
-        raise MatryoshkaError(
-            f"no rank is better than the base model on {task}, {top:.3f} and {base:.3f}: train "
-            "longer, or ask questions that show what was learned, or name another --metric"
-        )
-    if base is not None:
-        small = [rank for rank in small if sign * (values[rank] - base) > 0]
-    if within is not None:
-        if read_share(within) == 1:
-            raise MatryoshkaError(f"--within {within} takes every rank: write a share such as 1%")
-        bound = top - sign * read_share(within) * abs(top)
-        small = [rank for rank in small if sign * (values[rank] - bound) > -1e-9]
-    if not small:
-        raise MatryoshkaError(
-            f"no rank is good and small enough: the best is {best}, with {top:.3f} and "
-            f"{show_bytes(found.bytes[best])}. Allow more bytes or a larger share"
+            f"No rank meets the conditions. The best is rank {best_rank}, with "
+            f"{sign * scores[best_rank]:.3f} and {best_size}. Pass a larger `within` or "
+            "`max_bytes`."
         )
     if bound is None:
-        rank = max(small, key=lambda rank: (sign * values[rank], -rank))
-        return Choice(rank, best, task, bound, True, found)
-    rank = min(small)
-    lost = found.difference(task, best, rank)
-    most = lost.value + 2 * lost.error if lost and lost.error is not None else float("inf")
-    return Choice(rank, best, task, bound, rank == best or most <= abs(top - bound), found)
+        return Selection(_best_rank(candidates), best_rank, task, None, True, None, evaluation)
+    return _selection_within(evaluation, task, min(candidates), best_rank, bound)
 
 
-def _by(found: Evaluation, task: str, metric: str) -> Evaluation:
-    """Return an evaluation with a metric as a task's first one."""
-    keys = {key.removesuffix(",none"): key for key in found.tasks[task]["metrics"]}
-    if metric not in keys:
-        raise MatryoshkaError(f"{task} has no metric {metric!r}; it has {', '.join(keys)}")
-    first = found.tasks[task] | {"metric": keys[metric]}
-    return replace(found, tasks=found.tasks | {task: first})
+def _with_primary_metric(evaluation: Evaluation, task: str, metric: str) -> Evaluation:
+    """Return the evaluation with another primary metric of a task."""
+    result = evaluation.tasks[task]
+    keys = {key.removesuffix(",none"): key for key in result.metrics}
+    check_choice("metric", metric, keys)
+    key = keys[metric]
+    result = replace(result, primary_metric=key, aurac=metric_aurac(result.metrics[key]))
+    return replace(evaluation, tasks={**evaluation.tasks, task: result})
+
+
+def _sign(evaluation: Evaluation, task: str) -> int:
+    """Return 1 if higher values are better, and -1 if lower ones are."""
+    higher_is_better = evaluation.metric(task).higher_is_better
+    if higher_is_better is None:
+        raise MatryoshkaError(
+            f"Task {task} does not define whether higher values of "
+            f"{evaluation.tasks[task].primary_metric} are better. Set higher_is_better in its "
+            "metric_list, and evaluate again."
+        )
+    return 1 if higher_is_better else -1
+
+
+def _best_rank(scores: dict[int, float]) -> int:
+    """Return the rank with the highest score; the smallest rank on ties."""
+    return max(scores, key=lambda rank: (scores[rank], -rank))
+
+
+def _better_than_base(
+    evaluation: Evaluation, task: str, scores: dict[int, float], sign: int
+) -> dict[int, float]:
+    """Return the ranks that are better than the base model, with their scores."""
+    base_value = evaluation.metric(task).values.get(0)
+    if base_value is None:
+        return scores
+    better = {rank: score for rank, score in scores.items() if score > sign * base_value}
+    if not better:
+        best_value = sign * max(scores.values())
+        raise MatryoshkaError(
+            f"No rank is better than the base model on {task}: the best has {best_value:.3f}, the "
+            f"base model {base_value:.3f}. Train longer, evaluate on examples of what was trained, "
+            "or pass another `metric`."
+        )
+    return better
+
+
+def _selection_within(
+    evaluation: Evaluation, task: str, rank: int, best_rank: int, bound: float
+) -> Selection:
+    """Return the selection of a rank within a bound, with its significance."""
+    is_significant = rank == best_rank
+    num_questions_needed: int | None = None
+    difference = evaluation.difference(task, best_rank, rank)
+    if not is_significant and difference is not None and difference.standard_error is not None:
+        best_value = evaluation.values(task)[best_rank]
+        assert best_value is not None
+        slack = abs(best_value - bound) - difference.value
+        is_significant = 2 * difference.standard_error <= slack
+        if not is_significant and slack > 0:
+            # The standard error decreases with the square root of the number of questions.
+            factor = (2 * difference.standard_error / slack) ** 2
+            num_questions_needed = _round_up(evaluation.tasks[task].num_examples * factor)
+    return Selection(rank, best_rank, task, bound, is_significant, num_questions_needed, evaluation)
+
+
+def _round_up(number: float) -> int:
+    """Return a number rounded up to two significant digits."""
+    num_zeros = max(0, len(str(math.ceil(number))) - 2)
+    unit: int = 10**num_zeros
+    return math.ceil(number / unit) * unit

@@ -1,0 +1,12 @@
+"""The generated blocks of README and docs: tables, and sentences with numbers.
+
+A module has the blocks of one page or two. Each block is a function without arguments, which
+returns Markdown; its name is the name of the block.
+"""
+
+from __future__ import annotations
+
+from research.blocks import concepts, file_verbs, performance, readme, results, studies
+from research.blocks.registry import BLOCKS
+
+__all__ = ["BLOCKS", "concepts", "file_verbs", "performance", "readme", "results", "studies"]

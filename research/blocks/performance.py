@@ -1,0 +1,123 @@
+"""The blocks of docs/performance.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from research.blocks.registry import block, read, table
+
+
+@block
+def train_step() -> str:
+    """Time and saved bytes of a training step in bf16."""
+    names = {
+        "PEFT LoRA": "peft",
+        "PEFT LoRA, bf16 autocast": "peft-autocast",
+        "the paper's form, A P computed in every forward": "published",
+        "nested, rule `matryoshka`": "matryoshka",
+    }
+    cells = {
+        (cell["dtype"], cell["rank"]): cell["variants"]
+        for cell in read("docs/train_step.json")["cells"]
+    }
+    rows: list[list[str]] = []
+    for label, name in names.items():
+        variants = [cells["bf16", rank][name] for rank in (8, 32, 256)]
+        rows.append([label, *(f"{v['time']:.2f}, {v['saved']:.2f}" for v in variants)])
+    nested = cells["fp32", 32]["matryoshka"]
+    peft = cells["fp32", 32]["peft"]
+    return (
+        table(["bf16: time, saved bytes", "R = 8", "R = 32", "R = 256"], rows)
+        + f"\nIn float32 at R = 32, nested takes {nested['time']:.2f} times the floor's time and "
+        f"saves {nested['saved']:.2f} times its bytes. PEFT's LoRA takes\n{peft['time']:.2f} and "
+        f"saves {peft['saved']:.2f}."
+    )
+
+
+@block
+def evaluate_ranks() -> str:
+    """Time of an evaluation at six ranks, against the harness at one rank."""
+    names = {
+        "choice-0shot": "choice, no examples in the prompt",
+        "choice-5shot": "choice, five examples",
+        "generate-short": "answers of up to 8 tokens",
+        "generate-long": "answers of up to 128 tokens, three examples",
+    }
+    document = read("docs/evaluate_ranks.json")
+    results = {result["task"]: result for result in document["results"]}
+    rows: list[list[str]] = []
+    for task, label in names.items():
+        result = results[task]
+        times = [f"{result[key]:.1f}" for key in ("six_ranks_s", "harness_one_rank_s")]
+        rows.append([label, f"{result['ratio']:.2f}", *times])
+    heading = ["task", "ratio", "six ranks, seconds", "harness at one rank, seconds"]
+    return table(heading, rows) + "\n" + _accuracy_of_evaluation(document)
+
+
+def _accuracy_of_evaluation(document: dict[str, Any]) -> str:
+    """Return how the answers of an evaluation differ from the harness's."""
+    results = document["results"]
+    num_items = results[0]["items"]
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[results[0]["dtype"]]
+    num_different = sum(result["different_answers"] for result in results)
+    num_ties = sum(result["ties"] for result in results)
+    largest = max(result["largest_logprob_difference"] for result in results)
+    return (
+        f"A task has {num_items} examples, measured {document['repeats']} time(s) on a shared "
+        f"machine. The model is SmolLM2-135M-Instruct in {dtype}, on one thread.\n{num_different} answers differ from the harness's, and {num_ties} are ties. The "
+        f"largest difference of a log-likelihood is {largest:.1e}."
+    )
+
+
+@block
+def shrink_layer() -> str:
+    """CPU seconds and errors of truncating one layer."""
+    names = {
+        "QR and SVD of the R x R core (this package)": "ours",
+        "full SVD of the dense update": "full SVD",
+        "`torch.svd_lowrank` of the dense update": "svd_lowrank",
+    }
+    measured = read("docs/reorder.json")
+    rows: list[list[str]] = []
+    for label, name in names.items():
+        values = [measured[f"one layer, R = {rank}"][name] for rank in (64, 128)]
+        rows.append([label, *(f"{v['cpu_seconds']:.3f}, {v['error']:.3f}" for v in values)])
+    return table(["CPU seconds, relative error", "R = 64", "R = 128"], rows)
+
+
+@block
+def shrink_file() -> str:
+    """The time of truncating a whole file."""
+    file = read("docs/reorder.json")["whole file, R = 64"]
+    megabytes_before = file["bytes_before"] / 1e6
+    megabytes_after = file["bytes_after"] / 1e6
+    return (
+        "A file with the shapes of Flux (494 layers, R = 64, bf16) goes from "
+        f"{megabytes_before:.0f} to {megabytes_after:.0f} MB in {file['cpu_seconds']:.0f} seconds "
+        "of CPU time.\nThe factors are random, with decreasing singular values. The machine was an "
+        "AMD EPYC with two cores, while other work ran:"
+    )
+
+
+@block
+def file_commands() -> str:
+    """CPU seconds and peak memory of commands on files, of this version and an earlier one."""
+    names = {
+        "`matryoshka --help`": "--help",
+        "`info` of a folder of 39 MB": "info, 39 MB folder",
+        "`export --rank 4` of a folder of 39 MB": "export --rank 4, 39 MB folder",
+        "`export --rank 16` of a file of 209 MB": "export --rank 16, 209 MB file",
+        "one layer, in Python": "reorder one layer, 3072 x 3072, R = 64",
+    }
+    document = read("docs/file_commands.json")
+    rows: list[list[str]] = []
+    for label, name in names.items():
+        row = [label]
+        for installation in ("this", "other"):
+            usage = document["commands"][name][installation]
+            row.append(f"{usage['cpu_seconds']:.2f}")
+            row.append(f"{usage['peak_MiB']:.0f}" if "peak_MiB" in usage else "")
+        rows.append(row)
+    version = document["versions"]["other"]
+    heading = ["", "CPU seconds", "peak MiB", f"version {version}: CPU seconds", "peak MiB"]
+    return table(heading, rows)

@@ -1,0 +1,153 @@
+"""Deploy a trained adapter of a study at each rank."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matryoshka_lora import NestedAdapter
+from matryoshka_lora.training.prefix_steps import EXAMPLES_PER_STEP
+from matryoshka_lora.training.train_ranks import MAX_VALIDATION_EXAMPLES, SMALLEST_GAP
+from research.training import AnswerTrainer, Trained, score
+
+Deployment = Callable[[Trained], Iterator[tuple[NestedAdapter, int]]]
+"""Yields the adapter of each nested rank in turn, and the rank at which to use it."""
+
+SQUEEZE_SHARE = 0.5
+"""The largest number of examples that LoRA-Squeeze trains on, as a share of those of the run; the
+same as for ``trained``."""
+
+SQUEEZE_EXPONENT = 0.2
+"""At rank r, LoRA-Squeeze multiplies the learning rate of R by (R / r) to the power of this."""
+
+
+def prefix(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    """Use the first columns at the scale of their rank: the paper's deployment, or truncation."""
+    adapter = trained.new_adapter("paper")
+    for rank in trained.ranks:
+        yield adapter, rank
+
+
+def kept(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    """Use the first columns with the entries of P that they were trained with."""
+    adapter = trained.new_adapter("paper")
+    p = adapter.rule.sample(adapter.nesting, seed=0, step=0)
+    q = torch.from_numpy(p) / adapter.nesting.scale
+    for rank in trained.ranks:
+        with adapter.layers.use_diagonal(q * (torch.arange(len(q)) < rank)):
+            yield adapter, rank
+
+
+def svd(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    """Reorder the factors by SVD."""
+    adapter = trained.new_adapter()
+    adapter.reorder()
+    adapter.model.eval()
+    for rank in trained.ranks:
+        yield adapter, rank
+
+
+def trained_ranks(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    """Reorder the factors by SVD, and train every rank."""
+    if len(trained.ranks) == 1:  # there is no smaller rank to train
+        yield from svd(trained)
+        return
+    adapter = trained.new_adapter()
+    trainer = trained.trainer
+    adapter.train_ranks(trainer, seed=trainer.args.seed)
+    adapter.model.eval()
+    for rank in trained.ranks:
+        yield adapter, rank
+
+
+def squeezed(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    """Truncate to a rank by SVD and train on, from each rank to the next smaller one.
+
+    This is LoRA-Squeeze (arXiv 2602.10993) with training after each truncation, and a file for each
+    rank. As for ``trained``, a rank within `SMALLEST_GAP` nats of R needs no training. Ranks that
+    training has made worse are kept, as there is no validation.
+    """
+    *smaller_ranks, max_rank = trained.ranks
+    adapter = trained.new_adapter()
+    trainer = trained.trainer
+    adapter.reorder()
+    factors_by_rank = {max_rank: adapter.layers.copy_factors()}
+    good_loss = _validation_loss(adapter, trainer) + SMALLEST_GAP
+    num_examples = trainer.args.max_steps * trainer.args.per_device_train_batch_size
+    steps_left = int(SQUEEZE_SHARE * num_examples) // EXAMPLES_PER_STEP
+    for index in reversed(range(len(smaller_ranks))):
+        rank = smaller_ranks[index]
+        if rank != smaller_ranks[-1]:
+            adapter.reorder()
+        factors = {
+            name: _truncate(A, B, rank) for name, (A, B) in adapter.layers.copy_factors().items()
+        }
+        adapter.layers.write_factors(factors)  # what is zero has no gradient, and stays zero
+        if _validation_loss(adapter, trainer) > good_loss:
+            steps = steps_of_largest(smaller_ranks[: index + 1], steps_left)
+            _train_on(adapter, trainer, steps, rank, max_rank)
+            steps_left -= steps
+        factors_by_rank[rank] = adapter.layers.copy_factors()
+    for rank in trained.ranks:
+        adapter.layers.write_factors(factors_by_rank[rank])
+        adapter.set_rank(max_rank)
+        yield adapter, max_rank  # the columns after the rank are zero
+
+
+def _validation_loss(adapter: NestedAdapter, trainer: AnswerTrainer) -> float:
+    examples: Any = trainer.eval_dataset
+    count = min(MAX_VALIDATION_EXAMPLES, len(examples))
+    loss, _ = score(adapter.model, trainer, examples.select(range(count)))
+    return loss
+
+
+def steps_of_largest(ranks: Sequence[int], steps: int) -> int:
+    """Return the steps of the largest of some ranks: half the rank gets twice the steps."""
+    return round(steps / ranks[-1] / sum(1 / rank for rank in ranks))
+
+
+def _truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return factors whose columns of B and rows of A are zero after a rank."""
+    is_kept = torch.arange(len(A)) < rank
+    return A * is_kept[:, None], B * is_kept
+
+
+def _train_on(
+    adapter: NestedAdapter, trainer: AnswerTrainer, steps: int, rank: int, max_rank: int
+) -> None:
+    """Train the factors of a rank for some steps, with the data of a Trainer."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = replace(
+            trainer.args,
+            output_dir=folder,
+            max_steps=steps,
+            learning_rate=trainer.args.learning_rate * (max_rank / rank) ** SQUEEZE_EXPONENT,
+            per_device_train_batch_size=EXAMPLES_PER_STEP,
+            seed=trainer.args.seed + rank,
+        )
+        new_trainer = AnswerTrainer(
+            model=adapter.model,
+            args=args,
+            train_dataset=trainer.train_dataset,
+            processing_class=trainer.processing_class,
+        )
+        new_trainer.train()
+    adapter.model.eval()
+
+
+FUNCTIONS: dict[str, Deployment] = {
+    "prefix": prefix,
+    "kept": kept,
+    "svd": svd,
+    "trained": trained_ranks,
+    "squeezed": squeezed,
+}
+"""The deployments by the names of `research.study.DEPLOYMENTS`."""
+
+WITH_A_COMMON_ADAPTER = ("prefix", "svd", "trained")
+"""The deployments with a common adapter for all ranks, so that all ranks can be asked together."""

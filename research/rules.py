@@ -1,0 +1,59 @@
+"""Training rules of the studies that are not built into the package.
+
+They are examples of user-written rules. `docs/rules.md` explains how to write one.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, arange
+
+from matryoshka_lora import NestedAdapter, Nesting, Rule
+
+Diagonal = NDArray[np.float64]
+
+
+def any_rank(nesting: Nesting, rng: random.Random, batch_size: int) -> Diagonal:
+    """Return the prefix of a random rank from 1 to R, as DyLoRA (arXiv 2210.07558)."""
+    return nesting.prefix(rng.randint(1, nesting.max_rank))
+
+
+def stratified(nesting: Nesting, rng: random.Random, batch_size: int) -> Diagonal:
+    """Return the prefix of a nested rank for each row of a batch, all ranks equally often."""
+    repeats, remainder = divmod(batch_size, len(nesting.ranks))
+    ranks = [*nesting.ranks] * repeats + rng.sample(nesting.ranks, remainder)
+    rng.shuffle(ranks)
+    return np.stack([nesting.prefix(rank) for rank in ranks])
+
+
+RULES = {
+    "dylora-all": Rule("dylora-all", any_rank),
+    # Train with `train_last_column_only`, too.
+    "dylora-frozen": Rule("dylora-frozen", any_rank),
+    "stratified": Rule("stratified", stratified),
+}
+
+
+def train_last_column_only(adapter: NestedAdapter) -> None:
+    """Give gradients only to the last column of B and row of A of the drawn prefix.
+
+    This is the frozen mode of DyLoRA (arXiv 2210.07558).
+    """
+    for A, B in adapter.layer_factors().values():
+        A.register_hook(partial(_keep_last_entry, adapter, 0))  # type: ignore[no-untyped-call]
+        B.register_hook(partial(_keep_last_entry, adapter, 1))  # type: ignore[no-untyped-call]
+
+
+def _keep_last_entry(adapter: NestedAdapter, rank_dim: int, gradient: Tensor) -> Tensor:
+    """Return a gradient with zeros everywhere but at the last index of the drawn prefix."""
+    diagonal = adapter.layers.state.train_diagonal
+    assert diagonal is not None  # the forward pass raises an error if nothing was drawn
+    last_index = int(diagonal.q.count_nonzero()) - 1
+    is_last = arange(gradient.shape[rank_dim], device=gradient.device) == last_index
+    shape = [1] * gradient.ndim
+    shape[rank_dim] = -1
+    return gradient * is_last.view(shape)

@@ -1,0 +1,186 @@
+"""The factors of a LoRA layer: SVD of their product, truncation errors, sums, and a checksum.
+
+The update of a layer is ``s B diag(p) A``, with ``A`` of shape (..., R, in) and ``B`` of shape
+(..., out, R). Leading dimensions are experts. The dense (out, in) matrix is never formed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import numpy as np
+
+from matryoshka_lora.algebra.arrays import Array, Float64Array
+
+
+def reorder_factors(
+    A: Array, B: Array, p: Float64Array | None = None, scale: float = 1.0
+) -> tuple[Array, Array, Float64Array]:
+    """Return factors of the same product whose every prefix is the best approximation of its rank.
+
+    QR of ``(diag(p) A)^T`` and of B, then the SVD of the small core, give the singular value
+    decomposition of ``B diag(p) A`` at cost O((in + out) R^2). By the Eckart-Young theorem the
+    first r columns are the closest matrix of rank r in the Frobenius norm, at every r.
+
+    Args:
+        A: Shape (..., R, in), any floating dtype.
+        B: Shape (..., out, R), dtype of A.
+        p: The diagonal between B and A, shape (R,). Defaults to ones.
+        scale: The scale s of the result: ``s B' A' = B diag(p) A``.
+
+    Returns:
+        ``A'``, ``B'`` with the shapes and dtype of A and B, and the singular values of the product,
+        shape (..., R), float64, decreasing. A singular value below rounding is 0. Both factors get
+        its square root. Signs are fixed, so that reordering twice changes nothing but the rows of A
+        that belong to the singular value 0.
+    """
+    rank = A.shape[-2]
+    # float64, because the product of two float32 factors needs more digits than float32, and the
+    # SVD of a near-degenerate core would mix columns.
+    wide_A, tall_B = A.astype(np.float64), B.astype(np.float64)
+    if p is not None:
+        wide_A *= p[:, None]
+    q_in, r_in = np.linalg.qr(wide_A.mT)
+    q_out, r_out = np.linalg.qr(tall_B)
+    u, s, vh = np.linalg.svd(r_out @ r_in.mT, full_matrices=False)
+    left, right = q_out @ u, vh @ q_in.mT
+
+    largest = np.take_along_axis(right, np.abs(right).argmax(axis=-1, keepdims=True), axis=-1)
+    signs = np.where(largest < 0, -1.0, 1.0)
+    left *= signs.mT
+    right *= signs
+
+    # A component with the singular value 0 keeps a unit row in A and zeros in B: the product is
+    # the same, and unlike a pair of zeros it can still learn.
+    threshold = s.max(axis=-1, keepdims=True) * rank * np.finfo(np.float64).eps
+    is_zero = s <= threshold
+    s = np.where(is_zero, 0.0, s)
+    root = np.sqrt(s / scale)
+    new_A = right * np.where(is_zero, 1.0, root)[..., :, None]
+    new_B = left * root[..., None, :]
+    # A layer narrower than R has fewer singular values than R.
+    missing = rank - s.shape[-1]
+    new_A = pad_end(new_A, missing, axis=-2).astype(A.dtype)
+    new_B = pad_end(new_B, missing, axis=-1).astype(B.dtype)
+    return new_A, new_B, pad_end(s, missing, axis=-1)
+
+
+def singular_values(A: Array, B: Array) -> Float64Array:
+    """Return the singular values of ``B A``, shape (..., R), float64, decreasing.
+
+    The same as those of `reorder_factors`, but faster, and tiny values are not zeroed.
+    """
+    r_in = _triangular_factor(A.mT)
+    r_out = _triangular_factor(B)
+    values = np.linalg.svd(r_out @ r_in.mT, compute_uv=False)
+    return pad_end(values, A.shape[-2] - values.shape[-1], axis=-1)
+
+
+def _triangular_factor(matrix: Array) -> Float64Array:
+    """Return the R of the QR decomposition."""
+    # NumPy's type stubs know only the result of mode="reduced".
+    return cast(Float64Array, np.linalg.qr(matrix.astype(np.float64), mode="r"))
+
+
+def squared_tails(singular_values: Float64Array) -> Float64Array:
+    """Return the squared error of each rank from 0 to R, shape (R + 1,), summed over experts.
+
+    By the Eckart-Young theorem, rank r misses the singular values from r + 1 on. They have
+    the shape (..., R).
+    """
+    squares = (singular_values**2).reshape(-1, singular_values.shape[-1]).sum(axis=0)
+    return np.cumsum(np.append(squares, 0.0)[::-1])[::-1]
+
+
+def truncation_errors(A: Array, B: Array, scales: Sequence[float]) -> Float64Array:
+    """Return the squared error of each prefix from 0 to R against rank R, summed over experts.
+
+    Args:
+        A: Shape (..., R, in).
+        B: Shape (..., out, R).
+        scales: The scale of each rank from 1 to R.
+
+    Returns:
+        ``|s_R B A - s_r B[:, :r] A[:r]|^2`` for r from 0 to R, shape (R + 1,), float64.
+    """
+    # |B diag(d) A|^2 = d^T G d with G = (B^T B) * (A A^T). A row of d is the difference of the
+    # diagonals of rank R and of a rank from 0 on.
+    rank = len(scales)
+    A, B = A.astype(np.float64), B.astype(np.float64)
+    gram = ((B.mT @ B) * (A @ A.mT)).reshape(-1, rank, rank).sum(axis=0)
+    column_scales = np.array([0.0, *scales])[:, None]
+    diagonals = np.where(np.arange(rank) < np.arange(rank + 1)[:, None], column_scales, 0.0)
+    missing = diagonals[-1] - diagonals
+    squares: Float64Array = ((missing @ gram) * missing).sum(axis=-1)
+    return np.maximum(squares, 0.0)  # cancellation may leave small negative numbers
+
+
+def weighted_sum(
+    factors: Iterable[tuple[Array, Array]], weights: Iterable[float]
+) -> tuple[Float64Array, Float64Array]:
+    """Return factors of ``w_1 B_1 A_1 + w_2 B_2 A_2 + ...``: their concatenation, which is exact.
+
+    The rank is the sum of the ranks. The result is float64.
+    """
+    scaled = [
+        (A.astype(np.float64), B.astype(np.float64) * weight)
+        for (A, B), weight in zip(factors, weights, strict=True)
+    ]
+    new_A = np.concatenate([A for A, _ in scaled], axis=-2)
+    new_B = np.concatenate([B for _, B in scaled], axis=-1)
+    return new_A, new_B
+
+
+def relative_error(
+    squared_errors: Mapping[str, Float64Array], ranks: int | Mapping[str, int]
+) -> float:
+    """Return the norm of what a rank misses, over all layers, over the norm of the update.
+
+    Args:
+        squared_errors: The squared error of each rank from 0 to R by layer, shape (R + 1,).
+        ranks: One rank, or the rank of each layer by its name. A rank above a layer's R is R.
+    """
+    total = missing = 0.0
+    for name, errors in squared_errors.items():
+        rank = ranks[name] if isinstance(ranks, Mapping) else ranks
+        total += float(errors[0])
+        missing += float(errors[min(rank, len(errors) - 1)])
+    return math.sqrt(missing / total) if total > 0 else 0.0
+
+
+def relative_errors(
+    squared_errors: Mapping[str, Float64Array], ranks: Iterable[int]
+) -> dict[int, float]:
+    """Return the relative error of each of several ranks; see `relative_error`."""
+    return {rank: relative_error(squared_errors, rank) for rank in ranks}
+
+
+class Checksum:
+    """A checksum of factors, to detect that they have changed since they were reordered.
+
+    An order holds only for the factors that were reordered, so their checksum is stored with it.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def update(self, A: Array, B: Array) -> None:
+        """Add the factors of one layer, by their bytes. The order of the layers matters."""
+        for factor in (A, B):
+            self._hash.update(np.ascontiguousarray(factor).view(np.uint8).data)
+
+    def hexdigest(self) -> str:
+        """Return the checksum of all factors so far: 32 characters."""
+        return self._hash.hexdigest()
+
+
+def pad_end(array: Array, count: int, axis: int) -> Array:
+    """Return an array with zeros after its end along one axis."""
+    if count <= 0:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, count)
+    return np.pad(array, widths)

@@ -1,0 +1,110 @@
+"""Arguments and options that several commands share, and the parsing of lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from matryoshka_lora.formats import DtypeName, Format, KeyFormat
+
+LoraArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="LORA",
+        help="A PEFT folder, a .safetensors file, or owner/name on the Hugging Face Hub.",
+    ),
+]
+AdapterArgument = Annotated[
+    Path,
+    typer.Argument(metavar="ADAPTER", help="A PEFT folder, or owner/name on the Hugging Face Hub."),
+]
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", help="Path of the folder or file to write.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite the output.")]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Revision of a LoRA on the Hub: a branch, tag or commit.")
+]
+BaseModelOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Base model: a folder or a Hub id.", show_default="the one that the adapter names"
+    ),
+]
+BaseRevisionOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Revision of the base model on the Hub.", show_default="the one that the adapter names"
+    ),
+]
+DtypeOption = Annotated[
+    DtypeName | None,
+    typer.Option(help="Dtype of the base model.", show_default="bf16 if the hardware supports it"),
+]
+KeepOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Share of the squared singular values to keep, such as 95%. Each layer gets the "
+        "smallest rank that keeps it. 95% is a relative error of about 22%, 99% of 10%."
+    ),
+]
+MaxBytesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Maximum output size, such as 50MB; layer ranks are chosen to minimize the total "
+        "error."
+    ),
+]
+RankOrRanksOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Rank; with --keep or --max-bytes, an upper bound; a ladder accepts several: 1,4,8."
+    ),
+]
+FormatOption = Annotated[
+    Format | None,
+    typer.Option(
+        help="Format of the output: peft, merged, ladder, gguf or mlx.",
+        show_default="gguf if the output ends in .gguf, otherwise that of the source",
+    ),
+]
+KeyFormatOption = Annotated[
+    KeyFormat | None,
+    typer.Option(help="For a single file: write its keys in this format. peft writes a folder."),
+]
+RanksOption = Annotated[
+    str | None, typer.Option(help="Ranks such as 1,2,4.", show_default="the nested ranks")
+]
+ExamplesOption = Annotated[
+    Path,
+    typer.Option(
+        exists=True, help="A .jsonl file of examples with prompt and completion, or messages."
+    ),
+]
+
+
+def parse_ranks(text: str | None) -> list[int] | None:
+    """Return ranks such as ``"1,2,4"``."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a rank such as 8, or 1,2,4.") from error
+
+
+def parse_ranks_or_all(text: str | None) -> list[int] | Literal["all"] | None:
+    """Return ranks such as ``"1,2,4"``, or ``"all"``."""
+    return "all" if text == "all" else parse_ranks(text)
+
+
+def parse_weights(text: str | None) -> list[float] | None:
+    """Return weights such as ``"1,0.5"``."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a list of weights such as 1,0.5.") from error

@@ -1,0 +1,104 @@
+"""The entry point of the command line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from matryoshka_lora.cli import file_commands, model_commands
+from matryoshka_lora.cli.terminal import is_main_process, with_flags
+from matryoshka_lora.errors import MatryoshkaError, optional_imports
+
+START = """Train one LoRA adapter, deploy it at any rank. What do you have?
+
+  nothing yet     matryoshka demo                         train a small adapter, query every rank
+  data            matryoshka train CONFIG.yaml            train an adapter for every rank
+  a LoRA file     matryoshka export LORA.safetensors --keep 99% -o small.safetensors
+  a LoRA folder   matryoshka info FOLDER                  see the size and error of each rank
+                  matryoshka reorder FOLDER -o nested     make every rank usable
+  several LoRAs   matryoshka combine A B -o sum           add them, usable at every rank
+  a tuned model   matryoshka extract BASE TUNED --rank 64 -o lora
+
+matryoshka --help lists the other commands, matryoshka COMMAND --help explains one."""
+
+app = typer.Typer(
+    name="matryoshka",
+    help="Train one LoRA adapter, deploy it at any rank.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+)
+app.command("demo")(model_commands.demo)
+app.command("train")(model_commands.train)
+app.command("info")(file_commands.info)
+app.command("reorder")(file_commands.reorder)
+app.command("train-ranks")(model_commands.train_ranks)
+app.command("combine")(file_commands.combine)
+app.command("extract")(file_commands.extract)
+app.command("export")(file_commands.export)
+app.command("eval")(model_commands.evaluate)
+app.command("select")(model_commands.select)
+app.command("serve")(model_commands.serve)
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Train one LoRA adapter, deploy it at any rank."""
+    if version:
+        from matryoshka_lora import __version__
+
+        typer.echo(f"matryoshka-lora {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(START)
+
+
+def main() -> None:
+    """Run the command line. Exit status: 0 success, 1 an error with a message, 2 wrong usage."""
+    _configure_libraries()
+    try:
+        with optional_imports():
+            app()
+    except (MatryoshkaError, OSError) as error:
+        # The parameters of `train` are keys of its YAML file.
+        options = set() if sys.argv[1:2] == ["train"] else _option_names()
+        print(f"error: {with_flags(str(error), options)}", file=sys.stderr)
+        sys.exit(1)
+    except SystemExit as exit_request:
+        if exit_request.code == 130:  # Ctrl-C
+            print("stopped", file=sys.stderr)
+        raise
+
+
+def _configure_libraries() -> None:
+    """Show this package's log on stderr, and hide warnings that no user can act on."""
+    logger = logging.getLogger("matryoshka_lora")
+    logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    # The warnings of transformers and TRL are about their own next versions.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Otherwise torch's threads spin while they wait, which is five times slower on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # PEFT looks for the bundled model on the Hub.
+    warnings.filterwarnings("ignore", message="Unable to fetch remote file|Could not find a config")
+
+
+def _option_names() -> set[str]:
+    """Return the Python names of the options of all commands, such as ``"max_bytes"``."""
+    commands = typer.main.get_group(app).commands.values()
+    return {
+        str(parameter.name)
+        for command in commands
+        for parameter in command.params
+        if parameter.param_type_name == "option"
+    }

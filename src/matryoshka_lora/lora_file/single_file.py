@@ -1,0 +1,248 @@
+"""Single-file LoRAs of image and video models, with the keys of kohya, diffusers and others.
+
+kohya writes ``NAME.lora_down.weight``, ``NAME.lora_up.weight`` and ``NAME.alpha``, and the scale is
+alpha / rank. diffusers writes ``NAME.lora_A.weight`` and ``NAME.lora_B.weight``, and the alpha,
+if any, into the file's metadata. Without an alpha the scale is 1.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.lora_file.atomic import PathLike, create_file
+from matryoshka_lora.lora_file.diffusers_metadata import (
+    CONFIGS_KEY,
+    Configs,
+    can_describe,
+    read_configs,
+    update_configs,
+)
+from matryoshka_lora.lora_file.key_names import ALL_SUFFIXES, PEFT_PREFIX, split_part
+from matryoshka_lora.lora_file.lora import Layer, LoraFile, OutputPlan, Ranks, WrittenOutput
+from matryoshka_lora.lora_file.peft_folder import rank_and_scale
+from matryoshka_lora.lora_file.safetensors_io import StoredTensor, open_safetensors
+
+# Metadata that holds a hash of the source's tensors.
+_HASH_KEYS = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+# The extra tensors of a layer: a magnitude (DoRA), a mid matrix, a bias.
+_EXTRA_TENSOR = re.compile(
+    r"(?P<module>.+)\.(dora_scale|magnitude|lora_(mag\w+|mid|up|down|[AB])(\.[^.]+)*)"
+)
+_OTHER_METHODS = re.compile(r"dora_scale|magnitude|hada_|lokr_|lora_mid|lora_[AB]\.bias")
+# In older keys, such as NAME.lora.down.weight, the alpha and the magnitude follow NAME directly.
+_OLD_SUFFIX = re.compile(r"[._]lora(_linear_layer)?$")
+
+
+@dataclass(frozen=True)
+class SingleFile(LoraFile):
+    """A LoRA in one ``.safetensors`` file. Each layer keeps its own rank; it is never nested."""
+
+    def plan(self, ranks: Ranks) -> OutputPlan:
+        """Return what a single file at some ranks will hold.
+
+        All layers with an alpha tensor get the same alpha, the largest rank: diffusers supports
+        only one if ranks differ. Without alpha tensors, the scale is stored in the metadata, if
+        diffusers reads it there; otherwise it is 1.
+
+        See `LoraFile.plan` for arguments and errors.
+        """
+        return self._plan(self.ranks_by_layer(ranks))
+
+    def plan_unchanged(self) -> OutputPlan:
+        """Return what a single file will hold whose factors are only rescaled."""
+        return self._plan({layer.name: layer.rank for layer in self.layers}, keep_factors=True)
+
+    def _plan(self, ranks_by_layer: Mapping[str, int], keep_factors: bool = False) -> OutputPlan:
+        alpha = max(ranks_by_layer.values())
+        metadata_store_scales = CONFIGS_KEY in self.metadata and can_describe(self.layers)
+
+        layers: list[tuple[Layer, Layer]] = []
+        other_tensors = dict(self.other_tensors)
+        for layer in self.layers:
+            rank = ranks_by_layer[layer.name]
+            if layer.key_alpha:
+                scale = alpha / rank
+                array = np.array(alpha, dtype=np.float32)
+                other_tensors[layer.key_alpha] = StoredTensor.from_array(array)
+            elif metadata_store_scales:
+                scale = layer.scale
+            else:
+                scale = 1.0
+            layers.append((layer, layer.with_rank(rank, scale)))
+        metadata = self._updated_metadata([new for _, new in layers], alpha)
+        return OutputPlan(self, tuple(layers), other_tensors, metadata, keep_factors)
+
+    def write_output(self, plan: OutputPlan, output: PathLike, force: bool) -> WrittenOutput:
+        """Write a plan as a single file."""
+        with create_file(output, force, self.files) as temporary:
+            return plan.write_weights(temporary)
+
+    def _updated_metadata(self, layers: Sequence[Layer], alpha: int) -> dict[str, str]:
+        """Return the metadata with the ranks of the output's layers, and without hashes."""
+        metadata = {"format": "pt", **self.metadata}
+        for key in (*_HASH_KEYS, CONFIGS_KEY):
+            metadata.pop(key, None)
+        if "ss_network_dim" in metadata:
+            has_one_rank = all(layer.rank == alpha for layer in layers)
+            metadata["ss_network_dim"] = str(alpha) if has_one_rank else "Dynamic"
+            metadata["ss_network_alpha"] = str(alpha)
+        if can_describe(layers):
+            configs = read_configs(self.metadata, self.name)
+            metadata[CONFIGS_KEY] = update_configs(configs, layers)
+        return metadata
+
+
+class _FactorKeys(NamedTuple):
+    A: str
+    B: str
+
+
+def open_single_file(file: Path) -> SingleFile:
+    """Open a LoRA in one file. Its tensors are loaded lazily.
+
+    Layers with extra tensors (DoRA magnitude, mid matrix, bias) are kept unchanged, in
+    `LoraFile.other_tensors`.
+
+    Raises:
+        MatryoshkaError: The file does not exist, is damaged, or has no layers with a rank.
+    """
+    if file.suffix.lower() != ".safetensors":
+        if not file.exists():
+            raise MatryoshkaError(f"File not found: {file}")
+        raise MatryoshkaError(
+            f"{file} is not a LoRA that can be read. Pass a folder that PEFT has saved, or a "
+            ".safetensors file."
+        )
+    tensors, metadata = open_safetensors(file)
+    factor_keys = _find_factor_keys(tensors)
+    extended_modules = _find_extended_modules(tensors, factor_keys)
+    configs = read_configs(metadata, str(file))
+    layers: list[Layer] = []
+    for name in sorted(factor_keys):
+        if name not in extended_modules and _module_of(name) not in extended_modules:
+            layers.append(_create_layer(name, factor_keys[name], tensors, configs, str(file)))
+    # diffusers would take the ranks in the metadata for those of the extended modules as well.
+    if not layers or (extended_modules and can_describe(layers)):
+        raise _no_layers_error(file, tensors, factor_keys)
+
+    other_tensors = dict(sorted(tensors.items()))
+    for layer in layers:
+        for key in (layer.key_A, layer.key_B, layer.key_alpha):
+            if key is not None:
+                other_tensors.pop(key, None)
+    return SingleFile(str(file), tuple(layers), other_tensors, metadata, files=(file,))
+
+
+def _find_factor_keys(tensors: Mapping[str, StoredTensor]) -> dict[str, _FactorKeys]:
+    """Return the keys of both factors by the name of their layer."""
+    factor_keys: dict[str, _FactorKeys] = {}
+    for key_A in sorted(tensors):
+        for suffixes in ALL_SUFFIXES:
+            name = key_A.removesuffix(suffixes.A)
+            key_B = name + suffixes.B
+            if name != key_A and key_B in tensors:
+                factor_keys[name] = _FactorKeys(key_A, key_B)
+    return factor_keys
+
+
+def _find_extended_modules(
+    tensors: Mapping[str, StoredTensor], factor_keys: Mapping[str, _FactorKeys]
+) -> set[str]:
+    """Return the modules with extra tensors."""
+    paired_keys = {key for keys in factor_keys.values() for key in keys}
+    modules: set[str] = set()
+    for key in tensors:
+        match = _EXTRA_TENSOR.fullmatch(key)
+        if match and key not in paired_keys:
+            modules.add(match["module"])
+    return modules
+
+
+def _module_of(name: str) -> str:
+    """Return the module that a layer belongs to, in older keys without the ``.lora`` at its end."""
+    return _OLD_SUFFIX.sub("", name)
+
+
+def _create_layer(
+    name: str,
+    keys: _FactorKeys,
+    tensors: Mapping[str, StoredTensor],
+    configs: Configs,
+    file_name: str,
+) -> Layer:
+    A, B = tensors[keys.A], tensors[keys.B]
+    _check_shapes(name, A, B, file_name)
+    rank = A.shape[0]
+    alpha_key = f"{_module_of(name)}.alpha"
+    alpha = tensors.get(alpha_key)
+    part, module = split_part(name.removeprefix(PEFT_PREFIX))
+    scale = 1.0
+    if alpha is not None:
+        scale = _read_alpha(alpha) / rank
+    elif part in configs:
+        _, scale = rank_and_scale(configs[part], module, file_name)
+    elif name.startswith(PEFT_PREFIX):
+        raise MatryoshkaError(
+            f"{file_name} is the weights file of a PEFT folder, and its scale is in the folder's "
+            "adapter_config.json. Pass the folder that contains both."
+        )
+    if not 0 < scale < math.inf:
+        raise MatryoshkaError(f"{file_name}: the alpha of {name[:200]} is not a positive number.")
+    key_alpha = None if alpha is None else alpha_key
+    return Layer(name, keys.A, keys.B, A, B, rank, scale, key_alpha=key_alpha)
+
+
+def _check_shapes(name: str, A: StoredTensor, B: StoredTensor, file_name: str) -> None:
+    """Raise MatryoshkaError unless two tensors are the factors of one linear layer or kernel."""
+    fits = (
+        A.is_factor
+        and B.is_factor
+        and len(A.shape) == len(B.shape)
+        and A.shape[0] == B.shape[1]
+        and all(size == 1 for size in B.shape[2:])
+    )
+    if not fits:
+        raise MatryoshkaError(
+            f"{file_name}: the factors of {name[:200]!r} do not fit each other: {A.dtype} "
+            f"{list(A.shape)} and {B.dtype} {list(B.shape)}. Save the file again in fp32, bf16 or "
+            "fp16."
+        )
+
+
+def _read_alpha(tensor: StoredTensor) -> float:
+    """Return an alpha, or 0, which is rejected, if the tensor is not one number."""
+    if math.prod(tensor.shape) != 1:
+        return 0.0
+    return float(tensor.read().astype(np.float64).item())
+
+
+def _no_layers_error(
+    file: Path, tensors: Mapping[str, StoredTensor], factor_keys: Mapping[str, _FactorKeys]
+) -> MatryoshkaError:
+    for key in sorted(tensors):
+        if _OTHER_METHODS.search(key):
+            return MatryoshkaError(
+                f"{file} contains {key[:80]!r}. DoRA, LoHa, LoKr and layers with biases cannot be "
+                "truncated. Use the file as it is."
+            )
+    for name, keys in factor_keys.items():
+        for key in sorted(tensors):
+            match = _EXTRA_TENSOR.fullmatch(key)
+            if match and match["module"] == name and key not in keys:
+                return MatryoshkaError(
+                    f"{file} has two pairs of factors for one module: {keys.A[:80]!r} and "
+                    f"{key[:80]!r}. Remove one pair."
+                )
+    first_key = min(tensors, default="")
+    return MatryoshkaError(
+        f"{file} contains no LoRA: keys must end in lora_A.weight, lora_down.weight or "
+        f"down.weight, got {first_key!r:.80}."
+    )

@@ -1,0 +1,1 @@
+"""Nested adapters of PEFT models: nest, load, control, save and merge them."""

@@ -1,0 +1,77 @@
+"""Write a base model with an adapter merged into its weights."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from matryoshka_lora.lora_file.lora import OutputPlan, WrittenOutput
+from matryoshka_lora.lora_file.mlx import missing_rope_fields
+from matryoshka_lora.lora_file.peft_folder import PeftFolder
+from matryoshka_lora.lora_file.safetensors_io import read_json
+from matryoshka_lora.model.base_model import load_adapter_tokenizer, load_model
+from matryoshka_lora.model.load import prepare_base_model
+
+
+def write_merged(
+    lora: PeftFolder,
+    output_folder: Path,
+    plan: OutputPlan,
+    base_model: str,
+    base_revision: str | None,
+) -> WrittenOutput:
+    """Write a base model with an adapter in its weights, and the tokenizer.
+
+    Args:
+        lora: The adapter.
+        output_folder: An existing folder.
+        plan: What to merge, from ``lora.plan``.
+        base_model: A folder or Hub id. The weights keep its dtype; a model that bitsandbytes has
+            quantized is dequantized.
+        base_revision: The base model's revision on the Hugging Face Hub.
+
+    Returns:
+        The errors of what was merged.
+
+    Raises:
+        MatryoshkaError: The base model cannot be loaded, or the adapter does not fit it.
+    """
+    model: Any = load_model(base_model, "auto", base_revision, "cpu")
+    if getattr(model, "quantization_method", "") == "bitsandbytes":
+        model = model.dequantize()  # bitsandbytes cannot save merged weights
+    prepare_base_model(model, lora)
+    with tempfile.TemporaryDirectory() as folder:
+        truncated = Path(folder, "adapter")
+        written = plan.write(truncated)
+        peft_model = PeftModel.from_pretrained(model, str(truncated))
+    _untie_adapted_embeddings(model)
+    peft_model.merge_and_unload(safe_merge=True).save_pretrained(output_folder)
+    tokenizer = load_adapter_tokenizer(lora, base_model, base_revision)
+    tokenizer.save_pretrained(output_folder)
+    _complete_config(output_folder / "config.json")
+    return written
+
+
+def _untie_adapted_embeddings(model: Any) -> None:
+    """Give the head a weight of its own if the head or the embeddings are adapted.
+
+    A weight that they share would get the updates of both.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, LoraLayer) or isinstance(model.get_input_embeddings(), LoraLayer):
+        layer = head.get_base_layer() if isinstance(head, LoraLayer) else head
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+
+
+def _complete_config(file: Path) -> None:
+    """Add the fields that older runtimes read to a config of transformers 5."""
+    config = read_json(file)
+    config.update(missing_rope_fields(config))
+    file.write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""File commands, and their helpers."""

@@ -1,0 +1,271 @@
+"""Combine LoRAs: write one nested LoRA whose update is a weighted sum of theirs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from matryoshka_lora.algebra.arrays import Array
+from matryoshka_lora.algebra.factors import weighted_sum
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.lora_file.atomic import PathLike, check_output
+from matryoshka_lora.lora_file.lora import Layer, LoraFile
+from matryoshka_lora.lora_file.open import open_lora
+from matryoshka_lora.lora_file.peft_folder import PeftFolder
+from matryoshka_lora.lora_file.safetensors_io import StoredTensor
+from matryoshka_lora.lora_file.single_file import SingleFile
+from matryoshka_lora.nesting import Nesting
+from matryoshka_lora.operations.output_format import check_same_kind
+
+# The fields of PEFT's config that select the layers. If they differ between the sources, the
+# layers of the output are listed by name instead.
+_TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# The fields that change what a pair of factors means in the model.
+_MEANING_FIELDS = (
+    "base_model_name_or_path",
+    "fan_in_fan_out",
+    "target_parameters",
+    "layer_replication",
+)
+# Optional parts of the names in single files: kohya's prefixes, and a level of CLIP's modules.
+_OPTIONAL_NAME_PARTS = re.compile(r"^lora_(te1?_)?|^text_encoder_(?!\d)|text_model_")
+# SDXL's UNet has two naming schemes, that of its authors and that of diffusers.
+_UNET_BLOCKS = ("input_blocks", "down_blocks")
+
+
+@dataclass(frozen=True)
+class CombineResult:
+    """What `combine` wrote.
+
+    Attributes:
+        path: The folder or file.
+        num_layers: The number of its layers.
+        errors: The relative error of each nested rank: the norm of what it misses over the norm of
+            the sum.
+    """
+
+    path: Path
+    num_layers: int
+    errors: dict[int, float]
+
+
+class _Term(NamedTuple):
+    """A layer of a source, and the weight of the source in the sum."""
+
+    lora: LoraFile
+    layer: Layer
+    weight: float
+
+
+def combine(
+    sources: Sequence[PathLike],
+    output: PathLike,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    *,
+    force: bool = False,
+) -> CombineResult:
+    """Write the weighted sum of LoRAs, ``w_1 s_1 B_1 A_1 + w_2 s_2 B_2 A_2 + ...``.
+
+    The concatenated factors are the exact sum. They are reordered by QR and SVD, so rank r of the
+    output is the best approximation of the sum (Eckart-Young), for every r from 1 to R. A missing
+    layer counts as zero. One layer is in memory at a time.
+
+    Args:
+        sources: PEFT folders, or single ``.safetensors`` files, all for the same base model.
+        output: The folder or file to write, of the same kind as the sources.
+        weights: The weight of each source, which may be negative. Defaults to 1 for all.
+        rank: R. Defaults to the largest rank of a source.
+        force: Whether to overwrite the output.
+
+    Raises:
+        MatryoshkaError: A source cannot be read, the sources are not compatible, the rank is not
+            available, or the output already exists.
+        NotFiniteError: A factor is NaN or infinite.
+    """
+    if not sources:
+        raise MatryoshkaError("`sources` must not be empty.")
+    if weights is None:
+        weights = [1.0] * len(sources)
+    if len(weights) != len(sources):
+        raise MatryoshkaError(
+            f"Got {len(weights)} weights for {len(sources)} sources. Pass one weight per source."
+        )
+    loras = [open_lora(source) for source in sources]
+    files = [file for lora in loras for file in lora.files]
+    path = check_output(output, force, files, is_file=isinstance(loras[0], SingleFile))
+    check_same_kind(loras[0], path)
+
+    total = _weighted_sum(loras, [float(weight) for weight in weights])
+    if rank is None:
+        rank = max(lora.max_rank for lora in loras)
+    total.check_rank(rank)
+    nesting = Nesting.powers_of_two(rank)
+    if isinstance(total, PeftFolder):
+        total = replace(total, nesting=nesting)
+        plan = total.plan_nested()
+    else:
+        plan = total.plan(rank)
+    written = plan.write(path, force)
+    return CombineResult(path, len(total.layers), written.relative_errors(nesting.ranks))
+
+
+def _weighted_sum(loras: Sequence[LoraFile], weights: Sequence[float]) -> LoraFile:
+    """Return the sum as a LoRA without an order. Its factors are computed when they are read."""
+    first = loras[0]
+    terms: dict[str, list[_Term]] = {}
+    for lora, weight in zip(loras, weights, strict=True):
+        _check_compatible(first, lora)
+        for layer in lora.layers:
+            terms.setdefault(layer.name, []).append(_Term(lora, layer, weight))
+
+    @lru_cache(maxsize=1)  # A and B of a layer are read one after the other
+    def sum_factors(name: str) -> tuple[Array, Array]:
+        factors = [term.lora.factors(term.layer) for term in terms[name]]
+        scales = [term.weight * term.layer.scale for term in terms[name]]
+        return weighted_sum(factors, scales)
+
+    layers = tuple(_sum_layer(terms[name], sum_factors) for name in sorted(terms))
+    total = replace(
+        first,
+        name=" + ".join(lora.name for lora in loras),
+        layers=layers,
+        files=tuple(file for lora in loras for file in lora.files),
+        nesting=None,
+        order=None,
+        deploy="reordered",
+    )
+    if isinstance(total, PeftFolder):
+        configs = [lora.config for lora in loras if isinstance(lora, PeftFolder)]
+        total = replace(total, config=_merge_configs(configs, layers))
+    return total
+
+
+def _sum_layer(terms: Sequence[_Term], sum_factors: Callable[[str], tuple[Array, Array]]) -> Layer:
+    """Return the layer whose update is the weighted sum of the updates of some layers.
+
+    Args:
+        terms: The layers, which have the same name.
+        sum_factors: Returns A and B of the sum, as matrices, by the name of the layers.
+    """
+    first = terms[0].layer
+    shapes = {_shape_without_rank(term.layer) for term in terms}
+    if len(shapes) > 1:
+        shapes_of_A = ", ".join(f"{list(term.layer.A.shape)} in {term.lora.name}" for term in terms)
+        raise MatryoshkaError(
+            f"The factors of {first.name} have different shapes: {shapes_of_A}. Pass LoRAs of one "
+            "base model."
+        )
+    key_alpha = None
+    for term in terms:
+        key_alpha = key_alpha or term.layer.key_alpha
+    # The scales are in the factors of the sum.
+    total = first.with_rank(sum(term.layer.rank for term in terms), scale=1.0)
+
+    def read_A() -> Array:
+        return total.from_matrices(*sum_factors(total.name))[0]
+
+    def read_B() -> Array:
+        return total.from_matrices(*sum_factors(total.name))[1]
+
+    dtype = _common_dtype([factor.dtype for _, layer, _ in terms for factor in (layer.A, layer.B)])
+    A = StoredTensor(dtype, total.A.shape, read_A)
+    B = StoredTensor(dtype, total.B.shape, read_B)
+    return replace(total, A=A, B=B, key_alpha=key_alpha)
+
+
+def _shape_without_rank(layer: Layer) -> tuple[object, ...]:
+    return layer.num_experts, layer.A.shape[1:], layer.B.shape[0], layer.B.shape[2:]
+
+
+def _common_dtype(dtypes: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
+    """Return the smallest dtype that represents all values of some floating dtypes."""
+    unique = set(dtypes)
+    if len(unique) == 1:
+        return unique.pop()
+    # NumPy has no common dtype of float16 and bfloat16.
+    is_double = np.dtype(np.float64) in unique
+    return np.dtype(np.float64 if is_double else np.float32)
+
+
+def _merge_configs(configs: Sequence[dict[str, Any]], layers: Sequence[Layer]) -> dict[str, Any]:
+    """Return the first config, changed so that its targets are all layers of the sum."""
+    first = configs[0]
+    for config in configs:
+        if any(config.get(field) != first.get(field) for field in _TARGET_FIELDS):
+            # PEFT selects stacks of experts by target_parameters.
+            names = [layer.name for layer in layers if layer.num_experts == 1]
+            return {**first, **dict.fromkeys(_TARGET_FIELDS), "target_modules": names}
+    return first
+
+
+def _check_compatible(first: LoraFile, lora: LoraFile) -> None:
+    """Raise MatryoshkaError unless two LoRAs can be added."""
+    if isinstance(first, PeftFolder) and isinstance(lora, PeftFolder):
+        _check_configs(first, lora)
+        _check_other_tensors(first, lora)
+    elif isinstance(first, SingleFile) and isinstance(lora, SingleFile):
+        _check_layer_names(first, lora)
+        keys = sorted({*first.other_tensors, *lora.other_tensors})
+        if keys:  # they are changes of the model too, and the sum would have to scale them
+            raise _other_tensor_error(first, lora, keys[0])
+    else:
+        raise MatryoshkaError(
+            f"{first.name} and {lora.name} are a folder and a single file. Convert the file to a "
+            "folder with export and `key_format='peft'`."
+        )
+
+
+def _check_configs(first: PeftFolder, lora: PeftFolder) -> None:
+    for field in _MEANING_FIELDS:
+        # None, "" and an absent field mean the same.
+        value, first_value = lora.config.get(field) or None, first.config.get(field) or None
+        if value != first_value:
+            raise MatryoshkaError(
+                f"{lora.name} and {first.name} differ in {field}: {value!r:.80} and "
+                f"{first_value!r:.80}. If they are equivalent, write the same value in both "
+                "configs."
+            )
+
+
+def _check_other_tensors(first: PeftFolder, lora: PeftFolder) -> None:
+    """Raise MatryoshkaError unless the tensors that are not factors are the same."""
+    for key in sorted({*first.other_tensors, *lora.other_tensors}):
+        tensor, first_tensor = lora.other_tensors.get(key), first.other_tensors.get(key)
+        if tensor is None or first_tensor is None:
+            raise _other_tensor_error(first, lora, key)
+        same_dtype = tensor.dtype == first_tensor.dtype
+        if not (same_dtype and np.array_equal(tensor.read(), first_tensor.read())):
+            raise _other_tensor_error(first, lora, key)
+
+
+def _other_tensor_error(first: LoraFile, lora: LoraFile, key: str) -> MatryoshkaError:
+    return MatryoshkaError(
+        f"{lora.name} and {first.name} cannot be added, because {key[:200]} is not a LoRA factor. "
+        "Train without such tensors, or remove them from the files."
+    )
+
+
+def _check_layer_names(first: SingleFile, lora: SingleFile) -> None:
+    """Raise MatryoshkaError unless two single files name their layers in the same way."""
+    first_names = {_canonical_name(layer.name): layer.name for layer in first.layers}
+    names = {_canonical_name(layer.name): layer.name for layer in lora.layers}
+    shared = names.keys() & first_names.keys()
+    all_names = [*names, *first_names]
+    has_two_schemes = all(any(word in name for name in all_names) for word in _UNET_BLOCKS)
+    is_same_spelling = all(names[name] == first_names[name] for name in shared)
+    if not shared or has_two_schemes or not is_same_spelling:
+        raise MatryoshkaError(
+            f"{lora.name} and {first.name} are for different models, or have different key "
+            "formats. Export one of them with `key_format`, which converts its keys."
+        )
+
+
+def _canonical_name(name: str) -> str:
+    return _OPTIONAL_NAME_PARTS.sub("", name.replace(".", "_"))

@@ -1,0 +1,75 @@
+"""Train every rank of a LoRA in a PEFT folder on examples."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from matryoshka_lora.examples import read_examples
+from matryoshka_lora.lora_file.atomic import PathLike, check_output
+from matryoshka_lora.lora_file.open import open_adapter
+from matryoshka_lora.lora_file.results import TrainRanksResult
+from matryoshka_lora.model.base_model import load_adapter_tokenizer, load_model
+from matryoshka_lora.model.load import load
+
+
+def train_ranks(
+    source: PathLike,
+    output: PathLike,
+    data: Iterable[object] | PathLike,
+    *,
+    max_examples: int | None = None,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    seed: int = 0,
+    force: bool = False,
+) -> TrainRanksResult:
+    """Train every rank of a LoRA for a few steps, and write it as a nested adapter.
+
+    See `NestedAdapter.train_ranks`. If the trained factors are not kept, the output holds the
+    factors as they were; those without an order are reordered by SVD.
+
+    Args:
+        source: A PEFT folder, or its Hub id.
+        output: The folder to write.
+        data: A dataset or a list of examples with ``prompt`` and ``completion``, or with
+            ``messages``; or the path of a file with an example in each line, in JSON.
+        max_examples: Train on exactly this many examples. Defaults to as many as the worst rank
+            needs, up to 3200.
+        base_model: A folder or Hub id. Defaults to the model that the adapter's config names.
+        base_revision: Its revision on the Hub. Defaults to the one that the config names.
+        revision: Branch, tag or commit of the source on the Hub.
+        dtype: Dtype of the base model, as `load_model` takes it. Chosen by the hardware by default.
+        seed: The seed of the order of the examples and ranks.
+        force: Whether to overwrite the output.
+
+    Raises:
+        MatryoshkaError: The source, the data or the base model cannot be read, there are too few
+            examples, or the output already exists.
+        NotFiniteError: A factor, the loss or a gradient is NaN or infinite.
+    """
+    lora = open_adapter(source, revision)
+    model_path = base_model or lora.config.get("base_model_name_or_path")
+    data_files = [data] if isinstance(data, (str, os.PathLike)) else []
+    model_paths = [str(model_path)] if model_path else []
+    output_path = check_output(output, force, [*lora.files, *data_files, *model_paths])
+    examples = read_examples(data)
+    model_name, model_revision = lora.base_model(base_model, base_revision)
+    model = load_model(model_name, dtype, model_revision)
+    tokenizer = load_adapter_tokenizer(lora, model_name, model_revision)
+    with tempfile.TemporaryDirectory() as folder:
+        nested_path = Path(folder, "nested")  # gives all layers the same rank and scale
+        lora.plan_nested().write(nested_path)
+        adapter = load(model, nested_path, is_trainable=True)
+    result = adapter.train_ranks(examples, tokenizer, max_examples=max_examples, seed=seed)
+    # Keep the source's files, so that its tokenizer is copied.
+    trained = replace(adapter.to_lora_file(), files=lora.files)
+    trained.plan_nested().write(output_path, force)
+    return replace(result, path=output_path)

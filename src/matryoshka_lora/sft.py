@@ -1,0 +1,450 @@
+"""`matryoshka train`: supervised fine-tuning of a nested adapter with TRL, from a YAML file."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import yaml
+from datasets import Dataset, IterableDataset, load_dataset
+from peft import LoraConfig, PeftConfig, get_peft_model
+from transformers import TrainerState, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from matryoshka_lora.errors import MatryoshkaError, check_choice, check_integer, wrap_errors
+from matryoshka_lora.lora_file.peft_folder import CONFIG_NAME, open_peft_folder
+from matryoshka_lora.lora_file.results import TrainRanksResult
+from matryoshka_lora.model.adapter import NestedAdapter
+from matryoshka_lora.model.base_model import DTYPES, load_model, load_tokenizer
+from matryoshka_lora.model.nest import nest
+from matryoshka_lora.nesting import Deploy, Order, Scaling, check_ranks
+from matryoshka_lora.rules import get_rule
+
+# The keys that are not fields of SFTConfig.
+_MODEL_KEYS = ("base_model", "base_revision", "dtype")
+_DATA_KEYS = ("data", "eval_data")
+_SECTIONS = ("lora", "nesting")
+_NESTING_KEYS = ("ranks", "scaling", "rule", "seed", "deploy", "train_ranks")
+# Fields that have no effect here, or only one possible value.
+_UNUSED_FIELDS = ("resume_from_checkpoint", "push_to_hub", "peft_type", "task_type")
+# Overrides of TRL defaults that do not suit a float32 adapter on a base model of its own dtype.
+_DEFAULTS: dict[str, Any] = {
+    "output_dir": "runs/train",
+    "learning_rate": 2e-4,  # TRL's 2e-5 is for full fine-tuning
+    "bf16": False,  # autocast would round the factors and P
+    "gradient_checkpointing": False,  # it saves memory, but takes a quarter more time
+    "save_steps": 0.1,  # ten checkpoints, so that a killed run loses little
+    "save_total_limit": 2,
+    "report_to": "none",
+    "disable_tqdm": False,  # transformers disables it at the command line's log level
+    "ddp_find_unused_parameters": False,  # every rule uses every factor at every step
+}
+_DEFAULT_RANK = 32
+# The builders of datasets by the extension of a file, and the columns that TRL takes.
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"})
+# What PEFT, transformers and TRL raise for values that they reject.
+_LIBRARY_ERRORS = (TypeError, ValueError, ImportError, OSError, KeyError, RuntimeError)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The result of `train`.
+
+    Attributes:
+        path: The adapter's folder.
+        order: The order of its factors. None in the paper's deployment, after sharded training
+            (FSDP or DeepSpeed), and in all processes but the first.
+        deploy: ``"paper"`` in the paper's deployment.
+        train_ranks: The result of training the ranks, if that took place.
+    """
+
+    path: Path
+    order: Order | None = None
+    deploy: Deploy = "reordered"
+    train_ranks: TrainRanksResult | None = None
+
+
+# The config
+
+
+def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a training config, check its keys, and fill in defaults. No model is loaded.
+
+    Args:
+        path: A YAML file. ``base_model`` is a folder, a Hub id, or absent for the bundled model;
+            ``base_revision`` and ``dtype`` are the base model's. ``data`` and ``eval_data`` are a
+            file or a list of files, a Hub dataset, or keyword arguments of
+            ``datasets.load_dataset``. ``lora`` has fields of ``peft.LoraConfig``. ``nesting`` has
+            ranks, scaling, rule, seed, deploy and train_ranks. All other keys are fields of
+            ``trl.SFTConfig``.
+        overrides: ``"key=value"``; a key of a section is ``"lora.r"``. The value is YAML.
+
+    Returns:
+        The config as `train` takes it.
+
+    Raises:
+        MatryoshkaError: The file cannot be read, a key is unknown, ``data`` is missing, or a value
+            of ``lora`` or ``nesting`` is not valid.
+    """
+    config = _load_yaml(path, overrides)
+    _check_keys(config, path)
+    if not config.get("data"):
+        raise MatryoshkaError(f"{path} has no data. Add, for example, 'data: my.jsonl'.")
+    dtype = config.get("dtype")
+    if dtype is not None and dtype not in DTYPES:
+        raise MatryoshkaError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r:.80}.")
+    nesting = _check_nesting(config.get("nesting") or {})
+    lora = _fill_lora(config.get("lora") or {}, nesting.get("ranks"))
+    if "ranks" in nesting and nesting["ranks"][-1] != lora["r"]:
+        raise MatryoshkaError(
+            f"The largest of nesting.ranks must be lora.r, {lora['r']}, got {nesting['ranks'][-1]}."
+        )
+    return {**_DEFAULTS, **config, "lora": lora, "nesting": nesting}
+
+
+def _load_yaml(path: str | os.PathLike[str], overrides: Iterable[str]) -> dict[str, Any]:
+    with wrap_errors(f"Cannot read {path}", "", (OSError, UnicodeDecodeError, yaml.YAMLError)):
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if config is None:
+        config = {}
+    if not isinstance(config, dict):
+        raise MatryoshkaError(f"{path} must be a YAML mapping, got {config!r:.80}.")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise MatryoshkaError(f"{key!r:.80} has no value. Write {key:.80}=VALUE.")
+        with wrap_errors(f"Cannot read the value of {key}", "", yaml.YAMLError):
+            value = yaml.safe_load(text)
+        _set_key(config, key, value)
+    return config
+
+
+def _set_key(config: dict[str, Any], key: str, value: object) -> None:
+    section, _, name = key.rpartition(".")
+    if not section:
+        config[name] = value
+        return
+    values = config.setdefault(section, {})
+    if not isinstance(values, dict):
+        raise MatryoshkaError(f"Cannot set {key}, because {section} is {values!r:.80}.")
+    values[name] = value
+
+
+def _check_keys(config: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Raise for an unknown key, with the key that was probably meant."""
+    sft_fields = [field.name for field in fields(SFTConfig) if field.name not in _UNUSED_FIELDS]
+    lora_fields = [field.name for field in fields(LoraConfig) if field.name not in _UNUSED_FIELDS]
+    known_keys = {
+        "": [*_MODEL_KEYS, *_DATA_KEYS, *_SECTIONS, *sft_fields],
+        "lora": lora_fields,
+        "nesting": list(_NESTING_KEYS),
+    }
+    for section, known in known_keys.items():
+        values = (config.get(section) or {}) if section else config
+        if not isinstance(values, Mapping):
+            raise MatryoshkaError(f"{section} must be a YAML mapping, got {values!r:.80}.")
+        for key in values:
+            if key not in known:
+                hint = _suggestion(key, known, known_keys)
+                raise MatryoshkaError(f"{section or path} has no key {key!r:.80}. {hint}")
+
+
+def _suggestion(key: object, known: list[str], known_keys: Mapping[str, list[str]]) -> str:
+    for section, keys in known_keys.items():
+        if key in keys:
+            full_key = f"{section}.{key}" if section else key
+            return f"Did you mean {full_key!r}?"
+    matches = get_close_matches(str(key), known, n=1)
+    if matches:
+        return f"Did you mean {matches[0]!r}?"
+    return "See the documentation of SFTConfig, LoraConfig and nest()."
+
+
+def _check_nesting(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the section ``nesting``; return it with a list of ranks and with ``train_ranks``."""
+    nesting = {key: value for key, value in section.items() if value is not None}
+    train_ranks = nesting.setdefault("train_ranks", True)
+    if not isinstance(train_ranks, bool):
+        raise MatryoshkaError(
+            f"nesting.train_ranks must be true or false, got {train_ranks!r:.80}."
+        )
+    get_rule(nesting.get("rule", "lora"))
+    check_choice("scaling", nesting.get("scaling", "none"), get_args(Scaling))
+    check_choice("deploy", nesting.get("deploy", "reordered"), get_args(Deploy))
+    if "ranks" in nesting:
+        ranks = nesting["ranks"]
+        if isinstance(ranks, str):  # 1,2,4 without brackets
+            ranks = [int(rank) if rank.strip().isdigit() else rank for rank in ranks.split(",")]
+        elif not isinstance(ranks, list):
+            ranks = [ranks]
+        nesting["ranks"] = list(check_ranks(ranks))
+    return nesting
+
+
+def _fill_lora(section: Mapping[str, Any], ranks: list[int] | None) -> dict[str, Any]:
+    """Return the section ``lora`` with defaults, which make the scale of rank R 1."""
+    lora = {"task_type": "CAUSAL_LM", **section}
+    lora.setdefault("r", ranks[-1] if ranks else _DEFAULT_RANK)
+    rank = check_integer("lora.r", lora["r"])
+    if "lora_alpha" not in lora:
+        lora["lora_alpha"] = rank**0.5 if lora.get("use_rslora") else rank
+    if not lora.get("target_parameters"):
+        lora.setdefault("target_modules", "all-linear")
+    return lora
+
+
+# Training
+
+
+def train(config: Mapping[str, Any]) -> TrainResult:
+    """Train a nested adapter, or resume from the last checkpoint in ``output_dir``.
+
+    The Trainer's checkpoints are in ``output_dir``, and the adapter in its folder ``adapter``.
+    Under ``accelerate launch`` every process calls this function, and the first one writes the
+    adapter, without training the ranks: pass it to `train_ranks` afterwards. Under FSDP and
+    DeepSpeed the Trainer writes it, as plain LoRA.
+
+    Args:
+        config: From `read_config`.
+
+    Raises:
+        MatryoshkaError: A value is rejected.
+    """
+    output_dir = Path(str(config["output_dir"]))
+    path = output_dir / "adapter"
+    if path.exists():
+        logger.info("%s is finished. To train with other settings, set another output_dir.", path)
+        lora = open_peft_folder(path)
+        return TrainResult(path, lora.order, lora.deploy)
+    adapter, trainer = build_trainer(config)
+    _run(adapter, trainer, output_dir)
+    result = TrainResult(path)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        _save_sharded(trainer, path)
+    elif trainer.is_world_process_zero():
+        result = _finish(adapter, trainer, path, config["nesting"]["train_ranks"])
+    trainer.accelerator.end_training()
+    return result
+
+
+def build_trainer(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]:
+    """Load the base model and the data of a config, and return the adapter and its Trainer.
+
+    Args:
+        config: From `read_config`.
+
+    Raises:
+        MatryoshkaError: A value is rejected.
+    """
+    not_of_trl = (*_MODEL_KEYS, *_DATA_KEYS, *_SECTIONS)
+    with wrap_errors("Cannot use the config", exceptions=_LIBRARY_ERRORS):
+        arguments = _sft_config({k: v for k, v in config.items() if k not in not_of_trl})
+        model_options = {"dtype": config.get("dtype"), **(arguments.model_init_kwargs or {})}
+        if "torch_dtype" in model_options:  # the old name of dtype
+            model_options["dtype"] = model_options.pop("torch_dtype")
+        revision = model_options.pop("revision", config.get("base_revision"))
+        lora = LoraConfig(**{"revision": revision, **config["lora"]})
+    arguments.model_init_kwargs = None  # they are for a model that SFTTrainer would load
+    set_seed(arguments.seed)
+    train_dataset = _load_dataset(config["data"], arguments.dataset_text_field)
+    eval_dataset = None
+    if config.get("eval_data") is not None:
+        eval_dataset = _load_dataset(config["eval_data"], arguments.dataset_text_field)
+    nesting = {"seed": arguments.seed, **config["nesting"]}
+    del nesting["train_ranks"]
+    base_model = config.get("base_model")
+    with wrap_errors("Cannot use the config", exceptions=_LIBRARY_ERRORS):
+        base = load_model(base_model, revision=revision, device=arguments.device, **model_options)
+        adapter = nest(get_peft_model(base, lora), **nesting)
+        trainer = SFTTrainer(
+            model=adapter.model,
+            args=arguments,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=load_tokenizer(base_model, revision),
+            callbacks=[adapter.callback()],
+        )
+    for A, B in adapter.layer_factors().values():
+        A.data = A.data.float()  # SFTTrainer casts those of a quantized base to bfloat16
+        B.data = B.data.float()
+    # TRL's card would overwrite a README.md in output_dir.
+    trainer.create_model_card = lambda *args, **kwargs: None
+    return adapter, trainer
+
+
+def _sft_config(values: Mapping[str, Any]) -> SFTConfig:
+    """Parse the fields of SFTConfig, as TRL's own commands do."""
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> None:
+            raise ValueError(message)  # instead of leaving the program
+
+    template_path = str(values.get("chat_template_path") or "")
+    if template_path and not template_path.endswith((".jinja", ".j2")):
+        raise MatryoshkaError(
+            f"chat_template_path is {template_path!r:.80}, but only .jinja files are supported: "
+            "loading a model's template may add untrained tokens."
+        )
+    has_accelerator = torch.accelerator.is_available()
+    defaults: dict[str, Any] = {
+        "use_cpu": not has_accelerator,
+        "dataloader_pin_memory": has_accelerator,
+    }
+    arguments = {**defaults, **values}
+    for key, value in arguments.items():
+        if isinstance(value, (int, float)):  # as a string, so that the parser checks the type
+            arguments[key] = str(value)
+        if value is False and key.endswith("_strategy"):
+            arguments[key] = "no"  # YAML 1.1 parses `no` as False
+    parser = Parser([SFTConfig])
+    parser.set_defaults_with_config(**arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of fields that TRL sets itself
+        return parser.parse_args_into_dataclasses([])[0]
+
+
+def _load_dataset(
+    data: str | list[str] | Mapping[str, Any], text_field: str
+) -> Dataset | IterableDataset:
+    """Load a dataset, and fail early on columns that TRL cannot use.
+
+    Args:
+        data: A file or a list of files, a Hub dataset, or keyword arguments of
+            ``datasets.load_dataset``.
+        text_field: The name of a column of strings to train on as a whole.
+    """
+    hint = "Pass a file or a dataset that datasets.load_dataset() can load."
+    with wrap_errors(f"Cannot read the data {data!s:.80}", hint):
+        dataset = load_dataset(**_load_dataset_arguments(data))
+    columns = set(dataset.column_names or ())
+    if not columns:  # a stream may not know its columns
+        return dataset
+    for required in (*_COLUMNS, {text_field}):
+        if required <= columns:
+            if isinstance(dataset, Dataset):
+                _check_columns(dataset, required, data)
+            return dataset
+    raise MatryoshkaError(
+        f"{data!s:.200} has the columns {', '.join(sorted(columns))}. Pass examples with a prompt "
+        "and a completion, with messages, or with text."
+    )
+
+
+def _load_dataset_arguments(data: str | list[str] | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(data, Mapping):
+        return {"split": "train", **data}
+    first_file = data[0] if isinstance(data, list) else data
+    builder = _BUILDERS.get(Path(first_file).suffix)
+    if builder is not None:
+        return {"path": builder, "data_files": data, "split": "train"}
+    return {"path": data, "split": "train"}
+
+
+def _check_columns(dataset: Dataset, columns: Iterable[str], data: object) -> None:
+    for column in columns:
+        has_nulls = dataset.data.column(column).null_count > 0
+        if has_nulls or not isinstance(dataset[0][column], (str, list)):
+            raise MatryoshkaError(
+                f"The column {column} of {data!s:.200} must have a string or a list in each row."
+            )
+
+
+def _run(adapter: NestedAdapter, trainer: SFTTrainer, output_dir: Path) -> None:
+    """Train, from the last checkpoint if there is one."""
+    # Only the first process creates the folder, so it may not exist yet in another one.
+    checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+    if checkpoint is not None:
+        logger.info("Resuming from %s. To start a new run, set another output_dir.", checkpoint)
+        _check_same_lora(adapter, Path(checkpoint))
+        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        if _is_finished(state, trainer.args):
+            # Trainer.train() would take another step.
+            _load_trained(adapter, trainer, state, Path(checkpoint))
+            return
+    hint = "Check data, max_length and the batch sizes."
+    with wrap_errors("Cannot train", hint, _LIBRARY_ERRORS):
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _check_same_lora(adapter: NestedAdapter, checkpoint: Path) -> None:
+    if not (checkpoint / CONFIG_NAME).is_file():
+        return  # sharded training writes none
+    old = PeftConfig.from_pretrained(str(checkpoint))
+    new = adapter.model.peft_config[adapter.layers.name]
+    for field in ("r", "lora_alpha", "use_rslora", "target_modules"):
+        if getattr(old, field) != getattr(new, field):
+            raise MatryoshkaError(
+                f"{checkpoint} has a different lora.{field}. Set another output_dir."
+            )
+
+
+def _is_finished(state: TrainerState, arguments: SFTConfig) -> bool:
+    """Return whether the checkpoint completed its run and the config asks for no more steps."""
+    has_more_epochs = arguments.max_steps <= 0 and arguments.num_train_epochs > (state.epoch or 0)
+    return not has_more_epochs and state.global_step >= max(state.max_steps, arguments.max_steps)
+
+
+def _load_trained(
+    adapter: NestedAdapter, trainer: SFTTrainer, state: TrainerState, checkpoint: Path
+) -> None:
+    """Load the checkpoint that a finished run ends with."""
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        # Its folder may have been moved.
+        checkpoint = checkpoint.with_name(Path(state.best_model_checkpoint).name)
+    adapter.model.load_adapter(str(checkpoint), adapter.layers.name, is_trainable=True)
+    trainer.state = state
+
+
+def _save_sharded(trainer: SFTTrainer, path: Path) -> None:
+    """Let the Trainer gather the shards and write plain LoRA."""
+    unfinished = path.with_name("unfinished")
+    trainer.save_model(str(unfinished))
+    if trainer.is_world_process_zero():
+        unfinished.rename(path)
+
+
+def _finish(
+    adapter: NestedAdapter, trainer: SFTTrainer, path: Path, with_ranks: bool
+) -> TrainResult:
+    """Train the ranks, if asked for, and save the adapter with its tokenizer."""
+    # accelerate has replaced the model's forward for mixed precision: restore it, and leave train
+    # mode, as the run is over.
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    ranks_result = None
+    if with_ranks and adapter.deploy != "paper":
+        ranks_result = _train_ranks(adapter, trainer, path)
+    adapter.save(path)  # reordered by SVD, if it has no order
+    trainer.processing_class.save_pretrained(path)
+    lora = open_peft_folder(path)
+    logger.info("Saved %s (order: %s, deploy: %s).", path, lora.order, lora.deploy)
+    return TrainResult(path, lora.order, lora.deploy, ranks_result)
+
+
+def _train_ranks(
+    adapter: NestedAdapter, trainer: SFTTrainer, path: Path
+) -> TrainRanksResult | None:
+    if trainer.args.world_size > 1:
+        logger.warning(
+            "The ranks were not trained: that needs a single process. Train those of %s later.",
+            path,
+        )
+        return None
+    logger.info(
+        "Training every rank. If the process is killed, the same command repeats this part."
+    )
+    try:
+        return adapter.train_ranks(trainer, seed=trainer.args.seed)
+    except MatryoshkaError as error:
+        logger.warning("The ranks were not trained: %s", error)
+        return None

@@ -1,0 +1,1 @@
+"""Train nested adapters: the callback of a Trainer, and training of every rank."""

@@ -1,0 +1,114 @@
+"""Draw the diagonals of a rule inside a Hugging Face Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.nn.nested_layers import NestedLayers
+from matryoshka_lora.nn.variant import factor_parameters, lora_layers
+
+
+class NestingCallback(TrainerCallback):
+    """Draw the diagonal of each optimizer step.
+
+    A draw depends on the seed and on ``state.global_step``, which the Trainer restores, and a
+    checkpoint holds plain LoRA: resuming needs no further state.
+    """
+
+    def __init__(self, layers: NestedLayers) -> None:
+        self.layers = layers
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Reject settings that would fail late, or silently train or save something else.
+
+        Raises:
+            MatryoshkaError: There is such a setting.
+        """
+        if args.n_gpu > 1:
+            raise MatryoshkaError(
+                "One process cannot train nested layers on several GPUs. Start the script with "
+                "`accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
+            )
+        self._check_model(kwargs["model"])
+        if _packs_rows(args) and self._draws_rows():
+            raise MatryoshkaError(
+                f"Rule {self.layers.rule.name!r} draws one diagonal per row, but this Trainer "
+                "packs several examples into a row. Disable packing and padding_free, or use "
+                "another rule."
+            )
+        # A smaller rank is not available once training invalidates the order.
+        self.layers.set_rank(self.layers.nesting.max_rank)
+        if self.layers.state.state_dict_q() is not None:
+            self._check_reference()
+            _check_sharding()
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Draw the diagonal of this step."""
+        # A state from a checkpoint holds the batch size of the earlier run.
+        batch_size = args.train_batch_size
+        if args.auto_find_batch_size:
+            batch_size = state.train_batch_size
+        if args.accelerator_config.split_batches:
+            batch_size //= args.world_size
+        self.layers.draw(state.global_step, batch_size, args.process_index, args.world_size)
+
+    def _check_model(self, model: nn.Module) -> None:
+        layers = self.layers
+        nested_modules = set(layers.modules.values())
+        trained_modules = {module for _, module in lora_layers(model, layers.name)}
+        is_active = layers.name in layers.model.active_adapters
+        if trained_modules != nested_modules or not is_active:
+            raise MatryoshkaError(
+                f"The Trainer does not train adapter {layers.name!r}: the adapter is not active, "
+                "or the Trainer created its own model, as with model_init. Nest the model that the "
+                "Trainer trains."
+            )
+
+    def _draws_rows(self) -> bool:
+        layers = self.layers
+        p = layers.rule.sample(layers.nesting, layers.state.seed, step=0, batch_size=2)
+        return p.ndim > 1
+
+    def _check_reference(self) -> None:
+        """Reject TRL's reference adapter, if it is a copy of trained factors without P."""
+        for _, module in lora_layers(self.layers.model, "ref"):
+            A, B = factor_parameters(module, "ref")
+            if bool(A.any()) and bool(B.any()):
+                raise MatryoshkaError(
+                    "TRL's reference model is a copy of the factors without P. Call "
+                    "adapter.reorder() before creating this Trainer."
+                )
+
+
+def _packs_rows(args: TrainingArguments) -> bool:
+    """Return whether TRL packs several examples per row, with attention restricted to each."""
+    if getattr(args, "padding_free", False):
+        return True
+    return getattr(args, "packing", False) and args.packing_strategy != "wrapped"
+
+
+def _check_sharding() -> None:
+    # Accelerate's config may enable sharding without the Trainer's arguments.
+    accelerator_state = AcceleratorState()
+    fsdp_plugin = getattr(accelerator_state, "fsdp_plugin", None)
+    deepspeed_plugin = accelerator_state.deepspeed_plugin
+    is_fsdp_1 = fsdp_plugin is not None and fsdp_plugin.fsdp_version == 1
+    is_zero_3 = deepspeed_plugin is not None and deepspeed_plugin.zero_stage == 3
+    if is_fsdp_1 or is_zero_3:
+        raise MatryoshkaError(
+            "ZeRO-3 and FSDP 1 save the factors without P. Use ZeRO-1, ZeRO-2 or FSDP 2 "
+            "(fsdp_config version 2), or `rule='lora'`."
+        )

@@ -1,0 +1,370 @@
+"""The command line: its output, its refusals, and what it imports."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.evaluations import new_evaluation
+from helpers.models import nested_llama
+from helpers.plain_peft import plain_adapter
+from helpers.tiny_chat import save_tiny_chat
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from matryoshka_lora import Nesting, __version__
+from matryoshka_lora.cli import app, main
+
+VERBS = [
+    "demo",
+    "train",
+    "info",
+    "reorder",
+    "train-ranks",
+    "combine",
+    "extract",
+    "export",
+    "eval",
+    "select",
+    "serve",
+]
+INPUTS = ("nested", "plain", "one.safetensors", "examples.jsonl")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a nested adapter, a plain one, a single file and examples."""
+    folder = tmp_path_factory.mktemp("inputs")
+    adapter = nested_llama(Nesting.powers_of_two(8))
+    adapter.reorder()
+    adapter.save(folder / "nested")
+    plain_adapter(folder / "plain")
+    save_file(
+        {
+            "lora_unet_a.lora_down.weight": torch.randn(8, 64),
+            "lora_unet_a.lora_up.weight": torch.randn(64, 8),
+            "lora_unet_a.alpha": torch.tensor(4.0),
+        },
+        folder / "one.safetensors",
+    )
+    examples = [{"prompt": f"{n} plus 1 is", "completion": f" {n + 1}"} for n in range(40)]
+    lines = [json.dumps(example) + "\n" for example in examples]
+    (folder / "examples.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def workspace(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the current folder, which has links to the inputs."""
+    for name in INPUTS:
+        (tmp_path / name).symlink_to(inputs / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(
+    words: Sequence[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str, str]:
+    """Return exit status, stdout and stderr of a command."""
+    monkeypatch.setattr(sys, "argv", ["matryoshka", *words])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit_request:
+        main()
+    stdout, stderr = capfd.readouterr()
+    code = exit_request.value.code
+    return (code if isinstance(code, int) else int(code is not None)), stdout, stderr
+
+
+def command_options(verb: str) -> set[str]:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    return {option for parameter in commands[verb].params for option in parameter.opts}
+
+
+# Help
+
+
+def test_without_a_verb_it_suggests_where_to_start() -> None:
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == 0
+    for verb in ("demo", "train", "info", "reorder", "export", "combine", "extract"):
+        assert f"matryoshka {verb}" in result.output
+
+
+def test_version() -> None:
+    assert __version__ in CliRunner().invoke(app, ["--version"]).output
+
+
+def test_every_verb_has_an_example_and_explains_its_options() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert list(commands) == VERBS
+    for verb, command in commands.items():
+        assert f"Example: matryoshka {verb}" in command.help
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), f"{verb}: {parameter.name} has no help"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_examples_of_the_help_use_existing_options(verb: str) -> None:
+    command = get_command(app).commands[verb]  # type: ignore[attr-defined]
+    examples = [line for line in command.help.splitlines() if "Example:" in line]
+    for example in examples:
+        words, _, _ = example.partition(" -- ")
+        options = {word for word in shlex.split(words) if word.startswith("-")}
+        assert options <= command_options(verb)
+
+
+# Output
+
+
+@pytest.mark.parametrize(
+    ("line", "expected", "next_command"),
+    [
+        ("info nested", "reordered by SVD", "export nested --rank 4 -o small"),
+        ("info plain", "without an order", "reorder plain -o nested"),
+        ("info one.safetensors", "single file", "--keep 99% -o one-small.safetensors"),
+        ("reorder plain -o new", "every rank", "info new"),
+        ("reorder one.safetensors --output new.safetensors", "new", "info new.safetensors"),
+        ("combine plain plain --weights 1,-0.5 -o new", "layers", "info new"),
+        ("export nested --rank 2 -o new", "Relative error", ""),
+        ("export plain --keep 0.9 -o new", "by layer", ""),
+        ("export one.safetensors --rank 2 -o new.safetensors", "rank 2", ""),
+        ("export nested --rank 1,8 --format ladder -o new", "ranks 1, 8", "serve new --dry-run"),
+        ("export one.safetensors --rank 8 -o new.safetensors", "not smaller", ""),
+        ("export plain --keep 99% --rank 2 -o new", "99%", ""),
+        ("serve nested --dry-run --base-model base", "--lora-modules nested@1=", ""),
+    ],
+)
+def test_file_verbs_print_the_result_and_the_next_command(
+    line: str,
+    expected: str,
+    next_command: str,
+    workspace: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code, stdout, stderr = run(line.split(), capfd, monkeypatch)
+    assert code == 0, stderr
+    assert expected in stdout
+    _, separator, words = stdout.splitlines()[-1].partition("Next: matryoshka ")
+    assert next_command in words
+    if separator:
+        verb, *arguments = shlex.split(words)
+        options = {argument for argument in arguments if argument.startswith("-")}
+        assert options <= command_options(verb)
+
+
+@pytest.mark.parametrize("line", ["info plain --revision v1", "select evaluation --within 1%"])
+def test_the_next_command_has_the_revision(
+    line: str,
+    workspace: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (workspace / "evaluation").mkdir()
+    new_evaluation(revision="v1").write(workspace / "evaluation")
+    code, stdout, stderr = run(line.split(), capfd, monkeypatch)
+    assert code == 0, stderr
+    assert "--revision v1" in stdout.splitlines()[-1]
+
+
+def test_a_folder_of_loras_prints_a_line_per_lora(
+    workspace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, stdout, stderr = run(["export", ".", "--rank", "4", "-o", "small"], capfd, monkeypatch)
+    assert code == 0, stderr
+    assert len(stdout.splitlines()) == 3
+    assert {path.name for path in (workspace / "small").iterdir()} == {
+        "nested",
+        "plain",
+        "one.safetensors",
+    }
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("info nothing", "nothing"),
+        ("info .", "adapter_config.json"),
+        (f"info {'a' * 300}", "File name too long"),
+        ("export nested --rank 9 -o new", "8"),
+        ("export nested --rank many -o new", "many"),
+        ("export nested -o new", "--max-bytes"),
+        ("export nested --rank 4 -o plain", "--force"),
+        ("export nested --rank 4 -o .", "current"),
+        ("export nested --rank 4 -o x.gguf --format peft", "x.gguf"),
+        ("combine nested plain --weights one,two -o new", "one,two"),
+        ("combine nested plain --weights 1 -o new", "weight"),
+        ("train-ranks plain -o new", "--data"),
+        ("train-ranks one.safetensors --data examples.jsonl -o new", "single file"),
+        ("eval nested", "--tasks"),
+        ("eval nested --data examples.jsonl --ranks 1,9", "9"),
+        ("select nothing --within 1%", "nothing"),
+        ("serve nested --base-model base", "vLLM"),
+        ("train nothing.yaml", "nothing.yaml"),
+        ("demo -o nested", "--output"),
+    ],
+)
+def test_a_mistake_gets_one_message_and_nothing_is_written(
+    line: str,
+    expected: str,
+    workspace: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names_before = sorted(path.name for path in workspace.iterdir())
+    code, _, stderr = run(line.split(), capfd, monkeypatch)
+    messages = [text for text in stderr.splitlines() if text.startswith("error: ")]
+    assert code in (1, 2)
+    assert len(messages) == (1 if code == 1 else 0)  # typer frames those that it finds itself
+    assert expected in stderr
+    assert "Traceback" not in stderr
+    assert sorted(path.name for path in workspace.iterdir()) == names_before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "module", "extra"),
+    [
+        ("train config.yaml", "trl", "train"),
+        ("eval nested --data examples.jsonl --base-model base", "lm_eval", "eval"),
+        ("train-ranks nested -o new --data examples.jsonl --base-model base", "torch", "peft"),
+        ("extract base base -o new", "torch", "peft"),
+        ("export nested --rank 2 --format merged -o new --base-model base", "torch", "peft"),
+        ("export nested --rank 2 -o new.gguf --base-model base", "gguf", "gguf"),
+        ("export nested --rank 2 -o new.gguf --base-model smollm2-135m", "torch", "peft,gguf"),
+        ("demo -o new", "iso3166", "demo"),
+    ],
+)
+def test_a_missing_dependency_names_the_extra(
+    line: str, module: str, extra: str, workspace: Path
+) -> None:
+    save_tiny_chat(workspace / "base")
+    (workspace / "config.yaml").write_text("data: examples.jsonl\nbase_model: base\n")
+    code = f"""
+import importlib.util, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {module!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *_: None if name == {module!r} else find_spec(name, *_)
+sys.meta_path.insert(0, Missing())
+sys.argv = ["matryoshka", *{line.split()!r}]
+from matryoshka_lora.cli import main
+main()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=workspace
+    )
+    assert result.returncode == 1
+    assert f"matryoshka-lora[{extra}]" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_ctrl_c_ends_with_one_line(
+    workspace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("matryoshka_lora.operations.info.open_lora", interrupt)
+    code, _, stderr = run(["info", "plain"], capfd, monkeypatch)
+    assert code == 130
+    assert stderr == "stopped\n"
+
+
+# Imports
+
+
+def imported_modules(lines: Sequence[str], folder: Path, modules: set[str]) -> set[str]:
+    """Return which of some modules commands import, in a process of their own."""
+    code = f"""
+import sys
+from matryoshka_lora.cli import main
+for line in {list(lines)!r}:
+    sys.argv = ["matryoshka", *line.split()]
+    try:
+        main()
+    except SystemExit as exit_request:
+        assert not exit_request.code
+print("\\n" + " ".join({modules!r} & sys.modules.keys()))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True
+    )
+    return set(result.stdout.splitlines()[-1].split())
+
+
+def test_help_imports_neither_numpy_nor_torch(tmp_path: Path) -> None:
+    modules = {"torch", "numpy", "safetensors", "huggingface_hub", "yaml"}
+    assert imported_modules(["--help", "export --help"], tmp_path, modules) == set()
+
+
+def test_file_verbs_do_not_import_torch(workspace: Path) -> None:
+    lines = [
+        "info nested",
+        "reorder plain -o reordered",
+        "combine plain plain -o combined",
+        "export plain --rank 2 -o rank-2",
+        "export one.safetensors --keep 95% -o small.safetensors",
+        "export nested --format ladder -o ladder",
+        "serve ladder --dry-run --base-model base",
+    ]
+    modules = {"torch", "peft", "transformers", "trl", "datasets", "lm_eval", "matplotlib"}
+    assert imported_modules(lines, workspace, modules) == set()
+
+
+# Real models
+
+
+@pytest.mark.slow
+def test_each_verb_prints_a_next_command_that_works(
+    workspace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_chat(workspace / "base")
+    first_line = (workspace / "examples.jsonl").read_text().splitlines()[0]
+    (workspace / "held-out.jsonl").write_text(f"{first_line}\n" * 8)
+    (workspace / "config.yaml").write_text(
+        "data: held-out.jsonl\nbase_model: base\nmax_steps: 60\nlora: {r: 4}\n"
+        "learning_rate: 0.02\noutput_dir: run\nnesting: {train_ranks: false}\ndisable_tqdm: true\n"
+    )
+    words = ["train", "config.yaml"]
+    verbs = []
+    while words[0] != "export":
+        verbs.append(words[0])
+        code, stdout, stderr = run(words, capfd, monkeypatch)
+        assert code == 0, stderr
+        last_line = stdout.splitlines()[-1]
+        assert last_line.startswith("Next: matryoshka ")
+        words = shlex.split(last_line.removeprefix("Next: matryoshka "))
+    assert verbs == ["train", "eval", "select"]
+    code, _, stderr = run(words, capfd, monkeypatch)
+    assert code == 0, stderr
+
+
+def test_train_ranks_and_extract(
+    workspace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_chat(workspace / "base")
+    plain_adapter(workspace / "lora", AutoModelForCausalLM.from_pretrained("base"))
+    for line in (
+        "train-ranks lora --data examples.jsonl --base-model base --dtype fp32 -o trained",
+        "export lora --rank 4 --format merged --base-model base -o tuned",
+        "extract base tuned --rank 4 -o extracted",
+        "info extracted",
+    ):
+        code, _, stderr = run(line.split(), capfd, monkeypatch)
+        assert code == 0, stderr

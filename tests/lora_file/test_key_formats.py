@@ -1,0 +1,152 @@
+"""Converting the keys of single files to those of kohya, diffusers and PEFT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.plain_peft import best
+from helpers.single_files import kohya_name, read_updates, save_pairs
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.formats import KeyFormat
+from matryoshka_lora.lora_file.key_formats import convert_keys
+from matryoshka_lora.lora_file.single_file import open_single_file
+
+UNET_MODULES = ("unet.down_blocks.0.attn1.to_q", "unet.mid_block.attn1.to_out.0")
+
+
+def convert(source: Path, output: Path, key_format: KeyFormat) -> None:
+    """Write a LoRA with other keys, without truncating it."""
+    lora = convert_keys(open_single_file(source), key_format)
+    lora.plan_unchanged().write(output)
+
+
+def test_kohya_has_the_same_updates(tmp_path: Path) -> None:
+    source = tmp_path / "lora.safetensors"
+    output = tmp_path / "kohya.safetensors"
+    save_pairs(source, *UNET_MODULES)
+    convert(source, output, "kohya")
+    updates = read_updates(output)
+    expected = {kohya_name(name): update for name, update in read_updates(source).items()}
+    assert updates.keys() == expected.keys()
+    for name, update in expected.items():
+        np.testing.assert_array_equal(updates[name], update)
+
+
+def test_the_same_format_keeps_every_tensor(tmp_path: Path) -> None:
+    source = tmp_path / "lora.safetensors"
+    output = tmp_path / "output.safetensors"
+    tensors = save_pairs(source, *UNET_MODULES)
+    convert(source, output, "diffusers")
+    written = load_file(output)
+    assert written.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert written[key].equal(tensor)
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+@pytest.mark.parametrize(
+    "kohya_prefixes",
+    [
+        {"text_encoder": "lora_te_"},
+        {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
+    ],
+    ids=["one encoder", "two encoders"],
+)
+def test_text_encoders_have_the_names_of_comfyui(
+    tmp_path: Path, prefix: str, kohya_prefixes: dict[str, str]
+) -> None:
+    """transformers removed ``text_model.``, and ComfyUI knows only names that have it."""
+    source = tmp_path / "lora.safetensors"
+    output = tmp_path / "kohya.safetensors"
+    module = f"{prefix}encoder.layers.3.self_attn.q_proj"
+    save_pairs(source, *(f"{part}.{module}" for part in kohya_prefixes))
+    convert(source, output, "kohya")
+    names = {key.partition(".")[0] for key in load_file(output)}
+    ending = "text_model_encoder_layers_3_self_attn_q_proj"
+    assert names == {f"{kohya_prefix}{ending}" for kohya_prefix in kohya_prefixes.values()}
+
+
+@pytest.mark.parametrize("key_format", ["diffusers", "peft"])
+@pytest.mark.parametrize("module", ["diffusion_model.blocks.0.q", "transformer.blocks.0.q"])
+def test_an_alpha_becomes_part_of_the_factors(
+    tmp_path: Path, module: str, key_format: KeyFormat
+) -> None:
+    source = tmp_path / "lora.safetensors"
+    tensors = save_pairs(source, module)
+    save_file({**tensors, f"{module}.alpha": torch.tensor(1.0)}, source)
+    lora = convert_keys(open_single_file(source), key_format)
+    (truncated,) = lora.plan(1).truncated_layers()
+    layer = truncated.layer
+    assert layer.key_alpha is None
+    expected = best(read_updates(source)[module], 1)
+    np.testing.assert_allclose(layer.scale * truncated.B @ truncated.A, expected, atol=1e-5)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(6, 6)
+        self.conv = nn.Conv2d(3, 4, 3)
+
+
+def test_peft_loads_the_folder(tmp_path: Path) -> None:
+    source = tmp_path / "lora.safetensors"
+    tensors = {
+        "transformer.to_q.lora_A.weight": torch.randn(4, 6),
+        "transformer.to_q.lora_B.weight": torch.randn(6, 4),
+        "transformer.conv.lora_A.weight": torch.randn(2, 3, 3, 3),
+        "transformer.conv.lora_B.weight": torch.randn(4, 2, 1, 1),
+    }
+    config = {
+        "transformer.r": 4,
+        "transformer.lora_alpha": 4,
+        "transformer.rank_pattern": {"conv": 2},
+        "transformer.alpha_pattern": {"conv": 6},
+    }
+    save_file(tensors, source, {"lora_adapter_metadata": json.dumps(config)})
+    convert(source, tmp_path / "folder", "peft")
+    model: Any = PeftModel.from_pretrained(Attention(), tmp_path / "folder")
+    for name, rank, scale in (("to_q", 4, 1), ("conv", 2, 3)):
+        layer = model.base_model.model.get_submodule(name)
+        assert layer.r["default"] == rank
+        update = layer.get_delta_weight("default").flatten(1).detach().numpy()
+        expected = scale * read_updates(source)[f"transformer.{name}"]
+        np.testing.assert_allclose(update, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("modules", "key_format", "keyword"),
+    [
+        (["blocks.0.q"], "diffusers", r"blocks\.0\.q"),
+        (["prior.x"], "kohya", r"prior\.x"),
+        (["transformer.x"], "kohya", r"transformer\.x"),
+        (["unet.x", "text_encoder.x"], "peft", "several models"),
+        (["unet.x"], "comfyui", "key_format"),
+    ],
+)
+def test_a_format_without_a_name_for_a_layer_is_refused(
+    tmp_path: Path, modules: list[str], key_format: Any, keyword: str
+) -> None:
+    save_pairs(tmp_path / "lora.safetensors", *modules)
+    with pytest.raises(MatryoshkaError, match=keyword):
+        convert_keys(open_single_file(tmp_path / "lora.safetensors"), key_format)
+
+
+def test_keys_that_cannot_be_renamed_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "lora.safetensors"
+    tensors = save_pairs(source, "unet.q")
+    convert(source, tmp_path / "kohya.safetensors", "kohya")
+    with pytest.raises(MatryoshkaError, match="lora_A"):
+        convert_keys(open_single_file(tmp_path / "kohya.safetensors"), "diffusers")
+    save_file({**tensors, "other": torch.ones(1)}, source)
+    with pytest.raises(MatryoshkaError, match="other"):
+        convert_keys(open_single_file(source), "kohya")

@@ -1,0 +1,297 @@
+"""Sums of LoRAs against NumPy's SVD of the dense sum of what plain PEFT merges."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import LINEAR_LAYERS, tiny_llama, tiny_mixtral
+from helpers.plain_peft import Mixed, logits, plain_adapter, updates
+from helpers.single_files import read_updates
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from matryoshka_lora import MatryoshkaError, combine, info
+from matryoshka_lora.lora_file.peft_folder import CONFIG_NAME, WEIGHTS_NAME
+
+MIXED_LAYERS = ["embedding", "convolution", "head"]
+
+
+class RandomSum(NamedTuple):
+    """Adapters with different ranks, scales and layers, and the weights of their sum."""
+
+    base: Callable[[], Any]
+    paths: list[Path]
+    weights: list[float]
+    ranks: list[int]
+    targets: list[list[str]]
+
+
+def random_sum(folder: Path, seed: int) -> RandomSum:
+    """Save two to four adapters with random factors."""
+    rng = random.Random(seed)
+    base, layer_names = (Mixed, MIXED_LAYERS) if seed % 2 else (tiny_llama, LINEAR_LAYERS)
+    result = RandomSum(base, [], [], [], [])
+    for index in range(rng.randint(2, 4)):
+        torch.manual_seed(100 * seed + index)
+        path = folder / str(index)
+        rank = rng.choice([1, 2, 3, 5, 8])
+        targets = rng.sample(layer_names, rng.randint(2, len(layer_names)))
+        plain_adapter(
+            path,
+            base(),
+            r=rank,
+            lora_alpha=rng.uniform(1, 20),
+            use_rslora=rng.random() < 0.5,
+            target_modules=targets,
+        )
+        result.paths.append(path)
+        result.weights.append(rng.choice([1.0, 0.3, -0.7, 2.5]))
+        result.ranks.append(rank)
+        result.targets.append(targets)
+    return result
+
+
+def dense_sum(
+    base: Callable[[], Any], paths: list[Path], weights: list[float]
+) -> dict[str, np.ndarray]:
+    """Return the weighted sum of what plain PEFT merges, as matrices."""
+    total: dict[str, Any] = {}
+    for path, weight in zip(paths, weights, strict=True):
+        for name, update in updates(path, base).items():
+            total[name] = total.get(name, 0) + weight * update.reshape(len(update), -1)
+    return total
+
+
+def prefix_updates(folder: Path, rank: int) -> list[np.ndarray]:
+    """Return the updates of the first columns of a saved adapter, with the scale of its config."""
+    tensors = load_file(folder / WEIGHTS_NAME)
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    scale = config["lora_alpha"] / config["r"]
+    prefixes = []
+    for key, factor in tensors.items():
+        if "_A" in key:
+            key_B = key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")
+            A = factor.double().flatten(1)[:rank]
+            B = tensors[key_B].double().flatten(1)[:, :rank]
+            prefixes.append((scale * B @ A).numpy())
+    return prefixes
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_rank_is_the_best_approximation_of_the_sum(tmp_path: Path, seed: int) -> None:
+    terms = random_sum(tmp_path, seed)
+    expected = dense_sum(terms.base, terms.paths, terms.weights)
+    result = combine(terms.paths, tmp_path / "sum", terms.weights)
+    values = [np.linalg.svd(update, compute_uv=False) for update in expected.values()]
+    total = sum(float((s**2).sum()) for s in values)
+    assert max(result.errors) == max(terms.ranks)
+    for rank, error in result.errors.items():
+        missing = sum(float((s[rank:] ** 2).sum()) for s in values)
+        assert error == pytest.approx((missing / total) ** 0.5, abs=1e-6)
+        kept = sum(float((prefix**2).sum()) for prefix in prefix_updates(tmp_path / "sum", rank))
+        assert kept == pytest.approx(total - missing, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_plain_peft_computes_the_sum(tmp_path: Path, seed: int) -> None:
+    terms = random_sum(tmp_path, seed)
+    rank_of_sum = Counter[str]()
+    for rank, targets in zip(terms.ranks, terms.targets, strict=True):
+        rank_of_sum.update(dict.fromkeys(targets, rank))
+    full_rank = max(rank_of_sum.values())
+    result = combine(terms.paths, tmp_path / "sum", terms.weights, rank=full_rank)
+    assert result.path == tmp_path / "sum"
+    assert result.errors[full_rank] < 1e-6
+    expected_model = terms.base()
+    weights: dict[str, Tensor] = expected_model.state_dict()
+    expected = dense_sum(terms.base, terms.paths, terms.weights)
+    assert result.num_layers == len(expected)
+    for name, update in expected.items():
+        weights[name] += torch.from_numpy(update).reshape(weights[name].shape).float()
+    actual = logits(PeftModel.from_pretrained(terms.base(), tmp_path / "sum"))
+    assert torch.allclose(actual, logits(expected_model), atol=1e-3, rtol=1e-4)
+    assert info(tmp_path / "sum").lora.order == "svd"
+
+
+def test_single_files_keep_their_key_format(tmp_path: Path) -> None:
+    sources = {"a": (4, 8.0, "x"), "b": (2, 1.0, "x"), "c": (3, 6.0, "y")}
+    for name, (rank, alpha, other_layer) in sources.items():
+        tensors = {}
+        for layer in ("lora_unet_q", f"lora_unet_{other_layer}"):
+            tensors[f"{layer}.lora_down.weight"] = torch.randn(rank, 6)
+            tensors[f"{layer}.lora_up.weight"] = torch.randn(5, rank)
+            tensors[f"{layer}.alpha"] = torch.tensor(alpha)
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    paths = [tmp_path / f"{name}.safetensors" for name in sources]
+    combine(paths, tmp_path / "sum.safetensors", [1, -2, 0.5], rank=9)
+    a, b, c = (read_updates(path) for path in paths)
+    total = read_updates(tmp_path / "sum.safetensors")
+    expected_q = a["lora_unet_q"] - 2 * b["lora_unet_q"] + c["lora_unet_q"] / 2
+    assert np.allclose(total["lora_unet_q"], expected_q, atol=1e-5)
+    assert np.allclose(total["lora_unet_y"], c["lora_unet_y"] / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        ((torch.bfloat16, torch.bfloat16), torch.bfloat16),
+        ((torch.bfloat16, torch.float16), torch.float32),
+        ((torch.float16, torch.float32), torch.float32),
+        ((torch.float64, torch.bfloat16), torch.float64),
+    ],
+)
+def test_the_dtype_represents_all_factors(
+    tmp_path: Path, dtypes: tuple[torch.dtype, torch.dtype], expected: torch.dtype
+) -> None:
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for path, dtype in zip(paths, dtypes, strict=True):
+        factors = {"q.lora_A.weight": torch.randn(2, 6), "q.lora_B.weight": torch.randn(5, 2)}
+        save_file({key: factor.to(dtype) for key, factor in factors.items()}, path)
+    combine(paths, tmp_path / "sum.safetensors", rank=4)
+    total = load_file(tmp_path / "sum.safetensors")
+    assert {factor.dtype for factor in total.values()} == {expected}
+    expected_update = read_updates(paths[0])["q"] + read_updates(paths[1])["q"]
+    tolerance = 0.1 if expected is torch.bfloat16 else 1e-5
+    assert np.allclose(
+        read_updates(tmp_path / "sum.safetensors")["q"], expected_update, atol=tolerance
+    )
+
+
+def test_stacks_of_experts_are_added(tmp_path: Path) -> None:
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path, targets in zip(paths, (["q_proj"], ["q_proj", "v_proj"]), strict=True):
+        plain_adapter(
+            path,
+            tiny_mixtral(),
+            target_modules=targets,
+            target_parameters=["mlp.experts.down_proj"],
+        )
+    combine(paths, tmp_path / "sum", rank=16)
+    actual = updates(tmp_path / "sum", tiny_mixtral)
+    expected = dense_sum(tiny_mixtral, paths, [1, 1])
+    assert actual.keys() == expected.keys()
+    for name, update in actual.items():
+        assert np.allclose(update.reshape(len(update), -1), expected[name], atol=1e-4)
+
+
+def test_modules_to_save_are_kept_if_all_sources_have_the_same(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        plain_adapter(tmp_path / name, modules_to_save=["lm_head"], target_modules=["q_proj"])
+    first, second = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("a", "b"))
+    heads = {key: tensor for key, tensor in first.items() if "lm_head" in key}
+    assert heads
+    save_file(second | heads, tmp_path / "b" / WEIGHTS_NAME)
+    combine([tmp_path / "a", tmp_path / "b"], tmp_path / "sum")
+    total = load_file(tmp_path / "sum" / WEIGHTS_NAME)
+    assert all(torch.equal(total[key], head) for key, head in heads.items())
+
+    changed_heads = {key: head + 1 for key, head in heads.items()}
+    save_file(second | changed_heads, tmp_path / "b" / WEIGHTS_NAME)
+    with pytest.raises(MatryoshkaError, match="lm_head"):
+        combine([tmp_path / "a", tmp_path / "b"], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("config_change", "options", "keyword"),
+    [
+        ({}, {"weights": [1.0]}, "weights"),
+        ({}, {"rank": 13}, "rank"),
+        ({}, {"rank": 0}, "rank"),
+        ({"use_dora": True}, {}, "DoRA"),
+        ({"base_model_name_or_path": "other"}, {}, "base_model_name_or_path"),
+        ({"fan_in_fan_out": True}, {}, "fan_in_fan_out"),
+        ({"peft_type": "LOHA"}, {}, "LOHA"),
+    ],
+)
+def test_incompatible_folders_are_rejected(
+    tmp_path: Path, config_change: dict[str, Any], options: dict[str, Any], keyword: str
+) -> None:
+    plain_adapter(tmp_path / "a", r=8)
+    plain_adapter(tmp_path / "b", r=4)
+    config_file = tmp_path / "b" / CONFIG_NAME
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(config | config_change))
+    with pytest.raises(MatryoshkaError, match=keyword):
+        combine([tmp_path / "a", tmp_path / "b"], tmp_path / "sum", **options)
+    assert not (tmp_path / "sum").exists()
+
+
+def test_base_models_that_are_not_named_are_equal(tmp_path: Path) -> None:
+    for name, base_model in (("a", None), ("b", "")):
+        plain_adapter(tmp_path / name)
+        config_file = tmp_path / name / CONFIG_NAME
+        config = json.loads(config_file.read_text())
+        config_file.write_text(json.dumps(config | {"base_model_name_or_path": base_model}))
+    assert combine([tmp_path / "a", tmp_path / "b"], tmp_path / "sum").path.is_dir()
+
+
+def factors(*names: str, in_features: int = 6) -> dict[str, Tensor]:
+    """Return the tensors of a single file with some layers."""
+    tensors = {}
+    for name in names:
+        tensors[f"{name}.lora_A.weight"] = torch.randn(2, in_features)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(5, 2)
+    return tensors
+
+
+INCOMPATIBLE_FILES = {
+    "shapes": (factors("q"), factors("q", in_features=7), "shapes"),
+    "not finite": (
+        factors("q"),
+        factors("q") | {"q.lora_A.weight": torch.full((2, 6), torch.nan)},
+        "NaN",
+    ),
+    "no common layer": (factors("q"), factors("model.q"), "key_format"),
+    "two names of the UNet": (
+        factors("lora_unet_down_blocks", "lora_te2_x"),
+        factors("lora_unet_input_blocks", "lora_te2_x"),
+        "key_format",
+    ),
+    "two names of CLIP": (
+        factors("text_encoder.e", "lora_te2_x"),
+        factors("text_encoder.text_model.e", "lora_te2_x"),
+        "key_format",
+    ),
+    "a bias": (factors("q") | {"q.diff_b": torch.ones(5)}, factors("q"), "diff_b"),
+}
+
+
+@pytest.mark.parametrize("case", INCOMPATIBLE_FILES)
+def test_incompatible_single_files_are_rejected(tmp_path: Path, case: str) -> None:
+    first, second, keyword = INCOMPATIBLE_FILES[case]
+    save_file(first, tmp_path / "a.safetensors")
+    save_file(second, tmp_path / "b.safetensors")
+    output = tmp_path / "sum.safetensors"
+    with pytest.raises(MatryoshkaError, match=keyword):
+        combine([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], output)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "output_name", "keyword"),
+    [
+        (["file.safetensors", "folder"], "sum.safetensors", "key_format"),
+        (["file.safetensors"], "sum", "single file"),
+        (["folder"], "sum.safetensors", "folder"),
+        ([], "sum", "empty"),
+    ],
+)
+def test_sources_and_output_are_of_one_kind(
+    tmp_path: Path, names: list[str], output_name: str, keyword: str
+) -> None:
+    save_file(factors("q"), tmp_path / "file.safetensors")
+    plain_adapter(tmp_path / "folder")
+    output = tmp_path / output_name
+    with pytest.raises(MatryoshkaError, match=keyword):
+        combine([tmp_path / name for name in names], output)
+    assert not output.exists()

@@ -1,0 +1,120 @@
+"""Training the ranks of a LoRA in a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_chat import save_tiny_chat, tiny_tokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from matryoshka_lora import MatryoshkaError, train_ranks
+from matryoshka_lora.lora_file.peft_folder import open_peft_folder
+
+COMPLETIONS = ["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op"]
+EXAMPLES = [{"prompt": f"{n} {n % 8}=", "completion": COMPLETIONS[n % 8]} for n in range(64)]
+
+
+def mean_loss(model: Any, examples: list[dict[str, str]] = EXAMPLES) -> Tensor:
+    """Return the mean loss of the completions, computed without the package."""
+    tokenizer = tiny_tokenizer()
+    texts = [f"{example['prompt']}{example['completion']}</s>" for example in examples]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    labels = batch["input_ids"].clone()
+    for row, example in enumerate(examples):
+        labels[row, : len(example["prompt"])] = -100  # a character is a token
+        labels[row, len(texts[row]) - len("</s>") + 1 :] = -100
+    loss: Tensor = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels
+    ).loss
+    return loss
+
+
+@pytest.fixture(scope="module")
+def lora_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain adapter with ranks by layer, which has learned the examples, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("train_ranks")
+    save_tiny_chat(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj", "down_proj"],
+        rank_pattern={"q_proj": 2},
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, config)
+    optimizer = torch.optim.Adam(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=2e-2
+    )
+    for step in range(96):
+        optimizer.zero_grad()
+        first = step % 4 * 16
+        mean_loss(model, EXAMPLES[first : first + 16]).backward()
+        optimizer.step()
+    model.save_pretrained(folder / "lora")
+    tiny_tokenizer().save_pretrained(folder / "lora")
+    return folder / "lora"
+
+
+def loss_of_folder(base_folder: Path, adapter_folder: Path) -> float:
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    model = PeftModel.from_pretrained(base, adapter_folder).eval()
+    with torch.no_grad():
+        return float(mean_loss(model))
+
+
+def test_a_folder_gets_trained_ranks(lora_folder: Path, tmp_path: Path) -> None:
+    """Of an adapter with ranks by layer. PEFT reads the output as rank R."""
+    base_folder = lora_folder.with_name("base")
+    output = tmp_path / "nested"
+    data = tmp_path / "examples.jsonl"
+    data.write_text("\n".join(map(json.dumps, EXAMPLES)))
+    result = train_ranks(lora_folder, output, data, max_examples=320, dtype="fp32")
+    assert (result.path, result.kept, result.num_examples) == (output, True, 320)
+    lora = open_peft_folder(output)
+    assert (lora.order, lora.max_rank, lora.ranks) == ("trained", 4, (1, 2, 4))
+    assert (output / "tokenizer_config.json").is_file()
+    loss_before = loss_of_folder(base_folder, lora_folder)
+    assert loss_of_folder(base_folder, output) == pytest.approx(loss_before, abs=0.1)
+
+
+def test_untrained_ranks_are_written_in_the_order_of_the_svd(
+    lora_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matryoshka_lora.training.train_ranks.SMALLEST_GAP", 99.0)
+    result = train_ranks(lora_folder, tmp_path / "nested", EXAMPLES, dtype="fp32")
+    assert (result.kept, result.losses_after) == (False, None)
+    assert open_peft_folder(tmp_path / "nested").order == "svd"
+
+
+@pytest.mark.parametrize(
+    ("make_arguments", "keyword"),
+    [
+        (lambda lora, new: (lora, lora, EXAMPLES), "source"),
+        (lambda lora, new: (lora, lora.with_name("base"), EXAMPLES), "source"),
+        (lambda lora, new: (lora, new, []), "examples"),
+        (lambda lora, new: (lora, new, "missing.jsonl"), "missing"),
+        (lambda lora, new: (new.with_name("missing"), new, EXAMPLES), "missing"),
+        (lambda lora, new: (new.with_name("a.safetensors"), new, EXAMPLES), "single file"),
+    ],
+    ids=["output-is-source", "output-is-base", "no-examples", "no-data", "no-lora", "single-file"],
+)
+def test_bad_arguments_are_an_error(
+    make_arguments: Callable[[Path, Path], Any], keyword: str, lora_folder: Path, tmp_path: Path
+) -> None:
+    single_file = {
+        "layer.lora_down.weight": torch.ones(2, 8),
+        "layer.lora_up.weight": torch.ones(8, 2),
+    }
+    save_file(single_file, tmp_path / "a.safetensors")
+    output = tmp_path / "nested"
+    with pytest.raises(MatryoshkaError, match=keyword):
+        train_ranks(*make_arguments(lora_folder, output), force=True)
+    assert not output.exists()

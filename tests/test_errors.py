@@ -1,0 +1,58 @@
+"""Errors of other libraries become errors of this package."""
+
+from __future__ import annotations
+
+import pytest
+
+from matryoshka_lora import MatryoshkaError, MissingDependencyError, NotFiniteError
+from matryoshka_lora.errors import optional_imports, wrap_errors
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "expected"),
+    [
+        ("torch", None, "peft"),
+        ("lm_eval.api.model", None, "eval"),
+        ("iso3166", None, "demo"),
+        ("torch", "train", "train"),
+    ],
+)
+def test_a_missing_module_names_the_extra(module: str, extra: str | None, expected: str) -> None:
+    with pytest.raises(MissingDependencyError, match=rf"\[{expected}\]"), optional_imports(extra):
+        raise ModuleNotFoundError(name=module)
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError(name="unknown"), ImportError("broken")])
+def test_other_import_errors_pass(error: ImportError) -> None:
+    with pytest.raises(type(error)) as raised, optional_imports():
+        raise error
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("error", [MissingDependencyError, NotFiniteError])
+def test_all_errors_are_matryoshka_errors(error: type[MatryoshkaError]) -> None:
+    assert issubclass(error, MatryoshkaError)
+    assert issubclass(MatryoshkaError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError("disk\n  full."), "Cannot save: disk full. Free some space."),
+        (OSError(), "Cannot save: OSError. Free some space."),
+    ],
+)
+def test_wrapped_errors_have_the_reason_and_a_hint(error: OSError, expected: str) -> None:
+    with pytest.raises(MatryoshkaError) as raised, wrap_errors("Cannot save", "Free some space"):
+        raise error
+    assert str(raised.value) == expected
+    assert raised.value.__cause__ is error
+
+
+def test_wrapping_passes_other_types_and_matryoshka_errors() -> None:
+    with pytest.raises(KeyError), wrap_errors("Cannot save", exceptions=OSError):
+        raise KeyError
+    error = NotFiniteError("a factor is NaN")
+    with pytest.raises(NotFiniteError) as raised, wrap_errors("Cannot save"):
+        raise error
+    assert raised.value is error

@@ -1,0 +1,464 @@
+"""Training of every rank: each gets a lower loss, and what does not help is not kept."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import random
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import oracle
+from helpers.examples import (
+    Example,
+    all_equal,
+    collate,
+    copy_lora_parameters,
+    lookup_examples,
+    loss_at_rank,
+    make_trainer,
+    random_examples,
+)
+from helpers.models import nested_layer, nested_llama, randomize
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError
+from matryoshka_lora.training import train_ranks as module
+from matryoshka_lora.training.data import TrainingData, read_training_data
+from matryoshka_lora.training.train_ranks import LARGEST_GAP, train_ranks
+
+NESTING = Nesting((1, 2, 4, 8), "none", 0.7)
+TRAINING = lookup_examples(800)
+VALIDATION = lookup_examples(64, seed=1)
+
+
+def new_adapter(rule: str = "lora", dropout: float = 0.0) -> NestedAdapter:
+    """An adapter of a few layers, because each step takes time in proportion to their number."""
+    targets = ["q_proj", "v_proj", "down_proj"]
+    return nested_llama(NESTING, rule, layers=1, target_modules=targets, lora_dropout=dropout)
+
+
+@cache
+def trained_factors(rule: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors that have learned a part of the completions at rank R."""
+    adapter = new_adapter(rule)
+    randomize(adapter.model, size=0.05)
+    parameters = [factor for pair in adapter.layer_factors().values() for factor in pair]
+    optimizer = torch.optim.Adam(parameters, lr=5e-3)
+    adapter.model.train()
+    for step in range(60):
+        optimizer.zero_grad()
+        batch = [TRAINING[(step * 80 + i) % len(TRAINING)] for i in range(80)]
+        adapter.model(**collate(batch)).loss.backward()
+        optimizer.step()
+    return adapter.layers.copy_factors()
+
+
+def trained_adapter(rule: str = "lora", dropout: float = 0.0) -> NestedAdapter:
+    """An adapter whose small ranks are far behind rank R."""
+    adapter = new_adapter(rule, dropout)
+    adapter.layers.write_factors(trained_factors(rule))
+    return adapter
+
+
+def ordered_adapter(dropout: float = 0.0) -> NestedAdapter:
+    adapter = trained_adapter(dropout=dropout)
+    adapter.reorder()
+    return adapter
+
+
+def shrunk_adapter(share: float) -> NestedAdapter:
+    """An adapter whose components after the first are smaller, so small ranks are less behind."""
+    adapter = ordered_adapter()
+    shares = torch.tensor([1.0] + [share] * 7)
+    factors = adapter.layers.copy_factors()
+    adapter.layers.write_factors({name: (A, B * shares) for name, (A, B) in factors.items()})
+    adapter.layers.mark_ordered("svd")
+    return adapter
+
+
+def data_for(adapter: NestedAdapter, validation: list[Example] = VALIDATION) -> TrainingData:
+    data = read_training_data(adapter.model, TRAINING)
+    data.validation = read_training_data(adapter.model, validation)
+    data.show_progress = False
+    return data
+
+
+@pytest.fixture
+def accepting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accept any loss of rank R, so that few steps are enough to be kept."""
+    monkeypatch.setattr(module, "MAX_LOSS_INCREASE", 9.0)
+
+
+# Which ranks are trained, and on how many examples
+
+
+def test_every_rank_gets_a_lower_validation_loss() -> None:
+    """Rank 3 too, which is not nested; and rank R becomes hardly worse."""
+    adapter = ordered_adapter()
+    before = {rank: loss_at_rank(adapter, VALIDATION, rank) for rank in range(1, 9)}
+    result = train_ranks(adapter.layers, data_for(adapter), 640)
+    after = {rank: loss_at_rank(adapter, VALIDATION, rank) for rank in range(1, 9)}
+    assert (result.path, result.kept, result.num_examples) == (None, True, 640)
+    assert result.losses_before == pytest.approx({rank: before[rank] for rank in (1, 2, 4, 8)})
+    assert result.losses_after == pytest.approx({rank: after[rank] for rank in (1, 2, 4, 8)})
+    assert adapter.order == "trained"
+    for rank in (1, 2, 3, 4):
+        assert after[rank] < before[rank] - 0.1
+    for rank in (5, 6, 7, 8):
+        assert after[rank] <= before[rank] + 0.02 * max(1, before[rank])
+
+
+@pytest.mark.parametrize("reason", ["all-is-in-rank-1", "noise"])
+def test_nothing_is_trained_where_no_rank_is_behind(
+    reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The later components are zeros; or no rank knows the completions, which are random."""
+    if reason == "noise":
+        adapter = ordered_adapter()
+        data = data_for(adapter, random_examples(64, seed=3, answers=range(50, 90)))
+    else:
+        adapter = shrunk_adapter(0.0)
+        data = data_for(adapter)
+    before = copy_lora_parameters(adapter)
+    with caplog.at_level(logging.INFO, "matryoshka_lora"):
+        result = train_ranks(adapter.layers, data, 80)
+    assert "nothing to train" in caplog.text
+    assert (result.kept, result.num_examples, result.losses_after) == (False, 0, None)
+    assert set(result.losses_before) == {1, 2, 4, 8}
+    assert all_equal(before, copy_lora_parameters(adapter))
+    assert adapter.order == "svd"
+
+
+@pytest.mark.filterwarnings("ignore:The trained ranks", "ignore:Ranks whose")
+@pytest.mark.parametrize("share", [1.0, 0.2, 0.05])
+def test_the_gap_to_rank_R_determines_the_number_of_examples(share: float) -> None:
+    """Unless it is passed."""
+    adapter = shrunk_adapter(share)
+    gap = loss_at_rank(adapter, VALIDATION, 1) - loss_at_rank(adapter, VALIDATION, 8)
+    assert gap > 0.05
+    assert (gap > LARGEST_GAP) == (share == 1.0)
+    data = data_for(adapter)
+    data.num_examples_seen = 400
+    num_trained: list[int] = []
+    loss = data.loss
+
+    def counting_loss(batch: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            num_trained.append(len(batch["labels"]))
+        return loss(batch)
+
+    data.loss = counting_loss
+    factors = adapter.layers.copy_factors()
+    result = train_ranks(adapter.layers, data)
+    assert sum(num_trained) == result.num_examples == math.ceil(200 * min(gap / LARGEST_GAP, 1))
+    adapter.layers.write_factors(factors)
+    adapter.layers.mark_ordered("svd")
+    num_trained.clear()
+    result = train_ranks(adapter.layers, data, 48)
+    assert sum(num_trained) == result.num_examples == 48
+
+
+@pytest.mark.filterwarnings("ignore:The trained ranks", "ignore:Ranks whose")
+def test_no_example_is_validated_and_trained_on(tmp_path: Path) -> None:
+    """Five passes over the data, in which one example occurs twice."""
+    adapter = trained_adapter()
+    different = TRAINING[:64]
+    examples = [*different, different[3]]
+    trainer = make_trainer(adapter.model, tmp_path, examples)
+    adapter.train_ranks(trainer, max_examples=5 * len(examples))
+    validated_on = set(trainer.validated_on)
+    trained_on = set(trainer.trained_on)
+    assert len(validated_on) == len(examples) // 8
+    assert len(trained_on) == len(different) - len(validated_on)
+    assert not validated_on & trained_on
+
+
+@pytest.mark.filterwarnings("ignore:The trained ranks", "ignore:Ranks whose")
+def test_few_examples_to_train_on_do_not_limit_those_to_validate_on(tmp_path: Path) -> None:
+    adapter = trained_adapter()
+    trainer = make_trainer(adapter.model, tmp_path, TRAINING[:200])
+    adapter.train_ranks(trainer, max_examples=16)
+    assert len(set(trainer.validated_on)) == 200 // 8
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("reason", ["uphill", "rank-R"])
+def test_worse_ranks_are_not_kept(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    """Gradients that lead uphill, and a loss of rank R that must fall by more than it does."""
+    adapter = ordered_adapter()
+    data = data_for(adapter)
+    loss = data.loss
+    if reason == "uphill":
+        data.loss = lambda batch: loss(batch) * (-1 if torch.is_grad_enabled() else 1)
+    else:
+        monkeypatch.setattr(module, "MAX_LOSS_INCREASE", -9.0)
+    before = copy_lora_parameters(adapter)
+    with pytest.warns(UserWarning, match="not kept"):
+        result = train_ranks(adapter.layers, data, 80)
+    assert not result.kept
+    assert result.losses_after is not None
+    assert result.num_examples == 80
+    assert all_equal(before, copy_lora_parameters(adapter))
+    assert adapter.order == "svd"
+
+
+@pytest.mark.usefixtures("accepting")
+@pytest.mark.filterwarnings("ignore:Ranks whose")
+def test_factors_without_an_order_are_reordered_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = trained_adapter("matryoshka")
+    trainer = make_trainer(adapter.model, tmp_path, TRAINING, VALIDATION)
+    factors = adapter.layers.copy_factors()
+    tokens = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        expected_logits = adapter.model.train()(input_ids=tokens).logits
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "SMALLEST_GAP", 99.0)
+        adapter.train_ranks(trainer, max_examples=16)
+    assert adapter.order == "svd"
+    with torch.no_grad():
+        logits = adapter.model(input_ids=tokens).logits
+    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-3)
+    p = oracle.trained_p(NESTING.ranks, "none", 0.7).numpy()
+    for name, (A, B) in adapter.layers.copy_factors().items():
+        old_A, old_B = (factor.double().numpy() for factor in factors[name])
+        expected = np.linalg.svd((old_B * p) @ old_A, compute_uv=False)[:8]
+        columns = B.double().norm(dim=0) * A.double().norm(dim=1) * 0.7
+        np.testing.assert_allclose(columns, expected, rtol=1e-3)
+    assert adapter.train_ranks(trainer, max_examples=160).kept
+    assert adapter.order == "trained"
+    assert adapter.model.training
+
+
+@pytest.mark.usefixtures("accepting")
+@pytest.mark.filterwarnings("ignore:Ranks whose")
+@pytest.mark.parametrize("kind", ["Embedding", "Conv2d", "Conv1D", "Linear"])
+def test_every_kind_of_layer_is_trained(kind: str) -> None:
+    """The loss is the distance to rank R in half of the outputs; for the SVD all are equal."""
+    layer = nested_layer(kind, Nesting((1, 2, 4)), "lora")
+    adapter = layer.adapter
+    inputs = layer.kind.batch(16)
+    adapter.reorder()
+
+    def half_output(x: Tensor) -> Tensor:
+        output: Tensor = adapter.model(x)
+        return output[:, :5] if kind == "Conv2d" else output[..., :5]
+
+    with torch.no_grad():
+        targets = half_output(inputs)
+        with adapter.layers.use_diagonal(torch.zeros(4)):
+            size = (half_output(inputs) - targets).square().mean()
+
+    def loss(batch: Any) -> Tensor:
+        return (half_output(batch["x"]) - batch["labels"]).square().mean() / size * 10
+
+    def collate_indices(indices: list[int]) -> Any:
+        return {"x": inputs[indices], "labels": targets[indices]}
+
+    data = TrainingData(range(16), collate_indices, loss, inputs.device, show_progress=False)
+    data.validation = TrainingData(range(16), collate_indices, loss, inputs.device)
+    result = train_ranks(adapter.layers, data, 640)
+    assert result.kept
+    assert result.losses_after is not None
+    assert result.losses_after[1] < 0.97 * result.losses_before[1]
+
+
+@pytest.mark.filterwarnings("ignore:Ranks whose")
+def test_half_precision_factors_are_trained_in_float32(tmp_path: Path) -> None:
+    """In float16, Adam's epsilon is 0 and its steps are NaN."""
+    adapter = trained_adapter()
+    for name, parameter in adapter.model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.half()
+    trainer = make_trainer(adapter.model, tmp_path, TRAINING, VALIDATION)
+    result = adapter.train_ranks(trainer, max_examples=640)
+    assert result.kept
+    for rank in (1, 2, 4):
+        assert loss_at_rank(adapter, VALIDATION, rank) < result.losses_before[rank] - 0.1
+    assert {factor.dtype for factor in copy_lora_parameters(adapter)} == {torch.float16}
+
+
+@pytest.mark.usefixtures("accepting")
+@pytest.mark.filterwarnings("ignore:Ranks whose")
+def test_the_same_seed_gives_the_same_bits() -> None:
+    """Whatever torch and Python draw in the meantime."""
+    results: list[list[Tensor]] = []
+    for global_seed, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(global_seed)
+        random.seed(global_seed)
+        adapter = ordered_adapter()
+        assert train_ranks(adapter.layers, data_for(adapter), 80, seed).kept
+        results.append(copy_lora_parameters(adapter))
+    assert all_equal(results[0], results[1])
+    assert not all_equal(results[0], results[2])
+
+
+# Errors
+
+
+def model_state(adapter: NestedAdapter) -> Any:
+    modes = [module.training for module in adapter.model.modules()]
+    requires_grad = [parameter.requires_grad for parameter in adapter.model.parameters()]
+    has_gradients = [parameter.grad is not None for parameter in adapter.model.parameters()]
+    random_state = (torch.get_rng_state().tolist(), random.getstate())
+    return modes, requires_grad, has_gradients, random_state
+
+
+@pytest.mark.usefixtures("accepting")
+@pytest.mark.filterwarnings("ignore:Ranks whose")
+@pytest.mark.parametrize("error_type", [NotFiniteError, RuntimeError, KeyboardInterrupt, None])
+@pytest.mark.parametrize("num_losses", [2, 16, 23], ids=["before", "third-step", "after"])
+def test_the_model_is_as_before_whatever_happens(
+    num_losses: int, error_type: type[BaseException] | None
+) -> None:
+    """Modes, frozen parameters and random states; after an exception the factors, too."""
+    adapter = ordered_adapter(dropout=0.1)
+    adapter.model.train()
+    adapter.model.get_base_model().model.layers[0].eval()
+    frozen = next(iter(adapter.layer_factors().values()))[0]
+    frozen.requires_grad_(False)
+    data = data_for(adapter, VALIDATION[:32])
+    loss = data.loss
+    calls: list[None] = []
+
+    def failing_loss(batch: Any) -> Tensor:
+        torch.rand(1)
+        calls.append(None)
+        if len(calls) <= num_losses or error_type is None:
+            return loss(batch)
+        if error_type is NotFiniteError:
+            return loss(batch) * float("nan")
+        raise error_type
+
+    data.loss = failing_loss
+    before = model_state(adapter)
+    factors = copy_lora_parameters(adapter)
+    if error_type is None:
+        assert train_ranks(adapter.layers, data, 80).kept
+        assert not all_equal(factors, copy_lora_parameters(adapter))
+    else:
+        with pytest.raises(error_type):
+            train_ranks(adapter.layers, data, 80)
+        assert all_equal(factors, copy_lora_parameters(adapter))
+        assert adapter.order == "svd"
+    assert model_state(adapter) == before
+
+
+def test_a_single_nested_rank_is_an_error() -> None:
+    adapter = nested_llama(Nesting((4,)), "lora", layers=1, target_modules=["q_proj"])
+    before = copy_lora_parameters(adapter)
+    with pytest.raises(MatryoshkaError, match="rank"):
+        adapter.train_ranks(TRAINING)
+    assert all_equal(before, copy_lora_parameters(adapter))
+
+
+def merge(model: Any) -> None:
+    model.merge_adapter()
+
+
+def activate_another(model: Any) -> None:
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+
+
+def shard(model: Any) -> None:
+    torch.distributed.tensor.distribute_module(
+        model, torch.distributed.init_device_mesh("cpu", (1,))
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "keyword"), [(merge, "merged"), (activate_another, "active"), (shard, "sharded")]
+)
+def test_an_adapter_that_cannot_be_trained_is_not_reordered(
+    change: Callable[[Any], None], keyword: str, one_process: None
+) -> None:
+    adapter = trained_adapter()
+    data = data_for(adapter)
+    change(adapter.model)
+    with pytest.raises(MatryoshkaError, match=keyword):
+        train_ranks(adapter.layers, data)
+    assert adapter.order is None
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group, as sharded parameters need."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("max_examples", [0, -16, 16.0, True], ids=str)
+def test_the_number_of_examples_is_a_positive_integer(max_examples: Any) -> None:
+    adapter = trained_adapter()
+    with pytest.raises(MatryoshkaError, match="max_examples"):
+        adapter.train_ranks(TRAINING, max_examples=max_examples)
+    assert adapter.order is None
+
+
+@pytest.mark.parametrize("order", [None, "trained"])
+def test_too_few_examples_are_an_error_and_the_adapter_stays(order: Any) -> None:
+    adapter = trained_adapter()
+    if order == "trained":
+        adapter.layers.mark_ordered("trained")
+    before = copy_lora_parameters(adapter)
+    for examples in (TRAINING[:15], TRAINING[:1] * 40, DataLoader(TRAINING[:15])):
+        with pytest.raises(MatryoshkaError, match="too few"):
+            adapter.train_ranks(examples)
+    assert adapter.order == order
+    assert all_equal(before, copy_lora_parameters(adapter))
+
+
+def test_after_a_training_too_few_examples_are_a_warning(tmp_path: Path) -> None:
+    """A script that has trained for hours continues."""
+    adapter = trained_adapter()
+    trainer = make_trainer(adapter.model, tmp_path, TRAINING[:15], max_steps=1)
+    trainer.train()
+    with pytest.warns(UserWarning, match="too few"):
+        result = adapter.train_ranks(trainer)
+    assert (result.kept, result.num_examples, result.losses_before) == (False, 0, {})
+    assert adapter.order == "svd"
+
+
+# Output
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.filterwarnings("ignore:The trained ranks", "ignore:Ranks whose")
+@pytest.mark.parametrize("show_progress", [False, True])
+def test_a_progress_bar_is_shown_unless_it_is_disabled(
+    monkeypatch: pytest.MonkeyPatch, show_progress: bool
+) -> None:
+    adapter = ordered_adapter()
+    data = data_for(adapter)
+    data.show_progress = show_progress
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    train_ranks(adapter.layers, data, 16)
+    assert ("training ranks" in terminal.getvalue()) == show_progress
+
+
+@pytest.mark.filterwarnings("ignore:The trained ranks", "ignore:Ranks whose")
+def test_the_validation_losses_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    adapter = ordered_adapter()
+    with caplog.at_level(logging.INFO, "matryoshka_lora"):
+        result = train_ranks(adapter.layers, data_for(adapter), 16)
+    assert f"rank 1: {result.losses_before[1]:.3f} to" in caplog.text
