@@ -31,6 +31,15 @@ def _prefix(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
         yield adapter, rank
 
 
+def _kept(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
+    """Take the first columns with the entries of P that they were trained with."""
+    adapter = trained.adapter()
+    p = adapter.rule.draw(adapter.nesting, 0, 0) / adapter.nesting.scale
+    for rank in trained.ranks:
+        with adapter.override(p * (torch.arange(len(p)) < rank)):
+            yield adapter, rank
+
+
 def _reordered(cut: str, trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
     adapter, trainer = trained.adapter(), trained.trainer
     if cut == "svd" or len(trained.ranks) == 1:  # one rank alone has no order
@@ -104,6 +113,7 @@ def _train_on(adapter: NestedAdapter, by: AnswerTrainer, steps: int, rank: int, 
 
 MAKERS: dict[str, Cut] = {
     "prefix": _prefix,
+    "kept": _kept,
     **{cut: partial(_reordered, cut) for cut in ("svd", "trained")},
     "squeezed": _squeezed,
 }

@@ -24,7 +24,7 @@ EACH = "lora-each"
 EACH_RECIPES = {EACH: "lora", "adalora-each": "adalora"}
 """The methods that train one adapter for each rank, and the recipe of each."""
 
-CUTS = ("prefix", "svd", "trained", "squeezed")
+CUTS = ("prefix", "kept", "svd", "trained", "squeezed")
 """The ways to deploy a trained adapter that can be run; see `research.cuts`. The recorded runs have
 more, which are settled."""
 
@@ -72,6 +72,11 @@ RECIPES = {
         "P as its authors run it: 1 / sqrt(r), a larger A, bf16 factors",
         "matryoshka",
         "sqrt",
+        authors=True,
+    ),
+    "lora-authors": Recipe(
+        "LoRA as P's authors run it: 1 / sqrt(R), a larger A, bf16 factors",
+        scaling="sqrt",
         authors=True,
     ),
     "matryoshka-sqrt": Recipe("the paper's P, scaling 1 / sqrt(r)", "matryoshka", "sqrt"),
