@@ -64,7 +64,8 @@ def _accuracy_of_evaluation(document: dict[str, Any]) -> str:
     largest = max(result["largest_logprob_difference"] for result in results)
     return (
         f"A task has {num_items} examples, measured {document['repeats']} time(s) on a shared "
-        f"machine. The model is SmolLM2-135M-Instruct in {dtype}, on one thread.\n{num_different} answers differ from the harness's, and {num_ties} are ties. The "
+        f"machine. The model is SmolLM2-135M-Instruct in {dtype}, on one thread.\n"
+        f"{num_different} answers differ from the harness's, and {num_ties} are ties. The "
         f"largest difference of a log-likelihood is {largest:.1e}."
     )
 
