@@ -169,7 +169,7 @@ def format_train_ranks(result: TrainRanksResult) -> str:
 
 def format_combine(result: CombineResult) -> str:
     """Return what `matryoshka combine` prints."""
-    lines = [f"{result.path}: {result.num_layers} layers", ""]
+    lines = [f"{result.path}, number of layers: {result.num_layers}", ""]
     return "\n".join([*lines, *format_errors(result.errors, "sum")])
 
 
