@@ -313,7 +313,8 @@ def test_model_card_names_the_base_model_and_no_path(
         assert str(tmp_path) not in card
         assert str(tmp_path) not in json.dumps(read_metadata(tmp_path / name))
         # PEFT and vLLM read it.
-        assert read_config(tmp_path / name)["base_model_name_or_path"] == base_model
+        written_name = read_config(tmp_path / name)["base_model_name_or_path"]
+        assert (written_name or None) == base_model  # older versions of PEFT write ""
 
 
 @pytest.mark.parametrize("order", ["svd", "trained"])

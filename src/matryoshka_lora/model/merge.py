@@ -11,6 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from matryoshka_lora.errors import wrap_errors
 from matryoshka_lora.lora_file.lora import OutputPlan, WrittenOutput
 from matryoshka_lora.lora_file.mlx import missing_rope_fields
 from matryoshka_lora.lora_file.peft_folder import PeftFolder
@@ -51,7 +52,14 @@ def write_merged(
         written = plan.write(truncated)
         peft_model = PeftModel.from_pretrained(model, str(truncated))
     _untie_adapted_embeddings(model)
-    peft_model.merge_and_unload(safe_merge=True).save_pretrained(output_folder)
+    merged = peft_model.merge_and_unload(safe_merge=True)
+    # transformers 5.0 cannot save a model that it has dequantized.
+    with wrap_errors(
+        f"Cannot save {base_model} after dequantizing it",
+        "Upgrade transformers, or pass an unquantized model as `base_model`.",
+        NotImplementedError,
+    ):
+        merged.save_pretrained(output_folder)
     tokenizer = load_adapter_tokenizer(lora, base_model, base_revision)
     tokenizer.save_pretrained(output_folder)
     _complete_config(output_folder / "config.json")

@@ -14,7 +14,7 @@ from matryoshka_lora.operations.model_diff import WeightPair
 
 # The rank that is tried first if a share is to be kept.
 _FIRST_RANK_FOR_SHARE = 64
-# Of torch.svd_lowrank: the number of columns above the rank, and of power iterations.
+# Arguments of torch.svd_lowrank: columns beyond the rank, and power iterations.
 _OVERSAMPLING = 32
 _NUM_ITERATIONS = 4
 
