@@ -84,8 +84,10 @@ class Installation(NamedTuple):
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of its processes, with the default number of threads."""
+        """The environment of its processes: default threads, and modules compiled only once."""
         environment = {key: value for key, value in os.environ.items() if "NUM_THREADS" not in key}
+        # An installed package has bytecode. A source folder gets it in the first run.
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         if self.source:
             environment["PYTHONPATH"] = str(self.source)
         return environment
