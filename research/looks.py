@@ -22,6 +22,7 @@ NAMES = {
     "matryoshka/trained": "P, then `train_ranks`",
     "matryoshka-authors/svd": "P with the authors' settings, then `reorder`",
     "dylora-authors/prefix": "DyLoRA with the authors' settings",
+    "dylora/prefix": "DyLoRA",
     "dylora-longer/prefix": "DyLoRA",
     LORA_EACH: "*LoRA trained at the rank*",
 }

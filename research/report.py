@@ -23,9 +23,10 @@ REFERENCE = "lora/svd"
 INTERVALS_NOTE = (
     "± is half the width of a two-sided 95 % t interval over the seeds. It says how much another "
     "seed may change, and nothing of other tasks, questions or models. A number without ± is of "
-    "one seed. AURAC is the mean height of the accuracy over the ranks, along log2(rank) or along "
-    "the rank; gap is the accuracy at the largest rank minus that at the worst one. Accuracies are "
-    f"in %, losses in nats per token. {LORA_EACH} is LoRA trained at each rank by itself."
+    "one seed; two seeds have their range, without a mean. AURAC is the mean height of the "
+    "accuracy over the ranks, along log2(rank) or along the rank; gap is the accuracy at the "
+    "largest rank minus that at the worst one. Accuracies are in %, losses in nats per token. "
+    f"{LORA_EACH} is LoRA trained at each rank by itself."
 )
 SPREADS_NOTE = (
     "A cell has the mean over the seeds, and in brackets the lowest and the highest seed. AURAC is "
@@ -100,7 +101,7 @@ def tables(study: Study, runs: Mapping[Job, Run]) -> str:
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table; columns of numbers are aligned to the right."""
-    number = re.compile(r"([-+]?\d[\d,.]*( ± [\d.]+| \([-+\d.]+ to [-+\d.]+\))?)?")
+    number = re.compile(r"([-+]?\d[\d,.]*( ± [\d.]+| to [-+\d.]+| \([-+\d.]+ to [-+\d.]+\))?)?")
     rule: list[str] = []
     for column in range(len(heading)):
         is_numeric = column > 0 and all(number.fullmatch(row[column]) for row in rows)

@@ -46,7 +46,13 @@ class Estimate:
         return mean if low == high else f"{mean} ({low} to {high})"
 
     def text(self, unit: float = 1, digits: int = 3, sign: str = "") -> str:
-        """Return the mean and its interval as a cell of a table."""
+        """Return the mean and its interval as a cell of a table; of two values, their range.
+
+        Half of the t interval of two values is 6.4 times their distance.
+        """
+        if self.n == 2:
+            low, high = (_number(unit * value, digits, sign) for value in (self.low, self.high))
+            return low if low == high else f"{low} to {high}"
         mean = _number(unit * self.mean, digits, sign)
         return mean if self.half_width is None else f"{mean} ± {unit * self.half_width:.{digits}f}"
 
