@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", help="run only these, such as lora/svd,lora/trained")
     parser.add_argument("--seeds", help="run only these, such as 0,1,2")
     parser.add_argument(
+        "--rates-only", action="store_true", help="choose the learning rates, and test nothing"
+    )
+    parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="begin no run after this time"
     )
     parser.add_argument(
@@ -52,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         study = load_study(options.study)
         selected = _select(study, options.methods, options.seeds)
+        if options.rates_only:
+            selected = replace(selected, seeds=())
         if options.again:
             run_again(selected, options.again, max_seconds)
         else:

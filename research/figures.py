@@ -18,15 +18,36 @@ from typing import Any
 
 from matryoshka_lora import Nesting
 from research import stats
-from research.looks import LOOKS, MODES, Mode, plain_name, set_rank_axis
+from research.looks import LOOKS, MODES, Look, Mode, plain_name, set_rank_axis
 from research.plan import Result, results
-from research.study import LORA_EACH, load_study
+from research.spent import examples_spent
+from research.study import LORA_EACH, load_study, parse_method
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "docs" / "figures"
 
 FACE_METHODS = ("lora/trained", "lora/squeezed", LORA_EACH, "lora/svd")
 TASK_METHODS = (LORA_EACH, "matryoshka/svd", "lora/svd", "lora/prefix", "matryoshka/prefix")
+
+P_DEPLOYMENTS = {
+    "matryoshka/prefix": ("P, dropped after training (the paper)", LOOKS["matryoshka/prefix"]),
+    "matryoshka/keep": ("P, kept", Look("#B0568C", "#E58BBF", "P")),
+    "matryoshka/svd": ("P, then reorder (SVD)", LOOKS["matryoshka/svd"]),
+}
+"""The deployments of an adapter that P has trained; ``keep`` is the recorded name of ``kept``."""
+
+SPENT_METHODS = ("lora/svd", "lora/trained", "lora/squeezed", LORA_EACH)
+SPENT_STUDIES = {
+    "256 facts, two kinds of layers": dict.fromkeys(SPENT_METHODS, ("capacity", "facts-256")),
+    "family_relationships": {
+        "lora/svd": ("hardly", "family_relationships"),
+        "lora/trained": ("hardly", "family_relationships"),
+        LORA_EACH: ("headline", "family_relationships"),
+    },
+}
+"""The study and the task of each method, by the title of a panel."""
+SPENT_RANKS = {1: ("-", "full"), 2: ("--", "left"), 4: (":", "none")}
+"""The line styles of the ranks, and how their markers are filled."""
 
 Average = Callable[[Sequence[float]], float]
 
@@ -195,7 +216,7 @@ def _describe_seeds(all_curves: Sequence[Result], average: str) -> str:
     return f"{average} of {seeds} seeds; a faint line is a seed, a star is a single run"
 
 
-def _draw_legend(figure: Any) -> None:
+def _draw_legend(figure: Any, num_columns: int = 2) -> None:
     """Draw the legend of all panels below them."""
     lines_by_label: dict[str, Any] = {}
     for axes in figure.axes:
@@ -205,9 +226,83 @@ def _draw_legend(figure: Any) -> None:
         lines_by_label.values(),
         lines_by_label.keys(),
         loc="outside lower center",
-        ncols=2,
+        ncols=num_columns,
         handlelength=2.2,
     )
+
+
+# What P, and training at a rank, are worth.
+
+
+def spent(figure: Any, mode: Mode) -> None:
+    """Draw P under three deployments, and right answers against the examples spent on a rank."""
+    figure.set_size_inches(11.4, 5.4)
+    left, *panels = figure.subplots(1, 1 + len(SPENT_STUDIES), width_ratios=(1.15, 1, 1))
+    _draw_deployments_of_p(left, mode)
+    for axes, (title, studies) in zip(panels, SPENT_STUDIES.items(), strict=True):
+        _draw_spent(axes, studies, mode)
+        axes.set_title(title)
+        axes.set_xscale("symlog", linthresh=1, linscale=0.5)
+        axes.set_xticks([0, 1, 10, 100, 1000, 10_000], ["0", "1", "10", "100", "1k", "10k"])
+        axes.minorticks_off()
+        axes.set_xlim(-0.5, 50_000)
+        axes.set_ylim(-4, 104)
+        axes.set_xlabel("training examples spent on the rank")
+    _draw_legend(figure, num_columns=3)
+
+
+def _draw_deployments_of_p(axes: Any, mode: Mode) -> None:
+    """Draw a line for each adapter that was tested in all deployments, and a dot for other seeds.
+
+    The dots are of the rate that was chosen for the deployment.
+    """
+    study = load_study("rest")
+    deployments = {parse_method(method)[1]: method for method in P_DEPLOYMENTS}
+    runs = [
+        run
+        for job, run in study.load_runs().items()
+        if (job.recipe, job.split) == ("matryoshka", "test") and deployments.keys() <= {*run.curves}
+    ]
+    runs.sort(key=lambda run: -run.job.learning_rate)
+    for method, (label, look) in P_DEPLOYMENTS.items():
+        color = look.color(mode)
+        for run, line in zip(runs, ("-", "--"), strict=True):
+            shares = [100 * share for share in run.curves[parse_method(method)[1]].accuracy]
+            axes.plot(run.ranks, shares, look.marker, ls=line, color=color, markersize=5)
+        for curve in curves("rest"):
+            if curve.method == method and curve.seed != runs[0].job.seed:
+                shares = [100 * share for share in curve.curve.accuracy]
+                axes.plot(curve.ranks, shares, ".", color=color, alpha=0.55, markersize=7)
+        axes.plot([], [], look.marker, ls="-", color=color, label=label)
+    rate, dashed_rate = (run.job.learning_rate for run in runs)
+    axes.plot([], [], ".", color=mode.muted, label="other seeds, at the chosen rate")
+    set_rank_axis(axes, runs[0].ranks, "rank at which the adapter is used")
+    axes.set_ylim(-2, None)
+    axes.set_ylabel("right answers in %")
+    axes.set_title(f"chain_sum, P, rate {rate:g} (dashed: {dashed_rate:g})")
+
+
+def _draw_spent(axes: Any, studies: Mapping[str, tuple[str, str]], mode: Mode) -> None:
+    """Draw a marker for each run, and a line through the means of the methods at a rank."""
+    for method in studies:
+        look = LOOKS[method]
+        color = look.color(mode)
+        axes.plot([], [], look.marker, ls="", color=color, label=plain_name(method))
+    for rank, (line, fill) in SPENT_RANKS.items():
+        means: list[tuple[float, float]] = []
+        for method, (study, task) in studies.items():
+            points = examples_spent(study, method, task, rank)
+            examples = [point.examples for point in points]
+            shares = [100 * point.accuracy for point in points]
+            look = LOOKS[method]
+            color = look.color(mode)
+            size = 8 if look.marker == "*" else 6
+            style = {"color": color, "fillstyle": fill, "markersize": size, "alpha": 0.8}
+            axes.plot(examples, shares, look.marker, **style)
+            means.append((fmean(examples), fmean(shares)))
+        x, y = zip(*sorted(means), strict=True)
+        axes.plot(x, y, ls=line, color=mode.muted, linewidth=1.4, zorder=1)
+        axes.plot([], [], "o", ls=line, color=mode.muted, fillstyle=fill, label=f"rank {rank}")
 
 
 # One adapter.
@@ -302,6 +397,7 @@ FIGURES: Mapping[str, Callable[[Any, Mode], None]] = {
     "p": p,
     "singular": singular,
     "methods": methods,
+    "spent": spent,
 }
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from research.runs import Curve, Job, Run
-from research.study import PER_RANK_RECIPES, Study, parse_method
+from research.study import PER_RANK_RECIPES, WITHOUT_TRAINING, Study, parse_method
 
 MAX_RATES = 9
 """The grid of a method does not grow beyond this number of rates."""
@@ -194,8 +194,39 @@ def missing_jobs(study: Study, runs: Mapping[Job, Run]) -> dict[Job, set[str]]:
                 if state.chosen is not None and (unit.recipe, unit.rank) not in waiting:
                     job = unit.job(state.chosen, seed, "test")
                     if not unit.is_measured(job, runs):
-                        jobs.setdefault(job, set()).add(unit.deployment)
+                        deployments = jobs.setdefault(job, set())
+                        deployments |= {unit.deployment, *_free_deployments(study, unit, states)}
     return jobs
+
+
+def _free_deployments(study: Study, unit: Unit, units_of_task: Iterable[Unit]) -> set[str]:
+    """Return the deployments that a test run measures too, whatever their rate, as they are cheap.
+
+    They compare deployments of the same adapters. Questions with choices take too long.
+    """
+    if "choices" in study.tasks[unit.task]:
+        return set()
+    return {
+        other.deployment
+        for other in units_of_task
+        if (other.recipe, other.rank) == (unit.recipe, unit.rank)
+        and other.deployment in WITHOUT_TRAINING
+    }
+
+
+def num_missing(study: Study, runs: Mapping[Job, Run]) -> int:
+    """Return the least number of training runs that a study lacks.
+
+    It counts a test run for each recipe, task and seed whose rate is not known yet. Deployments
+    that choose several rates need more of them, and so does a grid that grows.
+    """
+    unplanned: set[tuple[str, str, int, int]] = set()
+    for method in study.methods:
+        for task in study.tasks:
+            for unit in units(study, method, task):
+                if rates(study, runs, unit).missing:
+                    unplanned |= {(unit.recipe, task, unit.rank, seed) for seed in study.seeds}
+    return len(missing_jobs(study, runs)) + len(unplanned)
 
 
 def diverged(study: Study, runs: Mapping[Job, Run]) -> list[str]:

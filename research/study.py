@@ -28,6 +28,9 @@ DEPLOYMENTS = ("prefix", "kept", "svd", "trained", "squeezed")
 """The ways to deploy a trained adapter; see `research.deployments`. Recorded runs have more of
 them, which are only reported."""
 
+WITHOUT_TRAINING = ("prefix", "kept", "svd")
+"""The deployments that take seconds."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -116,6 +119,9 @@ RECIPES = {
 class Study:
     """A validated study.
 
+    Raises:
+        MatryoshkaError: Fields do not fit together, or the grid has a single learning rate.
+
     Attributes:
         name: The name of its file.
         title: The title of its tables.
@@ -166,6 +172,9 @@ class Study:
     also: tuple[str, ...] = field(default=())
     settled: str = ""
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     def nested_ranks(self, rank: int) -> tuple[int, ...]:
         """Return the nested ranks of a run: those of the study at R, otherwise only ``rank``."""
@@ -274,7 +283,7 @@ def make_study(name: str, content: Mapping[str, Any]) -> Study:
     items = {"judge": 0, **fields.pop("items")}
     default_ranks = Nesting.powers_of_two(fields.get("rank", 32)).ranks
     nesting = Nesting(fields.pop("ranks", None) or default_ranks)
-    study = Study(
+    return Study(
         name=name,
         methods=tuple(fields.pop("methods")),
         tasks=fields.pop("tasks"),
@@ -289,8 +298,6 @@ def make_study(name: str, content: Mapping[str, Any]) -> Study:
         also=tuple(fields.pop("also", ())),
         **fields,
     )
-    _check(study)
-    return study
 
 
 def _check(study: Study) -> None:

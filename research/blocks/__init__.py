@@ -6,7 +6,24 @@ returns Markdown; its name is the name of the block.
 
 from __future__ import annotations
 
-from research.blocks import concepts, file_verbs, performance, readme, results, studies
+from research.blocks import (
+    concepts,
+    file_verbs,
+    in_progress,
+    performance,
+    readme,
+    results,
+    studies,
+)
 from research.blocks.registry import BLOCKS
 
-__all__ = ["BLOCKS", "concepts", "file_verbs", "performance", "readme", "results", "studies"]
+__all__ = [
+    "BLOCKS",
+    "concepts",
+    "file_verbs",
+    "in_progress",
+    "performance",
+    "readme",
+    "results",
+    "studies",
+]

@@ -31,19 +31,9 @@ SEVEN = {task: metric for task, metric in USUAL_METRIC.items() if task != "boolq
 
 
 @block
-def orders_family() -> str:
-    """Earlier orders on one task."""
-    return _losses_of_orders("family_relationships")
-
-
-@block
-def orders_chain() -> str:
-    """Earlier orders on the other task."""
-    return _losses_of_orders("chain_sum")
-
-
-def _losses_of_orders(task: str) -> str:
-    """Return the losses of earlier orders minus that of PEFT's ``convert_to_lora``."""
+def orders() -> str:
+    """Earlier orders, on adapters that PEFT alone has trained."""
+    task_names = ("family_relationships", "chain_sum")
     rows: list[list[str]] = []
     for label, version, order in (
         ("`activations`", "0.1", "activations"),
@@ -52,33 +42,36 @@ def _losses_of_orders(task: str) -> str:
         ("`learned`, again", "0.2", "learned"),
         ("`trained`, again", "0.2", "trained"),
     ):
-        adapters = [
-            adapter
-            for adapter in read(ADAPTERS_FILE)
-            if adapter["version"] == version and adapter["task"] == task
-        ]
         cells: list[str] = []
-        for index in range(5):
-            differences = [
-                adapter[order]["uniform"][index] - adapter["convert_to_lora"]["uniform"][index]
-                for adapter in adapters
+        for task in task_names:
+            adapters = [
+                adapter
+                for adapter in read(ADAPTERS_FILE)
+                if adapter["version"] == version and adapter["task"] == task
             ]
-            cells.append(mean_and_deviation(differences))
+            for index in (0, 2, 4):  # of the ranks 1, 2, 4, 8, 16
+                differences = [
+                    adapter[order]["uniform"][index] - adapter["convert_to_lora"]["uniform"][index]
+                    for adapter in adapters
+                ]
+                cells.append(mean_and_deviation(differences))
         rows.append([label, *cells])
-    return table([f"`{task}`, rank", "1", "2", "4", "8", "16"], rows)
+    heading = [f"`{task}`, {rank}" for task in task_names for rank in (1, 4, 16)]
+    return table(["loss minus that of `convert_to_lora`, rank", *heading], rows)
 
 
 @block
 def peft_adapters() -> str:
     """Six adapters that were trained by PEFT, without this package."""
     adapters = [adapter for adapter in read(ADAPTERS_FILE) if adapter["version"] == "0.3.0"]
-    ranks = adapters[0]["ranks"]
+    ranks = (1, 2, 4, 8, 32)
     rows: list[list[str]] = []
     for task in ("chain_sum", "family_relationships"):
         adapters_of_task = [adapter for adapter in adapters if adapter["task"] == task]
         for label, key, unit, digits in (("loss", "loss", 1, 3), ("points", "accuracy", 100, 1)):
             cells: list[str] = []
-            for index in range(len(ranks)):
+            for rank in ranks:
+                index = adapters[0]["ranks"].index(rank)
                 differences = [
                     unit * (adapter["trained"][key][index] - adapter["svd"][key][index])
                     for adapter in adapters_of_task
@@ -91,47 +84,38 @@ def peft_adapters() -> str:
 @block
 def hardly() -> str:
     """Where rank hardly matters."""
+    task_names = ("chain_sum", "family_relationships")
+    ranks = (1, 4, 32)
     rows: list[list[str]] = []
-    for task in ("chain_sum", "family_relationships"):
-        for method in ("lora/svd", "lora/trained", LORA_EACH):
-            results = of_method("hardly", method, task)
-            losses = [
-                fmean(loss_at(rank)(result) or 0 for result in results) for rank in (1, 4, 32)
-            ]
-            rows.append([f"`{task}`, {NAMES[method]}", *(f"{loss:.3f}" for loss in losses)])
-    return table(["loss on test questions, rank", "1", "4", "32"], rows)
-
-
-@block
-def default_rule() -> str:
-    """The validation losses that chose the default of version 0.3."""
-    rows: list[list[str]] = []
-    for method in ("lora-longer/svd", "lora/trained", "matryoshka/trained"):
-        losses = [fmean(_validation_losses(study, method)) for study in ("every128", "every256")]
+    for method in ("lora/svd", "lora/trained", LORA_EACH):
+        losses = [
+            fmean(loss_at(rank)(result) or 0 for result in of_method("hardly", method, task))
+            for task in task_names
+            for rank in ranks
+        ]
         rows.append([NAMES[method], *(f"{loss:.3f}" for loss in losses)])
-    return table(["validation loss", "128 facts", "256 facts"], rows)
+    heading = [f"`{task}`, {rank}" for task in task_names for rank in ranks]
+    return table(["loss on test questions, rank", *heading], rows)
 
 
 @block
-def default_rule_02() -> str:
-    """The scores that chose the default of version 0.2."""
-    studies = ("facts128", "facts256", "facts512", "commonsense")
+def defaults() -> str:
+    """The validation losses that chose the defaults of the versions 0.2 and 0.3."""
+    old_studies = ("facts128", "facts256", "facts512", "commonsense")
+    plain = {study: _validation_losses(study, "lora/svd") for study in old_studies}
+    candidates = ("lora-longer/svd", "lora/trained", "matryoshka/trained")
     rows: list[list[str]] = []
-    for method in (
-        "matryoshka/trained",
-        "lora/trained",
-        "lora/learned",
-        "lora-longer/svd",
-        "lora/svd",
-        "matryoshka/prefix",
-    ):
-        losses = {study: _validation_losses(study, method) for study in studies}
-        plain = {study: _validation_losses(study, "lora/svd") for study in studies}
-        means = [fmean(losses[study]) / fmean(plain[study]) for study in studies]
-        largest = max(losses[study][-1] / plain[study][-1] for study in studies)
-        cells = [f"{value:.2f}" for value in (*means, geometric_mean(means), largest)]
+    for method in (*candidates, "lora/learned", "lora/svd", "matryoshka/prefix"):
+        losses = {study: _validation_losses(study, method) for study in old_studies}
+        score = geometric_mean(fmean(losses[study]) / fmean(plain[study]) for study in old_studies)
+        largest = max(losses[study][-1] / plain[study][-1] for study in old_studies)
+        cells = [f"{score:.2f}", f"{largest:.2f}", "", ""]
+        if method in candidates:
+            means = [fmean(_validation_losses(study, method)) for study in ("every128", "every256")]
+            cells[2:] = [f"{mean:.3f}" for mean in means]
         rows.append([NAMES[method], *cells])
-    return table(["method", *studies, "score", "at rank R"], rows)
+    heading = ["0.2: score", "0.2: at R", "0.3: 128 facts", "0.3: 256 facts"]
+    return table(["method", *heading], rows)
 
 
 @cache
@@ -165,12 +149,6 @@ def commonsense() -> str:
             LORA_EACH,
         ),
     )
-
-
-@block
-def commonsense_judged() -> str:
-    """The same with version 0.3, whose validation examples are not measured."""
-    return _commonsense_table("commonsense-judged", ("lora/svd", "lora/trained", LORA_EACH))
 
 
 def _commonsense_table(study: str, methods: Sequence[str]) -> str:

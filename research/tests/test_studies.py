@@ -16,10 +16,18 @@ from matryoshka_lora import MatryoshkaError
 from research import commonsense, stats, tasks
 from research.__main__ import TABLES
 from research.facts import facts
-from research.plan import missing_jobs, rates, results, units
+from research.plan import missing_jobs, num_missing, rates, results, units
 from research.report import comparison, tables
 from research.runs import Curve, Job, Run, append_run, read_runs
-from research.study import ROOT, STUDIES, Study, check_can_run, load_study, make_study
+from research.study import (
+    ROOT,
+    STUDIES,
+    Study,
+    check_can_run,
+    load_study,
+    make_study,
+    parse_method,
+)
 
 SMALL: dict[str, Any] = {
     "title": "Small",
@@ -113,6 +121,33 @@ def test_studies_that_are_not_valid(changes: dict[str, Any], keyword: str) -> No
         small_study(**changes)
 
 
+def test_a_grid_with_one_rate_is_refused() -> None:
+    with pytest.raises(MatryoshkaError, match="grid"):
+        replace(small_study(), learning_rates=(1e-3,))
+
+
+def test_a_test_run_measures_all_cheap_deployments() -> None:
+    """They compare the same adapters, though each deployment has chosen another rate."""
+    study = small_study(methods=["matryoshka/prefix", "matryoshka/svd", "matryoshka/trained"])
+    best_rates = {"prefix": 2e-3, "svd": 1e-3, "trained": 2e-3}
+    runs: dict[Job, Run] = {}
+    assert num_missing(study, runs) == 3 + 2
+    missing = missing_jobs(study, runs)
+    while any(job.split == "validation" for job in missing):
+        for job, names in missing.items():
+            for name in names:
+                loss = abs(job.learning_rate - best_rates[name])
+                run = make_run(study, job, [name], loss)
+                runs[job] = runs[job].merge(run) if job in runs else run
+        missing = missing_jobs(study, runs)
+    assert {(job.learning_rate, job.seed): names for job, names in missing.items()} == {
+        (rate, seed): names
+        for rate, names in ((2e-3, {"prefix", "svd", "trained"}), (1e-3, {"prefix", "svd"}))
+        for seed in (0, 1)
+    }
+    assert num_missing(study, runs) == 4
+
+
 def test_a_killed_study_continues(tmp_path: Path) -> None:
     """An incomplete line is ignored, and the next run replaces it."""
     study = small_study()
@@ -165,6 +200,24 @@ def test_p_kept_is_the_trained_function() -> None:
     curves = run_job(study, job, ["prefix", "kept", "svd"]).curves
     assert curves["kept"].loss[-1] == pytest.approx(curves["svd"].loss[-1], abs=1e-5)
     assert abs(curves["kept"].loss[-1] - curves["prefix"].loss[-1]) > 1e-3
+
+
+@pytest.mark.slow
+def test_the_methods_of_the_papers_regime_run() -> None:
+    from research.run import run_job
+
+    regime = load_study("paper-regime")
+    study = small_study(
+        methods=regime.methods, training={"max_steps": 2, "per_device_train_batch_size": 8}
+    )
+    check_can_run(study)
+    names: dict[str, set[str]] = {}
+    for recipe, deployment in map(parse_method, regime.methods):
+        names.setdefault(recipe, set()).add(deployment)
+    for recipe, deployments in names.items():
+        run = run_job(study, Job(recipe, "facts-8", 4, 1e-3, 0, "test"), deployments)
+        assert set(run.curves) == deployments
+        assert not run.diverged
 
 
 def test_runs_with_other_settings_are_refused() -> None:
