@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from matryoshka_lora import NestedAdapter
-from matryoshka_lora.training.prefix_steps import EXAMPLES_PER_STEP
-from matryoshka_lora.training.train_ranks import MAX_VALIDATION_EXAMPLES, SMALLEST_GAP
 from research.training import AnswerTrainer, Trained, score
 
 Deployment = Callable[[Trained], Iterator[tuple[NestedAdapter, int]]]
@@ -21,6 +19,13 @@ Deployment = Callable[[Trained], Iterator[tuple[NestedAdapter, int]]]
 SQUEEZE_SHARE = 0.5
 """The largest number of examples that LoRA-Squeeze trains on, as a share of those of the run; the
 same as for ``trained``."""
+
+SQUEEZE_EXAMPLES_PER_STEP = 16
+
+SQUEEZE_SMALLEST_GAP = 0.02
+"""In nats: LoRA-Squeeze does not train a rank that is within this of R."""
+
+SQUEEZE_VALIDATION_EXAMPLES = 64
 
 SQUEEZE_EXPONENT = 0.2
 """At rank r, LoRA-Squeeze multiplies the learning rate of R by (R / r) to the power of this."""
@@ -69,7 +74,7 @@ def squeezed(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
     """Truncate to a rank by SVD and train on, from each rank to the next smaller one.
 
     This is LoRA-Squeeze (arXiv 2602.10993) with training after each truncation, and a file for each
-    rank. As for ``trained``, a rank within `SMALLEST_GAP` nats of R needs no training. Ranks that
+    rank. A rank within `SQUEEZE_SMALLEST_GAP` nats of R needs no training. Ranks that
     training has made worse are kept, as there is no validation.
     """
     *smaller_ranks, max_rank = trained.ranks
@@ -77,9 +82,9 @@ def squeezed(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
     trainer = trained.trainer
     adapter.reorder()
     factors_by_rank = {max_rank: adapter.layers.copy_factors()}
-    good_loss = _validation_loss(adapter, trainer) + SMALLEST_GAP
+    good_loss = _validation_loss(adapter, trainer) + SQUEEZE_SMALLEST_GAP
     num_examples = trainer.args.max_steps * trainer.args.per_device_train_batch_size
-    steps_left = int(SQUEEZE_SHARE * num_examples) // EXAMPLES_PER_STEP
+    steps_left = int(SQUEEZE_SHARE * num_examples) // SQUEEZE_EXAMPLES_PER_STEP
     for index in reversed(range(len(smaller_ranks))):
         rank = smaller_ranks[index]
         if rank != smaller_ranks[-1]:
@@ -100,8 +105,8 @@ def squeezed(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
 
 
 def _validation_loss(adapter: NestedAdapter, trainer: AnswerTrainer) -> float:
-    examples: Any = trainer.eval_dataset
-    count = min(MAX_VALIDATION_EXAMPLES, len(examples))
+    examples: Any = trainer.eval_dataset or trainer.train_dataset
+    count = min(SQUEEZE_VALIDATION_EXAMPLES, len(examples))
     loss, _ = score(adapter.model, trainer, examples.select(range(count)))
     return loss
 
@@ -127,7 +132,7 @@ def _train_on(
             output_dir=folder,
             max_steps=steps,
             learning_rate=trainer.args.learning_rate * (max_rank / rank) ** SQUEEZE_EXPONENT,
-            per_device_train_batch_size=EXAMPLES_PER_STEP,
+            per_device_train_batch_size=SQUEEZE_EXAMPLES_PER_STEP,
             seed=trainer.args.seed + rank,
         )
         new_trainer = AnswerTrainer(

@@ -36,6 +36,8 @@ LEARNING_RATES = {"family_relationships": 2e-3, "chain_sum": 1e-3}
 
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 NUM_QUESTIONS = 128
+NUM_VALIDATION = 16
+"""So many of these questions validate the ranks, and are not trained on."""
 SEEDS = (0, 1, 2)
 
 
@@ -64,7 +66,12 @@ def run(task: str, seed: int) -> dict[str, Any]:
         loss, accuracy = score(trainer.model.eval(), trainer, test)
         base_model = load_model(study.model, "bf16", device="cpu")
         adapter = load(base_model, Path(folder) / "adapter")
-        train_ranks = partial(adapter.train_ranks, examples, trainer.processing_class)
+        train_ranks = partial(
+            adapter.train_ranks,
+            examples[:-NUM_VALIDATION],
+            trainer.processing_class,
+            eval_data=examples[-NUM_VALIDATION:],
+        )
         return {
             "items": len(test),
             "ranks": RANKS,

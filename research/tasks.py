@@ -51,13 +51,11 @@ def training_examples(study: Study, task: str, recipe: str, seed: int) -> list[E
 def held_out_examples(study: Study, task: str, recipe: str, seed: int) -> list[Example]:
     """Return the training examples that are held out to decide whether trained ranks are kept.
 
-    For facts these are the facts, as there is nothing else to remember.
+    There are none for facts, as there is nothing else to remember.
     """
     source = study.tasks[task]
     count = study.items["judge"]
-    if "facts" in source:
-        return list(facts(source["facts"], seed))
-    if not count:
+    if not count or "facts" in source:
         return []
     if "generated" in source:
         num_training = study.num_training_examples(recipe)

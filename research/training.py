@@ -99,7 +99,7 @@ class Trained:
         job: The training run.
         factors: A and B of each layer after training.
         trainer: The Trainer that has trained them. Its ``eval_dataset`` has the examples that
-            decide whether trained ranks are kept.
+            decide whether trained ranks are kept; it is None for facts.
         measured: The tokenized examples to measure on, which no deployment uses.
 
     Raises:

@@ -336,7 +336,7 @@ def test_a_run_killed_while_its_ranks_are_trained_takes_no_further_step(
     before = state.read_bytes()
     result = train(config)
     assert result.train_ranks is not None
-    assert (result.order, result.train_ranks.kept) == ("trained", True)
+    assert (result.order, result.train_ranks.outcome) == ("trained", "kept")
     assert open_peft_folder(result.path).order == "trained"
     assert state.read_bytes() == before
 

@@ -24,7 +24,7 @@ from matryoshka_lora.lora_file.hub import BUNDLED_MODEL
 from matryoshka_lora.model.adapter import NestedAdapter
 from matryoshka_lora.model.base_model import load_model, load_tokenizer
 from matryoshka_lora.model.nest import nest
-from matryoshka_lora.training.prefix_steps import prefix_mask
+from matryoshka_lora.training.validation import prefix_mask
 
 NUM_LAYERS = 2
 RANKS = (1, 2, 4, 16)
@@ -181,8 +181,6 @@ def train_adapter(
         ),
         data_collator=lambda batch_lines: collate(tokenizer, batch_lines),
         train_dataset=lines,
-        # There is nothing to generalize: evaluation uses the training examples.
-        eval_dataset=lines,
         callbacks=[adapter.callback()],
     )
     trainer.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,13 +102,11 @@ def test_an_extraction_shows_what_was_not_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "losses_after", "expected"),
-    [(True, {1: 0.5}, "64"), (False, {1: 2.5}, "did not improve"), (False, None, "not trained")],
+    ("outcome", "expected"),
+    [("kept", "64"), ("not better", "did not improve"), ("nothing to train", "not trained")],
 )
-def test_training_of_ranks_says_whether_they_were_trained(
-    kept: bool, losses_after: dict[int, float] | None, expected: str
-) -> None:
-    result = TrainRanksResult(Path("out"), kept, 64, {1: 1.0}, losses_after)
+def test_training_of_ranks_says_whether_they_were_trained(outcome: Any, expected: str) -> None:
+    result = TrainRanksResult(Path("out"), outcome, {1: 48, 4: 16}, {1: 1.0}, {1: 0.5})
     assert expected in format_train_ranks(result)
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.plain_peft import plain_adapter
 from helpers.tiny_chat import save_tiny_chat, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from matryoshka_lora import MatryoshkaError, train_ranks
+from matryoshka_lora import MatryoshkaError, export, train_ranks
 from matryoshka_lora.lora_file.peft_folder import open_peft_folder
 
 COMPLETIONS = ["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op"]
@@ -76,11 +77,15 @@ def test_a_folder_gets_trained_ranks(lora_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "nested"
     data = tmp_path / "examples.jsonl"
     data.write_text("\n".join(map(json.dumps, EXAMPLES)))
-    result = train_ranks(lora_folder, output, data, max_examples=320, dtype="fp32")
-    assert (result.path, result.kept, result.num_examples) == (output, True, 320)
+    result = train_ranks(
+        lora_folder, output, data, eval_data=str(data), max_examples=640, dtype="fp32"
+    )
+    assert (result.path, result.outcome, result.num_examples) == (output, "kept", 640)
     lora = open_peft_folder(output)
     assert (lora.order, lora.max_rank, lora.ranks) == ("trained", 4, (1, 2, 4))
     assert (output / "tokenizer_config.json").is_file()
+    with pytest.raises(MatryoshkaError, match="singular values"):
+        export(output, tmp_path / "small", keep="90%")
     loss_before = loss_of_folder(base_folder, lora_folder)
     assert loss_of_folder(base_folder, output) == pytest.approx(loss_before, abs=0.1)
 
@@ -90,8 +95,14 @@ def test_untrained_ranks_are_written_in_the_order_of_the_svd(
 ) -> None:
     monkeypatch.setattr("matryoshka_lora.training.train_ranks.SMALLEST_GAP", 99.0)
     result = train_ranks(lora_folder, tmp_path / "nested", EXAMPLES, dtype="fp32")
-    assert (result.kept, result.losses_after) == (False, None)
+    assert (result.outcome, result.losses_after) == ("nothing to train", None)
     assert open_peft_folder(tmp_path / "nested").order == "svd"
+
+
+def save_plain(folder: Path) -> Path:
+    """An adapter whose config names no base model."""
+    plain_adapter(folder, target_modules=["q_proj"])
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -101,10 +112,19 @@ def test_untrained_ranks_are_written_in_the_order_of_the_svd(
         (lambda lora, new: (lora, lora.with_name("base"), EXAMPLES), "source"),
         (lambda lora, new: (lora, new, []), "examples"),
         (lambda lora, new: (lora, new, "missing.jsonl"), "missing"),
+        (lambda lora, new: (save_plain(new.with_name("plain")), new, EXAMPLES), "base_model"),
         (lambda lora, new: (new.with_name("missing"), new, EXAMPLES), "missing"),
         (lambda lora, new: (new.with_name("a.safetensors"), new, EXAMPLES), "single file"),
     ],
-    ids=["output-is-source", "output-is-base", "no-examples", "no-data", "no-lora", "single-file"],
+    ids=[
+        "output-is-source",
+        "output-is-base",
+        "no-examples",
+        "no-data",
+        "no-base",
+        "no-lora",
+        "single-file",
+    ],
 )
 def test_bad_arguments_are_an_error(
     make_arguments: Callable[[Path, Path], Any], keyword: str, lora_folder: Path, tmp_path: Path

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from itertools import repeat
 from typing import Any
 
 import pytest
@@ -15,8 +17,6 @@ from helpers.examples import (
     random_examples,
 )
 from helpers.models import nested_llama
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
@@ -24,9 +24,11 @@ from transformers import OPTConfig, OPTForCausalLM
 from matryoshka_lora import NestedAdapter, Nesting, NotFiniteError, nest
 from matryoshka_lora.training import prefix_steps
 from matryoshka_lora.training.data import TrainingData, read_training_data
-from matryoshka_lora.training.prefix_steps import rank_schedule, train_prefixes, trainable_factors
+from matryoshka_lora.training.prefix_steps import PrefixAdam, train_prefixes, trainable_factors
+from matryoshka_lora.training.schedule import RankSchedule
 
 EXAMPLES = lookup_examples(400)
+GAPS = {1: 1.0, 2: 0.5, 4: 0.25, 8: 0.0}
 
 
 def ordered_adapter(dropout: float = 0.0) -> NestedAdapter:
@@ -49,7 +51,14 @@ def data_for(adapter: NestedAdapter) -> TrainingData:
 
 def train(adapter: NestedAdapter, num_examples: int, data: TrainingData | None = None) -> None:
     with trainable_factors(adapter.layers):
-        train_prefixes(adapter.layers, data or data_for(adapter), range(num_examples), seed=0)
+        train_prefixes(
+            adapter.layers,
+            data or data_for(adapter),
+            range(num_examples),
+            GAPS,
+            lambda: GAPS,
+            seed=0,
+        )
 
 
 def scale_loss(data: TrainingData, scale: float) -> None:
@@ -57,8 +66,9 @@ def scale_loss(data: TrainingData, scale: float) -> None:
     data.loss = lambda batch: loss(batch) * scale
 
 
-def fix_schedule(monkeypatch: pytest.MonkeyPatch, ranks: list[int]) -> None:
-    monkeypatch.setattr(prefix_steps, "rank_schedule", lambda *args: ranks)
+def fix_schedule(monkeypatch: pytest.MonkeyPatch, ranks: Iterable[int]) -> None:
+    remaining = iter(ranks)
+    monkeypatch.setattr(RankSchedule, "next", lambda *args: next(remaining))
 
 
 def components(adapter: NestedAdapter) -> list[Tensor]:
@@ -68,25 +78,6 @@ def components(adapter: NestedAdapter) -> list[Tensor]:
         matrices.append(A)
         matrices.append(B.T)
     return matrices
-
-
-@given(st.integers(1, 2000), st.integers(1, 16), st.integers(1, 48), st.floats(0, 0.999))
-def test_each_rank_gets_its_share_of_the_steps(
-    num_steps: int, min_rank: int, num_more: int, phase: float
-) -> None:
-    max_rank = min_rank + num_more
-    ranks = range(min_rank, max_rank + 1)
-    schedule = rank_schedule(num_steps, min_rank, max_rank, phase)
-    assert schedule == rank_schedule(num_steps, min_rank, max_rank, phase)
-    assert len(schedule) == num_steps
-    assert set(schedule) <= set(ranks)
-    counts = Counter(schedule)
-    total_weight = sum(rank**-1.75 for rank in ranks)
-    for rank in ranks:
-        share = 7 / 8 * rank**-1.75 / total_weight
-        if rank == max_rank:
-            share += 1 / 8
-        assert abs(counts[rank] - share * num_steps) <= 3
 
 
 @pytest.mark.parametrize(
@@ -101,12 +92,69 @@ def test_a_step_moves_the_first_components_by_a_share_of_their_size(
     monkeypatch.setattr(prefix_steps, "REFERENCE_LAYERS", reference_layers)
     adapter = ordered_adapter()
     before = components(adapter)
-    train(adapter, 16)
+    train(adapter, 8)
     for old, new in zip(before, components(adapter), strict=True):
         sizes = old.square().mean(dim=1).sqrt()
         step = (new - old).abs().median(dim=1).values
         torch.testing.assert_close(step[:rank], share * sizes[:rank])
         torch.testing.assert_close(new[rank:], old[rank:], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("ranks", [[4, 4, 4], [4, 1, 2, 2, 4, 3, 1]], ids=str)
+def test_each_component_is_updated_by_an_adam_of_its_own(ranks: list[int]) -> None:
+    """PyTorch's, which only sees the steps that train the component."""
+    torch.manual_seed(0)
+    A = torch.randn(4, 6)
+    B = torch.randn(5, 4)
+    gradients = [(torch.randn(4, 6), torch.randn(5, 4)) for _ in ranks]
+    optimizer = PrefixAdam({"layer": (A, B)})
+    expected: list[Tensor] = []
+    adams: list[torch.optim.Adam] = []
+    for component in (*A, *B.T):
+        parameter = component / component.square().mean().sqrt()
+        expected.append(parameter)
+        adams.append(torch.optim.Adam([parameter], lr=0.1, betas=(0.9, 0.99)))
+    for rank, (grad_A, grad_B) in zip(ranks, gradients, strict=True):
+        optimizer.step({"layer": (grad_A, grad_B)}, rank, learning_rate=0.1)
+        for index, gradient in enumerate((*grad_A, *grad_B.T)):
+            if index % 4 < rank:
+                component = (*A, *B.T)[index]
+                expected[index].grad = gradient * component.square().mean().sqrt()
+                adams[index].step()
+    new_A, new_B = optimizer.factors()["layer"]
+    for index, component in enumerate((*A, *B.T)):
+        size = component.square().mean().sqrt()
+        actual = (*new_A, *new_B.T)[index]
+        torch.testing.assert_close(actual, expected[index] * size)
+
+
+@pytest.mark.parametrize(("num_steps", "num_measurements"), [(1, 0), (64, 0), (90, 1), (400, 5)])
+def test_the_gaps_are_measured_several_times(
+    monkeypatch: pytest.MonkeyPatch, num_steps: int, num_measurements: int
+) -> None:
+    """And each time the shares of the ranks change: at first rank 1 alone is behind."""
+    adapter = ordered_adapter()
+    data = data_for(adapter)
+    monkeypatch.setattr(data, "batches", lambda indices: [])
+    monkeypatch.setattr(prefix_steps, "_gradients", lambda *args: adapter.layers.copy_factors())
+    calls: list[None] = []
+
+    def measure_gaps() -> dict[int, float]:
+        calls.append(None)
+        return {1: 0.0, 2: 1.0, 4: 0.0, 8: 0.0}
+
+    with trainable_factors(adapter.layers):
+        examples_by_rank = train_prefixes(
+            adapter.layers,
+            data,
+            range(8 * num_steps),
+            {1: 1.0, 2: 0.0, 4: 0.0, 8: 0.0},
+            measure_gaps,
+            seed=0,
+        )
+    assert len(calls) == num_measurements
+    assert sum(examples_by_rank.values()) == 8 * num_steps
+    assert (2 in examples_by_rank) == (num_measurements > 0)
 
 
 def test_later_components_fade_out_of_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +163,6 @@ def test_later_components_fade_out_of_the_forward(monkeypatch: pytest.MonkeyPatc
     adapter = ordered_adapter()
     diagonals: list[list[float]] = []
     data = data_for(adapter)
-    data.batch_size = 16
     loss = data.loss
 
     def recording_loss(batch: Any) -> Tensor:
@@ -123,7 +170,7 @@ def test_later_components_fade_out_of_the_forward(monkeypatch: pytest.MonkeyPatc
         return loss(batch)
 
     data.loss = recording_loss
-    train(adapter, 4 * 16, data)
+    train(adapter, 4 * 8, data)
     assert diagonals == [
         [1.0] * 2 + [0.5] * 6,
         [1.0] * 8,
@@ -159,15 +206,13 @@ def test_gradients_in_float16_neither_vanish_nor_overflow(
     monkeypatch: pytest.MonkeyPatch, scale: float, tolerance: float
 ) -> None:
     """Those of a tiny loss would be 0 without a scale, and those of a huge one infinite with it."""
-    fix_schedule(monkeypatch, [8])
+    fix_schedule(monkeypatch, repeat(8))
     gradients: list[Tensor] = []
 
-    class RecordingAdam(torch.optim.Adam):
-        def step(self, closure: Any = None) -> None:
-            parameters = self.param_groups[0]["params"]
-            gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+    def record_step(optimizer: PrefixAdam, factors: Any, rank: int, learning_rate: float) -> None:
+        gradients.append(torch.cat([grad.flatten() for pair in factors.values() for grad in pair]))
 
-    monkeypatch.setattr(torch.optim, "Adam", RecordingAdam)
+    monkeypatch.setattr(PrefixAdam, "step", record_step)
     for dtype in (torch.float32, torch.float16):
         adapter = ordered_adapter()
         for A, B in adapter.layer_factors().values():
@@ -175,7 +220,7 @@ def test_gradients_in_float16_neither_vanish_nor_overflow(
             B.data = B.data.to(dtype)
         data = data_for(adapter)
         scale_loss(data, scale if dtype == torch.float16 else 1.0)
-        train(adapter, 16, data)
+        train(adapter, 8, data)
     expected, actual = gradients
     assert actual.dtype == torch.float32
     assert torch.dist(actual / scale, expected) < tolerance * expected.norm()
@@ -252,7 +297,7 @@ def test_after_an_exception_the_factors_are_as_before(error_type: type[BaseExcep
 
     def train_and_fail() -> None:
         with trainable_factors(adapter.layers):
-            train_prefixes(adapter.layers, data_for(adapter), range(32), seed=0)
+            train_prefixes(adapter.layers, data_for(adapter), range(32), GAPS, lambda: GAPS, seed=0)
             assert not all_equal(before, copy_lora_parameters(adapter))
             raise error_type
 

@@ -119,8 +119,9 @@ def test_every_source_gives_the_same_examples(tmp_path: Path, model: Any) -> Non
         [{"prompt": "a", "completion": 3}],
         "missing.jsonl",
         [],
+        [{"input_ids": [5, 6], "labels": [-100, -100]}],
     ],
-    ids=["dataset-dict", "texts", "none", "no-text", "missing-file", "empty"],
+    ids=["dataset-dict", "texts", "none", "no-text", "missing-file", "empty", "no-label"],
 )
 def test_other_data_is_an_error_and_the_adapter_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Any
@@ -130,6 +131,8 @@ def test_other_data_is_an_error_and_the_adapter_stays(
     before = copy_lora_parameters(adapter)
     with pytest.raises(MatryoshkaError):
         adapter.train_ranks(data, tiny_tokenizer())
+    with pytest.raises(MatryoshkaError):
+        adapter.train_ranks(TEXTS, tiny_tokenizer(), eval_data=data)
     assert all_equal(before, copy_lora_parameters(adapter))
 
 
@@ -192,41 +195,39 @@ def test_train_ranks_in_one_of_several_processes_is_an_error(
 # The split
 
 
-def test_all_examples_come_before_any_repeats_and_none_that_is_held_out(model: Any) -> None:
+def tokens_of(batches: list[Any]) -> list[list[int]]:
+    return [row for batch in batches for row in batch["input_ids"].tolist()]
+
+
+def test_all_examples_come_before_any_repeats_and_some_of_them_validate(model: Any) -> None:
     data = read_training_data(model, random_examples(40))
-    all_tokens = [example["input_ids"] for example in data.examples]
-
-    def held_out(seed: int) -> set[int]:
-        batches = data.split(105, 64, seed).validation_batches
-        return {all_tokens.index(row) for batch in batches for row in batch["input_ids"].tolist()}
-
-    indices = data.split(105, 64, seed=3).training_indices
-    assert len(held_out(3)) == 5
-    passes = [indices[start : start + 35] for start in (0, 35, 70)]
+    split = data.split(120, 10, seed=3)
+    passes = [split.training_indices[start : start + 40] for start in (0, 40, 80)]
     for indices_of_pass in passes:
-        assert set(indices_of_pass) == set(range(40)) - held_out(3)
+        assert sorted(indices_of_pass) == list(range(40))
     assert len({tuple(indices_of_pass) for indices_of_pass in passes}) == 3
-    assert data.split(105, 64, seed=3).training_indices == indices
-    assert data.split(105, 64, seed=4).training_indices != indices
-    assert held_out(4) != held_out(3)
+    assert not split.is_held_out
+    all_tokens = [example["input_ids"] for example in data.examples]
+    validated_on = tokens_of(split.validation_batches)
+    assert len(validated_on) == 10
+    assert all(tokens in all_tokens for tokens in validated_on)
+    assert all(len(batch["labels"]) <= 2 for batch in split.validation_batches)
+    again = data.split(120, 10, seed=3)
+    assert again.training_indices == split.training_indices
+    assert tokens_of(again.validation_batches) == validated_on
+    other = data.split(120, 10, seed=4)
+    assert other.training_indices != split.training_indices
+    assert tokens_of(other.validation_batches) != validated_on
 
 
-def test_with_an_evaluation_set_no_example_is_held_out(model: Any) -> None:
-    data = read_training_data(model, random_examples(40))
-    data.validation = read_training_data(model, random_examples(20, seed=9))
+def test_an_evaluation_set_validates(model: Any) -> None:
+    evaluation_examples = random_examples(20, seed=9)
+    data = read_training_data(model, random_examples(40), eval_data=evaluation_examples)
     split = data.split(40, 64, seed=3)
+    assert split.is_held_out
     assert sorted(split.training_indices) == list(range(40))
-    rows = [row for batch in split.validation_batches for row in batch["input_ids"].tolist()]
-    expected = [example["input_ids"] for example in data.validation.examples]
-    assert sorted(rows) == sorted(expected)
-
-
-@pytest.mark.parametrize(
-    "examples", [random_examples(15), random_examples(1) * 40], ids=["few", "equal"]
-)
-def test_too_few_different_examples_are_an_error(model: Any, examples: Any) -> None:
-    with pytest.raises(MatryoshkaError, match="too few"):
-        read_training_data(model, examples).split(8, 4, seed=0)
+    expected = [example["input_ids"] for example in evaluation_examples]
+    assert sorted(tokens_of(split.validation_batches)) == sorted(expected)
 
 
 # Trainers
@@ -244,7 +245,7 @@ def test_a_trainer_gives_its_examples_and_how_many_it_has_seen(tmp_path: Path) -
         gradient_accumulation_steps=2,
     )
     data = read_training_data(adapter.model, trainer)
-    assert (data.from_trainer, data.num_examples_seen) == (True, None)
+    assert data.num_examples_seen is None
     trainer.train()
     data = read_training_data(adapter.model, trainer)
     assert data.num_examples_seen == 60  # the last batch of an epoch is smaller
@@ -256,6 +257,9 @@ def test_a_trainer_gives_its_examples_and_how_many_it_has_seen(tmp_path: Path) -
     validation = read_training_data(adapter.model, trainer).validation
     assert validation is not None
     assert len(validation.examples) == 5
+    other_data = read_training_data(adapter.model, trainer, eval_data=random_examples(7))
+    assert other_data.validation is not None
+    assert len(other_data.validation.examples) == 7
 
 
 class WeightedTrainer(Trainer):

@@ -86,7 +86,7 @@ def train(
     LoraConfig under lora:, and ranks, scaling, rule, deploy, seed and train_ranks under nesting:.
     Re-run the same command to resume an interrupted run.
 
-    After training, each rank is trained briefly, on at most half as many further examples.
+    After training, each rank is trained briefly, on half as many further examples.
     nesting.train_ranks=false reorders by SVD only, which takes seconds.
 
     Example: matryoshka train config.yaml data=my.jsonl lora.r=8 learning_rate=1e-3
@@ -110,12 +110,20 @@ def train_ranks(
     adapter: AdapterArgument,
     data: ExamplesOption,
     output: OutputOption,
+    eval_data: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            help="Examples to validate on, in a .jsonl file like that of --data.",
+            show_default="training examples",
+        ),
+    ] = None,
     max_examples: Annotated[
         int | None,
         typer.Option(
             min=1,
             help="Number of examples to train on.",
-            show_default="as many as the losses require, at most 3200",
+            show_default="3200",
         ),
     ] = None,
     base_model: BaseModelOption = None,
@@ -127,9 +135,10 @@ def train_ranks(
     """Train every rank of an adapter for a short while, to lower the loss of the small ranks.
 
     The adapter is reordered by SVD if it is not yet. The trained factors are kept only if they
-    lower the mean loss of the nested ranks on validation examples, which are split off the data.
+    lower the mean loss of the nested ranks on validation examples. Pass examples that are in no
+    training data with --eval-data, if you can.
 
-    Example: matryoshka train-ranks some-lora --data my.jsonl -o nested
+    Example: matryoshka train-ranks some-lora --data my.jsonl --eval-data more.jsonl -o nested
     """
     from matryoshka_lora import train_ranks as run_train_ranks
 
@@ -138,6 +147,7 @@ def train_ranks(
         adapter,
         output,
         data,
+        eval_data=eval_data,
         max_examples=max_examples,
         base_model=base_model,
         base_revision=base_revision,

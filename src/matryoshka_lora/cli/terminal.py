@@ -160,9 +160,9 @@ def how_to_load(result: ExportResult) -> str:
 
 def format_train_ranks(result: TrainRanksResult) -> str:
     """Return whether the ranks were trained. The losses are in the log."""
-    if result.losses_after is None:
-        return "The ranks were not trained. Factors without an order were reordered by SVD."
-    if not result.kept:
+    if result.outcome == "nothing to train":
+        return "No rank was behind the largest one, so the ranks were not trained."
+    if result.outcome == "not better":
         return "Training did not improve the ranks, so the trained factors were not kept."
     return f"The ranks were trained on {result.num_examples} examples."
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from matryoshka_lora.algebra.arrays import Float64Array
 
@@ -33,16 +34,22 @@ class TrainRanksResult:
 
     Attributes:
         path: The output, or None for a model in memory.
-        kept: Whether the trained factors were kept. Otherwise the factors are those from before
-            training: the trained ones are not better (``losses_after`` is not None), no rank needed
-            training (it is None), or a Trainer has too few examples (``losses_before`` is empty).
-        num_examples: The number of examples that were trained on, repetitions included.
+        outcome: ``"kept"``: the factors are the trained ones. ``"not better"``: the trained factors
+            were not kept, and the factors are those from before training. ``"nothing to train"``:
+            no rank was behind rank R.
+        examples_by_rank: The number of examples that each rank was trained on, repetitions
+            included.
         losses_before: The validation loss of each nested rank before training, in nats per token.
         losses_after: The same after training, or None if nothing was trained.
     """
 
     path: Path | None
-    kept: bool
-    num_examples: int
+    outcome: Literal["kept", "not better", "nothing to train"]
+    examples_by_rank: dict[int, int]
     losses_before: dict[int, float]
     losses_after: dict[int, float] | None
+
+    @property
+    def num_examples(self) -> int:
+        """The number of examples that were trained on, repetitions included."""
+        return sum(self.examples_by_rank.values())

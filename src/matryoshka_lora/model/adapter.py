@@ -178,31 +178,34 @@ class NestedAdapter:
         data: Any,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
+        eval_data: Any = None,
         max_examples: int | None = None,
         seed: int = 0,
     ) -> TrainRanksResult:
         """Train every rank from the smallest nested rank to R; rank R changes a little.
 
-        Factors without an order are reordered first. Then there are four outcomes:
+        Factors without an order are reordered first. Then there are three outcomes:
 
         * The trained factors are kept.
         * They are not better, so the factors are those from before training, with a warning.
         * No rank is behind rank R, so nothing is trained.
-        * A Trainer has too few examples, so nothing is trained, with a warning.
+
+        Validation examples decide, and show which ranks need the most steps. Without an evaluation
+        set, they are training examples.
 
         Args:
             data: The Trainer that has trained the adapter; a dataset or a list of examples with
                 ``prompt`` and ``completion``; or the path of a file of them.
             tokenizer: The base model's tokenizer. A Trainer and tokenized examples need none.
-            max_examples: Train on exactly this many examples. Defaults to as many as the loss of
-                the worst rank needs: up to half the examples that the Trainer has seen, or 3200 if
-                unknown.
+            eval_data: Examples to validate on: a dataset, a list or a file. Defaults to the
+                Trainer's ``eval_dataset``.
+            max_examples: The number of examples to train on. Defaults to half the examples that the
+                Trainer has seen, or 3200 if unknown.
             seed: Seed of the order of examples and ranks.
 
         Raises:
-            MatryoshkaError: The data cannot be used, or has too few examples and is not a Trainer;
-                max_examples is not positive; or the adapter has a single nested rank, or is merged,
-                sharded or not active. It is unchanged.
+            MatryoshkaError: The data cannot be used, max_examples is not positive, or the adapter
+                has a single nested rank, or is merged, sharded or not active. It is unchanged.
             NotFiniteError: The loss or a gradient is NaN or infinite. The factors are as before
                 training.
         """
@@ -210,7 +213,7 @@ class NestedAdapter:
         from matryoshka_lora.training.data import read_training_data
         from matryoshka_lora.training.train_ranks import train_ranks
 
-        training_data = read_training_data(self.model, data, tokenizer)
+        training_data = read_training_data(self.model, data, tokenizer, eval_data)
         return train_ranks(self.layers, training_data, max_examples, seed)
 
     def save(self, path: PathLike, force: bool = False) -> None:

@@ -23,6 +23,7 @@ def train_ranks(
     output: PathLike,
     data: Iterable[object] | PathLike,
     *,
+    eval_data: Iterable[object] | PathLike | None = None,
     max_examples: int | None = None,
     base_model: str | None = None,
     base_revision: str | None = None,
@@ -41,8 +42,9 @@ def train_ranks(
         output: The folder to write.
         data: A dataset or a list of examples with ``prompt`` and ``completion``, or with
             ``messages``; or the path of a file with an example in each line, in JSON.
-        max_examples: Train on exactly this many examples. Defaults to as many as the worst rank
-            needs, up to 3200.
+        eval_data: Examples to validate on, in one of these forms. They should not be training
+            examples. By default training examples validate.
+        max_examples: The number of examples to train on. Defaults to 3200.
         base_model: A folder or Hub id. Defaults to the model that the adapter's config names.
         base_revision: Its revision on the Hub. Defaults to the one that the config names.
         revision: Branch, tag or commit of the source on the Hub.
@@ -51,16 +53,17 @@ def train_ranks(
         force: Whether to overwrite the output.
 
     Raises:
-        MatryoshkaError: The source, the data or the base model cannot be read, there are too few
-            examples, or the output already exists.
+        MatryoshkaError: The source, the data or the base model cannot be read, or the output
+            already exists.
         NotFiniteError: A factor, the loss or a gradient is NaN or infinite.
     """
     lora = open_adapter(source, revision)
     model_path = base_model or lora.config.get("base_model_name_or_path")
-    data_files = [data] if isinstance(data, (str, os.PathLike)) else []
+    data_files = [path for path in (data, eval_data) if isinstance(path, (str, os.PathLike))]
     model_paths = [str(model_path)] if model_path else []
     output_path = check_output(output, force, [*lora.files, *data_files, *model_paths])
     examples = read_examples(data)
+    eval_examples = None if eval_data is None else read_examples(eval_data)
     model_name, model_revision = lora.base_model(base_model, base_revision)
     model = load_model(model_name, dtype, model_revision)
     tokenizer = load_adapter_tokenizer(lora, model_name, model_revision)
@@ -68,7 +71,9 @@ def train_ranks(
         nested_path = Path(folder, "nested")  # gives all layers the same rank and scale
         lora.plan_nested().write(nested_path)
         adapter = load(model, nested_path, is_trainable=True)
-    result = adapter.train_ranks(examples, tokenizer, max_examples=max_examples, seed=seed)
+    result = adapter.train_ranks(
+        examples, tokenizer, eval_data=eval_examples, max_examples=max_examples, seed=seed
+    )
     # Keep the source's files, so that its tokenizer is copied.
     trained = replace(adapter.to_lora_file(), files=lora.files)
     trained.plan_nested().write(output_path, force)

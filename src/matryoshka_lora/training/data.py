@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,10 +36,8 @@ TokenizedExample = dict[str, list[int]]
 
 IGNORED_LABEL = -100
 """The label of tokens that do not count in the loss, as in transformers."""
-MIN_EXAMPLES = 16
-"""The fewest examples from which some can be held out for validation."""
-HELD_OUT_SHARE = 1 / 8
-"""The share of the examples that is held out if there is no evaluation set."""
+VALIDATION_BATCH_SIZE = 2
+"""The maximum number of examples of a batch to validate on."""
 
 
 class Split(NamedTuple):
@@ -48,11 +45,14 @@ class Split(NamedTuple):
 
     Attributes:
         training_indices: The indices of the examples to train on, in order. They may repeat.
-        validation_batches: Batches of examples that are not trained on.
+        validation_batches: Small batches, so that the spread of their losses can be measured.
+        is_held_out: Whether the validation examples are an evaluation set. Otherwise they are
+            training examples.
     """
 
     training_indices: list[int]
     validation_batches: list[Batch]
+    is_held_out: bool
 
 
 @dataclass
@@ -65,10 +65,9 @@ class TrainingData:
         loss: Returns the mean loss of a batch.
         device: The device of the batches.
         batch_size: The maximum number of examples of a batch.
-        from_trainer: Whether the examples are those of a Trainer.
         num_examples_seen: The number of examples that the Trainer has trained on, repetitions
             included; None if that is unknown.
-        validation: The Trainer's evaluation set, if there is one.
+        validation: The evaluation set, if there is one.
         show_progress: Whether to show a progress bar.
     """
 
@@ -77,27 +76,34 @@ class TrainingData:
     loss: Callable[[Batch], Tensor]
     device: torch.device
     batch_size: int = 12
-    from_trainer: bool = False
     num_examples_seen: int | None = None
     validation: TrainingData | None = None
     show_progress: bool = True
 
-    def batches(self, indices: Sequence[int]) -> list[Batch]:
-        """Return some examples in batches on the device. Batches without a label are omitted."""
+    def batches(self, indices: Sequence[int], batch_size: int | None = None) -> list[Batch]:
+        """Return some examples in batches on the device. Batches without a label are omitted.
+
+        Args:
+            indices: The indices of the examples.
+            batch_size: The maximum size of a batch, if it is smaller than ``batch_size`` of the
+                data.
+        """
+        size = min(self.batch_size, batch_size or self.batch_size)
         batches: list[Batch] = []
-        for start in range(0, len(indices), self.batch_size):
-            chunk = indices[start : start + self.batch_size]
+        for start in range(0, len(indices), size):
+            chunk = indices[start : start + size]
             batch = dict(self.collate([self.examples[index] for index in chunk]))
-            if (batch["labels"] != IGNORED_LABEL).any():
+            if num_labels(batch) > 0:
                 batches.append(send_to_device(batch, self.device))
         return batches
 
     def split(self, num_training: int, max_validation: int, seed: int) -> Split:
         """Choose the examples to train on and to validate on.
 
-        Validation uses the evaluation set if there is one. Otherwise some examples are held out: no
-        example that equals one of them is trained on. Every other example is trained on once, in
-        random order, before the next pass over them begins, in another order.
+        Validation uses the evaluation set. If there is none, it uses training examples, of which
+        none is withheld: an example that only the adapter's own training has seen would favor the
+        factors from before the training of the ranks. Every example is trained on once, in random
+        order, before the next pass begins, in another order.
 
         Args:
             num_training: The number of examples to train on, repetitions included.
@@ -105,51 +111,24 @@ class TrainingData:
             seed: The seed of the orders.
 
         Raises:
-            MatryoshkaError: There are too few examples, or none to validate on has a label.
+            MatryoshkaError: No example to validate on has a label.
         """
-        digest = functools.cache(self._digest)
-        held_out: set[bytes] = set()
-        if self.validation is None:
-            share = int(len(self.examples) * HELD_OUT_SHARE)
-            indices = self._first_indices(min(max_validation, max(4, share)), seed)
-            held_out = {digest(index) for index in indices}
-            is_all_held_out = all(digest(i) in held_out for i in range(len(self.examples)))
-            if len(self.examples) < MIN_EXAMPLES or is_all_held_out:
-                raise MatryoshkaError(
-                    f"The {len(self.examples)} examples are too few, or too similar, to hold some "
-                    f"out for validation. Pass at least {MIN_EXAMPLES} different ones, or a "
-                    "Trainer with an eval_dataset."
-                )
-            validation_batches = self.batches(indices)
-        else:
-            indices = self.validation._first_indices(max_validation, seed)
-            validation_batches = self.validation.batches(indices)
+        training_order = itertools.chain.from_iterable(_permutations(len(self.examples), seed))
+        source = self if self.validation is None else self.validation
+        validation_indices = next(_permutations(len(source.examples), seed))[:max_validation]
+        validation_batches = source.batches(validation_indices, VALIDATION_BATCH_SIZE)
         if not validation_batches:
             raise MatryoshkaError("No example to validate on has a label. Check the labels.")
-        training_order = (
-            index
-            for permutation in _permutations(len(self.examples), seed)
-            for index in permutation
-            if not held_out or digest(index) not in held_out
+        return Split(
+            list(itertools.islice(training_order, num_training)),
+            validation_batches,
+            is_held_out=self.validation is not None,
         )
-        return Split(list(islice(training_order, num_training)), validation_batches)
 
-    def _first_indices(self, count: int, seed: int) -> list[int]:
-        return next(_permutations(len(self.examples), seed))[:count]
 
-    def _digest(self, index: int) -> bytes:
-        """Return a hash of an example as the model gets it."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # a collator may mask tokens at random
-            batch = self.collate([self.examples[index]])
-        digest = hashlib.blake2b()
-        for key in sorted(batch):
-            value = batch[key]
-            digest.update(f"{key} {getattr(value, 'shape', value)}".encode())
-            if isinstance(value, Tensor):
-                data = value.cpu().contiguous().flatten().view(torch.uint8)
-                digest.update(data.numpy().data)
-        return digest.digest()
+def num_labels(batch: Mapping[str, Any]) -> int:
+    """Return the number of tokens with a label."""
+    return int((batch["labels"] != IGNORED_LABEL).sum())
 
 
 def _permutations(size: int, seed: int) -> Iterator[list[int]]:
@@ -160,7 +139,10 @@ def _permutations(size: int, seed: int) -> Iterator[list[int]]:
 
 
 def read_training_data(
-    model: PeftModel, data: Any, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PeftModel,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    eval_data: Any = None,
 ) -> TrainingData:
     """Return training data from a Trainer, a dataset, a list or a file. Nothing is changed.
 
@@ -171,6 +153,8 @@ def read_training_data(
             ``completion``, both strings or both lists of messages; or ``messages``, of which the
             last is the completion; or ``input_ids`` and ``labels``.
         tokenizer: The base model's tokenizer. A Trainer and tokenized examples need none.
+        eval_data: Examples to validate on, in one of these forms. Defaults to the Trainer's
+            ``eval_dataset``, the first if there are several.
 
     Raises:
         MatryoshkaError: There are no such examples, or this process is one of several.
@@ -182,10 +166,13 @@ def read_training_data(
             "then train the ranks of its folder in a single process."
         )
     if hasattr(data, "get_train_dataloader"):
-        return _data_of_trainer(model, data)
-    if isinstance(data, DataLoader):
-        data = data.dataset
-    return _data_of_examples(model, data, tokenizer)
+        training_data = _data_of_trainer(model, data)
+        tokenizer = tokenizer or data.processing_class
+    else:
+        training_data = _data_of_examples(model, data, tokenizer)
+    if eval_data is not None:
+        training_data.validation = _data_of_examples(model, eval_data, tokenizer)
+    return training_data
 
 
 # Examples
@@ -193,9 +180,10 @@ def read_training_data(
 
 def _data_of_examples(
     model: PeftModel,
-    data: Iterable[object] | str | Path,
+    data: DataLoader[Any] | Iterable[object] | str | Path,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> TrainingData:
+    source: Any = data.dataset if isinstance(data, DataLoader) else data
     base = model.get_base_model()
     if base.config.is_encoder_decoder or not base.can_generate():
         raise MatryoshkaError(
@@ -204,11 +192,15 @@ def _data_of_examples(
         )
     max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     examples: list[TokenizedExample] = []
-    for index, example in enumerate(read_examples(data)):
+    for index, example in enumerate(read_examples(source)):
         tokens = _tokenize(tokenizer, example, index)
         truncated = {key: values[:max_length] for key, values in tokens.items()}
         if any(label != IGNORED_LABEL for label in truncated["labels"]):
             examples.append(truncated)
+    if not examples:
+        raise MatryoshkaError(
+            f"No example has a token with a label within the model's {max_length} positions."
+        )
     loss = functools.partial(_completion_loss, model)
     return TrainingData(examples, _collate, loss, next(model.parameters()).device)
 
@@ -319,7 +311,6 @@ def _data_of_loader(
         next(model.parameters()).device,
         # The state's is smaller if auto_find_batch_size has reduced it to fit into memory.
         batch_size=trainer.state.train_batch_size or trainer.args.train_batch_size,
-        from_trainer=True,
         show_progress=not trainer.args.disable_tqdm,
     )
 

@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
-from collections.abc import Sequence
-from statistics import fmean
 
 import torch
 
 from matryoshka_lora.errors import MatryoshkaError, check_integer
 from matryoshka_lora.lora_file.results import TrainRanksResult
 from matryoshka_lora.nn.nested_layers import NestedLayers
-from matryoshka_lora.training.data import Batch, Split, TrainingData
+from matryoshka_lora.training.data import Split, TrainingData
 from matryoshka_lora.training.prefix_steps import (
     EXAMPLES_PER_STEP,
-    mean_loss,
-    prefix_mask,
     train_prefixes,
     trainable_factors,
 )
+from matryoshka_lora.training.validation import ValidationLosses, validation_losses
 
 MAX_EXAMPLES = 3200
 """The default of ``max_examples`` if the number of examples seen in training is unknown."""
 MAX_SHARE_OF_SEEN = 0.5
 """The default of ``max_examples``, as a share of the examples seen in training."""
-MAX_VALIDATION_EXAMPLES = 64
 SMALLEST_GAP = 0.02
-"""In nats. If no rank is further behind rank R, nothing is trained."""
-LARGEST_GAP = 1.25
-"""In nats. At this gap the full budget of examples is used."""
-LOSS_TOLERANCE = 1e-3
-"""In nats. Smaller differences count as rounding."""
+"""Relative to the gain of rank R. If no rank is further behind rank R, nothing is trained."""
 MAX_LOSS_INCREASE = 0.02
-"""Maximum increase of the loss of rank R: in nats, or as a share of it, whichever is larger."""
+"""Maximum increase of the loss of rank R, relative to its gain."""
+NUM_STANDARD_ERRORS = 1.0
+"""Changes of fewer standard errors do not count."""
+ROUNDING = 1e-3
+"""In nats. Smaller gaps do not count."""
+MIN_VALIDATION_EXAMPLES = 16
+MAX_VALIDATION_EXAMPLES = 128
+VALIDATION_SHARE = 1 / 32
+"""The number of validation examples, relative to ``max_examples``, between these two limits."""
+MEASURED_BATCHES = 16
+"""The number of validation batches that measure the gaps during training."""
 
 logger = logging.getLogger(__name__)
 
@@ -44,56 +45,65 @@ def train_ranks(
 ) -> TrainRanksResult:
     """Train every rank from the smallest nested rank to R; rank R changes a little.
 
-    Factors without an order are reordered by SVD first. Each step then trains one rank, drawn from
-    all ranks between the smallest nested one and R; small ones come more often. See
-    `train_prefixes`. The more the worst rank is behind rank R, the more examples are used.
+    Factors without an order are reordered by SVD first. Each step then trains one rank; ranks whose
+    loss is further behind rank R's get more steps. See `train_prefixes`. Losses are measured
+    relative to the gain of rank R: how much it lowers the loss of the base model.
 
-    The trained factors are kept if the nested ranks have a lower validation loss than before on
-    average, and rank R's rises by no more than `MAX_LOSS_INCREASE`. Otherwise the factors are those
-    from before training, with a warning. If no rank is behind rank R, nothing is trained. If a
-    Trainer has too few examples, nothing is trained either, with a warning.
+    The trained factors are kept if the mean validation loss of the ranks below R has improved by
+    more than its standard error, and rank R has not lost two percent of its gain. Otherwise the
+    factors are those from before training, with a warning. If no rank is behind rank R by two
+    percent of that gain, nothing is trained.
+
+    Without an evaluation set, training examples validate.
 
     Args:
         layers: The layers of the adapter.
         data: From `read_training_data`.
-        max_examples: Train on exactly this many examples. Defaults to as many as the worst rank
-            needs: up to half the examples that the Trainer has seen, or 3200 if unknown.
+        max_examples: The number of examples to train on. Defaults to half the examples that the
+            Trainer has seen, or 3200 if unknown.
         seed: Seed of the order of examples and ranks.
 
     Raises:
         MatryoshkaError: There is no nested rank below R, the adapter is merged, sharded or not
-            active, max_examples is not positive, or there are too few examples and they are not a
-            Trainer's. The adapter is unchanged.
+            active, max_examples is not positive, or no validation example has a label. The adapter
+            is unchanged.
         NotFiniteError: The loss or a gradient is not finite. The factors are as before training.
     """
     _check_arguments(layers, max_examples)
-    ranks = layers.nesting.ranks
     limit = _default_max_examples(data) if max_examples is None else max_examples
     split = _split(data, limit, seed)
     if layers.order is None:
         layers.reorder()
-    if split is None:
-        return TrainRanksResult(None, False, 0, losses_before={}, losses_after=None)
+
+    batches = split.validation_batches
+
+    def measure_gaps() -> dict[int, float]:
+        return validation_losses(layers, data, batches[:MEASURED_BATCHES]).gaps()
 
     with trainable_factors(layers):
-        losses_before = _validation_losses(layers, data, split.validation_batches)
-        gap = max(losses_before.values()) - losses_before[ranks[-1]]
-        if gap <= SMALLEST_GAP:
-            _log_nothing_to_train(losses_before)
-            return TrainRanksResult(None, False, 0, losses_before, losses_after=None)
-        num_examples = limit
-        if max_examples is None:
-            num_examples = math.ceil(limit * min(1.0, gap / LARGEST_GAP))
+        before = validation_losses(layers, data, batches)
+        largest_gap = max(before.gaps().values())
+        if largest_gap <= max(ROUNDING, SMALLEST_GAP * before.gain()):
+            _log_nothing_to_train(before)
+            return TrainRanksResult(None, "nothing to train", {}, before.means(), None)
         factors = layers.copy_factors()
-        train_prefixes(layers, data, split.training_indices[:num_examples], seed)
-        losses_after = _validation_losses(layers, data, split.validation_batches)
-        _log_losses(losses_before, losses_after)
-        kept = _is_better(losses_before, losses_after)
-        if not kept:
+        examples_by_rank = train_prefixes(
+            layers, data, split.training_indices, before.gaps(), measure_gaps, seed
+        )
+        after = validation_losses(layers, data, batches)
+        _log_losses(before, after)
+        is_better = _is_better(before, after)
+        if not is_better:
             layers.write_factors(factors)
-    if kept:
+    if is_better:
         layers.mark_ordered("trained")
-    return TrainRanksResult(None, kept, num_examples, losses_before, losses_after)
+    return TrainRanksResult(
+        None,
+        "kept" if is_better else "not better",
+        examples_by_rank,
+        before.means(),
+        after.means(),
+    )
 
 
 def _check_arguments(layers: NestedLayers, max_examples: int | None) -> None:
@@ -117,71 +127,59 @@ def _default_max_examples(data: TrainingData) -> int:
     return max(EXAMPLES_PER_STEP, round(data.num_examples_seen * MAX_SHARE_OF_SEEN))
 
 
-def _split(data: TrainingData, num_training: int, seed: int) -> Split | None:
-    """Return the examples to train and to validate on, or None if a Trainer has too few."""
-    try:
-        with torch.random.fork_rng(devices=[]):  # a collator may draw random numbers
-            return data.split(num_training, MAX_VALIDATION_EXAMPLES, seed)
-    except MatryoshkaError as error:
-        if not data.from_trainer:
-            raise
-        # A script that has trained for hours continues, and saves the adapter.
-        warnings.warn(f"The ranks are not trained: {error}", stacklevel=3)
-        return None
+def _split(data: TrainingData, num_training: int, seed: int) -> Split:
+    num_validation = round(VALIDATION_SHARE * num_training)
+    num_validation = min(max(num_validation, MIN_VALIDATION_EXAMPLES), MAX_VALIDATION_EXAMPLES)
+    with torch.random.fork_rng(devices=[]):  # a collator may draw random numbers
+        split = data.split(num_training, num_validation, seed)
+    if not split.is_held_out:
+        logger.warning(
+            "There is no evaluation set, so the ranks are validated on training examples. Pass an "
+            "evaluation set to validate them on others."
+        )
+    return split
 
 
-def _validation_losses(
-    layers: NestedLayers, data: TrainingData, batches: Sequence[Batch]
-) -> dict[int, float]:
-    """Return the validation loss of each nested rank."""
-    losses: dict[int, float] = {}
-    with torch.no_grad():
-        for rank in layers.nesting.ranks:
-            q = prefix_mask(layers.nesting.max_rank, rank)
-            losses[rank] = mean_loss(layers, data, batches, q)
-    return losses
-
-
-def _is_better(losses_before: dict[int, float], losses_after: dict[int, float]) -> bool:
+def _is_better(before: ValidationLosses, after: ValidationLosses) -> bool:
     """Return whether to keep the trained factors, and warn of what became worse."""
-    increases = {rank: losses_after[rank] - losses_before[rank] for rank in losses_before}
-    max_rank = max(increases)
-    mean_increase = fmean(increases.values())
-    max_increase = MAX_LOSS_INCREASE * max(1.0, losses_before[max_rank])
-    if mean_increase >= -LOSS_TOLERANCE or increases[max_rank] > max_increase:
+    *smaller_ranks, max_rank = before.by_rank
+    change = before.paired_change(after, smaller_ranks)
+    max_rank_change = before.paired_change(after, [max_rank])
+    is_significant = change.mean < -NUM_STANDARD_ERRORS * change.standard_error
+    max_increase = MAX_LOSS_INCREASE * before.gain() + max_rank_change.standard_error
+    if not is_significant or max_rank_change.mean > max_increase:
         warnings.warn(
             "The trained ranks are not kept: training would change the mean validation loss of the "
-            f"ranks by {mean_increase:+.3f}, and that of rank {max_rank} by "
-            f"{increases[max_rank]:+.3f}.",
+            f"ranks below {max_rank} by {change.mean:+.3f} ± {change.standard_error:.3f} (standard "
+            f"error), and that of rank {max_rank} by {max_rank_change.mean:+.3f} ± "
+            f"{max_rank_change.standard_error:.3f}.",
             stacklevel=3,
         )
         return False
-    worse_ranks = [
-        f"{rank} (by {increase:.3f})"
-        for rank, increase in increases.items()
-        if rank != max_rank and increase > LOSS_TOLERANCE
-    ]
+    worse_ranks: list[str] = []
+    for rank in smaller_ranks:
+        rank_change = before.paired_change(after, [rank])
+        if rank_change.mean > NUM_STANDARD_ERRORS * rank_change.standard_error + ROUNDING:
+            worse_ranks.append(f"{rank} (by {rank_change.mean:.3f})")
     if worse_ranks:
         warnings.warn(
-            f"Ranks whose validation loss increased: {', '.join(worse_ranks)}.",
-            stacklevel=3,
+            f"Ranks whose validation loss increased: {', '.join(worse_ranks)}.", stacklevel=3
         )
     return True
 
 
-def _log_nothing_to_train(losses: dict[int, float]) -> None:
-    losses_by_rank = ", ".join(f"{rank}: {loss:.3f}" for rank, loss in losses.items())
+def _log_nothing_to_train(losses: ValidationLosses) -> None:
+    losses_by_rank = ", ".join(f"{rank}: {loss:.3f}" for rank, loss in losses.means().items())
     logger.info(
-        "All ranks are within %s nats of rank %d (%s); nothing to train.",
-        SMALLEST_GAP,
-        max(losses),
+        "No rank is behind rank %d by more than %d %% of its gain (%s); nothing to train.",
+        max(losses.by_rank),
+        100 * SMALLEST_GAP,
         losses_by_rank,
     )
 
 
-def _log_losses(losses_before: dict[int, float], losses_after: dict[int, float]) -> None:
+def _log_losses(before: ValidationLosses, after: ValidationLosses) -> None:
     changes = ", ".join(
-        f"rank {rank}: {losses_before[rank]:.3f} to {losses_after[rank]:.3f}"
-        for rank in losses_before
+        f"rank {rank}: {before.mean(rank):.3f} to {after.mean(rank):.3f}" for rank in before.by_rank
     )
     logger.info("Validation losses: %s.", changes)

@@ -1,0 +1,123 @@
+"""The losses of every nested rank on validation examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from matryoshka_lora.algebra.arrays import Float64Array
+from matryoshka_lora.errors import NotFiniteError
+from matryoshka_lora.nn.nested_layers import NestedLayers
+from matryoshka_lora.training.data import Batch, TrainingData, num_labels
+
+
+@dataclass(frozen=True)
+class ValidationLosses:
+    """The losses of the base model and of each nested rank on the same batches, in nats per token.
+
+    Attributes:
+        weights: The share of each batch in the tokens with labels, shape (batches,).
+        base: The loss of each batch without the adapter, shape (batches,).
+        by_rank: The same at each nested rank.
+    """
+
+    weights: Float64Array
+    base: Float64Array
+    by_rank: dict[int, Float64Array]
+
+    def mean(self, rank: int) -> float:
+        """Return the loss of a nested rank over all batches."""
+        return float(self.weights @ self.by_rank[rank])
+
+    def means(self) -> dict[int, float]:
+        """Return the loss of each nested rank over all batches."""
+        return {rank: self.mean(rank) for rank in self.by_rank}
+
+    def gaps(self) -> dict[int, float]:
+        """Return how much the loss of each nested rank exceeds that of rank R, at least 0."""
+        max_rank_loss = self.mean(max(self.by_rank))
+        return {rank: max(0.0, loss - max_rank_loss) for rank, loss in self.means().items()}
+
+    def gain(self) -> float:
+        """Return how much rank R lowers the loss of the base model, at least 0."""
+        return max(0.0, float(self.weights @ self.base) - self.mean(max(self.by_rank)))
+
+    def paired_change(self, after: ValidationLosses, ranks: Sequence[int]) -> PairedChange:
+        """Return the change of the mean loss of some ranks, from batch to batch.
+
+        Args:
+            after: The losses on the same batches after training.
+            ranks: Some of the nested ranks.
+        """
+        changes = [after.by_rank[rank] - self.by_rank[rank] for rank in ranks]
+        change_by_batch = np.mean(changes, axis=0)
+        mean = float(self.weights @ change_by_batch)
+        num_batches = len(self.weights)
+        if num_batches == 1:
+            return PairedChange(mean, math.inf)
+        variance = float(self.weights**2 @ (change_by_batch - mean) ** 2)
+        return PairedChange(mean, math.sqrt(variance * num_batches / (num_batches - 1)))
+
+
+@dataclass(frozen=True)
+class PairedChange:
+    """A mean difference of paired losses, in nats.
+
+    Attributes:
+        mean: After minus before.
+        standard_error: Of the mean, from the spread of the batches; infinite for one batch.
+    """
+
+    mean: float
+    standard_error: float
+
+
+def prefix_mask(max_rank: int, rank: int) -> Tensor:
+    """Return the diagonal of a rank: ones, then zeros, shape (max_rank,), float64.
+
+    Rank 0 is the base model.
+    """
+    return (torch.arange(max_rank) < rank).double()
+
+
+@torch.no_grad()
+def validation_losses(
+    layers: NestedLayers, data: TrainingData, batches: Sequence[Batch]
+) -> ValidationLosses:
+    """Return the losses of the base model and of each nested rank.
+
+    Args:
+        layers: The nested layers of the model.
+        data: Its ``loss`` computes the loss of a batch.
+        batches: Validation batches.
+
+    Raises:
+        NotFiniteError: A loss is NaN or infinite.
+    """
+    losses: dict[int, Float64Array] = {}
+    for rank in (0, *layers.nesting.ranks):
+        with layers.use_diagonal(prefix_mask(layers.nesting.max_rank, rank)):
+            losses[rank] = np.array([data.loss(batch).item() for batch in batches])
+        check_finite_loss(float(losses[rank].sum()))
+    base = losses.pop(0)
+    return ValidationLosses(np.array(label_shares(batches)), base, losses)
+
+
+def label_shares(batches: Sequence[Batch]) -> list[float]:
+    """Return the share of each batch in the tokens with labels."""
+    counts = [num_labels(batch) for batch in batches]
+    return [count / sum(counts) for count in counts]
+
+
+def check_finite_loss(loss: float) -> None:
+    """Raise NotFiniteError if a loss is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise NotFiniteError(
+            f"The loss is {loss}. Training has diverged, or the dtype of the base model is too "
+            "narrow: load it in bfloat16 or float32. Or reorder the adapter, which needs no loss."
+        )
