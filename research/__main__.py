@@ -105,7 +105,8 @@ def _select(study: Study, methods: str | None, seeds: str | None) -> Study:
         for method in selected_methods:
             if method not in study.methods:
                 raise MatryoshkaError(
-                    f"{study.name} has no method {method!r}. It has {', '.join(study.methods)}."
+                    f"{study.name} has no method {method!r} to run. It has "
+                    f"{', '.join(study.methods)}."
                 )
         study = replace(study, methods=selected_methods)
     if seeds:

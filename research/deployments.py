@@ -64,7 +64,11 @@ def trained_ranks(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
         return
     adapter = trained.new_adapter()
     trainer = trained.trainer
-    adapter.train_ranks(trainer, seed=trainer.args.seed)
+    result = adapter.train_ranks(trainer, seed=trainer.args.seed)
+    trained.details["trained"] = {
+        "outcome": result.outcome,
+        "examples_by_rank": {str(r): count for r, count in result.examples_by_rank.items()},
+    }
     adapter.model.eval()
     for rank in trained.ranks:
         yield adapter, rank

@@ -18,7 +18,16 @@ from typing import Any
 
 from matryoshka_lora import Nesting
 from research import stats
-from research.looks import LOOKS, MODES, Look, Mode, plain_name, set_rank_axis
+from research.looks import (
+    LOOKS,
+    MODES,
+    TRAINED,
+    Look,
+    Mode,
+    plain_name,
+    set_rank_axis,
+    trained_method,
+)
 from research.plan import Result, results
 from research.spent import examples_spent
 from research.study import LORA_EACH, load_study, parse_method
@@ -26,7 +35,7 @@ from research.study import LORA_EACH, load_study, parse_method
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "docs" / "figures"
 
-FACE_METHODS = ("lora/trained", "lora/squeezed", LORA_EACH, "lora/svd")
+FACE_METHODS = (TRAINED, "lora/squeezed", LORA_EACH, "lora/svd")
 TASK_METHODS = (LORA_EACH, "matryoshka/svd", "lora/svd", "lora/prefix", "matryoshka/prefix")
 
 P_DEPLOYMENTS = {
@@ -36,12 +45,12 @@ P_DEPLOYMENTS = {
 }
 """The deployments of an adapter that P has trained; ``keep`` is the recorded name of ``kept``."""
 
-SPENT_METHODS = ("lora/svd", "lora/trained", "lora/squeezed", LORA_EACH)
+SPENT_METHODS = ("lora/svd", TRAINED, "lora/squeezed", LORA_EACH)
 SPENT_STUDIES = {
     "256 facts, two kinds of layers": dict.fromkeys(SPENT_METHODS, ("capacity", "facts-256")),
     "family_relationships": {
         "lora/svd": ("hardly", "family_relationships"),
-        "lora/trained": ("hardly", "family_relationships"),
+        trained_method("hardly"): ("hardly", "family_relationships"),
         LORA_EACH: ("headline", "family_relationships"),
     },
 }
@@ -351,7 +360,7 @@ def method(figure: Any, mode: Mode) -> None:
     axes = figure.subplots()
     max_rank = 8
     rank = 2
-    prefix_color = LOOKS["lora/trained"].color(mode)
+    prefix_color = LOOKS[TRAINED].color(mode)
     distance = 2 / (max_rank - 1)
     for index in range(max_rank):
         in_prefix = index < rank

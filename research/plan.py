@@ -195,23 +195,26 @@ def missing_jobs(study: Study, runs: Mapping[Job, Run]) -> dict[Job, set[str]]:
                     job = unit.job(state.chosen, seed, "test")
                     if not unit.is_measured(job, runs):
                         deployments = jobs.setdefault(job, set())
-                        deployments |= {unit.deployment, *_free_deployments(study, unit, states)}
+                        deployments.add(unit.deployment)
+                        for other in _free_units(study, unit, states):
+                            if not other.is_measured(job, runs):
+                                deployments.add(other.deployment)
     return jobs
 
 
-def _free_deployments(study: Study, unit: Unit, units_of_task: Iterable[Unit]) -> set[str]:
-    """Return the deployments that a test run measures too, whatever their rate, as they are cheap.
+def _free_units(study: Study, unit: Unit, units_of_task: Iterable[Unit]) -> list[Unit]:
+    """Return the units whose deployment a test run measures too, whatever their rate: cheap ones.
 
     They compare deployments of the same adapters. Questions with choices take too long.
     """
     if "choices" in study.tasks[unit.task]:
-        return set()
-    return {
-        other.deployment
+        return []
+    return [
+        other
         for other in units_of_task
         if (other.recipe, other.rank) == (unit.recipe, unit.rank)
         and other.deployment in WITHOUT_TRAINING
-    }
+    ]
 
 
 def num_missing(study: Study, runs: Mapping[Job, Run]) -> int:
@@ -232,7 +235,7 @@ def num_missing(study: Study, runs: Mapping[Job, Run]) -> int:
 def diverged(study: Study, runs: Mapping[Job, Run]) -> list[str]:
     """Return the test runs without a finite loss, in words. Means do not include them."""
     descriptions: list[str] = []
-    for method in study.methods:
+    for method in study.all_methods:
         for task in study.tasks:
             chosen_rates = {
                 unit: rates(study, runs, unit).chosen for unit in units(study, method, task)
@@ -249,7 +252,7 @@ def diverged(study: Study, runs: Mapping[Job, Run]) -> list[str]:
 
 def results(study: Study, runs: Mapping[Job, Run]) -> Iterator[Result]:
     """Yield every curve whose runs are complete."""
-    for method in study.methods:
+    for method in study.all_methods:
         for task in study.tasks:
             chosen_rates = {
                 unit: rates(study, runs, unit).chosen for unit in units(study, method, task)

@@ -135,7 +135,7 @@ def _description(
     }
     if study.settled:
         rows["only reported"] = study.settled
-    for name in dict.fromkeys(parse_method(method)[0] for method in study.methods):
+    for name in dict.fromkeys(parse_method(method)[0] for method in study.all_methods):
         rows[f"recipe {name}"] = RECIPES[name].summary
     if diverged_runs := diverged(study, runs):
         rows["diverged on test, not in the means"] = "; ".join(diverged_runs)
@@ -318,7 +318,7 @@ def _differences_over_tasks(all_results: Sequence[Result], other: str) -> Iterat
 def _learning_rates(study: Study, runs: Mapping[Job, Run]) -> Iterator[str]:
     states = {
         (method, task, unit): rates(study, runs, unit)
-        for method in study.methods
+        for method in study.all_methods
         for task in study.tasks
         for unit in units(study, method, task)
     }

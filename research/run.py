@@ -76,7 +76,7 @@ def run_job(study: Study, job: Job, deployments: Collection[str]) -> Run:
     """Train, deploy and measure. A deployment without a finite loss has no curve."""
     names = [name for name in FUNCTIONS if name in deployments]
     curves: dict[str, Curve] = {}
-    deployment_costs: dict[str, dict[str, float]] = {}
+    deployment_costs: dict[str, dict[str, Any]] = {}
     cost: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "parameters": 0, "cuts": deployment_costs}
     with trainer_of(study, job) as (adapter, trainer, measured), suppress(NotFiniteError):
         start = time.perf_counter()
@@ -94,6 +94,7 @@ def run_job(study: Study, job: Job, deployments: Collection[str]) -> Run:
                 deployment_costs[name] = {
                     "tokens": AnswerTrainer.num_tokens - tokens_before,
                     "seconds": round(seconds, 2),
+                    **trained.details.get(name, {}),
                 }
     diverged = tuple(name for name in names if name not in curves)
     settings = study.settings(job.task, job.recipe)

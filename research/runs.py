@@ -60,7 +60,8 @@ class Run:
         ranks: The ranks of the curves.
         curves: The curves by deployment; see `research.deployments`.
         cost: ``tokens`` and ``seconds`` of training, ``parameters`` of the adapter, and ``cuts``:
-            tokens and seconds by deployment.
+            tokens and seconds by deployment. ``trained`` also has its ``outcome`` and
+            ``examples_by_rank``; see `matryoshka_lora.TrainRanksResult`.
         settings: A hash of everything else that the numbers depend on; see `Study.settings`.
         versions: The versions of the packages.
         diverged: The deployments without a finite loss; all of them if training diverged.

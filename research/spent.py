@@ -1,13 +1,14 @@
 """How many training examples the recorded runs have spent on a rank.
 
-A run records the tokens of its training and of each deployment. How they are divided among the
-ranks follows from the code of the runs, version 0.3, which is repeated here:
+A run records the tokens of its training and of each deployment. ``lora/trained`` also records how
+they are divided among the ranks. For other methods, this follows from the code of the runs, version
+0.3, which is repeated here:
 
 * ``lora-each`` spends all examples of a run on its rank, and ``lora/svd`` none.
-* ``lora/trained`` takes steps of 16 examples, each of which trains one rank of all those from the
-  smallest nested one to R. Rank r has a share in proportion to ``r ** -1.75`` of 7/8 of them, and R
-  has 1/8 more. The number of examples is half of the run's, or less where the ranks are near R. It
-  comes from the recorded tokens.
+* ``lora/trained-0.3`` takes steps of 16 examples, each of which trains one rank of all those from
+  the smallest nested one to R. Rank r has a share in proportion to ``r ** -1.75`` of 7/8 of them,
+  and R has 1/8 more. The number of examples is half of the run's, or less where the ranks are near
+  R. It comes from the recorded tokens.
 * ``lora/squeezed`` goes from the largest rank to the smallest. A rank needs no training if
   truncation leaves it near R. Otherwise it has a part of the steps that are left, in proportion to
   1 / r among the ranks from the smallest to itself. Which rank was the first to be trained is
@@ -71,9 +72,11 @@ def _examples(study: Study, run: Run, method: str, rank: int) -> float:
     _, deployment = parse_method(method)
     if deployment == "svd":
         return 0.0
+    if "examples_by_rank" in run.cost["cuts"][deployment]:
+        return float(run.cost["cuts"][deployment]["examples_by_rank"].get(str(rank), 0))
     share = float(run.cost["cuts"][deployment]["tokens"] / run.cost["tokens"])
     num_examples = share * study.num_training_examples(run.job.recipe)
-    if deployment == "trained":
+    if deployment == "trained-0.3":
         return num_examples * share_of_trained(rank, run.ranks[0], run.job.rank)
     if deployment == "squeezed" and "svd" in run.curves:
         return num_examples * share_of_squeezed(rank, _squeezed_ranks(run))
@@ -81,7 +84,7 @@ def _examples(study: Study, run: Run, method: str, rank: int) -> float:
 
 
 def share_of_trained(rank: int, min_rank: int, max_rank: int) -> float:
-    """Return a rank's share of the steps of ``trained``, as version 0.3 schedules them."""
+    """Return a rank's share of the steps of ``trained-0.3``."""
     weights = {r: float(r**-RANK_EXPONENT) for r in range(min_rank, max_rank + 1)}
     share = (1 - MAX_RANK_SHARE) * weights[rank] / sum(weights.values())
     return share + MAX_RANK_SHARE if rank == max_rank else share

@@ -26,7 +26,7 @@ PER_RANK_RECIPES = {LORA_EACH: "lora", "adalora-each": "adalora"}
 
 DEPLOYMENTS = ("prefix", "kept", "svd", "trained", "squeezed")
 """The ways to deploy a trained adapter; see `research.deployments`. Recorded runs have more of
-them, which are only reported."""
+them, which are only reported: ``trained-0.3`` is what version 0.3 did as ``trained``."""
 
 WITHOUT_TRAINING = ("prefix", "kept", "svd")
 """The deployments that take seconds."""
@@ -127,6 +127,8 @@ class Study:
         title: The title of its tables.
         tasks: The source of each task; see `research.tasks`.
         methods: ``recipe/deployment``, or ``lora-each``.
+        reported: More methods, such as those of an earlier version. Their recorded runs are in the
+            tables, and they are never run.
         seeds: The seeds of the runs that are measured on test examples.
         learning_rates: The grid that every method begins with, increasing. Where the best rate is
             at an end, the grid grows there by its own ratio.
@@ -170,11 +172,17 @@ class Study:
     within: float = 0.0
     reference_ranks: tuple[int, ...] = ()
     also: tuple[str, ...] = field(default=())
+    reported: tuple[str, ...] = field(default=())
     settled: str = ""
     threads: int = 1
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @property
+    def all_methods(self) -> tuple[str, ...]:
+        """The methods of the tables: those that can be run, then those that are only reported."""
+        return (*self.methods, *self.reported)
 
     def nested_ranks(self, rank: int) -> tuple[int, ...]:
         """Return the nested ranks of a run: those of the study at R, otherwise only ``rank``."""
@@ -228,7 +236,7 @@ class Study:
         Raises:
             MatryoshkaError: A run has other settings than the study.
         """
-        recipes = {parse_method(method)[0] for method in self.methods}
+        recipes = {parse_method(method)[0] for method in self.all_methods}
         selected: dict[Job, Run] = {}
         for job, run in runs.items():
             if job.task not in self.tasks or job.recipe not in recipes:
@@ -286,6 +294,7 @@ def make_study(name: str, content: Mapping[str, Any]) -> Study:
     return Study(
         name=name,
         methods=tuple(fields.pop("methods")),
+        reported=tuple(fields.pop("reported", ())),
         tasks=fields.pop("tasks"),
         seeds=tuple(fields.pop("seeds")),
         learning_rates=tuple(map(float, rates["grid"])),
@@ -316,7 +325,11 @@ def _check(study: Study) -> None:
             f"{study.name}: the seeds {sorted(shared_seeds)} choose a learning rate and are "
             "measured too. Choose the rates with other seeds."
         )
-    for method in study.methods:
+    if repeated_methods := {*study.methods} & {*study.reported}:
+        raise MatryoshkaError(
+            f"{study.name}: {sorted(repeated_methods)} cannot be in both methods and reported."
+        )
+    for method in study.all_methods:
         parse_method(method)
 
 

@@ -102,6 +102,9 @@ class Trained:
             decide whether trained ranks are kept; it is None for facts.
         measured: The tokenized examples to measure on, which no deployment uses.
 
+    Attributes:
+        details: What a deployment has done, by its name; it is recorded next to its cost.
+
     Raises:
         NotFiniteError: A factor is not finite.
     """
@@ -114,6 +117,7 @@ class Trained:
         self.factors = factors
         self.trainer = trainer
         self.measured = measured
+        self.details: dict[str, dict[str, Any]] = {}
         self.ranks = study.nested_ranks(job.rank)
         self.num_parameters = sum(A.numel() + B.numel() for A, B in factors.values())
         for A, B in factors.values():

@@ -8,6 +8,7 @@ from matryoshka_lora import aurac
 from research import stats
 from research.blocks.registry import of_method, read
 from research.figures import curves
+from research.looks import TRAINED, train_ranks_name, trained_method
 from research.plan import rates, units
 from research.stats import Estimate, Value
 from research.study import load_study
@@ -82,7 +83,13 @@ def gain_of_one_svd(task: str) -> Estimate:
 
 def trained_minus(study: str, other: str, value: Value) -> Estimate:
     """Return LoRA, then ``train_ranks``, minus another method on the same seeds."""
-    return _estimate(study, "lora/trained", value, other)
+    return _estimate(study, trained_method(study), value, other)
+
+
+def other_version(study: str) -> str:
+    """Return the name of a study's `train_ranks` for a label, if it is not that of `TRAINED`."""
+    method = trained_method(study)
+    return "" if method == TRAINED else f", {train_ranks_name(method)}"
 
 
 def num_tries() -> tuple[int, int]:

@@ -12,6 +12,7 @@ from matryoshka_lora import MatryoshkaError
 from research import stats
 from research.blocks.registry import block, table
 from research.figures import curves
+from research.looks import trained_method
 from research.plan import Rates, Unit, num_missing, rates, units
 from research.runs import Job, Run, read_runs
 from research.stats import accuracy_at
@@ -39,22 +40,27 @@ def reproduce() -> str:
         refused = [method for method in study.methods if _refusal(study, method)]
         if not own_runs or len(refused) == len(study.methods):
             continue
-        versions = sorted({run.versions["matryoshka-lora"] for run in own_runs})
+        _, shown_deployment = parse_method(trained_method(study.name))
+        versions = {
+            version
+            for run in own_runs
+            for version in run.versions["matryoshka-lora"].split(" and ")
+        }
         training = [run.cost["seconds"] for run in own_runs]
         deploying = [
             cost["seconds"]
             for run in own_runs
             for name, cost in run.cost["cuts"].items()
-            if name == "trained"
+            if name == shown_deployment
         ]
         rows.append(
             [
                 f"`{study.name}`",
-                ", ".join(versions),
+                ", ".join(sorted(versions)),
                 str(len(own_runs)),
                 _minutes(training),
                 _minutes(deploying),
-                ", ".join(f"`{method}`" for method in refused),
+                ", ".join(f"`{method}`" for method in (*refused, *study.reported)),
             ]
         )
     heading = ["study", "version", "runs", "minutes of a run", "of `train_ranks`", "only reported"]

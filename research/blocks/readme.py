@@ -16,6 +16,7 @@ from research.blocks.comparisons import (
 )
 from research.blocks.registry import block, facts_table, read
 from research.figures import curves
+from research.looks import TRAINED, train_ranks_name
 from research.stats import accuracy_at, aurac_log2
 from research.study import LORA_EACH
 
@@ -23,14 +24,14 @@ from research.study import LORA_EACH
 @block
 def readme_facts() -> str:
     """The table of README."""
-    methods = ("lora/svd", "lora/trained", "lora/squeezed", LORA_EACH)
+    methods = ("lora/svd", TRAINED, "lora/squeezed", LORA_EACH)
     return facts_table("every256", "right answers in %", methods, (1, 2, 4, 32))
 
 
 @block
 def readme_findings() -> str:
     """The bullets below the table: harder tests, what the rivals are, and P."""
-    trained, lora = (_median_at_rank_2(method) for method in ("lora/trained", LORA_EACH))
+    trained, lora = (_median_at_rank_2(method) for method in (TRAINED, LORA_EACH))
     at_rank_2 = accuracy_at(2)
     on_256, on_512, on_capacity = (
         points_less(trained_minus(study, "lora/squeezed", at_rank_2))
@@ -41,10 +42,11 @@ def readme_findings() -> str:
     gain = points(p_kept_minus_lora(accuracy_at(1)))
     areas = [points(p_minus_lora(aurac_log2, task), "+") for task in THREE_TASKS]
     return (
-        "* **Harder tests.** With about as many facts as two ranks can hold, `train_ranks` has "
-        f"{trained} % at rank 2. LoRA trained at rank 2, with a\n  whole run for it, has {lora} % "
-        f"(five seeds). LoRA-Squeeze is ahead at rank 2 by {on_capacity} points there, by "
-        f"{on_512} with\n  512 facts, and by {on_256} in the table above.\n"
+        "* **Harder tests.** With about as many facts as two ranks can hold, "
+        f"{train_ranks_name(TRAINED)} has {trained} % at rank 2. LoRA trained at\n  "
+        f"rank 2, with a whole run for it, has {lora} % (five seeds). LoRA-Squeeze is ahead at "
+        f"rank 2 by {on_capacity} points\n  there, by {on_512} with 512 facts, and by {on_256} in "
+        "the table above.\n"
         "* **[LoRA-Squeeze](https://arxiv.org/abs/2602.10993)** is a chained variant of ours, in "
         f"which no rank is validated. It had {num_of_squeezed} tries,\n  `train_ranks` "
         f"{num_of_trained}. Its authors' form, within the training, was not run.\n"

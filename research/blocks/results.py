@@ -10,6 +10,7 @@ from research.blocks.comparisons import (
     chosen_rate,
     gain_of_one_svd,
     num_tries,
+    other_version,
     p_kept_minus_lora,
     p_kept_rate,
     p_minus_lora,
@@ -30,12 +31,12 @@ from research.blocks.registry import (
     table,
 )
 from research.figures import curves
-from research.looks import NAMES
+from research.looks import NAMES, P_TRAINED, TRAINED, train_ranks_name, trained_method
 from research.plan import Result
 from research.stats import accuracy_at, aurac_log2, loss_at
-from research.study import LORA_EACH
+from research.study import LORA_EACH, parse_method
 
-FACTS_METHODS = ("lora/svd", "lora/trained", "lora/squeezed", LORA_EACH)
+FACTS_METHODS = ("lora/svd", TRAINED, "lora/squeezed", LORA_EACH)
 
 
 @block
@@ -47,8 +48,8 @@ def facts256() -> str:
         "matryoshka-authors/svd",
         "lora/svd",
         "lora-longer/svd",
-        "lora/trained",
-        "matryoshka/trained",
+        TRAINED,
+        P_TRAINED,
         "lora/squeezed",
         LORA_EACH,
     )
@@ -58,16 +59,16 @@ def facts256() -> str:
 @block
 def facts256_findings() -> str:
     """What the table of 256 facts says."""
-    trained = of_method("every256", "lora/trained")
+    trained = of_method("every256", TRAINED)
     largest_fall = 100 * max(map(stats.largest_fall, trained))
     rank_1 = median(_accuracies(trained, 1))
     plain_seconds = fmean(curve.seconds for curve in of_method("every256", "lora/svd"))
     seconds = fmean(curve.seconds for curve in trained) / plain_seconds
     return (
-        f"* `train_ranks` takes rank 1 from nothing to {rank_1:.1f} % for half a run's tokens, "
-        f"and {seconds:.1f} times a run's seconds in\n  all. Its curve is nearly monotone: no "
-        f"rank of any seed has more than {largest_fall:.1f} points less than the next smaller "
-        "one.\n  That does not make it good at every rank."
+        f"* {train_ranks_name(TRAINED)} takes rank 1 from nothing to {rank_1:.1f} % for half a "
+        f"run's tokens, and {seconds:.1f} times a run's\n  seconds in all. Its curve is nearly "
+        f"monotone: no rank of any seed has more than {largest_fall:.1f} points less than the "
+        "next\n  smaller one. That does not make it good at every rank."
     )
 
 
@@ -75,16 +76,16 @@ def facts256_findings() -> str:
 def facts256_reference() -> str:
     """How unstable the reference is."""
     references = of_method("every256", LORA_EACH)
-    trained = of_method("every256", "lora/trained")
+    trained = of_method("every256", TRAINED)
     reference_1, reference_2 = (_accuracies(references, rank) for rank in (1, 2))
     best_1, best_2 = (max(_accuracies(trained, rank)) for rank in (1, 2))
     return (
         "* **LoRA trained at the rank** is unstable at the ranks 1 and 2: its seeds have "
         f"{min(reference_1):.1f} to {max(reference_1):.1f} % and\n  {min(reference_2):.1f} to "
         f"{max(reference_2):.1f} %. This is a fault of the reference, and no merit of "
-        f"`train_ranks`, whose best seeds have only {best_1:.1f}\n  and {best_2:.1f} %. It is run "
-        "again with warmups of 0, 5 and 20 %, a finer grid of rates and four validation seeds\n  "
-        "([studies](../research/studies/reference-warmup-5.yaml))."
+        f"{train_ranks_name(TRAINED)}, whose best seeds have\n  only {best_1:.1f} and "
+        f"{best_2:.1f} %. It is run again with warmups of 0, 5 and 20 %, a finer grid of rates "
+        "and\n  four validation seeds ([studies](../research/studies/reference-warmup-5.yaml))."
     )
 
 
@@ -139,7 +140,7 @@ def capacity_findings() -> str:
     """What the table of two kinds of layers says, and of which runs its rows are."""
     at_rank_2 = trained_minus("capacity", LORA_EACH, accuracy_at(2))
     (plain, trained), (plain_512, trained_512) = (
-        [chosen_rate(study, method) for method in ("lora/svd", "lora/trained")]
+        [chosen_rate(study, method) for method in ("lora/svd", TRAINED)]
         for study in ("capacity", "every512")
     )
     return (
@@ -164,14 +165,15 @@ def other_sizes() -> str:
     rows: list[list[str]] = []
     for label, study in studies.items():
         cells: list[str] = []
-        for method in FACTS_METHODS:
+        for method in ("lora/svd", trained_method(study), "lora/squeezed", LORA_EACH):
             shares_by_rank = [
                 stats.values(curves(study), method, accuracy_at(rank)).values()
                 for rank in (1, 2, 4)
             ]
             medians = [f"{100 * median(shares):.1f}" for shares in shares_by_rank if shares]
             cells.append(", ".join(medians))
-        rows.append([label, *cells, str(len(of_method(study, "lora/trained")))])
+        num_seeds = str(len(of_method(study, trained_method(study))))
+        rows.append([label + other_version(study), *cells, num_seeds])
     return table(["facts", *(NAMES[method] for method in FACTS_METHODS), "seeds"], rows)
 
 
@@ -191,8 +193,9 @@ def squeeze_differences() -> str:
     for label, study in studies.items():
         estimates = [trained_minus(study, "lora/squeezed", accuracy_at(rank)) for rank in ranks]
         cells = [points(estimate, "+") for estimate in estimates]
-        rows.append([label, *cells, str(estimates[0].n)])
-    heading = ["points", *(f"rank {rank}" for rank in ranks), "seeds"]
+        rows.append([label + other_version(study), *cells, str(estimates[0].n)])
+    first = f"{train_ranks_name(TRAINED)} minus LoRA-Squeeze, points"
+    heading = [first, *(f"rank {rank}" for rank in ranks), "seeds"]
     return table(heading, rows)
 
 
@@ -221,11 +224,13 @@ def three_tasks_findings() -> str:
     gains = [points(gain_of_one_svd(task)) for task in THREE_TASKS]
     family = "family_relationships"
     longer = percent("headline", "lora-longer/svd", aurac_log2, family, "lora/svd")
-    loss = nats("hardly", "lora/trained", loss_at(1), family, "lora/svd")
+    method = trained_method("hardly")
+    _, deployment = parse_method(method)
+    loss = nats("hardly", method, loss_at(1), family, "lora/svd")
     shares = [
-        100 * run["cost"]["cuts"]["trained"]["tokens"] / run["cost"]["tokens"]
+        100 * run["cost"]["cuts"][deployment]["tokens"] / run["cost"]["tokens"]
         for run in read("research/runs/hardly.jsonl")
-        if run["job"]["split"] == "test" and "trained" in run["cost"]["cuts"]
+        if run["job"]["split"] == "test" and deployment in run["cost"]["cuts"]
     ]
     return "\n".join(
         [
@@ -234,8 +239,8 @@ def three_tasks_findings() -> str:
             "for `reorder`. In the table, each row has the rate that is best for it.",
             "* **New examples are worth more than any order** on `family_relationships`: half a "
             f"run more adds {longer} points.",
-            f"* **`train_ranks`** takes up to {max(shares):.1f} % of a run's tokens here. On "
-            f"`family_relationships` it changes the loss at rank 1 by\n  {loss} nats.",
+            f"* **{train_ranks_name(method)}** takes up to {max(shares):.1f} % of a run's tokens "
+            f"here. On `family_relationships` it changes the loss\n  at rank 1 by {loss} nats.",
         ]
     )
 

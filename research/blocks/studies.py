@@ -19,7 +19,7 @@ from research.blocks.registry import (
 )
 from research.commonsense import USUAL_METRIC
 from research.figures import curves
-from research.looks import NAMES
+from research.looks import NAMES, train_ranks_name, trained_method
 from research.plan import rates, units
 from research.runs import Job
 from research.stats import accuracy_at, loss_at
@@ -87,7 +87,7 @@ def hardly() -> str:
     task_names = ("chain_sum", "family_relationships")
     ranks = (1, 4, 32)
     rows: list[list[str]] = []
-    for method in ("lora/svd", "lora/trained", LORA_EACH):
+    for method in ("lora/svd", trained_method("hardly"), LORA_EACH):
         losses = [
             fmean(loss_at(rank)(result) or 0 for result in of_method("hardly", method, task))
             for task in task_names
@@ -103,16 +103,20 @@ def defaults() -> str:
     """The validation losses that chose the defaults of the versions 0.2 and 0.3."""
     old_studies = ("facts128", "facts256", "facts512", "commonsense")
     plain = {study: _validation_losses(study, "lora/svd") for study in old_studies}
-    candidates = ("lora-longer/svd", "lora/trained", "matryoshka/trained")
+    candidates_of_0_3 = {
+        "lora-longer/svd": "lora-longer/svd",
+        "lora/trained": "lora/trained-0.3",
+        "matryoshka/trained": "matryoshka/trained-0.3",
+    }
     rows: list[list[str]] = []
-    for method in (*candidates, "lora/learned", "lora/svd", "matryoshka/prefix"):
+    for method in (*candidates_of_0_3, "lora/learned", "lora/svd", "matryoshka/prefix"):
         losses = {study: _validation_losses(study, method) for study in old_studies}
         score = geometric_mean(fmean(losses[study]) / fmean(plain[study]) for study in old_studies)
         largest = max(losses[study][-1] / plain[study][-1] for study in old_studies)
         cells = [f"{score:.2f}", f"{largest:.2f}", "", ""]
-        if method in candidates:
-            means = [fmean(_validation_losses(study, method)) for study in ("every128", "every256")]
-            cells[2:] = [f"{mean:.3f}" for mean in means]
+        if candidate := candidates_of_0_3.get(method):
+            for index, study in enumerate(("every128", "every256"), start=2):
+                cells[index] = f"{fmean(_validation_losses(study, candidate)):.3f}"
         rows.append([NAMES[method], *cells])
     heading = ["0.2: score", "0.2: at R", "0.3: 128 facts", "0.3: 256 facts"]
     return table(["method", *heading], rows)
@@ -172,10 +176,11 @@ def _commonsense_table(study: str, methods: Sequence[str]) -> str:
 def commonsense_judged_differences() -> str:
     """Differences to LoRA trained at the rank."""
     study = "commonsense-judged"
-    losses = [nats(study, "lora/trained", loss_at(rank), None, LORA_EACH) for rank in (1, 4)]
-    points = [percent(study, "lora/trained", accuracy_at(rank), None, LORA_EACH) for rank in (1, 4)]
+    method = trained_method(study)
+    losses = [nats(study, method, loss_at(rank), None, LORA_EACH) for rank in (1, 4)]
+    points = [percent(study, method, accuracy_at(rank), None, LORA_EACH) for rank in (1, 4)]
     return (
-        f"`train_ranks` minus LoRA trained at the rank: the loss differs by {losses[0]} nats at "
-        f"rank 1 and {losses[1]} at rank 4, the right\nanswers by {points[0]} and {points[1]} "
-        "points."
+        f"{train_ranks_name(method)} minus LoRA trained at the rank: the loss differs "
+        f"by {losses[0]} nats at rank 1 and {losses[1]} at\nrank 4, the right answers by "
+        f"{points[0]} and {points[1]} points."
     )

@@ -13,8 +13,9 @@ import pytest
 
 import matryoshka_lora
 from matryoshka_lora import MatryoshkaError
+from research import __main__ as command_line
 from research import commonsense, stats, tasks
-from research.__main__ import TABLES
+from research.__main__ import TABLES, main
 from research.facts import facts
 from research.plan import missing_jobs, num_missing, rates, results, units
 from research.report import comparison, tables
@@ -114,6 +115,8 @@ def test_rates_within_a_tolerance_of_the_best() -> None:
         ({"learning_rates": {"grid": [1e-3, 2e-3], "seeds": [0]}}, "seeds"),
         ({"ranks": [1, 2]}, "rank"),
         ({"methods": ["unknown/svd"]}, "unknown"),
+        ({"reported": ["unknown/svd"]}, "unknown"),
+        ({"reported": ["lora/svd"]}, "reported"),
     ],
 )
 def test_studies_that_are_not_valid(changes: dict[str, Any], keyword: str) -> None:
@@ -146,6 +149,70 @@ def test_a_test_run_measures_all_cheap_deployments() -> None:
         for seed in (0, 1)
     }
     assert num_missing(study, runs) == 4
+
+
+def test_methods_that_are_reported_have_their_own_rates_and_are_never_run() -> None:
+    """The curves of version 0.3 stay in the tables next to those of the current version."""
+    study = small_study(methods=["lora/trained"], reported=["lora/trained-0.3"], seeds=[0])
+    runs: dict[Job, Run] = {}
+    for rate, loss in ((1e-3, 2.0), (2e-3, 1.0), (4e-3, 2.0)):
+        job = Job("lora", "facts-8", 4, rate, 100, "validation")
+        runs[job] = make_run(study, job, ["trained-0.3"], loss)
+    test = Job("lora", "facts-8", 4, 2e-3, 0, "test")
+    runs[test] = make_run(study, test, ["trained-0.3"])
+    assert [result.method for result in results(study, runs)] == ["lora/trained-0.3"]
+    assert "| lora/trained |" not in tables(study, runs)
+
+    while missing := missing_jobs(study, runs):
+        for job, names in missing.items():
+            assert names == {"trained"}
+            run = make_run(study, job, names, abs(job.learning_rate - 4e-3))
+            runs[job] = runs[job].merge(run) if job in runs else run
+    chosen_rates = {
+        method: rates(study, runs, units(study, method, "facts-8")[0]).chosen
+        for method in study.all_methods
+    }
+    assert chosen_rates == {"lora/trained": 4e-3, "lora/trained-0.3": 2e-3}
+    assert {result.method for result in results(study, runs)} == {*study.all_methods}
+    assert "| lora/trained |" in tables(study, runs)
+
+
+def test_deployments_that_are_recorded_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs of version 0.3 have ``svd`` and ``squeezed``; only ``trained`` is missing."""
+    runs: dict[Job, Run] = {}
+    for job, run in load_study("capacity").load_runs().items():
+        curves = {name: curve for name, curve in run.curves.items() if name != "trained"}
+        diverged = tuple(name for name in run.diverged if name != "trained")
+        runs[job] = replace(run, curves=curves, diverged=diverged)
+    selected: list[Study] = []
+    monkeypatch.setattr(command_line, "run_missing", lambda study, _: selected.append(study))
+    monkeypatch.setattr(command_line, "write_tables", lambda _: None)
+    methods = ["--methods", "lora/trained,lora/squeezed,lora/svd"]
+    assert main(["capacity", *methods, "--rates-only"]) == 0
+    assert main(["capacity", *methods, "--seeds", "200,201,202,203,204"]) == 0
+    rates_only, tests = selected
+
+    missing = missing_jobs(rates_only, runs)
+    assert {(job.recipe, job.rank, job.seed, job.split) for job in missing} == {
+        ("lora", 32, 100, "validation")
+    }
+    assert [job.learning_rate for job in missing] == [4e-3, 8e-3, 16e-3]
+    assert all(names == {"trained"} for names in missing.values())
+
+    for job, run in runs.items():  # the rate of ``svd``, at which both others are recorded
+        if job.split == "validation" and "svd" in run.curves:
+            runs[job] = replace(run, curves={**run.curves, "trained": run.curves["svd"]})
+    assert missing_jobs(rates_only, runs) == {}
+    missing = missing_jobs(tests, runs)
+    assert [(job.seed, job.split) for job in missing] == [(s, "test") for s in range(200, 205)]
+    assert all(names == {"trained"} for names in missing.values())
+
+
+def test_a_method_that_is_only_reported_cannot_be_selected(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["capacity", "--methods", "lora/trained-0.3"]) == 1
+    assert "lora/trained-0.3" in capsys.readouterr().err
 
 
 def test_a_killed_study_continues(tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""What the deployments of a trained adapter record."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+from matryoshka_lora import TrainRanksResult
+from research.deployments import trained_ranks
+from research.training import Trained
+
+
+class FakeAdapter:
+    """Has trained some ranks."""
+
+    def __init__(self) -> None:
+        self.model = SimpleNamespace(eval=lambda: None)
+
+    def train_ranks(self, trainer: Any, seed: int) -> TrainRanksResult:
+        return TrainRanksResult(None, "kept", {1: 16, 2: 8}, {1: 1.0, 4: 0.5}, {1: 0.6, 4: 0.5})
+
+
+def test_trained_ranks_record_their_outcome_and_examples() -> None:
+    adapter = FakeAdapter()
+    trained = SimpleNamespace(
+        ranks=(1, 4),
+        trainer=SimpleNamespace(args=SimpleNamespace(seed=0)),
+        details={},
+        new_adapter=lambda: adapter,
+    )
+    adapters: list[Any] = list(trained_ranks(cast("Trained", trained)))
+    assert adapters == [(adapter, 1), (adapter, 4)]
+    assert trained.details == {
+        "trained": {"outcome": "kept", "examples_by_rank": {"1": 16, "2": 8}}
+    }
