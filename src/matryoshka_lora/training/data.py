@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,8 @@ TokenizedExample = dict[str, list[int]]
 
 IGNORED_LABEL = -100
 """The label of tokens that do not count in the loss, as in transformers."""
-VALIDATION_BATCH_SIZE = 2
-"""The maximum number of examples of a batch to validate on."""
+VALIDATION_BATCHES = 16
+"""The validation examples are this many batches, because the spread of their losses is measured."""
 
 
 class Split(NamedTuple):
@@ -45,7 +46,8 @@ class Split(NamedTuple):
 
     Attributes:
         training_indices: The indices of the examples to train on, in order. They may repeat.
-        validation_batches: Small batches, so that the spread of their losses can be measured.
+        validation_batches: `VALIDATION_BATCHES` batches of examples, or more if they are too large
+            for the memory of a training step.
         is_held_out: Whether the validation examples are an evaluation set. Otherwise they are
             training examples.
     """
@@ -116,7 +118,8 @@ class TrainingData:
         training_order = itertools.chain.from_iterable(_permutations(len(self.examples), seed))
         source = self if self.validation is None else self.validation
         validation_indices = next(_permutations(len(source.examples), seed))[:max_validation]
-        validation_batches = source.batches(validation_indices, VALIDATION_BATCH_SIZE)
+        batch_size = math.ceil(len(validation_indices) / VALIDATION_BATCHES)
+        validation_batches = source.batches(validation_indices, batch_size)
         if not validation_batches:
             raise MatryoshkaError("No example to validate on has a label. Check the labels.")
         return Split(

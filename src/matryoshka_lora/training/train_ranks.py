@@ -31,10 +31,10 @@ NUM_STANDARD_ERRORS = 1.0
 ROUNDING = 1e-3
 """In nats. Smaller gaps do not count."""
 MIN_VALIDATION_EXAMPLES = 16
-MAX_VALIDATION_EXAMPLES = 128
+MAX_VALIDATION_EXAMPLES = 64
 VALIDATION_SHARE = 1 / 32
 """The number of validation examples, relative to ``max_examples``, between these two limits."""
-MEASURED_BATCHES = 16
+MEASURED_BATCHES = 8
 """The number of validation batches that measure the gaps during training."""
 
 logger = logging.getLogger(__name__)
