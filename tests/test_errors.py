@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from matryoshka_lora import MatryoshkaError, MissingDependencyError, NotFiniteError
@@ -33,6 +35,25 @@ def test_other_import_errors_pass(error: ImportError) -> None:
 def test_all_errors_are_matryoshka_errors(error: type[MatryoshkaError]) -> None:
     assert issubclass(error, MatryoshkaError)
     assert issubclass(MatryoshkaError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ä „b“", "ä „b“"),
+        ("a\n\x1b[31mNext: curl\u202e\ud800", "a\\n\\x1b[31mNext: curl\\u202e\\ud800"),
+    ],
+)
+def test_a_message_is_one_printable_line(text: str, expected: str) -> None:
+    error = NotFiniteError(text)
+    assert str(error) == str(pickle.loads(pickle.dumps(error))) == expected
+
+
+def test_a_long_message_keeps_its_beginning_and_its_end() -> None:
+    message = str(MissingDependencyError(f"first {'x' * 9999} last"))
+    assert len(message) < 500
+    assert message.startswith("first")
+    assert message.endswith("last")
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,24 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from numbers import Integral
 
+MAX_MESSAGE_LENGTH = 480
+"""The number of characters of the longest message. The middle of a longer one is left out."""
+
 
 class MatryoshkaError(ValueError):
     """An error that the caller can correct. The message says what was wrong and what to do.
 
     Parameters that the caller can set are in backticks; the command line writes them as options.
+    The message is one line: names and values come from files that anyone may have written.
     """
+
+    def __init__(self, message: object = "") -> None:
+        text = printable(str(message))
+        if len(text) > MAX_MESSAGE_LENGTH:
+            # What was wrong is at the beginning, and what to do at the end.
+            end_length = MAX_MESSAGE_LENGTH // 3
+            text = f"{text[: MAX_MESSAGE_LENGTH - end_length - 5]} ... {text[-end_length:]}"
+        super().__init__(text)
 
 
 class NotFiniteError(MatryoshkaError):
@@ -38,6 +50,16 @@ _EXTRAS = {
 }
 
 
+def printable(text: str) -> str:
+    """Return a text on one line that a terminal prints as it is.
+
+    Line breaks, control characters and lone surrogates are escaped, such as ``\\n``.
+    """
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in text
+    )
+
+
 def check_choice(parameter: str, value: object, choices: Collection[str]) -> None:
     """Raise MatryoshkaError unless the value of a parameter is one of some strings."""
     if value not in choices:
@@ -57,9 +79,9 @@ def check_integer(
         raise MatryoshkaError(f"`{parameter}` must be an integer, got {value!r:.80}.")
     integer = int(value)  # JSON does not accept NumPy's integers
     if integer < minimum:
-        raise MatryoshkaError(f"`{parameter}` must be at least {minimum}, got {integer}.")
+        raise MatryoshkaError(f"`{parameter}` must be at least {minimum}, got {integer!s:.80}.")
     if maximum is not None and integer > maximum:
-        raise MatryoshkaError(f"`{parameter}` must be at most {maximum}, got {integer}.")
+        raise MatryoshkaError(f"`{parameter}` must be at most {maximum}, got {integer!s:.80}.")
     return integer
 
 
@@ -102,7 +124,7 @@ def wrap_errors(
         raise
     except exceptions as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        message = f"{action}: {reason:.500}."
+        message = f"{action}: {reason:.240}."
         if hint:
             message = f"{message} {hint.rstrip('.')}."
         raise MatryoshkaError(message) from error
