@@ -135,6 +135,17 @@ def test_a_component_without_size_keeps_a_unit_row_of_A(kind: str) -> None:
         assert_close(gram[3:, :3], np.zeros((3, 3)))
 
 
+@pytest.mark.parametrize("stack", [(), (3,)], ids=["layer", "experts"])
+def test_factors_that_cancel_each_other_have_no_size(stack: tuple[int, ...]) -> None:
+    """What is left of an adapter minus itself is rounding, which has no rank."""
+    A, B = normal((*stack, 4, 9), (*stack, 7, 4))
+    A, B = np.concatenate([A, A], axis=-2), np.concatenate([0.3 * B, -0.3 * B], axis=-1)
+    _, new_B, values = reorder_factors(A, B)
+    assert not values.any()
+    assert not new_B.any()
+    assert not singular_values(A, B).any()
+
+
 def test_experts_are_reordered_independently() -> None:
     A, B, p = normal((3, 4, 9), (3, 7, 4), (4,))
     p = np.abs(p)

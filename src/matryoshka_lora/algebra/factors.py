@@ -33,9 +33,10 @@ def reorder_factors(
 
     Returns:
         ``A'``, ``B'`` with the shapes and dtype of A and B, and the singular values of the product,
-        shape (..., R), float64, decreasing. A singular value below rounding is 0. Both factors get
-        its square root. Signs are fixed, so that reordering twice changes nothing but the rows of A
-        that belong to the singular value 0.
+        shape (..., R), float64, decreasing. A singular value that is only rounding is 0: one far
+        below the product of the norms of both factors. Both factors get its square root. Signs are
+        fixed, so that reordering twice changes nothing but the rows of A that belong to the
+        singular value 0.
     """
     rank = A.shape[-2]
     # float64, because the product of two float32 factors needs more digits than float32, and the
@@ -55,9 +56,8 @@ def reorder_factors(
 
     # A component with the singular value 0 keeps a unit row in A and zeros in B: the product is
     # the same, and unlike a pair of zeros it can still learn.
-    threshold = s.max(axis=-1, keepdims=True) * rank * np.finfo(np.float64).eps
-    is_zero = s <= threshold
-    s = np.where(is_zero, 0.0, s)
+    s = _without_rounding(s, r_in, r_out)
+    is_zero = s == 0
     root = np.sqrt(s / scale)
     new_A = right * np.where(is_zero, 1.0, root)[..., :, None]
     new_B = left * root[..., None, :]
@@ -71,11 +71,12 @@ def reorder_factors(
 def singular_values(A: Array, B: Array) -> Float64Array:
     """Return the singular values of ``B A``, shape (..., R), float64, decreasing.
 
-    The same as those of `reorder_factors`, but faster, and tiny values are not zeroed.
+    The same as those of `reorder_factors`, but faster.
     """
     r_in = _triangular_factor(A.mT)
     r_out = _triangular_factor(B)
-    values = np.linalg.svd(r_out @ r_in.mT, compute_uv=False)
+    s = np.linalg.svd(r_out @ r_in.mT, compute_uv=False)
+    values = _without_rounding(s, r_in, r_out)
     return pad_end(values, A.shape[-2] - values.shape[-1], axis=-1)
 
 
@@ -83,6 +84,16 @@ def _triangular_factor(matrix: Array) -> Float64Array:
     """Return the R of the QR decomposition."""
     # NumPy's type stubs know only the result of mode="reduced".
     return cast(Float64Array, np.linalg.qr(matrix.astype(np.float64), mode="r"))
+
+
+def _without_rounding(s: Array, r_in: Array, r_out: Array) -> Float64Array:
+    """Return the singular values of ``r_out @ r_in.mT``, with 0 for those that are only rounding.
+
+    Rounding grows with the factors, not with their product, in which they may cancel each other.
+    """
+    norms = [np.linalg.norm(r, axis=(-2, -1))[..., None] for r in (r_in, r_out)]
+    threshold = norms[0] * norms[1] * r_in.shape[-1] * np.finfo(np.float64).eps
+    return np.where(s <= threshold, 0.0, s)
 
 
 def squared_tails(singular_values: Float64Array) -> Float64Array:
