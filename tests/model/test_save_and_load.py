@@ -30,6 +30,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, load, nest, reorder
 from matryoshka_lora.model.base_model import load_model
@@ -247,6 +248,29 @@ def test_an_enlarged_vocabulary(options: dict[str, Any], tmp_path: Path) -> None
     assert_close(load(base_model, tmp_path / "a").model(new_ids).logits, expected, 1e-5)
 
 
+def test_a_smaller_vocabulary_is_rejected(tmp_path: Path) -> None:
+    """Plain PEFT refuses it, too."""
+    config = lora_config(NESTING, modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(tiny_llama(vocab_size=80), config).save_pretrained(tmp_path / "a")
+    base_model = tiny_llama()
+    with pytest.raises(MatryoshkaError, match="96"):
+        load(base_model, tmp_path / "a")
+    assert logits(base_model).equal(logits(tiny_llama()))
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_failed_load_restores_the_vocabulary(is_tied: bool, tmp_path: Path) -> None:
+    config = lora_config(NESTING, modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(tiny_llama(vocab_size=120), config).save_pretrained(tmp_path / "a")
+    base_model = tiny_llama(tie_word_embeddings=is_tied)
+    expected = logits(base_model)
+    with pytest.raises(MatryoshkaError, match="rank"):
+        load(base_model, tmp_path / "a", rank=99)
+    assert base_model.config.vocab_size == 96
+    assert logits(base_model).equal(expected)
+    assert all(parameter.requires_grad for parameter in base_model.parameters())
+
+
 def test_an_enlarged_vocabulary_of_the_bundled_model() -> None:
     enlarged = load_model(dtype="float32")  # PEFT does not find its files
     enlarged.resize_token_embeddings(enlarged.config.vocab_size + 8)
@@ -353,6 +377,24 @@ def test_another_base_model_is_rejected(
     with pytest.raises(MatryoshkaError, match=layer):
         load(base_model, tmp_path / "a")
     assert [name for name, _ in base_model.named_parameters()] == names
+
+
+def tiny_gpt2(width: int = 16) -> Any:
+    config = GPT2Config(
+        vocab_size=96, n_positions=24, n_embd=width, n_layer=1, n_head=2, bos_token_id=0
+    )
+    return GPT2LMHeadModel(config)
+
+
+def test_another_gpt2_is_rejected(tmp_path: Path) -> None:
+    """Its linear layers are transformers' Conv1D."""
+    model = get_peft_model(
+        tiny_gpt2(), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    )
+    model.save_pretrained(tmp_path / "a")
+    load(tiny_gpt2(), tmp_path / "a")
+    with pytest.raises(MatryoshkaError, match="c_attn"):
+        load(tiny_gpt2(width=32), tmp_path / "a")
 
 
 class Convolution(nn.Module):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.lora_file.atomic import PathLike
@@ -56,8 +57,8 @@ def load(
             f"The model already has adapter {adapter_name!r}. Pass another `adapter_name`."
         )
     lora = open_adapter(path, revision)
-    prepare_base_model(base_model, lora)
     with _remove_after_failure(base_model, adapter_name):
+        prepare_base_model(base_model, lora)
         model = _load_with_peft(base_model, str(lora.files[0].parent), adapter_name, is_trainable)
         nested_adapter = _nest_like_file(model, lora, adapter_name)
         if rank is not None:
@@ -79,7 +80,11 @@ def _load_with_peft(
 
 @contextmanager
 def _remove_after_failure(base_model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Remove an adapter after an exception, also if PEFT has loaded only a part of it."""
+    """Remove an adapter after an exception, also if PEFT has loaded only a part of it.
+
+    The size of the vocabulary is restored, too.
+    """
+    vocabulary_size = _vocabulary_size(base_model)
     requires_grad = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
     modes = [(module, module.training) for module in base_model.modules()]
     try:
@@ -89,11 +94,20 @@ def _remove_after_failure(base_model: nn.Module, adapter_name: str) -> Iterator[
             _remove_peft_layers(base_model)
         elif adapter_name in base_model.peft_config:
             base_model.delete_adapter(adapter_name)
+        if _vocabulary_size(base_model) != vocabulary_size:
+            base_model.resize_token_embeddings(vocabulary_size, mean_resizing=False)
         for parameter, flag in requires_grad:
             parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
         raise
+
+
+def _vocabulary_size(base_model: Any) -> int | None:
+    """Return the number of embeddings, or None for a model without a vocabulary."""
+    with suppress(AttributeError, NotImplementedError):
+        return int(base_model.get_input_embeddings().num_embeddings)
+    return None
 
 
 def _remove_peft_layers(base_model: nn.Module) -> None:
@@ -128,7 +142,7 @@ def _nest_like_file(model: PeftModel, lora: PeftFolder, adapter_name: str) -> Ne
 
 
 def prepare_base_model(base_model: nn.Module, lora: PeftFolder) -> None:
-    """Check that an adapter fits a base model, and resize the model's vocabulary to the adapter's.
+    """Check that an adapter fits a base model, and enlarge its vocabulary to the adapter's.
 
     Args:
         base_model: A model, or a `PeftModel` of it.
@@ -136,12 +150,12 @@ def prepare_base_model(base_model: nn.Module, lora: PeftFolder) -> None:
 
     Raises:
         MatryoshkaError: The model lacks a layer of the adapter, or has it with different
-            dimensions. The model is unchanged.
+            dimensions, or has a larger vocabulary. The model is unchanged.
     """
     if isinstance(base_model, PeftModel):
         base_model = base_model.get_base_model()
     check_fit(base_model, lora)
-    _resize_vocabulary(base_model, lora)
+    _enlarge_vocabulary(base_model, lora)
 
 
 def check_fit(base_model: nn.Module, lora: PeftFolder) -> None:
@@ -175,18 +189,32 @@ def _has_dimensions(module: Any, layer: Layer, lora: PeftFolder) -> bool:
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         kernel_shape = (module.in_channels, *module.kernel_size)
         return A_shape[1:] == kernel_shape and out_features == module.out_channels
+    if isinstance(module, Conv1D):
+        return (A_shape[-1], out_features) == (module.nx, module.nf)
     if not hasattr(module, "in_features"):
         return True
     has_out_features = out_features in {module.out_features, *saved_sizes}
     return bool(A_shape[-1] == module.in_features and has_out_features)
 
 
-def _resize_vocabulary(base_model: Any, lora: PeftFolder) -> None:
-    """Resize the embeddings of a model if the adapter holds embeddings of another size."""
+def _enlarge_vocabulary(base_model: Any, lora: PeftFolder) -> None:
+    """Enlarge the embeddings of a model to those that the adapter holds.
+
+    Raises:
+        MatryoshkaError: The adapter holds fewer embeddings than the model has.
+    """
     for name, module in list(base_model.named_modules()):
         if not isinstance(module, nn.Embedding):
             continue
         for wrapper in ("", ".base_layer", ".token_adapter.base_layer"):
             saved = lora.other_tensors.get(f"{PEFT_PREFIX}{name}{wrapper}.weight")
-            if saved and saved.shape[0] != module.num_embeddings:
+            if saved is None:
+                continue
+            if saved.shape[0] < module.num_embeddings:
+                raise MatryoshkaError(
+                    f"{lora.name} has {saved.shape[0]} embeddings in {name}, but this model has "
+                    f"{module.num_embeddings}. Use the model that the adapter was trained on, or "
+                    f"call model.resize_token_embeddings({saved.shape[0]}) first."
+                )
+            if saved.shape[0] > module.num_embeddings:
                 base_model.resize_token_embeddings(saved.shape[0], mean_resizing=False)

@@ -155,7 +155,8 @@ def _scale_per_token(p: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
 def _saved_multiplicands(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Return the two tensors that autograd saved for the product x, or (None, None)."""
     node: Any = x.grad_fn
-    if type(node).__name__ != "MulBackward0":
+    # A product that was changed in place, under no_grad(), no longer equals its factors.
+    if type(node).__name__ != "MulBackward0" or x._version > 0:
         return None, None
     for saved in (node._raw_saved_self, node._raw_saved_other):
         # A hook has packed the tensor: leave unpacking to the backward pass.
