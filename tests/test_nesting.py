@@ -80,6 +80,7 @@ def test_numpy_integers_become_json() -> None:
         ([1, 2], "none", math.nan, "scale"),
         ([1, 2], "none", math.inf, "scale"),
         ([1, 2], "none", 0, "scale"),
+        ([1, 2], "none", 10**400, "scale"),
     ],
 )
 def test_invalid_arguments_are_rejected(

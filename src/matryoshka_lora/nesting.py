@@ -51,7 +51,7 @@ class Nesting:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", check_ranks(self.ranks))
         check_choice("scaling", self.scaling, get_args(Scaling))
-        if not 0 < self.scale < math.inf:
+        if not is_valid_scale(self.scale):
             raise MatryoshkaError(f"`scale` must be a positive number, got {self.scale!r:.80}.")
         object.__setattr__(self, "scale", float(self.scale))
 
@@ -99,6 +99,11 @@ class Nesting:
         prefixes = np.stack([self.prefix(rank) for rank in self.ranks])
         diagonal: NDArray[np.float64] = prefixes.sum(axis=0)
         return diagonal
+
+
+def is_valid_scale(scale: float) -> bool:
+    """Return whether a scale is a positive number whose square float64 can represent."""
+    return 1e-30 < scale < 1e30
 
 
 def check_rank(rank: object, max_rank: int | None = None, min_rank: int = 1) -> int:

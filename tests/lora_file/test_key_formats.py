@@ -75,18 +75,31 @@ def test_text_encoders_have_the_names_of_comfyui(
     assert names == {f"{kohya_prefix}{ending}" for kohya_prefix in kohya_prefixes.values()}
 
 
+@pytest.mark.parametrize("alpha", [1e-4, 1e4])
+def test_fp16_can_represent_factors_that_hold_the_alpha(tmp_path: Path, alpha: float) -> None:
+    source, output = tmp_path / "lora.safetensors", tmp_path / "output.safetensors"
+    tensors = {key: 0.01 * tensor.half() for key, tensor in save_pairs(source, "unet.q").items()}
+    save_file({**tensors, "unet.q.alpha": torch.tensor(alpha)}, source)
+    convert(source, output, "diffusers")
+    expected = read_updates(source)["unet.q"]
+    error = np.linalg.norm(read_updates(output)["unet.q"] - expected)
+    assert error < 2e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"lora_adapter_metadata": '{"transformer.r": 2}'}])
 @pytest.mark.parametrize("key_format", ["diffusers", "peft"])
 @pytest.mark.parametrize("module", ["diffusion_model.blocks.0.q", "transformer.blocks.0.q"])
 def test_an_alpha_becomes_part_of_the_factors(
-    tmp_path: Path, module: str, key_format: KeyFormat
+    tmp_path: Path, module: str, key_format: KeyFormat, metadata: dict[str, str]
 ) -> None:
+    """Programs that read alphas may ignore the metadata of diffusers."""
     source = tmp_path / "lora.safetensors"
     tensors = save_pairs(source, module)
-    save_file({**tensors, f"{module}.alpha": torch.tensor(1.0)}, source)
+    save_file({**tensors, f"{module}.alpha": torch.tensor(1.0)}, source, metadata)
     lora = convert_keys(open_single_file(source), key_format)
     (truncated,) = lora.plan(1).truncated_layers()
     layer = truncated.layer
-    assert layer.key_alpha is None
+    assert (layer.key_alpha, layer.scale) == (None, 1.0)
     expected = best(read_updates(source)[module], 1)
     np.testing.assert_allclose(layer.scale * truncated.B @ truncated.A, expected, atol=1e-5)
 
@@ -131,6 +144,8 @@ def test_peft_loads_the_folder(tmp_path: Path) -> None:
         (["transformer.x"], "kohya", r"transformer\.x"),
         (["unet.x", "text_encoder.x"], "peft", "several models"),
         (["unet.x"], "comfyui", "key_format"),
+        (["unet.a.b_c", "unet.a_b.c"], "kohya", "two layers"),
+        (["unet.x", "diffusion_model.x"], "kohya", "two layers"),
     ],
 )
 def test_a_format_without_a_name_for_a_layer_is_refused(

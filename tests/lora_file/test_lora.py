@@ -164,6 +164,17 @@ def test_matrices_and_tensors(kind: str) -> None:
     assert layer.parameters_per_rank == (A.size + B.size) / layer.rank
 
 
+@pytest.mark.parametrize("keep_factors", [False, True])
+def test_infinity_is_never_written(keep_factors: bool, tmp_path: Path) -> None:
+    layer = make_layer(scale=1e12, dtype=np.float16)
+    lora = make_lora(layer)
+    assert lora.plan(2).layers[0][1].scale > 1e11  # fp16 can represent the factors then
+    layers = ((layer, layer.with_rank(R, 1.0)),)
+    plan = replace(lora.plan(R), layers=layers, keep_factors=keep_factors)
+    with pytest.raises(NotFiniteError, match="float16"):
+        plan.write_weights(tmp_path / "file.safetensors")
+
+
 @pytest.mark.parametrize("factor", ["A", "B"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

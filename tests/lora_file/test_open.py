@@ -112,6 +112,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "DoRA": (edit_config(use_dora=True), "use_dora"),
     "bias in the factors": (edit_config(lora_bias=True), "lora_bias"),
+    "alpha has 400 digits": (edit_config(lora_alpha=10**400), "positive"),
+    "rank and alpha have 400 digits": (edit_config(r=10**400, lora_alpha=10**400), "rank"),
+    "alpha is too small": (edit_config(lora_alpha=1e-320), "positive"),
+    "OLoRA, whose case PEFT ignores": (edit_config(init_lora_weights="OLoRA"), "olora"),
     "PiSSA": (edit_config(init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
     "LoHa": (edit_config(peft_type="LOHA"), "LOHA"),
 }

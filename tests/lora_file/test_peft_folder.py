@@ -317,6 +317,16 @@ def test_model_card_names_the_base_model_and_no_path(
         assert (written_name or None) == base_model  # older versions of PEFT write ""
 
 
+def test_a_base_model_with_a_path_that_is_not_utf8(tmp_path: Path) -> None:
+    plain_adapter(tmp_path / "plain", target_modules=["q_proj"])
+    path = "/models/\udcff-base"
+    config = {**read_config(tmp_path / "plain"), "base_model_name_or_path": path}
+    (tmp_path / "plain" / CONFIG_NAME).write_text(json.dumps(config))
+    open_peft_folder(tmp_path / "plain").plan(4).write(tmp_path / "output")
+    assert read_config(tmp_path / "output")["base_model_name_or_path"] == path
+    assert "for ?-base" in (tmp_path / "output" / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("order", ["svd", "trained"])
 def test_model_card_of_trained_ranks_names_the_limits_of_the_error(
     tmp_path: Path, order: Any

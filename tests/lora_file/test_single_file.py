@@ -239,7 +239,48 @@ def test_an_alpha_tensor_takes_precedence_over_metadata(tmp_path: Path, module: 
     np.testing.assert_allclose(update, best(read_updates(source)[module], 1), atol=1e-5)
 
 
-@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), [1.0, 2.0]])
+@pytest.mark.parametrize("layer", ["x", "x_lora", "x.lora", "x.lora_linear_layer"])
+@pytest.mark.parametrize("owner", ["x", "x_lora", "x.lora", "x.lora_linear_layer"])
+def test_every_alpha_that_may_be_of_a_layer_is_its_alpha(
+    tmp_path: Path, layer: str, owner: str
+) -> None:
+    """Old keys have it after the name with or without the ending."""
+    pair = {f"{layer}.down.weight": torch.ones(2, 3), f"{layer}.up.weight": torch.ones(4, 2)}
+    save_file({**pair, f"{owner}.alpha": torch.tensor(8.0)}, tmp_path / "lora.safetensors")
+    lora = open_single_file(tmp_path / "lora.safetensors")
+    assert [layer.scale for layer in lora.layers] == [4.0]
+    assert not lora.other_tensors
+
+
+def test_two_alphas_of_one_layer_are_refused(tmp_path: Path) -> None:
+    alphas = {"b_lora.alpha": torch.tensor(1.0), "b.alpha": torch.tensor(2.0)}
+    save_file(OLD_PAIR | alphas, tmp_path / "lora.safetensors")
+    with pytest.raises(MatryoshkaError, match="alpha"):
+        open_single_file(tmp_path / "lora.safetensors")
+    save_file(OLD_PAIR | KOHYA_PAIR | alphas, tmp_path / "lora.safetensors")
+    scales = {
+        layer.name: layer.scale for layer in open_single_file(tmp_path / "lora.safetensors").layers
+    }
+    assert scales == {"b": 1.0, "b_lora": 0.5}
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 1e6])
+def test_fp16_can_represent_the_factors_of_every_alpha(tmp_path: Path, alpha: float) -> None:
+    torch.manual_seed(0)
+    tensors = {
+        "q.lora_down.weight": 0.1 * torch.randn(4, 64).half(),
+        "q.lora_up.weight": 0.01 * torch.randn(64, 4).half(),
+        "q.alpha": torch.tensor(alpha),
+    }
+    source, output = tmp_path / "lora.safetensors", tmp_path / "output.safetensors"
+    save_file(tensors, source)
+    expected = best(read_updates(source)["q"], 3)
+    truncate(source, output, 3)
+    error = np.linalg.norm(read_updates(output)["q"] - expected)
+    assert error < 1e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, 1e-32, float("nan"), [1.0, 2.0]])
 def test_an_invalid_alpha_is_refused(tmp_path: Path, alpha: float | list[float]) -> None:
     source = save_lora(tmp_path / "lora.safetensors")
     tensors = load_file(source)

@@ -96,6 +96,18 @@ def _without_rounding(s: Array, r_in: Array, r_out: Array) -> Float64Array:
     return np.where(s <= threshold, 0.0, s)
 
 
+def rescale_factors(A: Array, B: Array, ratio: float) -> tuple[Array, Array]:
+    """Return factors whose product is ``ratio B A``.
+
+    Half of the ratio is multiplied into A, so that fp16 can represent both. For A that is a power
+    of two, which is exact.
+    """
+    if ratio == 1:
+        return A, B
+    ratio_A = 2.0 ** round(math.log2(ratio) / 2)
+    return A.astype(np.float64) * ratio_A, B.astype(np.float64) * (ratio / ratio_A)
+
+
 def squared_tails(singular_values: Float64Array) -> Float64Array:
     """Return the squared error of each rank from 0 to R, shape (R + 1,), summed over experts.
 

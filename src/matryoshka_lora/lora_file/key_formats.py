@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, get_args
 
 from matryoshka_lora.errors import MatryoshkaError, check_choice
 from matryoshka_lora.formats import KeyFormat
+from matryoshka_lora.lora_file.diffusers_metadata import CONFIGS_KEY
 from matryoshka_lora.lora_file.key_names import (
     DIFFUSERS_SUFFIXES,
     KOHYA_SUFFIXES,
@@ -56,9 +58,19 @@ def convert_keys(lora: SingleFile, key_format: KeyFormat) -> SingleFile | PeftFo
         for layer, module in zip(lora.layers, modules, strict=True)
     ]
     layers = tuple(sorted(renamed_layers, key=lambda layer: layer.name))
+    for layer, next_layer in pairwise(layers):
+        if layer.name == next_layer.name:
+            raise MatryoshkaError(
+                f"{lora.name} has two layers that the {key_format} format names "
+                f"{layer.name[:200]!r}, such as a.b_c and a_b.c. Omit `key_format`."
+            )
     if key_format == "peft":
         return _to_peft_folder(lora, layers)
-    return replace(lora, layers=layers)
+    metadata = dict(lora.metadata)
+    if any(layer.key_alpha for layer in lora.layers):
+        # The scale was in the alphas, which all programs read, and not in diffusers' metadata.
+        metadata.pop(CONFIGS_KEY, None)
+    return replace(lora, layers=layers, metadata=metadata)
 
 
 def _check_keys(lora: SingleFile) -> None:

@@ -20,6 +20,7 @@ from matryoshka_lora.algebra.factors import (
     relative_error,
     relative_errors,
     reorder_factors,
+    rescale_factors,
     singular_values,
     squared_tails,
     truncation_errors,
@@ -180,6 +181,16 @@ class LoraFile(ABC):
         """The size of its files in bytes."""
         return sum(file.stat().st_size for file in self.files)
 
+    @property
+    def output_scale(self) -> float:
+        """The scale of an output: 1, or near those of the layers where fp16 needs it."""
+        dtypes = {factor.dtype for layer in self.layers for factor in (layer.A, layer.B)}
+        exponents = [math.log2(layer.scale) for layer in self.layers]
+        middle = round((min(exponents) + max(exponents)) / 2)
+        if np.dtype(np.float16) in dtypes and abs(middle) > 8:
+            return 2.0**middle
+        return 1.0
+
     def check_rank(self, rank: int) -> None:
         """Raise MatryoshkaError unless the rank is available."""
         if check_rank(rank) not in self.available_ranks:
@@ -276,10 +287,7 @@ class LoraFile(ABC):
             for layer in self.layers
         }
 
-        def file_size(ranks: Mapping[str, int]) -> int:
-            return self.plan(ranks).file_size
-
-        return ranks_for_size(spectra, file_size, max_bytes)
+        return ranks_for_size(spectra, lambda ranks: self.plan(ranks).file_size, max_bytes)
 
     def truncate(self, layer: Layer, new: Layer, keep_factors: bool = False) -> TruncatedLayer:
         """Compute the factors of a layer at a rank.
@@ -306,8 +314,7 @@ class LoraFile(ABC):
             scales = [self.scale_at(layer, rank) for rank in range(1, A.shape[-2] + 1)]
             squared_errors = truncation_errors(A, B, scales)
             ratio = scales[new.rank - 1] / new.scale
-            if ratio != 1:
-                B = (B.astype(np.float64) * ratio).astype(B.dtype)
+            A, B = rescale_factors(A, B, ratio)
         A, B = A[..., : new.rank, :], B[..., : new.rank]
         return TruncatedLayer(new, A, B, squared_errors, singular_values)
 
@@ -398,8 +405,14 @@ class OutputPlan:
         """Compute the factors of one layer after the other, in the dtypes of the output."""
         with single_threaded():
             for old, new in progress_bar(self.layers, "truncating"):
-                truncated = self.lora.truncate(old, new, self.keep_factors)
-                A, B = truncated.A.astype(new.A.dtype), truncated.B.astype(new.B.dtype)
+                with np.errstate(over="ignore"):
+                    truncated = self.lora.truncate(old, new, self.keep_factors)
+                    A, B = truncated.A.astype(new.A.dtype), truncated.B.astype(new.B.dtype)
+                if not (np.isfinite(A).all() and np.isfinite(B).all()):
+                    raise NotFiniteError(
+                        f"{self.lora.name}: the new factors of {new.name} are too large for "
+                        f"{new.A.dtype}. Save it in fp32 first."
+                    )
                 yield truncated._replace(A=A, B=B)
 
     def write(self, output: PathLike, force: bool = False) -> WrittenOutput:

@@ -27,7 +27,7 @@ from matryoshka_lora.lora_file.lora import (
 )
 from matryoshka_lora.lora_file.model_card import model_card
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor, open_safetensors, read_json
-from matryoshka_lora.nesting import Nesting, check_rank
+from matryoshka_lora.nesting import Nesting, check_rank, is_valid_scale
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -106,7 +106,7 @@ class PeftFolder(LoraFile):
                 f"{self.name}: {reason} requires one rank for all layers. Pass `rank` alone."
             )
         # The output has a single scale.
-        scale = self.nesting.scale if self.nesting else 1.0
+        scale = self.nesting.scale if self.nesting else self.output_scale
         if self.order is not None or is_paper or keep_factors:
             scale = self.scale_at(self.layers[0], max(ranks.values()))
         layers = tuple((layer, layer.with_rank(ranks[layer.name], scale)) for layer in self.layers)
@@ -121,7 +121,8 @@ class PeftFolder(LoraFile):
             (folder / CONFIG_NAME).write_text(config_text, encoding="utf-8")
             written = plan.write_weights(folder / WEIGHTS_NAME)
             card = model_card(plan, config, written.relative_errors(self.ranks))
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            # A path that is not UTF-8 has lone surrogates, which UTF-8 cannot represent.
+            (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
             self._copy_companion_files(folder)
         return written
 
@@ -286,7 +287,7 @@ def check_plain_lora(config: Mapping[str, Any], name: str) -> None:
     for option, variant in _UNSUPPORTED_VARIANTS.items():
         if config.get(option):
             raise MatryoshkaError(f"{name}: {variant} is not supported ({option} is set).")
-    initialization = str(config.get("init_lora_weights"))
+    initialization = str(config.get("init_lora_weights")).lower()  # PEFT ignores the case too
     if initialization.startswith(_UNSUPPORTED_INITIALIZATIONS):
         raise MatryoshkaError(
             f"{name} has init_lora_weights={initialization!r:.80}, with which PEFT changes the "
@@ -377,7 +378,7 @@ def rank_and_scale(config: Mapping[str, Any], layer_name: str, name: str) -> tup
         rank = check_rank(_layer_value(config, "r", "rank_pattern", layer_name))
         alpha = _layer_value(config, "lora_alpha", "alpha_pattern", layer_name)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        is_valid = 0 < scale < math.inf
+        is_valid = is_valid_scale(scale)
     except (re.error, ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         is_valid = False
     if not is_valid:

@@ -29,6 +29,7 @@ from matryoshka_lora.lora_file.key_names import ALL_SUFFIXES, PEFT_PREFIX, split
 from matryoshka_lora.lora_file.lora import Layer, LoraFile, OutputPlan, Ranks, WrittenOutput
 from matryoshka_lora.lora_file.peft_folder import rank_and_scale
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor, open_safetensors
+from matryoshka_lora.nesting import is_valid_scale
 
 # Metadata that holds a hash of the source's tensors.
 _HASH_KEYS = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -48,9 +49,9 @@ class SingleFile(LoraFile):
     def plan(self, ranks: Ranks) -> OutputPlan:
         """Return what a single file at some ranks will hold.
 
-        All layers with an alpha tensor get the same alpha, the largest rank: diffusers supports
-        only one if ranks differ. Without alpha tensors, the scale is stored in the metadata, if
-        diffusers reads it there; otherwise it is 1.
+        All layers with an alpha tensor get the same alpha, the largest rank times
+        `LoraFile.output_scale`: diffusers supports only one if ranks differ. Without alpha tensors,
+        the scale is stored in the metadata, if diffusers reads it there; otherwise it is 1.
 
         See `LoraFile.plan` for arguments and errors.
         """
@@ -61,7 +62,7 @@ class SingleFile(LoraFile):
         return self._plan({layer.name: layer.rank for layer in self.layers}, keep_factors=True)
 
     def _plan(self, ranks_by_layer: Mapping[str, int], keep_factors: bool = False) -> OutputPlan:
-        alpha = max(ranks_by_layer.values())
+        alpha = max(ranks_by_layer.values()) * self.output_scale
         metadata_store_scales = CONFIGS_KEY in self.metadata and can_describe(self.layers)
 
         layers: list[tuple[Layer, Layer]] = []
@@ -85,15 +86,15 @@ class SingleFile(LoraFile):
         with create_file(output, force, self.files) as temporary:
             return plan.write_weights(temporary)
 
-    def _updated_metadata(self, layers: Sequence[Layer], alpha: int) -> dict[str, str]:
+    def _updated_metadata(self, layers: Sequence[Layer], alpha: float) -> dict[str, str]:
         """Return the metadata with the ranks of the output's layers, and without hashes."""
         metadata = {"format": "pt", **self.metadata}
         for key in (*_HASH_KEYS, CONFIGS_KEY):
             metadata.pop(key, None)
         if "ss_network_dim" in metadata:
-            has_one_rank = all(layer.rank == alpha for layer in layers)
-            metadata["ss_network_dim"] = str(alpha) if has_one_rank else "Dynamic"
-            metadata["ss_network_alpha"] = str(alpha)
+            ranks = {layer.rank for layer in layers}
+            metadata["ss_network_dim"] = str(max(ranks)) if len(ranks) == 1 else "Dynamic"
+            metadata["ss_network_alpha"] = f"{alpha:.17g}"
         if can_describe(layers):
             configs = read_configs(self.metadata, self.name)
             metadata[CONFIGS_KEY] = update_configs(configs, layers)
@@ -125,10 +126,16 @@ def open_single_file(file: Path) -> SingleFile:
     factor_keys = _find_factor_keys(tensors)
     extended_modules = _find_extended_modules(tensors, factor_keys)
     configs = read_configs(metadata, str(file))
-    layers: list[Layer] = []
-    for name in sorted(factor_keys):
-        if name not in extended_modules and _module_of(name) not in extended_modules:
-            layers.append(_create_layer(name, factor_keys[name], tensors, configs, str(file)))
+    layer_names = [
+        name for name in sorted(factor_keys) if not extended_modules & {name, _module_of(name)}
+    ]
+    alpha_keys = _find_alpha_keys(tensors, layer_names, str(file))
+    layers = [
+        _create_layer(
+            name, factor_keys[name], alpha_keys.get(name), tensors, configs, file_name=str(file)
+        )
+        for name in layer_names
+    ]
     # diffusers would take the ranks in the metadata for those of the extended modules as well.
     if not layers or (extended_modules and can_describe(layers)):
         raise _no_layers_error(file, tensors, factor_keys)
@@ -171,9 +178,37 @@ def _module_of(name: str) -> str:
     return _OLD_SUFFIX.sub("", name)
 
 
+def _find_alpha_keys(
+    tensors: Mapping[str, StoredTensor], layer_names: Sequence[str], file_name: str
+) -> dict[str, str]:
+    """Return the key of the alpha by the name of its layer.
+
+    Raises:
+        MatryoshkaError: An alpha may belong to several layers, or a layer has several alphas.
+    """
+    names_by_module: dict[str, list[str]] = {}
+    for name in layer_names:
+        names_by_module.setdefault(_module_of(name), []).append(name)
+    alpha_keys: dict[str, str] = {}
+    for key in sorted(tensors):
+        owner = key.removesuffix(".alpha")
+        if owner == key:
+            continue
+        names = [owner] if owner in layer_names else names_by_module.get(_module_of(owner), [])
+        for name in names:
+            if len(names) > 1 or name in alpha_keys:
+                raise MatryoshkaError(
+                    f"{file_name}: it is not clear which alpha belongs to which layer: {key!r:.80} "
+                    f"is a second alpha of {name!r:.80}, or is for two layers. Remove all but one."
+                )
+            alpha_keys[name] = key
+    return alpha_keys
+
+
 def _create_layer(
     name: str,
     keys: _FactorKeys,
+    key_alpha: str | None,
     tensors: Mapping[str, StoredTensor],
     configs: Configs,
     file_name: str,
@@ -181,12 +216,10 @@ def _create_layer(
     A, B = tensors[keys.A], tensors[keys.B]
     _check_shapes(name, A, B, file_name)
     rank = A.shape[0]
-    alpha_key = f"{_module_of(name)}.alpha"
-    alpha = tensors.get(alpha_key)
     part, module = split_part(name.removeprefix(PEFT_PREFIX))
     scale = 1.0
-    if alpha is not None:
-        scale = _read_alpha(alpha) / rank
+    if key_alpha is not None:
+        scale = _read_alpha(tensors[key_alpha]) / rank
     elif part in configs:
         _, scale = rank_and_scale(configs[part], module, file_name)
     elif name.startswith(PEFT_PREFIX):
@@ -194,9 +227,11 @@ def _create_layer(
             f"{file_name} is the weights file of a PEFT folder, and its scale is in the folder's "
             "adapter_config.json. Pass the folder that contains both."
         )
-    if not 0 < scale < math.inf:
-        raise MatryoshkaError(f"{file_name}: the alpha of {name[:200]} is not a positive number.")
-    key_alpha = None if alpha is None else alpha_key
+    if not is_valid_scale(scale):
+        raise MatryoshkaError(
+            f"{file_name}: the alpha of {name[:200]} gives the scale {scale!r:.80}, and scales are "
+            "positive numbers. Save the file again."
+        )
     return Layer(name, keys.A, keys.B, A, B, rank, scale, key_alpha=key_alpha)
 
 
