@@ -58,6 +58,29 @@ def test_file_is_overwritten_at_the_end_and_kept_after_a_failure(tmp_path: Path)
     assert [file.name for file in output.parent.iterdir()] == ["output"]
 
 
+@pytest.mark.parametrize("num_renames", [1, 2])
+def test_ctrl_c_between_two_renames_keeps_a_complete_output(
+    tmp_path: Path, num_renames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "output"
+    with create_folder(output) as folder:
+        (folder / "old").write_text("old")
+    rename = os.rename
+    targets: list[Path] = []
+
+    def interrupted_rename(source: Path, target: Path) -> None:
+        rename(source, target)
+        targets.append(target)
+        if len(targets) == num_renames:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted_rename)
+    with pytest.raises(KeyboardInterrupt), create_folder(output, force=True) as folder:
+        (folder / "new").write_text("new")
+    names = [file.name for file in output.iterdir()]
+    assert names == (["old"] if num_renames == 1 else ["new"])
+
+
 def test_output_that_another_program_creates_in_the_meantime_is_kept(tmp_path: Path) -> None:
     output = tmp_path / "output"
 

@@ -15,9 +15,9 @@ from helpers.models import tiny_llama
 from matryoshka_lora import extract
 
 
-def limit_file_size() -> None:
+def limit_file_size(limit: int) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def read_files(folder: Path) -> dict[Path, bytes]:
@@ -25,7 +25,17 @@ def read_files(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize("force", [False, True])
-@pytest.mark.parametrize("command", ["combine", pytest.param("extract", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "combine",
+        "gguf",
+        "mlx",
+        pytest.param("extract", marks=pytest.mark.slow),
+        pytest.param("ladder", marks=pytest.mark.slow),
+        pytest.param("merged", marks=pytest.mark.slow),
+    ],
+)
 def test_a_full_disk_is_reported_and_leaves_nothing(
     tmp_path: Path, command: str, force: bool
 ) -> None:
@@ -35,20 +45,30 @@ def test_a_full_disk_is_reported_and_leaves_nothing(
     for block in tuned.model.layers:
         torch.nn.init.normal_(block.mlp.down_proj.weight)
     tuned.save_pretrained(models[1])
-    sources = models
-    if command == "combine":
-        extract(*models, tmp_path / "lora", rank=16)
-        sources = tmp_path / "lora", tmp_path / "lora"
-    arguments = [command, *map(str, sources), "--rank", "16", "-o", str(tmp_path / "output")]
+    output = tmp_path / ("output.gguf" if command == "gguf" else "output")
+    arguments = [command, *map(str, models), "--rank", "16"]
+    lora = tmp_path / "lora"
+    if command != "extract":
+        extract(*models, lora, rank=16)
+        arguments = [command, str(lora), str(lora), "--rank", "16"]
+    limit = 9000
+    if command not in ("combine", "extract"):
+        rank = "1" if command == "gguf" else "16"
+        arguments = ["export", str(lora), "--format", command, "--rank", rank]
+    if command == "gguf":
+        limit = 1500  # small tensors, which C buffers until it closes the file
     if force:
-        extract(*models, tmp_path / "output", rank=1)
+        if command == "gguf":
+            output.write_text("old")
+        else:
+            extract(*models, output, rank=1)
         arguments.append("--force")
     before = read_files(tmp_path)
     process = subprocess.run(
-        [sys.executable, "-m", "matryoshka_lora", *arguments],
+        [sys.executable, "-m", "matryoshka_lora", *arguments, "-o", str(output)],
         capture_output=True,
         text=True,
-        preexec_fn=limit_file_size,
+        preexec_fn=lambda: limit_file_size(limit),
         check=False,
     )
     assert process.returncode == 1

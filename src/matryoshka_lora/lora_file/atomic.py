@@ -131,11 +131,12 @@ def _concerns_another_file(error: OSError, path: Path, temporary: Path) -> bool:
 
 def _swap(temporary: Path, path: Path) -> None:
     old = temporary.with_suffix(".old")
-    os.rename(path, old)
     try:
+        os.rename(path, old)
         os.rename(temporary, path)
-    except OSError:
-        os.rename(old, path)
+    except BaseException:  # Ctrl-C too
+        if not os.path.lexists(path):
+            os.rename(old, path)
         raise
     _remove(old)
 

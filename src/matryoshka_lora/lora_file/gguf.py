@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from matryoshka_lora.algebra.arrays import Float32Array
+from matryoshka_lora.algebra.arrays import Array, Float32Array
 from matryoshka_lora.errors import MatryoshkaError, optional_imports
 from matryoshka_lora.lora_file.lora import Layer, OutputPlan, WrittenOutput
 from matryoshka_lora.lora_file.runtimes import SUPPORTED_ARCHITECTURES, check_runtime
@@ -53,14 +53,26 @@ def write_gguf(plan: OutputPlan, file: Path, base_config: Mapping[str, Any]) -> 
         scaled_B = truncated.B.astype(np.float32) * (layer.scale * layer.rank / alpha)
         if architecture == "llama":
             scaled_B = _permute_heads(scaled_B, layer, base_config)
-        writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(truncated.A, dtype=np.float32))
-        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(scaled_B))
+        writer.add_tensor(f"{name}.lora_a", _checked_array(truncated.A))
+        writer.add_tensor(f"{name}.lora_b", _checked_array(scaled_B))
         written.add(truncated)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return written
+
+
+class _CheckedArray(np.ndarray[Any, Any]):
+    """An array that reports a full disk, which NumPy's ``tofile`` ignores."""
+
+    def tofile(self, file: BinaryIO) -> None:  # type: ignore[override]
+        """Write the elements into a file; gguf calls this."""
+        file.write(self.data)
+
+
+def _checked_array(array: Array) -> _CheckedArray:
+    return np.ascontiguousarray(array, dtype=np.float32).view(_CheckedArray)
 
 
 def _permute_heads(B: Float32Array, layer: Layer, base_config: Mapping[str, Any]) -> Float32Array:

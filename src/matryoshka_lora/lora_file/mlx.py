@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save_file
-
-from matryoshka_lora.algebra.arrays import Array
 from matryoshka_lora.lora_file.lora import OutputPlan, WrittenOutput
 from matryoshka_lora.lora_file.peft_folder import CONFIG_NAME
 from matryoshka_lora.lora_file.runtimes import check_runtime, name_in_block
+from matryoshka_lora.lora_file.safetensors_io import StoredTensor, create_safetensors
 
 
 def write_mlx(plan: OutputPlan, folder: Path, base_config: Mapping[str, Any]) -> WrittenOutput:
@@ -28,15 +26,17 @@ def write_mlx(plan: OutputPlan, folder: Path, base_config: Mapping[str, Any]) ->
         MatryoshkaError: mlx-lm does not support the base model or a layer.
     """
     check_runtime(plan, base_config, "mlx-lm")
-    tensors: dict[str, Array] = {}
-    written = WrittenOutput(plan.ranks)
-    for truncated in plan.truncated_layers():
-        name = truncated.layer.name
-        tensors[f"{name}.lora_a"] = np.ascontiguousarray(truncated.A.T)
-        tensors[f"{name}.lora_b"] = np.ascontiguousarray(truncated.B.T)
-        written.add(truncated)
-    save_file(tensors, folder / "adapters.safetensors")
     new_layers = [new for _, new in plan.layers]
+    tensors: dict[str, StoredTensor] = {}
+    for layer in new_layers:
+        tensors[f"{layer.name}.lora_a"] = _transposed(layer.A)
+        tensors[f"{layer.name}.lora_b"] = _transposed(layer.B)
+    written = WrittenOutput(plan.ranks)
+    with create_safetensors(folder / "adapters.safetensors", tensors, {}) as writer:
+        for truncated in plan.truncated_layers():
+            writer.write(f"{truncated.layer.name}.lora_a", truncated.A.T)
+            writer.write(f"{truncated.layer.name}.lora_b", truncated.B.T)
+            written.add(truncated)
     config = {
         "fine_tune_type": "lora",
         "num_layers": base_config["num_hidden_layers"],
@@ -49,6 +49,10 @@ def write_mlx(plan: OutputPlan, folder: Path, base_config: Mapping[str, Any]) ->
     }
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
     return written
+
+
+def _transposed(tensor: StoredTensor) -> StoredTensor:
+    return replace(tensor, shape=tensor.shape[::-1])
 
 
 def missing_rope_fields(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import nn
 
 from matryoshka_lora.errors import wrap_errors
@@ -47,7 +48,7 @@ def write_merged(
     if getattr(model, "quantization_method", "") == "bitsandbytes":
         model = model.dequantize()  # bitsandbytes cannot save merged weights
     prepare_base_model(model, lora)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=output_folder) as folder:
         truncated = Path(folder, "adapter")
         written = plan.write(truncated)
         peft_model = PeftModel.from_pretrained(model, str(truncated))
@@ -59,11 +60,18 @@ def write_merged(
         "Upgrade transformers, or pass an unquantized model as `base_model`.",
         NotImplementedError,
     ):
-        merged.save_pretrained(output_folder)
+        _save_model(merged, output_folder)
     tokenizer = load_adapter_tokenizer(lora, base_model, base_revision)
     tokenizer.save_pretrained(output_folder)
     _complete_config(output_folder / "config.json")
     return written
+
+
+def _save_model(model: Any, folder: Path) -> None:
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # a full disk
+        raise OSError(str(error)) from error
 
 
 def _untie_adapted_embeddings(model: Any) -> None:

@@ -351,8 +351,8 @@ def _write_ladder(
     layer_ranks = {layer.name: layer.rank for layer in lora.layers}
     errors: dict[int, float] = {}
     with (
-        tempfile.TemporaryDirectory() as cache,
         create_folder(output_path, force, lora.files) as folder,
+        tempfile.TemporaryDirectory(dir=folder) as cache,
     ):
         if lora.order is None and lora.deploy != "paper":
             # Reorder once for all ranks.
