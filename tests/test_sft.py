@@ -95,6 +95,7 @@ def losses(run: Path) -> list[float]:
         ("nesting.ranks=[2,8]", r"lora\.r"),
         ("nesting.scaling=rslora", "scaling"),
         ("nesting.deploy=papers", "deploy"),
+        ("nesting.deploy=paper", "rule"),  # the default rule is lora
         ("lora.r=0", r"lora\.r"),
         ("lora.r=eight", r"lora\.r"),
         ("max_steps", "max_steps"),
@@ -274,13 +275,25 @@ def test_the_deployment_of_the_paper_is_saved_as_it_was_trained(
     config_file: Path, train_ranks: str
 ) -> None:
     nesting = f"nesting={{deploy: paper, scaling: rank, train_ranks: {train_ranks}}}"
-    result = train(read_config(config_file, [nesting, "max_steps=2"]))
+    overrides = [nesting, "nesting.rule=matryoshka", "max_steps=2"]
+    result = train(read_config(config_file, overrides))
     lora = open_peft_folder(result.path)
     assert (lora.order, lora.deploy, lora.ranks) == (None, "paper", (1, 2, 4))
     assert (result.order, result.deploy, result.train_ranks) == (None, "paper", None)
 
 
 # Resuming
+
+
+@pytest.mark.parametrize("steps", [2, 4], ids=["finished", "unfinished"])
+def test_resuming_with_another_nesting_is_an_error(steps: int, config_file: Path) -> None:
+    run = config_file.parent / "run"
+    train(read_config(config_file, ["max_steps=2"]))
+    shutil.rmtree(run / "adapter")
+    config = read_config(config_file, [f"max_steps={steps}", "nesting.rule=matryoshka"])
+    with pytest.raises(MatryoshkaError, match="rule"):
+        train(config)
+    assert not (run / "adapter").exists()
 
 
 class Killed(BaseException):

@@ -24,7 +24,7 @@ from matryoshka_lora.lora_file.peft_folder import CONFIG_NAME, open_peft_folder
 from matryoshka_lora.lora_file.results import TrainRanksResult
 from matryoshka_lora.model.adapter import NestedAdapter
 from matryoshka_lora.model.base_model import DTYPES, load_model, load_tokenizer
-from matryoshka_lora.model.nest import nest
+from matryoshka_lora.model.nest import check_deploy, nest
 from matryoshka_lora.nesting import Deploy, Order, Scaling, check_ranks
 from matryoshka_lora.rules import get_rule
 
@@ -179,9 +179,9 @@ def _check_nesting(section: Mapping[str, Any]) -> dict[str, Any]:
         raise MatryoshkaError(
             f"nesting.train_ranks must be true or false, got {train_ranks!r:.80}."
         )
-    get_rule(nesting.get("rule", "lora"))
+    rule = get_rule(nesting.get("rule", "lora"))
     check_choice("scaling", nesting.get("scaling", "none"), get_args(Scaling))
-    check_choice("deploy", nesting.get("deploy", "reordered"), get_args(Deploy))
+    check_deploy(nesting.get("deploy", "reordered"), rule)
     if "ranks" in nesting:
         ranks = nesting["ranks"]
         if isinstance(ranks, str):  # 1,2,4 without brackets
@@ -345,8 +345,7 @@ def _load_dataset_arguments(data: str | list[str] | Mapping[str, Any]) -> dict[s
     if isinstance(data, Mapping):
         return {"split": "train", **data}
     first_file = data[0] if isinstance(data, list) else data
-    builder = _BUILDERS.get(Path(first_file).suffix)
-    if builder is not None:
+    if builder := _BUILDERS.get(Path(first_file).suffix):
         return {"path": builder, "data_files": data, "split": "train"}
     return {"path": data, "split": "train"}
 
@@ -368,6 +367,7 @@ def _run(adapter: NestedAdapter, trainer: SFTTrainer, output_dir: Path) -> None:
         logger.info("Resuming from %s. To start a new run, set another output_dir.", checkpoint)
         _check_same_lora(adapter, Path(checkpoint))
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        adapter.callback().check_same_nesting(state)
         if _is_finished(state, trainer.args):
             # Trainer.train() would take another step.
             _load_trained(adapter, trainer, state, Path(checkpoint))

@@ -150,7 +150,7 @@ def test_rows_that_experts_mix_are_rejected() -> None:
             return torch.cat([self.experts[0](tokens[:3]), self.experts[1](tokens[3:])])
 
     model = get_peft_model(Routed(), LoraConfig(r=2, target_modules=["0", "1"]))
-    adapter = nest(model.eval(), rule="lora", deploy="paper")
+    adapter = nest(model.eval(), rule="matryoshka", deploy="paper")
     with adapter.rows([1, 2, 2]), pytest.raises(MatryoshkaError, match="expert"):
         model(torch.randn(3, 2, 6))
 

@@ -115,6 +115,7 @@ def test_models_that_cannot_be_nested_stay_as_they_are(case: str) -> None:
         ({"rule": "dyloro"}, "dylora"),
         ({"scaling": "rslora"}, "scaling"),
         ({"deploy": "papers"}, "deploy"),
+        ({"deploy": "paper", "rule": "lora"}, "deploy"),
     ],
     ids=str,
 )

@@ -44,6 +44,8 @@ def is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
 )
 @pytest.mark.parametrize("form", ["paper", "unordered", "svd"])
 def test_a_state_dict_in_plain_peft(rule: Rule, form: str) -> None:
+    if (rule.name, form) == ("lora", "paper"):
+        return  # rejected: there is no P to drop
     adapter = nested_llama(NESTING, rule, deploy="paper" if form == "paper" else "reordered")
     if form == "svd":
         adapter.reorder()

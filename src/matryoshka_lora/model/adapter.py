@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -184,11 +184,13 @@ class NestedAdapter:
     ) -> TrainRanksResult:
         """Train every rank from the smallest nested rank to R; rank R changes a little.
 
-        Factors without an order are reordered first. Then there are three outcomes:
+        Factors without an order are reordered first. Then there are four outcomes:
 
         * The trained factors are kept.
         * They are not better, so the factors are those from before training, with a warning.
         * No rank is behind rank R, so nothing is trained.
+        * The examples of the Trainer have no labels or cannot be indexed, as those of DPO and GRPO,
+          so nothing is trained, with a warning.
 
         Validation examples decide, and show which ranks need the most steps. Without an evaluation
         set, they are training examples.
@@ -210,10 +212,16 @@ class NestedAdapter:
                 training.
         """
         # These modules are slow to import.
-        from matryoshka_lora.training.data import read_training_data
+        from matryoshka_lora.training.data import NoExamplesError, read_training_data
         from matryoshka_lora.training.train_ranks import train_ranks
 
-        training_data = read_training_data(self.model, data, tokenizer, eval_data)
+        try:
+            training_data = read_training_data(self.model, data, tokenizer, eval_data)
+        except NoExamplesError as error:  # must not stop a script between training and saving
+            warnings.warn(f"The ranks are reordered, but not trained. {error}", stacklevel=2)
+            if self.order is None:
+                self.layers.reorder()
+            return TrainRanksResult(None, "no examples", {}, {}, None)
         return train_ranks(self.layers, training_data, max_examples, seed)
 
     def save(self, path: PathLike, force: bool = False) -> None:
@@ -229,7 +237,7 @@ class NestedAdapter:
             MatryoshkaError: The path already exists or cannot be written.
             NotFiniteError: A factor is NaN or infinite.
         """
-        lora = self.to_lora_file()
+        lora = self._to_lora_file(_read_later)
         lora.plan_nested().write(path, force)
 
     def export(self, path: PathLike, rank: int, force: bool = False) -> None:
@@ -245,11 +253,14 @@ class NestedAdapter:
                 written.
             NotFiniteError: A factor is NaN or infinite.
         """
-        lora = self.to_lora_file()
+        lora = self._to_lora_file(_read_later)
         lora.plan(rank).write(path, force)
 
     def to_lora_file(self) -> PeftFolder:
-        """Return the adapter in memory as a `PeftFolder`, whose tensors are loaded lazily."""
+        """Return a copy of the adapter in memory as a `PeftFolder`."""
+        return self._to_lora_file(_copy)
+
+    def _to_lora_file(self, store: Callable[[Tensor], StoredTensor]) -> PeftFolder:
         name = f"adapter {self.name!r}"
         config = self._config()
         state_dict: dict[str, Tensor] = get_peft_model_state_dict(
@@ -257,7 +268,7 @@ class NestedAdapter:
             adapter_name=self.name,
             save_embedding_layers=self._save_embedding_layers(config["base_model_name_or_path"]),
         )
-        tensors = {key: _stored_tensor(tensor) for key, tensor in state_dict.items()}
+        tensors = {key: store(tensor) for key, tensor in state_dict.items()}
         layers, other_tensors = find_layers(tensors, config, name)
         order = self.layers.verify_order()
         if order is None and self.layers.state.order == "trained":
@@ -302,6 +313,11 @@ class NestedAdapter:
         return "auto"
 
 
-def _stored_tensor(tensor: Tensor) -> StoredTensor:
+def _read_later(tensor: Tensor) -> StoredTensor:
+    """Return a tensor that is not copied, to be written before it can change."""
     dtype = to_numpy_dtype(tensor.dtype)
     return StoredTensor(dtype, tuple(tensor.shape), lambda: to_numpy(tensor))
+
+
+def _copy(tensor: Tensor) -> StoredTensor:
+    return StoredTensor.from_array(to_numpy(tensor.detach().clone()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -85,7 +85,8 @@ def _remove_after_failure(base_model: nn.Module, adapter_name: str) -> Iterator[
     The size of the vocabulary is restored, too.
     """
     vocabulary_size = _vocabulary_size(base_model)
-    requires_grad = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
+    # By name, because another size of the vocabulary has other parameters.
+    requires_grad = {name: p.requires_grad for name, p in base_model.named_parameters()}
     modes = [(module, module.training) for module in base_model.modules()]
     try:
         yield
@@ -95,9 +96,9 @@ def _remove_after_failure(base_model: nn.Module, adapter_name: str) -> Iterator[
         elif adapter_name in base_model.peft_config:
             base_model.delete_adapter(adapter_name)
         if _vocabulary_size(base_model) != vocabulary_size:
-            base_model.resize_token_embeddings(vocabulary_size, mean_resizing=False)
-        for parameter, flag in requires_grad:
-            parameter.requires_grad_(flag)
+            cast(Any, base_model).resize_token_embeddings(vocabulary_size, mean_resizing=False)
+        for name, parameter in base_model.named_parameters():
+            parameter.requires_grad_(requires_grad[name])
         for module, mode in modes:
             module.training = mode
         raise
@@ -133,9 +134,9 @@ def _nest_like_file(model: PeftModel, lora: PeftFolder, adapter_name: str) -> Ne
         model,
         nesting.ranks,
         scaling=nesting.scaling,
-        deploy=lora.deploy,
         adapter_name=adapter_name,
     )
+    nested_adapter.layers.set_deploy(lora.deploy)
     if lora.order is not None:
         nested_adapter.layers.mark_ordered(lora.order)
     return nested_adapter

@@ -70,7 +70,7 @@ def nest(
             (arXiv 2605.07850). ``"dylora"`` draws a nested rank for each step.
         deploy: ``"reordered"`` keeps P, folded into B, so that what is saved can be truncated to
             any rank. ``"paper"`` drops P after training and reorders nothing, as in the paper; low
-            ranks are poor then.
+            ranks are poor then. It needs a rule other than ``"lora"``.
         adapter_name: PEFT's name of the adapter.
         seed: The seed of the rule's random numbers.
 
@@ -80,7 +80,7 @@ def nest(
     modules = _find_modules(peft_model, adapter_name)
     check_plain_lora(peft_model.peft_config[adapter_name].to_dict(), f"adapter {adapter_name!r}")
     rule = get_rule(rule)
-    check_choice("deploy", deploy, get_args(Deploy))
+    check_deploy(deploy, rule)
     first_module = next(iter(modules.values()))
     max_rank, scale = first_module.r[adapter_name], first_module.scaling[adapter_name]
     for name, module in modules.items():
@@ -99,6 +99,16 @@ def nest(
     for module in modules.values():
         attach(module, adapter_name, state)
     return NestedAdapter(peft_model, adapter_name)
+
+
+def check_deploy(deploy: Deploy, rule: Rule) -> None:
+    """Raise MatryoshkaError if a rule has no such deployment."""
+    check_choice("deploy", deploy, get_args(Deploy))
+    if deploy == "paper" and rule == RULES["lora"]:
+        raise MatryoshkaError(
+            "`deploy='paper'` drops P after training, but rule 'lora' trains without P, and its "
+            "ranks below R would be useless. Pass `rule='matryoshka'`, or omit `deploy`."
+        )
 
 
 def _find_modules(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraModule]:

@@ -266,6 +266,11 @@ class NestedLayers:
         state.reset()
         state.set_rank(rank)
 
+    def set_deploy(self, deploy: Deploy) -> None:
+        """Set how a trained adapter is deployed, and rank R in eval mode."""
+        self.state.deploy = deploy
+        self.state.reset()
+
     def check_not_merged(self, action: str) -> None:
         """Raise MatryoshkaError if the adapter is merged, so that an action is not possible."""
         if any(self.name in module.merged_adapters for module in self.modules.values()):

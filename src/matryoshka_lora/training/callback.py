@@ -17,11 +17,14 @@ class NestingCallback(TrainerCallback):
     """Draw the diagonal of each optimizer step.
 
     A draw depends on the seed and on ``state.global_step``, which the Trainer restores, and a
-    checkpoint holds plain LoRA: resuming needs no further state.
+    checkpoint holds plain LoRA: resuming needs no further state. Its ``trainer_state.json`` names
+    the nesting, so that a run is not resumed with another one.
     """
 
     def __init__(self, layers: NestedLayers) -> None:
         self.layers = layers
+        # A checkpoint has states of callbacks, by their names.
+        self._state_key = f"matryoshka_lora/{layers.name}"
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -37,6 +40,8 @@ class NestingCallback(TrainerCallback):
                 "`accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
             )
         self._check_model(kwargs["model"])
+        self.check_same_nesting(state)
+        state.stateful_callbacks[self._state_key] = self._settings()  # saved in checkpoints
         if _packs_rows(args) and self._draws_rows():
             raise MatryoshkaError(
                 f"Rule {self.layers.rule.name!r} draws one diagonal per row, but this Trainer "
@@ -64,6 +69,27 @@ class NestingCallback(TrainerCallback):
         if args.accelerator_config.split_batches:
             batch_size //= args.world_size
         self.layers.draw(state.global_step, batch_size, args.process_index, args.world_size)
+
+    def check_same_nesting(self, state: TrainerState) -> None:
+        """Raise MatryoshkaError if a checkpoint's state is from a run with another nesting."""
+        settings = self._settings()
+        for key, value in state.stateful_callbacks.get(self._state_key, settings).items():
+            if value != settings[key]:
+                raise MatryoshkaError(
+                    f"The checkpoint is from a run with another nesting: {key} was {value!r:.80}, "
+                    f"not {settings[key]!r:.80}. Set another output_dir, or nest as in that run."
+                )
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what a resumed run must have in common, as JSON-serializable values."""
+        state = self.layers.state
+        return {
+            "ranks": list(state.nesting.ranks),
+            "scaling": state.nesting.scaling,
+            "rule": state.rule.name,
+            "seed": None if state.rule.fixed else state.seed,
+            "deploy": state.deploy,
+        }
 
     def _check_model(self, model: nn.Module) -> None:
         layers = self.layers
