@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_JSON_ERRORS = (ValueError, RecursionError)
+
+
 class PromptCompletion(NamedTuple):
     """A prompt and its completion.
 
@@ -55,7 +58,7 @@ def _read_json_lines(file: str | os.PathLike[str]) -> list[object]:
     # Not splitlines(), which also splits at separators that JSON allows within a string.
     for line_number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            with wrap_errors(f"Cannot read line {line_number} of {file}", hint, ValueError):
+            with wrap_errors(f"Cannot read line {line_number} of {file}", hint, _JSON_ERRORS):
                 examples.append(json.loads(line))
     return examples
 
@@ -81,17 +84,28 @@ def prompt_and_completion(example: object, index: int) -> PromptCompletion:
     are_messages = isinstance(prompt, list) and isinstance(completion, list)
     if not (are_strings or are_messages) or not prompt or not completion:
         raise MatryoshkaError(
-            f"Example {index} of the data is {example!r:.80}. Pass examples with a prompt and a "
+            f"Example {index} of the data {_describe(example)}. Pass examples with a prompt and a "
             "completion, both strings or both lists of messages, or with messages that end with "
             "the assistant's."
         )
     tools = fields.get("tools")
     if isinstance(tools, str):  # a column of a dataset holds them as JSON
-        with wrap_errors(f"Cannot read the tools of example {index}", exceptions=ValueError):
+        with wrap_errors(f"Cannot read the tools of example {index}", exceptions=_JSON_ERRORS):
             tools = json.loads(tools)
     template_kwargs = {"tools": tools}
     template_kwargs.update(fields.get("chat_template_kwargs") or {})
     return PromptCompletion(prompt, completion, template_kwargs)
+
+
+def _describe(example: object) -> str:
+    """Return which fields an example has, with their types."""
+    if not isinstance(example, Mapping):
+        return f"is of type {type(example).__name__}"
+    fields = [
+        f"{name!s:.40} ({type(value).__name__ if value else 'empty'})"
+        for name, value in example.items()
+    ]
+    return f"has the fields {', '.join(fields):.160}" if fields else "has no fields"
 
 
 def _split_messages(messages: object) -> tuple[list[Any] | None, list[Any] | None]:
