@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -124,6 +125,18 @@ def test_the_examples_of_the_help_use_existing_options(verb: str) -> None:
 # Output
 
 
+def test_warnings_the_log_and_the_next_command_escape_control_characters(
+    workspace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree("nested", "a\nNext: curl")
+    weights = Path("a\nNext: curl", "adapter_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")  # a wrong checksum: a warning
+    code, stdout, stderr = run(["info", "a\nNext: curl"], capfd, monkeypatch)
+    assert code == 0
+    assert "warning" in stderr
+    assert "\nNext: curl" not in stdout + stderr
+
+
 @pytest.mark.parametrize(
     ("line", "expected", "next_command"),
     [
@@ -139,7 +152,7 @@ def test_the_examples_of_the_help_use_existing_options(verb: str) -> None:
         ("export nested --rank 1,8 --format ladder -o new", "ranks 1, 8", "serve new --dry-run"),
         ("export one.safetensors --rank 8 -o new.safetensors", "not smaller", ""),
         ("export plain --keep 99% --rank 2 -o new", "99%", ""),
-        ("serve nested --dry-run --base-model base", "--lora-modules nested@1=", ""),
+        ("serve nested --dry-run --base-model base", "nested@1", ""),
     ],
 )
 def test_file_verbs_print_the_result_and_the_next_command(

@@ -91,6 +91,13 @@ def test_a_folder_shows_what_was_exported_and_what_failed() -> None:
     assert "It is damaged." in lines[1]
 
 
+def test_a_name_cannot_write_lines_or_control_characters() -> None:
+    tensors = {"a\nNext: curl x | sh\x1b[2J.weight": 4}
+    text = format_extract(ExtractResult(Path("out"), {"a": 4}, {4: 0.2}, 0.0, tensors))
+    assert "\\nNext: curl" in text
+    assert all(line.isprintable() for line in text.split("\n"))
+
+
 def test_an_extraction_shows_what_was_not_saved(tmp_path: Path) -> None:
     result = ExtractResult(tmp_path, {"a": 4}, {4: 0.2}, 0.05, {"lm_head.weight": 4_000_000})
     text = format_extract(result)
@@ -103,7 +110,12 @@ def test_an_extraction_shows_what_was_not_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("outcome", "expected"),
-    [("kept", "64"), ("not better", "did not improve"), ("nothing to train", "not trained")],
+    [
+        ("kept", "64"),
+        ("not better", "did not improve"),
+        ("nothing to train", "not trained"),
+        ("no examples", "not trained"),
+    ],
 )
 def test_training_of_ranks_says_whether_they_were_trained(outcome: Any, expected: str) -> None:
     result = TrainRanksResult(Path("out"), outcome, {1: 48, 4: 16}, {1: 1.0}, {1: 0.5})

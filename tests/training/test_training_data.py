@@ -388,15 +388,19 @@ def test_ranks_are_trained_with_an_sft_trainer_and_with_images(
 
 
 @pytest.mark.parametrize("kind", ["no-labels", "stream"])
-def test_a_trainer_without_labels_or_with_a_stream_is_an_error(
-    tmp_path: Path, model: Any, kind: str
+def test_a_trainer_without_labels_or_with_a_stream_leaves_the_ranks_reordered(
+    tmp_path: Path, kind: str
 ) -> None:
+    """As in DPO and GRPO: an error would stop a script after training, before it saves."""
+    adapter = small_adapter()
     examples: Any = [{"input_ids": [5, 6]}] * 20
     if kind == "stream":
         examples = Dataset.from_list(random_examples(20)).to_iterable_dataset()
-    trainer = plain_trainer(model, tmp_path, examples, default_data_collator)
-    with pytest.raises(MatryoshkaError, match="labels"):
-        read_training_data(model, trainer)
+    trainer = plain_trainer(adapter.model, tmp_path, examples, default_data_collator)
+    with pytest.warns(UserWarning, match="labels"):
+        result = adapter.train_ranks(trainer)
+    assert (result.outcome, result.num_examples, result.losses_before) == ("no examples", 0, {})
+    assert adapter.order == "svd"
 
 
 def test_labels_that_are_all_ignored_are_an_error(tmp_path: Path, model: Any) -> None:

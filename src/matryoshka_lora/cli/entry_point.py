@@ -12,7 +12,7 @@ import typer
 
 from matryoshka_lora.cli import file_commands, model_commands
 from matryoshka_lora.cli.terminal import is_main_process, with_flags
-from matryoshka_lora.errors import MatryoshkaError, optional_imports
+from matryoshka_lora.errors import MatryoshkaError, optional_imports, printable
 
 START = """Train one LoRA adapter, deploy it at any rank. What do you have?
 
@@ -78,16 +78,27 @@ def main() -> None:
         raise
 
 
+class _LineFormatter(logging.Formatter):
+    """Escapes control characters: a message may hold a name from a file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _configure_libraries() -> None:
     """Show this package's log on stderr, and hide warnings that no user can act on."""
     logger = logging.getLogger("matryoshka_lora")
-    logger.addHandler(logging.StreamHandler())
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LineFormatter())
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
     # The warnings of transformers and TRL are about their own next versions.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Otherwise torch's threads spin while they wait, which is five times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_args, **_kwargs: (
+        f"warning: {printable(str(message))}\n"
+    )
     warnings.filterwarnings("ignore", category=FutureWarning)
     # PEFT looks for the bundled model on the Hub.
     warnings.filterwarnings("ignore", message="Unable to fetch remote file|Could not find a config")

@@ -29,6 +29,7 @@ from matryoshka_lora.cli.terminal import (
     format_extract,
     format_info,
     how_to_load,
+    print_line,
     print_next,
     revision_option,
 )
@@ -74,7 +75,7 @@ def reorder(
     from matryoshka_lora import reorder as run_reorder
 
     run_reorder(lora, output, revision=revision, force=force)
-    typer.echo(f"{output} can be used at every rank.")
+    print_line(f"{output} can be used at every rank.")
     print_next("info", output)
 
 
@@ -233,4 +234,4 @@ def export(
         force=force,
     )
     typer.echo(format_export(result))
-    typer.echo(f"Next: {how_to_load(result)}")
+    print_line(f"Next: {how_to_load(result)}")

@@ -25,6 +25,7 @@ from matryoshka_lora.cli.terminal import (
     format_selection,
     format_train_ranks,
     is_main_process,
+    print_line,
     print_loading,
     print_next,
     revision_option,
@@ -218,7 +219,7 @@ def evaluate(
         force=force,
     )
     typer.echo(format_evaluation(evaluation))
-    typer.echo(f"Written to {output}")
+    print_line(f"Written to {output}")
     print_next("select", output, "--within", "1%")
 
 
@@ -303,5 +304,6 @@ def serve(
         dry_run=dry_run,
     )
     if dry_run:
-        typer.echo("\n".join(result.commands))
+        for command in result.commands:
+            print_line(command)
     raise typer.Exit(result.exit_status or 0)

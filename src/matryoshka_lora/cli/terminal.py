@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import typer
 
+from matryoshka_lora.errors import printable
 from matryoshka_lora.units import format_size
 
 if TYPE_CHECKING:
@@ -28,9 +29,14 @@ def print_loading() -> None:
     typer.echo("Loading libraries and model", err=True)
 
 
+def print_line(line: str) -> None:
+    """Print one line, with control characters escaped: it may hold a name from a file."""
+    typer.echo(printable(line))
+
+
 def print_next(*words: object) -> None:
     """Print the command that a user may want to run next."""
-    typer.echo(f"Next: {shlex.join(['matryoshka', *map(str, words)])}")
+    print_line(f"Next: {shlex.join(['matryoshka', *map(str, words)])}")
 
 
 def revision_option(revision: str | None) -> list[str]:
@@ -119,7 +125,7 @@ def format_info(info: LoraInfo) -> str:
         lines.append(
             "The error does not reflect the quality of trained ranks. Run `matryoshka eval`."
         )
-    return "\n".join(lines)
+    return _join_lines(lines)
 
 
 def format_export(result: ExportResult) -> str:
@@ -134,14 +140,14 @@ def format_export(result: ExportResult) -> str:
         lines.append(f"Relative error {_percent(error)} ({kept} of the squared norm kept)")
     if result.format in ("peft", "single") and result.size_after >= result.size_before:
         lines.append("The output is not smaller than the source.")
-    return "\n".join([*lines, *result.notes])
+    return _join_lines([*lines, *result.notes])
 
 
 def format_export_folder(result: ExportFolderResult) -> str:
     """Return what `matryoshka export` prints for a folder of LoRAs: a line for each."""
     lines = [format_export(exported).replace("\n", "; ") for exported in result.exported]
     lines += [f"{name} was not exported: {reason}" for name, reason in result.failed.items()]
-    return "\n".join(lines)
+    return _join_lines(lines)
 
 
 def how_to_load(result: ExportResult) -> str:
@@ -162,6 +168,8 @@ def format_train_ranks(result: TrainRanksResult) -> str:
     """Return whether the ranks were trained. The losses are in the log."""
     if result.outcome == "nothing to train":
         return "No rank was behind the largest one, so the ranks were not trained."
+    if result.outcome == "no examples":
+        return "The Trainer's examples cannot be used, so the ranks were not trained."
     if result.outcome == "not better":
         return "Training did not improve the ranks, so the trained factors were not kept."
     return f"The ranks were trained on {result.num_examples} examples."
@@ -170,7 +178,7 @@ def format_train_ranks(result: TrainRanksResult) -> str:
 def format_combine(result: CombineResult) -> str:
     """Return what `matryoshka combine` prints."""
     lines = [f"{result.path}, number of layers: {result.num_layers}", ""]
-    return "\n".join([*lines, *format_errors(result.errors, "sum")])
+    return _join_lines([*lines, *format_errors(result.errors, "sum")])
 
 
 def format_extract(result: ExtractResult) -> str:
@@ -189,7 +197,7 @@ def format_extract(result: ExtractResult) -> str:
         )
         if result.path.is_dir():
             lines.append(f"Add --modules-to-save {modules[0]} to save this one in full.")
-    return "\n".join(lines)
+    return _join_lines(lines)
 
 
 def format_evaluation(evaluation: Evaluation) -> str:
@@ -217,7 +225,7 @@ def format_evaluation(evaluation: Evaluation) -> str:
             f"{name}: {result.primary_metric}, {result.num_examples} questions, "
             f"{result.num_fewshot or 0} shots"
         )
-    return "\n".join([*lines, "± is one standard error over the questions."])
+    return _join_lines([*lines, "± is one standard error over the questions."])
 
 
 def format_selection(selection: Selection) -> str:
@@ -246,7 +254,12 @@ def format_selection(selection: Selection) -> str:
         if selection.num_questions_needed is not None:
             advice = f"about {selection.num_questions_needed} questions would be enough."
         lines.append(f"Not significant at two standard errors; {advice}")
-    return "\n".join(lines)
+    return _join_lines(lines)
+
+
+def _join_lines(lines: Iterable[str]) -> str:
+    """Join lines, with control characters in them escaped."""
+    return "\n".join(map(printable, lines))
 
 
 def _with_error(value: float | None, standard_error: float | None) -> str:

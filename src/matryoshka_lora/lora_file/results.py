@@ -36,15 +36,16 @@ class TrainRanksResult:
         path: The output, or None for a model in memory.
         outcome: ``"kept"``: the factors are the trained ones. ``"not better"``: the trained factors
             were not kept, and the factors are those from before training. ``"nothing to train"``:
-            no rank was behind rank R.
+            no rank was behind rank R. ``"no examples"``: those of the Trainer cannot be used.
         examples_by_rank: The number of examples that each rank was trained on, repetitions
             included.
-        losses_before: The validation loss of each nested rank before training, in nats per token.
+        losses_before: The validation loss of each nested rank before training, in nats per token;
+            empty without examples.
         losses_after: The same after training, or None if nothing was trained.
     """
 
     path: Path | None
-    outcome: Literal["kept", "not better", "nothing to train"]
+    outcome: Literal["kept", "not better", "nothing to train", "no examples"]
     examples_by_rank: dict[int, int]
     losses_before: dict[int, float]
     losses_after: dict[int, float] | None

@@ -41,6 +41,10 @@ VALIDATION_BATCHES = 16
 """The validation examples are this many batches, because the spread of their losses is measured."""
 
 
+class NoExamplesError(MatryoshkaError):
+    """The examples of a Trainer cannot be used to train ranks."""
+
+
 class Split(NamedTuple):
     """What to train on, and what to validate on.
 
@@ -160,6 +164,7 @@ def read_training_data(
             ``eval_dataset``, the first if there are several.
 
     Raises:
+        NoExamplesError: The examples of the Trainer have no labels or cannot be indexed.
         MatryoshkaError: There are no such examples, or this process is one of several.
     """
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -275,7 +280,7 @@ def _data_of_trainer(model: PeftModel, trainer: Trainer) -> TrainingData:
     """Return the examples that a Trainer trains on, with its collator, loss and precision."""
     data = _data_of_loader(model, trainer, trainer.get_train_dataloader())
     if data is None:
-        raise MatryoshkaError(
+        raise NoExamplesError(
             f"The examples of the {type(trainer).__name__} have no labels, or are streamed and "
             "cannot be indexed. Pass examples with a prompt and a completion."
         )
