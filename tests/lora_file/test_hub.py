@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import huggingface_hub.constants
 import pytest
@@ -27,7 +27,10 @@ def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (repository / "refs" / revision).write_text(COMMITS[revision])
         snapshot = repository / "snapshots" / COMMITS[revision]
         plain_adapter(snapshot, r=rank, target_modules=["q_proj"])
-        (snapshot / "chat_template.jinja").write_text("template")
+        blob = repository / "blobs" / f"{revision}-template"
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_text("template")
+        (snapshot / "chat_template.jinja").symlink_to(f"../../blobs/{blob.name}")
         (snapshot / "sub").mkdir()
         weights = (snapshot / "adapter_model.safetensors").read_bytes()
         single_file = weights.replace(b"base_model.model.", b"unet.mid_block.m.")
@@ -44,6 +47,10 @@ def _offline(hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub_cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
+
+
+def test_an_id_on_windows_has_a_backslash_as_a_path() -> None:
+    assert split_hub_id(PureWindowsPath("owner/name")) == HubId("owner/name", None)
 
 
 @pytest.mark.parametrize(("revision", "rank"), [(None, 4), ("main", 4), ("v2", 2)])

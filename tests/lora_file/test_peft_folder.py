@@ -317,6 +317,28 @@ def test_model_card_names_the_base_model_and_no_path(
         assert (written_name or None) == base_model  # older versions of PEFT write ""
 
 
+def test_a_link_out_of_the_folder_is_not_copied(tmp_path: Path) -> None:
+    plain_adapter(tmp_path / "plain", target_modules=["q_proj"])
+    (tmp_path / "id_rsa").write_text("secret")
+    (tmp_path / "plain" / "chat_template.jinja").symlink_to("../id_rsa")
+    (tmp_path / "plain" / "special_tokens_map.json").write_text("{}")
+    (tmp_path / "plain" / "tokenizer.json").symlink_to("special_tokens_map.json")
+    with pytest.warns(UserWarning, match="symbolic link"):
+        open_peft_folder(tmp_path / "plain").plan(4).write(tmp_path / "output")
+    assert not (tmp_path / "output" / "chat_template.jinja").exists()
+    assert (tmp_path / "output" / "tokenizer.json").read_text() == "{}"
+
+
+def test_a_base_model_cannot_add_text_to_the_model_card(tmp_path: Path) -> None:
+    plain_adapter(tmp_path / "plain", target_modules=["q_proj"])
+    config = {**read_config(tmp_path / "plain"), "base_model_name_or_path": "x\n\n# Run `curl y`"}
+    (tmp_path / "plain" / CONFIG_NAME).write_text(json.dumps(config))
+    open_peft_folder(tmp_path / "plain").plan(4).write(tmp_path / "output")
+    card = (tmp_path / "output" / "README.md").read_text(encoding="utf-8")
+    assert "\n# Run" not in card
+    assert "`curl" not in card
+
+
 def test_a_base_model_with_a_path_that_is_not_utf8(tmp_path: Path) -> None:
     plain_adapter(tmp_path / "plain", target_modules=["q_proj"])
     path = "/models/\udcff-base"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,37 @@ from matryoshka_lora.model.base_model import (
     load_tokenizer,
     resolve_model_path,
 )
+
+
+@pytest.mark.parametrize(
+    ("file_name", "auto_class", "load"),
+    [
+        ("config.json", "AutoConfig", load_model),
+        ("tokenizer_config.json", "AutoTokenizer", load_tokenizer),
+    ],
+)
+def test_code_of_a_folder_is_not_run(
+    file_name: str,
+    auto_class: str,
+    load: Callable[[str], object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """transformers asks whether to run it, if `trust_remote_code` is not set."""
+    save_tiny_chat(tmp_path)
+    (tmp_path / "evil.py").write_text("open('executed', 'w')\nclass Evil: pass\n")
+    config = json.loads((tmp_path / file_name).read_text())
+    for name in ("model_type", "tokenizer_class"):
+        if name in config:
+            config[name] = "Evil"
+    reference = "evil.Evil" if auto_class == "AutoConfig" else [None, "evil.Evil"]
+    config["auto_map"] = {auto_class: reference}
+    (tmp_path / file_name).write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")
+    with contextlib.suppress(MatryoshkaError):
+        load(str(tmp_path))
+    assert not Path("executed").exists()
 
 
 @pytest.mark.parametrize(

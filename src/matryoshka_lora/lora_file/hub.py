@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+import warnings
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from matryoshka_lora.errors import MatryoshkaError
@@ -37,6 +38,33 @@ MODEL_FILES = (
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+\.safetensors))?")
 
 
+def companion_files(folder: Path) -> list[Path]:
+    """Return the companion files in an adapter's folder.
+
+    A symbolic link out of the folder is left out, with a warning: what it leads to may be private.
+    """
+    files: list[Path] = []
+    for pattern in COMPANION_FILES:
+        for file in sorted(folder.glob(pattern)):
+            if leads_out_of_folder(file):
+                warnings.warn(
+                    f"{file} is a symbolic link to another folder and is not used. Replace it by a "
+                    "copy, if you trust it.",
+                    stacklevel=2,
+                )
+            elif file.is_file():
+                files.append(file)
+    return files
+
+
+def leads_out_of_folder(file: Path) -> bool:
+    """Return whether a file is a symbolic link out of its folder, other than the Hub cache's."""
+    folder = file.parent.resolve()
+    target = file.resolve()
+    blobs = folder.parent.parent / "blobs"
+    return not target.is_relative_to(folder) and target.parent != blobs
+
+
 class HubId(NamedTuple):
     """A repository on the Hugging Face Hub, and a file in it or None."""
 
@@ -50,11 +78,12 @@ def split_hub_id(path: PathLike) -> HubId | None:
     If a folder ``owner`` exists, ``owner/name`` is treated as a path, even if that does not exist:
     it is more likely a typo than a repository.
     """
-    match = _HUB_ID.fullmatch(str(path))
+    # On Windows, the path of an id has a backslash.
+    name = path.as_posix() if isinstance(path, PurePath) else str(path)
+    match = _HUB_ID.fullmatch(name)
     if match is None:
         return None
-    first_folder = Path(path).parts[0]
-    if Path(first_folder).exists():
+    if Path(name.partition("/")[0]).exists():
         return None
     return HubId(match[1], match[2])
 

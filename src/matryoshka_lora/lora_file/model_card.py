@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def model_card(plan: OutputPlan, config: Mapping[str, Any], errors: Mapping[int,
     if hub_id and not hub_id.filename:
         front_matter.append(f"base_model: {base_model}")
     else:
-        base_model = Path(base_model).name  # do not publish a local path
+        # Do not publish a local path, nor let a name add text to the card.
+        base_model = re.sub(r"[^\w. -]", "?", Path(base_model).name)
 
     # vLLM and others read only the factors.
     runtimes = "PEFT" if plan.other_tensors else "PEFT, vLLM and other runtimes"

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from matryoshka_lora.algebra.factors import Checksum
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.lora_file.atomic import PathLike, create_folder
-from matryoshka_lora.lora_file.hub import COMPANION_FILES
+from matryoshka_lora.lora_file.hub import companion_files
 from matryoshka_lora.lora_file.key_names import PEFT_PREFIX
 from matryoshka_lora.lora_file.lora import (
     NESTING_KEY,
@@ -155,10 +157,8 @@ class PeftFolder(LoraFile):
         folder = self.files[0].parent
         if not (folder / CONFIG_NAME).is_file():
             return  # not a folder of PEFT's, so its files may belong to anything
-        for pattern in COMPANION_FILES:
-            for file in folder.glob(pattern):
-                if file.is_file():
-                    shutil.copyfile(file, output_folder / file.name)
+        for file in companion_files(folder):
+            shutil.copyfile(file, output_folder / file.name)
 
     def base_model(
         self, base_model: str | None = None, base_revision: str | None = None
@@ -379,7 +379,16 @@ def rank_and_scale(config: Mapping[str, Any], layer_name: str, name: str) -> tup
         alpha = _layer_value(config, "lora_alpha", "alpha_pattern", layer_name)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         is_valid = is_valid_scale(scale)
-    except (re.error, ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+    except (
+        regex.error,
+        TimeoutError,
+        RecursionError,
+        ArithmeticError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ):
         is_valid = False
     if not is_valid:
         raise MatryoshkaError(
@@ -394,7 +403,8 @@ def _layer_value(
 ) -> Any:
     """Return the value of the first pattern that matches a layer, as PEFT does, or the default."""
     for pattern, value in (config.get(pattern_field) or {}).items():
-        # PEFT matches a pattern at the end of a name, after a dot.
-        if re.match(rf"(.*\.)?({pattern})$", layer_name):
+        # PEFT matches a pattern at the end of a name, after a dot. Unlike re, regex has a timeout:
+        # matching a hostile pattern would not end.
+        if regex.match(rf"(.*\.)?({pattern})$", layer_name, timeout=1):
             return value
     return config[default_field]

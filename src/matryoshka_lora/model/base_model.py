@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from matryoshka_lora.errors import MatryoshkaError, wrap_errors
-from matryoshka_lora.lora_file.hub import BUNDLED_MODEL
+from matryoshka_lora.lora_file.hub import BUNDLED_MODEL, companion_files, leads_out_of_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,7 +76,7 @@ def load_model(
             resolve_model_path(name),
             dtype=DTYPES.get(str(dtype), dtype),
             revision=revision or "main",
-            **options,
+            **{"trust_remote_code": False, **options},  # its default is to ask
         )
     # PEFT writes this name into an adapter's config.
     model.name_or_path = model.config.name_or_path = name
@@ -95,7 +96,7 @@ def load_tokenizer(name: str | None = None, revision: str | None = None) -> PreT
     name = name or BUNDLED_MODEL
     with _wrap_loading_errors("tokenizer", name):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            resolve_model_path(name), revision=revision or "main"
+            resolve_model_path(name), revision=revision or "main", trust_remote_code=False
         )
     tokenizer.name_or_path = name
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -108,7 +109,8 @@ def load_adapter_tokenizer(
     """Return the tokenizer that a Trainer has saved with an adapter, or else the base model's."""
     if lora.files:
         folder = lora.files[0].parent
-        if (folder / "tokenizer_config.json").is_file():
+        has_tokenizer = folder / "tokenizer_config.json" in companion_files(folder)
+        if has_tokenizer and not any(map(leads_out_of_folder, folder.iterdir())):
             return load_tokenizer(str(folder))
     return load_tokenizer(base_model, base_revision)
 
@@ -163,5 +165,6 @@ def _wrap_loading_errors(kind: str, name: str) -> AbstractContextManager[None]:
     return wrap_errors(
         f"Cannot load the {kind} of {name!r}",
         f"Pass a transformers folder, a Hub id, or {BUNDLED_MODEL!r}, which needs no network.",
-        (OSError, ValueError, ImportError, KeyError),  # transformers has no common error type
+        # transformers has no common error type
+        (OSError, ValueError, ImportError, KeyError, SafetensorError),
     )
