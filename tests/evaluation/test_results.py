@@ -64,11 +64,31 @@ def test_read_returns_what_was_written(tmp_path: Path) -> None:
     assert Evaluation.read(folder).examples == []
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"settings": {}, "ranks": 3}'])
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", "{}", "[" * 99_999, '{"settings": {}, "ranks": 3}']
+)
 def test_read_rejects_damaged_files(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "evaluation.json").write_text(content)
     with pytest.raises(MatryoshkaError, match=r"evaluation\.json"):
+        Evaluation.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("settings", {}),
+        ("ranks", [2, 1]),
+        ("ranks", [1, 16]),
+        ("sizes", {"1": "x"}),
+        ("tasks", {"family": {}}),
+    ],
+)
+def test_read_rejects_other_fields(field: str, value: object, tmp_path: Path) -> None:
+    new_evaluation().write(tmp_path)
+    file = tmp_path / "evaluation.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    with pytest.raises(MatryoshkaError, match="damaged"):
         Evaluation.read(tmp_path)
 
 

@@ -13,14 +13,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal, NamedTuple, TypeVar
+from types import NoneType
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from matryoshka_lora.errors import MatryoshkaError, check_choice
 from matryoshka_lora.nesting import check_ranks
 
-T = TypeVar("T")
+# What a file raises that `Evaluation.write` has not written.
+_DAMAGES = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 
 EVALUATION_NAME = "evaluation.json"
 EXAMPLES_NAME = "examples.jsonl"
@@ -253,14 +262,16 @@ class Evaluation:
             )
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
+            ranks = check_ranks(fields["ranks"])
+            _check_type(fields["settings"]["adapter"], str, NoneType)
             return cls(
-                settings=dict(fields["settings"]),
-                ranks=tuple(fields["ranks"]),
-                sizes=_integer_keys(fields["sizes"]),
-                tasks={name: _parse_task(task) for name, task in fields["tasks"].items()},
+                settings=fields["settings"],
+                ranks=ranks,
+                sizes=_values_by_rank(fields["sizes"], ranks, int),
+                tasks={name: _parse_task(task, ranks) for name, task in fields["tasks"].items()},
                 examples=_read_examples(file.with_name(EXAMPLES_NAME)),
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (*_DAMAGES, OSError) as error:
             raise MatryoshkaError(
                 f"{file} is damaged ({error!s:.100}), or evaluate() has not written it. Evaluate "
                 "again."
@@ -271,19 +282,21 @@ def _is_mean(values: Sequence[float], mean: float | None) -> bool:
     return mean is not None and math.isclose(fmean(values), mean, rel_tol=1e-6, abs_tol=1e-9)
 
 
-def _parse_task(fields: Mapping[str, Any]) -> TaskResult:
+def _parse_task(fields: Mapping[str, Any], ranks: Sequence[int]) -> TaskResult:
     metrics: dict[str, Metric] = {}
     for name, metric in fields["metrics"].items():
         metrics[name] = Metric(
-            metric["higher_is_better"],
-            _integer_keys(metric["values"]),
-            _integer_keys(metric["standard_errors"]),
+            _check_type(metric["higher_is_better"], bool, NoneType),
+            _values_by_rank(metric["values"], ranks, float, NoneType),
+            _values_by_rank(metric["standard_errors"], (), float, NoneType),
         )
+    if fields["primary_metric"] not in metrics:
+        raise KeyError(fields["primary_metric"])
     return TaskResult(
-        fields["num_examples"],
-        fields["num_fewshot"],
+        _check_type(fields["num_examples"], int),
+        _check_type(fields["num_fewshot"], int, NoneType),
         fields["primary_metric"],
-        fields["aurac"],
+        _check_type(fields["aurac"], float, NoneType),
         metrics,
     )
 
@@ -296,13 +309,31 @@ def _read_examples(file: Path) -> list[Example]:
     for line in file.read_text(encoding="utf-8").split("\n"):
         if line:
             example = Example(**json.loads(line))
-            example.answers = _integer_keys(example.answers)
+            example.answers = _values_by_rank(example.answers, (), str)
             for metric, values in example.metrics.items():
-                example.metrics[metric] = _integer_keys(values)
+                example.metrics[metric] = _values_by_rank(values, (), float)
             examples.append(example)
     return examples
 
 
-def _integer_keys(by_rank: Mapping[Any, T]) -> dict[int, T]:
-    """Return a mapping by rank with integers as keys, which JSON writes as strings."""
-    return {int(rank): value for rank, value in by_rank.items()}
+def _values_by_rank(by_rank: Mapping[Any, Any], ranks: Sequence[int], *types: type) -> Any:
+    """Return values by rank with integers as keys, which JSON writes as strings.
+
+    Raises:
+        LookupError: A rank has no value.
+        TypeError: A value has another type.
+    """
+    values = {int(rank): _check_type(value, *types) for rank, value in by_rank.items()}
+    for rank in ranks:
+        if rank not in values:
+            raise LookupError(f"no value at rank {rank}")
+    return values
+
+
+def _check_type(value: Any, *types: type) -> Any:
+    """Return a value from JSON, if it has one of some types. An integer counts as a float."""
+    if float in types and type(value) is int:
+        value = float(value)
+    if type(value) not in types or (isinstance(value, float) and not math.isfinite(value)):
+        raise TypeError(f"unexpected {value!r:.40}")
+    return value
