@@ -156,7 +156,11 @@ def test_the_dtype_represents_all_factors(
     for path, dtype in zip(paths, dtypes, strict=True):
         factors = {"q.lora_A.weight": torch.randn(2, 6), "q.lora_B.weight": torch.randn(5, 2)}
         save_file({key: factor.to(dtype) for key, factor in factors.items()}, path)
-    combine(paths, tmp_path / "sum.safetensors", rank=4)
+    if expected in dtypes:
+        combine(paths, tmp_path / "sum.safetensors", rank=4)
+    else:
+        with pytest.warns(UserWarning, match="float32"):
+            combine(paths, tmp_path / "sum.safetensors", rank=4)
     total = load_file(tmp_path / "sum.safetensors")
     assert {factor.dtype for factor in total.values()} == {expected}
     expected_update = read_updates(paths[0])["q"] + read_updates(paths[1])["q"]
@@ -201,10 +205,77 @@ def test_modules_to_save_are_kept_if_all_sources_have_the_same(tmp_path: Path) -
     assert not (tmp_path / "other").exists()
 
 
+def save_with_scale(file: Path, scale: float | None) -> None:
+    """Write a layer of rank 2 whose scale is in the metadata alone."""
+    configs = json.dumps({"transformer.r": 2, "transformer.lora_alpha": 2 * (scale or 1)})
+    metadata = {"lora_adapter_metadata": configs} if scale else None
+    save_file(factors("transformer.q"), file, metadata)
+
+
+@pytest.mark.parametrize(
+    ("scales", "expected"),
+    [((2.0, 2.0), 2.0), ((2.0, 1.0), 1.0), ((2.0, None), 1.0), ((None, 2.0), 1.0)],
+)
+def test_a_scale_in_the_metadata_stays_there(
+    tmp_path: Path, scales: tuple[float | None, float | None], expected: float
+) -> None:
+    """ComfyUI ignores it, so it must not move into the factors unless the scales differ."""
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    update: Any = 0.0
+    for path, scale in zip(paths, scales, strict=True):
+        save_with_scale(path, scale)
+        update += (scale or 1.0) * read_updates(path)["transformer.q"]
+    combine(paths, tmp_path / "sum.safetensors", rank=4)
+    (layer,) = info(tmp_path / "sum.safetensors").lora.layers
+    assert layer.scale == expected
+    total = read_updates(tmp_path / "sum.safetensors")["transformer.q"]  # ignores the metadata
+    assert np.allclose(expected * total, update, atol=1e-5)
+
+
+def test_a_layer_of_one_source_keeps_its_scale(tmp_path: Path) -> None:
+    save_file(factors("transformer.k"), tmp_path / "a.safetensors")
+    configs = {"lora_adapter_metadata": '{"transformer.r": 2, "transformer.lora_alpha": 4}'}
+    save_file(factors("transformer.k", "transformer.q"), tmp_path / "b.safetensors", configs)
+    combine([tmp_path / f"{name}.safetensors" for name in "ab"], tmp_path / "sum.safetensors")
+    layers = info(tmp_path / "sum.safetensors").lora.layers
+    assert {layer.name: layer.scale for layer in layers} == {
+        "transformer.k": 1.0,
+        "transformer.q": 2.0,
+    }
+
+
+def test_the_rank_is_at_most_the_sum_of_the_ranks(tmp_path: Path) -> None:
+    plain_adapter(tmp_path / "a", r=4, target_modules=["q_proj"])
+    plain_adapter(tmp_path / "b", r=2, target_modules=["v_proj"])
+    result = combine([tmp_path / "a", tmp_path / "b"], tmp_path / "sum", rank=6)
+    assert json.loads((tmp_path / "sum" / CONFIG_NAME).read_text())["r"] == max(result.errors) == 6
+    expected = dense_sum(tiny_llama, [tmp_path / "a", tmp_path / "b"], [1, 1])
+    for name, update in updates(tmp_path / "sum").items():
+        assert np.allclose(update, expected[name], atol=1e-5)
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    save_file(factors("q", "k"), paths[0])
+    save_file(factors("k", "v"), paths[1])
+    single = combine([*paths, paths[1]], tmp_path / "sum.safetensors", [1, 1, -1], rank=6)
+    assert max(single.errors) == 6
+    with pytest.raises(MatryoshkaError, match="rank"):
+        combine(paths, tmp_path / "other.safetensors", rank=5)
+
+
+def test_an_adapter_minus_itself_is_zero(tmp_path: Path) -> None:
+    plain_adapter(tmp_path / "a")
+    result = combine([tmp_path / "a", tmp_path / "a"], tmp_path / "zero", [1, -1])
+    assert set(result.errors.values()) == {0.0}
+    assert set(info(tmp_path / "zero").errors.values()) == {0.0}
+
+
 @pytest.mark.parametrize(
     ("config_change", "options", "keyword"),
     [
         ({}, {"weights": [1.0]}, "weights"),
+        ({}, {"weights": [1, 10**400]}, "weights"),
+        ({}, {"weights": [1, float("nan")]}, "weights"),
+        ({}, {"weights": [1, None]}, "weights"),
+        ({}, {"weights": [1, 1e300]}, "weights"),
         ({}, {"rank": 13}, "rank"),
         ({}, {"rank": 0}, "rank"),
         ({"use_dora": True}, {}, "DoRA"),
@@ -262,8 +333,41 @@ INCOMPATIBLE_FILES = {
         factors("text_encoder.text_model.e", "lora_te2_x"),
         "key_format",
     ),
+    "two names of Flux": (
+        factors("lora_unet_double_blocks_0_img_attn_proj", "lora_te1_x"),
+        factors("lora_transformer_transformer_blocks_0_attn_to_out_0", "lora_te1_x"),
+        "lora_transformer_transformer_blocks_0.*lora_unet_double_blocks_0",
+    ),
+    "two prefixes": (
+        factors("diffusion_model.blocks.0.q", "text_encoder.x"),
+        factors("transformer.blocks.0.attn.to_q", "text_encoder.x"),
+        "key_format",
+    ),
     "a bias": (factors("q") | {"q.diff_b": torch.ones(5)}, factors("q"), "diff_b"),
 }
+
+
+@pytest.mark.parametrize(
+    "block", ["double_blocks_1", "single_blocks_0", "double_blocks_0_txt", "img_in"]
+)
+def test_files_of_one_key_format_may_have_different_layers(tmp_path: Path, block: str) -> None:
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    save_file(factors("lora_unet_double_blocks_0_img", "lora_te1_x"), paths[0])
+    save_file(factors(f"lora_unet_{block}", "lora_te1_x"), paths[1])
+    assert combine(paths, tmp_path / "sum.safetensors").num_layers == 3
+
+
+def test_fp16_can_represent_the_sum_of_small_adapters(tmp_path: Path) -> None:
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        plain_adapter(path, target_modules=["q_proj"], lora_alpha=1e-6)
+        tensors = load_file(path / WEIGHTS_NAME)
+        save_file({key: tensor.half() for key, tensor in tensors.items()}, path / WEIGHTS_NAME)
+    combine(paths, tmp_path / "sum", rank=16)
+    expected = dense_sum(tiny_llama, paths, [1, 1])
+    for name, update in updates(tmp_path / "sum").items():
+        error = np.linalg.norm(update - expected[name])
+        assert error < 1e-3 * np.linalg.norm(expected[name])
 
 
 @pytest.mark.parametrize("case", INCOMPATIBLE_FILES)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +18,13 @@ from matryoshka_lora.algebra.arrays import Array
 from matryoshka_lora.algebra.factors import weighted_sum
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.lora_file.atomic import PathLike, check_output
+from matryoshka_lora.lora_file.diffusers_metadata import CONFIGS_KEY
 from matryoshka_lora.lora_file.lora import Layer, LoraFile
 from matryoshka_lora.lora_file.open import open_lora
 from matryoshka_lora.lora_file.peft_folder import PeftFolder
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 from matryoshka_lora.lora_file.single_file import SingleFile
-from matryoshka_lora.nesting import Nesting
+from matryoshka_lora.nesting import Nesting, check_rank, is_valid_scale
 from matryoshka_lora.operations.output_format import check_same_kind
 
 # The fields of PEFT's config that select the layers. If they differ between the sources, the
@@ -35,8 +39,11 @@ _MEANING_FIELDS = (
 )
 # Optional parts of the names in single files: kohya's prefixes, and a level of CLIP's modules.
 _OPTIONAL_NAME_PARTS = re.compile(r"^lora_(te1?_)?|^text_encoder_(?!\d)|text_model_")
-# SDXL's UNet has two naming schemes, that of its authors and that of diffusers.
-_UNET_BLOCKS = ("input_blocks", "down_blocks")
+_TEXT_ENCODER = re.compile(r"(lora_)?te(xt_encoders?)?(_?\d)?_")
+# Image models have two naming schemes, that of their authors and that of diffusers.
+_AUTHORS_BLOCKS = "input_blocks|middle_block|output_blocks|double_blocks|single_blocks|joint_blocks"
+_DIFFUSERS_BLOCKS = "down_blocks|mid_block|up_blocks|single_transformer_blocks|transformer_blocks"
+_BLOCK = re.compile(rf"(?P<prefix>\D*?)({_AUTHORS_BLOCKS}|(?P<diffusers>{_DIFFUSERS_BLOCKS})|\d)")
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,8 @@ def combine(
         sources: PEFT folders, or single ``.safetensors`` files, all for the same base model.
         output: The folder or file to write, of the same kind as the sources.
         weights: The weight of each source, which may be negative. Defaults to 1 for all.
-        rank: R. Defaults to the largest rank of a source.
+        rank: R, at most the sum of the ranks of the sources, with which the output is the exact
+            sum. Defaults to the largest rank of a source.
         force: Whether to overwrite the output.
 
     Raises:
@@ -102,36 +110,49 @@ def combine(
     path = check_output(output, force, files, is_file=isinstance(loras[0], SingleFile))
     check_same_kind(loras[0], path)
 
-    total = _weighted_sum(loras, [float(weight) for weight in weights])
-    if rank is None:
-        rank = max(lora.max_rank for lora in loras)
-    total.check_rank(rank)
-    nesting = Nesting.powers_of_two(rank)
+    total = _weighted_sum(loras, [_check_weight(weight) for weight in weights])
+    ranks = [lora.max_rank for lora in loras]
+    rank = max(ranks) if rank is None else check_rank(rank, max_rank=sum(ranks))
+    nesting = Nesting.powers_of_two(rank, scale=total.output_scale)
     if isinstance(total, PeftFolder):
         total = replace(total, nesting=nesting)
         plan = total.plan_nested()
     else:
-        plan = total.plan(rank)
+        plan = total.plan(min(rank, total.max_rank))
     written = plan.write(path, force)
     return CombineResult(path, len(total.layers), written.relative_errors(nesting.ranks))
+
+
+def _check_weight(weight: float) -> float:
+    """Return a weight as a float, after checking that it may be a factor of a scale."""
+    try:
+        value = float(weight)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not (value == 0 or is_valid_scale(abs(value))):
+        raise MatryoshkaError(f"`weights` must be numbers such as 0.5 or -1, got {weight!r:.80}.")
+    return value
 
 
 def _weighted_sum(loras: Sequence[LoraFile], weights: Sequence[float]) -> LoraFile:
     """Return the sum as a LoRA without an order. Its factors are computed when they are read."""
     first = loras[0]
+    for lora, other in combinations_with_replacement(loras, 2):
+        _check_compatible(lora, other)
     terms: dict[str, list[_Term]] = {}
     for lora, weight in zip(loras, weights, strict=True):
-        _check_compatible(first, lora)
         for layer in lora.layers:
             terms.setdefault(layer.name, []).append(_Term(lora, layer, weight))
 
     @lru_cache(maxsize=1)  # A and B of a layer are read one after the other
     def sum_factors(name: str) -> tuple[Array, Array]:
         factors = [term.lora.factors(term.layer) for term in terms[name]]
-        scales = [term.weight * term.layer.scale for term in terms[name]]
+        scale_of_sum = _scale_of_sum(terms[name])
+        scales = [term.weight * (term.layer.scale / scale_of_sum) for term in terms[name]]
         return weighted_sum(factors, scales)
 
     layers = tuple(_sum_layer(terms[name], sum_factors) for name in sorted(terms))
+    _warn_if_wider(layers, terms)
     total = replace(
         first,
         name=" + ".join(lora.name for lora in loras),
@@ -143,8 +164,36 @@ def _weighted_sum(loras: Sequence[LoraFile], weights: Sequence[float]) -> LoraFi
     )
     if isinstance(total, PeftFolder):
         configs = [lora.config for lora in loras if isinstance(lora, PeftFolder)]
-        total = replace(total, config=_merge_configs(configs, layers))
-    return total
+        return replace(total, config=_merge_configs(configs, layers))
+    metadata = dict(first.metadata)
+    for lora in loras:
+        # The scales of a source may be in diffusers' metadata. Then they stay there.
+        if CONFIGS_KEY in lora.metadata:
+            metadata.setdefault(CONFIGS_KEY, lora.metadata[CONFIGS_KEY])
+    return replace(total, metadata=metadata)
+
+
+def _scale_of_sum(terms: Sequence[_Term]) -> float:
+    """Return the scale of all terms, or 1 if theirs differ.
+
+    Programs that ignore a scale in the metadata, such as ComfyUI, then compute the sum of what they
+    compute for the sources.
+    """
+    scales = {term.layer.scale for term in terms}
+    return scales.pop() if len(scales) == 1 else 1.0
+
+
+def _warn_if_wider(layers: Sequence[Layer], terms: Mapping[str, Sequence[_Term]]) -> None:
+    """Warn if a layer has a dtype that no source has: fp32, of fp16 and bf16."""
+    for layer in layers:
+        dtypes = sorted({str(term.layer.A.dtype) for term in terms[layer.name]})
+        if str(layer.A.dtype) not in dtypes:
+            warnings.warn(
+                f"The output is {layer.A.dtype}, because the sources are {' and '.join(dtypes)}. "
+                "Convert them to one dtype for a smaller file.",
+                stacklevel=4,
+            )
+            return
 
 
 def _sum_layer(terms: Sequence[_Term], sum_factors: Callable[[str], tuple[Array, Array]]) -> Layer:
@@ -165,8 +214,8 @@ def _sum_layer(terms: Sequence[_Term], sum_factors: Callable[[str], tuple[Array,
     key_alpha = None
     for term in terms:
         key_alpha = key_alpha or term.layer.key_alpha
-    # The scales are in the factors of the sum.
-    total = first.with_rank(sum(term.layer.rank for term in terms), scale=1.0)
+    rank = sum(term.layer.rank for term in terms)
+    total = first.with_rank(rank, _scale_of_sum(terms))
 
     def read_A() -> Array:
         return total.from_matrices(*sum_factors(total.name))[0]
@@ -257,15 +306,38 @@ def _check_layer_names(first: SingleFile, lora: SingleFile) -> None:
     first_names = {_canonical_name(layer.name): layer.name for layer in first.layers}
     names = {_canonical_name(layer.name): layer.name for layer in lora.layers}
     shared = names.keys() & first_names.keys()
-    all_names = [*names, *first_names]
-    has_two_schemes = all(any(word in name for name in all_names) for word in _UNET_BLOCKS)
-    is_same_spelling = all(names[name] == first_names[name] for name in shared)
-    if not shared or has_two_schemes or not is_same_spelling:
-        raise MatryoshkaError(
-            f"{lora.name} and {first.name} are for different models, or have different key "
-            "formats. Export one of them with `key_format`, which converts its keys."
-        )
+    respelled = sorted(name for name in shared if names[name] != first_names[name])
+    formats, first_formats = _key_formats(lora), _key_formats(first)
+    has_two_formats = formats and first_formats and not formats.keys() & first_formats.keys()
+    if shared and not respelled and not has_two_formats:
+        return
+    if respelled:
+        examples = names[respelled[0]], first_names[respelled[0]]
+    elif has_two_formats:
+        examples = min(formats.values()), min(first_formats.values())
+    else:
+        examples = min(names.values()), min(first_names.values())
+    raise MatryoshkaError(
+        f"{lora.name} and {first.name} are for different models, or have different key formats: "
+        f"{examples[0]!r:.80} and {examples[1]!r:.80}. Convert the one whose keys end in "
+        "lora_A.weight to the format of the other: export it with `key_format`."
+    )
 
 
 def _canonical_name(name: str) -> str:
     return _OPTIONAL_NAME_PARTS.sub("", name.replace(".", "_"))
+
+
+def _key_formats(lora: SingleFile) -> dict[tuple[str, bool], str]:
+    """Return the key formats of the image model's blocks, and a layer of each.
+
+    A format is what precedes the name of a block, such as ``lora_unet_``, and whether the block has
+    the name that diffusers gives it.
+    """
+    formats: dict[tuple[str, bool], str] = {}
+    for layer in lora.layers:
+        name = layer.name.replace(".", "_")
+        block = _BLOCK.match(name)
+        if block and not _TEXT_ENCODER.match(name):
+            formats.setdefault((block["prefix"], block["diffusers"] is not None), layer.name)
+    return formats
