@@ -11,6 +11,7 @@ from matryoshka_lora.errors import MatryoshkaError, check_choice
 from matryoshka_lora.lora_file.peft_folder import check_plain_lora
 from matryoshka_lora.model.adapter import NestedAdapter
 from matryoshka_lora.nesting import Deploy, Nesting, Scaling
+from matryoshka_lora.nn.forward_check import ForwardCheck
 from matryoshka_lora.nn.state import NestingState
 from matryoshka_lora.nn.variant import (
     LoraModule,
@@ -98,7 +99,9 @@ def nest(
     state = NestingState(nesting, rule, seed, deploy)
     for module in modules.values():
         attach(module, adapter_name, state)
-    return NestedAdapter(peft_model, adapter_name)
+    adapter = NestedAdapter(peft_model, adapter_name)
+    ForwardCheck(adapter.layers).register()
+    return adapter
 
 
 def check_deploy(deploy: Deploy, rule: Rule) -> None:

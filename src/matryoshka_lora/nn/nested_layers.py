@@ -65,9 +65,13 @@ class NestedLayers:
     def state(self) -> NestingState:
         """The settings that the layers share."""
         self.check_nested()
-        first_module = next(iter(self._modules.values()))
-        state: NestingState = first_module.lora_variant[self.name].state
+        state: NestingState = self.first_module.lora_variant[self.name].state
         return state
+
+    @property
+    def first_module(self) -> LoraModule:
+        """The first LoRA layer; all of them have the same state."""
+        return next(iter(self._modules.values()))
 
     @property
     def nesting(self) -> Nesting:
@@ -315,6 +319,24 @@ class NestedLayers:
             checksum.update(to_numpy(A), to_numpy(B))
         return checksum.hexdigest()
 
+    def has_quick_fingerprint(self) -> bool:
+        """Return whether what is quickly read of the factors is as when they had an order.
+
+        An optimizer or PEFT's hotswap changes all layers, so this samples the first one alone. It
+        is cheap enough for every forward.
+        """
+        fingerprint = self.state.fingerprint
+        return fingerprint is not None and fingerprint[:2] == self._quick_fingerprint()
+
+    def _quick_fingerprint(self) -> tuple[tuple[int, ...], bytes]:
+        versions: list[int] = []
+        for module in self._modules.values():
+            for factor in factor_parameters(module, self.name):
+                # Tensors that were created in inference mode have no counter.
+                versions.append(0 if factor.is_inference() else factor._version)
+        _, B = factor_parameters(self.first_module, self.name)
+        return tuple(versions), to_numpy(_sample(B)).tobytes()
+
     def _fingerprint(self) -> Fingerprint:
         """Return a value that almost certainly changes when the factors change.
 
@@ -322,15 +344,12 @@ class NestedLayers:
         on ``tensor.data``. These change many values, so a sample of each factor shows them. There
         is one transfer from each device.
         """
-        versions: list[int] = []
         samples: dict[torch.device, list[Tensor]] = {}
         for pair in self.layer_factors().values():
             for factor in pair:
-                # Tensors that were created in inference mode have no counter.
-                versions.append(0 if factor.is_inference() else factor._version)
                 samples.setdefault(factor.device, []).append(_sample(factor))
         sampled_bytes = [to_numpy(torch.cat(tensors)).tobytes() for tensors in samples.values()]
-        return tuple(versions), tuple(sampled_bytes)
+        return *self._quick_fingerprint(), tuple(sampled_bytes)
 
 
 def _sample(factor: Tensor, count: int = 32) -> Tensor:

@@ -7,6 +7,7 @@ scaling keep their effect, and q = 1 is plain LoRA to the last bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +18,8 @@ from matryoshka_lora.nesting import Deploy, Nesting, Order
 from matryoshka_lora.nn.fused import at_least_float32
 from matryoshka_lora.rules import Rule
 
-Fingerprint = tuple[tuple[int, ...], tuple[bytes, ...]]
-"""Version counters and sampled values of all factors; see `NestedLayers.order`."""
+Fingerprint = tuple[tuple[int, ...], bytes, tuple[bytes, ...]]
+"""Version counters, values of the first B, and values of all factors; see `NestedLayers.order`."""
 
 
 class Diagonal:
@@ -35,6 +36,7 @@ class Diagonal:
         self.q = q
         self.allow_fewer_rows = allow_fewer_rows
         self.is_one = bool((q == 1).all())
+        self.is_checked = False  # by `ForwardCheck`
         self._by_device = {q.device: q}
 
     def to(self, device: torch.device) -> Tensor:
@@ -113,6 +115,7 @@ class NestingState:
         train_diagonal: The diagonal in train mode; None until the rule has drawn one.
         eval_diagonal: The diagonal in eval mode and for merging.
         overrides: Stack of diagonals that take precedence; the last one applies.
+        check_order: Raises an error if the rank needs an order that has ended.
     """
 
     nesting: Nesting
@@ -127,6 +130,7 @@ class NestingState:
     train_diagonal: Diagonal | None = field(init=False, default=None)
     eval_diagonal: Diagonal = field(init=False)
     overrides: list[Diagonal] = field(init=False, default_factory=list)
+    check_order: Callable[[], None] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.reset()

@@ -133,16 +133,22 @@ class NestedVariant(LoraVariant):
 
     def merge_safe(self, module: LoraModule, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Return the base weight plus the update at the deployed rank."""
+        self._check_order()
         return _add(module, orig_weight, self._delta_weight(module, active_adapter))
 
     def merge_unsafe(self, module: LoraModule, active_adapter: str, orig_weight: Tensor) -> None:
         """Add the update at the deployed rank to the base weight in place."""
+        self._check_order()
         orig_weight.data += self._delta_weight(module, active_adapter).to(orig_weight.device)
 
     def unmerge(self, module: LoraModule, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Subtract the update."""
         # `set_rank` rejects merged adapters, so the rank is still the merged one.
         return _add(module, orig_weight, -self._delta_weight(module, active_adapter))
+
+    def _check_order(self) -> None:
+        if self.state.check_order is not None:
+            self.state.check_order()
 
     def _delta_weight(self, module: LoraModule, adapter: str) -> Tensor:
         with _folded_into_B(module, adapter, self.state.eval_diagonal):

@@ -1,0 +1,114 @@
+"""Check that a model's forward uses the chosen diagonal, and that a chosen rank has its order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.nn.nested_layers import NestedLayers
+from matryoshka_lora.nn.state import Diagonal
+from matryoshka_lora.nn.variant import NestedVariant
+
+
+class ForwardCheck:
+    """Hooks around the forward of a model with a nested adapter.
+
+    Kernels of other libraries compute a layer from its A and B, without calling it, so they know no
+    diagonal. The first forward with each diagonal that is not one finds them: they leave all layers
+    of a kind, such as all ``gate_proj``, uncalled in modules that are called. Plain LoRA is not
+    checked.
+
+    Args:
+        layers: The adapter's layers.
+    """
+
+    def __init__(self, layers: NestedLayers) -> None:
+        self._layers = layers
+        self._state = layers.state
+        self._root: nn.Module | None = None  # whose forward is watched now
+        self._called: set[nn.Module] = set()
+        self._handle: RemovableHandle | None = None
+
+    def register(self) -> None:
+        """Watch the forward of the model, which generate() and PeftModel enter differently."""
+        tuner = self._layers.model.base_model
+        for root in (tuner, tuner.model):
+            root.register_forward_pre_hook(self._before)
+            root.register_forward_hook(self._after, always_call=True)
+        self._state.check_order = self.check_order
+
+    def check_order(self) -> None:
+        """Raise MatryoshkaError if the chosen rank needs an order, and the factors have changed."""
+        state, layers = self._state, self._layers
+        max_rank = state.nesting.max_rank
+        if state.order is None or state.rank in (0, max_rank):
+            return
+        if not layers.has_quick_fingerprint():
+            layers.verify_order()
+        if not state.is_order_valid:
+            raise MatryoshkaError(
+                f"The factors of adapter {layers.name!r} have changed since set_rank({state.rank}),"
+                f" so rank {state.rank} is no longer available. Call reorder() and "
+                f"set_rank({state.rank}), or set_rank({max_rank})."
+            )
+
+    def _before(self, root: nn.Module, args: object) -> None:
+        if torch.compiler.is_compiling() or self._root is not None:
+            return
+        diagonal = self._active_diagonal()
+        if diagonal is None or diagonal.is_one:
+            return
+        if diagonal is self._state.eval_diagonal:
+            self.check_order()
+        if not diagonal.is_checked:
+            diagonal.is_checked = True
+            self._root = root
+            self._called = {self._layers.model.base_model.model}
+            self._handle = register_module_forward_pre_hook(self._record)
+
+    def _active_diagonal(self) -> Diagonal | None:
+        """Return the diagonal of this forward; None without one, as if PEFT removed the adapter."""
+        state, name = self._state, self._layers.name
+        module = self._layers.first_module
+        variant = module.lora_variant.get(name)
+        if not isinstance(variant, NestedVariant) or variant.state is not state:
+            return None
+        is_active = name in module.active_adapters and name not in module.merged_adapters
+        if module.disable_adapters or not is_active:
+            return None
+        if state.overrides:
+            return state.overrides[-1]
+        if module.training:
+            return state.train_diagonal
+        return state.eval_diagonal
+
+    def _record(self, module: nn.Module, args: object) -> None:
+        self._called.add(module)
+
+    def _after(self, root: nn.Module, args: object, output: Tensor | None) -> None:
+        if root is not self._root or self._handle is None:
+            return
+        self._handle.remove()
+        self._root = self._handle = None
+        called, self._called = self._called, set()
+        if output is None:
+            return  # the forward raised an error
+        base_model: nn.Module = self._layers.model.base_model.model
+        is_kind_called: dict[str, bool] = {}
+        for name in self._layers.modules:
+            parent_name, _, kind = name.rpartition(".")
+            parent = base_model.get_submodule(parent_name)
+            module = parent.get_submodule(kind)
+            if parent in called:
+                is_kind_called[kind] = is_kind_called.get(kind, False) or module in called
+        bypassed = [kind for kind, is_called in is_kind_called.items() if not is_called]
+        if bypassed:
+            raise MatryoshkaError(
+                f"The model did not call its layers {', '.join(bypassed):.80}: another library "
+                "computes them from A and B, at rank R and without P. Disable its LoRA kernels "
+                "(Axolotl: lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel), or train with "
+                "`rule='lora'` and use the saved folder without that library."
+            )

@@ -1,0 +1,160 @@
+"""Kernels that bypass the nested layers, and a chosen rank whose order has ended."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import lora_config, nest_as, nested_llama, randomize, tiny_llama
+from peft import get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+from torch import Tensor, nn
+
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting
+
+NESTING = Nesting((1, 2, 4))
+IDS = torch.arange(3, 27).reshape(2, 12)
+
+
+def compute_layer(layer: Any, x: Tensor) -> Tensor:
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    output: Tensor = layer.base_layer(x) + x @ A.T @ B.T * layer.scaling["default"]
+    return output
+
+
+def kernel(mlp: Any, x: Tensor) -> Tensor:
+    """Compute an MLP from its factors, as Unsloth and Axolotl do."""
+    gate, up = compute_layer(mlp.gate_proj, x), compute_layer(mlp.up_proj, x)
+    return compute_layer(mlp.down_proj, nn.functional.silu(gate) * up)
+
+
+def install_kernels(model: Any) -> None:
+    for module in model.modules():
+        if type(module).__name__ == "LlamaMLP":
+            module.forward = MethodType(kernel, module)
+
+
+def forward(adapter: NestedAdapter) -> Tensor:
+    output: Tensor = adapter.model(input_ids=IDS).logits
+    return output
+
+
+def generate(adapter: NestedAdapter) -> Tensor:
+    output: Tensor = adapter.model.generate(input_ids=IDS, max_new_tokens=2)
+    return output
+
+
+@pytest.mark.parametrize("run", [forward, generate])
+def test_kernels_that_bypass_the_layers_are_an_error(
+    run: Callable[[NestedAdapter], Tensor],
+) -> None:
+    adapter = nested_llama(NESTING, "lora")
+    install_kernels(adapter.model)
+    adapter.reorder()
+    run(adapter)  # rank R is plain LoRA
+    adapter.set_rank(1)
+    with pytest.raises(MatryoshkaError, match="gate_proj"):
+        run(adapter)
+    with pytest.raises(MatryoshkaError, match="gate_proj"), adapter.rows([1, 4]):
+        run(adapter)
+
+
+@pytest.mark.parametrize("rule", ["matryoshka", "dylora"])
+def test_training_with_such_kernels_is_an_error(rule: str) -> None:
+    adapter = nested_llama(NESTING, rule)
+    install_kernels(adapter.model)
+    adapter.draw(0)
+    with pytest.raises(MatryoshkaError, match="gate_proj"):
+        forward(adapter)
+    plain = nested_llama(NESTING, "lora")
+    install_kernels(plain.model)
+    plain.draw(0)
+    forward(plain)
+
+
+def test_modules_without_input_are_no_error() -> None:
+    """As the image tower in a batch of text; or after an error in the middle of a forward."""
+
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+            self.image = nn.Sequential(nn.Linear(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.text["fc"](x)
+            return output
+
+    model = get_peft_model(Towers(), lora_config(NESTING, target_modules=["fc", "0"]))
+    adapter = nest_as(model, NESTING)
+    with pytest.raises(RuntimeError):
+        model(torch.ones(2, 3))
+    assert model(torch.ones(2, 4)).shape == (2, 4)
+    adapter.reorder()
+    adapter.set_rank(2)
+    for usable_model in (copy.deepcopy(model), model.merge_and_unload()):
+        assert usable_model(torch.ones(2, 4)).shape == (2, 4)
+
+
+# A chosen rank whose order has ended.
+
+
+def train(adapter: NestedAdapter, folder: Path) -> None:
+    """A training loop without draw(), with an optimizer that no version counter shows."""
+    model = adapter.model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
+    forward(adapter).square().mean().backward()
+    optimizer.step()
+    model.eval()
+
+
+def write_one_layer(adapter: NestedAdapter, folder: Path) -> None:
+    _, B = adapter.layer_factors()["model.layers.1.mlp.up_proj"]
+    with torch.no_grad():
+        B[0, 0] += 1
+
+
+def hotswap(adapter: NestedAdapter, folder: Path) -> None:
+    other = get_peft_model(tiny_llama(), lora_config(NESTING))
+    randomize(other, seed=9)
+    other.save_pretrained(folder)
+    hotswap_adapter(adapter.model, str(folder), adapter_name="default")
+
+
+@pytest.mark.parametrize("change", [train, write_one_layer, hotswap])
+def test_a_rank_does_not_outlive_its_order(
+    change: Callable[[NestedAdapter, Path], None], tmp_path: Path
+) -> None:
+    adapter = nested_llama(NESTING)
+    model: Any = adapter.model
+    adapter.reorder()
+    adapter.set_rank(2)
+    forward(adapter)
+    change(adapter, tmp_path / "other")
+    for use in (lambda: forward(adapter), model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(MatryoshkaError, match=r"reorder\(\)"):
+            use()
+    adapter.set_rank(4)
+    forward(adapter)
+    adapter.reorder()
+    adapter.set_rank(2)
+    forward(adapter)
+    model.merge_adapter()
+
+
+def test_a_change_that_is_undone_does_not_end_the_order() -> None:
+    adapter = nested_llama(NESTING)
+    adapter.reorder()
+    adapter.set_rank(2)
+    expected = forward(adapter)
+    for A, _ in adapter.layer_factors().values():
+        A.data = A.data * 2
+        with torch.no_grad():
+            A.mul_(0.5)
+    assert torch.equal(forward(adapter), expected)
