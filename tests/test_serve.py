@@ -31,13 +31,41 @@ def dry_run(path: Path, **options: Any) -> list[list[str]]:
 
 
 def values_of(words: list[str], option: str) -> list[str]:
-    """Return the words between an option and the next one."""
-    values: list[str] = []
+    """Return the words between an option and the next one, or the one after its "="."""
+    values = [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
+    if values:
+        return values
     for word in words[words.index(option) + 1 :]:
         if word.startswith("-"):
             break
         values.append(word)
     return values
+
+
+def modules_of(words: list[str]) -> dict[str, str]:
+    """Return the folder of each adapter by its name, as vLLM parses them."""
+    modules: dict[str, str] = {}
+    for word in values_of(words, "--lora-modules"):
+        if "=" in word and "," not in word:
+            name, path = word.split("=", 1)
+            modules[name] = path
+        else:
+            module = json.loads(word)
+            modules[module["name"]] = module["path"]
+    return modules
+
+
+@pytest.mark.parametrize("name", ["a=b", "a,b", "--trust-remote-code", "a b"])
+def test_a_name_is_not_an_option_or_a_separator(
+    name: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter.rename(name)
+    export_command, server = dry_run(Path(name), ranks=[4], base_model=name)
+    assert not export_command[2].startswith("-")
+    assert modules_of(server) == {f"{name}@4": f"{name}-ladder/{name}@4"}
+    assert values_of(server, "--model") == [name]
+    assert name not in server
 
 
 @pytest.mark.parametrize(
@@ -66,7 +94,7 @@ def test_the_commands_serve_the_ladder_that_they_write(
     assert not Path(ladder).exists()
     export(adapter, ladder, [int(rank) for rank in rank_list.split(",")], "ladder")
 
-    modules = dict(word.split("=") for word in values_of(server, "--lora-modules"))
+    modules = modules_of(server)
     assert list(modules) == [f"adapter@{rank}" for rank in served_ranks]
     assert sorted(map(Path, modules.values())) == sorted(Path(ladder).iterdir())
     assert values_of(server, "--max-lora-rank") == [max_lora_rank]
@@ -81,11 +109,13 @@ def test_the_commands_serve_the_ladder_that_they_write(
 
 
 FAKE_VLLM = """
+import json
 import sys
 from pathlib import Path
 
-modules = sys.argv[sys.argv.index("--lora-modules") + 1 : sys.argv.index("--model")]
-folders = [Path(module.partition("=")[2]) for module in modules]
+start = sys.argv.index("--lora-modules") + 1
+modules = sys.argv[start : sys.argv.index("--model=some/base")]
+folders = [Path(json.loads(module)["path"]) for module in modules]
 is_ready = all((folder / "adapter_config.json").is_file() for folder in folders)
 sys.exit(10 + len(folders) if is_ready else 1)
 """
@@ -114,7 +144,7 @@ def test_the_adapter_names_base_model_and_revision(adapter: Path) -> None:
     assert values_of(server, "--revision") == ["v1"]
     assert server[-2:] == ["--max-model-len", "64"]
     _, server = dry_run(adapter, base_model="other/base")
-    assert "--revision" not in server  # v1 is a revision of a/b
+    assert not any(word.startswith("--revision") for word in server)  # v1 is a revision of a/b
 
 
 def test_what_vllm_cannot_read_is_rejected(tmp_path: Path) -> None:

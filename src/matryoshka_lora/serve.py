@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import shlex
 import signal
@@ -97,9 +98,9 @@ def serve(
             "to run there."
         )
     base_model = resolve_base_model(base_model)
-    options = ["--model", base_model]
+    options = [f"--model={base_model}"]  # a name may begin with a dash
     if base_revision:
-        options += ["--revision", base_revision]
+        options.append(f"--revision={base_revision}")
     options += ["--host", host, "--port", str(port), *vllm_options]
 
     commands: list[str] = []
@@ -153,7 +154,10 @@ def _check_ranks(
 def _export_command(
     path: PathLike, ladder_path: Path, ranks: Sequence[int], revision: str | None
 ) -> str:
-    command = ["matryoshka", "export", str(path), "--format", "ladder"]
+    source = str(path)
+    if source.startswith("-"):
+        source = f"./{source}"
+    command = ["matryoshka", "export", source, "--format", "ladder"]
     command += ["--rank", ",".join(map(str, ranks))]
     if revision:
         command += ["--revision", revision]
@@ -171,7 +175,9 @@ def _server_arguments(ladder: Mapping[int, Path]) -> list[str]:
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
     arguments += ["--max-lora-rank", str(max_lora_rank)]
     arguments += ["--max-loras", str(min(_MAX_LORAS, len(ladder)))]
-    arguments += ["--lora-modules", *(f"{folder.name}={folder}" for folder in ladder.values())]
+    # In JSON, because a name may contain "=" or a comma.
+    modules = [json.dumps({"name": path.name, "path": str(path)}) for path in ladder.values()]
+    arguments += ["--lora-modules", *modules]
     return arguments
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from matryoshka_lora import MatryoshkaError, NotFiniteError, extract, info
+from matryoshka_lora.lora_file.open import open_lora
 from matryoshka_lora.operations.factorize import factorize_change
 
 CHANGED_LAYERS = ("q_proj", "down_proj", "o_proj")
@@ -430,3 +431,25 @@ def test_invalid_arguments_are_rejected(
 def test_an_unchanged_model_is_rejected(tmp_path: Path, models: tuple[Path, Path]) -> None:
     with pytest.raises(MatryoshkaError, match="changed"):
         extract(models[0], models[0], tmp_path / "lora", rank=4)
+
+
+def test_two_processes_do_not_share_the_cache_of_an_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tuned = tiny_llama()
+    torch.nn.init.normal_(tuned.model.layers[0].mlp.down_proj.weight)
+    tuned.save_pretrained(tmp_path / "tuned")
+
+    def run(rank: int) -> None:
+        extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", rank=rank)
+
+    def meanwhile(*arguments: Any) -> Any:
+        with pytest.raises(MatryoshkaError, match="Another process"):
+            run(2)
+        return factorize_change(*arguments)
+
+    monkeypatch.setattr("matryoshka_lora.operations.extract.factorize_change", meanwhile)
+    run(4)
+    assert open_lora(tmp_path / "lora").max_rank == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "lora", "tuned"]

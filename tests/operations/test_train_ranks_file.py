@@ -99,6 +99,14 @@ def test_untrained_ranks_are_written_in_the_order_of_the_svd(
     assert open_peft_folder(tmp_path / "nested").order == "svd"
 
 
+def test_an_output_that_cannot_be_written_is_an_error_before_the_training(
+    lora_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matryoshka_lora.operations.train_ranks.load", None)
+    with pytest.raises(MatryoshkaError, match="Cannot write"):
+        train_ranks(lora_folder, lora_folder / "adapter_config.json" / "new", EXAMPLES)
+
+
 def save_plain(folder: Path) -> Path:
     """An adapter whose config names no base model."""
     plain_adapter(folder, target_modules=["q_proj"])

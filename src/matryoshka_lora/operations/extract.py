@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -263,21 +264,44 @@ def _resumable_folder(output: Path, settings: list[object]) -> Iterator[Path]:
     """Yield a folder next to the output, which is deleted at the end and after a `MatryoshkaError`.
 
     If the process is interrupted or fails otherwise, the folder stays. A folder of the same
-    settings is used again; another one is deleted first.
+    settings is used again; the content of another one is deleted first. Only one process at a time
+    uses it.
     """
     folder = output.absolute().with_name(f".{output.name}.extracting")
-    settings_file = folder / "settings.json"
-    text = json.dumps(settings)
-    if settings_file.is_file() and settings_file.read_text(encoding="utf-8") != text:
-        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings_file.write_text(text, encoding="utf-8")
+    with _lock(folder / "lock", output):
+        settings_file = folder / "settings.json"
+        text = json.dumps(settings)
+        if settings_file.is_file() and settings_file.read_text(encoding="utf-8") != text:
+            for file in folder.glob("*.safetensors"):
+                file.unlink()
+        settings_file.write_text(text, encoding="utf-8")
+        try:
+            yield folder
+        except MatryoshkaError:
+            _remove_folder(folder)
+            raise
+        _remove_folder(folder)
+
+
+@contextmanager
+def _lock(file: Path, output: Path) -> Iterator[None]:
+    """Hold a lock, which the operating system releases if the process is killed."""
+    lock = FileLock(file)
     try:
-        yield folder
-    except MatryoshkaError:
-        shutil.rmtree(folder)
-        raise
-    shutil.rmtree(folder)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise MatryoshkaError(
+            f"Another process is extracting to {output}. Wait for it, or pass another path."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # Windows keeps the lock while it is held
 
 
 def _peft_config(

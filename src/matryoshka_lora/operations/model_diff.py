@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from matryoshka_lora.errors import MatryoshkaError, optional_imports
+from matryoshka_lora.errors import MatryoshkaError, optional_imports, wrap_errors
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor, open_safetensors, read_json
 from matryoshka_lora.nn.arrays import to_torch
 
@@ -136,8 +136,10 @@ def read_architecture(model: ModelFiles) -> Architecture:
     model_class = getattr(transformers, str(class_names[0]), None)
     if model_class is None:
         return Architecture()
+    with wrap_errors(f"Cannot use the config of {model.path}", exceptions=(OSError, ValueError)):
+        config = transformers.AutoConfig.from_pretrained(model.path, trust_remote_code=False)
     with torch.device("meta"):
-        skeleton = model_class(transformers.AutoConfig.from_pretrained(model.path))
+        skeleton = model_class(config)
     modules = dict(skeleton.named_modules())
     names = frozenset(modules)
     head = skeleton.get_output_embeddings()

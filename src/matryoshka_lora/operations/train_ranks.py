@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from matryoshka_lora.examples import read_examples
-from matryoshka_lora.lora_file.atomic import PathLike, check_output
+from matryoshka_lora.lora_file.atomic import PathLike, check_output, create_folder
 from matryoshka_lora.lora_file.open import open_adapter
 from matryoshka_lora.lora_file.results import TrainRanksResult
 from matryoshka_lora.model.base_model import load_adapter_tokenizer, load_model
@@ -61,20 +59,21 @@ def train_ranks(
     model_path = base_model or lora.config.get("base_model_name_or_path")
     data_files = [path for path in (data, eval_data) if isinstance(path, (str, os.PathLike))]
     model_paths = [str(model_path)] if model_path else []
-    output_path = check_output(output, force, [*lora.files, *data_files, *model_paths])
+    sources: list[PathLike] = [*lora.files, *data_files, *model_paths]
+    output_path = check_output(output, force, sources)
     examples = read_examples(data)
     eval_examples = None if eval_data is None else read_examples(eval_data)
     model_name, model_revision = lora.base_model(base_model, base_revision)
     model = load_model(model_name, dtype, model_revision)
     tokenizer = load_adapter_tokenizer(lora, model_name, model_revision)
-    with tempfile.TemporaryDirectory() as folder:
-        nested_path = Path(folder, "nested")  # gives all layers the same rank and scale
-        lora.plan_nested().write(nested_path)
-        adapter = load(model, nested_path, is_trainable=True)
-    result = adapter.train_ranks(
-        examples, tokenizer, eval_data=eval_examples, max_examples=max_examples, seed=seed
-    )
-    # Keep the source's files, so that its tokenizer is copied.
-    trained = replace(adapter.to_lora_file(), files=lora.files)
-    trained.plan_nested().write(output_path, force)
+    # An output that cannot be written is an error before the training, not after it.
+    with create_folder(output_path, force, sources) as folder:
+        lora.plan_nested().write(folder)  # gives all layers the same rank and scale
+        adapter = load(model, folder, is_trainable=True)
+        result = adapter.train_ranks(
+            examples, tokenizer, eval_data=eval_examples, max_examples=max_examples, seed=seed
+        )
+        # Keep the source's files, so that its tokenizer is copied.
+        trained = replace(adapter.to_lora_file(), files=lora.files)
+        trained.plan_nested().write(folder, force=True)
     return replace(result, path=output_path)
