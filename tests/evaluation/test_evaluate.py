@@ -256,6 +256,28 @@ def test_an_output_is_overwritten_with_force_alone(on_disk: Path, tmp_path: Path
     assert sorted(file.name for file in output.iterdir()) == FILES
 
 
+def test_an_output_that_cannot_be_written_is_an_error_before_the_evaluation(
+    on_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matryoshka_lora.evaluation.harness.ManyRanksLM", None)
+    output = on_disk / "adapter_config.json" / "output"
+    with pytest.raises(MatryoshkaError, match="Cannot write"):
+        evaluate(on_disk, data=some_examples(), output=output, progress=False)
+
+
+def test_values_are_logged_before_they_are_written(
+    on_disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: Evaluation, folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Evaluation, "write", fail)
+    caplog.set_level("INFO", "matryoshka_lora")
+    with pytest.raises(MatryoshkaError, match="No space"):
+        evaluate(on_disk, data=some_examples(), ranks=[1], progress=False)
+    assert "rank 1: " in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "keyword"),
     [
@@ -274,6 +296,8 @@ def test_an_output_is_overwritten_with_force_alone(on_disk: Path, tmp_path: Path
         ({"tasks": "no.yaml"}, r"no\.yaml"),
         ({"data": "rows/my.jsonl", "output": "rows", "force": True}, "source"),
         ({"data": some_examples(), "output": "lora", "force": True}, "source"),
+        ({"data": some_examples(), "output": "b", "base_model": "b", "force": True}, "source"),
+        ({"tasks": "rows/my.yaml", "output": "rows", "force": True}, "source"),
     ],
 )
 def test_invalid_arguments_are_rejected_before_the_model_is_loaded(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from matryoshka_lora.evaluation.harness import ManyRanksLM
     from matryoshka_lora.evaluation.tasks import LoadedTask
     from matryoshka_lora.model.adapter import NestedAdapter
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -91,11 +94,12 @@ def evaluate(
     ranks = lora.check_ranks(available_ranks if ranks == "all" else ranks)
     if output is None and nested is None:
         output = default_output(lora.name)
-    if output is not None:
-        data_files = [data] if isinstance(data, (str, os.PathLike)) else []
-        check_output(output, force, [*lora.files, *data_files])
     if nested is None or tokenizer is None:
         base_model, base_revision = lora.base_model(base_model, base_revision)
+    task_names = _task_names(tasks)
+    sources = _sources(lora, task_names, data, base_model)
+    if output is not None:
+        check_output(output, force, sources)
     examples = read_examples(data) if data is not None else []
 
     with optional_imports():  # these imports take seconds, so the arguments are checked first
@@ -103,9 +107,8 @@ def evaluate(
         from matryoshka_lora.model.base_model import load_adapter_tokenizer, load_model
         from matryoshka_lora.model.load import load
 
-    if tokenizer is None:
-        tokenizer = load_adapter_tokenizer(lora, base_model, base_revision)
-    loaded_tasks = _load_tasks(tasks, data, examples, tokenizer)
+    tokenizer = tokenizer or load_adapter_tokenizer(lora, base_model, base_revision)
+    loaded_tasks = _load_tasks(task_names, data, examples, tokenizer)
     settings = {
         "adapter": lora.name if nested is None else None,
         "revision": revision,
@@ -118,14 +121,14 @@ def evaluate(
     settings["dtype"] = str(nested.model.dtype).removeprefix("torch.")
     evaluation = Evaluation(settings, ranks, {rank: lora.plan(rank).file_size for rank in ranks})
     lm_ranks = (0, *ranks) if _rank_0_is_base_model(lora) else ranks
-    with _restore_mode(nested.model):
+    with _create_output(output, force, sources) as folder, _restore_mode(nested.model):
         lm = ManyRanksLM(nested.layers, tokenizer, lm_ranks, max_batch_tokens, progress)
         if _has_messages(examples):
             lm.add_bos_token = False  # the chat template writes it, if training had it
         for task in loaded_tasks:
             _evaluate_task(evaluation, lm, task, num_fewshot, limit)
-    if output is not None:
-        _write(evaluation, output, force)
+        if folder is not None:
+            _write(evaluation, folder)
     return evaluation
 
 
@@ -178,8 +181,24 @@ def _has_messages(examples: Sequence[object]) -> bool:
     )
 
 
+def _task_names(tasks: str | Sequence[str] | None) -> list[str]:
+    names = tasks.split(",") if isinstance(tasks, str) else tasks or ()
+    return list(dict.fromkeys(name.strip() for name in names))
+
+
+def _sources(
+    lora: PeftFolder, task_names: Sequence[str], data: object, base_model: str | None
+) -> list[PathLike]:
+    """Return the paths that the output must not overwrite."""
+    sources: list[PathLike] = [*lora.files]
+    sources += [name for name in task_names if name.endswith((".yaml", ".yml"))]
+    model_path = base_model or lora.config.get("base_model_name_or_path")
+    sources += [path for path in (data, model_path) if isinstance(path, (str, os.PathLike))]
+    return sources
+
+
 def _load_tasks(
-    tasks: str | Sequence[str] | None,
+    task_names: Sequence[str],
     data: object,
     examples: Sequence[object],
     tokenizer: PreTrainedTokenizerBase,
@@ -191,9 +210,7 @@ def _load_tasks(
     if examples:
         name = Path(data).stem if isinstance(data, (str, os.PathLike)) else "data"
         return [load_data(name, examples, tokenizer)]
-    names = tasks.split(",") if isinstance(tasks, str) else tasks or ()
-    unique_names = dict.fromkeys(name.strip() for name in names)
-    return [load_task(name) for name in unique_names]
+    return [load_task(name) for name in task_names]
 
 
 @contextmanager
@@ -235,7 +252,23 @@ def _evaluate_task(
         evaluation.examples += convert_examples(name, samples)
 
 
-def _write(evaluation: Evaluation, output: PathLike, force: bool) -> None:
-    with create_folder(output, force) as folder:
-        evaluation.write(folder)
-        plot_evaluation(evaluation, folder / "curve.png")
+def _create_output(
+    output: PathLike | None, force: bool, sources: Sequence[PathLike]
+) -> AbstractContextManager[Path | None]:
+    """Return the context of a new output folder; an error if it cannot be written."""
+    return nullcontext() if output is None else create_folder(output, force, sources)
+
+
+def _write(evaluation: Evaluation, folder: Path) -> None:
+    # The log keeps the values if they cannot be written.
+    for task, result in evaluation.tasks.items():
+        values = [
+            f"rank {rank}: {value:.3f}"
+            for rank, value in evaluation.metric(task).values.items()
+            if value is not None
+        ]
+        logger.info(
+            "%s, %s: %s.", task, result.primary_metric.removesuffix(",none"), ", ".join(values)
+        )
+    evaluation.write(folder)
+    plot_evaluation(evaluation, folder / "curve.png")
