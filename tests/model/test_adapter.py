@@ -17,6 +17,7 @@ from helpers.rules import RANK_PER_ROW
 from peft import LoraConfig, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
+from transformers import XLNetConfig, XLNetModel
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, Rule, load, nest
 from matryoshka_lora.rules import RULES
@@ -187,6 +188,17 @@ def test_where_rows_cannot_have_ranks() -> None:
     model.set_adapter("other")
     with pytest.raises(MatryoshkaError, match="set_adapter"), adapter.rows([1, 2]):
         pytest.fail("the context must not open")
+
+
+def test_rows_of_a_time_major_model_are_rejected() -> None:
+    """With as many rows as tokens, its layers would take time for rows."""
+    config = XLNetConfig(vocab_size=96, d_model=16, n_layer=1, n_head=2, d_inner=24)
+    lora = LoraConfig(r=2, target_modules=["layer_1", "layer_2"])
+    adapter = nest(get_peft_model(XLNetModel(config), lora), rule=RANK_PER_ROW)
+    with pytest.raises(MatryoshkaError, match="xlnet"), adapter.rows([1, 2, 2]):
+        pytest.fail("the context must not open")
+    with pytest.raises(MatryoshkaError, match="xlnet"):
+        adapter.draw(0, batch_size=3)
 
 
 # Orders.

@@ -53,6 +53,8 @@ def write_merged(
         written = plan.write(truncated)
         peft_model = PeftModel.from_pretrained(model, str(truncated))
     _untie_adapted_embeddings(model)
+    if lora.config.get("layer_replication"):
+        _copy_shared_weights(peft_model.get_base_model())
     merged = peft_model.merge_and_unload(safe_merge=True)
     # transformers 5.0 cannot save a model that it has dequantized.
     with wrap_errors(
@@ -84,6 +86,23 @@ def _untie_adapted_embeddings(model: Any) -> None:
         layer = head.get_base_layer() if isinstance(head, LoraLayer) else head
         layer.weight = nn.Parameter(layer.weight.detach().clone())
         model.config.tie_word_embeddings = False
+
+
+def _copy_shared_weights(model: Any) -> None:
+    """Give replicated layers weights of their own, but leave a tied head tied.
+
+    A weight that they share would get the updates of all of them, and could not be saved.
+    """
+    head = model.get_output_embeddings()
+    parameters: set[nn.Parameter] = set()
+    for module in model.modules():
+        if module is head:
+            continue
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter in parameters:
+                copy = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                setattr(module, name, copy)
+            parameters.add(parameter)
 
 
 def _complete_config(file: Path) -> None:

@@ -25,6 +25,10 @@ FactorParameters = dict[str, tuple[Tensor, Tensor]]
 FactorMatrices = dict[str, tuple[Tensor, Tensor]]
 """A, shape (R, in), and B, shape (out, R), of each layer, by the layer's name."""
 
+# The model types of transformers whose layers get inputs of shape (length, rows, features). With as
+# many rows as tokens, the shape does not show it.
+_TIME_MAJOR_MODELS = ("fsmt", "led", "longformer", "xlnet")
+
 
 class NestedLayers:
     """The layers of a nested adapter.
@@ -161,6 +165,8 @@ class NestedLayers:
                 "Gradient checkpointing computes the layers again after this context has ended. "
                 "Call model.gradient_checkpointing_disable() before rows() in train mode."
             )
+        if q.ndim > 1:
+            self._check_rows_first()
         state = self.state
         diagonal = Diagonal(q.to(torch.float64))
         state.overrides.append(diagonal)
@@ -168,6 +174,17 @@ class NestedLayers:
             yield
         finally:
             state.overrides.remove(diagonal)
+
+    def _check_rows_first(self) -> None:
+        """Raise MatryoshkaError if the model's layers get tokens before rows."""
+        config = getattr(self.model.get_base_model(), "config", None)
+        model_type = getattr(config, "model_type", None)
+        if model_type in _TIME_MAJOR_MODELS:
+            raise MatryoshkaError(
+                f"Rows of a {model_type} model cannot have a rank each, because its layers get "
+                "inputs of shape (length, rows, features). Use set_rank(), or a rule with one "
+                "diagonal for the whole batch."
+            )
 
     def _uses_gradient_checkpointing(self) -> bool:
         modules = self.model.modules()
@@ -192,6 +209,7 @@ class NestedLayers:
         rows = 1 if batch_size is None else batch_size
         q = state.sample_q(step, rows * num_processes)
         if q.ndim > 1:
+            self._check_rows_first()
             if batch_size is None:
                 raise MatryoshkaError(
                     f"Rule {state.rule.name!r} draws one diagonal per row: pass `batch_size`."
