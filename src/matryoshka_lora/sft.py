@@ -411,6 +411,7 @@ def _save_sharded(trainer: SFTTrainer, path: Path) -> None:
     unfinished = path.with_name("unfinished")
     trainer.save_model(str(unfinished))
     if trainer.is_world_process_zero():
+        (unfinished / "training_args.bin").unlink(missing_ok=True)  # may hold hub_token
         unfinished.rename(path)
 
 
@@ -418,8 +419,7 @@ def _finish(
     adapter: NestedAdapter, trainer: SFTTrainer, path: Path, with_ranks: bool
 ) -> TrainResult:
     """Train the ranks, if asked for, and save the adapter with its tokenizer."""
-    # accelerate has replaced the model's forward for mixed precision: restore it, and leave train
-    # mode, as the run is over.
+    # Restore the forward that accelerate has replaced, and leave train mode: the run is over.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     ranks_result = None
     if with_ranks and adapter.deploy != "paper":
