@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.units import format_size, parse_share, parse_size
+from matryoshka_lora.units import format_size, parse_share, parse_size, pluralize
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,8 @@ def test_what_is_not_a_positive_size_is_rejected(size: Any) -> None:
 def test_a_formatted_size_can_be_parsed(size: str) -> None:
     number = parse_size(size)
     assert parse_size(format_size(number)) == number
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, "0 layers"), (1, "1 layer"), (2, "2 layers")])
+def test_nouns_agree_with_their_number(count: int, expected: str) -> None:
+    assert pluralize(count, "layer") == expected

@@ -92,9 +92,13 @@ def prompt_and_completion(example: object, index: int) -> PromptCompletion:
     if isinstance(tools, str):  # a column of a dataset holds them as JSON
         with wrap_errors(f"Cannot read the tools of example {index}", exceptions=_JSON_ERRORS):
             tools = json.loads(tools)
-    template_kwargs = {"tools": tools}
-    template_kwargs.update(fields.get("chat_template_kwargs") or {})
-    return PromptCompletion(prompt, completion, template_kwargs)
+    template_kwargs = fields.get("chat_template_kwargs") or {}
+    if not isinstance(template_kwargs, Mapping):
+        raise MatryoshkaError(
+            f"chat_template_kwargs of example {index} must be a mapping, got "
+            f"{template_kwargs!r:.80}."
+        )
+    return PromptCompletion(prompt, completion, {"tools": tools, **template_kwargs})
 
 
 def _describe(example: object) -> str:

@@ -1,4 +1,4 @@
-"""Parse and format shares, such as ``"95%"``, and sizes, such as ``"50MB"``."""
+"""Parse and format shares, such as ``"95%"``, sizes, such as ``"50MB"``, and counts."""
 
 from __future__ import annotations
 
@@ -62,3 +62,8 @@ def format_size(size: int) -> str:
 
     text: str = tqdm.format_sizeof(size, "B")
     return text
+
+
+def pluralize(count: int, noun: str) -> str:
+    """Return a number with its noun, such as ``"1 layer"`` or ``"2 layers"``."""
+    return f"1 {noun}" if count == 1 else f"{count} {noun}s"

@@ -442,6 +442,17 @@ def test_a_folder_without_a_usable_lora_is_rejected(folder: Path, tmp_path: Path
             export_folder(source, output, 3)
     with pytest.raises(MatryoshkaError, match="folder"):
         export_folder(folder, tmp_path / "x.gguf", 3)
+    for options in (
+        {},
+        {"rank": 0},
+        {"rank": "8"},
+        {"rank": [1, 2]},
+        {"keep": "x"},
+        {"rank": 1, "format": "x"},
+    ):
+        with pytest.raises(MatryoshkaError) as raised:
+            export_folder(folder, output, **options)
+        assert "dora" not in str(raised.value)  # a mistake of the call is reported once
     for name in ("large", "small", "single.SAFETENSORS"):
         (folder / name).rename(tmp_path / name)
     with pytest.raises(MatryoshkaError, match="dora"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from matryoshka_lora.errors import printable
-from matryoshka_lora.units import format_size
+from matryoshka_lora.units import format_size, pluralize
 
 if TYPE_CHECKING:
     from matryoshka_lora.evaluation.results import Evaluation
@@ -172,7 +172,7 @@ def format_train_ranks(result: TrainRanksResult) -> str:
         return "The Trainer's examples cannot be used, so the ranks were not trained."
     if result.outcome == "not better":
         return "Training did not improve the ranks, so the trained factors were not kept."
-    return f"The ranks were trained on {result.num_examples} examples."
+    return f"The ranks were trained on {pluralize(result.num_examples, 'example')}."
 
 
 def format_combine(result: CombineResult) -> str:
@@ -183,7 +183,7 @@ def format_combine(result: CombineResult) -> str:
 
 def format_extract(result: ExtractResult) -> str:
     """Return what `matryoshka extract` prints."""
-    lines = [f"{result.path}: {len(result.ranks)} layers", ""]
+    lines = [f"{result.path}: {pluralize(len(result.ranks), 'layer')}", ""]
     lines += format_errors(result.errors, "change")
     if result.rounding_share > 0.001:
         share = _percent(result.rounding_share)
@@ -192,8 +192,8 @@ def format_extract(result: ExtractResult) -> str:
         modules = [key.rpartition(".")[0] for key in result.unsaved_tensors]
         size = format_size(sum(result.unsaved_tensors.values()))
         lines.append(
-            f"{len(modules)} tensors ({size}) changed too and are not part of the LoRA, such as "
-            f"{', '.join(modules[:3])}."
+            f"Not in the LoRA: {pluralize(len(modules), 'tensor')} ({size}) that changed too, such "
+            f"as {', '.join(modules[:3])}."
         )
         if result.path.is_dir():
             lines.append(f"Add --modules-to-save {modules[0]} to save this one in full.")
@@ -222,8 +222,8 @@ def format_evaluation(evaluation: Evaluation) -> str:
     lines = format_table(rows, indent="")
     for name, result in evaluation.tasks.items():
         lines.append(
-            f"{name}: {result.primary_metric}, {result.num_examples} questions, "
-            f"{result.num_fewshot or 0} shots"
+            f"{name}: {result.primary_metric}, {pluralize(result.num_examples, 'question')}, "
+            f"{pluralize(result.num_fewshot or 0, 'shot')}"
         )
     return _join_lines([*lines, "± is one standard error over the questions."])
 
@@ -238,7 +238,7 @@ def format_selection(selection: Selection) -> str:
     summary = f"Rank {selection.rank} ({size}): {metric} {value:.3f} on {task}"
     if selection.bound is not None:
         summary += f", within the bound {selection.bound:.3f}"
-    lines = [f"{summary}; {result.num_examples} questions"]
+    lines = [f"{summary}; {pluralize(result.num_examples, 'question')}"]
     for rank, difference in selection.differences().items():
         comparison = "equal to it"
         if difference.value:

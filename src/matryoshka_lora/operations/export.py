@@ -28,7 +28,7 @@ from matryoshka_lora.operations.output_format import (
     FILE_SUFFIXES,
     choose_output_format,
 )
-from matryoshka_lora.units import parse_share, parse_size
+from matryoshka_lora.units import parse_share, parse_size, pluralize
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,7 @@ def export(
     output_format = choose_output_format(lora, output, format, key_format)
     is_file = bool(EXPORT_FORMATS[output_format].suffix)
     output_path = check_output(output, force, lora.files, is_file=is_file)
-    selection = _Selection(
-        rank,
-        share=None if keep is None else parse_share(keep),
-        max_size=None if max_bytes is None else parse_size(max_bytes),
-    )
+    selection = _parse_selection(rank, keep, max_bytes)
     _check_selection(selection, output_format, key_format)
     keep_factors = selection.is_empty and key_format is not None
     if isinstance(lora, SingleFile) and key_format is not None:
@@ -210,6 +206,8 @@ def export_folder(
             f"{source} is a folder of LoRAs, so the output is a folder too, got {output}. Pass a "
             f"path without {output_path.suffix}."
         )
+    # A mistake that no LoRA is the reason of is one error.
+    _check_selection(_parse_selection(rank, keep, max_bytes), format or "peft", key_format)
     exported: list[ExportResult] = []
     failed = {
         folder.name: "Not a LoRA. Export its content separately."
@@ -236,9 +234,10 @@ def export_folder(
             else:
                 exported.append(replace(result, path=output_path / name))
         if not exported:
-            reasons = " ".join(f"{name}: {message}" for name, message in failed.items())
+            name = loras[0].name
             raise MatryoshkaError(
-                f"None of the {len(loras)} LoRAs in {source} could be exported. {reasons}"
+                f"{pluralize(len(loras), 'LoRA')} in {source} could not be exported. The first is "
+                f"{name:.80}: {failed[name]}"
             )
     return ExportFolderResult(output_path, tuple(exported), failed)
 
@@ -255,7 +254,19 @@ def _limit_rank(rank: int | Sequence[int] | None, path: Path) -> int | Sequence[
     """Return a rank that is at most the largest of a LoRA. Several ranks are not changed."""
     if rank is None or isinstance(rank, Sequence):
         return rank
-    return min(check_rank(rank), open_lora(path).max_rank)
+    return min(rank, open_lora(path).max_rank)
+
+
+def _parse_selection(
+    rank: int | Sequence[int] | None, keep: float | str | None, max_bytes: int | str | None
+) -> _Selection:
+    if rank is not None and (isinstance(rank, str) or not isinstance(rank, Sequence)):
+        check_rank(rank)
+    return _Selection(
+        rank,
+        share=None if keep is None else parse_share(keep),
+        max_size=None if max_bytes is None else parse_size(max_bytes),
+    )
 
 
 def _check_selection(
@@ -263,6 +274,11 @@ def _check_selection(
 ) -> None:
     if selection.is_empty and key_format is None and output_format in ("peft", "single"):
         raise MatryoshkaError("Pass at least one of `rank`, `keep` or `max_bytes`.")
+    if isinstance(selection.rank, Sequence) and output_format != "ladder":
+        raise MatryoshkaError(
+            f"`rank` must be an integer in format {output_format!r}, got {selection.rank!r:.80}. "
+            "Only `format='ladder'` takes several."
+        )
     supported = EXPORT_FORMATS[output_format]
     if selection.share is not None and not supported.supports_keep:
         raise MatryoshkaError(
@@ -287,12 +303,7 @@ def _choose_ranks(
 ) -> dict[str, int]:
     """Return the rank of each layer by its name."""
     max_rank = lora.max_rank if selection.rank is None else selection.rank
-    if isinstance(max_rank, Sequence):
-        raise MatryoshkaError(
-            f"`rank` must be an integer in format {output_format!r}, got {max_rank!r:.80}. Only "
-            "`format='ladder'` takes several."
-        )
-    max_rank = check_rank(max_rank)
+    assert not isinstance(max_rank, Sequence)  # `_check_selection` rejects several
     ranks = lora.ranks_by_layer(max_rank)
     if not EXPORT_FORMATS[output_format].supports_keep:  # one rank for all layers
         return dict.fromkeys(ranks, max_rank)
@@ -371,20 +382,16 @@ def _notes(
 ) -> list[str]:
     notes: list[str] = []
     if lora.other_tensors and output_format == "single":
-        tensors = _pluralize(len(lora.other_tensors), "other tensor")
+        tensors = pluralize(len(lora.other_tensors), "other tensor")
         notes.append(f"Copied {tensors} unchanged, such as {min(lora.other_tensors)}.")
     if selection.share is not None:
         num_bounded = sum(rank == selection.rank for rank in ranks.values())
         if num_bounded:
             notes.append(
-                f"`rank` limits {_pluralize(num_bounded, 'layer')}, which may keep less than "
+                f"`rank` limits {pluralize(num_bounded, 'layer')}, which may keep less than "
                 f"{100 * selection.share:.4g}% of the squared singular values."
             )
     return notes
-
-
-def _pluralize(count: int, noun: str) -> str:
-    return f"1 {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _weights_size(output_path: Path) -> int:

@@ -6,6 +6,7 @@ import functools
 import inspect
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, wrap_errors
 from matryoshka_lora.examples import (
     apply_chat_template,
     common_prefix_length,
@@ -218,7 +219,7 @@ def _tokenize(
 ) -> TokenizedExample:
     """Tokenize an example as TRL's SFTTrainer does, with labels on the completion only."""
     if isinstance(example, Mapping) and "input_ids" in example and "labels" in example:
-        return _without_padding(example)
+        return _without_padding(example, index)
     if tokenizer is None:
         raise MatryoshkaError(
             "Examples without tokens need the base model's tokenizer. Pass `tokenizer`."
@@ -227,8 +228,9 @@ def _tokenize(
     if isinstance(pair.prompt, str):
         eos_token = tokenizer.eos_token or ""
         text = pair.prompt + str(pair.completion).removesuffix(eos_token) + eos_token
-        prompt_ids = tokenizer(pair.prompt)["input_ids"]
-        input_ids = tokenizer(text)["input_ids"]
+        with wrap_errors(f"Cannot tokenize example {index} of the data"):
+            prompt_ids = tokenizer(pair.prompt)["input_ids"]
+            input_ids = tokenizer(text)["input_ids"]
     else:
         prompt, full = apply_chat_template(tokenizer, pair, index, return_dict=True)
         prompt_ids = prompt["input_ids"]
@@ -238,12 +240,15 @@ def _tokenize(
     return {"input_ids": input_ids, "labels": [IGNORED_LABEL] * start + input_ids[start:]}
 
 
-def _without_padding(example: Mapping[str, Any]) -> TokenizedExample:
-    mask = example.get("attention_mask", [1] * len(example["labels"]))
+def _without_padding(example: Mapping[str, Any], index: int) -> TokenizedExample:
     tokens: TokenizedExample = {}
-    for key in ("input_ids", "labels"):
-        pairs = zip(example[key], mask, strict=True)
-        tokens[key] = [value for value, is_attended in pairs if is_attended]
+    hint = "Pass input_ids, labels and attention_mask as lists of integers of the same length."
+    with wrap_errors(f"Cannot read the tokens of example {index} of the data", hint):
+        mask = example.get("attention_mask", [1] * len(example["labels"]))
+        for key in ("input_ids", "labels"):
+            pairs = zip(example[key], mask, strict=True)
+            values = [operator.index(value) for value, is_attended in pairs if is_attended]
+            tokens[key] = torch.tensor(values, dtype=torch.long).tolist()
     return tokens
 
 
