@@ -41,7 +41,7 @@ RULES = {
 def train_last_column_only(adapter: NestedAdapter) -> None:
     """Give gradients only to the last column of B and row of A of the drawn prefix.
 
-    This is the frozen mode of DyLoRA (arXiv 2210.07558). Call it again for a deep copy of the model,
+    This is the frozen mode of DyLoRA (arXiv 2210.07558). Call it again for a copy of the model,
     because PyTorch does not copy the hooks of parameters.
     """
     for A, B in adapter.layer_factors().values():
