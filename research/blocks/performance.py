@@ -66,7 +66,8 @@ def _accuracy_of_evaluation(document: dict[str, Any]) -> str:
     return (
         f"A task has {num_items} examples. The numbers are medians of {document['repeats']} "
         f"measurements on a shared machine. Six ranks take {min(versions):.2f} to "
-        f"{max(versions):.2f} times as long as in version 0.3. The model is SmolLM2-135M-Instruct in {dtype}, on one thread.\n"
+        f"{max(versions):.2f} times as long as in version 0.3.\n"
+        f"The model is SmolLM2-135M-Instruct in {dtype}, on one thread.\n"
         f"{num_different} answers differ from the harness's, and {num_ties} are ties. The "
         f"largest difference of a log-likelihood is {largest:.1e}."
     )
