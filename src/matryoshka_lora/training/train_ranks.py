@@ -70,11 +70,10 @@ def train_ranks(
         NotFiniteError: The loss or a gradient is not finite. The factors are as before training.
     """
     _check_arguments(layers, max_examples)
-    limit = _default_max_examples(data) if max_examples is None else max_examples
-    split = _split(data, limit, seed)
+    num_examples = _default_num_examples(data) if max_examples is None else max_examples
+    split = _split(data, num_examples, seed)
     if layers.order is None:
         layers.reorder()
-
     batches = split.validation_batches
 
     def measure_gaps() -> dict[int, float]:
@@ -121,7 +120,7 @@ def _check_arguments(layers: NestedLayers, max_examples: int | None) -> None:
     layers.check_not_sharded()
 
 
-def _default_max_examples(data: TrainingData) -> int:
+def _default_num_examples(data: TrainingData) -> int:
     if data.num_examples_seen is None:
         return MAX_EXAMPLES
     return max(EXAMPLES_PER_STEP, round(data.num_examples_seen * MAX_SHARE_OF_SEEN))
