@@ -111,7 +111,7 @@ def test_an_unknown_key_or_value_is_an_error(
         read_config(config_file, [override])
 
 
-@pytest.mark.parametrize("content", [None, b"- 1", b"a: [", b"\xff"])
+@pytest.mark.parametrize("content", [None, b"- 1", b"a: [", b"\xff", b"[" * 9999, b"a: 2001-99-99"])
 def test_a_file_that_is_no_config_is_an_error(content: bytes | None, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     if content is not None:

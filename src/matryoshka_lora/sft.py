@@ -114,7 +114,7 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
 
 
 def _load_yaml(path: str | os.PathLike[str], overrides: Iterable[str]) -> dict[str, Any]:
-    with wrap_errors(f"Cannot read {path}", "", (OSError, UnicodeDecodeError, yaml.YAMLError)):
+    with wrap_errors(f"Cannot read {path}"):  # PyYAML raises errors of many types
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if config is None:
         config = {}
@@ -124,7 +124,7 @@ def _load_yaml(path: str | os.PathLike[str], overrides: Iterable[str]) -> dict[s
         key, equals, text = override.partition("=")
         if not equals:
             raise MatryoshkaError(f"{key!r:.80} has no value. Write {key:.80}=VALUE.")
-        with wrap_errors(f"Cannot read the value of {key}", "", yaml.YAMLError):
+        with wrap_errors(f"Cannot read the value of {key}"):
             value = yaml.safe_load(text)
         _set_key(config, key, value)
     return config

@@ -92,7 +92,7 @@ def parse_ranks(text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is not a rank such as 8, or 1,2,4.") from error
+        raise typer.BadParameter(f"{text!r:.80} is not a rank such as 8, or 1,2,4.") from error
 
 
 def parse_ranks_or_all(text: str | None) -> list[int] | Literal["all"] | None:
@@ -107,4 +107,4 @@ def parse_weights(text: str | None) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is not a list of weights such as 1,0.5.") from error
+        raise typer.BadParameter(f"{text!r:.80} is not a list of weights such as 1,0.5.") from error
