@@ -58,8 +58,9 @@ def test_kernels_that_bypass_the_layers_are_an_error(
     adapter.reorder()
     run(adapter)  # rank R is plain LoRA
     adapter.set_rank(1)
-    with pytest.raises(MatryoshkaError, match="gate_proj"):
-        run(adapter)
+    for _ in range(2):  # not only the first time
+        with pytest.raises(MatryoshkaError, match="gate_proj"):
+            run(adapter)
     with pytest.raises(MatryoshkaError, match="gate_proj"), adapter.rows([1, 4]):
         run(adapter)
 
@@ -99,6 +100,31 @@ def test_modules_without_input_are_no_error() -> None:
     adapter.set_rank(2)
     for usable_model in (copy.deepcopy(model), model.merge_and_unload()):
         assert usable_model(torch.ones(2, 4)).shape == (2, 4)
+
+
+def test_layers_that_the_model_does_not_use_are_no_error() -> None:
+    """As Longformer's global queries without global attention. Training leaves their B at 0."""
+
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.used(x)
+            return output
+
+    model = get_peft_model(Unused(), lora_config(NESTING, target_modules=["used", "unused"]))
+    adapter = nest_as(model, NESTING, "matryoshka")
+    adapter.draw(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(2):
+        loss: Tensor = model(torch.ones(2, 4)).sum()
+        loss.backward()
+        optimizer.step()
+    adapter.reorder()
+    adapter.set_rank(2)
+    assert model(torch.ones(2, 4)).shape == (2, 4)
 
 
 # A chosen rank whose order has ended.

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.nn.nested_layers import NestedLayers
 from matryoshka_lora.nn.state import Diagonal
-from matryoshka_lora.nn.variant import NestedVariant
+from matryoshka_lora.nn.variant import LoraModule, NestedVariant, factor_parameters
 
 
 class ForwardCheck:
@@ -18,8 +18,10 @@ class ForwardCheck:
 
     Kernels of other libraries compute a layer from its A and B, without calling it, so they know no
     diagonal. The first forward with each diagonal that is not one finds them: they leave all layers
-    of a kind, such as all ``gate_proj``, uncalled in modules that are called. Plain LoRA is not
-    checked.
+    of a kind, such as all ``gate_proj``, uncalled in modules that are called. Some models leave
+    layers uncalled, too, such as Longformer without global attention. Training does not change
+    these, so layers with B = 0 are not an error, but are checked again in the next forward. Plain
+    LoRA is not checked.
 
     Args:
         layers: The adapter's layers.
@@ -29,6 +31,7 @@ class ForwardCheck:
         self._layers = layers
         self._state = layers.state
         self._root: nn.Module | None = None  # whose forward is watched now
+        self._diagonal = self._state.eval_diagonal  # of that forward
         self._called: set[nn.Module] = set()
         self._handle: RemovableHandle | None = None
 
@@ -64,8 +67,8 @@ class ForwardCheck:
         if diagonal is self._state.eval_diagonal:
             self.check_order()
         if not diagonal.is_checked:
-            diagonal.is_checked = True
             self._root = root
+            self._diagonal = diagonal
             self._called = {self._layers.model.base_model.model}
             self._handle = register_module_forward_pre_hook(self._record)
 
@@ -96,19 +99,43 @@ class ForwardCheck:
         called, self._called = self._called, set()
         if output is None:
             return  # the forward raised an error
-        base_model: nn.Module = self._layers.model.base_model.model
-        is_kind_called: dict[str, bool] = {}
-        for name in self._layers.modules:
-            parent_name, _, kind = name.rpartition(".")
-            parent = base_model.get_submodule(parent_name)
-            module = parent.get_submodule(kind)
-            if parent in called:
-                is_kind_called[kind] = is_kind_called.get(kind, False) or module in called
-        bypassed = [kind for kind, is_called in is_kind_called.items() if not is_called]
-        if bypassed:
+        bypassed = self._bypassed_layers(called)
+        if not bypassed:
+            self._diagonal.is_checked = True
+        elif self._have_updates(bypassed):
+            kinds = dict.fromkeys(name.rpartition(".")[2] for name in bypassed)
             raise MatryoshkaError(
-                f"The model did not call its layers {', '.join(bypassed):.80}: another library "
+                f"The model did not call its layers {', '.join(kinds):.80}: another library "
                 "computes them from A and B, at rank R and without P. Disable its LoRA kernels "
                 "(Axolotl: lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel), or train with "
-                "`rule='lora'` and use the saved folder without that library."
+                "`rule='lora'` and use the saved folder without that library. If the model does "
+                "not need these layers, leave them out of target_modules."
             )
+
+    def _bypassed_layers(self, called: set[nn.Module]) -> dict[str, LoraModule]:
+        """Return the layers, by name, of a kind that was not called in any module."""
+        base_model: nn.Module = self._layers.model.base_model.model
+        uncalled: dict[str, dict[str, LoraModule]] = {}
+        called_kinds: set[str] = set()
+        for name, module in self._layers.modules.items():
+            parent_name, _, kind = name.rpartition(".")
+            parent = base_model.get_submodule(parent_name)
+            if parent not in called:
+                continue
+            if parent.get_submodule(kind) in called:
+                called_kinds.add(kind)
+            else:
+                uncalled.setdefault(kind, {})[name] = module
+        bypassed: dict[str, LoraModule] = {}
+        for kind, layers in uncalled.items():
+            if kind not in called_kinds:
+                bypassed.update(layers)
+        return bypassed
+
+    def _have_updates(self, layers: dict[str, LoraModule]) -> bool:
+        """Return whether any B is not zero."""
+        for module in layers.values():
+            _, B = factor_parameters(module, self._layers.name)
+            if bool(B.any()):
+                return True
+        return False
