@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.tiny_chat import tiny_tokenizer
 from hypothesis import given
@@ -96,6 +97,7 @@ def test_an_example_has_a_prompt_and_a_completion(example: Any, expected: Any) -
         {"messages": ["a", ASSISTANT]},
         {"messages": []},
         {"prompt": "a", "completion": "b", "tools": "{"},
+        {"input_ids": np.array([1, 2])},
     ],
 )
 def test_other_examples_are_an_error_that_names_them(example: Any) -> None:

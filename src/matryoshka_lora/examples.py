@@ -106,10 +106,15 @@ def _describe(example: object) -> str:
     if not isinstance(example, Mapping):
         return f"is of type {type(example).__name__}"
     fields = [
-        f"{name!s:.40} ({type(value).__name__ if value else 'empty'})"
+        f"{name!s:.40} ({'empty' if _is_empty(value) else type(value).__name__})"
         for name, value in example.items()
     ]
     return f"has the fields {', '.join(fields):.160}" if fields else "has no fields"
+
+
+def _is_empty(value: object) -> bool:
+    """Return whether a field has no text and no messages. Arrays have no truth value."""
+    return value is None or (isinstance(value, (str, list)) and not value)
 
 
 def _split_messages(messages: object) -> tuple[list[Any] | None, list[Any] | None]:
