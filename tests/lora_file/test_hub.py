@@ -33,6 +33,10 @@ def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (snapshot / "chat_template.jinja").symlink_to(f"../../blobs/{blob.name}")
         (snapshot / "sub").mkdir()
         weights = (snapshot / "adapter_model.safetensors").read_bytes()
+        (snapshot / "checkpoint").mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (snapshot / "checkpoint" / name).write_bytes((snapshot / name).read_bytes())
+        (snapshot / "checkpoint" / "tokenizer.json").symlink_to(f"../../../blobs/{blob.name}")
         single_file = weights.replace(b"base_model.model.", b"unet.mid_block.m.")
         (snapshot / "sub" / "lora.safetensors").write_bytes(single_file)
     empty_repository = cache / "models--owner--files"
@@ -63,6 +67,12 @@ def test_open_lora_of_a_repository(revision: str | None, rank: int, tmp_path: Pa
     single_file = open_lora("owner/name/sub/lora.safetensors", revision)
     assert isinstance(single_file, SingleFile)
     assert single_file.max_rank == rank
+
+
+def test_a_folder_in_a_repository(tmp_path: Path) -> None:
+    folder = local_path("owner/name", ("adapter_config.json",)) / "checkpoint"
+    open_lora(folder).plan(1).write(tmp_path / "output")
+    assert (tmp_path / "output" / "tokenizer.json").read_text() == "template"
 
 
 def test_files_of_a_repository() -> None:

@@ -108,6 +108,10 @@ def test_the_tokenizer_that_was_saved_with_an_adapter(tmp_path: Path) -> None:
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path / "adapter")
     assert "<new>" in load_adapter_tokenizer(lora, base_model, None).get_vocab()
+    (tmp_path / "adapter" / "config.json").symlink_to(tmp_path / "base" / "config.json")
+    with pytest.warns(UserWarning, match="symbolic link"):
+        other_tokenizer = load_adapter_tokenizer(lora, base_model, None)
+    assert other_tokenizer.name_or_path == base_model
 
 
 @pytest.mark.parametrize("case", ["no folder", "an empty folder", "a damaged config"])

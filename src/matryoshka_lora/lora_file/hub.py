@@ -61,8 +61,12 @@ def leads_out_of_folder(file: Path) -> bool:
     """Return whether a file is a symbolic link out of its folder, other than the Hub cache's."""
     folder = file.parent.resolve()
     target = file.resolve()
-    blobs = folder.parent.parent / "blobs"
-    return not target.is_relative_to(folder) and target.parent != blobs
+    # A repository in the cache has its files in blobs/, and links to them in snapshots/COMMIT/,
+    # also in subfolders.
+    cache_folders = [
+        parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"
+    ]
+    return not target.is_relative_to(folder) and target.parent not in cache_folders
 
 
 class HubId(NamedTuple):

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from importlib.metadata import version
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from matryoshka_lora.errors import MatryoshkaError, wrap_errors
-from matryoshka_lora.lora_file.hub import BUNDLED_MODEL, companion_files, leads_out_of_folder
+from matryoshka_lora.lora_file.hub import BUNDLED_MODEL, leads_out_of_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,9 +110,15 @@ def load_adapter_tokenizer(
     """Return the tokenizer that a Trainer has saved with an adapter, or else the base model's."""
     if lora.files:
         folder = lora.files[0].parent
-        has_tokenizer = folder / "tokenizer_config.json" in companion_files(folder)
-        if has_tokenizer and not any(map(leads_out_of_folder, folder.iterdir())):
-            return load_tokenizer(str(folder))
+        if (folder / "tokenizer_config.json").is_file():
+            links = [file for file in sorted(folder.iterdir()) if leads_out_of_folder(file)]
+            if not links:
+                return load_tokenizer(str(folder))
+            warnings.warn(
+                f"{links[0]} is a symbolic link to another folder, so the tokenizer of {base_model}"
+                " is used instead of the adapter's. Replace the link by a copy, if you trust it.",
+                stacklevel=2,
+            )
     return load_tokenizer(base_model, base_revision)
 
 
