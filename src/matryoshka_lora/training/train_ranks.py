@@ -152,7 +152,7 @@ def _is_better(before: ValidationLosses, after: ValidationLosses) -> bool:
             f"ranks below {max_rank} by {change.mean:+.3f} ± {change.standard_error:.3f} (standard "
             f"error), and that of rank {max_rank} by {max_rank_change.mean:+.3f} ± "
             f"{max_rank_change.standard_error:.3f}.",
-            stacklevel=3,
+            stacklevel=4,
         )
         return False
     worse_ranks: list[str] = []
@@ -162,7 +162,7 @@ def _is_better(before: ValidationLosses, after: ValidationLosses) -> bool:
             worse_ranks.append(f"{rank} (by {rank_change.mean:.3f})")
     if worse_ranks:
         warnings.warn(
-            f"Ranks whose validation loss increased: {', '.join(worse_ranks)}.", stacklevel=3
+            f"Ranks whose validation loss increased: {', '.join(worse_ranks)}.", stacklevel=4
         )
     return True
 
