@@ -39,7 +39,8 @@ TokenizedExample = dict[str, list[int]]
 IGNORED_LABEL = -100
 """The label of tokens that do not count in the loss, as in transformers."""
 VALIDATION_BATCHES = 16
-"""The validation examples are this many batches, because the spread of their losses is measured."""
+"""The validation examples are divided into at most this many batches, if memory allows it. Several
+are needed, because the spread of their losses is measured."""
 
 
 class NoExamplesError(MatryoshkaError):
@@ -51,8 +52,8 @@ class Split(NamedTuple):
 
     Attributes:
         training_indices: The indices of the examples to train on, in order. They may repeat.
-        validation_batches: `VALIDATION_BATCHES` batches of examples, or more if they are too large
-            for the memory of a training step.
+        validation_batches: At most `VALIDATION_BATCHES` batches of examples, or more if these
+            would be larger than a batch of the training.
         is_held_out: Whether the validation examples are an evaluation set. Otherwise they are
             training examples.
     """
