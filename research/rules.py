@@ -30,12 +30,22 @@ def stratified(nesting: Nesting, rng: random.Random, batch_size: int) -> Diagona
     return np.stack([nesting.prefix(rank) for rank in ranks])
 
 
+def all_columns(nesting: Nesting, rng: random.Random, batch_size: int) -> Diagonal:
+    """Return the diagonal of plain LoRA at rank R."""
+    return nesting.prefix(nesting.max_rank)
+
+
 RULES = {
     "dylora-all": Rule("dylora-all", any_rank),
     # Train with `train_last_column_only`, too.
     "dylora-frozen": Rule("dylora-frozen", any_rank),
     "stratified": Rule("stratified", stratified),
 }
+
+
+TRUNCATED_LORA = Rule("truncated-lora", all_columns, fixed=True)
+"""Plain LoRA for ``deploy="paper"``, which the package refuses for its rule ``lora``: ranks below R
+are the first columns as they were trained."""
 
 
 def train_last_column_only(adapter: NestedAdapter) -> None:

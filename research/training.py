@@ -29,7 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from matryoshka_lora import MatryoshkaError, NestedAdapter, NotFiniteError, nest
 from matryoshka_lora.model.base_model import load_model, load_tokenizer
 from research import facts, tasks
-from research.rules import RULES, train_last_column_only
+from research.rules import RULES, TRUNCATED_LORA, train_last_column_only
 from research.runs import Job
 from research.study import RECIPES, Study
 
@@ -165,11 +165,14 @@ def nested_adapter(
             if "lora_A" in name:
                 nn.init.uniform_(parameter, -bound, bound)
     rule_name = recipe.rule or "lora"
+    rule = RULES.get(rule_name, rule_name)
+    if rule_name == "lora" and deploy == "paper":
+        rule = TRUNCATED_LORA
     adapter = nest(
         model,
         study.nested_ranks(job.rank),
         scaling=recipe.scaling,
-        rule=RULES.get(rule_name, rule_name),
+        rule=rule,
         deploy=deploy,
         seed=job.seed,
     )

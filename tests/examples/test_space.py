@@ -122,10 +122,8 @@ def test_a_file_that_takes_too_long_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain_adapter(tmp_path / "lora", target_modules=["q_proj"])
-    # Python's regular expressions never finish this one.
-    edit_config(tmp_path / "lora", rank_pattern={"(([a-z_.0-9])*)*(!)": 4})
-    monkeypatch.setattr(app, "TIME_LIMIT", 15)
-    with pytest.raises(gr.Error, match="15 seconds"):
+    monkeypatch.setattr(app, "TIME_LIMIT", 0.01)
+    with pytest.raises(gr.Error, match=r"0\.01 seconds"):
         next(app.show(peft_files(tmp_path / "lora")))
 
 
