@@ -54,8 +54,9 @@ class ForwardCheck:
         if not state.is_order_valid:
             raise MatryoshkaError(
                 f"The factors of adapter {layers.name!r} have changed since set_rank({state.rank}),"
-                f" so rank {state.rank} is no longer available. Call reorder() and "
-                f"set_rank({state.rank}), or set_rank({max_rank})."
+                f" by training or by a cast to another dtype, so rank {state.rank} is no longer "
+                "available. Cast the model before the adapter is loaded, or call reorder() and "
+                f"set_rank({state.rank})."
             )
 
     def _before(self, root: nn.Module, args: object) -> None:

@@ -186,7 +186,8 @@ def _scale_of_sum(terms: Sequence[_Term]) -> float:
 def _warn_if_wider(layers: Sequence[Layer], terms: Mapping[str, Sequence[_Term]]) -> None:
     """Warn if a layer has a dtype that no source has: fp32, of fp16 and bf16."""
     for layer in layers:
-        dtypes = sorted({str(term.layer.A.dtype) for term in terms[layer.name]})
+        factors = [factor for term in terms[layer.name] for factor in (term.layer.A, term.layer.B)]
+        dtypes = sorted({str(factor.dtype) for factor in factors})
         if str(layer.A.dtype) not in dtypes:
             warnings.warn(
                 f"The output is {layer.A.dtype}, because the sources are {' and '.join(dtypes)}. "

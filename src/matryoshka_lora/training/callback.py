@@ -74,10 +74,11 @@ class NestingCallback(TrainerCallback):
         """Raise MatryoshkaError if a checkpoint's state is from a run with another nesting."""
         settings = self._settings()
         for key, value in state.stateful_callbacks.get(self._state_key, settings).items():
-            if value != settings[key]:
+            if value != settings.get(key):
                 raise MatryoshkaError(
                     f"The checkpoint is from a run with another nesting: {key} was {value!r:.80}, "
-                    f"not {settings[key]!r:.80}. Set another output_dir, or nest as in that run."
+                    f"not {settings.get(key)!r:.80}. Set another output_dir, or nest as in that "
+                    "run."
                 )
 
     def _settings(self) -> dict[str, Any]:
