@@ -131,12 +131,21 @@ def test_the_order_is_known_without_a_checksum(
     assert NestedLayers(ordered.model).order == "svd"
 
 
-def test_a_copy_and_a_cast_of_an_ordered_adapter(ordered: NestedAdapter) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_does_not_end_the_order(dtype: torch.dtype, ordered: NestedAdapter) -> None:
+    """But a change after it does."""
     clone = NestedAdapter(copy.deepcopy(ordered.model))
+    clone.set_rank(2)
+    clone.model.to(dtype)
+    ids = torch.arange(3, 11).reshape(1, 8)
+    clone.model(input_ids=ids)
+    clone.model.float()
+    clone.model(input_ids=ids)
     assert clone.order == "svd"
-    clone.model.to(torch.bfloat16)
-    assert clone.order is None
-    assert ordered.order == "svd"
+    _, B = clone.layer_factors()["model.layers.0.mlp.up_proj"]
+    with torch.no_grad():
+        B[0, 0] += 1
+    assert (clone.order, ordered.order) == (None, "svd")
 
 
 # The draws of a step.

@@ -10,18 +10,17 @@ from torch.utils.hooks import RemovableHandle
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.nn.nested_layers import NestedLayers
 from matryoshka_lora.nn.state import Diagonal
-from matryoshka_lora.nn.variant import LoraModule, NestedVariant, factor_parameters
+from matryoshka_lora.nn.variant import NestedVariant
 
 
 class ForwardCheck:
     """Hooks around the forward of a model with a nested adapter.
 
     Kernels of other libraries compute a layer from its A and B, without calling it, so they know no
-    diagonal. The first forward with each diagonal that is not one finds them: they leave all layers
-    of a kind, such as all ``gate_proj``, uncalled in modules that are called. Some models leave
-    layers uncalled, too, such as Longformer without global attention. Training does not change
-    these, so layers with B = 0 are not an error, but are checked again in the next forward. Plain
-    LoRA is not checked.
+    diagonal. They replace the forward of the module that contains the layer. The first forward with
+    each diagonal that is not one finds them: the replaced forward leaves all layers of a kind, such
+    as all ``gate_proj``, uncalled. A model's own code may leave layers uncalled, as Longformer does
+    without global attention. Plain LoRA is not checked.
 
     Args:
         layers: The adapter's layers.
@@ -54,8 +53,7 @@ class ForwardCheck:
         if not state.is_order_valid:
             raise MatryoshkaError(
                 f"The factors of adapter {layers.name!r} have changed since set_rank({state.rank}),"
-                f" by training or by a cast to another dtype, so rank {state.rank} is no longer "
-                "available. Cast the model before the adapter is loaded, or call reorder() and "
+                f" so rank {state.rank} is no longer available. Call reorder() and "
                 f"set_rank({state.rank})."
             )
 
@@ -100,43 +98,36 @@ class ForwardCheck:
         called, self._called = self._called, set()
         if output is None:
             return  # the forward raised an error
-        bypassed = self._bypassed_layers(called)
-        if not bypassed:
-            self._diagonal.is_checked = True
-        elif self._have_updates(bypassed):
-            kinds = dict.fromkeys(name.rpartition(".")[2] for name in bypassed)
+        kinds = self._bypassed_kinds(called)
+        if kinds:
             raise MatryoshkaError(
                 f"The model did not call its layers {', '.join(kinds):.80}: another library "
                 "computes them from A and B, at rank R and without P. Disable its LoRA kernels "
                 "(Axolotl: lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel), or train with "
-                "`rule='lora'` and use the saved folder without that library. If the model does "
-                "not need these layers, leave them out of target_modules."
+                "`rule='lora'` and use the saved folder without that library."
             )
+        self._diagonal.is_checked = True
 
-    def _bypassed_layers(self, called: set[nn.Module]) -> dict[str, LoraModule]:
-        """Return the layers, by name, of a kind that was not called in any module."""
+    def _bypassed_kinds(self, called: set[nn.Module]) -> list[str]:
+        """Return the names of layers that no module with a replaced forward has called."""
         base_model: nn.Module = self._layers.model.base_model.model
-        uncalled: dict[str, dict[str, LoraModule]] = {}
+        uncalled_kinds: dict[str, None] = {}  # in the model's order
         called_kinds: set[str] = set()
-        for name, module in self._layers.modules.items():
+        for name in self._layers.modules:
             parent_name, _, kind = name.rpartition(".")
             parent = base_model.get_submodule(parent_name)
             if parent not in called:
                 continue
             if parent.get_submodule(kind) in called:
                 called_kinds.add(kind)
-            else:
-                uncalled.setdefault(kind, {})[name] = module
-        bypassed: dict[str, LoraModule] = {}
-        for kind, layers in uncalled.items():
-            if kind not in called_kinds:
-                bypassed.update(layers)
-        return bypassed
+            elif _has_replaced_forward(parent):
+                uncalled_kinds[kind] = None
+        return [kind for kind in uncalled_kinds if kind not in called_kinds]
 
-    def _have_updates(self, layers: dict[str, LoraModule]) -> bool:
-        """Return whether any B is not zero."""
-        for module in layers.values():
-            _, B = factor_parameters(module, self._layers.name)
-            if bool(B.any()):
-                return True
-        return False
+
+def _has_replaced_forward(module: nn.Module) -> bool:
+    """Return whether a module's forward is from another Python module than its class."""
+    for cls in type(module).__mro__:
+        if "forward" in vars(cls):
+            return bool(module.forward.__module__ != cls.__module__)
+    return False

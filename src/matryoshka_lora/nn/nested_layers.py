@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -111,7 +112,7 @@ class NestedLayers:
         state = self.state
         if state.order is None:
             return None
-        state.is_order_valid = self._checksum() == state.checksum
+        state.is_order_valid = self._checksum() in state.checksums
         state.fingerprint = self._fingerprint()
         return state.order if state.is_order_valid else None
 
@@ -280,7 +281,7 @@ class NestedLayers:
         state = self.state
         rank = state.rank
         state.order = order
-        state.checksum = self._checksum()
+        state.checksums = {self._checksum(dtype) for dtype in (None, torch.bfloat16, torch.float16)}
         state.fingerprint = self._fingerprint()
         state.is_order_valid = True
         state.rule = RULES["lora"]
@@ -331,10 +332,12 @@ class NestedLayers:
                     f"factors are reordered, got {rank}. Call adapter.reorder() after training."
                 )
 
-    def _checksum(self) -> str:
+    def _checksum(self, cast_to: torch.dtype | None = None) -> str:
+        """Return the checksum of the factors, or of what a cast would make of them, in float32."""
         checksum = Checksum()
-        for _, (A, B) in sorted(self.layer_factors().items()):
-            checksum.update(to_numpy(A), to_numpy(B))
+        for _, factors in sorted(self.layer_factors().items()):
+            A, B = [to_numpy(factor.to(cast_to).float()) for factor in factors]
+            checksum.update(A, B)
         return checksum.hexdigest()
 
     def has_quick_fingerprint(self) -> bool:
@@ -346,14 +349,16 @@ class NestedLayers:
         fingerprint = self.state.fingerprint
         return fingerprint is not None and fingerprint[:2] == self._quick_fingerprint()
 
-    def _quick_fingerprint(self) -> tuple[tuple[int, ...], bytes]:
-        versions: list[int] = []
-        for module in self._modules.values():
-            for factor in factor_parameters(module, self.name):
-                # Tensors that were created in inference mode have no counter.
-                versions.append(0 if factor.is_inference() else factor._version)
+    def _quick_fingerprint(self) -> tuple[list[int], bytes]:
+        # Tensors that were created in inference mode have no counter.
+        versions = [0 if factor.is_inference() else factor._version for factor in self._parameters]
         _, B = factor_parameters(self.first_module, self.name)
-        return tuple(versions), to_numpy(_sample(B)).tobytes()
+        return versions, to_numpy(_sample(B)).tobytes()
+
+    @cached_property
+    def _parameters(self) -> list[Tensor]:
+        """All factors, since looking them up in the modules takes longer than a comparison."""
+        return [factor for pair in self.layer_factors().values() for factor in pair]
 
     def _fingerprint(self) -> Fingerprint:
         """Return a value that almost certainly changes when the factors change.

@@ -7,7 +7,7 @@ scaling keep their effect, and q = 1 is plain LoRA to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from matryoshka_lora.nesting import Deploy, Nesting, Order
 from matryoshka_lora.nn.fused import at_least_float32
 from matryoshka_lora.rules import Rule
 
-Fingerprint = tuple[tuple[int, ...], bytes, tuple[bytes, ...]]
+Fingerprint = tuple[list[int], bytes, tuple[bytes, ...]]
 """Version counters, values of the first B, and values of all factors; see `NestedLayers.order`."""
 
 
@@ -107,9 +107,10 @@ class NestingState:
         rule: The training rule; ``lora`` once the factors are ordered.
         seed: The seed of the rule's random numbers.
         deploy: ``"paper"`` drops P after training; ``"reordered"`` keeps P, folded into B.
-        order: How the factors were ordered, or None. They may have changed since: see `checksum`.
-        checksum: The checksum of the factors when they were ordered.
-        is_order_valid: Whether the checksum was equal when it was last compared.
+        order: How the factors were ordered, or None. They may have changed since: see `checksums`.
+        checksums: The checksums of the factors when they were ordered: as they were, and after a
+            cast to bfloat16 or float16, which does not end the order.
+        is_order_valid: Whether the checksum was one of these when it was last compared.
         fingerprint: The fingerprint when the checksum was last compared.
         rank: The rank in eval mode, from 0 to R.
         train_diagonal: The diagonal in train mode; None until the rule has drawn one.
@@ -123,7 +124,7 @@ class NestingState:
     seed: int = 0
     deploy: Deploy = "reordered"
     order: Order | None = None
-    checksum: str | None = None
+    checksums: Collection[str] = ()
     is_order_valid: bool = False
     fingerprint: Fingerprint | None = None
     rank: int = field(init=False)
