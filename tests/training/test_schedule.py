@@ -23,17 +23,6 @@ def test_a_share_follows_the_root_of_the_gap() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gap", "share"), [(0.0, 1 / 8), (0.01, 1 / 8), (0.25, 1 / 5), (4.0, 1 / 2)]
-)
-def test_the_largest_rank_gets_more_steps_if_its_loss_has_increased(
-    gap: float, share: float
-) -> None:
-    shares = rank_shares({1: 4.0, 4: 0.0, 16: gap})
-    assert sum(shares.values()) == pytest.approx(1)
-    assert shares[16] == pytest.approx(share)
-
-
-@pytest.mark.parametrize(
     ("gaps", "trained_ranks"),
     [
         ({2: 1.0, 32: 0.0}, {2, 32}),

@@ -7,20 +7,19 @@ import random
 from collections.abc import Mapping
 
 MAX_RANK_SHARE = 1 / 8
-"""Smallest share of the steps for rank R."""
+"""Share of the steps for rank R, which has no gap."""
 _GOLDEN_RATIO = 0.6180339887  # its multiples modulo 1 fill the unit interval evenly
 
 
 def rank_shares(gaps: Mapping[int, float]) -> dict[int, float]:
     """Return the share of the steps of each rank to train.
 
-    A nested rank gets a share in proportion to the square root of its gap. The ranks between two
-    nested ones are trained too, if the larger is at most twice the smaller: together they get as
-    much as one nested rank whose gap is between theirs. Rank R gets `MAX_RANK_SHARE` at least.
+    A nested rank below R gets a share in proportion to the square root of its gap. The ranks
+    between two nested ones are trained too, if the larger is at most twice the smaller: together
+    they get as much as one nested rank whose gap is between theirs. Rank R gets `MAX_RANK_SHARE`.
 
     Args:
-        gaps: How much the loss of each nested rank exceeds that of rank R before the training of
-            the ranks, at least 0.
+        gaps: How much the loss of each nested rank exceeds that of rank R, at least 0.
 
     Returns:
         The shares of the ranks to train, in increasing order. Their sum is 1.
@@ -37,10 +36,8 @@ def rank_shares(gaps: Mapping[int, float]) -> dict[int, float]:
     total = sum(weights.values())
     if total == 0:
         return {max_rank: 1.0}
-    max_rank_weight = math.sqrt(gaps[max_rank])
-    max_rank_share = max(MAX_RANK_SHARE, max_rank_weight / (total + max_rank_weight))
-    shares = {rank: (1 - max_rank_share) * weight / total for rank, weight in weights.items()}
-    shares[max_rank] = max_rank_share
+    shares = {rank: (1 - MAX_RANK_SHARE) * weight / total for rank, weight in weights.items()}
+    shares[max_rank] = MAX_RANK_SHARE
     return shares
 
 

@@ -76,20 +76,18 @@ def train_ranks(
         layers.reorder()
     batches = split.validation_batches
 
+    def measure_gaps() -> dict[int, float]:
+        return validation_losses(layers, data, batches[:MEASURED_BATCHES]).gaps()
+
     with trainable_factors(layers):
         before = validation_losses(layers, data, batches)
-        gaps = before.gaps(before)
-        largest_gap = max(gaps.values())
+        largest_gap = max(before.gaps().values())
         if largest_gap <= max(ROUNDING, SMALLEST_GAP * before.gain()):
             _log_nothing_to_train(before)
             return TrainRanksResult(None, "nothing to train", {}, before.means(), None)
         factors = layers.copy_factors()
-
-        def measure_gaps() -> dict[int, float]:
-            return validation_losses(layers, data, batches[:MEASURED_BATCHES]).gaps(before)
-
         examples_by_rank = train_prefixes(
-            layers, data, split.training_indices, gaps, measure_gaps, seed
+            layers, data, split.training_indices, before.gaps(), measure_gaps, seed
         )
         after = validation_losses(layers, data, batches)
         _log_losses(before, after)

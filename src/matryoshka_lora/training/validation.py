@@ -38,14 +38,9 @@ class ValidationLosses:
         """Return the loss of each nested rank over all batches."""
         return {rank: self.mean(rank) for rank in self.by_rank}
 
-    def gaps(self, before: ValidationLosses) -> dict[int, float]:
-        """Return how much the loss of each nested rank exceeds that of rank R before, at least 0.
-
-        Args:
-            before: The losses before the training of the ranks, on these batches and maybe more.
-        """
-        num_batches = len(self.weights)
-        max_rank_loss = float(self.weights @ before.by_rank[max(before.by_rank)][:num_batches])
+    def gaps(self) -> dict[int, float]:
+        """Return how much the loss of each nested rank exceeds that of rank R, at least 0."""
+        max_rank_loss = self.mean(max(self.by_rank))
         return {rank: max(0.0, loss - max_rank_loss) for rank, loss in self.means().items()}
 
     def gain(self) -> float:
