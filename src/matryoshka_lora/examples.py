@@ -40,9 +40,18 @@ def read_examples(data: Iterable[object] | str | os.PathLike[str]) -> list[objec
             each line. Empty lines are skipped.
 
     Raises:
-        MatryoshkaError: The file cannot be read, or there are no examples.
+        MatryoshkaError: The data are of another type, such as a `DatasetDict`; the file cannot be
+            read; or there are no examples.
     """
-    examples = _read_json_lines(data) if isinstance(data, (str, os.PathLike)) else list(data)
+    if isinstance(data, (str, os.PathLike)):
+        examples = _read_json_lines(data)
+    elif isinstance(data, Iterable) and not isinstance(data, Mapping):
+        examples = list(data)
+    else:
+        raise MatryoshkaError(
+            "The data must be a dataset, a list of examples, or the path of a JSON lines file, "
+            f"got {type(data).__name__}."
+        )
     if not examples:
         raise MatryoshkaError(
             f"{data!s:.80} has no examples. Pass examples with a prompt and a completion."

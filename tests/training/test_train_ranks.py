@@ -211,6 +211,12 @@ def test_ranks_are_kept_after_a_run_of_many_epochs(
 # What is kept
 
 
+def test_one_validation_example_is_enough() -> None:
+    adapter = ordered_adapter()
+    result = train_ranks(adapter.layers, data_for(adapter, VALIDATION[:1]), 320)
+    assert result.outcome == "kept"
+
+
 @pytest.mark.parametrize("reason", ["uphill", "rank-R", "noise"])
 def test_worse_ranks_are_not_kept(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
     """Gradients that lead uphill; a loss of rank R, or a standard error, that must be smaller."""

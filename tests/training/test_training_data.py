@@ -114,6 +114,8 @@ def test_every_source_gives_the_same_examples(tmp_path: Path, model: Any) -> Non
     "data",
     [
         DatasetDict(train=Dataset.from_list(TEXTS)),
+        TEXTS[0],
+        5,
         ["a", "b"],
         [*TEXTS, None],
         [{"prompt": "a", "completion": 3}],
@@ -121,7 +123,17 @@ def test_every_source_gives_the_same_examples(tmp_path: Path, model: Any) -> Non
         [],
         [{"input_ids": [5, 6], "labels": [-100, -100]}],
     ],
-    ids=["dataset-dict", "texts", "none", "no-text", "missing-file", "empty", "no-label"],
+    ids=[
+        "dataset-dict",
+        "one-example",
+        "int",
+        "texts",
+        "none",
+        "no-text",
+        "missing-file",
+        "empty",
+        "no-label",
+    ],
 )
 def test_other_data_is_an_error_and_the_adapter_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Any
@@ -401,6 +413,13 @@ def test_a_trainer_without_labels_or_with_a_stream_leaves_the_ranks_reordered(
         result = adapter.train_ranks(trainer)
     assert (result.outcome, result.num_examples, result.losses_before) == ("no examples", 0, {})
     assert adapter.order == "svd"
+
+
+def test_a_trainer_without_a_training_set_is_an_error(tmp_path: Path, model: Any) -> None:
+    trainer = make_trainer(model, tmp_path, random_examples(4))
+    trainer.train_dataset = None
+    with pytest.raises(MatryoshkaError, match="train_dataset"):
+        read_training_data(model, trainer)
 
 
 def test_labels_that_are_all_ignored_are_an_error(tmp_path: Path, model: Any) -> None:

@@ -284,6 +284,11 @@ def _completion_loss(model: PeftModel, batch: Batch) -> Tensor:
 
 def _data_of_trainer(model: PeftModel, trainer: Trainer) -> TrainingData:
     """Return the examples that a Trainer trains on, with its collator, loss and precision."""
+    if trainer.train_dataset is None:
+        raise MatryoshkaError(
+            f"The {type(trainer).__name__} has no train_dataset. Pass the Trainer that has trained "
+            "the adapter, or examples with a prompt and a completion."
+        )
     data = _data_of_loader(model, trainer, trainer.get_train_dataloader())
     if data is None:
         raise NoExamplesError(

@@ -59,7 +59,7 @@ class ValidationLosses:
         mean = float(self.weights @ change_by_batch)
         num_batches = len(self.weights)
         if num_batches == 1:
-            return PairedChange(mean, math.inf)
+            return PairedChange(mean, 0.0)
         variance = float(self.weights**2 @ (change_by_batch - mean) ** 2)
         return PairedChange(mean, math.sqrt(variance * num_batches / (num_batches - 1)))
 
@@ -70,7 +70,8 @@ class PairedChange:
 
     Attributes:
         mean: After minus before.
-        standard_error: Of the mean, from the spread of the batches; infinite for one batch.
+        standard_error: Of the mean, from the spread of the batches. For one batch it is unknown,
+            and 0, so that the mean alone decides.
     """
 
     mean: float
