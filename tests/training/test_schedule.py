@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matryoshka_lora.training.schedule import RankSchedule, rank_shares
+from matryoshka_lora.training.schedule import RankSchedule, max_rank_share, rank_shares
 
 
 def test_a_share_follows_the_root_of_the_gap() -> None:
@@ -20,6 +20,14 @@ def test_a_share_follows_the_root_of_the_gap() -> None:
     assert shares[2] > shares[3] > shares[4] > shares[5] + shares[6] + shares[7] > 0
     assert shares[5] > shares[6] > shares[7]
     assert shares[8] == pytest.approx(1 / 8)
+
+
+def test_the_largest_rank_gets_more_of_the_final_steps() -> None:
+    shares_of_max_rank = [max_rank_share(step, 60) for step in range(60)]
+    assert shares_of_max_rank == [1 / 8] * 50 + [1 / 3] * 10
+    shares = rank_shares({1: 1.0, 2: 0.5, 4: 0.0}, 1 / 3)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares[4] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from matryoshka_lora.errors import NotFiniteError
 from matryoshka_lora.nn.fused import at_least_float32
 from matryoshka_lora.nn.nested_layers import FactorMatrices, NestedLayers
 from matryoshka_lora.training.data import Batch, TrainingData
-from matryoshka_lora.training.schedule import RankSchedule, rank_shares
+from matryoshka_lora.training.schedule import RankSchedule, max_rank_share, rank_shares
 from matryoshka_lora.training.validation import check_finite_loss, label_shares, prefix_mask
 
 EXAMPLES_PER_STEP = 8
@@ -81,14 +81,13 @@ def train_prefixes(
     optimizer = PrefixAdam(layers.copy_factors())
     base_rate = LEARNING_RATE * min(1.0, (REFERENCE_LAYERS / len(layers.layer_factors())) ** 0.5)
     num_examples: Counter[int] = Counter()
-    shares = rank_shares(gaps)
     progress = tqdm(
         range(num_steps), "training ranks", disable=None if data.show_progress else True
     )
     for step in progress:
         if step > 0 and step % steps_of_phase == 0:
-            shares = rank_shares(measure_gaps())
-        rank = schedule.next(shares)
+            gaps = measure_gaps()
+        rank = schedule.next(rank_shares(gaps, max_rank_share(step, num_steps)))
         step_indices = indices[step * EXAMPLES_PER_STEP : (step + 1) * EXAMPLES_PER_STEP]
         num_examples[rank] += len(step_indices)
         q = prefix_mask(max_rank, rank)

@@ -8,10 +8,21 @@ from collections.abc import Mapping
 
 MAX_RANK_SHARE = 1 / 8
 """Share of the steps for rank R, which has no gap."""
+FINAL_MAX_RANK_SHARE = 1 / 3
+"""The same in the final steps, which are small and restore what rank R has lost."""
+FINAL_STEPS = 1 / 6
+"""Share of the final steps."""
 _GOLDEN_RATIO = 0.6180339887  # its multiples modulo 1 fill the unit interval evenly
 
 
-def rank_shares(gaps: Mapping[int, float]) -> dict[int, float]:
+def max_rank_share(step: int, num_steps: int) -> float:
+    """Return the share of the steps for rank R at a step, from 0."""
+    return FINAL_MAX_RANK_SHARE if step >= (1 - FINAL_STEPS) * num_steps else MAX_RANK_SHARE
+
+
+def rank_shares(
+    gaps: Mapping[int, float], max_rank_share: float = MAX_RANK_SHARE
+) -> dict[int, float]:
     """Return the share of the steps of each rank to train.
 
     A nested rank below R gets a share in proportion to the square root of its gap. The ranks
@@ -20,6 +31,7 @@ def rank_shares(gaps: Mapping[int, float]) -> dict[int, float]:
 
     Args:
         gaps: How much the loss of each nested rank exceeds that of rank R, at least 0.
+        max_rank_share: The share of rank R.
 
     Returns:
         The shares of the ranks to train, in increasing order. Their sum is 1.
@@ -36,8 +48,8 @@ def rank_shares(gaps: Mapping[int, float]) -> dict[int, float]:
     total = sum(weights.values())
     if total == 0:
         return {max_rank: 1.0}
-    shares = {rank: (1 - MAX_RANK_SHARE) * weight / total for rank, weight in weights.items()}
-    shares[max_rank] = MAX_RANK_SHARE
+    shares = {rank: (1 - max_rank_share) * weight / total for rank, weight in weights.items()}
+    shares[max_rank] = max_rank_share
     return shares
 
 
