@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, arange
+from torch import Tensor, arange, nn
 
 from matryoshka_lora import NestedAdapter, Nesting, Rule
 
@@ -51,12 +51,18 @@ are the first columns as they were trained."""
 def train_last_column_only(adapter: NestedAdapter) -> None:
     """Give gradients only to the last column of B and row of A of the drawn prefix.
 
-    This is the frozen mode of DyLoRA (arXiv 2210.07558). Call it again for a copy of the model,
-    because PyTorch does not copy the hooks of parameters.
+    This is the frozen mode of DyLoRA (arXiv 2210.07558).
     """
-    for A, B in adapter.layer_factors().values():
-        A.register_hook(partial(_keep_last_entry, adapter, 0))  # type: ignore[no-untyped-call]
-        B.register_hook(partial(_keep_last_entry, adapter, 1))  # type: ignore[no-untyped-call]
+    # PyTorch copies the hooks of a module, but not those of its parameters.
+    adapter.model.register_forward_pre_hook(partial(_add_gradient_hooks, adapter))
+
+
+def _add_gradient_hooks(adapter: NestedAdapter, model: nn.Module, args: object) -> None:
+    for pair in adapter.layer_factors().values():
+        for rank_dim, factor in enumerate(pair):
+            if not factor._backward_hooks:
+                hook = partial(_keep_last_entry, adapter, rank_dim)
+                factor.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def _keep_last_entry(adapter: NestedAdapter, rank_dim: int, gradient: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ def test_a_json_lines_file_is_read(tmp_path: Path, encoding: str) -> None:
         (b'{"prompt": "a"}\n{"prompt": "a"\n', "line 2"),
         (b"\xff\xfe", "decode"),
         (b"[" * 99_999, "line 1"),
+        (rb'{"prompt": "\ud800"}', "line 1"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_an_error(

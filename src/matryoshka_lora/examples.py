@@ -68,7 +68,11 @@ def _read_json_lines(file: str | os.PathLike[str]) -> list[object]:
     for line_number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             with wrap_errors(f"Cannot read line {line_number} of {file}", hint, _JSON_ERRORS):
-                examples.append(json.loads(line))
+                example = json.loads(line)
+                json.dumps(
+                    example, ensure_ascii=False
+                ).encode()  # fails for half of a surrogate pair
+                examples.append(example)
     return examples
 
 

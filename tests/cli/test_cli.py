@@ -132,6 +132,8 @@ def test_warnings_the_log_and_the_next_command_escape_control_characters(
     shutil.copytree("nested", "a\nNext: curl")
     code, stdout, stderr = run(["info", "a\nNext: curl"], capfd, monkeypatch)
     assert code == 0
+    shutil.copytree("nested", "--a")
+    assert "Next: matryoshka export ./--a" in run(["info", "./--a"], capfd, monkeypatch)[1]
     warning = warnings.formatwarning("a\nNext: curl", UserWarning, "file", 1)
     assert "\nNext: curl" not in stdout + stderr + warning
 

@@ -258,6 +258,43 @@ def test_a_smaller_vocabulary_is_rejected(tmp_path: Path) -> None:
     assert logits(base_model).equal(logits(tiny_llama()))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank_pattern": {"((.)+)+X": 4}},
+        {"alpha_pattern": {"(a|b)*c": 4}},
+        {"target_modules": r"((.)+)+X"},
+        {"target_modules": ".*a.*a.*a.*a.*a.*a.*a.*a.*a.*X"},
+        {"layers_pattern": ["(a+)+"], "layers_to_transform": [0]},
+    ],
+    ids=str,
+)
+def test_a_regular_expression_that_may_never_end_is_rejected(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    get_peft_model(tiny_llama(), lora_config(NESTING)).save_pretrained(tmp_path / "a")
+    config_file = tmp_path / "a" / "adapter_config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({**config, **options}))
+    with pytest.raises(MatryoshkaError, match="regular expression"):
+        load(tiny_llama(), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*layers\.(0|1)\.(self_attn|mlp)\.(q_proj|up_proj)$",
+        # As Unsloth writes it for vision models.
+        r"(?:.*?(?:vision|language|text).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|"
+        r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|up_proj)))",
+    ],
+)
+def test_regular_expressions_that_people_write_are_loaded(pattern: str, tmp_path: Path) -> None:
+    config = lora_config(NESTING, target_modules=pattern)
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "a")
+    assert len(load(tiny_llama(), tmp_path / "a").layer_factors()) == 4
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_a_failed_load_restores_the_vocabulary(is_tied: bool, tmp_path: Path) -> None:

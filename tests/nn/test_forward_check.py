@@ -14,7 +14,7 @@ from helpers.models import lora_config, nest_as, nested_llama, randomize, tiny_l
 from peft import get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting
 
@@ -44,6 +44,17 @@ def patch_class(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LlamaMLP, "forward", kernel)
 
 
+def block_kernel(block: Any, x: Tensor, **kwargs: Any) -> Tensor:
+    """Compute a block, without calling its MLP."""
+    attended, _ = block.self_attn(hidden_states=block.input_layernorm(x), **kwargs)
+    x = x + attended
+    return x + kernel(block.mlp, block.post_attention_layernorm(x))
+
+
+def patch_blocks(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", block_kernel)
+
+
 InstallKernels = Callable[[Any, pytest.MonkeyPatch], None]
 
 
@@ -57,7 +68,7 @@ def generate(adapter: NestedAdapter) -> Tensor:
     return output
 
 
-@pytest.mark.parametrize("install_kernels", [patch_instances, patch_class])
+@pytest.mark.parametrize("install_kernels", [patch_instances, patch_class, patch_blocks])
 @pytest.mark.parametrize("run", [forward, generate])
 def test_kernels_that_bypass_the_layers_are_an_error(
     run: Callable[[NestedAdapter], Tensor],
@@ -140,6 +151,7 @@ def train(adapter: NestedAdapter, folder: Path) -> None:
     """A training loop without draw(), with an optimizer that no version counter shows."""
     model = adapter.model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = parameters[2:]  # not of the first layer
     optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
     forward(adapter).square().mean().backward()
     optimizer.step()

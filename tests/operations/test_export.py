@@ -429,6 +429,10 @@ def test_a_folder_is_exported_in_every_format(folder: Path, base: Path, tmp_path
     export_folder(folder, tmp_path / "gguf", 3, "gguf", base_model=str(base))
     names = {path.name for path in (tmp_path / "gguf").iterdir()}
     assert names == {"large.gguf", "small.gguf"}
+    base_files = sorted(base.iterdir())
+    with pytest.raises(MatryoshkaError):
+        export_folder(folder, base, 3, "gguf", base_model=str(base), force=True)
+    assert sorted(base.iterdir()) == base_files
     save_pairs(folder / "other.safetensors", "a")
     result = export_folder(folder, tmp_path / "folders", key_format="peft")
     assert [exported.path.name for exported in result.exported] == ["other"]

@@ -399,13 +399,15 @@ def test_ranks_are_trained_with_an_sft_trainer_and_with_images(
     assert adapter.order in ("svd", "trained")
 
 
-@pytest.mark.parametrize("kind", ["no-labels", "stream"])
+@pytest.mark.parametrize("kind", ["no-labels", "labels-ignored", "stream"])
 def test_a_trainer_without_labels_or_with_a_stream_leaves_the_ranks_reordered(
     tmp_path: Path, kind: str
 ) -> None:
     """As in DPO and GRPO: an error would stop a script after training, before it saves."""
     adapter = small_adapter()
     examples: Any = [{"input_ids": [5, 6]}] * 20
+    if kind == "labels-ignored":
+        examples = [{**example, "labels": [-100] * 6} for example in random_examples(20)]
     if kind == "stream":
         examples = Dataset.from_list(random_examples(20)).to_iterable_dataset()
     trainer = plain_trainer(adapter.model, tmp_path, examples, default_data_collator)

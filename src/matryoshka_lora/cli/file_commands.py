@@ -50,9 +50,10 @@ def info(lora: LoraArgument, revision: RevisionOption = None) -> None:
     result = read_info(lora, revision=revision)
     typer.echo(format_info(result))
     ranks = result.lora.ranks
-    source = [str(lora), *revision_option(revision)]
+    source = [lora, *revision_option(revision)]
     if isinstance(result.lora, SingleFile):
-        print_next("export", *source, "--keep", "99%", "-o", f"{lora.stem}-small.safetensors")
+        small_file = Path(f"{lora.stem}-small.safetensors")
+        print_next("export", *source, "--keep", "99%", "-o", small_file)
     elif result.lora.order is None and result.lora.deploy != "paper":
         print_next("reorder", *source, "-o", "nested")
     else:

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -35,8 +36,16 @@ def print_line(line: str) -> None:
 
 
 def print_next(*words: object) -> None:
-    """Print the command that a user may want to run next."""
-    print_line(f"Next: {shlex.join(['matryoshka', *map(str, words)])}")
+    """Print the command that a user may want to run next.
+
+    Args:
+        words: The words of the command. A `Path` that begins with a dash gets ``./`` before it.
+    """
+    arguments = [
+        f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
+        for word in words
+    ]
+    print_line(f"Next: {shlex.join(['matryoshka', *arguments])}")
 
 
 def revision_option(revision: str | None) -> list[str]:

@@ -207,7 +207,7 @@ class NestedAdapter:
 
         Raises:
             MatryoshkaError: The data cannot be used, max_examples is not positive, or the adapter
-                has a single nested rank, or is merged, sharded or not active. It is unchanged.
+                is merged, sharded or not active. It is unchanged.
             NotFiniteError: The loss or a gradient is NaN or infinite. The factors are as before
                 training.
         """
@@ -217,12 +217,12 @@ class NestedAdapter:
 
         try:
             training_data = read_training_data(self.model, data, tokenizer, eval_data)
+            return train_ranks(self.layers, training_data, max_examples, seed)
         except NoExamplesError as error:  # must not stop a script between training and saving
             warnings.warn(f"The ranks are reordered, but not trained. {error}", stacklevel=2)
             if self.order is None:
                 self.layers.reorder()
             return TrainRanksResult(None, "no examples", {}, {}, None)
-        return train_ranks(self.layers, training_data, max_examples, seed)
 
     def save(self, path: PathLike, force: bool = False) -> None:
         """Save a folder that serves every rank, and that PEFT alone loads at rank R.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, cast
@@ -20,6 +21,15 @@ from matryoshka_lora.lora_file.open import open_adapter
 from matryoshka_lora.lora_file.peft_folder import PeftFolder
 from matryoshka_lora.model.adapter import NestedAdapter
 from matryoshka_lora.model.nest import nest
+
+_REGULAR_EXPRESSIONS = (
+    "target_modules",
+    "exclude_modules",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+)
+_MAX_REPETITIONS = 8
 
 
 def load(
@@ -57,6 +67,7 @@ def load(
             f"The model already has adapter {adapter_name!r}. Pass another `adapter_name`."
         )
     lora = open_adapter(path, revision)
+    _check_regular_expressions(lora)
     with _remove_after_failure(base_model, adapter_name):
         prepare_base_model(base_model, lora)
         model = _load_with_peft(base_model, str(lora.files[0].parent), adapter_name, is_trainable)
@@ -65,6 +76,22 @@ def load(
             nested_adapter.set_rank(rank)
     model.train(is_trainable)
     return nested_adapter
+
+
+def _check_regular_expressions(lora: PeftFolder) -> None:
+    """Reject regular expressions that may never end: PEFT matches them with all module names."""
+    patterns: list[str] = []
+    for field in _REGULAR_EXPRESSIONS:
+        value = lora.config.get(field) or ()
+        patterns += [value] if isinstance(value, str) else [str(item) for item in value]
+    for pattern in patterns:
+        # A repetition of a repetition takes exponential time, and k in a row take the time n^k.
+        repeats_group = re.search(r"\)[*+{]", pattern)
+        if repeats_group or len(re.findall(r"[*+{]", pattern)) > _MAX_REPETITIONS:
+            raise MatryoshkaError(
+                f"{lora.name} has the regular expression {pattern!r:.80}, which may take forever "
+                "to match. Write the names of the modules into its adapter_config.json."
+            )
 
 
 def _load_with_peft(

@@ -109,18 +109,18 @@ class ForwardCheck:
         self._diagonal.is_checked = True
 
     def _bypassed_kinds(self, called: set[nn.Module]) -> list[str]:
-        """Return the names of layers that no module with a replaced forward has called."""
-        base_model: nn.Module = self._layers.model.base_model.model
+        """Return the names of layers that a replaced forward has left uncalled."""
+        modules = dict(self._layers.model.base_model.model.named_modules())
         uncalled_kinds: dict[str, None] = {}  # in the model's order
         called_kinds: set[str] = set()
         for name in self._layers.modules:
             parent_name, _, kind = name.rpartition(".")
-            parent = base_model.get_submodule(parent_name)
-            if parent not in called:
-                continue
-            if parent.get_submodule(kind) in called:
+            if modules[name] in called:
                 called_kinds.add(kind)
-            elif _has_replaced_forward(parent):
+                continue
+            while modules[parent_name] not in called:  # the model itself was called
+                parent_name = parent_name.rpartition(".")[0]
+            if _has_replaced_forward(modules[parent_name]):
                 uncalled_kinds[kind] = None
         return [kind for kind in uncalled_kinds if kind not in called_kinds]
 

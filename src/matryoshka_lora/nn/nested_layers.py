@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from matryoshka_lora.algebra.arrays import Float64Array
 from matryoshka_lora.algebra.factors import Checksum, reorder_factors
@@ -343,17 +344,17 @@ class NestedLayers:
     def has_quick_fingerprint(self) -> bool:
         """Return whether what is quickly read of the factors is as when they had an order.
 
-        An optimizer or PEFT's hotswap changes all layers, so this samples the first one alone. It
-        is cheap enough for every forward.
+        PEFT's hotswap, which no counter shows, changes all layers, so this samples the first one
+        alone. It is cheap enough for every forward.
         """
         fingerprint = self.state.fingerprint
-        return fingerprint is not None and fingerprint[:2] == self._quick_fingerprint()
+        return fingerprint is not None and fingerprint[:3] == self._quick_fingerprint()
 
-    def _quick_fingerprint(self) -> tuple[list[int], bytes]:
+    def _quick_fingerprint(self) -> tuple[int, list[int], bytes]:
         # Tensors that were created in inference mode have no counter.
         versions = [0 if factor.is_inference() else factor._version for factor in self._parameters]
         _, B = factor_parameters(self.first_module, self.name)
-        return versions, to_numpy(_sample(B)).tobytes()
+        return _OptimizerSteps.count, versions, to_numpy(_sample(B)).tobytes()
 
     @cached_property
     def _parameters(self) -> list[Tensor]:
@@ -363,9 +364,9 @@ class NestedLayers:
     def _fingerprint(self) -> Fingerprint:
         """Return a value that almost certainly changes when the factors change.
 
-        PyTorch counts in-place operations on a tensor, except those of fused optimizers and those
-        on ``tensor.data``. These change many values, so a sample of each factor shows them. There
-        is one transfer from each device.
+        PyTorch counts in-place operations on a tensor, except those of fused optimizers, whose
+        steps are counted here, and those on ``tensor.data``. These change many values, so a sample
+        of each factor shows them. There is one transfer from each device.
         """
         samples: dict[torch.device, list[Tensor]] = {}
         for pair in self.layer_factors().values():
@@ -373,6 +374,20 @@ class NestedLayers:
                 samples.setdefault(factor.device, []).append(_sample(factor))
         sampled_bytes = [to_numpy(torch.cat(tensors)).tobytes() for tensors in samples.values()]
         return *self._quick_fingerprint(), tuple(sampled_bytes)
+
+
+class _OptimizerSteps:
+    """The number of steps of all optimizers of this process."""
+
+    count = 0
+
+    @classmethod
+    def increment(cls, *_: object) -> None:
+        """Count a step."""
+        cls.count += 1
+
+
+register_optimizer_step_post_hook(_OptimizerSteps.increment)
 
 
 def _sample(factor: Tensor, count: int = 32) -> Tensor:

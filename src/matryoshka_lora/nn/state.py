@@ -18,8 +18,9 @@ from matryoshka_lora.nesting import Deploy, Nesting, Order
 from matryoshka_lora.nn.fused import at_least_float32
 from matryoshka_lora.rules import Rule
 
-Fingerprint = tuple[list[int], bytes, tuple[bytes, ...]]
-"""Version counters, values of the first B, and values of all factors; see `NestedLayers.order`."""
+Fingerprint = tuple[int, list[int], bytes, tuple[bytes, ...]]
+"""Optimizer steps, version counters, values of the first B, and values of all factors; see
+`NestedLayers.order`."""
 
 
 class Diagonal:

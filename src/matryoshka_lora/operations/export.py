@@ -214,7 +214,8 @@ def export_folder(
         for folder in sorted(Path(source).iterdir())
         if folder.is_dir() and folder not in loras
     }
-    with create_folder(output, force, loras) as temporary:
+    sources: list[PathLike] = [*loras, base_model] if base_model else [*loras]
+    with create_folder(output, force, sources) as temporary:
         for path in tqdm(loras, "exporting", leave=False, unit=" LoRAs", disable=None):
             name = _output_name(path, format, key_format)
             try:

@@ -119,7 +119,7 @@ class TrainingData:
             seed: The seed of the orders.
 
         Raises:
-            MatryoshkaError: No example to validate on has a label.
+            NoExamplesError: No example to validate on has a label.
         """
         training_order = itertools.chain.from_iterable(_permutations(len(self.examples), seed))
         source = self if self.validation is None else self.validation
@@ -127,7 +127,7 @@ class TrainingData:
         batch_size = math.ceil(len(validation_indices) / VALIDATION_BATCHES)
         validation_batches = source.batches(validation_indices, batch_size)
         if not validation_batches:
-            raise MatryoshkaError("No example to validate on has a label. Check the labels.")
+            raise NoExamplesError("No example to validate on has a label. Check the labels.")
         return Split(
             list(itertools.islice(training_order, num_training)),
             validation_batches,

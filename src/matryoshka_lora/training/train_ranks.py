@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-from matryoshka_lora.errors import MatryoshkaError, check_integer
+from matryoshka_lora.errors import check_integer
 from matryoshka_lora.lora_file.results import TrainRanksResult
 from matryoshka_lora.nn.nested_layers import NestedLayers
 from matryoshka_lora.training.data import Split, TrainingData
@@ -64,12 +64,16 @@ def train_ranks(
         seed: Seed of the order of examples and ranks.
 
     Raises:
-        MatryoshkaError: There is no nested rank below R, the adapter is merged, sharded or not
-            active, max_examples is not positive, or no validation example has a label. The adapter
-            is unchanged.
+        MatryoshkaError: The adapter is merged, sharded or not active, max_examples is not positive,
+            or no validation example has a label. The adapter is unchanged.
         NotFiniteError: The loss or a gradient is not finite. The factors are as before training.
     """
     _check_arguments(layers, max_examples)
+    if len(layers.nesting.ranks) == 1:
+        logger.info("Rank %d is the only nested rank; nothing to train.", layers.nesting.max_rank)
+        if layers.order is None:
+            layers.reorder()
+        return TrainRanksResult(None, "nothing to train", {}, {}, None)
     num_examples = _default_num_examples(data) if max_examples is None else max_examples
     split = _split(data, num_examples, seed)
     if layers.order is None:
@@ -107,12 +111,6 @@ def train_ranks(
 
 def _check_arguments(layers: NestedLayers, max_examples: int | None) -> None:
     """Raise MatryoshkaError unless the ranks can be trained. Nothing is changed."""
-    ranks = layers.nesting.ranks
-    if len(ranks) == 1:
-        raise MatryoshkaError(
-            f"The only nested rank is {ranks[0]}, so there are no ranks to train. Nest the adapter "
-            "with smaller ranks too, or reorder it."
-        )
     if max_examples is not None:
         check_integer("max_examples", max_examples)
     layers.check_not_merged("train its ranks")
