@@ -146,6 +146,15 @@ def test_factors_that_cancel_each_other_have_no_size(stack: tuple[int, ...]) -> 
     assert not singular_values(A, B).any()
 
 
+def test_components_of_very_different_sizes_are_kept() -> None:
+    """As of factors that were scaled against each other."""
+    A, B = normal((4, 9), (7, 4))
+    scales = np.array([1e8, 1e-8, 1e8, 1e-8])
+    expected = reorder_factors(A, B)[2]
+    assert_close(reorder_factors(A * scales[:, None], B / scales)[2], expected)
+    assert_close(singular_values(A * scales[:, None], B / scales), expected)
+
+
 def test_experts_are_reordered_independently() -> None:
     A, B, p = normal((3, 4, 9), (3, 7, 4), (4,))
     p = np.abs(p)

@@ -201,8 +201,9 @@ def test_other_trainable_parameters_get_their_gradient(trainable: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Embedding", "Conv2d"])
 @pytest.mark.parametrize("rule", [RULES["matryoshka"], RANK_PER_ROW], ids=rule_name)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_half_precision_is_accurate_to_its_rounding(
-    kind: str, dtype: torch.dtype, rule: Rule
+    kind: str, dtype: torch.dtype, rule: Rule, autocast: bool
 ) -> None:
     nesting = Nesting((1, 2, 4), "sqrt", 0.5)
     nested = nested_layer(kind, nesting, rule, dtype=dtype)
@@ -213,8 +214,12 @@ def test_half_precision_is_accurate_to_its_rounding(
     x = nested.kind.batch(ROWS)
     if x.is_floating_point():
         x = x.to(dtype)
-    output = nested.layer(x)
-    assert output.dtype == dtype
+    compute_dtype = torch.bfloat16 if autocast else dtype
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = nested.layer(x)
+        base_output = nested.layer.get_base_layer()(x)
+    assert output.dtype == base_output.dtype
+    assert is_fused(output) == (kind == "Linear")
     G = torch.randn_like(output)
     exact_x = x.double() if x.is_floating_point() else x
     exact_factors = [factor.detach().double().requires_grad_() for factor in (A, B)]
@@ -224,7 +229,7 @@ def test_half_precision_is_accurate_to_its_rounding(
     exact = [exact_output, *torch.autograd.grad(exact_output, exact_factors, G.double())]
     for actual_tensor, exact_tensor in zip(actual, exact, strict=True):
         error = (actual_tensor.double() - exact_tensor).abs().max() / exact_tensor.abs().max()
-        assert error < 8 * torch.finfo(dtype).eps
+        assert error < 8 * torch.finfo(compute_dtype).eps
 
 
 def test_p_is_not_rounded_to_bfloat16() -> None:

@@ -89,10 +89,11 @@ def _triangular_factor(matrix: Array) -> Float64Array:
 def _without_rounding(s: Array, r_in: Array, r_out: Array) -> Float64Array:
     """Return the singular values of ``r_out @ r_in.mT``, with 0 for those that are only rounding.
 
-    Rounding grows with the factors, not with their product, in which they may cancel each other.
+    Rounding grows with the sizes of the components, not with their sum, in which they may cancel
+    each other.
     """
-    norms = [np.linalg.norm(r, axis=(-2, -1))[..., None] for r in (r_in, r_out)]
-    threshold = norms[0] * norms[1] * r_in.shape[-1] * np.finfo(np.float64).eps
+    sizes = np.linalg.norm(r_in, axis=-2) * np.linalg.norm(r_out, axis=-2)
+    threshold = sizes.sum(axis=-1, keepdims=True) * r_in.shape[-1] * np.finfo(np.float64).eps
     return np.where(s <= threshold, 0.0, s)
 
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, wrap_errors
 from matryoshka_lora.lora_file.atomic import PathLike
 from matryoshka_lora.lora_file.key_names import PEFT_PREFIX
 from matryoshka_lora.lora_file.lora import Layer
@@ -22,14 +22,7 @@ from matryoshka_lora.lora_file.peft_folder import PeftFolder
 from matryoshka_lora.model.adapter import NestedAdapter
 from matryoshka_lora.model.nest import nest
 
-_REGULAR_EXPRESSIONS = (
-    "target_modules",
-    "exclude_modules",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-)
-_MAX_REPETITIONS = 8
+_MAX_REPETITIONS = 8  # in a regular expression
 
 
 def load(
@@ -67,10 +60,9 @@ def load(
             f"The model already has adapter {adapter_name!r}. Pass another `adapter_name`."
         )
     lora = open_adapter(path, revision)
-    _check_regular_expressions(lora)
     with _remove_after_failure(base_model, adapter_name):
         prepare_base_model(base_model, lora)
-        model = _load_with_peft(base_model, str(lora.files[0].parent), adapter_name, is_trainable)
+        model = _load_with_peft(base_model, lora, adapter_name, is_trainable)
         nested_adapter = _nest_like_file(model, lora, adapter_name)
         if rank is not None:
             nested_adapter.set_rank(rank)
@@ -78,31 +70,50 @@ def load(
     return nested_adapter
 
 
-def _check_regular_expressions(lora: PeftFolder) -> None:
-    """Reject regular expressions that may never end: PEFT matches them with all module names."""
-    patterns: list[str] = []
-    for field in _REGULAR_EXPRESSIONS:
-        value = lora.config.get(field) or ()
-        patterns += [value] if isinstance(value, str) else [str(item) for item in value]
-    for pattern in patterns:
+def _load_with_peft(
+    base_model: nn.Module, lora: PeftFolder, adapter_name: str, is_trainable: bool
+) -> PeftModel:
+    folder = str(lora.files[0].parent)
+    with wrap_errors(f"Cannot load {lora.name} onto {type(base_model).__name__}"):
+        config = _literal_config(lora)
+        if not isinstance(base_model, PeftModel):
+            return PeftModel.from_pretrained(
+                base_model, folder, adapter_name, is_trainable=is_trainable, config=config
+            )
+        config.inference_mode = not is_trainable
+        base_model.add_adapter(adapter_name, config)
+        base_model.set_requires_grad(adapter_name, is_trainable)
+        base_model.load_adapter(folder, adapter_name, is_trainable=is_trainable)
+    return base_model
+
+
+def _literal_config(lora: PeftFolder) -> LoraConfig:
+    """Return PEFT's config of an adapter, with the names of its layers as ``target_modules``.
+
+    The file's ``target_modules`` may leave out layers that the file has, and may be a regular
+    expression that never ends.
+    """
+    for pattern in (*_dict(lora, "rank_pattern"), *_dict(lora, "alpha_pattern")):
         # A repetition of a repetition takes exponential time, and k in a row take the time n^k.
         repeats_group = re.search(r"\)[*+{]", pattern)
         if repeats_group or len(re.findall(r"[*+{]", pattern)) > _MAX_REPETITIONS:
             raise MatryoshkaError(
                 f"{lora.name} has the regular expression {pattern!r:.80}, which may take forever "
-                "to match. Write the names of the modules into its adapter_config.json."
+                "to match. Write the names of the layers into its adapter_config.json."
             )
+    config: LoraConfig = LoraConfig.from_pretrained(str(lora.files[0].parent))
+    parameters = config.target_parameters or ()
+    modules_of_parameters = tuple(f".{name}".rpartition(".")[0] for name in parameters)
+    names = [layer.name.replace(".base_layer", "") for layer in lora.layers]
+    if modules_of_parameters:
+        names = [name for name in names if not f".{name}".endswith(modules_of_parameters)]
+    config.target_modules = set(names) or None
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    return config
 
 
-def _load_with_peft(
-    base_model: nn.Module, folder: str, adapter_name: str, is_trainable: bool
-) -> PeftModel:
-    if isinstance(base_model, PeftModel):
-        base_model.load_adapter(folder, adapter_name=adapter_name, is_trainable=is_trainable)
-        return base_model
-    return PeftModel.from_pretrained(
-        base_model, folder, adapter_name=adapter_name, is_trainable=is_trainable
-    )
+def _dict(lora: PeftFolder, field: str) -> dict[str, Any]:
+    return lora.config.get(field) or {}
 
 
 @contextmanager

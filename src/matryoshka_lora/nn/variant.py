@@ -207,11 +207,26 @@ def _linear_forward(module: LoraModule, x: Tensor, *args: object, **kwargs: obje
     if diagonal is None:
         output: Tensor = Linear.forward(module, x, *args, **kwargs)
         return output
-    base_layer = module.base_layer
     adapter = module.active_adapters[0]
     A, B = factor_parameters(module, adapter)
     p = diagonal.for_batch(x.shape, x.device) * module.scaling[adapter]
-    return low_rank_linear(x, base_layer.weight, base_layer.bias, A, B, p)
+    dtype = _compute_dtype(x)
+    weight = module.base_layer.weight.to(dtype)
+    bias = module.base_layer.bias
+    return low_rank_linear(x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, p)
+
+
+def _may_compute(base_layer: nn.Module, x: Tensor) -> bool:
+    """Return whether a linear layer accepts the dtype of x. Autocast casts both."""
+    has_dtype = cast(Tensor, base_layer.weight).dtype == x.dtype
+    return has_dtype or torch.is_autocast_enabled(x.device.type)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a linear layer computes its output for x."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def _fusable_diagonal(module: LoraModule, x: Tensor) -> Diagonal | None:
@@ -232,19 +247,18 @@ def _fusable_diagonal(module: LoraModule, x: Tensor) -> Diagonal | None:
         return None
     if module.training and not isinstance(module.lora_dropout[adapter], nn.Identity):
         return None
-    if torch.is_autocast_enabled(x.device.type) or not _is_plain(module, adapter, x.dtype):
+    if not _is_plain(module, adapter) or not _may_compute(module.base_layer, x):
         return None
     return state.active_diagonal(module.training)
 
 
-def _is_plain(module: LoraModule, adapter: str, dtype: torch.dtype) -> bool:
+def _is_plain(module: LoraModule, adapter: str) -> bool:
     """Return whether base, A and B are plain nn.Linear, and the base layer is frozen."""
     base_layer = module.base_layer
     for linear in (base_layer, module.lora_A[adapter], module.lora_B[adapter]):
         if not is_plain_linear(linear):
             return False
-    is_frozen = not any(parameter.requires_grad for parameter in base_layer.parameters())
-    return is_frozen and base_layer.weight.dtype == dtype
+    return not any(parameter.requires_grad for parameter in base_layer.parameters())
 
 
 def _embedding_forward(
