@@ -166,6 +166,9 @@ def test_what_cannot_be_served_is_rejected(adapter: Path, tmp_path: Path) -> Non
         serve(adapter)
     ladder = tmp_path / "ladder"
     export(adapter, ladder, [1, 2, 12], "ladder")
+    (ladder / "adapter@2").rename(ladder / "adapter@²")
+    assert "@²" not in str(serve(ladder, base_model="some/base", dry_run=True))
+    (ladder / "adapter@²").rename(ladder / "adapter@2")
     with pytest.raises(MatryoshkaError, match=r"\[1, 2, 12\]"):
         serve(ladder, base_model="some/base", ranks=[4])
     with pytest.raises(MatryoshkaError, match="ranks"):

@@ -101,6 +101,7 @@ def losses(run: Path) -> list[float]:
         ("max_steps", "max_steps"),
         ("max_steps=[", "max_steps"),
         ("dtype=float32", "bf16"),
+        ("dtype=[bf16]", "dtype"),
         ("data=", "data"),
     ],
 )
@@ -136,6 +137,12 @@ def test_the_default_scale_is_1(
 ) -> None:
     lora = read_config(config_file, overrides)["lora"]
     assert (lora["r"], lora["lora_alpha"], lora["target_modules"]) == (rank, alpha, "all-linear")
+
+
+def test_an_output_dir_without_a_value_is_the_default(config_file: Path) -> None:
+    assert read_config(config_file, ["output_dir="])["output_dir"] == "runs/train"
+    # Other fields of TRL's may be None: here, examples of any length.
+    assert read_config(config_file, ["max_length="])["max_length"] is None
 
 
 @pytest.mark.parametrize(
@@ -263,11 +270,13 @@ def test_the_factors_of_a_4_bit_base_model_stay_in_float32(config_file: Path) ->
 def test_an_adapter_whose_ranks_cannot_be_trained_is_saved(
     config_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "matryoshka_lora")
     overrides = ["nesting.train_ranks=true", "max_steps=1", "lora.r=1"]
     result = train(read_config(config_file, overrides))
-    assert (result.order, result.train_ranks) == ("svd", None)
+    assert result.train_ranks is not None
+    assert (result.order, result.train_ranks.outcome) == ("svd", "nothing to train")
     assert open_peft_folder(result.path).order == "svd"
-    assert "not trained" in caplog.text
+    assert "only nested rank" in caplog.text
 
 
 @pytest.mark.parametrize("train_ranks", ["true", "false"])
@@ -286,12 +295,29 @@ def test_the_deployment_of_the_paper_is_saved_as_it_was_trained(
 
 
 @pytest.mark.parametrize("steps", [2, 4], ids=["finished", "unfinished"])
-def test_resuming_with_another_nesting_is_an_error(steps: int, config_file: Path) -> None:
+@pytest.mark.parametrize(
+    ("override", "keyword"),
+    [
+        ("nesting.rule=matryoshka", "rule"),
+        ("base_model=other", "base_model"),
+        ("base_revision=v2", "revision"),
+    ],
+)
+def test_resuming_with_another_nesting_or_base_model_is_an_error(
+    override: str,
+    keyword: str,
+    steps: int,
+    config_file: Path,
+    base_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     run = config_file.parent / "run"
+    shutil.copytree(base_folder, config_file.parent / "other")
+    monkeypatch.chdir(config_file.parent)
     train(read_config(config_file, ["max_steps=2"]))
     shutil.rmtree(run / "adapter")
-    config = read_config(config_file, [f"max_steps={steps}", "nesting.rule=matryoshka"])
-    with pytest.raises(MatryoshkaError, match="rule"):
+    config = read_config(config_file, [f"max_steps={steps}", override])
+    with pytest.raises(MatryoshkaError, match=keyword):
         train(config)
     assert not (run / "adapter").exists()
 

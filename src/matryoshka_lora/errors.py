@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import os
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
+from typing import TypeVar
+
+T = TypeVar("T")
 
 MAX_MESSAGE_LENGTH = 480
 """The number of characters of the longest message. The middle of a longer one is left out."""
@@ -83,6 +87,17 @@ def check_integer(
     if maximum is not None and integer > maximum:
         raise MatryoshkaError(f"`{parameter}` must be at most {maximum}, got {integer!s:.80}.")
     return integer
+
+
+def check_list(parameter: str, values: Iterable[T]) -> tuple[T, ...]:
+    """Return the value of a parameter that is a list as a tuple.
+
+    Raises:
+        MatryoshkaError: It is a single string or path, or cannot be iterated over.
+    """
+    if isinstance(values, (str, os.PathLike)) or not isinstance(values, Iterable):
+        raise MatryoshkaError(f"`{parameter}` must be a list, got {values!r:.80}.")
+    return tuple(values)
 
 
 @contextmanager

@@ -122,6 +122,8 @@ def check_ranks(ranks: Iterable[int]) -> tuple[int, ...]:
         MatryoshkaError: There are none, they are not positive integers, or they are not strictly
             increasing.
     """
+    if not isinstance(ranks, Iterable):
+        raise MatryoshkaError(f"`ranks` must be a sequence such as (1, 2, 4), got {ranks!r:.80}.")
     values = [check_rank(rank) for rank in ranks]
     if not values:
         raise MatryoshkaError("`ranks` must not be empty.")

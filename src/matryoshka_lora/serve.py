@@ -129,7 +129,7 @@ def _find_ladder(source: Path) -> dict[int, Path]:
     ladder: dict[int, Path] = {}
     for config in sorted(source.glob(f"*@*/{CONFIG_NAME}")):
         rank = config.parent.name.rpartition("@")[2]
-        if not rank.isdigit():
+        if not rank.isdecimal():
             continue
         if int(rank) in ladder:
             raise MatryoshkaError(

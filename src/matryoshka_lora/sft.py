@@ -101,23 +101,21 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     _check_keys(config, path)
     if not config.get("data"):
         raise MatryoshkaError(f"{path} has no data. Add, for example, 'data: my.jsonl'.")
-    dtype = config.get("dtype")
-    if dtype is not None and dtype not in DTYPES:
-        raise MatryoshkaError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r:.80}.")
+    if config.get("dtype") is not None:
+        check_choice("dtype", config["dtype"], list(DTYPES))
     nesting = _check_nesting(config.get("nesting") or {})
     lora = _fill_lora(config.get("lora") or {}, nesting.get("ranks"))
     if "ranks" in nesting and nesting["ranks"][-1] != lora["r"]:
         raise MatryoshkaError(
             f"The largest of nesting.ranks must be lora.r, {lora['r']}, got {nesting['ranks'][-1]}."
         )
-    return {**_DEFAULTS, **config, "lora": lora, "nesting": nesting}
+    output_dir = config.get("output_dir") or _DEFAULTS["output_dir"]  # without a value it is None
+    return {**_DEFAULTS, **config, "output_dir": output_dir, "lora": lora, "nesting": nesting}
 
 
 def _load_yaml(path: str | os.PathLike[str], overrides: Iterable[str]) -> dict[str, Any]:
     with wrap_errors(f"Cannot read {path}"):  # PyYAML raises errors of many types
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if config is None:
-        config = {}
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     if not isinstance(config, dict):
         raise MatryoshkaError(f"{path} must be a YAML mapping, got {config!r:.80}.")
     for override in overrides:
@@ -365,7 +363,7 @@ def _run(adapter: NestedAdapter, trainer: SFTTrainer, output_dir: Path) -> None:
     checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
     if checkpoint is not None:
         logger.info("Resuming from %s. To start a new run, set another output_dir.", checkpoint)
-        _check_same_lora(adapter, Path(checkpoint))
+        _check_same_config(adapter, Path(checkpoint))
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
         adapter.callback().check_same_nesting(state)
         if _is_finished(state, trainer.args):
@@ -377,15 +375,17 @@ def _run(adapter: NestedAdapter, trainer: SFTTrainer, output_dir: Path) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def _check_same_lora(adapter: NestedAdapter, checkpoint: Path) -> None:
+def _check_same_config(adapter: NestedAdapter, checkpoint: Path) -> None:
     if not (checkpoint / CONFIG_NAME).is_file():
         return  # sharded training writes none
     old = PeftConfig.from_pretrained(str(checkpoint))
     new = adapter.model.peft_config[adapter.layers.name]
-    for field in ("r", "lora_alpha", "use_rslora", "target_modules"):
-        if getattr(old, field) != getattr(new, field):
+    model_fields = ("base_model_name_or_path", "revision")
+    for field in (*model_fields, "r", "lora_alpha", "use_rslora", "target_modules"):
+        old_value = getattr(old, field)
+        if old_value != getattr(new, field):
             raise MatryoshkaError(
-                f"{checkpoint} has a different lora.{field}. Set another output_dir."
+                f"{checkpoint} was trained with {field}={old_value!r:.80}. Set another output_dir."
             )
 
 

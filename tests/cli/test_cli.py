@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -200,6 +201,32 @@ def test_a_folder_of_loras_prints_a_line_per_lora(
         "plain",
         "one.safetensors",
     }
+
+
+def test_a_lora_of_a_folder_that_fails_is_an_error(
+    workspace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (workspace / "broken").mkdir()
+    (workspace / "broken" / "adapter_config.json").write_text("{}")
+    code, stdout, stderr = run(["export", ".", "--rank", "4", "-o", "small"], capfd, monkeypatch)
+    assert code == 1
+    assert "nested" in stdout
+    assert "error: broken" in stderr
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_characters_that_the_terminal_cannot_show_are_escaped(
+    workspace: Path, encoding: str
+) -> None:
+    shutil.copytree("nested", "日本")
+    result = subprocess.run(
+        [sys.executable, "-m", "matryoshka_lora", "info", "日本"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        check=True,
+    )
+    assert result.stderr == b""
+    assert result.stdout
 
 
 # Refusals

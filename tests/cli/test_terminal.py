@@ -83,12 +83,11 @@ def test_a_ladder_shows_an_error_per_rank() -> None:
     assert "10.0%" in text
 
 
-def test_a_folder_shows_what_was_exported_and_what_failed() -> None:
-    result = ExportFolderResult(Path("out"), (export_result(),), {"broken": "It is damaged."})
+def test_a_folder_shows_what_was_exported_and_what_was_skipped() -> None:
+    result = ExportFolderResult(Path("out"), (export_result(),), {"broken": "Why"}, ("nested",))
     lines = format_export_folder(result).splitlines()
     assert len(lines) == 2
-    assert "broken" in lines[1]
-    assert "It is damaged." in lines[1]
+    assert "nested" in lines[1]
 
 
 def test_a_name_cannot_write_lines_or_control_characters() -> None:

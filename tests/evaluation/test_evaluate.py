@@ -305,6 +305,10 @@ def test_invalid_arguments_are_rejected_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.chdir(on_disk.parent)
     monkeypatch.setattr("matryoshka_lora.model.base_model.load_model", None)
+    for folder in ("rows", "b"):
+        Path(folder).mkdir(exist_ok=True)
+    for file in ("rows/my.jsonl", "rows/my.yaml"):
+        Path(file).touch()
     with pytest.raises(MatryoshkaError, match=keyword):
         evaluate(on_disk, progress=False, **arguments)
 
@@ -340,6 +344,13 @@ def test_an_adapter_that_is_not_active(base_model: Path) -> None:
     adapter.model.set_adapter("other")
     with pytest.raises(MatryoshkaError, match="not active"):
         evaluate(adapter, data=some_examples(), ranks=[1], progress=False)
+    # Rank 0 would not be the base model.
+    adapter.model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(MatryoshkaError, match="set_adapter"):
+        evaluate(adapter, data=some_examples(), ranks=[1], progress=False)
+    model: Any = adapter.model
+    with pytest.raises(MatryoshkaError, match="NestedAdapter"):
+        evaluate(model, data=some_examples(), ranks=[1], progress=False)
 
 
 @pytest.mark.parametrize("kind", ["text", "messages", "bos token"])

@@ -355,9 +355,19 @@ def test_a_task_that_samples_gets_several_answers(llama: NestedAdapter, tokenize
 def test_requests_that_do_not_fit_the_context_window(
     request_type: str, arguments: Any, keyword: str, llama: NestedAdapter, tokenizer: Any
 ) -> None:
+    """They are an error before anything is computed."""
     lm = ManyRanksLM(llama.layers, tokenizer, RANKS)
+    fitting_arguments = (
+        ("a", "b") if request_type == "loglikelihood" else ("a", {"max_gen_toks": 2})
+    )
+
+    def fail(*_: object, **__: object) -> None:
+        pytest.fail("the model must not run")
+
+    handle = llama.model.register_forward_pre_hook(fail)
     with pytest.raises(MatryoshkaError, match=keyword):
-        respond(lm, request_type, [arguments], 1)
+        respond(lm, request_type, [fitting_arguments, arguments], 1)
+    handle.remove()
 
 
 def test_ranks_that_are_not_available(llama: NestedAdapter, tokenizer: Any) -> None:

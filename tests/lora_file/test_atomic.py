@@ -171,6 +171,17 @@ def test_free_output(source: Path, output: str) -> None:
     assert check_output(output, sources=[source]) == Path(output)
 
 
+@pytest.mark.parametrize("output", ["a\0b", "\ud800"])
+def test_output_that_is_no_path(output: str) -> None:
+    with pytest.raises(MatryoshkaError, match="Cannot write"):
+        check_output(output)
+
+
+@pytest.mark.parametrize("missing", ["owner/name", "a\0b", "\ud800", "x" * 5000])
+def test_source_that_does_not_exist_does_not_count(source: Path, missing: str) -> None:
+    assert check_output("owner", sources=[missing]) == Path("owner")
+
+
 def test_parent_that_is_a_file_is_reported(source: Path) -> None:
     with (
         pytest.raises(MatryoshkaError, match="Cannot write"),

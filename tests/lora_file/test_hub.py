@@ -31,6 +31,9 @@ def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         blob.parent.mkdir(exist_ok=True)
         blob.write_text("template")
         (snapshot / "chat_template.jinja").symlink_to(f"../../blobs/{blob.name}")
+        (snapshot / "additional_chat_templates").mkdir()
+        template = snapshot / "additional_chat_templates" / "rag.jinja"
+        template.symlink_to(f"../../../blobs/{blob.name}")
         (snapshot / "sub").mkdir()
         weights = (snapshot / "adapter_model.safetensors").read_bytes()
         (snapshot / "checkpoint").mkdir()
@@ -63,7 +66,8 @@ def test_open_lora_of_a_repository(revision: str | None, rank: int, tmp_path: Pa
     assert isinstance(lora, PeftFolder)
     assert (lora.name, lora.max_rank) == ("owner/name", rank)
     lora.plan(1).write(tmp_path / "output")
-    assert (tmp_path / "output" / "chat_template.jinja").read_text() == "template"
+    for name in ("chat_template.jinja", "additional_chat_templates/rag.jinja"):
+        assert (tmp_path / "output" / name).read_text() == "template"
     single_file = open_lora("owner/name/sub/lora.safetensors", revision)
     assert isinstance(single_file, SingleFile)
     assert single_file.max_rank == rank

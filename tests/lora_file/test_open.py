@@ -16,7 +16,7 @@ from helpers.plain_peft import plain_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from matryoshka_lora import MatryoshkaError, NotFiniteError
+from matryoshka_lora import MatryoshkaError, NotFiniteError, info
 from matryoshka_lora.lora_file.open import find_loras, open_lora
 from matryoshka_lora.lora_file.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 
@@ -75,6 +75,11 @@ def edit_config(**fields: Any) -> Damage:
     return damage
 
 
+def with_kernel(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return factors of a convolution whose B has a kernel of 3 x 3."""
+    return {key: tensor[..., None, None].repeat(1, 1, 3, 3) for key, tensor in tensors.items()}
+
+
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "pickle": (write_pickle("adapter_model.bin"), "pickle"),
     "pickle with another name": (write_pickle(WEIGHTS_NAME), "damaged"),
@@ -91,6 +96,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "no factors": (edit_tensors(lambda tensors: tensors.clear()), "no LoRA factors"),
     "shape": (set_first(torch.ones(3)), "rank 8"),
     "scalar": (set_first(torch.tensor(1.0)), "rank 8"),
+    "kernel of B": (
+        edit_tensors(lambda tensors: tensors.update(with_kernel(tensors))),
+        "fit",
+    ),
     "integers": (set_first(torch.ones(8, 64, dtype=torch.int32)), "rank 8"),
     "JSON of nested lists": (
         lambda folder: (folder / CONFIG_NAME).write_text("[" * 200_000),
@@ -134,13 +143,16 @@ def test_damaged_folder_gives_one_clear_error(kind: str, tmp_path: Path) -> None
     assert sorted(tmp_path.rglob("*")) == paths
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e160, 1e200])
 def test_failure_leaves_no_output(value: float, tmp_path: Path) -> None:
     plain_adapter(tmp_path / "lora", target_modules=["q_proj"])
-    edit_tensors(lambda tensors: tensors[max(tensors)].fill_(value))(tmp_path / "lora")
+    wide = torch.full((64, 8), value, dtype=torch.float64)
+    edit_tensors(lambda tensors: tensors.update({max(tensors): wide}))(tmp_path / "lora")
     lora = open_lora(tmp_path / "lora")
     with pytest.raises(NotFiniteError, match="learning rate"):
         lora.plan(2).write(tmp_path / "output")
+    with pytest.raises(NotFiniteError):
+        info(tmp_path / "lora")
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
 
 

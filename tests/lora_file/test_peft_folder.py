@@ -319,13 +319,15 @@ def test_model_card_names_the_base_model_and_no_path(
 
 def test_a_link_out_of_the_folder_is_not_copied(tmp_path: Path) -> None:
     plain_adapter(tmp_path / "plain", target_modules=["q_proj"])
-    (tmp_path / "id_rsa").write_text("secret")
-    (tmp_path / "plain" / "chat_template.jinja").symlink_to("../id_rsa")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "id.jinja").write_text("secret")
+    (tmp_path / "plain" / "chat_template.jinja").symlink_to("../private/id.jinja")
+    (tmp_path / "plain" / "additional_chat_templates").symlink_to("../private")
     (tmp_path / "plain" / "special_tokens_map.json").write_text("{}")
     (tmp_path / "plain" / "tokenizer.json").symlink_to("special_tokens_map.json")
     with pytest.warns(UserWarning, match="symbolic link"):
         open_peft_folder(tmp_path / "plain").plan(4).write(tmp_path / "output")
-    assert not (tmp_path / "output" / "chat_template.jinja").exists()
+    assert not list((tmp_path / "output").rglob("*.jinja"))
     assert (tmp_path / "output" / "tokenizer.json").read_text() == "{}"
 
 
@@ -366,10 +368,14 @@ def test_companion_files_are_copied(tmp_path: Path) -> None:
     companions = ["tokenizer.json", "chat_template.jinja", "special_tokens_map.json"]
     for name in (*companions, "optimizer.pt", "notes.txt"):
         (tmp_path / "plain" / name).write_text(name)
+    template = Path("additional_chat_templates", "rag.jinja")
+    (tmp_path / "plain" / template.parent).mkdir()
+    (tmp_path / "plain" / template).write_text("rag")
     lora = open_peft_folder(tmp_path / "plain")
     lora.plan(4).write(tmp_path / "output")
     files = {path.name for path in (tmp_path / "output").iterdir()}
-    assert files == {CONFIG_NAME, WEIGHTS_NAME, "README.md", *companions}
+    assert files == {CONFIG_NAME, WEIGHTS_NAME, "README.md", template.parent.name, *companions}
+    assert (tmp_path / "output" / template).read_text() == "rag"
     assert (tmp_path / "output" / "tokenizer.json").read_text() == "tokenizer.json"
     # Next to a single file may be the files of something else.
     in_memory = replace(lora, files=(tmp_path / "plain" / "tokenizer" / "lora.safetensors",))

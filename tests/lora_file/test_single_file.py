@@ -174,12 +174,13 @@ def test_a_file_without_layers_is_refused(tmp_path: Path, kind: str) -> None:
         open_single_file(tmp_path / "lora.safetensors")
 
 
-def test_two_pairs_of_one_module_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [("lora_A", "lora_B"), ("down", "up")])
+def test_two_pairs_of_one_module_are_named(tmp_path: Path, others: tuple[str, str]) -> None:
+    """They would share an alpha."""
     tensors = {
-        f"a.{suffix}.weight": torch.ones(2, 2)
-        for suffix in ("lora_down", "lora_up", "lora_A", "lora_B")
+        f"a.{suffix}.weight": torch.ones(2, 2) for suffix in ("lora_down", "lora_up", *others)
     }
-    save_file(tensors, tmp_path / "lora.safetensors")
+    save_file({**tensors, "a.alpha": torch.tensor(1.0)}, tmp_path / "lora.safetensors")
     with pytest.raises(MatryoshkaError, match="two pairs"):
         open_single_file(tmp_path / "lora.safetensors")
 

@@ -114,14 +114,17 @@ def test_the_tokenizer_that_was_saved_with_an_adapter(tmp_path: Path) -> None:
     assert other_tokenizer.name_or_path == base_model
 
 
-@pytest.mark.parametrize("case", ["no folder", "an empty folder", "a damaged config"])
+@pytest.mark.parametrize("config", [None, "{", '{"model_type": "ctrl"}'])
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
-def test_loading_errors(case: str, load: Callable[[str], object], tmp_path: Path) -> None:
+def test_a_folder_without_a_model_or_tokenizer_is_an_error(
+    config: str | None, load: Callable[[str], object], tmp_path: Path
+) -> None:
     folder = tmp_path / "base"
-    if case != "no folder":
-        folder.mkdir()
-    if case == "a damaged config":
-        (folder / "config.json").write_text("{")
+    with pytest.raises(MatryoshkaError, match="Cannot load"):
+        load(str(folder))
+    folder.mkdir()
+    if config is not None:
+        (folder / "config.json").write_text(config)
     with pytest.raises(MatryoshkaError, match="Cannot load"):
         load(str(folder))
 

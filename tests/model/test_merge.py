@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import LINEAR_LAYERS, randomize, tiny_llama
-from helpers.plain_peft import distance, logits
-from helpers.tiny_chat import save_tiny_chat
+from helpers.plain_peft import distance, logits, plain_adapter
+from helpers.tiny_chat import TEMPLATE, save_tiny_chat, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -54,3 +54,75 @@ def test_a_merged_model_computes_what_the_adapter_does(
     if replaces_embeddings or "lm_head" in str(options):
         assert not written["tie_word_embeddings"]  # runtimes would not read the head
     assert written["num_hidden_layers"] == (4 if "layer_replication" in options else 2)
+
+
+WORD_PIECE = {
+    "type": "WordPiece",
+    "unk_token": "[UNK]",
+    "continuing_subword_prefix": "##",
+    "max_input_chars_per_word": 9,
+}
+
+
+@pytest.mark.parametrize(
+    ("file_name", "content"),
+    [
+        ("tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "vocab": "../secret"}),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "BertTokenizer", "init_inputs": ["../secret"]},
+        ),
+        ("special_tokens_map.json", {"vocab": "../secret"}),
+        ("tokenizer.json", {"added_tokens": [], "model": {**WORD_PIECE, "vocab": "../secret"}}),
+    ],
+    ids=str,
+)
+def test_a_merged_model_has_no_line_of_a_file_that_a_tokenizer_names(
+    file_name: str, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers reads a vocabulary from any path."""
+    (tmp_path / "secret").write_text("[UNK]\nAKIASECRET\n")
+    base_model = str(save_tiny_chat(tmp_path / "base"))
+    plain_adapter(tmp_path / "lora", target_modules=["q_proj"])
+    (tmp_path / "lora" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    (tmp_path / "lora" / file_name).write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path / "lora")
+    export(tmp_path / "lora", tmp_path / "merged", 2, "merged", base_model=base_model)
+    for file in (tmp_path / "merged").rglob("*.*"):
+        assert b"AKIASECRET" not in file.read_bytes()
+    assert (tmp_path / "merged" / file_name).is_file()
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_tokenizer_with_a_link_to_another_folder_is_not_used(
+    is_folder: bool, tmp_path: Path
+) -> None:
+    base_model = str(save_tiny_chat(tmp_path / "base"))
+    plain_adapter(tmp_path / "lora", target_modules=["q_proj"])
+    tiny_tokenizer().save_pretrained(tmp_path / "lora")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "x.jinja").write_text("secret")
+    templates = tmp_path / "lora" / "additional_chat_templates"
+    if is_folder:
+        templates.symlink_to(tmp_path / "private")
+    else:
+        templates.mkdir()
+        (templates / "x.jinja").symlink_to(tmp_path / "private" / "x.jinja")
+    with pytest.warns(UserWarning, match="symbolic link"):
+        export(tmp_path / "lora", tmp_path / "merged", 2, "merged", base_model=base_model)
+    assert not (tmp_path / "merged" / "additional_chat_templates").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == TEMPLATE
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_base_model_without_a_tokenizer_is_merged(content: str | None, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    if content is not None:
+        (tmp_path / "base" / "tokenizer.json").write_text(content)
+    model = plain_adapter(tmp_path / "lora")
+    with pytest.warns(UserWarning, match="no tokenizer"):
+        export(
+            tmp_path / "lora", tmp_path / "merged", 8, "merged", base_model=str(tmp_path / "base")
+        )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert distance(logits(merged), logits(model)) < 1e-5

@@ -144,6 +144,37 @@ def test_layers_that_the_model_itself_does_not_call_are_no_error() -> None:
     assert model(torch.ones(2, 4)).shape == (2, 4)
 
 
+def test_unloading_leaves_no_hooks() -> None:
+    adapter = nested_llama(NESTING)
+    adapter.reorder()
+    adapter.set_rank(2)
+    with torch.no_grad():
+        adapter.layer_factors()["model.layers.1.mlp.up_proj"][1].add_(1)
+    base_model: Any = adapter.model.unload()
+    base_model(input_ids=IDS)  # another rank would be an error
+    assert not base_model._forward_pre_hooks
+    assert not base_model._forward_hooks
+
+
+def test_a_forward_after_an_interrupted_one_is_checked() -> None:
+    adapter = nested_llama(NESTING)
+    adapter.reorder()
+    adapter.set_rank(2)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = adapter.model.get_output_embeddings().register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        forward(adapter)
+    handle.remove()
+    forward(adapter)
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+    write_one_layer(adapter, Path())
+    with pytest.raises(MatryoshkaError, match="reorder"):
+        forward(adapter)
+
+
 # A chosen rank whose order has ended.
 
 

@@ -110,6 +110,26 @@ def test_an_order_ends_where_a_factor_changes(
     assert (ordered.order, ordered.ranks) == ("svd", tuple(range(1, 9)))
 
 
+@pytest.mark.parametrize("rule", ["lora", "matryoshka"])
+def test_an_interrupted_reordering_changes_nothing(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = nested_llama(NESTING, rule)
+    ids = torch.arange(3, 11).reshape(1, 8)
+    adapter.model.eval()
+    expected = adapter.model(input_ids=ids).logits
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("matryoshka_lora.nn.nested_layers.Checksum.update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            adapter.reorder()
+    assert (adapter.order, adapter.rule.name) == (None, rule)
+    assert torch.equal(adapter.model(input_ids=ids).logits, expected)
+
+
 def test_saving_verifies_the_order(ordered: NestedAdapter) -> None:
     """A single value that is written through `.data` may show in the checksum alone."""
     A, _ = ordered.layer_factors()["model.layers.0.mlp.up_proj"]

@@ -132,7 +132,7 @@ def test_single_files_keep_their_key_format(tmp_path: Path) -> None:
             tensors[f"{layer}.alpha"] = torch.tensor(alpha)
         save_file(tensors, tmp_path / f"{name}.safetensors")
     paths = [tmp_path / f"{name}.safetensors" for name in sources]
-    combine(paths, tmp_path / "sum.safetensors", [1, -2, 0.5], rank=9)
+    combine(iter(paths), tmp_path / "sum.safetensors", iter([1, -2, 0.5]), rank=9)
     a, b, c = (read_updates(path) for path in paths)
     total = read_updates(tmp_path / "sum.safetensors")
     expected_q = a["lora_unet_q"] - 2 * b["lora_unet_q"] + c["lora_unet_q"] / 2
@@ -379,6 +379,14 @@ def test_incompatible_single_files_are_rejected(tmp_path: Path, case: str) -> No
     with pytest.raises(MatryoshkaError, match=keyword):
         combine([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], output)
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("sources", "weights"), [("a", None), (Path("a"), None), (["a", "b"], 2.0), (["a"], "1")]
+)
+def test_one_value_is_not_a_list(tmp_path: Path, sources: Any, weights: Any) -> None:
+    with pytest.raises(MatryoshkaError, match="list"):
+        combine(sources, tmp_path / "sum", weights)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from matryoshka_lora import (
     MatryoshkaError,
     MissingDependencyError,
     Nesting,
+    combine,
     export,
     export_folder,
     reorder,
@@ -250,6 +252,30 @@ def test_a_merged_model_is_the_base_model_with_the_rank(tmp_path: Path, is_tied:
         export(tmp_path / "lora", tmp_path / "base", 3, "merged", force=True)
 
 
+OVERWRITING: dict[str, Callable[[Path, Path], object]] = {
+    "peft": lambda lora, output: export(lora, output, 2, force=True),
+    "ladder": lambda lora, output: export(lora, output, 2, "ladder", force=True),
+    "merged": lambda lora, output: export(lora, output, 2, "merged", force=True),
+    "folder": lambda lora, output: export_folder(lora.parent, output, 2, force=True),
+    "combine": lambda lora, output: combine([lora], output, force=True),
+    "reorder": lambda lora, output: reorder(lora, output, force=True),
+}
+
+
+@pytest.mark.parametrize("command", OVERWRITING)
+@pytest.mark.parametrize("output", ["base", "lora/adapter_config.json"])
+def test_no_output_replaces_the_base_model_or_the_config(
+    tmp_path: Path, command: str, output: str
+) -> None:
+    base = tmp_path / "base"
+    tiny_llama().save_pretrained(base)
+    plain_adapter(tmp_path / "lora", AutoModelForCausalLM.from_pretrained(base))
+    before = (tmp_path / output).stat()
+    with pytest.raises(MatryoshkaError, match="source"):
+        OVERWRITING[command](tmp_path / "lora", tmp_path / output)
+    assert (tmp_path / output).stat() == before
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 def test_a_merged_model_is_dequantized(bits: int, tmp_path: Path) -> None:
@@ -315,6 +341,28 @@ def test_mlx_has_one_rank_for_all_layers(base: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(scale * (A @ B).T, best(update, 4), atol=1e-5)
 
 
+EDITED_CONFIGS: dict[str, dict[str, Any]] = {
+    "short": {"num_hidden_layers": 1},
+    "text": {"num_hidden_layers": "x"},
+    "bloom": {"model_type": "bloom"},
+    "list": {"model_type": ["llama"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_attention_heads", 0), ("num_attention_heads", None), ("num_key_value_heads", "x")],
+)
+def test_a_damaged_config_is_rejected(
+    lora: Path, base: Path, tmp_path: Path, field: str, value: Any
+) -> None:
+    pytest.importorskip("gguf")
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(MatryoshkaError, match=field):
+        export(lora, tmp_path / "x.gguf", base_model=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("format", "output", "runtime"), [("gguf", "x.gguf", "llama.cpp"), ("mlx", "x", "mlx-lm")]
 )
@@ -323,15 +371,22 @@ def test_what_a_runtime_cannot_read_is_rejected(
 ) -> None:
     pytest.importorskip("gguf")
     config = json.loads((base / "config.json").read_text())
-    for name, fields in (("short", {"num_hidden_layers": 1}), ("bloom", {"model_type": "bloom"})):
+    for name, fields in EDITED_CONFIGS.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({**config, **fields}))
     plain_adapter(tmp_path / "plain", target_modules=["q_proj"])
     plain_adapter(tmp_path / "lora", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    shutil.copytree(tmp_path / "plain", tmp_path / "digits")
+    tensors = load_file(tmp_path / "plain" / WEIGHTS_NAME)
+    renamed = {key.replace("layers.1.", f"layers.{'9' * 5000}."): tensors[key] for key in tensors}
+    save_file(renamed, tmp_path / "digits" / WEIGHTS_NAME)
     for source, base_model, keyword in (
         ("lora", base, f"lm_head.*{runtime}"),
         ("plain", tmp_path / "short", rf"layers\.1.*{runtime}"),
         ("plain", tmp_path / "bloom", f"{runtime}.*bloom"),
+        ("plain", tmp_path / "list", f"{runtime}.*llama"),
+        ("plain", tmp_path / "text", "num_hidden_layers"),
+        ("digits", base, f"99.*{runtime}"),
         ("plain", tmp_path / "missing", "base_model"),
         ("plain", tmp_path / "plain", "base_model"),
     ):
@@ -413,7 +468,8 @@ def test_every_lora_of_a_folder_is_exported(folder: Path, tmp_path: Path) -> Non
     assert [exported.path for exported in result.exported] == [output / name for name in names]
     assert sorted(path.name for path in output.iterdir()) == names
     assert [open_lora(output / name).max_rank for name in names] == [3, 3, 2]
-    assert result.failed.keys() == {"nested", "dora"}
+    assert result.failed.keys() == {"dora"}
+    assert result.skipped == ("nested",)
     assert "DoRA" in result.failed["dora"]
     expected = export(folder / "large", tmp_path / "expected", 3)
     assert torch.equal(by_peft(output / "large"), by_peft(tmp_path / "expected"))

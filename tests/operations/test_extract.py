@@ -61,6 +61,18 @@ def changes(models: tuple[Path, Path]) -> dict[str, np.ndarray]:
     }
 
 
+def interrupt_after(factorized: list[str], limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Add the names of the layers that are factorized to a list, and interrupt at a length."""
+
+    def factorize(name: str, *args: Any) -> Any:
+        if len(factorized) == limit:
+            raise KeyboardInterrupt
+        factorized.append(name)
+        return factorize_change(name, *args)
+
+    monkeypatch.setattr("matryoshka_lora.operations.extract.factorize_change", factorize)
+
+
 def files_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -146,18 +158,25 @@ def test_t5_ties_several_embeddings(tmp_path: Path) -> None:
     )
 
 
-def test_gpt2_stores_transposed_weights(tmp_path: Path) -> None:
-    def base() -> Any:
-        torch.manual_seed(0)
-        return GPT2LMHeadModel(
-            GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=96, n_positions=64)
-        )
+def tiny_gpt2() -> Any:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=96, n_positions=64)
+    )
 
-    base().save_pretrained(tmp_path / "base")
-    tuned = tune(base(), ("c_attn.weight", "c_proj.weight"))
-    tuned.save_pretrained(tmp_path / "tuned")
-    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", rank=64)
-    actual = PeftModel.from_pretrained(base(), tmp_path / "lora")
+
+def test_gpt2_stores_transposed_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = tmp_path / "base", tmp_path / "tuned"
+    tiny_gpt2().save_pretrained(models[0])
+    tuned = tune(tiny_gpt2(), ("c_attn.weight", "c_proj.weight"))
+    tuned.save_pretrained(models[1])
+    # Without their config, the weights are not transposed. Such factors are not used again.
+    interrupt_after([], 1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        extract(*(model / "model.safetensors" for model in models), tmp_path / "lora", rank=64)
+    interrupt_after([], 99, monkeypatch)
+    extract(*models, tmp_path / "lora", rank=64)
+    actual = PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "lora")
     assert torch.allclose(logits(actual), logits(tuned), atol=1e-4)
 
 
@@ -281,30 +300,23 @@ def test_an_interrupted_run_continues(
     tmp_path: Path, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     factorized: list[str] = []
-
-    def interrupt_after(limit: int) -> None:
-        def factorize(name: str, *args: Any) -> Any:
-            if len(factorized) == limit:
-                raise KeyboardInterrupt
-            factorized.append(name)
-            return factorize_change(name, *args)
-
-        monkeypatch.setattr("matryoshka_lora.operations.extract.factorize_change", factorize)
-
-    interrupt_after(4)
+    interrupt_after(factorized, 4, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         extract(*models, tmp_path / "lora", rank=4)
     assert not (tmp_path / "lora").exists()
-    interrupt_after(99)
+    interrupt_after(factorized, 99, monkeypatch)
+    # An error that the caller can correct keeps the factors as well.
+    with pytest.raises(MatryoshkaError, match="max_bytes"):
+        extract(*models, tmp_path / "lora", rank=4, max_bytes="1KB")
     result = extract(*models, tmp_path / "lora", rank=4)
     assert sorted(factorized) == sorted(result.ranks)
     assert files_in(tmp_path) == ["base", "lora", "tuned"]
 
     # A run with other settings does not continue it.
-    interrupt_after(len(factorized) + 4)
+    interrupt_after(factorized, len(factorized) + 4, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         extract(*models, tmp_path / "other", rank=4)
-    interrupt_after(99)
+    interrupt_after(factorized, 99, monkeypatch)
     other = extract(*models, tmp_path / "other", rank=4, modules_to_save=["layers.0.mlp.down_proj"])
     assert result.ranks.keys() - other.ranks.keys() == {"model.layers.0.mlp.down_proj"}
     expected, actual = updates(tmp_path / "lora"), updates(tmp_path / "other")
@@ -356,6 +368,19 @@ def empty_the_index(base: Path, tuned: Path) -> None:
     (tuned / "model.safetensors.index.json").write_text("{}")
 
 
+def damage_the_index(base: Path, tuned: Path) -> None:
+    (tuned / "model.safetensors").unlink()
+    (tuned / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}')
+
+
+def edit_base_config(**fields: Any) -> Callable[[Path, Path], None]:
+    def edit_config(base: Path, tuned: Path) -> None:
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | fields))
+
+    return edit_config
+
+
 def edit(model: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     file = model / "model.safetensors"
     save_file(change(load_file(file)), file)
@@ -377,6 +402,11 @@ def with_other_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"x.{key}": tensor for key, tensor in tensors.items()}
 
 
+def with_other_keys_in_both(base: Path, tuned: Path) -> None:
+    edit(base, with_other_keys)
+    edit(tuned, with_other_keys)
+
+
 BROKEN_MODELS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "missing shard": (remove_a_shard, "model-2.safetensors"),
     "truncated": (truncate_the_file, "damaged"),
@@ -388,6 +418,12 @@ BROKEN_MODELS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "quantized tuned model": (lambda _, tuned: edit_q(tuned, quantize), "quantized"),
     "fewer layers": (lambda _, tuned: edit(tuned, without_the_second_block), "layers.1"),
     "other model": (lambda _, tuned: edit(tuned, with_other_keys), "in common"),
+    "names of another class": (with_other_keys_in_both, "class"),
+    "list of shards": (damage_the_index, "model.safetensors"),
+    "text as size": (edit_base_config(hidden_size="abc"), "config"),
+    "no attention heads": (edit_base_config(num_attention_heads=0), "config"),
+    "negative vocabulary": (edit_base_config(vocab_size=-5), "config"),
+    "unknown activation": (edit_base_config(hidden_act="nope"), "config"),
 }
 
 
@@ -398,7 +434,39 @@ def test_broken_models_are_rejected(tmp_path: Path, models: tuple[Path, Path], c
     error = NotFiniteError if case == "not finite" else MatryoshkaError
     with pytest.raises(error, match=keyword):
         extract(*models, tmp_path / "lora", rank=4)
-    assert files_in(tmp_path) == ["base", "tuned"]
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize(
+    "class_names", [["pipeline"], ["logging"], ["LlamaConfig"], ["LlamaTokenizer"], {"a": 1}, "L"]
+)
+def test_what_is_no_model_class_is_not_called(
+    tmp_path: Path, models: tuple[Path, Path], class_names: object
+) -> None:
+    edit_base_config(architectures=class_names)(*models)
+    assert len(extract(*models, tmp_path / "lora", rank=2).ranks) == 6
+
+
+def save_foreign_folder(tmp_path: Path) -> None:
+    (tmp_path / ".lora.extracting").mkdir()
+
+
+def save_link(tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "settings.json").write_text("{}")
+    (tmp_path / ".lora.extracting").symlink_to(tmp_path / "foreign")
+
+
+@pytest.mark.parametrize("save", [save_foreign_folder, save_link])
+def test_a_foreign_folder_is_not_used(
+    tmp_path: Path, models: tuple[Path, Path], save: Callable[[Path], None]
+) -> None:
+    save(tmp_path)
+    thesis = tmp_path / ".lora.extracting" / "thesis.safetensors"
+    thesis.write_text("mine")
+    with pytest.raises(MatryoshkaError, match="extracting"):
+        extract(*models, tmp_path / "lora", rank=2)
+    assert thesis.read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -410,6 +478,8 @@ def test_broken_models_are_rejected(tmp_path: Path, models: tuple[Path, Path], c
         ({"max_bytes": 100}, "lora", "max_bytes"),
         ({"rank": 4, "modules_to_save": ["embed"]}, "lora", "modules_to_save"),
         ({"rank": 4, "modules_to_save": ["norm", "no"]}, "lora", "modules_to_save"),
+        ({"rank": 4, "modules_to_save": "lm_head"}, "lora", "list"),
+        ({"rank": 4, "modules_to_save": 5}, "lora", "list"),
         ({"rank": 4}, "lora.safetensors", "key_format"),
         ({"rank": 4, "key_format": "kohya"}, "lora", "safetensors"),
         ({"rank": 4, "key_format": "peft"}, "lora.safetensors", "key_format"),
@@ -425,7 +495,7 @@ def test_invalid_arguments_are_rejected(
 ) -> None:
     with pytest.raises(MatryoshkaError, match=keyword):
         extract(*models, tmp_path / output_name, **options)
-    assert files_in(tmp_path) == ["base", "tuned"]
+    assert not (tmp_path / output_name).exists()
 
 
 def test_an_unchanged_model_is_rejected(tmp_path: Path, models: tuple[Path, Path]) -> None:

@@ -21,7 +21,9 @@ def limit_file_size(limit: int) -> None:
 
 
 def read_files(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Return the files of a folder, without the factors that `extract` keeps."""
+    files = [path for path in folder.rglob("*") if path.parent.suffix != ".extracting"]
+    return {path: path.read_bytes() for path in files if path.is_file()}
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -293,8 +293,13 @@ def test_every_kind_of_layer_is_trained(kind: str) -> None:
     def collate_indices(indices: list[int]) -> Any:
         return {"x": inputs[indices], "labels": targets[indices]}
 
-    data = TrainingData(range(16), collate_indices, loss, inputs.device, show_progress=False)
-    data.validation = TrainingData(range(16), collate_indices, loss, inputs.device)
+    def make_data() -> TrainingData:
+        return TrainingData(
+            range(16), collate_indices, loss, inputs.device, show_progress=False, is_causal=False
+        )
+
+    data = make_data()
+    data.validation = make_data()
     result = train_ranks(adapter.layers, data, 640)
     assert result.outcome == "kept"
     assert result.losses_after is not None

@@ -36,7 +36,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, nest
-from matryoshka_lora.training.data import read_training_data
+from matryoshka_lora.training.data import IGNORED_LABEL, read_training_data
 
 TEXTS = [
     # A completion may end with the end-of-sequence token already.
@@ -209,6 +209,25 @@ def test_train_ranks_in_one_of_several_processes_is_an_error(
 
 def tokens_of(batches: list[Any]) -> list[list[int]]:
     return [row for batch in batches for row in batch["input_ids"].tolist()]
+
+
+@pytest.mark.parametrize("with_trainer", [False, True])
+def test_the_first_label_does_not_count(model: Any, with_trainer: bool, tmp_path: Path) -> None:
+    """A causal model has no prediction of the first token, so a loss of it alone is NaN."""
+    one_token = {"input_ids": [5], "labels": [5]}
+    examples = [one_token, *random_examples(3)]
+    data = read_training_data(model, examples)
+    if with_trainer:
+        data = read_training_data(model, make_trainer(model, tmp_path, examples))
+    batches = data.batches(range(len(data.examples)), batch_size=1)
+    assert len(batches) == 3
+    assert all(batch["labels"][0, 0] == IGNORED_LABEL for batch in batches)
+
+
+@pytest.mark.parametrize("tokens", [[5, 10**6], [10**6, 5]])
+def test_tokens_that_the_model_does_not_have(model: Any, tokens: list[int]) -> None:
+    with pytest.raises(MatryoshkaError, match="tokenizer"):
+        read_training_data(model, [{"input_ids": tokens, "labels": tokens}])
 
 
 def test_all_examples_come_before_any_repeats_and_some_of_them_validate(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -86,12 +87,14 @@ class _LineFormatter(logging.Formatter):
 
 
 def _configure_libraries() -> None:
-    """Show this package's log on stderr, and hide warnings that no user can act on."""
+    """Show the log and all characters, and hide warnings that no user can act on."""
     logger = logging.getLogger("matryoshka_lora")
     handler = logging.StreamHandler()
     handler.setFormatter(_LineFormatter())
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may not have all characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     # The warnings of transformers and TRL are about their own next versions.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Otherwise torch's threads spin while they wait, which is five times slower on a busy machine.

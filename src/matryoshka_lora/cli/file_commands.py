@@ -220,7 +220,9 @@ def export(
             force=force,
         )
         typer.echo(format_export_folder(folder_result))
-        return
+        for name, reason in folder_result.failed.items():
+            print_line(f"error: {name} was not exported: {reason}", err=True)
+        raise typer.Exit(1 if folder_result.failed else 0)
     result = run_export(
         lora,
         output,

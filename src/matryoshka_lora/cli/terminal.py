@@ -30,9 +30,14 @@ def print_loading() -> None:
     typer.echo("Loading libraries and model", err=True)
 
 
-def print_line(line: str) -> None:
-    """Print one line, with control characters escaped: it may hold a name from a file."""
-    typer.echo(printable(line))
+def print_line(line: str, err: bool = False) -> None:
+    """Print one line, with control characters escaped: it may hold a name from a file.
+
+    Args:
+        line: The line.
+        err: Whether to print to stderr.
+    """
+    typer.echo(printable(line), err=err)
 
 
 def print_next(*words: object) -> None:
@@ -155,7 +160,7 @@ def format_export(result: ExportResult) -> str:
 def format_export_folder(result: ExportFolderResult) -> str:
     """Return what `matryoshka export` prints for a folder of LoRAs: a line for each."""
     lines = [format_export(exported).replace("\n", "; ") for exported in result.exported]
-    lines += [f"{name} was not exported: {reason}" for name, reason in result.failed.items()]
+    lines += [f"{name} is not a LoRA. Export its content separately." for name in result.skipped]
     return _join_lines(lines)
 
 

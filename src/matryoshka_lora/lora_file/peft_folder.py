@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ import regex
 from matryoshka_lora.algebra.factors import Checksum
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.lora_file.atomic import PathLike, create_folder
-from matryoshka_lora.lora_file.hub import companion_files
+from matryoshka_lora.lora_file.hub import copy_companion_files
 from matryoshka_lora.lora_file.key_names import PEFT_PREFIX
 from matryoshka_lora.lora_file.lora import (
     NESTING_KEY,
@@ -28,7 +27,12 @@ from matryoshka_lora.lora_file.lora import (
     WrittenOutput,
 )
 from matryoshka_lora.lora_file.model_card import model_card
-from matryoshka_lora.lora_file.safetensors_io import StoredTensor, open_safetensors, read_json
+from matryoshka_lora.lora_file.safetensors_io import (
+    StoredTensor,
+    are_factors,
+    open_safetensors,
+    read_json,
+)
 from matryoshka_lora.nesting import Nesting, check_rank, is_valid_scale
 
 CONFIG_NAME = "adapter_config.json"
@@ -65,6 +69,14 @@ class PeftFolder(LoraFile):
     """
 
     config: dict[str, Any] = field(kw_only=True)
+
+    @property
+    def sources(self) -> tuple[PathLike, ...]:
+        """The paths that an output must not overwrite: weights, configs and the base model."""
+        configs = [file.with_name(CONFIG_NAME) for file in self.files]
+        base_model = self.config.get("base_model_name_or_path")
+        base_models = [str(base_model)] if base_model else []
+        return (*self.files, *configs, *base_models)
 
     def plan(self, ranks: Ranks) -> OutputPlan:
         """Return what an ordinary adapter at some ranks will hold; see `LoraFile.plan`.
@@ -117,7 +129,7 @@ class PeftFolder(LoraFile):
 
     def write_output(self, plan: OutputPlan, output: PathLike, force: bool) -> WrittenOutput:
         """Write a plan as a folder, with a model card and the companion files of this folder."""
-        with create_folder(output, force, self.files) as folder:
+        with create_folder(output, force, self.sources) as folder:
             config = self._output_config(plan)
             config_text = json.dumps(config, indent=2, sort_keys=True)
             (folder / CONFIG_NAME).write_text(config_text, encoding="utf-8")
@@ -155,10 +167,9 @@ class PeftFolder(LoraFile):
         if not self.files:
             return
         folder = self.files[0].parent
-        if not (folder / CONFIG_NAME).is_file():
-            return  # not a folder of PEFT's, so its files may belong to anything
-        for file in companion_files(folder):
-            shutil.copyfile(file, output_folder / file.name)
+        # The files in a folder that is not PEFT's may belong to anything.
+        if (folder / CONFIG_NAME).is_file():
+            copy_companion_files(folder, output_folder)
 
     def base_model(
         self, base_model: str | None = None, base_revision: str | None = None
@@ -351,15 +362,15 @@ def _make_layer(
     if key_B not in tensors:
         raise MatryoshkaError(f"{name} lacks the tensor {key_B[:200]}. Save the adapter again.")
     A, B = tensors[key_A], tensors[key_B]
-    if A.is_factor and B.is_factor:
+    if are_factors(A, B):
         num_rows = A.shape[0]
         # The parameters of n experts are one factor of n * rank rows.
         num_experts = num_rows // rank if config.get("target_parameters") else 1
-        if num_rows == num_experts * rank == B.shape[1]:
+        if num_rows == num_experts * rank:
             return Layer(layer_name, key_A, key_B, A, B, rank, scale, num_experts)
     raise MatryoshkaError(
-        f"{name}: the factors of {layer_name[:200]} do not have rank {rank}, as the config says. "
-        "Save the adapter again."
+        f"{name}: the factors of {layer_name[:200]} do not fit each other, or do not have rank "
+        f"{rank}, as the config says. Save the adapter again."
     )
 
 

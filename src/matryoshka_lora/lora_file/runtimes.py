@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, check_integer
 from matryoshka_lora.lora_file.key_names import DIFFUSERS_SUFFIXES
 from matryoshka_lora.lora_file.lora import Layer, OutputPlan
 
@@ -22,7 +22,7 @@ SUPPORTED_ARCHITECTURES = {
     "gemma3_text": "gemma3",
 }
 
-_MODULE_IN_BLOCK = re.compile(r"model\.layers\.(?P<block>\d+)\.(?P<module>.+)")
+_MODULE_IN_BLOCK = re.compile(r"model\.layers\.(?P<block>\d{1,9})\.(?P<module>.+)")
 
 
 def name_in_block(layer_name: str) -> str:
@@ -38,18 +38,19 @@ def check_runtime(plan: OutputPlan, base_config: Mapping[str, Any], runtime: str
         base_config: The ``config.json`` of the base model.
         runtime: The name of the runtime, for messages.
     """
-    model_type = base_config.get("model_type")
+    model_type = str(base_config.get("model_type"))
     if model_type not in SUPPORTED_ARCHITECTURES:
         raise MatryoshkaError(
             f"{runtime} export does not support base models of type {model_type!r:.80}. Pass "
             "`format='merged'`."
         )
+    num_blocks = check_integer("num_hidden_layers", base_config.get("num_hidden_layers"))
     unsupported = ""
     if plan.other_tensors:
         unsupported = min(plan.other_tensors)
     else:
         for _, layer in plan.layers:
-            if not _is_linear_in_block(layer, base_config.get("num_hidden_layers", 0)):
+            if not _is_linear_in_block(layer, num_blocks):
                 unsupported = layer.key_A
                 break
     if unsupported:

@@ -71,6 +71,17 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def are_factors(A: StoredTensor, B: StoredTensor) -> bool:
+    """Return whether two tensors may be the factors of one linear layer or convolution."""
+    return (
+        A.is_factor
+        and B.is_factor
+        and len(A.shape) == len(B.shape)
+        and A.shape[0] == B.shape[1]
+        and all(size == 1 for size in B.shape[2:])
+    )
+
+
 def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Return the tensors of a file by key, and its metadata. Only the header is read.
 

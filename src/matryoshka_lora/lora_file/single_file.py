@@ -28,7 +28,7 @@ from matryoshka_lora.lora_file.diffusers_metadata import (
 from matryoshka_lora.lora_file.key_names import ALL_SUFFIXES, PEFT_PREFIX, split_part
 from matryoshka_lora.lora_file.lora import Layer, LoraFile, OutputPlan, Ranks, WrittenOutput
 from matryoshka_lora.lora_file.peft_folder import rank_and_scale
-from matryoshka_lora.lora_file.safetensors_io import StoredTensor, open_safetensors
+from matryoshka_lora.lora_file.safetensors_io import StoredTensor, are_factors, open_safetensors
 from matryoshka_lora.nesting import is_valid_scale
 
 # Metadata that holds a hash of the source's tensors.
@@ -83,7 +83,7 @@ class SingleFile(LoraFile):
 
     def write_output(self, plan: OutputPlan, output: PathLike, force: bool) -> WrittenOutput:
         """Write a plan as a single file."""
-        with create_file(output, force, self.files) as temporary:
+        with create_file(output, force, self.sources) as temporary:
             return plan.write_weights(temporary)
 
     def _updated_metadata(self, layers: Sequence[Layer], alpha: float) -> dict[str, str]:
@@ -123,7 +123,7 @@ def open_single_file(file: Path) -> SingleFile:
             ".safetensors file."
         )
     tensors, metadata = open_safetensors(file)
-    factor_keys = _find_factor_keys(tensors)
+    factor_keys = _find_factor_keys(tensors, str(file))
     extended_modules = _find_extended_modules(tensors, factor_keys)
     configs = read_configs(metadata, str(file))
     layer_names = [
@@ -138,7 +138,7 @@ def open_single_file(file: Path) -> SingleFile:
     ]
     # diffusers would take the ranks in the metadata for those of the extended modules as well.
     if not layers or (extended_modules and can_describe(layers)):
-        raise _no_layers_error(file, tensors, factor_keys)
+        raise _no_layers_error(file, tensors)
 
     other_tensors = dict(sorted(tensors.items()))
     for layer in layers:
@@ -148,14 +148,25 @@ def open_single_file(file: Path) -> SingleFile:
     return SingleFile(str(file), tuple(layers), other_tensors, metadata, files=(file,))
 
 
-def _find_factor_keys(tensors: Mapping[str, StoredTensor]) -> dict[str, _FactorKeys]:
-    """Return the keys of both factors by the name of their layer."""
+def _find_factor_keys(
+    tensors: Mapping[str, StoredTensor], file_name: str
+) -> dict[str, _FactorKeys]:
+    """Return the keys of both factors by the name of their layer.
+
+    Raises:
+        MatryoshkaError: Two pairs have one name, so that they share its alpha.
+    """
     factor_keys: dict[str, _FactorKeys] = {}
     for key_A in sorted(tensors):
         for suffixes in ALL_SUFFIXES:
             name = key_A.removesuffix(suffixes.A)
             key_B = name + suffixes.B
             if name != key_A and key_B in tensors:
+                if name in factor_keys:
+                    raise MatryoshkaError(
+                        f"{file_name} has two pairs of factors for one module: "
+                        f"{factor_keys[name].A[:80]!r} and {key_A[:80]!r}. Remove one pair."
+                    )
                 factor_keys[name] = _FactorKeys(key_A, key_B)
     return factor_keys
 
@@ -214,7 +225,12 @@ def _create_layer(
     file_name: str,
 ) -> Layer:
     A, B = tensors[keys.A], tensors[keys.B]
-    _check_shapes(name, A, B, file_name)
+    if not are_factors(A, B):
+        raise MatryoshkaError(
+            f"{file_name}: the factors of {name[:200]!r} do not fit each other: {A.dtype} "
+            f"{list(A.shape)} and {B.dtype} {list(B.shape)}. Save the file again in fp32, bf16 or "
+            "fp16."
+        )
     rank = A.shape[0]
     part, module = split_part(name.removeprefix(PEFT_PREFIX))
     scale = 1.0
@@ -235,23 +251,6 @@ def _create_layer(
     return Layer(name, keys.A, keys.B, A, B, rank, scale, key_alpha=key_alpha)
 
 
-def _check_shapes(name: str, A: StoredTensor, B: StoredTensor, file_name: str) -> None:
-    """Raise MatryoshkaError unless two tensors are the factors of one linear layer or kernel."""
-    fits = (
-        A.is_factor
-        and B.is_factor
-        and len(A.shape) == len(B.shape)
-        and A.shape[0] == B.shape[1]
-        and all(size == 1 for size in B.shape[2:])
-    )
-    if not fits:
-        raise MatryoshkaError(
-            f"{file_name}: the factors of {name[:200]!r} do not fit each other: {A.dtype} "
-            f"{list(A.shape)} and {B.dtype} {list(B.shape)}. Save the file again in fp32, bf16 or "
-            "fp16."
-        )
-
-
 def _read_alpha(tensor: StoredTensor) -> float:
     """Return an alpha, or 0, which is rejected, if the tensor is not one number."""
     if math.prod(tensor.shape) != 1:
@@ -259,23 +258,13 @@ def _read_alpha(tensor: StoredTensor) -> float:
     return float(tensor.read().astype(np.float64).item())
 
 
-def _no_layers_error(
-    file: Path, tensors: Mapping[str, StoredTensor], factor_keys: Mapping[str, _FactorKeys]
-) -> MatryoshkaError:
+def _no_layers_error(file: Path, tensors: Mapping[str, StoredTensor]) -> MatryoshkaError:
     for key in sorted(tensors):
         if _OTHER_METHODS.search(key):
             return MatryoshkaError(
                 f"{file} contains {key[:80]!r}. DoRA, LoHa, LoKr and layers with biases cannot be "
                 "truncated. Use the file as it is."
             )
-    for name, keys in factor_keys.items():
-        for key in sorted(tensors):
-            match = _EXTRA_TENSOR.fullmatch(key)
-            if match and match["module"] == name and key not in keys:
-                return MatryoshkaError(
-                    f"{file} has two pairs of factors for one module: {keys.A[:80]!r} and "
-                    f"{key[:80]!r}. Remove one pair."
-                )
     first_key = min(tensors, default="")
     return MatryoshkaError(
         f"{file} contains no LoRA: keys must end in lora_A.weight, lora_down.weight or "

@@ -103,8 +103,8 @@ class NestedAdapter:
         """Return a context in which row j of every batch has the rank ``ranks[j]``.
 
         It applies in forward, backward and ``generate``. The layers must get inputs of shape
-        (rows, length, features), or (rows, channels, ...) in a convolution. An integer
-        multiple is allowed without gradients, for beams.
+        (rows, length, features), or (rows, channels, ...) in a convolution. ``generate``
+        repeats each row in place for beams and for several sequences: repeat its rank, too.
 
         Args:
             ranks: One for each row, from 0 to R; 0 switches the update off.

@@ -107,19 +107,35 @@ def load_tokenizer(name: str | None = None, revision: str | None = None) -> PreT
 def load_adapter_tokenizer(
     lora: LoraFile, base_model: str | None, base_revision: str | None
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that a Trainer has saved with an adapter, or else the base model's."""
-    if lora.files:
-        folder = lora.files[0].parent
-        if (folder / "tokenizer_config.json").is_file():
-            links = [file for file in sorted(folder.iterdir()) if leads_out_of_folder(file)]
-            if not links:
-                return load_tokenizer(str(folder))
+    """Return the tokenizer that a Trainer has saved with an adapter, or else the base model's.
+
+    Do not save the adapter's: transformers may have read any file of this machine into it.
+    """
+    folder = adapter_tokenizer_folder(lora)
+    if folder is not None:
+        return load_tokenizer(str(folder))
+    return load_tokenizer(base_model, base_revision)
+
+
+def adapter_tokenizer_folder(lora: LoraFile) -> Path | None:
+    """Return an adapter's folder if a Trainer has saved a tokenizer in it, or else None.
+
+    A folder with a symbolic link to another folder is not used, with a warning.
+    """
+    if not lora.files:
+        return None
+    folder = lora.files[0].parent
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+        if leads_out_of_folder(file, folder):
             warnings.warn(
-                f"{links[0]} is a symbolic link to another folder, so the tokenizer of {base_model}"
-                " is used instead of the adapter's. Replace the link by a copy, if you trust it.",
+                f"{file} is a symbolic link to another folder, so the base model's tokenizer is "
+                "used instead of the adapter's. Replace the link by a copy, if you trust it.",
                 stacklevel=2,
             )
-    return load_tokenizer(base_model, base_revision)
+            return None
+    return folder
 
 
 def resolve_model_path(name: str) -> str:
@@ -173,5 +189,5 @@ def _wrap_loading_errors(kind: str, name: str) -> AbstractContextManager[None]:
         f"Cannot load the {kind} of {name!r}",
         f"Pass a transformers folder, a Hub id, or {BUNDLED_MODEL!r}, which needs no network.",
         # transformers has no common error type
-        (OSError, ValueError, ImportError, KeyError, SafetensorError),
+        (OSError, ValueError, TypeError, ImportError, KeyError, SafetensorError),
     )

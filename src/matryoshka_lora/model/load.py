@@ -55,6 +55,11 @@ def load(
         raise MatryoshkaError(
             "Training is at rank R. Pass `rank` or `is_trainable=True`, not both."
         )
+    if not isinstance(base_model, nn.Module):
+        raise MatryoshkaError(
+            f"`base_model` must be a model, got {type(base_model).__name__}. Load it with "
+            "AutoModelForCausalLM.from_pretrained(...) first."
+        )
     if isinstance(base_model, PeftModel) and adapter_name in base_model.peft_config:
         raise MatryoshkaError(
             f"The model already has adapter {adapter_name!r}. Pass another `adapter_name`."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,17 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
 
-from matryoshka_lora.errors import wrap_errors
+from matryoshka_lora.errors import MatryoshkaError, wrap_errors
+from matryoshka_lora.lora_file.hub import TOKENIZER_FILES, copy_companion_files
 from matryoshka_lora.lora_file.lora import OutputPlan, WrittenOutput
 from matryoshka_lora.lora_file.mlx import missing_rope_fields
 from matryoshka_lora.lora_file.peft_folder import PeftFolder
 from matryoshka_lora.lora_file.safetensors_io import read_json
-from matryoshka_lora.model.base_model import load_adapter_tokenizer, load_model
+from matryoshka_lora.model.base_model import (
+    adapter_tokenizer_folder,
+    load_model,
+    load_tokenizer,
+)
 from matryoshka_lora.model.load import prepare_base_model
 
 
@@ -28,7 +34,7 @@ def write_merged(
     base_model: str,
     base_revision: str | None,
 ) -> WrittenOutput:
-    """Write a base model with an adapter in its weights, and the tokenizer.
+    """Write a base model with an adapter in its weights, and the tokenizer if there is one.
 
     Args:
         lora: The adapter.
@@ -44,6 +50,7 @@ def write_merged(
     Raises:
         MatryoshkaError: The base model cannot be loaded, or the adapter does not fit it.
     """
+    _write_tokenizer(lora, output_folder, base_model, base_revision)
     model: Any = load_model(base_model, "auto", base_revision, "cpu")
     if getattr(model, "quantization_method", "") == "bitsandbytes":
         model = model.dequantize()  # bitsandbytes cannot save merged weights
@@ -63,10 +70,28 @@ def write_merged(
         NotImplementedError,
     ):
         _save_model(merged, output_folder)
-    tokenizer = load_adapter_tokenizer(lora, base_model, base_revision)
-    tokenizer.save_pretrained(output_folder)
     _complete_config(output_folder / "config.json")
     return written
+
+
+def _write_tokenizer(
+    lora: PeftFolder, output_folder: Path, base_model: str, base_revision: str | None
+) -> None:
+    """Copy the tokenizer that a Trainer has saved with an adapter, or else save the base model's.
+
+    The adapter's is not loaded and saved: its files may name any file of this machine, and
+    transformers would read that file and write its lines to the output.
+    """
+    folder = adapter_tokenizer_folder(lora)
+    if folder is not None:
+        copy_companion_files(folder, output_folder, TOKENIZER_FILES)
+        return
+    try:
+        tokenizer = load_tokenizer(base_model, base_revision)
+    except MatryoshkaError as error:
+        warnings.warn(f"The merged model will have no tokenizer. {error}", stacklevel=2)
+        return
+    tokenizer.save_pretrained(output_folder)
 
 
 def _save_model(model: Any, folder: Path) -> None:

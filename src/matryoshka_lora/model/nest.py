@@ -10,7 +10,7 @@ from peft import PeftModel
 from matryoshka_lora.errors import MatryoshkaError, check_choice
 from matryoshka_lora.lora_file.peft_folder import check_plain_lora
 from matryoshka_lora.model.adapter import NestedAdapter
-from matryoshka_lora.nesting import Deploy, Nesting, Scaling
+from matryoshka_lora.nesting import Deploy, Nesting, Scaling, check_ranks
 from matryoshka_lora.nn.forward_check import ForwardCheck
 from matryoshka_lora.nn.state import NestingState
 from matryoshka_lora.nn.variant import (
@@ -89,7 +89,7 @@ def nest(
         _check_state(name, module, adapter_name, rule)
     if ranks is None:
         ranks = Nesting.powers_of_two(max_rank).ranks
-    nesting = Nesting(tuple(ranks), scaling, scale)
+    nesting = Nesting(check_ranks(ranks), scaling, scale)
     if nesting.max_rank != max_rank:
         raise MatryoshkaError(
             f"The largest nested rank must be the r of LoraConfig, {max_rank}, got "

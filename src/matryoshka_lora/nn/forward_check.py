@@ -33,13 +33,16 @@ class ForwardCheck:
         self._diagonal = self._state.eval_diagonal  # of that forward
         self._called: set[nn.Module] = set()
         self._handle: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
 
     def register(self) -> None:
         """Watch the forward of the model, which generate() and PeftModel enter differently."""
         tuner = self._layers.model.base_model
         for root in (tuner, tuner.model):
-            root.register_forward_pre_hook(self._before)
-            root.register_forward_hook(self._after, always_call=True)
+            self._hooks += [
+                root.register_forward_pre_hook(self._before),
+                root.register_forward_hook(self._after, always_call=True),
+            ]
         self._state.check_order = self.check_order
 
     def check_order(self) -> None:
@@ -58,13 +61,22 @@ class ForwardCheck:
             )
 
     def _before(self, root: nn.Module, args: object) -> None:
-        if torch.compiler.is_compiling() or self._root is not None:
+        if torch.compiler.is_compiling():
+            return
+        if self._root is root:
+            self._stop()  # Ctrl-C has interrupted the last forward
+        if self._root is not None:
+            return
+        if self._layers.is_unloaded():
+            self._remove()
             return
         diagonal = self._active_diagonal()
         if diagonal is None or diagonal.is_one:
             return
         if diagonal is self._state.eval_diagonal:
             self.check_order()
+        if diagonal in self._state.overrides:
+            self._check_override(diagonal)
         if not diagonal.is_checked:
             self._root = root
             self._diagonal = diagonal
@@ -87,15 +99,28 @@ class ForwardCheck:
             return state.train_diagonal
         return state.eval_diagonal
 
+    def _check_override(self, diagonal: Diagonal) -> None:
+        model = self._layers.model
+        if diagonal.q.ndim == 1 or not model.training or not torch.is_grad_enabled():
+            return
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            raise MatryoshkaError(
+                "Gradient checkpointing computes the layers again after rows() has ended. Call "
+                "model.gradient_checkpointing_disable() before rows() in train mode."
+            )
+
+    def _remove(self) -> None:
+        """Remove the hooks of a model whose adapter was unloaded."""
+        for hook in self._hooks:
+            hook.remove()
+
     def _record(self, module: nn.Module, args: object) -> None:
         self._called.add(module)
 
     def _after(self, root: nn.Module, args: object, output: Tensor | None) -> None:
-        if root is not self._root or self._handle is None:
+        if root is not self._root:
             return
-        self._handle.remove()
-        self._root = self._handle = None
-        called, self._called = self._called, set()
+        called = self._stop()
         if output is None:
             return  # the forward raised an error
         kinds = self._bypassed_kinds(called)
@@ -107,6 +132,15 @@ class ForwardCheck:
                 "`rule='lora'` and use the saved folder without that library."
             )
         self._diagonal.is_checked = True
+
+    def _stop(self) -> set[nn.Module]:
+        """Stop watching, and return the modules that were called."""
+        if self._handle is not None:
+            self._handle.remove()
+        called = self._called
+        self._root = self._handle = None
+        self._called = set()
+        return called
 
     def _bypassed_kinds(self, called: set[nn.Module]) -> list[str]:
         """Return the names of layers that a replaced forward has left uncalled."""

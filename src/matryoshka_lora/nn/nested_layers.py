@@ -79,6 +79,11 @@ class NestedLayers:
         """The first LoRA layer; all of them have the same state."""
         return next(iter(self._modules.values()))
 
+    def is_unloaded(self) -> bool:
+        """Return whether PEFT has replaced the LoRA layers by the base model's own."""
+        name, module = next(iter(self._modules.items()))
+        return self.model.base_model.model.get_submodule(name) is not module
+
     @property
     def nesting(self) -> Nesting:
         """The nested ranks and their scales."""
@@ -142,8 +147,10 @@ class NestedLayers:
     @contextmanager
     def rows(self, ranks: Sequence[int]) -> Iterator[None]:
         """Give row j of every batch the rank ``ranks[j]``; see `NestedAdapter.rows`."""
-        if not len(ranks):
-            raise MatryoshkaError("`ranks` must not be empty: pass one rank for each row.")
+        if not isinstance(ranks, (Sequence, np.ndarray, Tensor)) or not len(ranks):
+            raise MatryoshkaError(
+                f"`ranks` must be a list with one rank for each row, got {ranks!r:.80}."
+            )
         self._check_ranks(ranks)
         q_by_rank = {rank: self.state.deployed_q(rank) for rank in set(ranks)}
         with self.use_diagonal(torch.stack([q_by_rank[rank] for rank in ranks])):
@@ -157,16 +164,11 @@ class NestedLayers:
             q: Shape (R,), or (rows, R) for one diagonal per row, any floating dtype.
 
         Raises:
-            MatryoshkaError: The adapter is merged or not active; or q has rows, and gradient
-                checkpointing is in use.
+            MatryoshkaError: The adapter is merged or not active; or (from the forward) q has rows,
+                and gradient checkpointing is in use.
         """
         self.check_not_merged("use another diagonal")
         self.check_active()
-        if q.ndim > 1 and self.model.training and self._uses_gradient_checkpointing():
-            raise MatryoshkaError(
-                "Gradient checkpointing computes the layers again after this context has ended. "
-                "Call model.gradient_checkpointing_disable() before rows() in train mode."
-            )
         if q.ndim > 1:
             self._check_rows_first()
         state = self.state
@@ -187,10 +189,6 @@ class NestedLayers:
                 "inputs of shape (length, rows, features). Use set_rank(), or a rule with one "
                 "diagonal for the whole batch."
             )
-
-    def _uses_gradient_checkpointing(self) -> bool:
-        modules = self.model.modules()
-        return any(getattr(module, "gradient_checkpointing", False) for module in modules)
 
     def draw(
         self,
@@ -273,17 +271,25 @@ class NestedLayers:
                 A, B, values = reorder_factors(A, B, q)
                 new_factors[name] = to_torch(A), to_torch(B)
                 singular_values[name] = values * state.nesting.scale
-        self.write_factors(new_factors)
-        self.mark_ordered("svd")
+        old_factors = self.copy_factors()
+        try:
+            self.write_factors(new_factors)
+            self.mark_ordered("svd")
+        except BaseException:  # KeyboardInterrupt, too
+            self.write_factors(old_factors)
+            raise
         return singular_values
 
     def mark_ordered(self, order: Order) -> None:
         """Record that the current factors are ordered, and continue with rule ``lora``."""
         state = self.state
         rank = state.rank
+        # An interrupt of these, which take time, leaves the state as it is.
+        checksums = {self._checksum(dtype) for dtype in (None, torch.bfloat16, torch.float16)}
+        fingerprint = self._fingerprint()
         state.order = order
-        state.checksums = {self._checksum(dtype) for dtype in (None, torch.bfloat16, torch.float16)}
-        state.fingerprint = self._fingerprint()
+        state.checksums = checksums
+        state.fingerprint = fingerprint
         state.is_order_valid = True
         state.rule = RULES["lora"]
         state.deploy = "reordered"
@@ -300,6 +306,15 @@ class NestedLayers:
         if any(self.name in module.merged_adapters for module in self.modules.values()):
             raise MatryoshkaError(
                 f"Adapter {self.name!r} is merged. Call unmerge_adapter() to {action}."
+            )
+
+    def check_alone(self) -> None:
+        """Raise MatryoshkaError unless the adapter is the only active one."""
+        self.check_active()
+        if len(self.model.active_adapters) > 1:
+            raise MatryoshkaError(
+                f"The adapters {', '.join(self.model.active_adapters):.200} are active. Call "
+                f"model.set_adapter({self.name!r}) first."
             )
 
     def check_active(self) -> None:

@@ -72,13 +72,10 @@ class Diagonal:
                 return q
             if self.allow_fewer_rows and num_rows < num_ranks:
                 return q[:num_rows]
-            # generate() repeats each row in place for beams and for several sequences. With
-            # gradients, a wrong number of rows must not pass for beams.
-            if num_rows % num_ranks == 0 and not torch.is_grad_enabled():
-                return q.repeat_interleave(num_rows // num_ranks, dim=0)
         raise MatryoshkaError(
             f"Got ranks for {num_ranks} rows, but a layer got an input of shape "
-            f"{list(shape)}. Pass one rank for each row of the batch. In packed, flattened or "
+            f"{list(shape)}. Pass one rank for each row of the batch, and in generate() for each "
+            "beam or sequence of a row. In packed, flattened or "
             "expert-routed batches rows have no rank of their own: use set_rank() for them, or a "
             "rule with one diagonal for the whole batch."
         )

@@ -16,7 +16,7 @@ import numpy as np
 
 from matryoshka_lora.algebra.arrays import Array
 from matryoshka_lora.algebra.factors import weighted_sum
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, check_list
 from matryoshka_lora.lora_file.atomic import PathLike, check_output
 from matryoshka_lora.lora_file.diffusers_metadata import CONFIGS_KEY
 from matryoshka_lora.lora_file.lora import Layer, LoraFile
@@ -71,9 +71,9 @@ class _Term(NamedTuple):
 
 
 def combine(
-    sources: Sequence[PathLike],
+    sources: Iterable[PathLike],
     output: PathLike,
-    weights: Sequence[float] | None = None,
+    weights: Iterable[float] | None = None,
     rank: int | None = None,
     *,
     force: bool = False,
@@ -97,16 +97,16 @@ def combine(
             available, or the output already exists.
         NotFiniteError: A factor is NaN or infinite.
     """
+    sources = check_list("sources", sources)
     if not sources:
         raise MatryoshkaError("`sources` must not be empty.")
-    if weights is None:
-        weights = [1.0] * len(sources)
+    weights = [1.0 for _ in sources] if weights is None else check_list("weights", weights)
     if len(weights) != len(sources):
         raise MatryoshkaError(
             f"Got {len(weights)} weights for {len(sources)} sources. Pass one weight per source."
         )
     loras = [open_lora(source) for source in sources]
-    files = [file for lora in loras for file in lora.files]
+    files = [file for lora in loras for file in lora.sources]
     path = check_output(output, force, files, is_file=isinstance(loras[0], SingleFile))
     check_same_kind(loras[0], path)
 

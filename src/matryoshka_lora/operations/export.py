@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -62,12 +63,14 @@ class ExportFolderResult:
     Attributes:
         path: The folder that was written.
         exported: The result of each LoRA that was exported, sorted by name.
-        failed: Why the other entries of the source were not exported, by name.
+        failed: Why the other LoRAs were not exported, by name.
+        skipped: The names of the folders of the source that are not LoRAs.
     """
 
     path: Path
     exported: tuple[ExportResult, ...]
     failed: dict[str, str]
+    skipped: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def export(
     size_before = lora.size
     output_format = choose_output_format(lora, output, format, key_format)
     is_file = bool(EXPORT_FORMATS[output_format].suffix)
-    output_path = check_output(output, force, lora.files, is_file=is_file)
+    output_path = check_output(output, force, lora.sources, is_file=is_file)
     selection = _parse_selection(rank, keep, max_bytes)
     _check_selection(selection, output_format, key_format)
     keep_factors = selection.is_empty and key_format is not None
@@ -209,13 +212,13 @@ def export_folder(
     # A mistake that no LoRA is the reason of is one error.
     _check_selection(_parse_selection(rank, keep, max_bytes), format or "peft", key_format)
     exported: list[ExportResult] = []
-    failed = {
-        folder.name: "Not a LoRA. Export its content separately."
+    failed: dict[str, str] = {}
+    skipped = tuple(
+        folder.name
         for folder in sorted(Path(source).iterdir())
         if folder.is_dir() and folder not in loras
-    }
-    sources: list[PathLike] = [*loras, base_model] if base_model else [*loras]
-    with create_folder(output, force, sources) as temporary:
+    )
+    with create_folder(output, force, _folder_sources(loras, base_model)) as temporary:
         for path in tqdm(loras, "exporting", leave=False, unit=" LoRAs", disable=None):
             name = _output_name(path, format, key_format)
             try:
@@ -240,7 +243,16 @@ def export_folder(
                 f"{pluralize(len(loras), 'LoRA')} in {source} could not be exported. The first is "
                 f"{name:.80}: {failed[name]}"
             )
-    return ExportFolderResult(output_path, tuple(exported), failed)
+    return ExportFolderResult(output_path, tuple(exported), failed, skipped)
+
+
+def _folder_sources(loras: Sequence[Path], base_model: str | None) -> list[PathLike]:
+    """Return the paths that an output of several LoRAs must not overwrite."""
+    sources: list[PathLike] = [*loras, base_model] if base_model else [*loras]
+    for path in loras:
+        with suppress(MatryoshkaError):  # its own export reports it
+            sources += open_lora(path).sources
+    return sources
 
 
 def _output_name(path: Path, format: Format | None, key_format: KeyFormat | None) -> str:
@@ -338,7 +350,7 @@ def _write(
         return plan.write(output_path, force)
     assert isinstance(lora, PeftFolder)  # `choose_output_format` rejects single files
     base_model, base_revision = lora.base_model(base_model, base_revision)
-    sources: list[PathLike] = [*lora.files, base_model]
+    sources: list[PathLike] = [*lora.sources, base_model]
     if output_format == "merged":
         with optional_imports():
             from matryoshka_lora.model.merge import write_merged
@@ -363,7 +375,7 @@ def _write_ladder(
     layer_ranks = {layer.name: layer.rank for layer in lora.layers}
     errors: dict[int, float] = {}
     with (
-        create_folder(output_path, force, lora.files) as folder,
+        create_folder(output_path, force, lora.sources) as folder,
         tempfile.TemporaryDirectory(dir=folder) as cache,
     ):
         if lora.order is None and lora.deploy != "paper":

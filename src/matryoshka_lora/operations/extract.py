@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from matryoshka_lora.errors import MatryoshkaError, check_choice
+from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list
 from matryoshka_lora.formats import ImageKeyFormat
 from matryoshka_lora.lora_file.atomic import PathLike, check_output, create_file
 from matryoshka_lora.lora_file.hub import MODEL_FILES, local_path, split_hub_id
@@ -80,7 +80,7 @@ def extract(
     *,
     keep: float | str | None = None,
     max_bytes: int | str | None = None,
-    modules_to_save: Sequence[str] = (),
+    modules_to_save: Iterable[str] = (),
     key_format: ImageKeyFormat | None = None,
     base_revision: str | None = None,
     tuned_revision: str | None = None,
@@ -90,8 +90,9 @@ def extract(
 
     The change D of each linear layer and convolution is factorized by a randomized SVD (Halko,
     Martinsson and Tropp, arXiv 0909.4061), and the error of the factors is measured. With a rank
-    alone the output is nested. One layer is in memory at a time. If the process is
-    killed, the same call continues.
+    alone the output is nested. One layer is in memory at a time. The factors are kept in the folder
+    ``.NAME.extracting`` next to the output until that is written: after an error or an
+    interruption, the same call continues.
 
     Args:
         base: The model before: a folder or a safetensors file, or ``owner/name`` on the
@@ -114,9 +115,8 @@ def extract(
             changed, or the output already exists.
         NotFiniteError: A weight is NaN or infinite.
     """
-    if rank is None and keep is None and max_bytes is None:
-        raise MatryoshkaError("Pass at least one of `rank`, `keep` or `max_bytes`.")
-    limits = _rank_limits(rank, keep)
+    modules_to_save = check_list("modules_to_save", modules_to_save)
+    limits = _rank_limits(rank, keep, max_bytes)
     size_limit = None if max_bytes is None else parse_size(max_bytes)
     _check_key_format(output, key_format)
     base_model = open_model(local_path(base, MODEL_FILES, base_revision))
@@ -134,7 +134,8 @@ def extract(
         part = _pipeline_part(base_model, diff.layers, key_format)
 
     settings: list[object] = [_file_state(file) for file in files]
-    settings += [*limits, *modules_to_save]
+    # The names of the layers and whether they are transposed depend on further files and arguments.
+    settings += [*limits, [(name, pair.is_transposed) for name, pair in diff.layers.items()]]
     with _resumable_folder(path, settings) as cache:
         layers, changes = _factorize_layers(diff.layers, limits, cache)
         total = sum(change.total for change in changes)
@@ -162,7 +163,11 @@ def extract(
     )
 
 
-def _rank_limits(rank: int | None, keep: float | str | None) -> RankLimits:
+def _rank_limits(
+    rank: int | None, keep: float | str | None, max_bytes: int | str | None
+) -> RankLimits:
+    if rank is None and keep is None and max_bytes is None:
+        raise MatryoshkaError("Pass at least one of `rank`, `keep` or `max_bytes`.")
     share = None if keep is None else parse_share(keep)
     if rank is not None:
         return RankLimits(check_rank(rank), share)
@@ -261,27 +266,27 @@ def _file_state(file: Path) -> list[object]:
 
 @contextmanager
 def _resumable_folder(output: Path, settings: list[object]) -> Iterator[Path]:
-    """Yield a folder next to the output, which is deleted at the end and after a `MatryoshkaError`.
+    """Yield a folder next to the output, which is deleted at the end unless there is an exception.
 
-    If the process is interrupted or fails otherwise, the folder stays. A folder of the same
-    settings is used again; the content of another one is deleted first. Only one process at a time
-    uses it.
+    A folder of the same settings is used again; the content of another one is deleted first. Only
+    one process at a time uses it.
     """
     folder = output.absolute().with_name(f".{output.name}.extracting")
     folder.mkdir(parents=True, exist_ok=True)
+    settings_file = folder / "settings.json"
+    names = {file.name for file in folder.iterdir()} - {"lock"}
+    if folder.is_symlink() or (names and settings_file.name not in names):
+        raise MatryoshkaError(
+            f"{folder} is not a folder of an interrupted extraction. Move it, or pass another path."
+        )
     with _lock(folder / "lock", output):
-        settings_file = folder / "settings.json"
         text = json.dumps(settings)
         if settings_file.is_file() and settings_file.read_text(encoding="utf-8") != text:
             for file in folder.glob("*.safetensors"):
                 file.unlink()
         settings_file.write_text(text, encoding="utf-8")
-        try:
-            yield folder
-        except MatryoshkaError:
-            _remove_folder(folder)
-            raise
-        _remove_folder(folder)
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)  # Windows keeps the lock while it is held
 
 
 @contextmanager
@@ -298,10 +303,6 @@ def _lock(file: Path, output: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _remove_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # Windows keeps the lock while it is held
 
 
 def _peft_config(

@@ -115,9 +115,10 @@ def _weights_files(folder: Path) -> list[Path]:
             return [folder / name]
     shards: set[Path] = set()
     for index in folder.glob("*.safetensors.index.json"):
-        weight_map = read_json(index).get("weight_map") or {}
-        # Only the name: an index must not lead out of the folder.
-        shards.update(folder / Path(str(shard)).name for shard in weight_map.values())
+        weight_map = read_json(index).get("weight_map")
+        if isinstance(weight_map, dict):
+            # Only the name: an index must not lead out of the folder.
+            shards.update(folder / Path(str(shard)).name for shard in weight_map.values())
     if not shards:
         raise MatryoshkaError(
             f"{folder} has no {' or '.join(_WEIGHTS_NAMES)}. Pass one of its files."
@@ -131,15 +132,18 @@ def read_architecture(model: ModelFiles) -> Architecture:
         return Architecture()
     with optional_imports():
         import transformers
+        from transformers import PreTrainedModel
 
-    class_names = model.config.get("architectures") or [""]
-    model_class = getattr(transformers, str(class_names[0]), None)
-    if model_class is None:
+    class_names = model.config.get("architectures")
+    class_name = class_names[0] if class_names and isinstance(class_names, list) else ""
+    model_class = getattr(transformers, str(class_name), None)
+    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         return Architecture()
-    with wrap_errors(f"Cannot use the config of {model.path}", exceptions=(OSError, ValueError)):
+    # A damaged config may fail with any exception, for example a division by zero.
+    with wrap_errors(f"Cannot use the config of {model.path}", "Copy it again."):
         config = transformers.AutoConfig.from_pretrained(model.path, trust_remote_code=False)
-    with torch.device("meta"):
-        skeleton = model_class(config)
+        with torch.device("meta"):
+            skeleton = model_class(config)
     modules = dict(skeleton.named_modules())
     names = frozenset(modules)
     head = skeleton.get_output_embeddings()
@@ -165,7 +169,7 @@ def compare_models(
         raise MatryoshkaError(
             f"The models have no weight in common: their keys are, e.g., "
             f"{min(base.tensors, default='')[:80]!r} and {min(tuned.tensors, default='')[:80]!r}. "
-            "Pass a model and its fine-tuned version."
+            "Pass a model and its fine-tuned version, both saved by the same program."
         )
     layers: dict[str, WeightPair] = {}
     other_tensors: dict[str, StoredTensor] = {}
@@ -181,10 +185,24 @@ def compare_models(
         elif new is not None:
             other_tensors[key] = new
     if not layers:
-        if other_tensors:
-            raise MatryoshkaError(f"Only non-LoRA weights changed, e.g. {min(other_tensors)}.")
-        raise MatryoshkaError("No linear layer and no convolution changed.")
+        raise _no_layers_error(other_tensors, architecture)
     return ModelDiff(layers, other_tensors)
+
+
+def _no_layers_error(
+    other_tensors: Mapping[str, StoredTensor], architecture: Architecture
+) -> MatryoshkaError:
+    if not other_tensors:
+        return MatryoshkaError("No linear layer and no convolution changed.")
+    key = min(other_tensors)
+    changed_modules = {_module_of(key) for key in other_tensors}
+    if architecture.is_known and not changed_modules & architecture.module_names:
+        return MatryoshkaError(
+            f"The class of the model has no module of the weights that changed, e.g. {key[:200]}. "
+            "Load both models with transformers and save them again. If that keeps the names of "
+            "the weights, the class is not supported."
+        )
+    return MatryoshkaError(f"Only non-LoRA weights changed, e.g. {key}.")
 
 
 def _is_unchanged(old: StoredTensor | None, new: StoredTensor | None) -> bool:

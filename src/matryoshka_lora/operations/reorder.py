@@ -41,15 +41,8 @@ def reorder(
     # The order of the source does not count: its factors are reordered in any case.
     lora = replace(lora, order=None, deploy="reordered")
     check_same_kind(lora, output)
-    sources: list[PathLike] = [*lora.files]
-    if isinstance(lora, PeftFolder):
-        base_model = lora.config.get("base_model_name_or_path")
-        if base_model:
-            sources.append(str(base_model))
-        plan = lora.plan_nested()
-    else:
-        plan = lora.plan(lora.max_rank)
-    output_path = check_output(output, force, sources, is_file=isinstance(lora, SingleFile))
+    output_path = check_output(output, force, lora.sources, is_file=isinstance(lora, SingleFile))
+    plan = lora.plan_nested() if isinstance(lora, PeftFolder) else lora.plan(lora.max_rank)
     written = plan.write(output_path, force)
     errors = written.relative_errors(lora.ranks)
     return ReorderResult(output_path, lora.ranks, errors, written.singular_values)

@@ -56,10 +56,10 @@ def train_ranks(
         NotFiniteError: A factor, the loss or a gradient is NaN or infinite.
     """
     lora = open_adapter(source, revision)
-    model_path = base_model or lora.config.get("base_model_name_or_path")
     data_files = [path for path in (data, eval_data) if isinstance(path, (str, os.PathLike))]
-    model_paths = [str(model_path)] if model_path else []
-    sources: list[PathLike] = [*lora.files, *data_files, *model_paths]
+    sources: list[PathLike] = [*lora.sources, *data_files]
+    if base_model:
+        sources.append(base_model)
     output_path = check_output(output, force, sources)
     examples = read_examples(data)
     eval_examples = None if eval_data is None else read_examples(eval_data)

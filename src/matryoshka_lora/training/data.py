@@ -77,6 +77,7 @@ class TrainingData:
             included; None if that is unknown.
         validation: The evaluation set, if there is one.
         show_progress: Whether to show a progress bar.
+        is_causal: Whether the model shifts the labels, so that the first one never counts.
     """
 
     examples: Sequence[Any]
@@ -87,6 +88,7 @@ class TrainingData:
     num_examples_seen: int | None = None
     validation: TrainingData | None = None
     show_progress: bool = True
+    is_causal: bool = True
 
     def batches(self, indices: Sequence[int], batch_size: int | None = None) -> list[Batch]:
         """Return some examples in batches on the device. Batches without a label are omitted.
@@ -101,6 +103,9 @@ class TrainingData:
         for start in range(0, len(indices), size):
             chunk = indices[start : start + size]
             batch = dict(self.collate([self.examples[index] for index in chunk]))
+            if self.is_causal and "shift_labels" not in batch:
+                batch["labels"] = batch["labels"].clone()
+                batch["labels"][:, 0] = IGNORED_LABEL
             if num_labels(batch) > 0:
                 batches.append(send_to_device(batch, self.device))
         return batches
@@ -195,17 +200,23 @@ def _data_of_examples(
 ) -> TrainingData:
     source: Any = data.dataset if isinstance(data, DataLoader) else data
     base = model.get_base_model()
-    if base.config.is_encoder_decoder or not base.can_generate():
+    if not _is_causal(base):
         raise MatryoshkaError(
             f"Training on examples supports causal LMs only, not {type(base).__name__}. Pass its "
             "Trainer instead."
         )
+    num_embeddings = base.get_input_embeddings().num_embeddings
     max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     examples: list[TokenizedExample] = []
     for index, example in enumerate(read_examples(source)):
         tokens = _tokenize(tokenizer, example, index)
         truncated = {key: values[:max_length] for key, values in tokens.items()}
-        if any(label != IGNORED_LABEL for label in truncated["labels"]):
+        if max(truncated["input_ids"], default=0) >= num_embeddings:
+            raise MatryoshkaError(
+                f"Example {index} of the data has token {max(truncated['input_ids'])}, but the "
+                f"model has {num_embeddings} tokens. Pass the tokenizer of this model."
+            )
+        if any(label != IGNORED_LABEL for label in truncated["labels"][1:]):
             examples.append(truncated)
     if not examples:
         raise MatryoshkaError(
@@ -213,6 +224,13 @@ def _data_of_examples(
         )
     loss = functools.partial(_completion_loss, model)
     return TrainingData(examples, _collate, loss, next(model.parameters()).device)
+
+
+def _is_causal(base_model: Any) -> bool:
+    """Return whether a model generates, and is no encoder-decoder."""
+    if not hasattr(base_model, "can_generate") or not base_model.can_generate():
+        return False
+    return not base_model.config.is_encoder_decoder
 
 
 def _tokenize(
@@ -331,6 +349,7 @@ def _data_of_loader(
         # The state's is smaller if auto_find_batch_size has reduced it to fit into memory.
         batch_size=trainer.state.train_batch_size or trainer.args.train_batch_size,
         show_progress=not trainer.args.disable_tqdm,
+        is_causal=_is_causal(model.get_base_model()),
     )
 
 

@@ -96,10 +96,10 @@ def train_ranks(
         after = validation_losses(layers, data, batches)
         _log_losses(before, after)
         is_better = _is_better(before, after)
-        if not is_better:
+        if is_better:
+            layers.mark_ordered("trained")
+        else:
             layers.write_factors(factors)
-    if is_better:
-        layers.mark_ordered("trained")
     return TrainRanksResult(
         None,
         "kept" if is_better else "not better",
@@ -114,7 +114,7 @@ def _check_arguments(layers: NestedLayers, max_examples: int | None) -> None:
     if max_examples is not None:
         check_integer("max_examples", max_examples)
     layers.check_not_merged("train its ranks")
-    layers.check_active()
+    layers.check_alone()
     layers.check_not_sharded()
 
 
