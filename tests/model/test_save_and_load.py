@@ -30,9 +30,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, load, nest, reorder
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, export, load, nest, reorder
 from matryoshka_lora.model.base_model import load_model
 
 NESTINGS = {
@@ -304,6 +304,11 @@ def test_all_layers_of_the_file_are_loaded(options: dict[str, Any], tmp_path: Pa
     load(adapter.model, tmp_path / "a", adapter_name="other")
     adapter.model.set_adapter("other")
     assert logits(adapter.model).allclose(expected, atol=1e-5)
+    base_model = str(tmp_path / "base")
+    tiny_llama().save_pretrained(base_model)
+    export(tmp_path / "a", tmp_path / "merged", NESTING.max_rank, "merged", base_model=base_model)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert logits(merged).allclose(expected, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")

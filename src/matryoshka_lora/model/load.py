@@ -67,7 +67,7 @@ def load(
     lora = open_adapter(path, revision)
     with _remove_after_failure(base_model, adapter_name):
         prepare_base_model(base_model, lora)
-        model = _load_with_peft(base_model, lora, adapter_name, is_trainable)
+        model = load_with_peft(base_model, lora, adapter_name, is_trainable)
         nested_adapter = _nest_like_file(model, lora, adapter_name)
         if rank is not None:
             nested_adapter.set_rank(rank)
@@ -75,9 +75,17 @@ def load(
     return nested_adapter
 
 
-def _load_with_peft(
-    base_model: nn.Module, lora: PeftFolder, adapter_name: str, is_trainable: bool
+def load_with_peft(
+    base_model: nn.Module,
+    lora: PeftFolder,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
 ) -> PeftModel:
+    """Load an adapter of a folder with PEFT: all layers of the file, whatever its config selects.
+
+    Raises:
+        MatryoshkaError: PEFT cannot load it.
+    """
     folder = str(lora.files[0].parent)
     with wrap_errors(f"Cannot load {lora.name} onto {type(base_model).__name__}"):
         config = _literal_config(lora)

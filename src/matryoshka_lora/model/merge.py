@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
@@ -17,14 +16,14 @@ from matryoshka_lora.errors import MatryoshkaError, wrap_errors
 from matryoshka_lora.lora_file.hub import TOKENIZER_FILES, copy_companion_files
 from matryoshka_lora.lora_file.lora import OutputPlan, WrittenOutput
 from matryoshka_lora.lora_file.mlx import missing_rope_fields
-from matryoshka_lora.lora_file.peft_folder import PeftFolder
+from matryoshka_lora.lora_file.peft_folder import PeftFolder, open_peft_folder
 from matryoshka_lora.lora_file.safetensors_io import read_json
 from matryoshka_lora.model.base_model import (
     adapter_tokenizer_folder,
     load_model,
     load_tokenizer,
 )
-from matryoshka_lora.model.load import prepare_base_model
+from matryoshka_lora.model.load import load_with_peft, prepare_base_model
 
 
 def write_merged(
@@ -58,7 +57,7 @@ def write_merged(
     with tempfile.TemporaryDirectory(dir=output_folder) as folder:
         truncated = Path(folder, "adapter")
         written = plan.write(truncated)
-        peft_model = PeftModel.from_pretrained(model, str(truncated))
+        peft_model = load_with_peft(model, open_peft_folder(truncated))
     _untie_adapted_embeddings(model)
     if lora.config.get("layer_replication"):
         _copy_shared_weights(peft_model.get_base_model())
