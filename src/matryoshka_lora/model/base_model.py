@@ -7,7 +7,6 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 
 from matryoshka_lora.errors import MatryoshkaError, wrap_errors
 from matryoshka_lora.lora_file.hub import BUNDLED_MODEL, leads_out_of_folder
+from matryoshka_lora.nn.hardware import cpu_has_bf16
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,10 +36,7 @@ def default_dtype() -> torch.dtype:
     elif torch.accelerator.is_available():
         has_bf16 = True
     else:
-        capabilities: Mapping[str, Any] = {}
-        if hasattr(torch.cpu, "get_capabilities"):
-            capabilities = torch.cpu.get_capabilities()
-        has_bf16 = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+        has_bf16 = cpu_has_bf16()
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
@@ -71,7 +68,7 @@ def load_model(
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     if dtype is None:
         dtype = default_dtype()
-        logger.info("Computing in %s on %s.", str(dtype).removeprefix("torch."), device)
+        logger.info("Loading the model in %s on %s.", str(dtype).removeprefix("torch."), device)
     with _wrap_loading_errors("model", name):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             resolve_model_path(name),

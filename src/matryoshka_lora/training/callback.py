@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.nn.hardware import cpu_has_bf16
 from matryoshka_lora.nn.nested_layers import NestedLayers
 from matryoshka_lora.nn.variant import factor_parameters, lora_layers
 
@@ -47,6 +50,14 @@ class NestingCallback(TrainerCallback):
                 f"Rule {self.layers.rule.name!r} draws one diagonal per row, but this Trainer "
                 "packs several examples into a row. Disable packing and padding_free, or use "
                 "another rule."
+            )
+        uses_bf16 = args.bf16 or next(self.layers.model.parameters()).dtype == torch.bfloat16
+        if args.device.type == "cpu" and uses_bf16 and not cpu_has_bf16():
+            warnings.warn(
+                "This CPU has no instructions for bfloat16, so a step takes many times longer than "
+                "in float32. Pass bf16=False to the Trainer's arguments, as TRL's default is True, "
+                "and load the model in float32.",
+                stacklevel=2,
             )
         # A smaller rank is not available once training invalidates the order.
         self.layers.set_rank(self.layers.nesting.max_rank)
