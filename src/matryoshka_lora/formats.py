@@ -1,4 +1,4 @@
-"""The names of formats and dtypes that functions and the command line accept."""
+"""The names of formats and dtypes, and a sentence, that files and the command line share."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ ImageKeyFormat = Literal["kohya", "diffusers"]
 
 DtypeName = Literal["bf16", "fp32", "fp16"]
 """The dtypes of base models."""
+
+ERROR_CAVEAT = (
+    "The error does not predict the quality of answers or pictures. Run `matryoshka eval`, or "
+    "compare pictures of the same seed."
+)
+"""Shown next to every error of a rank."""

@@ -86,8 +86,9 @@ def test_a_ladder_shows_an_error_per_rank() -> None:
 def test_a_folder_shows_what_was_exported_and_what_was_skipped() -> None:
     result = ExportFolderResult(Path("out"), (export_result(),), {"broken": "Why"}, ("nested",))
     lines = format_export_folder(result).splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert "nested" in lines[1]
+    assert "matryoshka eval" in lines[2]
 
 
 def test_a_name_cannot_write_lines_or_control_characters() -> None:
@@ -112,7 +113,7 @@ def test_an_extraction_shows_what_was_not_saved(tmp_path: Path) -> None:
     [
         ("kept", "64"),
         ("not better", "did not improve"),
-        ("nothing to train", "not trained"),
+        ("nothing to train", "as good as"),
         ("no examples", "not trained"),
     ],
 )

@@ -352,14 +352,12 @@ def test_a_base_model_with_a_path_that_is_not_utf8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ["svd", "trained"])
-def test_model_card_of_trained_ranks_names_the_limits_of_the_error(
-    tmp_path: Path, order: Any
-) -> None:
+def test_the_model_card_names_the_limits_of_the_error(tmp_path: Path, order: Any) -> None:
     plain_adapter(tmp_path / "plain", target_modules=["q_proj"])
     lora = replace(open_peft_folder(tmp_path / "plain"), order=order)
     lora.plan_nested().write(tmp_path / "nested")
     card = (tmp_path / "nested" / "README.md").read_text()
-    assert ("matryoshka eval" in card) == (order == "trained")
+    assert "matryoshka eval" in card
 
 
 def test_companion_files_are_copied(tmp_path: Path) -> None:

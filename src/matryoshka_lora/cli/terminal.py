@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from matryoshka_lora.errors import printable
+from matryoshka_lora.formats import ERROR_CAVEAT
 from matryoshka_lora.units import format_size, pluralize
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def format_errors(
         *format_table(rows),
         f"  error: norm of what is truncated, relative to the norm of the {whole}",
         f"  kept: share of the squared norm of the {whole}",
+        ERROR_CAVEAT,
     ]
 
 
@@ -135,10 +137,6 @@ def format_info(info: LoraInfo) -> str:
     lines = [f"{lora.name} is {_kind_of(lora)}."]
     lines += [f"  {label:10}  {value}" for label, value in rows.items()]
     lines += ["", *format_errors(info.errors, "update", info.sizes)]
-    if lora.order == "trained":
-        lines.append(
-            "The error does not reflect the quality of trained ranks. Run `matryoshka eval`."
-        )
     return _join_lines(lines)
 
 
@@ -154,12 +152,20 @@ def format_export(result: ExportResult) -> str:
         lines.append(f"Relative error {_percent(error)} ({kept} of the squared norm kept)")
     if result.format in ("peft", "single") and result.size_after >= result.size_before:
         lines.append("The output is not smaller than the source.")
-    return _join_lines([*lines, *result.notes])
+    lines += result.notes
+    if result.format != "ladder" and any(result.errors.values()):
+        lines.append(ERROR_CAVEAT)
+    return _join_lines(lines)
 
 
 def format_export_folder(result: ExportFolderResult) -> str:
     """Return what `matryoshka export` prints for a folder of LoRAs: a line for each."""
-    lines = [format_export(exported).replace("\n", "; ") for exported in result.exported]
+    lines = [
+        format_export(exported).replace(f"\n{ERROR_CAVEAT}", "").replace("\n", "; ")
+        for exported in result.exported
+    ]
+    if result.exported:
+        lines.append(ERROR_CAVEAT)
     lines += [f"{name} is not a LoRA. Export its content separately." for name in result.skipped]
     return _join_lines(lines)
 
@@ -181,7 +187,7 @@ def how_to_load(result: ExportResult) -> str:
 def format_train_ranks(result: TrainRanksResult) -> str:
     """Return whether the ranks were trained. The losses are in the log."""
     if result.outcome == "nothing to train":
-        return "No rank was behind the largest one, so the ranks were not trained."
+        return "All ranks are as good as the largest one already, so nothing was trained."
     if result.outcome == "no examples":
         return "The Trainer's examples cannot be used, so the ranks were not trained."
     if result.outcome == "not better":

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matryoshka_lora.formats import ERROR_CAVEAT
 from matryoshka_lora.lora_file.hub import BUNDLED_MODEL, split_hub_id
 from matryoshka_lora.lora_file.lora import NESTING_KEY, OutputPlan
 
@@ -59,11 +60,7 @@ def _nested_paragraphs(plan: OutputPlan, errors: Mapping[int, float]) -> list[st
         available = f"every rank from 1 to {plan.rank}, in the order `{nesting['order']}`"
     rows = ["| rank | relative error of the update |", "|---|---|"]
     rows += [f"| {rank} | {error:.1%} |" for rank, error in errors.items()]
-    if nesting["order"] == "trained":
-        rows.append("")
-        rows.append(
-            "The error does not reflect the quality of trained ranks. Run `matryoshka eval`."
-        )
+    rows += ["", ERROR_CAVEAT]
     return [
         f"The adapter is nested: it can be deployed at {available}. To write another rank:",
         "```\nmatryoshka export THIS_FOLDER --rank RANK --output OUTPUT\n```",

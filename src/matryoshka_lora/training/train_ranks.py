@@ -169,7 +169,7 @@ def _is_better(before: ValidationLosses, after: ValidationLosses) -> bool:
 def _log_nothing_to_train(losses: ValidationLosses) -> None:
     losses_by_rank = ", ".join(f"{rank}: {loss:.3f}" for rank, loss in losses.means().items())
     logger.info(
-        "No rank is behind rank %d by more than %d %% of its gain (%s); nothing to train.",
+        "All ranks are as good as rank %d, within %d %% of its gain (%s): nothing to train.",
         max(losses.by_rank),
         100 * SMALLEST_GAP,
         losses_by_rank,

@@ -1,0 +1,188 @@
+"""Measure the training step of README's script: PEFT and TRL alone, and with a nested adapter.
+
+    make bench-trl
+    python benchmarks/trl_step.py --tokens 128 --repeats 5 --output docs/trl_step.json
+
+Three trainers alternate in one process: plain PEFT, the nested adapter with PEFT's own forward, and
+the nested adapter with the fused operation. Each has TRL's defaults (batches of 8 rows, gradient
+checkpointing), once with ``bf16=False``, as in README, and once with TRL's bf16 autocast. The model
+is in bf16 if the hardware has it. Time is CPU time of one thread, and on a GPU wall time, of
+``training_step``; the ratios are medians over the turns. Peak bytes are those of all tensors that
+live at one moment of the step, without parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from trl import SFTConfig, SFTTrainer
+
+from matryoshka_lora import nest
+from matryoshka_lora.model.base_model import default_dtype, load_model, load_tokenizer
+
+VARIANTS = ("PEFT", "nested, PEFT's forward", "nested, fused")
+PRECISIONS = {"bf16=False": False, "bf16 autocast": True}
+ROWS = 8
+
+
+class PeakBytes(TorchDispatchMode):
+    """Count the bytes of the storages that are created and live at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and count the storages of its results."""
+        result = func(*args, **(kwargs or {}))
+        inputs = {
+            t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, torch.Tensor)
+        }
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in inputs and storage._cdata not in self._storages:
+                    self._add(storage)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        size, key = storage.nbytes(), storage._cdata
+        self._storages.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._storages.discard(key)
+        self.live -= size
+
+
+def make_trainer(variant: str, bf16: bool, tokens: int, folder: str) -> SFTTrainer:
+    """Return README's trainer, on rows of a number of tokens."""
+    tokenizer = load_tokenizer()
+    ids = tokenizer(Path(__file__).read_text(encoding="utf-8"))["input_ids"]
+    half = tokens // 2
+    rows = [
+        {
+            "prompt": tokenizer.decode(ids[row * 8 : row * 8 + half]),
+            "completion": tokenizer.decode(ids[row * 8 + half : row * 8 + tokens]),
+        }
+        for row in range(ROWS)
+    ]
+    trainer = SFTTrainer(
+        load_model(),
+        SFTConfig(folder, max_steps=20, learning_rate=1e-3, bf16=bf16, report_to="none"),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"),
+    )
+    if variant != "PEFT":
+        nest(trainer.model)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1  # trainer.train() sets it
+    return trainer
+
+
+@contextmanager
+def forward_of(variant: str) -> Iterator[None]:
+    """Use PEFT's forward in nested layers, unless the variant is the fused one."""
+    if variant == "nested, fused":
+        yield
+        return
+    with mock.patch("matryoshka_lora.nn.variant._fusable_diagonal", return_value=None):
+        yield
+
+
+def measure(tokens: int, repeats: int, bf16: bool) -> dict[str, dict[str, float]]:
+    """Return the seconds, and the time and peak bytes relative to plain PEFT, of each variant."""
+    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    peaks: dict[str, int] = {}
+    losses: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {v: make_trainer(v, bf16, tokens, folder) for v in VARIANTS}
+        batch = next(iter(trainers["PEFT"].get_train_dataloader()))
+        for turn in range(repeats + 1):
+            for variant, trainer in trainers.items():
+                with forward_of(variant):
+                    start = _now()
+                    loss = trainer.training_step(trainer.model, dict(batch))
+                    elapsed = _now() - start
+                trainer.model.zero_grad()
+                losses[variant] = loss.item()
+                if turn > 0:  # the first turn warms up
+                    seconds[variant].append(elapsed)
+        for variant, trainer in trainers.items():
+            with forward_of(variant), PeakBytes() as counter:
+                trainer.training_step(trainer.model, dict(batch))
+            trainer.model.zero_grad()
+            peaks[variant] = counter.peak
+    return {
+        variant: {
+            "seconds": median(seconds[variant]),
+            "time": median(a / b for a, b in zip(seconds[variant], seconds["PEFT"], strict=True)),
+            "bytes": peaks[variant] / peaks["PEFT"],
+            "peak_mib": peaks[variant] / 2**20,
+            "loss": losses[variant],
+        }
+        for variant in VARIANTS
+    }
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=128, help="of a row")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    results: dict[str, Any] = {
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor(),
+        "dtype": str(default_dtype()).removeprefix("torch."),
+        "tokens": options.tokens,
+        "repeats": options.repeats,
+        "torch": torch.__version__,
+    }
+    for name, bf16 in PRECISIONS.items():
+        results[name] = measure(options.tokens, options.repeats, bf16)
+        for variant, values in results[name].items():
+            print(
+                f"{name:14}  {variant:24}  {values['seconds']:7.2f} s  time {values['time']:.3f}  "
+                f"peak {values['bytes']:.3f} ({values['peak_mib']:.0f} MiB)  loss {values['loss']:.4f}",
+                flush=True,
+            )
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
