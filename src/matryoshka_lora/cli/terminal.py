@@ -164,9 +164,9 @@ def format_export_folder(result: ExportFolderResult) -> str:
         format_export(exported).replace(f"\n{ERROR_CAVEAT}", "").replace("\n", "; ")
         for exported in result.exported
     ]
+    lines += [f"{name} is not a LoRA. Export its content separately." for name in result.skipped]
     if result.exported:
         lines.append(ERROR_CAVEAT)
-    lines += [f"{name} is not a LoRA. Export its content separately." for name in result.skipped]
     return _join_lines(lines)
 
 
