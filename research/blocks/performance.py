@@ -8,6 +8,28 @@ from research.blocks.registry import block, read, table
 
 
 @block
+def trl_step() -> str:
+    """Time and memory of a step of README's script."""
+    settings = {
+        "bf16": "model in bf16, `bf16=False` (README)",
+        "fp32": "model in fp32, `bf16=False` (README without bf16 hardware)",
+        "autocast": "model in bf16, TRL's default of bf16 autocast",
+    }
+    document = read("docs/trl_step.json")
+    variants = list(document["bf16"])
+    rows: list[list[str]] = []
+    for name, label in settings.items():
+        cells = [document[name][variant] for variant in variants]
+        rows.append([label, *(f"{cell['time']:.2f}, {cell['bytes']:.2f}" for cell in cells)])
+    seconds = ", ".join(f"{document[name]['PEFT']['seconds']:.1f}" for name in settings)
+    return (
+        table(["time, peak memory", *variants], rows)
+        + f"\nPEFT's step takes {seconds} seconds in these three rows: 8 rows of "
+        f"{document['tokens']} tokens, one thread, {document['repeats']} turns."
+    )
+
+
+@block
 def train_step() -> str:
     """Time and saved bytes of a training step in bf16."""
     names = {

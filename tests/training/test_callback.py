@@ -25,13 +25,25 @@ from helpers.tiny_chat import tiny_tokenizer
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
+    LlamaForSequenceClassification,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
 )
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, Rule
 from matryoshka_lora.rules import RULES
@@ -40,15 +52,18 @@ MAX_SCALE = 1.5
 NESTING = Nesting((1, 2, 4), "sqrt", MAX_SCALE)
 P = oracle.trained_p([1, 2, 4], "sqrt", MAX_SCALE)
 TOKENIZER = tiny_tokenizer()
-COLUMNS: dict[str, list[str]] = {
+COLUMNS: dict[str, list[Any]] = {
     "prompt": [f"{a}+1=" for a in range(8)],
     "chosen": [f"{a + 1}" for a in range(8)],
     "rejected": [f"{a + 3}!" for a in range(8)],
     "completion": [f"{a + 1}" for a in range(8)],
+    "label": [True, False] * 4,
 }
 TRAINERS: dict[str, tuple[Any, Any, list[str]]] = {
     "sft": (SFTTrainer, SFTConfig, ["prompt", "completion"]),
     "dpo": (DPOTrainer, DPOConfig, ["prompt", "chosen", "rejected"]),
+    "kto": (KTOTrainer, KTOConfig, ["prompt", "completion", "label"]),
+    "reward": (RewardTrainer, RewardConfig, ["chosen", "rejected"]),
     "grpo": (GRPOTrainer, GRPOConfig, ["prompt"]),
 }
 GRPO_ARGUMENTS = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
@@ -59,16 +74,21 @@ def number_of_letters(completions: list[str], **kwargs: Any) -> list[float]:
     return [float(len(set(completion))) for completion in completions]
 
 
-def make_peft_model(**lora: Any) -> PeftModel:
-    base_model = tiny_llama(
+def make_peft_model(kind: str = "sft", **lora: Any) -> PeftModel:
+    base_model: Any = tiny_llama(
         vocab_size=len(TOKENIZER),
         num_hidden_layers=1,
         initializer_range=0.1,
         pad_token_id=TOKENIZER.pad_token_id,
         eos_token_id=TOKENIZER.eos_token_id,
+        num_labels=1,
     )
+    task_type = "CAUSAL_LM"
+    if kind == "reward":
+        base_model = LlamaForSequenceClassification(base_model.config)
+        task_type = "SEQ_CLS"
     torch.manual_seed(3)  # of A
-    return get_peft_model(base_model, lora_config(NESTING, task_type="CAUSAL_LM", **lora))
+    return get_peft_model(base_model, lora_config(NESTING, task_type=task_type, **lora))
 
 
 def make_adapter(rule: str | Rule = "matryoshka") -> NestedAdapter:
@@ -262,6 +282,46 @@ def test_a_trainer_that_trains_something_else_is_rejected(case: str, tmp_path: P
         model = make_adapter().model
     with pytest.raises(MatryoshkaError, match="default"):
         make_trainer("sft", model, tmp_path, adapter).train()
+
+
+@pytest.mark.filterwarnings("ignore:Ranks whose")
+@pytest.mark.parametrize(
+    ("kind", "max_steps", "learning_rate"),
+    [("sft", 60, 1e-2), ("dpo", 60, 1e-2), ("kto", 60, 1e-2), ("reward", 20, 3e-3)],
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_ranks_are_trained_with_the_loss_of_the_trainer(
+    kind: str, max_steps: int, learning_rate: float, checkpointing: bool, tmp_path: Path
+) -> None:
+    """At step 0 that is the loss of plain PEFT, and rank 1 gets a lower one."""
+    plain = make_trainer(kind, make_peft_model(kind), tmp_path, max_steps=1, learning_rate=0.0)
+    plain.train()
+    adapter = nest_as(make_peft_model(kind), NESTING, "lora")
+    trainer = make_trainer(
+        kind,
+        adapter.model,
+        tmp_path,
+        adapter,
+        max_steps=max_steps,
+        learning_rate=learning_rate,
+        gradient_checkpointing=checkpointing,
+    )
+    trainer.train()
+    first_losses = [logged_metrics(t)[0]["loss"] for t in (plain, trainer)]
+    assert first_losses[0] == pytest.approx(first_losses[1], rel=1e-5)
+    result = adapter.train_ranks(trainer)
+    assert result.outcome == "kept"
+    assert result.losses_after is not None
+    assert result.losses_after[1] < result.losses_before[1]
+
+
+def test_a_trainer_that_generates_leaves_the_ranks_reordered(tmp_path: Path) -> None:
+    adapter = make_adapter()
+    trainer = make_trainer("grpo", adapter.model, tmp_path, adapter)
+    trainer.train()
+    with pytest.warns(UserWarning, match="GRPOTrainer"):
+        result = adapter.train_ranks(trainer)
+    assert (result.outcome, adapter.order) == ("no examples", "svd")
 
 
 # Rules with a diagonal per row.

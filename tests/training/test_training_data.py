@@ -214,7 +214,7 @@ def tokens_of(batches: list[Any]) -> list[list[int]]:
 @pytest.mark.parametrize("with_trainer", [False, True])
 def test_the_first_label_does_not_count(model: Any, with_trainer: bool, tmp_path: Path) -> None:
     """A causal model has no prediction of the first token, so a loss of it alone is NaN."""
-    one_token = {"input_ids": [5], "labels": [5]}
+    one_token = {"input_ids": [5] * 6, "labels": [5, *[-100] * 5]}
     examples = [one_token, *random_examples(3)]
     data = read_training_data(model, examples)
     if with_trainer:
@@ -422,7 +422,7 @@ def test_ranks_are_trained_with_an_sft_trainer_and_with_images(
 def test_a_trainer_without_labels_or_with_a_stream_leaves_the_ranks_reordered(
     tmp_path: Path, kind: str
 ) -> None:
-    """As in DPO and GRPO: an error would stop a script after training, before it saves."""
+    """As in GRPO: an error would stop a script after training, before it saves."""
     adapter = small_adapter()
     examples: Any = [{"input_ids": [5, 6]}] * 20
     if kind == "labels-ignored":
@@ -430,7 +430,7 @@ def test_a_trainer_without_labels_or_with_a_stream_leaves_the_ranks_reordered(
     if kind == "stream":
         examples = Dataset.from_list(random_examples(20)).to_iterable_dataset()
     trainer = plain_trainer(adapter.model, tmp_path, examples, default_data_collator)
-    with pytest.warns(UserWarning, match="labels"):
+    with pytest.warns(UserWarning, match="not trained"):
         result = adapter.train_ranks(trainer)
     assert (result.outcome, result.num_examples, result.losses_before) == ("no examples", 0, {})
     assert adapter.order == "svd"

@@ -87,7 +87,7 @@ def train(
     LoraConfig under lora:, and ranks, scaling, rule, deploy, seed and train_ranks under nesting:.
     Re-run the same command to resume an interrupted run.
 
-    After training, the ranks are trained briefly, on half as many examples in total.
+    After training, the ranks are trained briefly, on half as many examples as the run.
     nesting.train_ranks=false reorders by SVD only, which takes seconds.
 
     Example: matryoshka train config.yaml data=my.jsonl lora.r=8 learning_rate=1e-3

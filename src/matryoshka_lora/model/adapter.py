@@ -189,8 +189,8 @@ class NestedAdapter:
         * The trained factors are kept.
         * They are not better, so the factors are those from before training, with a warning.
         * No rank is behind rank R, so nothing is trained.
-        * The examples of the Trainer have no labels or cannot be indexed, as those of DPO and GRPO,
-          so nothing is trained, with a warning.
+        * The Trainer cannot compute the loss of its examples alone, as in GRPO, or streams them, so
+          nothing is trained, with a warning.
 
         Validation examples decide, and show which ranks need the most steps. Without an evaluation
         set, they are training examples.

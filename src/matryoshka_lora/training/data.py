@@ -8,6 +8,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
 
 Batch = dict[str, Any]
-"""The inputs of a model, with labels."""
+"""The inputs of a model with labels, or of another loss of a Trainer, such as pairs of DPO."""
 TokenizedExample = dict[str, list[int]]
 """``input_ids`` and ``labels``."""
 
@@ -103,10 +104,10 @@ class TrainingData:
         for start in range(0, len(indices), size):
             chunk = indices[start : start + size]
             batch = dict(self.collate([self.examples[index] for index in chunk]))
-            if self.is_causal and "shift_labels" not in batch:
+            if self.is_causal and "labels" in batch and "shift_labels" not in batch:
                 batch["labels"] = batch["labels"].clone()
                 batch["labels"][:, 0] = IGNORED_LABEL
-            if num_labels(batch) > 0:
+            if num_terms(batch) > 0:
                 batches.append(send_to_device(batch, self.device))
         return batches
 
@@ -140,9 +141,11 @@ class TrainingData:
         )
 
 
-def num_labels(batch: Mapping[str, Any]) -> int:
-    """Return the number of tokens with a label."""
-    return int((batch["labels"] != IGNORED_LABEL).sum())
+def num_terms(batch: Mapping[str, Any]) -> int:
+    """Return the number of terms of the mean loss: tokens with a label, or else rows."""
+    if "labels" in batch:
+        return int((batch["labels"] != IGNORED_LABEL).sum())
+    return next(len(value) for value in batch.values() if isinstance(value, Tensor))
 
 
 def _permutations(size: int, seed: int) -> Iterator[list[int]]:
@@ -171,7 +174,7 @@ def read_training_data(
             ``eval_dataset``, the first if there are several.
 
     Raises:
-        NoExamplesError: The examples of the Trainer have no labels or cannot be indexed.
+        NoExamplesError: The examples of the Trainer cannot be indexed, or have no loss.
         MatryoshkaError: There are no such examples, or this process is one of several.
     """
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -308,16 +311,12 @@ def _data_of_trainer(model: PeftModel, trainer: Trainer) -> TrainingData:
             "the adapter, or examples with a prompt and a completion."
         )
     data = _data_of_loader(model, trainer, trainer.get_train_dataloader())
-    if data is None:
-        raise NoExamplesError(
-            f"The examples of the {type(trainer).__name__} have no labels, or are streamed and "
-            "cannot be indexed. Pass examples with a prompt and a completion."
-        )
     data.num_examples_seen = _num_examples_seen(trainer, data)
     evaluation_sets = trainer.eval_dataset
     if evaluation_sets:
         first = next(iter(evaluation_sets)) if isinstance(evaluation_sets, Mapping) else None
-        data.validation = _data_of_loader(model, trainer, trainer.get_eval_dataloader(first))
+        with suppress(NoExamplesError):
+            data.validation = _data_of_loader(model, trainer, trainer.get_eval_dataloader(first))
     return data
 
 
@@ -331,17 +330,19 @@ def _num_examples_seen(trainer: Trainer, data: TrainingData) -> int | None:
     return num_examples
 
 
-def _data_of_loader(
-    model: PeftModel, trainer: Trainer, loader: DataLoader[Any]
-) -> TrainingData | None:
-    """Return the examples of a Trainer's loader, or None if they have no indices or no labels."""
+def _data_of_loader(model: PeftModel, trainer: Trainer, loader: DataLoader[Any]) -> TrainingData:
+    """Return the examples of a Trainer's loader.
+
+    Raises:
+        NoExamplesError: They have no indices, or the Trainer cannot compute their loss.
+    """
     examples: Any = loader.dataset
     if isinstance(examples, IterableDataset) or not len(examples):
-        return None
-    batch = loader.collate_fn([examples[0]])
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
-        return None
-    return TrainingData(
+        raise NoExamplesError(
+            f"The examples of the {type(trainer).__name__} are streamed and cannot be indexed. "
+            "Pass examples with a prompt and a completion."
+        )
+    data = TrainingData(
         examples,
         loader.collate_fn,
         functools.partial(_trainer_loss, trainer, model),
@@ -351,6 +352,18 @@ def _data_of_loader(
         show_progress=not trainer.args.disable_tqdm,
         is_causal=_is_causal(model.get_base_model()),
     )
+    try:
+        with torch.no_grad():
+            for batch in data.batches(range(min(2, len(examples)))):  # a loss may compare rows
+                data.loss(batch)
+    except Exception as error:  # of any kind: GRPO's examples are prompts without answers
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        name = type(trainer).__name__
+        raise NoExamplesError(
+            f"The {name} cannot compute the loss of its examples alone ({reason:.120}). Pass "
+            "examples with a prompt and a completion."
+        ) from error
+    return data
 
 
 def _trainer_loss(trainer: Trainer, model: PeftModel, batch: Batch) -> Tensor:

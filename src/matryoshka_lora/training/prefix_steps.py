@@ -16,7 +16,7 @@ from matryoshka_lora.nn.fused import at_least_float32
 from matryoshka_lora.nn.nested_layers import FactorMatrices, NestedLayers
 from matryoshka_lora.training.data import Batch, TrainingData
 from matryoshka_lora.training.schedule import RankSchedule, max_rank_share, rank_shares
-from matryoshka_lora.training.validation import check_finite_loss, label_shares, prefix_mask
+from matryoshka_lora.training.validation import batch_weights, check_finite_loss, prefix_mask
 
 EXAMPLES_PER_STEP = 8
 LEARNING_RATE = 0.05
@@ -143,8 +143,8 @@ def _gradients(
     for scale in GRADIENT_SCALES:
         layers.model.zero_grad(set_to_none=True)
         with layers.use_diagonal(q):
-            for batch, share in zip(batches, label_shares(batches), strict=True):
-                loss = data.loss(batch) * share
+            for batch, weight in zip(batches, batch_weights(batches), strict=True):
+                loss = data.loss(batch) * weight
                 check_finite_loss(loss.item())
                 (loss * scale).backward()  # type: ignore[no-untyped-call]
         gradients: FactorMatrices = {}

@@ -13,7 +13,7 @@ from torch import Tensor
 from matryoshka_lora.algebra.arrays import Float64Array
 from matryoshka_lora.errors import NotFiniteError
 from matryoshka_lora.nn.nested_layers import NestedLayers
-from matryoshka_lora.training.data import Batch, TrainingData, num_labels
+from matryoshka_lora.training.data import Batch, TrainingData, num_terms
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ValidationLosses:
     """The losses of the base model and of each nested rank on the same batches, in nats per token.
 
     Attributes:
-        weights: The share of each batch in the tokens with labels, shape (batches,).
+        weights: The share of each batch in the terms of the mean loss, shape (batches,).
         base: The loss of each batch without the adapter, shape (batches,).
         by_rank: The same at each nested rank.
     """
@@ -106,12 +106,12 @@ def validation_losses(
             losses[rank] = np.array([data.loss(batch).item() for batch in batches])
         check_finite_loss(float(losses[rank].sum()))
     base = losses.pop(0)
-    return ValidationLosses(np.array(label_shares(batches)), base, losses)
+    return ValidationLosses(np.array(batch_weights(batches)), base, losses)
 
 
-def label_shares(batches: Sequence[Batch]) -> list[float]:
-    """Return the share of each batch in the tokens with labels."""
-    counts = [num_labels(batch) for batch in batches]
+def batch_weights(batches: Sequence[Batch]) -> list[float]:
+    """Return the share of each batch in the terms of the mean loss."""
+    counts = [num_terms(batch) for batch in batches]
     return [count / sum(counts) for count in counts]
 
 
