@@ -308,7 +308,7 @@ def test_all_layers_of_the_file_are_loaded(options: dict[str, Any], tmp_path: Pa
     tiny_llama().save_pretrained(base_model)
     export(tmp_path / "a", tmp_path / "merged", NESTING.max_rank, "merged", base_model=base_model)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert logits(merged).allclose(expected, atol=1e-5)
+    assert logits(merged).allclose(expected, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
