@@ -69,9 +69,8 @@ def _read_json_lines(file: str | os.PathLike[str]) -> list[object]:
         if line.strip():
             with wrap_errors(f"Cannot read line {line_number} of {file}", hint, _JSON_ERRORS):
                 example = json.loads(line)
-                json.dumps(
-                    example, ensure_ascii=False
-                ).encode()  # fails for half of a surrogate pair
+                # Half of a surrogate pair cannot be encoded, nor tokenized.
+                json.dumps(example, ensure_ascii=False).encode()
                 examples.append(example)
     return examples
 

@@ -1,4 +1,4 @@
-"""The names of formats and dtypes, and a sentence, that files and the command line share."""
+"""The names of formats and dtypes, and what the command line and model cards say of errors."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matryoshka_lora.training.schedule import RankSchedule, max_rank_share, rank_shares
+from matryoshka_lora.training.schedule import RankSchedule, rank_shares, share_of_max_rank
 
 
 def test_a_share_follows_the_root_of_the_gap() -> None:
@@ -23,7 +23,7 @@ def test_a_share_follows_the_root_of_the_gap() -> None:
 
 
 def test_the_largest_rank_gets_more_of_the_final_steps() -> None:
-    shares_of_max_rank = [max_rank_share(step, 60) for step in range(60)]
+    shares_of_max_rank = [share_of_max_rank(step, 60) for step in range(60)]
     assert shares_of_max_rank == [1 / 8] * 50 + [1 / 3] * 10
     shares = rank_shares({1: 1.0, 2: 0.5, 4: 0.0}, 1 / 3)
     assert sum(shares.values()) == pytest.approx(1)

@@ -169,7 +169,7 @@ def _open(
             f"`adapter` must be a path or a NestedAdapter, got {type(adapter).__name__}. Pass what "
             "nest() or load() has returned."
         )
-    adapter.layers.check_alone()
+    adapter.layers.check_only_active()
     return adapter.to_lora_file(), adapter
 
 
@@ -199,8 +199,7 @@ def _sources(
     """Return the paths that the output must not overwrite."""
     sources: list[PathLike] = [*lora.sources]
     sources += [name for name in task_names if name.endswith((".yaml", ".yml"))]
-    model_path = base_model or lora.config.get("base_model_name_or_path")
-    sources += [path for path in (data, model_path) if isinstance(path, (str, os.PathLike))]
+    sources += [path for path in (data, base_model) if isinstance(path, (str, os.PathLike))]
     return sources
 
 

@@ -36,7 +36,8 @@ class TrainRanksResult:
         path: The output, or None for a model in memory.
         outcome: ``"kept"``: the factors are the trained ones. ``"not better"``: the trained factors
             were not kept, and the factors are those from before training. ``"nothing to train"``:
-            no rank was behind rank R. ``"no examples"``: those of the Trainer cannot be used.
+            no nested rank is behind rank R, or there is no smaller one. ``"no examples"``: those of
+            the Trainer cannot be used.
         examples_by_rank: The number of examples that each rank was trained on, repetitions
             included.
         losses_before: The validation loss of each nested rank before training, in nats per token;

@@ -106,7 +106,8 @@ def _literal_config(lora: PeftFolder) -> LoraConfig:
     The file's ``target_modules`` may leave out layers that the file has, and may be a regular
     expression that never ends.
     """
-    for pattern in (*_dict(lora, "rank_pattern"), *_dict(lora, "alpha_pattern")):
+    fields = ("rank_pattern", "alpha_pattern")
+    for pattern in [pattern for field in fields for pattern in lora.config.get(field) or ()]:
         # A repetition of a repetition takes exponential time, and k in a row take the time n^k.
         repeats_group = re.search(r"\)[*+{]", pattern)
         if repeats_group or len(re.findall(r"[*+{]", pattern)) > _MAX_REPETITIONS:
@@ -123,10 +124,6 @@ def _literal_config(lora: PeftFolder) -> LoraConfig:
     config.target_modules = set(names) or None
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     return config
-
-
-def _dict(lora: PeftFolder, field: str) -> dict[str, Any]:
-    return lora.config.get(field) or {}
 
 
 @contextmanager

@@ -308,7 +308,7 @@ class NestedLayers:
                 f"Adapter {self.name!r} is merged. Call unmerge_adapter() to {action}."
             )
 
-    def check_alone(self) -> None:
+    def check_only_active(self) -> None:
         """Raise MatryoshkaError unless the adapter is the only active one."""
         self.check_active()
         if len(self.model.active_adapters) > 1:

@@ -15,7 +15,7 @@ from matryoshka_lora.errors import NotFiniteError
 from matryoshka_lora.nn.fused import at_least_float32
 from matryoshka_lora.nn.nested_layers import FactorMatrices, NestedLayers
 from matryoshka_lora.training.data import Batch, TrainingData
-from matryoshka_lora.training.schedule import RankSchedule, max_rank_share, rank_shares
+from matryoshka_lora.training.schedule import RankSchedule, rank_shares, share_of_max_rank
 from matryoshka_lora.training.validation import batch_weights, check_finite_loss, prefix_mask
 
 EXAMPLES_PER_STEP = 8
@@ -87,7 +87,7 @@ def train_prefixes(
     for step in progress:
         if step > 0 and step % steps_of_phase == 0:
             gaps = measure_gaps()
-        rank = schedule.next(rank_shares(gaps, max_rank_share(step, num_steps)))
+        rank = schedule.next(rank_shares(gaps, share_of_max_rank(step, num_steps)))
         step_indices = indices[step * EXAMPLES_PER_STEP : (step + 1) * EXAMPLES_PER_STEP]
         num_examples[rank] += len(step_indices)
         q = prefix_mask(max_rank, rank)

@@ -15,7 +15,7 @@ FINAL_STEPS = 1 / 6
 _GOLDEN_RATIO = 0.6180339887  # its multiples modulo 1 fill the unit interval evenly
 
 
-def max_rank_share(step: int, num_steps: int) -> float:
+def share_of_max_rank(step: int, num_steps: int) -> float:
     """Return the share of the steps for rank R at a step, from 0."""
     return FINAL_MAX_RANK_SHARE if step >= (1 - FINAL_STEPS) * num_steps else MAX_RANK_SHARE
 

@@ -114,7 +114,7 @@ def _check_arguments(layers: NestedLayers, max_examples: int | None) -> None:
     if max_examples is not None:
         check_integer("max_examples", max_examples)
     layers.check_not_merged("train its ranks")
-    layers.check_alone()
+    layers.check_only_active()
     layers.check_not_sharded()
 
 
