@@ -210,8 +210,7 @@ def train(config: Mapping[str, Any]) -> TrainResult:
 
     The Trainer's checkpoints are in ``output_dir``, and the adapter in its folder ``adapter``.
     Under ``accelerate launch`` every process calls this function, and the first one writes the
-    adapter, without training the ranks: pass it to `train_ranks` afterwards. Under FSDP and
-    DeepSpeed the Trainer writes it, as plain LoRA.
+    adapter. Under FSDP and DeepSpeed the Trainer writes it, as plain LoRA.
 
     Args:
         config: From `read_config`.
@@ -227,10 +226,10 @@ def train(config: Mapping[str, Any]) -> TrainResult:
         return TrainResult(path, lora.order, lora.deploy)
     adapter, trainer = build_trainer(config)
     _run(adapter, trainer, output_dir)
-    result = TrainResult(path)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         _save_sharded(trainer, path)
-    elif trainer.is_world_process_zero():
+        result = TrainResult(path)
+    else:
         result = _finish(adapter, trainer, path, config["nesting"]["train_ranks"])
     trainer.accelerator.end_training()
     return result
@@ -418,12 +417,14 @@ def _save_sharded(trainer: SFTTrainer, path: Path) -> None:
 def _finish(
     adapter: NestedAdapter, trainer: SFTTrainer, path: Path, with_ranks: bool
 ) -> TrainResult:
-    """Train the ranks, if asked for, and save the adapter with its tokenizer."""
+    """Train the ranks, if asked for, and let the first process save the adapter and tokenizer."""
     # Restore the forward that accelerate has replaced, and leave train mode: the run is over.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     ranks_result = None
     if with_ranks and adapter.deploy != "paper":
-        ranks_result = _train_ranks(adapter, trainer, path)
+        ranks_result = _train_ranks(adapter, trainer)
+    if not trainer.is_world_process_zero():
+        return TrainResult(path, train_ranks=ranks_result)
     adapter.save(path)  # reordered by SVD, if it has no order
     trainer.processing_class.save_pretrained(path)
     lora = open_peft_folder(path)
@@ -431,15 +432,7 @@ def _finish(
     return TrainResult(path, lora.order, lora.deploy, ranks_result)
 
 
-def _train_ranks(
-    adapter: NestedAdapter, trainer: SFTTrainer, path: Path
-) -> TrainRanksResult | None:
-    if trainer.args.world_size > 1:
-        logger.warning(
-            "The ranks were not trained: that needs a single process. Train those of %s later.",
-            path,
-        )
-        return None
+def _train_ranks(adapter: NestedAdapter, trainer: SFTTrainer) -> TrainRanksResult | None:
     logger.info(
         "Training every rank. If the process is killed, the same command repeats this part."
     )

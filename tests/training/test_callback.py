@@ -17,15 +17,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from datasets import Dataset
 from helpers import oracle
-from helpers.models import lora_config, nest_as, randomize, tiny_llama
+from helpers.models import lora_config, nest_as, randomize
 from helpers.rules import ANY_RANK, RANK_PER_ROW
-from helpers.tiny_chat import tiny_tokenizer
-from peft import PeftModel, get_peft_model
+from helpers.trl_trainers import NESTING, make_peft_model, make_trainer
+from peft import PeftModel
 from torch import Tensor
 from transformers import (
-    LlamaForSequenceClassification,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -33,107 +31,24 @@ from transformers import (
     set_seed,
 )
 from trl import (
-    DPOConfig,
-    DPOTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    KTOConfig,
-    KTOTrainer,
-    RewardConfig,
-    RewardTrainer,
     SFTConfig,
-    SFTTrainer,
 )
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, Rule
+from matryoshka_lora import MatryoshkaError, NestedAdapter, Rule
 from matryoshka_lora.rules import RULES
 
-MAX_SCALE = 1.5
-NESTING = Nesting((1, 2, 4), "sqrt", MAX_SCALE)
-P = oracle.trained_p([1, 2, 4], "sqrt", MAX_SCALE)
-TOKENIZER = tiny_tokenizer()
-COLUMNS: dict[str, list[Any]] = {
-    "prompt": [f"{a}+1=" for a in range(8)],
-    "chosen": [f"{a + 1}" for a in range(8)],
-    "rejected": [f"{a + 3}!" for a in range(8)],
-    "completion": [f"{a + 1}" for a in range(8)],
-    "label": [True, False] * 4,
-}
-TRAINERS: dict[str, tuple[Any, Any, list[str]]] = {
-    "sft": (SFTTrainer, SFTConfig, ["prompt", "completion"]),
-    "dpo": (DPOTrainer, DPOConfig, ["prompt", "chosen", "rejected"]),
-    "kto": (KTOTrainer, KTOConfig, ["prompt", "completion", "label"]),
-    "reward": (RewardTrainer, RewardConfig, ["chosen", "rejected"]),
-    "grpo": (GRPOTrainer, GRPOConfig, ["prompt"]),
-}
-GRPO_ARGUMENTS = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
-
-
-def number_of_letters(completions: list[str], **kwargs: Any) -> list[float]:
-    """Reward many different letters."""
-    return [float(len(set(completion))) for completion in completions]
-
-
-def make_peft_model(kind: str = "sft", **lora: Any) -> PeftModel:
-    base_model: Any = tiny_llama(
-        vocab_size=len(TOKENIZER),
-        num_hidden_layers=1,
-        initializer_range=0.1,
-        pad_token_id=TOKENIZER.pad_token_id,
-        eos_token_id=TOKENIZER.eos_token_id,
-        num_labels=1,
-    )
-    task_type = "CAUSAL_LM"
-    if kind == "reward":
-        base_model = LlamaForSequenceClassification(base_model.config)
-        task_type = "SEQ_CLS"
-    torch.manual_seed(3)  # of A
-    return get_peft_model(base_model, lora_config(NESTING, task_type=task_type, **lora))
+P = oracle.trained_p(list(NESTING.ranks), NESTING.scaling, NESTING.scale)
 
 
 def make_adapter(rule: str | Rule = "matryoshka") -> NestedAdapter:
     return nest_as(make_peft_model(), NESTING, rule)
 
 
-def make_trainer(
-    kind: str, model: Any, folder: Path, adapter: NestedAdapter | None = None, **arguments: Any
-) -> Any:
-    trainer_class, config_class, columns = TRAINERS[kind]
-    dataset = Dataset.from_dict({column: COLUMNS[column] for column in columns})
-    defaults: dict[str, Any] = {
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "per_device_train_batch_size": 4,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    options: dict[str, Any] = {}
-    if kind == "grpo":
-        defaults.update(GRPO_ARGUMENTS)
-        options["reward_funcs"] = number_of_letters
-    if "eval_strategy" in arguments:
-        options["eval_dataset"] = dataset
-    set_seed(0)
-    return trainer_class(
-        model,
-        args=config_class(str(folder), **{**defaults, **arguments}),
-        train_dataset=dataset,
-        processing_class=TOKENIZER,
-        callbacks=[adapter.callback()] if adapter else [],
-        **options,
-    )
-
-
 def multiply_by_p(model: PeftModel, p: Tensor) -> None:
     """Multiply after A, before PEFT multiplies by the scale of rank R."""
 
     def hook(module: Any, inputs: Any, hidden: Tensor) -> Tensor:
-        return hidden * (p / MAX_SCALE).to(hidden.dtype)
+        return hidden * (p / NESTING.scale).to(hidden.dtype)
 
     for name, module in model.named_modules():
         if name.endswith((".lora_A.default", ".lora_A.ref")):
@@ -342,7 +257,7 @@ class DrawRecorder(TrainerCallback):
 
 def expected_draw(step: int, batch_size: int) -> Tensor:
     p = RANK_PER_ROW.sample(NESTING, seed=0, step=step, batch_size=batch_size)
-    return torch.from_numpy(p / MAX_SCALE)
+    return torch.from_numpy(p / NESTING.scale)
 
 
 @pytest.mark.parametrize(

@@ -195,15 +195,6 @@ def test_examples_are_for_causal_language_models(kind: Any) -> None:
         read_training_data(model, LABELLED)
 
 
-def test_train_ranks_in_one_of_several_processes_is_an_error(
-    model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(MatryoshkaError, match="process"):
-        read_training_data(model, random_examples(20))
-
-
 # The split
 
 

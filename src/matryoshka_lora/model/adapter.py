@@ -195,6 +195,8 @@ class NestedAdapter:
         Validation examples decide, and show which ranks need the most steps. Without an evaluation
         set, they are training examples.
 
+        Under ``accelerate launch`` every process must call this method.
+
         Args:
             data: The Trainer that has trained the adapter; a dataset or a list of examples with
                 ``prompt`` and ``completion``; or the path of a file of them.

@@ -130,8 +130,10 @@ class TrainingData:
         training_order = itertools.chain.from_iterable(_permutations(len(self.examples), seed))
         source = self if self.validation is None else self.validation
         validation_indices = next(_permutations(len(source.examples), seed))[:max_validation]
-        batch_size = math.ceil(len(validation_indices) / VALIDATION_BATCHES)
-        validation_batches = source.batches(validation_indices, batch_size)
+        batch_size = min(source.batch_size, math.ceil(len(validation_indices) / VALIDATION_BATCHES))
+        # The loss of a Trainer may need as many examples in each process.
+        num_validation = len(validation_indices) // batch_size * batch_size
+        validation_batches = source.batches(validation_indices[:num_validation], batch_size)
         if not validation_batches:
             raise NoExamplesError("No example to validate on has a label. Check the labels.")
         return Split(
@@ -175,14 +177,8 @@ def read_training_data(
 
     Raises:
         NoExamplesError: The examples of the Trainer cannot be indexed, or have no loss.
-        MatryoshkaError: There are no such examples, or this process is one of several.
+        MatryoshkaError: There are no such examples.
     """
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if is_distributed and torch.distributed.get_world_size() > 1:
-        raise MatryoshkaError(
-            "Ranks are trained in a single process, and this is one of several. Save the adapter, "
-            "then train the ranks of its folder in a single process."
-        )
     if hasattr(data, "get_train_dataloader"):
         training_data = _data_of_trainer(model, data)
         tokenizer = tokenizer or data.processing_class
@@ -324,7 +320,7 @@ def _num_examples_seen(trainer: Trainer, data: TrainingData) -> int | None:
     num_batches = trainer.state.global_step * trainer.args.gradient_accumulation_steps
     if num_batches == 0:
         return None  # this Trainer has not trained the adapter
-    num_examples: int = num_batches * data.batch_size
+    num_examples: int = num_batches * data.batch_size * trainer.args.world_size
     if trainer.state.epoch:  # the last batch of an epoch may be smaller
         num_examples = min(num_examples, round(trainer.state.epoch * len(data.examples)))
     return num_examples

@@ -14,9 +14,16 @@ from tqdm import tqdm
 from matryoshka_lora.errors import NotFiniteError
 from matryoshka_lora.nn.fused import at_least_float32
 from matryoshka_lora.nn.nested_layers import FactorMatrices, NestedLayers
-from matryoshka_lora.training.data import Batch, TrainingData
+from matryoshka_lora.training.data import Batch, TrainingData, num_terms
+from matryoshka_lora.training.processes import (
+    min_over_processes,
+    process_index,
+    round_up_to_processes,
+    share_of_process,
+    sum_over_processes,
+)
 from matryoshka_lora.training.schedule import RankSchedule, rank_shares, share_of_max_rank
-from matryoshka_lora.training.validation import batch_weights, check_finite_loss, prefix_mask
+from matryoshka_lora.training.validation import check_finite_loss, prefix_mask
 
 EXAMPLES_PER_STEP = 8
 LEARNING_RATE = 0.05
@@ -52,7 +59,8 @@ def train_prefixes(
 ) -> dict[int, int]:
     """Train the factors on some examples.
 
-    Each step trains one rank; see `rank_shares`. A step at rank r descends the loss of the first r
+    Each step trains one rank; see `rank_shares`. Of several processes, each computes the gradients
+    of a share of its examples. A step at rank r descends the loss of the first r
     components, and changes no other. The later ones stay in the forward with a weight that falls
     from a half to 0, so that training begins near the loss of rank R. The learning rate is relative
     to the size of each component: large ones, which come first, move most.
@@ -74,25 +82,28 @@ def train_prefixes(
         NotFiniteError: The loss or a gradient is not finite.
     """
     max_rank = layers.nesting.max_rank
-    num_steps = math.ceil(len(indices) / EXAMPLES_PER_STEP)
+    examples_per_step = round_up_to_processes(EXAMPLES_PER_STEP)
+    num_steps = math.ceil(len(indices) / examples_per_step)
     num_phases = MAX_MEASUREMENTS + 1
     steps_of_phase = max(MIN_STEPS_BETWEEN_MEASUREMENTS, math.ceil(num_steps / num_phases))
     schedule = RankSchedule(seed)
     optimizer = PrefixAdam(layers.copy_factors())
     base_rate = LEARNING_RATE * min(1.0, (REFERENCE_LAYERS / len(layers.layer_factors())) ** 0.5)
     num_examples: Counter[int] = Counter()
-    progress = tqdm(
-        range(num_steps), "training ranks", disable=None if data.show_progress else True
-    )
+    is_shown = data.show_progress and process_index() == 0
+    progress = tqdm(range(num_steps), "training ranks", disable=None if is_shown else True)
     for step in progress:
         if step > 0 and step % steps_of_phase == 0:
             gaps = measure_gaps()
         rank = schedule.next(rank_shares(gaps, share_of_max_rank(step, num_steps)))
-        step_indices = indices[step * EXAMPLES_PER_STEP : (step + 1) * EXAMPLES_PER_STEP]
+        step_indices = indices[step * examples_per_step : (step + 1) * examples_per_step]
         num_examples[rank] += len(step_indices)
         q = prefix_mask(max_rank, rank)
         q[rank:] = TAIL_FACTOR * max(0.0, 1 - step / (TAIL_STEPS * num_steps))
-        gradients = _gradients(layers, data, data.batches(step_indices), q)
+        batches = data.batches(share_of_process(step_indices))
+        # Batches without labels are omitted, perhaps not in all processes.
+        num_batches = min_over_processes(len(batches), data.device)
+        gradients = _gradients(layers, data, batches[:num_batches], q)
         warmup = min(1.0, (step + 1) / max(1.0, WARMUP * num_steps))
         optimizer.step(gradients, rank, base_rate * warmup * (1 - step / num_steps))
         layers.write_factors(optimizer.factors())
@@ -139,20 +150,30 @@ def trainable_factors(layers: NestedLayers) -> Iterator[None]:
 def _gradients(
     layers: NestedLayers, data: TrainingData, batches: Sequence[Batch], q: Tensor
 ) -> FactorMatrices:
-    """Return the gradients of the factors by layer, with their shapes, in float32 at least."""
+    """Return the gradients of the factors by layer, with their shapes, in float32 at least.
+
+    They are of the mean loss over the batches of all processes.
+    """
+    counts = [num_terms(batch) for batch in batches]
+    num_terms_of_process = torch.tensor(sum(counts))
+    total_terms = sum_over_processes([num_terms_of_process], data.device)[0].item()
     for scale in GRADIENT_SCALES:
         layers.model.zero_grad(set_to_none=True)
+        mean_loss = torch.zeros((), dtype=torch.float32)
         with layers.use_diagonal(q):
-            for batch, weight in zip(batches, batch_weights(batches), strict=True):
-                loss = data.loss(batch) * weight
-                check_finite_loss(loss.item())
+            for batch, count in zip(batches, counts, strict=True):
+                loss = data.loss(batch) * (count / total_terms)
                 (loss * scale).backward()  # type: ignore[no-untyped-call]
-        gradients: FactorMatrices = {}
+                mean_loss += loss.item()
+        names: list[str] = []
+        tensors: list[Tensor] = []
         for name, (A, B) in layers.layer_factors().items():
-            gradients[name] = (_gradient(A) / scale, _gradient(B) / scale)
-        tensors = [gradient for pair in gradients.values() for gradient in pair]
+            names.append(name)
+            tensors += [_gradient(A) / scale, _gradient(B) / scale]
+        mean_loss, *tensors = sum_over_processes([mean_loss, *tensors], data.device)
+        check_finite_loss(mean_loss.item())
         if torch.nn.utils.get_total_norm(tensors).isfinite():
-            return gradients
+            return dict(zip(names, zip(tensors[::2], tensors[1::2], strict=True), strict=True))
     raise NotFiniteError(
         "Gradients are NaN or infinite. Load the base model in bfloat16 or float32. Or reorder the "
         "adapter, which needs no gradients."

@@ -16,6 +16,7 @@ from matryoshka_lora.training.prefix_steps import (
     train_prefixes,
     trainable_factors,
 )
+from matryoshka_lora.training.processes import round_up_to_processes
 from matryoshka_lora.training.validation import ValidationLosses, validation_losses
 
 MAX_EXAMPLES = 3200
@@ -56,6 +57,9 @@ def train_ranks(
 
     Without an evaluation set, training examples validate.
 
+    Of several processes of torch.distributed, each with all factors, every one must call this
+    function. Each computes a share of the losses and gradients.
+
     Args:
         layers: The layers of the adapter.
         data: From `read_training_data`.
@@ -75,7 +79,7 @@ def train_ranks(
             layers.reorder()
         return TrainRanksResult(None, "nothing to train", {}, {}, None)
     num_examples = _default_num_examples(data) if max_examples is None else max_examples
-    split = _split(data, num_examples, seed)
+    split = _split(data, round_up_to_processes(num_examples), seed)
     if layers.order is None:
         layers.reorder()
     batches = split.validation_batches

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,11 @@ from matryoshka_lora.algebra.arrays import Float64Array
 from matryoshka_lora.errors import NotFiniteError
 from matryoshka_lora.nn.nested_layers import NestedLayers
 from matryoshka_lora.training.data import Batch, TrainingData, num_terms
+from matryoshka_lora.training.processes import (
+    num_processes,
+    process_index,
+    sum_over_processes,
+)
 
 
 @dataclass(frozen=True)
@@ -92,27 +97,43 @@ def validation_losses(
 ) -> ValidationLosses:
     """Return the losses of the base model and of each nested rank.
 
+    Of several processes, each computes a share of the batches, and all return the same.
+
     Args:
         layers: The nested layers of the model.
         data: Its ``loss`` computes the loss of a batch.
-        batches: Validation batches.
+        batches: Validation batches, the same in each process.
 
     Raises:
         NotFiniteError: A loss is NaN or infinite.
     """
+    num_terms_of_batches = _map_over_batches(num_terms, batches, data.device)
     losses: dict[int, Float64Array] = {}
     for rank in (0, *layers.nesting.ranks):
         with layers.use_diagonal(prefix_mask(layers.nesting.max_rank, rank)):
-            losses[rank] = np.array([data.loss(batch).item() for batch in batches])
+            losses[rank] = _map_over_batches(
+                lambda batch: data.loss(batch).item(), batches, data.device
+            )
         check_finite_loss(float(losses[rank].sum()))
     base = losses.pop(0)
-    return ValidationLosses(np.array(batch_weights(batches)), base, losses)
+    return ValidationLosses(num_terms_of_batches / num_terms_of_batches.sum(), base, losses)
 
 
-def batch_weights(batches: Sequence[Batch]) -> list[float]:
-    """Return the share of each batch in the terms of the mean loss."""
-    counts = [num_terms(batch) for batch in batches]
-    return [count / sum(counts) for count in counts]
+def _map_over_batches(
+    function: Callable[[Batch], float], batches: Sequence[Batch], device: torch.device
+) -> Float64Array:
+    """Return the value of each batch, shape (batches,)."""
+    values = torch.zeros(len(batches), dtype=torch.float64)
+    last_index = len(batches) - 1
+    for start in range(0, len(batches), num_processes()):
+        index = start + process_index()
+        # Without a batch of its own, a process computes the last one and ignores the value: the
+        # function may communicate.
+        value = function(batches[min(index, last_index)])
+        if index <= last_index:
+            values[index] = value
+    (values,) = sum_over_processes([values], device)
+    return values.numpy()
 
 
 def check_finite_loss(loss: float) -> None:

@@ -1,0 +1,38 @@
+"""The ranks are trained in two processes as in one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from helpers.two_processes import FOLDER, run_in_two_processes
+
+TOLERANCES = {"sft": 1e-5, "dpo": 1e-5, "reward": 1e-5, "kto": 0.02}
+"""KTO compares each example with the others of its process, so its loss is another one."""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """Of each Trainer in one process, and in two."""
+    folder = tmp_path_factory.mktemp("processes")
+    adapters = str(folder / "adapters")
+    outputs = [folder / "one.json", folder / "two.json"]
+    command = [sys.executable, str(FOLDER / "train_ranks.py"), adapters, str(outputs[0])]
+    subprocess.run(command, env={"PYTHONPATH": str(FOLDER.parent)}, check=True)
+    run_in_two_processes("ddp", "train_ranks.py", [adapters, str(outputs[1])])
+    one, two = [json.loads(output.read_text()) for output in outputs]
+    return one, two
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TOLERANCES)
+def test_two_processes_train_the_ranks_as_one(kind: str, results: tuple[Any, Any]) -> None:
+    one, two = [by_kind[kind] for by_kind in results]
+    assert one["outcome"] == two["outcome"] == "kept"
+    assert one["examples_by_rank"] == two["examples_by_rank"]
+    for key in ("losses_before", "losses_after", "factors"):
+        assert one[key] == pytest.approx(two[key], rel=0, abs=TOLERANCES[kind])
+    assert one["losses_after"][0] < one["losses_before"][0]
