@@ -11,7 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from matryoshka_lora.algebra.allocation import LayerSpectrum, rank_for_share, ranks_for_size
+from matryoshka_lora.algebra.allocation import (
+    LayerSpectrum,
+    rank_for_share,
+    ranks_for_error,
+    ranks_for_size,
+)
 from matryoshka_lora.errors import MatryoshkaError
 
 Array = NDArray[Any]
@@ -76,11 +81,44 @@ def test_a_file_of_a_size_keeps_most_of_the_update(
         assert any(file_size({**ranks, name: ranks[name] + 1}) > max_bytes for name in ties)
 
 
+@given(layer_lists, st.floats(0.001, 0.999))
+def test_an_error_is_reached_by_the_components_that_gain_most(
+    shapes: list[tuple[Array, int]], max_error: float
+) -> None:
+    layers = {
+        str(index): LayerSpectrum(values, parameters, len(values))
+        for index, (values, parameters) in enumerate(shapes)
+    }
+    total = sum(np.sum(values**2) for values, _ in shapes)
+
+    def error(ranks: Mapping[str, int]) -> float:
+        squares = [np.sum(layers[name].singular_values[rank:] ** 2) for name, rank in ranks.items()]
+        return float(np.sqrt(sum(squares) / total))
+
+    ranks = ranks_for_error(layers, max_error)
+    assert ranks.keys() == layers.keys()
+    assert error(ranks) <= max_error * (1 + 1e-6)
+    gains = {
+        name: (layer.singular_values**2 / layer.parameters_per_rank).tolist()
+        for name, layer in layers.items()
+    }
+    chosen = {(gains[name][rank - 1], name) for name, rank in ranks.items() if rank > 1}
+    if chosen:
+        smallest_gain, _ = min(chosen)
+        remaining = [gains[name][rank] for name, rank in ranks.items() if rank < len(gains[name])]
+        assert smallest_gain >= max(remaining, default=0)
+        # Without its last component it would be too large, or another one with the same gain.
+        candidates = [name for gain, name in chosen if gain == smallest_gain]
+        errors = [error({**ranks, name: ranks[name] - 1}) for name in candidates]
+        assert max(errors) > max_error * (1 - 1e-6)
+
+
 def test_components_that_are_zero_or_above_the_maximum_rank_are_not_chosen() -> None:
     values = np.array([[2.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
     layers = {
         "experts": LayerSpectrum(values, 10, 4),
         "limited": LayerSpectrum(np.array([9.0, 9.0, 9.0]), 10, 2),
     }
-    ranks = ranks_for_size(layers, lambda ranks: sum(ranks.values()), max_bytes=5)
-    assert ranks == {"experts": 2, "limited": 2}
+    expected = {"experts": 2, "limited": 2}
+    assert ranks_for_size(layers, lambda ranks: sum(ranks.values()), max_bytes=5) == expected
+    assert ranks_for_error(layers, 1e-9) == expected

@@ -144,7 +144,7 @@ def test_warnings_the_log_and_the_next_command_escape_control_characters(
     [
         ("info nested", "reordered by SVD", "export nested --rank 4 -o small"),
         ("info plain", "without an order", "reorder plain -o nested"),
-        ("info one.safetensors", "single file", "--keep 99% -o one-small.safetensors"),
+        ("info one.safetensors", "single file", "--error 10% -o one-small.safetensors"),
         ("reorder plain -o new", "every rank", "info new"),
         ("reorder one.safetensors --output new.safetensors", "new", "info new.safetensors"),
         ("combine plain plain --weights 1,-0.5 -o new", "layers", "info new"),
@@ -153,7 +153,7 @@ def test_warnings_the_log_and_the_next_command_escape_control_characters(
         ("export one.safetensors --rank 2 -o new.safetensors", "rank 2", ""),
         ("export nested --rank 1,8 --format ladder -o new", "ranks 1, 8", "serve new --dry-run"),
         ("export one.safetensors --rank 8 -o new.safetensors", "not smaller", ""),
-        ("export plain --keep 99% --rank 2 -o new", "99%", ""),
+        ("export plain --error 10% --rank 2 -o new", "rank limits", ""),
         ("serve nested --dry-run --base-model base", "nested@1", ""),
     ],
 )

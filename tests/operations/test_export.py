@@ -92,6 +92,9 @@ def weights_size(folder: Path) -> int:
         ("lora", "x", {"keep": "90%", "format": "mlx"}, "mlx"),
         ("lora", "x", {"max_bytes": 50_000, "format": "merged"}, "merged"),
         ("lora", "x", {"keep": 1}, "share"),
+        ("lora", "x", {"error": "0%"}, "share"),
+        ("lora", "x", {"error": "10%", "format": "mlx"}, "error"),
+        ("lora", "x", {"error": "10%", "keep": "90%"}, "both"),
         ("lora", "x", {"max_bytes": 0}, "size"),
         ("lora", "x", {"rank": 9}, "from 1 to 8"),
         ("lora", "x", {"rank": 0}, "rank"),
@@ -159,12 +162,34 @@ def test_keep_is_the_smallest_rank_of_each_layer(lora: Path, tmp_path: Path) -> 
             np.testing.assert_allclose(update, best(source_updates[name], rank), atol=1e-5)
 
 
+@pytest.mark.parametrize("max_error", ["60%", 0.3])
+def test_error_is_that_of_the_whole_output(lora: Path, tmp_path: Path, max_error: Any) -> None:
+    limit = 0.6 if max_error == "60%" else max_error
+    output = tmp_path / "small"
+    result: Any = export(lora, output, error=max_error)
+    source_updates = updates(lora)
+    missing = sum(
+        np.sum((source_updates[name] - new) ** 2) for name, new in updates(output).items()
+    )
+    total = sum(np.sum(update**2) for update in source_updates.values())
+    error = np.sqrt(missing / total)
+    assert error <= limit
+    assert list(result.errors.values()) == [pytest.approx(error, rel=1e-5)]
+    # The same error in every layer takes a larger file.
+    keep = 1 - limit**2
+    assert result.size_after < export(lora, tmp_path / "by-layer", keep=keep).size_after
+    bounded: Any = export(lora, tmp_path / "bounded", 2, error=max_error)
+    assert max(bounded.ranks.values()) == 2
+    (note,) = bounded.notes
+    assert "rank" in note
+
+
 def test_rank_is_an_upper_bound_of_keep_and_max_bytes(lora: Path, tmp_path: Path) -> None:
     unbounded: Any = export(lora, tmp_path / "unbounded", keep=0.6)
     bounded = export(lora, tmp_path / "bounded", 2, keep=0.6)
     assert bounded.ranks == {name: min(2, rank) for name, rank in unbounded.ranks.items()}
     (note,) = bounded.notes
-    assert "60%" in note
+    assert "rank" in note
     sized: Any = export(lora, tmp_path / "sized", 3, max_bytes=unbounded.size_after)
     assert sized.size_after <= unbounded.size_after
     assert max(sized.ranks.values()) <= 3
@@ -179,9 +204,10 @@ def test_rank_is_an_upper_bound_of_keep_and_max_bytes(lora: Path, tmp_path: Path
 def test_keep_needs_singular_values(lora: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
     source = replace(open_peft_folder(lora), nesting=Nesting((1, 2, R)), **fields)
     source.plan_nested().write(tmp_path / "nested")
-    for arguments in ({"keep": "90%"}, {"max_bytes": "50kB"}):
+    requests: list[dict[str, Any]] = [{"keep": "90%"}, {"error": "9%"}, {"max_bytes": "50kB"}]
+    for request in requests:
         with pytest.raises(MatryoshkaError, match="singular values"):
-            export(tmp_path / "nested", tmp_path / "x", **arguments)
+            export(tmp_path / "nested", tmp_path / "x", **request)
     export(tmp_path / "nested", tmp_path / "rank-2", 2)
     tensors = load_file(lora / WEIGHTS_NAME)
     for key, factor in load_file(tmp_path / "rank-2" / WEIGHTS_NAME).items():
@@ -508,6 +534,7 @@ def test_a_folder_without_a_usable_lora_is_rejected(folder: Path, tmp_path: Path
         {"rank": "8"},
         {"rank": [1, 2]},
         {"keep": "x"},
+        {"error": "x"},
         {"rank": 1, "format": "x"},
     ):
         with pytest.raises(MatryoshkaError) as raised:

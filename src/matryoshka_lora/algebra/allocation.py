@@ -1,10 +1,11 @@
-"""Choose a rank for each layer: by the share that a layer keeps, or by the size of the file."""
+"""Choose a rank for each layer: by the share it keeps, the total error, or the size of the file."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,6 +41,61 @@ class LayerSpectrum:
     parameters_per_rank: int
     max_rank: int
 
+    @property
+    def squares(self) -> list[float]:
+        """The squared singular values of each component, summed over the experts."""
+        squares = self.singular_values**2
+        sums: list[float] = squares.reshape(-1, squares.shape[-1]).sum(axis=0).tolist()
+        return sums
+
+
+class _Component(NamedTuple):
+    """A component of a layer. The sorted ones begin with the largest gain.
+
+    Attributes:
+        negative_gain: Its squared singular values per parameter, negative.
+        position: Its index in the layer, from 0.
+        layer: The name of its layer.
+        square: The sum of its squared singular values over the experts.
+    """
+
+    negative_gain: float
+    position: int
+    layer: str
+    square: float
+
+
+def _components_by_gain(layers: Mapping[str, LayerSpectrum]) -> list[_Component]:
+    """Return all components but the first of each layer; none that is zero."""
+    components: list[_Component] = []
+    for name, layer in layers.items():
+        for position, square in enumerate(layer.squares[: layer.max_rank]):
+            if position > 0 and square > 0:
+                gain = square / layer.parameters_per_rank
+                components.append(_Component(-gain, position, name, square))
+    return sorted(components)
+
+
+def ranks_for_error(layers: Mapping[str, LayerSpectrum], max_error: float) -> dict[str, int]:
+    """Return ranks of a small file whose total relative error does not exceed a maximum.
+
+    Every layer gets rank 1. The other components are added in the order of their squared singular
+    value per parameter, over all layers, until the error is small enough.
+
+    Args:
+        layers: The layers by name. Their maximum ranks may make the error larger.
+        max_error: The maximum norm of what all layers miss over the norm of the update.
+    """
+    ranks = dict.fromkeys(layers, 1)
+    total = sum(sum(layer.squares) for layer in layers.values())
+    squared_error = total - sum(layer.squares[0] for layer in layers.values())
+    for component in _components_by_gain(layers):
+        if squared_error <= max_error**2 * total:
+            break
+        ranks[component.layer] += 1
+        squared_error -= component.square
+    return ranks
+
 
 def ranks_for_size(
     layers: Mapping[str, LayerSpectrum],
@@ -62,19 +118,12 @@ def ranks_for_size(
     max_ranks = {name: layer.max_rank for name, layer in layers.items()}
     if file_size(max_ranks) <= max_bytes:
         return max_ranks
-    components: list[tuple[float, int, str]] = []
-    for name, layer in layers.items():
-        squares = layer.singular_values**2
-        gains = squares.reshape(-1, squares.shape[-1]).sum(axis=0) / layer.parameters_per_rank
-        for index in range(1, layer.max_rank):
-            if gains[index] > 0:
-                components.append((-float(gains[index]), index, name))
-    components.sort()
+    components = _components_by_gain(layers)
 
     def ranks_with(count: int) -> dict[str, int]:
         ranks = dict.fromkeys(layers, 1)
-        for _, _, name in components[:count]:
-            ranks[name] += 1
+        for component in components[:count]:
+            ranks[component.layer] += 1
         return ranks
 
     def size_with(count: int) -> int:

@@ -50,6 +50,13 @@ KeepOption = Annotated[
         "smallest rank that keeps it. 95% is a relative error of about 22%, 99% of 10%."
     ),
 ]
+ErrorOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Maximum relative error over all layers, such as 10%. The layers get the ranks that "
+        "reach it with a small file."
+    ),
+]
 MaxBytesOption = Annotated[
     str | None,
     typer.Option(
@@ -60,7 +67,8 @@ MaxBytesOption = Annotated[
 RankOrRanksOption = Annotated[
     str | None,
     typer.Option(
-        help="Rank; with --keep or --max-bytes, an upper bound; a ladder accepts several: 1,4,8."
+        help="Rank; with --keep, --error or --max-bytes, an upper bound; a ladder accepts several: "
+        "1,4,8."
     ),
 ]
 FormatOption = Annotated[

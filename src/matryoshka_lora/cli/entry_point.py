@@ -19,7 +19,7 @@ START = """Train one LoRA adapter, deploy it at any rank. What do you have?
 
   nothing yet     matryoshka demo                         train a small adapter, query every rank
   data            matryoshka train CONFIG.yaml            train an adapter for every rank
-  a LoRA file     matryoshka export LORA.safetensors --keep 99% -o small.safetensors
+  a LoRA file     matryoshka export LORA.safetensors --error 10% -o small.safetensors
   a LoRA folder   matryoshka info FOLDER                  see the size and error of each rank
                   matryoshka reorder FOLDER -o nested     make every rank usable
   several LoRAs   matryoshka combine A B -o sum           add them, usable at every rank

@@ -10,6 +10,7 @@ import typer
 from matryoshka_lora.cli.arguments import (
     BaseModelOption,
     BaseRevisionOption,
+    ErrorOption,
     ForceOption,
     FormatOption,
     KeepOption,
@@ -53,7 +54,7 @@ def info(lora: LoraArgument, revision: RevisionOption = None) -> None:
     source = [lora, *revision_option(revision)]
     if isinstance(result.lora, SingleFile):
         small_file = Path(f"{lora.stem}-small.safetensors")
-        print_next("export", *source, "--keep", "99%", "-o", small_file)
+        print_next("export", *source, "--error", "10%", "-o", small_file)
     elif result.lora.order is None and result.lora.deploy != "paper":
         print_next("reorder", *source, "-o", "nested")
     else:
@@ -176,6 +177,7 @@ def export(
     output: OutputOption,
     rank: RankOrRanksOption = None,
     keep: KeepOption = None,
+    error: ErrorOption = None,
     max_bytes: MaxBytesOption = None,
     format: FormatOption = None,
     key_format: KeyFormatOption = None,
@@ -196,7 +198,7 @@ def export(
     - gguf: a file for llama.cpp
     - mlx: a folder for mlx-lm
 
-    Example: matryoshka export flux.safetensors --keep 99% -o small.safetensors
+    Example: matryoshka export flux.safetensors --error 10% -o small.safetensors
 
     Example: matryoshka export runs/demo/adapter --rank 4 -o rank-4
     """
@@ -213,6 +215,7 @@ def export(
             rank_or_ranks,
             format=format,
             keep=keep,
+            error=error,
             max_bytes=max_bytes,
             key_format=key_format,
             base_model=base_model,
@@ -229,6 +232,7 @@ def export(
         rank_or_ranks,
         format,
         keep=keep,
+        error=error,
         max_bytes=max_bytes,
         key_format=key_format,
         base_model=base_model,

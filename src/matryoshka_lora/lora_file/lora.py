@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from matryoshka_lora.algebra.allocation import LayerSpectrum, ranks_for_size
+from matryoshka_lora.algebra.allocation import LayerSpectrum
 from matryoshka_lora.algebra.arrays import Array, Float64Array
 from matryoshka_lora.algebra.factors import (
     Checksum,
@@ -265,29 +265,19 @@ class LoraFile(ABC):
             layers = progress_bar(self.layers, "singular values")
             return {layer.name: self.singular_values(layer) for layer in layers}
 
-    def ranks_for_size(
-        self,
-        singular_values: Mapping[str, Float64Array],
-        max_ranks: Mapping[str, int],
-        max_bytes: int,
-    ) -> dict[str, int]:
-        """Return the rank of each layer that keeps most of the update in a file of a maximum size.
+    def spectra(self, max_ranks: Mapping[str, int]) -> dict[str, LayerSpectrum]:
+        """Return what `ranks_for_size` and `ranks_for_error` need to know of each layer.
 
         Args:
-            singular_values: From `all_singular_values`.
             max_ranks: The largest rank that each layer may get, by its name.
-            max_bytes: The maximum size.
-
-        Raises:
-            MatryoshkaError: A file with rank 1 in every layer is too large.
         """
-        spectra = {
+        singular_values = self.all_singular_values()
+        return {
             layer.name: LayerSpectrum(
                 singular_values[layer.name], layer.parameters_per_rank, max_ranks[layer.name]
             )
             for layer in self.layers
         }
-        return ranks_for_size(spectra, lambda ranks: self.plan(ranks).file_size, max_bytes)
 
     def truncate(self, layer: Layer, new: Layer, keep_factors: bool = False) -> TruncatedLayer:
         """Compute the factors of a layer at a rank.

@@ -11,7 +11,7 @@ from typing import get_args
 
 from tqdm import tqdm
 
-from matryoshka_lora.algebra.allocation import rank_for_share
+from matryoshka_lora.algebra.allocation import rank_for_share, ranks_for_error, ranks_for_size
 from matryoshka_lora.errors import MatryoshkaError, check_choice, optional_imports
 from matryoshka_lora.formats import Format, KeyFormat, OutputFormat
 from matryoshka_lora.lora_file.atomic import PathLike, check_output, create_file, create_folder
@@ -78,18 +78,25 @@ class _Selection:
     """What the caller wants to keep.
 
     Attributes:
-        rank: The rank, or an upper bound if a share or a size is requested too, or several ranks.
+        rank: The rank, or an upper bound if something else is requested too, or several ranks.
         share: The minimum share of the squared singular values kept per layer.
+        error: The maximum relative error over all layers.
         max_size: The maximum size of the weights in bytes.
     """
 
     rank: int | Sequence[int] | None
     share: float | None
+    error: float | None
     max_size: int | None
 
     @property
     def is_empty(self) -> bool:
-        return self.rank is None and self.share is None and self.max_size is None
+        return self == _Selection(None, None, None, None)
+
+    @property
+    def needs_singular_values(self) -> bool:
+        """Whether the rank of a layer depends on its singular values."""
+        return self != _Selection(self.rank, None, None, None)
 
 
 def export(
@@ -99,6 +106,7 @@ def export(
     format: Format | None = None,
     *,
     keep: float | str | None = None,
+    error: float | str | None = None,
     max_bytes: int | str | None = None,
     key_format: KeyFormat | None = None,
     base_model: str | None = None,
@@ -114,17 +122,21 @@ def export(
     Args:
         source: A PEFT folder, a single ``.safetensors`` file, or the Hub id of either.
         output: The folder or file to write.
-        rank: The rank; with ``keep`` or ``max_bytes``, an upper bound. For a ladder, one or several
-            ranks; defaults to the nested ones.
+        rank: The rank; with ``keep``, ``error`` or ``max_bytes``, an upper bound. For a ladder, one
+            or several ranks; defaults to the nested ones.
         format: ``"peft"``, a PEFT folder; ``"merged"``, the base model with the LoRA merged into
             its weights; ``"ladder"``, one PEFT folder per rank; ``"gguf"``, a file for llama.cpp;
             ``"mlx"``, a folder for mlx-lm. Defaults to ``"gguf"`` for an output that ends in
             ``.gguf``, otherwise to the kind of the source.
         keep: A share of the squared singular values, such as ``"95%"`` or ``0.95``. Each layer gets
             the smallest rank that keeps it.
-        max_bytes: The maximum size of the weights file, such as ``"50MB"``.
+        error: The maximum relative error over all layers, such as ``"10%"`` or ``0.1``: the norm of
+            what the output misses over the norm of the update. The layers get the ranks that reach
+            it with few parameters, so the file is smaller than with ``keep``.
+        max_bytes: The maximum size of the weights file, such as ``"50MB"``. The layers get the
+            ranks that keep most of the update.
         key_format: The format of a single file's keys: ``"kohya"``, ``"diffusers"``, or ``"peft"``
-            for a PEFT folder. Without rank, keep and max_bytes, only the keys change.
+            for a PEFT folder. Without rank, keep, error and max_bytes, only the keys change.
         base_model: The base model, for the formats merged, gguf and mlx. Defaults to the one that
             the LoRA names.
         base_revision: Its branch, tag or commit on the Hub. Defaults to the one that the LoRA
@@ -142,7 +154,7 @@ def export(
     output_format = choose_output_format(lora, output, format, key_format)
     is_file = bool(EXPORT_FORMATS[output_format].suffix)
     output_path = check_output(output, force, lora.sources, is_file=is_file)
-    selection = _parse_selection(rank, keep, max_bytes)
+    selection = _parse_selection(rank, keep, error, max_bytes)
     _check_selection(selection, output_format, key_format)
     keep_factors = selection.is_empty and key_format is not None
     if isinstance(lora, SingleFile) and key_format is not None:
@@ -172,6 +184,7 @@ def export_folder(
     format: Format | None = None,
     *,
     keep: float | str | None = None,
+    error: float | str | None = None,
     max_bytes: int | str | None = None,
     key_format: KeyFormat | None = None,
     base_model: str | None = None,
@@ -188,6 +201,7 @@ def export_folder(
         rank: As in `export`; a LoRA of a smaller rank keeps its own.
         format: As in `export`.
         keep: As in `export`.
+        error: As in `export`.
         max_bytes: As in `export`, for each LoRA.
         key_format: As in `export`.
         base_model: As in `export`.
@@ -201,16 +215,10 @@ def export_folder(
     if format is not None:
         check_choice("format", format, get_args(Format))
     loras = find_loras(source)
-    if not loras:
-        raise MatryoshkaError(f"{source} contains no LoRAs. Pass a folder that contains some.")
+    _check_folders(source, loras, output)
     output_path = Path(output)
-    if output_path.suffix.lower() in FILE_SUFFIXES:
-        raise MatryoshkaError(
-            f"{source} is a folder of LoRAs, so the output is a folder too, got {output}. Pass a "
-            f"path without {output_path.suffix}."
-        )
     # A mistake that no LoRA is the reason of is one error.
-    _check_selection(_parse_selection(rank, keep, max_bytes), format or "peft", key_format)
+    _check_selection(_parse_selection(rank, keep, error, max_bytes), format or "peft", key_format)
     exported: list[ExportResult] = []
     failed: dict[str, str] = {}
     skipped = tuple(
@@ -228,13 +236,14 @@ def export_folder(
                     _limit_rank(rank, path),
                     format,
                     keep=keep,
+                    error=error,
                     max_bytes=max_bytes,
                     key_format=key_format,
                     base_model=base_model,
                     base_revision=base_revision,
                 )
-            except MatryoshkaError as error:
-                failed[path.name] = str(error)
+            except MatryoshkaError as failure:
+                failed[path.name] = str(failure)
             else:
                 exported.append(replace(result, path=output_path / name))
         if not exported:
@@ -244,6 +253,17 @@ def export_folder(
                 f"{name:.80}: {failed[name]}"
             )
     return ExportFolderResult(output_path, tuple(exported), failed, skipped)
+
+
+def _check_folders(source: PathLike, loras: Sequence[Path], output: PathLike) -> None:
+    if not loras:
+        raise MatryoshkaError(f"{source} contains no LoRAs. Pass a folder that contains some.")
+    suffix = Path(output).suffix
+    if suffix.lower() in FILE_SUFFIXES:
+        raise MatryoshkaError(
+            f"{source} is a folder of LoRAs, so the output is a folder too, got {output}. Pass a "
+            f"path without {suffix}."
+        )
 
 
 def _folder_sources(loras: Sequence[Path], base_model: str | None) -> list[PathLike]:
@@ -271,13 +291,17 @@ def _limit_rank(rank: int | Sequence[int] | None, path: Path) -> int | Sequence[
 
 
 def _parse_selection(
-    rank: int | Sequence[int] | None, keep: float | str | None, max_bytes: int | str | None
+    rank: int | Sequence[int] | None,
+    keep: float | str | None,
+    error: float | str | None,
+    max_bytes: int | str | None,
 ) -> _Selection:
     if rank is not None and (isinstance(rank, str) or not isinstance(rank, Sequence)):
         check_rank(rank)
     return _Selection(
         rank,
         share=None if keep is None else parse_share(keep),
+        error=None if error is None else parse_share(error),
         max_size=None if max_bytes is None else parse_size(max_bytes),
     )
 
@@ -286,18 +310,21 @@ def _check_selection(
     selection: _Selection, output_format: OutputFormat, key_format: KeyFormat | None
 ) -> None:
     if selection.is_empty and key_format is None and output_format in ("peft", "single"):
-        raise MatryoshkaError("Pass at least one of `rank`, `keep` or `max_bytes`.")
+        raise MatryoshkaError("Pass at least one of `rank`, `keep`, `error` or `max_bytes`.")
     if isinstance(selection.rank, Sequence) and output_format != "ladder":
         raise MatryoshkaError(
             f"`rank` must be an integer in format {output_format!r}, got {selection.rank!r:.80}. "
             "Only `format='ladder'` takes several."
         )
+    if selection.share is not None and selection.error is not None:
+        raise MatryoshkaError("Pass `keep` or `error`, not both.")
     supported = EXPORT_FORMATS[output_format]
-    if selection.share is not None and not supported.supports_keep:
-        raise MatryoshkaError(
-            f"`keep` gives each layer its own rank, which format {output_format!r} does not "
-            "support. Pass `rank`."
-        )
+    for name, value in (("keep", selection.share), ("error", selection.error)):
+        if value is not None and not supported.supports_keep:
+            raise MatryoshkaError(
+                f"`{name}` gives each layer its own rank, which format {output_format!r} does not "
+                "support. Pass `rank`."
+            )
     if selection.max_size is not None and not supported.supports_max_bytes:
         alternatives = "`rank` or `keep`" if supported.supports_keep else "`rank`"
         raise MatryoshkaError(
@@ -320,19 +347,24 @@ def _choose_ranks(
     ranks = lora.ranks_by_layer(max_rank)
     if not EXPORT_FORMATS[output_format].supports_keep:  # one rank for all layers
         return dict.fromkeys(ranks, max_rank)
-    if selection.share is None and selection.max_size is None:
+    if not selection.needs_singular_values:
         return ranks
     if lora.order == "trained" or lora.deploy == "paper":
         raise MatryoshkaError(
-            "`keep` and `max_bytes` need factors that are ordered by singular values, and those of "
-            f"{lora.name} are not. Pass `rank`, or reorder it first."
+            "`keep`, `error` and `max_bytes` need factors that are ordered by singular values, and "
+            f"those of {lora.name} are not. Pass `rank`, or reorder it first."
         )
-    values = lora.all_singular_values()
+    spectra = lora.spectra(ranks)
+    if selection.error is not None:
+        ranks = ranks_for_error(spectra, selection.error)
     if selection.share is not None:
-        for name, rank in ranks.items():
-            ranks[name] = min(rank, rank_for_share(values[name], selection.share))
+        for name, layer in spectra.items():
+            ranks[name] = min(ranks[name], rank_for_share(layer.singular_values, selection.share))
     if selection.max_size is not None:
-        ranks = lora.ranks_for_size(values, ranks, selection.max_size)
+        spectra = {name: replace(layer, max_rank=ranks[name]) for name, layer in spectra.items()}
+        ranks = ranks_for_size(
+            spectra, lambda ranks: lora.plan(ranks).file_size, selection.max_size
+        )
     return ranks
 
 
@@ -397,12 +429,12 @@ def _notes(
     if lora.other_tensors and output_format == "single":
         tensors = pluralize(len(lora.other_tensors), "other tensor")
         notes.append(f"Copied {tensors} unchanged, such as {min(lora.other_tensors)}.")
-    if selection.share is not None:
+    if selection.share is not None or selection.error is not None:
         num_bounded = sum(rank == selection.rank for rank in ranks.values())
         if num_bounded:
             notes.append(
-                f"`rank` limits {pluralize(num_bounded, 'layer')}, which may keep less than "
-                f"{100 * selection.share:.4g}% of the squared singular values."
+                f"The requested rank limits {pluralize(num_bounded, 'layer')}, so the error may be "
+                "larger than requested."
             )
     return notes
 

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
+from matryoshka_lora.algebra.allocation import ranks_for_size
 from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list
 from matryoshka_lora.formats import ImageKeyFormat
 from matryoshka_lora.lora_file.atomic import PathLike, check_output, create_file
@@ -238,7 +239,8 @@ def _plan_output(lora: LoraFile, limits: RankLimits, max_bytes: int | None) -> O
     """Return what the output will hold. It is nested if only the rank is limited."""
     ranks = {layer.name: layer.rank for layer in lora.layers}
     if max_bytes is not None:
-        ranks = lora.ranks_for_size(lora.all_singular_values(), ranks, max_bytes)
+        spectra = lora.spectra(ranks)
+        ranks = ranks_for_size(spectra, lambda ranks: lora.plan(ranks).file_size, max_bytes)
     elif limits.share is None and isinstance(lora, PeftFolder):
         return lora.plan_nested()
     return lora.plan(ranks)
