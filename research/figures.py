@@ -35,7 +35,7 @@ from research.study import LORA_EACH, load_study, parse_method
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "docs" / "figures"
 
-FACE_METHODS = (TRAINED, "lora/squeezed", LORA_EACH, "lora/svd")
+FACE_METHODS = (trained_method("every256"), "lora/squeezed", LORA_EACH, "lora/svd")
 TASK_METHODS = (LORA_EACH, "matryoshka/svd", "lora/svd", "lora/prefix", "matryoshka/prefix")
 
 P_DEPLOYMENTS = {
@@ -45,7 +45,7 @@ P_DEPLOYMENTS = {
 }
 """The deployments of an adapter that P has trained; ``keep`` is the recorded name of ``kept``."""
 
-SPENT_METHODS = ("lora/svd", TRAINED, "lora/squeezed", LORA_EACH)
+SPENT_METHODS = ("lora/svd", trained_method("capacity"), "lora/squeezed", LORA_EACH)
 SPENT_STUDIES = {
     "256 facts, two kinds of layers": dict.fromkeys(SPENT_METHODS, ("capacity", "facts-256")),
     "family_relationships": {

@@ -8,21 +8,22 @@ from typing import Any
 
 from research.study import LORA_EACH
 
-TRAINED = "lora/trained-0.3"
-"""The method that pages and figures show as `train_ranks`. ``lora/trained`` is that of the current
-version; change it when every128, every256, every512 and capacity have its runs."""
+TRAINED = "lora/trained"
+"""The `train_ranks` of the current version."""
 
-P_TRAINED = TRAINED.replace("lora/", "matryoshka/")
-"""The same deployment after training with P."""
+P_TRAINED_0_3 = "matryoshka/trained-0.3"
+"""After training with P, only version 0.3 has test runs."""
 
 STUDIES_OF_VERSION_0_3 = (
+    "capacity",
     "commonsense-judged",
     "every256-rank128",
+    "every512",
     "gemma256",
     "hardly",
     "hardly-wordnet",
 )
-"""Studies that are not run again with a later version: they have the `train_ranks` of 0.3."""
+"""Studies whose tests have the `train_ranks` of version 0.3 only."""
 
 
 def trained_method(study: str) -> str:

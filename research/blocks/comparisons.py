@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import fmean
+from statistics import fmean, median
 
 from matryoshka_lora import aurac
 from research import stats
@@ -11,7 +11,7 @@ from research.figures import curves
 from research.looks import TRAINED, train_ranks_name, trained_method
 from research.plan import rates, units
 from research.stats import Estimate, Value
-from research.study import load_study
+from research.study import load_study, parse_method
 
 THREE_TASKS = ("chain_sum", "wordnet", "family_relationships")
 
@@ -93,11 +93,27 @@ def other_version(study: str) -> str:
 
 
 def num_tries() -> tuple[int, int]:
-    """Return the tries of ``train_ranks``, and those of our variant of LoRA-Squeeze."""
+    """Return the tries of ``train_ranks`` so far, and those of our variant of LoRA-Squeeze."""
     kinds = [line["kind"] for line in read("research/runs/trained-tries.jsonl")]
     num_of_trained = sum(kind in ("inter", "seq", "trained") for kind in kinds)
+    loops = [line["loop"] for line in read("research/runs/allocation-tries.jsonl")]
+    num_of_trained += sum(loop not in ("svd", "squeezed") for loop in loops)
     num_of_squeezed = sum(kind in ("squeeze", "squeezed") for kind in kinds)
     return num_of_trained, num_of_squeezed
+
+
+def relative_seconds(study: str, method: str) -> float:
+    """Return the seconds of a run and a deployment of it, as a multiple of the run's: the median.
+
+    Both are of the same process, because the machine is shared.
+    """
+    recipe, deployment = parse_method(method)
+    multiples: list[float] = []
+    for run in read(f"research/runs/{study}.jsonl"):
+        cost = run["cost"]
+        if run["job"]["recipe"] == recipe and deployment in cost["cuts"]:
+            multiples.append(1 + cost["cuts"][deployment]["seconds"] / cost["seconds"])
+    return median(multiples)
 
 
 def parameters_of_squeezed(study: str) -> float:

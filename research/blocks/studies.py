@@ -100,25 +100,26 @@ def hardly() -> str:
 
 @block
 def defaults() -> str:
-    """The validation losses that chose the defaults of the versions 0.2 and 0.3."""
+    """The validation losses that chose the defaults of each version."""
     old_studies = ("facts128", "facts256", "facts512", "commonsense")
     plain = {study: _validation_losses(study, "lora/svd") for study in old_studies}
-    candidates_of_0_3 = {
-        "lora-longer/svd": "lora-longer/svd",
-        "lora/trained": "lora/trained-0.3",
-        "matryoshka/trained": "matryoshka/trained-0.3",
-    }
+    candidates = ("lora-longer/svd", "lora/trained", "matryoshka/trained")
     rows: list[list[str]] = []
-    for method in (*candidates_of_0_3, "lora/learned", "lora/svd", "matryoshka/prefix"):
+    for method in (*candidates, "lora/learned", "lora/svd", "matryoshka/prefix"):
         losses = {study: _validation_losses(study, method) for study in old_studies}
         score = geometric_mean(fmean(losses[study]) / fmean(plain[study]) for study in old_studies)
         largest = max(losses[study][-1] / plain[study][-1] for study in old_studies)
-        cells = [f"{score:.2f}", f"{largest:.2f}", "", ""]
-        if candidate := candidates_of_0_3.get(method):
-            for index, study in enumerate(("every128", "every256"), start=2):
-                cells[index] = f"{fmean(_validation_losses(study, candidate)):.3f}"
+        cells = [f"{score:.2f}", f"{largest:.2f}"]
+        method_of_0_3 = method.replace("/trained", "/trained-0.3")
+        for name in (method_of_0_3, method):
+            for study in ("every128", "every256"):
+                is_candidate = method in candidates
+                cells.append(
+                    f"{fmean(_validation_losses(study, name)):.3f}" if is_candidate else ""
+                )
         rows.append([NAMES[method], *cells])
-    heading = ["0.2: score", "0.2: at R", "0.3: 128 facts", "0.3: 256 facts"]
+    heading = ["0.2: score", "0.2: at R"]
+    heading += [f"{version}: {n} facts" for version in ("0.3", "0.4") for n in (128, 256)]
     return table(["method", *heading], rows)
 
 
