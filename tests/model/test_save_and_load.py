@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,21 @@ def llama_with_biases() -> Any:
         if name.endswith("bias"):
             nn.init.constant_(parameter, 0.1)
     return model
+
+
+@dataclass
+class ConfigOfATrainer(LoraConfig):
+    """A subclass as of ms-swift, whose fields PEFT does not know."""
+
+    lora_dtype: str | None = "float32"
+
+
+def test_fields_that_peft_does_not_know_are_not_saved(tmp_path: Path) -> None:
+    config = lora_config(NESTING)
+    model = get_peft_model(tiny_llama(), ConfigOfATrainer(**config.to_dict()))
+    nest_as(model, NESTING).save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert saved.keys() == config.to_dict().keys()
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -6,9 +6,10 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor
 
@@ -296,7 +297,10 @@ class NestedAdapter:
             return sorted(value) if isinstance(value, set) else str(value)
 
         peft_config = self.model.peft_config[self.name].to_dict()
-        config: dict[str, Any] = json.loads(json.dumps(peft_config, default=to_json))
+        # A trainer's subclass may have fields that PEFT would warn about, such as ms-swift's.
+        names = {field.name for field in fields(LoraConfig)}
+        known_fields = {name: value for name, value in peft_config.items() if name in names}
+        config: dict[str, Any] = json.loads(json.dumps(known_fields, default=to_json))
         if not config.get("base_model_name_or_path"):
             config["base_model_name_or_path"] = getattr(self.model, "name_or_path", None)
         return config
