@@ -28,8 +28,11 @@ if TYPE_CHECKING:
     from matryoshka_lora.operations.export import export_folder as export_folder
     from matryoshka_lora.operations.extract import ExtractResult as ExtractResult
     from matryoshka_lora.operations.extract import extract as extract
+    from matryoshka_lora.operations.info import FolderInfo as FolderInfo
+    from matryoshka_lora.operations.info import LayerInfo as LayerInfo
     from matryoshka_lora.operations.info import LoraInfo as LoraInfo
     from matryoshka_lora.operations.info import info as info
+    from matryoshka_lora.operations.info import info_folder as info_folder
     from matryoshka_lora.operations.reorder import reorder as reorder
     from matryoshka_lora.operations.train_ranks import train_ranks as train_ranks
     from matryoshka_lora.rules import Rule as Rule
@@ -41,6 +44,8 @@ _MODULES = {
     "ExportFolderResult": "operations.export",
     "ExportResult": "operations.export",
     "ExtractResult": "operations.extract",
+    "FolderInfo": "operations.info",
+    "LayerInfo": "operations.info",
     "LoraInfo": "operations.info",
     "MatryoshkaError": "errors",
     "MissingDependencyError": "errors",
@@ -58,6 +63,7 @@ _MODULES = {
     "export_folder": "operations.export",
     "extract": "operations.extract",
     "info": "operations.info",
+    "info_folder": "operations.info",
     "load": "model.load",
     "nest": "model.nest",
     "reorder": "operations.reorder",

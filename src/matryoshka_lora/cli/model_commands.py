@@ -262,8 +262,9 @@ def serve(
     adapter: Annotated[
         Path,
         typer.Argument(
-            metavar="ADAPTER",
-            help="A PEFT folder, a ladder, or owner/name on the Hugging Face Hub.",
+            metavar="ADAPTERS",
+            help="A folder of PEFT folders, such as a ladder; or an adapter: a PEFT folder, or "
+            "owner/name on the Hugging Face Hub.",
         ),
     ],
     vllm_options: Annotated[
@@ -282,13 +283,15 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
 ) -> None:
-    """Serve several ranks of an adapter, or a ladder, with vLLM.
+    """Serve a folder of adapters, or several ranks of one adapter, with vLLM.
 
-    A request for the model NAME@4 is answered by rank 4 of the adapter NAME. vLLM pads every
-    adapter to the largest rank that it serves, so small ranks save time only on a server without
-    large ones.
+    A request for the model NAME is answered by the adapter in the folder NAME, and one for NAME@4
+    by rank 4 of the adapter NAME. vLLM pads every adapter to the largest rank that it serves, so
+    small ranks save memory only on a server without large ones.
 
     Example: matryoshka serve runs/my/adapter --ranks 1,4,8 -- --max-model-len 2048
+
+    Example: matryoshka serve loras --dry-run
     """
     from matryoshka_lora.serve import serve as run_serve
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matryoshka_lora.operations.combine import CombineResult
     from matryoshka_lora.operations.export import ExportFolderResult, ExportResult
     from matryoshka_lora.operations.extract import ExtractResult
-    from matryoshka_lora.operations.info import LoraInfo
+    from matryoshka_lora.operations.info import FolderInfo, LoraInfo
 
 
 def print_loading() -> None:
@@ -86,12 +86,22 @@ def with_flags(message: str, options: Collection[str]) -> str:
     return re.sub("`([^`]*)`", replace, message)
 
 
-def format_table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
-    """Return the lines of a table with right-aligned columns."""
+def format_table(
+    rows: Sequence[Sequence[str]], indent: str = "  ", left_aligned: int = 0
+) -> list[str]:
+    """Return the lines of a table with right-aligned columns.
+
+    Args:
+        rows: The cells, with a heading as the first row.
+        indent: The beginning of each line.
+        left_aligned: The number of columns at the end that are aligned on the left.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    num_right_aligned = len(widths) - left_aligned
     lines = []
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[num_right_aligned:] = row[num_right_aligned:]
         lines.append(indent + "  ".join(cells))
     return lines
 
@@ -121,11 +131,12 @@ def format_errors(
 
 
 def format_info(info: LoraInfo) -> str:
-    """Return what `matryoshka info` prints."""
+    """Return what `matryoshka info` prints for one LoRA."""
     lora = info.lora
     layers = lora.layers
     rows = {
-        "base model": _base_model_name(lora),
+        "base model": info.base_model or "not named",
+        "triggers": ", ".join(info.trigger_words),
         "layers": f"{len(layers)}, such as {layers[0].name}",
         "rank": _range([layer.rank for layer in layers]),
         "scale": _range([layer.scale for layer in layers]),
@@ -135,8 +146,44 @@ def format_info(info: LoraInfo) -> str:
         size = format_size(sum(tensor.nbytes for tensor in lora.other_tensors.values()))
         rows["other"] = f"{_first_of(list(lora.other_tensors))}: {size} at every rank"
     lines = [f"{lora.name} is {_kind_of(lora)}."]
-    lines += [f"  {label:10}  {value}" for label, value in rows.items()]
-    lines += ["", *format_errors(info.errors, "update", info.sizes)]
+    lines += [f"  {label:10}  {value}" for label, value in rows.items() if value]
+    if info.layers:
+        lines += ["", *_format_layers(info)]
+    errors = {rank: info.errors[rank] for rank in lora.ranks}
+    lines += ["", *format_errors(errors, "update", info.sizes)]
+    return _join_lines(lines)
+
+
+def _format_layers(info: LoraInfo) -> list[str]:
+    rows = [["rank", "95%", "99%", "stable rank", "norm", "layer"]]
+    for name, layer in info.layers.items():
+        numbers = [str(layer.rank), str(layer.rank_95), str(layer.rank_99)]
+        numbers += [f"{layer.stable_rank:.1f}", f"{layer.largest_singular_value:.3g}"]
+        rows.append([*numbers, name])
+    return [
+        *format_table(rows, left_aligned=1),
+        "  95%, 99%: the rank that keeps this share of the squared singular values",
+        "  stable rank: the squared norm over the largest squared singular value",
+        "  norm: the largest singular value",
+    ]
+
+
+def format_info_folder(info: FolderInfo, max_error: float) -> str:
+    """Return what `matryoshka info` prints for a folder of LoRAs: a table, and a rank for all."""
+    limit = f"{100 * max_error:.4g}%"
+    rows = [["rank", "layers", "size", f"rank for {limit}", "name"]]
+    for name, lora_info in info.loras.items():
+        lora = lora_info.lora
+        numbers = [str(lora.max_rank), str(len(lora.layers)), format_size(lora.size)]
+        rows.append([*numbers, str(lora_info.rank_for_error(max_error)), name])
+    lines = format_table(rows, left_aligned=1)
+    lines += [f"{name} cannot be read: {reason}" for name, reason in info.failed.items()]
+    total_size = format_size(sum(lora_info.lora.size for lora_info in info.loras.values()))
+    lines += [
+        f"{pluralize(len(info.loras), 'LoRA')}, {total_size}. At rank "
+        f"{info.common_rank(max_error)}, each has a relative error of at most {limit}.",
+        ERROR_CAVEAT,
+    ]
     return _join_lines(lines)
 
 
@@ -165,9 +212,13 @@ def format_export_folder(result: ExportFolderResult) -> str:
         for exported in result.exported
     ]
     lines += [f"{name} is not a LoRA. Export its content separately." for name in result.skipped]
-    if result.exported:
-        lines.append(ERROR_CAVEAT)
-    return _join_lines(lines)
+    size_before = sum(exported.size_before for exported in result.exported)
+    size_after = sum(exported.size_after for exported in result.exported)
+    lines.append(
+        f"{pluralize(len(result.exported), 'LoRA')} exported, {len(result.failed)} failed: "
+        f"{format_size(size_before)} -> {format_size(size_after)}"
+    )
+    return _join_lines([*lines, ERROR_CAVEAT])
 
 
 def how_to_load(result: ExportResult) -> str:
@@ -306,13 +357,6 @@ def _format_ranks(result: ExportResult) -> str:
         return f"ranks {', '.join(map(str, result.ranks))}"
     low, high = min(result.ranks.values()), max(result.ranks.values())
     return f"rank {low}" if low == high else f"ranks from {low} to {high}, by layer"
-
-
-def _base_model_name(lora: LoraFile) -> str:
-    from matryoshka_lora.lora_file.peft_folder import PeftFolder
-
-    name = lora.config.get("base_model_name_or_path") if isinstance(lora, PeftFolder) else None
-    return str(name or "not named")
 
 
 def _kind_of(lora: LoraFile) -> str:
