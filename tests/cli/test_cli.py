@@ -150,6 +150,7 @@ def test_warnings_the_log_and_the_next_command_escape_control_characters(
         ("reorder plain -o new", "every rank", "info new"),
         ("reorder one.safetensors --output new.safetensors", "new", "info new.safetensors"),
         ("combine plain plain --weights 1,-0.5 -o new", "layers", "info new"),
+        ("combine plain nested --weights mean -o new", "Cosines", "info new"),
         ("export nested --rank 2 -o new", "Relative error", ""),
         ("export plain --keep 0.9 -o new", "by layer", ""),
         ("export one.safetensors --rank 2 -o new.safetensors", "rank 2", ""),

@@ -122,6 +122,33 @@ def test_plain_peft_computes_the_sum(tmp_path: Path, seed: int) -> None:
     assert info(tmp_path / "sum").lora.order == "svd"
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_cosines_are_those_of_the_dense_updates(seed: int, tmp_path: Path) -> None:
+    terms = random_sum(tmp_path, seed)
+    result = combine(terms.paths, tmp_path / "sum", terms.weights)
+    dense: list[dict[str, Any]] = []
+    for path in terms.paths:
+        dense.append(dense_sum(terms.base, [path], [1.0]))
+    names = sorted({name for updates in dense for name in updates})
+    shapes = {name: value.shape for updates in dense for name, value in updates.items()}
+    vectors = [
+        np.concatenate([updates.get(name, np.zeros(shapes[name])).ravel() for name in names])
+        for updates in dense
+    ]
+    vectors = [vector / np.linalg.norm(vector) for vector in vectors]
+    expected = [[first @ second for second in vectors] for first in vectors]
+    np.testing.assert_allclose(result.cosines, expected, atol=1e-6)
+
+
+def test_a_mean_has_equal_weights(tmp_path: Path) -> None:
+    terms = random_sum(tmp_path, 0)
+    num_sources = len(terms.paths)
+    combine(terms.paths, tmp_path / "mean", "mean")
+    combine(terms.paths, tmp_path / "sum", [1 / num_sources] * num_sources)
+    mean, total = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("mean", "sum"))
+    assert all(torch.equal(mean[key], total[key]) for key in total)
+
+
 def test_single_files_keep_their_key_format(tmp_path: Path) -> None:
     sources = {"a": (4, 8.0, "x"), "b": (2, 1.0, "x"), "c": (3, 6.0, "y")}
     for name, (rank, alpha, other_layer) in sources.items():
@@ -275,6 +302,7 @@ def test_an_adapter_minus_itself_is_zero(tmp_path: Path) -> None:
         ({}, {"weights": [1, 10**400]}, "weights"),
         ({}, {"weights": [1, float("nan")]}, "weights"),
         ({}, {"weights": [1, None]}, "weights"),
+        ({}, {"weights": "median"}, "weights"),
         ({}, {"weights": [1, 1e300]}, "weights"),
         ({}, {"rank": 13}, "rank"),
         ({}, {"rank": 0}, "rank"),

@@ -158,6 +158,27 @@ def weighted_sum(
     return new_A, new_B
 
 
+def inner_products(factors: Sequence[tuple[Array, Array]]) -> Float64Array:
+    """Return the Frobenius inner product of each pair of products ``B_i A_i``.
+
+    ``<B_i A_i, B_j A_j>`` is the sum of the elements of ``(B_i^T B_j) * (A_i A_j^T)``, so the dense
+    matrices are not formed.
+
+    Args:
+        factors: n pairs A and B, of shapes (..., R_i, in) and (..., out, R_i).
+
+    Returns:
+        Shape (n, n), symmetric.
+    """
+    pairs = [(A.astype(np.float64), B.astype(np.float64)) for A, B in factors]
+    products = np.empty((len(pairs), len(pairs)))
+    for i, (A_i, B_i) in enumerate(pairs):
+        for j, (A_j, B_j) in enumerate(pairs[: i + 1]):
+            product = (B_i.swapaxes(-1, -2) @ B_j) * (A_i @ A_j.swapaxes(-1, -2))
+            products[i, j] = products[j, i] = product.sum()
+    return products
+
+
 def relative_error(
     squared_errors: Mapping[str, Float64Array], ranks: int | Mapping[str, int]
 ) -> float:

@@ -108,10 +108,12 @@ def parse_ranks_or_all(text: str | None) -> list[int] | Literal["all"] | None:
     return "all" if text == "all" else parse_ranks(text)
 
 
-def parse_weights(text: str | None) -> list[float] | None:
-    """Return weights such as ``"1,0.5"``."""
+def parse_weights(text: str | None) -> list[float] | Literal["mean"] | None:
+    """Return weights such as ``"1,0.5"``, or ``"mean"``."""
     if text is None:
         return None
+    if text == "mean":
+        return "mean"
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:

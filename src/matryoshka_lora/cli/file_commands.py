@@ -130,7 +130,7 @@ def combine(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="Weight of each LoRA, such as 1,0.5. A negative weight subtracts.",
+            help="Weight of each LoRA, such as 1,0.5, or mean. A negative weight subtracts.",
             show_default="1 for each",
         ),
     ] = None,
@@ -150,7 +150,7 @@ def combine(
     from matryoshka_lora import combine as run_combine
 
     result = run_combine(loras, output, parse_weights(weights), rank, force=force)
-    typer.echo(format_combine(result))
+    typer.echo(format_combine(result, [str(lora) for lora in loras]))
     print_next("info", output)
 
 

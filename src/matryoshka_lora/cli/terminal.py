@@ -246,10 +246,22 @@ def format_train_ranks(result: TrainRanksResult) -> str:
     return f"The ranks were trained on {pluralize(result.num_examples, 'example')}."
 
 
-def format_combine(result: CombineResult) -> str:
-    """Return what `matryoshka combine` prints."""
+def format_combine(result: CombineResult, names: Sequence[str]) -> str:
+    """Return what `matryoshka combine` prints.
+
+    Args:
+        result: The result.
+        names: The names of the sources.
+    """
     lines = [f"{result.path}, number of layers: {result.num_layers}", ""]
-    return _join_lines([*lines, *format_errors(result.errors, "sum")])
+    lines += format_errors(result.errors, "sum")
+    if len(names) > 1:
+        rows = [["", *(str(number) for number in range(1, len(names) + 1)), ""]]
+        for number, (name, cosines) in enumerate(zip(names, result.cosines, strict=True), start=1):
+            rows.append([str(number), *(f"{cosine:.2f}" for cosine in cosines), name])
+        lines += ["", "Cosines of the updates: 0 unrelated, 1 the same, negative opposed"]
+        lines += format_table(rows, left_aligned=1)
+    return _join_lines(lines)
 
 
 def format_extract(result: ExtractResult) -> str:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations_with_replacement
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from matryoshka_lora.algebra.arrays import Array
-from matryoshka_lora.algebra.factors import weighted_sum
+from matryoshka_lora.algebra.arrays import Array, Float64Array
+from matryoshka_lora.algebra.factors import inner_products, weighted_sum
 from matryoshka_lora.errors import MatryoshkaError, check_list
 from matryoshka_lora.lora_file.atomic import PathLike, check_output
 from matryoshka_lora.lora_file.diffusers_metadata import CONFIGS_KEY
@@ -26,6 +26,7 @@ from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 from matryoshka_lora.lora_file.single_file import SingleFile
 from matryoshka_lora.nesting import Nesting, check_rank, is_valid_scale
 from matryoshka_lora.operations.output_format import check_same_kind
+from matryoshka_lora.progress import progress_bar, single_threaded
 
 # The fields of PEFT's config that select the layers. If they differ between the sources, the
 # layers of the output are listed by name instead.
@@ -55,11 +56,15 @@ class CombineResult:
         num_layers: The number of its layers.
         errors: The relative error of each nested rank: the norm of what it misses over the norm of
             the sum.
+        cosines: The cosine between the updates of each pair of sources, shape (sources, sources):
+            0 if they change a model in unrelated ways, 1 if in the same way, negative if one undoes
+            a part of the other. A source without any update has 0.
     """
 
     path: Path
     num_layers: int
     errors: dict[int, float]
+    cosines: Float64Array
 
 
 class _Term(NamedTuple):
@@ -73,7 +78,7 @@ class _Term(NamedTuple):
 def combine(
     sources: Iterable[PathLike],
     output: PathLike,
-    weights: Iterable[float] | None = None,
+    weights: Iterable[float] | Literal["mean"] | None = None,
     rank: int | None = None,
     *,
     force: bool = False,
@@ -87,7 +92,8 @@ def combine(
     Args:
         sources: PEFT folders, or single ``.safetensors`` files, all for the same base model.
         output: The folder or file to write, of the same kind as the sources.
-        weights: The weight of each source, which may be negative. Defaults to 1 for all.
+        weights: The weight of each source, which may be negative; or ``"mean"``, for 1 / n each.
+            Defaults to 1 for all.
         rank: R, at most the sum of the ranks of the sources, with which the output is the exact
             sum. Defaults to the largest rank of a source.
         force: Whether to overwrite the output.
@@ -100,17 +106,13 @@ def combine(
     sources = check_list("sources", sources)
     if not sources:
         raise MatryoshkaError("`sources` must not be empty.")
-    weights = [1.0 for _ in sources] if weights is None else check_list("weights", weights)
-    if len(weights) != len(sources):
-        raise MatryoshkaError(
-            f"Got {len(weights)} weights for {len(sources)} sources. Pass one weight per source."
-        )
+    source_weights = _check_weights(weights, len(sources))
     loras = [open_lora(source) for source in sources]
     files = [file for lora in loras for file in lora.sources]
     path = check_output(output, force, files, is_file=isinstance(loras[0], SingleFile))
     check_same_kind(loras[0], path)
 
-    total = _weighted_sum(loras, [_check_weight(weight) for weight in weights])
+    total = _weighted_sum(loras, source_weights)
     ranks = [lora.max_rank for lora in loras]
     rank = max(ranks) if rank is None else check_rank(rank, max_rank=sum(ranks))
     nesting = Nesting.powers_of_two(rank, scale=total.output_scale)
@@ -120,7 +122,24 @@ def combine(
     else:
         plan = total.plan(min(rank, total.max_rank))
     written = plan.write(path, force)
-    return CombineResult(path, len(total.layers), written.relative_errors(nesting.ranks))
+    errors = written.relative_errors(nesting.ranks)
+    return CombineResult(path, len(total.layers), errors, _cosines(loras))
+
+
+def _check_weights(
+    weights: Iterable[float] | Literal["mean"] | None, num_sources: int
+) -> list[float]:
+    """Return the weight of each source."""
+    if weights is None:
+        return [1.0] * num_sources
+    if isinstance(weights, str) and weights == "mean":
+        return [1 / num_sources] * num_sources
+    values = check_list("weights", weights)
+    if len(values) != num_sources:
+        raise MatryoshkaError(
+            f"Got {len(values)} weights for {num_sources} sources. Pass one weight per source."
+        )
+    return [_check_weight(value) for value in values]
 
 
 def _check_weight(weight: float) -> float:
@@ -171,6 +190,25 @@ def _weighted_sum(loras: Sequence[LoraFile], weights: Sequence[float]) -> LoraFi
         if CONFIGS_KEY in lora.metadata:
             metadata.setdefault(CONFIGS_KEY, lora.metadata[CONFIGS_KEY])
     return replace(total, metadata=metadata)
+
+
+def _cosines(loras: Sequence[LoraFile]) -> Float64Array:
+    """Return the cosine between the updates of each pair of LoRAs, over all layers."""
+    layer_names = sorted({layer.name for lora in loras for layer in lora.layers})
+    layers = [{layer.name: layer for layer in lora.layers} for lora in loras]
+    products = np.zeros((len(loras), len(loras)))
+    with single_threaded():
+        for name in progress_bar(layer_names, "comparing"):
+            with_layer = [index for index in range(len(loras)) if name in layers[index]]
+            factors: list[tuple[Array, Array]] = []
+            for index in with_layer:
+                A, B = loras[index].factors(layers[index][name])
+                factors.append((layers[index][name].scale * A.astype(np.float64), B))
+            products[np.ix_(with_layer, with_layer)] += inner_products(factors)
+    norms = np.sqrt(np.diag(products))
+    norms[norms == 0] = 1.0
+    cosines: Float64Array = products / np.outer(norms, norms)
+    return cosines
 
 
 def _scale_of_sum(terms: Sequence[_Term]) -> float:
