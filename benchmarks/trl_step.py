@@ -1,16 +1,17 @@
 """Measure the training step of README's script: PEFT and TRL alone, and with a nested adapter.
 
     make bench-trl
-    python benchmarks/trl_step.py --tokens 128 --repeats 5 --output docs/trl_step.json
+    python benchmarks/trl_step.py --tokens 128 --repeats 3 --output docs/trl_step.json
 
-Three trainers alternate in one process: plain PEFT, the nested adapter with PEFT's own forward, and
-the nested adapter with the fused operation. Each has TRL's defaults: batches of 8 rows and gradient
-checkpointing. There are three settings: the model in bf16 with ``bf16=False``, as in README on
-hardware with bf16; the model in fp32, as in README on other CPUs; and TRL's bf16 autocast.
+Three kinds of trainer alternate in one process: plain PEFT, the nested adapter with PEFT's own
+forward, and the nested adapter with the fused operation. Each runs ``trainer.train()`` with TRL's
+defaults: batches of 8 rows and gradient checkpointing. There are three settings: the model in bf16
+with ``bf16=False``, as in README on hardware with bf16; the model in fp32, as in README on other
+CPUs; and TRL's bf16 autocast.
 
-Time is CPU time of one thread, and on a GPU wall time, of ``training_step``; the ratios are medians
-over the turns. Peak bytes are those of all tensors that the step creates and that live at the same
-time.
+Time is CPU time of one thread, and on a GPU wall time, of a step with its update; the ratios are
+medians over all steps but the first of each run. Peak bytes are those of all tensors that a step
+creates and that live at the same time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import nest
@@ -39,6 +41,8 @@ VARIANTS = ("PEFT", "nested, PEFT's forward", "nested, fused")
 SETTINGS = {"bf16": ("bf16", False), "fp32": ("fp32", False), "autocast": ("bf16", True)}
 """The dtype of the model, and TRL's ``bf16``."""
 ROWS = 8
+STEPS = 2
+"""The measured steps of a run."""
 
 
 class PeakBytes(TorchDispatchMode):
@@ -74,7 +78,57 @@ class PeakBytes(TorchDispatchMode):
         self.live -= size
 
 
-def make_trainer(variant: str, setting: str, tokens: int, folder: str) -> SFTTrainer:
+class StepMeter(TrainerCallback):
+    """Measure the time of each step, and the peak bytes of the last one, whose time is omitted.
+
+    Attributes:
+        seconds: Of all steps but the first and the last.
+        peak: In bytes.
+        checkpoints: Whether the model checkpoints its activations.
+        loss: Of the last step.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.peak = 0
+        self.checkpoints = False
+        self.loss = 0.0
+        self._start = 0.0
+        self._counter = PeakBytes()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock, or the counter."""
+        if state.global_step == args.max_steps - 1:
+            self.checkpoints = kwargs["model"].is_gradient_checkpointing
+            self._counter.__enter__()
+        self._start = _now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop it."""
+        if state.global_step == args.max_steps:
+            self._counter.__exit__(None, None, None)
+            self.peak = self._counter.peak
+        elif state.global_step > 1:
+            self.seconds.append(_now() - self._start)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the loss."""
+        self.loss = kwargs["logs"].get("loss", self.loss)
+
+
+def run(variant: str, setting: str, tokens: int, num_steps: int) -> StepMeter:
+    """Train as README's script, on rows of a number of tokens."""
+    meter = StepMeter()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(variant, setting, tokens, num_steps + 2, folder)
+        trainer.add_callback(meter)
+        trainer.train()
+    return meter
+
+
+def make_trainer(
+    variant: str, setting: str, tokens: int, num_steps: int, folder: str
+) -> SFTTrainer:
     """Return README's trainer, on rows of a number of tokens."""
     dtype, bf16 = SETTINGS[setting]
     tokenizer = load_tokenizer()
@@ -91,9 +145,12 @@ def make_trainer(variant: str, setting: str, tokens: int, folder: str) -> SFTTra
         load_model(dtype=dtype),
         SFTConfig(
             folder,
-            max_steps=20,
+            max_steps=num_steps,
             learning_rate=1e-3,
             bf16=bf16,
+            logging_steps=1,
+            save_strategy="no",
+            disable_tqdm=True,
             use_cpu=not torch.accelerator.is_available(),
             report_to="none",
         ),
@@ -103,12 +160,11 @@ def make_trainer(variant: str, setting: str, tokens: int, folder: str) -> SFTTra
     )
     if variant != "PEFT":
         adapter = nest(trainer.model)
+        trainer.add_callback(adapter.callback())
         if variant != "nested, fused":
             for module in adapter.layers.modules.values():
                 # The fused operation would not call a module with hooks.
                 module.lora_A[adapter.layers.name].register_forward_hook(_do_nothing)
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1  # trainer.train() sets it
     return trainer
 
 
@@ -116,37 +172,25 @@ def _do_nothing(*_: object) -> None:
     """Be a hook."""
 
 
-def measure(tokens: int, repeats: int, setting: str) -> dict[str, dict[str, float]]:
+def measure(tokens: int, repeats: int, setting: str) -> dict[str, dict[str, Any]]:
     """Return the seconds, and the time and peak bytes relative to plain PEFT, of each variant."""
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    peaks: dict[str, int] = {}
-    losses: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        trainers = {v: make_trainer(v, setting, tokens, folder) for v in VARIANTS}
-        batch = next(iter(trainers["PEFT"].get_train_dataloader()))
-        for turn in range(repeats + 1):
-            for variant, trainer in trainers.items():
-                start = _now()
-                loss = trainer.training_step(trainer.model, dict(batch))
-                elapsed = _now() - start
-                trainer.model.zero_grad()
-                losses[variant] = loss.item()
-                if turn > 0:  # the first turn warms up
-                    seconds[variant].append(elapsed)
-        for variant, trainer in trainers.items():
-            with PeakBytes() as counter:
-                trainer.training_step(trainer.model, dict(batch))
-            trainer.model.zero_grad()
-            peaks[variant] = counter.peak
+    meters: dict[str, StepMeter] = {}
+    for _ in range(repeats):
+        for variant in VARIANTS:
+            meters[variant] = run(variant, setting, tokens, STEPS)
+            seconds[variant] += meters[variant].seconds
+    plain = meters["PEFT"]
     return {
         variant: {
             "seconds": median(seconds[variant]),
             "time": median(a / b for a, b in zip(seconds[variant], seconds["PEFT"], strict=True)),
-            "bytes": peaks[variant] / peaks["PEFT"],
-            "peak_mib": peaks[variant] / 2**20,
-            "loss": losses[variant],
+            "bytes": meter.peak / plain.peak,
+            "peak_mib": meter.peak / 2**20,
+            "checkpoints": meter.checkpoints,
+            "loss": meter.loss,
         }
-        for variant in VARIANTS
+        for variant, meter in meters.items()
     }
 
 
@@ -164,7 +208,7 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=128, help="of a row")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each variant")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -42,13 +42,12 @@ def plain_adapter(folder: Path, base: Any = None, **changes: Any) -> Any:
 
 
 def logits(model: Any, ids: Tensor = IDS) -> Tensor:
-    """Return what a model computes in eval mode for fixed tokens."""
+    """Return what a model computes in eval mode for fixed tokens, on the CPU."""
+    device = next(model.parameters()).device
     with torch.no_grad():
-        output = model.eval()(input_ids=ids)
-    if isinstance(output, Tensor):
-        return output
-    logits: Tensor = output.logits
-    return logits
+        output = model.eval()(input_ids=ids.to(device))
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits.cpu()
 
 
 def by_peft(folder: Path, base: Callable[[], Any] = tiny_llama) -> Tensor:

@@ -332,6 +332,7 @@ def _data_of_loader(model: PeftModel, trainer: Trainer, loader: DataLoader[Any])
     Raises:
         NoExamplesError: They have no indices, or the Trainer cannot compute their loss.
     """
+    loader = getattr(loader, "_loader", loader)  # accelerate wraps it on XLA
     examples: Any = loader.dataset
     if isinstance(examples, IterableDataset) or not len(examples):
         raise NoExamplesError(
