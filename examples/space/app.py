@@ -26,9 +26,9 @@ MAX_FILE_SIZE = "1gb"
 TIME_LIMIT = 60
 SHARES = (0.9, 0.95, 0.99)
 BY_RANK = "one rank for all layers"
-BY_SHARE = "a share for each layer"
+BY_ERROR = "an error of the whole file"
 BY_SIZE = "a file size"
-DEFAULTS = {BY_RANK: "8", BY_SHARE: "99%", BY_SIZE: "50MB"}
+DEFAULTS = {BY_RANK: "8", BY_ERROR: "10%", BY_SIZE: "50MB"}
 
 INTRODUCTION = """# Shrink a LoRA
 
@@ -37,8 +37,7 @@ Drop the `.safetensors` file of an image or video LoRA, or the two files that PE
 """
 EXPLANATION = """The **error** is the norm of what truncation to a rank drops, divided by the norm
 of the whole update. No other LoRA of that rank has a smaller error. How much is acceptable depends
-on the model: compare images of the same seed. Begin with 10%, which keeps 99% of the squared
-norm."""
+on the model: compare images of the same seed. Begin with 10%."""
 
 Row = dict[str, Any]
 
@@ -138,8 +137,8 @@ def shrink(files: list[str], criterion: str, value: str) -> Iterator[Any]:
         if not value.strip().isdecimal():
             raise gr.Error("A rank is a number such as 8.", print_exception=False)
         options = {"rank": int(value)}
-    elif criterion == BY_SHARE:
-        options = {"keep": value}
+    elif criterion == BY_ERROR:
+        options = {"error": value}
     else:
         options = {"max_bytes": value}
     with TemporaryDirectory() as folder:
@@ -165,8 +164,8 @@ def build_page() -> gr.Blocks:
                 size_plot = gr.LinePlot(x="rank", y="MB", title="File size of each rank")
             gr.Markdown(EXPLANATION)
             with gr.Row():
-                criterion = gr.Radio([*DEFAULTS], value=BY_SHARE, label="Keep")
-                value = gr.Textbox(DEFAULTS[BY_SHARE], label="How much", max_lines=1)
+                criterion = gr.Radio([*DEFAULTS], value=BY_ERROR, label="Choose the ranks by")
+                value = gr.Textbox(DEFAULTS[BY_ERROR], label="How much", max_lines=1)
             button = gr.Button("Shrink", variant="primary")
             summary = gr.Markdown()
             output_file = gr.File(label="The smaller LoRA", interactive=False)

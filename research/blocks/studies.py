@@ -7,6 +7,7 @@ from functools import cache
 from statistics import fmean, geometric_mean
 
 from research import stats
+from research.blocks.comparisons import points, trained_minus
 from research.blocks.registry import (
     block,
     mean_and_deviation,
@@ -19,11 +20,19 @@ from research.blocks.registry import (
 )
 from research.commonsense import USUAL_METRIC
 from research.figures import curves
-from research.looks import NAMES, train_ranks_name, trained_method
+from research.looks import NAMES, TRAINED, train_ranks_name, trained_method
 from research.plan import rates, units
 from research.runs import Job
 from research.stats import accuracy_at, loss_at
 from research.study import LORA_EACH, load_study
+
+NAMES_OF_FACTS = {
+    "every128": "128 facts",
+    "every256": "256 facts",
+    "every512": "512 facts",
+    "capacity": "256 facts, two kinds of layers",
+}
+"""The studies that version 0.4 was tested on."""
 
 ADAPTERS_FILE = "research/runs/peft_adapters.jsonl"
 EIGHT = USUAL_METRIC
@@ -96,6 +105,21 @@ def hardly() -> str:
         rows.append([NAMES[method], *(f"{loss:.3f}" for loss in losses)])
     heading = [f"`{task}`, {rank}" for task in task_names for rank in ranks]
     return table(["loss on test questions, rank", *heading], rows)
+
+
+@block
+def versions_of_train_ranks() -> str:
+    """`train_ranks` of this version minus that of 0.3, on the same seeds."""
+    ranks = (1, 2, 3, 4, 8, 32)
+    rows: list[list[str]] = []
+    for study, label in NAMES_OF_FACTS.items():
+        if trained_method(study) != TRAINED:
+            continue
+        estimates = [trained_minus(study, "lora/trained-0.3", accuracy_at(rank)) for rank in ranks]
+        cells = [points(estimate, "+") for estimate in estimates]
+        rows.append([label, *cells, str(estimates[0].n)])
+    heading = ["0.4 minus 0.3, points", *(f"rank {rank}" for rank in ranks), "seeds"]
+    return table(heading, rows)
 
 
 @block

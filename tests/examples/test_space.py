@@ -96,7 +96,7 @@ def test_the_download_is_the_export_and_is_deleted_afterwards(tmp_path: Path) ->
 
 def test_the_two_files_of_peft_become_a_folder_that_peft_loads(tmp_path: Path) -> None:
     expected = logits(plain_adapter(tmp_path / "lora"))
-    outputs = app.shrink(peft_files(tmp_path / "lora"), app.BY_SHARE, "99.99999%")
+    outputs = app.shrink(peft_files(tmp_path / "lora"), app.BY_ERROR, "0.01%")
     zipfile.ZipFile(next(outputs)[1]).extractall(tmp_path / "small")
     model = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "small"))
     assert distance(logits(model), expected) < 1e-3
@@ -130,10 +130,10 @@ def test_a_file_that_takes_too_long_is_stopped(
 @pytest.mark.parametrize(
     ("names", "criterion", "value", "keyword"),
     [
-        (["a.safetensors", "b.safetensors"], app.BY_SHARE, "95%", "one file"),
+        (["a.safetensors", "b.safetensors"], app.BY_ERROR, "20%", "one file"),
         (["a.safetensors"], app.BY_RANK, "many", "rank"),
         (["a.safetensors"], app.BY_RANK, "99", "99"),
-        (["a.safetensors"], app.BY_SHARE, "all", "all"),
+        (["a.safetensors"], app.BY_ERROR, "all", "all"),
         (["a.safetensors"], app.BY_SIZE, "1", "smallest"),
     ],
 )
