@@ -14,6 +14,7 @@ SUFFIXES = {
     "kohya": (".lora_down.weight", ".lora_up.weight"),
     "diffusers": (".lora_A.weight", ".lora_B.weight"),
     "down and up": (".down.weight", ".up.weight"),
+    "without weight": (".lora_A", ".lora_B"),  # Mochi
     "old": (".lora.down.weight", ".lora.up.weight"),  # the alpha's key has no ".lora"
 }
 """The suffixes of A and B by the program that writes them."""

@@ -104,6 +104,26 @@ def test_an_alpha_becomes_part_of_the_factors(
     np.testing.assert_allclose(layer.scale * truncated.B @ truncated.A, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("key_format", ["diffusers", "kohya"])
+def test_names_with_dots_may_have_the_suffixes_of_kohya(
+    tmp_path: Path, key_format: KeyFormat
+) -> None:
+    source, output = tmp_path / "lora.safetensors", tmp_path / "output.safetensors"
+    tensors: dict[str, torch.Tensor] = {}
+    for module in UNET_MODULES:
+        tensors[f"{module}.lora_down.weight"] = torch.randn(2, 6)
+        tensors[f"{module}.lora_up.weight"] = torch.randn(6, 2)
+        tensors[f"{module}.alpha"] = torch.tensor(3.0)
+    save_file(tensors, source)
+    convert(source, output, key_format)
+    updates = read_updates(output)
+    for name, update in read_updates(source).items():
+        new_name = kohya_name(name) if key_format == "kohya" else name
+        np.testing.assert_allclose(updates[new_name], update, atol=1e-5)
+    suffix = "lora_down.weight" if key_format == "kohya" else "lora_A.weight"
+    assert sum(key.endswith(suffix) for key in load_file(output)) == len(UNET_MODULES)
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +180,7 @@ def test_keys_that_cannot_be_renamed_are_refused(tmp_path: Path) -> None:
     source = tmp_path / "lora.safetensors"
     tensors = save_pairs(source, "unet.q")
     convert(source, tmp_path / "kohya.safetensors", "kohya")
-    with pytest.raises(MatryoshkaError, match="lora_A"):
+    with pytest.raises(MatryoshkaError, match="dots"):
         convert_keys(open_single_file(tmp_path / "kohya.safetensors"), "diffusers")
     save_file({**tensors, "other": torch.ones(1)}, source)
     with pytest.raises(MatryoshkaError, match="other"):

@@ -281,7 +281,22 @@ def test_fp16_can_represent_the_factors_of_every_alpha(tmp_path: Path, alpha: fl
     assert error < 1e-3 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("alpha", [0.0, -1.0, 1e-32, float("nan"), [1.0, 2.0]])
+def test_a_layer_that_an_alpha_switches_off_stays_off(tmp_path: Path) -> None:
+    source = save_lora(tmp_path / "lora.safetensors")
+    name = kohya_name(LAYERS[0][0])
+    tensors = {**load_file(source), f"{name}.alpha": torch.tensor(0.0)}
+    save_file(tensors, source)
+    truncate(source, tmp_path / "small.safetensors", 1)
+    written = load_file(tmp_path / "small.safetensors")
+    for key, tensor in tensors.items():
+        if key.startswith(f"{name}."):
+            assert torch.equal(written[key], tensor)
+    assert max(rank for module, rank in read_ranks(source).items() if module != name) > 1
+    ranks = read_ranks(tmp_path / "small.safetensors")
+    assert {rank for module, rank in ranks.items() if module != name} == {1}
+
+
+@pytest.mark.parametrize("alpha", [-1.0, 1e-32, float("nan"), [1.0, 2.0]])
 def test_an_invalid_alpha_is_refused(tmp_path: Path, alpha: float | list[float]) -> None:
     source = save_lora(tmp_path / "lora.safetensors")
     tensors = load_file(source)

@@ -433,6 +433,8 @@ def test_a_change_of_the_key_format_alone_keeps_the_factors(tmp_path: Path) -> N
     converted = load_file(tmp_path / "kohya.safetensors")
     assert torch.equal(converted["lora_unet_a.lora_down.weight"], tensors["unet.a.lora_A.weight"])
     assert torch.equal(converted["lora_unet_b.lora_up.weight"], tensors["unet.b.lora_B.weight"])
+    with pytest.raises(MatryoshkaError, match="already"):
+        export(source, tmp_path / "same.safetensors", key_format="diffusers")
     export(source, tmp_path / "rank-1.safetensors", 1, key_format="kohya")
     source_updates = read_updates(source)
     for name, update in read_updates(tmp_path / "rank-1.safetensors").items():

@@ -35,7 +35,7 @@ def convert_keys(lora: SingleFile, key_format: KeyFormat) -> SingleFile | PeftFo
     """Return a LoRA with the keys of another format. The factors stay the same.
 
     Args:
-        lora: A file whose keys end in ``lora_A.weight``.
+        lora: A file whose keys hold the names of the modules, with dots.
         key_format: ``"kohya"``: ``lora_unet_NAME.lora_down.weight`` and an alpha, with underscores
             for the dots of the name. ``"diffusers"``: ``unet.NAME.lora_A.weight``. ``"peft"``: a
             folder with ``base_model.model.NAME.lora_A.weight``.
@@ -81,11 +81,13 @@ def _check_keys(lora: SingleFile) -> None:
             "Omit `key_format`."
         )
     for layer in lora.layers:
-        # kohya's names have underscores for dots, so the module's name is unknown.
-        if not layer.key_A.endswith(DIFFUSERS_SUFFIXES.A):
+        # kohya's names have underscores for dots, so the module's name is unknown. Some programs
+        # write kohya's suffixes after names with dots.
+        has_kohya_suffix = layer.key_A.endswith(KOHYA_SUFFIXES.A) and "." in layer.name
+        if not (has_kohya_suffix or layer.key_A.endswith(DIFFUSERS_SUFFIXES.A)):
             raise MatryoshkaError(
-                f"{layer.name[:80]} cannot be renamed: only keys that end in lora_A.weight hold "
-                "the name of the module. Omit `key_format`."
+                f"{layer.name[:80]} cannot be renamed, because it does not hold the name of the "
+                "module with its dots. Omit `key_format`."
             )
 
 

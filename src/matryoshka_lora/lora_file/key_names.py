@@ -18,6 +18,7 @@ ALL_SUFFIXES = (
     KOHYA_SUFFIXES,
     DIFFUSERS_SUFFIXES,
     FactorSuffixes(".lora_A.default.weight", ".lora_B.default.weight"),
+    FactorSuffixes(".lora_A", ".lora_B"),
     FactorSuffixes(".down.weight", ".up.weight"),
     FactorSuffixes(".down", ".up"),
 )

@@ -109,8 +109,8 @@ class _FactorKeys(NamedTuple):
 def open_single_file(file: Path) -> SingleFile:
     """Open a LoRA in one file. Its tensors are loaded lazily.
 
-    Layers with extra tensors (DoRA magnitude, mid matrix, bias) are kept unchanged, in
-    `LoraFile.other_tensors`.
+    Layers with extra tensors (DoRA magnitude, mid matrix, bias), and those with an alpha of 0, are
+    kept unchanged, in `LoraFile.other_tensors`.
 
     Raises:
         MatryoshkaError: The file does not exist, is damaged, or has no layers with a rank.
@@ -130,6 +130,12 @@ def open_single_file(file: Path) -> SingleFile:
         name for name in sorted(factor_keys) if not extended_modules & {name, _module_of(name)}
     ]
     alpha_keys = _find_alpha_keys(tensors, layer_names, str(file))
+    # An alpha of 0 switches a layer off. It stays off, as a tensor that is no factor.
+    layer_names = [
+        name
+        for name in layer_names
+        if name not in alpha_keys or _read_alpha(tensors[alpha_keys[name]]) != 0
+    ]
     layers = [
         _create_layer(
             name, factor_keys[name], alpha_keys.get(name), tensors, configs, file_name=str(file)
@@ -252,9 +258,9 @@ def _create_layer(
 
 
 def _read_alpha(tensor: StoredTensor) -> float:
-    """Return an alpha, or 0, which is rejected, if the tensor is not one number."""
+    """Return an alpha, or NaN, which is rejected, if the tensor is not one number."""
     if math.prod(tensor.shape) != 1:
-        return 0.0
+        return math.nan
     return float(tensor.read().astype(np.float64).item())
 
 

@@ -158,7 +158,10 @@ def export(
     _check_selection(selection, output_format, key_format)
     keep_factors = selection.is_empty and key_format is not None
     if isinstance(lora, SingleFile) and key_format is not None:
-        lora = convert_keys(lora, key_format)
+        converted = convert_keys(lora, key_format)
+        if keep_factors and converted.layers == lora.layers:
+            raise MatryoshkaError(f"{lora.name} has keys of the {key_format} format already.")
+        lora = converted
 
     ranks: dict[str, int] | tuple[int, ...]
     notes: list[str] = []
