@@ -48,16 +48,19 @@ def readme_findings() -> str:
         f"rank 2, with a whole run for it, has {lora} % (five seeds). LoRA-Squeeze is ahead at "
         f"rank 2 by {on_capacity} points\n  there, by {on_512} with 512 facts, and by {on_256} in "
         "the table above.\n"
-        "* **[LoRA-Squeeze](https://arxiv.org/abs/2602.10993)** is a chained variant of ours, in "
-        f"which no rank is validated. It had {num_of_squeezed} tries,\n  `train_ranks` "
-        f"{num_of_trained}. Its authors' form, within the training, was not run.\n"
+        "* **[LoRA-Squeeze](https://arxiv.org/abs/2602.10993)** is our variant of it: it truncates "
+        "and trains on, from rank to rank, and leaves a\n  file for each. Its authors' form was "
+        f"not run. {num_of_squeezed} settings of it were tried, and {num_of_trained} of "
+        "`train_ranks`.\n"
         f"* **LoRA trained at the rank** is unstable here: {100 * min(shares):.1f} to "
-        f"{100 * max(shares):.1f} % at rank 1. This is a fault of the reference. It is run again.\n"
-        "* **The diagonal P of the [paper](https://arxiv.org/abs/2605.07850) orders prefixes.** On "
-        f"one task, truncated to rank 1, it has {gain} points\n  more than LoRA of the same rate. "
-        "After `reorder` it is redundant in the mean over the ranks of three tasks:\n  "
+        f"{100 * max(shares):.1f} % at rank 1. Runs with other\n  warmups are not "
+        "complete.\n"
+        "* **The [paper](https://arxiv.org/abs/2605.07850) trains with a diagonal P between A and "
+        'B** (`rule="matryoshka"`), which orders the columns. On one\n  task, truncated to rank '
+        f"1, it has {gain} points more than LoRA of the same learning rate. After `reorder` it is "
+        "redundant in\n  the mean over the ranks of three tasks: "
         f"{areas[0]}, {areas[1]} and {areas[2]} points. "
-        "[Single ranks differ](docs/results.md#p-and-plain-lora)."
+        "[Single ranks\n  differ](docs/results.md#p-and-plain-lora)."
     )
 
 

@@ -186,6 +186,17 @@ def test_bf16_on_a_cpu_without_its_instructions_is_a_warning(
     assert any("bfloat16" in str(warning.message) for warning in caught) == is_slow
 
 
+def test_training_does_not_begin_if_the_output_exists(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "notes.txt").write_text("")
+    adapter = make_adapter()
+    trainer = make_trainer("sft", adapter.model, tmp_path / "run")
+    trainer.add_callback(adapter.callback(tmp_path / "adapter"))
+    with pytest.raises(MatryoshkaError, match="exists"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 @pytest.mark.parametrize("case", ["inactive", "another model"])
 def test_a_trainer_that_trains_something_else_is_rejected(case: str, tmp_path: Path) -> None:
     adapter = make_adapter()

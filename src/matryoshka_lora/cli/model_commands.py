@@ -219,7 +219,7 @@ def evaluate(
         force=force,
     )
     typer.echo(format_evaluation(evaluation))
-    print_line(f"Written to {output}")
+    print_line(f"Written to {output}: evaluation.json, and a picture, curve.png")
     print_next("select", output, "--within", "1%")
 
 

@@ -308,7 +308,10 @@ def format_evaluation(evaluation: Evaluation) -> str:
             f"{name}: {result.primary_metric}, {pluralize(result.num_examples, 'question')}, "
             f"{pluralize(result.num_fewshot or 0, 'shot')}"
         )
-    return _join_lines([*lines, "± is one standard error over the questions."])
+    lines.append("± is one standard error over the questions.")
+    if any("loss" in name for name in metrics):
+        lines.append("loss: nats per token of the answers.")
+    return _join_lines(lines)
 
 
 def format_selection(selection: Selection) -> str:

@@ -34,7 +34,7 @@ def plot_evaluation(evaluation: Evaluation, file: Path) -> None:
             ranks,
             [math.nan if value is None else value for value in values],
             [metric.standard_errors[rank] or 0.0 for rank in ranks],
-            label=f"{name}: {task.primary_metric}",
+            label=f"{name}: {task.primary_metric.removesuffix(',none')}",
             color=color,
             marker=_MARKERS[index % len(_MARKERS)],
             capsize=3,
@@ -46,6 +46,7 @@ def plot_evaluation(evaluation: Evaluation, file: Path) -> None:
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.minorticks_off()
     axes.set_xlabel("rank")
+    axes.set_ylabel("value of the metric")
     axes.set_title("Bars: standard errors. Dashed: base model.", loc="left", fontsize=11)
     axes.grid(color="#dddddd")
     axes.spines[["top", "right"]].set_visible(False)

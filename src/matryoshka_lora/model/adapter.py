@@ -139,12 +139,17 @@ class NestedAdapter:
         """
         self.layers.draw(step, batch_size, process_index, num_processes)
 
-    def callback(self) -> NestingCallback:
-        """Return the Trainer callback that draws the diagonal of each step."""
+    def callback(self, output: PathLike | None = None) -> NestingCallback:
+        """Return the Trainer callback that draws the diagonal of each step.
+
+        Args:
+            output: Where the adapter will be saved. If this path exists, that is an error when the
+                training begins, instead of at its end.
+        """
         # transformers' Trainer is slow to import.
         from matryoshka_lora.training.callback import NestingCallback
 
-        return NestingCallback(self.layers)
+        return NestingCallback(self.layers, output)
 
     def layer_factors(self) -> FactorParameters:
         """Return the parameters A and B of each layer, in PEFT's own layout.

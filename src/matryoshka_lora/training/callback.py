@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.lora_file.atomic import PathLike, check_output
 from matryoshka_lora.nn.hardware import cpu_has_bf16
 from matryoshka_lora.nn.nested_layers import NestedLayers
 from matryoshka_lora.nn.variant import factor_parameters, lora_layers
@@ -22,17 +23,22 @@ class NestingCallback(TrainerCallback):
     A draw depends on the seed and on ``state.global_step``, which the Trainer restores, and a
     checkpoint holds plain LoRA: resuming needs no further state. Its ``trainer_state.json`` names
     the nesting, so that a run is not resumed with another one.
+
+    Args:
+        layers: The nested layers.
+        output: Where the adapter will be saved. Training does not begin if this path exists.
     """
 
-    def __init__(self, layers: NestedLayers) -> None:
+    def __init__(self, layers: NestedLayers, output: PathLike | None = None) -> None:
         self.layers = layers
+        self._output = output
         # A checkpoint has states of callbacks, by their names.
         self._state_key = f"matryoshka_lora/{layers.name}"
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Reject settings that would fail late, or silently train or save something else.
+        """Reject what would fail late, or silently train or save something else.
 
         Raises:
             MatryoshkaError: There is such a setting.
@@ -42,6 +48,8 @@ class NestingCallback(TrainerCallback):
                 "One process cannot train nested layers on several GPUs. Start the script with "
                 "`accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
             )
+        if self._output is not None:
+            check_output(self._output)
         self._check_model(kwargs["model"])
         self.check_same_nesting(state)
         state.stateful_callbacks[self._state_key] = self._settings()  # saved in checkpoints

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import logging
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,6 +31,8 @@ from matryoshka_lora.examples import (
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase, Trainer
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 """The inputs of a model with labels, or of another loss of a Trainer, such as pairs of DPO."""
@@ -311,8 +313,10 @@ def _data_of_trainer(model: PeftModel, trainer: Trainer) -> TrainingData:
     evaluation_sets = trainer.eval_dataset
     if evaluation_sets:
         first = next(iter(evaluation_sets)) if isinstance(evaluation_sets, Mapping) else None
-        with suppress(NoExamplesError):
+        try:
             data.validation = _data_of_loader(model, trainer, trainer.get_eval_dataloader(first))
+        except NoExamplesError as error:
+            logger.warning("The evaluation set cannot be used: %s", error)
     return data
 
 

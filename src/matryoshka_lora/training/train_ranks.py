@@ -135,9 +135,8 @@ def _split(data: TrainingData, num_training: int, seed: int) -> Split:
         split = data.split(num_training, num_validation, seed)
     if not split.is_held_out:
         logger.warning(
-            "There is no evaluation set, or its examples have no labels or are streamed, so the "
-            "ranks are validated on training examples. Pass an evaluation set to validate them on "
-            "others."
+            "There is no evaluation set, so the ranks are validated on training examples. Pass "
+            "`eval_dataset` to the Trainer, or `eval_data`."
         )
     return split
 
