@@ -36,6 +36,7 @@ from trl import (
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Rule
 from matryoshka_lora.rules import RULES
+from matryoshka_lora.training.callback import NestingCallback
 
 P = oracle.trained_p(list(NESTING.ranks), NESTING.scaling, NESTING.scale)
 
@@ -195,6 +196,10 @@ def test_training_does_not_begin_if_the_output_exists(tmp_path: Path) -> None:
     with pytest.raises(MatryoshkaError, match="exists"):
         trainer.train()
     assert trainer.state.global_step == 0
+    trainer.pop_callback(NestingCallback)
+    trainer.add_callback(adapter.callback(tmp_path / "adapter", force=True))
+    trainer.train()
+    adapter.save(tmp_path / "adapter", force=True)
 
 
 @pytest.mark.parametrize("case", ["inactive", "another model"])

@@ -139,17 +139,18 @@ class NestedAdapter:
         """
         self.layers.draw(step, batch_size, process_index, num_processes)
 
-    def callback(self, output: PathLike | None = None) -> NestingCallback:
+    def callback(self, output: PathLike | None = None, force: bool = False) -> NestingCallback:
         """Return the Trainer callback that draws the diagonal of each step.
 
         Args:
             output: Where the adapter will be saved. If this path exists, that is an error when the
                 training begins, instead of at its end.
+            force: Whether `save` will overwrite it.
         """
         # transformers' Trainer is slow to import.
         from matryoshka_lora.training.callback import NestingCallback
 
-        return NestingCallback(self.layers, output)
+        return NestingCallback(self.layers, output, force)
 
     def layer_factors(self) -> FactorParameters:
         """Return the parameters A and B of each layer, in PEFT's own layout.

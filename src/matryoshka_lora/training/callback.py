@@ -27,11 +27,15 @@ class NestingCallback(TrainerCallback):
     Args:
         layers: The nested layers.
         output: Where the adapter will be saved. Training does not begin if this path exists.
+        force: Whether that will overwrite the output, so that it may exist.
     """
 
-    def __init__(self, layers: NestedLayers, output: PathLike | None = None) -> None:
+    def __init__(
+        self, layers: NestedLayers, output: PathLike | None = None, force: bool = False
+    ) -> None:
         self.layers = layers
         self._output = output
+        self._force = force
         # A checkpoint has states of callbacks, by their names.
         self._state_key = f"matryoshka_lora/{layers.name}"
 
@@ -49,7 +53,7 @@ class NestingCallback(TrainerCallback):
                 "`accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
             )
         if self._output is not None:
-            check_output(self._output)
+            check_output(self._output, self._force)
         self._check_model(kwargs["model"])
         self.check_same_nesting(state)
         state.stateful_callbacks[self._state_key] = self._settings()  # saved in checkpoints
