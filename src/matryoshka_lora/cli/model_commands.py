@@ -241,7 +241,8 @@ def select(
         str | None, typer.Option(help="Task to choose by.", show_default="the only one")
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(help="Metric, such as loss.", show_default="the task's first one")
+        str | None,
+        typer.Option(help="Metric, such as loss.", show_default="the one that eval names"),
     ] = None,
 ) -> None:
     """Choose the smallest rank that is good enough, or with --max-bytes alone the best that fits.

@@ -304,9 +304,10 @@ def format_evaluation(evaluation: Evaluation) -> str:
             rows.append(["base", "", *cells])
     lines = format_table(rows, indent="")
     for name, result in evaluation.tasks.items():
+        metric_name = result.primary_metric.removesuffix(",none")
         lines.append(
-            f"{name}: {result.primary_metric}, {pluralize(result.num_examples, 'question')}, "
-            f"{pluralize(result.num_fewshot or 0, 'shot')}"
+            f"{name}: {pluralize(result.num_examples, 'question')}, "
+            f"{pluralize(result.num_fewshot or 0, 'shot')}; `select` uses {metric_name}"
         )
     lines.append("± is one standard error over the questions.")
     if any("loss" in name for name in metrics):
