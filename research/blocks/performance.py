@@ -22,10 +22,17 @@ def trl_step() -> str:
         cells = [document[name][variant] for variant in variants]
         rows.append([label, *(f"{cell['time']:.2f}, {cell['bytes']:.2f}" for cell in cells)])
     seconds = ", ".join(f"{document[name]['PEFT']['seconds']:.1f}" for name in settings)
+    _, unfused, fused = variants
+    gains: list[str] = []
+    for name in settings:
+        gain = 1 - document[name][fused]["time"] / document[name][unfused]["time"]
+        gains.append(f"{100 * gain:.0f}")
     return (
         table(["time, peak memory", *variants], rows)
         + f"\nPEFT's step takes {seconds} seconds in these three rows: 8 rows of "
-        f"{document['tokens']} tokens, one thread, {document['repeats']} turns."
+        f"{document['tokens']} tokens, one thread, {document['repeats']} runs of two measured "
+        f"steps\nfor each number, in turn. The fused operation saves {', '.join(gains)} % of the "
+        "time of nested with PEFT's forward."
     )
 
 
