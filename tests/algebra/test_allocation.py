@@ -27,6 +27,14 @@ spectra = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12).map(
 layer_lists = st.lists(st.tuples(spectra, st.integers(2, 80)), min_size=1, max_size=6)
 
 
+def spectra_of(shapes: list[tuple[Array, int]]) -> dict[str, LayerSpectrum]:
+    """Return layers with these singular values and parameters per rank."""
+    return {
+        str(index): LayerSpectrum(values, parameters, len(values))
+        for index, (values, parameters) in enumerate(shapes)
+    }
+
+
 @given(spectra, st.floats(0.01, 0.999))
 def test_a_share_is_kept_by_the_smallest_rank(values: Array, share: float) -> None:
     rank = rank_for_share(values, share)
@@ -45,10 +53,7 @@ def test_experts_get_the_rank_of_the_expert_that_needs_most() -> None:
 def test_a_file_of_a_size_keeps_most_of_the_update(
     shapes: list[tuple[Array, int]], max_bytes: int
 ) -> None:
-    layers = {
-        str(index): LayerSpectrum(values, parameters, len(values))
-        for index, (values, parameters) in enumerate(shapes)
-    }
+    layers = spectra_of(shapes)
 
     def file_size(ranks: Mapping[str, int]) -> int:
         digits = sum(len(str(rank)) for rank in ranks.values())
@@ -85,10 +90,7 @@ def test_a_file_of_a_size_keeps_most_of_the_update(
 def test_an_error_is_reached_by_the_components_that_gain_most(
     shapes: list[tuple[Array, int]], max_error: float
 ) -> None:
-    layers = {
-        str(index): LayerSpectrum(values, parameters, len(values))
-        for index, (values, parameters) in enumerate(shapes)
-    }
+    layers = spectra_of(shapes)
     total = sum(np.sum(values**2) for values, _ in shapes)
 
     def error(ranks: Mapping[str, int]) -> float:
