@@ -85,8 +85,9 @@ def serve(
     source = Path(path)
     folders = find_loras(source)
     if folders:
-        adapters = [_open_for_vllm(folder) for folder in _select_ranks(folders, ranks)]
-        names = [Path(adapter.name).name for adapter in adapters]
+        folders = _select_ranks(folders, ranks)
+        adapters = [_open_for_vllm(folder) for folder in folders]
+        names = [folder.name for folder in folders]
         max_rank = max(adapter.max_rank for adapter in adapters)
         served_ranks: tuple[int, ...] = ()
     else:

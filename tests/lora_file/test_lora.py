@@ -187,7 +187,7 @@ def test_factors_that_are_not_finite_are_rejected(factor: str, value: float, dty
     with pytest.raises(NotFiniteError, match=r"model\.layer"):
         lora.truncate(layer, 2, 1.0)
     with pytest.raises(NotFiniteError, match=r"model\.layer"):
-        lora.all_singular_values()
+        lora.spectra({layer.name: layer.rank for layer in lora.layers})
 
 
 PAPER = {"nesting": Nesting((1, 2, R), scale=SCALE), "deploy": "paper"}

@@ -259,25 +259,19 @@ class LoraFile(ABC):
         A, B = self.factors(layer)
         return layer.scale * singular_values(A, B)
 
-    def all_singular_values(self) -> dict[str, Float64Array]:
-        """Return the singular values of each layer by its name; see `singular_values`."""
-        with single_threaded():
-            layers = progress_bar(self.layers, "singular values")
-            return {layer.name: self.singular_values(layer) for layer in layers}
-
     def spectra(self, max_ranks: Mapping[str, int]) -> dict[str, LayerSpectrum]:
         """Return what `ranks_for_size` and `ranks_for_error` need to know of each layer.
 
         Args:
             max_ranks: The largest rank that each layer may get, by its name.
         """
-        singular_values = self.all_singular_values()
-        return {
-            layer.name: LayerSpectrum(
-                singular_values[layer.name], layer.parameters_per_rank, max_ranks[layer.name]
-            )
-            for layer in self.layers
-        }
+        spectra: dict[str, LayerSpectrum] = {}
+        with single_threaded():
+            for layer in progress_bar(self.layers, "singular values"):
+                spectra[layer.name] = LayerSpectrum(
+                    self.singular_values(layer), layer.parameters_per_rank, max_ranks[layer.name]
+                )
+        return spectra
 
     def truncate(self, layer: Layer, new: Layer, keep_factors: bool = False) -> TruncatedLayer:
         """Compute the factors of a layer at a rank.

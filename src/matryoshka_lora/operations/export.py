@@ -132,7 +132,7 @@ def export(
             the smallest rank that keeps it.
         error: The maximum relative error over all layers, such as ``"10%"`` or ``0.1``: the norm of
             what the output misses over the norm of the update. The layers get the ranks that reach
-            it with few parameters, so the file is smaller than with ``keep``.
+            it with few parameters, so the file is usually smaller than with ``keep``.
         max_bytes: The maximum size of the weights file, such as ``"50MB"``. The layers get the
             ranks that keep most of the update.
         key_format: The format of a single file's keys: ``"kohya"``, ``"diffusers"``, or ``"peft"``
