@@ -18,7 +18,6 @@ STUDIES_OF_VERSION_0_3 = (
     "capacity",
     "commonsense-judged",
     "every256-rank128",
-    "every512",
     "gemma256",
     "hardly",
     "hardly-wordnet",

@@ -145,18 +145,19 @@ def _facts_methods(study: str) -> tuple[str, ...]:
 def capacity_findings() -> str:
     """What the table of two kinds of layers says, and of which runs its rows are."""
     at_rank_2 = trained_minus("capacity", LORA_EACH, accuracy_at(2))
-    (plain, trained), (plain_512, trained_512) = (
-        [chosen_rate(study, method) for method in ("lora/svd", trained_method(study))]
-        for study in ("capacity", "every512")
-    )
-    return (
+    findings = (
         "* **One nested adapter is not good at all ranks here.** At rank 2, it has "
         f"{points_less(at_rank_2)} points less than LoRA trained there. That has\n  a whole run "
-        "for rank 2; `train_ranks` has half a run for ten ranks.\n"
-        "* **The rows of `reorder` and `train_ranks` are of different runs of LoRA**, each at the "
-        f"rate that is best for it: {plain:g} and\n  {trained:g}. With 512 facts, below, they are "
-        f"{plain_512:g} and {trained_512:g}."
+        "for rank 2; `train_ranks` has half a run for ten ranks."
     )
+    plain = chosen_rate("capacity", "lora/svd")
+    trained = chosen_rate("capacity", trained_method("capacity"))
+    if plain != trained:
+        findings += (
+            "\n* **The rows of `reorder` and `train_ranks` are of different runs of LoRA**, each at "
+            f"the rate that is best for it: {plain:g} and {trained:g}."
+        )
+    return findings
 
 
 @block
