@@ -154,8 +154,8 @@ def capacity_findings() -> str:
     trained = chosen_rate("capacity", trained_method("capacity"))
     if plain != trained:
         findings += (
-            "\n* **The rows of `reorder` and `train_ranks` are of different runs of LoRA**, each at\n"
-            f"  the rate that is best for it: {plain:g} and {trained:g}."
+            "\n* **The rows of `reorder` and `train_ranks` are of different runs of LoRA**, each "
+            f"at the\n  rate that is best for it: {plain:g} and {trained:g}."
         )
     return findings
 

@@ -245,7 +245,8 @@ def plot_accuracies(
             num_examples=num_numbers,
             num_fewshot=None,
             primary_metric="% correct",
-            aurac=None,
+            aurac_log2=None,
+            aurac_linear=None,
             metrics={"% correct": metric},
         )
     plot_evaluation(evaluation, file)

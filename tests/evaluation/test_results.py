@@ -207,3 +207,15 @@ def test_the_plot_has_a_curve_for_each_task(tmp_path: Path) -> None:
     for color in ((0, 114, 178), (230, 159, 0)):
         num_pixels = sum(count for count, pixel in image.getcolors(10**6) if pixel == color)
         assert num_pixels > 50
+
+
+def test_a_base_model_far_away_does_not_flatten_the_curve(tmp_path: Path) -> None:
+    evaluation = new_evaluation()
+    evaluation.metric("family").values[0] = -100.0
+    plot_evaluation(evaluation, tmp_path / "curve.png")
+    image = Image.open(tmp_path / "curve.png").convert("RGB")
+    blue = (0, 114, 178)
+    rows = [
+        y for y in range(image.height) for x in range(image.width) if image.getpixel((x, y)) == blue
+    ]
+    assert max(rows) - min(rows) > image.height / 2

@@ -57,9 +57,12 @@ def test_another_primary_metric_has_its_own_aurac() -> None:
     result.metrics["loss,none"] = Metric(False, dict.fromkeys(RANKS, 1.0), {})
     selected = select(evaluation, max_bytes="1MB", metric="half").evaluation.tasks["family"]
     # Trapezoids over log2(rank) of 9, 10, 12 and 16 sixteenths.
-    assert selected.aurac == pytest.approx((9 / 2 + 10 + 12 + 16 / 2) / 3 / 16)
+    assert selected.aurac_log2 == pytest.approx((9 / 2 + 10 + 12 + 16 / 2) / 3 / 16)
+    # Over the rank, the trapezoids are 1, 2 and 4 wide.
+    assert selected.aurac_linear == pytest.approx((9.5 + 2 * 11 + 4 * 14) / 7 / 16)
     selected = select(evaluation, max_bytes="1MB", metric="loss").evaluation.tasks["family"]
-    assert selected.aurac is None
+    assert selected.aurac_log2 is None
+    assert selected.aurac_linear is None
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ def new_evaluation(
             for rank, value in values.items()
         }
         metric = Metric(higher_is_better, dict(values), dict(errors))
-        evaluation.tasks[task] = TaskResult(NUM_EXAMPLES, 2, "acc,none", 0.5, {"acc,none": metric})
+        evaluation.tasks[task] = TaskResult(
+            NUM_EXAMPLES, 2, "acc,none", 0.5, 0.6, {"acc,none": metric}
+        )
         for doc_id in range(NUM_EXAMPLES):
             prompt = f"question {doc_id}\u2028?"  # Unicode's separator of lines is part of a text
             answers = {rank: f"answer {doc_id} of <{rank}>" for rank in num_correct}

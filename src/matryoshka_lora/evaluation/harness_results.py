@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, SupportsFloat
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.evaluation.results import Example, Metric, TaskResult, aurac
+from matryoshka_lora.evaluation.results import AuracAxis, Example, Metric, TaskResult, aurac
 
 _PROMPT_CHARACTERS = 2000  # kept of a prompt's end; few-shot prompts would fill the disk
 
@@ -42,7 +42,8 @@ def convert_task(name: str, results: Mapping[int, HarnessResults]) -> TaskResult
         num_examples=sum(num_examples[task]["effective"] for task in tasks),
         num_fewshot=first["n-shot"].get(name),
         primary_metric=primary_metric,
-        aurac=metric_aurac(metrics[primary_metric]),
+        aurac_log2=metric_aurac(metrics[primary_metric], "log2"),
+        aurac_linear=metric_aurac(metrics[primary_metric], "linear"),
         metrics=metrics,
     )
 
@@ -70,7 +71,7 @@ def _choose_primary_metric(metrics: Mapping[str, Metric]) -> str:
     return next(iter(metrics))
 
 
-def metric_aurac(metric: Metric) -> float | None:
+def metric_aurac(metric: Metric, axis: AuracAxis) -> float | None:
     """Return the AURAC, or None if lower is better or a value is missing."""
     if metric.higher_is_better is False:
         return None
@@ -83,7 +84,7 @@ def metric_aurac(metric: Metric) -> float | None:
             return None
         ranks.append(rank)
         values.append(value)
-    return aurac(values, ranks)
+    return aurac(values, ranks, axis)
 
 
 def convert_examples(task: str, samples: Mapping[int, Sequence[Any]]) -> list[Example]:

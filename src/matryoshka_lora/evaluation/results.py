@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from types import NoneType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -35,9 +35,11 @@ EVALUATION_NAME = "evaluation.json"
 EXAMPLES_NAME = "examples.jsonl"
 
 
-def aurac(
-    accuracies: Sequence[float], ranks: Sequence[int], axis: Literal["log2", "linear"] = "log2"
-) -> float:
+AuracAxis = Literal["log2", "linear"]
+"""The axis of the ranks under the rank-accuracy curve."""
+
+
+def aurac(accuracies: Sequence[float], ranks: Sequence[int], axis: AuracAxis = "log2") -> float:
     """Return the area under the rank-accuracy curve, divided by its width (arXiv 2605.07850).
 
     It is the trapezoidal rule over ``log2(rank)``, or over the rank itself. On the linear axis the
@@ -61,7 +63,7 @@ def aurac(
             f"`accuracies` must hold one finite number per rank, got {list(accuracies)!r:.80} for "
             f"{len(checked)} ranks."
         )
-    check_choice("axis", axis, ("log2", "linear"))
+    check_choice("axis", axis, get_args(AuracAxis))
     if len(checked) == 1:
         return float(accuracies[0])
     x = np.array(checked, dtype=np.float64)
@@ -105,14 +107,17 @@ class TaskResult:
         num_examples: The number of examples, over all tasks of a group.
         num_fewshot: The number of few-shot examples in each prompt; None for a group.
         primary_metric: The metric that plots show and that `select` uses by default.
-        aurac: The AURAC of the primary metric; None if lower is better or a value is missing.
+        aurac_log2: The AURAC of the primary metric over log2 of the rank; None if lower is better
+            or a value is missing.
+        aurac_linear: The same over the rank.
         metrics: The metrics by name, such as ``"acc,none"``: metric and filter of the harness.
     """
 
     num_examples: int
     num_fewshot: int | None
     primary_metric: str
-    aurac: float | None
+    aurac_log2: float | None
+    aurac_linear: float | None
     metrics: dict[str, Metric]
 
 
@@ -296,7 +301,8 @@ def _parse_task(fields: Mapping[str, Any], ranks: Sequence[int]) -> TaskResult:
         _check_type(fields["num_examples"], int),
         _check_type(fields["num_fewshot"], int, NoneType),
         fields["primary_metric"],
-        _check_type(fields["aurac"], float, NoneType),
+        _check_type(fields["aurac_log2"], float, NoneType),
+        _check_type(fields["aurac_linear"], float, NoneType),
         metrics,
     )
 

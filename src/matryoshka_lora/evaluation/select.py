@@ -112,7 +112,12 @@ def _with_primary_metric(evaluation: Evaluation, task: str, metric: str) -> Eval
     keys = {key.removesuffix(",none"): key for key in result.metrics}
     check_choice("metric", metric, keys)
     key = keys[metric]
-    result = replace(result, primary_metric=key, aurac=metric_aurac(result.metrics[key]))
+    result = replace(
+        result,
+        primary_metric=key,
+        aurac_log2=metric_aurac(result.metrics[key], "log2"),
+        aurac_linear=metric_aurac(result.metrics[key], "linear"),
+    )
     return replace(evaluation, tasks={**evaluation.tasks, task: result})
 
 
