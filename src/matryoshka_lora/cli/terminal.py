@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from matryoshka_lora.lora_file.lora import LoraFile
     from matryoshka_lora.lora_file.results import TrainRanksResult
     from matryoshka_lora.operations.combine import CombineResult
-    from matryoshka_lora.operations.export import ExportFolderResult, ExportResult
+    from matryoshka_lora.operations.export import ExportResult
+    from matryoshka_lora.operations.export_folder import ExportFolderResult
     from matryoshka_lora.operations.extract import ExtractResult
     from matryoshka_lora.operations.info import FolderInfo, LoraInfo
 
