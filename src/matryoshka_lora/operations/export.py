@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matryoshka_lora.errors import MatryoshkaError, optional_imports
-from matryoshka_lora.formats import Format, KeyFormat, OutputFormat
+from matryoshka_lora.errors import MatryoshkaError, check_list, optional_imports
+from matryoshka_lora.formats import DtypeName, Format, KeyFormat, OutputFormat
 from matryoshka_lora.lora_file.atomic import PathLike, check_output, create_file, create_folder
 from matryoshka_lora.lora_file.gguf import write_gguf
 from matryoshka_lora.lora_file.key_formats import convert_keys
@@ -17,6 +17,13 @@ from matryoshka_lora.lora_file.mlx import write_mlx
 from matryoshka_lora.lora_file.open import open_lora
 from matryoshka_lora.lora_file.peft_folder import PeftFolder, open_peft_folder
 from matryoshka_lora.lora_file.single_file import SingleFile
+from matryoshka_lora.lora_file.transforms import (
+    cast_factors,
+    drop_layers,
+    pad_layers,
+    plan_same_scales,
+    scale_layers,
+)
 from matryoshka_lora.operations.base_config import read_base_config
 from matryoshka_lora.operations.output_format import EXPORT_FORMATS, choose_output_format
 from matryoshka_lora.operations.rank_choice import (
@@ -62,6 +69,10 @@ def export(
     keep: float | str | None = None,
     error: float | str | None = None,
     max_bytes: int | str | None = None,
+    pad: bool = False,
+    dtype: DtypeName | None = None,
+    drop: Iterable[str] = (),
+    scale: Mapping[str, float] | None = None,
     key_format: KeyFormat | None = None,
     base_model: str | None = None,
     base_revision: str | None = None,
@@ -71,7 +82,8 @@ def export(
     """Export a LoRA at a given rank, or for another runtime.
 
     A LoRA without an order is reordered by singular value decomposition first, so that the output
-    is its best approximation of that rank.
+    is its best approximation of that rank. Without rank, keep, error and max_bytes, a PEFT folder
+    or a single file keeps its ranks, and only what else is requested changes.
 
     Args:
         source: A PEFT folder, a single ``.safetensors`` file, or the Hub id of either.
@@ -89,8 +101,14 @@ def export(
             it with few parameters, so the file is usually smaller than with ``keep``.
         max_bytes: The maximum size of the weights file, such as ``"50MB"``. The layers get the
             ranks that keep most of the update.
+        pad: Whether to write a LoRA of a larger rank to train on, with the same update. Every layer
+            gets ``rank``. The new rows of A are random, and the new columns of B zero.
+        dtype: The dtype of the factors: ``"fp32"``, ``"bf16"`` or ``"fp16"``. Defaults to theirs.
+        drop: Patterns of names of layers that are left out, such as ``"lora_te*"``.
+        scale: The factor of the update of each layer, by a pattern of names. The last pattern that
+            matches a layer counts. The error is relative to the scaled update.
         key_format: The format of a single file's keys: ``"kohya"``, ``"diffusers"``, or ``"peft"``
-            for a PEFT folder. Without rank, keep, error and max_bytes, only the keys change.
+            for a PEFT folder.
         base_model: The base model, for the formats merged, gguf and mlx. Defaults to the one that
             the LoRA names.
         base_revision: Its branch, tag or commit on the Hub. Defaults to the one that the LoRA
@@ -109,29 +127,62 @@ def export(
     is_file = bool(EXPORT_FORMATS[output_format].suffix)
     output_path = check_output(output, force, lora.sources, is_file=is_file)
     request = parse_request(rank, keep, error, max_bytes)
-    check_request(request, output_format, key_format)
-    keep_factors = request.is_empty and key_format is not None
-    if isinstance(lora, SingleFile) and key_format is not None:
-        converted = convert_keys(lora, key_format)
-        if keep_factors and converted.layers == lora.layers:
+    drop = check_list("drop", drop)
+    has_other_change = bool(key_format or dtype or drop or scale)
+    check_request(request, output_format, pad=pad, has_other_change=has_other_change)
+    changed = _change_layers(lora, output_format, request.rank if pad else None, dtype, drop, scale)
+    if isinstance(changed, SingleFile) and key_format is not None:
+        converted = convert_keys(changed, key_format)
+        if request.is_empty and converted.layers == lora.layers:
             raise MatryoshkaError(f"{lora.name} has keys of the {key_format} format already.")
-        lora = converted
+        changed = converted
 
     ranks: dict[str, int] | tuple[int, ...]
     notes: list[str] = []
     if output_format == "ladder":
-        ranks = ladder_ranks(lora, rank)
-        errors = _write_ladder(lora, output_path, ranks, force)
+        ranks = ladder_ranks(changed, rank)
+        errors = _write_ladder(changed, output_path, ranks, force)
     else:
-        ranks = choose_ranks(lora, request, output_format)
-        plan = lora.plan_unchanged() if keep_factors else lora.plan(ranks)
-        written = _write(lora, plan, output_path, output_format, base_model, base_revision, force)
+        if pad or (request.is_empty and output_format in ("peft", "single")):
+            plan = plan_same_scales(changed) if key_format is None else changed.plan_unchanged()
+        else:
+            plan = changed.plan(choose_ranks(changed, request, output_format))
+        ranks = plan.ranks
+        written = _write(
+            changed, plan, output_path, output_format, base_model, base_revision, force
+        )
         errors = {plan.rank: written.relative_error()}
-        notes = _notes(lora, ranks, request, output_format)
+        notes = _notes(changed, lora, ranks, request, output_format)
     size_after = _weights_size(output_path)
     return ExportResult(
         output_path, output_format, ranks, size_before, size_after, errors, tuple(notes)
     )
+
+
+def _change_layers(
+    lora: LoraFile,
+    output_format: OutputFormat,
+    padded_rank: int | Sequence[int] | None,
+    dtype: DtypeName | None,
+    drop: Sequence[str],
+    scale: Mapping[str, float] | None,
+) -> LoraFile:
+    """Return a LoRA with everything that is requested except other ranks and keys."""
+    if dtype is not None and not EXPORT_FORMATS[output_format].supports_dtype:
+        raise MatryoshkaError(
+            f"`dtype` is that of a LoRA file, which format {output_format!r} does not write. Omit "
+            "`dtype`."
+        )
+    if drop:
+        lora = drop_layers(lora, drop)
+    if scale:
+        lora = scale_layers(lora, scale)
+    if padded_rank is not None:
+        assert isinstance(padded_rank, int)  # `check_request` rejects several
+        lora = pad_layers(lora, padded_rank)
+    if dtype is not None:
+        lora = cast_factors(lora, dtype)
+    return lora
 
 
 def _write(
@@ -189,9 +240,16 @@ def _write_ladder(
 
 
 def _notes(
-    lora: LoraFile, ranks: Mapping[str, int], request: RankRequest, output_format: OutputFormat
+    lora: LoraFile,
+    source: LoraFile,
+    ranks: Mapping[str, int],
+    request: RankRequest,
+    output_format: OutputFormat,
 ) -> list[str]:
     notes: list[str] = []
+    if len(lora.layers) < len(source.layers):
+        dropped = pluralize(len(source.layers) - len(lora.layers), "layer")
+        notes.append(f"Left out {dropped} of {len(source.layers)}.")
     if lora.other_tensors and output_format == "single":
         tensors = pluralize(len(lora.other_tensors), "other tensor")
         notes.append(f"Copied {tensors} unchanged, such as {min(lora.other_tensors)}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +10,8 @@ from typing import get_args
 
 from tqdm import tqdm
 
-from matryoshka_lora.errors import MatryoshkaError, check_choice
-from matryoshka_lora.formats import Format, KeyFormat
+from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list
+from matryoshka_lora.formats import DtypeName, Format, KeyFormat
 from matryoshka_lora.lora_file.atomic import PathLike, create_folder
 from matryoshka_lora.lora_file.open import find_loras, open_lora
 from matryoshka_lora.operations.export import ExportResult, export
@@ -46,6 +46,10 @@ def export_folder(
     keep: float | str | None = None,
     error: float | str | None = None,
     max_bytes: int | str | None = None,
+    pad: bool = False,
+    dtype: DtypeName | None = None,
+    drop: Iterable[str] = (),
+    scale: Mapping[str, float] | None = None,
     key_format: KeyFormat | None = None,
     base_model: str | None = None,
     base_revision: str | None = None,
@@ -63,6 +67,10 @@ def export_folder(
         keep: As in `export`.
         error: As in `export`.
         max_bytes: As in `export`, for each LoRA.
+        pad: As in `export`.
+        dtype: As in `export`.
+        drop: As in `export`.
+        scale: As in `export`.
         key_format: As in `export`.
         base_model: As in `export`.
         base_revision: As in `export`.
@@ -78,14 +86,12 @@ def export_folder(
     _check_folders(source, loras, output)
     output_path = Path(output)
     # A mistake that no LoRA is the reason of is one error.
-    check_request(parse_request(rank, keep, error, max_bytes), format or "peft", key_format)
+    drop = check_list("drop", drop)
+    has_other_change = bool(key_format or dtype or drop or scale)
+    request = parse_request(rank, keep, error, max_bytes)
+    check_request(request, format or "peft", pad=pad, has_other_change=has_other_change)
     exported: list[ExportResult] = []
     failed: dict[str, str] = {}
-    skipped = tuple(
-        folder.name
-        for folder in sorted(Path(source).iterdir())
-        if folder.is_dir() and folder not in loras
-    )
     with create_folder(output, force, _folder_sources(loras, base_model)) as temporary:
         for path in tqdm(loras, "exporting", leave=False, unit=" LoRAs", disable=None):
             name = _output_name(path, format, key_format)
@@ -93,11 +99,15 @@ def export_folder(
                 result = export(
                     path,
                     temporary / name,
-                    _limit_rank(rank, path),
+                    rank if pad else _limit_rank(rank, path),
                     format,
                     keep=keep,
                     error=error,
                     max_bytes=max_bytes,
+                    pad=pad,
+                    dtype=dtype,
+                    drop=drop,
+                    scale=scale,
                     key_format=key_format,
                     base_model=base_model,
                     base_revision=base_revision,
@@ -107,12 +117,23 @@ def export_folder(
             else:
                 exported.append(replace(result, path=output_path / name))
         if not exported:
-            name = loras[0].name
-            raise MatryoshkaError(
-                f"{pluralize(len(loras), 'LoRA')} in {source} could not be exported. The first is "
-                f"{name:.80}: {failed[name]}"
-            )
-    return ExportFolderResult(output_path, tuple(exported), failed, skipped)
+            raise _nothing_exported_error(source, loras[0].name, failed)
+    return ExportFolderResult(output_path, tuple(exported), failed, _other_folders(source, loras))
+
+
+def _other_folders(source: PathLike, loras: Sequence[Path]) -> tuple[str, ...]:
+    """Return the names of the folders in a folder that are not LoRAs."""
+    paths = sorted(Path(source).iterdir())
+    return tuple(path.name for path in paths if path.is_dir() and path not in loras)
+
+
+def _nothing_exported_error(
+    source: PathLike, first: str, failed: Mapping[str, str]
+) -> MatryoshkaError:
+    return MatryoshkaError(
+        f"{pluralize(len(failed), 'LoRA')} in {source} could not be exported. The first is "
+        f"{first:.80}: {failed[first]}"
+    )
 
 
 def _check_folders(source: PathLike, loras: Sequence[Path], output: PathLike) -> None:

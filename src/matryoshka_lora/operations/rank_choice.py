@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from matryoshka_lora.algebra.allocation import rank_for_share, ranks_for_error, ranks_for_size
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.formats import KeyFormat, OutputFormat
+from matryoshka_lora.formats import OutputFormat
 from matryoshka_lora.lora_file.lora import LoraFile
 from matryoshka_lora.nesting import check_rank
 from matryoshka_lora.operations.output_format import EXPORT_FORMATS
@@ -32,6 +32,7 @@ class RankRequest:
 
     @property
     def is_empty(self) -> bool:
+        """Whether nothing is requested."""
         return self == RankRequest(None, None, None, None)
 
     @property
@@ -46,6 +47,7 @@ def parse_request(
     error: float | str | None,
     max_bytes: int | str | None,
 ) -> RankRequest:
+    """Return what the caller wants to keep, from the arguments of `export`."""
     if rank is not None and (isinstance(rank, str) or not isinstance(rank, Sequence)):
         check_rank(rank)
     return RankRequest(
@@ -57,9 +59,17 @@ def parse_request(
 
 
 def check_request(
-    request: RankRequest, output_format: OutputFormat, key_format: KeyFormat | None
+    request: RankRequest, output_format: OutputFormat, *, pad: bool, has_other_change: bool
 ) -> None:
-    if request.is_empty and key_format is None and output_format in ("peft", "single"):
+    """Raise MatryoshkaError if what is requested contradicts itself or the format.
+
+    Args:
+        request: The requested ranks.
+        output_format: The format of the output.
+        pad: Whether smaller layers are padded to the requested rank.
+        has_other_change: Whether something else than the ranks changes, such as the dtype.
+    """
+    if request.is_empty and not has_other_change and output_format in ("peft", "single"):
         raise MatryoshkaError("Pass at least one of `rank`, `keep`, `error` or `max_bytes`.")
     if isinstance(request.rank, Sequence) and output_format != "ladder":
         raise MatryoshkaError(
@@ -68,6 +78,8 @@ def check_request(
         )
     if request.share is not None and request.error is not None:
         raise MatryoshkaError("Pass `keep` or `error`, not both.")
+    if pad:
+        _check_pad(request, output_format)
     supported = EXPORT_FORMATS[output_format]
     for name, value in (("keep", request.share), ("error", request.error)):
         if value is not None and not supported.supports_keep:
@@ -82,7 +94,21 @@ def check_request(
         )
 
 
+def _check_pad(request: RankRequest, output_format: OutputFormat) -> None:
+    if request.rank is None or request.needs_singular_values:
+        raise MatryoshkaError(
+            "`pad=True` gives every layer the requested rank. Pass `rank`, and none of `keep`, "
+            "`error` and `max_bytes`."
+        )
+    if output_format not in ("peft", "single"):
+        raise MatryoshkaError(
+            "`pad=True` writes a LoRA to train on, a PEFT folder or a single file, got format "
+            f"{output_format!r}. Omit `format`."
+        )
+
+
 def ladder_ranks(lora: LoraFile, rank: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Return the ranks of a ladder: the requested ones, or the nested ones."""
     if rank is None or isinstance(rank, Sequence):
         return lora.check_ranks(rank)
     return lora.check_ranks([rank])
@@ -94,6 +120,11 @@ def choose_ranks(
     """Return the rank of each layer by its name."""
     max_rank = lora.max_rank if request.rank is None else request.rank
     assert not isinstance(max_rank, Sequence)  # `check_request` rejects several
+    if max_rank > lora.max_rank and EXPORT_FORMATS[output_format].supports_max_bytes:
+        raise MatryoshkaError(
+            f"{lora.name}: `rank` must be from 1 to {lora.max_rank}, got {max_rank}. Pass "
+            "`pad=True` for a LoRA of a larger rank to train on."
+        )
     ranks = lora.ranks_by_layer(max_rank)
     if not EXPORT_FORMATS[output_format].supports_keep:  # one rank for all layers
         return dict.fromkeys(ranks, max_rank)
