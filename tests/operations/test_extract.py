@@ -70,7 +70,7 @@ def interrupt_after(factorized: list[str], limit: int, monkeypatch: pytest.Monke
         factorized.append(name)
         return factorize_change(name, *args)
 
-    monkeypatch.setattr("matryoshka_lora.operations.extract.factorize_change", factorize)
+    monkeypatch.setattr("matryoshka_lora.operations.factor_cache.factorize_change", factorize)
 
 
 def files_in(folder: Path) -> list[str]:
@@ -519,7 +519,7 @@ def test_two_processes_do_not_share_the_cache_of_an_output(
             run(2)
         return factorize_change(*arguments)
 
-    monkeypatch.setattr("matryoshka_lora.operations.extract.factorize_change", meanwhile)
+    monkeypatch.setattr("matryoshka_lora.operations.factor_cache.factorize_change", meanwhile)
     run(4)
     assert open_lora(tmp_path / "lora").max_rank == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "lora", "tuned"]

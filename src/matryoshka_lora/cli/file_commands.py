@@ -170,9 +170,10 @@ def extract(
     output: OutputOption,
     rank: Annotated[
         int | None,
-        typer.Option(min=1, help="Rank; with --keep or --max-bytes, an upper bound."),
+        typer.Option(min=1, help="Rank; with --keep, --error or --max-bytes, an upper bound."),
     ] = None,
     keep: KeepOption = None,
+    error: ErrorOption = None,
     max_bytes: MaxBytesOption = None,
     modules_to_save: Annotated[
         list[str] | None,
@@ -206,6 +207,7 @@ def extract(
         output,
         rank,
         keep=keep,
+        error=error,
         max_bytes=max_bytes,
         modules_to_save=modules_to_save or (),
         key_format=key_format,

@@ -269,6 +269,7 @@ def format_extract(result: ExtractResult) -> str:
     """Return what `matryoshka extract` prints."""
     lines = [f"{result.path}: {pluralize(len(result.ranks), 'layer')}", ""]
     lines += format_errors(result.errors, "change")
+    lines += result.notes
     if result.rounding_share > 0.001:
         share = _percent(result.rounding_share)
         lines.append(f"{share} of the squared change is due to rounding of the weights.")
