@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -66,16 +67,6 @@ class ChangedLayers:
         """The part of the total that rounding to half precision is expected to be."""
         return sum(change.rounding for change in self._changes.values())
 
-    @property
-    def spectra(self) -> dict[str, LayerSpectrum]:
-        """What the choice of ranks needs to know of each layer."""
-        return {
-            name: LayerSpectrum(
-                np.array(self._changes[name].singular_values), layer.parameters_per_rank, layer.rank
-            )
-            for name, layer in self._layers.items()
-        }
-
     def factorize(self, limits: RankLimits) -> None:
         """Factorize the changes that are not in the folder."""
         self._factorize(dict.fromkeys(self._weights, limits))
@@ -83,25 +74,42 @@ class ChangedLayers:
     def factorize_for_error(self, max_error: float, max_rank: int | None) -> None:
         """Factorize until the factors have the ranks that `ranks_for_error` needs.
 
-        A layer of which all components are needed is factorized again, at twice the rank.
+        A layer that may need further components is factorized again, at twice the rank.
 
         Args:
             max_error: The maximum relative error over all layers.
             max_rank: An upper bound of each rank, with which the error may be larger.
         """
-        limits = {
-            name: RankLimits(min(max_rank or _FIRST_RANK_FOR_ERROR, _FIRST_RANK_FOR_ERROR), None)
-            for name in self._weights
-        }
-        while limits:
-            self._factorize(limits)
-            ranks = ranks_for_error(self.spectra, max_error, self.total, self.residual)
-            limits = {}
-            for name, weight in self._weights.items():
-                rank = self._layers[name].rank
-                largest = min(max_rank or weight.full_rank, weight.full_rank)
-                if ranks[name] == rank < largest:
-                    limits[name] = RankLimits(min(2 * rank, largest), None)
+        largest_ranks: dict[str, int] = {}
+        ranks: dict[str, int] = {}
+        for name, weight in self._weights.items():
+            largest_ranks[name] = min(max_rank or weight.full_rank, weight.full_rank)
+            ranks[name] = min(_FIRST_RANK_FOR_ERROR, largest_ranks[name])
+        while ranks:
+            self._factorize({name: RankLimits(rank, None) for name, rank in ranks.items()})
+            spectra = {
+                name: self._extended_spectrum(name, largest)
+                for name, largest in largest_ranks.items()
+            }
+            residual = self.total - sum(sum(layer.squares) for layer in spectra.values())
+            needed = ranks_for_error(spectra, max_error, self.total, max(residual, 0.0))
+            ranks = {}
+            for name, layer in self._layers.items():
+                if needed[name] > layer.rank:
+                    ranks[name] = min(2 * layer.rank, largest_ranks[name])
+
+    def _extended_spectrum(self, name: str, largest_rank: int) -> LayerSpectrum:
+        """Return the singular values of a layer, with the next ones as large as they may be.
+
+        None is larger than the last one that is known, and their squares add up to the residual.
+        """
+        layer, change = self._layers[name], self._changes[name]
+        values = list(change.singular_values)
+        residual = change.residual
+        while len(values) < largest_rank and residual > 0 and values[-1] > 0:
+            values.append(min(values[-1], math.sqrt(residual)))
+            residual -= values[-1] ** 2
+        return LayerSpectrum(np.array(values), layer.parameters_per_rank, len(values))
 
     def _factorize(self, limits: Mapping[str, RankLimits]) -> None:
         num_bytes = sum(self._weights[name].new.nbytes for name in limits)
