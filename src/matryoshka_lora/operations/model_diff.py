@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from matryoshka_lora.errors import MatryoshkaError, optional_imports, wrap_errors
-from matryoshka_lora.lora_file.key_names import ORIGINAL_PART, split_part
+from matryoshka_lora.lora_file.key_names import split_part
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor, open_safetensors, read_json
 from matryoshka_lora.nn.arrays import to_torch
 
@@ -70,15 +70,19 @@ class Architecture:
         if not weight.is_factor or len(shape) not in (2, 3, 4) or 1 in shape[:2]:
             return False
         if not self.is_known:
-            # The embeddings of image models, for example of the time, are linear layers.
-            is_embedding = _EMBEDDING_NAMES.search(module_name) and (
-                split_part(module_name)[0] != ORIGINAL_PART
-            )
-            return len(shape) != 3 and not is_embedding
+            return len(shape) != 3 and not _is_embedding(module_name)
         module = self.modules.get(module_name)
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             return module.groups == 1
         return isinstance(module, nn.Linear) or self.is_conv1d(module_name)
+
+
+def _is_embedding(module_name: str) -> bool:
+    """Return whether the name of a module is that of an embedding of tokens, or of a head."""
+    part, _ = split_part(module_name)
+    if part and not part.startswith("text_encoder"):
+        return False  # the embeddings of image models, for example of the time, are linear layers
+    return _EMBEDDING_NAMES.search(module_name) is not None
 
 
 class WeightPair(NamedTuple):
