@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from matryoshka_lora.nesting import Nesting as Nesting
     from matryoshka_lora.operations.combine import CombineResult as CombineResult
     from matryoshka_lora.operations.combine import combine as combine
-    from matryoshka_lora.operations.export import ExportFolderResult as ExportFolderResult
     from matryoshka_lora.operations.export import ExportResult as ExportResult
     from matryoshka_lora.operations.export import export as export
-    from matryoshka_lora.operations.export import export_folder as export_folder
+    from matryoshka_lora.operations.export_folder import ExportFolderResult as ExportFolderResult
+    from matryoshka_lora.operations.export_folder import export_folder as export_folder
     from matryoshka_lora.operations.extract import ExtractResult as ExtractResult
     from matryoshka_lora.operations.extract import extract as extract
     from matryoshka_lora.operations.info import FolderInfo as FolderInfo
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "CombineResult": "operations.combine",
     "Evaluation": "evaluation.results",
-    "ExportFolderResult": "operations.export",
+    "ExportFolderResult": "operations.export_folder",
     "ExportResult": "operations.export",
     "ExtractResult": "operations.extract",
     "FolderInfo": "operations.info",
@@ -60,7 +60,7 @@ _MODULES = {
     "combine": "operations.combine",
     "evaluate": "evaluation.evaluate",
     "export": "operations.export",
-    "export_folder": "operations.export",
+    "export_folder": "operations.export_folder",
     "extract": "operations.extract",
     "info": "operations.info",
     "info_folder": "operations.info",

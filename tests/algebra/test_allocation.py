@@ -124,3 +124,10 @@ def test_components_that_are_zero_or_above_the_maximum_rank_are_not_chosen() -> 
     expected = {"experts": 2, "limited": 2}
     assert ranks_for_size(layers, lambda ranks: sum(ranks.values()), max_bytes=5) == expected
     assert ranks_for_error(layers, 1e-9) == expected
+
+
+def test_a_residual_is_a_part_of_the_error() -> None:
+    layers = {"layer": LayerSpectrum(np.array([4.0, 2.0, 1.0]), 10, 3)}
+    # The update has the squared norm 25, of which 4 are in no component.
+    for max_error, rank in ((0.61, 1), (0.59, 2), (0.44, 3), (0.1, 3)):
+        assert ranks_for_error(layers, max_error, total=25, residual=4) == {"layer": rank}

@@ -70,7 +70,7 @@ def interrupt_after(factorized: list[str], limit: int, monkeypatch: pytest.Monke
         factorized.append(name)
         return factorize_change(name, *args)
 
-    monkeypatch.setattr("matryoshka_lora.operations.extract.factorize_change", factorize)
+    monkeypatch.setattr("matryoshka_lora.operations.factor_cache.factorize_change", factorize)
 
 
 def files_in(folder: Path) -> list[str]:
@@ -193,6 +193,87 @@ def test_a_share_and_a_size_give_each_layer_its_rank(
     extract(*models, tmp_path / "size", max_bytes=30_000)
     assert (tmp_path / "size/adapter_model.safetensors").stat().st_size <= 30_000
     PeftModel.from_pretrained(tiny_llama(), tmp_path / "size")
+
+
+def ranks_for_error(spectra: dict[str, np.ndarray], costs: dict[str, int], max_error: float) -> Any:
+    """Return the ranks and the error of the components with the largest gain that are needed."""
+    total = sum(float((s**2).sum()) for s in spectra.values())
+    missing = total - sum(float(s[0] ** 2) for s in spectra.values())
+    gains = [
+        (s[i] ** 2 / costs[name], name, i) for name, s in spectra.items() for i in range(1, len(s))
+    ]
+    ranks = dict.fromkeys(spectra, 1)
+    for _, name, index in sorted(gains, reverse=True):
+        if missing <= max_error**2 * total:
+            break
+        ranks[name] += 1
+        missing -= float(spectra[name][index] ** 2)
+    return ranks, (missing / total) ** 0.5
+
+
+@pytest.mark.parametrize("max_error", ["60%", 0.05, 0.001])
+def test_one_error_over_all_layers(
+    tmp_path: Path, models: tuple[Path, Path], max_error: Any
+) -> None:
+    spectra = {
+        key.removesuffix(".weight"): np.linalg.svd(change, compute_uv=False)
+        for key, change in changes(models).items()
+    }
+    costs = {key.removesuffix(".weight"): sum(c.shape) for key, c in changes(models).items()}
+    expected, error = ranks_for_error(spectra, costs, 0.6 if max_error == "60%" else max_error)
+    result = extract(*models, tmp_path / "lora", error=max_error)
+    assert result.ranks == expected
+    assert result.errors == {max(expected.values()): pytest.approx(error, rel=1e-3)}
+    assert result.notes == ()
+
+
+def save_weights(folder: Path, *spectra: Tensor) -> tuple[Path, Path]:
+    """Write layers of 400 x 300 whose changes have some singular values."""
+    generator = torch.Generator().manual_seed(0)
+    base: dict[str, Tensor] = {}
+    tuned: dict[str, Tensor] = {}
+    for index, values in enumerate(spectra):
+        u, _ = torch.linalg.qr(torch.randn(400, len(values), generator=generator))
+        v, _ = torch.linalg.qr(torch.randn(300, len(values), generator=generator))
+        base[f"layer{index}.weight"] = torch.zeros(400, 300)
+        tuned[f"layer{index}.weight"] = u * values @ v.T
+    save_file(base, folder / "base.safetensors")
+    save_file(tuned, folder / "tuned.safetensors")
+    return folder / "base.safetensors", folder / "tuned.safetensors"
+
+
+def test_the_rank_grows_where_the_error_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first factors have rank 64. What they miss counts too, and is factorized if needed."""
+    spectra = [torch.ones(200), 0.1 * 0.5 ** torch.arange(300.0)]
+    models = save_weights(tmp_path, *spectra)
+    factorized: list[str] = []
+    interrupt_after(factorized, 99, monkeypatch)
+    result = extract(*models, tmp_path / "lora", error="50%")
+    assert factorized == ["layer0", "layer1", "layer0", "layer0"]
+    total = 200 + float((spectra[1] ** 2).sum())
+    expected = next(r for r in range(1, 201) if 200 - r + 0.01 / 3 <= 0.25 * total)
+    assert result.ranks == {"layer0": expected, "layer1": 1}
+    assert 0.49 < result.errors[expected] <= 0.5
+
+    interrupt_after(factorized, 5, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        extract(*models, tmp_path / "again", error="50%")
+    interrupt_after(factorized, 99, monkeypatch)
+    assert extract(*models, tmp_path / "again", error="50%").ranks == result.ranks
+    assert factorized[4:] == ["layer0", "layer1", "layer0", "layer0"]
+
+
+def test_a_rank_or_a_size_may_make_the_error_larger(tmp_path: Path) -> None:
+    models = save_weights(tmp_path, torch.ones(200), 0.1 * torch.ones(300))
+    result = extract(*models, tmp_path / "rank", 100, error="50%")
+    assert result.ranks["layer0"] == 100
+    assert result.errors[100] == pytest.approx((102 / 203) ** 0.5, rel=0.02)
+    assert "rank" in result.notes[0]
+    result = extract(*models, tmp_path / "size", error="50%", max_bytes=100_000)
+    assert (tmp_path / "size/adapter_model.safetensors").stat().st_size <= 100_000
+    assert "size" in result.notes[0]
 
 
 @pytest.mark.parametrize("shape", [(300, 500), (600, 400)])
@@ -475,6 +556,8 @@ def test_a_foreign_folder_is_not_used(
         ({}, "lora", "max_bytes"),
         ({"rank": 0}, "lora", "rank"),
         ({"keep": "200%"}, "lora", "share"),
+        ({"error": 2}, "lora", "share"),
+        ({"error": "10%", "keep": "90%"}, "lora", "both"),
         ({"max_bytes": 100}, "lora", "max_bytes"),
         ({"rank": 4, "modules_to_save": ["embed"]}, "lora", "modules_to_save"),
         ({"rank": 4, "modules_to_save": ["norm", "no"]}, "lora", "modules_to_save"),
@@ -519,7 +602,7 @@ def test_two_processes_do_not_share_the_cache_of_an_output(
             run(2)
         return factorize_change(*arguments)
 
-    monkeypatch.setattr("matryoshka_lora.operations.extract.factorize_change", meanwhile)
+    monkeypatch.setattr("matryoshka_lora.operations.factor_cache.factorize_change", meanwhile)
     run(4)
     assert open_lora(tmp_path / "lora").max_rank == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "lora", "tuned"]

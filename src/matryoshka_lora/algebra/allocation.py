@@ -76,7 +76,12 @@ def _components_by_gain(layers: Mapping[str, LayerSpectrum]) -> list[_Component]
     return sorted(components)
 
 
-def ranks_for_error(layers: Mapping[str, LayerSpectrum], max_error: float) -> dict[str, int]:
+def ranks_for_error(
+    layers: Mapping[str, LayerSpectrum],
+    max_error: float,
+    total: float | None = None,
+    residual: float = 0.0,
+) -> dict[str, int]:
     """Return ranks of a small file whose total relative error does not exceed a maximum.
 
     Every layer gets rank 1. The other components are added in the order of their squared singular
@@ -85,10 +90,14 @@ def ranks_for_error(layers: Mapping[str, LayerSpectrum], max_error: float) -> di
     Args:
         layers: The layers by name. Their maximum ranks may make the error larger.
         max_error: The maximum norm of what all layers miss over the norm of the update.
+        total: The squared norm of the update. Defaults to that of all components.
+        residual: The squared norm of what all components of all layers miss of it.
     """
     ranks = dict.fromkeys(layers, 1)
-    total = sum(sum(layer.squares) for layer in layers.values())
-    squared_error = total - sum(layer.squares[0] for layer in layers.values())
+    squared_sum = sum(sum(layer.squares) for layer in layers.values())
+    if total is None:
+        total = squared_sum
+    squared_error = squared_sum - sum(layer.squares[0] for layer in layers.values()) + residual
     for component in _components_by_gain(layers):
         if squared_error <= max_error**2 * total:
             break

@@ -64,6 +64,32 @@ MaxBytesOption = Annotated[
         "error."
     ),
 ]
+PadOption = Annotated[
+    bool,
+    typer.Option(
+        "--pad",
+        help="Write a larger --rank to train on: the same update, with new components that learn.",
+    ),
+]
+FactorDtypeOption = Annotated[
+    DtypeName | None, typer.Option(help="Dtype of the factors.", show_default="that of the source")
+]
+DropOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Leave out the layers whose names match, such as 'lora_te*'. The option may be "
+        "repeated.",
+    ),
+]
+ScaleOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN=FACTOR",
+        help="Multiply the update of the layers whose names match, such as '*_blocks_1_*=0.5'. "
+        "The option may be repeated; the last pattern that matches a layer counts.",
+    ),
+]
 RankOrRanksOption = Annotated[
     str | None,
     typer.Option(
@@ -118,3 +144,19 @@ def parse_weights(text: str | None) -> list[float] | Literal["mean"] | None:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise typer.BadParameter(f"{text!r:.80} is not a list of weights such as 1,0.5.") from error
+
+
+def parse_scale(texts: list[str] | None) -> dict[str, float]:
+    """Return the factor of each pattern, from ``"PATTERN=0.5"``."""
+    factors: dict[str, float] = {}
+    for text in texts or []:
+        pattern, separator, factor = text.rpartition("=")
+        try:
+            if not separator:
+                raise ValueError
+            # The last one of a repeated pattern counts, and its place is the last one too.
+            factors.pop(pattern, None)
+            factors[pattern] = float(factor)
+        except ValueError as error:
+            raise typer.BadParameter(f"{text!r:.80} is not PATTERN=0.5.") from error
+    return factors

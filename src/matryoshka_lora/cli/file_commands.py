@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from matryoshka_lora.cli.arguments import (
     BaseModelOption,
     BaseRevisionOption,
+    DropOption,
     ErrorOption,
+    FactorDtypeOption,
     ForceOption,
     FormatOption,
     KeepOption,
@@ -19,9 +21,12 @@ from matryoshka_lora.cli.arguments import (
     LoraArgument,
     MaxBytesOption,
     OutputOption,
+    PadOption,
     RankOrRanksOption,
     RevisionOption,
+    ScaleOption,
     parse_ranks,
+    parse_scale,
     parse_weights,
 )
 from matryoshka_lora.cli.terminal import (
@@ -165,9 +170,10 @@ def extract(
     output: OutputOption,
     rank: Annotated[
         int | None,
-        typer.Option(min=1, help="Rank; with --keep or --max-bytes, an upper bound."),
+        typer.Option(min=1, help="Rank; with --keep, --error or --max-bytes, an upper bound."),
     ] = None,
     keep: KeepOption = None,
+    error: ErrorOption = None,
     max_bytes: MaxBytesOption = None,
     modules_to_save: Annotated[
         list[str] | None,
@@ -201,6 +207,7 @@ def extract(
         output,
         rank,
         keep=keep,
+        error=error,
         max_bytes=max_bytes,
         modules_to_save=modules_to_save or (),
         key_format=key_format,
@@ -219,6 +226,10 @@ def export(
     keep: KeepOption = None,
     error: ErrorOption = None,
     max_bytes: MaxBytesOption = None,
+    pad: PadOption = False,
+    dtype: FactorDtypeOption = None,
+    drop: DropOption = None,
+    scale: ScaleOption = None,
     format: FormatOption = None,
     key_format: KeyFormatOption = None,
     base_model: BaseModelOption = None,
@@ -247,6 +258,8 @@ def export(
     Example: matryoshka export flux.safetensors --error 10% -o small.safetensors
 
     Example: matryoshka export runs/demo/adapter --rank 4 -o rank-4
+
+    Example: matryoshka export sdxl.safetensors --drop 'lora_te*' --dtype fp16 -o unet.safetensors
     """
     from matryoshka_lora import export as run_export
     from matryoshka_lora import export_folder
@@ -254,37 +267,28 @@ def export(
 
     ranks = parse_ranks(rank)
     rank_or_ranks = ranks[0] if ranks and len(ranks) == 1 else ranks
+    # What `export` and `export_folder` have in common.
+    options: dict[str, Any] = {
+        "rank": rank_or_ranks,
+        "format": format,
+        "keep": keep,
+        "error": error,
+        "max_bytes": max_bytes,
+        "pad": pad,
+        "dtype": dtype,
+        "drop": drop or (),
+        "scale": parse_scale(scale),
+        "key_format": key_format,
+        "base_model": base_model,
+        "base_revision": base_revision,
+        "force": force,
+    }
     if find_loras(lora):
-        folder_result = export_folder(
-            lora,
-            output,
-            rank_or_ranks,
-            format=format,
-            keep=keep,
-            error=error,
-            max_bytes=max_bytes,
-            key_format=key_format,
-            base_model=base_model,
-            base_revision=base_revision,
-            force=force,
-        )
+        folder_result = export_folder(lora, output, **options)
         typer.echo(format_export_folder(folder_result))
         for name, reason in folder_result.failed.items():
             print_line(f"error: {name} was not exported: {reason}", err=True)
         raise typer.Exit(1 if folder_result.failed and not skip_bad else 0)
-    result = run_export(
-        lora,
-        output,
-        rank_or_ranks,
-        format,
-        keep=keep,
-        error=error,
-        max_bytes=max_bytes,
-        key_format=key_format,
-        base_model=base_model,
-        base_revision=base_revision,
-        revision=revision,
-        force=force,
-    )
+    result = run_export(lora, output, revision=revision, **options)
     typer.echo(format_export(result))
     print_line(f"Next: {how_to_load(result)}")

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from matryoshka_lora.lora_file.lora import LoraFile
     from matryoshka_lora.lora_file.results import TrainRanksResult
     from matryoshka_lora.operations.combine import CombineResult
-    from matryoshka_lora.operations.export import ExportFolderResult, ExportResult
+    from matryoshka_lora.operations.export import ExportResult
+    from matryoshka_lora.operations.export_folder import ExportFolderResult
     from matryoshka_lora.operations.extract import ExtractResult
     from matryoshka_lora.operations.info import FolderInfo, LoraInfo
 
@@ -268,6 +269,7 @@ def format_extract(result: ExtractResult) -> str:
     """Return what `matryoshka extract` prints."""
     lines = [f"{result.path}: {pluralize(len(result.ranks), 'layer')}", ""]
     lines += format_errors(result.errors, "change")
+    lines += result.notes
     if result.rounding_share > 0.001:
         share = _percent(result.rounding_share)
         lines.append(f"{share} of the squared change is due to rounding of the weights.")

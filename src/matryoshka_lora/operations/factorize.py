@@ -21,17 +21,19 @@ _NUM_ITERATIONS = 4
 
 @dataclass(frozen=True)
 class Change:
-    """Squared Frobenius norms of the change D of one weight.
+    """What is known of the change D of one weight, and of its factors.
 
     Attributes:
-        total: The squared norm of D.
+        total: The squared Frobenius norm of D.
         residual: The squared norm of ``D - B A``, with the factors as they are written.
         rounding: The part of ``total`` that rounding to half precision is expected to be.
+        singular_values: Those of ``B A``, decreasing.
     """
 
     total: float
     residual: float
     rounding: float
+    singular_values: tuple[float, ...]
 
 
 class RankLimits(NamedTuple):
@@ -64,7 +66,7 @@ def factorize_change(
     A, B = root[:, None] * V.T, U * root
     product = B.to(new.dtype).float() @ A.to(new.dtype).float()
     residual = float((matrix - product).double().norm() ** 2)
-    change = Change(total, residual, _expected_rounding(new))
+    change = Change(total, residual, _expected_rounding(new), tuple(S.tolist()))
     if not weight.is_transposed:
         A = A.reshape(rank, *D.shape[1:])
         B = B.reshape(len(D), rank, *[1] * (D.ndim - 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from matryoshka_lora.errors import MatryoshkaError, optional_imports, wrap_errors
+from matryoshka_lora.lora_file.key_names import split_part
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor, open_safetensors, read_json
 from matryoshka_lora.nn.arrays import to_torch
 
@@ -68,11 +70,19 @@ class Architecture:
         if not weight.is_factor or len(shape) not in (2, 3, 4) or 1 in shape[:2]:
             return False
         if not self.is_known:
-            return len(shape) != 3 and not _EMBEDDING_NAMES.search(module_name)
+            return len(shape) != 3 and not _is_embedding(module_name)
         module = self.modules.get(module_name)
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             return module.groups == 1
         return isinstance(module, nn.Linear) or self.is_conv1d(module_name)
+
+
+def _is_embedding(module_name: str) -> bool:
+    """Return whether the name of a module is that of an embedding of tokens, or of a head."""
+    part, _ = split_part(module_name)
+    if part and not part.startswith("text_encoder"):
+        return False  # the embeddings of image models, for example of the time, are linear layers
+    return _EMBEDDING_NAMES.search(module_name) is not None
 
 
 class WeightPair(NamedTuple):
@@ -82,6 +92,12 @@ class WeightPair(NamedTuple):
     new: StoredTensor
     is_transposed: bool
     """Whether the shape is (in, out), as in GPT-2's Conv1D."""
+
+    @property
+    def full_rank(self) -> int:
+        """The largest rank that a change may have."""
+        num_rows = self.new.shape[0]
+        return min(num_rows, math.prod(self.new.shape) // num_rows)
 
 
 class ModelDiff(NamedTuple):
@@ -152,7 +168,11 @@ def read_architecture(model: ModelFiles) -> Architecture:
 
 
 def compare_models(
-    base: ModelFiles, tuned: ModelFiles, architecture: Architecture, modules_to_save: Sequence[str]
+    base: ModelFiles,
+    tuned: ModelFiles,
+    architecture: Architecture,
+    modules_to_save: Sequence[str],
+    prefixes: tuple[str, ...] = ("",),
 ) -> ModelDiff:
     """Return what fine-tuning changed. Two tensors are in memory at a time.
 
@@ -161,6 +181,7 @@ def compare_models(
         tuned: The model after.
         architecture: That of the base model.
         modules_to_save: Name suffixes of modules that are saved as they are.
+        prefixes: The beginnings of the names of modules that may get a LoRA.
 
     Raises:
         MatryoshkaError: The models are not versions of one model, or no layer changed.
@@ -179,7 +200,8 @@ def compare_models(
         if _is_unchanged(old, new):
             continue
         module_name = key.removesuffix(".weight")
-        may_be_layer = module_name != key and not module_name.endswith(tuple(modules_to_save))
+        may_be_layer = module_name != key and module_name.startswith(prefixes)
+        may_be_layer = may_be_layer and not module_name.endswith(tuple(modules_to_save))
         if may_be_layer and _is_layer(architecture, module_name, old, new):
             layers[module_name] = _weight_pair(key, old, new, architecture.is_conv1d(module_name))
         elif new is not None:

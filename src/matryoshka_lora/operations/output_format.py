@@ -22,20 +22,24 @@ class ExportFormat:
         suffix: The suffix of a format that is a file; empty for a folder.
         supports_keep: Whether layers may have different ranks.
         supports_max_bytes: Whether the size is known in advance.
+        supports_dtype: Whether the dtype of the factors may be chosen.
     """
 
     suffix: str = ""
     supports_keep: bool = False
     supports_max_bytes: bool = False
+    supports_dtype: bool = False
 
 
 # A new format needs: its name in formats.Format and formats.OutputFormat, an entry here, a writer
 # that export._write calls, the help of the option in cli/arguments.py, and terminal.how_to_load.
 EXPORT_FORMATS: dict[OutputFormat, ExportFormat] = {
-    "peft": ExportFormat(supports_keep=True, supports_max_bytes=True),
-    "single": ExportFormat(".safetensors", supports_keep=True, supports_max_bytes=True),
+    "peft": ExportFormat(supports_keep=True, supports_max_bytes=True, supports_dtype=True),
+    "single": ExportFormat(
+        ".safetensors", supports_keep=True, supports_max_bytes=True, supports_dtype=True
+    ),
     "merged": ExportFormat(supports_keep=True),
-    "ladder": ExportFormat(),
+    "ladder": ExportFormat(supports_dtype=True),
     "gguf": ExportFormat(".gguf", supports_keep=True),
     "mlx": ExportFormat(),
 }

@@ -1,0 +1,177 @@
+"""LoRAs of image models whose weights have the names of their makers, or are in a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.single_files import read_updates
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from matryoshka_lora import MatryoshkaError, extract
+
+R = 4
+TEXT_BLOCK = "text_model.encoder.layers.1"
+OPEN_CLIP_BLOCK = "conditioner.embedders.1.model.transformer.resblocks.1"
+CLIP_BLOCK = f"conditioner.embedders.0.transformer.{TEXT_BLOCK}"
+
+# The layers of a model as its makers name them, and the names of the LoRA's layers in both formats.
+MODELS: dict[str, dict[str, tuple[str, str | None]]] = {
+    "flux": {
+        "double_blocks.0.img_attn.qkv": (
+            "diffusion_model.double_blocks.0.img_attn.qkv",
+            "lora_unet_double_blocks_0_img_attn_qkv",
+        ),
+        "time_in.in_layer": ("diffusion_model.time_in.in_layer", "lora_unet_time_in_in_layer"),
+    },
+    "wan": {
+        "blocks.0.self_attn.q": (
+            "diffusion_model.blocks.0.self_attn.q",
+            "lora_unet_blocks_0_self_attn_q",
+        ),
+        "time_embedding.0": ("diffusion_model.time_embedding.0", "lora_unet_time_embedding_0"),
+    },
+    "a model that ComfyUI has saved": {
+        "model.diffusion_model.blocks.0.self_attn.q": (
+            "diffusion_model.blocks.0.self_attn.q",
+            "lora_unet_blocks_0_self_attn_q",
+        ),
+    },
+    "qwen": {
+        "transformer_blocks.0.attn.to_q": (
+            "transformer.transformer_blocks.0.attn.to_q",
+            "lora_unet_transformer_blocks_0_attn_to_q",
+        ),
+        "transformer_blocks.0.img_mlp.net.2": (
+            "transformer.transformer_blocks.0.img_mlp.net.2",
+            "lora_unet_transformer_blocks_0_img_mlp_net_2",
+        ),
+    },
+    "flux in the names of diffusers": {
+        "single_transformer_blocks.0.attn.to_q": (
+            "transformer.single_transformer_blocks.0.attn.to_q",
+            None,
+        ),
+        "transformer_blocks.0.attn.to_q": ("transformer.transformer_blocks.0.attn.to_q", None),
+    },
+    "sdxl": {
+        "model.diffusion_model.input_blocks.4.1.proj_in": (
+            "diffusion_model.input_blocks.4.1.proj_in",
+            "lora_unet_input_blocks_4_1_proj_in",
+        ),
+        "model.diffusion_model.time_embed.0": (
+            "diffusion_model.time_embed.0",
+            "lora_unet_time_embed_0",
+        ),
+        f"{CLIP_BLOCK}.self_attn.v_proj": (
+            f"text_encoder.{TEXT_BLOCK}.self_attn.v_proj",
+            "lora_te1_text_model_encoder_layers_1_self_attn_v_proj",
+        ),
+        f"{OPEN_CLIP_BLOCK}.attn.out_proj": (
+            f"text_encoder_2.{TEXT_BLOCK}.self_attn.out_proj",
+            "lora_te2_text_model_encoder_layers_1_self_attn_out_proj",
+        ),
+        f"{OPEN_CLIP_BLOCK}.mlp.c_fc": (
+            f"text_encoder_2.{TEXT_BLOCK}.mlp.fc1",
+            "lora_te2_text_model_encoder_layers_1_mlp_fc1",
+        ),
+        f"{OPEN_CLIP_BLOCK}.mlp.c_proj": (
+            f"text_encoder_2.{TEXT_BLOCK}.mlp.fc2",
+            "lora_te2_text_model_encoder_layers_1_mlp_fc2",
+        ),
+    },
+}
+
+
+def save_models(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Write random weights before and after fine-tuning, and return the changes by key."""
+    weights: list[dict[str, Tensor]] = []
+    for seed, name in enumerate(("base", "tuned")):
+        torch.manual_seed(seed)
+        weights.append({key: torch.randn(shape) for key, shape in shapes.items()})
+        save_file(weights[-1], folder / f"{name}.safetensors")
+    base, tuned = weights
+    return {key: (tuned[key].double() - base[key].double()).numpy() for key in shapes}
+
+
+def run(folder: Path, key_format: Any, rank: int = R) -> Any:
+    models = folder / "base.safetensors", folder / "tuned.safetensors"
+    return extract(*models, folder / "lora.safetensors", rank, key_format=key_format)
+
+
+def truncate(change: np.ndarray, rank: int = R) -> np.ndarray:
+    u, s, vh = np.linalg.svd(change, full_matrices=False)
+    truncated: np.ndarray = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    return truncated
+
+
+@pytest.mark.parametrize("key_format", ["diffusers", "kohya"])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_layers_have_the_names_of_lora_files(
+    tmp_path: Path, model: str, key_format: Any
+) -> None:
+    names = MODELS[model]
+    changes = save_models(tmp_path, {f"{name}.weight": (10, 8) for name in names})
+    index = 1 if key_format == "kohya" else 0
+    expected = {name[index]: truncate(changes[f"{key}.weight"]) for key, name in names.items()}
+    if None in expected:
+        with pytest.raises(MatryoshkaError, match="kohya"):
+            run(tmp_path, key_format)
+        return
+    run(tmp_path, key_format)
+    actual = read_updates(tmp_path / "lora.safetensors")
+    assert actual.keys() == expected.keys()
+    for name, update in actual.items():
+        np.testing.assert_allclose(update, expected[name], atol=1e-4)
+
+
+def test_a_fused_projection_of_a_text_encoder_is_split(tmp_path: Path) -> None:
+    key = f"{OPEN_CLIP_BLOCK}.attn.in_proj_weight"
+    (change,) = save_models(tmp_path, {key: (24, 8)}).values()
+    run(tmp_path, "kohya")
+    actual = read_updates(tmp_path / "lora.safetensors")
+    prefix = "lora_te2_text_model_encoder_layers_1_self_attn"
+    expected = {
+        f"{prefix}_{name}_proj": truncate(rows)
+        for name, rows in zip("qkv", np.split(change, 3), strict=True)
+    }
+    assert actual.keys() == expected.keys()
+    for name, update in actual.items():
+        np.testing.assert_allclose(update, expected[name], atol=1e-4)
+
+
+def test_what_a_lora_cannot_name_is_listed(tmp_path: Path) -> None:
+    shapes = {
+        "model.diffusion_model.out.2.weight": (4, 8, 3, 3),
+        "first_stage_model.decoder.conv_in.weight": (8, 4, 3, 3),
+        f"{OPEN_CLIP_BLOCK}.ln_1.weight": (8,),
+        f"{OPEN_CLIP_BLOCK}.attn.in_proj_bias": (24,),
+        "conditioner.embedders.1.model.text_projection": (8, 8),
+        "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": (9, 8),
+    }
+    save_models(tmp_path, shapes)
+    result = run(tmp_path, "kohya")
+    assert [*result.ranks] == ["lora_unet_out_2"]
+    assert len(result.unsaved_tensors) == 5
+    assert result.unsaved_tensors["first_stage_model.decoder.conv_in.weight"] == 8 * 4 * 9 * 4
+
+
+def test_the_tuned_model_may_have_the_prefix_of_a_checkpoint(tmp_path: Path) -> None:
+    """The makers' file has none, and a program that saves the tuned model adds one."""
+    key = "double_blocks.0.img_attn.qkv.weight"
+    (change,) = save_models(tmp_path, {key: (10, 8)}).values()
+    tuned = load_file(tmp_path / "tuned.safetensors")
+    save_file({f"model.diffusion_model.{key}": tuned[key]}, tmp_path / "tuned.safetensors")
+    run(tmp_path, "kohya")
+    (update,) = read_updates(tmp_path / "lora.safetensors").values()
+    np.testing.assert_allclose(update, truncate(change), atol=1e-4)
+
+
+def test_an_unknown_model_is_rejected(tmp_path: Path) -> None:
+    save_models(tmp_path, {"encoder.q_proj.weight": (10, 8)})
+    with pytest.raises(MatryoshkaError, match="pipeline"):
+        run(tmp_path, "kohya")
