@@ -13,7 +13,7 @@ from helpers.many_adapters import BROKEN, DORA, NUM_ADAPTERS, save_many_adapters
 
 from matryoshka_lora.cli import main
 
-LAYERS = {"model.layers.0.self_attn.q_proj": (80, 72), "model.layers.1.mlp.up_proj": (72, 96)}
+LAYERS = {"model.layers.0.self_attn.q_proj": (80, 72)}
 
 
 def run(
