@@ -199,3 +199,15 @@ def test_what_cannot_be_served_is_rejected(adapter: Path, tmp_path: Path) -> Non
         serve(ladder, base_model="some/base", ranks=[4])
     with pytest.raises(MatryoshkaError, match="ranks"):
         serve(ladder, base_model="some/base", ranks=[])
+
+
+def test_the_memory_in_the_docs_is_that_of_the_formula() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "serve.md").read_text(encoding="utf-8")
+    hidden, key_value, intermediate = 4096, 1024, 14336  # Llama 3 8B
+    sizes = [(hidden, hidden), (hidden, key_value), (hidden, key_value), (hidden, hidden)]
+    sizes += [(hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
+    numbers_per_rank = 32 * sum(inputs + outputs for inputs, outputs in sizes)
+    assert f"{numbers_per_rank:,} numbers" in page
+    for rank in (64, 8):
+        slot = 2 * rank * numbers_per_rank / 1e9
+        assert f"| {rank} | {slot:.3f} GB | {8 * slot:.2f} GB | {50 * slot:.1f} GB |" in page

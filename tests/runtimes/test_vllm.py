@@ -1,4 +1,4 @@
-"""vLLM serves a ladder: the bundled model, and a real server on localhost (`make test-vllm`)."""
+"""vLLM serves a ladder and a folder of 50 adapters, with the bundled model (`make test-vllm`)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.many_adapters import NUM_ADAPTERS, save_many_adapters
 from helpers.models import LINEAR_LAYERS
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from matryoshka_lora import export, reorder
+from matryoshka_lora import export, export_folder, reorder
 from matryoshka_lora.model.base_model import load_model, load_tokenizer
+from matryoshka_lora.operations.base_config import resolve_base_model
 
 pytest.importorskip("vllm", reason="make test-vllm creates an environment for it")
 
@@ -65,20 +67,22 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Server:
-    """A server on localhost that `matryoshka serve` has started."""
+    """A server of vLLM on localhost."""
 
-    def __init__(self, adapter: Path, log: Path) -> None:
+    def __init__(
+        self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         with socket.socket() as free_socket:
             free_socket.bind(("127.0.0.1", 0))
             self.port = free_socket.getsockname()[1]
         self.log = log
-        command = [sys.executable, "-m", "matryoshka_lora", "serve", str(adapter)]
-        command += ["--ranks", ",".join(map(str, SERVED_RANKS)), "--port", str(self.port)]
-        command += ["--", *VLLM_OPTIONS]
+        command = [sys.executable, "-m", *arguments, "--port", str(self.port)]
+        if "serve" in arguments:
+            command.append("--")
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                command,
-                env={**os.environ, **ENVIRONMENT},
+                [*command, *VLLM_OPTIONS],
+                env={**os.environ, **ENVIRONMENT, **(environment or {})},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -127,9 +131,9 @@ class Server:
         return token_ids
 
 
-@pytest.fixture(scope="module")
-def server(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(adapter, tmp_path_factory.mktemp("server") / "log")
+@contextmanager
+def running(server: Server) -> Iterator[Server]:
+    """Yield a server once it answers, and end it."""
     try:
         server.wait()
         yield server
@@ -139,6 +143,40 @@ def server(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         with suppress(ProcessLookupError):
             os.killpg(server.process.pid, signal.SIGKILL)
         server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    arguments = ["matryoshka_lora", "serve", str(adapter)]
+    arguments += ["--ranks", ",".join(map(str, SERVED_RANKS))]
+    with running(Server(arguments, tmp_path_factory.mktemp("server") / "log")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def many_adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the 48 adapters of 50 that can be truncated to rank 8."""
+    folder = tmp_path_factory.mktemp("many")
+    layers = {f"model.layers.{index}.self_attn.o_proj": (576, 576) for index in range(0, 30, 3)}
+    base_model = resolve_base_model("smollm2-135m")
+    save_many_adapters(folder / "adapters", layers, base_model)
+    exported = export_folder(folder / "adapters", folder / "small", 8).exported
+    assert len(exported) == NUM_ADAPTERS - 2
+    return folder / "small"
+
+
+def generate_with_peft(folder: Path, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return the greedy tokens after each prompt."""
+    model: Any = load_model(dtype=torch.float32)
+    peft_model = PeftModel.from_pretrained(model, folder).eval()
+    answers: list[list[int]] = []
+    for prompt in prompts:
+        input_ids = torch.tensor([prompt])
+        output = peft_model.generate(
+            input_ids=input_ids, do_sample=False, max_new_tokens=NUM_TOKENS
+        )
+        answers.append(output[0, len(prompt) :].tolist())
+    return answers
 
 
 def test_every_rank_generates_what_peft_does(server: Server, adapter: Path, tmp_path: Path) -> None:
@@ -157,14 +195,8 @@ def test_every_rank_generates_what_peft_does(server: Server, adapter: Path, tmp_
         assert generate(pair) == answers[pair]
     for rank in (1, 8):
         export(adapter, tmp_path / str(rank), rank)
-        model: Any = load_model(dtype=torch.float32)
-        peft_model = PeftModel.from_pretrained(model, tmp_path / str(rank)).eval()
-        for index, prompt in enumerate(prompts):
-            input_ids = torch.tensor([prompt])
-            output = peft_model.generate(
-                input_ids=input_ids, do_sample=False, max_new_tokens=NUM_TOKENS
-            )
-            assert output[0, len(prompt) :].tolist() == answers[rank, index]
+        expected = generate_with_peft(tmp_path / str(rank), prompts)
+        assert expected == [answers[rank, index] for index in range(len(prompts))]
     # The ranks differ, so the agreement is not by chance.
     assert len({tuple(answer) for answer in answers.values()}) > len(prompts)
 
@@ -178,3 +210,32 @@ def test_only_the_served_ranks_are_available(server: Server) -> None:
     assert names >= {f"noise@{rank}" for rank in SERVED_RANKS}
     status, _ = server.request("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "/"})
     assert status == 404
+
+
+@pytest.mark.parametrize("launcher", ["serve", "resolver"])
+def test_a_folder_of_adapters_generates_what_peft_does(
+    launcher: str, many_adapters: Path, tmp_path: Path
+) -> None:
+    """With `serve`, and with vLLM's own resolver, which finds an adapter when it is requested."""
+    arguments = ["matryoshka_lora", "serve", str(many_adapters)]
+    environment: dict[str, str] = {}
+    if launcher == "resolver":
+        arguments = ["vllm.entrypoints.openai.api_server", "--enable-lora", "--max-lora-rank=8"]
+        arguments.append(f"--model={resolve_base_model('smollm2-135m')}")
+        environment = {
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+            "VLLM_PLUGINS": "lora_filesystem_resolver",
+            "VLLM_LORA_RESOLVER_CACHE_DIR": str(many_adapters),
+        }
+    tokenizer = load_tokenizer()
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    names = ("adapter-00", "adapter-24", "adapter-49")
+    answers: dict[str, list[list[int]]] = {}
+    with running(Server(arguments, tmp_path / "log", environment)) as server:
+        for name in names:
+            answers[name] = [server.generate(name, prompt) for prompt in prompts]
+        status, _ = server.request("/v1/completions", {"model": "adapter-07", "prompt": "Hello"})
+        assert status == 404
+    for name in names:
+        assert answers[name] == generate_with_peft(many_adapters / name, prompts)
+    assert answers["adapter-00"] != answers["adapter-24"] != answers["adapter-49"]

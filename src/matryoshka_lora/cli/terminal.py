@@ -138,14 +138,16 @@ def format_info(info: LoraInfo) -> str:
     rows = {
         "base model": info.base_model or "not named",
         "triggers": ", ".join(info.trigger_words),
-        "layers": f"{len(layers)}, such as {layers[0].name}",
+        "layers": f"{_format_parts(info)}, such as {layers[0].name}",
         "rank": _range([layer.rank for layer in layers]),
+        "alpha": _range(info.alphas),
         "scale": _range([layer.scale for layer in layers]),
-        "file": f"{format_size(lora.size)}, {layers[0].A.dtype.name}",
+        "file": f"{format_size(lora.size)}, {', '.join(info.dtypes)}",
     }
     if lora.other_tensors:
         size = format_size(sum(tensor.nbytes for tensor in lora.other_tensors.values()))
-        rows["other"] = f"{_first_of(list(lora.other_tensors))}: {size} at every rank"
+        kinds = ", ".join(f"{kind} {number}" for kind, number in info.other_kinds.items())
+        rows["other"] = f"{kinds}: {size} at every rank, such as {min(lora.other_tensors)}"
     lines = [f"{lora.name} is {_kind_of(lora)}."]
     lines += [f"  {label:10}  {value}" for label, value in rows.items() if value]
     if info.layers:
@@ -153,6 +155,17 @@ def format_info(info: LoraInfo) -> str:
     errors = {rank: info.errors[rank] for rank in lora.ranks}
     lines += ["", *format_errors(errors, "update", info.sizes)]
     return _join_lines(lines)
+
+
+def _format_parts(info: LoraInfo) -> str:
+    """Return the number of layers of each part, and of its convolutions."""
+    parts: list[str] = []
+    for name, part in info.parts.items():
+        words = f"{name} {part.layers}".strip()
+        if part.convolutions:
+            words += f" ({pluralize(part.convolutions, 'convolution')})"
+        parts.append(words)
+    return ", ".join(parts)
 
 
 def _format_layers(info: LoraInfo) -> list[str]:
@@ -364,10 +377,6 @@ def _percent(share: float) -> str:
 def _range(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     return f"{low:g}" if low == high else f"{low:g} to {high:g}, depending on the layer"
-
-
-def _first_of(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _format_ranks(result: ExportResult) -> str:

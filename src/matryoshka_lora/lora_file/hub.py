@@ -28,7 +28,19 @@ TOKENIZER_FILES = (
 COMPANION_FILES = (*TOKENIZER_FILES, "*processor_config.json", "value_head.*")
 """What trainers save next to an adapter: the tokenizer or processor, and a reward model's head."""
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", *COMPANION_FILES)
+CARD_NAME = "README.md"
+"""The model card."""
+
+LICENSE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
+"""The licenses of a repository."""
+
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    CARD_NAME,
+    *LICENSE_FILES,
+    *COMPANION_FILES,
+)
 """The files of an adapter's repository."""
 
 MODEL_FILES = (

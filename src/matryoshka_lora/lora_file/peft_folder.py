@@ -16,7 +16,7 @@ import regex
 from matryoshka_lora.algebra.factors import Checksum
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.lora_file.atomic import PathLike, create_folder
-from matryoshka_lora.lora_file.hub import copy_companion_files
+from matryoshka_lora.lora_file.hub import CARD_NAME, copy_companion_files
 from matryoshka_lora.lora_file.key_names import PEFT_PREFIX
 from matryoshka_lora.lora_file.lora import (
     NESTING_KEY,
@@ -32,6 +32,10 @@ from matryoshka_lora.lora_file.safetensors_io import (
     are_factors,
     open_safetensors,
     read_json,
+)
+from matryoshka_lora.lora_file.source_card import (
+    copy_license_files,
+    read_source_card,
 )
 from matryoshka_lora.nesting import Nesting, check_rank, is_valid_scale
 
@@ -134,10 +138,14 @@ class PeftFolder(LoraFile):
             config_text = json.dumps(config, indent=2, sort_keys=True)
             (folder / CONFIG_NAME).write_text(config_text, encoding="utf-8")
             written = plan.write_weights(folder / WEIGHTS_NAME)
-            card = model_card(plan, config, written.relative_errors(self.ranks))
+            source_folders = self._source_folders()
+            cards = [read_source_card(source) for source in source_folders]
+            card = model_card(plan, config, written.relative_errors(self.ranks), cards)
             # A path that is not UTF-8 has lone surrogates, which UTF-8 cannot represent.
-            (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
-            self._copy_companion_files(folder)
+            (folder / CARD_NAME).write_text(card, encoding="utf-8", errors="replace")
+            if source_folders:
+                copy_companion_files(source_folders[0], folder)
+            copy_license_files(source_folders, folder)
         return written
 
     def _output_config(self, plan: OutputPlan) -> dict[str, Any]:
@@ -163,13 +171,11 @@ class PeftFolder(LoraFile):
             "inference_mode": True,
         }
 
-    def _copy_companion_files(self, output_folder: Path) -> None:
-        if not self.files:
-            return
-        folder = self.files[0].parent
+    def _source_folders(self) -> list[Path]:
+        """Return the folders of the sources; several for a sum, none for an adapter in memory."""
+        folders = [file.parent for file in self.files]
         # The files in a folder that is not PEFT's may belong to anything.
-        if (folder / CONFIG_NAME).is_file():
-            copy_companion_files(folder, output_folder)
+        return [folder for folder in folders if (folder / CONFIG_NAME).is_file()]
 
     def base_model(
         self, base_model: str | None = None, base_revision: str | None = None

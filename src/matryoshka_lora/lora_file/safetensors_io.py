@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -38,6 +40,14 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+HASH_PREFIXES = {"sshs_model_hash": "", "modelspec.hash_sha256": "0x"}
+"""The metadata that hold the SHA-256 of everything after the header, and what precedes it."""
+
+
+def hash_placeholder(key: str) -> str:
+    """Return a value of the same length as the hash that the metadata will hold."""
+    return HASH_PREFIXES[key] + "0" * 64
 
 
 @dataclass(frozen=True)
@@ -151,7 +161,7 @@ class SafetensorsWriter:
     """Write the tensors of a new file in any order; see `create_safetensors`."""
 
     def __init__(
-        self, stream: BinaryIO, tensors: Mapping[str, StoredTensor], metadata: dict[str, str]
+        self, stream: BufferedRandom, tensors: Mapping[str, StoredTensor], metadata: dict[str, str]
     ) -> None:
         self.metadata = metadata
         self._stream = stream
@@ -164,6 +174,15 @@ class SafetensorsWriter:
         data = np.ascontiguousarray(array, dtype=self._tensors[key].dtype)
         self._stream.seek(self._header_size + self._offsets[key])
         self._stream.write(data.reshape(-1).view(np.uint8).data)
+
+    def update_hashes(self) -> None:
+        """Renew the hashes of the tensors that the metadata hold, after all have been written."""
+        keys = HASH_PREFIXES.keys() & self.metadata.keys()
+        if keys:
+            self._stream.seek(self._header_size)
+            digest = hashlib.file_digest(self._stream, "sha256").hexdigest()
+            for key in keys:
+                self.metadata[key] = HASH_PREFIXES[key] + digest
 
     def write_header(self) -> None:
         """Write the header. Values of ``metadata`` may have changed, but not their length."""
@@ -182,11 +201,12 @@ def create_safetensors(
         file: A path that does not exist.
         tensors: Dtype and shape of every tensor; they are not read.
         metadata: The file's metadata. Until the end, ``writer.metadata`` may be changed as long
-            as the lengths stay the same.
+            as the lengths stay the same. Hashes, which begin as `hash_placeholder`, are renewed.
     """
-    with open(file, "xb") as stream:
+    with open(file, "x+b") as stream:
         writer = SafetensorsWriter(stream, tensors, dict(metadata))
         yield writer
+        writer.update_hashes()
         writer.write_header()
 
 

@@ -23,16 +23,14 @@ from matryoshka_lora.lora_file.diffusers_metadata import (
     Configs,
     can_describe,
     read_configs,
-    update_configs,
 )
 from matryoshka_lora.lora_file.key_names import ALL_SUFFIXES, PEFT_PREFIX, split_part
 from matryoshka_lora.lora_file.lora import Layer, LoraFile, OutputPlan, Ranks, WrittenOutput
 from matryoshka_lora.lora_file.peft_folder import rank_and_scale
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor, are_factors, open_safetensors
+from matryoshka_lora.lora_file.single_file_metadata import updated_metadata
 from matryoshka_lora.nesting import is_valid_scale
 
-# Metadata that holds a hash of the source's tensors.
-_HASH_KEYS = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 # The extra tensors of a layer: a magnitude (DoRA), a mid matrix, a bias.
 _EXTRA_TENSOR = re.compile(
     r"(?P<module>.+)\.(dora_scale|magnitude|lora_(mag\w+|mid|up|down|[AB])(\.[^.]+)*)"
@@ -78,27 +76,14 @@ class SingleFile(LoraFile):
             else:
                 scale = 1.0
             layers.append((layer, layer.with_rank(rank, scale)))
-        metadata = self._updated_metadata([new for _, new in layers], alpha)
+        new_layers = [new for _, new in layers]
+        metadata = updated_metadata(self.metadata, self.layers, new_layers, alpha, self.name)
         return OutputPlan(self, tuple(layers), other_tensors, metadata, keep_factors)
 
     def write_output(self, plan: OutputPlan, output: PathLike, force: bool) -> WrittenOutput:
         """Write a plan as a single file."""
         with create_file(output, force, self.sources) as temporary:
             return plan.write_weights(temporary)
-
-    def _updated_metadata(self, layers: Sequence[Layer], alpha: float) -> dict[str, str]:
-        """Return the metadata with the ranks of the output's layers, and without hashes."""
-        metadata = {"format": "pt", **self.metadata}
-        for key in (*_HASH_KEYS, CONFIGS_KEY):
-            metadata.pop(key, None)
-        if "ss_network_dim" in metadata:
-            ranks = {layer.rank for layer in layers}
-            metadata["ss_network_dim"] = str(max(ranks)) if len(ranks) == 1 else "Dynamic"
-            metadata["ss_network_alpha"] = f"{alpha:.17g}"
-        if can_describe(layers):
-            configs = read_configs(self.metadata, self.name)
-            metadata[CONFIGS_KEY] = update_configs(configs, layers)
-        return metadata
 
 
 class _FactorKeys(NamedTuple):

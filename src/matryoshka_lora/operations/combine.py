@@ -18,12 +18,12 @@ from matryoshka_lora.algebra.arrays import Array, Float64Array
 from matryoshka_lora.algebra.factors import inner_products, weighted_sum
 from matryoshka_lora.errors import MatryoshkaError, check_list
 from matryoshka_lora.lora_file.atomic import PathLike, check_output
-from matryoshka_lora.lora_file.diffusers_metadata import CONFIGS_KEY
 from matryoshka_lora.lora_file.lora import Layer, LoraFile
 from matryoshka_lora.lora_file.open import open_lora
 from matryoshka_lora.lora_file.peft_folder import PeftFolder
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 from matryoshka_lora.lora_file.single_file import SingleFile
+from matryoshka_lora.lora_file.single_file_metadata import combined_metadata
 from matryoshka_lora.nesting import Nesting, check_rank, is_valid_scale
 from matryoshka_lora.operations.output_format import check_same_kind
 from matryoshka_lora.progress import progress_bar, single_threaded
@@ -184,11 +184,9 @@ def _weighted_sum(loras: Sequence[LoraFile], weights: Sequence[float]) -> LoraFi
     if isinstance(total, PeftFolder):
         configs = [lora.config for lora in loras if isinstance(lora, PeftFolder)]
         return replace(total, config=_merge_configs(configs, layers))
-    metadata = dict(first.metadata)
-    for lora in loras:
-        # The scales of a source may be in diffusers' metadata. Then they stay there.
-        if CONFIGS_KEY in lora.metadata:
-            metadata.setdefault(CONFIGS_KEY, lora.metadata[CONFIGS_KEY])
+    metadata = combined_metadata(
+        [lora.metadata for lora in loras], [Path(lora.name).name for lora in loras], weights
+    )
     return replace(total, metadata=metadata)
 
 

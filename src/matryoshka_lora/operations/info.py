@@ -15,6 +15,7 @@ from matryoshka_lora.algebra.allocation import LayerSpectrum, rank_for_share
 from matryoshka_lora.algebra.factors import relative_errors
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.lora_file.atomic import PathLike
+from matryoshka_lora.lora_file.contents import PartInfo, layers_by_part, modules_by_kind
 from matryoshka_lora.lora_file.lora import Layer, LoraFile
 from matryoshka_lora.lora_file.open import find_loras, open_lora
 from matryoshka_lora.lora_file.peft_folder import PeftFolder
@@ -66,6 +67,26 @@ class LoraInfo:
     base_model: str | None
     trigger_words: tuple[str, ...]
 
+    @property
+    def parts(self) -> dict[str, PartInfo]:
+        """The number of layers of each part of a pipeline; see `layers_by_part`."""
+        return layers_by_part(self.lora.layers)
+
+    @property
+    def other_kinds(self) -> dict[str, int]:
+        """The number of modules with other tensors by kind; see `modules_by_kind`."""
+        return modules_by_kind(self.lora.other_tensors)
+
+    @property
+    def alphas(self) -> list[float]:
+        """The alpha of each layer: its scale times its rank."""
+        return [layer.scale * layer.rank for layer in self.lora.layers]
+
+    @property
+    def dtypes(self) -> list[str]:
+        """The dtypes of the factors."""
+        return sorted({str(f.dtype) for layer in self.lora.layers for f in (layer.A, layer.B)})
+
     def rank_for_error(self, max_error: float) -> int:
         """Return the smallest rank whose relative error is at most a maximum, or else R."""
         for rank, error in self.errors.items():
@@ -76,16 +97,24 @@ class LoraInfo:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as values that JSON can represent."""
         lora = self.lora
+        scales = [layer.scale for layer in lora.layers]
         return {
             "name": lora.name,
+            "kind": "peft" if isinstance(lora, PeftFolder) else "single",
             "base_model": self.base_model,
             "trigger_words": list(self.trigger_words),
             "bytes": lora.size,
+            "dtypes": self.dtypes,
             "rank": lora.max_rank,
+            "layers_by_rank": dict(sorted(Counter(layer.rank for layer in lora.layers).items())),
+            "alphas": [min(self.alphas), max(self.alphas)],
+            "scales": [min(scales), max(scales)],
             "nested_ranks": list(lora.nesting.ranks) if lora.nesting else None,
             "order": lora.order,
             "deploy": lora.deploy,
             "num_layers": len(lora.layers),
+            "parts": {name: vars(part) for name, part in self.parts.items()},
+            "other_kinds": self.other_kinds,
             "other_tensors": sorted(lora.other_tensors),
             "bytes_by_rank": self.sizes,
             "errors_by_rank": self.errors,
@@ -190,7 +219,7 @@ def _trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
         return (phrase,)
     tags: Counter[str] = Counter()
     # Any tool may have written the metadata.
-    with suppress(ValueError, AttributeError, TypeError):
+    with suppress(ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         for tags_of_folder in json.loads(metadata.get("ss_tag_frequency", "{}")).values():
             tags.update({tag.strip(): int(count) for tag, count in tags_of_folder.items()})
     return tuple(tag for tag, _ in tags.most_common(_MAX_TAGS))
