@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from matryoshka_lora.cli.arguments import (
+    AlphaOption,
     BaseModelOption,
     BaseRevisionOption,
     ErrorOption,
@@ -39,6 +40,7 @@ from matryoshka_lora.cli.terminal import (
 from matryoshka_lora.formats import ImageKeyFormat
 
 if TYPE_CHECKING:
+    from matryoshka_lora.operations.export import ExportFolderResult
     from matryoshka_lora.operations.info import LoraInfo
 
 
@@ -224,6 +226,7 @@ def export(
     base_model: BaseModelOption = None,
     base_revision: BaseRevisionOption = None,
     revision: RevisionOption = None,
+    alpha: AlphaOption = None,
     skip_bad: Annotated[
         bool,
         typer.Option(
@@ -254,7 +257,7 @@ def export(
 
     ranks = parse_ranks(rank)
     rank_or_ranks = ranks[0] if ranks and len(ranks) == 1 else ranks
-    if find_loras(lora):
+    if alpha is None and find_loras(lora):
         folder_result = export_folder(
             lora,
             output,
@@ -268,9 +271,7 @@ def export(
             base_revision=base_revision,
             force=force,
         )
-        typer.echo(format_export_folder(folder_result))
-        for name, reason in folder_result.failed.items():
-            print_line(f"error: {name} was not exported: {reason}", err=True)
+        _print_export_folder(folder_result)
         raise typer.Exit(1 if folder_result.failed and not skip_bad else 0)
     result = run_export(
         lora,
@@ -284,7 +285,14 @@ def export(
         base_model=base_model,
         base_revision=base_revision,
         revision=revision,
+        alpha=alpha,
         force=force,
     )
     typer.echo(format_export(result))
     print_line(f"Next: {how_to_load(result)}")
+
+
+def _print_export_folder(result: ExportFolderResult) -> None:
+    typer.echo(format_export_folder(result))
+    for name, reason in result.failed.items():
+        print_line(f"error: {name} was not exported: {reason}", err=True)
