@@ -253,6 +253,35 @@ def test_matrices_that_do_not_fit_are_refused(
         open_single_file(source)
 
 
+def test_a_product_of_any_size_is_refused(tmp_path: Path) -> None:
+    """A file of a few kilobytes would become one of gigabytes."""
+    column = torch.ones(2**11, 1)
+    save_file({"a.lokr_w1": column, "a.lokr_w2": column.clone()}, tmp_path / "lora.safetensors")
+    with pytest.raises(MatryoshkaError, match="fit"):
+        open_single_file(tmp_path / "lora.safetensors")
+
+
+def test_full_matrices_of_peft_are_refused(tmp_path: Path) -> None:
+    """PEFT multiplies them by alpha / r, and the file contains neither."""
+    matrices = {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(2, 2)}
+    tensors = {f"base_model.model.a.{name}": matrix for name, matrix in matrices.items()}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    for alpha in (None, 2):
+        with pytest.raises(MatryoshkaError, match="lokr"):
+            open_single_file(tmp_path / "lora.safetensors", alpha)
+
+
+@pytest.mark.parametrize("name", ["LoHa", "LoKr"])
+def test_a_layer_before_training_is_zero(tmp_path: Path, name: str) -> None:
+    source, output = tmp_path / "lycoris.safetensors", tmp_path / "lora.safetensors"
+    matrices = save_case(CASES[name], source)
+    tensors = load_file(source)
+    tensors[f"{NAME}.{max(matrices)}"].zero_()
+    save_file(tensors, source)
+    assert set(export(source, output, 2).errors.values()) == {0.0}
+    assert not read_updates(output)[NAME].any()
+
+
 @pytest.mark.parametrize("name", ["LoHa", "LoKr"])
 def test_matrices_that_are_not_finite_are_refused(tmp_path: Path, name: str) -> None:
     source = tmp_path / "lycoris.safetensors"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -407,13 +408,14 @@ def test_the_alpha_of_a_weights_file_may_be_passed(tmp_path: Path) -> None:
     [
         (PEFT_PAIR, 0),
         (PEFT_PAIR, -1),
+        (PEFT_PAIR, "16"),
         ({**KOHYA_PAIR, "b.alpha": torch.tensor(2.0)}, 2),
         ({**PEFT_PAIR, "base_model.model.b.lora_magnitude_vector": torch.ones(4)}, 2),
     ],
-    ids=["zero", "negative", "two alphas", "DoRA"],
+    ids=["zero", "negative", "text", "two alphas", "DoRA"],
 )
 def test_an_alpha_that_cannot_be_used_is_refused(
-    tmp_path: Path, tensors: Mapping[str, Tensor], alpha: float
+    tmp_path: Path, tensors: Mapping[str, Tensor], alpha: Any
 ) -> None:
     save_file(dict(tensors), tmp_path / "lora.safetensors")
     with pytest.raises(MatryoshkaError, match=r"alpha|DoRA"):

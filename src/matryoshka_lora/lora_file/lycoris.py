@@ -27,11 +27,14 @@ from matryoshka_lora.algebra.products import (
     svd_of_product,
 )
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
-from matryoshka_lora.lora_file.key_names import KOHYA_SUFFIXES
+from matryoshka_lora.lora_file.key_names import KOHYA_SUFFIXES, PEFT_PREFIX
 from matryoshka_lora.lora_file.lora import Layer
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor, common_dtype
 
 _KEY = re.compile(r"(?P<name>.+)\.(?P<matrix>(hada|lokr)_(w[12](_[ab])?|t[12]))")
+
+# The largest number of inputs or outputs. A small file may name a Kronecker product of any size.
+_MAX_SIZE = 2**20
 
 
 class LycorisLayers(NamedTuple):
@@ -46,7 +49,8 @@ def read_lycoris_layers(
 ) -> LycorisLayers:
     """Return the layers of LoHa and LoKr as LoRA layers of their exact rank.
 
-    Layers that DoRA rescales, and those with a scale of 0, are not among them.
+    Layers that DoRA rescales, those with a scale of 0, and those whose scale is not known are not
+    among them.
 
     Args:
         tensors: The tensors of the file by key.
@@ -68,6 +72,8 @@ def read_lycoris_layers(
         if f"{name}.dora_scale" in tensors:
             continue
         product = _create_product(name, matrices, file_name)
+        if product.alpha_rank is None and name.startswith(PEFT_PREFIX):
+            continue  # PEFT multiplies it by alpha / r, and r is in the config only
         # LyCORIS and ComfyUI do not use the alpha of a layer without factors.
         scale = 1.0 if product.alpha_rank is None else read_scale(name, product.alpha_rank)
         if scale == 0:
@@ -118,7 +124,11 @@ def _create_product(
             product = _Loha(_product(matrices, "hada", 1), _product(matrices, "hada", 2))
         else:
             product = _Lokr(_matrix_or_product(matrices, 1), _matrix_or_product(matrices, 2))
-    if product is None or not product.is_valid:
+    if (
+        product is None
+        or not product.is_valid
+        or max(product.shape[0], math.prod(product.shape[1:])) > _MAX_SIZE
+    ):
         shapes = ", ".join(f"{matrix} {list(t.shape)}" for matrix, t in sorted(matrices.items()))
         raise MatryoshkaError(
             f"{file_name}: the matrices of {name[:100]!r} do not fit each other: {shapes}. Save "

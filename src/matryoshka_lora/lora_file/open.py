@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from pathlib import Path
 
 from matryoshka_lora.errors import MatryoshkaError
@@ -30,7 +31,7 @@ def open_lora(path: PathLike, revision: str | None = None, alpha: float | None =
         MatryoshkaError: The path is not a LoRA, is damaged, or is a variant that cannot be
             truncated; or an alpha is passed, and it contains its own.
     """
-    if alpha is not None and not is_valid_scale(alpha):
+    if alpha is not None and not (isinstance(alpha, Real) and is_valid_scale(alpha)):
         raise MatryoshkaError(f"`alpha` must be a positive number, got {alpha!r:.80}.")
     resolved = local_path(path, revision=revision)
     if resolved.is_dir():

@@ -70,7 +70,7 @@ class StoredTensor:
     def widened(self) -> StoredTensor:
         """Return a float8 tensor as bfloat16, which represents it exactly, and others unchanged.
 
-        New factors are not rounded to float8: that adds an error of 4 % or more.
+        New factors are not rounded to float8: that adds an error of 4 to 7 %.
         """
         if not self.is_float8:
             return self

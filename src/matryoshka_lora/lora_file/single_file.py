@@ -135,7 +135,8 @@ class SingleFile(LoraFile):
         metadata = {"format": "pt", **self.metadata}
         for key in (*_HASH_KEYS, CONFIGS_KEY):
             metadata.pop(key, None)
-        if any(layer.kind != "LoRA" for layer in self.layers) and "ss_network_module" in metadata:
+        is_converted = any(layer.kind != "LoRA" for layer in self.layers)
+        if is_converted and not self.other_tensors and "ss_network_module" in metadata:
             metadata["ss_network_module"] = "networks.lora"  # was lycoris.kohya, with an algorithm
             metadata.pop("ss_network_args", None)
         if "ss_network_dim" in metadata:
@@ -248,7 +249,7 @@ def _describe_conversions(
     if any(key in keys and tensors[key].is_float8 for key in tensors):
         notes.append(
             "The float8 factors became bf16: rounding the new ones to float8 again would add an "
-            "error of 4 % or more."
+            "error of 4 to 7 %."
         )
     return tuple(notes)
 
