@@ -117,12 +117,36 @@ def write_nested(folder: Path) -> Path:
     return folder / "lora"
 
 
+def lycoris_matrices() -> dict[str, np.ndarray]:
+    """Return a layer of LoHa, a convolution of LoKr with a core, and the change of a norm."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "x.hada_w1_a": (6, 2),
+        "x.hada_w1_b": (2, 5),
+        "x.hada_w2_a": (6, 2),
+        "x.hada_w2_b": (2, 5),
+        "x.alpha": (),
+        "y.lokr_w1": (3, 2),
+        "y.lokr_w2_a": (2, 4),
+        "y.lokr_w2_b": (2, 3),
+        "y.lokr_t2": (2, 2, 3, 3),
+        "y.alpha": (),
+        "z.w_norm": (6,),
+    }
+    generator = np.random.default_rng(0)
+    return {
+        key: np.array(generator.normal(size=shape), np.float32) for key, shape in shapes.items()
+    }
+
+
 def write_single(file: Path, key_format: str) -> Path:
     """Write a single file, and return its path."""
     if key_format == "kohya":
         tensors = factors(KOHYA_NAMES, ".lora_down.weight", ".lora_up.weight")
         tensors |= {f"{name}.alpha": np.array(2.0, np.float32) for name in KOHYA_NAMES}
         metadata = {"ss_network_dim": "4", "ss_network_alpha": "2", "sshs_model_hash": "0"}
+    elif key_format == "lycoris":
+        tensors = lycoris_matrices()
+        metadata = {"ss_network_module": "lycoris.kohya"}
     else:
         tensors = factors(DIFFUSERS_NAMES, ".lora_A.weight", ".lora_B.weight")
         metadata = {"lora_adapter_metadata": json.dumps(DIFFUSERS_METADATA)}
@@ -192,7 +216,7 @@ def test_headers_of_folders(tmp_path: Path) -> None:
     check()
 
 
-@pytest.mark.parametrize("key_format", ["kohya", "diffusers"])
+@pytest.mark.parametrize("key_format", ["kohya", "diffusers", "lycoris"])
 def test_headers_of_single_files(key_format: str, tmp_path: Path) -> None:
     lora = write_single(tmp_path / "lora.safetensors", key_format)
 

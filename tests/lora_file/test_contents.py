@@ -94,3 +94,17 @@ def test_convolutions_alphas_and_dtypes_are_named(tmp_path: Path) -> None:
     text = format_info(result)
     assert "unet 2 (1 convolution), such as lora_unet_a" in text
     assert "2 to 4, depending on the layer" in text
+
+
+def test_layers_are_counted_by_kind(tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    tensors = {"unet.a.lora_A.weight": torch.ones(2, 3), "unet.a.lora_B.weight": torch.ones(4, 2)}
+    for name in ("b", "c"):
+        tensors[f"lycoris_{name}.lokr_w1"] = torch.ones(2, 2)
+        tensors[f"lycoris_{name}.lokr_w2"] = torch.ones(2, 2)
+    for name in ("w1_a", "w2_a", "w1_b", "w2_b"):
+        tensors[f"diffusion_model.a.hada_{name}"] = torch.ones(2, 2)
+    save_file(tensors, file)
+    result = info(file)
+    assert result.to_dict()["layers_by_kind"] == {"LoRA": 1, "LoKr": 2, "LoHa": 1}
+    assert "LoKr 2" in format_info(result)

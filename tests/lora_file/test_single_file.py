@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from matryoshka_lora import export
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.lora_file.lora import Ranks, WrittenOutput
+from matryoshka_lora.lora_file.open import open_lora
 from matryoshka_lora.lora_file.single_file import open_single_file
 
 # Module, rank, inputs, outputs, kernel.
@@ -137,9 +140,18 @@ OTHER_TENSORS: dict[str, dict[str, Tensor]] = {
     "DoRA": {**KOHYA_PAIR, "b.dora_scale": torch.ones(4, 1)},
     "DoRA with old keys": {**OLD_PAIR, "b.dora_scale": torch.ones(4, 1)},
     "DoRA with a magnitude": {**KOHYA_PAIR, "b.magnitude": torch.ones(4)},
-    "bias": {**DIFFUSERS_PAIR, "b.lora_B.bias": torch.ones(4)},
+    "bias and alpha": {
+        **KOHYA_PAIR,
+        "b.lora_up.bias": torch.ones(4),
+        "b.alpha": torch.tensor(1.0),
+    },
+    "bias of A": {**DIFFUSERS_PAIR, "b.lora_A.bias": torch.ones(2)},
     "third matrix": {**KOHYA_PAIR, "b.lora_mid.weight": torch.ones(2, 2)},
-    "LoKr": {"b.lokr_w1": torch.ones(2, 2), "b.lokr_w2": torch.full((4, 4), float("nan"))},
+    "LoKr with DoRA": {
+        "b.lokr_w1": torch.ones(2, 2),
+        "b.lokr_w2": torch.full((4, 4), float("nan")),
+        "b.dora_scale": torch.ones(8, 1),
+    },
     "unknown keys": {
         "c": torch.arange(3, dtype=torch.int32),
         "d": torch.ones(5).to(torch.float8_e4m3fn),
@@ -181,12 +193,25 @@ def test_two_pairs_of_one_module_are_named(tmp_path: Path, others: tuple[str, st
         open_single_file(tmp_path / "lora.safetensors")
 
 
-def test_a_diffusers_pipeline_with_biases_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key_B", ["lora_B.bias", "lora_up.bias"])
+def test_the_bias_of_a_layer_without_alpha_is_copied(tmp_path: Path, key_B: str) -> None:
+    """Its scale is 1 in the output too, so that the bias has the same effect."""
+    pair = DIFFUSERS_PAIR if key_B == "lora_B.bias" else KOHYA_PAIR
+    source, output = tmp_path / "lora.safetensors", tmp_path / "small.safetensors"
+    save_file({**pair, f"b.{key_B}": torch.arange(4.0)}, source)
+    truncate(source, output, 1)
+    assert read_ranks(output) == {"b": 1}
+    written = load_file(output)
+    assert written.keys() == {*pair, f"b.{key_B}"}
+    assert torch.equal(written[f"b.{key_B}"], torch.arange(4.0))
+
+
+def test_a_diffusers_pipeline_with_dora_is_refused(tmp_path: Path) -> None:
     """diffusers takes the ranks in the metadata for those of all layers; it would not load."""
     source = tmp_path / "lora.safetensors"
     tensors = save_pairs(source, "transformer.q", "transformer.k")
-    save_file({**tensors, "transformer.k.lora_B.bias": torch.ones(6)}, source)
-    with pytest.raises(MatryoshkaError, match="biases"):
+    save_file({**tensors, "transformer.k.lora_magnitude_vector": torch.ones(6)}, source)
+    with pytest.raises(MatryoshkaError, match="DoRA"):
         open_single_file(source)
 
 
@@ -292,7 +317,30 @@ def test_a_layer_that_an_alpha_switches_off_stays_off(tmp_path: Path) -> None:
     assert {rank for module, rank in ranks.items() if module != name} == {1}
 
 
-@pytest.mark.parametrize("alpha", [-1.0, 1e-32, float("nan"), [1.0, 2.0]])
+def test_a_negative_alpha_subtracts_the_update(tmp_path: Path) -> None:
+    source = save_lora(tmp_path / "lora.safetensors")
+    name = kohya_name(LAYERS[0][0])
+    save_file({**load_file(source), f"{name}.alpha": torch.tensor(-3.0)}, source)
+    updates = read_updates(source)
+    truncate(source, tmp_path / "small.safetensors", 2)
+    written = read_updates(tmp_path / "small.safetensors")
+    for module, update in updates.items():
+        np.testing.assert_allclose(written[module], best(update, 2), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_factors_become_bf16(tmp_path: Path, dtype: torch.dtype) -> None:
+    source = save_lora(tmp_path / "lora.safetensors", alpha=None, dtype=dtype)
+    output = tmp_path / "small.safetensors"
+    truncate(source, output, 3)
+    assert {tensor.dtype for tensor in load_file(output).values()} == {torch.bfloat16}
+    updates = read_updates(output)
+    for name, update in read_updates(source).items():
+        expected = best(update, 3)
+        assert np.linalg.norm(updates[name] - expected) < 5e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("alpha", [-1e-32, 1e-32, float("nan"), [1.0, 2.0]])
 def test_an_invalid_alpha_is_refused(tmp_path: Path, alpha: float | list[float]) -> None:
     source = save_lora(tmp_path / "lora.safetensors")
     tensors = load_file(source)
@@ -337,3 +385,34 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "adapter_model.safetensors")
     with pytest.raises(MatryoshkaError, match="adapter_config"):
         open_single_file(tmp_path / "adapter_model.safetensors")
+
+
+PEFT_PAIR = {f"base_model.model.{key}": tensor for key, tensor in DIFFUSERS_PAIR.items()}
+
+
+def test_the_alpha_of_a_weights_file_may_be_passed(tmp_path: Path) -> None:
+    """The output has no alpha, and the scale 1: ComfyUI reads it as it is."""
+    save_file(PEFT_PAIR, tmp_path / "adapter_model.safetensors")
+    export(tmp_path / "adapter_model.safetensors", tmp_path / "lora.safetensors", 1, alpha=6)
+    (update,) = read_updates(tmp_path / "lora.safetensors").values()
+    np.testing.assert_allclose(update, np.full((4, 3), 2 * 6 / 2), atol=1e-5)
+    assert load_file(tmp_path / "lora.safetensors").keys() == PEFT_PAIR.keys()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "alpha"),
+    [
+        (PEFT_PAIR, 0),
+        (PEFT_PAIR, -1),
+        (PEFT_PAIR, "16"),
+        ({**KOHYA_PAIR, "b.alpha": torch.tensor(2.0)}, 2),
+        ({**PEFT_PAIR, "base_model.model.b.lora_magnitude_vector": torch.ones(4)}, 2),
+    ],
+    ids=["zero", "negative", "text", "two alphas", "DoRA"],
+)
+def test_an_alpha_that_cannot_be_used_is_refused(
+    tmp_path: Path, tensors: Mapping[str, Tensor], alpha: Any
+) -> None:
+    save_file(dict(tensors), tmp_path / "lora.safetensors")
+    with pytest.raises(MatryoshkaError, match=r"alpha|DoRA"):
+        open_lora(tmp_path / "lora.safetensors", alpha=alpha)

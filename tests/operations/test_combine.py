@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import LINEAR_LAYERS, tiny_llama, tiny_mixtral
-from helpers.plain_peft import Mixed, logits, plain_adapter, updates
+from helpers.plain_peft import Mixed, best, logits, plain_adapter, updates
 from helpers.single_files import read_updates
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -371,8 +371,65 @@ INCOMPATIBLE_FILES = {
         factors("transformer.blocks.0.attn.to_q", "text_encoder.x"),
         "key_format",
     ),
-    "a bias": (factors("q") | {"q.diff_b": torch.ones(5)}, factors("q"), "diff_b"),
+    "a bias of B": (factors("q") | {"q.lora_B.bias": torch.ones(5)}, factors("q"), "bias"),
+    "a weight": (factors("q") | {"k.set_weight": torch.ones(5)}, factors("q"), "set_weight"),
+    "DoRA": (factors("q", "k") | {"k.dora_scale": torch.ones(5)}, factors("q"), "dora_scale"),
+    "shapes of changes": (
+        factors("q") | {"k.diff": torch.ones(5)},
+        factors("q") | {"k.diff": torch.ones(6)},
+        "shapes",
+    ),
+    "factors and a change": (
+        factors("q", "k"),
+        factors("q") | {"k.diff": torch.ones(5, 6)},
+        "diff",
+    ),
+    "two changes": (
+        factors("q") | {"k.w_norm": torch.ones(5)},
+        factors("q") | {"k.diff": torch.ones(5)},
+        "w_norm",
+    ),
+    "a sum too large": (
+        factors("q") | {"k.diff": torch.full((5,), 6e4).half()},
+        factors("q") | {"k.diff": torch.full((5,), 6e4).half()},
+        "large",
+    ),
 }
+
+
+def test_changes_of_whole_weights_are_added(tmp_path: Path) -> None:
+    """Programs multiply them by the strength only, whatever the alphas of the layers are."""
+    torch.manual_seed(0)
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    shapes = {"k.diff": (5, 6), "k.diff_b": (5,), "q.diff_b": (5,), "norm.w_norm": (4,)}
+    first = {key: torch.randn(shape) for key, shape in shapes.items()}
+    second = {key: torch.randn(shape) for key, shape in shapes.items() if key != "k.diff"}
+    second["norm.b_norm"] = torch.randn(4).to(torch.float8_e4m3fn)
+    save_file({**factors("q"), **first, "q.alpha": torch.tensor(8.0)}, paths[0])
+    save_file({**factors("q"), **second}, paths[1])
+    combine(paths, tmp_path / "sum.safetensors", [2, -0.5])
+    written = load_file(tmp_path / "sum.safetensors")
+    assert written["norm.b_norm"].dtype == torch.bfloat16
+    for key in first.keys() | second.keys():
+        expected = (
+            2 * first.get(key, torch.zeros(())) - 0.5 * second.get(key, torch.zeros(())).float()
+        )
+        assert torch.allclose(written[key].float(), expected, atol=1e-6)
+
+
+def test_lokr_and_lora_are_added_at_the_rank_of_the_lora(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    w1, w2 = torch.randn(2, 3), torch.randn(4, 5)
+    save_file({"q.lokr_w1": w1, "q.lokr_w2": w2}, paths[0])
+    pair = {"q.lora_down.weight": torch.randn(3, 15), "q.lora_up.weight": torch.randn(8, 3)}
+    save_file(pair, paths[1])
+    total = np.kron(w1, w2) - 0.5 * (pair["q.lora_up.weight"] @ pair["q.lora_down.weight"]).numpy()
+    combine(paths, tmp_path / "sum.safetensors", [1, -0.5])
+    update = read_updates(tmp_path / "sum.safetensors")["q"]
+    assert np.allclose(update, best(total, 3), atol=1e-5)
+    with pytest.raises(MatryoshkaError, match="rank"):
+        combine(paths[:1], tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize(

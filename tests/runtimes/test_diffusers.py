@@ -151,6 +151,25 @@ def save_flux(file: Path, rank_pattern: dict[str, int] | None = None) -> None:
     )
 
 
+def save_biases(file: Path, **options: Any) -> None:
+    """Write a control LoRA: its factors B have biases."""
+    pipeline = Flux()
+    options = {"lora_alpha": 12, "rank_pattern": {"to_q": 3}, **options}
+    config, tensors = add_lora(pipeline.transformer, FLUX_MODULES, lora_bias=True, **options)
+    pipeline.save_lora_weights(
+        file.parent,
+        tensors,
+        weight_name=file.name,
+        transformer_lora_adapter_metadata=config,
+    )
+
+
+def save_biases_without_metadata(file: Path) -> None:
+    """Write a control LoRA whose scale is 1, as the file does not contain it."""
+    save_biases(file, lora_alpha=6, rank_pattern={})
+    save_file(load_file(file), file)
+
+
 def save_old_names(file: Path) -> None:
     """Write CLIP's names as they were before transformers 5."""
     save_stable_diffusion(file, rank_pattern=MIXED_RANKS)
@@ -186,6 +205,8 @@ KINDS = {
     "mixed ranks": Kind(StableDiffusion, save_scaled_stable_diffusion),
     "old names": Kind(StableDiffusion, save_old_names),
     "flux": Kind(Flux, save_flux),
+    "biases": Kind(Flux, save_biases),
+    "biases, no metadata": Kind(Flux, save_biases_without_metadata),
     "kohya": Kind(StableDiffusion, save_kohya),
 }
 
@@ -218,6 +239,13 @@ def dense_update(layer: Any) -> np.ndarray:
     return update
 
 
+def scaled_bias(layer: Any) -> Tensor | None:
+    """Return what a LoRA layer adds to its bias, if anything."""
+    (adapter,) = layer.lora_A
+    bias = layer.lora_B[adapter].bias
+    return None if bias is None else bias.detach() * layer.scaling[adapter]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_diffusers_computes_the_best_approximation_of_each_rank(kind: str, tmp_path: Path) -> None:
     create = KINDS[kind].pipeline
@@ -231,6 +259,8 @@ def test_diffusers_computes_the_best_approximation_of_each_rank(kind: str, tmp_p
     assert distance(reordered.outputs(), outputs) < 1e-5
 
     updates = {name: dense_update(layer) for name, layer in lora_layers(loaded).items()}
+    biases = {name: scaled_bias(layer) for name, layer in lora_layers(loaded).items()}
+    assert ("biases" in kind) == any(bias is not None and bias.any() for bias in biases.values())
     selections: list[dict[str, Any]] = [{"rank": 1}, {"rank": 4}, {"keep": "70%"}]
     for number, selection in enumerate(selections):
         output = tmp_path / f"{number}.safetensors"
@@ -244,9 +274,11 @@ def test_diffusers_computes_the_best_approximation_of_each_rank(kind: str, tmp_p
             (rank,) = layer.r.values()
             ranks.add(rank)
             part, _, module = name.partition(".")
-            weight = getattr(expected, part).get_submodule(module).weight
+            base_layer = getattr(expected, part).get_submodule(module)
             update = torch.from_numpy(best(updates[name], rank)).float()
-            weight.data += update.reshape(weight.shape)
+            base_layer.weight.data += update.reshape(base_layer.weight.shape)
+            if biases[name] is not None:
+                base_layer.bias.data += biases[name]
         assert distance(truncated.outputs(), expected.outputs()) < 1e-5
         if "keep" in selection:
             assert len(ranks) > 1

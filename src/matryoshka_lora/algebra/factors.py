@@ -54,18 +54,26 @@ def reorder_factors(
     left *= signs.mT
     right *= signs
 
-    # A component with the singular value 0 keeps a unit row in A and zeros in B: the product is
-    # the same, and unlike a pair of zeros it can still learn.
     s = _without_rounding(s, r_in, r_out)
-    is_zero = s == 0
-    root = np.sqrt(s / scale)
-    new_A = right * np.where(is_zero, 1.0, root)[..., :, None]
-    new_B = left * root[..., None, :]
+    new_A, new_B = split_singular_values(left, s, right, scale)
     # A layer narrower than R has fewer singular values than R.
     missing = rank - s.shape[-1]
     new_A = pad_end(new_A, missing, axis=-2).astype(A.dtype)
     new_B = pad_end(new_B, missing, axis=-1).astype(B.dtype)
     return new_A, new_B, pad_end(s, missing, axis=-1)
+
+
+def split_singular_values(
+    left: Float64Array, singular_values: Float64Array, right: Float64Array, scale: float
+) -> tuple[Float64Array, Float64Array]:
+    """Return A and B with ``scale B A = left diag(singular_values) right``.
+
+    Both factors get the square root. A component with the singular value 0 keeps a unit row in A
+    and zeros in B: the product is the same, and unlike a pair of zeros it can still learn.
+    """
+    root = np.sqrt(singular_values / scale)
+    A = right * np.where(singular_values == 0, 1.0, root)[..., :, None]
+    return A, left * root[..., None, :]
 
 
 def singular_values(A: Array, B: Array) -> Float64Array:

@@ -27,6 +27,13 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite the output
 RevisionOption = Annotated[
     str | None, typer.Option(help="Revision of a LoRA on the Hub: a branch, tag or commit.")
 ]
+AlphaOption = Annotated[
+    float | None,
+    typer.Option(
+        help="For a single file that does not contain its alpha, such as adapter_model.safetensors "
+        "without its adapter_config.json."
+    ),
+]
 BaseModelOption = Annotated[
     str | None,
     typer.Option(

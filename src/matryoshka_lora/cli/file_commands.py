@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from matryoshka_lora.cli.arguments import (
+    AlphaOption,
     BaseModelOption,
     BaseRevisionOption,
     DropOption,
@@ -44,6 +45,7 @@ from matryoshka_lora.cli.terminal import (
 from matryoshka_lora.formats import ImageKeyFormat
 
 if TYPE_CHECKING:
+    from matryoshka_lora.operations.export_folder import ExportFolderResult
     from matryoshka_lora.operations.info import LoraInfo
 
 
@@ -235,6 +237,7 @@ def export(
     base_model: BaseModelOption = None,
     base_revision: BaseRevisionOption = None,
     revision: RevisionOption = None,
+    alpha: AlphaOption = None,
     skip_bad: Annotated[
         bool,
         typer.Option(
@@ -283,12 +286,16 @@ def export(
         "base_revision": base_revision,
         "force": force,
     }
-    if find_loras(lora):
+    if alpha is None and find_loras(lora):
         folder_result = export_folder(lora, output, **options)
-        typer.echo(format_export_folder(folder_result))
-        for name, reason in folder_result.failed.items():
-            print_line(f"error: {name} was not exported: {reason}", err=True)
+        _print_export_folder(folder_result)
         raise typer.Exit(1 if folder_result.failed and not skip_bad else 0)
-    result = run_export(lora, output, revision=revision, **options)
+    result = run_export(lora, output, revision=revision, alpha=alpha, **options)
     typer.echo(format_export(result))
     print_line(f"Next: {how_to_load(result)}")
+
+
+def _print_export_folder(result: ExportFolderResult) -> None:
+    typer.echo(format_export_folder(result))
+    for name, reason in result.failed.items():
+        print_line(f"error: {name} was not exported: {reason}", err=True)

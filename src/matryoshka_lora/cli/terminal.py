@@ -144,9 +144,11 @@ def format_info(info: LoraInfo) -> str:
         "scale": _range([layer.scale for layer in layers]),
         "file": f"{format_size(lora.size)}, {', '.join(info.dtypes)}",
     }
+    if any(layer.kind != "LoRA" for layer in layers):
+        rows["kinds"] = _format_counts(info.layers_by_kind)
     if lora.other_tensors:
         size = format_size(sum(tensor.nbytes for tensor in lora.other_tensors.values()))
-        kinds = ", ".join(f"{kind} {number}" for kind, number in info.other_kinds.items())
+        kinds = _format_counts(info.other_kinds)
         rows["other"] = f"{kinds}: {size} at every rank, such as {min(lora.other_tensors)}"
     lines = [f"{lora.name} is {_kind_of(lora)}."]
     lines += [f"  {label:10}  {value}" for label, value in rows.items() if value]
@@ -155,6 +157,10 @@ def format_info(info: LoraInfo) -> str:
     errors = {rank: info.errors[rank] for rank in lora.ranks}
     lines += ["", *format_errors(errors, "update", info.sizes)]
     return _join_lines(lines)
+
+
+def _format_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{kind} {number}" for kind, number in counts.items())
 
 
 def _format_parts(info: LoraInfo) -> str:

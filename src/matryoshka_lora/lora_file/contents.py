@@ -1,4 +1,4 @@
-"""What a LoRA file contains: layers by the part of a pipeline, and other tensors by kind."""
+"""What a LoRA file contains: layers by kind and part of a pipeline, and other tensors by kind."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ class PartInfo:
 
     layers: int
     convolutions: int
+
+
+def layers_by_kind(layers: Iterable[Layer]) -> dict[str, int]:
+    """Return how many layers are of each kind: ``"LoRA"``, ``"LoHa"`` or ``"LoKr"``."""
+    return dict(Counter(layer.kind for layer in layers))
 
 
 def layers_by_part(layers: Iterable[Layer]) -> dict[str, PartInfo]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from matryoshka_lora.errors import MatryoshkaError
@@ -63,12 +63,15 @@ def can_describe(layers: Sequence[Layer]) -> bool:
     return True
 
 
-def update_configs(configs: Configs, layers: Sequence[Layer]) -> str:
+def update_configs(
+    configs: Configs, layers: Sequence[Layer], parts_with_biases: Set[str] = frozenset()
+) -> str:
     """Return configs with the ranks and alphas of layers, as the value of `CONFIGS_KEY`.
 
     Args:
         configs: The configs of the source; their other fields are kept.
         layers: The layers of the output, which `can_describe` accepts.
+        parts_with_biases: The parts in which a factor B has a bias.
     """
     modules_by_part: dict[str, dict[str, _RankAndAlpha]] = {}
     for layer in layers:
@@ -82,6 +85,8 @@ def update_configs(configs: Configs, layers: Sequence[Layer]) -> str:
         # The names of a text encoder may follow "text_model.", so the pattern is not anchored.
         anchor = "" if part.startswith("text_encoder") else "^"
         updated[part] = {**configs.get(part, {}), **_rank_fields(modules, anchor)}
+        if part in parts_with_biases:
+            updated[part]["lora_bias"] = True
     flat = {
         f"{part}.{field}": value
         for part, fields in updated.items()

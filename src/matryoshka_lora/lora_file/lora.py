@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from matryoshka_lora.algebra.factors import (
     squared_tails,
     truncation_errors,
 )
+from matryoshka_lora.algebra.products import KroneckerSVD
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.lora_file.atomic import PathLike
 from matryoshka_lora.lora_file.safetensors_io import (
@@ -34,6 +35,9 @@ from matryoshka_lora.lora_file.safetensors_io import (
 )
 from matryoshka_lora.nesting import Deploy, Nesting, Order, check_rank, check_ranks
 from matryoshka_lora.progress import progress_bar, single_threaded
+
+LayerKind = Literal["LoRA", "LoHa", "LoKr"]
+"""The parametrizations of a layer's update."""
 
 Ranks = int | Mapping[str, int]
 """One rank for all layers, or a rank for each by its name."""
@@ -54,6 +58,9 @@ class Layer:
         scale: The scale s of the update ``s B A``.
         num_experts: The number of stacked pairs.
         key_alpha: The key of the layer's alpha, if a single file has one.
+        kind: LoRA, or the parametrization from which the factors are computed when they are read.
+        read_svd: Returns the singular value decomposition of ``B A``, if it is known without A
+            and B.
     """
 
     name: str
@@ -65,6 +72,8 @@ class Layer:
     scale: float
     num_experts: int = 1
     key_alpha: str | None = None
+    kind: LayerKind = "LoRA"
+    read_svd: Callable[[], KroneckerSVD] | None = None
 
     @property
     def parameters_per_rank(self) -> int:
@@ -72,11 +81,11 @@ class Layer:
         return (math.prod(self.A.shape) + math.prod(self.B.shape)) // self.rank
 
     def with_rank(self, rank: int, scale: float) -> Layer:
-        """Return the layer at another rank and scale, as a description without readable tensors."""
+        """Describe this layer as LoRA of another rank and scale. The tensors cannot be read."""
         rows = rank * self.num_experts
         A = replace(self.A, shape=(rows, *self.A.shape[1:]))
         B = replace(self.B, shape=(self.B.shape[0], rows, *self.B.shape[2:]))
-        return replace(self, A=A, B=B, rank=rank, scale=scale)
+        return replace(self, A=A, B=B, rank=rank, scale=scale, kind="LoRA", read_svd=None)
 
     def to_matrices(self, A: Array, B: Array) -> tuple[Array, Array]:
         """Return the file's tensors as A (..., R, in) and B (..., out, R).

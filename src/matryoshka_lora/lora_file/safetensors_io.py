@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedRandom
@@ -25,10 +25,13 @@ _FLOATS: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_DTYPES: dict[str, np.dtype[Any]] = {
-    **_FLOATS,
+_FLOATS8: dict[str, np.dtype[Any]] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    **_FLOATS,
+    **_FLOATS8,
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -70,10 +73,33 @@ class StoredTensor:
         return cls(array.dtype, array.shape, lambda: array)
 
     @property
+    def is_float8(self) -> bool:
+        """Whether the dtype is a float8."""
+        return self.dtype in _FLOATS8.values()
+
+    def widened(self) -> StoredTensor:
+        """Return a float8 tensor as bfloat16, which represents it exactly, and others unchanged.
+
+        New factors are not rounded to float8: that adds an error of 4 to 7 %.
+        """
+        if not self.is_float8:
+            return self
+        dtype = _FLOATS["BF16"]
+        return StoredTensor(dtype, self.shape, lambda: self.read().astype(dtype))
+
+    def negated(self) -> StoredTensor:
+        """Return the tensor with the other sign."""
+        return StoredTensor(self.dtype, self.shape, lambda: -self.read())
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the dtype is a floating one of at least 16 bits."""
+        return self.dtype in _FLOATS.values()
+
+    @property
     def is_factor(self) -> bool:
         """Whether a LoRA factor may have this dtype and shape."""
-        is_float = self.dtype in _FLOATS.values()
-        return is_float and len(self.shape) > 1 and 0 not in self.shape
+        return self.is_float and len(self.shape) > 1 and 0 not in self.shape
 
     @property
     def nbytes(self) -> int:
@@ -90,6 +116,16 @@ def are_factors(A: StoredTensor, B: StoredTensor) -> bool:
         and A.shape[0] == B.shape[1]
         and all(size == 1 for size in B.shape[2:])
     )
+
+
+def common_dtype(dtypes: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
+    """Return the smallest dtype that represents all values of some floating dtypes."""
+    unique = set(dtypes)
+    if len(unique) == 1:
+        return unique.pop()
+    # NumPy has no common dtype of float16 and bfloat16.
+    is_double = np.dtype(np.float64) in unique
+    return np.dtype(np.float64 if is_double else np.float32)
 
 
 def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

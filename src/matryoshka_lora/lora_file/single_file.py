@@ -7,42 +7,59 @@ if any, into the file's metadata. Without an alpha the scale is 1.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from matryoshka_lora.algebra.arrays import Float64Array
+from matryoshka_lora.algebra.factors import pad_end, squared_tails
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.lora_file.alphas import ScaleReader, find_alpha_keys, module_names
 from matryoshka_lora.lora_file.atomic import PathLike, create_file
 from matryoshka_lora.lora_file.diffusers_metadata import (
     CONFIGS_KEY,
-    Configs,
     can_describe,
     read_configs,
 )
-from matryoshka_lora.lora_file.key_names import ALL_SUFFIXES, PEFT_PREFIX, split_part
-from matryoshka_lora.lora_file.lora import Layer, LoraFile, OutputPlan, Ranks, WrittenOutput
-from matryoshka_lora.lora_file.peft_folder import rank_and_scale
+from matryoshka_lora.lora_file.key_names import ALL_SUFFIXES
+from matryoshka_lora.lora_file.lora import (
+    Layer,
+    LoraFile,
+    OutputPlan,
+    Ranks,
+    TruncatedLayer,
+    WrittenOutput,
+)
+from matryoshka_lora.lora_file.lycoris import read_lycoris_layers
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor, are_factors, open_safetensors
 from matryoshka_lora.lora_file.single_file_metadata import updated_metadata
-from matryoshka_lora.nesting import is_valid_scale
+from matryoshka_lora.units import pluralize
 
-# The extra tensors of a layer: a magnitude (DoRA), a mid matrix, a bias.
+# The extra tensors of a layer: a magnitude (DoRA), a mid matrix, a bias of A.
 _EXTRA_TENSOR = re.compile(
     r"(?P<module>.+)\.(dora_scale|magnitude|lora_(mag\w+|mid|up|down|[AB])(\.[^.]+)*)"
+    r"(?<!\.lora_B\.bias)(?<!\.lora_up\.bias)"
 )
-_OTHER_METHODS = re.compile(r"dora_scale|magnitude|hada_|lokr_|lora_mid|lora_[AB]\.bias")
-# In older keys, such as NAME.lora.down.weight, the alpha and the magnitude follow NAME directly.
-_OLD_SUFFIX = re.compile(r"[._]lora(_linear_layer)?$")
+_BIAS = re.compile(r"(?P<module>.+)\.lora_(B|up)\.bias")
+_OTHER_METHODS = re.compile(
+    r"dora_scale|magnitude|hada_|lokr_|oft_|lora_mid|lora_(A|B|up|down)\.bias"
+)
 
 
 @dataclass(frozen=True)
 class SingleFile(LoraFile):
-    """A LoRA in one ``.safetensors`` file. Each layer keeps its own rank; it is never nested."""
+    """A LoRA in one ``.safetensors`` file. Each layer keeps its own rank; it is never nested.
+
+    Attributes:
+        notes: What the user should know of an output, one sentence each.
+    """
+
+    notes: tuple[str, ...] = ()
 
     def plan(self, ranks: Ranks) -> OutputPlan:
         """Return what a single file at some ranks will hold.
@@ -56,7 +73,17 @@ class SingleFile(LoraFile):
         return self._plan(self.ranks_by_layer(ranks))
 
     def plan_unchanged(self) -> OutputPlan:
-        """Return what a single file will hold whose factors are only rescaled."""
+        """Return what a single file will hold whose factors are only rescaled.
+
+        Raises:
+            MatryoshkaError: A layer is not LoRA, so it has no factors of its own.
+        """
+        for layer in self.layers:
+            if layer.kind != "LoRA":
+                raise MatryoshkaError(
+                    f"{self.name}: {layer.name[:200]} is {layer.kind}, which becomes LoRA at a "
+                    "rank. Pass `rank` or `error` too."
+                )
         return self._plan({layer.name: layer.rank for layer in self.layers}, keep_factors=True)
 
     def _plan(self, ranks_by_layer: Mapping[str, int], keep_factors: bool = False) -> OutputPlan:
@@ -77,8 +104,27 @@ class SingleFile(LoraFile):
                 scale = 1.0
             layers.append((layer, layer.with_rank(rank, scale)))
         new_layers = [new for _, new in layers]
-        metadata = updated_metadata(self.metadata, self.layers, new_layers, alpha, self.name)
+        metadata = updated_metadata(
+            self.metadata, self.layers, new_layers, alpha, self.other_tensors, self.name
+        )
         return OutputPlan(self, tuple(layers), other_tensors, metadata, keep_factors)
+
+    def singular_values(self, layer: Layer) -> Float64Array:
+        """Return the singular values of a layer's update, shape (R,), float64."""
+        if layer.read_svd is None:
+            return super().singular_values(layer)
+        return layer.scale * layer.read_svd().values
+
+    def truncate(self, layer: Layer, new: Layer, keep_factors: bool = False) -> TruncatedLayer:
+        """Compute the factors of a layer at a rank; see `LoraFile.truncate`."""
+        if layer.read_svd is None:
+            return super().truncate(layer, new, keep_factors)
+        svd = layer.read_svd()
+        A, B = svd.factors(new.rank, new.scale / layer.scale)
+        missing = new.rank - len(A)
+        A, B = pad_end(A, missing, axis=-2), pad_end(B, missing, axis=-1)
+        singular_values = layer.scale * svd.values
+        return TruncatedLayer(new, A, B, squared_tails(singular_values), singular_values)
 
     def write_output(self, plan: OutputPlan, output: PathLike, force: bool) -> WrittenOutput:
         """Write a plan as a single file."""
@@ -91,14 +137,21 @@ class _FactorKeys(NamedTuple):
     B: str
 
 
-def open_single_file(file: Path) -> SingleFile:
+def open_single_file(file: Path, alpha: float | None = None) -> SingleFile:
     """Open a LoRA in one file. Its tensors are loaded lazily.
 
-    Layers with extra tensors (DoRA magnitude, mid matrix, bias), and those with an alpha of 0, are
-    kept unchanged, in `LoraFile.other_tensors`.
+    Layers of LoHa and LoKr are opened as LoRA layers of their exact rank. Layers with a DoRA
+    magnitude or a mid matrix, and those with an alpha of 0, are kept unchanged, in
+    `LoraFile.other_tensors`. So are layers with a bias, unless an output keeps their scale: then
+    only the bias is.
+
+    Args:
+        file: The file.
+        alpha: The alpha of each layer, for a file that does not contain it.
 
     Raises:
-        MatryoshkaError: The file does not exist, is damaged, or has no layers with a rank.
+        MatryoshkaError: The file does not exist, is damaged, or has no layers with a rank; or it
+            contains an alpha, and one is passed.
     """
     if file.suffix.lower() != ".safetensors":
         if not file.exists():
@@ -108,35 +161,97 @@ def open_single_file(file: Path) -> SingleFile:
             ".safetensors file."
         )
     tensors, metadata = open_safetensors(file)
+    scales = ScaleReader(str(file), tensors, read_configs(metadata, str(file)), alpha)
     factor_keys = _find_factor_keys(tensors, str(file))
-    extended_modules = _find_extended_modules(tensors, factor_keys)
-    configs = read_configs(metadata, str(file))
-    layer_names = [
-        name for name in sorted(factor_keys) if not extended_modules & {name, _module_of(name)}
-    ]
-    alpha_keys = _find_alpha_keys(tensors, layer_names, str(file))
-    # An alpha of 0 switches a layer off. It stays off, as a tensor that is no factor.
-    layer_names = [
-        name
-        for name in layer_names
-        if name not in alpha_keys or _read_alpha(tensors[alpha_keys[name]]) != 0
-    ]
-    layers = [
-        _create_layer(
-            name, factor_keys[name], alpha_keys.get(name), tensors, configs, file_name=str(file)
-        )
-        for name in layer_names
-    ]
-    # diffusers would take the ranks in the metadata for those of the extended modules as well.
-    if not layers or (extended_modules and can_describe(layers)):
+    extended_modules = _find_modules(_EXTRA_TENSOR, tensors, factor_keys)
+    lora_layers = _read_lora_layers(tensors, factor_keys, extended_modules, scales)
+    if not (CONFIGS_KEY in metadata and can_describe(lora_layers)):
+        extended_modules |= _find_rescaled_biases(tensors, factor_keys, lora_layers)
+        lora_layers = [
+            layer for layer in lora_layers if not extended_modules & module_names(layer.name)
+        ]
+    lycoris = read_lycoris_layers(tensors, scales.read_lycoris, str(file))
+    layers = sorted([*lora_layers, *lycoris.layers], key=lambda layer: layer.name)
+    _check_names(layers, str(file))
+    # diffusers would take the ranks in the metadata for those of the extended modules as well, and
+    # an alpha that is passed is for all layers.
+    if not layers or (extended_modules and (can_describe(layers) or alpha is not None)):
         raise _no_layers_error(file, tensors)
 
-    other_tensors = dict(sorted(tensors.items()))
+    read_keys = set(lycoris.keys)
     for layer in layers:
-        for key in (layer.key_A, layer.key_B, layer.key_alpha):
-            if key is not None:
-                other_tensors.pop(key, None)
-    return SingleFile(str(file), tuple(layers), other_tensors, metadata, files=(file,))
+        read_keys |= {layer.key_A, layer.key_B, layer.key_alpha or ""}
+    return SingleFile(
+        str(file),
+        tuple(layers),
+        {key: tensor for key, tensor in sorted(tensors.items()) if key not in read_keys},
+        metadata,
+        files=(file,),
+        notes=_describe_conversions(layers, tensors),
+    )
+
+
+def _find_rescaled_biases(
+    tensors: Mapping[str, StoredTensor],
+    factor_keys: Mapping[str, _FactorKeys],
+    layers: Sequence[Layer],
+) -> set[str]:
+    """Return the modules with a bias whose scale an output would change.
+
+    Biases are copied, and PEFT multiplies them by the scale; ComfyUI does not.
+    """
+    modules_with_bias = _find_modules(_BIAS, tensors, factor_keys)
+    rescaled_modules: set[str] = set()
+    for layer in layers:
+        if layer.key_alpha is not None or layer.scale != 1:
+            rescaled_modules |= modules_with_bias & module_names(layer.name)
+    return rescaled_modules
+
+
+def _check_names(layers: Sequence[Layer], file_name: str) -> None:
+    for layer, next_layer in pairwise(layers):
+        if layer.name == next_layer.name:
+            raise MatryoshkaError(
+                f"{file_name} has {layer.kind} and {next_layer.kind} for one module: "
+                f"{layer.name[:200]!r}. Remove one of them."
+            )
+
+
+def _describe_conversions(
+    layers: Sequence[Layer], tensors: Mapping[str, StoredTensor]
+) -> tuple[str, ...]:
+    """Return a sentence for each kind of layer that an output holds in another form."""
+    notes: list[str] = []
+    for kind in ("LoHa", "LoKr"):
+        count = sum(layer.kind == kind for layer in layers)
+        if count:
+            notes.append(f"{pluralize(count, f'{kind} layer')} became LoRA.")
+    keys = {key for layer in layers for key in (layer.key_A, layer.key_B)}
+    if any(key in keys and tensors[key].is_float8 for key in tensors):
+        notes.append(
+            "The float8 factors became bf16: rounding the new ones to float8 again would add an "
+            "error of 4 to 7 %."
+        )
+    return tuple(notes)
+
+
+def _read_lora_layers(
+    tensors: Mapping[str, StoredTensor],
+    factor_keys: Mapping[str, _FactorKeys],
+    extended_modules: Set[str],
+    scales: ScaleReader,
+) -> list[Layer]:
+    """Return the layers of LoRA that can be truncated."""
+    layer_names = [
+        name for name in sorted(factor_keys) if not extended_modules & module_names(name)
+    ]
+    alpha_keys = find_alpha_keys(tensors, layer_names, scales.file_name)
+    layers: list[Layer] = []
+    for name in layer_names:
+        layer = _create_layer(name, factor_keys[name], alpha_keys.get(name), tensors, scales)
+        if layer is not None:
+            layers.append(layer)
+    return layers
 
 
 def _find_factor_keys(
@@ -162,49 +277,19 @@ def _find_factor_keys(
     return factor_keys
 
 
-def _find_extended_modules(
-    tensors: Mapping[str, StoredTensor], factor_keys: Mapping[str, _FactorKeys]
+def _find_modules(
+    pattern: re.Pattern[str],
+    tensors: Mapping[str, StoredTensor],
+    factor_keys: Mapping[str, _FactorKeys],
 ) -> set[str]:
-    """Return the modules with extra tensors."""
+    """Return the modules with tensors that are not factors and whose keys match a pattern."""
     paired_keys = {key for keys in factor_keys.values() for key in keys}
     modules: set[str] = set()
     for key in tensors:
-        match = _EXTRA_TENSOR.fullmatch(key)
+        match = pattern.fullmatch(key)
         if match and key not in paired_keys:
             modules.add(match["module"])
     return modules
-
-
-def _module_of(name: str) -> str:
-    """Return the module that a layer belongs to, in older keys without the ``.lora`` at its end."""
-    return _OLD_SUFFIX.sub("", name)
-
-
-def _find_alpha_keys(
-    tensors: Mapping[str, StoredTensor], layer_names: Sequence[str], file_name: str
-) -> dict[str, str]:
-    """Return the key of the alpha by the name of its layer.
-
-    Raises:
-        MatryoshkaError: An alpha may belong to several layers, or a layer has several alphas.
-    """
-    names_by_module: dict[str, list[str]] = {}
-    for name in layer_names:
-        names_by_module.setdefault(_module_of(name), []).append(name)
-    alpha_keys: dict[str, str] = {}
-    for key in sorted(tensors):
-        owner = key.removesuffix(".alpha")
-        if owner == key:
-            continue
-        names = [owner] if owner in layer_names else names_by_module.get(_module_of(owner), [])
-        for name in names:
-            if len(names) > 1 or name in alpha_keys:
-                raise MatryoshkaError(
-                    f"{file_name}: it is not clear which alpha belongs to which layer: {key!r:.80} "
-                    f"is a second alpha of {name!r:.80}, or is for two layers. Remove all but one."
-                )
-            alpha_keys[name] = key
-    return alpha_keys
 
 
 def _create_layer(
@@ -212,49 +297,31 @@ def _create_layer(
     keys: _FactorKeys,
     key_alpha: str | None,
     tensors: Mapping[str, StoredTensor],
-    configs: Configs,
-    file_name: str,
-) -> Layer:
-    A, B = tensors[keys.A], tensors[keys.B]
+    scales: ScaleReader,
+) -> Layer | None:
+    """Return a layer, or None if its alpha is 0: that switches it off, and it stays off."""
+    A, B = tensors[keys.A].widened(), tensors[keys.B].widened()
     if not are_factors(A, B):
         raise MatryoshkaError(
-            f"{file_name}: the factors of {name[:200]!r} do not fit each other: {A.dtype} "
+            f"{scales.file_name}: the factors of {name[:200]!r} do not fit each other: {A.dtype} "
             f"{list(A.shape)} and {B.dtype} {list(B.shape)}. Save the file again in fp32, bf16 or "
             "fp16."
         )
     rank = A.shape[0]
-    part, module = split_part(name.removeprefix(PEFT_PREFIX))
-    scale = 1.0
-    if key_alpha is not None:
-        scale = _read_alpha(tensors[key_alpha]) / rank
-    elif part in configs:
-        _, scale = rank_and_scale(configs[part], module, file_name)
-    elif name.startswith(PEFT_PREFIX):
-        raise MatryoshkaError(
-            f"{file_name} is the weights file of a PEFT folder, and its scale is in the folder's "
-            "adapter_config.json. Pass the folder that contains both."
-        )
-    if not is_valid_scale(scale):
-        raise MatryoshkaError(
-            f"{file_name}: the alpha of {name[:200]} gives the scale {scale!r:.80}, and scales are "
-            "positive numbers. Save the file again."
-        )
-    return Layer(name, keys.A, keys.B, A, B, rank, scale, key_alpha=key_alpha)
-
-
-def _read_alpha(tensor: StoredTensor) -> float:
-    """Return an alpha, or NaN, which is rejected, if the tensor is not one number."""
-    if math.prod(tensor.shape) != 1:
-        return math.nan
-    return float(tensor.read().astype(np.float64).item())
+    scale = scales.read(name, rank, key_alpha)
+    if scale == 0:
+        return None
+    if scale < 0:
+        B = B.negated()
+    return Layer(name, keys.A, keys.B, A, B, rank, abs(scale), key_alpha=key_alpha)
 
 
 def _no_layers_error(file: Path, tensors: Mapping[str, StoredTensor]) -> MatryoshkaError:
     for key in sorted(tensors):
         if _OTHER_METHODS.search(key):
             return MatryoshkaError(
-                f"{file} contains {key[:80]!r}. DoRA, LoHa, LoKr and layers with biases cannot be "
-                "truncated. Use the file as it is."
+                f"{file} contains {key[:80]!r}. DoRA, OFT, and layers with a mid matrix or with an "
+                "alpha and a bias cannot be truncated. Use the file as it is."
             )
     first_key = min(tensors, default="")
     return MatryoshkaError(

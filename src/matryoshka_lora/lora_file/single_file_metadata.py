@@ -18,6 +18,7 @@ from matryoshka_lora.lora_file.diffusers_metadata import (
     read_configs,
     update_configs,
 )
+from matryoshka_lora.lora_file.key_names import split_part
 from matryoshka_lora.lora_file.lora import Layer
 from matryoshka_lora.lora_file.safetensors_io import HASH_PREFIXES, hash_placeholder
 
@@ -48,6 +49,7 @@ def updated_metadata(
     layers: Sequence[Layer],
     new_layers: Sequence[Layer],
     alpha: float,
+    other_keys: Collection[str],
     file_name: str,
 ) -> dict[str, str]:
     """Return the metadata of an output.
@@ -57,6 +59,7 @@ def updated_metadata(
         layers: The layers of the source.
         new_layers: The layers of the output.
         alpha: The alpha of the output's layers.
+        other_keys: The keys of the source's tensors that are not factors.
         file_name: The path of the source, for messages.
 
     Raises:
@@ -69,11 +72,17 @@ def updated_metadata(
         if key in updated:
             updated[key] = hash_placeholder(key)
     updated.update(_rank_fields(metadata, new_layers, alpha))
+    is_converted = any(layer.kind != "LoRA" for layer in layers)
+    if is_converted and not other_keys and "ss_network_module" in metadata:
+        updated["ss_network_module"] = "networks.lora"  # was lycoris.kohya, with an algorithm
+        updated.pop(_NETWORK_ARGS_KEY, None)
     if any(key.startswith("ss_") for key in metadata):
         comments = (metadata.get(_COMMENT_KEY), _describe_change(layers, new_layers))
         updated[_COMMENT_KEY] = "; ".join(comment for comment in comments if comment)
     if can_describe(new_layers):
-        updated[CONFIGS_KEY] = update_configs(read_configs(metadata, file_name), new_layers)
+        parts_with_biases = {split_part(key)[0] for key in other_keys if key.endswith(".bias")}
+        configs = read_configs(metadata, file_name)
+        updated[CONFIGS_KEY] = update_configs(configs, new_layers, parts_with_biases)
     return updated
 
 

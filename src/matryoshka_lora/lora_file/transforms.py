@@ -146,7 +146,10 @@ def _scale_layer(layer: Layer, factor: float) -> Layer:
     # Both factors are wide: a result of their SVD gets the dtype of A before that of the output.
     A = _map_tensor(layer.A, _widen)
     B = _map_tensor(layer.B, lambda array: _widen(array) * factor)
-    return replace(layer, A=A, B=B)
+    read_svd = layer.read_svd
+    if read_svd is None:
+        return replace(layer, A=A, B=B)
+    return replace(layer, A=A, B=B, read_svd=lambda: read_svd().scaled(factor))
 
 
 def _map_tensor(tensor: StoredTensor, function: Callable[[Array], Array]) -> StoredTensor:

@@ -21,11 +21,12 @@ from matryoshka_lora.lora_file.atomic import PathLike, check_output
 from matryoshka_lora.lora_file.lora import Layer, LoraFile
 from matryoshka_lora.lora_file.open import open_lora
 from matryoshka_lora.lora_file.peft_folder import PeftFolder
-from matryoshka_lora.lora_file.safetensors_io import StoredTensor
+from matryoshka_lora.lora_file.safetensors_io import StoredTensor, common_dtype
 from matryoshka_lora.lora_file.single_file import SingleFile
 from matryoshka_lora.lora_file.single_file_metadata import combined_metadata
 from matryoshka_lora.nesting import Nesting, check_rank, is_valid_scale
 from matryoshka_lora.operations.output_format import check_same_kind
+from matryoshka_lora.operations.weight_changes import is_weight_change, sum_weight_changes
 from matryoshka_lora.progress import progress_bar, single_threaded
 
 # The fields of PEFT's config that select the layers. If they differ between the sources, the
@@ -114,7 +115,7 @@ def combine(
 
     total = _weighted_sum(loras, source_weights)
     ranks = [lora.max_rank for lora in loras]
-    rank = max(ranks) if rank is None else check_rank(rank, max_rank=sum(ranks))
+    rank = _default_rank(loras) if rank is None else check_rank(rank, max_rank=sum(ranks))
     nesting = Nesting.powers_of_two(rank, scale=total.output_scale)
     if isinstance(total, PeftFolder):
         total = replace(total, nesting=nesting)
@@ -124,6 +125,14 @@ def combine(
     written = plan.write(path, force)
     errors = written.relative_errors(nesting.ranks)
     return CombineResult(path, len(total.layers), errors, _cosines(loras))
+
+
+def _default_rank(loras: Sequence[LoraFile]) -> int:
+    """Return the largest rank of a LoRA layer. That of LoKr may be as large as the layer."""
+    ranks = [layer.rank for lora in loras for layer in lora.layers if layer.kind == "LoRA"]
+    if not ranks:
+        raise MatryoshkaError("LoHa and LoKr are combined as LoRA of a rank. Pass `rank`.")
+    return max(ranks)
 
 
 def _check_weights(
@@ -187,7 +196,7 @@ def _weighted_sum(loras: Sequence[LoraFile], weights: Sequence[float]) -> LoraFi
     metadata = combined_metadata(
         [lora.metadata for lora in loras], [Path(lora.name).name for lora in loras], weights
     )
-    return replace(total, metadata=metadata)
+    return replace(total, metadata=metadata, other_tensors=sum_weight_changes(loras, weights))
 
 
 def _cosines(loras: Sequence[LoraFile]) -> Float64Array:
@@ -260,7 +269,7 @@ def _sum_layer(terms: Sequence[_Term], sum_factors: Callable[[str], tuple[Array,
     def read_B() -> Array:
         return total.from_matrices(*sum_factors(total.name))[1]
 
-    dtype = _common_dtype([factor.dtype for _, layer, _ in terms for factor in (layer.A, layer.B)])
+    dtype = common_dtype([factor.dtype for _, layer, _ in terms for factor in (layer.A, layer.B)])
     A = StoredTensor(dtype, total.A.shape, read_A)
     B = StoredTensor(dtype, total.B.shape, read_B)
     return replace(total, A=A, B=B, key_alpha=key_alpha)
@@ -268,16 +277,6 @@ def _sum_layer(terms: Sequence[_Term], sum_factors: Callable[[str], tuple[Array,
 
 def _shape_without_rank(layer: Layer) -> tuple[object, ...]:
     return layer.num_experts, layer.A.shape[1:], layer.B.shape[0], layer.B.shape[2:]
-
-
-def _common_dtype(dtypes: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
-    """Return the smallest dtype that represents all values of some floating dtypes."""
-    unique = set(dtypes)
-    if len(unique) == 1:
-        return unique.pop()
-    # NumPy has no common dtype of float16 and bfloat16.
-    is_double = np.dtype(np.float64) in unique
-    return np.dtype(np.float64 if is_double else np.float32)
 
 
 def _merge_configs(configs: Sequence[dict[str, Any]], layers: Sequence[Layer]) -> dict[str, Any]:
@@ -298,9 +297,9 @@ def _check_compatible(first: LoraFile, lora: LoraFile) -> None:
         _check_other_tensors(first, lora)
     elif isinstance(first, SingleFile) and isinstance(lora, SingleFile):
         _check_layer_names(first, lora)
-        keys = sorted({*first.other_tensors, *lora.other_tensors})
-        if keys:  # they are changes of the model too, and the sum would have to scale them
-            raise _other_tensor_error(first, lora, keys[0])
+        for key, tensor in sorted({**first.other_tensors, **lora.other_tensors}.items()):
+            if not is_weight_change(key, tensor):
+                raise _other_tensor_error(first, lora, key)
     else:
         raise MatryoshkaError(
             f"{first.name} and {lora.name} are a folder and a single file. Convert the file to a "

@@ -77,6 +77,7 @@ def export(
     base_model: str | None = None,
     base_revision: str | None = None,
     revision: str | None = None,
+    alpha: float | None = None,
     force: bool = False,
 ) -> ExportResult:
     """Export a LoRA at a given rank, or for another runtime.
@@ -111,9 +112,9 @@ def export(
             for a PEFT folder.
         base_model: The base model, for the formats merged, gguf and mlx. Defaults to the one that
             the LoRA names.
-        base_revision: Its branch, tag or commit on the Hub. Defaults to the one that the LoRA
-            names.
+        base_revision: Its revision on the Hub. Defaults to the one that the LoRA names.
         revision: Branch, tag or commit of the source on the Hub.
+        alpha: The alpha of each layer, for a single file that does not contain it.
         force: Whether to overwrite the output.
 
     Raises:
@@ -121,7 +122,7 @@ def export(
         MissingDependencyError: The format needs an extra that is not installed.
         NotFiniteError: A factor is NaN or infinite.
     """
-    lora = open_lora(source, revision)
+    lora = open_lora(source, revision, alpha)
     size_before = lora.size
     output_format = choose_output_format(lora, output, format, key_format)
     is_file = bool(EXPORT_FORMATS[output_format].suffix)
@@ -246,7 +247,7 @@ def _notes(
     request: RankRequest,
     output_format: OutputFormat,
 ) -> list[str]:
-    notes: list[str] = []
+    notes = list(lora.notes) if isinstance(lora, SingleFile) else []
     if len(lora.layers) < len(source.layers):
         dropped = pluralize(len(source.layers) - len(lora.layers), "layer")
         notes.append(f"Left out {dropped} of {len(source.layers)}.")

@@ -15,7 +15,12 @@ from matryoshka_lora.algebra.allocation import LayerSpectrum, rank_for_share
 from matryoshka_lora.algebra.factors import relative_errors
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.lora_file.atomic import PathLike
-from matryoshka_lora.lora_file.contents import PartInfo, layers_by_part, modules_by_kind
+from matryoshka_lora.lora_file.contents import (
+    PartInfo,
+    layers_by_kind,
+    layers_by_part,
+    modules_by_kind,
+)
 from matryoshka_lora.lora_file.lora import Layer, LoraFile
 from matryoshka_lora.lora_file.open import find_loras, open_lora
 from matryoshka_lora.lora_file.peft_folder import PeftFolder
@@ -68,6 +73,11 @@ class LoraInfo:
     trigger_words: tuple[str, ...]
 
     @property
+    def layers_by_kind(self) -> dict[str, int]:
+        """The number of layers of each kind, such as ``"LoRA"``; see `layers_by_kind`."""
+        return layers_by_kind(self.lora.layers)
+
+    @property
     def parts(self) -> dict[str, PartInfo]:
         """The number of layers of each part of a pipeline; see `layers_by_part`."""
         return layers_by_part(self.lora.layers)
@@ -113,6 +123,7 @@ class LoraInfo:
             "order": lora.order,
             "deploy": lora.deploy,
             "num_layers": len(lora.layers),
+            "layers_by_kind": self.layers_by_kind,
             "parts": {name: vars(part) for name, part in self.parts.items()},
             "other_kinds": self.other_kinds,
             "other_tensors": sorted(lora.other_tensors),
