@@ -54,6 +54,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "SDXL",
         {
             **UNET,
+            "model_channels": 64,  # the width of a head
             "context_dim": 24,
             "num_classes": "sequential",
             "adm_in_channels": 20,

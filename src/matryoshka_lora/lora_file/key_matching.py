@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+from matryoshka_lora.algebra.arrays import Array
+from matryoshka_lora.algebra.factors import rescale_factors
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.lora_file.key_formats import KeyStyle, rename_layers, with_layers
 from matryoshka_lora.lora_file.key_names import DIFFUSERS_SUFFIXES, FactorSuffixes
@@ -18,6 +21,7 @@ from matryoshka_lora.lora_file.key_naming import (
     is_text_encoder,
     naming_of,
 )
+from matryoshka_lora.lora_file.lora import Layer
 from matryoshka_lora.lora_file.module_names import Model
 from matryoshka_lora.lora_file.single_file import SingleFile
 
@@ -61,7 +65,26 @@ def match_key_formats(loras: Sequence[SingleFile]) -> list[SingleFile]:
     style = _style_of(first)
     if not _is_written(find_slots(_layer_names(first), model), naming):
         naming, style = diffusers_naming(model), KeyStyle(DIFFUSERS_SUFFIXES, has_alpha=False)
-    return [with_layers(lora, rename_layers(lora, model, naming, style)) for lora in loras]
+    return [_rename(lora, model, naming, style) for lora in loras]
+
+
+def _rename(lora: SingleFile, model: Model, naming: Naming, style: KeyStyle) -> SingleFile:
+    layers = rename_layers(lora, model, naming, style)
+    if not style.has_alpha and any(layer.key_alpha for layer in lora.layers):
+        # All programs read alphas, but some ignore the scales in diffusers' metadata.
+        layers = tuple(_with_scale_in_factors(layer) for layer in layers)
+    return with_layers(lora, layers)
+
+
+def _with_scale_in_factors(layer: Layer) -> Layer:
+    """Return a layer of the scale 1 with the same update."""
+
+    def read(index: int) -> Array:
+        return rescale_factors(layer.A.read(), layer.B.read(), layer.scale)[index]
+
+    A = replace(layer.A, read=lambda: read(0))
+    B = replace(layer.B, read=lambda: read(1))
+    return replace(layer, A=A, B=B, scale=1.0)
 
 
 def _layer_names(lora: SingleFile) -> list[str]:
