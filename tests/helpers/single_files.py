@@ -15,6 +15,7 @@ SUFFIXES = {
     "diffusers": (".lora_A.weight", ".lora_B.weight"),
     "down and up": (".down.weight", ".up.weight"),
     "without weight": (".lora_A", ".lora_B"),  # Mochi
+    "default": (".lora_A.default.weight", ".lora_B.default.weight"),  # DiffSynth
     "old": (".lora.down.weight", ".lora.up.weight"),  # the alpha's key has no ".lora"
 }
 """The suffixes of A and B by the program that writes them."""
