@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ SUFFIXES = {
     "diffusers": (".lora_A.weight", ".lora_B.weight"),
     "down and up": (".down.weight", ".up.weight"),
     "without weight": (".lora_A", ".lora_B"),  # Mochi
+    "default": (".lora_A.default.weight", ".lora_B.default.weight"),  # DiffSynth
     "old": (".lora.down.weight", ".lora.up.weight"),  # the alpha's key has no ".lora"
 }
 """The suffixes of A and B by the program that writes them."""
@@ -36,6 +37,30 @@ def save_pairs(file: Path, *modules: str) -> dict[str, Tensor]:
         tensors[f"{module}.lora_B.weight"] = torch.randn(6, 2)
     save_file(tensors, file)
     return tensors
+
+
+def save_random_lora(
+    file: Path, shapes: Mapping[str, tuple[int, ...]], has_alpha: bool, seed: int = 0
+) -> None:
+    """Write a random LoRA of mixed ranks, in float32.
+
+    Args:
+        file: The file.
+        shapes: The shape of the weight of each layer, by the name of the layer.
+        has_alpha: Whether it has alphas, and the keys of kohya.
+        seed: The seed.
+    """
+    torch.manual_seed(seed)
+    suffix_A, suffix_B = SUFFIXES["kohya" if has_alpha else "diffusers"]
+    tensors: dict[str, Tensor] = {}
+    for number, (name, (rows, *inputs)) in enumerate(shapes.items()):
+        rank = 2 + (number + seed) % 3
+        kernel = [1] * (len(inputs) - 1)
+        tensors[f"{name}{suffix_A}"] = torch.randn(rank, *inputs)
+        tensors[f"{name}{suffix_B}"] = torch.randn(rows, rank, *kernel)
+        if has_alpha:
+            tensors[f"{name}.alpha"] = torch.tensor(1.0 + number % 4)
+    save_file(tensors, file)
 
 
 def read_ranks(file: Path) -> dict[str, int]:

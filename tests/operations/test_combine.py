@@ -361,9 +361,9 @@ INCOMPATIBLE_FILES = {
         factors("text_encoder.text_model.e", "lora_te2_x"),
         "key_format",
     ),
-    "two names of Flux": (
-        factors("lora_unet_double_blocks_0_img_attn_proj", "lora_te1_x"),
-        factors("lora_transformer_transformer_blocks_0_attn_to_out_0", "lora_te1_x"),
+    "two names of a model that is not known": (
+        factors("lora_unet_double_blocks_0_x", "lora_te1_x"),
+        factors("lora_transformer_transformer_blocks_0_x", "lora_te1_x"),
         "lora_transformer_transformer_blocks_0.*lora_unet_double_blocks_0",
     ),
     "two prefixes": (

@@ -87,6 +87,10 @@ class Layer:
         B = replace(self.B, shape=(self.B.shape[0], rows, *self.B.shape[2:]))
         return replace(self, A=A, B=B, rank=rank, scale=scale, kind="LoRA", read_svd=None)
 
+    def with_factors(self, A: StoredTensor, B: StoredTensor) -> Layer:
+        """Return the layer with other factors of the same rank, and so with another update."""
+        return replace(self, A=A, B=B, read_svd=None)
+
     def to_matrices(self, A: Array, B: Array) -> tuple[Array, Array]:
         """Return the file's tensors as A (..., R, in) and B (..., out, R).
 

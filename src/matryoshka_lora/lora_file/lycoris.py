@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from matryoshka_lora.algebra.arrays import Array, Float64Array
+from matryoshka_lora.algebra.arrays import Array, Float64Array, common_dtype
 from matryoshka_lora.algebra.products import (
     SVD,
     KroneckerSVD,
@@ -29,7 +29,7 @@ from matryoshka_lora.algebra.products import (
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.lora_file.key_names import KOHYA_SUFFIXES, PEFT_PREFIX
 from matryoshka_lora.lora_file.lora import Layer
-from matryoshka_lora.lora_file.safetensors_io import StoredTensor, common_dtype
+from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 
 _KEY = re.compile(r"(?P<name>.+)\.(?P<matrix>(hada|lokr)_(w[12](_[ab])?|t[12]))")
 

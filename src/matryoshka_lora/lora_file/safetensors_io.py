@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedRandom
@@ -116,16 +116,6 @@ def are_factors(A: StoredTensor, B: StoredTensor) -> bool:
         and A.shape[0] == B.shape[1]
         and all(size == 1 for size in B.shape[2:])
     )
-
-
-def common_dtype(dtypes: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
-    """Return the smallest dtype that represents all values of some floating dtypes."""
-    unique = set(dtypes)
-    if len(unique) == 1:
-        return unique.pop()
-    # NumPy has no common dtype of float16 and bfloat16.
-    is_double = np.dtype(np.float64) in unique
-    return np.dtype(np.float64 if is_double else np.float32)
 
 
 def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

@@ -148,7 +148,7 @@ def _scale_layer(layer: Layer, factor: float) -> Layer:
     B = _map_tensor(layer.B, lambda array: _widen(array) * factor)
     read_svd = layer.read_svd
     if read_svd is None:
-        return replace(layer, A=A, B=B)
+        return layer.with_factors(A, B)
     return replace(layer, A=A, B=B, read_svd=lambda: read_svd().scaled(factor))
 
 
@@ -249,7 +249,7 @@ def _pad_layer(lora: LoraFile, layer: Layer, rank: int, seed: int) -> Layer:
         return np.concatenate([B, np.zeros(shape, B.dtype)], axis=1)
 
     A, B = replace(padded.A, read=read_A), replace(padded.B, read=read_B)
-    return replace(padded, A=A, B=B)
+    return padded.with_factors(A, B)
 
 
 def plan_same_scales(lora: LoraFile) -> OutputPlan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +13,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from matryoshka_lora.algebra.arrays import Array, Float64Array
+from matryoshka_lora.algebra.arrays import Array, Float64Array, common_dtype
 from matryoshka_lora.algebra.factors import inner_products, weighted_sum
 from matryoshka_lora.errors import MatryoshkaError, check_list
 from matryoshka_lora.lora_file.atomic import PathLike, check_output
+from matryoshka_lora.lora_file.key_matching import match_key_formats
 from matryoshka_lora.lora_file.lora import Layer, LoraFile
 from matryoshka_lora.lora_file.open import open_lora
 from matryoshka_lora.lora_file.peft_folder import PeftFolder
-from matryoshka_lora.lora_file.safetensors_io import StoredTensor, common_dtype
+from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 from matryoshka_lora.lora_file.single_file import SingleFile
 from matryoshka_lora.lora_file.single_file_metadata import combined_metadata
 from matryoshka_lora.nesting import Nesting, check_rank, is_valid_scale
@@ -39,13 +39,6 @@ _MEANING_FIELDS = (
     "target_parameters",
     "layer_replication",
 )
-# Optional parts of the names in single files: kohya's prefixes, and a level of CLIP's modules.
-_OPTIONAL_NAME_PARTS = re.compile(r"^lora_(te1?_)?|^text_encoder_(?!\d)|text_model_")
-_TEXT_ENCODER = re.compile(r"(lora_)?te(xt_encoders?)?(_?\d)?_")
-# Image models have two naming schemes, that of their authors and that of diffusers.
-_AUTHORS_BLOCKS = "input_blocks|middle_block|output_blocks|double_blocks|single_blocks|joint_blocks"
-_DIFFUSERS_BLOCKS = "down_blocks|mid_block|up_blocks|single_transformer_blocks|transformer_blocks"
-_BLOCK = re.compile(rf"(?P<prefix>\D*?)({_AUTHORS_BLOCKS}|(?P<diffusers>{_DIFFUSERS_BLOCKS})|\d)")
 
 
 @dataclass(frozen=True)
@@ -113,6 +106,11 @@ def combine(
     path = check_output(output, force, files, is_file=isinstance(loras[0], SingleFile))
     check_same_kind(loras[0], path)
 
+    for lora, other in combinations_with_replacement(loras, 2):
+        _check_compatible(lora, other)
+    single_files = [lora for lora in loras if isinstance(lora, SingleFile)]
+    if single_files:
+        loras = [*match_key_formats(single_files)]
     total = _weighted_sum(loras, source_weights)
     ranks = [lora.max_rank for lora in loras]
     rank = _default_rank(loras) if rank is None else check_rank(rank, max_rank=sum(ranks))
@@ -165,8 +163,6 @@ def _check_weight(weight: float) -> float:
 def _weighted_sum(loras: Sequence[LoraFile], weights: Sequence[float]) -> LoraFile:
     """Return the sum as a LoRA without an order. Its factors are computed when they are read."""
     first = loras[0]
-    for lora, other in combinations_with_replacement(loras, 2):
-        _check_compatible(lora, other)
     terms: dict[str, list[_Term]] = {}
     for lora, weight in zip(loras, weights, strict=True):
         for layer in lora.layers:
@@ -272,7 +268,7 @@ def _sum_layer(terms: Sequence[_Term], sum_factors: Callable[[str], tuple[Array,
     dtype = common_dtype([factor.dtype for _, layer, _ in terms for factor in (layer.A, layer.B)])
     A = StoredTensor(dtype, total.A.shape, read_A)
     B = StoredTensor(dtype, total.B.shape, read_B)
-    return replace(total, A=A, B=B, key_alpha=key_alpha)
+    return replace(total.with_factors(A, B), key_alpha=key_alpha)
 
 
 def _shape_without_rank(layer: Layer) -> tuple[object, ...]:
@@ -296,7 +292,6 @@ def _check_compatible(first: LoraFile, lora: LoraFile) -> None:
         _check_configs(first, lora)
         _check_other_tensors(first, lora)
     elif isinstance(first, SingleFile) and isinstance(lora, SingleFile):
-        _check_layer_names(first, lora)
         for key, tensor in sorted({**first.other_tensors, **lora.other_tensors}.items()):
             if not is_weight_change(key, tensor):
                 raise _other_tensor_error(first, lora, key)
@@ -335,45 +330,3 @@ def _other_tensor_error(first: LoraFile, lora: LoraFile, key: str) -> Matryoshka
         f"{lora.name} and {first.name} cannot be added, because {key[:200]} is not a LoRA factor. "
         "Train without such tensors, or remove them from the files."
     )
-
-
-def _check_layer_names(first: SingleFile, lora: SingleFile) -> None:
-    """Raise MatryoshkaError unless two single files name their layers in the same way."""
-    first_names = {_canonical_name(layer.name): layer.name for layer in first.layers}
-    names = {_canonical_name(layer.name): layer.name for layer in lora.layers}
-    shared = names.keys() & first_names.keys()
-    respelled = sorted(name for name in shared if names[name] != first_names[name])
-    formats, first_formats = _key_formats(lora), _key_formats(first)
-    has_two_formats = formats and first_formats and not formats.keys() & first_formats.keys()
-    if shared and not respelled and not has_two_formats:
-        return
-    if respelled:
-        examples = names[respelled[0]], first_names[respelled[0]]
-    elif has_two_formats:
-        examples = min(formats.values()), min(first_formats.values())
-    else:
-        examples = min(names.values()), min(first_names.values())
-    raise MatryoshkaError(
-        f"{lora.name} and {first.name} are for different models, or have different key formats: "
-        f"{examples[0]!r:.80} and {examples[1]!r:.80}. Convert the one whose keys end in "
-        "lora_A.weight to the format of the other: export it with `key_format`."
-    )
-
-
-def _canonical_name(name: str) -> str:
-    return _OPTIONAL_NAME_PARTS.sub("", name.replace(".", "_"))
-
-
-def _key_formats(lora: SingleFile) -> dict[tuple[str, bool], str]:
-    """Return the key formats of the image model's blocks, and a layer of each.
-
-    A format is what precedes the name of a block, such as ``lora_unet_``, and whether the block has
-    the name that diffusers gives it.
-    """
-    formats: dict[tuple[str, bool], str] = {}
-    for layer in lora.layers:
-        name = layer.name.replace(".", "_")
-        block = _BLOCK.match(name)
-        if block and not _TEXT_ENCODER.match(name):
-            formats.setdefault((block["prefix"], block["diffusers"] is not None), layer.name)
-    return formats

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from matryoshka_lora.algebra.arrays import Array
+from matryoshka_lora.algebra.arrays import Array, common_dtype
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.lora_file.alphas import module_names
 from matryoshka_lora.lora_file.lora import LoraFile
-from matryoshka_lora.lora_file.safetensors_io import StoredTensor, common_dtype
+from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 
 _KEY = re.compile(r"(?P<module>.+)\.(?P<kind>diff|diff_b|w_norm|b_norm)")
 _WEIGHT_KINDS = ("diff", "w_norm")
