@@ -102,6 +102,7 @@ test-all: lint test-peft test-runtimes docs test-wheel ## everything but vLLM, o
 
 test-peft: $(VENV)/.test ## PEFT's own test suite of the installed version, with every LoRA adapter nested
 	$(BIN)/python tests/peft_suite/run.py
+	$(BIN)/python tests/peft_suite/run_conversion.py
 
 test-runtimes: $(VENV)/.test .venv-mlx/.ready .venv-openvino/.ready ## exports in llama.cpp, mlx-lm, OpenVINO and diffusers
 	MLX_PYTHON=.venv-mlx/bin/python OPENVINO_PYTHON=.venv-openvino/bin/python \
