@@ -104,7 +104,9 @@ def _checked(tensor: StoredTensor, name: str) -> StoredTensor:
     def read() -> Array:
         array = tensor.read()
         if not np.isfinite(array).all():
-            raise NotFiniteError(f"{name} is NaN or infinite. Train again with a lower rate.")
+            raise NotFiniteError(
+                f"{name} is NaN or infinite. Train again with a lower learning rate."
+            )
         return array
 
     return replace(tensor, read=read)
