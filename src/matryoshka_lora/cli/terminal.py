@@ -157,14 +157,15 @@ def format_info(info: LoraInfo) -> str:
 
 
 def _format_parts(info: LoraInfo) -> str:
-    """Return the number of layers of each part, and of its convolutions."""
+    """Return the number of layers, also of each part, and of its convolutions."""
     parts: list[str] = []
     for name, part in info.parts.items():
         words = f"{name} {part.layers}".strip()
         if part.convolutions:
             words += f" ({pluralize(part.convolutions, 'convolution')})"
         parts.append(words)
-    return ", ".join(parts)
+    text = ", ".join(parts)
+    return text if len(parts) == 1 else f"{len(info.lora.layers)}: {text}"
 
 
 def _format_layers(info: LoraInfo) -> list[str]:
