@@ -56,6 +56,7 @@ def test_the_base_install_does_not_bring_torch() -> None:
         "typer",
         "tqdm",
         "huggingface_hub",
+        "pyyaml",
         "regex",
     }
 

@@ -154,6 +154,9 @@ def read_with_diffusers(file: Path) -> dict[str, np.ndarray]:
 
 def read_with_comfyui(file: Path, names: list[str]) -> dict[str, np.ndarray]:
     """Return the update of each layer that ComfyUI has loaded."""
+    from comfy.cli_args import args
+
+    args.cpu = True  # before torch's devices are listed
     from comfy import lora
 
     tensors = load_file(file)

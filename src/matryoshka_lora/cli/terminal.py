@@ -164,14 +164,15 @@ def _format_counts(counts: Mapping[str, int]) -> str:
 
 
 def _format_parts(info: LoraInfo) -> str:
-    """Return the number of layers of each part, and of its convolutions."""
+    """Return the number of layers, also of each part, and of its convolutions."""
     parts: list[str] = []
     for name, part in info.parts.items():
         words = f"{name} {part.layers}".strip()
         if part.convolutions:
             words += f" ({pluralize(part.convolutions, 'convolution')})"
         parts.append(words)
-    return ", ".join(parts)
+    text = ", ".join(parts)
+    return text if len(parts) == 1 else f"{len(info.lora.layers)}: {text}"
 
 
 def _format_layers(info: LoraInfo) -> list[str]:
