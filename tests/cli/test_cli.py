@@ -18,7 +18,7 @@ from helpers.evaluations import new_evaluation
 from helpers.models import nested_llama
 from helpers.plain_peft import plain_adapter
 from helpers.tiny_chat import save_tiny_chat
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -201,6 +201,33 @@ def test_json_is_all_that_is_printed(
     code, stdout, _ = run(line.split(), capfd, monkeypatch)
     assert code == 0
     assert keys <= json.loads(stdout).keys()
+
+
+def test_export_changes_layers_by_patterns(
+    workspace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["export", "plain", "--dtype", "bf16", "--drop", "*.0.*", "--drop", "*k_proj"]
+    words += ["--scale", "*=0.5", "--scale", "*q_proj=-1", "-o", "changed"]
+    code, stdout, stderr = run(words, capfd, monkeypatch)
+    assert code == 0, stderr
+    assert "Left out 8 layers of 14." in stdout
+    source = load_file(workspace / "plain" / "adapter_model.safetensors")
+    for key, tensor in load_file(workspace / "changed" / "adapter_model.safetensors").items():
+        factor = 1.0 if "lora_A" in key else -1.0 if "q_proj" in key else 0.5
+        assert torch.equal(tensor, (factor * source[key]).bfloat16())
+    code, _, stderr = run(["export", "plain", "--scale", "0.5", "-o", "x"], capfd, monkeypatch)
+    assert (code, "PATTERN" in stderr) == (2, True)
+
+
+def test_a_rank_above_the_loras_names_the_option(
+    workspace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["export", "one.safetensors", "--rank", "16", "-o", "padded.safetensors"]
+    code, _, stderr = run(words, capfd, monkeypatch)
+    assert (code, "--pad" in stderr) == (1, True)
+    code, stdout, stderr = run([*words, "--pad"], capfd, monkeypatch)
+    assert code == 0, stderr
+    assert "rank 16" in stdout
 
 
 @pytest.mark.parametrize("line", ["info plain --revision v1", "select evaluation --within 1%"])

@@ -92,6 +92,7 @@ def export_folder(
     check_request(request, format or "peft", pad=pad, has_other_change=has_other_change)
     exported: list[ExportResult] = []
     failed: dict[str, str] = {}
+    skipped = _other_folders(source, loras)  # before the output, which may be in the source
     with create_folder(output, force, _folder_sources(loras, base_model)) as temporary:
         for path in tqdm(loras, "exporting", leave=False, unit=" LoRAs", disable=None):
             name = _output_name(path, format, key_format)
@@ -118,7 +119,7 @@ def export_folder(
                 exported.append(replace(result, path=output_path / name))
         if not exported:
             raise _nothing_exported_error(source, loras[0].name, failed)
-    return ExportFolderResult(output_path, tuple(exported), failed, _other_folders(source, loras))
+    return ExportFolderResult(output_path, tuple(exported), failed, skipped)
 
 
 def _other_folders(source: PathLike, loras: Sequence[Path]) -> tuple[str, ...]:
