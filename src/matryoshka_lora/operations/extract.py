@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from matryoshka_lora.lora_file.atomic import PathLike, check_output, create_file
 from matryoshka_lora.lora_file.hub import MODEL_FILES, local_path, split_hub_id
 from matryoshka_lora.lora_file.key_formats import convert_keys
 from matryoshka_lora.lora_file.key_names import PEFT_PREFIX
+from matryoshka_lora.lora_file.key_naming import find_models
 from matryoshka_lora.lora_file.lora import NESTING_KEY, Layer, LoraFile, OutputPlan, WrittenOutput
 from matryoshka_lora.lora_file.peft_folder import PeftFolder
 from matryoshka_lora.lora_file.safetensors_io import (
@@ -332,7 +333,7 @@ def _peft_config(
 
 
 def _pipeline_part(
-    base_model: ModelFiles, layer_names: Iterable[str], key_format: ImageKeyFormat
+    base_model: ModelFiles, layer_names: Collection[str], key_format: ImageKeyFormat
 ) -> str:
     """Return the part of a pipeline that a model is, or "" if its own names say so."""
     if all(name.startswith("model.diffusion_model.") for name in layer_names):
@@ -340,9 +341,10 @@ def _pipeline_part(
     class_name = str(base_model.config.get("_class_name"))
     for word, part in _PIPELINE_PARTS.items():
         if word in class_name:
-            if part == "transformer" and key_format == "kohya":
+            names = [f"{part}.{name}" for name in layer_names]
+            if part == "transformer" and key_format == "kohya" and not find_models(names):
                 raise MatryoshkaError(
-                    "The kohya format has no names for the transformers of diffusers. Pass "
+                    f"The kohya format has no names for the layers of {base_model.path}. Pass "
                     "`key_format='diffusers'`."
                 )
             return part
