@@ -185,3 +185,112 @@ def test_keys_that_cannot_be_renamed_are_refused(tmp_path: Path) -> None:
     save_file({**tensors, "other": torch.ones(1)}, source)
     with pytest.raises(MatryoshkaError, match="other"):
         convert_keys(open_single_file(source), "kohya")
+
+
+def save_layers(file: Path, shapes: dict[str, tuple[int, int]]) -> None:
+    """Write a LoRA of rank 2 whose weights have some shapes."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, (rows, width) in shapes.items():
+        tensors[f"{name}.lora_A.weight"] = torch.randn(2, width)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(rows, 2)
+    save_file(tensors, file)
+
+
+ATTENTION = "transformer.transformer_blocks.0.attn.to_q"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "key_format", "keyword"),
+    [
+        ({ATTENTION: (6, 6)}, "kohya", "several models"),
+        # Flux and Qwen-Image have this width.
+        ({ATTENTION: (3072, 3072)}, "kohya", "several models"),
+        # Lumina 2 has fewer keys than queries.
+        ({"diffusion_model.layers.0.attention.qkv": (10, 6)}, "diffusers", "rows"),
+        (
+            {
+                "diffusion_model.layers.0.attention.qkv": (18, 6),
+                "diffusion_model.layers.0.attention.to_q": (6, 6),
+            },
+            "diffusers",
+            "one module",
+        ),
+        (
+            {
+                "diffusion_model.layers.0.attention.qkv": (18, 6),
+                "transformer.layers.0.attention.to_q": (6, 6),
+            },
+            "kohya",
+            "one module",
+        ),
+        (
+            {
+                "transformer.layers.0.attention.to_q": (6, 6),
+                "transformer.layers.0.attention.to_k": (7, 7),
+            },
+            "kohya",
+            "widths",
+        ),
+        ({"transformer.layers.0.attention.to_q": (5, 6)}, "kohya", "rows"),
+        (
+            {"lora_unet_double_blocks_0_img_mlp_0": (6, 6), "lora_te1_other": (6, 6)},
+            "diffusers",
+            "lora_te1_other",
+        ),
+        ({"lora_unet_double_blocks_19_img_mlp_0": (6, 6)}, "kohya", "dots"),
+        (
+            {"lora_unet_blocks_0_ffn_0": (6, 6), "lora_unet_blocks_0_self_attn_x": (6, 6)},
+            "kohya",
+            "dots",
+        ),
+    ],
+)
+def test_names_that_do_not_fit_a_model_are_refused(
+    tmp_path: Path, shapes: dict[str, tuple[int, int]], key_format: KeyFormat, keyword: str
+) -> None:
+    save_layers(tmp_path / "lora.safetensors", shapes)
+    # Not as names with dots.
+    tensors = {
+        key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): tensor
+        for key, tensor in load_file(tmp_path / "lora.safetensors").items()
+    }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(MatryoshkaError, match=keyword):
+        convert_keys(open_single_file(tmp_path / "lora.safetensors"), key_format)
+
+
+def test_the_width_of_the_inputs_tells_models_with_common_names_apart(tmp_path: Path) -> None:
+    save_layers(tmp_path / "lora.safetensors", {ATTENTION: (1536, 1536)})
+    lora = convert_keys(open_single_file(tmp_path / "lora.safetensors"), "kohya")
+    (layer,) = lora.layers
+    assert layer.name == "lora_unet_joint_blocks_0_x_block_attn_qkv"
+    assert layer.B.shape == (3 * 1536, 2)
+
+
+def test_the_model_does_not_matter_where_its_names_stay(tmp_path: Path) -> None:
+    save_layers(tmp_path / "lora.safetensors", {ATTENTION: (6, 6)})
+    folder = convert_keys(open_single_file(tmp_path / "lora.safetensors"), "peft")
+    assert [layer.name for layer in folder.layers] == [ATTENTION.removeprefix("transformer.")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_factors_of_parts_keep_their_dtype_and_bits(tmp_path: Path, dtype: torch.dtype) -> None:
+    source, output = tmp_path / "source.safetensors", tmp_path / "output.safetensors"
+    A, B = torch.randn(4, 6).to(dtype), torch.randn(18, 4).to(dtype)
+    name = "diffusion_model.layers.0.attention.qkv"
+    save_file({f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}, source)
+    convert(source, output, "diffusers")
+    tensors = load_file(output)
+    for number, part in enumerate(("to_q", "to_k", "to_v")):
+        name = f"transformer.layers.0.attention.{part}"
+        assert tensors[f"{name}.lora_A.weight"].equal(A)
+        assert tensors[f"{name}.lora_B.weight"].equal(B[6 * number : 6 * number + 6])
+
+
+def test_a_fused_layer_without_any_change_keeps_its_parts(tmp_path: Path) -> None:
+    source, output = tmp_path / "source.safetensors", tmp_path / "output.safetensors"
+    name = "diffusion_model.layers.0.attention.qkv"
+    A, B = torch.randn(4, 6), torch.zeros(18, 4)
+    save_file({f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}, source)
+    convert(source, output, "diffusers")
+    assert len(load_file(output)) == 6

@@ -31,7 +31,11 @@ from matryoshka_lora.operations.model_diff import (
     read_architecture,
     saved_tensors,
 )
-from matryoshka_lora.operations.pipeline_names import pipeline_prefixes, rename_for_pipeline
+from matryoshka_lora.operations.pipeline_names import (
+    check_kohya_names,
+    pipeline_prefixes,
+    rename_for_pipeline,
+)
 from matryoshka_lora.operations.rank_choice import RankRequest, parse_request
 from matryoshka_lora.units import pluralize
 
@@ -120,10 +124,12 @@ def extract(
 
     prefixes: tuple[str, ...] = ("",)
     if key_format is not None:
-        base_model, tuned_model = rename_for_pipeline(base_model, tuned_model, key_format)
+        base_model, tuned_model = rename_for_pipeline(base_model, tuned_model)
         prefixes = pipeline_prefixes()
     architecture = read_architecture(base_model)
     diff = compare_models(base_model, tuned_model, architecture, modules_to_save, prefixes)
+    if key_format == "kohya":
+        check_kohya_names(diff.layers, base_model)
     saved = saved_tensors(diff, tuned_model, architecture, modules_to_save)
     limits = _rank_limits(request)
     settings: list[object] = [file_state(file) for file in files]

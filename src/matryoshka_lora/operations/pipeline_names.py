@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.formats import ImageKeyFormat
 from matryoshka_lora.lora_file.key_names import ORIGINAL_PART
+from matryoshka_lora.lora_file.key_naming import find_models
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 from matryoshka_lora.operations.model_diff import ModelFiles
 
@@ -37,8 +37,6 @@ _PARTS_BY_KEY = {
     "down_blocks.": "unet",
     "transformer_blocks.": "transformer",
 }
-# Qwen-Image has the same names in diffusers as its makers gave it.
-_QWEN_IMAGE_KEY = "transformer_blocks.0.img_mlp."
 # The names of OpenCLIP in those of transformers.
 _OPEN_CLIP_BLOCK = re.compile(r"^transformer\.resblocks\.(\d+)\.")
 _OPEN_CLIP_NAMES = {
@@ -51,9 +49,7 @@ _OPEN_CLIP_NAMES = {
 }
 
 
-def rename_for_pipeline(
-    base: ModelFiles, tuned: ModelFiles, key_format: ImageKeyFormat
-) -> tuple[ModelFiles, ModelFiles]:
+def rename_for_pipeline(base: ModelFiles, tuned: ModelFiles) -> tuple[ModelFiles, ModelFiles]:
     """Return both models with keys that begin with the part of the pipeline.
 
     OpenCLIP's fused projections become those of transformers, which are slices of their rows.
@@ -61,10 +57,9 @@ def rename_for_pipeline(
     Args:
         base: The model before fine-tuning.
         tuned: The model after. Its names may be those of another program.
-        key_format: The format of the LoRA's keys.
 
     Raises:
-        MatryoshkaError: The model is not recognised, or the format has no names for it.
+        MatryoshkaError: The model is not recognised.
     """
     part = _find_part(base)
     if part is None:
@@ -77,8 +72,6 @@ def rename_for_pipeline(
         model_part = _find_part(model)
         if model_part is None:
             model_part = part
-        if model_part == "transformer" and key_format == "kohya":
-            model_part = _kohya_part(model)
         models.append(replace(model, tensors=_rename_tensors(model.tensors, model_part)))
     return models[0], models[1]
 
@@ -87,6 +80,21 @@ def pipeline_prefixes() -> tuple[str, ...]:
     """Return the beginnings of the names of modules that a LoRA file can name."""
     parts = {*_CHECKPOINT_PARTS.values(), *_PARTS_BY_KEY.values()}
     return tuple(f"{part}." for part in sorted(parts))
+
+
+def check_kohya_names(layer_names: Iterable[str], base: ModelFiles) -> None:
+    """Raise MatryoshkaError unless kohya's format has names for the layers of a transformer.
+
+    Args:
+        layer_names: The names of all layers, which begin with the part of the pipeline.
+        base: The model before fine-tuning.
+    """
+    names = [name for name in layer_names if name.startswith("transformer.")]
+    if names and not find_models(names):
+        raise MatryoshkaError(
+            f"The kohya format has no names for the layers of {base.path}. Pass "
+            "`key_format='diffusers'`."
+        )
 
 
 def _find_part(model: ModelFiles) -> str | None:
@@ -105,16 +113,6 @@ def _find_part(model: ModelFiles) -> str | None:
 
 def _begins(keys: Iterable[str], beginnings: Iterable[str]) -> bool:
     return any(key.startswith(tuple(beginnings)) for key in keys)
-
-
-def _kohya_part(model: ModelFiles) -> str:
-    """Return the part whose name in kohya's format is that of a transformer of diffusers."""
-    if not _begins(model.tensors, [_QWEN_IMAGE_KEY]):
-        raise MatryoshkaError(
-            "The kohya format has no names for the transformers of diffusers. Pass "
-            "`key_format='diffusers'`."
-        )
-    return ORIGINAL_PART
 
 
 def _rename_tensors(tensors: Mapping[str, StoredTensor], part: str) -> dict[str, StoredTensor]:
