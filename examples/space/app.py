@@ -73,6 +73,13 @@ def shrink_file(
     return export(path, output, rank, **options)
 
 
+def start_process() -> Any:
+    """Return a pool of one process that has imported this module, which takes seconds."""
+    pool = get_context("spawn").Pool(1)
+    pool.apply(int)
+    return pool
+
+
 def run_bounded(
     function: Callable[..., Any], folder: str, calls: dict[str, tuple[Any, ...]], **options: Any
 ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -90,17 +97,16 @@ def run_bounded(
     Raises:
         gradio.Error: All files failed.
     """
-    context = get_context("spawn")
     results: dict[str, Any] = {}
     failed: dict[str, str] = {}
-    pool = context.Pool(1)
+    pool = start_process()
     try:
         for name, args in calls.items():
             try:
                 results[name] = pool.apply_async(function, args, options).get(TIME_LIMIT)
             except TimeoutError:
                 pool.terminate()
-                pool = context.Pool(1)
+                pool = start_process()
                 failed[name] = (
                     f"This takes more than {TIME_LIMIT} seconds. Run `matryoshka export` on your "
                     "own machine."
@@ -315,7 +321,7 @@ def build_page() -> gr.Blocks:
             with gr.Row() as single_lora:
                 plot = gr.LinePlot(x="rank", y="error in %", title="Error of each rank")
                 ranks = gr.Dataframe(interactive=False, label="What each rank weighs")
-            file_table = gr.Dataframe(interactive=False, label="The LoRAs", wrap=True)
+            file_table = gr.Dataframe(interactive=False, label="The LoRAs")
             gr.Markdown(EXPLANATION)
             with gr.Row():
                 criterion = gr.Radio(
@@ -327,7 +333,7 @@ def build_page() -> gr.Blocks:
             output_file = gr.File(label="Download", interactive=False)
             with gr.Accordion("The rank that each layer needs", open=False) as layer_ranks:
                 layers = gr.Dataframe(
-                    interactive=False, label="To keep a share of its squared norm", wrap=True
+                    interactive=False, label="To keep a share of its squared norm"
                 )
         parts = [results, sentence, single_lora, layer_ranks, plot, ranks, layers, file_table]
         files.change(show, files, [*parts, summary, output_file])

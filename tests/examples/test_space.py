@@ -180,8 +180,8 @@ def test_a_file_that_takes_too_long_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain_adapter(tmp_path / "lora", target_modules=["q_proj"])
-    monkeypatch.setattr(app, "TIME_LIMIT", 0.01)
-    with pytest.raises(gr.Error, match=r"0\.01 seconds"):
+    monkeypatch.setattr(app, "TIME_LIMIT", 0)
+    with pytest.raises(gr.Error, match="0 seconds"):
         app.show(peft_files(tmp_path / "lora"))
 
 
