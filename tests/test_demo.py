@@ -22,12 +22,17 @@ from matryoshka_lora.demo import (
     QUERY_RANKS,
     RANKS,
     SAMPLE_COUNTRIES,
+    SAMPLED_RANKS,
+    SUMMARIZED_RANK,
+    Knowledge,
+    TrainedDemo,
     answer_queries,
     collate,
     country_numbers,
     demo,
     generate_numbers,
     save_base_model,
+    summarize,
     train_adapter,
     typed_queries,
 )
@@ -100,6 +105,15 @@ def test_queries_end_with_an_empty_line_or_a_signal(
     assert list(typed_queries()) == ["Kenya"]
 
 
+def test_the_summary_counts_numbers() -> None:
+    known = [Knowledge({SUMMARIZED_RANK: 100 * count / 250}, {}) for count in (3, 8, 240)]
+    sentence = summarize(TrainedDemo(None, *known), {SUMMARIZED_RANK: 10, MAX_RANK: 79}, 250)  # type: ignore[arg-type]
+    assert " ".join(sentence.split()) == (
+        "Rank 2 knows 3 of 250 numbers if it is truncated, 8 after reorder and 240 after "
+        "train_ranks. It has 1/8 of the size of rank 16."
+    )
+
+
 @pytest.mark.slow
 def test_the_demo_writes_what_it_announces(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -112,7 +126,11 @@ def test_the_demo_writes_what_it_announces(
     assert (output / "curve.png").read_bytes().startswith(b"\x89PNG")
     table_ranks = [line.split()[0] for line in text.splitlines() if line.count("%") == 3]
     assert table_ranks == [str(rank) for rank in (0, *RANKS)]
-    assert text.count("(correct: ") == 2 * len(SAMPLE_COUNTRIES)
+    assert text.count("(correct: ") == len(SAMPLE_COUNTRIES)
+    for country in SAMPLE_COUNTRIES:
+        rows = [line.split() for line in text.splitlines() if line.startswith(f"  {country} ")]
+        assert [row[1] for row in rows] == [str(rank) for rank in SAMPLED_RANKS]
+        assert all(row[-1] == country_numbers()[country] for row in rows)
     assert "Mali" not in text
     lines = text.replace(str(output), "runs/demo").splitlines()
     assert all(len(line) <= 80 for line in lines if "[WARNING]" not in line)  # DeepSpeed's
@@ -137,19 +155,23 @@ def test_larger_ranks_know_more_of_the_table(tmp_path: Path) -> None:
     assert tokenizer.batch_decode(batch["labels"]) == list(numbers.values())  # a token per digit
     torch.set_num_threads(1)
     result = train_adapter(tmp_path / "base", tokenizer, numbers)
-    for accuracies in result.by_method().values():
+    truncated, reordered, trained = (known.accuracies for known in result.by_method().values())
+    for accuracies in (truncated, reordered, trained):
         assert accuracies[0] == 0
         assert accuracies[MAX_RANK] > 98
-    for accuracies in (result.truncated, result.reordered):
+    for accuracies in (truncated, reordered):
         shown = [round(accuracy) for accuracy in accuracies.values()]
         assert shown == sorted(shown)
-    for smaller, larger in itertools.pairwise(result.trained.values()):
+    for smaller, larger in itertools.pairwise(trained.values()):
         assert larger > smaller - 1  # training changes rank R, too; a number is 0.4 points
     for rank in RANKS:
-        assert result.truncated[rank] <= result.reordered[rank]
-    assert result.reordered[1] + 10 < result.trained[1] <= result.trained[MAX_RANK]
+        assert truncated[rank] <= reordered[rank]
+    assert reordered[1] + 10 < trained[1] <= trained[MAX_RANK]
     adapter = result.adapter
     assert adapter.order == "trained"
     with adapter.rows([MAX_RANK] * len(SAMPLE_COUNTRIES)):
         answers = generate_numbers(adapter.model, tokenizer, SAMPLE_COUNTRIES)
     assert answers == [numbers[name] for name in SAMPLE_COUNTRIES]
+    with adapter.rows([SUMMARIZED_RANK] * len(SAMPLE_COUNTRIES)):
+        answers = generate_numbers(adapter.model, tokenizer, SAMPLE_COUNTRIES)
+    assert answers == result.trained.answers[SUMMARIZED_RANK]

@@ -35,6 +35,8 @@ BATCH_SIZE = 32
 LEARNING_RATE = 4e-3
 QUERY_RANKS = (1, 2, 16)
 EXPORT_RANK = 4
+SAMPLED_RANKS = (1, 2)
+SUMMARIZED_RANK = 2
 SAMPLE_COUNTRIES = ("Kenya", "Brazil", "Bolivia")
 
 Accuracies = dict[int, float]
@@ -42,8 +44,21 @@ Accuracies = dict[int, float]
 
 
 @dataclass
+class Knowledge:
+    """What the ranks of the adapter know at one point of time.
+
+    Attributes:
+        accuracies: The accuracy of each rank.
+        answers: The numbers that some ranks generate for `SAMPLE_COUNTRIES`.
+    """
+
+    accuracies: Accuracies
+    answers: dict[int, list[str]]
+
+
+@dataclass
 class TrainedDemo:
-    """The trained adapter, and the accuracy of each rank.
+    """The trained adapter, and what its ranks know.
 
     Attributes:
         adapter: The adapter, with trained ranks.
@@ -53,12 +68,12 @@ class TrainedDemo:
     """
 
     adapter: NestedAdapter
-    truncated: Accuracies
-    reordered: Accuracies
-    trained: Accuracies
+    truncated: Knowledge
+    reordered: Knowledge
+    trained: Knowledge
 
-    def by_method(self) -> dict[str, Accuracies]:
-        """Return the accuracies by the name that the table and the plot show."""
+    def by_method(self) -> dict[str, Knowledge]:
+        """Return what the ranks know by the name that the tables and the plot show."""
         return {
             "truncated": self.truncated,
             "reorder": self.reordered,
@@ -96,14 +111,13 @@ def demo(output: Path, num_steps: int = NUM_STEPS) -> None:
     sizes = {rank: lora.plan(rank).file_size for rank in RANKS}
     print_accuracies(result, sizes, len(numbers))
     plot_accuracies(result, sizes, len(numbers), output / "curve.png")
-    print(f"\nThe same as a plot: {output / 'curve.png'}")
+    print(f"\nThe same as a plot: {output / 'curve.png'}\n")
+    print(summarize(result, sizes, len(numbers)))
+    print_answers(result, numbers)
 
     if sys.stdin.isatty():
         print("\nQuery the adapter; press Enter to quit.\n")
         answer_queries(adapter, tokenizer, numbers, typed_queries())
-    else:
-        print("\nThree of the answers:\n")
-        answer_queries(adapter, tokenizer, numbers, SAMPLE_COUNTRIES)
 
     export_path = output / f"rank-{EXPORT_RANK}"
     adapter.export(export_path, EXPORT_RANK)
@@ -187,29 +201,36 @@ def train_adapter(
 
     starts = range(0, len(lines), BATCH_SIZE)
     batches = [collate(tokenizer, lines[start : start + BATCH_SIZE]) for start in starts]
-    truncated = measure_accuracies(adapter, batches)
+    truncated = measure(adapter, tokenizer, batches)
     adapter.reorder()
-    reordered = measure_accuracies(adapter, batches)
+    reordered = measure(adapter, tokenizer, batches)
     adapter.train_ranks(trainer)
-    trained = measure_accuracies(adapter, batches)
+    trained = measure(adapter, tokenizer, batches)
     return TrainedDemo(adapter, truncated, reordered, trained)
 
 
 @torch.no_grad()
-def measure_accuracies(adapter: NestedAdapter, batches: Sequence[dict[str, Tensor]]) -> Accuracies:
-    """Return the accuracy of each rank, if all digits of a number must be correct.
+def measure(
+    adapter: NestedAdapter,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Sequence[dict[str, Tensor]],
+) -> Knowledge:
+    """Return what each rank knows. To be correct, all digits of a number must be.
 
     A rank is the first components of the factors as they are, whether or not they are ordered.
     """
     adapter.model.eval()
     labels = torch.cat([batch["labels"] for batch in batches])
     accuracies = {}
+    answers = {}
     for rank in tqdm((0, *RANKS), "querying every rank", leave=False):
         with adapter.layers.use_diagonal(prefix_mask(MAX_RANK, rank)):
             predictions = [adapter.model(**batch).logits.argmax(-1) for batch in batches]
+            if rank in SAMPLED_RANKS:
+                answers[rank] = generate_numbers(adapter.model, tokenizer, SAMPLE_COUNTRIES)
         is_correct = (torch.cat(predictions) == labels).all(dim=1)
         accuracies[rank] = 100 * is_correct.double().mean().item()
-    return accuracies
+    return Knowledge(accuracies, answers)
 
 
 def print_accuracies(result: TrainedDemo, sizes: dict[int, int], num_numbers: int) -> None:
@@ -220,7 +241,7 @@ def print_accuracies(result: TrainedDemo, sizes: dict[int, int], num_numbers: in
         f"  rank  size (MB)  {'  '.join(f'{method:>11}' for method in by_method)}"
     )
     for rank in (0, *RANKS):
-        cells = [f"{accuracies[rank]:9.0f} %" for accuracies in by_method.values()]
+        cells = [f"{known.accuracies[rank]:9.0f} %" for known in by_method.values()]
         print(f"  {rank:4}  {sizes.get(rank, 0) / 1e6:9.2f}  {'  '.join(cells)}")
     print(
         "\n  rank 0: the model without the adapter\n"
@@ -230,12 +251,39 @@ def print_accuracies(result: TrainedDemo, sizes: dict[int, int], num_numbers: in
     )
 
 
+def summarize(result: TrainedDemo, sizes: dict[int, int], num_numbers: int) -> str:
+    """Return what the table and the plot show, in words."""
+    rank = SUMMARIZED_RANK
+    truncated, reordered, trained = (
+        round(known.accuracies[rank] * num_numbers / 100) for known in result.by_method().values()
+    )
+    return (
+        f"Rank {rank} knows {truncated} of {num_numbers} numbers if it is truncated, {reordered} "
+        f"after reorder\nand {trained} after train_ranks. "
+        f"It has 1/{round(sizes[MAX_RANK] / sizes[rank])} of the size of rank {MAX_RANK}."
+    )
+
+
+def print_answers(result: TrainedDemo, numbers: dict[str, str]) -> None:
+    """Print the answers of small ranks for some countries, next to the correct numbers."""
+    by_method = result.by_method()
+    width = max(map(len, SAMPLE_COUNTRIES))
+    methods = "  ".join(f"{method:>11}" for method in by_method)
+    print(f"\nThe answers of small ranks:\n\n  {'':{width}}  rank  {methods}  {'correct':>11}")
+    for index, country in enumerate(SAMPLE_COUNTRIES):
+        for rank in SAMPLED_RANKS:
+            answers = [known.answers[rank][index] for known in by_method.values()]
+            cells = "  ".join(f"{answer:>11.11}" for answer in [*answers, numbers[country]])
+            print(f"  {country:{width}}  {rank:4}  {cells}")
+
+
 def plot_accuracies(
     result: TrainedDemo, sizes: dict[int, int], num_numbers: int, file: Path
 ) -> None:
     """Plot the accuracy of each rank."""
     evaluation = Evaluation(settings={}, ranks=RANKS, sizes=sizes)
-    for method, accuracies in result.by_method().items():
+    for method, known in result.by_method().items():
+        accuracies = known.accuracies
         errors = {
             rank: (accuracy * (100 - accuracy) / num_numbers) ** 0.5
             for rank, accuracy in accuracies.items()
