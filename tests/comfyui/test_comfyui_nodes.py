@@ -309,10 +309,75 @@ def test_stack_of_other_kinds_is_what_comfyui_computes(server: ComfyServer) -> N
     expected = server.weights_of(graph, ["third", 0], "expected")
     base = base_weights(server, "wan")
     changed = [key for key in base if not np.array_equal(expected[key], base[key])]
-    assert len(changed) == 8
+    assert len(changed) == 7
     weights = loaded_weights(server, "wan", "all-kinds")
     for key, weight in expected.items():
         np.testing.assert_allclose(weights[key], weight, rtol=0, atol=2e-6, err_msg=key)
+
+
+def test_stack_of_a_locon_with_three_factors(server: ComfyServer) -> None:
+    generator = np.random.default_rng(16)
+    shapes = {"lora_up": (128, 3, 1, 1), "lora_mid": (3, 3, 2, 2), "lora_down": (3, 16, 1, 1)}
+    tensors = {
+        f"lora_unet_x_embedder_proj.{name}.weight": generator.standard_normal(
+            shape, dtype=np.float32
+        )
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, server.loras / "locon.safetensors")
+    graph = with_lora(load_model("sd3"), "locon", 0.1, "lora", "model")
+    server.text_of(save_stack(graph, "lora", "without-mid"), "stack")
+    expected = server.weights_of(graph, ["lora", 0], "locon")
+    weights = loaded_weights(server, "sd3", "without-mid")
+    assert not np.array_equal(
+        expected["x_embedder.proj.weight"], base_weights(server, "sd3")["x_embedder.proj.weight"]
+    )
+    for key, weight in expected.items():
+        np.testing.assert_allclose(weights[key], weight, rtol=0, atol=2e-6, err_msg=key)
+
+
+def test_stack_contains_the_text_encoders(server: ComfyServer) -> None:
+    """The second stack shows that ComfyUI reads the keys of the first."""
+    generator = np.random.default_rng(17)
+    weight = generator.standard_normal((3072, 768), dtype=np.float32).astype(np.float16)
+    layer = "text_model.encoder.layers.0.mlp.fc1"
+    # A CLIP-L without its other weights, which are not needed here.
+    save_file({f"{layer}.weight": weight}, server.text_encoders / "clip.safetensors")
+    A, B = random_pair(generator, weight.shape)
+    unet_A, unet_B = random_pair(generator, WAN_SHAPES["blocks.0.ffn.0"])
+    tensors = {
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": A,
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": B,
+        "lora_unet_blocks_0_ffn_0.lora_down.weight": unet_A,
+        "lora_unet_blocks_0_ffn_0.lora_up.weight": unet_B,
+    }
+    save_file(tensors, server.loras / "text.safetensors")
+    updates = {
+        f"text_encoders.clip_l.transformer.{layer}": 0.25 * dense(A, B),
+        "diffusion_model.blocks.0.ffn.0": 0.5 * dense(unet_A, unet_B),
+    }
+    for file, strengths in (("text", (0.5, 0.25)), ("text-stack", (1.0, 1.0))):
+        graph = {
+            **load_model("wan"),
+            "clip": node("CLIPLoader", clip_name="clip.safetensors", type="stable_diffusion"),
+            "lora": node(
+                "MatryoshkaLoadLoraAtRank",
+                model=["model", 0],
+                clip=["clip", 0],
+                lora_name=f"{file}.safetensors",
+                rank=RANK,
+                strength_model=strengths[0],
+                strength_clip=strengths[1],
+            ),
+        }
+        graph = save_stack(graph, "lora", f"{file}-stack", clip=["lora", 1])
+        server.text_of(graph, "stack")
+        saved = load_file(server.loras / f"{file}-stack.safetensors")
+        assert {key.partition(".lora_")[0] for key in saved if ".lora_" in key} == {*updates}
+        for name, update in updates.items():
+            factors = saved[f"{name}.lora_A.weight"], saved[f"{name}.lora_B.weight"]
+            scale = float(saved[f"{name}.alpha"]) / RANK
+            np.testing.assert_allclose(dense(*factors, scale), update, rtol=0, atol=1e-6)
 
 
 def test_stack_has_the_dtype_of_its_loras(server: ComfyServer) -> None:

@@ -52,9 +52,7 @@ def main() -> None:
     cli_args.args.cpu = True
     for name, model in (("wan", wan()), ("sd3", sd3())):
         torch.manual_seed(0)
-        tensors = {
-            key: torch.randn_like(tensor) / 10 for key, tensor in model.state_dict().items()
-        }
+        tensors = {key: torch.randn_like(tensor) / 10 for key, tensor in model.state_dict().items()}
         save_file(tensors, Path(sys.argv[1]) / f"{name}.safetensors")
 
 

@@ -80,18 +80,25 @@ class ComfyServer:
         with urllib.request.urlopen(self.url + path) as response:
             return json.load(response)
 
-    def run(self, graph: Graph) -> dict[str, Any]:
-        """Run a graph, and return its entry of the history."""
+    def post(self, path: str, document: Any) -> bytes:
+        """Send JSON, and return the answer.
+
+        Raises:
+            ValueError: The server rejects it.
+        """
         request = urllib.request.Request(
-            f"{self.url}/prompt",
-            json.dumps({"prompt": graph}).encode(),
-            {"Content-Type": "application/json"},
+            self.url + path, json.dumps(document).encode(), {"Content-Type": "application/json"}
         )
         try:
             with urllib.request.urlopen(request) as response:
-                prompt_id = json.load(response)["prompt_id"]
+                answer: bytes = response.read()
         except urllib.error.HTTPError as error:
             raise ValueError(error.read().decode()) from error
+        return answer
+
+    def run(self, graph: Graph) -> dict[str, Any]:
+        """Run a graph, and return its entry of the history."""
+        prompt_id = json.loads(self.post("/prompt", {"prompt": graph}))["prompt_id"]
         for _ in range(RUN_SECONDS * 10):
             history = self.get(f"/history/{prompt_id}")
             if prompt_id in history:
