@@ -22,7 +22,7 @@ ONE_GPU := CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0}
 # The requirements of the extra docs, without the package's own.
 DOCS_REQUIREMENTS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
 
-.PHONY: help demo test test-all test-peft test-runtimes test-vllm test-device test-trainers test-wheel docs bench-train bench-trl bench-eval bench-files gpu lint format dist
+.PHONY: help demo test test-all test-peft test-runtimes test-vllm test-comfyui test-device test-trainers test-wheel docs bench-train bench-trl bench-eval bench-files gpu lint format dist
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 15
@@ -110,6 +110,14 @@ test-runtimes: $(VENV)/.test .venv-mlx/.ready .venv-openvino/.ready ## exports i
 
 test-vllm: .venv-vllm/.ready ## a ladder and a folder of adapters in vLLM's server (CPU)
 	.venv-vllm/bin/python -m pytest -s tests/runtimes/test_vllm.py
+
+# COMFYUI_PATH is a checkout of ComfyUI, and COMFYUI_PYTHON a Python with its requirements.txt:
+#     git clone https://github.com/comfyanonymous/ComfyUI, a venv, pip install -r ComfyUI/requirements.txt
+#     COMFYUI_PATH=ComfyUI COMFYUI_PYTHON=venv/bin/python make test-comfyui
+test-comfyui: $(VENV)/.test ## the nodes in a real ComfyUI (CPU); needs COMFYUI_PATH and COMFYUI_PYTHON
+	$(if $(and $(COMFYUI_PATH),$(COMFYUI_PYTHON)),,$(error Set COMFYUI_PATH and COMFYUI_PYTHON))
+	COMFYUI_PATH=$(abspath $(COMFYUI_PATH)) COMFYUI_PYTHON=$(abspath $(COMFYUI_PYTHON)) \
+		$(BIN)/python -m pytest tests/comfyui
 
 test-device: .venv-xla/.ready ## training, ranks and evaluation on torch_xla, compared with the CPU
 	# Most of the time is compilation.

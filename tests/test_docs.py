@@ -29,6 +29,7 @@ OTHER_PAGES = (
     "CONTRIBUTING.md",
     "SECURITY.md",
     "CHANGELOG.md",
+    "comfyui/README.md",
     "examples/README.md",
     "research/README.md",
 )

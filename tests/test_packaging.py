@@ -46,6 +46,18 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert f"matryoshka_lora-{version}-" in requirements
 
 
+def test_the_nodes_for_comfyui_need_the_plain_install_of_this_version() -> None:
+    nodes = tomllib.loads((ROOT / "comfyui/pyproject.toml").read_text())
+    release = PROJECT["version"].partition(".dev")[0]
+    assert nodes["project"]["version"] == release
+    major, minor, _ = release.split(".")
+    requirement = f"matryoshka-lora>={PROJECT['version']},<{major}.{int(minor) + 1}"
+    assert nodes["project"]["dependencies"] == [requirement]
+    assert (ROOT / "comfyui/requirements.txt").read_text().split() == [requirement]
+    assert nodes["project"]["requires-python"] == PROJECT["requires-python"]
+    assert "comfy" in nodes["tool"]
+
+
 def test_the_base_install_does_not_bring_torch() -> None:
     names = {package_name(requirement) for requirement in PROJECT["dependencies"]}
     assert names == {
@@ -115,7 +127,7 @@ def test_wheel_and_sdist_contain_the_package_only(tmp_path: Path) -> None:
     assert packaged == {*modules, "matryoshka_lora/py.typed"}
     with tarfile.open(sdist) as archive:
         folders = {name.split("/")[1] for name in archive.getnames() if "/" in name}
-    assert not folders & {"contrib", "research", "runs", ".venv", "site"}
+    assert not folders & {"comfyui", "contrib", "research", "runs", ".venv", "site"}
 
 
 # tests/tools/bounds.py

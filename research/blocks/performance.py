@@ -154,3 +154,42 @@ def file_commands() -> str:
     version = document["versions"]["other"]
     heading = ["", "CPU seconds", "peak MiB", f"version {version}: CPU seconds", "peak MiB"]
     return table(heading, rows)
+
+
+@block
+def resize() -> str:
+    """CPU seconds, memory and errors of the tools that truncate a single file."""
+    labels = {
+        "export": "`export --rank 8`",
+        "kohya": "kohya's script, full SVD",
+        "kohya, lowrank": "kohya's newer script",
+        "KJNodes": "KJNodes' LoraReduceRank",
+    }
+    files = read("docs/resize.json")["files"]
+    rows: list[list[str]] = []
+    for tool, label in labels.items():
+        row = [label]
+        for file in ("sdxl", "flux"):
+            usage = files[file]["fixed"][tool]
+            row += [f"{usage['cpu_seconds']:.2f}", f"{usage['peak_MiB']:.0f}"]
+            row.append(f"{100 * usage['error']:.2f}")
+        rows.append(row)
+    headings = [
+        f"{name} ({files[file]['layers']} layers, rank {files[file]['rank']}): CPU seconds"
+        for name, file in (("SDXL", "sdxl"), ("Flux", "flux"))
+    ]
+    columns = [headings[0], "peak MiB", "error, %", headings[1], "peak MiB", "error, %"]
+    return table(["", *columns], rows)
+
+
+@block
+def resize_by_layer() -> str:
+    """Errors of the ways of choosing a rank for each layer, and of `export` at the same size."""
+    rows: list[list[str]] = []
+    for name, usage in read("docs/resize.json")["chosen"].items():
+        tool, _, method = name.partition(", ")
+        method, _, parameter = method.partition(" ")
+        size = f"{usage['bytes'] / 1e6:.2f}"
+        errors = [f"{100 * usage[key]:.1f}" for key in ("error", "error of export")]
+        rows.append([f"{tool}, `{method}` {parameter}", size, *errors])
+    return table(["chosen by", "MB", "error, %", "`export --max-bytes`, %"], rows)

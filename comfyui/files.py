@@ -1,0 +1,75 @@
+"""Paths in ComfyUI's folder of LoRAs, and the text that a node shows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import folder_paths
+
+from matryoshka_lora import MatryoshkaError
+from matryoshka_lora.units import format_size
+
+SUFFIX = ".safetensors"
+
+
+def lora_names() -> list[str]:
+    """Return the names of the files that can be read, for a dropdown."""
+    names = folder_paths.get_filename_list("loras")
+    return [name for name in names if name.lower().endswith(SUFFIX)]
+
+
+def source_path(name: str) -> Path:
+    """Return the path of a file of the dropdown."""
+    return Path(folder_paths.get_full_path_or_raise("loras", name))
+
+
+def modification_times(names: Iterable[str]) -> tuple[int, ...]:
+    """Return what changes when a file is replaced. ComfyUI then runs the node again."""
+    paths = [folder_paths.get_full_path("loras", name) for name in names]
+    return tuple(os.stat(path).st_mtime_ns for path in paths if path is not None)
+
+
+def output_path(filename: str, overwrite: bool) -> Path:
+    """Return the path of a new file in the first folder of LoRAs.
+
+    Args:
+        filename: Its name, which may contain folders, and variables such as ``%year%``.
+        overwrite: Whether it may exist.
+
+    Raises:
+        MatryoshkaError: The path is outside of the folder, or exists already.
+    """
+    name = filename.strip()
+    if name.lower().endswith(SUFFIX):
+        name = name[: -len(SUFFIX)]
+    if os.path.basename(name) in ("", ".", ".."):
+        raise MatryoshkaError(f"{filename!r:.80} is not a filename. Enter one, such as small.")
+    folder = os.path.abspath(folder_paths.get_folder_paths("loras")[0])
+    try:
+        parent, stem, *_ = folder_paths.get_save_image_path(name, folder)
+    except Exception as error:  # ComfyUI raises no other type
+        raise MatryoshkaError(
+            f"{filename!r:.80} is outside of the folder of LoRAs. Enter a name without '..'."
+        ) from error
+    path = Path(parent) / f"{stem}{SUFFIX}"
+    if path.exists() and not overwrite:
+        raise MatryoshkaError(
+            f"{path.name} already exists. Enter another filename, or turn on overwrite."
+        )
+    return path
+
+
+def format_ranks(ranks: Iterable[int]) -> str:
+    """Return "rank 8", or "rank 2 to 16" if they differ."""
+    unique = set(ranks)
+    if len(unique) == 1:
+        return f"rank {unique.pop()}"
+    return f"rank {min(unique)} to {max(unique)}"
+
+
+def report_saved(path: Path, ranks: Iterable[int], error: float, *notes: str) -> list[str]:
+    """Return the lines that a node shows after it has saved a file."""
+    size = format_size(path.stat().st_size)
+    return [f"Saved {path.name}", f"{format_ranks(ranks)}, {size}", f"error {error:.2%}", *notes]
