@@ -132,11 +132,7 @@ def extract(
         check_kohya_names(diff.layers, base_model)
     saved = saved_tensors(diff, tuned_model, architecture, modules_to_save)
     limits = _rank_limits(request)
-    settings: list[object] = [file_state(file) for file in files]
-    # The names of the layers and whether they are transposed depend on further files and arguments.
-    names = [(name, pair.is_transposed) for name, pair in diff.layers.items()]
-    settings += [*limits, error is not None, names]
-    with resumable_folder(path, settings) as cache:
+    with resumable_folder(path, _settings(files, request, limits, diff)) as cache:
         changed = _factorize(diff, request, limits, cache)
         lora: LoraFile
         if key_format is None:
@@ -184,6 +180,16 @@ def _rank_limits(request: RankRequest) -> RankLimits:
     if rank is None and request.share is None and request.error is None:
         rank = _MAX_RANK_FOR_SIZE
     return RankLimits(rank, request.share)
+
+
+def _settings(
+    files: Iterable[Path], request: RankRequest, limits: RankLimits, diff: ModelDiff
+) -> list[object]:
+    """Return everything that the factors depend on."""
+    # The names of the layers and whether they are transposed depend on further files and arguments.
+    names = [(name, pair.is_transposed) for name, pair in diff.layers.items()]
+    states = [file_state(file) for file in files]
+    return [*states, *limits, request.error is not None, names]
 
 
 def _factorize(
