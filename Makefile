@@ -118,7 +118,7 @@ test-comfyui: $(VENV)/.test ## the nodes in a real ComfyUI (CPU); needs COMFYUI_
 	$(if $(and $(COMFYUI_PATH),$(COMFYUI_PYTHON)),,$(error Set COMFYUI_PATH and COMFYUI_PYTHON))
 	COMFYUI_PATH=$(abspath $(COMFYUI_PATH)) COMFYUI_PYTHON=$(abspath $(COMFYUI_PYTHON)) \
 		$(BIN)/python -m pytest tests/comfyui tests/runtimes/test_comfyui_names.py \
-		tests/operations/test_extract_image_models.py
+		tests/runtimes/test_comfyui_extract.py
 
 test-device: .venv-xla/.ready ## training, ranks and evaluation on torch_xla, compared with the CPU
 	# Most of the time is compilation.

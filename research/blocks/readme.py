@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from matryoshka_lora import export
+from matryoshka_lora.cli.terminal import format_export
 from research import stats
 from research.blocks.comparisons import (
-    THREE_TASKS,
-    num_tries,
     p_kept_minus_lora,
-    p_minus_lora,
     points,
     points_less,
     trained_minus,
 )
-from research.blocks.registry import block, facts_table, read
+from research.blocks.registry import block, median_and_lowest, read, table, tokens
 from research.figures import curves
-from research.looks import train_ranks_name, trained_method
-from research.stats import accuracy_at, aurac_log2
+from research.looks import NAMES, TRAINED, train_ranks_name, trained_method
+from research.stats import accuracy_at
 from research.study import LORA_EACH
+
+_README_RANKS = (1, 2, 4)
 
 
 @block
-def readme_facts() -> str:
-    """The table of README."""
-    methods = ("lora/svd", trained_method("every256"), "lora/squeezed", LORA_EACH)
-    return facts_table("every256", "right answers in %", methods, (1, 2, 4, 32))
+def readme_table() -> str:
+    """The table of README: a task where rank matters, and an ordinary one."""
+    rows: list[list[str]] = []
+    for facts_method, sums_study, sums_method in (
+        ("lora/svd", "headline", "lora/svd"),
+        (TRAINED, "hardly", TRAINED),
+        ("lora/squeezed", "headline", "lora/squeezed"),
+        (LORA_EACH, "headline", LORA_EACH),
+    ):
+        cells = [median_and_lowest("every256", facts_method, accuracy_at(r)) for r in _README_RANKS]
+        cells += [
+            median_and_lowest(sums_study, sums_method, accuracy_at(r), "chain_sum")
+            for r in _README_RANKS
+        ]
+        rows.append([NAMES[facts_method], *cells, tokens("every256", facts_method)])
+    heading = ["right answers in %"]
+    for task in ("facts", "sums"):
+        heading += [f"{task}, rank {rank}" for rank in _README_RANKS]
+    return table([*heading, "tokens"], rows)
 
 
 @block
@@ -33,34 +55,26 @@ def readme_findings() -> str:
     """The bullets below the table: harder tests, what the rivals are, and P."""
     method = trained_method("capacity")
     trained, lora = _median_at_rank_2(method), _median_at_rank_2(LORA_EACH)
-    at_rank_2 = accuracy_at(2)
-    on_256, on_512, on_capacity = (
-        points_less(trained_minus(study, "lora/squeezed", at_rank_2))
-        for study in ("every256", "every512", "capacity")
+    on_512, on_capacity = (
+        points_less(trained_minus(study, "lora/squeezed", accuracy_at(2)))
+        for study in ("every512", "capacity")
     )
-    num_of_trained, num_of_squeezed = num_tries()
     shares = stats.values(curves("every256"), LORA_EACH, accuracy_at(1)).values()
     gain = points(p_kept_minus_lora(accuracy_at(1)))
-    areas = [points(p_minus_lora(aurac_log2, task), "+") for task in THREE_TASKS]
+    file = read("docs/reorder.json")["whole file, R = 64"]
     return (
-        "* **Harder tests.** With about as many facts as two ranks can hold, "
-        f"{train_ranks_name(method)} has {trained} % at rank 2. LoRA trained at\n  "
-        f"rank 2, with a whole run for it, has {lora} % (five seeds). LoRA-Squeeze is ahead at "
-        f"rank 2 by {on_capacity} points\n  there, by {on_512} with 512 facts, and by {on_256} in "
-        "the table above.\n"
-        "* **[LoRA-Squeeze](https://arxiv.org/abs/2602.10993)** is our variant of it: it truncates "
-        "and trains on, from rank to rank, and leaves a\n  file for each. Its authors' form was "
-        f"not run. {num_of_squeezed} settings of it were tried, and {num_of_trained} of "
-        "`train_ranks`.\n"
-        f"* **LoRA trained at the rank** is unstable here: {100 * min(shares):.1f} to "
-        f"{100 * max(shares):.1f} % at rank 1. Runs with other\n  warmups are not "
-        "complete.\n"
-        "* **The [paper](https://arxiv.org/abs/2605.07850) trains with a diagonal P between A and "
-        'B** (`rule="matryoshka"`), which orders the columns. On one\n  task, truncated to rank '
-        f"1, it has {gain} points more than LoRA of the same learning rate. After `reorder` it is "
-        "redundant in\n  the mean over the ranks of three tasks: "
-        f"{areas[0]}, {areas[1]} and {areas[2]} points. "
-        "[Single ranks\n  differ](docs/results.md#p-and-plain-lora)."
+        f"* **Shrinking** a file of Flux's size from {file['bytes_before'] / 1e6:.0f} to "
+        f"{file['bytes_after'] / 1e6:.0f} MB, rank 64 to 8, takes {file['cpu_seconds']:.0f} "
+        "seconds of CPU time. [Other tools](docs/performance.md#files).\n"
+        f"* **Harder tests.** With as many facts as two ranks can hold, {train_ranks_name(method)} "
+        f"has {trained} % at rank 2, and LoRA trained at rank 2 {lora} %.\n  "
+        "[LoRA-Squeeze](https://arxiv.org/abs/2602.10993), in our variant, is ahead of it by "
+        f"{on_capacity} points there, and by {on_512} with 512 facts.\n"
+        "* **LoRA trained at the rank** is unstable on the facts: "
+        f"{100 * min(shares):.1f} to {100 * max(shares):.1f} % at rank 1.\n"
+        "* **P**, the diagonal of the [paper](https://arxiv.org/abs/2605.07850), orders the "
+        f"columns: on the sums, truncated to rank 1, it has {gain}\n  points more than LoRA of "
+        "the same rate. After `reorder` it is [redundant](docs/results.md#p-and-plain-lora)."
     )
 
 
@@ -70,13 +84,19 @@ def _median_at_rank_2(method: str) -> str:
 
 
 @block
-def readme_shrink() -> str:
-    """The time of truncating one file."""
-    file = read("docs/reorder.json")["whole file, R = 64"]
-    megabytes_before = file["bytes_before"] / 1e6
-    megabytes_after = file["bytes_after"] / 1e6
-    return (
-        f"A file of Flux's size goes from {megabytes_before:.0f} to {megabytes_after:.0f} MB (rank "
-        f"64 to 8) in {file['cpu_seconds']:.0f} seconds of CPU time,\nwithout data, base model or "
-        "GPU."
-    )
+def readme_export() -> str:
+    """What `matryoshka export --error 10%` prints for a small file."""
+    generator = np.random.default_rng(0)
+    tensors: dict[str, NDArray[np.float16]] = {}
+    for number in range(16):
+        name = f"lora_unet_down_blocks_1_attentions_{number}_proj_in"
+        sizes = 0.8 ** np.arange(32)
+        A = generator.standard_normal((32, 640)) * sizes[:, None]
+        tensors[f"{name}.lora_down.weight"] = A.astype(np.float16)
+        tensors[f"{name}.lora_up.weight"] = generator.standard_normal((640, 32)).astype(np.float16)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "lora.safetensors"
+        save_file(tensors, file)
+        text = format_export(export(file, Path(folder) / "small.safetensors", error="10%"))
+    output, error = text.replace(f"{folder}/", "").splitlines()[:2]
+    return f"`{output}`\\\n`{error}`"

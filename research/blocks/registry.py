@@ -65,9 +65,10 @@ def nats(
     return "" if estimate is None else estimate.text()
 
 
-def median_and_lowest(study: str, method: str, value: Value) -> str:
+def median_and_lowest(study: str, method: str, value: Value, task: str | None = None) -> str:
     """Return the median over the seeds in %, and the lowest seed in brackets."""
-    shares = [100 * share for share in stats.values(curves(study), method, value).values()]
+    values = stats.values(curves(study), method, value, task)
+    shares = [100 * share for share in values.values()]
     return f"{median(shares):.1f} ({min(shares):.1f})" if shares else ""
 
 
