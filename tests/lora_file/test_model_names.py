@@ -28,6 +28,11 @@ UNET_CONFIG = {"layers_per_block": 2, "addition_embed_type": None}
 HIDDEN_SIZES = {"flux": 3072}
 PARTS = dict.fromkeys(LAYOUTS, "transformer") | {"sd15": "unet", "sdxl": "unet"}
 NUM_COLUMNS = 5
+# UNets have hundreds of layers.
+SLOW_UNETS = [
+    pytest.param(model, marks=pytest.mark.slow) if PARTS[model] == "unet" else model
+    for model in LAYOUTS
+]
 
 
 def model_layout(model: str) -> Layout:
@@ -202,7 +207,7 @@ def test_stable_diffusion_1_has_diffusers_names_in_both_formats(tmp_path: Path) 
     assert_same(products, expected)
 
 
-@pytest.mark.parametrize("model", LAYOUTS)
+@pytest.mark.parametrize("model", SLOW_UNETS)
 def test_a_conversion_and_its_inverse_change_nothing(tmp_path: Path, model: str) -> None:
     """Fused layers whose parts share A, and those with separate components, keep their ranks."""
     source = tmp_path / "kohya.safetensors"

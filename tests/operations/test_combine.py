@@ -366,6 +366,16 @@ INCOMPATIBLE_FILES = {
         factors("lora_transformer_transformer_blocks_0_x", "lora_te1_x"),
         "lora_transformer_transformer_blocks_0.*lora_unet_double_blocks_0",
     ),
+    "Flux and Wan": (
+        factors("lora_unet_double_blocks_0_img_mlp_0"),
+        factors("lora_unet_blocks_0_ffn_0"),
+        "different models: Wan, and Flux",
+    ),
+    "a layer without a name in the other format": (
+        factors("lora_unet_double_blocks_0_img_mlp_0", "lora_te1_x"),
+        factors("transformer.single_transformer_blocks.0.proj_out"),
+        "lora_te1_x",
+    ),
     "two prefixes": (
         factors("diffusion_model.blocks.0.q", "text_encoder.x"),
         factors("transformer.blocks.0.attn.to_q", "text_encoder.x"),

@@ -294,6 +294,16 @@ def test_diffusers_reads_kohya_keys(tmp_path: Path) -> None:
     assert distance(load_pipeline(StableDiffusion, output).outputs(), expected) < 1e-5
 
 
+def test_diffusers_reads_what_was_kohya_keys(tmp_path: Path) -> None:
+    source = tmp_path / "lora.safetensors"
+    output = tmp_path / "output.safetensors"
+    save_kohya(source)
+    export(source, output, key_format="diffusers")
+    assert all(key.startswith(("unet.", "text_encoder.")) for key in load_file(output))
+    expected = load_pipeline(StableDiffusion, source).outputs()
+    assert distance(load_pipeline(StableDiffusion, output).outputs(), expected) < 1e-5
+
+
 def test_peft_reads_a_folder_made_from_a_file_of_diffusers(tmp_path: Path) -> None:
     source = tmp_path / "lora.safetensors"
     save_flux(source, rank_pattern={"to_q": 3})

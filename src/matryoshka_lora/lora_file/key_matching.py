@@ -51,7 +51,9 @@ def match_key_formats(loras: Sequence[SingleFile]) -> list[SingleFile]:
                 f"{lora.name} and {first.name} are for different models: {models[0].name}, and "
                 f"{models_by_file[0][0].name}. Pass LoRAs of one base model."
             )
-    common = [model for model in models_by_file[0] if all(model in ms for ms in models_by_file)]
+    common = [
+        model for model in models_by_file[0] if all(model in models for models in models_by_file)
+    ]
     if not common:
         for lora in loras[1:]:
             _check_layer_names(first, lora)

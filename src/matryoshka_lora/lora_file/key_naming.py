@@ -29,6 +29,8 @@ _DENOISER_PREFIXES = (
 _AUTHORS_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _TEXT_ENCODER_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _TEXT_ENCODER = re.compile(r"lora_te\d?_|text_encoders?[_.]")
+# The names of all known modules are shorter. Longer ones may hold numbers of thousands of digits.
+_MAX_NAME_LENGTH = 200
 # Old names of diffusers: attn1.processor.to_q_lora, mlp.fc1.lora_linear_layer.
 _OLD_PARTS = re.compile(r"_processor(?=_)|_lora(_linear_layer)?$")
 _OLD_CLIP_PROJECTION = re.compile(r"(?<=_self_attn_)to_(q|k|v|out)(_0)?$")
@@ -238,8 +240,9 @@ def _find_text_encoder_slot(name: str, model: Model) -> Slot | None:
 def _patterns(flat: str) -> list[tuple[str, str]]:
     """Return a name without any index, and with ``{}`` for each of its numbers and that number."""
     patterns = [(flat, "")]
-    for number in re.finditer(r"\d+", flat):
-        patterns.append((f"{flat[: number.start()]}{{}}{flat[number.end() :]}", number[0]))
+    if len(flat) < _MAX_NAME_LENGTH:
+        for number in re.finditer(r"[0-9]+", flat):
+            patterns.append((f"{flat[: number.start()]}{{}}{flat[number.end() :]}", number[0]))
     return patterns
 
 

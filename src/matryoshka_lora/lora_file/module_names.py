@@ -71,8 +71,8 @@ def rename(
         num_blocks: The number of blocks.
     """
     return tuple(
-        Module(f"{authors}{ours}", (f"{diffusers}{theirs}",), num_blocks=num_blocks)
-        for ours, theirs in names.items()
+        Module(f"{authors}{authors_name}", (f"{diffusers}{diffusers_name}",), num_blocks=num_blocks)
+        for authors_name, diffusers_name in names.items()
     )
 
 

@@ -137,12 +137,12 @@ FLUX = Model(
 
 _WAN_BLOCK = {
     **{
-        f"self_attn.{ours}": f"attn1.{theirs}"
-        for ours, theirs in zip("qkvo", ATTENTION_PARTS, strict=True)
+        f"self_attn.{name}": f"attn1.{part}"
+        for name, part in zip("qkvo", ATTENTION_PARTS, strict=True)
     },
     **{
-        f"cross_attn.{ours}": f"attn2.{theirs}"
-        for ours, theirs in zip("qkvo", ATTENTION_PARTS, strict=True)
+        f"cross_attn.{name}": f"attn2.{part}"
+        for name, part in zip("qkvo", ATTENTION_PARTS, strict=True)
     },
     "cross_attn.k_img": "attn2.add_k_proj",
     "cross_attn.v_img": "attn2.add_v_proj",
