@@ -175,3 +175,12 @@ def test_an_unknown_model_is_rejected(tmp_path: Path) -> None:
     save_models(tmp_path, {"encoder.q_proj.weight": (10, 8)})
     with pytest.raises(MatryoshkaError, match="pipeline"):
         run(tmp_path, "kohya")
+
+
+def test_weights_in_fp8_are_rejected(tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "tuned")):
+        torch.manual_seed(seed)
+        weight = torch.randn(10, 8).to(torch.float8_e4m3fn)
+        save_file({"double_blocks.0.img_attn.qkv.weight": weight}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(MatryoshkaError, match="float8"):
+        run(tmp_path, "kohya")

@@ -224,6 +224,10 @@ def _no_layers_error(
             "Load both models with transformers and save them again. If that keeps the names of "
             "the weights, the class is not supported."
         )
+    if other_tensors[key].dtype.itemsize == 1:
+        return MatryoshkaError(
+            f"{key[:200]} is {other_tensors[key].dtype}. Pass both models in fp32, bf16 or fp16."
+        )
     return MatryoshkaError(f"Only non-LoRA weights changed, e.g. {key}.")
 
 
