@@ -181,9 +181,8 @@ class MatryoshkaCombineLoras:
     ) -> dict[str, Any]:
         sources = [source_path(lora_name_1), source_path(lora_name_2)]
         path = output_path(filename, overwrite)
-        sum_of_ranks = sum(open_lora(source).max_rank for source in sources)
-        rank = min(rank, sum_of_ranks) if rank else sum_of_ranks
-        result = combine(sources, path, [weight_1, weight_2], rank, force=overwrite)
+        weights = [weight_1, weight_2]
+        result = combine(sources, path, weights, rank or "sum", force=overwrite)
         ranks = [layer.rank for layer in open_lora(path).layers]
         error = result.errors[max(result.errors)]
         cosine = f"cosine of the two: {result.cosines[0, 1]:.2f}"

@@ -149,7 +149,8 @@ def test_a_mean_has_equal_weights(tmp_path: Path) -> None:
     assert all(torch.equal(mean[key], total[key]) for key in total)
 
 
-def test_single_files_keep_their_key_format(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank_of_sum", [9, "sum"])
+def test_single_files_keep_their_key_format(tmp_path: Path, rank_of_sum: Any) -> None:
     sources = {"a": (4, 8.0, "x"), "b": (2, 1.0, "x"), "c": (3, 6.0, "y")}
     for name, (rank, alpha, other_layer) in sources.items():
         tensors = {}
@@ -159,7 +160,7 @@ def test_single_files_keep_their_key_format(tmp_path: Path) -> None:
             tensors[f"{layer}.alpha"] = torch.tensor(alpha)
         save_file(tensors, tmp_path / f"{name}.safetensors")
     paths = [tmp_path / f"{name}.safetensors" for name in sources]
-    combine(iter(paths), tmp_path / "sum.safetensors", iter([1, -2, 0.5]), rank=9)
+    combine(iter(paths), tmp_path / "sum.safetensors", iter([1, -2, 0.5]), rank_of_sum)
     a, b, c = (read_updates(path) for path in paths)
     total = read_updates(tmp_path / "sum.safetensors")
     expected_q = a["lora_unet_q"] - 2 * b["lora_unet_q"] + c["lora_unet_q"] / 2

@@ -73,7 +73,7 @@ def combine(
     sources: Iterable[PathLike],
     output: PathLike,
     weights: Iterable[float] | Literal["mean"] | None = None,
-    rank: int | None = None,
+    rank: int | Literal["sum"] | None = None,
     *,
     force: bool = False,
 ) -> CombineResult:
@@ -88,8 +88,8 @@ def combine(
         output: The folder or file to write, of the same kind as the sources.
         weights: The weight of each source, which may be negative; or ``"mean"``, for 1 / n each.
             Defaults to 1 for all.
-        rank: R, at most the sum of the ranks of the sources, with which the output is the exact
-            sum. Defaults to the largest rank of a source.
+        rank: R, at most the sum of the ranks of the sources. ``"sum"`` is that rank, with which the
+            output is the exact sum. Defaults to the largest rank of a source.
         force: Whether to overwrite the output.
 
     Raises:
@@ -113,7 +113,9 @@ def combine(
         loras = [*match_key_formats(single_files)]
     total = _weighted_sum(loras, source_weights)
     ranks = [lora.max_rank for lora in loras]
-    rank = _default_rank(loras) if rank is None else check_rank(rank, max_rank=sum(ranks))
+    if rank is None:
+        rank = _default_rank(loras)
+    rank = sum(ranks) if rank == "sum" else check_rank(rank, max_rank=sum(ranks))
     nesting = Nesting.powers_of_two(rank, scale=total.output_scale)
     if isinstance(total, PeftFolder):
         total = replace(total, nesting=nesting)
