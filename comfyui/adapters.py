@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from matryoshka_lora import MatryoshkaError
+from matryoshka_lora.algebra.products import elementwise_product
 
 
 class Factors(NamedTuple):
@@ -80,10 +81,7 @@ def _loha_factors(key: str, weights: Sequence[Any]) -> Factors:
             f"The change of {key} is a LoHa of a convolution, which cannot be saved as a LoRA. "
             "Remove its loader from the graph."
         )
-    # The elementwise product of two products has the products of all pairs of components.
-    A1, B1, A2, B2 = (to_array(factor) for factor in (A1, B1, A2, B2))
-    A = (A1[:, None] * A2[None]).reshape(len(A1) * len(A2), -1)
-    B = (B1[:, :, None] * B2[:, None]).reshape(len(B1), -1)
+    A, B = elementwise_product(to_array(B1), to_array(A1), to_array(B2), to_array(A2))
     return Factors(A, B, 1.0 if alpha is None else alpha / len(A1))
 
 
