@@ -130,7 +130,7 @@ def evaluation(num_tasks: int = 1, with_base: bool = True) -> Evaluation:
         accuracy = Metric(True, {**base, 1: 0.5, 2: None, 4: 0.75}, {1: 0.05, 2: None, 4: 0.04})
         loss = Metric(False, {**base, 1: 2.0, 2: 1.5, 4: 1.25}, {1: None, 2: None, 4: None})
         metrics = {"acc,none": accuracy, "loss,none": loss}
-        tasks[f"task{index}"] = TaskResult(100, 5, "acc,none", None, metrics)
+        tasks[f"task{index}"] = TaskResult(100, 5, "acc,none", None, None, metrics)
     return Evaluation({"adapter": "a"}, (1, 2, 4), {1: 1000, 2: 2000, 4: 4000}, tasks)
 
 

@@ -169,9 +169,9 @@ def test_a_dropped_module_of_a_file_loses_all_its_tensors(tmp_path: Path) -> Non
     file = save_kohya(tmp_path / "lora.safetensors", lora_unet_a=3, lora_te1_a=2, lora_te1_b=2)
     extra = {
         "lora_te1_b.dora_scale": torch.ones(12, 1),
-        "lora_te1_c.hada_w1_a": torch.ones(12, 4),
+        "lora_te1_c.oft_blocks": torch.ones(2, 4, 4),
         "lora_te1_d.lora_mid.weight": torch.ones(4, 4, 3, 3),
-        "lora_unet_c.lokr_w1": torch.ones(4, 4),
+        "lora_unet_c.oft_blocks": torch.ones(2, 4, 4),
     }
     save_file({**load_file(file), **extra}, file)
     result = export(file, tmp_path / "unet.safetensors", drop=["lora_te*"])
@@ -180,7 +180,7 @@ def test_a_dropped_module_of_a_file_loses_all_its_tensors(tmp_path: Path) -> Non
         "lora_unet_a.alpha",
         "lora_unet_a.lora_down.weight",
         "lora_unet_a.lora_up.weight",
-        "lora_unet_c.lokr_w1",
+        "lora_unet_c.oft_blocks",
     ]
     assert float(tensors["lora_unet_a.alpha"]) == 3
 

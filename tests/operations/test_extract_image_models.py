@@ -19,69 +19,100 @@ TEXT_BLOCK = "text_model.encoder.layers.1"
 OPEN_CLIP_BLOCK = "conditioner.embedders.1.model.transformer.resblocks.1"
 CLIP_BLOCK = f"conditioner.embedders.0.transformer.{TEXT_BLOCK}"
 
-# The layers of a model as its makers name them, and the names of the LoRA's layers in both formats.
-MODELS: dict[str, dict[str, tuple[str, str | None]]] = {
+# The layers of a model in the names of its file: their shapes, and the names of the LoRA's layers
+# in both formats, with the slices of the rows that are theirs.
+ALL = slice(None)
+Names = dict[str, slice]
+MODELS: dict[str, dict[str, tuple[tuple[int, int], Names, Names]]] = {
     "flux": {
         "double_blocks.0.img_attn.qkv": (
-            "diffusion_model.double_blocks.0.img_attn.qkv",
-            "lora_unet_double_blocks_0_img_attn_qkv",
+            (24, 8),
+            {
+                "transformer.transformer_blocks.0.attn.to_q": slice(0, 8),
+                "transformer.transformer_blocks.0.attn.to_k": slice(8, 16),
+                "transformer.transformer_blocks.0.attn.to_v": slice(16, 24),
+            },
+            {"lora_unet_double_blocks_0_img_attn_qkv": ALL},
         ),
-        "time_in.in_layer": ("diffusion_model.time_in.in_layer", "lora_unet_time_in_in_layer"),
+        "time_in.in_layer": (
+            (10, 8),
+            {"transformer.time_text_embed.timestep_embedder.linear_1": ALL},
+            {"lora_unet_time_in_in_layer": ALL},
+        ),
     },
     "wan": {
         "blocks.0.self_attn.q": (
-            "diffusion_model.blocks.0.self_attn.q",
-            "lora_unet_blocks_0_self_attn_q",
+            (8, 8),
+            {"transformer.blocks.0.attn1.to_q": ALL},
+            {"lora_unet_blocks_0_self_attn_q": ALL},
         ),
-        "time_embedding.0": ("diffusion_model.time_embedding.0", "lora_unet_time_embedding_0"),
+        "time_embedding.0": (
+            (10, 8),
+            {"transformer.condition_embedder.time_embedder.linear_1": ALL},
+            {"lora_unet_time_embedding_0": ALL},
+        ),
     },
     "a model that ComfyUI has saved": {
         "model.diffusion_model.blocks.0.self_attn.q": (
-            "diffusion_model.blocks.0.self_attn.q",
-            "lora_unet_blocks_0_self_attn_q",
+            (8, 8),
+            {"transformer.blocks.0.attn1.to_q": ALL},
+            {"lora_unet_blocks_0_self_attn_q": ALL},
         ),
     },
     "qwen": {
         "transformer_blocks.0.attn.to_q": (
-            "transformer.transformer_blocks.0.attn.to_q",
-            "lora_unet_transformer_blocks_0_attn_to_q",
+            (8, 8),
+            {"transformer.transformer_blocks.0.attn.to_q": ALL},
+            {"lora_unet_transformer_blocks_0_attn_to_q": ALL},
         ),
         "transformer_blocks.0.img_mlp.net.2": (
-            "transformer.transformer_blocks.0.img_mlp.net.2",
-            "lora_unet_transformer_blocks_0_img_mlp_net_2",
+            (10, 8),
+            {"transformer.transformer_blocks.0.img_mlp.net.2": ALL},
+            {"lora_unet_transformer_blocks_0_img_mlp_net_2": ALL},
         ),
     },
     "flux in the names of diffusers": {
-        "single_transformer_blocks.0.attn.to_q": (
-            "transformer.single_transformer_blocks.0.attn.to_q",
-            None,
+        "single_transformer_blocks.0.proj_out": (
+            (8, 40),
+            {"transformer.single_transformer_blocks.0.proj_out": ALL},
+            {"lora_unet_single_blocks_0_linear2": ALL},
         ),
-        "transformer_blocks.0.attn.to_q": ("transformer.transformer_blocks.0.attn.to_q", None),
+        "transformer_blocks.0.attn.to_out.0": (
+            (8, 8),
+            {"transformer.transformer_blocks.0.attn.to_out.0": ALL},
+            {"lora_unet_double_blocks_0_img_attn_proj": ALL},
+        ),
     },
     "sdxl": {
         "model.diffusion_model.input_blocks.4.1.proj_in": (
-            "diffusion_model.input_blocks.4.1.proj_in",
-            "lora_unet_input_blocks_4_1_proj_in",
+            (10, 8),
+            {"unet.down_blocks.1.attentions.0.proj_in": ALL},
+            {"lora_unet_input_blocks_4_1_proj_in": ALL},
         ),
         "model.diffusion_model.time_embed.0": (
-            "diffusion_model.time_embed.0",
-            "lora_unet_time_embed_0",
+            (10, 8),
+            {"unet.time_embedding.linear_1": ALL},
+            {"lora_unet_time_embed_0": ALL},
         ),
         f"{CLIP_BLOCK}.self_attn.v_proj": (
-            f"text_encoder.{TEXT_BLOCK}.self_attn.v_proj",
-            "lora_te1_text_model_encoder_layers_1_self_attn_v_proj",
+            (8, 8),
+            {f"text_encoder.{TEXT_BLOCK}.self_attn.v_proj": ALL},
+            {"lora_te1_text_model_encoder_layers_1_self_attn_v_proj": ALL},
         ),
         f"{OPEN_CLIP_BLOCK}.attn.out_proj": (
-            f"text_encoder_2.{TEXT_BLOCK}.self_attn.out_proj",
-            "lora_te2_text_model_encoder_layers_1_self_attn_out_proj",
+            (8, 8),
+            {f"text_encoder_2.{TEXT_BLOCK}.self_attn.out_proj": ALL},
+            {"lora_te2_text_model_encoder_layers_1_self_attn_out_proj": ALL},
         ),
         f"{OPEN_CLIP_BLOCK}.mlp.c_fc": (
-            f"text_encoder_2.{TEXT_BLOCK}.mlp.fc1",
-            "lora_te2_text_model_encoder_layers_1_mlp_fc1",
+            (10, 8),
+            {f"text_encoder_2.{TEXT_BLOCK}.mlp.fc1": ALL},
+            {"lora_te2_text_model_encoder_layers_1_mlp_fc1": ALL},
         ),
         f"{OPEN_CLIP_BLOCK}.mlp.c_proj": (
-            f"text_encoder_2.{TEXT_BLOCK}.mlp.fc2",
-            "lora_te2_text_model_encoder_layers_1_mlp_fc2",
+            (8, 10),
+            {f"text_encoder_2.{TEXT_BLOCK}.mlp.fc2": ALL},
+            {"lora_te2_text_model_encoder_layers_1_mlp_fc2": ALL},
         ),
     },
 }
@@ -114,19 +145,27 @@ def truncate(change: np.ndarray, rank: int = R) -> np.ndarray:
 def test_the_layers_have_the_names_of_lora_files(
     tmp_path: Path, model: str, key_format: Any
 ) -> None:
-    names = MODELS[model]
-    changes = save_models(tmp_path, {f"{name}.weight": (10, 8) for name in names})
-    index = 1 if key_format == "kohya" else 0
-    expected = {name[index]: truncate(changes[f"{key}.weight"]) for key, name in names.items()}
-    if None in expected:
-        with pytest.raises(MatryoshkaError, match="kohya"):
-            run(tmp_path, key_format)
-        return
+    layers = MODELS[model]
+    changes = save_models(
+        tmp_path, {f"{key}.weight": shape for key, (shape, _, _) in layers.items()}
+    )
+    expected: dict[str, np.ndarray] = {}
+    for key, (_, diffusers_names, kohya_names) in layers.items():
+        update = truncate(changes[f"{key}.weight"])
+        names = kohya_names if key_format == "kohya" else diffusers_names
+        expected |= {name: update[rows] for name, rows in names.items()}
     run(tmp_path, key_format)
     actual = read_updates(tmp_path / "lora.safetensors")
     assert actual.keys() == expected.keys()
     for name, update in actual.items():
         np.testing.assert_allclose(update, expected[name], atol=1e-4)
+
+
+def test_names_that_kohya_does_not_have_are_rejected(tmp_path: Path) -> None:
+    save_models(tmp_path, {"transformer_blocks.0.attn9.to_q.weight": (8, 8)})
+    with pytest.raises(MatryoshkaError, match="kohya"):
+        run(tmp_path, "kohya")
+    assert not list(tmp_path.glob(".*extracting"))  # before the factorization
 
 
 def test_a_fused_projection_of_a_text_encoder_is_split(tmp_path: Path) -> None:
@@ -155,7 +194,7 @@ def test_what_a_lora_cannot_name_is_listed(tmp_path: Path) -> None:
     }
     save_models(tmp_path, shapes)
     result = run(tmp_path, "kohya")
-    assert [*result.ranks] == ["lora_unet_out_2"]
+    assert [*result.ranks] == ["lora_unet_conv_out"]
     assert len(result.unsaved_tensors) == 5
     assert result.unsaved_tensors["first_stage_model.decoder.conv_in.weight"] == 8 * 4 * 9 * 4
 
@@ -163,7 +202,7 @@ def test_what_a_lora_cannot_name_is_listed(tmp_path: Path) -> None:
 def test_the_tuned_model_may_have_the_prefix_of_a_checkpoint(tmp_path: Path) -> None:
     """The makers' file has none, and a program that saves the tuned model adds one."""
     key = "double_blocks.0.img_attn.qkv.weight"
-    (change,) = save_models(tmp_path, {key: (10, 8)}).values()
+    (change,) = save_models(tmp_path, {key: (24, 8)}).values()
     tuned = load_file(tmp_path / "tuned.safetensors")
     save_file({f"model.diffusion_model.{key}": tuned[key]}, tmp_path / "tuned.safetensors")
     run(tmp_path, "kohya")

@@ -120,13 +120,20 @@ def find_slots(names: Iterable[str], model: Model) -> dict[str, Slot]:
 
 
 def find_models(names: Sequence[str]) -> list[Model]:
-    """Return the models that all layers of a file fit, as far as they are not of text encoders.
+    """Return the models that the layers of a file fit.
+
+    Of these, only the models that have all text encoders of the file, if there are some.
 
     Args:
         names: The names of the layers.
     """
+    text_names = [name for name in names if is_text_encoder(name)]
     image_names = [name for name in names if not is_text_encoder(name)] or names
-    return [model for model in MODELS if all(_find_slot(name, model) for name in image_names)]
+    models = [model for model in MODELS if all(_find_slot(name, model) for name in image_names)]
+    with_text_encoders = [
+        model for model in models if all(_find_slot(name, model) for name in text_names)
+    ]
+    return with_text_encoders or models
 
 
 def choose_model(
