@@ -14,7 +14,7 @@ from helpers.single_files import read_ranks, read_updates
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from matryoshka_lora import export, info, reorder
+from matryoshka_lora import combine, export, info, reorder
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.lora_file.single_file import open_single_file
 
@@ -313,3 +313,58 @@ def test_keys_alone_cannot_be_converted(tmp_path: Path) -> None:
     save_file(tensors, source)
     with pytest.raises(MatryoshkaError, match="rank"):
         export(source, tmp_path / "kohya.safetensors", key_format="kohya")
+
+
+def save_with_matrices(file: Path, kind: str, name: str) -> np.ndarray:
+    """Write a layer of 24 x 12 of LoHa or LoKr, and return its dense update."""
+    torch.manual_seed(0)
+    if kind == "LoKr":
+        w1, w2 = torch.randn(4, 3), torch.randn(6, 4)
+        save_file({f"{name}.lokr_w1": w1, f"{name}.lokr_w2": w2}, file)
+        return np.kron(w1.double().numpy(), w2.double().numpy())
+    matrices = {"w1_a": (24, 2), "w1_b": (2, 12), "w2_a": (24, 2), "w2_b": (2, 12)}
+    tensors = {f"{name}.hada_{key}": torch.randn(shape) for key, shape in matrices.items()}
+    save_file(tensors, file)
+    B1, A1, B2, A2 = (tensor.double().numpy() for tensor in tensors.values())
+    return np.asarray((B1 @ A1) * (B2 @ A2))
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
+@pytest.mark.parametrize(
+    ("options", "factor", "rank"),
+    [
+        ({"scale": {"*": 0.5}, "rank": 4}, 0.5, 4),
+        ({"scale": {"*": -2.0}, "rank": 3}, -2.0, 3),
+        ({"dtype": "fp16", "rank": 3}, 1.0, 3),
+    ],
+    ids=str,
+)
+def test_all_options_of_export_see_the_update(
+    tmp_path: Path, kind: str, options: dict[str, Any], factor: float, rank: int
+) -> None:
+    file, output = tmp_path / "lycoris.safetensors", tmp_path / "lora.safetensors"
+    dense = factor * save_with_matrices(file, kind, NAME)
+    expected = best(dense, rank)
+    result = export(file, output, **options)
+    (update,) = read_updates(output).values()
+    tolerance = 1e-2 if "dtype" in options else 1e-5
+    assert np.linalg.norm(update - expected) < tolerance * np.linalg.norm(expected)
+    (error,) = result.errors.values()
+    relative_error = np.linalg.norm(expected - dense) / np.linalg.norm(dense)
+    assert error == pytest.approx(relative_error, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
+def test_another_key_format_and_a_sum_see_the_update(tmp_path: Path, kind: str) -> None:
+    """The halves of this layer are swapped in the other format."""
+    file, output = tmp_path / "lycoris.safetensors", tmp_path / "lora.safetensors"
+    name = "joint_blocks_23_context_block_adaLN_modulation_1"
+    dense = save_with_matrices(file, kind, f"lora_unet_{name}")
+    swapped = np.roll(dense, 12, axis=0)
+    export(file, output, 4 if kind == "LoHa" else 12, key_format="diffusers")
+    ((new_name, update),) = read_updates(output).items()
+    assert new_name == "transformer.transformer_blocks.23.norm1_context.linear"
+    np.testing.assert_allclose(update, swapped, atol=1e-4)
+    combine([output, file], tmp_path / "sum.safetensors", [1.0, -3.0], rank="sum")
+    (update,) = read_updates(tmp_path / "sum.safetensors").values()
+    np.testing.assert_allclose(update, -2 * swapped, atol=1e-4)
