@@ -56,7 +56,7 @@ def save_inputs(filename: str) -> dict[str, tuple[str, dict[str, Any]]]:
     }
 
 
-def shown(lines: list[str]) -> dict[str, list[str]]:
+def ui_text(lines: list[str]) -> dict[str, list[str]]:
     """Return what ComfyUI sends to the node in the browser."""
     return {"text": ["\n".join(lines)]}
 
@@ -137,7 +137,7 @@ class MatryoshkaShrinkLora:
         )
         notes = [f"before: {old_ranks}, {format_size(result.size_before)}", *result.notes]
         (error,) = result.errors.values()
-        return {"ui": shown(report_saved(path, dict(result.ranks).values(), error, *notes))}
+        return {"ui": ui_text(report_saved(path, dict(result.ranks).values(), error, *notes))}
 
 
 class MatryoshkaCombineLoras:
@@ -186,7 +186,7 @@ class MatryoshkaCombineLoras:
         ranks = [layer.rank for layer in open_lora(path).layers]
         error = result.errors[max(result.errors)]
         cosine = f"cosine of the two: {result.cosines[0, 1]:.2f}"
-        return {"ui": shown(report_saved(path, ranks, error, cosine))}
+        return {"ui": ui_text(report_saved(path, ranks, error, cosine))}
 
 
 class MatryoshkaSaveLoraStack:
@@ -235,7 +235,7 @@ class MatryoshkaSaveLoraStack:
         ranks = ranks_of_sum(lora, rank or None)
         written = lora.plan(ranks).write(path, overwrite)
         lines = report_saved(path, ranks.values(), written.relative_error())
-        return {"ui": shown([*lines, f"{len(ranks)} layers"])}
+        return {"ui": ui_text([*lines, f"{len(ranks)} layers"])}
 
 
 class MatryoshkaLoadLoraAtRank:
@@ -288,7 +288,7 @@ class MatryoshkaLoadLoraAtRank:
         size = f"{format_size(result.size_after)}, whole: {format_size(result.size_before)}"
         ranks = format_ranks(dict(result.ranks).values())
         lines = [f"{ranks}, {size}", f"error {result.errors[max(result.errors)]:.2%}"]
-        return {"ui": shown(lines), "result": loaded}
+        return {"ui": ui_text(lines), "result": loaded}
 
 
 NODE_CLASS_MAPPINGS = {

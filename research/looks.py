@@ -15,7 +15,6 @@ P_TRAINED_0_3 = "matryoshka/trained-0.3"
 """After training with P, only version 0.3 has test runs."""
 
 STUDIES_OF_VERSION_0_3 = (
-    "capacity",
     "commonsense-judged",
     "every256-rank128",
     "gemma256",
