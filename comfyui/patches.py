@@ -16,7 +16,7 @@ import torch
 
 from matryoshka_lora import MatryoshkaError
 from matryoshka_lora.algebra.factors import singular_values, weighted_sum
-from matryoshka_lora.lora_file.key_names import DIFFUSERS_SUFFIXES
+from matryoshka_lora.lora_file.keys.names import DIFFUSERS_SUFFIXES
 from matryoshka_lora.lora_file.lora import Layer
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 from matryoshka_lora.lora_file.single_file import SingleFile

@@ -10,9 +10,10 @@ Format = Literal["peft", "merged", "ladder", "gguf", "mlx"]
 OutputFormat = Literal["peft", "merged", "ladder", "gguf", "mlx", "single"]
 """The formats of all outputs; a single file always stays in its format."""
 
-# A new key format needs: its name here and in ImageKeyFormat, how it names the layers of a model in
-# lora_file/key_naming.py, its keys in key_formats.py and key_names.py, and the help of the options
-# in cli/arguments.py and cli/file_commands.py. A new model needs its names in key_tables.py.
+# A new key format needs: its name here and in ImageKeyFormat, the names of its modules in
+# lora_file/keys/naming.py, its keys in keys/formats.py and keys/names.py, and the help of the
+# options in cli/arguments.py and cli/file_commands.py. A new model needs its names in
+# lora_file/keys/models.py.
 KeyFormat = Literal["kohya", "diffusers", "peft"]
 """The formats of a single file's keys; ``"peft"`` makes a PEFT folder of it."""
 

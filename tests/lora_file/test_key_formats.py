@@ -17,7 +17,7 @@ from torch import nn
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats import KeyFormat
-from matryoshka_lora.lora_file.key_formats import convert_keys
+from matryoshka_lora.lora_file.keys.formats import convert_keys
 from matryoshka_lora.lora_file.single_file import open_single_file
 
 UNET_MODULES = ("unet.down_blocks.0.attn1.to_q", "unet.mid_block.attn1.to_out.0")

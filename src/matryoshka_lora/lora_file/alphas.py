@@ -11,7 +11,7 @@ import numpy as np
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.lora_file.diffusers_metadata import Configs
-from matryoshka_lora.lora_file.key_names import PEFT_PREFIX, split_part
+from matryoshka_lora.lora_file.keys.names import PEFT_PREFIX, split_part
 from matryoshka_lora.lora_file.peft_folder import rank_and_scale
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 from matryoshka_lora.nesting import is_valid_scale

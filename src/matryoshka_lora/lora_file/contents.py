@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from matryoshka_lora.lora_file.key_names import PEFT_PREFIX, split_part
+from matryoshka_lora.lora_file.keys.names import PEFT_PREFIX, split_part
 from matryoshka_lora.lora_file.lora import Layer
 
 # kohya's and OneTrainer's names of parts; a text encoder may have a number.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.lora_file.key_names import DIFFUSERS_PARTS, DIFFUSERS_SUFFIXES, split_part
+from matryoshka_lora.lora_file.keys.names import DIFFUSERS_PARTS, DIFFUSERS_SUFFIXES, split_part
 from matryoshka_lora.lora_file.lora import Layer
 
 CONFIGS_KEY = "lora_adapter_metadata"

@@ -27,7 +27,7 @@ from matryoshka_lora.algebra.products import (
     svd_of_product,
 )
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
-from matryoshka_lora.lora_file.key_names import KOHYA_SUFFIXES, PEFT_PREFIX
+from matryoshka_lora.lora_file.keys.names import KOHYA_SUFFIXES, PEFT_PREFIX
 from matryoshka_lora.lora_file.lora import Layer
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 

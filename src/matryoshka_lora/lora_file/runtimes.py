@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from matryoshka_lora.errors import MatryoshkaError, check_integer
-from matryoshka_lora.lora_file.key_names import DIFFUSERS_SUFFIXES
+from matryoshka_lora.lora_file.keys.names import DIFFUSERS_SUFFIXES
 from matryoshka_lora.lora_file.lora import Layer, OutputPlan
 
 # The architecture in gguf's terms by the model_type of transformers. Add only what the tests of

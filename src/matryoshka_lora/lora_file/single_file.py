@@ -26,7 +26,7 @@ from matryoshka_lora.lora_file.diffusers_metadata import (
     can_describe,
     read_configs,
 )
-from matryoshka_lora.lora_file.key_names import ALL_SUFFIXES
+from matryoshka_lora.lora_file.keys.names import ALL_SUFFIXES
 from matryoshka_lora.lora_file.lora import (
     Layer,
     LoraFile,

@@ -18,7 +18,7 @@ from matryoshka_lora.lora_file.diffusers_metadata import (
     read_configs,
     update_configs,
 )
-from matryoshka_lora.lora_file.key_names import split_part
+from matryoshka_lora.lora_file.keys.names import split_part
 from matryoshka_lora.lora_file.lora import Layer
 from matryoshka_lora.lora_file.safetensors_io import HASH_PREFIXES, hash_placeholder
 

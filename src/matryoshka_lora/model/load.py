@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from matryoshka_lora.errors import MatryoshkaError, wrap_errors
 from matryoshka_lora.lora_file.atomic import PathLike
-from matryoshka_lora.lora_file.key_names import PEFT_PREFIX
+from matryoshka_lora.lora_file.keys.names import PEFT_PREFIX
 from matryoshka_lora.lora_file.lora import Layer
 from matryoshka_lora.lora_file.open import open_adapter
 from matryoshka_lora.lora_file.peft_folder import PeftFolder

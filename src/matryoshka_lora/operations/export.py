@@ -11,7 +11,7 @@ from matryoshka_lora.errors import MatryoshkaError, check_list, optional_imports
 from matryoshka_lora.formats import DtypeName, Format, KeyFormat, OutputFormat
 from matryoshka_lora.lora_file.atomic import PathLike, check_output, create_file, create_folder
 from matryoshka_lora.lora_file.gguf import write_gguf
-from matryoshka_lora.lora_file.key_formats import convert_keys
+from matryoshka_lora.lora_file.keys.formats import convert_keys
 from matryoshka_lora.lora_file.lora import LoraFile, OutputPlan, WrittenOutput
 from matryoshka_lora.lora_file.mlx import write_mlx
 from matryoshka_lora.lora_file.open import open_lora

@@ -13,8 +13,8 @@ from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list
 from matryoshka_lora.formats import ImageKeyFormat
 from matryoshka_lora.lora_file.atomic import PathLike, check_output
 from matryoshka_lora.lora_file.hub import MODEL_FILES, local_path, split_hub_id
-from matryoshka_lora.lora_file.key_formats import convert_keys
-from matryoshka_lora.lora_file.key_names import PEFT_PREFIX
+from matryoshka_lora.lora_file.keys.formats import convert_keys
+from matryoshka_lora.lora_file.keys.names import PEFT_PREFIX
 from matryoshka_lora.lora_file.lora import NESTING_KEY, Layer, LoraFile, OutputPlan, WrittenOutput
 from matryoshka_lora.lora_file.peft_folder import PeftFolder
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor

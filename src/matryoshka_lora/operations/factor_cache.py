@@ -18,7 +18,7 @@ from tqdm import tqdm
 from matryoshka_lora.algebra.allocation import LayerSpectrum, ranks_for_error
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.lora_file.atomic import create_file
-from matryoshka_lora.lora_file.key_names import PEFT_PREFIX
+from matryoshka_lora.lora_file.keys.names import PEFT_PREFIX
 from matryoshka_lora.lora_file.lora import Layer
 from matryoshka_lora.lora_file.safetensors_io import (
     StoredTensor,

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from matryoshka_lora.errors import MatryoshkaError, optional_imports, wrap_errors
-from matryoshka_lora.lora_file.key_names import split_part
+from matryoshka_lora.lora_file.keys.names import split_part
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor, open_safetensors, read_json
 from matryoshka_lora.nn.arrays import to_torch
 

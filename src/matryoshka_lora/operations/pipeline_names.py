@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.lora_file.key_names import ORIGINAL_PART
-from matryoshka_lora.lora_file.key_naming import find_models
+from matryoshka_lora.lora_file.keys.names import ORIGINAL_PART
+from matryoshka_lora.lora_file.keys.naming import find_models
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 from matryoshka_lora.operations.model_diff import ModelFiles
 

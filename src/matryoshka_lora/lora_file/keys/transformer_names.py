@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from matryoshka_lora.lora_file.module_names import (
+from matryoshka_lora.lora_file.keys.modules import (
     ADDED_QKV,
     ATTENTION_PARTS,
     QKV,

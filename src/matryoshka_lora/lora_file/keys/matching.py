@@ -9,9 +9,10 @@ from dataclasses import replace
 from matryoshka_lora.algebra.arrays import Array
 from matryoshka_lora.algebra.factors import rescale_factors
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.lora_file.key_formats import KeyStyle, rename_layers, with_layers
-from matryoshka_lora.lora_file.key_names import DIFFUSERS_SUFFIXES, FactorSuffixes
-from matryoshka_lora.lora_file.key_naming import (
+from matryoshka_lora.lora_file.keys.formats import KeyStyle, rename_layers, with_layers
+from matryoshka_lora.lora_file.keys.modules import Model
+from matryoshka_lora.lora_file.keys.names import DIFFUSERS_SUFFIXES, FactorSuffixes
+from matryoshka_lora.lora_file.keys.naming import (
     Naming,
     Slot,
     choose_model,
@@ -22,7 +23,6 @@ from matryoshka_lora.lora_file.key_naming import (
     naming_of,
 )
 from matryoshka_lora.lora_file.lora import Layer
-from matryoshka_lora.lora_file.module_names import Model
 from matryoshka_lora.lora_file.single_file import SingleFile
 
 # Optional parts of the names of models that are not known: kohya's prefixes, and a level of CLIP.

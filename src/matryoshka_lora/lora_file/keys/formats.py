@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, get_args
 from matryoshka_lora.errors import MatryoshkaError, check_choice
 from matryoshka_lora.formats import KeyFormat
 from matryoshka_lora.lora_file.diffusers_metadata import CONFIGS_KEY
-from matryoshka_lora.lora_file.key_names import (
+from matryoshka_lora.lora_file.keys.modules import Model, Module
+from matryoshka_lora.lora_file.keys.names import (
     DIFFUSERS_SUFFIXES,
     KOHYA_SUFFIXES,
     ORIGINAL_PART,
@@ -18,7 +19,7 @@ from matryoshka_lora.lora_file.key_names import (
     FactorSuffixes,
     split_part,
 )
-from matryoshka_lora.lora_file.key_naming import (
+from matryoshka_lora.lora_file.keys.naming import (
     Naming,
     Slot,
     choose_model,
@@ -27,9 +28,8 @@ from matryoshka_lora.lora_file.key_naming import (
     find_slots,
     kohya_naming,
 )
-from matryoshka_lora.lora_file.layer_parts import Piece, fuse_pieces, split_piece, swap_halves
+from matryoshka_lora.lora_file.keys.parts import Piece, fuse_pieces, split_piece, swap_halves
 from matryoshka_lora.lora_file.lora import Layer
-from matryoshka_lora.lora_file.module_names import Model, Module
 from matryoshka_lora.lora_file.peft_folder import PeftFolder
 from matryoshka_lora.lora_file.single_file import SingleFile
 
@@ -77,7 +77,7 @@ _STYLES: dict[KeyFormat, KeyStyle] = {
 def convert_keys(lora: SingleFile, key_format: KeyFormat) -> SingleFile | PeftFolder:
     """Return a LoRA with the keys of another format. The updates stay the same.
 
-    The names of the modules are converted where the model is known, see `key_tables.MODELS`. A
+    The names of the modules are converted where the model is known, see `models.MODELS`. A
     layer of a module that is several modules in the other format is split, and several layers are
     put together where they are one module. That is exact, but may change their ranks.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from matryoshka_lora.lora_file.module_names import ATTENTION_PARTS, Model, Module, rename
+from matryoshka_lora.lora_file.keys.modules import ATTENTION_PARTS, Model, Module, rename
 
 _RESNET = {
     "in_layers.2": "conv1",

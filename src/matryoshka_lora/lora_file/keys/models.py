@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from matryoshka_lora.lora_file.module_names import same
-from matryoshka_lora.lora_file.transformer_names import (
+from matryoshka_lora.lora_file.keys.modules import same
+from matryoshka_lora.lora_file.keys.transformer_names import (
     FLUX,
     QWEN_IMAGE,
     STABLE_DIFFUSION_3,
     WAN,
     Z_IMAGE,
 )
-from matryoshka_lora.lora_file.unet_names import SDXL, STABLE_DIFFUSION
+from matryoshka_lora.lora_file.keys.unet_names import SDXL, STABLE_DIFFUSION
 
 MODELS = (STABLE_DIFFUSION, SDXL, STABLE_DIFFUSION_3, FLUX, WAN, QWEN_IMAGE, Z_IMAGE)
 """The models whose names are known. Of UNets that are not distinguished, the first is taken."""

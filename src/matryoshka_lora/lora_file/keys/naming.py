@@ -8,10 +8,10 @@ from functools import cache
 from typing import NamedTuple
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.lora_file.key_names import PEFT_PREFIX
-from matryoshka_lora.lora_file.key_tables import ALIASES, MODELS, TEXT_ENCODER_MODULES
+from matryoshka_lora.lora_file.keys.models import ALIASES, MODELS, TEXT_ENCODER_MODULES
+from matryoshka_lora.lora_file.keys.modules import Model, Module, Names
+from matryoshka_lora.lora_file.keys.names import PEFT_PREFIX
 from matryoshka_lora.lora_file.lora import Layer
-from matryoshka_lora.lora_file.module_names import Model, Module, Names
 
 # What precedes the name of a module of the denoiser. The first that fits is taken.
 _DENOISER_PREFIXES = (
