@@ -44,7 +44,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
             "vec_in_dim": 16,
             "context_in_dim": 24,
             "hidden_size": 32,
-            "mlp_ratio": 2.0,
+            "mlp_ratio": 4.0,
             "num_heads": 2,
             "depth": 1,
             "depth_single_blocks": 1,
