@@ -189,6 +189,9 @@ FILES: dict[str, File] = {
         },
     ),
     "diffusers-sd3": File("diffusers", False, with_same_names("transformer.", "transformer", SD3)),
+    "diffusers-flux": File(
+        "diffusers", False, with_same_names("transformer.", "transformer", FLUX)
+    ),
     "diffusers-wan": File("diffusers", False, with_same_names("transformer.", "transformer", WAN)),
     "diffusers-qwen": File(
         "diffusers", False, with_same_names("transformer.", "transformer", QWEN)
@@ -227,7 +230,7 @@ FILES: dict[str, File] = {
     ),
 }
 
-pytestmark = pytest.mark.parametrize("name", FILES)
+all_files = pytest.mark.parametrize("name", FILES)
 
 
 def num_rows(module: str) -> int:
@@ -284,6 +287,7 @@ def assert_same(updates: Updates, expected: Updates, tolerance: float = 1e-6) ->
         assert difference.max() < tolerance * scale, layer
 
 
+@all_files
 def test_info(source: Path, name: str) -> None:
     missing = total = 0.0
     for update in read_updates(source).values():
@@ -292,6 +296,7 @@ def test_info(source: Path, name: str) -> None:
     assert info(source).errors[1] == pytest.approx((missing / total) ** 0.5, abs=1e-6)
 
 
+@all_files
 def test_export(source: Path, name: str) -> None:
     output = source.with_name("rank-1.safetensors")
     export(source, output, 1)
@@ -300,6 +305,7 @@ def test_export(source: Path, name: str) -> None:
     assert_same(read_updates(output), expected, tolerance=1e-5)
 
 
+@all_files
 def test_convert_to_diffusers(source: Path, name: str) -> None:
     updates = read_updates(convert(source, "diffusers"))
     expected = updates_in_diffusers(name, read_updates(source))
@@ -307,6 +313,7 @@ def test_convert_to_diffusers(source: Path, name: str) -> None:
     assert_same(updates, expected)
 
 
+@all_files
 def test_convert_to_kohya(source: Path, name: str) -> None:
     kohya = convert(source, "kohya")
     assert all(layer.startswith(("lora_unet_", "lora_te")) for layer in read_updates(kohya))
@@ -314,6 +321,7 @@ def test_convert_to_kohya(source: Path, name: str) -> None:
     assert_same(read_updates(convert(kohya, "diffusers")), expected)
 
 
+@all_files
 def test_combine(source: Path, name: str) -> None:
     expected = updates_in_diffusers(name, read_updates(source))
     other = source.with_name("other.safetensors")
@@ -327,3 +335,29 @@ def test_combine(source: Path, name: str) -> None:
     other_updates = read_updates(other)
     total = {layer: 0.8 * expected[layer] - 0.5 * other_updates[layer] for layer in expected}
     assert_same(read_updates(convert(output, "diffusers")), total, tolerance=1e-5)
+
+
+MODEL_NAMES = {
+    "sd15": "Stable Diffusion 1 and 2",
+    "sdxl": "SDXL",
+    "sd3": "Stable Diffusion 3",
+    "flux": "Flux",
+    "wan": "Wan 2.1, 2.2",
+    "qwen": "Qwen-Image",
+    "z-image": "Z-Image",
+}
+
+
+def test_the_documentation_names_the_trainers_of_this_table() -> None:
+    trainers_by_model: dict[str, set[str]] = {model: set() for model in MODEL_NAMES.values()}
+    for name in FILES:
+        model = next(key for key in MODEL_NAMES if name.endswith(f"-{key}"))
+        trainer = name.removesuffix(f"-{model}").replace("old-", "old ")
+        trainers_by_model[MODEL_NAMES[model]].add(trainer)
+    page = (Path(__file__).parents[2] / "docs/shrink.md").read_text(encoding="utf-8")
+    documented: dict[str, set[str]] = {}
+    for line in page.splitlines():
+        model, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if model in trainers_by_model:
+            documented[model] = {trainer.lower() for trainer in cells[0].split(", ")}
+    assert documented == trainers_by_model
