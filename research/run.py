@@ -75,6 +75,7 @@ def run_study(
 def run_job(study: Study, job: Job, deployments: Collection[str]) -> Run:
     """Train, deploy and measure. A deployment without a finite loss has no curve."""
     names = [name for name in FUNCTIONS if name in deployments]
+    package_versions = versions()  # an error if a package is missing, before the training
     curves: dict[str, Curve] = {}
     deployment_costs: dict[str, dict[str, Any]] = {}
     cost: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "parameters": 0, "cuts": deployment_costs}
@@ -98,7 +99,7 @@ def run_job(study: Study, job: Job, deployments: Collection[str]) -> Run:
                 }
     diverged = tuple(name for name in names if name not in curves)
     settings = study.settings(job.task, job.recipe)
-    return Run(job, study.measured_ranks(job), curves, cost, settings, versions(), diverged)
+    return Run(job, study.measured_ranks(job), curves, cost, settings, package_versions, diverged)
 
 
 def versions() -> dict[str, str]:

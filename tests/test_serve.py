@@ -11,7 +11,13 @@ import pytest
 from helpers.plain_peft import plain_adapter
 from helpers.single_files import save_pairs
 
-from matryoshka_lora import MatryoshkaError, MissingDependencyError, export, reorder
+from matryoshka_lora import (
+    MatryoshkaError,
+    MissingDependencyError,
+    export,
+    export_folder,
+    reorder,
+)
 from matryoshka_lora.serve import serve
 
 
@@ -127,7 +133,7 @@ def test_a_folder_of_adapters_is_served_under_their_names(tmp_path: Path) -> Non
     assert values_of(server, "--max-lora-rank") == ["16"]
     assert values_of(server, "--max-loras") == ["8"]
     assert values_of(server, "--max-cpu-loras") == ["10"]
-    with pytest.raises(MatryoshkaError, match="ladder"):
+    with pytest.raises(MatryoshkaError, match="ranks"):
         serve(tmp_path / "loras", base_model="some/base", ranks=[2], dry_run=True)
 
     set_base_model(tmp_path / "loras" / "style-3", "a/b")
@@ -137,6 +143,17 @@ def test_a_folder_of_adapters_is_served_under_their_names(tmp_path: Path) -> Non
     save_pairs(tmp_path / "loras" / "one.safetensors", "a")
     with pytest.raises(MatryoshkaError, match="single file"):
         serve(tmp_path / "loras", base_model="some/base", dry_run=True)
+
+
+def test_a_folder_of_ladders_is_served(tmp_path: Path) -> None:
+    for name in ("style-a", "style-b"):
+        plain_adapter(tmp_path / "loras" / name, r=4, target_modules=["q_proj"])
+    export_folder(tmp_path / "loras", tmp_path / "ladders", [1, 4], "ladder")
+    (server,) = dry_run(tmp_path / "ladders", base_model="some/base", ranks=[4])
+    assert modules_of(server) == {
+        f"{name}@4": str(tmp_path / "ladders" / name / f"{name}@4")
+        for name in ("style-a", "style-b")
+    }
 
 
 FAKE_VLLM = """

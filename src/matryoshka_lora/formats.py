@@ -23,8 +23,10 @@ ImageKeyFormat = Literal["kohya", "diffusers"]
 DtypeName = Literal["bf16", "fp32", "fp16"]
 """The dtypes of base models."""
 
-ERROR_CAVEAT = (
-    "The error does not predict the quality of answers or pictures. Run `matryoshka eval`, or "
-    "compare pictures of the same seed."
+ANSWERS_CAVEAT = "The error does not predict the quality of answers. Run `matryoshka eval`."
+"""Shown next to the errors of a PEFT folder."""
+
+PICTURES_CAVEAT = (
+    "The error does not predict what pictures look like. Compare pictures of the same seed."
 )
-"""Shown next to every error of a rank."""
+"""Shown next to the errors of a single file."""

@@ -18,7 +18,7 @@ from types import FrameType
 from matryoshka_lora.errors import MatryoshkaError, MissingDependencyError
 from matryoshka_lora.lora_file.atomic import PathLike
 from matryoshka_lora.lora_file.open import find_loras, open_adapter
-from matryoshka_lora.lora_file.peft_folder import PeftFolder
+from matryoshka_lora.lora_file.peft_folder import CONFIG_NAME, PeftFolder
 from matryoshka_lora.nesting import check_ranks
 from matryoshka_lora.operations.base_config import resolve_base_model
 from matryoshka_lora.operations.export import export
@@ -64,8 +64,8 @@ def serve(
     NAME.
 
     Args:
-        path: A folder of adapters, such as a ladder, which are served as they are; or an adapter,
-            which is exported to a temporary ladder.
+        path: A folder of adapters, such as a ladder, or of ladders, which are served as they are;
+            or an adapter, which is exported to a temporary ladder.
         ranks: The ranks of a ladder or an adapter to serve. Defaults to those of the ladder, or the
             nested ranks of the adapter. vLLM pads all adapters to the largest rank.
         base_model: The base model. Defaults to the one that the adapters name.
@@ -83,17 +83,15 @@ def serve(
         MissingDependencyError: vLLM is not installed.
     """
     source = Path(path)
-    folders = find_loras(source)
+    folders = find_loras(source) or _find_in_ladders(source)
     if folders:
         folders = _select_ranks(folders, ranks)
         adapters = [_open_for_vllm(folder) for folder in folders]
-        names = [folder.name for folder in folders]
         max_rank = max(adapter.max_rank for adapter in adapters)
         served_ranks: tuple[int, ...] = ()
     else:
         adapters = [_open_for_vllm(path, revision)]
         served_ranks = adapters[0].check_ranks(ranks)
-        names = [f"{source.resolve().name}@{rank}" for rank in served_ranks]
         max_rank = max(served_ranks)
     base_model, base_revision = _common_base_model(adapters, base_model, base_revision)
     if not dry_run and importlib.util.find_spec("vllm") is None:
@@ -118,7 +116,9 @@ def serve(
             else:
                 export(path, folder, served_ranks, "ladder", revision=revision)
             commands.append(_export_command(path, folder, served_ranks, revision))
-        server = [*_server_arguments([folder / name for name in names], max_rank), *options]
+        name = source.resolve().name
+        paths = folders or [folder / f"{name}@{rank}" for rank in served_ranks]
+        server = [*_server_arguments(paths, max_rank), *options]
         commands.append(shlex.join(["python", *server]))
         exit_status = None if dry_run else _run(server)
     return ServeResult(tuple(commands), exit_status)
@@ -135,11 +135,23 @@ def _open_for_vllm(path: PathLike, revision: str | None = None) -> PeftFolder:
     return adapter
 
 
+def _find_in_ladders(folder: Path) -> list[Path]:
+    """Return the adapters of all ladders in a folder."""
+    if not folder.is_dir() or (folder / CONFIG_NAME).exists():
+        return []
+    return [adapter for ladder in sorted(folder.iterdir()) for adapter in find_loras(ladder)]
+
+
 def _select_ranks(folders: Sequence[Path], ranks: Sequence[int] | None) -> list[Path]:
     """Return the folders of some ranks of a ladder, or all folders."""
     if ranks is None:
         return list(folders)
     served_ranks = check_ranks(ranks)
+    if not any("@" in folder.name for folder in folders):
+        raise MatryoshkaError(
+            f"{folders[0].parent} holds several adapters, and `ranks` are those of one. Pass an "
+            f"adapter, such as {folders[0]}, or omit `ranks`."
+        )
     ladder: dict[str, list[Path]] = {}
     for folder in folders:
         ladder.setdefault(folder.name.rpartition("@")[2], []).append(folder)

@@ -167,3 +167,15 @@ def parse_scale(texts: list[str] | None) -> dict[str, float]:
         except ValueError as error:
             raise typer.BadParameter(f"{text!r:.80} is not PATTERN=0.5.") from error
     return factors
+
+
+def parse_rank_of_sum(text: str | None) -> int | Literal["sum"] | None:
+    """Return the rank of a sum, from ``"16"`` or ``"sum"``."""
+    if text is None:
+        return None
+    if text == "sum":
+        return "sum"
+    try:
+        return int(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r:.80} is neither a rank such as 16 nor sum.") from error

@@ -26,6 +26,7 @@ from matryoshka_lora.cli.arguments import (
     RankOrRanksOption,
     RevisionOption,
     ScaleOption,
+    parse_rank_of_sum,
     parse_ranks,
     parse_scale,
     parse_weights,
@@ -46,7 +47,7 @@ from matryoshka_lora.formats import ImageKeyFormat
 
 if TYPE_CHECKING:
     from matryoshka_lora.operations.export_folder import ExportFolderResult
-    from matryoshka_lora.operations.info import LoraInfo
+    from matryoshka_lora.operations.info import FolderInfo, LoraInfo
 
 
 def info(
@@ -55,8 +56,9 @@ def info(
         bool, typer.Option("--layers", help="Describe each layer: the rank that it needs.")
     ] = False,
     error: Annotated[
-        str, typer.Option(help="For a folder of LoRAs: find the rank of this relative error.")
-    ] = "10%",
+        str | None,
+        typer.Option(help="Find the rank of this relative error.", show_default="10% for a folder"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     revision: RevisionOption = None,
 ) -> None:
@@ -76,22 +78,34 @@ def info(
     from matryoshka_lora.units import parse_share
 
     if find_loras(lora):
-        max_error = parse_share(error)
+        max_error = parse_share(error or "10%")
         folder_info = info_folder(lora, layers=layers)
         if as_json:
             loras = {name: value.to_dict() for name, value in folder_info.loras.items()}
             typer.echo(json.dumps({"loras": loras, "failed": folder_info.failed}, indent=2))
             return
         typer.echo(format_info_folder(folder_info, max_error))
-        rank = folder_info.common_rank(max_error)
-        print_next("export", lora, "--rank", rank, "-o", "small")
+        _print_next_of_folder(lora, folder_info, max_error)
         raise typer.Exit(1 if folder_info.failed else 0)
     result = read_info(lora, layers=layers, revision=revision)
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
         return
     typer.echo(format_info(result))
+    if error is not None:
+        rank = result.rank_for_error(parse_share(error))
+        print_line(f"Rank {rank} has a relative error of at most {error}.")
     _print_next_of_info(lora, result, revision)
+
+
+def _print_next_of_folder(folder: Path, folder_info: FolderInfo, max_error: float) -> None:
+    from matryoshka_lora.lora_file.single_file import SingleFile
+
+    output = f"{folder.resolve().name}-small"
+    if all(isinstance(value.lora, SingleFile) for value in folder_info.loras.values()):
+        print_next("export", folder, "--error", f"{100 * max_error:.4g}%", "-o", output)
+    else:
+        print_next("export", folder, "--rank", folder_info.common_rank(max_error), "-o", output)
 
 
 def _print_next_of_info(lora: Path, result: LoraInfo, revision: str | None) -> None:
@@ -142,21 +156,29 @@ def combine(
         ),
     ] = None,
     rank: Annotated[
-        int | None,
-        typer.Option(min=1, help="Rank of the output.", show_default="the largest of the LoRAs"),
+        str | None,
+        typer.Option(
+            help="Rank of the output, or sum, for the exact sum.",
+            show_default="the largest of the LoRAs",
+        ),
     ] = None,
     force: ForceOption = False,
 ) -> None:
     """Add LoRAs of the same base model, with weights.
 
     Every rank r of the output is the closest rank-r approximation of the sum. The LoRAs may have
-    different ranks, scales and layers. If --rank is the sum of their ranks, the result is exact.
+    different ranks, scales and layers, and the files different key formats: the output has that of
+    the first one.
 
     Example: matryoshka combine style-a style-b --weights 1,0.5 -o sum
+
+    Example: matryoshka combine a.safetensors b.safetensors --rank sum -o both.safetensors
     """
     from matryoshka_lora import combine as run_combine
 
-    result = run_combine(loras, output, parse_weights(weights), rank, force=force)
+    result = run_combine(
+        loras, output, parse_weights(weights), parse_rank_of_sum(rank), force=force
+    )
     typer.echo(format_combine(result, [str(lora) for lora in loras]))
     print_next("info", output)
 
@@ -292,7 +314,7 @@ def export(
         raise typer.Exit(1 if folder_result.failed and not skip_bad else 0)
     result = run_export(lora, output, revision=revision, alpha=alpha, **options)
     typer.echo(format_export(result))
-    print_line(f"Next: {how_to_load(result)}")
+    print_line(f"Next: {how_to_load(result, key_format)}")
 
 
 def _print_export_folder(result: ExportFolderResult) -> None:

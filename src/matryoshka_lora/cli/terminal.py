@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from matryoshka_lora.errors import printable
-from matryoshka_lora.formats import ERROR_CAVEAT
+from matryoshka_lora.formats import ANSWERS_CAVEAT, PICTURES_CAVEAT, KeyFormat
 from matryoshka_lora.units import format_size, pluralize
 
 if TYPE_CHECKING:
@@ -127,7 +127,6 @@ def format_errors(
         *format_table(rows),
         f"  error: norm of what is truncated, relative to the norm of the {whole}",
         f"  kept: share of the squared norm of the {whole}",
-        ERROR_CAVEAT,
     ]
 
 
@@ -155,7 +154,7 @@ def format_info(info: LoraInfo) -> str:
     if info.layers:
         lines += ["", *_format_layers(info)]
     errors = {rank: info.errors[rank] for rank in lora.ranks}
-    lines += ["", *format_errors(errors, "update", info.sizes)]
+    lines += ["", *format_errors(errors, "update", info.sizes), _caveat(_is_single_file(lora))]
     return _join_lines(lines)
 
 
@@ -203,7 +202,7 @@ def format_info_folder(info: FolderInfo, max_error: float) -> str:
     lines += [
         f"{pluralize(len(info.loras), 'LoRA')}, {total_size}. At rank "
         f"{info.common_rank(max_error)}, each has a relative error of at most {limit}.",
-        ERROR_CAVEAT,
+        _caveat(all(_is_single_file(lora_info.lora) for lora_info in info.loras.values())),
     ]
     return _join_lines(lines)
 
@@ -213,7 +212,7 @@ def format_export(result: ExportResult) -> str:
     sizes = f"{format_size(result.size_before)} -> {format_size(result.size_after)}"
     lines = [f"{result.path}: {_format_ranks(result)}, {sizes}"]
     if result.format == "ladder":
-        lines += format_errors(result.errors, "update")
+        lines += [*format_errors(result.errors, "update"), ANSWERS_CAVEAT]
     else:
         (error,) = result.errors.values()
         kept = _percent(1 - error**2)
@@ -222,16 +221,19 @@ def format_export(result: ExportResult) -> str:
         lines.append("The output is not smaller than the source.")
     lines += result.notes
     if result.format != "ladder" and any(result.errors.values()):
-        lines.append(ERROR_CAVEAT)
+        lines.append(_caveat(result.format == "single"))
     return _join_lines(lines)
 
 
 def format_export_folder(result: ExportFolderResult) -> str:
     """Return what `matryoshka export` prints for a folder of LoRAs: a line for each."""
-    lines = [
-        format_export(exported).replace(f"\n{ERROR_CAVEAT}", "").replace("\n", "; ")
-        for exported in result.exported
-    ]
+    lines: list[str] = []
+    for exported in result.exported:
+        parts = format_export(exported).split("\n")
+        if exported.format == "ladder":
+            errors = ", ".join(_percent(error) for error in exported.errors.values())
+            parts = [parts[0], f"Relative errors {errors}"]
+        lines.append("; ".join(part for part in parts if part not in _CAVEATS))
     lines += [f"{name} is not a LoRA. Export its content separately." for name in result.skipped]
     size_before = sum(exported.size_before for exported in result.exported)
     size_after = sum(exported.size_after for exported in result.exported)
@@ -239,14 +241,37 @@ def format_export_folder(result: ExportFolderResult) -> str:
         f"{pluralize(len(result.exported), 'LoRA')} exported, {len(result.failed)} failed: "
         f"{format_size(size_before)} -> {format_size(size_after)}"
     )
-    return _join_lines([*lines, ERROR_CAVEAT])
+    are_single_files = all(exported.format == "single" for exported in result.exported)
+    return _join_lines([*lines, _caveat(are_single_files)])
 
 
-def how_to_load(result: ExportResult) -> str:
-    """Return how another program loads an exported LoRA."""
+_CAVEATS = (ANSWERS_CAVEAT, PICTURES_CAVEAT)
+
+
+def _caveat(is_single_file: bool) -> str:
+    """Return what the error does not say."""
+    return PICTURES_CAVEAT if is_single_file else ANSWERS_CAVEAT
+
+
+# The programs that read a key format.
+_READERS: dict[KeyFormat | None, str] = {
+    None: "the program that loaded the original",
+    "kohya": "ComfyUI",
+    "diffusers": "diffusers",
+}
+
+
+def how_to_load(result: ExportResult, key_format: KeyFormat | None = None) -> str:
+    """Return how another program loads an exported LoRA.
+
+    Args:
+        result: The result.
+        key_format: The format of the keys, if it was changed.
+    """
     path = shlex.quote(str(result.path))
+    reader = _READERS.get(key_format)
     commands = {
-        "single": f"load {path} with the program that loaded the original",
+        "single": f"load {path} with {reader}",
         "peft": f"PeftModel.from_pretrained(base_model, {str(result.path)!r})",
         "merged": f"vllm serve {path}",
         "ladder": f"matryoshka serve {path} --dry-run",
@@ -274,8 +299,17 @@ def format_combine(result: CombineResult, names: Sequence[str]) -> str:
         result: The result.
         names: The names of the sources.
     """
-    lines = [f"{result.path}, number of layers: {result.num_layers}", ""]
-    lines += format_errors(result.errors, "sum")
+    error = result.errors[max(result.errors)]
+    lines = [
+        f"{result.path}: {pluralize(result.num_layers, 'layer')}, rank {result.rank}, "
+        f"{format_size(result.size)}, relative error {_percent(error)}"
+    ]
+    if result.rank < result.exact_rank:
+        lines.append(f"The exact sum has rank {result.exact_rank}: --rank sum.")
+    if result.path.is_dir():
+        lines += ["", *format_errors(result.errors, "sum"), ANSWERS_CAVEAT]
+    else:
+        lines.append(PICTURES_CAVEAT)
     if len(names) > 1:
         rows = [["", *(str(number) for number in range(1, len(names) + 1)), ""]]
         for number, (name, cosines) in enumerate(zip(names, result.cosines, strict=True), start=1):
@@ -288,7 +322,7 @@ def format_combine(result: CombineResult, names: Sequence[str]) -> str:
 def format_extract(result: ExtractResult) -> str:
     """Return what `matryoshka extract` prints."""
     lines = [f"{result.path}: {pluralize(len(result.ranks), 'layer')}", ""]
-    lines += format_errors(result.errors, "change")
+    lines += [*format_errors(result.errors, "change"), _caveat(result.path.is_file())]
     lines += result.notes
     if result.rounding_share > 0.001:
         share = _percent(result.rounding_share)
@@ -393,11 +427,15 @@ def _format_ranks(result: ExportResult) -> str:
     return f"rank {low}" if low == high else f"ranks from {low} to {high}, by layer"
 
 
-def _kind_of(lora: LoraFile) -> str:
-    from matryoshka_lora.lora_file.peft_folder import PeftFolder
+def _is_single_file(lora: LoraFile) -> bool:
+    from matryoshka_lora.lora_file.single_file import SingleFile
 
+    return isinstance(lora, SingleFile)
+
+
+def _kind_of(lora: LoraFile) -> str:
     ranks = ", ".join(map(str, lora.ranks))
-    if not isinstance(lora, PeftFolder):
+    if _is_single_file(lora):
         return "a LoRA in a single file"
     if lora.deploy == "paper":
         return f"a nested LoRA adapter in the paper's deployment, usable at ranks {ranks} only"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matryoshka_lora.formats import ERROR_CAVEAT
+from matryoshka_lora.formats import ANSWERS_CAVEAT
 from matryoshka_lora.lora_file.hub import BUNDLED_MODEL, split_hub_id
 from matryoshka_lora.lora_file.lora import NESTING_KEY, OutputPlan
 from matryoshka_lora.lora_file.source_card import (
@@ -19,7 +19,10 @@ from matryoshka_lora.lora_file.source_card import (
 )
 
 _BUNDLED_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_CITATION = "Method: MatryoshkaLoRA ([arXiv 2605.07850](https://arxiv.org/abs/2605.07850))."
+_CITATION = (
+    "Nested LoRA adapters are from MatryoshkaLoRA "
+    "([arXiv 2605.07850](https://arxiv.org/abs/2605.07850))."
+)
 # The Hub's name for what a model of a task type computes.
 _PIPELINE_TAGS = {
     "CAUSAL_LM": "text-generation",
@@ -143,7 +146,7 @@ def _nested_paragraphs(plan: OutputPlan, errors: Mapping[int, float]) -> list[st
         available = f"every rank from 1 to {plan.rank}, in the order `{nesting['order']}`"
     rows = ["| rank | relative error of the update |", "|---|---|"]
     rows += [f"| {rank} | {error:.1%} |" for rank, error in errors.items()]
-    rows += ["", ERROR_CAVEAT]
+    rows += ["", ANSWERS_CAVEAT]
     return [
         f"The adapter is nested: it can be deployed at {available}. To write another rank:",
         "```\nmatryoshka export THIS_FOLDER --rank RANK --output OUTPUT\n```",

@@ -73,9 +73,10 @@ def updated_metadata(
             updated[key] = hash_placeholder(key)
     updated.update(_rank_fields(metadata, new_layers, alpha))
     is_converted = any(layer.kind != "LoRA" for layer in layers)
-    if is_converted and not other_keys and "ss_network_module" in metadata:
-        updated["ss_network_module"] = "networks.lora"  # was lycoris.kohya, with an algorithm
-        updated.pop(_NETWORK_ARGS_KEY, None)
+    if is_converted and not other_keys:
+        updated.pop(_NETWORK_ARGS_KEY, None)  # the algorithm
+        if "ss_network_module" in metadata:
+            updated["ss_network_module"] = "networks.lora"  # was lycoris.kohya
     if any(key.startswith("ss_") for key in metadata):
         comments = (metadata.get(_COMMENT_KEY), _describe_change(layers, new_layers))
         updated[_COMMENT_KEY] = "; ".join(comment for comment in comments if comment)

@@ -37,6 +37,15 @@ _KEY_END = re.compile(r"\.[^.]+(\.(weight|bias|default))*$")
 _FP16_RANGE = (2.0**-11, 2.0**15)
 
 
+def matching_patterns(lora: LoraFile, patterns: Iterable[str]) -> list[str]:
+    """Return the patterns that match a layer, or another tensor of a single file."""
+    names = {layer.name for layer in lora.layers}
+    if isinstance(lora, SingleFile):
+        for key in lora.other_tensors:
+            names |= _possible_names(key)
+    return [pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)]
+
+
 def drop_layers(lora: LoraFile, patterns: Iterable[str]) -> LoraFile:
     """Return a LoRA without some layers.
 

@@ -48,6 +48,9 @@ class CombineResult:
     Attributes:
         path: The folder or file.
         num_layers: The number of its layers.
+        size: The size of its weights in bytes.
+        rank: Its largest rank.
+        exact_rank: The rank with which it would be the exact sum.
         errors: The relative error of each nested rank: the norm of what it misses over the norm of
             the sum.
         cosines: The cosine between the updates of each pair of sources, shape (sources, sources):
@@ -57,6 +60,9 @@ class CombineResult:
 
     path: Path
     num_layers: int
+    size: int
+    rank: int
+    exact_rank: int
     errors: dict[int, float]
     cosines: Float64Array
 
@@ -123,8 +129,15 @@ def combine(
     else:
         plan = total.plan(min(rank, total.max_rank))
     written = plan.write(path, force)
-    errors = written.relative_errors(nesting.ranks)
-    return CombineResult(path, len(total.layers), errors, _cosines(loras))
+    return CombineResult(
+        path,
+        num_layers=len(total.layers),
+        size=plan.file_size,
+        rank=plan.rank,
+        exact_rank=total.max_rank,
+        errors=written.relative_errors(nesting.ranks),
+        cosines=_cosines(loras),
+    )
 
 
 def _default_rank(loras: Sequence[LoraFile]) -> int:

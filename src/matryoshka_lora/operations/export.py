@@ -132,14 +132,15 @@ def export(
     has_other_change = bool(key_format or dtype or drop or scale)
     check_request(request, output_format, pad=pad, has_other_change=has_other_change)
     changed = _change_layers(lora, output_format, request.rank if pad else None, dtype, drop, scale)
+    notes = _notes_on_layers(changed, lora)
     if isinstance(changed, SingleFile) and key_format is not None:
         converted = convert_keys(changed, key_format)
         if request.is_empty and converted.layers == lora.layers:
             raise MatryoshkaError(f"{lora.name} has keys of the {key_format} format already.")
+        notes += _notes_on_keys(changed, converted, key_format)
         changed = converted
 
     ranks: dict[str, int] | tuple[int, ...]
-    notes: list[str] = []
     if output_format == "ladder":
         ranks = ladder_ranks(changed, rank)
         errors = _write_ladder(changed, output_path, ranks, force)
@@ -153,7 +154,7 @@ def export(
             changed, plan, output_path, output_format, base_model, base_revision, force
         )
         errors = {plan.rank: written.relative_error()}
-        notes = _notes(changed, lora, ranks, request, output_format)
+        notes += _notes_on_output(changed, ranks, request, output_format)
     size_after = _weights_size(output_path)
     return ExportResult(
         output_path, output_format, ranks, size_before, size_after, errors, tuple(notes)
@@ -240,17 +241,28 @@ def _write_ladder(
     return errors
 
 
-def _notes(
-    lora: LoraFile,
-    source: LoraFile,
-    ranks: Mapping[str, int],
-    request: RankRequest,
-    output_format: OutputFormat,
-) -> list[str]:
+def _notes_on_layers(lora: LoraFile, source: LoraFile) -> list[str]:
+    """Return what happened to the layers of the source, before their keys are converted."""
     notes = list(lora.notes) if isinstance(lora, SingleFile) else []
     if len(lora.layers) < len(source.layers):
         dropped = pluralize(len(source.layers) - len(lora.layers), "layer")
         notes.append(f"Left out {dropped} of {len(source.layers)}.")
+    return notes
+
+
+def _notes_on_keys(lora: LoraFile, converted: LoraFile, key_format: KeyFormat) -> list[str]:
+    if len(converted.layers) == len(lora.layers):
+        return []
+    return [
+        f"The {pluralize(len(lora.layers), 'layer')} are {len(converted.layers)} in the "
+        f"{key_format} format, which has other layers for queries, keys and values."
+    ]
+
+
+def _notes_on_output(
+    lora: LoraFile, ranks: Mapping[str, int], request: RankRequest, output_format: OutputFormat
+) -> list[str]:
+    notes: list[str] = []
     if lora.other_tensors and output_format == "single":
         tensors = pluralize(len(lora.other_tensors), "other tensor")
         notes.append(f"Copied {tensors} unchanged, such as {min(lora.other_tensors)}.")

@@ -6,17 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from tqdm import tqdm
 
 from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list
 from matryoshka_lora.formats import DtypeName, Format, KeyFormat
 from matryoshka_lora.lora_file.atomic import PathLike, create_folder
+from matryoshka_lora.lora_file.lora import LoraFile
 from matryoshka_lora.lora_file.open import find_loras, open_lora
+from matryoshka_lora.lora_file.transforms import matching_patterns
 from matryoshka_lora.operations.export import ExportResult, export
 from matryoshka_lora.operations.output_format import EXPORT_FORMATS, FILE_SUFFIXES
-from matryoshka_lora.operations.rank_choice import check_request, parse_request
+from matryoshka_lora.operations.rank_choice import RankRequest, check_request, parse_request
 from matryoshka_lora.units import pluralize
 
 
@@ -69,8 +71,8 @@ def export_folder(
         max_bytes: As in `export`, for each LoRA.
         pad: As in `export`.
         dtype: As in `export`.
-        drop: As in `export`.
-        scale: As in `export`.
+        drop: As in `export`. A pattern may match no layer of some LoRAs.
+        scale: As in `export`. A pattern may match no layer of some LoRAs.
         key_format: As in `export`.
         base_model: As in `export`.
         base_revision: As in `export`.
@@ -80,16 +82,17 @@ def export_folder(
         MatryoshkaError: The source contains no LoRAs, the output already exists, or no LoRA could
             be exported.
     """
-    if format is not None:
-        check_choice("format", format, get_args(Format))
     loras = find_loras(source)
-    _check_folders(source, loras, output)
+    _check_arguments(source, loras, output, format)
     output_path = Path(output)
     # A mistake that no LoRA is the reason of is one error.
     drop = check_list("drop", drop)
+    scale = dict(scale or {})
+    _check_patterns(source, loras, [*drop, *scale])
     has_other_change = bool(key_format or dtype or drop or scale)
     request = parse_request(rank, keep, error, max_bytes)
     check_request(request, format or "peft", pad=pad, has_other_change=has_other_change)
+    only_patterns = request.is_empty and not (key_format or dtype)
     exported: list[ExportResult] = []
     failed: dict[str, str] = {}
     skipped = _other_folders(source, loras)  # before the output, which may be in the source
@@ -97,18 +100,19 @@ def export_folder(
         for path in tqdm(loras, "exporting", leave=False, unit=" LoRAs", disable=None):
             name = _output_name(path, format, key_format)
             try:
+                changes = _changes_for(open_lora(path), request, pad, drop, scale, only_patterns)
                 result = export(
                     path,
                     temporary / name,
-                    rank if pad else _limit_rank(rank, path),
+                    changes.rank,
                     format,
                     keep=keep,
                     error=error,
                     max_bytes=max_bytes,
                     pad=pad,
                     dtype=dtype,
-                    drop=drop,
-                    scale=scale,
+                    drop=changes.drop,
+                    scale=changes.scale,
                     key_format=key_format,
                     base_model=base_model,
                     base_revision=base_revision,
@@ -120,6 +124,16 @@ def export_folder(
         if not exported:
             raise _nothing_exported_error(source, loras[0].name, failed)
     return ExportFolderResult(output_path, tuple(exported), failed, skipped)
+
+
+def _check_patterns(source: PathLike, loras: Sequence[Path], patterns: Sequence[str]) -> None:
+    """Raise MatryoshkaError if a pattern matches no layer of any LoRA."""
+    unused = set(patterns)
+    for path in loras if patterns else []:
+        with suppress(MatryoshkaError):  # its own export reports it
+            unused.difference_update(matching_patterns(open_lora(path), patterns))
+    for pattern in sorted(unused):
+        raise MatryoshkaError(f"{pattern!r:.80} matches no layer of the LoRAs in {source}.")
 
 
 def _other_folders(source: PathLike, loras: Sequence[Path]) -> tuple[str, ...]:
@@ -137,7 +151,11 @@ def _nothing_exported_error(
     )
 
 
-def _check_folders(source: PathLike, loras: Sequence[Path], output: PathLike) -> None:
+def _check_arguments(
+    source: PathLike, loras: Sequence[Path], output: PathLike, format: Format | None
+) -> None:
+    if format is not None:
+        check_choice("format", format, get_args(Format))
     if not loras:
         raise MatryoshkaError(f"{source} contains no LoRAs. Pass a folder that contains some.")
     suffix = Path(output).suffix
@@ -165,8 +183,37 @@ def _output_name(path: Path, format: Format | None, key_format: KeyFormat | None
     return path.name
 
 
-def _limit_rank(rank: int | Sequence[int] | None, path: Path) -> int | Sequence[int] | None:
-    """Return a rank that is at most the largest of a LoRA. Several ranks are not changed."""
-    if rank is None or isinstance(rank, Sequence):
-        return rank
-    return min(rank, open_lora(path).max_rank)
+class _Changes(NamedTuple):
+    """The arguments of `export` that depend on the LoRA."""
+
+    rank: int | Sequence[int] | None
+    drop: list[str]
+    scale: dict[str, float]
+
+
+def _changes_for(
+    lora: LoraFile,
+    request: RankRequest,
+    pad: bool,
+    drop: Sequence[str],
+    scale: Mapping[str, float],
+    only_patterns: bool,
+) -> _Changes:
+    """Return the patterns that match a LoRA, and a rank that it has.
+
+    Args:
+        lora: The LoRA.
+        request: The requested ranks.
+        pad: Whether a smaller LoRA gets the requested rank.
+        drop: The patterns of the layers that are left out.
+        scale: The factor by the pattern of the layers that are scaled.
+        only_patterns: Whether nothing else is requested.
+    """
+    lora_drop = matching_patterns(lora, drop)
+    lora_scale = {pattern: scale[pattern] for pattern in matching_patterns(lora, scale)}
+    rank = request.rank
+    if isinstance(rank, int) and not pad:
+        rank = min(rank, lora.max_rank)
+    elif only_patterns and not (lora_drop or lora_scale):
+        rank = lora.max_rank  # nothing changes
+    return _Changes(rank, lora_drop, lora_scale)
