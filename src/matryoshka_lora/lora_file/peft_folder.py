@@ -39,6 +39,9 @@ from matryoshka_lora.lora_file.source_card import (
 )
 from matryoshka_lora.nesting import Nesting, check_rank, is_valid_scale
 
+TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+"""The fields of PEFT's config that select the layers."""
+
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 

@@ -20,7 +20,7 @@ from matryoshka_lora.algebra.arrays import Array
 from matryoshka_lora.errors import MatryoshkaError, check_choice
 from matryoshka_lora.formats import DtypeName
 from matryoshka_lora.lora_file.lora import Layer, LoraFile, OutputPlan
-from matryoshka_lora.lora_file.peft_folder import PeftFolder
+from matryoshka_lora.lora_file.peft_folder import TARGET_FIELDS, PeftFolder
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 from matryoshka_lora.lora_file.single_file import SingleFile
 
@@ -29,8 +29,6 @@ _DTYPES: dict[DtypeName, np.dtype[Any]] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "fp16": np.dtype(np.float16),
 }
-# The fields of PEFT's config that select the layers.
-_TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # The end of a key of a single file, after the module's name: `.alpha`, `.lora_mid.weight`.
 _KEY_END = re.compile(r"\.[^.]+(\.(weight|bias|default))*$")
 # Where the largest element of a factor lies outside, fp16 overflows, or has few digits for it.
@@ -111,7 +109,7 @@ def _config_of_layers(lora: PeftFolder) -> dict[str, Any]:
             f"{lora.name} has target_parameters, whose layers cannot be left out. Omit `drop`."
         )
     names = [layer.name for layer in lora.layers]
-    return {**lora.config, **dict.fromkeys(_TARGET_FIELDS), "target_modules": names}
+    return {**lora.config, **dict.fromkeys(TARGET_FIELDS), "target_modules": names}
 
 
 def scale_layers(lora: LoraFile, factors: Mapping[str, float]) -> LoraFile:

@@ -20,7 +20,7 @@ from matryoshka_lora.lora_file.atomic import PathLike, check_output
 from matryoshka_lora.lora_file.keys.matching import match_key_formats
 from matryoshka_lora.lora_file.lora import Layer, LoraFile
 from matryoshka_lora.lora_file.open import open_lora
-from matryoshka_lora.lora_file.peft_folder import PeftFolder
+from matryoshka_lora.lora_file.peft_folder import TARGET_FIELDS, PeftFolder
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 from matryoshka_lora.lora_file.single_file import SingleFile
 from matryoshka_lora.lora_file.single_file_metadata import combined_metadata
@@ -29,9 +29,6 @@ from matryoshka_lora.operations.output_format import check_same_kind
 from matryoshka_lora.operations.weight_changes import is_weight_change, sum_weight_changes
 from matryoshka_lora.progress import progress_bar, single_threaded
 
-# The fields of PEFT's config that select the layers. If they differ between the sources, the
-# layers of the output are listed by name instead.
-_TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # The fields that change what a pair of factors means in the model.
 _MEANING_FIELDS = (
     "base_model_name_or_path",
@@ -294,10 +291,11 @@ def _merge_configs(configs: Sequence[dict[str, Any]], layers: Sequence[Layer]) -
     """Return the first config, changed so that its targets are all layers of the sum."""
     first = configs[0]
     for config in configs:
-        if any(config.get(field) != first.get(field) for field in _TARGET_FIELDS):
+        if any(config.get(field) != first.get(field) for field in TARGET_FIELDS):
+            # The layers are listed by name instead.
             # PEFT selects stacks of experts by target_parameters.
             names = [layer.name for layer in layers if layer.num_experts == 1]
-            return {**first, **dict.fromkeys(_TARGET_FIELDS), "target_modules": names}
+            return {**first, **dict.fromkeys(TARGET_FIELDS), "target_modules": names}
     return first
 
 
