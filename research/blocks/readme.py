@@ -54,29 +54,30 @@ def readme_findings() -> str:
     """The bullets below the table: harder tests, what the rivals are, and P."""
     method = trained_method("capacity")
     trained, lora = _median_at_rank_2(method), _median_at_rank_2(LORA_EACH)
-    at_2, at_1_of_512, at_2_of_512 = (
-        points(trained_minus(study, "lora/squeezed", accuracy_at(rank)), "+")
-        for study, rank in (("capacity", 2), ("every512", 1), ("every512", 2))
-    )
+    minus_squeezed = [
+        f"{points(trained_minus(study, 'lora/squeezed', accuracy_at(1)), '+')} and "
+        f"{points(trained_minus(study, 'lora/squeezed', accuracy_at(2)), '+')}"
+        for study in ("every256", "capacity", "every512")
+    ]
     shares = stats.values(curves("every256"), LORA_EACH, accuracy_at(1)).values()
     gain = points(p_kept_minus_lora(accuracy_at(1)))
     file = read("docs/reorder.json")["whole file, R = 64"]
     sentences = [
-        f"* **Shrinking** a file of Flux's size from {file['bytes_before'] / 1e6:.0f} to "
-        f"{file['bytes_after'] / 1e6:.0f} MB, rank 64 to 8, takes {file['cpu_seconds']:.0f} "
-        "seconds of CPU time. [Other tools](docs/performance.md#files).",
-        f"* **Harder tests.** With fewer numbers to train, {train_ranks_name(method)} has "
-        f"{trained} % at rank 2, and LoRA trained at rank 2 {lora} %. `train_ranks` minus",
-        "  [LoRA-Squeeze](https://arxiv.org/abs/2602.10993), our variant, is there "
-        f"{at_2} points at rank 2. With 512 facts it is {at_1_of_512} and {at_2_of_512} at the "
-        "ranks 1 and 2.",
+        "* **Shrinking** a file of random factors in Flux's shapes from "
+        f"{file['bytes_before'] / 1e6:.0f} to {file['bytes_after'] / 1e6:.0f} MB, rank 64 to 8, "
+        f"takes {file['cpu_seconds']:.0f} seconds of CPU time. "
+        "[Other tools](docs/performance.md#files).",
+        "* **`train_ranks` minus [LoRA-Squeeze](https://arxiv.org/abs/2602.10993)**, our variant, "
+        f"means at the ranks 1 and 2, in points: {minus_squeezed[0]} on the facts;",
+        f"  {minus_squeezed[1]} with fewer numbers to train; {minus_squeezed[2]} with 512 facts.",
+        f"* **With fewer numbers to train**, {train_ranks_name(method)} has {trained} % at rank 2, "
+        f"and LoRA trained at rank 2 {lora} % (medians of 5 seeds).",
         "* **LoRA trained at the rank** is unstable on the facts: "
-        f"{100 * min(shares):.1f} to {100 * max(shares):.1f} % at rank 1. It is run again with "
-        "other warmups.",
-        "* **P**, the diagonal of the [paper](https://arxiv.org/abs/2605.07850), kept and "
-        f"truncated to rank 1, has {gain} points more than LoRA on the sums,",
-        "  at one rate and three seeds. After `reorder`, their AURAC does [not "
-        "differ](docs/results.md#p-and-plain-lora); single ranks do.",
+        f"{100 * min(shares):.1f} to {100 * max(shares):.1f} % at rank 1.",
+        "* **P.** Adapters trained with the diagonal P of the [paper]"
+        "(https://arxiv.org/abs/2605.07850), truncated to rank 1 with P multiplied in, have",
+        f"  {gain} points more than LoRA on the sums, at one rate, three seeds. After `reorder` "
+        "no difference [in the mean over the ranks](docs/results.md#p-and-plain-lora) was found.",
     ]
     return "\n".join(sentences)
 

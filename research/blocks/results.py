@@ -65,8 +65,9 @@ def facts256_findings() -> str:
     seconds = relative_seconds("every256", method)
     return (
         f"* {train_ranks_name(method)} takes rank 1 from nothing to {rank_1:.1f} % for half a "
-        f"run's tokens, and {seconds:.1f} times a run's\n  seconds in all: on two layers, a step "
-        "of 8 examples takes more than a quarter of the time of one of 32. Its\n  curve is nearly "
+        f"run's tokens, and {seconds:.1f} times a run's\n  seconds in all (the median; the machine "
+        "is shared): on two layers, a step of 8 examples takes more than\n  a quarter of the time "
+        "of one of 32. Its curve is nearly "
         f"monotone: no rank of any seed has more than {largest_fall:.1f} points less than the "
         "next smaller one.\n  That does not make it good at every rank."
     )
@@ -83,7 +84,7 @@ def facts256_reference() -> str:
     return (
         "* **LoRA trained at the rank** is unstable at the ranks 1 and 2: its seeds have "
         f"{min(reference_1):.1f} to {max(reference_1):.1f} % and\n  {min(reference_2):.1f} to "
-        f"{max(reference_2):.1f} %. This is a fault of the reference, and no merit of "
+        f"{max(reference_2):.1f} %. The cause is not known. It is no merit of "
         f"{train_ranks_name(method)}, whose best seeds have\n  only {best_1:.1f} and "
         f"{best_2:.1f} %. It is run again with warmups of 0, 5 and 20 %, a finer grid of rates "
         "and\n  four validation seeds ([studies](../research/studies/reference-warmup-5.yaml))."
@@ -146,9 +147,9 @@ def capacity_findings() -> str:
     """What the table of two kinds of layers says, and of which runs its rows are."""
     at_rank_2 = trained_minus("capacity", LORA_EACH, accuracy_at(2))
     findings = (
-        "* **One nested adapter is not good at all ranks here.** At rank 2, it has "
-        f"{points_less(at_rank_2)} points less than LoRA trained there. That has\n  a whole run "
-        "for rank 2; `train_ranks` has half a run for ten ranks."
+        "* **One nested adapter is not as good as a whole run at rank 2.** It has "
+        f"{points_less(at_rank_2)} points less than LoRA trained there, which has\n  a whole run "
+        "for this rank; `train_ranks` has half a run for ten ranks."
     )
     plain = chosen_rate("capacity", "lora/svd")
     trained = chosen_rate("capacity", trained_method("capacity"))
@@ -243,10 +244,10 @@ def three_tasks_findings() -> str:
     ]
     return "\n".join(
         [
-            f"* **Reordering does the work.** One SVD adds {gains[0]}, {gains[1]} and {gains[2]} "
+            f"* **Reordering does most of it.** One SVD adds {gains[0]}, {gains[1]} and {gains[2]} "
             "points to the same adapters of plain LoRA,\n  truncated, at the rate that is best "
             "for `reorder`. In the table, each row has the rate that is best for it.",
-            "* **New examples are worth more than any order** on `family_relationships`: half a "
+            "* **New examples add more** on `family_relationships`, after `reorder`: half a "
             f"run more adds {longer} points.",
             f"* **{train_ranks_name(method)}** takes up to {max(shares):.1f} % of a run's tokens "
             f"here. On `family_relationships` it changes the loss\n  at rank 1 by {loss} nats.",

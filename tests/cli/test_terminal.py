@@ -15,17 +15,18 @@ from matryoshka_lora import (
     TrainRanksResult,
     select,
 )
-from matryoshka_lora.cli.terminal import (
+from matryoshka_lora.cli.file_results import (
     format_errors,
-    format_evaluation,
     format_export,
     format_export_folder,
     format_extract,
-    format_selection,
-    format_table,
-    format_train_ranks,
-    with_flags,
 )
+from matryoshka_lora.cli.model_results import (
+    format_evaluation,
+    format_selection,
+    format_train_ranks,
+)
+from matryoshka_lora.cli.terminal import format_table, with_flags
 from matryoshka_lora.evaluation.results import Metric, TaskResult
 
 

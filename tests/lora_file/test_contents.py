@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from matryoshka_lora import info
-from matryoshka_lora.cli.terminal import format_info
+from matryoshka_lora.cli.file_results import format_info
 from matryoshka_lora.lora_file.contents import modules_by_kind
 
 

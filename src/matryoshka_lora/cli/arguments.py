@@ -85,7 +85,7 @@ DropOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATTERN",
-        help="Leave out the layers whose names match, such as 'lora_te*'. The option may be "
+        help="Leave out the layers whose names match, such as `lora_te*`. The option may be "
         "repeated.",
     ),
 ]
@@ -93,7 +93,7 @@ ScaleOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATTERN=FACTOR",
-        help="Multiply the update of the layers whose names match, such as '*_blocks_1_*=0.5'. "
+        help="Multiply the update of the layers whose names match, such as `*_blocks_1_*=0.5`. "
         "The option may be repeated; the last pattern that matches a layer counts.",
     ),
 ]

@@ -31,7 +31,7 @@ from matryoshka_lora.cli.arguments import (
     parse_scale,
     parse_weights,
 )
-from matryoshka_lora.cli.terminal import (
+from matryoshka_lora.cli.file_results import (
     format_combine,
     format_export,
     format_export_folder,
@@ -39,10 +39,8 @@ from matryoshka_lora.cli.terminal import (
     format_info,
     format_info_folder,
     how_to_load,
-    print_line,
-    print_next,
-    revision_option,
 )
+from matryoshka_lora.cli.terminal import print_line, print_next, revision_option
 from matryoshka_lora.formats import ImageKeyFormat
 
 if TYPE_CHECKING:
@@ -104,8 +102,13 @@ def _print_next_of_folder(folder: Path, folder_info: FolderInfo, max_error: floa
     output = f"{folder.resolve().name}-small"
     if all(isinstance(value.lora, SingleFile) for value in folder_info.loras.values()):
         print_next("export", folder, "--error", f"{100 * max_error:.4g}%", "-o", output)
-    else:
-        print_next("export", folder, "--rank", folder_info.common_rank(max_error), "-o", output)
+        return
+    from matryoshka_lora.serve import round_up_to_vllm
+
+    # A server of vLLM reserves as much memory for rank 17 as for rank 32.
+    rank = round_up_to_vllm(folder_info.common_rank(max_error))
+    if rank < max(value.lora.max_rank for value in folder_info.loras.values()):
+        print_next("export", folder, "--rank", rank, "-o", output)
 
 
 def _print_next_of_info(lora: Path, result: LoraInfo, revision: str | None) -> None:

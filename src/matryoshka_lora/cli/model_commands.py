@@ -20,10 +20,12 @@ from matryoshka_lora.cli.arguments import (
     parse_ranks,
     parse_ranks_or_all,
 )
-from matryoshka_lora.cli.terminal import (
+from matryoshka_lora.cli.model_results import (
     format_evaluation,
     format_selection,
     format_train_ranks,
+)
+from matryoshka_lora.cli.terminal import (
     is_main_process,
     print_line,
     print_loading,

@@ -51,6 +51,14 @@ class TrainRanksResult:
     losses_before: dict[int, float]
     losses_after: dict[int, float] | None
 
+    def __str__(self) -> str:
+        """Return the outcome, and the validation loss of each nested rank."""
+        losses: list[str] = []
+        for rank, loss in self.losses_before.items():
+            after = self.losses_after[rank] if self.losses_after else None
+            losses.append(f"{rank}: {loss:.3f}" + (f" -> {after:.3f}" if after is not None else ""))
+        return f"{self.outcome}; validation loss of each rank: {', '.join(losses)}"
+
     @property
     def num_examples(self) -> int:
         """The number of examples that were trained on, repetitions included."""

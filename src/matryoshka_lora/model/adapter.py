@@ -145,7 +145,7 @@ class NestedAdapter:
         Args:
             output: Where the adapter will be saved. If this path exists, that is an error when the
                 training begins, instead of at its end.
-            force: Whether `save` will overwrite it.
+            force: Whether `save` will overwrite it; pass it there too.
         """
         # transformers' Trainer is slow to import.
         from matryoshka_lora.training.callback import NestingCallback

@@ -126,6 +126,8 @@ def combine(
     else:
         plan = total.plan(min(rank, total.max_rank))
     written = plan.write(path, force)
+    if not any(squared_errors[0] for squared_errors in written.squared_errors.values()):
+        warnings.warn("The sum is zero: the weighted updates cancel.", stacklevel=2)
     return CombineResult(
         path,
         num_layers=len(total.layers),
@@ -156,7 +158,8 @@ def _check_weights(
     values = check_list("weights", weights)
     if len(values) != num_sources:
         raise MatryoshkaError(
-            f"Got {len(values)} weights for {num_sources} sources. Pass one weight per source."
+            f"Got {len(values)} weights for {num_sources} sources. Pass one weight per source, "
+            "such as 1,0.5 for two."
         )
     return [_check_weight(value) for value in values]
 

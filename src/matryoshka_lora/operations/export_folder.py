@@ -13,8 +13,10 @@ from tqdm import tqdm
 from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list
 from matryoshka_lora.formats import DtypeName, Format, KeyFormat
 from matryoshka_lora.lora_file.atomic import PathLike, create_folder
+from matryoshka_lora.lora_file.keys.formats import has_key_format
 from matryoshka_lora.lora_file.lora import LoraFile
 from matryoshka_lora.lora_file.open import find_loras, open_lora
+from matryoshka_lora.lora_file.single_file import SingleFile
 from matryoshka_lora.lora_file.transforms import matching_patterns
 from matryoshka_lora.operations.export import ExportResult, export
 from matryoshka_lora.operations.output_format import EXPORT_FORMATS, FILE_SUFFIXES
@@ -64,7 +66,8 @@ def export_folder(
     Args:
         source: A folder of PEFT folders and single files.
         output: The folder to write.
-        rank: As in `export`; a LoRA of a smaller rank keeps its own.
+        rank: As in `export`; a LoRA of a smaller rank keeps its own. A ladder has
+            the ranks that the LoRA has.
         format: As in `export`.
         keep: As in `export`.
         error: As in `export`.
@@ -84,7 +87,6 @@ def export_folder(
     """
     loras = find_loras(source)
     _check_arguments(source, loras, output, format)
-    output_path = Path(output)
     # A mistake that no LoRA is the reason of is one error.
     drop = check_list("drop", drop)
     scale = dict(scale or {})
@@ -92,7 +94,6 @@ def export_folder(
     has_other_change = bool(key_format or dtype or drop or scale)
     request = parse_request(rank, keep, error, max_bytes)
     check_request(request, format or "peft", pad=pad, has_other_change=has_other_change)
-    only_patterns = request.is_empty and not (key_format or dtype)
     exported: list[ExportResult] = []
     failed: dict[str, str] = {}
     skipped = _other_folders(source, loras)  # before the output, which may be in the source
@@ -100,7 +101,9 @@ def export_folder(
         for path in tqdm(loras, "exporting", leave=False, unit=" LoRAs", disable=None):
             name = _output_name(path, format, key_format)
             try:
-                changes = _changes_for(open_lora(path), request, pad, drop, scale, only_patterns)
+                changes = _changes_for(
+                    open_lora(path), request, pad, drop, scale, dtype, key_format
+                )
                 result = export(
                     path,
                     temporary / name,
@@ -120,10 +123,10 @@ def export_folder(
             except MatryoshkaError as failure:
                 failed[path.name] = str(failure)
             else:
-                exported.append(replace(result, path=output_path / name))
+                exported.append(replace(result, path=Path(output) / name))
         if not exported:
             raise _nothing_exported_error(source, loras[0].name, failed)
-    return ExportFolderResult(output_path, tuple(exported), failed, skipped)
+    return ExportFolderResult(Path(output), tuple(exported), failed, skipped)
 
 
 def _check_patterns(source: PathLike, loras: Sequence[Path], patterns: Sequence[str]) -> None:
@@ -197,7 +200,8 @@ def _changes_for(
     pad: bool,
     drop: Sequence[str],
     scale: Mapping[str, float],
-    only_patterns: bool,
+    dtype: DtypeName | None,
+    key_format: KeyFormat | None,
 ) -> _Changes:
     """Return the patterns that match a LoRA, and a rank that it has.
 
@@ -207,13 +211,24 @@ def _changes_for(
         pad: Whether a smaller LoRA gets the requested rank.
         drop: The patterns of the layers that are left out.
         scale: The factor by the pattern of the layers that are scaled.
-        only_patterns: Whether nothing else is requested.
+        dtype: The requested dtype of the factors.
+        key_format: The requested format of the keys.
     """
+    has_other_change = dtype is not None or _changes_keys(lora, key_format)
     lora_drop = matching_patterns(lora, drop)
     lora_scale = {pattern: scale[pattern] for pattern in matching_patterns(lora, scale)}
     rank = request.rank
-    if isinstance(rank, int) and not pad:
+    if isinstance(rank, Sequence):
+        rank = [value for value in rank if value <= lora.max_rank] or [lora.max_rank]
+    elif rank is not None and not pad:
         rank = min(rank, lora.max_rank)
-    elif only_patterns and not (lora_drop or lora_scale):
-        rank = lora.max_rank  # nothing changes
+    elif request.is_empty and not (lora_drop or lora_scale or has_other_change):
+        rank = lora.max_rank  # it is only rewritten
     return _Changes(rank, lora_drop, lora_scale)
+
+
+def _changes_keys(lora: LoraFile, key_format: KeyFormat | None) -> bool:
+    """Return whether a LoRA gets other keys."""
+    if key_format is None:
+        return False
+    return not isinstance(lora, SingleFile) or not has_key_format(lora, key_format)

@@ -21,6 +21,7 @@ from matryoshka_lora.lora_file.contents import (
     layers_by_part,
     modules_by_kind,
 )
+from matryoshka_lora.lora_file.keys.naming import find_models
 from matryoshka_lora.lora_file.lora import Layer, LoraFile
 from matryoshka_lora.lora_file.open import find_loras, open_lora
 from matryoshka_lora.lora_file.peft_folder import PeftFolder
@@ -73,6 +74,13 @@ class LoraInfo:
     trigger_words: tuple[str, ...]
 
     @property
+    def likely_models(self) -> list[str]:
+        """The image and video models that have the layers of a single file."""
+        if isinstance(self.lora, PeftFolder):
+            return []
+        return [model.name for model in find_models([layer.name for layer in self.lora.layers])]
+
+    @property
     def layers_by_kind(self) -> dict[str, int]:
         """The number of layers of each kind, such as ``"LoRA"``; see `layers_by_kind`."""
         return layers_by_kind(self.lora.layers)
@@ -112,6 +120,7 @@ class LoraInfo:
             "name": lora.name,
             "kind": "peft" if isinstance(lora, PeftFolder) else "single",
             "base_model": self.base_model,
+            "likely_models": self.likely_models,
             "trigger_words": list(self.trigger_words),
             "bytes": lora.size,
             "dtypes": self.dtypes,

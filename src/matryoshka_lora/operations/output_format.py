@@ -32,7 +32,8 @@ class ExportFormat:
 
 
 # A new format needs: its name in formats.Format and formats.OutputFormat, an entry here, a writer
-# that export._write calls, the help of the option in cli/arguments.py, and terminal.how_to_load.
+# that export._write calls, the help of the option in cli/arguments.py, and how_to_load in
+# cli/file_results.py.
 EXPORT_FORMATS: dict[OutputFormat, ExportFormat] = {
     "peft": ExportFormat(supports_keep=True, supports_max_bytes=True, supports_dtype=True),
     "single": ExportFormat(

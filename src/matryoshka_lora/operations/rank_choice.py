@@ -70,7 +70,10 @@ def check_request(
         has_other_change: Whether something else than the ranks changes, such as the dtype.
     """
     if request.is_empty and not has_other_change and output_format in ("peft", "single"):
-        raise MatryoshkaError("Pass at least one of `rank`, `keep`, `error` or `max_bytes`.")
+        raise MatryoshkaError(
+            "Pass at least one of `rank`, `keep`, `error`, `max_bytes`, `dtype`, `drop`, `scale` "
+            "or `key_format`."
+        )
     if isinstance(request.rank, Sequence) and output_format != "ladder":
         raise MatryoshkaError(
             f"`rank` must be an integer in format {output_format!r}, got {request.rank!r:.80}. "

@@ -103,6 +103,11 @@ def convert_keys(lora: SingleFile, key_format: KeyFormat) -> SingleFile | PeftFo
     return with_layers(lora, layers)
 
 
+def has_key_format(lora: SingleFile, key_format: KeyFormat) -> bool:
+    """Return whether a file has the keys of a format already."""
+    return convert_keys(lora, key_format).layers == lora.layers
+
+
 def with_layers(lora: SingleFile, layers: tuple[Layer, ...]) -> SingleFile:
     """Return a file with renamed layers."""
     metadata = dict(lora.metadata)

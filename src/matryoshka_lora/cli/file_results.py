@@ -1,0 +1,276 @@
+"""Format the results of commands on files."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from matryoshka_lora.cli.terminal import format_percent, format_table, join_lines
+from matryoshka_lora.formats import ANSWERS_CAVEAT, PICTURES_CAVEAT, KeyFormat
+from matryoshka_lora.units import format_size, pluralize
+
+if TYPE_CHECKING:
+    from matryoshka_lora.lora_file.lora import LoraFile
+    from matryoshka_lora.operations.combine import CombineResult
+    from matryoshka_lora.operations.export import ExportResult
+    from matryoshka_lora.operations.export_folder import ExportFolderResult
+    from matryoshka_lora.operations.extract import ExtractResult
+    from matryoshka_lora.operations.info import FolderInfo, LoraInfo
+
+
+def format_errors(
+    errors: Mapping[int, float], whole: str, sizes: Mapping[int, int] | None = None
+) -> list[str]:
+    """Return a table of the relative error, and of the file size, at each rank.
+
+    Args:
+        errors: The relative error by rank.
+        whole: What the error is relative to, such as ``"update"``.
+        sizes: The size in bytes by rank.
+    """
+    rows = [["rank", "size", "error", "kept"]]
+    for rank, error in errors.items():
+        size = format_size(sizes[rank]) if sizes else ""
+        rows.append([str(rank), size, format_percent(error), format_percent(1 - error**2)])
+    if not sizes:
+        rows = [[row[0], *row[2:]] for row in rows]
+    return [
+        *format_table(rows),
+        f"  error: norm of what is truncated, relative to the norm of the {whole}",
+        f"  kept: share of the squared norm of the {whole}",
+    ]
+
+
+def format_info(info: LoraInfo) -> str:
+    """Return what `matryoshka info` prints for one LoRA."""
+    lora = info.lora
+    layers = lora.layers
+    rows = {
+        "base model": info.base_model or _likely_models(info),
+        "triggers": ", ".join(info.trigger_words),
+        "layers": f"{_format_parts(info)}, such as {layers[0].name}",
+        "rank": _range([layer.rank for layer in layers]),
+        "alpha": _range(info.alphas),
+        "scale": _range([layer.scale for layer in layers]),
+        "file": f"{format_size(lora.size)}, {', '.join(info.dtypes)}",
+    }
+    if any(layer.kind != "LoRA" for layer in layers):
+        rows["kinds"] = _format_counts(info.layers_by_kind)
+    if lora.other_tensors:
+        size = format_size(sum(tensor.nbytes for tensor in lora.other_tensors.values()))
+        kinds = _format_counts(info.other_kinds)
+        rows["other"] = f"{kinds}: {size} at every rank, such as {min(lora.other_tensors)}"
+    lines = [f"{lora.name} is {_kind_of(lora)}."]
+    lines += [f"  {label:10}  {value}" for label, value in rows.items() if value]
+    if info.layers:
+        lines += ["", *_format_layers(info)]
+    errors = {rank: info.errors[rank] for rank in lora.ranks}
+    lines += ["", *format_errors(errors, "update", info.sizes), _caveat(_is_single_file(lora))]
+    return join_lines(lines)
+
+
+def _likely_models(info: LoraInfo) -> str:
+    if not info.likely_models:
+        return "not named"
+    return f"not named; the layers are of {' or '.join(info.likely_models)}"
+
+
+def _format_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{kind} {number}" for kind, number in counts.items())
+
+
+def _format_parts(info: LoraInfo) -> str:
+    """Return the number of layers, also of each part, and of its convolutions."""
+    parts: list[str] = []
+    for name, part in info.parts.items():
+        words = f"{name} {part.layers}".strip()
+        if part.convolutions:
+            words += f" ({pluralize(part.convolutions, 'convolution')})"
+        parts.append(words)
+    text = ", ".join(parts)
+    return text if len(parts) == 1 else f"{len(info.lora.layers)}: {text}"
+
+
+def _format_layers(info: LoraInfo) -> list[str]:
+    rows = [["rank", "95%", "99%", "stable rank", "norm", "layer"]]
+    for name, layer in info.layers.items():
+        numbers = [str(layer.rank), str(layer.rank_95), str(layer.rank_99)]
+        numbers += [f"{layer.stable_rank:.1f}", f"{layer.largest_singular_value:.3g}"]
+        rows.append([*numbers, name])
+    return [
+        *format_table(rows, left_aligned=1),
+        "  95%, 99%: the rank that keeps this share of the squared singular values",
+        "  stable rank: the squared norm over the largest squared singular value",
+        "  norm: the largest singular value",
+    ]
+
+
+def format_info_folder(info: FolderInfo, max_error: float) -> str:
+    """Return what `matryoshka info` prints for a folder of LoRAs: a table, and a rank for all."""
+    limit = f"{100 * max_error:.4g}%"
+    rows = [["rank", "layers", "size", f"rank for {limit}", "name"]]
+    for name, lora_info in info.loras.items():
+        lora = lora_info.lora
+        numbers = [str(lora.max_rank), str(len(lora.layers)), format_size(lora.size)]
+        rows.append([*numbers, str(lora_info.rank_for_error(max_error)), name])
+    lines = format_table(rows, left_aligned=1)
+    lines += [f"{name} cannot be read: {reason}" for name, reason in info.failed.items()]
+    total_size = format_size(sum(lora_info.lora.size for lora_info in info.loras.values()))
+    lines += [
+        f"{pluralize(len(info.loras), 'LoRA')}, {total_size}. At rank "
+        f"{info.common_rank(max_error)}, each has a relative error of at most {limit}.",
+        _caveat(all(_is_single_file(lora_info.lora) for lora_info in info.loras.values())),
+    ]
+    return join_lines(lines)
+
+
+def format_export(result: ExportResult) -> str:
+    """Return what `matryoshka export` prints for one LoRA."""
+    sizes = f"{format_size(result.size_before)} -> {format_size(result.size_after)}"
+    lines = [f"{result.path}: {_format_ranks(result)}, {sizes}"]
+    if result.format == "ladder":
+        lines += [*format_errors(result.errors, "update"), ANSWERS_CAVEAT]
+    else:
+        (error,) = result.errors.values()
+        kept = format_percent(1 - error**2)
+        lines.append(f"Relative error {format_percent(error)} ({kept} of the squared norm kept)")
+    if result.format in ("peft", "single") and result.size_after >= result.size_before:
+        lines.append("The output is not smaller than the source.")
+    lines += result.notes
+    if result.format != "ladder" and any(result.errors.values()):
+        lines.append(_caveat(result.format == "single"))
+    return join_lines(lines)
+
+
+def format_export_folder(result: ExportFolderResult) -> str:
+    """Return what `matryoshka export` prints for a folder of LoRAs: a line for each."""
+    lines: list[str] = []
+    for exported in result.exported:
+        parts = format_export(exported).split("\n")
+        if exported.format == "ladder":
+            errors = ", ".join(format_percent(error) for error in exported.errors.values())
+            parts = [parts[0], f"Relative errors {errors}"]
+        lines.append("; ".join(part for part in parts if part not in _CAVEATS))
+    lines += [f"{name} is not a LoRA. Export its content separately." for name in result.skipped]
+    size_before = sum(exported.size_before for exported in result.exported)
+    size_after = sum(exported.size_after for exported in result.exported)
+    lines.append(
+        f"{pluralize(len(result.exported), 'LoRA')} exported, {len(result.failed)} failed: "
+        f"{format_size(size_before)} -> {format_size(size_after)}"
+    )
+    are_single_files = all(exported.format == "single" for exported in result.exported)
+    return join_lines([*lines, _caveat(are_single_files)])
+
+
+_CAVEATS = (ANSWERS_CAVEAT, PICTURES_CAVEAT)
+
+
+def _caveat(is_single_file: bool) -> str:
+    """Return what the error does not say."""
+    return PICTURES_CAVEAT if is_single_file else ANSWERS_CAVEAT
+
+
+# The programs that read a key format.
+_READERS: dict[KeyFormat | None, str] = {
+    None: "the program that loaded the original",
+    "kohya": "ComfyUI",
+    "diffusers": "diffusers",
+}
+
+
+def how_to_load(result: ExportResult, key_format: KeyFormat | None = None) -> str:
+    """Return how another program loads an exported LoRA.
+
+    Args:
+        result: The result.
+        key_format: The format of the keys, if it was changed.
+    """
+    path = shlex.quote(str(result.path))
+    reader = _READERS.get(key_format)
+    commands = {
+        "single": f"load {path} with {reader}",
+        "peft": f"PeftModel.from_pretrained(base_model, {str(result.path)!r})",
+        "merged": f"vllm serve {path}",
+        "ladder": f"matryoshka serve {path} --dry-run",
+        "gguf": f"llama-server -m BASE.gguf --lora {path}",
+        "mlx": f"mlx_lm.generate --model BASE --adapter-path {path} --prompt Hello",
+    }
+    return commands[result.format]
+
+
+def format_combine(result: CombineResult, names: Sequence[str]) -> str:
+    """Return what `matryoshka combine` prints.
+
+    Args:
+        result: The result.
+        names: The names of the sources.
+    """
+    error = result.errors[max(result.errors)]
+    lines = [
+        f"{result.path}: {pluralize(result.num_layers, 'layer')}, rank {result.rank}, "
+        f"{format_size(result.size)}, relative error {format_percent(error)}"
+    ]
+    if result.rank < result.exact_rank and error > 1e-6:
+        lines.append(f"The exact sum needs at most rank {result.exact_rank}: --rank sum.")
+    if result.path.is_dir():
+        lines += ["", *format_errors(result.errors, "sum"), ANSWERS_CAVEAT]
+    else:
+        lines.append(PICTURES_CAVEAT)
+    if len(names) > 1:
+        rows = [["", *(str(number) for number in range(1, len(names) + 1)), ""]]
+        for number, (name, cosines) in enumerate(zip(names, result.cosines, strict=True), start=1):
+            rows.append([str(number), *(f"{cosine:.2f}" for cosine in cosines), name])
+        lines += ["", "Cosines of the updates: 0 unrelated, 1 the same, negative opposed"]
+        lines += format_table(rows, left_aligned=1)
+    return join_lines(lines)
+
+
+def format_extract(result: ExtractResult) -> str:
+    """Return what `matryoshka extract` prints."""
+    lines = [f"{result.path}: {pluralize(len(result.ranks), 'layer')}", ""]
+    lines += [*format_errors(result.errors, "change"), _caveat(result.path.is_file())]
+    lines += result.notes
+    if result.rounding_share > 0.001:
+        share = format_percent(result.rounding_share)
+        lines.append(f"{share} of the squared change is due to rounding of the weights.")
+    if result.unsaved_tensors:
+        modules = [key.rpartition(".")[0] for key in result.unsaved_tensors]
+        size = format_size(sum(result.unsaved_tensors.values()))
+        lines.append(
+            f"Not in the LoRA: {pluralize(len(modules), 'tensor')} ({size}) that changed too, such "
+            f"as {', '.join(modules[:3])}."
+        )
+        if result.path.is_dir():
+            lines.append(f"Add --modules-to-save {modules[0]} to save this one in full.")
+    return join_lines(lines)
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}, depending on the layer"
+
+
+def _format_ranks(result: ExportResult) -> str:
+    if isinstance(result.ranks, tuple):
+        return f"ranks {', '.join(map(str, result.ranks))}"
+    low, high = min(result.ranks.values()), max(result.ranks.values())
+    return f"rank {low}" if low == high else f"ranks from {low} to {high}, by layer"
+
+
+def _is_single_file(lora: LoraFile) -> bool:
+    from matryoshka_lora.lora_file.single_file import SingleFile
+
+    return isinstance(lora, SingleFile)
+
+
+def _kind_of(lora: LoraFile) -> str:
+    ranks = ", ".join(map(str, lora.ranks))
+    if _is_single_file(lora):
+        return "a LoRA in a single file"
+    if lora.deploy == "paper":
+        return f"a nested LoRA adapter in the paper's deployment, usable at ranks {ranks} only"
+    if lora.order is None:
+        return "a LoRA adapter without an order; `matryoshka reorder` makes it nested"
+    order = "trained ranks" if lora.order == "trained" else "reordered by SVD"
+    return f"a nested LoRA adapter ({order}), usable at every rank (nested: {ranks})"

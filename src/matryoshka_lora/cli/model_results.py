@@ -1,0 +1,91 @@
+"""Format the results of commands on models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from matryoshka_lora.cli.terminal import format_table, join_lines
+from matryoshka_lora.units import format_size, pluralize
+
+if TYPE_CHECKING:
+    from matryoshka_lora.evaluation.results import Evaluation
+    from matryoshka_lora.evaluation.select import Selection
+    from matryoshka_lora.lora_file.results import TrainRanksResult
+
+
+def format_train_ranks(result: TrainRanksResult) -> str:
+    """Return whether the ranks were trained. The losses are in the log."""
+    if result.outcome == "nothing to train":
+        return "All ranks are as good as the largest one already, so nothing was trained."
+    if result.outcome == "no examples":
+        return "The Trainer's examples cannot be used, so the ranks were not trained."
+    if result.outcome == "not better":
+        return "Training did not improve the ranks, so the trained factors were not kept."
+    return f"The ranks were trained on {pluralize(result.num_examples, 'example')}."
+
+
+def format_evaluation(evaluation: Evaluation) -> str:
+    """Return a table of values by rank, and a line about each task.
+
+    One task has a column for each metric; several tasks have one each, for the primary metric.
+    """
+    metrics = {task: evaluation.metric(task) for task in evaluation.tasks}
+    if len(evaluation.tasks) == 1:
+        (result,) = evaluation.tasks.values()
+        metrics = {key.removesuffix(",none"): metric for key, metric in result.metrics.items()}
+    rows = [["rank", "size", *metrics]]
+    for rank in (0, *evaluation.ranks):
+        cells = [
+            _with_error(metric.values.get(rank), metric.standard_errors.get(rank))
+            for metric in metrics.values()
+        ]
+        if rank > 0:
+            rows.append([str(rank), format_size(evaluation.sizes[rank]), *cells])
+        elif any(cells):
+            rows.append(["base", "", *cells])
+    lines = format_table(rows, indent="")
+    for name, result in evaluation.tasks.items():
+        metric_name = result.primary_metric.removesuffix(",none")
+        lines.append(
+            f"{name}: {pluralize(result.num_examples, 'question')}, "
+            f"{pluralize(result.num_fewshot or 0, 'shot')}; `select` uses {metric_name}"
+        )
+    lines.append("± is one standard error over the questions.")
+    if any("loss" in name for name in metrics):
+        lines.append("loss: nats per token of the answers.")
+    return join_lines(lines)
+
+
+def format_selection(selection: Selection) -> str:
+    """Return the selected rank, how it compares with each other rank, and whether that is sure."""
+    evaluation, task = selection.evaluation, selection.task
+    result = evaluation.tasks[task]
+    metric = result.primary_metric.removesuffix(",none")
+    value = evaluation.values(task)[selection.rank]
+    size = format_size(evaluation.sizes[selection.rank])
+    summary = f"Rank {selection.rank} ({size}): {metric} {value:.3f} on {task}"
+    if selection.bound is not None:
+        summary += f", within the bound {selection.bound:.3f}"
+    lines = [f"{summary}; {pluralize(result.num_examples, 'question')}"]
+    for rank, difference in selection.differences().items():
+        comparison = "equal to it"
+        if difference.value:
+            direction = "better" if difference.value > 0 else "worse"
+            size_of_difference = _with_error(abs(difference.value), difference.standard_error)
+            comparison = f"{direction} by {size_of_difference}"
+        error = difference.standard_error
+        if error is not None and abs(difference.value) <= 2 * error:
+            comparison += ", not significant"
+        lines.append(f"  rank {rank} is {comparison}")
+    if not selection.is_significant:
+        advice = "evaluate on more questions."
+        if selection.num_questions_needed is not None:
+            advice = f"about {selection.num_questions_needed} questions would be enough."
+        lines.append(f"Not significant at two standard errors; {advice}")
+    return join_lines(lines)
+
+
+def _with_error(value: float | None, standard_error: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if standard_error is None else f"{value:.3f} ± {standard_error:.3f}"
