@@ -98,16 +98,16 @@ def info(
 
 def _print_next_of_folder(folder: Path, folder_info: FolderInfo, max_error: float) -> None:
     from matryoshka_lora.lora_file.single_file import SingleFile
-
-    output = f"{folder.resolve().name}-small"
-    if all(isinstance(value.lora, SingleFile) for value in folder_info.loras.values()):
-        print_next("export", folder, "--error", f"{100 * max_error:.4g}%", "-o", output)
-        return
     from matryoshka_lora.serve import round_up_to_vllm
 
+    output = f"{folder.resolve().name}-small"
+    loras = [value.lora for value in folder_info.loras.values()]
     # A server of vLLM reserves as much memory for rank 17 as for rank 32.
     rank = round_up_to_vllm(folder_info.common_rank(max_error))
-    if rank < max(value.lora.max_rank for value in folder_info.loras.values()):
+    are_single_files = all(isinstance(lora, SingleFile) for lora in loras)
+    if are_single_files or rank >= max(lora.max_rank for lora in loras):
+        print_next("export", folder, "--error", f"{100 * max_error:.4g}%", "-o", output)
+    else:
         print_next("export", folder, "--rank", rank, "-o", output)
 
 
