@@ -147,6 +147,7 @@ def test_the_demo_writes_what_it_announces(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # minutes on a quiet machine, on one thread
 def test_larger_ranks_know_more_of_the_table(tmp_path: Path) -> None:
     numbers = country_numbers()
     save_base_model(tmp_path / "base")
