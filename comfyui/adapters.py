@@ -1,4 +1,4 @@
-"""The adapters that ComfyUI hangs on a weight, as the factors of a LoRA.
+"""The adapters that ComfyUI applies to a weight, as the factors of a LoRA.
 
 The change of a weight is ``scale * B A``, with A of shape (R, in) and B of shape (out, R). Kernels
 of convolutions are flattened.

@@ -190,10 +190,10 @@ class MatryoshkaCombineLoras:
 
 
 class MatryoshkaSaveLoraStack:
-    """Save all LoRAs that hang on a model as one file."""
+    """Save all LoRAs that are applied to a model as one file."""
 
     DESCRIPTION = (
-        "Saves all LoRAs that hang on a model, and on its text encoders, as one LoRA file, with "
+        "Saves all LoRAs that are applied to a model and its text encoders as one LoRA file, with "
         "their strengths. They may have any key format."
     )
     CATEGORY = CATEGORY

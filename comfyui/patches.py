@@ -1,4 +1,4 @@
-"""All LoRAs that hang on a model of ComfyUI, as one LoRA file.
+"""All LoRAs that are applied to a model of ComfyUI, as one LoRA file.
 
 ``ModelPatcher.patches`` holds a list for each key of a weight. An entry is (strength, change,
 strength of the model, offset, function). The offset (dim, start, length) selects a part of a fused
@@ -42,7 +42,7 @@ def collect_loras(model: Any, clip: Any, dtype: str) -> SingleFile:
         dtype: A key of `DTYPES`, or ``"auto"`` for the dtype of the LoRAs, and fp32 if they differ.
 
     Raises:
-        MatryoshkaError: Nothing hangs on the model, or something that is not a LoRA.
+        MatryoshkaError: Nothing is applied to the model, or something that is not a LoRA.
     """
     layers: list[Layer] = []
     other_tensors: dict[str, StoredTensor] = {}
@@ -63,7 +63,7 @@ def collect_loras(model: Any, clip: Any, dtype: str) -> SingleFile:
                     layers.append(_sum_layer(key, name, patches, weights[key].shape, dtype))
     if not layers:
         raise MatryoshkaError(
-            "No LoRA hangs on the model. Connect the MODEL output of a LoRA loader."
+            "No LoRA is applied to the model. Connect the MODEL output of a LoRA loader."
         )
     layers.sort(key=lambda layer: layer.name)
     metadata = {"format": "pt"}

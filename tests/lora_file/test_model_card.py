@@ -66,7 +66,8 @@ def test_the_card_and_the_license_of_the_source_stay(operation: str, tmp_path: P
     card = ModelCard.load(tmp_path / "output" / "README.md")
     data = card.data
     assert (data.license, data.datasets, data.language) == ("apache-2.0", ["org/data"], ["de"])
-    assert (data.library_name, data.pipeline_tag) == ("peft", "text-generation")
+    assert data.to_dict()["library_name"] == "peft"
+    assert data.pipeline_tag == "text-generation"
     assert data.base_model == BASE_MODEL
     assert {"poems", "lora", f"base_model:adapter:{BASE_MODEL}"} < set(data.tags)
     assert data.eval_results is None  # they are not those of another rank
@@ -144,7 +145,8 @@ def test_a_damaged_front_matter_does_not_stop_an_export(front_matter: str, tmp_p
     else:
         with pytest.warns(UserWarning, match="front matter"):
             export(source, tmp_path / "output", 4)
-    assert ModelCard.load(tmp_path / "output" / "README.md").data.library_name == "peft"
+    data = ModelCard.load(tmp_path / "output" / "README.md").data
+    assert data.to_dict()["library_name"] == "peft"
 
 
 @pytest.mark.parametrize("name", ["README.md", "LICENSE"])

@@ -235,7 +235,7 @@ def _write_ladder(
             lora.plan_nested().write(nested_folder)
             lora = open_peft_folder(nested_folder)
         for rank in ranks:
-            plan = lora.plan({name: min(rank, own) for name, own in layer_ranks.items()})
+            plan = lora.plan({name: min(rank, max_rank) for name, max_rank in layer_ranks.items()})
             written = plan.write(folder / f"{adapter_name}@{rank}")
             errors[rank] = written.relative_error()
     return errors

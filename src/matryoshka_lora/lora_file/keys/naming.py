@@ -55,11 +55,6 @@ class Slot(NamedTuple):
     parts: tuple[int, ...]
     names: Names | None
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether the layer changes all parts of the module."""
-        return len(self.parts) == len(self.module.diffusers)
-
 
 class Naming(NamedTuple):
     """A way to name the layers of a model.
