@@ -93,7 +93,7 @@ def test_a_folder_gets_trained_ranks(lora_folder: Path, tmp_path: Path) -> None:
 def test_untrained_ranks_are_written_in_the_order_of_the_svd(
     lora_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("matryoshka_lora.training.train_ranks.SMALLEST_GAP", 99.0)
+    monkeypatch.setattr("matryoshka_lora.training.train_ranks.ROUNDING", 99.0)
     result = train_ranks(lora_folder, tmp_path / "nested", EXAMPLES, dtype="fp32")
     assert (result.outcome, result.losses_after) == ("nothing to train", None)
     assert open_peft_folder(tmp_path / "nested").order == "svd"

@@ -92,6 +92,7 @@ def data_for(adapter: NestedAdapter, validation: list[Example] = VALIDATION) -> 
 def accepting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accept any loss, so that few steps are enough to be kept."""
     monkeypatch.setattr(module, "MAX_LOSS_INCREASE", 99.0)
+    monkeypatch.setattr(module, "MAX_TOLERANCE", 99.0)
     monkeypatch.setattr(module, "NUM_STANDARD_ERRORS", -99.0)
 
 
@@ -136,6 +137,13 @@ def test_nothing_is_trained_where_no_rank_is_behind(
     assert set(result.losses_before) == {1, 2, 4, 8}
     assert all_equal(before, copy_lora_parameters(adapter))
     assert adapter.order == "svd"
+
+
+def test_a_large_gain_hides_no_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two percent of the gain would be 20 nats, and no rank as far behind."""
+    adapter = ordered_adapter()
+    monkeypatch.setattr(module.ValidationLosses, "gain", lambda _: 1000.0)
+    assert train_ranks(adapter.layers, data_for(adapter), 640).outcome == "kept"
 
 
 @pytest.mark.filterwarnings("ignore:The trained ranks", "ignore:Ranks whose")

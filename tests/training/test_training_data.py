@@ -242,6 +242,20 @@ def test_all_examples_come_before_any_repeats_and_some_of_them_validate(model: A
     assert tokens_of(other.validation_batches) != validated_on
 
 
+@pytest.mark.parametrize(
+    ("num_validation", "sizes"), [(10, [5]), (24, [12]), (40, [10, 10]), (26, [6, 6])]
+)
+def test_half_of_the_validation_examples_measure_gaps_in_large_equal_batches(
+    model: Any, num_validation: int, sizes: list[int]
+) -> None:
+    data = read_training_data(model, random_examples(40))
+    assert data.batch_size == 12
+    split = data.split(40, num_validation, seed=3)
+    assert [len(batch["labels"]) for batch in split.gap_batches] == sizes
+    validated_on = tokens_of(split.validation_batches)
+    assert all(tokens in validated_on for tokens in tokens_of(split.gap_batches))
+
+
 def test_an_evaluation_set_validates(model: Any) -> None:
     evaluation_examples = random_examples(20, seed=9)
     data = read_training_data(model, random_examples(40), eval_data=evaluation_examples)

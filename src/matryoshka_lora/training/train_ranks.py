@@ -27,6 +27,9 @@ SMALLEST_GAP = 0.02
 """Relative to the gain of rank R. If no rank is further behind rank R, nothing is trained."""
 MAX_LOSS_INCREASE = 0.02
 """Maximum increase of the loss of rank R, relative to its gain."""
+MAX_TOLERANCE = 0.05
+"""In nats. Both shares of the gain are at most this: the gain of a base model that does not know
+where an answer ends is large, and a share of it would hide what separates the ranks."""
 NUM_STANDARD_ERRORS = 1.0
 """Changes of fewer standard errors do not count."""
 ROUNDING = 1e-3
@@ -35,8 +38,6 @@ MIN_VALIDATION_EXAMPLES = 16
 MAX_VALIDATION_EXAMPLES = 64
 VALIDATION_SHARE = 1 / 32
 """The number of validation examples, relative to ``max_examples``, between these two limits."""
-MEASURED_BATCHES = 8
-"""The number of validation batches that measure the gaps during training."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +52,9 @@ def train_ranks(
     relative to the gain of rank R: how much it lowers the loss of the base model.
 
     The trained factors are kept if the mean validation loss of the ranks below R has improved by
-    more than its standard error, and rank R has not lost two percent of its gain. Otherwise the
-    factors are those from before training, with a warning. If no rank is behind rank R by two
-    percent of that gain, nothing is trained.
+    more than its standard error, and rank R has not lost two percent of its gain, or 0.05 nats if
+    that is less. Otherwise the factors are those from before training, with a warning. If no rank
+    is behind rank R by as much, nothing is trained.
 
     Without an evaluation set, training examples validate.
 
@@ -85,13 +86,14 @@ def train_ranks(
     batches = split.validation_batches
 
     def measure_gaps() -> dict[int, float]:
-        return validation_losses(layers, data, batches[:MEASURED_BATCHES]).gaps()
+        return validation_losses(layers, data, split.gap_batches).gaps()
 
     with trainable_factors(layers):
         before = validation_losses(layers, data, batches)
         largest_gap = max(before.gaps().values())
-        if largest_gap <= max(ROUNDING, SMALLEST_GAP * before.gain()):
-            _log_nothing_to_train(before)
+        smallest_gap = max(ROUNDING, _share_of_gain(SMALLEST_GAP, before))
+        if largest_gap <= smallest_gap:
+            _log_nothing_to_train(before, smallest_gap)
             return TrainRanksResult(None, "nothing to train", {}, before.means(), None)
         factors = layers.copy_factors()
         examples_by_rank = train_prefixes(
@@ -141,13 +143,18 @@ def _split(data: TrainingData, num_training: int, seed: int) -> Split:
     return split
 
 
+def _share_of_gain(share: float, losses: ValidationLosses) -> float:
+    """Return a share of the gain of rank R in nats, at most `MAX_TOLERANCE`."""
+    return min(share * losses.gain(), MAX_TOLERANCE)
+
+
 def _is_better(before: ValidationLosses, after: ValidationLosses) -> bool:
     """Return whether to keep the trained factors, and warn of what became worse."""
     *smaller_ranks, max_rank = before.by_rank
     change = before.paired_change(after, smaller_ranks)
     max_rank_change = before.paired_change(after, [max_rank])
     is_significant = change.mean < -NUM_STANDARD_ERRORS * change.standard_error
-    max_increase = MAX_LOSS_INCREASE * before.gain() + max_rank_change.standard_error
+    max_increase = _share_of_gain(MAX_LOSS_INCREASE, before) + max_rank_change.standard_error
     if not is_significant or max_rank_change.mean > max_increase:
         warnings.warn(
             "The trained ranks are not kept: training would change the mean validation loss of the "
@@ -169,12 +176,12 @@ def _is_better(before: ValidationLosses, after: ValidationLosses) -> bool:
     return True
 
 
-def _log_nothing_to_train(losses: ValidationLosses) -> None:
+def _log_nothing_to_train(losses: ValidationLosses, smallest_gap: float) -> None:
     losses_by_rank = ", ".join(f"{rank}: {loss:.3f}" for rank, loss in losses.means().items())
     logger.info(
-        "All ranks are as good as rank %d, within %d %% of its gain (%s): nothing to train.",
+        "All ranks are as good as rank %d, within %.3f nats (%s): nothing to train.",
         max(losses.by_rank),
-        100 * SMALLEST_GAP,
+        smallest_gap,
         losses_by_rank,
     )
 
