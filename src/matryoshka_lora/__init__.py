@@ -71,7 +71,7 @@ _MODULES = {
     "train_ranks": "operations.train_ranks",
 }
 __all__ = [*_MODULES]
-__version__ = "0.4.0.dev0"
+__version__ = "0.4.0"
 
 
 def __getattr__(name: str) -> Any:
