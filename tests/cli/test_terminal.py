@@ -154,6 +154,7 @@ def test_a_selection_shows_the_evidence() -> None:
     text = format_selection(select(evaluation(), within="60%"))
     assert text.startswith("Rank 1 (1.00kB): acc 0.500")
     assert "rank 4 is better by 0.250" in text
-    assert "Not significant" not in text
+    assert "the base model is worse by 0.250" in text
+    assert "chance" not in text
     close = format_selection(select(evaluation(), within="34%"))
-    assert "Not significant" in close
+    assert "chance" in close
