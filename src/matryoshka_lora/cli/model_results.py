@@ -73,6 +73,9 @@ def format_selection(selection: Selection) -> str:
     for rank, difference in differences.items():
         name = f"rank {rank} is" if rank else "the base model is"
         lines.append(f"  {name} {_format_difference(difference)}")
+    for name, other_metric in result.metrics.items():
+        if other_metric.higher_is_better and not any(other_metric.values.values()):
+            lines.append(f"{name.removesuffix(',none')} is 0 at every rank.")
     if not selection.is_significant:
         advice = "evaluate on more questions."
         if selection.num_questions_needed is not None:
