@@ -41,6 +41,9 @@ def test_fifty_adapters_are_described_truncated_and_served(
     for name in (DORA, BROKEN):
         assert re.search(f"{name} .*cannot be read: .", stdout)
     assert "48 LoRAs" in stdout
+    code, stdout, _ = run("info adapters --json", capfd, monkeypatch)
+    assert code == 1
+    assert json.loads(stdout)["failed"].keys() == {DORA, BROKEN}
 
     code, stdout, stderr = run("export adapters --rank 8 -o small --skip-bad", capfd, monkeypatch)
     assert code == 0

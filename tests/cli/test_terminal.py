@@ -154,6 +154,16 @@ def test_a_selection_shows_the_evidence() -> None:
     text = format_selection(select(evaluation(), within="60%"))
     assert text.startswith("Rank 1 (1.00kB): acc 0.500")
     assert "rank 4 is better by 0.250" in text
-    assert "Not significant" not in text
+    assert "the base model is worse by 0.250" in text
+    assert "chance" not in text
     close = format_selection(select(evaluation(), within="34%"))
-    assert "Not significant" in close
+    assert "chance" in close
+
+
+def test_a_selection_by_loss_says_that_no_answer_is_right() -> None:
+    without_answers = evaluation()
+    without_answers.metric().values.update(dict.fromkeys((0, 1, 2, 4), 0.0))
+    without_answers.tasks["task0"].metrics["loss,none"].values[0] = 3.0
+    text = format_selection(select(without_answers, within="60%", metric="loss"))
+    assert text.startswith("Rank 1 (1.00kB): loss 2.000")
+    assert "acc is 0 at every rank" in text

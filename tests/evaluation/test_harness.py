@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -287,6 +288,28 @@ def test_all_ranks_are_computed_once(
         counts.append(len(shapes))
     assert counts[0] > 0
     assert counts == [counts[0]] * 3
+
+
+@pytest.mark.parametrize("request_type", ["loglikelihood", "generate_until"])
+def test_the_progress_bar_ends_at_its_total(
+    request_type: str, llama: NestedAdapter, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    totals: list[int] = []
+
+    class Bar(nullcontext[Any]):
+        def __init__(self, total: int, **_: object) -> None:
+            super().__init__(self)
+            totals.append(total)
+
+        def update(self, step: int) -> None:
+            steps.append(step)
+
+    monkeypatch.setattr("matryoshka_lora.evaluation.harness.tqdm", Bar)
+    lm = ManyRanksLM(llama.layers, tokenizer, RANKS, max_batch_tokens=600)
+    respond(lm, request_type, ARGUMENTS[request_type], 2)
+    assert sum(steps) == sum(totals) > 0
+    assert max(steps) < sum(totals) / 4
 
 
 def test_forward_passes_do_not_check_the_order(

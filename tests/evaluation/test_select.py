@@ -28,7 +28,7 @@ from matryoshka_lora.evaluation.results import Metric
     ],
 )
 def test_the_smallest_rank_that_meets_the_conditions(conditions: dict[str, Any], rank: int) -> None:
-    selection = select(new_evaluation(num_correct={**NUM_CORRECT, 0: 19}), **conditions)
+    selection = select(new_evaluation(num_correct={**NUM_CORRECT, 0: 5}), **conditions)
     assert (selection.rank, selection.best_rank, selection.task) == (rank, 8, "family")
 
 
@@ -93,7 +93,7 @@ def test_without_errors_the_number_of_questions_is_unknown() -> None:
 def test_differences_are_relative_to_the_selected_rank() -> None:
     differences = select(new_evaluation(), within="5%").differences()
     assert {rank: difference.value for rank, difference in differences.items()} == pytest.approx(
-        {1: -36 / 60, 2: -16 / 60, 8: 1 / 60}
+        {0: -36 / 60, 1: -36 / 60, 2: -16 / 60, 8: 1 / 60}
     )
 
 
@@ -140,8 +140,41 @@ def test_a_task_without_values() -> None:
 @pytest.mark.parametrize("num_correct_of_base", [NUM_CORRECT[8], NUM_CORRECT[8] + 1])
 def test_no_rank_is_better_than_the_base_model(num_correct_of_base: int) -> None:
     num_correct = {**NUM_CORRECT, 0: num_correct_of_base}
-    with pytest.raises(MatryoshkaError, match="base model"):
+    with pytest.raises(MatryoshkaError, match="Train longer"):
         select(new_evaluation(num_correct=num_correct), within="1%")
+
+
+def test_a_difference_from_the_base_model_may_be_chance() -> None:
+    """One right answer of 60 is a difference as large as its error."""
+    selection = select(
+        new_evaluation(num_correct={**dict.fromkeys(RANKS, 1), 0: 0}), max_bytes="1MB"
+    )
+    assert selection.rank == 1
+    difference = selection.differences()[0]
+    assert difference.value == pytest.approx(-1 / 60)
+    assert difference.standard_error == pytest.approx(1 / 60, rel=0.02)
+
+
+@pytest.mark.parametrize("has_base", [True, False])
+def test_no_answer_is_right(has_base: bool) -> None:
+    evaluation = new_evaluation(num_correct=dict.fromkeys((0, *RANKS), 0))
+    if not has_base:
+        del evaluation.metric().values[0]
+    with pytest.raises(MatryoshkaError, match="0 at every rank"):
+        select(evaluation, within="1%")
+    loss = Metric(False, dict.fromkeys(RANKS, 1.0), {})
+    evaluation.tasks["family"].metrics["loss,none"] = loss
+    with pytest.raises(MatryoshkaError, match="metric='loss'"):
+        select(evaluation, within="1%")
+    assert select(evaluation, within="1%", metric="loss").rank == 1
+
+
+def test_without_the_base_model_equal_ranks_are_evidence_for_the_smallest() -> None:
+    evaluation = new_evaluation(num_correct=dict.fromkeys((0, *RANKS), 30))
+    del evaluation.metric().values[0]
+    selection = select(evaluation, within="1%")
+    assert selection.rank == 1
+    assert 0 not in selection.differences()
 
 
 def test_ranks_that_are_not_better_than_the_base_model_are_not_selected() -> None:

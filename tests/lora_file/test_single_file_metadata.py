@@ -97,6 +97,33 @@ def test_ranks_of_convolutions_and_of_linear_layers_are_two_fields(tmp_path: Pat
     assert "same rank" in metadata["ss_training_comment"]
 
 
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({"drop": ["lora_unet_1"]}, ["Left out 1 layer of 4"]),
+        (
+            {"scale": {"*": 0.5, "*_[01]": 2.0}},
+            ["Scaled 2 layers of 4 (factor 2)", "Scaled 2 layers of 4 (factor 0.5)"],
+        ),
+        ({"scale": {"*_[01]": 0, "*_2": 1}}, ["Left out 2 layers of 4"]),
+        ({"dtype": "bf16"}, ["Stored the factors in bf16"]),
+        ({"rank": 9, "pad": True}, ["Padded to rank 9"]),
+        ({"rank": 2, "scale": {"*_0": 3}}, ["Scaled 1 layer of 4 (factor 3)"]),
+    ],
+)
+def test_the_comment_and_the_notes_say_what_was_changed(
+    tmp_path: Path, options: dict[str, Any], changes: list[str]
+) -> None:
+    source = save_kohya(tmp_path / "lora.safetensors", METADATA)
+    result = export(source, tmp_path / "output.safetensors", **options)
+    assert result.notes == tuple(f"{change}." for change in changes)
+    descriptions = [change[0].lower() + change[1:] for change in changes]
+    if options.get("rank") == 2:
+        descriptions.append("truncated to rank 2")
+    comment = read_metadata(tmp_path / "output.safetensors")["ss_training_comment"]
+    assert comment.startswith(f"a test; {', '.join(descriptions)} by matryoshka")
+
+
 @pytest.mark.parametrize("arguments", ["[", "[1]", "null", '{"conv_dim": 3'])
 def test_damaged_arguments_stay_as_they_are(arguments: str, tmp_path: Path) -> None:
     metadata = {"ss_network_args": arguments}

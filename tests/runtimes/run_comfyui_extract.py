@@ -15,7 +15,7 @@ from typing import Any
 
 COMFYUI, COMMAND, KIND, FOLDER, *FILES = sys.argv[1:]
 sys.argv = [sys.argv[0], "--cpu"]
-sys.path.insert(0, COMFYUI)
+sys.path[:0] = [COMFYUI, str(Path(__file__).parents[1])]
 
 import comfy.options  # noqa: E402
 
@@ -26,6 +26,7 @@ import comfy.lora_convert  # noqa: E402
 import comfy.sdxl_clip  # noqa: E402
 import comfy.supported_models as supported  # noqa: E402
 import torch  # noqa: E402
+from helpers.comfyui_configs import FLUX, QWEN, WAN  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 CLIP = {
@@ -35,52 +36,9 @@ CLIP = {
     "num_hidden_layers": 12,
 }
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "flux": (
-        supported.Flux,
-        {
-            "image_model": "flux",
-            "in_channels": 4,
-            "out_channels": 4,
-            "vec_in_dim": 16,
-            "context_in_dim": 24,
-            "hidden_size": 32,
-            "mlp_ratio": 4.0,
-            "num_heads": 2,
-            "depth": 1,
-            "depth_single_blocks": 1,
-            "axes_dim": [4, 6, 6],
-            "theta": 10000,
-            "patch_size": 2,
-            "qkv_bias": True,
-            "guidance_embed": True,
-        },
-    ),
-    "wan": (
-        supported.WAN21_T2V,
-        {
-            "image_model": "wan2.1",
-            "model_type": "t2v",
-            "dim": 128,
-            "ffn_dim": 64,
-            "num_heads": 1,
-            "num_layers": 1,
-            "text_dim": 24,
-            "freq_dim": 16,
-        },
-    ),
-    "qwen": (
-        supported.QwenImage,
-        {
-            "image_model": "qwen_image",
-            "in_channels": 16,
-            "out_channels": 4,
-            "num_layers": 1,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 24,
-            "axes_dims_rope": (4, 6, 6),
-        },
-    ),
+    "flux": (supported.Flux, FLUX),
+    "wan": (supported.WAN21_T2V, {**WAN, "model_type": "t2v"}),
+    "qwen": (supported.QwenImage, QWEN),
     "sdxl": (
         supported.SDXL,
         {

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.argv, ARGUMENTS = [sys.argv[0], "--cpu"], sys.argv[1:]
+sys.path.append(str(Path(__file__).parents[1]))
 
 import comfy.options  # noqa: E402
 
@@ -26,6 +27,7 @@ comfy.options.enable_args_parsing()
 import comfy.lora  # noqa: E402
 import comfy.lora_convert  # noqa: E402
 import comfy.supported_models as supported  # noqa: E402
+from helpers.comfyui_configs import FLUX, QWEN, WAN  # noqa: E402
 
 UNET = {
     "image_size": 32,
@@ -83,57 +85,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "flux": (
-        "Flux",
-        {
-            "image_model": "flux",
-            "in_channels": 4,
-            "out_channels": 4,
-            "vec_in_dim": 20,
-            "context_in_dim": 24,
-            "hidden_size": 32,
-            "mlp_ratio": 4.0,
-            "num_heads": 2,
-            "depth": 2,
-            "depth_single_blocks": 2,
-            "axes_dim": [4, 6, 6],
-            "theta": 10000,
-            "patch_size": 2,
-            "qkv_bias": True,
-            "guidance_embed": True,
-        },
-    ),
-    "wan": (
-        "WAN21_I2V",
-        {
-            "image_model": "wan2.1",
-            "model_type": "i2v",
-            "dim": 48,
-            "ffn_dim": 96,
-            "num_heads": 2,
-            "num_layers": 2,
-            "patch_size": (1, 2, 2),
-            "text_dim": 24,
-            "in_dim": 36,
-            "out_dim": 16,
-            "qk_norm": True,
-            "cross_attn_norm": True,
-            "window_size": (-1, -1),
-            "eps": 1e-6,
-        },
-    ),
-    "qwen": (
-        "QwenImage",
-        {
-            "image_model": "qwen_image",
-            "in_channels": 16,
-            "num_layers": 2,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 24,
-            "axes_dims_rope": (4, 6, 6),
-        },
-    ),
+    "flux": ("Flux", FLUX),
+    "wan": ("WAN21_I2V", {**WAN, "model_type": "i2v", "in_dim": 36}),
+    "qwen": ("QwenImage", QWEN),
     # The layers of Z-Image are those of Lumina 2 with as many keys as queries.
     "z-image": (
         "Lumina2",

@@ -23,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from matryoshka_lora import combine, export, extract, reorder
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+from helpers.diffusers_models import small_flux, small_unet  # noqa: E402
 
 # transformers 5.24 requires for its text encoders a version of PEFT that is not released yet.
 transformers.integrations.peft.MIN_PEFT_VERSION = "0.18.0"
@@ -43,16 +44,7 @@ class StableDiffusion(diffusers.loaders.StableDiffusionLoraLoaderMixin):  # type
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        self.unet = diffusers.UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            norm_num_groups=4,
-            cross_attention_dim=12,
-            attention_head_dim=4,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        ).eval()
+        self.unet = small_unet().eval()
         text_config = CLIPTextConfig(
             vocab_size=50,
             hidden_size=12,
@@ -83,16 +75,7 @@ class Flux(diffusers.loaders.FluxLoraLoaderMixin):  # type: ignore[name-defined]
 
     def __init__(self) -> None:
         torch.manual_seed(2)
-        self.transformer = diffusers.FluxTransformer2DModel(
-            in_channels=4,
-            num_layers=1,
-            num_single_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=12,
-            pooled_projection_dim=12,
-            axes_dims_rope=(2, 2, 4),
-        ).eval()
+        self.transformer = small_flux().eval()
         self.text_encoder = None
 
     def outputs(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import nn
 from matryoshka_lora import combine, export
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+from helpers.diffusers_models import small_flux  # noqa: E402
 
 # transformers 5.24 requires for its text encoders a version of PEFT that is not released yet.
 transformers.integrations.peft.MIN_PEFT_VERSION = "0.18.0"
@@ -72,20 +74,6 @@ def create_sd3() -> nn.Module:
     )
 
 
-def create_flux() -> nn.Module:
-    return diffusers.FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        pooled_projection_dim=12,
-        axes_dims_rope=(2, 2, 4),
-        guidance_embeds=True,
-    )
-
-
 def create_wan() -> nn.Module:
     return diffusers.WanTransformer3DModel(
         num_attention_heads=2,
@@ -130,7 +118,11 @@ MODELS = {
     "sdxl": Model("StableDiffusionXLLoraLoaderMixin", create_sdxl, "unet", "lora_unet_"),
     "sd3": Model("SD3LoraLoaderMixin", create_sd3),
     # diffusers splits the single blocks of Flux at the rows of the full model.
-    "flux": Model("FluxLoraLoaderMixin", create_flux, read_prefix="lora_unet_double_blocks_"),
+    "flux": Model(
+        "FluxLoraLoaderMixin",
+        partial(small_flux, num_layers=2, guidance_embeds=True),
+        read_prefix="lora_unet_double_blocks_",
+    ),
     "wan": Model("WanLoraLoaderMixin", create_wan, read_prefix="lora_unet_blocks_"),
     "qwen": Model("QwenImageLoraLoaderMixin", create_qwen, read_prefix="lora_unet_"),
     "z-image": Model("ZImageLoraLoaderMixin", create_z_image, read_prefix="lora_unet_layers_"),

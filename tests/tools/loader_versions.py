@@ -39,29 +39,10 @@ FILES = {
 
 def create_model(part: str) -> Any:
     """Return a small U-Net of Stable Diffusion, or a small transformer of Flux."""
-    import diffusers
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from helpers.diffusers_models import small_flux, small_unet
 
-    if part == "unet":
-        return diffusers.UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            norm_num_groups=4,
-            cross_attention_dim=12,
-            attention_head_dim=4,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        )
-    return diffusers.FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        pooled_projection_dim=12,
-        axes_dims_rope=(2, 2, 4),
-    )
+    return small_unet() if part == "unet" else small_flux()
 
 
 def part_of(name: str) -> str:

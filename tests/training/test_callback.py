@@ -197,7 +197,7 @@ def test_training_does_not_begin_if_the_output_exists(tmp_path: Path) -> None:
         trainer.train()
     assert trainer.state.global_step == 0
     trainer.pop_callback(NestingCallback)
-    trainer.add_callback(adapter.callback(tmp_path / "adapter", force=True))
+    trainer.add_callback(adapter.callback())
     trainer.train()
     adapter.save(tmp_path / "adapter", force=True)
 

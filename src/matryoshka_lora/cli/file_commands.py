@@ -64,7 +64,8 @@ def info(
 
     The error of a rank is the norm of what truncation to that rank drops, relative to the norm of
     the whole update. No base model is needed. If LORA is a folder of LoRAs, print a table of them,
-    and the rank at which each has an error of 10%.
+    and the rank at which each has an error of 10%. The exit status is 1 if one of them cannot be
+    read.
 
     Example: matryoshka info runs/demo/adapter
 
@@ -81,9 +82,9 @@ def info(
         if as_json:
             loras = {name: value.to_dict() for name, value in folder_info.loras.items()}
             typer.echo(json.dumps({"loras": loras, "failed": folder_info.failed}, indent=2))
-            return
-        typer.echo(format_info_folder(folder_info, max_error))
-        _print_next_of_folder(lora, folder_info, max_error)
+        else:
+            typer.echo(format_info_folder(folder_info, max_error))
+            _print_next_of_folder(lora, folder_info, max_error)
         raise typer.Exit(1 if folder_info.failed else 0)
     result = read_info(lora, layers=layers, revision=revision)
     if as_json:

@@ -8,7 +8,7 @@ from matryoshka_lora.cli.terminal import format_table, join_lines
 from matryoshka_lora.units import format_size, pluralize
 
 if TYPE_CHECKING:
-    from matryoshka_lora.evaluation.results import Evaluation
+    from matryoshka_lora.evaluation.results import Difference, Evaluation
     from matryoshka_lora.evaluation.select import Selection
     from matryoshka_lora.lora_file.results import TrainRanksResult
 
@@ -57,7 +57,7 @@ def format_evaluation(evaluation: Evaluation) -> str:
 
 
 def format_selection(selection: Selection) -> str:
-    """Return the selected rank, how it compares with each other rank, and whether that is sure."""
+    """Return the selected rank, how the others and the base model compare, and what is not sure."""
     evaluation, task = selection.evaluation, selection.task
     result = evaluation.tasks[task]
     metric = result.primary_metric.removesuffix(",none")
@@ -67,22 +67,35 @@ def format_selection(selection: Selection) -> str:
     if selection.bound is not None:
         summary += f", within the bound {selection.bound:.3f}"
     lines = [f"{summary}; {pluralize(result.num_examples, 'question')}"]
-    for rank, difference in selection.differences().items():
-        comparison = "equal to it"
-        if difference.value:
-            direction = "better" if difference.value > 0 else "worse"
-            size_of_difference = _with_error(abs(difference.value), difference.standard_error)
-            comparison = f"{direction} by {size_of_difference}"
-        error = difference.standard_error
-        if error is not None and abs(difference.value) <= 2 * error:
-            comparison += ", not significant"
-        lines.append(f"  rank {rank} is {comparison}")
+    differences = selection.differences()
+    if differences:
+        lines.append(f"Compared with rank {selection.rank}, ± one standard error:")
+    for rank, difference in differences.items():
+        name = f"rank {rank} is" if rank else "the base model is"
+        lines.append(f"  {name} {_format_difference(difference)}")
+    for name, other_metric in result.metrics.items():
+        if other_metric.higher_is_better and not any(other_metric.values.values()):
+            lines.append(f"{name.removesuffix(',none')} is 0 at every rank.")
     if not selection.is_significant:
         advice = "evaluate on more questions."
         if selection.num_questions_needed is not None:
             advice = f"about {selection.num_questions_needed} questions would be enough."
-        lines.append(f"Not significant at two standard errors; {advice}")
+        lines.append(
+            f"Rank {selection.rank} may be within the bound by chance (less than two standard "
+            f"errors); {advice}"
+        )
     return join_lines(lines)
+
+
+def _format_difference(difference: Difference) -> str:
+    if difference.value == 0:
+        return "equally good"
+    direction = "better" if difference.value > 0 else "worse"
+    text = f"{direction} by {_with_error(abs(difference.value), difference.standard_error)}"
+    error = difference.standard_error
+    if error is not None and abs(difference.value) <= 2 * error:
+        text += ", which may be chance"
+    return text
 
 
 def _with_error(value: float | None, standard_error: float | None) -> str:

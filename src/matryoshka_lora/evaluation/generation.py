@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -78,11 +78,22 @@ class StoppingCriteria:
 
 @torch.no_grad()
 def generate(
-    model: MultiRankModel, prompts: Sequence[Tokens], criteria: StoppingCriteria
+    model: MultiRankModel,
+    prompts: Sequence[Tokens],
+    criteria: StoppingCriteria,
+    update_progress: Callable[[int], object],
 ) -> Iterator[Answer]:
-    """Yield the answers to prompts at all ranks of the model, each as soon as it is finished."""
+    """Yield the answers to prompts at all ranks of the model, each as soon as it is finished.
+
+    Args:
+        model: The model.
+        prompts: The prompts.
+        criteria: When an answer ends.
+        update_progress: Is called with the number of tokens that were generated, or that a finished
+            answer does not need. They sum up to ``max_new_tokens`` for each prompt and rank.
+    """
     prefix = model.compute_prefix(prompts)
-    generation = _Generation(model, prefix, prompts, criteria)
+    generation = _Generation(model, prefix, prompts, criteria, update_progress)
     while generation.waiting or generation.num_running:
         yield from generation.start_waiting()
         yield from generation.step()
@@ -97,10 +108,12 @@ class _Generation:
         prefix: BatchRows | None,
         prompts: Sequence[Tokens],
         criteria: StoppingCriteria,
+        update_progress: Callable[[int], object],
     ) -> None:
         self.model = model
         self.prefix = prefix
         self.criteria = criteria
+        self.update_progress = update_progress
         self.waiting: list[Row] = []  # the longest last
         for index, prompt in enumerate(prompts):
             self.waiting += [Row(prompt, rank, 1, source=index) for rank in model.ranks]
@@ -157,11 +170,15 @@ class _Generation:
         """Append the most likely token to each unfinished answer. Return those that end."""
         tokens = logits[:, -1].float().argmax(dim=-1).tolist()
         finished: list[Answer] = []
+        num_done = 0
         for answer, token in zip(answers, tokens, strict=True):
             if answer.is_finished:
                 continue
             answer.tokens.append(token)
+            num_done += 1
             if self.criteria.is_met(answer.tokens):
                 answer.is_finished = True
                 finished.append(answer)
+                num_done += self.criteria.max_new_tokens - len(answer.tokens)
+        self.update_progress(num_done)
         return finished

@@ -201,7 +201,9 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
                 )
             tokens = tuple(context + continuation)[-(self.max_length + 1) :]
             pairs.append((tokens[:-length], tokens[-length:]))
-        with self._progress_bar(len(pairs), "log-likelihoods") as bar:
+        # Batches have about as many tokens, but not as many requests: the longest come first.
+        num_tokens = sum(len(context) + len(continuation) for context, continuation in pairs)
+        with self._progress_bar(num_tokens, "log-likelihoods") as bar:
             scores = score_continuations(self.multi_rank_model, pairs, bar.update)
         return list(zip(scores.logprobs, scores.is_greedy, strict=True))
 
@@ -220,11 +222,12 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
                 for index in indices
             ]
             batches.append((indices, criteria, prompts))
-        with self._progress_bar(len(requests), "answers") as bar:
+        # Most answers of a batch end at about the same time, so a bar of answers would jump.
+        num_tokens = sum(len(prompts) * criteria.max_new_tokens for _, criteria, prompts in batches)
+        with self._progress_bar(num_tokens, "answers") as bar:
             for indices, criteria, prompts in batches:
-                for answer in generate(self.multi_rank_model, prompts, criteria):
+                for answer in generate(self.multi_rank_model, prompts, criteria, bar.update):
                     answers[answer.rank][indices[answer.prompt]] = criteria.decode(answer)
-                    bar.update()
         return answers
 
     def _is_greedy(self, task_settings: dict[str, Any]) -> bool:
@@ -266,10 +269,12 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
             )
         return tuple(tokens[-max_prompt_length:])
 
-    def _progress_bar(self, num_requests: int, description: str) -> Any:
+    def _progress_bar(self, num_tokens: int, description: str) -> Any:
         return tqdm(
-            total=num_requests * len(self.ranks),
+            total=num_tokens * len(self.ranks),
             desc=f"{description} at {len(self.ranks)} ranks",
             disable=not self.progress,
             leave=False,
+            unit=" tokens",
+            unit_scale=True,
         )

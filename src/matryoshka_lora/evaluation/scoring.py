@@ -80,7 +80,8 @@ def score_continuations(
     Args:
         model: The model.
         requests: A context and a continuation each, of at least one token.
-        update_progress: Is called with the number of requests, times ranks, that were computed.
+        update_progress: Is called with the number of tokens of the requests that were computed.
+            They sum up to those of all requests, times ranks.
     """
     continuations: dict[Tokens, list[Branch]] = defaultdict(list)
     for index, (context, continuation) in enumerate(requests):
@@ -99,7 +100,10 @@ def score_continuations(
         batch_trees = [trees[row.source] for row in batch_rows]
         _score_stems(scores, batch.ranks, batch_trees, logits)
         _score_branches(scores, model, batch, batch_trees)
-        update_progress(sum(len(tree.branches) for tree in batch_trees))
+        for tree in batch_trees:
+            for branch in tree.branches:
+                context, continuation = requests[branch.request]
+                update_progress(len(context) + len(continuation))
     return scores
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from matryoshka_lora.errors import MatryoshkaError, check_choice
@@ -38,9 +39,9 @@ class Selection:
     evaluation: Evaluation
 
     def differences(self) -> dict[int, Difference]:
-        """Return how much better each other rank is than the selected one."""
+        """Return how much better each other rank is than this one. Rank 0 is the base model."""
         differences: dict[int, Difference] = {}
-        for rank in self.evaluation.ranks:
+        for rank in (0, *self.evaluation.ranks):
             difference = self.evaluation.difference(self.task, rank, self.rank)
             if rank != self.rank and difference is not None:
                 differences[rank] = difference
@@ -57,6 +58,8 @@ def select(
 ) -> Selection:
     """Select the smallest rank that is close to the best one, and better than the base model.
 
+    A better value is enough; `Selection.differences` tells whether it may be chance.
+
     Args:
         evaluation: The result of `matryoshka_lora.evaluate`, or the folder that it has written.
         within: The allowed distance from the best rank's value, as a share of that value:
@@ -66,7 +69,8 @@ def select(
         metric: The metric to select by, such as ``"loss"``. Defaults to the task's primary one.
 
     Raises:
-        MatryoshkaError: An argument is not valid, or no rank meets the conditions.
+        MatryoshkaError: An argument is not valid, no rank meets the conditions, or no rank is
+            better than the base model.
     """
     if within is None and max_bytes is None:
         raise MatryoshkaError("Pass `within`, such as '1%', or `max_bytes`, such as '50MB'.")
@@ -85,8 +89,9 @@ def select(
     }
     if not scores:
         raise MatryoshkaError(f"Task {task} has no value at any rank. Evaluate it again.")
+    _check_not_all_zero(evaluation, task, scores)
     best_rank = _best_rank(scores)
-    candidates = _better_than_base(evaluation, task, scores, sign)
+    candidates = _better_than_base(evaluation, task, scores)
     candidates = {r: s for r, s in candidates.items() if evaluation.sizes[r] <= size_limit}
     bound: float | None = None
     if share is not None:
@@ -133,27 +138,56 @@ def _sign(evaluation: Evaluation, task: str) -> int:
     return 1 if higher_is_better else -1
 
 
-def _best_rank(scores: dict[int, float]) -> int:
+def _best_rank(scores: Mapping[int, float]) -> int:
     """Return the rank with the highest score; the smallest rank on ties."""
     return max(scores, key=lambda rank: (scores[rank], -rank))
 
 
+def _check_not_all_zero(evaluation: Evaluation, task: str, scores: Mapping[int, float]) -> None:
+    """Raise MatryoshkaError if higher is better, and the metric is 0 at every rank."""
+    if evaluation.metric(task).higher_is_better and not any(scores.values()):
+        raise MatryoshkaError(
+            f"{_metric_name(evaluation, task)} is 0 at every rank on {task}, so it cannot tell "
+            f"which rank is good. {_advice(evaluation, task, 'Train longer')}"
+        )
+
+
 def _better_than_base(
-    evaluation: Evaluation, task: str, scores: dict[int, float], sign: int
+    evaluation: Evaluation, task: str, scores: Mapping[int, float]
 ) -> dict[int, float]:
     """Return the ranks that are better than the base model, with their scores."""
-    base_value = evaluation.metric(task).values.get(0)
-    if base_value is None:
-        return scores
-    better = {rank: score for rank, score in scores.items() if score > sign * base_value}
+    if evaluation.metric(task).values.get(0) is None:
+        return dict(scores)
+    better: dict[int, float] = {}
+    for rank, score in scores.items():
+        difference = evaluation.difference(task, rank, 0)
+        if difference is not None and difference.value > 0:
+            better[rank] = score
     if not better:
-        best_value = sign * max(scores.values())
+        values = evaluation.metric(task).values
+        best_rank = _best_rank(scores)
+        advice = _advice(
+            evaluation, task, "Train longer", "evaluate on examples of what was trained"
+        )
         raise MatryoshkaError(
-            f"No rank is better than the base model on {task}: the best has {best_value:.3f}, the "
-            f"base model {base_value:.3f}. Train longer, evaluate on examples of what was trained, "
-            "or pass another `metric`."
+            f"No rank is better than the base model: {_metric_name(evaluation, task)} on {task} is "
+            f"{values[best_rank]:.3f} at the best rank, {best_rank}, and {values[0]:.3f} without "
+            f"the adapter. {advice}"
         )
     return better
+
+
+def _metric_name(evaluation: Evaluation, task: str) -> str:
+    return evaluation.tasks[task].primary_metric.removesuffix(",none")
+
+
+def _advice(evaluation: Evaluation, task: str, *options: str) -> str:
+    """Return a sentence of options, and of the loss, which needs no right answers."""
+    choices = list(options)
+    result = evaluation.tasks[task]
+    if "loss,none" in result.metrics and result.primary_metric != "loss,none":
+        choices.append("pass `metric='loss'`")
+    return f"{', '.join(choices[:-1])}, or {choices[-1]}." if choices[1:] else f"{choices[0]}."
 
 
 def _selection_within(
@@ -168,11 +202,26 @@ def _selection_within(
         assert best_value is not None
         slack = abs(best_value - bound) - difference.value
         is_significant = 2 * difference.standard_error <= slack
-        if not is_significant and slack > 0:
-            # The standard error decreases with the square root of the number of questions.
-            factor = (2 * difference.standard_error / slack) ** 2
-            num_questions_needed = _round_up(evaluation.tasks[task].num_examples * factor)
+        if not is_significant:
+            num_questions_needed = _num_questions_needed(evaluation, task, difference, slack)
     return Selection(rank, best_rank, task, bound, is_significant, num_questions_needed, evaluation)
+
+
+def _num_questions_needed(
+    evaluation: Evaluation, task: str, difference: Difference, distance: float
+) -> int | None:
+    """Return about how many questions make two standard errors as small as a distance.
+
+    Returns:
+        The number, or None if it is unknown or a million times that of the evaluation.
+    """
+    if difference.standard_error is None or distance <= 0:
+        return None
+    ratio = 2 * difference.standard_error / distance
+    if ratio > 1000:
+        return None
+    # The standard error decreases with the square root of the number of questions.
+    return _round_up(evaluation.tasks[task].num_examples * ratio**2)
 
 
 def _round_up(number: float) -> int:

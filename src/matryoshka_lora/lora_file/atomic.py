@@ -53,16 +53,22 @@ def check_output(
                 f"The output {output} is or contains a source or the current folder. Pass another "
                 "path."
             )
-    is_folder = path.is_dir() and not path.is_symlink()
-    if is_file and is_folder:
+    if is_file and _is_folder(path):
         raise MatryoshkaError(f"{output} is a folder, but the output is a file. Pass another path.")
-    if os.path.lexists(path) and not force:
-        is_empty_folder = is_folder and not any(path.iterdir())
-        if not is_empty_folder:
-            raise MatryoshkaError(
-                f"{output} already exists. Pass another path, or `force=True` to overwrite it."
-            )
+    if not force and is_occupied(path):
+        raise MatryoshkaError(
+            f"{output} already exists. Pass another path, or `force=True` to overwrite it."
+        )
     return path
+
+
+def is_occupied(path: Path) -> bool:
+    """Return whether an output would replace something. An empty folder does not count."""
+    return os.path.lexists(path) and not (_is_folder(path) and not any(path.iterdir()))
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 @contextmanager

@@ -142,6 +142,7 @@ class LoraFile(ABC):
         order: How the factors are ordered, or None if they are not.
         deploy: ``"paper"`` if each nested rank has its own scale and nothing is reordered, as in
             arXiv 2605.07850.
+        changes: What was done to the layers, such as ``"left out 2 layers of 14"``.
     """
 
     name: str
@@ -152,6 +153,7 @@ class LoraFile(ABC):
     nesting: Nesting | None = None
     order: Order | None = None
     deploy: Deploy = "reordered"
+    changes: tuple[str, ...] = ()
 
     @abstractmethod
     def plan(self, ranks: Ranks) -> OutputPlan:

@@ -105,7 +105,13 @@ class SingleFile(LoraFile):
             layers.append((layer, layer.with_rank(rank, scale)))
         new_layers = [new for _, new in layers]
         metadata = updated_metadata(
-            self.metadata, self.layers, new_layers, alpha, self.other_tensors, self.name
+            self.metadata,
+            self.layers,
+            new_layers,
+            alpha,
+            self.other_tensors,
+            self.name,
+            self.changes,
         )
         return OutputPlan(self, tuple(layers), other_tensors, metadata, keep_factors)
 

@@ -51,6 +51,7 @@ def updated_metadata(
     alpha: float,
     other_keys: Collection[str],
     file_name: str,
+    changes: Sequence[str] = (),
 ) -> dict[str, str]:
     """Return the metadata of an output.
 
@@ -61,6 +62,7 @@ def updated_metadata(
         alpha: The alpha of the output's layers.
         other_keys: The keys of the source's tensors that are not factors.
         file_name: The path of the source, for messages.
+        changes: What else was done; see `LoraFile.changes`.
 
     Raises:
         MatryoshkaError: The configs of diffusers in the metadata are damaged.
@@ -78,7 +80,7 @@ def updated_metadata(
         if "ss_network_module" in metadata:
             updated["ss_network_module"] = "networks.lora"  # was lycoris.kohya
     if any(key.startswith("ss_") for key in metadata):
-        comments = (metadata.get(_COMMENT_KEY), _describe_change(layers, new_layers))
+        comments = (metadata.get(_COMMENT_KEY), _describe_changes(layers, new_layers, changes))
         updated[_COMMENT_KEY] = "; ".join(comment for comment in comments if comment)
     if can_describe(new_layers):
         parts_with_biases = {split_part(key)[0] for key in other_keys if key.endswith(".bias")}
@@ -87,18 +89,22 @@ def updated_metadata(
     return updated
 
 
-def _describe_change(layers: Sequence[Layer], new_layers: Sequence[Layer]) -> str:
+def _describe_changes(
+    layers: Sequence[Layer], new_layers: Sequence[Layer], changes: Sequence[str]
+) -> str:
     """Return what was done, as kohya's scripts write it into the training comment."""
     from matryoshka_lora import __version__
 
     old_ranks = {layer.name: layer.rank for layer in layers}
     new_ranks = {layer.name: layer.rank for layer in new_layers}
-    change = f"truncated to {_format_ranks(new_ranks.values())}"
+    descriptions = list(changes)
     if any(rank > old_ranks[name] for name, rank in new_ranks.items()):
-        change = f"resized to {_format_ranks(new_ranks.values())}"
-    elif new_ranks == old_ranks:
-        change = "rewritten at the same rank"
-    return f"{change} by matryoshka-lora {__version__}"
+        descriptions.append(f"resized to {_format_ranks(new_ranks.values())}")
+    elif new_ranks != old_ranks:
+        descriptions.append(f"truncated to {_format_ranks(new_ranks.values())}")
+    elif not changes:
+        descriptions.append("rewritten at the same rank")
+    return f"{', '.join(descriptions)} by matryoshka-lora {__version__}"
 
 
 def _format_ranks(ranks: Collection[int]) -> str:

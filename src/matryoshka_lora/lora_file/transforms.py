@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -23,6 +24,7 @@ from matryoshka_lora.lora_file.lora import Layer, LoraFile, OutputPlan
 from matryoshka_lora.lora_file.peft_folder import TARGET_FIELDS, PeftFolder
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 from matryoshka_lora.lora_file.single_file import SingleFile
+from matryoshka_lora.units import pluralize
 
 _DTYPES: dict[DtypeName, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32),
@@ -79,7 +81,11 @@ def drop_layers(lora: LoraFile, patterns: Iterable[str]) -> LoraFile:
     _check_patterns("drop", unused, lora)
     if not layers:
         raise MatryoshkaError(f"`drop` leaves no layer of {lora.name}. Pass narrower patterns.")
-    dropped = replace(lora, layers=tuple(layers), other_tensors=other_tensors)
+    num_dropped = len(lora.layers) - len(layers)
+    changes = lora.changes
+    if num_dropped:
+        changes += (f"left out {pluralize(num_dropped, 'layer')} of {len(lora.layers)}",)
+    dropped = replace(lora, layers=tuple(layers), other_tensors=other_tensors, changes=changes)
     if isinstance(dropped, PeftFolder):
         return replace(dropped, config=_config_of_layers(dropped))
     return dropped
@@ -132,6 +138,7 @@ def scale_layers(lora: LoraFile, factors: Mapping[str, float]) -> LoraFile:
                 f"{factor!r:.80}."
             )
     unused = set(factors)
+    num_scaled: Counter[float] = Counter()
     dropped_names: list[str] = []
     layers: list[Layer] = []
     for layer in lora.layers:
@@ -140,9 +147,15 @@ def scale_layers(lora: LoraFile, factors: Mapping[str, float]) -> LoraFile:
         factor = factors[matching[-1]] if matching else 1.0
         if factor == 0:
             dropped_names.append(layer.name)
+        elif factor != 1:
+            num_scaled[factor] += 1
         layers.append(_scale_layer(layer, factor) if factor != 1 else layer)
     _check_patterns("scale", unused, lora)
-    scaled = replace(lora, layers=tuple(layers))
+    changes = lora.changes
+    for factor, count in num_scaled.items():
+        layers_scaled = f"{pluralize(count, 'layer')} of {len(layers)}"
+        changes += (f"scaled {layers_scaled} (factor {factor:g})",)
+    scaled = replace(lora, layers=tuple(layers), changes=changes)
     if not dropped_names:
         return scaled
     # A name is a pattern of itself but for its brackets.
@@ -179,7 +192,8 @@ def cast_factors(lora: LoraFile, dtype: DtypeName) -> LoraFile:
     """
     check_choice("dtype", dtype, get_args(DtypeName))
     layers = [_cast_layer(layer, _DTYPES[dtype]) for layer in lora.layers]
-    return replace(lora, layers=tuple(layers))
+    changes = (*lora.changes, f"stored the factors in {dtype}")
+    return replace(lora, layers=tuple(layers), changes=changes)
 
 
 def _cast_layer(layer: Layer, dtype: np.dtype[Any]) -> Layer:
@@ -232,7 +246,14 @@ def pad_layers(lora: LoraFile, rank: int) -> LoraFile:
             f"smaller, got {rank}. Omit `pad`."
         )
     layers = [_pad_layer(lora, layer, rank, seed) for seed, layer in enumerate(lora.layers)]
-    return replace(lora, layers=tuple(layers), nesting=None, order=None, deploy="reordered")
+    return replace(
+        lora,
+        layers=tuple(layers),
+        nesting=None,
+        order=None,
+        deploy="reordered",
+        changes=(*lora.changes, f"padded to rank {rank}"),
+    )
 
 
 def _pad_layer(lora: LoraFile, layer: Layer, rank: int, seed: int) -> Layer:

@@ -139,18 +139,17 @@ class NestedAdapter:
         """
         self.layers.draw(step, batch_size, process_index, num_processes)
 
-    def callback(self, output: PathLike | None = None, force: bool = False) -> NestingCallback:
+    def callback(self, output: PathLike | None = None) -> NestingCallback:
         """Return the Trainer callback that draws the diagonal of each step.
 
         Args:
             output: Where the adapter will be saved. If this path exists, that is an error when the
-                training begins, instead of at its end.
-            force: Whether `save` will overwrite it; pass it there too.
+                training begins, instead of at its end. Omit it if `save` will overwrite the path.
         """
         # transformers' Trainer is slow to import.
         from matryoshka_lora.training.callback import NestingCallback
 
-        return NestingCallback(self.layers, output, force)
+        return NestingCallback(self.layers, output)
 
     def layer_factors(self) -> FactorParameters:
         """Return the parameters A and B of each layer, in PEFT's own layout.

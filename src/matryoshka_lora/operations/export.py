@@ -132,7 +132,7 @@ def export(
     has_other_change = bool(key_format or dtype or drop or scale)
     check_request(request, output_format, pad=pad, has_other_change=has_other_change)
     changed = _change_layers(lora, output_format, request.rank if pad else None, dtype, drop, scale)
-    notes = _notes_on_layers(changed, lora)
+    notes = _notes_on_layers(changed)
     if isinstance(changed, SingleFile) and key_format is not None:
         converted = convert_keys(changed, key_format)
         if request.is_empty and converted.layers == lora.layers:
@@ -241,12 +241,10 @@ def _write_ladder(
     return errors
 
 
-def _notes_on_layers(lora: LoraFile, source: LoraFile) -> list[str]:
+def _notes_on_layers(lora: LoraFile) -> list[str]:
     """Return what happened to the layers of the source, before their keys are converted."""
     notes = list(lora.notes) if isinstance(lora, SingleFile) else []
-    if len(lora.layers) < len(source.layers):
-        dropped = pluralize(len(source.layers) - len(lora.layers), "layer")
-        notes.append(f"Left out {dropped} of {len(source.layers)}.")
+    notes += [f"{change[0].upper()}{change[1:]}." for change in lora.changes]
     return notes
 
 

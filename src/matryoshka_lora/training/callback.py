@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.lora_file.atomic import PathLike, check_output
+from matryoshka_lora.lora_file.atomic import PathLike, check_output, is_occupied
 from matryoshka_lora.nn.hardware import cpu_has_bf16
 from matryoshka_lora.nn.nested_layers import NestedLayers
 from matryoshka_lora.nn.variant import factor_parameters, lora_layers
@@ -27,15 +27,11 @@ class NestingCallback(TrainerCallback):
     Args:
         layers: The nested layers.
         output: Where the adapter will be saved. Training does not begin if this path exists.
-        force: Whether that will overwrite the output, so that it may exist.
     """
 
-    def __init__(
-        self, layers: NestedLayers, output: PathLike | None = None, force: bool = False
-    ) -> None:
+    def __init__(self, layers: NestedLayers, output: PathLike | None = None) -> None:
         self.layers = layers
         self._output = output
-        self._force = force
         # A checkpoint has states of callbacks, by their names.
         self._state_key = f"matryoshka_lora/{layers.name}"
 
@@ -53,7 +49,7 @@ class NestingCallback(TrainerCallback):
                 "`accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
             )
         if self._output is not None:
-            check_output(self._output, self._force)
+            self._check_output(self._output)
         self._check_model(kwargs["model"])
         self.check_same_nesting(state)
         state.stateful_callbacks[self._state_key] = self._settings()  # saved in checkpoints
@@ -103,6 +99,16 @@ class NestingCallback(TrainerCallback):
                     f"not {settings.get(key)!r:.80}. Set another output_dir, or nest as in that "
                     "run."
                 )
+
+    @staticmethod
+    def _check_output(output: PathLike) -> None:
+        """Raise MatryoshkaError if `NestedAdapter.save` could not write the output."""
+        if is_occupied(check_output(output, force=True)):
+            raise MatryoshkaError(
+                f"{output} already exists, so the trained adapter could not be saved there. Pass "
+                "another path. To overwrite it, call `adapter.callback()` without a path, and "
+                "`adapter.save` with force=True."
+            )
 
     def _settings(self) -> dict[str, Any]:
         """Return what a resumed run must have in common, as JSON-serializable values."""
