@@ -105,7 +105,8 @@ def facts256_paper() -> str:
         f"{largest_share:.1f} % with 128 or 512 facts and in the\n  next table. This does not "
         f"refute the paper: the rates here are {learning_rates}. Dropping P explains it at the "
         "ranks 16 and 32\n  only. In a pilot with 128 facts, one seed that is not among the runs, "
-        "keeping P repaired these ranks. Up to rank 8\n  it hardly answered with P either."
+        "keeping P repaired these ranks. Up to rank 8\n  it hardly answered with P either. "
+        "[The paper's own rates](#the-papers-own-regime) have a study of their own."
     )
 
 
