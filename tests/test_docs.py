@@ -35,12 +35,6 @@ PAGES = [*(ROOT / name for name in OTHER_PAGES), *DOCS]
 _LINK = re.compile(r"\[[^\]]*\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?\)")
 _PICTURE = re.compile(r'(?:srcset|src)="([^"]+)"')
 _BLOCK = re.compile(r"^(<!-- not run: [^\n]+ -->\n)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-# Every rank becomes better than the base model.
-TRAIN = """
-matryoshka train config.yaml base_model=smollm2-135m output_dir=runs/mine max_steps=20 \\
-    learning_rate=1e-3 lora.r=16 lora.target_modules=[v_proj,down_proj] \\
-    lora.layers_to_transform=[26,27,28,29] nesting.train_ranks=false
-"""
 _INLINE_COMMAND = re.compile(r"`(matryoshka [a-z][^`]*)`")
 
 
@@ -181,6 +175,12 @@ def test_quoted_errors_are_messages_of_the_package() -> None:
     assert [quote for quote in quotes if not any(quote in text for text in messages)] == []
 
 
+# Every rank becomes better than the base model.
+TRAIN = """
+matryoshka train config.yaml base_model=smollm2-135m output_dir=runs/mine max_steps=20 \\
+    learning_rate=1e-3 lora.r=16 lora.target_modules=[v_proj,down_proj] \\
+    lora.layers_to_transform=[26,27,28,29] nesting.train_ranks=false
+"""
 # The commands of research/README.md take hours.
 PAGES_THAT_RUN = [
     page for page in PAGES if page.parent != ROOT / "research" and any(blocks(page, "sh", "python"))
