@@ -216,6 +216,7 @@ def inputs_with_run(inputs: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # minutes on a busy machine
 @pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=page_name)
 def test_blocks_run(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Each page has a folder of its own, and each of its blocks a process, in their order."""
