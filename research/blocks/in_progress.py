@@ -10,6 +10,7 @@ from statistics import fmean, median
 
 from matryoshka_lora import MatryoshkaError
 from research import stats
+from research.blocks.comparisons import WARMUPS
 from research.blocks.registry import block, table
 from research.figures import curves
 from research.looks import trained_method
@@ -28,7 +29,6 @@ DEPLOYMENT_NAMES = {
     "dylora-authors/prefix": "truncated",
 }
 """All others are the SVD."""
-WARMUPS = (0, 5, 20)
 
 
 @block
