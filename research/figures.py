@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 from statistics import fmean, median
@@ -18,6 +17,7 @@ from typing import Any
 
 from matryoshka_lora import Nesting
 from research import stats
+from research.curves import curves, reference_accuracies
 from research.looks import (
     LOOKS,
     MODES,
@@ -28,14 +28,14 @@ from research.looks import (
     set_rank_axis,
     trained_method,
 )
-from research.plan import Result, results
+from research.plan import Result
 from research.spent import examples_spent
 from research.study import LORA_EACH, load_study, parse_method
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "docs" / "figures"
 
-FACE_METHODS = (trained_method("every256"), "lora/squeezed", LORA_EACH, "lora/svd")
+FACE_METHODS = (trained_method("every256"), "lora/squeezed", "lora/svd")
 TASK_METHODS = (LORA_EACH, "matryoshka/svd", "lora/svd", "lora/prefix", "matryoshka/prefix")
 
 P_DEPLOYMENTS = {
@@ -122,13 +122,6 @@ def _style(mode: Mode) -> dict[str, Any]:
     }
 
 
-@cache
-def curves(name: str) -> tuple[Result, ...]:
-    """Return every finished curve of a study, from the recorded runs."""
-    study = load_study(name)
-    return tuple(results(study, study.load_runs()))
-
-
 # Curves of several methods.
 
 
@@ -138,6 +131,8 @@ def face(figure: Any, mode: Mode) -> None:
     axes = figure.subplots()
     all_curves = curves("every256")
     _draw_accuracies(axes, all_curves, FACE_METHODS, mode, median)
+    ranks = next(curve.ranks for curve in all_curves if curve.method == LORA_EACH)
+    _draw_single_runs(axes, {rank: reference_accuracies(rank) for rank in ranks}, mode)
     axes.set_ylim(-4, 104)
     axes.set_ylabel("right answers in %")
     figure.suptitle("256 facts: how many does the adapter know at each rank?", x=0.01, ha="left")
@@ -171,11 +166,12 @@ def _draw_accuracies(
     for index, method in enumerate(names):
         curves_of_method = [curve for curve in all_curves if curve.method == method]
         if method == LORA_EACH:
-            _draw_single_runs(axes, curves_of_method, mode)
+            ranks = curves_of_method[0].ranks
+            _draw_single_runs(axes, {r: _percent(curves_of_method, r) for r in ranks}, mode)
         else:
             _draw_curve(axes, curves_of_method, mode, average, z_order=4 - 0.1 * index)
-    ranks = {rank for curve in all_curves for rank in curve.ranks}
-    set_rank_axis(axes, sorted(ranks), "rank at which the adapter is used")
+    all_ranks = {rank for curve in all_curves for rank in curve.ranks}
+    set_rank_axis(axes, sorted(all_ranks), "rank at which the adapter is used")
 
 
 def _percent(all_curves: Sequence[Result], rank: int) -> list[float]:
@@ -183,12 +179,13 @@ def _percent(all_curves: Sequence[Result], rank: int) -> list[float]:
     return [100 * (stats.accuracy_at(rank)(curve) or 0) for curve in all_curves]
 
 
-def _draw_single_runs(axes: Any, all_curves: Sequence[Result], mode: Mode) -> None:
+def _draw_single_runs(
+    axes: Any, accuracies_by_rank: Mapping[int, Sequence[float]], mode: Mode
+) -> None:
     """Draw a marker for each run, next to each other so that equal ones are visible."""
     look = LOOKS[LORA_EACH]
     color = look.color(mode)
-    for rank in all_curves[0].ranks:
-        accuracies = _percent(all_curves, rank)
+    for rank, accuracies in accuracies_by_rank.items():
         x = [rank * 2 ** (0.07 + 0.16 * i / len(accuracies)) for i in range(len(accuracies))]
         axes.plot(x, accuracies, look.marker, color=color, markersize=6, zorder=5)
     axes.plot([], [], look.marker, color=color, label=plain_name(LORA_EACH), markersize=7)

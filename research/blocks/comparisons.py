@@ -6,17 +6,14 @@ from statistics import fmean, median
 
 from matryoshka_lora import aurac
 from research import stats
-from research.blocks.registry import of_method, read
-from research.figures import curves
+from research.blocks.registry import read
+from research.curves import curves, of_method
 from research.looks import TRAINED, train_ranks_name, trained_method
-from research.plan import Result, rates, units
+from research.plan import rates, units
 from research.stats import Estimate, Value
-from research.study import LORA_EACH, load_study, parse_method
+from research.study import load_study, parse_method
 
 THREE_TASKS = ("chain_sum", "wordnet", "family_relationships")
-
-WARMUPS = (0, 5, 20)
-"""The studies ``reference-warmup-...``, in % of the steps."""
 
 P_KEPT = "matryoshka/keep"
 """P, kept and truncated; the recorded runs have the first name of the deployment ``kept``."""
@@ -30,18 +27,6 @@ def chosen_rate(study_name: str, method: str, task: str | None = None) -> float:
     if rate is None:
         raise ValueError(f"{method} of {study_name} has no rate.")
     return rate
-
-
-def references_with_best_warmup() -> tuple[int, list[Result]]:
-    """Return the warmup that was tested of `WARMUPS`, and its curves of LoRA at the ranks 1 and 2.
-
-    Without any test so far, the curves are an empty list.
-    """
-    for warmup in WARMUPS:
-        references = of_method(f"reference-warmup-{warmup}", LORA_EACH)
-        if references:
-            return warmup, references
-    return WARMUPS[0], []
 
 
 def rate_range(study_name: str, method: str) -> str:

@@ -10,9 +10,8 @@ from statistics import fmean, median
 
 from matryoshka_lora import MatryoshkaError
 from research import stats
-from research.blocks.comparisons import WARMUPS
 from research.blocks.registry import block, table
-from research.figures import curves
+from research.curves import WARMUPS, curves
 from research.looks import trained_method
 from research.plan import Rates, Unit, num_missing, rates, units
 from research.runs import Job, Run, read_runs

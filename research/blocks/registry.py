@@ -10,10 +10,10 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from research import stats
-from research.figures import curves
+from research.curves import curves, of_method, reference_accuracies
 from research.looks import NAMES
-from research.plan import Result
 from research.stats import Value, accuracy_at
+from research.study import LORA_EACH
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,13 +42,6 @@ def read(path: str) -> Any:
     return json.loads(text)
 
 
-def of_method(study: str, method: str, task: str | None = None) -> list[Result]:
-    """Return the curves of a method."""
-    return [
-        curve for curve in curves(study) if curve.method == method and task in (None, curve.task)
-    ]
-
-
 def percent(
     study: str, method: str, value: Value, task: str | None = None, minus: str | None = None
 ) -> str:
@@ -68,7 +61,11 @@ def nats(
 def median_and_lowest(study: str, method: str, value: Value, task: str | None = None) -> str:
     """Return the median over the seeds in %, and the lowest seed in brackets."""
     values = stats.values(curves(study), method, value, task)
-    shares = [100 * share for share in values.values()]
+    return format_median([100 * share for share in values.values()])
+
+
+def format_median(shares: Sequence[float]) -> str:
+    """Return the median of shares in %, and the lowest in brackets."""
     return f"{median(shares):.1f} ({min(shares):.1f})" if shares else ""
 
 
@@ -85,12 +82,22 @@ def mean_and_deviation(numbers: Iterable[float], digits: int = 3) -> str:
     return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
+def reference_cells(ranks: Sequence[int]) -> list[str]:
+    """Return the medians of LoRA trained at each rank on 256 facts, where the study has it."""
+    (trained_ranks,) = {result.ranks for result in of_method("every256", LORA_EACH)}
+    return [
+        format_median(reference_accuracies(rank)) if rank in trained_ranks else "" for rank in ranks
+    ]
+
+
 def facts_table(study: str, first: str, methods: Sequence[str], ranks: Sequence[int]) -> str:
     """Return right answers by method and rank: the median, the lowest seed, and the tokens."""
     heading = [first, *(f"rank {rank}" for rank in ranks), "tokens", "seeds"]
     rows: list[list[str]] = []
     for method in methods:
         cells = [median_and_lowest(study, method, accuracy_at(rank)) for rank in ranks]
+        if (study, method) == ("every256", LORA_EACH):
+            cells = reference_cells(ranks)
         seeds = str(len(of_method(study, method)))
         rows.append([NAMES[method], *cells, tokens(study, method), seeds])
     return table(heading, rows)

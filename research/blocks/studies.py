@@ -12,14 +12,13 @@ from research.blocks.registry import (
     block,
     mean_and_deviation,
     nats,
-    of_method,
     percent,
     read,
     table,
     tokens,
 )
 from research.commonsense import USUAL_METRIC
-from research.figures import curves
+from research.curves import curves, of_method
 from research.looks import NAMES, TRAINED, train_ranks_name, trained_method
 from research.plan import rates, units
 from research.runs import Job

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from research import figures
+from research.curves import curves
 from research.plan import Result
 
 
@@ -41,7 +42,7 @@ def test_figures_are_those_of_the_files() -> None:
 
 
 def test_another_run_gives_another_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = figures.curves("every256")
+    recorded = curves("every256")
 
     def halve_first_accuracy(result: Result) -> Result:
         first, *others = result.curve.accuracy

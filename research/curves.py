@@ -1,0 +1,47 @@
+"""The curves of the recorded test runs."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from research.plan import Result, results
+from research.stats import accuracy_at
+from research.study import LORA_EACH, load_study
+
+WARMUPS = (0, 5, 20)
+"""The studies ``reference-warmup-...``, in % of the steps. Only the best of them is tested."""
+
+
+@cache
+def curves(name: str) -> tuple[Result, ...]:
+    """Return every finished curve of a study, from the recorded runs."""
+    study = load_study(name)
+    return tuple(results(study, study.load_runs()))
+
+
+def of_method(study: str, method: str, task: str | None = None) -> list[Result]:
+    """Return the curves of a method."""
+    return [
+        curve for curve in curves(study) if curve.method == method and task in (None, curve.task)
+    ]
+
+
+def references_with_best_warmup() -> tuple[int, list[Result]]:
+    """Return the warmup that was tested, and its curves of LoRA at the ranks 1 and 2."""
+    for warmup in WARMUPS:
+        references = of_method(f"reference-warmup-{warmup}", LORA_EACH)
+        if references:
+            return warmup, references
+    raise ValueError("No warmup was tested.")
+
+
+def reference_accuracies(rank: int) -> list[float]:
+    """Return the right answers of LoRA trained at a rank on 256 facts, in %, by seed.
+
+    At the ranks 1 and 2 they are from the study of the best warmup, which has a finer grid of rates
+    and more validation seeds.
+    """
+    references = of_method("every256", LORA_EACH)
+    if rank <= 2:
+        _, references = references_with_best_warmup()
+    return [100 * (accuracy_at(rank)(result) or 0) for result in references]
