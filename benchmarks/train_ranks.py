@@ -1,11 +1,11 @@
 """Measure the time of `train_ranks`, relative to the run that it follows.
 
-    python benchmarks/train_ranks.py --repeats 3 --output docs/train_ranks.json
+    python benchmarks/train_ranks.py --repeats 3    # ten minutes of one core
 
 `train_ranks` takes half as many examples as the run, so the ideal is 1.5 times the run's time in
 all. It is more for two reasons: its steps have 8 examples, which is slower than large batches of
 short examples, and it measures the loss of every nested rank. So there are two settings: batches of
-8 examples of 48 tokens, and batches of 32 examples of 12 tokens, as in the studies of facts.
+8 examples of about 48 tokens, and of 32 examples of about 12 tokens, as in the studies of facts.
 
 Time is CPU time of one thread. The model is SmolLM2-135M with its first layers only.
 """
@@ -13,12 +13,9 @@ Time is CPU time of one thread. The model is SmolLM2-135M with its first layers 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
-from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -86,18 +83,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    results: dict[str, Any] = {"repeats": options.repeats, "torch": torch.__version__}
     for setting, arguments in SETTINGS.items():
         runs = [measure(*arguments) for _ in range(options.repeats)]
         total = median((run["run"] + run["train_ranks"]) / run["run"] for run in runs)
-        results[setting] = {"runs": runs, "total": total}
         print(f"batches of {setting} tokens: {total:.2f} times the run's time", flush=True)
-    if options.output:
-        options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def select(
 ) -> Selection:
     """Select the smallest rank that is close to the best one, and better than the base model.
 
-    A better value is enough; `Selection.differences` tells whether it may be chance.
+    A rank is better than the base model if its value is. `Selection.differences` has the standard
+    error of the difference.
 
     Args:
         evaluation: The result of `matryoshka_lora.evaluate`, or the folder that it has written.
@@ -148,7 +149,7 @@ def _check_not_all_zero(evaluation: Evaluation, task: str, scores: Mapping[int, 
     if evaluation.metric(task).higher_is_better and not any(scores.values()):
         raise MatryoshkaError(
             f"{_metric_name(evaluation, task)} is 0 at every rank on {task}, so it cannot tell "
-            f"which rank is good. {_advice(evaluation, task, 'Train longer')}"
+            f"which rank is good. {_with_loss(evaluation, task, 'Train longer')}"
         )
 
 
@@ -166,8 +167,8 @@ def _better_than_base(
     if not better:
         values = evaluation.metric(task).values
         best_rank = _best_rank(scores)
-        advice = _advice(
-            evaluation, task, "Train longer", "evaluate on examples of what was trained"
+        advice = _with_loss(
+            evaluation, task, "Train longer, or evaluate on examples of what was trained"
         )
         raise MatryoshkaError(
             f"No rank is better than the base model: {_metric_name(evaluation, task)} on {task} is "
@@ -181,13 +182,12 @@ def _metric_name(evaluation: Evaluation, task: str) -> str:
     return evaluation.tasks[task].primary_metric.removesuffix(",none")
 
 
-def _advice(evaluation: Evaluation, task: str, *options: str) -> str:
-    """Return a sentence of options, and of the loss, which needs no right answers."""
-    choices = list(options)
+def _with_loss(evaluation: Evaluation, task: str, advice: str) -> str:
+    """Return a sentence with advice, and with the loss, which needs no right answers."""
     result = evaluation.tasks[task]
     if "loss,none" in result.metrics and result.primary_metric != "loss,none":
-        choices.append("pass `metric='loss'`")
-    return f"{', '.join(choices[:-1])}, or {choices[-1]}." if choices[1:] else f"{choices[0]}."
+        return f"{advice}, or pass `metric='loss'`."
+    return f"{advice}."
 
 
 def _selection_within(
