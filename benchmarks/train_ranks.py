@@ -3,9 +3,9 @@
     python benchmarks/train_ranks.py --repeats 3    # fifteen minutes of one core
 
 `train_ranks` takes half as many examples as the run, so the ideal is 1.5 times the run's time in
-all. It can be more for two reasons: its steps have 8 examples, which is slower than large batches of
-short examples, and it measures the loss of every nested rank. So there are two settings: batches of
-8 examples of about 48 tokens, and of 32 examples of about 12 tokens, as in the studies of facts.
+all. It can be more for two reasons: its steps have 8 examples, which is slower than large batches
+of short examples, and it measures the loss of every nested rank. So there are two settings: batches
+of 8 examples of about 48 tokens, and of 32 examples of about 12 tokens, as in the studies of facts.
 
 Time is CPU time of one thread. The model is SmolLM2-135M with its first layers only.
 """
