@@ -112,12 +112,42 @@ def paper_regime() -> str:
     return f"{table(heading, rows)}\n{_missing_sentence(study, runs)}"
 
 
+@block
+def paper_rates() -> str:
+    """The validation loss of each recipe and deployment at every rate that was tried."""
+    study = load_study("paper-regime")
+    runs = study.load_runs()
+    (seed,) = study.rate_seeds
+    tried = sorted({job.learning_rate for job in runs if job.split == "validation"})
+    rows: list[list[str]] = []
+    for task in study.tasks:
+        for method in study.methods:
+            (unit,) = units(study, method, task)
+            losses = [_loss(runs.get(unit.job(rate, seed, "validation")), unit) for rate in tried]
+            if any(losses):
+                names = [RECIPE_NAMES[unit.recipe], _deployment_name(method)]
+                rows.append([f"`{task}`", *names, *losses])
+    heading = ["validation loss", "recipe", "deployment", *(f"{rate:g}" for rate in tried)]
+    return table(heading, rows)
+
+
+def _loss(run: Run | None, unit: Unit) -> str:
+    """Return the mean loss over the ranks as a cell, which is empty without a run."""
+    if run is None or not run.has(unit.deployment):
+        return ""
+    loss = unit.loss(run)
+    return f"{loss:.2f}" if math.isfinite(loss) else "diverged"
+
+
+def _deployment_name(method: str) -> str:
+    return DEPLOYMENT_NAMES.get(method, "`reorder` (SVD)")
+
+
 def _row_of_paper(study: Study, runs: Mapping[Job, Run], method: str, unit: Unit) -> list[str]:
     """Return the cells of a method: tests if there are any, or the best validation so far."""
     state = rates(study, runs, unit)
     tests = [c for c in curves(study.name) if (c.method, c.task) == (method, unit.task)]
-    deployment = DEPLOYMENT_NAMES.get(method, "`reorder` (SVD)")
-    names = [RECIPE_NAMES[unit.recipe], deployment, _rate(state)]
+    names = [RECIPE_NAMES[unit.recipe], _deployment_name(method), _rate(state)]
     if tests:
         means = [stats.mean(tests, method, accuracy_at(rank)) for rank in PAPER_RANKS]
         cells = ["" if mean is None else mean.text(100, 1) for mean in means]

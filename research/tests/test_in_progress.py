@@ -51,3 +51,11 @@ def test_with_all_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "25.0" in text
     assert "so far" not in text
     assert "edge" not in text
+
+
+def test_the_loss_of_each_rate_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Study, "load_runs", all_runs)
+    lowest, *_ = load_study("paper-regime").learning_rates
+    table = BLOCKS["paper_rates"]()
+    assert f"{lowest:g}" in table
+    assert "| 0.00 |" in table  # the loss of the middle rate
