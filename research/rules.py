@@ -5,6 +5,7 @@ They are examples of user-written rules. `docs/rules.md` explains how to write o
 
 from __future__ import annotations
 
+import math
 import random
 from functools import partial
 
@@ -28,6 +29,23 @@ def stratified(nesting: Nesting, rng: random.Random, batch_size: int) -> Diagona
     ranks = [*nesting.ranks] * repeats + rng.sample(nesting.ranks, remainder)
     rng.shuffle(ranks)
     return np.stack([nesting.prefix(rank) for rank in ranks])
+
+
+def in_parts(rule: Rule, num_parts: int) -> Rule:
+    """Return a rule that draws for each of some equal parts of a batch.
+
+    A step has the gradient of as many micro-batches, each with a draw of its own, and takes the
+    time of one batch.
+    """
+    return Rule(f"{rule.name} in parts", partial(_diagonal_of_each_part, rule, num_parts))
+
+
+def _diagonal_of_each_part(
+    rule: Rule, num_parts: int, nesting: Nesting, rng: random.Random, batch_size: int
+) -> Diagonal:
+    diagonals = [rule.diagonal(nesting, rng, 1) for _ in range(num_parts)]
+    rows_of_part = math.ceil(batch_size / num_parts)
+    return np.repeat(diagonals, rows_of_part, axis=0)[:batch_size]
 
 
 def all_columns(nesting: Nesting, rng: random.Random, batch_size: int) -> Diagonal:

@@ -47,7 +47,7 @@ class Recipe:
         authors: Whether to start as the code of the paper's authors does: A is uniform within
             1 / sqrt(R), which is four to eight times PEFT's bound, and the factors have the dtype
             of the model.
-        parts: Micro-batches of a step. The rule draws a rank for each of them.
+        parts: The rule draws a rank for each of these equal parts of a batch.
     """
 
     summary: str
@@ -88,7 +88,7 @@ RECIPES = {
     "dylora": Recipe("one nested rank for each step, as the paper runs DyLoRA", "dylora"),
     "dylora-longer": Recipe("the same, half as many steps again", "dylora", length=1.5),
     "dylora-authors": Recipe(
-        "DyLoRA as the paper's authors run it: a rank for each of 8 micro-batches",
+        "DyLoRA as the paper's authors run it: a rank for each of 8 parts of a batch",
         "dylora",
         "sqrt",
         authors=True,

@@ -16,20 +16,15 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import set_seed
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, NotFiniteError, nest
 from matryoshka_lora.model.base_model import load_model, load_tokenizer
+from matryoshka_lora.rules import get_rule
 from research import facts, tasks
-from research.rules import RULES, TRUNCATED_LORA, train_last_column_only
+from research.rules import RULES, TRUNCATED_LORA, in_parts, train_last_column_only
 from research.runs import Job
 from research.study import RECIPES, Study
 
@@ -168,6 +163,8 @@ def nested_adapter(
     rule = RULES.get(rule_name, rule_name)
     if rule_name == "lora" and deploy == "paper":
         rule = TRUNCATED_LORA
+    if recipe.parts > 1:
+        rule = in_parts(get_rule(rule), recipe.parts)
     adapter = nest(
         model,
         study.nested_ranks(job.rank),
@@ -179,23 +176,6 @@ def nested_adapter(
     if rule_name == "dylora-frozen":
         train_last_column_only(adapter)
     return adapter, tokenizer
-
-
-class _DrawForMicroBatches(TrainerCallback):
-    """Draws a rank for each micro-batch of a step after the first, which has that of the step."""
-
-    def __init__(self, adapter: NestedAdapter) -> None:
-        self.adapter = adapter
-        self.micro_batch = 0
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.micro_batch = 0
-
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.micro_batch += 1
-        self.adapter.draw(state.global_step + self.micro_batch * args.max_steps)
 
 
 @contextmanager
@@ -213,9 +193,6 @@ def trainer_of(study: Study, job: Job) -> Iterator[tuple[NestedAdapter, AnswerTr
     with tempfile.TemporaryDirectory() as folder, _quiet():
         set_seed(job.seed)
         adapter, tokenizer = nested_adapter(study, job)
-        callbacks: list[TrainerCallback] = [adapter.callback()]
-        if RECIPES[job.recipe].parts > 1:
-            callbacks.append(_DrawForMicroBatches(adapter))
         trainer = AnswerTrainer(
             model=adapter.model,
             args=arguments(study, job, folder),
@@ -226,7 +203,7 @@ def trainer_of(study: Study, job: Job) -> Iterator[tuple[NestedAdapter, AnswerTr
                 if examples[name]
             },
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[adapter.callback()],
         )
         tokenized = {"train": trainer.train_dataset, **trainer.eval_dataset}
         for name, dataset in tokenized.items():
@@ -242,7 +219,6 @@ def trainer_of(study: Study, job: Job) -> Iterator[tuple[NestedAdapter, AnswerTr
 
 def arguments(study: Study, job: Job, folder: str) -> SFTConfig:
     """Return TRL's arguments; those that are not the study's are the same in every study."""
-    parts = RECIPES[job.recipe].parts
     return SFTConfig(
         **{
             "logging_strategy": "no",
@@ -254,8 +230,6 @@ def arguments(study: Study, job: Job, folder: str) -> SFTConfig:
             "dataloader_pin_memory": False,
             "use_cpu": True,
             **study.training,
-            "per_device_train_batch_size": study.training["per_device_train_batch_size"] // parts,
-            "gradient_accumulation_steps": parts,
             "max_steps": study.steps(job.recipe),
             "learning_rate": job.learning_rate,
             "seed": job.seed,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import matryoshka_lora
 from matryoshka_lora import MatryoshkaError
@@ -355,6 +356,42 @@ def test_no_deployment_sees_a_measured_example() -> None:
     assert len(held_out_ids) == 12
     assert len(measured_ids) == 8
     assert not [ids for ids in held_out_ids if ids in measured_ids]
+
+
+@pytest.mark.slow
+def test_parts_of_a_batch_have_the_gradient_of_micro_batches() -> None:
+    from research.training import trainer_of
+
+    job = Job("dylora-authors", "facts-8", 4, 1e-3, 0, "test")
+    with trainer_of(small_study(dtype="fp32"), job) as (adapter, trainer, _):
+        examples = list(trainer.train_dataset)
+        num_tokens = sum(label != -100 for row in examples for label in row["labels"])
+
+        def add_gradients(rows: list[Any]) -> None:
+            batch = trainer.data_collator(rows)
+            trainer.compute_loss(adapter.model, batch, num_items_in_batch=num_tokens).backward()
+
+        def pop_gradients() -> list[torch.Tensor]:
+            gradients: list[torch.Tensor] = []
+            for _, B in adapter.layer_factors().values():
+                assert B.grad is not None
+                gradients.append(B.grad.clone())
+            adapter.model.zero_grad()
+            return gradients
+
+        adapter.draw(0, batch_size=len(examples))
+        add_gradients(examples)
+        gradients = pop_gradients()
+        diagonal = adapter.layers.state.train_diagonal
+        assert diagonal is not None
+        diagonals = diagonal.q
+        assert diagonals.shape == (len(examples), 4)
+        assert len({tuple(q.tolist()) for q in diagonals}) > 1
+        for row, q in zip(examples, diagonals, strict=True):
+            with adapter.layers.use_diagonal(q):
+                add_gradients([row])
+    for gradient, sum_of_rows in zip(gradients, pop_gradients(), strict=True):
+        torch.testing.assert_close(gradient, sum_of_rows, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
