@@ -9,9 +9,11 @@ from __future__ import annotations
 from research.blocks import (
     concepts,
     file_verbs,
-    in_progress,
+    paper_regime,
     performance,
     readme,
+    reference,
+    repeat,
     results,
     studies,
 )
@@ -21,9 +23,11 @@ __all__ = [
     "BLOCKS",
     "concepts",
     "file_verbs",
-    "in_progress",
+    "paper_regime",
     "performance",
     "readme",
+    "reference",
+    "repeat",
     "results",
     "studies",
 ]

@@ -1,10 +1,10 @@
-"""The blocks on studies that are not complete, with no run and with all of them."""
+"""The blocks on studies that search for rates, with no run and with all of them."""
 
 from __future__ import annotations
 
 import pytest
 
-from research.blocks import BLOCKS, in_progress
+from research.blocks import BLOCKS, paper_regime
 from research.plan import Result, missing_jobs, results
 from research.runs import Curve, Job, Run
 from research.study import Study, load_study
@@ -37,7 +37,7 @@ def all_curves(study_name: str) -> list[Result]:
 @blocks
 def test_without_any_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Study, "load_runs", lambda study: {})
-    monkeypatch.setattr(in_progress, "curves", lambda study_name: [])
+    monkeypatch.setattr(paper_regime, "curves", lambda study_name: [])
     text = BLOCKS[name]()
     assert "are missing" in text
     assert "25.0" not in text
@@ -46,11 +46,18 @@ def test_without_any_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @blocks
 def test_with_all_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Study, "load_runs", all_runs)
-    monkeypatch.setattr(in_progress, "curves", all_curves)
+    monkeypatch.setattr(paper_regime, "curves", all_curves)
     text = BLOCKS[name]()
     assert "25.0" in text
     assert "so far" not in text
     assert "edge" not in text
+
+
+def test_every_comparison_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper_regime, "curves", all_curves)
+    rows = BLOCKS["paper_differences"]().strip().splitlines()[2:]
+    assert len(rows) == 2 * len(paper_regime.COMPARISONS)
+    assert all(row.count("+0.0 ± 0.0") == 3 for row in rows)  # all runs are equal
 
 
 def test_the_loss_of_each_rate_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
