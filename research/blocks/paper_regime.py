@@ -36,7 +36,7 @@ COMPARISONS = (
     ("P kept minus LoRA, truncated", "matryoshka-authors/kept", "lora-authors/prefix"),
     ("P minus LoRA, after `reorder`", "matryoshka-authors/svd", "lora-authors/svd"),
     ("P dropped minus DyLoRA, truncated", "matryoshka-authors/prefix", "dylora-authors/prefix"),
-    ("P minus DyLoRA, after `reorder`", "matryoshka-authors/svd", "dylora-authors/svd"),
+    ("DyLoRA, truncated, minus LoRA after `reorder`", "dylora-authors/prefix", "lora-authors/svd"),
 )
 """A label, a method and another method."""
 

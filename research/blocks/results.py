@@ -105,9 +105,17 @@ def facts256_paper() -> str:
         f"{largest_share:.1f} % with 128 or 512 facts and in the\n  next table. This does not "
         f"refute the paper: the rates here are {learning_rates}. Dropping P explains it at the "
         "ranks 16 and 32\n  only. In a pilot with 128 facts, one seed that is not among the runs, "
-        "keeping P repaired these ranks. Up to rank 8\n  it hardly answered with P either. "
-        "[The paper's own rates](#the-papers-own-regime) have a study of their own."
+        "keeping P repaired these ranks. Up to rank 8\n  it hardly answered with P either. In "
+        "[the paper's own regime](#the-papers-own-regime), with 128 facts, rank R\n  answers "
+        f"{_paper_regime_at_R('prefix')} with P dropped, and {_paper_regime_at_R('kept')} with P "
+        "kept."
     )
+
+
+def _paper_regime_at_R(deployment: str) -> str:
+    """Return the answers of P to 128 facts at R, as the paper's authors train it, in %."""
+    results = of_method("paper-regime", f"matryoshka-authors/{deployment}", "facts-128")
+    return f"{100 * fmean(accuracy_at(32)(result) or 0 for result in results):.1f} %"
 
 
 @block
