@@ -65,6 +65,11 @@ def p_minus_lora(value: Value, task: str) -> Estimate:
     return _estimate("headline", "matryoshka/svd", value, "lora/svd", task)
 
 
+def in_paper_regime(method: str, minus: str, value: Value, task: str) -> Estimate:
+    """Return the difference of two methods as the paper's authors train, each at its best rate."""
+    return _estimate("paper-regime", method, value, minus, task)
+
+
 def gain_of_one_svd(task: str) -> Estimate:
     """Return the AURAC that one SVD adds to the same adapters of plain LoRA, truncated."""
     study = load_study("headline")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from statistics import fmean
 
 from research import stats
-from research.blocks.comparisons import points
+from research.blocks.comparisons import in_paper_regime, points
 from research.blocks.rate_cells import best_rate, rate_cell, seeds_cell, validation_runs
 from research.blocks.registry import block, table
 from research.curves import curves
@@ -122,20 +122,28 @@ def paper_findings() -> str:
         (unit,) = units(study, method, "chain_sum")
         losses.append(_loss(runs[unit.job(PAPER_RATE, seed, "validation")], unit))
         chosen_rates.append(rate_cell(rates(study, runs, unit)))
-    at_best_rate = stats.mean(
-        curves(study.name),
-        "matryoshka-authors/svd",
-        mean_loss,
-        "chain_sum",
-        minus="lora-authors/svd",
+    at_best_rate = in_paper_regime(
+        "matryoshka-authors/svd", "lora-authors/svd", mean_loss, "chain_sum"
     )
-    assert at_best_rate is not None
+    dylora = _facts_by_rank("dylora-authors/prefix")
+    lora = _facts_by_rank("lora-authors/svd")
     return (
         f"* **At a rate of the paper, P learns faster.** At {PAPER_RATE:g} on `chain_sum`, the "
         f"losses of P and LoRA after `reorder` are {' and '.join(losses)}\n  (validation, one "
         f"seed). At the best rate of each, {' and '.join(chosen_rates)}, the difference is "
-        f"{at_best_rate.text(sign='+')} nats\n  ({at_best_rate.n} test seeds)."
+        f"{at_best_rate.text(sign='+')} nats\n  ({at_best_rate.n} test seeds).\n"
+        f"* **DyLoRA** answers {dylora[1]} % of the facts at rank 1, and {dylora[32]} % at rank "
+        f"32; LoRA, after `reorder`,\n  {lora[1]} and {lora[32]} %."
     )
+
+
+def _facts_by_rank(method: str) -> dict[int, str]:
+    """Return the mean of the right answers to 128 facts by rank, in %."""
+    results = [c for c in curves("paper-regime") if (c.method, c.task) == (method, "facts-128")]
+    return {
+        rank: f"{100 * fmean(accuracy_at(rank)(result) or 0 for result in results):.1f}"
+        for rank in PAPER_RANKS
+    }
 
 
 @block
