@@ -31,19 +31,19 @@ def stratified(nesting: Nesting, rng: random.Random, batch_size: int) -> Diagona
     return np.stack([nesting.prefix(rank) for rank in ranks])
 
 
-def in_parts(rule: Rule, num_parts: int) -> Rule:
-    """Return a rule that draws for each of some equal parts of a batch.
+def dylora_in_parts(num_parts: int) -> Rule:
+    """Return DyLoRA's rule with a random nested rank for each of some equal parts of a batch.
 
     A step has the gradient of as many micro-batches, each with a draw of its own, and takes the
     time of one batch.
     """
-    return Rule(f"{rule.name} in parts", partial(_diagonal_of_each_part, rule, num_parts))
+    return Rule("dylora in parts", partial(_rank_of_each_part, num_parts))
 
 
-def _diagonal_of_each_part(
-    rule: Rule, num_parts: int, nesting: Nesting, rng: random.Random, batch_size: int
+def _rank_of_each_part(
+    num_parts: int, nesting: Nesting, rng: random.Random, batch_size: int
 ) -> Diagonal:
-    diagonals = [rule.diagonal(nesting, rng, 1) for _ in range(num_parts)]
+    diagonals = [nesting.prefix(rng.choice(nesting.ranks)) for _ in range(num_parts)]
     rows_of_part = math.ceil(batch_size / num_parts)
     return np.repeat(diagonals, rows_of_part, axis=0)[:batch_size]
 

@@ -47,7 +47,7 @@ class Recipe:
         authors: Whether to start as the code of the paper's authors does: A is uniform within
             1 / sqrt(R), which is four to eight times PEFT's bound, and the factors have the dtype
             of the model.
-        parts: The rule draws a rank for each of these equal parts of a batch.
+        parts: DyLoRA draws a rank for each of these equal parts of a batch.
     """
 
     summary: str

@@ -22,9 +22,8 @@ from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, NotFiniteError, nest
 from matryoshka_lora.model.base_model import load_model, load_tokenizer
-from matryoshka_lora.rules import get_rule
 from research import facts, tasks
-from research.rules import RULES, TRUNCATED_LORA, in_parts, train_last_column_only
+from research.rules import RULES, TRUNCATED_LORA, dylora_in_parts, train_last_column_only
 from research.runs import Job
 from research.study import RECIPES, Study
 
@@ -164,7 +163,7 @@ def nested_adapter(
     if rule_name == "lora" and deploy == "paper":
         rule = TRUNCATED_LORA
     if recipe.parts > 1:
-        rule = in_parts(get_rule(rule), recipe.parts)
+        rule = dylora_in_parts(recipe.parts)
     adapter = nest(
         model,
         study.nested_ranks(job.rank),
