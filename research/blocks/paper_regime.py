@@ -1,4 +1,4 @@
-"""The blocks on the regime of the paper's authors."""
+"""The blocks on the paper's own regime: its initialisation, dtype and learning rates."""
 
 from __future__ import annotations
 

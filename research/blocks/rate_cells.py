@@ -30,9 +30,11 @@ def rate_cell(state: Rates) -> str:
 def validation_runs(
     study: Study, runs: Mapping[Job, Run], unit: Unit, rate: float | None
 ) -> list[Run]:
+    """Return the validation runs of a unit at a rate."""
     jobs = [unit.job(rate or -1.0, seed, "validation") for seed in study.rate_seeds]
     return [runs[job] for job in jobs if job in runs and unit.deployment in runs[job].curves]
 
 
 def seeds_cell(count: int) -> str:
+    """Return a number of seeds as a cell."""
     return "1 seed" if count == 1 else f"{count} seeds"
