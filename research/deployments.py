@@ -64,7 +64,9 @@ def trained_ranks(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
         return
     adapter = trained.new_adapter()
     trainer = trained.trainer
-    result = adapter.train_ranks(trainer, seed=trainer.args.seed)
+    result = adapter.train_ranks(
+        trainer, max_examples=trained.study.max_examples, seed=trainer.args.seed
+    )
     trained.details["trained"] = {
         "outcome": result.outcome,
         "examples_by_rank": {str(r): count for r, count in result.examples_by_rank.items()},

@@ -133,6 +133,8 @@ def _description(
             ", ".join(f"{name} {number}" for name, number in packages) for packages in versions
         ),
     }
+    if study.max_examples is not None:
+        rows["examples of `train_ranks`"] = str(study.max_examples)
     if study.settled:
         rows["only reported"] = study.settled
     for name in dict.fromkeys(parse_method(method)[0] for method in study.all_methods):

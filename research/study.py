@@ -149,6 +149,7 @@ class Study:
         rank: R.
         ranks: The nested ranks, the last of which is R.
         reference_ranks: The ranks of ``lora-each``; empty means all nested ranks.
+        max_examples: The argument of `matryoshka_lora.NestedAdapter.train_ranks`.
         also: The names of studies whose runs this one uses too.
         settled: Why the study is only reported; empty if it can be run.
         threads: The threads of a run. They change the rounding of its numbers.
@@ -171,6 +172,7 @@ class Study:
     ranks: tuple[int, ...] = field(default=())
     within: float = 0.0
     reference_ranks: tuple[int, ...] = ()
+    max_examples: int | None = None
     also: tuple[str, ...] = field(default=())
     reported: tuple[str, ...] = field(default=())
     settled: str = ""
@@ -223,6 +225,8 @@ class Study:
         }
         if self.modules:
             settings["modules"] = list(self.modules)
+        if self.max_examples is not None:
+            settings["max_examples"] = self.max_examples
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
     def load_runs(self) -> dict[Job, Run]:

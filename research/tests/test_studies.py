@@ -288,10 +288,11 @@ def test_the_methods_of_the_papers_regime_run() -> None:
         assert not run.diverged
 
 
-def test_runs_with_other_settings_are_refused() -> None:
+@pytest.mark.parametrize("change", [{"training": {"max_steps": 3}}, {"max_examples": 3}], ids=str)
+def test_runs_with_other_settings_are_refused(change: dict[str, Any]) -> None:
     study = small_study()
     job = Job("lora", "facts-8", 4, 1e-3, 0, "test")
-    other = replace(study, training={**study.training, "max_steps": 3})
+    other = replace(study, **change)
     with pytest.raises(MatryoshkaError, match="settings"):
         study.select_runs({job: make_run(other, job, ["svd"])})
 
