@@ -9,6 +9,7 @@ from __future__ import annotations
 from research.blocks import (
     concepts,
     file_verbs,
+    nested_ranks,
     paper_regime,
     performance,
     readme,
@@ -23,6 +24,7 @@ __all__ = [
     "BLOCKS",
     "concepts",
     "file_verbs",
+    "nested_ranks",
     "paper_regime",
     "performance",
     "readme",

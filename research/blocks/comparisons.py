@@ -91,6 +91,17 @@ def trained_minus(study: str, other: str, value: Value) -> Estimate:
     return _estimate(study, trained_method(study), value, other)
 
 
+def trained_minus_study(study: str, method: str, other_study: str, value: Value) -> Estimate:
+    """Return LoRA, then ``train_ranks``, minus a method of another study, on the same seeds."""
+    values = stats.values(curves(study), TRAINED, value)
+    values_of_other = stats.values(curves(other_study), method, value)
+    common = values.keys() & values_of_other.keys()
+    estimate = stats.estimate([values[key] - values_of_other[key] for key in sorted(common)])
+    if estimate is None:
+        raise ValueError(f"{study} and {other_study} have no common seed.")
+    return estimate
+
+
 def other_version(study: str) -> str:
     """Return the name of a study's `train_ranks` for a label, if it is not that of `TRAINED`."""
     method = trained_method(study)
