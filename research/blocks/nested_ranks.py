@@ -24,16 +24,21 @@ def nesting_controls() -> str:
     }
     rows: list[list[str]] = []
     for label, study in studies.items():
-        (task,) = load_study(study).tasks
         cells = [median_and_lowest(study, TRAINED, accuracy_at(rank)) for rank in (1, 2, 32)]
-        num_examples = [
-            f"{fmean(spent.examples for spent in examples_spent(study, TRAINED, task, rank)):,.0f}"
-            for rank in (1, 2)
-        ]
-        rows.append([label, *cells, *num_examples, str(len(of_method(study, TRAINED)))])
+        cells += [_mean_examples(study, rank) for rank in (1, 2)]
+        rows.append([label, *cells, str(len(of_method(study, TRAINED)))])
     heading = ["`train_ranks`, nested ranks", *(f"rank {rank}" for rank in (1, 2, 32))]
     heading += [*(f"examples of rank {rank}" for rank in (1, 2)), "seeds"]
     return table(heading, rows)
+
+
+def _mean_examples(study_name: str, rank: int) -> str:
+    """Return how many examples a rank was trained on; nothing if it is not nested."""
+    study = load_study(study_name)
+    if rank not in study.ranks:
+        return ""
+    (task,) = study.tasks
+    return f"{fmean(run.examples for run in examples_spent(study_name, TRAINED, task, rank)):,.0f}"
 
 
 @block
@@ -46,8 +51,8 @@ def nesting_controls_findings() -> str:
     lora_examples = examples_spent("capacity", LORA_EACH, "facts-256", 2)[0].examples
     return (
         f"* **For one small rank**, nest `(2, 32)`. At rank 2, this minus ten nested ranks is "
-        f"{points(alone, '+')} points, and minus\n  LoRA trained at rank 2, a run of "
-        f"{lora_examples:,.0f} examples, {points(to_lora, '+')}.\n"
+        f"{points(alone, '+')} points, and minus\n  LoRA trained at rank 2 {points(to_lora, '+')}. "
+        f"That is a run of {lora_examples:,.0f} examples; this is one of R and half of one.\n"
         "* **Does nesting cost anything?** With about as many examples for rank 2, rank 2 alone "
         f"minus rank 2 beside\n  rank 1 is {points(to_nested, '+')} points."
     )
