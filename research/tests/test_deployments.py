@@ -16,13 +16,15 @@ class FakeAdapter:
     def __init__(self) -> None:
         self.model = SimpleNamespace(eval=lambda: None)
 
-    def train_ranks(self, trainer: Any, seed: int) -> TrainRanksResult:
+    def train_ranks(self, trainer: Any, max_examples: int, seed: int) -> TrainRanksResult:
+        assert max_examples == 24
         return TrainRanksResult(None, "kept", {1: 16, 2: 8}, {1: 1.0, 4: 0.5}, {1: 0.6, 4: 0.5})
 
 
 def test_trained_ranks_record_their_outcome_and_examples() -> None:
     adapter = FakeAdapter()
     trained = SimpleNamespace(
+        study=SimpleNamespace(max_examples=24),
         ranks=(1, 4),
         trainer=SimpleNamespace(args=SimpleNamespace(seed=0)),
         details={},
