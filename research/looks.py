@@ -18,7 +18,6 @@ STUDIES_OF_VERSION_0_3 = (
     "commonsense-judged",
     "every256-rank128",
     "gemma256",
-    "hardly",
     "hardly-wordnet",
 )
 """Studies whose tests have the `train_ranks` of version 0.3 only."""

@@ -95,9 +95,14 @@ def hardly() -> str:
     task_names = ("chain_sum", "family_relationships")
     ranks = (1, 4, 32)
     rows: list[list[str]] = []
-    for method in ("lora/svd", trained_method("hardly"), LORA_EACH):
+    trained = trained_method("hardly")
+    for method in ("lora/svd", trained, LORA_EACH):
         losses = [
-            fmean(loss_at(rank)(result) or 0 for result in of_method("hardly", method, task))
+            fmean(
+                loss_at(rank)(result) or 0
+                for result in of_method("hardly", method, task)
+                if result.seed in {other.seed for other in of_method("hardly", trained, task)}
+            )
             for task in task_names
             for rank in ranks
         ]
