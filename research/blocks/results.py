@@ -265,8 +265,10 @@ def three_tasks_findings() -> str:
             f"run more adds {longer} points.",
             f"* **{train_ranks_name(method)}** takes up to {max(shares):.1f} % of a run's tokens "
             f"here, and {relative_seconds('hardly', method):.2f} times\n  a run's seconds in all. "
-            "It changes the mean loss over the ranks after `reorder`, in nats, by:",
+            "Its mean loss over the ranks minus that of `reorder`, in nats:",
             *changes,
+            "  * **The two are of different runs of LoRA** with the same seeds, from other versions "
+            "and machines, so this\n    is not the effect of `train_ranks` alone.",
         ]
     )
 

@@ -97,16 +97,13 @@ def hardly() -> str:
     rows: list[list[str]] = []
     trained = trained_method("hardly")
     for method in ("lora/svd", trained, LORA_EACH):
-        losses = [
-            fmean(
-                loss_at(rank)(result) or 0
-                for result in of_method("hardly", method, task)
-                if result.seed in {other.seed for other in of_method("hardly", trained, task)}
-            )
-            for task in task_names
-            for rank in ranks
-        ]
-        rows.append([NAMES[method], *(f"{loss:.3f}" for loss in losses)])
+        cells: list[str] = []
+        for task in task_names:
+            seeds = {result.seed for result in of_method("hardly", trained, task)}
+            results = [r for r in of_method("hardly", method, task) if r.seed in seeds]
+            for rank in ranks:
+                cells.append(f"{fmean(loss_at(rank)(result) or 0 for result in results):.3f}")
+        rows.append([NAMES[method], *cells])
     heading = [f"`{task}`, {rank}" for task in task_names for rank in ranks]
     return table(["loss on test questions, rank", *heading], rows)
 
