@@ -267,8 +267,8 @@ def three_tasks_findings() -> str:
             f"here, and {relative_seconds('hardly', method):.2f} times\n  a run's seconds in all. "
             "Its mean loss over the ranks minus that of `reorder`, in nats:",
             *changes,
-            "  * **The two are of different runs of LoRA** with the same seeds, from other versions "
-            "and machines, so this\n    is not the effect of `train_ranks` alone.",
+            "  * **The two are of different runs of LoRA** with the same seeds, from other "
+            "versions and machines, so this\n    is not the effect of `train_ranks` alone.",
         ]
     )
 
