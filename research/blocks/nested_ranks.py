@@ -50,9 +50,10 @@ def nesting_controls_findings() -> str:
     to_nested = trained_minus_study("capacity-2-equal", TRAINED, "capacity-1-2", rank_2)
     lora_examples = examples_spent("capacity", LORA_EACH, "facts-256", 2)[0].examples
     return (
-        f"* **For one small rank**, nest `(2, 32)`. At rank 2, this minus ten nested ranks is "
-        f"{points(alone, '+')} points, and minus\n  LoRA trained at rank 2 {points(to_lora, '+')}. "
-        f"That is a run of {lora_examples:,.0f} examples; this is one of R and half of one.\n"
+        f"* **For one small rank**, nest `(2, 32)`. Its right answers at rank 2 differ from those "
+        f"of ten nested ranks by\n  {points(alone, '+')} points, and from those of LoRA trained at "
+        f"rank 2 by {points(to_lora, '+')}. That LoRA has {lora_examples:,.0f} examples\n  of rank "
+        "2; `(2, 32)` has as many of R, and half as many after them.\n"
         "* **Does nesting cost anything?** With about as many examples for rank 2, rank 2 alone "
         f"minus rank 2 beside\n  rank 1 is {points(to_nested, '+')} points."
     )

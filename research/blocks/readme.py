@@ -91,9 +91,9 @@ def readme_findings() -> str:
         f"means at the ranks 1 and 2, in points: {minus_squeezed[0]} on the facts;",
         f"  {minus_squeezed[1]} with fewer numbers to train; {minus_squeezed[2]} with 512 facts.",
         f"* **With fewer numbers to train**, {train_ranks_name(method)} has {trained} % at rank 2, "
-        f"and LoRA trained at rank 2 {lora} %. Who needs rank 2 only",
-        f"  nests [`(2, 32)`](docs/reorder.md#what-train_ranks-does), and has {alone} % (medians "
-        "of 5 seeds).",
+        f"and LoRA trained at rank 2 {lora} %. If you need rank 2 only,",
+        f"  nest [`(2, 32)`](docs/reorder.md#what-train_ranks-does): it then has {alone} % "
+        "(medians of 5 seeds).",
         f"* **LoRA trained at rank 1** is better on the facts: {min(references):.1f} to "
         f"{max(references):.1f} %, with the best of nine rates and three warmups. "
         f"`train_ranks` has {100 * min(shares):.1f} to {100 * max(shares):.1f} %.",
