@@ -41,9 +41,9 @@ TokenizedExample = dict[str, list[int]]
 
 IGNORED_LABEL = -100
 """The label of tokens that do not count in the loss, as in transformers."""
-VALIDATION_BATCHES = 16
-"""The validation examples are divided into at most this many batches, if memory allows it. Several
-are needed, because the spread of their losses is measured."""
+MIN_VALIDATION_BATCHES = 8
+"""The validation examples are divided into at least this many batches, because the spread of their
+losses is measured. Many small ones would be slow."""
 
 
 class NoExamplesError(MatryoshkaError):
@@ -55,8 +55,8 @@ class Split(NamedTuple):
 
     Attributes:
         training_indices: The indices of the examples to train on, in order. They may repeat.
-        validation_batches: At most `VALIDATION_BATCHES` batches of examples, or more if these
-            would be larger than a batch of the training.
+        validation_batches: At least `MIN_VALIDATION_BATCHES` batches of examples, none of which is
+            larger than a batch of the training.
         gap_batches: Half of the same examples in batches as large as those of the training, which
             are faster. They measure how far each rank is behind, and no spread.
         is_held_out: Whether the validation examples are an evaluation set. Otherwise they are
@@ -135,7 +135,8 @@ class TrainingData:
         training_order = itertools.chain.from_iterable(_permutations(len(self.examples), seed))
         source = self if self.validation is None else self.validation
         validation_indices = next(_permutations(len(source.examples), seed))[:max_validation]
-        batch_size = min(source.batch_size, math.ceil(len(validation_indices) / VALIDATION_BATCHES))
+        batch_size = max(1, len(validation_indices) // MIN_VALIDATION_BATCHES)
+        batch_size = min(source.batch_size, batch_size)
         validation_batches = source._equal_batches(validation_indices, batch_size)
         if not validation_batches:
             raise NoExamplesError("No example to validate on has a label. Check the labels.")

@@ -17,7 +17,11 @@ from matryoshka_lora.training.prefix_steps import (
     trainable_factors,
 )
 from matryoshka_lora.training.processes import round_up_to_processes
-from matryoshka_lora.training.validation import ValidationLosses, validation_losses
+from matryoshka_lora.training.validation import (
+    ValidationLosses,
+    base_loss,
+    validation_losses,
+)
 
 MAX_EXAMPLES = 3200
 """The default of ``max_examples`` if the number of examples seen in training is unknown."""
@@ -34,7 +38,7 @@ NUM_STANDARD_ERRORS = 1.0
 """Changes of fewer standard errors do not count."""
 ROUNDING = 1e-3
 """In nats. Smaller gaps do not count."""
-MIN_VALIDATION_EXAMPLES = 16
+MIN_VALIDATION_EXAMPLES = 32
 MAX_VALIDATION_EXAMPLES = 64
 VALIDATION_SHARE = 1 / 32
 """The number of validation examples, relative to ``max_examples``, between these two limits."""
@@ -90,8 +94,9 @@ def train_ranks(
 
     with trainable_factors(layers):
         before = validation_losses(layers, data, batches)
+        gain = base_loss(layers, data, batches) - before.mean(layers.nesting.max_rank)
         largest_gap = max(before.gaps().values())
-        smallest_gap = max(ROUNDING, _share_of_gain(SMALLEST_GAP, before))
+        smallest_gap = max(ROUNDING, _share_of_gain(SMALLEST_GAP, gain))
         if largest_gap <= smallest_gap:
             _log_nothing_to_train(before, smallest_gap)
             return TrainRanksResult(None, "nothing to train", {}, before.means(), None)
@@ -101,7 +106,7 @@ def train_ranks(
         )
         after = validation_losses(layers, data, batches)
         _log_losses(before, after)
-        is_better = _is_better(before, after)
+        is_better = _is_better(before, after, _share_of_gain(MAX_LOSS_INCREASE, gain))
         if is_better:
             layers.mark_ordered("trained")
         else:
@@ -143,19 +148,26 @@ def _split(data: TrainingData, num_training: int, seed: int) -> Split:
     return split
 
 
-def _share_of_gain(share: float, losses: ValidationLosses) -> float:
-    """Return a share of the gain of rank R in nats, at most `MAX_TOLERANCE`."""
-    return min(share * losses.gain(), MAX_TOLERANCE)
+def _share_of_gain(share: float, gain: float) -> float:
+    """Return a share of the gain of rank R, from 0 to `MAX_TOLERANCE` nats."""
+    return min(share * max(0.0, gain), MAX_TOLERANCE)
 
 
-def _is_better(before: ValidationLosses, after: ValidationLosses) -> bool:
-    """Return whether to keep the trained factors, and warn of what became worse."""
+def _is_better(before: ValidationLosses, after: ValidationLosses, max_increase: float) -> bool:
+    """Return whether to keep the trained factors, and warn of what became worse.
+
+    Args:
+        before: The losses before training.
+        after: The losses after training.
+        max_increase: The maximum increase of the loss of rank R, in nats, if it were measured
+            without error.
+    """
     *smaller_ranks, max_rank = before.by_rank
     change = before.paired_change(after, smaller_ranks)
     max_rank_change = before.paired_change(after, [max_rank])
     is_significant = change.mean < -NUM_STANDARD_ERRORS * change.standard_error
-    max_increase = _share_of_gain(MAX_LOSS_INCREASE, before) + max_rank_change.standard_error
-    if not is_significant or max_rank_change.mean > max_increase:
+    is_worse_at_max_rank = max_rank_change.mean > max_increase + max_rank_change.standard_error
+    if not is_significant or is_worse_at_max_rank:
         warnings.warn(
             "The trained ranks are not kept: training would change the mean validation loss of the "
             f"ranks below {max_rank} by {change.mean:+.3f} ± {change.standard_error:.3f} (standard "

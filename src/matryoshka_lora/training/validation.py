@@ -1,4 +1,4 @@
-"""The losses of every nested rank on validation examples."""
+"""The losses of the base model and of every nested rank on validation examples."""
 
 from __future__ import annotations
 
@@ -23,16 +23,14 @@ from matryoshka_lora.training.processes import (
 
 @dataclass(frozen=True)
 class ValidationLosses:
-    """The losses of the base model and of each nested rank on the same batches, in nats per token.
+    """The losses of each nested rank on the same batches, in nats per token.
 
     Attributes:
         weights: The share of each batch in the terms of the mean loss, shape (batches,).
-        base: The loss of each batch without the adapter, shape (batches,).
-        by_rank: The same at each nested rank.
+        by_rank: The loss of each batch at each nested rank, shape (batches,).
     """
 
     weights: Float64Array
-    base: Float64Array
     by_rank: dict[int, Float64Array]
 
     def mean(self, rank: int) -> float:
@@ -47,10 +45,6 @@ class ValidationLosses:
         """Return how much the loss of each nested rank exceeds that of rank R, at least 0."""
         max_rank_loss = self.mean(max(self.by_rank))
         return {rank: max(0.0, loss - max_rank_loss) for rank, loss in self.means().items()}
-
-    def gain(self) -> float:
-        """Return how much rank R lowers the loss of the base model, at least 0."""
-        return max(0.0, float(self.weights @ self.base) - self.mean(max(self.by_rank)))
 
     def paired_change(self, after: ValidationLosses, ranks: Sequence[int]) -> PairedChange:
         """Return the change of the mean loss of some ranks, from batch to batch.
@@ -95,7 +89,7 @@ def prefix_mask(max_rank: int, rank: int) -> Tensor:
 def validation_losses(
     layers: NestedLayers, data: TrainingData, batches: Sequence[Batch]
 ) -> ValidationLosses:
-    """Return the losses of the base model and of each nested rank.
+    """Return the losses of each nested rank.
 
     Of several processes, each computes a share of the batches, and all return the same.
 
@@ -107,16 +101,31 @@ def validation_losses(
     Raises:
         NotFiniteError: A loss is NaN or infinite.
     """
-    num_terms_of_batches = _map_over_batches(num_terms, batches, data.device)
-    losses: dict[int, Float64Array] = {}
-    for rank in (0, *layers.nesting.ranks):
-        with layers.use_diagonal(prefix_mask(layers.nesting.max_rank, rank)):
-            losses[rank] = _map_over_batches(
-                lambda batch: data.loss(batch).item(), batches, data.device
-            )
-        check_finite_loss(float(losses[rank].sum()))
-    base = losses.pop(0)
-    return ValidationLosses(num_terms_of_batches / num_terms_of_batches.sum(), base, losses)
+    losses = {rank: _losses(layers, data, batches, rank) for rank in layers.nesting.ranks}
+    return ValidationLosses(_weights(data, batches), losses)
+
+
+@torch.no_grad()
+def base_loss(layers: NestedLayers, data: TrainingData, batches: Sequence[Batch]) -> float:
+    """Return the mean loss of the base model. The arguments are those of `validation_losses`."""
+    return float(_weights(data, batches) @ _losses(layers, data, batches, rank=0))
+
+
+def _weights(data: TrainingData, batches: Sequence[Batch]) -> Float64Array:
+    """Return the share of each batch in the terms of the mean loss, shape (batches,)."""
+    weights = _map_over_batches(num_terms, batches, data.device)
+    weights /= weights.sum()
+    return weights
+
+
+def _losses(
+    layers: NestedLayers, data: TrainingData, batches: Sequence[Batch], rank: int
+) -> Float64Array:
+    """Return the loss of each batch at a rank, shape (batches,). Rank 0 is the base model."""
+    with layers.use_diagonal(prefix_mask(layers.nesting.max_rank, rank)):
+        losses = _map_over_batches(lambda batch: data.loss(batch).item(), batches, data.device)
+    check_finite_loss(float(losses.sum()))
+    return losses
 
 
 def _map_over_batches(
