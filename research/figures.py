@@ -49,8 +49,8 @@ SPENT_METHODS = ("lora/svd", trained_method("capacity"), "lora/squeezed", LORA_E
 SPENT_STUDIES = {
     "256 facts, two kinds of layers": dict.fromkeys(SPENT_METHODS, ("capacity", "facts-256")),
     "family_relationships": {
-        "lora/svd": ("hardly", "family_relationships"),
-        trained_method("hardly"): ("hardly", "family_relationships"),
+        "lora/svd": ("ordinary", "family_relationships"),
+        TRAINED: ("ordinary", "family_relationships"),
         LORA_EACH: ("headline", "family_relationships"),
     },
 }

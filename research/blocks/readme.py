@@ -39,20 +39,15 @@ _README_RANKS = (1, 2, 4)
 def readme_table() -> str:
     """The table of README: a task where rank matters, and an ordinary one."""
     rows: list[list[str]] = []
-    for facts_method, sums_study, sums_method in (
-        ("lora/svd", "headline", "lora/svd"),
-        (TRAINED, "hardly", TRAINED),
-        ("lora/squeezed", "headline", "lora/squeezed"),
-        (LORA_EACH, "headline", LORA_EACH),
-    ):
-        cells = [median_and_lowest("every256", facts_method, accuracy_at(r)) for r in _README_RANKS]
-        if facts_method == LORA_EACH:
+    for method in ("lora/svd", TRAINED, "lora/squeezed", LORA_EACH):
+        cells = [median_and_lowest("every256", method, accuracy_at(r)) for r in _README_RANKS]
+        if method == LORA_EACH:
             cells = reference_cells(_README_RANKS)
+        study = "headline" if method == LORA_EACH else "ordinary"
         cells += [
-            median_and_lowest(sums_study, sums_method, accuracy_at(r), "chain_sum")
-            for r in _README_RANKS
+            median_and_lowest(study, method, accuracy_at(r), "chain_sum") for r in _README_RANKS
         ]
-        rows.append([NAMES[facts_method], *cells, tokens("every256", facts_method)])
+        rows.append([NAMES[method], *cells, tokens("every256", method)])
     heading = ["right answers in %"]
     for task in ("facts", "sums"):
         heading += [f"{task}, rank {rank}" for rank in _README_RANKS]

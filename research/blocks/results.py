@@ -26,16 +26,14 @@ from research.blocks.comparisons import (
 from research.blocks.registry import (
     block,
     facts_table,
-    nats,
     percent,
-    read,
     table,
 )
 from research.curves import curves, of_method, references_with_best_warmup
 from research.looks import NAMES, P_TRAINED_0_3, TRAINED, train_ranks_name, trained_method
 from research.plan import Result
-from research.stats import accuracy_at, aurac_log2, loss_at
-from research.study import LORA_EACH, parse_method
+from research.stats import accuracy_at, aurac_log2
+from research.study import LORA_EACH
 
 
 @block
@@ -241,34 +239,13 @@ def three_tasks_findings() -> str:
     gains = [points(gain_of_one_svd(task)) for task in THREE_TASKS]
     family = "family_relationships"
     longer = percent("headline", "lora-longer/svd", aurac_log2, family, "lora/svd")
-    method = trained_method("hardly")
-    _, deployment = parse_method(method)
-    changes: list[str] = []
-    for task in ("chain_sum", family):
-        trained = nats("hardly", method, stats.mean_loss, task, "lora/svd")
-        at_max_rank = nats("hardly", method, loss_at(32), task, "lora/svd")
-        longer_run = nats("headline", "lora-longer/svd", stats.mean_loss, task, "lora/svd")
-        changes.append(
-            f"  * `{task}`: {trained}; {at_max_rank} at R. Half a run more: {longer_run}."
-        )
-    shares = [
-        100 * run["cost"]["cuts"][deployment]["tokens"] / run["cost"]["tokens"]
-        for run in read("research/runs/hardly.jsonl")
-        if run["job"]["split"] == "test" and deployment in run["cost"]["cuts"]
-    ]
     return "\n".join(
         [
             f"* **Reordering does most of it.** One SVD adds {gains[0]}, {gains[1]} and {gains[2]} "
             "points to the same adapters of plain LoRA,\n  truncated, at the rate that is best "
             "for `reorder`. In the table, each row has the rate that is best for it.",
-            "* **New examples add more** on `family_relationships`, after `reorder`: half a "
-            f"run more adds {longer} points.",
-            f"* **{train_ranks_name(method)}** takes up to {max(shares):.1f} % of a run's tokens "
-            f"here, and {relative_seconds('hardly', method):.2f} times\n  a run's seconds in all. "
-            "Its mean loss over the ranks minus that of `reorder`, in nats:",
-            *changes,
-            "  * **The two are of different runs of LoRA** with the same seeds, from other "
-            "versions and machines, so this\n    is not the effect of `train_ranks` alone.",
+            "* **A longer run adds more** on `family_relationships`, after `reorder`: half a run "
+            f"more adds {longer} points.",
         ]
     )
 

@@ -18,7 +18,7 @@ from research.blocks.registry import (
     tokens,
 )
 from research.commonsense import USUAL_METRIC
-from research.curves import curves, of_method
+from research.curves import curves
 from research.looks import NAMES, TRAINED, train_ranks_name, trained_method
 from research.plan import rates, units
 from research.runs import Job
@@ -87,25 +87,6 @@ def peft_adapters() -> str:
                 cells.append(mean_and_deviation(differences, digits))
             rows.append([f"`{task}`, {label}", *cells])
     return table(["`train_ranks` minus `reorder`, rank", *map(str, ranks)], rows)
-
-
-@block
-def hardly() -> str:
-    """Where rank hardly matters."""
-    task_names = ("chain_sum", "family_relationships")
-    ranks = (1, 4, 32)
-    rows: list[list[str]] = []
-    trained = trained_method("hardly")
-    for method in ("lora/svd", trained, LORA_EACH):
-        cells: list[str] = []
-        for task in task_names:
-            seeds = {result.seed for result in of_method("hardly", trained, task)}
-            results = [r for r in of_method("hardly", method, task) if r.seed in seeds]
-            for rank in ranks:
-                cells.append(f"{fmean(loss_at(rank)(result) or 0 for result in results):.3f}")
-        rows.append([NAMES[method], *cells])
-    heading = [f"`{task}`, {rank}" for task in task_names for rank in ranks]
-    return table(["loss on test questions, rank", *heading], rows)
 
 
 @block
