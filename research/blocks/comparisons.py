@@ -113,8 +113,8 @@ def num_tries() -> tuple[int, int]:
     kinds = [line["kind"] for line in read("research/runs/trained-tries.jsonl")]
     num_of_trained = sum(kind in ("inter", "seq", "trained") for kind in kinds)
     loops = [line["loop"] for line in read("research/runs/allocation-tries.jsonl")]
-    others = ("svd", "squeezed", "continued LoRA")
-    num_of_trained += sum(loop not in others for loop in loops)
+    loops_of_other_methods = ("svd", "squeezed", "continued LoRA")
+    num_of_trained += sum(loop not in loops_of_other_methods for loop in loops)
     num_of_squeezed = sum(kind in ("squeeze", "squeezed") for kind in kinds)
     return num_of_trained, num_of_squeezed
 

@@ -117,17 +117,10 @@ def test_every_rank_gets_a_lower_validation_loss(monkeypatch: pytest.MonkeyPatch
         assert after[rank] <= before[rank] + 0.02 * max(1, before[rank])
 
 
-@pytest.mark.parametrize(
-    "validation",
-    [VALIDATION, random_examples(64, seed=3, answers=range(50, 90))],
-    ids=["learned", "worse-than-the-base-model"],
-)
-def test_nothing_is_trained_where_no_rank_is_behind(
-    validation: list[Example], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_nothing_is_trained_where_no_rank_is_behind(caplog: pytest.LogCaptureFixture) -> None:
     """The later components are zeros."""
     adapter = shrunk_adapter(0.0)
-    data = data_for(adapter, validation)
+    data = data_for(adapter)
     before = copy_lora_parameters(adapter)
     with caplog.at_level(logging.INFO, "matryoshka_lora"):
         result = train_ranks(adapter.layers, data, 80)
@@ -139,10 +132,13 @@ def test_nothing_is_trained_where_no_rank_is_behind(
     assert adapter.order == "svd"
 
 
-def test_a_large_gain_hides_no_gap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two percent of the gain would be 20 nats, and no rank as far behind."""
+@pytest.mark.parametrize("base_loss", [1000.0, -1000.0])
+def test_no_loss_of_the_base_model_prevents_training(
+    base_loss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two percent of the gain would be 20 nats, and no rank as far behind; or less than nothing."""
     adapter = ordered_adapter()
-    monkeypatch.setattr(module, "base_loss", lambda *_: 1000.0)
+    monkeypatch.setattr(module, "base_loss", lambda *_: base_loss)
     assert train_ranks(adapter.layers, data_for(adapter), 640).outcome == "kept"
 
 
