@@ -34,11 +34,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from matryoshka_lora import combine
+from matryoshka_lora.extraction.factorize import RankLimits, factorize_change
+from matryoshka_lora.extraction.model_diff import WeightPair
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor
-from matryoshka_lora.model.base_model import bundled_model_path
-from matryoshka_lora.nn.arrays import to_numpy
-from matryoshka_lora.operations.factorize import RankLimits, factorize_change
-from matryoshka_lora.operations.model_diff import WeightPair
+from matryoshka_lora.peft.arrays import to_numpy
+from matryoshka_lora.peft.base_model import bundled_model_path
 
 SUM_WIDTH, SUM_RANK = 1536, 16
 CHANGE_SHAPE, CHANGE_RANK = (14336, 4096), 64

@@ -413,7 +413,7 @@ def main() -> None:
         with redirect_stdout(sys.stderr):
             run_worker(options.worker, options.dtype, options.export, output)
         return
-    from matryoshka_lora.model.base_model import bundled_model_path
+    from matryoshka_lora.peft.base_model import bundled_model_path
 
     base_model = str(bundled_model_path())
     results: list[dict[str, Any]] = []

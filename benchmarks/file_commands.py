@@ -40,7 +40,7 @@ import time
 from statistics import median
 import numpy as np
 from threadpoolctl import threadpool_limits
-from matryoshka_lora.algebra.factors import reorder_factors
+from matryoshka_lora.linalg.factors import reorder_factors
 generator = np.random.default_rng(0)
 A = generator.standard_normal((64, 3072), dtype=np.float32)
 B = generator.standard_normal((3072, 64), dtype=np.float32)

@@ -18,7 +18,7 @@ import torch
 import train_step
 import trl_step
 
-from matryoshka_lora.model.base_model import DTYPES, load_model
+from matryoshka_lora.peft.base_model import DTYPES, load_model
 
 
 def measure_train_step(device: torch.device, small: bool) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from matryoshka_lora.algebra.factors import reorder_factors
+from matryoshka_lora.linalg.factors import reorder_factors
 
 WIDTH = 3072
 RANK = 8  # of the truncated factors

@@ -23,7 +23,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import nest
-from matryoshka_lora.model.base_model import load_model, load_tokenizer
+from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 
 SETTINGS = {"8 x 48": (8, 48, 80), "32 x 12": (32, 12, 80)}
 """The examples of a batch of the run, the tokens of an example, and the steps."""

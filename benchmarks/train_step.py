@@ -35,7 +35,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from matryoshka_lora import Nesting, Rule, nest
-from matryoshka_lora.model.base_model import DTYPES, load_model
+from matryoshka_lora.peft.base_model import DTYPES, load_model
 
 ROWS, TOKENS = 8, 128
 RANKS = (8, 32, 128, 256)

@@ -35,7 +35,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import nest
-from matryoshka_lora.model.base_model import load_model, load_tokenizer
+from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 
 VARIANTS = ("PEFT", "nested, PEFT's forward", "nested, fused")
 SETTINGS = {"bf16": ("bf16", False), "fp32": ("fp32", False), "autocast": ("bf16", True)}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from matryoshka_lora import MatryoshkaError
-from matryoshka_lora.algebra.products import elementwise_product
+from matryoshka_lora.linalg.kronecker import elementwise_product
 
 
 class Factors(NamedTuple):

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from matryoshka_lora import MatryoshkaError, NestedAdapter, load
 from matryoshka_lora.lora_file.open import open_lora
 from matryoshka_lora.lora_file.peft_folder import PeftFolder
-from matryoshka_lora.model.base_model import load_adapter_tokenizer, load_model
+from matryoshka_lora.peft.base_model import load_adapter_tokenizer, load_model
 
 MAX_NEW_TOKENS = 256
 TOKENS_PER_UPDATE = 8

@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
 from matryoshka_lora import load
-from matryoshka_lora.model.base_model import load_model, load_tokenizer
+from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("adapter", type=Path)

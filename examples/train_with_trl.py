@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import nest
-from matryoshka_lora.model.base_model import load_model, load_tokenizer
+from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=80)

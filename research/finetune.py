@@ -22,7 +22,7 @@ from datasets import Dataset
 from transformers import set_seed
 
 from matryoshka_lora import extract, load
-from matryoshka_lora.model.base_model import load_model, load_tokenizer
+from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 from research import tasks
 from research.peft_adapters import tokenize
 from research.run import set_up, versions

@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
 from matryoshka_lora import NestedAdapter, load
-from matryoshka_lora.model.base_model import load_model, load_tokenizer
+from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 from research import tasks
 from research.run import set_up, versions
 from research.runs import Job, append_line, complete_lines

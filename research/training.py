@@ -21,7 +21,7 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, NotFiniteError, nest
-from matryoshka_lora.model.base_model import load_model, load_tokenizer
+from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 from research import facts, tasks
 from research.rules import RULES, TRUNCATED_LORA, dylora_in_parts, train_last_column_only
 from research.runs import Job

@@ -36,7 +36,7 @@ from matryoshka_lora.demo import (
     train_adapter,
     typed_queries,
 )
-from matryoshka_lora.model.base_model import load_model, load_tokenizer
+from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 
 
 def test_the_table_has_short_names_and_numbers_of_three_digits() -> None:

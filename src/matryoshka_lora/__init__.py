@@ -14,11 +14,10 @@ if TYPE_CHECKING:
     from matryoshka_lora.evaluation.results import aurac as aurac
     from matryoshka_lora.evaluation.select import Selection as Selection
     from matryoshka_lora.evaluation.select import select as select
+    from matryoshka_lora.extraction.extract import ExtractResult as ExtractResult
+    from matryoshka_lora.extraction.extract import extract as extract
     from matryoshka_lora.lora_file.results import ReorderResult as ReorderResult
     from matryoshka_lora.lora_file.results import TrainRanksResult as TrainRanksResult
-    from matryoshka_lora.model.adapter import NestedAdapter as NestedAdapter
-    from matryoshka_lora.model.load import load as load
-    from matryoshka_lora.model.nest import nest as nest
     from matryoshka_lora.nesting import Nesting as Nesting
     from matryoshka_lora.operations.combine import CombineResult as CombineResult
     from matryoshka_lora.operations.combine import combine as combine
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from matryoshka_lora.operations.export import export as export
     from matryoshka_lora.operations.export_folder import ExportFolderResult as ExportFolderResult
     from matryoshka_lora.operations.export_folder import export_folder as export_folder
-    from matryoshka_lora.operations.extract import ExtractResult as ExtractResult
-    from matryoshka_lora.operations.extract import extract as extract
     from matryoshka_lora.operations.info import FolderInfo as FolderInfo
     from matryoshka_lora.operations.info import LayerInfo as LayerInfo
     from matryoshka_lora.operations.info import LoraInfo as LoraInfo
@@ -35,6 +32,9 @@ if TYPE_CHECKING:
     from matryoshka_lora.operations.info import info_folder as info_folder
     from matryoshka_lora.operations.reorder import reorder as reorder
     from matryoshka_lora.operations.train_ranks import train_ranks as train_ranks
+    from matryoshka_lora.peft.adapter import NestedAdapter as NestedAdapter
+    from matryoshka_lora.peft.load import load as load
+    from matryoshka_lora.peft.nest import nest as nest
     from matryoshka_lora.rules import Rule as Rule
 
 # Names are imported lazily, so that file operations need no torch and `--help` needs no NumPy.
@@ -43,13 +43,13 @@ _MODULES = {
     "Evaluation": "evaluation.results",
     "ExportFolderResult": "operations.export_folder",
     "ExportResult": "operations.export",
-    "ExtractResult": "operations.extract",
+    "ExtractResult": "extraction.extract",
     "FolderInfo": "operations.info",
     "LayerInfo": "operations.info",
     "LoraInfo": "operations.info",
     "MatryoshkaError": "errors",
     "MissingDependencyError": "errors",
-    "NestedAdapter": "model.adapter",
+    "NestedAdapter": "peft.adapter",
     "Nesting": "nesting",
     "NotFiniteError": "errors",
     "ReorderResult": "lora_file.results",
@@ -61,11 +61,11 @@ _MODULES = {
     "evaluate": "evaluation.evaluate",
     "export": "operations.export",
     "export_folder": "operations.export_folder",
-    "extract": "operations.extract",
+    "extract": "extraction.extract",
     "info": "operations.info",
     "info_folder": "operations.info",
-    "load": "model.load",
-    "nest": "model.nest",
+    "load": "peft.load",
+    "nest": "peft.nest",
     "reorder": "operations.reorder",
     "select": "evaluation.select",
     "train_ranks": "operations.train_ranks",

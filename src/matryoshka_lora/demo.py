@@ -21,9 +21,9 @@ from matryoshka_lora.errors import optional_imports
 from matryoshka_lora.evaluation.plot import plot_evaluation
 from matryoshka_lora.evaluation.results import Evaluation, Metric, TaskResult
 from matryoshka_lora.lora_file.hub import BUNDLED_MODEL
-from matryoshka_lora.model.adapter import NestedAdapter
-from matryoshka_lora.model.base_model import load_model, load_tokenizer
-from matryoshka_lora.model.nest import nest
+from matryoshka_lora.peft.adapter import NestedAdapter
+from matryoshka_lora.peft.base_model import load_model, load_tokenizer
+from matryoshka_lora.peft.nest import nest
 from matryoshka_lora.training.validation import prefix_mask
 
 NUM_LAYERS = 2

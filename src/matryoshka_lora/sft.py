@@ -22,10 +22,10 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 from matryoshka_lora.errors import MatryoshkaError, check_choice, check_integer, wrap_errors
 from matryoshka_lora.lora_file.peft_folder import CONFIG_NAME, open_peft_folder
 from matryoshka_lora.lora_file.results import TrainRanksResult
-from matryoshka_lora.model.adapter import NestedAdapter
-from matryoshka_lora.model.base_model import DTYPES, load_model, load_tokenizer
-from matryoshka_lora.model.nest import check_deploy, nest
 from matryoshka_lora.nesting import Deploy, Order, Scaling, check_ranks
+from matryoshka_lora.peft.adapter import NestedAdapter
+from matryoshka_lora.peft.base_model import DTYPES, load_model, load_tokenizer
+from matryoshka_lora.peft.nest import check_deploy, nest
 from matryoshka_lora.rules import get_rule
 
 # The keys that are not fields of SFTConfig.

@@ -31,7 +31,7 @@ from matryoshka_lora import (
     select,
 )
 from matryoshka_lora.evaluation.tasks import LoadedTask
-from matryoshka_lora.model.base_model import load_tokenizer
+from matryoshka_lora.peft.base_model import load_tokenizer
 
 RANKS = (1, 2, 4)
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "sun", "moon", "star"]
@@ -305,7 +305,7 @@ def test_invalid_arguments_are_rejected_before_the_model_is_loaded(
     arguments: Any, keyword: str, on_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(on_disk.parent)
-    monkeypatch.setattr("matryoshka_lora.model.base_model.load_model", None)
+    monkeypatch.setattr("matryoshka_lora.peft.base_model.load_model", None)
     for folder in ("rows", "b"):
         Path(folder).mkdir(exist_ok=True)
     for file in ("rows/my.jsonl", "rows/my.yaml"):

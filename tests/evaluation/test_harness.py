@@ -26,7 +26,7 @@ from transformers import (
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, nest
 from matryoshka_lora.evaluation.harness import ManyRanksLM
-from matryoshka_lora.model.base_model import load_tokenizer
+from matryoshka_lora.peft.base_model import load_tokenizer
 
 RANKS = (0, 1, 2, 4)
 CONTEXT_WINDOW = 80

@@ -11,7 +11,7 @@ import pytest
 from matryoshka_lora import MatryoshkaError
 from matryoshka_lora.evaluation.tasks import load_data, load_task
 from matryoshka_lora.examples import read_examples
-from matryoshka_lora.model.base_model import load_tokenizer
+from matryoshka_lora.peft.base_model import load_tokenizer
 
 USER = {"role": "user", "content": "Which color?"}
 ASSISTANT = {"role": "assistant", "content": "red"}

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from matryoshka_lora import export
-from matryoshka_lora.model.base_model import (
+from matryoshka_lora.peft.base_model import (
     bundled_gguf_path,
     bundled_model_path,
     load_model,

@@ -24,8 +24,8 @@ from helpers.models import LINEAR_LAYERS
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from matryoshka_lora import export, export_folder, reorder
-from matryoshka_lora.model.base_model import load_model, load_tokenizer
 from matryoshka_lora.operations.base_config import resolve_base_model
+from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 
 pytest.importorskip("vllm", reason="make test-vllm creates an environment for it")
 

@@ -11,11 +11,11 @@ from matryoshka_lora.formats import ANSWERS_CAVEAT, PICTURES_CAVEAT, KeyFormat
 from matryoshka_lora.units import format_size, pluralize
 
 if TYPE_CHECKING:
+    from matryoshka_lora.extraction.extract import ExtractResult
     from matryoshka_lora.lora_file.lora import LoraFile
     from matryoshka_lora.operations.combine import CombineResult
     from matryoshka_lora.operations.export import ExportResult
     from matryoshka_lora.operations.export_folder import ExportFolderResult
-    from matryoshka_lora.operations.extract import ExtractResult
     from matryoshka_lora.operations.info import FolderInfo, LoraInfo
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from matryoshka_lora.evaluation.harness import ManyRanksLM
     from matryoshka_lora.evaluation.tasks import LoadedTask
-    from matryoshka_lora.model.adapter import NestedAdapter
+    from matryoshka_lora.peft.adapter import NestedAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def evaluate(
         base_model: The base model's folder or Hub id. Defaults to the one that the adapter names.
         base_revision: The base model's revision on the Hugging Face Hub.
         revision: The adapter's revision on the Hugging Face Hub.
-        dtype: The dtype of the base model; see `matryoshka_lora.model.base_model.load_model`.
+        dtype: The dtype of the base model; see `matryoshka_lora.peft.base_model.load_model`.
             Defaults to one that suits the hardware.
         num_fewshot: The number of few-shot examples. Defaults to the task's own.
         limit: The maximum number of examples of a task.
@@ -104,8 +104,8 @@ def evaluate(
 
     with optional_imports():  # these imports take seconds, so the arguments are checked first
         from matryoshka_lora.evaluation.harness import ManyRanksLM
-        from matryoshka_lora.model.base_model import load_adapter_tokenizer, load_model
-        from matryoshka_lora.model.load import load
+        from matryoshka_lora.peft.base_model import load_adapter_tokenizer, load_model
+        from matryoshka_lora.peft.load import load
 
     tokenizer = tokenizer or load_adapter_tokenizer(lora, base_model, base_revision)
     loaded_tasks = _load_tasks(task_names, data, examples, tokenizer)

@@ -21,7 +21,7 @@ from matryoshka_lora.evaluation.generation import StoppingCriteria, generate
 from matryoshka_lora.evaluation.kv_cache import Tokens
 from matryoshka_lora.evaluation.multi_rank_model import MultiRankModel
 from matryoshka_lora.evaluation.scoring import score_continuations
-from matryoshka_lora.nn.nested_layers import NestedLayers
+from matryoshka_lora.peft.nested_layers import NestedLayers
 
 _HARNESS_BATCH_SIZE = 8
 _ALL_AT_ONCE = 2**30

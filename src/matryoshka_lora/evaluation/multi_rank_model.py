@@ -12,7 +12,7 @@ from torch import Tensor
 
 from matryoshka_lora.errors import check_integer
 from matryoshka_lora.evaluation.kv_cache import BatchRows, Tokens, common_prefix
-from matryoshka_lora.nn.nested_layers import NestedLayers
+from matryoshka_lora.peft.nested_layers import NestedLayers
 
 MAX_BATCH_TOKENS = 2**15
 _MAX_LOGITS = 2**27  # of one forward: 512 MiB in float32

@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from matryoshka_lora.algebra.arrays import Array, Float32Array
 from matryoshka_lora.errors import MatryoshkaError, check_integer, optional_imports
+from matryoshka_lora.linalg.arrays import Array, Float32Array
 from matryoshka_lora.lora_file.lora import Layer, OutputPlan, WrittenOutput
 from matryoshka_lora.lora_file.runtimes import SUPPORTED_ARCHITECTURES, check_runtime
 

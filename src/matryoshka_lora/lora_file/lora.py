@@ -12,9 +12,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from matryoshka_lora.algebra.allocation import LayerSpectrum
-from matryoshka_lora.algebra.arrays import Array, Float64Array
-from matryoshka_lora.algebra.factors import (
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
+from matryoshka_lora.linalg.allocation import LayerSpectrum
+from matryoshka_lora.linalg.arrays import Array, Float64Array
+from matryoshka_lora.linalg.factors import (
     Checksum,
     pad_end,
     relative_error,
@@ -25,8 +26,7 @@ from matryoshka_lora.algebra.factors import (
     squared_tails,
     truncation_errors,
 )
-from matryoshka_lora.algebra.products import KroneckerSVD
-from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
+from matryoshka_lora.linalg.kronecker import KroneckerSVD
 from matryoshka_lora.lora_file.atomic import PathLike
 from matryoshka_lora.lora_file.safetensors_io import (
     StoredTensor,

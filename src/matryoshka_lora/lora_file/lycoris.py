@@ -19,14 +19,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from matryoshka_lora.algebra.arrays import Array, Float64Array, common_dtype
-from matryoshka_lora.algebra.products import (
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
+from matryoshka_lora.linalg.arrays import Array, Float64Array, common_dtype
+from matryoshka_lora.linalg.kronecker import (
     SVD,
     KroneckerSVD,
     elementwise_product,
     svd_of_product,
 )
-from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.lora_file.keys.names import KOHYA_SUFFIXES, PEFT_PREFIX
 from matryoshka_lora.lora_file.lora import Layer
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor

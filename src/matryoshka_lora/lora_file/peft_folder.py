@@ -13,8 +13,8 @@ from typing import Any
 
 import regex
 
-from matryoshka_lora.algebra.factors import Checksum
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.linalg.factors import Checksum
 from matryoshka_lora.lora_file.atomic import PathLike, create_folder
 from matryoshka_lora.lora_file.hub import CARD_NAME, copy_companion_files
 from matryoshka_lora.lora_file.keys.names import PEFT_PREFIX

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from matryoshka_lora.algebra.arrays import Float64Array
+from matryoshka_lora.linalg.arrays import Float64Array
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from matryoshka_lora.algebra.arrays import Array
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.linalg.arrays import Array
 
 _FLOATS: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from matryoshka_lora.algebra.arrays import Float64Array
-from matryoshka_lora.algebra.factors import pad_end, squared_tails
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.linalg.arrays import Float64Array
+from matryoshka_lora.linalg.factors import pad_end, squared_tails
 from matryoshka_lora.lora_file.alphas import ScaleReader, find_alpha_keys, module_names
 from matryoshka_lora.lora_file.atomic import PathLike, create_file
 from matryoshka_lora.lora_file.diffusers_metadata import (

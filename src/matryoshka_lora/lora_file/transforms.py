@@ -17,9 +17,9 @@ from typing import Any, get_args
 import ml_dtypes
 import numpy as np
 
-from matryoshka_lora.algebra.arrays import Array
 from matryoshka_lora.errors import MatryoshkaError, check_choice
 from matryoshka_lora.formats import DtypeName
+from matryoshka_lora.linalg.arrays import Array
 from matryoshka_lora.lora_file.lora import Layer, LoraFile, OutputPlan
 from matryoshka_lora.lora_file.peft_folder import TARGET_FIELDS, PeftFolder
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor

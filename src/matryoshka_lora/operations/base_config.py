@@ -44,5 +44,5 @@ def resolve_base_model(base_model: str) -> str:
     if base_model != BUNDLED_MODEL:
         return base_model
     with optional_imports("peft,gguf"):
-        from matryoshka_lora.model.base_model import resolve_model_path
+        from matryoshka_lora.peft.base_model import resolve_model_path
     return str(resolve_model_path(base_model))

@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from matryoshka_lora.algebra.arrays import Array, Float64Array, common_dtype
-from matryoshka_lora.algebra.factors import inner_products, weighted_sum
 from matryoshka_lora.errors import MatryoshkaError, check_list
+from matryoshka_lora.linalg.arrays import Array, Float64Array, common_dtype
+from matryoshka_lora.linalg.factors import inner_products, weighted_sum
 from matryoshka_lora.lora_file.atomic import PathLike, check_output
 from matryoshka_lora.lora_file.keys.matching import match_key_formats
 from matryoshka_lora.lora_file.lora import Layer, LoraFile

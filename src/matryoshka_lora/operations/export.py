@@ -204,7 +204,7 @@ def _write(
     sources: list[PathLike] = [*lora.sources, base_model]
     if output_format == "merged":
         with optional_imports():
-            from matryoshka_lora.model.merge import write_merged
+            from matryoshka_lora.peft.merge import write_merged
         with create_folder(output_path, force, sources) as folder:
             return write_merged(lora, folder, plan, base_model, base_revision)
     base_config = read_base_config(base_model, base_revision)

@@ -11,9 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from matryoshka_lora.algebra.allocation import LayerSpectrum, rank_for_share
-from matryoshka_lora.algebra.factors import relative_errors
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.linalg.allocation import LayerSpectrum, rank_for_share
+from matryoshka_lora.linalg.factors import relative_errors
 from matryoshka_lora.lora_file.atomic import PathLike
 from matryoshka_lora.lora_file.contents import (
     PartInfo,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from matryoshka_lora.algebra.allocation import rank_for_share, ranks_for_error, ranks_for_size
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats import OutputFormat
+from matryoshka_lora.linalg.allocation import rank_for_share, ranks_for_error, ranks_for_size
 from matryoshka_lora.lora_file.lora import LoraFile
 from matryoshka_lora.nesting import check_rank
 from matryoshka_lora.operations.output_format import EXPORT_FORMATS

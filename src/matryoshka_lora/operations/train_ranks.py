@@ -12,8 +12,8 @@ from matryoshka_lora.examples import read_examples
 from matryoshka_lora.lora_file.atomic import PathLike, check_output, create_folder
 from matryoshka_lora.lora_file.open import open_adapter
 from matryoshka_lora.lora_file.results import TrainRanksResult
-from matryoshka_lora.model.base_model import load_adapter_tokenizer, load_model
-from matryoshka_lora.model.load import load
+from matryoshka_lora.peft.base_model import load_adapter_tokenizer, load_model
+from matryoshka_lora.peft.load import load
 
 
 def train_ranks(

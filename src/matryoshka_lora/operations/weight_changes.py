@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from matryoshka_lora.algebra.arrays import Array, common_dtype
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
+from matryoshka_lora.linalg.arrays import Array, common_dtype
 from matryoshka_lora.lora_file.alphas import module_names
 from matryoshka_lora.lora_file.lora import LoraFile
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor

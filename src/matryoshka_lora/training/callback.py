@@ -12,9 +12,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.lora_file.atomic import PathLike, check_output, is_occupied
-from matryoshka_lora.nn.hardware import cpu_has_bf16
-from matryoshka_lora.nn.nested_layers import NestedLayers
-from matryoshka_lora.nn.variant import factor_parameters, lora_layers
+from matryoshka_lora.peft.hardware import cpu_has_bf16
+from matryoshka_lora.peft.nested_layers import NestedLayers
+from matryoshka_lora.peft.variant import factor_parameters, lora_layers
 
 
 class NestingCallback(TrainerCallback):

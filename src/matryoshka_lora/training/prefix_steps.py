@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from matryoshka_lora.errors import NotFiniteError
-from matryoshka_lora.nn.fused import at_least_float32
-from matryoshka_lora.nn.nested_layers import FactorMatrices, NestedLayers
+from matryoshka_lora.peft.fused import at_least_float32
+from matryoshka_lora.peft.nested_layers import FactorMatrices, NestedLayers
 from matryoshka_lora.training.data import Batch, TrainingData, num_terms
 from matryoshka_lora.training.processes import (
     min_over_processes,

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from matryoshka_lora.algebra.arrays import Float64Array
 from matryoshka_lora.errors import NotFiniteError
-from matryoshka_lora.nn.nested_layers import NestedLayers
+from matryoshka_lora.linalg.arrays import Float64Array
+from matryoshka_lora.peft.nested_layers import NestedLayers
 from matryoshka_lora.training.data import Batch, TrainingData, num_terms
 from matryoshka_lora.training.processes import (
     num_processes,

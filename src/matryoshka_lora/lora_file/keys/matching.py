@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from matryoshka_lora.algebra.arrays import Array
-from matryoshka_lora.algebra.factors import rescale_factors
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.linalg.arrays import Array
+from matryoshka_lora.linalg.factors import rescale_factors
 from matryoshka_lora.lora_file.keys.formats import KeyStyle, rename_layers, with_layers
 from matryoshka_lora.lora_file.keys.modules import Model
 from matryoshka_lora.lora_file.keys.names import DIFFUSERS_SUFFIXES, FactorSuffixes

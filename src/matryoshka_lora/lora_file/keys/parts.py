@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from matryoshka_lora.algebra.arrays import Array, common_dtype
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.linalg.arrays import Array, common_dtype
 from matryoshka_lora.lora_file.keys.modules import Module
 from matryoshka_lora.lora_file.lora import Layer
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor

@@ -1,0 +1,1 @@
+"""Extract a LoRA from a fine-tuned model."""

@@ -1,0 +1,239 @@
+"""The factors of a LoRA layer: SVD of their product, truncation errors, sums, and a checksum.
+
+The update of a layer is ``s B diag(p) A``, with ``A`` of shape (..., R, in) and ``B`` of shape
+(..., out, R). Leading dimensions are experts. The dense (out, in) matrix is never formed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import numpy as np
+
+from matryoshka_lora.linalg.arrays import Array, Float64Array
+
+
+def reorder_factors(
+    A: Array, B: Array, p: Float64Array | None = None, scale: float = 1.0
+) -> tuple[Array, Array, Float64Array]:
+    """Return factors of the same product whose every prefix is the best approximation of its rank.
+
+    QR of ``(diag(p) A)^T`` and of B, then the SVD of the small core, give the singular value
+    decomposition of ``B diag(p) A`` at cost O((in + out) R^2). By the Eckart-Young theorem the
+    first r columns are the closest matrix of rank r in the Frobenius norm, at every r.
+
+    Args:
+        A: Shape (..., R, in), any floating dtype.
+        B: Shape (..., out, R), dtype of A.
+        p: The diagonal between B and A, shape (R,). Defaults to ones.
+        scale: The scale s of the result: ``s B' A' = B diag(p) A``.
+
+    Returns:
+        ``A'``, ``B'`` with the shapes and dtype of A and B, and the singular values of the product,
+        shape (..., R), float64, decreasing. A singular value that is only rounding is 0: one far
+        below the product of the norms of both factors. Both factors get its square root. Signs are
+        fixed, so that reordering twice changes nothing but the rows of A that belong to the
+        singular value 0.
+    """
+    rank = A.shape[-2]
+    # float64, because the product of two float32 factors needs more digits than float32, and the
+    # SVD of a near-degenerate core would mix columns.
+    wide_A, tall_B = A.astype(np.float64), B.astype(np.float64)
+    if p is not None:
+        wide_A *= p[:, None]
+    q_in, r_in = np.linalg.qr(wide_A.mT)
+    q_out, r_out = np.linalg.qr(tall_B)
+    u, s, vh = np.linalg.svd(r_out @ r_in.mT, full_matrices=False)
+    left, right = q_out @ u, vh @ q_in.mT
+
+    largest = np.take_along_axis(right, np.abs(right).argmax(axis=-1, keepdims=True), axis=-1)
+    signs = np.where(largest < 0, -1.0, 1.0)
+    left *= signs.mT
+    right *= signs
+
+    s = _without_rounding(s, r_in, r_out)
+    new_A, new_B = split_singular_values(left, s, right, scale)
+    # A layer narrower than R has fewer singular values than R.
+    missing = rank - s.shape[-1]
+    new_A = pad_end(new_A, missing, axis=-2).astype(A.dtype)
+    new_B = pad_end(new_B, missing, axis=-1).astype(B.dtype)
+    return new_A, new_B, pad_end(s, missing, axis=-1)
+
+
+def split_singular_values(
+    left: Float64Array, singular_values: Float64Array, right: Float64Array, scale: float
+) -> tuple[Float64Array, Float64Array]:
+    """Return A and B with ``scale B A = left diag(singular_values) right``.
+
+    Both factors get the square root. A component with the singular value 0 keeps a unit row in A
+    and zeros in B: the product is the same, and unlike a pair of zeros it can still learn.
+    """
+    root = np.sqrt(singular_values / scale)
+    A = right * np.where(singular_values == 0, 1.0, root)[..., :, None]
+    return A, left * root[..., None, :]
+
+
+def singular_values(A: Array, B: Array) -> Float64Array:
+    """Return the singular values of ``B A``, shape (..., R), float64, decreasing.
+
+    The same as those of `reorder_factors`, but faster.
+    """
+    r_in = _triangular_factor(A.mT)
+    r_out = _triangular_factor(B)
+    s = np.linalg.svd(r_out @ r_in.mT, compute_uv=False)
+    values = _without_rounding(s, r_in, r_out)
+    return pad_end(values, A.shape[-2] - values.shape[-1], axis=-1)
+
+
+def _triangular_factor(matrix: Array) -> Float64Array:
+    """Return the R of the QR decomposition."""
+    # NumPy's type stubs know only the result of mode="reduced".
+    return cast(Float64Array, np.linalg.qr(matrix.astype(np.float64), mode="r"))
+
+
+def _without_rounding(s: Array, r_in: Array, r_out: Array) -> Float64Array:
+    """Return the singular values of ``r_out @ r_in.mT``, with 0 for those that are only rounding.
+
+    Rounding grows with the sizes of the components, not with their sum, in which they may cancel
+    each other.
+    """
+    sizes = np.linalg.norm(r_in, axis=-2) * np.linalg.norm(r_out, axis=-2)
+    threshold = sizes.sum(axis=-1, keepdims=True) * r_in.shape[-1] * np.finfo(np.float64).eps
+    return np.where(s <= threshold, 0.0, s)
+
+
+def rescale_factors(A: Array, B: Array, ratio: float) -> tuple[Array, Array]:
+    """Return factors whose product is ``ratio B A``.
+
+    Half of the ratio is multiplied into A, so that fp16 can represent both. For A that is a power
+    of two, which is exact.
+    """
+    if ratio == 1:
+        return A, B
+    ratio_A = 2.0 ** round(math.log2(ratio) / 2)
+    return A.astype(np.float64) * ratio_A, B.astype(np.float64) * (ratio / ratio_A)
+
+
+def squared_tails(singular_values: Float64Array) -> Float64Array:
+    """Return the squared error of each rank from 0 to R, shape (R + 1,), summed over experts.
+
+    By the Eckart-Young theorem, rank r misses the singular values from r + 1 on. They have
+    the shape (..., R).
+    """
+    squares = (singular_values**2).reshape(-1, singular_values.shape[-1]).sum(axis=0)
+    return np.cumsum(np.append(squares, 0.0)[::-1])[::-1]
+
+
+def truncation_errors(A: Array, B: Array, scales: Sequence[float]) -> Float64Array:
+    """Return the squared error of each prefix from 0 to R against rank R, summed over experts.
+
+    Args:
+        A: Shape (..., R, in).
+        B: Shape (..., out, R).
+        scales: The scale of each rank from 1 to R.
+
+    Returns:
+        ``|s_R B A - s_r B[:, :r] A[:r]|^2`` for r from 0 to R, shape (R + 1,), float64.
+    """
+    # |B diag(d) A|^2 = d^T G d with G = (B^T B) * (A A^T). A row of d is the difference of the
+    # diagonals of rank R and of a rank from 0 on.
+    rank = len(scales)
+    A, B = A.astype(np.float64), B.astype(np.float64)
+    gram = ((B.mT @ B) * (A @ A.mT)).reshape(-1, rank, rank).sum(axis=0)
+    column_scales = np.array([0.0, *scales])[:, None]
+    diagonals = np.where(np.arange(rank) < np.arange(rank + 1)[:, None], column_scales, 0.0)
+    missing = diagonals[-1] - diagonals
+    squares: Float64Array = ((missing @ gram) * missing).sum(axis=-1)
+    return np.maximum(squares, 0.0)  # cancellation may leave small negative numbers
+
+
+def weighted_sum(
+    factors: Iterable[tuple[Array, Array]], weights: Iterable[float]
+) -> tuple[Float64Array, Float64Array]:
+    """Return factors of ``w_1 B_1 A_1 + w_2 B_2 A_2 + ...``: their concatenation, which is exact.
+
+    The rank is the sum of the ranks. The result is float64.
+    """
+    scaled = [
+        (A.astype(np.float64), B.astype(np.float64) * weight)
+        for (A, B), weight in zip(factors, weights, strict=True)
+    ]
+    new_A = np.concatenate([A for A, _ in scaled], axis=-2)
+    new_B = np.concatenate([B for _, B in scaled], axis=-1)
+    return new_A, new_B
+
+
+def inner_products(factors: Sequence[tuple[Array, Array]]) -> Float64Array:
+    """Return the Frobenius inner product of each pair of products ``B_i A_i``.
+
+    ``<B_i A_i, B_j A_j>`` is the sum of the elements of ``(B_i^T B_j) * (A_i A_j^T)``, so the dense
+    matrices are not formed.
+
+    Args:
+        factors: n pairs A and B, of shapes (..., R_i, in) and (..., out, R_i).
+
+    Returns:
+        Shape (n, n), symmetric.
+    """
+    pairs = [(A.astype(np.float64), B.astype(np.float64)) for A, B in factors]
+    products = np.empty((len(pairs), len(pairs)))
+    for i, (A_i, B_i) in enumerate(pairs):
+        for j, (A_j, B_j) in enumerate(pairs[: i + 1]):
+            product = (B_i.swapaxes(-1, -2) @ B_j) * (A_i @ A_j.swapaxes(-1, -2))
+            products[i, j] = products[j, i] = product.sum()
+    return products
+
+
+def relative_error(
+    squared_errors: Mapping[str, Float64Array], ranks: int | Mapping[str, int]
+) -> float:
+    """Return the norm of what a rank misses, over all layers, over the norm of the update.
+
+    Args:
+        squared_errors: The squared error of each rank from 0 to R by layer, shape (R + 1,).
+        ranks: One rank, or the rank of each layer by its name. A rank above a layer's R is R.
+    """
+    total = missing = 0.0
+    for name, errors in squared_errors.items():
+        rank = ranks[name] if isinstance(ranks, Mapping) else ranks
+        total += float(errors[0])
+        missing += float(errors[min(rank, len(errors) - 1)])
+    return math.sqrt(missing / total) if total > 0 else 0.0
+
+
+def relative_errors(
+    squared_errors: Mapping[str, Float64Array], ranks: Iterable[int]
+) -> dict[int, float]:
+    """Return the relative error of each of several ranks; see `relative_error`."""
+    return {rank: relative_error(squared_errors, rank) for rank in ranks}
+
+
+class Checksum:
+    """A checksum of factors, to detect that they have changed since they were reordered.
+
+    An order holds only for the factors that were reordered, so their checksum is stored with it.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def update(self, A: Array, B: Array) -> None:
+        """Add the factors of one layer, by their bytes. The order of the layers matters."""
+        for factor in (A, B):
+            self._hash.update(np.ascontiguousarray(factor).view(np.uint8).data)
+
+    def hexdigest(self) -> str:
+        """Return the checksum of all factors so far: 32 characters."""
+        return self._hash.hexdigest()
+
+
+def pad_end(array: Array, count: int, axis: int) -> Array:
+    """Return an array with zeros after its end along one axis."""
+    if count <= 0:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, count)
+    return np.pad(array, widths)

@@ -1,1 +1,0 @@
-"""Nested layers: the diagonal between B and A of PEFT's LoRA layers, in torch."""

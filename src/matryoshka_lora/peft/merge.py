@@ -1,0 +1,136 @@
+"""Write a base model with an adapter merged into its weights."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from torch import nn
+
+from matryoshka_lora.errors import MatryoshkaError, wrap_errors
+from matryoshka_lora.lora_file.hub import TOKENIZER_FILES, copy_companion_files
+from matryoshka_lora.lora_file.lora import OutputPlan, WrittenOutput
+from matryoshka_lora.lora_file.mlx import missing_rope_fields
+from matryoshka_lora.lora_file.peft_folder import PeftFolder, open_peft_folder
+from matryoshka_lora.lora_file.safetensors_io import read_json
+from matryoshka_lora.peft.base_model import (
+    adapter_tokenizer_folder,
+    load_model,
+    load_tokenizer,
+)
+from matryoshka_lora.peft.load import load_with_peft, prepare_base_model
+
+
+def write_merged(
+    lora: PeftFolder,
+    output_folder: Path,
+    plan: OutputPlan,
+    base_model: str,
+    base_revision: str | None,
+) -> WrittenOutput:
+    """Write a base model with an adapter in its weights, and the tokenizer if there is one.
+
+    Args:
+        lora: The adapter.
+        output_folder: An existing folder.
+        plan: What to merge, from ``lora.plan``.
+        base_model: A folder or Hub id. The weights keep its dtype; a model that bitsandbytes has
+            quantized is dequantized.
+        base_revision: The base model's revision on the Hugging Face Hub.
+
+    Returns:
+        The errors of what was merged.
+
+    Raises:
+        MatryoshkaError: The base model cannot be loaded, or the adapter does not fit it.
+    """
+    _write_tokenizer(lora, output_folder, base_model, base_revision)
+    model: Any = load_model(base_model, "auto", base_revision, "cpu")
+    if getattr(model, "quantization_method", "") == "bitsandbytes":
+        model = model.dequantize()  # bitsandbytes cannot save merged weights
+    prepare_base_model(model, lora)
+    with tempfile.TemporaryDirectory(dir=output_folder) as folder:
+        truncated = Path(folder, "adapter")
+        written = plan.write(truncated)
+        peft_model = load_with_peft(model, open_peft_folder(truncated))
+    _untie_adapted_embeddings(model)
+    if lora.config.get("layer_replication"):
+        _copy_shared_weights(peft_model.get_base_model())
+    merged = peft_model.merge_and_unload(safe_merge=True)
+    # transformers 5.0 cannot save a model that it has dequantized.
+    with wrap_errors(
+        f"Cannot save {base_model} after dequantizing it",
+        "Upgrade transformers, or pass an unquantized model as `base_model`.",
+        NotImplementedError,
+    ):
+        _save_model(merged, output_folder)
+    _complete_config(output_folder / "config.json")
+    return written
+
+
+def _write_tokenizer(
+    lora: PeftFolder, output_folder: Path, base_model: str, base_revision: str | None
+) -> None:
+    """Copy the tokenizer that a Trainer has saved with an adapter, or else save the base model's.
+
+    The adapter's is not loaded and saved: its files may name any file of this machine, and
+    transformers would read that file and write its lines to the output.
+    """
+    folder = adapter_tokenizer_folder(lora)
+    if folder is not None:
+        copy_companion_files(folder, output_folder, TOKENIZER_FILES)
+        return
+    try:
+        tokenizer = load_tokenizer(base_model, base_revision)
+    except MatryoshkaError as error:
+        warnings.warn(f"The merged model will have no tokenizer. {error}", stacklevel=2)
+        return
+    tokenizer.save_pretrained(output_folder)
+
+
+def _save_model(model: Any, folder: Path) -> None:
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # a full disk
+        raise OSError(str(error)) from error
+
+
+def _untie_adapted_embeddings(model: Any) -> None:
+    """Give the head a weight of its own if the head or the embeddings are adapted.
+
+    A weight that they share would get the updates of both.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, LoraLayer) or isinstance(model.get_input_embeddings(), LoraLayer):
+        layer = head.get_base_layer() if isinstance(head, LoraLayer) else head
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+
+
+def _copy_shared_weights(model: Any) -> None:
+    """Give replicated layers weights of their own, but leave a tied head tied.
+
+    A weight that they share would get the updates of all of them, and could not be saved.
+    """
+    head = model.get_output_embeddings()
+    parameters: set[nn.Parameter] = set()
+    for module in model.modules():
+        if module is head:
+            continue
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter in parameters:
+                copy = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                setattr(module, name, copy)
+            parameters.add(parameter)
+
+
+def _complete_config(file: Path) -> None:
+    """Add the fields that older runtimes read to a config of transformers 5."""
+    config = read_json(file)
+    config.update(missing_rope_fields(config))
+    file.write_text(json.dumps(config, indent=2), encoding="utf-8")

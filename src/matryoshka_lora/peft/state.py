@@ -1,0 +1,193 @@
+"""What all layers of a nested adapter share: its settings, and the diagonals that apply now.
+
+A layer computes ``W x + s B diag(q) A x``. Here s is PEFT's own ``scaling``, and q is the diagonal
+p of the method divided by the scale of rank R: q = p / s. So PEFT's functions that change the
+scaling keep their effect, and q = 1 is plain LoRA to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.nesting import Deploy, Nesting, Order
+from matryoshka_lora.peft.fused import at_least_float32
+from matryoshka_lora.rules import Rule
+
+Fingerprint = tuple[int, list[int], bytes, tuple[bytes, ...]]
+"""Optimizer steps, version counters, values of the first B, and values of all factors; see
+`NestedLayers.order`."""
+
+
+class Diagonal:
+    """A diagonal q, cached per device.
+
+    A new q is a new object, so that a pending backward keeps the old values.
+
+    Args:
+        q: Shape (R,), or (rows, R) for one diagonal per row of a batch, float64.
+        allow_fewer_rows: Whether a batch may have fewer rows than q, as the last one of an epoch.
+    """
+
+    def __init__(self, q: Tensor, allow_fewer_rows: bool = False) -> None:
+        self.q = q
+        self.allow_fewer_rows = allow_fewer_rows
+        self.is_one = bool((q == 1).all())
+        self.is_checked = False  # by `ForwardCheck`
+        self._by_device = {q.device: q}
+
+    def to(self, device: torch.device) -> Tensor:
+        """Return q on a device."""
+        if device not in self._by_device:
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._by_device[device] = self.q.to(device, dtype)
+        return self._by_device[device]
+
+    def for_batch(self, shape: torch.Size, device: torch.device, spatial_dims: int = 0) -> Tensor:
+        """Return q for an activation.
+
+        Args:
+            shape: The activation's shape, (rows, ..., R, *spatial).
+            device: The activation's device.
+            spatial_dims: The number of dimensions after R, as in convolutions.
+
+        Returns:
+            Shape (R,), or (rows, R).
+
+        Raises:
+            MatryoshkaError: q has another number of rows.
+        """
+        q = self.to(device)
+        if q.ndim == 1:
+            return q
+        num_ranks, num_rows = len(q), shape[0]
+        # With fewer dimensions, rows and tokens share one.
+        has_rows = len(shape) >= max(3, 2 + spatial_dims)
+        if has_rows:
+            if num_rows == num_ranks:
+                return q
+            if self.allow_fewer_rows and num_rows < num_ranks:
+                return q[:num_rows]
+        raise MatryoshkaError(
+            f"Got ranks for {num_ranks} rows, but a layer got an input of shape "
+            f"{list(shape)}. Pass one rank for each row of the batch, and in generate() for each "
+            "beam or sequence of a row. In packed, flattened or "
+            "expert-routed batches rows have no rank of their own: use set_rank() for them, or a "
+            "rule with one diagonal for the whole batch."
+        )
+
+    def multiply(self, hidden: Tensor, spatial_dims: int = 0) -> Tensor:
+        """Return an activation of shape (rows, ..., R, *spatial) times q along R."""
+        # A compiler makes one graph for all ranks, and would make a second one for this shortcut.
+        if not torch.compiler.is_compiling() and self.is_one and self.q.ndim == 1:
+            return hidden
+        q = self.for_batch(hidden.shape, hidden.device, spatial_dims)
+        q = at_least_float32(q, hidden.dtype)
+        spatial = (1,) * spatial_dims
+        if q.ndim == 1:
+            q = q.view(-1, *spatial)
+        else:
+            between = (1,) * (hidden.ndim - 2 - spatial_dims)
+            q = q.view(len(hidden), *between, -1, *spatial)
+        return (hidden * q).to(hidden.dtype)
+
+
+@dataclass
+class NestingState:
+    """The settings of one nested adapter, shared by its layers.
+
+    Attributes:
+        nesting: The nested ranks and their scales.
+        rule: The training rule; ``lora`` once the factors are ordered.
+        seed: The seed of the rule's random numbers.
+        deploy: ``"paper"`` drops P after training; ``"reordered"`` keeps P, folded into B.
+        order: How the factors were ordered, or None. They may have changed since: see `checksums`.
+        checksums: The checksums of the factors when they were ordered: as they were, and after a
+            cast to bfloat16 or float16, which does not end the order.
+        is_order_valid: Whether the checksum was one of these when it was last compared.
+        fingerprint: The fingerprint when the checksum was last compared.
+        rank: The rank in eval mode, from 0 to R.
+        train_diagonal: The diagonal in train mode; None until the rule has drawn one.
+        eval_diagonal: The diagonal in eval mode and for merging.
+        overrides: Stack of diagonals that take precedence; the last one applies.
+        check_order: Raises an error if the rank needs an order that has ended.
+    """
+
+    nesting: Nesting
+    rule: Rule
+    seed: int = 0
+    deploy: Deploy = "reordered"
+    order: Order | None = None
+    checksums: Collection[str] = ()
+    is_order_valid: bool = False
+    fingerprint: Fingerprint | None = None
+    rank: int = field(init=False)
+    train_diagonal: Diagonal | None = field(init=False, default=None)
+    eval_diagonal: Diagonal = field(init=False)
+    overrides: list[Diagonal] = field(init=False, default_factory=list)
+    check_order: Callable[[], None] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Set rank R in eval mode and, for a fixed rule, its diagonal in train mode."""
+        self.train_diagonal = Diagonal(self.trained_q()) if self.rule.fixed else None
+        self.set_rank(self.nesting.max_rank)
+
+    def set_rank(self, rank: int) -> None:
+        """Set the rank in eval mode; 0 switches the update off."""
+        self.rank = rank
+        self.eval_diagonal = Diagonal(self.deployed_q(rank))
+
+    def sample_q(self, step: int, batch_size: int = 1) -> Tensor:
+        """Return the rule's q for an optimizer step, shape (R,) or (batch_size, R)."""
+        p = self.rule.sample(self.nesting, self.seed, step, batch_size)
+        return torch.from_numpy(p / self.nesting.scale)
+
+    def trained_q(self) -> Tensor:
+        """Return the q of rank R as trained, shape (R,)."""
+        if self.rule.fixed:
+            return self.sample_q(step=0)
+        return torch.ones(self.nesting.max_rank, dtype=torch.float64)
+
+    def deployed_q(self, rank: int) -> Tensor:
+        """Return the q that deploys a rank, shape (R,); its entries from ``rank`` on are 0."""
+        # Each rank keeps its own scale if P is dropped, or if a random rule trained it and the
+        # factors are unordered.
+        has_own_scale = self.deploy == "paper" or not (self.order or self.rule.fixed)
+        if rank > 0 and has_own_scale:
+            return torch.from_numpy(self.nesting.prefix(rank) / self.nesting.scale)
+        return self.trained_q() * (torch.arange(self.nesting.max_rank) < rank)
+
+    def state_dict_q(self) -> Tensor | None:
+        """Return the q that state dicts fold into B, or None if there is nothing to fold.
+
+        PEFT and the Trainer save state dicts and read them back. What they save is plain LoRA with
+        the function of eval mode at rank R.
+        """
+        q = self.trained_q()
+        if self.deploy == "paper" or bool((q == 1).all()):
+            return None
+        return q
+
+    def active_diagonal(self, training: bool) -> Diagonal:
+        """Return the diagonal that applies now.
+
+        Raises:
+            MatryoshkaError: The rule has drawn nothing yet.
+        """
+        if self.overrides:
+            return self.overrides[-1]
+        if not training:
+            return self.eval_diagonal
+        if self.train_diagonal is None:
+            raise MatryoshkaError(
+                f"No diagonal was drawn for this step, as rule {self.rule.name!r} requires. Add "
+                "adapter.callback() to the Trainer, or call adapter.draw(step) before each step."
+            )
+        return self.train_diagonal

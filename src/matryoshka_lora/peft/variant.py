@@ -1,0 +1,320 @@
+"""Apply the diagonal through PEFT's slot for LoRA variants: forward, merge, and state dicts.
+
+PEFT's classes, configs and parameters stay as they are. Each of an adapter's layers gets a
+`NestedVariant` in its ``lora_variant``, and all of these share one `NestingState`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Protocol, cast
+
+import torch
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, LoraVariant
+from torch import Tensor, nn
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.lora_file.keys.names import PEFT_PREFIX
+from matryoshka_lora.peft.fused import at_least_float32, is_plain_linear, low_rank_linear
+from matryoshka_lora.peft.state import Diagonal, NestingState
+
+
+class LoraModule(Protocol):
+    """What nesting uses of PEFT's ``LoraLayer``. Mappings are by the name of the adapter."""
+
+    base_layer: nn.Linear
+    lora_A: Mapping[str, nn.Linear]
+    lora_B: Mapping[str, nn.Linear]
+    lora_embedding_A: Mapping[str, nn.Parameter]
+    lora_embedding_B: Mapping[str, nn.Parameter]
+    lora_dropout: Mapping[str, nn.Module]
+    lora_variant: MutableMapping[str, LoraVariant]
+    r: Mapping[str, int]
+    scaling: Mapping[str, float]
+    training: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    merged: bool
+    disable_adapters: bool
+    forward: Callable[..., Tensor]
+    _state_dict_hooks: Mapping[int, object]
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the base layer, without wrappers."""
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return ``s B A`` in the shape of the base layer's weight."""
+
+    def register_state_dict_post_hook(self, hook: Callable[..., None]) -> None:
+        """See ``torch.nn.Module``."""
+
+    def register_load_state_dict_pre_hook(self, hook: Callable[..., None]) -> object:
+        """See ``torch.nn.Module``."""
+
+
+class EmbeddingModule(LoraModule, Protocol):
+    """What nesting uses of PEFT's ``Embedding`` in addition."""
+
+    def _embed(self, input: Tensor, weight: Tensor) -> Tensor: ...
+
+    def _get_embed_scale(self) -> Tensor | None: ...
+
+
+def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraModule]]:
+    """Yield the LoRA layers of an adapter with their names in the base model."""
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if adapter in module.lora_A or adapter in module.lora_embedding_A:
+            yield name.removeprefix(PEFT_PREFIX), cast(LoraModule, module)
+
+
+def factor_parameters(module: LoraModule, adapter: str) -> tuple[Tensor, Tensor]:
+    """Return the parameters A and B of an adapter in a LoRA layer, in PEFT's own layout."""
+    if adapter in module.lora_embedding_A:
+        return module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+    return module.lora_A[adapter].weight, module.lora_B[adapter].weight
+
+
+def attach(module: LoraModule, adapter: str, state: NestingState) -> None:
+    """Nest an adapter in a LoRA layer, state dicts included."""
+    module.lora_variant[adapter] = NestedVariant(state)
+    if "forward" not in vars(module):
+        # Other PEFT layers need no replacement: their forward calls the variant. By exact class,
+        # because subclasses have a forward of their own.
+        if type(module) is Linear:
+            module.forward = partial(_linear_forward, module)
+        elif type(module) is Embedding:
+            module.forward = partial(_embedding_forward, module)
+    # The hooks serve all adapters of the layer, so they are registered once.
+    has_hooks = _fold_into_state_dict in module._state_dict_hooks.values()
+    if state.state_dict_q() is not None and not has_hooks:
+        module.register_state_dict_post_hook(_fold_into_state_dict)
+        module.register_load_state_dict_pre_hook(_unfold_from_state_dict)
+
+
+class NestedVariant(LoraVariant):
+    """Compute ``base(x) + s B diag(q) A x`` in a LoRA layer, for one adapter.
+
+    `attach` adds it after PEFT has built the layer. PEFT's classes, configs and parameters stay as
+    they are; linear and embedding layers get a forward of their own, and layers with P get
+    state-dict hooks.
+    """
+
+    def __init__(self, state: NestingState) -> None:
+        self.state = state
+
+    def init(self, module: LoraModule, adapter_name: str, **kwargs: object) -> None:
+        """Remove the variant, so that the adapter is plain until it is nested again.
+
+        PEFT calls this when it re-creates the adapter.
+        """
+        del module.lora_variant[adapter_name]
+
+    def supports_lora_conversion(self) -> bool:
+        """Return whether ``s B A`` is the deployed update, as PEFT's conversion assumes."""
+        return self.state.eval_diagonal.is_one
+
+    def forward(
+        self, module: LoraModule, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object
+    ) -> Tensor:
+        """Return the base layer's result plus the update."""
+        diagonal = self.state.active_diagonal(module.training)
+        if active_adapter in module.lora_embedding_A:
+            embedding = cast(EmbeddingModule, module)
+            return result + _embedding_update(embedding, active_adapter, x, diagonal)
+        # A and B are called as modules: sharded training gathers their weights at the call.
+        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        hidden = lora_A(module.lora_dropout[active_adapter](x))
+        update: Tensor = lora_B(diagonal.multiply(hidden, lora_A.weight.ndim - 2))
+        return result + update * module.scaling[active_adapter]
+
+    def merge_safe(self, module: LoraModule, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Return the base weight plus the update at the deployed rank."""
+        self._check_order()
+        return _add(module, orig_weight, self._delta_weight(module, active_adapter))
+
+    def merge_unsafe(self, module: LoraModule, active_adapter: str, orig_weight: Tensor) -> None:
+        """Add the update at the deployed rank to the base weight in place."""
+        self._check_order()
+        orig_weight.data += self._delta_weight(module, active_adapter).to(orig_weight.device)
+
+    def unmerge(self, module: LoraModule, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Subtract the update."""
+        # `set_rank` rejects merged adapters, so the rank is still the merged one.
+        return _add(module, orig_weight, -self._delta_weight(module, active_adapter))
+
+    def _check_order(self) -> None:
+        if self.state.check_order is not None:
+            self.state.check_order()
+
+    def _delta_weight(self, module: LoraModule, adapter: str) -> Tensor:
+        with _folded_into_B(module, adapter, self.state.eval_diagonal):
+            return module.get_delta_weight(adapter)
+
+
+def _embedding_update(
+    module: EmbeddingModule, adapter: str, x: Tensor, diagonal: Diagonal
+) -> Tensor:
+    """Return ``s B diag(q) A x`` of an embedding."""
+    A, B = factor_parameters(module, adapter)
+    update = (diagonal.multiply(module._embed(x, A.T)) @ B.T) * module.scaling[adapter]
+    # Gemma scales its embeddings, so the update must be scaled too.
+    embed_scale = module._get_embed_scale()
+    if embed_scale is not None:
+        update = update * embed_scale.to(update.dtype)
+    return update
+
+
+def _add(module: LoraModule, weight: Tensor, delta: Tensor) -> Tensor:
+    # A quantized layer passes its dequantized weight, and rounds the sum itself.
+    base_weight = cast(Tensor, module.get_base_layer().weight)
+    if not base_weight.is_floating_point():
+        return weight.to(delta) + delta
+    return weight + delta.to(weight)
+
+
+@contextmanager
+def _folded_into_B(module: LoraModule, adapter: str, diagonal: Diagonal) -> Iterator[None]:
+    """Replace B by ``B diag(q)``, so that PEFT's own formulas compute the nested update."""
+    _, B = factor_parameters(module, adapter)
+    original = B.data
+    try:
+        B.data = _scale_columns(original, diagonal.to(B.device))
+        yield
+    finally:
+        B.data = original
+
+
+def _scale_columns(B: Tensor, q: Tensor) -> Tensor:
+    """Return ``B diag(q)`` for B of shape (out, R, ...), which may be a DTensor."""
+    q = at_least_float32(q, B.dtype).to(B.device)
+    q = q.view(1, -1, *(1,) * (B.ndim - 2))
+    if hasattr(B, "device_mesh"):
+        from torch.distributed.tensor import Replicate, distribute_tensor
+
+        q = distribute_tensor(q, B.device_mesh, [Replicate()] * B.device_mesh.ndim)
+    return (B * q).to(B.dtype)
+
+
+def _linear_forward(module: LoraModule, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """Replace the forward of PEFT's linear layer, to use the fused operation if possible."""
+    diagonal = None
+    if not args and not kwargs:
+        diagonal = _fusable_diagonal(module, x)
+    if diagonal is None:
+        output: Tensor = Linear.forward(module, x, *args, **kwargs)
+        return output
+    adapter = module.active_adapters[0]
+    A, B = factor_parameters(module, adapter)
+    p = diagonal.for_batch(x.shape, x.device) * module.scaling[adapter]
+    dtype = _compute_dtype(x)
+    weight = module.base_layer.weight.to(dtype)
+    bias = module.base_layer.bias
+    return low_rank_linear(x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, p)
+
+
+def _may_compute(base_layer: nn.Module, x: Tensor) -> bool:
+    """Return whether a linear layer accepts the dtype of x. Autocast casts both."""
+    has_dtype = cast(Tensor, base_layer.weight).dtype == x.dtype
+    return has_dtype or torch.is_autocast_enabled(x.device.type)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a linear layer computes its output for x."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _fusable_diagonal(module: LoraModule, x: Tensor) -> Diagonal | None:
+    """Return the diagonal if the fused operation may run, or None.
+
+    It runs in train mode and while a context overrides the diagonal; in train mode also without
+    gradients, because TRL compares outputs with gradients to outputs without, bit for bit. In eval
+    mode the output of a single rank is that of PEFT's own formula, bit for bit.
+    """
+    if module.disable_adapters or module.merged or len(module.active_adapters) != 1:
+        return None
+    adapter = module.active_adapters[0]
+    variant = module.lora_variant.get(adapter)
+    if not isinstance(variant, NestedVariant):
+        return None
+    state = variant.state
+    if not module.training and not state.overrides:
+        return None
+    if module.training and not isinstance(module.lora_dropout[adapter], nn.Identity):
+        return None
+    if not _is_plain(module, adapter) or not _may_compute(module.base_layer, x):
+        return None
+    return state.active_diagonal(module.training)
+
+
+def _is_plain(module: LoraModule, adapter: str) -> bool:
+    """Return whether base, A and B are plain nn.Linear, and the base layer is frozen."""
+    base_layer = module.base_layer
+    for linear in (base_layer, module.lora_A[adapter], module.lora_B[adapter]):
+        if not is_plain_linear(linear):
+            return False
+    return not any(parameter.requires_grad for parameter in base_layer.parameters())
+
+
+def _embedding_forward(
+    module: LoraModule,
+    x: Tensor,
+    *args: object,
+    adapter_names: list[str] | None = None,
+    **kwargs: object,
+) -> Tensor:
+    """Replace the forward of PEFT's embedding, which calls no variants in mixed batches.
+
+    Raises:
+        MatryoshkaError: The batch is mixed, and an adapter has one diagonal per row.
+    """
+    with ExitStack() as stack:
+        for adapter in set(adapter_names or ()):
+            variant = module.lora_variant.get(adapter)
+            if isinstance(variant, NestedVariant):
+                diagonal = variant.state.active_diagonal(module.training)
+                if diagonal.q.ndim > 1:
+                    raise MatryoshkaError(
+                        "A batch with adapter_names cannot have one rank per row as well. Call "
+                        "the model outside of rows(), with set_rank()."
+                    )
+                stack.enter_context(_folded_into_B(module, adapter, diagonal))
+        output: Tensor = Embedding.forward(module, x, *args, adapter_names=adapter_names, **kwargs)
+    return output
+
+
+def _fold_into_state_dict(
+    module: LoraModule, state_dict: dict[str, Tensor], prefix: str, *args: object
+) -> None:
+    """Multiply each B of a layer's state dict by q (state-dict hook)."""
+    for key, q in _folded_keys(module, prefix):
+        if key in state_dict:
+            state_dict[key] = _scale_columns(state_dict[key], q)
+
+
+def _unfold_from_state_dict(
+    module: LoraModule, state_dict: dict[str, Tensor], prefix: str, *args: object
+) -> None:
+    """Divide each incoming B by q (load hook)."""
+    for key, q in _folded_keys(module, prefix):
+        if key in state_dict:
+            state_dict[key] = _scale_columns(state_dict[key], 1 / q)
+
+
+def _folded_keys(module: LoraModule, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the key of each B that is stored multiplied by q, and that q."""
+    for adapter, variant in module.lora_variant.items():
+        if not isinstance(variant, NestedVariant):
+            continue
+        q = variant.state.state_dict_q()
+        if q is None:
+            continue
+        if adapter in module.lora_embedding_B:
+            yield f"{prefix}lora_embedding_B.{adapter}", q
+        else:
+            yield f"{prefix}lora_B.{adapter}.weight", q
