@@ -1,0 +1,227 @@
+"""A layer of a LoRA: its shapes and its factors, which are read when they are used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from matryoshka_lora.errors import NotFiniteError
+from matryoshka_lora.linalg.arrays import BFLOAT16, FLOATS, FLOATS8, Array, DType, Float64Array, cast
+from matryoshka_lora.linalg.factors import rescale_factors, singular_values
+from matryoshka_lora.linalg.kronecker import KroneckerSVD
+
+LayerKind = Literal["LoRA", "LoHa", "LoKr"]
+"""The parametrizations of a layer's update."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that is read when it is used.
+
+    Attributes:
+        dtype: Its dtype; bfloat16 and float8 are the dtypes of ml_dtypes.
+        shape: Its shape.
+        read: Returns the tensor as an array.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    read: Callable[[], Array]
+
+    @classmethod
+    def from_array(cls, array: Array) -> StoredTensor:
+        """Return a tensor that is in memory already."""
+        return cls(array.dtype, array.shape, lambda: array)
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether the dtype is a float8."""
+        return self.dtype in FLOATS8.values()
+
+    def widened(self) -> StoredTensor:
+        """Return a float8 tensor as bfloat16, which represents it exactly, and others unchanged.
+
+        New factors are not rounded to float8: that adds an error of 4 to 7 %.
+        """
+        if not self.is_float8:
+            return self
+        return StoredTensor(BFLOAT16, self.shape, lambda: self.read().astype(BFLOAT16))
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the dtype is a floating one of at least 16 bits."""
+        return self.dtype in FLOATS.values()
+
+    @property
+    def is_factor(self) -> bool:
+        """Whether a LoRA factor may have this dtype and shape."""
+        return self.is_float and len(self.shape) > 1 and 0 not in self.shape
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the tensor in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def are_factors(A: StoredTensor, B: StoredTensor) -> bool:
+    """Return whether two tensors may be the factors of one linear layer or convolution."""
+    return (
+        A.is_factor
+        and B.is_factor
+        and len(A.shape) == len(B.shape)
+        and A.shape[0] == B.shape[1]
+        and all(size == 1 for size in B.shape[2:])
+    )
+
+
+class Factors(NamedTuple):
+    """The factors of a layer as matrices. Leading dimensions are experts.
+
+    Attributes:
+        A: Shape (..., R, in). The kernel of a convolution is flattened.
+        B: Shape (..., out, R).
+        squared_errors: If the layer was truncated, the squared error of each rank from 0 to the
+            rank before: shape (R + 1,), float64, summed over experts.
+        singular_values: If the factors were reordered, the singular values of the update before,
+            shape (..., R), float64, decreasing.
+    """
+
+    A: Array
+    B: Array
+    squared_errors: Float64Array | None = None
+    singular_values: Float64Array | None = None
+
+
+class LayerKeys(NamedTuple):
+    """The keys of a layer's tensors in its file: the factors, and the alpha if there is one."""
+
+    A: str
+    B: str
+    alpha: str | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with the update ``scale B A``.
+
+    Attributes:
+        name: The name of the module in the base model, or of the pair of factors in a single file.
+        rank: The rank of the factors.
+        scale: The scale of the update.
+        in_shape: The shape of an input: (in,), or (in, *kernel) of a convolution.
+        out_features: The number of outputs.
+        dtype: The dtype in which the factors are written. `read` may return a wider one.
+        read: Returns the factors; raises NotFiniteError if they are NaN or infinite.
+        keys: The keys in the file.
+        num_experts: The number of stacked pairs.
+        kind: LoRA, or the parametrization that `read` computes the factors from.
+        read_svd: Returns the singular value decomposition of ``B A``, if that is known without the
+            factors, as with LoKr.
+        has_new_factors: Whether the factors were computed, so that a format may choose their scale.
+    """
+
+    name: str
+    rank: int
+    scale: float
+    in_shape: tuple[int, ...]
+    out_features: int
+    dtype: DType
+    read: Callable[[], Factors]
+    keys: LayerKeys
+    num_experts: int = 1
+    kind: LayerKind = "LoRA"
+    read_svd: Callable[[], KroneckerSVD] | None = None
+    has_new_factors: bool = False
+
+    @classmethod
+    def from_tensors(
+        cls,
+        name: str,
+        A: StoredTensor,
+        B: StoredTensor,
+        scale: float,
+        keys: LayerKeys,
+        num_experts: int = 1,
+    ) -> Layer:
+        """Return a layer of two tensors of a file, which `are_factors` accepts.
+
+        A has the shape (R, in, *kernel), and B (out, R, 1, ...). PEFT's stacks of experts have A
+        (experts * R, in) and B (out, R * experts), with the expert index varying fastest.
+        """
+        rank = A.shape[0] // num_experts
+
+        def read() -> Factors:
+            matrix_A, matrix_B = A.read(), B.read()
+            matrix_B = matrix_B.reshape(len(matrix_B), -1)
+            if num_experts == 1:
+                matrix_A = matrix_A.reshape(rank, -1)
+            else:
+                matrix_A = matrix_A.reshape(num_experts, rank, -1)
+                matrix_B = matrix_B.reshape(len(matrix_B), rank, num_experts).transpose(2, 0, 1)
+            # In float32, because norms of larger float64 factors would be infinite.
+            for matrix in (matrix_A, matrix_B):
+                if not np.isfinite(cast(matrix, np.dtype(np.float32))).all():
+                    raise NotFiniteError(
+                        f"The factors of {name} are NaN or infinite. If training diverged, train "
+                        "again with a lower learning rate."
+                    )
+            return Factors(matrix_A, matrix_B)
+
+        # A pair of different dtypes is written in one that represents both.
+        dtype = A.dtype if A.dtype == B.dtype else np.promote_types(A.dtype, np.float32)
+        return cls(name, rank, scale, A.shape[1:], B.shape[0], dtype, read, keys, num_experts)
+
+    @property
+    def shape_A(self) -> tuple[int, ...]:
+        """The shape of A in a file."""
+        return (self.rank * self.num_experts, *self.in_shape)
+
+    @property
+    def shape_B(self) -> tuple[int, ...]:
+        """The shape of B in a file."""
+        return (self.out_features, self.rank * self.num_experts, *[1] * (len(self.in_shape) - 1))
+
+    @property
+    def parameters_per_rank(self) -> int:
+        """in + out, times the number of experts."""
+        return (math.prod(self.in_shape) + self.out_features) * self.num_experts
+
+    def to_tensors(self, factors: Factors) -> tuple[Array, Array]:
+        """Return factors of this layer's rank with the shapes that they have in a file."""
+        A, B = factors.A, factors.B
+        if self.num_experts > 1:
+            B = B.transpose(1, 2, 0)
+        return A.reshape(self.shape_A), B.reshape(self.shape_B)
+
+    def singular_values(self) -> Float64Array:
+        """Return the singular values of the update, shape (..., R), float64, decreasing."""
+        if self.read_svd is not None:
+            return self.scale * self.read_svd().values
+        factors = self.read()
+        return self.scale * singular_values(factors.A, factors.B)
+
+    def map(self, function: Callable[[Factors], Factors], **changes: object) -> Layer:
+        """Return a layer whose factors are computed from the factors of this one.
+
+        Args:
+            function: Maps the factors.
+            changes: Further fields of the new layer.
+        """
+        new: Layer = replace(self, read=lambda: function(self.read()), read_svd=None, **changes)  # type: ignore[arg-type]
+        return new
+
+    def with_scale(self, scale: float) -> Layer:
+        """Return a layer with another scale and the same update."""
+        if scale == self.scale:
+            return self
+        ratio = self.scale / scale
+
+        def rescale(factors: Factors) -> Factors:
+            A, B = rescale_factors(factors.A, factors.B, ratio)
+            return factors._replace(A=A, B=B)
+
+        return self.map(rescale, scale=scale)

@@ -1,0 +1,189 @@
+"""Write a LoRA in one of the formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
+
+from matryoshka_lora.atomic import PathLike, create_file, create_folder
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError, check_choice
+from matryoshka_lora.linalg.arrays import Float64Array, cast
+from matryoshka_lora.linalg.factors import relative_error, relative_errors
+from matryoshka_lora.lora.layer import Factors, Layer
+from matryoshka_lora.progress import progress_bar, single_threaded
+from matryoshka_lora.registry import FORMATS, Format, FormatName, Target
+
+if TYPE_CHECKING:
+    from matryoshka_lora.lora.lora import Lora
+
+
+@dataclass(frozen=True)
+class Written:
+    """The errors and singular values of the layers that a format has written.
+
+    Attributes:
+        ranks: The rank of each layer by its name.
+        squared_errors: The squared error of each rank from 0 to R by layer, shape (R + 1,). A layer
+            that was not truncated has the error 0.
+        singular_values: The singular values of the update of each layer that was reordered, shape
+            (..., R).
+        error_ranks: The ranks whose errors are of interest. Defaults to the ranks of the output.
+    """
+
+    ranks: Mapping[str, int]
+    squared_errors: dict[str, Float64Array] = field(default_factory=dict)
+    singular_values: dict[str, Float64Array] = field(default_factory=dict)
+    error_ranks: tuple[int, ...] | None = None
+
+    def relative_error(self, rank: int | None = None) -> float:
+        """Return the norm of what a rank misses over the norm of the update.
+
+        Args:
+            rank: Defaults to the ranks of the output.
+        """
+        return relative_error(self.squared_errors, self.ranks if rank is None else rank)
+
+    def relative_errors(self, ranks: Iterable[int]) -> dict[int, float]:
+        """Return the relative error of each of several ranks."""
+        return relative_errors(self.squared_errors, ranks)
+
+    def compute(self, lora: Lora) -> Iterator[tuple[Layer, Factors]]:
+        """Yield each layer with its factors, in the dtype of the layer.
+
+        Raises:
+            NotFiniteError: A factor is NaN or infinite, or too large for the dtype.
+        """
+        with single_threaded():
+            for layer in progress_bar(lora.layers, "computing"):
+                factors = layer.read()
+                A, B = cast(factors.A, layer.dtype), cast(factors.B, layer.dtype)
+                if not (np.isfinite(A).all() and np.isfinite(B).all()):
+                    raise NotFiniteError(
+                        f"{lora.name}: the new factors of {layer.name} are too large for "
+                        f"{layer.dtype}. Save it in fp32 first."
+                    )
+                if factors.squared_errors is not None:
+                    self.squared_errors[layer.name] = factors.squared_errors
+                if factors.singular_values is not None:
+                    self.singular_values[layer.name] = factors.singular_values
+                yield layer, factors._replace(A=A, B=B)
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """The result of `save`.
+
+    Attributes:
+        path: The folder or file that was written.
+        format: Its format.
+        ranks: The rank of each layer by its name.
+        size: The size of its weights in bytes.
+        errors: The relative error of the output, by its largest rank: the norm of what it misses
+            over the norm of the update. A nested adapter or a ladder has one entry for each rank.
+        written: The errors and singular values of each layer.
+    """
+
+    path: Path
+    format: FormatName
+    ranks: dict[str, int]
+    size: int
+    errors: dict[int, float]
+    written: Written = field(repr=False)
+
+
+def save(
+    lora: Lora,
+    path: PathLike,
+    format: FormatName | None = None,
+    *,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    ranks: Iterable[int] | None = None,
+    force: bool = False,
+) -> SaveResult:
+    """Write a LoRA. Its factors are computed now, one layer after the other.
+
+    Args:
+        lora: The LoRA.
+        path: The folder or file to write.
+        format: A name of `matryoshka_lora.registry.FORMATS`. Defaults to ``"gguf"`` for a path
+            that ends in ``.gguf``, otherwise to the container of the LoRA.
+        base_model: The base model, for the formats merged, gguf and mlx. Defaults to the one that
+            the LoRA names.
+        base_revision: Its revision on the Hub. Defaults to the one that the LoRA names.
+        ranks: The ranks of a ladder. Defaults to the nested ones.
+        force: Whether to overwrite the output.
+
+    Raises:
+        MatryoshkaError: The format cannot represent the LoRA, or the output already exists or
+            cannot be written.
+        MissingDependencyError: The format needs an extra that is not installed.
+        NotFiniteError: A factor is NaN or infinite.
+    """
+    output_format = choose_format(lora, path, format)
+    for layer in lora.layers:
+        if layer.kind != "LoRA":
+            raise MatryoshkaError(
+                f"{lora.name}: {layer.name[:200]} is {layer.kind}, which becomes LoRA at a rank. "
+                "Pass `rank` or `error` too."
+            )
+    target = Target(base_model, base_revision, None if ranks is None else lora.check_ranks(ranks))
+    sources = [*lora.sources, *([base_model] if base_model else [])]
+    create = create_file if output_format.suffix else create_folder
+    with create(path, force, sources) as temporary:
+        written = output_format.write(lora, temporary, target)
+        if output_format.suffix:
+            size = temporary.stat().st_size
+        else:
+            size = sum(file.stat().st_size for file in temporary.rglob("*.safetensors"))
+    if written.error_ranks is None:
+        errors = {max(written.ranks.values()): written.relative_error()}
+    else:
+        errors = written.relative_errors(written.error_ranks)
+    return SaveResult(
+        Path(path), output_format.name, dict(written.ranks), size, errors, written
+    )
+
+
+def choose_format(lora: Lora, path: PathLike, format: FormatName | None = None) -> Format:
+    """Return the format of an output.
+
+    Raises:
+        MatryoshkaError: The LoRA, the format and the suffix of the path contradict each other.
+    """
+    suffix = Path(path).suffix.lower()
+    suffixes = {spec.suffix: spec for spec in FORMATS.values() if spec.suffix}
+    if lora.container == "single":
+        if format not in (None, "single"):
+            check_choice("format", format, get_args(FormatName))
+            raise MatryoshkaError(
+                f"{lora.name} is a single file, which cannot be written in format {format!r}. Omit "
+                "`format`, or write a PEFT folder with `key_format='peft'` first."
+            )
+        if suffix != ".safetensors":
+            raise MatryoshkaError(
+                f"{lora.name} is a single file, so the output is a file too, got {path}. Pass a "
+                "path such as small.safetensors."
+            )
+        return FORMATS["single"]
+    choices = [name for name in FORMATS if name != "single"]
+    if format is None:
+        format = suffixes[suffix].name if suffix in suffixes else "peft"
+        if format == "single":
+            format = "peft"
+    check_choice("format", format, choices)
+    spec = FORMATS[format]
+    if spec.suffix and suffix != spec.suffix:
+        raise MatryoshkaError(
+            f"Format {format!r} writes a file, got {path}. Pass {path}{spec.suffix}."
+        )
+    if not spec.suffix and suffix in suffixes:
+        raise MatryoshkaError(
+            f"{lora.name} is written as a folder in format {format!r}, got {path}. Pass a path "
+            f"without {suffix}."
+        )
+    return spec

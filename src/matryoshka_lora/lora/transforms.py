@@ -1,0 +1,252 @@
+"""Leave out or scale layers, change the dtype of the factors, or add components."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+
+from matryoshka_lora.errors import MatryoshkaError, check_choice
+from matryoshka_lora.linalg.arrays import FLOATS, Array, DType
+from matryoshka_lora.lora.layer import Factors, Layer
+from matryoshka_lora.registry import DtypeName
+from matryoshka_lora.units import pluralize
+
+if TYPE_CHECKING:
+    from matryoshka_lora.lora.lora import Lora
+
+TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+"""The fields of PEFT's config that select the layers."""
+
+_DTYPES: dict[DtypeName, DType] = {
+    "fp32": FLOATS["F32"],
+    "bf16": FLOATS["BF16"],
+    "fp16": FLOATS["F16"],
+}
+# The end of a key of a single file, after the module's name: `.alpha`, `.lora_mid.weight`.
+_KEY_END = re.compile(r"\.[^.]+(\.(weight|bias|default))*$")
+# Where the largest element of a factor lies outside, fp16 overflows, or has few digits for it.
+_FP16_RANGE = (2.0**-11, 2.0**15)
+
+
+def matching_patterns(lora: Lora, patterns: Iterable[str]) -> list[str]:
+    """Return the patterns that match a layer, or another tensor of a single file."""
+    names = {layer.name for layer in lora.layers}
+    if lora.container == "single":
+        for key in lora.other_tensors:
+            names |= _possible_names(key)
+    return [pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)]
+
+
+def drop(lora: Lora, patterns: Iterable[str]) -> Lora:
+    """Return a LoRA without some layers.
+
+    The other tensors of a single file that belong to a module whose name matches are left out too.
+
+    Args:
+        lora: The LoRA.
+        patterns: Patterns of layer names in the style of the shell, such as ``"lora_te*"``.
+
+    Raises:
+        MatryoshkaError: A pattern matches nothing, no layer is left, or PEFT's config cannot
+            describe what is left.
+    """
+    patterns = list(patterns)
+    _check_patterns("drop", patterns, lora)
+
+    def matches(name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    return _without(lora, {layer.name for layer in lora.layers if matches(layer.name)}, patterns)
+
+
+def _without(lora: Lora, names: set[str], patterns: Iterable[str] = ()) -> Lora:
+    """Return a LoRA without the layers of some names, and without what belongs to them."""
+    layers = tuple(layer for layer in lora.layers if layer.name not in names)
+    if not layers:
+        raise MatryoshkaError(f"`drop` leaves no layer of {lora.name}. Pass narrower patterns.")
+    other_tensors, config = lora.other_tensors, lora.config
+    if lora.container == "single":
+        other_tensors = {}
+        for key, tensor in lora.other_tensors.items():
+            key_names = _possible_names(key)
+            is_matched = any(fnmatchcase(name, p) for name in key_names for p in patterns)
+            if not is_matched and not names & key_names:
+                other_tensors[key] = tensor
+    elif lora.config.get("target_parameters"):
+        raise MatryoshkaError(
+            f"{lora.name} has target_parameters, whose layers cannot be left out. Omit `drop`."
+        )
+    else:
+        targets = [layer.name for layer in layers]
+        config = {**lora.config, **dict.fromkeys(TARGET_FIELDS), "target_modules": targets}
+    changes = lora.changes
+    if names:
+        num_dropped = pluralize(len(lora.layers) - len(layers), "layer")
+        changes += (f"left out {num_dropped} of {len(lora.layers)}",)
+    return replace(
+        lora, layers=layers, other_tensors=other_tensors, config=config, changes=changes
+    )
+
+
+def _possible_names(key: str) -> set[str]:
+    """Return the names that the module of a tensor may have, and the key itself.
+
+    In older keys, such as NAME.lora.down.weight, the layer's name ends in ``.lora``.
+    """
+    module = _KEY_END.sub("", key)
+    return {key, module, f"{module}.lora", re.sub(r"[._]lora(_linear_layer)?$", "", module)}
+
+
+def _check_patterns(parameter: str, patterns: Iterable[str], lora: Lora) -> None:
+    for pattern in sorted(set(patterns).difference(matching_patterns(lora, patterns))):
+        raise MatryoshkaError(
+            f"`{parameter}`: {pattern!r:.80} matches no layer of {lora.name}. The name of a layer "
+            f"is, e.g., {lora.layers[0].name[:200]}."
+        )
+
+
+def scale(lora: Lora, factors: Mapping[str, float]) -> Lora:
+    """Return a LoRA whose updates are multiplied by factors. Positive ones keep an order.
+
+    Args:
+        lora: The LoRA.
+        factors: The factor by a pattern of layer names in the style of the shell. The last pattern
+            that matches a layer counts. A layer with the factor 0 is left out.
+
+    Raises:
+        MatryoshkaError: A factor is not a finite number, a pattern matches no layer, or no layer is
+            left.
+    """
+    for pattern, factor in factors.items():
+        is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+        if not is_number or not math.isfinite(factor):
+            raise MatryoshkaError(
+                f"`scale`: the factor of {pattern!r:.80} must be a number such as 0.5, got "
+                f"{factor!r:.80}."
+            )
+    _check_patterns("scale", factors, replace(lora, other_tensors={}))
+    num_scaled: Counter[float] = Counter()
+    dropped_names: set[str] = set()
+    layers: list[Layer] = []
+    for layer in lora.layers:
+        matching = [pattern for pattern in factors if fnmatchcase(layer.name, pattern)]
+        factor = factors[matching[-1]] if matching else 1.0
+        if factor == 0:
+            dropped_names.add(layer.name)
+        elif factor != 1:
+            num_scaled[factor] += 1
+            layer = _scale_layer(layer, factor)
+        layers.append(layer)
+    changes = lora.changes
+    for factor, count in num_scaled.items():
+        scaled_layers = f"{pluralize(count, 'layer')} of {len(layers)}"
+        changes += (f"scaled {scaled_layers} (factor {factor:g})",)
+    scaled = replace(lora, layers=tuple(layers), changes=changes)
+    return _without(scaled, dropped_names) if dropped_names else scaled
+
+
+def _scale_layer(layer: Layer, factor: float) -> Layer:
+    # In B, not in the scale: layers of a file must keep one alpha for diffusers.
+    def multiply(factors: Factors) -> Factors:
+        return factors._replace(B=_widen(factors.B) * factor)
+
+    read_svd = layer.read_svd
+    if read_svd is None:
+        return layer.map(multiply)
+    return replace(layer.map(multiply), read_svd=lambda: read_svd().scaled(factor))
+
+
+def cast(lora: Lora, dtype: DtypeName) -> Lora:
+    """Return a LoRA whose factors are written in another dtype. Other tensors keep theirs.
+
+    Elements that are too large for it are an error when the factors are written. For fp16, a power
+    of two is moved from one factor of a layer to the other where the smaller one would lose digits.
+
+    Raises:
+        MatryoshkaError: The dtype is unknown.
+    """
+    check_choice("dtype", dtype, get_args(DtypeName))
+    new_dtype = _DTYPES[dtype]
+    layers: list[Layer] = []
+    for layer in lora.layers:
+        if layer.dtype != new_dtype:
+            read_svd = layer.read_svd
+            if dtype == "fp16":
+                layer = replace(layer.map(_balance_for_fp16), read_svd=read_svd)
+            layer = replace(layer, dtype=new_dtype)
+        layers.append(layer)
+    changes = (*lora.changes, f"stored the factors in {dtype}")
+    return replace(lora, layers=tuple(layers), changes=changes)
+
+
+def _balance_for_fp16(factors: Factors) -> Factors:
+    """Move a power of two from one factor to the other where fp16 could not hold both."""
+    A, B = _widen(factors.A), _widen(factors.B)
+    largest_A, largest_B = float(np.abs(A).max()), float(np.abs(B).max())
+    smallest, largest = _FP16_RANGE
+    are_in_range = smallest <= min(largest_A, largest_B) and max(largest_A, largest_B) <= largest
+    if are_in_range or not (0 < largest_A < math.inf and 0 < largest_B < math.inf):
+        return factors._replace(A=A, B=B)
+    shift = 2.0 ** round(math.log2(largest_B / largest_A) / 2)
+    return factors._replace(A=A * shift, B=B / shift)
+
+
+def _widen(array: Array) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return array.astype(np.float64, copy=False)
+
+
+def pad(lora: Lora, rank: int) -> Lora:
+    """Return a LoRA of a larger rank with the same update, to train on.
+
+    The new rows of A are random, with the norm of the existing ones, and the new columns of B are
+    zero. So the new components contribute nothing, and learn from the first step on.
+
+    Args:
+        lora: The LoRA.
+        rank: The rank of every layer; at least the largest one.
+
+    Raises:
+        MatryoshkaError: The rank is too small.
+    """
+    if rank < lora.max_rank:
+        raise MatryoshkaError(
+            f"{lora.name} has rank {lora.max_rank}, and with `pad=True` the rank must not be "
+            f"smaller, got {rank}. Omit `pad`."
+        )
+    layers: list[Layer] = []
+    for seed, layer in enumerate(lora.layers):
+        layer_scale = layer.scale
+        if lora.nesting is not None and lora.deploy == "paper":
+            layer_scale = lora.nesting.scale_at(layer.rank)
+        layers.append(_pad_layer(layer, rank, layer_scale, seed))
+    changes = (*lora.changes, f"padded to rank {rank}")
+    return replace(
+        lora, layers=tuple(layers), nesting=None, order=None, deploy="reordered", changes=changes
+    )
+
+
+def _pad_layer(layer: Layer, rank: int, layer_scale: float, seed: int) -> Layer:
+    missing = rank - layer.rank
+
+    def add_components(factors: Factors) -> Factors:
+        A, B = factors.A, factors.B
+        row_norm = math.sqrt((_widen(A) ** 2).sum() / (layer.num_experts * layer.rank))
+        # Factors of zeros get the norm of PEFT's initial A, Kaiming's with a = sqrt(5).
+        row_norm = row_norm or 1 / math.sqrt(3)
+        num_inputs = A.shape[-1]
+        shape = (*A.shape[:-2], missing, num_inputs)
+        rows = np.random.default_rng(seed).standard_normal(shape) * row_norm / math.sqrt(num_inputs)
+        columns = np.zeros((*B.shape[:-1], missing), B.dtype)
+        return Factors(
+            np.concatenate([A, rows.astype(A.dtype)], axis=-2),
+            np.concatenate([B, columns], axis=-1),
+        )
+
+    return layer.map(add_components, rank=rank, scale=layer_scale)
