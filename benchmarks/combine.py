@@ -29,6 +29,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -36,7 +37,6 @@ from torch import Tensor, nn
 from matryoshka_lora import combine
 from matryoshka_lora.extraction.factorize import RankLimits, factorize_change
 from matryoshka_lora.extraction.model_diff import WeightPair
-from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 from matryoshka_lora.peft.arrays import to_numpy
 from matryoshka_lora.peft.base_model import bundled_model_path
 

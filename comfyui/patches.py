@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from matryoshka_lora import MatryoshkaError
-from matryoshka_lora.linalg.factors import singular_values, weighted_sum
 from matryoshka_lora.lora_file.keys.names import DIFFUSERS_SUFFIXES
 from matryoshka_lora.lora_file.lora import Layer
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 from matryoshka_lora.lora_file.single_file import SingleFile
+
+from matryoshka_lora import MatryoshkaError
+from matryoshka_lora.linalg.factors import singular_values, weighted_sum
 from matryoshka_lora.peft.arrays import to_numpy_dtype
 from matryoshka_lora.progress import progress_bar, single_threaded
 

@@ -16,15 +16,21 @@ if TYPE_CHECKING:
     from matryoshka_lora.evaluation.select import select as select
     from matryoshka_lora.extraction.extract import ExtractResult as ExtractResult
     from matryoshka_lora.extraction.extract import extract as extract
-    from matryoshka_lora.lora_file.results import ReorderResult as ReorderResult
-    from matryoshka_lora.lora_file.results import TrainRanksResult as TrainRanksResult
+    from matryoshka_lora.formats.open import open as open
+    from matryoshka_lora.lora.layer import Factors as Factors
+    from matryoshka_lora.lora.layer import Layer as Layer
+    from matryoshka_lora.lora.lora import Lora as Lora
+    from matryoshka_lora.lora.results import ReorderResult as ReorderResult
+    from matryoshka_lora.lora.results import TrainRanksResult as TrainRanksResult
+    from matryoshka_lora.lora.save import SaveResult as SaveResult
     from matryoshka_lora.nesting import Nesting as Nesting
     from matryoshka_lora.operations.combine import CombineResult as CombineResult
     from matryoshka_lora.operations.combine import combine as combine
+    from matryoshka_lora.operations.export import ExportFolderResult as ExportFolderResult
+    from matryoshka_lora.operations.export import ExportOptions as ExportOptions
     from matryoshka_lora.operations.export import ExportResult as ExportResult
     from matryoshka_lora.operations.export import export as export
-    from matryoshka_lora.operations.export_folder import ExportFolderResult as ExportFolderResult
-    from matryoshka_lora.operations.export_folder import export_folder as export_folder
+    from matryoshka_lora.operations.export import export_folder as export_folder
     from matryoshka_lora.operations.info import FolderInfo as FolderInfo
     from matryoshka_lora.operations.info import LayerInfo as LayerInfo
     from matryoshka_lora.operations.info import LoraInfo as LoraInfo
@@ -41,37 +47,43 @@ if TYPE_CHECKING:
 _MODULES = {
     "CombineResult": "operations.combine",
     "Evaluation": "evaluation.results",
-    "ExportFolderResult": "operations.export_folder",
+    "ExportFolderResult": "operations.export",
+    "ExportOptions": "operations.export",
     "ExportResult": "operations.export",
     "ExtractResult": "extraction.extract",
+    "Factors": "lora.layer",
     "FolderInfo": "operations.info",
+    "Layer": "lora.layer",
     "LayerInfo": "operations.info",
+    "Lora": "lora.lora",
     "LoraInfo": "operations.info",
     "MatryoshkaError": "errors",
     "MissingDependencyError": "errors",
     "NestedAdapter": "peft.adapter",
     "Nesting": "nesting",
     "NotFiniteError": "errors",
-    "ReorderResult": "lora_file.results",
+    "ReorderResult": "lora.results",
     "Rule": "rules",
+    "SaveResult": "lora.save",
     "Selection": "evaluation.select",
-    "TrainRanksResult": "lora_file.results",
+    "TrainRanksResult": "lora.results",
     "aurac": "evaluation.results",
     "combine": "operations.combine",
     "evaluate": "evaluation.evaluate",
     "export": "operations.export",
-    "export_folder": "operations.export_folder",
+    "export_folder": "operations.export",
     "extract": "extraction.extract",
     "info": "operations.info",
     "info_folder": "operations.info",
     "load": "peft.load",
     "nest": "peft.nest",
+    "open": "formats.open",
     "reorder": "operations.reorder",
     "select": "evaluation.select",
     "train_ranks": "operations.train_ranks",
 }
 __all__ = [*_MODULES]
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -17,10 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from matryoshka_lora.bundled_model import BUNDLED_MODEL
 from matryoshka_lora.errors import optional_imports
 from matryoshka_lora.evaluation.plot import plot_evaluation
 from matryoshka_lora.evaluation.results import Evaluation, Metric, TaskResult
-from matryoshka_lora.lora_file.hub import BUNDLED_MODEL
 from matryoshka_lora.peft.adapter import NestedAdapter
 from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 from matryoshka_lora.peft.nest import nest
@@ -107,8 +107,8 @@ def demo(output: Path, num_steps: int = NUM_STEPS) -> None:
     adapter = result.adapter
     adapter.save(output / "adapter")
 
-    lora = adapter.to_lora_file()
-    sizes = {rank: lora.plan(rank).file_size for rank in RANKS}
+    lora = adapter.to_lora()
+    sizes = {rank: lora.truncate(rank).file_size for rank in RANKS}
     print_accuracies(result, sizes, len(numbers))
     plot_accuracies(result, sizes, len(numbers), output / "curve.png")
     print(f"\nThe same as a plot: {output / 'curve.png'}\n")

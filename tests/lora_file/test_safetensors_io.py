@@ -8,10 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-
-from matryoshka_lora import MatryoshkaError
 from matryoshka_lora.lora_file.safetensors_io import (
     StoredTensor,
     create_safetensors,
@@ -19,6 +15,10 @@ from matryoshka_lora.lora_file.safetensors_io import (
     read_json,
     safetensors_size,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from matryoshka_lora import MatryoshkaError
 
 DTYPES = [
     torch.float64,

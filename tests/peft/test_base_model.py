@@ -12,10 +12,10 @@ import pytest
 import torch
 from helpers.models import nested_llama
 from helpers.tiny_chat import save_tiny_chat, tiny_tokenizer
-
-from matryoshka_lora import MatryoshkaError, Nesting
 from matryoshka_lora.lora_file.hub import BUNDLED_MODEL
 from matryoshka_lora.lora_file.peft_folder import open_peft_folder
+
+from matryoshka_lora import MatryoshkaError, Nesting
 from matryoshka_lora.peft.base_model import (
     bundled_gguf_path,
     bundled_model_path,

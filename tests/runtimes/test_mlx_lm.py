@@ -13,11 +13,11 @@ import pytest
 import torch
 from helpers.plain_peft import IDS, logits, plain_adapter
 from helpers.tiny_chat import tiny_tokenizer
+from matryoshka_lora.lora_file.mlx import missing_rope_fields
 from peft import PeftModel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from matryoshka_lora import export, reorder
-from matryoshka_lora.lora_file.mlx import missing_rope_fields
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("MLX_PYTHON") or ROOT / ".venv-mlx" / "bin" / "python")

@@ -21,10 +21,10 @@ import pytest
 import torch
 from helpers.many_adapters import NUM_ADAPTERS, save_many_adapters
 from helpers.models import LINEAR_LAYERS
+from matryoshka_lora.operations.base_config import resolve_base_model
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from matryoshka_lora import export, export_folder, reorder
-from matryoshka_lora.operations.base_config import resolve_base_model
 from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 
 pytest.importorskip("vllm", reason="make test-vllm creates an environment for it")

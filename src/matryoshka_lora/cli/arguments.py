@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from matryoshka_lora.formats import DtypeName, Format, KeyFormat
+from matryoshka_lora.registry import FORMATS, DtypeName, FormatName, KeyFormat
 
 LoraArgument = Annotated[
     Path,
@@ -105,9 +105,9 @@ RankOrRanksOption = Annotated[
     ),
 ]
 FormatOption = Annotated[
-    Format | None,
+    FormatName | None,
     typer.Option(
-        help="Format of the output: peft, merged, ladder, gguf or mlx.",
+        help=f"Format of the output: {', '.join(FORMATS)}.",
         show_default="gguf if the output ends in .gguf, otherwise that of the source",
     ),
 ]

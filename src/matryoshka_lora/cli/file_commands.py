@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -41,10 +41,10 @@ from matryoshka_lora.cli.file_results import (
     how_to_load,
 )
 from matryoshka_lora.cli.terminal import print_line, print_next, revision_option
-from matryoshka_lora.formats import ImageKeyFormat
+from matryoshka_lora.registry import ImageKeyFormat
 
 if TYPE_CHECKING:
-    from matryoshka_lora.operations.export_folder import ExportFolderResult
+    from matryoshka_lora.operations.export import ExportOptions
     from matryoshka_lora.operations.info import FolderInfo, LoraInfo
 
 
@@ -73,7 +73,7 @@ def info(
     """
     from matryoshka_lora import info as read_info
     from matryoshka_lora import info_folder
-    from matryoshka_lora.lora_file.open import find_loras
+    from matryoshka_lora.formats.open import find_loras
     from matryoshka_lora.units import parse_share
 
     if find_loras(lora):
@@ -98,14 +98,13 @@ def info(
 
 
 def _print_next_of_folder(folder: Path, folder_info: FolderInfo, max_error: float) -> None:
-    from matryoshka_lora.lora_file.single_file import SingleFile
     from matryoshka_lora.serve import round_up_to_vllm
 
     output = f"{folder.resolve().name}-small"
     loras = [value.lora for value in folder_info.loras.values()]
     # A server of vLLM reserves as much memory for rank 17 as for rank 32.
     rank = round_up_to_vllm(folder_info.common_rank(max_error))
-    are_single_files = all(isinstance(lora, SingleFile) for lora in loras)
+    are_single_files = all(lora.container == "single" for lora in loras)
     if are_single_files or rank >= max(lora.max_rank for lora in loras):
         print_next("export", folder, "--error", f"{100 * max_error:.4g}%", "-o", output)
     else:
@@ -113,11 +112,9 @@ def _print_next_of_folder(folder: Path, folder_info: FolderInfo, max_error: floa
 
 
 def _print_next_of_info(lora: Path, result: LoraInfo, revision: str | None) -> None:
-    from matryoshka_lora.lora_file.single_file import SingleFile
-
-    ranks = result.lora.ranks
+    ranks = result.lora.nested_ranks
     source = [lora, *revision_option(revision)]
-    if isinstance(result.lora, SingleFile):
+    if result.lora.container == "single":
         small_file = Path(f"{lora.stem}-small.safetensors")
         print_next("export", *source, "--error", "10%", "-o", small_file)
     elif result.lora.order is None and result.lora.deploy != "paper":
@@ -292,13 +289,11 @@ def export(
     """
     from matryoshka_lora import export as run_export
     from matryoshka_lora import export_folder
-    from matryoshka_lora.lora_file.open import find_loras
+    from matryoshka_lora.formats.open import find_loras
 
     ranks = parse_ranks(rank)
     rank_or_ranks = ranks[0] if ranks and len(ranks) == 1 else ranks
-    # What `export` and `export_folder` have in common.
-    options: dict[str, Any] = {
-        "rank": rank_or_ranks,
+    options: ExportOptions = {
         "format": format,
         "keep": keep,
         "error": error,
@@ -313,15 +308,11 @@ def export(
         "force": force,
     }
     if alpha is None and find_loras(lora):
-        folder_result = export_folder(lora, output, **options)
-        _print_export_folder(folder_result)
+        folder_result = export_folder(lora, output, rank_or_ranks, **options)
+        typer.echo(format_export_folder(folder_result))
+        for name, reason in folder_result.failed.items():
+            print_line(f"error: {name} was not exported: {reason}", err=True)
         raise typer.Exit(1 if folder_result.failed and not skip_bad else 0)
-    result = run_export(lora, output, revision=revision, alpha=alpha, **options)
+    result = run_export(lora, output, rank_or_ranks, revision=revision, alpha=alpha, **options)
     typer.echo(format_export(result))
     print_line(f"Next: {how_to_load(result, key_format)}")
-
-
-def _print_export_folder(result: ExportFolderResult) -> None:
-    typer.echo(format_export_folder(result))
-    for name, reason in result.failed.items():
-        print_line(f"error: {name} was not exported: {reason}", err=True)

@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from matryoshka_lora.cli.terminal import format_percent, format_table, join_lines
-from matryoshka_lora.formats import ANSWERS_CAVEAT, PICTURES_CAVEAT, KeyFormat
+from matryoshka_lora.registry import ANSWERS_CAVEAT, FORMATS, PICTURES_CAVEAT, KeyFormat
 from matryoshka_lora.units import format_size, pluralize
 
 if TYPE_CHECKING:
     from matryoshka_lora.extraction.extract import ExtractResult
-    from matryoshka_lora.lora_file.lora import LoraFile
+    from matryoshka_lora.lora.lora import Lora
     from matryoshka_lora.operations.combine import CombineResult
-    from matryoshka_lora.operations.export import ExportResult
-    from matryoshka_lora.operations.export_folder import ExportFolderResult
+    from matryoshka_lora.operations.export import ExportFolderResult, ExportResult
     from matryoshka_lora.operations.info import FolderInfo, LoraInfo
 
 
@@ -65,8 +64,8 @@ def format_info(info: LoraInfo) -> str:
     lines += [f"  {label:10}  {value}" for label, value in rows.items() if value]
     if info.layers:
         lines += ["", *_format_layers(info)]
-    errors = {rank: info.errors[rank] for rank in lora.ranks}
-    lines += ["", *format_errors(errors, "update", info.sizes), _caveat(_is_single_file(lora))]
+    errors = {rank: info.errors[rank] for rank in lora.nested_ranks}
+    lines += ["", *format_errors(errors, "update", info.sizes), _caveat(lora.container == "single")]
     return join_lines(lines)
 
 
@@ -120,7 +119,7 @@ def format_info_folder(info: FolderInfo, max_error: float) -> str:
     lines += [
         f"{pluralize(len(info.loras), 'LoRA')}, {total_size}. At rank "
         f"{info.common_rank(max_error)}, each has a relative error of at most {limit}.",
-        _caveat(all(_is_single_file(lora_info.lora) for lora_info in info.loras.values())),
+        _caveat(all(value.lora.container == "single" for value in info.loras.values())),
     ]
     return join_lines(lines)
 
@@ -171,14 +170,6 @@ def _caveat(is_single_file: bool) -> str:
     return PICTURES_CAVEAT if is_single_file else ANSWERS_CAVEAT
 
 
-# The programs that read a key format.
-_READERS: dict[KeyFormat | None, str] = {
-    None: "the program that loaded the original",
-    "kohya": "ComfyUI",
-    "diffusers": "diffusers",
-}
-
-
 def how_to_load(result: ExportResult, key_format: KeyFormat | None = None) -> str:
     """Return how another program loads an exported LoRA.
 
@@ -187,16 +178,12 @@ def how_to_load(result: ExportResult, key_format: KeyFormat | None = None) -> st
         key_format: The format of the keys, if it was changed.
     """
     path = shlex.quote(str(result.path))
-    reader = _READERS.get(key_format)
-    commands = {
-        "single": f"load {path} with {reader}",
-        "peft": f"PeftModel.from_pretrained(base_model, {str(result.path)!r})",
-        "merged": f"vllm serve {path}",
-        "ladder": f"matryoshka serve {path} --dry-run",
-        "gguf": f"llama-server -m BASE.gguf --lora {path}",
-        "mlx": f"mlx_lm.generate --model BASE --adapter-path {path} --prompt Hello",
-    }
-    return commands[result.format]
+    readers = {"kohya": "ComfyUI", "diffusers": "diffusers"}
+    if result.format == "single" and key_format in readers:
+        return f"load {path} with {readers[key_format]}"
+    if result.format == "peft":  # Python, and not a command
+        path = repr(str(result.path))
+    return FORMATS[result.format].load.format(path=path)
 
 
 def format_combine(result: CombineResult, names: Sequence[str]) -> str:
@@ -252,21 +239,15 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _format_ranks(result: ExportResult) -> str:
-    if isinstance(result.ranks, tuple):
-        return f"ranks {', '.join(map(str, result.ranks))}"
+    if result.format == "ladder":
+        return f"ranks {', '.join(map(str, result.errors))}"
     low, high = min(result.ranks.values()), max(result.ranks.values())
     return f"rank {low}" if low == high else f"ranks from {low} to {high}, by layer"
 
 
-def _is_single_file(lora: LoraFile) -> bool:
-    from matryoshka_lora.lora_file.single_file import SingleFile
-
-    return isinstance(lora, SingleFile)
-
-
-def _kind_of(lora: LoraFile) -> str:
-    ranks = ", ".join(map(str, lora.ranks))
-    if _is_single_file(lora):
+def _kind_of(lora: Lora) -> str:
+    ranks = ", ".join(map(str, lora.nested_ranks))
+    if lora.container == "single":
         return "a LoRA in a single file"
     if lora.deploy == "paper":
         return f"a nested LoRA adapter in the paper's deployment, usable at ranks {ranks} only"

@@ -10,7 +10,7 @@ from matryoshka_lora.units import format_size, pluralize
 if TYPE_CHECKING:
     from matryoshka_lora.evaluation.results import Difference, Evaluation
     from matryoshka_lora.evaluation.select import Selection
-    from matryoshka_lora.lora_file.results import TrainRanksResult
+    from matryoshka_lora.lora.results import TrainRanksResult
 
 
 def format_train_ranks(result: TrainRanksResult) -> str:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from matryoshka_lora.atomic import PathLike, check_output, create_folder
 from matryoshka_lora.errors import MatryoshkaError, check_integer, optional_imports
 from matryoshka_lora.evaluation.harness_results import (
     HarnessResults,
@@ -18,9 +19,9 @@ from matryoshka_lora.evaluation.harness_results import (
 from matryoshka_lora.evaluation.plot import plot_evaluation
 from matryoshka_lora.evaluation.results import Evaluation
 from matryoshka_lora.examples import read_examples
-from matryoshka_lora.lora_file.atomic import PathLike, check_output, create_folder
-from matryoshka_lora.lora_file.open import open_adapter
-from matryoshka_lora.lora_file.peft_folder import PeftFolder
+from matryoshka_lora.formats.open import open_adapter
+from matryoshka_lora.formats.peft_folder import base_model_of
+from matryoshka_lora.lora.lora import Lora
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +96,7 @@ def evaluate(
     if output is None and nested is None:
         output = default_output(lora.name)
     if nested is None or tokenizer is None:
-        base_model, base_revision = lora.base_model(base_model, base_revision)
+        base_model, base_revision = base_model_of(lora, base_model, base_revision)
     task_names = _task_names(tasks)
     sources = _sources(lora, task_names, data, base_model)
     if output is not None:
@@ -119,7 +120,9 @@ def evaluate(
     if nested is None:
         nested = load(load_model(base_model, dtype, base_revision), lora.files[0].parent)
     settings["dtype"] = str(nested.model.dtype).removeprefix("torch.")
-    evaluation = Evaluation(settings, ranks, {rank: lora.plan(rank).file_size for rank in ranks})
+    evaluation = Evaluation(
+        settings, ranks, {rank: lora.truncate(rank).file_size for rank in ranks}
+    )
     lm_ranks = (0, *ranks) if _rank_0_is_base_model(lora) else ranks
     with _create_output(output, force, sources) as folder, _restore_mode(nested.model):
         lm = ManyRanksLM(nested.layers, tokenizer, lm_ranks, max_batch_tokens, progress)
@@ -159,21 +162,21 @@ def default_output(adapter: PathLike) -> Path:
 
 def _open(
     adapter: NestedAdapter | PathLike, revision: str | None
-) -> tuple[PeftFolder, NestedAdapter | None]:
+) -> tuple[Lora, NestedAdapter | None]:
     """Return an adapter as a LoRA file, and itself if it is in memory."""
     if isinstance(adapter, (str, os.PathLike)):
         return open_adapter(adapter, revision), None
     # Without torch, its class cannot be imported.
-    if not hasattr(adapter, "to_lora_file"):
+    if not hasattr(adapter, "to_lora"):
         raise MatryoshkaError(
             f"`adapter` must be a path or a NestedAdapter, got {type(adapter).__name__}. Pass what "
             "nest() or load() has returned."
         )
     adapter.layers.check_only_active()
-    return adapter.to_lora_file(), adapter
+    return adapter.to_lora(), adapter
 
 
-def _rank_0_is_base_model(lora: PeftFolder) -> bool:
+def _rank_0_is_base_model(lora: Lora) -> bool:
     """Return whether the adapter without its update is the base model."""
     if lora.config.get("modules_to_save") or lora.config.get("trainable_token_indices"):
         return False
@@ -194,7 +197,7 @@ def _task_names(tasks: str | Sequence[str] | None) -> list[str]:
 
 
 def _sources(
-    lora: PeftFolder, task_names: Sequence[str], data: object, base_model: str | None
+    lora: Lora, task_names: Sequence[str], data: object, base_model: str | None
 ) -> list[PathLike]:
     """Return the paths that the output must not overwrite."""
     sources: list[PathLike] = [*lora.sources]

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from matryoshka_lora.atomic import PathLike, check_output
 from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list
 from matryoshka_lora.extraction.factor_cache import ChangedLayers, file_state, resumable_folder
 from matryoshka_lora.extraction.factorize import RankLimits
 from matryoshka_lora.extraction.model_diff import (
     Architecture,
-    ModelDiff,
     ModelFiles,
     compare_models,
     open_model,
@@ -25,19 +25,15 @@ from matryoshka_lora.extraction.pipeline_names import (
     pipeline_prefixes,
     rename_for_pipeline,
 )
-from matryoshka_lora.formats import ImageKeyFormat
-from matryoshka_lora.linalg.allocation import ranks_for_error, ranks_for_size
-from matryoshka_lora.lora_file.atomic import PathLike, check_output
-from matryoshka_lora.lora_file.hub import MODEL_FILES, local_path, split_hub_id
-from matryoshka_lora.lora_file.keys.formats import convert_keys
-from matryoshka_lora.lora_file.keys.names import PEFT_PREFIX
-from matryoshka_lora.lora_file.lora import NESTING_KEY, Layer, LoraFile, OutputPlan, WrittenOutput
-from matryoshka_lora.lora_file.peft_folder import PeftFolder
-from matryoshka_lora.lora_file.safetensors_io import StoredTensor
-from matryoshka_lora.lora_file.single_file import SingleFile
+from matryoshka_lora.formats.hub import MODEL_FILES, local_path, split_hub_id
+from matryoshka_lora.linalg.allocation import ranks_for_error
+from matryoshka_lora.lora.keys import DIFFUSERS_SUFFIXES, PEFT_PREFIX
+from matryoshka_lora.lora.layer import LayerKeys, StoredTensor
+from matryoshka_lora.lora.lora import Lora
+from matryoshka_lora.lora.truncate import fit_size, layer_spectra, with_ranks
 from matryoshka_lora.nesting import check_rank
-from matryoshka_lora.operations.rank_choice import RankRequest, parse_request
-from matryoshka_lora.units import pluralize
+from matryoshka_lora.registry import ImageKeyFormat
+from matryoshka_lora.units import parse_share, parse_size, pluralize
 
 # The upper bound of a layer's rank if only the size of the file is limited.
 _MAX_RANK_FOR_SIZE = 128
@@ -115,7 +111,15 @@ def extract(
         NotFiniteError: A weight is NaN or infinite.
     """
     modules_to_save = check_list("modules_to_save", modules_to_save)
-    request = _parse_request(rank, keep, error, max_bytes)
+    if rank is not None:
+        check_rank(rank)
+    if rank is None and keep is None and error is None and max_bytes is None:
+        raise MatryoshkaError("Pass at least one of `rank`, `keep`, `error` or `max_bytes`.")
+    if keep is not None and error is not None:
+        raise MatryoshkaError("Pass `keep` or `error`, not both.")
+    share = None if keep is None else parse_share(keep)
+    max_error = None if error is None else parse_share(error)
+    max_size = None if max_bytes is None else parse_size(max_bytes)
     _check_key_format(output, key_format, modules_to_save)
     base_model = open_model(local_path(base, MODEL_FILES, base_revision))
     tuned_model = open_model(local_path(tuned, MODEL_FILES, tuned_revision))
@@ -131,79 +135,67 @@ def extract(
     if key_format == "kohya":
         check_kohya_names(diff.layers, base_model)
     saved = saved_tensors(diff, tuned_model, architecture, modules_to_save)
-    limits = _rank_limits(request)
-    with resumable_folder(path, _settings(files, request, limits, diff)) as cache:
-        changed = _factorize(diff, request, limits, cache)
-        lora: LoraFile
-        if key_format is None:
-            config = _peft_config(
-                base, base_revision, base_model, architecture, changed.layers, saved
-            )
-            other_tensors = {PEFT_PREFIX + key: tensor for key, tensor in saved.items()}
-            lora = PeftFolder(str(path), changed.layers, other_tensors, config=config)
+    max_rank = rank
+    if rank is None and keep is None and error is None:
+        max_rank = _MAX_RANK_FOR_SIZE
+    limits = RankLimits(max_rank, share)
+    # Everything that the factors depend on. The names of the layers and whether they are transposed
+    # depend on further files and arguments.
+    layer_names = [(name, pair.is_transposed) for name, pair in diff.layers.items()]
+    states = [file_state(file) for file in files]
+    settings: list[object] = [*states, *limits, error is not None, layer_names]
+    with resumable_folder(path, settings) as cache:
+        changed = ChangedLayers(diff.layers, cache)
+        if max_error is None:
+            changed.factorize(limits)
         else:
-            lora = _image_lora(str(path), changed.layers, key_format)
-        plan = _plan_output(lora, request, changed)
-        written = plan.write(path, force)
+            changed.factorize_for_error(max_error, max_rank)
+        if changed.total == 0:  # differences of float64 may be too small for float32
+            raise MatryoshkaError("No linear layer and no convolution changed.")
+        lora = _to_lora(path, changed, key_format)
+        if key_format is None:
+            config = _peft_config(base, base_revision, base_model, architecture, lora, saved)
+            other_tensors = {PEFT_PREFIX + key: tensor for key, tensor in saved.items()}
+            lora = replace(lora, config=config, other_tensors=other_tensors)
+        if key_format is None and keep is None and error is None and max_bytes is None:
+            truncated = lora.nested()
+        else:
+            ranks = lora.ranks
+            if max_error is not None or max_size is not None:
+                spectra = layer_spectra(lora, ranks)
+            if max_error is not None:
+                ranks = ranks_for_error(spectra, max_error, changed.total, changed.residual)
+            if max_size is not None:
+                ranks = fit_size(lora, spectra, ranks, max_size)
+            truncated = with_ranks(lora, ranks)
+        result = truncated.save(path, truncated.container, force=force)
 
-    measured_ranks = lora.ranks if NESTING_KEY in plan.metadata else (plan.rank,)
-    errors = {r: _relative_error(plan, written, changed, r) for r in measured_ranks}
+    errors: dict[int, float] = {}
+    for error_rank in result.errors:
+        # The residual, and what truncation adds to it.
+        squared_error = changed.residual
+        for layer in lora.layers:
+            layer_rank = min(layer.rank, result.ranks[layer.name], error_rank)
+            squared_error += float(result.written.squared_errors[layer.name][layer_rank])
+        errors[error_rank] = math.sqrt(squared_error / changed.total)
+    notes: tuple[str, ...] = ()
+    if max_error is not None and errors[max(errors)] > max_error * (1 + 1e-6):
+        num_bounded = sum(value == rank for value in result.ranks.values())
+        reason = "rounding of the factors"
+        if num_bounded:
+            reason = f"the requested rank, which limits {pluralize(num_bounded, 'layer')}"
+        elif max_size is not None:
+            reason = "the requested size"
+        notes = (f"The error is larger than requested because of {reason}.",)
     unsaved = {key: tensor for key, tensor in diff.other_tensors.items() if key not in saved}
     return ExtractResult(
         path=path,
-        ranks=plan.ranks,
+        ranks=result.ranks,
         errors=errors,
         rounding_share=changed.rounding / changed.total,
         unsaved_tensors={key: tensor.nbytes for key, tensor in unsaved.items()},
-        notes=_notes(request, plan.ranks, errors[plan.rank]),
+        notes=notes,
     )
-
-
-def _parse_request(
-    rank: int | None, keep: float | str | None, error: float | str | None, max_bytes: Any
-) -> RankRequest:
-    """Return what the caller wants to keep."""
-    if rank is not None:
-        check_rank(rank)
-    request = parse_request(rank, keep, error, max_bytes)
-    if request.is_empty:
-        raise MatryoshkaError("Pass at least one of `rank`, `keep`, `error` or `max_bytes`.")
-    if keep is not None and error is not None:
-        raise MatryoshkaError("Pass `keep` or `error`, not both.")
-    return request
-
-
-def _rank_limits(request: RankRequest) -> RankLimits:
-    """Return the limits of the rank of each layer."""
-    rank = request.rank
-    assert rank is None or isinstance(rank, int)  # the type of the argument
-    if rank is None and request.share is None and request.error is None:
-        rank = _MAX_RANK_FOR_SIZE
-    return RankLimits(rank, request.share)
-
-
-def _settings(
-    files: Iterable[Path], request: RankRequest, limits: RankLimits, diff: ModelDiff
-) -> list[object]:
-    """Return everything that the factors depend on."""
-    # The names of the layers and whether they are transposed depend on further files and arguments.
-    names = [(name, pair.is_transposed) for name, pair in diff.layers.items()]
-    states = [file_state(file) for file in files]
-    return [*states, *limits, request.error is not None, names]
-
-
-def _factorize(
-    diff: ModelDiff, request: RankRequest, limits: RankLimits, cache: Path
-) -> ChangedLayers:
-    """Return the factors of all changed layers."""
-    changed = ChangedLayers(diff.layers, cache)
-    if request.error is None:
-        changed.factorize(limits)
-    else:
-        changed.factorize_for_error(request.error, limits.max_rank)
-    if changed.total == 0:  # differences of float64 may be too small for float32
-        raise MatryoshkaError("No linear layer and no convolution changed.")
-    return changed
 
 
 def _check_key_format(
@@ -226,61 +218,16 @@ def _check_key_format(
         check_choice("key_format", key_format, get_args(ImageKeyFormat))
 
 
-def _plan_output(lora: LoraFile, request: RankRequest, changed: ChangedLayers) -> OutputPlan:
-    """Return what the output will hold. It is nested if only the rank is limited.
-
-    Args:
-        lora: The factors. Its layers may have the names of a key format.
-        request: What the caller wants to keep.
-        changed: The factors as they were computed.
-    """
-    if not request.needs_singular_values and isinstance(lora, PeftFolder):
-        return lora.plan_nested()
-    ranks = {layer.name: layer.rank for layer in lora.layers}
-    if request.error is None and request.max_size is None:
-        return lora.plan(ranks)
-    spectra = lora.spectra(ranks)
-    if request.error is not None:
-        ranks = ranks_for_error(spectra, request.error, changed.total, changed.residual)
-    if request.max_size is not None:
-        spectra = {name: replace(layer, max_rank=ranks[name]) for name, layer in spectra.items()}
-        ranks = ranks_for_size(spectra, lambda ranks: lora.plan(ranks).file_size, request.max_size)
-    return lora.plan(ranks)
-
-
-def _relative_error(
-    plan: OutputPlan, written: WrittenOutput, changed: ChangedLayers, rank: int
-) -> float:
-    """Return the relative error of a rank: the residual, and what truncation adds to it."""
-    squared_error = changed.residual
-    for old, new in plan.layers:
-        layer_rank = min(old.rank, new.rank, rank)
-        squared_error += float(written.squared_errors[new.name][layer_rank])
-    return math.sqrt(squared_error / changed.total)
-
-
-def _notes(request: RankRequest, ranks: Mapping[str, int], error: float) -> tuple[str, ...]:
-    if request.error is None or error <= request.error * (1 + 1e-6):
-        return ()
-    num_bounded = sum(rank == request.rank for rank in ranks.values())
-    reason = "rounding of the factors"
-    if num_bounded:
-        reason = f"the requested rank, which limits {pluralize(num_bounded, 'layer')}"
-    elif request.max_size is not None:
-        reason = "the requested size"
-    return (f"The error is larger than requested because of {reason}.",)
-
-
 def _peft_config(
     base: PathLike,
     base_revision: str | None,
     base_model: ModelFiles,
     architecture: Architecture,
-    layers: Sequence[Layer],
+    lora: Lora,
     saved: Mapping[str, StoredTensor],
 ) -> dict[str, Any]:
-    """Return PEFT's config without ranks and scales, which the output's plan adds."""
-    names = [layer.name for layer in layers]
+    """Return PEFT's config without ranks and scales, which `Lora.save` adds."""
+    names = [layer.name for layer in lora.layers]
     saved_modules = sorted({key.rpartition(".")[0] for key in saved})
     is_causal_lm = architecture.is_known and "CausalLM" in str(base_model.config)
     hub_id = split_hub_id(base)
@@ -295,10 +242,12 @@ def _peft_config(
     }
 
 
-def _image_lora(name: str, layers: Iterable[Layer], key_format: ImageKeyFormat) -> LoraFile:
-    """Return a single file of layers whose names begin with a part of a pipeline."""
-    image_layers: list[Layer] = []
-    for layer in layers:
-        key_A, key_B = f"{layer.name}.lora_A.weight", f"{layer.name}.lora_B.weight"
-        image_layers.append(replace(layer, key_A=key_A, key_B=key_B))
-    return convert_keys(SingleFile(name, tuple(image_layers), {}), key_format)
+def _to_lora(path: Path, changed: ChangedLayers, key_format: ImageKeyFormat | None) -> Lora:
+    """Return the factors as a LoRA. With a key format, its names begin with parts of a pipeline."""
+    if key_format is None:
+        return Lora(str(path), changed.layers)
+    layers = tuple(
+        replace(layer, keys=LayerKeys(*(layer.name + suffix for suffix in DIFFUSERS_SUFFIXES)))
+        for layer in changed.layers
+    )
+    return Lora(str(path), layers, container="single").convert(key_format)

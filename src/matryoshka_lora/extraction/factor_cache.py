@@ -15,18 +15,14 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
+from matryoshka_lora.atomic import create_file
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.extraction.factorize import Change, RankLimits, factorize_change
 from matryoshka_lora.extraction.model_diff import WeightPair
+from matryoshka_lora.formats.safetensors_io import create_safetensors, open_safetensors
 from matryoshka_lora.linalg.allocation import LayerSpectrum, ranks_for_error
-from matryoshka_lora.lora_file.atomic import create_file
-from matryoshka_lora.lora_file.keys.names import PEFT_PREFIX
-from matryoshka_lora.lora_file.lora import Layer
-from matryoshka_lora.lora_file.safetensors_io import (
-    StoredTensor,
-    create_safetensors,
-    open_safetensors,
-)
+from matryoshka_lora.lora.keys import PEFT_PREFIX
+from matryoshka_lora.lora.layer import Layer, LayerKeys, TensorInfo
 from matryoshka_lora.peft.arrays import to_numpy
 
 # The rank that is tried first if the error is limited.
@@ -137,7 +133,7 @@ def _is_too_small(file: Path, weight: WeightPair, limit: RankLimits) -> bool:
 
 def _write_factors(file: Path, A: Tensor, B: Tensor, change: Change) -> None:
     arrays = {"A": to_numpy(A), "B": to_numpy(B)}
-    tensors = {key: StoredTensor.from_array(array) for key, array in arrays.items()}
+    tensors = {key: TensorInfo(array.dtype, array.shape) for key, array in arrays.items()}
     metadata = {"change": json.dumps(asdict(change))}
     with (
         create_file(file, force=True) as temporary,
@@ -149,12 +145,11 @@ def _write_factors(file: Path, A: Tensor, B: Tensor, change: Change) -> None:
 
 def _read_factors(file: Path, name: str, weight: WeightPair) -> tuple[Layer, Change]:
     tensors, metadata = open_safetensors(file)
-    # They are float32 in the cache, and get the dtype of the weight in the output.
-    A = replace(tensors["A"], dtype=weight.new.dtype)
-    B = replace(tensors["B"], dtype=weight.new.dtype)
     key = f"{PEFT_PREFIX}{name}"
-    rank = A.shape[0]
-    layer = Layer(name, f"{key}.lora_A.weight", f"{key}.lora_B.weight", A, B, rank, scale=1.0)
+    keys = LayerKeys(f"{key}.lora_A.weight", f"{key}.lora_B.weight")
+    layer = Layer.from_tensors(name, tensors["A"], tensors["B"], 1.0, keys, source=str(file))
+    # The factors are float32 in the cache, and get the dtype of the weight in the output.
+    layer = replace(layer, dtype=weight.new.dtype, has_new_factors=True)
     return layer, Change(**json.loads(metadata["change"]))
 
 

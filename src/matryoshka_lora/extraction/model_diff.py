@@ -14,8 +14,9 @@ from torch import nn
 from tqdm import tqdm
 
 from matryoshka_lora.errors import MatryoshkaError, optional_imports, wrap_errors
-from matryoshka_lora.lora_file.keys.names import split_part
-from matryoshka_lora.lora_file.safetensors_io import StoredTensor, open_safetensors, read_json
+from matryoshka_lora.formats.safetensors_io import open_safetensors, read_json
+from matryoshka_lora.lora.keys import split_part
+from matryoshka_lora.lora.layer import StoredTensor
 from matryoshka_lora.peft.arrays import to_torch
 
 # The weights of transformers and of diffusers, if they are in one file.

@@ -12,9 +12,8 @@ from dataclasses import replace
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.extraction.model_diff import ModelFiles
-from matryoshka_lora.lora_file.keys.names import ORIGINAL_PART
-from matryoshka_lora.lora_file.keys.naming import find_models
-from matryoshka_lora.lora_file.safetensors_io import StoredTensor
+from matryoshka_lora.lora.keys import ORIGINAL_PART, find_models
+from matryoshka_lora.lora.layer import StoredTensor
 
 # The part of a pipeline that a model is, by a word in its class name in diffusers.
 _PARTS_BY_CLASS = {"UNet": "unet", "Transformer": "transformer"}

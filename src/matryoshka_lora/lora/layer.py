@@ -10,7 +10,16 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from matryoshka_lora.errors import NotFiniteError
-from matryoshka_lora.linalg.arrays import BFLOAT16, FLOATS, FLOATS8, Array, DType, Float64Array, cast
+from matryoshka_lora.linalg.arrays import (
+    BFLOAT16,
+    FLOATS,
+    FLOATS8,
+    Array,
+    DType,
+    Float64Array,
+    cast,
+    common_dtype,
+)
 from matryoshka_lora.linalg.factors import rescale_factors, singular_values
 from matryoshka_lora.linalg.kronecker import KroneckerSVD
 
@@ -19,17 +28,22 @@ LayerKind = Literal["LoRA", "LoHa", "LoKr"]
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor that is read when it is used.
-
-    Attributes:
-        dtype: Its dtype; bfloat16 and float8 are the dtypes of ml_dtypes.
-        shape: Its shape.
-        read: Returns the tensor as an array.
-    """
+class TensorInfo:
+    """The dtype and the shape of a tensor. bfloat16 and float8 are the dtypes of ml_dtypes."""
 
     dtype: DType
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the tensor in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorInfo):
+    """A tensor that is read when it is used. ``read`` returns it as an array."""
+
     read: Callable[[], Array]
 
     @classmethod
@@ -60,11 +74,6 @@ class StoredTensor:
     def is_factor(self) -> bool:
         """Whether a LoRA factor may have this dtype and shape."""
         return self.is_float and len(self.shape) > 1 and 0 not in self.shape
-
-    @property
-    def nbytes(self) -> int:
-        """The size of the tensor in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def are_factors(A: StoredTensor, B: StoredTensor) -> bool:
@@ -146,11 +155,21 @@ class Layer:
         scale: float,
         keys: LayerKeys,
         num_experts: int = 1,
+        source: str = "",
     ) -> Layer:
         """Return a layer of two tensors of a file, which `are_factors` accepts.
 
         A has the shape (R, in, *kernel), and B (out, R, 1, ...). PEFT's stacks of experts have A
         (experts * R, in) and B (out, R * experts), with the expert index varying fastest.
+
+        Args:
+            name: The name of the layer.
+            A: The tensor of A.
+            B: The tensor of B.
+            scale: The scale of the update.
+            keys: The keys of the tensors.
+            num_experts: The number of stacked pairs.
+            source: The path of the file, for messages.
         """
         rank = A.shape[0] // num_experts
 
@@ -166,13 +185,13 @@ class Layer:
             for matrix in (matrix_A, matrix_B):
                 if not np.isfinite(cast(matrix, np.dtype(np.float32))).all():
                     raise NotFiniteError(
-                        f"The factors of {name} are NaN or infinite. If training diverged, train "
-                        "again with a lower learning rate."
+                        f"{source}: the factors of {name} are NaN or infinite. If training "
+                        "diverged, train again with a lower learning rate."
                     )
             return Factors(matrix_A, matrix_B)
 
         # A pair of different dtypes is written in one that represents both.
-        dtype = A.dtype if A.dtype == B.dtype else np.promote_types(A.dtype, np.float32)
+        dtype = common_dtype((A.dtype, B.dtype))
         return cls(name, rank, scale, A.shape[1:], B.shape[0], dtype, read, keys, num_experts)
 
     @property

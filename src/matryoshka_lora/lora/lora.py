@@ -234,4 +234,3 @@ class Lora:
             ranks=ranks,
             force=force,
         )
-

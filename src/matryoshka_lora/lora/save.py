@@ -14,6 +14,7 @@ from matryoshka_lora.errors import MatryoshkaError, NotFiniteError, check_choice
 from matryoshka_lora.linalg.arrays import Float64Array, cast
 from matryoshka_lora.linalg.factors import relative_error, relative_errors
 from matryoshka_lora.lora.layer import Factors, Layer
+from matryoshka_lora.lora.truncate import prefix_errors
 from matryoshka_lora.progress import progress_bar, single_threaded
 from matryoshka_lora.registry import FORMATS, Format, FormatName, Target
 
@@ -66,8 +67,11 @@ class Written:
                         f"{lora.name}: the new factors of {layer.name} are too large for "
                         f"{layer.dtype}. Save it in fp32 first."
                     )
-                if factors.squared_errors is not None:
-                    self.squared_errors[layer.name] = factors.squared_errors
+                squared_errors = factors.squared_errors
+                if squared_errors is None and lora.nesting is not None:
+                    squared_errors = prefix_errors(lora, layer, factors)
+                if squared_errors is not None:
+                    self.squared_errors[layer.name] = squared_errors
                 if factors.singular_values is not None:
                     self.singular_values[layer.name] = factors.singular_values
                 yield layer, factors._replace(A=A, B=B)
@@ -144,9 +148,7 @@ def save(
         errors = {max(written.ranks.values()): written.relative_error()}
     else:
         errors = written.relative_errors(written.error_ranks)
-    return SaveResult(
-        Path(path), output_format.name, dict(written.ranks), size, errors, written
-    )
+    return SaveResult(Path(path), output_format.name, dict(written.ranks), size, errors, written)
 
 
 def choose_format(lora: Lora, path: PathLike, format: FormatName | None = None) -> Format:

@@ -14,6 +14,7 @@ import numpy as np
 
 from matryoshka_lora.errors import MatryoshkaError, check_choice
 from matryoshka_lora.linalg.arrays import FLOATS, Array, DType
+from matryoshka_lora.lora.keys import without_lora
 from matryoshka_lora.lora.layer import Factors, Layer
 from matryoshka_lora.registry import DtypeName
 from matryoshka_lora.units import pluralize
@@ -90,9 +91,7 @@ def _without(lora: Lora, names: set[str], patterns: Iterable[str] = ()) -> Lora:
     if names:
         num_dropped = pluralize(len(lora.layers) - len(layers), "layer")
         changes += (f"left out {num_dropped} of {len(lora.layers)}",)
-    return replace(
-        lora, layers=layers, other_tensors=other_tensors, config=config, changes=changes
-    )
+    return replace(lora, layers=layers, other_tensors=other_tensors, config=config, changes=changes)
 
 
 def _possible_names(key: str) -> set[str]:
@@ -101,7 +100,7 @@ def _possible_names(key: str) -> set[str]:
     In older keys, such as NAME.lora.down.weight, the layer's name ends in ``.lora``.
     """
     module = _KEY_END.sub("", key)
-    return {key, module, f"{module}.lora", re.sub(r"[._]lora(_linear_layer)?$", "", module)}
+    return {key, module, f"{module}.lora", without_lora(module)}
 
 
 def _check_patterns(parameter: str, patterns: Iterable[str], lora: Lora) -> None:

@@ -198,7 +198,11 @@ def squared_errors(lora: Lora, layer: Layer) -> Float64Array:
     """Return the squared error of each rank from 0 to R of a layer, shape (R + 1,)."""
     if lora.order is None and lora.deploy != "paper":
         return squared_tails(layer.singular_values())
-    factors = layer.read()
+    return prefix_errors(lora, layer, layer.read())
+
+
+def prefix_errors(lora: Lora, layer: Layer, factors: Factors) -> Float64Array:
+    """Return the squared error of each prefix from 0 to R of a layer's factors, shape (R + 1,)."""
     return truncation_errors(factors.A, factors.B, _scales(lora, layer))
 
 

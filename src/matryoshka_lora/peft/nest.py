@@ -8,7 +8,7 @@ from typing import get_args
 from peft import PeftModel
 
 from matryoshka_lora.errors import MatryoshkaError, check_choice
-from matryoshka_lora.lora_file.peft_folder import check_plain_lora
+from matryoshka_lora.formats.lora_config import check_plain_lora
 from matryoshka_lora.nesting import Deploy, Nesting, Scaling, check_ranks
 from matryoshka_lora.peft.adapter import NestedAdapter
 from matryoshka_lora.peft.forward_check import ForwardCheck

@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.lora_file.keys.names import PEFT_PREFIX
+from matryoshka_lora.lora.keys import PEFT_PREFIX
 from matryoshka_lora.peft.fused import at_least_float32, is_plain_linear, low_rank_linear
 from matryoshka_lora.peft.state import Diagonal, NestingState
 

@@ -10,8 +10,8 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from matryoshka_lora.atomic import PathLike, check_output, is_occupied
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.lora_file.atomic import PathLike, check_output, is_occupied
 from matryoshka_lora.peft.hardware import cpu_has_bf16
 from matryoshka_lora.peft.nested_layers import NestedLayers
 from matryoshka_lora.peft.variant import factor_parameters, lora_layers

@@ -8,7 +8,7 @@ import warnings
 import torch
 
 from matryoshka_lora.errors import check_integer
-from matryoshka_lora.lora_file.results import TrainRanksResult
+from matryoshka_lora.lora.results import TrainRanksResult
 from matryoshka_lora.peft.nested_layers import NestedLayers
 from matryoshka_lora.training.data import Split, TrainingData
 from matryoshka_lora.training.prefix_steps import (

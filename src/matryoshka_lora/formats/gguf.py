@@ -9,21 +9,20 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from matryoshka_lora.errors import MatryoshkaError, check_integer, optional_imports
+from matryoshka_lora.formats.base_config import read_base_config
+from matryoshka_lora.formats.runtimes import SUPPORTED_ARCHITECTURES, check_runtime
 from matryoshka_lora.linalg.arrays import Array, Float32Array
-from matryoshka_lora.lora_file.lora import Layer, OutputPlan, WrittenOutput
-from matryoshka_lora.lora_file.runtimes import SUPPORTED_ARCHITECTURES, check_runtime
+from matryoshka_lora.lora.layer import Layer
+from matryoshka_lora.lora.lora import Lora
+from matryoshka_lora.lora.save import Written
+from matryoshka_lora.registry import Target
 
 
-def write_gguf(plan: OutputPlan, file: Path, base_config: Mapping[str, Any]) -> WrittenOutput:
+def write(lora: Lora, file: Path, target: Target) -> Written:
     """Write one GGUF file in float32.
 
     llama.cpp multiplies ``B A`` with the file's alpha over the rank of the tensor. A file has one
     alpha, so the scales of the layers are multiplied into B.
-
-    Args:
-        plan: The output, of a PEFT folder.
-        file: A path that does not exist.
-        base_config: The ``config.json`` of the base model.
 
     Raises:
         MatryoshkaError: llama.cpp does not support the base model or a layer.
@@ -31,31 +30,30 @@ def write_gguf(plan: OutputPlan, file: Path, base_config: Mapping[str, Any]) -> 
     with optional_imports():
         import gguf
 
-    check_runtime(plan, base_config, "llama.cpp")
+    base_config = read_base_config(lora, target)
+    check_runtime(lora, base_config, "llama.cpp")
     architecture = SUPPORTED_ARCHITECTURES[base_config["model_type"]]
     architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     tensor_names = gguf.get_tensor_name_map(
         architectures[architecture], base_config["num_hidden_layers"]
     )
-    alpha = float(plan.rank)
+    alpha = float(lora.max_rank)
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    written = WrittenOutput(plan.ranks)
-    for truncated in plan.truncated_layers():
-        layer = truncated.layer
+    written = Written(lora.ranks)
+    for layer, factors in written.compute(lora):
         name = tensor_names.get_name(f"{layer.name}.weight", try_suffixes=(".weight",))
         if name is None:
             raise MatryoshkaError(
                 f"llama.cpp has no name for {layer.name}, so it cannot be exported to GGUF."
             )
-        scaled_B = truncated.B.astype(np.float32) * (layer.scale * layer.rank / alpha)
+        scaled_B = factors.B.astype(np.float32) * (layer.scale * layer.rank / alpha)
         if architecture == "llama":
             scaled_B = _permute_heads(scaled_B, layer, base_config)
-        writer.add_tensor(f"{name}.lora_a", _checked_array(truncated.A))
+        writer.add_tensor(f"{name}.lora_a", _checked_array(factors.A))
         writer.add_tensor(f"{name}.lora_b", _checked_array(scaled_B))
-        written.add(truncated)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

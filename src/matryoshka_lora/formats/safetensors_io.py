@@ -5,33 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.linalg.arrays import Array
+from matryoshka_lora.linalg.arrays import FLOATS, FLOATS8, Array, DType
+from matryoshka_lora.linalg.factors import Checksum
+from matryoshka_lora.lora.layer import StoredTensor, TensorInfo
+from matryoshka_lora.lora.lora import Lora
+from matryoshka_lora.lora.metadata import HASH_PREFIXES
+from matryoshka_lora.lora.save import Written
 
-_FLOATS: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-_FLOATS8: dict[str, np.dtype[Any]] = {
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-}
-_DTYPES: dict[str, np.dtype[Any]] = {
-    **_FLOATS,
-    **_FLOATS8,
+_DTYPES: dict[str, DType] = {
+    **FLOATS,
+    **FLOATS8,
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -44,78 +37,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-HASH_PREFIXES = {"sshs_model_hash": "", "modelspec.hash_sha256": "0x"}
-"""The metadata that hold the SHA-256 of everything after the header, and what precedes it."""
-
-
-def hash_placeholder(key: str) -> str:
-    """Return a value of the same length as the hash that the metadata will hold."""
-    return HASH_PREFIXES[key] + "0" * 64
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A lazily read tensor.
-
-    Attributes:
-        dtype: Its dtype; bfloat16 and float8 are those of ml_dtypes.
-        shape: Its shape.
-        read: Returns the tensor as an array.
-    """
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    read: Callable[[], Array]
-
-    @classmethod
-    def from_array(cls, array: Array) -> StoredTensor:
-        """Return a tensor that is in memory already."""
-        return cls(array.dtype, array.shape, lambda: array)
-
-    @property
-    def is_float8(self) -> bool:
-        """Whether the dtype is a float8."""
-        return self.dtype in _FLOATS8.values()
-
-    def widened(self) -> StoredTensor:
-        """Return a float8 tensor as bfloat16, which represents it exactly, and others unchanged.
-
-        New factors are not rounded to float8: that adds an error of 4 to 7 %.
-        """
-        if not self.is_float8:
-            return self
-        dtype = _FLOATS["BF16"]
-        return StoredTensor(dtype, self.shape, lambda: self.read().astype(dtype))
-
-    def negated(self) -> StoredTensor:
-        """Return the tensor with the other sign."""
-        return StoredTensor(self.dtype, self.shape, lambda: -self.read())
-
-    @property
-    def is_float(self) -> bool:
-        """Whether the dtype is a floating one of at least 16 bits."""
-        return self.dtype in _FLOATS.values()
-
-    @property
-    def is_factor(self) -> bool:
-        """Whether a LoRA factor may have this dtype and shape."""
-        return self.is_float and len(self.shape) > 1 and 0 not in self.shape
-
-    @property
-    def nbytes(self) -> int:
-        """The size of the tensor in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def are_factors(A: StoredTensor, B: StoredTensor) -> bool:
-    """Return whether two tensors may be the factors of one linear layer or convolution."""
-    return (
-        A.is_factor
-        and B.is_factor
-        and len(A.shape) == len(B.shape)
-        and A.shape[0] == B.shape[1]
-        and all(size == 1 for size in B.shape[2:])
-    )
+NESTING_KEY = "matryoshka_lora"
+"""The key of ranks, order and checksum of a nested adapter in the metadata."""
 
 
 def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -129,40 +52,29 @@ def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str
             raise FileNotFoundError
         with safe_open(file, "np") as validated:  # safetensors checks the header
             metadata = dict(validated.metadata() or {})
-        header, start = _read_header(file)
-        tensors: dict[str, StoredTensor] = {}
-        for key, entry in header.items():
-            if entry["dtype"] not in _DTYPES:
-                raise MatryoshkaError(
-                    f"{file}: dtype {entry['dtype']!r:.80} is not supported. Save it in bf16 or "
-                    "fp32."
-                )
-            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-            offset = start + entry["data_offsets"][0]
-            tensors[key] = StoredTensor(dtype, shape, _reader(file, dtype, shape, offset))
-        return tensors, metadata
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        return {key: _stored_tensor(file, header[key], 8 + length) for key in header}, metadata
     except (SafetensorError, OSError, KeyError) as error:
         raise _damaged_file_error(file, error) from error
 
 
-def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """Return the header's entry of each tensor, and the offset of the tensors."""
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header: dict[str, Any] = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return header, 8 + length
+def _stored_tensor(file: Path, entry: Mapping[str, Any], start: int) -> StoredTensor:
+    """Return the tensor of an entry of a file's header. The tensors begin at an offset."""
+    if entry["dtype"] not in _DTYPES:
+        raise MatryoshkaError(
+            f"{file}: dtype {entry['dtype']!r:.80} is not supported. Save it in bf16 or fp32."
+        )
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    offset = start + entry["data_offsets"][0]
 
-
-def _reader(
-    file: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int
-) -> Callable[[], Array]:
     def read() -> Array:
         # Not a memory map: its pages would count as memory for as long as the file is open.
-        count = math.prod(shape)
-        return np.fromfile(file, dtype, count, offset=offset).reshape(shape)
+        return np.fromfile(file, dtype, math.prod(shape), offset=offset).reshape(shape)
 
-    return read
+    return StoredTensor(dtype, shape, read)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -187,7 +99,7 @@ class SafetensorsWriter:
     """Write the tensors of a new file in any order; see `create_safetensors`."""
 
     def __init__(
-        self, stream: BufferedRandom, tensors: Mapping[str, StoredTensor], metadata: dict[str, str]
+        self, stream: BufferedRandom, tensors: Mapping[str, TensorInfo], metadata: dict[str, str]
     ) -> None:
         self.metadata = metadata
         self._stream = stream
@@ -219,7 +131,7 @@ class SafetensorsWriter:
 
 @contextmanager
 def create_safetensors(
-    file: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]
+    file: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 ) -> Iterator[SafetensorsWriter]:
     """Create a file and yield its writer. The header is written at the end.
 
@@ -227,7 +139,7 @@ def create_safetensors(
         file: A path that does not exist.
         tensors: Dtype and shape of every tensor; they are not read.
         metadata: The file's metadata. Until the end, ``writer.metadata`` may be changed as long
-            as the lengths stay the same. Hashes, which begin as `hash_placeholder`, are renewed.
+            as the lengths stay the same. The hashes of `HASH_PREFIXES` are renewed.
     """
     with open(file, "x+b") as stream:
         writer = SafetensorsWriter(stream, tensors, dict(metadata))
@@ -236,14 +148,45 @@ def create_safetensors(
         writer.write_header()
 
 
-def safetensors_size(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> int:
+def safetensors_size(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> int:
     """Return the size in bytes of a file of these tensors, header included."""
     header, _ = _build_header(tensors, metadata)
     return len(header) + sum(tensor.nbytes for tensor in tensors.values())
 
 
+def lora_tensors(lora: Lora) -> dict[str, TensorInfo]:
+    """Return dtype and shape of all tensors of a LoRA by key."""
+    tensors: dict[str, TensorInfo] = dict(lora.other_tensors)
+    for layer in lora.layers:
+        tensors[layer.keys.A] = TensorInfo(layer.dtype, layer.shape_A)
+        tensors[layer.keys.B] = TensorInfo(layer.dtype, layer.shape_B)
+    return tensors
+
+
+def write_lora_tensors(lora: Lora, file: Path) -> Written:
+    """Write the tensors and the metadata of a LoRA. One layer is in memory at a time.
+
+    A nesting in the metadata gets the checksum of the factors.
+    """
+    written = Written(lora.ranks)
+    checksum = Checksum()
+    with create_safetensors(file, lora_tensors(lora), lora.metadata) as writer:
+        for layer, factors in written.compute(lora):
+            A, B = layer.to_tensors(factors)
+            writer.write(layer.keys.A, A)
+            writer.write(layer.keys.B, B)
+            checksum.update(A, B)
+        for key, tensor in lora.other_tensors.items():
+            writer.write(key, tensor.read())
+        if NESTING_KEY in lora.metadata:
+            nesting = json.loads(lora.metadata[NESTING_KEY])
+            nesting["checksum"] = checksum.hexdigest()
+            writer.metadata[NESTING_KEY] = json.dumps(nesting)
+    return written
+
+
 def _build_header(
-    tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
     """Return the header, and each tensor's offset after it."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}

@@ -1,0 +1,1 @@
+"""The formats of LoRA files: one module reads or writes each."""

@@ -1,0 +1,93 @@
+"""Write a LoRA for mlx-lm."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from matryoshka_lora.formats.base_config import read_base_config
+from matryoshka_lora.formats.peft_folder import CONFIG_NAME
+from matryoshka_lora.formats.runtimes import check_runtime, name_in_block
+from matryoshka_lora.formats.safetensors_io import create_safetensors
+from matryoshka_lora.linalg.factors import pad_end
+from matryoshka_lora.lora.layer import Factors, Layer, TensorInfo
+from matryoshka_lora.lora.lora import Lora
+from matryoshka_lora.lora.save import Written
+from matryoshka_lora.registry import Target
+
+
+def write(lora: Lora, folder: Path, target: Target) -> Written:
+    """Write ``adapters.safetensors`` and mlx-lm's own ``adapter_config.json`` into a folder.
+
+    mlx-lm has one rank and one scale for all layers, so smaller layers are padded with zeros.
+
+    Raises:
+        MatryoshkaError: mlx-lm does not support the base model or a layer.
+    """
+    base_config = read_base_config(lora, target)
+    check_runtime(lora, base_config, "mlx-lm")
+    rank = lora.max_rank
+    scales = {layer.scale for layer in lora.layers}
+    scale = scales.pop() if len(scales) == 1 else lora.new_scale
+    layers = tuple(_padded(layer.with_scale(scale), rank) for layer in lora.layers)
+    lora = replace(lora, layers=layers)
+    tensors: dict[str, TensorInfo] = {}
+    for layer in layers:
+        tensors[f"{layer.name}.lora_a"] = TensorInfo(layer.dtype, layer.shape_A[::-1])
+        tensors[f"{layer.name}.lora_b"] = TensorInfo(layer.dtype, layer.shape_B[::-1])
+    written = Written(lora.ranks)
+    with create_safetensors(folder / "adapters.safetensors", tensors, {}) as writer:
+        for layer, factors in written.compute(lora):
+            writer.write(f"{layer.name}.lora_a", factors.A.T)
+            writer.write(f"{layer.name}.lora_b", factors.B.T)
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": base_config["num_hidden_layers"],
+        "lora_parameters": {
+            "rank": rank,
+            "scale": scale,
+            "dropout": 0.0,
+            "keys": sorted({name_in_block(layer.name) for layer in layers}),
+        },
+    }
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return written
+
+
+def _padded(layer: Layer, rank: int) -> Layer:
+    missing = rank - layer.rank
+    if missing == 0:
+        return layer
+
+    def pad(factors: Factors) -> Factors:
+        A, B = pad_end(factors.A, missing, axis=-2), pad_end(factors.B, missing, axis=-1)
+        return factors._replace(A=A, B=B)
+
+    return layer.map(pad, rank=rank)
+
+
+def missing_rope_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that mlx-lm misses in a ``config.json`` that transformers 5 has written.
+
+    transformers 5 writes ``rope_parameters``, in some models by the type of a layer. mlx-lm reads
+    top-level fields, and silently falls back to a base of 10000.
+
+    Args:
+        config: The ``config.json`` of a model.
+
+    Returns:
+        The missing fields among ``rope_theta``, ``rope_scaling`` and ``rope_local_base_freq``.
+    """
+    rope = config.get("rope_parameters") or {}
+    full_attention = rope.get("full_attention", rope)
+    sliding_attention = rope.get("sliding_attention", {})
+    is_scaled = full_attention.get("rope_type", "default") != "default"
+    fields = {
+        "rope_theta": full_attention.get("rope_theta"),
+        "rope_scaling": full_attention if is_scaled else None,
+        "rope_local_base_freq": sliding_attention.get("rope_theta"),
+    }
+    return {key: value for key, value in fields.items() if value and not config.get(key)}

@@ -1,0 +1,254 @@
+"""The model card, README.md, of an adapter in PEFT's format, and the licenses of its sources."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matryoshka_lora.bundled_model import BUNDLED_MODEL
+from matryoshka_lora.formats.hub import (
+    CARD_NAME,
+    LICENSE_FILES,
+    leads_out_of_folder,
+    split_hub_id,
+)
+from matryoshka_lora.lora.lora import Lora
+from matryoshka_lora.registry import ANSWERS_CAVEAT
+
+ORIGINAL_HEADING = "# Original model card"
+"""What precedes the text of the source's card in the card of an output."""
+LICENSES_HEADING = "# Licenses"
+"""What precedes the licenses of the sources of a sum."""
+CREATED_WITH = "Created with matryoshka-lora."
+
+_FRONT_MATTER = re.compile(r"\s*---\s*\n(?P<yaml>.*?)\n---\s*(\n|$)", re.DOTALL)
+# The title of the template that PEFT saves if nobody has written a card.
+_UNFILLED_TEMPLATE = "# Model Card for Model ID"
+_BUNDLED_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_CITATION = (
+    "Nested LoRA adapters are from MatryoshkaLoRA "
+    "([arXiv 2605.07850](https://arxiv.org/abs/2605.07850))."
+)
+# The Hub's name for what a model of a task type computes.
+_PIPELINE_TAGS = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+# The fields of a source's card that stay if all sources agree, and the lists that are united.
+_KEPT_FIELDS = ("license_name", "license_link", "pipeline_tag", "instance_prompt")
+_UNITED_FIELDS = ("datasets", "language")
+_ADAPTER_TAG = "base_model:adapter:"
+
+
+@dataclass(frozen=True)
+class SourceCard:
+    """The model card of a source.
+
+    Attributes:
+        name: The name of its folder, or its id on the Hugging Face Hub.
+        front_matter: The fields at the start of its README.md.
+        text: What follows them, if somebody has written it.
+    """
+
+    name: str
+    front_matter: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+    def values(self, key: str) -> list[str]:
+        """Return a field as a list of strings; empty if the card does not have it."""
+        value = self.front_matter.get(key)
+        values = value if isinstance(value, list) else [value]
+        return [item for item in values if isinstance(item, str)]
+
+
+def read_source_card(folder: Path) -> SourceCard:
+    """Return the model card of a folder; an empty one if it has none."""
+    name = _source_name(folder)
+    file = folder / CARD_NAME
+    if not file.is_file() or _is_foreign(file, folder):
+        return SourceCard(name)
+    text = file.read_text(encoding="utf-8", errors="replace")
+    match = _FRONT_MATTER.match(text)
+    front_matter: dict[str, Any] = {}
+    if match:
+        text = text[match.end() :]
+        front_matter = _parse_yaml(match["yaml"], file)
+    if CREATED_WITH in text:  # only what this package has kept of earlier sources
+        _, heading, licenses = text.partition(f"\n{LICENSES_HEADING}\n")
+        original = text.partition(f"\n{ORIGINAL_HEADING}\n")[2]
+        text = original or heading + licenses
+    if _UNFILLED_TEMPLATE in text:
+        text = ""
+    return SourceCard(name, front_matter, text.strip())
+
+
+def _parse_yaml(text: str, file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        return dict(yaml.safe_load(text) or {})
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        warnings.warn(
+            f"The front matter of {file} is damaged ({reason:.200}), so license and tags are not "
+            "kept.",
+            stacklevel=2,
+        )
+        return {}
+
+
+def _source_name(folder: Path) -> str:
+    # In the Hub's cache, a repository is in models--OWNER--NAME/snapshots/COMMIT.
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.resolve().name
+
+
+def copy_license_files(folders: Sequence[Path], output_folder: Path) -> None:
+    """Copy the license files of all sources. Different files of one name get the source's name.
+
+    Args:
+        folders: The folders of the sources.
+        output_folder: An existing folder.
+    """
+    for folder in folders:
+        for pattern in LICENSE_FILES:
+            for file in sorted(folder.glob(pattern)):
+                if not file.is_file() or _is_foreign(file, folder):
+                    continue
+                output_file = output_folder / file.name
+                if output_file.exists() and output_file.read_bytes() != file.read_bytes():
+                    source_name = _source_name(folder).replace("/", "-")
+                    output_file = output_folder / f"{file.stem}-{source_name}{file.suffix}"
+                shutil.copyfile(file, output_file)
+
+
+def _is_foreign(file: Path, folder: Path) -> bool:
+    """Return whether a file leads out of a folder, after a warning."""
+    is_foreign = leads_out_of_folder(file, folder)
+    if is_foreign:
+        warnings.warn(
+            f"{file} is a symbolic link to another folder and is not used. Replace it by a copy, "
+            "if you trust it.",
+            stacklevel=3,
+        )
+    return is_foreign
+
+
+# The card
+
+
+def model_card(
+    lora: Lora,
+    config: Mapping[str, Any],
+    errors: Mapping[int, float],
+    sources: Sequence[SourceCard] = (),
+) -> str:
+    """Return the model card of an output.
+
+    Of the config it shows only fields that are known to be public, and no local path. The licenses,
+    datasets, languages and tags of the sources stay. So does the text of a single source's card.
+
+    Args:
+        lora: The output.
+        config: The output's ``adapter_config.json``.
+        errors: The relative error of each rank of a nested adapter.
+        sources: The cards of the sources.
+    """
+    base_model = str(config.get("base_model_name_or_path") or "an unknown base model")
+    if base_model == BUNDLED_MODEL:
+        base_model = _BUNDLED_MODEL_ID
+    title, hub_id = base_model, None
+    parts = split_hub_id(base_model)
+    if parts and not parts.filename:
+        hub_id = base_model
+    else:
+        # Do not publish a local path, nor let a name add text to the card.
+        title = re.sub(r"[^\w. -]", "?", Path(base_model).name)
+
+    # vLLM and others read only the factors.
+    runtimes = "PEFT" if lora.other_tensors else "PEFT, vLLM and other runtimes"
+    paragraphs = [
+        f"# LoRA of rank {lora.max_rank} for {title}",
+        f"A LoRA adapter of rank {lora.max_rank} for {runtimes}. {CREATED_WITH}",
+    ]
+    if lora.nesting is not None:
+        available = f"every rank from 1 to {lora.max_rank}, in the order `{lora.order}`"
+        if lora.deploy == "paper":
+            available = f"the ranks {', '.join(map(str, lora.nesting.ranks))}"
+        rows = ["| rank | relative error of the update |", "|---|---|"]
+        rows += [f"| {rank} | {error:.1%} |" for rank, error in errors.items()]
+        paragraphs += [
+            f"The adapter is nested: it can be deployed at {available}. To write another rank:",
+            "```\nmatryoshka export THIS_FOLDER --rank RANK --output OUTPUT\n```",
+            "\n".join([*rows, "", ANSWERS_CAVEAT]),
+            _CITATION,
+        ]
+    if len(sources) > 1 and any(source.values("license") for source in sources):
+        paragraphs += [LICENSES_HEADING, _license_list(sources)]
+    if len(sources) == 1 and sources[0].text:
+        text = sources[0].text
+        if hub_id is None:
+            text = text.replace(base_model, title)
+        paragraphs += [ORIGINAL_HEADING, text]
+    return "\n\n".join([_front_matter(config, hub_id, sources), *paragraphs]) + "\n"
+
+
+def _front_matter(
+    config: Mapping[str, Any], hub_id: str | None, sources: Sequence[SourceCard]
+) -> str:
+    """Return the fields at the start of the card, between lines of dashes."""
+    from huggingface_hub import ModelCardData
+
+    fields: dict[str, Any] = {}
+    for key in _KEPT_FIELDS:
+        values = {value for source in sources for value in source.values(key)}
+        if len(values) == 1:
+            fields[key] = values.pop()
+    for key in _UNITED_FIELDS:
+        fields[key] = _united(sources, key) or None
+    task_type = str(config.get("task_type"))
+    fields["pipeline_tag"] = fields.get("pipeline_tag") or _PIPELINE_TAGS.get(task_type)
+    tags = [tag for tag in _united(sources, "tags") if not tag.startswith(_ADAPTER_TAG)]
+    tags += ["lora", "matryoshka-lora"]
+    if hub_id is not None:
+        tags.append(f"{_ADAPTER_TAG}{hub_id}")
+    data = ModelCardData(
+        license=_common_license(sources),
+        library_name="peft",
+        base_model=hub_id,
+        tags=sorted(set(tags)),
+        **fields,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _united(sources: Sequence[SourceCard], key: str) -> list[str]:
+    """Return the values of a field of all sources, each once."""
+    return list(dict.fromkeys(value for source in sources for value in source.values(key)))
+
+
+def _common_license(sources: Sequence[SourceCard]) -> str | None:
+    """Return the license of all sources, ``other`` if theirs differ, or None if none has one."""
+    licenses = {", ".join(source.values("license")) for source in sources}
+    if len(licenses) > 1:
+        return "other"
+    return next(iter(licenses), None) or None
+
+
+def _license_list(sources: Sequence[SourceCard]) -> str:
+    lines = ["The factors are those of a sum of LoRAs, whose licenses all apply:", ""]
+    for source in sources:
+        names = source.values("license_name") or source.values("license") or ["not named"]
+        # A name must not add text to the card.
+        words = [re.sub(r"[^\w./ -]", "?", word) for word in (source.name, ", ".join(names))]
+        lines.append(f"- {words[0]}: {words[1]}")
+    return "\n".join(lines)

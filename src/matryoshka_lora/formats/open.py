@@ -1,0 +1,64 @@
+"""Open a LoRA: a PEFT folder or a single file."""
+
+from __future__ import annotations
+
+from numbers import Real
+from pathlib import Path
+
+from matryoshka_lora.atomic import PathLike
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.formats import peft_folder, single_file
+from matryoshka_lora.formats.hub import local_path
+from matryoshka_lora.formats.peft_folder import CONFIG_NAME
+from matryoshka_lora.lora.lora import Lora
+from matryoshka_lora.nesting import is_valid_scale
+
+
+def open(path: PathLike, *, revision: str | None = None, alpha: float | None = None) -> Lora:
+    """Open a LoRA. Its factors are read when they are used.
+
+    Args:
+        path: A folder that PEFT has saved, a single ``.safetensors`` file, or the id of either on
+            the Hugging Face Hub: ``owner/name`` or ``owner/name/file.safetensors``.
+        revision: Branch, tag or commit on the Hub; ignored for a path.
+        alpha: The alpha of each layer, for a single file that does not contain it.
+
+    Raises:
+        MatryoshkaError: The path is not a LoRA, is damaged, or is a variant that cannot be
+            truncated; or an alpha is passed, and it contains its own.
+    """
+    if alpha is not None and not (isinstance(alpha, Real) and is_valid_scale(alpha)):
+        raise MatryoshkaError(f"`alpha` must be a positive number, got {alpha!r:.80}.")
+    resolved = local_path(path, revision=revision)
+    if not resolved.is_dir():
+        return single_file.read(resolved, alpha)
+    if alpha is not None:
+        raise MatryoshkaError(f"{path} is a folder, whose config has the alpha. Omit `alpha`.")
+    return peft_folder.read(resolved, name=str(path))
+
+
+def open_adapter(path: PathLike, revision: str | None = None) -> Lora:
+    """Open a LoRA in PEFT's format. See `open` for arguments and errors.
+
+    Raises:
+        MatryoshkaError: The LoRA is a single file.
+    """
+    lora = open(path, revision=revision)
+    if lora.container == "single":
+        raise MatryoshkaError(
+            f"{lora.name} is a single file, which names no base model. Pass a folder that PEFT has "
+            "saved."
+        )
+    return lora
+
+
+def find_loras(folder: PathLike) -> list[Path]:
+    """Return the LoRAs in a folder, sorted by name; none if the folder itself is one."""
+    path = Path(folder)
+    if not path.is_dir() or (path / CONFIG_NAME).exists():
+        return []
+    return [
+        entry
+        for entry in sorted(path.iterdir())
+        if entry.suffix.lower() == ".safetensors" or (entry / CONFIG_NAME).is_file()
+    ]

@@ -1,0 +1,295 @@
+"""LoRA in PEFT's format: a folder of ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from matryoshka_lora.atomic import PathLike
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.formats.hub import CARD_NAME, copy_companion_files
+from matryoshka_lora.formats.lora_config import RanksAndScales, check_plain_lora
+from matryoshka_lora.formats.model_card import copy_license_files, model_card, read_source_card
+from matryoshka_lora.formats.safetensors_io import (
+    NESTING_KEY,
+    lora_tensors,
+    open_safetensors,
+    read_json,
+    safetensors_size,
+    write_lora_tensors,
+)
+from matryoshka_lora.linalg.factors import Checksum
+from matryoshka_lora.lora.keys import PEFT_PREFIX
+from matryoshka_lora.lora.layer import Layer, LayerKeys, StoredTensor, are_factors
+from matryoshka_lora.lora.lora import Lora
+from matryoshka_lora.lora.save import Written
+from matryoshka_lora.nesting import Nesting
+from matryoshka_lora.registry import Target
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+_FACTOR_SUFFIXES = (
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora_embedding_A", ".lora_embedding_B"),
+)
+# Valid (order, deploy) pairs.
+_ORDERS = (("svd", "reordered"), ("trained", "reordered"), (None, "paper"))
+
+
+# Reading
+
+
+def read(path: PathLike, name: str | None = None) -> Lora:
+    """Open a folder that PEFT has saved.
+
+    Nesting metadata is ignored, with a warning, unless the checksum matches.
+
+    Args:
+        path: The folder.
+        name: The name in messages. Defaults to the path.
+
+    Raises:
+        MatryoshkaError: The folder is not a LoRA, is damaged, or is a variant that cannot be
+            truncated.
+    """
+    folder = Path(path)
+    name = name or str(path)
+    weights_file = folder / WEIGHTS_NAME
+    if not (folder / CONFIG_NAME).is_file():
+        hint = "Pass the folder that PEFT has saved: its config holds the scale."
+        loras = [file.parent for file in folder.glob(f"*/{CONFIG_NAME}")]
+        loras += folder.glob("*.safetensors")
+        if (folder / "config.json").is_file():
+            hint = "It is a full model. Extract a LoRA from it first."
+        elif loras and not weights_file.exists():
+            hint = f"Pass one of the LoRAs in it, such as {min(loras)}."
+        raise MatryoshkaError(f"{name} has no {CONFIG_NAME}. {hint}")
+    if not weights_file.exists():
+        raise MatryoshkaError(
+            f"{name} has no {WEIGHTS_NAME}. An adapter_model.bin is a pickle and may execute code. "
+            "Save it again as safetensors."
+        )
+    config = read_json(folder / CONFIG_NAME)
+    tensors, metadata = open_safetensors(weights_file)
+    layers, other_tensors = find_layers(tensors, config, name)
+    lora = Lora(
+        name,
+        layers,
+        other_tensors,
+        {key: value for key, value in metadata.items() if key != NESTING_KEY},
+        config=config,
+        files=(weights_file,),
+    )
+    if NESTING_KEY in metadata:
+        return _with_nesting(lora, metadata[NESTING_KEY], tensors)
+    return lora
+
+
+def find_layers(
+    tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], name: str
+) -> tuple[tuple[Layer, ...], dict[str, StoredTensor]]:
+    """Return the layers of an adapter, sorted by name, and the tensors that are not factors.
+
+    Args:
+        tensors: The tensors of the file by key, or PEFT's state dict of the adapter.
+        config: PEFT's LoraConfig as a dictionary.
+        name: The adapter's name in messages.
+
+    Raises:
+        MatryoshkaError: The adapter cannot be truncated, or its tensors do not fit its config.
+    """
+    check_plain_lora(config, name)
+    ranks_and_scales = RanksAndScales(config, name)
+    layers: list[Layer] = []
+    other_tensors = {key: tensors[key] for key in sorted(tensors)}
+    for key_A, A in tensors.items():
+        for suffix_A, suffix_B in _FACTOR_SUFFIXES:
+            if not key_A.endswith(suffix_A):
+                continue
+            module = key_A.removesuffix(suffix_A)
+            key_B = module + suffix_B
+            layer_name = module.removeprefix(PEFT_PREFIX)
+            rank, scale = ranks_and_scales.of(layer_name)
+            if key_B not in tensors:
+                raise MatryoshkaError(
+                    f"{name} lacks the tensor {key_B[:200]}. Save the adapter again."
+                )
+            B = tensors[key_B]
+            # The parameters of n experts are one factor of n * rank rows.
+            has_experts = bool(config.get("target_parameters"))
+            num_experts = A.shape[0] // rank if has_experts and A.shape else 1
+            if not are_factors(A, B) or A.shape[0] != num_experts * rank:
+                raise MatryoshkaError(
+                    f"{name}: the factors of {layer_name[:200]} do not fit each other, or do not "
+                    f"have rank {rank}, as the config says. Save the adapter again."
+                )
+            keys = LayerKeys(key_A, key_B)
+            layers.append(Layer.from_tensors(layer_name, A, B, scale, keys, num_experts, name))
+            del other_tensors[key_A], other_tensors[key_B]
+    for key in other_tensors:
+        if ".lora_" in key:
+            raise MatryoshkaError(
+                f"{name}: the tensor {key[:200]} is unknown, or its matching A or B is missing. "
+                "Copy the adapter or save it again."
+            )
+    if not layers:
+        raise MatryoshkaError(f"{name} has no LoRA factors. Copy the adapter or save it again.")
+    layers.sort(key=lambda layer: layer.name)
+    return tuple(layers), other_tensors
+
+
+def _with_nesting(lora: Lora, record: str, tensors: Mapping[str, StoredTensor]) -> Lora:
+    """Return a LoRA with the nesting of its metadata, if that still describes its factors."""
+    reason = ""
+    first = lora.layers[0]
+    try:
+        saved = json.loads(record)
+        nesting = Nesting(tuple(saved["ranks"]), saved["scaling"], first.scale)
+        order, deploy, checksum = saved["order"], saved["deploy"], saved["checksum"]
+        if (order, deploy) not in _ORDERS:
+            raise ValueError
+    except (KeyError, ValueError, TypeError, RecursionError):
+        reason = "the nesting in the metadata is damaged"
+    else:
+        expected = (nesting.max_rank, nesting.scale)
+        actual_checksum = Checksum()
+        for layer in lora.layers:
+            actual_checksum.update(tensors[layer.keys.A].read(), tensors[layer.keys.B].read())
+        if (
+            any((layer.rank, layer.scale) != expected for layer in lora.layers)
+            or actual_checksum.hexdigest() != checksum
+        ):
+            reason = "the factors have changed since their nesting was recorded"
+    if reason:
+        warnings.warn(
+            f"{lora.name}: {reason}, so it is read as plain LoRA. Ranks that were trained are "
+            "lost.",
+            stacklevel=4,
+        )
+        return lora
+    return replace(lora, nesting=nesting, order=order, deploy=deploy)
+
+
+def base_model_of(
+    lora: Lora, base_model: str | None = None, base_revision: str | None = None
+) -> tuple[str, str | None]:
+    """Return the base model of a LoRA and its revision.
+
+    Args:
+        lora: The LoRA, of a PEFT folder.
+        base_model: A folder or Hub id. Defaults to the one that the config names.
+        base_revision: Its revision on the Hub. Defaults to the one that the config names, if
+            ``base_model`` is None too.
+
+    Raises:
+        MatryoshkaError: The config names no base model, or one that is not a causal LM.
+    """
+    name = base_model or lora.config.get("base_model_name_or_path")
+    if not name:
+        raise MatryoshkaError(f"{lora.name} does not name its base model. Pass `base_model`.")
+    task_type = lora.config.get("task_type") or "CAUSAL_LM"
+    if task_type != "CAUSAL_LM":
+        raise MatryoshkaError(
+            f"{lora.name} has task_type={task_type!r:.80}, but base models are loaded as "
+            "CAUSAL_LM. Use an operation that needs no base model, such as reorder, or export "
+            "as a PEFT folder."
+        )
+    if base_revision is None and base_model is None:
+        base_revision = lora.config.get("revision")
+    return str(name), base_revision
+
+
+# Writing
+
+
+def write(lora: Lora, folder: Path, target: Target) -> Written:
+    """Write a LoRA, with a model card and the companion files of its source.
+
+    PEFT reads a nested adapter as an ordinary one of its largest rank.
+
+    Raises:
+        MatryoshkaError: Layers of experts have different ranks.
+    """
+    lora = _prepare(lora)
+    config = _output_config(lora)
+    config_text = json.dumps(config, indent=2, sort_keys=True)
+    (folder / CONFIG_NAME).write_text(config_text, encoding="utf-8")
+    written = write_lora_tensors(lora, folder / WEIGHTS_NAME)
+    # The files in a folder that is not PEFT's may belong to anything.
+    source_folders = [file.parent for file in lora.files if (file.parent / CONFIG_NAME).is_file()]
+    cards = [read_source_card(source) for source in source_folders]
+    errors: dict[int, float] = {}
+    if lora.nesting is not None:
+        written = replace(written, error_ranks=lora.nesting.ranks)
+        errors = written.relative_errors(lora.nesting.ranks)
+    card = model_card(lora, config, errors, cards)
+    # A path that is not UTF-8 has lone surrogates, which UTF-8 cannot represent.
+    (folder / CARD_NAME).write_text(card, encoding="utf-8", errors="replace")
+    if source_folders:
+        copy_companion_files(source_folders[0], folder)
+    copy_license_files(source_folders, folder)
+    return written
+
+
+def file_size(lora: Lora) -> int:
+    """Return the size in bytes of the weights file that `write` writes."""
+    lora = _prepare(lora)
+    return safetensors_size(lora_tensors(lora), lora.metadata)
+
+
+def _prepare(lora: Lora) -> Lora:
+    """Return a LoRA whose layers have one scale, with the metadata of its weights file."""
+    if len(set(lora.ranks.values())) > 1 and any(layer.num_experts > 1 for layer in lora.layers):
+        raise MatryoshkaError(
+            f"{lora.name}: target_parameters requires one rank for all layers. Pass `rank` alone."
+        )
+    scales = {layer.scale for layer in lora.layers}
+    if lora.nesting is not None:
+        scale = lora.nesting.scale
+    elif len(scales) > 1 or any(layer.has_new_factors for layer in lora.layers):
+        scale = lora.new_scale
+    else:
+        scale = scales.pop()
+    metadata = {"format": "pt"}
+    if lora.nesting is not None:
+        nesting = {
+            "ranks": lora.nesting.ranks,
+            "scaling": lora.nesting.scaling,
+            "order": lora.order,
+            "deploy": lora.deploy,
+            # A placeholder of equal length, which is replaced once the factors are written.
+            "checksum": Checksum().hexdigest(),
+        }
+        metadata[NESTING_KEY] = json.dumps(nesting)
+    layers = tuple(layer.with_scale(scale) for layer in lora.layers)
+    return replace(lora, layers=layers, metadata=metadata)
+
+
+def _output_config(lora: Lora) -> dict[str, Any]:
+    max_rank = lora.max_rank
+    scale = lora.layers[0].scale
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    for name, rank in lora.ranks.items():
+        if rank != max_rank:
+            # PEFT matches patterns at the end of names: `fc` would match `sub.fc` too.
+            pattern = f"^{re.escape(name)}"
+            rank_pattern[pattern] = rank
+            alpha_pattern[pattern] = scale * rank
+    return {
+        **lora.config,
+        "r": max_rank,
+        "lora_alpha": scale * max_rank,
+        # Some runtimes ignore use_rslora, so lora_alpha has the scale.
+        "use_rslora": False,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }

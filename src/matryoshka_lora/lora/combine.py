@@ -1,0 +1,258 @@
+"""Add LoRAs: a LoRA whose update is a weighted sum of theirs."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
+from matryoshka_lora.linalg.arrays import Array, Float64Array, cast, common_dtype
+from matryoshka_lora.linalg.factors import inner_products, weighted_sum
+from matryoshka_lora.lora.convert import match_key_formats
+from matryoshka_lora.lora.keys import module_names
+from matryoshka_lora.lora.layer import Factors, Layer, StoredTensor
+from matryoshka_lora.lora.metadata import combined_metadata
+from matryoshka_lora.lora.transforms import TARGET_FIELDS
+from matryoshka_lora.progress import progress_bar, single_threaded
+
+if TYPE_CHECKING:
+    from matryoshka_lora.lora.lora import Lora
+
+# The fields that change what a pair of factors means in the model.
+_MEANING_FIELDS = (
+    "base_model_name_or_path",
+    "fan_in_fan_out",
+    "target_parameters",
+    "layer_replication",
+)
+# LyCORIS and ComfyUI write NAME.diff and NAME.diff_b for the change of a weight and a bias, and
+# LyCORIS NAME.w_norm and NAME.b_norm for a norm. Programs add them to the model, multiplied by the
+# strength of the LoRA and not by an alpha.
+_WEIGHT_CHANGE = re.compile(r"(?P<module>.+)\.(?P<kind>diff|diff_b|w_norm|b_norm)")
+
+
+def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
+    """Return the weighted sum of LoRAs, ``w_1 s_1 B_1 A_1 + w_2 s_2 B_2 A_2 + ...``.
+
+    Its factors are the concatenated ones, so the sum is exact, its rank is the sum of the ranks,
+    and it has no order. A layer that a LoRA does not have counts as zero.
+
+    Args:
+        loras: LoRAs of one base model, all PEFT folders or all single files. The sum has the key
+            format of the first one.
+        weights: The weight of each, which may be negative.
+
+    Raises:
+        MatryoshkaError: The LoRAs are not compatible.
+    """
+    for lora, other in combinations_with_replacement(loras, 2):
+        _check_compatible(lora, other)
+    names = [lora.name for lora in loras]
+    if loras[0].container == "single":
+        loras = match_key_formats(loras)
+    terms: dict[str, list[tuple[Lora, Layer, float]]] = {}
+    for lora, weight in zip(loras, weights, strict=True):
+        for layer in lora.layers:
+            terms.setdefault(layer.name, []).append((lora, layer, weight))
+    layers = tuple(_sum_layer(terms[name]) for name in sorted(terms))
+    _warn_if_wider(loras, layers)
+    total = replace(
+        loras[0],
+        name=" + ".join(names),
+        layers=layers,
+        files=tuple(file for lora in loras for file in lora.files),
+        nesting=None,
+        order=None,
+        deploy="reordered",
+    )
+    if total.container == "peft":
+        return replace(total, config=_merge_configs([lora.config for lora in loras], layers))
+    file_names = [Path(name).name for name in names]
+    return replace(
+        total,
+        metadata=combined_metadata([lora.metadata for lora in loras], file_names, weights),
+        other_tensors=_sum_weight_changes(loras, weights),
+    )
+
+
+def cosines(loras: Sequence[Lora]) -> Float64Array:
+    """Return the cosine between the updates of each pair of LoRAs, over all layers.
+
+    All factors are read. A LoRA without any update has the cosine 0.
+
+    Args:
+        loras: LoRAs of one base model, in any key formats.
+
+    Returns:
+        Shape (n, n): 0 for unrelated updates, 1 for the same direction, negative for opposed ones.
+    """
+    if loras[0].container == "single":
+        loras = match_key_formats(loras)
+    layers = [{layer.name: layer for layer in lora.layers} for lora in loras]
+    products = np.zeros((len(loras), len(loras)))
+    with single_threaded():
+        for name in progress_bar(sorted(set().union(*layers)), "comparing"):
+            with_layer = [index for index in range(len(loras)) if name in layers[index]]
+            factors: list[tuple[Array, Array]] = []
+            for index in with_layer:
+                A, B = layers[index][name].read()[:2]
+                factors.append((layers[index][name].scale * A.astype(np.float64), B))
+            products[np.ix_(with_layer, with_layer)] += inner_products(factors)
+    norms = np.sqrt(np.diag(products))
+    norms[norms == 0] = 1.0
+    result: Float64Array = products / np.outer(norms, norms)
+    return result
+
+
+def _sum_layer(terms: Sequence[tuple[Lora, Layer, float]]) -> Layer:
+    """Return the layer whose update is the weighted sum of the updates of some layers."""
+    layers = [layer for _, layer, _ in terms]
+    first = layers[0]
+    shapes = {(layer.num_experts, layer.in_shape, layer.out_features) for layer in layers}
+    if len(shapes) > 1:
+        shapes_of_A = ", ".join(f"{list(layer.shape_A)} in {lora.name}" for lora, layer, _ in terms)
+        raise MatryoshkaError(
+            f"The factors of {first.name} have different shapes: {shapes_of_A}. Pass LoRAs of one "
+            "base model."
+        )
+    # Programs that ignore a scale in the metadata, such as ComfyUI, then compute the sum of what
+    # they compute for the sources.
+    scales = {layer.scale for layer in layers}
+    scale = scales.pop() if len(scales) == 1 else 1.0
+
+    def read() -> Factors:
+        factors = [layer.read()[:2] for layer in layers]
+        return Factors(
+            *weighted_sum(factors, [weight * (layer.scale / scale) for _, layer, weight in terms])
+        )
+
+    alpha = next((layer.keys.alpha for layer in layers if layer.keys.alpha), None)
+    return replace(
+        first,
+        rank=sum(layer.rank for layer in layers),
+        scale=scale,
+        dtype=common_dtype(layer.dtype for layer in layers),
+        read=read,
+        read_svd=None,
+        keys=first.keys._replace(alpha=alpha),
+        kind="LoRA",
+        has_new_factors=True,
+    )
+
+
+def _warn_if_wider(loras: Sequence[Lora], layers: Sequence[Layer]) -> None:
+    """Warn if a layer has a dtype that no source has: fp32, of fp16 and bf16."""
+    dtypes = {layer.dtype for lora in loras for layer in lora.layers}
+    for dtype in {layer.dtype for layer in layers} - dtypes:
+        warnings.warn(
+            f"The output is {dtype}, because the sources are "
+            f"{' and '.join(sorted(map(str, dtypes)))}. Convert them to one dtype for a smaller "
+            "file.",
+            stacklevel=4,
+        )
+
+
+def _merge_configs(configs: Sequence[Mapping[str, Any]], layers: Sequence[Layer]) -> dict[str, Any]:
+    """Return the first config, changed so that its targets are all layers of the sum."""
+    first = dict(configs[0])
+    for config in configs:
+        if any(config.get(field) != first.get(field) for field in TARGET_FIELDS):
+            # The layers are listed by name instead. PEFT selects stacks of experts by
+            # target_parameters.
+            names = [layer.name for layer in layers if layer.num_experts == 1]
+            return {**first, **dict.fromkeys(TARGET_FIELDS), "target_modules": names}
+    return first
+
+
+def _check_compatible(first: Lora, lora: Lora) -> None:
+    """Raise MatryoshkaError unless two LoRAs can be added."""
+    if first.container != lora.container:
+        raise MatryoshkaError(
+            f"{first.name} and {lora.name} are a folder and a single file. Convert the file to a "
+            "folder with export and `key_format='peft'`."
+        )
+    for field in _MEANING_FIELDS:
+        # None, "" and an absent field mean the same.
+        value, first_value = lora.config.get(field) or None, first.config.get(field) or None
+        if value != first_value:
+            raise MatryoshkaError(
+                f"{lora.name} and {first.name} differ in {field}: {value!r:.80} and "
+                f"{first_value!r:.80}. If they are equivalent, write the same value in both "
+                "configs."
+            )
+    for key in sorted({*first.other_tensors, *lora.other_tensors}):
+        tensor, first_tensor = lora.other_tensors.get(key), first.other_tensors.get(key)
+        if lora.container == "single":
+            tensors = [tensor for tensor in (tensor, first_tensor) if tensor is not None]
+            can_add = _WEIGHT_CHANGE.fullmatch(key) is not None and all(
+                tensor.widened().is_float for tensor in tensors
+            )
+        else:
+            can_add = (
+                tensor is not None
+                and first_tensor is not None
+                and tensor.dtype == first_tensor.dtype
+                and np.array_equal(tensor.read(), first_tensor.read())
+            )
+        if not can_add:
+            raise MatryoshkaError(
+                f"{lora.name} and {first.name} cannot be added, because {key[:200]} is not a LoRA "
+                "factor. Train without such tensors, or remove them from the files."
+            )
+
+
+def _sum_weight_changes(loras: Sequence[Lora], weights: Sequence[float]) -> dict[str, StoredTensor]:
+    """Return the weighted sum of the changes of each weight, by key. It is computed when read.
+
+    Raises:
+        MatryoshkaError: Shapes differ, or one weight is changed in two ways, of which programs
+            would use only one.
+    """
+    terms: dict[str, list[tuple[float, StoredTensor]]] = {}
+    for lora, weight in zip(loras, weights, strict=True):
+        for key, tensor in lora.other_tensors.items():
+            terms.setdefault(key, []).append((weight, tensor.widened()))
+    layer_names = {layer.name for lora in loras for layer in lora.layers}
+    kinds = {(module, "weight"): "factors" for name in layer_names for module in module_names(name)}
+    sums: dict[str, StoredTensor] = {}
+    for key in sorted(terms):
+        match = _WEIGHT_CHANGE.fullmatch(key)
+        assert match is not None  # `_check_compatible`
+        parameter = "weight" if match["kind"] in ("diff", "w_norm") else "bias"
+        other_kind = kinds.setdefault((match["module"], parameter), match["kind"])
+        if other_kind != match["kind"]:
+            raise MatryoshkaError(
+                f"{match['module'][:200]} has {other_kind} and {match['kind']}, of which programs "
+                "use only one. Remove one of them from its file."
+            )
+        sums[key] = _weighted_sum(key, terms[key])
+    return sums
+
+
+def _weighted_sum(key: str, terms: Sequence[tuple[float, StoredTensor]]) -> StoredTensor:
+    shapes = {tensor.shape for _, tensor in terms}
+    if len(shapes) > 1:
+        raise MatryoshkaError(
+            f"{key[:200]} has different shapes: {', '.join(str(list(s)) for s in sorted(shapes))}. "
+            "Pass LoRAs of one base model."
+        )
+    shape = shapes.pop()
+    dtype = common_dtype(tensor.dtype for _, tensor in terms)
+
+    def read() -> Array:
+        total = np.zeros(shape)
+        for weight, tensor in terms:
+            total += weight * tensor.read().astype(np.float64)
+        result = cast(total, dtype)
+        if not np.isfinite(result).all():
+            raise NotFiniteError(f"The sum of {key[:200]} is NaN, or too large for {dtype}.")
+        return result
+
+    return StoredTensor(dtype, shape, read)

@@ -1,1 +1,0 @@
-"""LoRA files on disk: open, truncate and write them with NumPy. No torch, no PEFT."""
