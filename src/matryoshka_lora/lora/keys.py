@@ -1,8 +1,22 @@
-"""The keys of tensors in files: suffixes of factors, prefixes of models, and names of modules."""
+"""The keys of tensors in files: suffixes of factors, prefixes of models, and names of modules.
+
+``models.json`` has the names of the modules of each image or video model whose names are known: the
+authors' names in the original checkpoint, which kohya's scripts and ComfyUI use too, and diffusers'
+names. ``tools/key_tables.py`` generates it.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.resources import files
+from typing import Any, Literal, NamedTuple
+
+from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.registry import KeyFormat
 
 
 class FactorSuffixes(NamedTuple):
@@ -22,6 +36,9 @@ ALL_SUFFIXES = (
     FactorSuffixes(".down.weight", ".up.weight"),
     FactorSuffixes(".down", ".up"),
 )
+
+CONFIGS_KEY = "lora_adapter_metadata"
+"""The key of diffusers' LoraConfigs in the metadata of a file."""
 
 PEFT_PREFIX = "base_model.model."
 """The start of every key that PEFT writes."""
@@ -54,3 +71,339 @@ def split_part(module: str) -> tuple[str, str]:
     if name and (part in DIFFUSERS_PARTS or part == ORIGINAL_PART):
         return part, name
     return "", module
+
+
+ModuleNames = Literal["authors", "diffusers"]
+"""Whose names of a model's modules a file has."""
+
+# The prefixes of a module's name, of layers that are not for a text encoder. The first that fits is
+# taken.
+_IMAGE_PREFIXES = (
+    "lora_unet__",  # Wan Fun
+    "lora_unet_",
+    "lora_transformer_",  # OneTrainer
+    "lycoris_",  # SimpleTuner
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "unet.",
+    "transformer.",
+    PEFT_PREFIX,
+    "",
+)
+_AUTHORS_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+_TEXT_ENCODER_PREFIXES = {
+    f"{part}.": part for part in ("text_encoder", "text_encoder_2", "text_encoder_3")
+}
+_TEXT_ENCODER = re.compile(r"lora_te\d?_|text_encoders?[_.]")
+# The names of all known modules are shorter. Longer ones may hold numbers of thousands of digits.
+_MAX_NAME_LENGTH = 200
+# Old names of diffusers: attn1.processor.to_q_lora, mlp.fc1.lora_linear_layer.
+_OLD_ENDINGS = re.compile(r"_processor(?=_)|_lora(_linear_layer)?$")
+_OLD_CLIP_PROJECTION = re.compile(r"(?<=_self_attn_)to_(q|k|v|out)(_0)?$")
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of a model that a LoRA can target. ``{}`` in a name is the index of a block.
+
+    A fused module is one module in the original checkpoint and several in diffusers, its splits:
+    its weight is their weights, concatenated along dim 0.
+
+    Attributes:
+        authors: Its name in the original checkpoint.
+        diffusers: Its name in diffusers; of a fused module, the names of its splits in order.
+        sizes: The number of rows of each split, in multiples of the number of inputs.
+        swaps_halves: Whether a weight with twice as many rows as inputs, shift and scale, has its
+            halves in the other order in diffusers.
+        num_blocks: The number of blocks in the largest version of the model.
+    """
+
+    authors: str
+    diffusers: tuple[str, ...]
+    sizes: tuple[int, ...] = (1,)
+    swaps_halves: bool = False
+    num_blocks: int = 1
+
+
+class Alias(NamedTuple):
+    """Another name of a module, or of some splits of a fused module. It is read, but not written.
+
+    Attributes:
+        name: The name, with ``{}`` for the index of a block.
+        authors: The authors' name of the module.
+        splits: The splits, as positions in `Module.diffusers`.
+    """
+
+    name: str
+    authors: str
+    splits: tuple[int, ...]
+
+
+class TargetModule(NamedTuple):
+    """The module that a layer targets, from the layer's name.
+
+    Attributes:
+        module: The module.
+        splits: The splits that the layer has the rows of, as positions in `Module.diffusers`.
+        names: Whose name of the module it has, or None if authors and diffusers agree on the name.
+        prefix: The layer's name up to the name of the module.
+        part: The part of a diffusers pipeline.
+        block: The index of the block, or "".
+    """
+
+    module: Module
+    splits: tuple[int, ...]
+    names: ModuleNames | None
+    prefix: str = ""
+    part: str = ""
+    block: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model whose names are known.
+
+    Attributes:
+        name: Its name, for messages.
+        part: The part of a diffusers pipeline that it is, ``"unet"`` or ``"transformer"``.
+        text_encoders: The part of a text encoder by kohya's and ComfyUI's prefixes.
+        widths: Numbers of inputs that only this model has among the models with the same names.
+        modules: Its modules.
+        text_encoder_modules: The modules of the text encoders.
+        aliases: Further names of its modules.
+        kohya_names: Whose names kohya's scripts use.
+    """
+
+    name: str
+    part: str
+    text_encoders: Mapping[str, str]
+    widths: frozenset[int]
+    modules: tuple[Module, ...]
+    text_encoder_modules: tuple[Module, ...]
+    aliases: tuple[Alias, ...] = ()
+    kohya_names: ModuleNames = "authors"
+
+    @cached_property
+    def targets(self) -> dict[str, TargetModule]:
+        """The modules by their names, with underscores for dots and ``{}`` for the index."""
+        targets = _targets_by_name(self.modules)
+        modules = {module.authors: module for module in self.modules}
+        for alias in self.aliases:
+            target = TargetModule(modules[alias.authors], alias.splits, "authors")
+            targets[alias.name.replace(".", "_")] = target
+        return targets
+
+    @cached_property
+    def text_encoder_targets(self) -> dict[str, TargetModule]:
+        """The modules of the text encoders by their names, as in `targets`."""
+        return _targets_by_name(self.text_encoder_modules)
+
+
+def _targets_by_name(modules: Iterable[Module]) -> dict[str, TargetModule]:
+    targets: dict[str, TargetModule] = {}
+    for module in modules:
+        names: ModuleNames | None = None
+        if module.diffusers != (module.authors,):
+            names = "authors"
+            for split, name in enumerate(module.diffusers):
+                targets[name.replace(".", "_")] = TargetModule(module, (split,), "diffusers")
+        splits = tuple(range(len(module.diffusers)))
+        targets[module.authors.replace(".", "_")] = TargetModule(module, splits, names)
+    return targets
+
+
+@cache
+def load_models() -> tuple[Model, ...]:
+    """Return the models of ``models.json``. If a file fits several UNets, the first is taken."""
+    tables = json.loads(files(__package__).joinpath("models.json").read_text("utf-8"))
+    text_encoder_modules = _load_modules(tables["text_encoder_modules"])
+    models: list[Model] = []
+    for entry in tables["models"]:
+        aliases = [
+            Alias(alias["name"], alias["authors"], tuple(alias["splits"]))
+            for alias in entry["aliases"]
+        ]
+        model = Model(
+            name=entry["name"],
+            part=entry["part"],
+            text_encoders=entry["text_encoders"],
+            widths=frozenset(entry["widths"]),
+            modules=_load_modules(entry["modules"]),
+            text_encoder_modules=text_encoder_modules,
+            aliases=tuple(aliases),
+            kohya_names=entry["kohya_names"],
+        )
+        models.append(model)
+    return tuple(models)
+
+
+def _load_modules(entries: Iterable[Mapping[str, Any]]) -> tuple[Module, ...]:
+    modules: list[Module] = []
+    for entry in entries:
+        module = Module(
+            authors=entry["authors"],
+            diffusers=tuple(entry.get("diffusers", [entry["authors"]])),
+            sizes=tuple(entry.get("sizes", [1])),
+            swaps_halves=entry.get("swaps_halves", False),
+            num_blocks=entry.get("num_blocks", 1),
+        )
+        modules.append(module)
+    return tuple(modules)
+
+
+def is_text_encoder(name: str) -> bool:
+    """Return whether a layer is for a text encoder, from its name."""
+    return _TEXT_ENCODER.match(name) is not None
+
+
+def find_models(names: Sequence[str]) -> list[Model]:
+    """Return the models that have a module for each layer of a file.
+
+    If no model has the text encoders of the file, only its other layers count.
+
+    Args:
+        names: The names of the layers.
+    """
+    text_names = [name for name in names if is_text_encoder(name)]
+    image_names = [name for name in names if not is_text_encoder(name)] or names
+    models = [
+        model for model in load_models() if all(find_module(name, model) for name in image_names)
+    ]
+    with_text_encoders = [
+        model for model in models if all(find_module(name, model) for name in text_names)
+    ]
+    return with_text_encoders or models
+
+
+def find_modules(names: Iterable[str], model: Model) -> dict[str, TargetModule]:
+    """Return the modules of a model that layers target, by the names of the layers.
+
+    Layers for which the model has no module are left out.
+    """
+    targets: dict[str, TargetModule] = {}
+    for name in names:
+        target = find_module(name, model)
+        if target is not None:
+            targets[name] = target
+    return targets
+
+
+def find_module(name: str, model: Model) -> TargetModule | None:
+    """Return the module of a model that a layer targets, or None if the model does not have it.
+
+    Args:
+        name: The name of the layer, in any key format.
+        model: The model.
+    """
+    is_for_text = is_text_encoder(name)
+    if is_for_text:
+        parts = {**model.text_encoders, **_TEXT_ENCODER_PREFIXES}
+    else:
+        parts = dict.fromkeys(_IMAGE_PREFIXES, model.part)
+    prefix = next((prefix for prefix in parts if name.startswith(prefix)), None)
+    if prefix is None or parts[prefix] not in {model.part, *model.text_encoders.values()}:
+        return None
+    targets = model.text_encoder_targets if is_for_text else model.targets
+    for candidate, block in _candidates(name.removeprefix(prefix), is_for_text):
+        target = targets.get(candidate)
+        if target and (is_for_text or int(block or 0) < target.module.num_blocks):
+            return target._replace(prefix=prefix, part=parts[prefix], block=block)
+    return None
+
+
+def _candidates(module_name: str, is_for_text: bool) -> list[tuple[str, str]]:
+    """Return the keys of `Model.targets` that a name may have, with the index of the block.
+
+    A number in the name may be the index, or not.
+    """
+    flat = _OLD_ENDINGS.sub("", module_name.replace(".", "_"))
+    if is_for_text:
+        flat = _OLD_CLIP_PROJECTION.sub(r"\1_proj", flat)
+        if flat.startswith("encoder_layers_"):  # as transformers 5 names them
+            flat = f"text_model_{flat}"
+    elif flat.endswith("_to_out"):
+        flat += "_0"
+    candidates = [(flat, "")]
+    if len(flat) < _MAX_NAME_LENGTH:
+        for number in re.finditer(r"[0-9]+", flat):
+            before, after = flat[: number.start()], flat[number.end() :]
+            candidates.append((f"{before}{{}}{after}", number[0]))
+    return candidates
+
+
+class LayerNames(NamedTuple):
+    """How a file names the layers of a model.
+
+    Attributes:
+        prefixes: The prefix of a module's name by the part of a diffusers pipeline.
+        names: Whose names of the modules it has.
+        separator: The separator in these names, a dot or an underscore.
+    """
+
+    prefixes: Mapping[str, str]
+    names: ModuleNames
+    separator: str
+
+    def of(self, target: TargetModule) -> dict[tuple[int, ...], str]:
+        """Return the name of the layer of a module.
+
+        A layer of a fused module has several names if the splits have their own: the result has
+        the name by the splits that it is for.
+
+        Raises:
+            MatryoshkaError: The file cannot name the part of the pipeline.
+        """
+        if target.part not in self.prefixes:
+            name = target.module.diffusers[target.splits[0]].replace("{}", target.block)
+            raise MatryoshkaError(
+                f"The keys of this format cannot name {target.part}.{name:.200}. Keep the keys as "
+                "they are."
+            )
+        if self.names == "authors":
+            every_split = tuple(range(len(target.module.diffusers)))
+            module_names = {every_split: target.module.authors}
+        else:
+            module_names = {(split,): target.module.diffusers[split] for split in target.splits}
+        layer_names: dict[tuple[int, ...], str] = {}
+        for splits, module_name in module_names.items():
+            name = module_name.replace("{}", target.block).replace(".", self.separator)
+            layer_names[splits] = self.prefixes[target.part] + name
+        return layer_names
+
+
+def names_in_format(model: Model, key_format: KeyFormat) -> LayerNames:
+    """Return how a key format names the layers of a model."""
+    if key_format == "kohya":
+        prefixes = {model.part: "lora_unet_"}
+        for prefix, part in model.text_encoders.items():
+            if prefix.startswith("lora_te"):
+                prefixes.setdefault(part, prefix)
+        return LayerNames(prefixes, model.kohya_names, "_")
+    parts = [model.part, *model.text_encoders.values()]
+    if key_format == "peft":
+        return LayerNames(dict.fromkeys(parts, ""), "diffusers", ".")
+    return LayerNames({part: f"{part}." for part in parts}, "diffusers", ".")
+
+
+def names_in_file(targets: Mapping[str, TargetModule], model: Model) -> LayerNames:
+    """Return how a file names its layers, and how it would name layers that it does not have.
+
+    Args:
+        targets: The modules by the names of the layers, from `find_modules`.
+        model: The model.
+    """
+    has_dots = any("." in name for name in targets)
+    default = names_in_format(model, "diffusers" if has_dots else "kohya")
+    prefixes = {target.part: target.prefix for target in targets.values()}
+    image_targets = [target for target in targets.values() if target.part == model.part]
+    names = next((target.names for target in image_targets if target.names), None)
+    if names is None and image_targets:
+        # All names are common to both, so the prefix decides.
+        prefix = image_targets[0].prefix
+        if prefix in _AUTHORS_PREFIXES:
+            names = "authors"
+        elif prefix.startswith("lora_unet_"):
+            names = model.kohya_names
+        else:
+            names = "diffusers"
+    return LayerNames({**default.prefixes, **prefixes}, names or default.names, default.separator)
