@@ -27,6 +27,7 @@ from matryoshka_lora.formats.safetensors_io import (
 )
 from matryoshka_lora.lora.keys import (
     ALL_SUFFIXES,
+    CONFIGS_KEY,
     PEFT_PREFIX,
     module_names,
     split_part,
@@ -35,7 +36,6 @@ from matryoshka_lora.lora.keys import (
 from matryoshka_lora.lora.layer import Layer, LayerKeys, StoredTensor, are_factors
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.metadata import (
-    CONFIGS_KEY,
     can_describe,
     read_configs,
     updated_metadata,

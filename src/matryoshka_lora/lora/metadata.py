@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.lora.keys import DIFFUSERS_PARTS, DIFFUSERS_SUFFIXES, split_part
+from matryoshka_lora.lora.keys import (
+    CONFIGS_KEY,
+    DIFFUSERS_PARTS,
+    DIFFUSERS_SUFFIXES,
+    split_part,
+)
 from matryoshka_lora.lora.layer import Layer
 
 if TYPE_CHECKING:
     from matryoshka_lora.lora.lora import Lora
-
-CONFIGS_KEY = "lora_adapter_metadata"
-"""The key of diffusers' configs in the file's metadata."""
 
 Configs = dict[str, dict[str, Any]]
 """The LoraConfig of each part of a pipeline."""

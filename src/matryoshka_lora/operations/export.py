@@ -214,11 +214,6 @@ def _export(
         converted = changed.convert(key_format)
         if not changes_ranks and converted.layers == changed.layers:
             raise MatryoshkaError(f"{lora.name} has keys of the {key_format} format already.")
-        if len(converted.layers) != len(changed.layers):
-            notes.append(
-                f"The {pluralize(len(changed.layers), 'layer')} are {len(converted.layers)} in the "
-                f"{key_format} format, which has other layers for queries, keys and values."
-            )
         changed = converted
     ladder_ranks = None
     if is_ladder:

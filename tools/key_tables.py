@@ -1,0 +1,549 @@
+"""Generate the names of the modules of image and video models, and check them with diffusers.
+
+``python tools/key_tables.py`` writes ``src/matryoshka_lora/lora/models.json``. A new model is an
+entry of `MODELS`, and one of `CLASSES` for the check; then run this script.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from matryoshka_lora.lora.keys import Alias, Model, Module
+
+OUTPUT = Path(__file__).parents[1] / "src/matryoshka_lora/lora/models.json"
+
+QKV = ("to_q", "to_k", "to_v")
+ATTENTION = (*QKV, "to_out.0")
+ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
+# --- Rules ---
+
+
+def rename(
+    names: Mapping[str, str], authors: str = "", diffusers: str = "", num_blocks: int = 1
+) -> list[Module]:
+    """Return modules from the names of the authors and of diffusers inside a block.
+
+    Args:
+        names: The name in diffusers by the authors' name.
+        authors: The authors' name of the block.
+        diffusers: The name of the block in diffusers.
+        num_blocks: The number of blocks.
+    """
+    return [
+        Module(f"{authors}{authors_name}", (f"{diffusers}{name}",), num_blocks=num_blocks)
+        for authors_name, name in names.items()
+    ]
+
+
+def same(names: Iterable[str], block: str = "", num_blocks: int = 1) -> list[Module]:
+    """Return modules that have the same name for the authors and in diffusers."""
+    return rename({name: name for name in names}, block, block, num_blocks)
+
+
+def fused_qkv(authors: str, diffusers: str, names: Iterable[str], num_blocks: int) -> Module:
+    """Return a fused projection to queries, keys and values."""
+    splits = tuple(f"{diffusers}.{name}" for name in names)
+    return Module(authors, splits, (1,) * len(splits), num_blocks=num_blocks)
+
+
+CLIP_LAYER = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
+T5_LAYER = [f"0.SelfAttention.{name}" for name in "qkvo"]
+T5_LAYER += [f"1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")]
+TEXT_ENCODER_MODULES = (
+    *same(CLIP_LAYER, "text_model.encoder.layers.{}.", num_blocks=32),
+    *same(T5_LAYER, "encoder.block.{}.layer.", num_blocks=24),
+    *same(["text_projection"]),
+)
+"""The modules of CLIP and T5, with the names of transformers."""
+
+
+def unet(down: tuple[int, ...], middle: int) -> list[Module]:
+    """Return the modules of a UNet with two layers in each block.
+
+    Args:
+        down: The number of transformer blocks in each attention of each down block. The up blocks
+            have them in the reverse order.
+        middle: The same for the middle block.
+    """
+    ends = {
+        "input_blocks.0.0": "conv_in",
+        "out.2": "conv_out",
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+    }
+    modules = rename(ends)
+    for block, depth in enumerate(down):
+        for layer in range(2):
+            number = 3 * block + layer + 1
+            modules += unet_layer(f"input_blocks.{number}", f"down_blocks.{block}", layer, depth)
+        if block < len(down) - 1:
+            downsampler = f"down_blocks.{block}.downsamplers.0.conv"
+            modules += rename({f"input_blocks.{3 * block + 3}.0.op": downsampler})
+    modules += unet_resnet("middle_block.0.", "mid_block.resnets.0.")
+    modules += unet_attention("middle_block.1.", "mid_block.attentions.0.", middle)
+    modules += unet_resnet("middle_block.2.", "mid_block.resnets.1.")
+    for block, depth in enumerate(reversed(down)):
+        for layer in range(3):
+            number = 3 * block + layer
+            modules += unet_layer(f"output_blocks.{number}", f"up_blocks.{block}", layer, depth)
+        if block < len(down) - 1:
+            upsampler = f"output_blocks.{3 * block + 2}.{2 if depth else 1}.conv"
+            modules += rename({upsampler: f"up_blocks.{block}.upsamplers.0.conv"})
+    return modules
+
+
+def unet_layer(authors: str, diffusers: str, layer: int, depth: int) -> list[Module]:
+    """Return a ResNet and the attention after it, if there is one."""
+    modules = unet_resnet(f"{authors}.0.", f"{diffusers}.resnets.{layer}.")
+    if depth:
+        modules += unet_attention(f"{authors}.1.", f"{diffusers}.attentions.{layer}.", depth)
+    return modules
+
+
+def unet_resnet(authors: str, diffusers: str) -> list[Module]:
+    """Return the modules of a ResNet."""
+    names = {
+        "in_layers.2": "conv1",
+        "emb_layers.1": "time_emb_proj",
+        "out_layers.3": "conv2",
+        "skip_connection": "conv_shortcut",
+    }
+    return rename(names, authors, diffusers)
+
+
+def unet_attention(authors: str, diffusers: str, depth: int) -> list[Module]:
+    """Return the modules of an attention with some transformer blocks."""
+    names = [f"attn{number}.{name}" for number in (1, 2) for name in ATTENTION]
+    names += ["ff.net.0.proj", "ff.net.2"]
+    block = "transformer_blocks.{}."
+    modules = rename({name: name for name in ("proj_in", "proj_out")}, authors, diffusers)
+    modules += rename(
+        {name: name for name in names}, f"{authors}{block}", f"{diffusers}{block}", depth
+    )
+    return modules
+
+
+def stable_diffusion_3() -> list[Module]:
+    """Return the modules of Stable Diffusion 3 and 3.5."""
+    num_blocks = 38
+    authors, diffusers = "joint_blocks.{}.", "transformer_blocks.{}."
+    block = {
+        "x_block.attn.proj": "attn.to_out.0",
+        "x_block.attn2.proj": "attn2.to_out.0",
+        "x_block.mlp.fc1": "ff.net.0.proj",
+        "x_block.mlp.fc2": "ff.net.2",
+        "x_block.adaLN_modulation.1": "norm1.linear",
+        "context_block.attn.proj": "attn.to_add_out",
+        "context_block.mlp.fc1": "ff_context.net.0.proj",
+        "context_block.mlp.fc2": "ff_context.net.2",
+    }
+    ends = {
+        "x_embedder.proj": "pos_embed.proj",
+        "context_embedder": "context_embedder",
+        "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+        "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+        "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+        "final_layer.linear": "proj_out",
+    }
+    attention = {
+        "x_block.attn": ("attn", QKV),
+        "x_block.attn2": ("attn2", QKV),
+        "context_block.attn": ("attn", ADDED_QKV),
+    }
+    return [
+        *rename(block, authors, diffusers, num_blocks),
+        *(
+            fused_qkv(f"{authors}{name}.qkv", f"{diffusers}{diffusers_name}", splits, num_blocks)
+            for name, (diffusers_name, splits) in attention.items()
+        ),
+        # The last block has a shift and a scale only, in the other order.
+        Module(
+            f"{authors}context_block.adaLN_modulation.1",
+            (f"{diffusers}norm1_context.linear",),
+            swaps_halves=True,
+            num_blocks=num_blocks,
+        ),
+        *rename(ends),
+        Module("final_layer.adaLN_modulation.1", ("norm_out.linear",), swaps_halves=True),
+    ]
+
+
+def flux() -> list[Module]:
+    """Return the modules of Flux."""
+    num_double_blocks, num_single_blocks = 19, 38
+    double = {
+        "img_attn.proj": "attn.to_out.0",
+        "img_mlp.0": "ff.net.0.proj",
+        "img_mlp.2": "ff.net.2",
+        "img_mod.lin": "norm1.linear",
+        "txt_attn.proj": "attn.to_add_out",
+        "txt_mlp.0": "ff_context.net.0.proj",
+        "txt_mlp.2": "ff_context.net.2",
+        "txt_mod.lin": "norm1_context.linear",
+    }
+    attention = "transformer_blocks.{}.attn"
+    single = "single_transformer_blocks.{}."
+    ends = {
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+        "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+        "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+        "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+        "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+        "final_layer.linear": "proj_out",
+    }
+    return [
+        *rename(double, "double_blocks.{}.", "transformer_blocks.{}.", num_double_blocks),
+        fused_qkv("double_blocks.{}.img_attn.qkv", attention, QKV, num_double_blocks),
+        fused_qkv("double_blocks.{}.txt_attn.qkv", attention, ADDED_QKV, num_double_blocks),
+        Module(
+            "single_blocks.{}.linear1",
+            (*(f"{single}attn.{name}" for name in QKV), f"{single}proj_mlp"),
+            (1, 1, 1, 4),
+            num_blocks=num_single_blocks,
+        ),
+        *rename(
+            {"linear2": "proj_out", "modulation.lin": "norm.linear"},
+            "single_blocks.{}.",
+            single,
+            num_single_blocks,
+        ),
+        *rename(ends),
+        Module("final_layer.adaLN_modulation.1", ("norm_out.linear",), swaps_halves=True),
+    ]
+
+
+# The first ones are what is left of the names of xlabs without `processor` and a final `lora`.
+FLUX_ALIASES = (
+    Alias("double_blocks.{}.qkv_lora1", "double_blocks.{}.img_attn.qkv", (0, 1, 2)),
+    Alias("double_blocks.{}.qkv_lora2", "double_blocks.{}.txt_attn.qkv", (0, 1, 2)),
+    Alias("double_blocks.{}.proj_lora1", "double_blocks.{}.img_attn.proj", (0,)),
+    Alias("double_blocks.{}.proj_lora2", "double_blocks.{}.txt_attn.proj", (0,)),
+    Alias("single_blocks.{}.qkv", "single_blocks.{}.linear1", (0, 1, 2)),
+    Alias("single_blocks.{}.proj", "single_blocks.{}.linear2", (0,)),
+    Alias("single_blocks.{}.linear1_qkv", "single_blocks.{}.linear1", (0, 1, 2)),
+)
+
+
+def wan() -> list[Module]:
+    """Return the modules of Wan 2.1 and 2.2."""
+    block: dict[str, str] = {}
+    for attention, name in (("self_attn", "attn1"), ("cross_attn", "attn2")):
+        for letter, projection in zip("qkvo", ATTENTION, strict=True):
+            block[f"{attention}.{letter}"] = f"{name}.{projection}"
+    block |= {
+        "cross_attn.k_img": "attn2.add_k_proj",
+        "cross_attn.v_img": "attn2.add_v_proj",
+        "ffn.0": "ffn.net.0.proj",
+        "ffn.2": "ffn.net.2",
+    }
+    ends = {
+        "patch_embedding": "patch_embedding",
+        "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+        "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+        "time_projection.1": "condition_embedder.time_proj",
+        "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+        "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+        "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+        "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+        "head.head": "proj_out",
+    }
+    return [*rename(block, "blocks.{}.", "blocks.{}.", num_blocks=40), *rename(ends)]
+
+
+def qwen_image() -> list[Module]:
+    """Return the modules of Qwen-Image, whose authors' names are diffusers' names."""
+    block = [f"attn.{name}" for name in (*ATTENTION, *ADDED_QKV, "to_add_out")]
+    for stream in ("img", "txt"):
+        block += [f"{stream}_{name}" for name in ("mlp.net.0.proj", "mlp.net.2", "mod.1")]
+    ends = ["img_in", "txt_in", "norm_out.linear", "proj_out"]
+    ends += [f"time_text_embed.timestep_embedder.linear_{number}" for number in (1, 2)]
+    return [*same(block, "transformer_blocks.{}.", num_blocks=60), *same(ends)]
+
+
+def z_image() -> list[Module]:
+    """Return the modules of Z-Image."""
+    modules: list[Module] = []
+    for stack, num_blocks in {"layers": 30, "noise_refiner": 2, "context_refiner": 2}.items():
+        block = f"{stack}.{{}}."
+        names = [f"feed_forward.w{number}" for number in (1, 2, 3)] + ["adaLN_modulation.0"]
+        modules += same(names, block, num_blocks)
+        modules += rename({"attention.out": "attention.to_out.0"}, block, block, num_blocks)
+        modules.append(fused_qkv(f"{block}attention.qkv", f"{block}attention", QKV, num_blocks))
+    modules += same(["cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2"])
+    ends = {
+        "x_embedder": "all_x_embedder.2-1",
+        "final_layer.linear": "all_final_layer.2-1.linear",
+        "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+    }
+    return [*modules, *rename(ends)]
+
+
+def text_encoders(*names: str, **kohya_prefixes: str) -> dict[str, str]:
+    """Return the parts of text encoders by kohya's and ComfyUI's prefixes.
+
+    Args:
+        names: ComfyUI's names of the parts ``text_encoder``, ``text_encoder_2``, ...
+        kohya_prefixes: The part by kohya's prefix, without the final underscore.
+    """
+    prefixes = {f"{prefix}_": part for prefix, part in kohya_prefixes.items()}
+    for number, name in enumerate(names, start=1):
+        part = "text_encoder" if number == 1 else f"text_encoder_{number}"
+        prefixes[f"text_encoders.{name}.transformer."] = part
+    return prefixes
+
+
+def model(
+    name: str,
+    part: str,
+    modules: Iterable[Module],
+    text_encoder_parts: Mapping[str, str],
+    widths: Iterable[int],
+    **options: Any,
+) -> Model:
+    """Return a model; see `Model`."""
+    return Model(
+        name,
+        part,
+        text_encoder_parts,
+        frozenset(widths),
+        tuple(modules),
+        TEXT_ENCODER_MODULES,
+        **options,
+    )
+
+
+SDXL_EMBEDDING = {
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+}
+MODELS = (
+    model(
+        "Stable Diffusion 1 and 2",
+        "unet",
+        unet((1, 1, 1, 0), 1),
+        text_encoders("clip_l", lora_te="text_encoder"),
+        widths=(320, 768, 1024),
+        kohya_names="diffusers",
+    ),
+    model(
+        "SDXL",
+        "unet",
+        [*rename(SDXL_EMBEDDING), *unet((0, 2, 10), 10)],
+        text_encoders("clip_l", "clip_g", lora_te1="text_encoder", lora_te2="text_encoder_2"),
+        widths=(2048,),
+    ),
+    model(
+        "Stable Diffusion 3",
+        "transformer",
+        stable_diffusion_3(),
+        text_encoders(
+            "clip_l",
+            "clip_g",
+            "t5xxl",
+            lora_te1="text_encoder",
+            lora_te2="text_encoder_2",
+            lora_te3="text_encoder_3",
+        ),
+        widths=(1536, 2432),
+    ),
+    model(
+        "Flux",
+        "transformer",
+        flux(),
+        # The first prefix of a part is the one that is written.
+        text_encoders(
+            "clip_l",
+            "t5xxl",
+            lora_te1="text_encoder",
+            lora_te3="text_encoder_2",
+            lora_te2="text_encoder_2",
+        ),
+        widths=(3072,),
+        aliases=FLUX_ALIASES,
+    ),
+    model("Wan", "transformer", wan(), {}, widths=(1536, 5120)),
+    model("Qwen-Image", "transformer", qwen_image(), {}, widths=(3072,)),
+    model("Z-Image", "transformer", z_image(), {}, widths=(3840,)),
+)
+"""The models whose names are known. If a file fits several UNets, the first is taken."""
+
+
+# --- The JSON file ---
+
+
+def to_json() -> str:
+    """Return the content of the JSON file, with one line for each module."""
+    models: list[str] = []
+    for model in MODELS:
+        fields = {
+            "name": json.dumps(model.name),
+            "part": json.dumps(model.part),
+            "kohya_names": json.dumps(model.kohya_names),
+            "widths": json.dumps(sorted(model.widths)),
+            "text_encoders": json.dumps(dict(model.text_encoders)),
+            "aliases": one_a_line([alias._asdict() for alias in model.aliases]),
+            "modules": one_a_line([module_fields(module) for module in model.modules]),
+        }
+        lines = ",\n".join(f'  "{name}": {value}' for name, value in fields.items())
+        models.append(f"{{\n{lines}\n}}")
+    text_encoder_modules = one_a_line([module_fields(module) for module in TEXT_ENCODER_MODULES])
+    all_models = ",\n".join(models)
+    return (
+        f'{{\n"text_encoder_modules": {text_encoder_modules},\n"models": [\n{all_models}\n]\n}}\n'
+    )
+
+
+def one_a_line(entries: list[dict[str, Any]]) -> str:
+    """Return a list of objects as JSON, with one line for each."""
+    return "[" + ",".join(f"\n    {json.dumps(entry)}" for entry in entries) + "]"
+
+
+def module_fields(module: Module) -> dict[str, Any]:
+    """Return the fields of a module that differ from their defaults."""
+    fields: dict[str, Any] = {"authors": module.authors}
+    if module.diffusers != (module.authors,):
+        fields["diffusers"] = module.diffusers
+    if len(module.sizes) > 1:
+        fields["sizes"] = module.sizes
+    if module.swaps_halves:
+        fields["swaps_halves"] = True
+    if module.num_blocks > 1:
+        fields["num_blocks"] = module.num_blocks
+    return fields
+
+
+# --- The check ---
+
+SDXL_CONFIG = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Stable Diffusion 1 and 2": ("UNet2DConditionModel", {"cross_attention_dim": 768}),
+    "SDXL": ("UNet2DConditionModel", SDXL_CONFIG),
+    # Of 3.5 large the number of blocks, of 3.5 medium the second attention.
+    "Stable Diffusion 3": (
+        "SD3Transformer2DModel",
+        {"num_layers": 38, "dual_attention_layers": tuple(range(13))},
+    ),
+    "Flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),
+    # The modules of images too.
+    "Wan": ("WanTransformer3DModel", {"image_dim": 1280, "added_kv_proj_dim": 5120}),
+    "Qwen-Image": ("QwenImageTransformer2DModel", {}),
+    "Z-Image": ("ZImageTransformer2DModel", {}),
+}
+"""The class of each model in diffusers, and the arguments of the largest version."""
+
+# The table has a shortcut for each ResNet, and an adaLN for each stack. diffusers has a shortcut
+# where the number of channels changes, and no adaLN in the context refiner.
+NOT_IN_DIFFUSERS = re.compile(r".*\.conv_shortcut|context_refiner\.{}\.adaLN_modulation\.0")
+
+
+@dataclass(frozen=True)
+class Check:
+    """The differences of a model's table from a model of diffusers.
+
+    Attributes:
+        unknown: Names of the table that the model has in no block.
+        wrong_sizes: Splits of fused modules that have another number of rows.
+        missing: Linear layers and convolutions that the table does not have.
+    """
+
+    unknown: list[str] = field(default_factory=list)
+    wrong_sizes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def check_diffusers(model: Model) -> Check:
+    """Compare the names of a model with its class in diffusers, which needs no weights."""
+    import diffusers
+
+    class_name, arguments = CLASSES[model.name]
+    with torch.device("meta"):
+        instance = getattr(diffusers, class_name)(**arguments)
+    return compare(model.modules, weight_shapes(instance))
+
+
+def check_text_encoders() -> Check:
+    """Compare the names of text encoders with CLIP and T5 of transformers."""
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        T5Config,
+        T5EncoderModel,
+    )
+
+    with torch.device("meta"):
+        clip = CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=32))
+        t5 = T5EncoderModel(T5Config(num_layers=24, feed_forward_proj="gated-gelu"))
+    shapes: dict[str, torch.Size] = {}
+    for name, shape in {**weight_shapes(clip), **weight_shapes(t5)}.items():
+        # transformers 5 dropped this part of CLIP's names.
+        name = f"text_model.{name}" if name.startswith("encoder.layers.") else name
+        shapes[name] = shape
+    return compare(TEXT_ENCODER_MODULES, shapes)
+
+
+def weight_shapes(instance: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of the weights of linear layers and convolutions by their names."""
+    return {
+        name: module.weight.shape
+        for name, module in instance.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d))
+    }
+
+
+def compare(modules: Iterable[Module], shapes: Mapping[str, torch.Size]) -> Check:
+    """Compare a table with the shapes of weights."""
+    check = Check()
+    found: set[str] = set()
+    for module in modules:
+        for name, size in zip(module.diffusers, module.sizes, strict=True):
+            names = [name.replace("{}", str(block)) for block in range(module.num_blocks)]
+            names = [name for name in names if name in shapes]
+            if not names and not NOT_IN_DIFFUSERS.fullmatch(name):
+                check.unknown.append(name)
+            found.update(names)
+            if len(module.sizes) > 1:
+                check.wrong_sizes.extend(
+                    name for name in names if shapes[name][0] != size * shapes[name][1]
+                )
+    missing = {re.sub(r"(?<=\.)\d+(?=\.)", "{}", name) for name in shapes.keys() - found}
+    check.missing.extend(sorted(missing))
+    return check
+
+
+def main() -> None:
+    OUTPUT.write_text(to_json(), encoding="utf-8")
+    checks = {model.name: check_diffusers(model) for model in MODELS}
+    checks["text encoders"] = check_text_encoders()
+    for name, check in checks.items():
+        print(f"{name}: not in the table: {', '.join(check.missing) or 'nothing'}")
+    wrong = {name: check for name, check in checks.items() if check.unknown or check.wrong_sizes}
+    if wrong:
+        sys.exit(f"Wrong names or sizes: {wrong}")
+
+
+if __name__ == "__main__":
+    main()
