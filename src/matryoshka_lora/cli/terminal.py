@@ -83,14 +83,23 @@ def format_table(
         indent: The beginning of each line.
         left_aligned: The number of columns at the end that are aligned on the left.
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    num_right_aligned = len(widths) - left_aligned
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        cells[num_right_aligned:] = row[num_right_aligned:]
-        lines.append(indent + "  ".join(cells))
-    return lines
+    # Not at the top: its import would slow down `matryoshka --help`.
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    heading, *body = rows
+    table = Table(box=None, padding=(0, 0, 0, 2), pad_edge=bool(indent))
+    for index, name in enumerate(heading):
+        is_left_aligned = index >= len(heading) - left_aligned
+        table.add_column(Text(name), justify="left" if is_left_aligned else "right", no_wrap=True)
+    for row in body:
+        table.add_row(*map(Text, row))
+    # Lines are not broken: a pipe has no width, and names of layers are long.
+    console = Console(width=10_000, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return [line.rstrip() for line in capture.get().splitlines()]
 
 
 def join_lines(lines: Iterable[str]) -> str:

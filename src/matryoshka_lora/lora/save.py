@@ -17,6 +17,7 @@ from matryoshka_lora.lora.layer import Factors, Layer
 from matryoshka_lora.lora.truncate import prefix_errors
 from matryoshka_lora.progress import progress_bar, single_threaded
 from matryoshka_lora.registry import FORMATS, Format, FormatName, Target
+from matryoshka_lora.units import format_size
 
 if TYPE_CHECKING:
     from matryoshka_lora.lora.lora import Lora
@@ -97,6 +98,13 @@ class SaveResult:
     size: int
     errors: dict[int, float]
     written: Written = field(repr=False)
+
+    def __str__(self) -> str:
+        """Return the ranks, the size and the errors on one line."""
+        low, high = min(self.ranks.values()), max(self.ranks.values())
+        ranks = f"rank {high}" if low == high else f"ranks {low} to {high}"
+        errors = ", ".join(f"{rank}: {error:.1%}" for rank, error in self.errors.items())
+        return f"{self.path}: {ranks}, {format_size(self.size)}, relative error {errors}"
 
 
 def save(
