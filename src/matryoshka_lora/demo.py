@@ -224,7 +224,7 @@ def measure(
     accuracies = {}
     answers = {}
     for rank in tqdm((0, *RANKS), "querying every rank", leave=False):
-        with adapter.layers.use_diagonal(prefix_mask(MAX_RANK, rank)):
+        with adapter.use_diagonal(prefix_mask(MAX_RANK, rank)):
             predictions = [adapter.model(**batch).logits.argmax(-1) for batch in batches]
             if rank in SAMPLED_RANKS:
                 answers[rank] = generate_numbers(adapter.model, tokenizer, SAMPLE_COUNTRIES)

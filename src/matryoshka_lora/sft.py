@@ -378,7 +378,7 @@ def _check_same_config(adapter: NestedAdapter, checkpoint: Path) -> None:
     if not (checkpoint / CONFIG_NAME).is_file():
         return  # sharded training writes none
     old = PeftConfig.from_pretrained(str(checkpoint))
-    new = adapter.model.peft_config[adapter.layers.name]
+    new = adapter.model.peft_config[adapter.name]
     model_fields = ("base_model_name_or_path", "revision")
     for field in (*model_fields, "r", "lora_alpha", "use_rslora", "target_modules"):
         old_value = getattr(old, field)
@@ -401,7 +401,7 @@ def _load_trained(
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
         # Its folder may have been moved.
         checkpoint = checkpoint.with_name(Path(state.best_model_checkpoint).name)
-    adapter.model.load_adapter(str(checkpoint), adapter.layers.name, is_trainable=True)
+    adapter.model.load_adapter(str(checkpoint), adapter.name, is_trainable=True)
     trainer.state = state
 
 

@@ -15,7 +15,7 @@ from helpers.rules import RANK_PER_ROW
 from torch import Tensor
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError
-from matryoshka_lora.peft.nested_layers import NestedLayers
+from matryoshka_lora.linalg.factors import Checksum
 from matryoshka_lora.rules import RULES
 
 NESTING = Nesting((1, 2, 4, 8), "sqrt", 0.7)
@@ -56,11 +56,11 @@ def test_factors_that_are_not_finite_are_rejected(bad_value: float) -> None:
     _, B = adapter.layer_factors()["model.layers.1.mlp.down_proj"]
     with torch.no_grad():
         B[3, 2] = bad_value
-    before = adapter.layers.copy_factors()
+    before = adapter.factors.copy()
     with pytest.raises(NotFiniteError, match="down_proj"):
         adapter.reorder()
     assert adapter.order is None
-    for name, (A, _) in adapter.layers.copy_factors().items():
+    for name, (A, _) in adapter.factors.copy().items():
         assert torch.equal(A, before[name][0])
 
 
@@ -123,7 +123,7 @@ def test_an_interrupted_reordering_changes_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("matryoshka_lora.peft.nested_layers.Checksum.update", interrupt)
+        patch.setattr(Checksum, "update", interrupt)
         with pytest.raises(KeyboardInterrupt):
             adapter.reorder()
     assert (adapter.order, adapter.rule.name) == (None, rule)
@@ -143,12 +143,12 @@ def test_saving_verifies_the_order(ordered: NestedAdapter) -> None:
 def test_the_order_is_known_without_a_checksum(
     ordered: NestedAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("matryoshka_lora.peft.nested_layers.Checksum", None)
+    monkeypatch.setattr(Checksum, "update", lambda *_: pytest.fail("computed"))
     ordered.model.train()
     ordered.set_rank(3)
     with ordered.rows([1, 2]):
         assert ordered.order == "svd"
-    assert NestedLayers(ordered.model).order == "svd"
+    assert NestedAdapter(ordered.model).order == "svd"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

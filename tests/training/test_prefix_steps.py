@@ -17,6 +17,8 @@ from helpers.examples import (
     random_examples,
 )
 from helpers.models import nested_llama
+from matryoshka_lora.training.prefix_steps import PrefixAdam, train_prefixes, trainable_factors
+from matryoshka_lora.training.schedule import RankSchedule
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
@@ -24,8 +26,6 @@ from transformers import OPTConfig, OPTForCausalLM
 from matryoshka_lora import NestedAdapter, Nesting, NotFiniteError, nest
 from matryoshka_lora.training import prefix_steps
 from matryoshka_lora.training.data import TrainingData, read_training_data
-from matryoshka_lora.training.prefix_steps import PrefixAdam, train_prefixes, trainable_factors
-from matryoshka_lora.training.schedule import RankSchedule
 
 EXAMPLES = lookup_examples(400)
 GAPS = {1: 1.0, 2: 0.5, 4: 0.25, 8: 0.0}
@@ -74,7 +74,7 @@ def fix_schedule(monkeypatch: pytest.MonkeyPatch, ranks: Iterable[int]) -> None:
 def components(adapter: NestedAdapter) -> list[Tensor]:
     """The rows of A and the columns of B of each layer, as rows."""
     matrices: list[Tensor] = []
-    for A, B in adapter.layers.copy_factors().values():
+    for A, B in adapter.factors.copy().values():
         matrices.append(A)
         matrices.append(B.T)
     return matrices
@@ -136,7 +136,7 @@ def test_the_gaps_are_measured_several_times(
     adapter = ordered_adapter()
     data = data_for(adapter)
     monkeypatch.setattr(data, "batches", lambda indices: [])
-    monkeypatch.setattr(prefix_steps, "_gradients", lambda *args: adapter.layers.copy_factors())
+    monkeypatch.setattr(prefix_steps, "_gradients", lambda *args: adapter.factors.copy())
     calls: list[None] = []
 
     def measure_gaps() -> dict[int, float]:
@@ -166,7 +166,7 @@ def test_later_components_fade_out_of_the_forward(monkeypatch: pytest.MonkeyPatc
     loss = data.loss
 
     def recording_loss(batch: Any) -> Tensor:
-        diagonals.append(adapter.layers.state.overrides[-1].q.tolist())
+        diagonals.append(adapter.state.overrides[-1].q.tolist())
         return loss(batch)
 
     data.loss = recording_loss
@@ -183,15 +183,15 @@ def test_later_components_fade_out_of_the_forward(monkeypatch: pytest.MonkeyPatc
 def test_components_of_zeros_do_not_become_nan(are_A_zero: bool) -> None:
     """If only B is zero, as after an SVD of a smaller rank, the component still learns."""
     adapter = ordered_adapter()
-    factors = adapter.layers.copy_factors()
+    factors = adapter.factors.copy()
     for name, (A, B) in factors.items():
         num_nonzero = 0 if "q_proj" in name else 4
         B[:, num_nonzero:] = 0
         if are_A_zero:
             A[num_nonzero:] = 0
-    adapter.layers.write_factors(factors)
+    adapter.factors.write(factors)
     train(adapter, 160)
-    for name, (A, B) in adapter.layers.copy_factors().items():
+    for name, (A, B) in adapter.factors.copy().items():
         assert A.isfinite().all()
         assert B.isfinite().all()
         learns_first = not (are_A_zero and "q_proj" in name)

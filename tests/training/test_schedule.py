@@ -7,7 +7,6 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from matryoshka_lora.training.schedule import RankSchedule, rank_shares, share_of_max_rank
 
 

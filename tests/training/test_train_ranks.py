@@ -56,13 +56,13 @@ def trained_factors(rule: str) -> dict[str, tuple[Tensor, Tensor]]:
         batch = [TRAINING[(step * 80 + i) % len(TRAINING)] for i in range(80)]
         adapter.model(**collate(batch)).loss.backward()
         optimizer.step()
-    return adapter.layers.copy_factors()
+    return adapter.factors.copy()
 
 
 def trained_adapter(rule: str = "lora", dropout: float = 0.0) -> NestedAdapter:
     """An adapter whose small ranks are far behind rank R."""
     adapter = new_adapter(rule, dropout)
-    adapter.layers.write_factors(trained_factors(rule))
+    adapter.factors.write(trained_factors(rule))
     return adapter
 
 
@@ -76,9 +76,9 @@ def shrunk_adapter(share: float) -> NestedAdapter:
     """An adapter whose components after the first are smaller, so small ranks are less behind."""
     adapter = ordered_adapter()
     shares = torch.tensor([1.0] + [share] * 7)
-    factors = adapter.layers.copy_factors()
-    adapter.layers.write_factors({name: (A, B * shares) for name, (A, B) in factors.items()})
-    adapter.layers.mark_ordered("svd")
+    factors = adapter.factors.copy()
+    adapter.factors.write({name: (A, B * shares) for name, (A, B) in factors.items()})
+    adapter.mark_ordered("svd")
     return adapter
 
 
@@ -252,7 +252,7 @@ def test_factors_without_an_order_are_reordered_first(
 ) -> None:
     adapter = trained_adapter("matryoshka")
     trainer = make_trainer(adapter.model, tmp_path, TRAINING, VALIDATION)
-    factors = adapter.layers.copy_factors()
+    factors = adapter.factors.copy()
     tokens = torch.arange(3, 60)[None]
     with torch.no_grad():
         expected_logits = adapter.model.train()(input_ids=tokens).logits
@@ -264,7 +264,7 @@ def test_factors_without_an_order_are_reordered_first(
         logits = adapter.model(input_ids=tokens).logits
     torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-3)
     p = oracle.trained_p(NESTING.ranks, "none", 0.7).numpy()
-    for name, (A, B) in adapter.layers.copy_factors().items():
+    for name, (A, B) in adapter.factors.copy().items():
         old_A, old_B = (factor.double().numpy() for factor in factors[name])
         expected = np.linalg.svd((old_B * p) @ old_A, compute_uv=False)[:8]
         columns = B.double().norm(dim=0) * A.double().norm(dim=1) * 0.7
@@ -290,7 +290,7 @@ def test_every_kind_of_layer_is_trained(kind: str) -> None:
 
     with torch.no_grad():
         targets = half_output(inputs)
-        with adapter.layers.use_diagonal(torch.zeros(4)):
+        with adapter.use_diagonal(torch.zeros(4)):
             size = (half_output(inputs) - targets).square().mean()
 
     def loss(batch: Any) -> Tensor:

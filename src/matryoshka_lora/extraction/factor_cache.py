@@ -27,7 +27,7 @@ from matryoshka_lora.lora_file.safetensors_io import (
     create_safetensors,
     open_safetensors,
 )
-from matryoshka_lora.peft.arrays import to_numpy
+from matryoshka_lora.tensors import to_numpy
 
 # The rank that is tried first if the error is limited.
 _FIRST_RANK_FOR_ERROR = 64

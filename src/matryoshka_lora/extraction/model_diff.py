@@ -16,7 +16,7 @@ from tqdm import tqdm
 from matryoshka_lora.errors import MatryoshkaError, optional_imports, wrap_errors
 from matryoshka_lora.lora_file.keys.names import split_part
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor, open_safetensors, read_json
-from matryoshka_lora.peft.arrays import to_torch
+from matryoshka_lora.tensors import to_torch
 
 # The weights of transformers and of diffusers, if they are in one file.
 _WEIGHTS_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from matryoshka_lora.errors import MatryoshkaError, wrap_errors
 from matryoshka_lora.lora_file.hub import BUNDLED_MODEL, leads_out_of_folder
-from matryoshka_lora.peft.hardware import cpu_has_bf16
+from matryoshka_lora.tensors import cpu_has_bf16
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -184,9 +184,10 @@ def _nest_like_file(model: PeftModel, lora: PeftFolder, adapter_name: str) -> Ne
         scaling=nesting.scaling,
         adapter_name=adapter_name,
     )
-    nested_adapter.layers.set_deploy(lora.deploy)
+    nested_adapter.state.deploy = lora.deploy
+    nested_adapter.state.reset()
     if lora.order is not None:
-        nested_adapter.layers.mark_ordered(lora.order)
+        nested_adapter.mark_ordered(lora.order)
     return nested_adapter
 
 

@@ -12,14 +12,10 @@ from matryoshka_lora.lora_file.peft_folder import check_plain_lora
 from matryoshka_lora.nesting import Deploy, Nesting, Scaling, check_ranks
 from matryoshka_lora.peft.adapter import NestedAdapter
 from matryoshka_lora.peft.forward_check import ForwardCheck
+from matryoshka_lora.peft.lora_layers import LoraModule, factor_parameters, lora_layers
+from matryoshka_lora.peft.order import FactorOrder
 from matryoshka_lora.peft.state import NestingState
-from matryoshka_lora.peft.variant import (
-    LoraModule,
-    NestedVariant,
-    attach,
-    factor_parameters,
-    lora_layers,
-)
+from matryoshka_lora.peft.variant import NestedVariant, attach
 from matryoshka_lora.rules import RULES, Rule, get_rule
 
 # By exact class, because PEFT's other layers ignore a variant in forward (AWQ, AQLM, EETQ) or in
@@ -50,18 +46,24 @@ def nest(
     An adapter is nested if every prefix of its factors, the first r rows of A and columns of B, is
     an adapter of rank r: one training run then serves every rank.
 
-    Example::
+    Rule ``"lora"`` is plain LoRA in training, so the adapter may be nested after it::
 
-        adapter = nest(get_peft_model(base, LoraConfig(r=32)))
+        trainer.train()
+        adapter = nest(trainer.model)
+        adapter.train_ranks(trainer)
+        adapter.save("my-adapter")
+
+    Other rules are in effect while training::
+
+        adapter = nest(get_peft_model(base, LoraConfig(r=32)), rule="matryoshka")
         trainer.add_callback(adapter.callback())
         trainer.train()
-        adapter.reorder()
         adapter.save("my-adapter")
 
     Args:
         peft_model: A model from ``get_peft_model`` with a LoRA adapter, untrained, except with rule
             ``"lora"``.
-        ranks: The nested ranks: what the rule trains, and what results are reported at. They are
+        ranks: The nested ranks, which the rule trains and results are reported at. They are
             increasing, and the last one is R, the config's ``r``. Defaults to the powers of two up
             to R.
         scaling: The scale of a rank below R in training, and with ``deploy="paper"``; see
@@ -96,11 +98,12 @@ def nest(
             f"{nesting.max_rank}. End `ranks` with {max_rank}, or use "
             f"LoraConfig(r={nesting.max_rank})."
         )
-    state = NestingState(nesting, rule, seed, deploy)
+    order = FactorOrder(modules, adapter_name)
+    state = NestingState(nesting, rule, order, seed, deploy)
     for module in modules.values():
         attach(module, adapter_name, state)
     adapter = NestedAdapter(peft_model, adapter_name)
-    ForwardCheck(adapter.layers).register()
+    ForwardCheck(adapter)
     return adapter
 
 
