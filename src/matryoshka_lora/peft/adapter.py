@@ -325,7 +325,7 @@ class NestedAdapter:
 
         Raises:
             MatryoshkaError: The data cannot be used, max_examples is not positive, or the adapter
-                is merged, sharded or not active. It is unchanged.
+                is merged, sharded or not active. The adapter is unchanged.
             NotFiniteError: The loss or a gradient is NaN or infinite. The factors are as before
                 training.
         """
@@ -339,25 +339,25 @@ class NestedAdapter:
         self.check_only_active()
         factors, nesting = self.factors, self.nesting
         factors.check_not_sharded()
-        try:
-            training_data = read_training_data(self.model, data, tokenizer, eval_data)
-            if self.order is None:
-                self.reorder()
-            if len(nesting.ranks) == 1:
-                logger.info("Rank %d is the only nested rank; nothing to train.", nesting.max_rank)
-                return TrainRanksResult(None, "nothing to train", {}, {}, None)
-            # The factors are written, so the layers compute rank R, whatever the chosen rank is.
-            all_ones = torch.ones(nesting.max_rank)
-            with factors.restored_after_error(), self.use_diagonal(all_ones):
-                result = train_ranks(factors, nesting.ranks, training_data, max_examples, seed)
-                if result.outcome == "kept":
-                    self.mark_ordered("trained")
-        except NoExamplesError as error:  # must not stop a script between training and saving
-            warnings.warn(f"The ranks are reordered, but not trained. {error}", stacklevel=2)
-            if self.order is None:
-                self.reorder()
-            return TrainRanksResult(None, "no examples", {}, {}, None)
-        return result
+        # Every forward is at rank R, whatever the chosen rank is: its factors are written instead.
+        with self.use_diagonal(torch.ones(nesting.max_rank)):
+            try:
+                training_data = read_training_data(self.model, data, tokenizer, eval_data)
+                if self.order is None:
+                    self.reorder()
+                if len(nesting.ranks) == 1:
+                    logger.info("Only rank %d is nested; nothing to train.", nesting.max_rank)
+                    return TrainRanksResult(None, "nothing to train", {}, {}, None)
+                with factors.restored_after_error():
+                    result = train_ranks(factors, nesting.ranks, training_data, max_examples, seed)
+                    if result.outcome == "kept":
+                        self.mark_ordered("trained")
+                return result
+            except NoExamplesError as error:  # must not stop a script between training and saving
+                warnings.warn(f"The ranks are reordered, but not trained. {error}", stacklevel=2)
+                if self.order is None:
+                    self.reorder()
+                return TrainRanksResult(None, "no examples", {}, {}, None)
 
     def save(self, path: PathLike, force: bool = False) -> None:
         """Save a folder that serves every rank, and that PEFT alone loads at rank R.
