@@ -81,7 +81,7 @@ class TrainedDemo:
 
 
 def demo(output: Path, num_steps: int = NUM_STEPS) -> None:
-    """Train, show what each rank knows, answer the user's queries, and export one rank.
+    """Train, show the accuracy of each rank, answer the user's queries, and export one rank.
 
     Args:
         output: The folder to write, which must not exist. It gets ``base``, the base model's first

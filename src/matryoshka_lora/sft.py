@@ -266,7 +266,7 @@ def build_trainer(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]
             callbacks=[adapter.callback()],
         )
     for A, B in adapter.layer_factors().values():
-        A.data = A.data.float()  # SFTTrainer casts those of a quantized base to bfloat16
+        A.data = A.data.float()  # SFTTrainer casts them to bfloat16 on a quantized base
         B.data = B.data.float()
     # TRL's card would overwrite a README.md in output_dir.
     trainer.create_model_card = lambda *args, **kwargs: None

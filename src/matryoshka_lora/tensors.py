@@ -27,7 +27,7 @@ def to_numpy(tensor: Tensor) -> Array:
         tensor: Any shape, dtype and device. A DTensor is gathered, so every process must call this.
 
     Returns:
-        An array that shares memory with a CPU tensor. Dtypes that NumPy lacks are those of
+        An array that shares memory with a CPU tensor. Dtypes that NumPy lacks are from
         ml_dtypes.
     """
     tensor = tensor.detach()

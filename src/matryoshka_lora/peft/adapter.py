@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from matryoshka_lora.peft.callback import NestingCallback
 
-# The model types of transformers whose layers get inputs of shape (length, rows, features). The
-# shape alone does not show it if there are as many tokens as rows.
+# The model types of transformers whose layers get inputs of shape (length, rows, features). With the
+# same number of tokens and rows, the shape does not show it.
 _TIME_MAJOR_MODELS = ("fsmt", "led", "longformer", "xlnet")
 
 logger = logging.getLogger(__name__)
@@ -393,7 +393,9 @@ class NestedAdapter:
 
     def to_lora_file(self) -> PeftFolder:
         """Return a copy of the adapter in memory as a `PeftFolder`."""
-        return self._to_lora_file(_copy)
+        return self._to_lora_file(
+            lambda tensor: StoredTensor.from_array(to_numpy(tensor.detach().clone()))
+        )
 
     def _to_lora_file(self, store: Callable[[Tensor], StoredTensor]) -> PeftFolder:
         name = f"adapter {self.name!r}"
@@ -504,7 +506,3 @@ def _read_later(tensor: Tensor) -> StoredTensor:
     """Return a tensor that is not copied, to be written before it can change."""
     dtype = to_numpy_dtype(tensor.dtype)
     return StoredTensor(dtype, tuple(tensor.shape), lambda: to_numpy(tensor))
-
-
-def _copy(tensor: Tensor) -> StoredTensor:
-    return StoredTensor.from_array(to_numpy(tensor.detach().clone()))

@@ -77,23 +77,19 @@ class ForwardCheck:
             return
         if diagonal is state.eval_diagonal:
             state.check_order()
-        if state.overrides and diagonal.q.ndim > 1:
-            self._check_checkpointing()
+        needs_backward = self._model.training and torch.is_grad_enabled()
+        if state.overrides and diagonal.q.ndim > 1 and needs_backward:
+            modules = self._model.modules()
+            if any(getattr(module, "gradient_checkpointing", False) for module in modules):
+                raise MatryoshkaError(
+                    "Gradient checkpointing computes the layers again after rows() has ended. Call "
+                    "model.gradient_checkpointing_disable() before rows() in train mode."
+                )
         if not diagonal.is_checked:
             self._root = root
             self._diagonal = diagonal
             self._called = {self._model}
             self._recording = register_module_forward_pre_hook(self._record)
-
-    def _check_checkpointing(self) -> None:
-        if not self._model.training or not torch.is_grad_enabled():
-            return
-        modules = self._model.modules()
-        if any(getattr(module, "gradient_checkpointing", False) for module in modules):
-            raise MatryoshkaError(
-                "Gradient checkpointing computes the layers again after rows() has ended. Call "
-                "model.gradient_checkpointing_disable() before rows() in train mode."
-            )
 
     def _record(self, module: nn.Module, args: object) -> None:
         self._called.add(module)

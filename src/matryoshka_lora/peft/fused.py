@@ -40,7 +40,7 @@ def low_rank_linear(
         Shape (rows, ..., out), dtype of x.
     """
     if torch.compiler.is_compiling():
-        # A compiler fuses the plain formula and chooses what to save by itself.
+        # A compiler fuses the plain formula and chooses the saved tensors by itself.
         return low_rank_linear_unfused(x, weight, bias, A, B, p)
     # Saved-tensor hooks imply checkpointing or offloading, so save no intermediates.
     save_intermediates = torch._C._autograd._top_saved_tensors_default_hooks(True) is None

@@ -231,7 +231,7 @@ def check_fit(base_model: nn.Module, lora: PeftFolder) -> None:
 
 def _has_dimensions(module: Any, layer: Layer, lora: PeftFolder) -> bool:
     A_shape, out_features = layer.A.shape, layer.B.shape[0]
-    # The adapter's vocabulary may be larger: that of an embedding, or the outputs of a head.
+    # The adapter's vocabulary may be larger, in an embedding or in the outputs of a head.
     saved_sizes = {tensor.shape[0] for tensor in lora.other_tensors.values() if tensor.shape}
     if isinstance(module, nn.Embedding):
         has_vocabulary = A_shape[-1] in {module.num_embeddings, *saved_sizes}

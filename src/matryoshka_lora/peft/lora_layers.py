@@ -12,7 +12,7 @@ from matryoshka_lora.lora_file.keys.names import PEFT_PREFIX
 
 
 class LoraModule(Protocol):
-    """What nesting uses of PEFT's ``LoraLayer``. Mappings are by the name of the adapter."""
+    """The part of PEFT's ``LoraLayer`` that nesting uses. Mappings are by the adapter's name."""
 
     base_layer: nn.Linear
     lora_A: Mapping[str, nn.Linear]
@@ -45,7 +45,7 @@ class LoraModule(Protocol):
 
 
 class EmbeddingModule(LoraModule, Protocol):
-    """What nesting uses of PEFT's ``Embedding`` in addition."""
+    """The part of PEFT's ``Embedding`` that nesting uses in addition."""
 
     def _embed(self, input: Tensor, weight: Tensor) -> Tensor: ...
 

@@ -38,13 +38,13 @@ def write_merged(
     Args:
         lora: The adapter.
         output_folder: An existing folder.
-        plan: What to merge, from ``lora.plan``.
+        plan: The ranks to merge, from ``lora.plan``.
         base_model: A folder or Hub id. The weights keep its dtype; a model that bitsandbytes has
             quantized is dequantized.
         base_revision: The base model's revision on the Hugging Face Hub.
 
     Returns:
-        The errors of what was merged.
+        The errors of the merged ranks.
 
     Raises:
         MatryoshkaError: The base model cannot be loaded, or the adapter does not fit it.

@@ -1,4 +1,4 @@
-"""What all layers of a nested adapter share: its settings, and the diagonals that apply now.
+"""The state that the layers of a nested adapter share: settings, and the diagonals in use.
 
 A layer computes ``W x + s B diag(q) A x``. Here s is PEFT's own ``scaling``, and q is the diagonal
 p of the method divided by the scale of rank R: q = p / s. So PEFT's functions that change the
@@ -165,7 +165,7 @@ class NestingState:
     def state_dict_q(self) -> Tensor | None:
         """Return the q that state dicts fold into B, or None if there is nothing to fold.
 
-        PEFT and the Trainer save state dicts and read them back. What they save is plain LoRA with
+        PEFT and the Trainer save state dicts and read them back. A state dict holds plain LoRA with
         the function of eval mode at rank R.
         """
         q = self.trained_q()

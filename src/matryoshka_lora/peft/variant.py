@@ -19,7 +19,7 @@ from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.peft.fused import is_plain_linear, low_rank_linear
 from matryoshka_lora.peft.lora_layers import EmbeddingModule, LoraModule, factor_parameters
 from matryoshka_lora.peft.state import Diagonal, NestingState
-from matryoshka_lora.tensors import at_least_float32
+from matryoshka_lora.training.factors import scale_columns
 
 
 def attach(module: LoraModule, adapter: str, state: NestingState) -> None:
@@ -115,21 +115,10 @@ def _folded_into_B(module: LoraModule, adapter: str, diagonal: Diagonal) -> Iter
     _, B = factor_parameters(module, adapter)
     original = B.data
     try:
-        B.data = _scale_columns(original, diagonal.to(B.device))
+        B.data = scale_columns(original, diagonal.to(B.device))
         yield
     finally:
         B.data = original
-
-
-def _scale_columns(B: Tensor, q: Tensor) -> Tensor:
-    """Return ``B diag(q)`` for B of shape (out, R, ...), which may be a DTensor."""
-    q = at_least_float32(q, B.dtype).to(B.device)
-    q = q.view(1, -1, *(1,) * (B.ndim - 2))
-    if hasattr(B, "device_mesh"):
-        from torch.distributed.tensor import Replicate, distribute_tensor
-
-        q = distribute_tensor(q, B.device_mesh, [Replicate()] * B.device_mesh.ndim)
-    return (B * q).to(B.dtype)
 
 
 def _linear_forward(module: LoraModule, x: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -156,7 +145,7 @@ def _fusable_diagonal(module: LoraModule, x: Tensor) -> Diagonal | None:
 
     It runs in train mode and while a context overrides the diagonal; in train mode also without
     gradients, because TRL compares outputs with gradients to outputs without, bit for bit. In eval
-    mode the output of a single rank is that of PEFT's own formula, bit for bit.
+    mode a single rank has the output of PEFT's own formula, bit for bit.
     """
     if module.disable_adapters or module.merged or len(module.active_adapters) != 1:
         return None
@@ -213,7 +202,7 @@ def _fold_into_state_dict(
     """Multiply each B of a layer's state dict by q (state-dict hook)."""
     for key, q in _folded_keys(module, prefix):
         if key in state_dict:
-            state_dict[key] = _scale_columns(state_dict[key], q)
+            state_dict[key] = scale_columns(state_dict[key], q)
 
 
 def _unfold_from_state_dict(
@@ -222,7 +211,7 @@ def _unfold_from_state_dict(
     """Divide each incoming B by q (load hook)."""
     for key, q in _folded_keys(module, prefix):
         if key in state_dict:
-            state_dict[key] = _scale_columns(state_dict[key], 1 / q)
+            state_dict[key] = scale_columns(state_dict[key], 1 / q)
 
 
 def _folded_keys(module: LoraModule, prefix: str) -> Iterator[tuple[str, Tensor]]:

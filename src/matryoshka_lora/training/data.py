@@ -281,7 +281,15 @@ def _tokenize(
 ) -> TokenizedExample:
     """Tokenize an example as TRL's SFTTrainer does, with labels on the completion only."""
     if isinstance(example, Mapping) and "input_ids" in example and "labels" in example:
-        return _without_padding(example, index)
+        tokens: TokenizedExample = {}
+        hint = "Pass input_ids, labels and attention_mask as lists of integers of the same length."
+        with wrap_errors(f"Cannot read the tokens of example {index} of the data", hint):
+            mask = example.get("attention_mask", [1] * len(example["labels"]))
+            for key in ("input_ids", "labels"):
+                pairs = zip(example[key], mask, strict=True)
+                values = [operator.index(value) for value, is_attended in pairs if is_attended]
+                tokens[key] = torch.tensor(values, dtype=torch.long).tolist()
+        return tokens
     if tokenizer is None:
         raise MatryoshkaError(
             "Examples without tokens need the base model's tokenizer. Pass `tokenizer`."
@@ -300,18 +308,6 @@ def _tokenize(
     # Not the length of the prompt: tokens at the boundary may merge.
     start = common_prefix_length(prompt_ids, input_ids)
     return {"input_ids": input_ids, "labels": [IGNORED_LABEL] * start + input_ids[start:]}
-
-
-def _without_padding(example: Mapping[str, Any], index: int) -> TokenizedExample:
-    tokens: TokenizedExample = {}
-    hint = "Pass input_ids, labels and attention_mask as lists of integers of the same length."
-    with wrap_errors(f"Cannot read the tokens of example {index} of the data", hint):
-        mask = example.get("attention_mask", [1] * len(example["labels"]))
-        for key in ("input_ids", "labels"):
-            pairs = zip(example[key], mask, strict=True)
-            values = [operator.index(value) for value, is_attended in pairs if is_attended]
-            tokens[key] = torch.tensor(values, dtype=torch.long).tolist()
-    return tokens
 
 
 def _collate(examples: list[TokenizedExample]) -> Batch:

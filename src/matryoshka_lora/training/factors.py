@@ -81,8 +81,7 @@ class ModelFactors:
         try:
             with torch.no_grad():
                 for B, original in zip(all_B, originals, strict=True):
-                    shape = (1, -1, *(1,) * (B.ndim - 2))
-                    B.copy_(original * at_least_float32(q, B.dtype).to(B.device).view(shape))
+                    B.copy_(scale_columns(original, q))
             yield
         finally:
             with torch.no_grad():
@@ -124,3 +123,19 @@ class ModelFactors:
                     "The factors are sharded over processes. Let the Trainer save the adapter, "
                     "then reorder its folder in one process."
                 )
+
+
+def scale_columns(B: Tensor, q: Tensor) -> Tensor:
+    """Return ``B diag(q)`` in the dtype of B.
+
+    Args:
+        B: Shape (out, R, ...). It may be a DTensor.
+        q: Shape (R,), any floating dtype.
+    """
+    q = at_least_float32(q, B.dtype).to(B.device)
+    q = q.view(1, -1, *(1,) * (B.ndim - 2))
+    if hasattr(B, "device_mesh"):
+        from torch.distributed.tensor import Replicate, distribute_tensor
+
+        q = distribute_tensor(q, B.device_mesh, [Replicate()] * B.device_mesh.ndim)
+    return (B * q).to(B.dtype)
