@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from matryoshka_lora.peft.callback import NestingCallback
 
-# The model types of transformers whose layers get inputs of shape (length, rows, features). With the
-# same number of tokens and rows, the shape does not show it.
+# The model types of transformers whose layers get inputs of shape (length, rows, features). With
+# the same number of tokens and rows, the shape does not show it.
 _TIME_MAJOR_MODELS = ("fsmt", "led", "longformer", "xlnet")
 
 logger = logging.getLogger(__name__)

@@ -72,8 +72,8 @@ def nest(
             adapter that is trained already. ``"matryoshka"`` has the paper's fixed P
             (arXiv 2605.07850). ``"dylora"`` draws a nested rank for each step.
         deploy: ``"reordered"`` keeps P, folded into B, so that the saved adapter can be truncated
-            to any rank. ``"paper"`` drops P after training and reorders nothing, as in the paper; low
-            ranks are poor then. It needs a rule other than ``"lora"``.
+            to any rank. ``"paper"`` drops P after training and reorders nothing, as in the paper;
+            low ranks are poor then. It needs a rule other than ``"lora"``.
         adapter_name: PEFT's name of the adapter.
         seed: The seed of the rule's random numbers.
 

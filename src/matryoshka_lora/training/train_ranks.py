@@ -53,8 +53,8 @@ class Hyperparameters:
         tail_factor: The initial weight of the components beyond the trained rank.
         tail_steps: The share of the steps after which this weight is 0.
         max_rank_share: The share of the steps for rank R, which has no gap.
-        final_max_rank_share: The same in the final steps. They are small, and lower the loss of rank
-            R again.
+        final_max_rank_share: The same in the final steps. They are small, and lower the loss of
+            rank R again.
         final_steps: The share of the final steps.
         max_measurements: The maximum number of times that the gaps are measured during training.
         min_steps_between_measurements: The number of steps from one time to the next, at least.
