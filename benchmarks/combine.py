@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from matryoshka_lora import combine
 from matryoshka_lora.extraction.factorize import RankLimits, factorize_change
 from matryoshka_lora.extraction.model_diff import WeightPair
-from matryoshka_lora.peft.arrays import to_numpy
 from matryoshka_lora.peft.base_model import bundled_model_path
+from matryoshka_lora.tensors import to_numpy
 
 SUM_WIDTH, SUM_RANK = 1536, 16
 CHANGE_SHAPE, CHANGE_RANK = (14336, 4096), 64

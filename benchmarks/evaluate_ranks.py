@@ -312,7 +312,7 @@ def multi_rank_lm() -> Callable[[Any, Any], Any]:
         from matryoshka_lora.evaluation.many_ranks import ManyRanks
 
         return lambda adapter, tokenizer: ManyRanks(adapter, tokenizer, RANKS)
-    return lambda adapter, tokenizer: ManyRanksLM(adapter.layers, tokenizer, RANKS)
+    return lambda adapter, tokenizer: ManyRanksLM(adapter, tokenizer, RANKS)
 
 
 def compare(answers: dict[int, Answers], expected: dict[int, Answers]) -> dict[str, float]:

@@ -162,9 +162,9 @@ def make_trainer(
         adapter = nest(trainer.model)
         trainer.add_callback(adapter.callback())
         if variant != "nested, fused":
-            for module in adapter.layers.modules.values():
+            for module in adapter.layers.values():
                 # The fused operation would not call a module with hooks.
-                module.lora_A[adapter.layers.name].register_forward_hook(_do_nothing)
+                module.lora_A[adapter.name].register_forward_hook(_do_nothing)
     return trainer
 
 

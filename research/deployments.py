@@ -44,7 +44,7 @@ def kept(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
     p = adapter.rule.sample(adapter.nesting, seed=0, step=0)
     q = torch.from_numpy(p) / adapter.nesting.scale
     for rank in trained.ranks:
-        with adapter.layers.use_diagonal(q * (torch.arange(len(q)) < rank)):
+        with adapter.use_diagonal(q * (torch.arange(len(q)) < rank)):
             yield adapter, rank
 
 
@@ -87,7 +87,7 @@ def squeezed(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
     adapter = trained.new_adapter()
     trainer = trained.trainer
     adapter.reorder()
-    factors_by_rank = {max_rank: adapter.layers.copy_factors()}
+    factors_by_rank = {max_rank: adapter.factors.copy()}
     good_loss = _validation_loss(adapter, trainer) + SQUEEZE_SMALLEST_GAP
     num_examples = trainer.args.max_steps * trainer.args.per_device_train_batch_size
     steps_left = int(SQUEEZE_SHARE * num_examples) // SQUEEZE_EXAMPLES_PER_STEP
@@ -95,17 +95,15 @@ def squeezed(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
         rank = smaller_ranks[index]
         if rank != smaller_ranks[-1]:
             adapter.reorder()
-        factors = {
-            name: _truncate(A, B, rank) for name, (A, B) in adapter.layers.copy_factors().items()
-        }
-        adapter.layers.write_factors(factors)  # what is zero has no gradient, and stays zero
+        factors = {name: _truncate(A, B, rank) for name, (A, B) in adapter.factors.copy().items()}
+        adapter.factors.write(factors)  # what is zero has no gradient, and stays zero
         if _validation_loss(adapter, trainer) > good_loss:
             steps = steps_of_largest(smaller_ranks[: index + 1], steps_left)
             _train_on(adapter, trainer, steps, rank, max_rank)
             steps_left -= steps
-        factors_by_rank[rank] = adapter.layers.copy_factors()
+        factors_by_rank[rank] = adapter.factors.copy()
     for rank in trained.ranks:
-        adapter.layers.write_factors(factors_by_rank[rank])
+        adapter.factors.write(factors_by_rank[rank])
         adapter.set_rank(max_rank)
         yield adapter, max_rank  # the columns after the rank are zero
 

@@ -85,7 +85,7 @@ def _add_gradient_hooks(adapter: NestedAdapter, model: nn.Module, args: object) 
 
 def _keep_last_entry(adapter: NestedAdapter, rank_dim: int, gradient: Tensor) -> Tensor:
     """Return a gradient with zeros everywhere but at the last index of the drawn prefix."""
-    diagonal = adapter.layers.state.train_diagonal
+    diagonal = adapter.state.train_diagonal
     assert diagonal is not None  # the forward pass raises an error if nothing was drawn
     last_index = int(diagonal.q.count_nonzero()) - 1
     is_last = arange(gradient.shape[rank_dim], device=gradient.device) == last_index

@@ -84,7 +84,7 @@ def run_job(study: Study, job: Job, deployments: Collection[str]) -> Run:
         tokens_before = AnswerTrainer.num_tokens
         trainer.train()
         cost["tokens"] = AnswerTrainer.num_tokens - tokens_before
-        trained = Trained(study, job, adapter.layers.copy_factors(), trainer, measured)
+        trained = Trained(study, job, adapter.factors.copy(), trainer, measured)
         cost["seconds"] = round(time.perf_counter() - start, 2)
         cost["parameters"] = trained.num_parameters
         for name in names:

@@ -49,7 +49,7 @@ def main() -> None:
 
 def describe_layer(adapter: NestedAdapter) -> dict[str, list[float]]:
     """Return what `describe` returns of the layer `LAYER`."""
-    layers = [pair for name, pair in adapter.layers.copy_factors().items() if name.endswith(LAYER)]
+    layers = [pair for name, pair in adapter.factors.copy().items() if name.endswith(LAYER)]
     A, B = layers[0]
     return describe(A, B)
 

@@ -127,7 +127,7 @@ class Trained:
             deploy: ``"paper"`` drops P in eval mode, and when the factors are reordered.
         """
         adapter, _ = nested_adapter(self.study, self.job, deploy)
-        adapter.layers.write_factors(self.factors)
+        adapter.factors.write(self.factors)
         adapter.model.eval()
         return adapter
 

@@ -134,7 +134,7 @@ def test_the_last_column_alone_has_a_gradient_also_in_a_copy() -> None:
         trained.model(
             input_ids=torch.arange(3, 27).reshape(2, 12)
         ).logits.square().mean().backward()
-        rank = int(trained.layers.state.active_diagonal(training=True).q.count_nonzero())
+        rank = int(trained.state.active_diagonal(training=True).q.count_nonzero())
         for A, B in trained.layer_factors().values():
             assert A.grad is not None
             assert B.grad is not None

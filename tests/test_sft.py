@@ -22,8 +22,8 @@ from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, load
 from matryoshka_lora.lora_file.peft_folder import open_peft_folder
+from matryoshka_lora.peft.callback import NestingCallback
 from matryoshka_lora.sft import build_trainer, read_config, train
-from matryoshka_lora.training.callback import NestingCallback
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [{"prompt": f"{n} plus 1 is", "completion": f" {n + 1}."} for n in range(40)]

@@ -383,13 +383,13 @@ def test_parts_of_a_batch_have_the_gradient_of_micro_batches() -> None:
         adapter.draw(0, batch_size=len(examples))
         add_gradients(examples)
         gradients = pop_gradients()
-        diagonal = adapter.layers.state.train_diagonal
+        diagonal = adapter.state.train_diagonal
         assert diagonal is not None
         diagonals = diagonal.q
         assert diagonals.shape == (len(examples), 4)
         assert len({tuple(q.tolist()) for q in diagonals}) > 1
         for row, q in zip(examples, diagonals, strict=True):
-            with adapter.layers.use_diagonal(q):
+            with adapter.use_diagonal(q):
                 add_gradients([row])
     for gradient, sum_of_rows in zip(gradients, pop_gradients(), strict=True):
         torch.testing.assert_close(gradient, sum_of_rows, rtol=1e-3, atol=1e-5)

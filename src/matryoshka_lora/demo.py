@@ -24,7 +24,6 @@ from matryoshka_lora.evaluation.results import Evaluation, Metric, TaskResult
 from matryoshka_lora.peft.adapter import NestedAdapter
 from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 from matryoshka_lora.peft.nest import nest
-from matryoshka_lora.training.validation import prefix_mask
 
 NUM_LAYERS = 2
 RANKS = (1, 2, 4, 16)
@@ -45,7 +44,7 @@ Accuracies = dict[int, float]
 
 @dataclass
 class Knowledge:
-    """What the ranks of the adapter know at one point of time.
+    """The answers of the adapter's ranks at one point of time.
 
     Attributes:
         accuracies: The accuracy of each rank.
@@ -58,7 +57,7 @@ class Knowledge:
 
 @dataclass
 class TrainedDemo:
-    """The trained adapter, and what its ranks know.
+    """The trained adapter, and the answers of its ranks at three points of time.
 
     Attributes:
         adapter: The adapter, with trained ranks.
@@ -73,7 +72,7 @@ class TrainedDemo:
     trained: Knowledge
 
     def by_method(self) -> dict[str, Knowledge]:
-        """Return what the ranks know by the name that the tables and the plot show."""
+        """Return the answers by the name that the tables and the plot show."""
         return {
             "truncated": self.truncated,
             "reorder": self.reordered,
@@ -82,7 +81,7 @@ class TrainedDemo:
 
 
 def demo(output: Path, num_steps: int = NUM_STEPS) -> None:
-    """Train, show what each rank knows, answer the user's queries, and export one rank.
+    """Train, show the accuracy of each rank, answer the user's queries, and export one rank.
 
     Args:
         output: The folder to write, which must not exist. It gets ``base``, the base model's first
@@ -215,7 +214,7 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     batches: Sequence[dict[str, Tensor]],
 ) -> Knowledge:
-    """Return what each rank knows. To be correct, all digits of a number must be.
+    """Query every rank. An answer is correct if all digits of the number are.
 
     A rank is the first components of the factors as they are, whether or not they are ordered.
     """
@@ -224,7 +223,7 @@ def measure(
     accuracies = {}
     answers = {}
     for rank in tqdm((0, *RANKS), "querying every rank", leave=False):
-        with adapter.layers.use_diagonal(prefix_mask(MAX_RANK, rank)):
+        with adapter.use_diagonal(torch.arange(MAX_RANK) < rank):
             predictions = [adapter.model(**batch).logits.argmax(-1) for batch in batches]
             if rank in SAMPLED_RANKS:
                 answers[rank] = generate_numbers(adapter.model, tokenizer, SAMPLE_COUNTRIES)
@@ -252,7 +251,7 @@ def print_accuracies(result: TrainedDemo, sizes: dict[int, int], num_numbers: in
 
 
 def summarize(result: TrainedDemo, sizes: dict[int, int], num_numbers: int) -> str:
-    """Return what the table and the plot show, in words."""
+    """Return a summary of the table and the plot in words."""
     rank = SUMMARIZED_RANK
     truncated, reordered, trained = (
         round(known.accuracies[rank] * num_numbers / 100) for known in result.by_method().values()
@@ -301,7 +300,7 @@ def plot_accuracies(
 
 
 def typed_queries() -> Iterator[str]:
-    """Yield what the user types, up to an empty line, Ctrl-D or Ctrl-C."""
+    """Yield the queries that the user types, up to an empty line, Ctrl-D or Ctrl-C."""
     with suppress(EOFError, KeyboardInterrupt):
         while query := input("Country: ").strip():
             yield query

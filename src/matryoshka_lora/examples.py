@@ -161,8 +161,8 @@ def apply_chat_template(
             ``tokenize=False``.
 
     Returns:
-        What the template returns for the prompt, with the generation prompt, and for the prompt
-        with the completion.
+        The result of the template for the prompt, with the generation prompt, and the result for
+        the prompt with the completion.
 
     Raises:
         MatryoshkaError: The tokenizer has no chat template, or the template rejects the messages.

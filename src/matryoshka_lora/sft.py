@@ -52,7 +52,7 @@ _DEFAULT_RANK = 32
 # The builders of datasets by the extension of a file, and the columns that TRL takes.
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"})
-# What PEFT, transformers and TRL raise for values that they reject.
+# The errors that PEFT, transformers and TRL raise for values that they reject.
 _LIBRARY_ERRORS = (TypeError, ValueError, ImportError, OSError, KeyError, RuntimeError)
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,14 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     if config.get("dtype") is not None:
         check_choice("dtype", config["dtype"], list(DTYPES))
     nesting = _check_nesting(config.get("nesting") or {})
-    lora = _fill_lora(config.get("lora") or {}, nesting.get("ranks"))
-    if "ranks" in nesting and nesting["ranks"][-1] != lora["r"]:
+    # Defaults make the scale of rank R 1.
+    lora = {"task_type": "CAUSAL_LM", **(config.get("lora") or {})}
+    lora.setdefault("r", nesting["ranks"][-1] if "ranks" in nesting else _DEFAULT_RANK)
+    rank = check_integer("lora.r", lora["r"])
+    lora.setdefault("lora_alpha", rank**0.5 if lora.get("use_rslora") else rank)
+    if not lora.get("target_parameters"):
+        lora.setdefault("target_modules", "all-linear")
+    if "ranks" in nesting and nesting["ranks"][-1] != rank:
         raise MatryoshkaError(
             f"The largest of nesting.ranks must be lora.r, {lora['r']}, got {nesting['ranks'][-1]}."
         )
@@ -125,19 +131,12 @@ def _load_yaml(path: str | os.PathLike[str], overrides: Iterable[str]) -> dict[s
             raise MatryoshkaError(f"{key!r:.80} has no value. Write {key:.80}=VALUE.")
         with wrap_errors(f"Cannot read the value of {key}"):
             value = yaml.safe_load(text)
-        _set_key(config, key, value)
+        section, _, name = key.rpartition(".")
+        values = config.setdefault(section, {}) if section else config
+        if not isinstance(values, dict):
+            raise MatryoshkaError(f"Cannot set {key}, because {section} is {values!r:.80}.")
+        values[name] = value
     return config
-
-
-def _set_key(config: dict[str, Any], key: str, value: object) -> None:
-    section, _, name = key.rpartition(".")
-    if not section:
-        config[name] = value
-        return
-    values = config.setdefault(section, {})
-    if not isinstance(values, dict):
-        raise MatryoshkaError(f"Cannot set {key}, because {section} is {values!r:.80}.")
-    values[name] = value
 
 
 def _check_keys(config: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -191,18 +190,6 @@ def _check_nesting(section: Mapping[str, Any]) -> dict[str, Any]:
     return nesting
 
 
-def _fill_lora(section: Mapping[str, Any], ranks: list[int] | None) -> dict[str, Any]:
-    """Return the section ``lora`` with defaults, which make the scale of rank R 1."""
-    lora = {"task_type": "CAUSAL_LM", **section}
-    lora.setdefault("r", ranks[-1] if ranks else _DEFAULT_RANK)
-    rank = check_integer("lora.r", lora["r"])
-    if "lora_alpha" not in lora:
-        lora["lora_alpha"] = rank**0.5 if lora.get("use_rslora") else rank
-    if not lora.get("target_parameters"):
-        lora.setdefault("target_modules", "all-linear")
-    return lora
-
-
 # Training
 
 
@@ -228,10 +215,16 @@ def train(config: Mapping[str, Any]) -> TrainResult:
     adapter, trainer = build_trainer(config)
     _run(adapter, trainer, output_dir)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        _save_sharded(trainer, path)
+        # The Trainer gathers the shards and writes plain LoRA.
+        unfinished = path.with_name("unfinished")
+        trainer.save_model(str(unfinished))
+        if trainer.is_world_process_zero():
+            (unfinished / "training_args.bin").unlink(missing_ok=True)  # may hold hub_token
+            unfinished.rename(path)
         result = TrainResult(path)
     else:
-        result = _finish(adapter, trainer, path, config["nesting"]["train_ranks"])
+        with_ranks = config["nesting"]["train_ranks"]
+        result = _train_ranks_and_save(adapter, trainer, path, with_ranks)
     trainer.accelerator.end_training()
     return result
 
@@ -274,7 +267,7 @@ def build_trainer(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]
             callbacks=[adapter.callback()],
         )
     for A, B in adapter.layer_factors().values():
-        A.data = A.data.float()  # SFTTrainer casts those of a quantized base to bfloat16
+        A.data = A.data.float()  # SFTTrainer casts them to bfloat16 on a quantized base
         B.data = B.data.float()
     # TRL's card would overwrite a README.md in output_dir.
     trainer.create_model_card = lambda *args, **kwargs: None
@@ -324,37 +317,31 @@ def _load_dataset(
     """
     hint = "Pass a file or a dataset that datasets.load_dataset() can load."
     with wrap_errors(f"Cannot read the data {data!s:.80}", hint):
-        dataset = load_dataset(**_load_dataset_arguments(data))
+        if isinstance(data, Mapping):
+            arguments = dict(data)
+        else:
+            first_file = data[0] if isinstance(data, list) else data
+            builder = _BUILDERS.get(Path(first_file).suffix)
+            arguments = {"path": builder, "data_files": data} if builder else {"path": data}
+        dataset = load_dataset(**{"split": "train", **arguments})
     columns = set(dataset.column_names or ())
     if not columns:  # a stream may not know its columns
         return dataset
-    for required in (*_COLUMNS, {text_field}):
-        if required <= columns:
-            if isinstance(dataset, Dataset):
-                _check_columns(dataset, required, data)
-            return dataset
-    raise MatryoshkaError(
-        f"{data!s:.200} has the columns {', '.join(sorted(columns))}. Pass examples with a prompt "
-        "and a completion, with messages, or with text."
-    )
-
-
-def _load_dataset_arguments(data: str | list[str] | Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(data, Mapping):
-        return {"split": "train", **data}
-    first_file = data[0] if isinstance(data, list) else data
-    if builder := _BUILDERS.get(Path(first_file).suffix):
-        return {"path": builder, "data_files": data, "split": "train"}
-    return {"path": data, "split": "train"}
-
-
-def _check_columns(dataset: Dataset, columns: Iterable[str], data: object) -> None:
-    for column in columns:
-        has_nulls = dataset.data.column(column).null_count > 0
-        if has_nulls or not isinstance(dataset[0][column], (str, list)):
-            raise MatryoshkaError(
-                f"The column {column} of {data!s:.200} must have a string or a list in each row."
-            )
+    used_columns = [required for required in (*_COLUMNS, {text_field}) if required <= columns]
+    if not used_columns:
+        raise MatryoshkaError(
+            f"{data!s:.200} has the columns {', '.join(sorted(columns))}. Pass examples with a "
+            "prompt and a completion, with messages, or with text."
+        )
+    if isinstance(dataset, Dataset):
+        for column in used_columns[0]:
+            has_nulls = dataset.data.column(column).null_count > 0
+            if has_nulls or not isinstance(dataset[0][column], (str, list)):
+                raise MatryoshkaError(
+                    f"The column {column} of {data!s:.200} must have a string or a list in each "
+                    "row."
+                )
+    return dataset
 
 
 def _run(adapter: NestedAdapter, trainer: SFTTrainer, output_dir: Path) -> None:
@@ -366,9 +353,16 @@ def _run(adapter: NestedAdapter, trainer: SFTTrainer, output_dir: Path) -> None:
         _check_same_config(adapter, Path(checkpoint))
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
         adapter.callback().check_same_nesting(state)
-        if _is_finished(state, trainer.args):
-            # Trainer.train() would take another step.
-            _load_trained(adapter, trainer, state, Path(checkpoint))
+        has_steps = state.global_step < max(state.max_steps, trainer.args.max_steps)
+        has_epochs = trainer.args.num_train_epochs > (state.epoch or 0)
+        if not has_steps and not (has_epochs and trainer.args.max_steps <= 0):
+            # The run is finished, and Trainer.train() would take another step.
+            final = Path(checkpoint)
+            if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+                # Its folder may have been moved.
+                final = final.with_name(Path(state.best_model_checkpoint).name)
+            adapter.model.load_adapter(str(final), adapter.name, is_trainable=True)
+            trainer.state = state
             return
     hint = "Check data, max_length and the batch sizes."
     with wrap_errors("Cannot train", hint, _LIBRARY_ERRORS):
@@ -379,7 +373,7 @@ def _check_same_config(adapter: NestedAdapter, checkpoint: Path) -> None:
     if not (checkpoint / CONFIG_NAME).is_file():
         return  # sharded training writes none
     old = PeftConfig.from_pretrained(str(checkpoint))
-    new = adapter.model.peft_config[adapter.layers.name]
+    new = adapter.model.peft_config[adapter.name]
     model_fields = ("base_model_name_or_path", "revision")
     for field in (*model_fields, "r", "lora_alpha", "use_rslora", "target_modules"):
         old_value = getattr(old, field)
@@ -389,33 +383,7 @@ def _check_same_config(adapter: NestedAdapter, checkpoint: Path) -> None:
             )
 
 
-def _is_finished(state: TrainerState, arguments: SFTConfig) -> bool:
-    """Return whether the checkpoint completed its run and the config asks for no more steps."""
-    has_more_epochs = arguments.max_steps <= 0 and arguments.num_train_epochs > (state.epoch or 0)
-    return not has_more_epochs and state.global_step >= max(state.max_steps, arguments.max_steps)
-
-
-def _load_trained(
-    adapter: NestedAdapter, trainer: SFTTrainer, state: TrainerState, checkpoint: Path
-) -> None:
-    """Load the checkpoint that a finished run ends with."""
-    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
-        # Its folder may have been moved.
-        checkpoint = checkpoint.with_name(Path(state.best_model_checkpoint).name)
-    adapter.model.load_adapter(str(checkpoint), adapter.layers.name, is_trainable=True)
-    trainer.state = state
-
-
-def _save_sharded(trainer: SFTTrainer, path: Path) -> None:
-    """Let the Trainer gather the shards and write plain LoRA."""
-    unfinished = path.with_name("unfinished")
-    trainer.save_model(str(unfinished))
-    if trainer.is_world_process_zero():
-        (unfinished / "training_args.bin").unlink(missing_ok=True)  # may hold hub_token
-        unfinished.rename(path)
-
-
-def _finish(
+def _train_ranks_and_save(
     adapter: NestedAdapter, trainer: SFTTrainer, path: Path, with_ranks: bool
 ) -> TrainResult:
     """Train the ranks, if asked for, and let the first process save the adapter and tokenizer."""
@@ -423,7 +391,13 @@ def _finish(
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     ranks_result = None
     if with_ranks and adapter.deploy != "paper":
-        ranks_result = _train_ranks(adapter, trainer)
+        logger.info(
+            "Training every rank. If the process is killed, the same command repeats this part."
+        )
+        try:
+            ranks_result = adapter.train_ranks(trainer, seed=trainer.args.seed)
+        except MatryoshkaError as error:
+            logger.warning("The ranks were not trained: %s", error)
     if not trainer.is_world_process_zero():
         return TrainResult(path, train_ranks=ranks_result)
     adapter.save(path)  # reordered by SVD, if it has no order
@@ -431,14 +405,3 @@ def _finish(
     lora = peft_folder.read(path)
     logger.info("Saved %s (order: %s, deploy: %s).", path, lora.order, lora.deploy)
     return TrainResult(path, lora.order, lora.deploy, ranks_result)
-
-
-def _train_ranks(adapter: NestedAdapter, trainer: SFTTrainer) -> TrainRanksResult | None:
-    logger.info(
-        "Training every rank. If the process is killed, the same command repeats this part."
-    )
-    try:
-        return adapter.train_ranks(trainer, seed=trainer.args.seed)
-    except MatryoshkaError as error:
-        logger.warning("The ranks were not trained: %s", error)
-        return None

@@ -133,7 +133,7 @@ def gradients(model: Any) -> Tensor:
 
 def disable_fused_operation(adapter: NestedAdapter) -> None:
     """Add a hook to each layer, which the fused operation would not call."""
-    for module in adapter.layers.modules.values():
+    for module in adapter.layers.values():
         module.lora_A[adapter.name].register_forward_hook(lambda *_: None)
 
 
@@ -277,14 +277,14 @@ def trained_factors() -> dict[str, tuple[Tensor, Tensor]]:
         adapter.model(**collate(batch)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return adapter.layers.copy_factors()
+    return adapter.factors.copy()
 
 
 def test_train_ranks_of_examples(record_property: RecordProperty) -> None:
     results: dict[torch.device, TrainRanksResult] = {}
     for device in (CPU, DEVICE):
         adapter = new_adapter(device)
-        adapter.layers.write_factors(trained_factors())
+        adapter.factors.write(trained_factors())
         result = adapter.train_ranks(EXAMPLES, eval_data=VALIDATION, max_examples=48)
         assert result.outcome == "kept"
         assert adapter.order == "trained"
@@ -356,11 +356,11 @@ def test_trainer(rule: str, tmp_path: Path, record_property: RecordProperty) -> 
 def test_train_ranks_of_a_trainer(tmp_path: Path) -> None:
     """The Trainer's own batches and loss."""
     adapter = new_adapter(CPU)
-    adapter.layers.write_factors(trained_factors())
+    adapter.factors.write(trained_factors())
     trainer = trainer_of(adapter, tmp_path)
     result = adapter.train_ranks(trainer, max_examples=8)
     cpu_adapter = new_adapter(CPU)
-    cpu_adapter.layers.write_factors(trained_factors())
+    cpu_adapter.factors.write(trained_factors())
     expected = cpu_adapter.train_ranks(EXAMPLES, eval_data=VALIDATION, max_examples=8)
     assert result.losses_before == pytest.approx(expected.losses_before, rel=ROUNDING)
     assert result.losses_after == pytest.approx(expected.losses_after, rel=ROUNDING)
@@ -516,7 +516,7 @@ def test_evaluate_at_all_ranks() -> None:
 
 def score(adapter: NestedAdapter) -> Scores:
     """Return the log-likelihoods of continuations at all ranks."""
-    model = MultiRankModel(adapter.layers, [0, *RANKS])
+    model = MultiRankModel(adapter, [0, *RANKS])
     assert model.supports_rank_per_row(tuple(range(3, 16)))
     requests = [
         ((3, 4, 5, 6), (7,)),

@@ -124,5 +124,5 @@ def all_equal(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 def loss_at_rank(adapter: NestedAdapter, examples: list[Example], rank: int) -> float:
     """Return the model's own loss of examples with the first components of the factors."""
     q = (torch.arange(adapter.nesting.max_rank) < rank).double()
-    with torch.no_grad(), adapter.layers.use_diagonal(q):
+    with torch.no_grad(), adapter.use_diagonal(q):
         return float(adapter.model.eval()(**collate(examples)).loss)

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import PartialState
 
 from helpers.models import nest_as
 from helpers.trl_trainers import NESTING, make_peft_model, make_trainer
-from matryoshka_lora.training.processes import num_processes, process_index
 
 KINDS = {"sft": 1e-2, "dpo": 1e-2, "kto": 1e-2, "reward": 3e-3}  # and their learning rates
 
@@ -39,7 +39,7 @@ def train_ranks(kind: str, folder: Path) -> dict[str, object]:
         adapter,
         max_steps=1,
         learning_rate=0.0,
-        per_device_train_batch_size=8 // num_processes(),
+        per_device_train_batch_size=8 // PartialState().num_processes,
     )
     trainer.train()  # wraps the model for several processes, and changes nothing
     result = adapter.train_ranks(trainer, max_examples=100)
@@ -58,9 +58,9 @@ def main() -> None:
     if not folder.is_dir():
         train_adapters(folder)
     results = {kind: train_ranks(kind, folder) for kind in KINDS}
-    if process_index() == 0:
+    if PartialState().is_main_process:
         output.write_text(json.dumps(results))
-    if num_processes() > 1:
+    if PartialState().num_processes > 1:
         torch.distributed.destroy_process_group()
 
 

@@ -56,7 +56,7 @@ def into_form(adapter: NestedAdapter, form: str) -> None:
         with torch.no_grad():
             A.copy_(A.flip(0))
             B.copy_(B.flip(1))
-        adapter.layers.mark_ordered("trained")
+        adapter.mark_ordered("trained")
 
 
 def llama_in_form(form: str, nesting: Nesting = NESTING, **options: Any) -> NestedAdapter:
@@ -92,11 +92,11 @@ def test_a_round_trip_keeps_every_rank(form: str, scaling: str, tmp_path: Path) 
     nesting = NESTINGS[scaling]
     saved = llama_in_form(form, nesting)
     order = {"svd": "svd", "trained": "trained"}.get(form)
-    factors, before = saved.layers.copy_factors(), logits(saved.model)
+    factors, before = saved.factors.copy(), logits(saved.model)
     saved.save(tmp_path / "a")
     # The adapter in memory is unchanged.
     assert saved.order == order
-    for name, pair in saved.layers.copy_factors().items():
+    for name, pair in saved.factors.copy().items():
         assert all(map(torch.equal, pair, factors[name]))
 
     loaded = load(tiny_llama(), tmp_path / "a")

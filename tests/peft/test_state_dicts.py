@@ -68,7 +68,7 @@ def test_a_plain_state_dict_in_a_nested_adapter(function: str, tmp_path: Path) -
     plain_model = plain_llama()
     randomize(plain_model, seed=7)
     adapter = nested_llama(NESTING)
-    factors = adapter.layers.copy_factors()
+    factors = adapter.factors.copy()
     state_dict = {key: value.clone() for key, value in adapter.model.state_dict().items()}
     if function == "load_adapter":
         plain_model.save_pretrained(tmp_path)
@@ -80,7 +80,7 @@ def test_a_plain_state_dict_in_a_nested_adapter(function: str, tmp_path: Path) -
     for training in (True, False):
         assert is_close(logits(adapter.model.train(training)), logits(plain_model), 1e-5)
     adapter.model.load_state_dict(state_dict)
-    for name, (A, B) in adapter.layers.copy_factors().items():
+    for name, (A, B) in adapter.factors.copy().items():
         assert is_close(A, factors[name][0], 1e-6)
         assert is_close(B, factors[name][1], 1e-6)
 

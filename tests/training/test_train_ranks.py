@@ -24,13 +24,21 @@ from helpers.examples import (
     make_trainer,
     random_examples,
 )
-from helpers.models import nested_layer, nested_llama, randomize
+from helpers.models import lora_config, nested_layer, nested_llama, randomize, tiny_llama
+from peft import get_peft_model
 from torch import Tensor
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError
-from matryoshka_lora.training import train_ranks as module
+from matryoshka_lora import (
+    MatryoshkaError,
+    NestedAdapter,
+    Nesting,
+    NotFiniteError,
+    TrainRanksResult,
+    load,
+    nest,
+)
 from matryoshka_lora.training.data import TrainingData, read_training_data
-from matryoshka_lora.training.train_ranks import train_ranks
+from matryoshka_lora.training.train_ranks import Hyperparameters, train_ranks
 
 NESTING = Nesting((1, 2, 4, 8), "none", 0.7)
 TRAINING = lookup_examples(800)
@@ -56,13 +64,13 @@ def trained_factors(rule: str) -> dict[str, tuple[Tensor, Tensor]]:
         batch = [TRAINING[(step * 80 + i) % len(TRAINING)] for i in range(80)]
         adapter.model(**collate(batch)).loss.backward()
         optimizer.step()
-    return adapter.layers.copy_factors()
+    return adapter.factors.copy()
 
 
 def trained_adapter(rule: str = "lora", dropout: float = 0.0) -> NestedAdapter:
     """An adapter whose small ranks are far behind rank R."""
     adapter = new_adapter(rule, dropout)
-    adapter.layers.write_factors(trained_factors(rule))
+    adapter.factors.write(trained_factors(rule))
     return adapter
 
 
@@ -76,9 +84,9 @@ def shrunk_adapter(share: float) -> NestedAdapter:
     """An adapter whose components after the first are smaller, so small ranks are less behind."""
     adapter = ordered_adapter()
     shares = torch.tensor([1.0] + [share] * 7)
-    factors = adapter.layers.copy_factors()
-    adapter.layers.write_factors({name: (A, B * shares) for name, (A, B) in factors.items()})
-    adapter.layers.mark_ordered("svd")
+    factors = adapter.factors.copy()
+    adapter.factors.write({name: (A, B * shares) for name, (A, B) in factors.items()})
+    adapter.mark_ordered("svd")
     return adapter
 
 
@@ -88,29 +96,35 @@ def data_for(adapter: NestedAdapter, validation: list[Example] = VALIDATION) -> 
     return data
 
 
-@pytest.fixture
-def accepting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accept any loss, so that few steps are enough to be kept."""
-    monkeypatch.setattr(module, "MAX_LOSS_INCREASE", 99.0)
-    monkeypatch.setattr(module, "MAX_TOLERANCE", 99.0)
-    monkeypatch.setattr(module, "NUM_STANDARD_ERRORS", -99.0)
+ACCEPTING = Hyperparameters(max_loss_increase=99.0, max_tolerance=99.0, num_standard_errors=-99.0)
+"""Accept any loss, so that few steps are enough to be kept."""
+
+
+def train(
+    adapter: NestedAdapter,
+    data: TrainingData,
+    max_examples: int | None = None,
+    hyperparameters: Hyperparameters | None = None,
+    seed: int = 0,
+) -> TrainRanksResult:
+    ranks = adapter.nesting.ranks
+    return train_ranks(adapter.factors, ranks, data, max_examples, seed, hyperparameters)
 
 
 # Which ranks are trained, and on how many examples
 
 
-def test_every_rank_gets_a_lower_validation_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rank_gets_a_lower_validation_loss() -> None:
     """Rank 3 too, which is not nested; and rank R becomes hardly worse."""
-    monkeypatch.setattr(module, "MIN_VALIDATION_EXAMPLES", len(VALIDATION))
     adapter = ordered_adapter()
     before = {rank: loss_at_rank(adapter, VALIDATION, rank) for rank in range(1, 9)}
-    result = train_ranks(adapter.layers, data_for(adapter), 640)
+    all_validation = Hyperparameters(min_validation_examples=len(VALIDATION))
+    result = train(adapter, data_for(adapter), 640, all_validation)
     after = {rank: loss_at_rank(adapter, VALIDATION, rank) for rank in range(1, 9)}
     assert (result.path, result.outcome, result.num_examples) == (None, "kept", 640)
     assert set(result.examples_by_rank) >= {1, 2, 3, 4, 8}
     assert result.losses_before == pytest.approx({rank: before[rank] for rank in (1, 2, 4, 8)})
     assert result.losses_after == pytest.approx({rank: after[rank] for rank in (1, 2, 4, 8)})
-    assert adapter.order == "trained"
     for rank in (1, 2, 3, 4):
         assert after[rank] < before[rank] - 0.1
     for rank in (5, 6, 7, 8):
@@ -123,7 +137,7 @@ def test_nothing_is_trained_where_no_rank_is_behind(caplog: pytest.LogCaptureFix
     data = data_for(adapter)
     before = copy_lora_parameters(adapter)
     with caplog.at_level(logging.INFO, "matryoshka_lora"):
-        result = train_ranks(adapter.layers, data, 80)
+        result = train(adapter, data, 80)
     assert "nothing to train" in caplog.text
     assert (result.outcome, result.num_examples) == ("nothing to train", 0)
     assert result.losses_after is None
@@ -133,13 +147,14 @@ def test_nothing_is_trained_where_no_rank_is_behind(caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.parametrize("base_loss", [1000.0, -1000.0])
-def test_no_loss_of_the_base_model_prevents_training(
-    base_loss: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_loss_of_the_base_model_prevents_training(base_loss: float) -> None:
     """Two percent of the gain would be 20 nats, and no rank as far behind; or less than nothing."""
     adapter = ordered_adapter()
-    monkeypatch.setattr(module, "base_loss", lambda *_: base_loss)
-    assert train_ranks(adapter.layers, data_for(adapter), 640).outcome == "kept"
+    data = data_for(adapter)
+    loss = data.loss
+    _, B = next(iter(adapter.layer_factors().values()))
+    data.loss = lambda batch: loss(batch) if bool(B.any()) else torch.tensor(base_loss)
+    assert train(adapter, data, 640).outcome == "kept"
 
 
 @pytest.mark.filterwarnings("ignore:The trained ranks", "ignore:Ranks whose")
@@ -161,7 +176,7 @@ def test_half_the_examples_of_the_run_are_trained_on(
         return loss(batch)
 
     data.loss = counting_loss
-    result = train_ranks(adapter.layers, data, max_examples)
+    result = train(adapter, data, max_examples)
     assert sum(num_trained) == result.num_examples == expected
 
 
@@ -178,11 +193,11 @@ def test_no_training_example_is_withheld(
     )
     data = read_training_data(adapter.model, trainer)
     trainer.validated_on.clear()  # of what shows that the Trainer can compute a loss
-    train_ranks(adapter.layers, data, 2 * len(examples))
+    train(adapter, data, 2 * len(examples))
     validated_on = set(trainer.validated_on)
     trained_on = set(trainer.trained_on)
     assert len(trained_on) == len(examples)
-    assert len(validated_on) == module.MIN_VALIDATION_EXAMPLES
+    assert len(validated_on) == Hyperparameters().min_validation_examples
     assert (validated_on <= trained_on) == (not has_evaluation_set)
     assert ("no evaluation set" in caplog.text) == (not has_evaluation_set)
 
@@ -214,30 +229,58 @@ def test_ranks_are_kept_after_a_run_of_many_epochs(
     assert loss_at_rank(adapter, evaluation_set, 8) < losses[8] + 0.1
 
 
+def test_nesting_after_plain_training_gives_the_same_ranks(tmp_path: Path) -> None:
+    """With the default rule, nothing is done before or during the training."""
+    adapters: list[NestedAdapter] = []
+    for is_nested_before in (True, False):
+        base = tiny_llama(num_hidden_layers=1)
+        model = get_peft_model(base, lora_config(NESTING, target_modules=["q_proj", "down_proj"]))
+        randomize(model, size=0.05)
+        if is_nested_before:
+            adapters.append(nest(model))
+        trainer = make_trainer(
+            model, tmp_path, TRAINING, VALIDATION, max_steps=60, learning_rate=1e-2
+        )
+        if is_nested_before:
+            trainer.add_callback(adapters[0].callback())
+        trainer.train()
+        if not is_nested_before:
+            adapters.append(nest(trainer.model))
+        assert adapters[-1].train_ranks(trainer, max_examples=320).outcome == "kept"
+    before, after = adapters
+    assert before.order == after.order == "trained"
+    pairs = zip(before.factors.copy().values(), after.factors.copy().values(), strict=True)
+    for (A, B), (other_A, other_B) in pairs:
+        torch.testing.assert_close(B @ A, other_B @ other_A, rtol=0, atol=1e-4)
+    after.save(tmp_path / "adapter")
+    assert load(tiny_llama(num_hidden_layers=1), tmp_path / "adapter", rank=1).order == "trained"
+
+
 # What is kept
 
 
 def test_one_validation_example_is_enough() -> None:
     adapter = ordered_adapter()
-    result = train_ranks(adapter.layers, data_for(adapter, VALIDATION[:1]), 320)
+    result = train(adapter, data_for(adapter, VALIDATION[:1]), 320)
     assert result.outcome == "kept"
 
 
 @pytest.mark.parametrize("reason", ["uphill", "rank-R", "noise"])
-def test_worse_ranks_are_not_kept(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+def test_worse_ranks_are_not_kept(reason: str) -> None:
     """Gradients that lead uphill; a loss of rank R, or a standard error, that must be smaller."""
     adapter = ordered_adapter()
     data = data_for(adapter)
     loss = data.loss
+    hyperparameters = {
+        "uphill": Hyperparameters(),
+        "rank-R": Hyperparameters(max_loss_increase=-9.0),
+        "noise": Hyperparameters(num_standard_errors=999.0),
+    }[reason]
     if reason == "uphill":
         data.loss = lambda batch: loss(batch) * (-1 if torch.is_grad_enabled() else 1)
-    elif reason == "rank-R":
-        monkeypatch.setattr(module, "MAX_LOSS_INCREASE", -9.0)
-    else:
-        monkeypatch.setattr(module, "NUM_STANDARD_ERRORS", 999.0)
     before = copy_lora_parameters(adapter)
     with pytest.warns(UserWarning, match="not kept"):
-        result = train_ranks(adapter.layers, data, 80)
+        result = train(adapter, data, 80, hyperparameters)
     assert result.outcome == "not better"
     assert result.losses_after is not None
     assert result.num_examples == 80
@@ -245,36 +288,42 @@ def test_worse_ranks_are_not_kept(monkeypatch: pytest.MonkeyPatch, reason: str) 
     assert adapter.order == "svd"
 
 
-@pytest.mark.usefixtures("accepting")
 @pytest.mark.filterwarnings("ignore:Ranks whose")
 def test_factors_without_an_order_are_reordered_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = trained_adapter("matryoshka")
     trainer = make_trainer(adapter.model, tmp_path, TRAINING, VALIDATION)
-    factors = adapter.layers.copy_factors()
+    factors = adapter.factors.copy()
     tokens = torch.arange(3, 60)[None]
     with torch.no_grad():
         expected_logits = adapter.model.train()(input_ids=tokens).logits
+    compute_loss = trainer.compute_loss
+
+    def stop_after_reordering(*args: Any, **kwargs: Any) -> Any:
+        if adapter.order is not None:
+            raise KeyboardInterrupt
+        return compute_loss(*args, **kwargs)
+
     with monkeypatch.context() as patch:
-        patch.setattr(module, "SMALLEST_GAP", 99.0)
-        adapter.train_ranks(trainer, max_examples=16)
+        patch.setattr(trainer, "compute_loss", stop_after_reordering)
+        with pytest.raises(KeyboardInterrupt):
+            adapter.train_ranks(trainer)
     assert adapter.order == "svd"
     with torch.no_grad():
         logits = adapter.model(input_ids=tokens).logits
     torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-3)
     p = oracle.trained_p(NESTING.ranks, "none", 0.7).numpy()
-    for name, (A, B) in adapter.layers.copy_factors().items():
+    for name, (A, B) in adapter.factors.copy().items():
         old_A, old_B = (factor.double().numpy() for factor in factors[name])
         expected = np.linalg.svd((old_B * p) @ old_A, compute_uv=False)[:8]
         columns = B.double().norm(dim=0) * A.double().norm(dim=1) * 0.7
         np.testing.assert_allclose(columns, expected, rtol=1e-3)
-    assert adapter.train_ranks(trainer, max_examples=160).outcome == "kept"
+    assert adapter.train_ranks(trainer, max_examples=640).outcome == "kept"
     assert adapter.order == "trained"
     assert adapter.model.training
 
 
-@pytest.mark.usefixtures("accepting")
 @pytest.mark.filterwarnings("ignore:Ranks whose")
 @pytest.mark.parametrize("kind", ["Embedding", "Conv2d", "Conv1D", "Linear"])
 def test_every_kind_of_layer_is_trained(kind: str) -> None:
@@ -290,7 +339,7 @@ def test_every_kind_of_layer_is_trained(kind: str) -> None:
 
     with torch.no_grad():
         targets = half_output(inputs)
-        with adapter.layers.use_diagonal(torch.zeros(4)):
+        with adapter.use_diagonal(torch.zeros(4)):
             size = (half_output(inputs) - targets).square().mean()
 
     def loss(batch: Any) -> Tensor:
@@ -306,7 +355,7 @@ def test_every_kind_of_layer_is_trained(kind: str) -> None:
 
     data = make_data()
     data.validation = make_data()
-    result = train_ranks(adapter.layers, data, 640)
+    result = train(adapter, data, 640, ACCEPTING)
     assert result.outcome == "kept"
     assert result.losses_after is not None
     assert result.losses_after[1] < 0.97 * result.losses_before[1]
@@ -327,7 +376,6 @@ def test_half_precision_factors_are_trained_in_float32(tmp_path: Path) -> None:
     assert {factor.dtype for factor in copy_lora_parameters(adapter)} == {torch.float16}
 
 
-@pytest.mark.usefixtures("accepting")
 @pytest.mark.filterwarnings("ignore:Ranks whose")
 def test_the_same_seed_gives_the_same_bits() -> None:
     """Whatever torch and Python draw in the meantime."""
@@ -336,7 +384,7 @@ def test_the_same_seed_gives_the_same_bits() -> None:
         torch.manual_seed(global_seed)
         random.seed(global_seed)
         adapter = ordered_adapter()
-        assert train_ranks(adapter.layers, data_for(adapter), 80, seed).outcome == "kept"
+        assert train(adapter, data_for(adapter), 80, ACCEPTING, seed).outcome == "kept"
         results.append(copy_lora_parameters(adapter))
     assert all_equal(results[0], results[1])
     assert not all_equal(results[0], results[2])
@@ -353,7 +401,6 @@ def model_state(adapter: NestedAdapter) -> Any:
     return modes, requires_grad, has_gradients, random_state
 
 
-@pytest.mark.usefixtures("accepting")
 @pytest.mark.filterwarnings("ignore:Ranks whose")
 @pytest.mark.parametrize("error_type", [NotFiniteError, RuntimeError, KeyboardInterrupt, None])
 @pytest.mark.parametrize("num_losses", [2, 16, 23], ids=["before", "third-step", "after"])
@@ -383,11 +430,11 @@ def test_the_model_is_as_before_whatever_happens(
     before = model_state(adapter)
     factors = copy_lora_parameters(adapter)
     if error_type is None:
-        assert train_ranks(adapter.layers, data, 80).outcome == "kept"
+        assert train(adapter, data, 80, ACCEPTING).outcome == "kept"
         assert not all_equal(factors, copy_lora_parameters(adapter))
     else:
         with pytest.raises(error_type):
-            train_ranks(adapter.layers, data, 80)
+            train(adapter, data, 80, ACCEPTING)
         assert all_equal(factors, copy_lora_parameters(adapter))
         assert adapter.order == "svd"
     assert model_state(adapter) == before
@@ -422,10 +469,9 @@ def test_an_adapter_that_cannot_be_trained_is_not_reordered(
     change: Callable[[Any], None], keyword: str, one_process: None
 ) -> None:
     adapter = trained_adapter()
-    data = data_for(adapter)
     change(adapter.model)
     with pytest.raises(MatryoshkaError, match=keyword):
-        train_ranks(adapter.layers, data)
+        adapter.train_ranks(TRAINING)
     assert adapter.order is None
 
 
@@ -465,7 +511,7 @@ def test_a_progress_bar_is_shown_unless_it_is_disabled(
     data.show_progress = show_progress
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    train_ranks(adapter.layers, data, 16)
+    train(adapter, data, 16)
     assert ("training ranks" in terminal.getvalue()) == show_progress
 
 
@@ -473,5 +519,5 @@ def test_a_progress_bar_is_shown_unless_it_is_disabled(
 def test_the_validation_losses_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     adapter = ordered_adapter()
     with caplog.at_level(logging.INFO, "matryoshka_lora"):
-        result = train_ranks(adapter.layers, data_for(adapter), 16)
+        result = train(adapter, data_for(adapter), 16)
     assert f"rank 1: {result.losses_before[1]:.3f} to" in caplog.text

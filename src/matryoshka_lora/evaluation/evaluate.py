@@ -125,7 +125,7 @@ def evaluate(
     )
     lm_ranks = (0, *ranks) if _rank_0_is_base_model(lora) else ranks
     with _create_output(output, force, sources) as folder, _restore_mode(nested.model):
-        lm = ManyRanksLM(nested.layers, tokenizer, lm_ranks, max_batch_tokens, progress)
+        lm = ManyRanksLM(nested, tokenizer, lm_ranks, max_batch_tokens, progress)
         if _has_messages(examples):
             lm.add_bos_token = False  # the chat template writes it, if training had it
         for task in loaded_tasks:
@@ -172,7 +172,7 @@ def _open(
             f"`adapter` must be a path or a NestedAdapter, got {type(adapter).__name__}. Pass what "
             "nest() or load() has returned."
         )
-    adapter.layers.check_only_active()
+    adapter.check_only_active()
     return adapter.to_lora(), adapter
 
 

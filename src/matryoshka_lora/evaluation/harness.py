@@ -21,7 +21,7 @@ from matryoshka_lora.evaluation.generation import StoppingCriteria, generate
 from matryoshka_lora.evaluation.kv_cache import Tokens
 from matryoshka_lora.evaluation.multi_rank_model import MultiRankModel
 from matryoshka_lora.evaluation.scoring import score_continuations
-from matryoshka_lora.peft.nested_layers import NestedLayers
+from matryoshka_lora.peft.adapter import NestedAdapter
 
 _HARNESS_BATCH_SIZE = 8
 _ALL_AT_ONCE = 2**30
@@ -53,7 +53,7 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
     but only the first run computes.
 
     Args:
-        layers: The nested adapter. Its model is put into eval mode.
+        adapter: The nested adapter. Its model is put into eval mode.
         tokenizer: The base model's tokenizer.
         ranks: The ranks to evaluate; 0 is the base model.
         max_batch_tokens: The maximum number of tokens, over all rows, whose keys and values a batch
@@ -73,13 +73,13 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
 
     def __init__(
         self,
-        layers: NestedLayers,
+        adapter: NestedAdapter,
         tokenizer: PreTrainedTokenizerBase,
         ranks: Sequence[int],
         max_batch_tokens: int | None = None,
         progress: bool = False,
     ) -> None:
-        model = layers.model.eval()
+        model = adapter.model.eval()
         # longrope's frequencies depend on the longest row of a batch.
         has_longrope = "longrope" in str(model.config)
         self._harness_batch_size = 1 if has_longrope else _HARNESS_BATCH_SIZE
@@ -94,7 +94,7 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
         self.progress = progress
         self.ranks = list(ranks)
         self.lora_rank = self.ranks[0]
-        self.multi_rank_model = MultiRankModel(layers, ranks, max_batch_tokens)
+        self.multi_rank_model = MultiRankModel(adapter, ranks, max_batch_tokens)
         self._responses: dict[tuple[str, int, int], Any] = {}
         self.uses_multi_rank_batches = (
             not has_longrope

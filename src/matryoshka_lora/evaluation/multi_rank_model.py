@@ -12,7 +12,7 @@ from torch import Tensor
 
 from matryoshka_lora.errors import check_integer
 from matryoshka_lora.evaluation.kv_cache import BatchRows, Tokens, common_prefix
-from matryoshka_lora.peft.nested_layers import NestedLayers
+from matryoshka_lora.peft.adapter import NestedAdapter
 
 MAX_BATCH_TOKENS = 2**15
 _MAX_LOGITS = 2**27  # of one forward: 512 MiB in float32
@@ -39,7 +39,7 @@ class MultiRankModel:
     """A causal language model with a nested adapter, for batches of rows with different ranks.
 
     Args:
-        layers: The nested adapter, on a model in eval mode.
+        adapter: The nested adapter, on a model in eval mode.
         ranks: The ranks to evaluate; 0 is the base model.
         max_batch_tokens: The maximum number of tokens, over all rows, whose keys and values a batch
             holds. Defaults to 32,768.
@@ -50,19 +50,19 @@ class MultiRankModel:
     """
 
     def __init__(
-        self, layers: NestedLayers, ranks: Sequence[int], max_batch_tokens: int | None = None
+        self, adapter: NestedAdapter, ranks: Sequence[int], max_batch_tokens: int | None = None
     ) -> None:
-        with layers.rows(ranks):  # checks the adapter and the ranks
+        with adapter.rows(ranks):  # checks the adapter and the ranks
             pass
-        self.layers = layers
+        self.adapter = adapter
         self.ranks = list(ranks)
         self.max_batch_tokens = MAX_BATCH_TOKENS
         if max_batch_tokens is not None:
             self.max_batch_tokens = check_integer("max_batch_tokens", max_batch_tokens)
-        self.model = layers.model
+        self.model = adapter.model
         self.device = self.model.device
         # The forward passes skip the checks of rows(), which look at every factor.
-        self._diagonals = {rank: layers.state.deployed_q(rank) for rank in ranks}
+        self._diagonals = {rank: adapter.state.deployed_q(rank) for rank in ranks}
         forward = self.model.get_base_model().forward
         self._forward_parameters = set(inspect.signature(forward).parameters)
         self._vocab_size = self.model.config.get_text_config().vocab_size
@@ -73,17 +73,17 @@ class MultiRankModel:
     @contextmanager
     def at_rank(self, rank: int) -> Iterator[None]:
         """Set a rank for the whole model, and restore the previous one at the end."""
-        previous_rank = self.layers.rank
-        self.layers.set_rank(rank)
+        previous_rank = self.adapter.rank
+        self.adapter.set_rank(rank)
         try:
             yield
         finally:
-            self.layers.set_rank(previous_rank)
+            self.adapter.set_rank(previous_rank)
 
     @contextmanager
     def at_ranks(self, ranks: Sequence[int]) -> Iterator[None]:
         """Give each row of a batch a rank. `forward` runs in this context."""
-        with self.layers.use_diagonal(torch.stack([self._diagonals[rank] for rank in ranks])):
+        with self.adapter.use_diagonal(torch.stack([self._diagonals[rank] for rank in ranks])):
             yield
 
     def forward(self, batch: BatchRows, inputs: Sequence[Sequence[int]], num_logits: int) -> Tensor:

@@ -23,7 +23,7 @@ from matryoshka_lora.formats.safetensors_io import create_safetensors, open_safe
 from matryoshka_lora.linalg.allocation import LayerSpectrum, ranks_for_error
 from matryoshka_lora.lora.keys import PEFT_PREFIX
 from matryoshka_lora.lora.layer import Layer, LayerKeys, TensorInfo
-from matryoshka_lora.peft.arrays import to_numpy
+from matryoshka_lora.tensors import to_numpy
 
 # The rank that is tried first if the error is limited.
 _FIRST_RANK_FOR_ERROR = 64

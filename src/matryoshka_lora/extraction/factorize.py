@@ -10,7 +10,7 @@ from torch import Tensor
 
 from matryoshka_lora.errors import NotFiniteError
 from matryoshka_lora.extraction.model_diff import WeightPair
-from matryoshka_lora.peft.arrays import to_torch
+from matryoshka_lora.tensors import to_torch
 
 # The rank that is tried first if a share is to be kept.
 _FIRST_RANK_FOR_SHARE = 64

@@ -17,7 +17,7 @@ from matryoshka_lora.errors import MatryoshkaError, optional_imports, wrap_error
 from matryoshka_lora.formats.safetensors_io import open_safetensors, read_json
 from matryoshka_lora.lora.keys import split_part
 from matryoshka_lora.lora.layer import StoredTensor
-from matryoshka_lora.peft.arrays import to_torch
+from matryoshka_lora.tensors import to_torch
 
 # The weights of transformers and of diffusers, if they are in one file.
 _WEIGHTS_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")

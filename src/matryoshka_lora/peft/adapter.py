@@ -3,38 +3,52 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import torch
 from peft import LoraConfig, PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor
 
 from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.bundled_model import resolve_model_path
+from matryoshka_lora.errors import MatryoshkaError, check_integer
 from matryoshka_lora.formats.peft_folder import find_layers
 from matryoshka_lora.linalg.factors import relative_errors, squared_tails
 from matryoshka_lora.lora.layer import StoredTensor
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.results import ReorderResult, TrainRanksResult
-from matryoshka_lora.nesting import Deploy, Nesting, Order
-from matryoshka_lora.peft.arrays import to_numpy, to_numpy_dtype
-from matryoshka_lora.peft.nested_layers import FactorParameters, NestedLayers
-from matryoshka_lora.rules import Rule
+from matryoshka_lora.nesting import Deploy, Nesting, Order, check_rank
+from matryoshka_lora.peft.lora_layers import LoraModule, factor_parameters, lora_layers
+from matryoshka_lora.peft.state import Diagonal, NestingState
+from matryoshka_lora.peft.variant import NestedVariant
+from matryoshka_lora.rules import RULES, Rule
+from matryoshka_lora.tensors import to_numpy, to_numpy_dtype
+from matryoshka_lora.training.factors import FactorParameters, ModelFactors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from matryoshka_lora.training.callback import NestingCallback
+    from matryoshka_lora.peft.callback import NestingCallback
+
+# The model types of transformers whose layers get inputs of shape (length, rows, features). With
+# the same number of tokens and rows, the shape does not show it.
+_TIME_MAJOR_MODELS = ("fsmt", "led", "longformer", "xlnet")
+
+logger = logging.getLogger(__name__)
 
 
 class NestedAdapter:
     """A nested adapter of a PEFT model. `nest` and `load` create it.
 
-    All settings are stored in the model's layers. Not thread-safe.
+    All settings are stored in the model's layers, so several handles of an adapter share them. Not
+    thread-safe.
 
     Args:
         model: A PEFT model with an adapter that is nested already.
@@ -45,32 +59,50 @@ class NestedAdapter:
     """
 
     def __init__(self, model: PeftModel, name: str = "default") -> None:
-        self.layers = NestedLayers(model, name)
+        self.model = model
+        self.name = name
+        self._layers = dict(lora_layers(model, name))  # walking through the model takes time
+        self._check_nested()
+
+    def _check_nested(self) -> None:
+        variants = [layer.lora_variant.get(self.name) for layer in self._layers.values()]
+        if not variants or not all(isinstance(variant, NestedVariant) for variant in variants):
+            raise MatryoshkaError(
+                f"Adapter {self.name!r} is not nested in every layer. Call nest() or load() "
+                "(again, if PEFT re-created the adapter)."
+            )
 
     @property
-    def model(self) -> PeftModel:
-        """The PEFT model."""
-        return self.layers.model
+    def layers(self) -> dict[str, LoraModule]:
+        """PEFT's LoRA layers by their names in the base model."""
+        self._check_nested()
+        return self._layers
 
     @property
-    def name(self) -> str:
-        """PEFT's name of the adapter."""
-        return self.layers.name
+    def state(self) -> NestingState:
+        """The settings that the layers share."""
+        state: NestingState = next(iter(self.layers.values())).lora_variant[self.name].state
+        return state
+
+    @property
+    def factors(self) -> ModelFactors:
+        """The parameters A and B, to read and write all of them."""
+        return ModelFactors(self.model, self.layer_factors())
 
     @property
     def nesting(self) -> Nesting:
         """The nested ranks and their scales."""
-        return self.layers.nesting
+        return self.state.nesting
 
     @property
     def rule(self) -> Rule:
         """The training rule; ``lora`` once the factors are ordered."""
-        return self.layers.rule
+        return self.state.rule
 
     @property
     def deploy(self) -> Deploy:
         """``"reordered"``, or ``"paper"`` if P is dropped after training."""
-        return self.layers.deploy
+        return self.state.deploy
 
     @property
     def order(self) -> Order | None:
@@ -78,17 +110,22 @@ class NestedAdapter:
 
         None if never ordered, or changed since.
         """
-        return self.layers.order
+        return self.state.order.current()
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """The ranks that may be chosen, increasing; the last one is R."""
-        return self.layers.ranks
+        state = self.state
+        if self.order is not None:
+            return tuple(range(1, state.nesting.max_rank + 1))
+        if state.deploy == "paper" or not state.rule.fixed:
+            return state.nesting.ranks
+        return (state.nesting.max_rank,)
 
     @property
     def rank(self) -> int:
         """The rank in eval mode."""
-        return self.layers.rank
+        return self.state.rank
 
     def set_rank(self, rank: int) -> None:
         """Set the rank in eval mode and for merging, and put the model into eval mode.
@@ -99,9 +136,13 @@ class NestedAdapter:
         Raises:
             MatryoshkaError: The rank is not available, or the adapter is merged.
         """
-        self.layers.set_rank(rank)
+        self._check_ranks([rank])
+        self._check_not_merged("change its rank")
+        self.state.set_rank(int(rank))
+        self.model.eval()  # a Trainer leaves the model in train mode, where the rank is R
 
-    def rows(self, ranks: Sequence[int]) -> AbstractContextManager[None]:
+    @contextmanager
+    def rows(self, ranks: Sequence[int]) -> Iterator[None]:
         """Return a context in which row j of every batch has the rank ``ranks[j]``.
 
         It applies in forward, backward and ``generate``. The layers must get inputs of shape
@@ -115,7 +156,39 @@ class NestedAdapter:
             MatryoshkaError: A rank is not available, the adapter is merged or not active, or (from
                 the forward) a batch has another number of rows.
         """
-        return self.layers.rows(ranks)
+        if not isinstance(ranks, (Sequence, np.ndarray, Tensor)) or not len(ranks):
+            raise MatryoshkaError(
+                f"`ranks` must be a list with one rank for each row, got {ranks!r:.80}."
+            )
+        self._check_ranks(ranks)
+        q_by_rank = {rank: self.state.deployed_q(rank) for rank in set(ranks)}
+        with self.use_diagonal(torch.stack([q_by_rank[rank] for rank in ranks])):
+            yield
+
+    @contextmanager
+    def use_diagonal(self, q: Tensor) -> Iterator[None]:
+        """Return a context in which all layers compute ``W x + s B diag(q) A x``.
+
+        It applies in train and eval mode. ``s`` is the scale of rank R.
+
+        Args:
+            q: Shape (R,), or (rows, R) for one diagonal per row, any floating dtype.
+
+        Raises:
+            MatryoshkaError: The adapter is merged or not active; or (from the forward) q has rows,
+                and gradient checkpointing is in use.
+        """
+        self._check_not_merged("use another diagonal")
+        self._check_active()
+        if q.ndim > 1:
+            self._check_rows_first()
+        overrides = self.state.overrides
+        diagonal = Diagonal(q.to(torch.float64))
+        overrides.append(diagonal)
+        try:
+            yield
+        finally:
+            overrides.remove(diagonal)
 
     def draw(
         self,
@@ -138,35 +211,55 @@ class NestedAdapter:
         Raises:
             MatryoshkaError: The adapter is merged, or the rule needs the batch size.
         """
-        self.layers.draw(step, batch_size, process_index, num_processes)
+        self._check_not_merged("train it")
+        state = self.state
+        if state.rank != state.nesting.max_rank:
+            # A smaller rank is not available once training ends the order.
+            self.set_rank(state.nesting.max_rank)
+        self.model.train()
+        state.order.may_have_changed = True  # a compiled forward does not show
+        if state.rule.fixed:
+            return
+        rows = 1 if batch_size is None else batch_size
+        q = state.sample_q(step, rows * num_processes)
+        if q.ndim > 1:
+            self._check_rows_first()
+            if batch_size is None:
+                raise MatryoshkaError(
+                    f"Rule {state.rule.name!r} draws one diagonal per row: pass `batch_size`."
+                )
+            q = q[process_index * rows : (process_index + 1) * rows]
+        state.train_diagonal = Diagonal(q, allow_fewer_rows=True)
 
     def callback(self, output: PathLike | None = None) -> NestingCallback:
         """Return the Trainer callback that draws the diagonal of each step.
+
+        Rules ``"matryoshka"`` and ``"dylora"`` need it. Rule ``"lora"`` is plain LoRA in training,
+        so its adapter may as well be nested after the training, without the callback.
 
         Args:
             output: Where the adapter will be saved. If this path exists, that is an error when the
                 training begins, instead of at its end. Omit it if `save` will overwrite the path.
         """
         # transformers' Trainer is slow to import.
-        from matryoshka_lora.training.callback import NestingCallback
+        from matryoshka_lora.peft.callback import NestingCallback
 
-        return NestingCallback(self.layers, output)
+        return NestingCallback(self, output)
 
     def layer_factors(self) -> FactorParameters:
         """Return the parameters A and B of each layer, in PEFT's own layout.
 
         The keys are the layers' names in the base model. The parameters are the live ones: whatever
-        changes them invalidates the order.
+        changes them ends the order.
         """
-        return self.layers.layer_factors()
+        return {name: factor_parameters(layer, self.name) for name, layer in self.layers.items()}
 
     def reorder(self) -> ReorderResult:
         """Reorder the columns of each layer by SVD, so that every rank is available.
 
         The first r columns are then the closest matrix of rank r (Eckart-Young), and the function
         of rank R in eval mode is unchanged up to rounding: with ``deploy="paper"``, P is dropped,
-        and `deploy` becomes ``"reordered"``. Further training is plain LoRA and invalidates the
-        order.
+        and `deploy` becomes ``"reordered"``. Further training is plain LoRA and ends the order.
 
         Returns:
             The errors of the nested ranks, and the singular values of each layer's update.
@@ -175,10 +268,27 @@ class NestedAdapter:
             MatryoshkaError: The adapter is merged, or sharded over processes.
             NotFiniteError: A factor is NaN or infinite. The adapter is unchanged.
         """
-        singular_values = self.layers.reorder()
+        self._check_not_merged("reorder it")
+        factors, nesting = self.factors, self.nesting
+        factors.check_not_sharded()
+        matrices, singular_values = factors.svd(self.state.deployed_q(nesting.max_rank).numpy())
+        with factors.restored_after_error():
+            factors.write(matrices)
+            self.mark_ordered("svd")
+        singular_values = {name: v * nesting.scale for name, v in singular_values.items()}
         squared_errors = {name: squared_tails(values) for name, values in singular_values.items()}
-        errors = relative_errors(squared_errors, self.nesting.ranks)
-        return ReorderResult(None, self.nesting.ranks, errors, singular_values)
+        errors = relative_errors(squared_errors, nesting.ranks)
+        return ReorderResult(None, nesting.ranks, errors, singular_values)
+
+    def mark_ordered(self, order: Order) -> None:
+        """Record that the factors are ordered as they are, and continue with rule ``lora``."""
+        state = self.state
+        rank = state.rank
+        state.order.mark(order)
+        state.rule = RULES["lora"]
+        state.deploy = "reordered"
+        state.reset()
+        state.set_rank(rank)
 
     def train_ranks(
         self,
@@ -216,7 +326,7 @@ class NestedAdapter:
 
         Raises:
             MatryoshkaError: The data cannot be used, max_examples is not positive, or the adapter
-                is merged, sharded or not active. It is unchanged.
+                is merged, sharded or not active. The adapter is unchanged.
             NotFiniteError: The loss or a gradient is NaN or infinite. The factors are as before
                 training.
         """
@@ -224,14 +334,31 @@ class NestedAdapter:
         from matryoshka_lora.training.data import NoExamplesError, read_training_data
         from matryoshka_lora.training.train_ranks import train_ranks
 
-        try:
-            training_data = read_training_data(self.model, data, tokenizer, eval_data)
-            return train_ranks(self.layers, training_data, max_examples, seed)
-        except NoExamplesError as error:  # must not stop a script between training and saving
-            warnings.warn(f"The ranks are reordered, but not trained. {error}", stacklevel=2)
-            if self.order is None:
-                self.layers.reorder()
-            return TrainRanksResult(None, "no examples", {}, {}, None)
+        if max_examples is not None:
+            check_integer("max_examples", max_examples)
+        self._check_not_merged("train its ranks")
+        self.check_only_active()
+        factors, nesting = self.factors, self.nesting
+        factors.check_not_sharded()
+        # Every forward is at rank R, whatever the chosen rank is: its factors are written instead.
+        with self.use_diagonal(torch.ones(nesting.max_rank)):
+            try:
+                training_data = read_training_data(self.model, data, tokenizer, eval_data)
+                if self.order is None:
+                    self.reorder()
+                if len(nesting.ranks) == 1:
+                    logger.info("Only rank %d is nested; nothing to train.", nesting.max_rank)
+                    return TrainRanksResult(None, "nothing to train", {}, {}, None)
+                with factors.restored_after_error():
+                    result = train_ranks(factors, nesting.ranks, training_data, max_examples, seed)
+                    if result.outcome == "kept":
+                        self.mark_ordered("trained")
+                return result
+            except NoExamplesError as error:  # must not stop a script between training and saving
+                warnings.warn(f"The ranks are reordered, but not trained. {error}", stacklevel=2)
+                if self.order is None:
+                    self.reorder()
+                return TrainRanksResult(None, "no examples", {}, {}, None)
 
     def save(self, path: PathLike, force: bool = False) -> None:
         """Save a folder that serves every rank, and that PEFT alone loads at rank R.
@@ -267,7 +394,9 @@ class NestedAdapter:
 
     def to_lora(self) -> Lora:
         """Return a copy of the adapter in memory as a `Lora`."""
-        return self._to_lora(_copy)
+        return self._to_lora(
+            lambda tensor: StoredTensor.from_array(to_numpy(tensor.detach().clone()))
+        )
 
     def _to_lora(self, store: Callable[[Tensor], StoredTensor]) -> Lora:
         name = f"adapter {self.name!r}"
@@ -279,8 +408,8 @@ class NestedAdapter:
         )
         tensors = {key: store(tensor) for key, tensor in state_dict.items()}
         layers, other_tensors = find_layers(tensors, config, name)
-        order = self.layers.verify_order()
-        if order is None and self.layers.state.order == "trained":
+        order = self.state.order.verify()
+        if order is None and self.state.order.kind == "trained":
             warnings.warn(
                 f"Adapter {self.name!r} has changed since its ranks were trained, so it is "
                 "reordered. Train them again.",
@@ -324,12 +453,57 @@ class NestedAdapter:
             return bool(base_vocab_size != vocab_size)
         return "auto"
 
+    def check_only_active(self) -> None:
+        """Raise MatryoshkaError unless the adapter is the only active one."""
+        self._check_active()
+        if len(self.model.active_adapters) > 1:
+            raise MatryoshkaError(
+                f"The adapters {', '.join(self.model.active_adapters):.200} are active. Call "
+                f"model.set_adapter({self.name!r}) first."
+            )
+
+    def _check_active(self) -> None:
+        """Raise MatryoshkaError unless the adapter takes part in the model's forward."""
+        is_disabled = any(layer.disable_adapters for layer in self.layers.values())
+        if is_disabled or self.name not in self.model.active_adapters:
+            raise MatryoshkaError(
+                f"Adapter {self.name!r} is not active. Call model.set_adapter({self.name!r}), or "
+                "enable adapters."
+            )
+
+    def _check_not_merged(self, action: str) -> None:
+        """Raise MatryoshkaError if the adapter is merged, so that an action is not possible."""
+        if any(self.name in layer.merged_adapters for layer in self.layers.values()):
+            raise MatryoshkaError(
+                f"Adapter {self.name!r} is merged. Call unmerge_adapter() to {action}."
+            )
+
+    def _check_ranks(self, ranks: Iterable[int]) -> None:
+        max_rank = self.nesting.max_rank
+        positive_ranks = {check_rank(rank, max_rank, min_rank=0) for rank in ranks} - {0}
+        if positive_ranks <= {max_rank}:
+            return  # rank R is available without an order
+        available_ranks = self.ranks
+        for rank in positive_ranks:
+            if rank not in available_ranks:
+                raise MatryoshkaError(
+                    f"`rank` must be one of {', '.join(map(str, available_ranks))} until the "
+                    f"factors are reordered, got {rank}. Call adapter.reorder() after training."
+                )
+
+    def _check_rows_first(self) -> None:
+        """Raise MatryoshkaError if the model's layers get tokens before rows."""
+        config = getattr(self.model.get_base_model(), "config", None)
+        model_type = getattr(config, "model_type", None)
+        if model_type in _TIME_MAJOR_MODELS:
+            raise MatryoshkaError(
+                f"Rows of a {model_type} model cannot have a rank each, because its layers get "
+                "inputs of shape (length, rows, features). Use set_rank(), or a rule with one "
+                "diagonal for the whole batch."
+            )
+
 
 def _read_later(tensor: Tensor) -> StoredTensor:
     """Return a tensor that is not copied, to be written before it can change."""
     dtype = to_numpy_dtype(tensor.dtype)
     return StoredTensor(dtype, tuple(tensor.shape), lambda: to_numpy(tensor))
-
-
-def _copy(tensor: Tensor) -> StoredTensor:
-    return StoredTensor.from_array(to_numpy(tensor.detach().clone()))

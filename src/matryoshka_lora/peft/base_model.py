@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from matryoshka_lora.bundled_model import BUNDLED_MODEL, resolve_model_path
 from matryoshka_lora.errors import wrap_errors
 from matryoshka_lora.formats.hub import leads_out_of_folder
-from matryoshka_lora.peft.hardware import cpu_has_bf16
+from matryoshka_lora.tensors import cpu_has_bf16
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

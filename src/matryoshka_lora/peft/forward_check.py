@@ -8,8 +8,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.peft.nested_layers import NestedLayers
-from matryoshka_lora.peft.state import Diagonal
+from matryoshka_lora.peft.adapter import NestedAdapter
+from matryoshka_lora.peft.lora_layers import LoraModule
 from matryoshka_lora.peft.variant import NestedVariant
 
 
@@ -23,104 +23,87 @@ class ForwardCheck:
     without global attention. Plain LoRA is not checked.
 
     Args:
-        layers: The adapter's layers.
+        adapter: The adapter.
     """
 
-    def __init__(self, layers: NestedLayers) -> None:
-        self._layers = layers
-        self._state = layers.state
-        self._root: nn.Module | None = None  # whose forward is watched now
-        self._diagonal = self._state.eval_diagonal  # of that forward
+    def __init__(self, adapter: NestedAdapter) -> None:
+        self._name = adapter.name
+        self._state = adapter.state
+        self._layers = adapter.layers
+        self._model = adapter.model.base_model.model
+        # Of the forward that is watched now:
+        self._root: nn.Module | None = None
+        self._diagonal = self._state.eval_diagonal
         self._called: set[nn.Module] = set()
-        self._handle: RemovableHandle | None = None
+        self._recording: RemovableHandle | None = None
+        # generate() enters the model past the tuner.
         self._hooks: list[RemovableHandle] = []
-
-    def register(self) -> None:
-        """Watch the forward of the model, which generate() and PeftModel enter differently."""
-        tuner = self._layers.model.base_model
-        for root in (tuner, tuner.model):
+        for root in (adapter.model.base_model, self._model):
             self._hooks += [
                 root.register_forward_pre_hook(self._before),
                 root.register_forward_hook(self._after, always_call=True),
             ]
-        self._state.check_order = self.check_order
-
-    def check_order(self) -> None:
-        """Raise MatryoshkaError if the chosen rank needs an order, and the factors have changed."""
-        state, layers = self._state, self._layers
-        max_rank = state.nesting.max_rank
-        if state.order is None or state.rank in (0, max_rank):
-            return
-        if not layers.has_quick_fingerprint():
-            layers.verify_order()
-        if not state.is_order_valid:
-            raise MatryoshkaError(
-                f"The factors of adapter {layers.name!r} have changed since set_rank({state.rank}),"
-                f" so rank {state.rank} is no longer available. Call reorder() and "
-                f"set_rank({state.rank})."
-            )
 
     def _before(self, root: nn.Module, args: object) -> None:
         if torch.compiler.is_compiling():
             return
         if self._root is root:
-            self._stop()  # Ctrl-C has interrupted the last forward
+            self._stop_recording()  # Ctrl-C has interrupted the last forward
         if self._root is not None:
             return
-        if self._layers.is_unloaded():
-            self._remove()
+        name, layer = next(iter(self._layers.items()))
+        if self._model.get_submodule(name) is not layer:  # the adapter was unloaded
+            for hook in self._hooks:
+                hook.remove()
             return
-        diagonal = self._active_diagonal()
-        if diagonal is None or diagonal.is_one:
+        if self._is_in_use(layer):
+            self._check_forward(root, layer)
+
+    def _is_in_use(self, layer: LoraModule) -> bool:
+        variant = layer.lora_variant.get(self._name)
+        if not isinstance(variant, NestedVariant) or variant.state is not self._state:
+            return False  # PEFT has removed or re-created the adapter
+        is_active = self._name in layer.active_adapters and self._name not in layer.merged_adapters
+        return is_active and not layer.disable_adapters
+
+    def _check_forward(self, root: nn.Module, layer: LoraModule) -> None:
+        state = self._state
+        if layer.training and torch.is_grad_enabled():
+            state.order.may_have_changed = True  # an optimizer step may follow
+        if state.train_diagonal is None and layer.training and not state.overrides:
+            return  # the rule has drawn no diagonal, which the layers report
+        diagonal = state.active_diagonal(layer.training)
+        if diagonal.is_one:
             return
-        if diagonal is self._state.eval_diagonal:
-            self.check_order()
-        if diagonal in self._state.overrides:
-            self._check_override(diagonal)
+        if diagonal is state.eval_diagonal:
+            state.check_order()
+        needs_backward = self._model.training and torch.is_grad_enabled()
+        if state.overrides and diagonal.q.ndim > 1 and needs_backward:
+            modules = self._model.modules()
+            if any(getattr(module, "gradient_checkpointing", False) for module in modules):
+                raise MatryoshkaError(
+                    "Gradient checkpointing computes the layers again after rows() has ended. Call "
+                    "model.gradient_checkpointing_disable() before rows() in train mode."
+                )
         if not diagonal.is_checked:
             self._root = root
             self._diagonal = diagonal
-            self._called = {self._layers.model.base_model.model}
-            self._handle = register_module_forward_pre_hook(self._record)
-
-    def _active_diagonal(self) -> Diagonal | None:
-        """Return the diagonal of this forward; None without one, as if PEFT removed the adapter."""
-        state, name = self._state, self._layers.name
-        module = self._layers.first_module
-        variant = module.lora_variant.get(name)
-        if not isinstance(variant, NestedVariant) or variant.state is not state:
-            return None
-        is_active = name in module.active_adapters and name not in module.merged_adapters
-        if module.disable_adapters or not is_active:
-            return None
-        if state.overrides:
-            return state.overrides[-1]
-        if module.training:
-            return state.train_diagonal
-        return state.eval_diagonal
-
-    def _check_override(self, diagonal: Diagonal) -> None:
-        model = self._layers.model
-        if diagonal.q.ndim == 1 or not model.training or not torch.is_grad_enabled():
-            return
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            raise MatryoshkaError(
-                "Gradient checkpointing computes the layers again after rows() has ended. Call "
-                "model.gradient_checkpointing_disable() before rows() in train mode."
-            )
-
-    def _remove(self) -> None:
-        """Remove the hooks of a model whose adapter was unloaded."""
-        for hook in self._hooks:
-            hook.remove()
+            self._called = {self._model}
+            self._recording = register_module_forward_pre_hook(self._record)
 
     def _record(self, module: nn.Module, args: object) -> None:
         self._called.add(module)
 
+    def _stop_recording(self) -> None:
+        if self._recording is not None:
+            self._recording.remove()
+        self._root = self._recording = None
+
     def _after(self, root: nn.Module, args: object, output: Tensor | None) -> None:
         if root is not self._root:
             return
-        called = self._stop()
+        self._stop_recording()
+        called, self._called = self._called, set()
         if output is None:
             return  # the forward raised an error
         kinds = self._bypassed_kinds(called)
@@ -133,21 +116,12 @@ class ForwardCheck:
             )
         self._diagonal.is_checked = True
 
-    def _stop(self) -> set[nn.Module]:
-        """Stop watching, and return the modules that were called."""
-        if self._handle is not None:
-            self._handle.remove()
-        called = self._called
-        self._root = self._handle = None
-        self._called = set()
-        return called
-
     def _bypassed_kinds(self, called: set[nn.Module]) -> list[str]:
         """Return the names of layers that a replaced forward has left uncalled."""
-        modules = dict(self._layers.model.base_model.model.named_modules())
+        modules = dict(self._model.named_modules())
         uncalled_kinds: dict[str, None] = {}  # in the model's order
         called_kinds: set[str] = set()
-        for name in self._layers.modules:
+        for name in self._layers:
             parent_name, _, kind = name.rpartition(".")
             if modules[name] in called:
                 called_kinds.add(kind)

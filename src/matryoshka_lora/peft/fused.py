@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from matryoshka_lora.tensors import at_least_float32
+
 
 def low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, p: Tensor
@@ -38,7 +40,7 @@ def low_rank_linear(
         Shape (rows, ..., out), dtype of x.
     """
     if torch.compiler.is_compiling():
-        # A compiler fuses the plain formula and chooses what to save by itself.
+        # A compiler fuses the plain formula and chooses the saved tensors by itself.
         return low_rank_linear_unfused(x, weight, bias, A, B, p)
     # Saved-tensor hooks imply checkpointing or offloading, so save no intermediates.
     save_intermediates = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
@@ -61,14 +63,6 @@ def low_rank_linear_unfused(
         p = p.view(p.shape[0], *(1,) * (x.ndim - 2), p.shape[1])
     hidden = (linear(x, A.to(x.dtype)) * at_least_float32(p, x.dtype)).to(x.dtype)
     return linear(x, weight, bias) + linear(hidden, B.to(x.dtype))
-
-
-def at_least_float32(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Cast to `dtype` (default: its own), promoted to at least float32.
-
-    A diagonal in half precision would scale whole columns wrongly.
-    """
-    return tensor.to(torch.promote_types(dtype or tensor.dtype, torch.float32))
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -172,9 +172,10 @@ def _nest_like_file(model: PeftModel, lora: Lora, adapter_name: str) -> NestedAd
         scaling=nesting.scaling,
         adapter_name=adapter_name,
     )
-    nested_adapter.layers.set_deploy(lora.deploy)
+    nested_adapter.state.deploy = lora.deploy
+    nested_adapter.state.reset()
     if lora.order is not None:
-        nested_adapter.layers.mark_ordered(lora.order)
+        nested_adapter.mark_ordered(lora.order)
     return nested_adapter
 
 
@@ -218,7 +219,7 @@ def check_fit(base_model: nn.Module, lora: Lora) -> None:
 
 def _has_dimensions(module: Any, layer: Layer, lora: Lora) -> bool:
     in_shape, out_features = layer.in_shape, layer.out_features
-    # The adapter's vocabulary may be larger: that of an embedding, or the outputs of a head.
+    # The adapter's vocabulary may be larger, in an embedding or in the outputs of a head.
     saved_sizes = {tensor.shape[0] for tensor in lora.other_tensors.values() if tensor.shape}
     if isinstance(module, nn.Embedding):
         has_vocabulary = in_shape[-1] in {module.num_embeddings, *saved_sizes}

@@ -12,14 +12,10 @@ from matryoshka_lora.formats.lora_config import check_plain_lora
 from matryoshka_lora.nesting import Deploy, Nesting, Scaling, check_ranks
 from matryoshka_lora.peft.adapter import NestedAdapter
 from matryoshka_lora.peft.forward_check import ForwardCheck
+from matryoshka_lora.peft.lora_layers import LoraModule, factor_parameters, lora_layers
+from matryoshka_lora.peft.order import FactorOrder
 from matryoshka_lora.peft.state import NestingState
-from matryoshka_lora.peft.variant import (
-    LoraModule,
-    NestedVariant,
-    attach,
-    factor_parameters,
-    lora_layers,
-)
+from matryoshka_lora.peft.variant import NestedVariant, attach
 from matryoshka_lora.rules import RULES, Rule, get_rule
 
 # By exact class, because PEFT's other layers ignore a variant in forward (AWQ, AQLM, EETQ) or in
@@ -50,18 +46,24 @@ def nest(
     An adapter is nested if every prefix of its factors, the first r rows of A and columns of B, is
     an adapter of rank r: one training run then serves every rank.
 
-    Example::
+    Rule ``"lora"`` is plain LoRA in training, so the adapter may be nested after it::
 
-        adapter = nest(get_peft_model(base, LoraConfig(r=32)))
+        trainer.train()
+        adapter = nest(trainer.model)
+        adapter.train_ranks(trainer)
+        adapter.save("my-adapter")
+
+    Other rules are in effect while training::
+
+        adapter = nest(get_peft_model(base, LoraConfig(r=32)), rule="matryoshka")
         trainer.add_callback(adapter.callback())
         trainer.train()
-        adapter.reorder()
         adapter.save("my-adapter")
 
     Args:
         peft_model: A model from ``get_peft_model`` with a LoRA adapter, untrained, except with rule
             ``"lora"``.
-        ranks: The nested ranks: what the rule trains, and what results are reported at. They are
+        ranks: The nested ranks, which the rule trains and results are reported at. They are
             increasing, and the last one is R, the config's ``r``. Defaults to the powers of two up
             to R.
         scaling: The scale of a rank below R in training, and with ``deploy="paper"``; see
@@ -69,24 +71,42 @@ def nest(
         rule: A `Rule`, or the name of a built-in one. ``"lora"`` is plain LoRA, and accepts an
             adapter that is trained already. ``"matryoshka"`` has the paper's fixed P
             (arXiv 2605.07850). ``"dylora"`` draws a nested rank for each step.
-        deploy: ``"reordered"`` keeps P, folded into B, so that what is saved can be truncated to
-            any rank. ``"paper"`` drops P after training and reorders nothing, as in the paper; low
-            ranks are poor then. It needs a rule other than ``"lora"``.
+        deploy: ``"reordered"`` keeps P, folded into B, so that the saved adapter can be truncated
+            to any rank. ``"paper"`` drops P after training and reorders nothing, as in the paper;
+            low ranks are poor then. It needs a rule other than ``"lora"``.
         adapter_name: PEFT's name of the adapter.
         seed: The seed of the rule's random numbers.
 
     Raises:
         MatryoshkaError: The model, the config or a layer cannot be nested. The model is unchanged.
     """
-    modules = _find_modules(peft_model, adapter_name)
+    if not isinstance(peft_model, PeftModel):
+        raise MatryoshkaError(
+            f"`peft_model` must be a PeftModel, got {type(peft_model).__name__}. Call "
+            "peft.get_peft_model(model, LoraConfig(...)) first, or pass trainer.model."
+        )
+    layers = dict(lora_layers(peft_model, adapter_name))
+    if not layers:
+        adapters = ", ".join(map(repr, peft_model.peft_config))
+        raise MatryoshkaError(
+            f"The model has no LoRA adapter {adapter_name!r:.80}; its adapters are {adapters}."
+        )
     check_plain_lora(peft_model.peft_config[adapter_name].to_dict(), f"adapter {adapter_name!r}")
     rule = get_rule(rule)
     check_deploy(deploy, rule)
-    first_module = next(iter(modules.values()))
-    max_rank, scale = first_module.r[adapter_name], first_module.scaling[adapter_name]
-    for name, module in modules.items():
-        _check_supported(name, module, adapter_name, max_rank, scale)
-        _check_state(name, module, adapter_name, rule)
+    first_layer = next(iter(layers.values()))
+    max_rank, scale = first_layer.r[adapter_name], first_layer.scaling[adapter_name]
+    for name, layer in layers.items():
+        _check_layer(name, layer, adapter_name, max_rank, scale)
+        if rule != RULES["lora"]:
+            # PEFT initializes B to zero, and in embeddings A.
+            A, B = factor_parameters(layer, adapter_name)
+            if bool(A.count_nonzero()) and bool(B.count_nonzero()):
+                raise MatryoshkaError(
+                    f"Layer {name} cannot be nested with rule {rule.name!r}, because its update is "
+                    "not zero, and the rule would change it. Use `rule='lora'` for an adapter that "
+                    "is already trained."
+                )
     if ranks is None:
         ranks = Nesting.powers_of_two(max_rank).ranks
     nesting = Nesting(check_ranks(ranks), scaling, scale)
@@ -96,11 +116,12 @@ def nest(
             f"{nesting.max_rank}. End `ranks` with {max_rank}, or use "
             f"LoraConfig(r={nesting.max_rank})."
         )
-    state = NestingState(nesting, rule, seed, deploy)
-    for module in modules.values():
-        attach(module, adapter_name, state)
+    order = FactorOrder(layers, adapter_name)
+    state = NestingState(nesting, rule, order, seed, deploy)
+    for layer in layers.values():
+        attach(layer, adapter_name, state)
     adapter = NestedAdapter(peft_model, adapter_name)
-    ForwardCheck(adapter.layers).register()
+    ForwardCheck(adapter)
     return adapter
 
 
@@ -114,27 +135,11 @@ def check_deploy(deploy: Deploy, rule: Rule) -> None:
         )
 
 
-def _find_modules(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraModule]:
-    """Return the LoRA layers of an adapter by name."""
-    if not isinstance(peft_model, PeftModel):
-        raise MatryoshkaError(
-            f"`peft_model` must be a PeftModel, got {type(peft_model).__name__}. Call "
-            "peft.get_peft_model(model, LoraConfig(...)) first, or pass trainer.model."
-        )
-    modules = dict(lora_layers(peft_model, adapter_name))
-    if not modules:
-        adapters = ", ".join(map(repr, peft_model.peft_config))
-        raise MatryoshkaError(
-            f"The model has no LoRA adapter {adapter_name!r:.80}; its adapters are {adapters}."
-        )
-    return modules
-
-
-def _check_supported(
-    name: str, module: LoraModule, adapter_name: str, max_rank: int, scale: float
+def _check_layer(
+    name: str, layer: LoraModule, adapter_name: str, max_rank: int, scale: float
 ) -> None:
-    """Raise MatryoshkaError if a layer of this kind or config cannot be nested correctly."""
-    layer_class = f"{type(module).__module__}.{type(module).__name__}"
+    """Raise MatryoshkaError if a layer cannot be nested correctly."""
+    layer_class = f"{type(layer).__module__}.{type(layer).__name__}"
     layer_class = layer_class.removeprefix("peft.tuners.lora.")
     if layer_class not in _SUPPORTED_LAYERS:
         raise MatryoshkaError(
@@ -142,37 +147,23 @@ def _check_supported(
             "it from target_modules; or train with PEFT alone, and truncate the saved adapter "
             "with matryoshka_lora.export."
         )
-    if (module.r[adapter_name], module.scaling[adapter_name]) != (max_rank, scale):
+    if (layer.r[adapter_name], layer.scaling[adapter_name]) != (max_rank, scale):
         raise MatryoshkaError(
             f"Layer {name} cannot be nested, because rank_pattern or alpha_pattern gives it "
             "another rank or scale. Omit them; or train with PEFT alone, and reorder the saved "
             "adapter with matryoshka_lora.reorder."
         )
-    if getattr(module.get_base_layer(), "groups", 1) > 1:
+    if getattr(layer.get_base_layer(), "groups", 1) > 1:
         raise MatryoshkaError(
             f"Layer {name} cannot be nested, because a grouped convolution ties columns of B to "
             "groups. Omit it from target_modules."
         )
-
-
-def _check_state(name: str, module: LoraModule, adapter_name: str, rule: Rule) -> None:
-    """Raise MatryoshkaError if nesting a layer would change what it computes."""
-    if isinstance(module.lora_variant.get(adapter_name), NestedVariant):
+    if isinstance(layer.lora_variant.get(adapter_name), NestedVariant):
         raise MatryoshkaError(
             f"Layer {name} is already nested. Use NestedAdapter(model, {adapter_name!r})."
         )
-    if module.merged:
+    if layer.merged:
         raise MatryoshkaError(
             f"Layer {name} cannot be nested, because an adapter is merged into it. Call "
             "unmerge_adapter() first."
-        )
-    if rule == RULES["lora"]:
-        return  # the factors may be trained already, or on the meta device
-    # PEFT initializes B to zero, and in embeddings A.
-    A, B = factor_parameters(module, adapter_name)
-    if bool(A.count_nonzero()) and bool(B.count_nonzero()):
-        raise MatryoshkaError(
-            f"Layer {name} cannot be nested with rule {rule.name!r}, because its update is not "
-            "zero, and the rule would change it. Use `rule='lora'` for an adapter that is already "
-            "trained."
         )

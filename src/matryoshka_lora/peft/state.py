@@ -1,4 +1,4 @@
-"""What all layers of a nested adapter share: its settings, and the diagonals that apply now.
+"""The state that the layers of a nested adapter share: settings, and the diagonals in use.
 
 A layer computes ``W x + s B diag(q) A x``. Here s is PEFT's own ``scaling``, and q is the diagonal
 p of the method divided by the scale of rank R: q = p / s. So PEFT's functions that change the
@@ -7,20 +7,16 @@ scaling keep their effect, and q = 1 is plain LoRA to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.nesting import Deploy, Nesting, Order
-from matryoshka_lora.peft.fused import at_least_float32
+from matryoshka_lora.nesting import Deploy, Nesting
+from matryoshka_lora.peft.order import FactorOrder
 from matryoshka_lora.rules import Rule
-
-Fingerprint = tuple[int, list[int], bytes, tuple[bytes, ...]]
-"""Optimizer steps, version counters, values of the first B, and values of all factors; see
-`NestedLayers.order`."""
+from matryoshka_lora.tensors import at_least_float32
 
 
 class Diagonal:
@@ -103,33 +99,24 @@ class NestingState:
     Attributes:
         nesting: The nested ranks and their scales.
         rule: The training rule; ``lora`` once the factors are ordered.
+        order: The order of the factors.
         seed: The seed of the rule's random numbers.
         deploy: ``"paper"`` drops P after training; ``"reordered"`` keeps P, folded into B.
-        order: How the factors were ordered, or None. They may have changed since: see `checksums`.
-        checksums: The checksums of the factors when they were ordered: as they were, and after a
-            cast to bfloat16 or float16, which does not end the order.
-        is_order_valid: Whether the checksum was one of these when it was last compared.
-        fingerprint: The fingerprint when the checksum was last compared.
         rank: The rank in eval mode, from 0 to R.
         train_diagonal: The diagonal in train mode; None until the rule has drawn one.
         eval_diagonal: The diagonal in eval mode and for merging.
         overrides: Stack of diagonals that take precedence; the last one applies.
-        check_order: Raises an error if the rank needs an order that has ended.
     """
 
     nesting: Nesting
     rule: Rule
+    order: FactorOrder
     seed: int = 0
     deploy: Deploy = "reordered"
-    order: Order | None = None
-    checksums: Collection[str] = ()
-    is_order_valid: bool = False
-    fingerprint: Fingerprint | None = None
     rank: int = field(init=False)
     train_diagonal: Diagonal | None = field(init=False, default=None)
     eval_diagonal: Diagonal = field(init=False)
     overrides: list[Diagonal] = field(init=False, default_factory=list)
-    check_order: Callable[[], None] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.reset()
@@ -143,6 +130,17 @@ class NestingState:
         """Set the rank in eval mode; 0 switches the update off."""
         self.rank = rank
         self.eval_diagonal = Diagonal(self.deployed_q(rank))
+
+    def check_order(self) -> None:
+        """Raise MatryoshkaError if the rank in eval mode needs an order that has ended."""
+        if self.order.kind is None or self.rank in (0, self.nesting.max_rank):
+            return
+        if self.order.current(quick=True) is None:
+            raise MatryoshkaError(
+                f"The factors of adapter {self.order.adapter!r} have changed since "
+                f"set_rank({self.rank}), so rank {self.rank} is no longer available. Call "
+                f"reorder() and set_rank({self.rank})."
+            )
 
     def sample_q(self, step: int, batch_size: int = 1) -> Tensor:
         """Return the rule's q for an optimizer step, shape (R,) or (batch_size, R)."""
@@ -159,7 +157,7 @@ class NestingState:
         """Return the q that deploys a rank, shape (R,); its entries from ``rank`` on are 0."""
         # Each rank keeps its own scale if P is dropped, or if a random rule trained it and the
         # factors are unordered.
-        has_own_scale = self.deploy == "paper" or not (self.order or self.rule.fixed)
+        has_own_scale = self.deploy == "paper" or not (self.order.kind or self.rule.fixed)
         if rank > 0 and has_own_scale:
             return torch.from_numpy(self.nesting.prefix(rank) / self.nesting.scale)
         return self.trained_q() * (torch.arange(self.nesting.max_rank) < rank)
@@ -167,7 +165,7 @@ class NestingState:
     def state_dict_q(self) -> Tensor | None:
         """Return the q that state dicts fold into B, or None if there is nothing to fold.
 
-        PEFT and the Trainer save state dicts and read them back. What they save is plain LoRA with
+        PEFT and the Trainer save state dicts and read them back. A state dict holds plain LoRA with
         the function of eval mode at rank R.
         """
         q = self.trained_q()

@@ -6,76 +6,20 @@ PEFT's classes, configs and parameters stay as they are. Each of an adapter's la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Protocol, cast
+from typing import cast
 
 import torch
-from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, LoraVariant
+from peft.tuners.lora.layer import Embedding, Linear, LoraVariant
 from torch import Tensor, nn
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.lora.keys import PEFT_PREFIX
-from matryoshka_lora.peft.fused import at_least_float32, is_plain_linear, low_rank_linear
+from matryoshka_lora.peft.fused import is_plain_linear, low_rank_linear
+from matryoshka_lora.peft.lora_layers import EmbeddingModule, LoraModule, factor_parameters
 from matryoshka_lora.peft.state import Diagonal, NestingState
-
-
-class LoraModule(Protocol):
-    """What nesting uses of PEFT's ``LoraLayer``. Mappings are by the name of the adapter."""
-
-    base_layer: nn.Linear
-    lora_A: Mapping[str, nn.Linear]
-    lora_B: Mapping[str, nn.Linear]
-    lora_embedding_A: Mapping[str, nn.Parameter]
-    lora_embedding_B: Mapping[str, nn.Parameter]
-    lora_dropout: Mapping[str, nn.Module]
-    lora_variant: MutableMapping[str, LoraVariant]
-    r: Mapping[str, int]
-    scaling: Mapping[str, float]
-    training: bool
-    active_adapters: list[str]
-    merged_adapters: list[str]
-    merged: bool
-    disable_adapters: bool
-    forward: Callable[..., Tensor]
-    _state_dict_hooks: Mapping[int, object]
-
-    def get_base_layer(self) -> nn.Module:
-        """Return the base layer, without wrappers."""
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return ``s B A`` in the shape of the base layer's weight."""
-
-    def register_state_dict_post_hook(self, hook: Callable[..., None]) -> None:
-        """See ``torch.nn.Module``."""
-
-    def register_load_state_dict_pre_hook(self, hook: Callable[..., None]) -> object:
-        """See ``torch.nn.Module``."""
-
-
-class EmbeddingModule(LoraModule, Protocol):
-    """What nesting uses of PEFT's ``Embedding`` in addition."""
-
-    def _embed(self, input: Tensor, weight: Tensor) -> Tensor: ...
-
-    def _get_embed_scale(self) -> Tensor | None: ...
-
-
-def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraModule]]:
-    """Yield the LoRA layers of an adapter with their names in the base model."""
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        if adapter in module.lora_A or adapter in module.lora_embedding_A:
-            yield name.removeprefix(PEFT_PREFIX), cast(LoraModule, module)
-
-
-def factor_parameters(module: LoraModule, adapter: str) -> tuple[Tensor, Tensor]:
-    """Return the parameters A and B of an adapter in a LoRA layer, in PEFT's own layout."""
-    if adapter in module.lora_embedding_A:
-        return module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
-    return module.lora_A[adapter].weight, module.lora_B[adapter].weight
+from matryoshka_lora.training.factors import scale_columns
 
 
 def attach(module: LoraModule, adapter: str, state: NestingState) -> None:
@@ -124,7 +68,13 @@ class NestedVariant(LoraVariant):
         diagonal = self.state.active_diagonal(module.training)
         if active_adapter in module.lora_embedding_A:
             embedding = cast(EmbeddingModule, module)
-            return result + _embedding_update(embedding, active_adapter, x, diagonal)
+            A, B = factor_parameters(module, active_adapter)
+            hidden = diagonal.multiply(embedding._embed(x, A.T))
+            embedded = (hidden @ B.T) * module.scaling[active_adapter]
+            embed_scale = embedding._get_embed_scale()
+            if embed_scale is not None:  # as Gemma's, which scales the embeddings
+                embedded = embedded * embed_scale.to(embedded.dtype)
+            return result + embedded
         # A and B are called as modules: sharded training gathers their weights at the call.
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         hidden = lora_A(module.lora_dropout[active_adapter](x))
@@ -133,12 +83,12 @@ class NestedVariant(LoraVariant):
 
     def merge_safe(self, module: LoraModule, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Return the base weight plus the update at the deployed rank."""
-        self._check_order()
+        self.state.check_order()
         return _add(module, orig_weight, self._delta_weight(module, active_adapter))
 
     def merge_unsafe(self, module: LoraModule, active_adapter: str, orig_weight: Tensor) -> None:
         """Add the update at the deployed rank to the base weight in place."""
-        self._check_order()
+        self.state.check_order()
         orig_weight.data += self._delta_weight(module, active_adapter).to(orig_weight.device)
 
     def unmerge(self, module: LoraModule, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -146,26 +96,9 @@ class NestedVariant(LoraVariant):
         # `set_rank` rejects merged adapters, so the rank is still the merged one.
         return _add(module, orig_weight, -self._delta_weight(module, active_adapter))
 
-    def _check_order(self) -> None:
-        if self.state.check_order is not None:
-            self.state.check_order()
-
     def _delta_weight(self, module: LoraModule, adapter: str) -> Tensor:
         with _folded_into_B(module, adapter, self.state.eval_diagonal):
             return module.get_delta_weight(adapter)
-
-
-def _embedding_update(
-    module: EmbeddingModule, adapter: str, x: Tensor, diagonal: Diagonal
-) -> Tensor:
-    """Return ``s B diag(q) A x`` of an embedding."""
-    A, B = factor_parameters(module, adapter)
-    update = (diagonal.multiply(module._embed(x, A.T)) @ B.T) * module.scaling[adapter]
-    # Gemma scales its embeddings, so the update must be scaled too.
-    embed_scale = module._get_embed_scale()
-    if embed_scale is not None:
-        update = update * embed_scale.to(update.dtype)
-    return update
 
 
 def _add(module: LoraModule, weight: Tensor, delta: Tensor) -> Tensor:
@@ -182,21 +115,10 @@ def _folded_into_B(module: LoraModule, adapter: str, diagonal: Diagonal) -> Iter
     _, B = factor_parameters(module, adapter)
     original = B.data
     try:
-        B.data = _scale_columns(original, diagonal.to(B.device))
+        B.data = scale_columns(original, diagonal.to(B.device))
         yield
     finally:
         B.data = original
-
-
-def _scale_columns(B: Tensor, q: Tensor) -> Tensor:
-    """Return ``B diag(q)`` for B of shape (out, R, ...), which may be a DTensor."""
-    q = at_least_float32(q, B.dtype).to(B.device)
-    q = q.view(1, -1, *(1,) * (B.ndim - 2))
-    if hasattr(B, "device_mesh"):
-        from torch.distributed.tensor import Replicate, distribute_tensor
-
-        q = distribute_tensor(q, B.device_mesh, [Replicate()] * B.device_mesh.ndim)
-    return (B * q).to(B.dtype)
 
 
 def _linear_forward(module: LoraModule, x: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -210,23 +132,12 @@ def _linear_forward(module: LoraModule, x: Tensor, *args: object, **kwargs: obje
     adapter = module.active_adapters[0]
     A, B = factor_parameters(module, adapter)
     p = diagonal.for_batch(x.shape, x.device) * module.scaling[adapter]
-    dtype = _compute_dtype(x)
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
     weight = module.base_layer.weight.to(dtype)
     bias = module.base_layer.bias
     return low_rank_linear(x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, p)
-
-
-def _may_compute(base_layer: nn.Module, x: Tensor) -> bool:
-    """Return whether a linear layer accepts the dtype of x. Autocast casts both."""
-    has_dtype = cast(Tensor, base_layer.weight).dtype == x.dtype
-    return has_dtype or torch.is_autocast_enabled(x.device.type)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a linear layer computes its output for x."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 def _fusable_diagonal(module: LoraModule, x: Tensor) -> Diagonal | None:
@@ -234,7 +145,7 @@ def _fusable_diagonal(module: LoraModule, x: Tensor) -> Diagonal | None:
 
     It runs in train mode and while a context overrides the diagonal; in train mode also without
     gradients, because TRL compares outputs with gradients to outputs without, bit for bit. In eval
-    mode the output of a single rank is that of PEFT's own formula, bit for bit.
+    mode a single rank has the output of PEFT's own formula, bit for bit.
     """
     if module.disable_adapters or module.merged or len(module.active_adapters) != 1:
         return None
@@ -243,22 +154,19 @@ def _fusable_diagonal(module: LoraModule, x: Tensor) -> Diagonal | None:
     if not isinstance(variant, NestedVariant):
         return None
     state = variant.state
-    if not module.training and not state.overrides:
+    has_dropout = not isinstance(module.lora_dropout[adapter], nn.Identity)
+    if has_dropout if module.training else not state.overrides:
         return None
-    if module.training and not isinstance(module.lora_dropout[adapter], nn.Identity):
+    base_layer = module.base_layer
+    linears = (base_layer, module.lora_A[adapter], module.lora_B[adapter])
+    is_frozen = not any(parameter.requires_grad for parameter in base_layer.parameters())
+    if not is_frozen or not all(is_plain_linear(linear) for linear in linears):
         return None
-    if not _is_plain(module, adapter) or not _may_compute(module.base_layer, x):
+    # With another dtype, PEFT's forward raises the error.
+    has_dtype = base_layer.weight.dtype == x.dtype
+    if not has_dtype and not torch.is_autocast_enabled(x.device.type):
         return None
     return state.active_diagonal(module.training)
-
-
-def _is_plain(module: LoraModule, adapter: str) -> bool:
-    """Return whether base, A and B are plain nn.Linear, and the base layer is frozen."""
-    base_layer = module.base_layer
-    for linear in (base_layer, module.lora_A[adapter], module.lora_B[adapter]):
-        if not is_plain_linear(linear):
-            return False
-    return not any(parameter.requires_grad for parameter in base_layer.parameters())
 
 
 def _embedding_forward(
@@ -294,7 +202,7 @@ def _fold_into_state_dict(
     """Multiply each B of a layer's state dict by q (state-dict hook)."""
     for key, q in _folded_keys(module, prefix):
         if key in state_dict:
-            state_dict[key] = _scale_columns(state_dict[key], q)
+            state_dict[key] = scale_columns(state_dict[key], q)
 
 
 def _unfold_from_state_dict(
@@ -303,7 +211,7 @@ def _unfold_from_state_dict(
     """Divide each incoming B by q (load hook)."""
     for key, q in _folded_keys(module, prefix):
         if key in state_dict:
-            state_dict[key] = _scale_columns(state_dict[key], 1 / q)
+            state_dict[key] = scale_columns(state_dict[key], 1 / q)
 
 
 def _folded_keys(module: LoraModule, prefix: str) -> Iterator[tuple[str, Tensor]]:

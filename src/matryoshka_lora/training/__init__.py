@@ -1,1 +1,1 @@
-"""Train nested adapters: the callback of a Trainer, and training of every rank."""
+"""Train every rank of a LoRA adapter on examples, whatever computes its layers."""

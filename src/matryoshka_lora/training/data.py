@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -42,23 +42,36 @@ TokenizedExample = dict[str, list[int]]
 IGNORED_LABEL = -100
 """The label of tokens that do not count in the loss, as in transformers."""
 MIN_VALIDATION_BATCHES = 8
-"""The validation examples are divided into at least this many batches, because the spread of their
-losses is measured. Many small ones would be slow."""
+"""The minimum number of batches of the validation examples, because the spread of their losses is
+measured. Many small ones would be slow."""
+
+
+# Errors of a loss that needs more than a batch of examples, such as GRPO's. An error of another
+# type has another reason, such as a lack of memory.
+_LOSS_ERRORS = (
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
 
 
 class NoExamplesError(MatryoshkaError):
     """The examples of a Trainer cannot be used to train ranks."""
 
 
-class Split(NamedTuple):
-    """What to train on, and what to validate on.
+@dataclass(frozen=True)
+class Split:
+    """Examples to train on, and batches to validate on.
 
     Attributes:
         training_indices: The indices of the examples to train on, in order. They may repeat.
         validation_batches: At least `MIN_VALIDATION_BATCHES` batches of examples, none of which is
             larger than a batch of the training.
-        gap_batches: Half of the same examples in batches as large as those of the training, which
-            are faster. They measure how far each rank is behind, and no spread.
+        gap_batches: Half of the same examples in batches of the size of the training, which are
+            faster. They measure how far each rank is behind, and no spread.
         is_held_out: Whether the validation examples are an evaluation set. Otherwise they are
             training examples.
     """
@@ -153,7 +166,7 @@ class TrainingData:
     def _equal_batches(self, indices: Sequence[int], batch_size: int) -> list[Batch]:
         """Return batches of the same size, without the examples that are left over.
 
-        The loss of a Trainer may need as many examples in each process.
+        The loss of a Trainer may need the same number of examples in each process.
         """
         num_examples = len(indices) // batch_size * batch_size
         return self.batches(indices[:num_examples], batch_size)
@@ -188,18 +201,33 @@ def read_training_data(
             ``completion``, both strings or both lists of messages; or ``messages``, of which the
             last is the completion; or ``input_ids`` and ``labels``.
         tokenizer: The base model's tokenizer. A Trainer and tokenized examples need none.
-        eval_data: Examples to validate on, in one of these forms. Defaults to the Trainer's
-            ``eval_dataset``, the first if there are several.
+        eval_data: Examples to validate on, in one of these forms except a Trainer. Defaults to the
+            Trainer's ``eval_dataset``, the first if there are several.
 
     Raises:
         NoExamplesError: The examples of the Trainer cannot be indexed, or have no loss.
         MatryoshkaError: There are no such examples.
     """
-    if hasattr(data, "get_train_dataloader"):
-        training_data = _data_of_trainer(model, data)
-        tokenizer = tokenizer or data.processing_class
-    else:
+    if not hasattr(data, "get_train_dataloader"):
         training_data = _data_of_examples(model, data, tokenizer)
+    else:
+        trainer = data
+        if trainer.train_dataset is None:
+            raise MatryoshkaError(
+                f"The {type(trainer).__name__} has no train_dataset. Pass the Trainer that has "
+                "trained the adapter, or examples with a prompt and a completion."
+            )
+        tokenizer = tokenizer or trainer.processing_class
+        training_data = _data_of_loader(model, trainer, trainer.get_train_dataloader())
+        num_batches = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+        if num_batches > 0:  # this Trainer has trained the adapter
+            num_examples = num_batches * training_data.batch_size * trainer.args.world_size
+            if trainer.state.epoch:  # the last batch of an epoch may be smaller
+                num_in_epochs = round(trainer.state.epoch * len(training_data.examples))
+                num_examples = min(num_examples, num_in_epochs)
+            training_data.num_examples_seen = num_examples
+        if trainer.eval_dataset and eval_data is None:
+            training_data.validation = _evaluation_set(model, trainer)
     if eval_data is not None:
         training_data.validation = _data_of_examples(model, eval_data, tokenizer)
     return training_data
@@ -253,7 +281,15 @@ def _tokenize(
 ) -> TokenizedExample:
     """Tokenize an example as TRL's SFTTrainer does, with labels on the completion only."""
     if isinstance(example, Mapping) and "input_ids" in example and "labels" in example:
-        return _without_padding(example, index)
+        tokens: TokenizedExample = {}
+        hint = "Pass input_ids, labels and attention_mask as lists of integers of the same length."
+        with wrap_errors(f"Cannot read the tokens of example {index} of the data", hint):
+            mask = example.get("attention_mask", [1] * len(example["labels"]))
+            for key in ("input_ids", "labels"):
+                pairs = zip(example[key], mask, strict=True)
+                values = [operator.index(value) for value, is_attended in pairs if is_attended]
+                tokens[key] = torch.tensor(values, dtype=torch.long).tolist()
+        return tokens
     if tokenizer is None:
         raise MatryoshkaError(
             "Examples without tokens need the base model's tokenizer. Pass `tokenizer`."
@@ -272,18 +308,6 @@ def _tokenize(
     # Not the length of the prompt: tokens at the boundary may merge.
     start = common_prefix_length(prompt_ids, input_ids)
     return {"input_ids": input_ids, "labels": [IGNORED_LABEL] * start + input_ids[start:]}
-
-
-def _without_padding(example: Mapping[str, Any], index: int) -> TokenizedExample:
-    tokens: TokenizedExample = {}
-    hint = "Pass input_ids, labels and attention_mask as lists of integers of the same length."
-    with wrap_errors(f"Cannot read the tokens of example {index} of the data", hint):
-        mask = example.get("attention_mask", [1] * len(example["labels"]))
-        for key in ("input_ids", "labels"):
-            pairs = zip(example[key], mask, strict=True)
-            values = [operator.index(value) for value, is_attended in pairs if is_attended]
-            tokens[key] = torch.tensor(values, dtype=torch.long).tolist()
-    return tokens
 
 
 def _collate(examples: list[TokenizedExample]) -> Batch:
@@ -315,33 +339,15 @@ def _completion_loss(model: PeftModel, batch: Batch) -> Tensor:
 # Trainers
 
 
-def _data_of_trainer(model: PeftModel, trainer: Trainer) -> TrainingData:
-    """Return the examples that a Trainer trains on, with its collator, loss and precision."""
-    if trainer.train_dataset is None:
-        raise MatryoshkaError(
-            f"The {type(trainer).__name__} has no train_dataset. Pass the Trainer that has trained "
-            "the adapter, or examples with a prompt and a completion."
-        )
-    data = _data_of_loader(model, trainer, trainer.get_train_dataloader())
-    data.num_examples_seen = _num_examples_seen(trainer, data)
-    evaluation_sets = trainer.eval_dataset
-    if evaluation_sets:
-        first = next(iter(evaluation_sets)) if isinstance(evaluation_sets, Mapping) else None
-        try:
-            data.validation = _data_of_loader(model, trainer, trainer.get_eval_dataloader(first))
-        except NoExamplesError as error:
-            logger.warning("The evaluation set cannot be used: %s", error)
-    return data
-
-
-def _num_examples_seen(trainer: Trainer, data: TrainingData) -> int | None:
-    num_batches = trainer.state.global_step * trainer.args.gradient_accumulation_steps
-    if num_batches == 0:
-        return None  # this Trainer has not trained the adapter
-    num_examples: int = num_batches * data.batch_size * trainer.args.world_size
-    if trainer.state.epoch:  # the last batch of an epoch may be smaller
-        num_examples = min(num_examples, round(trainer.state.epoch * len(data.examples)))
-    return num_examples
+def _evaluation_set(model: PeftModel, trainer: Trainer) -> TrainingData | None:
+    name = None
+    if isinstance(trainer.eval_dataset, Mapping):
+        name = next(iter(trainer.eval_dataset))
+    try:
+        return _data_of_loader(model, trainer, trainer.get_eval_dataloader(name))
+    except NoExamplesError as error:
+        logger.warning("The evaluation set cannot be used: %s", error)
+        return None
 
 
 def _data_of_loader(model: PeftModel, trainer: Trainer, loader: DataLoader[Any]) -> TrainingData:
@@ -371,7 +377,7 @@ def _data_of_loader(model: PeftModel, trainer: Trainer, loader: DataLoader[Any])
         with torch.no_grad():
             for batch in data.batches(range(min(2, len(examples)))):  # a loss may compare rows
                 data.loss(batch)
-    except Exception as error:  # of any kind: GRPO's examples are prompts without answers
+    except _LOSS_ERRORS as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         name = type(trainer).__name__
         raise NoExamplesError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import repeat
 from typing import Any
 
@@ -17,15 +17,22 @@ from helpers.examples import (
     random_examples,
 )
 from helpers.models import nested_llama
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
 from matryoshka_lora import NestedAdapter, Nesting, NotFiniteError, nest
-from matryoshka_lora.training import prefix_steps
 from matryoshka_lora.training.data import TrainingData, read_training_data
-from matryoshka_lora.training.prefix_steps import PrefixAdam, train_prefixes, trainable_factors
-from matryoshka_lora.training.schedule import RankSchedule
+from matryoshka_lora.training.train_ranks import (
+    Hyperparameters,
+    PrefixAdam,
+    RankSchedule,
+    rank_shares,
+    train_prefixes,
+    trainable_factors,
+)
 
 EXAMPLES = lookup_examples(400)
 GAPS = {1: 1.0, 2: 0.5, 4: 0.25, 8: 0.0}
@@ -49,15 +56,32 @@ def data_for(adapter: NestedAdapter) -> TrainingData:
     return data
 
 
-def train(adapter: NestedAdapter, num_examples: int, data: TrainingData | None = None) -> None:
-    with trainable_factors(adapter.layers):
+class FixedSchedule(RankSchedule):
+    """It draws given ranks."""
+
+    def __init__(self, ranks: Iterable[int]) -> None:
+        self._ranks = iter(ranks)
+
+    def next(self, shares: Mapping[int, float]) -> int:
+        return next(self._ranks)
+
+
+def train(
+    adapter: NestedAdapter,
+    num_examples: int,
+    data: TrainingData | None = None,
+    ranks: Iterable[int] | None = None,
+    hyperparameters: Hyperparameters | None = None,
+) -> None:
+    with trainable_factors(adapter.factors):
         train_prefixes(
-            adapter.layers,
+            adapter.factors,
             data or data_for(adapter),
             range(num_examples),
             GAPS,
             lambda: GAPS,
-            seed=0,
+            RankSchedule(0) if ranks is None else FixedSchedule(ranks),
+            hyperparameters or Hyperparameters(),
         )
 
 
@@ -66,15 +90,10 @@ def scale_loss(data: TrainingData, scale: float) -> None:
     data.loss = lambda batch: loss(batch) * scale
 
 
-def fix_schedule(monkeypatch: pytest.MonkeyPatch, ranks: Iterable[int]) -> None:
-    remaining = iter(ranks)
-    monkeypatch.setattr(RankSchedule, "next", lambda *args: next(remaining))
-
-
 def components(adapter: NestedAdapter) -> list[Tensor]:
     """The rows of A and the columns of B of each layer, as rows."""
     matrices: list[Tensor] = []
-    for A, B in adapter.layers.copy_factors().values():
+    for A, B in adapter.factors.copy().values():
         matrices.append(A)
         matrices.append(B.T)
     return matrices
@@ -85,14 +104,13 @@ def components(adapter: NestedAdapter) -> list[Tensor]:
     [(1, 14, 0.05), (3, 14, 0.05), (8, 14, 0.05), (3, 0.75, 0.025)],
 )
 def test_a_step_moves_the_first_components_by_a_share_of_their_size(
-    monkeypatch: pytest.MonkeyPatch, rank: int, reference_layers: float, share: float
+    rank: int, reference_layers: float, share: float
 ) -> None:
     """Adam's first step is as long as its rate; in four times the layers it is half as long."""
-    fix_schedule(monkeypatch, [rank])
-    monkeypatch.setattr(prefix_steps, "REFERENCE_LAYERS", reference_layers)
     adapter = ordered_adapter()
     before = components(adapter)
-    train(adapter, 8)
+    hyperparameters = Hyperparameters(reference_layers=reference_layers)
+    train(adapter, 8, ranks=[rank], hyperparameters=hyperparameters)
     for old, new in zip(before, components(adapter), strict=True):
         sizes = old.square().mean(dim=1).sqrt()
         step = (new - old).abs().median(dim=1).values
@@ -115,7 +133,7 @@ def test_each_component_is_updated_by_an_adam_of_its_own(ranks: list[int]) -> No
         expected.append(parameter)
         adams.append(torch.optim.Adam([parameter], lr=0.1, betas=(0.9, 0.99)))
     for rank, (grad_A, grad_B) in zip(ranks, gradients, strict=True):
-        optimizer.step({"layer": (grad_A, grad_B)}, rank, learning_rate=0.1)
+        optimizer.step({"layer": (grad_A[:rank], grad_B[:, :rank])}, learning_rate=0.1)
         for index, gradient in enumerate((*grad_A, *grad_B.T)):
             if index % 4 < rank:
                 component = (*A, *B.T)[index]
@@ -128,70 +146,66 @@ def test_each_component_is_updated_by_an_adam_of_its_own(ranks: list[int]) -> No
         torch.testing.assert_close(actual, expected[index] * size)
 
 
-@pytest.mark.parametrize(("num_steps", "num_measurements"), [(1, 0), (64, 0), (90, 1), (400, 5)])
-def test_the_gaps_are_measured_several_times(
-    monkeypatch: pytest.MonkeyPatch, num_steps: int, num_measurements: int
-) -> None:
+@pytest.mark.parametrize(("num_steps", "num_measurements"), [(1, 0), (8, 0), (13, 1), (48, 5)])
+def test_the_gaps_are_measured_several_times(num_steps: int, num_measurements: int) -> None:
     """And each time the shares of the ranks change: at first rank 1 alone is behind."""
     adapter = ordered_adapter()
-    data = data_for(adapter)
-    monkeypatch.setattr(data, "batches", lambda indices: [])
-    monkeypatch.setattr(prefix_steps, "_gradients", lambda *args: adapter.layers.copy_factors())
     calls: list[None] = []
 
     def measure_gaps() -> dict[int, float]:
         calls.append(None)
         return {1: 0.0, 2: 1.0, 4: 0.0, 8: 0.0}
 
-    with trainable_factors(adapter.layers):
+    with trainable_factors(adapter.factors):
         examples_by_rank = train_prefixes(
-            adapter.layers,
-            data,
-            range(8 * num_steps),
+            adapter.factors,
+            data_for(adapter),
+            [step % len(EXAMPLES) for step in range(8 * num_steps)],
             {1: 1.0, 2: 0.0, 4: 0.0, 8: 0.0},
             measure_gaps,
-            seed=0,
+            RankSchedule(0),
+            Hyperparameters(min_steps_between_measurements=8),
         )
     assert len(calls) == num_measurements
     assert sum(examples_by_rank.values()) == 8 * num_steps
     assert (2 in examples_by_rank) == (num_measurements > 0)
 
 
-def test_later_components_fade_out_of_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_components_fade_out_of_the_forward() -> None:
     """From a half to nothing in half of the steps."""
-    fix_schedule(monkeypatch, [2, 8, 3, 1])
     adapter = ordered_adapter()
-    diagonals: list[list[float]] = []
     data = data_for(adapter)
     loss = data.loss
+    _, B = next(iter(adapter.layer_factors().values()))
+    before = B.detach().clone()
+    weights: list[list[float]] = []
 
     def recording_loss(batch: Any) -> Tensor:
-        diagonals.append(adapter.layers.state.overrides[-1].q.tolist())
+        weights.append((B.detach() / before).median(dim=0).values.tolist())
         return loss(batch)
 
     data.loss = recording_loss
-    train(adapter, 4 * 8, data)
-    assert diagonals == [
-        [1.0] * 2 + [0.5] * 6,
-        [1.0] * 8,
-        [1.0] * 3 + [0.0] * 5,
-        [1.0] + [0.0] * 7,
-    ]
+    hyperparameters = Hyperparameters(learning_rate=0.0)
+    train(adapter, 4 * 8, data, ranks=[2, 8, 3, 1], hyperparameters=hyperparameters)
+    torch.testing.assert_close(
+        weights,
+        [[1.0] * 2 + [0.5] * 6, [1.0] * 8, [1.0] * 3 + [0.0] * 5, [1.0] + [0.0] * 7],
+    )
 
 
 @pytest.mark.parametrize("are_A_zero", [False, True])
 def test_components_of_zeros_do_not_become_nan(are_A_zero: bool) -> None:
     """If only B is zero, as after an SVD of a smaller rank, the component still learns."""
     adapter = ordered_adapter()
-    factors = adapter.layers.copy_factors()
+    factors = adapter.factors.copy()
     for name, (A, B) in factors.items():
         num_nonzero = 0 if "q_proj" in name else 4
         B[:, num_nonzero:] = 0
         if are_A_zero:
             A[num_nonzero:] = 0
-    adapter.layers.write_factors(factors)
+    adapter.factors.write(factors)
     train(adapter, 160)
-    for name, (A, B) in adapter.layers.copy_factors().items():
+    for name, (A, B) in adapter.factors.copy().items():
         assert A.isfinite().all()
         assert B.isfinite().all()
         learns_first = not (are_A_zero and "q_proj" in name)
@@ -206,10 +220,9 @@ def test_gradients_in_float16_neither_vanish_nor_overflow(
     monkeypatch: pytest.MonkeyPatch, scale: float, tolerance: float
 ) -> None:
     """Those of a tiny loss would be 0 without a scale, and those of a huge one infinite with it."""
-    fix_schedule(monkeypatch, repeat(8))
     gradients: list[Tensor] = []
 
-    def record_step(optimizer: PrefixAdam, factors: Any, rank: int, learning_rate: float) -> None:
+    def record_step(optimizer: PrefixAdam, factors: Any, learning_rate: float) -> None:
         gradients.append(torch.cat([grad.flatten() for pair in factors.values() for grad in pair]))
 
     monkeypatch.setattr(PrefixAdam, "step", record_step)
@@ -220,7 +233,7 @@ def test_gradients_in_float16_neither_vanish_nor_overflow(
             B.data = B.data.to(dtype)
         data = data_for(adapter)
         scale_loss(data, scale if dtype == torch.float16 else 1.0)
-        train(adapter, 8, data)
+        train(adapter, 8, data, ranks=repeat(8))
     expected, actual = gradients
     assert actual.dtype == torch.float32
     assert torch.dist(actual / scale, expected) < tolerance * expected.norm()
@@ -285,7 +298,7 @@ def test_layers_that_call_dropout_as_a_function_are_deterministic() -> None:
     base.gradient_checkpointing_enable()
     adapter = nest(get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])))
     batch = collate(random_examples(8))
-    with trainable_factors(adapter.layers), torch.no_grad():
+    with trainable_factors(adapter.factors), torch.no_grad():
         losses = {float(adapter.model(**batch).loss) for _ in range(3)}
     assert len(losses) == 1
 
@@ -296,11 +309,79 @@ def test_after_an_exception_the_factors_are_as_before(error_type: type[BaseExcep
     before = copy_lora_parameters(adapter)
 
     def train_and_fail() -> None:
-        with trainable_factors(adapter.layers):
-            train_prefixes(adapter.layers, data_for(adapter), range(32), GAPS, lambda: GAPS, seed=0)
+        with trainable_factors(adapter.factors):
+            train(adapter, 32)
             assert not all_equal(before, copy_lora_parameters(adapter))
             raise error_type
 
     with pytest.raises(error_type):
         train_and_fail()
     assert all_equal(before, copy_lora_parameters(adapter))
+
+
+# Which rank each step trains
+
+
+def test_a_share_follows_the_root_of_the_gap() -> None:
+    """Rank 3 is between two nested ranks, and its gap is between theirs."""
+    shares = rank_shares({1: 1.6, 2: 0.9, 4: 0.1, 8: 0.0}, 1 / 8)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares[1] / shares[2] == pytest.approx(4 / 3)
+    assert shares[2] / shares[4] == pytest.approx(3)
+    assert shares[2] > shares[3] > shares[4] > shares[5] + shares[6] + shares[7] > 0
+    assert shares[5] > shares[6] > shares[7]
+    assert shares[8] == pytest.approx(1 / 8)
+
+
+def test_the_largest_rank_gets_more_of_the_final_steps() -> None:
+    shares_of_max_rank: list[float] = []
+
+    class RecordingSchedule(RankSchedule):
+        def next(self, shares: Mapping[int, float]) -> int:
+            shares_of_max_rank.append(shares[8])
+            return super().next(shares)
+
+    adapter = ordered_adapter()
+    schedule = RecordingSchedule(0)
+    with trainable_factors(adapter.factors):
+        train_prefixes(
+            adapter.factors,
+            data_for(adapter),
+            range(12 * 8),
+            GAPS,
+            lambda: GAPS,
+            schedule,
+            Hyperparameters(),
+        )
+    assert shares_of_max_rank == pytest.approx([1 / 8] * 10 + [1 / 3] * 2)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "trained_ranks"),
+    [
+        ({2: 1.0, 32: 0.0}, {2, 32}),
+        ({2: 1.0, 4: 0.5, 32: 0.0}, {2, 3, 4, 32}),
+        ({3: 1.0, 6: 0.0, 7: 0.0}, {3, 4, 5, 7}),
+        ({1: 0.0, 4: 0.0}, {4}),
+    ],
+    ids=str,
+)
+def test_ranks_between_distant_nested_ranks_are_not_trained(
+    gaps: dict[int, float], trained_ranks: set[int]
+) -> None:
+    """Nor is a rank without a gap, except R."""
+    shares = rank_shares(gaps, 1 / 8)
+    assert {rank for rank, share in shares.items() if share > 0} == trained_ranks
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.integers(1, 1000), st.integers(0, 99))
+def test_each_rank_gets_its_share_of_the_steps(
+    weights: list[float], num_steps: int, seed: int
+) -> None:
+    total = sum(weights) + 0.1
+    shares = {rank: weight / total for rank, weight in enumerate([*weights, 0.1], 1)}
+    schedule = RankSchedule(seed)
+    counts = Counter(schedule.next(shares) for _ in range(num_steps))
+    assert set(counts) <= set(shares)
+    for rank, share in shares.items():
+        assert abs(counts[rank] - share * num_steps) <= 4

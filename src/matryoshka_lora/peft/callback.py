@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.state import AcceleratorState
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from matryoshka_lora.atomic import PathLike, check_output, is_occupied
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.peft.hardware import cpu_has_bf16
-from matryoshka_lora.peft.nested_layers import NestedLayers
-from matryoshka_lora.peft.variant import factor_parameters, lora_layers
+from matryoshka_lora.peft.lora_layers import factor_parameters, lora_layers
+from matryoshka_lora.tensors import cpu_has_bf16
+
+if TYPE_CHECKING:
+    from matryoshka_lora.peft.adapter import NestedAdapter
 
 
 class NestingCallback(TrainerCallback):
@@ -25,41 +26,54 @@ class NestingCallback(TrainerCallback):
     the nesting, so that a run is not resumed with another one.
 
     Args:
-        layers: The nested layers.
+        adapter: The adapter.
         output: Where the adapter will be saved. Training does not begin if this path exists.
     """
 
-    def __init__(self, layers: NestedLayers, output: PathLike | None = None) -> None:
-        self.layers = layers
+    def __init__(self, adapter: NestedAdapter, output: PathLike | None = None) -> None:
+        self.adapter = adapter
         self._output = output
         # A checkpoint has states of callbacks, by their names.
-        self._state_key = f"matryoshka_lora/{layers.name}"
+        self._state_key = f"matryoshka_lora/{adapter.name}"
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Reject what would fail late, or silently train or save something else.
+        """Reject settings that would fail late, or silently train or save something else.
 
         Raises:
             MatryoshkaError: There is such a setting.
         """
+        adapter = self.adapter
         if args.n_gpu > 1:
             raise MatryoshkaError(
                 "One process cannot train nested layers on several GPUs. Start the script with "
                 "`accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
             )
-        if self._output is not None:
-            self._check_output(self._output)
-        self._check_model(kwargs["model"])
+        if self._output is not None and is_occupied(check_output(self._output, force=True)):
+            raise MatryoshkaError(
+                f"{self._output} already exists, so the trained adapter could not be saved there. "
+                "Pass another path. To overwrite it, call `adapter.callback()` without a path, and "
+                "`adapter.save` with force=True."
+            )
+        trained_layers = {layer for _, layer in lora_layers(kwargs["model"], adapter.name)}
+        is_active = adapter.name in adapter.model.active_adapters
+        if trained_layers != set(adapter.layers.values()) or not is_active:
+            raise MatryoshkaError(
+                f"The Trainer does not train adapter {adapter.name!r}: the adapter is not active, "
+                "or the Trainer created its own model, as with model_init. Nest the model that the "
+                "Trainer trains."
+            )
         self.check_same_nesting(state)
         state.stateful_callbacks[self._state_key] = self._settings()  # saved in checkpoints
-        if _packs_rows(args) and self._draws_rows():
+        p = adapter.rule.sample(adapter.nesting, adapter.state.seed, step=0, batch_size=2)
+        if p.ndim > 1 and _packs_rows(args):
             raise MatryoshkaError(
-                f"Rule {self.layers.rule.name!r} draws one diagonal per row, but this Trainer "
+                f"Rule {adapter.rule.name!r} draws one diagonal per row, but this Trainer "
                 "packs several examples into a row. Disable packing and padding_free, or use "
                 "another rule."
             )
-        uses_bf16 = args.bf16 or next(self.layers.model.parameters()).dtype == torch.bfloat16
+        uses_bf16 = args.bf16 or next(adapter.model.parameters()).dtype == torch.bfloat16
         if args.device.type == "cpu" and uses_bf16 and not cpu_has_bf16():
             warnings.warn(
                 "This CPU has no instructions for bfloat16, so a step takes many times longer than "
@@ -67,9 +81,9 @@ class NestingCallback(TrainerCallback):
                 "and load the model in float32.",
                 stacklevel=2,
             )
-        # A smaller rank is not available once training invalidates the order.
-        self.layers.set_rank(self.layers.nesting.max_rank)
-        if self.layers.state.state_dict_q() is not None:
+        # A smaller rank is not available once training ends the order.
+        adapter.set_rank(adapter.nesting.max_rank)
+        if adapter.state.state_dict_q() is not None:
             self._check_reference()
             _check_sharding()
 
@@ -87,7 +101,7 @@ class NestingCallback(TrainerCallback):
             batch_size = state.train_batch_size
         if args.accelerator_config.split_batches:
             batch_size //= args.world_size
-        self.layers.draw(state.global_step, batch_size, args.process_index, args.world_size)
+        self.adapter.draw(state.global_step, batch_size, args.process_index, args.world_size)
 
     def check_same_nesting(self, state: TrainerState) -> None:
         """Raise MatryoshkaError if a checkpoint's state is from a run with another nesting."""
@@ -100,19 +114,9 @@ class NestingCallback(TrainerCallback):
                     "run."
                 )
 
-    @staticmethod
-    def _check_output(output: PathLike) -> None:
-        """Raise MatryoshkaError if `NestedAdapter.save` could not write the output."""
-        if is_occupied(check_output(output, force=True)):
-            raise MatryoshkaError(
-                f"{output} already exists, so the trained adapter could not be saved there. Pass "
-                "another path. To overwrite it, call `adapter.callback()` without a path, and "
-                "`adapter.save` with force=True."
-            )
-
     def _settings(self) -> dict[str, Any]:
-        """Return what a resumed run must have in common, as JSON-serializable values."""
-        state = self.layers.state
+        """Return the settings that a resumed run must share, as JSON-serializable values."""
+        state = self.adapter.state
         return {
             "ranks": list(state.nesting.ranks),
             "scaling": state.nesting.scaling,
@@ -121,27 +125,10 @@ class NestingCallback(TrainerCallback):
             "deploy": state.deploy,
         }
 
-    def _check_model(self, model: nn.Module) -> None:
-        layers = self.layers
-        nested_modules = set(layers.modules.values())
-        trained_modules = {module for _, module in lora_layers(model, layers.name)}
-        is_active = layers.name in layers.model.active_adapters
-        if trained_modules != nested_modules or not is_active:
-            raise MatryoshkaError(
-                f"The Trainer does not train adapter {layers.name!r}: the adapter is not active, "
-                "or the Trainer created its own model, as with model_init. Nest the model that the "
-                "Trainer trains."
-            )
-
-    def _draws_rows(self) -> bool:
-        layers = self.layers
-        p = layers.rule.sample(layers.nesting, layers.state.seed, step=0, batch_size=2)
-        return p.ndim > 1
-
     def _check_reference(self) -> None:
         """Reject TRL's reference adapter, if it is a copy of trained factors without P."""
-        for _, module in lora_layers(self.layers.model, "ref"):
-            A, B = factor_parameters(module, "ref")
+        for _, layer in lora_layers(self.adapter.model, "ref"):
+            A, B = factor_parameters(layer, "ref")
             if bool(A.any()) and bool(B.any()):
                 raise MatryoshkaError(
                     "TRL's reference model is a copy of the factors without P. Call "

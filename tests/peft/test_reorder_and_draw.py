@@ -1,9 +1,6 @@
-"""`NestedLayers`: reordering, when an order ends, and the draws of a step."""
+"""Reordering an adapter in memory, and the draws of a step."""
 
 from __future__ import annotations
-
-import copy
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,10 +9,9 @@ from helpers import oracle
 from helpers.formula import KINDS, deployed_p, matches, random_input, trained_p
 from helpers.models import nested_layer, nested_llama
 from helpers.rules import RANK_PER_ROW
-from torch import Tensor
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, NotFiniteError
-from matryoshka_lora.peft.nested_layers import NestedLayers
+from matryoshka_lora import MatryoshkaError, Nesting, NotFiniteError
+from matryoshka_lora.linalg.factors import Checksum
 from matryoshka_lora.rules import RULES
 
 NESTING = Nesting((1, 2, 4, 8), "sqrt", 0.7)
@@ -56,58 +52,12 @@ def test_factors_that_are_not_finite_are_rejected(bad_value: float) -> None:
     _, B = adapter.layer_factors()["model.layers.1.mlp.down_proj"]
     with torch.no_grad():
         B[3, 2] = bad_value
-    before = adapter.layers.copy_factors()
+    before = adapter.factors.copy()
     with pytest.raises(NotFiniteError, match="down_proj"):
         adapter.reorder()
     assert adapter.order is None
-    for name, (A, _) in adapter.layers.copy_factors().items():
+    for name, (A, _) in adapter.factors.copy().items():
         assert torch.equal(A, before[name][0])
-
-
-# When an order ends.
-
-
-@pytest.fixture
-def ordered() -> NestedAdapter:
-    adapter = nested_llama(NESTING, layers=1)
-    adapter.reorder()
-    return adapter
-
-
-def write_one_value(parameter: Tensor) -> None:
-    parameter[3, 2] += 1
-
-
-def write_through_data(parameter: Tensor) -> None:
-    parameter.data.mul_(2)
-
-
-def replace_data(parameter: Tensor) -> None:
-    parameter.data = parameter.data * 2
-
-
-def step_fused_optimizer(parameter: Tensor) -> None:
-    """It does not count as an in-place operation."""
-    parameter.grad = torch.ones_like(parameter)
-    torch.optim.AdamW([parameter], lr=1e-6, fused=True).step()
-
-
-@pytest.mark.parametrize(
-    "change", [write_one_value, write_through_data, replace_data, step_fused_optimizer]
-)
-def test_an_order_ends_where_a_factor_changes(
-    change: Callable[[Tensor], None], ordered: NestedAdapter
-) -> None:
-    _, B = ordered.layer_factors()["model.layers.0.mlp.up_proj"]
-    original = B.detach().clone()
-    with torch.no_grad():
-        change(B)
-    assert (ordered.order, ordered.ranks) == (None, (8,))
-    with pytest.raises(MatryoshkaError, match="reorder"):
-        ordered.set_rank(2)
-    with torch.no_grad():  # undone, as where training of the ranks did not help
-        B.copy_(original)
-    assert (ordered.order, ordered.ranks) == ("svd", tuple(range(1, 9)))
 
 
 @pytest.mark.parametrize("rule", ["lora", "matryoshka"])
@@ -123,49 +73,11 @@ def test_an_interrupted_reordering_changes_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("matryoshka_lora.peft.nested_layers.Checksum.update", interrupt)
+        patch.setattr(Checksum, "update", interrupt)
         with pytest.raises(KeyboardInterrupt):
             adapter.reorder()
     assert (adapter.order, adapter.rule.name) == (None, rule)
     assert torch.equal(adapter.model(input_ids=ids).logits, expected)
-
-
-def test_saving_verifies_the_order(ordered: NestedAdapter) -> None:
-    """A single value that is written through `.data` may show in the checksum alone."""
-    A, _ = ordered.layer_factors()["model.layers.0.mlp.up_proj"]
-    A.data[0, 1] += 1
-    assert ordered.to_lora_file().order is None
-    assert ordered.order is None
-    A.data[0, 1] -= 1
-    assert ordered.to_lora_file().order == ordered.order
-
-
-def test_the_order_is_known_without_a_checksum(
-    ordered: NestedAdapter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("matryoshka_lora.peft.nested_layers.Checksum", None)
-    ordered.model.train()
-    ordered.set_rank(3)
-    with ordered.rows([1, 2]):
-        assert ordered.order == "svd"
-    assert NestedLayers(ordered.model).order == "svd"
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_cast_does_not_end_the_order(dtype: torch.dtype, ordered: NestedAdapter) -> None:
-    """But a change after it does."""
-    clone = NestedAdapter(copy.deepcopy(ordered.model))
-    clone.set_rank(2)
-    clone.model.to(dtype)
-    ids = torch.arange(3, 11).reshape(1, 8)
-    clone.model(input_ids=ids)
-    clone.model.float()
-    clone.model(input_ids=ids)
-    assert clone.order == "svd"
-    _, B = clone.layer_factors()["model.layers.0.mlp.up_proj"]
-    with torch.no_grad():
-        B[0, 0] += 1
-    assert (clone.order, ordered.order) == (None, "svd")
 
 
 # The draws of a step.

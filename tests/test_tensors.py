@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from matryoshka_lora.peft.arrays import to_numpy, to_numpy_dtype, to_torch
+from matryoshka_lora.tensors import to_numpy, to_numpy_dtype, to_torch
 
 DTYPES = {
     torch.float64: np.float64,

@@ -1,7 +1,8 @@
-"""Convert tensors to NumPy arrays and back, bit for bit."""
+"""Tensors as NumPy arrays, bit for bit; and the dtypes that tensors are computed in."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -26,7 +27,7 @@ def to_numpy(tensor: Tensor) -> Array:
         tensor: Any shape, dtype and device. A DTensor is gathered, so every process must call this.
 
     Returns:
-        An array that shares memory with a CPU tensor. Dtypes that NumPy lacks are those of
+        An array that shares memory with a CPU tensor. Dtypes that NumPy lacks are from
         ml_dtypes.
     """
     tensor = tensor.detach()
@@ -50,3 +51,19 @@ def to_torch(array: Array) -> Tensor:
 def to_numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     """Return NumPy's dtype for one of torch."""
     return to_numpy(torch.empty(0, dtype=dtype)).dtype
+
+
+def at_least_float32(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Cast to `dtype` (default: its own), promoted to at least float32.
+
+    A diagonal in half precision would scale whole columns wrongly.
+    """
+    return tensor.to(torch.promote_types(dtype or tensor.dtype, torch.float32))
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether the CPU has instructions for bfloat16, which is very slow without them."""
+    capabilities: Mapping[str, Any] = {}
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))

@@ -35,8 +35,8 @@ from trl import (
 )
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Rule
+from matryoshka_lora.peft.callback import NestingCallback
 from matryoshka_lora.rules import RULES
-from matryoshka_lora.training.callback import NestingCallback
 
 P = oracle.trained_p(list(NESTING.ranks), NESTING.scaling, NESTING.scale)
 
@@ -266,7 +266,7 @@ class DrawRecorder(TrainerCallback):
         self.draws: list[Tensor] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        diagonal = self.adapter.layers.state.train_diagonal
+        diagonal = self.adapter.state.train_diagonal
         assert diagonal is not None
         self.draws.append(diagonal.q)
 

@@ -1,0 +1,68 @@
+"""PEFT's LoRA layers of an adapter, and their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Protocol, cast
+
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch import Tensor, nn
+
+from matryoshka_lora.lora.keys import PEFT_PREFIX
+
+
+class LoraModule(Protocol):
+    """The part of PEFT's ``LoraLayer`` that nesting uses. Mappings are by the adapter's name."""
+
+    base_layer: nn.Linear
+    lora_A: Mapping[str, nn.Linear]
+    lora_B: Mapping[str, nn.Linear]
+    lora_embedding_A: Mapping[str, nn.Parameter]
+    lora_embedding_B: Mapping[str, nn.Parameter]
+    lora_dropout: Mapping[str, nn.Module]
+    lora_variant: MutableMapping[str, LoraVariant]
+    r: Mapping[str, int]
+    scaling: Mapping[str, float]
+    training: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    merged: bool
+    disable_adapters: bool
+    forward: Callable[..., Tensor]
+    _state_dict_hooks: Mapping[int, object]
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the base layer, without wrappers."""
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return ``s B A`` in the shape of the base layer's weight."""
+
+    def register_state_dict_post_hook(self, hook: Callable[..., None]) -> None:
+        """See ``torch.nn.Module``."""
+
+    def register_load_state_dict_pre_hook(self, hook: Callable[..., None]) -> object:
+        """See ``torch.nn.Module``."""
+
+
+class EmbeddingModule(LoraModule, Protocol):
+    """The part of PEFT's ``Embedding`` that nesting uses in addition."""
+
+    def _embed(self, input: Tensor, weight: Tensor) -> Tensor: ...
+
+    def _get_embed_scale(self) -> Tensor | None: ...
+
+
+def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraModule]]:
+    """Yield the LoRA layers of an adapter with their names in the base model."""
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if adapter in module.lora_A or adapter in module.lora_embedding_A:
+            yield name.removeprefix(PEFT_PREFIX), cast(LoraModule, module)
+
+
+def factor_parameters(module: LoraModule, adapter: str) -> tuple[Tensor, Tensor]:
+    """Return the parameters A and B of an adapter in a LoRA layer, in PEFT's own layout."""
+    if adapter in module.lora_embedding_A:
+        return module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+    return module.lora_A[adapter].weight, module.lora_B[adapter].weight
