@@ -14,7 +14,7 @@ from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.nesting import is_valid_scale
 
 
-def open(path: PathLike, *, revision: str | None = None, alpha: float | None = None) -> Lora:
+def open_lora(path: PathLike, *, revision: str | None = None, alpha: float | None = None) -> Lora:
     """Open a LoRA. Its factors are read when they are used.
 
     Args:
@@ -38,12 +38,12 @@ def open(path: PathLike, *, revision: str | None = None, alpha: float | None = N
 
 
 def open_adapter(path: PathLike, revision: str | None = None) -> Lora:
-    """Open a LoRA in PEFT's format. See `open` for arguments and errors.
+    """Open a LoRA in PEFT's format. See `open_lora` for arguments and errors.
 
     Raises:
         MatryoshkaError: The LoRA is a single file.
     """
-    lora = open(path, revision=revision)
+    lora = open_lora(path, revision=revision)
     if lora.container == "single":
         raise MatryoshkaError(
             f"{lora.name} is a single file, which names no base model. Pass a folder that PEFT has "
@@ -62,3 +62,7 @@ def find_loras(folder: PathLike) -> list[Path]:
         for entry in sorted(path.iterdir())
         if entry.suffix.lower() == ".safetensors" or (entry / CONFIG_NAME).is_file()
     ]
+
+
+open = open_lora
+"""The public name, `matryoshka_lora.open`."""

@@ -11,7 +11,7 @@ from typing import Literal
 
 from matryoshka_lora.atomic import PathLike, check_output
 from matryoshka_lora.errors import MatryoshkaError, check_list
-from matryoshka_lora.formats.open import open as open_lora
+from matryoshka_lora.formats.open import open_lora
 from matryoshka_lora.linalg.arrays import Float64Array
 from matryoshka_lora.lora.combine import combine as combine_loras
 from matryoshka_lora.lora.combine import cosines

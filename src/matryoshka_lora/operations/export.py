@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from matryoshka_lora.atomic import PathLike, check_output, create_folder
 from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list
-from matryoshka_lora.formats.open import find_loras
-from matryoshka_lora.formats.open import open as open_lora
+from matryoshka_lora.formats.open import find_loras, open_lora
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.save import choose_format
 from matryoshka_lora.lora.transforms import matching_patterns

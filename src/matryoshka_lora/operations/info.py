@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.formats.open import find_loras
-from matryoshka_lora.formats.open import open as open_lora
+from matryoshka_lora.formats.open import find_loras, open_lora
 from matryoshka_lora.linalg.allocation import LayerSpectrum, rank_for_share
 from matryoshka_lora.linalg.factors import relative_errors
 from matryoshka_lora.lora.contents import (

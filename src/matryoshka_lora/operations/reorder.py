@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 from matryoshka_lora.atomic import PathLike
-from matryoshka_lora.formats.open import open as open_lora
+from matryoshka_lora.formats.open import open_lora
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.results import ReorderResult
 
