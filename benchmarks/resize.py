@@ -53,7 +53,6 @@ OUR_SCRIPT = f"""
 import json, sys, time
 from pathlib import Path
 from matryoshka_lora import export
-from matryoshka_lora.operations import export as imported  # names are imported lazily
 start = time.process_time()
 export(sys.argv[1], sys.argv[2], force=True, **json.loads(sys.argv[3]))
 {REPORT}"""

@@ -317,7 +317,7 @@ def _draw_spent(axes: Any, studies: Mapping[str, tuple[str, str]], mode: Mode) -
 def singular(figure: Any, mode: Mode) -> None:
     """Draw the components of a trained layer, as trained and reordered."""
     figure.set_size_inches(9.0, 4.2)
-    layer = json.loads((ROOT / "docs" / "singular.json").read_text(encoding="utf-8"))
+    layer = json.loads((ROOT / "research" / "runs" / "singular.json").read_text(encoding="utf-8"))
     left, right = figure.subplots(1, 2)
     for order, method, label in (
         ("trained", "lora/prefix", "as trained"),

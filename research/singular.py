@@ -1,6 +1,6 @@
 """Measure what reordering does to a layer: norms of its components, and errors of its prefixes.
 
-    python -m research.singular docs/singular.json       # about two minutes of one core
+    python -m research.singular research/runs/singular.json    # about two minutes of one core
 
 The adapter is plain LoRA on the 256 facts of seed 0, trained as in `research/studies/facts256.yaml`
 at the learning rate that validation chose for ``lora/svd``.

@@ -19,7 +19,7 @@ from research.stats import accuracy_at, aurac_log2, loss_at
 @block
 def singular_layer() -> str:
     """What the first four columns of one layer miss."""
-    layer = read("docs/singular.json")
+    layer = read("research/runs/singular.json")
     error_before = 100 * layer["trained"]["missing"][4]
     error_after = 100 * layer["svd"]["missing"][4]
     return (

@@ -20,7 +20,7 @@ def combine_ways() -> str:
         "PEFT's `linear`": "PEFT, linear",
         "full SVD of the dense sum, as kohya's script does": "full SVD of the dense sum",
     }
-    measured = read("docs/combine.json")["sum"]
+    measured = read("benchmarks/results/combine.json")["sum"]
     rows = [
         [label, f"{measured[name]['cpu_seconds']:.3f}", f"{measured[name]['error']:.3f}"]
         for label, name in names.items()
@@ -38,7 +38,7 @@ def extract_ways() -> str:
             "full SVD, clamped at 0.99"
         ),
     }
-    measured = read("docs/combine.json")["layer"]
+    measured = read("benchmarks/results/combine.json")["layer"]
     rows: list[list[str]] = []
     for label, name in names.items():
         seconds = measured[name].get("cpu_seconds")
@@ -50,7 +50,7 @@ def extract_ways() -> str:
 @block
 def extract_model() -> str:
     """Extracting all layers of a model."""
-    model = read("docs/combine.json")["model"]
+    model = read("benchmarks/results/combine.json")["model"]
     above = 100 * (model["error"] / model["best"] - 1)
     return (
         f"All layers of SmolLM2-135M take {model['seconds']:.0f} seconds at rank 64 and "

@@ -76,7 +76,7 @@ def readme_findings() -> str:
             ("svd", "lora-authors/svd", "facts-128"),
         )
     )
-    file = read("docs/reorder.json")["whole file, R = 64"]
+    file = read("benchmarks/results/reorder.json")["whole file, R = 64"]
     sentences = [
         "* **Shrinking** a file of random factors in Flux's shapes from "
         f"{file['bytes_before'] / 1e6:.0f} to {file['bytes_after'] / 1e6:.0f} MB, rank 64 to 8, "
