@@ -26,7 +26,6 @@ from research.looks import (
     Mode,
     plain_name,
     set_rank_axis,
-    trained_method,
 )
 from research.plan import Result
 from research.spent import examples_spent
@@ -35,17 +34,17 @@ from research.study import LORA_EACH, load_study, parse_method
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "docs" / "figures"
 
-FACE_METHODS = (trained_method("every256"), "lora/squeezed", "lora/svd")
+FACE_METHODS = (TRAINED, "lora/squeezed", "lora/svd")
 TASK_METHODS = (LORA_EACH, "matryoshka/svd", "lora/svd", "lora/prefix", "matryoshka/prefix")
 
 P_DEPLOYMENTS = {
     "matryoshka/prefix": ("P, dropped after training (the paper)", LOOKS["matryoshka/prefix"]),
-    "matryoshka/keep": ("P, kept", Look("#B0568C", "#E58BBF", "P")),
+    "matryoshka/kept": ("P, kept", Look("#B0568C", "#E58BBF", "P")),
     "matryoshka/svd": ("P, then reorder (SVD)", LOOKS["matryoshka/svd"]),
 }
-"""The deployments of an adapter that P has trained; ``keep`` is the recorded name of ``kept``."""
+"""The deployments of an adapter that P has trained."""
 
-SPENT_METHODS = ("lora/svd", trained_method("capacity"), "lora/squeezed", LORA_EACH)
+SPENT_METHODS = ("lora/svd", TRAINED, "lora/squeezed", LORA_EACH)
 SPENT_STUDIES = {
     "256 facts, two kinds of layers": dict.fromkeys(SPENT_METHODS, ("capacity", "facts-256")),
     "family_relationships": {

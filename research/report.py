@@ -9,6 +9,7 @@ from statistics import fmean
 
 from research import stats
 from research.commonsense import OTHER_METRIC, USUAL_METRIC
+from research.curves import earlier_curves
 from research.plan import Result, diverged, missing_jobs, rates, results, units
 from research.runs import Job, Run
 from research.stats import Estimate, Value
@@ -82,7 +83,7 @@ def nats_difference_spread(estimate: Estimate) -> str:
 
 def tables(study: Study, runs: Mapping[Job, Run]) -> str:
     """Return all tables of a study."""
-    all_results = list(results(study, runs))
+    all_results = [*results(study, runs), *earlier_curves(study.name)]
     tasks = sorted({result.task for result in all_results})
     parts = [f"# {study.title}", *_description(study, runs, all_results)]
     for task in tasks:
@@ -135,9 +136,7 @@ def _description(
     }
     if study.max_examples is not None:
         rows["examples of `train_ranks`"] = str(study.max_examples)
-    if study.settled:
-        rows["only reported"] = study.settled
-    for name in dict.fromkeys(parse_method(method)[0] for method in study.all_methods):
+    for name in dict.fromkeys(parse_method(method)[0] for method in study.methods):
         rows[f"recipe {name}"] = RECIPES[name].summary
     if diverged_runs := diverged(study, runs):
         rows["diverged on test, not in the means"] = "; ".join(diverged_runs)
@@ -320,7 +319,7 @@ def _differences_over_tasks(all_results: Sequence[Result], other: str) -> Iterat
 def _learning_rates(study: Study, runs: Mapping[Job, Run]) -> Iterator[str]:
     states = {
         (method, task, unit): rates(study, runs, unit)
-        for method in study.all_methods
+        for method in study.methods
         for task in study.tasks
         for unit in units(study, method, task)
     }

@@ -17,8 +17,8 @@ from matryoshka_lora import NotFiniteError
 from research.commonsense import Shares, answer_choices, mean_accuracies
 from research.deployments import FUNCTIONS, WITH_A_COMMON_ADAPTER
 from research.plan import missing_jobs
-from research.runs import Curve, Job, Run, append_run
-from research.study import Study, check_can_run
+from research.runs import Curve, Job, Run, append_line
+from research.study import Study
 from research.tasks import choices_folder
 from research.training import AnswerTrainer, Trained, score, trainer_of
 
@@ -55,9 +55,8 @@ def run_study(
         All runs, by job.
 
     Raises:
-        MatryoshkaError: The study is only reported, or a job cannot be run. Finished runs are kept.
+        MatryoshkaError: A job cannot be run. Finished runs are kept.
     """
-    check_can_run(study)
     all_runs = dict(runs)
     end = time.monotonic() + max_seconds
     while missing := missing_jobs(study, all_runs):
@@ -67,7 +66,7 @@ def run_study(
             break
         job, deployments = next(iter(missing.items()))
         run = run_job(study, job, deployments)
-        append_run(file, run)
+        append_line(file, run.to_line())
         all_runs[job] = all_runs[job].merge(run) if job in all_runs else run
     return all_runs
 

@@ -159,11 +159,6 @@ def complete_lines(file: Path) -> list[str]:
     return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def append_run(file: Path, run: Run) -> None:
-    """Append a run to a file; an incomplete last line is replaced."""
-    append_line(file, run.to_line())
-
-
 def append_line(file: Path, line: str) -> None:
     """Append a line to a file; an incomplete last line is replaced."""
     file.parent.mkdir(parents=True, exist_ok=True)

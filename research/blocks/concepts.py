@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from matryoshka_lora import Nesting
-from research.blocks.comparisons import (
+from research.blocks.shared import (
     THREE_TASKS,
+    block,
     in_paper_regime,
     p_kept_minus_dropped,
     p_kept_minus_lora,
     p_kept_rate,
     p_minus_lora,
     points,
+    read,
+    table,
 )
-from research.blocks.registry import block, read, table
 from research.stats import accuracy_at, aurac_log2, loss_at
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from research.blocks.registry import block, read, table
+from research.blocks.shared import block, read, table
 from research.curves import of_method
 from research.stats import accuracy_at
 from research.study import LORA_EACH

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from research.blocks.registry import block, read, table
+from research.blocks.shared import block, read, table
 
 
 @block

@@ -1,21 +1,20 @@
-"""The blocks on the paper's own regime: its initialisation, dtype and learning rates."""
+"""The blocks on searches for learning rates: the paper's own regime, and LoRA at one rank."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from research import stats
-from research.blocks.comparisons import in_paper_regime, points
-from research.blocks.rate_cells import best_rate, rate_cell, seeds_cell, validation_runs
-from research.blocks.registry import block, table
-from research.curves import curves
-from research.plan import Unit, num_missing, rates, units
+from research.blocks.shared import block, in_paper_regime, points, table
+from research.curves import WARMUPS, curves
+from research.plan import Rates, Unit, num_missing, rates, units
 from research.runs import Job, Run
 from research.stats import accuracy_at, mean_loss
-from research.study import Study, load_study, parse_method
+from research.study import LORA_EACH, Study, load_study, parse_method
 
 PAPER_RANKS = (1, 4, 32)
 RECIPE_NAMES = {"lora-authors": "LoRA", "matryoshka-authors": "P", "dylora-authors": "DyLoRA"}
@@ -174,3 +173,102 @@ def _loss(run: Run | None, unit: Unit) -> str:
 
 def _deployment_name(method: str) -> str:
     return DEPLOYMENT_NAMES.get(method, "`reorder` (SVD)")
+
+
+# LoRA trained at one rank, with several warmups.
+
+
+@block
+def reference() -> str:
+    """LoRA alone at the ranks 1 and 2 of 256 facts, by warmup."""
+    rows: list[list[str]] = []
+    num_validations = 0
+    tests_missing: list[int] = []
+    for warmup in WARMUPS:
+        study = load_study(f"reference-warmup-{warmup}")
+        runs = study.load_runs()
+        num_validations += num_missing(replace(study, seeds=()), runs)
+        (task,) = study.tasks
+        all_units = units(study, LORA_EACH, task)
+        for unit in all_units:
+            rows.append([f"{warmup} %", *_row_of_reference(study, runs, unit)])
+        num_tested = sum(job.split == "test" for job in runs)
+        tests_missing.append(len(all_units) * len(study.seeds) - num_tested)
+    heading = ["warmup", "rank", "rates tried", "rate", "validation loss"]
+    heading += ["validation: mean of the seeds, %", "test: mean, %", "test: each seed, %"]
+    num_tests = min(tests_missing)  # only a single warmup is tested
+    sentence = (
+        f"At least {num_validations} validation runs and {num_tests} test runs are missing."
+        if num_validations or num_tests
+        else "The studies are complete."
+    )
+    return f"{table(heading, rows)}\n{sentence}"
+
+
+def _row_of_reference(study: Study, runs: Mapping[Job, Run], unit: Unit) -> list[str]:
+    state = rates(study, runs, unit)
+    rate = best_rate(state)
+    validations = validation_runs(study, runs, unit, rate)
+    tests = [
+        runs[job]
+        for seed in study.seeds
+        if (job := unit.job(state.chosen or -1.0, seed, "test")) in runs
+    ]
+    tried = [f"{rate:g}" for rate in sorted(state.losses)]
+    return [
+        str(unit.rank),
+        " to ".join(dict.fromkeys((tried[0], tried[-1]))) if tried else "not run",
+        rate_cell(state),
+        f"{state.losses[rate]:.3f}" if rate in state.losses else "",
+        _spread(unit, validations),
+        _spread(unit, tests),
+        ", ".join(f"{share:.0f}" for share in sorted(_percent(unit, tests))),
+    ]
+
+
+def _percent(unit: Unit, runs: Sequence[Run]) -> list[float]:
+    """Return the right answers of runs of a single rank, in %."""
+    return [
+        100 * run.curves[unit.deployment].accuracy[-1]
+        for run in runs
+        if unit.deployment in run.curves
+    ]
+
+
+def _spread(unit: Unit, runs: Sequence[Run]) -> str:
+    """Return the mean, the lowest and the highest of some seeds, and their number."""
+    estimate = stats.estimate(_percent(unit, runs))
+    return "" if estimate is None else f"{estimate.spread(digits=1)}, {seeds_cell(estimate.n)}"
+
+
+# Cells on learning rates, and on the runs that chose them.
+
+
+def best_rate(state: Rates) -> float | None:
+    """Return the chosen rate, or the best one of those that were tried."""
+    finite = {rate: loss for rate, loss in state.losses.items() if math.isfinite(loss)}
+    return state.chosen or min(finite, key=finite.__getitem__, default=None)
+
+
+def rate_cell(state: Rates) -> str:
+    """Return the rate as a cell, and whether no smaller or no larger one was tried."""
+    rate = best_rate(state)
+    if rate is None:
+        return "" if state.missing else "none: every rate diverged"
+    if state.chosen is None:
+        return f"{rate:g} so far"
+    is_edge = rate in (min(state.losses), max(state.losses))
+    return f"{rate:g}, an edge of the grid" if is_edge else f"{rate:g}"
+
+
+def validation_runs(
+    study: Study, runs: Mapping[Job, Run], unit: Unit, rate: float | None
+) -> list[Run]:
+    """Return the validation runs of a unit at a rate."""
+    jobs = [unit.job(rate or -1.0, seed, "validation") for seed in study.rate_seeds]
+    return [runs[job] for job in jobs if job in runs and unit.deployment in runs[job].curves]
+
+
+def seeds_cell(count: int) -> str:
+    """Return a number of seeds as a cell."""
+    return "1 seed" if count == 1 else f"{count} seeds"
