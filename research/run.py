@@ -20,7 +20,7 @@ from research.plan import missing_jobs
 from research.runs import Curve, Job, Run, append_line
 from research.study import Study
 from research.tasks import choices_folder
-from research.training import AnswerTrainer, Trained, score, trainer_of
+from research.training import AnswerTrainer, Trained, copy_factors, score, trainer_of
 
 PACKAGES = ("matryoshka-lora", "torch", "transformers", "peft", "trl", "reasoning-gym")
 
@@ -83,7 +83,7 @@ def run_job(study: Study, job: Job, deployments: Collection[str]) -> Run:
         tokens_before = AnswerTrainer.num_tokens
         trainer.train()
         cost["tokens"] = AnswerTrainer.num_tokens - tokens_before
-        trained = Trained(study, job, adapter.layers.copy_factors(), trainer, measured)
+        trained = Trained(study, job, copy_factors(adapter), trainer, measured)
         cost["seconds"] = round(time.perf_counter() - start, 2)
         cost["parameters"] = trained.num_parameters
         for name in names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from research.blocks import BLOCKS, paper_regime
+from research.blocks import BLOCKS, searches
 from research.plan import Result, missing_jobs, results
 from research.runs import Curve, Job, Run
 from research.study import Study, load_study
@@ -37,7 +37,7 @@ def all_curves(study_name: str) -> list[Result]:
 @blocks
 def test_without_any_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Study, "load_runs", lambda study: {})
-    monkeypatch.setattr(paper_regime, "curves", lambda study_name: [])
+    monkeypatch.setattr(searches, "curves", lambda study_name: [])
     text = BLOCKS[name]()
     assert "are missing" in text
     assert "25.0" not in text
@@ -46,7 +46,7 @@ def test_without_any_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @blocks
 def test_with_all_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Study, "load_runs", all_runs)
-    monkeypatch.setattr(paper_regime, "curves", all_curves)
+    monkeypatch.setattr(searches, "curves", all_curves)
     text = BLOCKS[name]()
     assert "25.0" in text
     assert "so far" not in text
@@ -54,9 +54,9 @@ def test_with_all_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_comparison_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paper_regime, "curves", all_curves)
+    monkeypatch.setattr(searches, "curves", all_curves)
     rows = BLOCKS["paper_differences"]().strip().splitlines()[2:]
-    assert len(rows) == 2 * len(paper_regime.COMPARISONS)
+    assert len(rows) == 2 * len(searches.COMPARISONS)
     assert all(row.count("+0.0 ± 0.0") == 3 for row in rows)  # all runs are equal
 
 
