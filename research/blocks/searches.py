@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from statistics import fmean
 
 from research import stats
 from research.blocks.shared import block, in_paper_regime, points, table
-from research.curves import WARMUPS, curves
+from research.curves import WARMUPS, curves, of_method, references_with_best_warmup
 from research.plan import Rates, Unit, num_missing, rates, units
-from research.runs import Job, Run
+from research.runs import Run
 from research.stats import accuracy_at, mean_loss
-from research.study import LORA_EACH, Study, load_study, parse_method
+from research.study import LORA_EACH, Study, load_study
 
 PAPER_RANKS = (1, 4, 32)
 RECIPE_NAMES = {"lora-authors": "LoRA", "matryoshka-authors": "P", "dylora-authors": "DyLoRA"}
@@ -49,46 +47,23 @@ def paper_regime() -> str:
     for task in study.tasks:
         for method in study.methods:
             (unit,) = units(study, method, task)
-            row = _row_of_paper(study, runs, method, unit)
-            if row:
-                rows.append([f"`{task}`", *row])
+            tests = of_method(study.name, method, task)
+            means = [stats.mean(tests, method, accuracy_at(rank)) for rank in PAPER_RANKS]
+            names = [RECIPE_NAMES[unit.recipe], _deployment_name(method)]
+            rate = rate_cell(rates(study, runs, unit))
+            cells = ["" if mean is None else mean.text(100, 1) for mean in means]
+            rows.append([f"`{task}`", *names, rate, f"test, {seeds_cell(len(tests))}", *cells])
     heading = ["right answers in %", "recipe", "deployment", "rate", "measured"]
     heading += [f"rank {rank}" for rank in PAPER_RANKS]
-    return f"{table(heading, rows)}\n{_missing_sentence(study, runs)}"
+    return f"{table(heading, rows)}\n{_completeness([study])}"
 
 
-def _row_of_paper(study: Study, runs: Mapping[Job, Run], method: str, unit: Unit) -> list[str]:
-    """Return the cells of a method: tests if there are any, or the best validation so far."""
-    state = rates(study, runs, unit)
-    tests = [c for c in curves(study.name) if (c.method, c.task) == (method, unit.task)]
-    names = [RECIPE_NAMES[unit.recipe], _deployment_name(method), rate_cell(state)]
-    if tests:
-        means = [stats.mean(tests, method, accuracy_at(rank)) for rank in PAPER_RANKS]
-        cells = ["" if mean is None else mean.text(100, 1) for mean in means]
-        return [*names, f"test, {seeds_cell(len(tests))}", *cells]
-    measured = validation_runs(study, runs, unit, best_rate(state))
-    if not measured:
-        return []
-    accuracies = [run.curves[unit.deployment].accuracy for run in measured]
-    indices = [measured[0].ranks.index(rank) for rank in PAPER_RANKS]
-    cells = [f"{100 * fmean(shares[index] for shares in accuracies):.1f}" for index in indices]
-    return [*names, f"validation, {seeds_cell(len(measured))}", *cells]
-
-
-def _missing_sentence(study: Study, runs: Mapping[Job, Run]) -> str:
-    count = num_missing(study, runs)
-    if not count:
-        return "The study is complete."
-    not_run = [
-        f"{RECIPE_NAMES[recipe]} on `{task}`"
-        for task in study.tasks
-        for recipe in dict.fromkeys(parse_method(method)[0] for method in study.methods)
-        if not any((job.task, job.recipe) == (task, recipe) for job in runs)
-    ]
-    sentence = f"At least {count} training runs are missing."
-    if not_run:
-        sentence = f"{sentence} Without any run: {', '.join(not_run)}."
-    return textwrap.fill(sentence, 120, break_on_hyphens=False)
+def _completeness(studies: Sequence[Study]) -> str:
+    """Return whether runs of studies are missing, as a sentence."""
+    count = sum(num_missing(study, study.load_runs()) for study in studies)
+    if count:
+        return f"At least {count} training runs are missing."
+    return "The study is complete." if len(studies) == 1 else "The studies are complete."
 
 
 @block
@@ -182,91 +157,61 @@ def _deployment_name(method: str) -> str:
 def reference() -> str:
     """LoRA alone at the ranks 1 and 2 of 256 facts, by warmup."""
     rows: list[list[str]] = []
-    num_validations = 0
-    tests_missing: list[int] = []
-    for warmup in WARMUPS:
-        study = load_study(f"reference-warmup-{warmup}")
+    studies = [load_study(f"reference-warmup-{warmup}") for warmup in WARMUPS]
+    for warmup, study in zip(WARMUPS, studies, strict=True):
         runs = study.load_runs()
-        num_validations += num_missing(replace(study, seeds=()), runs)
         (task,) = study.tasks
-        all_units = units(study, LORA_EACH, task)
-        for unit in all_units:
-            rows.append([f"{warmup} %", *_row_of_reference(study, runs, unit)])
-        num_tested = sum(job.split == "test" for job in runs)
-        tests_missing.append(len(all_units) * len(study.seeds) - num_tested)
+        for unit in units(study, LORA_EACH, task):
+            state = rates(study, runs, unit)
+            rate = state.chosen
+            if rate is None:
+                raise ValueError(f"{study.name} has no rate for rank {unit.rank}.")
+            validations, tests = (
+                [
+                    100 * runs[job].curves[unit.deployment].accuracy[-1]
+                    for seed in seeds
+                    if (job := unit.job(rate, seed, split)) in runs
+                ]
+                for seeds, split in ((study.rate_seeds, "validation"), (study.seeds, "test"))
+            )
+            rows.append(
+                [
+                    f"{warmup} %",
+                    str(unit.rank),
+                    f"{min(state.losses):g} to {max(state.losses):g}",
+                    rate_cell(state),
+                    f"{state.losses[rate]:.3f}",
+                    _spread(validations),
+                    _spread(tests),
+                    ", ".join(f"{share:.0f}" for share in sorted(tests)),
+                ]
+            )
     heading = ["warmup", "rank", "rates tried", "rate", "validation loss"]
     heading += ["validation: mean of the seeds, %", "test: mean, %", "test: each seed, %"]
-    num_tests = min(tests_missing)  # only a single warmup is tested
-    sentence = (
-        f"At least {num_validations} validation runs and {num_tests} test runs are missing."
-        if num_validations or num_tests
-        else "The studies are complete."
-    )
-    return f"{table(heading, rows)}\n{sentence}"
-
-
-def _row_of_reference(study: Study, runs: Mapping[Job, Run], unit: Unit) -> list[str]:
-    state = rates(study, runs, unit)
-    rate = best_rate(state)
-    validations = validation_runs(study, runs, unit, rate)
-    tests = [
-        runs[job]
-        for seed in study.seeds
-        if (job := unit.job(state.chosen or -1.0, seed, "test")) in runs
+    # Only the best warmup is tested.
+    best_warmup, _ = references_with_best_warmup()
+    expected = [
+        study if warmup == best_warmup else replace(study, seeds=())
+        for warmup, study in zip(WARMUPS, studies, strict=True)
     ]
-    tried = [f"{rate:g}" for rate in sorted(state.losses)]
-    return [
-        str(unit.rank),
-        " to ".join(dict.fromkeys((tried[0], tried[-1]))) if tried else "not run",
-        rate_cell(state),
-        f"{state.losses[rate]:.3f}" if rate in state.losses else "",
-        _spread(unit, validations),
-        _spread(unit, tests),
-        ", ".join(f"{share:.0f}" for share in sorted(_percent(unit, tests))),
-    ]
+    return f"{table(heading, rows)}\n{_completeness(expected)}"
 
 
-def _percent(unit: Unit, runs: Sequence[Run]) -> list[float]:
-    """Return the right answers of runs of a single rank, in %."""
-    return [
-        100 * run.curves[unit.deployment].accuracy[-1]
-        for run in runs
-        if unit.deployment in run.curves
-    ]
-
-
-def _spread(unit: Unit, runs: Sequence[Run]) -> str:
+def _spread(shares: Sequence[float]) -> str:
     """Return the mean, the lowest and the highest of some seeds, and their number."""
-    estimate = stats.estimate(_percent(unit, runs))
+    estimate = stats.estimate(shares)
     return "" if estimate is None else f"{estimate.spread(digits=1)}, {seeds_cell(estimate.n)}"
 
 
-# Cells on learning rates, and on the runs that chose them.
-
-
-def best_rate(state: Rates) -> float | None:
-    """Return the chosen rate, or the best one of those that were tried."""
-    finite = {rate: loss for rate, loss in state.losses.items() if math.isfinite(loss)}
-    return state.chosen or min(finite, key=finite.__getitem__, default=None)
+# Cells on learning rates and seeds.
 
 
 def rate_cell(state: Rates) -> str:
-    """Return the rate as a cell, and whether no smaller or no larger one was tried."""
-    rate = best_rate(state)
-    if rate is None:
-        return "" if state.missing else "none: every rate diverged"
+    """Return the chosen rate as a cell, and whether no smaller or no larger one was tried."""
     if state.chosen is None:
-        return f"{rate:g} so far"
-    is_edge = rate in (min(state.losses), max(state.losses))
-    return f"{rate:g}, an edge of the grid" if is_edge else f"{rate:g}"
-
-
-def validation_runs(
-    study: Study, runs: Mapping[Job, Run], unit: Unit, rate: float | None
-) -> list[Run]:
-    """Return the validation runs of a unit at a rate."""
-    jobs = [unit.job(rate or -1.0, seed, "validation") for seed in study.rate_seeds]
-    return [runs[job] for job in jobs if job in runs and unit.deployment in runs[job].curves]
+        return "none: every rate diverged"
+    is_edge = state.chosen in (min(state.losses), max(state.losses))
+    return f"{state.chosen:g}, an edge of the grid" if is_edge else f"{state.chosen:g}"
 
 
 def seeds_cell(count: int) -> str:

@@ -15,9 +15,8 @@ import torch
 
 import matryoshka_lora
 from matryoshka_lora import MatryoshkaError
-from research import __main__ as command_line
 from research import commonsense, stats, tasks
-from research.__main__ import TABLES, main
+from research.__main__ import TABLES, main, select
 from research.curves import earlier_curves
 from research.facts import facts
 from research.plan import missing_jobs, num_missing, rates, results, units
@@ -154,20 +153,17 @@ def test_a_test_run_measures_all_cheap_deployments() -> None:
     assert num_missing(study, runs) == 4
 
 
-def test_deployments_that_are_recorded_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deployments_that_are_recorded_are_not_repeated() -> None:
     """The runs have ``svd`` and ``squeezed``; only ``trained`` is missing."""
     runs: dict[Job, Run] = {}
     for job, run in load_study("capacity").load_runs().items():
         curves = {name: curve for name, curve in run.curves.items() if name != "trained"}
         diverged = tuple(name for name in run.diverged if name != "trained")
         runs[job] = replace(run, curves=curves, diverged=diverged)
-    selected: list[Study] = []
-    monkeypatch.setattr(command_line, "run_missing", lambda study, _: selected.append(study))
-    monkeypatch.setattr(command_line, "write_tables", lambda _: None)
-    methods = ["--methods", "lora/trained,lora/squeezed,lora/svd"]
-    assert main(["capacity", *methods, "--rates-only"]) == 0
-    assert main(["capacity", *methods, "--seeds", "200,201,202,203,204"]) == 0
-    rates_only, tests = selected
+    study = load_study("capacity")
+    methods = "lora/trained,lora/squeezed,lora/svd"
+    tests = select(study, methods, "200,201,202,203,204")
+    rates_only = replace(tests, seeds=())
 
     missing = missing_jobs(rates_only, runs)
     assert {(job.recipe, job.rank, job.seed, job.split) for job in missing} == {
