@@ -10,8 +10,8 @@ with ``bf16=False``, as in README on hardware with bf16; the model in fp32, as i
 CPUs; and TRL's bf16 autocast.
 
 Time is CPU time of one thread, and on a GPU wall time, of a step with its update; the ratios are
-medians over all steps but the first of each run. Peak bytes are those of all tensors that a step
-creates and that live at the same time.
+medians over all steps but the first of each run. Peak bytes count all tensors that a step creates
+and that live at the same time.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ WARMUPS = (0, 5, 20)
 
 @cache
 def curves(name: str) -> tuple[Result, ...]:
-    """Return every finished curve of a study, and those of earlier versions."""
+    """Return every finished curve of a study, and its curves of earlier versions."""
     study = load_study(name)
     return (*results(study, study.load_runs()), *earlier_curves(name))
 

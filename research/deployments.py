@@ -23,8 +23,7 @@ Deployment = Callable[[Trained], Iterator[tuple[NestedAdapter, int]]]
 """Yields the adapter of each nested rank in turn, and the rank at which to use it."""
 
 SQUEEZE_SHARE = 0.5
-"""The largest number of examples that LoRA-Squeeze trains on, as a share of those of the run; the
-same as for ``trained``."""
+"""LoRA-Squeeze trains on at most this share of the run's examples, as ``trained`` does."""
 
 SQUEEZE_EXAMPLES_PER_STEP = 16
 

@@ -236,7 +236,7 @@ def _draw_legend(figure: Any, num_columns: int = 2) -> None:
     )
 
 
-# What P, and training at a rank, are worth.
+# The value of P, and of training at a rank.
 
 
 def spent(figure: Any, mode: Mode) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ FINALISTS = 2
 
 
 class Unit(NamedTuple):
-    """What has its own learning rate: a recipe with a deployment, on a task, at an R.
+    """A recipe with a deployment, on a task, at an R. It has its own learning rate.
 
     Attributes:
         recipe: The name of the recipe.
@@ -196,25 +196,17 @@ def missing_jobs(study: Study, runs: Mapping[Job, Run]) -> dict[Job, set[str]]:
                     if not unit.is_measured(job, runs):
                         deployments = jobs.setdefault(job, set())
                         deployments.add(unit.deployment)
-                        for other in _free_units(study, unit, states):
-                            if not other.is_measured(job, runs):
-                                deployments.add(other.deployment)
+                        # It also measures all cheap deployments of the same adapter, whatever
+                        # their rate, to compare them. Questions with choices take too long.
+                        deployments |= {
+                            other.deployment
+                            for other in states
+                            if (other.recipe, other.rank) == (unit.recipe, unit.rank)
+                            and other.deployment in WITHOUT_TRAINING
+                            and "choices" not in study.tasks[task]
+                            and not other.is_measured(job, runs)
+                        }
     return jobs
-
-
-def _free_units(study: Study, unit: Unit, units_of_task: Iterable[Unit]) -> list[Unit]:
-    """Return the units whose deployment a test run measures too, whatever their rate: cheap ones.
-
-    They compare deployments of the same adapters. Questions with choices take too long.
-    """
-    if "choices" in study.tasks[unit.task]:
-        return []
-    return [
-        other
-        for other in units_of_task
-        if (other.recipe, other.rank) == (unit.recipe, unit.rank)
-        and other.deployment in WITHOUT_TRAINING
-    ]
 
 
 def num_missing(study: Study, runs: Mapping[Job, Run]) -> int:

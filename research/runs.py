@@ -56,7 +56,7 @@ class Run:
     """A finished job. The fields are the keys of a line of JSON.
 
     Attributes:
-        job: What was run.
+        job: The job.
         ranks: The ranks of the curves.
         curves: The curves by deployment; see `research.deployments`.
         cost: ``tokens`` and ``seconds`` of training, ``parameters`` of the adapter, and ``cuts``:

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 from matryoshka_lora import MatryoshkaError
 from research.plan import rates, units
-from research.runs import Run
-from research.study import LORA_EACH, Study, load_study, parse_method
+from research.study import LORA_EACH, load_study
 
 SAME_LOSS = 1e-4
 """In nats. Two deployments of a run with the same adapter differ by rounding, which is less."""
@@ -49,28 +48,29 @@ def examples_spent(study_name: str, method: str, task: str, rank: int) -> list[S
     for seed in study.seeds if rate is not None else ():
         run = runs.get(unit.job(rate or 0.0, seed, "test"))
         if run is not None and unit.deployment in run.curves:
-            examples = _examples(study, run, method, rank)
             accuracy = run.curves[unit.deployment].accuracy[run.ranks.index(rank)]
+            num_examples = study.num_training_examples(unit.recipe)
+            cost = run.cost["cuts"][unit.deployment]
+            if method == LORA_EACH:
+                examples = float(num_examples)
+            elif unit.deployment == "svd":
+                examples = 0.0
+            elif unit.deployment == "trained":
+                examples = float(cost["examples_by_rank"].get(str(rank), 0))
+            elif unit.deployment == "squeezed" and "svd" in run.curves:
+                losses = zip(run.curves["squeezed"].loss, run.curves["svd"].loss, strict=True)
+                is_trained = [abs(squeezed - svd) > SAME_LOSS for squeezed, svd in losses]
+                num_trained = max(
+                    (i + 1 for i, trained in enumerate(is_trained) if trained), default=0
+                )
+                share = share_of_squeezed(rank, run.ranks[:num_trained])
+                examples = share * num_examples * cost["tokens"] / run.cost["tokens"]
+            else:
+                raise MatryoshkaError(
+                    f"{run.job} does not record what {method} has spent on a rank."
+                )
             points.append(Spent(seed, examples, accuracy))
     return points
-
-
-def _examples(study: Study, run: Run, method: str, rank: int) -> float:
-    if method == LORA_EACH:
-        return study.num_training_examples(run.job.recipe)
-    _, deployment = parse_method(method)
-    if deployment == "svd":
-        return 0.0
-    if "examples_by_rank" in run.cost["cuts"][deployment]:
-        return float(run.cost["cuts"][deployment]["examples_by_rank"].get(str(rank), 0))
-    if deployment != "squeezed" or "svd" not in run.curves:
-        raise MatryoshkaError(f"{run.job} does not record what {method} has spent on a rank.")
-    pairs = zip(run.ranks, run.curves["squeezed"].loss, run.curves["svd"].loss, strict=True)
-    different = [r for r, squeezed, svd in pairs if abs(squeezed - svd) > SAME_LOSS]
-    trained_ranks = [r for r in run.ranks if different and r <= max(different)]
-    share = run.cost["cuts"][deployment]["tokens"] / run.cost["tokens"]
-    num_examples = share * study.num_training_examples(run.job.recipe)
-    return float(num_examples * share_of_squeezed(rank, trained_ranks))
 
 
 def share_of_squeezed(rank: int, ranks: Sequence[int]) -> float:

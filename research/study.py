@@ -181,7 +181,7 @@ class Study:
                 raise MatryoshkaError(f"{method} cannot answer questions with choices.")
 
     def nested_ranks(self, rank: int) -> tuple[int, ...]:
-        """Return the nested ranks of a run: those of the study at R, otherwise only ``rank``."""
+        """Return the nested ranks of a run: the study's at R, otherwise only ``rank``."""
         return self.ranks if rank == self.rank else (rank,)
 
     def measured_ranks(self, job: Job) -> tuple[int, ...]:
@@ -208,7 +208,7 @@ class Study:
         if "generated" in self.tasks[task]:
             # The held-out examples of a file are missing in training; generated ones are new.
             items.pop("judge", None)
-        # The keys and their content are those of the recorded runs.
+        # Recorded runs have a hash of these keys and values.
         settings: dict[str, Any] = {
             "source": dict(self.tasks[task]),
             "recipe": recipe_settings,

@@ -97,7 +97,7 @@ class Trained:
         measured: The tokenized examples to measure on, which no deployment uses.
 
     Attributes:
-        details: What a deployment has done, by its name; it is recorded next to its cost.
+        details: More values to record next to the cost of a deployment, by its name.
 
     Raises:
         NotFiniteError: A factor is not finite.

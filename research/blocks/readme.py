@@ -106,7 +106,7 @@ def _median_at_rank_2(study: str, method: str) -> str:
 
 @block
 def readme_export() -> str:
-    """What `matryoshka export --error 10%` prints for a small file."""
+    """The output of `matryoshka export --error 10%` for a small file."""
     generator = np.random.default_rng(0)
     tensors: dict[str, NDArray[np.float16]] = {}
     for number in range(16):

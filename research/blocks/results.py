@@ -10,6 +10,7 @@ from research.blocks.shared import (
     THREE_TASKS,
     block,
     chosen_rate,
+    difference,
     facts_table,
     in_paper_regime,
     median_and_lowest,
@@ -31,7 +32,7 @@ from research.curves import curves, of_method, references_with_best_warmup
 from research.looks import NAMES, TRAINED
 from research.plan import Result
 from research.spent import examples_spent
-from research.stats import Value, accuracy_at, aurac_log2, loss_at, mean_loss
+from research.stats import accuracy_at, aurac_log2, loss_at, mean_loss
 from research.study import LORA_EACH, load_study
 
 
@@ -54,7 +55,7 @@ def facts256() -> str:
 
 @block
 def facts256_findings() -> str:
-    """What the table of 256 facts says."""
+    """Findings of the table of 256 facts."""
     trained = of_method("every256", TRAINED)
     largest_fall = 100 * max(map(stats.largest_fall, trained))
     rank_1 = median(_accuracies(trained, 1))
@@ -114,7 +115,7 @@ def facts256_paper() -> str:
 
 @block
 def squeeze_tries() -> str:
-    """What our variant of LoRA-Squeeze is."""
+    """A description of our variant of LoRA-Squeeze."""
     num_tries = {"train_ranks": 0, "squeezed": 0}
     for line in read("research/runs/tries.jsonl"):
         if line["kind"] in ("squeeze", "squeezed"):
@@ -160,7 +161,7 @@ def _with_version(label: str, study: str) -> str:
 
 @block
 def capacity_findings() -> str:
-    """What the table of two kinds of layers says, and of which runs its rows are."""
+    """Findings of the table of two kinds of layers, and the runs of its rows."""
     at_rank_2 = trained_minus("capacity", LORA_EACH, accuracy_at(2))
     if at_rank_2.mean >= 0 or at_rank_2.half_width is None:
         raise ValueError(f"{at_rank_2} is not less.")
@@ -252,7 +253,7 @@ def three_tasks() -> str:
 
 @block
 def three_tasks_findings() -> str:
-    """What the table of three tasks says."""
+    """Findings of the table of three tasks."""
     gains = [_gain_of_one_svd(task) for task in THREE_TASKS]
     family = "family_relationships"
     longer = percent("headline", "lora-longer/svd", aurac_log2, family, "lora/svd")
@@ -352,7 +353,7 @@ def p_at_ranks_findings() -> str:
 
 @block
 def nesting_controls() -> str:
-    """What rank 2 has with fewer nested ranks, and the examples that it gets."""
+    """Right answers and examples of rank 2 with fewer nested ranks."""
     studies = {
         "ten nested ranks": "capacity",
         "(1, 2, 32)": "capacity-1-2",
@@ -360,22 +361,20 @@ def nesting_controls() -> str:
         "(2, 32), fewer examples": "capacity-2-equal",
     }
     rows: list[list[str]] = []
-    for label, study in studies.items():
-        cells = [median_and_lowest(study, TRAINED, accuracy_at(rank)) for rank in (1, 2, 32)]
-        cells += [_mean_examples(study, rank) for rank in (1, 2)]
-        rows.append([label, *cells, str(len(of_method(study, TRAINED)))])
+    for label, name in studies.items():
+        study = load_study(name)
+        (task,) = study.tasks
+        cells = [median_and_lowest(name, TRAINED, accuracy_at(rank)) for rank in (1, 2, 32)]
+        for rank in (1, 2):
+            if rank in study.ranks:
+                examples = [run.examples for run in examples_spent(name, TRAINED, task, rank)]
+                cells.append(f"{fmean(examples):,.0f}")
+            else:
+                cells.append("")
+        rows.append([label, *cells, str(len(of_method(name, TRAINED)))])
     heading = ["`train_ranks`, nested ranks", *(f"rank {rank}" for rank in (1, 2, 32))]
     heading += [*(f"examples of rank {rank}" for rank in (1, 2)), "seeds"]
     return table(heading, rows)
-
-
-def _mean_examples(study_name: str, rank: int) -> str:
-    """Return how many examples a rank was trained on; nothing if it is not nested."""
-    study = load_study(study_name)
-    if rank not in study.ranks:
-        return ""
-    (task,) = study.tasks
-    return f"{fmean(run.examples for run in examples_spent(study_name, TRAINED, task, rank)):,.0f}"
 
 
 @block
@@ -387,10 +386,10 @@ def nesting_controls_findings() -> str:
     to_nested = trained_minus_study("capacity-2-equal", TRAINED, "capacity-1-2", rank_2)
     lora_examples = examples_spent("capacity", LORA_EACH, "facts-256", 2)[0].examples
     return (
-        f"* **For one small rank**, nest `(2, 32)`. Its right answers at rank 2 differ from those "
-        f"of ten nested ranks by\n  {points(alone, '+')} points, and from those of LoRA trained at "
-        f"rank 2 by {points(to_lora, '+')}. That LoRA has {lora_examples:,.0f} examples\n  of rank "
-        "2; `(2, 32)` has as many of R, and half as many after them.\n"
+        "* **For one small rank**, nest `(2, 32)`. At rank 2, its right answers differ from ten nested "
+        f"ranks by\n  {points(alone, '+')} points, and from LoRA trained at rank 2 by "
+        f"{points(to_lora, '+')}. That LoRA has {lora_examples:,.0f} examples\n  of rank 2; "
+        "`(2, 32)` has as many of R, and half as many after them.\n"
         "* **Does nesting cost anything?** With about as many examples for rank 2, rank 2 alone "
         f"minus rank 2 beside\n  rank 1 is {points(to_nested, '+')} points."
     )
@@ -398,7 +397,7 @@ def nesting_controls_findings() -> str:
 
 @block
 def one_small_rank() -> str:
-    """What to nest for one small rank."""
+    """The nested ranks for one small rank."""
     alone, nested = (
         median_and_lowest(study, TRAINED, accuracy_at(2)) for study in ("capacity-2", "capacity")
     )
@@ -417,7 +416,7 @@ LONGER = "lora-longer/svd"
 
 @block
 def ordinary_tasks() -> str:
-    """Losses minus those of ``reorder``."""
+    """Losses minus the losses of ``reorder``."""
     values = {"mean": mean_loss, "rank 1": loss_at(1), "rank 4": loss_at(4), "R": loss_at(32)}
     rows: list[list[str]] = []
     for task in load_study("ordinary").tasks:
@@ -434,10 +433,20 @@ def ordinary_findings() -> str:
     study = load_study("ordinary")
     gains: list[str] = []
     for task in study.tasks:
-        of_mean, of_rank_1 = (_share_of_gain(task, value) for value in (mean_loss, loss_at(1)))
+        of_mean, of_rank_1 = (
+            100
+            * difference("ordinary", TRAINED, value, "lora/svd", task).mean
+            / difference("ordinary", LONGER, value, "lora/svd", task).mean
+            for value in (mean_loss, loss_at(1))
+        )
+        num_kept = sum(
+            run["cost"]["cuts"].get("trained", {}).get("outcome") == "kept"
+            for run in read("research/runs/ordinary.jsonl")
+            if run["job"]["task"] == task
+        )
         gains.append(
             f"{of_mean:.0f} % ({of_rank_1:.0f} % at rank 1) on `{task}`, where "
-            f"{_num_kept(task)} of {len(study.seeds)} were kept"
+            f"{num_kept} of {len(study.seeds)} were kept"
         )
     again, longer_run = (
         nats("rest", method, mean_loss, "chain_sum", "lora/svd")
@@ -453,24 +462,4 @@ def ordinary_findings() -> str:
         "Where R itself can still\n  improve, train longer from the start: once the learning rate "
         "has fallen to 0, more steps for R, or of plain LoRA, did\n  less than that on one "
         "validation seed ([tries](../research/earlier.md#what-was-tried))."
-    )
-
-
-def _share_of_gain(task: str, value: Value) -> float:
-    """Return the gain of `train_ranks` over ``reorder`` in % of that of half a run more."""
-    trained, longer = (
-        stats.mean(curves("ordinary"), method, value, task, "lora/svd")
-        for method in (TRAINED, LONGER)
-    )
-    if trained is None or longer is None:
-        raise ValueError(f"The study ordinary lacks runs of {task}.")
-    return 100 * trained.mean / longer.mean
-
-
-def _num_kept(task: str) -> int:
-    """Return the number of runs whose trained ranks were kept."""
-    return sum(
-        run["cost"]["cuts"].get("trained", {}).get("outcome") == "kept"
-        for run in read("research/runs/ordinary.jsonl")
-        if run["job"]["task"] == task
     )

@@ -86,7 +86,7 @@ def paper_differences() -> str:
 
 @block
 def paper_findings() -> str:
-    """What P does at a rate of the paper, and at its best rate."""
+    """P and LoRA at a rate of the paper, and at the best rate of each; DyLoRA."""
     study = load_study("paper-regime")
     runs = study.load_runs()
     (seed,) = study.rate_seeds

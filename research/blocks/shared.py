@@ -1,4 +1,4 @@
-"""What the blocks of several pages share: their registry, cells, tables and comparisons."""
+"""The registry of blocks, and the cells, tables and comparisons that several pages share."""
 
 from __future__ import annotations
 
