@@ -163,6 +163,3 @@ FUNCTIONS: dict[str, Deployment] = {
     "squeezed": squeezed,
 }
 """The deployments by the names of `research.study.DEPLOYMENTS`."""
-
-WITH_A_COMMON_ADAPTER = ("prefix", "svd", "trained")
-"""The deployments with a common adapter for all ranks, so that all ranks can be asked together."""

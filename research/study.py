@@ -177,8 +177,11 @@ class Study:
                     f"{method} needs examples that decide whether the ranks are kept, and that are "
                     "not measured. Set items.judge."
                 )
-            if deployment == "kept" and any("choices" in source for source in sources):
-                raise MatryoshkaError(f"{method} cannot answer questions with choices.")
+            if deployment in ("kept", "squeezed") and any("choices" in s for s in sources):
+                raise MatryoshkaError(
+                    f"{method} has another adapter at each rank, so it cannot answer questions "
+                    "with choices."
+                )
 
     def nested_ranks(self, rank: int) -> tuple[int, ...]:
         """Return the nested ranks of a run: the study's at R, otherwise only ``rank``."""

@@ -386,8 +386,8 @@ def nesting_controls_findings() -> str:
     to_nested = trained_minus_study("capacity-2-equal", TRAINED, "capacity-1-2", rank_2)
     lora_examples = examples_spent("capacity", LORA_EACH, "facts-256", 2)[0].examples
     return (
-        "* **For one small rank**, nest `(2, 32)`. At rank 2, its right answers differ from ten nested "
-        f"ranks by\n  {points(alone, '+')} points, and from LoRA trained at rank 2 by "
+        "* **For one small rank**, nest `(2, 32)`. At rank 2, its right answers differ from ten "
+        f"nested ranks by\n  {points(alone, '+')} points, and from LoRA trained at rank 2 by "
         f"{points(to_lora, '+')}. That LoRA has {lora_examples:,.0f} examples\n  of rank 2; "
         "`(2, 32)` has as many of R, and half as many after them.\n"
         "* **Does nesting cost anything?** With about as many examples for rank 2, rank 2 alone "
