@@ -20,8 +20,8 @@ from matryoshka_lora.lora_file.single_file import SingleFile
 
 from matryoshka_lora import MatryoshkaError
 from matryoshka_lora.linalg.factors import singular_values, weighted_sum
-from matryoshka_lora.tensors import to_numpy_dtype
 from matryoshka_lora.progress import progress_bar, single_threaded
+from matryoshka_lora.tensors import to_numpy_dtype
 
 from .adapters import Factors, adapter_factors, to_array
 

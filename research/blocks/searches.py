@@ -1,21 +1,18 @@
-"""The blocks on the paper's own regime: its initialisation, dtype and learning rates."""
+"""The blocks on searches for learning rates: the paper's own regime, and LoRA at one rank."""
 
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Mapping
-from statistics import fmean
+from collections.abc import Sequence
+from dataclasses import replace
 
 from research import stats
-from research.blocks.comparisons import in_paper_regime, points
-from research.blocks.rate_cells import best_rate, rate_cell, seeds_cell, validation_runs
-from research.blocks.registry import block, table
-from research.curves import curves
-from research.plan import Unit, num_missing, rates, units
-from research.runs import Job, Run
+from research.blocks.shared import block, in_paper_regime, points, table
+from research.curves import WARMUPS, curves, of_method, references_with_best_warmup
+from research.plan import Rates, Unit, num_missing, rates, units
+from research.runs import Run
 from research.stats import accuracy_at, mean_loss
-from research.study import Study, load_study, parse_method
+from research.study import LORA_EACH, Study, load_study
 
 PAPER_RANKS = (1, 4, 32)
 RECIPE_NAMES = {"lora-authors": "LoRA", "matryoshka-authors": "P", "dylora-authors": "DyLoRA"}
@@ -50,46 +47,23 @@ def paper_regime() -> str:
     for task in study.tasks:
         for method in study.methods:
             (unit,) = units(study, method, task)
-            row = _row_of_paper(study, runs, method, unit)
-            if row:
-                rows.append([f"`{task}`", *row])
+            tests = of_method(study.name, method, task)
+            means = [stats.mean(tests, method, accuracy_at(rank)) for rank in PAPER_RANKS]
+            names = [RECIPE_NAMES[unit.recipe], _deployment_name(method)]
+            rate = rate_cell(rates(study, runs, unit))
+            cells = ["" if mean is None else mean.text(100, 1) for mean in means]
+            rows.append([f"`{task}`", *names, rate, f"test, {seeds_cell(len(tests))}", *cells])
     heading = ["right answers in %", "recipe", "deployment", "rate", "measured"]
     heading += [f"rank {rank}" for rank in PAPER_RANKS]
-    return f"{table(heading, rows)}\n{_missing_sentence(study, runs)}"
+    return f"{table(heading, rows)}\n{_completeness([study])}"
 
 
-def _row_of_paper(study: Study, runs: Mapping[Job, Run], method: str, unit: Unit) -> list[str]:
-    """Return the cells of a method: tests if there are any, or the best validation so far."""
-    state = rates(study, runs, unit)
-    tests = [c for c in curves(study.name) if (c.method, c.task) == (method, unit.task)]
-    names = [RECIPE_NAMES[unit.recipe], _deployment_name(method), rate_cell(state)]
-    if tests:
-        means = [stats.mean(tests, method, accuracy_at(rank)) for rank in PAPER_RANKS]
-        cells = ["" if mean is None else mean.text(100, 1) for mean in means]
-        return [*names, f"test, {seeds_cell(len(tests))}", *cells]
-    measured = validation_runs(study, runs, unit, best_rate(state))
-    if not measured:
-        return []
-    accuracies = [run.curves[unit.deployment].accuracy for run in measured]
-    indices = [measured[0].ranks.index(rank) for rank in PAPER_RANKS]
-    cells = [f"{100 * fmean(shares[index] for shares in accuracies):.1f}" for index in indices]
-    return [*names, f"validation, {seeds_cell(len(measured))}", *cells]
-
-
-def _missing_sentence(study: Study, runs: Mapping[Job, Run]) -> str:
-    count = num_missing(study, runs)
-    if not count:
-        return "The study is complete."
-    not_run = [
-        f"{RECIPE_NAMES[recipe]} on `{task}`"
-        for task in study.tasks
-        for recipe in dict.fromkeys(parse_method(method)[0] for method in study.methods)
-        if not any((job.task, job.recipe) == (task, recipe) for job in runs)
-    ]
-    sentence = f"At least {count} training runs are missing."
-    if not_run:
-        sentence = f"{sentence} Without any run: {', '.join(not_run)}."
-    return textwrap.fill(sentence, 120, break_on_hyphens=False)
+def _completeness(studies: Sequence[Study]) -> str:
+    """Return whether runs of studies are missing, as a sentence."""
+    count = sum(num_missing(study, study.load_runs()) for study in studies)
+    if count:
+        return f"At least {count} training runs are missing."
+    return "The study is complete." if len(studies) == 1 else "The studies are complete."
 
 
 @block
@@ -112,7 +86,7 @@ def paper_differences() -> str:
 
 @block
 def paper_findings() -> str:
-    """What P does at a rate of the paper, and at its best rate."""
+    """P and LoRA at a rate of the paper, and at the best rate of each; DyLoRA."""
     study = load_study("paper-regime")
     runs = study.load_runs()
     (seed,) = study.rate_seeds
@@ -174,3 +148,72 @@ def _loss(run: Run | None, unit: Unit) -> str:
 
 def _deployment_name(method: str) -> str:
     return DEPLOYMENT_NAMES.get(method, "`reorder` (SVD)")
+
+
+# LoRA trained at one rank, with several warmups.
+
+
+@block
+def reference() -> str:
+    """LoRA alone at the ranks 1 and 2 of 256 facts, by warmup."""
+    rows: list[list[str]] = []
+    studies = [load_study(f"reference-warmup-{warmup}") for warmup in WARMUPS]
+    for warmup, study in zip(WARMUPS, studies, strict=True):
+        runs = study.load_runs()
+        (task,) = study.tasks
+        for unit in units(study, LORA_EACH, task):
+            state = rates(study, runs, unit)
+            rate = state.chosen
+            if rate is None:
+                raise ValueError(f"{study.name} has no rate for rank {unit.rank}.")
+            validations, tests = (
+                [
+                    100 * runs[job].curves[unit.deployment].accuracy[-1]
+                    for seed in seeds
+                    if (job := unit.job(rate, seed, split)) in runs
+                ]
+                for seeds, split in ((study.rate_seeds, "validation"), (study.seeds, "test"))
+            )
+            rows.append(
+                [
+                    f"{warmup} %",
+                    str(unit.rank),
+                    f"{min(state.losses):g} to {max(state.losses):g}",
+                    rate_cell(state),
+                    f"{state.losses[rate]:.3f}",
+                    _spread(validations),
+                    _spread(tests),
+                    ", ".join(f"{share:.0f}" for share in sorted(tests)),
+                ]
+            )
+    heading = ["warmup", "rank", "rates tried", "rate", "validation loss"]
+    heading += ["validation: mean of the seeds, %", "test: mean, %", "test: each seed, %"]
+    # Only the best warmup is tested.
+    best_warmup, _ = references_with_best_warmup()
+    expected = [
+        study if warmup == best_warmup else replace(study, seeds=())
+        for warmup, study in zip(WARMUPS, studies, strict=True)
+    ]
+    return f"{table(heading, rows)}\n{_completeness(expected)}"
+
+
+def _spread(shares: Sequence[float]) -> str:
+    """Return the mean, the lowest and the highest of some seeds, and their number."""
+    estimate = stats.estimate(shares)
+    return "" if estimate is None else f"{estimate.spread(digits=1)}, {seeds_cell(estimate.n)}"
+
+
+# Cells on learning rates and seeds.
+
+
+def rate_cell(state: Rates) -> str:
+    """Return the chosen rate as a cell, and whether no smaller or no larger one was tried."""
+    if state.chosen is None:
+        return "none: every rate diverged"
+    is_edge = state.chosen in (min(state.losses), max(state.losses))
+    return f"{state.chosen:g}, an edge of the grid" if is_edge else f"{state.chosen:g}"
+
+
+def seeds_cell(count: int) -> str:
+    """Return a number of seeds as a cell."""
+    return "1 seed" if count == 1 else f"{count} seeds"
