@@ -60,6 +60,14 @@ def test_the_same_format_changes_nothing() -> None:
     assert not has_key_format(lora, "peft")
 
 
+def test_a_format_may_choose_alphas_that_are_new() -> None:
+    """diffusers needs the same alpha in all layers of a file with alphas."""
+    layers = convert(lora_of(*UNET_MODULES), "kohya").layers
+    assert all(layer.has_new_factors for layer in layers)
+    layers = convert(lora_of(*UNET_MODULES), "peft").layers
+    assert not any(layer.has_new_factors for layer in layers)
+
+
 @pytest.mark.parametrize("prefix", ["", "text_model."])
 @pytest.mark.parametrize(
     "kohya_prefixes",
