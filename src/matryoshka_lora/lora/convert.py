@@ -74,10 +74,7 @@ class _KeyStyle:
             f"{self.prefix}{name}{self.suffixes.B}",
             f"{name}.alpha" if self.has_alpha else None,
         )
-        # A format may choose the scale of a layer that gets an alpha.
-        gets_alpha = self.has_alpha and layer.keys.alpha is None
-        has_new_factors = layer.has_new_factors or gets_alpha
-        return replace(layer, name=name, keys=keys, has_new_factors=has_new_factors)
+        return replace(layer, name=name, keys=keys)
 
 
 _STYLES: dict[KeyFormat, _KeyStyle] = {

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from matryoshka_lora.atomic import PathLike, check_output, create_folder
 from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list
 from matryoshka_lora.formats.open import find_loras, open_lora
+from matryoshka_lora.lora.convert import has_key_format
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.save import choose_format
 from matryoshka_lora.lora.transforms import matching_patterns
@@ -211,8 +212,16 @@ def _export(
     notes = [f"{change[0].upper()}{change[1:]}." for change in changed.changes]
     if key_format is not None:
         converted = changed.convert(key_format)
-        if not changes_ranks and converted.layers == changed.layers:
+        has_same_keys = [layer.keys for layer in converted.layers] == [
+            layer.keys for layer in lora.layers
+        ]
+        if has_same_keys and not (changes_ranks or dtype or drop or scale):
             raise MatryoshkaError(f"{lora.name} has keys of the {key_format} format already.")
+        if len(converted.layers) != len(changed.layers):
+            notes.append(
+                f"The {pluralize(len(changed.layers), 'layer')} are {len(converted.layers)} in the "
+                f"{key_format} format, which has other layers for queries, keys and values."
+            )
         changed = converted
     ladder_ranks = None
     if is_ladder:
@@ -364,6 +373,6 @@ def _rank_for(
     key_format = options.get("key_format")
     if key_format is not None:
         with suppress(MatryoshkaError):  # its own export reports it
-            if lora.convert(key_format).layers != lora.layers:
+            if lora.container == "peft" or not has_key_format(lora, key_format):
                 return None
     return lora.max_rank  # it is only rewritten
