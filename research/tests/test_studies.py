@@ -431,8 +431,6 @@ def test_studies_that_are_only_reported(changes: dict[str, Any], keyword: str) -
 PUBLIC_NAMES = {
     "matryoshka_lora": set(matryoshka_lora.__all__),
     "matryoshka_lora.peft.base_model": {"load_model", "load_tokenizer"},
-    "matryoshka_lora.training.prefix_steps": {"EXAMPLES_PER_STEP"},
-    "matryoshka_lora.training.train_ranks": {"MAX_VALIDATION_EXAMPLES", "SMALLEST_GAP"},
 }
 
 
