@@ -450,12 +450,14 @@ def train_prefixes(
         step_indices = indices[step * examples_per_step : (step + 1) * examples_per_step]
         num_examples[rank] += len(step_indices)
         batches = data.batches(step_indices[state.process_index :: state.num_processes])
-        # Batches without labels are omitted, perhaps not in all processes.
-        num_batches = gather(torch.tensor([len(batches)], device=data.device)).min()
+        if state.num_processes > 1:
+            # Batches without labels are omitted, perhaps not in all processes.
+            num_batches = gather(torch.tensor([len(batches)], device=data.device)).min()
+            batches = batches[: int(num_batches)]
         q = torch.ones(max_rank, dtype=torch.float64)
         q[rank:] = options.tail_factor * max(0.0, 1 - step / (options.tail_steps * num_steps))
         with factors.masked(q):
-            gradients = _gradients(factors, rank, data, batches[: int(num_batches)])
+            gradients = _gradients(factors, rank, data, batches)
         warmup = min(1.0, (step + 1) / max(1.0, options.warmup * num_steps))
         decay = 1 - step / num_steps
         optimizer.step(gradients, options.learning_rate * layer_factor * warmup * decay)
