@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from helpers.plain_peft import plain_adapter
 from helpers.tiny_chat import save_tiny_chat, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -91,10 +92,23 @@ def test_a_folder_gets_trained_ranks(lora_folder: Path, tmp_path: Path) -> None:
 
 
 def test_untrained_ranks_are_written_in_the_order_of_the_svd(
-    lora_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lora_folder: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("matryoshka_lora.training.train_ranks.ROUNDING", 99.0)
-    result = train_ranks(lora_folder, tmp_path / "nested", EXAMPLES, dtype="fp32")
+    """Of an update of rank 1, no rank is behind."""
+    source = Path(shutil.copytree(lora_folder, tmp_path / "source"))
+    file = source / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            tensor[:, 1:] = 0
+    save_file(tensors, file)
+    result = train_ranks(
+        source,
+        tmp_path / "nested",
+        EXAMPLES,
+        base_model=str(lora_folder.with_name("base")),
+        dtype="fp32",
+    )
     assert (result.outcome, result.losses_after) == ("nothing to train", None)
     assert open_peft_folder(tmp_path / "nested").order == "svd"
 
