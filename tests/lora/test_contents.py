@@ -11,7 +11,7 @@ from torch import Tensor
 
 from matryoshka_lora import info
 from matryoshka_lora.cli.file_results import format_info
-from matryoshka_lora.lora_file.contents import modules_by_kind
+from matryoshka_lora.lora.contents import modules_by_kind
 
 
 @pytest.mark.parametrize(
