@@ -209,7 +209,7 @@ def test_killed_write_leaves_the_old_output_or_the_new_one(
         output.parent.mkdir()
         if force:
             lora.truncate(4).save(output)
-        if not killed(lambda: lora.truncate(2).save(output, force), output.parent, number):
+        if not killed(lambda: lora.truncate(2).save(output, force=force), output.parent, number):
             break
         if output.exists():
             assert ml.open(output).max_rank in ((2, 4) if force else (2,))

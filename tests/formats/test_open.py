@@ -114,8 +114,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "alpha is infinite": (edit_config(lora_alpha=1e999), "positive"),
     "alpha is zero": (edit_config(lora_alpha=0), "positive"),
     "alpha is text": (edit_config(lora_alpha="8"), "positive"),
-    "pattern that does not end": (edit_config(rank_pattern={"(.|..|...)+(?<!.)": 4}), "pattern"),
-    "pattern is no regular expression": (edit_config(rank_pattern={"(": 4}), "pattern"),
+    "pattern that does not end": (edit_config(rank_pattern={"(.|..|...)+(?<!.)": 4}), "forever"),
+    "pattern is no regular expression": (edit_config(rank_pattern={"(": 4}), "regular expression"),
     "patterns are a list": (edit_config(alpha_pattern=["q_proj"]), "pattern"),
     "patterns of experts": (
         edit_config(target_parameters=["experts.up"], alpha_pattern={"experts.up": 9}),

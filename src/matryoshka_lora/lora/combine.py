@@ -38,6 +38,23 @@ _MEANING_FIELDS = (
 _WEIGHT_CHANGE = re.compile(r"(?P<module>.+)\.(?P<kind>diff|diff_b|w_norm|b_norm)")
 
 
+def match(loras: Sequence[Lora]) -> list[Lora]:
+    """Return LoRAs that can be added, whose layers have the same names.
+
+    Single files get the key format of the first one, where they differ. That may change the ranks,
+    see `matryoshka_lora.lora.convert`.
+
+    Args:
+        loras: LoRAs of one base model, all PEFT folders or all single files.
+
+    Raises:
+        MatryoshkaError: The LoRAs are not compatible.
+    """
+    for lora, other in combinations_with_replacement(loras, 2):
+        _check_compatible(lora, other)
+    return match_key_formats(loras) if loras[0].container == "single" else list(loras)
+
+
 def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
     """Return the weighted sum of LoRAs, ``w_1 s_1 B_1 A_1 + w_2 s_2 B_2 A_2 + ...``.
 
@@ -45,18 +62,13 @@ def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
     and it has no order. A layer that a LoRA does not have counts as zero.
 
     Args:
-        loras: LoRAs of one base model, all PEFT folders or all single files. The sum has the key
-            format of the first one.
+        loras: LoRAs as `match` returns them.
         weights: The weight of each, which may be negative.
 
     Raises:
-        MatryoshkaError: The LoRAs are not compatible.
+        MatryoshkaError: The shapes of a layer differ, or a weight is changed in two ways.
     """
-    for lora, other in combinations_with_replacement(loras, 2):
-        _check_compatible(lora, other)
     names = [lora.name for lora in loras]
-    if loras[0].container == "single":
-        loras = match_key_formats(loras)
     terms: dict[str, list[tuple[Lora, Layer, float]]] = {}
     for lora, weight in zip(loras, weights, strict=True):
         for layer in lora.layers:
@@ -88,13 +100,11 @@ def cosines(loras: Sequence[Lora]) -> Float64Array:
     All factors are read. A LoRA without any update has the cosine 0.
 
     Args:
-        loras: LoRAs of one base model, in any key formats.
+        loras: LoRAs as `match` returns them.
 
     Returns:
         Shape (n, n): 0 for unrelated updates, 1 for the same direction, negative for opposed ones.
     """
-    if loras[0].container == "single":
-        loras = match_key_formats(loras)
     layers = [{layer.name: layer for layer in lora.layers} for lora in loras]
     products = np.zeros((len(loras), len(loras)))
     with single_threaded():
