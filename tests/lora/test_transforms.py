@@ -368,7 +368,7 @@ def test_a_padded_file_of_diffusers_has_its_scale_in_the_metadata(tmp_path: Path
         ({"rank": 4, "pad": True}, "smaller"),
         ({"pad": True}, "rank"),
         ({"rank": 9, "pad": True, "error": "10%"}, "error"),
-        ({"rank": [9, 10], "pad": True, "format": "ladder"}, "ladder"),
+        ({"rank": [9, 10], "pad": True, "format": "ladder"}, "pad"),
     ],
 )
 def test_invalid_arguments_are_rejected(

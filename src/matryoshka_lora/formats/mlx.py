@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from matryoshka_lora.formats.base_config import read_base_config
 from matryoshka_lora.formats.peft_folder import CONFIG_NAME
 from matryoshka_lora.formats.runtimes import check_runtime, name_in_block
@@ -66,10 +64,7 @@ def _padded(layer: Layer, rank: int) -> Layer:
 
     def pad(factors: Factors) -> Factors:
         A, B = pad_end(factors.A, missing, axis=-2), pad_end(factors.B, missing, axis=-1)
-        errors = factors.squared_errors
-        if errors is not None:  # zeros do not make the error of the layer's own rank smaller
-            errors = errors[np.minimum(np.arange(rank + 1), layer.rank)]
-        return factors._replace(A=A, B=B, squared_errors=errors)
+        return factors._replace(A=A, B=B, squared_errors=factors.padded_errors(rank))
 
     return layer.map(pad, rank=rank)
 
