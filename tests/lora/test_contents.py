@@ -1,17 +1,18 @@
-"""What a file contains, from the names that trainers write."""
+"""The contents of a file, from the names that trainers write."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from helpers.loras import random_lora
 
-from matryoshka_lora import info
-from matryoshka_lora.cli.file_results import format_info
-from matryoshka_lora.lora.contents import modules_by_kind
+from matryoshka_lora.lora.contents import (
+    PartInfo,
+    layers_by_kind,
+    layers_by_part,
+    modules_by_kind,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,17 +27,16 @@ from matryoshka_lora.lora.contents import modules_by_kind
         (["lycoris_layers_0_q", "lora_unetwork"], {"": 2}),
     ],
 )
-def test_layers_are_counted_by_part(
-    names: list[str], parts: dict[str, int], tmp_path: Path
-) -> None:
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        tensors[f"{name}.lora_down.weight"] = torch.randn(2, 6)
-        tensors[f"{name}.lora_up.weight"] = torch.randn(6, 2)
-        tensors[f"{name}.alpha"] = torch.tensor(1.0)
-    save_file(tensors, tmp_path / "lora.safetensors")
-    result = info(tmp_path / "lora.safetensors")
-    assert {name: part.layers for name, part in result.parts.items()} == parts
+def test_layers_are_counted_by_part(names: list[str], parts: dict[str, int]) -> None:
+    lora = random_lora(dict.fromkeys(names, (6, 6)))
+    assert layers_by_part(lora.layers) == {name: PartInfo(n, 0) for name, n in parts.items()}
+
+
+def test_convolutions_and_kinds_are_counted() -> None:
+    lora = random_lora({"lora_unet_a": (6, 6), "lora_unet_b": (6, 6, 3, 3)})
+    layers = [lora.layers[0], replace(lora.layers[1], kind="LoKr")]
+    assert layers_by_part(layers) == {"unet": PartInfo(layers=2, convolutions=1)}
+    assert layers_by_kind(layers) == {"LoRA": 1, "LoKr": 1}
 
 
 DOWN_UP = ("lora_down.weight", "lora_up.weight")
@@ -70,41 +70,3 @@ def test_old_and_pefts_keys_have_kinds_too() -> None:
     keys = ["unet.a.lora.down.weight", "unet.a.lora.up.weight", "unet.a.alpha"]
     keys += ["base_model.model.b.lora_magnitude_vector", "base_model.model.lm_head.weight"]
     assert modules_by_kind(keys) == {"LoRA with alpha 0": 1, "DoRA": 1, "other": 1}
-
-
-def test_convolutions_alphas_and_dtypes_are_named(tmp_path: Path) -> None:
-    file = tmp_path / "lora.safetensors"
-    save_file(
-        {
-            "lora_unet_a.lora_down.weight": torch.randn(4, 6).half(),
-            "lora_unet_a.lora_up.weight": torch.randn(6, 4).half(),
-            "lora_unet_a.alpha": torch.tensor(2.0),
-            "lora_unet_b.lora_down.weight": torch.randn(2, 6, 3, 3),
-            "lora_unet_b.lora_up.weight": torch.randn(6, 2, 1, 1),
-            "lora_unet_b.alpha": torch.tensor(4.0),
-        },
-        file,
-    )
-    result = info(file)
-    content = result.to_dict()
-    assert content["parts"] == {"unet": {"layers": 2, "convolutions": 1}}
-    assert content["layers_by_rank"] == {2: 1, 4: 1}
-    assert (content["alphas"], content["scales"]) == ([2.0, 4.0], [0.5, 2.0])
-    assert content["dtypes"] == ["float16", "float32"]
-    text = format_info(result)
-    assert "unet 2 (1 convolution), such as lora_unet_a" in text
-    assert "2 to 4, depending on the layer" in text
-
-
-def test_layers_are_counted_by_kind(tmp_path: Path) -> None:
-    file = tmp_path / "lora.safetensors"
-    tensors = {"unet.a.lora_A.weight": torch.ones(2, 3), "unet.a.lora_B.weight": torch.ones(4, 2)}
-    for name in ("b", "c"):
-        tensors[f"lycoris_{name}.lokr_w1"] = torch.ones(2, 2)
-        tensors[f"lycoris_{name}.lokr_w2"] = torch.ones(2, 2)
-    for name in ("w1_a", "w2_a", "w1_b", "w2_b"):
-        tensors[f"diffusion_model.a.hada_{name}"] = torch.ones(2, 2)
-    save_file(tensors, file)
-    result = info(file)
-    assert result.to_dict()["layers_by_kind"] == {"LoRA": 1, "LoKr": 2, "LoHa": 1}
-    assert "LoKr 2" in format_info(result)

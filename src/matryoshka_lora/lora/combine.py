@@ -38,23 +38,6 @@ _MEANING_FIELDS = (
 _WEIGHT_CHANGE = re.compile(r"(?P<module>.+)\.(?P<kind>diff|diff_b|w_norm|b_norm)")
 
 
-def match(loras: Sequence[Lora]) -> list[Lora]:
-    """Return LoRAs that can be added, whose layers have the same names.
-
-    Single files get the key format of the first one, where they differ. That may change the ranks,
-    see `matryoshka_lora.lora.convert`.
-
-    Args:
-        loras: LoRAs of one base model, all PEFT folders or all single files.
-
-    Raises:
-        MatryoshkaError: The LoRAs are not compatible.
-    """
-    for lora, other in combinations_with_replacement(loras, 2):
-        _check_compatible(lora, other)
-    return match_key_formats(loras) if loras[0].container == "single" else list(loras)
-
-
 def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
     """Return the weighted sum of LoRAs, ``w_1 s_1 B_1 A_1 + w_2 s_2 B_2 A_2 + ...``.
 
@@ -62,12 +45,13 @@ def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
     and it has no order. A layer that a LoRA does not have counts as zero.
 
     Args:
-        loras: LoRAs as `match` returns them.
+        loras: LoRAs that are `compatible`.
         weights: The weight of each, which may be negative.
 
     Raises:
-        MatryoshkaError: The shapes of a layer differ, or a weight is changed in two ways.
+        MatryoshkaError: The LoRAs are not compatible.
     """
+    loras = compatible(loras)
     names = [lora.name for lora in loras]
     terms: dict[str, list[tuple[Lora, Layer, float]]] = {}
     for lora, weight in zip(loras, weights, strict=True):
@@ -94,17 +78,32 @@ def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
     )
 
 
+def compatible(loras: Sequence[Lora]) -> list[Lora]:
+    """Return LoRAs with the same names for the same modules, so that they can be added.
+
+    Single files get the keys of the first one. Layers that are split or fused may get other ranks.
+
+    Raises:
+        MatryoshkaError: They are of different kinds or for different base models, or have tensors
+            that cannot be added.
+    """
+    for lora, other in combinations_with_replacement(loras, 2):
+        _check_compatible(lora, other)
+    return match_key_formats(loras) if loras[0].container == "single" else list(loras)
+
+
 def cosines(loras: Sequence[Lora]) -> Float64Array:
     """Return the cosine between the updates of each pair of LoRAs, over all layers.
 
     All factors are read. A LoRA without any update has the cosine 0.
 
     Args:
-        loras: LoRAs as `match` returns them.
+        loras: LoRAs that are `compatible`.
 
     Returns:
         Shape (n, n): 0 for unrelated updates, 1 for the same direction, negative for opposed ones.
     """
+    loras = compatible(loras)
     layers = [{layer.name: layer for layer in lora.layers} for lora in loras]
     products = np.zeros((len(loras), len(loras)))
     with single_threaded():

@@ -154,13 +154,10 @@ def scale(lora: Lora, factors: Mapping[str, float]) -> Lora:
 def _scale_layer(layer: Layer, factor: float) -> Layer:
     # In B, not in the scale: layers of a file must keep one alpha for diffusers.
     def multiply(factors: Factors) -> Factors:
-        errors, values = factors.squared_errors, factors.singular_values
-        return Factors(
-            factors.A,
-            _widen(factors.B) * factor,
-            None if errors is None else errors * factor**2,
-            None if values is None else values * abs(factor),
-        )
+        B, errors, values = _widen(factors.B) * factor, factors[2], factors[3]
+        errors = None if errors is None else errors * factor**2
+        values = None if values is None else values * abs(factor)
+        return Factors(factors.A, B, errors, values)
 
     read_svd = layer.read_svd
     if read_svd is None:

@@ -14,7 +14,7 @@ from matryoshka_lora.errors import MatryoshkaError, check_list
 from matryoshka_lora.formats.open import open as open_lora
 from matryoshka_lora.linalg.arrays import Float64Array
 from matryoshka_lora.lora.combine import combine as combine_loras
-from matryoshka_lora.lora.combine import cosines, match
+from matryoshka_lora.lora.combine import compatible, cosines
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.save import choose_format
 from matryoshka_lora.nesting import Nesting, check_rank, is_valid_scale
@@ -81,10 +81,9 @@ def combine(
     source_weights = _check_weights(weights, len(sources))
     loras = [source if isinstance(source, Lora) else open_lora(source) for source in sources]
     is_file = bool(choose_format(loras[0], output, loras[0].container).suffix)
-    sources_of_sum = [path for lora in loras for path in lora.sources]
-    check_output(output, force, sources_of_sum, is_file=is_file)
+    check_output(output, force, [path for lora in loras for path in lora.sources], is_file=is_file)
 
-    loras = match(loras)
+    loras = compatible(loras)
     total = combine_loras(loras, source_weights)
     sum_of_ranks = sum(lora.max_rank for lora in loras)
     if rank is None:
@@ -99,6 +98,7 @@ def combine(
         reduced = replace(total, nesting=nesting).nested()
     else:
         reduced = total.truncate(min(rank, total.max_rank))
+    sources_of_sum = [path for lora in loras for path in lora.sources]
     check_output(output, force, sources_of_sum, is_file=is_file)
     result = reduced.save(output, total.container, force=force)
     if not any(errors[0] for errors in result.written.squared_errors.values()):
