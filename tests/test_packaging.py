@@ -68,7 +68,6 @@ def test_the_base_install_does_not_bring_torch() -> None:
         "tqdm",
         "huggingface_hub",
         "pyyaml",
-        "regex",
     }
 
 
