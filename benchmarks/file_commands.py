@@ -3,7 +3,8 @@
     make bench-files
 
 The inputs are random factors: a PEFT folder of 39 MB (rank 32, all linear layers of SmolLM2-135M,
-fp32) and a single file of 209 MB (rank 64, the attention of Flux, bf16). The numbers are medians.
+fp32), a single file of 209 MB (rank 64, the attention of Flux, bf16), and a folder of 794 small
+layers of different ranks. The numbers are medians.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,10 +26,11 @@ from typing import Any, NamedTuple
 # This process imports neither NumPy nor the package: the peak memory that the operating system
 # reports for a child includes what its parent had when it was started.
 
-FOLDER, FILE = "adapter", "flux.safetensors"
+FOLDER, FILE, MANY_RANKS = "adapter", "flux.safetensors", "many-ranks"
 COMMANDS = {
     "--help": ["--help"],
     "info, 39 MB folder": ["info", FOLDER],
+    "info, 794 layers of different ranks": ["info", MANY_RANKS],
     "export --rank 4, 39 MB folder": ["export", FOLDER, "--rank", "4", "-o", "output"],
     "export --rank 16, 209 MB file": ["export", FILE, "--rank", "16", "-o", "output.safetensors"],
 }
@@ -149,7 +152,7 @@ def write_inputs(folder: Path) -> None:
     tensors: dict[str, Any] = {}
     for name, in_features, out_features in smollm_layers():
         add_factors(tensors, f"base_model.model.{name}", 32, in_features, out_features)
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": 32,
@@ -159,6 +162,17 @@ def write_inputs(folder: Path) -> None:
     (folder / FOLDER).mkdir()
     (folder / FOLDER / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / FOLDER / "adapter_model.safetensors")
+
+    tensors = {}
+    ranks: dict[str, int] = {}
+    for index in range(794):
+        name = f"blocks.{index}.proj"
+        ranks[f"^{re.escape(name)}"] = rank = 1 + index % 7
+        add_factors(tensors, f"base_model.model.{name}", rank, 32, 32)
+    (folder / MANY_RANKS).mkdir()
+    config |= {"r": 1, "rank_pattern": ranks, "alpha_pattern": ranks}
+    (folder / MANY_RANKS / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / MANY_RANKS / "adapter_model.safetensors")
 
     tensors = {}
     for name in flux_attention_layers():

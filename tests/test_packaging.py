@@ -68,7 +68,6 @@ def test_the_base_install_does_not_bring_torch() -> None:
         "tqdm",
         "huggingface_hub",
         "pyyaml",
-        "regex",
     }
 
 
@@ -119,9 +118,8 @@ def test_wheel_and_sdist_contain_the_package_only(tmp_path: Path) -> None:
     (sdist,) = tmp_path.glob("*.tar.gz")
     names = zipfile.ZipFile(wheel).namelist()
     source = ROOT / "src"
-    modules = {
-        file.relative_to(source).as_posix() for file in source.glob("matryoshka_lora/**/*.py")
-    }
+    files = [*source.glob("matryoshka_lora/**/*.py"), *source.glob("matryoshka_lora/**/*.json")]
+    modules = {file.relative_to(source).as_posix() for file in files}
     packaged = {name for name in names if not name.partition("/")[0].endswith(".dist-info")}
     assert packaged == {*modules, "matryoshka_lora/py.typed"}
     with tarfile.open(sdist) as archive:

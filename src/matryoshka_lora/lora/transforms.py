@@ -249,6 +249,7 @@ def _pad_layer(layer: Layer, rank: int, layer_scale: float, seed: int) -> Layer:
         return Factors(
             np.concatenate([A, rows.astype(A.dtype)], axis=-2),
             np.concatenate([B, columns], axis=-1),
+            factors.padded_errors(rank),
         )
 
     return layer.map(add_components, rank=rank, scale=layer_scale)

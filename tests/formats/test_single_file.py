@@ -16,11 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import matryoshka_lora as ml
 from matryoshka_lora import export
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.lora_file.lora import Ranks, WrittenOutput
-from matryoshka_lora.lora_file.open import open_lora
-from matryoshka_lora.lora_file.single_file import open_single_file
+from matryoshka_lora.formats.single_file import read
+from matryoshka_lora.lora.save import SaveResult
+from matryoshka_lora.lora.truncate import with_ranks
 
 # Module, rank, inputs, outputs, kernel.
 LAYERS = (
@@ -58,11 +59,12 @@ def save_lora(
     return file
 
 
-def truncate(source: Path, output: Path, ranks: Ranks) -> WrittenOutput:
-    plan = open_single_file(source).plan(ranks)
-    written = plan.write(output)
-    assert plan.file_size == output.stat().st_size
-    return written
+def truncate(source: Path, output: Path, ranks: int | dict[str, int]) -> SaveResult:
+    lora = read(source)
+    small = lora.truncate(ranks) if isinstance(ranks, int) else with_ranks(lora, ranks)
+    result = small.save(output)
+    assert small.file_size == output.stat().st_size == result.size
+    return result
 
 
 def read_metadata(file: Path) -> dict[str, str]:
@@ -81,12 +83,12 @@ def test_every_rank_is_the_best_approximation(
     reordered = tmp_path / "reordered.safetensors"
     truncate(source, reordered, MAX_RANK)
     assert read_ranks(reordered) == read_ranks(source)
-    layers = open_single_file(source).layers
+    layers = read(source).layers
     ranks_by_layer = {layer.name: min(layer.rank, 1 + i) for i, layer in enumerate(layers)}
-    selections: tuple[Ranks, ...] = (1, 5, ranks_by_layer, MAX_RANK)
+    selections: tuple[int | dict[str, int], ...] = (1, 5, ranks_by_layer, MAX_RANK)
     for number, ranks in enumerate(selections):
         output = tmp_path / f"{number}.safetensors"
-        written = truncate((source, reordered)[number % 2], output, ranks)
+        result = truncate((source, reordered)[number % 2], output, ranks)
         assert load_file(output).keys() == load_file(source).keys()
         output_ranks = read_ranks(output)
         squared_error = 0.0
@@ -97,14 +99,16 @@ def test_every_rank_is_the_best_approximation(
             squared_error += ((expected - updates[name]) ** 2).sum()
         squared_norm = sum((update**2).sum() for update in updates.values())
         expected_error = (squared_error / squared_norm) ** 0.5
-        assert written.relative_error() == pytest.approx(expected_error, abs=1e-6)
+        assert result.errors == {
+            max(output_ranks.values()): pytest.approx(expected_error, abs=1e-6)
+        }
 
 
 @pytest.mark.parametrize("rank", [0, MAX_RANK + 1])
 def test_an_unavailable_rank_is_refused(tmp_path: Path, rank: int) -> None:
     source = save_lora(tmp_path / "lora.safetensors")
     with pytest.raises(MatryoshkaError, match="rank"):
-        open_single_file(source).plan(rank)
+        read(source).truncate(rank)
 
 
 def test_truncating_updates_alphas_and_metadata(tmp_path: Path) -> None:
@@ -166,7 +170,7 @@ def test_tensors_that_are_not_factors_are_copied(tmp_path: Path, kind: str) -> N
     others = OTHER_TENSORS[kind]
     source = save_lora(tmp_path / "lora.safetensors")
     save_file(load_file(source) | others, source)
-    assert open_single_file(source).other_tensors.keys() == others.keys()
+    assert read(source).other_tensors.keys() == others.keys()
     truncate(source, tmp_path / "output.safetensors", 2)
     output = load_file(tmp_path / "output.safetensors")
     for key, tensor in others.items():
@@ -179,7 +183,7 @@ def test_a_file_without_layers_is_refused(tmp_path: Path, kind: str) -> None:
     save_file(OTHER_TENSORS[kind], tmp_path / "lora.safetensors")
     keyword = "keys" if kind == "unknown keys" else "DoRA"
     with pytest.raises(MatryoshkaError, match=keyword):
-        open_single_file(tmp_path / "lora.safetensors")
+        read(tmp_path / "lora.safetensors")
 
 
 @pytest.mark.parametrize("others", [("lora_A", "lora_B"), ("down", "up")])
@@ -190,7 +194,7 @@ def test_two_pairs_of_one_module_are_named(tmp_path: Path, others: tuple[str, st
     }
     save_file({**tensors, "a.alpha": torch.tensor(1.0)}, tmp_path / "lora.safetensors")
     with pytest.raises(MatryoshkaError, match="two pairs"):
-        open_single_file(tmp_path / "lora.safetensors")
+        read(tmp_path / "lora.safetensors")
 
 
 @pytest.mark.parametrize("key_B", ["lora_B.bias", "lora_up.bias"])
@@ -212,7 +216,7 @@ def test_a_diffusers_pipeline_with_dora_is_refused(tmp_path: Path) -> None:
     tensors = save_pairs(source, "transformer.q", "transformer.k")
     save_file({**tensors, "transformer.k.lora_magnitude_vector": torch.ones(6)}, source)
     with pytest.raises(MatryoshkaError, match="DoRA"):
-        open_single_file(source)
+        read(source)
 
 
 def test_metadata_describe_mixed_ranks_to_diffusers(tmp_path: Path) -> None:
@@ -224,7 +228,7 @@ def test_metadata_describe_mixed_ranks_to_diffusers(tmp_path: Path) -> None:
     assert (config["unet.r"], config["unet.lora_alpha"]) == (5, 5)
     assert config["unet.rank_pattern"] == config["unet.alpha_pattern"]
     assert set(config["unet.rank_pattern"].values()) == {3, 4}
-    assert {layer.scale for layer in open_single_file(output).layers} == {1.0}
+    assert {layer.scale for layer in read(output).layers} == {1.0}
 
 
 def test_metadata_of_diffusers_define_the_scales(tmp_path: Path) -> None:
@@ -240,7 +244,7 @@ def test_metadata_of_diffusers_define_the_scales(tmp_path: Path) -> None:
     save_file(tensors, source, {"lora_adapter_metadata": json.dumps(config)})
     truncate(source, tmp_path / "output.safetensors", 2)
     for file in (source, tmp_path / "output.safetensors"):
-        scales = {layer.name: layer.scale for layer in open_single_file(file).layers}
+        scales = {layer.name: layer.scale for layer in read(file).layers}
         assert scales == {"transformer.to_q": 1, "transformer.conv": 3}
     updates = read_updates(tmp_path / "output.safetensors")
     for name, update in read_updates(source).items():
@@ -269,7 +273,7 @@ def test_every_alpha_that_may_be_of_a_layer_is_its_alpha(
     """Old keys have it after the name with or without the ending."""
     pair = {f"{layer}.down.weight": torch.ones(2, 3), f"{layer}.up.weight": torch.ones(4, 2)}
     save_file({**pair, f"{owner}.alpha": torch.tensor(8.0)}, tmp_path / "lora.safetensors")
-    lora = open_single_file(tmp_path / "lora.safetensors")
+    lora = read(tmp_path / "lora.safetensors")
     assert [layer.scale for layer in lora.layers] == [4.0]
     assert not lora.other_tensors
 
@@ -278,11 +282,9 @@ def test_two_alphas_of_one_layer_are_refused(tmp_path: Path) -> None:
     alphas = {"b_lora.alpha": torch.tensor(1.0), "b.alpha": torch.tensor(2.0)}
     save_file(OLD_PAIR | alphas, tmp_path / "lora.safetensors")
     with pytest.raises(MatryoshkaError, match="alpha"):
-        open_single_file(tmp_path / "lora.safetensors")
+        read(tmp_path / "lora.safetensors")
     save_file(OLD_PAIR | KOHYA_PAIR | alphas, tmp_path / "lora.safetensors")
-    scales = {
-        layer.name: layer.scale for layer in open_single_file(tmp_path / "lora.safetensors").layers
-    }
+    scales = {layer.name: layer.scale for layer in read(tmp_path / "lora.safetensors").layers}
     assert scales == {"b": 1.0, "b_lora": 0.5}
 
 
@@ -347,7 +349,7 @@ def test_an_invalid_alpha_is_refused(tmp_path: Path, alpha: float | list[float])
     tensors[f"{kohya_name(LAYERS[0][0])}.alpha"] = torch.tensor(alpha)
     save_file(tensors, source)
     with pytest.raises(MatryoshkaError, match="alpha"):
-        open_single_file(source)
+        read(source)
 
 
 @pytest.mark.parametrize(
@@ -363,28 +365,28 @@ def test_an_invalid_alpha_is_refused(tmp_path: Path, alpha: float | list[float])
 def test_factors_that_do_not_fit_are_refused(tmp_path: Path, changes: Mapping[str, Tensor]) -> None:
     save_file({**KOHYA_PAIR, **changes}, tmp_path / "lora.safetensors")
     with pytest.raises(MatryoshkaError, match="factors"):
-        open_single_file(tmp_path / "lora.safetensors")
+        read(tmp_path / "lora.safetensors")
 
 
 @pytest.mark.parametrize("metadata", ["[", "[1]", "[" * 200_000])
 def test_damaged_metadata_are_refused(tmp_path: Path, metadata: str) -> None:
     save_file(DIFFUSERS_PAIR, tmp_path / "lora.safetensors", {"lora_adapter_metadata": metadata})
     with pytest.raises(MatryoshkaError, match="lora_adapter_metadata"):
-        open_single_file(tmp_path / "lora.safetensors")
+        read(tmp_path / "lora.safetensors")
 
 
 def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MatryoshkaError, match="not found"):
-        open_single_file(tmp_path / "missing.bin")
+        read(tmp_path / "missing.bin")
     with pytest.raises(MatryoshkaError, match="not found"):
-        open_single_file(tmp_path / "missing.safetensors")
+        read(tmp_path / "missing.safetensors")
     (tmp_path / "lora.ckpt").write_bytes(b"pickle")
     with pytest.raises(MatryoshkaError, match="safetensors"):
-        open_single_file(tmp_path / "lora.ckpt")
+        read(tmp_path / "lora.ckpt")
     weights = {f"base_model.model.{key}": tensor for key, tensor in DIFFUSERS_PAIR.items()}
     save_file(weights, tmp_path / "adapter_model.safetensors")
     with pytest.raises(MatryoshkaError, match="adapter_config"):
-        open_single_file(tmp_path / "adapter_model.safetensors")
+        read(tmp_path / "adapter_model.safetensors")
 
 
 PEFT_PAIR = {f"base_model.model.{key}": tensor for key, tensor in DIFFUSERS_PAIR.items()}
@@ -415,4 +417,4 @@ def test_an_alpha_that_cannot_be_used_is_refused(
 ) -> None:
     save_file(dict(tensors), tmp_path / "lora.safetensors")
     with pytest.raises(MatryoshkaError, match=r"alpha|DoRA"):
-        open_lora(tmp_path / "lora.safetensors", alpha=alpha)
+        ml.open(tmp_path / "lora.safetensors", alpha=alpha)

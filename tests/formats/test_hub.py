@@ -7,12 +7,10 @@ from pathlib import Path, PureWindowsPath
 import huggingface_hub.constants
 import pytest
 from helpers.plain_peft import plain_adapter
-from matryoshka_lora.lora_file.hub import HubId, local_path, split_hub_id
-from matryoshka_lora.lora_file.open import open_lora
-from matryoshka_lora.lora_file.peft_folder import PeftFolder
-from matryoshka_lora.lora_file.single_file import SingleFile
 
+import matryoshka_lora as ml
 from matryoshka_lora import MatryoshkaError
+from matryoshka_lora.formats.hub import HubId, local_path, split_hub_id
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 
@@ -62,20 +60,20 @@ def test_an_id_on_windows_has_a_backslash_as_a_path() -> None:
 
 @pytest.mark.parametrize(("revision", "rank"), [(None, 4), ("main", 4), ("v2", 2)])
 def test_open_lora_of_a_repository(revision: str | None, rank: int, tmp_path: Path) -> None:
-    lora = open_lora("owner/name", revision)
-    assert isinstance(lora, PeftFolder)
+    lora = ml.open("owner/name", revision=revision)
+    assert lora.container == "peft"
     assert (lora.name, lora.max_rank) == ("owner/name", rank)
-    lora.plan(1).write(tmp_path / "output")
+    lora.truncate(1).save(tmp_path / "output")
     for name in ("chat_template.jinja", "additional_chat_templates/rag.jinja"):
         assert (tmp_path / "output" / name).read_text() == "template"
-    single_file = open_lora("owner/name/sub/lora.safetensors", revision)
-    assert isinstance(single_file, SingleFile)
+    single_file = ml.open("owner/name/sub/lora.safetensors", revision=revision)
+    assert single_file.container == "single"
     assert single_file.max_rank == rank
 
 
 def test_a_folder_in_a_repository(tmp_path: Path) -> None:
     folder = local_path("owner/name", ("adapter_config.json",)) / "checkpoint"
-    open_lora(folder).plan(1).write(tmp_path / "output")
+    ml.open(folder).truncate(1).save(tmp_path / "output")
     assert (tmp_path / "output" / "tokenizer.json").read_text() == "template"
 
 
@@ -85,7 +83,7 @@ def test_files_of_a_repository() -> None:
     with pytest.raises(MatryoshkaError, match=r"config\.json"):
         local_path("owner/name", ("config.json",))
     with pytest.raises(MatryoshkaError, match=r"owner/files/FILE\.safetensors"):
-        open_lora("owner/files")
+        ml.open("owner/files")
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -95,7 +93,7 @@ def test_what_is_not_on_the_hub(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
     with pytest.raises(MatryoshkaError, match=path) as caught:
-        open_lora(path, revision)
+        ml.open(path, revision=revision)
     assert "Offline" in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from helpers.kill import killed
 from helpers.plain_peft import plain_adapter
-from matryoshka_lora.lora_file.atomic import check_output, create_file, create_folder
-from matryoshka_lora.lora_file.open import open_lora
 from safetensors.torch import save_file
 
+import matryoshka_lora as ml
 from matryoshka_lora import MatryoshkaError
+from matryoshka_lora.atomic import check_output, create_file, create_folder
 
 
 def test_folder_is_overwritten_at_the_end_and_kept_after_a_failure(tmp_path: Path) -> None:
@@ -202,19 +202,19 @@ def test_killed_write_leaves_the_old_output_or_the_new_one(
         save_file(pair, source)
     else:
         plain_adapter(source, target_modules=["q_proj"])
-    lora = open_lora(source)
+    lora = ml.open(source)
     output = tmp_path / "parent" / f"output{suffix}"
     for number in itertools.count(1):
         shutil.rmtree(output.parent, ignore_errors=True)
         output.parent.mkdir()
         if force:
-            lora.plan(4).write(output)
-        if not killed(lambda: lora.plan(2).write(output, force), output.parent, number):
+            lora.truncate(4).save(output)
+        if not killed(lambda: lora.truncate(2).save(output, force=force), output.parent, number):
             break
         if output.exists():
-            assert open_lora(output).max_rank in ((2, 4) if force else (2,))
+            assert ml.open(output).max_rank in ((2, 4) if force else (2,))
         elif force:  # between the two renames of a folder, both are complete next to the output
             assert not suffix
-            assert sorted(open_lora(path).max_rank for path in output.parent.iterdir()) == [2, 4]
+            assert sorted(ml.open(path).max_rank for path in output.parent.iterdir()) == [2, 4]
     assert number > 2
-    assert open_lora(output).max_rank == 2
+    assert ml.open(output).max_rank == 2

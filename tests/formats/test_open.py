@@ -16,9 +16,10 @@ from helpers.plain_peft import plain_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import matryoshka_lora as ml
 from matryoshka_lora import MatryoshkaError, NotFiniteError, info
-from matryoshka_lora.lora_file.open import find_loras, open_lora
-from matryoshka_lora.lora_file.peft_folder import CONFIG_NAME, WEIGHTS_NAME
+from matryoshka_lora.formats.open import find_loras
+from matryoshka_lora.formats.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 
 Damage = Callable[[Path], object]
 
@@ -113,8 +114,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "alpha is infinite": (edit_config(lora_alpha=1e999), "positive"),
     "alpha is zero": (edit_config(lora_alpha=0), "positive"),
     "alpha is text": (edit_config(lora_alpha="8"), "positive"),
-    "pattern that does not end": (edit_config(rank_pattern={"(.|..|...)+(?<!.)": 4}), "pattern"),
-    "pattern is no regular expression": (edit_config(rank_pattern={"(": 4}), "pattern"),
+    "pattern that does not end": (edit_config(rank_pattern={"(.|..|...)+(?<!.)": 4}), "forever"),
+    "pattern is no regular expression": (edit_config(rank_pattern={"(": 4}), "regular expression"),
     "patterns are a list": (edit_config(alpha_pattern=["q_proj"]), "pattern"),
     "patterns of experts": (
         edit_config(target_parameters=["experts.up"], alpha_pattern={"experts.up": 9}),
@@ -138,7 +139,7 @@ def test_damaged_folder_gives_one_clear_error(kind: str, tmp_path: Path) -> None
     damage(tmp_path / "lora")
     paths = sorted(tmp_path.rglob("*"))
     with pytest.raises(MatryoshkaError, match=message) as caught:
-        open_lora(tmp_path / "lora")
+        ml.open(tmp_path / "lora")
     assert len(str(caught.value)) < 500
     assert sorted(tmp_path.rglob("*")) == paths
 
@@ -148,9 +149,9 @@ def test_failure_leaves_no_output(value: float, tmp_path: Path) -> None:
     plain_adapter(tmp_path / "lora", target_modules=["q_proj"])
     wide = torch.full((64, 8), value, dtype=torch.float64)
     edit_tensors(lambda tensors: tensors.update({max(tensors): wide}))(tmp_path / "lora")
-    lora = open_lora(tmp_path / "lora")
+    lora = ml.open(tmp_path / "lora")
     with pytest.raises(NotFiniteError, match="learning rate"):
-        lora.plan(2).write(tmp_path / "output")
+        lora.truncate(2).save(tmp_path / "output")
     with pytest.raises(NotFiniteError):
         info(tmp_path / "lora")
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
@@ -162,28 +163,28 @@ def test_weights_without_their_config_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "lora" / CONFIG_NAME).unlink()
     for path in (tmp_path / "lora", tmp_path / "lora" / WEIGHTS_NAME):
         with pytest.raises(MatryoshkaError, match=r"scale|adapter_config\.json"):
-            open_lora(path)
+            ml.open(path)
 
 
 @pytest.mark.parametrize("path", ["missing", "missing.safetensors", "missing/lora.safetensors"])
 def test_missing_path(path: str, tmp_path: Path) -> None:
     with pytest.raises(MatryoshkaError, match="missing"):
-        open_lora(tmp_path / path)
+        ml.open(tmp_path / path)
 
 
 def test_other_folders_are_rejected_with_a_hint(tmp_path: Path) -> None:
     with pytest.raises(MatryoshkaError, match=CONFIG_NAME):
-        open_lora(tmp_path)
+        ml.open(tmp_path)
     (tmp_path / "b.safetensors").touch()
     with pytest.raises(MatryoshkaError, match=r"b\.safetensors"):
-        open_lora(tmp_path)
+        ml.open(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / CONFIG_NAME).touch()
     with pytest.raises(MatryoshkaError, match=f"{tmp_path.name}/a"):
-        open_lora(tmp_path)
+        ml.open(tmp_path)
     (tmp_path / "config.json").touch()
     with pytest.raises(MatryoshkaError, match="full model"):
-        open_lora(tmp_path)
+        ml.open(tmp_path)
 
 
 def test_find_loras(tmp_path: Path) -> None:

@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matryoshka_lora.lora_file.safetensors_io import (
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from matryoshka_lora import MatryoshkaError
+from matryoshka_lora.formats.safetensors_io import (
     StoredTensor,
     create_safetensors,
     open_safetensors,
     read_json,
     safetensors_size,
 )
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-
-from matryoshka_lora import MatryoshkaError
 
 DTYPES = [
     torch.float64,

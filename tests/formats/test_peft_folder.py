@@ -20,13 +20,10 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from matryoshka_lora import MatryoshkaError, Nesting
-from matryoshka_lora.lora_file.peft_folder import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    PeftFolder,
-    open_peft_folder,
-)
+from matryoshka_lora import Lora, MatryoshkaError, Nesting
+from matryoshka_lora.formats.open import open_adapter
+from matryoshka_lora.formats.peft_folder import CONFIG_NAME, WEIGHTS_NAME, base_model_of
+from matryoshka_lora.lora.truncate import with_ranks
 
 R = 8
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
@@ -44,10 +41,6 @@ KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }
 
 
-def write_nested(lora: PeftFolder, output: Path) -> None:
-    lora.plan_nested().write(output)
-
-
 def read_metadata(folder: Path) -> dict[str, str]:
     with safe_open(folder / WEIGHTS_NAME, "pt") as file:
         return file.metadata() or {}
@@ -62,11 +55,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 def test_plain_peft_reads_every_rank_as_the_best_approximation(kind: str, tmp_path: Path) -> None:
     base, options = KINDS[kind]
     plain_adapter(tmp_path / "plain", base(), **{"r": R, **options})
-    plain = open_peft_folder(tmp_path / "plain")
+    plain = open_adapter(tmp_path / "plain")
     assert (plain.nesting, plain.order, plain.deploy) == (None, None, "reordered")
-    write_nested(plain, tmp_path / "nested")
-    nested = open_peft_folder(tmp_path / "nested")
-    assert (nested.order, nested.ranks) == ("svd", (1, 2, 4, R))
+    plain.nested().save(tmp_path / "nested")
+    nested = open_adapter(tmp_path / "nested")
+    assert (nested.order, nested.nested_ranks) == ("svd", (1, 2, 4, R))
     expected_logits = by_peft(tmp_path / "plain", base)
     assert distance(by_peft(tmp_path / "nested", base), expected_logits) < 1e-5
 
@@ -76,10 +69,10 @@ def test_plain_peft_reads_every_rank_as_the_best_approximation(kind: str, tmp_pa
         all_ranks.append({layer.name: 1 + i % 5 for i, layer in enumerate(plain.layers)})
     for index, ranks in enumerate(all_ranks):
         for lora in (plain, nested):
-            plan = lora.plan(ranks)
+            small = lora.truncate(ranks) if isinstance(ranks, int) else with_ranks(lora, ranks)
             output = tmp_path / f"{Path(lora.name).name}-{index}"
-            written = plan.write(output)
-            assert (output / WEIGHTS_NAME).stat().st_size == plan.file_size
+            result = small.save(output)
+            assert (output / WEIGHTS_NAME).stat().st_size == result.size == small.file_size
             output_updates = updates(output, base)
             assert output_updates.keys() == source_updates.keys()
             squared_error = squared_norm = 0.0
@@ -94,7 +87,8 @@ def test_plain_peft_reads_every_rank_as_the_best_approximation(kind: str, tmp_pa
                 squared_error += np.sum((expected - update) ** 2)
                 squared_norm += np.sum(update**2)
             expected_error = (squared_error / squared_norm) ** 0.5
-            assert written.relative_error() == pytest.approx(expected_error, rel=1e-4, abs=1e-6)
+            (error,) = result.errors.values()
+            assert error == pytest.approx(expected_error, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
@@ -108,10 +102,10 @@ def test_layer_of_a_small_rank_keeps_its_bias(tmp_path: Path, bias: str) -> None
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     model.save_pretrained(folder)
-    lora = open_peft_folder(folder)
+    lora = open_adapter(folder)
     ranks = {layer.name: 4 for layer in lora.layers}
     ranks["model.layers.0.self_attn.q_proj"] = 1
-    lora.plan(ranks).write(tmp_path / "output")
+    with_ranks(lora, ranks).save(tmp_path / "output")
 
     expected = base()
     state = expected.state_dict()
@@ -129,8 +123,8 @@ def test_layer_of_a_small_rank_keeps_its_bias(tmp_path: Path, bias: str) -> None
 
 def test_keep_factors_changes_nothing(tmp_path: Path) -> None:
     plain_adapter(tmp_path / "plain", lora_alpha=12)
-    lora = open_peft_folder(tmp_path / "plain")
-    lora.plan_unchanged().write(tmp_path / "output")
+    lora = open_adapter(tmp_path / "plain")
+    lora.save(tmp_path / "output")
     tensors = load_file(tmp_path / "output" / WEIGHTS_NAME)
     for key, tensor in load_file(tmp_path / "plain" / WEIGHTS_NAME).items():
         assert torch.equal(tensors[key], tensor)
@@ -139,9 +133,9 @@ def test_keep_factors_changes_nothing(tmp_path: Path) -> None:
 
 def test_layers_of_smaller_rank_are_padded_in_a_nested_adapter(tmp_path: Path) -> None:
     plain_adapter(tmp_path / "plain", rank_pattern={"q_proj": 3}, alpha_pattern={"q_proj": 2})
-    lora = open_peft_folder(tmp_path / "plain")
-    write_nested(replace(lora, nesting=Nesting((2, 5), "rank", 0.7)), tmp_path / "nested")
-    nested = open_peft_folder(tmp_path / "nested")
+    lora = open_adapter(tmp_path / "plain")
+    replace(lora, nesting=Nesting((2, 5), "rank", 0.7)).nested().save(tmp_path / "nested")
+    nested = open_adapter(tmp_path / "nested")
     assert {(layer.rank, layer.scale) for layer in nested.layers} == {(5, 0.7)}
     assert nested.nesting == Nesting((2, 5), "rank", 0.7)
     source_updates = updates(tmp_path / "plain")
@@ -209,15 +203,15 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_nesting_counts_only_for_its_factors(tmp_path: Path, change: str) -> None:
     plain_adapter(tmp_path / "plain", target_modules=["q_proj", "v_proj"])
-    write_nested(open_peft_folder(tmp_path / "plain"), tmp_path / "nested")
-    assert open_peft_folder(tmp_path / "nested").order == "svd"
+    open_adapter(tmp_path / "plain").nested().save(tmp_path / "nested")
+    assert open_adapter(tmp_path / "nested").order == "svd"
     CHANGES[change](tmp_path / "nested")
     # A file without the record, as PEFT saves it, is silent.
     with nullcontext() if change == "saved by PEFT" else pytest.warns(UserWarning, match="plain"):
-        lora = open_peft_folder(tmp_path / "nested")
+        lora = open_adapter(tmp_path / "nested")
     assert (lora.nesting, lora.order, lora.deploy) == (None, None, "reordered")
     source_updates = updates(tmp_path / "nested")
-    lora.plan(2).write(tmp_path / "output")
+    lora.truncate(2).save(tmp_path / "output")
     for name, update in updates(tmp_path / "output").items():
         expected = best(source_updates[name], 2)
         assert np.abs(update - expected).max() < 1e-5 * np.abs(expected).max()
@@ -226,12 +220,12 @@ def test_nesting_counts_only_for_its_factors(tmp_path: Path, change: str) -> Non
 @pytest.mark.parametrize("order", ["svd", "trained"])
 def test_nested_adapter_is_rewritten_bit_by_bit(tmp_path: Path, order: Any) -> None:
     plain_adapter(tmp_path / "plain", target_modules=["q_proj", "v_proj"])
-    lora = open_peft_folder(tmp_path / "plain")
+    lora = open_adapter(tmp_path / "plain")
     nesting = Nesting((1, 3, R), "sqrt", lora.layers[0].scale)
-    write_nested(replace(lora, nesting=nesting, order=order), tmp_path / "first")
-    first = open_peft_folder(tmp_path / "first")
+    replace(lora, nesting=nesting, order=order).nested().save(tmp_path / "first")
+    first = open_adapter(tmp_path / "first")
     assert (first.nesting, first.order) == (nesting, order)
-    write_nested(first, tmp_path / "second")
+    first.nested().save(tmp_path / "second")
     for name in (WEIGHTS_NAME, CONFIG_NAME, "README.md"):
         first_bytes = (tmp_path / "first" / name).read_bytes()
         assert (tmp_path / "second" / name).read_bytes() == first_bytes
@@ -243,14 +237,14 @@ def test_paper_deployment_has_its_nested_ranks_and_their_scales(
 ) -> None:
     plain_adapter(tmp_path / "plain", target_modules=["q_proj", "v_proj"], lora_alpha=4)
     nesting = Nesting((1, 2, R), scaling, 0.5)
-    plain = open_peft_folder(tmp_path / "plain")
-    write_nested(replace(plain, nesting=nesting, deploy="paper"), tmp_path / "nested")
-    nested = open_peft_folder(tmp_path / "nested")
+    plain = open_adapter(tmp_path / "plain")
+    replace(plain, nesting=nesting, deploy="paper").nested().save(tmp_path / "nested")
+    nested = open_adapter(tmp_path / "nested")
     assert (nested.nesting, nested.order, nested.deploy) == (nesting, None, "paper")
     tensors = load_file(tmp_path / "plain" / WEIGHTS_NAME)
     scales = {"none": 1.0, "rank": R, "sqrt": R**0.5}  # at rank 1, over that of rank R
     for rank in (1, 2, R):
-        written = nested.plan(rank).write(tmp_path / f"rank-{rank}")
+        result = nested.truncate(rank).save(tmp_path / f"rank-{rank}")
         scale = 0.5 * scales[scaling] / {"none": 1.0, "rank": rank, "sqrt": rank**0.5}[scaling]
         squared_error = squared_norm = 0.0
         for name, update in updates(tmp_path / f"rank-{rank}").items():
@@ -262,21 +256,19 @@ def test_paper_deployment_has_its_nested_ranks_and_their_scales(
             squared_error += float((0.5 * B @ A - expected).square().sum())
             squared_norm += float((0.5 * B @ A).square().sum())
         expected_error = (squared_error / squared_norm) ** 0.5
-        assert written.relative_error() == pytest.approx(expected_error, rel=1e-6, abs=1e-9)
-    layer_names = [layer.name for layer in nested.layers]
-    ranks_by_layer = {name: 1 + i % 2 for i, name in enumerate(layer_names)}
-    for ranks in (3, ranks_by_layer):
-        with pytest.raises(MatryoshkaError, match="rank"):
-            nested.plan(ranks)
+        assert result.errors == {rank: pytest.approx(expected_error, rel=1e-6, abs=1e-9)}
+    with pytest.raises(MatryoshkaError, match="rank"):
+        nested.truncate(3)
 
 
 def test_experts_have_one_rank(tmp_path: Path) -> None:
     plain_adapter(tmp_path / "plain", tiny_mixtral(), **EXPERTS)
-    lora = open_peft_folder(tmp_path / "plain")
+    lora = open_adapter(tmp_path / "plain")
     ranks = {layer.name: 2 for layer in lora.layers}
     ranks[lora.layers[0].name] = 1
     with pytest.raises(MatryoshkaError, match="target_parameters"):
-        lora.plan(ranks)
+        with_ranks(lora, ranks).save(tmp_path / "output")
+    assert not (tmp_path / "output").exists()
 
 
 # What else is in the folder.
@@ -301,9 +293,9 @@ def test_model_card_names_the_base_model_and_no_path(
     model.peft_config["default"].base_model_name_or_path = base_model
     model.peft_config["default"].task_type = PRIVATE  # a field that no card shows
     model.save_pretrained(tmp_path / "plain")
-    lora = open_peft_folder(tmp_path / "plain")
-    write_nested(lora, tmp_path / "nested")
-    lora.plan(4).write(tmp_path / "truncated")
+    lora = open_adapter(tmp_path / "plain")
+    lora.nested().save(tmp_path / "nested")
+    lora.truncate(4).save(tmp_path / "truncated")
     for name, rank in (("nested", R), ("truncated", 4)):
         card = (tmp_path / name / "README.md").read_text()
         assert f"rank {rank} for {shown or 'an unknown base model'}\n" in card
@@ -326,7 +318,7 @@ def test_a_link_out_of_the_folder_is_not_copied(tmp_path: Path) -> None:
     (tmp_path / "plain" / "special_tokens_map.json").write_text("{}")
     (tmp_path / "plain" / "tokenizer.json").symlink_to("special_tokens_map.json")
     with pytest.warns(UserWarning, match="symbolic link"):
-        open_peft_folder(tmp_path / "plain").plan(4).write(tmp_path / "output")
+        open_adapter(tmp_path / "plain").truncate(4).save(tmp_path / "output")
     assert not list((tmp_path / "output").rglob("*.jinja"))
     assert (tmp_path / "output" / "tokenizer.json").read_text() == "{}"
 
@@ -335,7 +327,7 @@ def test_a_base_model_cannot_add_text_to_the_model_card(tmp_path: Path) -> None:
     plain_adapter(tmp_path / "plain", target_modules=["q_proj"])
     config = {**read_config(tmp_path / "plain"), "base_model_name_or_path": "x\n\n# Run `curl y`"}
     (tmp_path / "plain" / CONFIG_NAME).write_text(json.dumps(config))
-    open_peft_folder(tmp_path / "plain").plan(4).write(tmp_path / "output")
+    open_adapter(tmp_path / "plain").truncate(4).save(tmp_path / "output")
     card = (tmp_path / "output" / "README.md").read_text(encoding="utf-8")
     assert "\n# Run" not in card
     assert "`curl" not in card
@@ -346,7 +338,7 @@ def test_a_base_model_with_a_path_that_is_not_utf8(tmp_path: Path) -> None:
     path = "/models/\udcff-base"
     config = {**read_config(tmp_path / "plain"), "base_model_name_or_path": path}
     (tmp_path / "plain" / CONFIG_NAME).write_text(json.dumps(config))
-    open_peft_folder(tmp_path / "plain").plan(4).write(tmp_path / "output")
+    open_adapter(tmp_path / "plain").truncate(4).save(tmp_path / "output")
     assert read_config(tmp_path / "output")["base_model_name_or_path"] == path
     assert "for ?-base" in (tmp_path / "output" / "README.md").read_text(encoding="utf-8")
 
@@ -354,8 +346,8 @@ def test_a_base_model_with_a_path_that_is_not_utf8(tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", ["svd", "trained"])
 def test_the_model_card_names_the_limits_of_the_error(tmp_path: Path, order: Any) -> None:
     plain_adapter(tmp_path / "plain", target_modules=["q_proj"])
-    lora = replace(open_peft_folder(tmp_path / "plain"), order=order)
-    lora.plan_nested().write(tmp_path / "nested")
+    lora = replace(open_adapter(tmp_path / "plain"), order=order)
+    lora.nested().save(tmp_path / "nested")
     card = (tmp_path / "nested" / "README.md").read_text()
     assert "matryoshka eval" in card
 
@@ -369,15 +361,15 @@ def test_companion_files_are_copied(tmp_path: Path) -> None:
     template = Path("additional_chat_templates", "rag.jinja")
     (tmp_path / "plain" / template.parent).mkdir()
     (tmp_path / "plain" / template).write_text("rag")
-    lora = open_peft_folder(tmp_path / "plain")
-    lora.plan(4).write(tmp_path / "output")
+    lora = open_adapter(tmp_path / "plain")
+    lora.truncate(4).save(tmp_path / "output")
     files = {path.name for path in (tmp_path / "output").iterdir()}
     assert files == {CONFIG_NAME, WEIGHTS_NAME, "README.md", template.parent.name, *companions}
     assert (tmp_path / "output" / template).read_text() == "rag"
     assert (tmp_path / "output" / "tokenizer.json").read_text() == "tokenizer.json"
     # Next to a single file may be the files of something else.
     in_memory = replace(lora, files=(tmp_path / "plain" / "tokenizer" / "lora.safetensors",))
-    in_memory.plan(4).write(tmp_path / "other")
+    in_memory.truncate(4).save(tmp_path / "other")
     assert not (tmp_path / "other" / "tokenizer.json").exists()
 
 
@@ -394,23 +386,23 @@ def test_companion_files_are_copied(tmp_path: Path) -> None:
     ],
 )
 def test_base_model(config: dict[str, Any], arguments: Any, expected: Any) -> None:
-    lora = PeftFolder("adapter", (), {}, config=config)
+    lora = Lora("adapter", (), config=config)
     if isinstance(expected, str):
         with pytest.raises(MatryoshkaError, match=expected):
-            lora.base_model(*arguments)
+            base_model_of(lora, *arguments)
     else:
-        assert lora.base_model(*arguments) == expected
+        assert base_model_of(lora, *arguments) == expected
 
 
 PEAK_MEMORY = """
 import resource, sys
-from matryoshka_lora.lora_file.peft_folder import open_peft_folder
+import matryoshka_lora as ml
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-lora = open_peft_folder(sys.argv[1])
-lora.plan(1).write(sys.argv[2] + "/rank")
-lora.spectra({layer.name: layer.rank for layer in lora.layers})
+lora = ml.open(sys.argv[1])
+lora.truncate(1).save(sys.argv[2] + "/rank")
+lora.truncate(keep=0.9)
 assert "torch" not in sys.modules
 print(peak() - before)
 """

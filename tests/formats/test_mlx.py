@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from matryoshka_lora.lora_file.mlx import missing_rope_fields
+
+from matryoshka_lora.formats.mlx import missing_rope_fields
 
 LINEAR = {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}
 DEFAULT = {"rope_type": "default", "rope_theta": 1e4}

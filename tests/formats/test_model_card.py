@@ -40,7 +40,7 @@ def card_with(text: str = TEXT, **fields: Any) -> str:
 
 
 def export_ladder(source: Path, output: Path) -> None:
-    export(source, output.with_name("ladder"), [2, 4], "ladder")
+    export(source, output.with_name("ladder"), [2, 4], format="ladder")
     output.with_name("ladder").joinpath(f"{source.name}@4").rename(output)
 
 

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import matryoshka_lora as ml
 from matryoshka_lora import (
     MatryoshkaError,
     Nesting,
@@ -37,7 +38,6 @@ from matryoshka_lora import (
     export_folder,
     reorder,
 )
-from matryoshka_lora.lora_file.peft_folder import open_peft_folder
 
 R = 8
 
@@ -133,7 +133,7 @@ def test_what_a_dtype_cannot_hold_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_ladder_in_another_dtype(lora: Path, tmp_path: Path) -> None:
-    export(lora, tmp_path / "ladder", [1, 4], "ladder", dtype="bf16")
+    export(lora, tmp_path / "ladder", [1, 4], format="ladder", dtype="bf16")
     for rank in (1, 4):
         folder = tmp_path / "ladder" / f"lora@{rank}"
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -316,8 +316,8 @@ def test_stacks_of_experts_are_padded(tmp_path: Path) -> None:
 def test_the_papers_deployment_is_padded_at_its_full_rank(tmp_path: Path, lora: Path) -> None:
     """Its scale depends on the rank, and that of the full rank is the LoRA's."""
     nesting = Nesting((1, 2, R), "sqrt", scale=1.0)
-    source = replace(open_peft_folder(lora), nesting=nesting, deploy="paper")
-    source.plan_nested().write(tmp_path / "paper")
+    source = replace(ml.open(lora), nesting=nesting, deploy="paper")
+    source.nested().save(tmp_path / "paper")
     folder = pad(tmp_path / "paper", tmp_path / "padded", 12)
     assert distance(by_peft(folder), by_peft(lora)) < 1e-5
 
@@ -368,7 +368,7 @@ def test_a_padded_file_of_diffusers_has_its_scale_in_the_metadata(tmp_path: Path
         ({"rank": 4, "pad": True}, "smaller"),
         ({"pad": True}, "rank"),
         ({"rank": 9, "pad": True, "error": "10%"}, "error"),
-        ({"rank": [9, 10], "pad": True, "format": "ladder"}, "ladder"),
+        ({"rank": [9, 10], "pad": True, "format": "ladder"}, "pad"),
     ],
 )
 def test_invalid_arguments_are_rejected(

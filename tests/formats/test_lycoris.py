@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from matryoshka_lora import combine, export, info, reorder
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
-from matryoshka_lora.lora_file.single_file import open_single_file
+from matryoshka_lora.formats.single_file import read
 
 NAME = "lora_unet_mid_block_attn"
 OTHER_PAIR = {
@@ -196,7 +196,7 @@ def test_the_update_is_that_of_lycoris(tmp_path: Path, name: str) -> None:
     source = tmp_path / "lycoris.safetensors"
     save_file(tensors, source)
     update = module.get_weight(module.shape).detach().double().flatten(1).numpy()
-    for rank in (1, 3, open_single_file(source).max_rank):
+    for rank in (1, 3, read(source).max_rank):
         export(source, tmp_path / f"{rank}.safetensors", rank)
         written = read_updates(tmp_path / f"{rank}.safetensors")[NAME]
         norm = np.linalg.norm(update)
@@ -211,7 +211,7 @@ def test_layers_of_lora_and_lokr_in_one_file_get_one_rank(tmp_path: Path) -> Non
     result = export(source, output, 2)
     assert read_ranks(output) == {NAME: 2, "lora_unet_other": 2}
     assert any("LoKr" in note for note in result.notes)
-    assert open_single_file(output).metadata["ss_network_module"] == "networks.lora"
+    assert read(output).metadata["ss_network_module"] == "networks.lora"
 
 
 @pytest.mark.parametrize("extra", ["dora_scale", "alpha"])
@@ -250,7 +250,7 @@ def test_matrices_that_do_not_fit_are_refused(
             tensors[f"{NAME}.{name}"] = tensor
     save_file(tensors, source)
     with pytest.raises(MatryoshkaError, match="fit"):
-        open_single_file(source)
+        read(source)
 
 
 def test_a_product_of_any_size_is_refused(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_product_of_any_size_is_refused(tmp_path: Path) -> None:
     column = torch.ones(2**11, 1)
     save_file({"a.lokr_w1": column, "a.lokr_w2": column.clone()}, tmp_path / "lora.safetensors")
     with pytest.raises(MatryoshkaError, match="fit"):
-        open_single_file(tmp_path / "lora.safetensors")
+        read(tmp_path / "lora.safetensors")
 
 
 def test_full_matrices_of_peft_are_refused(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_full_matrices_of_peft_are_refused(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "lora.safetensors")
     for alpha in (None, 2):
         with pytest.raises(MatryoshkaError, match="lokr"):
-            open_single_file(tmp_path / "lora.safetensors", alpha)
+            read(tmp_path / "lora.safetensors", alpha)
 
 
 @pytest.mark.parametrize("name", ["LoHa", "LoKr"])
@@ -302,7 +302,7 @@ def test_two_kinds_of_one_module_are_refused(tmp_path: Path) -> None:
     }
     save_file({**load_file(source), **pair}, source)
     with pytest.raises(MatryoshkaError, match="LoKr"):
-        open_single_file(source)
+        read(source)
 
 
 def test_keys_alone_cannot_be_converted(tmp_path: Path) -> None:
