@@ -88,6 +88,7 @@ def _with_kernel(A: StoredTensor, mid: StoredTensor) -> StoredTensor:
 
     def read() -> np.ndarray:
         matrix = A.read().reshape(A.shape[0], -1).astype(np.float64)
-        return np.einsum("rc...,ci->ri...", mid.read().astype(np.float64), matrix)
+        product: np.ndarray = np.einsum("rc...,ci->ri...", mid.read().astype(np.float64), matrix)
+        return product
 
     return StoredTensor(A.dtype, (mid.shape[0], A.shape[1], *mid.shape[2:]), read)

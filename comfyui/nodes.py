@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from typing import Any
+from typing import Any, Literal
 
 import comfy.sd
 import folder_paths
@@ -224,7 +224,7 @@ class MatryoshkaSaveLoraStack:
         self,
         model: Any,
         rank: int,
-        dtype: str,
+        dtype: Literal["auto", "fp32", "bf16", "fp16"],
         filename: str,
         overwrite: bool,
         clip: Any = None,

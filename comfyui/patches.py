@@ -117,8 +117,9 @@ def _read_layers(
 
 def _on_whole_weight(key: str, layer: ml.Layer, patch: Patch, shape: tuple[int, ...]) -> ml.Layer:
     """Return the layer of a patch with the rows and columns of the weight."""
-    if patch.function is not None:
-        layer = layer.map(lambda factors: _reorder_rows(key, patch.function, factors))
+    function = patch.function
+    if function is not None:
+        layer = layer.map(lambda factors: _reorder_rows(key, function, factors))
     sizes = [layer.out_features, math.prod(layer.in_shape)]
     if patch.offset is not None:
         dim, start, length = patch.offset
@@ -144,7 +145,9 @@ def _on_whole_weight(key: str, layer: ml.Layer, patch: Patch, shape: tuple[int, 
     )
 
 
-def _reorder_rows(key: str, function: Callable[..., Any], factors: ml.Factors) -> ml.Factors:
+def _reorder_rows(
+    key: str, function: Callable[[torch.Tensor], torch.Tensor], factors: ml.Factors
+) -> ml.Factors:
     """Return factors after a function of the change ``B A``, which is a function of its rows."""
     A, B = factors.A.astype(np.float64), factors.B.astype(np.float64)
     new_B = function(torch.from_numpy(B)).numpy()
