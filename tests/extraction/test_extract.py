@@ -23,7 +23,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 
 from matryoshka_lora import MatryoshkaError, NotFiniteError, extract, info
 from matryoshka_lora.extraction.factorize import factorize_change
-from matryoshka_lora.lora_file.open import open_lora
 
 CHANGED_LAYERS = ("q_proj", "down_proj", "o_proj")
 
@@ -70,7 +69,7 @@ def interrupt_after(factorized: list[str], limit: int, monkeypatch: pytest.Monke
         factorized.append(name)
         return factorize_change(name, *args)
 
-    monkeypatch.setattr("matryoshka_lora.extraction.factor_cache.factorize_change", factorize)
+    monkeypatch.setattr("matryoshka_lora.extraction.factorize.factorize_change", factorize)
 
 
 def files_in(folder: Path) -> list[str]:
@@ -602,7 +601,7 @@ def test_two_processes_do_not_share_the_cache_of_an_output(
             run(2)
         return factorize_change(*arguments)
 
-    monkeypatch.setattr("matryoshka_lora.extraction.factor_cache.factorize_change", meanwhile)
+    monkeypatch.setattr("matryoshka_lora.extraction.factorize.factorize_change", meanwhile)
     run(4)
-    assert open_lora(tmp_path / "lora").max_rank == 4
+    assert info(tmp_path / "lora").lora.max_rank == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "lora", "tuned"]
