@@ -29,14 +29,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from matryoshka_lora import combine
-from matryoshka_lora.extraction.factorize import RankLimits, factorize_change
+from matryoshka_lora.extraction.factorize import factorize_change
 from matryoshka_lora.extraction.model_diff import WeightPair
+from matryoshka_lora.lora.layer import StoredTensor
 from matryoshka_lora.peft.arrays import to_numpy
 from matryoshka_lora.peft.base_model import bundled_model_path
 
@@ -165,8 +165,7 @@ def measure_layer() -> dict[str, dict[str, float]]:
     D = random_change(CHANGE_SHAPE, seed=0)
     old = StoredTensor.from_array(to_numpy(torch.zeros(CHANGE_SHAPE)))
     weight = WeightPair(old, StoredTensor.from_array(to_numpy(D)), is_transposed=False)
-    limits = RankLimits(CHANGE_RANK, share=None)
-    elapsed, (_, _, change) = cpu_seconds(lambda: factorize_change("layer", weight, limits))
+    elapsed, (_, _, change) = cpu_seconds(lambda: factorize_change("layer", weight, CHANGE_RANK))
     error = (change.residual / change.total) ** 0.5
     results = {"extract": {"cpu_seconds": elapsed, "error": error}}
     elapsed, approximation = cpu_seconds(lambda: truncated_svd(D, CHANGE_RANK))

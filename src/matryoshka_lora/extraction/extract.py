@@ -12,7 +12,6 @@ from matryoshka_lora.atomic import PathLike, check_output
 from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list
 from matryoshka_lora.extraction.factorize import factorize_layers, resumable_folder
 from matryoshka_lora.extraction.model_diff import (
-    PIPELINE_PREFIXES,
     compare_models,
     open_model,
     read_architecture,
@@ -105,7 +104,8 @@ def extract(
     modules_to_save = check_list("modules_to_save", modules_to_save)
     if rank is not None:
         check_rank(rank)
-    if rank is None and keep is None and error is None and max_bytes is None:
+    has_rank_only = keep is None and error is None and max_bytes is None
+    if rank is None and has_rank_only:
         raise MatryoshkaError("Pass at least one of `rank`, `keep`, `error` or `max_bytes`.")
     if keep is not None and error is not None:
         raise MatryoshkaError("Pass `keep` or `error`, not both.")
@@ -126,12 +126,10 @@ def extract(
     files = [*base_model.files, *tuned_model.files]
     path = check_output(output, force, files, is_file=key_format is not None)
 
-    prefixes: tuple[str, ...] = ("",)
     if key_format is not None:
         base_model, tuned_model = rename_for_pipeline(base_model, tuned_model)
-        prefixes = PIPELINE_PREFIXES
     architecture = read_architecture(base_model)
-    diff = compare_models(base_model, tuned_model, architecture, modules_to_save, prefixes)
+    diff = compare_models(base_model, tuned_model, architecture, modules_to_save)
     if key_format == "kohya":
         names = [name for name in diff.layers if name.startswith("transformer.")]
         if names and not find_models(names):
@@ -157,7 +155,7 @@ def extract(
         if key_format is None:
             hub_id = split_hub_id(base)
             saved = diff.saved_tensors
-            is_causal_lm = architecture.is_known and "CausalLM" in str(base_model.config)
+            is_causal_lm = bool(architecture.modules) and "CausalLM" in str(base_model.config)
             config = {  # without ranks and scales, which `save` adds
                 "peft_type": "LORA",
                 "task_type": "CAUSAL_LM" if is_causal_lm else None,
@@ -171,8 +169,8 @@ def extract(
             lora = Lora(str(path), layers, other_tensors, config=config)
         else:
             lora = Lora(str(path), layers, container="single").convert(key_format)
-        if key_format is None and keep is None and error is None and max_bytes is None:
-            output_lora = lora.nested()
+        if has_rank_only:
+            lora = lora.nested()
         else:
             ranks = lora.ranks
             if max_error is not None or max_size is not None:
@@ -181,8 +179,8 @@ def extract(
                 ranks = ranks_for_error(spectra, max_error, total, residual)
             if max_size is not None:
                 ranks = fit_size(lora, spectra, ranks, max_size)
-            output_lora = with_ranks(lora, ranks)
-        result = output_lora.save(path, output_lora.container, force=force)
+            lora = with_ranks(lora, ranks)
+        result = lora.save(path, lora.container, force=force)
 
     # The errors of the output against the factors become errors against the change.
     kept = sum(float(errors[0]) for errors in result.written.squared_errors.values())

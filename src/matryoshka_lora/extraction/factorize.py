@@ -18,16 +18,16 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from matryoshka_lora.atomic import create_file
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError, wrap_errors
 from matryoshka_lora.extraction.model_diff import WeightPair
 from matryoshka_lora.formats.safetensors_io import open_safetensors
 from matryoshka_lora.linalg.allocation import LayerSpectrum, ranks_for_error
-from matryoshka_lora.lora.keys import PEFT_PREFIX
+from matryoshka_lora.lora.keys import DIFFUSERS_SUFFIXES, PEFT_PREFIX
 from matryoshka_lora.lora.layer import Layer, LayerKeys
 from matryoshka_lora.peft.arrays import to_torch
+from matryoshka_lora.progress import progress_bar
 
 # The rank that is tried first if a share is to be kept, or the error is limited.
 _FIRST_RANK = 64
@@ -83,15 +83,16 @@ def factorize_change(
 
     max_rank = min(max_rank, weight.full_rank)
     rank = max_rank if share is None else min(_FIRST_RANK, max_rank)
-    U, S, V = _largest_singular_values(matrix, rank)
-    while share is not None:
+    while True:
+        U, S, V = _largest_singular_values(matrix, rank)
+        if share is None:
+            break
         missing = total - S.double().square().cumsum(0)
         needed_rank = int((missing > (1 - share) * total).sum()) + 1
         if needed_rank <= rank or rank == max_rank:
             rank = min(needed_rank, rank)
             break
         rank = min(2 * rank, max_rank)
-        U, S, V = _largest_singular_values(matrix, rank)
     U, S, V = U[:, :rank], S[:rank], V[:, :rank]
 
     root = S.sqrt()
@@ -163,15 +164,10 @@ def factorize_layers(
     if max_error is not None:
         ranks = {name: min(_FIRST_RANK, rank) for name, rank in max_ranks.items()}
     while ranks:
-        num_bytes = sum(weights[name].new.nbytes for name in ranks)
-        bar = tqdm(total=num_bytes, desc="extracting", unit="B", unit_scale=True, disable=None)
-        with bar:
-            for number, (name, rank) in enumerate(ranks.items(), start=1):
-                bar.set_postfix_str(f"layer {number} of {len(ranks)}")
-                layers[name], changes[name] = _read_or_factorize(
-                    files[name], name, weights[name], rank, share
-                )
-                bar.update(weights[name].new.nbytes)
+        for name, rank in progress_bar([*ranks.items()], "extracting"):
+            layers[name], changes[name] = _read_or_factorize(
+                files[name], name, weights[name], rank, share
+            )
         if max_error is None:
             break
 
@@ -207,8 +203,7 @@ def _read_or_factorize(
         with create_file(file, force=True) as temporary:
             save_file(tensors, temporary, {"change": json.dumps(asdict(change))})
     stored, metadata = open_safetensors(file)
-    key = f"{PEFT_PREFIX}{name}"
-    keys = LayerKeys(f"{key}.lora_A.weight", f"{key}.lora_B.weight")
+    keys = LayerKeys(*(f"{PEFT_PREFIX}{name}{suffix}" for suffix in DIFFUSERS_SUFFIXES))
     layer = Layer.from_tensors(name, stored["A"], stored["B"], 1.0, keys, source=str(file))
     # The factors are float32 in the file, and get the dtype of the weight in the output.
     layer = replace(layer, dtype=weight.new.dtype, has_new_factors=True)
@@ -244,19 +239,17 @@ def resumable_folder(
     for source in sources:
         stat = source.stat()
         # `cp -p` keeps the modification time, but not the inode or the time of the change.
-        states += [str(source.resolve()), stat.st_size, stat.st_mtime_ns]
-        states += [stat.st_ino, stat.st_ctime_ns]
+        times = stat.st_mtime_ns, stat.st_ctime_ns
+        states.append([str(source.resolve()), stat.st_size, stat.st_ino, *times])
     text = json.dumps([states, *settings])
-    lock = FileLock(folder / "lock")  # the operating system releases it if the process is killed
     in_use = f"Another process is extracting to {output}"
     with wrap_errors(in_use, "Wait for it, or pass another path.", Timeout):
-        lock.acquire(timeout=0)
-    try:
+        # The operating system releases the lock if the process is killed.
+        lock = FileLock(folder / "lock").acquire(timeout=0)
+    with lock:
         if settings_file.is_file() and settings_file.read_text(encoding="utf-8") != text:
             for file in folder.glob("*.safetensors"):
                 file.unlink()
         settings_file.write_text(text, encoding="utf-8")
         yield folder
         shutil.rmtree(folder, ignore_errors=True)  # Windows keeps the lock while it is held
-    finally:
-        lock.release()

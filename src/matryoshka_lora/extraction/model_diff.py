@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from matryoshka_lora.errors import MatryoshkaError, optional_imports, wrap_errors
 from matryoshka_lora.formats.safetensors_io import open_safetensors, read_json
-from matryoshka_lora.lora.keys import ORIGINAL_PART, split_part
+from matryoshka_lora.lora.keys import split_part
 from matryoshka_lora.lora.layer import StoredTensor
 from matryoshka_lora.peft.arrays import to_torch
 
@@ -29,42 +29,46 @@ _WEIGHTS_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 # Names of embeddings and heads, for models whose class is not known.
 _EMBEDDING_NAMES = re.compile(r"embed|lm_head|\bwte\b|\bwpe\b|\bshared\b")
 
-# The part of a pipeline that a model is, by a word in its class name in diffusers.
-_PARTS_BY_CLASS = {"UNet": "unet", "Transformer": "transformer"}
-# The prefixes of the parts in a checkpoint.
-_CHECKPOINT_PARTS = {
-    "model.diffusion_model.": ORIGINAL_PART,
-    "diffusion_model.": ORIGINAL_PART,
-    "cond_stage_model.transformer.": "text_encoder",  # Stable Diffusion 1
-    "cond_stage_model.model.": "text_encoder",  # Stable Diffusion 2
-    "conditioner.embedders.0.transformer.": "text_encoder",  # Stable Diffusion XL
-    "conditioner.embedders.1.model.": "text_encoder_2",
+# The prefixes of the parts of a pipeline in a checkpoint, and in LoRA files.
+_CHECKPOINT_PREFIXES = {
+    "model.diffusion_model.": "diffusion_model.",
+    "diffusion_model.": "diffusion_model.",
+    "cond_stage_model.transformer.": "text_encoder.",  # Stable Diffusion 1
+    "cond_stage_model.model.": "text_encoder.",  # Stable Diffusion 2
+    "conditioner.embedders.0.transformer.": "text_encoder.",  # Stable Diffusion XL
+    "conditioner.embedders.1.model.": "text_encoder_2.",
 }
-# The part of a model that is alone in a file, by the beginning of one of its keys.
-_PARTS_BY_KEY = {
-    "input_blocks.": ORIGINAL_PART,  # Stable Diffusion
-    "joint_blocks.": ORIGINAL_PART,  # Stable Diffusion 3
-    "double_blocks.": ORIGINAL_PART,  # Flux
-    "blocks.0.": ORIGINAL_PART,  # Wan
-    "noise_refiner.": ORIGINAL_PART,  # Z-Image
-    "down_blocks.": "unet",
-    "transformer_blocks.": "transformer",
+# The prefix of a model that is alone in a file, by a word in its class name in diffusers, or by the
+# beginning of one of its keys.
+_MODEL_PREFIXES = {
+    "UNet": "unet.",
+    "Transformer": "transformer.",
+    "input_blocks.": "diffusion_model.",  # Stable Diffusion
+    "joint_blocks.": "diffusion_model.",  # Stable Diffusion 3
+    "double_blocks.": "diffusion_model.",  # Flux
+    "blocks.0.": "diffusion_model.",  # Wan
+    "noise_refiner.": "diffusion_model.",  # Z-Image
+    "down_blocks.": "unet.",
+    "transformer_blocks.": "transformer.",
 }
-# The names of OpenCLIP in those of transformers.
-_OPEN_CLIP_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.*)")
+# From the names of OpenCLIP to those of transformers.
+_OPEN_CLIP_BLOCK = r"^(text_encoder(?:_2)?\.)transformer\.resblocks\.(\d+)\."
 _OPEN_CLIP_NAMES = {
-    "attn.in_proj": "self_attn.in_proj",
-    "attn.out_proj.": "self_attn.out_proj.",
-    "mlp.c_fc.": "mlp.fc1.",
-    "mlp.c_proj.": "mlp.fc2.",
-    "ln_1.": "layer_norm1.",
-    "ln_2.": "layer_norm2.",
+    _OPEN_CLIP_BLOCK: r"\1text_model.encoder.layers.\2.",
+    r"(?<=\d\.)attn\.(in_proj|out_proj\.)": r"self_attn.\1",
+    r"(?<=\d\.)mlp\.c_fc\.": "mlp.fc1.",
+    r"(?<=\d\.)mlp\.c_proj\.": "mlp.fc2.",
+    r"(?<=\d\.)ln_([12])\.": r"layer_norm\1.",
 }
 
-PIPELINE_PREFIXES = tuple(
-    f"{part}." for part in sorted({*_CHECKPOINT_PARTS.values(), *_PARTS_BY_KEY.values()})
+# The beginnings of the names of modules that a LoRA file can name.
+_PIPELINE_PREFIXES = (
+    "diffusion_model.",
+    "text_encoder.",
+    "text_encoder_2.",
+    "transformer.",
+    "unet.",
 )
-"""The beginnings of the names of modules that a LoRA file can name."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,14 @@ class ModelFiles:
         files: Its safetensors files.
         tensors: Its tensors by key.
         config: Its config.json; empty if it has none.
+        prefixes: The beginnings of the names of modules that may get a LoRA.
     """
 
     path: Path
-    files: tuple[Path, ...]
+    files: Sequence[Path]
     tensors: Mapping[str, StoredTensor]
     config: Mapping[str, Any]
+    prefixes: tuple[str, ...] = ("",)
 
 
 def open_model(path: Path) -> ModelFiles:
@@ -110,7 +116,7 @@ def open_model(path: Path) -> ModelFiles:
         tensors |= open_safetensors(file)[0]
     config_file = path / "config.json"
     config = read_json(config_file) if config_file.is_file() else {}
-    return ModelFiles(path, tuple(files), tensors, config)
+    return ModelFiles(path, files, tensors, config)
 
 
 def rename_for_pipeline(base: ModelFiles, tuned: ModelFiles) -> tuple[ModelFiles, ModelFiles]:
@@ -125,68 +131,54 @@ def rename_for_pipeline(base: ModelFiles, tuned: ModelFiles) -> tuple[ModelFiles
     Raises:
         MatryoshkaError: The model is not recognised.
     """
-    base_part = _find_part(base)
-    if base_part is None:
+    base_prefix = _find_prefix(base)
+    if base_prefix is None:
         raise MatryoshkaError(
             f"{base.path} cannot be identified as a part of a pipeline. Pass a checkpoint, or the "
             "folder of a UNet or a transformer that diffusers has saved, or omit `key_format`."
         )
     models: list[ModelFiles] = []
     for model in (base, tuned):
-        part = _find_part(model)
-        if part is None:
-            part = base_part
+        new_prefix = _find_prefix(model)
+        if new_prefix is None:
+            new_prefix = base_prefix
         tensors: dict[str, StoredTensor] = {}
         for key, tensor in model.tensors.items():
-            name = f"{part}.{key}" if part else _rename_checkpoint_key(key)
+            name = new_prefix + key
+            for prefix, part_prefix in _CHECKPOINT_PREFIXES.items():
+                if name.startswith(prefix):
+                    name = part_prefix + name.removeprefix(prefix)
+                    break
+            if re.match(_OPEN_CLIP_BLOCK, name):
+                for pattern, replacement in _OPEN_CLIP_NAMES.items():
+                    name = re.sub(pattern, replacement, name, count=1)
             module = name.removesuffix("in_proj_weight")
             if module.endswith(".self_attn."):
-                for projection, rows in zip("qkv", _split_rows(tensor), strict=True):
-                    tensors[f"{module}{projection}_proj.weight"] = rows
+                for index, projection in enumerate("qkv"):
+                    third = _take_third(tensor, index)
+                    tensors[f"{module}{projection}_proj.weight"] = third
             else:
                 tensors[name] = tensor
-        models.append(replace(model, tensors=tensors))
+        models.append(replace(model, tensors=tensors, prefixes=_PIPELINE_PREFIXES))
     return models[0], models[1]
 
 
-def _find_part(model: ModelFiles) -> str | None:
-    """Return the part that a model is; "" if its keys name the parts; None if it is unknown."""
-    if any(key.startswith(tuple(_CHECKPOINT_PARTS)) for key in model.tensors):
+def _find_prefix(model: ModelFiles) -> str | None:
+    """Return the prefix that a model's keys lack, empty for a checkpoint; None if it is unknown."""
+    if any(key.startswith(tuple(_CHECKPOINT_PREFIXES)) for key in model.tensors):
         return ""
     class_name = str(model.config.get("_class_name"))
-    for word, part in _PARTS_BY_CLASS.items():
-        if word in class_name:
-            return part
-    for prefix, part in _PARTS_BY_KEY.items():
-        if any(key.startswith(prefix) for key in model.tensors):
-            return part
+    for text, prefix in _MODEL_PREFIXES.items():
+        if text in class_name or any(key.startswith(text) for key in model.tensors):
+            return prefix
     return None
 
 
-def _rename_checkpoint_key(key: str) -> str:
-    for prefix, part in _CHECKPOINT_PARTS.items():
-        if key.startswith(prefix):
-            name = key.removeprefix(prefix)
-            block = _OPEN_CLIP_BLOCK.match(name)
-            if block and part.startswith("text_encoder"):
-                index, name = block.groups()
-                for open_clip_name, new_name in _OPEN_CLIP_NAMES.items():
-                    if name.startswith(open_clip_name):
-                        name = new_name + name.removeprefix(open_clip_name)
-                name = f"text_model.encoder.layers.{index}.{name}"
-            return f"{part}.{name}"
-    return key
-
-
-def _split_rows(tensor: StoredTensor) -> list[StoredTensor]:
-    """Return the thirds of the rows of a weight: the weights of q, k and v."""
-    num_rows = tensor.shape[0] // 3
-
-    def rows_from(start: int) -> StoredTensor:
-        shape = (num_rows, *tensor.shape[1:])
-        return replace(tensor, shape=shape, read=lambda: tensor.read()[start : start + num_rows])
-
-    return [rows_from(index * num_rows) for index in range(3)]
+def _take_third(tensor: StoredTensor, index: int) -> StoredTensor:
+    """Return a third of the rows of a weight."""
+    size = tensor.shape[0] // 3
+    rows = slice(index * size, (index + 1) * size)
+    return replace(tensor, shape=(size, *tensor.shape[1:]), read=lambda: tensor.read()[rows])
 
 
 @dataclass(frozen=True)
@@ -194,7 +186,8 @@ class Architecture:
     """What transformers knows about a model; empty for other models.
 
     Attributes:
-        modules: Its modules by name, on the meta device.
+        modules: Its modules by name, on the meta device; empty if transformers does not have its
+            class.
         head: Its output embeddings.
         tied_keys: The keys of tied weights: the key of one by the key of the other.
     """
@@ -203,11 +196,6 @@ class Architecture:
     head: nn.Module | None = None
     tied_keys: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def is_known(self) -> bool:
-        """Whether transformers has the class of the model."""
-        return bool(self.modules)
-
     def is_conv1d(self, module_name: str) -> bool:
         """Whether a module is GPT-2's Conv1D, a linear layer whose weight has shape (in, out)."""
         return type(self.modules.get(module_name)).__name__ == "Conv1D"
@@ -215,20 +203,19 @@ class Architecture:
     def is_lora_layer(self, module_name: str, weight: StoredTensor) -> bool:
         """Whether LoRA can represent a change of a module's weight."""
         shape = weight.shape
-        if not weight.is_factor or len(shape) not in (2, 3, 4) or 1 in shape[:2]:
+        if len(shape) not in (2, 3, 4) or 1 in shape[:2]:
             return False
-        if not self.is_known:
+        if not self.modules:
             # The embeddings of image models, for example of the time, are linear layers.
             part, _ = split_part(module_name)
             is_image_model = part and not part.startswith("text_encoder")
             is_embedding = not is_image_model and _EMBEDDING_NAMES.search(module_name)
             return len(shape) != 3 and not is_embedding
-        module = self.modules.get(module_name)
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            return module.groups == 1
         if self.is_conv1d(module_name):
             return True
-        return isinstance(module, nn.Linear) and module is not self.head
+        module = self.modules.get(module_name)
+        is_layer = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        return is_layer and module is not self.head and getattr(module, "groups", 1) == 1
 
 
 def read_architecture(model: ModelFiles) -> Architecture:
@@ -267,6 +254,13 @@ class WeightPair(NamedTuple):
         num_rows = self.new.shape[0]
         return min(num_rows, math.prod(self.new.shape) // num_rows)
 
+    def is_unchanged(self) -> bool:
+        """Return whether both are equal, or one is the other rounded to its dtype."""
+        old, new = to_torch(self.old.read()), to_torch(self.new.read())
+        if old.is_floating_point() != new.is_floating_point():
+            return False
+        return torch.equal(old.to(new.dtype), new) or torch.equal(old, new.to(old.dtype))
+
 
 class ModelDiff(NamedTuple):
     """What fine-tuning changed."""
@@ -284,7 +278,6 @@ def compare_models(
     tuned: ModelFiles,
     architecture: Architecture,
     modules_to_save: Sequence[str] = (),
-    prefixes: tuple[str, ...] = ("",),
 ) -> ModelDiff:
     """Return what fine-tuning changed. Two tensors are in memory at a time.
 
@@ -295,7 +288,6 @@ def compare_models(
         tuned: The model after.
         architecture: The architecture of the base model.
         modules_to_save: Name suffixes of modules that are saved as they are.
-        prefixes: The beginnings of the names of modules that may get a LoRA.
 
     Raises:
         MatryoshkaError: The models are not versions of one model, no layer changed, or a name of
@@ -313,19 +305,18 @@ def compare_models(
     keys = sorted({*base.tensors, *tuned.tensors})
     for key in tqdm(keys, "comparing", leave=False, disable=None, delay=1):
         old, new = base.tensors.get(key), tuned.tensors.get(key)
-        if old is not None and new is not None and _are_equal(old, new):
-            continue
         name = _module_of(key)
-        may_be_layer = key.endswith(".weight") and name.startswith(prefixes)
+        pair: WeightPair | None = None
+        if old and new and old.shape == new.shape and old.is_factor == new.is_factor:
+            pair = WeightPair(old, new, architecture.is_conv1d(name))
+            if pair.is_unchanged():
+                continue
         # A quantized weight is not a factor; its other version shows whether it is a layer.
-        factor = next((weight for weight in (new, old) if weight and weight.is_factor), None)
-        if (
-            may_be_layer
-            and factor is not None
-            and not name.endswith(suffixes)
-            and architecture.is_lora_layer(name, factor)
-        ):
-            if old is None or new is None or not _have_same_form(old, new):
+        factors = [weight for weight in (new, old) if weight and weight.is_factor]
+        may_be_layer = key.endswith(".weight") and name.startswith(base.prefixes)
+        may_be_layer = may_be_layer and not name.endswith(suffixes)
+        if may_be_layer and factors and architecture.is_lora_layer(name, factors[0]):
+            if pair is None:
                 before, after = (
                     f"{weight.dtype} {list(weight.shape)}" if weight else "missing"
                     for weight in (old, new)
@@ -334,7 +325,7 @@ def compare_models(
                     f"{key} is {before} before fine-tuning and {after} after it. Pass two versions "
                     "of one model, neither of them quantized."
                 )
-            layers[name] = WeightPair(old, new, architecture.is_conv1d(name))
+            layers[name] = pair
         elif new is not None:
             others[key] = new
 
@@ -343,7 +334,7 @@ def compare_models(
         key = min(others, default="")
         if not others:
             reason = "No linear layer and no convolution changed."
-        elif architecture.is_known and not changed_modules & architecture.modules.keys():
+        elif architecture.modules and not changed_modules & architecture.modules.keys():
             reason = (
                 "The class of the model has no module of the weights that changed, e.g. "
                 f"{key[:200]}. Load both models with transformers and save them again. If that "
@@ -356,7 +347,7 @@ def compare_models(
         raise MatryoshkaError(reason)
 
     saved_modules = {name for name in changed_modules if name.endswith(suffixes)}
-    if architecture.is_known:  # PEFT knows the modules by the names that they have in the class
+    if architecture.modules:  # PEFT knows the modules by the names that they have in the class
         saved_modules &= architecture.modules.keys()
     saved = {key: value for key, value in tuned.tensors.items() if _module_of(key) in saved_modules}
     for key, tied_key in architecture.tied_keys.items():
@@ -370,24 +361,6 @@ def compare_models(
                 f"`modules_to_save`: {suffix!r:.80} does not match a module that changed."
             )
     return ModelDiff(layers, saved, {key: others[key] for key in others if key not in saved})
-
-
-def _are_equal(old: StoredTensor, new: StoredTensor) -> bool:
-    """Return whether two tensors are equal, or one is the other rounded to its dtype."""
-    if not _have_same_form(old, new):
-        return False
-    old_values, new_values = to_torch(old.read()), to_torch(new.read())
-    if old_values.is_floating_point() != new_values.is_floating_point():
-        return False
-    if not old_values.is_floating_point():
-        return torch.equal(old_values, new_values)
-    return torch.equal(old_values.to(new_values.dtype), new_values) or torch.equal(
-        old_values, new_values.to(old_values.dtype)
-    )
-
-
-def _have_same_form(old: StoredTensor, new: StoredTensor) -> bool:
-    return old.shape == new.shape and old.is_factor == new.is_factor
 
 
 def _module_of(key: str) -> str:
