@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from matryoshka_lora.peft.arrays import to_numpy, to_numpy_dtype
+from matryoshka_lora.tensors import to_numpy, to_numpy_dtype
 
 import matryoshka_lora as ml
 from matryoshka_lora.formats.lycoris import read_lycoris_layers

@@ -161,6 +161,30 @@ def test_the_layers_have_the_names_of_lora_files(
         np.testing.assert_allclose(update, expected[name], atol=1e-4)
 
 
+@pytest.mark.parametrize("key_format", ["diffusers", "kohya"])
+def test_a_folder_of_diffusers_is_recognised_by_its_class(tmp_path: Path, key_format: Any) -> None:
+    shapes = {"mid.conv.weight": (8, 6, 3, 3), "mid.to_q.weight": (10, 6), "mid.norm.weight": (6,)}
+    changes = save_models(tmp_path, shapes)
+    folders = tmp_path / "unet", tmp_path / "tuned_unet"
+    for folder, name in zip(folders, ("base", "tuned"), strict=True):
+        folder.mkdir()
+        file = folder / "diffusion_pytorch_model.safetensors"
+        (tmp_path / f"{name}.safetensors").rename(file)
+    (folders[0] / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    output = tmp_path / "lora.safetensors"
+    result = extract(*folders, output, R, key_format=key_format)
+    names = {"mid.conv": "unet.mid.conv", "mid.to_q": "unet.mid.to_q"}
+    if key_format == "kohya":
+        names = {"mid.conv": "lora_unet_mid_conv", "mid.to_q": "lora_unet_mid_to_q"}
+    actual = read_updates(output)
+    assert result.ranks == dict.fromkeys(actual, R)
+    assert actual.keys() == {*names.values()}
+    for module, name in names.items():
+        change = changes[f"{module}.weight"]
+        expected = truncate(change.reshape(len(change), -1))
+        np.testing.assert_allclose(actual[name], expected, atol=1e-4)
+
+
 def test_names_that_kohya_does_not_have_are_rejected(tmp_path: Path) -> None:
     save_models(tmp_path, {"transformer_blocks.0.attn9.to_q.weight": (8, 8)})
     with pytest.raises(MatryoshkaError, match="kohya"):

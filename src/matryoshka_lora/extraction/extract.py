@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from matryoshka_lora.atomic import PathLike, check_output
 from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list
-from matryoshka_lora.extraction.factor_cache import ChangedLayers, file_state, resumable_folder
-from matryoshka_lora.extraction.factorize import RankLimits
+from matryoshka_lora.extraction.factorize import factorize_layers, resumable_folder
 from matryoshka_lora.extraction.model_diff import (
-    Architecture,
-    ModelFiles,
     compare_models,
     open_model,
     read_architecture,
-    saved_tensors,
-)
-from matryoshka_lora.extraction.pipeline_names import (
-    check_kohya_names,
-    pipeline_prefixes,
     rename_for_pipeline,
 )
 from matryoshka_lora.formats.hub import MODEL_FILES, local_path, split_hub_id
 from matryoshka_lora.linalg.allocation import ranks_for_error
-from matryoshka_lora.lora.keys import DIFFUSERS_SUFFIXES, PEFT_PREFIX
-from matryoshka_lora.lora.layer import LayerKeys, StoredTensor
+from matryoshka_lora.lora.keys import PEFT_PREFIX, find_models
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.truncate import fit_size, layer_spectra, with_ranks
 from matryoshka_lora.nesting import check_rank
@@ -113,71 +104,90 @@ def extract(
     modules_to_save = check_list("modules_to_save", modules_to_save)
     if rank is not None:
         check_rank(rank)
-    if rank is None and keep is None and error is None and max_bytes is None:
+    has_rank_only = keep is None and error is None and max_bytes is None
+    if rank is None and has_rank_only:
         raise MatryoshkaError("Pass at least one of `rank`, `keep`, `error` or `max_bytes`.")
     if keep is not None and error is not None:
         raise MatryoshkaError("Pass `keep` or `error`, not both.")
     share = None if keep is None else parse_share(keep)
     max_error = None if error is None else parse_share(error)
     max_size = None if max_bytes is None else parse_size(max_bytes)
-    _check_key_format(output, key_format, modules_to_save)
+    if key_format is not None:
+        check_choice("key_format", key_format, get_args(ImageKeyFormat))
+        if modules_to_save:
+            raise MatryoshkaError("A file for image models has no `modules_to_save`. Omit it.")
+    if (Path(output).suffix.lower() == ".safetensors") != (key_format is not None):
+        raise MatryoshkaError(
+            f"The output is a folder, or with `key_format` a .safetensors file, got {output}. Pass "
+            "another path, or pass or omit `key_format`."
+        )
     base_model = open_model(local_path(base, MODEL_FILES, base_revision))
     tuned_model = open_model(local_path(tuned, MODEL_FILES, tuned_revision))
     files = [*base_model.files, *tuned_model.files]
     path = check_output(output, force, files, is_file=key_format is not None)
 
-    prefixes: tuple[str, ...] = ("",)
     if key_format is not None:
         base_model, tuned_model = rename_for_pipeline(base_model, tuned_model)
-        prefixes = pipeline_prefixes()
     architecture = read_architecture(base_model)
-    diff = compare_models(base_model, tuned_model, architecture, modules_to_save, prefixes)
+    diff = compare_models(base_model, tuned_model, architecture, modules_to_save)
     if key_format == "kohya":
-        check_kohya_names(diff.layers, base_model)
-    saved = saved_tensors(diff, tuned_model, architecture, modules_to_save)
+        names = [name for name in diff.layers if name.startswith("transformer.")]
+        if names and not find_models(names):
+            raise MatryoshkaError(
+                f"The kohya format has no names for the layers of {base_model.path}. Pass "
+                "`key_format='diffusers'`."
+            )
+
     max_rank = rank
     if rank is None and keep is None and error is None:
         max_rank = _MAX_RANK_FOR_SIZE
-    limits = RankLimits(max_rank, share)
-    # Everything that the factors depend on. The names of the layers and whether they are transposed
-    # depend on further files and arguments.
+    # The names of the layers and whether they are transposed depend on configs and arguments.
     layer_names = [(name, pair.is_transposed) for name, pair in diff.layers.items()]
-    states = [file_state(file) for file in files]
-    settings: list[object] = [*states, *limits, error is not None, layer_names]
-    with resumable_folder(path, settings) as cache:
-        changed = ChangedLayers(diff.layers, cache)
-        if max_error is None:
-            changed.factorize(limits)
-        else:
-            changed.factorize_for_error(max_error, max_rank)
-        if changed.total == 0:  # differences of float64 may be too small for float32
+    settings = [max_rank, share, error is not None, layer_names]
+    with resumable_folder(path, files, settings) as folder:
+        layers, changes = factorize_layers(
+            diff.layers, folder, max_rank, share=share, max_error=max_error
+        )
+        total = sum(change.total for change in changes)
+        residual = sum(change.residual for change in changes)
+        if total == 0:  # differences of float64 may be too small for float32
             raise MatryoshkaError("No linear layer and no convolution changed.")
-        lora = _to_lora(path, changed, key_format)
         if key_format is None:
-            config = _peft_config(base, base_revision, base_model, architecture, lora, saved)
+            hub_id = split_hub_id(base)
+            saved = diff.saved_tensors
+            is_causal_lm = bool(architecture.modules) and "CausalLM" in str(base_model.config)
+            config = {  # without ranks and scales, which `save` adds
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM" if is_causal_lm else None,
+                "base_model_name_or_path": hub_id.repo_id if hub_id else str(base),
+                "revision": base_revision if hub_id else None,
+                "target_modules": [layer.name for layer in layers],
+                "modules_to_save": sorted({key.rpartition(".")[0] for key in saved}) or None,
+                "fan_in_fan_out": any(pair.is_transposed for pair in diff.layers.values()),
+            }
             other_tensors = {PEFT_PREFIX + key: tensor for key, tensor in saved.items()}
-            lora = replace(lora, config=config, other_tensors=other_tensors)
-        if key_format is None and keep is None and error is None and max_bytes is None:
-            truncated = lora.nested()
+            lora = Lora(str(path), layers, other_tensors, config=config)
+        else:
+            lora = Lora(str(path), layers, container="single").convert(key_format)
+        if has_rank_only:
+            lora = lora.nested()
         else:
             ranks = lora.ranks
             if max_error is not None or max_size is not None:
                 spectra = layer_spectra(lora, ranks)
             if max_error is not None:
-                ranks = ranks_for_error(spectra, max_error, changed.total, changed.residual)
+                ranks = ranks_for_error(spectra, max_error, total, residual)
             if max_size is not None:
                 ranks = fit_size(lora, spectra, ranks, max_size)
-            truncated = with_ranks(lora, ranks)
-        result = truncated.save(path, truncated.container, force=force)
+            lora = with_ranks(lora, ranks)
+        result = lora.save(path, lora.container, force=force)
 
-    errors: dict[int, float] = {}
-    for error_rank in result.errors:
-        # The residual, and what truncation adds to it.
-        squared_error = changed.residual
-        for layer in lora.layers:
-            layer_rank = min(layer.rank, result.ranks[layer.name], error_rank)
-            squared_error += float(result.written.squared_errors[layer.name][layer_rank])
-        errors[error_rank] = math.sqrt(squared_error / changed.total)
+    # The errors of the output against the factors become errors against the change.
+    kept = sum(float(errors[0]) for errors in result.written.squared_errors.values())
+    errors = {
+        error_rank: math.sqrt((residual + truncation_error**2 * kept) / total)
+        for error_rank, truncation_error in result.errors.items()
+    }
     notes: tuple[str, ...] = ()
     if max_error is not None and errors[max(errors)] > max_error * (1 + 1e-6):
         num_bounded = sum(value == rank for value in result.ranks.values())
@@ -187,67 +197,11 @@ def extract(
         elif max_size is not None:
             reason = "the requested size"
         notes = (f"The error is larger than requested because of {reason}.",)
-    unsaved = {key: tensor for key, tensor in diff.other_tensors.items() if key not in saved}
     return ExtractResult(
         path=path,
         ranks=result.ranks,
         errors=errors,
-        rounding_share=changed.rounding / changed.total,
-        unsaved_tensors={key: tensor.nbytes for key, tensor in unsaved.items()},
+        rounding_share=sum(change.rounding for change in changes) / total,
+        unsaved_tensors={key: tensor.nbytes for key, tensor in diff.unsaved_tensors.items()},
         notes=notes,
     )
-
-
-def _check_key_format(
-    output: PathLike, key_format: ImageKeyFormat | None, modules_to_save: Sequence[str]
-) -> None:
-    if key_format is not None and modules_to_save:
-        raise MatryoshkaError("A file for image models has no `modules_to_save`. Omit it.")
-    is_file = Path(output).suffix.lower() == ".safetensors"
-    if key_format is None and is_file:
-        raise MatryoshkaError(
-            f"Without `key_format` the output is a folder, got {output}. Pass a path without "
-            ".safetensors, or `key_format='diffusers'`."
-        )
-    if key_format is not None and not is_file:
-        raise MatryoshkaError(
-            f"With `key_format` the output is a .safetensors file, got {output}. Pass a path such "
-            "as lora.safetensors."
-        )
-    if key_format is not None:
-        check_choice("key_format", key_format, get_args(ImageKeyFormat))
-
-
-def _peft_config(
-    base: PathLike,
-    base_revision: str | None,
-    base_model: ModelFiles,
-    architecture: Architecture,
-    lora: Lora,
-    saved: Mapping[str, StoredTensor],
-) -> dict[str, Any]:
-    """Return PEFT's config without ranks and scales, which `Lora.save` adds."""
-    names = [layer.name for layer in lora.layers]
-    saved_modules = sorted({key.rpartition(".")[0] for key in saved})
-    is_causal_lm = architecture.is_known and "CausalLM" in str(base_model.config)
-    hub_id = split_hub_id(base)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if is_causal_lm else None,
-        "base_model_name_or_path": hub_id.repo_id if hub_id else str(base),
-        "revision": base_revision if hub_id else None,
-        "target_modules": names,
-        "modules_to_save": saved_modules or None,
-        "fan_in_fan_out": any(architecture.is_conv1d(name) for name in names),
-    }
-
-
-def _to_lora(path: Path, changed: ChangedLayers, key_format: ImageKeyFormat | None) -> Lora:
-    """Return the factors as a LoRA. With a key format, its names begin with parts of a pipeline."""
-    if key_format is None:
-        return Lora(str(path), changed.layers)
-    layers = tuple(
-        replace(layer, keys=LayerKeys(*(layer.name + suffix for suffix in DIFFUSERS_SUFFIXES)))
-        for layer in changed.layers
-    )
-    return Lora(str(path), layers, container="single").convert(key_format)

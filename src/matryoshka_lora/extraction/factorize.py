@@ -1,19 +1,36 @@
-"""Factorize the change of a weight by a randomized SVD, and measure the error of the factors."""
+"""Factorize the changes of weights by a randomized SVD, and measure the errors of the factors.
+
+The factors are kept in a folder until all are there, so that an interrupted extraction continues.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import save_file
 from torch import Tensor
 
-from matryoshka_lora.errors import NotFiniteError
+from matryoshka_lora.atomic import create_file
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError, wrap_errors
 from matryoshka_lora.extraction.model_diff import WeightPair
+from matryoshka_lora.formats.safetensors_io import open_safetensors
+from matryoshka_lora.linalg.allocation import LayerSpectrum, ranks_for_error
+from matryoshka_lora.lora.keys import DIFFUSERS_SUFFIXES, PEFT_PREFIX
+from matryoshka_lora.lora.layer import Layer, LayerKeys
 from matryoshka_lora.tensors import to_torch
+from matryoshka_lora.progress import progress_bar
 
-# The rank that is tried first if a share is to be kept.
-_FIRST_RANK_FOR_SHARE = 64
+# The rank that is tried first if a share is to be kept, or the error is limited.
+_FIRST_RANK = 64
 # Arguments of torch.svd_lowrank: columns beyond the rank, and power iterations.
 _OVERSAMPLING = 32
 _NUM_ITERATIONS = 4
@@ -36,20 +53,23 @@ class Change:
     singular_values: tuple[float, ...]
 
 
-class RankLimits(NamedTuple):
-    """The limits of each layer's rank: a maximum, and a share of the squared norm to keep."""
-
-    max_rank: int | None
-    share: float | None
-
-
 def factorize_change(
-    name: str, weight: WeightPair, limits: RankLimits
+    name: str, weight: WeightPair, max_rank: int, share: float | None = None
 ) -> tuple[Tensor, Tensor, Change]:
-    """Factorize the change of one weight.
+    """Factorize the change D of one weight.
+
+    Args:
+        name: The name of the layer.
+        weight: The weight before and after.
+        max_rank: The rank of the factors, unless D has a smaller one.
+        share: Use the smallest rank that keeps this share of the squared norm of D instead, if it
+            does not exceed ``max_rank``.
 
     Returns:
         A and B in the shapes that PEFT saves, float32, and the norms of the change.
+
+    Raises:
+        NotFiniteError: D is NaN or infinite.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     new = to_torch(weight.new.read()).to(device)
@@ -60,40 +80,29 @@ def factorize_change(
         raise NotFiniteError(f"The weights of {name} are NaN or infinite. Copy the models again.")
     matrix = D.T if weight.is_transposed else D.flatten(1)
     total = float(matrix.double().norm() ** 2)
-    U, S, V = _truncated_svd(matrix, total, limits)
-    rank = len(S)
+
+    max_rank = min(max_rank, weight.full_rank)
+    rank = max_rank if share is None else min(_FIRST_RANK, max_rank)
+    while True:
+        U, S, V = _largest_singular_values(matrix, rank)
+        if share is None:
+            break
+        missing = total - S.double().square().cumsum(0)
+        needed_rank = int((missing > (1 - share) * total).sum()) + 1
+        if needed_rank <= rank or rank == max_rank:
+            rank = min(needed_rank, rank)
+            break
+        rank = min(2 * rank, max_rank)
+    U, S, V = U[:, :rank], S[:rank], V[:, :rank]
+
     root = S.sqrt()
     A, B = root[:, None] * V.T, U * root
     product = B.to(new.dtype).float() @ A.to(new.dtype).float()
     residual = float((matrix - product).double().norm() ** 2)
-    change = Change(total, residual, _expected_rounding(new), tuple(S.tolist()))
     if not weight.is_transposed:
         A = A.reshape(rank, *D.shape[1:])
         B = B.reshape(len(D), rank, *[1] * (D.ndim - 2))
-    return A, B, change
-
-
-def _truncated_svd(
-    matrix: Tensor, squared_norm: float, limits: RankLimits
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, S and V of the largest singular values: as many as the limits allow."""
-    full_rank = min(matrix.shape)
-    rank = min(limits.max_rank or _FIRST_RANK_FOR_SHARE, full_rank)
-    U, S, V = _largest_singular_values(matrix, rank)
-    if limits.share is not None:
-        sufficient_rank = _sufficient_rank(S, squared_norm, limits.share)
-        while limits.max_rank is None and sufficient_rank > rank and rank < full_rank:
-            rank = min(2 * rank, full_rank)
-            U, S, V = _largest_singular_values(matrix, rank)
-            sufficient_rank = _sufficient_rank(S, squared_norm, limits.share)
-        rank = min(rank, sufficient_rank)
-    return U[:, :rank], S[:rank], V[:, :rank]
-
-
-def _sufficient_rank(S: Tensor, squared_norm: float, share: float) -> int:
-    """Return the smallest rank that keeps a share; above the number of values if none does."""
-    missing = squared_norm - S.double().square().cumsum(0)
-    return int((missing > (1 - share) * squared_norm).sum()) + 1
+    return A, B, Change(total, residual, _expected_rounding(new), tuple(S.tolist()))
 
 
 def _largest_singular_values(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,3 +128,128 @@ def _expected_rounding(weight: Tensor) -> float:
     exponents = weight.frexp().exponent - 1
     steps = eps * torch.exp2(exponents.double())
     return float(steps.square().sum()) / 12
+
+
+def factorize_layers(
+    weights: Mapping[str, WeightPair],
+    folder: Path,
+    max_rank: int | None = None,
+    *,
+    share: float | None = None,
+    max_error: float | None = None,
+) -> tuple[tuple[Layer, ...], tuple[Change, ...]]:
+    """Factorize the changes of all layers that are not in a folder yet.
+
+    With a maximum error, the factors have at least the ranks that `ranks_for_error` needs: a layer
+    that may need further components is factorized again, at twice the rank.
+
+    Args:
+        weights: The weights before and after fine-tuning, by the name of the layer.
+        folder: The folder of the factors, from `resumable_folder`.
+        max_rank: An upper bound of each rank.
+        share: The share of the squared norm that each layer keeps.
+        max_error: The maximum relative error over all layers.
+
+    Returns:
+        The layers, as in a PEFT folder, and what is known of their changes.
+    """
+    max_ranks = {
+        name: min(max_rank or weight.full_rank, weight.full_rank)
+        for name, weight in weights.items()
+    }
+    files = {name: folder / f"{index}.safetensors" for index, name in enumerate(weights, start=1)}
+    layers: dict[str, Layer] = {}
+    changes: dict[str, Change] = {}
+    ranks = max_ranks
+    if max_error is not None:
+        ranks = {name: min(_FIRST_RANK, rank) for name, rank in max_ranks.items()}
+    while ranks:
+        for name, rank in progress_bar([*ranks.items()], "extracting"):
+            layers[name], changes[name] = _read_or_factorize(
+                files[name], name, weights[name], rank, share
+            )
+        if max_error is None:
+            break
+
+        # The singular values that are not known are as large as they may be: none is larger than
+        # the last known one, and their squares add up to the residual.
+        spectra: dict[str, LayerSpectrum] = {}
+        for name, layer in layers.items():
+            values, residual = list(changes[name].singular_values), changes[name].residual
+            while len(values) < max_ranks[name] and residual > 0 and values[-1] > 0:
+                values.append(min(values[-1], math.sqrt(residual)))
+                residual -= values[-1] ** 2
+            spectra[name] = LayerSpectrum(np.array(values), layer.parameters_per_rank, len(values))
+        total = sum(change.total for change in changes.values())
+        residual = total - sum(sum(spectrum.squares) for spectrum in spectra.values())
+        needed_ranks = ranks_for_error(spectra, max_error, total, max(residual, 0.0))
+        ranks = {
+            name: min(2 * layer.rank, max_ranks[name])
+            for name, layer in layers.items()
+            if needed_ranks[name] > layer.rank
+        }
+    return tuple(layers.values()), tuple(changes.values())
+
+
+def _read_or_factorize(
+    file: Path, name: str, weight: WeightPair, rank: int, share: float | None
+) -> tuple[Layer, Change]:
+    """Return the factors of a change, which are in a file afterwards."""
+    rank_in_file = open_safetensors(file)[0]["A"].shape[0] if file.exists() else 0
+    # A file with a share has the final rank.
+    if rank_in_file < (rank if share is None else 1):
+        A, B, change = factorize_change(name, weight, rank, share)
+        tensors = {"A": A.cpu().contiguous(), "B": B.cpu().contiguous()}
+        with create_file(file, force=True) as temporary:
+            save_file(tensors, temporary, {"change": json.dumps(asdict(change))})
+    stored, metadata = open_safetensors(file)
+    keys = LayerKeys(*(f"{PEFT_PREFIX}{name}{suffix}" for suffix in DIFFUSERS_SUFFIXES))
+    layer = Layer.from_tensors(name, stored["A"], stored["B"], 1.0, keys, source=str(file))
+    # The factors are float32 in the file, and get the dtype of the weight in the output.
+    layer = replace(layer, dtype=weight.new.dtype, has_new_factors=True)
+    return layer, Change(**json.loads(metadata["change"]))
+
+
+@contextmanager
+def resumable_folder(
+    output: Path, sources: Sequence[Path], settings: Sequence[object]
+) -> Iterator[Path]:
+    """Yield a folder next to the output, which is deleted at the end unless there is an exception.
+
+    A folder of the same sources and settings is used again; the content of another one is deleted
+    first. Only one process at a time uses it.
+
+    Args:
+        output: The output.
+        sources: The files of both models. Those that were changed or replaced are other sources.
+        settings: Everything else that the factors depend on.
+
+    Raises:
+        MatryoshkaError: The folder is not one of an extraction, or another process uses it.
+    """
+    folder = output.absolute().with_name(f".{output.name}.extracting")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings_file = folder / "settings.json"
+    names = {file.name for file in folder.iterdir()} - {"lock"}
+    if folder.is_symlink() or (names and settings_file.name not in names):
+        raise MatryoshkaError(
+            f"{folder} is not a folder of an interrupted extraction. Move it, or pass another path."
+        )
+    states: list[object] = []
+    for source in sources:
+        stat = source.stat()
+        # `cp -p` keeps the modification time, but not the inode or the time of the change.
+        times = stat.st_mtime_ns, stat.st_ctime_ns
+        states.append([str(source.resolve()), stat.st_size, stat.st_ino, *times])
+    text = json.dumps([states, *settings])
+    in_use = f"Another process is extracting to {output}"
+    with wrap_errors(in_use, "Wait for it, or pass another path.", Timeout):
+        # The operating system releases the lock if the process is killed.
+        lock = FileLock(folder / "lock").acquire(timeout=0)
+    with lock:
+        if settings_file.is_file() and settings_file.read_text(encoding="utf-8") != text:
+            for file in folder.glob("*.safetensors"):
+                file.unlink()
+        settings_file.write_text(text, encoding="utf-8")
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)  # Windows keeps the lock while it is held

@@ -1,11 +1,16 @@
-"""Compare a model with its fine-tuned version, weight by weight."""
+"""Compare a model with its fine-tuned version, weight by weight.
+
+For a LoRA of an image model, weights are named by the parts of its pipeline. The authors of a model
+and diffusers name its modules differently, and checkpoints hold the text encoders too. A model is
+recognised by its class in diffusers, or by the beginnings of its keys.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +29,47 @@ _WEIGHTS_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 # Names of embeddings and heads, for models whose class is not known.
 _EMBEDDING_NAMES = re.compile(r"embed|lm_head|\bwte\b|\bwpe\b|\bshared\b")
 
+# The prefixes of the parts of a pipeline in a checkpoint, and in LoRA files.
+_CHECKPOINT_PREFIXES = {
+    "model.diffusion_model.": "diffusion_model.",
+    "diffusion_model.": "diffusion_model.",
+    "cond_stage_model.transformer.": "text_encoder.",  # Stable Diffusion 1
+    "cond_stage_model.model.": "text_encoder.",  # Stable Diffusion 2
+    "conditioner.embedders.0.transformer.": "text_encoder.",  # Stable Diffusion XL
+    "conditioner.embedders.1.model.": "text_encoder_2.",
+}
+# The prefix of a model that is alone in a file, by a word in its class name in diffusers, or by the
+# beginning of one of its keys.
+_MODEL_PREFIXES = {
+    "UNet": "unet.",
+    "Transformer": "transformer.",
+    "input_blocks.": "diffusion_model.",  # Stable Diffusion
+    "joint_blocks.": "diffusion_model.",  # Stable Diffusion 3
+    "double_blocks.": "diffusion_model.",  # Flux
+    "blocks.0.": "diffusion_model.",  # Wan
+    "noise_refiner.": "diffusion_model.",  # Z-Image
+    "down_blocks.": "unet.",
+    "transformer_blocks.": "transformer.",
+}
+# From the names of OpenCLIP to those of transformers.
+_OPEN_CLIP_BLOCK = r"^(text_encoder(?:_2)?\.)transformer\.resblocks\.(\d+)\."
+_OPEN_CLIP_NAMES = {
+    _OPEN_CLIP_BLOCK: r"\1text_model.encoder.layers.\2.",
+    r"(?<=\d\.)attn\.(in_proj|out_proj\.)": r"self_attn.\1",
+    r"(?<=\d\.)mlp\.c_fc\.": "mlp.fc1.",
+    r"(?<=\d\.)mlp\.c_proj\.": "mlp.fc2.",
+    r"(?<=\d\.)ln_([12])\.": r"layer_norm\1.",
+}
+
+# The beginnings of the names of modules that a LoRA file can name.
+_PIPELINE_PREFIXES = (
+    "diffusion_model.",
+    "text_encoder.",
+    "text_encoder_2.",
+    "transformer.",
+    "unet.",
+)
+
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -34,80 +80,14 @@ class ModelFiles:
         files: Its safetensors files.
         tensors: Its tensors by key.
         config: Its config.json; empty if it has none.
+        prefixes: The beginnings of the names of modules that may get a LoRA.
     """
 
     path: Path
-    files: tuple[Path, ...]
+    files: Sequence[Path]
     tensors: Mapping[str, StoredTensor]
     config: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What transformers knows about a model; empty for other models.
-
-    Attributes:
-        modules: Its modules by name, on the meta device, without the output embeddings (the head).
-        module_names: The names of all its modules.
-        tied_keys: The keys of tied weights: the key of one by the key of the other.
-    """
-
-    modules: Mapping[str, nn.Module] = field(default_factory=dict)
-    module_names: frozenset[str] = frozenset()
-    tied_keys: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def is_known(self) -> bool:
-        """Whether transformers has the class of the model."""
-        return bool(self.module_names)
-
-    def is_conv1d(self, module_name: str) -> bool:
-        """Whether a module is GPT-2's Conv1D, a linear layer whose weight has shape (in, out)."""
-        return type(self.modules.get(module_name)).__name__ == "Conv1D"
-
-    def is_lora_layer(self, module_name: str, weight: StoredTensor) -> bool:
-        """Whether LoRA can represent a change of a module's weight."""
-        shape = weight.shape
-        if not weight.is_factor or len(shape) not in (2, 3, 4) or 1 in shape[:2]:
-            return False
-        if not self.is_known:
-            return len(shape) != 3 and not _is_embedding(module_name)
-        module = self.modules.get(module_name)
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            return module.groups == 1
-        return isinstance(module, nn.Linear) or self.is_conv1d(module_name)
-
-
-def _is_embedding(module_name: str) -> bool:
-    """Return whether the name of a module is that of an embedding of tokens, or of a head."""
-    part, _ = split_part(module_name)
-    if part and not part.startswith("text_encoder"):
-        return False  # the embeddings of image models, for example of the time, are linear layers
-    return _EMBEDDING_NAMES.search(module_name) is not None
-
-
-class WeightPair(NamedTuple):
-    """The weight of a layer before and after fine-tuning."""
-
-    old: StoredTensor
-    new: StoredTensor
-    is_transposed: bool
-    """Whether the shape is (in, out), as in GPT-2's Conv1D."""
-
-    @property
-    def full_rank(self) -> int:
-        """The largest rank that a change may have."""
-        num_rows = self.new.shape[0]
-        return min(num_rows, math.prod(self.new.shape) // num_rows)
-
-
-class ModelDiff(NamedTuple):
-    """What fine-tuning changed."""
-
-    layers: dict[str, WeightPair]
-    """The changed weights of the layers that LoRA can represent, by the module's name."""
-    other_tensors: dict[str, StoredTensor]
-    """All other tensors that changed, after fine-tuning, by key."""
+    prefixes: tuple[str, ...] = ("",)
 
 
 def open_model(path: Path) -> ModelFiles:
@@ -116,31 +96,126 @@ def open_model(path: Path) -> ModelFiles:
     Raises:
         MatryoshkaError: There are no weights, or a file is damaged.
     """
-    files = _weights_files(path) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = [path / name for name in _WEIGHTS_NAMES if (path / name).is_file()][:1]
+        if not files:
+            shards: set[Path] = set()
+            for index in path.glob("*.safetensors.index.json"):
+                weight_map = read_json(index).get("weight_map")
+                if isinstance(weight_map, dict):
+                    # Only the name: an index must not lead out of the folder.
+                    shards.update(path / Path(str(shard)).name for shard in weight_map.values())
+            files = sorted(shards)
+        if not files:
+            raise MatryoshkaError(
+                f"{path} has no {' or '.join(_WEIGHTS_NAMES)}. Pass one of its files."
+            )
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        file_tensors, _ = open_safetensors(file)
-        tensors.update(file_tensors)
+        tensors |= open_safetensors(file)[0]
     config_file = path / "config.json"
     config = read_json(config_file) if config_file.is_file() else {}
-    return ModelFiles(path, tuple(files), tensors, config)
+    return ModelFiles(path, files, tensors, config)
 
 
-def _weights_files(folder: Path) -> list[Path]:
-    for name in _WEIGHTS_NAMES:
-        if (folder / name).is_file():
-            return [folder / name]
-    shards: set[Path] = set()
-    for index in folder.glob("*.safetensors.index.json"):
-        weight_map = read_json(index).get("weight_map")
-        if isinstance(weight_map, dict):
-            # Only the name: an index must not lead out of the folder.
-            shards.update(folder / Path(str(shard)).name for shard in weight_map.values())
-    if not shards:
+def rename_for_pipeline(base: ModelFiles, tuned: ModelFiles) -> tuple[ModelFiles, ModelFiles]:
+    """Return both models with keys that begin with the part of the pipeline.
+
+    OpenCLIP's fused projections become those of transformers, which are slices of their rows.
+
+    Args:
+        base: The model before fine-tuning.
+        tuned: The model after. Its names may be those of another program.
+
+    Raises:
+        MatryoshkaError: The model is not recognised.
+    """
+    base_prefix = _find_prefix(base)
+    if base_prefix is None:
         raise MatryoshkaError(
-            f"{folder} has no {' or '.join(_WEIGHTS_NAMES)}. Pass one of its files."
+            f"{base.path} cannot be identified as a part of a pipeline. Pass a checkpoint, or the "
+            "folder of a UNet or a transformer that diffusers has saved, or omit `key_format`."
         )
-    return sorted(shards)
+    models: list[ModelFiles] = []
+    for model in (base, tuned):
+        new_prefix = _find_prefix(model)
+        if new_prefix is None:
+            new_prefix = base_prefix
+        tensors: dict[str, StoredTensor] = {}
+        for key, tensor in model.tensors.items():
+            name = new_prefix + key
+            for prefix, part_prefix in _CHECKPOINT_PREFIXES.items():
+                if name.startswith(prefix):
+                    name = part_prefix + name.removeprefix(prefix)
+                    break
+            if re.match(_OPEN_CLIP_BLOCK, name):
+                for pattern, replacement in _OPEN_CLIP_NAMES.items():
+                    name = re.sub(pattern, replacement, name, count=1)
+            module = name.removesuffix("in_proj_weight")
+            if module.endswith(".self_attn."):
+                for index, projection in enumerate("qkv"):
+                    third = _take_third(tensor, index)
+                    tensors[f"{module}{projection}_proj.weight"] = third
+            else:
+                tensors[name] = tensor
+        models.append(replace(model, tensors=tensors, prefixes=_PIPELINE_PREFIXES))
+    return models[0], models[1]
+
+
+def _find_prefix(model: ModelFiles) -> str | None:
+    """Return the prefix that a model's keys lack, empty for a checkpoint; None if it is unknown."""
+    if any(key.startswith(tuple(_CHECKPOINT_PREFIXES)) for key in model.tensors):
+        return ""
+    class_name = str(model.config.get("_class_name"))
+    for text, prefix in _MODEL_PREFIXES.items():
+        if text in class_name or any(key.startswith(text) for key in model.tensors):
+            return prefix
+    return None
+
+
+def _take_third(tensor: StoredTensor, index: int) -> StoredTensor:
+    """Return a third of the rows of a weight."""
+    size = tensor.shape[0] // 3
+    rows = slice(index * size, (index + 1) * size)
+    return replace(tensor, shape=(size, *tensor.shape[1:]), read=lambda: tensor.read()[rows])
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What transformers knows about a model; empty for other models.
+
+    Attributes:
+        modules: Its modules by name, on the meta device; empty if transformers does not have its
+            class.
+        head: Its output embeddings.
+        tied_keys: The keys of tied weights: the key of one by the key of the other.
+    """
+
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    head: nn.Module | None = None
+    tied_keys: Mapping[str, str] = field(default_factory=dict)
+
+    def is_conv1d(self, module_name: str) -> bool:
+        """Whether a module is GPT-2's Conv1D, a linear layer whose weight has shape (in, out)."""
+        return type(self.modules.get(module_name)).__name__ == "Conv1D"
+
+    def is_lora_layer(self, module_name: str, weight: StoredTensor) -> bool:
+        """Whether LoRA can represent a change of a module's weight."""
+        shape = weight.shape
+        if len(shape) not in (2, 3, 4) or 1 in shape[:2]:
+            return False
+        if not self.modules:
+            # The embeddings of image models, for example of the time, are linear layers.
+            part, _ = split_part(module_name)
+            is_image_model = part and not part.startswith("text_encoder")
+            is_embedding = not is_image_model and _EMBEDDING_NAMES.search(module_name)
+            return len(shape) != 3 and not is_embedding
+        if self.is_conv1d(module_name):
+            return True
+        module = self.modules.get(module_name)
+        is_layer = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        return is_layer and module is not self.head and getattr(module, "groups", 1) == 1
 
 
 def read_architecture(model: ModelFiles) -> Architecture:
@@ -161,31 +236,62 @@ def read_architecture(model: ModelFiles) -> Architecture:
         config = transformers.AutoConfig.from_pretrained(model.path, trust_remote_code=False)
         with torch.device("meta"):
             skeleton = model_class(config)
-    modules = dict(skeleton.named_modules())
-    names = frozenset(modules)
     head = skeleton.get_output_embeddings()
-    modules = {name: module for name, module in modules.items() if module is not head}
-    return Architecture(modules, names, skeleton.all_tied_weights_keys)
+    return Architecture(dict(skeleton.named_modules()), head, skeleton.all_tied_weights_keys)
+
+
+class WeightPair(NamedTuple):
+    """The weight of a layer before and after fine-tuning."""
+
+    old: StoredTensor
+    new: StoredTensor
+    is_transposed: bool
+    """Whether the shape is (in, out), as in GPT-2's Conv1D."""
+
+    @property
+    def full_rank(self) -> int:
+        """The largest rank that a change may have."""
+        num_rows = self.new.shape[0]
+        return min(num_rows, math.prod(self.new.shape) // num_rows)
+
+    def is_unchanged(self) -> bool:
+        """Return whether both are equal, or one is the other rounded to its dtype."""
+        old, new = to_torch(self.old.read()), to_torch(self.new.read())
+        if old.is_floating_point() != new.is_floating_point():
+            return False
+        return torch.equal(old.to(new.dtype), new) or torch.equal(old, new.to(old.dtype))
+
+
+class ModelDiff(NamedTuple):
+    """What fine-tuning changed."""
+
+    layers: dict[str, WeightPair]
+    """The changed weights of the layers that LoRA can represent, by the module's name."""
+    saved_tensors: dict[str, StoredTensor]
+    """The tensors of the modules that are saved as they are, after fine-tuning, by key."""
+    unsaved_tensors: dict[str, StoredTensor]
+    """All other tensors that changed, after fine-tuning, by key."""
 
 
 def compare_models(
     base: ModelFiles,
     tuned: ModelFiles,
     architecture: Architecture,
-    modules_to_save: Sequence[str],
-    prefixes: tuple[str, ...] = ("",),
+    modules_to_save: Sequence[str] = (),
 ) -> ModelDiff:
     """Return what fine-tuning changed. Two tensors are in memory at a time.
+
+    Weights that are tied to saved ones are saved too: PEFT would untie them.
 
     Args:
         base: The model before.
         tuned: The model after.
-        architecture: That of the base model.
+        architecture: The architecture of the base model.
         modules_to_save: Name suffixes of modules that are saved as they are.
-        prefixes: The beginnings of the names of modules that may get a LoRA.
 
     Raises:
-        MatryoshkaError: The models are not versions of one model, or no layer changed.
+        MatryoshkaError: The models are not versions of one model, no layer changed, or a name of
+            ``modules_to_save`` matches no module that changed.
     """
     if not base.tensors.keys() & tuned.tensors.keys():
         raise MatryoshkaError(
@@ -193,133 +299,68 @@ def compare_models(
             f"{min(base.tensors, default='')[:80]!r} and {min(tuned.tensors, default='')[:80]!r}. "
             "Pass a model and its fine-tuned version, both saved by the same program."
         )
+    suffixes = tuple(modules_to_save)
     layers: dict[str, WeightPair] = {}
-    other_tensors: dict[str, StoredTensor] = {}
+    others: dict[str, StoredTensor] = {}
     keys = sorted({*base.tensors, *tuned.tensors})
     for key in tqdm(keys, "comparing", leave=False, disable=None, delay=1):
         old, new = base.tensors.get(key), tuned.tensors.get(key)
-        if _is_unchanged(old, new):
-            continue
-        module_name = key.removesuffix(".weight")
-        may_be_layer = module_name != key and module_name.startswith(prefixes)
-        may_be_layer = may_be_layer and not module_name.endswith(tuple(modules_to_save))
-        if may_be_layer and _is_layer(architecture, module_name, old, new):
-            layers[module_name] = _weight_pair(key, old, new, architecture.is_conv1d(module_name))
-        elif new is not None:
-            other_tensors[key] = new
-    if not layers:
-        raise _no_layers_error(other_tensors, architecture)
-    return ModelDiff(layers, other_tensors)
-
-
-def _no_layers_error(
-    other_tensors: Mapping[str, StoredTensor], architecture: Architecture
-) -> MatryoshkaError:
-    if not other_tensors:
-        return MatryoshkaError("No linear layer and no convolution changed.")
-    key = min(other_tensors)
-    changed_modules = {_module_of(key) for key in other_tensors}
-    if architecture.is_known and not changed_modules & architecture.module_names:
-        return MatryoshkaError(
-            f"The class of the model has no module of the weights that changed, e.g. {key[:200]}. "
-            "Load both models with transformers and save them again. If that keeps the names of "
-            "the weights, the class is not supported."
-        )
-    if other_tensors[key].dtype.itemsize == 1:
-        return MatryoshkaError(
-            f"{key[:200]} is {other_tensors[key].dtype}. Pass both models in fp32, bf16 or fp16."
-        )
-    return MatryoshkaError(f"Only non-LoRA weights changed, e.g. {key}.")
-
-
-def _is_unchanged(old: StoredTensor | None, new: StoredTensor | None) -> bool:
-    """Return whether two tensors are equal, or one is the other rounded to its dtype."""
-    if old is None or new is None or not _have_same_form(old, new):
-        return False
-    old_values, new_values = to_torch(old.read()), to_torch(new.read())
-    if old_values.is_floating_point() != new_values.is_floating_point():
-        return False
-    if not old_values.is_floating_point():
-        return torch.equal(old_values, new_values)
-    return torch.equal(old_values.to(new_values.dtype), new_values) or torch.equal(
-        old_values, new_values.to(old_values.dtype)
-    )
-
-
-def _have_same_form(old: StoredTensor, new: StoredTensor) -> bool:
-    return old.shape == new.shape and old.is_factor == new.is_factor
-
-
-def _is_layer(
-    architecture: Architecture,
-    module_name: str,
-    old: StoredTensor | None,
-    new: StoredTensor | None,
-) -> bool:
-    """Return whether a weight belongs to a layer that LoRA can represent."""
-    for weight in (new, old):
+        name = _module_of(key)
+        pair: WeightPair | None = None
+        if old and new and old.shape == new.shape and old.is_factor == new.is_factor:
+            pair = WeightPair(old, new, architecture.is_conv1d(name))
+            if pair.is_unchanged():
+                continue
         # A quantized weight is not a factor; its other version shows whether it is a layer.
-        if weight is not None and weight.is_factor:
-            return architecture.is_lora_layer(module_name, weight)
-    return False
+        factors = [weight for weight in (new, old) if weight and weight.is_factor]
+        may_be_layer = key.endswith(".weight") and name.startswith(base.prefixes)
+        may_be_layer = may_be_layer and not name.endswith(suffixes)
+        if may_be_layer and factors and architecture.is_lora_layer(name, factors[0]):
+            if pair is None:
+                before, after = (
+                    f"{weight.dtype} {list(weight.shape)}" if weight else "missing"
+                    for weight in (old, new)
+                )
+                raise MatryoshkaError(
+                    f"{key} is {before} before fine-tuning and {after} after it. Pass two versions "
+                    "of one model, neither of them quantized."
+                )
+            layers[name] = pair
+        elif new is not None:
+            others[key] = new
 
+    changed_modules = {_module_of(key) for key in others}
+    if not layers:
+        key = min(others, default="")
+        if not others:
+            reason = "No linear layer and no convolution changed."
+        elif architecture.modules and not changed_modules & architecture.modules.keys():
+            reason = (
+                "The class of the model has no module of the weights that changed, e.g. "
+                f"{key[:200]}. Load both models with transformers and save them again. If that "
+                "keeps the names of the weights, the class is not supported."
+            )
+        elif others[key].dtype.itemsize == 1:
+            reason = f"{key[:200]} is {others[key].dtype}. Pass both models in fp32, bf16 or fp16."
+        else:
+            reason = f"Only non-LoRA weights changed, e.g. {key}."
+        raise MatryoshkaError(reason)
 
-def _weight_pair(
-    key: str, old: StoredTensor | None, new: StoredTensor | None, is_transposed: bool
-) -> WeightPair:
-    if old is None or new is None or not _have_same_form(old, new):
-        raise MatryoshkaError(
-            f"{key} is {_describe(old)} before fine-tuning and {_describe(new)} after it. Pass "
-            "two versions of one model, neither of them quantized."
-        )
-    return WeightPair(old, new, is_transposed)
-
-
-def _describe(tensor: StoredTensor | None) -> str:
-    if tensor is None:
-        return "missing"
-    return f"{tensor.dtype} {list(tensor.shape)}"
-
-
-def saved_tensors(
-    diff: ModelDiff, tuned: ModelFiles, architecture: Architecture, modules_to_save: Sequence[str]
-) -> dict[str, StoredTensor]:
-    """Return the tensors of the changed modules that are saved as they are, by key.
-
-    Weights that are tied to them are saved too: PEFT would untie them.
-
-    Args:
-        diff: From `compare_models`.
-        tuned: The model after fine-tuning.
-        architecture: That of the base model.
-        modules_to_save: Name suffixes of modules.
-
-    Raises:
-        MatryoshkaError: A name of ``modules_to_save`` matches no module that changed.
-    """
-    saved_modules = _changed_modules(diff.other_tensors, modules_to_save)
-    if architecture.is_known:  # PEFT knows the modules by the names that they have in the class
-        saved_modules &= architecture.module_names
-    saved: dict[str, StoredTensor] = {}
-    for key, tensor in tuned.tensors.items():
-        if _module_of(key) in saved_modules:
-            saved[key] = tensor
+    saved_modules = {name for name in changed_modules if name.endswith(suffixes)}
+    if architecture.modules:  # PEFT knows the modules by the names that they have in the class
+        saved_modules &= architecture.modules.keys()
+    saved = {key: value for key, value in tuned.tensors.items() if _module_of(key) in saved_modules}
     for key, tied_key in architecture.tied_keys.items():
         if tied_key in saved:
             saved[key] = tuned.tensors.get(key, saved[tied_key])
         if key in saved:
             saved[tied_key] = tuned.tensors.get(tied_key, saved[key])
-    for name in modules_to_save:
-        if not any(_module_of(key).endswith(name) for key in saved):
+    for suffix in suffixes:
+        if not any(_module_of(key).endswith(suffix) for key in saved):
             raise MatryoshkaError(
-                f"`modules_to_save`: {name!r:.80} does not match a module that changed."
+                f"`modules_to_save`: {suffix!r:.80} does not match a module that changed."
             )
-    return saved
-
-
-def _changed_modules(keys: Iterable[str], modules_to_save: Sequence[str]) -> set[str]:
-    modules = {_module_of(key) for key in keys}
-    return {name for name in modules if name.endswith(tuple(modules_to_save))}
+    return ModelDiff(layers, saved, {key: others[key] for key in others if key not in saved})
 
 
 def _module_of(key: str) -> str:
