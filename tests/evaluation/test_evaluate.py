@@ -260,7 +260,7 @@ def test_an_output_is_overwritten_with_force_alone(on_disk: Path, tmp_path: Path
 def test_an_output_that_cannot_be_written_is_an_error_before_the_evaluation(
     on_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("matryoshka_lora.evaluation.harness.ManyRanksLM", None)
+    monkeypatch.setattr("matryoshka_lora.evaluation.tasks.run_task", None)
     output = on_disk / "adapter_config.json" / "output"
     with pytest.raises(MatryoshkaError, match="Cannot write"):
         evaluate(on_disk, data=some_examples(), output=output, progress=False)

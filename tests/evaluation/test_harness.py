@@ -213,9 +213,9 @@ def test_responses_equal_those_of_the_harness(
 ) -> None:
     is_llama = architecture == "llama"
     adapter = llama if is_llama else new_adapter(architecture)
-    lm = ManyRanksLM(adapter.layers, tokenizer, RANKS)
-    assert lm.uses_multi_rank_batches == (architecture not in RANK_BY_RANK)
-    if lm.uses_multi_rank_batches:
+    lm = ManyRanksLM(adapter, tokenizer, RANKS)
+    assert lm.is_supported == (architecture not in RANK_BY_RANK)
+    if lm.is_supported:
         # The harness's own forward passes must not be used.
         monkeypatch.setattr(lm, "_model_call", None)
         monkeypatch.setattr(lm, "_model_generate", None)
@@ -230,7 +230,7 @@ def test_small_batches_change_nothing(
     max_batch_tokens: int, llama: NestedAdapter, tokenizer: Any
 ) -> None:
     """Finished rows leave, waiting prompts join, and forward passes are split."""
-    lm = ManyRanksLM(llama.layers, tokenizer, RANKS, max_batch_tokens)
+    lm = ManyRanksLM(llama, tokenizer, RANKS, max_batch_tokens)
     for request_type in ARGUMENTS:
         check_responses(lm, llama, tokenizer, request_type, (2,))
 
@@ -240,14 +240,14 @@ def test_the_padding_side_of_the_tokenizer_changes_nothing(side: str, llama: Nes
     tokenizer = load_tokenizer()
     tokenizer.padding_side = side
     tokenizer.pad_token = None
-    lm = ManyRanksLM(llama.layers, tokenizer, RANKS)
+    lm = ManyRanksLM(llama, tokenizer, RANKS)
     check_responses(lm, llama, load_tokenizer(), "loglikelihood", (2,))
     check_responses(lm, llama, load_tokenizer(), "generate_until", (2,))
     assert (tokenizer.padding_side, tokenizer.pad_token) == (side, None)
 
 
 def test_generated_texts_are_greedy_at_their_rank(llama: NestedAdapter, tokenizer: Any) -> None:
-    lm = ManyRanksLM(llama.layers, tokenizer, (1, 4))
+    lm = ManyRanksLM(llama, tokenizer, (1, 4))
     prompts = generation_arguments(until=[])[:3]
     for rank in (1, 4):
         texts = respond(lm, "generate_until", prompts, rank)
@@ -264,7 +264,7 @@ def test_generated_texts_are_greedy_at_their_rank(llama: NestedAdapter, tokenize
 
 def count_forward_passes(lm: ManyRanksLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Return a list that gets the rows and the new tokens of each forward pass."""
-    model = lm.multi_rank_model
+    model = lm.engine
     forward = model.forward
     shapes: list[tuple[int, int]] = []
 
@@ -279,7 +279,7 @@ def count_forward_passes(lm: ManyRanksLM, monkeypatch: pytest.MonkeyPatch) -> li
 def test_all_ranks_are_computed_once(
     llama: NestedAdapter, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm = ManyRanksLM(llama.layers, tokenizer, RANKS)
+    lm = ManyRanksLM(llama, tokenizer, RANKS)
     shapes = count_forward_passes(lm, monkeypatch)
     counts: list[int] = []
     for rank in (4, 1, 0):
@@ -306,7 +306,7 @@ def test_the_progress_bar_ends_at_its_total(
             steps.append(step)
 
     monkeypatch.setattr("matryoshka_lora.evaluation.harness.tqdm", Bar)
-    lm = ManyRanksLM(llama.layers, tokenizer, RANKS, max_batch_tokens=600)
+    lm = ManyRanksLM(llama, tokenizer, RANKS, max_batch_tokens=600)
     respond(lm, request_type, ARGUMENTS[request_type], 2)
     assert sum(steps) == sum(totals) > 0
     assert max(steps) < sum(totals) / 4
@@ -315,7 +315,7 @@ def test_the_progress_bar_ends_at_its_total(
 def test_forward_passes_do_not_check_the_order(
     llama: NestedAdapter, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm = ManyRanksLM(llama.layers, tokenizer, RANKS)
+    lm = ManyRanksLM(llama, tokenizer, RANKS)
     monkeypatch.setattr(type(llama.layers), "order", property(lambda _: pytest.fail("checked")))
     for request_type, arguments in ARGUMENTS.items():
         assert respond(lm, request_type, arguments, 2)
@@ -329,7 +329,7 @@ def test_each_task_has_its_own_prefix(
     requests = make_requests("loglikelihood", pairs)
     for n, request in enumerate(requests):
         request.task_name = f"task {n % 2}"
-    lm = ManyRanksLM(llama.layers, tokenizer, (1, 4))
+    lm = ManyRanksLM(llama, tokenizer, (1, 4))
     shapes = count_forward_passes(lm, monkeypatch)
     lm.lora_rank = 4
     responses = lm.loglikelihood(requests)
@@ -351,15 +351,15 @@ def test_other_decoding_than_greedy_is_the_harness_s(
         adapter, arguments = llama, generation_arguments(**settings)
     else:
         adapter, arguments = new_adapter("llama", **settings), greedy_arguments
-    lm = ManyRanksLM(adapter.layers, tokenizer, (1, 4))
+    lm = ManyRanksLM(adapter, tokenizer, (1, 4))
     check_responses(lm, adapter, tokenizer, "generate_until", (1, 4), list(arguments))
-    greedy_lm = ManyRanksLM(llama.layers, tokenizer, (1, 4))
+    greedy_lm = ManyRanksLM(llama, tokenizer, (1, 4))
     greedy_texts = respond(greedy_lm, "generate_until", greedy_arguments, 4)
     assert greedy_texts != respond(lm, "generate_until", arguments, 4)
 
 
 def test_a_task_that_samples_gets_several_answers(llama: NestedAdapter, tokenizer: Any) -> None:
-    lm = ManyRanksLM(llama.layers, tokenizer, (1,))
+    lm = ManyRanksLM(llama, tokenizer, (1,))
     settings = {"do_sample": True, "temperature": 2.0, "max_gen_toks": 8}
     arguments = [("the cat", settings)] * 4
     texts = respond(lm, "generate_until", arguments, 1)
@@ -379,7 +379,7 @@ def test_requests_that_do_not_fit_the_context_window(
     request_type: str, arguments: Any, keyword: str, llama: NestedAdapter, tokenizer: Any
 ) -> None:
     """They are an error before anything is computed."""
-    lm = ManyRanksLM(llama.layers, tokenizer, RANKS)
+    lm = ManyRanksLM(llama, tokenizer, RANKS)
     fitting_arguments = (
         ("a", "b") if request_type == "loglikelihood" else ("a", {"max_gen_toks": 2})
     )
@@ -395,4 +395,4 @@ def test_requests_that_do_not_fit_the_context_window(
 
 def test_ranks_that_are_not_available(llama: NestedAdapter, tokenizer: Any) -> None:
     with pytest.raises(MatryoshkaError, match="rank"):
-        ManyRanksLM(llama.layers, tokenizer, (1, 5))
+        ManyRanksLM(llama, tokenizer, (1, 5))

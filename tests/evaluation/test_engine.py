@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from matryoshka_lora.evaluation.kv_cache import GrowingLayer, common_prefix
+from matryoshka_lora.evaluation.engine import GrowingLayer, common_prefix
 
 
 def test_a_growing_layer_equals_the_layer_of_transformers() -> None:
