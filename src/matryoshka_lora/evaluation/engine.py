@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from matryoshka_lora.errors import check_integer
 from matryoshka_lora.examples import common_prefix_length
@@ -106,62 +105,22 @@ class Scores:
         np.logical_and.at(self.is_greedy, (requests, ranks), is_best.cpu().numpy())
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc, unused-ignore]
-    """A layer of a `DynamicCache` with spare memory, so that a new token does not copy it."""
-
-    spare_positions = 64
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._buffers: list[Tensor] = []
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append positions, and return all keys and values."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
-            return key_states, value_states
-        old_length = self.keys.shape[-2]
-        length = old_length + key_states.shape[-2]
-        if not self._buffers or self._buffers[0].shape[-2] < length:
-            spare = (0, 0, 0, length - old_length + self.spare_positions)
-            self._buffers = [pad(self.keys, spare), pad(self.values, spare)]
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, old_length:length] = states
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
-        return self.keys, self.values
-
-
-def _new_cache(layers: Sequence[tuple[Tensor, Tensor]] = ()) -> DynamicCache:
-    """Return a cache that begins with the keys and values of each layer.
-
-    Their shape is (rows, heads, positions, features). The cache keeps all positions for sliding
-    windows as well: the masks hide the old ones.
-    """
-    cache = DynamicCache()
-    cache.layer_class_to_replicate = GrowingLayer
-    for index, (keys, values) in enumerate(layers):
-        cache.update(keys, values, index)
-    return cache
-
-
 @dataclass
 class Batch:
     """The rows of a batch, with the keys and values of their tokens so far.
 
-    All rows end at the same position, so shorter rows are left-padded.
+    All rows end at the same position, so shorter rows are left-padded. The cache keeps all
+    positions for sliding windows as well: the masks hide the old ones.
 
     Attributes:
         ranks: The rank of each row.
         padding: The number of positions of padding before each row.
-        cache: The keys and values.
+        cache: The keys and values, shape (rows, heads, positions, features) in each layer.
     """
 
     ranks: list[int]
     padding: list[int]
-    cache: DynamicCache = field(default_factory=_new_cache)
+    cache: DynamicCache = field(default_factory=DynamicCache)
 
     @property
     def length(self) -> int:
@@ -169,8 +128,10 @@ class Batch:
         return int(self.cache.get_seq_length())
 
     def _map_states(self, function: Callable[[Tensor], Tensor]) -> DynamicCache:
-        layers = self.cache.layers
-        return _new_cache([(function(layer.keys), function(layer.values)) for layer in layers])
+        cache = DynamicCache()
+        for index, layer in enumerate(self.cache.layers):
+            cache.update(function(layer.keys), function(layer.values), index)
+        return cache
 
     def select(self, rows: Sequence[int]) -> Batch:
         """Return a copy of some rows, without positions that are padding in all of them."""
@@ -213,16 +174,17 @@ def _concatenate(batches: Sequence[Batch]) -> Batch:
     def concatenate_states(states: Sequence[Tensor]) -> Tensor:
         return torch.cat([pad(part, (0, 0, length - part.shape[-2], 0)) for part in states])
 
-    layers: list[tuple[Tensor, Tensor]] = []
-    for parts in zip(*(batch.cache.layers for batch in batches), strict=True):
-        keys = concatenate_states([layer.keys for layer in parts])
-        layers.append((keys, concatenate_states([layer.values for layer in parts])))
+    cache = DynamicCache()
+    for index, layers in enumerate(zip(*(batch.cache.layers for batch in batches), strict=True)):
+        keys = concatenate_states([layer.keys for layer in layers])
+        values = concatenate_states([layer.values for layer in layers])
+        cache.update(keys, values, index)
     ranks: list[int] = []
     padding: list[int] = []
     for batch in batches:
         ranks += batch.ranks
         padding += [count + length - batch.length for count in batch.padding]
-    return Batch(ranks, padding, _new_cache(layers))
+    return Batch(ranks, padding, cache)
 
 
 def common_prefix(sequences: Sequence[Tokens]) -> Tokens:

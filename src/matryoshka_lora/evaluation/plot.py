@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from matryoshka_lora.errors import printable
 from matryoshka_lora.evaluation.results import Evaluation
 
 # The colors of Okabe and Ito are distinct for every kind of color vision.
@@ -38,7 +39,7 @@ def plot_evaluation(evaluation: Evaluation, file: Path) -> None:
     for index, (task, name) in enumerate(zip(evaluation.tasks, names, strict=True)):
         color = _COLORS[index % len(_COLORS)]
         metric = evaluation.metric(task)
-        label = task if has_one_metric else f"{task}: {name}"
+        label = printable(task if has_one_metric else f"{task}: {name}")
         base_value = metric.values.get(0)
         if base_value is not None:
             if lowest - height <= base_value <= highest + height:
