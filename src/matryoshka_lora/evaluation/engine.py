@@ -198,6 +198,9 @@ def common_prefix(sequences: Sequence[Tokens]) -> Tokens:
 class Engine:
     """A causal language model with a nested adapter, for batches of rows with different ranks.
 
+    `score` and `generate` compute requests at all ranks. A subclass may override `compute_prefix`
+    and `build_trees`, which find the tokens that requests have in common.
+
     Args:
         adapter: The adapter, on a model in eval mode.
         ranks: The ranks to evaluate; 0 is the base model.
@@ -280,10 +283,10 @@ class Engine:
         for source, tree in enumerate(trees):
             # The last position of the context predicts the first token of the continuations.
             rows += [Row(tree.tokens, rank, len(tree.stem) + 1, source) for rank in self.ranks]
-        for batch_rows in self.split_rows(rows, prefix):
+        for batch_rows in self._split_rows(rows, prefix):
             batch, logits = self.prefill(prefix, batch_rows)
             scored: list[tuple[int, int, int, int, int]] = []
-            branches: list[tuple[int, int, Tokens]] = []  # the row, and the tokens after the first
+            branches: list[tuple[int, int, Tokens]] = []  # the row, the request and its tokens
             num_tokens = 0
             for index, row in enumerate(batch_rows):
                 tree, column = trees[row.source], self.ranks.index(row.rank)
@@ -296,11 +299,11 @@ class Engine:
                     num_tokens += sum(map(len, requests[request]))
             scores.add(logits, scored)
 
+            # The first tokens are scored. The last ones are predicted, but predict nothing.
             branches.sort(key=lambda branch: -len(branch[2]))
-            # The last token is predicted, but predicts nothing.
             lengths = [len(tokens) - 1 for _, _, tokens in branches]
-            for start, stop in self._split(lengths, lengths, batch.length):
-                part, longest = branches[start:stop], lengths[start]
+            for selected in self._split(lengths, max(lengths, default=0), batch.length):
+                part, longest = branches[selected], lengths[selected.start]
                 part_batch = batch.select([index for index, _, _ in part])
                 inputs = [tokens[:-1] + (0,) * (longest + 1 - len(tokens)) for _, _, tokens in part]
                 with self.adapter.rows(part_batch.ranks):
@@ -365,7 +368,7 @@ class Engine:
             if waiting and num_free:
                 starting, waiting = waiting[-num_free:], waiting[:-num_free]
                 batches = [] if batch is None else [batch]
-                for rows in self.split_rows(starting, prefix):
+                for rows in self._split_rows(starting, prefix):
                     new_batch, logits = self.prefill(prefix, rows)
                     new_answers = [Answer(row.source, row.rank) for row in rows]
                     append_tokens(new_answers, logits)
@@ -464,42 +467,29 @@ class Engine:
         logits: Tensor = self.model(input_ids, use_cache=True, **supported).logits
         return logits[:, -num_logits:]
 
-    def split_rows(self, rows: Sequence[Row], prefix: Batch | None) -> Iterator[list[Row]]:
+    def _split_rows(self, rows: Sequence[Row], prefix: Batch | None) -> Iterator[list[Row]]:
         """Yield rows in batches for `prefill`, the longest ones first."""
         rows = sorted(rows, key=lambda row: -len(row.tokens))
-        prefix_length = prefix.length if prefix is not None else 0
-        new_tokens = [len(row.tokens) - prefix_length for row in rows]
-        num_logits = [row.num_logits for row in rows]
-        for start, stop in self._split(new_tokens, num_logits, prefix_length):
-            yield rows[start:stop]
+        past_length = prefix.length if prefix is not None else 0
+        num_logits = max(row.num_logits for row in rows)
+        lengths = [len(row.tokens) - past_length for row in rows]
+        for part in self._split(lengths, num_logits, past_length):
+            yield list(rows[part])
 
-    def _split(
-        self, new_tokens: Sequence[int], num_logits: Sequence[int], past_length: int
-    ) -> Iterator[tuple[int, int]]:
-        """Split rows, the longest ones first, into forward passes of limited memory.
+    def _split(self, lengths: Sequence[int], num_logits: int, past_length: int) -> Iterator[slice]:
+        """Yield the rows of forward passes of limited memory.
 
         Args:
-            new_tokens: The number of new tokens of each row, decreasing.
-            num_logits: The number of positions of each row whose logits are needed.
+            lengths: The number of new tokens of each row, the longest one first.
+            num_logits: The number of positions whose logits are needed.
             past_length: The number of positions in the cache.
-
-        Yields:
-            The first row of a forward pass, and the one after its last.
         """
         start = 0
-        while start < len(new_tokens):
-            longest = new_tokens[start]
-            most_logits = 0
-            stop = start
-            while stop < len(new_tokens):
-                num_rows = stop + 1 - start
-                most_logits = max(most_logits, num_logits[stop])
-                if stop > start and (
-                    num_rows * (past_length + longest) > self.max_batch_tokens
-                    or num_rows * longest > self._max_new_tokens
-                    or num_rows * most_logits * self._vocab_size > _MAX_LOGITS
-                ):
-                    break
-                stop += 1
-            yield start, stop
-            start = stop
+        while start < len(lengths):
+            num_rows = min(
+                self.max_batch_tokens // (past_length + lengths[start]),
+                self._max_new_tokens // lengths[start],
+                _MAX_LOGITS // (num_logits * self._vocab_size),
+            )
+            yield slice(start, start + max(1, num_rows))
+            start += max(1, num_rows)

@@ -49,8 +49,9 @@ _GREEDY_SETTINGS = {
 class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
     """The harness's ``HFLM`` for an adapter at several ranks.
 
-    The harness runs once for each rank. The responses of all ranks are computed at the first run
-    and cached. Where `Engine` supports the model or the request not, ``HFLM`` computes one rank.
+    The harness runs once for each rank. At the first run, the engine computes the responses of all
+    ranks, and they are cached. If the engine does not support the model, or if a task does not ask
+    for greedy decoding, ``HFLM`` computes the responses of one rank in each run.
 
     Args:
         adapter: The nested adapter. Its model is put into eval mode.
@@ -62,9 +63,9 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
     Attributes:
         lora_rank: The rank whose responses the harness gets. (The ``rank`` of an ``HFLM`` is the
             process index.)
-        engine: The engine, or a subclass that computes less in common.
-        is_supported: Whether the engine supports the model. It does not support routed experts or
-            recurrent states, for example.
+        engine: The engine; it may be replaced.
+        is_supported: Whether the engine supports the model. It does not support recurrent states,
+            for example.
 
     Raises:
         MatryoshkaError: The adapter is merged or not active, or a rank is not available.
@@ -138,8 +139,8 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
             if is_generation:
                 self._generate(new_requests)
                 continue
-            # The harness tokenizes requests and adds up windows, here of arrays over the ranks; see
-            # `_loglikelihood_tokens`.
+            # The harness tokenizes requests, and adds up the windows of long strings. Here it adds
+            # up arrays over the ranks, from `_loglikelihood_tokens`.
             self.batch_size_per_gpu = _ALL_AT_ONCE
             arrays = compute(list(new_requests.values()), disable_tqdm=not self.progress)
             for key, array in zip(new_requests, arrays, strict=True):
