@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from matryoshka_lora.evaluation.tasks import HarnessResults
     from matryoshka_lora.peft.adapter import NestedAdapter
 
 logger = logging.getLogger(__name__)
@@ -134,8 +135,11 @@ def evaluate(
         for index, task in enumerate(loaded_tasks):
             # The first task overwrites an old output, and the next ones the output of the first.
             force = force or index > 0
-            with create_folder(output, force, sources) if output else nullcontext() as folder:
-                results = {}
+            new_folder: AbstractContextManager[Path | None] = nullcontext()
+            if output is not None:
+                new_folder = create_folder(output, force, sources)
+            with new_folder as folder:
+                results: dict[int, HarnessResults] = {}
                 for rank in lm.ranks:
                     lm.lora_rank = rank
                     results[rank] = run_task(lm, task, num_fewshot, limit)

@@ -104,7 +104,9 @@ def load_task(name: str) -> LoadedTask:
 
 
 @_harness_seeds()
-def run_task(lm: LM, task: LoadedTask, num_fewshot: int | None, limit: int | None) -> Any:
+def run_task(
+    lm: LM, task: LoadedTask, num_fewshot: int | None, limit: int | None
+) -> HarnessResults:
     """Run a task with the seeds and few-shot examples of the harness's command line.
 
     Args:
@@ -112,9 +114,6 @@ def run_task(lm: LM, task: LoadedTask, num_fewshot: int | None, limit: int | Non
         task: The task.
         num_fewshot: The number of few-shot examples. Defaults to the task's own.
         limit: The maximum number of examples.
-
-    Returns:
-        The harness's results; see `HarnessResults`.
 
     Raises:
         MatryoshkaError: The harness cannot run the task with these settings.
@@ -128,7 +127,8 @@ def run_task(lm: LM, task: LoadedTask, num_fewshot: int | None, limit: int | Non
     action = f"The harness cannot run {', '.join(task.subtasks)}"
     with wrap_errors(action, exceptions=(AssertionError, ValueError)):
         # Not simple_evaluate, which spends seconds on a description of the machine at each rank.
-        return evaluate(lm, task.harness_tasks, limit=limit)
+        results: HarnessResults = evaluate(lm, task.harness_tasks, limit=limit)
+    return results
 
 
 class _ExamplesTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]
