@@ -347,19 +347,16 @@ def main() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     ranks = [int(rank) for rank in options.ranks.split(",")]
     benchmark = Benchmark(str(bundled_model_path()), options.dtype, ranks)
-    document = {
-        "machine": describe_machine(),
-        "dtype": options.dtype,
-        "items": options.items,
-        "ranks": ranks,
-        "repeats": options.repeats,
-        "results": {},
-    }
+    document: dict[str, Any] = {"results": {}}
+    if options.output.exists():  # other tasks keep their results
+        document = json.loads(options.output.read_text(encoding="utf-8"))
+    document = {**document, "machine": describe_machine(), "dtype": options.dtype}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in options.tasks.split(","):
             task = make_task(Path(folder), name, options.items)
             result = benchmark.measure(name, task, options.repeats)
+            result = {"items": options.items, "ranks": ranks, "repeats": options.repeats, **result}
             print(json.dumps({name: result}), flush=True)
             document["results"][name] = result
             options.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

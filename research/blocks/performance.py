@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from research.blocks.registry import block, read, table
 
 
@@ -82,21 +80,24 @@ def evaluate_ranks() -> str:
     results = document["results"]
     rows: list[list[str]] = []
     for task, label in names.items():
-        row = [label, f"{results[task]['seconds']['all']:.1f}"]
+        result = results[task]
+        size = f"{result['items']} at {len(result['ranks'])}"
+        row = [label, size, f"{result['seconds']['all']:.1f}"]
         for side in sides:
-            ratio = results[task]["ratios_median_min_max"].get(side)
+            ratio = result["ratios_median_min_max"].get(side)
             row.append("" if ratio is None else "{:.2f} ({:.2f} to {:.2f})".format(*ratio))
         rows.append(row)
     num_different = sum(result["different_answers"] for result in results.values())
     num_ties = sum(result["ties"] for result in results.values())
     largest = max(result["largest_logprob_difference"] for result in results.values())
-    ranks = ", ".join(map(str, document["ranks"]))
+    repeats = min(result["repeats"] for result in results.values())
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[document["dtype"]]
+    heading = ["task", "questions, ranks", "seconds", *sides.values()]
     return (
-        table(["task", "seconds", *sides.values()], rows)
-        + f"\n{document['items']} questions for each task, at the ranks {ranks}: medians of "
-        f"{document['repeats']} measurements, with the smallest and the largest. The model is\n"
-        f"SmolLM2-135M-Instruct in {dtype}. The machine: {document['machine']}.\n"
+        table(heading, rows)
+        + f"\nMedians of {repeats} measurements, with the smallest and the largest. The model is "
+        f"SmolLM2-135M-Instruct in {dtype}.\n"
+        f"The machine: {document['machine']}, while other work ran.\n"
         f"{num_different} answers differ from the harness's, and {num_ties} are ties. The largest "
         f"difference of a log-likelihood is {largest:.1e}."
     )
