@@ -79,10 +79,9 @@ def evaluate_ranks() -> str:
     document = read("benchmarks/results/evaluate_ranks.json")
     results = document["results"]
     rows: list[list[str]] = []
-    for task, label in names.items():
-        result = results[task]
+    for task, result in results.items():
         size = f"{result['items']} at {len(result['ranks'])}"
-        row = [label, size, f"{result['seconds']['all']:.1f}"]
+        row = [names[task], size, f"{result['seconds']['all']:.1f}"]
         for side in sides:
             ratio = result["ratios_median_min_max"].get(side)
             row.append("" if ratio is None else "{:.2f} ({:.2f} to {:.2f})".format(*ratio))
