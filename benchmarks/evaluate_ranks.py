@@ -1,21 +1,22 @@
-"""Measure evaluation at six ranks at once, against lm-evaluation-harness at one rank.
+"""Measure what each part of the evaluation at several ranks gains, and compare with the harness.
 
-    python benchmarks/evaluate_ranks.py --repeats 3
-    python benchmarks/evaluate_ranks.py --items 24 --tasks choice-5shot,generate-long
-    python benchmarks/evaluate_ranks.py --against /path/to/other/src
+    python benchmarks/evaluate_ranks.py
+    python benchmarks/evaluate_ranks.py --tasks generate-short --items 48
 
-Both sides run the same tasks, which are made here from reasoning-gym. The harness's own backend
-gets each rank as a plain PEFT adapter, at the batch size at which it is fastest on a part of the
-examples. The adapter has R = 32 on all linear layers of the bundled model, with random factors that
-are small enough for the model to continue to write sentences; nothing is trained. With
-``--against``, the sources of another version alternate with ours.
+The tasks are made here from reasoning-gym. Each of these sides answers them at all ranks, in turn:
 
-The time is the CPU time of one thread, or the wall time on a CUDA device, from the tasks to the
-metrics. All sides alternate, and the medians are reported. Every answer is compared at every rank.
-A choice that the harness makes by less than 1e-4 counts as a tie, not as different.
+* all: `ManyRanksLM`, as `matryoshka eval` uses it.
+* no prefix: The few-shot examples are computed for each prompt.
+* no sharing: A prompt is computed for each of its choices.
+* one rank: One rank after the other, instead of several ranks in a batch.
+* harness: lm-evaluation-harness's own backend, one rank after the other, at the batch size at which
+  it is fastest on some of the examples.
 
-The backends for all ranks run in child processes, which load the model once, and the harness's own
-backend runs in this process.
+The adapter has R = 32 on all linear layers of the bundled model, with random factors that are small
+enough for the model to continue to write sentences; nothing is trained. The time is the CPU time of
+one thread, or the wall time on a CUDA device, from the tasks to the metrics. The medians of the
+ratios are reported, with the smallest and the largest. Every answer is compared with the harness's
+at every rank. A choice that the harness makes by less than 1e-4 counts as a tie, not as different.
 """
 
 from __future__ import annotations
@@ -26,17 +27,15 @@ import logging
 import os
 import platform
 import random
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -46,13 +45,17 @@ import yaml
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-RANKS = (1, 2, 4, 8, 16, 32)
+from matryoshka_lora import NestedAdapter, nest
+from matryoshka_lora.evaluation.engine import Engine, Tokens, Tree
+from matryoshka_lora.evaluation.harness import ManyRanksLM
+from matryoshka_lora.peft.base_model import bundled_model_path
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-BATCH_SIZES = (8, 32, 96)
-NUM_TUNING_ITEMS = 16
+BATCH_SIZES = (8, 32)
+NUM_TUNING_ITEMS = 4
 TIE = 1e-4
 
 Item = dict[str, Any]
@@ -76,6 +79,16 @@ class Task(NamedTuple):
     convert: Callable[[Item, int], Item]
     num_fewshot: int
     max_new_tokens: int | None = None
+
+    @property
+    def sides(self) -> list[str]:
+        """The sides to measure: not those that switch off a part that the task does not use."""
+        sides = ["all", "one rank", "harness"]
+        if self.num_fewshot:
+            sides.append("no prefix")
+        if self.max_new_tokens is None:
+            sides.append("no sharing")
+        return sides
 
 
 def choice(item: Item, number: int) -> Item:
@@ -122,12 +135,12 @@ TASKS = {
     "choice-0shot": Task("family_relationships", SMALL_FAMILY, choice, 0),
     "choice-5shot": Task("family_relationships", SMALL_FAMILY, choice, 5),
     "generate-short": Task("family_relationships", {}, one_word, 0, max_new_tokens=8),
-    "generate-long": Task("chain_sum", SUM, steps, 3, max_new_tokens=128),
+    "generate-long": Task("chain_sum", SUM, steps, 3, max_new_tokens=64),
 }
 
 
-def write_task(folder: Path, name: str, num_items: int) -> Path:
-    """Write the YAML file of a task and its data."""
+def make_task(folder: Path, name: str, num_items: int) -> Any:
+    """Write the YAML file of a task and its data, and return the task as the harness loads it."""
     import reasoning_gym
 
     task = TASKS[name]
@@ -166,11 +179,6 @@ def write_task(folder: Path, name: str, num_items: int) -> Path:
         config["metric_list"] = [{"metric": "exact_match", **mean}]
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return file
-
-
-def load_task(file: Path) -> Any:
-    """Return what the harness makes of a YAML file."""
     return TaskManager(include_defaults=False).load([str(file)])
 
 
@@ -186,133 +194,100 @@ def answer(lm: Any, task: Any, limit: int | None = None) -> Answers:
     return answers
 
 
-def now() -> float:
-    """Return the CPU time of this thread in seconds, or the wall time on a CUDA device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.thread_time()
+class NoPrefix(Engine):
+    """An engine that computes few-shot examples for each prompt."""
+
+    def compute_prefix(self, contexts: Sequence[Tokens]) -> None:
+        """Return no prefix."""
 
 
-def load_base_model(path: str, dtype: str) -> Any:
-    """Return a model on this machine's device."""
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+class NoSharing(Engine):
+    """An engine that computes a prompt for each of its choices."""
+
+    def build_trees(self, requests: Sequence[tuple[Tokens, Tokens]]) -> list[Tree]:
+        """Return a tree for each request."""
+        trees: list[Tree] = []
+        for index, request in enumerate(requests):
+            (tree,) = super().build_trees([request])
+            trees.append(tree._replace(branches=[(index, tree.branches[0][1])]))
+        return trees
 
 
-class HarnessBackend:
-    """The harness's own backend, with a plain PEFT adapter per rank."""
+class Benchmark:
+    """An adapter at some ranks, and the sides that evaluate it."""
 
-    def __init__(self, base_model: str, dtype: str, adapters: Path) -> None:
-        model: Any = load_base_model(base_model, dtype)
-        for rank in RANKS:
-            folder, name = str(adapters / f"rank-{rank}"), f"rank_{rank}"
-            if rank == RANKS[0]:
-                model = PeftModel.from_pretrained(model, folder, adapter_name=name)
-            else:
-                model.load_adapter(folder, adapter_name=name)
-        self.model = model.eval().requires_grad_(False)
-        tokenizer = AutoTokenizer.from_pretrained(base_model)
-        self.lm = HFLM(self.model, tokenizer=tokenizer, batch_size=1)
+    def __init__(self, base_model: str, dtype: str, ranks: Sequence[int]) -> None:
+        model: Any = AutoModelForCausalLM.from_pretrained(base_model, dtype=DTYPES[dtype])
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        config = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear")
+        model = get_peft_model(model, config)
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                size = 0.02 if "lora_A" in name else 0.01
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * size)
+        self.adapter: NestedAdapter = nest(model.eval(), rule="lora")
+        self.adapter.reorder()
+        model.requires_grad_(False)
+        self.ranks = ranks
+        self.tokenizer = AutoTokenizer.from_pretrained(base_model)
+        self.harness = HFLM(model, tokenizer=AutoTokenizer.from_pretrained(base_model))
 
-    def run(
-        self, task: Any, rank: int, batch_size: int, limit: int | None = None
-    ) -> tuple[float, Answers]:
-        """Return the seconds and the answers at one rank."""
-        self.model.set_adapter(f"rank_{rank}")
-        self.lm.batch_size_per_gpu = batch_size
-        start = now()
-        answers = answer(self.lm, task, limit)
-        return now() - start, answers
-
-
-class MultiRankBackend:
-    """A child process with the backend for all ranks, of this version or another.
-
-    Args:
-        base_model: The folder of the base model.
-        dtype: Its dtype.
-        source: The sources of another version, or None.
-        adapters: Where the child process exports each rank, or None.
-    """
-
-    def __init__(
-        self, base_model: str, dtype: str, source: Path | None, adapters: Path | None
-    ) -> None:
-        environment = dict(os.environ)
-        if source is not None:
-            environment["PYTHONPATH"] = str(source.resolve())
-        command = [sys.executable, __file__, "--worker", base_model, "--dtype", dtype]
-        if adapters is not None:
-            command += ["--export", str(adapters)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self._read()  # the child process is ready
-
-    def run(self, task_file: Path) -> tuple[float, dict[int, Answers]]:
-        """Return the seconds and the answers at all ranks."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{task_file}\n")
-        self.process.stdin.flush()
-        result = self._read()
-        return result["seconds"], {int(rank): a for rank, a in result["answers"].items()}
-
-    def _read(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit("A child process has failed; see its messages above.")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """End the child process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def run_worker(base_model: str, dtype: str, adapters: Path | None, output: TextIO) -> None:
-    """Answer tasks at all ranks: the child process of `MultiRankBackend`."""
-    from matryoshka_lora import nest
-
-    config = LoraConfig(r=RANKS[-1], lora_alpha=RANKS[-1], target_modules="all-linear")
-    model = get_peft_model(load_base_model(base_model, dtype), config)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            size = 0.02 if "lora_A" in name else 0.01
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * size)
-    adapter = nest(model.eval(), RANKS, rule="lora")
-    adapter.reorder()
-    if adapters is not None:
-        for rank in RANKS:
-            adapter.export(adapters / f"rank-{rank}", rank)
-    model.requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(base_model)
-    new_lm = multi_rank_lm()
-    print(json.dumps("ready"), file=output, flush=True)
-    for line in sys.stdin:
-        task = load_task(Path(line.strip()))
-        start = now()
-        lm = new_lm(adapter, tokenizer)
+    def run(self, side: str, task: Any) -> tuple[float, dict[int, Answers]]:
+        """Return the seconds of a side, and its answers by rank."""
+        lms: dict[int, Any] = {}
+        if side == "harness":
+            lms = dict.fromkeys(self.ranks, self.harness)
+        elif side == "one rank":
+            lms = {r: ManyRanksLM(self.adapter, self.tokenizer, [r]) for r in self.ranks}
+        else:
+            lm = ManyRanksLM(self.adapter, self.tokenizer, self.ranks)
+            if side == "no prefix":
+                lm.engine = NoPrefix(self.adapter, self.ranks)
+            elif side == "no sharing":
+                lm.engine = NoSharing(self.adapter, self.ranks)
+            lms = dict.fromkeys(self.ranks, lm)
         answers: dict[int, Answers] = {}
-        for rank in RANKS:
+        start = self._now()
+        for rank, lm in lms.items():
             lm.lora_rank = rank
+            if side == "harness":
+                self.adapter.set_rank(rank)
             answers[rank] = answer(lm, task)
-        seconds = now() - start
-        print(json.dumps({"seconds": seconds, "answers": answers}), file=output, flush=True)
+        return self._now() - start, answers
 
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.thread_time()
 
-def multi_rank_lm() -> Callable[[Any, Any], Any]:
-    """Return a function of an adapter and a tokenizer that makes the backend for all ranks."""
-    try:
-        from matryoshka_lora.evaluation.harness import ManyRanksLM
-    except ModuleNotFoundError:  # version 0.3
-        from matryoshka_lora.evaluation.many_ranks import ManyRanks
-
-        return lambda adapter, tokenizer: ManyRanks(adapter, tokenizer, RANKS)
-    return lambda adapter, tokenizer: ManyRanksLM(adapter, tokenizer, RANKS)
+    def measure(self, name: str, task: Any, repeats: int) -> dict[str, Any]:
+        """Return the seconds of all sides on one task, and the differences to the harness."""
+        seconds_by_batch_size: dict[int, float] = {}
+        for size in BATCH_SIZES:
+            self.harness.batch_size_per_gpu = size
+            start = self._now()
+            answer(self.harness, task, NUM_TUNING_ITEMS)
+            seconds_by_batch_size[size] = self._now() - start
+        batch_size = min(BATCH_SIZES, key=lambda size: seconds_by_batch_size[size])
+        self.harness.batch_size_per_gpu = batch_size
+        seconds: dict[str, list[float]] = {side: [] for side in TASKS[name].sides}
+        answers: dict[str, dict[int, Answers]] = {}
+        for _ in range(repeats):
+            for side, measured in seconds.items():
+                side_seconds, answers[side] = self.run(side, task)
+                measured.append(side_seconds)
+        ratios: dict[str, list[float]] = {}
+        for side, measured in seconds.items():
+            by_repeat = [a / b for a, b in zip(measured, seconds["all"], strict=True)]
+            ratios[side] = [round(f(by_repeat), 3) for f in (median, min, max)]
+        return {
+            "harness_batch_size": batch_size,
+            "seconds": {side: round(median(measured), 2) for side, measured in seconds.items()},
+            "ratios_median_min_max": ratios,
+            **compare(answers["all"], answers["harness"]),
+        }
 
 
 def compare(answers: dict[int, Answers], expected: dict[int, Answers]) -> dict[str, float]:
@@ -339,50 +314,13 @@ def compare(answers: dict[int, Answers], expected: dict[int, Answers]) -> dict[s
     }
 
 
-def measure(
-    task_file: Path,
-    harness: HarnessBackend,
-    ours: MultiRankBackend,
-    other: MultiRankBackend | None,
-    repeats: int,
-) -> dict[str, Any]:
-    """Return the seconds of all sides on one task, and the differences to the harness."""
-    task = load_task(task_file)
-    max_rank = RANKS[-1]
-    batch_size = min(
-        BATCH_SIZES, key=lambda size: harness.run(task, max_rank, size, NUM_TUNING_ITEMS)[0]
-    )
-    harness_seconds: list[float] = []
-    our_seconds: list[float] = []
-    other_seconds: list[float] = []
-    for _ in range(repeats):
-        seconds, answers = ours.run(task_file)
-        our_seconds.append(seconds)
-        if other is not None:
-            seconds, _ = other.run(task_file)
-            other_seconds.append(seconds)
-        seconds, expected_answers = harness.run(task, max_rank, batch_size)
-        harness_seconds.append(seconds)
-    ratios = [a / b for a, b in zip(our_seconds, harness_seconds, strict=True)]
-    result: dict[str, Any] = {
-        "harness_batch_size": batch_size,
-        "harness_one_rank_s": round(median(harness_seconds), 2),
-        "six_ranks_s": round(median(our_seconds), 2),
-        "ratio": round(median(ratios), 3),
-    }
-    if other is not None:
-        ratios = [a / b for a, b in zip(our_seconds, other_seconds, strict=True)]
-        result["against_six_ranks_s"] = round(median(other_seconds), 2)
-        result["against_ratio"] = round(median(ratios), 3)
-    expected = {max_rank: expected_answers}
-    for rank in RANKS[:-1]:
-        _, expected[rank] = harness.run(task, rank, batch_size)
-    return {**result, **compare(answers, expected)}
-
-
 def describe_machine() -> str:
     """Return the device, its threads, and the versions of the libraries."""
     device = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                device = line.partition(":")[2].strip()
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
@@ -396,47 +334,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--items", type=int, default=48, help="examples of each task")
+    parser.add_argument("--items", type=int, default=6, help="examples of each task")
     parser.add_argument("--tasks", default=",".join(TASKS), help=f"some of {', '.join(TASKS)}")
+    parser.add_argument("--ranks", default="1,4,16,32", help="powers of two up to 32")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--repeats", type=int, default=1, help="measurements of each side")
-    parser.add_argument("--against", type=Path, help="the sources of another version")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each side")
     default_output = Path("benchmarks/results/evaluate_ranks.json")
     parser.add_argument("--output", "-o", type=Path, default=default_output)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--export", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    if options.worker:
-        output = sys.stdout
-        with redirect_stdout(sys.stderr):
-            run_worker(options.worker, options.dtype, options.export, output)
-        return
-    from matryoshka_lora.peft.base_model import bundled_model_path
-
-    base_model = str(bundled_model_path())
-    results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        ours = MultiRankBackend(base_model, options.dtype, None, folder)
-        other = None
-        if options.against:
-            other = MultiRankBackend(base_model, options.dtype, options.against, None)
-        harness = HarnessBackend(base_model, options.dtype, folder)
-        for name in options.tasks.split(","):
-            task_file = write_task(folder, name, options.items)
-            result = measure(task_file, harness, ours, other, options.repeats)
-            result = {"task": name, "dtype": options.dtype, "items": options.items, **result}
-            print(json.dumps(result), flush=True)
-            results.append(result)
-        ours.close()
-        if other is not None:
-            other.close()
-    document = {"machine": describe_machine(), "repeats": options.repeats, "results": results}
+    ranks = [int(rank) for rank in options.ranks.split(",")]
+    benchmark = Benchmark(str(bundled_model_path()), options.dtype, ranks)
+    document: dict[str, Any] = {"results": {}}
+    if options.output.exists():  # other tasks keep their results
+        document = json.loads(options.output.read_text(encoding="utf-8"))
+    document = {**document, "machine": describe_machine(), "dtype": options.dtype}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.tasks.split(","):
+            task = make_task(Path(folder), name, options.items)
+            result = benchmark.measure(name, task, options.repeats)
+            result = {"items": options.items, "ranks": ranks, "repeats": options.repeats, **result}
+            print(json.dumps({name: result}), flush=True)
+            document["results"][name] = result
+            options.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

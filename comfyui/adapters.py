@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from matryoshka_lora.tensors import to_numpy, to_numpy_dtype
 
 import matryoshka_lora as ml
 from matryoshka_lora.formats.lycoris import read_lycoris_layers
 from matryoshka_lora.lora.layer import LayerKeys, StoredTensor
+from matryoshka_lora.tensors import to_numpy, to_numpy_dtype
 
 SOURCE = "the LoRAs on the model"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from research.blocks.shared import block, read, table
 
 
@@ -65,38 +63,42 @@ def train_step() -> str:
 
 @block
 def evaluate_ranks() -> str:
-    """Time of an evaluation at six ranks, against the harness at one rank."""
+    """Time of an evaluation without one of its parts, and of the harness, against all parts."""
     names = {
         "choice-0shot": "choice, no examples in the prompt",
         "choice-5shot": "choice, five examples",
         "generate-short": "answers of up to 8 tokens",
-        "generate-long": "answers of up to 128 tokens, three examples",
+        "generate-long": "answers of up to 64 tokens, three examples",
+    }
+    sides = {
+        "no prefix": "few-shot examples for each prompt",
+        "no sharing": "the prompt for each choice",
+        "one rank": "one rank after the other",
+        "harness": "the harness",
     }
     document = read("benchmarks/results/evaluate_ranks.json")
-    results = {result["task"]: result for result in document["results"]}
-    rows: list[list[str]] = []
-    for task, label in names.items():
-        result = results[task]
-        times = [f"{result[key]:.1f}" for key in ("six_ranks_s", "harness_one_rank_s")]
-        rows.append([label, f"{result['ratio']:.2f}", *times])
-    heading = ["task", "ratio", "six ranks, seconds", "harness at one rank, seconds"]
-    return table(heading, rows) + "\n" + _accuracy_of_evaluation(document)
-
-
-def _accuracy_of_evaluation(document: dict[str, Any]) -> str:
-    """Return how the answers of an evaluation differ from the harness's."""
     results = document["results"]
-    num_items = results[0]["items"]
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}[results[0]["dtype"]]
-    num_different = sum(result["different_answers"] for result in results)
-    num_ties = sum(result["ties"] for result in results)
-    largest = max(result["largest_logprob_difference"] for result in results)
+    rows: list[list[str]] = []
+    for task, result in results.items():
+        size = f"{result['items']} at {len(result['ranks'])}"
+        row = [names[task], size, f"{result['seconds']['all']:.1f}"]
+        for side in sides:
+            ratio = result["ratios_median_min_max"].get(side)
+            row.append("" if ratio is None else "{:.2f} ({:.2f} to {:.2f})".format(*ratio))
+        rows.append(row)
+    num_different = sum(result["different_answers"] for result in results.values())
+    num_ties = sum(result["ties"] for result in results.values())
+    largest = max(result["largest_logprob_difference"] for result in results.values())
+    repeats = min(result["repeats"] for result in results.values())
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[document["dtype"]]
+    heading = ["task", "questions, ranks", "seconds", *sides.values()]
     return (
-        f"A task has {num_items} examples. The numbers are medians of {document['repeats']} "
-        "measurements on a shared machine.\n"
-        f"The model is SmolLM2-135M-Instruct in {dtype}, on one thread.\n"
-        f"{num_different} answers differ from the harness's, and {num_ties} are ties. The "
-        f"largest difference of a log-likelihood is {largest:.1e}."
+        table(heading, rows)
+        + f"\nMedians of {repeats} measurements, with the smallest and the largest. The model is "
+        f"SmolLM2-135M-Instruct in {dtype}.\n"
+        f"The machine: {document['machine']}, while other work ran.\n"
+        f"{num_different} answers differ from the harness's, and {num_ties} are ties. The largest "
+        f"difference of a log-likelihood is {largest:.1e}."
     )
 
 

@@ -41,8 +41,7 @@ from matryoshka_lora import (
     extract,
     load,
 )
-from matryoshka_lora.evaluation.multi_rank_model import MultiRankModel
-from matryoshka_lora.evaluation.scoring import Scores, score_continuations
+from matryoshka_lora.evaluation.engine import Engine, Scores
 
 DEVICE_TYPE = os.environ.get("MATRYOSHKA_TEST_DEVICE")
 if DEVICE_TYPE is None:
@@ -516,15 +515,15 @@ def test_evaluate_at_all_ranks() -> None:
 
 def score(adapter: NestedAdapter) -> Scores:
     """Return the log-likelihoods of continuations at all ranks."""
-    model = MultiRankModel(adapter, [0, *RANKS])
-    assert model.supports_rank_per_row(tuple(range(3, 16)))
+    engine = Engine(adapter, [0, *RANKS])
+    assert engine.is_supported(tuple(range(3, 16)))
     requests = [
         ((3, 4, 5, 6), (7,)),
         ((3, 4, 5, 6), (8, 9, 10)),
         ((3, 4, 5, 11, 12), (13, 14)),
         ((3, 4), (15, 16)),
     ]
-    return score_continuations(model, requests, lambda _: None)
+    return engine.score(requests, lambda _: None)
 
 
 def test_log_likelihoods_at_all_ranks() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,6 +17,7 @@ from helpers.models import randomize
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -24,6 +26,7 @@ from trl import SFTConfig, SFTTrainer
 from matryoshka_lora import (
     Evaluation,
     MatryoshkaError,
+    MissingDependencyError,
     NestedAdapter,
     aurac,
     evaluate,
@@ -260,7 +263,7 @@ def test_an_output_is_overwritten_with_force_alone(on_disk: Path, tmp_path: Path
 def test_an_output_that_cannot_be_written_is_an_error_before_the_evaluation(
     on_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("matryoshka_lora.evaluation.harness.ManyRanksLM", None)
+    monkeypatch.setattr("matryoshka_lora.evaluation.tasks.run_task", None)
     output = on_disk / "adapter_config.json" / "output"
     with pytest.raises(MatryoshkaError, match="Cannot write"):
         evaluate(on_disk, data=some_examples(), output=output, progress=False)
@@ -277,6 +280,63 @@ def test_values_are_logged_before_they_are_written(
     with pytest.raises(MatryoshkaError, match="No space"):
         evaluate(on_disk, data=some_examples(), ranks=[1], progress=False)
     assert "rank 1: " in caplog.text
+
+
+def test_a_task_that_fails_keeps_the_results_of_the_others(on_disk: Path, tmp_path: Path) -> None:
+    tasks = [write_task(tmp_path), write_task(tmp_path, "words", **GENERATION)]
+    old_output = tmp_path / "lora-evaluation"
+    old_output.mkdir()
+    (old_output / "old").touch()
+    # The second task has no answer that is short enough for the context window.
+    config = yaml.safe_load(Path(tasks[1]).read_text())
+    config["generation_kwargs"]["max_gen_toks"] = 999
+    Path(tasks[1]).write_text(yaml.safe_dump(config))
+    with pytest.raises(MatryoshkaError, match="max_gen_toks"):
+        evaluate(on_disk, tasks, ranks=[1, 4], force=True, progress=False)
+    evaluation = Evaluation.read(on_disk)
+    assert list(evaluation.tasks) == ["colors"]
+    assert len(evaluation.examples) == 5
+    assert sorted(file.name for file in old_output.iterdir()) == FILES
+
+
+def test_a_plot_that_fails_is_a_warning(on_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Figure, *_: object, **__: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.warns(UserWarning, match="no font"):
+        evaluation = evaluate(on_disk, data=some_examples(), ranks=[1], progress=False)
+    assert Evaluation.read(on_disk) == evaluation
+
+
+@pytest.mark.parametrize("name", ["cost_$5_vs_$6.jsonl", "caf\udce9.jsonl"])
+@pytest.mark.filterwarnings("error:The curve is not plotted")
+def test_data_of_any_name(name: str, on_disk: Path, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_text("\n".join(map(json.dumps, some_examples())))
+    evaluation = evaluate(on_disk, data=file, ranks=[1], progress=False)
+    assert Evaluation.read(on_disk) == evaluation
+    assert list(evaluation.tasks) == [Path(name).stem]
+
+
+def test_a_missing_library_is_an_error_before_the_model_is_loaded(
+    on_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "matryoshka_lora.evaluation.plot", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("matryoshka_lora.peft.base_model.load_model", None)
+    with pytest.raises(MissingDependencyError, match="matplotlib"):
+        evaluate(on_disk, data=some_examples(), progress=False)
+
+
+def test_the_rank_is_restored_after_decoding_by_the_harness(
+    in_memory: NestedAdapter, tmp_path: Path
+) -> None:
+    sampling = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 2}
+    task = write_task(tmp_path, **{**GENERATION, "generation_kwargs": sampling})
+    in_memory.set_rank(2)
+    evaluate(in_memory, task, ranks=[1, 4], progress=False)
+    assert in_memory.rank == 2
 
 
 @pytest.mark.parametrize(

@@ -214,15 +214,14 @@ def test_responses_equal_those_of_the_harness(
     is_llama = architecture == "llama"
     adapter = llama if is_llama else new_adapter(architecture)
     lm = ManyRanksLM(adapter, tokenizer, RANKS)
-    assert lm.uses_multi_rank_batches == (architecture not in RANK_BY_RANK)
-    if lm.uses_multi_rank_batches:
+    assert lm.is_supported == (architecture not in RANK_BY_RANK)
+    if lm.is_supported:
         # The harness's own forward passes must not be used.
         monkeypatch.setattr(lm, "_model_call", None)
         monkeypatch.setattr(lm, "_model_generate", None)
     for request_type in ARGUMENTS:
         ranks = (0, 2) if is_llama else (1, 4)
         check_responses(lm, adapter, tokenizer, request_type, ranks)
-    assert adapter.rank == 4
 
 
 @pytest.mark.parametrize("max_batch_tokens", [pytest.param(1, marks=pytest.mark.slow), 150])
@@ -264,7 +263,7 @@ def test_generated_texts_are_greedy_at_their_rank(llama: NestedAdapter, tokenize
 
 def count_forward_passes(lm: ManyRanksLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Return a list that gets the rows and the new tokens of each forward pass."""
-    model = lm.multi_rank_model
+    model = lm.engine
     forward = model.forward
     shapes: list[tuple[int, int]] = []
 
@@ -309,16 +308,7 @@ def test_the_progress_bar_ends_at_its_total(
     lm = ManyRanksLM(llama, tokenizer, RANKS, max_batch_tokens=600)
     respond(lm, request_type, ARGUMENTS[request_type], 2)
     assert sum(steps) == sum(totals) > 0
-    assert max(steps) < sum(totals) / 4
-
-
-def test_forward_passes_do_not_check_the_order(
-    llama: NestedAdapter, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lm = ManyRanksLM(llama, tokenizer, RANKS)
-    monkeypatch.setattr(type(llama), "order", property(lambda _: pytest.fail("checked")))
-    for request_type, arguments in ARGUMENTS.items():
-        assert respond(lm, request_type, arguments, 2)
+    assert max(steps) < sum(totals) / 2
 
 
 def test_each_task_has_its_own_prefix(
@@ -358,13 +348,21 @@ def test_other_decoding_than_greedy_is_the_harness_s(
     assert greedy_texts != respond(lm, "generate_until", arguments, 4)
 
 
-def test_a_task_that_samples_gets_several_answers(llama: NestedAdapter, tokenizer: Any) -> None:
-    lm = ManyRanksLM(llama, tokenizer, (1,))
+def test_a_task_that_samples_gets_the_harness_s_answers(
+    llama: NestedAdapter, tokenizer: Any
+) -> None:
+    lm = ManyRanksLM(llama, tokenizer, (1, 4))
     settings = {"do_sample": True, "temperature": 2.0, "max_gen_toks": 8}
     arguments = [("the cat", settings)] * 4
-    texts = respond(lm, "generate_until", arguments, 1)
-    assert len(set(texts)) > 1
-    assert respond(lm, "generate_until", arguments, 1) == texts
+    for rank in (4, 1):
+        torch.manual_seed(rank)
+        texts = respond(lm, "generate_until", arguments, rank)
+        assert len(set(texts)) > 1
+        torch.manual_seed(rank)
+        llama.set_rank(rank)
+        backend = HFLM(llama.model, tokenizer=tokenizer, batch_size=8)
+        requests = make_requests("generate_until", arguments)
+        assert backend.generate_until(requests, disable_tqdm=True) == texts
 
 
 @pytest.mark.parametrize(

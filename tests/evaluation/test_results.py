@@ -13,9 +13,9 @@ from helpers.evaluations import NUM_CORRECT, NUM_EXAMPLES, RANKS, new_evaluation
 from PIL import Image
 
 from matryoshka_lora import MatryoshkaError
-from matryoshka_lora.evaluation.harness_results import convert_examples, convert_task
 from matryoshka_lora.evaluation.plot import plot_evaluation
 from matryoshka_lora.evaluation.results import Evaluation, Metric, TaskResult, aurac
+from matryoshka_lora.evaluation.tasks import convert_examples, convert_task
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
-import matryoshka_lora as ml
 from matryoshka_lora import MatryoshkaError, NotFiniteError, extract, info
 from matryoshka_lora.extraction.factorize import factorize_change
 

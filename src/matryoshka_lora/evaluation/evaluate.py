@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -11,12 +12,6 @@ from typing import TYPE_CHECKING, Literal
 
 from matryoshka_lora.atomic import PathLike, check_output, create_folder
 from matryoshka_lora.errors import MatryoshkaError, check_integer, optional_imports
-from matryoshka_lora.evaluation.harness_results import (
-    HarnessResults,
-    convert_examples,
-    convert_task,
-)
-from matryoshka_lora.evaluation.plot import plot_evaluation
 from matryoshka_lora.evaluation.results import Evaluation
 from matryoshka_lora.examples import read_examples
 from matryoshka_lora.formats.open import open_adapter
@@ -25,11 +20,9 @@ from matryoshka_lora.lora.lora import Lora
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from matryoshka_lora.evaluation.harness import ManyRanksLM
-    from matryoshka_lora.evaluation.tasks import LoadedTask
+    from matryoshka_lora.evaluation.tasks import HarnessResults
     from matryoshka_lora.peft.adapter import NestedAdapter
 
 logger = logging.getLogger(__name__)
@@ -57,7 +50,7 @@ def evaluate(
 
     lm-evaluation-harness builds prompts and metrics; all ranks are computed in the same batches.
     For an adapter on disk, a folder with ``evaluation.json``, ``examples.jsonl`` and ``curve.png``
-    is written.
+    is written. It is written again after each task, so a failing task loses no results.
 
     Args:
         adapter: A folder or Hub id, or an adapter in memory, which is not changed.
@@ -89,7 +82,12 @@ def evaluate(
             loaded, or the output already exists.
         MissingDependencyError: lm-evaluation-harness or PEFT is not installed.
     """
-    _check_arguments(tasks, data, limit, max_batch_tokens)
+    if bool(tasks) == (data is not None):
+        raise MatryoshkaError("Pass either `tasks`, such as 'arc_easy', or `data`, a file.")
+    if limit is not None:
+        check_integer("limit", limit)
+    if max_batch_tokens is not None:
+        check_integer("max_batch_tokens", max_batch_tokens)
     lora, nested = _open(adapter, revision)
     available_ranks = lora.available_ranks if nested is None else nested.ranks
     ranks = lora.check_ranks(available_ranks if ranks == "all" else ranks)
@@ -97,19 +95,28 @@ def evaluate(
         output = default_output(lora.name)
     if nested is None or tokenizer is None:
         base_model, base_revision = base_model_of(lora, base_model, base_revision)
-    task_names = _task_names(tasks)
-    sources = _sources(lora, task_names, data, base_model)
+    task_list = tasks.split(",") if isinstance(tasks, str) else tasks or ()
+    task_names = list(dict.fromkeys(name.strip() for name in task_list))
+    sources: list[PathLike] = [*lora.sources]  # the output must not overwrite them
+    sources += [name for name in task_names if name.endswith((".yaml", ".yml"))]
+    sources += [path for path in (data, base_model) if isinstance(path, (str, os.PathLike))]
     if output is not None:
         check_output(output, force, sources)
     examples = read_examples(data) if data is not None else []
 
     with optional_imports():  # these imports take seconds, so the arguments are checked first
         from matryoshka_lora.evaluation.harness import ManyRanksLM
+        from matryoshka_lora.evaluation.plot import plot_evaluation
+        from matryoshka_lora.evaluation.tasks import add_results, load_data, load_task, run_task
         from matryoshka_lora.peft.base_model import load_adapter_tokenizer, load_model
         from matryoshka_lora.peft.load import load
 
     tokenizer = tokenizer or load_adapter_tokenizer(lora, base_model, base_revision)
-    loaded_tasks = _load_tasks(task_names, data, examples, tokenizer)
+    if examples:
+        name = Path(data).stem if isinstance(data, (str, os.PathLike)) else "data"
+        loaded_tasks = [load_data(name, examples, tokenizer)]
+    else:
+        loaded_tasks = [load_task(name) for name in task_names]
     settings = {
         "adapter": lora.name if nested is None else None,
         "revision": revision,
@@ -124,27 +131,30 @@ def evaluate(
         settings, ranks, {rank: lora.truncate(rank).file_size for rank in ranks}
     )
     lm_ranks = (0, *ranks) if _rank_0_is_base_model(lora) else ranks
-    with _create_output(output, force, sources) as folder, _restore_mode(nested.model):
+    with _restore_rank_and_mode(nested):
         lm = ManyRanksLM(nested, tokenizer, lm_ranks, max_batch_tokens, progress)
-        if _has_messages(examples):
+        if any(isinstance(e, Mapping) and not isinstance(e.get("prompt"), str) for e in examples):
             lm.add_bos_token = False  # the chat template writes it, if training had it
-        for task in loaded_tasks:
-            _evaluate_task(evaluation, lm, task, num_fewshot, limit)
-        if folder is not None:
-            _write(evaluation, folder)
+        for index, task in enumerate(loaded_tasks):
+            # The first task overwrites an old output, and the next ones the output of the first.
+            force = force or index > 0
+            new_folder: AbstractContextManager[Path | None] = nullcontext()
+            if output is not None:
+                new_folder = create_folder(output, force, sources)
+            with new_folder as folder:
+                results: dict[int, HarnessResults] = {}
+                for rank in lm.ranks:
+                    lm.lora_rank = rank
+                    results[rank] = run_task(lm, task, num_fewshot, limit)
+                for name in add_results(evaluation, task, results):
+                    _log_values(evaluation, name)  # the log has them if they cannot be written
+                if folder is not None:
+                    evaluation.write(folder)
+                    try:
+                        plot_evaluation(evaluation, folder / "curve.png")
+                    except (OSError, RuntimeError, ValueError) as error:
+                        warnings.warn(f"The curve is not plotted: {error}", stacklevel=2)
     return evaluation
-
-
-def _check_arguments(
-    tasks: object, data: object, limit: int | None, max_batch_tokens: int | None
-) -> None:
-    """Raise MatryoshkaError for arguments that are not valid, whatever the adapter is."""
-    if bool(tasks) == (data is not None):
-        raise MatryoshkaError("Pass either `tasks`, such as 'arc_easy', or `data`, a file.")
-    if limit is not None:
-        check_integer("limit", limit)
-    if max_batch_tokens is not None:
-        check_integer("max_batch_tokens", max_batch_tokens)
 
 
 def default_output(adapter: PathLike) -> Path:
@@ -172,7 +182,11 @@ def _open(
             f"`adapter` must be a path or a NestedAdapter, got {type(adapter).__name__}. Pass what "
             "nest() or load() has returned."
         )
-    adapter.check_only_active()
+    if adapter.model.active_adapters != [adapter.name]:  # rank 0 would not be the base model
+        raise MatryoshkaError(
+            f"Adapter {adapter.name!r} is not active alone. Call "
+            f"model.set_adapter({adapter.name!r}) first."
+        )
     return adapter.to_lora(), adapter
 
 
@@ -183,104 +197,24 @@ def _rank_0_is_base_model(lora: Lora) -> bool:
     return bool(lora.config.get("bias", "none") == "none")
 
 
-def _has_messages(examples: Sequence[object]) -> bool:
-    """Return whether the prompt of an example is not a string."""
-    return any(
-        isinstance(example, Mapping) and not isinstance(example.get("prompt"), str)
-        for example in examples
-    )
-
-
-def _task_names(tasks: str | Sequence[str] | None) -> list[str]:
-    names = tasks.split(",") if isinstance(tasks, str) else tasks or ()
-    return list(dict.fromkeys(name.strip() for name in names))
-
-
-def _sources(
-    lora: Lora, task_names: Sequence[str], data: object, base_model: str | None
-) -> list[PathLike]:
-    """Return the paths that the output must not overwrite."""
-    sources: list[PathLike] = [*lora.sources]
-    sources += [name for name in task_names if name.endswith((".yaml", ".yml"))]
-    sources += [path for path in (data, base_model) if isinstance(path, (str, os.PathLike))]
-    return sources
-
-
-def _load_tasks(
-    task_names: Sequence[str],
-    data: object,
-    examples: Sequence[object],
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[LoadedTask]:
-    """Load the tasks, or make one of the examples."""
-    with optional_imports():
-        from matryoshka_lora.evaluation.tasks import load_data, load_task
-
-    if examples:
-        name = Path(data).stem if isinstance(data, (str, os.PathLike)) else "data"
-        return [load_data(name, examples, tokenizer)]
-    return [load_task(name) for name in task_names]
-
-
 @contextmanager
-def _restore_mode(model: PeftModel) -> Iterator[None]:
-    """Restore train or eval mode of each module at the end."""
-    modes = [(module, module.training) for module in model.modules()]
+def _restore_rank_and_mode(adapter: NestedAdapter) -> Iterator[None]:
+    """Restore the rank, and train or eval mode of each module, at the end."""
+    rank = adapter.rank
+    modes = [(module, module.training) for module in adapter.model.modules()]
     try:
         yield
     finally:
+        adapter.set_rank(rank)
         for module, mode in modes:
             module.training = mode
 
 
-def _evaluate_task(
-    evaluation: Evaluation,
-    lm: ManyRanksLM,
-    task: LoadedTask,
-    num_fewshot: int | None,
-    limit: int | None,
-) -> None:
-    """Run a task at each rank, and add its results to the evaluation and to the log."""
-    from matryoshka_lora.evaluation.tasks import run_task
-
-    results: dict[int, HarnessResults] = {}
-    for rank in lm.ranks:
-        lm.lora_rank = rank
-        results[rank] = run_task(lm, task, num_fewshot, limit)
-    is_group = any(task.name in result.get("groups", {}) for result in results.values())
-    if len(task.subtasks) == 1:
-        evaluation.tasks[task.name] = convert_task(task.subtasks[0], results)
-    elif is_group:
-        evaluation.tasks[task.name] = convert_task(task.name, results)
-    else:  # a tag, whose tasks have no common metric
-        for subtask in task.subtasks:
-            evaluation.tasks[subtask] = convert_task(subtask, results)
-    for subtask in task.subtasks:
-        samples = {rank: result["samples"][subtask] for rank, result in results.items()}
-        name = task.name if task.name in evaluation.tasks else subtask
-        evaluation.examples += convert_examples(name, samples)
-    # The log keeps the values if a later task fails or they cannot be written.
-    for name in {task.name, *task.subtasks} & evaluation.tasks.keys():
-        _log_values(evaluation, name)
-
-
-def _create_output(
-    output: PathLike | None, force: bool, sources: Sequence[PathLike]
-) -> AbstractContextManager[Path | None]:
-    """Return the context of a new output folder; an error if it cannot be written."""
-    return nullcontext() if output is None else create_folder(output, force, sources)
-
-
-def _write(evaluation: Evaluation, folder: Path) -> None:
-    evaluation.write(folder)
-    plot_evaluation(evaluation, folder / "curve.png")
-
-
 def _log_values(evaluation: Evaluation, task: str) -> None:
-    metric = evaluation.tasks[task].primary_metric.removesuffix(",none")
     values = [
         f"rank {rank}: {value:.3f}"
         for rank, value in evaluation.metric(task).values.items()
         if value is not None
     ]
-    logger.info("%s, %s: %s.", task, metric, ", ".join(values))
+    name = evaluation.tasks[task].metric_name
+    logger.info("%s, %s: %s.", task, name, ", ".join(values))

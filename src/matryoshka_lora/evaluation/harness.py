@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import hash_args
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.evaluation.generation import StoppingCriteria, generate
-from matryoshka_lora.evaluation.kv_cache import Tokens
-from matryoshka_lora.evaluation.multi_rank_model import MultiRankModel
-from matryoshka_lora.evaluation.scoring import score_continuations
+from matryoshka_lora.evaluation.engine import Engine, Tokens
 from matryoshka_lora.peft.adapter import NestedAdapter
 
-_HARNESS_BATCH_SIZE = 8
 _ALL_AT_ONCE = 2**30
 # The settings that do not change which token greedy decoding takes.
 _GREEDY_SETTINGS = {
@@ -49,23 +49,23 @@ _GREEDY_SETTINGS = {
 class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
     """The harness's ``HFLM`` for an adapter at several ranks.
 
-    All ranks are computed at the first request and cached. So the harness runs once for each rank,
-    but only the first run computes.
+    The harness runs once for each rank. At the first run, the engine computes the responses of all
+    ranks, and they are cached. If the engine does not support the model, or if a task does not ask
+    for greedy decoding, ``HFLM`` computes the responses of one rank in each run.
 
     Args:
         adapter: The nested adapter. Its model is put into eval mode.
         tokenizer: The base model's tokenizer.
         ranks: The ranks to evaluate; 0 is the base model.
-        max_batch_tokens: The maximum number of tokens, over all rows, whose keys and values a batch
-            holds. Defaults to 32,768.
+        max_batch_tokens: See `Engine`.
         progress: Whether progress bars are shown on stderr.
 
     Attributes:
         lora_rank: The rank whose responses the harness gets. (The ``rank`` of an ``HFLM`` is the
             process index.)
-        uses_multi_rank_batches: Whether rows of the same batch have different ranks. False for
-            models that do not support this, such as those with routed experts. They compute one
-            rank after the other.
+        engine: The engine; it may be replaced.
+        is_supported: Whether the engine supports the model. It does not support recurrent states,
+            for example.
 
     Raises:
         MatryoshkaError: The adapter is merged or not active, or a rank is not available.
@@ -82,7 +82,7 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
         model = adapter.model.eval()
         # longrope's frequencies depend on the longest row of a batch.
         has_longrope = "longrope" in str(model.config)
-        self._harness_batch_size = 1 if has_longrope else _HARNESS_BATCH_SIZE
+        self._harness_batch_size = 1 if has_longrope else 8
         # HFLM would tie untied weights and modify the tokenizer, so pass a stub and a copy.
         super().__init__(
             SimpleNamespace(config=model.config, device=model.device),
@@ -91,21 +91,17 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
         )
         self._model = model
         self.pretrained = model
+        self.adapter = adapter
         self.progress = progress
         self.ranks = list(ranks)
         self.lora_rank = self.ranks[0]
-        self.multi_rank_model = MultiRankModel(adapter, ranks, max_batch_tokens)
-        self._responses: dict[tuple[str, int, int], Any] = {}
-        self.uses_multi_rank_batches = (
-            not has_longrope
-            and self.backend == "causal"
-            and self.multi_rank_model.supports_rank_per_row(self._trial_tokens())
-        )
-
-    def _trial_tokens(self) -> Tokens:
+        self.engine = Engine(adapter, ranks, max_batch_tokens)
         text = "The quick brown fox jumps over the lazy dog, and sleeps under a large old tree"
-        tokens = self.tokenizer.encode(text, add_special_tokens=False)
-        return tuple((tokens * 13)[:13])
+        tokens = tuple(self.tokenizer.encode(text, add_special_tokens=False) * 13)
+        self.is_supported = (
+            not has_longrope and self.backend == "causal" and self.engine.is_supported(tokens[:13])
+        )
+        self._responses: dict[str, list[Any]] = {}  # by request, one for each rank
 
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -124,72 +120,43 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
         return self._respond("generate_until", requests)
 
     def _respond(self, request_type: str, requests: Sequence[Instance]) -> list[Any]:
-        """Return the responses at `lora_rank`; compute those that are not known yet."""
-        # A task that samples several answers makes the same request several times.
-        repeats: Counter[str] = Counter()
-        keys: list[tuple[str, int]] = []
+        compute = getattr(super(), request_type)
+        is_generation = request_type == "generate_until"
+        if not self.is_supported or (
+            is_generation and not all(self._is_greedy(request.args[1]) for request in requests)
+        ):
+            self.adapter.set_rank(self.lora_rank)
+            self.batch_size_per_gpu = self._harness_batch_size
+            return list(compute(requests, disable_tqdm=not self.progress))
+
+        keys = [hash_args(request_type, request.args) for request in requests]
         # The requests of one task begin with the same few-shot examples.
-        new_requests_by_task: dict[str | None, list[int]] = defaultdict(list)
-        for index, request in enumerate(requests):
-            request_hash = hash_args(request_type, request.args)
-            key = (request_hash, repeats[request_hash])
-            repeats[request_hash] += 1
-            keys.append(key)
-            if (*key, self.lora_rank) not in self._responses:
-                new_requests_by_task[request.task_name].append(index)
-        for indices in new_requests_by_task.values():
-            new_requests = [requests[index] for index in indices]
-            for rank, responses in self._compute(request_type, new_requests).items():
-                for index, response in zip(indices, responses, strict=True):
-                    self._responses[*keys[index], rank] = response
-        return [self._responses[*key, self.lora_rank] for key in keys]
-
-    def _compute(self, request_type: str, requests: Sequence[Instance]) -> dict[int, list[Any]]:
-        """Return the responses by rank."""
-        if not self.uses_multi_rank_batches:
-            return self._compute_rank_by_rank(request_type, requests)
-        if request_type != "generate_until":
-            return self._compute_log_likelihoods(request_type, requests)
-        if all(self._is_greedy(request.args[1]) for request in requests):
-            return self._generate(requests)
-        return self._compute_rank_by_rank(request_type, requests)
-
-    def _compute_rank_by_rank(
-        self, request_type: str, requests: Sequence[Instance]
-    ) -> dict[int, list[Any]]:
-        """Let the harness compute the responses at one rank after the other."""
-        self.batch_size_per_gpu = self._harness_batch_size
-        compute = getattr(super(), request_type)
-        responses: dict[int, list[Any]] = {}
-        for rank in self.ranks:
-            with self.multi_rank_model.at_rank(rank):
-                responses[rank] = compute(requests, disable_tqdm=not self.progress)
-        return responses
-
-    def _compute_log_likelihoods(
-        self, request_type: str, requests: Sequence[Instance]
-    ) -> dict[int, list[Any]]:
-        """Let the harness tokenize requests and sum up windows, with all ranks at once."""
-        # `_loglikelihood_tokens` returns arrays with one entry per rank to it.
-        self.batch_size_per_gpu = _ALL_AT_ONCE
-        compute = getattr(super(), request_type)
-        arrays = compute(requests, disable_tqdm=not self.progress)
-        responses: dict[int, list[Any]] = {}
-        for column, rank in enumerate(self.ranks):
-            if request_type == "loglikelihood":
-                responses[rank] = [
-                    (float(logprobs[column]), bool(is_greedy[column]))
-                    for logprobs, is_greedy in arrays
-                ]
-            else:
-                responses[rank] = [float(logprobs[column]) for logprobs in arrays]
-        return responses
+        new_requests_by_task: dict[str | None, dict[str, Instance]] = defaultdict(dict)
+        for key, request in zip(keys, requests, strict=True):
+            if key not in self._responses:
+                new_requests_by_task[request.task_name][key] = request
+        for new_requests in new_requests_by_task.values():
+            if is_generation:
+                self._generate(new_requests)
+                continue
+            # The harness tokenizes requests, and adds up the windows of long strings. Here it adds
+            # up arrays over the ranks, from `_loglikelihood_tokens`.
+            self.batch_size_per_gpu = _ALL_AT_ONCE
+            arrays = compute(list(new_requests.values()), disable_tqdm=not self.progress)
+            for key, array in zip(new_requests, arrays, strict=True):
+                if request_type == "loglikelihood_rolling":
+                    self._responses[key] = array.tolist()
+                else:
+                    columns = [column.tolist() for column in array]
+                    self._responses[key] = list(zip(*columns, strict=True))
+        column = self.ranks.index(self.lora_rank)
+        return [self._responses[key][column] for key in keys]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], *args: Any, **kwargs: Any
     ) -> list[Any]:
-        """Return the log-likelihood of each request, and whether it is greedy, by rank."""
-        if not self.uses_multi_rank_batches:
+        """Return the log-likelihood of each request, and whether it is greedy, for all ranks."""
+        if not self.is_supported:
             return list(super()._loglikelihood_tokens(requests, *args, **kwargs))
         pairs: list[tuple[Tokens, Tokens]] = []
         for _, context, continuation in requests:
@@ -201,34 +168,61 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
                 )
             tokens = tuple(context + continuation)[-(self.max_length + 1) :]
             pairs.append((tokens[:-length], tokens[-length:]))
-        # Batches have about as many tokens, but not as many requests: the longest come first.
+        # Batches have about the same number of tokens, but not of requests: the longest come first.
         num_tokens = sum(len(context) + len(continuation) for context, continuation in pairs)
         with self._progress_bar(num_tokens, "log-likelihoods") as bar:
-            scores = score_continuations(self.multi_rank_model, pairs, bar.update)
+            scores = self.engine.score(pairs, bar.update)
         return list(zip(scores.logprobs, scores.is_greedy, strict=True))
 
-    def _generate(self, requests: Sequence[Instance]) -> dict[int, list[str]]:
-        """Return the answers of greedy decoding by rank."""
-        answers = {rank: [""] * len(requests) for rank in self.ranks}
-        indices_by_settings: dict[str, list[int]] = defaultdict(list)
-        for index, request in enumerate(requests):
-            indices_by_settings[hash_args("", [request.args[1]])].append(index)
-        # A prompt that is too long is an error before the first answer.
-        batches: list[tuple[list[int], StoppingCriteria, list[Tokens]]] = []
-        for indices in indices_by_settings.values():
-            criteria = self._stopping_criteria(requests[indices[0]].args[1])
-            prompts = [
-                self._encode_prompt(requests[index].args[0], criteria.max_new_tokens)
-                for index in indices
-            ]
-            batches.append((indices, criteria, prompts))
+    def _generate(self, requests: dict[str, Instance]) -> None:
+        """Compute the answers of greedy decoding, and cache them."""
+        prompts: dict[str, Tokens] = {}
+        keys_by_settings: dict[str, list[str]] = defaultdict(list)
+        num_tokens = 0
+        for key, request in requests.items():
+            prompt, task_settings = request.args
+            max_new_tokens = normalize_gen_kwargs(task_settings, self.max_gen_toks)["max_gen_toks"]
+            # A prompt that is too long is an error before the first answer.
+            prompts[key] = self._encode_prompt(prompt, max_new_tokens)
+            keys_by_settings[hash_args("", [task_settings])].append(key)
+            num_tokens += max_new_tokens
         # Most answers of a batch end at about the same time, so a bar of answers would jump.
-        num_tokens = sum(len(prompts) * criteria.max_new_tokens for _, criteria, prompts in batches)
         with self._progress_bar(num_tokens, "answers") as bar:
-            for indices, criteria, prompts in batches:
-                for answer in generate(self.multi_rank_model, prompts, criteria, bar.update):
-                    answers[answer.rank][indices[answer.prompt]] = criteria.decode(answer)
-        return answers
+            for keys in keys_by_settings.values():
+                settings = normalize_gen_kwargs(requests[keys[0]].args[1], self.max_gen_toks)
+                eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+                stop_strings = handle_stop_sequences(settings["until"], eos=eos)
+                answers = self.engine.generate(
+                    [prompts[key] for key in keys],
+                    settings["max_gen_toks"],
+                    self._stopping_criterion(stop_strings),
+                    bar.update,
+                )
+                texts = {key: [""] * len(self.ranks) for key in keys}
+                for answer in answers:
+                    text = self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+                    text = postprocess_generated_text(text, stop_strings, think_end_token=None)
+                    texts[keys[answer.prompt]][self.ranks.index(answer.rank)] = str(text)
+                self._responses.update(texts)
+
+    def _stopping_criterion(self, stop_strings: list[str]) -> Callable[[list[int]], bool]:
+        """Return the criterion of the harness with one prompt per batch."""
+        stop_tokens = self.model.generation_config.eos_token_id
+        if not isinstance(stop_tokens, list):
+            stop_tokens = [stop_tokens]
+        # The number of last tokens in which the harness searches for each stop string.
+        num_recent_tokens = {
+            string: len(self.tokenizer.encode(string, add_special_tokens=False)) + 2
+            for string in stop_strings
+        }
+
+        def is_finished(tokens: list[int]) -> bool:
+            return tokens[-1] in stop_tokens or any(
+                string in self.tokenizer.decode(tokens[-count:])
+                for string, count in num_recent_tokens.items()
+            )
+
+        return is_finished
 
     def _is_greedy(self, task_settings: dict[str, Any]) -> bool:
         """Return whether the task and the model ask for greedy decoding and nothing else."""
@@ -242,15 +236,6 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
             if value and not name.startswith("_"):
                 names.add(name)
         return names <= _GREEDY_SETTINGS
-
-    def _stopping_criteria(self, task_settings: dict[str, Any]) -> StoppingCriteria:
-        settings = normalize_gen_kwargs(task_settings, self.max_gen_toks)
-        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        stop_strings = handle_stop_sequences(settings["until"], eos=eos)
-        stop_tokens = self.model.generation_config.eos_token_id
-        if not isinstance(stop_tokens, list):
-            stop_tokens = [stop_tokens]
-        return StoppingCriteria(settings["max_gen_toks"], stop_strings, stop_tokens, self.tokenizer)
 
     def _encode_prompt(self, prompt: str, max_new_tokens: int) -> Tokens:
         max_prompt_length = self.max_length - max_new_tokens

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
-from matryoshka_lora.errors import optional_imports
+from matplotlib.figure import Figure
+
+from matryoshka_lora.errors import printable
 from matryoshka_lora.evaluation.results import Evaluation
 
 # The colors of Okabe and Ito are distinct for every kind of color vision.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-_MARKERS = "osD^vPX"  # their number and that of the colors have no common factor: 42 combinations
-# The labels of closer ranks would overlap.
-_MIN_DISTANCE_OF_LABELS = 0.2  # in log2 of the rank
+_MARKERS = "osD^vPX"  # 6 colors and 7 markers make 42 combinations
 
 
 def plot_evaluation(evaluation: Evaluation, file: Path) -> None:
@@ -26,22 +25,21 @@ def plot_evaluation(evaluation: Evaluation, file: Path) -> None:
         evaluation: The evaluation.
         file: The file to write.
     """
-    with optional_imports():
-        from matplotlib.figure import Figure
+    ranks = evaluation.ranks
+    names = [result.metric_name for result in evaluation.tasks.values()]
+    has_one_metric = len(set(names)) == 1
+    values_by_task = [evaluation.values(task).values() for task in evaluation.tasks]
+    all_values = [v for values in values_by_task for v in values if v is not None]
+    lowest, highest = min(all_values, default=0.0), max(all_values, default=0.0)
+    height = highest - lowest
 
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    ranks = evaluation.ranks
-    metric_names = [task.primary_metric.removesuffix(",none") for task in evaluation.tasks.values()]
-    has_one_metric = len(set(metric_names)) == 1
-    lowest, highest = _range_of_values(evaluation)
-    height = highest - lowest
     title = "Bars: standard errors."
-    for index, (task, metric_name) in enumerate(zip(evaluation.tasks, metric_names, strict=True)):
+    for index, (task, name) in enumerate(zip(evaluation.tasks, names, strict=True)):
         color = _COLORS[index % len(_COLORS)]
         metric = evaluation.metric(task)
-        values = [metric.values[rank] for rank in ranks]
-        label = task if has_one_metric else f"{task}: {metric_name}"
+        label = printable(task if has_one_metric else f"{task}: {name}")
         base_value = metric.values.get(0)
         if base_value is not None:
             if lowest - height <= base_value <= highest + height:
@@ -49,6 +47,7 @@ def plot_evaluation(evaluation: Evaluation, file: Path) -> None:
                 title = "Bars: standard errors. Dashed: base model."
             else:
                 label += f" (base model: {base_value:.3g})"
+        values = [metric.values[rank] for rank in ranks]
         axes.errorbar(
             ranks,
             [math.nan if value is None else value for value in values],
@@ -58,34 +57,20 @@ def plot_evaluation(evaluation: Evaluation, file: Path) -> None:
             marker=_MARKERS[index % len(_MARKERS)],
             capsize=3,
         )
+
+    labeled_ranks: list[int] = []
+    for rank in reversed(ranks):
+        # The labels of closer ranks would overlap.
+        if not labeled_ranks or math.log2(labeled_ranks[-1] / rank) >= 0.2:
+            labeled_ranks.append(rank)
     axes.set_xscale("log", base=2)
-    labeled_ranks = _labeled_ranks(ranks)
     axes.set_xticks(labeled_ranks, [str(rank) for rank in labeled_ranks])
     axes.minorticks_off()
     axes.set_xlabel("rank")
-    axes.set_ylabel(metric_names[0] if has_one_metric else "value of the metric")
+    axes.set_ylabel(names[0] if has_one_metric else "value of the metric", parse_math=False)
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(color="#dddddd")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    for text in axes.legend(frameon=False).get_texts():
+        text.set_parse_math(False)  # the name of a file may have dollar signs
     figure.savefig(file, format="png")
-
-
-def _range_of_values(evaluation: Evaluation) -> tuple[float, float]:
-    """Return the lowest and the highest value of all tasks, without the base model."""
-    values = [
-        value
-        for task in evaluation.tasks
-        for value in evaluation.values(task).values()
-        if value is not None
-    ]
-    return min(values, default=0.0), max(values, default=0.0)
-
-
-def _labeled_ranks(ranks: Sequence[int]) -> list[int]:
-    """Return the ranks whose labels fit on the axis, from the largest one on."""
-    labeled_ranks: list[int] = []
-    for rank in reversed(ranks):
-        if not labeled_ranks or math.log2(labeled_ranks[-1] / rank) >= _MIN_DISTANCE_OF_LABELS:
-            labeled_ranks.append(rank)
-    return labeled_ranks

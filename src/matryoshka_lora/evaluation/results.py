@@ -21,19 +21,11 @@ import numpy as np
 from matryoshka_lora.errors import MatryoshkaError, check_choice
 from matryoshka_lora.nesting import check_ranks
 
-# What a file raises that `Evaluation.write` has not written.
-_DAMAGES = (
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    RecursionError,
-)
-
 EVALUATION_NAME = "evaluation.json"
 EXAMPLES_NAME = "examples.jsonl"
 
+# The errors that values of another type or shape raise.
+_DAMAGES = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 AuracAxis = Literal["log2", "linear"]
 """The axis of the ranks under the rank-accuracy curve."""
@@ -42,8 +34,9 @@ AuracAxis = Literal["log2", "linear"]
 def aurac(accuracies: Sequence[float], ranks: Sequence[int], axis: AuracAxis = "log2") -> float:
     """Return the area under the rank-accuracy curve, divided by its width (arXiv 2605.07850).
 
-    It is the trapezoidal rule over ``log2(rank)``, or over the rank itself. On the linear axis the
-    largest ranks have nearly all the weight, so ``"log2"`` is the better one for comparisons.
+    The area is computed by the trapezoidal rule over ``log2(rank)`` or over the rank itself. On the
+    linear axis the largest ranks have nearly all the weight, so ``"log2"`` is the better choice for
+    comparisons.
 
     Args:
         accuracies: One accuracy per rank, in any unit.
@@ -76,8 +69,8 @@ class Difference(NamedTuple):
     """How much better one rank is than another.
 
     Attributes:
-        value: In the metric's unit; positive if the first rank is better.
-        standard_error: None if it is unknown.
+        value: The difference in the metric's unit; positive if the first rank is better.
+        standard_error: The standard error of the difference; None if it is unknown.
     """
 
     value: float
@@ -98,6 +91,14 @@ class Metric:
     values: dict[int, float | None]
     standard_errors: dict[int, float | None]
 
+    def aurac(self, axis: AuracAxis) -> float | None:
+        """Return the AURAC, or None if lower is better or a value is missing."""
+        ranks = [rank for rank in self.values if rank > 0]
+        values = [self.values[rank] for rank in ranks]
+        if self.higher_is_better is False or not ranks or None in values:
+            return None
+        return aurac([value for value in values if value is not None], ranks, axis)
+
 
 @dataclass
 class TaskResult:
@@ -109,7 +110,7 @@ class TaskResult:
         primary_metric: The metric that plots show and that `select` uses by default.
         aurac_log2: The AURAC of the primary metric over log2 of the rank; None if lower is better
             or a value is missing.
-        aurac_linear: The same over the rank.
+        aurac_linear: The AURAC of the primary metric over the rank.
         metrics: The metrics by name, such as ``"acc,none"``: metric and filter of the harness.
     """
 
@@ -119,6 +120,11 @@ class TaskResult:
     aurac_log2: float | None
     aurac_linear: float | None
     metrics: dict[str, Metric]
+
+    @property
+    def metric_name(self) -> str:
+        """The name of the primary metric, without the harness's default filter ``none``."""
+        return self.primary_metric.removesuffix(",none")
 
 
 @dataclass
@@ -190,9 +196,9 @@ class Evaluation:
     def difference(self, task: str | None, rank: int, other_rank: int) -> Difference | None:
         """Return how much better a rank is than another by the primary metric.
 
-        The standard error is that of the mean difference per example, if the metric is the mean
-        over examples. Otherwise the two values count as independent, which overestimates the error
-        when errors are correlated.
+        If the metric is the mean over the examples, the standard error is the one of the mean
+        difference per example. Otherwise, for example for a perplexity or an F1 score, the two
+        values count as independent, which overestimates the error when they are correlated.
 
         Returns:
             The difference, or None if a value is missing.
@@ -205,48 +211,37 @@ class Evaluation:
         value, other_value = metric.values.get(rank), metric.values.get(other_rank)
         if value is None or other_value is None:
             return None
-        improvement = value - other_value
-        if metric.higher_is_better is False:
-            improvement = -improvement
-        standard_error = self._paired_error(task, rank, other_rank)
-        if standard_error is None:
+
+        pairs: list[tuple[float, float]] = []
+        for example in self.examples:
+            by_rank = example.metrics.get(self.tasks[task].primary_metric, {})
+            if example.task == task and rank in by_rank and other_rank in by_rank:
+                pairs.append((by_rank[rank], by_rank[other_rank]))
+        standard_error: float | None = None
+        if (
+            len(pairs) > 1
+            and math.isclose(fmean(a for a, _ in pairs), value, rel_tol=1e-6, abs_tol=1e-9)
+            and math.isclose(fmean(b for _, b in pairs), other_value, rel_tol=1e-6, abs_tol=1e-9)
+        ):
+            standard_error = stdev(a - b for a, b in pairs) / math.sqrt(len(pairs))
+        else:
             error = metric.standard_errors.get(rank)
             other_error = metric.standard_errors.get(other_rank)
             if error is not None and other_error is not None:
                 standard_error = math.hypot(error, other_error)
-        return Difference(improvement, standard_error)
-
-    def _paired_error(self, task: str, rank: int, other_rank: int) -> float | None:
-        """Return the standard error of the mean difference per example, or None if it is unknown.
-
-        It is unknown if the primary metric is not the mean over the examples, such as a
-        perplexity or an F1 score.
-        """
-        values: list[float] = []
-        other_values: list[float] = []
-        for example in self.examples:
-            by_rank = example.metrics.get(self.tasks[task].primary_metric, {})
-            if example.task == task and rank in by_rank and other_rank in by_rank:
-                values.append(by_rank[rank])
-                other_values.append(by_rank[other_rank])
-        if len(values) < 2:
-            return None
-        metric = self.metric(task)
-        if not _is_mean(values, metric.values[rank]):
-            return None
-        if not _is_mean(other_values, metric.values[other_rank]):
-            return None
-        differences = [a - b for a, b in zip(values, other_values, strict=True)]
-        return stdev(differences) / math.sqrt(len(differences))
+        sign = -1 if metric.higher_is_better is False else 1
+        return Difference(sign * (value - other_value), standard_error)
 
     def write(self, folder: Path) -> None:
         """Write ``evaluation.json`` and ``examples.jsonl`` into a folder."""
         fields = asdict(self)
-        examples = fields.pop("examples")
+        lines = [json.dumps(example, ensure_ascii=False) for example in fields.pop("examples")]
         text = json.dumps(fields, indent=1, allow_nan=False) + "\n"
         (folder / EVALUATION_NAME).write_text(text, encoding="utf-8")
-        lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
-        (folder / EXAMPLES_NAME).write_text("".join(lines), encoding="utf-8")
+        # A file name that is not UTF-8 has lone surrogates, which become JSON's escapes.
+        (folder / EXAMPLES_NAME).write_text(
+            "".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace"
+        )
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Evaluation:
@@ -268,42 +263,35 @@ class Evaluation:
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
             ranks = check_ranks(fields["ranks"])
-            _check_type(fields["settings"]["adapter"], str, NoneType)
-            return cls(
-                settings=fields["settings"],
-                ranks=ranks,
-                sizes=_values_by_rank(fields["sizes"], ranks, int),
-                tasks={name: _parse_task(task, ranks) for name, task in fields["tasks"].items()},
-                examples=_read_examples(file.with_name(EXAMPLES_NAME)),
-            )
-        except (*_DAMAGES, OSError) as error:
+            _typed(fields["settings"]["adapter"], str, NoneType)
+            tasks = {name: _read_task(task, ranks) for name, task in fields["tasks"].items()}
+            sizes = _by_rank(fields["sizes"], ranks, int)
+            examples = _read_examples(file.with_name(EXAMPLES_NAME))
+        except (OSError, *_DAMAGES) as error:
             raise MatryoshkaError(
                 f"{file} is damaged ({error!s:.100}), or evaluate() has not written it. Evaluate "
                 "again."
             ) from error
+        return cls(fields["settings"], ranks, sizes, tasks, examples)
 
 
-def _is_mean(values: Sequence[float], mean: float | None) -> bool:
-    return mean is not None and math.isclose(fmean(values), mean, rel_tol=1e-6, abs_tol=1e-9)
-
-
-def _parse_task(fields: Mapping[str, Any], ranks: Sequence[int]) -> TaskResult:
+def _read_task(fields: Mapping[str, Any], ranks: Sequence[int]) -> TaskResult:
     metrics: dict[str, Metric] = {}
     for name, metric in fields["metrics"].items():
         metrics[name] = Metric(
-            _check_type(metric["higher_is_better"], bool, NoneType),
-            _values_by_rank(metric["values"], ranks, float, NoneType),
-            _values_by_rank(metric["standard_errors"], (), float, NoneType),
+            higher_is_better=_typed(metric["higher_is_better"], bool, NoneType),
+            values=_by_rank(metric["values"], ranks, float, NoneType),
+            standard_errors=_by_rank(metric["standard_errors"], (), float, NoneType),
         )
     if fields["primary_metric"] not in metrics:
         raise KeyError(fields["primary_metric"])
     return TaskResult(
-        _check_type(fields["num_examples"], int),
-        _check_type(fields["num_fewshot"], int, NoneType),
-        fields["primary_metric"],
-        _check_type(fields["aurac_log2"], float, NoneType),
-        _check_type(fields["aurac_linear"], float, NoneType),
-        metrics,
+        num_examples=_typed(fields["num_examples"], int),
+        num_fewshot=_typed(fields["num_fewshot"], int, NoneType),
+        primary_metric=fields["primary_metric"],
+        aurac_log2=_typed(fields["aurac_log2"], float, NoneType),
+        aurac_linear=_typed(fields["aurac_linear"], float, NoneType),
+        metrics=metrics,
     )
 
 
@@ -315,29 +303,29 @@ def _read_examples(file: Path) -> list[Example]:
     for line in file.read_text(encoding="utf-8").split("\n"):
         if line:
             example = Example(**json.loads(line))
-            example.answers = _values_by_rank(example.answers, (), str)
+            example.answers = _by_rank(example.answers, (), str)
             for metric, values in example.metrics.items():
-                example.metrics[metric] = _values_by_rank(values, (), float)
+                example.metrics[metric] = _by_rank(values, (), float)
             examples.append(example)
     return examples
 
 
-def _values_by_rank(by_rank: Mapping[Any, Any], ranks: Sequence[int], *types: type) -> Any:
-    """Return values by rank with integers as keys, which JSON writes as strings.
+def _by_rank(values: Mapping[Any, Any], ranks: Sequence[int], *types: type) -> Any:
+    """Return values by rank, with integers as keys: JSON writes them as strings.
 
     Raises:
-        LookupError: A rank has no value.
+        LookupError: One of ``ranks`` has no value.
         TypeError: A value has another type.
     """
-    values = {int(rank): _check_type(value, *types) for rank, value in by_rank.items()}
+    by_rank = {int(rank): _typed(value, *types) for rank, value in values.items()}
     for rank in ranks:
-        if rank not in values:
+        if rank not in by_rank:
             raise LookupError(f"no value at rank {rank}")
-    return values
+    return by_rank
 
 
-def _check_type(value: Any, *types: type) -> Any:
-    """Return a value from JSON, if it has one of some types. An integer counts as a float."""
+def _typed(value: Any, *types: type) -> Any:
+    """Return a value from JSON after checking its type. An integer counts as a float."""
     if float in types and type(value) is int:
         value = float(value)
     if type(value) not in types or (isinstance(value, float) and not math.isfinite(value)):

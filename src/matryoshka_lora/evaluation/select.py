@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from matryoshka_lora.errors import MatryoshkaError, check_choice
-from matryoshka_lora.evaluation.harness_results import metric_aurac
 from matryoshka_lora.evaluation.results import Difference, Evaluation
 from matryoshka_lora.units import format_size, parse_share, parse_size
 
@@ -58,8 +56,8 @@ def select(
 ) -> Selection:
     """Select the smallest rank that is close to the best one, and better than the base model.
 
-    A rank is better than the base model if its value is. `Selection.differences` has the standard
-    error of the difference.
+    The values are compared without their errors. `Selection.differences` has the standard error of
+    each difference.
 
     Args:
         evaluation: The result of `matryoshka_lora.evaluate`, or the folder that it has written.
@@ -80,19 +78,50 @@ def select(
     if not isinstance(evaluation, Evaluation):
         evaluation = Evaluation.read(evaluation)
     task = evaluation.task_name(task)
+    result = evaluation.tasks[task]
     if metric is not None:
-        evaluation = _with_primary_metric(evaluation, task, metric)
+        keys = {key.removesuffix(",none"): key for key in result.metrics}
+        check_choice("metric", metric, keys)
+        chosen = result.metrics[keys[metric]]
+        result = replace(
+            result,
+            primary_metric=keys[metric],
+            aurac_log2=chosen.aurac("log2"),
+            aurac_linear=chosen.aurac("linear"),
+        )
+        evaluation = replace(evaluation, tasks={**evaluation.tasks, task: result})
 
-    sign = _sign(evaluation, task)
-    # Higher is better for scores, also if lower is better for the metric.
-    scores = {
-        rank: sign * value for rank, value in evaluation.values(task).items() if value is not None
-    }
+    name, higher_is_better = result.metric_name, evaluation.metric(task).higher_is_better
+    if higher_is_better is None:
+        raise MatryoshkaError(
+            f"Task {task} does not define whether higher values of {name} are better. Set "
+            "higher_is_better in its metric_list, and evaluate again."
+        )
+    # Higher scores are better, also if lower values of the metric are.
+    sign = 1 if higher_is_better else -1
+    values = evaluation.values(task)
+    scores = {rank: sign * value for rank, value in values.items() if value is not None}
     if not scores:
         raise MatryoshkaError(f"Task {task} has no value at any rank. Evaluate it again.")
-    _check_not_all_zero(evaluation, task, scores)
+    has_loss = "loss,none" in result.metrics and name != "loss"
+    or_loss = ", or pass `metric='loss'`." if has_loss else "."
+    if higher_is_better and not any(scores.values()):
+        raise MatryoshkaError(
+            f"{name} is 0 at every rank on {task}, so it cannot tell which rank is good. Train "
+            f"longer{or_loss}"
+        )
     best_rank = _best_rank(scores)
-    candidates = _better_than_base(evaluation, task, scores)
+    base_value = evaluation.metric(task).values.get(0)
+    candidates = scores
+    if base_value is not None:
+        candidates = {r: score for r, score in scores.items() if score > sign * base_value}
+        if not candidates:
+            raise MatryoshkaError(
+                f"No rank is better than the base model: {name} on {task} is "
+                f"{values[best_rank]:.3f} at the best rank, {best_rank}, and {base_value:.3f} "
+                "without the adapter. Train longer, or evaluate on examples of what was "
+                f"trained{or_loss}"
+            )
     candidates = {r: s for r, s in candidates.items() if evaluation.sizes[r] <= size_limit}
     bound: float | None = None
     if share is not None:
@@ -101,131 +130,42 @@ def select(
         candidates = {r: s for r, s in candidates.items() if s > lowest_score - 1e-9}
         bound = sign * lowest_score
     if not candidates:
-        best_size = format_size(evaluation.sizes[best_rank])
         raise MatryoshkaError(
             f"No rank meets the conditions. The best is rank {best_rank}, with "
-            f"{sign * scores[best_rank]:.3f} and {best_size}. Pass a larger `within` or "
-            "`max_bytes`."
+            f"{values[best_rank]:.3f} and {format_size(evaluation.sizes[best_rank])}. Pass a "
+            "larger `within` or `max_bytes`."
         )
     if bound is None:
         return Selection(_best_rank(candidates), best_rank, task, None, True, None, evaluation)
-    return _selection_within(evaluation, task, min(candidates), best_rank, bound)
+
+    rank = min(candidates)
+    difference = evaluation.difference(task, best_rank, rank)
+    is_significant = rank == best_rank
+    num_questions_needed: int | None = None
+    if not is_significant and difference is not None and difference.standard_error is not None:
+        slack = scores[rank] - sign * bound
+        is_significant = 2 * difference.standard_error <= slack
+        if not is_significant and slack > 0:
+            num_questions_needed = _num_questions_needed(
+                result.num_examples, 2 * difference.standard_error / slack
+            )
+    return Selection(rank, best_rank, task, bound, is_significant, num_questions_needed, evaluation)
 
 
-def _with_primary_metric(evaluation: Evaluation, task: str, metric: str) -> Evaluation:
-    """Return the evaluation with another primary metric of a task."""
-    result = evaluation.tasks[task]
-    keys = {key.removesuffix(",none"): key for key in result.metrics}
-    check_choice("metric", metric, keys)
-    key = keys[metric]
-    result = replace(
-        result,
-        primary_metric=key,
-        aurac_log2=metric_aurac(result.metrics[key], "log2"),
-        aurac_linear=metric_aurac(result.metrics[key], "linear"),
-    )
-    return replace(evaluation, tasks={**evaluation.tasks, task: result})
-
-
-def _sign(evaluation: Evaluation, task: str) -> int:
-    """Return 1 if higher values are better, and -1 if lower ones are."""
-    higher_is_better = evaluation.metric(task).higher_is_better
-    if higher_is_better is None:
-        raise MatryoshkaError(
-            f"Task {task} does not define whether higher values of "
-            f"{evaluation.tasks[task].primary_metric} are better. Set higher_is_better in its "
-            "metric_list, and evaluate again."
-        )
-    return 1 if higher_is_better else -1
-
-
-def _best_rank(scores: Mapping[int, float]) -> int:
+def _best_rank(scores: dict[int, float]) -> int:
     """Return the rank with the highest score; the smallest rank on ties."""
     return max(scores, key=lambda rank: (scores[rank], -rank))
 
 
-def _check_not_all_zero(evaluation: Evaluation, task: str, scores: Mapping[int, float]) -> None:
-    """Raise MatryoshkaError if higher is better, and the metric is 0 at every rank."""
-    if evaluation.metric(task).higher_is_better and not any(scores.values()):
-        raise MatryoshkaError(
-            f"{_metric_name(evaluation, task)} is 0 at every rank on {task}, so it cannot tell "
-            f"which rank is good. {_with_loss(evaluation, task, 'Train longer')}"
-        )
-
-
-def _better_than_base(
-    evaluation: Evaluation, task: str, scores: Mapping[int, float]
-) -> dict[int, float]:
-    """Return the ranks that are better than the base model, with their scores."""
-    if evaluation.metric(task).values.get(0) is None:
-        return dict(scores)
-    better: dict[int, float] = {}
-    for rank, score in scores.items():
-        difference = evaluation.difference(task, rank, 0)
-        if difference is not None and difference.value > 0:
-            better[rank] = score
-    if not better:
-        values = evaluation.metric(task).values
-        best_rank = _best_rank(scores)
-        advice = _with_loss(
-            evaluation, task, "Train longer, or evaluate on examples of what was trained"
-        )
-        raise MatryoshkaError(
-            f"No rank is better than the base model: {_metric_name(evaluation, task)} on {task} is "
-            f"{values[best_rank]:.3f} at the best rank, {best_rank}, and {values[0]:.3f} without "
-            f"the adapter. {advice}"
-        )
-    return better
-
-
-def _metric_name(evaluation: Evaluation, task: str) -> str:
-    return evaluation.tasks[task].primary_metric.removesuffix(",none")
-
-
-def _with_loss(evaluation: Evaluation, task: str, advice: str) -> str:
-    """Return a sentence with advice, and with the loss, which needs no right answers."""
-    result = evaluation.tasks[task]
-    if "loss,none" in result.metrics and result.primary_metric != "loss,none":
-        return f"{advice}, or pass `metric='loss'`."
-    return f"{advice}."
-
-
-def _selection_within(
-    evaluation: Evaluation, task: str, rank: int, best_rank: int, bound: float
-) -> Selection:
-    """Return the selection of a rank within a bound, with its significance."""
-    is_significant = rank == best_rank
-    num_questions_needed: int | None = None
-    difference = evaluation.difference(task, best_rank, rank)
-    if not is_significant and difference is not None and difference.standard_error is not None:
-        best_value = evaluation.values(task)[best_rank]
-        assert best_value is not None
-        slack = abs(best_value - bound) - difference.value
-        is_significant = 2 * difference.standard_error <= slack
-        if not is_significant:
-            num_questions_needed = _num_questions_needed(evaluation, task, difference, slack)
-    return Selection(rank, best_rank, task, bound, is_significant, num_questions_needed, evaluation)
-
-
-def _num_questions_needed(
-    evaluation: Evaluation, task: str, difference: Difference, distance: float
-) -> int | None:
-    """Return about how many questions make two standard errors as small as a distance.
+def _num_questions_needed(num_questions: int, ratio: float) -> int | None:
+    """Return how many questions reduce the standard error by a ratio, to two significant digits.
 
     Returns:
-        The number, or None if it is unknown or a million times that of the evaluation.
+        The number, rounded up, or None if it is more than a million times ``num_questions``.
     """
-    if difference.standard_error is None or distance <= 0:
-        return None
-    ratio = 2 * difference.standard_error / distance
     if ratio > 1000:
         return None
     # The standard error decreases with the square root of the number of questions.
-    return _round_up(evaluation.tasks[task].num_examples * ratio**2)
-
-
-def _round_up(number: float) -> int:
-    """Return a number rounded up to two significant digits."""
-    num_zeros = max(0, len(str(math.ceil(number))) - 2)
-    unit: int = 10**num_zeros
+    number = num_questions * ratio**2
+    unit: int = 10 ** max(0, len(str(math.ceil(number))) - 2)
     return math.ceil(number / unit) * unit

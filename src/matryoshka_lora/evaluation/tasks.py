@@ -1,29 +1,30 @@
-"""Tasks of lm-evaluation-harness, and examples of the user as such a task."""
+"""Tasks of lm-evaluation-harness, examples of the user as such a task, and their results."""
 
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, SupportsFloat
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora.errors import MatryoshkaError, wrap_errors
-from matryoshka_lora.evaluation.harness import ManyRanksLM
-from matryoshka_lora.evaluation.harness_results import HarnessResults
+from matryoshka_lora.evaluation.results import Evaluation, Example, Metric, TaskResult
 from matryoshka_lora.examples import (
     PromptCompletion,
     apply_chat_template,
@@ -31,18 +32,21 @@ from matryoshka_lora.examples import (
     prompt_and_completion,
 )
 
-logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs the same at each rank
+HarnessResults = Mapping[str, Any]
+"""The return value of ``lm_eval.evaluator.evaluate``."""
 
 _SEED = 1234  # the harness's default
 _PLACEHOLDER = "\ufffc"  # stands for an answer, to find where a chat template puts it
+_PROMPT_CHARACTERS = 2000  # kept of a prompt's end; few-shot prompts would fill the disk
 
 
-class LoadedTask(NamedTuple):
+@dataclass(frozen=True)
+class LoadedTask:
     """A task or a group of tasks, with its data.
 
     Attributes:
         name: Its name in the evaluation.
-        harness_tasks: What ``TaskManager.load`` returned.
+        harness_tasks: The return value of ``TaskManager.load``.
     """
 
     name: str
@@ -71,6 +75,7 @@ def _harness_seeds() -> Iterator[None]:
 
 @cache
 def _task_manager(include_defaults: bool) -> TaskManager:
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs the same at each rank
     return TaskManager(include_defaults=include_defaults)  # reads thousands of YAML files
 
 
@@ -84,8 +89,8 @@ def load_task(name: str) -> LoadedTask:
     is_file = name.endswith((".yaml", ".yml"))
     manager = _task_manager(include_defaults=not is_file)
     if not is_file and name not in manager.all_tasks:
-        similar_names = get_close_matches(name, manager.all_tasks, n=3)
         hint = "Run `lm_eval ls tasks` for a list, or pass a YAML file."
+        similar_names = get_close_matches(name, manager.all_tasks, n=3)
         if similar_names:
             hint = f"Did you mean {' or '.join(similar_names)}? {hint}"
         raise MatryoshkaError(f"There is no task {name!r:.80}. {hint}")
@@ -100,12 +105,12 @@ def load_task(name: str) -> LoadedTask:
 
 @_harness_seeds()
 def run_task(
-    lm: ManyRanksLM, task: LoadedTask, num_fewshot: int | None, limit: int | None
+    lm: LM, task: LoadedTask, num_fewshot: int | None, limit: int | None
 ) -> HarnessResults:
-    """Return the harness's results, with the seeds and few-shot examples of its command line.
+    """Run a task with the seeds and few-shot examples of the harness's command line.
 
     Args:
-        lm: The model; its ``lora_rank`` is evaluated.
+        lm: The model.
         task: The task.
         num_fewshot: The number of few-shot examples. Defaults to the task's own.
         limit: The maximum number of examples.
@@ -143,21 +148,10 @@ class _ExamplesTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]
         )
         return [generation, log_likelihood]
 
-
-class _RenderedExample(NamedTuple):
-    """An example as strings.
-
-    Attributes:
-        prompt: The prompt.
-        completion: The answer that counts as correct.
-        scored_text: The completion with what ends it, of which the loss is computed.
-        stop_string: What ends an answer in the chat template; "" for examples without messages.
-    """
-
-    prompt: str
-    completion: str
-    scored_text: str
-    stop_string: str
+    def process_results(self, doc: Any, results: Any) -> dict[str, float]:
+        answer, (logprob, _) = results
+        is_correct = answer.strip() == doc["completion"].strip()
+        return {"exact_match": float(is_correct), "loss": -logprob / doc["num_scored_tokens"]}
 
 
 def load_data(
@@ -166,8 +160,8 @@ def load_data(
     """Make a task of examples, with the metrics ``exact_match`` and ``loss``.
 
     An answer is correct if it equals the completion, except for whitespace around it. The loss is
-    that of the completion, its end, and the whitespace before it, which the harness counts as part
-    of the continuation: nats per token, as a mean over the examples.
+    the mean over the examples of the nats per token of the completion with its end. It includes the
+    whitespace before the completion, which the harness counts as part of the continuation.
 
     Args:
         name: The name of the task.
@@ -178,13 +172,8 @@ def load_data(
     Raises:
         MatryoshkaError: An example has no prompt with a completion.
     """
-    docs: list[dict[str, Any]] = []
-    stop_strings: set[str] = set()
-    for index, example in enumerate(examples):
-        rendered = _render(example, index, tokenizer)
-        docs.append(_make_doc(rendered, tokenizer))
-        if rendered.stop_string:
-            stop_strings.add(rendered.stop_string)
+    docs = [_make_doc(example, index, tokenizer) for index, example in enumerate(examples)]
+    stop_strings = {doc.pop("stop_string") for doc in docs} - {""}
     if not any("\n" in doc["completion"] for doc in docs):
         stop_strings.add("\n")
     config = {
@@ -194,7 +183,6 @@ def load_data(
         "output_type": "generate_until",
         "doc_to_text": "{{prompt}}",
         "doc_to_target": "{{completion}}",
-        "process_results": _process_results,
         "generation_kwargs": {"until": sorted(stop_strings), "do_sample": False},
         "metric_list": [
             {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True},
@@ -207,67 +195,174 @@ def load_data(
     return LoadedTask(name, manager.load([_ExamplesTask(config=config)]))
 
 
-def _make_doc(example: _RenderedExample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return an example as a document of `_ExamplesTask`."""
+def _make_doc(example: object, index: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return an example as a document of `_ExamplesTask`.
+
+    The loss is computed of ``scored_text``: the completion and the token or string that ends it.
+    ``stop_string`` ends an answer in the chat template; it is "" for examples without messages.
+
+    Raises:
+        MatryoshkaError: The chat template rejects the messages, or the answer is not a string.
+    """
+    chat = prompt_and_completion(example, index)
+    if isinstance(chat.prompt, str) and isinstance(chat.completion, str):
+        end = str(tokenizer.eos_token or "")
+        prompt, completion, stop_string = chat.prompt, chat.completion.removesuffix(end), ""
+        scored_text = completion + end
+    else:
+        prompt, full_text = apply_chat_template(tokenizer, chat, index, tokenize=False)
+        content = chat.completion[-1].get("content")  # type: ignore[union-attr]
+        completion = content.strip() if isinstance(content, str) else ""
+        if not completion:
+            raise MatryoshkaError(
+                f"The content of the last message of example {index} must be a string, got "
+                f"{content!r:.60}."
+            )
+        placeholder = [{"role": "assistant", "content": _PLACEHOLDER}]
+        with_placeholder = PromptCompletion(chat.prompt, placeholder, chat.template_kwargs)
+        _, text = apply_chat_template(tokenizer, with_placeholder, index, tokenize=False)
+        before, _, stop_string = text.partition(_PLACEHOLDER)
+        # Some templates write an empty thought or the name of a channel before the answer.
+        if full_text.startswith(before) and before.rstrip(" ") != prompt:
+            prompt = before
+        scored_text = full_text[common_prefix_length(prompt, full_text) :]
+
     # Answers are decoded without special tokens, so the completion must be, too.
-    token_ids = tokenizer.encode(example.completion, add_special_tokens=False)
+    token_ids = tokenizer.encode(completion, add_special_tokens=False)
     completion = str(tokenizer.decode(token_ids, skip_special_tokens=True))
-    prompt_length = len(tokenizer.encode(example.prompt.rstrip()))
-    full_length = len(tokenizer.encode(example.prompt + example.scored_text))
+    prompt_length = len(tokenizer.encode(prompt.rstrip()))
+    full_length = len(tokenizer.encode(prompt + scored_text))
     max_length = len(tokenizer.encode(completion)) + 8  # a longer answer cannot be correct
-    # Examples with the same maximum are generated in one batch. Round up, so that few distinct
-    # maxima remain. Near
-    # the end of the context window, the prompt must not be truncated for a larger one.
-    rounded_length = -(-max_length // 32) * 32
+    # Examples with the same maximum are generated together, so round it up. Near the end of the
+    # context window, the prompt must not be truncated for a larger one.
+    rounded_length = math.ceil(max_length / 32) * 32
     remaining_length = tokenizer.model_max_length - prompt_length
     return {
-        "prompt": example.prompt,
+        "prompt": prompt,
         "completion": completion.rstrip(),
-        "scored_text": example.scored_text,
+        "scored_text": scored_text,
+        "stop_string": stop_string.strip(),
         "num_scored_tokens": max(1, full_length - prompt_length),
         "max_gen_toks": min(rounded_length, max(max_length, remaining_length)),
     }
 
 
-def _render(example: object, index: int, tokenizer: PreTrainedTokenizerBase) -> _RenderedExample:
-    chat = prompt_and_completion(example, index)
-    if isinstance(chat.prompt, str) and isinstance(chat.completion, str):
-        end = str(tokenizer.eos_token or "")
-        completion = chat.completion.removesuffix(end)
-        return _RenderedExample(chat.prompt, chat.completion, completion + end, "")
-    return _render_chat(chat, index, tokenizer)
+def add_results(
+    evaluation: Evaluation, task: LoadedTask, results: Mapping[int, HarnessResults]
+) -> list[str]:
+    """Add the harness's results of a task, by rank, to an evaluation.
 
-
-def _render_chat(
-    chat: PromptCompletion, index: int, tokenizer: PreTrainedTokenizerBase
-) -> _RenderedExample:
-    """Apply the chat template.
+    Returns:
+        The new names in the evaluation: one for a task or a group, and one for each task of a tag,
+        whose tasks have no common metric.
 
     Raises:
-        MatryoshkaError: The template rejects the messages, or the answer is not a string.
+        MatryoshkaError: A task has no metric that is a number.
     """
-    prompt, full_text = apply_chat_template(tokenizer, chat, index, tokenize=False)
-    content = chat.completion[-1].get("content")  # type: ignore[union-attr]
-    completion = content.strip() if isinstance(content, str) else ""
-    if not completion:
+    if len(task.subtasks) == 1:
+        names = {task.name: task.subtasks[0]}
+    elif any(task.name in result.get("groups", {}) for result in results.values()):
+        names = {task.name: task.name}
+    else:
+        names = {subtask: subtask for subtask in task.subtasks}
+    for name, harness_name in names.items():
+        evaluation.tasks[name] = convert_task(harness_name, results)
+    for subtask in task.subtasks:
+        samples = {rank: result["samples"][subtask] for rank, result in results.items()}
+        name = task.name if task.name in names else subtask
+        evaluation.examples += convert_examples(name, samples)
+    return list(names)
+
+
+def convert_task(name: str, results: Mapping[int, HarnessResults]) -> TaskResult:
+    """Return the results of a task or a group.
+
+    The primary metric is the first one that is not 0 at every rank. If no answer is correct, which
+    is usual for long answers, the loss is more informative.
+
+    Args:
+        name: The harness's name of the task or group.
+        results: The harness's results by rank, at least one.
+
+    Raises:
+        MatryoshkaError: The task has no metric that is a number.
+    """
+    first = next(iter(results.values()))
+    metrics: dict[str, Metric] = {}
+    for key, first_value in first["results"][name].items():
+        metric, comma, filter_name = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(first_value, SupportsFloat):
+            continue
+        values: dict[int, float | None] = {}
+        standard_errors: dict[int, float | None] = {}
+        for rank, result in results.items():
+            by_metric = result["results"][name]
+            values[rank] = _finite_number(by_metric[key])
+            standard_errors[rank] = _finite_number(by_metric.get(f"{metric}_stderr,{filter_name}"))
+        higher_is_better = first["higher_is_better"][name].get(metric)
+        metrics[key] = Metric(higher_is_better, values, standard_errors)
+    if not metrics:
         raise MatryoshkaError(
-            f"The content of the last message of example {index} must be a string, got "
-            f"{content!r:.60}."
+            f"Task {name} has no metric that is a number. Add one to metric_list in its YAML file."
         )
-    placeholder = [{"role": "assistant", "content": _PLACEHOLDER}]
-    with_placeholder = PromptCompletion(chat.prompt, placeholder, chat.template_kwargs)
-    _, text = apply_chat_template(tokenizer, with_placeholder, index, tokenize=False)
-    before, _, end = text.partition(_PLACEHOLDER)
-    # Some templates write an empty thought or the name of a channel before the answer.
-    if full_text.startswith(before) and before.rstrip(" ") != prompt:
-        prompt = before
-    scored_text = full_text[common_prefix_length(prompt, full_text) :]
-    return _RenderedExample(prompt, completion, scored_text, end.strip())
+    primary_metric = next(iter(metrics))
+    for key, candidate in metrics.items():
+        if any(candidate.values.values()):
+            primary_metric = key
+            break
+    num_examples = first["n-samples"]
+    tasks = [name] if name in num_examples else list(num_examples)
+    return TaskResult(
+        num_examples=sum(num_examples[task]["effective"] for task in tasks),
+        num_fewshot=first["n-shot"].get(name),
+        primary_metric=primary_metric,
+        aurac_log2=metrics[primary_metric].aurac("log2"),
+        aurac_linear=metrics[primary_metric].aurac("linear"),
+        metrics=metrics,
+    )
 
 
-def _process_results(
-    doc: Mapping[str, Any], results: tuple[str, tuple[float, bool]]
-) -> dict[str, float]:
-    answer, (logprob, _) = results
-    is_correct = answer.strip() == doc["completion"].strip()
-    return {"exact_match": float(is_correct), "loss": -logprob / doc["num_scored_tokens"]}
+def convert_examples(task: str, samples: Mapping[int, Sequence[Any]]) -> list[Example]:
+    """Return the examples of a task, sorted by their number.
+
+    Args:
+        task: The task's name in the evaluation.
+        samples: The harness's samples by rank: one for each example and filter.
+    """
+    examples: dict[int, Example] = {}
+    for rank, rank_samples in samples.items():
+        for sample in rank_samples:
+            doc_id, target, requests = sample["doc_id"], sample["target"], sample["arguments"]
+            if doc_id not in examples:
+                if isinstance(target, int) and 0 <= target < len(requests) > 1:
+                    target = requests[target][1]
+                prompt = str(requests[0][0])[-_PROMPT_CHARACTERS:]
+                examples[doc_id] = Example(task, doc_id, prompt, str(target))
+            example = examples[doc_id]
+            example.answers.setdefault(rank, _answer(sample))
+            for metric in sample["metrics"]:
+                value = _finite_number(sample[metric])
+                if value is not None:
+                    values = example.metrics.setdefault(f"{metric},{sample['filter']}", {})
+                    values[rank] = value
+    return [examples[doc_id] for doc_id in sorted(examples)]
+
+
+def _answer(sample: Any) -> str:
+    """Return the model's answer: a string, or the choice with the highest log-likelihood."""
+    responses = [response[0] for response in sample["resps"]]
+    is_choice = len(responses) > 1 and isinstance(responses[0], (tuple, list))
+    if not is_choice:
+        return str(responses[0])
+    logprobs = [logprob for logprob, _ in responses]
+    context, continuation = sample["arguments"][logprobs.index(max(logprobs))][:2]
+    # In winogrande the contexts are the choices, and the continuation is the same for all.
+    continuations = {arguments[1] for arguments in sample["arguments"]}
+    return str(continuation if len(continuations) > 1 else context)
+
+
+def _finite_number(value: Any) -> float | None:
+    """Return a number that JSON can hold, or None."""
+    if isinstance(value, SupportsFloat) and math.isfinite(value):
+        return float(value)
+    return None

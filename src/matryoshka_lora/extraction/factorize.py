@@ -26,8 +26,8 @@ from matryoshka_lora.formats.safetensors_io import open_safetensors
 from matryoshka_lora.linalg.allocation import LayerSpectrum, ranks_for_error
 from matryoshka_lora.lora.keys import DIFFUSERS_SUFFIXES, PEFT_PREFIX
 from matryoshka_lora.lora.layer import Layer, LayerKeys
-from matryoshka_lora.tensors import to_torch
 from matryoshka_lora.progress import progress_bar
+from matryoshka_lora.tensors import to_torch
 
 # The rank that is tried first if a share is to be kept, or the error is limited.
 _FIRST_RANK = 64
