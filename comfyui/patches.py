@@ -20,8 +20,8 @@ from matryoshka_lora.lora_file.keys.names import DIFFUSERS_SUFFIXES
 from matryoshka_lora.lora_file.lora import Layer
 from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 from matryoshka_lora.lora_file.single_file import SingleFile
-from matryoshka_lora.tensors import to_numpy_dtype
 from matryoshka_lora.progress import progress_bar, single_threaded
+from matryoshka_lora.tensors import to_numpy_dtype
 
 from .adapters import Factors, adapter_factors, to_array
 
