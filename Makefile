@@ -157,12 +157,11 @@ gpu: $(VENV)/.test ## the tests of test-device on a CUDA device, and benchmarks 
 	$(ONE_GPU) MATRYOSHKA_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/device
 	$(ONE_GPU) $(BIN)/python benchmarks/gpu.py
 
-lint: $(VENV)/.test ## ruff, mypy --strict, import layers, and the sizes of modules and functions
+lint: $(VENV)/.test ## ruff, mypy --strict and import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python tests/tools/bounds.py
 
 format: $(VENV)/.test ## let ruff fix and format the code
 	$(BIN)/ruff check --fix .

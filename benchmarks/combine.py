@@ -29,16 +29,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from matryoshka_lora.lora_file.safetensors_io import StoredTensor
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from matryoshka_lora import combine
-from matryoshka_lora.extraction.factorize import RankLimits, factorize_change
-from matryoshka_lora.extraction.model_diff import WeightPair
+from matryoshka_lora import combine, extract
 from matryoshka_lora.peft.base_model import bundled_model_path
-from matryoshka_lora.tensors import to_numpy
 
 SUM_WIDTH, SUM_RANK = 1536, 16
 CHANGE_SHAPE, CHANGE_RANK = (14336, 4096), 64
@@ -160,15 +156,16 @@ def random_change(shape: tuple[int, ...], seed: int) -> Tensor:
     return change
 
 
-def measure_layer() -> dict[str, dict[str, float]]:
+def measure_layer(folder: Path) -> dict[str, dict[str, float]]:
     """Return CPU seconds and error of each method of factorizing a large change."""
     D = random_change(CHANGE_SHAPE, seed=0)
-    old = StoredTensor.from_array(to_numpy(torch.zeros(CHANGE_SHAPE)))
-    weight = WeightPair(old, StoredTensor.from_array(to_numpy(D)), is_transposed=False)
-    limits = RankLimits(CHANGE_RANK, share=None)
-    elapsed, (_, _, change) = cpu_seconds(lambda: factorize_change("layer", weight, limits))
-    error = (change.residual / change.total) ** 0.5
-    results = {"extract": {"cpu_seconds": elapsed, "error": error}}
+    for name, weight in (("old", torch.zeros(CHANGE_SHAPE)), ("new", D)):
+        (folder / name).mkdir()
+        save_file({"layer.weight": weight}, folder / name / "model.safetensors")
+    elapsed, result = cpu_seconds(
+        lambda: extract(folder / "old", folder / "new", folder / "lora", rank=CHANGE_RANK)
+    )
+    results = {"extract": {"cpu_seconds": elapsed, "error": result.errors[CHANGE_RANK]}}
     elapsed, approximation = cpu_seconds(lambda: truncated_svd(D, CHANGE_RANK))
     error = relative_error(approximation, D)
     results["full SVD"] = {"cpu_seconds": elapsed, "error": error}
@@ -178,7 +175,7 @@ def measure_layer() -> dict[str, dict[str, float]]:
 
 
 def measure_model(folder: Path) -> dict[str, float]:
-    """Return what `extract` costs on all layers of a model, and its error."""
+    """Return the time and memory of `extract` on all layers of a model, and its error."""
     base = bundled_model_path()
     tensors = load_file(base / "model.safetensors")
     total = missing = 0.0
@@ -215,10 +212,11 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        (folder / "layer").mkdir()
         (folder / "model").mkdir()
         results: dict[str, Any] = {
             "sum": measure_sums(folder, options.repeats),
-            "layer": measure_layer(),
+            "layer": measure_layer(folder / "layer"),
             "model": measure_model(folder / "model"),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),

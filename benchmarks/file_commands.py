@@ -1,11 +1,10 @@
 """Measure CPU seconds and peak memory of the commands on files, each in a process of its own.
 
-    python benchmarks/file_commands.py
-    python benchmarks/file_commands.py --against /path/to/other/src
+    make bench-files
 
 The inputs are random factors: a PEFT folder of 39 MB (rank 32, all linear layers of SmolLM2-135M,
-fp32) and a single file of 209 MB (rank 64, the attention of Flux, bf16). With ``--against``, the
-commands of another installation alternate with ours. The numbers are medians.
+fp32), a single file of 209 MB (rank 64, the attention of Flux, bf16), and a folder of 794 small
+layers of different ranks. The numbers are medians.
 """
 
 from __future__ import annotations
@@ -13,11 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -25,16 +26,17 @@ from typing import Any, NamedTuple
 # This process imports neither NumPy nor the package: the peak memory that the operating system
 # reports for a child includes what its parent had when it was started.
 
-FOLDER, FILE = "adapter", "flux.safetensors"
+FOLDER, FILE, MANY_RANKS = "adapter", "flux.safetensors", "many-ranks"
 COMMANDS = {
     "--help": ["--help"],
     "info, 39 MB folder": ["info", FOLDER],
+    "info, 794 layers of different ranks": ["info", MANY_RANKS],
     "export --rank 4, 39 MB folder": ["export", FOLDER, "--rank", "4", "-o", "output"],
     "export --rank 16, 209 MB file": ["export", FILE, "--rank", "16", "-o", "output.safetensors"],
 }
 LAYER = "reorder one layer, 3072 x 3072, R = 64"
 
-# Both print the median CPU seconds of reordering a layer. Version 0.3 computes with torch.
+# Prints the median CPU seconds of reordering a layer.
 LAYER_SCRIPT = """
 import time
 from statistics import median
@@ -52,75 +54,31 @@ with threadpool_limits(1, "blas"):
         seconds.append(time.process_time() - start)
 print(median(seconds))
 """
-TORCH_LAYER_SCRIPT = """
-import time
-from statistics import median
-import torch
-from matryoshka_lora.factors import reorder_factors
-torch.manual_seed(0)
-torch.set_num_threads(1)
-A, B = torch.randn(64, 3072), torch.randn(3072, 64)
-seconds = []
-for _ in range(21):
-    start = time.process_time()
-    reorder_factors(A, B)
-    seconds.append(time.process_time() - start)
-print(median(seconds))
-"""
-
-
-class Installation(NamedTuple):
-    """A version of the package: an interpreter, and a source folder if it is not installed."""
-
-    python: str
-    source: Path | None = None
-
-    @classmethod
-    def from_argument(cls, path: str) -> Installation:
-        """Return the installation of a Python executable, or of a source folder."""
-        if Path(path).is_dir():
-            return cls(sys.executable, Path(path).resolve())
-        return cls(path)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The environment of its processes: default threads, and modules compiled only once."""
-        environment = {key: value for key, value in os.environ.items() if "NUM_THREADS" not in key}
-        # An installed package has bytecode. A source folder gets it in the first run.
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        if self.source:
-            environment["PYTHONPATH"] = str(self.source)
-        return environment
-
-    @property
-    def version(self) -> str:
-        """The version of the package."""
-        process = subprocess.run(
-            [self.python, "-c", "import matryoshka_lora; print(matryoshka_lora.__version__)"],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return process.stdout.strip()
 
 
 class Usage(NamedTuple):
-    """What a process used."""
+    """The resources that a process used."""
 
     cpu_seconds: float
     peak_MiB: float
 
 
-def measure_command(installation: Installation, arguments: Sequence[str], folder: Path) -> Usage:
-    """Run a command of the package and return what it used."""
+def environment() -> dict[str, str]:
+    """Return the environment of a process: default threads, and modules compiled only once."""
+    variables = {key: value for key, value in os.environ.items() if "NUM_THREADS" not in key}
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)
+    return variables
+
+
+def measure_command(arguments: Sequence[str], folder: Path) -> Usage:
+    """Run a command of the package and return the resources that it used."""
     for output in ("output", "output.safetensors"):
         shutil.rmtree(folder / output, ignore_errors=True)
         (folder / output).unlink(missing_ok=True)
     process = subprocess.Popen(
-        [installation.python, "-m", "matryoshka_lora", *arguments],
+        [sys.executable, "-m", "matryoshka_lora", *arguments],
         cwd=folder,
-        env=installation.environment,
+        env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
@@ -134,22 +92,15 @@ def measure_command(installation: Installation, arguments: Sequence[str], folder
     return Usage(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / 2**20)
 
 
-def measure_layer(installation: Installation) -> float:
+def measure_layer() -> float:
     """Return the CPU seconds of reordering one layer, on one thread."""
-
-    def run(code: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [installation.python, "-c", code],
-            env=installation.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    process = run(LAYER_SCRIPT)
-    if process.returncode != 0:
-        process = run(TORCH_LAYER_SCRIPT)
-        process.check_returncode()
+    process = subprocess.run(
+        [sys.executable, "-c", LAYER_SCRIPT],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return float(process.stdout)
 
 
@@ -201,7 +152,7 @@ def write_inputs(folder: Path) -> None:
     tensors: dict[str, Any] = {}
     for name, in_features, out_features in smollm_layers():
         add_factors(tensors, f"base_model.model.{name}", 32, in_features, out_features)
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": 32,
@@ -213,6 +164,17 @@ def write_inputs(folder: Path) -> None:
     save_file(tensors, folder / FOLDER / "adapter_model.safetensors")
 
     tensors = {}
+    ranks: dict[str, int] = {}
+    for index in range(794):
+        name = f"blocks.{index}.proj"
+        ranks[f"^{re.escape(name)}"] = rank = 1 + index % 7
+        add_factors(tensors, f"base_model.model.{name}", rank, 32, 32)
+    (folder / MANY_RANKS).mkdir()
+    config |= {"r": 1, "rank_pattern": ranks, "alpha_pattern": ranks}
+    (folder / MANY_RANKS / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / MANY_RANKS / "adapter_model.safetensors")
+
+    tensors = {}
     for name in flux_attention_layers():
         add_factors(tensors, name, 64, 3072, 3072)
     for key, factor in tensors.items():
@@ -220,29 +182,17 @@ def write_inputs(folder: Path) -> None:
     save_file(tensors, folder / FILE)
 
 
-def measure(
-    installations: dict[str, Installation], folder: Path, repeats: int
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Return the medians by command and installation. The installations alternate."""
-    results: dict[str, dict[str, dict[str, float]]] = {}
+def measure(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
+    """Return the medians by command."""
+    results: dict[str, dict[str, float]] = {}
     for command, arguments in COMMANDS.items():
-        usages: dict[str, list[Usage]] = {name: [] for name in installations}
-        for _ in range(repeats):
-            for name, installation in installations.items():
-                usages[name].append(measure_command(installation, arguments, folder))
+        usages = [measure_command(arguments, folder) for _ in range(repeats)]
         results[command] = {
-            name: {
-                "cpu_seconds": median(usage.cpu_seconds for usage in values),
-                "peak_MiB": median(usage.peak_MiB for usage in values),
-            }
-            for name, values in usages.items()
+            "cpu_seconds": median(usage.cpu_seconds for usage in usages),
+            "peak_MiB": median(usage.peak_MiB for usage in usages),
         }
         print(command, json.dumps(results[command]), flush=True)
-    seconds: dict[str, list[float]] = {name: [] for name in installations}
-    for _ in range(repeats):
-        for name, installation in installations.items():
-            seconds[name].append(measure_layer(installation))
-    results[LAYER] = {name: {"cpu_seconds": median(values)} for name, values in seconds.items()}
+    results[LAYER] = {"cpu_seconds": median(measure_layer() for _ in range(repeats))}
     print(LAYER, json.dumps(results[LAYER]), flush=True)
     return results
 
@@ -252,7 +202,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--against", help="Python executable or source folder of another version")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs/file_commands.json"))
     parser.add_argument("--write-inputs", type=Path, help=argparse.SUPPRESS)
@@ -260,15 +209,15 @@ def main() -> None:
     if options.write_inputs:
         write_inputs(options.write_inputs)
         return
-    installations = {"this": Installation(sys.executable)}
-    if options.against:
-        installations["other"] = Installation.from_argument(options.against)
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, __file__, "--write-inputs", folder], check=True)
-        results = measure(installations, Path(folder), options.repeats)
+        results = measure(Path(folder), options.repeats)
+    document = {
+        "cores": os.cpu_count(),
+        "version": version("matryoshka-lora"),
+        "commands": results,
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    versions = {name: installation.version for name, installation in installations.items()}
-    document = {"cores": os.cpu_count(), "versions": versions, "commands": results}
     options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

@@ -52,7 +52,7 @@ print(json.dumps({
 def random_factors(
     rank: int, in_features: int, out_features: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Return random factors. The columns of B get smaller, as those of a trained adapter do."""
+    """Return random factors. The columns of B get smaller, as in a trained adapter."""
     generator = torch.Generator().manual_seed(seed)
     A = torch.randn(rank, in_features, generator=generator)
     B = torch.randn(out_features, rank, generator=generator)

@@ -42,7 +42,7 @@ REPEATS = 5
 KOHYA_METHODS = {"sv_ratio": 5.0, "sv_fro": 0.9, "sv_cumulative": 0.7}
 KJ_METHODS = {"sv_knee": 1.0}
 
-# What the scripts of all tools end with.
+# The end of the scripts of all tools.
 REPORT = """
 seconds = time.process_time() - start
 status = Path("/proc/self/status").read_text()
@@ -53,7 +53,6 @@ OUR_SCRIPT = f"""
 import json, sys, time
 from pathlib import Path
 from matryoshka_lora import export
-from matryoshka_lora.operations import export as imported  # names are imported lazily
 start = time.process_time()
 export(sys.argv[1], sys.argv[2], force=True, **json.loads(sys.argv[3]))
 {REPORT}"""

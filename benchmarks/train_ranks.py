@@ -32,7 +32,7 @@ NUM_EXAMPLES = 64
 
 
 def measure(batch_size: int, num_tokens: int, num_steps: int) -> dict[str, float]:
-    """Return the seconds of a run, and those of `train_ranks` after it."""
+    """Return the seconds of a run, and of `train_ranks` after it."""
     tokenizer = load_tokenizer()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 20000, (NUM_EXAMPLES, num_tokens), generator=generator)

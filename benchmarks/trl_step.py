@@ -1,7 +1,7 @@
 """Measure the training step of README's script: PEFT and TRL alone, and with a nested adapter.
 
     make bench-trl
-    python benchmarks/trl_step.py --tokens 128 --repeats 3 --output docs/trl_step.json
+    python benchmarks/trl_step.py --tokens 128 --repeats 3 --output benchmarks/results/trl_step.json
 
 Three kinds of trainer alternate in one process: plain PEFT, the nested adapter with PEFT's own
 forward, and the nested adapter with the fused operation. Each runs ``trainer.train()`` with TRL's
@@ -10,8 +10,8 @@ with ``bf16=False``, as in README on hardware with bf16; the model in fp32, as i
 CPUs; and TRL's bf16 autocast.
 
 Time is CPU time of one thread, and on a GPU wall time, of a step with its update; the ratios are
-medians over all steps but the first of each run. Peak bytes are those of all tensors that a step
-creates and that live at the same time.
+medians over all steps but the first of each run. Peak bytes count all tensors that a step creates
+and that live at the same time.
 """
 
 from __future__ import annotations
@@ -162,14 +162,11 @@ def make_trainer(
         adapter = nest(trainer.model)
         trainer.add_callback(adapter.callback())
         if variant != "nested, fused":
-            for module in adapter.layers.values():
-                # The fused operation would not call a module with hooks.
-                module.lora_A[adapter.name].register_forward_hook(_do_nothing)
+            for name, module in trainer.model.named_modules():
+                if name.endswith(f"lora_A.{adapter.name}"):
+                    # The fused operation does not run for a module with hooks.
+                    module.register_forward_hook(lambda *_: None)
     return trainer
-
-
-def _do_nothing(*_: object) -> None:
-    """Be a hook."""
 
 
 def measure(tokens: int, repeats: int, setting: str) -> dict[str, dict[str, Any]]:

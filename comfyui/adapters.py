@@ -1,125 +1,94 @@
-"""The adapters that ComfyUI applies to a weight, as the factors of a LoRA.
-
-The change of a weight is ``scale * B A``, with A of shape (R, in) and B of shape (out, R). Kernels
-of convolutions are flattened.
-"""
+"""The adapters that ComfyUI applies to a weight, as layers of a LoRA."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from matryoshka_lora.peft.arrays import to_numpy, to_numpy_dtype
 
-from matryoshka_lora import MatryoshkaError
-from matryoshka_lora.linalg.kronecker import elementwise_product
+import matryoshka_lora as ml
+from matryoshka_lora.formats.lycoris import read_lycoris_layers
+from matryoshka_lora.lora.layer import LayerKeys, StoredTensor
 
+SOURCE = "the LoRAs on the model"
 
-class Factors(NamedTuple):
-    """The factors of a change, float64, and its scale."""
-
-    A: np.ndarray
-    B: np.ndarray
-    scale: float
-
-
-def to_array(tensor: torch.Tensor) -> np.ndarray:
-    """Return a tensor of any dtype and device as float64."""
-    return tensor.detach().to("cpu", torch.float64).numpy()
+WEIGHTS = {
+    "lora": "lora_up lora_down alpha lora_mid dora_scale reshape_weight",
+    "loha": "hada_w1_a hada_w1_b alpha hada_w2_a hada_w2_b hada_t1 hada_t2 dora_scale",
+    "lokr": "lokr_w1 lokr_w2 alpha lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b lokr_t2 dora_scale",
+}
+"""The names in a file of ``WeightAdapterBase.weights``, by the kind of adapter."""
 
 
-def adapter_factors(key: str, adapter: Any) -> Factors:
-    """Return the factors of an adapter.
+def store_tensor(tensor: torch.Tensor) -> StoredTensor:
+    """Return a tensor of any dtype and device as one that is copied to NumPy when it is read."""
+    dtype = to_numpy_dtype(tensor.dtype)
+    return StoredTensor(dtype, tuple(tensor.shape), lambda: to_numpy(tensor)).widened()
+
+
+def read_adapter(key: str, name: str, adapter: Any) -> ml.Layer | None:
+    """Return an adapter as a layer, or None if its alpha is 0.
 
     Args:
         key: The key of the weight, for messages.
+        name: The name of the layer.
         adapter: A ``comfy.weight_adapter.WeightAdapterBase``.
 
     Raises:
         MatryoshkaError: The adapter is not a sum of products of factors.
+        NotFiniteError: A factor is NaN or infinite. It is raised when the layer is read.
     """
     kind = getattr(adapter, "name", type(adapter).__name__)
-    if kind not in _READERS:
-        raise MatryoshkaError(
+    if kind not in WEIGHTS:
+        raise ml.MatryoshkaError(
             f"The change of {key} has the kind {kind!r}, which cannot be saved as a LoRA. Remove "
             "its loader from the graph."
         )
-    return _READERS[kind](key, adapter.weights)
-
-
-def _check_no_dora(key: str, dora_scale: Any) -> None:
-    if dora_scale is not None:
-        raise MatryoshkaError(
+    weights = dict(zip(WEIGHTS[kind].split(), adapter.weights, strict=True))
+    alpha = weights.pop("alpha")
+    if weights.pop("dora_scale") is not None:
+        raise ml.MatryoshkaError(
             f"The change of {key} is DoRA, which depends on the weight and cannot be saved as a "
             "LoRA. Remove its loader from the graph."
         )
-
-
-def _lora_factors(key: str, weights: Sequence[Any]) -> Factors:
-    up, down, alpha, mid, dora_scale, new_shape = weights
-    _check_no_dora(key, dora_scale)
-    if new_shape is not None:
-        raise MatryoshkaError(
+    if weights.pop("reshape_weight", None) is not None:
+        raise ml.MatryoshkaError(
             f"The LoRA changes the shape of {key}, which a sum of LoRAs cannot. Remove its loader "
             "from the graph."
         )
-    A, B = to_array(down), to_array(up)
-    rank = len(A)
-    if mid is not None:
-        # LoCon: the kernel of the third factor, between the two others.
-        A = np.einsum("rc...,ci->ri...", to_array(mid), A.reshape(rank, -1))
-    scale = 1.0 if alpha is None else alpha / rank
-    return Factors(A.reshape(len(A), -1), B.reshape(len(B), -1), scale)
+    tensors = {
+        weight: store_tensor(tensor) for weight, tensor in weights.items() if tensor is not None
+    }
+
+    def read_scale(_name: str, rank: int, _key_alpha: str | None) -> float:
+        return 1.0 if alpha is None else float(alpha) / rank
+
+    if kind != "lora":
+        named_tensors = {f"{name}.{weight}": tensor for weight, tensor in tensors.items()}
+        layers, _ = read_lycoris_layers(named_tensors, read_scale, SOURCE)
+        return layers[0] if layers else None
+    A, B = tensors["lora_down"], tensors["lora_up"]
+    scale = read_scale(name, A.shape[0], None)
+    if scale == 0:
+        return None
+    if "lora_mid" in tensors:
+        A = _with_kernel(A, tensors["lora_mid"])
+    layer = ml.Layer.from_tensors(name, A, B, 1.0, LayerKeys("", ""), source=SOURCE)
+
+    def multiply(factors: ml.Factors) -> ml.Factors:
+        return factors._replace(B=scale * factors.B.astype(np.float64))  # it may be negative
+
+    return layer.map(multiply)
 
 
-def _loha_factors(key: str, weights: Sequence[Any]) -> Factors:
-    B1, A1, alpha, B2, A2, kernel1, kernel2, dora_scale = weights
-    _check_no_dora(key, dora_scale)
-    if kernel1 is not None or kernel2 is not None:
-        raise MatryoshkaError(
-            f"The change of {key} is a LoHa of a convolution, which cannot be saved as a LoRA. "
-            "Remove its loader from the graph."
-        )
-    A, B = elementwise_product(to_array(B1), to_array(A1), to_array(B2), to_array(A2))
-    return Factors(A, B, 1.0 if alpha is None else alpha / len(A1))
+def _with_kernel(A: StoredTensor, mid: StoredTensor) -> StoredTensor:
+    """Return A of LoCon, whose kernel is that of a third factor between A and B."""
 
+    def read() -> np.ndarray:
+        matrix = A.read().reshape(A.shape[0], -1).astype(np.float64)
+        product: np.ndarray = np.einsum("rc...,ci->ri...", mid.read().astype(np.float64), matrix)
+        return product
 
-def _lokr_factors(key: str, weights: Sequence[Any]) -> Factors:
-    w1, w2, alpha, B1, A1, B2, A2, kernel, dora_scale = weights
-    _check_no_dora(key, dora_scale)
-    rank = None
-    if w1 is None:
-        rank = len(A1)
-        first = to_array(A1), to_array(B1)
-    else:
-        first = _factorize(to_array(w1))
-    if w2 is not None:
-        second = _factorize(to_array(w2))
-    elif kernel is None:
-        rank = len(A2)
-        second = to_array(A2), to_array(B2)
-    else:
-        rank = len(A2)
-        A = np.einsum("ij...,jr->ir...", to_array(kernel), to_array(A2))
-        second = A.reshape(len(A), -1), to_array(B2).T
-    # The Kronecker product of two products is the product of the Kronecker products.
-    A, B = np.kron(first[0], second[0]), np.kron(first[1], second[1])
-    scale = 1.0 if alpha is None or rank is None else alpha / rank
-    return Factors(A, B, scale)
-
-
-def _factorize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return A and B of a matrix, one of which is the identity."""
-    matrix = matrix.reshape(len(matrix), -1)
-    num_rows, num_columns = matrix.shape
-    if num_rows <= num_columns:
-        return matrix, np.eye(num_rows)
-    return np.eye(num_columns), matrix
-
-
-_READERS: dict[str, Callable[[str, Sequence[Any]], Factors]] = {
-    "lora": _lora_factors,
-    "loha": _loha_factors,
-    "lokr": _lokr_factors,
-}
+    return StoredTensor(A.dtype, (mid.shape[0], A.shape[1], *mid.shape[2:]), read)

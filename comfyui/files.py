@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import folder_paths
@@ -61,15 +61,20 @@ def output_path(filename: str, overwrite: bool) -> Path:
     return path
 
 
-def format_ranks(ranks: Iterable[int]) -> str:
-    """Return "rank 8", or "rank 2 to 16" if they differ."""
-    unique = set(ranks)
-    if len(unique) == 1:
-        return f"rank {unique.pop()}"
-    return f"rank {min(unique)} to {max(unique)}"
+def format_ranks(ranks: Mapping[str, int]) -> str:
+    """Return "rank 8", or "rank 2 to 16" if the ranks of the layers differ."""
+    low, high = min(ranks.values()), max(ranks.values())
+    return f"rank {low}" if low == high else f"rank {low} to {high}"
 
 
-def report_saved(path: Path, ranks: Iterable[int], error: float, *notes: str) -> list[str]:
-    """Return the lines that a node shows after it has saved a file."""
+def report_saved(path: Path, ranks: Mapping[str, int], errors: Mapping[int, float]) -> list[str]:
+    """Return the lines that a node shows after it has saved a file.
+
+    Args:
+        path: The file.
+        ranks: The rank of each layer.
+        errors: The relative error by the rank. The one of the largest rank is shown.
+    """
     size = format_size(path.stat().st_size)
-    return [f"Saved {path.name}", f"{format_ranks(ranks)}, {size}", f"error {error:.2%}", *notes]
+    error = errors[max(errors)]
+    return [f"Saved {path.name}", f"{format_ranks(ranks)}, {size}", f"error {error:.2%}"]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from typing import Any
+from typing import Any, Literal
 
 import comfy.sd
 import folder_paths
 import safetensors.torch
 
-from matryoshka_lora import combine, export
-from matryoshka_lora.lora_file.open import open_lora
+import matryoshka_lora as ml
 from matryoshka_lora.units import format_size
 
 from .files import (
@@ -22,10 +21,12 @@ from .files import (
     report_saved,
     source_path,
 )
-from .patches import DTYPES, collect_loras, ranks_of_sum
+from .patches import collect_loras
 
 CATEGORY = "matryoshka-lora"
 MAX_RANK = 4096
+EXACT = 1 - 1e-15
+"""The share of the squared singular values that float32 can represent."""
 
 
 def rank_input(default: int, minimum: int, tooltip: str) -> tuple[str, dict[str, Any]]:
@@ -125,19 +126,19 @@ class MatryoshkaShrinkLora:
         filename: str,
         overwrite: bool,
     ) -> dict[str, Any]:
-        source, path = source_path(lora_name), output_path(filename, overwrite)
-        old_ranks = format_ranks(layer.rank for layer in open_lora(source).layers)
-        result = export(
-            source,
+        path = output_path(filename, overwrite)
+        lora = ml.open(source_path(lora_name))
+        result = ml.export(
+            lora,
             path,
             rank=rank if by == "rank" else None,
             error=error_percent / 100 if by == "error" else None,
             max_bytes=round(megabytes * 1e6) if by == "megabytes" else None,
             force=overwrite,
         )
-        notes = [f"before: {old_ranks}, {format_size(result.size_before)}", *result.notes]
-        (error,) = result.errors.values()
-        return {"ui": ui_text(report_saved(path, dict(result.ranks).values(), error, *notes))}
+        before = f"before: {format_ranks(lora.ranks)}, {format_size(lora.size)}"
+        lines = report_saved(path, result.ranks, result.errors)
+        return {"ui": ui_text([*lines, before, *result.notes])}
 
 
 class MatryoshkaCombineLoras:
@@ -182,11 +183,9 @@ class MatryoshkaCombineLoras:
         sources = [source_path(lora_name_1), source_path(lora_name_2)]
         path = output_path(filename, overwrite)
         weights = [weight_1, weight_2]
-        result = combine(sources, path, weights, rank or "sum", force=overwrite)
-        ranks = [layer.rank for layer in open_lora(path).layers]
-        error = result.errors[max(result.errors)]
-        cosine = f"cosine of the two: {result.cosines[0, 1]:.2f}"
-        return {"ui": ui_text(report_saved(path, ranks, error, cosine))}
+        result = ml.combine(sources, path, weights, rank or "sum", force=overwrite)
+        lines = report_saved(path, ml.open(path).ranks, result.errors)
+        return {"ui": ui_text([*lines, f"cosine of the two: {result.cosines[0, 1]:.2f}"])}
 
 
 class MatryoshkaSaveLoraStack:
@@ -208,10 +207,10 @@ class MatryoshkaSaveLoraStack:
                 "model": ("MODEL", {"tooltip": "The model after the last LoRA loader."}),
                 "rank": rank_input(0, 0, "The rank of the file. 0 keeps all of the sum."),
                 "dtype": (
-                    ["auto", *DTYPES],
+                    ["auto", "fp32", "bf16", "fp16"],
                     {
-                        "tooltip": "The dtype of the file. auto: the one of the LoRAs, and fp32 if "
-                        "they differ."
+                        "tooltip": "The dtype of the factors. auto: the one of the LoRAs, and fp32 "
+                        "if they differ."
                     },
                 ),
                 **save_inputs("stack"),
@@ -225,17 +224,19 @@ class MatryoshkaSaveLoraStack:
         self,
         model: Any,
         rank: int,
-        dtype: str,
+        dtype: Literal["auto", "fp32", "bf16", "fp16"],
         filename: str,
         overwrite: bool,
         clip: Any = None,
     ) -> dict[str, Any]:
         path = output_path(filename, overwrite)
-        lora = collect_loras(model, clip, dtype)
-        ranks = ranks_of_sum(lora, rank or None)
-        written = lora.plan(ranks).write(path, overwrite)
-        lines = report_saved(path, ranks.values(), written.relative_error())
-        return {"ui": ui_text([*lines, f"{len(ranks)} layers"])}
+        lora = collect_loras(model, clip)
+        if dtype != "auto":
+            lora = lora.cast(dtype)
+        max_rank = min(rank or lora.max_rank, lora.max_rank)
+        result = lora.truncate(max_rank, keep=EXACT).save(path, force=overwrite)
+        lines = report_saved(path, result.ranks, result.errors)
+        return {"ui": ui_text([*lines, f"{len(result.ranks)} layers"])}
 
 
 class MatryoshkaLoadLoraAtRank:
@@ -276,18 +277,18 @@ class MatryoshkaLoadLoraAtRank:
         strength_clip: float,
         clip: Any = None,
     ) -> dict[str, Any]:
-        source = source_path(lora_name)
-        rank = min(rank, open_lora(source).max_rank)
+        lora = ml.open(source_path(lora_name))
+        small = lora.at_rank(min(rank, lora.max_rank))
         parent = folder_paths.get_temp_directory()
         os.makedirs(parent, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent) as folder:
-            result = export(source, os.path.join(folder, "lora.safetensors"), rank)
+            result = small.save(os.path.join(folder, "lora.safetensors"))
             # Not a memory map: the file is deleted.
             tensors = safetensors.torch.load(result.path.read_bytes())
         loaded = comfy.sd.load_lora_for_models(model, clip, tensors, strength_model, strength_clip)
-        size = f"{format_size(result.size_after)}, whole: {format_size(result.size_before)}"
-        ranks = format_ranks(dict(result.ranks).values())
-        lines = [f"{ranks}, {size}", f"error {result.errors[max(result.errors)]:.2%}"]
+        size = f"{format_size(result.size)}, whole: {format_size(lora.size)}"
+        error = result.errors[max(result.errors)]
+        lines = [f"{format_ranks(result.ranks)}, {size}", f"error {error:.2%}"]
         return {"ui": ui_text(lines), "result": loaded}
 
 

@@ -1,219 +1,160 @@
-"""All LoRAs that are applied to a model of ComfyUI, as one LoRA file.
-
-``ModelPatcher.patches`` holds a list for each key of a weight. An entry is (strength, change,
-strength of the model, offset, function). The offset (dim, start, length) selects a part of a fused
-weight. The function reorders the rows of the change.
-"""
+"""All LoRAs that are applied to a model of ComfyUI, as one LoRA."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matryoshka_lora.lora_file.keys.names import DIFFUSERS_SUFFIXES
-from matryoshka_lora.lora_file.lora import Layer
-from matryoshka_lora.lora_file.safetensors_io import StoredTensor
-from matryoshka_lora.lora_file.single_file import SingleFile
 
-from matryoshka_lora import MatryoshkaError
-from matryoshka_lora.linalg.factors import singular_values, weighted_sum
-from matryoshka_lora.tensors import to_numpy_dtype
-from matryoshka_lora.progress import progress_bar, single_threaded
+import matryoshka_lora as ml
+from matryoshka_lora.lora.combine import sum_layers, sum_tensors
+from matryoshka_lora.lora.layer import LayerKeys, StoredTensor
 
-from .adapters import Factors, adapter_factors, to_array
-
-Patch = tuple[float, Any, float, tuple[int, int, int] | None, Callable[..., Any] | None]
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""The dtypes of a file."""
+from .adapters import SOURCE, read_adapter, store_tensor
 
 
-def collect_loras(model: Any, clip: Any, dtype: str) -> SingleFile:
-    """Return the sum of all LoRAs on a model, and on its text encoders, as a LoRA in memory.
+class Patch(NamedTuple):
+    """A change of a weight, an entry of a list in ``ModelPatcher.patches``.
 
-    The rank of a layer is that of the sum. ComfyUI reads the keys for every architecture.
+    Attributes:
+        strength: The factor of the change.
+        change: A ``comfy.weight_adapter.WeightAdapterBase``, or the kind of another change and its
+            tensors.
+        strength_model: The factor of the weight, 1 for LoRAs.
+        offset: The dimension, start and length of the part of a fused weight, or None.
+        function: Reorders the rows of the change, or is None.
+    """
+
+    strength: float
+    change: Any
+    strength_model: float
+    offset: tuple[int, int, int] | None
+    function: Callable[[torch.Tensor], torch.Tensor] | None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the change has the shape of the weight."""
+        return isinstance(self.change, (tuple, list))
+
+
+def collect_loras(model: Any, clip: Any = None) -> ml.Lora:
+    """Return the sum of all LoRAs on a model, and on its text encoders.
+
+    The rank of a layer is the sum of the ranks. ComfyUI reads the keys for every architecture.
 
     Args:
         model: A ``ModelPatcher``.
         clip: A ``CLIP``, or None.
-        dtype: A key of `DTYPES`, or ``"auto"`` for the dtype of the LoRAs, and fp32 if they differ.
 
     Raises:
         MatryoshkaError: Nothing is applied to the model, or something that is not a LoRA.
     """
-    layers: list[Layer] = []
+    layers: list[ml.Layer] = []
     other_tensors: dict[str, StoredTensor] = {}
     parts = [(model, "")]
     if clip is not None:
         parts.append((clip.patcher, "text_encoders."))
-    with single_threaded():
-        for patcher, prefix in parts:
-            weights = patcher.model_state_dict()
-            for key in progress_bar(sorted(patcher.patches), "adding"):
-                patches = [patch for patch in patcher.patches[key] if patch[0] != 0]
-                if not patches:
-                    continue
-                name = prefix + key.removesuffix(".weight")
-                if any(_is_dense(change) for _, change, *_ in patches):
-                    other_tensors[_dense_key(prefix + key)] = _dense_sum(key, patches, dtype)
-                else:
-                    layers.append(_sum_layer(key, name, patches, weights[key].shape, dtype))
+    for patcher, prefix in parts:
+        weights = patcher.model_state_dict()
+        for key in patcher.patches:
+            patches = [Patch(*patch) for patch in patcher.patches[key] if patch[0] != 0]
+            if any(patch.strength_model != 1 for patch in patches):
+                raise ml.MatryoshkaError(
+                    f"{key} belongs to a merge of models, not only to LoRAs. Connect the model "
+                    "before the merge."
+                )
+            name = prefix + key.removesuffix(".weight")
+            if any(patch.is_dense for patch in patches):
+                # The keys that ComfyUI reads for the change of a weight and of a bias.
+                is_bias = name.endswith(".bias")
+                dense_key = f"{name.removesuffix('.bias')}.diff{'_b' if is_bias else ''}"
+                terms = [(patch.strength, _read_dense(key, patch)) for patch in patches]
+                other_tensors[dense_key] = sum_tensors(dense_key, terms)
+            else:
+                layers += _read_layers(key, name, patches, tuple(weights[key].shape))
     if not layers:
-        raise MatryoshkaError(
+        raise ml.MatryoshkaError(
             "No LoRA is applied to the model. Connect the MODEL output of a LoRA loader."
         )
     layers.sort(key=lambda layer: layer.name)
-    metadata = {"format": "pt"}
-    return SingleFile("the LoRAs on the model", tuple(layers), other_tensors, metadata)
+    return ml.Lora(SOURCE, tuple(layers), other_tensors, {"format": "pt"}, container="single")
 
 
-def _sum_layer(
-    key: str, name: str, patches: Sequence[Patch], shape: Sequence[int], dtype: str
-) -> Layer:
-    """Return the sum of the changes of one weight. Its factors are computed again when read."""
-
-    @lru_cache(maxsize=1)  # A and B are read one after the other
-    def sum_factors() -> tuple[np.ndarray, np.ndarray]:
-        factors = [_patch_factors(key, patch, shape) for patch in patches]
-        if len({(change.A.shape[1], len(change.B)) for change in factors}) > 1:
-            raise MatryoshkaError(
-                f"The LoRAs on {key} have different shapes. Use LoRAs of this model only."
-            )
-        pairs = [(change.A, change.B) for change in factors]
-        return weighted_sum(pairs, [change.scale for change in factors])
-
-    A, B = sum_factors()
-    rank = len(A)
-    kernel = tuple(shape[1:])
-    if len(shape) < 2 or np.prod(kernel) != A.shape[1]:
-        kernel = (A.shape[1],)
-    shape_of_A, shape_of_B = (rank, *kernel), (len(B), rank, *[1] * (len(kernel) - 1))
-    numpy_dtype = to_numpy_dtype(_file_dtype(patches, dtype))
-    sum_factors.cache_clear()
-    return Layer(
-        name,
-        name + DIFFUSERS_SUFFIXES.A,
-        name + DIFFUSERS_SUFFIXES.B,
-        StoredTensor(numpy_dtype, shape_of_A, lambda: sum_factors()[0].reshape(shape_of_A)),
-        StoredTensor(numpy_dtype, shape_of_B, lambda: sum_factors()[1].reshape(shape_of_B)),
-        rank,
-        scale=1.0,
-        # Loaders that expect one alpha for all layers would compute other strengths without it.
-        key_alpha=f"{name}.alpha",
+def _read_dense(key: str, patch: Patch) -> StoredTensor:
+    """Return a dense change of a weight, such as a bias or the scale of a norm."""
+    kind = patch.change[0] if patch.is_dense else getattr(patch.change, "name", "unknown")
+    if kind == "diff" and patch.is_dense and patch.offset is None and patch.function is None:
+        tensor, *options = patch.change[1]
+        if not options:
+            return store_tensor(tensor)
+    raise ml.MatryoshkaError(
+        f"The change of {key} has the kind {str(kind)!r:.40}, which cannot be added to the others. "
+        "Remove its loader from the graph."
     )
 
 
-def ranks_of_sum(lora: SingleFile, max_rank: int | None) -> dict[str, int]:
-    """Return the smallest rank of each layer that is exact, or a maximum where it is smaller."""
-    ranks: dict[str, int] = {}
-    with single_threaded():
-        for layer in progress_bar(lora.layers, "ranks"):
-            rank = max(1, int(np.count_nonzero(singular_values(*lora.factors(layer)))))
-            ranks[layer.name] = rank if max_rank is None else min(rank, max_rank)
-    return ranks
+def _read_layers(
+    key: str, name: str, patches: Sequence[Patch], shape: tuple[int, ...]
+) -> list[ml.Layer]:
+    """Return the sum of the adapters of one weight as a layer, or nothing if all alphas are 0."""
+    layers: list[ml.Layer] = []
+    strengths: list[float] = []
+    for patch in patches:
+        layer = read_adapter(key, name, patch.change)
+        if layer is not None:
+            layers.append(_on_whole_weight(key, layer, patch, shape))
+            strengths.append(patch.strength)
+    if not layers:
+        return []
+    # Loaders that expect one alpha for all layers would compute other strengths without the alpha.
+    keys = LayerKeys(f"{name}.lora_A.weight", f"{name}.lora_B.weight", f"{name}.alpha")
+    return [replace(sum_layers(layers, strengths), keys=keys)]
 
 
-def _patch_factors(key: str, patch: Patch, shape: Sequence[int]) -> Factors:
-    """Return the factors of an entry of a list of patches, for the whole weight."""
-    strength, adapter, strength_of_model, offset, function = patch
-    _check_strength(key, strength_of_model)
-    A, B, scale = adapter_factors(key, adapter)
+def _on_whole_weight(key: str, layer: ml.Layer, patch: Patch, shape: tuple[int, ...]) -> ml.Layer:
+    """Return the layer of a patch with the rows and columns of the weight."""
+    function = patch.function
     if function is not None:
-        B = _reorder_rows(key, function, A, B)
-    if offset is not None:
-        dim, start, length = offset
-        A_or_B, axis = (B, 0) if dim == 0 else (A, 1)
-        if dim > 1 or A_or_B.shape[axis] != length:
-            raise MatryoshkaError(
+        layer = layer.map(lambda factors: _reorder_rows(key, function, factors))
+    sizes = [layer.out_features, math.prod(layer.in_shape)]
+    if patch.offset is not None:
+        dim, start, length = patch.offset
+        if dim > 1 or sizes[dim] != length:
+            raise ml.MatryoshkaError(
                 f"The LoRA on a part of {key} has another shape than this part. Use LoRAs of this "
                 "model only."
             )
-        widths = [(0, 0), (0, 0)]
-        widths[axis] = (start, shape[dim] - start - length)
-        padded = np.pad(A_or_B, widths)
-        A, B = (A, padded) if dim == 0 else (padded, B)
-    return Factors(A, B, strength * scale)
+        sizes[dim] = shape[dim]
+        widths = (start, shape[dim] - start - length)
+
+        def pad(factors: ml.Factors) -> ml.Factors:
+            if dim == 0:
+                return factors._replace(B=np.pad(factors.B, [widths, (0, 0)]))
+            return factors._replace(A=np.pad(factors.A, [(0, 0), widths]))
+
+        layer = layer.map(pad)
+    out_features, num_inputs = sizes
+    # A LoRA for a 1 x 1 convolution may have the shapes of a linear layer.
+    has_kernel = len(shape) > 2 and math.prod(shape[1:]) == num_inputs
+    return replace(
+        layer, out_features=out_features, in_shape=shape[1:] if has_kernel else (num_inputs,)
+    )
 
 
 def _reorder_rows(
-    key: str, function: Callable[..., Any], A: np.ndarray, B: np.ndarray
-) -> np.ndarray:
-    """Return B after a function of the change ``B A`` that is a function of its rows."""
+    key: str, function: Callable[[torch.Tensor], torch.Tensor], factors: ml.Factors
+) -> ml.Factors:
+    """Return factors after a function of the change ``B A``, which is a function of its rows."""
+    A, B = factors.A.astype(np.float64), factors.B.astype(np.float64)
     new_B = function(torch.from_numpy(B)).numpy()
     change = function(torch.from_numpy(B @ A)).numpy()
     if not np.allclose(new_B @ A, change, rtol=1e-9, atol=1e-9 * np.abs(change).max()):
-        raise MatryoshkaError(
+        raise ml.MatryoshkaError(
             f"ComfyUI transforms the LoRA on {key} in a way that cannot be saved. Remove its "
             "loader from the graph."
         )
-    return new_B
-
-
-def _check_strength(key: str, strength_of_model: float) -> None:
-    if strength_of_model != 1:
-        raise MatryoshkaError(
-            f"{key} belongs to a merge of models, not only to LoRAs. Connect the model before the "
-            "merge."
-        )
-
-
-def _is_dense(change: Any) -> bool:
-    return isinstance(change, (tuple, list))
-
-
-def _dense_key(key: str) -> str:
-    """Return the key of a dense change of a weight or bias, as ComfyUI reads it."""
-    if key.endswith(".bias"):
-        return f"{key.removesuffix('.bias')}.diff_b"
-    return f"{key.removesuffix('.weight')}.diff"
-
-
-def _dense_sum(key: str, patches: Sequence[Patch], dtype: str) -> StoredTensor:
-    """Return the sum of dense changes of one weight, such as a bias or the scale of a norm."""
-    total: np.ndarray | None = None
-    tensors: list[torch.Tensor] = []
-    for strength, change, strength_of_model, offset, function in patches:
-        _check_strength(key, strength_of_model)
-        tensor = _dense_tensor(change)
-        if tensor is None or offset is not None or function is not None:
-            kind = change[0] if _is_dense(change) else getattr(change, "name", "unknown")
-            raise MatryoshkaError(
-                f"The change of {key} has the kind {str(kind)!r:.40}, which cannot be added to the "
-                "others. Remove its loader from the graph."
-            )
-        term = strength * to_array(tensor)
-        total = term if total is None else total + term
-        tensors.append(tensor)
-    assert total is not None
-    return StoredTensor.from_array(total.astype(to_numpy_dtype(_dtype_of(tensors, dtype))))
-
-
-def _dense_tensor(change: Any) -> torch.Tensor | None:
-    """Return the tensor of a ``("diff", (tensor,))``, or None for another change."""
-    if not isinstance(change, tuple) or len(change) != 2 or change[0] != "diff":
-        return None
-    tensor, *options = change[1]
-    return None if options else tensor
-
-
-def _file_dtype(patches: Sequence[Patch], dtype: str) -> torch.dtype:
-    tensors = [
-        weight
-        for _, adapter, *_ in patches
-        for weight in adapter.weights
-        if isinstance(weight, torch.Tensor)
-    ]
-    return _dtype_of(tensors, dtype)
-
-
-def _dtype_of(tensors: Sequence[torch.Tensor], dtype: str) -> torch.dtype:
-    """Return the dtype of a sum: the requested one, or that of all terms."""
-    if dtype != "auto":
-        return DTYPES[dtype]
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16}:
-        return dtypes.pop()
-    return torch.float32
+    return ml.Factors(A, new_B)

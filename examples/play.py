@@ -17,8 +17,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, load
-from matryoshka_lora.lora_file.open import open_lora
-from matryoshka_lora.lora_file.peft_folder import PeftFolder
+from matryoshka_lora.formats.open import open_adapter
+from matryoshka_lora.formats.peft_folder import base_model_of
 from matryoshka_lora.peft.base_model import load_adapter_tokenizer, load_model
 
 MAX_NEW_TOKENS = 256
@@ -102,10 +102,8 @@ def open_session(
     dtype: torch.dtype | str | None = None,
 ) -> Session:
     """Load an adapter into its base model."""
-    lora = open_lora(path)
-    if not isinstance(lora, PeftFolder):
-        raise MatryoshkaError(f"{path} is a single file. Pass a PEFT folder.")
-    base_model, base_revision = lora.base_model(base_model, base_revision)
+    lora = open_adapter(path)
+    base_model, base_revision = base_model_of(lora, base_model, base_revision)
     adapter = load(load_model(base_model, dtype, base_revision), path)
     tokenizer = load_adapter_tokenizer(lora, base_model, base_revision)
     return Session(Path(path).resolve().name, adapter, tokenizer)

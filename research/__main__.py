@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 write_tables(load_study(path.stem))
             return 0
         study = load_study(options.study)
-        selected = _select(study, options.methods, options.seeds)
+        selected = select(study, options.methods, options.seeds)
         if options.rates_only:
             selected = replace(selected, seeds=())
         if options.again:
@@ -98,8 +98,12 @@ def run_again(study: Study, file: Path, max_seconds: float) -> None:
     print(comparison(study, list(results(study, recorded)), list(results(study, repeated))))
 
 
-def _select(study: Study, methods: str | None, seeds: str | None) -> Study:
-    """Return a study with some of its methods, and with these seeds."""
+def select(study: Study, methods: str | None, seeds: str | None) -> Study:
+    """Return a study with some of its methods, and with these seeds; None keeps all of them.
+
+    Raises:
+        MatryoshkaError: The study does not have a method.
+    """
     if methods:
         selected_methods = tuple(methods.split(","))
         for method in selected_methods:

@@ -1,12 +1,14 @@
-"""The curves of the recorded test runs."""
+"""The curves of the recorded test runs, and of some that only an earlier version can repeat."""
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 from research.plan import Result, results
+from research.runs import Curve
 from research.stats import accuracy_at
-from research.study import LORA_EACH, load_study
+from research.study import LORA_EACH, RUNS, load_study
 
 WARMUPS = (0, 5, 20)
 """The studies ``reference-warmup-...``, in % of the steps. Only the best of them is tested."""
@@ -14,9 +16,25 @@ WARMUPS = (0, 5, 20)
 
 @cache
 def curves(name: str) -> tuple[Result, ...]:
-    """Return every finished curve of a study, from the recorded runs."""
+    """Return every finished curve of a study, and its curves of earlier versions."""
     study = load_study(name)
-    return tuple(results(study, study.load_runs()))
+    return (*results(study, study.load_runs()), *earlier_curves(name))
+
+
+def earlier_curves(study: str) -> list[Result]:
+    """Return the curves of a study that only an earlier version can repeat.
+
+    A line of ``runs/earlier.jsonl`` has the study, the commit of the version, and the fields of a
+    curve. Other results of earlier versions are in ``research/earlier.md``.
+    """
+    found: list[Result] = []
+    for line in (RUNS / "earlier.jsonl").read_text(encoding="utf-8").splitlines():
+        fields = json.loads(line)
+        if fields.pop("study") == study:
+            del fields["commit"]
+            curve = Curve(tuple(fields.pop("loss")), tuple(fields.pop("accuracy")))
+            found.append(Result(**{**fields, "ranks": tuple(fields["ranks"]), "curve": curve}))
+    return found
 
 
 def of_method(study: str, method: str, task: str | None = None) -> list[Result]:

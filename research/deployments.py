@@ -8,17 +8,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from matryoshka_lora import NestedAdapter
-from research.training import AnswerTrainer, Trained, score
+from research.training import (
+    AnswerTrainer,
+    Factors,
+    Trained,
+    copy_factors,
+    score,
+    write_factors,
+)
 
 Deployment = Callable[[Trained], Iterator[tuple[NestedAdapter, int]]]
 """Yields the adapter of each nested rank in turn, and the rank at which to use it."""
 
 SQUEEZE_SHARE = 0.5
-"""The largest number of examples that LoRA-Squeeze trains on, as a share of those of the run; the
-same as for ``trained``."""
+"""LoRA-Squeeze trains on at most this share of the run's examples, as ``trained`` does."""
 
 SQUEEZE_EXAMPLES_PER_STEP = 16
 
@@ -40,12 +45,10 @@ def prefix(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
 
 def kept(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
     """Use the first columns with the entries of P that they were trained with."""
-    adapter = trained.new_adapter("paper")
-    p = adapter.rule.sample(adapter.nesting, seed=0, step=0)
-    q = torch.from_numpy(p) / adapter.nesting.scale
+    adapter = trained.new_adapter()  # rank R has the diagonal of the training
     for rank in trained.ranks:
-        with adapter.use_diagonal(q * (torch.arange(len(q)) < rank)):
-            yield adapter, rank
+        write_factors(adapter, _truncate(trained.factors, rank))
+        yield adapter, trained.ranks[-1]
 
 
 def svd(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
@@ -87,7 +90,7 @@ def squeezed(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
     adapter = trained.new_adapter()
     trainer = trained.trainer
     adapter.reorder()
-    factors_by_rank = {max_rank: adapter.factors.copy()}
+    factors_by_rank = {max_rank: copy_factors(adapter)}
     good_loss = _validation_loss(adapter, trainer) + SQUEEZE_SMALLEST_GAP
     num_examples = trainer.args.max_steps * trainer.args.per_device_train_batch_size
     steps_left = int(SQUEEZE_SHARE * num_examples) // SQUEEZE_EXAMPLES_PER_STEP
@@ -95,15 +98,15 @@ def squeezed(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
         rank = smaller_ranks[index]
         if rank != smaller_ranks[-1]:
             adapter.reorder()
-        factors = {name: _truncate(A, B, rank) for name, (A, B) in adapter.factors.copy().items()}
-        adapter.factors.write(factors)  # what is zero has no gradient, and stays zero
+        # The zeros have no gradient, and stay zero.
+        write_factors(adapter, _truncate(copy_factors(adapter), rank))
         if _validation_loss(adapter, trainer) > good_loss:
             steps = steps_of_largest(smaller_ranks[: index + 1], steps_left)
             _train_on(adapter, trainer, steps, rank, max_rank)
             steps_left -= steps
-        factors_by_rank[rank] = adapter.factors.copy()
+        factors_by_rank[rank] = copy_factors(adapter)
     for rank in trained.ranks:
-        adapter.factors.write(factors_by_rank[rank])
+        write_factors(adapter, factors_by_rank[rank])
         adapter.set_rank(max_rank)
         yield adapter, max_rank  # the columns after the rank are zero
 
@@ -120,10 +123,13 @@ def steps_of_largest(ranks: Sequence[int], steps: int) -> int:
     return round(steps / ranks[-1] / sum(1 / rank for rank in ranks))
 
 
-def _truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _truncate(factors: Factors, rank: int) -> Factors:
     """Return factors whose columns of B and rows of A are zero after a rank."""
-    is_kept = torch.arange(len(A)) < rank
-    return A * is_kept[:, None], B * is_kept
+    truncated: Factors = {}
+    for name, (A, B) in factors.items():
+        is_kept = torch.arange(len(A)) < rank
+        truncated[name] = A * is_kept[:, None], B * is_kept
+    return truncated
 
 
 def _train_on(
@@ -157,6 +163,3 @@ FUNCTIONS: dict[str, Deployment] = {
     "squeezed": squeezed,
 }
 """The deployments by the names of `research.study.DEPLOYMENTS`."""
-
-WITH_A_COMMON_ADAPTER = ("prefix", "svd", "trained")
-"""The deployments with a common adapter for all ranks, so that all ranks can be asked together."""

@@ -26,7 +26,6 @@ from research.looks import (
     Mode,
     plain_name,
     set_rank_axis,
-    trained_method,
 )
 from research.plan import Result
 from research.spent import examples_spent
@@ -35,17 +34,17 @@ from research.study import LORA_EACH, load_study, parse_method
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "docs" / "figures"
 
-FACE_METHODS = (trained_method("every256"), "lora/squeezed", "lora/svd")
+FACE_METHODS = (TRAINED, "lora/squeezed", "lora/svd")
 TASK_METHODS = (LORA_EACH, "matryoshka/svd", "lora/svd", "lora/prefix", "matryoshka/prefix")
 
 P_DEPLOYMENTS = {
     "matryoshka/prefix": ("P, dropped after training (the paper)", LOOKS["matryoshka/prefix"]),
-    "matryoshka/keep": ("P, kept", Look("#B0568C", "#E58BBF", "P")),
+    "matryoshka/kept": ("P, kept", Look("#B0568C", "#E58BBF", "P")),
     "matryoshka/svd": ("P, then reorder (SVD)", LOOKS["matryoshka/svd"]),
 }
-"""The deployments of an adapter that P has trained; ``keep`` is the recorded name of ``kept``."""
+"""The deployments of an adapter that P has trained."""
 
-SPENT_METHODS = ("lora/svd", trained_method("capacity"), "lora/squeezed", LORA_EACH)
+SPENT_METHODS = ("lora/svd", TRAINED, "lora/squeezed", LORA_EACH)
 SPENT_STUDIES = {
     "256 facts, two kinds of layers": dict.fromkeys(SPENT_METHODS, ("capacity", "facts-256")),
     "family_relationships": {
@@ -237,7 +236,7 @@ def _draw_legend(figure: Any, num_columns: int = 2) -> None:
     )
 
 
-# What P, and training at a rank, are worth.
+# The value of P, and of training at a rank.
 
 
 def spent(figure: Any, mode: Mode) -> None:
@@ -317,7 +316,7 @@ def _draw_spent(axes: Any, studies: Mapping[str, tuple[str, str]], mode: Mode) -
 def singular(figure: Any, mode: Mode) -> None:
     """Draw the components of a trained layer, as trained and reordered."""
     figure.set_size_inches(9.0, 4.2)
-    layer = json.loads((ROOT / "docs" / "singular.json").read_text(encoding="utf-8"))
+    layer = json.loads((ROOT / "research" / "runs" / "singular.json").read_text(encoding="utf-8"))
     left, right = figure.subplots(1, 2)
     for order, method, label in (
         ("trained", "lora/prefix", "as trained"),

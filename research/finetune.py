@@ -24,7 +24,6 @@ from transformers import set_seed
 from matryoshka_lora import extract, load
 from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 from research import tasks
-from research.peft_adapters import tokenize
 from research.run import set_up, versions
 from research.runs import Job, append_line, complete_lines
 from research.study import RUNS, load_study
@@ -78,23 +77,23 @@ def run(split: str, rate: float, seed: int) -> dict[str, Any]:
             model=model,
             args=arguments(study, job, name),
             train_dataset=Dataset.from_list(tasks.training_examples(study, TASK, "lora", seed)),
+            eval_dataset=Dataset.from_list(tasks.measured_examples(study, TASK, split, seed)),
             processing_class=load_tokenizer(study.model),
         )
         trainer.train()
-        examples = tokenize(trainer, tasks.measured_examples(study, TASK, split, seed))
-        measurements: dict[str, Any] = {"tuned": _measure(model, trainer, examples)}
+        measurements: dict[str, Any] = {"tuned": _measure(model, trainer)}
         if split == "test":
             model.save_pretrained(folder / "tuned")
-            measurements.update(_extract_and_measure(folder, trainer, examples))
+            measurements.update(_extract_and_measure(folder, trainer))
         return measurements
 
 
-def _extract_and_measure(folder: Path, trainer: AnswerTrainer, examples: Any) -> dict[str, Any]:
+def _extract_and_measure(folder: Path, trainer: AnswerTrainer) -> dict[str, Any]:
     """Extract an adapter, with the other changed modules and without, and measure both."""
     base, tuned = folder / "base", folder / "tuned"
     base_model = load_model(str(base), "fp32", device="cpu")
     measurements: dict[str, Any] = {
-        "base": _measure(base_model, trainer, examples),
+        "base": _measure(base_model, trainer),
         "ranks": RANKS,
     }
     result = extract(base, tuned, folder / "lora", rank=max(RANKS))
@@ -103,18 +102,18 @@ def _extract_and_measure(folder: Path, trainer: AnswerTrainer, examples: Any) ->
     for rank in RANKS:
         adapter.set_rank(rank)
         error = round(result.errors[rank], 6)
-        extracted.append({**_measure(adapter.model, trainer, examples), "error": error})
+        extracted.append({**_measure(adapter.model, trainer), "error": error})
     measurements["extracted"] = extracted
 
     modules = sorted({key.rpartition(".")[0] for key in result.unsaved_tensors})
     extract(base, tuned, folder / "whole", rank=max(RANKS), modules_to_save=modules)
     adapter = load(load_model(str(base), "fp32", device="cpu"), folder / "whole")
-    measurements["whole"] = _measure(adapter.model, trainer, examples)
+    measurements["whole"] = _measure(adapter.model, trainer)
     return measurements
 
 
-def _measure(model: Any, trainer: AnswerTrainer, examples: Any) -> dict[str, float]:
-    loss, accuracy = score(model.eval(), trainer, examples)
+def _measure(model: Any, trainer: AnswerTrainer) -> dict[str, float]:
+    loss, accuracy = score(model.eval(), trainer, trainer.eval_dataset)
     return {"loss": loss, "accuracy": accuracy}
 
 

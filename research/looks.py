@@ -11,47 +11,19 @@ from research.study import LORA_EACH
 TRAINED = "lora/trained"
 """The `train_ranks` of the current version."""
 
-P_TRAINED_0_3 = "matryoshka/trained-0.3"
-"""After training with P, only version 0.3 has test runs."""
-
-STUDIES_OF_VERSION_0_3 = (
-    "commonsense-judged",
-    "every256-rank128",
-    "gemma256",
-    "hardly-wordnet",
-)
-"""Studies whose tests have the `train_ranks` of version 0.3 only."""
-
-
-def trained_method(study: str) -> str:
-    """Return the method that is shown as `train_ranks` for a study."""
-    return "lora/trained-0.3" if study in STUDIES_OF_VERSION_0_3 else TRAINED
-
-
-def train_ranks_name(method: str) -> str:
-    """Return the name of what a method does after `reorder`, with an old version's number."""
-    _, _, version = method.partition("/trained-")
-    return f"`train_ranks` of version {version}" if version else "`train_ranks`"
-
-
 NAMES = {
     "lora/prefix": "LoRA, truncated",
     "lora/svd": "LoRA, then `reorder`",
     "lora/trained": "**LoRA, then `train_ranks`**",
-    "lora/trained-0.3": f"**LoRA, then {train_ranks_name('lora/trained-0.3')}**",
-    "lora/learned": "LoRA, then `learned` (version 0.2)",
     "lora-longer/svd": "LoRA for half as long again, then `reorder`",
-    "lora-quarter-longer/learned": "LoRA for a quarter longer, then `learned`",
     "lora/squeezed": "LoRA-Squeeze, our variant: a file for each rank",
     "matryoshka/prefix": "P, dropped after training (the paper)",
-    "matryoshka-longer/prefix": "P, dropped after training (the paper)",
     "matryoshka/svd": "P, then `reorder`",
     "matryoshka/trained": "P, then `train_ranks`",
-    "matryoshka/trained-0.3": f"P, then {train_ranks_name('matryoshka/trained-0.3')}",
+    "matryoshka/trained-0.3": "P, then `train_ranks` of version 0.3",
     "matryoshka-authors/svd": "P with the authors' settings, then `reorder`",
     "dylora-authors/prefix": "DyLoRA with the authors' settings",
     "dylora/prefix": "DyLoRA",
-    "dylora-longer/prefix": "DyLoRA",
     LORA_EACH: "*LoRA trained at the rank*",
 }
 """The names of the methods, as Markdown."""
@@ -100,7 +72,6 @@ class Look:
 LOOKS = {
     LORA_EACH: Look("#24292F", "#F0F3F6", "*"),
     "lora/trained": Look("#0065A8", "#4AA3E8", "o"),
-    "lora/trained-0.3": Look("#0065A8", "#4AA3E8", "o"),
     "lora/squeezed": Look("#A86F00", "#E69F00", "v"),
     "lora/svd": Look("#009E73", "#4FD6A8", "D"),
     "lora/prefix": Look("#5F6770", "#8E97A1", "^"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from research.runs import Curve, Job, Run
-from research.study import PER_RANK_RECIPES, WITHOUT_TRAINING, Study, parse_method
+from research.study import LORA_EACH, WITHOUT_TRAINING, Study, parse_method
 
 MAX_RATES = 9
 """The grid of a method does not grow beyond this number of rates."""
@@ -19,7 +19,7 @@ FINALISTS = 2
 
 
 class Unit(NamedTuple):
-    """What has its own learning rate: a recipe with a deployment, on a task, at an R.
+    """A recipe with a deployment, on a task, at an R. It has its own learning rate.
 
     Attributes:
         recipe: The name of the recipe.
@@ -96,7 +96,7 @@ class Result:
 def units(study: Study, method: str, task: str) -> list[Unit]:
     """Return the training runs of a curve."""
     recipe, deployment = parse_method(method)
-    if method in PER_RANK_RECIPES:
+    if method == LORA_EACH:
         ranks = study.reference_ranks or study.nested_ranks(study.rank)
         return [Unit(recipe, deployment, task, rank, only_max_rank=True) for rank in ranks]
     return [Unit(recipe, deployment, task, study.rank)]
@@ -196,25 +196,17 @@ def missing_jobs(study: Study, runs: Mapping[Job, Run]) -> dict[Job, set[str]]:
                     if not unit.is_measured(job, runs):
                         deployments = jobs.setdefault(job, set())
                         deployments.add(unit.deployment)
-                        for other in _free_units(study, unit, states):
-                            if not other.is_measured(job, runs):
-                                deployments.add(other.deployment)
+                        # It also measures all cheap deployments of the same adapter, whatever
+                        # their rate, to compare them. Questions with choices take too long.
+                        deployments |= {
+                            other.deployment
+                            for other in states
+                            if (other.recipe, other.rank) == (unit.recipe, unit.rank)
+                            and other.deployment in WITHOUT_TRAINING
+                            and "choices" not in study.tasks[task]
+                            and not other.is_measured(job, runs)
+                        }
     return jobs
-
-
-def _free_units(study: Study, unit: Unit, units_of_task: Iterable[Unit]) -> list[Unit]:
-    """Return the units whose deployment a test run measures too, whatever their rate: cheap ones.
-
-    They compare deployments of the same adapters. Questions with choices take too long.
-    """
-    if "choices" in study.tasks[unit.task]:
-        return []
-    return [
-        other
-        for other in units_of_task
-        if (other.recipe, other.rank) == (unit.recipe, unit.rank)
-        and other.deployment in WITHOUT_TRAINING
-    ]
 
 
 def num_missing(study: Study, runs: Mapping[Job, Run]) -> int:
@@ -235,7 +227,7 @@ def num_missing(study: Study, runs: Mapping[Job, Run]) -> int:
 def diverged(study: Study, runs: Mapping[Job, Run]) -> list[str]:
     """Return the test runs without a finite loss, in words. Means do not include them."""
     descriptions: list[str] = []
-    for method in study.all_methods:
+    for method in study.methods:
         for task in study.tasks:
             chosen_rates = {
                 unit: rates(study, runs, unit).chosen for unit in units(study, method, task)
@@ -252,7 +244,7 @@ def diverged(study: Study, runs: Mapping[Job, Run]) -> list[str]:
 
 def results(study: Study, runs: Mapping[Job, Run]) -> Iterator[Result]:
     """Yield every curve whose runs are complete."""
-    for method in study.all_methods:
+    for method in study.methods:
         for task in study.tasks:
             chosen_rates = {
                 unit: rates(study, runs, unit).chosen for unit in units(study, method, task)
@@ -272,7 +264,7 @@ def _result(method: str, task: str, seed: int, runs_by_unit: Mapping[Unit, Run])
         (rank, index, run.curves[unit.deployment])
         for unit, run in runs_by_unit.items()
         for index, rank in enumerate(run.ranks)
-        if method not in PER_RANK_RECIPES or rank == unit.rank
+        if method != LORA_EACH or rank == unit.rank
     ]
     parts = [(index, curve.parts) for _, index, curve in points if curve.parts is not None]
     tokens = 0
@@ -282,7 +274,9 @@ def _result(method: str, task: str, seed: int, runs_by_unit: Mapping[Unit, Run])
         deployment_cost = run.cost["cuts"][unit.deployment]
         tokens += run.cost["tokens"] + deployment_cost["tokens"]
         seconds += run.cost["seconds"] + deployment_cost["seconds"]
-        parameters += _num_parameters(unit, run)
+        # LoRA-Squeeze has a file for each rank.
+        ranks = run.ranks if unit.deployment == "squeezed" else (unit.rank,)
+        parameters += int(run.cost["parameters"]) * sum(ranks) // unit.rank
     return Result(
         method=method,
         task=task,
@@ -297,14 +291,6 @@ def _result(method: str, task: str, seed: int, runs_by_unit: Mapping[Unit, Run])
         seconds=seconds,
         parameters=parameters,
     )
-
-
-def _num_parameters(unit: Unit, run: Run) -> int:
-    """Return the parameters of what is deployed: LoRA-Squeeze has a file for each rank."""
-    parameters = int(run.cost["parameters"])
-    if unit.deployment.startswith("squeezed"):
-        return parameters * sum(run.ranks) // unit.rank
-    return parameters
 
 
 def _join_parts(points: Sequence[tuple[int, Mapping[str, Any]]]) -> Mapping[str, Any] | None:

@@ -9,6 +9,7 @@ from statistics import fmean
 
 from research import stats
 from research.commonsense import OTHER_METRIC, USUAL_METRIC
+from research.curves import earlier_curves
 from research.plan import Result, diverged, missing_jobs, rates, results, units
 from research.runs import Job, Run
 from research.stats import Estimate, Value
@@ -82,7 +83,7 @@ def nats_difference_spread(estimate: Estimate) -> str:
 
 def tables(study: Study, runs: Mapping[Job, Run]) -> str:
     """Return all tables of a study."""
-    all_results = list(results(study, runs))
+    all_results = [*results(study, runs), *earlier_curves(study.name)]
     tasks = sorted({result.task for result in all_results})
     parts = [f"# {study.title}", *_description(study, runs, all_results)]
     for task in tasks:
@@ -135,9 +136,7 @@ def _description(
     }
     if study.max_examples is not None:
         rows["examples of `train_ranks`"] = str(study.max_examples)
-    if study.settled:
-        rows["only reported"] = study.settled
-    for name in dict.fromkeys(parse_method(method)[0] for method in study.all_methods):
+    for name in dict.fromkeys(parse_method(method)[0] for method in study.methods):
         rows[f"recipe {name}"] = RECIPES[name].summary
     if diverged_runs := diverged(study, runs):
         rows["diverged on test, not in the means"] = "; ".join(diverged_runs)
@@ -249,26 +248,18 @@ def _choices(all_results: Sequence[Result], task: str) -> Iterator[str]:
             yield table(("method", "rank", *columns), rows)
 
 
-def _tokens(result: Result) -> float:
-    return result.tokens
-
-
-def _seconds(result: Result) -> float:
-    return result.seconds
-
-
-def _bytes(result: Result) -> float:
-    return 4 * result.parameters
-
-
 def _costs(all_results: Sequence[Result]) -> Iterator[str]:
-    kinds: dict[str, Value] = {"tokens": _tokens, "seconds": _seconds, "bytes": _bytes}
+    kinds: dict[str, Value] = {
+        "tokens": lambda result: result.tokens,
+        "seconds": lambda result: result.seconds,
+        "bytes": lambda result: 4 * result.parameters,
+    }
     heading = ["method", "curves"]
     for kind in kinds:
         heading += [kind, "times"]
     rows: list[list[str]] = []
     for method in stats.ranking(all_results):
-        row = [method, str(len(stats.values(all_results, method, _tokens)))]
+        row = [method, str(len(stats.values(all_results, method, kinds["tokens"])))]
         for value in kinds.values():
             costs = stats.values(all_results, method, value)
             reference_costs = stats.values(all_results, REFERENCE, value)
@@ -280,8 +271,8 @@ def _costs(all_results: Sequence[Result]) -> Iterator[str]:
     yield "## Cost"
     yield (
         "Mean cost of one curve over tasks and seeds: all training runs that it takes, and the "
-        f"deployment; times is the multiple of {REFERENCE}, on what both have done. Tokens are "
-        "those of gradient steps; bytes are those of the factors that training leaves, in float32."
+        f"deployment; times is the multiple of {REFERENCE}, on common tasks and seeds. Tokens are "
+        "counted in gradient steps; bytes are the size of the trained factors in float32."
     )
     yield table(heading, rows)
 
@@ -320,7 +311,7 @@ def _differences_over_tasks(all_results: Sequence[Result], other: str) -> Iterat
 def _learning_rates(study: Study, runs: Mapping[Job, Run]) -> Iterator[str]:
     states = {
         (method, task, unit): rates(study, runs, unit)
-        for method in study.all_methods
+        for method in study.methods
         for task in study.tasks
         for unit in units(study, method, task)
     }
@@ -330,7 +321,11 @@ def _learning_rates(study: Study, runs: Mapping[Job, Run]) -> Iterator[str]:
         if not state.losses:
             continue
         chosen = "" if state.chosen is None else f"{state.chosen:g}"
-        losses = [_loss(state.losses[rate]) if rate in state.losses else "" for rate in grid]
+        losses: list[str] = []
+        for rate in grid:
+            loss = state.losses.get(rate)
+            cell = "" if loss is None else f"{loss:.3f}"
+            losses.append("diverged" if loss == math.inf else cell)
         rows.append((method, task, str(unit.rank), chosen, *losses))
     yield "## Learning rates"
     yield (
@@ -338,10 +333,6 @@ def _learning_rates(study: Study, runs: Mapping[Job, Run]) -> Iterator[str]:
         "method that trains for each rank, that at its own."
     )
     yield table(("method", "task", "R", "chosen", *(f"{rate:g}" for rate in grid)), rows)
-
-
-def _loss(loss: float) -> str:
-    return f"{loss:.3f}" if math.isfinite(loss) else "diverged"
 
 
 def _at_ranks(
@@ -382,7 +373,7 @@ def _cell(estimate: Estimate | None, format_cell: Format) -> str:
 
 
 def comparison(study: Study, recorded: Sequence[Result], repeated: Sequence[Result]) -> str:
-    """Return a table of the recorded curves and those of new runs, over the same tasks and seeds.
+    """Return a table of recorded and new curves, over the same tasks and seeds.
 
     A rank differs if the two intervals do not overlap; a single seed has no interval.
     """
@@ -397,13 +388,11 @@ def comparison(study: Study, recorded: Sequence[Result], repeated: Sequence[Resu
                 new = stats.mean(repeated, method, value_at(rank))
                 old = stats.mean(recorded, method, value_at(rank))
                 if new and old:
-                    cells = (format_cell(old), format_cell(new), _overlap(old, new))
+                    verdict = "single seed"
+                    if old.half_width is not None and new.half_width is not None:
+                        distance = abs(old.mean - new.mean)
+                        is_near = distance <= old.half_width + new.half_width
+                        verdict = "overlap" if is_near else "differ"
+                    cells = (format_cell(old), format_cell(new), verdict)
                     rows.append((method, kind, str(rank), *cells))
     return table(("method", "", "rank", "recorded", "again", "intervals"), rows)
-
-
-def _overlap(old: Estimate, new: Estimate) -> str:
-    if old.half_width is None or new.half_width is None:
-        return "single seed"
-    distance = abs(old.mean - new.mean)
-    return "overlap" if distance <= old.half_width + new.half_width else "differ"

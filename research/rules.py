@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, arange, nn
+from torch import Tensor, arange
 
 from matryoshka_lora import NestedAdapter, Nesting, Rule
 
@@ -53,42 +53,39 @@ def all_columns(nesting: Nesting, rng: random.Random, batch_size: int) -> Diagon
     return nesting.prefix(nesting.max_rank)
 
 
-RULES = {
-    "dylora-all": Rule("dylora-all", any_rank),
-    # Train with `train_last_column_only`, too.
-    "dylora-frozen": Rule("dylora-frozen", any_rank),
-    "stratified": Rule("stratified", stratified),
-}
-
-
 TRUNCATED_LORA = Rule("truncated-lora", all_columns, fixed=True)
 """Plain LoRA for ``deploy="paper"``, which the package refuses for its rule ``lora``: ranks below R
 are the first columns as they were trained."""
 
+RULES = {
+    "dylora-all": Rule("dylora-all", any_rank),
+    "stratified": Rule("stratified", stratified),
+}
 
-def train_last_column_only(adapter: NestedAdapter) -> None:
-    """Give gradients only to the last column of B and row of A of the drawn prefix.
 
-    This is the frozen mode of DyLoRA (arXiv 2210.07558).
+class LastColumn:
+    """The frozen mode of DyLoRA (arXiv 2210.07558): one column of B and row of A learn per step.
+
+    Its `draw` is a rule that remembers the rank that it has drawn.
     """
-    # PyTorch copies the hooks of a module, but not those of its parameters.
-    adapter.model.register_forward_pre_hook(partial(_add_gradient_hooks, adapter))
 
+    def __init__(self) -> None:
+        self.rank = 0
 
-def _add_gradient_hooks(adapter: NestedAdapter, model: nn.Module, args: object) -> None:
-    for pair in adapter.layer_factors().values():
-        for rank_dim, factor in enumerate(pair):
-            if not factor._backward_hooks:
-                hook = partial(_keep_last_entry, adapter, rank_dim)
+    def draw(self, nesting: Nesting, rng: random.Random, batch_size: int) -> Diagonal:
+        """Return the prefix of a random rank from 1 to R."""
+        self.rank = rng.randint(1, nesting.max_rank)
+        return nesting.prefix(self.rank)
+
+    def train_alone(self, adapter: NestedAdapter) -> None:
+        """Give gradients only to the last column and row of the drawn prefix."""
+        for pair in adapter.layer_factors().values():
+            for rank_dim, factor in enumerate(pair):
+                hook = partial(self._mask, rank_dim)
                 factor.register_hook(hook)  # type: ignore[no-untyped-call]
 
-
-def _keep_last_entry(adapter: NestedAdapter, rank_dim: int, gradient: Tensor) -> Tensor:
-    """Return a gradient with zeros everywhere but at the last index of the drawn prefix."""
-    diagonal = adapter.state.train_diagonal
-    assert diagonal is not None  # the forward pass raises an error if nothing was drawn
-    last_index = int(diagonal.q.count_nonzero()) - 1
-    is_last = arange(gradient.shape[rank_dim], device=gradient.device) == last_index
-    shape = [1] * gradient.ndim
-    shape[rank_dim] = -1
-    return gradient * is_last.view(shape)
+    def _mask(self, rank_dim: int, gradient: Tensor) -> Tensor:
+        is_last = arange(gradient.shape[rank_dim], device=gradient.device) == self.rank - 1
+        shape = [1] * gradient.ndim
+        shape[rank_dim] = -1
+        return gradient * is_last.view(shape)

@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ from typing import Any
 import torch
 
 from matryoshka_lora import NotFiniteError
-from research.commonsense import Shares, answer_choices, mean_accuracies
-from research.deployments import FUNCTIONS, WITH_A_COMMON_ADAPTER
+from research.commonsense import answer_choices, mean_accuracies
+from research.deployments import FUNCTIONS
 from research.plan import missing_jobs
-from research.runs import Curve, Job, Run, append_run
-from research.study import Study, check_can_run
+from research.runs import Curve, Job, Run, append_line
+from research.study import Study
 from research.tasks import choices_folder
-from research.training import AnswerTrainer, Trained, score, trainer_of
+from research.training import AnswerTrainer, Trained, copy_factors, score, trainer_of
 
 PACKAGES = ("matryoshka-lora", "torch", "transformers", "peft", "trl", "reasoning-gym")
 
@@ -55,9 +54,8 @@ def run_study(
         All runs, by job.
 
     Raises:
-        MatryoshkaError: The study is only reported, or a job cannot be run. Finished runs are kept.
+        MatryoshkaError: A job cannot be run. Finished runs are kept.
     """
-    check_can_run(study)
     all_runs = dict(runs)
     end = time.monotonic() + max_seconds
     while missing := missing_jobs(study, all_runs):
@@ -67,7 +65,7 @@ def run_study(
             break
         job, deployments = next(iter(missing.items()))
         run = run_job(study, job, deployments)
-        append_run(file, run)
+        append_line(file, run.to_line())
         all_runs[job] = all_runs[job].merge(run) if job in all_runs else run
     return all_runs
 
@@ -84,7 +82,7 @@ def run_job(study: Study, job: Job, deployments: Collection[str]) -> Run:
         tokens_before = AnswerTrainer.num_tokens
         trainer.train()
         cost["tokens"] = AnswerTrainer.num_tokens - tokens_before
-        trained = Trained(study, job, adapter.factors.copy(), trainer, measured)
+        trained = Trained(study, job, copy_factors(adapter), trainer, measured)
         cost["seconds"] = round(time.perf_counter() - start, 2)
         cost["parameters"] = trained.num_parameters
         for name in names:
@@ -113,9 +111,7 @@ def _measure(
     """Return the curve of a deployment, and the seconds that the deployment took."""
     losses: list[float] = []
     accuracies: list[float] = []
-    shares_by_rank: list[Shares] = []
     seconds = 0.0
-    ask = _choices_to_ask(study, job, trained)
     start = time.perf_counter()
     for adapter, rank in FUNCTIONS[deployment](trained):
         seconds += time.perf_counter() - start
@@ -125,40 +121,18 @@ def _measure(
             raise NotFiniteError(f"The loss at rank {rank} is not finite.")
         losses.append(loss)
         accuracies.append(accuracy)
-        if ask is not None and deployment not in WITH_A_COMMON_ADAPTER:
-            shares_by_rank.append(ask(adapter, [rank]))
         start = time.perf_counter()
-    if ask is None:
+    folder = choices_folder(study, job.task)
+    if folder is None or job.split != "test":
         return Curve(tuple(losses), tuple(accuracies)), seconds
     for curve in curves.values():
         if curve.loss == tuple(losses):  # the adapter is the same, and questions take long
             return curve, seconds
-    if not shares_by_rank:
-        shares_by_rank.append(ask(adapter, list(trained.ranks)))
-    parts = _join_shares(shares_by_rank)
-    return Curve(tuple(losses), tuple(mean_accuracies(parts)[1:]), parts), seconds
-
-
-def _choices_to_ask(study: Study, job: Job, trained: Trained) -> Callable[..., Shares] | None:
-    """Return a function of an adapter and ranks that asks questions with choices, if any."""
-    folder = choices_folder(study, job.task)
-    if folder is None or job.split != "test":
-        return None
-    return partial(
-        answer_choices,
-        folder=folder / "test",
+    shares = answer_choices(
+        adapter,
+        trained.ranks,
+        folder / "test",
         tokenizer=trained.trainer.processing_class,
         limit=study.tasks[job.task].get("limit"),
     )
-
-
-def _join_shares(shares_by_rank: list[Shares]) -> Shares:
-    """Return the shares of the base model, and of the ranks of several evaluations."""
-    joined: Shares = {}
-    for task, metrics in shares_by_rank[0].items():
-        joined[task] = {}
-        for metric, (base_share, *_) in metrics.items():
-            joined[task][metric] = [base_share]
-            for shares in shares_by_rank:
-                joined[task][metric] += shares[task][metric][1:]
-    return joined
+    return Curve(tuple(losses), tuple(mean_accuracies(shares)[1:]), shares), seconds

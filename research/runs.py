@@ -56,7 +56,7 @@ class Run:
     """A finished job. The fields are the keys of a line of JSON.
 
     Attributes:
-        job: What was run.
+        job: The job.
         ranks: The ranks of the curves.
         curves: The curves by deployment; see `research.deployments`.
         cost: ``tokens`` and ``seconds`` of training, ``parameters`` of the adapter, and ``cuts``:
@@ -157,11 +157,6 @@ def complete_lines(file: Path) -> list[str]:
     """Return the lines of a file, without an incomplete last line of a killed process."""
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def append_run(file: Path, run: Run) -> None:
-    """Append a run to a file; an incomplete last line is replaced."""
-    append_line(file, run.to_line())
 
 
 def append_line(file: Path, line: str) -> None:

@@ -1,9 +1,8 @@
-"""Measure what reordering does to a layer: norms of its components, and errors of its prefixes.
+"""Measure a layer before and after reordering: norms of components, and errors of prefixes.
 
-    python -m research.singular docs/singular.json       # about two minutes of one core
+    python -m research.singular research/runs/singular.json    # about two minutes of one core
 
-The adapter is plain LoRA on the 256 facts of seed 0, trained as in `research/studies/facts256.yaml`
-at the learning rate that validation chose for ``lora/svd``.
+The adapter is plain LoRA on the 256 facts of seed 0, trained without warmup.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from matryoshka_lora import NestedAdapter
 from research.run import set_up
 from research.runs import Job
 from research.study import load_study
-from research.training import trainer_of
+from research.training import copy_factors, trainer_of
 
 JOB = Job("lora", "facts-256", 32, 4e-3, 0, "validation")
 LAYER = "model.layers.1.mlp.down_proj"
@@ -34,32 +33,27 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="the JSON file to write")
     options = parser.parse_args()
     set_up(1)
-    with trainer_of(load_study("facts256"), JOB) as (adapter, trainer, _):
+    with trainer_of(load_study("reference-warmup-0"), JOB) as (adapter, trainer, _):
         trainer.train()
     content: dict[str, Any] = {
         "adapter": "lora-r32-lr0.004-seed0",
         "task": JOB.task,
         "layer": LAYER,
-        "trained": describe_layer(adapter),
+        "trained": describe(adapter),
     }
     adapter.reorder()
-    content["svd"] = describe_layer(adapter)
+    content["svd"] = describe(adapter)
     options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def describe_layer(adapter: NestedAdapter) -> dict[str, list[float]]:
-    """Return what `describe` returns of the layer `LAYER`."""
-    layers = [pair for name, pair in adapter.factors.copy().items() if name.endswith(LAYER)]
-    A, B = layers[0]
-    return describe(A, B)
-
-
-def describe(A: Tensor, B: Tensor) -> dict[str, list[float]]:
-    """Return the norm of each component ``b_i a_i``, and the error of the ranks 0, 1, ... R.
+def describe(adapter: NestedAdapter) -> dict[str, list[float]]:
+    """Return the norm of each component ``b_i a_i`` of `LAYER`, and the error of each rank from 0.
 
     The error is ``|B A - B_r A_r| / |B A|``, in Frobenius norms.
     """
-    A, B = A.double(), B.double()
+    factors = copy_factors(adapter)
+    (name,) = (name for name in factors if name.endswith(LAYER))
+    A, B = (factor.double() for factor in factors[name])
     update = B @ A
     errors = [
         (update - B[:, :rank] @ A[:rank]).norm() / update.norm() for rank in range(len(A) + 1)

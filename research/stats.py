@@ -139,7 +139,7 @@ def values(results: Sequence[Result], method: str, value: Value, task: str | Non
 def differences(
     results: Sequence[Result], method: str, other: str, value: Value, task: str | None = None
 ) -> Pairs:
-    """Return the values of a method minus those of another, for each common task and seed."""
+    """Return the differences of two methods, for each common task and seed."""
     values_of_method = values(results, method, value, task)
     values_of_other = values(results, other, value, task)
     return {

@@ -21,12 +21,8 @@ RUNS = ROOT / "research" / "runs"
 LORA_EACH = "lora-each"
 """The reference: a LoRA for each rank, trained at this rank."""
 
-PER_RANK_RECIPES = {LORA_EACH: "lora", "adalora-each": "adalora"}
-"""The methods that train an adapter for each rank, and their recipes."""
-
 DEPLOYMENTS = ("prefix", "kept", "svd", "trained", "squeezed")
-"""The ways to deploy a trained adapter; see `research.deployments`. Recorded runs have more of
-them, which are only reported: ``trained-0.3`` is what version 0.3 did as ``trained``."""
+"""The ways to deploy a trained adapter; see `research.deployments`."""
 
 WITHOUT_TRAINING = ("prefix", "kept", "svd")
 """The deployments that take seconds."""
@@ -38,8 +34,7 @@ class Recipe:
 
     Attributes:
         summary: A phrase for tables.
-        rule: The name of a built-in rule, or of a rule of `research.rules`. None means that the
-            recorded runs are only reported.
+        rule: The name of a built-in rule, or of a rule of `research.rules`.
         scaling: The argument of `matryoshka_lora.nest`.
         alpha: Rank r has the scale alpha / r with scaling ``"rank"``, alpha / sqrt(r) with
             ``"sqrt"``, and 1 with ``"none"``.
@@ -51,7 +46,7 @@ class Recipe:
     """
 
     summary: str
-    rule: str | None = "lora"
+    rule: str = "lora"
     scaling: Literal["none", "rank", "sqrt"] = "none"
     alpha: float = 1.0
     length: float = 1.0
@@ -66,12 +61,9 @@ class Recipe:
 
 RECIPES = {
     "lora": Recipe("plain LoRA at R, scale 1"),
-    "lora-shorter": Recipe("plain LoRA, three quarters of the steps", length=0.75),
     "lora-longer": Recipe("plain LoRA, half as many steps and questions again", length=1.5),
-    "lora-quarter-longer": Recipe("plain LoRA, a quarter more steps and questions", length=1.25),
     "rslora": Recipe("LoRA at R with rsLoRA's scale, 16 / sqrt(R)", scaling="sqrt", alpha=16.0),
     "matryoshka": Recipe("the paper's P, scaling none", "matryoshka"),
-    "matryoshka-longer": Recipe("P, half as many steps again", "matryoshka", length=1.5),
     "matryoshka-authors": Recipe(
         "P as its authors run it: 1 / sqrt(r), a larger A, bf16 factors",
         "matryoshka",
@@ -86,7 +78,6 @@ RECIPES = {
     "matryoshka-sqrt": Recipe("the paper's P, scaling 1 / sqrt(r)", "matryoshka", "sqrt"),
     "matryoshka-rank": Recipe("the paper's P, scaling 1 / r", "matryoshka", "rank"),
     "dylora": Recipe("one nested rank for each step, as the paper runs DyLoRA", "dylora"),
-    "dylora-longer": Recipe("the same, half as many steps again", "dylora", length=1.5),
     "dylora-authors": Recipe(
         "DyLoRA as the paper's authors run it: a rank for each of 8 parts of a batch",
         "dylora",
@@ -100,18 +91,6 @@ RECIPES = {
     ),
     "dylora-frozen": Recipe("its frozen mode: one column learns", "dylora-frozen", "rank", 16.0),
     "stratified": Recipe("each row of a batch at a nested rank of its own", "stratified"),
-    "lora-again": Recipe("plain LoRA for longer, on the same questions", None, length=1.5),
-    "p-mean": Recipe("P divided by the number of ranks", None),
-    "p-reversed": Recipe("P with its order reversed", None),
-    "p-random": Recipe("P in a random order", None),
-    "p-geometric-0.97": Recipe("a diagonal that falls by 0.97 from column to column", None),
-    "p-geometric-0.9": Recipe("a diagonal that falls by 0.9", None),
-    "p-geometric-0.8": Recipe("a diagonal that falls by 0.8", None),
-    "p-learned": Recipe("a diagonal for each layer that begins as P and learns", None),
-    "p-rates": Recipe("P as learning rates: column c of B moves p_c times as far", None),
-    "sum": Recipe("the mean of the losses of all nested ranks at each step", None),
-    "sandwich": Recipe("largest, smallest and a random rank, the largest as teacher", None),
-    "adalora": Recipe("PEFT's AdaLoRA down to r from 1.5 r, scale 1", None),
 }
 
 
@@ -127,8 +106,6 @@ class Study:
         title: The title of its tables.
         tasks: The source of each task; see `research.tasks`.
         methods: ``recipe/deployment``, or ``lora-each``.
-        reported: More methods, such as those of an earlier version. Their recorded runs are in the
-            tables, and they are never run.
         seeds: The seeds of the runs that are measured on test examples.
         learning_rates: The grid that every method begins with, increasing. Where the best rate is
             at an end, the grid grows there by its own ratio.
@@ -151,7 +128,6 @@ class Study:
         reference_ranks: The ranks of ``lora-each``; empty means all nested ranks.
         max_examples: The argument of `matryoshka_lora.NestedAdapter.train_ranks`.
         also: The names of studies whose runs this one uses too.
-        settled: Why the study is only reported; empty if it can be run.
         threads: The threads of a run. They change the rounding of its numbers.
     """
 
@@ -174,25 +150,46 @@ class Study:
     reference_ranks: tuple[int, ...] = ()
     max_examples: int | None = None
     also: tuple[str, ...] = field(default=())
-    reported: tuple[str, ...] = field(default=())
-    settled: str = ""
     threads: int = 1
 
     def __post_init__(self) -> None:
-        _check(self)
-
-    @property
-    def all_methods(self) -> tuple[str, ...]:
-        """The methods of the tables: those that can be run, then those that are only reported."""
-        return (*self.methods, *self.reported)
+        if self.ranks[-1] != self.rank:
+            raise MatryoshkaError(
+                f"{self.name}: the last of ranks must be rank, {self.rank}, got {self.ranks[-1]}."
+            )
+        grid = list(self.learning_rates)
+        if len(grid) < 2 or grid != sorted(set(grid)):
+            raise MatryoshkaError(
+                f"{self.name}: learning_rates.grid must be at least two increasing rates, got "
+                f"{grid}."
+            )
+        if shared_seeds := {*self.seeds} & {*self.rate_seeds}:
+            raise MatryoshkaError(
+                f"{self.name}: the seeds {sorted(shared_seeds)} choose a learning rate and are "
+                "measured too. Choose the rates with other seeds."
+            )
+        sources = self.tasks.values()
+        needs_judge = any("facts" not in source for source in sources)
+        for method in self.methods:
+            _, deployment = parse_method(method)
+            if deployment == "trained" and needs_judge and not self.items["judge"]:
+                raise MatryoshkaError(
+                    f"{method} needs examples that decide whether the ranks are kept, and that are "
+                    "not measured. Set items.judge."
+                )
+            if deployment in ("kept", "squeezed") and any("choices" in s for s in sources):
+                raise MatryoshkaError(
+                    f"{method} has another adapter at each rank, so it cannot answer questions "
+                    "with choices."
+                )
 
     def nested_ranks(self, rank: int) -> tuple[int, ...]:
-        """Return the nested ranks of a run: those of the study at R, otherwise only ``rank``."""
+        """Return the nested ranks of a run: the study's at R, otherwise only ``rank``."""
         return self.ranks if rank == self.rank else (rank,)
 
     def measured_ranks(self, job: Job) -> tuple[int, ...]:
         """Return the ranks at which a job's adapter is measured."""
-        return (job.rank,) if job.recipe == "adalora" else self.nested_ranks(job.rank)
+        return self.nested_ranks(job.rank)
 
     def steps(self, recipe: str) -> int:
         """Return the optimizer steps of a run."""
@@ -214,7 +211,7 @@ class Study:
         if "generated" in self.tasks[task]:
             # The held-out examples of a file are missing in training; generated ones are new.
             items.pop("judge", None)
-        # The keys and their content are those of the recorded runs.
+        # Recorded runs have a hash of these keys and values.
         settings: dict[str, Any] = {
             "source": dict(self.tasks[task]),
             "recipe": recipe_settings,
@@ -240,7 +237,7 @@ class Study:
         Raises:
             MatryoshkaError: A run has other settings than the study.
         """
-        recipes = {parse_method(method)[0] for method in self.all_methods}
+        recipes = {parse_method(method)[0] for method in self.methods}
         selected: dict[Job, Run] = {}
         for job, run in runs.items():
             if job.task not in self.tasks or job.recipe not in recipes:
@@ -257,13 +254,13 @@ class Study:
 
 def parse_method(name: str) -> tuple[str, str]:
     """Return the recipe and the deployment of ``recipe/deployment``, or of ``lora-each``."""
-    if name in PER_RANK_RECIPES:
-        return PER_RANK_RECIPES[name], "prefix"
+    if name == LORA_EACH:
+        return "lora", "prefix"
     recipe, _, deployment = name.partition("/")
-    if recipe not in RECIPES or not deployment:
+    if recipe not in RECIPES or deployment not in DEPLOYMENTS:
         raise MatryoshkaError(
             f"A method must be recipe/deployment or {LORA_EACH}, got {name!r}. The recipes are "
-            f"{', '.join(RECIPES)}."
+            f"{', '.join(RECIPES)}, and the deployments {', '.join(DEPLOYMENTS)}."
         )
     return recipe, deployment
 
@@ -298,7 +295,6 @@ def make_study(name: str, content: Mapping[str, Any]) -> Study:
     return Study(
         name=name,
         methods=tuple(fields.pop("methods")),
-        reported=tuple(fields.pop("reported", ())),
         tasks=fields.pop("tasks"),
         seeds=tuple(fields.pop("seeds")),
         learning_rates=tuple(map(float, rates["grid"])),
@@ -311,51 +307,3 @@ def make_study(name: str, content: Mapping[str, Any]) -> Study:
         also=tuple(fields.pop("also", ())),
         **fields,
     )
-
-
-def _check(study: Study) -> None:
-    """Raise MatryoshkaError if the fields of a study do not fit together."""
-    if study.ranks[-1] != study.rank:
-        raise MatryoshkaError(
-            f"{study.name}: the last of ranks must be rank, {study.rank}, got {study.ranks[-1]}."
-        )
-    grid = list(study.learning_rates)
-    if len(grid) < 2 or grid != sorted(set(grid)):
-        raise MatryoshkaError(
-            f"{study.name}: learning_rates.grid must be at least two increasing rates, got {grid}."
-        )
-    if shared_seeds := {*study.seeds} & {*study.rate_seeds}:
-        raise MatryoshkaError(
-            f"{study.name}: the seeds {sorted(shared_seeds)} choose a learning rate and are "
-            "measured too. Choose the rates with other seeds."
-        )
-    if repeated_methods := {*study.methods} & {*study.reported}:
-        raise MatryoshkaError(
-            f"{study.name}: {sorted(repeated_methods)} cannot be in both methods and reported."
-        )
-    for method in study.all_methods:
-        parse_method(method)
-
-
-def check_can_run(study: Study) -> None:
-    """Refuse to run what is only reported.
-
-    Raises:
-        MatryoshkaError: The study, a recipe or a deployment is only reported; or measured examples
-            would decide whether trained ranks are kept.
-    """
-    if study.settled:
-        raise MatryoshkaError(f"{study.name} is only reported: {study.settled}")
-    for method in study.methods:
-        recipe, deployment = parse_method(method)
-        if RECIPES[recipe].rule is None or deployment not in DEPLOYMENTS:
-            raise MatryoshkaError(f"{method} is only reported: this version cannot run it.")
-        sources = study.tasks.values()
-        needs_examples = any("facts" not in source for source in sources)
-        if deployment == "trained" and needs_examples and not study.items["judge"]:
-            raise MatryoshkaError(
-                f"{method} needs examples that decide whether the ranks are kept, and that are not "
-                "measured. Set items.judge."
-            )
-        if deployment == "kept" and any("choices" in source for source in sources):
-            raise MatryoshkaError(f"{method} cannot answer questions with choices.")

@@ -9,7 +9,7 @@ separate. Only the facts are the same, because the task is to remember what was 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,10 @@ def measured_examples(study: Study, task: str, split: str, seed: int) -> list[Ex
         raise MatryoshkaError(
             f"items.{split} is {count}, but {task} has only {len(examples)} examples."
         )
-    # Batches of similar lengths have little padding.
-    return sorted(examples, key=_length) if "choices" in source else examples
+    if "choices" in source:
+        # Batches of similar lengths have little padding.
+        examples.sort(key=lambda example: len(example["prompt"]) + len(example["completion"]))
+    return examples
 
 
 def choices_folder(study: Study, task: str) -> Path | None:
@@ -97,10 +99,6 @@ def _read(source: Mapping[str, Any], split: str) -> list[Example]:
             f"{error.filename} does not exist. Write it with: python -m research.commonsense"
         ) from error
     return [json.loads(line) for line in text.splitlines()]
-
-
-def _length(example: Example) -> int:
-    return len(example["prompt"]) + len(example["completion"])
 
 
 def generated(name: str, split: str, count: int, seed: int = 0) -> list[Example]:
@@ -130,19 +128,16 @@ def _distinct(
     name: str, first_seed: int, num_tries: int, count: int, excluded: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the answers by question, of different questions that are not excluded."""
+    import reasoning_gym  # tables do not need it
+
+    dataset = reasoning_gym.create_dataset(
+        name, seed=first_seed, size=num_tries, **GENERATORS[name]
+    )
     answers: dict[str, str] = {}
-    for question, answer in _items(name, first_seed, num_tries):
-        if question not in excluded:
-            answers.setdefault(question, answer)
+    for index in range(num_tries):
+        item = dataset[index]
+        if item["question"] not in excluded:
+            answers.setdefault(item["question"], str(item["answer"]))
         if len(answers) == count:
             break
     return answers
-
-
-def _items(name: str, first_seed: int, count: int) -> Iterator[tuple[str, str]]:
-    import reasoning_gym
-
-    dataset = reasoning_gym.create_dataset(name, seed=first_seed, size=count, **GENERATORS[name])
-    for index in range(count):
-        item = dataset[index]
-        yield item["question"], str(item["answer"])

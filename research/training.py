@@ -20,10 +20,10 @@ from transformers import set_seed
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, NotFiniteError, nest
+from matryoshka_lora import MatryoshkaError, NestedAdapter, NotFiniteError, Rule, nest
 from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 from research import facts, tasks
-from research.rules import RULES, TRUNCATED_LORA, dylora_in_parts, train_last_column_only
+from research.rules import RULES, TRUNCATED_LORA, LastColumn, dylora_in_parts
 from research.runs import Job
 from research.study import RECIPES, Study
 
@@ -97,7 +97,7 @@ class Trained:
         measured: The tokenized examples to measure on, which no deployment uses.
 
     Attributes:
-        details: What a deployment has done, by its name; it is recorded next to its cost.
+        details: More values to record next to the cost of a deployment, by its name.
 
     Raises:
         NotFiniteError: A factor is not finite.
@@ -127,9 +127,26 @@ class Trained:
             deploy: ``"paper"`` drops P in eval mode, and when the factors are reordered.
         """
         adapter, _ = nested_adapter(self.study, self.job, deploy)
-        adapter.factors.write(self.factors)
+        write_factors(adapter, self.factors)
         adapter.model.eval()
         return adapter
+
+
+def copy_factors(adapter: NestedAdapter) -> Factors:
+    """Return copies of A, shape (R, in), and B, shape (out, R), of each layer."""
+    return {
+        name: (A.detach().clone(), B.detach().clone())
+        for name, (A, B) in adapter.layer_factors().items()
+    }
+
+
+@torch.no_grad()
+def write_factors(adapter: NestedAdapter, factors: Factors) -> None:
+    """Overwrite the factors of all layers."""
+    for name, (A, B) in adapter.layer_factors().items():
+        new_A, new_B = factors[name]
+        A.copy_(new_A)
+        B.copy_(new_B)
 
 
 @cache
@@ -158,11 +175,13 @@ def nested_adapter(
         for name, parameter in model.named_parameters():
             if "lora_A" in name:
                 nn.init.uniform_(parameter, -bound, bound)
-    rule_name = recipe.rule or "lora"
-    rule = RULES.get(rule_name, rule_name)
-    if rule_name == "lora" and deploy == "paper":
+    last_column = LastColumn()
+    rule = RULES.get(recipe.rule, recipe.rule)
+    if recipe.rule == "lora" and deploy == "paper":
         rule = TRUNCATED_LORA
-    if recipe.parts > 1:
+    elif recipe.rule == "dylora-frozen":
+        rule = Rule("dylora-frozen", last_column.draw)
+    elif recipe.parts > 1:
         rule = dylora_in_parts(recipe.parts)
     adapter = nest(
         model,
@@ -172,8 +191,8 @@ def nested_adapter(
         deploy=deploy,
         seed=job.seed,
     )
-    if rule_name == "dylora-frozen":
-        train_last_column_only(adapter)
+    if recipe.rule == "dylora-frozen":
+        last_column.train_alone(adapter)
     return adapter, tokenizer
 
 

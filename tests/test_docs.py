@@ -30,6 +30,7 @@ OTHER_PAGES = (
     "comfyui/README.md",
     "examples/README.md",
     "research/README.md",
+    "research/earlier.md",
 )
 PAGES = [*(ROOT / name for name in OTHER_PAGES), *DOCS]
 _LINK = re.compile(r"\[[^\]]*\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?\)")

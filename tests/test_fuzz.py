@@ -22,7 +22,7 @@ from safetensors.numpy import save
 from matryoshka_lora import reorder
 from matryoshka_lora.evaluation.results import EVALUATION_NAME, EXAMPLES_NAME
 from matryoshka_lora.examples import prompt_and_completion, read_examples
-from matryoshka_lora.lora_file.peft_folder import CONFIG_NAME, WEIGHTS_NAME
+from matryoshka_lora.formats.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from matryoshka_lora.training.data import read_training_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

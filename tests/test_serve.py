@@ -104,7 +104,7 @@ def test_the_commands_serve_the_ladder_that_they_write(
     (rank_list,) = values_of(export_command, "--rank")
     (ladder,) = values_of(export_command, "--output")
     assert not Path(ladder).exists()
-    export(adapter, ladder, [int(rank) for rank in rank_list.split(",")], "ladder")
+    export(adapter, ladder, [int(rank) for rank in rank_list.split(",")], format="ladder")
 
     modules = modules_of(server)
     assert list(modules) == [f"adapter@{rank}" for rank in served_ranks]
@@ -148,7 +148,7 @@ def test_a_folder_of_adapters_is_served_under_their_names(tmp_path: Path) -> Non
 def test_a_folder_of_ladders_is_served(tmp_path: Path) -> None:
     for name in ("style-a", "style-b"):
         plain_adapter(tmp_path / "loras" / name, r=4, target_modules=["q_proj"])
-    export_folder(tmp_path / "loras", tmp_path / "ladders", [1, 4], "ladder")
+    export_folder(tmp_path / "loras", tmp_path / "ladders", [1, 4], format="ladder")
     (server,) = dry_run(tmp_path / "ladders", base_model="some/base", ranks=[4])
     assert modules_of(server) == {
         f"{name}@4": str(tmp_path / "ladders" / name / f"{name}@4")
@@ -211,7 +211,7 @@ def test_what_cannot_be_served_is_rejected(adapter: Path, tmp_path: Path) -> Non
     with pytest.raises(MatryoshkaError, match="base_model"):
         serve(adapter)
     ladder = tmp_path / "ladder"
-    export(adapter, ladder, [1, 2, 12], "ladder")
+    export(adapter, ladder, [1, 2, 12], format="ladder")
     with pytest.raises(MatryoshkaError, match="@4"):
         serve(ladder, base_model="some/base", ranks=[4])
     with pytest.raises(MatryoshkaError, match="ranks"):

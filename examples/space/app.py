@@ -20,8 +20,7 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from matryoshka_lora import ExportResult, MatryoshkaError, export, info
-from matryoshka_lora.lora_file.open import open_lora
+import matryoshka_lora as ml
 from matryoshka_lora.units import format_size
 
 MAX_SIZE = 10**9
@@ -58,19 +57,20 @@ Row = dict[str, Any]
 
 def measure(path: str, layers: bool) -> Row:
     """Return `LoraInfo.to_dict`, and the smallest rank of a small error with its size."""
-    lora_info = info(path, layers=layers)
+    lora_info = ml.info(path, layers=layers)
     rank = lora_info.rank_for_error(MAX_ERROR)
-    size = lora_info.lora.plan(rank).file_size
+    size = lora_info.lora.at_rank(rank).file_size
     return {**lora_info.to_dict(), "rank_for_error": rank, "bytes_for_error": size}
 
 
 def shrink_file(
     path: str, output: str, limit_rank: bool, rank: int | None = None, **options: Any
-) -> ExportResult:
+) -> ml.ExportResult:
     """Export a LoRA. If ``limit_rank``, one of a smaller rank keeps its own."""
+    lora = ml.open(path)
     if rank is not None and limit_rank:
-        rank = min(rank, open_lora(path).max_rank)
-    return export(path, output, rank, **options)
+        rank = min(rank, lora.max_rank)
+    return ml.export(lora, output, rank, **options)
 
 
 def start_process() -> Any:
@@ -111,7 +111,7 @@ def run_bounded(
                     f"This takes more than {TIME_LIMIT} seconds. Run `matryoshka export` on your "
                     "own machine."
                 )
-            except MatryoshkaError as error:
+            except ml.MatryoshkaError as error:
                 failed[name] = str(error).replace(f"{folder}/", "")
             except Exception:
                 failed[name] = "This file cannot be read."
@@ -256,9 +256,8 @@ def percent(share: float) -> float:
     return round(100 * share, 2)
 
 
-def describe(name: str, result: ExportResult) -> str:
+def describe(name: str, result: ml.ExportResult) -> str:
     """Return what was written, in one line."""
-    assert isinstance(result.ranks, dict)  # not a ladder
     lowest = min(result.ranks.values())
     highest = max(result.ranks.values())
     rank = f"rank {lowest}" if lowest == highest else f"ranks {lowest} to {highest}, by layer"

@@ -9,29 +9,21 @@ from __future__ import annotations
 from research.blocks import (
     concepts,
     file_verbs,
-    nested_ranks,
-    ordinary,
-    paper_regime,
     performance,
     readme,
-    reference,
     repeat,
     results,
-    studies,
+    searches,
 )
-from research.blocks.registry import BLOCKS
+from research.blocks.shared import BLOCKS
 
 __all__ = [
     "BLOCKS",
     "concepts",
     "file_verbs",
-    "nested_ranks",
-    "ordinary",
-    "paper_regime",
     "performance",
     "readme",
-    "reference",
     "repeat",
     "results",
-    "studies",
+    "searches",
 ]

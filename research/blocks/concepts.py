@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from matryoshka_lora import Nesting
-from research.blocks.comparisons import (
+from research.blocks.shared import (
     THREE_TASKS,
+    block,
     in_paper_regime,
     p_kept_minus_dropped,
     p_kept_minus_lora,
     p_kept_rate,
     p_minus_lora,
     points,
+    read,
+    table,
 )
-from research.blocks.registry import block, read, table
 from research.stats import accuracy_at, aurac_log2, loss_at
 
 
 @block
 def singular_layer() -> str:
-    """What the first four columns of one layer miss."""
-    layer = read("docs/singular.json")
+    """The error of the first four columns of one layer."""
+    layer = read("research/runs/singular.json")
     error_before = 100 * layer["trained"]["missing"][4]
     error_after = 100 * layer["svd"]["missing"][4]
     return (
@@ -45,7 +47,7 @@ def p_ratios() -> str:
 
 @block
 def p_kept() -> str:
-    """What keeping P changes, of the same adapters."""
+    """The effect of keeping P, on the same adapters."""
     at_rank_1, at_rank_8, at_rank_32 = (
         points(p_kept_minus_dropped(accuracy_at(rank)), "+") for rank in (1, 8, 32)
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from research.blocks.registry import block, read, table
+from research.blocks.shared import block, read, table
 from research.curves import of_method
 from research.stats import accuracy_at
 from research.study import LORA_EACH
@@ -20,7 +20,7 @@ def combine_ways() -> str:
         "PEFT's `linear`": "PEFT, linear",
         "full SVD of the dense sum, as kohya's script does": "full SVD of the dense sum",
     }
-    measured = read("docs/combine.json")["sum"]
+    measured = read("benchmarks/results/combine.json")["sum"]
     rows = [
         [label, f"{measured[name]['cpu_seconds']:.3f}", f"{measured[name]['error']:.3f}"]
         for label, name in names.items()
@@ -38,7 +38,7 @@ def extract_ways() -> str:
             "full SVD, clamped at 0.99"
         ),
     }
-    measured = read("docs/combine.json")["layer"]
+    measured = read("benchmarks/results/combine.json")["layer"]
     rows: list[list[str]] = []
     for label, name in names.items():
         seconds = measured[name].get("cpu_seconds")
@@ -50,7 +50,7 @@ def extract_ways() -> str:
 @block
 def extract_model() -> str:
     """Extracting all layers of a model."""
-    model = read("docs/combine.json")["model"]
+    model = read("benchmarks/results/combine.json")["model"]
     above = 100 * (model["error"] / model["best"] - 1)
     return (
         f"All layers of SmolLM2-135M take {model['seconds']:.0f} seconds at rank 64 and "
@@ -78,7 +78,13 @@ def finetune() -> str:
         if key != "error":
             tuned = f"{unit * fmean(run['tuned'][key] for run in runs):.{digits}f}"
         rows.append([label, *cells, tuned])
-    references = [_lora_trained_at(rank) for rank in ranks]
+    # LoRA trained at a rank, with the seeds of the fine-tunes; the study has no rank above 16.
+    seeds = {run["seed"] for run in runs}
+    curves = of_method("headline", LORA_EACH, "family_relationships")
+    references: list[str] = []
+    for rank in ranks:
+        shares = [accuracy_at(rank)(curve) or 0 for curve in curves if curve.seed in seeds]
+        references.append(f"{100 * fmean(shares):.1f}" if rank <= 16 else "")
     rows.append(["*LoRA trained at the rank, right answers, %*", *references, ""])
     heading = ["rank", *map(str, ranks), "the tuned model"]
     with_modules = 100 * fmean(run["whole"]["accuracy"] for run in runs)
@@ -86,14 +92,3 @@ def finetune() -> str:
         f"\nWith the changed norms and embeddings too, rank 64 has {with_modules:.1f} % right "
         "answers."
     )
-
-
-def _lora_trained_at(rank: int) -> str:
-    """Return the right answers of LoRA trained at a rank, with the seeds of the fine-tunes."""
-    accuracies = [
-        accuracy_at(rank)(curve)
-        for curve in of_method("headline", LORA_EACH, "family_relationships")
-        if curve.seed < 3
-    ]
-    shares = [100 * accuracy for accuracy in accuracies if accuracy is not None]
-    return f"{fmean(shares):.1f}" if shares and rank <= 16 else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from research.blocks.registry import block, read, table
+from research.blocks.shared import block, read, table
 
 
 @block
@@ -15,7 +15,7 @@ def trl_step() -> str:
         "fp32": "model in fp32, `bf16=False` (README without bf16 hardware)",
         "autocast": "model in bf16, TRL's default of bf16 autocast",
     }
-    document = read("docs/trl_step.json")
+    document = read("benchmarks/results/trl_step.json")
     variants = list(document["bf16"])
     rows: list[list[str]] = []
     for name, label in settings.items():
@@ -47,7 +47,7 @@ def train_step() -> str:
     }
     cells = {
         (cell["dtype"], cell["rank"]): cell["variants"]
-        for cell in read("docs/train_step.json")["cells"]
+        for cell in read("benchmarks/results/train_step.json")["cells"]
     }
     rows: list[list[str]] = []
     for label, name in names.items():
@@ -72,7 +72,7 @@ def evaluate_ranks() -> str:
         "generate-short": "answers of up to 8 tokens",
         "generate-long": "answers of up to 128 tokens, three examples",
     }
-    document = read("docs/evaluate_ranks.json")
+    document = read("benchmarks/results/evaluate_ranks.json")
     results = {result["task"]: result for result in document["results"]}
     rows: list[list[str]] = []
     for task, label in names.items():
@@ -91,11 +91,9 @@ def _accuracy_of_evaluation(document: dict[str, Any]) -> str:
     num_different = sum(result["different_answers"] for result in results)
     num_ties = sum(result["ties"] for result in results)
     largest = max(result["largest_logprob_difference"] for result in results)
-    versions = [result["against_ratio"] for result in results]
     return (
         f"A task has {num_items} examples. The numbers are medians of {document['repeats']} "
-        f"measurements on a shared machine. Six ranks take {min(versions):.2f} to "
-        f"{max(versions):.2f} times as long as in version 0.3.\n"
+        "measurements on a shared machine.\n"
         f"The model is SmolLM2-135M-Instruct in {dtype}, on one thread.\n"
         f"{num_different} answers differ from the harness's, and {num_ties} are ties. The "
         f"largest difference of a log-likelihood is {largest:.1e}."
@@ -110,7 +108,7 @@ def shrink_layer() -> str:
         "full SVD of the dense update": "full SVD",
         "`torch.svd_lowrank` of the dense update": "svd_lowrank",
     }
-    measured = read("docs/reorder.json")
+    measured = read("benchmarks/results/reorder.json")
     rows: list[list[str]] = []
     for label, name in names.items():
         values = [measured[f"one layer, R = {rank}"][name] for rank in (64, 128)]
@@ -121,7 +119,7 @@ def shrink_layer() -> str:
 @block
 def shrink_file() -> str:
     """The time of truncating a whole file."""
-    file = read("docs/reorder.json")["whole file, R = 64"]
+    file = read("benchmarks/results/reorder.json")["whole file, R = 64"]
     megabytes_before = file["bytes_before"] / 1e6
     megabytes_after = file["bytes_after"] / 1e6
     return (
@@ -134,7 +132,7 @@ def shrink_file() -> str:
 
 @block
 def file_commands() -> str:
-    """CPU seconds and peak memory of commands on files, of this version and an earlier one."""
+    """CPU seconds and peak memory of commands on files."""
     names = {
         "`matryoshka --help`": "--help",
         "`info` of a folder of 39 MB": "info, 39 MB folder",
@@ -142,18 +140,13 @@ def file_commands() -> str:
         "`export --rank 16` of a file of 209 MB": "export --rank 16, 209 MB file",
         "one layer, in Python": "reorder one layer, 3072 x 3072, R = 64",
     }
-    document = read("docs/file_commands.json")
+    commands = read("benchmarks/results/file_commands.json")["commands"]
     rows: list[list[str]] = []
     for label, name in names.items():
-        row = [label]
-        for installation in ("this", "other"):
-            usage = document["commands"][name][installation]
-            row.append(f"{usage['cpu_seconds']:.2f}")
-            row.append(f"{usage['peak_MiB']:.0f}" if "peak_MiB" in usage else "")
-        rows.append(row)
-    version = document["versions"]["other"]
-    heading = ["", "CPU seconds", "peak MiB", f"version {version}: CPU seconds", "peak MiB"]
-    return table(heading, rows)
+        usage = commands[name]
+        memory = f"{usage['peak_MiB']:.0f}" if "peak_MiB" in usage else ""
+        rows.append([label, f"{usage['cpu_seconds']:.2f}", memory])
+    return table(["", "CPU seconds", "peak MiB"], rows)
 
 
 @block
@@ -165,7 +158,7 @@ def resize() -> str:
         "kohya, lowrank": "kohya's newer script",
         "KJNodes": "KJNodes' LoraReduceRank",
     }
-    files = read("docs/resize.json")["files"]
+    files = read("benchmarks/results/resize.json")["files"]
     rows: list[list[str]] = []
     for tool, label in labels.items():
         row = [label]
@@ -186,7 +179,7 @@ def resize() -> str:
 def resize_by_layer() -> str:
     """Errors of the ways of choosing a rank for each layer, and of `export` at the same size."""
     rows: list[list[str]] = []
-    for name, usage in read("docs/resize.json")["chosen"].items():
+    for name, usage in read("benchmarks/results/resize.json")["chosen"].items():
         tool, _, method = name.partition(", ")
         method, _, parameter = method.partition(" ")
         size = f"{usage['bytes'] / 1e6:.2f}"

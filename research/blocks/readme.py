@@ -13,22 +13,20 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from research import stats
-from research.blocks.comparisons import (
+from research.blocks.shared import (
+    block,
     in_paper_regime,
+    median_and_lowest,
     p_kept_minus_lora,
     points,
-    trained_minus,
-)
-from research.blocks.registry import (
-    block,
-    median_and_lowest,
     read,
     reference_cells,
     table,
     tokens,
+    trained_minus,
 )
 from research.curves import curves, reference_accuracies
-from research.looks import NAMES, TRAINED, train_ranks_name, trained_method
+from research.looks import NAMES, TRAINED
 from research.stats import accuracy_at
 from research.study import LORA_EACH
 
@@ -57,8 +55,7 @@ def readme_table() -> str:
 @block
 def readme_findings() -> str:
     """The bullets below the table: harder tests, what the rivals are, and P."""
-    method = trained_method("capacity")
-    trained, lora = (_median_at_rank_2("capacity", name) for name in (method, LORA_EACH))
+    trained, lora = (_median_at_rank_2("capacity", name) for name in (TRAINED, LORA_EACH))
     alone = _median_at_rank_2("capacity-2", TRAINED)
     minus_squeezed = [
         f"{points(trained_minus(study, 'lora/squeezed', accuracy_at(1)), '+')} and "
@@ -76,7 +73,7 @@ def readme_findings() -> str:
             ("svd", "lora-authors/svd", "facts-128"),
         )
     )
-    file = read("docs/reorder.json")["whole file, R = 64"]
+    file = read("benchmarks/results/reorder.json")["whole file, R = 64"]
     sentences = [
         "* **Shrinking** a file of random factors in Flux's shapes from "
         f"{file['bytes_before'] / 1e6:.0f} to {file['bytes_after'] / 1e6:.0f} MB, rank 64 to 8, "
@@ -85,8 +82,8 @@ def readme_findings() -> str:
         "* **`train_ranks` minus [LoRA-Squeeze](https://arxiv.org/abs/2602.10993)**, our variant, "
         f"means at the ranks 1 and 2, in points: {minus_squeezed[0]} on the facts;",
         f"  {minus_squeezed[1]} with fewer numbers to train; {minus_squeezed[2]} with 512 facts.",
-        f"* **With fewer numbers to train**, {train_ranks_name(method)} has {trained} % at rank 2, "
-        f"and LoRA trained at rank 2 {lora} %. If you need rank 2 only,",
+        f"* **With fewer numbers to train**, `train_ranks` has {trained} % at rank 2, and "
+        f"LoRA trained at rank 2 {lora} %. If you need rank 2 only,",
         f"  nest [`(2, 32)`](docs/reorder.md#what-train_ranks-does): it then has {alone} % "
         "(medians of 5 seeds).",
         f"* **LoRA trained at rank 1** is better on the facts: {min(references):.1f} to "
@@ -109,7 +106,7 @@ def _median_at_rank_2(study: str, method: str) -> str:
 
 @block
 def readme_export() -> str:
-    """What `matryoshka export --error 10%` prints for a small file."""
+    """The output of `matryoshka export --error 10%` for a small file."""
     generator = np.random.default_rng(0)
     tensors: dict[str, NDArray[np.float16]] = {}
     for number in range(16):

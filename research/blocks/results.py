@@ -1,39 +1,39 @@
-"""The blocks of docs/results.md."""
+"""The blocks of docs/results.md and docs/reorder.md, but for the paper's own regime."""
 
 from __future__ import annotations
 
 from statistics import fmean, median
 
+from matryoshka_lora import aurac
 from research import stats
-from research.blocks.comparisons import (
+from research.blocks.shared import (
     THREE_TASKS,
+    block,
     chosen_rate,
-    gain_of_one_svd,
+    difference,
+    facts_table,
     in_paper_regime,
-    num_tries,
-    other_version,
+    median_and_lowest,
+    nats,
     p_kept_minus_lora,
     p_kept_rate,
     p_minus_lora,
-    parameters_of_squeezed,
+    percent,
     points,
-    points_less,
-    rate_range,
+    read,
     relative_seconds,
     spread,
-    trained_minus,
-)
-from research.blocks.registry import (
-    block,
-    facts_table,
-    percent,
     table,
+    trained_method,
+    trained_minus,
+    trained_minus_study,
 )
 from research.curves import curves, of_method, references_with_best_warmup
-from research.looks import NAMES, P_TRAINED_0_3, TRAINED, train_ranks_name, trained_method
+from research.looks import NAMES, TRAINED
 from research.plan import Result
-from research.stats import accuracy_at, aurac_log2
-from research.study import LORA_EACH
+from research.spent import examples_spent
+from research.stats import accuracy_at, aurac_log2, loss_at, mean_loss
+from research.study import LORA_EACH, load_study
 
 
 @block
@@ -45,8 +45,8 @@ def facts256() -> str:
         "matryoshka-authors/svd",
         "lora/svd",
         "lora-longer/svd",
-        trained_method("every256"),
-        P_TRAINED_0_3,
+        TRAINED,
+        "matryoshka/trained-0.3",
         "lora/squeezed",
         LORA_EACH,
     )
@@ -55,15 +55,14 @@ def facts256() -> str:
 
 @block
 def facts256_findings() -> str:
-    """What the table of 256 facts says."""
-    method = trained_method("every256")
-    trained = of_method("every256", method)
+    """Findings of the table of 256 facts."""
+    trained = of_method("every256", TRAINED)
     largest_fall = 100 * max(map(stats.largest_fall, trained))
     rank_1 = median(_accuracies(trained, 1))
-    seconds = relative_seconds("every256", method)
+    seconds = relative_seconds("every256", TRAINED)
     return (
-        f"* {train_ranks_name(method)} takes rank 1 from nothing to {rank_1:.1f} % for half a "
-        f"run's tokens, and {seconds:.1f} times a run's\n  seconds in all (the median; the machine "
+        f"* `train_ranks` takes rank 1 from nothing to {rank_1:.1f} % for half a run's tokens, and "
+        f"{seconds:.1f} times a run's\n  seconds in all (the median; the machine "
         "is shared): on two layers, a step of 8 examples takes more than\n  a quarter of the time "
         "of one of 32. Its curve is nearly "
         f"monotone: no rank of any seed has more than {largest_fall:.1f} points less than the "
@@ -116,17 +115,24 @@ def facts256_paper() -> str:
 
 @block
 def squeeze_tries() -> str:
-    """What our variant of LoRA-Squeeze is."""
-    num_of_trained, num_of_squeezed = num_tries()
-    times = parameters_of_squeezed("every256")
-    num_files = len(of_method("every256", "lora/squeezed")[0].ranks)
+    """A description of our variant of LoRA-Squeeze."""
+    num_tries = {"train_ranks": 0, "squeezed": 0}
+    for line in read("research/runs/tries.jsonl"):
+        if line["kind"] in ("squeeze", "squeezed"):
+            # Those of version 0.4 are only for comparison.
+            num_tries["squeezed"] += line["tries"] if line["version"] == "0.3" else 0
+        elif line["kind"] not in ("svd", "alone", "continued LoRA"):
+            num_tries["train_ranks"] += line["tries"]
+    squeezed = of_method("every256", "lora/squeezed")
+    parameters_of_lora = fmean(curve.parameters for curve in of_method("every256", "lora/svd"))
+    times = fmean(curve.parameters for curve in squeezed) / parameters_of_lora
     return (
         "* **LoRA-Squeeze** ([paper](https://arxiv.org/abs/2602.10993)) is a chained variant of "
         "ours: it truncates and trains on, from rank to rank.\n  No rank is validated, so one "
-        f"that training has made worse is kept. It had {num_of_squeezed} tries, and `train_ranks` "
-        f"{num_of_trained}. It leaves a file\n  for each of the {num_files} ranks, which are "
-        f"{times:.1f} times as large as the adapter. The authors' form, which truncates within the "
-        "training,\n  was not run."
+        f"that training has made worse is kept. It had {num_tries['squeezed']} tries, and "
+        f"`train_ranks` {num_tries['train_ranks']}. It leaves a file\n  for each of the "
+        f"{len(squeezed[0].ranks)} ranks, which are {times:.1f} times as large as the adapter. The "
+        "authors' form, which truncates within the training,\n  was not run."
     )
 
 
@@ -147,17 +153,26 @@ def _facts_methods(study: str) -> tuple[str, ...]:
     return "lora/svd", trained_method(study), "lora/squeezed", LORA_EACH
 
 
+def _with_version(label: str, study: str) -> str:
+    """Return a label with the version of `train_ranks`, if an earlier one ran."""
+    _, _, version = trained_method(study).partition("/trained-")
+    return f"{label}, `train_ranks` of version {version}" if version else label
+
+
 @block
 def capacity_findings() -> str:
-    """What the table of two kinds of layers says, and of which runs its rows are."""
+    """Findings of the table of two kinds of layers, and the runs of its rows."""
     at_rank_2 = trained_minus("capacity", LORA_EACH, accuracy_at(2))
+    if at_rank_2.mean >= 0 or at_rank_2.half_width is None:
+        raise ValueError(f"{at_rank_2} is not less.")
+    points_less = f"{-100 * at_rank_2.mean:.1f} ± {100 * at_rank_2.half_width:.1f}"
     findings = (
         "* **One nested adapter is not as good as a whole run at rank 2.** It has "
-        f"{points_less(at_rank_2)} points less than LoRA trained there, which has\n  a whole run "
+        f"{points_less} points less than LoRA trained there, which has\n  a whole run "
         "for this rank; `train_ranks` has half a run for ten ranks."
     )
     plain = chosen_rate("capacity", "lora/svd")
-    trained = chosen_rate("capacity", trained_method("capacity"))
+    trained = chosen_rate("capacity", TRAINED)
     if plain != trained:
         findings += (
             "\n* **The rows of `reorder` and `train_ranks` are of different runs of LoRA**, each "
@@ -186,7 +201,7 @@ def other_sizes() -> str:
             medians = [f"{100 * median(shares):.1f}" for shares in shares_by_rank if shares]
             cells.append(", ".join(medians))
         num_seeds = str(len(of_method(study, trained_method(study))))
-        rows.append([label + other_version(study), *cells, num_seeds])
+        rows.append([_with_version(label, study), *cells, num_seeds])
     return table(
         ["facts", *(NAMES[method] for method in _facts_methods("every256")), "seeds"], rows
     )
@@ -208,9 +223,12 @@ def squeeze_differences() -> str:
     for label, study in studies.items():
         estimates = [trained_minus(study, "lora/squeezed", accuracy_at(rank)) for rank in ranks]
         cells = [points(estimate, "+") for estimate in estimates]
-        rows.append([label + other_version(study), *cells, str(estimates[0].n)])
-    first = f"{train_ranks_name(TRAINED)} minus LoRA-Squeeze, points"
-    heading = [first, *(f"rank {rank}" for rank in ranks), "seeds"]
+        rows.append([_with_version(label, study), *cells, str(estimates[0].n)])
+    heading = [
+        "`train_ranks` minus LoRA-Squeeze, points",
+        *(f"rank {rank}" for rank in ranks),
+        "seeds",
+    ]
     return table(heading, rows)
 
 
@@ -235,8 +253,8 @@ def three_tasks() -> str:
 
 @block
 def three_tasks_findings() -> str:
-    """What the table of three tasks says."""
-    gains = [points(gain_of_one_svd(task)) for task in THREE_TASKS]
+    """Findings of the table of three tasks."""
+    gains = [_gain_of_one_svd(task) for task in THREE_TASKS]
     family = "family_relationships"
     longer = percent("headline", "lora-longer/svd", aurac_log2, family, "lora/svd")
     return "\n".join(
@@ -248,6 +266,22 @@ def three_tasks_findings() -> str:
             f"more adds {longer} points.",
         ]
     )
+
+
+def _gain_of_one_svd(task: str) -> str:
+    """Return the AURAC that one SVD adds to the same adapters of plain LoRA, truncated."""
+    study = load_study("headline")
+    rate = chosen_rate("headline", "lora/svd", task)
+    gains: list[float] = []
+    for job, run in study.load_runs().items():
+        key = (job.recipe, job.task, job.rank, job.learning_rate, job.split)
+        if key == ("lora", task, study.rank, rate, "test") and job.seed in study.seeds:
+            truncated = aurac(run.curves["prefix"].accuracy, run.ranks)
+            gains.append(aurac(run.curves["svd"].accuracy, run.ranks) - truncated)
+    estimate = stats.estimate(gains)
+    if estimate is None:
+        raise ValueError(f"No adapter of {task} has both deployments.")
+    return points(estimate)
 
 
 @block
@@ -269,11 +303,14 @@ def dylora_and_p() -> str:
         )
         for task in ("chain_sum", "facts-128")
     ]
+    rates_of_p, rates_of_dylora = (
+        spread([chosen_rate("headline", method, task) for task in THREE_TASKS])
+        for method in ("matryoshka/prefix", "dylora/prefix")
+    )
     return (
         "* **The paper has P ahead of DyLoRA. Here it is the other way round**: with P, dropped "
         f"after training, and with\n  DyLoRA, AURAC is {'; '.join(areas)} %. The rates are "
-        f"{rate_range('headline', 'matryoshka/prefix')} for P and\n  "
-        f"{rate_range('headline', 'dylora/prefix')} for DyLoRA; the paper's are 5e-6 to 1e-3. In "
+        f"{rates_of_p} for P and\n  {rates_of_dylora} for DyLoRA; the paper's are 5e-6 to 1e-3. In "
         "[its own regime](#the-papers-own-regime), P dropped\n  minus DyLoRA is at rank 1 "
         f"{' and '.join(differences)} points on `chain_sum` and 128 facts."
     )
@@ -308,4 +345,121 @@ def p_at_ranks_findings() -> str:
     return (
         "After `reorder`, these intervals do not contain 0. They are not corrected for their "
         "number:\n\n" + "\n".join(f"* {text}" for text in clear)
+    )
+
+
+# Fewer nested ranks: the studies ``capacity-...``.
+
+
+@block
+def nesting_controls() -> str:
+    """Right answers and examples of rank 2 with fewer nested ranks."""
+    studies = {
+        "ten nested ranks": "capacity",
+        "(1, 2, 32)": "capacity-1-2",
+        "(2, 32)": "capacity-2",
+        "(2, 32), fewer examples": "capacity-2-equal",
+    }
+    rows: list[list[str]] = []
+    for label, name in studies.items():
+        study = load_study(name)
+        (task,) = study.tasks
+        cells = [median_and_lowest(name, TRAINED, accuracy_at(rank)) for rank in (1, 2, 32)]
+        for rank in (1, 2):
+            if rank in study.ranks:
+                examples = [run.examples for run in examples_spent(name, TRAINED, task, rank)]
+                cells.append(f"{fmean(examples):,.0f}")
+            else:
+                cells.append("")
+        rows.append([label, *cells, str(len(of_method(name, TRAINED)))])
+    heading = ["`train_ranks`, nested ranks", *(f"rank {rank}" for rank in (1, 2, 32))]
+    heading += [*(f"examples of rank {rank}" for rank in (1, 2)), "seeds"]
+    return table(heading, rows)
+
+
+@block
+def nesting_controls_findings() -> str:
+    """Whether nesting costs anything, and what a user who wants one small rank gains."""
+    rank_2 = accuracy_at(2)
+    alone = trained_minus_study("capacity-2", TRAINED, "capacity", rank_2)
+    to_lora = trained_minus_study("capacity-2", LORA_EACH, "capacity", rank_2)
+    to_nested = trained_minus_study("capacity-2-equal", TRAINED, "capacity-1-2", rank_2)
+    lora_examples = examples_spent("capacity", LORA_EACH, "facts-256", 2)[0].examples
+    return (
+        "* **For one small rank**, nest `(2, 32)`. At rank 2, its right answers differ from ten "
+        f"nested ranks by\n  {points(alone, '+')} points, and from LoRA trained at rank 2 by "
+        f"{points(to_lora, '+')}. That LoRA has {lora_examples:,.0f} examples\n  of rank 2; "
+        "`(2, 32)` has as many of R, and half as many after them.\n"
+        "* **Does nesting cost anything?** With about as many examples for rank 2, rank 2 alone "
+        f"minus rank 2 beside\n  rank 1 is {points(to_nested, '+')} points."
+    )
+
+
+@block
+def one_small_rank() -> str:
+    """The nested ranks for one small rank."""
+    alone, nested = (
+        median_and_lowest(study, TRAINED, accuracy_at(2)) for study in ("capacity-2", "capacity")
+    )
+    return (
+        "* **For one small rank**, nest it and R only, `nest(model, ranks=(2, 32))`: all steps go "
+        "to them. On 256 facts, with two kinds of\n  layers, rank 2 then has "
+        f"{alone} % right answers; among ten nested ranks it has {nested} % ([results]"
+        "(results.md#where-rank-matters),\n  medians and the lowest of five seeds)."
+    )
+
+
+# Ordinary tasks, where rank hardly matters: the study ``ordinary``.
+
+LONGER = "lora-longer/svd"
+
+
+@block
+def ordinary_tasks() -> str:
+    """Losses minus the losses of ``reorder``."""
+    values = {"mean": mean_loss, "rank 1": loss_at(1), "rank 4": loss_at(4), "R": loss_at(32)}
+    rows: list[list[str]] = []
+    for task in load_study("ordinary").tasks:
+        for method in (TRAINED, LONGER):
+            cells = [nats("ordinary", method, value, task, "lora/svd") for value in values.values()]
+            rows.append([f"`{task}`", NAMES[method], *cells])
+    heading = ["task", "loss minus that of `reorder`, nats", *values]
+    return table(heading, rows)
+
+
+@block
+def ordinary_findings() -> str:
+    """How much of the gain of a longer run that is, how often it is kept, and why not more."""
+    study = load_study("ordinary")
+    gains: list[str] = []
+    for task in study.tasks:
+        of_mean, of_rank_1 = (
+            100
+            * difference("ordinary", TRAINED, value, "lora/svd", task).mean
+            / difference("ordinary", LONGER, value, "lora/svd", task).mean
+            for value in (mean_loss, loss_at(1))
+        )
+        num_kept = sum(
+            run["cost"]["cuts"].get("trained", {}).get("outcome") == "kept"
+            for run in read("research/runs/ordinary.jsonl")
+            if run["job"]["task"] == task
+        )
+        gains.append(
+            f"{of_mean:.0f} % ({of_rank_1:.0f} % at rank 1) on `{task}`, where "
+            f"{num_kept} of {len(study.seeds)} were kept"
+        )
+    again, longer_run = (
+        nats("rest", method, mean_loss, "chain_sum", "lora/svd")
+        for method in ("lora-again/svd", LONGER)
+    )
+    seconds = relative_seconds("ordinary", TRAINED)
+    return (
+        f"* **Of the gain of half a run more**, `train_ranks` has {gains[0]},\n  and {gains[1]}. "
+        f"It takes {seconds:.2f} times a run's seconds in all (the median of both tasks).\n"
+        "* **A longer run needs no new examples for its gain**: on `chain_sum`, half as many steps "
+        "again on the *same* examples, in one run,\n  change the mean loss by "
+        f"{again} nats, and with new examples by {longer_run} (three seeds, version 0.1). "
+        "Where R itself can still\n  improve, train longer from the start: once the learning rate "
+        "has fallen to 0, more steps for R, or of plain LoRA, did\n  less than that on one "
+        "validation seed ([tries](../research/earlier.md#what-was-tried))."
     )

@@ -1,1 +1,1 @@
-"""The study's tests; models and formulas are those of tests/."""
+"""The tests of the studies."""

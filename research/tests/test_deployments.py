@@ -1,4 +1,4 @@
-"""What the deployments of a trained adapter record."""
+"""The deployments of a trained adapter: their records."""
 
 from __future__ import annotations
 

@@ -9,23 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import matryoshka_lora
 from matryoshka_lora import MatryoshkaError
-from research import __main__ as command_line
 from research import commonsense, stats, tasks
-from research.__main__ import TABLES, main
+from research.__main__ import TABLES, main, select
+from research.curves import earlier_curves
 from research.facts import facts
 from research.plan import missing_jobs, num_missing, rates, results, units
 from research.report import comparison, tables
-from research.runs import Curve, Job, Run, append_run, read_runs
+from research.runs import Curve, Job, Run, append_line, read_runs
 from research.study import (
     ROOT,
     STUDIES,
     Study,
-    check_can_run,
     load_study,
     make_study,
     parse_method,
@@ -116,8 +116,9 @@ def test_rates_within_a_tolerance_of_the_best() -> None:
         ({"learning_rates": {"grid": [1e-3, 2e-3], "seeds": [0]}}, "seeds"),
         ({"ranks": [1, 2]}, "rank"),
         ({"methods": ["unknown/svd"]}, "unknown"),
-        ({"reported": ["unknown/svd"]}, "unknown"),
-        ({"reported": ["lora/svd"]}, "reported"),
+        ({"methods": ["lora/learned"]}, "lora/learned"),
+        ({"tasks": {"sums": {"generated": "chain_sum"}}}, "items.judge"),
+        ({"methods": ["lora/kept"], "tasks": {"c": {"choices": "folder"}}}, "choices"),
     ],
 )
 def test_studies_that_are_not_valid(changes: dict[str, Any], keyword: str) -> None:
@@ -152,46 +153,17 @@ def test_a_test_run_measures_all_cheap_deployments() -> None:
     assert num_missing(study, runs) == 4
 
 
-def test_methods_that_are_reported_have_their_own_rates_and_are_never_run() -> None:
-    """The curves of version 0.3 stay in the tables next to those of the current version."""
-    study = small_study(methods=["lora/trained"], reported=["lora/trained-0.3"], seeds=[0])
-    runs: dict[Job, Run] = {}
-    for rate, loss in ((1e-3, 2.0), (2e-3, 1.0), (4e-3, 2.0)):
-        job = Job("lora", "facts-8", 4, rate, 100, "validation")
-        runs[job] = make_run(study, job, ["trained-0.3"], loss)
-    test = Job("lora", "facts-8", 4, 2e-3, 0, "test")
-    runs[test] = make_run(study, test, ["trained-0.3"])
-    assert [result.method for result in results(study, runs)] == ["lora/trained-0.3"]
-    assert "| lora/trained |" not in tables(study, runs)
-
-    while missing := missing_jobs(study, runs):
-        for job, names in missing.items():
-            assert names == {"trained"}
-            run = make_run(study, job, names, abs(job.learning_rate - 4e-3))
-            runs[job] = runs[job].merge(run) if job in runs else run
-    chosen_rates = {
-        method: rates(study, runs, units(study, method, "facts-8")[0]).chosen
-        for method in study.all_methods
-    }
-    assert chosen_rates == {"lora/trained": 4e-3, "lora/trained-0.3": 2e-3}
-    assert {result.method for result in results(study, runs)} == {*study.all_methods}
-    assert "| lora/trained |" in tables(study, runs)
-
-
-def test_deployments_that_are_recorded_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runs of version 0.3 have ``svd`` and ``squeezed``; only ``trained`` is missing."""
+def test_deployments_that_are_recorded_are_not_repeated() -> None:
+    """The runs have ``svd`` and ``squeezed``; only ``trained`` is missing."""
     runs: dict[Job, Run] = {}
     for job, run in load_study("capacity").load_runs().items():
         curves = {name: curve for name, curve in run.curves.items() if name != "trained"}
         diverged = tuple(name for name in run.diverged if name != "trained")
         runs[job] = replace(run, curves=curves, diverged=diverged)
-    selected: list[Study] = []
-    monkeypatch.setattr(command_line, "run_missing", lambda study, _: selected.append(study))
-    monkeypatch.setattr(command_line, "write_tables", lambda _: None)
-    methods = ["--methods", "lora/trained,lora/squeezed,lora/svd"]
-    assert main(["capacity", *methods, "--rates-only"]) == 0
-    assert main(["capacity", *methods, "--seeds", "200,201,202,203,204"]) == 0
-    rates_only, tests = selected
+    study = load_study("capacity")
+    methods = "lora/trained,lora/squeezed,lora/svd"
+    tests = select(study, methods, "200,201,202,203,204")
+    rates_only = replace(tests, seeds=())
 
     missing = missing_jobs(rates_only, runs)
     assert {(job.recipe, job.rank, job.seed, job.split) for job in missing} == {
@@ -209,11 +181,15 @@ def test_deployments_that_are_recorded_are_not_repeated(monkeypatch: pytest.Monk
     assert all(names == {"trained"} for names in missing.values())
 
 
-def test_a_method_that_is_only_reported_cannot_be_selected(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_an_unknown_method_cannot_be_selected(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["capacity", "--methods", "lora/trained-0.3"]) == 1
     assert "lora/trained-0.3" in capsys.readouterr().err
+
+
+def test_tables_have_the_curves_of_earlier_versions() -> None:
+    study = load_study("gemma256")
+    assert len(earlier_curves("gemma256")) == 3
+    assert "| lora/trained-0.3 | 3 |" in tables(study, {})
 
 
 def test_a_killed_study_continues(tmp_path: Path) -> None:
@@ -221,13 +197,13 @@ def test_a_killed_study_continues(tmp_path: Path) -> None:
     study = small_study()
     file = tmp_path / "runs.jsonl"
     first, second = (Job("lora", "facts-8", 4, 1e-3, seed, "test") for seed in (0, 1))
-    append_run(file, make_run(study, first, ["svd"]))
+    append_line(file, make_run(study, first, ["svd"]).to_line())
     complete_text = file.read_text()
-    append_run(file, make_run(study, second, ["svd"]))
+    append_line(file, make_run(study, second, ["svd"]).to_line())
     file.write_text(file.read_text()[:-20])
     assert list(read_runs([file])) == [first]
-    append_run(file, make_run(study, second, ["svd"]))
-    append_run(file, make_run(study, first, ["trained"]))
+    append_line(file, make_run(study, second, ["svd"]).to_line())
+    append_line(file, make_run(study, first, ["trained"]).to_line())
     assert file.read_text().startswith(complete_text)
     assert {job: sorted(run.curves) for job, run in read_runs([file]).items()} == {
         first: ["svd", "trained"],
@@ -278,7 +254,6 @@ def test_the_methods_of_the_papers_regime_run() -> None:
     study = small_study(
         methods=regime.methods, training={"max_steps": 2, "per_device_train_batch_size": 8}
     )
-    check_can_run(study)
     names: dict[str, set[str]] = {}
     for recipe, deployment in map(parse_method, regime.methods):
         names.setdefault(recipe, set()).add(deployment)
@@ -383,13 +358,11 @@ def test_parts_of_a_batch_have_the_gradient_of_micro_batches() -> None:
         adapter.draw(0, batch_size=len(examples))
         add_gradients(examples)
         gradients = pop_gradients()
-        diagonal = adapter.state.train_diagonal
-        assert diagonal is not None
-        diagonals = diagonal.q
-        assert diagonals.shape == (len(examples), 4)
-        assert len({tuple(q.tolist()) for q in diagonals}) > 1
-        for row, q in zip(examples, diagonals, strict=True):
-            with adapter.use_diagonal(q):
+        diagonals = adapter.rule.sample(adapter.nesting, job.seed, 0, len(examples))
+        ranks = [int(np.count_nonzero(diagonal)) for diagonal in diagonals]
+        assert len(set(ranks)) > 1
+        for row, rank in zip(examples, ranks, strict=True):
+            with adapter.rows([rank]):
                 add_gradients([row])
     for gradient, sum_of_rows in zip(gradients, pop_gradients(), strict=True):
         torch.testing.assert_close(gradient, sum_of_rows, rtol=1e-3, atol=1e-5)
@@ -413,26 +386,9 @@ def test_choices_are_answered_at_every_rank(tmp_path: Path) -> None:
     assert len(commonsense.mean_accuracies(shares)) == 3
 
 
-@pytest.mark.parametrize(
-    ("changes", "keyword"),
-    [
-        ({"tasks": {"sums": {"generated": "chain_sum"}}}, "items.judge"),
-        ({"methods": ["lora/budget"]}, "lora/budget"),
-        ({"methods": ["sum/prefix"]}, "sum/prefix"),
-        ({"settled": "it was wrong"}, "it was wrong"),
-    ],
-)
-def test_studies_that_are_only_reported(changes: dict[str, Any], keyword: str) -> None:
-    check_can_run(small_study())
-    with pytest.raises(MatryoshkaError, match=keyword):
-        check_can_run(small_study(**changes))
-
-
 PUBLIC_NAMES = {
     "matryoshka_lora": set(matryoshka_lora.__all__),
     "matryoshka_lora.peft.base_model": {"load_model", "load_tokenizer"},
-    "matryoshka_lora.training.prefix_steps": {"EXAMPLES_PER_STEP"},
-    "matryoshka_lora.training.train_ranks": {"MAX_VALIDATION_EXAMPLES", "SMALLEST_GAP"},
 }
 
 

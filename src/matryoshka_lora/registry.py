@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
+from matryoshka_lora.errors import optional_imports
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -89,7 +91,8 @@ class Format:
         return size
 
     def _module(self) -> Any:
-        return import_module(self.module)
+        with optional_imports():
+            return import_module(self.module)
 
 
 FORMATS: dict[str, Format] = {

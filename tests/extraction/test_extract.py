@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
+import matryoshka_lora as ml
 from matryoshka_lora import MatryoshkaError, NotFiniteError, extract, info
 from matryoshka_lora.extraction.factorize import factorize_change
-from matryoshka_lora.lora_file.open import open_lora
 
 CHANGED_LAYERS = ("q_proj", "down_proj", "o_proj")
 
@@ -604,5 +604,5 @@ def test_two_processes_do_not_share_the_cache_of_an_output(
 
     monkeypatch.setattr("matryoshka_lora.extraction.factor_cache.factorize_change", meanwhile)
     run(4)
-    assert open_lora(tmp_path / "lora").max_rank == 4
+    assert ml.open(tmp_path / "lora").max_rank == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "lora", "tuned"]

@@ -11,14 +11,14 @@ import pytest
 import torch
 from helpers.plain_peft import best
 from helpers.single_files import kohya_name, read_updates, save_pairs
+from matryoshka_lora.lora_file.keys.formats import convert_keys
+from matryoshka_lora.lora_file.single_file import open_single_file
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.formats import KeyFormat
-from matryoshka_lora.lora_file.keys.formats import convert_keys
-from matryoshka_lora.lora_file.single_file import open_single_file
 
 UNET_MODULES = ("unet.down_blocks.0.attn1.to_q", "unet.mid_block.attn1.to_out.0")
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from matryoshka_lora import MatryoshkaError, combine, info
-from matryoshka_lora.lora_file.peft_folder import CONFIG_NAME, WEIGHTS_NAME
+from matryoshka_lora.formats.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 
 MIXED_LAYERS = ["embedding", "convolution", "head"]
 

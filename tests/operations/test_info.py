@@ -15,8 +15,8 @@ from helpers.plain_peft import plain_adapter
 from helpers.single_files import save_pairs
 from safetensors.torch import load_file, save_file
 
+import matryoshka_lora as ml
 from matryoshka_lora import MatryoshkaError, Nesting, export, info, info_folder, reorder
-from matryoshka_lora.lora_file.peft_folder import open_peft_folder
 
 R = 8
 EXPERTS = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
@@ -34,10 +34,10 @@ def save_nested(path: Path) -> Path:
 
 def save_nested_as(path: Path, **fields: Any) -> Path:
     """Save an adapter whose factors count as ordered in some way."""
-    lora = open_peft_folder(save_plain(path.with_name("plain")))
+    lora = ml.open(save_plain(path.with_name("plain")))
     nesting = Nesting((1, 4, R), "sqrt", 0.5)
     lora = replace(lora, nesting=nesting, **fields)
-    lora.plan_nested().write(path)
+    lora.nested().save(path)
     return path
 
 
@@ -70,10 +70,10 @@ def test_sizes_and_errors_are_those_of_the_exports(tmp_path: Path, kind: str) ->
     result = info(source)
     lora = result.lora
     assert lora.name == str(source)
-    assert result.sizes.keys() == set(lora.ranks)
+    assert result.sizes.keys() == set(lora.nested_ranks)
     assert list(result.errors) == list(lora.available_ranks)
     assert lora.order == ORDERS.get(kind)
-    for rank in lora.ranks:
+    for rank in lora.nested_ranks:
         exported = export(source, tmp_path / f"rank-{rank}{source.suffix}", rank)
         assert result.sizes[rank] == exported.size_after
         (error,) = exported.errors.values()
@@ -91,7 +91,7 @@ def test_layers_are_described_by_the_singular_values_of_their_updates(
     result = info(source, layers=True)
     assert result.layers.keys() == {layer.name for layer in result.lora.layers}
     for layer in result.lora.layers:
-        A, B = layer.to_matrices(layer.A.read(), layer.B.read())
+        A, B, *_ = layer.read()
         values = np.linalg.svd(layer.scale * (B @ A), compute_uv=False)
         kept = np.cumsum(values**2) / np.sum(values**2)
         described = result.layers[layer.name]

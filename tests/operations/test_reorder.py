@@ -17,8 +17,8 @@ from helpers.plain_peft import best, by_peft, distance, plain_adapter, updates
 from helpers.single_files import read_ranks, read_updates
 from safetensors.torch import save_file
 
+import matryoshka_lora as ml
 from matryoshka_lora import MatryoshkaError, Nesting, NotFiniteError, export, reorder
-from matryoshka_lora.lora_file.peft_folder import open_peft_folder
 
 R = 8
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
@@ -55,8 +55,8 @@ def test_every_rank_of_a_folder_is_the_best_approximation(tmp_path: Path, kind: 
     shapes = {values.shape for values in result.singular_values.values()}
     assert shapes == {(R,), (3, R)} if kind == "experts" else {(R,)}
 
-    nested = open_peft_folder(tmp_path / "nested")
-    assert (nested.order, nested.ranks, nested.deploy) == ("svd", (1, 2, 4, R), "reordered")
+    nested = ml.open(tmp_path / "nested")
+    assert (nested.order, nested.nested_ranks, nested.deploy) == ("svd", (1, 2, 4, R), "reordered")
     plain_logits = by_peft(tmp_path / "plain", base)
     assert distance(by_peft(tmp_path / "nested", base), plain_logits) < 1e-5
     export(tmp_path / "nested", tmp_path / "rank-3", 3)
@@ -68,15 +68,15 @@ def test_every_rank_of_a_folder_is_the_best_approximation(tmp_path: Path, kind: 
 @pytest.mark.parametrize("fields", [{"order": "trained"}, {"deploy": "paper"}])
 def test_the_order_of_the_source_does_not_count(tmp_path: Path, fields: dict[str, Any]) -> None:
     plain_adapter(tmp_path / "plain", r=R, target_modules=["q_proj", "v_proj"])
-    lora = replace(open_peft_folder(tmp_path / "plain"), **fields)
+    lora = replace(ml.open(tmp_path / "plain"), **fields)
     lora = replace(lora, nesting=Nesting((2, R), "rank", 1.0))
-    lora.plan_nested().write(tmp_path / "source")
+    lora.nested().save(tmp_path / "source")
     with warnings.catch_warnings(record=True) as caught:
         result = reorder(tmp_path / "source", tmp_path / "nested")
     assert any("trained" in str(w.message) for w in caught) == ("order" in fields)
     check_against_svd(result, updates(tmp_path / "plain"))
-    nested = open_peft_folder(tmp_path / "nested")
-    assert (nested.order, nested.ranks, nested.deploy) == ("svd", (2, R), "reordered")
+    nested = ml.open(tmp_path / "nested")
+    assert (nested.order, nested.nested_ranks, nested.deploy) == ("svd", (2, R), "reordered")
 
 
 def test_layers_of_a_single_file_keep_their_ranks(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ import torch
 from helpers.plain_peft import plain_adapter
 from helpers.tiny_chat import save_tiny_chat, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import matryoshka_lora as ml
 from matryoshka_lora import MatryoshkaError, export, train_ranks
-from matryoshka_lora.lora_file.peft_folder import open_peft_folder
 
 COMPLETIONS = ["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op"]
 EXAMPLES = [{"prompt": f"{n} {n % 8}=", "completion": COMPLETIONS[n % 8]} for n in range(64)]
@@ -81,8 +82,8 @@ def test_a_folder_gets_trained_ranks(lora_folder: Path, tmp_path: Path) -> None:
         lora_folder, output, data, eval_data=str(data), max_examples=640, dtype="fp32"
     )
     assert (result.path, result.outcome, result.num_examples) == (output, "kept", 640)
-    lora = open_peft_folder(output)
-    assert (lora.order, lora.max_rank, lora.ranks) == ("trained", 4, (1, 2, 4))
+    lora = ml.open(output)
+    assert (lora.order, lora.max_rank, lora.nested_ranks) == ("trained", 4, (1, 2, 4))
     assert (output / "tokenizer_config.json").is_file()
     with pytest.raises(MatryoshkaError, match="singular values"):
         export(output, tmp_path / "small", keep="90%")
@@ -91,12 +92,25 @@ def test_a_folder_gets_trained_ranks(lora_folder: Path, tmp_path: Path) -> None:
 
 
 def test_untrained_ranks_are_written_in_the_order_of_the_svd(
-    lora_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lora_folder: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("matryoshka_lora.training.train_ranks.ROUNDING", 99.0)
-    result = train_ranks(lora_folder, tmp_path / "nested", EXAMPLES, dtype="fp32")
+    """Of an update of rank 1, no rank is behind."""
+    source = Path(shutil.copytree(lora_folder, tmp_path / "source"))
+    file = source / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            tensor[:, 1:] = 0
+    save_file(tensors, file)
+    result = train_ranks(
+        source,
+        tmp_path / "nested",
+        EXAMPLES,
+        base_model=str(lora_folder.with_name("base")),
+        dtype="fp32",
+    )
     assert (result.outcome, result.losses_after) == ("nothing to train", None)
-    assert open_peft_folder(tmp_path / "nested").order == "svd"
+    assert ml.open(tmp_path / "nested").order == "svd"
 
 
 def test_an_output_that_cannot_be_written_is_an_error_before_the_training(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from matryoshka_lora import combine, export, info
 from matryoshka_lora.errors import MatryoshkaError
-from matryoshka_lora.formats import KeyFormat
+from matryoshka_lora.registry import KeyFormat
 
 Updates = dict[str, np.ndarray]
 WIDTH = 8

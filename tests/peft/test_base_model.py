@@ -12,10 +12,10 @@ import pytest
 import torch
 from helpers.models import nested_llama
 from helpers.tiny_chat import save_tiny_chat, tiny_tokenizer
-from matryoshka_lora.lora_file.hub import BUNDLED_MODEL
-from matryoshka_lora.lora_file.peft_folder import open_peft_folder
 
 from matryoshka_lora import MatryoshkaError, Nesting
+from matryoshka_lora.formats.hub import BUNDLED_MODEL
+from matryoshka_lora.formats.open import open_adapter
 from matryoshka_lora.peft.base_model import (
     bundled_gguf_path,
     bundled_model_path,
@@ -102,7 +102,7 @@ def test_a_folder_is_loaded_with_its_name_in_eval_mode(
 def test_the_tokenizer_that_was_saved_with_an_adapter(tmp_path: Path) -> None:
     base_model = str(save_tiny_chat(tmp_path / "base"))
     nested_llama(Nesting((1, 2)), layers=1).save(tmp_path / "adapter")
-    lora = open_peft_folder(tmp_path / "adapter")
+    lora = open_adapter(tmp_path / "adapter")
     assert load_adapter_tokenizer(lora, base_model, None).name_or_path == base_model
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<new>"])

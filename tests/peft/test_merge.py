@@ -46,7 +46,13 @@ def test_a_merged_model_computes_what_the_adapter_does(
             if "modules_to_save" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(tmp_path / "lora")
-    export(tmp_path / "lora", tmp_path / "merged", 4, "merged", base_model=str(tmp_path / "base"))
+    export(
+        tmp_path / "lora",
+        tmp_path / "merged",
+        4,
+        format="merged",
+        base_model=str(tmp_path / "base"),
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert distance(logits(merged), logits(model)) < 1e-4
     written = json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -87,7 +93,7 @@ def test_a_merged_model_has_no_line_of_a_file_that_a_tokenizer_names(
     (tmp_path / "lora" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     (tmp_path / "lora" / file_name).write_text(json.dumps(content))
     monkeypatch.chdir(tmp_path / "lora")
-    export(tmp_path / "lora", tmp_path / "merged", 2, "merged", base_model=base_model)
+    export(tmp_path / "lora", tmp_path / "merged", 2, format="merged", base_model=base_model)
     for file in (tmp_path / "merged").rglob("*.*"):
         assert b"AKIASECRET" not in file.read_bytes()
     assert (tmp_path / "merged" / file_name).is_file()
@@ -109,7 +115,7 @@ def test_a_tokenizer_with_a_link_to_another_folder_is_not_used(
         templates.mkdir()
         (templates / "x.jinja").symlink_to(tmp_path / "private" / "x.jinja")
     with pytest.warns(UserWarning, match="symbolic link"):
-        export(tmp_path / "lora", tmp_path / "merged", 2, "merged", base_model=base_model)
+        export(tmp_path / "lora", tmp_path / "merged", 2, format="merged", base_model=base_model)
     assert not (tmp_path / "merged" / "additional_chat_templates").exists()
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == TEMPLATE
 

@@ -322,7 +322,13 @@ def test_all_layers_of_the_file_are_loaded(options: dict[str, Any], tmp_path: Pa
     assert logits(adapter.model).allclose(expected, atol=1e-5)
     base_model = str(tmp_path / "base")
     tiny_llama().save_pretrained(base_model)
-    export(tmp_path / "a", tmp_path / "merged", NESTING.max_rank, "merged", base_model=base_model)
+    export(
+        tmp_path / "a",
+        tmp_path / "merged",
+        NESTING.max_rank,
+        format="merged",
+        base_model=base_model,
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert logits(merged).allclose(expected, atol=1e-4)
 
@@ -353,7 +359,7 @@ def test_a_lora_file_does_not_follow_the_parameters(tmp_path: Path) -> None:
     expected = logits(adapter.model)
     lora = adapter.to_lora_file()
     randomize(adapter.model, seed=8)
-    lora.plan_nested().write(tmp_path / "a")
+    lora.nested().save(tmp_path / "a")
     assert_close(by_peft(tmp_path / "a"), expected)
 
 

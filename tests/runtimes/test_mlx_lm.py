@@ -13,11 +13,11 @@ import pytest
 import torch
 from helpers.plain_peft import IDS, logits, plain_adapter
 from helpers.tiny_chat import tiny_tokenizer
-from matryoshka_lora.lora_file.mlx import missing_rope_fields
 from peft import PeftModel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from matryoshka_lora import export, reorder
+from matryoshka_lora.formats.mlx import missing_rope_fields
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("MLX_PYTHON") or ROOT / ".venv-mlx" / "bin" / "python")
@@ -123,12 +123,12 @@ def test_mlx_lm_computes_what_pytorch_does(tmp_path: Path, model_type: str) -> N
     for rank in (1, 4, 8):
         mlx_folder = tmp_path / f"mlx-{rank}"
         peft_folder = tmp_path / f"peft-{rank}"
-        export(nested, mlx_folder, rank, "mlx", base_model=str(base))
+        export(nested, mlx_folder, rank, format="mlx", base_model=str(base))
         export(nested, peft_folder, rank)
         peft_model = PeftModel.from_pretrained(tiny_model(model_type), peft_folder)
         jobs.add(f"rank {rank}", peft_model, base, mlx_folder)
     merged = tmp_path / "merged"
-    export(nested, merged, 4, "merged", base_model=str(base))
+    export(nested, merged, 4, format="merged", base_model=str(base))
     jobs.add("merged", AutoModelForCausalLM.from_pretrained(merged), merged)
 
     # mlx-lm's Gemma 1 differs from that of transformers without an adapter, too.

@@ -52,8 +52,9 @@ def part_of(name: str) -> str:
 def write(folder: Path) -> None:
     """Write the files with this package, and the updates that they stand for."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
-    from matryoshka_lora import export
     from matryoshka_lora.lora_file.open import open_lora
+
+    from matryoshka_lora import export
 
     folder.mkdir(parents=True)
     torch.manual_seed(0)

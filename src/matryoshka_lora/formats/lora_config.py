@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from types import NoneType
 from typing import Any
 
 from matryoshka_lora.errors import MatryoshkaError
@@ -109,10 +110,15 @@ class _Patterns:
     """
 
     def __init__(self, patterns: Mapping[str, Any] | None, name: str) -> None:
+        if not isinstance(patterns, (Mapping, NoneType)):
+            raise MatryoshkaError(
+                f"{name}: rank_pattern and alpha_pattern must be objects, got {patterns!r:.80}. "
+                "Save the adapter again."
+            )
         self._full_names: dict[str, tuple[int, Any]] = {}
         self._endings: dict[str, tuple[int, Any]] = {}
         self._expressions: list[tuple[int, re.Pattern[str], Any]] = []
-        for index, (pattern, value) in enumerate(dict(patterns or {}).items()):
+        for index, (pattern, value) in enumerate((patterns or {}).items()):
             literal = _LITERAL.fullmatch(pattern)
             if literal is None:
                 expression = _compile(pattern, name)

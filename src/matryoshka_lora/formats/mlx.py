@@ -64,7 +64,7 @@ def _padded(layer: Layer, rank: int) -> Layer:
 
     def pad(factors: Factors) -> Factors:
         A, B = pad_end(factors.A, missing, axis=-2), pad_end(factors.B, missing, axis=-1)
-        return factors._replace(A=A, B=B)
+        return factors._replace(A=A, B=B, squared_errors=factors.padded_errors(rank))
 
     return layer.map(pad, rank=rank)
 

@@ -249,13 +249,11 @@ def _prepare(lora: Lora) -> Lora:
         raise MatryoshkaError(
             f"{lora.name}: target_parameters requires one rank for all layers. Pass `rank` alone."
         )
-    scales = {layer.scale for layer in lora.layers}
+    scale = lora.layers[0].scale
     if lora.nesting is not None:
         scale = lora.nesting.scale
-    elif len(scales) > 1 or any(layer.has_new_factors for layer in lora.layers):
+    elif any(layer.has_new_factors for layer in lora.layers):
         scale = lora.new_scale
-    else:
-        scale = scales.pop()
     metadata = {"format": "pt"}
     if lora.nesting is not None:
         nesting = {

@@ -45,23 +45,26 @@ def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
     and it has no order. A layer that a LoRA does not have counts as zero.
 
     Args:
-        loras: LoRAs of one base model, all PEFT folders or all single files. The sum has the key
-            format of the first one.
+        loras: LoRAs that are `compatible`.
         weights: The weight of each, which may be negative.
 
     Raises:
         MatryoshkaError: The LoRAs are not compatible.
     """
-    for lora, other in combinations_with_replacement(loras, 2):
-        _check_compatible(lora, other)
+    loras = compatible(loras)
     names = [lora.name for lora in loras]
-    if loras[0].container == "single":
-        loras = match_key_formats(loras)
     terms: dict[str, list[tuple[Lora, Layer, float]]] = {}
     for lora, weight in zip(loras, weights, strict=True):
         for layer in lora.layers:
             terms.setdefault(layer.name, []).append((lora, layer, weight))
-    layers = tuple(_sum_layer(terms[name]) for name in sorted(terms))
+    layers = tuple(
+        sum_layers(
+            [layer for _, layer, _ in terms[name]],
+            [weight for _, _, weight in terms[name]],
+            sources=[lora.name for lora, _, _ in terms[name]],
+        )
+        for name in sorted(terms)
+    )
     _warn_if_wider(loras, layers)
     total = replace(
         loras[0],
@@ -82,19 +85,32 @@ def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
     )
 
 
+def compatible(loras: Sequence[Lora]) -> list[Lora]:
+    """Return LoRAs with the same names for the same modules, so that they can be added.
+
+    Single files get the keys of the first one. Layers that are split or fused may get other ranks.
+
+    Raises:
+        MatryoshkaError: They are of different kinds or for different base models, or have tensors
+            that cannot be added.
+    """
+    for lora, other in combinations_with_replacement(loras, 2):
+        _check_compatible(lora, other)
+    return match_key_formats(loras) if loras[0].container == "single" else list(loras)
+
+
 def cosines(loras: Sequence[Lora]) -> Float64Array:
     """Return the cosine between the updates of each pair of LoRAs, over all layers.
 
     All factors are read. A LoRA without any update has the cosine 0.
 
     Args:
-        loras: LoRAs of one base model, in any key formats.
+        loras: LoRAs that are `compatible`.
 
     Returns:
         Shape (n, n): 0 for unrelated updates, 1 for the same direction, negative for opposed ones.
     """
-    if loras[0].container == "single":
-        loras = match_key_formats(loras)
+    loras = compatible(loras)
     layers = [{layer.name: layer for layer in lora.layers} for lora in loras]
     products = np.zeros((len(loras), len(loras)))
     with single_threaded():
@@ -111,16 +127,29 @@ def cosines(loras: Sequence[Lora]) -> Float64Array:
     return result
 
 
-def _sum_layer(terms: Sequence[tuple[Lora, Layer, float]]) -> Layer:
-    """Return the layer whose update is the weighted sum of the updates of some layers."""
-    layers = [layer for _, layer, _ in terms]
+def sum_layers(
+    layers: Sequence[Layer], weights: Sequence[float], *, sources: Sequence[str] = ()
+) -> Layer:
+    """Return a layer whose update is the weighted sum of the updates of some layers.
+
+    Args:
+        layers: The layers. The sum has the name and the keys of the first one.
+        weights: The weight of each.
+        sources: The file of each, for messages.
+
+    Raises:
+        MatryoshkaError: The layers have different shapes.
+    """
     first = layers[0]
     shapes = {(layer.num_experts, layer.in_shape, layer.out_features) for layer in layers}
     if len(shapes) > 1:
-        shapes_of_A = ", ".join(f"{list(layer.shape_A)} in {lora.name}" for lora, layer, _ in terms)
+        shapes_of_factors = [f"{list(layer.shape_A)}, {list(layer.shape_B)}" for layer in layers]
+        if sources:
+            named = zip(shapes_of_factors, sources, strict=True)
+            shapes_of_factors = [f"{text} in {source}" for text, source in named]
         raise MatryoshkaError(
-            f"The factors of {first.name} have different shapes: {shapes_of_A}. Pass LoRAs of one "
-            "base model."
+            f"The factors of {first.name} have different shapes: {'; '.join(shapes_of_factors)}. "
+            "Pass LoRAs of one base model."
         )
     # Programs that ignore a scale in the metadata, such as ComfyUI, then compute the sum of what
     # they compute for the sources.
@@ -129,9 +158,10 @@ def _sum_layer(terms: Sequence[tuple[Lora, Layer, float]]) -> Layer:
 
     def read() -> Factors:
         factors = [layer.read()[:2] for layer in layers]
-        return Factors(
-            *weighted_sum(factors, [weight * (layer.scale / scale) for _, layer, weight in terms])
-        )
+        scaled_weights = [
+            weight * (layer.scale / scale) for layer, weight in zip(layers, weights, strict=True)
+        ]
+        return Factors(*weighted_sum(factors, scaled_weights))
 
     alpha = next((layer.keys.alpha for layer in layers if layer.keys.alpha), None)
     return replace(
@@ -232,11 +262,20 @@ def _sum_weight_changes(loras: Sequence[Lora], weights: Sequence[float]) -> dict
                 f"{match['module'][:200]} has {other_kind} and {match['kind']}, of which programs "
                 "use only one. Remove one of them from its file."
             )
-        sums[key] = _weighted_sum(key, terms[key])
+        sums[key] = sum_tensors(key, terms[key])
     return sums
 
 
-def _weighted_sum(key: str, terms: Sequence[tuple[float, StoredTensor]]) -> StoredTensor:
+def sum_tensors(key: str, terms: Sequence[tuple[float, StoredTensor]]) -> StoredTensor:
+    """Return the weighted sum of tensors, which is computed when it is read.
+
+    Args:
+        key: The key of the sum, for messages.
+        terms: The weight of each tensor, and the tensor.
+
+    Raises:
+        MatryoshkaError: The shapes differ.
+    """
     shapes = {tensor.shape for _, tensor in terms}
     if len(shapes) > 1:
         raise MatryoshkaError(

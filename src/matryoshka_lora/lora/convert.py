@@ -39,7 +39,6 @@ from matryoshka_lora.lora.keys import (
 )
 from matryoshka_lora.lora.layer import Factors, Layer, LayerKeys
 from matryoshka_lora.registry import KeyFormat
-from matryoshka_lora.units import pluralize
 
 if TYPE_CHECKING:
     from matryoshka_lora.lora.lora import Lora
@@ -75,10 +74,7 @@ class _KeyStyle:
             f"{self.prefix}{name}{self.suffixes.B}",
             f"{name}.alpha" if self.has_alpha else None,
         )
-        # A format may choose the scale of a layer that gets an alpha.
-        gets_alpha = self.has_alpha and layer.keys.alpha is None
-        has_new_factors = layer.has_new_factors or gets_alpha
-        return replace(layer, name=name, keys=keys, has_new_factors=has_new_factors)
+        return replace(layer, name=name, keys=keys)
 
 
 _STYLES: dict[KeyFormat, _KeyStyle] = {
@@ -126,13 +122,10 @@ def convert(lora: Lora, key_format: KeyFormat) -> Lora:
         layers = _convert_layers(lora, model, candidates[model], _STYLES[key_format])
     else:
         layers = _rename_layers(lora, key_format)
+    if key_format == "kohya" and layers != lora.layers:
+        # The alphas are new. diffusers needs the same one in all layers, which the format chooses.
+        layers = tuple(replace(layer, has_new_factors=True) for layer in layers)
     converted = _with_layers(lora, layers)
-    if len(layers) != len(lora.layers):
-        note = (
-            f"The {pluralize(len(lora.layers), 'layer')} are {len(layers)} in the {key_format} "
-            "format, which has other layers for queries, keys and values."
-        )
-        converted = replace(converted, notes=(*converted.notes, note))
     if key_format != "peft":
         return converted
     config = {"peft_type": "LORA", "target_modules": [layer.name for layer in layers]}

@@ -104,6 +104,15 @@ class Factors(NamedTuple):
     squared_errors: Float64Array | None = None
     singular_values: Float64Array | None = None
 
+    def padded_errors(self, rank: int) -> Float64Array | None:
+        """Return the squared errors after padding to a rank: a larger rank misses as much."""
+        if self.squared_errors is None:
+            return None
+        padded: Float64Array = self.squared_errors[
+            np.minimum(np.arange(rank + 1), self.A.shape[-2])
+        ]
+        return padded
+
 
 class LayerKeys(NamedTuple):
     """The keys of a layer's tensors in its file: the factors, and the alpha if there is one."""

@@ -154,7 +154,10 @@ def scale(lora: Lora, factors: Mapping[str, float]) -> Lora:
 def _scale_layer(layer: Layer, factor: float) -> Layer:
     # In B, not in the scale: layers of a file must keep one alpha for diffusers.
     def multiply(factors: Factors) -> Factors:
-        return factors._replace(B=_widen(factors.B) * factor)
+        B, errors, values = _widen(factors.B) * factor, factors[2], factors[3]
+        errors = None if errors is None else errors * factor**2
+        values = None if values is None else values * abs(factor)
+        return Factors(factors.A, B, errors, values)
 
     read_svd = layer.read_svd
     if read_svd is None:
@@ -246,6 +249,7 @@ def _pad_layer(layer: Layer, rank: int, layer_scale: float, seed: int) -> Layer:
         return Factors(
             np.concatenate([A, rows.astype(A.dtype)], axis=-2),
             np.concatenate([B, columns], axis=-1),
+            factors.padded_errors(rank),
         )
 
     return layer.map(add_components, rank=rank, scale=layer_scale)

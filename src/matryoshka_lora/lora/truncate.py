@@ -163,7 +163,9 @@ def _with_rank(lora: Lora, layer: Layer, rank: int) -> Layer:
 
         def cut(factors: Factors) -> Factors:
             A, B = pad_end(factors.A, missing, axis=-2), pad_end(factors.B, missing, axis=-1)
-            errors = truncation_errors(A, B, scales)
+            errors = factors.padded_errors(layer.rank + max(missing, 0))  # of an earlier truncation
+            if errors is None:
+                errors = truncation_errors(A, B, scales)
             return Factors(A[..., :rank, :], B[..., :rank], errors)
 
         return layer.map(cut, rank=rank, scale=scales[rank - 1])

@@ -14,7 +14,7 @@ from matryoshka_lora.errors import MatryoshkaError, check_list
 from matryoshka_lora.formats.open import open_lora
 from matryoshka_lora.linalg.arrays import Float64Array
 from matryoshka_lora.lora.combine import combine as combine_loras
-from matryoshka_lora.lora.combine import cosines
+from matryoshka_lora.lora.combine import compatible, cosines
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.save import choose_format
 from matryoshka_lora.nesting import Nesting, check_rank, is_valid_scale
@@ -83,6 +83,7 @@ def combine(
     is_file = bool(choose_format(loras[0], output, loras[0].container).suffix)
     check_output(output, force, [path for lora in loras for path in lora.sources], is_file=is_file)
 
+    loras = compatible(loras)
     total = combine_loras(loras, source_weights)
     sum_of_ranks = sum(lora.max_rank for lora in loras)
     if rank is None:

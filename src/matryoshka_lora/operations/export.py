@@ -13,11 +13,12 @@ from tqdm import tqdm
 from matryoshka_lora.atomic import PathLike, check_output, create_folder
 from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list
 from matryoshka_lora.formats.open import find_loras, open_lora
+from matryoshka_lora.lora.convert import has_key_format
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.save import choose_format
 from matryoshka_lora.lora.transforms import matching_patterns
 from matryoshka_lora.nesting import check_rank
-from matryoshka_lora.registry import FORMATS, DtypeName, FormatName, KeyFormat
+from matryoshka_lora.registry import FORMATS, DtypeName, Format, FormatName, KeyFormat
 from matryoshka_lora.units import parse_share, parse_size, pluralize
 
 
@@ -167,37 +168,9 @@ def _export(
     sources = [*lora.sources, *([base_model] if base_model else [])]
     check_output(output, force, sources, is_file=bool(output_format.suffix))
 
-    # Checked before the factors are read.
-    changes_ranks = rank is not None or keep is not None or error is not None
-    changes_ranks = changes_ranks or max_bytes is not None
-    if is_lora and not (changes_ranks or key_format or dtype or drop or scale):
-        raise MatryoshkaError(
-            "Pass at least one of `rank`, `keep`, `error`, `max_bytes`, `dtype`, `drop`, `scale` "
-            "or `key_format`."
-        )
-    if not is_ladder and isinstance(rank, Sequence):
-        raise MatryoshkaError(
-            f"`rank` must be an integer in format {output_format.name!r}, got {rank!r:.80}. Only "
-            "`format='ladder'` takes several."
-        )
-    for name, value in (("keep", keep), ("error", error), ("max_bytes", max_bytes)):
-        if value is not None and is_ladder:
-            raise MatryoshkaError(f"A ladder has one rank for all layers. Omit `{name}`.")
-    if max_bytes is not None and not is_lora:
-        raise MatryoshkaError(
-            f"The size of format {output_format.name!r} is not known in advance. Pass `rank` or "
-            "`keep` instead of `max_bytes`."
-        )
-    if dtype is not None and not (is_lora or is_ladder):
-        raise MatryoshkaError(
-            f"`dtype` is the dtype of a LoRA file, which format {output_format.name!r} does not "
-            "write. Omit `dtype`."
-        )
-    if pad and not (is_lora and isinstance(rank, int) and keep is error is max_bytes is None):
-        raise MatryoshkaError(
-            "`pad=True` writes a LoRA to train on, in which every layer gets the requested rank. "
-            "Pass `rank`, and none of `keep`, `error`, `max_bytes` and `format`."
-        )
+    changes_ranks = any(value is not None for value in (rank, keep, error, max_bytes))
+    has_other_change = bool(key_format or dtype or drop or scale)
+    _check_request(output_format, rank, keep, error, max_bytes, pad, dtype, has_other_change)
 
     changed = lora
     if drop:
@@ -211,8 +184,16 @@ def _export(
     notes = [f"{change[0].upper()}{change[1:]}." for change in changed.changes]
     if key_format is not None:
         converted = changed.convert(key_format)
-        if not changes_ranks and converted.layers == changed.layers:
+        has_same_keys = [layer.keys for layer in converted.layers] == [
+            layer.keys for layer in lora.layers
+        ]
+        if has_same_keys and not (changes_ranks or dtype or drop or scale):
             raise MatryoshkaError(f"{lora.name} has keys of the {key_format} format already.")
+        if len(converted.layers) != len(changed.layers):
+            notes.append(
+                f"The {pluralize(len(changed.layers), 'layer')} are {len(converted.layers)} in the "
+                f"{key_format} format, which has other layers for queries, keys and values."
+            )
         changed = converted
     ladder_ranks = None
     if is_ladder:
@@ -250,6 +231,65 @@ def _export(
     )
 
 
+def _check_request(
+    output_format: Format,
+    rank: int | Sequence[int] | None,
+    keep: float | str | None,
+    error: float | str | None,
+    max_bytes: int | str | None,
+    pad: bool,
+    dtype: DtypeName | None,
+    has_other_change: bool,
+) -> None:
+    """Raise MatryoshkaError if a request contradicts itself or the format, whatever the LoRA is.
+
+    Args:
+        output_format: The format of the output.
+        rank: As in `export`, and so are ``keep``, ``error``, ``max_bytes``, ``pad`` and ``dtype``.
+        has_other_change: Whether something else than the ranks changes.
+    """
+    is_ladder = output_format.name == "ladder"
+    is_lora = output_format.has_known_size
+    changes_ranks = any(value is not None for value in (rank, keep, error, max_bytes))
+    if is_lora and not changes_ranks and not has_other_change:
+        raise MatryoshkaError(
+            "Pass at least one of `rank`, `keep`, `error`, `max_bytes`, `dtype`, `drop`, `scale` "
+            "or `key_format`."
+        )
+    if not is_ladder and isinstance(rank, Sequence):
+        raise MatryoshkaError(
+            f"`rank` must be an integer in format {output_format.name!r}, got {rank!r:.80}. Only "
+            "`format='ladder'` takes several."
+        )
+    if rank is not None and not isinstance(rank, Sequence):
+        check_rank(rank)
+    for name, value in (("keep", keep), ("error", error), ("max_bytes", max_bytes)):
+        if value is not None and is_ladder:
+            raise MatryoshkaError(f"A ladder has one rank for all layers. Omit `{name}`.")
+    if keep is not None and error is not None:
+        raise MatryoshkaError("Pass `keep` or `error`, not both.")
+    for share in (keep, error):
+        if share is not None:
+            parse_share(share)
+    if max_bytes is not None:
+        parse_size(max_bytes)
+        if not is_lora:
+            raise MatryoshkaError(
+                f"The size of format {output_format.name!r} is not known in advance. Pass `rank` "
+                "or `keep` instead of `max_bytes`."
+            )
+    if dtype is not None and not (is_lora or is_ladder):
+        raise MatryoshkaError(
+            f"`dtype` is the dtype of a LoRA file, which format {output_format.name!r} does not "
+            "write. Omit `dtype`."
+        )
+    if pad and not (is_lora and rank is not None and keep is error is max_bytes is None):
+        raise MatryoshkaError(
+            "`pad=True` writes a LoRA to train on, in which every layer gets the requested rank. "
+            "Pass `rank`, and none of `keep`, `error`, `max_bytes` and `format`."
+        )
+
+
 def export_folder(
     source: PathLike,
     output: PathLike,
@@ -284,17 +324,18 @@ def export_folder(
             f"{source} is a folder of LoRAs, so the output is a folder too, got {output}. Pass a "
             f"path without {suffix}."
         )
-    # An error that does not depend on a single LoRA is raised at once.
-    for share in (options.get("keep"), options.get("error")):
-        if share is not None:
-            parse_share(share)
-    max_bytes = options.get("max_bytes")
-    if max_bytes is not None:
-        parse_size(max_bytes)
-    if rank is not None and not isinstance(rank, Sequence):
-        check_rank(rank)
     drop = check_list("drop", options.pop("drop", ()))
     scale = dict(options.pop("scale", None) or {})
+    _check_request(
+        FORMATS[format or "peft"],
+        rank,
+        options.get("keep"),
+        options.get("error"),
+        options.get("max_bytes"),
+        options.get("pad", False),
+        options.get("dtype"),
+        has_other_change=bool(options.get("key_format") or options.get("dtype") or drop or scale),
+    )
 
     loras: dict[Path, Lora] = {}
     failed: dict[str, str] = {}
@@ -364,6 +405,6 @@ def _rank_for(
     key_format = options.get("key_format")
     if key_format is not None:
         with suppress(MatryoshkaError):  # its own export reports it
-            if lora.convert(key_format).layers != lora.layers:
+            if lora.container == "peft" or not has_key_format(lora, key_format):
                 return None
     return lora.max_rank  # it is only rewritten

@@ -347,7 +347,7 @@ class NestedAdapter:
                 if self.order is None:
                     self.reorder()
                 if len(nesting.ranks) == 1:
-                    logger.info("Only rank %d is nested; nothing to train.", nesting.max_rank)
+                    logger.info("There is only one nested rank: nothing to train.")
                     return TrainRanksResult(None, "nothing to train", {}, {}, None)
                 with factors.restored_after_error():
                     result = train_ranks(factors, nesting.ranks, training_data, max_examples, seed)

@@ -68,7 +68,8 @@ class ForwardCheck:
 
     def _check_forward(self, root: nn.Module, layer: LoraModule) -> None:
         state = self._state
-        if layer.training and torch.is_grad_enabled():
+        is_training = self._model.training or layer.training
+        if is_training and torch.is_grad_enabled():
             state.order.may_have_changed = True  # an optimizer step may follow
         if state.train_diagonal is None and layer.training and not state.overrides:
             return  # the rule has drawn no diagonal, which the layers report
@@ -77,7 +78,7 @@ class ForwardCheck:
             return
         if diagonal is state.eval_diagonal:
             state.check_order()
-        needs_backward = self._model.training and torch.is_grad_enabled()
+        needs_backward = is_training and torch.is_grad_enabled()
         if state.overrides and diagonal.q.ndim > 1 and needs_backward:
             modules = self._model.modules()
             if any(getattr(module, "gradient_checkpointing", False) for module in modules):

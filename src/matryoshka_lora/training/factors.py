@@ -57,11 +57,15 @@ class ModelFactors:
             B.copy_(new_B.reshape(B.shape))
 
     @contextmanager
-    def restored_after_error(self) -> Iterator[None]:
-        """Restore the factors after any exception, including KeyboardInterrupt."""
+    def restored_after_error(self) -> Iterator[FactorMatrices]:
+        """Restore the factors after any exception, including KeyboardInterrupt.
+
+        Yields:
+            A copy of the factors.
+        """
         matrices = self.copy()
         try:
-            yield
+            yield matrices
         except BaseException:
             self.write(matrices)
             raise

@@ -150,7 +150,7 @@ def train_ranks(
     def measure(batches: Sequence[Batch]) -> ValidationLosses:
         return validation_losses(factors, ranks, data, batches)
 
-    with trainable_factors(factors):
+    with trainable_factors(factors) as original_factors:
         before = measure(split.validation_batches)
         max_rank_loss = before.mean(ranks[-1])
         gain = max(
@@ -166,7 +166,6 @@ def train_ranks(
                 ", ".join(f"{rank}: {loss:.3f}" for rank, loss in before.means().items()),
             )
             return TrainRanksResult(None, "nothing to train", {}, before.means(), None)
-        matrices = factors.copy()
         examples_by_rank = train_prefixes(
             factors,
             data,
@@ -184,7 +183,7 @@ def train_ranks(
         max_increase = min(options.max_loss_increase * gain, options.max_tolerance)
         is_better = _is_better(before, after, max_increase, options)
         if not is_better:
-            factors.write(matrices)
+            factors.write(original_factors)
     return TrainRanksResult(
         None,
         "kept" if is_better else "not better",
@@ -195,18 +194,21 @@ def train_ranks(
 
 
 @contextmanager
-def trainable_factors(factors: ModelFactors) -> Iterator[None]:
+def trainable_factors(factors: ModelFactors) -> Iterator[FactorMatrices]:
     """Make only the factors trainable and disable dropout.
 
     At the end the modes, ``requires_grad`` and the random state of torch are as before, and no
     parameter has a gradient. After an exception the factors are as before, too.
+
+    Yields:
+        A copy of the factors.
     """
     model = factors.model
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter in model.parameters()}
     cuda_devices = [device for device in devices if device.type == "cuda"]
-    with torch.random.fork_rng(devices=cuda_devices), factors.restored_after_error():
+    with torch.random.fork_rng(devices=cuda_devices), factors.restored_after_error() as original:
         try:
             for module, _ in modes:
                 # Gradient checkpointing needs train mode. Layers that call dropout as a function,
@@ -218,7 +220,7 @@ def trainable_factors(factors: ModelFactors) -> Iterator[None]:
             for A, B in factors.parameters.values():
                 A.requires_grad_()
                 B.requires_grad_()
-            yield
+            yield original
         finally:
             model.zero_grad(set_to_none=True)
             for parameter, flag in requires_grad:
@@ -448,12 +450,14 @@ def train_prefixes(
         step_indices = indices[step * examples_per_step : (step + 1) * examples_per_step]
         num_examples[rank] += len(step_indices)
         batches = data.batches(step_indices[state.process_index :: state.num_processes])
-        # Batches without labels are omitted, perhaps not in all processes.
-        num_batches = gather(torch.tensor([len(batches)], device=data.device)).min()
+        if state.num_processes > 1:
+            # Batches without labels are omitted, perhaps not in all processes.
+            num_batches = gather(torch.tensor([len(batches)], device=data.device)).min()
+            batches = batches[: int(num_batches)]
         q = torch.ones(max_rank, dtype=torch.float64)
         q[rank:] = options.tail_factor * max(0.0, 1 - step / (options.tail_steps * num_steps))
         with factors.masked(q):
-            gradients = _gradients(factors, rank, data, batches[: int(num_batches)])
+            gradients = _gradients(factors, rank, data, batches)
         warmup = min(1.0, (step + 1) / max(1.0, options.warmup * num_steps))
         decay = 1 - step / num_steps
         optimizer.step(gradients, options.learning_rate * layer_factor * warmup * decay)

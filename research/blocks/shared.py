@@ -1,0 +1,199 @@
+"""The registry of blocks, and the cells, tables and comparisons that several pages share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from statistics import fmean, median
+from typing import Any
+
+from research import stats
+from research.curves import curves, of_method, reference_accuracies
+from research.looks import NAMES, TRAINED
+from research.plan import rates, units
+from research.stats import Estimate, Value, accuracy_at
+from research.study import LORA_EACH, ROOT, load_study, parse_method
+
+BLOCKS: dict[str, Callable[[], str]] = {}
+
+
+def block(function: Callable[[], str]) -> Callable[[], str]:
+    """Register a block under the name of its function."""
+    BLOCKS[function.__name__] = function
+    return function
+
+
+def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [f"| {' | '.join(row)} |" for row in (heading, *rows)]
+    lines.insert(1, "|---" * len(heading) + "|")
+    return "\n" + "\n".join(lines) + "\n"
+
+
+@cache
+def read(path: str) -> Any:
+    """Return the content of a file of JSON or of JSON lines."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    if path.endswith("jsonl"):
+        return [json.loads(line) for line in text.splitlines()]
+    return json.loads(text)
+
+
+def percent(
+    study: str, method: str, value: Value, task: str | None = None, minus: str | None = None
+) -> str:
+    """Return the mean of a share, or of its difference to another method, in %, with ±."""
+    estimate = stats.mean(curves(study), method, value, task, minus)
+    return "" if estimate is None else estimate.text(100, 1)
+
+
+def nats(
+    study: str, method: str, value: Value, task: str | None = None, minus: str | None = None
+) -> str:
+    """Return the mean of a loss, or of its difference to another method, with ±."""
+    estimate = stats.mean(curves(study), method, value, task, minus)
+    return "" if estimate is None else estimate.text()
+
+
+def median_and_lowest(study: str, method: str, value: Value, task: str | None = None) -> str:
+    """Return the median over the seeds in %, and the lowest seed in brackets."""
+    values = stats.values(curves(study), method, value, task)
+    return format_median([100 * share for share in values.values()])
+
+
+def format_median(shares: Sequence[float]) -> str:
+    """Return the median of shares in %, and the lowest in brackets."""
+    return f"{median(shares):.1f} ({min(shares):.1f})" if shares else ""
+
+
+def tokens(study: str, method: str) -> str:
+    """Return the tokens of one curve as a multiple of one run of LoRA."""
+    method_tokens = fmean(curve.tokens for curve in of_method(study, method))
+    lora_tokens = fmean(curve.tokens for curve in of_method(study, "lora/svd"))
+    return f"{method_tokens / lora_tokens:.2f}"
+
+
+def reference_cells(ranks: Sequence[int]) -> list[str]:
+    """Return the medians of LoRA trained at each rank on 256 facts, where the study has it."""
+    (trained_ranks,) = {result.ranks for result in of_method("every256", LORA_EACH)}
+    return [
+        format_median(reference_accuracies(rank)) if rank in trained_ranks else "" for rank in ranks
+    ]
+
+
+def facts_table(study: str, first: str, methods: Sequence[str], ranks: Sequence[int]) -> str:
+    """Return right answers by method and rank: the median, the lowest seed, and the tokens."""
+    heading = [first, *(f"rank {rank}" for rank in ranks), "tokens", "seeds"]
+    rows: list[list[str]] = []
+    for method in methods:
+        cells = [median_and_lowest(study, method, accuracy_at(rank)) for rank in ranks]
+        if (study, method) == ("every256", LORA_EACH):
+            cells = reference_cells(ranks)
+        seeds = str(len(of_method(study, method)))
+        rows.append([NAMES[method], *cells, tokens(study, method), seeds])
+    return table(heading, rows)
+
+
+# Comparisons of methods.
+
+THREE_TASKS = ("chain_sum", "wordnet", "family_relationships")
+
+P_KEPT = "matryoshka/kept"
+"""P, kept and truncated."""
+
+
+def chosen_rate(study_name: str, method: str, task: str | None = None) -> float:
+    """Return the learning rate at which a method was tested, on a task or on the only one."""
+    study = load_study(study_name)
+    (unit,) = units(study, method, task or next(iter(study.tasks)))
+    rate = rates(study, study.load_runs(), unit).chosen
+    if rate is None:
+        raise ValueError(f"{method} of {study_name} has no rate.")
+    return rate
+
+
+def spread(numbers: list[float]) -> str:
+    """Return the lowest and the highest of some numbers, or one number if they are equal."""
+    if min(numbers) == max(numbers):
+        return f"{min(numbers):g}"
+    return f"{min(numbers):g} to {max(numbers):g}"
+
+
+def p_kept_minus_lora(value: Value) -> Estimate:
+    """Return P, kept and truncated, minus LoRA, truncated, at the same rate, on ``chain_sum``."""
+    if p_kept_rate() != chosen_rate("rest", "lora/prefix"):
+        raise ValueError("P and LoRA were tested at different rates.")
+    return difference("rest", P_KEPT, value, "lora/prefix")
+
+
+def p_kept_minus_dropped(value: Value) -> Estimate:
+    """Return P, kept and truncated, minus P dropped, of the same adapters, on ``chain_sum``."""
+    if p_kept_rate() != chosen_rate("rest", "matryoshka/prefix"):
+        raise ValueError("The two deployments are of different adapters.")
+    return difference("rest", P_KEPT, value, "matryoshka/prefix")
+
+
+def p_kept_rate() -> float:
+    """Return the rate of the two comparisons above."""
+    return chosen_rate("rest", P_KEPT)
+
+
+def p_minus_lora(value: Value, task: str) -> Estimate:
+    """Return P, then ``reorder``, minus LoRA, then ``reorder``, each at its rate."""
+    return difference("headline", "matryoshka/svd", value, "lora/svd", task)
+
+
+def in_paper_regime(method: str, minus: str, value: Value, task: str) -> Estimate:
+    """Return the difference of two methods as the paper's authors train, each at its best rate."""
+    return difference("paper-regime", method, value, minus, task)
+
+
+def trained_method(study: str) -> str:
+    """Return the method that is shown as `train_ranks` for a study: that of 0.3 if only it ran."""
+    return TRAINED if of_method(study, TRAINED) else "lora/trained-0.3"
+
+
+def trained_minus(study: str, other: str, value: Value) -> Estimate:
+    """Return LoRA, then ``train_ranks``, minus another method on the same seeds."""
+    return difference(study, trained_method(study), value, other)
+
+
+def trained_minus_study(study: str, method: str, other_study: str, value: Value) -> Estimate:
+    """Return LoRA, then ``train_ranks``, minus a method of another study, on the same seeds."""
+    values = stats.values(curves(study), TRAINED, value)
+    values_of_other = stats.values(curves(other_study), method, value)
+    common = values.keys() & values_of_other.keys()
+    estimate = stats.estimate([values[key] - values_of_other[key] for key in sorted(common)])
+    if estimate is None:
+        raise ValueError(f"{study} and {other_study} have no common seed.")
+    return estimate
+
+
+def relative_seconds(study: str, method: str) -> float:
+    """Return the seconds of a run and a deployment of it, as a multiple of the run's: the median.
+
+    Both are of the same process, because the machine is shared.
+    """
+    recipe, deployment = parse_method(method)
+    multiples: list[float] = []
+    for run in read(f"research/runs/{study}.jsonl"):
+        cost = run["cost"]
+        if run["job"]["recipe"] == recipe and deployment in cost["cuts"]:
+            multiples.append(1 + cost["cuts"][deployment]["seconds"] / cost["seconds"])
+    return median(multiples)
+
+
+def points(estimate: Estimate, sign: str = "") -> str:
+    """Return a difference of shares in points of %, with its interval."""
+    return estimate.text(100, 1, sign)
+
+
+def difference(
+    study: str, method: str, value: Value, minus: str, task: str | None = None
+) -> Estimate:
+    """Return the mean difference of two methods of a study, on the same tasks and seeds."""
+    estimate = stats.mean(curves(study), method, value, task, minus)
+    if estimate is None:
+        raise ValueError(f"{method} and {minus} have no common seed in {study}.")
+    return estimate

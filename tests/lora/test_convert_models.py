@@ -1,0 +1,230 @@
+"""Key formats of image and video models, compared with diffusers' converters of checkpoints.
+
+These converters rename the modules of a checkpoint, and split and permute the rows of its weights.
+The product of a weight and a random matrix has the same rows, so the converters are applied to the
+products of a LoRA's updates.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.authors_layouts import LAYOUTS, Layout, layout
+from helpers.loras import random_lora
+from torch import Tensor
+
+from matryoshka_lora.lora.convert import convert, match_key_formats
+from matryoshka_lora.lora.lora import Lora
+
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+from diffusers.loaders import single_file_utils
+
+UNET_CONFIG = {"layers_per_block": 2, "addition_embed_type": None}
+# diffusers splits Flux at fixed rows.
+HIDDEN_SIZES = {"flux": 3072}
+PARTS = dict.fromkeys(LAYOUTS, "transformer") | {"sd15": "unet", "sdxl": "unet"}
+NUM_COLUMNS = 5
+
+
+def model_layout(model: str) -> Layout:
+    return layout(model, HIDDEN_SIZES.get(model, 8))
+
+
+def convert_checkpoint(model: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights under diffusers' names of the modules.
+
+    Args:
+        model: The model.
+        weights: The weight of each module of the layout, by its name. Weights that are left out are
+            zero.
+    """
+    checkpoint: dict[str, Tensor] = {}
+    for name, shape in model_layout(model).items():
+        weight = weights.get(name, torch.zeros(shape[0], NUM_COLUMNS))
+        checkpoint[f"{name}.weight"] = weight
+        checkpoint[f"{name}.bias"] = torch.zeros(shape[0])
+    converted = CONVERTERS[model](checkpoint)
+    return {
+        key.removesuffix(".weight"): weight
+        for key, weight in converted.items()
+        if key.endswith(".weight") and weight.ndim == 2
+    }
+
+
+def convert_unet(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
+    config = UNET_CONFIG
+    if "label_emb.0.0.weight" in checkpoint:
+        config = config | {"addition_embed_type": "text_time"}
+    prefixed = {f"model.diffusion_model.{key}": tensor for key, tensor in checkpoint.items()}
+    converted: dict[str, Tensor] = single_file_utils.convert_ldm_unet_checkpoint(prefixed, config)
+    return converted
+
+
+def convert_sd3(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
+    checkpoint["pos_embed"] = torch.zeros(1)
+    converter = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers
+    converted: dict[str, Tensor] = converter(checkpoint)
+    return converted
+
+
+def convert_flux(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
+    norms = ["single_blocks.0.norm"]
+    norms += [f"double_blocks.0.{stream}_attn.norm" for stream in ("img", "txt")]
+    for norm in norms:
+        for name in ("query_norm", "key_norm"):
+            checkpoint[f"{norm}.{name}.scale"] = torch.zeros(1)
+    converter = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers
+    converted: dict[str, Tensor] = converter(checkpoint)
+    return converted
+
+
+CONVERTERS: dict[str, Any] = {
+    "sd15": convert_unet,
+    "sdxl": convert_unet,
+    "sd3": convert_sd3,
+    "flux": convert_flux,
+    "wan": single_file_utils.convert_wan_transformer_to_diffusers,
+    "qwen": dict,  # its authors have diffusers' names
+    "z-image": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
+}
+
+
+def right_factor(width: int) -> Tensor:
+    """Return the matrix that the updates of a width are multiplied by."""
+    generator = torch.Generator().manual_seed(width)
+    return torch.randn(width, NUM_COLUMNS, generator=generator)
+
+
+def products_of(lora: Lora) -> dict[str, Tensor]:
+    """Return the product of each layer's update and the matrix of its width."""
+    products: dict[str, Tensor] = {}
+    for layer in lora.layers:
+        A, B, *_ = layer.read()
+        right = right_factor(A.shape[1]).double().numpy()
+        product = layer.scale * B.astype(np.float64) @ (A @ right)
+        products[layer.name] = torch.from_numpy(product).float()
+    return products
+
+
+def kohya_names(shapes: Layout) -> Layout:
+    return {f"lora_unet_{name.replace('.', '_')}": shape for name, shape in shapes.items()}
+
+
+def assert_same(
+    products: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6
+) -> None:
+    """Check two sets of products. A layer that is missing is zero."""
+    scale = max(float(product.abs().max()) for product in expected.values())
+    assert scale > 0
+    for name in products.keys() | expected.keys():
+        product, other = products.get(name), expected.get(name)
+        if product is None or other is None:
+            remaining = product if product is not None else other
+            assert remaining is not None
+            assert float(remaining.abs().max()) == 0, name
+        else:
+            error = float((product - other).abs().max())
+            assert error < tolerance * scale, name
+
+
+def in_authors_names(model: str, products: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return products of a file in the kohya format by the authors' names of the modules."""
+    names = {next(iter(kohya_names({name: ()}))): name for name in model_layout(model)}
+    return {names[name]: product for name, product in products.items()}
+
+
+def expected_in_diffusers(model: str, lora: Lora) -> dict[str, Tensor]:
+    """Return the products of a LoRA in the kohya format by diffusers' names of the layers."""
+    converted = convert_checkpoint(model, in_authors_names(model, products_of(lora)))
+    return {f"{PARTS[model]}.{name}": product for name, product in converted.items()}
+
+
+def diffusers_shapes(model: str) -> Layout:
+    """Return the shape of each weight by diffusers' name of the layer."""
+    shapes = model_layout(model)
+    # All elements of a weight are the number of the module, so the rows say which one it was.
+    numbers = {
+        name: torch.full((rows, NUM_COLUMNS), float(number))
+        for number, (name, (rows, *_)) in enumerate(shapes.items())
+    }
+    inputs = [shape[1:] for shape in shapes.values()]
+    return {
+        f"{PARTS[model]}.{name}": (len(weight), *inputs[int(weight[0, 0])])
+        for name, weight in convert_checkpoint(model, numbers).items()
+    }
+
+
+def every_second(shapes: Layout, start: int = 0) -> Layout:
+    return dict(list(shapes.items())[start::2])
+
+
+def kohya_lora(shapes: Layout) -> Lora:
+    """Return a LoRA in the kohya format from the authors' names of the modules."""
+    return random_lora(kohya_names(shapes), "kohya", has_alpha=True)
+
+
+@pytest.mark.parametrize("model", LAYOUTS)
+@pytest.mark.parametrize("is_subset", [False, True])
+def test_kohya_becomes_diffusers(model: str, is_subset: bool) -> None:
+    shapes = model_layout(model)
+    source = kohya_lora(every_second(shapes) if is_subset else shapes)
+    converted = convert(source, "diffusers")
+    assert_same(products_of(converted), expected_in_diffusers(model, source))
+
+
+@pytest.mark.parametrize("model", sorted(LAYOUTS.keys() - {"sd15"}))
+@pytest.mark.parametrize("is_subset", [False, True])
+def test_diffusers_becomes_kohya(model: str, is_subset: bool) -> None:
+    shapes = diffusers_shapes(model)
+    source = random_lora(every_second(shapes, 1) if is_subset else shapes)
+    converted = convert(source, "kohya")
+    assert_same(expected_in_diffusers(model, converted), products_of(source))
+
+
+def test_stable_diffusion_1_has_diffusers_names_in_both_formats() -> None:
+    """kohya's scripts train diffusers' UNet."""
+    source = random_lora(diffusers_shapes("sd15"))
+    expected = {
+        name.replace("unet.", "lora_unet_").replace(".", "_"): product
+        for name, product in products_of(source).items()
+    }
+    products = products_of(convert(source, "kohya"))
+    assert products.keys() == expected.keys()
+    assert_same(products, expected)
+
+
+@pytest.mark.parametrize("model", LAYOUTS)
+def test_a_conversion_and_its_inverse_change_nothing(model: str) -> None:
+    """Fused layers whose splits share A, and those with separate components, keep their ranks."""
+    first = random_lora(diffusers_shapes(model))
+    fused = convert(first, "kohya")
+    split = convert(fused, "diffusers")
+    assert split.ranks == first.ranks
+    again = convert(split, "kohya")
+    assert again.ranks == fused.ranks
+    assert_same(products_of(again), products_of(fused))
+
+    fused = kohya_lora(model_layout(model))
+    again = convert(convert(fused, "diffusers"), "kohya")
+    if model != "sd15":  # its kohya format has diffusers' names
+        assert again.ranks == fused.ranks
+
+
+@pytest.mark.parametrize("model", LAYOUTS)
+@pytest.mark.parametrize("is_kohya_first", [False, True])
+def test_files_in_two_formats_get_the_same_names(model: str, is_kohya_first: bool) -> None:
+    kohya = kohya_lora(every_second(model_layout(model)))
+    diffusers = random_lora(diffusers_shapes(model), seed=1)
+    expected = [expected_in_diffusers(model, kohya), products_of(diffusers)]
+    if is_kohya_first:
+        matched = match_key_formats([kohya, diffusers])
+        actual = [expected_in_diffusers(model, lora) for lora in matched]
+    else:
+        matched = match_key_formats([diffusers, kohya])[::-1]
+        actual = [products_of(lora) for lora in matched]
+    for products, expected_products in zip(actual, expected, strict=True):
+        assert_same(products, expected_products)

@@ -1,0 +1,402 @@
+"""`export` with another dtype, without layers, with scaled layers, and at a larger rank."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import tiny_llama, tiny_mixtral
+from helpers.plain_peft import (
+    IDS,
+    Mixed,
+    best,
+    by_peft,
+    distance,
+    logits,
+    plain_adapter,
+    updates,
+)
+from helpers.single_files import read_ranks, read_updates
+from helpers.tiny_chat import tiny_tokenizer
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import matryoshka_lora as ml
+from matryoshka_lora import (
+    MatryoshkaError,
+    Nesting,
+    NotFiniteError,
+    export,
+    export_folder,
+    reorder,
+)
+
+R = 8
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    plain_adapter(tmp_path / "lora", r=R)
+    return tmp_path / "lora"
+
+
+def save_kohya(file: Path, dtype: torch.dtype = torch.float32, **alphas: float) -> Path:
+    """Write a layer for each alpha, of rank 4, with kohya's keys and metadata."""
+    torch.manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for name, alpha in alphas.items():
+        tensors[f"{name}.lora_down.weight"] = torch.randn(4, 16).to(dtype)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(12, 4).to(dtype)
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, file, {"ss_network_dim": "4", "ss_network_alpha": "3"})
+    return file
+
+
+def relative(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """Return the norm of the difference over that of what is expected, over all layers."""
+    assert actual.keys() == expected.keys()
+    missing = sum(float(((actual[name] - expected[name]) ** 2).sum()) for name in expected)
+    return (missing / sum(float((update**2).sum()) for update in expected.values())) ** 0.5
+
+
+# The dtype
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "rounding"),
+    [("fp32", torch.float32, 1e-6), ("bf16", torch.bfloat16, 5e-3), ("fp16", torch.float16, 6e-4)],
+)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_the_dtype_of_the_factors(
+    lora: Path, tmp_path: Path, name: Any, dtype: torch.dtype, rounding: float, rank: int | None
+) -> None:
+    export(lora, tmp_path / "output", rank, dtype=name)
+    tensors = load_file(tmp_path / "output" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    expected = updates(lora)
+    if rank is not None:
+        expected = {key: best(update, rank) for key, update in expected.items()}
+    assert relative(updates(tmp_path / "output"), expected) < rounding
+
+
+def test_the_dtype_alone_changes_nothing_else(tmp_path: Path) -> None:
+    file = save_kohya(tmp_path / "lora.safetensors", torch.bfloat16, a=3, b=1)
+    export(file, tmp_path / "wide.safetensors", dtype="fp32")
+    export(tmp_path / "wide.safetensors", tmp_path / "narrow.safetensors", dtype="bf16")
+    expected = load_file(file)
+    for output in ("wide", "narrow"):
+        actual = load_file(tmp_path / f"{output}.safetensors")
+        assert actual.keys() == expected.keys()
+        for key, tensor in actual.items():
+            assert torch.equal(tensor.float(), expected[key].float()), key
+    with safe_open(tmp_path / "narrow.safetensors", "pt") as opened:
+        assert opened.metadata()["ss_network_alpha"] == "3"
+
+
+def test_the_rank_is_chosen_before_rounding(tmp_path: Path) -> None:
+    """Factors in bf16 are reordered in full precision and written in fp32."""
+    file = save_kohya(tmp_path / "lora.safetensors", torch.bfloat16, a=3, b=1)
+    export(file, tmp_path / "small.safetensors", 2, dtype="fp32")
+    expected = {name: best(update, 2) for name, update in read_updates(file).items()}
+    assert relative(read_updates(tmp_path / "small.safetensors"), expected) < 1e-6
+
+
+@pytest.mark.parametrize("alpha", [4.0, 2.0**-18])
+@pytest.mark.parametrize("size", [2.0**-16, 1.0, 2.0**18])
+def test_fp16_keeps_the_digits_of_small_and_large_factors(
+    tmp_path: Path, alpha: float, size: float
+) -> None:
+    file = save_kohya(tmp_path / "lora.safetensors", a=alpha, b=alpha)
+    tensors = load_file(file)
+    for name in ("a", "b"):
+        tensors[f"{name}.lora_up.weight"] *= size
+    save_file(tensors, file)
+    export(file, tmp_path / "half.safetensors", dtype="fp16")
+    assert relative(read_updates(tmp_path / "half.safetensors"), read_updates(file)) < 6e-4
+
+
+def test_what_a_dtype_cannot_hold_is_an_error(tmp_path: Path) -> None:
+    file = save_kohya(tmp_path / "lora.safetensors", a=4)
+    tensors = load_file(file)
+    save_file({**tensors, "a.lora_up.weight": tensors["a.lora_up.weight"] * 1e12}, file)
+    with pytest.raises(NotFiniteError, match="float16"):
+        export(file, tmp_path / "half.safetensors", dtype="fp16")
+    assert not (tmp_path / "half.safetensors").exists()
+
+
+def test_a_ladder_in_another_dtype(lora: Path, tmp_path: Path) -> None:
+    export(lora, tmp_path / "ladder", [1, 4], format="ladder", dtype="bf16")
+    for rank in (1, 4):
+        folder = tmp_path / "ladder" / f"lora@{rank}"
+        tensors = load_file(folder / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+        expected = {key: best(update, rank) for key, update in updates(lora).items()}
+        assert relative(updates(folder), expected) < 5e-3
+
+
+# Layers that are left out
+
+
+def test_dropped_layers_have_no_update(lora: Path, tmp_path: Path) -> None:
+    result = export(lora, tmp_path / "output", drop=["*.0.*", "*k_proj"])
+    expected = {
+        key: update for key, update in updates(lora).items() if ".0." not in key and "k_" not in key
+    }
+    assert relative(updates(tmp_path / "output"), expected) < 1e-6
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "output")
+    adapted = {name for name, _ in model.named_modules() if name.endswith("lora_A.default")}
+    assert len(adapted) == len(expected) == len(result.ranks)
+    assert result.notes == ("Left out 8 layers of 14.",)
+
+
+def test_a_rank_without_some_layers(lora: Path, tmp_path: Path) -> None:
+    result = export(lora, tmp_path / "output", 2, drop=["*mlp*"])
+    full = {key: update for key, update in updates(lora).items() if "mlp" not in key}
+    expected = {key: best(update, 2) for key, update in full.items()}
+    assert relative(updates(tmp_path / "output"), expected) < 1e-6
+    assert result.errors[2] == pytest.approx(relative(expected, full), rel=1e-5)
+
+
+def test_a_dropped_module_of_a_file_loses_all_its_tensors(tmp_path: Path) -> None:
+    file = save_kohya(tmp_path / "lora.safetensors", lora_unet_a=3, lora_te1_a=2, lora_te1_b=2)
+    extra = {
+        "lora_te1_b.dora_scale": torch.ones(12, 1),
+        "lora_te1_c.oft_blocks": torch.ones(2, 4, 4),
+        "lora_te1_d.lora_mid.weight": torch.ones(4, 4, 3, 3),
+        "lora_unet_c.oft_blocks": torch.ones(2, 4, 4),
+    }
+    save_file({**load_file(file), **extra}, file)
+    result = export(file, tmp_path / "unet.safetensors", drop=["lora_te*"])
+    tensors = load_file(result.path)
+    assert sorted(tensors) == [
+        "lora_unet_a.alpha",
+        "lora_unet_a.lora_down.weight",
+        "lora_unet_a.lora_up.weight",
+        "lora_unet_c.oft_blocks",
+    ]
+    assert float(tensors["lora_unet_a.alpha"]) == 3
+
+
+def test_the_old_names_of_diffusers_lose_their_alpha(tmp_path: Path) -> None:
+    """An alpha or a magnitude follows the module's name without its ``.lora``."""
+    torch.manual_seed(0)
+    tensors = {f"{name}.lora.down.weight": torch.randn(4, 16) for name in ("a", "b")}
+    tensors |= {f"{name}.lora.up.weight": torch.randn(12, 4) for name in ("a", "b")}
+    tensors |= {f"{name}.alpha": torch.tensor(2.0) for name in ("a", "b")}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    export(tmp_path / "lora.safetensors", tmp_path / "x.safetensors", drop=["a.*"])
+    expected = {key for key in tensors if key.startswith("b.")}
+    assert load_file(tmp_path / "x.safetensors").keys() == expected
+
+
+# Layers that are scaled
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_scaled_updates(lora: Path, tmp_path: Path, rank: int | None) -> None:
+    factors = {"*layers.0*": 0.5, "*q_proj": -2.0, "*v_proj": 0}
+    result = export(lora, tmp_path / "output", rank, scale=factors)
+    scaled: dict[str, np.ndarray] = {}
+    for key, update in updates(lora).items():
+        if "v_proj" in key:
+            continue
+        factor = -2.0 if "q_proj" in key else 0.5 if "layers.0" in key else 1.0
+        scaled[key] = factor * update
+    expected = scaled
+    if rank is not None:
+        expected = {key: best(update, rank) for key, update in scaled.items()}
+    assert relative(updates(tmp_path / "output"), expected) < 1e-6
+    assert result.errors[rank or R] == pytest.approx(relative(expected, scaled), abs=1e-6)
+
+
+def test_scaling_keeps_an_order(lora: Path, tmp_path: Path) -> None:
+    """The components of a nested LoRA stay as they are, so a rank is a prefix of its factors."""
+    reorder(lora, tmp_path / "nested")
+    export(tmp_path / "nested", tmp_path / "output", 3, scale={"*q_proj": 0.25})
+    source = load_file(tmp_path / "nested" / "adapter_model.safetensors")
+    for key, tensor in load_file(tmp_path / "output" / "adapter_model.safetensors").items():
+        expected = source[key][:3] if "lora_A" in key else source[key][:, :3]
+        factor = 0.25 if "q_proj.lora_B" in key else 1.0
+        torch.testing.assert_close(tensor, factor * expected)
+
+
+def test_a_scaled_file_keeps_its_alphas(tmp_path: Path) -> None:
+    file = save_kohya(tmp_path / "lora.safetensors", torch.bfloat16, a=3, b=1)
+    export(file, tmp_path / "scaled.safetensors", scale={"b": 0.5})
+    expected = read_updates(file)
+    expected["b"] *= 0.5
+    assert relative(read_updates(tmp_path / "scaled.safetensors"), expected) == 0
+    assert float(load_file(tmp_path / "scaled.safetensors")["a.alpha"]) == 3
+
+
+def test_a_merged_model_has_the_scaled_layers(lora: Path, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    changes: dict[str, Any] = {"drop": ["*.0.*"], "scale": {"*q_proj": 0.5}}
+    export(lora, tmp_path / "output", **changes)
+    export(lora, tmp_path / "merged", format="merged", base_model=str(tmp_path / "base"), **changes)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert distance(logits(merged), by_peft(tmp_path / "output")) < 1e-5
+
+
+# A larger rank
+
+
+def pad(source: Path, output: Path, rank: int, **options: Any) -> Path:
+    return export(source, output, rank, pad=True, **options).path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_alpha": 3},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 5}},
+        {"use_rslora": True},
+    ],
+)
+def test_a_padded_lora_is_the_same_and_all_its_components_learn(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    expected = logits(plain_adapter(tmp_path / "lora", r=R, **changes))
+    folder = pad(tmp_path / "lora", tmp_path / "padded", 20)
+    assert distance(by_peft(folder), expected) < 1e-5
+    model = PeftModel.from_pretrained(tiny_llama(), folder, is_trainable=True)
+    factors = {name: p for name, p in model.named_parameters() if "lora_B" in name}
+    assert {parameter.shape[1] for parameter in factors.values()} == {20}
+    before = {name: parameter.detach().clone() for name, parameter in factors.items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    for name, parameter in factors.items():
+        assert (before[name][:, 8:] == 0).all()
+        assert (parameter[:, 8:] != 0).all(), name
+
+
+def test_new_rows_have_the_norm_of_the_old_ones(lora: Path, tmp_path: Path) -> None:
+    folder = pad(lora, tmp_path / "padded", 40)
+    assert pad(lora, tmp_path / "again", 40)
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, again[key])
+        if "lora_A" in key:
+            norms = tensor.double().norm(dim=1)
+            assert float(norms[R:].mean()) == pytest.approx(float(norms[:R].mean()), rel=0.2)
+            gram = tensor[R:].double() @ tensor[R:].double().T
+            assert torch.linalg.matrix_rank(gram) == 32
+
+
+def test_all_kinds_of_layers_are_padded(tmp_path: Path) -> None:
+    targets = ["embedding", "convolution", "head"]
+    expected = logits(plain_adapter(tmp_path / "lora", Mixed(), target_modules=targets))
+    folder = pad(tmp_path / "lora", tmp_path / "padded", 16)
+    assert distance(by_peft(folder, Mixed), expected) < 1e-6
+
+
+def test_stacks_of_experts_are_padded(tmp_path: Path) -> None:
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = plain_adapter(
+        tmp_path / "lora",
+        tiny_mixtral(),
+        target_modules=["q_proj"],
+        target_parameters=parameters,
+        r=4,
+    )
+    folder = pad(tmp_path / "lora", tmp_path / "padded", 6)
+    assert distance(by_peft(folder, tiny_mixtral), logits(model)) < 1e-6
+
+
+def test_the_papers_deployment_is_padded_at_its_full_rank(tmp_path: Path, lora: Path) -> None:
+    """Its scale depends on the rank, and that of the full rank is the LoRA's."""
+    nesting = Nesting((1, 2, R), "sqrt", scale=1.0)
+    source = replace(ml.open(lora), nesting=nesting, deploy="paper")
+    source.nested().save(tmp_path / "paper")
+    folder = pad(tmp_path / "paper", tmp_path / "padded", 12)
+    assert distance(by_peft(folder), by_peft(lora)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_padded_file_has_the_alphas_of_its_rank(tmp_path: Path, dtype: torch.dtype) -> None:
+    file = save_kohya(tmp_path / "lora.safetensors", dtype, a=3, b=3)
+    output = pad(file, tmp_path / "padded.safetensors", 16)
+    assert read_ranks(output) == {"a": 16, "b": 16}
+    assert float(load_file(output)["a.alpha"]) == 12
+    assert relative(read_updates(output), read_updates(file)) == 0
+    with safe_open(output, "pt") as opened:
+        assert opened.metadata()["ss_network_dim"] == "16"
+        assert opened.metadata()["ss_network_alpha"] == "12"
+
+
+def test_a_padded_file_of_diffusers_has_its_scale_in_the_metadata(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = {"unet.r": 4, "unet.lora_alpha": 2, "unet.target_modules": ["a"]}
+    tensors = {"unet.a.lora_A.weight": torch.randn(4, 6), "unet.a.lora_B.weight": torch.randn(6, 4)}
+    file = tmp_path / "lora.safetensors"
+    save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
+    output = pad(file, tmp_path / "padded.safetensors", 8)
+    with safe_open(output, "pt") as opened:
+        updated = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert (updated["unet.r"], updated["unet.lora_alpha"]) == (8, 4)
+    assert torch.equal(
+        load_file(output)["unet.a.lora_A.weight"][:4], tensors["unet.a.lora_A.weight"]
+    )
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keyword"),
+    [
+        ({"dtype": "fp8"}, "dtype"),
+        ({"dtype": "bf16", "format": "mlx", "rank": 2}, "dtype"),
+        ({"drop": "q_proj"}, "list"),
+        ({"drop": ["q_proj"]}, "matches no layer"),
+        ({"drop": ["*"]}, "drop"),
+        ({"scale": {"q_proj": 0.5}}, "matches no layer"),
+        ({"scale": {"*": float("nan")}}, "number"),
+        ({"scale": {"*": "0.5"}}, "number"),
+        ({"scale": {"*": 0}}, "no layer"),
+        ({"rank": 9}, "pad"),
+        ({"rank": 4, "pad": True}, "smaller"),
+        ({"pad": True}, "rank"),
+        ({"rank": 9, "pad": True, "error": "10%"}, "error"),
+        ({"rank": [9, 10], "pad": True, "format": "ladder"}, "pad"),
+    ],
+)
+def test_invalid_arguments_are_rejected(
+    lora: Path, tmp_path: Path, arguments: dict[str, Any], keyword: str
+) -> None:
+    with pytest.raises(MatryoshkaError, match=keyword):
+        export(lora, tmp_path / "output", **arguments)
+    assert not (tmp_path / "output").exists()
+
+
+def test_every_lora_of_a_folder_is_changed(lora: Path, tmp_path: Path) -> None:
+    source = tmp_path / "loras"
+    source.mkdir()
+    lora.rename(source / "a")
+    save_kohya(source / "b.safetensors", b=3)
+    result = export_folder(source, tmp_path / "output", 16, pad=True, dtype="bf16")
+    assert not result.failed
+    assert read_ranks(tmp_path / "output" / "b.safetensors") == {"b": 16}
+    tensors = load_file(tmp_path / "output" / "a" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    # A pattern is an error only if it matches no layer of any LoRA.
+    result = export_folder(source, tmp_path / "dropped", drop=["*k_proj"])
+    assert not result.failed
+    assert (
+        relative(
+            read_updates(result.path / "b.safetensors"), read_updates(source / "b.safetensors")
+        )
+        < 1e-6
+    )
+    with pytest.raises(MatryoshkaError, match="nothing"):
+        export_folder(source, tmp_path / "nothing", drop=["*k_proj", "nothing"])
