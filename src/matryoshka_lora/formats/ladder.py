@@ -29,4 +29,4 @@ def write(lora: Lora, folder: Path, target: Target) -> Written:
             output.mkdir()
             ranks_by_layer = {name: min(rank, own) for name, own in own_ranks.items()}
             written = peft_folder.write(with_ranks(lora, ranks_by_layer), output, target)
-    return replace(errors or written, error_ranks=ranks)
+    return replace(errors or written, ranks=written.ranks, error_ranks=ranks)

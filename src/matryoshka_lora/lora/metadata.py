@@ -203,9 +203,10 @@ def _dimension(layers: Sequence[Layer]) -> str:
 
 
 def _alpha(layers: Sequence[Layer], previous: str | None) -> str:
-    """Return the alpha of layers. If it differs, the previous one stays if the factors do."""
+    """Return the alpha of layers. If it differs, the previous one stays if their alphas do."""
     alphas = {np.float32(layer.scale * layer.rank) for layer in layers}
-    if len(alphas) > 1 and not any(layer.has_new_factors for layer in layers):
+    keep_alphas = all(layer.keys.alpha and not layer.has_new_factors for layer in layers)
+    if len(alphas) > 1 and keep_alphas:
         return previous or "Dynamic"
     return f"{float(max(alphas)):.17g}"
 

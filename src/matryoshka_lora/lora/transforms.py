@@ -252,4 +252,4 @@ def _pad_layer(layer: Layer, rank: int, layer_scale: float, seed: int) -> Layer:
             factors.padded_errors(rank),
         )
 
-    return layer.map(add_components, rank=rank, scale=layer_scale)
+    return layer.map(add_components, rank=rank, scale=layer_scale, kind="LoRA")

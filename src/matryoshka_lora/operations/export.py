@@ -364,7 +364,7 @@ def export_folder(
             name = path.name
             if options.get("key_format") == "peft":
                 name = path.stem
-            elif format is not None:
+            elif format is not None and not name.endswith(FORMATS[format].suffix):
                 name += FORMATS[format].suffix
             lora_options: ExportOptions = {
                 **options,
