@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import matryoshka_lora
 from matryoshka_lora import Nesting, __version__
 from matryoshka_lora.cli import app, main
 
@@ -383,7 +384,7 @@ def test_ctrl_c_ends_with_one_line(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("matryoshka_lora.operations.info.open_lora", interrupt)
+    monkeypatch.setattr(matryoshka_lora, "info", interrupt)
     code, _, stderr = run(["info", "plain"], capfd, monkeypatch)
     assert code == 130
     assert stderr == "stopped\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ import torch
 from helpers.plain_peft import plain_adapter
 from helpers.tiny_chat import save_tiny_chat, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import matryoshka_lora as ml
-from matryoshka_lora import MatryoshkaError, export, train_ranks
+from matryoshka_lora import MatryoshkaError, NotFiniteError, export, train_ranks
 
 COMPLETIONS = ["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op"]
 EXAMPLES = [{"prompt": f"{n} {n % 8}=", "completion": COMPLETIONS[n % 8]} for n in range(64)]
@@ -91,20 +92,26 @@ def test_a_folder_gets_trained_ranks(lora_folder: Path, tmp_path: Path) -> None:
 
 
 def test_untrained_ranks_are_written_in_the_order_of_the_svd(
-    lora_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lora_folder: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("matryoshka_lora.training.train_ranks.ROUNDING", 99.0)
-    result = train_ranks(lora_folder, tmp_path / "nested", EXAMPLES, dtype="fp32")
+    """Rank 1 has no smaller rank."""
+    export(lora_folder, tmp_path / "lora", 1)
+    result = train_ranks(tmp_path / "lora", tmp_path / "nested", EXAMPLES, dtype="fp32")
     assert (result.outcome, result.losses_after) == ("nothing to train", None)
     assert ml.open(tmp_path / "nested").order == "svd"
 
 
 def test_an_output_that_cannot_be_written_is_an_error_before_the_training(
-    lora_folder: Path, monkeypatch: pytest.MonkeyPatch
+    lora_folder: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("matryoshka_lora.operations.train_ranks.load", None)
+    """The factors, which are read first for the training, are NaN."""
+    lora = shutil.copytree(lora_folder, tmp_path / "lora")
+    file = lora / "adapter_model.safetensors"
+    save_file({key: tensor * torch.nan for key, tensor in load_file(file).items()}, file)
     with pytest.raises(MatryoshkaError, match="Cannot write"):
-        train_ranks(lora_folder, lora_folder / "adapter_config.json" / "new", EXAMPLES)
+        train_ranks(lora, lora / "adapter_config.json" / "new", EXAMPLES)
+    with pytest.raises(NotFiniteError):
+        train_ranks(lora, tmp_path / "new", EXAMPLES)
 
 
 def save_plain(folder: Path) -> Path:
