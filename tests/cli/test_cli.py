@@ -371,7 +371,11 @@ from matryoshka_lora.cli import main
 main()
 """
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=workspace
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=workspace,
+        env={**os.environ, "MATRYOSHKA_CACHE": "cache"},  # the bundled model is not unpacked yet
     )
     assert result.returncode == 1
     assert f"matryoshka-lora[{extra}]" in result.stderr
