@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import matryoshka_lora
 from matryoshka_lora import Nesting, __version__
 from matryoshka_lora.cli import app, main
 
@@ -370,7 +371,11 @@ from matryoshka_lora.cli import main
 main()
 """
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=workspace
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=workspace,
+        env={**os.environ, "MATRYOSHKA_CACHE": "cache"},  # the bundled model is not unpacked yet
     )
     assert result.returncode == 1
     assert f"matryoshka-lora[{extra}]" in result.stderr
@@ -383,7 +388,7 @@ def test_ctrl_c_ends_with_one_line(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("matryoshka_lora.operations.info.open_lora", interrupt)
+    monkeypatch.setattr(matryoshka_lora, "info", interrupt)
     code, _, stderr = run(["info", "plain"], capfd, monkeypatch)
     assert code == 130
     assert stderr == "stopped\n"

@@ -16,7 +16,6 @@ from safetensors.numpy import save_file
 
 import matryoshka_lora as ml
 from matryoshka_lora import MatryoshkaError
-from matryoshka_lora.formats import lora_config
 from matryoshka_lora.formats.lora_config import RanksAndScales
 from matryoshka_lora.formats.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 
@@ -80,7 +79,7 @@ def test_names_are_looked_up(pattern: str, tmp_path: Path, monkeypatch: pytest.M
         compiled.append(expression)
         return compile_(expression, *flags)
 
-    monkeypatch.setattr(lora_config.re, "compile", record)
+    monkeypatch.setattr(re, "compile", record)
     lora = ml.open(tmp_path / "lora")
     assert not [expression for expression in compiled if "blocks" in str(expression)]
     assert lora.ranks == {f"blocks.{index}.proj": 1 + index % 7 for index in range(794)}

@@ -1,4 +1,4 @@
-"""`export` with another dtype, without layers, with scaled layers, and at a larger rank."""
+"""Another dtype, layers that are left out or scaled, and a larger rank."""
 
 from __future__ import annotations
 
@@ -30,22 +30,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import matryoshka_lora as ml
-from matryoshka_lora import (
-    MatryoshkaError,
-    Nesting,
-    NotFiniteError,
-    export,
-    export_folder,
-    reorder,
-)
+from matryoshka_lora import Lora, MatryoshkaError, Nesting
 
 R = 8
 
 
 @pytest.fixture
-def lora(tmp_path: Path) -> Path:
+def lora(tmp_path: Path) -> Lora:
     plain_adapter(tmp_path / "lora", r=R)
-    return tmp_path / "lora"
+    return ml.open(tmp_path / "lora")
 
 
 def save_kohya(file: Path, dtype: torch.dtype = torch.float32, **alphas: float) -> Path:
@@ -76,12 +69,13 @@ def relative(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> 
 )
 @pytest.mark.parametrize("rank", [None, 2])
 def test_the_dtype_of_the_factors(
-    lora: Path, tmp_path: Path, name: Any, dtype: torch.dtype, rounding: float, rank: int | None
+    lora: Lora, tmp_path: Path, name: Any, dtype: torch.dtype, rounding: float, rank: int | None
 ) -> None:
-    export(lora, tmp_path / "output", rank, dtype=name)
+    changed = lora.cast(name)
+    (changed if rank is None else changed.truncate(rank)).save(tmp_path / "output")
     tensors = load_file(tmp_path / "output" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
-    expected = updates(lora)
+    expected = updates(Path(lora.name))
     if rank is not None:
         expected = {key: best(update, rank) for key, update in expected.items()}
     assert relative(updates(tmp_path / "output"), expected) < rounding
@@ -89,8 +83,8 @@ def test_the_dtype_of_the_factors(
 
 def test_the_dtype_alone_changes_nothing_else(tmp_path: Path) -> None:
     file = save_kohya(tmp_path / "lora.safetensors", torch.bfloat16, a=3, b=1)
-    export(file, tmp_path / "wide.safetensors", dtype="fp32")
-    export(tmp_path / "wide.safetensors", tmp_path / "narrow.safetensors", dtype="bf16")
+    ml.open(file).cast("fp32").save(tmp_path / "wide.safetensors")
+    ml.open(tmp_path / "wide.safetensors").cast("bf16").save(tmp_path / "narrow.safetensors")
     expected = load_file(file)
     for output in ("wide", "narrow"):
         actual = load_file(tmp_path / f"{output}.safetensors")
@@ -104,7 +98,7 @@ def test_the_dtype_alone_changes_nothing_else(tmp_path: Path) -> None:
 def test_the_rank_is_chosen_before_rounding(tmp_path: Path) -> None:
     """Factors in bf16 are reordered in full precision and written in fp32."""
     file = save_kohya(tmp_path / "lora.safetensors", torch.bfloat16, a=3, b=1)
-    export(file, tmp_path / "small.safetensors", 2, dtype="fp32")
+    ml.open(file).cast("fp32").truncate(2).save(tmp_path / "small.safetensors")
     expected = {name: best(update, 2) for name, update in read_updates(file).items()}
     assert relative(read_updates(tmp_path / "small.safetensors"), expected) < 1e-6
 
@@ -119,47 +113,41 @@ def test_fp16_keeps_the_digits_of_small_and_large_factors(
     for name in ("a", "b"):
         tensors[f"{name}.lora_up.weight"] *= size
     save_file(tensors, file)
-    export(file, tmp_path / "half.safetensors", dtype="fp16")
+    ml.open(file).cast("fp16").save(tmp_path / "half.safetensors")
     assert relative(read_updates(tmp_path / "half.safetensors"), read_updates(file)) < 6e-4
 
 
-def test_what_a_dtype_cannot_hold_is_an_error(tmp_path: Path) -> None:
-    file = save_kohya(tmp_path / "lora.safetensors", a=4)
-    tensors = load_file(file)
-    save_file({**tensors, "a.lora_up.weight": tensors["a.lora_up.weight"] * 1e12}, file)
-    with pytest.raises(NotFiniteError, match="float16"):
-        export(file, tmp_path / "half.safetensors", dtype="fp16")
-    assert not (tmp_path / "half.safetensors").exists()
-
-
-def test_a_ladder_in_another_dtype(lora: Path, tmp_path: Path) -> None:
-    export(lora, tmp_path / "ladder", [1, 4], format="ladder", dtype="bf16")
+def test_a_ladder_in_another_dtype(lora: Lora, tmp_path: Path) -> None:
+    lora.cast("bf16").save(tmp_path / "ladder", "ladder", ranks=[1, 4])
     for rank in (1, 4):
         folder = tmp_path / "ladder" / f"lora@{rank}"
         tensors = load_file(folder / "adapter_model.safetensors")
         assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-        expected = {key: best(update, rank) for key, update in updates(lora).items()}
+        expected = {key: best(update, rank) for key, update in updates(Path(lora.name)).items()}
         assert relative(updates(folder), expected) < 5e-3
 
 
 # Layers that are left out
 
 
-def test_dropped_layers_have_no_update(lora: Path, tmp_path: Path) -> None:
-    result = export(lora, tmp_path / "output", drop=["*.0.*", "*k_proj"])
+def test_dropped_layers_have_no_update(lora: Lora, tmp_path: Path) -> None:
+    dropped = lora.drop("*.0.*", "*k_proj")
+    dropped.save(tmp_path / "output")
     expected = {
-        key: update for key, update in updates(lora).items() if ".0." not in key and "k_" not in key
+        key: update
+        for key, update in updates(Path(lora.name)).items()
+        if ".0." not in key and "k_" not in key
     }
     assert relative(updates(tmp_path / "output"), expected) < 1e-6
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "output")
     adapted = {name for name, _ in model.named_modules() if name.endswith("lora_A.default")}
-    assert len(adapted) == len(expected) == len(result.ranks)
-    assert result.notes == ("Left out 8 layers of 14.",)
+    assert len(adapted) == len(expected) == len(dropped.ranks)
+    assert dropped.changes == ("left out 8 layers of 14",)
 
 
-def test_a_rank_without_some_layers(lora: Path, tmp_path: Path) -> None:
-    result = export(lora, tmp_path / "output", 2, drop=["*mlp*"])
-    full = {key: update for key, update in updates(lora).items() if "mlp" not in key}
+def test_a_rank_without_some_layers(lora: Lora, tmp_path: Path) -> None:
+    result = lora.drop("*mlp*").truncate(2).save(tmp_path / "output")
+    full = {key: update for key, update in updates(Path(lora.name)).items() if "mlp" not in key}
     expected = {key: best(update, 2) for key, update in full.items()}
     assert relative(updates(tmp_path / "output"), expected) < 1e-6
     assert result.errors[2] == pytest.approx(relative(expected, full), rel=1e-5)
@@ -174,7 +162,7 @@ def test_a_dropped_module_of_a_file_loses_all_its_tensors(tmp_path: Path) -> Non
         "lora_unet_c.oft_blocks": torch.ones(2, 4, 4),
     }
     save_file({**load_file(file), **extra}, file)
-    result = export(file, tmp_path / "unet.safetensors", drop=["lora_te*"])
+    result = ml.open(file).drop("lora_te*").save(tmp_path / "unet.safetensors")
     tensors = load_file(result.path)
     assert sorted(tensors) == [
         "lora_unet_a.alpha",
@@ -192,7 +180,7 @@ def test_the_old_names_of_diffusers_lose_their_alpha(tmp_path: Path) -> None:
     tensors |= {f"{name}.lora.up.weight": torch.randn(12, 4) for name in ("a", "b")}
     tensors |= {f"{name}.alpha": torch.tensor(2.0) for name in ("a", "b")}
     save_file(tensors, tmp_path / "lora.safetensors")
-    export(tmp_path / "lora.safetensors", tmp_path / "x.safetensors", drop=["a.*"])
+    ml.open(tmp_path / "lora.safetensors").drop("a.*").save(tmp_path / "x.safetensors")
     expected = {key for key in tensors if key.startswith("b.")}
     assert load_file(tmp_path / "x.safetensors").keys() == expected
 
@@ -201,11 +189,12 @@ def test_the_old_names_of_diffusers_lose_their_alpha(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [None, 3])
-def test_scaled_updates(lora: Path, tmp_path: Path, rank: int | None) -> None:
+def test_scaled_updates(lora: Lora, tmp_path: Path, rank: int | None) -> None:
     factors = {"*layers.0*": 0.5, "*q_proj": -2.0, "*v_proj": 0}
-    result = export(lora, tmp_path / "output", rank, scale=factors)
+    changed = lora.scale(factors)
+    result = (changed if rank is None else changed.truncate(rank)).save(tmp_path / "output")
     scaled: dict[str, np.ndarray] = {}
-    for key, update in updates(lora).items():
+    for key, update in updates(Path(lora.name)).items():
         if "v_proj" in key:
             continue
         factor = -2.0 if "q_proj" in key else 0.5 if "layers.0" in key else 1.0
@@ -217,10 +206,11 @@ def test_scaled_updates(lora: Path, tmp_path: Path, rank: int | None) -> None:
     assert result.errors[rank or R] == pytest.approx(relative(expected, scaled), abs=1e-6)
 
 
-def test_scaling_keeps_an_order(lora: Path, tmp_path: Path) -> None:
+def test_scaling_keeps_an_order(lora: Lora, tmp_path: Path) -> None:
     """The components of a nested LoRA stay as they are, so a rank is a prefix of its factors."""
-    reorder(lora, tmp_path / "nested")
-    export(tmp_path / "nested", tmp_path / "output", 3, scale={"*q_proj": 0.25})
+    lora.reorder().save(tmp_path / "nested")
+    nested = ml.open(tmp_path / "nested")
+    nested.scale({"*q_proj": 0.25}).truncate(3).save(tmp_path / "output")
     source = load_file(tmp_path / "nested" / "adapter_model.safetensors")
     for key, tensor in load_file(tmp_path / "output" / "adapter_model.safetensors").items():
         expected = source[key][:3] if "lora_A" in key else source[key][:, :3]
@@ -230,19 +220,19 @@ def test_scaling_keeps_an_order(lora: Path, tmp_path: Path) -> None:
 
 def test_a_scaled_file_keeps_its_alphas(tmp_path: Path) -> None:
     file = save_kohya(tmp_path / "lora.safetensors", torch.bfloat16, a=3, b=1)
-    export(file, tmp_path / "scaled.safetensors", scale={"b": 0.5})
+    ml.open(file).scale({"b": 0.5}).save(tmp_path / "scaled.safetensors")
     expected = read_updates(file)
     expected["b"] *= 0.5
     assert relative(read_updates(tmp_path / "scaled.safetensors"), expected) == 0
     assert float(load_file(tmp_path / "scaled.safetensors")["a.alpha"]) == 3
 
 
-def test_a_merged_model_has_the_scaled_layers(lora: Path, tmp_path: Path) -> None:
+def test_a_merged_model_has_the_scaled_layers(lora: Lora, tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    changes: dict[str, Any] = {"drop": ["*.0.*"], "scale": {"*q_proj": 0.5}}
-    export(lora, tmp_path / "output", **changes)
-    export(lora, tmp_path / "merged", format="merged", base_model=str(tmp_path / "base"), **changes)
+    changed = lora.drop("*.0.*").scale({"*q_proj": 0.5})
+    changed.save(tmp_path / "output")
+    changed.save(tmp_path / "merged", "merged", base_model=str(tmp_path / "base"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert distance(logits(merged), by_peft(tmp_path / "output")) < 1e-5
 
@@ -250,8 +240,8 @@ def test_a_merged_model_has_the_scaled_layers(lora: Path, tmp_path: Path) -> Non
 # A larger rank
 
 
-def pad(source: Path, output: Path, rank: int, **options: Any) -> Path:
-    return export(source, output, rank, pad=True, **options).path
+def pad(source: Path, output: Path, rank: int) -> Path:
+    return ml.open(source).pad(rank).save(output).path
 
 
 @pytest.mark.parametrize(
@@ -280,9 +270,9 @@ def test_a_padded_lora_is_the_same_and_all_its_components_learn(
         assert (parameter[:, 8:] != 0).all(), name
 
 
-def test_new_rows_have_the_norm_of_the_old_ones(lora: Path, tmp_path: Path) -> None:
-    folder = pad(lora, tmp_path / "padded", 40)
-    assert pad(lora, tmp_path / "again", 40)
+def test_new_rows_have_the_norm_of_the_old_ones(lora: Lora, tmp_path: Path) -> None:
+    folder = lora.pad(40).save(tmp_path / "padded").path
+    lora.pad(40).save(tmp_path / "again")
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     for key, tensor in load_file(folder / "adapter_model.safetensors").items():
         assert torch.equal(tensor, again[key])
@@ -313,13 +303,13 @@ def test_stacks_of_experts_are_padded(tmp_path: Path) -> None:
     assert distance(by_peft(folder, tiny_mixtral), logits(model)) < 1e-6
 
 
-def test_the_papers_deployment_is_padded_at_its_full_rank(tmp_path: Path, lora: Path) -> None:
+def test_the_papers_deployment_is_padded_at_its_full_rank(tmp_path: Path, lora: Lora) -> None:
     """Its scale depends on the rank, and that of the full rank is the LoRA's."""
     nesting = Nesting((1, 2, R), "sqrt", scale=1.0)
-    source = replace(ml.open(lora), nesting=nesting, deploy="paper")
+    source = replace(lora, nesting=nesting, deploy="paper")
     source.nested().save(tmp_path / "paper")
     folder = pad(tmp_path / "paper", tmp_path / "padded", 12)
-    assert distance(by_peft(folder), by_peft(lora)) < 1e-5
+    assert distance(by_peft(folder), by_peft(Path(lora.name))) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -353,50 +343,21 @@ def test_a_padded_file_of_diffusers_has_its_scale_in_the_metadata(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("arguments", "keyword"),
+    ("change", "keyword"),
     [
-        ({"dtype": "fp8"}, "dtype"),
-        ({"dtype": "bf16", "format": "mlx", "rank": 2}, "dtype"),
-        ({"drop": "q_proj"}, "list"),
-        ({"drop": ["q_proj"]}, "matches no layer"),
-        ({"drop": ["*"]}, "drop"),
-        ({"scale": {"q_proj": 0.5}}, "matches no layer"),
-        ({"scale": {"*": float("nan")}}, "number"),
-        ({"scale": {"*": "0.5"}}, "number"),
-        ({"scale": {"*": 0}}, "no layer"),
-        ({"rank": 9}, "pad"),
-        ({"rank": 4, "pad": True}, "smaller"),
-        ({"pad": True}, "rank"),
-        ({"rank": 9, "pad": True, "error": "10%"}, "error"),
-        ({"rank": [9, 10], "pad": True, "format": "ladder"}, "pad"),
+        (lambda lora: lora.cast("fp8"), "dtype"),
+        (lambda lora: lora.drop("q_proj"), "matches no layer"),
+        (lambda lora: lora.drop("*"), "drop"),
+        (lambda lora: lora.scale({"q_proj": 0.5}), "matches no layer"),
+        (lambda lora: lora.scale({"*": float("nan")}), "number"),
+        (lambda lora: lora.scale({"*": "0.5"}), "number"),
+        (lambda lora: lora.scale({"*": True}), "number"),
+        (lambda lora: lora.scale({"*": 0}), "no layer"),
+        (lambda lora: lora.pad(4), "smaller"),
+        (lambda lora: lora.convert("kohya"), "key_format"),
+        (lambda lora: lora.convert("civitai"), "key_format"),
     ],
 )
-def test_invalid_arguments_are_rejected(
-    lora: Path, tmp_path: Path, arguments: dict[str, Any], keyword: str
-) -> None:
+def test_invalid_arguments_are_rejected(lora: Lora, change: Any, keyword: str) -> None:
     with pytest.raises(MatryoshkaError, match=keyword):
-        export(lora, tmp_path / "output", **arguments)
-    assert not (tmp_path / "output").exists()
-
-
-def test_every_lora_of_a_folder_is_changed(lora: Path, tmp_path: Path) -> None:
-    source = tmp_path / "loras"
-    source.mkdir()
-    lora.rename(source / "a")
-    save_kohya(source / "b.safetensors", b=3)
-    result = export_folder(source, tmp_path / "output", 16, pad=True, dtype="bf16")
-    assert not result.failed
-    assert read_ranks(tmp_path / "output" / "b.safetensors") == {"b": 16}
-    tensors = load_file(tmp_path / "output" / "a" / "adapter_model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    # A pattern is an error only if it matches no layer of any LoRA.
-    result = export_folder(source, tmp_path / "dropped", drop=["*k_proj"])
-    assert not result.failed
-    assert (
-        relative(
-            read_updates(result.path / "b.safetensors"), read_updates(source / "b.safetensors")
-        )
-        < 1e-6
-    )
-    with pytest.raises(MatryoshkaError, match="nothing"):
-        export_folder(source, tmp_path / "nothing", drop=["*k_proj", "nothing"])
+        change(lora)

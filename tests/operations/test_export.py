@@ -97,6 +97,12 @@ def weights_size(folder: Path) -> int:
         ("lora", "x", {"rank": 0}, "rank"),
         ("lora", "x", {"rank": 9, "format": "ladder"}, "from 1 to 8"),
         ("lora", "x", {"max_bytes": 1000}, "max_bytes"),
+        ("lora", "x", {"dtype": "bf16", "format": "mlx", "rank": 2}, "dtype"),
+        ("lora", "x", {"drop": "q_proj"}, "list"),
+        ("lora", "x", {"rank": 9}, "pad"),
+        ("lora", "x", {"pad": True}, "rank"),
+        ("lora", "x", {"rank": 9, "pad": True, "error": "10%"}, "error"),
+        ("lora", "x", {"rank": [9, 10], "pad": True, "format": "ladder"}, "pad"),
         ("lora", "x", {"rank": 2, "format": "merged"}, "base_model"),
         ("lora", "x.gguf", {"rank": 2}, "base_model"),
         ("single_file", "x", {"rank": 2}, r"small\.safetensors"),
@@ -558,6 +564,26 @@ def test_a_folder_without_a_usable_lora_is_rejected(folder: Path, tmp_path: Path
     with pytest.raises(MatryoshkaError, match="dora"):
         export_folder(folder, output, 3)
     assert not output.exists()
+
+
+def test_every_lora_of_a_folder_is_changed(lora: Path, tmp_path: Path) -> None:
+    source = tmp_path / "loras"
+    source.mkdir()
+    lora.rename(source / "a")
+    save_single_file(source / "b.safetensors")
+    result = export_folder(source, tmp_path / "output", 16, pad=True, dtype="bf16")
+    assert not result.failed
+    assert read_ranks(tmp_path / "output" / "b.safetensors") == {"a": 16}
+    tensors = load_file(tmp_path / "output" / "a" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    # A pattern is an error only if it matches no layer of any LoRA.
+    result = export_folder(source, tmp_path / "dropped", drop=["*k_proj"])
+    assert not result.failed
+    expected = read_updates(source / "b.safetensors")
+    for name, update in read_updates(result.path / "b.safetensors").items():
+        np.testing.assert_allclose(update, expected[name], atol=1e-5)
+    with pytest.raises(MatryoshkaError, match="nothing"):
+        export_folder(source, tmp_path / "nothing", drop=["*k_proj", "nothing"])
 
 
 # Dependencies.

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import matryoshka_lora as ml
-from matryoshka_lora import MatryoshkaError, export, train_ranks
+from matryoshka_lora import MatryoshkaError, NotFiniteError, export, train_ranks
 
 COMPLETIONS = ["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op"]
 EXAMPLES = [{"prompt": f"{n} {n % 8}=", "completion": COMPLETIONS[n % 8]} for n in range(64)]
@@ -114,11 +114,16 @@ def test_untrained_ranks_are_written_in_the_order_of_the_svd(
 
 
 def test_an_output_that_cannot_be_written_is_an_error_before_the_training(
-    lora_folder: Path, monkeypatch: pytest.MonkeyPatch
+    lora_folder: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("matryoshka_lora.operations.train_ranks.load", None)
+    """The factors, which are read first for the training, are NaN."""
+    lora = Path(shutil.copytree(lora_folder, tmp_path / "lora"))
+    file = lora / "adapter_model.safetensors"
+    save_file({key: tensor * torch.nan for key, tensor in load_file(file).items()}, file)
     with pytest.raises(MatryoshkaError, match="Cannot write"):
-        train_ranks(lora_folder, lora_folder / "adapter_config.json" / "new", EXAMPLES)
+        train_ranks(lora, lora / "adapter_config.json" / "new", EXAMPLES)
+    with pytest.raises(NotFiniteError):
+        train_ranks(lora, tmp_path / "new", EXAMPLES)
 
 
 def save_plain(folder: Path) -> Path:

@@ -15,12 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from matryoshka_lora import export
-from matryoshka_lora.peft.base_model import (
-    bundled_gguf_path,
-    bundled_model_path,
-    load_model,
-    load_tokenizer,
-)
+from matryoshka_lora.bundled_model import bundled_gguf_path, bundled_model_path
+from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp) is not installed")
 gguf = pytest.importorskip("gguf")

@@ -21,10 +21,10 @@ import pytest
 import torch
 from helpers.many_adapters import NUM_ADAPTERS, save_many_adapters
 from helpers.models import LINEAR_LAYERS
-from matryoshka_lora.operations.base_config import resolve_base_model
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from matryoshka_lora import export, export_folder, reorder
+from matryoshka_lora.bundled_model import resolve_model_path
 from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 
 pytest.importorskip("vllm", reason="make test-vllm creates an environment for it")
@@ -158,7 +158,7 @@ def many_adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the 48 adapters of 50 that can be truncated to rank 8."""
     folder = tmp_path_factory.mktemp("many")
     layers = {f"model.layers.{index}.self_attn.o_proj": (576, 576) for index in range(0, 30, 3)}
-    base_model = resolve_base_model("smollm2-135m")
+    base_model = resolve_model_path("smollm2-135m")
     save_many_adapters(folder / "adapters", layers, base_model)
     exported = export_folder(folder / "adapters", folder / "small", 8).exported
     assert len(exported) == NUM_ADAPTERS - 2
@@ -221,7 +221,7 @@ def test_a_folder_of_adapters_generates_what_peft_does(
     environment: dict[str, str] = {}
     if launcher == "resolver":
         arguments = ["vllm.entrypoints.openai.api_server", "--enable-lora", "--max-lora-rank=8"]
-        arguments.append(f"--model={resolve_base_model('smollm2-135m')}")
+        arguments.append(f"--model={resolve_model_path('smollm2-135m')}")
         environment = {
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             "VLLM_PLUGINS": "lora_filesystem_resolver",
