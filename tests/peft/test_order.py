@@ -63,10 +63,10 @@ def test_saving_verifies_the_order(ordered: NestedAdapter) -> None:
     """A single value that is written through `.data` may show in the checksum alone."""
     A, _ = ordered.layer_factors()["model.layers.0.mlp.up_proj"]
     A.data[0, 1] += 1
-    assert ordered.to_lora_file().order is None
+    assert ordered.to_lora().order is None
     assert ordered.order is None
     A.data[0, 1] -= 1
-    assert ordered.to_lora_file().order == ordered.order
+    assert ordered.to_lora().order == ordered.order
 
 
 def test_the_order_is_known_without_a_checksum(

@@ -351,13 +351,13 @@ def test_an_enlarged_vocabulary_of_the_bundled_model() -> None:
     enlarged = load_model(dtype="float32")  # PEFT does not find its files
     enlarged.resize_token_embeddings(enlarged.config.vocab_size + 8)
     model = get_peft_model(enlarged, LoraConfig(r=4, target_modules=["q_proj"]))
-    assert any("embed_tokens" in key for key in nest(model).to_lora_file().other_tensors)
+    assert any("embed_tokens" in key for key in nest(model).to_lora().other_tensors)
 
 
 def test_a_lora_file_does_not_follow_the_parameters(tmp_path: Path) -> None:
     adapter = llama_in_form("svd")
     expected = logits(adapter.model)
-    lora = adapter.to_lora_file()
+    lora = adapter.to_lora()
     randomize(adapter.model, seed=8)
     lora.nested().save(tmp_path / "a")
     assert_close(by_peft(tmp_path / "a"), expected)

@@ -52,9 +52,8 @@ def part_of(name: str) -> str:
 def write(folder: Path) -> None:
     """Write the files with this package, and the updates that they stand for."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
-    from matryoshka_lora.lora_file.open import open_lora
-
-    from matryoshka_lora import export
+    import matryoshka_lora as ml
+    from matryoshka_lora.lora.truncate import with_ranks
 
     folder.mkdir(parents=True)
     torch.manual_seed(0)
@@ -74,18 +73,18 @@ def write(folder: Path) -> None:
         file = folder / f"{name}.safetensors"
         source = folder / "source"
         save_file(tensors, source.with_suffix(".safetensors"))
-        lora = open_lora(source.with_suffix(".safetensors"))
+        lora = ml.open(source.with_suffix(".safetensors"))
         ranks = {layer.name: 2 + index % 4 for index, layer in enumerate(lora.layers)}
         if "-" in name:
-            lora.plan(ranks).write(file)
+            with_ranks(lora, ranks).save(file)
         else:
-            export(source.with_suffix(".safetensors"), file, 4)
+            ml.export(source.with_suffix(".safetensors"), file, 4)
             ranks = dict.fromkeys(ranks, 4)
         if name in ("kohya-alphas", "unet-plain", "flux-plain"):
             rewrite_as_others_do(file)
         updates: dict[str, np.ndarray] = {}
         for layer in lora.layers:
-            A, B = layer.A.read().astype(float), layer.B.read().astype(float)
+            A, B = (factor.astype(float) for factor in layer.read()[:2])
             scale = 3 / RANK if name.startswith("kohya") else 1.0
             u, s, vh = np.linalg.svd(scale * B @ A)
             rank = ranks[layer.name]
