@@ -309,7 +309,9 @@ def test_a_plot_that_fails_is_a_warning(on_disk: Path, monkeypatch: pytest.Monke
     assert Evaluation.read(on_disk) == evaluation
 
 
-@pytest.mark.parametrize("name", ["cost_$5_vs_$6.jsonl", "caf\udce9.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["cost_$5_vs_$6.jsonl", "caf\udce9.jsonl"], ids=["mathematics", "not UTF-8"]
+)
 @pytest.mark.filterwarnings("error:The curve is not plotted")
 def test_data_of_any_name(name: str, on_disk: Path, tmp_path: Path) -> None:
     file = tmp_path / name
