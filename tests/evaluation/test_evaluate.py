@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -313,7 +314,11 @@ def test_a_plot_that_fails_is_a_warning(on_disk: Path, monkeypatch: pytest.Monke
     "name", ["cost_$5_vs_$6.jsonl", "caf\udce9.jsonl"], ids=["mathematics", "not UTF-8"]
 )
 @pytest.mark.filterwarnings("error:The curve is not plotted")
-def test_data_of_any_name(name: str, on_disk: Path, tmp_path: Path) -> None:
+def test_data_of_any_name(
+    name: str, on_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # pytest-xdist cannot send a log with such a name.
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
     file = tmp_path / name
     file.write_text("\n".join(map(json.dumps, some_examples())))
     evaluation = evaluate(on_disk, data=file, ranks=[1], progress=False)
