@@ -15,13 +15,13 @@ import yaml
 from datasets import Dataset
 from helpers.tiny_chat import save_tiny_chat
 from helpers.two_processes import run_in_two_processes
-from matryoshka_lora.lora_file.peft_folder import open_peft_folder
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, load
+from matryoshka_lora.formats import peft_folder
 from matryoshka_lora.peft.callback import NestingCallback
 from matryoshka_lora.sft import build_trainer, read_config, train
 
@@ -205,7 +205,7 @@ def test_a_run_trains_an_adapter_of_every_rank(
     assert (result.path, result.order, result.train_ranks) == (run / "adapter", "svd", None)
     assert (run / "README.md").read_text() == "mine"
     assert AutoTokenizer.from_pretrained(result.path).chat_template
-    lora = open_peft_folder(result.path)
+    lora = peft_folder.read(result.path)
     assert (lora.order, lora.ranks) == ("svd", (1, 2, 4))
 
     adapter = load(AutoModelForCausalLM.from_pretrained(base_folder), result.path, rank=3)
@@ -274,7 +274,7 @@ def test_an_adapter_whose_ranks_cannot_be_trained_is_saved(
     result = train(read_config(config_file, overrides))
     assert result.train_ranks is not None
     assert (result.order, result.train_ranks.outcome) == ("svd", "nothing to train")
-    assert open_peft_folder(result.path).order == "svd"
+    assert peft_folder.read(result.path).order == "svd"
     assert "nothing to train" in caplog.text
 
 
@@ -285,7 +285,7 @@ def test_the_deployment_of_the_paper_is_saved_as_it_was_trained(
     nesting = f"nesting={{deploy: paper, scaling: rank, train_ranks: {train_ranks}}}"
     overrides = [nesting, "nesting.rule=matryoshka", "max_steps=2"]
     result = train(read_config(config_file, overrides))
-    lora = open_peft_folder(result.path)
+    lora = peft_folder.read(result.path)
     assert (lora.order, lora.deploy, lora.ranks) == (None, "paper", (1, 2, 4))
     assert (result.order, result.deploy, result.train_ranks) == (None, "paper", None)
 
@@ -375,7 +375,7 @@ def test_a_run_killed_while_its_ranks_are_trained_takes_no_further_step(
     result = train(config)
     assert result.train_ranks is not None
     assert (result.order, result.train_ranks.outcome) == ("trained", "kept")
-    assert open_peft_folder(result.path).order == "trained"
+    assert peft_folder.read(result.path).order == "trained"
     assert state.read_bytes() == before
 
 
@@ -449,7 +449,7 @@ def test_two_processes_train_as_one(
     for _ in range(2):
         output = run_in_two_processes(strategy, "launch.py", ["train", *arguments])
         assert losses(run) == pytest.approx(losses(single), abs=2e-3)
-        assert open_peft_folder(run / "adapter").order == order
+        assert peft_folder.read(run / "adapter").order == order
         assert not (run / "adapter" / "training_args.bin").exists()  # it may hold a token
         logits = logits_of_plain_peft(base_folder, run / "adapter")
         torch.testing.assert_close(logits, expected_logits, rtol=0.02, atol=0.02)
