@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from matryoshka_lora import MatryoshkaError
 from matryoshka_lora.formats.safetensors_io import (
-    StoredTensor,
     create_safetensors,
     open_safetensors,
     read_json,
@@ -69,25 +68,6 @@ def test_read_is_bit_exact(dtype: torch.dtype, shape: tuple[int, ...], tmp_path:
     assert metadata == {"key": "value"}
 
 
-@pytest.mark.parametrize(
-    ("dtype", "shape", "expected"),
-    [
-        (torch.bfloat16, (3, 4), True),
-        (torch.float64, (3, 4, 1, 1), True),
-        (torch.float8_e4m3fn, (3, 4), False),
-        (torch.int32, (3, 4), False),
-        (torch.float32, (3,), False),
-        (torch.float32, (0, 4), False),
-    ],
-)
-def test_is_factor(
-    dtype: torch.dtype, shape: tuple[int, ...], expected: bool, tmp_path: Path
-) -> None:
-    save_file({"x": torch.zeros(shape, dtype=dtype)}, tmp_path / "file.safetensors")
-    tensors, _ = open_safetensors(tmp_path / "file.safetensors")
-    assert tensors["x"].is_factor == expected
-
-
 def test_written_file_is_aligned_and_read_by_safetensors(tmp_path: Path) -> None:
     """Programs that map a file into memory need each tensor at a multiple of its own width."""
     expected = {str(dtype): random_bits(dtype, 3, 5) for dtype in DTYPES}
@@ -131,13 +111,6 @@ def test_arrays_are_cast_to_the_declared_dtype(tmp_path: Path) -> None:
         writer.write("x", array)
     loaded = load_file(tmp_path / "output.safetensors")["x"]
     assert torch.equal(loaded, torch.from_numpy(array).bfloat16())
-
-
-def test_tensor_in_memory() -> None:
-    array = np.arange(6, dtype=np.float16).reshape(2, 3)
-    stored = StoredTensor.from_array(array)
-    assert stored.read() is array
-    assert (stored.dtype, stored.shape, stored.nbytes) == (array.dtype, (2, 3), 12)
 
 
 def test_existing_file_is_not_overwritten(tmp_path: Path) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers.kill import killed
 from helpers.models import tiny_llama
 from helpers.plain_peft import best, by_peft, distance, logits, plain_adapter, updates
 from helpers.single_files import read_ranks, read_updates, save_pairs
@@ -28,7 +25,6 @@ import matryoshka_lora as ml
 from matryoshka_lora import (
     MatryoshkaError,
     MissingDependencyError,
-    Nesting,
     combine,
     export,
     export_folder,
@@ -147,75 +143,6 @@ def test_the_result_reports_sizes_and_the_error(lora: Path, tmp_path: Path) -> N
     total = sum(np.sum(update**2) for update in source_updates)
     assert result.errors == {4: pytest.approx(np.sqrt(missing / total), rel=1e-6)}
     assert result.notes == ()
-
-
-def test_keep_is_the_smallest_rank_of_each_layer(lora: Path, tmp_path: Path) -> None:
-    reorder(lora, tmp_path / "nested")
-    expected = {}
-    source_updates = updates(lora)
-    for name, update in source_updates.items():
-        squares = np.linalg.svd(update, compute_uv=False) ** 2
-        kept = np.cumsum(squares) / np.sum(squares)
-        expected[name.removesuffix(".weight")] = int(np.argmax(kept >= 0.6)) + 1
-    for source in ("lora", "nested"):
-        output = tmp_path / f"small-{source}"
-        assert export(tmp_path / source, output, keep="60%").ranks == expected
-        for name, update in updates(output).items():
-            rank = expected[name.removesuffix(".weight")]
-            np.testing.assert_allclose(update, best(source_updates[name], rank), atol=1e-5)
-
-
-@pytest.mark.parametrize("max_error", ["60%", 0.3])
-def test_error_is_that_of_the_whole_output(lora: Path, tmp_path: Path, max_error: Any) -> None:
-    limit = 0.6 if max_error == "60%" else max_error
-    output = tmp_path / "small"
-    result: Any = export(lora, output, error=max_error)
-    source_updates = updates(lora)
-    missing = sum(
-        np.sum((source_updates[name] - new) ** 2) for name, new in updates(output).items()
-    )
-    total = sum(np.sum(update**2) for update in source_updates.values())
-    error = np.sqrt(missing / total)
-    assert error <= limit
-    assert list(result.errors.values()) == [pytest.approx(error, rel=1e-5)]
-    # The same error in every layer takes a larger file.
-    keep = 1 - limit**2
-    assert result.size_after < export(lora, tmp_path / "by-layer", keep=keep).size_after
-    bounded: Any = export(lora, tmp_path / "bounded", 2, error=max_error)
-    assert max(bounded.ranks.values()) == 2
-    (note,) = bounded.notes
-    assert "rank" in note
-
-
-def test_rank_is_an_upper_bound_of_keep_and_max_bytes(lora: Path, tmp_path: Path) -> None:
-    unbounded: Any = export(lora, tmp_path / "unbounded", keep=0.6)
-    bounded = export(lora, tmp_path / "bounded", 2, keep=0.6)
-    assert bounded.ranks == {name: min(2, rank) for name, rank in unbounded.ranks.items()}
-    (note,) = bounded.notes
-    assert "rank" in note
-    sized: Any = export(lora, tmp_path / "sized", 3, max_bytes=unbounded.size_after)
-    assert sized.size_after <= unbounded.size_after
-    assert max(sized.ranks.values()) <= 3
-    both: Any = export(lora, tmp_path / "both", keep=0.6, max_bytes=sized.size_after)
-    assert both.size_after <= sized.size_after
-    assert all(rank <= unbounded.ranks[name] for name, rank in both.ranks.items())
-    complete: Any = export(lora, tmp_path / "complete", max_bytes=weights_size(lora))
-    assert set(complete.ranks.values()) == {R}
-
-
-@pytest.mark.parametrize("fields", [{"order": "trained"}, {"deploy": "paper"}])
-def test_keep_needs_singular_values(lora: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
-    source = replace(ml.open(lora), nesting=Nesting((1, 2, R)), **fields)
-    source.nested().save(tmp_path / "nested")
-    requests: list[dict[str, Any]] = [{"keep": "90%"}, {"error": "9%"}, {"max_bytes": "50kB"}]
-    for request in requests:
-        with pytest.raises(MatryoshkaError, match="singular values"):
-            export(tmp_path / "nested", tmp_path / "x", **request)
-    export(tmp_path / "nested", tmp_path / "rank-2", 2)
-    tensors = load_file(lora / WEIGHTS_NAME)
-    for key, factor in load_file(tmp_path / "rank-2" / WEIGHTS_NAME).items():
-        expected = tensors[key][:2] if "lora_A" in key else tensors[key][:, :2]
-        assert torch.equal(factor, expected)
 
 
 # Formats of a PEFT folder.
@@ -463,25 +390,6 @@ def test_other_tensors_of_a_single_file_are_noted(single_file: Path, tmp_path: P
     assert read_ranks(result.path) == {"a": 2}
     (note,) = result.notes
     assert "other" in note
-
-
-@pytest.mark.parametrize("force", [False, True])
-def test_a_killed_export_leaves_the_old_file_or_the_new_one(
-    single_file: Path, tmp_path: Path, force: bool
-) -> None:
-    """Kill it at every operation on the disk."""
-    output = tmp_path / "parent" / "output.safetensors"
-    for number in itertools.count(1):
-        shutil.rmtree(output.parent, ignore_errors=True)
-        output.parent.mkdir()
-        if force:
-            export(single_file, output, 3)
-        if not killed(lambda: export(single_file, output, 2, force=force), output.parent, number):
-            break
-        if force or output.exists():
-            assert ml.open(output).max_rank in ((2, 3) if force else (2,))
-    assert number > 2
-    assert ml.open(output).max_rank == 2
 
 
 # Many LoRAs.
