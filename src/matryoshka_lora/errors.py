@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import reprlib
+import textwrap
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
@@ -10,8 +12,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-MAX_MESSAGE_LENGTH = 480
-"""The number of characters of the longest message. The middle of a longer one is left out."""
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
 
 
 class MatryoshkaError(ValueError):
@@ -22,12 +24,7 @@ class MatryoshkaError(ValueError):
     """
 
     def __init__(self, message: object = "") -> None:
-        text = printable(str(message))
-        if len(text) > MAX_MESSAGE_LENGTH:
-            # What was wrong is at the beginning, and what to do at the end.
-            end_length = MAX_MESSAGE_LENGTH // 3
-            text = f"{text[: MAX_MESSAGE_LENGTH - end_length - 5]} ... {text[-end_length:]}"
-        super().__init__(text)
+        super().__init__(printable(str(message)))
 
 
 class NotFiniteError(MatryoshkaError):
@@ -54,6 +51,11 @@ _EXTRAS = {
 }
 
 
+def short(value: object) -> str:
+    """Return the representation of a value in a message, without its middle if it is long."""
+    return _SHORT.repr(value)
+
+
 def printable(text: str) -> str:
     """Return a text on one line that a terminal prints as it is.
 
@@ -68,7 +70,7 @@ def check_choice(parameter: str, value: object, choices: Collection[str]) -> Non
     """Raise MatryoshkaError unless the value of a parameter is one of some strings."""
     if value not in choices:
         names = ", ".join(map(repr, choices))
-        raise MatryoshkaError(f"`{parameter}` must be one of {names}, got {value!r:.80}.")
+        raise MatryoshkaError(f"`{parameter}` must be one of {names}, got {short(value)}.")
 
 
 def check_integer(
@@ -80,12 +82,12 @@ def check_integer(
         MatryoshkaError: It is not an integer from ``minimum`` to ``maximum``.
     """
     if not isinstance(value, Integral) or isinstance(value, bool):
-        raise MatryoshkaError(f"`{parameter}` must be an integer, got {value!r:.80}.")
+        raise MatryoshkaError(f"`{parameter}` must be an integer, got {short(value)}.")
     integer = int(value)  # JSON does not accept NumPy's integers
     if integer < minimum:
-        raise MatryoshkaError(f"`{parameter}` must be at least {minimum}, got {integer!s:.80}.")
+        raise MatryoshkaError(f"`{parameter}` must be at least {minimum}, got {integer}.")
     if maximum is not None and integer > maximum:
-        raise MatryoshkaError(f"`{parameter}` must be at most {maximum}, got {integer!s:.80}.")
+        raise MatryoshkaError(f"`{parameter}` must be at most {maximum}, got {integer}.")
     return integer
 
 
@@ -96,7 +98,7 @@ def check_list(parameter: str, values: Iterable[T]) -> tuple[T, ...]:
         MatryoshkaError: It is a single string or path, or cannot be iterated over.
     """
     if isinstance(values, (str, os.PathLike)) or not isinstance(values, Iterable):
-        raise MatryoshkaError(f"`{parameter}` must be a list, got {values!r:.80}.")
+        raise MatryoshkaError(f"`{parameter}` must be a list, got {short(values)}.")
     return tuple(values)
 
 
@@ -138,8 +140,9 @@ def wrap_errors(
     except MatryoshkaError:
         raise
     except exceptions as error:
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        message = f"{action}: {reason:.240}."
+        reason = textwrap.shorten(str(error), 240, placeholder=" ...").rstrip(".")
+        reason = reason or type(error).__name__
+        message = f"{action}: {reason}."
         if hint:
             message = f"{message} {hint.rstrip('.')}."
         raise MatryoshkaError(message) from error

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from matryoshka_lora.errors import MatryoshkaError, wrap_errors
+from matryoshka_lora.errors import MatryoshkaError, short, wrap_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ def read_examples(data: Iterable[object] | str | os.PathLike[str]) -> list[objec
         )
     if not examples:
         raise MatryoshkaError(
-            f"{data!s:.80} has no examples. Pass examples with a prompt and a completion."
+            f"{short(data)} has no examples. Pass examples with a prompt and a completion."
         )
     return examples
 
@@ -108,7 +108,7 @@ def prompt_and_completion(example: object, index: int) -> PromptCompletion:
     if not isinstance(template_kwargs, Mapping):
         raise MatryoshkaError(
             f"chat_template_kwargs of example {index} must be a mapping, got "
-            f"{template_kwargs!r:.80}."
+            f"{short(template_kwargs)}."
         )
     return PromptCompletion(prompt, completion, {"tools": tools, **template_kwargs})
 
@@ -118,10 +118,10 @@ def _describe(example: object) -> str:
     if not isinstance(example, Mapping):
         return f"is of type {type(example).__name__}"
     fields = [
-        f"{name!s:.40} ({'empty' if _is_empty(value) else type(value).__name__})"
+        f"{name} ({'empty' if _is_empty(value) else type(value).__name__})"
         for name, value in example.items()
     ]
-    return f"has the fields {', '.join(fields):.160}" if fields else "has no fields"
+    return f"has the fields {', '.join(fields)}" if fields else "has no fields"
 
 
 def _is_empty(value: object) -> bool:

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from matryoshka_lora.errors import MatryoshkaError, check_choice, check_integer
+from matryoshka_lora.errors import MatryoshkaError, check_choice, check_integer, short
 
 Scaling = Literal["none", "rank", "sqrt"]
 Order = Literal["svd", "trained"]
@@ -52,7 +52,7 @@ class Nesting:
         object.__setattr__(self, "ranks", check_ranks(self.ranks))
         check_choice("scaling", self.scaling, get_args(Scaling))
         if not is_valid_scale(self.scale):
-            raise MatryoshkaError(f"`scale` must be a positive number, got {self.scale!r:.80}.")
+            raise MatryoshkaError(f"`scale` must be a positive number, got {short(self.scale)}.")
         object.__setattr__(self, "scale", float(self.scale))
 
     @classmethod
@@ -123,7 +123,7 @@ def check_ranks(ranks: Iterable[int]) -> tuple[int, ...]:
             increasing.
     """
     if not isinstance(ranks, Iterable):
-        raise MatryoshkaError(f"`ranks` must be a sequence such as (1, 2, 4), got {ranks!r:.80}.")
+        raise MatryoshkaError(f"`ranks` must be a sequence such as (1, 2, 4), got {short(ranks)}.")
     values = [check_rank(rank) for rank in ranks]
     if not values:
         raise MatryoshkaError("`ranks` must not be empty.")

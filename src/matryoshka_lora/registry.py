@@ -67,6 +67,9 @@ class Format:
         description: A phrase for ``--help``.
         load: How another program loads the output, with ``{path}`` for its path.
         suffix: The suffix of a format that is a file; empty for a folder.
+        containers: The containers of the LoRAs that it accepts.
+        is_lora: Whether `matryoshka_lora.open` reads the output. The dtype of its factors may be
+            chosen, and its module has a function ``file_size(lora) -> int``.
     """
 
     name: FormatName
@@ -74,16 +77,13 @@ class Format:
     description: str
     load: str
     suffix: str = ""
+    containers: tuple[Literal["peft", "single"], ...] = ("peft",)
+    is_lora: bool = False
 
     def write(self, lora: Lora, path: Path, target: Target) -> Written:
         """Write a LoRA to a path that does not exist, or into an empty folder."""
         written: Written = self._module().write(lora, path, target)
         return written
-
-    @property
-    def has_known_size(self) -> bool:
-        """Whether the size of the weights is known before they are written."""
-        return hasattr(self._module(), "file_size")
 
     def file_size(self, lora: Lora) -> int:
         """Return the size in bytes of the weights that `write` will write."""
@@ -103,6 +103,7 @@ FORMATS: dict[str, Format] = {
             "matryoshka_lora.formats.peft_folder",
             "a PEFT folder, an ordinary LoRA adapter",
             load="PeftModel.from_pretrained(base_model, {path})",
+            is_lora=True,
         ),
         Format(
             "single",
@@ -110,6 +111,8 @@ FORMATS: dict[str, Format] = {
             "a single file, as of image models",
             load="load {path} with the program that loaded the original",
             suffix=".safetensors",
+            containers=("single",),
+            is_lora=True,
         ),
         Format(
             "merged",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, short
 from matryoshka_lora.nesting import Nesting
 
 DiagonalArray = NDArray[np.float64]
@@ -110,5 +110,5 @@ def get_rule(rule: str | Rule) -> Rule:
         return rule
     if not isinstance(rule, str) or rule not in RULES:
         names = ", ".join(map(repr, RULES))
-        raise MatryoshkaError(f"`rule` must be one of {names} or a Rule, got {rule!r:.80}.")
+        raise MatryoshkaError(f"`rule` must be one of {names} or a Rule, got {short(rule)}.")
     return RULES[rule]

@@ -19,7 +19,7 @@ from transformers import TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from matryoshka_lora.errors import MatryoshkaError, check_choice, check_integer, wrap_errors
+from matryoshka_lora.errors import MatryoshkaError, check_choice, check_integer, short, wrap_errors
 from matryoshka_lora.formats import peft_folder
 from matryoshka_lora.formats.peft_folder import CONFIG_NAME
 from matryoshka_lora.lora.results import TrainRanksResult
@@ -124,17 +124,17 @@ def _load_yaml(path: str | os.PathLike[str], overrides: Iterable[str]) -> dict[s
     with wrap_errors(f"Cannot read {path}"):  # PyYAML raises errors of many types
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     if not isinstance(config, dict):
-        raise MatryoshkaError(f"{path} must be a YAML mapping, got {config!r:.80}.")
+        raise MatryoshkaError(f"{path} must be a YAML mapping, got {short(config)}.")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise MatryoshkaError(f"{key!r:.80} has no value. Write {key:.80}=VALUE.")
+            raise MatryoshkaError(f"{short(key)} has no value. Write {key}=VALUE.")
         with wrap_errors(f"Cannot read the value of {key}"):
             value = yaml.safe_load(text)
         section, _, name = key.rpartition(".")
         values = config.setdefault(section, {}) if section else config
         if not isinstance(values, dict):
-            raise MatryoshkaError(f"Cannot set {key}, because {section} is {values!r:.80}.")
+            raise MatryoshkaError(f"Cannot set {key}, because {section} is {short(values)}.")
         values[name] = value
     return config
 
@@ -151,11 +151,11 @@ def _check_keys(config: Mapping[str, Any], path: str | os.PathLike[str]) -> None
     for section, known in known_keys.items():
         values = (config.get(section) or {}) if section else config
         if not isinstance(values, Mapping):
-            raise MatryoshkaError(f"{section} must be a YAML mapping, got {values!r:.80}.")
+            raise MatryoshkaError(f"{section} must be a YAML mapping, got {short(values)}.")
         for key in values:
             if key not in known:
                 hint = _suggestion(key, known, known_keys)
-                raise MatryoshkaError(f"{section or path} has no key {key!r:.80}. {hint}")
+                raise MatryoshkaError(f"{section or path} has no key {short(key)}. {hint}")
 
 
 def _suggestion(key: object, known: list[str], known_keys: Mapping[str, list[str]]) -> str:
@@ -175,7 +175,7 @@ def _check_nesting(section: Mapping[str, Any]) -> dict[str, Any]:
     train_ranks = nesting.setdefault("train_ranks", True)
     if not isinstance(train_ranks, bool):
         raise MatryoshkaError(
-            f"nesting.train_ranks must be true or false, got {train_ranks!r:.80}."
+            f"nesting.train_ranks must be true or false, got {short(train_ranks)}."
         )
     rule = get_rule(nesting.get("rule", "lora"))
     check_choice("scaling", nesting.get("scaling", "none"), get_args(Scaling))
@@ -284,7 +284,7 @@ def _sft_config(values: Mapping[str, Any]) -> SFTConfig:
     template_path = str(values.get("chat_template_path") or "")
     if template_path and not template_path.endswith((".jinja", ".j2")):
         raise MatryoshkaError(
-            f"chat_template_path is {template_path!r:.80}, but only .jinja files are supported: "
+            f"chat_template_path is {short(template_path)}, but only .jinja files are supported: "
             "loading a model's template may add untrained tokens."
         )
     has_accelerator = torch.accelerator.is_available()
@@ -316,7 +316,7 @@ def _load_dataset(
         text_field: The name of a column of strings to train on as a whole.
     """
     hint = "Pass a file or a dataset that datasets.load_dataset() can load."
-    with wrap_errors(f"Cannot read the data {data!s:.80}", hint):
+    with wrap_errors(f"Cannot read the data {short(data)}", hint):
         if isinstance(data, Mapping):
             arguments = dict(data)
         else:
@@ -330,7 +330,7 @@ def _load_dataset(
     used_columns = [required for required in (*_COLUMNS, {text_field}) if required <= columns]
     if not used_columns:
         raise MatryoshkaError(
-            f"{data!s:.200} has the columns {', '.join(sorted(columns))}. Pass examples with a "
+            f"{short(data)} has the columns {', '.join(sorted(columns))}. Pass examples with a "
             "prompt and a completion, with messages, or with text."
         )
     if isinstance(dataset, Dataset):
@@ -338,7 +338,7 @@ def _load_dataset(
             has_nulls = dataset.data.column(column).null_count > 0
             if has_nulls or not isinstance(dataset[0][column], (str, list)):
                 raise MatryoshkaError(
-                    f"The column {column} of {data!s:.200} must have a string or a list in each "
+                    f"The column {column} of {short(data)} must have a string or a list in each "
                     "row."
                 )
     return dataset
@@ -379,7 +379,7 @@ def _check_same_config(adapter: NestedAdapter, checkpoint: Path) -> None:
         old_value = getattr(old, field)
         if old_value != getattr(new, field):
             raise MatryoshkaError(
-                f"{checkpoint} was trained with {field}={old_value!r:.80}. Set another output_dir."
+                f"{checkpoint} was trained with {field}={short(old_value)}. Set another output_dir."
             )
 
 

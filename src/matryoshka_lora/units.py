@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, short
 
 _SHARE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)(i?)b?\s*")
@@ -29,7 +29,7 @@ def parse_share(share: str | float) -> float:
         value = float(match[1]) / (100 if match[2] else 1)
     if not 0 < value < 1:
         raise MatryoshkaError(
-            f"{str(share)!r:.80} is not a share: pass a percentage such as '10%', or a number "
+            f"{short(share)} is not a share: pass a percentage such as '10%', or a number "
             "between 0 and 1."
         )
     return value
@@ -52,7 +52,7 @@ def parse_size(size: str | float) -> int:
         base = 1024 if match[3] else 1000
         value = float(match[1]) * base ** _EXPONENTS[match[2]]
     if not 1 <= value < math.inf:
-        raise MatryoshkaError(f"{str(size)!r:.80} is not a size: pass, for example, '50MB'.")
+        raise MatryoshkaError(f"{short(size)} is not a size: pass, for example, '50MB'.")
     return int(value)
 
 

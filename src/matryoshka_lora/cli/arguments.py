@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from matryoshka_lora.errors import short
 from matryoshka_lora.registry import FORMATS, DtypeName, FormatName, KeyFormat
 
 LoraArgument = Annotated[
@@ -133,7 +134,7 @@ def parse_ranks(text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r:.80} is not a rank such as 8, or 1,2,4.") from error
+        raise typer.BadParameter(f"{short(text)} is not a rank such as 8, or 1,2,4.") from error
 
 
 def parse_ranks_or_all(text: str | None) -> list[int] | Literal["all"] | None:
@@ -150,7 +151,9 @@ def parse_weights(text: str | None) -> list[float] | Literal["mean"] | None:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r:.80} is not a list of weights such as 1,0.5.") from error
+        raise typer.BadParameter(
+            f"{short(text)} is not a list of weights such as 1,0.5."
+        ) from error
 
 
 def parse_scale(texts: list[str] | None) -> dict[str, float]:
@@ -165,7 +168,7 @@ def parse_scale(texts: list[str] | None) -> dict[str, float]:
             factors.pop(pattern, None)
             factors[pattern] = float(factor)
         except ValueError as error:
-            raise typer.BadParameter(f"{text!r:.80} is not PATTERN=0.5.") from error
+            raise typer.BadParameter(f"{short(text)} is not PATTERN=0.5.") from error
     return factors
 
 
@@ -178,4 +181,4 @@ def parse_rank_of_sum(text: str | None) -> int | Literal["sum"] | None:
     try:
         return int(text)
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r:.80} is neither a rank such as 16 nor sum.") from error
+        raise typer.BadParameter(f"{short(text)} is neither a rank such as 16 nor sum.") from error

@@ -294,7 +294,6 @@ def export(
     ranks = parse_ranks(rank)
     rank_or_ranks = ranks[0] if ranks and len(ranks) == 1 else ranks
     options: ExportOptions = {
-        "format": format,
         "keep": keep,
         "error": error,
         "max_bytes": max_bytes,
@@ -308,11 +307,13 @@ def export(
         "force": force,
     }
     if alpha is None and find_loras(lora):
-        folder_result = export_folder(lora, output, rank_or_ranks, **options)
+        folder_result = export_folder(lora, output, rank_or_ranks, format, **options)
         typer.echo(format_export_folder(folder_result))
         for name, reason in folder_result.failed.items():
             print_line(f"error: {name} was not exported: {reason}", err=True)
         raise typer.Exit(1 if folder_result.failed and not skip_bad else 0)
-    result = run_export(lora, output, rank_or_ranks, revision=revision, alpha=alpha, **options)
+    result = run_export(
+        lora, output, rank_or_ranks, format, revision=revision, alpha=alpha, **options
+    )
     typer.echo(format_export(result))
     print_line(f"Next: {how_to_load(result, key_format)}")

@@ -20,7 +20,7 @@ from lm_eval.models.utils import (
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, short
 from matryoshka_lora.evaluation.engine import Engine, Tokens
 from matryoshka_lora.peft.adapter import NestedAdapter
 
@@ -164,7 +164,7 @@ class ManyRanksLM(HFLM):  # type: ignore[misc, unused-ignore]
             if not 1 <= length <= self.max_length:
                 raise MatryoshkaError(
                     f"A continuation must have 1 to {self.max_length} tokens, got {length} tokens: "
-                    f"{self.tok_decode(continuation)!r:.80}. Remove its example from the task."
+                    f"{short(self.tok_decode(continuation))}. Remove its example from the task."
                 )
             tokens = tuple(context + continuation)[-(self.max_length + 1) :]
             pairs.append((tokens[:-length], tokens[-length:]))

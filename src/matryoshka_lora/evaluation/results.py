@@ -53,7 +53,7 @@ def aurac(accuracies: Sequence[float], ranks: Sequence[int], axis: AuracAxis = "
     checked = check_ranks(ranks)
     if len(accuracies) != len(checked) or not all(map(math.isfinite, accuracies)):
         raise MatryoshkaError(
-            f"`accuracies` must hold one finite number per rank, got {list(accuracies)!r:.80} for "
+            f"`accuracies` must hold one finite number per rank, got {list(accuracies)} for "
             f"{len(checked)} ranks."
         )
     check_choice("axis", axis, get_args(AuracAxis))
@@ -269,8 +269,7 @@ class Evaluation:
             examples = _read_examples(file.with_name(EXAMPLES_NAME))
         except (OSError, *_DAMAGES) as error:
             raise MatryoshkaError(
-                f"{file} is damaged ({error!s:.100}), or evaluate() has not written it. Evaluate "
-                "again."
+                f"{file} is damaged ({error}), or evaluate() has not written it. Evaluate again."
             ) from error
         return cls(fields["settings"], ranks, sizes, tasks, examples)
 
@@ -329,5 +328,5 @@ def _typed(value: Any, *types: type) -> Any:
     if float in types and type(value) is int:
         value = float(value)
     if type(value) not in types or (isinstance(value, float) and not math.isfinite(value)):
-        raise TypeError(f"unexpected {value!r:.40}")
+        raise TypeError(f"unexpected {value!r}")
     return value

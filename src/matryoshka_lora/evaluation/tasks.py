@@ -23,7 +23,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
-from matryoshka_lora.errors import MatryoshkaError, wrap_errors
+from matryoshka_lora.errors import MatryoshkaError, short, wrap_errors
 from matryoshka_lora.evaluation.results import Evaluation, Example, Metric, TaskResult
 from matryoshka_lora.examples import (
     PromptCompletion,
@@ -93,7 +93,7 @@ def load_task(name: str) -> LoadedTask:
         similar_names = get_close_matches(name, manager.all_tasks, n=3)
         if similar_names:
             hint = f"Did you mean {' or '.join(similar_names)}? {hint}"
-        raise MatryoshkaError(f"There is no task {name!r:.80}. {hint}")
+        raise MatryoshkaError(f"There is no task {short(name)}. {hint}")
     hint = (
         "Its data come from the Hugging Face Hub, or from the files that its YAML file names. Pass "
         "`data` to evaluate on examples of a file."
@@ -216,7 +216,7 @@ def _make_doc(example: object, index: int, tokenizer: PreTrainedTokenizerBase) -
         if not completion:
             raise MatryoshkaError(
                 f"The content of the last message of example {index} must be a string, got "
-                f"{content!r:.60}."
+                f"{short(content)}."
             )
         placeholder = [{"role": "assistant", "content": _PLACEHOLDER}]
         with_placeholder = PromptCompletion(chat.prompt, placeholder, chat.template_kwargs)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from matryoshka_lora.errors import MatryoshkaError, optional_imports, wrap_errors
+from matryoshka_lora.errors import MatryoshkaError, optional_imports, short, wrap_errors
 from matryoshka_lora.formats.safetensors_io import open_safetensors, read_json
 from matryoshka_lora.lora.keys import split_part
 from matryoshka_lora.lora.layer import StoredTensor
@@ -296,7 +296,7 @@ def compare_models(
     if not base.tensors.keys() & tuned.tensors.keys():
         raise MatryoshkaError(
             f"The models have no weight in common: their keys are, e.g., "
-            f"{min(base.tensors, default='')[:80]!r} and {min(tuned.tensors, default='')[:80]!r}. "
+            f"{short(min(base.tensors, default=''))} and {short(min(tuned.tensors, default=''))}. "
             "Pass a model and its fine-tuned version, both saved by the same program."
         )
     suffixes = tuple(modules_to_save)
@@ -337,11 +337,11 @@ def compare_models(
         elif architecture.modules and not changed_modules & architecture.modules.keys():
             reason = (
                 "The class of the model has no module of the weights that changed, e.g. "
-                f"{key[:200]}. Load both models with transformers and save them again. If that "
+                f"{short(key)}. Load both models with transformers and save them again. If that "
                 "keeps the names of the weights, the class is not supported."
             )
         elif others[key].dtype.itemsize == 1:
-            reason = f"{key[:200]} is {others[key].dtype}. Pass both models in fp32, bf16 or fp16."
+            reason = f"{short(key)} is {others[key].dtype}. Pass both models in fp32, bf16 or fp16."
         else:
             reason = f"Only non-LoRA weights changed, e.g. {key}."
         raise MatryoshkaError(reason)
@@ -358,7 +358,7 @@ def compare_models(
     for suffix in suffixes:
         if not any(_module_of(key).endswith(suffix) for key in saved):
             raise MatryoshkaError(
-                f"`modules_to_save`: {suffix!r:.80} does not match a module that changed."
+                f"`modules_to_save`: {short(suffix)} does not match a module that changed."
             )
     return ModelDiff(layers, saved, {key: others[key] for key in others if key not in saved})
 

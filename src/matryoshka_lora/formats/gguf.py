@@ -37,6 +37,14 @@ def write(lora: Lora, file: Path, target: Target) -> Written:
     tensor_names = gguf.get_tensor_name_map(
         architectures[architecture], base_config["num_hidden_layers"]
     )
+    names: dict[str, str] = {}
+    for layer in lora.layers:
+        name = tensor_names.get_name(f"{layer.name}.weight", try_suffixes=(".weight",))
+        if name is None:
+            raise MatryoshkaError(
+                f"llama.cpp has no name for {layer.name}, so it cannot be exported to GGUF."
+            )
+        names[layer.name] = name
     alpha = float(lora.max_rank)
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -44,16 +52,11 @@ def write(lora: Lora, file: Path, target: Target) -> Written:
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     written = Written(lora.ranks)
     for layer, factors in written.compute(lora):
-        name = tensor_names.get_name(f"{layer.name}.weight", try_suffixes=(".weight",))
-        if name is None:
-            raise MatryoshkaError(
-                f"llama.cpp has no name for {layer.name}, so it cannot be exported to GGUF."
-            )
         scaled_B = factors.B.astype(np.float32) * (layer.scale * layer.rank / alpha)
         if architecture == "llama":
             scaled_B = _permute_heads(scaled_B, layer, base_config)
-        writer.add_tensor(f"{name}.lora_a", _checked_array(factors.A))
-        writer.add_tensor(f"{name}.lora_b", _checked_array(scaled_B))
+        writer.add_tensor(f"{names[layer.name]}.lora_a", _checked_array(factors.A))
+        writer.add_tensor(f"{names[layer.name]}.lora_b", _checked_array(scaled_B))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

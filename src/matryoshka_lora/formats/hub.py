@@ -139,7 +139,7 @@ def local_path(
         lines = str(error).strip().splitlines()
         reason = lines[0].rstrip(".") if lines else type(error).__name__
         raise MatryoshkaError(
-            f"{path} is neither a path nor available on the Hugging Face Hub ({reason:.200}). A "
+            f"{path} is neither a path nor available on the Hugging Face Hub ({reason}). A "
             "private repository needs `hf auth login`. Offline, only what has been downloaded "
             "before can be used."
         ) from error

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import NoneType
 from typing import Any
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, short
 from matryoshka_lora.nesting import check_rank, is_valid_scale
 
 # Fields of LoraConfig of variants whose update is not s B A, although their files hold factors.
@@ -42,8 +42,8 @@ def check_plain_lora(config: Mapping[str, Any], name: str) -> None:
     """
     if config.get("peft_type") != "LORA":
         raise MatryoshkaError(
-            f"{name} has peft_type={config.get('peft_type')!r:.80}, which is not supported. PEFT's "
-            "save_as_lora converts many types to LoRA."
+            f"{name} has peft_type={short(config.get('peft_type'))}, which is not supported. "
+            "PEFT's save_as_lora converts many types to LoRA."
         )
     for option, variant in _UNSUPPORTED_VARIANTS.items():
         if config.get(option):
@@ -51,7 +51,7 @@ def check_plain_lora(config: Mapping[str, Any], name: str) -> None:
     initialization = str(config.get("init_lora_weights")).lower()  # PEFT ignores the case too
     if initialization.startswith(_UNSUPPORTED_INITIALIZATIONS):
         raise MatryoshkaError(
-            f"{name} has init_lora_weights={initialization!r:.80}, with which PEFT changes the "
+            f"{name} has init_lora_weights={short(initialization)}, with which PEFT changes the "
             "base model. Train with PEFT alone, and save with its "
             "path_initial_model_for_weight_conversion."
         )
@@ -96,8 +96,8 @@ class RanksAndScales:
             is_valid = False
         if not is_valid:
             raise MatryoshkaError(
-                f"{self._name}: the rank and alpha of {layer_name[:200]} must be positive numbers. "
-                "Save the adapter again."
+                f"{self._name}: the rank and alpha of {short(layer_name)} must be positive "
+                "numbers. Save the adapter again."
             )
         return rank, scale
 
@@ -112,7 +112,7 @@ class _Patterns:
     def __init__(self, patterns: Mapping[str, Any] | None, name: str) -> None:
         if not isinstance(patterns, (Mapping, NoneType)):
             raise MatryoshkaError(
-                f"{name}: rank_pattern and alpha_pattern must be objects, got {patterns!r:.80}. "
+                f"{name}: rank_pattern and alpha_pattern must be objects, got {short(patterns)}. "
                 "Save the adapter again."
             )
         self._full_names: dict[str, tuple[int, Any]] = {}
@@ -146,13 +146,13 @@ def _compile(pattern: str, name: str) -> re.Pattern[str]:
     # A repetition of a repetition takes exponential time, and k in a row take the time n^k.
     if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > _MAX_REPETITIONS:
         raise MatryoshkaError(
-            f"{name} has the regular expression {pattern!r:.80}, which may take forever to match. "
+            f"{name} has the regular expression {short(pattern)}, which may take forever to match. "
             "Write the names of the layers into its adapter_config.json."
         )
     try:
         return re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:
         raise MatryoshkaError(
-            f"{name}: {pattern!r:.80} is not a regular expression ({error}). Correct it in "
+            f"{name}: {short(pattern)} is not a regular expression ({error}). Correct it in "
             "adapter_config.json."
         ) from error

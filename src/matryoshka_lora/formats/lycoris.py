@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError, short
 from matryoshka_lora.linalg.arrays import Float64Array, common_dtype
 from matryoshka_lora.linalg.kronecker import (
     SVD,
@@ -100,7 +100,7 @@ def _create_product(
     ):
         shapes = ", ".join(f"{matrix} {list(t.shape)}" for matrix, t in sorted(matrices.items()))
         raise MatryoshkaError(
-            f"{file_name}: the matrices of {name[:100]!r} do not fit each other: {shapes}. Save "
+            f"{file_name}: the matrices of {short(name)} do not fit each other: {shapes}. Save "
             "the file again in fp32, bf16 or fp16."
         )
     return product

@@ -98,8 +98,7 @@ def _parse_yaml(text: str, file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
         warnings.warn(
-            f"The front matter of {file} is damaged ({reason:.200}), so license and tags are not "
-            "kept.",
+            f"The front matter of {file} is damaged ({reason}), so license and tags are not kept.",
             stacklevel=2,
         )
         return {}

@@ -6,7 +6,7 @@ from numbers import Real
 from pathlib import Path
 
 from matryoshka_lora.atomic import PathLike
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, short
 from matryoshka_lora.formats import peft_folder, single_file
 from matryoshka_lora.formats.hub import local_path
 from matryoshka_lora.formats.peft_folder import CONFIG_NAME
@@ -28,7 +28,7 @@ def open_lora(path: PathLike, *, revision: str | None = None, alpha: float | Non
             truncated; or an alpha is passed, and it contains its own.
     """
     if alpha is not None and not (isinstance(alpha, Real) and is_valid_scale(alpha)):
-        raise MatryoshkaError(f"`alpha` must be a positive number, got {alpha!r:.80}.")
+        raise MatryoshkaError(f"`alpha` must be a positive number, got {short(alpha)}.")
     resolved = local_path(path, revision=revision)
     if not resolved.is_dir():
         return single_file.read(resolved, alpha)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka_lora.atomic import PathLike
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, short
 from matryoshka_lora.formats.hub import CARD_NAME, copy_companion_files
 from matryoshka_lora.formats.lora_config import RanksAndScales, check_plain_lora
 from matryoshka_lora.formats.model_card import copy_license_files, model_card, read_source_card
@@ -118,7 +118,7 @@ def find_layers(
             rank, scale = ranks_and_scales.of(layer_name)
             if key_B not in tensors:
                 raise MatryoshkaError(
-                    f"{name} lacks the tensor {key_B[:200]}. Save the adapter again."
+                    f"{name} lacks the tensor {short(key_B)}. Save the adapter again."
                 )
             B = tensors[key_B]
             # The parameters of n experts are one factor of n * rank rows.
@@ -126,7 +126,7 @@ def find_layers(
             num_experts = A.shape[0] // rank if has_experts and A.shape else 1
             if not are_factors(A, B) or A.shape[0] != num_experts * rank:
                 raise MatryoshkaError(
-                    f"{name}: the factors of {layer_name[:200]} do not fit each other, or do not "
+                    f"{name}: the factors of {short(layer_name)} do not fit each other, or do not "
                     f"have rank {rank}, as the config says. Save the adapter again."
                 )
             keys = LayerKeys(key_A, key_B)
@@ -135,7 +135,7 @@ def find_layers(
     for key in other_tensors:
         if ".lora_" in key:
             raise MatryoshkaError(
-                f"{name}: the tensor {key[:200]} is unknown, or its matching A or B is missing. "
+                f"{name}: the tensor {short(key)} is unknown, or its matching A or B is missing. "
                 "Copy the adapter or save it again."
             )
     if not layers:
@@ -196,7 +196,7 @@ def base_model_of(
     task_type = lora.config.get("task_type") or "CAUSAL_LM"
     if task_type != "CAUSAL_LM":
         raise MatryoshkaError(
-            f"{lora.name} has task_type={task_type!r:.80}, but base models are loaded as "
+            f"{lora.name} has task_type={short(task_type)}, but base models are loaded as "
             "CAUSAL_LM. Use an operation that needs no base model, such as reorder, or export "
             "as a PEFT folder."
         )

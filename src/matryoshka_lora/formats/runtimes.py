@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from matryoshka_lora.errors import MatryoshkaError, check_integer
+from matryoshka_lora.errors import MatryoshkaError, check_integer, short
 from matryoshka_lora.lora.keys import DIFFUSERS_SUFFIXES
 from matryoshka_lora.lora.layer import Layer
 from matryoshka_lora.lora.lora import Lora
@@ -42,7 +42,7 @@ def check_runtime(lora: Lora, base_config: Mapping[str, Any], runtime: str) -> N
     model_type = str(base_config.get("model_type"))
     if model_type not in SUPPORTED_ARCHITECTURES:
         raise MatryoshkaError(
-            f"{runtime} export does not support base models of type {model_type!r:.80}. Pass "
+            f"{runtime} export does not support base models of type {short(model_type)}. Pass "
             "`format='merged'`."
         )
     num_blocks = check_integer("num_hidden_layers", base_config.get("num_hidden_layers"))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, short
 from matryoshka_lora.linalg.arrays import FLOATS, FLOATS8, Array, DType
 from matryoshka_lora.linalg.factors import Checksum
 from matryoshka_lora.lora.layer import StoredTensor, TensorInfo
@@ -65,7 +65,7 @@ def _stored_tensor(file: Path, entry: Mapping[str, Any], start: int) -> StoredTe
     """Return the tensor of an entry of a file's header. The tensors begin at an offset."""
     if entry["dtype"] not in _DTYPES:
         raise MatryoshkaError(
-            f"{file}: dtype {entry['dtype']!r:.80} is not supported. Save it in bf16 or fp32."
+            f"{file}: dtype {short(entry['dtype'])} is not supported. Save it in bf16 or fp32."
         )
     dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
     offset = start + entry["data_offsets"][0]
@@ -92,7 +92,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def _damaged_file_error(file: Path, error: Exception) -> MatryoshkaError:
     if isinstance(error, FileNotFoundError):
         return MatryoshkaError(f"File not found: {file}")
-    return MatryoshkaError(f"{file} is damaged ({error!s:.300}). Copy it again.")
+    return MatryoshkaError(f"{file} is damaged ({error}). Copy it again.")
 
 
 class SafetensorsWriter:

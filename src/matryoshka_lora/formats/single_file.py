@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, short
 from matryoshka_lora.formats.lora_config import RanksAndScales
 from matryoshka_lora.formats.lycoris import read_lycoris_layers
 from matryoshka_lora.formats.safetensors_io import (
@@ -107,7 +107,7 @@ def read(file: Path, alpha: float | None = None) -> Lora:
         if layer.name == next_layer.name:
             raise MatryoshkaError(
                 f"{file} has {layer.kind} and {next_layer.kind} for one module: "
-                f"{layer.name[:200]!r}. Remove one of them."
+                f"{short(layer.name)}. Remove one of them."
             )
     # diffusers would take the ranks in the metadata for those of the extended modules as well, and
     # an alpha that is passed is for all layers.
@@ -144,7 +144,7 @@ def _find_pairs(tensors: Tensors, file_name: str) -> dict[str, LayerKeys]:
                 if name in pairs:
                     raise MatryoshkaError(
                         f"{file_name} has two pairs of factors for one module: "
-                        f"{pairs[name].A[:80]!r} and {key_A[:80]!r}. Remove one pair."
+                        f"{short(pairs[name].A)} and {short(key_A)}. Remove one pair."
                     )
                 pairs[name] = LayerKeys(key_A, key_B)
     return pairs
@@ -183,8 +183,9 @@ def _find_alpha_keys(tensors: Tensors, layer_names: Set[str], file_name: str) ->
         for name in names:
             if len(names) > 1 or name in alpha_keys:
                 raise MatryoshkaError(
-                    f"{file_name}: it is not clear which alpha belongs to which layer: {key!r:.80} "
-                    f"is a second alpha of {name!r:.80}, or is for two layers. Remove all but one."
+                    f"{file_name}: it is not clear which alpha belongs to which layer: "
+                    f"{short(key)} is a second alpha of {short(name)}, or is for two layers. "
+                    "Remove all but one."
                 )
             alpha_keys[name] = key
     return alpha_keys
@@ -213,7 +214,7 @@ class _Scales:
         part, module = split_part(name.removeprefix(PEFT_PREFIX))
         if self._alpha is not None and (key_alpha is not None or part in self._configs):
             raise MatryoshkaError(
-                f"{self._file_name} contains the alpha of {name[:200]!r}. Omit `alpha`."
+                f"{self._file_name} contains the alpha of {short(name)}. Omit `alpha`."
             )
         scale = 1.0
         if key_alpha is not None:
@@ -232,7 +233,7 @@ class _Scales:
             )
         if not (scale == 0 or is_valid_scale(abs(scale))):
             raise MatryoshkaError(
-                f"{self._file_name}: the alpha of {name[:200]} gives the scale {scale!r:.80}, "
+                f"{self._file_name}: the alpha of {short(name)} gives the scale {short(scale)}, "
                 "which is not a number that can be used. Save the file again."
             )
         return scale
@@ -253,7 +254,7 @@ def _read_lora_layers(
         A, B = tensors[keys.A].widened(), tensors[keys.B].widened()
         if not are_factors(A, B):
             raise MatryoshkaError(
-                f"{file_name}: the factors of {name[:200]!r} do not fit each other: {A.dtype} "
+                f"{file_name}: the factors of {short(name)} do not fit each other: {A.dtype} "
                 f"{list(A.shape)} and {B.dtype} {list(B.shape)}. Save the file again in fp32, bf16 "
                 "or fp16."
             )
@@ -286,13 +287,13 @@ def _no_layers_error(file: Path, tensors: Tensors) -> MatryoshkaError:
     for key in sorted(tensors):
         if _OTHER_METHODS.search(key):
             return MatryoshkaError(
-                f"{file} contains {key[:80]!r}. DoRA, OFT, and layers with a mid matrix or with an "
+                f"{file} contains {short(key)}. DoRA, OFT, and layers with a mid matrix or with an "
                 "alpha and a bias cannot be truncated. Use the file as it is."
             )
     first_key = min(tensors, default="")
     return MatryoshkaError(
         f"{file} contains no LoRA: keys must end in lora_A.weight, lora_down.weight or "
-        f"down.weight, got {first_key!r:.80}."
+        f"down.weight, got {short(first_key)}."
     )
 
 

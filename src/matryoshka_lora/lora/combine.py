@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError, short
 from matryoshka_lora.linalg.arrays import Array, Float64Array, cast, common_dtype
 from matryoshka_lora.linalg.factors import inner_products, weighted_sum
 from matryoshka_lora.lora.convert import match_key_formats
@@ -51,7 +51,6 @@ def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
     Raises:
         MatryoshkaError: The LoRAs are not compatible.
     """
-    loras = compatible(loras)
     names = [lora.name for lora in loras]
     terms: dict[str, list[tuple[Lora, Layer, float]]] = {}
     for lora, weight in zip(loras, weights, strict=True):
@@ -110,7 +109,6 @@ def cosines(loras: Sequence[Lora]) -> Float64Array:
     Returns:
         Shape (n, n): 0 for unrelated updates, 1 for the same direction, negative for opposed ones.
     """
-    loras = compatible(loras)
     layers = [{layer.name: layer for layer in lora.layers} for lora in loras]
     products = np.zeros((len(loras), len(loras)))
     with single_threaded():
@@ -213,8 +211,8 @@ def _check_compatible(first: Lora, lora: Lora) -> None:
         value, first_value = lora.config.get(field) or None, first.config.get(field) or None
         if value != first_value:
             raise MatryoshkaError(
-                f"{lora.name} and {first.name} differ in {field}: {value!r:.80} and "
-                f"{first_value!r:.80}. If they are equivalent, write the same value in both "
+                f"{lora.name} and {first.name} differ in {field}: {short(value)} and "
+                f"{short(first_value)}. If they are equivalent, write the same value in both "
                 "configs."
             )
     for key in sorted({*first.other_tensors, *lora.other_tensors}):
@@ -233,7 +231,7 @@ def _check_compatible(first: Lora, lora: Lora) -> None:
             )
         if not can_add:
             raise MatryoshkaError(
-                f"{lora.name} and {first.name} cannot be added, because {key[:200]} is not a LoRA "
+                f"{lora.name} and {first.name} cannot be added, because {short(key)} is not a LoRA "
                 "factor. Train without such tensors, or remove them from the files."
             )
 
@@ -259,7 +257,7 @@ def _sum_weight_changes(loras: Sequence[Lora], weights: Sequence[float]) -> dict
         other_kind = kinds.setdefault((match["module"], parameter), match["kind"])
         if other_kind != match["kind"]:
             raise MatryoshkaError(
-                f"{match['module'][:200]} has {other_kind} and {match['kind']}, of which programs "
+                f"{short(match['module'])} has {other_kind} and {match['kind']}, of which programs "
                 "use only one. Remove one of them from its file."
             )
         sums[key] = sum_tensors(key, terms[key])
@@ -279,8 +277,8 @@ def sum_tensors(key: str, terms: Sequence[tuple[float, StoredTensor]]) -> Stored
     shapes = {tensor.shape for _, tensor in terms}
     if len(shapes) > 1:
         raise MatryoshkaError(
-            f"{key[:200]} has different shapes: {', '.join(str(list(s)) for s in sorted(shapes))}. "
-            "Pass LoRAs of one base model."
+            f"{short(key)} has the different shapes {sorted(map(list, shapes))}. Pass LoRAs of one "
+            "base model."
         )
     shape = shapes.pop()
     dtype = common_dtype(tensor.dtype for _, tensor in terms)
@@ -291,7 +289,7 @@ def sum_tensors(key: str, terms: Sequence[tuple[float, StoredTensor]]) -> Stored
             total += weight * tensor.read().astype(np.float64)
         result = cast(total, dtype)
         if not np.isfinite(result).all():
-            raise NotFiniteError(f"The sum of {key[:200]} is NaN, or too large for {dtype}.")
+            raise NotFiniteError(f"The sum of {short(key)} is NaN, or too large for {dtype}.")
         return result
 
     return StoredTensor(dtype, shape, read)

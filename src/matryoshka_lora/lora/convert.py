@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from matryoshka_lora.errors import MatryoshkaError, check_choice
+from matryoshka_lora.errors import MatryoshkaError, check_choice, short
 from matryoshka_lora.linalg.arrays import Array, Float64Array, common_dtype
 from matryoshka_lora.linalg.factors import truncation_errors
 from matryoshka_lora.lora.keys import (
@@ -109,7 +109,7 @@ def convert(lora: Lora, key_format: KeyFormat) -> Lora:
     if lora.other_tensors:
         key = min(lora.other_tensors)
         raise MatryoshkaError(
-            f"{lora.name} contains {key[:80]!r}, which is not a factor and cannot be renamed. "
+            f"{lora.name} contains {short(key)}, which is not a factor and cannot be renamed. "
             "Omit `key_format`."
         )
     models = find_models(_layer_names(lora))
@@ -129,7 +129,10 @@ def convert(lora: Lora, key_format: KeyFormat) -> Lora:
     if key_format != "peft":
         return converted
     config = {"peft_type": "LORA", "target_modules": [layer.name for layer in layers]}
-    return replace(converted, container="peft", config=config, metadata={})
+    notes = converted.notes
+    if set(converted.metadata) - {"format", CONFIGS_KEY}:
+        notes += ("A PEFT folder has no place for the metadata of the file, such as its title.",)
+    return replace(converted, container="peft", config=config, metadata={}, notes=notes)
 
 
 def has_key_format(lora: Lora, key_format: KeyFormat) -> bool:
@@ -275,8 +278,8 @@ def _convert_layers(
         target = find_module(layer.name, model)
         if target is None:
             raise MatryoshkaError(
-                f"{layer.name:.200} cannot be renamed, because {model.name} has no module of this "
-                "name. Keep the keys as they are."
+                f"{short(layer.name)} cannot be renamed, because {model.name} has no module of "
+                "this name. Keep the keys as they are."
             )
         changes_names = target.names is not None and target.names != names.names
         has_two_halves = layer.out_features == 2 * layer.in_shape[0]
@@ -296,8 +299,8 @@ def _convert_layers(
         splits = [split for _, target in members for split in target.splits]
         if len(set(splits)) < len(splits):
             raise MatryoshkaError(
-                f"{first.name:.120} and {members[-1][0].name:.120} are for one module, "
-                f"{name:.120}. Remove one of them from the file."
+                f"{short(first.name)} and {short(members[-1][0].name)} are for one module, "
+                f"{short(name)}. Remove one of them from the file."
             )
         if names.names == "authors" and len(target.splits) < len(target.module.diffusers):
             first = fuse_layers(members)
@@ -377,7 +380,7 @@ def fuse_layers(members: Sequence[tuple[Layer, TargetModule]]) -> Layer:
     for layer in layers:
         if layer.in_shape != first.in_shape:
             raise MatryoshkaError(
-                f"{layer.name:.120} and {first.name:.120} are parts of one module, but have "
+                f"{short(layer.name)} and {short(first.name)} are parts of one module, but have "
                 f"inputs of different widths: {list(layer.shape_A)} and {list(first.shape_A)}. "
                 "Save the file again."
             )
@@ -451,7 +454,7 @@ def _check_rows(layer: Layer, target: TargetModule) -> None:
     num_rows = sum(target.module.sizes[split] for split in target.splits) * layer.in_shape[0]
     if len(layer.in_shape) != 1 or layer.out_features != num_rows:
         raise MatryoshkaError(
-            f"{layer.name:.200} has factors of the shapes {list(layer.shape_A)} and "
+            f"{short(layer.name)} has factors of the shapes {list(layer.shape_A)} and "
             f"{list(layer.shape_B)}, but {num_rows} rows of B were expected for its name. Keep "
             "the keys as they are."
         )
@@ -476,7 +479,7 @@ def _rename_layers(lora: Lora, key_format: KeyFormat) -> tuple[Layer, ...]:
         has_kohya_suffix = layer.keys.A.endswith(KOHYA_SUFFIXES.A) and "." in layer.name
         if not (has_kohya_suffix or layer.keys.A.endswith(DIFFUSERS_SUFFIXES.A)):
             raise MatryoshkaError(
-                f"{layer.name[:80]} cannot be renamed: it does not hold the name of the module "
+                f"{short(layer.name)} cannot be renamed: it does not hold the name of the module "
                 "with its dots, and is not a name of a model that is known. Omit `key_format`."
             )
     modules = [name.removeprefix(PEFT_PREFIX) for name in _layer_names(lora)]
@@ -493,7 +496,7 @@ def _rename_layers(lora: Lora, key_format: KeyFormat) -> tuple[Layer, ...]:
         if layer.name == next_layer.name:
             raise MatryoshkaError(
                 f"{lora.name} has two layers that the {key_format} format names "
-                f"{layer.name[:200]!r}, such as a.b_c and a_b.c. Omit `key_format`."
+                f"{short(layer.name)}, such as a.b_c and a_b.c. Omit `key_format`."
             )
     return tuple(renamed)
 
@@ -520,7 +523,7 @@ def _rename_module(module: str, key_format: KeyFormat, parts: Set[str]) -> str:
             name = f"text_model.{name}"
         return f"{prefix}_{name.replace('.', '_')}"
     raise MatryoshkaError(
-        f"The {key_format} format cannot name {module[:200]}: it must begin with a part of the "
+        f"The {key_format} format cannot name {short(module)}: it must begin with a part of the "
         "pipeline that this format knows, such as unet. Omit `key_format`."
     )
 
@@ -574,7 +577,7 @@ def _check_same_names(first: Lora, lora: Lora) -> None:
         examples = min(names.values()), min(first_names.values())
     raise MatryoshkaError(
         f"{lora.name} and {first.name} are for different models, or have different key formats: "
-        f"{examples[0]!r:.80} and {examples[1]!r:.80}. Convert the one whose keys end in "
+        f"{short(examples[0])} and {short(examples[1])}. Convert the one whose keys end in "
         "lora_A.weight to the format of the other: export it with `key_format`."
     )
 

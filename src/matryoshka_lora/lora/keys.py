@@ -356,7 +356,7 @@ class LayerNames(NamedTuple):
         if target.part not in self.prefixes:
             name = target.module.diffusers[target.splits[0]].replace("{}", target.block)
             raise MatryoshkaError(
-                f"The keys of this format cannot name {target.part}.{name:.200}. Keep the keys as "
+                f"The keys of this format cannot name {target.part}.{name}. Keep the keys as "
                 "they are."
             )
         if self.names == "authors":

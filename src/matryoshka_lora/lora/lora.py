@@ -14,8 +14,8 @@ computed layer by layer when `Lora.save` writes them, so one layer is in memory 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.linalg.arrays import Float64Array
 from matryoshka_lora.lora import convert, save, transforms, truncate
-from matryoshka_lora.lora.layer import Layer, StoredTensor
+from matryoshka_lora.lora.layer import Factors, Layer, StoredTensor
 from matryoshka_lora.nesting import Deploy, Nesting, Order, check_rank, check_ranks
 from matryoshka_lora.progress import progress_bar, single_threaded
 from matryoshka_lora.registry import FORMATS, DtypeName, FormatName, KeyFormat
@@ -150,6 +150,17 @@ class Lora:
                 layer.name: truncate.squared_errors(self, layer)
                 for layer in progress_bar(self.layers, "computing errors")
             }
+
+    def map(self, function: Callable[[Factors], Factors]) -> Lora:
+        """Return a LoRA whose factors are computed from the factors of each layer.
+
+        It has no order and no nesting, because the components may have changed.
+
+        Args:
+            function: Maps the factors of a layer to factors of the same shapes.
+        """
+        layers = tuple(layer.map(function) for layer in self.layers)
+        return replace(self, layers=layers, nesting=None, order=None, deploy="reordered")
 
     # The verbs
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from matryoshka_lora.atomic import PathLike, create_file, create_folder
-from matryoshka_lora.errors import MatryoshkaError, NotFiniteError, check_choice
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError, check_choice, short
 from matryoshka_lora.linalg.arrays import Float64Array, cast
 from matryoshka_lora.linalg.factors import relative_error, relative_errors
 from matryoshka_lora.lora.layer import Factors, Layer
@@ -140,9 +140,13 @@ def save(
     for layer in lora.layers:
         if layer.kind != "LoRA":
             raise MatryoshkaError(
-                f"{lora.name}: {layer.name[:200]} is {layer.kind}, which becomes LoRA at a rank. "
+                f"{lora.name}: {short(layer.name)} is {layer.kind}, which becomes LoRA at a rank. "
                 "Pass `rank` or `error` too."
             )
+    if ranks is not None and output_format.name != "ladder":
+        raise MatryoshkaError(
+            f"`ranks` is for format 'ladder', got format {output_format.name!r}. Truncate instead."
+        )
     target = Target(base_model, base_revision, None if ranks is None else lora.check_ranks(ranks))
     sources = [*lora.sources, *([base_model] if base_model else [])]
     create = create_file if output_format.suffix else create_folder
@@ -166,32 +170,28 @@ def choose_format(lora: Lora, path: PathLike, format: FormatName | None = None) 
         MatryoshkaError: The LoRA, the format and the suffix of the path contradict each other.
     """
     suffix = Path(path).suffix.lower()
-    suffixes = {spec.suffix: spec for spec in FORMATS.values() if spec.suffix}
-    if lora.container == "single":
-        if format not in (None, "single"):
-            check_choice("format", format, get_args(FormatName))
-            raise MatryoshkaError(
-                f"{lora.name} is a single file, which cannot be written in format {format!r}. Omit "
-                "`format`, or write a PEFT folder with `key_format='peft'` first."
-            )
-        if suffix != ".safetensors":
-            raise MatryoshkaError(
-                f"{lora.name} is a single file, so the output is a file too, got {path}. Pass a "
-                "path such as small.safetensors."
-            )
-        return FORMATS["single"]
-    choices = [name for name in FORMATS if name != "single"]
+    formats = {name: spec for name, spec in FORMATS.items() if lora.container in spec.containers}
+    kind = "single file" if lora.container == "single" else "PEFT folder"
     if format is None:
-        format = suffixes[suffix].name if suffix in suffixes else "peft"
-        if format == "single":
-            format = "peft"
-    check_choice("format", format, choices)
-    spec = FORMATS[format]
+        of_suffix = [
+            spec.name for spec in formats.values() if spec.suffix and spec.suffix == suffix
+        ]
+        format = of_suffix[0] if of_suffix else lora.container
+    if format in FORMATS and format not in formats:
+        hint = "Convert it to a PEFT folder first, with `key_format='peft'` or convert('peft')."
+        if lora.container == "peft":
+            hint = f"Pass one of {', '.join(formats)}."
+        raise MatryoshkaError(
+            f"{lora.name} is a {kind}, which cannot be written in format {format!r}. {hint}"
+        )
+    check_choice("format", format, list(formats))
+    spec = formats[format]
     if spec.suffix and suffix != spec.suffix:
         raise MatryoshkaError(
-            f"Format {format!r} writes a file, got {path}. Pass {path}{spec.suffix}."
+            f"{lora.name} is written as a file in format {format!r}, got {path}. Pass a path such "
+            f"as small{spec.suffix}."
         )
-    if not spec.suffix and suffix in suffixes:
+    if not spec.suffix and suffix in [spec.suffix for spec in FORMATS.values() if spec.suffix]:
         raise MatryoshkaError(
             f"{lora.name} is written as a folder in format {format!r}, got {path}. Pass a path "
             f"without {suffix}."

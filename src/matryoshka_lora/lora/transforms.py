@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from matryoshka_lora.errors import MatryoshkaError, check_choice
+from matryoshka_lora.errors import MatryoshkaError, check_choice, short
 from matryoshka_lora.linalg.arrays import FLOATS, Array, DType
 from matryoshka_lora.lora.keys import without_lora
 from matryoshka_lora.lora.layer import Factors, Layer
@@ -64,14 +64,17 @@ def drop(lora: Lora, patterns: Iterable[str]) -> Lora:
     def matches(name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 
-    return _without(lora, {layer.name for layer in lora.layers if matches(layer.name)}, patterns)
+    names = {layer.name for layer in lora.layers if matches(layer.name)}
+    return _without(lora, names, "drop", patterns)
 
 
-def _without(lora: Lora, names: set[str], patterns: Iterable[str] = ()) -> Lora:
+def _without(lora: Lora, names: set[str], parameter: str, patterns: Iterable[str] = ()) -> Lora:
     """Return a LoRA without the layers of some names, and without what belongs to them."""
     layers = tuple(layer for layer in lora.layers if layer.name not in names)
     if not layers:
-        raise MatryoshkaError(f"`drop` leaves no layer of {lora.name}. Pass narrower patterns.")
+        raise MatryoshkaError(
+            f"`{parameter}` leaves no layer of {lora.name}. Pass narrower patterns."
+        )
     other_tensors, config = lora.other_tensors, lora.config
     if lora.container == "single":
         other_tensors = {}
@@ -82,7 +85,8 @@ def _without(lora: Lora, names: set[str], patterns: Iterable[str] = ()) -> Lora:
                 other_tensors[key] = tensor
     elif lora.config.get("target_parameters"):
         raise MatryoshkaError(
-            f"{lora.name} has target_parameters, whose layers cannot be left out. Omit `drop`."
+            f"{lora.name} has target_parameters, whose layers cannot be left out. Omit "
+            f"`{parameter}`."
         )
     else:
         targets = [layer.name for layer in layers]
@@ -106,8 +110,8 @@ def _possible_names(key: str) -> set[str]:
 def _check_patterns(parameter: str, patterns: Iterable[str], lora: Lora) -> None:
     for pattern in sorted(set(patterns).difference(matching_patterns(lora, patterns))):
         raise MatryoshkaError(
-            f"`{parameter}`: {pattern!r:.80} matches no layer of {lora.name}. The name of a layer "
-            f"is, e.g., {lora.layers[0].name[:200]}."
+            f"`{parameter}`: {short(pattern)} matches no layer of {lora.name}. The name of a layer "
+            f"is, e.g., {short(lora.layers[0].name)}."
         )
 
 
@@ -127,8 +131,8 @@ def scale(lora: Lora, factors: Mapping[str, float]) -> Lora:
         is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
         if not is_number or not math.isfinite(factor):
             raise MatryoshkaError(
-                f"`scale`: the factor of {pattern!r:.80} must be a number such as 0.5, got "
-                f"{factor!r:.80}."
+                f"`scale`: the factor of {short(pattern)} must be a number such as 0.5, got "
+                f"{short(factor)}."
             )
     _check_patterns("scale", factors, replace(lora, other_tensors={}))
     num_scaled: Counter[float] = Counter()
@@ -148,7 +152,7 @@ def scale(lora: Lora, factors: Mapping[str, float]) -> Lora:
         scaled_layers = f"{pluralize(count, 'layer')} of {len(layers)}"
         changes += (f"scaled {scaled_layers} (factor {factor:g})",)
     scaled = replace(lora, layers=tuple(layers), changes=changes)
-    return _without(scaled, dropped_names) if dropped_names else scaled
+    return _without(scaled, dropped_names, "scale") if dropped_names else scaled
 
 
 def _scale_layer(layer: Layer, factor: float) -> Layer:

@@ -102,7 +102,7 @@ def truncate(
     if max_size is not None:
         ranks = fit_size(lora, spectra, ranks, max_size)
     truncated = with_ranks(lora, ranks)
-    num_bounded = sum(value == rank for value in ranks.values())
+    num_bounded = sum(ranks[layer.name] == max_rank < layer.rank for layer in lora.layers)
     if num_bounded and (share is not None or max_error is not None):
         note = (
             f"The requested rank limits {pluralize(num_bounded, 'layer')}, so the error may be "
@@ -179,7 +179,7 @@ def _with_rank(lora: Lora, layer: Layer, rank: int) -> Layer:
             missing = rank - len(A)
             A, B = pad_end(A, missing, axis=-2), pad_end(B, missing, axis=-1)
             values = layer.scale * svd.values
-            return Factors(A, B, squared_tails(values), values)
+            return Factors(A, B, squared_tails(values), values)  # LoKr was never truncated
 
         return replace(
             layer, rank=rank, kind="LoRA", has_new_factors=True, read=read, read_svd=None
@@ -191,7 +191,11 @@ def _with_rank(lora: Lora, layer: Layer, rank: int) -> Layer:
         B = pad_end(factors.B, missing, axis=-1).astype(np.float64)
         A, B, values = reorder_factors(A, B)
         values = layer.scale * values
-        return Factors(A[..., :rank, :], B[..., :rank], squared_tails(values), values)
+        errors = squared_tails(values)
+        if factors.squared_errors is not None:
+            # An SVD is orthogonal to the components that an earlier truncation dropped.
+            errors = errors + factors.squared_errors[layer.rank]
+        return Factors(A[..., :rank, :], B[..., :rank], errors, values)
 
     return layer.map(reorder_and_cut, rank=rank, kind="LoRA", has_new_factors=True)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from matryoshka_lora.atomic import PathLike, check_output
-from matryoshka_lora.errors import MatryoshkaError, check_list
+from matryoshka_lora.errors import MatryoshkaError, check_list, short
 from matryoshka_lora.formats.open import open_lora
 from matryoshka_lora.linalg.arrays import Float64Array
 from matryoshka_lora.lora.combine import combine as combine_loras
@@ -98,8 +98,6 @@ def combine(
         reduced = replace(total, nesting=nesting).nested()
     else:
         reduced = total.truncate(min(rank, total.max_rank))
-    sources_of_sum = [path for lora in loras for path in lora.sources]
-    check_output(output, force, sources_of_sum, is_file=is_file)
     result = reduced.save(output, total.container, force=force)
     if not any(errors[0] for errors in result.written.squared_errors.values()):
         warnings.warn("The sum is zero: the weighted updates cancel.", stacklevel=2)
@@ -130,7 +128,7 @@ def _check_weights(
             value = math.nan
         if not (value == 0 or is_valid_scale(abs(value))):
             raise MatryoshkaError(
-                f"`weights` must be numbers such as 0.5 or -1, got {weight!r:.80}."
+                f"`weights` must be numbers such as 0.5 or -1, got {short(weight)}."
             )
         values.append(value)
     if len(values) != num_sources:

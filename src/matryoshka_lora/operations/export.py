@@ -11,7 +11,7 @@ from typing import TypedDict, Unpack
 from tqdm import tqdm
 
 from matryoshka_lora.atomic import PathLike, check_output, create_folder
-from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list
+from matryoshka_lora.errors import MatryoshkaError, check_choice, check_list, short
 from matryoshka_lora.formats.open import find_loras, open_lora
 from matryoshka_lora.lora.convert import has_key_format
 from matryoshka_lora.lora.lora import Lora
@@ -26,10 +26,6 @@ class ExportOptions(TypedDict, total=False):
     """The options that `export` and `export_folder` have in common.
 
     Attributes:
-        format: ``"peft"``, a PEFT folder; ``"merged"``, the base model with the LoRA merged into
-            its weights; ``"ladder"``, one PEFT folder per rank; ``"gguf"``, a file for llama.cpp;
-            ``"mlx"``, a folder for mlx-lm. Defaults to ``"gguf"`` for an output that ends in
-            ``.gguf``, otherwise to the kind of the source.
         keep: A share of the squared singular values, such as ``"95%"`` or ``0.95``. Each layer gets
             the smallest rank that keeps it.
         error: The maximum relative error over all layers, such as ``"10%"`` or ``0.1``: the norm of
@@ -51,7 +47,6 @@ class ExportOptions(TypedDict, total=False):
         force: Whether to overwrite the output.
     """
 
-    format: FormatName | None
     keep: float | str | None
     error: float | str | None
     max_bytes: int | str | None
@@ -110,6 +105,7 @@ def export(
     source: Lora | PathLike,
     output: PathLike,
     rank: int | Sequence[int] | None = None,
+    format: FormatName | None = None,
     *,
     revision: str | None = None,
     alpha: float | None = None,
@@ -129,6 +125,10 @@ def export(
         output: The folder or file to write.
         rank: The rank; with ``keep``, ``error`` or ``max_bytes``, an upper bound. For a ladder, one
             or several ranks; defaults to the nested ones.
+        format: ``"peft"``, a PEFT folder; ``"merged"``, the base model with the LoRA merged into
+            its weights; ``"ladder"``, one PEFT folder per rank; ``"gguf"``, a file for llama.cpp;
+            ``"mlx"``, a folder for mlx-lm. Defaults to ``"gguf"`` for an output that ends in
+            ``.gguf``, otherwise to the kind of the source.
         revision: Branch, tag or commit of the source on the Hub.
         alpha: The alpha of each layer, for a single file that does not contain it.
         options: See `ExportOptions`.
@@ -139,15 +139,15 @@ def export(
         NotFiniteError: A factor is NaN or infinite.
     """
     lora = source if isinstance(source, Lora) else open_lora(source, revision=revision, alpha=alpha)
-    return _export(lora, output, rank, **options)
+    return _export(lora, output, rank, format, **options)
 
 
 def _export(
     lora: Lora,
     output: PathLike,
     rank: int | Sequence[int] | None,
+    format: FormatName | None,
     *,
-    format: FormatName | None = None,
     keep: float | str | None = None,
     error: float | str | None = None,
     max_bytes: int | str | None = None,
@@ -164,7 +164,7 @@ def _export(
     container = "peft" if key_format == "peft" and lora.container == "single" else lora.container
     output_format = choose_format(replace(lora, container=container), output, format)
     is_ladder = output_format.name == "ladder"
-    is_lora = output_format.has_known_size  # a folder or file that can be exported again
+    is_lora = output_format.is_lora
     sources = [*lora.sources, *([base_model] if base_model else [])]
     check_output(output, force, sources, is_file=bool(output_format.suffix))
 
@@ -249,7 +249,7 @@ def _check_request(
         has_other_change: Whether something else than the ranks changes.
     """
     is_ladder = output_format.name == "ladder"
-    is_lora = output_format.has_known_size
+    is_lora = output_format.is_lora
     changes_ranks = any(value is not None for value in (rank, keep, error, max_bytes))
     if is_lora and not changes_ranks and not has_other_change:
         raise MatryoshkaError(
@@ -258,7 +258,7 @@ def _check_request(
         )
     if not is_ladder and isinstance(rank, Sequence):
         raise MatryoshkaError(
-            f"`rank` must be an integer in format {output_format.name!r}, got {rank!r:.80}. Only "
+            f"`rank` must be an integer in format {output_format.name!r}, got {short(rank)}. Only "
             "`format='ladder'` takes several."
         )
     if rank is not None and not isinstance(rank, Sequence):
@@ -294,6 +294,7 @@ def export_folder(
     source: PathLike,
     output: PathLike,
     rank: int | Sequence[int] | None = None,
+    format: FormatName | None = None,
     **options: Unpack[ExportOptions],
 ) -> ExportFolderResult:
     """Export every LoRA in a folder into another folder, each under its own name.
@@ -305,6 +306,7 @@ def export_folder(
         output: The folder to write.
         rank: As in `export`; a LoRA of a smaller rank keeps its own. A ladder has the ranks that
             the LoRA has.
+        format: As in `export`.
         options: See `ExportOptions`. A pattern may match no layer of some LoRAs.
 
     Raises:
@@ -315,7 +317,6 @@ def export_folder(
     if not paths:
         raise MatryoshkaError(f"{source} contains no LoRAs. Pass a folder that contains some.")
     force = options.pop("force", False)
-    format = options.get("format")
     if format is not None:
         check_choice("format", format, list(FORMATS))
     suffix = Path(output).suffix
@@ -348,7 +349,7 @@ def export_folder(
     for lora in loras.values():
         unused.difference_update(matching_patterns(lora, unused))
     for pattern in sorted(unused):
-        raise MatryoshkaError(f"{pattern!r:.80} matches no layer of the LoRAs in {source}.")
+        raise MatryoshkaError(f"{short(pattern)} matches no layer of the LoRAs in {source}.")
 
     entries = sorted(Path(source).iterdir())  # before the output, which may be in the source
     skipped = tuple(entry.name for entry in entries if entry.is_dir() and entry not in paths)
@@ -373,7 +374,7 @@ def export_folder(
             }
             try:
                 lora_rank = _rank_for(lora, rank, options, [*drop, *scale])
-                result = _export(lora, temporary / name, lora_rank, **lora_options)
+                result = _export(lora, temporary / name, lora_rank, format, **lora_options)
             except MatryoshkaError as failure:
                 failed[path.name] = str(failure)
             else:
@@ -382,7 +383,7 @@ def export_folder(
             name = next(path.name for path in paths if path.name in failed)
             raise MatryoshkaError(
                 f"{pluralize(len(failed), 'LoRA')} in {source} could not be exported. The first is "
-                f"{name:.80}: {failed[name]}"
+                f"{short(name)}: {failed[name]}"
             )
     failed = {path.name: failed[path.name] for path in paths if path.name in failed}
     return ExportFolderResult(Path(output), tuple(exported), failed, skipped)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.bundled_model import resolve_model_path
-from matryoshka_lora.errors import MatryoshkaError, check_integer
+from matryoshka_lora.errors import MatryoshkaError, check_integer, short
 from matryoshka_lora.formats.peft_folder import find_layers
 from matryoshka_lora.linalg.factors import relative_errors, squared_tails
 from matryoshka_lora.lora.layer import StoredTensor
@@ -158,7 +158,7 @@ class NestedAdapter:
         """
         if not isinstance(ranks, (Sequence, np.ndarray, Tensor)) or not len(ranks):
             raise MatryoshkaError(
-                f"`ranks` must be a list with one rank for each row, got {ranks!r:.80}."
+                f"`ranks` must be a list with one rank for each row, got {short(ranks)}."
             )
         self._check_ranks(ranks)
         q_by_rank = {rank: self.state.deployed_q(rank) for rank in set(ranks)}
@@ -458,7 +458,7 @@ class NestedAdapter:
         self._check_active()
         if len(self.model.active_adapters) > 1:
             raise MatryoshkaError(
-                f"The adapters {', '.join(self.model.active_adapters):.200} are active. Call "
+                f"The adapters {', '.join(self.model.active_adapters)} are active. Call "
                 f"model.set_adapter({self.name!r}) first."
             )
 

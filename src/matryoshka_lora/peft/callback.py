@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from matryoshka_lora.atomic import PathLike, check_output, is_occupied
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, short
 from matryoshka_lora.peft.lora_layers import factor_parameters, lora_layers
 from matryoshka_lora.tensors import cpu_has_bf16
 
@@ -109,8 +109,8 @@ class NestingCallback(TrainerCallback):
         for key, value in state.stateful_callbacks.get(self._state_key, settings).items():
             if value != settings.get(key):
                 raise MatryoshkaError(
-                    f"The checkpoint is from a run with another nesting: {key} was {value!r:.80}, "
-                    f"not {settings.get(key)!r:.80}. Set another output_dir, or nest as in that "
+                    f"The checkpoint is from a run with another nesting: {key} was {short(value)}, "
+                    f"not {short(settings.get(key))}. Set another output_dir, or nest as in that "
                     "run."
                 )
 

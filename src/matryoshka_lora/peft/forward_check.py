@@ -110,7 +110,7 @@ class ForwardCheck:
         kinds = self._bypassed_kinds(called)
         if kinds:
             raise MatryoshkaError(
-                f"The model did not call its layers {', '.join(kinds):.80}: another library "
+                f"The model did not call its layers {', '.join(kinds)}: another library "
                 "computes them from A and B, at rank R and without P. Disable its LoRA kernels "
                 "(Axolotl: lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel), or train with "
                 "`rule='lora'` and use the saved folder without that library."

@@ -7,7 +7,7 @@ from typing import get_args
 
 from peft import PeftModel
 
-from matryoshka_lora.errors import MatryoshkaError, check_choice
+from matryoshka_lora.errors import MatryoshkaError, check_choice, short
 from matryoshka_lora.formats.lora_config import check_plain_lora
 from matryoshka_lora.nesting import Deploy, Nesting, Scaling, check_ranks
 from matryoshka_lora.peft.adapter import NestedAdapter
@@ -89,7 +89,7 @@ def nest(
     if not layers:
         adapters = ", ".join(map(repr, peft_model.peft_config))
         raise MatryoshkaError(
-            f"The model has no LoRA adapter {adapter_name!r:.80}; its adapters are {adapters}."
+            f"The model has no LoRA adapter {short(adapter_name)}; its adapters are {adapters}."
         )
     check_plain_lora(peft_model.peft_config[adapter_name].to_dict(), f"adapter {adapter_name!r}")
     rule = get_rule(rule)

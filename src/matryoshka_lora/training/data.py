@@ -381,7 +381,7 @@ def _data_of_loader(model: PeftModel, trainer: Trainer, loader: DataLoader[Any])
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         name = type(trainer).__name__
         raise NoExamplesError(
-            f"The {name} cannot compute the loss of its examples alone ({reason:.120}). Pass "
+            f"The {name} cannot compute the loss of its examples alone ({reason}). Pass "
             "examples with a prompt and a completion."
         ) from error
     return data
