@@ -206,7 +206,7 @@ def test_a_run_trains_an_adapter_of_every_rank(
     assert (run / "README.md").read_text() == "mine"
     assert AutoTokenizer.from_pretrained(result.path).chat_template
     lora = peft_folder.read(result.path)
-    assert (lora.order, lora.ranks) == ("svd", (1, 2, 4))
+    assert (lora.order, lora.nested_ranks) == ("svd", (1, 2, 4))
 
     adapter = load(AutoModelForCausalLM.from_pretrained(base_folder), result.path, rank=3)
     adapter.export(run / "rank-3", rank=3)
@@ -286,7 +286,7 @@ def test_the_deployment_of_the_paper_is_saved_as_it_was_trained(
     overrides = [nesting, "nesting.rule=matryoshka", "max_steps=2"]
     result = train(read_config(config_file, overrides))
     lora = peft_folder.read(result.path)
-    assert (lora.order, lora.deploy, lora.ranks) == (None, "paper", (1, 2, 4))
+    assert (lora.order, lora.deploy, lora.nested_ranks) == (None, "paper", (1, 2, 4))
     assert (result.order, result.deploy, result.train_ranks) == (None, "paper", None)
 
 

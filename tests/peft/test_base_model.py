@@ -14,7 +14,7 @@ from helpers.models import nested_llama
 from helpers.tiny_chat import save_tiny_chat, tiny_tokenizer
 
 from matryoshka_lora import MatryoshkaError, Nesting
-from matryoshka_lora.formats.hub import BUNDLED_MODEL
+from matryoshka_lora.bundled_model import BUNDLED_MODEL
 from matryoshka_lora.formats.open import open_adapter
 from matryoshka_lora.peft.base_model import (
     bundled_gguf_path,
