@@ -24,7 +24,10 @@ class MatryoshkaError(ValueError):
     """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(printable(str(message)))
+        text = printable(str(message))
+        if len(text) > 480:  # a name in a file may have any length
+            text = f"{text[:320]} ... {text[-150:]}"
+        super().__init__(text)
 
 
 class NotFiniteError(MatryoshkaError):

@@ -81,7 +81,10 @@ class Format:
     is_lora: bool = False
 
     def write(self, lora: Lora, path: Path, target: Target) -> Written:
-        """Write a LoRA to a path that does not exist, or into an empty folder."""
+        """Write a LoRA to a path that does not exist, or into an empty folder.
+
+        The path is temporary, and has another suffix than the output.
+        """
         written: Written = self._module().write(lora, path, target)
         return written
 

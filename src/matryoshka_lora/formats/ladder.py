@@ -17,11 +17,11 @@ def write(lora: Lora, folder: Path, target: Target) -> Written:
     """Write a folder ``NAME@RANK`` for each rank. Factors without an order are reordered once."""
     ranks = lora.nested_ranks if target.ranks is None else target.ranks
     adapter_name = Path(lora.name).resolve().name
-    errors: Written | None = None
+    of_all_ranks: Written | None = None
     own_ranks = lora.ranks
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         if lora.order is None and lora.deploy != "paper":
-            errors = peft_folder.write(lora.nested(), Path(cache), target)
+            of_all_ranks = peft_folder.write(lora.nested(), Path(cache), target)
             files = lora.files
             lora = replace(peft_folder.read(cache, lora.name), files=files)
         for rank in ranks:
@@ -29,4 +29,4 @@ def write(lora: Lora, folder: Path, target: Target) -> Written:
             output.mkdir()
             ranks_by_layer = {name: min(rank, own) for name, own in own_ranks.items()}
             written = peft_folder.write(with_ranks(lora, ranks_by_layer), output, target)
-    return replace(errors or written, ranks=written.ranks, error_ranks=ranks)
+    return replace(of_all_ranks or written, ranks=written.ranks, error_ranks=ranks)

@@ -188,12 +188,12 @@ def choose_format(lora: Lora, path: PathLike, format: FormatName | None = None) 
     spec = formats[format]
     if spec.suffix and suffix != spec.suffix:
         raise MatryoshkaError(
-            f"{lora.name} is written as a file in format {format!r}, got {path}. Pass a path such "
-            f"as small{spec.suffix}."
+            f"{lora.name} is a {kind}, which format {format!r} writes as a file, got {path}. Pass "
+            f"a path such as small{spec.suffix}."
         )
     if not spec.suffix and suffix in [spec.suffix for spec in FORMATS.values() if spec.suffix]:
         raise MatryoshkaError(
-            f"{lora.name} is written as a folder in format {format!r}, got {path}. Pass a path "
-            f"without {suffix}."
+            f"{lora.name} is a {kind}, which format {format!r} writes as a folder, got {path}. "
+            f"Pass a path without {suffix}."
         )
     return spec
