@@ -140,6 +140,8 @@ CHAINS: dict[str, Callable[[Lora], Lora]] = {
     "scaled before": lambda lora: halves(lora).truncate(1),
     "cast after": lambda lora: lora.truncate(1).cast("fp32"),
     "padded after": lambda lora: lora.truncate(1).pad(4),
+    "padded and cut": lambda lora: lora.truncate(1).pad(4).truncate(1),
+    "reordered after": lambda lora: lora.truncate(1).reorder(),
     "dropped after": lambda lora: lora.truncate(1).drop("*qkv"),
     "converted after": lambda lora: lora.truncate(1).convert("diffusers"),
     "all": lambda lora: halves(lora.truncate(2).drop("*qkv")).convert("diffusers").truncate(1),
@@ -205,3 +207,16 @@ def test_factors_that_are_too_large_for_their_dtype_are_not_written(tmp_path: Pa
     scaled = make_lora(make_layer(scale=1e12, dtype=np.float16))
     assert scaled.truncate(2).new_scale > 1e11  # fp16 can represent the factors then
     scaled.truncate(2).save(tmp_path / "output")
+
+
+def test_a_function_of_factors_ends_the_order() -> None:
+    lora = make_lora(make_layer("a"), nesting=Nesting((1, R), scale=SCALE), order="svd")
+    reversed_components = lora.map(lambda factors: ml.Factors(factors.A[::-1], factors.B[:, ::-1]))
+    assert (reversed_components.nesting, reversed_components.order) == (None, None)
+    errors = lora.squared_errors()["a"]
+    np.testing.assert_allclose(reversed_components.squared_errors()["a"], errors, rtol=1e-6)
+
+
+def test_ranks_are_for_a_ladder(tmp_path: Path) -> None:
+    with pytest.raises(MatryoshkaError, match="ladder"):
+        make_lora(make_layer("a")).save(tmp_path / "x", ranks=[1])

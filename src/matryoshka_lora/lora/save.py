@@ -189,7 +189,7 @@ def choose_format(lora: Lora, path: PathLike, format: FormatName | None = None) 
     if spec.suffix and suffix != spec.suffix:
         raise MatryoshkaError(
             f"{lora.name} is a {kind}, which format {format!r} writes as a file, got {path}. Pass "
-            f"a path such as small{spec.suffix}."
+            f"{path}{spec.suffix}."
         )
     if not spec.suffix and suffix in [spec.suffix for spec in FORMATS.values() if spec.suffix]:
         raise MatryoshkaError(

@@ -107,9 +107,10 @@ def train_ranks(
     loss of the base model.
 
     The trained factors are kept if the mean validation loss of the ranks below R has improved by
-    more than its standard error, and rank R has not lost two percent of its gain, or 0.05 nats if
-    that is less. Otherwise the factors are restored, with a warning. If no rank is behind rank R by
-    as much, nothing is trained.
+    more than its standard error, and the loss of rank R has not increased by more than its standard
+    error above two percent of the gain, or above 0.05 nats if that is less. Otherwise the factors
+    are restored, with a warning. If no rank is behind rank R by this share of the gain, nothing is
+    trained.
 
     Without an evaluation set, training examples validate.
 
