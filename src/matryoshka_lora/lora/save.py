@@ -75,7 +75,9 @@ class Written:
                     self.squared_errors[layer.name] = squared_errors
                 if factors.singular_values is not None:
                     self.singular_values[layer.name] = factors.singular_values
-                yield layer, factors._replace(A=A, B=B)
+                # The wider factors are not in memory while the next layer is read.
+                factors = factors._replace(A=A, B=B)
+                yield layer, factors
 
 
 @dataclass(frozen=True)
