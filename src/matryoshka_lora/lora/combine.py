@@ -45,13 +45,15 @@ def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
     and it has no order. A layer that a LoRA does not have counts as zero.
 
     Args:
-        loras: LoRAs that are `compatible`.
+        loras: LoRAs of one base model, all PEFT folders or all single files. The sum has the key
+            format of the first one.
         weights: The weight of each, which may be negative.
 
     Raises:
         MatryoshkaError: The LoRAs are not compatible.
     """
     names = [lora.name for lora in loras]
+    loras = compatible(loras)
     terms: dict[str, list[tuple[Lora, Layer, float]]] = {}
     for lora, weight in zip(loras, weights, strict=True):
         for layer in lora.layers:

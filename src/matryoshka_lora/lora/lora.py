@@ -154,12 +154,24 @@ class Lora:
     def map(self, function: Callable[[Factors], Factors]) -> Lora:
         """Return a LoRA whose factors are computed from the factors of each layer.
 
-        It has no order and no nesting, because the components may have changed.
+        It has no order and no nesting, because the components may have changed, and the errors of
+        further verbs are relative to it.
 
         Args:
             function: Maps the factors of a layer to factors of the same shapes.
         """
-        layers = tuple(layer.map(function) for layer in self.layers)
+
+        def new_factors(factors: Factors) -> Factors:
+            A, B, *_ = function(Factors(factors.A, factors.B))
+            if A.shape != factors.A.shape or B.shape != factors.B.shape:
+                raise MatryoshkaError(
+                    f"The function returned factors of the shapes {list(A.shape)} and "
+                    f"{list(B.shape)}, expected {list(factors.A.shape)} and "
+                    f"{list(factors.B.shape)}."
+                )
+            return Factors(A, B)
+
+        layers = tuple(layer.map(new_factors) for layer in self.layers)
         return replace(self, layers=layers, nesting=None, order=None, deploy="reordered")
 
     # The verbs

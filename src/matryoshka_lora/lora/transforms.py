@@ -223,8 +223,8 @@ def pad(lora: Lora, rank: int) -> Lora:
     """
     if rank < lora.max_rank:
         raise MatryoshkaError(
-            f"{lora.name} has rank {lora.max_rank}, and with `pad=True` the rank must not be "
-            f"smaller, got {rank}. Omit `pad`."
+            f"{lora.name} has rank {lora.max_rank}, and padding makes it larger, got {rank}. Pass "
+            "a larger `rank`, or truncate instead."
         )
     layers: list[Layer] = []
     for seed, layer in enumerate(lora.layers):

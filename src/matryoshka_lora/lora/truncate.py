@@ -69,8 +69,8 @@ def truncate(
             ``max_bytes``, an upper bound.
         keep: A share of the squared singular values, such as ``"95%"`` or ``0.95``. Each layer gets
             the smallest rank that keeps it.
-        error: The maximum relative error over all layers, such as ``"10%"`` or ``0.1``. The layers
-            get the ranks that reach it with few parameters.
+        error: The maximum relative error over all layers, such as ``"10%"`` or ``0.1``, relative to
+            this LoRA. The layers get the ranks that reach it with few parameters.
         max_bytes: The maximum size of the weights file, such as ``"50MB"``. The layers get the
             ranks that keep most of the update.
 

@@ -138,8 +138,11 @@ def export(
         MissingDependencyError: The format needs an extra that is not installed.
         NotFiniteError: A factor is NaN or infinite.
     """
-    lora = source if isinstance(source, Lora) else open_lora(source, revision=revision, alpha=alpha)
-    return _export(lora, output, rank, format, **options)
+    if not isinstance(source, Lora):
+        source = open_lora(source, revision=revision, alpha=alpha)
+    elif revision is not None or alpha is not None:
+        raise MatryoshkaError("An opened LoRA has its revision and alpha. Pass them to open().")
+    return _export(source, output, rank, format, **options)
 
 
 def _export(

@@ -374,7 +374,7 @@ class NestedAdapter:
             NotFiniteError: A factor is NaN or infinite.
         """
         lora = self._to_lora(_read_later)
-        lora.nested().save(path, force=force)
+        lora.nested().save(path, "peft", force=force)
 
     def export(self, path: PathLike, rank: int, force: bool = False) -> None:
         """Export one rank as an ordinary LoRA adapter.
@@ -390,7 +390,7 @@ class NestedAdapter:
             NotFiniteError: A factor is NaN or infinite.
         """
         lora = self._to_lora(_read_later)
-        lora.truncate(rank).save(path, force=force)
+        lora.truncate(rank).save(path, "peft", force=force)
 
     def to_lora(self) -> Lora:
         """Return a copy of the adapter in memory as a `Lora`."""
