@@ -101,7 +101,7 @@ def weights_size(folder: Path) -> int:
         ("lora", "x", {"rank": [9, 10], "pad": True, "format": "ladder"}, "pad"),
         ("lora", "x", {"rank": 2, "format": "merged"}, "base_model"),
         ("lora", "x.gguf", {"rank": 2}, "base_model"),
-        ("single_file", "x", {"rank": 2}, r"small\.safetensors"),
+        ("single_file", "x", {"rank": 2}, r"x\.safetensors"),
         ("single_file", "x.safetensors", {"rank": 2, "format": "mlx"}, "format"),
         ("single_file", "x", {"format": "mlx", "key_format": "peft"}, "format"),
         ("single_file", "x.safetensors", {"key_format": "peft"}, "folder"),

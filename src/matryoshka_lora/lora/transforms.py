@@ -223,8 +223,8 @@ def pad(lora: Lora, rank: int) -> Lora:
     """
     if rank < lora.max_rank:
         raise MatryoshkaError(
-            f"{lora.name} has rank {lora.max_rank}, and padding makes it larger, got {rank}. Pass "
-            "a larger `rank`, or truncate instead."
+            f"{lora.name} has rank {lora.max_rank}, and padding must not make it smaller, got "
+            f"{rank}. Pass a larger `rank`, or truncate instead."
         )
     layers: list[Layer] = []
     for seed, layer in enumerate(lora.layers):

@@ -22,6 +22,7 @@ from matryoshka_lora.linalg.allocation import (
 from matryoshka_lora.linalg.arrays import Float64Array
 from matryoshka_lora.linalg.factors import (
     pad_end,
+    relative_error,
     reorder_factors,
     squared_tails,
     truncation_errors,
@@ -29,7 +30,7 @@ from matryoshka_lora.linalg.factors import (
 from matryoshka_lora.lora.layer import Factors, Layer
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.progress import progress_bar, single_threaded
-from matryoshka_lora.units import parse_share, parse_size, pluralize
+from matryoshka_lora.units import parse_share, parse_size
 
 if TYPE_CHECKING:
     from matryoshka_lora.lora.lora import Lora
@@ -102,12 +103,17 @@ def truncate(
     if max_size is not None:
         ranks = fit_size(lora, spectra, ranks, max_size)
     truncated = with_ranks(lora, ranks)
-    num_bounded = sum(ranks[layer.name] == max_rank < layer.rank for layer in lora.layers)
-    if num_bounded and (share is not None or max_error is not None):
-        note = (
-            f"The requested rank limits {pluralize(num_bounded, 'layer')}, so the error may be "
-            "larger than requested."
+    if max_error is not None:
+        errors = {name: squared_tails(value.singular_values) for name, value in spectra.items()}
+        is_limited = relative_error(errors, ranks) > max_error * (1 + 1e-6)
+    else:
+        is_limited = share is not None and any(
+            rank_for_share(value.singular_values, share) > ranks[name]
+            for name, value in spectra.items()
         )
+    if is_limited:
+        limit = "rank" if max_size is None else "size"
+        note = f"The requested {limit} limits the ranks, so the error is larger than requested."
         truncated = replace(truncated, notes=(*truncated.notes, note))
     return truncated
 

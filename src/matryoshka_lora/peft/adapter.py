@@ -234,8 +234,8 @@ class NestedAdapter:
     def callback(self, output: PathLike | None = None) -> NestingCallback:
         """Return the Trainer callback that draws the diagonal of each step.
 
-        Rules ``"matryoshka"`` and ``"dylora"`` need it. Rule ``"lora"`` is plain LoRA in training,
-        so its adapter may as well be nested after the training, without the callback.
+        A rule that draws, such as ``"dylora"``, needs it. With another rule, it only checks the
+        settings of the Trainer, and `output`.
 
         Args:
             output: Where the adapter will be saved. If this path exists, that is an error when the
