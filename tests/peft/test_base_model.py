@@ -14,16 +14,18 @@ from helpers.models import nested_llama
 from helpers.tiny_chat import save_tiny_chat, tiny_tokenizer
 
 from matryoshka_lora import MatryoshkaError, Nesting
-from matryoshka_lora.bundled_model import BUNDLED_MODEL
-from matryoshka_lora.formats.open import open_adapter
-from matryoshka_lora.peft.base_model import (
+from matryoshka_lora.bundled_model import (
+    BUNDLED_MODEL,
     bundled_gguf_path,
     bundled_model_path,
+    resolve_model_path,
+)
+from matryoshka_lora.formats.open import open_adapter
+from matryoshka_lora.peft.base_model import (
     default_dtype,
     load_adapter_tokenizer,
     load_model,
     load_tokenizer,
-    resolve_model_path,
 )
 
 
