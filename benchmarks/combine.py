@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from matryoshka_lora import combine, extract
-from matryoshka_lora.peft.base_model import bundled_model_path
+from matryoshka_lora.bundled_model import bundled_model_path
 
 SUM_WIDTH, SUM_RANK = 1536, 16
 CHANGE_SHAPE, CHANGE_RANK = (14336, 4096), 64

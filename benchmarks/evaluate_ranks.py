@@ -49,9 +49,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matryoshka_lora import NestedAdapter, nest
+from matryoshka_lora.bundled_model import bundled_model_path
 from matryoshka_lora.evaluation.engine import Engine, Tokens, Tree
 from matryoshka_lora.evaluation.harness import ManyRanksLM
-from matryoshka_lora.peft.base_model import bundled_model_path
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BATCH_SIZES = (8, 32)

@@ -14,7 +14,7 @@ from pathlib import Path
 import xllamacpp
 
 from matryoshka_lora import export
-from matryoshka_lora.peft.base_model import bundled_gguf_path
+from matryoshka_lora.bundled_model import bundled_gguf_path
 
 parser = argparse.ArgumentParser()
 parser.add_argument("adapter", type=Path)
