@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -201,7 +202,10 @@ def _read_or_factorize(
         A, B, change = factorize_change(name, weight, rank, share)
         tensors = {"A": A.cpu().contiguous(), "B": B.cpu().contiguous()}
         with create_file(file, force=True) as temporary:
-            save_file(tensors, temporary, {"change": json.dumps(asdict(change))})
+            try:
+                save_file(tensors, temporary, {"change": json.dumps(asdict(change))})
+            except SafetensorError as error:  # a full disk
+                raise OSError(str(error)) from error
     stored, metadata = open_safetensors(file)
     keys = LayerKeys(*(f"{PEFT_PREFIX}{name}{suffix}" for suffix in DIFFUSERS_SUFFIXES))
     layer = Layer.from_tensors(name, stored["A"], stored["B"], 1.0, keys, source=str(file))
