@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from matryoshka_lora.errors import MatryoshkaError, wrap_errors
 
 PathLike = str | os.PathLike[str]
@@ -123,6 +125,8 @@ def _temporary_path(path: Path) -> Iterator[Path]:
             raise
         reason = error.strerror or str(error)
         raise MatryoshkaError(f"Cannot write {path}: {reason}. Pass another path.") from error
+    except SafetensorError as error:  # a full disk
+        raise MatryoshkaError(f"Cannot write {path}: {error}. Pass another path.") from error
     finally:
         _remove(temporary)
 

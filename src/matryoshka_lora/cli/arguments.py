@@ -137,11 +137,6 @@ def parse_ranks(text: str | None) -> list[int] | None:
         raise typer.BadParameter(f"{short(text)} is not a rank such as 8, or 1,2,4.") from error
 
 
-def parse_ranks_or_all(text: str | None) -> list[int] | Literal["all"] | None:
-    """Return ranks such as ``"1,2,4"``, or ``"all"``."""
-    return "all" if text == "all" else parse_ranks(text)
-
-
 def parse_weights(text: str | None) -> list[float] | Literal["mean"] | None:
     """Return weights such as ``"1,0.5"``, or ``"mean"``."""
     if text is None:

@@ -18,7 +18,6 @@ from matryoshka_lora.cli.arguments import (
     RanksOption,
     RevisionOption,
     parse_ranks,
-    parse_ranks_or_all,
 )
 from matryoshka_lora.cli.model_results import (
     format_evaluation,
@@ -209,7 +208,7 @@ def evaluate(
         adapter,
         tasks,
         data,
-        parse_ranks_or_all(ranks),
+        "all" if ranks == "all" else parse_ranks(ranks),
         output=output,
         base_model=base_model,
         base_revision=base_revision,

@@ -78,9 +78,9 @@ def extract(
     interruption, the same call continues.
 
     Args:
-        base: The model before: a folder or a safetensors file, or ``owner/name`` on the
+        base: The base model: a folder or a safetensors file, or ``owner/name`` on the
             Hugging Face Hub.
-        tuned: The model after.
+        tuned: The fine-tuned model, in one of these forms.
         output: The folder to write; with a key format, the ``.safetensors`` file.
         rank: R. With ``keep``, ``error`` or ``max_bytes``, an upper bound of each layer's rank.
         keep: Give each layer the smallest rank that keeps this share of the squared norm of D,

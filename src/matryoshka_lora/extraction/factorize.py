@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -107,7 +106,7 @@ def factorize_change(
 
 
 def _largest_singular_values(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, S and V of the largest singular values, at least as many as the rank."""
+    """Return U, S and V of a truncated SVD, of at least the rank."""
     width = rank + _OVERSAMPLING
     if 2 * width > min(matrix.shape):
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -152,7 +151,7 @@ def factorize_layers(
         max_error: The maximum relative error over all layers.
 
     Returns:
-        The layers, as in a PEFT folder, and what is known of their changes.
+        The layers, with the keys of a PEFT folder, and the `Change` of each layer.
     """
     max_ranks = {
         name: min(max_rank or weight.full_rank, weight.full_rank)
@@ -202,10 +201,7 @@ def _read_or_factorize(
         A, B, change = factorize_change(name, weight, rank, share)
         tensors = {"A": A.cpu().contiguous(), "B": B.cpu().contiguous()}
         with create_file(file, force=True) as temporary:
-            try:
-                save_file(tensors, temporary, {"change": json.dumps(asdict(change))})
-            except SafetensorError as error:  # a full disk
-                raise OSError(str(error)) from error
+            save_file(tensors, temporary, {"change": json.dumps(asdict(change))})
     stored, metadata = open_safetensors(file)
     keys = LayerKeys(*(f"{PEFT_PREFIX}{name}{suffix}" for suffix in DIFFUSERS_SUFFIXES))
     layer = Layer.from_tensors(name, stored["A"], stored["B"], 1.0, keys, source=str(file))

@@ -51,7 +51,7 @@ _MODEL_PREFIXES = {
     "down_blocks.": "unet.",
     "transformer_blocks.": "transformer.",
 }
-# From the names of OpenCLIP to those of transformers.
+# Maps OpenCLIP names to transformers names.
 _OPEN_CLIP_BLOCK = r"^(text_encoder(?:_2)?\.)transformer\.resblocks\.(\d+)\."
 _OPEN_CLIP_NAMES = {
     _OPEN_CLIP_BLOCK: r"\1text_model.encoder.layers.\2.",
@@ -122,11 +122,12 @@ def open_model(path: Path) -> ModelFiles:
 def rename_for_pipeline(base: ModelFiles, tuned: ModelFiles) -> tuple[ModelFiles, ModelFiles]:
     """Return both models with keys that begin with the part of the pipeline.
 
-    OpenCLIP's fused projections become those of transformers, which are slices of their rows.
+    OpenCLIP's fused projections are split into the query, key and value projections of
+    transformers.
 
     Args:
         base: The model before fine-tuning.
-        tuned: The model after. Its names may be those of another program.
+        tuned: The fine-tuned model. Its keys may follow another naming convention.
 
     Raises:
         MatryoshkaError: The model is not recognised.
@@ -284,8 +285,8 @@ def compare_models(
     Weights that are tied to saved ones are saved too: PEFT would untie them.
 
     Args:
-        base: The model before.
-        tuned: The model after.
+        base: The base model.
+        tuned: The fine-tuned model.
         architecture: The architecture of the base model.
         modules_to_save: Name suffixes of modules that are saved as they are.
 

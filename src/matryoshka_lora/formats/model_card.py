@@ -244,7 +244,7 @@ def _common_license(sources: Sequence[SourceCard]) -> str | None:
 
 
 def _license_list(sources: Sequence[SourceCard]) -> str:
-    lines = ["The factors are those of a sum of LoRAs, whose licenses all apply:", ""]
+    lines = ["This adapter is a sum of LoRAs. The license of each of them applies:", ""]
     for source in sources:
         names = source.values("license_name") or source.values("license") or ["not named"]
         # A name must not add text to the card.

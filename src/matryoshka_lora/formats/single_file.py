@@ -109,8 +109,8 @@ def read(file: Path, alpha: float | None = None) -> Lora:
                 f"{file} has {layer.kind} and {next_layer.kind} for one module: "
                 f"{short(layer.name)}. Remove one of them."
             )
-    # diffusers would take the ranks in the metadata for those of the extended modules as well, and
-    # an alpha that is passed is for all layers.
+    # diffusers would apply the ranks in the metadata to the extended modules, too, and a passed
+    # alpha applies to all layers.
     if not layers or (extended_modules and (can_describe(layers) or alpha is not None)):
         raise _no_layers_error(file, tensors)
 

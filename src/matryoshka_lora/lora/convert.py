@@ -43,7 +43,7 @@ from matryoshka_lora.registry import KeyFormat
 if TYPE_CHECKING:
     from matryoshka_lora.lora.lora import Lora
 
-# The prefix of kohya's keys by the part of the pipeline, for models whose names are not known.
+# The kohya key prefix of each pipeline component, for models without a key table.
 _KOHYA_PREFIXES = {
     "unet": "lora_unet",
     "text_encoder": "lora_te",

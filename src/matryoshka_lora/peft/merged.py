@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
 from torch import nn
 
 from matryoshka_lora.errors import MatryoshkaError, wrap_errors
@@ -59,7 +58,7 @@ def write(lora: Lora, output_folder: Path, target: Target) -> Written:
         "Upgrade transformers, or pass an unquantized model as `base_model`.",
         NotImplementedError,
     ):
-        _save_model(merged, output_folder)
+        merged.save_pretrained(output_folder)
     _complete_config(output_folder / "config.json")
     return written
 
@@ -82,13 +81,6 @@ def _write_tokenizer(
         warnings.warn(f"The merged model will have no tokenizer. {error}", stacklevel=2)
         return
     tokenizer.save_pretrained(output_folder)
-
-
-def _save_model(model: Any, folder: Path) -> None:
-    try:
-        model.save_pretrained(folder)
-    except SafetensorError as error:  # a full disk
-        raise OSError(str(error)) from error
 
 
 def _untie_adapted_embeddings(model: Any) -> None:
