@@ -25,10 +25,8 @@ import argparse
 import json
 import logging
 import os
-import platform
 import random
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from importlib.metadata import version
@@ -46,14 +44,13 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from train_step import machine, now
 
 from matryoshka_lora import NestedAdapter, nest
-from matryoshka_lora.bundled_model import bundled_model_path
 from matryoshka_lora.evaluation.engine import Engine, Tokens, Tree
 from matryoshka_lora.evaluation.harness import ManyRanksLM
+from matryoshka_lora.peft.base_model import load_model, load_tokenizer
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BATCH_SIZES = (8, 32)
 NUM_TUNING_ITEMS = 4
 TIE = 1e-4
@@ -216,11 +213,9 @@ class NoSharing(Engine):
 class Benchmark:
     """An adapter at some ranks, and the sides that evaluate it."""
 
-    def __init__(self, base_model: str, dtype: str, ranks: Sequence[int]) -> None:
-        model: Any = AutoModelForCausalLM.from_pretrained(base_model, dtype=DTYPES[dtype])
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, dtype: str, ranks: Sequence[int]) -> None:
         config = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear")
-        model = get_peft_model(model, config)
+        model: Any = get_peft_model(load_model(dtype=dtype), config)
         generator = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -230,8 +225,8 @@ class Benchmark:
         self.adapter.reorder()
         model.requires_grad_(False)
         self.ranks = ranks
-        self.tokenizer = AutoTokenizer.from_pretrained(base_model)
-        self.harness = HFLM(model, tokenizer=AutoTokenizer.from_pretrained(base_model))
+        self.tokenizer = load_tokenizer()
+        self.harness = HFLM(model, tokenizer=load_tokenizer())
 
     def run(self, side: str, task: Any) -> tuple[float, dict[int, Answers]]:
         """Return the seconds of a side, and its answers by rank."""
@@ -248,28 +243,22 @@ class Benchmark:
                 lm.engine = NoSharing(self.adapter, self.ranks)
             lms = dict.fromkeys(self.ranks, lm)
         answers: dict[int, Answers] = {}
-        start = self._now()
+        start = now(self.adapter.model.device)
         for rank, lm in lms.items():
             lm.lora_rank = rank
             if side == "harness":
                 self.adapter.set_rank(rank)
             answers[rank] = answer(lm, task)
-        return self._now() - start, answers
-
-    def _now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            return time.perf_counter()
-        return time.thread_time()
+        return now(self.adapter.model.device) - start, answers
 
     def measure(self, name: str, task: Any, repeats: int) -> dict[str, Any]:
         """Return the seconds of all sides on one task, and the differences to the harness."""
         seconds_by_batch_size: dict[int, float] = {}
         for size in BATCH_SIZES:
             self.harness.batch_size_per_gpu = size
-            start = self._now()
+            start = now(self.adapter.model.device)
             answer(self.harness, task, NUM_TUNING_ITEMS)
-            seconds_by_batch_size[size] = self._now() - start
+            seconds_by_batch_size[size] = now(self.adapter.model.device) - start
         batch_size = min(BATCH_SIZES, key=lambda size: seconds_by_batch_size[size])
         self.harness.batch_size_per_gpu = batch_size
         seconds: dict[str, list[float]] = {side: [] for side in TASKS[name].sides}
@@ -314,19 +303,10 @@ def compare(answers: dict[int, Answers], expected: dict[int, Answers]) -> dict[s
     }
 
 
-def describe_machine() -> str:
-    """Return the device, its threads, and the versions of the libraries."""
-    device = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                device = line.partition(":")[2].strip()
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = f"{device}, {torch.backends.cpu.get_cpu_capability()}, one thread"
-    libraries = [f"{name} {version(name)}" for name in ("torch", "transformers", "lm_eval")]
-    return ", ".join([device, *libraries])
+def describe_machine(device: torch.device) -> str:
+    """Return the hardware, its threads, and the versions of the libraries."""
+    libraries = [f"{name} {version(name)}" for name in ("transformers", "lm_eval")]
+    return ", ".join([machine(device), *libraries])
 
 
 def main() -> None:
@@ -337,7 +317,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=6, help="examples of each task")
     parser.add_argument("--tasks", default=",".join(TASKS), help=f"some of {', '.join(TASKS)}")
     parser.add_argument("--ranks", default="1,4,16,32", help="powers of two up to 32")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="fp32")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each side")
     default_output = Path("benchmarks/results/evaluate_ranks.json")
     parser.add_argument("--output", "-o", type=Path, default=default_output)
@@ -346,11 +326,12 @@ def main() -> None:
     torch.set_flush_denormal(True)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     ranks = [int(rank) for rank in options.ranks.split(",")]
-    benchmark = Benchmark(str(bundled_model_path()), options.dtype, ranks)
+    benchmark = Benchmark(options.dtype, ranks)
     document: dict[str, Any] = {"results": {}}
     if options.output.exists():  # other tasks keep their results
         document = json.loads(options.output.read_text(encoding="utf-8"))
-    document = {**document, "machine": describe_machine(), "dtype": options.dtype}
+    device = benchmark.adapter.model.device
+    document = {**document, "machine": describe_machine(device), "dtype": options.dtype}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in options.tasks.split(","):

@@ -18,7 +18,7 @@ import torch
 import train_step
 import trl_step
 
-from matryoshka_lora.peft.base_model import DTYPES, load_model
+from matryoshka_lora.peft.base_model import load_model
 
 
 def measure_train_step(device: torch.device, small: bool) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def measure_train_step(device: torch.device, small: bool) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for dtype in ("bf16", "fp32"):
         for rank in (32,) if small else train_step.RANKS:
-            model = load_model(dtype=DTYPES[dtype], device=device).requires_grad_(False)
+            model = load_model(dtype=dtype, device=device).requires_grad_(False)
             if small:
                 model.model.layers = model.model.layers[:1]
             results[f"{dtype}, R = {rank}"] = train_step.measure(model, rank, 1 if small else 5)

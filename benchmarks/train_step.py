@@ -35,7 +35,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from matryoshka_lora import Nesting, Rule, nest
-from matryoshka_lora.peft.base_model import DTYPES, load_model
+from matryoshka_lora.peft.base_model import load_model
 
 ROWS, TOKENS = 8, 128
 RANKS = (8, 32, 128, 256)
@@ -207,9 +207,9 @@ def measure(base: nn.Module, rank: int, repeats: int) -> dict[str, dict[str, Any
     return report
 
 
-def machine(device: torch.device | None = None) -> str:
+def machine(device: torch.device) -> str:
     """Return the hardware and the version of torch."""
-    if device is not None and device.type == "cuda":
+    if device.type == "cuda":
         gpu = torch.cuda.get_device_name(device)
         return f"{gpu}, CUDA {torch.version.cuda}, torch {torch.__version__}"
     cpu = platform.processor()
@@ -241,7 +241,7 @@ def main() -> None:
     cells = json.loads(args.out.read_text())["cells"] if args.out and args.out.exists() else []
     done = {(cell["dtype"], cell["rank"]) for cell in cells}
     for dtype in [args.dtype] if args.dtype else ["bf16", "fp32"]:
-        base = load_model(dtype=DTYPES[dtype], device=args.device).requires_grad_(False)
+        base = load_model(dtype=dtype, device=args.device).requires_grad_(False)
         for rank in [args.rank] if args.rank else RANKS:
             if (dtype, rank) in done:
                 continue

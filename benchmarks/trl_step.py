@@ -20,7 +20,6 @@ import argparse
 import json
 import platform
 import tempfile
-import time
 import weakref
 from pathlib import Path
 from statistics import median
@@ -31,6 +30,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from train_step import now
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -101,7 +101,7 @@ class StepMeter(TrainerCallback):
         if state.global_step == args.max_steps - 1:
             self.checkpoints = kwargs["model"].is_gradient_checkpointing
             self._counter.__enter__()
-        self._start = _now()
+        self._start = now(kwargs["model"].device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop it."""
@@ -109,7 +109,7 @@ class StepMeter(TrainerCallback):
             self._counter.__exit__(None, None, None)
             self.peak = self._counter.peak
         elif state.global_step > 1:
-            self.seconds.append(_now() - self._start)
+            self.seconds.append(now(kwargs["model"].device) - self._start)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the loss."""
@@ -189,13 +189,6 @@ def measure(tokens: int, repeats: int, setting: str) -> dict[str, dict[str, Any]
         }
         for variant, meter in meters.items()
     }
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
 
 
 def main() -> None:

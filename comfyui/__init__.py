@@ -1,4 +1,4 @@
-"""Nodes for ComfyUI: shrink and combine LoRA files, and save those on a model as one file."""
+"""Nodes for ComfyUI: shrink and combine LoRA files, and save the LoRAs on a model as one file."""
 
 from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 

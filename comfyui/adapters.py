@@ -84,7 +84,7 @@ def read_adapter(key: str, name: str, adapter: Any) -> ml.Layer | None:
 
 
 def _with_kernel(A: StoredTensor, mid: StoredTensor) -> StoredTensor:
-    """Return A of LoCon, whose kernel is that of a third factor between A and B."""
+    """Return A of LoCon, multiplied by the mid matrix, which has the kernel."""
 
     def read() -> np.ndarray:
         matrix = A.read().reshape(A.shape[0], -1).astype(np.float64)

@@ -26,7 +26,7 @@ def source_path(name: str) -> Path:
 
 
 def modification_times(names: Iterable[str]) -> tuple[int, ...]:
-    """Return what changes when a file is replaced. ComfyUI then runs the node again."""
+    """Return the modification times of files. ComfyUI runs the node again if they change."""
     paths = [folder_paths.get_full_path("loras", name) for name in names]
     return tuple(os.stat(path).st_mtime_ns for path in paths if path is not None)
 

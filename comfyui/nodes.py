@@ -58,7 +58,7 @@ def save_inputs(filename: str) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def ui_text(lines: list[str]) -> dict[str, list[str]]:
-    """Return what ComfyUI sends to the node in the browser."""
+    """Return the text that ComfyUI shows on the node."""
     return {"text": ["\n".join(lines)]}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 
 from research.plan import Result, results
@@ -27,14 +28,14 @@ def earlier_curves(study: str) -> list[Result]:
     A line of ``runs/earlier.jsonl`` has the study, the commit of the version, and the fields of a
     curve. Other results of earlier versions are in ``research/earlier.md``.
     """
-    found: list[Result] = []
+    earlier: list[Result] = []
     for line in (RUNS / "earlier.jsonl").read_text(encoding="utf-8").splitlines():
         fields = json.loads(line)
         if fields.pop("study") == study:
             del fields["commit"]
             curve = Curve(tuple(fields.pop("loss")), tuple(fields.pop("accuracy")))
-            found.append(Result(**{**fields, "ranks": tuple(fields["ranks"]), "curve": curve}))
-    return found
+            earlier.append(Result(**{**fields, "ranks": tuple(fields["ranks"]), "curve": curve}))
+    return earlier
 
 
 def of_method(study: str, method: str, task: str | None = None) -> list[Result]:
@@ -62,4 +63,9 @@ def reference_accuracies(rank: int) -> list[float]:
     references = of_method("every256", LORA_EACH)
     if rank <= 2:
         _, references = references_with_best_warmup()
-    return [100 * (accuracy_at(rank)(result) or 0) for result in references]
+    return accuracies(references, rank)
+
+
+def accuracies(results_of_method: Sequence[Result], rank: int) -> list[float]:
+    """Return the right answers at a rank in %, by seed."""
+    return [100 * (accuracy_at(rank)(result) or 0) for result in results_of_method]

@@ -14,9 +14,7 @@ from research.training import (
     AnswerTrainer,
     Factors,
     Trained,
-    copy_factors,
     score,
-    write_factors,
 )
 
 Deployment = Callable[[Trained], Iterator[tuple[NestedAdapter, int]]]
@@ -47,7 +45,7 @@ def kept(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
     """Use the first columns with the entries of P that they were trained with."""
     adapter = trained.new_adapter()  # rank R has the diagonal of the training
     for rank in trained.ranks:
-        write_factors(adapter, _truncate(trained.factors, rank))
+        adapter.factors.write(_truncate(trained.factors, rank))
         yield adapter, trained.ranks[-1]
 
 
@@ -90,7 +88,7 @@ def squeezed(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
     adapter = trained.new_adapter()
     trainer = trained.trainer
     adapter.reorder()
-    factors_by_rank = {max_rank: copy_factors(adapter)}
+    factors_by_rank = {max_rank: adapter.factors.copy()}
     good_loss = _validation_loss(adapter, trainer) + SQUEEZE_SMALLEST_GAP
     num_examples = trainer.args.max_steps * trainer.args.per_device_train_batch_size
     steps_left = int(SQUEEZE_SHARE * num_examples) // SQUEEZE_EXAMPLES_PER_STEP
@@ -99,14 +97,14 @@ def squeezed(trained: Trained) -> Iterator[tuple[NestedAdapter, int]]:
         if rank != smaller_ranks[-1]:
             adapter.reorder()
         # The zeros have no gradient, and stay zero.
-        write_factors(adapter, _truncate(copy_factors(adapter), rank))
+        adapter.factors.write(_truncate(adapter.factors.copy(), rank))
         if _validation_loss(adapter, trainer) > good_loss:
             steps = steps_of_largest(smaller_ranks[: index + 1], steps_left)
             _train_on(adapter, trainer, steps, rank, max_rank)
             steps_left -= steps
-        factors_by_rank[rank] = copy_factors(adapter)
+        factors_by_rank[rank] = adapter.factors.copy()
     for rank in trained.ranks:
-        write_factors(adapter, factors_by_rank[rank])
+        adapter.factors.write(factors_by_rank[rank])
         adapter.set_rank(max_rank)
         yield adapter, max_rank  # the columns after the rank are zero
 

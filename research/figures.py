@@ -16,8 +16,7 @@ from statistics import fmean, median
 from typing import Any
 
 from matryoshka_lora import Nesting
-from research import stats
-from research.curves import curves, reference_accuracies
+from research.curves import accuracies, curves, reference_accuracies
 from research.looks import (
     LOOKS,
     MODES,
@@ -29,9 +28,8 @@ from research.looks import (
 )
 from research.plan import Result
 from research.spent import examples_spent
-from research.study import LORA_EACH, load_study, parse_method
+from research.study import LORA_EACH, ROOT, load_study, parse_method
 
-ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "docs" / "figures"
 
 FACE_METHODS = (TRAINED, "lora/squeezed", "lora/svd")
@@ -166,16 +164,11 @@ def _draw_accuracies(
         curves_of_method = [curve for curve in all_curves if curve.method == method]
         if method == LORA_EACH:
             ranks = curves_of_method[0].ranks
-            _draw_single_runs(axes, {r: _percent(curves_of_method, r) for r in ranks}, mode)
+            _draw_single_runs(axes, {r: accuracies(curves_of_method, r) for r in ranks}, mode)
         else:
             _draw_curve(axes, curves_of_method, mode, average, z_order=4 - 0.1 * index)
     all_ranks = {rank for curve in all_curves for rank in curve.ranks}
     set_rank_axis(axes, sorted(all_ranks), "rank at which the adapter is used")
-
-
-def _percent(all_curves: Sequence[Result], rank: int) -> list[float]:
-    """Return the right answers at a rank in %, by seed."""
-    return [100 * (stats.accuracy_at(rank)(curve) or 0) for curve in all_curves]
 
 
 def _draw_single_runs(
@@ -184,9 +177,9 @@ def _draw_single_runs(
     """Draw a marker for each run, next to each other so that equal ones are visible."""
     look = LOOKS[LORA_EACH]
     color = look.color(mode)
-    for rank, accuracies in accuracies_by_rank.items():
-        x = [rank * 2 ** (0.07 + 0.16 * i / len(accuracies)) for i in range(len(accuracies))]
-        axes.plot(x, accuracies, look.marker, color=color, markersize=6, zorder=5)
+    for rank, shares in accuracies_by_rank.items():
+        x = [rank * 2 ** (0.07 + 0.16 * i / len(shares)) for i in range(len(shares))]
+        axes.plot(x, shares, look.marker, color=color, markersize=6, zorder=5)
     axes.plot([], [], look.marker, color=color, label=plain_name(LORA_EACH), markersize=7)
 
 
@@ -198,11 +191,11 @@ def _draw_curve(
     ranks = all_curves[0].ranks
     color = LOOKS[method].color(mode)
     for curve in all_curves:
-        accuracies = [100 * share for share in curve.curve.accuracy]
-        axes.plot(ranks, accuracies, color=color, alpha=0.3, linewidth=1, zorder=z_order - 1)
+        shares = [100 * share for share in curve.curve.accuracy]
+        axes.plot(ranks, shares, color=color, alpha=0.3, linewidth=1, zorder=z_order - 1)
     axes.plot(
         ranks,
-        [average(_percent(all_curves, rank)) for rank in ranks],
+        [average(accuracies(all_curves, rank)) for rank in ranks],
         marker=LOOKS[method].marker,
         color=color,
         label=plain_name(method),

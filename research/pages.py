@@ -9,11 +9,10 @@ A page marks a block with ``<!-- generated: NAME -->`` and ``<!-- end -->``. The
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from research.blocks import BLOCKS
+from research.study import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),

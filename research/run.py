@@ -19,7 +19,7 @@ from research.plan import missing_jobs
 from research.runs import Curve, Job, Run, append_line
 from research.study import Study
 from research.tasks import choices_folder
-from research.training import AnswerTrainer, Trained, copy_factors, score, trainer_of
+from research.training import AnswerTrainer, Trained, score, trainer_of
 
 PACKAGES = ("matryoshka-lora", "torch", "transformers", "peft", "trl", "reasoning-gym")
 
@@ -82,7 +82,7 @@ def run_job(study: Study, job: Job, deployments: Collection[str]) -> Run:
         tokens_before = AnswerTrainer.num_tokens
         trainer.train()
         cost["tokens"] = AnswerTrainer.num_tokens - tokens_before
-        trained = Trained(study, job, copy_factors(adapter), trainer, measured)
+        trained = Trained(study, job, adapter.factors.copy(), trainer, measured)
         cost["seconds"] = round(time.perf_counter() - start, 2)
         cost["parameters"] = trained.num_parameters
         for name in names:
@@ -97,7 +97,9 @@ def run_job(study: Study, job: Job, deployments: Collection[str]) -> Run:
                 }
     diverged = tuple(name for name in names if name not in curves)
     settings = study.settings(job.task, job.recipe)
-    return Run(job, study.measured_ranks(job), curves, cost, settings, package_versions, diverged)
+    return Run(
+        job, study.nested_ranks(job.rank), curves, cost, settings, package_versions, diverged
+    )
 
 
 def versions() -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class Run:
     cost: dict[str, Any]
     settings: str
     versions: dict[str, str]
-    diverged: tuple[str, ...] = field(default=())
+    diverged: tuple[str, ...] = ()
 
     def has(self, deployment: str) -> bool:
         """Return whether a deployment was measured, or has diverged."""

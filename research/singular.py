@@ -19,7 +19,7 @@ from matryoshka_lora import NestedAdapter
 from research.run import set_up
 from research.runs import Job
 from research.study import load_study
-from research.training import copy_factors, trainer_of
+from research.training import trainer_of
 
 JOB = Job("lora", "facts-256", 32, 4e-3, 0, "validation")
 LAYER = "model.layers.1.mlp.down_proj"
@@ -51,7 +51,7 @@ def describe(adapter: NestedAdapter) -> dict[str, list[float]]:
 
     The error is ``|B A - B_r A_r| / |B A|``, in Frobenius norms.
     """
-    factors = copy_factors(adapter)
+    factors = adapter.factors.copy()
     (name,) = (name for name in factors if name.endswith(LAYER))
     A, B = (factor.double() for factor in factors[name])
     update = B @ A

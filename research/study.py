@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,11 +145,11 @@ class Study:
     modules: tuple[str, ...] = ()
     dtype: str = "bf16"
     rank: int = 32
-    ranks: tuple[int, ...] = field(default=())
+    ranks: tuple[int, ...] = ()
     within: float = 0.0
     reference_ranks: tuple[int, ...] = ()
     max_examples: int | None = None
-    also: tuple[str, ...] = field(default=())
+    also: tuple[str, ...] = ()
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -186,10 +186,6 @@ class Study:
     def nested_ranks(self, rank: int) -> tuple[int, ...]:
         """Return the nested ranks of a run: the study's at R, otherwise only ``rank``."""
         return self.ranks if rank == self.rank else (rank,)
-
-    def measured_ranks(self, job: Job) -> tuple[int, ...]:
-        """Return the ranks at which a job's adapter is measured."""
-        return self.nested_ranks(job.rank)
 
     def steps(self, recipe: str) -> int:
         """Return the optimizer steps of a run."""
@@ -243,7 +239,7 @@ class Study:
             if job.task not in self.tasks or job.recipe not in recipes:
                 continue
             same_settings = run.settings == self.settings(job.task, job.recipe)
-            if not same_settings or run.ranks != self.measured_ranks(job):
+            if not same_settings or run.ranks != self.nested_ranks(job.rank):
                 raise MatryoshkaError(
                     f"{job} was run with other settings than those of {self.name}. Restore the "
                     "settings of the study, or move its runs away."

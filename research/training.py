@@ -28,7 +28,7 @@ from research.runs import Job
 from research.study import RECIPES, Study
 
 Factors = dict[str, tuple[Tensor, Tensor]]
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""A, shape (R, in), and B, shape (out, R), of each layer."""
 
 
 class AnswerTrainer(SFTTrainer):
@@ -127,31 +127,14 @@ class Trained:
             deploy: ``"paper"`` drops P in eval mode, and when the factors are reordered.
         """
         adapter, _ = nested_adapter(self.study, self.job, deploy)
-        write_factors(adapter, self.factors)
+        adapter.factors.write(self.factors)
         adapter.model.eval()
         return adapter
 
 
-def copy_factors(adapter: NestedAdapter) -> Factors:
-    """Return copies of A, shape (R, in), and B, shape (out, R), of each layer."""
-    return {
-        name: (A.detach().clone(), B.detach().clone())
-        for name, (A, B) in adapter.layer_factors().items()
-    }
-
-
-@torch.no_grad()
-def write_factors(adapter: NestedAdapter, factors: Factors) -> None:
-    """Overwrite the factors of all layers."""
-    for name, (A, B) in adapter.layer_factors().items():
-        new_A, new_B = factors[name]
-        A.copy_(new_A)
-        B.copy_(new_B)
-
-
 @cache
 def _base_model(name: str, layers: int | None, dtype: str) -> tuple[Any, Any]:
-    model = load_model(name, DTYPES[dtype], device="cpu")
+    model = load_model(name, dtype, device="cpu")
     tokenizer = load_tokenizer(name)
     if layers is None:
         return model, tokenizer

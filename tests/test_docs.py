@@ -17,6 +17,7 @@ import typer
 import yaml
 from helpers.page_inputs import write_inputs
 
+import matryoshka_lora
 from matryoshka_lora.cli import app
 from matryoshka_lora.sft import read_config
 
@@ -103,6 +104,11 @@ def test_every_page_is_in_the_navigation_once() -> None:
 
     navigation = yaml.safe_load(read(ROOT / "mkdocs.yml"))["nav"]
     assert sorted(files(navigation)) == [page.name for page in DOCS]
+
+
+def test_the_reference_has_every_public_name() -> None:
+    names = re.findall(r"^::: matryoshka_lora\.(\w+)$", read(ROOT / "docs/api.md"), re.MULTILINE)
+    assert set(matryoshka_lora.__all__) <= set(names)
 
 
 def make_targets() -> set[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import oracle
+from helpers.rules import NESTINGS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,13 +24,6 @@ PAPER_TABLE = [
     (256, "none", [9, 8, 7, 6, 5, 4, 3, 2, 1]),
 ]
 
-nestings = st.builds(
-    Nesting,
-    st.sets(st.integers(1, 80), min_size=1, max_size=8).map(lambda ranks: tuple(sorted(ranks))),
-    st.sampled_from(["none", "rank", "sqrt"]),
-    st.floats(1e-3, 1e3),
-)
-
 
 @pytest.mark.parametrize(("max_rank", "scaling", "values"), PAPER_TABLE)
 def test_p_is_the_table_of_the_paper(max_rank: int, scaling: Any, values: list[float]) -> None:
@@ -40,7 +34,7 @@ def test_p_is_the_table_of_the_paper(max_rank: int, scaling: Any, values: list[f
     np.testing.assert_allclose(diagonal, np.repeat(values, widths), rtol=0, atol=1e-5)
 
 
-@given(nestings, st.data())
+@given(NESTINGS, st.data())
 def test_p_prefix_and_scale_are_the_formulas(nesting: Nesting, data: st.DataObject) -> None:
     arguments: Any = (nesting.scaling, nesting.scale)
     expected = oracle.trained_p(nesting.ranks, *arguments).numpy()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import oracle
 from helpers.models import nested_llama
+from helpers.rules import NESTINGS, RANK_PER_ROW
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -24,24 +25,12 @@ from matryoshka_lora.rules import RULES, Rule, get_rule
 
 NESTING = Nesting((1, 2, 4, 8), "sqrt", 0.7)
 
-nestings = st.builds(
-    Nesting,
-    st.sets(st.integers(1, 80), min_size=1, max_size=8).map(lambda ranks: tuple(sorted(ranks))),
-    st.sampled_from(["none", "rank", "sqrt"]),
-    st.floats(1e-3, 1e3),
-)
-
 
 def prefix(nesting: Nesting, rank: int) -> NDArray[Any]:
     return oracle.prefix_p(nesting.ranks, rank, nesting.scaling, nesting.scale).numpy()
 
 
-def rank_per_row(nesting: Nesting, rng: random.Random, batch_size: int) -> NDArray[Any]:
-    """Draw a rank for each row of the batch."""
-    return np.stack([nesting.prefix(rng.choice(nesting.ranks)) for _ in range(batch_size)])
-
-
-@pytest.mark.parametrize("rule", [*RULES.values(), Rule("rank per row", rank_per_row)])
+@pytest.mark.parametrize("rule", [*RULES.values(), RANK_PER_ROW])
 @given(st.integers(0, 2**40), st.integers(0, 10**7), st.integers(1, 40))
 def test_a_diagonal_depends_only_on_seed_and_step(
     rule: Rule, seed: int, step: int, batch_size: int
@@ -57,7 +46,7 @@ def test_a_diagonal_depends_only_on_seed_and_step(
     np.testing.assert_array_equal(first, unpickled.sample(NESTING, seed, step, batch_size))
 
 
-@given(nestings, st.integers(0, 10**6), st.integers(0, 10**9))
+@given(NESTINGS, st.integers(0, 10**6), st.integers(0, 10**9))
 def test_the_built_in_rules_follow_their_formulas(nesting: Nesting, seed: int, step: int) -> None:
     def sample(rule: str) -> NDArray[Any]:
         return get_rule(rule).sample(nesting, seed, step)
@@ -86,7 +75,7 @@ def test_dylora_is_uniform_and_independent_over_steps_and_seeds() -> None:
 
 
 def test_a_rule_of_a_user_may_give_each_row_a_diagonal() -> None:
-    diagonals = Rule("rank per row", rank_per_row).sample(NESTING, seed=0, step=0, batch_size=16)
+    diagonals = RANK_PER_ROW.sample(NESTING, seed=0, step=0, batch_size=16)
     assert diagonals.shape == (16, 8)
     assert {int(np.count_nonzero(row)) for row in diagonals} == set(NESTING.ranks)
 
@@ -117,8 +106,7 @@ def test_an_invalid_diagonal_is_rejected(diagonal: NDArray[Any], fixed: bool, ke
 
 
 def test_a_rule_has_a_known_name_or_is_a_rule() -> None:
-    rule = Rule("mine", rank_per_row)
-    assert get_rule(rule) is rule
+    assert get_rule(RANK_PER_ROW) is RANK_PER_ROW
     with pytest.raises(MatryoshkaError, match="matryoshka"):
         get_rule("matroshka")
     with pytest.raises(MatryoshkaError, match="rule"):

@@ -396,19 +396,19 @@ def to_json() -> str:
             "kohya_names": json.dumps(model.kohya_names),
             "widths": json.dumps(sorted(model.widths)),
             "text_encoders": json.dumps(dict(model.text_encoders)),
-            "aliases": one_a_line([alias._asdict() for alias in model.aliases]),
-            "modules": one_a_line([module_fields(module) for module in model.modules]),
+            "aliases": one_per_line([alias._asdict() for alias in model.aliases]),
+            "modules": one_per_line([module_fields(module) for module in model.modules]),
         }
         lines = ",\n".join(f'  "{name}": {value}' for name, value in fields.items())
         models.append(f"{{\n{lines}\n}}")
-    text_encoder_modules = one_a_line([module_fields(module) for module in TEXT_ENCODER_MODULES])
+    text_encoder_modules = one_per_line([module_fields(module) for module in TEXT_ENCODER_MODULES])
     all_models = ",\n".join(models)
     return (
         f'{{\n"text_encoder_modules": {text_encoder_modules},\n"models": [\n{all_models}\n]\n}}\n'
     )
 
 
-def one_a_line(entries: list[dict[str, Any]]) -> str:
+def one_per_line(entries: list[dict[str, Any]]) -> str:
     """Return a list of objects as JSON, with one line for each."""
     return "[" + ",".join(f"\n    {json.dumps(entry)}" for entry in entries) + "]"
 
@@ -442,13 +442,13 @@ SDXL_CONFIG = {
 CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "Stable Diffusion 1 and 2": ("UNet2DConditionModel", {"cross_attention_dim": 768}),
     "SDXL": ("UNet2DConditionModel", SDXL_CONFIG),
-    # Of 3.5 large the number of blocks, of 3.5 medium the second attention.
+    # 3.5 large has the largest number of blocks, and 3.5 medium has the second attention.
     "Stable Diffusion 3": (
         "SD3Transformer2DModel",
         {"num_layers": 38, "dual_attention_layers": tuple(range(13))},
     ),
     "Flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),
-    # The modules of images too.
+    # With the modules for the image in image-to-video.
     "Wan": ("WanTransformer3DModel", {"image_dim": 1280, "added_kv_proj_dim": 5120}),
     "Qwen-Image": ("QwenImageTransformer2DModel", {}),
     "Z-Image": ("ZImageTransformer2DModel", {}),
@@ -517,19 +517,19 @@ def weight_shapes(instance: nn.Module) -> dict[str, torch.Size]:
 def compare(modules: Iterable[Module], shapes: Mapping[str, torch.Size]) -> Check:
     """Compare a table with the shapes of weights."""
     check = Check()
-    found: set[str] = set()
+    known: set[str] = set()
     for module in modules:
         for name, size in zip(module.diffusers, module.sizes, strict=True):
             names = [name.replace("{}", str(block)) for block in range(module.num_blocks)]
             names = [name for name in names if name in shapes]
             if not names and not NOT_IN_DIFFUSERS.fullmatch(name):
                 check.unknown.append(name)
-            found.update(names)
+            known.update(names)
             if len(module.sizes) > 1:
                 check.wrong_sizes.extend(
                     name for name in names if shapes[name][0] != size * shapes[name][1]
                 )
-    missing = {re.sub(r"(?<=\.)\d+(?=\.)", "{}", name) for name in shapes.keys() - found}
+    missing = {re.sub(r"(?<=\.)\d+(?=\.)", "{}", name) for name in shapes.keys() - known}
     check.missing.extend(sorted(missing))
     return check
 

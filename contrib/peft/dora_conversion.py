@@ -1,7 +1,7 @@
 """Conversion of DoRA layers to LoRA, with the magnitude.
 
 ``convert_module_to_lora`` has the signature of PEFT's ``_convert_module_to_lora``. ``patch_peft``
-puts it in its place. It needs PEFT and PyTorch only.
+replaces it in PEFT. The module needs PEFT and PyTorch only.
 """
 
 from __future__ import annotations
@@ -89,5 +89,5 @@ original_convert_module = conversion and conversion._convert_module_to_lora
 
 
 def patch_peft() -> None:
-    """Put the function in the place of PEFT's, until the process ends."""
+    """Replace the function of PEFT, until the process ends."""
     conversion._convert_module_to_lora = convert_module_to_lora

@@ -2,7 +2,7 @@
 
 ``convert_module_to_lora`` has the signature of PEFT's ``_convert_module_to_lora``, and
 ``combine_adapters`` that of ``LoraModel._svd_generalized_task_arithmetic_weighted_adapter``.
-``patch_peft`` puts both in their place. It needs PEFT and PyTorch only.
+``patch_peft`` replaces both in PEFT. The module needs PEFT and PyTorch only.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def combine_adapters(
 ) -> tuple[Tensor, Tensor]:
     """Return lora_A and lora_B of a weighted sum of adapters, for ``combination_type="svd"``.
 
-    The factors of the sum are those of the adapters, side by side. Other combination types, types
-    of layers and a clamp are left to PEFT.
+    The factors of the sum are the concatenated factors of the adapters. Other combination types,
+    types of layers and a clamp are left to PEFT.
     """
     terms = [
         (name, weight)
@@ -151,7 +151,7 @@ original_combine = lora.LoraModel._svd_generalized_task_arithmetic_weighted_adap
 
 
 def patch_peft() -> None:
-    """Put both functions in the place of PEFT's, until the process ends."""
+    """Replace both functions of PEFT, until the process ends."""
     if conversion:
         conversion._convert_module_to_lora = convert_module_to_lora
     lora.LoraModel._svd_generalized_task_arithmetic_weighted_adapter = combine_adapters

@@ -129,7 +129,7 @@ def copy_uploads(files: Sequence[str], folder: str) -> dict[str, Path]:
         raise gr.Error(message, print_exception=False)
     if any(Path(file).name == CONFIG_NAME for file in files):
         if len(files) > 2:
-            raise gr.Error("Drop PEFT's two files alone.", print_exception=False)
+            raise gr.Error("Drop PEFT's two files without others.", print_exception=False)
         lora_folder = Path(folder) / "adapter"
         lora_folder.mkdir()
         for file in files:
@@ -174,13 +174,13 @@ def update_parts(
         gr.Accordion(visible=bool(single)),
         *tables,
         gr.Dataframe(pd.DataFrame(several), visible=bool(several)),
-        "",  # what was written from the files before
+        "",  # the summary of the previous files
         None,
     )
 
 
 def summarize(loras: dict[str, Row]) -> str:
-    """Return what a rank of a small error saves, in one sentence."""
+    """Return the size at a small error, in one sentence."""
     size = format_size(sum(lora["bytes"] for lora in loras.values()))
     small_size = format_size(sum(lora["bytes_for_error"] for lora in loras.values()))
     if len(loras) > 1:
@@ -212,7 +212,7 @@ def error_rows(lora: Row) -> list[Row]:
 
 
 def rank_rows(lora: Row) -> list[Row]:
-    """Return what each nested rank weighs."""
+    """Return the size and the error of each nested rank."""
     return [
         {
             "rank": rank,
@@ -238,7 +238,7 @@ def layer_rows(lora: Row) -> list[Row]:
 
 
 def file_row(name: str, lora: Row) -> Row:
-    """Return what one of several files holds."""
+    """Return the table row of one of several files."""
     compared_rank = min(COMPARED_RANK, lora["rank"])
     error = lora["errors_by_rank"].get(compared_rank)  # the paper's deployment has few ranks
     return {
@@ -319,7 +319,7 @@ def build_page() -> gr.Blocks:
             sentence = gr.Markdown()
             with gr.Row() as single_lora:
                 plot = gr.LinePlot(x="rank", y="error in %", title="Error of each rank")
-                ranks = gr.Dataframe(interactive=False, label="What each rank weighs")
+                ranks = gr.Dataframe(interactive=False, label="Size and error of each rank")
             file_table = gr.Dataframe(interactive=False, label="The LoRAs")
             gr.Markdown(EXPLANATION)
             with gr.Row():

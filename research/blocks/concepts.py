@@ -70,7 +70,7 @@ def p_orders() -> str:
     ]
     return (
         f"**P orders the prefixes.** On `chain_sum`, at the learning rate {p_kept_rate():g} for "
-        "both, adapters trained with P, truncated to\nrank 1 with P kept, differ from those of "
+        "both, adapters trained with P, truncated to\nrank 1 with P kept, differ from "
         f"plain LoRA, truncated to rank 1, by {gain} points and {loss} nats (three seeds).\n\n"
         "**After an SVD, no gain from P was found** in the mean over the ranks. P minus LoRA, both "
         f"after `reorder`,\nis {areas[0]}, {areas[1]} and {areas[2]} points of AURAC on three "

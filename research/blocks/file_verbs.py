@@ -5,8 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 
 from research.blocks.shared import block, read, table
-from research.curves import of_method
-from research.stats import accuracy_at
+from research.curves import accuracies, of_method
 from research.study import LORA_EACH
 
 
@@ -80,15 +79,14 @@ def finetune() -> str:
         rows.append([label, *cells, tuned])
     # LoRA trained at a rank, with the seeds of the fine-tunes; the study has no rank above 16.
     seeds = {run["seed"] for run in runs}
-    curves = of_method("headline", LORA_EACH, "family_relationships")
+    all_curves = of_method("headline", LORA_EACH, "family_relationships")
+    curves = [curve for curve in all_curves if curve.seed in seeds]
     references: list[str] = []
     for rank in ranks:
-        shares = [accuracy_at(rank)(curve) or 0 for curve in curves if curve.seed in seeds]
-        references.append(f"{100 * fmean(shares):.1f}" if rank <= 16 else "")
+        references.append(f"{fmean(accuracies(curves, rank)):.1f}" if rank <= 16 else "")
     rows.append(["*LoRA trained at the rank, right answers, %*", *references, ""])
     heading = ["rank", *map(str, ranks), "the tuned model"]
     with_modules = 100 * fmean(run["whole"]["accuracy"] for run in runs)
     return table(heading, rows) + (
-        f"\nWith the changed norms and embeddings too, rank 64 has {with_modules:.1f} % right "
-        "answers."
+        f"\nWith the changed norms and embeddings, rank 64 has {with_modules:.1f} % right answers."
     )

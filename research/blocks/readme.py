@@ -81,8 +81,9 @@ def readme_findings() -> str:
         "[Other tools](docs/performance.md#files).",
         "* **`train_ranks` minus [LoRA-Squeeze](https://arxiv.org/abs/2602.10993)**, our variant, "
         f"means at the ranks 1 and 2, in points: {minus_squeezed[0]} on the facts;",
-        f"  {minus_squeezed[1]} with fewer numbers to train; {minus_squeezed[2]} with 512 facts.",
-        f"* **With fewer numbers to train**, `train_ranks` has {trained} % at rank 2, and "
+        f"  {minus_squeezed[1]} with fewer trainable parameters; {minus_squeezed[2]} with 512 "
+        "facts.",
+        f"* **With fewer trainable parameters**, `train_ranks` has {trained} % at rank 2, and "
         f"LoRA trained at rank 2 {lora} %. If you need rank 2 only,",
         f"  nest [`(2, 32)`](docs/reorder.md#what-train_ranks-does): it then has {alone} % "
         "(medians of 5 seeds).",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 
 from matryoshka_lora import aurac
@@ -28,11 +29,10 @@ from research.blocks.shared import (
     trained_minus,
     trained_minus_study,
 )
-from research.curves import curves, of_method, references_with_best_warmup
+from research.curves import accuracies, curves, of_method, references_with_best_warmup
 from research.looks import NAMES, TRAINED
-from research.plan import Result
 from research.spent import examples_spent
-from research.stats import accuracy_at, aurac_log2, loss_at, mean_loss
+from research.stats import Estimate, accuracy_at, aurac_log2, loss_at, mean_loss
 from research.study import LORA_EACH, load_study
 
 
@@ -58,7 +58,7 @@ def facts256_findings() -> str:
     """Findings of the table of 256 facts."""
     trained = of_method("every256", TRAINED)
     largest_fall = 100 * max(map(stats.largest_fall, trained))
-    rank_1 = median(_accuracies(trained, 1))
+    rank_1 = median(accuracies(trained, 1))
     seconds = relative_seconds("every256", TRAINED)
     return (
         f"* `train_ranks` takes rank 1 from nothing to {rank_1:.1f} % for half a run's tokens, and "
@@ -77,7 +77,7 @@ def facts256_reference() -> str:
     ranges: list[str] = []
     for results in (references, of_method("every256", LORA_EACH)):
         for rank in (1, 2):
-            shares = _accuracies(results, rank)
+            shares = accuracies(results, rank)
             ranges.append(f"{min(shares):.1f} to {max(shares):.1f} %")
     return (
         "* **LoRA trained at the rank** has at the ranks 1 and 2 the best of nine rates and of "
@@ -134,11 +134,6 @@ def squeeze_tries() -> str:
         f"{len(squeezed[0].ranks)} ranks, which are {times:.1f} times as large as the adapter. The "
         "authors' form, which truncates within the training,\n  was not run."
     )
-
-
-def _accuracies(results: list[Result], rank: int) -> list[float]:
-    """Return the right answers at a rank in %, by seed."""
-    return [100 * (accuracy_at(rank)(result) or 0) for result in results]
 
 
 @block
@@ -219,17 +214,23 @@ def squeeze_differences() -> str:
         "256 facts, R = 128": "every256-rank128",
     }
     ranks = (1, 2, 3, 4, 8)
-    rows: list[list[str]] = []
-    for label, study in studies.items():
-        estimates = [trained_minus(study, "lora/squeezed", accuracy_at(rank)) for rank in ranks]
-        cells = [points(estimate, "+") for estimate in estimates]
-        rows.append([_with_version(label, study), *cells, str(estimates[0].n)])
-    heading = [
-        "`train_ranks` minus LoRA-Squeeze, points",
-        *(f"rank {rank}" for rank in ranks),
-        "seeds",
+    differences = {
+        _with_version(label, study): [
+            trained_minus(study, "lora/squeezed", accuracy_at(rank)) for rank in ranks
+        ]
+        for label, study in studies.items()
+    }
+    heading = ["`train_ranks` minus LoRA-Squeeze, points", *(f"rank {rank}" for rank in ranks)]
+    return _differences_table(heading, differences)
+
+
+def _differences_table(heading: Sequence[str], differences: Mapping[str, list[Estimate]]) -> str:
+    """Return a row of differences in points, and the number of seeds, for each label."""
+    rows = [
+        [label, *(points(estimate, "+") for estimate in estimates), str(estimates[0].n)]
+        for label, estimates in differences.items()
     ]
-    return table(heading, rows)
+    return table([*heading, "seeds"], rows)
 
 
 @block
@@ -321,16 +322,12 @@ def p_at_ranks() -> str:
     """P minus plain LoRA at each rank, which AURAC hides."""
     ranks = (1, 2, 4, 8, 16, 32)
     columns = [*(accuracy_at(rank) for rank in ranks), aurac_log2]
-    kept = [points(p_kept_minus_lora(value), "+") for value in columns]
-    num_seeds = str(p_kept_minus_lora(aurac_log2).n)
     label = f"`chain_sum`, truncated, both at the rate {p_kept_rate():g}"
-    rows = [[label, *kept, num_seeds]]
+    differences = {label: [p_kept_minus_lora(value) for value in columns]}
     for task in THREE_TASKS:
-        cells = [points(p_minus_lora(value, task), "+") for value in columns]
-        num_seeds = str(p_minus_lora(aurac_log2, task).n)
-        rows.append([f"`{task}`, `reorder`", *cells, num_seeds])
-    heading = ["P minus LoRA, points", *(f"rank {rank}" for rank in ranks), "AURAC", "seeds"]
-    return table(heading, rows)
+        differences[f"`{task}`, `reorder`"] = [p_minus_lora(value, task) for value in columns]
+    heading = ["P minus LoRA, points", *(f"rank {rank}" for rank in ranks), "AURAC"]
+    return _differences_table(heading, differences)
 
 
 @block

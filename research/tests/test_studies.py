@@ -51,7 +51,7 @@ def small_study(**changes: Any) -> Study:
 def make_run(study: Study, job: Job, deployments: Iterable[str], loss: float = 1.0) -> Run:
     """Return a run with the same loss at every rank."""
     names = list(deployments)
-    ranks = study.measured_ranks(job)
+    ranks = study.nested_ranks(job.rank)
     curve = Curve((loss,) * len(ranks), (0.5,) * len(ranks))
     cost = {"tokens": 10, "seconds": 1.0}
     costs = {**cost, "parameters": 4, "cuts": dict.fromkeys(names, cost)}
@@ -124,11 +124,6 @@ def test_rates_within_a_tolerance_of_the_best() -> None:
 def test_studies_that_are_not_valid(changes: dict[str, Any], keyword: str) -> None:
     with pytest.raises(MatryoshkaError, match=keyword):
         small_study(**changes)
-
-
-def test_a_grid_with_one_rate_is_refused() -> None:
-    with pytest.raises(MatryoshkaError, match="grid"):
-        replace(small_study(), learning_rates=(1e-3,))
 
 
 def test_a_test_run_measures_all_cheap_deployments() -> None:

@@ -117,27 +117,23 @@ def _describe(example: object) -> str:
     """Return which fields an example has, with their types."""
     if not isinstance(example, Mapping):
         return f"is of type {type(example).__name__}"
-    fields = [
-        f"{name} ({'empty' if _is_empty(value) else type(value).__name__})"
-        for name, value in example.items()
-    ]
+    fields: list[str] = []
+    for name, value in example.items():
+        is_empty = value is None or (isinstance(value, (str, list)) and not value)
+        fields.append(f"{name} ({'empty' if is_empty else type(value).__name__})")
     return f"has the fields {', '.join(fields)}" if fields else "has no fields"
 
 
-def _is_empty(value: object) -> bool:
-    """Return whether a field has no text and no messages. Arrays have no truth value."""
-    return value is None or (isinstance(value, (str, list)) and not value)
-
-
 def _split_messages(messages: object) -> tuple[list[Any] | None, list[Any] | None]:
-    """Return the messages before the assistant's last one, and this one; None for others."""
-    if not isinstance(messages, list) or not messages:
-        return None, None
-    if not all(isinstance(message, Mapping) for message in messages):
-        return None, None
-    if messages[-1].get("role") != "assistant":
-        return None, None
-    return messages[:-1], messages[-1:]
+    """Return the messages before the assistant's last one, and that one; None for other values."""
+    if (
+        isinstance(messages, list)
+        and messages
+        and all(isinstance(message, Mapping) for message in messages)
+        and messages[-1].get("role") == "assistant"
+    ):
+        return messages[:-1], messages[-1:]
+    return None, None
 
 
 def common_prefix_length(a: Sequence[object], b: Sequence[object]) -> int:

@@ -21,7 +21,7 @@ FormatName = Literal["peft", "single", "merged", "ladder", "gguf", "mlx"]
 """The names of the formats."""
 
 KeyFormat = Literal["kohya", "diffusers", "peft"]
-"""The formats of a single file's keys; ``"peft"`` makes a PEFT folder of it."""
+"""The formats of the keys of a LoRA; ``"peft"`` is the format of a PEFT folder."""
 
 ImageKeyFormat = Literal["kohya", "diffusers"]
 """The formats of the keys of a file for image models."""
@@ -30,17 +30,17 @@ DtypeName = Literal["bf16", "fp32", "fp16"]
 """The dtypes of factors and of base models."""
 
 ANSWERS_CAVEAT = "The error does not predict the quality of answers. Run `matryoshka eval`."
-"""Shown next to the errors of a PEFT folder."""
+"""The caveat of language models, and the default."""
 
 PICTURES_CAVEAT = (
     "The error does not predict what pictures look like. Compare pictures of the same seed."
 )
-"""Shown next to the errors of a single file."""
+"""The caveat of image models."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What some formats need besides the LoRA.
+    """The options of the formats that need more than the LoRA.
 
     Attributes:
         base_model: The base model, a folder or Hub id. None stands for the one in the config.
@@ -66,6 +66,7 @@ class Format:
         module: The module that writes it.
         description: A phrase for ``--help``.
         load: How another program loads the output, with ``{path}`` for its path.
+        caveat: The sentence next to the errors of the output.
         suffix: The suffix of a format that is a file; empty for a folder.
         containers: The containers of the LoRAs that it accepts.
         is_lora: Whether `matryoshka_lora.open` reads the output. The dtype of its factors may be
@@ -76,6 +77,7 @@ class Format:
     module: str
     description: str
     load: str
+    caveat: str = ANSWERS_CAVEAT
     suffix: str = ""
     containers: tuple[Literal["peft", "single"], ...] = ("peft",)
     is_lora: bool = False
@@ -111,8 +113,9 @@ FORMATS: dict[str, Format] = {
         Format(
             "single",
             "matryoshka_lora.formats.single_file",
-            "a single file, as of image models",
+            "a single file, the usual format for image models",
             load="load {path} with the program that loaded the original",
+            caveat=PICTURES_CAVEAT,
             suffix=".safetensors",
             containers=("single",),
             is_lora=True,

@@ -120,7 +120,7 @@ def serve(
         paths = folders or [folder / f"{name}@{rank}" for rank in served_ranks]
         server = [*_server_arguments(paths, max_rank), *options]
         commands.append(shlex.join(["python", *server]))
-        exit_status = None if dry_run else _run(server)
+        exit_status = None if dry_run else _run_python(server)
     return ServeResult(tuple(commands), exit_status)
 
 
@@ -154,8 +154,8 @@ def _select_ranks(folders: Sequence[Path], ranks: Sequence[int] | None) -> list[
     served_ranks = check_ranks(ranks)
     if not any("@" in folder.name for folder in folders):
         raise MatryoshkaError(
-            f"{folders[0].parent} holds several adapters, and `ranks` are those of one. Pass an "
-            f"adapter, such as {folders[0]}, or omit `ranks`."
+            f"{folders[0].parent} holds several adapters, but `ranks` selects the ranks of one. "
+            f"Pass an adapter, such as {folders[0]}, or omit `ranks`."
         )
     ladder: dict[str, list[Path]] = {}
     for folder in folders:
@@ -206,14 +206,15 @@ def _server_arguments(folders: Sequence[Path], max_rank: int) -> list[str]:
     arguments += ["--max-lora-rank", str(round_up_to_vllm(max_rank))]
     arguments += ["--max-loras", str(min(_MAX_LORAS, len(folders)))]
     if len(folders) > _MAX_LORAS:
-        arguments += ["--max-cpu-loras", str(len(folders))]  # or it reads them again and again
+        # Otherwise the server reloads an adapter that it has evicted from memory.
+        arguments += ["--max-cpu-loras", str(len(folders))]
     # In JSON, because a name may contain "=" or a comma.
     modules = [json.dumps({"name": folder.name, "path": str(folder)}) for folder in folders]
     arguments += ["--lora-modules", *modules]
     return arguments
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _run_python(arguments: Sequence[str]) -> int:
     """Run Python until it ends, and return its exit status."""
     logger.info("Starting: %s", shlex.join(["python", *arguments]))
     process = subprocess.Popen([sys.executable, *arguments])

@@ -213,7 +213,7 @@ def train(config: Mapping[str, Any]) -> TrainResult:
         lora = peft_folder.read(path)
         return TrainResult(path, lora.order, lora.deploy)
     adapter, trainer = build_trainer(config)
-    _run(adapter, trainer, output_dir)
+    _train_or_resume(adapter, trainer, output_dir)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         # The Trainer gathers the shards and writes plain LoRA.
         unfinished = path.with_name("unfinished")
@@ -344,7 +344,7 @@ def _load_dataset(
     return dataset
 
 
-def _run(adapter: NestedAdapter, trainer: SFTTrainer, output_dir: Path) -> None:
+def _train_or_resume(adapter: NestedAdapter, trainer: SFTTrainer, output_dir: Path) -> None:
     """Train, from the last checkpoint if there is one."""
     # Only the first process creates the folder, so it may not exist yet in another one.
     checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None

@@ -1,4 +1,4 @@
-"""Tensors as NumPy arrays, bit for bit; and the dtypes that tensors are computed in."""
+"""Conversion between tensors and NumPy arrays, and the dtypes of computations."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,9 @@ from typer.testing import CliRunner
 
 import matryoshka_lora
 from matryoshka_lora import Nesting, __version__
-from matryoshka_lora.cli import app, main
+from matryoshka_lora.cli import app
+
+Run = Callable[[str | Sequence[str]], tuple[int, str, str]]
 
 VERBS = [
     "demo",
@@ -40,6 +42,7 @@ VERBS = [
     "select",
     "serve",
 ]
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 INPUTS = ("nested", "plain", "one.safetensors", "examples.jsonl")
 
 
@@ -74,22 +77,8 @@ def workspace(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return tmp_path
 
 
-def run(
-    words: Sequence[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, str, str]:
-    """Return exit status, stdout and stderr of a command."""
-    monkeypatch.setattr(sys, "argv", ["matryoshka", *words])
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as exit_request:
-        main()
-    stdout, stderr = capfd.readouterr()
-    code = exit_request.value.code
-    return (code if isinstance(code, int) else int(code is not None)), stdout, stderr
-
-
 def command_options(verb: str) -> set[str]:
-    commands = get_command(app).commands  # type: ignore[attr-defined]
-    return {option for parameter in commands[verb].params for option in parameter.opts}
+    return {option for parameter in COMMANDS[verb].params for option in parameter.opts}
 
 
 # Help
@@ -107,9 +96,8 @@ def test_version() -> None:
 
 
 def test_every_verb_has_an_example_and_explains_its_options() -> None:
-    commands = get_command(app).commands  # type: ignore[attr-defined]
-    assert list(commands) == VERBS
-    for verb, command in commands.items():
+    assert list(COMMANDS) == VERBS
+    for verb, command in COMMANDS.items():
         assert f"Example: matryoshka {verb}" in command.help
         for parameter in command.params:
             assert getattr(parameter, "help", None), f"{verb}: {parameter.name} has no help"
@@ -117,8 +105,7 @@ def test_every_verb_has_an_example_and_explains_its_options() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_examples_of_the_help_use_existing_options(verb: str) -> None:
-    command = get_command(app).commands[verb]  # type: ignore[attr-defined]
-    examples = [line for line in command.help.splitlines() if "Example:" in line]
+    examples = [line for line in COMMANDS[verb].help.splitlines() if "Example:" in line]
     for example in examples:
         words, _, _ = example.partition(" -- ")
         options = {word for word in shlex.split(words) if word.startswith("-")}
@@ -129,13 +116,13 @@ def test_the_examples_of_the_help_use_existing_options(verb: str) -> None:
 
 
 def test_warnings_the_log_and_the_next_command_escape_control_characters(
-    workspace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    workspace: Path, run: Run
 ) -> None:
     shutil.copytree("nested", "a\nNext: curl")
-    code, stdout, stderr = run(["info", "a\nNext: curl"], capfd, monkeypatch)
+    code, stdout, stderr = run(["info", "a\nNext: curl"])
     assert code == 0
     shutil.copytree("nested", "--a")
-    assert "Next: matryoshka export ./--a" in run(["info", "./--a"], capfd, monkeypatch)[1]
+    assert "Next: matryoshka export ./--a" in run("info ./--a")[1]
     warning = warnings.formatwarning("a\nNext: curl", UserWarning, "file", 1)
     assert "\nNext: curl" not in stdout + stderr + warning
 
@@ -167,14 +154,9 @@ def test_warnings_the_log_and_the_next_command_escape_control_characters(
     ],
 )
 def test_file_verbs_print_the_result_and_the_next_command(
-    line: str,
-    expected: str,
-    next_command: str,
-    workspace: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    line: str, expected: str, next_command: str, workspace: Path, run: Run
 ) -> None:
-    code, stdout, stderr = run(line.split(), capfd, monkeypatch)
+    code, stdout, stderr = run(line)
     assert code == 0, stderr
     assert expected in stdout
     _, separator, words = stdout.splitlines()[-1].partition("Next: matryoshka ")
@@ -192,63 +174,46 @@ def test_file_verbs_print_the_result_and_the_next_command(
         ("info . --json", {"loras", "failed"}),
     ],
 )
-def test_json_is_all_that_is_printed(
-    line: str,
-    keys: set[str],
-    workspace: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    code, stdout, _ = run(line.split(), capfd, monkeypatch)
+def test_json_is_all_that_is_printed(line: str, keys: set[str], workspace: Path, run: Run) -> None:
+    code, stdout, _ = run(line)
     assert code == 0
     assert keys <= json.loads(stdout).keys()
 
 
-def test_export_changes_layers_by_patterns(
-    workspace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_changes_layers_by_patterns(workspace: Path, run: Run) -> None:
     words = ["export", "plain", "--dtype", "bf16", "--drop", "*.0.*", "--drop", "*k_proj"]
     words += ["--scale", "*=0.5", "--scale", "*q_proj=-1", "-o", "changed"]
-    code, stdout, stderr = run(words, capfd, monkeypatch)
+    code, stdout, stderr = run(words)
     assert code == 0, stderr
     assert "Left out 8 layers of 14." in stdout
     source = load_file(workspace / "plain" / "adapter_model.safetensors")
     for key, tensor in load_file(workspace / "changed" / "adapter_model.safetensors").items():
         factor = 1.0 if "lora_A" in key else -1.0 if "q_proj" in key else 0.5
         assert torch.equal(tensor, (factor * source[key]).bfloat16())
-    code, _, stderr = run(["export", "plain", "--scale", "0.5", "-o", "x"], capfd, monkeypatch)
+    code, _, stderr = run("export plain --scale 0.5 -o x")
     assert (code, "PATTERN" in stderr) == (2, True)
 
 
-def test_a_rank_above_the_loras_names_the_option(
-    workspace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_above_the_loras_names_the_option(workspace: Path, run: Run) -> None:
     words = ["export", "one.safetensors", "--rank", "16", "-o", "padded.safetensors"]
-    code, _, stderr = run(words, capfd, monkeypatch)
+    code, _, stderr = run(words)
     assert (code, "--pad" in stderr) == (1, True)
-    code, stdout, stderr = run([*words, "--pad"], capfd, monkeypatch)
+    code, stdout, stderr = run([*words, "--pad"])
     assert code == 0, stderr
     assert "rank 16" in stdout
 
 
 @pytest.mark.parametrize("line", ["info plain --revision v1", "select evaluation --within 1%"])
-def test_the_next_command_has_the_revision(
-    line: str,
-    workspace: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_next_command_has_the_revision(line: str, workspace: Path, run: Run) -> None:
     (workspace / "evaluation").mkdir()
     new_evaluation(revision="v1").write(workspace / "evaluation")
-    code, stdout, stderr = run(line.split(), capfd, monkeypatch)
+    code, stdout, stderr = run(line)
     assert code == 0, stderr
     assert "--revision v1" in stdout.splitlines()[-1]
 
 
-def test_a_folder_of_loras_prints_a_line_per_lora(
-    workspace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, stdout, stderr = run(["export", ".", "--rank", "4", "-o", "small"], capfd, monkeypatch)
+def test_a_folder_of_loras_prints_a_line_per_lora(workspace: Path, run: Run) -> None:
+    code, stdout, stderr = run("export . --rank 4 -o small")
     assert code == 0, stderr
     assert len(stdout.splitlines()) == 5  # and the total, and what the error does not mean
     assert {path.name for path in (workspace / "small").iterdir()} == {
@@ -258,18 +223,15 @@ def test_a_folder_of_loras_prints_a_line_per_lora(
     }
 
 
-def test_a_lora_of_a_folder_that_fails_is_an_error(
-    workspace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lora_of_a_folder_that_fails_is_an_error(workspace: Path, run: Run) -> None:
     (workspace / "broken").mkdir()
     (workspace / "broken" / "adapter_config.json").write_text("{}")
-    code, stdout, stderr = run(["export", ".", "--rank", "4", "-o", "small"], capfd, monkeypatch)
+    code, stdout, stderr = run("export . --rank 4 -o small")
     assert code == 1
     assert "nested" in stdout
     assert "error: broken" in stderr
-    assert run(["info", "."], capfd, monkeypatch)[0] == 1
-    line = "export . --rank 4 -o again --skip-bad"
-    assert run(line.split(), capfd, monkeypatch)[0] == 0
+    assert run("info .")[0] == 1
+    assert run("export . --rank 4 -o again --skip-bad")[0] == 0
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
@@ -296,7 +258,6 @@ def test_characters_that_the_terminal_cannot_show_are_escaped(
         ("info nothing", "nothing"),
         (f"info {'a' * 300}", "File name too long"),
         ("export nested --rank 9 -o new", "8"),
-        ("export nested --rank many -o new", "many"),
         ("export nested -o new", "--max-bytes"),
         ("export nested --rank 4 -o plain", "--force"),
         ("export nested --rank 4 -o .", "current"),
@@ -311,7 +272,6 @@ def test_characters_that_the_terminal_cannot_show_are_escaped(
         ("eval nested --data examples.jsonl --ranks 1,9", "9"),
         ("export nested -o new --rank 1.5", "'1.5'"),
         ("export nested -o new --rank 0", "rank"),
-        ("export nested -o new --rank -1", "rank"),
         (f"export nested -o new --rank {'9' * 4000}", "rank"),
         ("select nothing --within 1%", "nothing"),
         ("serve nested --base-model base", "vLLM"),
@@ -320,14 +280,10 @@ def test_characters_that_the_terminal_cannot_show_are_escaped(
     ],
 )
 def test_a_mistake_gets_one_message_and_nothing_is_written(
-    line: str,
-    expected: str,
-    workspace: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    line: str, expected: str, workspace: Path, run: Run
 ) -> None:
     names_before = sorted(path.name for path in workspace.iterdir())
-    code, _, stderr = run(line.split(), capfd, monkeypatch)
+    code, _, stderr = run(line)
     messages = [text for text in stderr.splitlines() if text.startswith("error: ")]
     assert code in (1, 2)
     assert len(messages) == (1 if code == 1 else 0)  # typer frames those that it finds itself
@@ -383,13 +339,13 @@ main()
 
 
 def test_ctrl_c_ends_with_one_line(
-    workspace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    workspace: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(matryoshka_lora, "info", interrupt)
-    code, _, stderr = run(["info", "plain"], capfd, monkeypatch)
+    code, _, stderr = run("info plain")
     assert code == 130
     assert stderr == "stopped\n"
 
@@ -439,9 +395,7 @@ def test_file_verbs_do_not_import_torch(workspace: Path) -> None:
 
 
 @pytest.mark.slow
-def test_each_verb_prints_a_next_command_that_works(
-    workspace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_verb_prints_a_next_command_that_works(workspace: Path, run: Run) -> None:
     save_tiny_chat(workspace / "base")
     first_line = (workspace / "examples.jsonl").read_text().splitlines()[0]
     (workspace / "held-out.jsonl").write_text(f"{first_line}\n" * 8)
@@ -453,19 +407,17 @@ def test_each_verb_prints_a_next_command_that_works(
     verbs = []
     while words[0] != "export":
         verbs.append(words[0])
-        code, stdout, stderr = run(words, capfd, monkeypatch)
+        code, stdout, stderr = run(words)
         assert code == 0, stderr
         last_line = stdout.splitlines()[-1]
         assert last_line.startswith("Next: matryoshka ")
         words = shlex.split(last_line.removeprefix("Next: matryoshka "))
     assert verbs == ["train", "eval", "select"]
-    code, _, stderr = run(words, capfd, monkeypatch)
+    code, _, stderr = run(words)
     assert code == 0, stderr
 
 
-def test_train_ranks_and_extract(
-    workspace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_ranks_and_extract(workspace: Path, run: Run) -> None:
     save_tiny_chat(workspace / "base")
     plain_adapter(workspace / "lora", AutoModelForCausalLM.from_pretrained("base"))
     for line in (
@@ -474,5 +426,5 @@ def test_train_ranks_and_extract(
         "extract base tuned --rank 4 -o extracted",
         "info extracted",
     ):
-        code, _, stderr = run(line.split(), capfd, monkeypatch)
+        code, _, stderr = run(line)
         assert code == 0, stderr

@@ -78,7 +78,7 @@ def test_an_export_shows_ranks_sizes_error_and_notes() -> None:
 
 
 def test_a_ladder_shows_an_error_per_rank() -> None:
-    text = format_export(export_result(format="ladder", ranks=(1, 4), errors={1: 0.5, 4: 0.1}))
+    text = format_export(export_result(format="ladder", errors={1: 0.5, 4: 0.1}))
     assert "ranks 1, 4" in text
     assert "50.0%" in text
     assert "10.0%" in text
@@ -163,7 +163,10 @@ def test_a_selection_shows_the_evidence() -> None:
 def test_a_selection_by_loss_says_that_no_answer_is_right() -> None:
     without_answers = evaluation()
     without_answers.metric().values.update(dict.fromkeys((0, 1, 2, 4), 0.0))
-    without_answers.tasks["task0"].metrics["loss,none"].values[0] = 3.0
+    metrics = without_answers.tasks["task0"].metrics
+    metrics["loss,none"].values[0] = 3.0
+    metrics["f1,none"] = Metric(True, dict.fromkeys((0, 1, 2, 4)), {})  # undefined, and not 0
     text = format_selection(select(without_answers, within="60%", metric="loss"))
     assert text.startswith("Rank 1 (1.00kB): loss 2.000")
     assert "acc is 0 at every rank" in text
+    assert "f1" not in text

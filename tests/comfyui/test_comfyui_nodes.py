@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.comfyui_server import ComfyServer, Graph, node
+from helpers.layers import best_matrix
 from safetensors.numpy import load_file, save_file
 
 COMFYUI = os.environ.get("COMFYUI_PATH", "")
@@ -67,12 +68,6 @@ def random_pair(
 def dense(A: np.ndarray, B: np.ndarray, scale: float = 1.0) -> np.ndarray:
     """Return the update of a layer as a matrix."""
     return scale * (B.reshape(len(B), -1).astype(float) @ A.reshape(len(A), -1).astype(float))
-
-
-def closest(matrix: np.ndarray, rank: int) -> np.ndarray:
-    """Return the closest matrix of a rank."""
-    U, S, Vh = np.linalg.svd(matrix, full_matrices=False)
-    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
 
 
 def write_kohya(file: Path, shapes: Mapping[str, tuple[int, ...]], seed: int) -> Tensors:
@@ -157,7 +152,7 @@ def test_shrink_by_rank_is_the_closest_lora(server: ComfyServer) -> None:
     updates = write_kohya(server.loras / "big.safetensors", WAN_SHAPES, seed=0)
     text = server.text_of(shrink("big", "rank", "by-rank", rank=2), "shrink")
     weights = loaded_weights(server, "wan", "by-rank", strength=0.7)
-    expected = {name: 0.7 * closest(update, 2) for name, update in updates.items()}
+    expected = {name: 0.7 * best_matrix(update, 2) for name, update in updates.items()}
     assert_changed_by(weights, base_weights(server, "wan"), expected)
     assert "rank 2" in text
 
@@ -216,7 +211,7 @@ def test_combine_is_the_weighted_sum(server: ComfyServer) -> None:
 
     graph["combine"]["inputs"] |= {"rank": 3, "overwrite": True}
     server.text_of(graph, "combine")
-    expected = {name: closest(update, 3) for name, update in expected.items()}
+    expected = {name: best_matrix(update, 3) for name, update in expected.items()}
     assert_changed_by(loaded_weights(server, "wan", "sum"), base_weights(server, "wan"), expected)
 
 
@@ -257,7 +252,7 @@ def test_stack_of_fused_and_split_loras_is_one_file(server: ComfyServer, rank: i
     updates = {
         name: 0.8 * fused.get(name, 0) - 0.5 * split.get(name, 0) for name in {*fused, *split}
     }
-    expected = {name: closest(update, rank) for name, update in updates.items()}
+    expected = {name: best_matrix(update, rank) for name, update in updates.items()}
     base = base_weights(server, "sd3")
     weights = loaded_weights(server, "sd3", f"stack-{rank}")
     assert_changed_by(weights, base, expected if rank else updates)
@@ -424,7 +419,7 @@ def test_load_at_rank_is_the_closest_lora(server: ComfyServer, rank: int) -> Non
     )
     graph = {**load_model("wan"), "lora": loader}
     weights = server.weights_of(graph, ["lora", 0], f"preview-{rank}")
-    expected = {name: -0.4 * closest(update, rank) for name, update in updates.items()}
+    expected = {name: -0.4 * best_matrix(update, rank) for name, update in updates.items()}
     assert_changed_by(weights, base_weights(server, "wan"), expected)
 
 

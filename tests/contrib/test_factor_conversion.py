@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from helpers import models
+from helpers.layers import best_matrix
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -53,11 +54,6 @@ def dense_update(module: Any, scaling: float) -> np.ndarray:
     return scaling * lora_B @ lora_A
 
 
-def truncated(update: np.ndarray, rank: int) -> np.ndarray:
-    U, S, Vh = np.linalg.svd(update, full_matrices=False)
-    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
-
-
 @pytest.mark.parametrize("layer", ["linear", "conv1d"])
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("rank", [1, 3, 6, 10, 24])
@@ -68,7 +64,7 @@ def test_a_layer_is_the_truncated_dense_update(layer: str, use_rslora: bool, ran
     assert lora_A.shape == (rank, 40)
     assert lora_B.shape == (24, rank)
     scaling = 5 / 6**0.5 if use_rslora else 5 / 6
-    expected = truncated(dense_update(module, scaling), rank)
+    expected = best_matrix(dense_update(module, scaling), rank)
     np.testing.assert_allclose((lora_B @ lora_A).numpy(), expected, atol=2e-5)
     np.testing.assert_allclose((lora_A @ lora_A.T).numpy(), np.eye(rank), atol=1e-5)
 
@@ -101,7 +97,7 @@ def test_a_threshold_chooses_peft_s_rank(layer: str, threshold: float) -> None:
 @needs_conversion
 def test_bfloat16_is_kept_and_no_less_exact() -> None:
     module = layer_of(lora_model().to(torch.bfloat16))
-    expected = truncated(dense_update(module, 5 / 6), 3)
+    expected = best_matrix(dense_update(module, 5 / 6), 3)
     errors = {}
     for name in ("convert_module_to_lora", "original_convert_module"):
         lora_A, lora_B, _ = getattr(factor_conversion, name)(module, 3)
@@ -171,7 +167,7 @@ def test_a_weighted_sum_of_adapters(svd_rank: int) -> None:
     other = module.lora_B.other.weight.double() @ module.lora_A.other.weight.double()
     update = 0.6 * dense_update(module, 2.0) - 1.5 * other.detach().numpy()
     product = module.lora_B["sum"].weight @ module.lora_A["sum"].weight
-    expected = truncated(update, svd_rank)
+    expected = best_matrix(update, svd_rank)
     np.testing.assert_allclose(product.detach().numpy(), expected, atol=1e-4)
 
 

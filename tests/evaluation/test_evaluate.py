@@ -13,14 +13,14 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from helpers.models import randomize
+from helpers.models import randomize, tiny_llama
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from matryoshka_lora import (
@@ -68,20 +68,10 @@ PERPLEXITY: dict[str, Any] = {
 def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny model with the bundled model's tokenizer."""
     folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    load_tokenizer().save_pretrained(folder)
+    tokenizer = load_tokenizer()
+    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.layers import best_matrix
 from helpers.single_files import read_updates
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -134,12 +135,6 @@ def run(folder: Path, key_format: Any, rank: int = R) -> Any:
     return extract(*models, folder / "lora.safetensors", rank, key_format=key_format)
 
 
-def truncate(change: np.ndarray, rank: int = R) -> np.ndarray:
-    u, s, vh = np.linalg.svd(change, full_matrices=False)
-    truncated: np.ndarray = (u[:, :rank] * s[:rank]) @ vh[:rank]
-    return truncated
-
-
 @pytest.mark.parametrize("key_format", ["diffusers", "kohya"])
 @pytest.mark.parametrize("model", MODELS)
 def test_the_layers_have_the_names_of_lora_files(
@@ -151,7 +146,7 @@ def test_the_layers_have_the_names_of_lora_files(
     )
     expected: dict[str, np.ndarray] = {}
     for key, (_, diffusers_names, kohya_names) in layers.items():
-        update = truncate(changes[f"{key}.weight"])
+        update = best_matrix(changes[f"{key}.weight"], R)
         names = kohya_names if key_format == "kohya" else diffusers_names
         expected |= {name: update[rows] for name, rows in names.items()}
     run(tmp_path, key_format)
@@ -181,7 +176,7 @@ def test_a_folder_of_diffusers_is_recognised_by_its_class(tmp_path: Path, key_fo
     assert actual.keys() == {*names.values()}
     for module, name in names.items():
         change = changes[f"{module}.weight"]
-        expected = truncate(change.reshape(len(change), -1))
+        expected = best_matrix(change.reshape(len(change), -1), R)
         np.testing.assert_allclose(actual[name], expected, atol=1e-4)
 
 
@@ -199,7 +194,7 @@ def test_a_fused_projection_of_a_text_encoder_is_split(tmp_path: Path) -> None:
     actual = read_updates(tmp_path / "lora.safetensors")
     prefix = "lora_te2_text_model_encoder_layers_1_self_attn"
     expected = {
-        f"{prefix}_{name}_proj": truncate(rows)
+        f"{prefix}_{name}_proj": best_matrix(rows, R)
         for name, rows in zip("qkv", np.split(change, 3), strict=True)
     }
     assert actual.keys() == expected.keys()
@@ -231,7 +226,7 @@ def test_the_tuned_model_may_have_the_prefix_of_a_checkpoint(tmp_path: Path) -> 
     save_file({f"model.diffusion_model.{key}": tuned[key]}, tmp_path / "tuned.safetensors")
     run(tmp_path, "kohya")
     (update,) = read_updates(tmp_path / "lora.safetensors").values()
-    np.testing.assert_allclose(update, truncate(change), atol=1e-4)
+    np.testing.assert_allclose(update, best_matrix(change, R), atol=1e-4)
 
 
 def test_an_unknown_model_is_rejected(tmp_path: Path) -> None:

@@ -157,15 +157,6 @@ def test_failure_leaves_no_output(value: float, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
 
 
-def test_weights_without_their_config_are_rejected(tmp_path: Path) -> None:
-    """The config holds the scale."""
-    plain_adapter(tmp_path / "lora", target_modules=["q_proj"])
-    (tmp_path / "lora" / CONFIG_NAME).unlink()
-    for path in (tmp_path / "lora", tmp_path / "lora" / WEIGHTS_NAME):
-        with pytest.raises(MatryoshkaError, match=r"scale|adapter_config\.json"):
-            ml.open(path)
-
-
 @pytest.mark.parametrize("path", ["missing", "missing.safetensors", "missing/lora.safetensors"])
 def test_missing_path(path: str, tmp_path: Path) -> None:
     with pytest.raises(MatryoshkaError, match="missing"):

@@ -300,7 +300,7 @@ def test_model_card_names_the_base_model_and_no_path(
         card = (tmp_path / name / "README.md").read_text()
         assert f"rank {rank} for {shown or 'an unknown base model'}\n" in card
         assert ("base_model: " in card) == ("/" in (shown or ""))
-        assert ("arxiv" in card) == (name == "nested")
+        assert ("arxiv" in card) == ("matryoshka eval" in card) == (name == "nested")
         assert PRIVATE not in card
         assert str(tmp_path) not in card
         assert str(tmp_path) not in json.dumps(read_metadata(tmp_path / name))
@@ -341,15 +341,6 @@ def test_a_base_model_with_a_path_that_is_not_utf8(tmp_path: Path) -> None:
     open_adapter(tmp_path / "plain").truncate(4).save(tmp_path / "output")
     assert read_config(tmp_path / "output")["base_model_name_or_path"] == path
     assert "for ?-base" in (tmp_path / "output" / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("order", ["svd", "trained"])
-def test_the_model_card_names_the_limits_of_the_error(tmp_path: Path, order: Any) -> None:
-    plain_adapter(tmp_path / "plain", target_modules=["q_proj"])
-    lora = replace(open_adapter(tmp_path / "plain"), order=order)
-    lora.nested().save(tmp_path / "nested")
-    card = (tmp_path / "nested" / "README.md").read_text()
-    assert "matryoshka eval" in card
 
 
 def test_companion_files_are_copied(tmp_path: Path) -> None:

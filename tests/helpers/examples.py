@@ -65,8 +65,8 @@ class RecordingTrainer(Trainer):
     """A Trainer that records the tokens of which it computes a loss.
 
     Attributes:
-        trained_on: Those of losses with gradients.
-        validated_on: Those of losses without.
+        trained_on: The tokens of each row whose loss has gradients.
+        validated_on: The tokens of each row whose loss has none.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

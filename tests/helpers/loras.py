@@ -6,18 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from helpers.layers import Array, update_of
+from helpers.single_files import SUFFIXES
 from matryoshka_lora.lora.layer import Layer, LayerKeys, StoredTensor
 from matryoshka_lora.lora.lora import Lora
-
-Array = NDArray[Any]
-
-_SUFFIXES = {
-    "kohya": (".lora_down.weight", ".lora_up.weight"),
-    "diffusers": (".lora_A.weight", ".lora_B.weight"),
-    "down and up": (".down.weight", ".up.weight"),
-}
 
 
 def layer_of(
@@ -28,7 +21,7 @@ def layer_of(
     alpha: float | None = None,
 ) -> Layer:
     """Return a layer of tensors as in a file: A (R, in, *kernel), B (out, R, 1, ...)."""
-    suffix_A, suffix_B = _SUFFIXES[keys]
+    suffix_A, suffix_B = SUFFIXES[keys]
     key_alpha = None if alpha is None else f"{name}.alpha"
     return Layer.from_tensors(
         name,
@@ -71,8 +64,4 @@ def random_lora(
 
 def updates(lora: Lora) -> dict[str, Array]:
     """Return the dense update of each layer, shape (out, in), float64. Kernels are flattened."""
-    result: dict[str, Array] = {}
-    for layer in lora.layers:
-        factors = layer.read()
-        result[layer.name] = layer.scale * factors.B.astype(np.float64) @ factors.A
-    return result
+    return {layer.name: update_of(layer) for layer in lora.layers}

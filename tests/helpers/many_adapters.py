@@ -23,7 +23,7 @@ def save_many_adapters(
     Args:
         folder: A path that does not exist.
         layers: The numbers of inputs and outputs of each layer.
-        base_model: What their configs name.
+        base_model: The base model in their configs.
     """
     ranks: dict[str, int] = {}
     for number in range(NUM_ADAPTERS):

@@ -129,16 +129,6 @@ class OneLayer(nn.Module):
         return output
 
 
-def one_layer(
-    kind: str, nesting: Nesting, seed: int = 0, dtype: torch.dtype = torch.float64, **lora: Any
-) -> PeftModel:
-    """Return a PEFT model of a single layer, not nested."""
-    torch.manual_seed(seed)
-    changes = {"target_modules": ["layer"], "fan_in_fan_out": kind == "Conv1D"}
-    config = lora_config(nesting, **{**changes, **lora})
-    return get_peft_model(OneLayer(oracle.KINDS[kind].build()).to(dtype), config)
-
-
 def nested_layer(
     kind: str,
     nesting: Nesting,
@@ -149,7 +139,10 @@ def nested_layer(
     **lora: Any,
 ) -> NestedLayer:
     """Return a single nested layer with random factors, in train mode."""
-    model = one_layer(kind, nesting, seed, dtype, **lora)
+    torch.manual_seed(seed)
+    options = {"target_modules": ["layer"], "fan_in_fan_out": kind == "Conv1D", **lora}
+    base_model = OneLayer(oracle.KINDS[kind].build()).to(dtype)
+    model = get_peft_model(base_model, lora_config(nesting, **options))
     adapter = nest_as(model, nesting, rule, deploy=deploy, seed=seed)
     randomize(model, seed)
     return NestedLayer(oracle.KINDS[kind], adapter, adapter.model.base_model.model.layer)

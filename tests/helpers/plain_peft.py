@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from helpers.layers import best_matrix
 from helpers.models import LINEAR_LAYERS, randomize, tiny_llama
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -60,6 +61,12 @@ def distance(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
+def is_close(actual: Tensor, expected: Tensor, tolerance: float = 0.0) -> bool:
+    """Return whether no error exceeds a share of the largest expected entry."""
+    error = (actual - expected).detach().abs().max()
+    return bool(error <= tolerance * expected.detach().abs().max())
+
+
 def updates(folder: Path, base: Callable[[], Any] = tiny_llama) -> dict[str, np.ndarray]:
     """Return what PEFT adds to each weight when it merges the adapter in a folder."""
     before = base().double().state_dict()
@@ -80,6 +87,4 @@ def best(update: np.ndarray, rank: int) -> np.ndarray:
     """
     is_stack = update.ndim == 3 and update.shape[-1] > 3
     matrix = update if is_stack else update.reshape(len(update), -1)
-    u, s, vh = np.linalg.svd(matrix, full_matrices=False)
-    truncated: np.ndarray = (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
-    return truncated.reshape(update.shape)
+    return best_matrix(matrix, rank).reshape(update.shape)

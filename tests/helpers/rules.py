@@ -1,13 +1,21 @@
-"""Rules that a user might write: one diagonal per row, one per batch, and a fixed one."""
+"""Any nesting; and rules of a user: one diagonal per row, one per batch, and a fixed one."""
 
 from __future__ import annotations
 
 import random
 
 import numpy as np
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from matryoshka_lora import Nesting, Rule
+
+NESTINGS = st.builds(
+    Nesting,
+    st.sets(st.integers(1, 80), min_size=1, max_size=8).map(lambda ranks: tuple(sorted(ranks))),
+    st.sampled_from(["none", "rank", "sqrt"]),
+    st.floats(1e-3, 1e3),
+)
 
 
 def _rank_per_row(nesting: Nesting, rng: random.Random, batch_size: int) -> NDArray[np.float64]:

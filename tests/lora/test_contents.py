@@ -66,7 +66,7 @@ def test_other_tensors_are_counted_by_kind(prefix: str) -> None:
     assert modules_by_kind(keys) == expected
 
 
-def test_old_and_pefts_keys_have_kinds_too() -> None:
+def test_kinds_of_old_keys_and_of_pefts_keys() -> None:
     keys = ["unet.a.lora.down.weight", "unet.a.lora.up.weight", "unet.a.alpha"]
     keys += ["base_model.model.b.lora_magnitude_vector", "base_model.model.lm_head.weight"]
     assert modules_by_kind(keys) == {"LoRA with alpha 0": 1, "DoRA": 1, "other": 1}

@@ -185,8 +185,6 @@ ATTENTION = "transformer.transformer_blocks.0.attn.to_q"
             "lora_te1_other",
         ),
         ({"lora_unet_double_blocks_19_img_mlp_0": (6, 6)}, "kohya", "dots"),
-        # int() has a limit on the number of digits.
-        ({f"lora_unet_double_blocks_{'1' * 5000}_img_mlp_0": (6, 6)}, "kohya", "dots"),
         (
             {"lora_unet_blocks_0_ffn_0": (6, 6), "lora_unet_blocks_0_self_attn_x": (6, 6)},
             "kohya",

@@ -130,22 +130,22 @@ def test_a_pipeline_is_export_and_the_dense_oracle(tmp_path: Path, options: Any)
     )
 
 
-def halves(lora: Lora) -> Lora:
+def rescaled(lora: Lora) -> Lora:
     return lora.scale({"lora_te*": 0.1, "*linear2": -3.0})
 
 
 CHAINS: dict[str, Callable[[Lora], Lora]] = {
     "twice": lambda lora: lora.truncate(2).truncate(1),
     "nested before": lambda lora: lora.reorder().truncate(1),
-    "scaled after": lambda lora: halves(lora.truncate(1)),
-    "scaled before": lambda lora: halves(lora).truncate(1),
+    "scaled after": lambda lora: rescaled(lora.truncate(1)),
+    "scaled before": lambda lora: rescaled(lora).truncate(1),
     "cast after": lambda lora: lora.truncate(1).cast("fp32"),
     "padded after": lambda lora: lora.truncate(1).pad(4),
     "padded and cut": lambda lora: lora.truncate(1).pad(4).truncate(1),
     "reordered after": lambda lora: lora.truncate(1).reorder(),
     "dropped after": lambda lora: lora.truncate(1).drop("*qkv"),
     "converted after": lambda lora: lora.truncate(1).convert("diffusers"),
-    "all": lambda lora: halves(lora.truncate(2).drop("*qkv")).convert("diffusers").truncate(1),
+    "all": lambda lora: rescaled(lora.truncate(2).drop("*qkv")).convert("diffusers").truncate(1),
 }
 
 

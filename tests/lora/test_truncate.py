@@ -9,15 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers.layers import (
-    SCALE,
-    R,
-    best_matrix,
-    factors_of,
-    make_layer,
-    make_lora,
-    update_of,
-)
+from helpers.layers import SCALE, R, factors_of, make_layer, make_lora, update_of
 from helpers.plain_peft import best, plain_adapter, updates
 
 import matryoshka_lora as ml
@@ -45,11 +37,11 @@ def test_truncated_factors_are_the_best_approximation(kind: str, rank: int) -> N
     assert (truncated.order, new_layer.rank) == ("svd", rank)
     assert (factors.A.shape[-2], factors.B.shape[-1]) == (rank, rank)
     assert new_layer.dtype == layer.dtype
-    np.testing.assert_allclose(update_of(new_layer), best_matrix(update, rank), atol=1e-6)
+    np.testing.assert_allclose(update_of(new_layer), best(update, rank), atol=1e-6)
     assert factors.squared_errors is not None
     assert factors.singular_values is not None
     for r in range(min(rank, R) + 1):
-        missing = np.sum((update - best_matrix(update, r)) ** 2)
+        missing = np.sum((update - best(update, r)) ** 2)
         np.testing.assert_allclose(factors.squared_errors[r], missing, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(
         lora.squared_errors()[layer.name], factors.squared_errors[: R + 1], rtol=1e-9, atol=1e-9
@@ -112,7 +104,7 @@ def test_size_and_errors_of_an_output(fields: dict[str, Any], tmp_path: Path) ->
         total += np.sum(update**2)
         for rank in missing:
             r = rank or ranks[layer.name]
-            kept = SCALE * B[:, :r] @ A[:r] if fields else best_matrix(update, r)
+            kept = SCALE * B[:, :r] @ A[:r] if fields else best(update, r)
             missing[rank] += np.sum((update - kept) ** 2)
     for rank, squared_error in missing.items():
         expected = math.sqrt(squared_error / total)

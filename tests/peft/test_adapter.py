@@ -15,7 +15,6 @@ from helpers.examples import make_trainer, random_examples
 from helpers.models import lora_config, nested_llama, randomize, tiny_llama
 from helpers.rules import RANK_PER_ROW
 from peft import LoraConfig, get_peft_model
-from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 from transformers import XLNetConfig, XLNetModel
 
@@ -220,14 +219,7 @@ def train_in_a_loop(adapter: NestedAdapter, folder: Path) -> None:
     model.eval()
 
 
-def hotswap(adapter: NestedAdapter, folder: Path) -> None:
-    other = get_peft_model(tiny_llama(), lora_config(NESTING))
-    randomize(other, seed=9)
-    other.save_pretrained(folder)
-    hotswap_adapter(adapter.model, str(folder), adapter_name="default")
-
-
-@pytest.mark.parametrize("change", [train_in_a_loop, train_without_callback, hotswap])
+@pytest.mark.parametrize("change", [train_in_a_loop, train_without_callback])
 def test_an_order_ends_where_the_factors_change(
     change: Callable[[NestedAdapter, Path], None], tmp_path: Path
 ) -> None:

@@ -1,7 +1,7 @@
 """TRL's and transformers' Trainers on a nested adapter.
 
-What they log is compared with plain PEFT: the same Trainer on an adapter between whose factors a
-hook multiplies by p.
+Their logs are compared with plain PEFT: the same Trainer, where a hook multiplies the output of A
+by p.
 """
 
 from __future__ import annotations
@@ -23,16 +23,8 @@ from helpers.rules import ANY_RANK, RANK_PER_ROW
 from helpers.trl_trainers import NESTING, make_peft_model, make_trainer
 from peft import PeftModel
 from torch import Tensor
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
-from trl import (
-    SFTConfig,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from trl import SFTConfig
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Rule
 from matryoshka_lora.peft.callback import NestingCallback
@@ -57,7 +49,7 @@ def multiply_by_p(model: PeftModel, p: Tensor) -> None:
 
 
 def logged_metrics(trainer: Any) -> list[dict[str, float]]:
-    """Return what a Trainer has logged of each step, without times."""
+    """Return the metrics that a Trainer has logged at each step, without times."""
     names = ("loss", "eval_loss", "grad_norm", "entropy", "mean_token_accuracy", "kl", "reward")
     return [
         {k: v for k, v in entry.items() if k in names or k.startswith(("logps/", "rewards/"))}
@@ -128,7 +120,7 @@ METRICS_AT_REFERENCE: dict[str, dict[str, float]] = {
     "dpo": {"loss": math.log(2), "rewards/margins": 0, "rewards/chosen": 0},
     "grpo": {"kl": 0},
 }
-"""What is logged while the policy equals its reference."""
+"""The metrics of a policy that equals its reference."""
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import lora_config, nest_as, nested_llama, randomize, tiny_llama
+from helpers.plain_peft import IDS
 from peft import get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting
 
 NESTING = Nesting((1, 2, 4))
-IDS = torch.arange(3, 27).reshape(2, 12)
 
 
 def compute_layer(layer: Any, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from helpers.models import (
     tiny_llama,
     tiny_mixtral,
 )
-from helpers.plain_peft import IDS, by_peft, logits, plain_adapter
+from helpers.plain_peft import IDS, by_peft, is_close, logits, plain_adapter
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
@@ -75,11 +75,6 @@ def logits_by_rank(adapter: NestedAdapter) -> dict[int, Tensor]:
     return outputs
 
 
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 0.0) -> None:
-    error = float((actual - expected).detach().abs().max())
-    assert error <= tolerance * float(expected.detach().abs().max())
-
-
 def read_nesting(folder: Path) -> dict[str, Any] | None:
     with safe_open(folder / WEIGHTS_NAME, "pt") as file:
         text = (file.metadata() or {}).get("matryoshka_lora")
@@ -91,7 +86,7 @@ def read_nesting(folder: Path) -> dict[str, Any] | None:
 def test_a_round_trip_keeps_every_rank(form: str, scaling: str, tmp_path: Path) -> None:
     nesting = NESTINGS[scaling]
     saved = llama_in_form(form, nesting)
-    order = {"svd": "svd", "trained": "trained"}.get(form)
+    order = form if form in ("svd", "trained") else None
     factors, before = saved.factors.copy(), logits(saved.model)
     saved.save(tmp_path / "a")
     # The adapter in memory is unchanged.
@@ -112,13 +107,13 @@ def test_a_round_trip_keeps_every_rank(form: str, scaling: str, tmp_path: Path) 
     actual = logits_by_rank(loaded)
     tolerance = 1e-4 if form == "unordered" else 0.0  # P is folded, and rounded, on the way
     for rank, output in actual.items():
-        assert_close(output, expected[rank], tolerance)
-    assert_close(by_peft(tmp_path / "a"), actual[nesting.max_rank])
-    assert_close(expected[nesting.max_rank], before, 1e-4)
+        assert is_close(output, expected[rank], tolerance)
+    assert is_close(by_peft(tmp_path / "a"), actual[nesting.max_rank])
+    assert is_close(expected[nesting.max_rank], before, 1e-4)
 
     for rank in saved.ranks:
         saved.export(tmp_path / f"{rank}", np.int64(rank))
-        assert_close(by_peft(tmp_path / f"{rank}"), expected[rank], 1e-4)
+        assert is_close(by_peft(tmp_path / f"{rank}"), expected[rank], 1e-4)
         assert read_nesting(tmp_path / f"{rank}") is None
     loaded.save(tmp_path / "b")
     tensors, tensors_again = (
@@ -137,13 +132,13 @@ def test_reordering_a_paper_deployment_drops_p_in_memory_as_well(tmp_path: Path)
     for nested in (adapter, loaded):
         nested.reorder()
         assert (nested.deploy, nested.order) == ("reordered", "svd")
-        assert_close(logits(nested.model), expected, 1e-4)
+        assert is_close(logits(nested.model), expected, 1e-4)
     reorder(tmp_path / "a", tmp_path / "b")
     from_file = logits_by_rank(load(tiny_llama(), tmp_path / "b"))
     in_memory, after_loading = logits_by_rank(adapter), logits_by_rank(loaded)
     for rank in range(1, NESTING.max_rank + 1):
-        assert_close(in_memory[rank], from_file[rank], 1e-4)
-        assert_close(after_loading[rank], from_file[rank], 1e-4)
+        assert is_close(in_memory[rank], from_file[rank], 1e-4)
+        assert is_close(after_loading[rank], from_file[rank], 1e-4)
 
 
 @pytest.mark.parametrize("kind", oracle.KINDS)
@@ -170,16 +165,16 @@ def test_every_kind_of_layer(kind: str, form: str, tmp_path: Path) -> None:
     plain_model = PeftModel.from_pretrained(base_model(), str(tmp_path / "a")).eval()
     assert torch.equal(plain_model(x), loaded.model(x))
     tolerance = 1e-5 if form == "unordered" else 0.0
-    assert_close(loaded.model(x), nested.layer(x), 1e-5)
+    assert is_close(loaded.model(x), nested.layer(x), 1e-5)
     if form == "unordered":
         nested.adapter.reorder()
     for rank in nested.adapter.ranks:
         loaded.set_rank(rank)
         nested.adapter.set_rank(rank)
-        assert_close(loaded.model(x), nested.layer(x), tolerance)
+        assert is_close(loaded.model(x), nested.layer(x), tolerance)
         nested.adapter.export(tmp_path / f"{rank}", rank)
         exported = PeftModel.from_pretrained(base_model(), str(tmp_path / f"{rank}")).eval()
-        assert_close(exported(x), nested.layer(x), 1e-5)
+        assert is_close(exported(x), nested.layer(x), 1e-5)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -237,12 +232,12 @@ def test_options_of_lora_config(option: str, tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path / "saved-by-peft"))
     adapter.export(tmp_path / "exported", 6)
     for name in ("saved", "saved-by-peft", "exported"):
-        assert_close(by_peft(tmp_path / name, llama_with_biases), expected, 1e-4)
+        assert is_close(by_peft(tmp_path / name, llama_with_biases), expected, 1e-4)
     loaded = load(llama_with_biases(), tmp_path / "saved", rank=2, adapter_name="mine")
     assert (loaded.rank, loaded.name) == (2, "mine")
     adapter.reorder()
     adapter.set_rank(2)
-    assert_close(logits(loaded.model), logits(model), 1e-4)
+    assert is_close(logits(loaded.model), logits(model), 1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
@@ -261,11 +256,11 @@ def test_an_enlarged_vocabulary(options: dict[str, Any], tmp_path: Path) -> None
     new_ids = torch.arange(40)[None] + base_model.vocab_size
     expected = adapter.model(new_ids).logits
     adapter.save(tmp_path / "a")
-    assert_close(load(base_model, tmp_path / "a").model(new_ids).logits, expected, 1e-5)
+    assert is_close(load(base_model, tmp_path / "a").model(new_ids).logits, expected, 1e-5)
 
 
 def test_a_smaller_vocabulary_is_rejected(tmp_path: Path) -> None:
-    """Plain PEFT refuses it, too."""
+    """Plain PEFT also refuses it."""
     config = lora_config(NESTING, modules_to_save=["embed_tokens", "lm_head"])
     get_peft_model(tiny_llama(vocab_size=80), config).save_pretrained(tmp_path / "a")
     base_model = tiny_llama()
@@ -360,7 +355,7 @@ def test_a_lora_file_does_not_follow_the_parameters(tmp_path: Path) -> None:
     lora = adapter.to_lora()
     randomize(adapter.model, seed=8)
     lora.nested().save(tmp_path / "a")
-    assert_close(by_peft(tmp_path / "a"), expected)
+    assert is_close(by_peft(tmp_path / "a"), expected)
 
 
 def test_trained_ranks_that_are_lost_warn(tmp_path: Path) -> None:
@@ -385,13 +380,13 @@ def test_an_adapter_that_peft_has_saved(rule: str, form: str, tmp_path: Path) ->
     adapter = llama_in_form(form, rule=rule)
     expected = logits(adapter.model)
     adapter.model.save_pretrained(str(tmp_path / "a"))
-    assert_close(logits(adapter.model), expected)
+    assert is_close(logits(adapter.model), expected)
     is_folded = rule == "matryoshka" and form == "unordered"
-    assert_close(by_peft(tmp_path / "a"), expected, 1e-5 if is_folded else 0.0)
+    assert is_close(by_peft(tmp_path / "a"), expected, 1e-5 if is_folded else 0.0)
     assert read_nesting(tmp_path / "a") is None
     loaded = load(tiny_llama(), tmp_path / "a")
     assert (loaded.order, loaded.ranks) == ("svd", (1, 2, 3, 4, 5, 6))
-    assert_close(logits(loaded.model), expected, 1e-5)
+    assert is_close(logits(loaded.model), expected, 1e-5)
 
 
 def test_a_trainable_adapter_is_plain_lora(tmp_path: Path) -> None:
@@ -403,7 +398,7 @@ def test_a_trainable_adapter_is_plain_lora(tmp_path: Path) -> None:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model(IDS, labels=IDS).loss.backward()
         torch.optim.SGD(parameters, lr=0.1).step()
-    assert_close(logits(adapter.model), logits(plain_model), 1e-4)
+    assert is_close(logits(adapter.model), logits(plain_model), 1e-4)
     assert adapter.order is None
     with pytest.raises(MatryoshkaError, match="trainable"):
         load(tiny_llama(), tmp_path / "a", rank=2, is_trainable=True)
@@ -433,7 +428,7 @@ def test_a_second_adapter_leaves_the_first_as_it_is(tmp_path: Path) -> None:
 def test_rank_0_is_the_base_model(tmp_path: Path) -> None:
     llama_in_form("paper").save(tmp_path / "a")
     loaded = load(tiny_llama(), tmp_path / "a", rank=0)
-    assert_close(logits(loaded.model), logits(tiny_llama()), 1e-6)
+    assert is_close(logits(loaded.model), logits(tiny_llama()), 1e-6)
 
 
 @pytest.mark.parametrize("rank", [7, "2"])
@@ -572,4 +567,4 @@ def test_plain_peft_in_another_process(tmp_path: Path) -> None:
     assert process.returncode == 0, process.stderr
     actual = load_file(tmp_path / "logits.safetensors")
     for name, output in expected.items():
-        assert_close(actual[name], output, 0.0 if name in ("paper", "svd") else 1e-4)
+        assert is_close(actual[name], output, 0.0 if name in ("paper", "svd") else 1e-4)

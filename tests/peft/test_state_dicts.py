@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import lora_config, nested_llama, randomize, tiny_llama
+from helpers.plain_peft import IDS, is_close
 from helpers.rules import DECREASING, RANK_PER_ROW
 from peft import (
     PeftModel,
@@ -21,7 +22,6 @@ from matryoshka_lora import Nesting, Rule
 from matryoshka_lora.rules import RULES
 
 NESTING = Nesting((1, 3, 6), "sqrt", 1.7 / 6**0.5)
-IDS = torch.arange(3, 27).reshape(2, 12)
 
 
 def logits(model: Any) -> Tensor:
@@ -33,10 +33,6 @@ def logits(model: Any) -> Tensor:
 
 def plain_llama() -> PeftModel:
     return get_peft_model(tiny_llama(), lora_config(NESTING)).eval()
-
-
-def is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
-    return bool((actual - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 @pytest.mark.parametrize(

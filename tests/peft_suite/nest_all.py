@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +48,16 @@ def patch_peft() -> None:
     peft.PeftModel.add_adapter = add_adapter
 
 
-@contextlib.contextmanager
-def do_nothing(model_id: str) -> Iterator[None]:
-    """Replace a function of PEFT's that would wait for the hub."""
-    yield
-
-
 def pytest_configure() -> None:
     """Patch PEFT before its tests are imported."""
     from tests import testing_utils  # type: ignore[attr-defined]
 
-    testing_utils.hub_online_once = do_nothing
+    testing_utils.hub_online_once = contextlib.nullcontext  # it would wait for the hub
     patch_peft()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what is parametrized by another method of PEFT's."""
+    """Deselect the tests of PEFT's other methods."""
     selected, deselected = [], []
     for item in items:
         if any(is_other_config(value) for value in parameters(item)):

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,11 @@ outcomes: dict[str, str] = {}
 num_calls: dict[str, int] = {"from_factors": 0}
 
 
-@contextlib.contextmanager
-def do_nothing(model_id: str) -> Iterator[None]:
-    """Replace a function of PEFT's that would wait for the hub."""
-    yield
-
-
 def pytest_configure() -> None:
     """Patch PEFT, and count the conversions that need no dense update."""
     from tests import testing_utils  # type: ignore[attr-defined]
 
-    testing_utils.hub_online_once = do_nothing
+    testing_utils.hub_online_once = contextlib.nullcontext  # it would wait for the hub
     if os.environ["PEFT_SUITE_PATCH"] != "1":
         return
     factored_svd = factor_conversion.factored_svd

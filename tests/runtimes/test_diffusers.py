@@ -121,11 +121,10 @@ def save_scaled_stable_diffusion(file: Path) -> None:
     save_stable_diffusion(file, lora_alpha=3, rank_pattern=MIXED_RANKS)
 
 
-def save_flux(file: Path, rank_pattern: dict[str, int] | None = None) -> None:
+def save_flux(file: Path, **options: Any) -> None:
     pipeline = Flux()
-    config, tensors = add_lora(
-        pipeline.transformer, FLUX_MODULES, lora_alpha=12, rank_pattern=rank_pattern or {}
-    )
+    options = {"lora_alpha": 12, **options}
+    config, tensors = add_lora(pipeline.transformer, FLUX_MODULES, **options)
     pipeline.save_lora_weights(
         file.parent,
         tensors,
@@ -136,15 +135,7 @@ def save_flux(file: Path, rank_pattern: dict[str, int] | None = None) -> None:
 
 def save_biases(file: Path, **options: Any) -> None:
     """Write a control LoRA: its factors B have biases."""
-    pipeline = Flux()
-    options = {"lora_alpha": 12, "rank_pattern": {"to_q": 3}, **options}
-    config, tensors = add_lora(pipeline.transformer, FLUX_MODULES, lora_bias=True, **options)
-    pipeline.save_lora_weights(
-        file.parent,
-        tensors,
-        weight_name=file.name,
-        transformer_lora_adapter_metadata=config,
-    )
+    save_flux(file, lora_bias=True, **{"rank_pattern": {"to_q": 3}, **options})
 
 
 def save_biases_without_metadata(file: Path) -> None:

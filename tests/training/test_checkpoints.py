@@ -8,10 +8,9 @@ import pytest
 import torch
 from helpers.examples import make_trainer
 from helpers.models import lora_config, nest_as, tiny_llama
-from helpers.plain_peft import by_peft, logits
+from helpers.plain_peft import by_peft, is_close, logits
 from helpers.rules import RANK_PER_ROW
 from peft import get_peft_model
-from torch import Tensor
 
 from matryoshka_lora import NestedAdapter, Nesting, Rule, load
 from matryoshka_lora.rules import RULES
@@ -40,11 +39,6 @@ def make_adapter(rule: str | Rule, deploy: str = "reordered") -> NestedAdapter:
     torch.manual_seed(4)
     model = get_peft_model(tiny_llama(), lora_config(NESTING, task_type="CAUSAL_LM"))
     return nest_as(model, NESTING, rule, deploy=deploy, seed=11)
-
-
-def is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
-    error = (actual - expected).detach().abs().max()
-    return bool(error <= tolerance * expected.detach().abs().max())
 
 
 @pytest.mark.parametrize(

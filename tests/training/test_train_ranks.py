@@ -407,7 +407,7 @@ def model_state(adapter: NestedAdapter) -> Any:
 def test_the_model_is_as_before_whatever_happens(
     num_losses: int, error_type: type[BaseException] | None
 ) -> None:
-    """Modes, frozen parameters and random states; after an exception the factors, too."""
+    """Modes, frozen parameters and random states; after an exception also the factors."""
     adapter = ordered_adapter(dropout=0.1)
     adapter.model.train()
     adapter.model.get_base_model().model.layers[0].eval()

@@ -446,10 +446,3 @@ def test_a_trainer_without_a_training_set_is_an_error(tmp_path: Path, model: Any
     trainer.train_dataset = None
     with pytest.raises(MatryoshkaError, match="train_dataset"):
         read_training_data(model, trainer)
-
-
-def test_labels_that_are_all_ignored_are_an_error(tmp_path: Path, model: Any) -> None:
-    examples = [{**example, "labels": [-100] * 6} for example in random_examples(20)]
-    trainer = make_trainer(model, tmp_path, examples)
-    with pytest.raises(MatryoshkaError, match="label"):
-        read_training_data(model, trainer).split(8, 4, seed=0)

@@ -65,7 +65,7 @@ def format_info(info: LoraInfo) -> str:
     if info.layers:
         lines += ["", *_format_layers(info)]
     errors = {rank: info.errors[rank] for rank in lora.nested_ranks}
-    lines += ["", *format_errors(errors, "update", info.sizes), _caveat(lora.container == "single")]
+    lines += ["", *format_errors(errors, "update", info.sizes), FORMATS[lora.container].caveat]
     return join_lines(lines)
 
 
@@ -116,41 +116,46 @@ def format_info_folder(info: FolderInfo, max_error: float) -> str:
     lines = format_table(rows, left_aligned=1)
     lines += [f"{name} cannot be read: {reason}" for name, reason in info.failed.items()]
     total_size = format_size(sum(lora_info.lora.size for lora_info in info.loras.values()))
-    lines += [
+    lines.append(
         f"{pluralize(len(info.loras), 'LoRA')}, {total_size}. At rank "
-        f"{info.common_rank(max_error)}, each has a relative error of at most {limit}.",
-        _caveat(all(value.lora.container == "single" for value in info.loras.values())),
-    ]
+        f"{info.common_rank(max_error)}, each has a relative error of at most {limit}."
+    )
+    lines.append(_caveat([lora_info.lora.container for lora_info in info.loras.values()]))
     return join_lines(lines)
 
 
 def format_export(result: ExportResult) -> str:
     """Return what `matryoshka export` prints for one LoRA."""
-    sizes = f"{format_size(result.size_before)} -> {format_size(result.size_after)}"
-    lines = [f"{result.path}: {_format_ranks(result)}, {sizes}"]
-    if result.format == "ladder":
-        lines += [*format_errors(result.errors, "update"), ANSWERS_CAVEAT]
+    lines = _export_lines(result)
+    if len(result.errors) > 1:
+        lines[1:2] = format_errors(result.errors, "update")
+    if any(result.errors.values()):
+        lines.append(FORMATS[result.format].caveat)
+    return join_lines(lines)
+
+
+def _export_lines(result: ExportResult) -> list[str]:
+    """Return the ranks and sizes, the errors, and the notes of an export, one line each."""
+    if len(result.errors) > 1:
+        ranks = f"ranks {', '.join(map(str, result.errors))}"
+        errors = ", ".join(format_percent(error) for error in result.errors.values())
+        error_line = f"Relative errors {errors}"
     else:
+        low, high = min(result.ranks.values()), max(result.ranks.values())
+        ranks = f"rank {low}" if low == high else f"ranks from {low} to {high}, by layer"
         (error,) = result.errors.values()
         kept = format_percent(1 - error**2)
-        lines.append(f"Relative error {format_percent(error)} ({kept} of the squared norm kept)")
-    if result.format in ("peft", "single") and result.size_after >= result.size_before:
+        error_line = f"Relative error {format_percent(error)} ({kept} of the squared norm kept)"
+    sizes = f"{format_size(result.size_before)} -> {format_size(result.size_after)}"
+    lines = [f"{result.path}: {ranks}, {sizes}", error_line]
+    if FORMATS[result.format].is_lora and result.size_after >= result.size_before:
         lines.append("The output is not smaller than the source.")
-    lines += result.notes
-    if result.format != "ladder" and any(result.errors.values()):
-        lines.append(_caveat(result.format == "single"))
-    return join_lines(lines)
+    return [*lines, *result.notes]
 
 
 def format_export_folder(result: ExportFolderResult) -> str:
     """Return what `matryoshka export` prints for a folder of LoRAs: a line for each."""
-    lines: list[str] = []
-    for exported in result.exported:
-        parts = format_export(exported).split("\n")
-        if exported.format == "ladder":
-            errors = ", ".join(format_percent(error) for error in exported.errors.values())
-            parts = [parts[0], f"Relative errors {errors}"]
-        lines.append("; ".join(part for part in parts if part not in _CAVEATS))
+    lines = ["; ".join(_export_lines(exported)) for exported in result.exported]
     lines += [f"{name} is not a LoRA. Export its content separately." for name in result.skipped]
     size_before = sum(exported.size_before for exported in result.exported)
     size_after = sum(exported.size_after for exported in result.exported)
@@ -158,16 +163,14 @@ def format_export_folder(result: ExportFolderResult) -> str:
         f"{pluralize(len(result.exported), 'LoRA')} exported, {len(result.failed)} failed: "
         f"{format_size(size_before)} -> {format_size(size_after)}"
     )
-    are_single_files = all(exported.format == "single" for exported in result.exported)
-    return join_lines([*lines, _caveat(are_single_files)])
+    lines.append(_caveat([exported.format for exported in result.exported]))
+    return join_lines(lines)
 
 
-_CAVEATS = (ANSWERS_CAVEAT, PICTURES_CAVEAT)
-
-
-def _caveat(is_single_file: bool) -> str:
-    """Return what the error does not say."""
-    return PICTURES_CAVEAT if is_single_file else ANSWERS_CAVEAT
+def _caveat(formats: Sequence[str]) -> str:
+    """Return the caveat of the formats of several LoRAs, or the default if they differ."""
+    caveats = {FORMATS[name].caveat for name in formats}
+    return caveats.pop() if len(caveats) == 1 else ANSWERS_CAVEAT
 
 
 def how_to_load(result: ExportResult, key_format: KeyFormat | None = None) -> str:
@@ -216,7 +219,8 @@ def format_combine(result: CombineResult, names: Sequence[str]) -> str:
 def format_extract(result: ExtractResult) -> str:
     """Return what `matryoshka extract` prints."""
     lines = [f"{result.path}: {pluralize(len(result.ranks), 'layer')}", ""]
-    lines += [*format_errors(result.errors, "change"), _caveat(result.path.is_file())]
+    lines += format_errors(result.errors, "change")
+    lines.append(PICTURES_CAVEAT if result.path.is_file() else ANSWERS_CAVEAT)
     lines += result.notes
     if result.rounding_share > 0.001:
         share = format_percent(result.rounding_share)
@@ -236,13 +240,6 @@ def format_extract(result: ExtractResult) -> str:
 def _range(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     return f"{low:g}" if low == high else f"{low:g} to {high:g}, depending on the layer"
-
-
-def _format_ranks(result: ExportResult) -> str:
-    if result.format == "ladder":
-        return f"ranks {', '.join(map(str, result.errors))}"
-    low, high = min(result.ranks.values()), max(result.ranks.values())
-    return f"rank {low}" if low == high else f"ranks from {low} to {high}, by layer"
 
 
 def _kind_of(lora: Lora) -> str:

@@ -33,21 +33,6 @@ from matryoshka_lora.cli.terminal import (
 )
 from matryoshka_lora.errors import MatryoshkaError, optional_imports
 
-NumFewshotOption = Annotated[
-    int | None, typer.Option(min=0, help="Number of few-shot examples.", show_default="by task")
-]
-LimitOption = Annotated[
-    int | None, typer.Option(min=1, help="Largest number of questions of a task.")
-]
-MaxBatchTokensOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Largest number of tokens in a batch, over all its rows and ranks.",
-        show_default="32768",
-    ),
-]
-
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Path of a new folder.")] = Path(
@@ -177,9 +162,20 @@ def evaluate(
         str | None,
         typer.Option(help="Ranks such as 1,2,4, or all.", show_default="the nested ranks"),
     ] = None,
-    num_fewshot: NumFewshotOption = None,
-    limit: LimitOption = None,
-    max_batch_tokens: MaxBatchTokensOption = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Number of few-shot examples.", show_default="by task")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of questions of a task.")
+    ] = None,
+    max_batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Maximum number of tokens in a batch, over all its rows and ranks.",
+            show_default="32768",
+        ),
+    ] = None,
     base_model: BaseModelOption = None,
     base_revision: BaseRevisionOption = None,
     revision: RevisionOption = None,

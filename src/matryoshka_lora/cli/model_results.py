@@ -45,10 +45,9 @@ def format_evaluation(evaluation: Evaluation) -> str:
             rows.append(["base", "", *cells])
     lines = format_table(rows, indent="")
     for name, result in evaluation.tasks.items():
-        metric_name = result.primary_metric.removesuffix(",none")
         lines.append(
             f"{name}: {pluralize(result.num_examples, 'question')}, "
-            f"{pluralize(result.num_fewshot or 0, 'shot')}; `select` uses {metric_name}"
+            f"{pluralize(result.num_fewshot or 0, 'shot')}; `select` uses {result.metric_name}"
         )
     lines.append("± is one standard error over the questions.")
     if any("loss" in name for name in metrics):
@@ -57,13 +56,12 @@ def format_evaluation(evaluation: Evaluation) -> str:
 
 
 def format_selection(selection: Selection) -> str:
-    """Return the selected rank, how the others and the base model compare, and what is not sure."""
+    """Return the selected rank, and its differences from the other ranks and the base model."""
     evaluation, task = selection.evaluation, selection.task
     result = evaluation.tasks[task]
-    metric = result.primary_metric.removesuffix(",none")
     value = evaluation.values(task)[selection.rank]
     size = format_size(evaluation.sizes[selection.rank])
-    summary = f"Rank {selection.rank} ({size}): {metric} {value:.3f} on {task}"
+    summary = f"Rank {selection.rank} ({size}): {result.metric_name} {value:.3f} on {task}"
     if selection.bound is not None:
         summary += f", within the bound {selection.bound:.3f}"
     lines = [f"{summary}; {pluralize(result.num_examples, 'question')}"]
@@ -74,7 +72,7 @@ def format_selection(selection: Selection) -> str:
         name = f"rank {rank} is" if rank else "the base model is"
         lines.append(f"  {name} {_format_difference(difference)}")
     for name, other_metric in result.metrics.items():
-        if other_metric.higher_is_better and not any(other_metric.values.values()):
+        if other_metric.higher_is_better and set(other_metric.values.values()) == {0}:
             lines.append(f"{name.removesuffix(',none')} is 0 at every rank.")
     if not selection.is_significant:
         advice = "evaluate on more questions."
@@ -91,8 +89,8 @@ def _format_difference(difference: Difference) -> str:
     if difference.value == 0:
         return "equally good"
     direction = "better" if difference.value > 0 else "worse"
-    text = f"{direction} by {_with_error(abs(difference.value), difference.standard_error)}"
     error = difference.standard_error
+    text = f"{direction} by {_with_error(abs(difference.value), error)}"
     if error is not None and abs(difference.value) <= 2 * error:
         text += ", which may be chance"
     return text

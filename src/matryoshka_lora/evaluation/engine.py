@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from matryoshka_lora.errors import check_integer
 from matryoshka_lora.examples import common_prefix_length
 from matryoshka_lora.peft.adapter import NestedAdapter
 
@@ -205,11 +204,10 @@ class Engine:
         adapter: The adapter, on a model in eval mode.
         ranks: The ranks to evaluate; 0 is the base model.
         max_batch_tokens: The maximum number of tokens, over all rows, whose keys and values a batch
-            holds. Defaults to 32,768.
+            holds; positive. Defaults to 32,768.
 
     Raises:
-        MatryoshkaError: The adapter is merged or not active, a rank is not available, or
-            max_batch_tokens is not positive.
+        MatryoshkaError: The adapter is merged or not active, or a rank is not available.
     """
 
     def __init__(
@@ -219,9 +217,7 @@ class Engine:
             pass
         self.adapter = adapter
         self.ranks = list(ranks)
-        self.max_batch_tokens = _MAX_BATCH_TOKENS
-        if max_batch_tokens is not None:
-            self.max_batch_tokens = check_integer("max_batch_tokens", max_batch_tokens)
+        self.max_batch_tokens = max_batch_tokens or _MAX_BATCH_TOKENS
         self.model = adapter.model
         self.device = self.model.device
         forward = self.model.get_base_model().forward

@@ -173,14 +173,14 @@ def default_output(adapter: PathLike) -> Path:
 def _open(
     adapter: NestedAdapter | PathLike, revision: str | None
 ) -> tuple[Lora, NestedAdapter | None]:
-    """Return an adapter as a LoRA file, and itself if it is in memory."""
+    """Return the adapter as a `Lora`, and the `NestedAdapter` if it is in memory."""
     if isinstance(adapter, (str, os.PathLike)):
         return open_adapter(adapter, revision), None
     # Without torch, its class cannot be imported.
     if not hasattr(adapter, "to_lora"):
         raise MatryoshkaError(
-            f"`adapter` must be a path or a NestedAdapter, got {type(adapter).__name__}. Pass what "
-            "nest() or load() has returned."
+            f"`adapter` must be a path or a NestedAdapter, got {type(adapter).__name__}. Pass the "
+            "result of nest() or load()."
         )
     if adapter.model.active_adapters != [adapter.name]:  # rank 0 would not be the base model
         raise MatryoshkaError(

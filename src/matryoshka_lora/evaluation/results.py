@@ -24,8 +24,8 @@ from matryoshka_lora.nesting import check_ranks
 EVALUATION_NAME = "evaluation.json"
 EXAMPLES_NAME = "examples.jsonl"
 
-# The errors that values of another type or shape raise.
-_DAMAGES = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+# The errors of a file whose values have an unexpected type or structure.
+_FILE_ERRORS = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 AuracAxis = Literal["log2", "linear"]
 """The axis of the ranks under the rank-accuracy curve."""
@@ -196,9 +196,9 @@ class Evaluation:
     def difference(self, task: str | None, rank: int, other_rank: int) -> Difference | None:
         """Return how much better a rank is than another by the primary metric.
 
-        If the metric is the mean over the examples, the standard error is the one of the mean
-        difference per example. Otherwise, for example for a perplexity or an F1 score, the two
-        values count as independent, which overestimates the error when they are correlated.
+        If the metric is a mean over the examples, the standard error is computed from the paired
+        differences. Otherwise, for example for a perplexity or an F1 score, the two values are
+        treated as independent, which overestimates the error if they are correlated.
 
         Returns:
             The difference, or None if a value is missing.
@@ -263,11 +263,11 @@ class Evaluation:
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
             ranks = check_ranks(fields["ranks"])
-            _typed(fields["settings"]["adapter"], str, NoneType)
+            _check_type(fields["settings"]["adapter"], str, NoneType)
             tasks = {name: _read_task(task, ranks) for name, task in fields["tasks"].items()}
             sizes = _by_rank(fields["sizes"], ranks, int)
             examples = _read_examples(file.with_name(EXAMPLES_NAME))
-        except (OSError, *_DAMAGES) as error:
+        except (OSError, *_FILE_ERRORS) as error:
             raise MatryoshkaError(
                 f"{file} is damaged ({error}), or evaluate() has not written it. Evaluate again."
             ) from error
@@ -278,18 +278,18 @@ def _read_task(fields: Mapping[str, Any], ranks: Sequence[int]) -> TaskResult:
     metrics: dict[str, Metric] = {}
     for name, metric in fields["metrics"].items():
         metrics[name] = Metric(
-            higher_is_better=_typed(metric["higher_is_better"], bool, NoneType),
+            higher_is_better=_check_type(metric["higher_is_better"], bool, NoneType),
             values=_by_rank(metric["values"], ranks, float, NoneType),
             standard_errors=_by_rank(metric["standard_errors"], (), float, NoneType),
         )
     if fields["primary_metric"] not in metrics:
         raise KeyError(fields["primary_metric"])
     return TaskResult(
-        num_examples=_typed(fields["num_examples"], int),
-        num_fewshot=_typed(fields["num_fewshot"], int, NoneType),
+        num_examples=_check_type(fields["num_examples"], int),
+        num_fewshot=_check_type(fields["num_fewshot"], int, NoneType),
         primary_metric=fields["primary_metric"],
-        aurac_log2=_typed(fields["aurac_log2"], float, NoneType),
-        aurac_linear=_typed(fields["aurac_linear"], float, NoneType),
+        aurac_log2=_check_type(fields["aurac_log2"], float, NoneType),
+        aurac_linear=_check_type(fields["aurac_linear"], float, NoneType),
         metrics=metrics,
     )
 
@@ -316,15 +316,15 @@ def _by_rank(values: Mapping[Any, Any], ranks: Sequence[int], *types: type) -> A
         LookupError: One of ``ranks`` has no value.
         TypeError: A value has another type.
     """
-    by_rank = {int(rank): _typed(value, *types) for rank, value in values.items()}
+    by_rank = {int(rank): _check_type(value, *types) for rank, value in values.items()}
     for rank in ranks:
         if rank not in by_rank:
             raise LookupError(f"no value at rank {rank}")
     return by_rank
 
 
-def _typed(value: Any, *types: type) -> Any:
-    """Return a value from JSON after checking its type. An integer counts as a float."""
+def _check_type(value: Any, *types: type) -> Any:
+    """Return a value from JSON, and check its type. An integer is accepted as a float."""
     if float in types and type(value) is int:
         value = float(value)
     if type(value) not in types or (isinstance(value, float) and not math.isfinite(value)):

@@ -32,18 +32,18 @@ _MAX_RANK_FOR_SIZE = 128
 
 @dataclass(frozen=True)
 class ExtractResult:
-    """What `extract` wrote.
+    """The result of `extract`.
 
     Attributes:
         path: The folder or file.
         ranks: The rank of each layer of the output by its name.
-        errors: The relative error by rank: the norm of what it misses of the change of the layers
-            over the norm of the change. Only a nested output has more than one rank.
+        errors: The relative error by rank: the norm of what the output misses over the norm of the
+            change of the layers. Only a nested output has more than one rank.
         rounding_share: The share of the change's squared norm that comes from rounding the weights
             to their dtype.
         unsaved_tensors: The size in bytes of each tensor that changed and is not in the output, by
             its key.
-        notes: What else the user should know, one sentence each.
+        notes: Remarks for the user, one sentence each.
     """
 
     path: Path

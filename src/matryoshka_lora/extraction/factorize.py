@@ -38,13 +38,13 @@ _NUM_ITERATIONS = 4
 
 @dataclass(frozen=True)
 class Change:
-    """What is known of the change D of one weight, and of its factors.
+    """The norms of the change D of one weight, and the singular values of its factors.
 
     Attributes:
         total: The squared Frobenius norm of D.
         residual: The squared norm of ``D - B A``, with the factors as they are written.
-        rounding: The part of ``total`` that rounding to half precision is expected to be.
-        singular_values: Those of ``B A``, decreasing.
+        rounding: The expected part of ``total`` that comes from rounding to half precision.
+        singular_values: The singular values of ``B A``, decreasing.
     """
 
     total: float
@@ -221,7 +221,7 @@ def resumable_folder(
 
     Args:
         output: The output.
-        sources: The files of both models. Those that were changed or replaced are other sources.
+        sources: The files of both models. A changed or replaced file is another source.
         settings: Everything else that the factors depend on.
 
     Raises:

@@ -1,7 +1,7 @@
 """Compare a model with its fine-tuned version, weight by weight.
 
 For a LoRA of an image model, weights are named by the parts of its pipeline. The authors of a model
-and diffusers name its modules differently, and checkpoints hold the text encoders too. A model is
+and diffusers name its modules differently, and checkpoints also hold the text encoders. A model is
 recognised by its class in diffusers, or by the beginnings of its keys.
 """
 
@@ -184,7 +184,7 @@ def _take_third(tensor: StoredTensor, index: int) -> StoredTensor:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What transformers knows about a model; empty for other models.
+    """The modules of a transformers model; empty for other models.
 
     Attributes:
         modules: Its modules by name, on the meta device; empty if transformers does not have its
@@ -220,7 +220,7 @@ class Architecture:
 
 
 def read_architecture(model: ModelFiles) -> Architecture:
-    """Return what transformers knows about a model, without loading its weights."""
+    """Return the architecture of a model, without loading its weights."""
     if "model_type" not in model.config:
         return Architecture()
     with optional_imports():
@@ -264,7 +264,7 @@ class WeightPair(NamedTuple):
 
 
 class ModelDiff(NamedTuple):
-    """What fine-tuning changed."""
+    """The tensors that fine-tuning changed."""
 
     layers: dict[str, WeightPair]
     """The changed weights of the layers that LoRA can represent, by the module's name."""
@@ -280,7 +280,7 @@ def compare_models(
     architecture: Architecture,
     modules_to_save: Sequence[str] = (),
 ) -> ModelDiff:
-    """Return what fine-tuning changed. Two tensors are in memory at a time.
+    """Return the tensors that fine-tuning changed. Two tensors are in memory at a time.
 
     Weights that are tied to saved ones are saved too: PEFT would untie them.
 

@@ -9,8 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from matryoshka_lora.errors import MatryoshkaError, check_integer, optional_imports
-from matryoshka_lora.formats.base_config import read_base_config
-from matryoshka_lora.formats.runtimes import SUPPORTED_ARCHITECTURES, check_runtime
+from matryoshka_lora.formats.runtimes import SUPPORTED_ARCHITECTURES, read_base_config
 from matryoshka_lora.linalg.arrays import Array, Float32Array
 from matryoshka_lora.lora.layer import Layer
 from matryoshka_lora.lora.lora import Lora
@@ -30,14 +29,13 @@ def write(lora: Lora, file: Path, target: Target) -> Written:
     with optional_imports():
         import gguf
 
-    base_config = read_base_config(lora, target)
-    check_runtime(lora, base_config, "llama.cpp")
+    base_config = read_base_config(lora, target, "llama.cpp")
     architecture = SUPPORTED_ARCHITECTURES[base_config["model_type"]]
-    architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     tensor_names = gguf.get_tensor_name_map(
-        architectures[architecture], base_config["num_hidden_layers"]
+        gguf.MODEL_ARCH[architecture.upper()], base_config["num_hidden_layers"]
     )
     names: dict[str, str] = {}
+    num_heads: dict[str, int] = {}
     for layer in lora.layers:
         name = tensor_names.get_name(f"{layer.name}.weight", try_suffixes=(".weight",))
         if name is None:
@@ -45,6 +43,8 @@ def write(lora: Lora, file: Path, target: Target) -> Written:
                 f"llama.cpp has no name for {layer.name}, so it cannot be exported to GGUF."
             )
         names[layer.name] = name
+        if architecture == "llama" and layer.name.endswith((".q_proj", ".k_proj")):
+            num_heads[layer.name] = _count_heads(layer, base_config)
     alpha = float(lora.max_rank)
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -53,8 +53,8 @@ def write(lora: Lora, file: Path, target: Target) -> Written:
     written = Written(lora.ranks)
     for layer, factors in written.compute(lora):
         scaled_B = factors.B.astype(np.float32) * (layer.scale * layer.rank / alpha)
-        if architecture == "llama":
-            scaled_B = _permute_heads(scaled_B, layer, base_config)
+        if layer.name in num_heads:
+            scaled_B = _permute_heads(scaled_B, num_heads[layer.name])
         writer.add_tensor(f"{names[layer.name]}.lora_a", _checked_array(factors.A))
         writer.add_tensor(f"{names[layer.name]}.lora_b", _checked_array(scaled_B))
     writer.write_header_to_file()
@@ -76,22 +76,24 @@ def _checked_array(array: Array) -> _CheckedArray:
     return np.ascontiguousarray(array, dtype=np.float32).view(_CheckedArray)
 
 
-def _permute_heads(B: Float32Array, layer: Layer, base_config: Mapping[str, Any]) -> Float32Array:
+def _count_heads(layer: Layer, base_config: Mapping[str, Any]) -> int:
+    """Return the number of heads of a query or key projection."""
+    field = "num_attention_heads"
+    if layer.name.endswith("k_proj") and base_config.get("num_key_value_heads") is not None:
+        field = "num_key_value_heads"
+    num_heads = check_integer(field, base_config.get(field))
+    if layer.out_features % (2 * num_heads):
+        raise MatryoshkaError(
+            f"{layer.name} has {layer.out_features} outputs, but the base model has {field}="
+            f"{num_heads}. Pass another `base_model`."
+        )
+    return num_heads
+
+
+def _permute_heads(B: Float32Array, num_heads: int) -> Float32Array:
     """Reorder the rows of a query or key projection for llama.cpp's rotary embedding.
 
     transformers rotates row i of a head together with row i + head_dim / 2. llama.cpp's Llama
     rotates neighbours, so the two halves of each head alternate.
     """
-    projection = layer.name.rpartition(".")[2]
-    if projection not in ("q_proj", "k_proj"):
-        return B
-    field = "num_attention_heads"
-    if projection == "k_proj" and base_config.get("num_key_value_heads") is not None:
-        field = "num_key_value_heads"
-    num_heads = check_integer(field, base_config.get(field))
-    if len(B) % (2 * num_heads):
-        raise MatryoshkaError(
-            f"{layer.name} does not fit the base model. Pass another `base_model`."
-        )
-    half = len(B) // num_heads // 2
-    return B.reshape(num_heads, 2, half, -1).swapaxes(1, 2).reshape(B.shape)
+    return B.reshape(num_heads, 2, -1, B.shape[1]).swapaxes(1, 2).reshape(B.shape)

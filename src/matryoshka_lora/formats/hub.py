@@ -23,7 +23,7 @@ TOKENIZER_FILES = (
 """The files of a tokenizer."""
 
 COMPANION_FILES = (*TOKENIZER_FILES, "*processor_config.json", "value_head.*")
-"""What trainers save next to an adapter: the tokenizer or processor, and a reward model's head."""
+"""Files that trainers save next to an adapter: tokenizer, processor, a reward model's head."""
 
 CARD_NAME = "README.md"
 """The model card."""
@@ -55,7 +55,7 @@ def copy_companion_files(
 ) -> None:
     """Copy the companion files of an adapter.
 
-    A symbolic link out of the folder is left out, with a warning: what it leads to may be private.
+    Symbolic links out of the folder are not followed.
 
     Args:
         folder: The adapter's folder.
@@ -64,16 +64,22 @@ def copy_companion_files(
     """
     for pattern in patterns:
         for file in sorted(folder.glob(pattern)):
-            if leads_out_of_folder(file, folder):
-                warnings.warn(
-                    f"{file} is a symbolic link to another folder and is not used. Replace it by a "
-                    "copy, if you trust it.",
-                    stacklevel=2,
-                )
-            elif file.is_file():
+            if not is_foreign_link(file, folder) and file.is_file():
                 output_file = output_folder / file.relative_to(folder)
                 output_file.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, output_file)
+
+
+def is_foreign_link(file: Path, folder: Path) -> bool:
+    """Return whether a file leads out of a folder, after a warning: its target may be private."""
+    is_foreign = leads_out_of_folder(file, folder)
+    if is_foreign:
+        warnings.warn(
+            f"{file} is a symbolic link to another folder and is not used. Replace it by a copy, "
+            "if you trust it.",
+            stacklevel=3,
+        )
+    return is_foreign
 
 
 def leads_out_of_folder(file: Path, folder: Path) -> bool:

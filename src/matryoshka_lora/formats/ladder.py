@@ -17,16 +17,15 @@ def write(lora: Lora, folder: Path, target: Target) -> Written:
     """Write a folder ``NAME@RANK`` for each rank. Factors without an order are reordered once."""
     ranks = lora.nested_ranks if target.ranks is None else target.ranks
     adapter_name = Path(lora.name).resolve().name
-    of_all_ranks: Written | None = None
-    own_ranks = lora.ranks
+    ranks_before = lora.ranks
+    written_nested: Written | None = None
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         if lora.order is None and lora.deploy != "paper":
-            of_all_ranks = peft_folder.write(lora.nested(), Path(cache), target)
-            files = lora.files
-            lora = replace(peft_folder.read(cache, lora.name), files=files)
+            written_nested = peft_folder.write(lora.nested(), Path(cache), target)
+            lora = replace(peft_folder.read(cache, lora.name), files=lora.files)
         for rank in ranks:
             output = folder / f"{adapter_name}@{rank}"
             output.mkdir()
-            ranks_by_layer = {name: min(rank, own) for name, own in own_ranks.items()}
-            written = peft_folder.write(with_ranks(lora, ranks_by_layer), output, target)
-    return replace(of_all_ranks or written, ranks=written.ranks, error_ranks=ranks)
+            new_ranks = {name: min(rank, before) for name, before in ranks_before.items()}
+            written = peft_folder.write(with_ranks(lora, new_ranks), output, target)
+    return replace(written_nested or written, ranks=written.ranks, error_ranks=ranks)

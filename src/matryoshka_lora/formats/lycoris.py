@@ -3,8 +3,8 @@
 LoHa's update is the elementwise product of two LoRAs, ``(B_1 A_1) * (B_2 A_2)``, with the keys
 ``NAME.hada_w1_a`` (B_1), ``NAME.hada_w1_b`` (A_1) and so on. LoKr's is the Kronecker product of two
 matrices, ``NAME.lokr_w1`` and ``NAME.lokr_w2``; each may be a product of factors instead, such as
-``NAME.lokr_w2_a`` and ``NAME.lokr_w2_b``. With a core, ``NAME.hada_t1``, A_1 is that of a Tucker
-decomposition of a convolution.
+``NAME.lokr_w2_a`` and ``NAME.lokr_w2_b``. With a core, such as ``NAME.hada_t1``, a product is the
+Tucker decomposition of a convolution.
 """
 
 from __future__ import annotations
@@ -13,18 +13,14 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError, short
 from matryoshka_lora.linalg.arrays import Float64Array, common_dtype
-from matryoshka_lora.linalg.kronecker import (
-    SVD,
-    KroneckerSVD,
-    elementwise_product,
-    svd_of_product,
-)
+from matryoshka_lora.linalg.factors import SVD, svd_of_product
+from matryoshka_lora.linalg.kronecker import KroneckerSVD, elementwise_product
 from matryoshka_lora.lora.keys import KOHYA_SUFFIXES, PEFT_PREFIX
 from matryoshka_lora.lora.layer import Factors, Layer, LayerKeys, StoredTensor
 
@@ -73,8 +69,7 @@ def read_lycoris_layers(
             scale = read_scale(name, product.alpha_rank, key_alpha)
         if scale == 0:
             continue
-        product = replace(product, sign=math.copysign(1.0, scale))
-        layers.append(_create_layer(name, product, abs(scale), matrices, file_name))
+        layers.append(_create_layer(name, product, scale, matrices, file_name))
         keys |= {f"{name}.{matrix}" for matrix in matrices} | {f"{name}.alpha"}
     return layers, keys
 
@@ -124,6 +119,8 @@ def _create_layer(
     matrices: Mapping[str, StoredTensor],
     file_name: str,
 ) -> Layer:
+    sign = math.copysign(1.0, scale)  # the scale of a layer is positive
+
     def check() -> None:
         for matrix, tensor in matrices.items():
             if not np.isfinite(tensor.read()).all():
@@ -134,17 +131,18 @@ def _create_layer(
 
     def read() -> Factors:
         check()
-        return Factors(*product.factors())
+        A, B = product.factors()
+        return Factors(A, sign * B)
 
     def read_svd() -> KroneckerSVD:
         check()
         assert isinstance(product, _Lokr)
-        return product.svd()
+        return product.svd().scaled(sign)
 
     return Layer(
         name,
         product.max_rank,
-        scale,
+        abs(scale),
         in_shape=product.shape[1:],
         out_features=product.shape[0],
         dtype=common_dtype(tensor.dtype for tensor in matrices.values()),
@@ -234,17 +232,15 @@ class _Product:
         return A.reshape(self.rank, -1), left.T
 
     def svd(self) -> SVD:
-        A, B = self.factors()
-        return svd_of_product(B, A)
+        return svd_of_product(*self.factors())
 
 
 @dataclass(frozen=True)
 class _Loha:
-    """The elementwise product of two products of factors, times a sign."""
+    """The elementwise product of two products of factors."""
 
     first: _Product
     second: _Product
-    sign: float = 1.0
 
     @property
     def is_valid(self) -> bool:
@@ -268,16 +264,15 @@ class _Loha:
     def factors(self) -> tuple[Float64Array, Float64Array]:
         A_1, B_1 = self.first.factors()
         A_2, B_2 = self.second.factors()
-        return elementwise_product(self.sign * B_1, A_1, B_2, A_2)
+        return elementwise_product(B_1, A_1, B_2, A_2)
 
 
 @dataclass(frozen=True)
 class _Lokr:
-    """The Kronecker product of two matrices, times a sign."""
+    """The Kronecker product of two matrices."""
 
     first: _Matrix | _Product
     second: _Matrix | _Product
-    sign: float = 1.0
 
     @property
     def is_valid(self) -> bool:
@@ -307,7 +302,7 @@ class _Lokr:
         return self.first.max_rank * self.second.max_rank
 
     def svd(self) -> KroneckerSVD:
-        return KroneckerSVD(self.first.svd(), self.second.svd()).scaled(self.sign)
+        return KroneckerSVD(self.first.svd(), self.second.svd())
 
     def factors(self) -> tuple[Float64Array, Float64Array]:
         return self.svd().factors(self.max_rank)

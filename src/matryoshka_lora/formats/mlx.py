@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from matryoshka_lora.formats.base_config import read_base_config
 from matryoshka_lora.formats.peft_folder import CONFIG_NAME
-from matryoshka_lora.formats.runtimes import check_runtime, name_in_block
+from matryoshka_lora.formats.runtimes import name_in_block, read_base_config
 from matryoshka_lora.formats.safetensors_io import create_safetensors
 from matryoshka_lora.linalg.factors import pad_end
 from matryoshka_lora.lora.layer import Factors, Layer, TensorInfo
@@ -27,8 +26,7 @@ def write(lora: Lora, folder: Path, target: Target) -> Written:
     Raises:
         MatryoshkaError: mlx-lm does not support the base model or a layer.
     """
-    base_config = read_base_config(lora, target)
-    check_runtime(lora, base_config, "mlx-lm")
+    base_config = read_base_config(lora, target, "mlx-lm")
     rank = lora.max_rank
     scales = {layer.scale for layer in lora.layers}
     scale = scales.pop() if len(scales) == 1 else lora.new_scale

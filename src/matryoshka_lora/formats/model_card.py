@@ -11,19 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka_lora.bundled_model import BUNDLED_MODEL
-from matryoshka_lora.formats.hub import (
-    CARD_NAME,
-    LICENSE_FILES,
-    leads_out_of_folder,
-    split_hub_id,
-)
+from matryoshka_lora.formats.hub import CARD_NAME, LICENSE_FILES, is_foreign_link, split_hub_id
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.registry import ANSWERS_CAVEAT
 
 ORIGINAL_HEADING = "# Original model card"
-"""What precedes the text of the source's card in the card of an output."""
+"""The heading of the text of the source's card."""
 LICENSES_HEADING = "# Licenses"
-"""What precedes the licenses of the sources of a sum."""
+"""The heading of the licenses of the sources of a sum."""
 CREATED_WITH = "Created with matryoshka-lora."
 
 _FRONT_MATTER = re.compile(r"\s*---\s*\n(?P<yaml>.*?)\n---\s*(\n|$)", re.DOTALL)
@@ -34,7 +29,7 @@ _CITATION = (
     "Nested LoRA adapters are from MatryoshkaLoRA "
     "([arXiv 2605.07850](https://arxiv.org/abs/2605.07850))."
 )
-# The Hub's name for what a model of a task type computes.
+# The Hub's pipeline tag by PEFT's task type.
 _PIPELINE_TAGS = {
     "CAUSAL_LM": "text-generation",
     "SEQ_CLS": "text-classification",
@@ -55,7 +50,7 @@ class SourceCard:
     Attributes:
         name: The name of its folder, or its id on the Hugging Face Hub.
         front_matter: The fields at the start of its README.md.
-        text: What follows them, if somebody has written it.
+        text: The text after them; empty if it is an unfilled template.
     """
 
     name: str
@@ -73,7 +68,7 @@ def read_source_card(folder: Path) -> SourceCard:
     """Return the model card of a folder; an empty one if it has none."""
     name = _source_name(folder)
     file = folder / CARD_NAME
-    if not file.is_file() or _is_foreign(file, folder):
+    if not file.is_file() or is_foreign_link(file, folder):
         return SourceCard(name)
     text = file.read_text(encoding="utf-8", errors="replace")
     match = _FRONT_MATTER.match(text)
@@ -81,7 +76,7 @@ def read_source_card(folder: Path) -> SourceCard:
     if match:
         text = text[match.end() :]
         front_matter = _parse_yaml(match["yaml"], file)
-    if CREATED_WITH in text:  # only what this package has kept of earlier sources
+    if CREATED_WITH in text:  # keep only the texts of earlier sources
         _, heading, licenses = text.partition(f"\n{LICENSES_HEADING}\n")
         original = text.partition(f"\n{ORIGINAL_HEADING}\n")[2]
         text = original or heading + licenses
@@ -121,25 +116,13 @@ def copy_license_files(folders: Sequence[Path], output_folder: Path) -> None:
     for folder in folders:
         for pattern in LICENSE_FILES:
             for file in sorted(folder.glob(pattern)):
-                if not file.is_file() or _is_foreign(file, folder):
+                if not file.is_file() or is_foreign_link(file, folder):
                     continue
                 output_file = output_folder / file.name
                 if output_file.exists() and output_file.read_bytes() != file.read_bytes():
                     source_name = _source_name(folder).replace("/", "-")
                     output_file = output_folder / f"{file.stem}-{source_name}{file.suffix}"
                 shutil.copyfile(file, output_file)
-
-
-def _is_foreign(file: Path, folder: Path) -> bool:
-    """Return whether a file leads out of a folder, after a warning."""
-    is_foreign = leads_out_of_folder(file, folder)
-    if is_foreign:
-        warnings.warn(
-            f"{file} is a symbolic link to another folder and is not used. Replace it by a copy, "
-            "if you trust it.",
-            stacklevel=3,
-        )
-    return is_foreign
 
 
 # The card
@@ -236,7 +219,7 @@ def _united(sources: Sequence[SourceCard], key: str) -> list[str]:
 
 
 def _common_license(sources: Sequence[SourceCard]) -> str | None:
-    """Return the license of all sources, ``other`` if theirs differ, or None if none has one."""
+    """Return the license of all sources: ``other`` if they differ, None if no source has one."""
     licenses = {", ".join(source.values("license")) for source in sources}
     if len(licenses) > 1:
         return "other"

@@ -25,7 +25,7 @@ def open_lora(path: PathLike, *, revision: str | None = None, alpha: float | Non
 
     Raises:
         MatryoshkaError: The path is not a LoRA, is damaged, or is a variant that cannot be
-            truncated; or an alpha is passed, and it contains its own.
+            truncated; or an alpha is passed for a LoRA that contains its own.
     """
     if alpha is not None and not (isinstance(alpha, Real) and is_valid_scale(alpha)):
         raise MatryoshkaError(f"`alpha` must be a positive number, got {short(alpha)}.")

@@ -17,10 +17,9 @@ from matryoshka_lora.formats.lora_config import RanksAndScales, check_plain_lora
 from matryoshka_lora.formats.model_card import copy_license_files, model_card, read_source_card
 from matryoshka_lora.formats.safetensors_io import (
     NESTING_KEY,
-    lora_tensors,
+    lora_file_size,
     open_safetensors,
     read_json,
-    safetensors_size,
     write_lora_tensors,
 )
 from matryoshka_lora.linalg.factors import Checksum
@@ -239,8 +238,7 @@ def write(lora: Lora, folder: Path, target: Target) -> Written:
 
 def file_size(lora: Lora) -> int:
     """Return the size in bytes of the weights file that `write` writes."""
-    lora = _prepare(lora)
-    return safetensors_size(lora_tensors(lora), lora.metadata)
+    return lora_file_size(_prepare(lora))
 
 
 def _prepare(lora: Lora) -> Lora:

@@ -1,18 +1,22 @@
-"""Check that a runtime other than PEFT supports a LoRA and its base model."""
+"""The base models and layers that runtimes other than PEFT support."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
+from matryoshka_lora.bundled_model import resolve_model_path
 from matryoshka_lora.errors import MatryoshkaError, check_integer, short
+from matryoshka_lora.formats.hub import local_path
+from matryoshka_lora.formats.peft_folder import base_model_of
+from matryoshka_lora.formats.safetensors_io import read_json
 from matryoshka_lora.lora.keys import DIFFUSERS_SUFFIXES
 from matryoshka_lora.lora.layer import Layer
 from matryoshka_lora.lora.lora import Lora
+from matryoshka_lora.registry import Target
 
-# The architecture in gguf's terms by the model_type of transformers. Add only what the tests of
-# the runtimes compare with PEFT: mlx-lm silently ignores keys that it does not know.
+# GGUF's name of the architecture, by the model_type in transformers. Add only models that the tests
+# of the runtimes compare with PEFT: mlx-lm silently ignores keys that it does not know.
 SUPPORTED_ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
@@ -31,14 +35,27 @@ def name_in_block(layer_name: str) -> str:
     return _MODULE_IN_BLOCK.sub(r"\g<module>", layer_name)
 
 
-def check_runtime(lora: Lora, base_config: Mapping[str, Any], runtime: str) -> None:
-    """Raise MatryoshkaError unless a runtime supports the base model and every tensor.
+def read_base_config(lora: Lora, target: Target, runtime: str) -> dict[str, Any]:
+    """Return the ``config.json`` of the base model of an output for a runtime.
 
     Args:
         lora: The output.
-        base_config: The ``config.json`` of the base model.
+        target: The base model, if it is not the one that the LoRA names.
         runtime: The name of the runtime, for messages.
+
+    Raises:
+        MatryoshkaError: The config cannot be read, or the runtime does not support the base model
+            or a tensor of the LoRA.
     """
+    base_model, revision = base_model_of(lora, target.base_model, target.base_revision)
+    try:
+        folder = local_path(resolve_model_path(base_model), ("config.json",), revision)
+        base_config = read_json(folder / "config.json")
+    except MatryoshkaError as error:
+        raise MatryoshkaError(
+            f"Cannot read the config of the base model {base_model!r}. {error} Pass another "
+            "`base_model`."
+        ) from error
     model_type = str(base_config.get("model_type"))
     if model_type not in SUPPORTED_ARCHITECTURES:
         raise MatryoshkaError(
@@ -46,19 +63,16 @@ def check_runtime(lora: Lora, base_config: Mapping[str, Any], runtime: str) -> N
             "`format='merged'`."
         )
     num_blocks = check_integer("num_hidden_layers", base_config.get("num_hidden_layers"))
-    unsupported = ""
-    if lora.other_tensors:
-        unsupported = min(lora.other_tensors)
-    else:
-        for layer in lora.layers:
-            if not _is_linear_in_block(layer, num_blocks):
-                unsupported = layer.keys.A
-                break
+    unsupported = sorted(lora.other_tensors)
+    unsupported += [
+        layer.keys.A for layer in lora.layers if not _is_linear_in_block(layer, num_blocks)
+    ]
     if unsupported:
         raise MatryoshkaError(
-            f"{lora.name} contains {unsupported}, which {runtime} cannot read with this base "
+            f"{lora.name} contains {unsupported[0]}, which {runtime} cannot read with this base "
             "model. Pass another `base_model`, or `format='merged'`."
         )
+    return base_config
 
 
 def _is_linear_in_block(layer: Layer, num_blocks: int) -> bool:

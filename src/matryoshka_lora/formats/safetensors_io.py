@@ -148,13 +148,14 @@ def create_safetensors(
         writer.write_header()
 
 
-def safetensors_size(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> int:
-    """Return the size in bytes of a file of these tensors, header included."""
-    header, _ = _build_header(tensors, metadata)
+def lora_file_size(lora: Lora) -> int:
+    """Return the size in bytes of the file that `write_lora_tensors` writes."""
+    tensors = _lora_tensors(lora)
+    header, _ = _build_header(tensors, lora.metadata)
     return len(header) + sum(tensor.nbytes for tensor in tensors.values())
 
 
-def lora_tensors(lora: Lora) -> dict[str, TensorInfo]:
+def _lora_tensors(lora: Lora) -> dict[str, TensorInfo]:
     """Return dtype and shape of all tensors of a LoRA by key."""
     tensors: dict[str, TensorInfo] = dict(lora.other_tensors)
     for layer in lora.layers:
@@ -170,7 +171,7 @@ def write_lora_tensors(lora: Lora, file: Path) -> Written:
     """
     written = Written(lora.ranks)
     checksum = Checksum()
-    with create_safetensors(file, lora_tensors(lora), lora.metadata) as writer:
+    with create_safetensors(file, _lora_tensors(lora), lora.metadata) as writer:
         for layer, factors in written.compute(lora):
             A, B = layer.to_tensors(factors)
             writer.write(layer.keys.A, A)

@@ -20,9 +20,8 @@ from matryoshka_lora.errors import MatryoshkaError, short
 from matryoshka_lora.formats.lora_config import RanksAndScales
 from matryoshka_lora.formats.lycoris import read_lycoris_layers
 from matryoshka_lora.formats.safetensors_io import (
-    lora_tensors,
+    lora_file_size,
     open_safetensors,
-    safetensors_size,
     write_lora_tensors,
 )
 from matryoshka_lora.lora.keys import (
@@ -66,9 +65,9 @@ def read(file: Path, alpha: float | None = None) -> Lora:
     """Open a LoRA in one file. Its tensors are loaded lazily.
 
     Layers of LoHa and LoKr are opened as LoRA layers of their exact rank. Layers with a DoRA
-    magnitude or a mid matrix, and those with an alpha of 0, are kept unchanged, in
-    ``other_tensors``. So are layers with a bias, unless an output keeps their scale: then only the
-    bias is.
+    magnitude, a mid matrix or an alpha of 0 are copied unchanged: their tensors are in
+    ``other_tensors``. So are layers with a bias, if an output would change their scale; otherwise
+    only the bias is.
 
     Args:
         file: The file.
@@ -87,8 +86,8 @@ def read(file: Path, alpha: float | None = None) -> Lora:
         )
     tensors, metadata = open_safetensors(file)
     pairs = _find_pairs(tensors, str(file))
-    extended_modules = _find_modules(_EXTRA_TENSOR, tensors, pairs)
-    names = [name for name in sorted(pairs) if not extended_modules & module_names(name)]
+    copied_modules = _find_modules(_EXTRA_TENSOR, tensors, pairs)
+    names = [name for name in sorted(pairs) if not copied_modules & module_names(name)]
     scales = _Scales(tensors, metadata, alpha, str(file))
     lora_layers = _read_lora_layers(tensors, names, pairs, scales, str(file))
     if not (CONFIGS_KEY in metadata and can_describe(lora_layers)):
@@ -97,9 +96,9 @@ def read(file: Path, alpha: float | None = None) -> Lora:
         modules_with_bias = _find_modules(_BIAS, tensors, pairs)
         for layer in lora_layers:
             if layer.keys.alpha is not None or layer.scale != 1:
-                extended_modules |= modules_with_bias & module_names(layer.name)
+                copied_modules |= modules_with_bias & module_names(layer.name)
         lora_layers = [
-            layer for layer in lora_layers if not extended_modules & module_names(layer.name)
+            layer for layer in lora_layers if not copied_modules & module_names(layer.name)
         ]
     lycoris_layers, lycoris_keys = read_lycoris_layers(tensors, scales.of, str(file))
     layers = sorted([*lora_layers, *lycoris_layers], key=lambda layer: layer.name)
@@ -109,9 +108,9 @@ def read(file: Path, alpha: float | None = None) -> Lora:
                 f"{file} has {layer.kind} and {next_layer.kind} for one module: "
                 f"{short(layer.name)}. Remove one of them."
             )
-    # diffusers would apply the ranks in the metadata to the extended modules, too, and a passed
-    # alpha applies to all layers.
-    if not layers or (extended_modules and (can_describe(layers) or alpha is not None)):
+    # diffusers would also apply the ranks in the metadata to the copied modules, and a passed alpha
+    # applies to all layers.
+    if not layers or (copied_modules and (can_describe(layers) or alpha is not None)):
         raise _no_layers_error(file, tensors)
 
     read_keys = lycoris_keys.union(*(layer.keys for layer in layers))
@@ -307,8 +306,7 @@ def write(lora: Lora, file: Path, target: Target) -> Written:
 
 def file_size(lora: Lora) -> int:
     """Return the size in bytes of the file that `write` writes."""
-    lora = _prepare(lora)
-    return safetensors_size(lora_tensors(lora), lora.metadata)
+    return lora_file_size(_prepare(lora))
 
 
 def _prepare(lora: Lora) -> Lora:

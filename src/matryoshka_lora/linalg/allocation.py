@@ -29,7 +29,7 @@ def rank_for_share(singular_values: Float64Array, share: float) -> int:
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """What the allocation needs to know of a layer.
+    """The singular values of a layer, and its size.
 
     Attributes:
         singular_values: Shape (R,) or (experts, R), float64, decreasing.
@@ -50,7 +50,7 @@ class LayerSpectrum:
 
 
 class _Component(NamedTuple):
-    """A component of a layer. The sorted ones begin with the largest gain.
+    """A component of a layer. Sorting begins with the largest gain.
 
     Attributes:
         negative_gain: Its squared singular values per parameter, negative.
@@ -89,9 +89,9 @@ def ranks_for_error(
 
     Args:
         layers: The layers by name. Their maximum ranks may make the error larger.
-        max_error: The maximum norm of what all layers miss over the norm of the update.
-        total: The squared norm of the update. Defaults to that of all components.
-        residual: The squared norm of what all components of all layers miss of it.
+        max_error: The maximum norm of the difference over the norm of the update, over all layers.
+        total: The squared norm of the update. Defaults to the sum of all squared singular values.
+        residual: The squared norm of the part of the update that is in no component.
     """
     ranks = dict.fromkeys(layers, 1)
     squared_sum = sum(sum(layer.squares) for layer in layers.values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -16,70 +17,83 @@ import numpy as np
 from matryoshka_lora.linalg.arrays import Array, Float64Array
 
 
+@dataclass(frozen=True)
+class SVD:
+    """A singular value decomposition ``left diag(values) right``.
+
+    Attributes:
+        left: Shape (..., out, R).
+        values: Shape (..., R), decreasing.
+        right: Shape (..., R, in).
+    """
+
+    left: Float64Array
+    values: Float64Array
+    right: Float64Array
+
+    def factors(self) -> tuple[Float64Array, Float64Array]:
+        """Return A and B with ``B A = left diag(values) right``.
+
+        Both factors get the square root. A component with the singular value 0 keeps a unit row in
+        A and zeros in B: the product is the same, and unlike a pair of zeros it can still learn.
+        """
+        root = np.sqrt(self.values)
+        A = self.right * np.where(self.values == 0, 1.0, root)[..., :, None]
+        return A, self.left * root[..., None, :]
+
+
+def svd_of_product(A: Array, B: Array) -> SVD:
+    """Return the singular value decomposition of ``B A`` without the dense matrix.
+
+    It is computed by QR of ``A^T`` and of B, and the SVD of the small core, at cost
+    O((in + out) R^2). A singular value that is only rounding is 0: one far below the product of the
+    norms of both factors.
+    """
+    # float64, because the product of two float32 factors needs more digits than float32, and the
+    # SVD of a near-degenerate core would mix columns.
+    q_in, r_in = np.linalg.qr(A.astype(np.float64).mT)
+    q_out, r_out = np.linalg.qr(B.astype(np.float64))
+    u, s, vh = np.linalg.svd(r_out @ r_in.mT, full_matrices=False)
+    return SVD(q_out @ u, _without_rounding(s, r_in, r_out), vh @ q_in.mT)
+
+
 def reorder_factors(
-    A: Array, B: Array, p: Float64Array | None = None, scale: float = 1.0
+    A: Array, B: Array, p: Float64Array | None = None
 ) -> tuple[Array, Array, Float64Array]:
     """Return factors of the same product whose every prefix is the best approximation of its rank.
 
-    QR of ``(diag(p) A)^T`` and of B, then the SVD of the small core, give the singular value
-    decomposition of ``B diag(p) A`` at cost O((in + out) R^2). By the Eckart-Young theorem the
-    first r columns are the closest matrix of rank r in the Frobenius norm, at every r.
+    They are computed from the singular value decomposition of ``B diag(p) A``. By the Eckart-Young
+    theorem its first r components are the closest matrix of rank r in the Frobenius norm, at every
+    r.
 
     Args:
         A: Shape (..., R, in), any floating dtype.
         B: Shape (..., out, R), dtype of A.
         p: The diagonal between B and A, shape (R,). Defaults to ones.
-        scale: The scale s of the result: ``s B' A' = B diag(p) A``.
 
     Returns:
-        ``A'``, ``B'`` with the shapes and dtype of A and B, and the singular values of the product,
-        shape (..., R), float64, decreasing. A singular value that is only rounding is 0: one far
-        below the product of the norms of both factors. Both factors get its square root. Signs are
-        fixed, so that reordering twice changes nothing but the rows of A that belong to the
-        singular value 0.
+        ``A'`` and ``B'`` with ``B' A' = B diag(p) A`` and the shapes and dtype of A and B, and the
+        singular values of the product, shape (..., R), float64, decreasing. Both factors get the
+        square root of a singular value. Signs are fixed, so that reordering twice changes nothing
+        but the rows of A that belong to the singular value 0.
     """
-    rank = A.shape[-2]
-    # float64, because the product of two float32 factors needs more digits than float32, and the
-    # SVD of a near-degenerate core would mix columns.
-    wide_A, tall_B = A.astype(np.float64), B.astype(np.float64)
-    if p is not None:
-        wide_A *= p[:, None]
-    q_in, r_in = np.linalg.qr(wide_A.mT)
-    q_out, r_out = np.linalg.qr(tall_B)
-    u, s, vh = np.linalg.svd(r_out @ r_in.mT, full_matrices=False)
-    left, right = q_out @ u, vh @ q_in.mT
-
-    largest = np.take_along_axis(right, np.abs(right).argmax(axis=-1, keepdims=True), axis=-1)
+    svd = svd_of_product(A if p is None else A.astype(np.float64) * p[:, None], B)
+    largest = np.take_along_axis(
+        svd.right, np.abs(svd.right).argmax(axis=-1, keepdims=True), axis=-1
+    )
     signs = np.where(largest < 0, -1.0, 1.0)
-    left *= signs.mT
-    right *= signs
-
-    s = _without_rounding(s, r_in, r_out)
-    new_A, new_B = split_singular_values(left, s, right, scale)
+    new_A, new_B = SVD(svd.left * signs.mT, svd.values, svd.right * signs).factors()
     # A layer narrower than R has fewer singular values than R.
-    missing = rank - s.shape[-1]
+    missing = A.shape[-2] - svd.values.shape[-1]
     new_A = pad_end(new_A, missing, axis=-2).astype(A.dtype)
     new_B = pad_end(new_B, missing, axis=-1).astype(B.dtype)
-    return new_A, new_B, pad_end(s, missing, axis=-1)
-
-
-def split_singular_values(
-    left: Float64Array, singular_values: Float64Array, right: Float64Array, scale: float
-) -> tuple[Float64Array, Float64Array]:
-    """Return A and B with ``scale B A = left diag(singular_values) right``.
-
-    Both factors get the square root. A component with the singular value 0 keeps a unit row in A
-    and zeros in B: the product is the same, and unlike a pair of zeros it can still learn.
-    """
-    root = np.sqrt(singular_values / scale)
-    A = right * np.where(singular_values == 0, 1.0, root)[..., :, None]
-    return A, left * root[..., None, :]
+    return new_A, new_B, pad_end(svd.values, missing, axis=-1)
 
 
 def singular_values(A: Array, B: Array) -> Float64Array:
     """Return the singular values of ``B A``, shape (..., R), float64, decreasing.
 
-    The same as those of `reorder_factors`, but faster.
+    `reorder_factors` returns the same values, but takes longer.
     """
     r_in = _triangular_factor(A.mT)
     r_out = _triangular_factor(B)
@@ -95,33 +109,23 @@ def _triangular_factor(matrix: Array) -> Float64Array:
 
 
 def _without_rounding(s: Array, r_in: Array, r_out: Array) -> Float64Array:
-    """Return the singular values of ``r_out @ r_in.mT``, with 0 for those that are only rounding.
+    """Return the singular values of ``r_out @ r_in.mT``, with 0 in place of rounding errors.
 
-    Rounding grows with the sizes of the components, not with their sum, in which they may cancel
-    each other.
+    Rounding grows with the norms of the components. The norm of their sum may be much smaller,
+    because components can cancel each other.
     """
     sizes = np.linalg.norm(r_in, axis=-2) * np.linalg.norm(r_out, axis=-2)
     threshold = sizes.sum(axis=-1, keepdims=True) * r_in.shape[-1] * np.finfo(np.float64).eps
     return np.where(s <= threshold, 0.0, s)
 
 
-def rescale_factors(A: Array, B: Array, ratio: float) -> tuple[Array, Array]:
-    """Return factors whose product is ``ratio B A``.
-
-    Half of the ratio is multiplied into A, so that fp16 can represent both. For A that is a power
-    of two, which is exact.
-    """
-    if ratio == 1:
-        return A, B
-    ratio_A = 2.0 ** round(math.log2(ratio) / 2)
-    return A.astype(np.float64) * ratio_A, B.astype(np.float64) * (ratio / ratio_A)
-
-
 def squared_tails(singular_values: Float64Array) -> Float64Array:
     """Return the squared error of each rank from 0 to R, shape (R + 1,), summed over experts.
 
-    By the Eckart-Young theorem, rank r misses the singular values from r + 1 on. They have
-    the shape (..., R).
+    By the Eckart-Young theorem, rank r misses the singular values from r + 1 on.
+
+    Args:
+        singular_values: Shape (..., R), decreasing.
     """
     squares = (singular_values**2).reshape(-1, singular_values.shape[-1]).sum(axis=0)
     return np.cumsum(np.append(squares, 0.0)[::-1])[::-1]
@@ -182,7 +186,7 @@ def inner_products(factors: Sequence[tuple[Array, Array]]) -> Float64Array:
     products = np.empty((len(pairs), len(pairs)))
     for i, (A_i, B_i) in enumerate(pairs):
         for j, (A_j, B_j) in enumerate(pairs[: i + 1]):
-            product = (B_i.swapaxes(-1, -2) @ B_j) * (A_i @ A_j.swapaxes(-1, -2))
+            product = (B_i.mT @ B_j) * (A_i @ A_j.mT)
             products[i, j] = products[j, i] = product.sum()
     return products
 
@@ -190,7 +194,9 @@ def inner_products(factors: Sequence[tuple[Array, Array]]) -> Float64Array:
 def relative_error(
     squared_errors: Mapping[str, Float64Array], ranks: int | Mapping[str, int]
 ) -> float:
-    """Return the norm of what a rank misses, over all layers, over the norm of the update.
+    """Return the relative error of a rank: the norm of the difference over the norm of the update.
+
+    Both norms are over all layers.
 
     Args:
         squared_errors: The squared error of each rank from 0 to R by layer, shape (R + 1,).

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from matryoshka_lora.linalg.arrays import Float64Array
-from matryoshka_lora.linalg.factors import split_singular_values
+from matryoshka_lora.linalg.factors import SVD
 
 
 def elementwise_product(
@@ -40,38 +40,16 @@ def elementwise_product(
 
 
 @dataclass(frozen=True)
-class SVD:
-    """A singular value decomposition ``left diag(values) right``.
-
-    Attributes:
-        left: Shape (out, R).
-        values: Shape (R,), decreasing.
-        right: Shape (R, in).
-    """
-
-    left: Float64Array
-    values: Float64Array
-    right: Float64Array
-
-
-def svd_of_product(B: Float64Array, A: Float64Array) -> SVD:
-    """Return the singular value decomposition of ``B A`` without the dense matrix."""
-    q_out, r_out = np.linalg.qr(B)
-    q_in, r_in = np.linalg.qr(A.T)
-    left, values, right = np.linalg.svd(r_out @ r_in.T, full_matrices=False)
-    return SVD(q_out @ left, values, right @ q_in.T)
-
-
-@dataclass(frozen=True)
 class KroneckerSVD:
     """The singular value decomposition of a Kronecker product of two matrices.
 
-    Its singular values are the products of theirs, and its singular vectors the Kronecker products
-    of theirs. So the largest ones are known without the dense matrix.
+    Its singular values are the products of a singular value of each matrix, and its singular
+    vectors are the Kronecker products of the corresponding vectors. So the largest singular values
+    are known without the dense matrix.
 
     Attributes:
         first: The decomposition of the first matrix.
-        second: That of the second one.
+        second: The decomposition of the second matrix.
     """
 
     first: SVD
@@ -82,8 +60,8 @@ class KroneckerSVD:
         """All singular values, decreasing, shape (R,), with R = R_1 R_2."""
         return np.sort(self._products())[::-1]
 
-    def factors(self, rank: int, scale: float = 1.0) -> tuple[Float64Array, Float64Array]:
-        """Return A and B of the closest product of a rank: ``scale B A`` approximates the matrix.
+    def factors(self, rank: int) -> tuple[Float64Array, Float64Array]:
+        """Return A and B of the closest product ``B A`` of a rank.
 
         Both factors get the square root of the singular values.
         """
@@ -92,12 +70,10 @@ class KroneckerSVD:
         i, j = np.divmod(largest, len(self.second.values))
         left = self.first.left[:, None, i] * self.second.left[None, :, j]
         right = self.first.right[i, :, None] * self.second.right[j, None, :]
-        return split_singular_values(
-            left.reshape(-1, len(largest)),
-            products[largest],
-            right.reshape(len(largest), -1),
-            scale,
+        svd = SVD(
+            left.reshape(-1, len(largest)), products[largest], right.reshape(len(largest), -1)
         )
+        return svd.factors()
 
     def scaled(self, factor: float) -> KroneckerSVD:
         """Return the decomposition of the matrix times a number."""

@@ -1,4 +1,4 @@
-"""Add LoRAs: a LoRA whose update is a weighted sum of theirs."""
+"""Weighted sums of LoRAs."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from matryoshka_lora.progress import progress_bar, single_threaded
 if TYPE_CHECKING:
     from matryoshka_lora.lora.lora import Lora
 
-# The fields that change what a pair of factors means in the model.
-_MEANING_FIELDS = (
+# The fields of PEFT's config that must be equal, so that the factors are for the same weights.
+_COMMON_FIELDS = (
     "base_model_name_or_path",
     "fan_in_fan_out",
     "target_parameters",
@@ -151,8 +151,8 @@ def sum_layers(
             f"The factors of {first.name} have different shapes: {'; '.join(shapes_of_factors)}. "
             "Pass LoRAs of one base model."
         )
-    # Programs that ignore a scale in the metadata, such as ComfyUI, then compute the sum of what
-    # they compute for the sources.
+    # A common scale is kept. So the sum is also right in programs that ignore a scale in the
+    # metadata, such as ComfyUI.
     scales = {layer.scale for layer in layers}
     scale = scales.pop() if len(scales) == 1 else 1.0
 
@@ -208,7 +208,7 @@ def _check_compatible(first: Lora, lora: Lora) -> None:
             f"{first.name} and {lora.name} are a folder and a single file. Convert the file to a "
             "folder with export and `key_format='peft'`."
         )
-    for field in _MEANING_FIELDS:
+    for field in _COMMON_FIELDS:
         # None, "" and an absent field mean the same.
         value, first_value = lora.config.get(field) or None, first.config.get(field) or None
         if value != first_value:

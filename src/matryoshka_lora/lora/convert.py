@@ -149,8 +149,8 @@ def has_key_format(lora: Lora, key_format: KeyFormat) -> bool:
 def match_key_formats(loras: Sequence[Lora]) -> list[Lora]:
     """Return LoRAs of single files that have the same names for the same modules.
 
-    If the key formats differ, all get the keys of the first one. If these are old ones that are not
-    written, all get the keys of diffusers.
+    If the key formats differ, all get the keys of the first one. If the first one has an old format
+    that is not written, all get the keys of diffusers.
 
     Raises:
         MatryoshkaError: A LoRA is a PEFT folder. Or the LoRAs are for different models, or have
@@ -284,7 +284,9 @@ def _convert_layers(
         changes_names = target.names is not None and target.names != names.names
         has_two_halves = layer.out_features == 2 * layer.in_shape[0]
         if target.module.swaps_halves and changes_names and has_two_halves:
-            layer = layer.map(_swap_halves)
+            layer = layer.map(
+                lambda factors: factors._replace(B=np.roll(factors.B, len(factors.B) // 2, axis=0))
+            )
         new_names = names.of(target)
         if len(new_names) == 1:
             (name,) = new_names.values()
@@ -306,10 +308,6 @@ def _convert_layers(
             first = fuse_layers(members)
         layers.append(style.rename(first, name))
     return tuple(layers)
-
-
-def _swap_halves(factors: Factors) -> Factors:
-    return factors._replace(B=np.roll(factors.B, len(factors.B) // 2, axis=0))
 
 
 def split_layer(layer: Layer, target: TargetModule) -> list[tuple[Layer, TargetModule]]:
@@ -390,17 +388,20 @@ def fuse_layers(members: Sequence[tuple[Layer, TargetModule]]) -> Layer:
     module_rows = _rows_of_splits(module, range(len(module.sizes)), width)
     num_rows = sum(module.sizes) * width
     scale = max(layer.scale for layer in layers)
-    has_common_A = _have_common_A(layers)
+    first_A = first.read().A
+    has_common_A = all(
+        layer.rank == first.rank and np.array_equal(layer.read().A, first_A) for layer in layers[1:]
+    )
     rank = first.rank if has_common_A else sum(layer.rank for layer in layers)
 
     def read() -> Factors:
         factors = [layer.read() for layer in layers]
-        A = factors[0].A if has_common_A else np.concatenate([pair.A for pair in factors])
+        A = factors[0].A if has_common_A else np.concatenate([matrices.A for matrices in factors])
         B = np.zeros((num_rows, rank))
         start = 0
-        for layer, target, pair in zip(layers, targets, factors, strict=True):
+        for layer, target, matrices in zip(layers, targets, factors, strict=True):
             columns = slice(start, start + layer.rank)
-            values = pair.B.astype(np.float64) * (layer.scale / scale)
+            values = matrices.B.astype(np.float64) * (layer.scale / scale)
             for split, rows in _rows_of_splits(module, target.splits, width).items():
                 B[module_rows[split], columns] = values[rows]
             start = start if has_common_A else columns.stop
@@ -424,29 +425,21 @@ def _fused_errors(
 ) -> Float64Array | None:
     """Return the squared errors of a fused layer, if a layer was truncated before.
 
-    The error of its rank is exact, and so is the squared norm, the error of rank 0. Ranks between
-    have the latter.
+    The errors of rank 0, the squared norm, and of the largest rank are exact. The ranks between
+    them get the error of rank 0.
     """
-    if all(pair.squared_errors is None for pair in factors):
+    if all(matrices.squared_errors is None for matrices in factors):
         return None
     norm = error = 0.0
-    for layer, pair in zip(layers, factors, strict=True):
-        squared_errors = pair.squared_errors
+    for layer, matrices in zip(layers, factors, strict=True):
+        squared_errors = matrices.squared_errors
         if squared_errors is None:
-            squared_errors = truncation_errors(pair.A, pair.B, [layer.scale] * layer.rank)
+            squared_errors = truncation_errors(matrices.A, matrices.B, [layer.scale] * layer.rank)
         norm += squared_errors[0]
         error += squared_errors[layer.rank]
     errors = np.full(rank + 1, norm)
     errors[rank] = error
     return errors
-
-
-def _have_common_A(layers: Sequence[Layer]) -> bool:
-    first = layers[0]
-    if any(layer.rank != first.rank for layer in layers):
-        return False
-    A = first.read().A
-    return all(np.array_equal(A, layer.read().A) for layer in layers[1:])
 
 
 def _check_rows(layer: Layer, target: TargetModule) -> None:

@@ -74,10 +74,9 @@ def split_part(module: str) -> tuple[str, str]:
 
 
 ModuleNames = Literal["authors", "diffusers"]
-"""Whose names of a model's modules a file has."""
+"""The naming convention for the modules of a model."""
 
-# The prefixes of a module's name, of layers that are not for a text encoder. The first that fits is
-# taken.
+# The prefixes of the names of layers that are not for a text encoder. The first match counts.
 _IMAGE_PREFIXES = (
     "lora_unet__",  # Wan Fun
     "lora_unet_",
@@ -145,7 +144,7 @@ class TargetModule(NamedTuple):
     Attributes:
         module: The module.
         splits: The splits that the layer has the rows of, as positions in `Module.diffusers`.
-        names: Whose name of the module it has, or None if authors and diffusers agree on the name.
+        names: The naming convention, or None if both conventions have the same name.
         prefix: The layer's name up to the name of the module.
         part: The part of a diffusers pipeline.
         block: The index of the block, or "".
@@ -171,7 +170,7 @@ class Model:
         modules: Its modules.
         text_encoder_modules: The modules of the text encoders.
         aliases: Further names of its modules.
-        kohya_names: Whose names kohya's scripts use.
+        kohya_names: The naming convention of kohya's scripts.
     """
 
     name: str
@@ -336,8 +335,8 @@ class LayerNames(NamedTuple):
 
     Attributes:
         prefixes: The prefix of a module's name by the part of a diffusers pipeline.
-        names: Whose names of the modules it has.
-        separator: The separator in these names, a dot or an underscore.
+        names: The naming convention for the modules.
+        separator: The separator in the names of modules, a dot or an underscore.
     """
 
     prefixes: Mapping[str, str]
@@ -386,7 +385,7 @@ def names_in_format(model: Model, key_format: KeyFormat) -> LayerNames:
 
 
 def names_in_file(targets: Mapping[str, TargetModule], model: Model) -> LayerNames:
-    """Return how a file names its layers, and how it would name layers that it does not have.
+    """Return how a file names the layers of a model, also layers that it does not have.
 
     Args:
         targets: The modules by the names of the layers, from `find_modules`.

@@ -20,7 +20,7 @@ from matryoshka_lora.linalg.arrays import (
     cast,
     common_dtype,
 )
-from matryoshka_lora.linalg.factors import rescale_factors, singular_values
+from matryoshka_lora.linalg.factors import singular_values
 from matryoshka_lora.linalg.kronecker import KroneckerSVD
 
 LayerKind = Literal["LoRA", "LoHa", "LoKr"]
@@ -239,17 +239,25 @@ class Layer:
             function: Maps the factors.
             changes: Further fields of the new layer.
         """
-        new: Layer = replace(self, read=lambda: function(self.read()), read_svd=None, **changes)  # type: ignore[arg-type]
+        changes = {"read": lambda: function(self.read()), "read_svd": None, **changes}
+        new: Layer = replace(self, **changes)  # type: ignore[arg-type]
         return new
 
     def with_scale(self, scale: float) -> Layer:
-        """Return a layer with another scale and the same update."""
+        """Return a layer with another scale and the same update.
+
+        About half of the ratio of the scales is multiplied into A, so that fp16 can represent both
+        factors. It is a power of two, so that A is exact.
+        """
         if scale == self.scale:
             return self
         ratio = self.scale / scale
+        ratio_A = 2.0 ** round(math.log2(ratio) / 2)
 
         def rescale(factors: Factors) -> Factors:
-            A, B = rescale_factors(factors.A, factors.B, ratio)
-            return factors._replace(A=A, B=B)
+            return factors._replace(
+                A=factors.A.astype(np.float64) * ratio_A,
+                B=factors.B.astype(np.float64) * (ratio / ratio_A),
+            )
 
         return self.map(rescale, scale=scale)

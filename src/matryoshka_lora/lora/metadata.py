@@ -1,4 +1,4 @@
-"""The metadata of single files: what stays true of an output, and what is renewed.
+"""The metadata of single files: which fields an output keeps, and which are updated.
 
 kohya's scripts write keys that begin with ``ss_`` and ``sshs_``; ``modelspec.`` is the Stable
 Diffusion Model Specification. diffusers stores the LoraConfig of each part of a pipeline in
@@ -33,22 +33,22 @@ Configs = dict[str, dict[str, Any]]
 """The LoraConfig of each part of a pipeline."""
 
 HASH_PREFIXES = {"sshs_model_hash": "", "modelspec.hash_sha256": "0x"}
-"""The metadata that hold the SHA-256 of everything after the header, and what precedes it."""
+"""The fields that hold the SHA-256 of everything after the header, and the prefix of the value."""
 
 _COMMENT_KEY = "ss_training_comment"
 _TAGS_KEY = "ss_tag_frequency"
 _NETWORK_ARGS_KEY = "ss_network_args"
 # A hash of a part of the file, for an extension that is no longer maintained.
 _LEGACY_HASH_KEY = "sshs_legacy_hash"
-# The fields of a sum that are renewed for the output, whatever the sources hold.
-_RENEWED_KEYS = (
+# The fields of a sum that `updated_metadata` computes from the output.
+_UPDATED_KEYS = (
     CONFIGS_KEY,
     _NETWORK_ARGS_KEY,
     "ss_network_dim",
     "ss_network_alpha",
     *HASH_PREFIXES,
 )
-# The fields of a sum that name all sources' values, and what is between them.
+# The fields of a sum that list the values of all sources, and the separator of the values.
 _SEPARATORS = {
     "modelspec.title": " + ",
     "modelspec.trigger_phrase": ", ",
@@ -203,7 +203,12 @@ def _dimension(layers: Sequence[Layer]) -> str:
 
 
 def _alpha(layers: Sequence[Layer], previous: str | None) -> str:
-    """Return the alpha of layers. If it differs, the previous one stays if their alphas do."""
+    """Return the alpha of layers as kohya's scripts write it.
+
+    Args:
+        layers: The layers.
+        previous: The value in the source. It is kept if the layers keep different alphas.
+    """
     alphas = {np.float32(layer.scale * layer.rank) for layer in layers}
     keep_alphas = all(layer.keys.alpha and not layer.has_new_factors for layer in layers)
     if len(alphas) > 1 and keep_alphas:
@@ -225,7 +230,7 @@ def _read_json(text: str | None) -> dict[str, Any]:
 def combined_metadata(
     metadata: Sequence[Mapping[str, str]], names: Sequence[str], weights: Sequence[float]
 ) -> dict[str, str]:
-    """Return the metadata of a weighted sum, before `updated_metadata` renews it.
+    """Return the metadata of a weighted sum, before `updated_metadata` updates it.
 
     A field stays if the sources that have it agree. Titles, trigger phrases, authors and licenses
     are joined, and the frequencies of tags are added.
@@ -243,7 +248,7 @@ def combined_metadata(
                 values.append(value)
     combined: dict[str, str] = {}
     for key, values in values_by_key.items():
-        if len(values) == 1 or key in _RENEWED_KEYS:
+        if len(values) == 1 or key in _UPDATED_KEYS:
             combined[key] = values[0]
         elif key in _SEPARATORS:
             combined[key] = _SEPARATORS[key].join(values)

@@ -16,7 +16,7 @@ class ReorderResult:
     Attributes:
         path: The output, or None for a model in memory.
         ranks: The nested ranks.
-        errors: The relative error of each nested rank: the Frobenius norm of what it misses over
+        errors: The relative error of each nested rank: the Frobenius norm of the difference over
             the norm of the update, over all layers.
         singular_values: The singular values of each layer's update by the layer's name, shape
             (R,), or (experts, R), decreasing.
@@ -35,8 +35,8 @@ class TrainRanksResult:
     Attributes:
         path: The output, or None for a model in memory.
         outcome: ``"kept"``: the factors are the trained ones. ``"not better"``: the trained factors
-            were not kept, and the factors are those from before training. ``"nothing to train"``:
-            no nested rank is behind rank R, or there is no smaller one. ``"no examples"``: those of
+            were not kept, and the factors are as before training. ``"nothing to train"``: no nested
+            rank is behind rank R, or there is no smaller one. ``"no examples"``: the examples of
             the Trainer cannot be used.
         examples_by_rank: The number of examples that each rank was trained on, repetitions
             included.

@@ -33,7 +33,7 @@ class Written:
             that was not truncated has the error 0.
         singular_values: The singular values of the update of each layer that was reordered, shape
             (..., R).
-        error_ranks: The ranks whose errors are of interest. Defaults to the ranks of the output.
+        error_ranks: The ranks whose errors are reported. Defaults to the ranks of the output.
     """
 
     ranks: Mapping[str, int]
@@ -42,7 +42,7 @@ class Written:
     error_ranks: tuple[int, ...] | None = None
 
     def relative_error(self, rank: int | None = None) -> float:
-        """Return the norm of what a rank misses over the norm of the update.
+        """Return the relative error of a rank; see `linalg.factors.relative_error`.
 
         Args:
             rank: Defaults to the ranks of the output.
@@ -89,7 +89,7 @@ class SaveResult:
         format: Its format.
         ranks: The rank of each layer by its name.
         size: The size of its weights in bytes.
-        errors: The relative error of the output, by its largest rank: the norm of what it misses
+        errors: The relative error of the output, by its largest rank: the norm of the difference
             over the norm of the update. A nested adapter or a ladder has one entry for each rank.
         written: The errors and singular values of each layer.
     """
@@ -142,8 +142,8 @@ def save(
     for layer in lora.layers:
         if layer.kind != "LoRA":
             raise MatryoshkaError(
-                f"{lora.name}: {short(layer.name)} is {layer.kind}, which becomes LoRA at a rank. "
-                "Pass `rank` or `error` too."
+                f"{lora.name}: {short(layer.name)} is {layer.kind}, which truncation converts to "
+                "LoRA. Pass `rank` or `error`."
             )
     if ranks is not None and output_format.name != "ladder":
         raise MatryoshkaError(
@@ -175,10 +175,8 @@ def choose_format(lora: Lora, path: PathLike, format: FormatName | None = None) 
     formats = {name: spec for name, spec in FORMATS.items() if lora.container in spec.containers}
     kind = "single file" if lora.container == "single" else "PEFT folder"
     if format is None:
-        of_suffix = [
-            spec.name for spec in formats.values() if spec.suffix and spec.suffix == suffix
-        ]
-        format = of_suffix[0] if of_suffix else lora.container
+        with_suffix = [spec.name for spec in formats.values() if suffix and spec.suffix == suffix]
+        format = with_suffix[0] if with_suffix else lora.container
     if format in FORMATS and format not in formats:
         hint = "Convert it to a PEFT folder first, with `key_format='peft'` or convert('peft')."
         if lora.container == "peft":
@@ -193,7 +191,7 @@ def choose_format(lora: Lora, path: PathLike, format: FormatName | None = None) 
             f"{lora.name} is a {kind}, which format {format!r} writes as a file, got {path}. Pass "
             f"{path}{spec.suffix}."
         )
-    if not spec.suffix and suffix in [spec.suffix for spec in FORMATS.values() if spec.suffix]:
+    if suffix and not spec.suffix and suffix in [spec.suffix for spec in FORMATS.values()]:
         raise MatryoshkaError(
             f"{lora.name} is a {kind}, which format {format!r} writes as a folder, got {path}. "
             f"Pass a path without {suffix}."

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from matryoshka_lora.errors import MatryoshkaError, check_choice, short
-from matryoshka_lora.linalg.arrays import FLOATS, Array, DType
+from matryoshka_lora.linalg.arrays import FLOATS, Array, DType, Float64Array
+from matryoshka_lora.linalg.factors import pad_end
 from matryoshka_lora.lora.keys import without_lora
 from matryoshka_lora.lora.layer import Factors, Layer
 from matryoshka_lora.registry import DtypeName
@@ -32,7 +33,8 @@ _DTYPES: dict[DtypeName, DType] = {
 }
 # The end of a key of a single file, after the module's name: `.alpha`, `.lora_mid.weight`.
 _KEY_END = re.compile(r"\.[^.]+(\.(weight|bias|default))*$")
-# Where the largest element of a factor lies outside, fp16 overflows, or has few digits for it.
+# The range of the largest element of a factor. Above it fp16 may overflow, below it fp16 loses
+# digits.
 _FP16_RANGE = (2.0**-11, 2.0**15)
 
 
@@ -64,25 +66,23 @@ def drop(lora: Lora, patterns: Iterable[str]) -> Lora:
     def matches(name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 
-    names = {layer.name for layer in lora.layers if matches(layer.name)}
-    return _without(lora, names, "drop", patterns)
+    return _without(lora, matches, "drop")
 
 
-def _without(lora: Lora, names: set[str], parameter: str, patterns: Iterable[str] = ()) -> Lora:
-    """Return a LoRA without the layers of some names, and without what belongs to them."""
-    layers = tuple(layer for layer in lora.layers if layer.name not in names)
+def _without(lora: Lora, is_dropped: Callable[[str], bool], parameter: str) -> Lora:
+    """Return a LoRA without the layers of some names, and without the other tensors of these."""
+    layers = tuple(layer for layer in lora.layers if not is_dropped(layer.name))
     if not layers:
         raise MatryoshkaError(
             f"`{parameter}` leaves no layer of {lora.name}. Pass narrower patterns."
         )
     other_tensors, config = lora.other_tensors, lora.config
     if lora.container == "single":
-        other_tensors = {}
-        for key, tensor in lora.other_tensors.items():
-            key_names = _possible_names(key)
-            is_matched = any(fnmatchcase(name, p) for name in key_names for p in patterns)
-            if not is_matched and not names & key_names:
-                other_tensors[key] = tensor
+        other_tensors = {
+            key: tensor
+            for key, tensor in lora.other_tensors.items()
+            if not any(map(is_dropped, _possible_names(key)))
+        }
     elif lora.config.get("target_parameters"):
         raise MatryoshkaError(
             f"{lora.name} has target_parameters, whose layers cannot be left out. Omit "
@@ -92,9 +92,9 @@ def _without(lora: Lora, names: set[str], parameter: str, patterns: Iterable[str
         targets = [layer.name for layer in layers]
         config = {**lora.config, **dict.fromkeys(TARGET_FIELDS), "target_modules": targets}
     changes = lora.changes
-    if names:
-        num_dropped = pluralize(len(lora.layers) - len(layers), "layer")
-        changes += (f"left out {num_dropped} of {len(lora.layers)}",)
+    num_dropped = len(lora.layers) - len(layers)
+    if num_dropped:
+        changes += (f"left out {pluralize(num_dropped, 'layer')} of {len(lora.layers)}",)
     return replace(lora, layers=layers, other_tensors=other_tensors, config=config, changes=changes)
 
 
@@ -152,21 +152,24 @@ def scale(lora: Lora, factors: Mapping[str, float]) -> Lora:
         scaled_layers = f"{pluralize(count, 'layer')} of {len(layers)}"
         changes += (f"scaled {scaled_layers} (factor {factor:g})",)
     scaled = replace(lora, layers=tuple(layers), changes=changes)
-    return _without(scaled, dropped_names, "scale") if dropped_names else scaled
+    return _without(scaled, dropped_names.__contains__, "scale") if dropped_names else scaled
 
 
 def _scale_layer(layer: Layer, factor: float) -> Layer:
-    # In B, not in the scale: layers of a file must keep one alpha for diffusers.
+    # B is multiplied, not the scale: diffusers needs the same alpha in all layers of a file.
     def multiply(factors: Factors) -> Factors:
-        B, errors, values = _widen(factors.B) * factor, factors[2], factors[3]
-        errors = None if errors is None else errors * factor**2
-        values = None if values is None else values * abs(factor)
-        return Factors(factors.A, B, errors, values)
+        errors, values = factors.squared_errors, factors.singular_values
+        return Factors(
+            factors.A,
+            _widen(factors.B) * factor,
+            None if errors is None else errors * factor**2,
+            None if values is None else values * abs(factor),
+        )
 
     read_svd = layer.read_svd
     if read_svd is None:
         return layer.map(multiply)
-    return replace(layer.map(multiply), read_svd=lambda: read_svd().scaled(factor))
+    return layer.map(multiply, read_svd=lambda: read_svd().scaled(factor))
 
 
 def cast(lora: Lora, dtype: DtypeName) -> Lora:
@@ -183,9 +186,8 @@ def cast(lora: Lora, dtype: DtypeName) -> Lora:
     layers: list[Layer] = []
     for layer in lora.layers:
         if layer.dtype != new_dtype:
-            read_svd = layer.read_svd
             if dtype == "fp16":
-                layer = replace(layer.map(_balance_for_fp16), read_svd=read_svd)
+                layer = layer.map(_balance_for_fp16, read_svd=layer.read_svd)
             layer = replace(layer, dtype=new_dtype)
         layers.append(layer)
     changes = (*lora.changes, f"stored the factors in {dtype}")
@@ -204,7 +206,7 @@ def _balance_for_fp16(factors: Factors) -> Factors:
     return factors._replace(A=A * shift, B=B / shift)
 
 
-def _widen(array: Array) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _widen(array: Array) -> Float64Array:
     return array.astype(np.float64, copy=False)
 
 
@@ -226,19 +228,14 @@ def pad(lora: Lora, rank: int) -> Lora:
             f"{lora.name} has rank {lora.max_rank}, and padding must not make it smaller, got "
             f"{rank}. Pass a larger `rank`, or truncate instead."
         )
-    layers: list[Layer] = []
-    for seed, layer in enumerate(lora.layers):
-        layer_scale = layer.scale
-        if lora.nesting is not None and lora.deploy == "paper":
-            layer_scale = lora.nesting.scale_at(layer.rank)
-        layers.append(_pad_layer(layer, rank, layer_scale, seed))
+    layers = tuple(_pad_layer(layer, rank, seed) for seed, layer in enumerate(lora.layers))
     changes = (*lora.changes, f"padded to rank {rank}")
     return replace(
-        lora, layers=tuple(layers), nesting=None, order=None, deploy="reordered", changes=changes
+        lora, layers=layers, nesting=None, order=None, deploy="reordered", changes=changes
     )
 
 
-def _pad_layer(layer: Layer, rank: int, layer_scale: float, seed: int) -> Layer:
+def _pad_layer(layer: Layer, rank: int, seed: int) -> Layer:
     missing = rank - layer.rank
 
     def add_components(factors: Factors) -> Factors:
@@ -249,11 +246,10 @@ def _pad_layer(layer: Layer, rank: int, layer_scale: float, seed: int) -> Layer:
         num_inputs = A.shape[-1]
         shape = (*A.shape[:-2], missing, num_inputs)
         rows = np.random.default_rng(seed).standard_normal(shape) * row_norm / math.sqrt(num_inputs)
-        columns = np.zeros((*B.shape[:-1], missing), B.dtype)
         return Factors(
             np.concatenate([A, rows.astype(A.dtype)], axis=-2),
-            np.concatenate([B, columns], axis=-1),
+            pad_end(B, missing, axis=-1),
             factors.padded_errors(rank),
         )
 
-    return layer.map(add_components, rank=rank, scale=layer_scale, kind="LoRA")
+    return layer.map(add_components, rank=rank, kind="LoRA")

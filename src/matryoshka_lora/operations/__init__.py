@@ -1,1 +1,1 @@
-"""File commands, and their helpers."""
+"""The operations on LoRA files: info, reorder, export, combine and train_ranks."""

@@ -1,4 +1,4 @@
-"""Combine LoRAs: write one nested LoRA whose update is a weighted sum of theirs."""
+"""Combine LoRAs: write one nested LoRA, the weighted sum of their updates."""
 
 from __future__ import annotations
 

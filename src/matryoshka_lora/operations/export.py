@@ -35,7 +35,7 @@ class ExportOptions(TypedDict, total=False):
             ranks that keep most of the update.
         pad: Whether to write a LoRA of a larger rank to train on, with the same update. Every layer
             gets ``rank``. The new rows of A are random, and the new columns of B zero.
-        dtype: The dtype of the factors: ``"fp32"``, ``"bf16"`` or ``"fp16"``. Defaults to theirs.
+        dtype: The dtype of the factors: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         drop: Patterns of names of layers that are left out, such as ``"lora_te*"``.
         scale: The factor of the update of each layer, by a pattern of names. The last pattern that
             matches a layer counts. The error is relative to the scaled update.
@@ -72,7 +72,7 @@ class ExportResult:
         size_after: The size of the output's weights in bytes.
         errors: The relative error of the output, by its largest rank: the norm of what it misses
             over the norm of the update. A ladder has one entry per rank, other formats have one.
-        notes: What else the user should know, one sentence each.
+        notes: Remarks for the user, one sentence each.
     """
 
     path: Path
@@ -164,7 +164,7 @@ def _export(
     force: bool = False,
 ) -> ExportResult:
     drop = check_list("drop", drop)
-    container = "peft" if key_format == "peft" and lora.container == "single" else lora.container
+    container = "peft" if key_format == "peft" else lora.container
     output_format = choose_format(replace(lora, container=container), output, format)
     is_ladder = output_format.name == "ladder"
     is_lora = output_format.is_lora
@@ -249,7 +249,7 @@ def _check_request(
     Args:
         output_format: The format of the output.
         rank: As in `export`, and so are ``keep``, ``error``, ``max_bytes``, ``pad`` and ``dtype``.
-        has_other_change: Whether something else than the ranks changes.
+        has_other_change: Whether anything other than the ranks changes.
     """
     is_ladder = output_format.name == "ladder"
     is_lora = output_format.is_lora

@@ -147,7 +147,7 @@ class FolderInfo:
     """The result of `info_folder`.
 
     Attributes:
-        loras: What each LoRA holds, by the name of its folder or file.
+        loras: The `LoraInfo` of each LoRA by the name of its folder or file.
         failed: Why the others could not be read, by name.
     """
 
@@ -160,7 +160,7 @@ class FolderInfo:
 
 
 def info(source: Lora | PathLike, *, layers: bool = False, revision: str | None = None) -> LoraInfo:
-    """Return what a LoRA holds, and the size and error of each rank.
+    """Return the contents of a LoRA, and the size and error of each rank.
 
     Args:
         source: A PEFT folder, a single ``.safetensors`` file, the Hub id of either, or an opened
@@ -194,7 +194,7 @@ def info(source: Lora | PathLike, *, layers: bool = False, revision: str | None 
 
 
 def info_folder(folder: PathLike, *, layers: bool = False) -> FolderInfo:
-    """Return what each LoRA in a folder holds; see `info`.
+    """Return the contents of each LoRA in a folder; see `info`.
 
     Args:
         folder: A folder of PEFT folders and single files.

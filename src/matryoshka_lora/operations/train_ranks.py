@@ -37,7 +37,7 @@ def train_ranks(
     """Train every rank of a LoRA for a few steps, and write it as a nested adapter.
 
     See `NestedAdapter.train_ranks`. If the trained factors are not kept, the output holds the
-    factors as they were; those without an order are reordered by SVD.
+    factors of the source, reordered by SVD unless they have an order.
 
     Args:
         source: A PEFT folder, or its Hub id.

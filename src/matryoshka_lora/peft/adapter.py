@@ -147,7 +147,7 @@ class NestedAdapter:
 
         It applies in forward, backward and ``generate``. The layers must get inputs of shape
         (rows, length, features), or (rows, channels, ...) in a convolution. ``generate``
-        repeats each row in place for beams and for several sequences: repeat its rank, too.
+        repeats each row in place for beams and for several sequences: repeat its rank as often.
 
         Args:
             ranks: One for each row, from 0 to R; 0 switches the update off.
@@ -249,8 +249,8 @@ class NestedAdapter:
     def layer_factors(self) -> FactorParameters:
         """Return the parameters A and B of each layer, in PEFT's own layout.
 
-        The keys are the layers' names in the base model. The parameters are the live ones: whatever
-        changes them ends the order.
+        The keys are the layers' names in the base model. These are the model's own tensors:
+        changing them ends the order.
         """
         return {name: factor_parameters(layer, self.name) for name, layer in self.layers.items()}
 
@@ -337,10 +337,15 @@ class NestedAdapter:
         if max_examples is not None:
             check_integer("max_examples", max_examples)
         self._check_not_merged("train its ranks")
-        self.check_only_active()
+        self._check_active()
+        if len(self.model.active_adapters) > 1:
+            raise MatryoshkaError(
+                f"The adapters {', '.join(self.model.active_adapters)} are active. Call "
+                f"model.set_adapter({self.name!r}) first."
+            )
         factors, nesting = self.factors, self.nesting
         factors.check_not_sharded()
-        # Every forward is at rank R, whatever the chosen rank is: its factors are written instead.
+        # Rank R in every forward, whatever rank is set: training writes a rank's prefix to B.
         with self.use_diagonal(torch.ones(nesting.max_rank)):
             try:
                 training_data = read_training_data(self.model, data, tokenizer, eval_data)
@@ -441,9 +446,9 @@ class NestedAdapter:
         return config
 
     def _save_embedding_layers(self, base_model: str | None) -> bool | Literal["auto"]:
-        """Return whether the embeddings are saved: if the vocabulary differs from the base model's.
+        """Return whether to save the embeddings: if the vocabulary differs from the base model's.
 
-        If that is unknown, PEFT decides: ``"auto"`` saves them if they are adapted.
+        If the base model's config is not available, ``"auto"`` lets PEFT decide.
         """
         # Not every model has a vocabulary, and not every base model has files.
         with suppress(AttributeError, OSError, TypeError, ValueError):
@@ -452,15 +457,6 @@ class NestedAdapter:
             vocab_size = self.model.config.get_text_config().vocab_size
             return bool(base_vocab_size != vocab_size)
         return "auto"
-
-    def check_only_active(self) -> None:
-        """Raise MatryoshkaError unless the adapter is the only active one."""
-        self._check_active()
-        if len(self.model.active_adapters) > 1:
-            raise MatryoshkaError(
-                f"The adapters {', '.join(self.model.active_adapters)} are active. Call "
-                f"model.set_adapter({self.name!r}) first."
-            )
 
     def _check_active(self) -> None:
         """Raise MatryoshkaError unless the adapter takes part in the model's forward."""
@@ -472,7 +468,7 @@ class NestedAdapter:
             )
 
     def _check_not_merged(self, action: str) -> None:
-        """Raise MatryoshkaError if the adapter is merged, so that an action is not possible."""
+        """Raise MatryoshkaError if the adapter is merged. `action` completes the message."""
         if any(self.name in layer.merged_adapters for layer in self.layers.values()):
             raise MatryoshkaError(
                 f"Adapter {self.name!r} is merged. Call unmerge_adapter() to {action}."
@@ -492,7 +488,7 @@ class NestedAdapter:
                 )
 
     def _check_rows_first(self) -> None:
-        """Raise MatryoshkaError if the model's layers get tokens before rows."""
+        """Raise MatryoshkaError if dim 0 of the inputs of the model's layers is not the rows."""
         config = getattr(self.model.get_base_model(), "config", None)
         model_type = getattr(config, "model_type", None)
         if model_type in _TIME_MAJOR_MODELS:

@@ -18,9 +18,9 @@ class ForwardCheck:
 
     Kernels of other libraries compute a layer from its A and B, without calling it, so they know no
     diagonal. They replace the forward of the module that contains the layer. The first forward with
-    each diagonal that is not one finds them: the replaced forward leaves all layers of a kind, such
-    as all ``gate_proj``, uncalled. A model's own code may leave layers uncalled, as Longformer does
-    without global attention. Plain LoRA is not checked.
+    each diagonal detects them: the replaced forward leaves all layers of a kind, such as all
+    ``gate_proj``, uncalled. A model's own code may leave layers uncalled, as Longformer does
+    without global attention. A diagonal of ones, which is plain LoRA, is not checked.
 
     Args:
         adapter: The adapter.
@@ -31,7 +31,7 @@ class ForwardCheck:
         self._state = adapter.state
         self._layers = adapter.layers
         self._model = adapter.model.base_model.model
-        # Of the forward that is watched now:
+        # The state of the forward that is being recorded:
         self._root: nn.Module | None = None
         self._diagonal = self._state.eval_diagonal
         self._called: set[nn.Module] = set()
@@ -68,8 +68,8 @@ class ForwardCheck:
 
     def _check_forward(self, root: nn.Module, layer: LoraModule) -> None:
         state = self._state
-        is_training = self._model.training or layer.training
-        if is_training and torch.is_grad_enabled():
+        needs_backward = torch.is_grad_enabled() and (self._model.training or layer.training)
+        if needs_backward:
             state.order.may_have_changed = True  # an optimizer step may follow
         if state.train_diagonal is None and layer.training and not state.overrides:
             return  # the rule has drawn no diagonal, which the layers report
@@ -78,7 +78,6 @@ class ForwardCheck:
             return
         if diagonal is state.eval_diagonal:
             state.check_order()
-        needs_backward = is_training and torch.is_grad_enabled()
         if state.overrides and diagonal.q.ndim > 1 and needs_backward:
             modules = self._model.modules()
             if any(getattr(module, "gradient_checkpointing", False) for module in modules):

@@ -116,9 +116,9 @@ def _literal_config(lora: Lora) -> LoraConfig:
 
 @contextmanager
 def _remove_after_failure(base_model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Remove an adapter after an exception, also if PEFT has loaded only a part of it.
+    """After an exception, remove an adapter that PEFT may have loaded in part.
 
-    The size of the vocabulary is restored, too.
+    The size of the vocabulary, the modes and ``requires_grad`` are restored.
     """
     vocabulary_size = _vocabulary_size(base_model)
     # By name, because another size of the vocabulary has other parameters.
@@ -126,7 +126,7 @@ def _remove_after_failure(base_model: nn.Module, adapter_name: str) -> Iterator[
     modes = [(module, module.training) for module in base_model.modules()]
     try:
         yield
-    except BaseException:  # KeyboardInterrupt, too
+    except BaseException:  # including KeyboardInterrupt
         if not isinstance(base_model, PeftModel):
             _remove_peft_layers(base_model)
         elif adapter_name in base_model.peft_config:
@@ -160,18 +160,13 @@ def _remove_peft_layers(base_model: nn.Module) -> None:
 
 
 def _nest_like_file(model: PeftModel, lora: Lora, adapter_name: str) -> NestedAdapter:
-    """Nest an adapter as its file says; reorder it if the file does not hold an order."""
-    if lora.nesting is None:
+    """Nest an adapter with the settings of its file; reorder it if the file has none."""
+    nesting = lora.nesting
+    if nesting is None:
         nested_adapter = nest(model, adapter_name=adapter_name)
         nested_adapter.reorder()
         return nested_adapter
-    nesting = lora.nesting
-    nested_adapter = nest(
-        model,
-        nesting.ranks,
-        scaling=nesting.scaling,
-        adapter_name=adapter_name,
-    )
+    nested_adapter = nest(model, nesting.ranks, scaling=nesting.scaling, adapter_name=adapter_name)
     nested_adapter.state.deploy = lora.deploy
     nested_adapter.state.reset()
     if lora.order is not None:
@@ -192,22 +187,12 @@ def prepare_base_model(base_model: nn.Module, lora: Lora) -> None:
     """
     if isinstance(base_model, PeftModel):
         base_model = base_model.get_base_model()
-    check_fit(base_model, lora)
-    _enlarge_vocabulary(base_model, lora)
-
-
-def check_fit(base_model: nn.Module, lora: Lora) -> None:
-    """Check that a model has all layers of an adapter, with their dimensions.
-
-    Raises:
-        MatryoshkaError: A layer is missing or has different dimensions.
-    """
-    if lora.config.get("layer_replication"):
-        return  # PEFT creates these layers
     modules = {
         name.replace(".base_layer", ""): module for name, module in base_model.named_modules()
     }
-    for layer in lora.layers:
+    # PEFT creates the layers of a replication.
+    required_layers = () if lora.config.get("layer_replication") else lora.layers
+    for layer in required_layers:
         module = modules.get(layer.name.replace(".base_layer", ""))
         if module is None or not _has_dimensions(module, layer, lora):
             base_name = lora.config.get("base_model_name_or_path") or "not named in its config"
@@ -215,6 +200,7 @@ def check_fit(base_model: nn.Module, lora: Lora) -> None:
                 f"This model lacks layer {layer.name} of {lora.name}, or has it with different "
                 f"dimensions. Use the model that the adapter was trained on ({base_name})."
             )
+    _enlarge_vocabulary(base_model, lora)
 
 
 def _has_dimensions(module: Any, layer: Layer, lora: Lora) -> bool:

@@ -59,7 +59,11 @@ def write(lora: Lora, output_folder: Path, target: Target) -> Written:
         NotImplementedError,
     ):
         merged.save_pretrained(output_folder)
-    _complete_config(output_folder / "config.json")
+    # Older runtimes read fields that a config of transformers 5 lacks.
+    config_file = output_folder / "config.json"
+    config = read_json(config_file)
+    config.update(missing_rope_fields(config))
+    config_file.write_text(json.dumps(config, indent=2), encoding="utf-8")
     return written
 
 
@@ -84,9 +88,9 @@ def _write_tokenizer(
 
 
 def _untie_adapted_embeddings(model: Any) -> None:
-    """Give the head a weight of its own if the head or the embeddings are adapted.
+    """Untie the head from the embeddings if one of them is adapted.
 
-    A weight that they share would get the updates of both.
+    A shared weight would get the updates of both.
     """
     head = model.get_output_embeddings()
     if isinstance(head, LoraLayer) or isinstance(model.get_input_embeddings(), LoraLayer):
@@ -96,9 +100,9 @@ def _untie_adapted_embeddings(model: Any) -> None:
 
 
 def _copy_shared_weights(model: Any) -> None:
-    """Give replicated layers weights of their own, but leave a tied head tied.
+    """Copy the weights that replicated layers share, but leave a tied head tied.
 
-    A weight that they share would get the updates of all of them, and could not be saved.
+    A shared weight would get the updates of all replicas, and could not be saved.
     """
     head = model.get_output_embeddings()
     parameters: set[nn.Parameter] = set()
@@ -110,10 +114,3 @@ def _copy_shared_weights(model: Any) -> None:
                 copy = nn.Parameter(parameter.detach().clone(), requires_grad=False)
                 setattr(module, name, copy)
             parameters.add(parameter)
-
-
-def _complete_config(file: Path) -> None:
-    """Add the fields that older runtimes read to a config of transformers 5."""
-    config = read_json(file)
-    config.update(missing_rope_fields(config))
-    file.write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Whether the factors of an adapter still are in the order that they were given."""
+"""Whether the factors of an adapter are still ordered."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _SAMPLE_SIZE = 32
 class FactorOrder:
     """The order of an adapter's factors, which ends when a factor changes.
 
-    A checksum decides. It reads all factors, so it is compared when the adapter is saved, and at
-    other times only after a sign of a change:
+    A checksum decides. It reads all factors, so it is compared when the adapter is saved, and
+    otherwise only after a sign of a change:
 
-    * A forward in train mode with gradients: an optimizer step may have followed. A fused optimizer
-      increments no version. Whoever sees such a forward sets `may_have_changed`.
+    * A forward in train mode with gradients, which sets `may_have_changed`: an optimizer step may
+      have followed, and a fused optimizer increments no version.
     * Another version of a factor. PyTorch counts the in-place operations on each tensor.
     * Another value in a sample of the factors. Operations on ``tensor.data``, such as PEFT's
       hotswap, increment no version.
@@ -52,7 +52,7 @@ class FactorOrder:
 
     def mark(self, kind: Order) -> None:
         """Record that the factors are ordered now."""
-        # An interrupt of these, which take time, leaves the order as it is.
+        # Computed first, so that an interrupt leaves the order as it is.
         checksums = frozenset(map(self._checksum, (None, torch.bfloat16, torch.float16)))
         self._record_fingerprint()
         self.kind, self._checksums, self._is_valid = kind, checksums, True
@@ -77,7 +77,7 @@ class FactorOrder:
         return self.kind if self._is_valid else None
 
     def verify(self) -> Order | None:
-        """Return the same as `current`, after comparing the checksum of all factors."""
+        """Return the same as `current`, but always compare the checksum."""
         if self.kind is None:
             return None
         self._is_valid = self._checksum() in self._checksums
@@ -92,7 +92,7 @@ class FactorOrder:
         self.may_have_changed = False
 
     def _parameters(self) -> list[Tensor]:
-        """Return A and B of all layers, in turn. Looking all of them up would be slow."""
+        """Return A and B of each layer, cached because the lookup is slow."""
         first_A, _ = factor_parameters(next(iter(self._layers.values())), self.adapter)
         # Sharding replaces the parameters.
         if not self._cached_parameters or self._cached_parameters[0] is not first_A:

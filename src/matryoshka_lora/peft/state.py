@@ -61,7 +61,7 @@ class Diagonal:
         if q.ndim == 1:
             return q
         num_ranks, num_rows = len(q), shape[0]
-        # With fewer dimensions, rows and tokens share one.
+        # With fewer dimensions, rows and tokens are flattened into one.
         has_rows = len(shape) >= max(3, 2 + spatial_dims)
         if has_rows:
             if num_rows == num_ranks:
@@ -78,7 +78,7 @@ class Diagonal:
 
     def multiply(self, hidden: Tensor, spatial_dims: int = 0) -> Tensor:
         """Return an activation of shape (rows, ..., R, *spatial) times q along R."""
-        # A compiler makes one graph for all ranks, and would make a second one for this shortcut.
+        # torch.compile uses one graph for all ranks. This shortcut would need a second one.
         if not torch.compiler.is_compiling() and self.is_one and self.q.ndim == 1:
             return hidden
         q = self.for_batch(hidden.shape, hidden.device, spatial_dims)
@@ -87,8 +87,8 @@ class Diagonal:
         if q.ndim == 1:
             q = q.view(-1, *spatial)
         else:
-            between = (1,) * (hidden.ndim - 2 - spatial_dims)
-            q = q.view(len(hidden), *between, -1, *spatial)
+            token_dims = (1,) * (hidden.ndim - 2 - spatial_dims)
+            q = q.view(len(hidden), *token_dims, -1, *spatial)
         return (hidden * q).to(hidden.dtype)
 
 

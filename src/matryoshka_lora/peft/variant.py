@@ -1,7 +1,8 @@
 """Apply the diagonal through PEFT's slot for LoRA variants: forward, merge, and state dicts.
 
-PEFT's classes, configs and parameters stay as they are. Each of an adapter's layers gets a
-`NestedVariant` in its ``lora_variant``, and all of these share one `NestingState`.
+PEFT's classes, configs and parameters stay as they are. Each layer of an adapter gets a
+`NestedVariant` in its ``lora_variant``, and all layers share one `NestingState`. Linear and
+embedding layers also get another forward, and layers with P get state-dict hooks.
 """
 
 from __future__ import annotations
@@ -42,9 +43,7 @@ def attach(module: LoraModule, adapter: str, state: NestingState) -> None:
 class NestedVariant(LoraVariant):
     """Compute ``base(x) + s B diag(q) A x`` in a LoRA layer, for one adapter.
 
-    `attach` adds it after PEFT has built the layer. PEFT's classes, configs and parameters stay as
-    they are; linear and embedding layers get a forward of their own, and layers with P get
-    state-dict hooks.
+    `attach` adds it after PEFT has built the layer.
     """
 
     def __init__(self, state: NestingState) -> None:
@@ -143,9 +142,9 @@ def _linear_forward(module: LoraModule, x: Tensor, *args: object, **kwargs: obje
 def _fusable_diagonal(module: LoraModule, x: Tensor) -> Diagonal | None:
     """Return the diagonal if the fused operation may run, or None.
 
-    It runs in train mode and while a context overrides the diagonal; in train mode also without
-    gradients, because TRL compares outputs with gradients to outputs without, bit for bit. In eval
-    mode a single rank has the output of PEFT's own formula, bit for bit.
+    It runs in train mode, and while a context overrides the diagonal. Train mode without gradients
+    is included, because TRL compares its outputs with those of train mode with gradients, bit for
+    bit. In eval mode a single rank has the output of PEFT's own formula, bit for bit.
     """
     if module.disable_adapters or module.merged or len(module.active_adapters) != 1:
         return None
@@ -154,8 +153,11 @@ def _fusable_diagonal(module: LoraModule, x: Tensor) -> Diagonal | None:
     if not isinstance(variant, NestedVariant):
         return None
     state = variant.state
-    has_dropout = not isinstance(module.lora_dropout[adapter], nn.Identity)
-    if has_dropout if module.training else not state.overrides:
+    if module.training:
+        may_fuse = isinstance(module.lora_dropout[adapter], nn.Identity)
+    else:
+        may_fuse = bool(state.overrides)
+    if not may_fuse:
         return None
     base_layer = module.base_layer
     linears = (base_layer, module.lora_A[adapter], module.lora_B[adapter])
@@ -163,8 +165,7 @@ def _fusable_diagonal(module: LoraModule, x: Tensor) -> Diagonal | None:
     if not is_frozen or not all(is_plain_linear(linear) for linear in linears):
         return None
     # With another dtype, PEFT's forward raises the error.
-    has_dtype = base_layer.weight.dtype == x.dtype
-    if not has_dtype and not torch.is_autocast_enabled(x.device.type):
+    if base_layer.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         return None
     return state.active_diagonal(module.training)
 
@@ -188,8 +189,8 @@ def _embedding_forward(
                 diagonal = variant.state.active_diagonal(module.training)
                 if diagonal.q.ndim > 1:
                     raise MatryoshkaError(
-                        "A batch with adapter_names cannot have one rank per row as well. Call "
-                        "the model outside of rows(), with set_rank()."
+                        "A batch with adapter_names cannot have one rank per row. Call the model "
+                        "outside of rows(), with set_rank()."
                     )
                 stack.enter_context(_folded_into_B(module, adapter, diagonal))
         output: Tensor = Embedding.forward(module, x, *args, adapter_names=adapter_names, **kwargs)

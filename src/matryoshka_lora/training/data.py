@@ -68,10 +68,10 @@ class Split:
 
     Attributes:
         training_indices: The indices of the examples to train on, in order. They may repeat.
-        validation_batches: At least `MIN_VALIDATION_BATCHES` batches of examples, none of which is
-            larger than a batch of the training.
-        gap_batches: Half of the same examples in batches of the size of the training, which are
-            faster. They measure how far each rank is behind, and no spread.
+        validation_batches: At least `MIN_VALIDATION_BATCHES` batches if there are as many examples.
+            None is larger than a training batch.
+        gap_batches: Half of the validation examples, in batches of the size of a training batch,
+            which are faster. They measure the gaps of the ranks, which need no spread.
         is_held_out: Whether the validation examples are an evaluation set. Otherwise they are
             training examples.
     """
@@ -114,10 +114,9 @@ class TrainingData:
 
         Args:
             indices: The indices of the examples.
-            batch_size: The maximum size of a batch, if it is smaller than ``batch_size`` of the
-                data.
+            batch_size: The maximum number of examples of a batch. Defaults to the data's.
         """
-        size = min(self.batch_size, batch_size or self.batch_size)
+        size = batch_size or self.batch_size
         batches: list[Batch] = []
         for start in range(0, len(indices), size):
             chunk = indices[start : start + size]

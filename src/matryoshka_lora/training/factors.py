@@ -37,6 +37,12 @@ class ModelFactors:
         self.model = model
         self.parameters = parameters
 
+    @property
+    def max_rank(self) -> int:
+        """``R``, the rank of the factors."""
+        A, _ = next(iter(self.parameters.values()))
+        return len(A)
+
     def copy(self) -> FactorMatrices:
         """Return copies of A, shape (R, in), and B, shape (out, R), of each layer."""
         return {

@@ -53,20 +53,20 @@ class Hyperparameters:
         tail_factor: The initial weight of the components beyond the trained rank.
         tail_steps: The share of the steps after which this weight is 0.
         max_rank_share: The share of the steps for rank R, which has no gap.
-        final_max_rank_share: The same in the final steps. They are small, and lower the loss of
-            rank R again.
+        final_max_rank_share: The share of the final steps for rank R. These steps are small, and
+            lower the loss of rank R again.
         final_steps: The share of the final steps.
         max_measurements: The maximum number of times that the gaps are measured during training.
-        min_steps_between_measurements: The number of steps from one time to the next, at least.
+        min_steps_between_measurements: The minimum number of steps between two measurements.
         smallest_gap: The gap of a rank that is worth training, relative to the gain.
         max_loss_increase: The maximum increase of the loss of rank R, relative to the gain.
-        max_tolerance: The maximum of both shares of the gain. The gain of a base model that does
-            not know where an answer ends is large, and a share of it would hide the gaps.
-        num_standard_errors: Changes of fewer standard errors do not count.
-        rounding: Smaller gaps do not count.
+        max_tolerance: The maximum of both limits, in nats. The gain is large if the base model does
+            not know where an answer ends, and a share of it would hide the gaps.
+        num_standard_errors: Changes of fewer standard errors are ignored.
+        rounding: Smaller gaps are ignored, in nats.
         validation_share: The number of validation examples, relative to ``max_examples``.
-        min_validation_examples: The minimum of this number.
-        max_validation_examples: The maximum of this number.
+        min_validation_examples: The minimum number of validation examples.
+        max_validation_examples: The maximum number of validation examples.
     """
 
     max_examples: int = 3200
@@ -148,15 +148,10 @@ def train_ranks(
             "`eval_dataset` to the Trainer, or `eval_data`."
         )
 
-    def measure(batches: Sequence[Batch]) -> ValidationLosses:
-        return validation_losses(factors, ranks, data, batches)
-
     with trainable_factors(factors) as original_factors:
-        before = measure(split.validation_batches)
-        max_rank_loss = before.mean(ranks[-1])
-        gain = max(
-            0.0, base_loss(factors, ranks[-1], data, split.validation_batches) - max_rank_loss
-        )
+        before = validation_losses(factors, ranks, data, split.validation_batches)
+        base_loss = validation_losses(factors, [0], data, split.validation_batches).mean(0)
+        gain = max(0.0, base_loss - before.mean(ranks[-1]))
         smallest_gap = min(options.smallest_gap * gain, options.max_tolerance)
         smallest_gap = max(options.rounding, smallest_gap)
         if max(before.gaps().values()) <= smallest_gap:
@@ -172,11 +167,11 @@ def train_ranks(
             data,
             split.training_indices,
             before.gaps(),
-            lambda: measure(split.gap_batches).gaps(),
+            lambda: validation_losses(factors, ranks, data, split.gap_batches).gaps(),
             RankSchedule(seed),
             options,
         )
-        after = measure(split.validation_batches)
+        after = validation_losses(factors, ranks, data, split.validation_batches)
         changes = [
             f"rank {rank}: {before.mean(rank):.3f} to {after.mean(rank):.3f}" for rank in ranks
         ]
@@ -199,7 +194,7 @@ def trainable_factors(factors: ModelFactors) -> Iterator[FactorMatrices]:
     """Make only the factors trainable and disable dropout.
 
     At the end the modes, ``requires_grad`` and the random state of torch are as before, and no
-    parameter has a gradient. After an exception the factors are as before, too.
+    parameter has a gradient. After an exception the factors are also as before.
 
     Yields:
         A copy of the factors.
@@ -235,26 +230,26 @@ def trainable_factors(factors: ModelFactors) -> Iterator[FactorMatrices]:
 
 @dataclass(frozen=True)
 class ValidationLosses:
-    """The losses of each nested rank on the same batches, in nats per token.
+    """The losses of some ranks on the same batches, in nats per token.
 
     Attributes:
         weights: The share of each batch in the terms of the mean loss, shape (batches,).
-        by_rank: The loss of each batch at each nested rank, shape (batches,).
+        by_rank: The loss of each batch at each rank, shape (batches,).
     """
 
     weights: Float64Array
     by_rank: dict[int, Float64Array]
 
     def mean(self, rank: int) -> float:
-        """Return the loss of a nested rank over all batches."""
+        """Return the loss of a rank over all batches."""
         return float(self.weights @ self.by_rank[rank])
 
     def means(self) -> dict[int, float]:
-        """Return the loss of each nested rank over all batches."""
+        """Return the loss of each rank over all batches."""
         return {rank: self.mean(rank) for rank in self.by_rank}
 
     def gaps(self) -> dict[int, float]:
-        """Return how much the loss of each nested rank exceeds the loss of rank R, at least 0."""
+        """Return how much the loss of each rank exceeds the loss of rank R, at least 0."""
         max_rank_loss = self.mean(max(self.by_rank))
         return {rank: max(0.0, loss - max_rank_loss) for rank, loss in self.means().items()}
 
@@ -263,7 +258,7 @@ class ValidationLosses:
 
         Args:
             after: The losses on the same batches after training.
-            ranks: Some of the nested ranks.
+            ranks: Some of the ranks.
         """
         changes = [after.by_rank[rank] - self.by_rank[rank] for rank in ranks]
         change_by_batch = np.mean(changes, axis=0)
@@ -292,47 +287,29 @@ class PairedChange:
 def validation_losses(
     factors: ModelFactors, ranks: Sequence[int], data: TrainingData, batches: Sequence[Batch]
 ) -> ValidationLosses:
-    """Return the losses of each nested rank.
+    """Return the losses of some ranks. Rank 0 is the base model.
 
     Of several processes, each computes a share of the batches, and all return the same.
 
     Args:
         factors: The factors.
-        ranks: The nested ranks, increasing. The last one is R.
+        ranks: The ranks, from 0 to R.
         data: Its ``loss`` computes the loss of a batch.
         batches: Validation batches, the same in each process.
 
     Raises:
         NotFiniteError: A loss is NaN or infinite.
     """
-    losses = {rank: _losses(factors, rank, ranks[-1], data, batches) for rank in ranks}
-    return ValidationLosses(_weights(data, batches), losses)
-
-
-def base_loss(
-    factors: ModelFactors, max_rank: int, data: TrainingData, batches: Sequence[Batch]
-) -> float:
-    """Return the mean loss of the base model on validation batches."""
-    losses = _losses(factors, 0, max_rank, data, batches)
-    return float(_weights(data, batches) @ losses)
-
-
-def _weights(data: TrainingData, batches: Sequence[Batch]) -> Float64Array:
-    """Return the share of each batch in the terms of the mean loss, shape (batches,)."""
-    weights = _map_over_batches(num_terms, batches, data.device)
-    weights /= weights.sum()
-    return weights
-
-
-@torch.no_grad()
-def _losses(
-    factors: ModelFactors, rank: int, max_rank: int, data: TrainingData, batches: Sequence[Batch]
-) -> Float64Array:
-    """Return the loss of each batch at a rank, shape (batches,). Rank 0 is the base model."""
-    with factors.masked((torch.arange(max_rank) < rank).double()):
-        losses = _map_over_batches(lambda batch: data.loss(batch).item(), batches, data.device)
-    _check_finite(float(losses.sum()))
-    return losses
+    num_terms_of_batches = _map_over_batches(num_terms, batches, data.device)
+    losses: dict[int, Float64Array] = {}
+    for rank in ranks:
+        q = (torch.arange(factors.max_rank) < rank).double()
+        with torch.no_grad(), factors.masked(q):
+            losses[rank] = _map_over_batches(
+                lambda batch: data.loss(batch).item(), batches, data.device
+            )
+        _check_finite(float(losses[rank].sum()))
+    return ValidationLosses(num_terms_of_batches / num_terms_of_batches.sum(), losses)
 
 
 def _map_over_batches(
@@ -421,7 +398,7 @@ def train_prefixes(
         data: The examples.
         indices: The indices of the examples to train on, in order.
         gaps: How much the loss of each nested rank exceeds the loss of rank R.
-        measure_gaps: Returns them at a later step.
+        measure_gaps: Measures the gaps again at a later step.
         schedule: Chooses the rank of each step.
         options: The other hyperparameters.
 
@@ -431,7 +408,6 @@ def train_prefixes(
     Raises:
         NotFiniteError: The loss or a gradient is not finite.
     """
-    max_rank = max(gaps)
     examples_per_step = _round_up_to_processes(options.examples_per_step)
     num_steps = math.ceil(len(indices) / examples_per_step)
     steps_of_phase = math.ceil(num_steps / (options.max_measurements + 1))
@@ -455,7 +431,7 @@ def train_prefixes(
             # Batches without labels are omitted, perhaps not in all processes.
             num_batches = gather(torch.tensor([len(batches)], device=data.device)).min()
             batches = batches[: int(num_batches)]
-        q = torch.ones(max_rank, dtype=torch.float64)
+        q = torch.ones(factors.max_rank, dtype=torch.float64)
         q[rank:] = options.tail_factor * max(0.0, 1 - step / (options.tail_steps * num_steps))
         with factors.masked(q):
             gradients = _gradients(factors, rank, data, batches)
@@ -469,10 +445,10 @@ def train_prefixes(
 def _gradients(
     factors: ModelFactors, rank: int, data: TrainingData, batches: Sequence[Batch]
 ) -> FactorMatrices:
-    """Return the gradients of the first components of the factors, in float32 at least.
+    """Return the gradients of the mean loss over the batches of all processes.
 
-    They are of the mean loss over the batches of all processes. The gradient of A has the shape
-    (rank, in), and the gradient of B the shape (out, rank).
+    Only the first components have one: the gradient of A has the shape (rank, in), and the gradient
+    of B the shape (out, rank). The dtype is at least float32.
     """
     counts = [num_terms(batch) for batch in batches]
     (total_terms,) = _sum_over_processes([torch.tensor(sum(counts))], data.device)
@@ -632,11 +608,11 @@ def _round_up_to_processes(number: int) -> int:
 
 
 def _sum_over_processes(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Return the sum of each tensor over all processes, the same bits in each process.
+    """Return the sum of each tensor over all processes, bitwise equal in each process.
 
     Args:
         tensors: On any device, of the same shapes in each process.
-        device: A device whose tensors the backend sends; NCCL needs a GPU's.
+        device: A device that the backend supports; NCCL needs a GPU.
     """
     if PartialState().num_processes == 1:
         return list(tensors)
