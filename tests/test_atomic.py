@@ -5,17 +5,28 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.kill import killed
+from helpers.outputs import names_in
 from helpers.plain_peft import plain_adapter
 from safetensors.torch import save_file
 
 import matryoshka_lora as ml
 from matryoshka_lora import MatryoshkaError
-from matryoshka_lora.atomic import check_output, create_file, create_folder
+from matryoshka_lora.atomic import (
+    CREATED_WITH,
+    MANIFEST_NAME,
+    check_output,
+    create_file,
+    create_folder,
+    replace_file,
+)
 
 
 def test_folder_is_overwritten_at_the_end_and_kept_after_a_failure(tmp_path: Path) -> None:
@@ -32,17 +43,17 @@ def test_folder_is_overwritten_at_the_end_and_kept_after_a_failure(tmp_path: Pat
         fail(KeyError())
     with pytest.raises(MatryoshkaError, match="No space"):
         fail(OSError(28, os.strerror(28)))
-    assert [file.name for file in output.iterdir()] == ["old"]
+    assert names_in(output) == ["old"]
     with create_folder(output, force=True) as folder:
         (folder / "new").write_text("new")
-    assert [file.name for file in output.iterdir()] == ["new"]
+    assert names_in(output) == ["new"]
     assert [file.name for file in output.parent.iterdir()] == ["output"]
 
 
 def test_file_is_overwritten_at_the_end_and_kept_after_a_failure(tmp_path: Path) -> None:
     output = tmp_path / "parent" / "output"
     with create_file(output) as file:
-        file.write_text("old")
+        file.write_text(f"old. {CREATED_WITH}")
 
     def fail() -> None:
         with create_file(output, force=True) as file:
@@ -51,7 +62,7 @@ def test_file_is_overwritten_at_the_end_and_kept_after_a_failure(tmp_path: Path)
 
     with pytest.raises(KeyError):
         fail()
-    assert output.read_text() == "old"
+    assert output.read_text() == f"old. {CREATED_WITH}"
     with create_file(output, force=True) as file:
         file.write_text("new")
     assert output.read_text() == "new"
@@ -77,22 +88,123 @@ def test_ctrl_c_between_two_renames_keeps_a_complete_output(
     monkeypatch.setattr(os, "rename", interrupted_rename)
     with pytest.raises(KeyboardInterrupt), create_folder(output, force=True) as folder:
         (folder / "new").write_text("new")
-    names = [file.name for file in output.iterdir()]
-    assert names == (["old"] if num_renames == 1 else ["new"])
+    assert names_in(output) == (["old"] if num_renames == 1 else ["new"])
 
 
-def test_output_that_another_program_creates_in_the_meantime_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("create", [create_file, create_folder])
+def test_neither_another_program_s_output_nor_the_computed_one_is_lost(
+    tmp_path: Path, create: Any, force: bool
+) -> None:
     output = tmp_path / "output"
 
-    def create() -> None:
-        with create_file(output) as file:
-            file.write_text("new")
+    def compute() -> None:
+        with create(output, force) as path:
+            (path / "file" if path.is_dir() else path).write_text("computed")
             output.write_text("of another program")
 
-    with pytest.raises(MatryoshkaError, match="force"):
-        create()
-    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+    with pytest.raises(MatryoshkaError, match="already exists"):
+        compute()
     assert output.read_text() == "of another program"
+    (computed,) = set(tmp_path.iterdir()) - {output}
+    assert not computed.name.startswith(".")
+    assert (computed / "file" if computed.is_dir() else computed).read_text() == "computed"
+
+
+def add_file(output: Path) -> None:
+    (output / "notes.txt").write_text("text")
+
+
+def add_nested_file(output: Path) -> None:
+    (output / "src" / "data").mkdir(parents=True)
+    (output / "src" / "data" / "a.py").write_text("text")
+
+
+def add_link(output: Path) -> None:
+    (output / "data").symlink_to(output.parent)
+
+
+def edit_file(output: Path) -> None:
+    (output / "new" / "weights").write_text("the weights of another program")
+
+
+def remove_manifest(output: Path) -> None:
+    (output / MANIFEST_NAME).unlink()
+
+
+def damage_manifest(output: Path) -> None:
+    (output / MANIFEST_NAME).write_text("[")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (add_file, "notes.txt"),
+        (add_nested_file, "src/data/a.py"),
+        (add_link, "data"),
+        (edit_file, "new/weights"),
+        (remove_manifest, "new/weights"),
+        (damage_manifest, "new/weights"),
+    ],
+)
+def test_a_folder_with_foreign_files_is_never_replaced(
+    tmp_path: Path, change: Callable[[Path], None], named: str
+) -> None:
+    output = tmp_path / "output"
+    with create_folder(output) as folder:
+        (folder / "new").mkdir()
+        (folder / "new" / "weights").write_text("weights")
+    check_output(output, force=True)
+    change(output)
+    before = sorted(output.rglob("*"))
+    with pytest.raises(MatryoshkaError, match=named), create_folder(output, force=True):
+        pass
+    assert sorted(output.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["lora.safetensors", "lora.gguf"])
+def test_a_foreign_file_is_never_replaced(tmp_path: Path, name: str) -> None:
+    save_file({"a.lora_down.weight": torch.ones(2, 3)}, tmp_path / name)
+    with pytest.raises(MatryoshkaError, match=name):
+        check_output(tmp_path / name, force=True, is_file=True)
+
+
+def test_a_replaced_file_of_an_output_belongs_to_the_output(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    with create_folder(output) as folder:
+        (folder / "result").write_text("1")
+    with replace_file(output / "result") as file:
+        file.write_text("1, 2")
+    assert (output / "result").read_text() == "1, 2"
+    assert check_output(output, force=True) == output
+    (output / "notes").write_text("text")
+    with replace_file(output / "result") as file:
+        file.write_text("1, 2, 3")
+    with pytest.raises(MatryoshkaError, match="notes"):
+        check_output(output, force=True)
+
+
+@pytest.mark.parametrize("create", [create_file, create_folder])
+def test_output_may_have_the_longest_name(tmp_path: Path, create: Any) -> None:
+    output = tmp_path / ("x" * 255)
+    with create(output) as path:
+        (path / "file" if path.is_dir() else path).write_text("text")
+    assert output.exists()
+
+
+def test_source_on_another_mount_is_not_replaced(tmp_path: Path) -> None:
+    for name in ("loras", "mounted"):
+        (tmp_path / name).mkdir()
+    with create_folder(tmp_path / "loras" / "lora") as folder:
+        (folder / "weights").write_text("weights")
+    mount = ["mount", "--bind", str(tmp_path / "loras"), str(tmp_path / "mounted")]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user cannot mount folders")
+    try:
+        with pytest.raises(MatryoshkaError, match="source"):
+            check_output(tmp_path / "mounted" / "lora", True, [tmp_path / "loras" / "lora"])
+    finally:
+        subprocess.run(["umount", str(tmp_path / "mounted")], check=True)
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -110,19 +222,14 @@ def test_error_of_another_file_is_not_reported_as_one_of_the_output(source: Path
     assert not Path("output").exists()
 
 
-def test_symlink_is_overwritten_and_its_target_kept(tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "thesis").write_text("text")
+def test_symlink_is_not_replaced(tmp_path: Path) -> None:
+    with create_folder(tmp_path / "target") as folder:
+        (folder / "weights").write_text("weights")
     output = tmp_path / "output"
-    output.symlink_to(target)
-    with pytest.raises(MatryoshkaError, match="force"):
-        check_output(output)
-    with create_folder(output, force=True) as folder:
-        (folder / "new").write_text("new")
-    assert not output.is_symlink()
-    assert (output / "new").is_file()
-    assert (target / "thesis").read_text() == "text"
+    output.symlink_to(tmp_path / "target")
+    for force in (False, True):
+        with pytest.raises(MatryoshkaError, match="output"):
+            check_output(output, force)
 
 
 @pytest.fixture
@@ -161,6 +268,9 @@ def test_source_and_current_folder_cannot_be_overwritten(
 
 @pytest.mark.parametrize("output", ["../full", "../full/file"])
 def test_existing_output_needs_force(source: Path, output: str) -> None:
+    shutil.rmtree("../full")
+    with create_folder("../full") as folder:
+        (folder / "file").write_text(CREATED_WITH)
     with pytest.raises(MatryoshkaError, match="force"):
         check_output(output, sources=[source])
     assert check_output(output, force=True, sources=[source]) == Path(output)

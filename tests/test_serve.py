@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_the_commands_serve_the_ladder_that_they_write(
 
     modules = modules_of(server)
     assert list(modules) == [f"adapter@{rank}" for rank in served_ranks]
-    assert sorted(map(Path, modules.values())) == sorted(Path(ladder).iterdir())
+    assert sorted(map(Path, modules.values())) == sorted(Path(ladder).glob("*@*"))
     assert values_of(server, "--max-lora-rank") == [max_lora_rank]
     assert values_of(server, "--max-loras") == [str(len(served_ranks))]
     assert values_of(server, "--model") == ["some/base"]
@@ -150,6 +151,9 @@ def test_a_folder_of_ladders_is_served(tmp_path: Path) -> None:
         plain_adapter(tmp_path / "loras" / name, r=4, target_modules=["q_proj"])
     export_folder(tmp_path / "loras", tmp_path / "ladders", [1, 4], format="ladder")
     (server,) = dry_run(tmp_path / "ladders", base_model="some/base", ranks=[4])
+    shutil.rmtree(tmp_path / "ladders" / "style-b" / "style-b@1")
+    with pytest.raises(MatryoshkaError, match="style-b@1"):
+        dry_run(tmp_path / "ladders", base_model="some/base", ranks=[1])
     assert modules_of(server) == {
         f"{name}@4": str(tmp_path / "ladders" / name / f"{name}@4")
         for name in ("style-a", "style-b")

@@ -10,6 +10,8 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+
 from matryoshka_lora.errors import MatryoshkaError, optional_imports
 
 logger = logging.getLogger(__name__)
@@ -17,17 +19,30 @@ logger = logging.getLogger(__name__)
 BUNDLED_MODEL = "smollm2-135m"
 """The name of the bundled model."""
 
+BUNDLED_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The id of the original on the Hugging Face Hub. Adapters of the bundled model name it."""
+
 
 def resolve_model_path(name: str) -> str:
     """Return a path or Hub id that transformers and other programs can load.
 
-    It is the name itself, but the bundled model is unpacked into a folder first.
+    It is the name itself, but the bundled model is unpacked into a folder first. It also stands in
+    for its original, unless the original is in the Hub's cache.
 
     Raises:
         MatryoshkaError: The bundled model is not installed.
         MissingDependencyError: Unpacking it needs packages that are not installed.
     """
-    return str(bundled_model_path()) if name == BUNDLED_MODEL else name
+    if name == BUNDLED_MODEL:
+        return str(bundled_model_path())
+    if name == BUNDLED_MODEL_ID and not isinstance(
+        try_to_load_from_cache(BUNDLED_MODEL_ID, "config.json"), str
+    ):
+        with suppress(MatryoshkaError):
+            path = str(bundled_model_path())
+            logger.info("Using the bundled 4-bit version of %s.", name)
+            return path
+    return name
 
 
 def bundled_model_path() -> Path:

@@ -136,7 +136,8 @@ FORMATS: dict[str, Format] = {
             "gguf",
             "matryoshka_lora.formats.gguf",
             "a file for llama.cpp",
-            load="llama-server -m BASE.gguf --lora {path}",
+            load="llama-server -m BASE.gguf --lora {path}, where llama.cpp's convert_hf_to_gguf.py "
+            "writes BASE.gguf from the base model",
             suffix=".gguf",
         ),
         Format(

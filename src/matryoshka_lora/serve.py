@@ -152,21 +152,24 @@ def _select_ranks(folders: Sequence[Path], ranks: Sequence[int] | None) -> list[
     if ranks is None:
         return list(folders)
     served_ranks = check_ranks(ranks)
-    if not any("@" in folder.name for folder in folders):
+    if not all("@" in folder.name for folder in folders):
         raise MatryoshkaError(
             f"{folders[0].parent} holds several adapters, but `ranks` selects the ranks of one. "
             f"Pass an adapter, such as {folders[0]}, or omit `ranks`."
         )
-    ladder: dict[str, list[Path]] = {}
+    ladders: dict[Path, dict[str, Path]] = {}
     for folder in folders:
-        ladder.setdefault(folder.name.rpartition("@")[2], []).append(folder)
+        name, _, rank_in_name = folder.name.rpartition("@")
+        ladders.setdefault(folder.with_name(name), {})[rank_in_name] = folder
     selected: list[Path] = []
-    for rank in served_ranks:
-        if str(rank) not in ladder:
-            raise MatryoshkaError(
-                f"`ranks` must be in the ladder, and {folders[0].parent} has no folder NAME@{rank}."
-            )
-        selected += ladder[str(rank)]
+    for ladder, folder_by_rank in ladders.items():
+        for rank in served_ranks:
+            if str(rank) not in folder_by_rank:
+                raise MatryoshkaError(
+                    f"`ranks` must be in every ladder, and {ladder.parent} has no folder "
+                    f"{ladder.name}@{rank}. Export the adapter with this rank, or omit `ranks`."
+                )
+            selected.append(folder_by_rank[str(rank)])
     return selected
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers.evaluations import new_evaluation
 from helpers.models import nested_llama
+from helpers.outputs import names_in
 from helpers.plain_peft import plain_adapter
 from helpers.tiny_chat import save_tiny_chat
 from safetensors.torch import load_file, save_file
@@ -216,7 +217,7 @@ def test_a_folder_of_loras_prints_a_line_per_lora(workspace: Path, run: Run) -> 
     code, stdout, stderr = run("export . --rank 4 -o small")
     assert code == 0, stderr
     assert len(stdout.splitlines()) == 5  # and the total, and what the error does not mean
-    assert {path.name for path in (workspace / "small").iterdir()} == {
+    assert set(names_in(workspace / "small")) == {
         "nested",
         "plain",
         "one.safetensors",
@@ -259,7 +260,7 @@ def test_characters_that_the_terminal_cannot_show_are_escaped(
         (f"info {'a' * 300}", "File name too long"),
         ("export nested --rank 9 -o new", "8"),
         ("export nested -o new", "--max-bytes"),
-        ("export nested --rank 4 -o plain", "--force"),
+        ("export nested --rank 4 -o plain", "Pass another path"),
         ("export nested --rank 4 -o .", "current"),
         ("export plain/adapter_model.safetensors --rank 2 -o new.safetensors", "--alpha"),
         ("export plain --rank 2 --alpha 8 -o new", "--alpha"),

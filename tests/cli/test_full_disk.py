@@ -13,6 +13,7 @@ import torch
 from helpers.models import tiny_llama
 
 from matryoshka_lora import extract
+from matryoshka_lora.atomic import CREATED_WITH
 
 
 def limit_file_size(limit: int) -> None:
@@ -61,7 +62,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(
         limit = 1500  # small tensors, which C buffers until it closes the file
     if force:
         if command == "gguf":
-            output.write_text("old")
+            output.write_text(CREATED_WITH)
         else:
             extract(*models, output, rank=1)
         arguments.append("--force")

@@ -14,6 +14,7 @@ import torch
 import yaml
 from datasets import Dataset
 from helpers.models import randomize, tiny_llama
+from helpers.outputs import names_in
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -188,7 +189,7 @@ def test_the_output_folder(on_disk: Path, tmp_path: Path) -> None:
     evaluation = evaluate(on_disk, tasks, ranks="all", limit=4, progress=False)
     assert evaluation.ranks == (1, 2, 3, 4)
     folder = tmp_path / "lora-evaluation"
-    assert sorted(file.name for file in folder.iterdir()) == FILES
+    assert names_in(folder) == FILES
     assert Evaluation.read(folder) == Evaluation.read(on_disk) == evaluation
     result = evaluation.tasks["colors"]
     values = [value or 0.0 for value in evaluation.values("colors").values()]
@@ -247,7 +248,7 @@ def test_an_output_is_overwritten_with_force_alone(on_disk: Path, tmp_path: Path
         evaluate(on_disk, data=some_examples(), output=output, progress=False)
     assert (output / "examples.jsonl").read_text() == "mine"
     evaluate(on_disk, data=some_examples(), output=output, ranks=[1], force=True, progress=False)
-    assert sorted(file.name for file in output.iterdir()) == FILES
+    assert names_in(output) == FILES
 
 
 def test_an_output_that_cannot_be_written_is_an_error_before_the_evaluation(
@@ -286,7 +287,7 @@ def test_a_task_that_fails_keeps_the_results_of_the_others(on_disk: Path, tmp_pa
     evaluation = Evaluation.read(on_disk)
     assert list(evaluation.tasks) == ["colors"]
     assert len(evaluation.examples) == 5
-    assert sorted(file.name for file in old_output.iterdir()) == FILES
+    assert names_in(old_output) == FILES
 
 
 def test_a_plot_that_fails_is_a_warning(on_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

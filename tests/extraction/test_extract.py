@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import tiny_llama
+from helpers.outputs import names_in
 from helpers.plain_peft import IDS, logits, updates
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -74,7 +75,7 @@ def interrupt_after(factorized: list[str], limit: int, monkeypatch: pytest.Monke
 
 
 def files_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return names_in(folder)
 
 
 def test_every_rank_is_the_best_approximation_of_the_change(

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from helpers.models import tiny_llama
+from helpers.outputs import names_in
 from helpers.plain_peft import best, by_peft, distance, logits, plain_adapter, updates
 from helpers.single_files import read_ranks, read_updates, save_pairs
 from helpers.tiny_chat import tiny_tokenizer
@@ -161,7 +162,7 @@ def test_a_ladder_is_a_peft_folder_for_each_rank(
         reorder(tmp_path / "lora", source)
     result = export(source, output, rank, format="ladder")
     assert tuple(result.errors) == ranks
-    assert sorted(path.name for path in output.iterdir()) == [f"{source.name}@{r}" for r in ranks]
+    assert names_in(output) == [f"{source.name}@{r}" for r in ranks]
     source_updates = updates(tmp_path / "lora")
     total = sum(np.sum(update**2) for update in source_updates.values())
     for r in ranks:
@@ -173,7 +174,7 @@ def test_a_ladder_is_a_peft_folder_for_each_rank(
         assert result.errors[r] == pytest.approx(np.sqrt(missing / total), rel=1e-4, abs=1e-6)
         config = json.loads((output / f"{source.name}@{r}" / "adapter_config.json").read_text())
         assert config["r"] == r
-    assert result.size_after == sum(weights_size(folder) for folder in output.iterdir())
+    assert result.size_after == sum(weights_size(folder) for folder in output.glob("*@*"))
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
@@ -419,7 +420,7 @@ def test_every_lora_of_a_folder_is_exported(folder: Path, tmp_path: Path) -> Non
     assert result.path == output
     names = ["large", "single.SAFETENSORS", "small"]
     assert [exported.path for exported in result.exported] == [output / name for name in names]
-    assert sorted(path.name for path in output.iterdir()) == names
+    assert names_in(output) == names
     assert [ml.open(output / name).max_rank for name in names] == [3, 3, 2]
     assert result.failed.keys() == {"dora"}
     assert result.skipped == ("nested",)
@@ -432,11 +433,11 @@ def test_every_lora_of_a_folder_is_exported(folder: Path, tmp_path: Path) -> Non
 def test_a_folder_is_exported_in_every_format(folder: Path, base: Path, tmp_path: Path) -> None:
     export_folder(folder, tmp_path / "ladders", [1, 2], format="ladder")
     for name in ("large", "small"):
-        ladder = {path.name for path in (tmp_path / "ladders" / name).iterdir()}
+        ladder = set(names_in(tmp_path / "ladders" / name))
         assert ladder == {f"{name}@1", f"{name}@2"}
     pytest.importorskip("gguf")
     export_folder(folder, tmp_path / "gguf", 3, format="gguf", base_model=str(base))
-    names = {path.name for path in (tmp_path / "gguf").iterdir()}
+    names = set(names_in(tmp_path / "gguf"))
     assert names == {"large.gguf", "small.gguf"}
     base_files = sorted(base.iterdir())
     with pytest.raises(MatryoshkaError):

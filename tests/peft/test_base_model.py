@@ -16,6 +16,7 @@ from helpers.tiny_chat import save_tiny_chat, tiny_tokenizer
 from matryoshka_lora import MatryoshkaError, Nesting
 from matryoshka_lora.bundled_model import (
     BUNDLED_MODEL,
+    BUNDLED_MODEL_ID,
     bundled_gguf_path,
     bundled_model_path,
     resolve_model_path,
@@ -148,7 +149,8 @@ def test_the_bundled_model_is_unpacked_once(
     assert caplog.text.count("Unpacking") == 1
     assert list(tmp_path.iterdir()) == [folder]
     model, tokenizer = load_model(dtype=torch.float32), load_tokenizer()
-    assert model.name_or_path == BUNDLED_MODEL
+    assert model.name_or_path == BUNDLED_MODEL_ID
+    assert resolve_model_path(BUNDLED_MODEL_ID) == str(folder)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     sequences = model.generate(**prompt, do_sample=False, max_new_tokens=3)
     assert "Paris" in tokenizer.decode(sequences[0])

@@ -180,9 +180,8 @@ def test_bf16_on_a_cpu_without_its_instructions_is_a_warning(
 
 
 def test_training_does_not_begin_if_the_output_exists(tmp_path: Path) -> None:
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "notes.txt").write_text("")
     adapter = make_adapter()
+    adapter.save(tmp_path / "adapter")
     trainer = make_trainer("sft", adapter.model, tmp_path / "run")
     trainer.add_callback(adapter.callback(tmp_path / "adapter"))
     with pytest.raises(MatryoshkaError, match="exists"):

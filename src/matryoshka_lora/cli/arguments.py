@@ -24,7 +24,7 @@ AdapterArgument = Annotated[
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", help="Path of the folder or file to write.")
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite the output.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier output.")]
 RevisionOption = Annotated[
     str | None, typer.Option(help="Revision of a LoRA on the Hub: a branch, tag or commit.")
 ]

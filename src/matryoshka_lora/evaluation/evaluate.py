@@ -74,7 +74,7 @@ def evaluate(
         limit: The maximum number of examples of a task.
         max_batch_tokens: The maximum number of tokens, over all rows, whose keys and values a batch
             holds. Defaults to 32,768.
-        force: Whether to overwrite the output.
+        force: Whether to replace an earlier output of this package. Nothing else is replaced.
         progress: Whether progress bars are shown on stderr.
 
     Raises:

@@ -94,7 +94,7 @@ def extract(
         key_format: The keys of a file for image models. Defaults to a PEFT folder.
         base_revision: Branch, tag or commit of the base model on the Hub.
         tuned_revision: Branch, tag or commit of the tuned model on the Hub.
-        force: Whether to overwrite the output.
+        force: Whether to replace an earlier output of this package. Nothing else is replaced.
 
     Raises:
         MatryoshkaError: A model cannot be read, they are not versions of one model, no layer

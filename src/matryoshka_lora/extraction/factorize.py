@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
-from matryoshka_lora.atomic import create_file
+from matryoshka_lora.atomic import replace_file
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError, wrap_errors
 from matryoshka_lora.extraction.model_diff import WeightPair
 from matryoshka_lora.formats.safetensors_io import open_safetensors
@@ -200,7 +200,7 @@ def _read_or_factorize(
     if rank_in_file < (rank if share is None else 1):
         A, B, change = factorize_change(name, weight, rank, share)
         tensors = {"A": A.cpu().contiguous(), "B": B.cpu().contiguous()}
-        with create_file(file, force=True) as temporary:
+        with replace_file(file) as temporary:
             save_file(tensors, temporary, {"change": json.dumps(asdict(change))})
     stored, metadata = open_safetensors(file)
     keys = LayerKeys(*(f"{PEFT_PREFIX}{name}{suffix}" for suffix in DIFFUSERS_SUFFIXES))

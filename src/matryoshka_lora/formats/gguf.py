@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from matryoshka_lora.atomic import CREATED_WITH
 from matryoshka_lora.errors import MatryoshkaError, check_integer, optional_imports
 from matryoshka_lora.formats.runtimes import SUPPORTED_ARCHITECTURES, read_base_config
 from matryoshka_lora.linalg.arrays import Array, Float32Array
@@ -48,6 +49,7 @@ def write(lora: Lora, file: Path, target: Target) -> Written:
     alpha = float(lora.max_rank)
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_description(CREATED_WITH)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     written = Written(lora.ranks)

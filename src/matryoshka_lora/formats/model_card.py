@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matryoshka_lora.bundled_model import BUNDLED_MODEL
+from matryoshka_lora.atomic import CREATED_WITH
 from matryoshka_lora.formats.hub import CARD_NAME, LICENSE_FILES, is_foreign_link, split_hub_id
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.registry import ANSWERS_CAVEAT
@@ -19,12 +19,10 @@ ORIGINAL_HEADING = "# Original model card"
 """The heading of the text of the source's card."""
 LICENSES_HEADING = "# Licenses"
 """The heading of the licenses of the sources of a sum."""
-CREATED_WITH = "Created with matryoshka-lora."
 
 _FRONT_MATTER = re.compile(r"\s*---\s*\n(?P<yaml>.*?)\n---\s*(\n|$)", re.DOTALL)
 # The title of the template that PEFT saves if nobody has written a card.
 _UNFILLED_TEMPLATE = "# Model Card for Model ID"
-_BUNDLED_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _CITATION = (
     "Nested LoRA adapters are from MatryoshkaLoRA "
     "([arXiv 2605.07850](https://arxiv.org/abs/2605.07850))."
@@ -146,8 +144,6 @@ def model_card(
         sources: The cards of the sources.
     """
     base_model = str(config.get("base_model_name_or_path") or "an unknown base model")
-    if base_model == BUNDLED_MODEL:
-        base_model = _BUNDLED_MODEL_ID
     title, hub_id = base_model, None
     parts = split_hub_id(base_model)
     if parts and not parts.filename:

@@ -130,7 +130,7 @@ def save(
             the LoRA names.
         base_revision: Its revision on the Hub. Defaults to the one that the LoRA names.
         ranks: The ranks of a ladder. Defaults to the nested ones.
-        force: Whether to overwrite the output.
+        force: Whether to replace an earlier output of this package. Nothing else is replaced.
 
     Raises:
         MatryoshkaError: The format cannot represent the LoRA, or the output already exists or

@@ -68,7 +68,7 @@ def combine(
             Defaults to 1 for all.
         rank: R, at most the sum of the ranks of the sources. ``"sum"`` is that rank, with which the
             output is the exact sum. Defaults to the largest rank of a source.
-        force: Whether to overwrite the output.
+        force: Whether to replace an earlier output of this package. Nothing else is replaced.
 
     Raises:
         MatryoshkaError: A source cannot be read, the sources are not compatible, the rank is not

@@ -44,7 +44,7 @@ class ExportOptions(TypedDict, total=False):
         base_model: The base model, for the formats merged, gguf and mlx. Defaults to the one that
             the LoRA names.
         base_revision: Its revision on the Hub. Defaults to the one that the LoRA names.
-        force: Whether to overwrite the output.
+        force: Whether to replace an earlier output of this package. Nothing else is replaced.
     """
 
     keep: float | str | None

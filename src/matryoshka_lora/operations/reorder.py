@@ -24,7 +24,7 @@ def reorder(
         output: The folder or file to write, of the same kind as the source. In a folder each layer
             is padded to the largest rank; in a file it keeps its own.
         revision: Branch, tag or commit of the source on the Hugging Face Hub.
-        force: Whether to overwrite the output.
+        force: Whether to replace an earlier output of this package. Nothing else is replaced.
 
     Raises:
         MatryoshkaError: The source cannot be read or truncated, or the output already exists.

@@ -52,7 +52,7 @@ def train_ranks(
         revision: Branch, tag or commit of the source on the Hub.
         dtype: Dtype of the base model, as `load_model` takes it. Chosen by the hardware by default.
         seed: The seed of the order of the examples and ranks.
-        force: Whether to overwrite the output.
+        force: Whether to replace an earlier output of this package. Nothing else is replaced.
 
     Raises:
         MatryoshkaError: The source, the data or the base model cannot be read, or the output

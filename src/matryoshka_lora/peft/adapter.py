@@ -372,7 +372,7 @@ class NestedAdapter:
 
         Args:
             path: The folder to write.
-            force: Whether to overwrite an existing folder with all its content.
+            force: Whether to replace an earlier output of this package. Nothing else is replaced.
 
         Raises:
             MatryoshkaError: The path already exists or cannot be written.
@@ -387,7 +387,7 @@ class NestedAdapter:
         Args:
             path: The folder to write.
             rank: From 1 to R.
-            force: Whether to overwrite an existing folder with all its content.
+            force: Whether to replace an earlier output of this package. Nothing else is replaced.
 
         Raises:
             MatryoshkaError: The rank is not available, or the path already exists or cannot be

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from matryoshka_lora.bundled_model import BUNDLED_MODEL, resolve_model_path
+from matryoshka_lora.bundled_model import BUNDLED_MODEL, BUNDLED_MODEL_ID, resolve_model_path
 from matryoshka_lora.errors import wrap_errors
 from matryoshka_lora.formats.hub import leads_out_of_folder
 from matryoshka_lora.tensors import cpu_has_bf16
@@ -73,8 +73,9 @@ def load_model(
             revision=revision or "main",
             **{"trust_remote_code": False, **options},  # its default is to ask
         )
-    # PEFT writes this name into an adapter's config.
-    model.name_or_path = model.config.name_or_path = name
+    # PEFT writes this name into an adapter's config, where other programs look for the model.
+    hub_name = BUNDLED_MODEL_ID if name == BUNDLED_MODEL else name
+    model.name_or_path = model.config.name_or_path = hub_name
     is_quantized = getattr(model, "hf_quantizer", None) is not None
     if is_quantized or "device_map" in options:
         return model
@@ -93,7 +94,7 @@ def load_tokenizer(name: str | None = None, revision: str | None = None) -> PreT
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             resolve_model_path(name), revision=revision or "main", trust_remote_code=False
         )
-    tokenizer.name_or_path = name
+    tokenizer.name_or_path = BUNDLED_MODEL_ID if name == BUNDLED_MODEL else name
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 

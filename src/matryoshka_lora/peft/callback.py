@@ -53,8 +53,8 @@ class NestingCallback(TrainerCallback):
         if self._output is not None and is_occupied(check_output(self._output, force=True)):
             raise MatryoshkaError(
                 f"{self._output} already exists, so the trained adapter could not be saved there. "
-                "Pass another path. To overwrite it, call `adapter.callback()` without a path, and "
-                "`adapter.save` with force=True."
+                "Pass another path. To replace an earlier adapter, call `adapter.callback()` "
+                "without a path, and `adapter.save` with force=True."
             )
         trained_layers = {layer for _, layer in lora_layers(kwargs["model"], adapter.name)}
         is_active = adapter.name in adapter.model.active_adapters
