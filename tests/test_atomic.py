@@ -53,7 +53,7 @@ def test_folder_is_overwritten_at_the_end_and_kept_after_a_failure(tmp_path: Pat
 def test_file_is_overwritten_at_the_end_and_kept_after_a_failure(tmp_path: Path) -> None:
     output = tmp_path / "parent" / "output"
     with create_file(output) as file:
-        file.write_text(f"old. {CREATED_WITH}")
+        file.write_text(f"GGUF old. {CREATED_WITH}")
 
     def fail() -> None:
         with create_file(output, force=True) as file:
@@ -62,7 +62,7 @@ def test_file_is_overwritten_at_the_end_and_kept_after_a_failure(tmp_path: Path)
 
     with pytest.raises(KeyError):
         fail()
-    assert output.read_text() == f"old. {CREATED_WITH}"
+    assert output.read_text() == f"GGUF old. {CREATED_WITH}"
     with create_file(output, force=True) as file:
         file.write_text("new")
     assert output.read_text() == "new"
@@ -103,7 +103,7 @@ def test_neither_another_program_s_output_nor_the_computed_one_is_lost(
             (path / "file" if path.is_dir() else path).write_text("computed")
             output.write_text("of another program")
 
-    with pytest.raises(MatryoshkaError, match="already exists"):
+    with pytest.raises(MatryoshkaError, match="written to"):
         compute()
     assert output.read_text() == "of another program"
     (computed,) = set(tmp_path.iterdir()) - {output}
@@ -143,8 +143,8 @@ def damage_manifest(output: Path) -> None:
         (add_nested_file, "src/data/a.py"),
         (add_link, "data"),
         (edit_file, "new/weights"),
-        (remove_manifest, "new/weights"),
-        (damage_manifest, "new/weights"),
+        (remove_manifest, "new"),
+        (damage_manifest, "new"),
     ],
 )
 def test_a_folder_with_foreign_files_is_never_replaced(
@@ -162,11 +162,24 @@ def test_a_folder_with_foreign_files_is_never_replaced(
     assert sorted(output.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["lora.safetensors", "lora.gguf"])
-def test_a_foreign_file_is_never_replaced(tmp_path: Path, name: str) -> None:
-    save_file({"a.lora_down.weight": torch.ones(2, 3)}, tmp_path / name)
-    with pytest.raises(MatryoshkaError, match=name):
-        check_output(tmp_path / name, force=True, is_file=True)
+def make_other_lora(file: Path) -> None:
+    save_file({"matryoshka_lora.lora_down.weight": torch.ones(2, 3)}, file)
+
+
+def make_notes(file: Path) -> None:
+    file.write_text(f'{CREATED_WITH} The key is "matryoshka_lora.error".')
+
+
+def make_pipe(file: Path) -> None:
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize("make", [make_other_lora, make_notes, make_pipe])
+def test_a_foreign_file_is_never_replaced(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "output")
+    for is_file in (False, True):
+        with pytest.raises(MatryoshkaError, match="output"):
+            check_output(tmp_path / "output", force=True, is_file=is_file)
 
 
 def test_a_replaced_file_of_an_output_belongs_to_the_output(tmp_path: Path) -> None:
@@ -270,10 +283,14 @@ def test_source_and_current_folder_cannot_be_overwritten(
 def test_existing_output_needs_force(source: Path, output: str) -> None:
     shutil.rmtree("../full")
     with create_folder("../full") as folder:
-        (folder / "file").write_text(CREATED_WITH)
+        (folder / "file").write_text(f"GGUF {CREATED_WITH}")
+    is_file = output.endswith("file")
     with pytest.raises(MatryoshkaError, match="force"):
-        check_output(output, sources=[source])
-    assert check_output(output, force=True, sources=[source]) == Path(output)
+        check_output(output, sources=[source], is_file=is_file)
+    path = check_output(output, force=True, sources=[source], is_file=is_file)
+    assert path == Path(output)
+    with pytest.raises(MatryoshkaError, match="folder"):
+        check_output(output, force=True, sources=[source], is_file=not is_file)
 
 
 @pytest.mark.parametrize("output", ["../empty", "../new", "../new/child", "../lora/child"])

@@ -4,8 +4,8 @@ An output is written to a temporary path, which is renamed at the end. After a f
 the old one or the new one. If the process is killed, it may leave ``.matryoshka-lora.*.new`` next
 to the output, and between the two renames of a replaced folder also ``.matryoshka-lora.*.old``.
 
-A folder has a manifest of its files. A file has `FILE_MARKERS`, one of which every format writes
-into its header.
+A folder has a manifest of its files. A file has a mark in its header: a key that begins with
+`METADATA_PREFIX`, or `CREATED_WITH`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from matryoshka_lora.errors import MatryoshkaError, wrap_errors
 
@@ -28,16 +28,10 @@ MANIFEST_NAME = ".matryoshka-lora.json"
 """The file in a folder that lists the other files with their sizes and modification times."""
 
 CREATED_WITH = "Created with matryoshka-lora."
-"""The sentence in model cards, and in the description of a GGUF file."""
+"""The sentence in model cards, and the description of a GGUF file."""
 
 METADATA_PREFIX = "matryoshka_lora"
 """The beginning of a key in the metadata of every safetensors file of a LoRA."""
-
-FILE_MARKERS = (f'"{METADATA_PREFIX}'.encode(), CREATED_WITH.encode())
-"""The bytes by which the header of a file shows that this package has written it."""
-
-# Headers are at the start of a file. A safetensors header may have megabytes of training metadata.
-_MAX_HEADER_SIZE = 2**24
 
 
 def check_output(
@@ -79,6 +73,8 @@ def check_output(
                 )
     if is_file and path.is_dir():
         raise MatryoshkaError(f"{output} is a folder, but the output is a file. Pass another path.")
+    if not is_file and path.is_file():
+        raise MatryoshkaError(f"{output} is a file, but the output is a folder. Pass another path.")
     if is_occupied(path):
         foreign_files = _foreign_files(path)
         if foreign_files:
@@ -102,23 +98,32 @@ def is_occupied(path: Path) -> bool:
 
 def _foreign_files(path: Path) -> list[str]:
     """Return the files of an existing output that this package did not write, sorted."""
-    if path.is_symlink():
-        return [path.name]
-    if path.is_file():
-        with path.open("rb") as file:
-            header = file.read(_MAX_HEADER_SIZE)
-        return [] if any(marker in header for marker in FILE_MARKERS) else [path.name]
+    if path.is_symlink() or not path.is_dir():
+        return [] if path.is_file() and _has_marker(path) else [path.name]
     manifest: object = None
     with suppress(OSError, ValueError):
         manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict):
-        manifest = {}
+    if not isinstance(manifest, dict):  # without reading the folder, which may be large
+        return sorted(entry.name for entry in path.iterdir())
     states = _file_states(path)
     return sorted(name for name, state in states.items() if manifest.get(name) != state)
 
 
+def _has_marker(file: Path) -> bool:
+    """Return whether the header of a file shows that this package has written it."""
+    if file.is_symlink():
+        return False
+    with file.open("rb") as stream:
+        start = stream.read(4096)
+    if start.startswith(b"GGUF"):
+        return CREATED_WITH.encode() in start
+    with suppress(SafetensorError), safe_open(file, "np") as tensors:
+        return any(key.startswith(METADATA_PREFIX) for key in tensors.metadata() or ())
+    return False
+
+
 def _file_states(folder: Path) -> dict[str, list[int]]:
-    """Return size and modification time in seconds of all files in a folder except the manifest."""
+    """Return size and modification time in ns of all files in a folder except the manifest."""
     states: dict[str, list[int]] = {}
 
     def fail(error: OSError) -> None:  # a folder that cannot be listed may hold anything
@@ -135,7 +140,7 @@ def _file_states(folder: Path) -> dict[str, list[int]]:
 
 def _state(file: Path) -> list[int]:
     stat = file.lstat()
-    return [stat.st_size, int(stat.st_mtime)]
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 @contextmanager

@@ -23,11 +23,12 @@ BUNDLED_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The id of the original on the Hugging Face Hub. Adapters of the bundled model name it."""
 
 
-def resolve_model_path(name: str) -> str:
+def resolve_model_path(name: str, revision: str | None = None) -> str:
     """Return a path or Hub id that transformers and other programs can load.
 
     It is the name itself, but the bundled model is unpacked into a folder first. It also stands in
-    for its original, unless the original is in the Hub's cache.
+    for its original without a revision, with a warning in the log, unless the original is in the
+    Hub's cache.
 
     Raises:
         MatryoshkaError: The bundled model is not installed.
@@ -35,13 +36,14 @@ def resolve_model_path(name: str) -> str:
     """
     if name == BUNDLED_MODEL:
         return str(bundled_model_path())
-    if name == BUNDLED_MODEL_ID and not isinstance(
-        try_to_load_from_cache(BUNDLED_MODEL_ID, "config.json"), str
-    ):
+    if name == BUNDLED_MODEL_ID and revision is None:
+        is_cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
         with suppress(MatryoshkaError):
-            path = str(bundled_model_path())
-            logger.info("Using the bundled 4-bit version of %s.", name)
-            return path
+            if not is_cached and bundled_gguf_path():
+                logger.warning(
+                    "%s is not in the Hub's cache. Using the bundled 4-bit version.", name
+                )
+                return str(bundled_model_path())
     return name
 
 

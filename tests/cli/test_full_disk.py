@@ -62,7 +62,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(
         limit = 1500  # small tensors, which C buffers until it closes the file
     if force:
         if command == "gguf":
-            output.write_text(CREATED_WITH)
+            output.write_text(f"GGUF {CREATED_WITH}")
         else:
             extract(*models, output, rank=1)
         arguments.append("--force")

@@ -202,6 +202,21 @@ def test_a_fused_projection_of_a_text_encoder_is_split(tmp_path: Path) -> None:
         np.testing.assert_allclose(update, expected[name], atol=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"error": "1%"}, {"keep": "99%"}])
+def test_a_fused_layer_has_at_most_the_rank(tmp_path: Path, options: dict[str, str]) -> None:
+    block = "single_transformer_blocks.0"  # of Flux
+    shapes = {f"{block}.attn.to_{name}.weight": (8, 8) for name in "qkv"}
+    changes = save_models(tmp_path, {**shapes, f"{block}.proj_mlp.weight": (32, 8)})
+    models = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    output = tmp_path / "lora.safetensors"
+    result = extract(*models, output, rank=4, key_format="kohya", **options)
+    assert result.ranks == {"lora_unet_single_blocks_0_linear1": 4}
+    (update,) = read_updates(output).values()
+    change = np.concatenate([*changes.values()])
+    error = np.linalg.norm(change - update) / np.linalg.norm(change)
+    assert result.errors[4] == pytest.approx(error, rel=1e-3)
+
+
 def test_what_a_lora_cannot_name_is_listed(tmp_path: Path) -> None:
     shapes = {
         "model.diffusion_model.out.2.weight": (4, 8, 3, 3),

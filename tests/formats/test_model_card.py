@@ -135,6 +135,20 @@ def test_a_sum_names_the_licenses_of_all_its_sources(
         assert terms == {f"The terms of {license_id}" for license_id in licenses}
 
 
+def test_sources_of_one_name_keep_their_licenses(tmp_path: Path) -> None:
+    fields = [{"license": "other", "license_name": "poetic"}, {"license": "gpl-3.0"}, {}]
+    sources = []
+    for number, values in enumerate(fields):
+        source = save_adapter(tmp_path / str(number) / "adapter", card_with(**values))
+        (source / "LICENSE").write_text(f"terms {number}")
+        sources.append(source)
+    combine(sources, tmp_path / "sum")
+    data = ModelCard.load(tmp_path / "sum" / "README.md").data
+    assert (data.license, data.get("license_name")) == ("other", None)
+    terms = sorted(file.read_text() for file in (tmp_path / "sum").glob("LICENSE*"))
+    assert terms == ["terms 0", "terms 1", "terms 2"]
+
+
 @pytest.mark.parametrize(
     "front_matter", ["license: [", "- a", "? [a]\n: b", "[" * 5000, "a: &x [*x]\ntags: *x"]
 )

@@ -179,8 +179,10 @@ def test_other_folders_are_rejected_with_a_hint(tmp_path: Path) -> None:
 
 
 def test_find_loras(tmp_path: Path) -> None:
-    for name in ("b", "a", "neither"):
+    for name in ("b", "a", "neither", ".unfinished"):
         (tmp_path / name).mkdir()
+    for name in (f".unfinished/{CONFIG_NAME}", "._c.safetensors"):
+        (tmp_path / name).touch()
     for name in (f"b/{CONFIG_NAME}", f"a/{CONFIG_NAME}", "c.safetensors", "D.SAFETENSORS", "x.txt"):
         (tmp_path / name).touch()
     names = [path.name for path in find_loras(tmp_path)]

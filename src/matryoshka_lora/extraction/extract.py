@@ -169,10 +169,12 @@ def extract(
             lora = Lora(str(path), layers, other_tensors, config=config)
         else:
             lora = Lora(str(path), layers, container="single").convert(key_format)
-        if has_rank_only:
+        if has_rank_only and key_format is None:
             lora = lora.nested()
         else:
             ranks = lora.ranks
+            if rank is not None:  # a fused layer has the components of all its parts
+                ranks = {name: min(rank, fused_rank) for name, fused_rank in ranks.items()}
             if max_error is not None or max_size is not None:
                 spectra = layer_spectra(lora, ranks)
             if max_error is not None:

@@ -228,7 +228,8 @@ def resumable_folder(
         MatryoshkaError: The folder is not one of an extraction, or another process uses it.
     """
     folder = output.absolute().with_name(f".{output.name}.extracting")
-    folder.mkdir(parents=True, exist_ok=True)
+    with wrap_errors(f"Cannot write {output}", "Pass another path.", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
     settings_file = folder / "settings.json"
     names = {file.name for file in folder.iterdir()} - {"lock"}
     if folder.is_symlink() or (names and settings_file.name not in names):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +117,12 @@ def copy_license_files(folders: Sequence[Path], output_folder: Path) -> None:
                 if not file.is_file() or is_foreign_link(file, folder):
                     continue
                 output_file = output_folder / file.name
-                if output_file.exists() and output_file.read_bytes() != file.read_bytes():
-                    source_name = _source_name(folder).replace("/", "-")
-                    output_file = output_folder / f"{file.stem}-{source_name}{file.suffix}"
-                shutil.copyfile(file, output_file)
+                text = file.read_bytes()
+                source_name = _source_name(folder).replace("/", "-")
+                names = chain([source_name], (f"{source_name}-{i}" for i in count(2)))
+                while output_file.exists() and output_file.read_bytes() != text:
+                    output_file = output_folder / f"{file.stem}-{next(names)}{file.suffix}"
+                output_file.write_bytes(text)
 
 
 # The card
@@ -188,9 +190,9 @@ def _front_matter(
 
     fields: dict[str, Any] = {}
     for key in _KEPT_FIELDS:
-        values = {value for source in sources for value in source.values(key)}
-        if len(values) == 1:
-            fields[key] = values.pop()
+        values = {tuple(source.values(key)) for source in sources}
+        if len(values) == 1 and (value := values.pop()):
+            fields[key] = value[0]
     for key in _UNITED_FIELDS:
         fields[key] = _united(sources, key) or None
     task_type = str(config.get("task_type"))

@@ -53,14 +53,18 @@ def open_adapter(path: PathLike, revision: str | None = None) -> Lora:
 
 
 def find_loras(folder: PathLike) -> list[Path]:
-    """Return the LoRAs in a folder, sorted by name; none if the folder itself is one."""
+    """Return the LoRAs in a folder, sorted by name; none if the folder itself is one.
+
+    Hidden files are not LoRAs: they may be unfinished outputs.
+    """
     path = Path(folder)
     if not path.is_dir() or (path / CONFIG_NAME).exists():
         return []
     return [
         entry
         for entry in sorted(path.iterdir())
-        if entry.suffix.lower() == ".safetensors" or (entry / CONFIG_NAME).is_file()
+        if not entry.name.startswith(".")
+        and (entry.suffix.lower() == ".safetensors" or (entry / CONFIG_NAME).is_file())
     ]
 
 

@@ -49,7 +49,7 @@ def read_base_config(lora: Lora, target: Target, runtime: str) -> dict[str, Any]
     """
     base_model, revision = base_model_of(lora, target.base_model, target.base_revision)
     try:
-        folder = local_path(resolve_model_path(base_model), ("config.json",), revision)
+        folder = local_path(resolve_model_path(base_model, revision), ("config.json",), revision)
         base_config = read_json(folder / "config.json")
     except MatryoshkaError as error:
         raise MatryoshkaError(

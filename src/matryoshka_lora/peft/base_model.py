@@ -68,7 +68,7 @@ def load_model(
         logger.info("Loading the model in %s on %s.", str(dtype).removeprefix("torch."), device)
     with _wrap_loading_errors("model", name):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            resolve_model_path(name),
+            resolve_model_path(name, revision),
             dtype=DTYPES.get(str(dtype), dtype),
             revision=revision or "main",
             **{"trust_remote_code": False, **options},  # its default is to ask
@@ -92,7 +92,7 @@ def load_tokenizer(name: str | None = None, revision: str | None = None) -> PreT
     name = name or BUNDLED_MODEL
     with _wrap_loading_errors("tokenizer", name):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            resolve_model_path(name), revision=revision or "main", trust_remote_code=False
+            resolve_model_path(name, revision), revision=revision or "main", trust_remote_code=False
         )
     tokenizer.name_or_path = BUNDLED_MODEL_ID if name == BUNDLED_MODEL else name
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
