@@ -204,15 +204,21 @@ def test_a_fused_projection_of_a_text_encoder_is_split(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"error": "1%"}, {"keep": "99%"}])
 def test_a_fused_layer_has_at_most_the_rank(tmp_path: Path, options: dict[str, str]) -> None:
-    block = "single_transformer_blocks.0"  # of Flux
-    shapes = {f"{block}.attn.to_{name}.weight": (8, 8) for name in "qkv"}
-    changes = save_models(tmp_path, {**shapes, f"{block}.proj_mlp.weight": (32, 8)})
+    double = [f"transformer_blocks.0.attn.to_{name}.weight" for name in "qkv"]
+    single = [f"single_transformer_blocks.0.attn.to_{name}.weight" for name in "qkv"]
+    mlp = "single_transformer_blocks.0.proj_mlp.weight"
+    changes = save_models(tmp_path, {**dict.fromkeys([*double, *single], (8, 8)), mlp: (32, 8)})
     models = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
     output = tmp_path / "lora.safetensors"
     result = extract(*models, output, rank=4, key_format="kohya", **options)
-    assert result.ranks == {"lora_unet_single_blocks_0_linear1": 4}
-    (update,) = read_updates(output).values()
-    change = np.concatenate([*changes.values()])
+    fused = {
+        "lora_unet_double_blocks_0_img_attn_qkv": double,
+        "lora_unet_single_blocks_0_linear1": [*single, mlp],
+    }
+    assert result.ranks == dict.fromkeys(fused, 4)
+    updates = read_updates(output)
+    change = np.concatenate([changes[key] for keys in fused.values() for key in keys])
+    update = np.concatenate([updates[name] for name in fused])
     error = np.linalg.norm(change - update) / np.linalg.norm(change)
     assert result.errors[4] == pytest.approx(error, rel=1e-3)
 
