@@ -26,8 +26,9 @@ from matryoshka_lora.cli.model_results import (
     format_selection,
     format_train_ranks,
 )
-from matryoshka_lora.cli.terminal import format_table, with_flags
+from matryoshka_lora.cli.terminal import with_flags
 from matryoshka_lora.evaluation.results import Metric, TaskResult
+from matryoshka_lora.text import format_table
 
 
 @pytest.mark.parametrize(

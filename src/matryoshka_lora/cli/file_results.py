@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from matryoshka_lora.cli.terminal import format_percent, format_table, join_lines
 from matryoshka_lora.registry import ANSWERS_CAVEAT, FORMATS, PICTURES_CAVEAT, KeyFormat
+from matryoshka_lora.text import format_percent, format_table, join_lines
 from matryoshka_lora.units import format_size, pluralize
 
 if TYPE_CHECKING:
