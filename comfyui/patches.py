@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 import matryoshka_lora as ml
-from matryoshka_lora.lora.combine import sum_layers, sum_tensors
-from matryoshka_lora.lora.layer import LayerKeys, StoredTensor
+from matryoshka_lora.lora.combine import sum_layers
+from matryoshka_lora.lora.layer import LayerKeys, StoredTensor, sum_tensors
 
 from .adapters import SOURCE, read_adapter, store_tensor
 

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 import matryoshka_lora as ml
 from matryoshka_lora import Lora
-from matryoshka_lora.cli.file_results import format_export
 from matryoshka_lora.lora.save import choose_format
 from matryoshka_lora.registry import FORMATS, FormatName
 
@@ -39,7 +38,7 @@ def test_a_format_is_registered_completely(name: Any, tmp_path: Path) -> None:
     output = tmp_path / f"output{spec.suffix}"
     assert choose_format(Lora("lora", (), container=container), output, name) is spec
     result = ml.ExportResult(output, name, {"a": 2}, 9, 8, {2: 0.5})
-    assert str(output) in format_export(result)
+    assert str(output) in str(result)
 
 
 def test_every_name_is_registered() -> None:

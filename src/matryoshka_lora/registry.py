@@ -5,6 +5,7 @@ Nothing is imported here until it is used, so that the command line can list the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -149,3 +150,9 @@ FORMATS: dict[str, Format] = {
     )
 }
 """The formats by name."""
+
+
+def caveat_of(formats: Iterable[str]) -> str:
+    """Return the caveat of the formats of several LoRAs; the default if they differ."""
+    caveats = {FORMATS[name].caveat for name in formats}
+    return caveats.pop() if len(caveats) == 1 else ANSWERS_CAVEAT

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,46 @@ def test_json_is_all_that_is_printed(line: str, keys: set[str], workspace: Path,
     assert keys <= json.loads(stdout).keys()
 
 
+@pytest.mark.parametrize("source", ["nested", "."])
+def test_json_has_the_rank_of_an_error(source: str, workspace: Path, run: Run) -> None:
+    text = run(f"info {source} --error 40%")[1]
+    values = json.loads(run(f"info {source} --error 40% --json")[1])
+    assert values["max_error"] == 0.4
+    assert f"rank {values['rank_for_error']}" in text.lower()
+    if source == ".":
+        ranks = [lora["rank_for_error"] for lora in values["loras"].values()]
+        assert values["rank_for_error"] == max(ranks)
+    assert "rank_for_error" not in json.loads(run("info nested --json")[1])
+
+
+@pytest.mark.parametrize(
+    ("error", "next_command"),
+    [("60%", "export folder --rank 8 -o folder-small"), ("1%", "serve folder --dry-run")],
+)
+def test_a_folder_for_a_server_gets_a_rank_of_vllm(
+    error: str, next_command: str, workspace: Path, run: Run
+) -> None:
+    """A server reserves the rank of the largest layer, so a rank for each layer saves nothing."""
+    for rank in (9, 12):
+        plain_adapter(workspace / "folder" / f"rank-{rank}", r=rank)
+    code, stdout, _ = run(f"info folder --error {error}")
+    assert code == 0
+    assert stdout.splitlines()[-1] == f"Next: matryoshka {next_command}"
+
+
+def test_trained_ranks_have_errors_and_are_exported_by_rank(workspace: Path, run: Run) -> None:
+    lora = matryoshka_lora.open("nested")
+    replace(lora, order="trained").save("trained")
+    stdout = run("info trained")[1]
+    assert "ordered by singular values" in stdout
+    assert "no --error, --keep or --max-bytes" in stdout
+    assert "ordered by singular values" not in run("info nested")[1]
+    code, _, stderr = run("export trained --error 10% -o new")
+    assert code == 1
+    assert "--rank" in stderr
+    assert "info" in stderr
+
+
 def test_export_changes_layers_by_patterns(workspace: Path, run: Run) -> None:
     words = ["export", "plain", "--dtype", "bf16", "--drop", "*.0.*", "--drop", "*k_proj"]
     words += ["--scale", "*=0.5", "--scale", "*q_proj=-1", "-o", "changed"]
@@ -216,7 +257,8 @@ def test_the_next_command_has_the_revision(line: str, workspace: Path, run: Run)
 def test_a_folder_of_loras_prints_a_line_per_lora(workspace: Path, run: Run) -> None:
     code, stdout, stderr = run("export . --rank 4 -o small")
     assert code == 0, stderr
-    assert len(stdout.splitlines()) == 5  # and the total, and what the error does not mean
+    # A heading, the total, and what the error does not mean.
+    assert len(stdout.splitlines()) == 6
     assert set(names_in(workspace / "small")) == {
         "nested",
         "plain",

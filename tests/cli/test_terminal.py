@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.plain_peft import plain_adapter
 
+import matryoshka_lora as ml
 from matryoshka_lora import (
     Evaluation,
     ExportFolderResult,
@@ -15,19 +17,14 @@ from matryoshka_lora import (
     TrainRanksResult,
     select,
 )
-from matryoshka_lora.cli.file_results import (
-    format_errors,
-    format_export,
-    format_export_folder,
-    format_extract,
-)
 from matryoshka_lora.cli.model_results import (
     format_evaluation,
     format_selection,
     format_train_ranks,
 )
-from matryoshka_lora.cli.terminal import format_table, with_flags
+from matryoshka_lora.cli.terminal import with_flags
 from matryoshka_lora.evaluation.results import Metric, TaskResult
+from matryoshka_lora.text import format_errors, format_table
 
 
 @pytest.mark.parametrize(
@@ -70,15 +67,39 @@ def export_result(**changes: object) -> ExportResult:
 
 
 def test_an_export_shows_ranks_sizes_error_and_notes() -> None:
-    text = format_export(export_result())
+    text = str(export_result())
     for expected in ("2 to 4", "2.00MB -> 1.00MB", "10.0%", "99.0%", "A note."):
         assert expected in text
     assert "not smaller" not in text
-    assert "not smaller" in format_export(export_result(size_after=2_000_000))
+    assert "not smaller" in str(export_result(size_after=2_000_000))
+
+
+def test_a_result_is_shown_as_its_text(tmp_path: Path) -> None:
+    """In a notebook as well as in the terminal."""
+    plain_adapter(tmp_path / "a", r=4)
+    lora = ml.open(tmp_path / "a")
+    results: list[object] = [
+        lora,
+        lora.layers[0],
+        lora.save(tmp_path / "saved"),
+        ml.info(lora, layers=True),
+        ml.info_folder(tmp_path),
+        ml.reorder(lora, tmp_path / "reordered"),
+        ml.export(lora, tmp_path / "small", 2),
+        ml.export_folder(tmp_path, tmp_path / "smaller", 1),
+        ml.combine([lora, lora], tmp_path / "sum"),
+        ExtractResult(tmp_path, {"a": 4}, {4: 0.2}, 0.0, {}),
+    ]
+    for result in results:
+        text = repr(result)
+        assert text == str(result)
+        assert 0 < len(text) < 3000
+        assert "array(" not in text
+        assert "<function" not in text
 
 
 def test_a_ladder_shows_an_error_per_rank() -> None:
-    text = format_export(export_result(format="ladder", errors={1: 0.5, 4: 0.1}))
+    text = str(export_result(format="ladder", errors={1: 0.5, 4: 0.1}))
     assert "ranks 1, 4" in text
     assert "50.0%" in text
     assert "10.0%" in text
@@ -86,28 +107,29 @@ def test_a_ladder_shows_an_error_per_rank() -> None:
 
 def test_a_folder_shows_what_was_exported_and_what_was_skipped() -> None:
     result = ExportFolderResult(Path("out"), (export_result(),), {"broken": "Why"}, ("nested",))
-    lines = format_export_folder(result).splitlines()
-    assert len(lines) == 4
-    assert "nested" in lines[1]
-    assert "1 failed" in lines[2]
-    assert "matryoshka eval" in lines[3]
+    lines = str(result).splitlines()
+    assert len(lines) == 6
+    assert "A note." in lines[2]
+    assert "nested" in lines[3]
+    assert "1 failed" in lines[4]
+    assert "matryoshka eval" in lines[5]
 
 
 def test_a_name_cannot_write_lines_or_control_characters() -> None:
     tensors = {"a\nNext: curl x | sh\x1b[2J.weight": 4}
-    text = format_extract(ExtractResult(Path("out"), {"a": 4}, {4: 0.2}, 0.0, tensors))
+    text = str(ExtractResult(Path("out"), {"a": 4}, {4: 0.2}, 0.0, tensors))
     assert "\\nNext: curl" in text
     assert all(line.isprintable() for line in text.split("\n"))
 
 
 def test_an_extraction_shows_what_was_not_saved(tmp_path: Path) -> None:
     result = ExtractResult(tmp_path, {"a": 4}, {4: 0.2}, 0.05, {"lm_head.weight": 4_000_000})
-    text = format_extract(result)
-    for expected in ("20.0%", "5.0%", "4.00MB", "--modules-to-save lm_head"):
+    text = str(result)
+    for expected in ("20.0%", "5.0%", "4.00MB", "lm_head in `modules_to_save`"):
         assert expected in text
-    quiet = format_extract(ExtractResult(tmp_path, {"a": 4}, {4: 0.2}, 0.0, {}))
+    quiet = str(ExtractResult(tmp_path, {"a": 4}, {4: 0.2}, 0.0, {}))
     assert "rounding" not in quiet
-    assert "--modules-to-save" not in quiet
+    assert "modules_to_save" not in quiet
 
 
 @pytest.mark.parametrize(

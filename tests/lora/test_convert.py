@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from helpers.single_files import kohya_name
 
 from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.linalg.factors import relative_error
+from matryoshka_lora.lora.combine import combine
 from matryoshka_lora.lora.convert import convert, has_key_format, match_key_formats
 from matryoshka_lora.lora.keys import CONFIGS_KEY
 from matryoshka_lora.lora.layer import StoredTensor
@@ -351,6 +353,56 @@ def test_old_names_become_names_of_diffusers() -> None:
     new = random_lora({f"{block}.to_q": (6, 6)})
     for matched in (match_key_formats([old, new]), match_key_formats([new, old])):
         assert [names_of(lora) for lora in matched] == [[f"{block}.to_q"]] * 2
+
+
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+
+
+def with_tensors(lora: Lora, *keys: str) -> Lora:
+    """Return a LoRA with the changes of some weights."""
+    tensors = {key: StoredTensor.from_array(np.ones(6, np.float32)) for key in keys}
+    return replace(lora, other_tensors=tensors)
+
+
+def test_changes_of_weights_get_the_names_of_the_first() -> None:
+    kohya = kohya_name(f"unet.{BLOCK}.attn1.to_q")
+    first = random_lora({kohya: (6, 6)}, "kohya", has_alpha=True)
+    to_k, other = f"unet.{BLOCK}.attn1.to_k", f"unet.{BLOCK}.attn1.to_out.0"
+    second = random_lora({f"unet.{BLOCK}.attn1.to_q": (6, 6)})
+    second = with_tensors(second, f"{to_k}.diff", f"{other}.diff_b")
+    unknown = f"{kohya}_any.w_norm"  # of the first, whose names stay
+    matched = match_key_formats([with_tensors(first, unknown), second])
+    assert matched[0].other_tensors.keys() == {unknown}
+    assert matched[1].other_tensors.keys() == {
+        f"{kohya_name(to_k)}.diff",
+        f"{kohya_name(other)}.diff_b",
+    }
+    total = combine(matched, [1, 1])
+    assert total.other_tensors.keys() == {unknown, *matched[1].other_tensors}
+    conflict = with_tensors(second, f"unet.{BLOCK}.attn1.to_q.diff")
+    with pytest.raises(MatryoshkaError, match=r"factors and diff"):
+        combine([first, conflict], [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "key"),
+    [
+        ([f"unet.{BLOCK}.attn1.to_q"], [kohya_name(f"unet.{BLOCK}.attn1.to_q")], "norm.w_norm"),
+        (["lora_unet_layers_0_attention_qkv"], SPLITS, f"{SPLITS[0]}.diff"),
+        (SPLITS, ["lora_unet_layers_0_attention_qkv"], "lora_unet_layers_0_attention_qkv.diff_b"),
+    ],
+    ids=["unknown", "fused", "split"],
+)
+def test_changes_that_cannot_be_renamed_are_refused(
+    first: list[str], second: list[str], key: str
+) -> None:
+    loras = [
+        random_lora({name: (18 if "qkv" in name else 6, 6) for name in names})
+        for names in (first, second)
+    ]
+    match_key_formats(loras)
+    with pytest.raises(MatryoshkaError, match=re.escape(key)):
+        match_key_formats([loras[0], with_tensors(loras[1], key)])
 
 
 @pytest.mark.parametrize(

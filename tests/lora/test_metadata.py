@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from matryoshka_lora import combine, export, reorder
+from matryoshka_lora.formats.safetensors_io import ERROR_KEY
 
 METADATA = {
     "ss_network_dim": "8",
@@ -136,7 +137,7 @@ def test_a_file_without_metadata_of_kohya_gets_none(tmp_path: Path) -> None:
     source = save_kohya(tmp_path / "lora.safetensors", {"modelspec.title": "Cats"})
     export(source, tmp_path / "output.safetensors", 2)
     metadata = read_metadata(tmp_path / "output.safetensors")
-    assert metadata == {"format": "pt", "modelspec.title": "Cats"}
+    assert metadata.keys() == {"format", "modelspec.title", ERROR_KEY}
 
 
 def test_a_sum_claims_only_what_is_true_of_all_sources(tmp_path: Path) -> None:

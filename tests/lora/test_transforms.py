@@ -206,6 +206,49 @@ def test_scaled_updates(lora: Lora, tmp_path: Path, rank: int | None) -> None:
     assert result.errors[rank or R] == pytest.approx(relative(expected, scaled), abs=1e-6)
 
 
+def test_all_that_is_linear_in_the_update_is_scaled(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    file = tmp_path / "lora.safetensors"
+    tensors = {
+        "a.lora_A.weight": torch.randn(4, 16),
+        "a.lora_B.weight": torch.randn(12, 4),
+        "a.lora_B.bias": torch.randn(12),
+        "a.diff_b": torch.randn(12),
+        "b.diff": torch.randn(12, 16).to(torch.float16),
+        "norm.w_norm": torch.randn(16),
+        # PEFT and ComfyUI differ in the scale of this bias, so the layer is copied.
+        "c.lora_down.weight": torch.randn(4, 16),
+        "c.lora_up.weight": torch.randn(12, 4),
+        "c.lora_up.bias": torch.randn(12),
+        "c.alpha": torch.tensor(2.0),
+        "dora.lora_A.weight": torch.randn(4, 16),
+        "dora.lora_B.weight": torch.randn(12, 4),
+        "dora.dora_scale": torch.randn(12, 1),
+    }
+    save_file(tensors, file)
+    lora = ml.open(file)
+    with pytest.raises(MatryoshkaError, match=r"dora\.dora_scale"):
+        lora.scale({"*": 0.5})
+    lora.scale({"*": 0.5, "dora": 0, "b": 1}).save(tmp_path / "scaled.safetensors")
+    written = load_file(tmp_path / "scaled.safetensors")
+    assert written.keys() == {key for key in tensors if "dora" not in key}
+    for key, tensor in written.items():
+        is_kept = key.startswith("b.") or key.endswith((".lora_A.weight", "down.weight", "alpha"))
+        assert tensor.dtype == tensors[key].dtype
+        assert torch.allclose(tensor, tensors[key] * (1 if is_kept else 0.5)), key
+
+
+def test_a_scaled_adapter_has_no_biases(tmp_path: Path) -> None:
+    """PEFT's folders hold the biases of the model, and not their changes."""
+    plain_adapter(tmp_path / "bias", tiny_llama(attention_bias=True), bias="lora_only")
+    lora = ml.open(tmp_path / "bias")
+    assert any(key.endswith("q_proj.base_layer.bias") for key in lora.other_tensors)
+    for pattern in ("*", "*q_proj"):
+        with pytest.raises(MatryoshkaError, match="bias"):
+            lora.scale({pattern: 0.5})
+    lora.scale({"*.down_proj": 0.5})
+
+
 def test_scaling_keeps_an_order(lora: Lora, tmp_path: Path) -> None:
     """The components of a nested LoRA stay as they are, so a rank is a prefix of its factors."""
     lora.reorder().save(tmp_path / "nested")

@@ -176,7 +176,7 @@ def test_a_rank_is_an_upper_bound(lora: Lora) -> None:
     both = lora.truncate(keep=0.6, max_bytes=sized.file_size)
     assert both.file_size <= sized.file_size
     assert all(rank <= unbounded.ranks[name] for name, rank in both.ranks.items())
-    assert set(lora.truncate(max_bytes=lora.size).ranks.values()) == {8}
+    assert set(lora.truncate(max_bytes=lora.file_size).ranks.values()) == {8}
 
 
 REQUESTS: list[dict[str, Any]] = [{"keep": "90%"}, {"error": "9%"}, {"max_bytes": "50kB"}]

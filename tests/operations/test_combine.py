@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -16,10 +17,10 @@ from helpers.models import LINEAR_LAYERS, tiny_llama, tiny_mixtral
 from helpers.plain_peft import Mixed, best, logits, plain_adapter, updates
 from helpers.single_files import read_updates
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from matryoshka_lora import MatryoshkaError, combine, info
+from matryoshka_lora import MatryoshkaError, combine, export, info
 from matryoshka_lora.formats.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 
 MIXED_LAYERS = ["embedding", "convolution", "head"]
@@ -289,11 +290,64 @@ def test_the_rank_is_at_most_the_sum_of_the_ranks(tmp_path: Path) -> None:
         combine(paths, tmp_path / "other.safetensors", rank=5)
 
 
-def test_an_adapter_minus_itself_is_zero(tmp_path: Path) -> None:
-    plain_adapter(tmp_path / "a")
-    result = combine([tmp_path / "a", tmp_path / "a"], tmp_path / "zero", [1, -1])
+@pytest.mark.parametrize(("rank", "written"), [(None, 1), ("sum", 1), (4, 4)])
+@pytest.mark.parametrize("kind", ["folders", "files"])
+def test_an_adapter_minus_itself_is_zero_at_rank_1(
+    kind: str, rank: Any, written: int, tmp_path: Path
+) -> None:
+    source, output = tmp_path / "a", tmp_path / "zero"
+    plain_adapter(source)
+    if kind == "files":
+        source, output = tmp_path / "a.safetensors", tmp_path / "zero.safetensors"
+        save_file(factors("q", "k"), source)
+    with pytest.warns(UserWarning, match="cancel"):
+        result = combine([source, source], output, [1, -1], rank)
     assert set(result.errors.values()) == {0.0}
-    assert set(info(tmp_path / "zero").errors.values()) == {0.0}
+    assert result.rank == written
+    assert set(info(output).errors.values()) == {0.0}
+
+
+@pytest.mark.parametrize("weights", [[0, 2], [2, 0]])
+def test_a_source_of_weight_0_is_left_out(weights: list[float], tmp_path: Path) -> None:
+    paths = [tmp_path / "a", tmp_path / "b"]
+    plain_adapter(paths[0], r=8, target_modules=["q_proj", "v_proj"])
+    plain_adapter(paths[1], r=4, target_modules=["k_proj", "v_proj"])
+    kept = paths[weights.index(2)]
+    result = combine(paths, tmp_path / "sum", weights)
+    assert result.rank == result.exact_rank == info(kept).lora.max_rank
+    assert result.cosines.shape == (2, 2)
+    expected = updates(kept)
+    assert {name for name, update in updates(tmp_path / "sum").items() if update.any()} == {
+        name for name, update in expected.items() if update.any()
+    }
+    for name, update in updates(tmp_path / "sum").items():
+        assert np.allclose(update, 2 * expected[name], atol=1e-5)
+    with pytest.raises(MatryoshkaError, match="weights"):
+        combine(paths, tmp_path / "none", [0, 0])
+
+
+@pytest.mark.parametrize("kind", ["folders", "files"])
+def test_names_may_be_of_any_bytes(kind: str, tmp_path: Path) -> None:
+    """A name that is not UTF-8 has lone surrogates, which no header can hold."""
+    name = os.fsdecode(b"\xff")
+    source, output = tmp_path / name, tmp_path / f"{name}-sum"
+    if kind == "files":
+        source, output = tmp_path / f"{name}.safetensors", tmp_path / f"{name}-sum.safetensors"
+        save_file(factors("q"), source, {"ss_network_dim": "2"})
+    else:
+        plain_adapter(source)
+        (source / "README.md").write_text("---\nlicense: mit\n---\nA card.")
+    result = combine([source, source], output)
+    assert info(output).lora.max_rank == result.rank
+    small = tmp_path / f"{name}-small{output.suffix}"
+    export(output, small, 1)
+    assert info(small).lora.max_rank == 1
+    str(result).encode()  # can be printed
+    for file in small.iterdir() if small.is_dir() else [small]:
+        if file.suffix != ".safetensors":
+            file.read_text(encoding="utf-8")
+        else:
+            load(file.read_bytes())
 
 
 @pytest.mark.parametrize(

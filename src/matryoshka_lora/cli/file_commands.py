@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,20 +32,11 @@ from matryoshka_lora.cli.arguments import (
     parse_scale,
     parse_weights,
 )
-from matryoshka_lora.cli.file_results import (
-    format_combine,
-    format_export,
-    format_export_folder,
-    format_extract,
-    format_info,
-    format_info_folder,
-    how_to_load,
-)
-from matryoshka_lora.cli.terminal import print_line, print_next, revision_option
-from matryoshka_lora.registry import ImageKeyFormat
+from matryoshka_lora.cli.terminal import print_line, print_next, revision_option, with_flags
+from matryoshka_lora.registry import FORMATS, ImageKeyFormat, KeyFormat
 
 if TYPE_CHECKING:
-    from matryoshka_lora.operations.export import ExportOptions
+    from matryoshka_lora.operations.export import ExportOptions, ExportResult
     from matryoshka_lora.operations.info import FolderInfo, LoraInfo
 
 
@@ -74,41 +66,36 @@ def info(
     from matryoshka_lora import info as read_info
     from matryoshka_lora import info_folder
     from matryoshka_lora.formats.open import find_loras
-    from matryoshka_lora.units import parse_share
 
     if find_loras(lora):
-        max_error = parse_share(error or "10%")
-        folder_info = info_folder(lora, layers=layers)
+        folder_info = info_folder(lora, layers=layers, error=error or "10%")
         if as_json:
-            loras = {name: value.to_dict() for name, value in folder_info.loras.items()}
-            typer.echo(json.dumps({"loras": loras, "failed": folder_info.failed}, indent=2))
+            typer.echo(json.dumps(folder_info.to_dict(), indent=2))
         else:
-            typer.echo(format_info_folder(folder_info, max_error))
-            _print_next_of_folder(lora, folder_info, max_error)
+            typer.echo(folder_info)
+            _print_next_of_folder(lora, folder_info)
         raise typer.Exit(1 if folder_info.failed else 0)
-    result = read_info(lora, layers=layers, revision=revision)
+    result = read_info(lora, layers=layers, error=error, revision=revision)
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
         return
-    typer.echo(format_info(result))
-    if error is not None:
-        rank = result.rank_for_error(parse_share(error))
-        print_line(f"Rank {rank} has a relative error of at most {error}.")
+    typer.echo(with_flags(str(result), {"rank", "error", "keep", "max_bytes"}))
     _print_next_of_info(lora, result, revision)
 
 
-def _print_next_of_folder(folder: Path, folder_info: FolderInfo, max_error: float) -> None:
+def _print_next_of_folder(folder: Path, folder_info: FolderInfo) -> None:
     from matryoshka_lora.serve import round_up_to_vllm
 
     output = f"{folder.resolve().name}-small"
     loras = [value.lora for value in folder_info.loras.values()]
     # A server of vLLM reserves as much memory for rank 17 as for rank 32.
-    rank = round_up_to_vllm(folder_info.common_rank(max_error))
-    are_single_files = all(lora.container == "single" for lora in loras)
-    if are_single_files or rank >= max(lora.max_rank for lora in loras):
-        print_next("export", folder, "--error", f"{100 * max_error:.4g}%", "-o", output)
-    else:
+    rank = round_up_to_vllm(folder_info.common_rank(folder_info.max_error))
+    if any(lora.container == "single" for lora in loras):
+        print_next("export", folder, "--error", f"{100 * folder_info.max_error:.4g}%", "-o", output)
+    elif rank < max(lora.max_rank for lora in loras):
         print_next("export", folder, "--rank", rank, "-o", output)
+    else:  # a smaller rank of vLLM has a larger error
+        print_next("serve", folder, "--dry-run")
 
 
 def _print_next_of_info(lora: Path, result: LoraInfo, revision: str | None) -> None:
@@ -138,8 +125,7 @@ def reorder(
     """
     from matryoshka_lora import reorder as run_reorder
 
-    run_reorder(lora, output, revision=revision, force=force)
-    print_line(f"{output} can be used at every rank.")
+    typer.echo(run_reorder(lora, output, revision=revision, force=force))
     print_next("info", output)
 
 
@@ -180,7 +166,7 @@ def combine(
     result = run_combine(
         loras, output, parse_weights(weights), parse_rank_of_sum(rank), force=force
     )
-    typer.echo(format_combine(result, [str(lora) for lora in loras]))
+    typer.echo(with_flags(str(result), {"rank"}))
     print_next("info", output)
 
 
@@ -240,7 +226,7 @@ def extract(
         tuned_revision=tuned_revision,
         force=force,
     )
-    typer.echo(format_extract(result))
+    typer.echo(with_flags(str(result), {"modules_to_save"}))
     print_next("info", output)
 
 
@@ -308,12 +294,28 @@ def export(
     }
     if alpha is None and find_loras(lora):
         folder_result = export_folder(lora, output, rank_or_ranks, format, **options)
-        typer.echo(format_export_folder(folder_result))
+        typer.echo(folder_result)
         for name, reason in folder_result.failed.items():
             print_line(f"error: {name} was not exported: {reason}", err=True)
         raise typer.Exit(1 if folder_result.failed and not skip_bad else 0)
     result = run_export(
         lora, output, rank_or_ranks, format, revision=revision, alpha=alpha, **options
     )
-    typer.echo(format_export(result))
-    print_line(f"Next: {how_to_load(result, key_format)}")
+    typer.echo(result)
+    print_line(f"Next: {_how_to_load(result, key_format)}")
+
+
+def _how_to_load(result: ExportResult, key_format: KeyFormat | None) -> str:
+    """Return how another program loads an exported LoRA.
+
+    Args:
+        result: The result.
+        key_format: The format of the keys, if it was changed.
+    """
+    path = shlex.quote(str(result.path))
+    readers = {"kohya": "ComfyUI", "diffusers": "diffusers"}
+    if result.format == "single" and key_format in readers:
+        return f"load {path} with {readers[key_format]}"
+    if result.format == "peft":  # Python, and not a command
+        path = repr(str(result.path))
+    return FORMATS[result.format].load.format(path=path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from matryoshka_lora.cli.terminal import format_table, join_lines
+from matryoshka_lora.text import format_table, join_lines
 from matryoshka_lora.units import format_size, pluralize
 
 if TYPE_CHECKING:

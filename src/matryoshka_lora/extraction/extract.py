@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -19,12 +19,14 @@ from matryoshka_lora.extraction.model_diff import (
 )
 from matryoshka_lora.formats.hub import MODEL_FILES, local_path, split_hub_id
 from matryoshka_lora.linalg.allocation import ranks_for_error
+from matryoshka_lora.linalg.factors import compose_errors
 from matryoshka_lora.lora.keys import PEFT_PREFIX, find_models
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.truncate import fit_size, layer_spectra, with_ranks
 from matryoshka_lora.nesting import check_rank
-from matryoshka_lora.registry import ImageKeyFormat
-from matryoshka_lora.units import parse_share, parse_size, pluralize
+from matryoshka_lora.registry import ANSWERS_CAVEAT, PICTURES_CAVEAT, ImageKeyFormat
+from matryoshka_lora.text import format_errors, format_percent, join_lines
+from matryoshka_lora.units import format_size, parse_share, parse_size, pluralize
 
 # The upper bound of a layer's rank if only the size of the file is limited.
 _MAX_RANK_FOR_SIZE = 128
@@ -52,6 +54,26 @@ class ExtractResult:
     rounding_share: float
     unsaved_tensors: dict[str, int]
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return the errors and what is missing, as `matryoshka extract` prints them."""
+        lines = [f"{self.path}: {pluralize(len(self.ranks), 'layer')}", ""]
+        lines += format_errors(self.errors, "change")
+        lines.append(PICTURES_CAVEAT if self.path.is_file() else ANSWERS_CAVEAT)
+        lines += self.notes
+        if self.rounding_share > 0.001:
+            share = format_percent(self.rounding_share)
+            lines.append(f"{share} of the squared change is due to rounding of the weights.")
+        if self.unsaved_tensors:
+            modules = [key.rpartition(".")[0] for key in self.unsaved_tensors]
+            size = format_size(sum(self.unsaved_tensors.values()))
+            lines.append(
+                f"Not in the LoRA: {pluralize(len(modules), 'tensor')} ({size}) that changed too, "
+                f"such as {', '.join(modules[:3])}."
+            )
+            if self.path.is_dir():
+                lines.append(f"Pass {modules[0]} in `modules_to_save` to save this one in full.")
+        return join_lines(lines)
 
 
 def extract(
@@ -152,6 +174,7 @@ def extract(
         residual = sum(change.residual for change in changes)
         if total == 0:  # differences of float64 may be too small for float32
             raise MatryoshkaError("No linear layer and no convolution changed.")
+        factors_error = math.sqrt(residual / total)
         if key_format is None:
             hub_id = split_hub_id(base)
             saved = diff.saved_tensors
@@ -169,6 +192,7 @@ def extract(
             lora = Lora(str(path), layers, other_tensors, config=config)
         else:
             lora = Lora(str(path), layers, container="single").convert(key_format)
+        lora = replace(lora, original_error=factors_error)
         if has_rank_only and key_format is None:
             lora = lora.nested()
         else:
@@ -185,9 +209,8 @@ def extract(
         result = lora.save(path, lora.container, force=force)
 
     # The errors of the output against the factors become errors against the change.
-    kept = sum(float(errors[0]) for errors in result.written.squared_errors.values())
     errors = {
-        error_rank: math.sqrt((residual + truncation_error**2 * kept) / total)
+        error_rank: compose_errors(factors_error, truncation_error)
         for error_rank, truncation_error in result.errors.items()
     }
     notes: tuple[str, ...] = ()

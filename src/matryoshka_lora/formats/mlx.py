@@ -10,7 +10,7 @@ from typing import Any
 
 from matryoshka_lora.formats.peft_folder import CONFIG_NAME
 from matryoshka_lora.formats.runtimes import name_in_block, read_base_config
-from matryoshka_lora.formats.safetensors_io import create_safetensors
+from matryoshka_lora.formats.safetensors_io import create_safetensors, error_metadata
 from matryoshka_lora.linalg.factors import pad_end
 from matryoshka_lora.lora.layer import Factors, Layer, TensorInfo
 from matryoshka_lora.lora.lora import Lora
@@ -37,10 +37,12 @@ def write(lora: Lora, folder: Path, target: Target) -> Written:
         tensors[f"{layer.name}.lora_a"] = TensorInfo(layer.dtype, layer.shape_A[::-1])
         tensors[f"{layer.name}.lora_b"] = TensorInfo(layer.dtype, layer.shape_B[::-1])
     written = Written(lora.ranks)
-    with create_safetensors(folder / "adapters.safetensors", tensors, {}) as writer:
+    file = folder / "adapters.safetensors"
+    with create_safetensors(file, tensors, error_metadata()) as writer:
         for layer, factors in written.compute(lora):
             writer.write(f"{layer.name}.lora_a", factors.A.T)
             writer.write(f"{layer.name}.lora_b", factors.B.T)
+        writer.metadata.update(error_metadata(written.original_error(lora)))
     config = {
         "fine_tune_type": "lora",
         "num_layers": base_config["num_hidden_layers"],

@@ -132,6 +132,7 @@ def model_card(
     lora: Lora,
     config: Mapping[str, Any],
     errors: Mapping[int, float],
+    original_error: float,
     sources: Sequence[SourceCard] = (),
 ) -> str:
     """Return the model card of an output.
@@ -143,6 +144,7 @@ def model_card(
         lora: The output.
         config: The output's ``adapter_config.json``.
         errors: The relative error of each rank of a nested adapter.
+        original_error: The relative error of the output against its original.
         sources: The cards of the sources.
     """
     base_model = str(config.get("base_model_name_or_path") or "an unknown base model")
@@ -160,6 +162,11 @@ def model_card(
         f"# LoRA of rank {lora.max_rank} for {title}",
         f"A LoRA adapter of rank {lora.max_rank} for {runtimes}. {CREATED_WITH}",
     ]
+    if original_error > 0:
+        paragraphs.append(
+            f"Its update has a relative error of {original_error:.1%} against the original, which "
+            "it was truncated from."
+        )
     if lora.nesting is not None:
         available = f"every rank from 1 to {lora.max_rank}, in the order `{lora.order}`"
         if lora.deploy == "paper":

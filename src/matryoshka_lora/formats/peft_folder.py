@@ -19,6 +19,7 @@ from matryoshka_lora.formats.safetensors_io import (
     NESTING_KEY,
     lora_file_size,
     open_safetensors,
+    pop_error,
     read_json,
     write_lora_tensors,
 )
@@ -76,18 +77,19 @@ def read(path: PathLike, name: str | None = None) -> Lora:
         )
     config = read_json(folder / CONFIG_NAME)
     tensors, metadata = open_safetensors(weights_file)
+    nesting = metadata.pop(NESTING_KEY, None)
+    original_error = pop_error(metadata)
     layers, other_tensors = find_layers(tensors, config, name)
     lora = Lora(
         name,
         layers,
         other_tensors,
-        {key: value for key, value in metadata.items() if key != NESTING_KEY},
+        metadata,
         config=config,
         files=(weights_file,),
+        original_error=original_error,
     )
-    if NESTING_KEY in metadata:
-        return _with_nesting(lora, metadata[NESTING_KEY], tensors)
-    return lora
+    return lora if nesting is None else _with_nesting(lora, nesting, tensors)
 
 
 def find_layers(
@@ -227,7 +229,7 @@ def write(lora: Lora, folder: Path, target: Target) -> Written:
     if lora.nesting is not None:
         written = replace(written, error_ranks=lora.nesting.ranks)
         errors = written.relative_errors(lora.nesting.ranks)
-    card = model_card(lora, config, errors, cards)
+    card = model_card(lora, config, errors, written.original_error(lora), cards)
     # A path that is not UTF-8 has lone surrogates, which UTF-8 cannot represent.
     (folder / CARD_NAME).write_text(card, encoding="utf-8", errors="replace")
     if source_folders:

@@ -40,6 +40,9 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 NESTING_KEY = "matryoshka_lora"
 """The key of ranks, order and checksum of a nested adapter in the metadata."""
 
+ERROR_KEY = "matryoshka_lora.error"
+"""The key of `Lora.original_error` in the metadata of every LoRA that is written, also of 0."""
+
 
 def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Return the tensors of a file by key, and its metadata. Only the header is read.
@@ -59,6 +62,20 @@ def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str
         return {key: _stored_tensor(file, header[key], 8 + length) for key in header}, metadata
     except (SafetensorError, OSError, KeyError) as error:
         raise _damaged_file_error(file, error) from error
+
+
+def pop_error(metadata: dict[str, str]) -> float:
+    """Remove the error against the original from metadata, and return it; 0 if there is none."""
+    try:
+        error = float(metadata.pop(ERROR_KEY, 0.0))
+    except ValueError:
+        return 0.0
+    return error if 0 <= error < math.inf else 0.0
+
+
+def error_metadata(error: float = 0.0) -> dict[str, str]:
+    """Return the metadata of an error against the original. Its length is always the same."""
+    return {ERROR_KEY: f"{min(error, 9.0):.6f}"}
 
 
 def _stored_tensor(file: Path, entry: Mapping[str, Any], start: int) -> StoredTensor:
@@ -151,7 +168,7 @@ def create_safetensors(
 def lora_file_size(lora: Lora) -> int:
     """Return the size in bytes of the file that `write_lora_tensors` writes."""
     tensors = _lora_tensors(lora)
-    header, _ = _build_header(tensors, lora.metadata)
+    header, _ = _build_header(tensors, {**lora.metadata, **error_metadata()})
     return len(header) + sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -167,11 +184,12 @@ def _lora_tensors(lora: Lora) -> dict[str, TensorInfo]:
 def write_lora_tensors(lora: Lora, file: Path) -> Written:
     """Write the tensors and the metadata of a LoRA. One layer is in memory at a time.
 
-    A nesting in the metadata gets the checksum of the factors.
+    The metadata get the error against the original, and a nesting the checksum of the factors.
     """
     written = Written(lora.ranks)
     checksum = Checksum()
-    with create_safetensors(file, _lora_tensors(lora), lora.metadata) as writer:
+    metadata = {**lora.metadata, **error_metadata()}
+    with create_safetensors(file, _lora_tensors(lora), metadata) as writer:
         for layer, factors in written.compute(lora):
             A, B = layer.to_tensors(factors)
             writer.write(layer.keys.A, A)
@@ -183,6 +201,7 @@ def write_lora_tensors(lora: Lora, file: Path) -> Written:
             nesting = json.loads(lora.metadata[NESTING_KEY])
             nesting["checksum"] = checksum.hexdigest()
             writer.metadata[NESTING_KEY] = json.dumps(nesting)
+        writer.metadata.update(error_metadata(written.original_error(lora)))
     return written
 
 

@@ -22,6 +22,7 @@ from matryoshka_lora.formats.lycoris import read_lycoris_layers
 from matryoshka_lora.formats.safetensors_io import (
     lora_file_size,
     open_safetensors,
+    pop_error,
     write_lora_tensors,
 )
 from matryoshka_lora.lora.keys import (
@@ -85,6 +86,7 @@ def read(file: Path, alpha: float | None = None) -> Lora:
             ".safetensors file."
         )
     tensors, metadata = open_safetensors(file)
+    original_error = pop_error(metadata)
     pairs = _find_pairs(tensors, str(file))
     copied_modules = _find_modules(_EXTRA_TENSOR, tensors, pairs)
     names = [name for name in sorted(pairs) if not copied_modules & module_names(name)]
@@ -124,6 +126,7 @@ def read(file: Path, alpha: float | None = None) -> Lora:
         metadata,
         container="single",
         files=(file,),
+        original_error=original_error,
         notes=_describe_conversions(layers, tensors),
     )
 

@@ -217,6 +217,15 @@ def relative_errors(
     return {rank: relative_error(squared_errors, rank) for rank in ranks}
 
 
+def compose_errors(first: float, second: float) -> float:
+    """Return the relative error of two truncations, the second one of the result of the first.
+
+    It is exact if what the second one drops is orthogonal to what the first one dropped, as in two
+    prefixes of an SVD: the norm of the update after the first one is ``sqrt(1 - first^2)``.
+    """
+    return math.sqrt(first**2 + max(1 - first**2, 0.0) * second**2)
+
+
 class Checksum:
     """A checksum of factors, to detect that they have changed since they were reordered.
 

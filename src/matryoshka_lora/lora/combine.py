@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from matryoshka_lora.errors import MatryoshkaError, NotFiniteError, short
-from matryoshka_lora.linalg.arrays import Array, Float64Array, cast, common_dtype
+from matryoshka_lora.errors import MatryoshkaError, short
+from matryoshka_lora.linalg.arrays import Array, Float64Array, common_dtype
 from matryoshka_lora.linalg.factors import inner_products, weighted_sum
 from matryoshka_lora.lora.convert import match_key_formats
-from matryoshka_lora.lora.keys import module_names
-from matryoshka_lora.lora.layer import Factors, Layer, StoredTensor
+from matryoshka_lora.lora.keys import WEIGHT_CHANGE, module_names
+from matryoshka_lora.lora.layer import Factors, Layer, StoredTensor, sum_tensors
 from matryoshka_lora.lora.metadata import combined_metadata
 from matryoshka_lora.lora.transforms import TARGET_FIELDS
 from matryoshka_lora.progress import progress_bar, single_threaded
@@ -32,10 +31,6 @@ _COMMON_FIELDS = (
     "target_parameters",
     "layer_replication",
 )
-# LyCORIS and ComfyUI write NAME.diff and NAME.diff_b for the change of a weight and a bias, and
-# LyCORIS NAME.w_norm and NAME.b_norm for a norm. Programs add them to the model, multiplied by the
-# strength of the LoRA and not by an alpha.
-_WEIGHT_CHANGE = re.compile(r"(?P<module>.+)\.(?P<kind>diff|diff_b|w_norm|b_norm)")
 
 
 def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
@@ -47,13 +42,17 @@ def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
     Args:
         loras: LoRAs of one base model, all PEFT folders or all single files. The sum has the key
             format of the first one.
-        weights: The weight of each, which may be negative.
+        weights: The weight of each, which may be negative. A LoRA of weight 0 is left out.
 
     Raises:
-        MatryoshkaError: The LoRAs are not compatible.
+        MatryoshkaError: The LoRAs are not compatible, or all weights are 0.
     """
-    names = [lora.name for lora in loras]
     loras = compatible(loras)
+    loras = [lora for lora, weight in zip(loras, weights, strict=True) if weight != 0]
+    weights = [weight for weight in weights if weight != 0]
+    if not loras:
+        raise MatryoshkaError("All `weights` are 0. Pass at least one other weight.")
+    names = [lora.name for lora in loras]
     terms: dict[str, list[tuple[Lora, Layer, float]]] = {}
     for lora, weight in zip(loras, weights, strict=True):
         for layer in lora.layers:
@@ -75,6 +74,7 @@ def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
         nesting=None,
         order=None,
         deploy="reordered",
+        original_error=0.0,  # the sum is a new original
     )
     if total.container == "peft":
         return replace(total, config=_merge_configs([lora.config for lora in loras], layers))
@@ -221,7 +221,7 @@ def _check_compatible(first: Lora, lora: Lora) -> None:
         tensor, first_tensor = lora.other_tensors.get(key), first.other_tensors.get(key)
         if lora.container == "single":
             tensors = [tensor for tensor in (tensor, first_tensor) if tensor is not None]
-            can_add = _WEIGHT_CHANGE.fullmatch(key) is not None and all(
+            can_add = WEIGHT_CHANGE.fullmatch(key) is not None and all(
                 tensor.widened().is_float for tensor in tensors
             )
         else:
@@ -253,7 +253,7 @@ def _sum_weight_changes(loras: Sequence[Lora], weights: Sequence[float]) -> dict
     kinds = {(module, "weight"): "factors" for name in layer_names for module in module_names(name)}
     sums: dict[str, StoredTensor] = {}
     for key in sorted(terms):
-        match = _WEIGHT_CHANGE.fullmatch(key)
+        match = WEIGHT_CHANGE.fullmatch(key)
         assert match is not None  # `_check_compatible`
         parameter = "weight" if match["kind"] in ("diff", "w_norm") else "bias"
         other_kind = kinds.setdefault((match["module"], parameter), match["kind"])
@@ -264,34 +264,3 @@ def _sum_weight_changes(loras: Sequence[Lora], weights: Sequence[float]) -> dict
             )
         sums[key] = sum_tensors(key, terms[key])
     return sums
-
-
-def sum_tensors(key: str, terms: Sequence[tuple[float, StoredTensor]]) -> StoredTensor:
-    """Return the weighted sum of tensors, which is computed when it is read.
-
-    Args:
-        key: The key of the sum, for messages.
-        terms: The weight of each tensor, and the tensor.
-
-    Raises:
-        MatryoshkaError: The shapes differ.
-    """
-    shapes = {tensor.shape for _, tensor in terms}
-    if len(shapes) > 1:
-        raise MatryoshkaError(
-            f"{short(key)} has the different shapes {sorted(map(list, shapes))}. Pass LoRAs of one "
-            "base model."
-        )
-    shape = shapes.pop()
-    dtype = common_dtype(tensor.dtype for _, tensor in terms)
-
-    def read() -> Array:
-        total = np.zeros(shape)
-        for weight, tensor in terms:
-            total += weight * tensor.read().astype(np.float64)
-        result = cast(total, dtype)
-        if not np.isfinite(result).all():
-            raise NotFiniteError(f"The sum of {short(key)} is NaN, or too large for {dtype}.")
-        return result
-
-    return StoredTensor(dtype, shape, read)

@@ -24,6 +24,7 @@ from matryoshka_lora.lora.keys import (
     KOHYA_SUFFIXES,
     ORIGINAL_PART,
     PEFT_PREFIX,
+    WEIGHT_CHANGE,
     FactorSuffixes,
     LayerNames,
     Model,
@@ -37,7 +38,7 @@ from matryoshka_lora.lora.keys import (
     names_in_format,
     split_part,
 )
-from matryoshka_lora.lora.layer import Factors, Layer, LayerKeys
+from matryoshka_lora.lora.layer import Factors, Layer, LayerKeys, StoredTensor
 from matryoshka_lora.registry import KeyFormat
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ def match_key_formats(loras: Sequence[Lora]) -> list[Lora]:
 
     Raises:
         MatryoshkaError: A LoRA is a PEFT folder. Or the LoRAs are for different models, or have
-            different key formats and are for a model whose names are not known.
+            different key formats and are for a model whose names are not known, or one of them has
+            a tensor that cannot be renamed.
         NotFiniteError: A factor of a layer that is split or fused is NaN or infinite.
     """
     for lora in loras:
@@ -191,13 +193,37 @@ def match_key_formats(loras: Sequence[Lora]) -> list[Lora]:
     if not _are_written(targets_by_lora[0], names):
         names, style = names_in_format(model, "diffusers"), _STYLES["diffusers"]
     matched: list[Lora] = []
-    for lora in loras:
+    for lora, targets in zip(loras, targets_by_lora, strict=True):
+        if not _are_written(targets, names):
+            lora = _rename_weight_changes(lora, model, names)
         new_layers = _convert_layers(lora, model, names, style)
         if not style.has_alpha and any(layer.keys.alpha for layer in lora.layers):
             # All programs read alphas, but some ignore the scales in diffusers' metadata.
             new_layers = tuple(layer.with_scale(1.0) for layer in new_layers)
         matched.append(_with_layers(lora, new_layers))
     return matched
+
+
+def _rename_weight_changes(lora: Lora, model: Model, names: LayerNames) -> Lora:
+    """Return a LoRA with other names of the changes of weights that are not factors.
+
+    Raises:
+        MatryoshkaError: The model has no module of a name, or the change is for a part of a module
+            that has another form with these names.
+    """
+    renamed: dict[str, StoredTensor] = {}
+    for key, tensor in lora.other_tensors.items():
+        match = WEIGHT_CHANGE.fullmatch(key)
+        target = find_module(match["module"], model) if match else None
+        name = names.of(target).get(target.splits) if target else None
+        has_other_rows = target and target.module.swaps_halves and target.names != names.names
+        if match is None or name is None or has_other_rows or f"{name}.{match['kind']}" in renamed:
+            raise MatryoshkaError(
+                f"{lora.name}: {short(key)} cannot be renamed to the key format of the first LoRA. "
+                "Pass LoRAs in one key format, or remove this tensor from its file."
+            )
+        renamed[f"{name}.{match['kind']}"] = tensor
+    return replace(lora, other_tensors=renamed)
 
 
 def _layer_names(lora: Lora) -> list[str]:

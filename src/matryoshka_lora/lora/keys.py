@@ -37,6 +37,12 @@ ALL_SUFFIXES = (
     FactorSuffixes(".down", ".up"),
 )
 
+# LyCORIS and ComfyUI write NAME.diff and NAME.diff_b for the change of a weight and a bias, and
+# LyCORIS NAME.w_norm and NAME.b_norm for a norm. Programs add them to the model, multiplied by the
+# strength of the LoRA and not by an alpha.
+WEIGHT_CHANGE = re.compile(r"(?P<module>.+)\.(?P<kind>diff|diff_b|w_norm|b_norm)")
+"""The keys of changes of weights that are not factors."""
+
 CONFIGS_KEY = "lora_adapter_metadata"
 """The key of diffusers' LoraConfigs in the metadata of a file."""
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from matryoshka_lora.errors import NotFiniteError
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError, short
 from matryoshka_lora.linalg.arrays import (
     BFLOAT16,
     FLOATS,
@@ -44,7 +44,7 @@ class TensorInfo:
 class StoredTensor(TensorInfo):
     """A tensor that is read when it is used. ``read`` returns it as an array."""
 
-    read: Callable[[], Array]
+    read: Callable[[], Array] = field(repr=False)
 
     @classmethod
     def from_array(cls, array: Array) -> StoredTensor:
@@ -74,6 +74,37 @@ class StoredTensor(TensorInfo):
     def is_factor(self) -> bool:
         """Whether a LoRA factor may have this dtype and shape."""
         return self.is_float and len(self.shape) > 1 and 0 not in self.shape
+
+
+def sum_tensors(key: str, terms: Sequence[tuple[float, StoredTensor]]) -> StoredTensor:
+    """Return the weighted sum of tensors, which is computed when it is read.
+
+    Args:
+        key: The key of the sum, for messages.
+        terms: The weight of each tensor, and the tensor.
+
+    Raises:
+        MatryoshkaError: The shapes differ.
+    """
+    shapes = {tensor.shape for _, tensor in terms}
+    if len(shapes) > 1:
+        raise MatryoshkaError(
+            f"{short(key)} has the different shapes {sorted(map(list, shapes))}. Pass LoRAs of one "
+            "base model."
+        )
+    shape = shapes.pop()
+    dtype = common_dtype(tensor.dtype for _, tensor in terms)
+
+    def read() -> Array:
+        total = np.zeros(shape)
+        for weight, tensor in terms:
+            total += weight * tensor.read().astype(np.float64)
+        result = cast(total, dtype)
+        if not np.isfinite(result).all():
+            raise NotFiniteError(f"{short(key)} of the output is NaN, or too large for {dtype}.")
+        return result
+
+    return StoredTensor(dtype, shape, read)
 
 
 def are_factors(A: StoredTensor, B: StoredTensor) -> bool:
@@ -148,11 +179,11 @@ class Layer:
     in_shape: tuple[int, ...]
     out_features: int
     dtype: DType
-    read: Callable[[], Factors]
+    read: Callable[[], Factors] = field(repr=False)
     keys: LayerKeys
     num_experts: int = 1
     kind: LayerKind = "LoRA"
-    read_svd: Callable[[], KroneckerSVD] | None = None
+    read_svd: Callable[[], KroneckerSVD] | None = field(default=None, repr=False)
     has_new_factors: bool = False
 
     @classmethod

@@ -29,6 +29,7 @@ from matryoshka_lora.lora.layer import Factors, Layer, StoredTensor
 from matryoshka_lora.nesting import Deploy, Nesting, Order, check_rank, check_ranks
 from matryoshka_lora.progress import progress_bar, single_threaded
 from matryoshka_lora.registry import FORMATS, DtypeName, FormatName, KeyFormat
+from matryoshka_lora.text import format_ranks
 
 Container = Literal["peft", "single"]
 """A PEFT folder, or a single file."""
@@ -51,6 +52,8 @@ class Lora:
         order: How the factors are ordered, or None if they are not.
         deploy: ``"paper"`` if each nested rank has its own scale and nothing is reordered, as in
             arXiv 2605.07850.
+        original_error: The relative error of its largest rank against the LoRA, or the change of a
+            model, that it was truncated from; 0 if it was not truncated.
         notes: What the user should know of an output, one sentence each.
         changes: What was done to the layers, such as ``"left out 2 layers of 14"``.
     """
@@ -65,12 +68,12 @@ class Lora:
     nesting: Nesting | None = None
     order: Order | None = None
     deploy: Deploy = "reordered"
+    original_error: float = 0.0
     notes: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        low, high = min(self.ranks.values()), self.max_rank
-        ranks = f"rank {high}" if low == high else f"ranks {low} to {high}"
+        ranks = format_ranks(self.ranks.values())
         return f"Lora({self.name!r}, {self.container}, {len(self.layers)} layers, {ranks})"
 
     @property
@@ -94,6 +97,11 @@ class Lora:
         if self.deploy == "paper":
             return self.nested_ranks
         return range(1, self.max_rank + 1)
+
+    @property
+    def has_singular_order(self) -> bool:
+        """Whether a prefix of its factors, reordered if they have no order, is an SVD's."""
+        return self.order != "trained" and self.deploy != "paper"
 
     @property
     def size(self) -> int:
@@ -172,7 +180,14 @@ class Lora:
             return Factors(A, B)
 
         layers = tuple(layer.map(new_factors) for layer in self.layers)
-        return replace(self, layers=layers, nesting=None, order=None, deploy="reordered")
+        return replace(
+            self,
+            layers=layers,
+            nesting=None,
+            order=None,
+            deploy="reordered",
+            original_error=0.0,
+        )
 
     # The verbs
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from matryoshka_lora.errors import MatryoshkaError
+from matryoshka_lora.errors import MatryoshkaError, printable
 from matryoshka_lora.lora.keys import (
     CONFIGS_KEY,
     DIFFUSERS_PARTS,
@@ -253,7 +253,10 @@ def combined_metadata(
         elif key in _SEPARATORS:
             combined[key] = _SEPARATORS[key].join(values)
     if any(key.startswith("ss_") for key in values_by_key):
-        terms = [f"{weight:g} x {name}" for name, weight in zip(names, weights, strict=True)]
+        # A name that is not UTF-8 has lone surrogates, which a header cannot hold.
+        terms = [
+            f"{weight:g} x {printable(name)}" for name, weight in zip(names, weights, strict=True)
+        ]
         combined[_COMMENT_KEY] = f"sum of {', '.join(terms)}"
     if _TAGS_KEY in values_by_key:
         tags_by_folder: dict[str, Counter[str]] = {}

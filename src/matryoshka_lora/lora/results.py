@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from matryoshka_lora.errors import printable
 from matryoshka_lora.linalg.arrays import Float64Array
 
 
@@ -26,6 +27,12 @@ class ReorderResult:
     ranks: tuple[int, ...]
     errors: dict[int, float]
     singular_values: dict[str, Float64Array]
+
+    def __repr__(self) -> str:
+        """Return the errors on one line."""
+        errors = ", ".join(f"{rank}: {error:.1%}" for rank, error in self.errors.items())
+        name = "The adapter" if self.path is None else str(self.path)
+        return printable(f"{name} can be used at every rank. Relative errors {errors}")
 
 
 @dataclass(frozen=True)

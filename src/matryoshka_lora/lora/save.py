@@ -10,13 +10,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from matryoshka_lora.atomic import PathLike, create_file, create_folder
-from matryoshka_lora.errors import MatryoshkaError, NotFiniteError, check_choice, short
+from matryoshka_lora.errors import (
+    MatryoshkaError,
+    NotFiniteError,
+    check_choice,
+    printable,
+    short,
+)
 from matryoshka_lora.linalg.arrays import Float64Array, cast
-from matryoshka_lora.linalg.factors import relative_error, relative_errors
+from matryoshka_lora.linalg.factors import compose_errors, relative_error, relative_errors
 from matryoshka_lora.lora.layer import Factors, Layer
 from matryoshka_lora.lora.truncate import prefix_errors
 from matryoshka_lora.progress import progress_bar, single_threaded
 from matryoshka_lora.registry import FORMATS, Format, FormatName, Target
+from matryoshka_lora.text import format_ranks
 from matryoshka_lora.units import format_size
 
 if TYPE_CHECKING:
@@ -52,6 +59,14 @@ class Written:
     def relative_errors(self, ranks: Iterable[int]) -> dict[int, float]:
         """Return the relative error of each of several ranks."""
         return relative_errors(self.squared_errors, ranks)
+
+    def original_error(self, lora: Lora) -> float:
+        """Return the relative error of the output against the original of a LoRA.
+
+        Args:
+            lora: The LoRA that was written.
+        """
+        return compose_errors(lora.original_error, self.relative_error())
 
     def compute(self, lora: Lora) -> Iterator[tuple[Layer, Factors]]:
         """Yield each layer with its factors, in the dtype of the layer.
@@ -99,14 +114,13 @@ class SaveResult:
     ranks: dict[str, int]
     size: int
     errors: dict[int, float]
-    written: Written = field(repr=False)
+    written: Written
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """Return the ranks, the size and the errors on one line."""
-        low, high = min(self.ranks.values()), max(self.ranks.values())
-        ranks = f"rank {high}" if low == high else f"ranks {low} to {high}"
+        ranks = format_ranks(self.ranks.values())
         errors = ", ".join(f"{rank}: {error:.1%}" for rank, error in self.errors.items())
-        return f"{self.path}: {ranks}, {format_size(self.size)}, relative error {errors}"
+        return printable(f"{self.path}: {ranks}, {format_size(self.size)}, relative error {errors}")
 
 
 def save(

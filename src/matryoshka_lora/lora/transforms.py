@@ -15,8 +15,8 @@ import numpy as np
 from matryoshka_lora.errors import MatryoshkaError, check_choice, short
 from matryoshka_lora.linalg.arrays import FLOATS, Array, DType, Float64Array
 from matryoshka_lora.linalg.factors import pad_end
-from matryoshka_lora.lora.keys import without_lora
-from matryoshka_lora.lora.layer import Factors, Layer
+from matryoshka_lora.lora.keys import ALL_SUFFIXES, PEFT_PREFIX, WEIGHT_CHANGE, without_lora
+from matryoshka_lora.lora.layer import Factors, Layer, sum_tensors
 from matryoshka_lora.registry import DtypeName
 from matryoshka_lora.units import pluralize
 
@@ -33,6 +33,16 @@ _DTYPES: dict[DtypeName, DType] = {
 }
 # The end of a key of a single file, after the module's name: `.alpha`, `.lora_mid.weight`.
 _KEY_END = re.compile(r"\.[^.]+(\.(weight|bias|default))*$")
+# The tensors of a copied layer that are multiplied to scale its update, and the ones that are not.
+_LINEAR_KEYS = (*(suffixes.B for suffixes in ALL_SUFFIXES), ".lora_B.bias", ".lora_up.bias")
+_UNSCALED_KEYS = (
+    *(suffixes.A for suffixes in ALL_SUFFIXES),
+    ".lora_A.bias",
+    ".lora_down.bias",
+    ".lora_mid",
+    ".lora_mid.weight",
+    ".alpha",
+)
 # The range of the largest element of a factor. Above it fp16 may overflow, below it fp16 loses
 # digits.
 _FP16_RANGE = (2.0**-11, 2.0**15)
@@ -118,14 +128,18 @@ def _check_patterns(parameter: str, patterns: Iterable[str], lora: Lora) -> None
 def scale(lora: Lora, factors: Mapping[str, float]) -> Lora:
     """Return a LoRA whose updates are multiplied by factors. Positive ones keep an order.
 
+    The other tensors of a single file that are added to the model, such as ``lora_B.bias`` and
+    ``diff_b``, are multiplied too.
+
     Args:
         lora: The LoRA.
         factors: The factor by a pattern of layer names in the style of the shell. The last pattern
             that matches a layer counts. A layer with the factor 0 is left out.
 
     Raises:
-        MatryoshkaError: A factor is not a finite number, a pattern matches no layer, or no layer is
-            left.
+        MatryoshkaError: A factor is not a finite number, a pattern matches no layer, no layer is
+            left, or a pattern matches a tensor that is not linear in the update: a magnitude of
+            DoRA, a weight in full.
     """
     for pattern, factor in factors.items():
         is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
@@ -134,16 +148,37 @@ def scale(lora: Lora, factors: Mapping[str, float]) -> Lora:
                 f"`scale`: the factor of {short(pattern)} must be a number such as 0.5, got "
                 f"{short(factor)}."
             )
-    _check_patterns("scale", factors, replace(lora, other_tensors={}))
+    _check_patterns("scale", factors, lora)
+
+    def factor_of(*names: str) -> float:
+        matching = [
+            pattern for pattern in factors if any(fnmatchcase(name, pattern) for name in names)
+        ]
+        return factors[matching[-1]] if matching else 1.0
+
+    other_tensors = dict(lora.other_tensors)
+    for key, tensor in lora.other_tensors.items():
+        if lora.container == "single":
+            factor = factor_of(*_possible_names(key))
+            is_linear = key.endswith(_LINEAR_KEYS) or WEIGHT_CHANGE.fullmatch(key) is not None
+            if factor == 0 or key.endswith(_UNSCALED_KEYS):
+                continue
+        else:  # values, and not their changes
+            name = key.removeprefix(PEFT_PREFIX)
+            module = name.rpartition(".")[0].removesuffix(".base_layer")
+            factor, is_linear = factor_of(name, module), False
+        if factor != 1:
+            if not is_linear:
+                raise MatryoshkaError(
+                    f"{lora.name}: `scale` matches {short(key)}, which is not a part of the update "
+                    "that can be multiplied. Pass narrower patterns."
+                )
+            other_tensors[key] = sum_tensors(key, [(factor, tensor.widened())])
     num_scaled: Counter[float] = Counter()
-    dropped_names: set[str] = set()
     layers: list[Layer] = []
     for layer in lora.layers:
-        matching = [pattern for pattern in factors if fnmatchcase(layer.name, pattern)]
-        factor = factors[matching[-1]] if matching else 1.0
-        if factor == 0:
-            dropped_names.add(layer.name)
-        elif factor != 1:
+        factor = factor_of(layer.name)
+        if factor not in (0, 1):
             num_scaled[factor] += 1
             layer = _scale_layer(layer, factor)
         layers.append(layer)
@@ -151,8 +186,11 @@ def scale(lora: Lora, factors: Mapping[str, float]) -> Lora:
     for factor, count in num_scaled.items():
         scaled_layers = f"{pluralize(count, 'layer')} of {len(layers)}"
         changes += (f"scaled {scaled_layers} (factor {factor:g})",)
-    scaled = replace(lora, layers=tuple(layers), changes=changes)
-    return _without(scaled, dropped_names.__contains__, "scale") if dropped_names else scaled
+    scaled = replace(lora, layers=tuple(layers), other_tensors=other_tensors, changes=changes)
+    names = {*lora.ranks}.union(*map(_possible_names, other_tensors))
+    if any(factor_of(name) == 0 for name in names):
+        return _without(scaled, lambda name: factor_of(name) == 0, "scale")
+    return scaled
 
 
 def _scale_layer(layer: Layer, factor: float) -> Layer:

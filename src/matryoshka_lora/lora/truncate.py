@@ -89,10 +89,11 @@ def truncate(
     share = None if keep is None else parse_share(keep)
     max_error = None if error is None else parse_share(error)
     max_size = None if max_bytes is None else parse_size(max_bytes)
-    if lora.order == "trained" or lora.deploy == "paper":
+    if not lora.has_singular_order:
         raise MatryoshkaError(
             f"{lora.name}: `keep`, `error` and `max_bytes` need factors that are ordered by "
-            "singular values, and these are not. Pass `rank`, or reorder it first."
+            "singular values, and these are not. Pass `rank`: info shows the error of each. Or "
+            "reorder it first."
         )
     spectra = layer_spectra(lora, ranks)
     if max_error is not None:

@@ -18,6 +18,10 @@ from matryoshka_lora.lora.combine import compatible, cosines
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.save import choose_format
 from matryoshka_lora.nesting import Nesting, check_rank, is_valid_scale
+from matryoshka_lora.progress import single_threaded
+from matryoshka_lora.registry import ANSWERS_CAVEAT, PICTURES_CAVEAT
+from matryoshka_lora.text import format_errors, format_percent, format_table, join_lines
+from matryoshka_lora.units import format_size, pluralize
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class CombineResult:
 
     Attributes:
         path: The folder or file that was written.
+        names: The names of the sources.
         num_layers: The number of its layers.
         size: The size of its weights in bytes.
         rank: Its largest rank.
@@ -38,12 +43,35 @@ class CombineResult:
     """
 
     path: Path
+    names: tuple[str, ...]
     num_layers: int
     size: int
     rank: int
     exact_rank: int
     errors: dict[int, float]
     cosines: Float64Array
+
+    def __repr__(self) -> str:
+        """Return the rank, errors and cosines, as `matryoshka combine` prints them."""
+        error = self.errors[max(self.errors)]
+        lines = [
+            f"{self.path}: {pluralize(self.num_layers, 'layer')}, rank {self.rank}, "
+            f"{format_size(self.size)}, relative error {format_percent(error)}"
+        ]
+        if self.rank < self.exact_rank and error > 1e-6:
+            lines.append(f"The exact sum needs at most rank {self.exact_rank}: `rank='sum'`.")
+        if self.path.is_dir():
+            lines += ["", *format_errors(self.errors, "sum"), ANSWERS_CAVEAT]
+        else:
+            lines.append(PICTURES_CAVEAT)
+        if len(self.names) > 1:
+            rows = [["", *(str(number + 1) for number in range(len(self.names))), ""]]
+            for number, name in enumerate(self.names):
+                cosines = [f"{cosine:.2f}" for cosine in self.cosines[number]]
+                rows.append([str(number + 1), *cosines, name])
+            lines += ["", "Cosines of the updates: 0 unrelated, 1 the same, negative opposed"]
+            lines += format_table(rows, left_aligned=1)
+        return join_lines(lines)
 
 
 def combine(
@@ -65,9 +93,10 @@ def combine(
             model.
         output: The folder or file to write, of the same kind as the sources.
         weights: The weight of each source, which may be negative; or ``"mean"``, for 1 / n each.
-            Defaults to 1 for all.
+            Defaults to 1 for all. A source of weight 0 is left out.
         rank: R, at most the sum of the ranks of the sources. ``"sum"`` is that rank, with which the
-            output is the exact sum. Defaults to the largest rank of a source.
+            output is the exact sum. Defaults to the largest rank of a source, or to 1 for a sum
+            that is zero.
         force: Whether to replace an earlier output of this package. Nothing else is replaced.
 
     Raises:
@@ -85,10 +114,16 @@ def combine(
 
     loras = compatible(loras)
     total = combine_loras(loras, source_weights)
-    sum_of_ranks = sum(lora.max_rank for lora in loras)
+    terms = [lora for lora, weight in zip(loras, source_weights, strict=True) if weight != 0]
+    sum_of_ranks = sum(lora.max_rank for lora in terms)
+    with single_threaded():
+        is_zero = not any(layer.singular_values().any() for layer in total.layers)
+    if is_zero:
+        warnings.warn("The sum is zero: the weighted updates cancel.", stacklevel=2)
+        rank = 1 if rank in (None, "sum") else rank
     if rank is None:
         # The rank of a LoKr layer may be as large as the layer.
-        ranks = [layer.rank for lora in loras for layer in lora.layers if layer.kind == "LoRA"]
+        ranks = [layer.rank for lora in terms for layer in lora.layers if layer.kind == "LoRA"]
         if not ranks:
             raise MatryoshkaError("LoHa and LoKr are combined as LoRA of a rank. Pass `rank`.")
         rank = max(ranks)
@@ -99,10 +134,9 @@ def combine(
     else:
         reduced = total.truncate(min(rank, total.max_rank))
     result = reduced.save(output, total.container, force=force)
-    if not any(errors[0] for errors in result.written.squared_errors.values()):
-        warnings.warn("The sum is zero: the weighted updates cancel.", stacklevel=2)
     return CombineResult(
         result.path,
+        names=tuple(lora.name for lora in loras),
         num_layers=len(total.layers),
         size=result.size,
         rank=reduced.max_rank,

@@ -18,8 +18,25 @@ from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.save import choose_format
 from matryoshka_lora.lora.transforms import matching_patterns
 from matryoshka_lora.nesting import check_rank
-from matryoshka_lora.registry import FORMATS, DtypeName, Format, FormatName, KeyFormat
-from matryoshka_lora.units import parse_share, parse_size, pluralize
+from matryoshka_lora.registry import (
+    FORMATS,
+    DtypeName,
+    Format,
+    FormatName,
+    KeyFormat,
+    caveat_of,
+)
+from matryoshka_lora.text import (
+    LARGE_ERROR,
+    format_errors,
+    format_percent,
+    format_range,
+    format_ranks,
+    format_table,
+    join_lines,
+    mark_large_errors,
+)
+from matryoshka_lora.units import format_size, parse_share, parse_size, pluralize
 
 
 class ExportOptions(TypedDict, total=False):
@@ -83,6 +100,28 @@ class ExportResult:
     errors: dict[int, float]
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        """Return the ranks, sizes, errors and notes, as `matryoshka export` prints them."""
+        sizes = f"{format_size(self.size_before)} -> {format_size(self.size_after)}"
+        if len(self.errors) > 1:
+            lines = [f"{self.path}: ranks {', '.join(map(str, self.errors))}, {sizes}"]
+            lines += format_errors(self.errors, "update")
+        else:
+            ranks = format_ranks(self.ranks.values())
+            by_layer = ", by layer" if " to " in ranks else ""
+            (error,) = self.errors.values()
+            kept = format_percent(1 - error**2)
+            lines = [
+                f"{self.path}: {ranks}{by_layer}, {sizes}",
+                f"Relative error {format_percent(error)} ({kept} of the squared norm kept)",
+            ]
+        if FORMATS[self.format].is_lora and self.size_after >= self.size_before:
+            lines.append("The output is not smaller than the source.")
+        lines += self.notes
+        if any(self.errors.values()):
+            lines.append(FORMATS[self.format].caveat)
+        return join_lines(lines)
+
 
 @dataclass(frozen=True)
 class ExportFolderResult:
@@ -99,6 +138,34 @@ class ExportFolderResult:
     exported: tuple[ExportResult, ...]
     failed: dict[str, str]
     skipped: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        """Return a table of the LoRAs and their notes, as `matryoshka export` prints them."""
+        # Of a ladder, the error of the smallest rank.
+        errors = mark_large_errors([max(result.errors.values()) for result in self.exported])
+        rows = [["rank", "size", "error", "name"]]
+        names_by_note: dict[str, list[str]] = {}
+        for result, error in zip(self.exported, errors, strict=True):
+            is_ladder = len(result.errors) > 1
+            ranks = format_range(result.errors if is_ladder else result.ranks.values())
+            sizes = f"{format_size(result.size_before)} -> {format_size(result.size_after)}"
+            rows.append([ranks, sizes, error, result.path.name])
+            for note in result.notes:
+                names_by_note.setdefault(note, []).append(result.path.name)
+        lines = format_table(rows, left_aligned=1)
+        if any("*" in error for error in errors):
+            lines.append(f"  {LARGE_ERROR}")
+        for note, names in names_by_note.items():
+            is_for_all = len(names) == len(self.exported)
+            lines.append(note if is_for_all else f"{', '.join(names)}: {note}")
+        lines += [f"{name} is not a LoRA. Export its content separately." for name in self.skipped]
+        size_before = sum(result.size_before for result in self.exported)
+        size_after = sum(result.size_after for result in self.exported)
+        lines.append(
+            f"{self.path}: {pluralize(len(self.exported), 'LoRA')} exported, {len(self.failed)} "
+            f"failed: {format_size(size_before)} -> {format_size(size_after)}"
+        )
+        return join_lines([*lines, caveat_of(result.format for result in self.exported)])
 
 
 def export(
@@ -217,9 +284,15 @@ def _export(
         ranks=ladder_ranks,
         force=force,
     )
-    if changed.other_tensors and output_format.name == "single":
-        tensors = pluralize(len(changed.other_tensors), "other tensor")
-        notes.append(f"Copied {tensors} unchanged, such as {min(changed.other_tensors)}.")
+    copied = changed.other_tensors.items() & lora.other_tensors.items()
+    if copied and output_format.name == "single":
+        tensors = pluralize(len(copied), "other tensor")
+        notes.append(f"Copied {tensors} unchanged, such as {min(copied)[0]}.")
+    if lora.original_error > 0:
+        notes.append(
+            f"The source had a relative error of {lora.original_error:.1%} against its original, "
+            f"the output has {result.written.original_error(changed):.1%}."
+        )
     errors = result.errors
     if not is_ladder:
         errors = {max(result.ranks.values()): result.written.relative_error()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,17 @@ from matryoshka_lora.lora.keys import find_models
 from matryoshka_lora.lora.layer import Layer
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.progress import progress_bar, single_threaded
+from matryoshka_lora.registry import FORMATS, caveat_of
+from matryoshka_lora.text import (
+    LARGE_ERROR,
+    format_errors,
+    format_percent,
+    format_range,
+    format_table,
+    join_lines,
+    mark_large_errors,
+)
+from matryoshka_lora.units import format_size, parse_share, pluralize
 
 _BASE_MODEL_KEYS = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
 _MAX_TAGS = 5
@@ -64,6 +75,7 @@ class LoraInfo:
         base_model: The base model that the config or the metadata names.
         trigger_words: The trigger words in the metadata, or else the most frequent tags of the
             training images.
+        max_error: The relative error whose rank is shown, if requested.
     """
 
     lora: Lora
@@ -72,6 +84,61 @@ class LoraInfo:
     layers: dict[str, LayerInfo]
     base_model: str | None
     trigger_words: tuple[str, ...]
+    max_error: float | None = None
+
+    def __repr__(self) -> str:
+        """Return the contents, and a table of the ranks, as `matryoshka info` prints them."""
+        lora = self.lora
+        rows = {
+            "base model": self.base_model or self._described_models(),
+            "triggers": ", ".join(self.trigger_words),
+            "layers": f"{self._described_parts()}, such as {lora.layers[0].name}",
+            "rank": _by_layer(lora.ranks.values()),
+            "alpha": _by_layer(self.alphas),
+            "scale": _by_layer([layer.scale for layer in lora.layers]),
+            "file": f"{format_size(lora.size)}, {', '.join(self.dtypes)}",
+        }
+        if any(layer.kind != "LoRA" for layer in lora.layers):
+            rows["kinds"] = _format_counts(self.layers_by_kind)
+        if lora.original_error > 0:
+            error = format_percent(lora.original_error)
+            rows["error"] = f"relative error {error} against the original"
+        if lora.other_tensors:
+            size = format_size(sum(tensor.nbytes for tensor in lora.other_tensors.values()))
+            kinds = _format_counts(self.other_kinds)
+            rows["other"] = f"{kinds}: {size} at every rank, such as {min(lora.other_tensors)}"
+        lines = [f"{lora.name} is {_kind_of(lora)}."]
+        lines += [f"  {label:10}  {value}" for label, value in rows.items() if value]
+        if self.layers:
+            lines += ["", *_format_layers(self.layers)]
+        errors = {rank: self.errors[rank] for rank in lora.nested_ranks}
+        lines += ["", *format_errors(errors, "update", self.sizes)]
+        if not lora.has_singular_order:
+            lines.append(
+                "  The components are not ordered by singular values, so `export` takes a `rank`, "
+                "and no `error`, `keep` or `max_bytes`."
+            )
+        lines.append(FORMATS[lora.container].caveat)
+        if self.max_error is not None:
+            rank = self.rank_for_error(self.max_error)
+            error = f"{100 * self.max_error:.4g}%"
+            lines.append(f"Rank {rank} has a relative error of at most {error}.")
+        return join_lines(lines)
+
+    def _described_models(self) -> str:
+        models = " or ".join(self.likely_models)
+        return f"not named; the layers are of {models}" if models else "not named"
+
+    def _described_parts(self) -> str:
+        """Return the number of layers, also of each part, and of its convolutions."""
+        parts: list[str] = []
+        for name, part in self.parts.items():
+            words = f"{name} {part.layers}".strip()
+            if part.convolutions:
+                words += f" ({pluralize(part.convolutions, 'convolution')})"
+            parts.append(words)
+        text = ", ".join(parts)
+        return text if len(parts) == 1 else f"{len(self.lora.layers)}: {text}"
 
     @property
     def likely_models(self) -> list[str]:
@@ -116,7 +183,7 @@ class LoraInfo:
         """Return everything as values that JSON can represent."""
         lora = self.lora
         scales = [layer.scale for layer in lora.layers]
-        return {
+        values = {
             "name": lora.name,
             "kind": lora.container,
             "base_model": self.base_model,
@@ -131,6 +198,7 @@ class LoraInfo:
             "nested_ranks": list(lora.nesting.ranks) if lora.nesting else None,
             "order": lora.order,
             "deploy": lora.deploy,
+            "original_error": lora.original_error,
             "num_layers": len(lora.layers),
             "layers_by_kind": self.layers_by_kind,
             "parts": {name: vars(part) for name, part in self.parts.items()},
@@ -140,6 +208,10 @@ class LoraInfo:
             "errors_by_rank": self.errors,
             "layers": {name: vars(layer) for name, layer in self.layers.items()},
         }
+        if self.max_error is not None:
+            values["max_error"] = self.max_error
+            values["rank_for_error"] = self.rank_for_error(self.max_error)
+        return values
 
 
 @dataclass(frozen=True)
@@ -149,29 +221,75 @@ class FolderInfo:
     Attributes:
         loras: The `LoraInfo` of each LoRA by the name of its folder or file.
         failed: Why the others could not be read, by name.
+        max_error: The relative error whose ranks are shown.
     """
 
     loras: dict[str, LoraInfo]
     failed: dict[str, str]
+    max_error: float = 0.1
+
+    def __repr__(self) -> str:
+        """Return a table of the LoRAs, and a rank for all, as `matryoshka info` prints them."""
+        limit = f"{100 * self.max_error:.4g}%"
+        loras = [info.lora for info in self.loras.values()]
+        errors = mark_large_errors([lora.original_error for lora in loras])
+        rows = [["rank", "layers", "size", "error", f"rank for {limit}", "name"]]
+        for (name, info), error in zip(self.loras.items(), errors, strict=True):
+            lora = info.lora
+            numbers = [str(lora.max_rank), str(len(lora.layers)), format_size(lora.size), error]
+            rows.append([*numbers, str(info.rank_for_error(self.max_error)), name])
+        are_truncated = any(lora.original_error > 0 for lora in loras)
+        if not are_truncated:
+            rows = [[*row[:3], *row[4:]] for row in rows]
+        lines = format_table(rows, left_aligned=1)
+        if are_truncated:
+            lines.append("  error: against the original, which the file was truncated from")
+        if any("*" in error for error in errors):
+            lines.append(f"  {LARGE_ERROR}")
+        lines += [f"{name} cannot be read: {reason}" for name, reason in self.failed.items()]
+        total_size = format_size(sum(lora.size for lora in loras))
+        lines.append(
+            f"{pluralize(len(loras), 'LoRA')}, {total_size}. At rank "
+            f"{self.common_rank(self.max_error)}, each has a relative error of at most {limit} "
+            "against its file."
+        )
+        return join_lines([*lines, caveat_of(lora.container for lora in loras)])
 
     def common_rank(self, max_error: float) -> int:
         """Return the smallest rank at which every LoRA has at most a relative error."""
         return max(lora.rank_for_error(max_error) for lora in self.loras.values())
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as values that JSON can represent."""
+        return {
+            "loras": {name: info.to_dict() for name, info in self.loras.items()},
+            "failed": self.failed,
+            "max_error": self.max_error,
+            "rank_for_error": self.common_rank(self.max_error),
+        }
 
-def info(source: Lora | PathLike, *, layers: bool = False, revision: str | None = None) -> LoraInfo:
+
+def info(
+    source: Lora | PathLike,
+    *,
+    layers: bool = False,
+    error: float | str | None = None,
+    revision: str | None = None,
+) -> LoraInfo:
     """Return the contents of a LoRA, and the size and error of each rank.
 
     Args:
         source: A PEFT folder, a single ``.safetensors`` file, the Hub id of either, or an opened
             LoRA.
         layers: Whether to describe each layer.
+        error: A relative error, such as ``"10%"``, whose rank is shown.
         revision: Branch, tag or commit on the Hugging Face Hub.
 
     Raises:
         MatryoshkaError: The path is not a LoRA, is damaged, or cannot be truncated.
         NotFiniteError: A factor is NaN or infinite.
     """
+    max_error = None if error is None else parse_share(error)
     lora = source if isinstance(source, Lora) else open_lora(source, revision=revision)
     layer_infos: dict[str, LayerInfo] = {}
     squared_errors = lora.squared_errors()
@@ -190,30 +308,70 @@ def info(source: Lora | PathLike, *, layers: bool = False, revision: str | None 
         layers=layer_infos,
         base_model=base_model,
         trigger_words=_trigger_words(lora.metadata),
+        max_error=max_error,
     )
 
 
-def info_folder(folder: PathLike, *, layers: bool = False) -> FolderInfo:
+def info_folder(
+    folder: PathLike, *, layers: bool = False, error: float | str = "10%"
+) -> FolderInfo:
     """Return the contents of each LoRA in a folder; see `info`.
 
     Args:
         folder: A folder of PEFT folders and single files.
         layers: Whether to describe each layer.
+        error: The relative error whose ranks are shown.
 
     Raises:
         MatryoshkaError: The folder contains no LoRA that can be read.
     """
+    max_error = parse_share(error)
     loras: dict[str, LoraInfo] = {}
     failed: dict[str, str] = {}
     for path in tqdm(find_loras(folder), "reading", leave=False, unit=" LoRAs", disable=None):
         try:
-            loras[path.name] = info(path, layers=layers)
-        except MatryoshkaError as error:
-            failed[path.name] = str(error)
+            loras[path.name] = info(path, layers=layers, error=max_error)
+        except MatryoshkaError as failure:
+            failed[path.name] = str(failure)
     if not loras:
         reasons = "".join(f" {name}: {reason}" for name, reason in list(failed.items())[:1])
         raise MatryoshkaError(f"{folder} contains no LoRA that can be read.{reasons}")
-    return FolderInfo(loras, failed)
+    return FolderInfo(loras, failed, max_error)
+
+
+def _kind_of(lora: Lora) -> str:
+    ranks = ", ".join(map(str, lora.nested_ranks))
+    if lora.container == "single":
+        return "a LoRA in a single file"
+    if lora.deploy == "paper":
+        return f"a nested LoRA adapter in the paper's deployment, usable at ranks {ranks} only"
+    if lora.order is None:
+        return "a LoRA adapter without an order; `matryoshka reorder` makes it nested"
+    order = "trained ranks" if lora.order == "trained" else "reordered by SVD"
+    return f"a nested LoRA adapter ({order}), usable at every rank (nested: {ranks})"
+
+
+def _by_layer(values: Iterable[float]) -> str:
+    text = format_range(values)
+    return f"{text}, depending on the layer" if " to " in text else text
+
+
+def _format_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{kind} {number}" for kind, number in counts.items())
+
+
+def _format_layers(layers: Mapping[str, LayerInfo]) -> list[str]:
+    rows = [["rank", "95%", "99%", "stable rank", "norm", "layer"]]
+    for name, layer in layers.items():
+        numbers = [str(layer.rank), str(layer.rank_95), str(layer.rank_99)]
+        numbers += [f"{layer.stable_rank:.1f}", f"{layer.largest_singular_value:.3g}"]
+        rows.append([*numbers, name])
+    return [
+        *format_table(rows, left_aligned=1),
+        "  95%, 99%: the rank that keeps this share of the squared singular values",
+        "  stable rank: the squared norm over the largest squared singular value",
+        "  norm: the largest singular value",
+    ]
 
 
 def _layer_info(layer: Layer) -> LayerInfo:
