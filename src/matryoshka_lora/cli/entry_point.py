@@ -68,7 +68,7 @@ def main() -> None:
     try:
         with optional_imports():
             app()
-    except (MatryoshkaError, OSError) as error:
+    except (MatryoshkaError, OSError, MemoryError) as error:
         # The parameters of `train` are keys of its YAML file.
         options = set() if sys.argv[1:2] == ["train"] else _option_names()
         print(f"error: {with_flags(str(error), options)}", file=sys.stderr)

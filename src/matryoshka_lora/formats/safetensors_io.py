@@ -142,6 +142,7 @@ class SafetensorsWriter:
     def write_header(self) -> None:
         """Write the header. Values of ``metadata`` may have changed, but not their length."""
         header, _ = _build_header(self._tensors, self.metadata)
+        assert len(header) == self._header_size  # a longer one would overwrite tensors
         self._stream.seek(0)
         self._stream.write(header)
 

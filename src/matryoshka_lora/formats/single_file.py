@@ -20,6 +20,7 @@ from matryoshka_lora.errors import MatryoshkaError, short
 from matryoshka_lora.formats.lora_config import RanksAndScales
 from matryoshka_lora.formats.lycoris import read_lycoris_layers
 from matryoshka_lora.formats.safetensors_io import (
+    NESTING_KEY,
     lora_file_size,
     open_safetensors,
     pop_error,
@@ -87,6 +88,7 @@ def read(file: Path, alpha: float | None = None) -> Lora:
         )
     tensors, metadata = open_safetensors(file)
     original_error = pop_error(metadata)
+    metadata.pop(NESTING_KEY, None)  # of a folder's weights, without their config
     pairs = _find_pairs(tensors, str(file))
     copied_modules = _find_modules(_EXTRA_TENSOR, tensors, pairs)
     names = [name for name in sorted(pairs) if not copied_modules & module_names(name)]

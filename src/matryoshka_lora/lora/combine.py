@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # The fields of PEFT's config that must be equal, so that the factors are for the same weights.
 _COMMON_FIELDS = (
     "base_model_name_or_path",
+    "revision",
     "fan_in_fan_out",
     "target_parameters",
     "layer_replication",

@@ -185,10 +185,13 @@ def _rank_fields(lora: Lora) -> dict[str, str]:
     fields: dict[str, str] = {}
     layers = list(lora.layers)
     arguments = _read_json(lora.metadata.get(_NETWORK_ARGS_KEY))
-    if "conv_dim" in arguments and convolutions and linear_layers:
-        layers = linear_layers
-        arguments["conv_dim"] = _dimension(convolutions)
-        arguments["conv_alpha"] = _alpha(convolutions, arguments.get("conv_alpha"))
+    if "conv_dim" in arguments:
+        previous_alpha = arguments.pop("conv_alpha", None)
+        del arguments["conv_dim"]
+        if convolutions:
+            layers = linear_layers or convolutions
+            arguments["conv_dim"] = _dimension(convolutions)
+            arguments["conv_alpha"] = _alpha(convolutions, previous_alpha)
         fields[_NETWORK_ARGS_KEY] = json.dumps(arguments)
     if "ss_network_dim" in lora.metadata:
         fields["ss_network_dim"] = _dimension(layers)

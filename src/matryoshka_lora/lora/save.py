@@ -202,12 +202,12 @@ def choose_format(lora: Lora, path: PathLike, format: FormatName | None = None) 
     spec = formats[format]
     if spec.suffix and suffix != spec.suffix:
         raise MatryoshkaError(
-            f"{lora.name} is a {kind}, which format {format!r} writes as a file, got {path}. Pass "
-            f"{path}{spec.suffix}."
+            f"The output of {lora.name} is a {kind}, which format {format!r} writes as a file, got "
+            f"{path}. Pass {path}{spec.suffix}."
         )
     if suffix and not spec.suffix and suffix in [spec.suffix for spec in FORMATS.values()]:
         raise MatryoshkaError(
-            f"{lora.name} is a {kind}, which format {format!r} writes as a folder, got {path}. "
-            f"Pass a path without {suffix}."
+            f"The output of {lora.name} is a {kind}, which format {format!r} writes as a folder, "
+            f"got {path}. Pass a path without {suffix}."
         )
     return spec

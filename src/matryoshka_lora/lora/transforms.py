@@ -17,6 +17,7 @@ from matryoshka_lora.linalg.arrays import FLOATS, Array, DType, Float64Array
 from matryoshka_lora.linalg.factors import pad_end
 from matryoshka_lora.lora.keys import ALL_SUFFIXES, PEFT_PREFIX, WEIGHT_CHANGE, without_lora
 from matryoshka_lora.lora.layer import Factors, Layer, sum_tensors
+from matryoshka_lora.nesting import check_rank
 from matryoshka_lora.registry import DtypeName
 from matryoshka_lora.units import pluralize
 
@@ -261,12 +262,18 @@ def pad(lora: Lora, rank: int) -> Lora:
     Raises:
         MatryoshkaError: The rank is too small.
     """
+    check_rank(rank)
     if rank < lora.max_rank:
         raise MatryoshkaError(
             f"{lora.name} has rank {lora.max_rank}, and padding must not make it smaller, got "
             f"{rank}. Pass a larger `rank`, or truncate instead."
         )
-    layers = tuple(_pad_layer(layer, rank, seed) for seed, layer in enumerate(lora.layers))
+    # Layers of different scales would keep different alphas, which diffusers does not support.
+    rescale = len({layer.scale for layer in lora.layers}) > 1
+    layers = tuple(
+        replace(padded, has_new_factors=padded.has_new_factors or rescale)
+        for padded in (_pad_layer(layer, rank, seed) for seed, layer in enumerate(lora.layers))
+    )
     changes = (*lora.changes, f"padded to rank {rank}")
     return replace(
         lora, layers=layers, nesting=None, order=None, deploy="reordered", changes=changes

@@ -109,10 +109,11 @@ def combine(
         raise MatryoshkaError("`sources` must not be empty.")
     source_weights = _check_weights(weights, len(sources))
     loras = [source if isinstance(source, Lora) else open_lora(source) for source in sources]
-    is_file = bool(choose_format(loras[0], output, loras[0].container).suffix)
-    check_output(output, force, [path for lora in loras for path in lora.sources], is_file=is_file)
-
+    inputs = [path for lora in loras for path in lora.sources]
     loras = compatible(loras)
+    is_file = bool(choose_format(loras[0], output, loras[0].container).suffix)
+    check_output(output, force, inputs, is_file=is_file)
+
     total = combine_loras(loras, source_weights)
     terms = [lora for lora, weight in zip(loras, source_weights, strict=True) if weight != 0]
     sum_of_ranks = sum(lora.max_rank for lora in terms)
