@@ -50,8 +50,8 @@ class Selection:
     def is_significant(self) -> bool | None:
         """Whether no larger rank is better by more than `within`, with 95 % confidence.
 
-        It counts that one of several ranks was selected. None if only the size was limited: then
-        nothing is claimed.
+        It counts that one of several ranks was selected. True for the largest rank. None if only
+        the size was limited: then nothing is claimed.
         """
         return None if self.within is None else not self.unresolved_ranks
 
@@ -107,8 +107,8 @@ class Selection:
         if self.within is not None and self.rank < evaluation.ranks[-1]:
             claim = f"better by more than {100 * self.within:.4g}%"
             if self.unresolved_ranks:
-                ranks = " or ".join(map(str, self.unresolved_ranks))
-                line = f"Too few questions to exclude that rank {ranks} is {claim}."
+                ranks = ", ".join(map(str, self.unresolved_ranks))
+                line = f"Too few questions to exclude that a larger rank is {claim}: {ranks}."
                 if self.num_questions_needed is not None:
                     line += f" About {self.num_questions_needed} would be enough."
             else:
