@@ -26,7 +26,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import matryoshka_lora
-from matryoshka_lora import Nesting, __version__
+from matryoshka_lora import Nesting, __version__, select
 from matryoshka_lora.cli import app
 
 Run = Callable[[str | Sequence[str]], tuple[int, str, str]]
@@ -252,6 +252,16 @@ def test_the_next_command_has_the_revision(line: str, workspace: Path, run: Run)
     code, stdout, stderr = run(line)
     assert code == 0, stderr
     assert "--revision v1" in stdout.splitlines()[-1]
+
+
+def test_select_prints_json(workspace: Path, run: Run) -> None:
+    (workspace / "evaluation").mkdir()
+    new_evaluation().write(workspace / "evaluation")
+    code, stdout, stderr = run("select evaluation --within 2% --json")
+    assert code == 0, stderr
+    assert json.loads(stdout) == json.loads(
+        json.dumps(select(workspace / "evaluation", within="2%").to_dict())
+    )
 
 
 def test_a_folder_of_loras_prints_a_line_per_lora(workspace: Path, run: Run) -> None:

@@ -10,20 +10,13 @@ from helpers.plain_peft import plain_adapter
 
 import matryoshka_lora as ml
 from matryoshka_lora import (
-    Evaluation,
     ExportFolderResult,
     ExportResult,
     ExtractResult,
     TrainRanksResult,
-    select,
 )
-from matryoshka_lora.cli.model_results import (
-    format_evaluation,
-    format_selection,
-    format_train_ranks,
-)
+from matryoshka_lora.cli.model_results import format_train_ranks
 from matryoshka_lora.cli.terminal import with_flags
-from matryoshka_lora.evaluation.results import Metric, TaskResult
 from matryoshka_lora.text import format_errors, format_table
 
 
@@ -144,51 +137,3 @@ def test_an_extraction_shows_what_was_not_saved(tmp_path: Path) -> None:
 def test_training_of_ranks_says_whether_they_were_trained(outcome: Any, expected: str) -> None:
     result = TrainRanksResult(Path("out"), outcome, {1: 48, 4: 16}, {1: 1.0}, {1: 0.5})
     assert expected in format_train_ranks(result)
-
-
-def evaluation(num_tasks: int = 1, with_base: bool = True) -> Evaluation:
-    base: dict[int, float | None] = {0: 0.25} if with_base else {}
-    tasks = {}
-    for index in range(num_tasks):
-        accuracy = Metric(True, {**base, 1: 0.5, 2: None, 4: 0.75}, {1: 0.05, 2: None, 4: 0.04})
-        loss = Metric(False, {**base, 1: 2.0, 2: 1.5, 4: 1.25}, {1: None, 2: None, 4: None})
-        metrics = {"acc,none": accuracy, "loss,none": loss}
-        tasks[f"task{index}"] = TaskResult(100, 5, "acc,none", None, None, metrics)
-    return Evaluation({"adapter": "a"}, (1, 2, 4), {1: 1000, 2: 2000, 4: 4000}, tasks)
-
-
-def test_the_evaluation_of_one_task_has_a_column_per_metric() -> None:
-    header, base, *rows = format_evaluation(evaluation()).splitlines()
-    assert header.split() == ["rank", "size", "acc", "loss"]
-    assert base.split() == ["base", "0.250", "0.250"]
-    assert rows[0].split() == ["1", "1.00kB", "0.500", "±", "0.050", "2.000"]
-    assert rows[1].split() == ["2", "2.00kB", "1.500"]
-    assert "5 shots" in rows[3]
-
-
-def test_the_evaluation_of_several_tasks_has_a_column_per_task() -> None:
-    lines = format_evaluation(evaluation(num_tasks=2, with_base=False)).splitlines()
-    assert lines[0].split() == ["rank", "size", "task0", "task1"]
-    assert lines[1].split()[0] == "1"
-
-
-def test_a_selection_shows_the_evidence() -> None:
-    text = format_selection(select(evaluation(), within="60%"))
-    assert text.startswith("Rank 1 (1.00kB): acc 0.500")
-    assert "rank 4 is better by 0.250" in text
-    assert "the base model is worse by 0.250" in text
-    assert "chance" not in text
-    close = format_selection(select(evaluation(), within="34%"))
-    assert "chance" in close
-
-
-def test_a_selection_by_loss_says_that_no_answer_is_right() -> None:
-    without_answers = evaluation()
-    without_answers.metric().values.update(dict.fromkeys((0, 1, 2, 4), 0.0))
-    metrics = without_answers.tasks["task0"].metrics
-    metrics["loss,none"].values[0] = 3.0
-    metrics["f1,none"] = Metric(True, dict.fromkeys((0, 1, 2, 4)), {})  # undefined, and not 0
-    text = format_selection(select(without_answers, within="60%", metric="loss"))
-    assert text.startswith("Rank 1 (1.00kB): loss 2.000")
-    assert "acc is 0 at every rank" in text
-    assert "f1" not in text

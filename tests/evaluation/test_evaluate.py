@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -277,7 +280,7 @@ def test_a_task_that_fails_keeps_the_results_of_the_others(on_disk: Path, tmp_pa
     tasks = [write_task(tmp_path), write_task(tmp_path, "words", **GENERATION)]
     old_output = tmp_path / "lora-evaluation"
     old_output.mkdir()
-    (old_output / "old").touch()
+    (old_output / "evaluation.json").touch()
     # The second task has no answer that is short enough for the context window.
     config = yaml.safe_load(Path(tasks[1]).read_text())
     config["generation_kwargs"]["max_gen_toks"] = 999
@@ -290,23 +293,86 @@ def test_a_task_that_fails_keeps_the_results_of_the_others(on_disk: Path, tmp_pa
     assert names_in(old_output) == FILES
 
 
-def test_a_plot_that_fails_is_a_warning(on_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_appears_between_two_tasks_stays(on_disk: Path, tmp_path: Path) -> None:
+    tasks = [write_task(tmp_path), write_task(tmp_path, "words", **GENERATION)]
+    foreign_file = tmp_path / "lora-evaluation" / ".DS_Store"
+
+    class Editor(logging.Handler):
+        """Writes the file while the second task runs."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("words"):
+                foreign_file.write_text("mine")
+
+    handler, logger = Editor("INFO"), logging.getLogger("matryoshka_lora.evaluation.evaluate")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel("INFO")
+    try:
+        evaluation = evaluate(on_disk, tasks, ranks=[1], progress=False)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert foreign_file.read_text() == "mine"
+    assert Evaluation.read(on_disk) == evaluation
+    assert list(evaluation.tasks) == ["colors", "words"]
+    assert sorted(file.name for file in foreign_file.parent.iterdir()) == [".DS_Store", *FILES]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no font"), KeyError("no font"), OverflowError()])
+def test_a_plot_that_fails_is_a_warning(
+    error: Exception, on_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(self: Figure, *_: object, **__: object) -> None:
-        raise RuntimeError("no font")
+        raise error
 
     monkeypatch.setattr(Figure, "savefig", fail)
-    with pytest.warns(UserWarning, match="no font"):
-        evaluation = evaluate(on_disk, data=some_examples(), ranks=[1], progress=False)
+    tasks = [write_task(tmp_path), write_task(tmp_path, "words", **GENERATION)]
+    with pytest.warns(UserWarning, match="not plotted"):
+        evaluation = evaluate(on_disk, tasks, ranks=[1], progress=False)
     assert Evaluation.read(on_disk) == evaluation
+    assert len(evaluation.tasks) == 2
+
+
+def test_ctrl_c_in_a_plot_loses_nothing(on_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: Figure, *_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(on_disk, data=some_examples(), ranks=[1], progress=False)
+    assert list(Evaluation.read(on_disk).tasks) == ["data"]
 
 
 @pytest.mark.filterwarnings("error:The curve is not plotted")
-def test_the_name_of_the_data_is_no_formula(on_disk: Path, tmp_path: Path) -> None:
-    file = tmp_path / "cost_$5_vs_$6.jsonl"
+@pytest.mark.parametrize("name", ["cost_$5_vs_$6", os.fsdecode(b"caf\xe9")])
+def test_the_name_of_the_data_is_any_file_name(name: str, on_disk: Path, tmp_path: Path) -> None:
+    file = tmp_path / f"{name}.jsonl"
     file.write_text("\n".join(map(json.dumps, some_examples())))
     evaluation = evaluate(on_disk, data=file, ranks=[1], progress=False)
     assert Evaluation.read(on_disk) == evaluation
-    assert list(evaluation.tasks) == [file.stem]
+    assert list(evaluation.tasks) == [name]
+    assert (tmp_path / "lora-evaluation/curve.png").is_file()
+
+
+@pytest.mark.parametrize("progress", [True, False])
+@pytest.mark.parametrize("config", [CHOICE, PERPLEXITY], ids=["choice", "perplexity"])
+def test_each_progress_bar_has_a_name(
+    config: Any,
+    progress: bool,
+    in_memory: NestedAdapter,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    evaluate(in_memory, write_task(tmp_path, **config), ranks=[1], progress=progress)
+    bars = re.findall(r"[^\r\n]*?\d+%\|", capsys.readouterr().err)
+    assert bool(bars) == progress
+    assert all(re.match(r"\r?\w", bar) and ": " in bar for bar in bars)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_no_future_warning_is_shown(on_disk: Path) -> None:
+    evaluate(on_disk, data=some_examples(), ranks=[1], progress=False)
 
 
 def test_a_missing_library_is_an_error_before_the_model_is_loaded(

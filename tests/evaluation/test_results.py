@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.evaluations import NUM_CORRECT, NUM_EXAMPLES, RANKS, new_evaluation
+from helpers.evaluations import NUM_CORRECT, NUM_EXAMPLES, RANKS, new_evaluation, two_metrics
 from PIL import Image
 
 from matryoshka_lora import MatryoshkaError
@@ -108,7 +108,19 @@ def test_differences_are_paired_by_example(higher_is_better: bool) -> None:
     assert difference is not None
     # The two ranks differ at one example of 60.
     assert difference.value == pytest.approx(1 / 60 if higher_is_better else -1 / 60)
-    assert difference.standard_error == pytest.approx(math.sqrt((1 / 60 - 1 / 3600) / 59))
+    # With one example more each way, 3 of 62 differ, by 1 in total.
+    assert difference.standard_error == pytest.approx(math.sqrt((3 - 1 / 62) / 61 / 62))
+
+
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_equal_ranks_have_an_error(higher_is_better: bool) -> None:
+    num_correct = dict.fromkeys((0, *RANKS), NUM_EXAMPLES)
+    evaluation = new_evaluation(num_correct=num_correct, higher_is_better=higher_is_better)
+    difference = evaluation.difference(None, 8, 4)
+    assert difference is not None
+    assert difference.value == 0
+    assert difference.standard_error == pytest.approx(math.sqrt(2 / 61 / 62))
+    assert "cannot be told apart" in str(difference)
 
 
 @pytest.mark.parametrize("reason", ["no examples", "not the mean of the examples"])
@@ -209,13 +221,45 @@ def test_the_plot_has_a_curve_for_each_task(tmp_path: Path) -> None:
         assert num_pixels > 50
 
 
+def _blue_rows(file: Path) -> list[int]:
+    """Return the rows of the pixels of the curve, and of its mark in the legend, of 600."""
+    image = Image.open(file).convert("RGB")
+    rows = []
+    for y in range(image.height):
+        columns = [x for x in range(image.width) if image.getpixel((x, y)) == (0, 114, 178)]
+        rows += [y] * len(columns)
+    return rows
+
+
 def test_a_base_model_far_away_does_not_flatten_the_curve(tmp_path: Path) -> None:
     evaluation = new_evaluation()
     evaluation.metric("family").values[0] = -100.0
     plot_evaluation(evaluation, tmp_path / "curve.png")
-    image = Image.open(tmp_path / "curve.png").convert("RGB")
-    blue = (0, 114, 178)
-    rows = [
-        y for y in range(image.height) for x in range(image.width) if image.getpixel((x, y)) == blue
-    ]
-    assert max(rows) - min(rows) > image.height / 2
+    rows = _blue_rows(tmp_path / "curve.png")
+    assert max(rows) - min(rows) > 300
+
+
+def test_the_evaluation_of_one_task_has_a_column_per_metric() -> None:
+    header, base, *rows = repr(two_metrics()).splitlines()
+    assert header.split() == ["rank", "size", "acc", "loss"]
+    assert base.split() == ["base", "0.250", "0.250"]
+    assert rows[0].split() == ["1", "1.00kB", "0.500", "±", "0.050", "2.000"]
+    assert rows[1].split() == ["2", "2.00kB", "1.500"]
+    assert "5 shots" in rows[3]
+
+
+def test_the_evaluation_of_several_tasks_has_a_column_per_task() -> None:
+    lines = repr(two_metrics(num_tasks=2, with_base=False)).splitlines()
+    assert lines[0].split() == ["rank", "size", "task0", "task1"]
+    assert lines[1].split()[0] == "1"
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_axis_of_the_plot_contains_0(sign: int, tmp_path: Path) -> None:
+    evaluation = new_evaluation()
+    values: dict[int, float | None] = {1: 0.95 * sign, 2: 0.96 * sign, 4: 0.965 * sign, 8: sign}
+    evaluation.tasks["family"].metrics["acc,none"] = Metric(True, values, dict.fromkeys(RANKS))
+    plot_evaluation(evaluation, tmp_path / "curve.png")
+    first, middle, last = np.quantile(_blue_rows(tmp_path / "curve.png"), [0.1, 0.5, 0.9])
+    assert last - first < 60  # close values are close in the picture
+    assert middle < 150 if sign == 1 else middle > 450

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from matryoshka_lora.evaluation.results import Evaluation, Example, Metric, TaskResult
 
 RANKS = (1, 2, 4, 8)
@@ -39,3 +41,28 @@ def new_evaluation(
             metrics = {"acc,none": is_correct}
             evaluation.examples.append(Example(task, doc_id, prompt, "<b>", answers, metrics))
     return evaluation
+
+
+def evaluation_of(values: np.ndarray[Any, Any], higher_is_better: bool = True) -> Evaluation:
+    """Return an evaluation with a value for each example and rank, shape (examples, ranks)."""
+    means = dict(zip(RANKS, values.mean(axis=0).tolist(), strict=True))
+    metric = Metric(higher_is_better, means, dict.fromkeys(RANKS))
+    task = TaskResult(len(values), 0, "m,none", None, None, {"m,none": metric})
+    sizes = {rank: 100 * rank for rank in RANKS}
+    evaluation = Evaluation({"adapter": None}, RANKS, sizes, {"t": task})
+    for doc_id, row in enumerate(values.tolist()):
+        metrics = {"m,none": dict(zip(RANKS, row, strict=True))}
+        evaluation.examples.append(Example("t", doc_id, "", "", {}, metrics))
+    return evaluation
+
+
+def two_metrics(num_tasks: int = 1, with_base: bool = True) -> Evaluation:
+    """Return an evaluation with an accuracy and a loss, and without examples."""
+    base: dict[int, float | None] = {0: 0.25} if with_base else {}
+    tasks = {}
+    for index in range(num_tasks):
+        accuracy = Metric(True, {**base, 1: 0.5, 2: None, 4: 0.75}, {1: 0.05, 2: None, 4: 0.04})
+        loss = Metric(False, {**base, 1: 2.0, 2: 1.5, 4: 1.25}, {1: None, 2: None, 4: None})
+        metrics = {"acc,none": accuracy, "loss,none": loss}
+        tasks[f"task{index}"] = TaskResult(100, 5, "acc,none", None, None, metrics)
+    return Evaluation({"adapter": "a"}, (1, 2, 4), {1: 1000, 2: 2000, 4: 4000}, tasks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -19,11 +20,7 @@ from matryoshka_lora.cli.arguments import (
     RevisionOption,
     parse_ranks,
 )
-from matryoshka_lora.cli.model_results import (
-    format_evaluation,
-    format_selection,
-    format_train_ranks,
-)
+from matryoshka_lora.cli.model_results import format_train_ranks
 from matryoshka_lora.cli.terminal import (
     is_main_process,
     print_line,
@@ -215,7 +212,7 @@ def evaluate(
         max_batch_tokens=max_batch_tokens,
         force=force,
     )
-    typer.echo(format_evaluation(evaluation))
+    typer.echo(str(evaluation))
     print_line(f"Written to {output}: evaluation.json, and a picture, curve.png")
     print_next("select", output, "--within", "1%")
 
@@ -241,15 +238,22 @@ def select(
         str | None,
         typer.Option(help="Metric, such as loss.", show_default="the one that eval names"),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Choose the smallest rank that is good enough, or with --max-bytes alone the best that fits.
+
+    Prints whether the questions are enough to claim that no larger rank is better by more than
+    --within.
 
     Example: matryoshka select runs/my/adapter-evaluation --within 1%
     """
     from matryoshka_lora import select as run_select
 
     selection = run_select(evaluation, within, max_bytes, task=task, metric=metric)
-    typer.echo(format_selection(selection))
+    if as_json:
+        typer.echo(json.dumps(selection.to_dict(), indent=2))
+        return
+    typer.echo(str(selection))
     settings = selection.evaluation.settings
     if settings["adapter"]:  # empty for an adapter in memory
         source = [settings["adapter"], *revision_option(settings.get("revision"))]

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from matryoshka_lora.atomic import PathLike, check_output, create_folder
+from matryoshka_lora.atomic import PathLike, check_output, create_file, create_folder
 from matryoshka_lora.errors import MatryoshkaError, check_integer, optional_imports
 from matryoshka_lora.evaluation.results import Evaluation
 from matryoshka_lora.examples import read_examples
@@ -26,6 +26,17 @@ if TYPE_CHECKING:
     from matryoshka_lora.peft.adapter import NestedAdapter
 
 logger = logging.getLogger(__name__)
+
+# Matplotlib has no error of its own.
+_PLOT_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+)
 
 
 def evaluate(
@@ -50,7 +61,8 @@ def evaluate(
 
     lm-evaluation-harness builds prompts and metrics; all ranks are computed in the same batches.
     For an adapter on disk, a folder with ``evaluation.json``, ``examples.jsonl`` and ``curve.png``
-    is written. It is written again after each task, so a failing task loses no results.
+    is written after the first task. Its files are replaced after each other task, so a failing task
+    loses no results.
 
     Args:
         adapter: A folder or Hub id, or an adapter in memory, which is not changed.
@@ -136,24 +148,27 @@ def evaluate(
         if any(isinstance(e, Mapping) and not isinstance(e.get("prompt"), str) for e in examples):
             lm.add_bos_token = False  # the chat template writes it, if training had it
         for index, task in enumerate(loaded_tasks):
-            # The first task overwrites an old output, and the next ones the output of the first.
-            force = force or index > 0
-            new_folder: AbstractContextManager[Path | None] = nullcontext()
-            if output is not None:
+            # Later tasks replace the files of the first one, and leave other files in the folder.
+            new_folder: AbstractContextManager[Path | None] = nullcontext(
+                None if output is None else Path(output)
+            )
+            if output is not None and index == 0:
                 new_folder = create_folder(output, force, sources)
             with new_folder as folder:
                 results: dict[int, HarnessResults] = {}
                 for rank in lm.ranks:
                     lm.lora_rank = rank
-                    results[rank] = run_task(lm, task, num_fewshot, limit)
+                    results[rank] = run_task(lm, task, num_fewshot, limit, progress)
                 for name in add_results(evaluation, task, results):
                     _log_values(evaluation, name)  # the log has them if they cannot be written
                 if folder is not None:
                     evaluation.write(folder)
-                    try:
-                        plot_evaluation(evaluation, folder / "curve.png")
-                    except (OSError, RuntimeError, ValueError) as error:
-                        warnings.warn(f"The curve is not plotted: {error}", stacklevel=2)
+            if output is not None:
+                try:
+                    with create_file(Path(output, "curve.png"), force=True) as file:
+                        plot_evaluation(evaluation, file)
+                except _PLOT_ERRORS as error:
+                    warnings.warn(f"The curve is not plotted: {error}", stacklevel=2)
     return evaluation
 
 

@@ -18,8 +18,9 @@ _MARKERS = "osD^vPX"  # 6 colors and 7 markers make 42 combinations
 def plot_evaluation(evaluation: Evaluation, file: Path) -> None:
     """Plot the primary metric of each task against the rank, with standard errors, as a PNG file.
 
-    The value of the base model is a dashed line. If it is so far away that it would flatten the
-    curves, it is in the legend instead.
+    The axis of the values contains 0, so that small differences look small. The value of the base
+    model is a dashed line. If it is so far away that it would flatten the curves, it is in the
+    legend instead.
 
     Args:
         evaluation: The evaluation.
@@ -30,7 +31,7 @@ def plot_evaluation(evaluation: Evaluation, file: Path) -> None:
     has_one_metric = len(set(names)) == 1
     values_by_task = [evaluation.values(task).values() for task in evaluation.tasks]
     all_values = [v for values in values_by_task for v in values if v is not None]
-    lowest, highest = min(all_values, default=0.0), max(all_values, default=0.0)
+    lowest, highest = min([0.0, *all_values]), max([0.0, *all_values])
     height = highest - lowest
 
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
@@ -56,6 +57,7 @@ def plot_evaluation(evaluation: Evaluation, file: Path) -> None:
             color=color,
             marker=_MARKERS[index % len(_MARKERS)],
             capsize=3,
+            clip_on=False,  # a marker at 0 would be cut in half
         )
 
     labeled_ranks: list[int] = []
@@ -66,6 +68,10 @@ def plot_evaluation(evaluation: Evaluation, file: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(labeled_ranks, [str(rank) for rank in labeled_ranks])
     axes.minorticks_off()
+    if lowest == 0:
+        axes.set_ylim(bottom=0)
+    elif highest == 0:
+        axes.set_ylim(top=0)
     axes.set_xlabel("rank")
     axes.set_ylabel(names[0] if has_one_metric else "value of the metric", parse_math=False)
     axes.set_title(title, loc="left", fontsize=11)

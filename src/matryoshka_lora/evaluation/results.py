@@ -12,14 +12,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from matryoshka_lora.atomic import create_file
 from matryoshka_lora.errors import MatryoshkaError, check_choice
+from matryoshka_lora.linalg.arrays import Float64Array
 from matryoshka_lora.nesting import check_ranks
+from matryoshka_lora.text import format_table, join_lines
+from matryoshka_lora.units import format_size, pluralize
 
 EVALUATION_NAME = "evaluation.json"
 EXAMPLES_NAME = "examples.jsonl"
@@ -75,6 +78,33 @@ class Difference(NamedTuple):
 
     value: float
     standard_error: float | None
+
+    def __str__(self) -> str:
+        """Return, for example, ``"better by 0.250 ± 0.050"``."""
+        text = "equally good"
+        if self.value != 0:
+            direction = "better" if self.value > 0 else "worse"
+            text = f"{direction} by {format_value(abs(self.value), self.standard_error)}"
+        elif self.standard_error is not None:
+            text += f" ± {self.standard_error:.3f}"
+        if self.standard_error is not None and abs(self.value) <= 2 * self.standard_error:
+            text += "; they cannot be told apart on these questions"
+        return text
+
+
+class PairedValues(NamedTuple):
+    """A metric at the examples, at two ranks.
+
+    Attributes:
+        values: Shape (examples,).
+        other_values: The same at the other rank.
+        unseen_difference: How much the ranks may differ at an example that was not asked: 1 for
+            scores from 0 to 1, and otherwise the standard deviation of the values.
+    """
+
+    values: Float64Array
+    other_values: Float64Array
+    unseen_difference: float
 
 
 @dataclass
@@ -148,7 +178,7 @@ class Example:
     metrics: dict[str, dict[int, float]] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(repr=False)
 class Evaluation:
     """The results of an adapter at several ranks.
 
@@ -166,6 +196,36 @@ class Evaluation:
     sizes: dict[int, int]
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """Return a table of values by rank, and a line about each task.
+
+        One task has a column for each metric; several tasks have one each, for the primary metric.
+        """
+        metrics = {task: self.metric(task) for task in self.tasks}
+        if len(self.tasks) == 1:
+            (result,) = self.tasks.values()
+            metrics = {key.removesuffix(",none"): metric for key, metric in result.metrics.items()}
+        rows = [["rank", "size", *metrics]]
+        for rank in (0, *self.ranks):
+            cells = [
+                format_value(metric.values.get(rank), metric.standard_errors.get(rank))
+                for metric in metrics.values()
+            ]
+            if rank > 0:
+                rows.append([str(rank), format_size(self.sizes[rank]), *cells])
+            elif any(cells):
+                rows.append(["base", "", *cells])
+        lines = format_table(rows, indent="")
+        for name, result in self.tasks.items():
+            lines.append(
+                f"{name}: {pluralize(result.num_examples, 'question')}, "
+                f"{pluralize(result.num_fewshot or 0, 'shot')}; `select` uses {result.metric_name}"
+            )
+        lines.append("± is one standard error over the questions.")
+        if any("loss" in name for name in metrics):
+            lines.append("loss: nats per token of the answers.")
+        return join_lines(lines)
 
     def task_name(self, name: str | None = None) -> str:
         """Return the name of a task; defaults to the only one.
@@ -197,8 +257,10 @@ class Evaluation:
         """Return how much better a rank is than another by the primary metric.
 
         If the metric is a mean over the examples, the standard error is computed from the paired
-        differences. Otherwise, for example for a perplexity or an F1 score, the two values are
-        treated as independent, which overestimates the error if they are correlated.
+        differences, with one more example each way (Bonett and Price 2012), so that it is not 0 if
+        a few examples show no difference. Otherwise, for example for a perplexity or an F1 score,
+        the two values are treated as independent, which overestimates the error if they are
+        correlated.
 
         Returns:
             The difference, or None if a value is missing.
@@ -212,18 +274,13 @@ class Evaluation:
         if value is None or other_value is None:
             return None
 
-        pairs: list[tuple[float, float]] = []
-        for example in self.examples:
-            by_rank = example.metrics.get(self.tasks[task].primary_metric, {})
-            if example.task == task and rank in by_rank and other_rank in by_rank:
-                pairs.append((by_rank[rank], by_rank[other_rank]))
+        pairs = self.paired_values(task, rank, other_rank)
         standard_error: float | None = None
-        if (
-            len(pairs) > 1
-            and math.isclose(fmean(a for a, _ in pairs), value, rel_tol=1e-6, abs_tol=1e-9)
-            and math.isclose(fmean(b for _, b in pairs), other_value, rel_tol=1e-6, abs_tol=1e-9)
-        ):
-            standard_error = stdev(a - b for a, b in pairs) / math.sqrt(len(pairs))
+        if pairs is not None:
+            # One more example each way: a few examples may show no difference, and others one.
+            unseen = [pairs.unseen_difference, -pairs.unseen_difference]
+            differences = np.append(pairs.values - pairs.other_values, unseen)
+            standard_error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
         else:
             error = metric.standard_errors.get(rank)
             other_error = metric.standard_errors.get(other_rank)
@@ -232,16 +289,49 @@ class Evaluation:
         sign = -1 if metric.higher_is_better is False else 1
         return Difference(sign * (value - other_value), standard_error)
 
+    def paired_values(self, task: str | None, rank: int, other_rank: int) -> PairedValues | None:
+        """Return the primary metric at each example, at two ranks.
+
+        Returns:
+            The values, or None if there are none, or if the metric is not their mean.
+
+        Raises:
+            MatryoshkaError: See `task_name`.
+        """
+        task = self.task_name(task)
+        metric = self.metric(task)
+        pairs: list[tuple[float, float]] = []
+        for example in self.examples:
+            by_rank = example.metrics.get(self.tasks[task].primary_metric, {})
+            if example.task == task and rank in by_rank and other_rank in by_rank:
+                pairs.append((by_rank[rank], by_rank[other_rank]))
+        if len(pairs) < 2:
+            return None
+        values = np.array(pairs, dtype=np.float64)
+        for mean, r in zip(values.mean(axis=0), (rank, other_rank), strict=True):
+            expected = metric.values.get(r)
+            if expected is None or not math.isclose(mean, expected, rel_tol=1e-6, abs_tol=1e-9):
+                return None
+        is_binary = bool(np.isin(values, (0, 1)).all())
+        is_score = metric.higher_is_better and values.min() >= 0 and values.max() <= 1
+        unseen_difference = 1.0 if is_binary or is_score else float(values.std())
+        return PairedValues(values[:, 0], values[:, 1], unseen_difference)
+
     def write(self, folder: Path) -> None:
-        """Write ``evaluation.json`` and ``examples.jsonl`` into a folder."""
+        """Write ``evaluation.json`` and ``examples.jsonl`` into a folder.
+
+        Each file is replaced in one step. Other files in the folder stay.
+        """
         fields = asdict(self)
         lines = [json.dumps(example, ensure_ascii=False) for example in fields.pop("examples")]
         text = json.dumps(fields, indent=1, allow_nan=False) + "\n"
-        (folder / EVALUATION_NAME).write_text(text, encoding="utf-8")
-        # A file name that is not UTF-8 has lone surrogates, which become JSON's escapes.
-        (folder / EXAMPLES_NAME).write_text(
-            "".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace"
-        )
+        with create_file(folder / EVALUATION_NAME, force=True) as file:
+            file.write_text(text, encoding="utf-8")
+        with create_file(folder / EXAMPLES_NAME, force=True) as file:
+            # A file name that is not UTF-8 has lone surrogates, which become JSON's escapes.
+            file.write_text(
+                "".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace"
+            )
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Evaluation:
@@ -272,6 +362,13 @@ class Evaluation:
                 f"{file} is damaged ({error}), or evaluate() has not written it. Evaluate again."
             ) from error
         return cls(fields["settings"], ranks, sizes, tasks, examples)
+
+
+def format_value(value: float | None, standard_error: float | None) -> str:
+    """Return a value with its standard error; "" for None."""
+    if value is None:
+        return ""
+    return f"{value:.3f}" if standard_error is None else f"{value:.3f} ± {standard_error:.3f}"
 
 
 def _read_task(fields: Mapping[str, Any], ranks: Sequence[int]) -> TaskResult:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
 
 from matryoshka_lora.errors import MatryoshkaError, check_choice
 from matryoshka_lora.evaluation.results import Difference, Evaluation
-from matryoshka_lora.units import format_size, parse_share, parse_size
+from matryoshka_lora.text import join_lines
+from matryoshka_lora.units import format_size, parse_share, parse_size, pluralize
+
+# The maximum probability that a selection is called significant, and is not.
+_MAX_FALSE_CLAIMS = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Selection:
     """The selected rank, and the evidence for it.
 
@@ -19,22 +27,33 @@ class Selection:
         rank: The selected rank.
         best_rank: The rank with the best value.
         task: The task that was used.
+        within: The allowed distance as a share; None if only the size was limited.
         bound: The worst value within the allowed distance of the best one; None if only the size
             was limited.
-        is_significant: Whether the rank is within the bound by two standard errors. True if only
-            the size was limited.
-        num_questions_needed: Estimated number of questions needed for significance; None if it is
-            already significant or the number is unknown.
+        unresolved_ranks: The larger ranks that may be better by more than `within` of their value:
+            the questions are too few to exclude it.
+        num_questions_needed: Estimated number of questions that exclude it; None if there is
+            nothing to exclude or the number is unknown.
         evaluation: The evaluation, with the metric that was used as the task's primary one.
     """
 
     rank: int
     best_rank: int
     task: str
+    within: float | None
     bound: float | None
-    is_significant: bool
+    unresolved_ranks: tuple[int, ...]
     num_questions_needed: int | None
     evaluation: Evaluation
+
+    @property
+    def is_significant(self) -> bool | None:
+        """Whether no larger rank is better by more than `within`, with 95 % confidence.
+
+        It counts that one of several ranks was selected. True for the largest rank. None if only
+        the size was limited: then nothing is claimed.
+        """
+        return None if self.within is None else not self.unresolved_ranks
 
     def differences(self) -> dict[int, Difference]:
         """Return how much better each other rank is than this one. Rank 0 is the base model."""
@@ -44,6 +63,58 @@ class Selection:
             if rank != self.rank and difference is not None:
                 differences[rank] = difference
         return differences
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the evaluation as values that JSON can represent."""
+        result = self.evaluation.tasks[self.task]
+        return {
+            "adapter": self.evaluation.settings["adapter"],
+            "rank": self.rank,
+            "best_rank": self.best_rank,
+            "bytes": self.evaluation.sizes[self.rank],
+            "task": self.task,
+            "metric": result.metric_name,
+            "num_questions": result.num_examples,
+            "value": self.evaluation.values(self.task)[self.rank],
+            "within": self.within,
+            "bound": self.bound,
+            "is_significant": self.is_significant,
+            "unresolved_ranks": list(self.unresolved_ranks),
+            "num_questions_needed": self.num_questions_needed,
+            "differences_by_rank": {
+                rank: difference._asdict() for rank, difference in self.differences().items()
+            },
+        }
+
+    def __repr__(self) -> str:
+        """Return the rank, its differences from other ranks and the base model, and the claim."""
+        evaluation, task = self.evaluation, self.task
+        result = evaluation.tasks[task]
+        value = evaluation.values(task)[self.rank]
+        size = format_size(evaluation.sizes[self.rank])
+        summary = f"Rank {self.rank} ({size}): {result.metric_name} {value:.3f} on {task}"
+        if self.bound is not None:
+            summary += f", within the bound {self.bound:.3f}"
+        lines = [f"{summary}; {pluralize(result.num_examples, 'question')}"]
+        differences = self.differences()
+        if differences:
+            lines.append(f"Compared with rank {self.rank}, ± one standard error:")
+        for rank, difference in differences.items():
+            lines.append(f"  {f'rank {rank}' if rank else 'the base model'} is {difference}")
+        for name, metric in result.metrics.items():
+            if metric.higher_is_better and set(metric.values.values()) == {0}:
+                lines.append(f"{name.removesuffix(',none')} is 0 at every rank.")
+        if self.within is not None and self.rank < evaluation.ranks[-1]:
+            claim = f"better by more than {100 * self.within:.4g}%"
+            if self.unresolved_ranks:
+                ranks = ", ".join(map(str, self.unresolved_ranks))
+                line = f"Too few questions to exclude that a larger rank is {claim}: {ranks}."
+                if self.num_questions_needed is not None:
+                    line += f" About {self.num_questions_needed} would be enough."
+            else:
+                line = f"No larger rank is {claim} (95% confidence)."
+            lines.append(line)
+        return join_lines(lines)
 
 
 def select(
@@ -56,8 +127,8 @@ def select(
 ) -> Selection:
     """Select the smallest rank that is close to the best one, and better than the base model.
 
-    The values are compared without their errors. `Selection.differences` has the standard error of
-    each difference.
+    The rank is selected by the values alone. `Selection.is_significant` says whether the questions
+    are enough to claim that no larger rank is better by more than ``within``.
 
     Args:
         evaluation: The result of `matryoshka_lora.evaluate`, or the folder that it has written.
@@ -135,21 +206,27 @@ def select(
             f"{values[best_rank]:.3f} and {format_size(evaluation.sizes[best_rank])}. Pass a "
             "larger `within` or `max_bytes`."
         )
-    if bound is None:
-        return Selection(_best_rank(candidates), best_rank, task, None, True, None, evaluation)
+    if share is None:
+        rank = _best_rank(candidates)
+        return Selection(rank, best_rank, task, None, None, (), None, evaluation)
 
     rank = min(candidates)
-    difference = evaluation.difference(task, best_rank, rank)
-    is_significant = rank == best_rank
+    larger_ranks = [larger for larger in evaluation.ranks if larger > rank]
+    # Each rank but the largest may be selected by chance, so their probabilities add up. The claim
+    # about one rank needs a test against each larger one, which makes it no more likely.
+    num_tests = max(1, len(evaluation.ranks) - 1)
+    num_errors = NormalDist().inv_cdf(1 - _MAX_FALSE_CLAIMS / num_tests)
+    ratios = {
+        larger: _ratio_of_questions(evaluation, task, rank, larger, share, num_errors)
+        for larger in larger_ranks
+    }
+    unresolved = tuple(larger for larger, ratio in ratios.items() if ratio > 1)
     num_questions_needed: int | None = None
-    if not is_significant and difference is not None and difference.standard_error is not None:
-        slack = scores[rank] - sign * bound
-        is_significant = 2 * difference.standard_error <= slack
-        if not is_significant and slack > 0:
-            num_questions_needed = _num_questions_needed(
-                result.num_examples, 2 * difference.standard_error / slack
-            )
-    return Selection(rank, best_rank, task, bound, is_significant, num_questions_needed, evaluation)
+    if unresolved and max(ratios.values()) < 1e6:
+        num_questions_needed = _round_up(result.num_examples * max(ratios.values()))
+    return Selection(
+        rank, best_rank, task, share, bound, unresolved, num_questions_needed, evaluation
+    )
 
 
 def _best_rank(scores: dict[int, float]) -> int:
@@ -157,15 +234,50 @@ def _best_rank(scores: dict[int, float]) -> int:
     return max(scores, key=lambda rank: (scores[rank], -rank))
 
 
-def _num_questions_needed(num_questions: int, ratio: float) -> int | None:
-    """Return how many questions reduce the standard error by a ratio, to two significant digits.
+def _ratio_of_questions(
+    evaluation: Evaluation, task: str, rank: int, larger: int, share: float, num_errors: float
+) -> float:
+    """Return how many times as many questions exclude that a larger rank is better by a share.
+
+    The slack of a question is how much better the rank is than the larger one with ``share`` less.
+    The mean slack must be ``num_errors`` standard errors above 0. Two questions more, at which the
+    larger rank alone is right, stand for the ones that were not asked: without them, a few
+    questions on which the ranks agree would have no error at all.
+
+    Args:
+        evaluation: The evaluation.
+        task: The task.
+        rank: The selected rank.
+        larger: A larger rank.
+        share: The allowed distance, as a share of the larger rank's value.
+        num_errors: The number of standard errors.
 
     Returns:
-        The number, rounded up, or None if it is more than a million times ``num_questions``.
+        At most 1 if the questions are enough; infinity if no number is known to be.
     """
-    if ratio > 1000:
-        return None
-    # The standard error decreases with the square root of the number of questions.
-    number = num_questions * ratio**2
+    metric = evaluation.metric(task)
+    value, larger_value = metric.values[rank], metric.values[larger]
+    if value is None or larger_value is None:
+        return math.inf
+    sign = -1 if metric.higher_is_better is False else 1
+    weight = sign * (1 - share if sign * larger_value > 0 else 1 + share)
+    slack = sign * value - weight * larger_value
+    if slack <= 0:
+        return math.inf
+    pairs = evaluation.paired_values(task, rank, larger)
+    if pairs is None:
+        errors = metric.standard_errors.get(rank), metric.standard_errors.get(larger)
+        error = math.hypot(*(error or math.inf for error in errors))
+        return (num_errors * error / slack) ** 2
+    slacks = sign * pairs.values - weight * pairs.other_values
+    unseen = pairs.unseen_difference
+    spread = num_errors * float(np.append(slacks, [-unseen, -unseen]).std(ddof=1))
+    # The sum of N slacks minus the two questions, N * slack - 2 * unseen, is spread * sqrt(N).
+    root = (spread + math.sqrt(spread**2 + 8 * unseen * slack)) / (2 * slack)
+    return root**2 / len(slacks)
+
+
+def _round_up(number: float) -> int:
+    """Return a number, rounded up to two significant digits."""
     unit: int = 10 ** max(0, len(str(math.ceil(number))) - 2)
     return math.ceil(number / unit) * unit

@@ -9,21 +9,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, SupportsFloat
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
+from lm_eval.api import task as task_module
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
+from lm_eval.models import huggingface
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
-from matryoshka_lora.errors import MatryoshkaError, short, wrap_errors
+from matryoshka_lora.errors import MatryoshkaError, printable, short, wrap_errors
 from matryoshka_lora.evaluation.results import Evaluation, Example, Metric, TaskResult
 from matryoshka_lora.examples import (
     PromptCompletion,
@@ -103,9 +105,23 @@ def load_task(name: str) -> LoadedTask:
     return LoadedTask(Path(name).stem if is_file else name, harness_tasks)
 
 
+@contextmanager
+def _named_bars(name: str, is_shown: bool) -> Iterator[None]:
+    """Name the harness's progress bars that have no name, or hide the one that it always shows."""
+    modules = {task_module: f"prompts of {name}", huggingface: f"texts of {name}"}
+    bars = {module: module.tqdm for module in modules}
+    for module, description in modules.items():
+        module.tqdm = partial(bars[module], desc=description, disable=not is_shown, leave=False)
+    try:
+        yield
+    finally:
+        for module, bar in bars.items():
+            module.tqdm = bar
+
+
 @_harness_seeds()
 def run_task(
-    lm: LM, task: LoadedTask, num_fewshot: int | None, limit: int | None
+    lm: LM, task: LoadedTask, num_fewshot: int | None, limit: int | None, progress: bool = False
 ) -> HarnessResults:
     """Run a task with the seeds and few-shot examples of the harness's command line.
 
@@ -114,6 +130,7 @@ def run_task(
         task: The task.
         num_fewshot: The number of few-shot examples. Defaults to the task's own.
         limit: The maximum number of examples.
+        progress: Whether progress bars are shown on stderr.
 
     Raises:
         MatryoshkaError: The harness cannot run the task with these settings.
@@ -125,7 +142,10 @@ def run_task(
             harness_task.set_config(key="num_fewshot", value=num_fewshot or 0)
         harness_task.set_fewshot_seed(seed=_SEED)
     action = f"The harness cannot run {', '.join(task.subtasks)}"
-    with wrap_errors(action, exceptions=(AssertionError, ValueError)):
+    with (
+        _named_bars(printable(task.name), progress),
+        wrap_errors(action, exceptions=(AssertionError, ValueError)),
+    ):
         # Not simple_evaluate, which spends seconds on a description of the machine at each rank.
         results: HarnessResults = evaluate(lm, task.harness_tasks, limit=limit)
     return results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, cast
@@ -87,9 +88,12 @@ def load_with_peft(
     with wrap_errors(f"Cannot load {lora.name} onto {type(base_model).__name__}"):
         config = _literal_config(lora)
         if not isinstance(base_model, PeftModel):
-            return PeftModel.from_pretrained(
-                base_model, folder, adapter_name, is_trainable=is_trainable, config=config
-            )
+            with warnings.catch_warnings():
+                # PEFT reads an attribute that transformers renames.
+                warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+                return PeftModel.from_pretrained(
+                    base_model, folder, adapter_name, is_trainable=is_trainable, config=config
+                )
         config.inference_mode = not is_trainable
         base_model.add_adapter(adapter_name, config)
         base_model.set_requires_grad(adapter_name, is_trainable)
