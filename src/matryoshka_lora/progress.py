@@ -18,22 +18,23 @@ def progress_bar(items: Sequence[T], description: str) -> Iterator[T]:
     return iter(tqdm(items, description, leave=False, unit=" layers", disable=None, delay=1))
 
 
-def training_bar(items: Sequence[T], description: str, is_shown: bool, delay: float = 0.0) -> tqdm:
+def training_bar(
+    items: Sequence[T], description: str, *, is_shown: bool, leave: bool = True
+) -> tqdm:
     """Return a progress bar that a notebook and a log file show too, as transformers' does.
 
     Args:
         items: The items to iterate over.
         description: The text before the bar.
         is_shown: Whether the bar is shown.
-        delay: The seconds until the bar appears. With a delay, it disappears at the end.
+        leave: Whether the bar stays at the end.
     """
     return tqdm(
         items,
         description,
-        leave=delay == 0,
+        leave=leave,
         mininterval=0.1 if sys.stderr.isatty() else 10,  # a file gets a line each time
         disable=not is_shown,
-        delay=delay,
     )
 
 

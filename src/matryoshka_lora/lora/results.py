@@ -66,9 +66,10 @@ class TrainRanksResult:
             }[self.outcome]
         ]
         if self.losses_before:
-            lines.append("  rank  validation loss" + (", trained" if self.losses_after else ""))
+            heading = "  rank  validation loss"
+            lines.append(f"{heading}  after training" if self.losses_after else heading)
         for rank, loss in self.losses_before.items():
-            after = f"  {self.losses_after[rank]:9.3f}" if self.losses_after else ""
+            after = f"  {self.losses_after[rank]:14.3f}" if self.losses_after else ""
             lines.append(f"{rank:6}  {loss:15.3f}{after}")
         return "\n".join(lines)
 

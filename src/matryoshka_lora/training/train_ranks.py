@@ -352,7 +352,7 @@ def validation_losses(
     num_terms_of_batches = _map_over_batches(num_terms, batches, data.device)
     losses: dict[int, Float64Array] = {}
     is_shown = data.show_progress and PartialState().is_main_process
-    for rank in training_bar(ranks, "validating ranks", is_shown, delay=1):
+    for rank in training_bar(ranks, "validating ranks", is_shown=is_shown, leave=False):
         q = (torch.arange(factors.max_rank) < rank).double()
         with torch.no_grad(), factors.masked(q):
             losses[rank] = _map_over_batches(
@@ -469,7 +469,7 @@ def train_prefixes(
     num_examples: Counter[int] = Counter()
     state = PartialState()
     is_shown = data.show_progress and state.is_main_process
-    progress = training_bar(range(num_steps), "training ranks", is_shown)
+    progress = training_bar(range(num_steps), "training ranks", is_shown=is_shown)
     for step in progress:
         if step > 0 and step % steps_of_phase == 0:
             gaps = measure_gaps()
