@@ -218,7 +218,10 @@ def _log_estimate(
     """
     ratio = num_examples / split.num_validation
     forwards = _FORWARDS_PER_STEP * ratio
-    forwards += num_ranks * (1 + options.max_measurements / 2)  # half of the examples each
+    num_steps = num_examples / options.examples_per_step
+    num_measurements = num_steps // options.min_steps_between_measurements
+    num_measurements = min(num_measurements, options.max_measurements)
+    forwards += num_ranks * (1 + num_measurements / 2)  # a measurement takes half of the examples
     num_tokens = sum(
         batch["input_ids"].numel() for batch in split.validation_batches if "input_ids" in batch
     )
