@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from matryoshka_lora import MatryoshkaError, NestedAdapter, load
+from matryoshka_lora import MatryoshkaError, NestedAdapter, TrainRanksResult, load
 from matryoshka_lora.formats import peft_folder
 from matryoshka_lora.peft.callback import NestingCallback
-from matryoshka_lora.sft import build_trainer, read_config, train
+from matryoshka_lora.sft import TrainResult, build_trainer, read_config, train
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [{"prompt": f"{n} plus 1 is", "completion": f" {n + 1}."} for n in range(40)]
@@ -223,6 +223,36 @@ def test_a_run_trains_an_adapter_of_every_rank(
         assert train(config) == result
     assert "finished" in caplog.text
     assert weights.stat().st_mtime_ns == time_before
+
+
+def test_a_finished_run_with_other_settings_is_an_error(config_file: Path) -> None:
+    """The message names all settings that differ. No value is stored: it may be a token."""
+    run = config_file.parent / "run"
+    overrides = ["max_steps=1", "hub_token=hf_secret"]
+    result = train(read_config(config_file, overrides))
+    for override in ("learning_rate=3e-4", "lora.lora_alpha=9", "nesting.rule=dylora", "seed=7"):
+        with pytest.raises(MatryoshkaError, match=rf"other settings: {override.split('=')[0]}\."):
+            train(read_config(config_file, [*overrides, override]))
+    with pytest.raises(MatryoshkaError, match=r"hub_token, max_steps\."):
+        train(read_config(config_file))
+    assert train(read_config(config_file, [*overrides, f"output_dir={run}/"])) == result
+    (stored,) = run.glob("*.json")
+    for value in ("hf_secret", str(config_file.parent)):
+        assert value not in stored.read_text()
+    stored.unlink()  # version 0.4 has stored none
+    assert train(read_config(config_file)) == result
+
+
+@pytest.mark.parametrize(
+    ("order", "deploy", "expected"),
+    [("svd", "reordered", "svd"), (None, "paper", "paper"), (None, "reordered", "largest rank")],
+)
+def test_a_result_says_which_ranks_the_adapter_has(order: Any, deploy: Any, expected: str) -> None:
+    ranks_result = TrainRanksResult(None, "kept", {1: 8}, {1: 2.0}, {1: 1.0})
+    text = repr(TrainResult(Path("run/adapter"), order, deploy, ranks_result))
+    assert "run/adapter" in text
+    assert expected in text
+    assert str(ranks_result) in text
 
 
 def test_rule_lora_has_the_losses_of_plain_trl(config_file: Path, base_folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import warnings
@@ -19,7 +21,15 @@ from transformers import TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from matryoshka_lora.errors import MatryoshkaError, check_choice, check_integer, short, wrap_errors
+from matryoshka_lora.atomic import create_file
+from matryoshka_lora.errors import (
+    MatryoshkaError,
+    check_choice,
+    check_integer,
+    printable,
+    short,
+    wrap_errors,
+)
 from matryoshka_lora.formats import peft_folder
 from matryoshka_lora.formats.peft_folder import CONFIG_NAME
 from matryoshka_lora.lora.results import TrainRanksResult
@@ -49,6 +59,7 @@ _DEFAULTS: dict[str, Any] = {
     "ddp_find_unused_parameters": False,  # every rule uses every factor at every step
 }
 _DEFAULT_RANK = 32
+_SETTINGS_NAME = "train-settings.json"
 # The builders of datasets by the extension of a file, and the columns that TRL takes.
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"})
@@ -74,6 +85,17 @@ class TrainResult:
     order: Order | None = None
     deploy: Deploy = "reordered"
     train_ranks: TrainRanksResult | None = None
+
+    def __repr__(self) -> str:
+        """Return which ranks the adapter has, and the result of training them."""
+        if self.order is not None:
+            ranks = f"every rank (order: {self.order})"
+        elif self.deploy == "paper":
+            ranks = "its nested ranks (deploy: paper)"
+        else:
+            ranks = "its largest rank only, until it is reordered"
+        text = f"The adapter {printable(str(self.path))} has {ranks}."
+        return text if self.train_ranks is None else f"{text}\n{self.train_ranks}"
 
 
 # The config
@@ -204,16 +226,20 @@ def train(config: Mapping[str, Any]) -> TrainResult:
         config: From `read_config`.
 
     Raises:
-        MatryoshkaError: A value is rejected.
+        MatryoshkaError: A value is rejected, or the run is finished with other settings.
     """
     output_dir = Path(str(config["output_dir"]))
     path = output_dir / "adapter"
     if path.exists():
+        _check_same_settings(config, output_dir)
         logger.info("%s is finished. To train with other settings, set another output_dir.", path)
         lora = peft_folder.read(path)
         return TrainResult(path, lora.order, lora.deploy)
     adapter, trainer = build_trainer(config)
     _train_or_resume(adapter, trainer, output_dir)
+    if trainer.is_world_process_zero():
+        with create_file(output_dir / _SETTINGS_NAME, force=True) as file:
+            file.write_text(json.dumps(_digests(config), indent=2))
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         # The Trainer gathers the shards and writes plain LoRA.
         unfinished = path.with_name("unfinished")
@@ -227,6 +253,34 @@ def train(config: Mapping[str, Any]) -> TrainResult:
         result = _train_ranks_and_save(adapter, trainer, path, with_ranks)
     trainer.accelerator.end_training()
     return result
+
+
+def _digests(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return a digest of each setting except the folder: values may hold tokens and paths."""
+    settings: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _SECTIONS:
+            settings.update({f"{key}.{name}": field for name, field in value.items()})
+        elif key != "output_dir":
+            settings[key] = value
+    return {
+        key: hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+        for key, value in settings.items()
+    }
+
+
+def _check_same_settings(config: Mapping[str, Any], output_dir: Path) -> None:
+    """Raise MatryoshkaError if a finished run has other settings."""
+    file = output_dir / _SETTINGS_NAME
+    if not file.exists():  # version 0.4 wrote none
+        return
+    old, new = json.loads(file.read_text()), _digests(config)
+    changed = sorted(key for key in old | new if old.get(key) != new.get(key))
+    if changed:
+        raise MatryoshkaError(
+            f"The run in {output_dir} is finished with other settings: {', '.join(changed)}. Set "
+            "another output_dir, or the settings of this run."
+        )
 
 
 def build_trainer(config: Mapping[str, Any]) -> tuple[NestedAdapter, SFTTrainer]:
@@ -344,10 +398,16 @@ def _load_dataset(
     return dataset
 
 
+def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """Return the path of the checkpoint that a run resumes from, if there is one."""
+    # Only the first process creates the folder, so it may not exist yet in another one.
+    checkpoint: str | None = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    return checkpoint
+
+
 def _train_or_resume(adapter: NestedAdapter, trainer: SFTTrainer, output_dir: Path) -> None:
     """Train, from the last checkpoint if there is one."""
-    # Only the first process creates the folder, so it may not exist yet in another one.
-    checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+    checkpoint = last_checkpoint(output_dir)
     if checkpoint is not None:
         logger.info("Resuming from %s. To start a new run, set another output_dir.", checkpoint)
         _check_same_config(adapter, Path(checkpoint))

@@ -15,7 +15,6 @@ from matryoshka_lora import (
     ExtractResult,
     TrainRanksResult,
 )
-from matryoshka_lora.cli.model_results import format_train_ranks
 from matryoshka_lora.cli.terminal import with_flags
 from matryoshka_lora.text import format_errors, format_table
 
@@ -135,5 +134,11 @@ def test_an_extraction_shows_what_was_not_saved(tmp_path: Path) -> None:
     ],
 )
 def test_training_of_ranks_says_whether_they_were_trained(outcome: Any, expected: str) -> None:
-    result = TrainRanksResult(Path("out"), outcome, {1: 48, 4: 16}, {1: 1.0}, {1: 0.5})
-    assert expected in format_train_ranks(result)
+    losses_after = {1: 0.5, 4: 0.025} if outcome in ("kept", "not better") else None
+    result = TrainRanksResult(
+        Path("out"), outcome, {1: 48, 4: 16}, {1: 1.0, 4: 0.011}, losses_after
+    )
+    first_line, *table = str(result).splitlines()
+    assert expected in first_line
+    assert table[-1].split() == ["4", "0.011", *(["0.025"] if losses_after else [])]
+    assert repr(result) == str(result)

@@ -24,7 +24,7 @@ def run_in_two_processes(strategy: str, script: str, arguments: Sequence[str]) -
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": str(FOLDER.parent),
+        "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]),
     }
     if strategy == "fsdp2":
         environment["ACCELERATE_TORCH_DEVICE"] = "cpu"

@@ -190,6 +190,19 @@ def test_where_rows_cannot_have_ranks() -> None:
         pytest.fail("the context must not open")
 
 
+def test_an_adapter_is_shown_by_its_ranks_and_settings() -> None:
+    """In a few lines, whatever the size of the model."""
+    adapter = nested_llama(NESTING, "matryoshka")
+    for expected in ("14 layers", "1, 2, 4, 8", "reorder()", "matryoshka", "sqrt"):
+        assert expected in repr(adapter)
+    adapter.reorder()
+    adapter.set_rank(2)
+    text = repr(adapter)
+    for expected in ("svd", "rank          2 of 8"):
+        assert expected in text
+    assert len(text) < 300
+
+
 def test_rows_of_a_time_major_model_are_rejected() -> None:
     """With as many rows as tokens, its layers would take time for rows."""
     config = XLNetConfig(vocab_size=96, d_model=16, n_layer=1, n_head=2, d_inner=24)

@@ -27,6 +27,38 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return one, two
 
 
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of cases in which the processes differ, by process."""
+    folder = tmp_path_factory.mktemp("outcomes")
+    run_in_two_processes("ddp", "different_processes.py", [str(folder)])
+    return [json.loads((folder / f"{index}.json").read_text()) for index in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("no labels", ("no examples", "no examples")),
+        ("a bug", ("RuntimeError", "AttributeError")),
+        ("no data", ("MatryoshkaError", "MatryoshkaError")),
+    ],
+)
+def test_every_process_fails_if_one_does(
+    case: str, expected: tuple[str, str], outcomes: list[dict[str, Any]]
+) -> None:
+    """None waits for the others, and all reach the end of the script."""
+    assert tuple(by_case[case] for by_case in outcomes) == expected
+
+
+@pytest.mark.slow
+def test_the_loss_of_compute_loss_func_is_not_multiplied(outcomes: list[dict[str, Any]]) -> None:
+    for by_case in outcomes:
+        loss, expected = by_case["losses"]
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert by_case["is averaged"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TOLERANCES)
 def test_two_processes_train_the_ranks_as_one(kind: str, results: tuple[Any, Any]) -> None:

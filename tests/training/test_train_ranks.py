@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import random
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -288,6 +289,24 @@ def test_worse_ranks_are_not_kept(reason: str) -> None:
     assert adapter.order == "svd"
 
 
+def test_a_larger_loss_of_the_largest_rank_is_named() -> None:
+    """As of any other rank, although it is within the limit."""
+    adapter = ordered_adapter()
+    data = data_for(adapter)
+    loss = data.loss
+    _, B = next(iter(adapter.layer_factors().values()))
+    before = B.detach().clone()
+
+    def loss_of_changed_rank(batch: Any) -> Tensor:
+        is_changed = bool(B[:, -1].any()) and not torch.equal(B, before)
+        return loss(batch) + 9.0 * (is_changed and not torch.is_grad_enabled())
+
+    data.loss = loss_of_changed_rank
+    with pytest.warns(UserWarning, match=r"increased: .*8 \(by "):
+        result = train(adapter, data, 64, ACCEPTING)
+    assert result.outcome == "kept"
+
+
 @pytest.mark.filterwarnings("ignore:Ranks whose")
 def test_factors_without_an_order_are_reordered_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -503,21 +522,57 @@ class Terminal(io.StringIO):
 
 @pytest.mark.filterwarnings("ignore:The trained ranks", "ignore:Ranks whose")
 @pytest.mark.parametrize("show_progress", [False, True])
-def test_a_progress_bar_is_shown_unless_it_is_disabled(
-    monkeypatch: pytest.MonkeyPatch, show_progress: bool
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO], ids=["terminal", "file"])
+def test_a_progress_bar_shows_rank_and_loss_unless_it_is_disabled(
+    monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO], show_progress: bool
 ) -> None:
+    """In a notebook or a file too, where stderr is no terminal."""
     adapter = ordered_adapter()
     data = data_for(adapter)
     data.show_progress = show_progress
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stderr", terminal)
+    stderr = stream()
+    monkeypatch.setattr("sys.stderr", stderr)
     train(adapter, data, 16)
-    assert ("training ranks" in terminal.getvalue()) == show_progress
+    lines = [line for line in stderr.getvalue().split("\r") if "training ranks: 100%" in line]
+    assert bool(lines) == bool(stderr.getvalue()) == show_progress
+    if show_progress:
+        assert "rank=" in lines[-1]
+        assert "loss=" in lines[-1]
 
 
 @pytest.mark.filterwarnings("ignore:The trained ranks", "ignore:Ranks whose")
-def test_the_validation_losses_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_estimate_is_logged_before_the_first_step(caplog: pytest.LogCaptureFixture) -> None:
     adapter = ordered_adapter()
-    with caplog.at_level(logging.INFO, "matryoshka_lora"):
-        result = train(adapter, data_for(adapter), 16)
-    assert f"rank 1: {result.losses_before[1]:.3f} to" in caplog.text
+    data = data_for(adapter)
+    loss = data.loss
+
+    def stop_at_first_step(batch: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            raise KeyboardInterrupt
+        return loss(batch)
+
+    data.loss = stop_at_first_step
+    with caplog.at_level(logging.INFO, "matryoshka_lora"), pytest.raises(KeyboardInterrupt):
+        train(adapter, data, 1600)
+    (message,) = [record.message for record in caplog.records if "stimate" in record.message]
+    assert "1600 examples, 2.0 passes over 800, about 9,600 tokens" in message
+    assert re.search(r"time: \d\d:\d\d", message)
+
+
+@pytest.mark.filterwarnings("ignore:The trained ranks", "ignore:Ranks whose")
+def test_a_trainer_logs_the_losses_of_each_rank_at_later_steps(tmp_path: Path) -> None:
+    adapter = trained_adapter()
+    trainer = make_trainer(adapter.model, tmp_path, TRAINING, VALIDATION, max_steps=3)
+    trainer.train()
+    num_entries = len(trainer.state.log_history)
+    result = adapter.train_ranks(trainer, max_examples=64 * 8)
+    first, *training, last = trainer.state.log_history[num_entries:]
+    assert result.losses_after is not None
+    for entry, losses, step in ((first, result.losses_before, 3), (last, result.losses_after, 67)):
+        assert entry["step"] == step
+        for rank, loss in losses.items():
+            assert entry[f"train_ranks/rank_{rank}_validation_loss"] == loss
+    assert [entry["step"] for entry in training] == [3 + step for step in (*range(4, 65, 4),)]
+    keys = {key for entry in training for key in entry if key.startswith("train_ranks/")}
+    assert keys == {f"train_ranks/rank_{rank}_loss" for rank in result.examples_by_rank}
+    assert trainer.state.global_step == 3

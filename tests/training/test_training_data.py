@@ -441,6 +441,65 @@ def test_a_trainer_without_labels_or_with_a_stream_leaves_the_ranks_reordered(
     assert adapter.order == "svd"
 
 
+class FailingTrainer(Trainer):
+    """A Trainer whose loss fails on the examples of one set, as a bug or a lack of memory does."""
+
+    error: Exception
+    fails_on: int
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if inputs["input_ids"].shape[1] == self.fails_on:
+            raise self.error
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("failing_set", ["training", "evaluation"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(),
+        *(kind("a bug") for kind in (AttributeError, KeyError, TypeError, ValueError)),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_the_loss_passes_unchanged(
+    tmp_path: Path, error: Exception, failing_set: str
+) -> None:
+    adapter = small_adapter()
+    before = copy_lora_parameters(adapter)
+    trainer = plain_trainer(adapter.model, tmp_path, LABELLED, PAD, FailingTrainer)
+    trainer.eval_dataset = random_examples(8)
+    trainer.error = error
+    trainer.fails_on = 4 if failing_set == "training" else 6
+    with pytest.raises(type(error)) as raised:
+        adapter.train_ranks(trainer)
+    assert raised.value is error
+    assert all_equal(before, copy_lora_parameters(adapter))
+    assert adapter.order is None
+
+
+@pytest.mark.parametrize(
+    "examples",
+    [[{"input_ids": [5, 6]}] * 8, [{"input_ids": [5, 6], "labels": [-100, -100]}] * 8],
+    ids=["no-labels", "labels-ignored"],
+)
+def test_an_evaluation_set_without_labels_is_an_error(tmp_path: Path, examples: Any) -> None:
+    adapter = small_adapter()
+    trainer = plain_trainer(adapter.model, tmp_path, LABELLED, default_data_collator)
+    trainer.eval_dataset = examples
+    with pytest.raises(ValueError, match=r"loss|label"):
+        adapter.train_ranks(trainer)
+
+
+def test_a_streamed_evaluation_set_leaves_the_ranks_reordered(tmp_path: Path) -> None:
+    """Training examples do not take its place."""
+    adapter = small_adapter()
+    trainer = plain_trainer(adapter.model, tmp_path, LABELLED, default_data_collator)
+    trainer.eval_dataset = Dataset.from_list(LABELLED).to_iterable_dataset()
+    with pytest.warns(UserWarning, match="eval_data"):
+        assert adapter.train_ranks(trainer).outcome == "no examples"
+
+
 def test_a_trainer_without_a_training_set_is_an_error(tmp_path: Path, model: Any) -> None:
     trainer = make_trainer(model, tmp_path, random_examples(4))
     trainer.train_dataset = None

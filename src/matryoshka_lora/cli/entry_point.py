@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from matryoshka_lora.cli import file_commands, model_commands
-from matryoshka_lora.cli.terminal import is_main_process, with_flags
+from matryoshka_lora.cli.terminal import StoppedError, is_main_process, with_flags
 from matryoshka_lora.errors import MatryoshkaError, optional_imports, printable
 
 START = """Train one LoRA adapter, deploy it at any rank. What do you have?
@@ -63,7 +63,10 @@ def start(
 
 
 def main() -> None:
-    """Run the command line. Exit status: 0 success, 1 an error with a message, 2 wrong usage."""
+    """Run the command line.
+
+    Exit status: 0 success, 1 an error with a message, 2 wrong usage, 130 Ctrl-C.
+    """
     _configure_libraries()
     try:
         with optional_imports():
@@ -73,9 +76,12 @@ def main() -> None:
         options = set() if sys.argv[1:2] == ["train"] else _option_names()
         print(f"error: {with_flags(str(error), options)}", file=sys.stderr)
         sys.exit(1)
+    except StoppedError as stop:
+        print(f"Stopped. {stop}", file=sys.stderr)
+        sys.exit(130)
     except SystemExit as exit_request:
         if exit_request.code == 130:  # Ctrl-C
-            print("stopped", file=sys.stderr)
+            print("Stopped.", file=sys.stderr)
         raise
 
 

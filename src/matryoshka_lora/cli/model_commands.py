@@ -20,8 +20,8 @@ from matryoshka_lora.cli.arguments import (
     RevisionOption,
     parse_ranks,
 )
-from matryoshka_lora.cli.model_results import format_train_ranks
 from matryoshka_lora.cli.terminal import (
+    StoppedError,
     is_main_process,
     print_line,
     print_loading,
@@ -79,11 +79,17 @@ def train(
     with optional_imports("train"):
         from matryoshka_lora import sft
 
-        result = sft.train(sft.read_config(config, overrides or []))
+        settings = sft.read_config(config, overrides or [])
+        try:
+            result = sft.train(settings)
+        except KeyboardInterrupt as error:
+            checkpoint = sft.last_checkpoint(settings["output_dir"])
+            if checkpoint is None or not is_main_process():
+                raise
+            raise StoppedError(f"The same command resumes from {Path(checkpoint).name}.") from error
     if not is_main_process():
         return
-    if result.train_ranks is not None:
-        typer.echo(format_train_ranks(result.train_ranks))
+    typer.echo(str(result))
     if result.order is None and result.deploy != "paper":
         print_next("reorder", result.path, "-o", result.path.with_name("nested"))
     else:
@@ -103,13 +109,11 @@ def train_ranks(
         ),
     ] = None,
     max_examples: Annotated[
-        int | None,
+        int,
         typer.Option(
-            min=1,
-            help="Number of examples to train on.",
-            show_default="3200",
+            min=1, help="Number of examples to train on. They repeat if the data has fewer."
         ),
-    ] = None,
+    ] = 3200,
     base_model: BaseModelOption = None,
     base_revision: BaseRevisionOption = None,
     revision: RevisionOption = None,
@@ -127,6 +131,7 @@ def train_ranks(
     from matryoshka_lora import train_ranks as run_train_ranks
 
     print_loading()
+    print_line(f"Training on {max_examples} examples, see --max-examples", err=True)
     result = run_train_ranks(
         adapter,
         output,
@@ -139,7 +144,7 @@ def train_ranks(
         dtype=dtype,
         force=force,
     )
-    typer.echo(format_train_ranks(result))
+    typer.echo(str(result))
     print_next("info", output)
 
 

@@ -13,6 +13,10 @@ import typer
 from matryoshka_lora.errors import printable
 
 
+class StoppedError(Exception):
+    """The user has pressed Ctrl-C. The message says how to go on."""
+
+
 def print_loading() -> None:
     """Print a loading notice to stderr."""
     typer.echo("Loading libraries and model", err=True)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from matryoshka_lora.atomic import PathLike, check_output, create_file, create_folder
+from matryoshka_lora.atomic import PathLike, check_output, create_folder, replace_file
 from matryoshka_lora.errors import MatryoshkaError, check_integer, optional_imports
 from matryoshka_lora.evaluation.results import Evaluation
 from matryoshka_lora.examples import read_examples
@@ -26,17 +26,6 @@ if TYPE_CHECKING:
     from matryoshka_lora.peft.adapter import NestedAdapter
 
 logger = logging.getLogger(__name__)
-
-# Matplotlib has no error of its own.
-_PLOT_ERRORS = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-)
 
 
 def evaluate(
@@ -163,12 +152,12 @@ def evaluate(
                     _log_values(evaluation, name)  # the log has them if they cannot be written
                 if folder is not None:
                     evaluation.write(folder)
-            if output is not None:
-                try:
-                    with create_file(Path(output, "curve.png"), force=True) as file:
-                        plot_evaluation(evaluation, file)
-                except _PLOT_ERRORS as error:
-                    warnings.warn(f"The curve is not plotted: {error}", stacklevel=2)
+    if output is not None:
+        try:
+            with replace_file(Path(output, "curve.png")) as file:
+                plot_evaluation(evaluation, file)
+        except (OSError, RuntimeError, ValueError) as error:  # matplotlib has no error of its own
+            warnings.warn(f"The curve is not plotted: {error}", stacklevel=2)
     return evaluation
 
 

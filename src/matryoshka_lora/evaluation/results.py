@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from matryoshka_lora.atomic import create_file
+from matryoshka_lora.atomic import replace_file
 from matryoshka_lora.errors import MatryoshkaError, check_choice
 from matryoshka_lora.linalg.arrays import Float64Array
 from matryoshka_lora.nesting import check_ranks
@@ -325,9 +325,9 @@ class Evaluation:
         fields = asdict(self)
         lines = [json.dumps(example, ensure_ascii=False) for example in fields.pop("examples")]
         text = json.dumps(fields, indent=1, allow_nan=False) + "\n"
-        with create_file(folder / EVALUATION_NAME, force=True) as file:
+        with replace_file(folder / EVALUATION_NAME) as file:
             file.write_text(text, encoding="utf-8")
-        with create_file(folder / EXAMPLES_NAME, force=True) as file:
+        with replace_file(folder / EXAMPLES_NAME) as file:
             # A file name that is not UTF-8 has lone surrogates, which become JSON's escapes.
             file.write_text(
                 "".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace"

@@ -37,6 +37,8 @@ from matryoshka_lora.examples import (
 HarnessResults = Mapping[str, Any]
 """The return value of ``lm_eval.evaluator.evaluate``."""
 
+# The harness's default, 100,000, takes minutes per rank for metrics such as an F1 score.
+_BOOTSTRAP_ITERS = 1000
 _SEED = 1234  # the harness's default
 _PLACEHOLDER = "\ufffc"  # stands for an answer, to find where a chat template puts it
 _PROMPT_CHARACTERS = 2000  # kept of a prompt's end; few-shot prompts would fill the disk
@@ -147,7 +149,9 @@ def run_task(
         wrap_errors(action, exceptions=(AssertionError, ValueError)),
     ):
         # Not simple_evaluate, which spends seconds on a description of the machine at each rank.
-        results: HarnessResults = evaluate(lm, task.harness_tasks, limit=limit)
+        results: HarnessResults = evaluate(
+            lm, task.harness_tasks, limit=limit, bootstrap_iters=_BOOTSTRAP_ITERS
+        )
     return results
 
 
@@ -156,7 +160,11 @@ class _ExamplesTask(ConfigurableTask):  # type: ignore[misc, unused-ignore]
 
     def construct_requests(self, doc: Any, ctx: Any, **kwargs: Any) -> list[Instance]:
         generation = super().construct_requests(doc, ctx, **kwargs)
-        settings = {**generation.arguments[1], "max_gen_toks": doc["max_gen_toks"]}
+        settings = {
+            **generation.arguments[1],
+            "until": doc["until"],
+            "max_gen_toks": doc["max_gen_toks"],
+        }
         generation.arguments = (ctx, settings)
         log_likelihood = replace(
             generation,
@@ -193,9 +201,6 @@ def load_data(
         MatryoshkaError: An example has no prompt with a completion.
     """
     docs = [_make_doc(example, index, tokenizer) for index, example in enumerate(examples)]
-    stop_strings = {doc.pop("stop_string") for doc in docs} - {""}
-    if not any("\n" in doc["completion"] for doc in docs):
-        stop_strings.add("\n")
     config = {
         "task": name,
         "custom_dataset": lambda **_: DatasetDict(test=Dataset.from_list(docs)),
@@ -203,7 +208,7 @@ def load_data(
         "output_type": "generate_until",
         "doc_to_text": "{{prompt}}",
         "doc_to_target": "{{completion}}",
-        "generation_kwargs": {"until": sorted(stop_strings), "do_sample": False},
+        "generation_kwargs": {"until": [], "do_sample": False},
         "metric_list": [
             {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True},
             {"metric": "loss", "aggregation": "mean", "higher_is_better": False},
@@ -219,7 +224,7 @@ def _make_doc(example: object, index: int, tokenizer: PreTrainedTokenizerBase) -
     """Return an example as a document of `_ExamplesTask`.
 
     The loss is computed of ``scored_text``: the completion and the token or string that ends it.
-    ``stop_string`` ends an answer in the chat template; it is "" for examples without messages.
+    ``until`` ends an answer: the end of the chat template, and a newline if the completion has none.
 
     Raises:
         MatryoshkaError: The chat template rejects the messages, or the answer is not a string.
@@ -247,6 +252,9 @@ def _make_doc(example: object, index: int, tokenizer: PreTrainedTokenizerBase) -
             prompt = before
         scored_text = full_text[common_prefix_length(prompt, full_text) :]
 
+    until = [stop_string.strip()] if stop_string.strip() else []
+    if "\n" not in completion.rstrip():
+        until.append("\n")
     # Answers are decoded without special tokens, so the completion must be, too.
     token_ids = tokenizer.encode(completion, add_special_tokens=False)
     completion = str(tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -261,7 +269,7 @@ def _make_doc(example: object, index: int, tokenizer: PreTrainedTokenizerBase) -
         "prompt": prompt,
         "completion": completion.rstrip(),
         "scored_text": scored_text,
-        "stop_string": stop_string.strip(),
+        "until": until,
         "num_scored_tokens": max(1, full_length - prompt_length),
         "max_gen_toks": min(rounded_length, max(max_length, remaining_length)),
     }

@@ -8,6 +8,7 @@ from typing import Literal
 
 from matryoshka_lora.errors import printable
 from matryoshka_lora.linalg.arrays import Float64Array
+from matryoshka_lora.units import pluralize
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,26 @@ class TrainRanksResult:
     losses_before: dict[int, float]
     losses_after: dict[int, float] | None
 
-    def __str__(self) -> str:
-        """Return the outcome, and the validation loss of each nested rank."""
-        losses: list[str] = []
+    def __repr__(self) -> str:
+        """Return the outcome, and a table of the validation losses."""
+        lines = [
+            {
+                "kept": f"The ranks were trained on {pluralize(self.num_examples, 'example')}.",
+                "not better": "Training did not improve the ranks, so the trained factors were not "
+                "kept.",
+                "nothing to train": "All ranks are as good as the largest one already, so nothing "
+                "was trained.",
+                "no examples": "The Trainer's examples cannot be used, so the ranks were not "
+                "trained.",
+            }[self.outcome]
+        ]
+        if self.losses_before:
+            heading = "  rank  validation loss"
+            lines.append(f"{heading}  after training" if self.losses_after else heading)
         for rank, loss in self.losses_before.items():
-            after = self.losses_after[rank] if self.losses_after else None
-            losses.append(f"{rank}: {loss:.3f}" + (f" -> {after:.3f}" if after is not None else ""))
-        return f"{self.outcome}; validation loss of each rank: {', '.join(losses)}"
+            after = f"  {self.losses_after[rank]:14.3f}" if self.losses_after else ""
+            lines.append(f"{rank:6}  {loss:15.3f}{after}")
+        return "\n".join(lines)
 
     @property
     def num_examples(self) -> int:

@@ -31,6 +31,7 @@ from matryoshka_lora.peft.variant import NestedVariant
 from matryoshka_lora.rules import RULES, Rule
 from matryoshka_lora.tensors import to_numpy, to_numpy_dtype
 from matryoshka_lora.training.factors import FactorParameters, ModelFactors
+from matryoshka_lora.units import pluralize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +72,18 @@ class NestedAdapter:
                 f"Adapter {self.name!r} is not nested in every layer. Call nest() or load() "
                 "(again, if PEFT re-created the adapter)."
             )
+
+    def __repr__(self) -> str:
+        """Return the ranks and settings, a line each."""
+        nesting = self.nesting
+        scales = "" if nesting.scaling == "none" else f", scaling: {nesting.scaling}"
+        return (
+            f"Nested adapter {self.name!r} of {pluralize(len(self.layers), 'layer')}\n"
+            f"  nested ranks  {', '.join(map(str, nesting.ranks))}\n"
+            f"  order         {self.order or 'none yet, so call reorder()'}\n"
+            f"  rank          {self.rank} of {nesting.max_rank} in eval mode\n"
+            f"  rule          {self.rule.name}{scales}, deploy: {self.deploy}"
+        )
 
     @property
     def layers(self) -> dict[str, LoraModule]:
@@ -306,8 +319,8 @@ class NestedAdapter:
         * The trained factors are kept.
         * They are not better, so the factors are those from before training, with a warning.
         * No rank is behind rank R, so nothing is trained.
-        * The Trainer cannot compute the loss of its examples alone, as in GRPO, or streams them, so
-          nothing is trained, with a warning.
+        * The Trainer generates its examples, as in GRPO, or streams them, or they have no labels,
+          so nothing is trained, with a warning.
 
         Validation examples decide, and show which ranks need the most steps. Without an evaluation
         set, they are training examples.
@@ -329,9 +342,16 @@ class NestedAdapter:
                 is merged, sharded or not active. The adapter is unchanged.
             NotFiniteError: The loss or a gradient is NaN or infinite. The factors are as before
                 training.
+            RuntimeError: Another process has failed.
+
+        An error of the Trainer's loss passes unchanged.
         """
         # These modules are slow to import.
-        from matryoshka_lora.training.data import NoExamplesError, read_training_data
+        from matryoshka_lora.training.data import (
+            NoExamplesError,
+            read_training_data,
+            same_outcome,
+        )
         from matryoshka_lora.training.train_ranks import train_ranks
 
         if max_examples is not None:
@@ -348,7 +368,8 @@ class NestedAdapter:
         # Rank R in every forward, whatever rank is set: training writes a rank's prefix to B.
         with self.use_diagonal(torch.ones(nesting.max_rank)):
             try:
-                training_data = read_training_data(self.model, data, tokenizer, eval_data)
+                with same_outcome():
+                    training_data = read_training_data(self.model, data, tokenizer, eval_data)
                 if self.order is None:
                     self.reorder()
                 if len(nesting.ranks) == 1:

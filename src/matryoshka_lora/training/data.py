@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import logging
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.state import PartialState
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase, Trainer
 
-logger = logging.getLogger(__name__)
-
 Batch = dict[str, Any]
 """The inputs of a model with labels, or of another loss of a Trainer, such as pairs of DPO."""
 TokenizedExample = dict[str, list[int]]
@@ -45,17 +44,8 @@ MIN_VALIDATION_BATCHES = 8
 """The minimum number of batches of the validation examples, because the spread of their losses is
 measured. Many small ones would be slow."""
 
-
-# Errors of a loss that needs more than a batch of examples, such as GRPO's. An error of another
-# type has another reason, such as a lack of memory.
-_LOSS_ERRORS = (
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    TypeError,
-    ValueError,
-)
+# TRL's Trainers that generate the answers that they train on, such as GRPO's, have one of these.
+_GENERATION_ATTRIBUTES = ("num_generations", "reward_funcs")
 
 
 class NoExamplesError(MatryoshkaError):
@@ -68,6 +58,7 @@ class Split:
 
     Attributes:
         training_indices: The indices of the examples to train on, in order. They may repeat.
+        num_validation: The number of examples to validate on.
         validation_batches: At least `MIN_VALIDATION_BATCHES` batches if there are as many examples.
             None is larger than a training batch.
         gap_batches: Half of the validation examples, in batches of the size of a training batch,
@@ -77,6 +68,7 @@ class Split:
     """
 
     training_indices: list[int]
+    num_validation: int
     validation_batches: list[Batch]
     gap_batches: list[Batch]
     is_held_out: bool
@@ -97,6 +89,8 @@ class TrainingData:
         validation: The evaluation set, if there is one.
         show_progress: Whether to show a progress bar.
         is_causal: Whether the model shifts the labels, so that the first one never counts.
+        log: Takes metrics, and the number of steps that have trained ranks. None if there is no
+            Trainer to log them.
     """
 
     examples: Sequence[Any]
@@ -108,6 +102,7 @@ class TrainingData:
     validation: TrainingData | None = None
     show_progress: bool = True
     is_causal: bool = True
+    log: Callable[[dict[str, float], int], None] | None = None
 
     def batches(self, indices: Sequence[int], batch_size: int | None = None) -> list[Batch]:
         """Return some examples in batches on the device. Batches without a label are omitted.
@@ -142,7 +137,8 @@ class TrainingData:
             seed: The seed of the orders.
 
         Raises:
-            NoExamplesError: No example to validate on has a label.
+            NoExamplesError: No example has a label.
+            MatryoshkaError: No example of the evaluation set has a label.
         """
         training_order = itertools.chain.from_iterable(_permutations(len(self.examples), seed))
         source = self if self.validation is None else self.validation
@@ -151,12 +147,14 @@ class TrainingData:
         batch_size = min(source.batch_size, batch_size)
         validation_batches = source._equal_batches(validation_indices, batch_size)
         if not validation_batches:
-            raise NoExamplesError("No example to validate on has a label. Check the labels.")
+            error_type = NoExamplesError if self.validation is None else MatryoshkaError
+            raise error_type("No example to validate on has a label. Check the labels.")
         gap_indices = validation_indices[: math.ceil(len(validation_indices) / 2)]
         num_gap_batches = math.ceil(len(gap_indices) / source.batch_size)
         gap_batches = source._equal_batches(gap_indices, len(gap_indices) // num_gap_batches)
         return Split(
             list(itertools.islice(training_order, num_training)),
+            len(validation_indices) // batch_size * batch_size,
             validation_batches,
             gap_batches or validation_batches,
             is_held_out=self.validation is not None,
@@ -204,7 +202,7 @@ def read_training_data(
             Trainer's ``eval_dataset``, the first if there are several.
 
     Raises:
-        NoExamplesError: The examples of the Trainer cannot be indexed, or have no loss.
+        NoExamplesError: The Trainer generates its examples or streams them, or they have no labels.
         MatryoshkaError: There are no such examples.
     """
     if not hasattr(data, "get_train_dataloader"):
@@ -216,8 +214,14 @@ def read_training_data(
                 f"The {type(trainer).__name__} has no train_dataset. Pass the Trainer that has "
                 "trained the adapter, or examples with a prompt and a completion."
             )
+        if any(hasattr(trainer, name) for name in _GENERATION_ATTRIBUTES):
+            raise NoExamplesError(
+                f"The {type(trainer).__name__} trains on answers that it generates. Pass examples "
+                "with a prompt and a completion."
+            )
         tokenizer = tokenizer or trainer.processing_class
-        training_data = _data_of_loader(model, trainer, trainer.get_train_dataloader())
+        training_data = _data_of_loader(model, trainer, trainer.get_train_dataloader(), "data")
+        training_data.log = functools.partial(_log, trainer)
         num_batches = trainer.state.global_step * trainer.args.gradient_accumulation_steps
         if num_batches > 0:  # this Trainer has trained the adapter
             num_examples = num_batches * training_data.batch_size * trainer.args.world_size
@@ -226,7 +230,11 @@ def read_training_data(
                 num_examples = min(num_examples, num_in_epochs)
             training_data.num_examples_seen = num_examples
         if trainer.eval_dataset and eval_data is None:
-            training_data.validation = _evaluation_set(model, trainer)
+            name = None
+            if isinstance(trainer.eval_dataset, Mapping):
+                name = next(iter(trainer.eval_dataset))
+            loader = trainer.get_eval_dataloader(name)
+            training_data.validation = _data_of_loader(model, trainer, loader, "eval_data")
     if eval_data is not None:
         training_data.validation = _data_of_examples(model, eval_data, tokenizer)
     return training_data
@@ -338,29 +346,28 @@ def _completion_loss(model: PeftModel, batch: Batch) -> Tensor:
 # Trainers
 
 
-def _evaluation_set(model: PeftModel, trainer: Trainer) -> TrainingData | None:
-    name = None
-    if isinstance(trainer.eval_dataset, Mapping):
-        name = next(iter(trainer.eval_dataset))
-    try:
-        return _data_of_loader(model, trainer, trainer.get_eval_dataloader(name))
-    except NoExamplesError as error:
-        logger.warning("The evaluation set cannot be used: %s", error)
-        return None
+def _data_of_loader(
+    model: PeftModel, trainer: Trainer, loader: DataLoader[Any], parameter: str
+) -> TrainingData:
+    """Return the examples of a Trainer's loader, after computing the loss of two of them.
 
+    An error of the loss passes unchanged.
 
-def _data_of_loader(model: PeftModel, trainer: Trainer, loader: DataLoader[Any]) -> TrainingData:
-    """Return the examples of a Trainer's loader.
+    Args:
+        model: The PEFT model, not wrapped.
+        trainer: The Trainer.
+        loader: Its loader of training or evaluation examples.
+        parameter: The parameter that takes other examples, ``"data"`` or ``"eval_data"``.
 
     Raises:
-        NoExamplesError: They have no indices, or the Trainer cannot compute their loss.
+        NoExamplesError: The examples have no indices, or the training examples have no labels.
     """
     loader = getattr(loader, "_loader", loader)  # accelerate wraps it on XLA
     examples: Any = loader.dataset
+    hint = f"Pass `{parameter}`, examples with a prompt and a completion."
     if isinstance(examples, IterableDataset) or not len(examples):
         raise NoExamplesError(
-            f"The examples of the {type(trainer).__name__} are streamed and cannot be indexed. "
-            "Pass examples with a prompt and a completion."
+            f"A dataset of the {type(trainer).__name__} is streamed or empty. {hint}"
         )
     data = TrainingData(
         examples,
@@ -372,18 +379,24 @@ def _data_of_loader(model: PeftModel, trainer: Trainer, loader: DataLoader[Any])
         show_progress=not trainer.args.disable_tqdm,
         is_causal=_is_causal(model.get_base_model()),
     )
-    try:
-        with torch.no_grad():
-            for batch in data.batches(range(min(2, len(examples)))):  # a loss may compare rows
-                data.loss(batch)
-    except _LOSS_ERRORS as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        name = type(trainer).__name__
-        raise NoExamplesError(
-            f"The {name} cannot compute the loss of its examples alone ({reason}). Pass "
-            "examples with a prompt and a completion."
-        ) from error
+    with torch.no_grad():
+        for batch in data.batches(range(min(2, len(examples)))):  # a loss may compare rows
+            # Without labels the loss of the evaluation set is an error of transformers.
+            if parameter == "data" and _lacks_labels(trainer, batch):
+                raise NoExamplesError(
+                    f"The examples of the {type(trainer).__name__} have no labels. {hint}"
+                )
+            data.loss(batch)
     return data
+
+
+def _lacks_labels(trainer: Trainer, batch: Batch) -> bool:
+    """Return whether a batch has no label for the loss of transformers' Trainer."""
+    from transformers import Trainer  # slow to import
+
+    if type(trainer).compute_loss is not Trainer.compute_loss or trainer.compute_loss_func:
+        return False
+    return not (trainer.can_return_loss or any(name in batch for name in trainer.label_names))
 
 
 def _trainer_loss(trainer: Trainer, model: PeftModel, batch: Batch) -> Tensor:
@@ -391,10 +404,56 @@ def _trainer_loss(trainer: Trainer, model: PeftModel, batch: Batch) -> Tensor:
     arguments: dict[str, Tensor] = {}
     if trainer.compute_loss_func:
         arguments["num_items_in_batch"] = (batch["labels"] != IGNORED_LABEL).sum()
-    with trainer.compute_loss_context_manager():
-        loss: Tensor = trainer.compute_loss(model, dict(batch), **arguments)
+    # A Trainer would multiply the loss by the number of processes, because num_items_in_batch is
+    # usually a count over all of them.
+    is_averaged = trainer.args.average_tokens_across_devices
+    trainer.args.average_tokens_across_devices = False
+    try:
+        with trainer.compute_loss_context_manager():
+            loss: Tensor = trainer.compute_loss(model, dict(batch), **arguments)
+    finally:
+        trainer.args.average_tokens_across_devices = is_averaged
     # TRL would average these losses into the metrics of its next evaluation.
     metrics = getattr(trainer, "_metrics", None)
     if isinstance(metrics, dict) and isinstance(metrics.get("eval"), dict):
         metrics["eval"].clear()
     return loss
+
+
+def _log(trainer: Trainer, metrics: dict[str, float], step: int) -> None:
+    """Log metrics as a Trainer does, at a step after the last one of its own training."""
+    state = trainer.state
+    last_step = state.global_step
+    state.global_step = last_step + step
+    try:
+        trainer.log(metrics)
+    finally:
+        state.global_step = last_step
+
+
+# Processes
+
+
+@contextmanager
+def same_outcome() -> Iterator[None]:
+    """Raise an error in every process if one raises an error: the others would wait for it.
+
+    The other processes raise a NoExamplesError, a MatryoshkaError or a RuntimeError.
+    """
+    failure: tuple[type[Exception], str] | None = None
+    try:
+        yield
+    except BaseException as error:
+        kind: type[Exception] = RuntimeError
+        if isinstance(error, MatryoshkaError):
+            kind = NoExamplesError if isinstance(error, NoExamplesError) else MatryoshkaError
+        failure = kind, f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        failures = [failure]
+        if PartialState().num_processes > 1:
+            failures = gather_object([failure])
+    for index, other in enumerate(failures):
+        if other is not None:
+            kind, reason = other
+            raise kind(f"Process {index} failed. {reason}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,8 +22,9 @@ from tqdm import tqdm
 from matryoshka_lora.errors import NotFiniteError
 from matryoshka_lora.linalg.arrays import Float64Array
 from matryoshka_lora.lora.results import TrainRanksResult
+from matryoshka_lora.progress import training_bar
 from matryoshka_lora.tensors import at_least_float32
-from matryoshka_lora.training.data import Batch, TrainingData, num_terms
+from matryoshka_lora.training.data import Batch, Split, TrainingData, num_terms
 from matryoshka_lora.training.factors import FactorMatrices, ModelFactors
 
 _GOLDEN_RATIO = 0.6180339887  # its multiples modulo 1 fill the unit interval evenly
@@ -31,6 +33,8 @@ _EPSILON = 1e-8
 # Scales of the loss. The first keeps small gradients of float16 from underflow, and the second is
 # used if large ones overflow. Powers of two do not change the digits of other dtypes.
 _GRADIENT_SCALES = (2.0**10, 1.0)
+_NUM_LOGS = 20  # entries of a Trainer's log with the losses of training
+_FORWARDS_PER_STEP = 3  # the time of a forward and a backward, in forwards
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +118,9 @@ def train_ranks(
 
     Without an evaluation set, training examples validate.
 
+    A Trainer logs the training loss of each rank as ``train_ranks/rank_1_loss``, and its validation
+    loss as ``train_ranks/rank_1_validation_loss``, at steps that continue its own.
+
     Every process of torch.distributed must call this function, each with all factors. Each
     computes a share of the losses and gradients.
 
@@ -149,7 +156,9 @@ def train_ranks(
         )
 
     with trainable_factors(factors) as original_factors:
+        start = time.perf_counter()
         before = validation_losses(factors, ranks, data, split.validation_batches)
+        seconds_per_rank = (time.perf_counter() - start) / len(ranks)
         base_loss = validation_losses(factors, [0], data, split.validation_batches).mean(0)
         gain = max(0.0, base_loss - before.mean(ranks[-1]))
         smallest_gap = min(options.smallest_gap * gain, options.max_tolerance)
@@ -162,6 +171,8 @@ def train_ranks(
                 ", ".join(f"{rank}: {loss:.3f}" for rank, loss in before.means().items()),
             )
             return TrainRanksResult(None, "nothing to train", {}, before.means(), None)
+        _log_estimate(seconds_per_rank, len(ranks), max_examples, data, split, options)
+        _log_validation(data, before, step=0)
         examples_by_rank = train_prefixes(
             factors,
             data,
@@ -172,10 +183,8 @@ def train_ranks(
             options,
         )
         after = validation_losses(factors, ranks, data, split.validation_batches)
-        changes = [
-            f"rank {rank}: {before.mean(rank):.3f} to {after.mean(rank):.3f}" for rank in ranks
-        ]
-        logger.info("Validation losses: %s.", ", ".join(changes))
+        num_steps = math.ceil(max_examples / _round_up_to_processes(options.examples_per_step))
+        _log_validation(data, after, num_steps)
         max_increase = min(options.max_loss_increase * gain, options.max_tolerance)
         is_better = _is_better(before, after, max_increase, options)
         if not is_better:
@@ -187,6 +196,49 @@ def train_ranks(
         before.means(),
         after.means(),
     )
+
+
+def _log_estimate(
+    seconds_per_rank: float,
+    num_ranks: int,
+    num_examples: int,
+    data: TrainingData,
+    split: Split,
+    options: Hyperparameters,
+) -> None:
+    """Log the examples, tokens and time of the training.
+
+    Args:
+        seconds_per_rank: The time of the validation of a rank.
+        num_ranks: The number of nested ranks.
+        num_examples: The number of examples to train on, repetitions included.
+        data: The training data.
+        split: The validation examples, about as long as the training examples.
+        options: The number of measurements.
+    """
+    ratio = num_examples / split.num_validation
+    forwards = _FORWARDS_PER_STEP * ratio
+    num_steps = num_examples / options.examples_per_step
+    num_measurements = num_steps // options.min_steps_between_measurements
+    num_measurements = min(num_measurements, options.max_measurements)
+    forwards += num_ranks * (1 + num_measurements / 2)  # a measurement takes half of the examples
+    num_tokens = sum(
+        batch["input_ids"].numel() for batch in split.validation_batches if "input_ids" in batch
+    )
+    logger.info(
+        "Training the ranks on %d examples, %.1f passes over %d%s. Estimated time: %s.",
+        num_examples,
+        num_examples / len(data.examples),
+        len(data.examples),
+        f", about {ratio * num_tokens:,.0f} tokens" if num_tokens else "",
+        tqdm.format_interval(forwards * seconds_per_rank),
+    )
+
+
+def _log_validation(data: TrainingData, losses: ValidationLosses, step: int) -> None:
+    if data.log is not None:
+        means = losses.means().items()
+        data.log({f"train_ranks/rank_{rank}_validation_loss": loss for rank, loss in means}, step)
 
 
 @contextmanager
@@ -302,7 +354,8 @@ def validation_losses(
     """
     num_terms_of_batches = _map_over_batches(num_terms, batches, data.device)
     losses: dict[int, Float64Array] = {}
-    for rank in ranks:
+    is_shown = data.show_progress and PartialState().is_main_process
+    for rank in training_bar(ranks, "validating ranks", is_shown=is_shown, leave=False):
         q = (torch.arange(factors.max_rank) < rank).double()
         with torch.no_grad(), factors.masked(q):
             losses[rank] = _map_over_batches(
@@ -359,7 +412,7 @@ def _is_better(
         )
         return False
     worse_ranks: list[str] = []
-    for rank in smaller_ranks:
+    for rank in before.by_rank:
         rank_change = before.paired_change(after, [rank])
         limit = options.num_standard_errors * rank_change.standard_error + options.rounding
         if rank_change.mean > limit:
@@ -414,10 +467,12 @@ def train_prefixes(
     steps_of_phase = max(options.min_steps_between_measurements, steps_of_phase)
     optimizer = PrefixAdam(factors.copy())
     layer_factor = min(1.0, (options.reference_layers / len(factors.parameters)) ** 0.5)
+    steps_per_log = math.ceil(num_steps / _NUM_LOGS)
+    losses: dict[int, list[float]] = {}
     num_examples: Counter[int] = Counter()
     state = PartialState()
     is_shown = data.show_progress and state.is_main_process
-    progress = tqdm(range(num_steps), "training ranks", disable=None if is_shown else True)
+    progress = training_bar(range(num_steps), "training ranks", is_shown=is_shown)
     for step in progress:
         if step > 0 and step % steps_of_phase == 0:
             gaps = measure_gaps()
@@ -434,18 +489,26 @@ def train_prefixes(
         q = torch.ones(factors.max_rank, dtype=torch.float64)
         q[rank:] = options.tail_factor * max(0.0, 1 - step / (options.tail_steps * num_steps))
         with factors.masked(q):
-            gradients = _gradients(factors, rank, data, batches)
+            loss, gradients = _loss_and_gradients(factors, rank, data, batches)
         warmup = min(1.0, (step + 1) / max(1.0, options.warmup * num_steps))
         decay = 1 - step / num_steps
         optimizer.step(gradients, options.learning_rate * layer_factor * warmup * decay)
         factors.write(optimizer.factors())
+        losses.setdefault(rank, []).append(loss)
+        progress.set_postfix(rank=rank, loss=f"{loss:.3f}", refresh=False)
+        is_logged = (step + 1) % steps_per_log == 0 or step + 1 == num_steps
+        if data.log is not None and is_logged:
+            means = {rank: sum(values) / len(values) for rank, values in sorted(losses.items())}
+            metrics = {f"train_ranks/rank_{rank}_loss": mean for rank, mean in means.items()}
+            data.log(metrics, step + 1)
+            losses.clear()
     return dict(sorted(num_examples.items()))
 
 
-def _gradients(
+def _loss_and_gradients(
     factors: ModelFactors, rank: int, data: TrainingData, batches: Sequence[Batch]
-) -> FactorMatrices:
-    """Return the gradients of the mean loss over the batches of all processes.
+) -> tuple[float, FactorMatrices]:
+    """Return the mean loss over the batches of all processes, and its gradients.
 
     Only the first components have one: the gradient of A has the shape (rank, in), and the gradient
     of B the shape (out, rank). The dtype is at least float32.
@@ -470,7 +533,7 @@ def _gradients(
         _check_finite(mean_loss.item())
         if torch.nn.utils.get_total_norm(tensors).isfinite():
             pairs = zip(tensors[::2], tensors[1::2], strict=True)
-            return dict(zip(factors.parameters, pairs, strict=True))
+            return mean_loss.item(), dict(zip(factors.parameters, pairs, strict=True))
     raise NotFiniteError(
         "Gradients are NaN or infinite. Load the base model in bfloat16 or float32. Or reorder the "
         "adapter, which needs no gradients."
