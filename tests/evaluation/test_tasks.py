@@ -62,7 +62,7 @@ def test_prompts_that_are_texts(completion: str, stop_texts: list[str], tmp_path
 def test_prompts_that_are_messages(example: dict[str, Any]) -> None:
     tokenizer = load_tokenizer()
     prompt = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
-    check_request(load_one(example, tokenizer), str(prompt), ["\n", "<|im_end|>"])
+    check_request(load_one(example, tokenizer), str(prompt), ["<|im_end|>", "\n"])
 
 
 @pytest.mark.parametrize(

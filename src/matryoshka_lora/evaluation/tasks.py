@@ -224,7 +224,7 @@ def _make_doc(example: object, index: int, tokenizer: PreTrainedTokenizerBase) -
     """Return an example as a document of `_ExamplesTask`.
 
     The loss is computed of ``scored_text``: the completion and the token or string that ends it.
-    ``until`` ends an answer: the end of the chat template, and a newline if the completion has none.
+    ``until`` ends an answer: the chat template's end, and a newline if the completion has none.
 
     Raises:
         MatryoshkaError: The chat template rejects the messages, or the answer is not a string.
