@@ -245,12 +245,12 @@ def test_an_adapter_in_memory_is_not_changed(in_memory: NestedAdapter, tmp_path:
 
 def test_an_output_is_overwritten_with_force_alone(on_disk: Path, tmp_path: Path) -> None:
     output = tmp_path / "mine"
-    output.mkdir()
-    (output / "examples.jsonl").write_text("mine")
+    evaluate(on_disk, data=some_examples(), output=output, ranks=[2], progress=False)
     with pytest.raises(MatryoshkaError, match="exists"):
-        evaluate(on_disk, data=some_examples(), output=output, progress=False)
-    assert (output / "examples.jsonl").read_text() == "mine"
+        evaluate(on_disk, data=some_examples(), output=output, ranks=[1], progress=False)
+    assert Evaluation.read(output).ranks == (2,)
     evaluate(on_disk, data=some_examples(), output=output, ranks=[1], force=True, progress=False)
+    assert Evaluation.read(output).ranks == (1,)
     assert names_in(output) == FILES
 
 
@@ -278,9 +278,7 @@ def test_values_are_logged_before_they_are_written(
 
 def test_a_task_that_fails_keeps_the_results_of_the_others(on_disk: Path, tmp_path: Path) -> None:
     tasks = [write_task(tmp_path), write_task(tmp_path, "words", **GENERATION)]
-    old_output = tmp_path / "lora-evaluation"
-    old_output.mkdir()
-    (old_output / "evaluation.json").touch()
+    evaluate(on_disk, data=some_examples(), ranks=[1], progress=False)
     # The second task has no answer that is short enough for the context window.
     config = yaml.safe_load(Path(tasks[1]).read_text())
     config["generation_kwargs"]["max_gen_toks"] = 999
@@ -290,7 +288,7 @@ def test_a_task_that_fails_keeps_the_results_of_the_others(on_disk: Path, tmp_pa
     evaluation = Evaluation.read(on_disk)
     assert list(evaluation.tasks) == ["colors"]
     assert len(evaluation.examples) == 5
-    assert names_in(old_output) == FILES
+    assert names_in(tmp_path / "lora-evaluation") == FILES
 
 
 def test_a_file_that_appears_between_two_tasks_stays(on_disk: Path, tmp_path: Path) -> None:
@@ -316,7 +314,7 @@ def test_a_file_that_appears_between_two_tasks_stays(on_disk: Path, tmp_path: Pa
     assert foreign_file.read_text() == "mine"
     assert Evaluation.read(on_disk) == evaluation
     assert list(evaluation.tasks) == ["colors", "words"]
-    assert sorted(file.name for file in foreign_file.parent.iterdir()) == [".DS_Store", *FILES]
+    assert names_in(foreign_file.parent) == [".DS_Store", *FILES]
 
 
 @pytest.mark.parametrize(

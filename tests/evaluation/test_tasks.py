@@ -79,7 +79,7 @@ def test_what_a_template_writes_before_the_answer(template: str, answer: str, pr
     tokenizer = load_tokenizer()
     tokenizer.chat_template = template
     messages = [USER, {"role": "assistant", "content": answer}]
-    check_request(load_one({"messages": messages}, tokenizer), prompt, ["\n", ";"])
+    check_request(load_one({"messages": messages}, tokenizer), prompt, [";", "\n"])
 
 
 def test_keywords_of_the_template() -> None:

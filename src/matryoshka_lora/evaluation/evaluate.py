@@ -152,12 +152,12 @@ def evaluate(
                     _log_values(evaluation, name)  # the log has them if they cannot be written
                 if folder is not None:
                     evaluation.write(folder)
-    if output is not None:
-        try:
-            with replace_file(Path(output, "curve.png")) as file:
-                plot_evaluation(evaluation, file)
-        except (OSError, RuntimeError, ValueError) as error:  # matplotlib has no error of its own
-            warnings.warn(f"The curve is not plotted: {error}", stacklevel=2)
+            if output is not None:
+                try:
+                    with replace_file(Path(output, "curve.png")) as file:
+                        plot_evaluation(evaluation, file)
+                except (OSError, RuntimeError, ValueError) as error:  # matplotlib has no own type
+                    warnings.warn(f"The curve is not plotted: {error}", stacklevel=2)
     return evaluation
 
 
