@@ -110,6 +110,10 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     lora.setdefault("r", nesting["ranks"][-1] if "ranks" in nesting else _DEFAULT_RANK)
     rank = check_integer("lora.r", lora["r"])
     lora.setdefault("lora_alpha", rank**0.5 if lora.get("use_rslora") else rank)
+    for key in ("lora_alpha", "lora_dropout"):
+        if isinstance(lora.get(key), str):  # YAML 1.1 reads 1e1 as a string
+            with wrap_errors(f"Cannot use lora.{key}", exceptions=ValueError):
+                lora[key] = float(lora[key])
     if not lora.get("target_parameters"):
         lora.setdefault("target_modules", "all-linear")
     if "ranks" in nesting and nesting["ranks"][-1] != rank:
