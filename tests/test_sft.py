@@ -96,6 +96,8 @@ def losses(run: Path) -> list[float]:
         ("nesting.deploy=paper", "rule"),  # the default rule is lora
         ("lora.r=0", r"lora\.r"),
         ("lora.r=eight", r"lora\.r"),
+        ("lora.lora_alpha=eight", r"lora\.lora_alpha"),
+        ("lora.lora_dropout=1e-1x", r"lora\.lora_dropout"),
         ("max_steps", "max_steps"),
         ("max_steps=[", "max_steps"),
         ("dtype=float32", "bf16"),
@@ -128,6 +130,7 @@ def test_a_file_that_is_no_config_is_an_error(content: bytes | None, tmp_path: P
         (["lora={}", "nesting.ranks=8"], 8, 8),
         (["lora.r=16", "lora.use_rslora=true"], 16, 4),
         (["lora.r=16", "lora.lora_alpha=64"], 16, 64),
+        (["lora.r=16", "lora.lora_alpha=1e1", "lora.lora_dropout=1e-1"], 16, 10),
     ],
 )
 def test_the_default_scale_is_1(
@@ -433,7 +436,13 @@ def test_a_finished_run_can_be_continued_but_not_with_another_adapter(config_fil
     run = config_file.parent / "run"
     train(read_config(config_file))
     shutil.rmtree(run / "adapter")
-    for override in ("lora_alpha=9", "r=2", "target_modules=[q_proj]"):
+    for override in (
+        "lora_alpha=9",
+        "r=2",
+        "target_modules=[q_proj]",
+        "lora_dropout=0.5",
+        "bias=lora_only",
+    ):
         with pytest.raises(MatryoshkaError, match=override.partition("=")[0]):
             train(read_config(config_file, [f"lora.{override}"]))
     train(read_config(config_file, [f"max_steps={NUM_STEPS + 2}"]))

@@ -21,7 +21,7 @@ from transformers import TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from matryoshka_lora.atomic import create_file
+from matryoshka_lora.atomic import replace_file
 from matryoshka_lora.errors import (
     MatryoshkaError,
     check_choice,
@@ -132,6 +132,10 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     lora.setdefault("r", nesting["ranks"][-1] if "ranks" in nesting else _DEFAULT_RANK)
     rank = check_integer("lora.r", lora["r"])
     lora.setdefault("lora_alpha", rank**0.5 if lora.get("use_rslora") else rank)
+    for key in ("lora_alpha", "lora_dropout"):
+        if isinstance(lora.get(key), str):  # YAML 1.1 reads 1e1 as a string
+            with wrap_errors(f"Cannot use lora.{key}", exceptions=ValueError):
+                lora[key] = float(lora[key])
     if not lora.get("target_parameters"):
         lora.setdefault("target_modules", "all-linear")
     if "ranks" in nesting and nesting["ranks"][-1] != rank:
@@ -238,7 +242,7 @@ def train(config: Mapping[str, Any]) -> TrainResult:
     adapter, trainer = build_trainer(config)
     _train_or_resume(adapter, trainer, output_dir)
     if trainer.is_world_process_zero():
-        with create_file(output_dir / _SETTINGS_NAME, force=True) as file:
+        with replace_file(output_dir / _SETTINGS_NAME) as file:
             file.write_text(json.dumps(_digests(config), indent=2))
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         # The Trainer gathers the shards and writes plain LoRA.
@@ -435,7 +439,9 @@ def _check_same_config(adapter: NestedAdapter, checkpoint: Path) -> None:
     old = PeftConfig.from_pretrained(str(checkpoint))
     new = adapter.model.peft_config[adapter.name]
     model_fields = ("base_model_name_or_path", "revision")
-    for field in (*model_fields, "r", "lora_alpha", "use_rslora", "target_modules"):
+    scale_fields = ("r", "lora_alpha", "use_rslora", "lora_dropout")
+    layer_fields = ("target_modules", "exclude_modules", "modules_to_save", "bias")
+    for field in (*model_fields, *scale_fields, *layer_fields):
         old_value = getattr(old, field)
         if old_value != getattr(new, field):
             raise MatryoshkaError(

@@ -77,8 +77,8 @@ def output_and_gradients(output: Tensor, nested: NestedLayer, x: Tensor) -> list
 
 
 def matches(nested: NestedLayer, p: Tensor, x: Tensor) -> bool:
-    """Return whether output and gradients of the layer are those of the oracle for p."""
-    actual = output_and_gradients(nested.layer(x), nested, x)
+    """Return whether output and gradients of the model are those of the oracle for p."""
+    actual = output_and_gradients(nested.adapter.model(x), nested, x)
     expected = output_and_gradients(nested.expected(p, x), nested, x)
     return all(map(is_close, actual, expected))
 

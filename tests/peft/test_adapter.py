@@ -15,8 +15,17 @@ from helpers.examples import make_trainer, random_examples
 from helpers.models import lora_config, nested_llama, randomize, tiny_llama
 from helpers.rules import RANK_PER_ROW
 from peft import LoraConfig, get_peft_model
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
-from transformers import XLNetConfig, XLNetModel
+from transformers import (
+    DebertaV2Config,
+    DebertaV2Model,
+    Mask2FormerConfig,
+    Mask2FormerModel,
+    SwinConfig,
+    XLNetConfig,
+    XLNetModel,
+)
 
 from matryoshka_lora import MatryoshkaError, NestedAdapter, Nesting, Rule, load, nest
 from matryoshka_lora.rules import RULES
@@ -203,15 +212,93 @@ def test_an_adapter_is_shown_by_its_ranks_and_settings() -> None:
     assert len(text) < 300
 
 
-def test_rows_of_a_time_major_model_are_rejected() -> None:
+def xlnet() -> Any:
+    return XLNetModel(XLNetConfig(vocab_size=96, d_model=16, n_layer=1, n_head=2, d_inner=24))
+
+
+def mask2former() -> Any:
+    backbone = SwinConfig(
+        image_size=32,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 1, 1],
+        window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=3,
+    )
+    return Mask2FormerModel(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "layer"), [(xlnet, "layer_1"), (mask2former, "fc1")], ids=["xlnet", "mask2former"]
+)
+def test_rows_of_a_time_major_model_are_rejected(build: Callable[[], Any], layer: str) -> None:
     """With as many rows as tokens, its layers would take time for rows."""
-    config = XLNetConfig(vocab_size=96, d_model=16, n_layer=1, n_head=2, d_inner=24)
-    lora = LoraConfig(r=2, target_modules=["layer_1", "layer_2"])
-    adapter = nest(get_peft_model(XLNetModel(config), lora), rule=RANK_PER_ROW)
-    with pytest.raises(MatryoshkaError, match="xlnet"), adapter.rows([1, 2, 2]):
+    model = get_peft_model(build(), LoraConfig(r=2, target_modules=[layer]))
+    adapter = nest(model, rule=RANK_PER_ROW)
+    with pytest.raises(MatryoshkaError, match=build.__name__), adapter.rows([1, 2, 2]):
         pytest.fail("the context must not open")
-    with pytest.raises(MatryoshkaError, match="xlnet"):
+    with pytest.raises(MatryoshkaError, match=build.__name__):
         adapter.draw(0, batch_size=3)
+
+
+def test_a_layer_of_relative_positions_is_rejected() -> None:
+    """DeBERTa's query_proj also gets positions, of shape (1, positions, features)."""
+    config = DebertaV2Config(
+        vocab_size=96,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=True,
+        position_buckets=4,
+    )
+    lora = LoraConfig(r=2, target_modules=["query_proj", "value_proj"])
+    model = get_peft_model(DebertaV2Model(config), lora)
+    adapter = nest(model, rule=RANK_PER_ROW)
+    adapter.draw(0, batch_size=3)
+    with pytest.raises(MatryoshkaError, match=r"\[1, 8, 16\]"):
+        model(input_ids=random_ids())
+    model(input_ids=random_ids(rows=1))  # the same row everywhere
+
+
+def test_the_last_batch_of_an_epoch_may_be_smaller() -> None:
+    """Of one step, by keyword, and in any order."""
+    adapter = nested_llama(NESTING, RANK_PER_ROW)
+    adapter.draw(0, batch_size=4)
+    assert adapter.state.train_diagonal is not None
+    q = adapter.state.train_diagonal.q
+    assert len(q.unique(dim=0)) > 1
+    for rows in (4, 3, 4):
+        ids = random_ids(rows)
+        actual = adapter.model(input_ids=ids).logits
+        for row in range(rows):
+            with adapter.use_diagonal(q[row]):
+                expected = adapter.model(ids[row][None]).logits[0]
+            torch.testing.assert_close(actual[row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_factors_that_peft_has_padded_are_rejected(tmp_path: Path) -> None:
+    adapter = reordered_llama(layers=1)
+    prepare_model_for_compiled_hotswap(adapter.model, target_rank=16)
+    for use in (adapter.reorder, lambda: adapter.set_rank(2), lambda: adapter.save(tmp_path / "a")):
+        with pytest.raises(MatryoshkaError, match="from rank 8 to 16"):
+            use()
+    plain_model = get_peft_model(tiny_llama(), lora_config(NESTING))
+    prepare_model_for_compiled_hotswap(plain_model, target_rank=16)
+    with pytest.raises(MatryoshkaError, match="from rank 8 to 16"):
+        nest(plain_model)
 
 
 # Orders.

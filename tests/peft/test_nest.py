@@ -123,6 +123,13 @@ def test_options_that_cannot_be_nested(options: dict[str, Any], keyword: str) ->
     assert_nest_rejects(peft_llama(), keyword, **options)
 
 
+@pytest.mark.parametrize("rule", ["lora", "matryoshka"])
+def test_factors_without_values_cannot_be_nested(rule: str) -> None:
+    model = get_peft_model(tiny_llama(), lora_config(NESTING), low_cpu_mem_usage=True)
+    with pytest.raises(MatryoshkaError, match="meta"):
+        nest(model, rule=rule)
+
+
 def assert_nest_rejects(model: Any, keyword: str, **options: Any) -> None:
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     attributes = [dict(vars(module)) for module in model.modules()]

@@ -116,10 +116,12 @@ def test_processes_share_the_rows_of_one_draw() -> None:
         assert matches(nested, p[2 * index : 2 * index + 2], x)
         assert matches(nested, p[2 * index : 2 * index + 1], x[:1])  # the last batch of an epoch
     with pytest.raises(MatryoshkaError, match="2 rows"):
-        nested.layer(nested.kind.batch(4))
+        nested.adapter.model(nested.kind.batch(4))
 
 
 def test_a_rule_with_a_diagonal_per_row_needs_the_batch_size() -> None:
     nested = nested_layer("Linear", NESTING, RANK_PER_ROW)
+    nested.adapter.set_rank(1)
     with pytest.raises(MatryoshkaError, match="batch_size"):
         nested.adapter.draw(0)
+    assert (nested.adapter.rank, nested.adapter.model.training) == (1, False)

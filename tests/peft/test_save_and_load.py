@@ -27,7 +27,7 @@ from helpers.models import (
 )
 from helpers.plain_peft import IDS, by_peft, is_close, logits, plain_adapter
 from packaging.version import Version
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -368,6 +368,27 @@ def test_trained_ranks_that_are_lost_warn(tmp_path: Path) -> None:
     assert load(tiny_llama(), tmp_path / "a").order == "svd"
 
 
+@pytest.mark.parametrize("deploy", ["reordered", "paper"])
+def test_trained_prefixes_are_exported_as_they_are(deploy: str, tmp_path: Path) -> None:
+    """A rule that draws gives each nested rank its own scale. Saving reorders, unless P drops."""
+    adapter = nested_llama(NESTING, "dylora", deploy)
+    expected = logits_by_rank(adapter)
+    assert tuple(expected) == NESTING.ranks
+    for rank, output in expected.items():
+        adapter.export(tmp_path / f"{rank}", rank)
+        assert is_close(by_peft(tmp_path / f"{rank}"), output, 1e-5)
+    if deploy == "reordered":
+        with pytest.warns(UserWarning, match="reordered"):
+            adapter.save(tmp_path / "a")
+        adapter.export(tmp_path / "2", 2)  # of the reordered factors, as it is no nested rank
+        loaded = load(tiny_llama(), tmp_path / "a", rank=2)
+        assert is_close(by_peft(tmp_path / "2"), logits(loaded.model), 1e-5)
+    else:
+        adapter.save(tmp_path / "a")
+        for rank, output in logits_by_rank(load(tiny_llama(), tmp_path / "a")).items():
+            assert is_close(output, expected[rank], 1e-5)
+
+
 # Loading.
 
 
@@ -515,6 +536,23 @@ def test_an_error_of_peft_leaves_the_base_model(
         load(base_model, tmp_path / "a", adapter_name="other")
     assert {name: p.requires_grad for name, p in base_model.named_parameters()} == before
     assert all(module.training for module in base_model.modules())
+
+
+@pytest.mark.parametrize("kind", ["injected", "inner"])
+def test_a_base_model_keeps_the_adapters_that_it_has(kind: str, tmp_path: Path) -> None:
+    """As those of diffusers' and transformers' ``add_adapter``."""
+    llama_in_form("svd").save(tmp_path / "a")
+    plain_model: Any = plain_adapter(tmp_path / "mine")
+    if kind == "injected":
+        base_model: Any = inject_adapter_in_model(lora_config(NESTING), tiny_llama(), "mine")
+        randomize(base_model)
+    else:
+        base_model = plain_model.get_base_model()
+    before = logits(base_model)
+    with pytest.raises(MatryoshkaError, match="PeftModel"):
+        load(base_model, tmp_path / "a")
+    assert torch.equal(logits(base_model), before)
+    assert not torch.equal(before, logits(tiny_llama()))
 
 
 @pytest.mark.parametrize("targets", [[], ["q_proj"]])

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,7 +25,12 @@ from matryoshka_lora.lora.layer import StoredTensor
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.results import ReorderResult, TrainRanksResult
 from matryoshka_lora.nesting import Deploy, Nesting, Order, check_rank
-from matryoshka_lora.peft.lora_layers import LoraModule, factor_parameters, lora_layers
+from matryoshka_lora.peft.lora_layers import (
+    LoraModule,
+    check_not_padded,
+    factor_parameters,
+    lora_layers,
+)
 from matryoshka_lora.peft.state import Diagonal, NestingState
 from matryoshka_lora.peft.variant import NestedVariant
 from matryoshka_lora.rules import RULES, Rule
@@ -40,7 +45,7 @@ if TYPE_CHECKING:
 
 # The model types of transformers whose layers get inputs of shape (length, rows, features). With
 # the same number of tokens and rows, the shape does not show it.
-_TIME_MAJOR_MODELS = ("fsmt", "led", "longformer", "xlnet")
+_TIME_MAJOR_MODELS = ("fsmt", "led", "longformer", "mask2former", "oneformer", "xlnet")
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +77,8 @@ class NestedAdapter:
                 f"Adapter {self.name!r} is not nested in every layer. Call nest() or load() "
                 "(again, if PEFT re-created the adapter)."
             )
+        for name, layer in self._layers.items():
+            check_not_padded(name, layer, self.name)
 
     def __repr__(self) -> str:
         """Return the ranks and settings, a line each."""
@@ -226,23 +233,24 @@ class NestedAdapter:
         """
         self._check_not_merged("train it")
         state = self.state
+        diagonal = state.train_diagonal
+        if not state.rule.fixed:
+            rows = 1 if batch_size is None else batch_size
+            q = state.sample_q(step, rows * num_processes)
+            if q.ndim > 1:
+                self._check_rows_first()
+                if batch_size is None:
+                    raise MatryoshkaError(
+                        f"Rule {state.rule.name!r} draws one diagonal per row: pass `batch_size`."
+                    )
+                q = q[process_index * rows : (process_index + 1) * rows]
+            diagonal = Diagonal(q)
         if state.rank != state.nesting.max_rank:
             # A smaller rank is not available once training ends the order.
             self.set_rank(state.nesting.max_rank)
         self.model.train()
         state.order.may_have_changed = True  # a compiled forward does not show
-        if state.rule.fixed:
-            return
-        rows = 1 if batch_size is None else batch_size
-        q = state.sample_q(step, rows * num_processes)
-        if q.ndim > 1:
-            self._check_rows_first()
-            if batch_size is None:
-                raise MatryoshkaError(
-                    f"Rule {state.rule.name!r} draws one diagonal per row: pass `batch_size`."
-                )
-            q = q[process_index * rows : (process_index + 1) * rows]
-        state.train_diagonal = Diagonal(q, allow_fewer_rows=True)
+        state.train_diagonal = diagonal
 
     def callback(self, output: PathLike | None = None) -> NestingCallback:
         """Return the Trainer callback that draws the diagonal of each step.
@@ -389,7 +397,9 @@ class NestedAdapter:
     def save(self, path: PathLike, force: bool = False) -> None:
         """Save a folder that serves every rank, and that PEFT alone loads at rank R.
 
-        Factors without an order are reordered on the way; the adapter in memory is unchanged.
+        Factors without an order are reordered on the way; the adapter in memory is unchanged. Rank
+        R keeps its function. A smaller rank that a rule such as ``"dylora"`` has trained does not,
+        which is a warning: see `nest` for ``deploy="paper"``, which saves the trained factors.
 
         Args:
             path: The folder to write.
@@ -400,10 +410,20 @@ class NestedAdapter:
             NotFiniteError: A factor is NaN or infinite.
         """
         lora = self._to_lora(_read_later)
+        if not self.rule.fixed and self.deploy != "paper":
+            warnings.warn(
+                f"The saved factors are reordered, so a rank below R computes something else than "
+                f"the rank that rule {self.rule.name!r} has trained. Call reorder() before you "
+                "evaluate the ranks, or pass `deploy='paper'` to nest() to save the trained "
+                "factors.",
+                stacklevel=2,
+            )
         lora.nested().save(path, "peft", force=force)
 
     def export(self, path: PathLike, rank: int, force: bool = False) -> None:
-        """Export one rank as an ordinary LoRA adapter.
+        """Export one rank as an ordinary LoRA adapter, which computes the same as `set_rank`.
+
+        A rank that `set_rank` offers only after `reorder` is computed by reordering on the way.
 
         Args:
             path: The folder to write.
@@ -416,6 +436,8 @@ class NestedAdapter:
             NotFiniteError: A factor is NaN or infinite.
         """
         lora = self._to_lora(_read_later)
+        if not self.rule.fixed and rank in self.nesting.ranks:
+            lora = replace(lora, deploy="paper")  # the trained prefix, as set_rank() uses it
         lora.truncate(rank).save(path, "peft", force=force)
 
     def to_lora(self) -> Lora:
@@ -426,6 +448,7 @@ class NestedAdapter:
 
     def _to_lora(self, store: Callable[[Tensor], StoredTensor]) -> Lora:
         name = f"adapter {self.name!r}"
+        order = self.state.order.verify()
         config = self._config()
         state_dict: dict[str, Tensor] = get_peft_model_state_dict(
             self.model,
@@ -434,7 +457,6 @@ class NestedAdapter:
         )
         tensors = {key: store(tensor) for key, tensor in state_dict.items()}
         layers, other_tensors = find_layers(tensors, config, name)
-        order = self.state.order.verify()
         if order is None and self.state.order.kind == "trained":
             warnings.warn(
                 f"Adapter {self.name!r} has changed since its ranks were trained, so it is "

@@ -1,6 +1,12 @@
-"""Check that a model's forward uses the chosen diagonal, and that a chosen rank has its order."""
+"""Check that a model's forward uses the chosen diagonal, and that a chosen rank has its order.
+
+The number of rows of a batch is also known only here.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +46,14 @@ class ForwardCheck:
         self._hooks: list[RemovableHandle] = []
         for root in (adapter.model.base_model, self._model):
             self._hooks += [
-                root.register_forward_pre_hook(self._before),
+                root.register_forward_pre_hook(self._before, with_kwargs=True),
                 root.register_forward_hook(self._after, always_call=True),
             ]
 
-    def _before(self, root: nn.Module, args: object) -> None:
+    def _before(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        diagonal = self._state.train_diagonal
+        if diagonal is not None and diagonal.q.ndim > 1:
+            diagonal.num_rows = _num_rows(self._model, args, kwargs)
         if torch.compiler.is_compiling():
             return
         if self._root is root:
@@ -131,6 +140,16 @@ class ForwardCheck:
             if _has_replaced_forward(modules[parent_name]):
                 uncalled_kinds[kind] = None
         return [kind for kind in uncalled_kinds if kind not in called_kinds]
+
+
+def _num_rows(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Return the number of rows of a model's inputs; None if no input has rows."""
+    # A model of images and text has other tensors without rows.
+    main_input = kwargs.get(getattr(model, "main_input_name", ""))
+    for value in (main_input, *args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim > 1:
+            return len(value)
+    return None
 
 
 def _has_replaced_forward(module: nn.Module) -> bool:

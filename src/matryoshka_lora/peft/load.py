@@ -47,7 +47,8 @@ def load(
 
     Raises:
         MatryoshkaError: A file is damaged, the adapter does not fit the model, the rank is not
-            available, or both rank and is_trainable are passed.
+            available, both rank and is_trainable are passed, or the base model has adapters but is
+            no `PeftModel`. The base model is unchanged.
     """
     if is_trainable and rank is not None:
         raise MatryoshkaError(
@@ -58,13 +59,21 @@ def load(
             f"`base_model` must be a model, got {type(base_model).__name__}. Load it with "
             "AutoModelForCausalLM.from_pretrained(...) first."
         )
-    if isinstance(base_model, PeftModel) and adapter_name in base_model.peft_config:
+    if isinstance(base_model, PeftModel):
+        if adapter_name in base_model.peft_config:
+            raise MatryoshkaError(
+                f"The model already has adapter {adapter_name!r}. Pass another `adapter_name`."
+            )
+    elif any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
+        # PEFT would mix its layers with the new ones.
         raise MatryoshkaError(
-            f"The model already has adapter {adapter_name!r}. Pass another `adapter_name`."
+            "`base_model` already has PEFT layers, but is no PeftModel. Pass the PeftModel, or "
+            "unload its adapters first."
         )
     lora = open_adapter(path, revision)
+    check_base_model(base_model, lora)
     with _remove_after_failure(base_model, adapter_name):
-        prepare_base_model(base_model, lora)
+        enlarge_vocabulary(base_model, lora)
         model = load_with_peft(base_model, lora, adapter_name, is_trainable)
         nested_adapter = _nest_like_file(model, lora, adapter_name)
         if rank is not None:
@@ -178,16 +187,12 @@ def _nest_like_file(model: PeftModel, lora: Lora, adapter_name: str) -> NestedAd
     return nested_adapter
 
 
-def prepare_base_model(base_model: nn.Module, lora: Lora) -> None:
-    """Check that an adapter fits a base model, and enlarge its vocabulary to the adapter's.
+def check_base_model(base_model: nn.Module, lora: Lora) -> None:
+    """Raise MatryoshkaError unless a base model has the layers of an adapter, with its dimensions.
 
     Args:
         base_model: A model, or a `PeftModel` of it.
         lora: The adapter.
-
-    Raises:
-        MatryoshkaError: The model lacks a layer of the adapter, or has it with different
-            dimensions, or has a larger vocabulary. The model is unchanged.
     """
     if isinstance(base_model, PeftModel):
         base_model = base_model.get_base_model()
@@ -204,7 +209,6 @@ def prepare_base_model(base_model: nn.Module, lora: Lora) -> None:
                 f"This model lacks layer {layer.name} of {lora.name}, or has it with different "
                 f"dimensions. Use the model that the adapter was trained on ({base_name})."
             )
-    _enlarge_vocabulary(base_model, lora)
 
 
 def _has_dimensions(module: Any, layer: Layer, lora: Lora) -> bool:
@@ -225,12 +229,14 @@ def _has_dimensions(module: Any, layer: Layer, lora: Lora) -> bool:
     return bool(in_shape[-1] == module.in_features and has_out_features)
 
 
-def _enlarge_vocabulary(base_model: Any, lora: Lora) -> None:
-    """Enlarge the embeddings of a model to those that the adapter holds.
+def enlarge_vocabulary(base_model: Any, lora: Lora) -> None:
+    """Enlarge the embeddings of a model, or of a `PeftModel` of it, to those of an adapter.
 
     Raises:
         MatryoshkaError: The adapter holds fewer embeddings than the model has.
     """
+    if isinstance(base_model, PeftModel):
+        base_model = base_model.get_base_model()
     for name, module in list(base_model.named_modules()):
         if not isinstance(module, nn.Embedding):
             continue

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
+from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.lora.keys import PEFT_PREFIX
 
 
@@ -59,6 +60,21 @@ def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraModul
             continue
         if adapter in module.lora_A or adapter in module.lora_embedding_A:
             yield name.removeprefix(PEFT_PREFIX), cast(LoraModule, module)
+
+
+def check_not_padded(name: str, module: LoraModule, adapter: str) -> None:
+    """Raise MatryoshkaError if PEFT has padded the factors of a layer to another rank."""
+    if adapter not in module.lora_A:
+        return  # embeddings are not padded
+    lora_A: Any = module.lora_A[adapter]
+    # Sharding changes the shape of the weight.
+    rank = lora_A.out_channels if hasattr(lora_A, "out_channels") else lora_A.out_features
+    if rank != module.r[adapter]:
+        raise MatryoshkaError(
+            f"The factors of layer {name} are padded from rank {module.r[adapter]} to {rank}, as "
+            "by prepare_model_for_compiled_hotswap(). Use the adapter before that call: reorder, "
+            "train and save it; or create it with this rank, so that it needs no padding."
+        )
 
 
 def factor_parameters(module: LoraModule, adapter: str) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from matryoshka_lora.peft.base_model import (
     load_model,
     load_tokenizer,
 )
-from matryoshka_lora.peft.load import load_with_peft, prepare_base_model
+from matryoshka_lora.peft.load import check_base_model, enlarge_vocabulary, load_with_peft
 from matryoshka_lora.registry import Target
 
 
@@ -44,7 +44,8 @@ def write(lora: Lora, output_folder: Path, target: Target) -> Written:
     model: Any = load_model(base_model, "auto", base_revision, "cpu")
     if getattr(model, "quantization_method", "") == "bitsandbytes":
         model = model.dequantize()  # bitsandbytes cannot save merged weights
-    prepare_base_model(model, lora)
+    check_base_model(model, lora)
+    enlarge_vocabulary(model, lora)
     with tempfile.TemporaryDirectory(dir=output_folder) as folder:
         written = peft_folder.write(replace(lora, nesting=None), Path(folder), target)
         peft_model = load_with_peft(model, peft_folder.read(folder))

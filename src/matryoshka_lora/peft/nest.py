@@ -12,7 +12,12 @@ from matryoshka_lora.formats.lora_config import check_plain_lora
 from matryoshka_lora.nesting import Deploy, Nesting, Scaling, check_ranks
 from matryoshka_lora.peft.adapter import NestedAdapter
 from matryoshka_lora.peft.forward_check import ForwardCheck
-from matryoshka_lora.peft.lora_layers import LoraModule, factor_parameters, lora_layers
+from matryoshka_lora.peft.lora_layers import (
+    LoraModule,
+    check_not_padded,
+    factor_parameters,
+    lora_layers,
+)
 from matryoshka_lora.peft.order import FactorOrder
 from matryoshka_lora.peft.state import NestingState
 from matryoshka_lora.peft.variant import NestedVariant, attach
@@ -147,6 +152,12 @@ def _check_layer(
             "it from target_modules; or train with PEFT alone, and truncate the saved adapter "
             "with matryoshka_lora.export."
         )
+    if any(factor.is_meta for factor in factor_parameters(layer, adapter_name)):
+        raise MatryoshkaError(
+            f"Layer {name} cannot be nested, because its factors are on the meta device. Load the "
+            "adapter, or call get_peft_model without low_cpu_mem_usage=True."
+        )
+    check_not_padded(name, layer, adapter_name)
     if (layer.r[adapter_name], layer.scaling[adapter_name]) != (max_rank, scale):
         raise MatryoshkaError(
             f"Layer {name} cannot be nested, because rank_pattern or alpha_pattern gives it "

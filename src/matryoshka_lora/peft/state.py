@@ -26,12 +26,15 @@ class Diagonal:
 
     Args:
         q: Shape (R,), or (rows, R) for one diagonal per row of a batch, float64.
-        allow_fewer_rows: Whether a batch may have fewer rows than q, as the last one of an epoch.
+
+    Attributes:
+        num_rows: The number of rows of the batch, or None for as many as q has. The last batch of
+            an epoch may have fewer, and takes the first ones of q.
     """
 
-    def __init__(self, q: Tensor, allow_fewer_rows: bool = False) -> None:
+    def __init__(self, q: Tensor) -> None:
         self.q = q
-        self.allow_fewer_rows = allow_fewer_rows
+        self.num_rows: int | None = None  # set by `ForwardCheck`
         self.is_one = bool((q == 1).all())
         self.is_checked = False  # by `ForwardCheck`
         self._by_device = {q.device: q}
@@ -60,20 +63,16 @@ class Diagonal:
         q = self.to(device)
         if q.ndim == 1:
             return q
-        num_ranks, num_rows = len(q), shape[0]
+        q = q[: self.num_rows]
         # With fewer dimensions, rows and tokens are flattened into one.
-        has_rows = len(shape) >= max(3, 2 + spatial_dims)
-        if has_rows:
-            if num_rows == num_ranks:
-                return q
-            if self.allow_fewer_rows and num_rows < num_ranks:
-                return q[:num_rows]
+        if len(shape) >= max(3, 2 + spatial_dims) and shape[0] == len(q):
+            return q
         raise MatryoshkaError(
-            f"Got ranks for {num_ranks} rows, but a layer got an input of shape "
+            f"Got ranks for {len(q)} rows, but a layer got an input of shape "
             f"{list(shape)}. Pass one rank for each row of the batch, and in generate() for each "
-            "beam or sequence of a row. In packed, flattened or "
-            "expert-routed batches rows have no rank of their own: use set_rank() for them, or a "
-            "rule with one diagonal for the whole batch."
+            "beam or sequence of a row. In packed, flattened or expert-routed batches, and in "
+            "layers of relative positions, rows have no rank of their own: use set_rank() for "
+            "them, or a rule with one diagonal for the whole batch."
         )
 
     def multiply(self, hidden: Tensor, spatial_dims: int = 0) -> Tensor:
