@@ -489,7 +489,7 @@ def train_prefixes(
         q = torch.ones(factors.max_rank, dtype=torch.float64)
         q[rank:] = options.tail_factor * max(0.0, 1 - step / (options.tail_steps * num_steps))
         with factors.masked(q):
-            loss, gradients = _loss_and_gradients(factors, rank, data, batches)
+            loss, gradients = loss_and_gradients(factors, rank, data, batches)
         warmup = min(1.0, (step + 1) / max(1.0, options.warmup * num_steps))
         decay = 1 - step / num_steps
         optimizer.step(gradients, options.learning_rate * layer_factor * warmup * decay)
@@ -505,7 +505,7 @@ def train_prefixes(
     return dict(sorted(num_examples.items()))
 
 
-def _loss_and_gradients(
+def loss_and_gradients(
     factors: ModelFactors, rank: int, data: TrainingData, batches: Sequence[Batch]
 ) -> tuple[float, FactorMatrices]:
     """Return the mean loss over the batches of all processes, and its gradients.
