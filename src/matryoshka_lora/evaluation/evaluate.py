@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from matryoshka_lora.atomic import PathLike, check_output, create_folder, replace_file
-from matryoshka_lora.errors import MatryoshkaError, check_integer, optional_imports
+from matryoshka_lora.errors import MatryoshkaError, check_integer, optional_imports, printable
 from matryoshka_lora.evaluation.results import Evaluation
 from matryoshka_lora.examples import read_examples
 from matryoshka_lora.formats.open import open_adapter
@@ -221,4 +221,5 @@ def _log_values(evaluation: Evaluation, task: str) -> None:
         if value is not None
     ]
     name = evaluation.tasks[task].metric_name
-    logger.info("%s, %s: %s.", task, name, ", ".join(values))
+    # A name of a file may not be UTF-8, which a log could not hold.
+    logger.info("%s, %s: %s.", printable(task), name, ", ".join(values))
