@@ -23,6 +23,7 @@ from matryoshka_lora import reorder
 from matryoshka_lora.evaluation.results import EVALUATION_NAME, EXAMPLES_NAME
 from matryoshka_lora.examples import prompt_and_completion, read_examples
 from matryoshka_lora.formats.peft_folder import CONFIG_NAME, WEIGHTS_NAME
+from matryoshka_lora.formats.safetensors_io import NESTING_KEY
 from matryoshka_lora.training.data import read_training_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -232,12 +233,11 @@ def test_headers_of_single_files(key_format: str, tmp_path: Path) -> None:
 def test_nesting_metadata(tmp_path: Path) -> None:
     lora = write_nested(tmp_path)
     header, tensors = split_header(lora / WEIGHTS_NAME)
-    (key,) = header["__metadata__"].keys() - {"format"}
 
     @settings(max_examples=1000)
-    @given(edited_json(json.loads(header["__metadata__"][key])), FOLDER_COMMANDS)
+    @given(edited_json(json.loads(header["__metadata__"][NESTING_KEY])), FOLDER_COMMANDS)
     def check(nesting: bytes, command: list[str]) -> None:
-        header["__metadata__"][key] = nesting.decode(errors="replace")
+        header["__metadata__"][NESTING_KEY] = nesting.decode(errors="replace")
         (lora / WEIGHTS_NAME).write_bytes(join_header(json.dumps(header).encode(), tensors))
         use(tmp_path, lora, command)
 
