@@ -230,7 +230,7 @@ def _has_dimensions(module: Any, layer: Layer, lora: Lora) -> bool:
 
 
 def enlarge_vocabulary(base_model: Any, lora: Lora) -> None:
-    """Enlarge the embeddings of a model, or of a `PeftModel` of it, to those of an adapter.
+    """Enlarge the embeddings of a model, or of a `PeftModel` of it, to the size of an adapter's.
 
     Raises:
         MatryoshkaError: The adapter holds fewer embeddings than the model has.

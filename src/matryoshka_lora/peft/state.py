@@ -28,7 +28,7 @@ class Diagonal:
         q: Shape (R,), or (rows, R) for one diagonal per row of a batch, float64.
 
     Attributes:
-        num_rows: The number of rows of the batch, or None for as many as q has. The last batch of
+        num_rows: The number of rows of the batch, or None for the rows of q. The last batch of
             an epoch may have fewer, and takes the first ones of q.
     """
 
