@@ -418,3 +418,50 @@ def test_an_alpha_that_cannot_be_used_is_refused(
     save_file(dict(tensors), tmp_path / "lora.safetensors")
     with pytest.raises(MatryoshkaError, match=r"alpha|DoRA"):
         ml.open(tmp_path / "lora.safetensors", alpha=alpha)
+
+
+def test_metadata_of_a_folder_s_weights_are_dropped(tmp_path: Path) -> None:
+    """The checksum in them would be renewed, and would make the header longer than reserved."""
+    pair = {"a.lora_down.weight": torch.randn(4, 9), "a.lora_up.weight": torch.randn(8, 4)}
+    save_file(pair, tmp_path / "a.safetensors", {"matryoshka_lora": '{"ranks": [1, 2, 4]}'})
+    export(tmp_path / "a.safetensors", tmp_path / "b.safetensors", 2, alpha=4)
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        assert file.get_tensor("a.lora_up.weight").shape == (8, 2)
+        assert "matryoshka_lora" not in file.metadata()
+
+
+def test_padded_layers_have_one_alpha(tmp_path: Path) -> None:
+    """diffusers supports only one."""
+    tensors = {}
+    for name, rank in (("a", 2), ("b", 4)):
+        tensors[f"{name}.lora_down.weight"] = torch.randn(rank, 9)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(8, rank)
+        tensors[f"{name}.alpha"] = torch.tensor(4.0)
+    save_file(tensors, tmp_path / "a.safetensors")
+    export(tmp_path / "a.safetensors", tmp_path / "b.safetensors", 8, pad=True)
+    padded = load_file(tmp_path / "b.safetensors")
+    assert padded["a.alpha"] == padded["b.alpha"]
+    for name, rank in (("a", 2), ("b", 4)):
+        before = tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"] * 4 / rank
+        after = padded[f"{name}.lora_up.weight"] @ padded[f"{name}.lora_down.weight"]
+        torch.testing.assert_close(after * padded[f"{name}.alpha"] / 8, before)
+
+
+@pytest.mark.parametrize(("drop", "conv_dim"), [("lin", "2"), ("conv", None)])
+def test_conv_dim_is_the_rank_of_the_convolutions_that_are_left(
+    tmp_path: Path, drop: str, conv_dim: str | None
+) -> None:
+    tensors = {
+        "lin.lora_down.weight": torch.randn(4, 9),
+        "lin.lora_up.weight": torch.randn(8, 4),
+        "conv.lora_down.weight": torch.randn(4, 9, 3, 3),
+        "conv.lora_up.weight": torch.randn(8, 4, 1, 1),
+    }
+    arguments = json.dumps({"conv_dim": "4", "conv_alpha": "1"})
+    metadata = {"ss_network_args": arguments, "ss_network_dim": "4", "ss_network_alpha": "1"}
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
+    export(tmp_path / "a.safetensors", tmp_path / "b.safetensors", 2, alpha=4, drop=[drop])
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        arguments = json.loads(file.metadata()["ss_network_args"])
+    assert arguments.get("conv_dim") == conv_dim
+    assert ("conv_alpha" in arguments) == (conv_dim is not None)
