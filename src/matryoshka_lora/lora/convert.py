@@ -154,9 +154,8 @@ def match_key_formats(loras: Sequence[Lora]) -> list[Lora]:
     that is not written, all get the keys of diffusers.
 
     Raises:
-        MatryoshkaError: A LoRA is a PEFT folder. Or the LoRAs are for different models, or have
-            different key formats and are for a model whose names are not known, or one of them has
-            a tensor that cannot be renamed.
+        MatryoshkaError: A LoRA is a PEFT folder, or has a tensor that cannot be renamed. Or the
+            LoRAs are for different models, or have different key formats for an unknown model.
         NotFiniteError: A factor of a layer that is split or fused is NaN or infinite.
     """
     for lora in loras:

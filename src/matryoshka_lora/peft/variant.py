@@ -143,8 +143,8 @@ def _fusable_diagonal(module: LoraModule, x: Tensor) -> Diagonal | None:
     """Return the diagonal if the fused operation may run, or None.
 
     It runs in train mode, and while a context overrides the diagonal. Train mode without gradients
-    is included, because TRL compares its outputs with those of train mode with gradients, bit for
-    bit. In eval mode a single rank has the output of PEFT's own formula, bit for bit.
+    is included, because TRL requires the same bits with and without gradients. In eval mode a
+    single rank has the output of PEFT's own formula, bit for bit.
     """
     if module.disable_adapters or module.merged or len(module.active_adapters) != 1:
         return None
