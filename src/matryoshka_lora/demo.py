@@ -216,14 +216,17 @@ def measure(
 ) -> Knowledge:
     """Query every rank. An answer is correct if all digits of the number are.
 
-    A rank is the first components of the factors as they are, whether or not they are ordered.
+    Before the factors are ordered, a rank is the first components of the factors as they are.
     """
     adapter.model.eval()
     labels = torch.cat([batch["labels"] for batch in batches])
     accuracies = {}
     answers = {}
     for rank in tqdm((0, *RANKS), "querying every rank", leave=False):
-        with adapter.use_diagonal(torch.arange(MAX_RANK) < rank):
+        q = torch.arange(MAX_RANK) < rank
+        if adapter.order is not None:
+            q = adapter.state.deployed_q(rank)
+        with adapter.use_diagonal(q):
             predictions = [adapter.model(**batch).logits.argmax(-1) for batch in batches]
             if rank in SAMPLED_RANKS:
                 answers[rank] = generate_numbers(adapter.model, tokenizer, SAMPLE_COUNTRIES)

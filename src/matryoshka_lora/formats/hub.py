@@ -31,9 +31,14 @@ CARD_NAME = "README.md"
 LICENSE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
 """The licenses of a repository."""
 
+SMALL_FOLDER = "small"
+"""The subfolder of a nested adapter that holds its small adapter."""
+
 ADAPTER_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
+    f"{SMALL_FOLDER}/adapter_config.json",
+    f"{SMALL_FOLDER}/adapter_model.safetensors",
     CARD_NAME,
     *LICENSE_FILES,
     *COMPANION_FILES,

@@ -26,6 +26,10 @@ def write(lora: Lora, folder: Path, target: Target) -> Written:
         for rank in ranks:
             output = folder / f"{adapter_name}@{rank}"
             output.mkdir()
-            new_ranks = {name: min(rank, before) for name, before in ranks_before.items()}
-            written = peft_folder.write(with_ranks(lora, new_ranks), output, target)
+            if rank <= lora.small_rank:
+                lora_at_rank = lora.at_rank(rank)
+            else:
+                ranks_at_rank = {name: min(rank, before) for name, before in ranks_before.items()}
+                lora_at_rank = with_ranks(lora, ranks_at_rank)
+            written = peft_folder.write(lora_at_rank, output, target)
     return replace(written_nested or written, ranks=written.ranks, error_ranks=ranks)

@@ -171,6 +171,8 @@ def model_card(
         available = f"every rank from 1 to {lora.max_rank}, in the order `{lora.order}`"
         if lora.deploy == "paper":
             available = f"the ranks {', '.join(map(str, lora.nesting.ranks))}"
+        elif lora.small is not None:
+            available += f"; the ranks up to {lora.small_rank} were trained, and are in `small`"
         rows = ["| rank | relative error of the update |", "|---|---|"]
         rows += [f"| {rank} | {error:.1%} |" for rank, error in errors.items()]
         paragraphs += [

@@ -1,4 +1,8 @@
-"""LoRA in PEFT's format: a folder of ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""LoRA in PEFT's format: a folder of ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+A nested adapter whose low ranks were trained has a small adapter in a subfolder, which PEFT reads
+with ``subfolder="small"``.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from typing import Any
 
 from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.errors import MatryoshkaError, short
-from matryoshka_lora.formats.hub import CARD_NAME, copy_companion_files
+from matryoshka_lora.formats.hub import CARD_NAME, SMALL_FOLDER, copy_companion_files
 from matryoshka_lora.formats.lora_config import RanksAndScales, check_plain_lora
 from matryoshka_lora.formats.model_card import copy_license_files, model_card, read_source_card
 from matryoshka_lora.formats.safetensors_io import (
@@ -28,6 +32,7 @@ from matryoshka_lora.lora.keys import PEFT_PREFIX
 from matryoshka_lora.lora.layer import Layer, LayerKeys, StoredTensor, are_factors
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.save import Written
+from matryoshka_lora.lora.truncate import with_small
 from matryoshka_lora.nesting import Nesting
 from matryoshka_lora.registry import Target
 
@@ -39,7 +44,7 @@ _FACTOR_SUFFIXES = (
     (".lora_embedding_A", ".lora_embedding_B"),
 )
 # Valid (order, deploy) pairs.
-_ORDERS = (("svd", "reordered"), ("trained", "reordered"), (None, "paper"))
+_ORDERS = (("svd", "reordered"), (None, "paper"))
 
 
 # Reading
@@ -48,7 +53,7 @@ _ORDERS = (("svd", "reordered"), ("trained", "reordered"), (None, "paper"))
 def read(path: PathLike, name: str | None = None) -> Lora:
     """Open a folder that PEFT has saved.
 
-    Nesting metadata is ignored, with a warning, unless the checksum matches.
+    Nesting metadata and the small adapter are ignored, with a warning, unless the checksum matches.
 
     Args:
         path: The folder.
@@ -153,6 +158,7 @@ def _with_nesting(lora: Lora, record: str, tensors: Mapping[str, StoredTensor]) 
         saved = json.loads(record)
         nesting = Nesting(tuple(saved["ranks"]), saved["scaling"], first.scale)
         order, deploy, checksum = saved["order"], saved["deploy"], saved["checksum"]
+        small_rank = saved.get("small_rank", 0)
         if (order, deploy) not in _ORDERS:
             raise ValueError
     except (KeyError, ValueError, TypeError, RecursionError):
@@ -174,7 +180,15 @@ def _with_nesting(lora: Lora, record: str, tensors: Mapping[str, StoredTensor]) 
             stacklevel=4,
         )
         return lora
-    return replace(lora, nesting=nesting, order=order, deploy=deploy)
+    lora = replace(lora, nesting=nesting, order=order, deploy=deploy)
+    if small_rank == 0:
+        return lora
+    small = read(lora.files[0].parent / SMALL_FOLDER, f"{lora.name}/{SMALL_FOLDER}")
+    if small.ranks != dict.fromkeys(lora.ranks, small_rank):
+        raise MatryoshkaError(
+            f"{small.name} does not belong to {lora.name}. Copy the whole folder again."
+        )
+    return with_small(lora, small)
 
 
 def base_model_of(
@@ -212,16 +226,17 @@ def base_model_of(
 def write(lora: Lora, folder: Path, target: Target) -> Written:
     """Write a LoRA, with a model card and the companion files of its source.
 
-    PEFT reads a nested adapter as an ordinary one of its largest rank.
+    PEFT reads a nested adapter as an ordinary one of its largest rank. Its small adapter is written
+    to a subfolder.
 
     Raises:
         MatryoshkaError: Layers of experts have different ranks.
     """
     lora = _prepare(lora)
-    config = _output_config(lora)
-    config_text = json.dumps(config, indent=2, sort_keys=True)
-    (folder / CONFIG_NAME).write_text(config_text, encoding="utf-8")
-    written = write_lora_tensors(lora, folder / WEIGHTS_NAME)
+    if lora.nesting is not None and lora.small is not None:
+        (folder / SMALL_FOLDER).mkdir()
+        _write_adapter(_prepare(lora.small), folder / SMALL_FOLDER)
+    written = _write_adapter(lora, folder)
     # The files in a folder that is not PEFT's may belong to anything.
     source_folders = [file.parent for file in lora.files if (file.parent / CONFIG_NAME).is_file()]
     cards = [read_source_card(source) for source in source_folders]
@@ -229,13 +244,20 @@ def write(lora: Lora, folder: Path, target: Target) -> Written:
     if lora.nesting is not None:
         written = replace(written, error_ranks=lora.nesting.ranks)
         errors = written.relative_errors(lora.nesting.ranks)
-    card = model_card(lora, config, errors, written.original_error(lora), cards)
+    card = model_card(lora, _output_config(lora), errors, written.original_error(lora), cards)
     # A path that is not UTF-8 has lone surrogates, which UTF-8 cannot represent.
     (folder / CARD_NAME).write_text(card, encoding="utf-8", errors="replace")
     if source_folders:
         copy_companion_files(source_folders[0], folder)
     copy_license_files(source_folders, folder)
     return written
+
+
+def _write_adapter(lora: Lora, folder: Path) -> Written:
+    """Write the config and the weights."""
+    config_text = json.dumps(_output_config(lora), indent=2, sort_keys=True)
+    (folder / CONFIG_NAME).write_text(config_text, encoding="utf-8")
+    return write_lora_tensors(lora, folder / WEIGHTS_NAME)
 
 
 def file_size(lora: Lora) -> int:
@@ -261,6 +283,7 @@ def _prepare(lora: Lora) -> Lora:
             "scaling": lora.nesting.scaling,
             "order": lora.order,
             "deploy": lora.deploy,
+            "small_rank": lora.small_rank,
             # A placeholder of equal length, which is replaced once the factors are written.
             "checksum": Checksum().hexdigest(),
         }

@@ -154,6 +154,27 @@ def truncation_errors(A: Array, B: Array, scales: Sequence[float]) -> Float64Arr
     return np.maximum(squares, 0.0)  # cancellation may leave small negative numbers
 
 
+def approximation_errors(target: tuple[Array, Array], A: Array, B: Array) -> Float64Array:
+    """Return the squared error of each prefix of other factors, summed over experts.
+
+    Args:
+        target: The factors of the update: A, shape (..., R, in), and B, shape (..., out, R).
+        A: Shape (..., k, in).
+        B: Shape (..., out, k).
+
+    Returns:
+        ``|B_target A_target - B[:, :r] A[:r]|^2`` for r from 0 to k, shape (k + 1,), float64.
+    """
+    # The difference is the concatenated factors with a diagonal d between them: d^T G d as above.
+    all_A, all_B = weighted_sum([target, (A, B)], [1.0, -1.0])
+    size, rank = all_A.shape[-2], A.shape[-2]
+    gram = ((all_B.mT @ all_B) * (all_A @ all_A.mT)).reshape(-1, size, size).sum(axis=0)
+    diagonals = np.ones((rank + 1, size))
+    diagonals[:, size - rank :] = np.tri(rank + 1, rank, -1)
+    squares: Float64Array = ((diagonals @ gram) * diagonals).sum(axis=-1)
+    return np.maximum(squares, 0.0)  # cancellation may leave small negative numbers
+
+
 def weighted_sum(
     factors: Iterable[tuple[Array, Array]], weights: Iterable[float]
 ) -> tuple[Float64Array, Float64Array]:

@@ -67,6 +67,13 @@ def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
         for name in sorted(terms)
     )
     _warn_if_wider(loras, layers)
+    for lora in loras:
+        if lora.small is not None:
+            warnings.warn(
+                f"{lora.name} is combined as its rank {lora.max_rank}, without the trained ranks "
+                f"up to {lora.small_rank}.",
+                stacklevel=3,
+            )
     total = replace(
         loras[0],
         name=" + ".join(names),
@@ -74,6 +81,7 @@ def combine(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
         files=tuple(file for lora in loras for file in lora.files),
         nesting=None,
         order=None,
+        small=None,
         deploy="reordered",
         original_error=0.0,  # the sum is a new original
     )

@@ -50,6 +50,8 @@ class Lora:
         files: The weights files that it was read from; empty for an adapter in memory.
         nesting: The ranks and scales of a nested adapter.
         order: How the factors are ordered, or None if they are not.
+        small: The small adapter, if the low ranks were trained: its prefixes are the ranks up to
+            its own, and larger ranks are prefixes of the layers. It has the same layer names.
         deploy: ``"paper"`` if each nested rank has its own scale and nothing is reordered, as in
             arXiv 2605.07850.
         original_error: The relative error of its largest rank against the LoRA, or the change of a
@@ -67,6 +69,7 @@ class Lora:
     files: tuple[Path, ...] = ()
     nesting: Nesting | None = None
     order: Order | None = None
+    small: Lora | None = None
     deploy: Deploy = "reordered"
     original_error: float = 0.0
     notes: tuple[str, ...] = ()
@@ -99,6 +102,11 @@ class Lora:
         return range(1, self.max_rank + 1)
 
     @property
+    def small_rank(self) -> int:
+        """The largest rank of the small adapter; 0 if there is none."""
+        return 0 if self.small is None else self.small.max_rank
+
+    @property
     def has_singular_order(self) -> bool:
         """Whether a prefix of its factors, reordered if they have no order, is an SVD's."""
         return self.order != "trained" and self.deploy != "paper"
@@ -106,7 +114,8 @@ class Lora:
     @property
     def size(self) -> int:
         """The size in bytes of the weights files that it was read from."""
-        return sum(file.stat().st_size for file in self.files)
+        small_size = 0 if self.small is None else self.small.size
+        return small_size + sum(file.stat().st_size for file in self.files)
 
     @property
     def file_size(self) -> int:
@@ -118,7 +127,8 @@ class Lora:
         """The paths that an output must not overwrite: weights, configs and the base model."""
         configs = [file.with_name("adapter_config.json") for file in self.files if self.config]
         base_model = self.config.get("base_model_name_or_path")
-        return (*self.files, *configs, *([str(base_model)] if base_model else []))
+        small_files = () if self.small is None else self.small.files
+        return (*self.files, *configs, *small_files, *([str(base_model)] if base_model else []))
 
     @property
     def new_scale(self) -> float:
@@ -185,9 +195,15 @@ class Lora:
             layers=layers,
             nesting=None,
             order=None,
+            small=None,
             deploy="reordered",
             original_error=0.0,
         )
+
+    def _both(self, verb: Callable[[Lora], Lora]) -> Lora:
+        """Return the LoRA after a verb that keeps the components, with its small adapter."""
+        new = verb(replace(self, small=None))
+        return new if self.small is None else replace(new, small=verb(self.small))
 
     # The verbs
 
@@ -222,21 +238,21 @@ class Lora:
 
         See `matryoshka_lora.lora.transforms.drop`.
         """
-        return transforms.drop(self, patterns)
+        return self._both(lambda lora: transforms.drop(lora, patterns))
 
     def scale(self, factors: Mapping[str, float]) -> Lora:
         """Return a LoRA whose updates are multiplied by factors.
 
         See `matryoshka_lora.lora.transforms.scale`.
         """
-        return transforms.scale(self, factors)
+        return self._both(lambda lora: transforms.scale(lora, factors))
 
     def cast(self, dtype: DtypeName) -> Lora:
         """Return a LoRA whose factors are written in another dtype.
 
         See `matryoshka_lora.lora.transforms.cast`.
         """
-        return transforms.cast(self, dtype)
+        return self._both(lambda lora: transforms.cast(lora, dtype))
 
     def pad(self, rank: int) -> Lora:
         """Return a LoRA of a larger rank with the same update, to train on.

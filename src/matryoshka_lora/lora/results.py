@@ -42,29 +42,31 @@ class TrainRanksResult:
 
     Attributes:
         path: The output, or None for a model in memory.
-        outcome: ``"kept"``: the factors are the trained ones. ``"not better"``: the trained factors
-            were not kept, and the factors are as before training. ``"nothing to train"``: no nested
-            rank is behind rank R, or there is no smaller one. ``"no examples"``: the examples of
-            the Trainer cannot be used.
+        outcome: ``"kept"``: the ranks up to ``small_rank`` were trained. ``"not better"``: the
+            trained ranks were not kept. ``"nothing to train"``: no nested rank is behind rank R, or
+            there is no smaller one. ``"no examples"``: the examples of the Trainer cannot be used.
+        small_rank: The rank of the small adapter that was kept, or 0.
         examples_by_rank: The number of examples that each rank was trained on, repetitions
             included.
         losses_before: The validation loss of each nested rank before training, in nats per token;
             empty without examples.
-        losses_after: The same after training, or None if nothing was trained.
+        losses_after: The same of each nested rank that was trained, also if it was not kept.
     """
 
     path: Path | None
     outcome: Literal["kept", "not better", "nothing to train", "no examples"]
+    small_rank: int
     examples_by_rank: dict[int, int]
     losses_before: dict[int, float]
-    losses_after: dict[int, float] | None
+    losses_after: dict[int, float]
 
     def __repr__(self) -> str:
         """Return the outcome, and a table of the validation losses."""
         lines = [
             {
-                "kept": f"The ranks were trained on {pluralize(self.num_examples, 'example')}.",
-                "not better": "Training did not improve the ranks, so the trained factors were not "
+                "kept": f"The ranks up to {self.small_rank} were trained on "
+                f"{pluralize(self.num_examples, 'example')}. Larger ones are unchanged.",
+                "not better": "Training did not improve the ranks, so the trained ones were not "
                 "kept.",
                 "nothing to train": "All ranks are as good as the largest one already, so nothing "
                 "was trained.",
@@ -76,7 +78,8 @@ class TrainRanksResult:
             heading = "  rank  validation loss"
             lines.append(f"{heading}  after training" if self.losses_after else heading)
         for rank, loss in self.losses_before.items():
-            after = f"  {self.losses_after[rank]:14.3f}" if self.losses_after else ""
+            is_trained = rank in self.losses_after
+            after = f"  {self.losses_after[rank]:14.3f}" if is_trained else ""
             lines.append(f"{rank:6}  {loss:15.3f}{after}")
         return "\n".join(lines)
 

@@ -276,7 +276,13 @@ def pad(lora: Lora, rank: int) -> Lora:
     )
     changes = (*lora.changes, f"padded to rank {rank}")
     return replace(
-        lora, layers=layers, nesting=None, order=None, deploy="reordered", changes=changes
+        lora,
+        layers=layers,
+        nesting=None,
+        order=None,
+        small=None,
+        deploy="reordered",
+        changes=changes,
     )
 
 

@@ -21,6 +21,7 @@ from matryoshka_lora.linalg.allocation import (
 )
 from matryoshka_lora.linalg.arrays import Float64Array
 from matryoshka_lora.linalg.factors import (
+    approximation_errors,
     pad_end,
     relative_error,
     reorder_factors,
@@ -39,10 +40,11 @@ if TYPE_CHECKING:
 def reorder(lora: Lora) -> Lora:
     """Return a nested LoRA: every prefix of its factors is the best one of its rank.
 
-    The update of the largest rank stays the same. An order that the factors have does not count.
+    The update of the largest rank stays the same. An order that the factors have does not count,
+    and a small adapter is left out.
     In a PEFT folder each layer is padded to the largest rank; in a single file it keeps its own.
     """
-    return nested(replace(lora, order=None, deploy="reordered"))
+    return nested(replace(lora, order=None, small=None, deploy="reordered"))
 
 
 def nested(lora: Lora) -> Lora:
@@ -51,7 +53,33 @@ def nested(lora: Lora) -> Lora:
         return with_ranks(lora, lora.ranks)
     nesting = lora.nesting or Nesting.powers_of_two(lora.max_rank, scale=lora.new_scale)
     ranks = dict.fromkeys(lora.ranks, nesting.max_rank)
-    return replace(with_ranks(lora, ranks), nesting=nesting, deploy=lora.deploy)
+    return replace(with_ranks(lora, ranks), nesting=nesting, small=lora.small, deploy=lora.deploy)
+
+
+def with_small(lora: Lora, small: Lora) -> Lora:
+    """Return a LoRA whose ranks up to the rank of a small adapter are that adapter's prefixes.
+
+    Args:
+        lora: A LoRA with an order.
+        small: A LoRA with the same layer names. Its errors become relative to ``lora``.
+    """
+
+    def with_errors(layer: Layer, main: Layer) -> Layer:
+        def read(factors: Factors) -> Factors:
+            target = main.read()
+            errors = approximation_errors(
+                (target.A, target.B.astype(np.float64) * main.scale),
+                factors.A,
+                factors.B.astype(np.float64) * layer.scale,
+            )
+            return factors._replace(squared_errors=errors)
+
+        return layer.map(read)
+
+    pairs = zip(small.layers, lora.layers, strict=True)
+    layers = tuple(with_errors(layer, main) for layer, main in pairs)
+    small = replace(small, layers=layers, order="trained", original_error=lora.original_error)
+    return replace(lora, small=small)
 
 
 def truncate(
@@ -63,6 +91,8 @@ def truncate(
     max_bytes: int | str | None = None,
 ) -> Lora:
     """Return a LoRA of smaller ranks, which has no nesting.
+
+    A rank of the small adapter is a prefix of it, if no other argument is passed.
 
     Args:
         lora: The LoRA.
@@ -83,6 +113,8 @@ def truncate(
     max_rank = lora.max_rank if rank is None else lora.check_rank(rank)
     ranks = {layer.name: min(max_rank, layer.rank) for layer in lora.layers}
     if keep is None and error is None and max_bytes is None:
+        if lora.small is not None and max_rank <= lora.small_rank:
+            return truncate(replace(lora.small, name=lora.name, files=lora.files), max_rank)
         return with_ranks(lora, ranks)
     if keep is not None and error is not None:
         raise MatryoshkaError("Pass `keep` or `error`, not both.")
@@ -156,6 +188,7 @@ def with_ranks(lora: Lora, ranks: Mapping[str, int]) -> Lora:
         layers=layers,
         nesting=None,
         order=None if lora.deploy == "paper" else lora.order or "svd",
+        small=None,
         deploy="reordered",
         changes=changes,
     )
@@ -215,8 +248,17 @@ def squared_errors(lora: Lora, layer: Layer) -> Float64Array:
 
 
 def prefix_errors(lora: Lora, layer: Layer, factors: Factors) -> Float64Array:
-    """Return the squared error of each prefix from 0 to R of a layer's factors, shape (R + 1,)."""
-    return truncation_errors(factors.A, factors.B, _scales(lora, layer))
+    """Return the squared error of each prefix from 0 to R of a layer's factors, shape (R + 1,).
+
+    A rank of the small adapter has the error of its prefix.
+    """
+    errors = truncation_errors(factors.A, factors.B, _scales(lora, layer))
+    if lora.small is not None:
+        (small_layer,) = [other for other in lora.small.layers if other.name == layer.name]
+        small_errors = small_layer.read().squared_errors
+        assert small_errors is not None  # see `with_small`
+        errors[1 : len(small_errors)] = small_errors[1:]
+    return errors
 
 
 def _scales(lora: Lora, layer: Layer) -> list[float]:

@@ -197,6 +197,7 @@ class LoraInfo:
             "scales": [min(scales), max(scales)],
             "nested_ranks": list(lora.nesting.ranks) if lora.nesting else None,
             "order": lora.order,
+            "small_rank": lora.small_rank,
             "deploy": lora.deploy,
             "original_error": lora.original_error,
             "num_layers": len(lora.layers),
@@ -347,7 +348,9 @@ def _kind_of(lora: Lora) -> str:
         return f"a nested LoRA adapter in the paper's deployment, usable at ranks {ranks} only"
     if lora.order is None:
         return "a LoRA adapter without an order; `matryoshka reorder` makes it nested"
-    order = "trained ranks" if lora.order == "trained" else "reordered by SVD"
+    order = "reordered by SVD"
+    if lora.small is not None:
+        order += f", ranks up to {lora.small_rank} trained"
     return f"a nested LoRA adapter ({order}), usable at every rank (nested: {ranks})"
 
 

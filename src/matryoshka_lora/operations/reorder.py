@@ -31,9 +31,10 @@ def reorder(
         NotFiniteError: A factor is NaN or infinite.
     """
     lora = source if isinstance(source, Lora) else open_lora(source, revision=revision)
-    if lora.order == "trained":
+    if lora.small is not None:
         warnings.warn(
-            f"{lora.name} is reordered by SVD. Ranks that were trained are lost.", stacklevel=2
+            f"{lora.name} is reordered by SVD, without the trained ranks up to {lora.small_rank}.",
+            stacklevel=2,
         )
     result = lora.reorder().save(output, lora.container, force=force)
     return ReorderResult(

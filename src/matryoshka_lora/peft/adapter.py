@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from matryoshka_lora.atomic import PathLike
 from matryoshka_lora.bundled_model import resolve_model_path
@@ -24,18 +26,21 @@ from matryoshka_lora.linalg.factors import relative_errors, squared_tails
 from matryoshka_lora.lora.layer import StoredTensor
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.lora.results import ReorderResult, TrainRanksResult
+from matryoshka_lora.lora.truncate import with_small
 from matryoshka_lora.nesting import Deploy, Nesting, Order, check_rank
 from matryoshka_lora.peft.lora_layers import (
     LoraModule,
     check_not_padded,
     factor_parameters,
     lora_layers,
+    set_small_factors,
+    small_factors,
 )
-from matryoshka_lora.peft.state import Diagonal, NestingState
+from matryoshka_lora.peft.state import NestingState
 from matryoshka_lora.peft.variant import NestedVariant
 from matryoshka_lora.rules import RULES, Rule
 from matryoshka_lora.tensors import to_numpy, to_numpy_dtype
-from matryoshka_lora.training.factors import FactorParameters, ModelFactors
+from matryoshka_lora.training.factors import FactorMatrices, FactorParameters, ModelFactors
 from matryoshka_lora.units import pluralize
 
 if TYPE_CHECKING:
@@ -84,10 +89,11 @@ class NestedAdapter:
         """Return the ranks and settings, a line each."""
         nesting = self.nesting
         scales = "" if nesting.scaling == "none" else f", scaling: {nesting.scaling}"
+        trained = f", ranks up to {self.small_rank} trained" if self.small_rank else ""
         return (
             f"Nested adapter {self.name!r} of {pluralize(len(self.layers), 'layer')}\n"
             f"  nested ranks  {', '.join(map(str, nesting.ranks))}\n"
-            f"  order         {self.order or 'none yet, so call reorder()'}\n"
+            f"  order         {self.order or 'none yet, so call reorder()'}{trained}\n"
             f"  rank          {self.rank} of {nesting.max_rank} in eval mode\n"
             f"  rule          {self.rule.name}{scales}, deploy: {self.deploy}"
         )
@@ -126,11 +132,16 @@ class NestedAdapter:
 
     @property
     def order(self) -> Order | None:
-        """How the factors are ordered: ``"svd"`` or ``"trained"``.
-
-        None if never ordered, or changed since.
-        """
+        """How the factors are ordered: ``"svd"``. None if never ordered, or changed since."""
         return self.state.order.current()
+
+    @property
+    def small_rank(self) -> int:
+        """The rank of the small adapter, whose prefixes are the ranks up to it; 0 without one.
+
+        `train_ranks` creates it.
+        """
+        return 0 if self.order is None else self.state.small_rank
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -182,7 +193,8 @@ class NestedAdapter:
             )
         self._check_ranks(ranks)
         q_by_rank = {rank: self.state.deployed_q(rank) for rank in set(ranks)}
-        with self.use_diagonal(torch.stack([q_by_rank[rank] for rank in ranks])):
+        q = pad_sequence([q_by_rank[rank] for rank in ranks], batch_first=True)
+        with self.use_diagonal(q):
             yield
 
     @contextmanager
@@ -192,7 +204,8 @@ class NestedAdapter:
         It applies in train and eval mode. ``s`` is the scale of rank R.
 
         Args:
-            q: Shape (R,), or (rows, R) for one diagonal per row, any floating dtype.
+            q: Shape (R,), or (rows, R) for one diagonal per row, any floating dtype. With a small
+                adapter of rank k, it may have k more entries, for the components of that adapter.
 
         Raises:
             MatryoshkaError: The adapter is merged or not active; or (from the forward) q has rows,
@@ -203,7 +216,7 @@ class NestedAdapter:
         if q.ndim > 1:
             self._check_rows_first()
         overrides = self.state.overrides
-        diagonal = Diagonal(q.to(torch.float64))
+        diagonal = self.state.diagonal(q.to(torch.float64))
         overrides.append(diagonal)
         try:
             yield
@@ -244,7 +257,7 @@ class NestedAdapter:
                         f"Rule {state.rule.name!r} draws one diagonal per row: pass `batch_size`."
                     )
                 q = q[process_index * rows : (process_index + 1) * rows]
-            diagonal = Diagonal(q)
+            diagonal = state.diagonal(q)
         if state.rank != state.nesting.max_rank:
             # A smaller rank is not available once training ends the order.
             self.set_rank(state.nesting.max_rank)
@@ -280,7 +293,8 @@ class NestedAdapter:
 
         The first r columns are then the closest matrix of rank r (Eckart-Young), and the function
         of rank R in eval mode is unchanged up to rounding: with ``deploy="paper"``, P is dropped,
-        and `deploy` becomes ``"reordered"``. Further training is plain LoRA and ends the order.
+        and `deploy` becomes ``"reordered"``. Further training is plain LoRA and ends the order. A
+        small adapter is left out.
 
         Returns:
             The errors of the nested ranks, and the singular values of each layer's update.
@@ -302,14 +316,34 @@ class NestedAdapter:
         return ReorderResult(None, nesting.ranks, errors, singular_values)
 
     def mark_ordered(self, order: Order) -> None:
-        """Record that the factors are ordered as they are, and continue with rule ``lora``."""
+        """Record that the factors are ordered as they are, and continue with rule ``lora``.
+
+        A small adapter is left out.
+        """
         state = self.state
         rank = state.rank
         state.order.mark(order)
+        state.small_rank = 0
         state.rule = RULES["lora"]
         state.deploy = "reordered"
         state.reset()
         state.set_rank(rank)
+
+    def set_small_factors(self, factors: FactorMatrices) -> None:
+        """Set the small adapter, whose prefixes are the ranks up to its own.
+
+        Args:
+            factors: By layer, A of shape (k, in) and B of shape (out, k), any dtype and device.
+        """
+        for name, layer in self.layers.items():
+            A, B = factor_parameters(layer, self.name)
+            small_A, small_B = factors[name]
+            small_rank = len(small_A)
+            small_A = small_A.detach().to(A).reshape(small_rank, *A.shape[1:])
+            small_B = small_B.detach().to(B).reshape(len(B), small_rank, *B.shape[2:])
+            set_small_factors(layer, self.name, small_A.clone(), small_B.clone())
+        self.state.small_rank = small_rank
+        self.state.set_rank(self.rank)
 
     def train_ranks(
         self,
@@ -317,21 +351,21 @@ class NestedAdapter:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         eval_data: Any = None,
-        max_examples: int | None = None,
+        max_examples: int | float | None = None,
         seed: int = 0,
     ) -> TrainRanksResult:
-        """Train every rank from the smallest nested rank to R; rank R changes a little.
+        """Train the low ranks, in a small adapter of their own.
 
+        Rank R and every rank above the small adapter's rank k stay as they are, bit for bit.
         Factors without an order are reordered first. Then there are four outcomes:
 
-        * The trained factors are kept.
-        * They are not better, so the factors are those from before training, with a warning.
+        * The small adapter is kept. Its prefixes are the ranks up to k. An earlier one is replaced.
+        * It is not better than the reordered factors, so it is not kept, with a warning.
         * No rank is behind rank R, so nothing is trained.
         * The Trainer generates its examples, as in GRPO, or streams them, or they have no labels,
           so nothing is trained, with a warning.
 
-        Validation examples decide, and show which ranks need the most steps. Without an evaluation
-        set, they are training examples.
+        Validation examples decide. Without an evaluation set, they are training examples.
 
         Under ``accelerate launch`` every process must call this method.
 
@@ -341,15 +375,15 @@ class NestedAdapter:
             tokenizer: The base model's tokenizer. A Trainer and tokenized examples need none.
             eval_data: Examples to validate on: a dataset, a list or a file. Defaults to the
                 Trainer's ``eval_dataset``.
-            max_examples: The number of examples to train on. Defaults to half the examples that the
-                Trainer has seen, or 3200 if unknown.
+            max_examples: The number of examples to train on; or, as a float such as ``1.0``, their
+                number relative to the examples that the Trainer has seen. Defaults to ``0.5``, or
+                to 3200 if that number is unknown.
             seed: Seed of the order of examples and ranks.
 
         Raises:
             MatryoshkaError: The data cannot be used, max_examples is not positive, or the adapter
                 is merged, sharded or not active. The adapter is unchanged.
-            NotFiniteError: The loss or a gradient is NaN or infinite. The factors are as before
-                training.
+            NotFiniteError: The loss or a gradient is NaN or infinite.
             RuntimeError: Another process has failed.
 
         An error of the Trainer's loss passes unchanged.
@@ -362,7 +396,9 @@ class NestedAdapter:
         )
         from matryoshka_lora.training.train_ranks import train_ranks
 
-        if max_examples is not None:
+        if isinstance(max_examples, float) and not 0 < max_examples < math.inf:
+            raise MatryoshkaError(f"`max_examples` must be positive, got {max_examples}.")
+        if max_examples is not None and not isinstance(max_examples, float):
             check_integer("max_examples", max_examples)
         self._check_not_merged("train its ranks")
         self._check_active()
@@ -382,17 +418,18 @@ class NestedAdapter:
                     self.reorder()
                 if len(nesting.ranks) == 1:
                     logger.info("There is only one nested rank: nothing to train.")
-                    return TrainRanksResult(None, "nothing to train", {}, {}, None)
-                with factors.restored_after_error():
-                    result = train_ranks(factors, nesting.ranks, training_data, max_examples, seed)
-                    if result.outcome == "kept":
-                        self.mark_ordered("trained")
-                return result
+                    return TrainRanksResult(None, "nothing to train", 0, {}, {}, {})
+                result, small = train_ranks(
+                    factors, nesting.ranks, training_data, max_examples, seed
+                )
             except NoExamplesError as error:  # must not stop a script between training and saving
                 warnings.warn(f"The ranks are reordered, but not trained. {error}", stacklevel=2)
                 if self.order is None:
                     self.reorder()
-                return TrainRanksResult(None, "no examples", {}, {}, None)
+                return TrainRanksResult(None, "no examples", 0, {}, {}, {})
+        if small is not None:
+            self.set_small_factors(small)
+        return result
 
     def save(self, path: PathLike, force: bool = False) -> None:
         """Save a folder that serves every rank, and that PEFT alone loads at rank R.
@@ -457,13 +494,7 @@ class NestedAdapter:
         )
         tensors = {key: store(tensor) for key, tensor in state_dict.items()}
         layers, other_tensors = find_layers(tensors, config, name)
-        if order is None and self.state.order.kind == "trained":
-            warnings.warn(
-                f"Adapter {self.name!r} has changed since its ranks were trained, so it is "
-                "reordered. Train them again.",
-                stacklevel=3,
-            )
-        return Lora(
+        lora = Lora(
             name,
             layers,
             other_tensors,
@@ -472,6 +503,23 @@ class NestedAdapter:
             deploy=self.deploy,
             config=config,
         )
+        small_rank = self.state.small_rank
+        if small_rank == 0:
+            return lora
+        if order is None:
+            warnings.warn(
+                f"Adapter {self.name!r} has changed since its ranks were trained, so it is "
+                "reordered. Train them again.",
+                stacklevel=3,
+            )
+            return lora
+        for layer in layers:
+            A, B = small_factors(self.layers[layer.name], self.name)
+            tensors[layer.keys.A], tensors[layer.keys.B] = store(A), store(B)
+        scale = self.nesting.scale
+        config = {**config, "r": small_rank, "lora_alpha": scale * small_rank, "use_rslora": False}
+        small_layers, _ = find_layers(tensors, config, name)
+        return with_small(lora, Lora(name, small_layers, other_tensors, config=config))
 
     def _config(self) -> dict[str, Any]:
         """Return PEFT's config as JSON-serializable values."""

@@ -21,6 +21,7 @@ from matryoshka_lora.lora.layer import Layer
 from matryoshka_lora.lora.lora import Lora
 from matryoshka_lora.peft.adapter import NestedAdapter
 from matryoshka_lora.peft.nest import nest
+from matryoshka_lora.tensors import to_torch
 
 
 def load(
@@ -184,6 +185,11 @@ def _nest_like_file(model: PeftModel, lora: Lora, adapter_name: str) -> NestedAd
     nested_adapter.state.reset()
     if lora.order is not None:
         nested_adapter.mark_ordered(lora.order)
+    if lora.small is not None:
+        factors = {layer.name: layer.read() for layer in lora.small.layers}
+        nested_adapter.set_small_factors(
+            {name: (to_torch(A), to_torch(B)) for name, (A, B, *_) in factors.items()}
+        )
     return nested_adapter
 
 

@@ -38,6 +38,9 @@ class LoraModule(Protocol):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return ``s B A`` in the shape of the base layer's weight."""
 
+    def register_buffer(self, name: str, tensor: Tensor, persistent: bool) -> None:
+        """See ``torch.nn.Module``."""
+
     def register_state_dict_post_hook(self, hook: Callable[..., None]) -> None:
         """See ``torch.nn.Module``."""
 
@@ -75,6 +78,21 @@ def check_not_padded(name: str, module: LoraModule, adapter: str) -> None:
             "by prepare_model_for_compiled_hotswap(). Use the adapter before that call: reorder, "
             "train and save it; or create it with this rank, so that it needs no padding."
         )
+
+
+def set_small_factors(module: LoraModule, adapter: str, A: Tensor, B: Tensor) -> None:
+    """Store the factors of the small adapter of a layer, in PEFT's own layout.
+
+    They are buffers, so they follow the layer to another device or dtype. They are not persistent,
+    so PEFT's state dicts do not change.
+    """
+    for factor, values in zip("AB", (A, B), strict=True):
+        module.register_buffer(f"small_{factor}_{adapter}", values, persistent=False)
+
+
+def small_factors(module: LoraModule, adapter: str) -> tuple[Tensor, Tensor]:
+    """Return A and B of the small adapter of a layer, in PEFT's own layout."""
+    return getattr(module, f"small_A_{adapter}"), getattr(module, f"small_B_{adapter}")
 
 
 def factor_parameters(module: LoraModule, adapter: str) -> tuple[Tensor, Tensor]:

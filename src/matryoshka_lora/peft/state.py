@@ -25,17 +25,26 @@ class Diagonal:
     A new q is a new object, so that a pending backward keeps the old values.
 
     Args:
-        q: Shape (R,), or (rows, R) for one diagonal per row of a batch, float64.
+        q: Shape (R,), or (R + k,), where the last k entries are for the components of the small
+            adapter; or with a first dimension for one diagonal per row of a batch. float64.
+        max_rank: R.
 
     Attributes:
+        q: The entries of the components in use: of the main adapter, the small one, or both.
+        uses_main: Whether the components of the main adapter are in use.
+        uses_small: Whether the components of the small adapter are in use.
+        is_one: Whether it is plain LoRA of rank R: ones for the main adapter's components.
         num_rows: The number of rows of the batch, or None for the rows of q. The last batch of
             an epoch may have fewer, and takes the first ones of q.
     """
 
-    def __init__(self, q: Tensor) -> None:
+    def __init__(self, q: Tensor, max_rank: int) -> None:
+        self.uses_small = bool(q[..., max_rank:].any())
+        self.uses_main = not self.uses_small or bool(q[..., :max_rank].any())
+        q = q[..., 0 if self.uses_main else max_rank : None if self.uses_small else max_rank]
         self.q = q
         self.num_rows: int | None = None  # set by `ForwardCheck`
-        self.is_one = bool((q == 1).all())
+        self.is_one = not self.uses_small and bool((q == 1).all())
         self.is_checked = False  # by `ForwardCheck`
         self._by_device = {q.device: q}
 
@@ -50,12 +59,12 @@ class Diagonal:
         """Return q for an activation.
 
         Args:
-            shape: The activation's shape, (rows, ..., R, *spatial).
+            shape: The activation's shape, (rows, ..., components, *spatial).
             device: The activation's device.
-            spatial_dims: The number of dimensions after R, as in convolutions.
+            spatial_dims: The number of dimensions after the components, as in convolutions.
 
         Returns:
-            Shape (R,), or (rows, R).
+            Shape (components,), or (rows, components).
 
         Raises:
             MatryoshkaError: q has another number of rows.
@@ -76,7 +85,7 @@ class Diagonal:
         )
 
     def multiply(self, hidden: Tensor, spatial_dims: int = 0) -> Tensor:
-        """Return an activation of shape (rows, ..., R, *spatial) times q along R."""
+        """Return an activation of shape (rows, ..., components, *spatial) times q."""
         # torch.compile uses one graph for all ranks. This shortcut would need a second one.
         if not torch.compiler.is_compiling() and self.is_one and self.q.ndim == 1:
             return hidden
@@ -100,6 +109,8 @@ class NestingState:
         rule: The training rule; ``lora`` once the factors are ordered.
         order: The order of the factors.
         seed: The seed of the rule's random numbers.
+        small_rank: The rank k of the small adapter, whose prefixes are the ranks up to k; 0 if
+            there is none.
         deploy: ``"paper"`` drops P after training; ``"reordered"`` keeps P, folded into B.
         rank: The rank in eval mode, from 0 to R.
         train_diagonal: The diagonal in train mode; None until the rule has drawn one.
@@ -112,6 +123,7 @@ class NestingState:
     order: FactorOrder
     seed: int = 0
     deploy: Deploy = "reordered"
+    small_rank: int = field(init=False, default=0)
     rank: int = field(init=False)
     train_diagonal: Diagonal | None = field(init=False, default=None)
     eval_diagonal: Diagonal = field(init=False)
@@ -122,13 +134,17 @@ class NestingState:
 
     def reset(self) -> None:
         """Set rank R in eval mode and, for a fixed rule, its diagonal in train mode."""
-        self.train_diagonal = Diagonal(self.trained_q()) if self.rule.fixed else None
+        self.train_diagonal = self.diagonal(self.trained_q()) if self.rule.fixed else None
         self.set_rank(self.nesting.max_rank)
 
     def set_rank(self, rank: int) -> None:
         """Set the rank in eval mode; 0 switches the update off."""
         self.rank = rank
-        self.eval_diagonal = Diagonal(self.deployed_q(rank))
+        self.eval_diagonal = self.diagonal(self.deployed_q(rank))
+
+    def diagonal(self, q: Tensor) -> Diagonal:
+        """Return a diagonal of the adapter; see `Diagonal`."""
+        return Diagonal(q, self.nesting.max_rank)
 
     def check_order(self) -> None:
         """Raise MatryoshkaError if the rank in eval mode needs an order that has ended."""
@@ -153,7 +169,13 @@ class NestingState:
         return torch.ones(self.nesting.max_rank, dtype=torch.float64)
 
     def deployed_q(self, rank: int) -> Tensor:
-        """Return the q that deploys a rank, shape (R,); its entries from ``rank`` on are 0."""
+        """Return the q that deploys a rank; its entries from ``rank`` on are 0.
+
+        The shape is (R,), or (R + k,) for a rank of the small adapter, whose first entries are 0.
+        """
+        if 0 < rank <= self.small_rank:
+            unused = torch.zeros(self.nesting.max_rank, dtype=torch.float64)
+            return torch.cat([unused, (torch.arange(self.small_rank) < rank).double()])
         # Each rank keeps its own scale if P is dropped, or if a random rule trained it and the
         # factors are unordered.
         has_own_scale = self.deploy == "paper" or not (self.order.kind or self.rule.fixed)

@@ -1,5 +1,7 @@
 """Apply the diagonal through PEFT's slot for LoRA variants: forward, merge, and state dicts.
 
+The diagonal also selects the components: of the adapter, of its small adapter, or of both.
+
 PEFT's classes, configs and parameters stay as they are. Each layer of an adapter gets a
 `NestedVariant` in its ``lora_variant``, and all layers share one `NestingState`. Linear and
 embedding layers also get another forward, and layers with P get state-dict hooks.
@@ -7,7 +9,7 @@ embedding layers also get another forward, and layers with P get state-dict hook
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import cast
@@ -15,10 +17,16 @@ from typing import cast
 import torch
 from peft.tuners.lora.layer import Embedding, Linear, LoraVariant
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from matryoshka_lora.errors import MatryoshkaError
 from matryoshka_lora.peft.fused import is_plain_linear, low_rank_linear
-from matryoshka_lora.peft.lora_layers import EmbeddingModule, LoraModule, factor_parameters
+from matryoshka_lora.peft.lora_layers import (
+    EmbeddingModule,
+    LoraModule,
+    factor_parameters,
+    small_factors,
+)
 from matryoshka_lora.peft.state import Diagonal, NestingState
 from matryoshka_lora.training.factors import scale_columns
 
@@ -65,9 +73,9 @@ class NestedVariant(LoraVariant):
     ) -> Tensor:
         """Return the base layer's result plus the update."""
         diagonal = self.state.active_diagonal(module.training)
+        A, B = _factors_in_use(module, active_adapter, diagonal)
         if active_adapter in module.lora_embedding_A:
             embedding = cast(EmbeddingModule, module)
-            A, B = factor_parameters(module, active_adapter)
             hidden = diagonal.multiply(embedding._embed(x, A.T))
             embedded = (hidden @ B.T) * module.scaling[active_adapter]
             embed_scale = embedding._get_embed_scale()
@@ -75,9 +83,13 @@ class NestedVariant(LoraVariant):
                 embedded = embedded * embed_scale.to(embedded.dtype)
             return result + embedded
         # A and B are called as modules: sharded training gathers their weights at the call.
-        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        lora_A: Callable[[Tensor], Tensor] = module.lora_A[active_adapter]
+        lora_B: Callable[[Tensor], Tensor] = module.lora_B[active_adapter]
+        if diagonal.uses_small:
+            lora_A = _with_weight(module.lora_A[active_adapter], A)
+            lora_B = _with_weight(module.lora_B[active_adapter], B)
         hidden = lora_A(module.lora_dropout[active_adapter](x))
-        update: Tensor = lora_B(diagonal.multiply(hidden, lora_A.weight.ndim - 2))
+        update: Tensor = lora_B(diagonal.multiply(hidden, A.ndim - 2))
         return result + update * module.scaling[active_adapter]
 
     def merge_safe(self, module: LoraModule, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -96,8 +108,25 @@ class NestedVariant(LoraVariant):
         return _add(module, orig_weight, -self._delta_weight(module, active_adapter))
 
     def _delta_weight(self, module: LoraModule, adapter: str) -> Tensor:
-        with _folded_into_B(module, adapter, self.state.eval_diagonal):
+        with _folded(module, adapter, self.state.eval_diagonal):
             return module.get_delta_weight(adapter)
+
+
+def _factors_in_use(module: LoraModule, adapter: str, diagonal: Diagonal) -> tuple[Tensor, Tensor]:
+    """Return A and B of the components that a diagonal uses, in PEFT's own layout."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    if diagonal.uses_main:
+        pairs.append(factor_parameters(module, adapter))
+    if diagonal.uses_small:
+        pairs.append(small_factors(module, adapter))
+    if len(pairs) == 1:
+        return pairs[0]
+    return torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], dim=1)
+
+
+def _with_weight(layer: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the function of a layer without a bias, with another weight."""
+    return lambda x: functional_call(layer, {"weight": weight}, (x,))
 
 
 def _add(module: LoraModule, weight: Tensor, delta: Tensor) -> Tensor:
@@ -109,15 +138,21 @@ def _add(module: LoraModule, weight: Tensor, delta: Tensor) -> Tensor:
 
 
 @contextmanager
-def _folded_into_B(module: LoraModule, adapter: str, diagonal: Diagonal) -> Iterator[None]:
-    """Replace B by ``B diag(q)``, so that PEFT's own formulas compute the nested update."""
-    _, B = factor_parameters(module, adapter)
-    original = B.data
+def _folded(module: LoraModule, adapter: str, diagonal: Diagonal) -> Iterator[None]:
+    """Replace A and B by ``A`` and ``B diag(q)`` of the components in use.
+
+    So PEFT's own formulas compute the nested update.
+    """
+    parameters = factor_parameters(module, adapter)
+    originals = [parameter.data for parameter in parameters]
+    A, B = _factors_in_use(module, adapter, diagonal)
     try:
-        B.data = scale_columns(original, diagonal.to(B.device))
+        parameters[0].data = A.data
+        parameters[1].data = scale_columns(B.data, diagonal.to(B.device))
         yield
     finally:
-        B.data = original
+        for parameter, original in zip(parameters, originals, strict=True):
+            parameter.data = original
 
 
 def _linear_forward(module: LoraModule, x: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -129,7 +164,7 @@ def _linear_forward(module: LoraModule, x: Tensor, *args: object, **kwargs: obje
         output: Tensor = Linear.forward(module, x, *args, **kwargs)
         return output
     adapter = module.active_adapters[0]
-    A, B = factor_parameters(module, adapter)
+    A, B = _factors_in_use(module, adapter, diagonal)
     p = diagonal.for_batch(x.shape, x.device) * module.scaling[adapter]
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
@@ -192,7 +227,7 @@ def _embedding_forward(
                         "A batch with adapter_names cannot have one rank per row. Call the model "
                         "outside of rows(), with set_rank()."
                     )
-                stack.enter_context(_folded_into_B(module, adapter, diagonal))
+                stack.enter_context(_folded(module, adapter, diagonal))
         output: Tensor = Embedding.forward(module, x, *args, adapter_names=adapter_names, **kwargs)
     return output
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,9 +39,6 @@ TokenizedExample = dict[str, list[int]]
 
 IGNORED_LABEL = -100
 """The label of tokens that do not count in the loss, as in transformers."""
-MIN_VALIDATION_BATCHES = 8
-"""The minimum number of batches of the validation examples, because the spread of their losses is
-measured. Many small ones would be slow."""
 
 # TRL's Trainers that generate the answers that they train on, such as GRPO's, have one of these.
 _GENERATION_ATTRIBUTES = ("num_generations", "reward_funcs")
@@ -59,10 +55,7 @@ class Split:
     Attributes:
         training_indices: The indices of the examples to train on, in order. They may repeat.
         num_validation: The number of examples to validate on.
-        validation_batches: At least `MIN_VALIDATION_BATCHES` batches if there are as many examples.
-            None is larger than a training batch.
-        gap_batches: Half of the validation examples, in batches of the size of a training batch,
-            which are faster. They measure the gaps of the ranks, which need no spread.
+        validation_batches: Batches of the same size.
         is_held_out: Whether the validation examples are an evaluation set. Otherwise they are
             training examples.
     """
@@ -70,7 +63,6 @@ class Split:
     training_indices: list[int]
     num_validation: int
     validation_batches: list[Batch]
-    gap_batches: list[Batch]
     is_held_out: bool
 
 
@@ -104,17 +96,11 @@ class TrainingData:
     is_causal: bool = True
     log: Callable[[dict[str, float], int], None] | None = None
 
-    def batches(self, indices: Sequence[int], batch_size: int | None = None) -> list[Batch]:
-        """Return some examples in batches on the device. Batches without a label are omitted.
-
-        Args:
-            indices: The indices of the examples.
-            batch_size: The maximum number of examples of a batch. Defaults to the data's.
-        """
-        size = batch_size or self.batch_size
+    def batches(self, indices: Sequence[int]) -> list[Batch]:
+        """Return some examples in batches on the device. Batches without a label are omitted."""
         batches: list[Batch] = []
-        for start in range(0, len(indices), size):
-            chunk = indices[start : start + size]
+        for start in range(0, len(indices), self.batch_size):
+            chunk = indices[start : start + self.batch_size]
             batch = dict(self.collate([self.examples[index] for index in chunk]))
             if self.is_causal and "labels" in batch and "shift_labels" not in batch:
                 batch["labels"] = batch["labels"].clone()
@@ -143,30 +129,19 @@ class TrainingData:
         training_order = itertools.chain.from_iterable(_permutations(len(self.examples), seed))
         source = self if self.validation is None else self.validation
         validation_indices = next(_permutations(len(source.examples), seed))[:max_validation]
-        batch_size = max(1, len(validation_indices) // MIN_VALIDATION_BATCHES)
-        batch_size = min(source.batch_size, batch_size)
-        validation_batches = source._equal_batches(validation_indices, batch_size)
+        # The loss of a Trainer may need the same number of examples in each process.
+        batch_size = min(source.batch_size, len(validation_indices))
+        num_validation = len(validation_indices) // batch_size * batch_size
+        validation_batches = source.batches(validation_indices[:num_validation])
         if not validation_batches:
             error_type = NoExamplesError if self.validation is None else MatryoshkaError
             raise error_type("No example to validate on has a label. Check the labels.")
-        gap_indices = validation_indices[: math.ceil(len(validation_indices) / 2)]
-        num_gap_batches = math.ceil(len(gap_indices) / source.batch_size)
-        gap_batches = source._equal_batches(gap_indices, len(gap_indices) // num_gap_batches)
         return Split(
             list(itertools.islice(training_order, num_training)),
-            len(validation_indices) // batch_size * batch_size,
+            num_validation,
             validation_batches,
-            gap_batches or validation_batches,
             is_held_out=self.validation is not None,
         )
-
-    def _equal_batches(self, indices: Sequence[int], batch_size: int) -> list[Batch]:
-        """Return batches of the same size, without the examples that are left over.
-
-        The loss of a Trainer may need the same number of examples in each process.
-        """
-        num_examples = len(indices) // batch_size * batch_size
-        return self.batches(indices[:num_examples], batch_size)
 
 
 def num_terms(batch: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""Briefly train every rank of an adapter after its training."""
+"""Train the prefixes of a small adapter, which serves the low ranks of a nested adapter."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import gather, reduce
 from torch import Tensor
 from tqdm import tqdm
 
-from matryoshka_lora.errors import NotFiniteError
+from matryoshka_lora.errors import MatryoshkaError, NotFiniteError
 from matryoshka_lora.linalg.arrays import Float64Array
 from matryoshka_lora.lora.results import TrainRanksResult
 from matryoshka_lora.progress import training_bar
 from matryoshka_lora.tensors import at_least_float32
-from matryoshka_lora.training.data import Batch, Split, TrainingData, num_terms
+from matryoshka_lora.training.data import Batch, TrainingData, num_terms
 from matryoshka_lora.training.factors import FactorMatrices, ModelFactors
 
 _GOLDEN_RATIO = 0.6180339887  # its multiples modulo 1 fill the unit interval evenly
@@ -41,80 +40,57 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """How the ranks are trained, and when the trained factors are kept.
-
-    Losses are in nats. The gain is the difference between the losses of the base model and of
-    rank R.
+    """How the low ranks are trained. Losses are in nats.
 
     Attributes:
         max_examples: The number of examples if the number seen in training is unknown.
         share_of_seen: The number of examples, relative to the number seen in training.
+        num_validation: The maximum number of validation examples.
         examples_per_step: The number of examples of a step, over all processes.
-        learning_rate: The learning rate relative to the root mean square (RMS) of each component.
+        learning_rate: The learning rate of rank 1, relative to the root mean square (RMS) of each
+            component.
+        rate_exponent: The learning rate of rank r is ``learning_rate * r ** -rate_exponent``.
         reference_layers: With n layers above this number the rate is divided by
             ``sqrt(n / reference_layers)``, because the changes of the layers add up.
         warmup: The share of warmup steps; then the rate decays linearly to 0.
         tail_factor: The initial weight of the components beyond the trained rank.
         tail_steps: The share of the steps after which this weight is 0.
-        max_rank_share: The share of the steps for rank R, which has no gap.
-        final_max_rank_share: The share of the final steps for rank R. These steps are small, and
-            lower the loss of rank R again.
-        final_steps: The share of the final steps.
-        max_measurements: The maximum number of times that the gaps are measured during training.
-        min_steps_between_measurements: The minimum number of steps between two measurements.
-        smallest_gap: The gap of a rank that is worth training, relative to the gain.
-        max_loss_increase: The maximum increase of the loss of rank R, relative to the gain.
-        max_tolerance: The maximum of both limits, in nats. The gain is large if the base model does
-            not know where an answer ends, and a share of it would hide the gaps.
-        num_standard_errors: Changes of fewer standard errors are ignored.
-        rounding: Smaller gaps are ignored, in nats.
-        validation_share: The number of validation examples, relative to ``max_examples``.
-        min_validation_examples: The minimum number of validation examples.
-        max_validation_examples: The maximum number of validation examples.
+        smallest_gap: The gap of a rank that is worth training, relative to the gain: the difference
+            between the losses of the base model and of rank R.
+        max_gap: The maximum of this gap, in nats. The gain is large if the base model does not know
+            where an answer ends, and a share of it would hide the gaps.
+        min_gap: Its minimum, in nats.
     """
 
     max_examples: int = 3200
     share_of_seen: float = 0.5
+    num_validation: int = 64
     examples_per_step: int = 8
-    learning_rate: float = 0.05
+    learning_rate: float = 0.1
+    rate_exponent: float = 0.3
     reference_layers: float = 14
     warmup: float = 0.05
     tail_factor: float = 0.5
     tail_steps: float = 0.5
-    max_rank_share: float = 1 / 8
-    final_max_rank_share: float = 1 / 3
-    final_steps: float = 1 / 6
-    max_measurements: int = 5
-    min_steps_between_measurements: int = 64
     smallest_gap: float = 0.02
-    max_loss_increase: float = 0.02
-    max_tolerance: float = 0.05
-    num_standard_errors: float = 1.0
-    rounding: float = 1e-3
-    validation_share: float = 1 / 32
-    min_validation_examples: int = 32
-    max_validation_examples: int = 64
+    max_gap: float = 0.05
+    min_gap: float = 1e-3
 
 
 def train_ranks(
     factors: ModelFactors,
     ranks: Sequence[int],
     data: TrainingData,
-    max_examples: int | None = None,
+    max_examples: int | float | None = None,
     seed: int = 0,
     hyperparameters: Hyperparameters | None = None,
-) -> TrainRanksResult:
-    """Train every rank from the smallest nested rank to R; rank R changes a little.
+) -> tuple[TrainRanksResult, FactorMatrices | None]:
+    """Train a small adapter, whose prefixes are the low ranks. The factors stay as they are.
 
-    Each step trains one rank; ranks whose loss is further behind rank R's get more steps. See
-    `train_prefixes`. Losses are measured relative to the gain of rank R: how much it lowers the
-    loss of the base model.
-
-    The trained factors are kept if the mean validation loss of the ranks below R has improved by
-    more than its standard error, and the loss of rank R has not increased by more than its standard
-    error above two percent of the gain, or above 0.05 nats if that is less. Otherwise the factors
-    are restored, with a warning. If no rank is behind rank R by this share of the gain, nothing is
-    trained.
+    It begins as the first k components, where k is the smallest nested rank that is about as good
+    as rank R. Each step trains the prefix of one rank up to k; see `train_prefixes`. It is kept up
+    to the largest nested rank for which neither this rank nor a smaller one has a larger validation
+    loss than before.
 
     Without an evaluation set, training examples validate.
 
@@ -125,138 +101,128 @@ def train_ranks(
     computes a share of the losses and gradients.
 
     Args:
-        factors: The factors, ordered by SVD or by an earlier training of the ranks.
+        factors: The ordered factors.
         ranks: The nested ranks, increasing. The last one is R.
         data: From `read_training_data`.
-        max_examples: The number of examples to train on. Defaults to half the examples that the
-            Trainer has seen, or 3200 if unknown.
+        max_examples: The number of examples to train on; a float is relative to the number that
+            the Trainer has seen. Defaults to half of them, or 3200 if unknown.
         seed: Seed of the order of examples and ranks.
         hyperparameters: Defaults to `Hyperparameters`.
 
+    Returns:
+        The result; and A, shape (k, in), and B, shape (out, k), of each layer, or None if nothing
+        was trained or kept.
+
     Raises:
-        NoExamplesError: No validation example has a label. The factors are unchanged.
-        NotFiniteError: The loss or a gradient is not finite. The factors are as before training.
+        NoExamplesError: No validation example has a label.
+        NotFiniteError: The loss or a gradient is not finite.
     """
     options = hyperparameters or Hyperparameters()
-    if max_examples is None:
-        max_examples = options.max_examples
-        if data.num_examples_seen is not None:
-            num_examples = round(data.num_examples_seen * options.share_of_seen)
-            max_examples = max(options.examples_per_step, num_examples)
-    max_examples = _round_up_to_processes(max_examples)
-    max_validation = round(options.validation_share * max_examples)
-    max_validation = max(max_validation, options.min_validation_examples)
-    max_validation = min(max_validation, options.max_validation_examples)
+    num_examples = _num_examples(max_examples, data, options)
     with torch.random.fork_rng(devices=[]):  # a collator may draw random numbers
-        split = data.split(max_examples, max_validation, seed)
+        split = data.split(num_examples, options.num_validation, seed)
     if not split.is_held_out:
         logger.warning(
             "There is no evaluation set, so the ranks are validated on training examples. Pass "
             "`eval_dataset` to the Trainer, or `eval_data`."
         )
-
-    with trainable_factors(factors) as original_factors:
+    with trainable_factors(factors):
         start = time.perf_counter()
-        before = validation_losses(factors, ranks, data, split.validation_batches)
-        seconds_per_rank = (time.perf_counter() - start) / len(ranks)
-        base_loss = validation_losses(factors, [0], data, split.validation_batches).mean(0)
-        gain = max(0.0, base_loss - before.mean(ranks[-1]))
-        smallest_gap = min(options.smallest_gap * gain, options.max_tolerance)
-        smallest_gap = max(options.rounding, smallest_gap)
-        if max(before.gaps().values()) <= smallest_gap:
+        before = validation_losses(factors, (0, *ranks), data, split.validation_batches)
+        seconds_per_rank = (time.perf_counter() - start) / len(before)
+        *smaller_ranks, max_rank = ranks
+        gain = max(0.0, before.pop(0) - before[max_rank])
+        max_gap = max(options.min_gap, min(options.smallest_gap * gain, options.max_gap))
+        behind = [rank for rank in smaller_ranks if before[rank] - before[max_rank] > max_gap]
+        if not behind:
             logger.info(
                 "All ranks are as good as rank %d, within %.3f nats (%s): nothing to train.",
-                ranks[-1],
-                smallest_gap,
-                ", ".join(f"{rank}: {loss:.3f}" for rank, loss in before.means().items()),
+                max_rank,
+                max_gap,
+                ", ".join(f"{rank}: {loss:.3f}" for rank, loss in before.items()),
             )
-            return TrainRanksResult(None, "nothing to train", {}, before.means(), None)
-        _log_estimate(seconds_per_rank, len(ranks), max_examples, data, split, options)
-        _log_validation(data, before, step=0)
-        examples_by_rank = train_prefixes(
-            factors,
-            data,
-            split.training_indices,
-            before.gaps(),
-            lambda: validation_losses(factors, ranks, data, split.gap_batches).gaps(),
-            RankSchedule(seed),
-            options,
+            return TrainRanksResult(None, "nothing to train", 0, {}, before, {}), None
+        # The first rank that is not behind has learned what the ones below it may learn.
+        k = min([rank for rank in smaller_ranks if rank > behind[-1]], default=smaller_ranks[-1])
+        low_ranks = [rank for rank in smaller_ranks if rank <= k]
+        ratio = num_examples / split.num_validation
+        tokens = [batch["input_ids"] for batch in split.validation_batches if "input_ids" in batch]
+        num_tokens = ratio * sum(ids.numel() for ids in tokens)
+        seconds = (_FORWARDS_PER_STEP * ratio + len(low_ranks)) * seconds_per_rank
+        logger.info(
+            "Training the ranks up to %d on %d examples, %.1f passes over %d%s. Estimated time: "
+            "%s.",
+            k,
+            num_examples,
+            num_examples / len(data.examples),
+            len(data.examples),
+            f", about {num_tokens:,.0f} tokens" if tokens else "",
+            tqdm.format_interval(seconds),
         )
-        after = validation_losses(factors, ranks, data, split.validation_batches)
-        num_steps = math.ceil(max_examples / _round_up_to_processes(options.examples_per_step))
+        _log_validation(data, before, step=0)
+        num_steps = math.ceil(num_examples / _round_up_to_processes(options.examples_per_step))
+        trained, examples_by_rank = train_prefixes(
+            factors, range(ranks[0], k + 1), data, split.training_indices, seed, options
+        )
+        factors.write(trained)
+        after = validation_losses(factors, low_ranks, data, split.validation_batches)
         _log_validation(data, after, num_steps)
-        max_increase = min(options.max_loss_increase * gain, options.max_tolerance)
-        is_better = _is_better(before, after, max_increase, options)
-        if not is_better:
-            factors.write(original_factors)
-    return TrainRanksResult(
-        None,
-        "kept" if is_better else "not better",
-        examples_by_rank,
-        before.means(),
-        after.means(),
-    )
+    small_rank = 0
+    for rank in low_ranks:
+        if after[rank] > before[rank]:
+            break
+        small_rank = rank
+    if small_rank == 0:
+        warnings.warn(
+            "The trained ranks are not kept: training would change the validation loss of rank "
+            f"{low_ranks[0]} from {before[low_ranks[0]]:.3f} to {after[low_ranks[0]]:.3f}.",
+            stacklevel=3,
+        )
+        return TrainRanksResult(None, "not better", 0, examples_by_rank, before, after), None
+    small = {name: (A[:small_rank], B[:, :small_rank]) for name, (A, B) in trained.items()}
+    return TrainRanksResult(None, "kept", small_rank, examples_by_rank, before, after), small
 
 
-def _log_estimate(
-    seconds_per_rank: float,
-    num_ranks: int,
-    num_examples: int,
-    data: TrainingData,
-    split: Split,
-    options: Hyperparameters,
-) -> None:
-    """Log the examples, tokens and time of the training.
-
-    Args:
-        seconds_per_rank: The time of the validation of a rank.
-        num_ranks: The number of nested ranks.
-        num_examples: The number of examples to train on, repetitions included.
-        data: The training data.
-        split: The validation examples, about as long as the training examples.
-        options: The number of measurements.
-    """
-    ratio = num_examples / split.num_validation
-    forwards = _FORWARDS_PER_STEP * ratio
-    num_steps = num_examples / options.examples_per_step
-    num_measurements = num_steps // options.min_steps_between_measurements
-    num_measurements = min(num_measurements, options.max_measurements)
-    forwards += num_ranks * (1 + num_measurements / 2)  # a measurement takes half of the examples
-    num_tokens = sum(
-        batch["input_ids"].numel() for batch in split.validation_batches if "input_ids" in batch
-    )
-    logger.info(
-        "Training the ranks on %d examples, %.1f passes over %d%s. Estimated time: %s.",
-        num_examples,
-        num_examples / len(data.examples),
-        len(data.examples),
-        f", about {ratio * num_tokens:,.0f} tokens" if num_tokens else "",
-        tqdm.format_interval(forwards * seconds_per_rank),
-    )
+def _num_examples(
+    max_examples: int | float | None, data: TrainingData, options: Hyperparameters
+) -> int:
+    """Return the number of examples to train on, a multiple of the number of processes."""
+    if max_examples is None:
+        max_examples = options.max_examples
+        if data.num_examples_seen is not None:
+            max_examples = options.share_of_seen
+    if isinstance(max_examples, float):
+        if data.num_examples_seen is None:
+            raise MatryoshkaError(
+                f"`max_examples={max_examples}` is relative to the number of examples that a "
+                "Trainer has seen, and that is unknown. Pass a number of examples, such as "
+                f"{options.max_examples}."
+            )
+        num_examples = round(data.num_examples_seen * max_examples)
+        max_examples = max(options.examples_per_step, num_examples)
+    return _round_up_to_processes(max_examples)
 
 
-def _log_validation(data: TrainingData, losses: ValidationLosses, step: int) -> None:
+def _log_validation(data: TrainingData, losses: Mapping[int, float], step: int) -> None:
     if data.log is not None:
-        means = losses.means().items()
-        data.log({f"train_ranks/rank_{rank}_validation_loss": loss for rank, loss in means}, step)
+        metrics = {f"train_ranks/rank_{r}_validation_loss": loss for r, loss in losses.items()}
+        data.log(metrics, step)
 
 
 @contextmanager
-def trainable_factors(factors: ModelFactors) -> Iterator[FactorMatrices]:
-    """Make only the factors trainable and disable dropout.
+def trainable_factors(factors: ModelFactors) -> Iterator[None]:
+    """Return a context in which only the factors are trainable, without dropout.
 
-    At the end the modes, ``requires_grad`` and the random state of torch are as before, and no
-    parameter has a gradient. After an exception the factors are also as before.
-
-    Yields:
-        A copy of the factors.
+    At the end the factors, the modes, ``requires_grad`` and the random state of torch are as
+    before, and no parameter has a gradient.
     """
     model = factors.model
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter in model.parameters()}
     cuda_devices = [device for device in devices if device.type == "cuda"]
-    with torch.random.fork_rng(devices=cuda_devices), factors.restored_after_error() as original:
+    original = factors.copy()
+    with torch.random.fork_rng(devices=cuda_devices):
         try:
             for module, _ in modes:
                 # Gradient checkpointing needs train mode. Layers that call dropout as a function,
@@ -268,8 +234,9 @@ def trainable_factors(factors: ModelFactors) -> Iterator[FactorMatrices]:
             for A, B in factors.parameters.values():
                 A.requires_grad_()
                 B.requires_grad_()
-            yield original
+            yield
         finally:
+            factors.write(original)
             model.zero_grad(set_to_none=True)
             for parameter, flag in requires_grad:
                 parameter.requires_grad_(flag)
@@ -277,75 +244,16 @@ def trainable_factors(factors: ModelFactors) -> Iterator[FactorMatrices]:
                 module.training = mode
 
 
-# Validation
-
-
-@dataclass(frozen=True)
-class ValidationLosses:
-    """The losses of some ranks on the same batches, in nats per token.
-
-    Attributes:
-        weights: The share of each batch in the terms of the mean loss, shape (batches,).
-        by_rank: The loss of each batch at each rank, shape (batches,).
-    """
-
-    weights: Float64Array
-    by_rank: dict[int, Float64Array]
-
-    def mean(self, rank: int) -> float:
-        """Return the loss of a rank over all batches."""
-        return float(self.weights @ self.by_rank[rank])
-
-    def means(self) -> dict[int, float]:
-        """Return the loss of each rank over all batches."""
-        return {rank: self.mean(rank) for rank in self.by_rank}
-
-    def gaps(self) -> dict[int, float]:
-        """Return how much the loss of each rank exceeds the loss of rank R, at least 0."""
-        max_rank_loss = self.mean(max(self.by_rank))
-        return {rank: max(0.0, loss - max_rank_loss) for rank, loss in self.means().items()}
-
-    def paired_change(self, after: ValidationLosses, ranks: Sequence[int]) -> PairedChange:
-        """Return the change of the mean loss of some ranks, from batch to batch.
-
-        Args:
-            after: The losses on the same batches after training.
-            ranks: Some of the ranks.
-        """
-        changes = [after.by_rank[rank] - self.by_rank[rank] for rank in ranks]
-        change_by_batch = np.mean(changes, axis=0)
-        mean = float(self.weights @ change_by_batch)
-        num_batches = len(self.weights)
-        if num_batches == 1:
-            return PairedChange(mean, 0.0)
-        variance = float(self.weights**2 @ (change_by_batch - mean) ** 2)
-        return PairedChange(mean, math.sqrt(variance * num_batches / (num_batches - 1)))
-
-
-@dataclass(frozen=True)
-class PairedChange:
-    """A mean difference of paired losses, in nats.
-
-    Attributes:
-        mean: After minus before.
-        standard_error: Of the mean, from the spread of the batches. For one batch it is unknown,
-            and 0, so that the mean alone decides.
-    """
-
-    mean: float
-    standard_error: float
-
-
 def validation_losses(
     factors: ModelFactors, ranks: Sequence[int], data: TrainingData, batches: Sequence[Batch]
-) -> ValidationLosses:
-    """Return the losses of some ranks. Rank 0 is the base model.
+) -> dict[int, float]:
+    """Return the loss of some prefixes of the factors, in nats per token.
 
     Of several processes, each computes a share of the batches, and all return the same.
 
     Args:
         factors: The factors.
-        ranks: The ranks, from 0 to R.
+        ranks: The ranks, from 0 to R. Rank 0 is the base model.
         data: Its ``loss`` computes the loss of a batch.
         batches: Validation batches, the same in each process.
 
@@ -353,16 +261,18 @@ def validation_losses(
         NotFiniteError: A loss is NaN or infinite.
     """
     num_terms_of_batches = _map_over_batches(num_terms, batches, data.device)
-    losses: dict[int, Float64Array] = {}
+    weights = num_terms_of_batches / num_terms_of_batches.sum()
+    losses: dict[int, float] = {}
     is_shown = data.show_progress and PartialState().is_main_process
     for rank in training_bar(ranks, "validating ranks", is_shown=is_shown, leave=False):
         q = (torch.arange(factors.max_rank) < rank).double()
         with torch.no_grad(), factors.masked(q):
-            losses[rank] = _map_over_batches(
+            losses_of_batches = _map_over_batches(
                 lambda batch: data.loss(batch).item(), batches, data.device
             )
-        _check_finite(float(losses[rank].sum()))
-    return ValidationLosses(num_terms_of_batches / num_terms_of_batches.sum(), losses)
+        losses[rank] = float(weights @ losses_of_batches)
+        _check_finite(losses[rank])
+    return losses
 
 
 def _map_over_batches(
@@ -382,89 +292,43 @@ def _map_over_batches(
     return _sum_over_processes([values], device)[0].numpy()
 
 
-def _is_better(
-    before: ValidationLosses,
-    after: ValidationLosses,
-    max_increase: float,
-    options: Hyperparameters,
-) -> bool:
-    """Return whether to keep the trained factors, and warn of ranks that became worse.
-
-    Args:
-        before: The losses before training.
-        after: The losses after training.
-        max_increase: The maximum increase of the loss of rank R, in nats, if it were measured
-            without error.
-        options: The other limits.
-    """
-    *smaller_ranks, max_rank = before.by_rank
-    change = before.paired_change(after, smaller_ranks)
-    max_rank_change = before.paired_change(after, [max_rank])
-    is_significant = change.mean < -options.num_standard_errors * change.standard_error
-    is_worse_at_max_rank = max_rank_change.mean > max_increase + max_rank_change.standard_error
-    if not is_significant or is_worse_at_max_rank:
-        warnings.warn(
-            "The trained ranks are not kept: training would change the mean validation loss of the "
-            f"ranks below {max_rank} by {change.mean:+.3f} ± {change.standard_error:.3f} (standard "
-            f"error), and the loss of rank {max_rank} by {max_rank_change.mean:+.3f} ± "
-            f"{max_rank_change.standard_error:.3f}.",
-            stacklevel=4,
-        )
-        return False
-    worse_ranks: list[str] = []
-    for rank in before.by_rank:
-        rank_change = before.paired_change(after, [rank])
-        limit = options.num_standard_errors * rank_change.standard_error + options.rounding
-        if rank_change.mean > limit:
-            worse_ranks.append(f"{rank} (by {rank_change.mean:.3f})")
-    if worse_ranks:
-        warnings.warn(
-            f"Ranks whose validation loss increased: {', '.join(worse_ranks)}.", stacklevel=4
-        )
-    return True
-
-
-# Training
-
-
 def train_prefixes(
     factors: ModelFactors,
+    ranks: Sequence[int],
     data: TrainingData,
     indices: Sequence[int],
-    gaps: Mapping[int, float],
-    measure_gaps: Callable[[], Mapping[int, float]],
-    schedule: RankSchedule,
+    seed: int,
     options: Hyperparameters,
-) -> dict[int, int]:
-    """Train the factors on some examples.
+) -> tuple[FactorMatrices, dict[int, int]]:
+    """Train prefixes of the factors on some examples.
 
-    Each step trains one rank; see `rank_shares`. Of several processes, each computes the gradients
-    of a share of its examples. A step at rank r descends the loss of the first r components, and
-    changes no other. The later ones stay in the forward with a weight that falls from a half to 0,
-    so that training begins near the loss of rank R. The learning rate is relative to the size of
-    each component: large ones, which come first, move most.
+    Each step trains one rank r, and a rank gets a share of the steps in proportion to 1 / r. A step
+    descends the loss of the first r components, and changes no other. The later ones stay in the
+    forward with a weight that falls from a half to 0, so that training begins near the loss of rank
+    R. The learning rate is relative to the size of each component, and smaller for larger ranks.
+    Of several processes, each computes the gradients of a share of a step's examples.
 
-    Call it within `trainable_factors`.
+    Call it within `trainable_factors`, which restores the factors.
 
     Args:
         factors: The ordered factors.
+        ranks: The ranks to train, increasing.
         data: The examples.
         indices: The indices of the examples to train on, in order.
-        gaps: How much the loss of each nested rank exceeds the loss of rank R.
-        measure_gaps: Measures the gaps again at a later step.
-        schedule: Chooses the rank of each step.
+        seed: The seed of the schedule of the ranks.
         options: The other hyperparameters.
 
     Returns:
-        The number of examples that each rank was trained on.
+        The trained factors: A, shape (R, in), and B, shape (out, R), of each layer, in the dtype of
+        the parameters; and the number of examples that each rank was trained on.
 
     Raises:
         NotFiniteError: The loss or a gradient is not finite.
     """
     examples_per_step = _round_up_to_processes(options.examples_per_step)
     num_steps = math.ceil(len(indices) / examples_per_step)
-    steps_of_phase = math.ceil(num_steps / (options.max_measurements + 1))
-    steps_of_phase = max(options.min_steps_between_measurements, steps_of_phase)
+    total = sum(1 / rank for rank in ranks)
+    schedule = RankSchedule({rank: 1 / rank / total for rank in ranks}, seed)
     optimizer = PrefixAdam(factors.copy())
     layer_factor = min(1.0, (options.reference_layers / len(factors.parameters)) ** 0.5)
     steps_per_log = math.ceil(num_steps / _NUM_LOGS)
@@ -474,11 +338,7 @@ def train_prefixes(
     is_shown = data.show_progress and state.is_main_process
     progress = training_bar(range(num_steps), "training ranks", is_shown=is_shown)
     for step in progress:
-        if step > 0 and step % steps_of_phase == 0:
-            gaps = measure_gaps()
-        is_final = step >= (1 - options.final_steps) * num_steps
-        max_rank_share = options.final_max_rank_share if is_final else options.max_rank_share
-        rank = schedule.next(rank_shares(gaps, max_rank_share))
+        rank = schedule.next()
         step_indices = indices[step * examples_per_step : (step + 1) * examples_per_step]
         num_examples[rank] += len(step_indices)
         batches = data.batches(step_indices[state.process_index :: state.num_processes])
@@ -492,7 +352,8 @@ def train_prefixes(
             loss, gradients = loss_and_gradients(factors, rank, data, batches)
         warmup = min(1.0, (step + 1) / max(1.0, options.warmup * num_steps))
         decay = 1 - step / num_steps
-        optimizer.step(gradients, options.learning_rate * layer_factor * warmup * decay)
+        rate = options.learning_rate * rank**-options.rate_exponent * layer_factor
+        optimizer.step(gradients, rate * warmup * decay)
         factors.write(optimizer.factors())
         losses.setdefault(rank, []).append(loss)
         progress.set_postfix(rank=rank, loss=f"{loss:.3f}", refresh=False)
@@ -502,7 +363,7 @@ def train_prefixes(
             metrics = {f"train_ranks/rank_{rank}_loss": mean for rank, mean in means.items()}
             data.log(metrics, step + 1)
             losses.clear()
-    return dict(sorted(num_examples.items()))
+    return factors.copy(), dict(sorted(num_examples.items()))
 
 
 def loss_and_gradients(
@@ -602,60 +463,27 @@ class _Components:
         self.values[:rank] -= learning_rate * first_moment / (second_moment.sqrt() + _EPSILON)
 
 
-def rank_shares(gaps: Mapping[int, float], max_rank_share: float) -> dict[int, float]:
-    """Return the share of the steps of each rank to train.
-
-    A nested rank below R gets a share in proportion to the square root of its gap. The ranks
-    between two nested ones are trained too, if the larger is at most twice the smaller: together
-    they get as much as one nested rank whose gap is between theirs.
-
-    Args:
-        gaps: How much the loss of each nested rank exceeds the loss of rank R, at least 0.
-        max_rank_share: The share of rank R.
-
-    Returns:
-        The shares of the ranks to train, in increasing order. Their sum is 1.
-    """
-    *smaller_ranks, max_rank = sorted(gaps)
-    weights: dict[int, float] = {}
-    for rank, next_rank in zip(smaller_ranks, [*smaller_ranks[1:], max_rank], strict=True):
-        weights[rank] = math.sqrt(gaps[rank])
-        if next_rank <= 2 * rank:
-            for between in range(rank + 1, next_rank):
-                position = math.log(between / rank) / math.log(next_rank / rank)
-                gap = gaps[rank] * (1 - position) + gaps[next_rank] * position
-                weights[between] = math.sqrt(gap) / (next_rank - rank - 1)
-    total = sum(weights.values())
-    if total == 0:
-        return {max_rank: 1.0}
-    shares = {rank: (1 - max_rank_share) * weight / total for rank, weight in weights.items()}
-    shares[max_rank] = max_rank_share
-    return shares
-
-
 class RankSchedule:
     """Draws ranks so that each gets its share of the steps evenly over time.
 
     Args:
+        shares: The share of each rank; their sum is 1.
         seed: Seed of where the schedule begins.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, shares: Mapping[int, float], seed: int) -> None:
+        self._shares = shares
         self._point = random.Random(seed).random()
 
-    def next(self, shares: Mapping[int, float]) -> int:
-        """Return the rank of the next step.
-
-        Args:
-            shares: The share of each rank; their sum is 1. They may change from step to step.
-        """
+    def next(self) -> int:
+        """Return the rank of the next step."""
         point = self._point
         self._point = math.fmod(point + _GOLDEN_RATIO, 1.0)
-        for rank, share in shares.items():
+        for rank, share in self._shares.items():
             point -= share
             if point < 0:
                 return rank
-        return max(shares)  # the shares add up to less than 1 by rounding
+        return max(self._shares)  # the shares add up to less than 1 by rounding
 
 
 # Processes
